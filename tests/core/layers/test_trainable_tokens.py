@@ -264,7 +264,7 @@ def test_t5_shares_one_table_three_times() -> None:
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"trainable_token_indices": [50]}, "contains 50, but the table has rows 0 to 49.*resize_token_embeddings"),
+        ({"trainable_token_indices": [50]}, "contains 50, but the weight has rows 0 to 49.*resize_token_embeddings"),
         ({"trainable_token_indices": [-1]}, "contains -1"),
         ({"trainable_token_indices": [1, 1]}, "expected one or more distinct integers"),
         ({"trainable_token_indices": []}, "one or more"),
@@ -274,7 +274,7 @@ def test_t5_shares_one_table_three_times() -> None:
         ),
         ({"trainable_token_indices": {"norm": [1]}}, "names 'model.norm', a LlamaRMSNorm"),
         ({"modules_to_save": ["embed_tokens"]}, "The embedding layer is already marked to be trained fully"),
-        ({"target_modules": ["embed_tokens"]}, "an adapter has factors or a saved copy there"),
+        ({"target_modules": ["embed_tokens"]}, "an adapter applies LoRA to this module or saves a copy of it"),
     ],
     ids=str,
 )
@@ -298,7 +298,7 @@ def test_other_adapters_where_rows_stand() -> None:
     with pytest.raises(TargetError, match="cannot be applied to lm_head"):
         attach(model, rows_of(TIED), "b")
     model = with_rows(TIED, "a")
-    with pytest.raises(ConfigError, match="rows at lm_head in a different way"):
+    with pytest.raises(ConfigError, match="rows of lm_head differently"):
         attach(model, rows_of(TIED, trainable_token_indices={"lm_head": [1]}), "b")
 
 
@@ -329,7 +329,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     for indices, text in (
         ([1], "has shape .3, 16., expected .1, 16."),
-        ([99], "contains 99, but the table has rows 0 to 49"),
+        ([99], "contains 99, but the weight has rows 0 to 49"),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "trainable_token_indices": indices}))
         with pytest.raises(AdapterFileError, match=text):

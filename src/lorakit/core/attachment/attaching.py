@@ -109,7 +109,7 @@ def attach(
 
 
 def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -> tuple[Resolution, dict[str, str]]:
-    """Return the matched modules, including tied modules, and a dict from tied module path to embedding path."""
+    """Return the matched modules, including tied ones, and a dict from each tied module's path to its embedding's."""
     found, leaders = with_ties(index, config, matched(index, config, "partial_targets" in allow))
     checks.check_called(index.model, [match.path for match in found.matches])
     checks.check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)

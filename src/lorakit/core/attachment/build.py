@@ -48,7 +48,7 @@ class NewFactor:
 
     Attributes:
         target: The site.
-        factor: The site's A, B and extra tensors, all of them parameters, with the scale and dropout.
+        factor: The site's A, B and extra tensors as parameters, together with the scale and dropout.
         match: Path, rank and alpha of the site.
         trains: Which of "A" and "B" are trainable.
         stored: The residual base in the base module's storage format, or None if the base is unchanged.
@@ -69,7 +69,7 @@ class NewAdapter:
 
     Attributes:
         name: The adapter's name.
-        config: The adapter's config, which the model keeps.
+        config: The adapter's config; the model keeps this object.
         factors: The factors, with one entry per site.
         auxiliary: Saved modules, token embeddings and biases, which are trained together with the factors.
         bias_values: Base biases that the adapter trains, each with its new values (out,).
@@ -213,13 +213,14 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
     """Check that a site supports the settings of a config.
 
     Raises:
-        ConfigError: `lora_bias` is set, but B has no separate output at the site; or the site's weight is
-            quantized and the update is added to it, so each forward pass would round the sum and block the gradient.
+        ConfigError: `lora_bias` is set, but the site does not apply A and B to a floating-point input; or the site's
+            weight is quantized and the update is added to it, so each forward pass would round the sum and block the
+            gradient.
     """
     if config.lora_bias and not target.kind.takes_bias:
         raise ConfigError(
-            f"{target.path}: lora_bias=True is not supported for {target.kind.name}, because B has no separate output "
-            "there. Leave the module out of the targets, or set lora_bias=False.",
+            f"{target.path}: lora_bias=True is not supported for {target.kind.name}, because it does not apply A "
+            "and B to a floating-point input. Leave the module out of the targets, or set lora_bias=False.",
             what=target.kind.name,
             where=target.path,
             field="lora_bias",

@@ -52,7 +52,7 @@ class Fit:
     """Assignment of an adapter's tensors to the sites and other parts of a model.
 
     Attributes:
-        sites: Path of a site on disk -> the site and a dict from `Key.part` to tensor name.
+        sites: Path on disk -> the site and a dict from `Key.part` to tensor name.
         saved: Paths of the saved modules; `copied_tensors` yields the names of their tensors.
         biases: Trained biases as (module, parameter name, tensor name) tuples.
         rows: The tokens selected in each embedding, with the name of the tensor that holds their rows.
@@ -108,7 +108,7 @@ def fit(
         tensors: Name on disk -> tensor (…).
         config: The adapter's config.
         index: The model's index.
-        bare: Path on disk -> site, for the bare parameters that the config names.
+        bare: Path on disk -> site, for the parameters that `target_parameters` names.
 
     Returns:
         The assignment of tensors to sites, with all mismatches in `problems`.
@@ -188,7 +188,7 @@ def _take_extras(left: dict[str, Tensor], config: LoraConfig, index: AdapterInde
     outer = result.outer_paths()
     depths = Counter(f"{target.outer}.{target.child}".removesuffix(".") for target, _ in result.sites.values())
     for path, module, leaves in biased_modules(index.modules, outer, result.saved, config.bias):
-        # the path in PEFT's files, that path if another adapter wraps the module, and the path in the plain base
+        # the path in PEFT's files, the path if another adapter wrapped the module too, and the path in the plain base
         paths = [inside(path, depths), path + INSIDE * max(1, depths[path]), path]
         for leaf in leaves:
             names = [f"{PREFIX}{way}.{leaf}" for way in paths]
@@ -265,8 +265,9 @@ def _check_parts(tensors: Mapping[str, Tensor], config: LoraConfig, path: str, r
 def _rank(config: LoraConfig, target: TargetWeight, found: int) -> int:
     """Return the expected rank of a site.
 
-    If any key of `rank_pattern` is a regular expression, every rank in the config is accepted. Keys are paths of
-    modules or, in combined adapters (where the weights of one module can have different ranks), of single weights.
+    If any key of `rank_pattern` is a regular expression, the result is `found` if the config contains that rank, and
+    `config.r` otherwise. Keys are paths of modules or, in combined adapters (where the weights of one module can have
+    different ranks), of single weights.
     """
     try:
         of_module = literal_value(config.rank_pattern, target.pattern_path, config.r)

@@ -1,4 +1,4 @@
-"""Load an adapter strictly: read and check everything outside the model, and report all mismatches in one error.
+"""Load an adapter strictly: read and check all of it before changing the model, and report all mismatches in one error.
 
 An adapter's sites are derived from the names of its tensors, so regular expressions in files are never run. The model
 changes in one step, after every check has passed or has been overridden.

@@ -44,7 +44,7 @@ class SavedForm:
         name: The adapter's name.
         tensors: Name on disk -> tensor (…).
         config: The adapter's config.
-        sites: Path of a site on disk -> rank and alpha.
+        sites: Path on disk -> rank and alpha of the site.
         about: The initial state to record in `lorakit.json`; empty if the initialization does not change the base.
         initial: Contents of `INITIAL_FILE`, or None if that file is not needed.
     """
@@ -136,7 +136,7 @@ def _as_lora(found: SavedForm, layers: Sequence[tuple[str, LoraLayer]], initial:
         first = [initial[key] for key in (down, up) if key in initial and initial[key].shape == tensors[key].shape]
         if len(first) != 2:
             raise AdapterError(
-                f"{down} is missing from the adapter that was saved before training, or its shape differs.",
+                f"{down} is missing from the adapter that was saved before training, or has a different shape.",
                 what=found.name,
                 where=down,
             )

@@ -283,7 +283,7 @@ def leaders_of(index: AdapterIndex, names: Sequence[str]) -> dict[LoraLayer, Lor
         index: The model's index.
         names: The adapters. Two layers match only if each of these adapters has factors in both layers or in neither.
     """
-    owners: dict[int, LoraLayer] = {}  # id of a factor -> the first layer that has it
+    owners: dict[int, LoraLayer] = {}  # id of a factor -> the first layer that uses it
     found = {}
     for _, layer in index.layers_of(names):
         leader = layer.leader_of(names)
@@ -327,7 +327,7 @@ def _leading_tables(index: AdapterIndex) -> dict[TrainableTokens, list[Trainable
 
 
 def _shared_table(index: AdapterIndex, table: TrainableTokens, followers: Sequence[TrainableTokens]) -> str | None:
-    """Return the name of an embedding's weight in a module outside `followers` that shares it, or None."""
+    """Return the name of the weight in a module that is tied to an embedding but not in `followers`, or None."""
     held = table.token_adapter.weight_here
     members = [module.token_adapter for module in (table, *followers)]
     tied = {id(member.base_layer) for member in members if member.weight_here is held}

@@ -24,7 +24,7 @@ from lorakit.errors import AdapterError, RouteError
 
 
 def activate(model: nn.Module, *names: str) -> None:
-    """Set the default adapters, which are active in every thread without an override.
+    """Set the default adapters, which are active in every thread that does not override them.
 
     Args:
         model: An adapted model.

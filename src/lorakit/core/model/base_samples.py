@@ -284,7 +284,7 @@ def sample_count(shape: tuple[int, ...], tensors: int) -> int:
     """
     wanted = max(LEAST, min(NUMBERS, BUDGET // max(1, tensors)))
     if len(shape) == 3 and wanted == NUMBERS and 0 < shape[0] <= MOST_SLICES:
-        wanted = shape[0] * -(-NUMBERS // shape[0])  # a multiple of shape[0]: no range spans two slices
+        wanted = shape[0] * -(-NUMBERS // shape[0])  # a multiple of shape[0], so no range spans two slices
     return min(math.prod(shape), wanted)
 
 

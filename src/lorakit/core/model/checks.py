@@ -62,8 +62,8 @@ def check_called(model: nn.Module, paths: Iterable[str]) -> None:
     if bad:
         raise TargetError(
             f"Module {bad[0]!r} is incompatible with Mamba-based models (model_type={kind!r}): their fused kernels "
-            f"read the weights of {' and '.join(sorted(READ_PAST))} directly, so an adapter there has no effect. "
-            "Remove the module from target_modules, or add it to exclude_modules.",
+            f"read the weights of {' and '.join(sorted(READ_PAST))} directly, so an adapter on this module would have "
+            "no effect. Remove the module from target_modules, or add it to exclude_modules.",
             what=bad[0],
             field="target_modules",
         )

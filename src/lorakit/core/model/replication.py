@@ -142,7 +142,7 @@ def _built(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Replication:
         if not 0 <= start < end <= count:
             raise ConfigError(
                 f"layer_replication contains ({start}, {end}); the model has layers 0 to {count - 1}, and a range is "
-                "(first, last + 1).",
+                "given as (first, last + 1).",
                 what=(start, end),
                 field="layer_replication",
             )
@@ -173,7 +173,7 @@ def _find(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
             return holder, attribute, found
     raise ConfigError(
         f"layer_replication: Could not locate the layers attribute in the model, a {type(model).__name__}. Expected "
-        "Llama, Bert or Falcon compatible architectures: an nn.ModuleList `layers`, `encoder.layer` or `h`.",
+        "Llama, Bert or Falcon compatible architectures: an nn.ModuleList named `layers`, `encoder.layer` or `h`.",
         what=type(model).__name__,
         field="layer_replication",
     )

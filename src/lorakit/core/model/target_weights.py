@@ -1,8 +1,8 @@
-"""Find a model's adapted sites and the weights that an adapter targets, and convert their paths to paths on disk.
+"""Find a model's adapted sites and an adapter's target weights, and convert their paths to those in adapter files.
 
 A module with several adapted parameters has one layer per parameter; the parameter defined last has the outermost
-layer. Paths on disk follow PEFT: they show this nesting instead of the parameters' names, and they count only the
-layers of the saved adapter, even if other adapters have layers around the same module.
+layer. Paths in adapter files follow PEFT: they show this nesting instead of the parameters' names, and they include
+only the layers of the saved adapter, even if other adapters have layers around the same module.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def matched(index: AdapterIndex, config: LoraConfig, allow_partial: bool = False
 
 
 def named_targets(index: AdapterIndex, config: LoraConfig) -> dict[str, TargetWeight]:
-    """Return the target weights of the bare parameters that a config names, keyed by path on disk.
+    """Return a target weight for each parameter that `target_parameters` names, keyed by path on disk.
 
     Rank and alpha patterns are ignored.
 
@@ -163,7 +163,7 @@ def dropout_at(config: LoraConfig, target: TargetWeight, holder: nn.Module) -> f
 def paths_on_disk(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, str]:
     """Return the on-disk path of each of an adapter's sites, keyed by path in the model.
 
-    The paths on disk do not count the layers of other adapters.
+    The paths on disk ignore the layers of other adapters.
 
     Args:
         model: The adapted model, or its index.

@@ -410,7 +410,7 @@ def _checked(index: AdapterIndex, path: str, indices: Sequence[int]) -> tuple[in
     outside = next((i for i in numbers if not 0 <= i < weight.shape[0]), None)
     if outside is not None:
         raise ConfigError(
-            f"trainable_token_indices for {path} contains {outside}, but the table has rows 0 to "
+            f"trainable_token_indices for {path} contains {outside}, but the weight has rows 0 to "
             f"{weight.shape[0] - 1:,}. For added tokens, call model.resize_token_embeddings first.",
             what=outside,
             where=path,
@@ -456,15 +456,16 @@ def _check_free(path: str, index: AdapterIndex, sites: Collection[str], saved: C
     module = index.modules[path]
     if path in sites or (module is not table_at(index, path) and not isinstance(module, TrainableTokens)):
         raise TargetError(
-            f"trainable_token_indices cannot be applied to {path}: an adapter has factors or a saved copy there. "
-            "Remove the module from target_modules or modules_to_save, or load a separate model for each adapter.",
+            f"trainable_token_indices cannot be applied to {path}: an adapter applies LoRA to this module or saves "
+            "a copy of it. Remove the module from target_modules or modules_to_save, or load a separate model for each "
+            "adapter.",
             where=path,
             field="trainable_token_indices",
         )
 
 
 def _check_same_ties(group: ChosenRows, index: AdapterIndex) -> None:
-    """Check that the adapters already on the model tie the same modules as a new group does."""
+    """Check that a new group ties the same modules as the adapters already on the model."""
     leader = index.modules[group.path]
     wrong = [group.path] if isinstance(leader, TrainableTokens) and leader.follows else []
     for path in group.tied:
@@ -474,8 +475,8 @@ def _check_same_ties(group: ChosenRows, index: AdapterIndex) -> None:
         wrong += [] if together or unadapted else [path]
     if wrong:
         raise ConfigError(
-            f"trainable_token_indices: another adapter ties the rows at {wrong[0]} in a different way. Specify the "
-            "same tables for both adapters, or load a separate model for each adapter.",
+            f"trainable_token_indices: another adapter ties the rows of {wrong[0]} differently. Name the same "
+            "modules for both adapters, or load a separate model for each adapter.",
             where=wrong[0],
             field="trainable_token_indices",
         )

@@ -297,7 +297,7 @@ def _separate(
 def _with_bias(made: SiteFactors, here: Weighted) -> SiteFactors:
     """Return a combined factor with the weighted sum of the biases at its site.
 
-    If no adapter has a bias there, the result gets a zero bias, because `lora_bias` requires a bias at every site.
+    If none of the adapters has a bias, the result gets a zero bias, because `lora_bias` requires one at every site.
     """
     scaled = [f.bias * (weight * f.scale) for f, weight in here if weight != 0 and f.bias is not None]
     return dataclasses.replace(made, bias=torch.stack(scaled).sum(0) if scaled else made.B.new_zeros(made.B.shape[0]))

@@ -108,7 +108,7 @@ def check_joinable(adapters: Sequence[AdapterWeights]) -> None:
 
 
 def _check_bare_parameters(adapters: Sequence[AdapterWeights]) -> None:
-    """Check that no adapter uses features that bare parameters do not support if another adapter adapts any."""
+    """If any adapter adapts bare parameters, check that no adapter uses features that they do not support."""
     bare = next((adapter.label for adapter in adapters if adapter.config.target_parameters), None)
     if bare is None:
         return
@@ -169,7 +169,7 @@ def check_no_base_biases(adapter: AdapterWeights) -> None:
 
 
 def joined_config(configs: Sequence[LoraConfig]) -> LoraConfig:
-    """Return a copy of the first config with the variants, the bias of B and the saved modules that the adapters need.
+    """Return a copy of the first config, extended with the variants, `lora_bias` and saved modules of the others.
 
     Args:
         configs: Configs of one or more adapters; ranks, scales and targets are ignored.
@@ -196,7 +196,7 @@ def joined_config(configs: Sequence[LoraConfig]) -> LoraConfig:
 
 
 def shared_facts(adapters: Sequence[AdapterWeights]) -> JsonObject:
-    """Return the metadata that all adapters share and the result inherits: base model name and tokenizer hashes."""
+    """Return the metadata that all adapters share, for the result to inherit: base model name and tokenizer hashes."""
     first, *rest = (adapter.facts for adapter in adapters)
     names = ("base_name", "tokenizer_sha256", "chat_template_sha256")
     return {name: first[name] for name in names if name in first and all(f.get(name) == first[name] for f in rest)}

@@ -156,14 +156,14 @@ def _dense_update(path: str, factor: SiteFactors, reading: Callable[[str], Readi
 
 
 def _cut_factor(factor: SiteFactors, to: RankLimit) -> tuple[Product, float, float]:
-    """Return the truncated form of a factor, the norm of its update, and the lost energy fraction."""
+    """Return the truncated form of a factor, the norm of its update, and the fraction of the energy lost."""
     found = spectrum(factor.scaled_product())
     smaller, lost = cut(found, to, factor.shared)
     return smaller, float(found.S.norm()), lost
 
 
 def _cut_dense(delta: Tensor, to: RankLimit) -> tuple[Product, float, float]:
-    """Return the truncated form of an update (out, n), the norm of the update, and the lost energy fraction."""
+    """Return the truncated form of an update (out, n), the norm of the update, and the fraction of the energy lost."""
     found, whole = dense_spectrum(delta, to.rank)
     product = truncated(found, to.of(found.S))
     kept = float(found.S[:, : product.A.shape[1]].double().square().sum())

@@ -269,7 +269,7 @@ def _changes(
 def _name_in(source: TensorSource, names: Sequence[str]) -> str:
     under = source.under(names)
     if under is None:
-        raise ModelError(f"{source.label} has no tensor {names[0]}, so nothing can be extracted there.", where=names[0])
+        raise ModelError(f"{source.label} has no tensor {names[0]}, so no update can be extracted.", where=names[0])
     return under
 
 

@@ -226,7 +226,7 @@ def _check_told_apart(module: str, inside: Iterable[_Parameter]) -> None:
 
 
 def _evened(factors: Mapping[str, SiteFactors]) -> dict[str, SiteFactors]:
-    """Pad factors with zeros to a common rank where patterns cannot tell their parameters apart."""
+    """Pad factors with zeros to a common rank if they belong to parameters that files cannot distinguish."""
     largest: dict[tuple[str, ...], int] = {}
     for factor in factors.values():
         if len(factor.names) > 1:
