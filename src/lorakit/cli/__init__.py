@@ -151,7 +151,7 @@ def _explain(error: Exception, tokens: list[str], as_json: bool) -> int:
 
 
 def _without_traceback_flag(tokens: list[str]) -> tuple[list[str], bool]:
-    """Remove `--traceback` from the arguments before a bare `--`, and return whether the flag was given."""
+    """Remove `--traceback` from the arguments that precede a bare `--`, and return whether the flag was given."""
     end = tokens.index("--") if "--" in tokens else len(tokens)
     kept = [token for token in tokens[:end] if token != "--traceback"]
     return kept + tokens[end:], len(kept) < end

@@ -104,7 +104,7 @@ def _vocabulary(files: AdapterFiles) -> int:
 
 @contextlib.contextmanager
 def naming_flags() -> Iterator[None]:
-    """Return a context manager that adds to a failed check's error message the flag that overrides the check.
+    """Return a context manager that extends a failed check's error message with the flag that overrides the check.
 
     Raises:
         LorakitError: The error raised within the context, with the flag in its message.
@@ -122,7 +122,7 @@ LARGEST_TOKENIZER_BYTES = 256 << 20
 
 
 def copy_tokenizer(adapters: Sequence[AdapterFiles], folder: Path) -> None:
-    """Copy the original adapters' tokenizer to the adapter made from them, if they all have the same tokenizer.
+    """Copy the tokenizer to the new adapter if all original adapters have the same tokenizer files.
 
     Args:
         adapters: Files of the original adapters.
@@ -167,7 +167,7 @@ def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> Save
 
 
 def _largest(tokenizers: Sequence[SavedTokenizer]) -> SavedTokenizer | None:
-    """Return the tokenizer with all tokens and ids of the others, or None if there is none or chat templates differ."""
+    """Return the tokenizer that contains the others' tokens and ids; None if there is none or chat templates differ."""
     tokens = [set(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
     for tokenizer, own in zip(tokenizers, tokens, strict=True):
         if all(own >= other for other in tokens) and all(
@@ -197,7 +197,7 @@ def report_training_quantization(adapters: Sequence[AdapterFiles], wanted: Quant
 
 
 def by_name(items: Iterable[Item], name: Callable[[Item], str]) -> dict[str, list[Item]]:
-    """Group items by name, and return a dict from names to items; names and items keep their order.
+    """Return a dict from names to lists of items; names and items keep their order.
 
     Args:
         items: The items, such as the sites of an adapter.
@@ -213,8 +213,8 @@ def print_report(report: OperationReport, lines: Sequence[str], output_dir: Path
     """Print the report of an operation on adapters.
 
     Args:
-        report: The report.
-        lines: The report as text.
+        report: The report's values, for the JSON document.
+        lines: Lines of the report as text.
         output_dir: Directory of the new adapter.
         as_json: Whether to print JSON instead of text.
     """

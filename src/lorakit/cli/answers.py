@@ -113,7 +113,7 @@ class _Lines:
         self._space = self._word = ""
 
     def add(self, piece: str) -> str:
-        """Add a piece, and return the text that can be printed: all but the last word, which may be incomplete."""
+        """Add a piece of text, and return what can be printed: all but the last word, which may be incomplete."""
         out = ""
         for character in piece:
             if character == "\n":

@@ -39,8 +39,8 @@ class Flags:
 def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag = False) -> None:
     """Compress an adapter by replacing each site's update with its best lower-rank approximation.
 
-    Only the adapter's factors are needed; the base is not loaded. The exact fraction of energy lost is printed. Pass
-    --rank or --energy.
+    Only the adapter's weights are needed; the base is not loaded. The output gives the exact fraction of the updates'
+    energy that is lost. Pass --rank or --energy.
     """
     check_adapters([flags.adapter])
     check_new_directory(flags.output_dir)

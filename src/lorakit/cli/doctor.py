@@ -78,7 +78,7 @@ class Findings:
         cache: Directory of downloaded models.
         cache_free_bytes: Free space, in bytes, on the disk that holds the cache.
         speed: Measured matmul speed, or None if not measured.
-        kernels: Description of the CPU kernels that an accelerated model runs between matmuls.
+        kernels: Description of the CPU kernels that a model runs between matmuls after `lorakit.accelerate`.
         cuda_kernels: Device -> description of its CUDA kernels, for one device of each GPU model.
         kernels_lack: Missing requirements for faster kernels: "compiler" (a C compiler) or "triton".
     """

@@ -55,7 +55,7 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
     """Extract an adapter from a fully fine-tuned model: the best low-rank approximation of each site's change.
 
     Directories with safetensors files are read one weight at a time. The output lists what the adapter does not
-    capture: the energy left out at the sites, and changes outside the sites. Pass --rank or --energy.
+    capture: the fraction of the energy left out at the sites, and changes to other tensors. Pass --rank or --energy.
     """
     check_new_directory(flags.output_dir)
     check_model(flags.base)

@@ -100,7 +100,7 @@ def groups(summary: AdapterSummary) -> Iterator[dict[str, Any]]:
 
 
 def _module(path: str) -> str:
-    """Return the last component of a site's path, with everything from `.base_layer` on if the path contains it."""
+    """Return the last component of a site's path, keeping any `.base_layer` suffix and everything after it."""
     module, inside, deeper = path.partition(".base_layer")
     return module.rpartition(".")[2] + inside + deeper
 

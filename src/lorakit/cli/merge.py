@@ -63,8 +63,8 @@ def run(
     """Merge adapters into the base model, and write a model directory that any program can load.
 
     The result is reloaded and compared with the unmerged base and adapters, and is kept only if the outputs agree.
-    The output directory records the merged adapters, so that lorakit does not apply them twice. --verbose adds the
-    steps and the sites with the largest rounding loss.
+    The output directory records the merged adapters, so that lorakit does not apply them twice. --verbose also
+    prints each step, and the sites with the largest rounding loss.
     """
     check_choice("dtype", flags.dtype, MODEL_DTYPES)
     check_new_directory(flags.output_dir)

@@ -100,7 +100,7 @@ class Merged:
         weights_bytes: Size of the safetensors files in bytes.
         untied: Whether input and output embeddings were untied.
         has_tokenizer: Whether a tokenizer was written.
-        report: Merge statistics of each site.
+        report: Merge statistics for each site.
     """
 
     folder: Path
@@ -313,7 +313,7 @@ def _untie_config(model: EmbeddingModel) -> bool:
 
 
 def _probe_ids(model: torch.nn.Module) -> Tensor:
-    """Return token ids for the comparison, shape (1, tokens), determined by the vocabulary size and context length."""
+    """Return pseudorandom token ids, shape (1, tokens), that depend only on the vocabulary size and context length."""
     length = min(PROBE_TOKENS, context_tokens(model) or PROBE_TOKENS)
     return torch.randint(vocabulary_of(model), (1, length), generator=torch.Generator().manual_seed(0))
 

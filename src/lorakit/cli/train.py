@@ -48,7 +48,7 @@ def run(
     --resume.
     """
     given: dict[str, Any] = asdict(flags)
-    if given["new_tokens"] is not None:  # accept "a,b" and "a b"; list tokens with commas in a config file
+    if given["new_tokens"] is not None:  # accept "a,b" and "a b"; only a config file allows commas in tokens
         given["new_tokens"] = ",".join(given["new_tokens"])
     if config is None:
         _check(given)

@@ -1,4 +1,4 @@
-"""`LoraConfig` and its helper types. Field defaults and the scale rule are defined only here.
+"""`LoraConfig` and its helper types. Field defaults and the scale formula are defined only here.
 
 Field names, defaults and the format of `adapter_config.json` follow PEFT, so configs are interchangeable with
 PEFT's. The constructor is strict; `read_config` is lenient and reports unknown keys. This package does not depend on

@@ -1,4 +1,4 @@
-"""Constants, types and helpers for configs: task types, the scale rule, and type checks for fields.
+"""Constants, types and helpers for configs: task types, the scale formula, and type checks for fields.
 
 The type checks tolerate the different forms that a value can take in Python and in JSON: tuples, sets and lists are
 interchangeable, integers are accepted as floats, and None is accepted as False. Booleans are not accepted as numbers.
@@ -154,13 +154,13 @@ def check_types(config: Dataclass, leave: Collection[str] = ()) -> None:
 
 @cache
 def _hints(kind: type) -> dict[str, Any]:
-    """Return a dict from field names to annotations, omitting fields that classes outside lorakit add."""
+    """Return a dict from field names to annotations, omitting fields added by classes outside lorakit."""
     ours = next(part for part in kind.__mro__ if part.__module__.partition(".")[0] == "lorakit")
     return typing.get_type_hints(ours)
 
 
 def plain(value: Value) -> Value:
-    """Convert a value for storage: numbers become Python numbers; ranges, arrays and generators become lists.
+    """Convert a value for storage: numbers become Python ints or floats; ranges, arrays and generators become lists.
 
     Args:
         value: A field's value; lists, tuples, sets and dicts are copied, and their entries are converted.

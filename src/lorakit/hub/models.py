@@ -1,7 +1,7 @@
 """Load and save models and tokenizers: safetensors only, no code from a model's directory, no random weights.
 
-Models are loaded in eval mode. `quantizing` handles quantized base models. `save_model` writes a directory that
-`from_pretrained` can load; `load_base` loads the base named in an adapter's config, with the caller's options.
+Models are loaded in eval mode. The module `quantizing` handles quantized base models. `save_model` writes a directory
+that `from_pretrained` can load; `load_base` loads the base named in an adapter's config, with the caller's options.
 `add_tokens` adds tokens to a tokenizer. `tokenizer_hash` and `chat_template_hash` compute hashes that adapters
 record to identify the tokenizer and the chat template they were trained with.
 """

@@ -99,7 +99,7 @@ def _read(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
     options: dict[str, Any] = {"gguf_file": source.name, "dtype": torch.bfloat16}
     packed = getattr(transformers, "GgufConfig", None)
-    if packed is not None:  # newer releases may keep the weights packed if a kernel for them is installed
+    if packed is not None:  # newer transformers versions may keep weights packed if a kernel is installed
         options["quantization_config"] = packed(dequantize=True)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(str(source.parent), **options)
     return loaded, transformers.AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
@@ -257,7 +257,7 @@ def packaged_directory(
     require_packages(f"Converting {model.name!r}", "demo", ("gguf", "accelerate"))
     _make(models, model)
     with _locked(models / f"{model.folder}.lock"):
-        if not _whole(final):  # another process may have converted it in the meantime
+        if not _whole(final):  # another process may have converted the model in the meantime
             sweep(models)
             if say:
                 say(f"Converting {model.name} ({model.title}) into {final}; this is done only once (about 20 seconds).")

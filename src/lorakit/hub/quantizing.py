@@ -89,7 +89,7 @@ def loading_options(wanted: Quantization, dtype: torch.dtype, device: str | torc
 
 
 def finish_loading(model: nn.Module, wanted: Quantization | None, source: ModelSource) -> None:
-    """Finish loading a model: quantize it if transformers could not, disable repacking, and check dequantization.
+    """Finish loading a model: quantize it if transformers could not, block weight repacking, and check dequantization.
 
     Args:
         model: The loaded model, modified in place.

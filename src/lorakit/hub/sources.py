@@ -181,7 +181,7 @@ def _what_else(path: Path) -> str:
         try:
             base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
         except (OSError, ValueError, AttributeError):
-            base = None  # the message is complete without the base's name
+            base = None  # the message simply omits the base's name
         shown = f" Its base is {base!r}." if isinstance(base, str) else ""
         return f" It is an adapter: pass it as --adapter, and its base as --model.{shown}"
     below = sorted(entry.name for entry in path.iterdir() if (entry / "config.json").is_file())
