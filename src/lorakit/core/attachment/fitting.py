@@ -94,7 +94,7 @@ class Fit:
         self.problems.append(Problem(kind, name, text))
 
     def check_shape(self, name: str, given: Tensor, wanted: Sequence[int]) -> None:
-        """Record a mismatch if a tensor (…) does not have the expected shape."""
+        """Record a mismatch if a tensor (any shape) does not have the expected shape."""
         if tuple(given.shape) != tuple(wanted):
             self.add(SHAPE, name, f"{name} has shape {tuple(given.shape)}, expected {tuple(wanted)}")
 
