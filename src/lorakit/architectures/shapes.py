@@ -1,10 +1,10 @@
 """Model shapes: names and sizes of a model's modules, from which `plan` estimates costs.
 
-A `ModelShape` comes from `lorakit.plan.catalogue` (published models) or from `lorakit.hub` (any model directory, read
-on the meta device). For each model family (GPT-2, BERT, Llama, Qwen2 and Qwen3; SmolLM2 counts as Llama), one function
-builds the full list of sites from a few published sizes, in the same module order as the `transformers` class. The
-tests compare this list with a model of that class on the meta device. This module does not import torch and does not
-handle files, adapters or costs.
+A `ModelShape` comes from `lorakit.plan.catalogue` (published models) or from `lorakit.hub`, which creates the model of
+any model directory on the meta device. For each model family (GPT-2, BERT, Llama, Qwen2 and Qwen3; SmolLM2 counts as
+Llama), one function builds the full list of sites from a few published sizes, in the same module order as the
+`transformers` class. The tests compare this list with a model of that class on the meta device. This module does not
+import torch and does not handle files, adapters or costs.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class _Part:
 
 
 class _Source:
-    """A reader that returns a text in portions of any size."""
+    """A reader that returns text in chunks of any requested size."""
 
     def __init__(self, pieces: Iterable[str]) -> None:
         self._pieces = iter(pieces)

@@ -165,7 +165,7 @@ def estimate(
     ranks: Sequence[int] = (),
     allow_partial: bool = False,
 ) -> Plan:
-    """Estimate the parameters, memory, FLOPs and time of training an adapter, without loading weights.
+    """Estimate the parameter count, memory, FLOPs and time needed to train an adapter, without loading weights.
 
     Args:
         shape: Shape of the base, from `catalogue.published(name)` or `lorakit.hub.shape_of(model)`.

@@ -205,15 +205,17 @@ def stored(shape: ModelShape, name: str, itemsize: int, double: bool) -> StoredB
     storage = storage_named(name)
     sites = quantized_sites(shape, storage)
     if not sites:
+        possible = [other.name for other in STORAGES if quantized_sites(shape, other)]
+        remedy = (
+            f"Omit it, or use a format that supports this model: {', '.join(possible)}." if possible else "Omit it."
+        )
         raise ConfigError(
             f"{shape.name}: quantization {name!r} supports {' and '.join(storage.kinds)} modules, and this "
-            f"{shape.architecture} has none apart from its output head. Omit quantization, or use a format "
-            "that supports this model "
-            f"({', '.join(s.name for s in STORAGES if quantized_sites(shape, s)) or 'there is none'}).",
+            f"{shape.architecture} has none apart from its output head. {remedy}",
             what=name,
             where=shape.name,
             field="quantization",
-            allowed=[s.name for s in STORAGES if quantized_sites(shape, s)],
+            allowed=possible,
         )
     sizes = [storage.size(s.out_features, s.in_features, itemsize, double and storage.doubles) for s in sites]
     elements = sum(site.weight_parameters for site in sites)

@@ -105,7 +105,7 @@ class LoraLayer(BaseWeight):
         return list(self.r)
 
     def set_trained(self, name: str, trained: bool) -> None:
-        """Unfreeze or freeze an adapter's tensors; those that its initialization or variant never trains stay frozen.
+        """Unfreeze or freeze an adapter's tensors, except for tensors that its initialization or variant keeps frozen.
 
         Args:
             name: The adapter; ignored if it has no factors in this layer.

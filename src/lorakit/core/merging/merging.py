@@ -321,7 +321,7 @@ def untied_copies(index: AdapterIndex, names: Collection[str]) -> list[tuple[str
 
 
 def _leading_tables(index: AdapterIndex) -> dict[TrainableTokens, list[TrainableTokens]]:
-    """Return a dict from each module that holds trainable token embeddings to the tied modules that use them."""
+    """Return a dict that maps each module with its own trainable token embeddings to the tied modules that use them."""
     tables = [table for _, table in index.every(TrainableTokens)]
     return {table: [other for other in tables if table.leads(other)] for table in tables if not table.follows}
 

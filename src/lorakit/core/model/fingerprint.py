@@ -1,4 +1,4 @@
-"""The identity of a base: its architecture, the names and shapes of its parameters, and samples of every tensor.
+"""The identity of a base model: its architecture, the names and shapes of its parameters, and samples of every tensor.
 
 A fingerprint takes milliseconds to compute, even for large models, because every floating-point parameter and
 persistent buffer is sampled only at fixed positions. The sampled values are stored bit for bit in the tensor's dtype.
@@ -69,7 +69,7 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The identity of a base.
+    """The identity of a base model.
 
     Attributes:
         architecture: Class name of the model.
