@@ -58,6 +58,7 @@ def main(rank: int, meeting: str, way: str, fast: bool, result: str) -> None:
         gradients = {name: whole(parameter.grad) for name, parameter in trained.items()}
         optimizer.step()
     torch.save((losses, gradients), f"{result}.{rank}")
+    dist.barrier()  # otherwise one process may tear down the connection that the other still uses, and both wait
     dist.destroy_process_group()
 
 
