@@ -48,6 +48,17 @@ def test_a_swapped_adapter_is_the_other_one(rank: int, padded: bool, tmp_path: P
     torch.testing.assert_close(model(X), wanted, atol=1e-6, rtol=1e-5)
 
 
+def test_a_compiled_model_uses_the_swapped_adapter(tmp_path: Path) -> None:
+    saved(tmp_path / "a", r=4)
+    wanted = saved(tmp_path / "b", r=4, lora_alpha=3)(X)
+    model = torch.compile(PeftModel.from_pretrained(base(), tmp_path / "a"), backend="eager")
+    with torch.inference_mode():
+        first = model(X)
+        hotswap_adapter(model, tmp_path / "b", "default")
+        torch.testing.assert_close(model(X), wanted, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(first, wanted)
+
+
 def test_what_the_new_one_lacks_becomes_zero_and_what_it_has_too_much_is_refused(tmp_path: Path) -> None:
     model = saved(tmp_path / "a")
     key = "base_model.model.2.lora_B.default.weight"

@@ -407,7 +407,8 @@ def find_state(model: nn.Module) -> AdapterState | None:
     """
     for _, module in walk(model):
         if isinstance(module, AdapterModule):
-            return module.state if model in module.state.whole else AdapterIndex.of(model).state
+            is_known = torch.compiler.is_compiling() or model in module.state.whole  # weak sets cannot be traced
+            return module.state if is_known else AdapterIndex.of(model).state
     return None
 
 
