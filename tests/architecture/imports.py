@@ -50,6 +50,8 @@ DOORS = {  # third-party package -> the files or folders that may import it
     "torchao": ("core/quantization/torchao.py",),
     "hqq": ("core/quantization/hqq.py",),
     "matplotlib": ("report.py",),
+    "datasets": ("data/columnar.py",),
+    "datasketch": ("data/quality.py",),
     "triton": ("ops/kernels/triton",),
     "cyclopts": ("cli",),
     "rich": ("train/progress.py", "cli"),

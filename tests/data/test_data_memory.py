@@ -35,14 +35,8 @@ def _write(path: Path, size: int) -> Path:
     with path.open("w", encoding="utf-8") as file:
         while have < size:
             text = " ".join(rng.choice(words) for _ in range(30)) + f" {have}"
-            row = rng.choice(
-                [
-                    {"text": text},
-                    {"prompt": text[:30], "completion": text[30:]},
-                    {"messages": [{"role": "user", "content": text[:30]}, {"role": "assistant", "content": text[30:]}]},
-                ]
-            )
-            line = text if path.suffix == ".txt" else json.dumps(row, ensure_ascii=False)
+            turns = [{"role": "user", "content": text[:30]}, {"role": "assistant", "content": text[30:]}]
+            line = text if path.suffix == ".txt" else json.dumps({"messages": turns}, ensure_ascii=False)
             have += file.write(line + "\n")
     return path
 

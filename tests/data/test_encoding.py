@@ -62,7 +62,7 @@ def _files(folder: Path) -> list[Path]:
     def text(count: int) -> str:
         return " ".join(rng.choice(words) for _ in range(count))
 
-    long, short, rows = folder / "long.txt", folder / "short.md", folder / "rows.jsonl"
+    long, short = folder / "long.txt", folder / "short.md"
     long.write_text("\ufeff" + text(6_000), encoding="utf-8")
     short.write_text(text(20) + "\r\n", encoding="utf-8")
     made: list[dict[str, Any]] = [{"text": " "}, {"prompt": "x", "completion": ""}]
@@ -72,9 +72,13 @@ def _files(folder: Path) -> list[Path]:
             {"prompt": text(at % 7), "completion": " " + text(at + 1)},
             {"messages": [{"role": "user", "content": text(3)}, {"role": "assistant", "content": text(at % 20 + 1)}]},
         ]
-    lines = [json.dumps(row, ensure_ascii=bool(at % 2)) for at, row in enumerate([*made, *made[:9]])]
-    rows.write_text("\n\n".join(lines), encoding="utf-8")
-    return [long, short, rows]
+    files = [long, short]
+    for field in ("text", "prompt", "messages"):  # a file has one shape
+        rows = [row for row in [*made, *made[:9]] if field in row]
+        lines = [json.dumps(row, ensure_ascii=bool(at % 2)) for at, row in enumerate(rows)]
+        files.append(folder / f"{field}.jsonl")
+        files[-1].write_text("\n\n".join(lines), encoding="utf-8")
+    return files
 
 
 @pytest.mark.parametrize("length", [2, 7, 64])
@@ -196,7 +200,7 @@ def test_long_completions_are_cut_and_counted(tiny_tokenizer: Any) -> None:
     rows = [Completion("hello world", " It is four."), Document("hello world")]
     report = encode(rows, tiny_tokenizer, total - 2).report
     assert (report.cut_rows, report.cut_tokens, report.cut_trained_tokens, report.dropped_rows) == (1, 2, 2, 0)
-    line = f"1 row truncated to {total - 2} tokens: 2 tokens removed (2 would have contributed to the loss);"
+    line = f"1 row truncated to {total - 2} tokens: 2 tokens removed (2 would have contributed to the loss, in 1 row);"
     assert line in "\n".join(report.lines())
     report = encode(rows, tiny_tokenizer, len(prompt)).report
     assert (report.cut_rows, report.cut_tokens, report.dropped_rows) == (1, len(answer) + 1, 1)
@@ -247,3 +251,30 @@ def test_no_trained_token_at_all_is_an_error(tiny_tokenizer: Any) -> None:
 def test_a_window_needs_two_tokens(tiny_tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match="max_length is 1; it must be at least 2"):
         encode([Document("x")], tiny_tokenizer, 1)
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "drop", "split"])
+def test_rows_that_are_too_long(overlong: Any, tiny_tokenizer: Any) -> None:
+    words = "hello world " * 40
+    whole = len(tiny_tokenizer(words, add_special_tokens=False)["input_ids"])
+    rows = [Completion("", words, "a.jsonl", 1), Completion("hello", " world", "a.jsonl", 2)]
+    encoded = encode(rows, tiny_tokenizer, 16, overlong=overlong)
+    found = [len(row) for row in encoded.sequences]
+    short = found[-1]
+    assert encoded.report.cut_rows == 1
+    if overlong == "split":
+        ids = [token for row in encoded.sequences[:-1] for token in row.input_ids[1:]]
+        assert ids == (tiny_tokenizer(words, add_special_tokens=False)["input_ids"] + [tiny_tokenizer.eos_token_id])[1:]
+        assert sum(row.trained_tokens for row in encoded.sequences[:-1]) == whole
+        assert any("split because of more than 16 tokens" in line for line in encoded.report.lines())
+    else:
+        assert found == ([16] if overlong == "truncate" else []) + [short]
+    assert (encoded.report.cut_answers, encoded.report.overlong) == (int(overlong == "truncate"), overlong)
+    words_of = {"drop": "1 row left out because", "truncate": "in 1 row)", "split": "1 row split"}
+    assert any(words_of[overlong] in line for line in encoded.report.lines())
+
+
+def test_a_row_that_is_too_long_can_be_an_error(tiny_tokenizer: Any) -> None:
+    rows = [Completion("", "hello world " * 40, "a.jsonl", 7)]
+    with pytest.raises(DataError, match=r"a\.jsonl:7: the row has \d+ tokens, but max_length is 16; see --overlong"):
+        encode(rows, tiny_tokenizer, 16, overlong="error")

@@ -20,24 +20,27 @@ def refused(path: object) -> str:
     return str(error.value)
 
 
-def test_kinds_and_files_may_be_mixed_and_keep_their_place(tmp_path: Path) -> None:
+def test_files_of_different_shapes_keep_their_place(tmp_path: Path) -> None:
     text = tmp_path / "a.md"
     text.write_bytes("\ufeffTitle\r\n\nWörter".encode())
-    rows = write(
-        tmp_path / "b.jsonl",
-        {"text": "one"},
-        "",
-        {"prompt": "p", "completion": "c"},
-        {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
-    )
-    records = read_records([text, rows])
+    turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    texts = write(tmp_path / "b.jsonl", {"text": "one"}, "", {"text": "two"})
+    pairs = write(tmp_path / "c.jsonl", {"prompt": "p", "completion": "c"})
+    chats = write(tmp_path / "d.jsonl", {"messages": turns})
+    records = read_records([text, texts, pairs, chats])
     assert list(records) == [
         Document("Title\r\n\nWörter", str(text)),
-        Document("one", str(rows), 1),
-        Completion("p", "c", str(rows), 3),
-        Conversation((Message("user", "u"), Message("assistant", "a")), str(rows), 4),
+        Document("one", str(texts), 1),
+        Document("two", str(texts), 3),
+        Completion("p", "c", str(pairs), 1),
+        Conversation((Message("user", "u"), Message("assistant", "a")), str(chats), 1),
     ]
     assert records.notes == []
+
+
+def test_a_file_has_one_shape(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"text": "one"}, {"prompt": "p", "completion": "c"})
+    assert "a.jsonl:2: the field 'text' is missing; the file's first row has 'text'" in refused(path)
 
 
 def test_only_a_line_feed_ends_a_row(tmp_path: Path) -> None:
@@ -50,18 +53,20 @@ def test_only_a_line_feed_ends_a_row(tmp_path: Path) -> None:
 
 
 def test_columns_that_are_not_used_are_named_once(tmp_path: Path) -> None:
-    message = {"role": "assistant", "content": "a", "tool_calls": []}
-    path = write(tmp_path / "a.jsonl", {"text": "x", "id": 1}, {"text": "y", "id": 2}, {"messages": [message]})
-    assert read_records(path).notes == [
-        f"{path}: unused columns: 'id' (2 of 3 rows), 'messages[].tool_calls' (1 of 3 rows)."
-    ]
+    message = {"role": "assistant", "content": "a", "mood": "calm", "tool_calls": []}
+    path = write(
+        tmp_path / "a.jsonl", {"messages": [message], "id": 1}, {"messages": [message | {"mood": None}], "id": 2}
+    )
+    assert read_records(path).notes == [f"{path}: unused columns: 'id' (2 of 2 rows), 'messages[].mood' (1 of 2 rows)."]
 
 
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("x")
     assert refused(tmp_path / "trian.txt").endswith("not found. Similar: train.txt.")
     assert refused(tmp_path / "no" / "a.txt").endswith(f"The directory {tmp_path / 'no'} does not exist either.")
-    assert "a directory; pass the data files in it" in refused(tmp_path)
+    (tmp_path / "none").mkdir()
+    assert "no data files found; their names must end in .txt" in refused(tmp_path / "none")
+    assert "no data files found" in refused(str(tmp_path / "*.csv"))
     empty = tmp_path / "empty.txt"
     empty.write_bytes(b" \n\t\n")
     assert refused(empty) == f"{empty}: the data file is empty."
@@ -74,13 +79,13 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     wide = tmp_path / "wide.txt"
     wide.write_text("wide", encoding="utf-16")
     assert "the data file is UTF-16; save it as UTF-8" in refused(wide)
-    other = tmp_path / "a.json"
+    other = tmp_path / "a.xlsx"
     other.write_text("[]")
-    assert "must end in .txt, .md or .jsonl, not '.json'. Convert the .json file to .jsonl" in refused(other)
+    assert "must end in .txt, .md, .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, not '.xlsx'" in refused(other)
     pipe = tmp_path / "pipe.txt"
     os.mkfifo(pipe)
     assert "not a regular file" in refused(pipe)
-    assert "No data file was given" in refused([])
+    assert "No data was given" in refused([])
 
 
 @pytest.mark.parametrize(
@@ -94,13 +99,13 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         ({"text": 3}, "the field 'text' is the number 3; it must be a string"),
         ({"text": None}, "the field 'text' is null; it must be a string"),
         ({"prompt": "p", "completion": True}, "the field 'completion' is the boolean true; it must be a string"),
-        (
-            {"prompt": "p"},
-            "the field 'completion' is missing; a row must have 'text', or 'prompt' and 'completion', or",
-        ),
-        ({"text": "a", "messages": []}, "this one has 'text' and 'messages'."),
-        ({}, "this one has no fields."),
-        ({"Promt": "a", "output": "b"}, "this one has 'Promt', 'output'. Did you mean 'prompt' instead of 'Promt'?"),
+        ({"prompt": "p"}, "the field 'completion' is missing; prompt-completion rows have 'prompt' and 'completion'."),
+        ({"text": "a", "messages": []}, "the columns 'text', 'messages' fit several shapes, text and messages; select"),
+        ({}, "the columns no columns are not recognized"),
+        ({"Promt": "a", "out": "b"}, "the columns 'Promt', 'out' are not recognized; rows must have 'text' (text), "),
+        ({"Promt": "a", "out": "b"}, "Did you mean 'prompt' instead of 'Promt'"),
+        ({"text": "a", "label": 1}, "these are classification rows ('text', 'label'), which cannot be trained on yet."),
+        ({"chosen": "a", "rejected": "b"}, "these are preference rows"),
         ('{"text": "a\\ud800"}', "the field 'text' contains an unpaired surrogate (\\ud800) at character 1"),
         (
             {"messages": []},
@@ -118,13 +123,35 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
             "Did you mean assistant?",
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-            "the field 'messages[0].content' is a list; it must be a string",
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]},
+            "the field 'messages[0].content[0]' is of type 'image'; only text is supported",
         ),
+        (
+            {"messages": [{"role": "assistant", "content": None}]},
+            "the field 'messages[0].content' is null; it must be a string, because the message has no tool calls",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]},
+            "the field 'messages[0].weight' is the number 0.5; it must be 0 (do not train on the turn) or 1",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]}]},
+            "the field 'messages[0].tool_calls[0]' has no function name",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "a=1"}}]}]},
+            "the field 'messages[0].tool_calls[0].function.arguments' is not a JSON object",
+        ),
+        (
+            {"conversations": [{"from": "humen", "value": "x"}]},
+            "the field 'conversations[0].from' is 'humen'; it must be one of system, human",
+        ),
+        ({"conversations": [{"from": "human"}]}, "the field 'conversations[0].value' is missing"),
+        ({"messages": [{"role": "user", "content": "x"}], "tools": "none"}, "the field 'tools' is the string 'none'"),
     ],
 )
 def test_bad_rows_are_named_by_line_and_field(tmp_path: Path, row: object, message: str) -> None:
-    path = write(tmp_path / "a.jsonl", {"text": "fine"}, row)
+    path = write(tmp_path / "a.jsonl", "", row)
     said = refused(path)
     assert said.startswith(f"{path}:2: ")
     assert message in said

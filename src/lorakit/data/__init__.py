@@ -7,15 +7,18 @@ Callers pass tokenizers as arguments (see the `tokens.Tokenizer` protocol); this
 
 from __future__ import annotations
 
-from lorakit.data.encoding import Encoded, Sequence, Sequences, encode, lengths
+from lorakit.data.chat import read_template
+from lorakit.data.encoding import Encoded, Overlong, Sequence, Sequences, encode, lengths
 from lorakit.data.loader import Batch, Loader, Split, by_length, padding_id, split
 from lorakit.data.reading import python_reference, read_records, write_python_reference
 from lorakit.data.records import Completion, Conversation, Document, Message, Record, Records
 from lorakit.data.report import DataReport
+from lorakit.data.shapes import SHAPES, Request
 from lorakit.data.stored import AnyRecords, StoredRecords
 from lorakit.data.tokens import Tokenizer
 
 __all__ = [
+    "SHAPES",
     "AnyRecords",
     "Batch",
     "Completion",
@@ -25,8 +28,10 @@ __all__ = [
     "Encoded",
     "Loader",
     "Message",
+    "Overlong",
     "Record",
     "Records",
+    "Request",
     "Sequence",
     "Sequences",
     "Split",
@@ -38,6 +43,7 @@ __all__ = [
     "padding_id",
     "python_reference",
     "read_records",
+    "read_template",
     "split",
     "write_python_reference",
 ]

@@ -10,7 +10,7 @@ import collections.abc
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import overload
+from typing import Literal, overload
 
 import numpy as np
 
@@ -114,6 +114,9 @@ def lengths(sequences: Iterable[Sequence]) -> array[int]:
 
 _TOKENS_AT_ONCE = 1 << 14
 
+Overlong = Literal["truncate", "drop", "split", "error"]
+"""Treatment of completions and conversations that are longer than the maximum length."""
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -129,7 +132,12 @@ class Encoded:
 
 
 def encode(
-    records: Iterable[Record], tokenizer: Tokenizer, max_length: int, watch: Callable[[int], None] | None = None
+    records: Iterable[Record],
+    tokenizer: Tokenizer,
+    max_length: int,
+    watch: Callable[[int], None] | None = None,
+    *,
+    overlong: Overlong = "truncate",
 ) -> Encoded:
     """Encode records as sequences of at most `max_length` tokens.
 
@@ -140,32 +148,38 @@ def encode(
       loss.
     - In a conversation, the assistant's turns and their end markers, as rendered by the chat template, contribute to
       the loss.
-    - Completions and conversations that are too long are truncated on the right, and rows in which no token contributes
-      to the loss are left out; both are counted.
+    - Completions and conversations that are too long are handled as `overlong` says, and rows in which no token
+      contributes to the loss are left out; both are counted.
 
     Args:
         records: Records from `read_records` or `split`.
         tokenizer: Any transformers tokenizer.
         max_length: Maximum sequence length in tokens, at least 2.
         watch: Function that is called repeatedly with the number of bytes read from disk so far, or None.
+        overlong: What to do with a completion or conversation of more than `max_length` tokens: "truncate" it on the
+            right, "drop" it, "split" it into windows like a document, or raise an "error".
 
     Returns:
         The sequences and the counts.
 
     Raises:
         ConfigError: `max_length` is below 2.
-        DataError: No token contributes to the loss after truncation, or a conversation cannot be rendered.
+        DataError: No token contributes to the loss after truncation, a conversation cannot be rendered, or a row is too
+            long and `overlong` is "error".
     """
     if max_length < 2:
         raise ConfigError.of("max_length", max_length, "at least 2: one token to read and one to predict")
-    report = DataReport(max_length, notes=list(records.notes) if isinstance(records, AnyRecords) else [])
-    work = _Work(tokenizer, report, watch or (lambda done: None))
+    report = DataReport(
+        max_length, overlong=overlong, notes=list(records.notes) if isinstance(records, AnyRecords) else []
+    )
+    work = _Work(tokenizer, report, watch or (lambda done: None), overlong)
     keys, first = bytearray(), None
     for record, size in sized(records):
         first = first or record
         report.documents += isinstance(record, Document)
         report.completions += isinstance(record, Completion)
         report.conversations += isinstance(record, Conversation)
+        report.instructions += is_plain_instruction(record, tokenizer)
         keys += content_key(record)
         if is_empty(record):
             report.empty_rows += 1
@@ -189,10 +203,14 @@ def _nothing_left(report: DataReport, first: Record | None) -> str:
         return "The data has no rows."
     parts = [f"{report.empty_rows:,} empty"] if report.empty_rows else []
     parts += [f"{report.dropped_rows:,} with nothing to train on in the first {report.max_length_tokens:,} tokens"]
+    advice = "Check the data, or increase --max-length."
+    if report.untrained_turns:
+        advice = (
+            f"Assistant turns that could not be located: {report.untrained_turns:,}, because {report.untrained_reason}."
+        )
     return (
         f"No token in the data contributes to the loss (rows: {report.rows:,}, starting at {location(first)}; "
-        f"{', '.join(parts)}). "
-        "Check the data, or increase --max-length."
+        f"{', '.join(parts)}). {advice}"
     )
 
 
@@ -203,8 +221,11 @@ class _Work:
         sequences: The sequences encoded so far.
     """
 
-    def __init__(self, tokenizer: Tokenizer, report: DataReport, watch: Callable[[int], None]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, report: DataReport, watch: Callable[[int], None], overlong: Overlong
+    ) -> None:
         self.sequences = Sequences()
+        self._overlong = overlong
         self._tokenizer = tokenizer
         self._report = report
         self._watch = watch
@@ -261,27 +282,54 @@ class _Work:
             self._watch(done)
 
     def _cut(self, record: Completion | Conversation) -> tuple[bool, bool]:
-        """Append a record, truncated to the maximum length.
+        """Append a record, shortened or split if it exceeds the maximum length.
 
         Returns:
             Whether the record was appended, and whether an end marker in it contributes to the loss.
         """
         report, row = self._report, _row(record, self._tokenizer)
         report.untrained_turns += row.untrained_turns
+        report.untrained_reason = report.untrained_reason or row.reason
+        report.prompt = report.prompt or row.prompt
         length = report.max_length_tokens
         if len(row.ids) > length:
             report.cut_rows += 1
+            if self._overlong == "error":
+                text = f"the row has {len(row.ids):,} tokens, but max_length is {length:,}; see --overlong."
+                raise DataError(f"{location(record)}: {text}", where=location(record), field="overlong")
+            if self._overlong == "drop":
+                return False, False
+            if self._overlong == "split":
+                return self._split(row), row.ended
             report.cut_tokens += len(row.ids) - length
             report.cut_trained_tokens += sum(row.trained[length:])
+            report.cut_answers += any(row.trained[length:])
         if not any(row.trained[1:length]):
             return False, False
         self.sequences.add(row.ids[:length], row.trained[:length])
         return True, row.ended and len(row.ids) <= length
 
+    def _split(self, row: TokenizedRow) -> bool:
+        """Append the windows of a row in which a token contributes to the loss; return whether there are any."""
+        length, made = self._report.max_length_tokens, 0
+        for start in range(0, len(row.ids) - 1, length - 1):  # the last token of a window is the context of the next
+            ids, trained = row.ids[start : start + length], row.trained[start : start + length]
+            if any(trained[1:]):
+                self.sequences.add(ids, trained)
+                made += 1
+        return made > 0
+
+
+def is_plain_instruction(record: Record, tokenizer: Tokenizer) -> bool:
+    """Return whether a record is an instruction that must be rendered without a chat template."""
+    return isinstance(record, Conversation) and record.is_instruction and not tokenizer.chat_template
+
 
 def _row(record: Completion | Conversation, tokenizer: Tokenizer) -> TokenizedRow:
     if isinstance(record, Conversation):
-        return conversation_tokens(record, tokenizer)
+        if not is_plain_instruction(record, tokenizer):
+            return conversation_tokens(record, tokenizer)
+        record = record.as_completion()
     prompt = token_ids(tokenizer, record.prompt) if record.prompt else []
     both = token_ids(tokenizer, record.prompt + record.completion)
     # if a token spans the boundary, tokenize prompt and completion separately: generation tokenizes the prompt alone

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
+
+from lorakit.durable import JsonObject, JsonValue
 
 KEY_BYTES = 16
 """Size of a record's content key in bytes."""
@@ -63,30 +65,54 @@ class Message:
 
     Attributes:
         role: Role of the speaker, one of `ROLES`.
-        content: Text of the turn.
+        content: Text of the turn; None if the turn has only tool calls or reasoning.
+        fields: Other fields for the chat template, such as `tool_calls` and `reasoning_content`.
+        is_trained: Whether an assistant turn contributes to the loss.
     """
 
     role: str
-    content: str
+    content: str | None
+    fields: Mapping[str, JsonValue] = field(default_factory=dict)
+    is_trained: bool = True
+
+    def untrained(self) -> Message:
+        """Return the same turn, excluded from the loss."""
+        return Message(self.role, self.content, self.fields, False)
+
+    def as_dict(self) -> JsonObject:
+        """Return the turn in the format that chat templates expect; many of them fail if the content is missing."""
+        return {"role": self.role, "content": self.content or "", **self.fields}
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A chat in which only the assistant's turns contribute to the loss.
+    """A chat in which only assistant turns contribute to the loss.
 
     Attributes:
         messages: The turns in order.
         source: Path of the file that contains the row, or another name to show in messages.
         line: Line number in the file, starting at 1; None if the row is not from a file.
+        tools: JSON schemas of the functions that the assistant may call.
+        options: Options for the chat template, such as `enable_thinking`.
+        is_instruction: Whether the row is a single request with its answer. If the tokenizer has no chat template, such
+            a row is rendered as a prompt and a completion.
     """
 
     messages: tuple[Message, ...]
     source: str = "row"
     line: int | None = None
+    tools: tuple[JsonObject, ...] = ()
+    options: Mapping[str, JsonValue] = field(default_factory=dict)
+    is_instruction: bool = False
 
-    def as_dicts(self) -> list[dict[str, str]]:
+    def as_dicts(self) -> list[JsonObject]:
         """Return the turns in the format that chat templates expect."""
-        return [{"role": message.role, "content": message.content} for message in self.messages]
+        return [message.as_dict() for message in self.messages]
+
+    def as_completion(self) -> Completion:
+        """Return the row as a prompt, which ends with a blank line, and a completion."""
+        *request, answer = (message.content or "" for message in self.messages)
+        return Completion("".join(f"{part}\n\n" for part in request), answer, self.source, self.line)
 
 
 Record: TypeAlias = Document | Completion | Conversation
@@ -139,9 +165,15 @@ def content_key(record: Record, salt: str = "") -> bytes:
     elif isinstance(record, Completion):
         digest = hashlib.sha256(json.dumps([salt, "completion", record.prompt, record.completion]).encode())
     else:
-        turns = [[message.role, message.content] for message in record.messages]
-        digest = hashlib.sha256(json.dumps([salt, "conversation", *turns]).encode())
+        turns = [_key_of(message) for message in record.messages]
+        more = [record.tools, record.options] if record.tools or record.options else []
+        digest = hashlib.sha256(json.dumps([salt, "conversation", *turns, *more], sort_keys=True).encode())
     return digest.digest()[:KEY_BYTES]
+
+
+def _key_of(message: Message) -> list[JsonValue]:
+    key: list[JsonValue] = [message.role, message.content]
+    return key if message.is_trained and not message.fields else [*key, dict(message.fields), message.is_trained]
 
 
 def keys_of(joined: bytes | bytearray) -> np.ndarray[Any, Any]:
@@ -155,4 +187,7 @@ def is_empty(record: Record) -> bool:
         return not any(piece.strip() for piece in record.pieces())
     if isinstance(record, Completion):
         return not record.completion.strip()
-    return not any(message.role == "assistant" and message.content.strip() for message in record.messages)
+    return not any(
+        message.role == "assistant" and message.is_trained and ((message.content or "").strip() or message.fields)
+        for message in record.messages
+    )

@@ -20,17 +20,23 @@ class DataReport:
         documents: Number of text files, plus the number of rows with a `text` field.
         completions: Number of rows with a prompt and a completion.
         conversations: Number of rows with messages.
+        instructions: Number of these rows that were rendered as a prompt and a completion, because the tokenizer has no
+            chat template.
         sequences: Number of sequences.
         tokens: Number of tokens in all sequences, excluding padding.
         trained_tokens: Number of tokens that contribute to the loss.
         empty_rows: Number of rows left out because they contain nothing to train on.
         duplicate_rows: Number of rows with the same content as an earlier row; they are kept.
-        cut_rows: Number of rows truncated on the right because they are longer than `max_length_tokens`.
+        overlong: What was done with rows that are longer than `max_length_tokens`.
+        cut_rows: Number of these rows.
+        cut_answers: Number of truncated rows in which a token that would have contributed to the loss was removed.
         cut_tokens: Number of tokens removed by truncation.
         cut_trained_tokens: Number of removed tokens that would have contributed to the loss.
         dropped_rows: Number of rows left out because none of their tokens contributes to the loss.
         untrained_turns: Number of assistant turns excluded from the loss because the chat template omits them, or
             rewrites them when other turns follow.
+        untrained_reason: Why the first of these turns was excluded, or "".
+        prompt: Text with which the template begins answers in generation but not in the data, or "".
         ended_rows: Number of rows in which an end marker contributes to the loss: the end-of-text token, or the
             template's end-of-turn marker.
         notes: Other messages for the user.
@@ -40,16 +46,21 @@ class DataReport:
     documents: int = 0
     completions: int = 0
     conversations: int = 0
+    instructions: int = 0
     sequences: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     empty_rows: int = 0
     duplicate_rows: int = 0
+    overlong: str = "truncate"
     cut_rows: int = 0
+    cut_answers: int = 0
     cut_tokens: int = 0
     cut_trained_tokens: int = 0
     dropped_rows: int = 0
     untrained_turns: int = 0
+    untrained_reason: str = ""
+    prompt: str = ""
     ended_rows: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -57,6 +68,17 @@ class DataReport:
     def rows(self) -> int:
         """The number of input rows: documents, completions and conversations, including empty ones."""
         return self.documents + self.completions + self.conversations
+
+    @property
+    def prompt_format(self) -> str | None:
+        """Format of the prompts: "chat", "instruction" or "text"; None if rows differ."""
+        counts = {
+            "chat": self.conversations - self.instructions,
+            "instruction": self.instructions,
+            "text": self.documents + self.completions,
+        }
+        used = [name for name, count in counts.items() if count]
+        return used[0] if len(used) == 1 else None
 
     @property
     def trained_fraction(self) -> float:
@@ -86,20 +108,29 @@ class DataReport:
         lines = []
         if self.empty_rows:
             lines.append(f"{format_count(self.empty_rows, 'row')} left out: empty.")
-        if self.dropped_rows:
-            lines.append(
-                f"{format_count(self.dropped_rows, 'row')} left out: nothing to train on within the maximum length."
-            )
-        if self.cut_rows:
+        dropped = self.dropped_rows - (self.cut_rows if self.overlong == "drop" else 0)
+        if dropped:
+            lines.append(f"{format_count(dropped, 'row')} left out: nothing to train on within the maximum length.")
+        if self.cut_rows and self.overlong == "truncate":
             lines.append(
                 f"{format_count(self.cut_rows, 'row')} truncated to {self.max_length_tokens:,} tokens: "
                 f"{self.cut_tokens:,} tokens removed ({self.cut_trained_tokens:,} would have contributed "
-                "to the loss); a larger --max-length keeps them."
+                f"to the loss, in {format_count(self.cut_answers, 'row')}); a larger --max-length keeps them."
+            )
+        elif self.cut_rows:
+            done = "left out" if self.overlong == "drop" else "split"
+            lines.append(
+                f"{format_count(self.cut_rows, 'row')} {done} because of more than {self.max_length_tokens:,} tokens."
             )
         if self.untrained_turns:
             lines.append(
-                f"{format_count(self.untrained_turns, 'assistant turn')} excluded from the loss: the chat template "
-                "changes assistant turns when other turns follow; to train on every turn, use one row per answer."
+                f"{format_count(self.untrained_turns, 'assistant turn')} excluded from the loss: "
+                f"{self.untrained_reason}; to train on every turn, use one row per answer."
+            )
+        if self.prompt:
+            lines.append(
+                f"In generation, the chat template begins answers with {self.prompt!r}, but answers in the data do not "
+                "begin with this text. Set the template's options (chat_template_kwargs) so that both agree."
             )
         if self.duplicate_rows:
             lines.append(f"{format_count(self.duplicate_rows, 'duplicate row')} kept.")

@@ -13,9 +13,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, overload
+from typing import IO, Protocol, overload
 
 from lorakit.data.records import Document, Record, Records
+from lorakit.durable import sha256_file
 from lorakit.errors import DataError
 
 READ_BYTES = 1 << 17
@@ -66,7 +67,7 @@ class DataFile:
         path: The file.
         size: Size in bytes.
         changed_ns: Modification time in nanoseconds.
-        row: Function that parses a row, given the text of the line and its number; None if the file is one document.
+        row: Function that parses a row, given its text and line number; None if the file is one document.
         starts: Byte offset of each row.
         lines: Line number of each row.
     """
@@ -117,12 +118,35 @@ class DataFile:
         with self.open() as file:
             for index in indexes:
                 file.seek(self.starts[index])
-                line = line_of(file.readline(), first=self.starts[index] == 0)
-                yield self.row(line, self.lines[index]), self.bytes_of(index)
+                text = line_of(file.read(self.bytes_of(index)), first=self.starts[index] == 0)
+                yield self.row(text, self.lines[index]), self.bytes_of(index)
+
+    def digest(self) -> tuple[str, str]:
+        """Return the path and the SHA-256 of the file."""
+        return str(self.path), sha256_file(self.path)
 
     def _document(self) -> Document:
         document = LongDocument(self)
         return document if self.size > READ_BYTES else Document(document.text, document.source)
+
+
+class RecordFile(Protocol):
+    """A file or table whose records are read on access."""
+
+    @property
+    def size(self) -> int:
+        """Size in bytes."""
+
+    def __len__(self) -> int: ...
+
+    def bytes_of(self, index: int) -> int:
+        """Return a record's size on disk in bytes."""
+
+    def records(self, indexes: Iterable[int]) -> Iterator[tuple[Record, int]]:
+        """Yield the records at the given indices, each with its size on disk in bytes."""
+
+    def digest(self) -> tuple[str, str]:
+        """Return the path or name, and a SHA-256 of the content."""
 
 
 class StoredRecords(Sequence[Record]):
@@ -138,7 +162,9 @@ class StoredRecords(Sequence[Record]):
         notes: Messages for the user.
     """
 
-    def __init__(self, files: Sequence[DataFile], notes: Iterable[str] = (), chosen: array[int] | None = None) -> None:
+    def __init__(
+        self, files: Sequence[RecordFile], notes: Iterable[str] = (), chosen: array[int] | None = None
+    ) -> None:
         self.notes = list(notes)
         self._files = list(files)
         self._begins = [0, *itertools.accumulate(len(file) for file in files)]
@@ -180,6 +206,10 @@ class StoredRecords(Sequence[Record]):
         """
         chosen = self._all()
         return StoredRecords(self._files, notes, array("q", (chosen[at] for at in positions)))
+
+    def digests(self) -> dict[str, str]:
+        """Return a dict from the path or name of each file to a SHA-256 of its content."""
+        return dict(file.digest() for file in self._files)
 
     @property
     def total_bytes(self) -> int:

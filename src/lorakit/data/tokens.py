@@ -35,8 +35,11 @@ class Tokenizer(Protocol):
     def __call__(self, text: str, **options: bool) -> Mapping[str, Any]:
         """Return the token ids as `input_ids`, and the offsets as `offset_mapping` if requested."""
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], **options: bool) -> Any:
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any:
         """Render a conversation and return its text, or its token ids with masks."""
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """Return a dict from each special or added token to its id."""
 
     def decode(self, token_ids: list[int], **options: bool) -> str:
         """Decode token ids into text."""

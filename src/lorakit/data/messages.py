@@ -1,0 +1,210 @@
+"""Messages of conversations, as data files contain them: roles, tool calls, reasoning, and tools.
+
+Two layouts are accepted: `role` and `content`, as chat templates expect, and `from` and `value`, as in ShareGPT files.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from lorakit.data.records import ROLES, Message
+from lorakit.durable import JsonObject, JsonValue, parse_json
+from lorakit.errors import did_you_mean
+
+TOOL_FIELDS = ("tool_calls", "tool_call_id", "name", "tool_plan", "reasoning_content", "reasoning", "thinking")
+"""Fields of a message besides its role and content that are passed to the chat template."""
+
+SHAREGPT_ROLES: Mapping[str, str] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+"""Value of `from` in a ShareGPT message -> role."""
+
+_FORM = "a list of objects with 'role' and 'content'"
+
+
+class BadRow(Exception):
+    """An invalid row; the message describes the problem but not the row's location."""
+
+
+def named(value: JsonValue) -> str:
+    """Describe a JSON value by its type, and by the value itself if it is a scalar."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return f"the boolean {str(value).lower()}"
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    if isinstance(value, str):
+        return f"the string {value[:30]!r}"
+    return "a list" if isinstance(value, list) else "an object"
+
+
+def string_of(value: JsonValue, name: str) -> str:
+    """Return a value that must be a string.
+
+    Args:
+        value: The value.
+        name: The field's name, for messages.
+
+    Raises:
+        BadRow: The value is not a string, or contains an unpaired surrogate.
+    """
+    if not isinstance(value, str):
+        raise BadRow(f"the field '{name}' is {named(value)}; it must be a string.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as cause:
+        raise BadRow(
+            f"the field '{name}' contains an unpaired surrogate (\\u{ord(value[cause.start]):04x}) at "
+            f"character {cause.start}; remove or replace it."
+        ) from None
+    return value
+
+
+def messages_of(value: JsonValue, name: str, unused: Counter[str]) -> tuple[Message, ...]:
+    """Return a value that must be a nonempty list of messages; a string is parsed as JSON first.
+
+    Args:
+        value: The value.
+        name: The field's name, for messages.
+        unused: Counts of unused message fields, keyed by name; updated in place.
+
+    Raises:
+        BadRow: The value is not such a list.
+    """
+    value = _parsed(value)
+    if not isinstance(value, list) or not value:
+        came = "an empty list" if value == [] else named(value)
+        raise BadRow(f"the field '{name}' is {came}; it must be {_FORM}.")
+    return tuple(_message(item, f"{name}[{index}]", name, unused) for index, item in enumerate(value))
+
+
+def tools_of(value: JsonValue, name: str) -> tuple[JsonObject, ...]:
+    """Return a value that must be None or a list of tools (JSON schemas of functions); a string is parsed as JSON.
+
+    Args:
+        value: The value.
+        name: The field's name, for messages.
+
+    Raises:
+        BadRow: The value is not such a list.
+    """
+    value = _parsed(value)
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise BadRow(f"the field '{name}' is {named(value)}; it must be a list of tools (JSON schemas of functions).")
+    return tuple(value)
+
+
+def _parsed(value: JsonValue) -> JsonValue:
+    """Parse a string that contains a JSON list or object; return any other value unchanged."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return parse_json(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _message(item: JsonValue, where: str, column: str, unused: Counter[str]) -> Message:
+    if not isinstance(item, dict):
+        raise BadRow(f"the field '{where}' is {named(item)}; it must be an object with 'role' and 'content'.")
+    if "role" not in item and "from" in item:
+        return _from_sharegpt(item, where, column, unused)
+    fields: dict[str, Any] = {key: item[key] for key in TOOL_FIELDS if item.get(key) is not None}
+    if "tool_calls" in fields:
+        fields["tool_calls"] = _calls(fields["tool_calls"], f"{where}.tool_calls")
+        if not fields["tool_calls"]:
+            del fields["tool_calls"]
+    for key in ("role", "content"):
+        if key not in item and (key == "role" or not fields):
+            raise BadRow(f"the field '{where}.{key}' is missing; a message must have 'role' and 'content'.")
+    role = string_of(item["role"], f"{where}.role")
+    if role not in ROLES:
+        allowed = f"{', '.join(ROLES)}.{did_you_mean(role, ROLES)}"
+        raise BadRow(f"the field '{where}.role' is '{role}'; it must be one of {allowed}")
+    known = ("role", "content", "weight", *TOOL_FIELDS)
+    unused.update(f"{column}[].{key}" for key in item if key not in known and item[key] is not None)
+    content = item.get("content")
+    if content is None and not fields:
+        raise BadRow(
+            f"the field '{where}.content' is null; it must be a string, because the message has no tool calls."
+        )
+    content = None if content is None else _content(content, f"{where}.content")
+    return Message(role, content, fields, _weight(item.get("weight"), f"{where}.weight"))
+
+
+def _content(value: JsonValue, where: str) -> str:
+    """Return the text of a message; a list of text parts is joined."""
+    if not isinstance(value, list):
+        return string_of(value, where)
+    texts = []
+    for number, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(part, dict) or kind not in (None, "text"):
+            what = f"of type {kind!r}" if isinstance(kind, str) else named(part)
+            raise BadRow(f"the field '{where}[{number}]' is {what}; only text is supported.")
+        texts.append(string_of(part.get("text"), f"{where}[{number}].text"))
+    return "".join(texts)
+
+
+def _weight(value: JsonValue, where: str) -> bool:
+    if value is None:
+        return True
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
+    raise BadRow(f"the field '{where}' is {named(value)}; it must be 0 (do not train on the turn) or 1.")
+
+
+def _calls(value: JsonValue, where: str) -> list[JsonObject]:
+    """Return tool calls whose arguments are objects; arguments in JSON text, as in OpenAI's files, are parsed."""
+    value = _parsed(value)
+    if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
+        raise BadRow(f"the field '{where}' is {named(value)}; it must be a list of objects.")
+    calls = []
+    for number, call in enumerate(value):
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRow(f"the field '{where}[{number}]' has no function name; it must be an object with 'function'.")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            arguments = _parsed(arguments)
+            if not isinstance(arguments, dict):
+                raise BadRow(f"the field '{where}[{number}].function.arguments' is not a JSON object.")
+        function = {**function, "arguments": {} if arguments is None else arguments}
+        rest = {key: part for key, part in call.items() if part is not None} if "function" in call else {}
+        calls.append({"type": "function", **rest, "function": function})
+    return calls
+
+
+def _from_sharegpt(item: JsonObject, where: str, column: str, unused: Counter[str]) -> Message:
+    speaker = string_of(item["from"], f"{where}.from")
+    role = SHAREGPT_ROLES.get(speaker.lower())
+    if role is None:
+        allowed = f"{', '.join(SHAREGPT_ROLES)}.{did_you_mean(speaker, SHAREGPT_ROLES)}"
+        raise BadRow(f"the field '{where}.from' is '{speaker}'; it must be one of {allowed}")
+    unused.update(
+        f"{column}[].{key}" for key in item if key not in ("from", "value", "weight") and item[key] is not None
+    )
+    if "value" not in item:
+        raise BadRow(f"the field '{where}.value' is missing; a message must have 'from' and 'value'.")
+    weight = _weight(item.get("weight"), f"{where}.weight")
+    if speaker.lower() == "function_call":
+        call = _parsed(item["value"])
+        return Message(
+            role, None, {"tool_calls": _calls(call if isinstance(call, list) else [call], f"{where}.value")}, weight
+        )
+    return Message(role, _content(item["value"], f"{where}.value"), {}, weight)

@@ -1,0 +1,270 @@
+"""Find and check the rows of text files: JSON Lines, JSON, CSV and TSV.
+
+A file is read once. For each row, only its byte offset and line number are kept, and the row is parsed again when its
+record is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import re
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import IO, TypeAlias
+
+from lorakit.data.messages import BadRow
+from lorakit.data.records import Record
+from lorakit.data.shapes import Layout, Request, checked_row, recognize
+from lorakit.data.sources import LINES
+from lorakit.data.stored import file_error, line_of
+from lorakit.durable import JsonValue, parse_json
+from lorakit.errors import DataError
+from lorakit.tables import format_count
+
+Parsed: TypeAlias = tuple[int, int, JsonValue | BadRow]
+"""Byte offset of a row, its line number, and its value or the reason why it cannot be parsed."""
+
+RowParser: TypeAlias = Callable[[str, int], Record]
+"""Function that builds a record from the text of a row and its line number."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a file that fit its shape.
+
+    Attributes:
+        layout: The shape and its columns.
+        starts: Byte offset or index of each row.
+        lines: Line or row number of each row, starting at 1.
+        notes: Messages for the user.
+    """
+
+    layout: Layout
+    starts: array[int] = field(default_factory=lambda: array("q"))
+    lines: array[int] = field(default_factory=lambda: array("q"))
+    notes: list[str] = field(default_factory=list)
+
+
+def collect(source: str, rows: Iterable[Parsed], request: Request, noun: str = "line") -> Rows:
+    """Check every row of a file, and find the shape from the first row that is valid.
+
+    Args:
+        source: Path of the file, or another name to show in messages.
+        rows: The rows, in order.
+        request: The user's choices about columns and invalid rows.
+        noun: What the second element of each row counts, for messages.
+
+    Raises:
+        DataError: A row does not fit and is not to be skipped, or no row fits.
+    """
+    starts, lines, bad = array("q"), array("q"), array("q")
+    layout, reason = None, ""
+    unused = Counter[str]()
+    for start, line, row in rows:
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            layout = layout or recognize(list(checked_row(row)), request)
+            layout.record(row, source, line, unused)
+        except BadRow as cause:
+            bad.append(line)
+            reason = reason or str(cause)
+        else:
+            starts.append(start)
+            lines.append(line)
+    if bad and not (request.skip_bad_rows and lines):
+        raise DataError(_bad_rows_message(source, reason, bad, noun), where=f"{source}:{bad[0]}")
+    if layout is None:
+        raise file_error(Path(source), "the data file has no rows.")
+    notes = [f"{source}: {layout.text()} rows."] if layout.is_notable() else []
+    if bad:
+        notes.append(f"{source}: {format_count(len(bad), 'row')} skipped; the first is {noun} {bad[0]}: {reason}")
+    if unused:
+        names = ", ".join(f"'{name}' ({count:,} of {len(lines):,} rows)" for name, count in sorted(unused.items()))
+        notes.append(f"{source}: unused columns: {names}.")
+    return Rows(layout, starts, lines, notes)
+
+
+def _bad_rows_message(source: str, reason: str, lines: Sequence[int], noun: str) -> str:
+    """Return a message that describes the first invalid row of a file and lists the lines of the others."""
+    first, *rest = lines
+    message = f"{source}:{first}: {reason}"
+    if not rest:
+        return message
+    listed = ", ".join(map(str, rest[:5])) + (", ..." if len(rest) > 5 else "")
+    return f"{message} Other invalid rows in this file: {len(rest)} ({noun}s {listed})."
+
+
+def _json_lines(path: Path, file: IO[bytes], request: Request) -> tuple[Rows, RowParser]:
+    found = collect(str(path), _lines(file), request)
+    return found, partial(_element_record, found.layout, str(path))
+
+
+def _lines(file: IO[bytes]) -> Iterator[Parsed]:
+    at = 0
+    # only \n ends a row; str.splitlines would also split JSON strings at characters such as U+2028
+    for number, raw in enumerate(file, start=1):
+        line = line_of(raw, first=at == 0)
+        if line.strip():
+            yield at, number, _parse(line)
+        at += len(raw)
+
+
+def _parse(text: str) -> JsonValue | BadRow:
+    try:
+        row: JsonValue = parse_json(text)
+    except RecursionError:
+        return BadRow("not valid JSON (nested too deeply).")
+    except ValueError as cause:
+        return BadRow(f"not valid JSON ({cause}).")
+    return row
+
+
+def _json(path: Path, file: IO[bytes], request: Request) -> tuple[Rows, RowParser]:
+    """Read a JSON file: a list of objects, or one object per line as in JSON Lines."""
+    raw = file.read()
+    text = raw.decode("utf-8-sig")
+    if not text.lstrip().startswith("["):
+        _check_lines(path, text)
+        file.seek(0)
+        return _json_lines(path, file, request)
+    found = collect(str(path), _elements(path, text, len(raw) - len(text.encode())), request)
+    return found, partial(_element_record, found.layout, str(path))
+
+
+def _check_lines(path: Path, text: str) -> None:
+    """Reject a file that is a single object, and say which of its fields contains rows."""
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        return  # one object per line, or not valid JSON, which the check of the lines reports
+    lists = [name for name, value in whole.items() if isinstance(value, list)] if isinstance(whole, dict) else []
+    if lists and "\n" in text.strip():
+        raise file_error(path, f"the file is a single object; write its list {lists[0]!r} to a file of its own.")
+
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _elements(path: Path, text: str, offset: int) -> Iterator[Parsed]:
+    """Yield the elements of a JSON list, each with its byte offset; `offset` is the size of a byte order mark."""
+    decoder, line = json.JSONDecoder(), 1
+    at, following = 0, "["
+    while True:
+        begin = _after(text, at, following)
+        if begin is None and following == "," and (closed := _after(text, at, "]")) is not None and closed == len(text):
+            return
+        if begin is not None and following == "[" and _after(text, begin, "]") == len(text):
+            return
+        try:
+            end = len(text) if begin is None else decoder.raw_decode(text, begin)[1]
+        except (ValueError, RecursionError):
+            begin = None
+        line += text.count("\n", at, begin or at)
+        if begin is None:
+            raise DataError(
+                f"{path}:{line}: not valid JSON: expected {following!r} and a value.", where=f"{path}:{line}"
+            )
+        offset += len(text[at:begin].encode())
+        yield offset, line, _parse(text[begin:end])
+        offset += len(text[begin:end].encode())
+        line += text.count("\n", begin, end)
+        at, following = end, ","
+
+
+def _after(text: str, at: int, character: str) -> int | None:
+    """Return the position after a character and the white space around it, or None if something else follows."""
+    begin = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+    if text[begin : begin + 1] != character:
+        return None
+    return _SPACE.match(text, begin + 1).end()  # type: ignore[union-attr]
+
+
+def _element_record(layout: Layout, source: str, text: str, number: int) -> Record:
+    text = text.lstrip()
+    _, end = json.JSONDecoder().raw_decode(text)
+    return layout.record(parse_json(text[:end]), source, number)
+
+
+_DELIMITERS = ",;\t|"
+
+
+def _delimited(path: Path, file: IO[bytes], request: Request) -> tuple[Rows, RowParser]:
+    """Read a CSV or TSV file; every value is a string, and the first row contains the names of the columns."""
+    first = line_of(file.readline(), first=True)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(_DELIMITERS, key=first.count)
+    file.seek(0)
+    with _long_fields():
+        rows = _cells(file, delimiter)
+        _, _, header = next(rows, (0, 1, []))
+        names = [name.strip() for name in header] if isinstance(header, list) else []
+        if not all(names) or len(set(names)) < len(names):
+            shown = ", ".join(map(repr, names)) or "nothing"
+            raise DataError(
+                f"{path}:1: the first row must contain a distinct name for each column, not {shown}.", where=f"{path}:1"
+            )
+        found = collect(str(path), ((start, line, _named_cells(names, row)) for start, line, row in rows), request)
+    return found, partial(_cells_record, found.layout, str(path), names, delimiter)
+
+
+def _cells(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, int, list[str] | BadRow]]:
+    """Yield the byte offset, line number and cells of each row that is not blank."""
+    at = read = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal read
+        for raw in file:
+            first, read = read == 0, read + len(raw)
+            yield raw.decode("utf-8-sig" if first else "utf-8")
+
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    while True:
+        at, line = read, reader.line_num + 1
+        try:
+            row = next(reader, None)
+        except csv.Error as cause:
+            yield at, line, BadRow(f"not valid CSV ({cause}).")
+            continue
+        if row is None:
+            return
+        if row:
+            yield at, line, row
+
+
+def _named_cells(names: Sequence[str], row: list[str] | BadRow) -> JsonValue | BadRow:
+    if isinstance(row, BadRow) or len(row) == len(names):
+        return row if isinstance(row, BadRow) else dict(zip(names, row, strict=True))
+    return BadRow(f"the row has {format_count(len(row), 'cell')}, but there are {format_count(len(names), 'column')}.")
+
+
+def _cells_record(layout: Layout, source: str, names: Sequence[str], delimiter: str, text: str, number: int) -> Record:
+    with _long_fields():
+        cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    return layout.record(dict(zip(names, cells, strict=True)), source, number)
+
+
+@contextlib.contextmanager
+def _long_fields() -> Iterator[None]:
+    """Return a context manager in which `csv` accepts cells of any length; the limit applies to the whole process."""
+    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+PARSERS: dict[str, Callable[[Path, IO[bytes], Request], tuple[Rows, RowParser]]] = {
+    **dict.fromkeys(LINES, _json_lines),
+    ".json": _json,
+    ".csv": _delimited,
+    ".tsv": _delimited,
+}
+"""Suffix -> function that checks a file and returns its rows and a parser for one row."""

@@ -1,0 +1,404 @@
+"""The shapes of data rows: the columns that a row has, and the record that is built from them.
+
+All rows of a file have the same shape. It is recognized by the file's columns, or selected by the user with a name or
+with a mapping from fields to columns. This module does not depend on files or tokenizers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lorakit.data.messages import BadRow, messages_of, named, string_of, tools_of
+from lorakit.data.records import Completion, Conversation, Document, Message, Record
+from lorakit.durable import JsonObject, JsonValue
+from lorakit.errors import ConfigError, nearest
+
+Row = Mapping[str, JsonValue]
+"""A row of a data file: column -> value."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A set of fields that together describe a training example.
+
+    Attributes:
+        name: Name of the shape.
+        needed: Required field -> names of the columns that can supply it, in order of preference.
+        optional: Optional field -> names of the columns that can supply it.
+        build: Function that builds the record from the fields' values, or None if training does not support the shape.
+        derived: Columns that repeat the other columns in rendered form and are ignored.
+        remedy: What the user can do instead, if `build` is None.
+    """
+
+    name: str
+    needed: Mapping[str, tuple[str, ...]]
+    build: Callable[[Values], Record] | None
+    optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    derived: tuple[str, ...] = ()
+    remedy: str = ""
+
+    def described(self) -> str:
+        """Return the shape's required columns as text, such as "'prompt' and 'completion'"."""
+        return " and ".join(f"'{columns[0]}'" for columns in self.needed.values())
+
+
+@dataclass(frozen=True)
+class Values:
+    """The values of one row, keyed by field.
+
+    Attributes:
+        row: The row.
+        columns: Field -> column.
+        source: Path of the file, or another name to show in messages.
+        line: Line or row number, starting at 1.
+        unused: Counts of unused message fields, keyed by name; updated in place.
+    """
+
+    row: Row
+    columns: Mapping[str, str]
+    source: str
+    line: int
+    unused: Counter[str]
+
+    def value(self, name: str) -> JsonValue:
+        """Return the value of a field, or None if the row does not have it."""
+        column = self.columns.get(name)
+        return None if column is None else self.row.get(column)
+
+    def string(self, name: str) -> str:
+        """Return the value of a required field that must be a string.
+
+        Raises:
+            BadRow: The value is not a string, or contains an unpaired surrogate.
+        """
+        return string_of(self.value(name), self.columns[name])
+
+    def text(self, name: str) -> str:
+        """Return the value of an optional field that must be a string; "" if the value is missing or null.
+
+        Raises:
+            BadRow: The value is not a string, or contains an unpaired surrogate.
+        """
+        return "" if self.value(name) is None else self.string(name)
+
+    def messages(self, name: str) -> tuple[Message, ...]:
+        """Return the value of a field that must be a list of messages.
+
+        Raises:
+            BadRow: The value is not a list of messages.
+        """
+        return messages_of(self.value(name), self.columns[name], self.unused)
+
+    def conversation(self, messages: Iterable[Message], *, is_instruction: bool = False) -> Conversation:
+        """Return a conversation with these messages and with the row's tools and template options.
+
+        Raises:
+            BadRow: The tools or the template options are not valid.
+        """
+        options = self.value("chat_template_kwargs")
+        if options is not None and not isinstance(options, dict):
+            raise BadRow(
+                f"the field '{self.columns['chat_template_kwargs']}' is {named(options)}; it must be an object."
+            )
+        tools = tools_of(self.value("tools"), self.columns.get("tools", "tools"))
+        return Conversation(tuple(messages), self.source, self.line, tools, options or {}, is_instruction)
+
+
+def _document(values: Values) -> Record:
+    return Document(values.string("text"), values.source, values.line)
+
+
+def _completion(values: Values) -> Record:
+    prompt, completion = values.value("prompt"), values.value("completion")
+    if not isinstance(prompt, list) and not isinstance(completion, list):
+        return Completion(values.string("prompt"), values.string("completion"), values.source, values.line)
+    context = values.messages("prompt") if isinstance(prompt, list) else (Message("user", values.string("prompt")),)
+    answer = (
+        values.messages("completion")
+        if isinstance(completion, list)
+        else (Message("assistant", values.string("completion")),)
+    )
+    return values.conversation([*(message.untrained() for message in context), *answer])
+
+
+def _messages(values: Values) -> Record:
+    return values.conversation([*_system(values), *values.messages("messages")])
+
+
+def _system(values: Values) -> list[Message]:
+    system = values.text("system")
+    return [Message("system", system)] if system else []
+
+
+def _instruction(values: Values) -> Record:
+    request = "\n\n".join(part for part in (values.string("instruction"), values.text("input")) if part)
+    return _exchange(values, request, "output")
+
+
+def _question(values: Values) -> Record:
+    request = "\n\n".join(part for part in (values.text("context"), values.string("question")) if part)
+    return _exchange(values, request, "answer")
+
+
+def _exchange(values: Values, request: str, answer: str) -> Record:
+    turns = (Message("user", request), Message("assistant", values.string(answer)))
+    return values.conversation([*_system(values), *turns], is_instruction=True)
+
+
+_CHAT = {"tools": ("tools",), "chat_template_kwargs": ("chat_template_kwargs",)}
+_SYSTEM = {"system": ("system", "system_prompt")}
+
+SHAPES: tuple[Shape, ...] = (
+    Shape("text", {"text": ("text",)}, _document),
+    Shape(
+        "prompt-completion",
+        {"prompt": ("prompt",), "completion": ("completion", "response")},
+        _completion,
+        optional=_CHAT,
+    ),
+    Shape("messages", {"messages": ("messages",)}, _messages, optional={**_CHAT, **_SYSTEM}),
+    Shape(
+        "alpaca",
+        {"instruction": ("instruction",), "output": ("output", "response")},
+        _instruction,
+        optional={"input": ("input", "context"), **_SYSTEM},
+        derived=("text",),
+    ),
+    Shape("sharegpt", {"messages": ("conversations", "conversation")}, _messages, optional={**_CHAT, **_SYSTEM}),
+    Shape(
+        "question-answer",
+        {"question": ("question",), "answer": ("answer",)},
+        _question,
+        optional={"context": ("context",), **_SYSTEM},
+    ),
+    Shape(
+        "classification",
+        {"text": ("text",), "label": ("label", "labels")},
+        None,
+        remedy="To train on the text alone, pass --format text",
+    ),
+    Shape(
+        "text-pair",
+        {
+            "first": ("sentence1", "text1", "premise", "anchor"),
+            "second": ("sentence2", "text2", "hypothesis", "positive"),
+        },
+        None,
+        optional={"label": ("label", "score")},
+        remedy="To train a language model on them, pass --columns, such as prompt=sentence1 completion=sentence2",
+    ),
+    Shape(
+        "token-classification",
+        {"tokens": ("tokens", "words"), "tags": ("tags", "ner_tags")},
+        None,
+        remedy="Convert the rows to one of the supported shapes",
+    ),
+    Shape(
+        "source-target",
+        {"source": ("source",), "target": ("target",)},
+        None,
+        remedy="To train a causal language model on them, pass --columns prompt=source completion=target",
+    ),
+    Shape(
+        "preference",
+        {"chosen": ("chosen",), "rejected": ("rejected",)},
+        None,
+        optional={"prompt": ("prompt",)},
+        remedy="Preference optimization is not supported; to train on the chosen answers, pass --columns, such as "
+        "prompt=prompt completion=chosen or messages=chosen",
+    ),
+)
+"""The shapes, in the order in which error messages list them."""
+
+TRAINABLE = tuple(shape for shape in SHAPES if shape.build is not None)
+"""The shapes that training supports."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The user's choices about how rows are read.
+
+    Attributes:
+        format: Name of the shape, or None to recognize it.
+        columns: Field -> column, for fields that a file calls by another name.
+        skip_bad_rows: Whether to leave out rows that do not fit and count them, instead of raising an error.
+
+    Raises:
+        ConfigError: The shape is unknown, or no shape has these fields.
+    """
+
+    format: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    skip_bad_rows: bool = False
+
+    def __post_init__(self) -> None:
+        if self.format is not None and self.format not in [shape.name for shape in SHAPES]:
+            raise ConfigError.of("format", self.format, allowed=[shape.name for shape in SHAPES])
+        known = {name for shape in self.shapes() for name in (*shape.needed, *shape.optional)}
+        for name in self.columns:
+            if name not in known:
+                raise ConfigError.of("columns", name, allowed=sorted(known))
+
+    def shapes(self) -> tuple[Shape, ...]:
+        """Return the shapes that may be recognized."""
+        return tuple(shape for shape in SHAPES if self.format in (None, shape.name))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of a file's rows, and the columns that supply its fields.
+
+    Attributes:
+        shape: The shape.
+        columns: Required field -> column.
+        optional: Optional field -> columns that can supply it; each row uses the first that it has.
+    """
+
+    shape: Shape
+    columns: Mapping[str, str]
+    optional: Mapping[str, tuple[str, ...]]
+
+    def record(self, row: JsonValue, source: str, line: int, unused: Counter[str] | None = None) -> Record:
+        """Build the record of a row.
+
+        Args:
+            row: The row, a dict from column to value.
+            source: Path of the file, or another name to show in messages.
+            line: Line or row number, starting at 1.
+            unused: Counts of unused columns, keyed by name; updated in place.
+
+        Raises:
+            BadRow: The row has other columns, or a value of the wrong type.
+        """
+        row = checked_row(row)
+        lacking = [column for column in self.columns.values() if column not in row]
+        if lacking:
+            present = ", ".join(f"'{name}'" for name in list(row)[:8]) or "no columns"
+            raise BadRow(
+                f"the field '{lacking[0]}' is missing; the file's first row has "
+                f"{' and '.join(map(repr, self.columns.values()))}, and this one has {present}."
+            )
+        columns = dict(self.columns)
+        for name, candidates in self.optional.items():
+            column = next((column for column in candidates if column in row), None)
+            if column is not None:
+                columns[name] = column
+        unused = Counter() if unused is None else unused
+        unused.update(name for name in row if name not in columns.values() and name not in self.shape.derived)
+        assert self.shape.build is not None  # `recognize` rejects other shapes
+        return self.shape.build(Values(row, columns, source, line, unused))
+
+    def is_notable(self) -> bool:
+        """Return whether the shape or its columns were inferred, so that the user should see them."""
+        return any(name != column for name, column in self.columns.items()) or self.shape.name in (
+            "alpaca",
+            "question-answer",
+        )
+
+    def text(self) -> str:
+        """Return the shape, and the columns that supply fields of another name."""
+        renamed = [f"{name} from '{column}'" for name, column in self.columns.items() if name != column]
+        return f"{self.shape.name} ({', '.join(renamed)})" if renamed else self.shape.name
+
+
+def checked_row(row: JsonValue) -> JsonObject:
+    """Return a row if it is a JSON object.
+
+    Raises:
+        BadRow: The row is not a JSON object.
+    """
+    if not isinstance(row, dict):
+        raise BadRow(f"a row must be a JSON object, not {named(row)}.")
+    return row
+
+
+def recognize(columns: Sequence[str], request: Request) -> Layout:
+    """Find the shape of a file's rows.
+
+    Args:
+        columns: The file's columns, or those of its first row.
+        request: The user's choices.
+
+    Raises:
+        BadRow: The columns do not fit exactly one shape, or training does not support the shape.
+    """
+    bound = [(shape, found) for shape in request.shapes() if (found := _bound(shape, columns, request)) is not None]
+    if request.format is None:
+        bound = [(shape, found) for shape, found in bound if not _is_covered(shape, found, bound)]
+    if len(bound) > 1:
+        names = " and ".join(shape.name for shape, _ in bound)
+        raise BadRow(f"the columns {_listed(columns)} fit several shapes, {names}; select one with --format.")
+    if not bound:
+        raise BadRow(_unrecognized(columns, request))
+    shape, found = bound[0]
+    if shape.build is None:
+        raise BadRow(
+            f"these are {shape.name} rows ({_listed(columns)}), which cannot be trained on yet. {shape.remedy}."
+        )
+    optional = {
+        name: (request.columns[name],) if name in request.columns else candidates
+        for name, candidates in shape.optional.items()
+    }
+    return Layout(shape, found, optional)
+
+
+def _bound(shape: Shape, columns: Sequence[str], request: Request) -> dict[str, str] | None:
+    """Return the columns of a shape's required fields, or None if the shape does not fit."""
+    if not request.columns.keys() <= shape.needed.keys() | shape.optional.keys():
+        return None
+    found = {}
+    for name, candidates in shape.needed.items():
+        wanted = (request.columns[name],) if name in request.columns else candidates
+        if request.format == shape.name and name not in request.columns:
+            wanted = (*candidates, name)
+        column = next((column for column in wanted if column in columns), None)
+        if column is None:
+            return None
+        found[name] = column
+    return found
+
+
+def _is_covered(shape: Shape, found: Mapping[str, str], bound: Sequence[tuple[Shape, Mapping[str, str]]]) -> bool:
+    """Return whether another shape explains the same columns and more."""
+    used = set(found.values())
+    return any(
+        other is not shape and (used < set(theirs.values()) or used <= {*theirs.values(), *other.derived} > used)
+        for other, theirs in bound
+    )
+
+
+def _listed(columns: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in list(columns)[:8]) or "no columns"
+
+
+def _unrecognized(columns: Sequence[str], request: Request) -> str:
+    missing = [f"'{column}'" for column in request.columns.values() if column not in columns]
+    if missing:
+        return f"there is no column {' or '.join(missing)}; the columns are {_listed(columns)}."
+    shapes = request.shapes() if request.format else TRAINABLE
+    allowed = ", ".join(f"{shape.described()} ({shape.name})" for shape in shapes)
+    halves = [
+        (name, shape)
+        for shape in shapes
+        for name, candidates in shape.needed.items()
+        if len(shape.needed) > 1 and not set(candidates) & set(columns) and _some_present(shape, columns)
+    ]
+    if len(halves) == 1:
+        name, shape = halves[0]
+        return (
+            f"the field '{name}' is missing; {shape.name} rows have {shape.described()}. Use --columns {name}=COLUMN."
+        )
+    fields = sorted({column for shape in shapes for candidates in shape.needed.values() for column in candidates})
+    close = [f"'{found}' instead of '{name}'" for name in columns for found in nearest(name.lower(), fields, 1)]
+    hint = (
+        f" Did you mean {', '.join(close[:2])}?"
+        if close
+        else " Name the columns with --columns, such as prompt=COLUMN."
+    )
+    return f"the columns {_listed(columns)} are not recognized; rows must have {allowed}.{hint}"
+
+
+def _some_present(shape: Shape, columns: Sequence[str]) -> bool:
+    return any(set(candidates) & set(columns) for candidates in shape.needed.values())

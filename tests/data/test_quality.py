@@ -1,0 +1,94 @@
+"""Measurements of `lorakit data`, and its page."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.data import Completion, Document, Records, Split
+from lorakit.data.page import write_page
+from lorakit.data.quality import Token, measure, tokens_of
+from lorakit.errors import DataError
+
+LONG = "the quick brown fox jumps over the lazy dogs and it is two plus two in the end of a long row of words"
+
+
+def test_duplicates_leaks_and_unusual_characters(tiny_tokenizer: Any) -> None:
+    rows = [
+        Completion("hello", LONG, "a.jsonl", 1),
+        Completion("hello", LONG + " once", "a.jsonl", 2),  # shares nearly all of its 5-grams
+        Completion("hello", "other words altogether, none of which occurs above", "a.jsonl", 3),
+        Completion("hello\x07", "odd \ufffd", "a.jsonl", 4),
+        Completion("hello", "  ", "a.jsonl", 5),
+    ]
+    found = measure(Split(Records(rows), Records([rows[2]]), ""), tiny_tokenizer, 128)
+    assert (found.compared, found.near_duplicates) == (5, 1)
+    assert found.leaks == ("a.jsonl:3",)
+    assert found.unusual == {"control characters": 1, "replacement characters (U+FFFD)": 1}
+    assert found.report.empty_rows == 1
+    assert sum(count for _, count in found.histogram) == found.report.sequences == 4
+    lines = " ".join(found.warnings())
+    assert "1 near duplicate among 5 compared rows (20.0%)" in lines
+    assert "1 training row also in the evaluation data, the first at a.jsonl:3" in lines
+
+
+def test_clean_data_has_no_warnings(tiny_tokenizer: Any) -> None:
+    rows = Records([Document("The quick fox\n\tjumps."), Document("hello world, twice")])
+    found = measure(Split(rows, Records(), ""), tiny_tokenizer, 64, examples=2)
+    assert found.warnings() == [] and len(found.examples) == 2
+    assert found.as_dict()["report"]["rows"] == 2
+
+
+def test_tokens_show_what_is_trained(tiny_tokenizer: Any) -> None:
+    found = measure(Split(Records([Completion("hello ", "wörld 🎉")]), Records(), ""), tiny_tokenizer, 64)
+    (tokens,) = found.examples
+    assert "".join(token.text for token in tokens if token.is_trained).startswith("wörld 🎉")
+    assert "".join(token.text for token in tokens if not token.is_trained).endswith("hello ")
+    assert not any("\ufffd" in token.text for token in tokens)
+
+
+def test_a_character_that_never_ends_is_shown_as_it_decodes(tiny_tokenizer: Any) -> None:
+    ids = tiny_tokenizer("🎉", add_special_tokens=False)["input_ids"][:1]
+    assert list(tokens_of(ids, [-100], tiny_tokenizer)) == [Token("\ufffd", False)]
+
+
+def test_nothing_to_train_is_an_error(tiny_tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="No token in the data contributes to the loss"):
+        measure(Split(Records([Completion("a", " ")]), Records(), ""), tiny_tokenizer, 64)
+
+
+class Reader(HTMLParser):
+    """Collect what a page would load, and its text in colored tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.loads: list[str] = []
+        self.trained = ""
+        self._in_loss = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.loads += [str(value) for name, value in attrs if name in ("src", "href")]
+        self._in_loss = tag == "span" and ("class", "loss") in attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_loss = False
+
+    def handle_data(self, data: str) -> None:
+        self.trained += data if self._in_loss else ""
+
+
+def test_the_page_is_self_contained_and_escapes_the_data(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    answer = "a <script>alert(1)</script> & <b>\x1b[31m"
+    found = measure(Split(Records([Completion("hello", answer)]), Records(), ""), tiny_tokenizer, 128)
+    write_page(tmp_path / "page.html", ["<data>.jsonl"], found, "nothing held out")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = Reader()
+    page.feed(text)
+    assert page.loads == [] and "script" not in page.tags and "b" not in page.tags
+    assert "a <script>alert(1)</script> & <b>\u241b[31m" in page.trained
+    assert "Data: &lt;data&gt;.jsonl" in text and "nothing held out" in text and "\x1b" not in text
