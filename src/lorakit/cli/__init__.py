@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "plan": "Estimate the parameters, memory and time of a run.",
+    "data": "Show what training data looks like to the model, and what is wrong with it.",
     "train": "Train an adapter and save it in a run directory.",
     "eval": "Measure the loss and perplexity of a model, with and without adapters.",
     "generate": "Generate text with a model and its adapters, side by side.",
@@ -138,10 +139,18 @@ def _dispatch(tokens: list[str]) -> int:
 
 
 def _explain(error: Exception, tokens: list[str], as_json: bool) -> int:
-    from cyclopts import CycloptsError
+    from cyclopts import CycloptsError, UnknownOptionError
+
+    from lorakit.train.defaults import NAMES_ELSEWHERE
 
     if isinstance(error, LorakitError):
         return console.failure(str(error), error.exit_code, code=error.code, as_json=as_json)
+    if isinstance(error, UnknownOptionError) and error.token is not None and error.token.keyword is not None:
+        option = error.token.keyword
+        here = NAMES_ELSEWHERE.get(option.lstrip("-").replace("-", "_"))
+        if here is not None and tokens[0] == "train":
+            text = f"unknown option {option}; the corresponding option is --{here.replace('_', '-')}."
+            return console.failure(text, 2, code="LORA-E011", as_json=as_json)
     if isinstance(error, CycloptsError):
         command = f" {tokens[0]}" if tokens and tokens[0] in COMMANDS else ""
         message = f"{error} See `lorakit{command} --help`."

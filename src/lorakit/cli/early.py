@@ -5,6 +5,7 @@ These checks are repeated when the values are used; checks that need torch, a mo
 
 from __future__ import annotations
 
+import glob
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -33,20 +34,20 @@ def check_model(given: str) -> None:
         raise ModelError(f"{given!r}: model directory not found.{similar}", what=given, field="model")
 
 
-def check_data(paths: Iterable[str]) -> None:
-    """Check that data files exist.
+def check_data(names: Iterable[str]) -> None:
+    """Check that data files exist; the contents of directories, patterns and Hub data sets are checked later.
 
     Args:
-        paths: Paths of the files.
+        names: Files, directories, glob patterns or Hub data sets.
 
     Raises:
-        DataError: A file does not exist, or is a directory.
+        DataError: A file does not exist.
     """
-    for path in map(Path, paths):
-        if path.is_dir():
-            raise DataError(f"{path}: is a directory; pass the data files in it.", where=path, field="data")
-        if not path.exists():
-            raise DataError(f"{path}: data file not found.{_similar(path)}", where=path, field="data")
+    for name in names:
+        path = Path(name)
+        if not path.exists() and not name.startswith("hf:") and not glob.has_magic(name):
+            hub = f" For a data set on the Hub, write hf:{name}." if not path.suffix and len(path.parts) == 2 else ""
+            raise DataError(f"{name}: data file not found.{_similar(path)}{hub}", where=path, field="data")
 
 
 def check_adapters(folders: Sequence[str]) -> None:
@@ -106,6 +107,22 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     """
     if value not in allowed:
         raise ConfigError.of(name, value, allowed=allowed)
+
+
+def columns_of(entries: Sequence[str]) -> dict[str, str]:
+    """Convert the values of `--columns` to a dict from field to column.
+
+    Args:
+        entries: Strings of the form FIELD=COLUMN.
+
+    Raises:
+        ConfigError: An entry has another form.
+    """
+    pairs = [entry.partition("=")[::2] for entry in entries]
+    for entry, pair in zip(entries, pairs, strict=True):
+        if not all(pair):
+            raise ConfigError.of("columns", entry, "FIELD=COLUMN, such as prompt=question")
+    return dict(pairs)
 
 
 def check_device(word: str) -> None:

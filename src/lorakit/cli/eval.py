@@ -18,8 +18,11 @@ class Flags:
     """Flags of `lorakit eval`."""
 
     model: Annotated[str, Parameter(help="Model directory, Hub id, or smollm2 (the packaged model).")]
-    data: Annotated[list[str], Parameter(help="Data files: .txt, .md (documents) or .jsonl.")]
+    data: Annotated[list[str], Parameter(help=DEFAULTS["data"].help().replace("Training data", "Data"))]
     adapter: Annotated[list[str] | None, Parameter(help="Adapter directories to compare with the base.")] = None
+    format: Annotated[str | None, Parameter(help=DEFAULTS["format"].help())] = None
+    columns: Annotated[list[str] | None, Parameter(help=DEFAULTS["columns"].help())] = None
+    on_bad_row: Annotated[str, Parameter(help=DEFAULTS["on_bad_row"].help())] = DEFAULTS["on_bad_row"].value
     max_length: Annotated[int, Parameter(help="Maximum sequence length in tokens.")] = DEFAULTS["max_length"].value
     batch_size: Annotated[int, Parameter(help="Sequences per batch at --max-length; more if all are shorter.")] = (
         DEFAULTS["per_device_train_batch_size"].value
@@ -49,9 +52,14 @@ def run(
     early.check_at_least("batch_size", flags.batch_size, 1)
     early.check_at_least("max_length", flags.max_length, 1)
     early.check_data(flags.data)
+    early.check_choice("on_bad_row", flags.on_bad_row, ("stop", "skip"))
+    columns = early.columns_of(flags.columns or ())
     early.check_adapters(flags.adapter or ())
     early.check_model(flags.model)
     allocator.set_up()  # before torch allocates any memory
+    from lorakit.data import Request
+
+    request = Request(flags.format, columns, flags.on_bad_row == "skip")
     from lorakit.train.evaluation import EvalSettings, compare
 
     found = compare(
@@ -65,6 +73,7 @@ def run(
             device=flags.device,
             allow=("base_mismatch",) if flags.allow_base_mismatch else (),
             quantization=quantization,
+            request=request,
         ),
         console.note,
         console.note if verbose else console.quiet,

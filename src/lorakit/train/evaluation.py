@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lorakit import core, hub
-from lorakit.data import Batch, Tokenizer, by_length, encode, padding_id, read_records
+from lorakit.data import Batch, Request, Tokenizer, by_length, encode, padding_id, read_records
 from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration, accelerate
@@ -101,7 +101,7 @@ class EvalSettings:
 
     Attributes:
         model: Model directory, Hub id, or packaged model.
-        data: Files to evaluate on.
+        data: Files, directories or Hub data sets to evaluate on.
         adapters: Adapter directories.
         max_length: Maximum sequence length in tokens; the default is lowered to the model's limit if necessary.
         batch_rows: Number of rows in a batch of the longest sequences; batches of shorter sequences have more rows.
@@ -109,6 +109,7 @@ class EvalSettings:
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         allow: Names of the `core.load_adapter` checks to override.
         quantization: How to quantize the base, or None.
+        request: How the rows of the data are read.
     """
 
     model: str
@@ -120,6 +121,7 @@ class EvalSettings:
     device: str
     allow: Collection[str]
     quantization: Quantization | None
+    request: Request = field(default_factory=Request)
 
 
 def compare(
@@ -147,7 +149,7 @@ def compare(
     if settings.quantization is not None:
         hub.require_quantizer(settings.quantization)
     where = pick_device(settings.device)
-    records = read_records(settings.data)
+    records = read_records(settings.data, settings.request)
     source = hub.resolve(settings.model, say)
     hub.require(source, tokenizer=True)
     bases = [core.inspect_adapter(folder).base for folder in settings.adapters]  # fails before the base is loaded

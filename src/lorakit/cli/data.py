@@ -1,0 +1,127 @@
+"""`lorakit data`: show what training data looks like to the model, and what is wrong with it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+
+from lorakit.cli import console, early
+from lorakit.errors import DataError, printable
+from lorakit.train.defaults import DEFAULTS
+
+if TYPE_CHECKING:
+    from lorakit.data.quality import Quality, Token
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Flags of `lorakit data`."""
+
+    model: Annotated[str, Parameter(help="Model directory, Hub id, or smollm2; only its tokenizer is loaded.")]
+    eval_data: Annotated[list[str] | None, Parameter(help=DEFAULTS["eval_data"].help())] = None
+    eval_fraction: Annotated[float, Parameter(help=DEFAULTS["eval_fraction"].help())] = DEFAULTS["eval_fraction"].value
+    format: Annotated[str | None, Parameter(help=DEFAULTS["format"].help())] = None
+    columns: Annotated[list[str] | None, Parameter(help=DEFAULTS["columns"].help())] = None
+    on_bad_row: Annotated[str, Parameter(help=DEFAULTS["on_bad_row"].help())] = DEFAULTS["on_bad_row"].value
+    chat_template: Annotated[str | None, Parameter(help=DEFAULTS["chat_template"].help())] = None
+    overlong: Annotated[
+        Literal["truncate", "drop", "split", "error"], Parameter(help=DEFAULTS["overlong"].help(), show_choices=False)
+    ] = "truncate"
+    max_length: Annotated[int, Parameter(help=DEFAULTS["max_length"].help())] = DEFAULTS["max_length"].value
+    seed: Annotated[int, Parameter(help=DEFAULTS["seed"].help())] = DEFAULTS["seed"].value
+    rows: Annotated[int, Parameter(help="Number of rows to show as tokens.")] = 1
+    html: Annotated[Path | None, Parameter(help="Write a page with the first 50 rows, tokens colored by loss.")] = None
+
+
+def run(
+    files: Annotated[list[str], Parameter(help=DEFAULTS["data"].help())],
+    /,
+    *,
+    flags: Annotated[Flags, Parameter(name="*")],
+    json: console.JsonFlag = False,
+) -> None:
+    """Check training data: rows, tokens that contribute to the loss, truncation, duplicates, leaks and odd characters.
+
+    The command reads the data exactly as `lorakit train` does. It fails if no token contributes to the loss, or if no
+    end marker does; everything else is a counted warning.
+
+    Raises:
+        DataError: The data cannot be read, or no token or no end marker contributes to the loss.
+    """
+    early.check_data([*files, *(flags.eval_data or ())])
+    early.check_model(flags.model)
+    early.check_choice("on_bad_row", flags.on_bad_row, ("stop", "skip"))
+    early.check_at_least("max_length", flags.max_length, 2)
+    early.check_at_least("rows", flags.rows, 0)
+    columns = early.columns_of(flags.columns or ())
+
+    from lorakit import hub
+    from lorakit.data import Request, Split, read_records, read_template, split
+    from lorakit.data.quality import measure
+
+    request = Request(flags.format, columns, flags.on_bad_row == "skip")
+    records = read_records(files, request)
+    if flags.eval_data is None:
+        parts = split(records, flags.eval_fraction, flags.seed)
+    else:
+        parts = Split(
+            records, read_records(flags.eval_data, request), f"Evaluation data: {', '.join(flags.eval_data)}."
+        )
+    source = hub.resolve(flags.model, console.note)
+    hub.require(source, tokenizer=True, weights=False)
+    tokenizer = hub.load_tokenizer(source)
+    if flags.chat_template is not None:
+        tokenizer.chat_template = read_template(Path(flags.chat_template))
+    shown = max(flags.rows, ROWS_ON_PAGE if flags.html else 0)
+    found = measure(parts, tokenizer, flags.max_length, shown, flags.overlong)
+    if flags.html is not None:
+        from lorakit.data.page import write_page
+
+        write_page(flags.html, files, found, parts.note)
+    if json:
+        console.emit_json(found.as_dict())
+    else:
+        _print(found, parts.note, flags)
+    if not found.report.ended_rows:
+        raise DataError(
+            "No end marker contributes to the loss, so the model would not learn where to stop. Use a tokenizer with "
+            "an end-of-text token, or a chat template that ends assistant turns with one."
+        )
+
+
+ROWS_ON_PAGE = 50
+
+
+def _print(found: Quality, note: str, flags: Flags) -> None:
+    for line in [*found.report.lines(), note]:
+        console.say(line)
+    for line in found.warnings():
+        console.warning(line)
+    most = max((count for _, count in found.histogram), default=1)
+    rows = [[f"<= {size:,}", f"{count:,}", "#" * max(1, round(30 * count / most))] for size, count in found.histogram]
+    console.say()
+    console.say(console.table(["tokens", "sequences", ""], rows))
+    for number, tokens in enumerate(found.examples[: flags.rows], start=1):
+        console.say(
+            f"\nRow {number} ({'colored' if console.colored(sys.stdout) else 'in brackets'}: contributes to the loss)"
+        )
+        print(_marked(tokens))
+    if flags.html is not None:
+        console.say(f"\nPage: {flags.html}")
+
+
+def _marked(tokens: tuple[Token, ...]) -> str:
+    """Return the text of a row in which the parts that contribute to the loss are colored, or enclosed in brackets."""
+    begin, end = ("\033[32m", "\033[0m") if console.colored(sys.stdout) else ("[", "]")
+    text, before = "", False
+    for token in (*tokens, None):
+        is_trained = token is not None and token.is_trained
+        text += (begin if is_trained and not before else end if before and not is_trained else "") + (
+            "" if token is None else printable(token.text)
+        )
+        before = is_trained
+    return text
