@@ -39,7 +39,7 @@ def by_hand(directory: Path, text: str, adapter: Path | None = None, tokens: int
     tokenizer, model = hub.load_tokenizer(directory), hub.load_model(directory)
     if adapter is not None:
         core.load_adapter(model, adapter)
-    ids = encode_prompts([text], tokenizer, None, None)[0]
+    ids = encode_prompts([text], tokenizer, "chat", None)[0]
     made = list(generate(model, ids, max_new_tokens=tokens, eos_ids=(0,)))
     return str(tokenizer.decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
@@ -174,11 +174,11 @@ def test_the_chat_template_is_used_where_there_is_one(
     assert asked(capsys, *common)["chat"] is True
     assert asked(capsys, *common, "--no-chat")["chat"] is False
     tokenizer = hub.load_tokenizer(tiny_model_directory)
-    (ids,) = encode_prompts(["hello"], tokenizer, None, "be brief")
+    (ids,) = encode_prompts(["hello"], tokenizer, "chat", "be brief")
     assert tokenizer.decode(ids) == (
         "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert tokenizer.decode(encode_prompts(["hello"], tokenizer, False, None)[0]) == "hello"
+    assert tokenizer.decode(encode_prompts(["hello"], tokenizer, "text", None)[0]) == "hello"
 
 
 def test_an_adapters_own_tokenizer_is_used(

@@ -50,7 +50,7 @@ def unmerged(directory: Path, adapter: Path) -> str:
     """Return the unmerged adapter's answer, computed with the library alone."""
     tokenizer, model = hub.load_tokenizer(directory), hub.load_model(directory)
     core.load_adapter(model, adapter)
-    ids = encode_prompts(["hello"], tokenizer, None, None)[0]
+    ids = encode_prompts(["hello"], tokenizer, "chat", None)[0]
     made = list(generate(model, ids, max_new_tokens=TOKENS, eos_ids=(0,)))
     return str(tokenizer.decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 

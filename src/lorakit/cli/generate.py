@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -111,7 +111,8 @@ def run(
     source = hub.resolve(flags.model, console.note)
     hub.require(source)
     tokenizer = adapters.tokenizer_for(source, files)
-    encoded = encode_prompts(prompts, tokenizer, flags.chat, flags.system)
+    form = prompt_format(tokenizer, [file.sidecar.facts for file in files], flags.chat)
+    encoded = encode_prompts(prompts, tokenizer, form, flags.system)
     model = hub.load_model(source, flags.dtype, device, quantization=quantization)
     names: list[str | None] = list(adapters.load_adapters(model, files, adapters.overridden(asdict(allow))))
     if flags.base or len(names) != 1:
@@ -130,8 +131,8 @@ def run(
         show(answers, stream([ids] * len(names)), quiet=json, verbose=verbose)
         results.append({"prompt": prompt, "answers": [answer.as_dict() for answer in answers]})
     if json:
-        chat, dtype = _wants_chat(tokenizer, flags.chat), str(model.dtype).removeprefix("torch.")
-        facts = {"model": flags.model, "dtype": dtype, "device": str(device), "chat": chat, "merged": merged}
+        dtype = str(model.dtype).removeprefix("torch.")
+        facts = {"model": flags.model, "dtype": dtype, "device": str(device), "chat": form == "chat", "merged": merged}
         console.emit_json({**facts, "sampling": asdict(sampling), "results": results})
 
 
@@ -164,31 +165,67 @@ def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[str]:
     return [text for text, _ in prompts]
 
 
-def encode_prompts(prompts: list[str], tokenizer: Tokenizer, chat: bool | None, system: str | None) -> list[list[int]]:
-    """Return the token ids of prompts, formatted with the chat template or as plain text.
+def prompt_format(tokenizer: Tokenizer, facts: Sequence[Mapping[str, Any]], chat: bool | None) -> str:
+    """Return how to format prompts: "chat", "instruction" or "text".
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        facts: Metadata of the adapters, which records how the prompts in their training data were formatted.
+        chat: Whether the user asks for the chat template; None follows the training data of the adapters, or uses the
+            chat template if there is one.
+
+    Raises:
+        UsageError: A chat template is requested, but there is none.
+    """
+    trained = {one.get("training", {}).get("prompt_format") for one in facts}
+    form = next(iter(trained)) if len(trained) == 1 else None
+    if chat is None:
+        usual = "chat" if tokenizer.chat_template else "text"
+        if form is None or (form == "chat" and usual == "text"):
+            return usual
+        if form != usual:
+            console.note(f"Prompts are formatted as in the adapter's training data ({_FORMATS[form]}); see --chat.")
+        return form
+    if chat and not tokenizer.chat_template:
+        text = "--chat needs a chat template, but the model's tokenizer has none; omit --chat."
+        raise UsageError(text, field="chat")
+    if form is not None and (form == "chat") != chat:
+        console.warning(f"the adapter was trained on prompts in another format ({_FORMATS[form]}).")
+    return "chat" if chat else "instruction" if form == "instruction" else "text"
+
+
+_FORMATS = {
+    "chat": "with the chat template",
+    "instruction": "followed by a blank line, without a chat template",
+    "text": "as plain text",
+}
+
+
+def encode_prompts(prompts: list[str], tokenizer: Tokenizer, form: str, system: str | None) -> list[list[int]]:
+    """Return the token ids of prompts.
 
     Args:
         prompts: The texts.
         tokenizer: A transformers tokenizer.
-        chat: Whether to use the chat template; None uses the template if there is one.
+        form: Result of `prompt_format`.
         system: System message, or None.
 
     Returns:
         A list of token ids for each prompt.
 
     Raises:
-        UsageError: A required chat template is missing, or the template rejects the conversation.
+        UsageError: The system message cannot be used, or the chat template rejects the conversation.
     """
     from lorakit.data.tokens import beginning, token_ids
 
-    if not _wants_chat(tokenizer, chat):
+    if form == "instruction":
+        start = "" if system is None else f"{system}\n\n"
+        prompts, system = [f"{start}{prompt}\n\n" for prompt in prompts], None
+    if form != "chat":
         if system is not None:
-            text = "--system needs a chat template, but the model's tokenizer has none; omit --system."
+            text = "--system needs a chat template, but prompts are plain text here; omit --system."
             raise UsageError(text, field="system")
         return [beginning(tokenizer) + token_ids(tokenizer, prompt) for prompt in prompts]
-    if not tokenizer.chat_template:
-        text = "--chat needs a chat template, but the model's tokenizer has none; omit --chat."
-        raise UsageError(text, field="chat")
     before = [] if system is None else [{"role": "system", "content": system}]
     encoded = []
     for prompt in prompts:
@@ -279,10 +316,6 @@ def _check(flags: Flags) -> None:
         found = "there are several answers" if flags.adapter else "there is no adapter"
         text = f"--merged needs exactly one adapter and no other answer, but {found}; omit --merged."
         raise UsageError(text, field="merged")
-
-
-def _wants_chat(tokenizer: Tokenizer, chat: bool | None) -> bool:
-    return bool(tokenizer.chat_template) if chat is None else chat
 
 
 def _first_line(prompt: str) -> str:

@@ -17,13 +17,18 @@ from cyclopts import Parameter
 from lorakit import allocator
 from lorakit.cli import console
 from lorakit.cli.early import check_data, check_model
-from lorakit.train.defaults import DEFAULTS
+from lorakit.train.defaults import ALIASES, DEFAULTS
 
 
 def _flags() -> type:
     """Return a dataclass with one flag per setting; a flag that is not given is None and overrides nothing."""
+    short = {name: f"--{alias.replace('_', '-')}" for alias, name in ALIASES.items()}
     fields = [
-        (name, Annotated[(row.flag or type(row.value)) | None, Parameter(help=row.help())], field(default=None))
+        (
+            name,
+            Annotated[(row.flag or type(row.value)) | None, Parameter(help=row.help(), alias=short.get(name))],
+            field(default=None),
+        )
         for name, row in DEFAULTS.items()
     ]
     return make_dataclass("Flags", fields, frozen=True, namespace={"__module__": __name__})

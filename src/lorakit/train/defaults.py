@@ -12,6 +12,9 @@ from typing import Any, Literal, get_args
 Stored = Literal["nf4", "fp4", "int8", "int8-torchao", "hqq4", "hqq8"]
 """Names in `lorakit.plan.quantized.STORAGES`, repeated here because reading settings must not import that module."""
 
+FORMATS = ("text", "prompt-completion", "messages", "alpaca", "sharegpt", "question-answer")
+"""Names of the shapes in `lorakit.data.shapes` that training supports, repeated here for the same reason."""
+
 
 @dataclass(frozen=True)
 class Default:
@@ -44,7 +47,10 @@ DEFAULTS: dict[str, Default] = {
     # inputs and outputs
     "model": Default("Model directory, Hub id, or smollm2 (the packaged model)", ..., flag=str),
     "data": Default(
-        "Training files: .txt, .md (documents) or .jsonl (text, prompt + completion, messages)", ..., flag=list[str]
+        "Training data: files (.txt, .md, .jsonl, .json, .csv, .tsv, .parquet, .arrow), directories, glob patterns, or "
+        "Hub data sets such as hf:owner/name:train",
+        ...,
+        flag=list[str],
     ),
     "output_dir": Default("Run directory: run.json, metrics.jsonl, checkpoints, adapter", ..., flag=str),
     "eval_data": Default(
@@ -52,6 +58,37 @@ DEFAULTS: dict[str, Default] = {
     ),
     "eval_fraction": Default(
         "Fraction of documents to hold out if --eval-data is not given", 0.05, "enough to detect overfitting"
+    ),
+    "format": Default(
+        f"Select the shape of the rows: {', '.join(FORMATS)}",
+        None,
+        "the shape is recognized by the columns",
+        "auto",
+        str,
+    ),
+    "columns": Default(
+        "Map fields to columns as FIELD=COLUMN, such as prompt=question completion=answer",
+        {},
+        "columns with the usual names are recognized",
+        "none",
+        list[str],
+    ),
+    "overlong": Default(
+        "Select what happens to rows with more than --max-length tokens: truncate, drop, split (into windows) or error",
+        "truncate",
+        "the beginning of a long answer is still worth learning; truncated rows are counted",
+    ),
+    "chat_template": Default(
+        "Jinja file to use instead of the model's chat template; the adapter is saved with it",
+        None,
+        "the model was trained with its own template",
+        "none",
+        str,
+    ),
+    "on_bad_row": Default(
+        "Select what happens if a row does not fit: stop, or skip (skipped rows are counted)",
+        "stop",
+        "an invalid row usually means that the file is damaged or was misread",
     ),
     # adapter
     "r": Default("Rank of the adapter", 16, "enough to learn a new task from a few MB of data; above 32 rarely helps"),
@@ -98,6 +135,80 @@ DEFAULTS: dict[str, Default] = {
         "none",
         "with the same rank everywhere, the size of the adapter is predictable",
     ),
+    # other fields of LoraConfig
+    "target_parameters": Default(
+        "Adapt parameters that are not the weight of a layer, such as mlp.experts.down_proj; without --target-modules, "
+        "only these",
+        None,
+        "most models have none",
+        "none",
+        list[str],
+    ),
+    "exclude_modules": Default(
+        "Exclude modules from --target-modules: names or a regular expression",
+        None,
+        "the targets say it",
+        "none",
+        list[str],
+    ),
+    "modules_to_save": Default(
+        "Train these modules in full and save them with the adapter",
+        None,
+        "needed only for new heads",
+        "none",
+        list[str],
+    ),
+    "layers_to_transform": Default(
+        "Adapt only the layers with these numbers", None, "all layers are adapted", "none", list[int]
+    ),
+    "layers_pattern": Default(
+        "Name of the layer list that --layers-to-transform counts",
+        None,
+        "the usual names are recognized",
+        "auto",
+        list[str],
+    ),
+    "rank_pattern": Default(
+        "Ranks of individual modules as PATTERN=RANK, such as down_proj=32", {}, "--r applies", "none", list[str]
+    ),
+    "alpha_pattern": Default(
+        "Alphas of individual modules as PATTERN=ALPHA", {}, "--lora-alpha applies", "none", list[str]
+    ),
+    "bias": Default(
+        "Train biases of the base too: none, all or lora_only",
+        "none",
+        "they change the base's output without the adapter",
+    ),
+    "lora_bias": Default("Train a bias in each B", False, "rarely useful; some programs cannot load it"),
+    "layer_replication": Default(
+        "Stack ranges of layers as FIRST:END, such as 0:16 8:24; replicas share the base weights",
+        None,
+        "the model keeps its depth",
+        "none",
+        list[str],
+    ),
+    "trainable_token_indices": Default(
+        "Train the embedding rows of existing tokens with these ids",
+        None,
+        "the embeddings are frozen",
+        "none",
+        list[int],
+    ),
+    "ensure_weight_tying": Default(
+        "Apply an adapter on one of two tied weights to both", False, "the output head is not adapted by default"
+    ),
+    "alora_invocation_tokens": Default(
+        "Ids of the tokens after which the adapter becomes active (aLoRA)",
+        None,
+        "LoRA is always active",
+        "none",
+        list[int],
+    ),
+    "use_bdlora": Default("Settings of BD-LoRA as a JSON object", None, "A and B are dense", "none", str),
+    "kasa_config": Default("Settings of KaSA as a JSON object", None, "the base keeps its weights", "none", str),
+    "eva_config": Default("Settings of the init eva as a JSON object", None, "PEFT's values", "none", str),
+    "corda_config": Default("Settings of the init corda as a JSON object", None, "PEFT's values", "none", str),
+    "lora_ga_config": Default("Settings of the init lora_ga as a JSON object", None, "PEFT's values", "none", str),
     # optimizer
     "optimizer": Default(
         "Select the optimizer: adamw, or lorafa, which freezes A and corrects B's gradient accordingly (LoRA-FA)",
@@ -219,3 +330,42 @@ CHANGEABLE_ON_RESUME = frozenset(
     {"eval_steps", "save_steps", "save_total_limit", "early_stopping_patience", "max_steps", "resume", "overwrite"}
 )
 """Settings that may change when a run is resumed; changing any other setting raises an error that names it."""
+
+ALIASES = {"lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
+"""Short name -> name of the setting; both are flags and settings."""
+
+NAMES_ELSEWHERE = {
+    "adapter_name_or_path": "output_dir",
+    "base_model": "model",
+    "base_model_name_or_path": "model",
+    "cutoff_len": "max_length",
+    "dataset": "data",
+    "dataset_name": "data",
+    "datasets": "data",
+    "grad_accum": "gradient_accumulation_steps",
+    "iters": "max_steps",
+    "learning_rate_scheduler": "lr_scheduler_type",
+    "load_in_4bit": "quantization",
+    "load_in_8bit": "quantization",
+    "lora_r": "r",
+    "lora_rank": "r",
+    "lora_target": "target_modules",
+    "lora_target_modules": "target_modules",
+    "lr_scheduler": "lr_scheduler_type",
+    "max_seq_length": "max_length",
+    "max_steps_per_epoch": "max_steps",
+    "micro_batch_size": "per_device_train_batch_size",
+    "model_name": "model",
+    "model_name_or_path": "model",
+    "num_epochs": "num_train_epochs",
+    "output": "output_dir",
+    "per_device_batch_size": "per_device_train_batch_size",
+    "rank": "r",
+    "sequence_len": "max_length",
+    "test_datasets": "eval_data",
+    "train_file": "data",
+    "val_set_size": "eval_fraction",
+    "val_size": "eval_fraction",
+    "warmup_steps": "warmup_ratio",
+}
+"""Name of a setting in another tool (Axolotl, LLaMA-Factory, TRL, mlx-lm) -> name of the corresponding setting here."""

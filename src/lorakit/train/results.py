@@ -282,7 +282,7 @@ def model_card(run: Run, step: int) -> str:
     named = f"base_model: {base}\n" if base else ""
     tokens = ", ".join(f"`{token}`" for token in settings.new_tokens).replace("|", r"\|")
     row = f"| new tokens | {tokens} |\n" if tokens else ""
-    targets = settings.target_modules
+    targets = settings.target_modules or settings.target_parameters or []
     return f"""---
 library_name: peft
 tags:

@@ -241,6 +241,7 @@ def adapter_metadata(run: Run) -> dict[str, Any]:
             "base_eval_loss": state.first_loss,
             "trained_tokens": state.trained_tokens,
             "data_sha256": dict(spec.hashes),
+            "prompt_format": run.batches.train_report.prompt_format,
             "seed": spec.settings.seed,
             "dtype": run.plan.dtype,
             "quantization": spec.quantization_values,

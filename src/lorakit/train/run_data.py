@@ -186,7 +186,7 @@ def read_data(settings: TrainSettings) -> data.Split:
     """Read the training and evaluation files; if no evaluation files are given, hold out some training data.
 
     Args:
-        settings: The run's settings; only `data`, `eval_data`, `eval_fraction` and `seed` are used.
+        settings: The run's settings; only those about data and the seed are used.
 
     Returns:
         The training and evaluation records.
@@ -194,11 +194,11 @@ def read_data(settings: TrainSettings) -> data.Split:
     Raises:
         DataError: A file cannot be read, or a record is invalid; the message names the file and the line.
     """
-    records = data.read_records(settings.data)
+    request = settings.row_request()
+    records = data.read_records(settings.data, request)
     if settings.eval_data is not None:
-        return data.Split(
-            records, data.read_records(settings.eval_data), f"Evaluation data: {', '.join(settings.eval_data)}."
-        )
+        held_out = data.read_records(settings.eval_data, request)
+        return data.Split(records, held_out, f"Evaluation data: {', '.join(settings.eval_data)}.")
     return data.split(records, settings.eval_fraction, settings.seed)
 
 
@@ -208,7 +208,7 @@ def make_batches(
     """Tokenize the records and create the loaders.
 
     Args:
-        settings: The run's settings; only the batch size and the seed are used.
+        settings: The run's settings; only the batch size, the seed and `overlong` are used.
         records: Training and evaluation records, from `read_data`.
         tokenizer: The model's tokenizer.
         max_length: Maximum sequence length in tokens.
@@ -222,13 +222,14 @@ def make_batches(
         DataError: The training data or the evaluation data has no tokens that contribute to the loss.
     """
     rows, pad = settings.per_device_train_batch_size, data.padding_id(tokenizer)
-    train = data.encode(records.train, tokenizer, max_length, _listener(progress, "training data", records.train))
+    listener, overlong = _listener(progress, "training data", records.train), settings.overlong
+    train = data.encode(records.train, tokenizer, max_length, listener, overlong=overlong)
     loader = data.Loader(train.sequences, rows, settings.seed, pad_id=pad)
     if not records.held_out:
         return RunBatches(loader, None, train.report, None)
     try:
         listener = _listener(progress, "evaluation data", records.held_out)
-        held_out = data.encode(records.held_out, tokenizer, max_length, listener)
+        held_out = data.encode(records.held_out, tokenizer, max_length, listener, overlong=overlong)
     except DataError as cause:
         raise DataError(f"evaluation data: {cause}", **cause.fields) from cause
     return RunBatches(loader, partial(data.by_length, held_out.sequences, rows, pad), train.report, held_out.report)

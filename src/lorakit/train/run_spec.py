@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from lorakit import hub
-from lorakit.data import Loader, Split
-from lorakit.durable import sha256_file
+from lorakit.data import Loader, Split, StoredRecords, read_template
 from lorakit.errors import RunError, UsageError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration
@@ -94,7 +93,8 @@ class RunSpec:
             raise UsageError(
                 f"early_stopping_patience requires evaluation data. {data.note}", field="early_stopping_patience"
             )
-        hashes = {path: sha256_file(path) for path in (*settings.data, *(settings.eval_data or ()))}
+        stored = [part for part in (data.train, data.held_out) if isinstance(part, StoredRecords)]
+        hashes = {name: digest for part in stored for name, digest in part.digests().items()}
         record = run_folder.read_record(folder) if settings.resume else None
         if record is not None:
             _check_same_data(folder, record, hashes)
@@ -103,6 +103,8 @@ class RunSpec:
         hub.require(source, tokenizer=True)
         quantization = hub.stored_as_files(source, quantization)
         tokenizer = hub.load_tokenizer(source)
+        if settings.chat_template is not None:
+            tokenizer.chat_template = read_template(Path(settings.chat_template))
         found = run_data.forecast(settings, source, tokenizer)
         lock = run_folder.lock_output_dir(folder)
         return cls(settings, folder, lock, device, source, data, hashes, record, tokenizer, found, quantization)

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, g
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from lorakit.durable import parse_json
 from lorakit.errors import ConfigError, did_you_mean, nearest
 from lorakit.machine import DEVICE_FORM, is_device_name
-from lorakit.train.defaults import DEFAULTS, Stored
+from lorakit.train.defaults import DEFAULTS, FORMATS, NAMES_ELSEWHERE, Stored
 
 if TYPE_CHECKING:
     from lorakit.config import LoraConfig
+    from lorakit.data import Request
     from lorakit.durable import JsonValue
     from lorakit.plan.quantized import Quantization
 
@@ -32,6 +34,9 @@ Value = TypeVar("Value")
 Dtype = Literal["auto", "bfloat16", "float32"]
 Scheduler = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw", "lorafa"]
+Bias = Literal["none", "all", "lora_only"]
+OnBadRow = Literal["stop", "skip"]
+TooLong = Literal["truncate", "drop", "split", "error"]
 Allocation = Literal["none", "gradients", "inputs"]
 Recompute = Literal["none", "feed-forward", "layers"]
 INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "mica")
@@ -92,6 +97,57 @@ def _tokens(value: Given) -> list[str]:
     return list(value)
 
 
+def _columns(value: Given) -> dict[str, str]:
+    """Convert a mapping, or a list of FIELD=COLUMN strings from flags, to a dict from field to column."""
+    words = value if isinstance(value, Mapping) else _one_or_many(value)
+    if not isinstance(words, (Mapping, list)):
+        raise ValueError("it must map fields to columns")
+    pairs = words.items() if isinstance(words, Mapping) else [str(word).partition("=")[::2] for word in words]
+    if not all(isinstance(part, str) and part for pair in pairs for part in pair):
+        raise ValueError("each entry must be FIELD=COLUMN, such as prompt=question")
+    return dict(pairs)
+
+
+def _numbers(value: Given) -> Mapping[str, float]:
+    """Convert a mapping, or a list of PATTERN=NUMBER strings from flags, to a dict from pattern to number."""
+    if isinstance(value, Mapping):
+        return value
+    words = _one_or_many(value)
+    pairs = [_split_rate(word) for word in words] if isinstance(words, list) else [("", None)]
+    if not all(pattern and number is not None for pattern, number in pairs):
+        raise ValueError("each entry must be PATTERN=NUMBER, such as down_proj=32")
+    return {
+        pattern: int(number) if number == int(number) else number for pattern, number in pairs if number is not None
+    }
+
+
+def _ranges(value: Given) -> list[Any]:
+    """Convert a list of FIRST:END strings from flags to a list of pairs; other lists are returned unchanged."""
+    words = _one_or_many(value)
+    if not isinstance(words, list):
+        raise ValueError("it must be a list of ranges, such as 0:16 8:24")
+    found = [word.split(":") if isinstance(word, str) else list(word) for word in words]
+    if not all(len(pair) == 2 and all(isinstance(one, int) or str(one).isdigit() for one in pair) for pair in found):
+        raise ValueError("each range must be FIRST:END, such as 0:16")
+    return [[int(first), int(end)] for first, end in found]
+
+
+def _part(value: Given) -> Given:
+    """Parse a JSON object that was given as text, as flags are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value)
+    except (ValueError, RecursionError) as cause:
+        raise ValueError(f"it must be a JSON object ({cause})") from None
+
+
+def _format(value: str) -> str:
+    if value not in FORMATS:
+        raise ValueError(f"it must be one of {', '.join(FORMATS)}.{did_you_mean(value, FORMATS)}")
+    return value
+
+
 def _split_rate(entry: Given) -> tuple[str, float | None]:
     pattern, _, rate = str(entry).rpartition("=")
     try:
@@ -133,6 +189,8 @@ def _setting(name: str, **limits: Any) -> Any:
     return Field(default=row.value, description=row.help(), **limits)
 
 
+Names = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_one_or_many)]
+Part = Annotated[dict[str, Any] | None, BeforeValidator(_part)]
 Text = Annotated[str, BeforeValidator(_path_text), Field(min_length=1)]
 Paths = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_one_or_many), Field(min_length=1)]
 
@@ -154,15 +212,40 @@ class TrainSettings(BaseModel):
     output_dir: Text = _setting("output_dir")
     eval_data: Paths | None = _setting("eval_data")
     eval_fraction: float = _setting("eval_fraction", ge=0, lt=1)
+    format: Annotated[str, AfterValidator(_format)] | None = _setting("format")
+    columns: Annotated[dict[str, str], BeforeValidator(_columns)] = _setting("columns")
+    on_bad_row: OnBadRow = _setting("on_bad_row")
+    overlong: TooLong = _setting("overlong")
+    chat_template: Text | None = _setting("chat_template")
     r: int = _setting("r", ge=1)
     lora_alpha: float = _setting("lora_alpha", gt=0)
     lora_dropout: float = _setting("lora_dropout", ge=0, lt=1)
-    target_modules: Annotated[str | list[str], BeforeValidator(_targets)] = _setting("target_modules", min_length=1)
+    target_modules: Annotated[str | list[str], BeforeValidator(_targets), Field(min_length=1)] | None = _setting(
+        "target_modules"
+    )
     new_tokens: Annotated[list[str], BeforeValidator(_tokens)] = _setting("new_tokens")
     use_dora: bool = _setting("use_dora")
     use_rslora: bool = _setting("use_rslora")
     allow_partial_targets: bool = _setting("allow_partial_targets")
     init_lora_weights: Annotated[str, AfterValidator(_init_word)] = _setting("init_lora_weights")
+    target_parameters: Names | None = _setting("target_parameters")
+    exclude_modules: Annotated[str | list[str], BeforeValidator(_targets)] | None = _setting("exclude_modules")
+    modules_to_save: Names | None = _setting("modules_to_save")
+    layers_to_transform: list[int] | None = _setting("layers_to_transform")
+    layers_pattern: Names | None = _setting("layers_pattern")
+    rank_pattern: Annotated[dict[str, int], BeforeValidator(_numbers)] = _setting("rank_pattern")
+    alpha_pattern: Annotated[dict[str, float], BeforeValidator(_numbers)] = _setting("alpha_pattern")
+    bias: Bias = _setting("bias")
+    lora_bias: bool = _setting("lora_bias")
+    layer_replication: Annotated[list[list[int]], BeforeValidator(_ranges)] | None = _setting("layer_replication")
+    trainable_token_indices: list[int] | None = _setting("trainable_token_indices")
+    ensure_weight_tying: bool = _setting("ensure_weight_tying")
+    alora_invocation_tokens: list[int] | None = _setting("alora_invocation_tokens")
+    use_bdlora: Part = _setting("use_bdlora")
+    kasa_config: Part = _setting("kasa_config")
+    eva_config: Part = _setting("eva_config")
+    corda_config: Part = _setting("corda_config")
+    lora_ga_config: Part = _setting("lora_ga_config")
     allocate_ranks: Allocation = _setting("allocate_ranks")
     optimizer: Optimizer = _setting("optimizer")
     learning_rate: float = _setting("learning_rate", gt=0)
@@ -196,6 +279,8 @@ class TrainSettings(BaseModel):
     overwrite: bool = _setting("overwrite")
 
     def __init__(self, **values: Given) -> None:
+        if values.get("target_parameters"):
+            values.setdefault("target_modules", None)  # only the parameters are adapted
         try:
             super().__init__(**values)
         except ValidationError as cause:
@@ -224,6 +309,12 @@ class TrainSettings(BaseModel):
 
         return recomputed(self.recompute, self.gradient_checkpointing, self.memory_budget, self.accelerate)
 
+    def row_request(self) -> Request:
+        """Return the choices about how the rows of the data are read."""
+        from lorakit.data import Request
+
+        return Request(self.format, self.columns, self.on_bad_row == "skip")
+
     def stored_as(self) -> Quantization | None:
         """Return the requested quantization of the base, or None."""
         from lorakit.plan.quantized import stored_as
@@ -231,7 +322,7 @@ class TrainSettings(BaseModel):
         return stored_as(self.quantization, self.double_quantization)
 
     def lora_config(self) -> LoraConfig:
-        """Build the adapter's config; fields without a corresponding setting keep their `LoraConfig` defaults.
+        """Build the adapter's config.
 
         Returns:
             A new config for a causal language model.
@@ -241,6 +332,11 @@ class TrainSettings(BaseModel):
         """
         from lorakit.config import CordaConfig, EvaConfig, LoraConfig, LoraGAConfig, TaskType
 
+        usual = {"eva_config": EvaConfig, "corda_config": CordaConfig, "lora_ga_config": LoraGAConfig}
+        parts = {name: getattr(self, name) for name in _SAME_NAME}
+        for name, make in usual.items():
+            if parts[name] is None and self.init_lora_weights == name.removesuffix("_config"):
+                parts[name] = make()
         return LoraConfig(
             task_type=TaskType.CAUSAL_LM,
             r=self.r,
@@ -250,14 +346,35 @@ class TrainSettings(BaseModel):
             use_dora=self.use_dora,
             use_rslora=self.use_rslora,
             init_lora_weights=True if self.init_lora_weights == "default" else self.init_lora_weights,
-            eva_config=EvaConfig() if self.init_lora_weights == "eva" else None,
-            corda_config=CordaConfig() if self.init_lora_weights == "corda" else None,
-            lora_ga_config=LoraGAConfig() if self.init_lora_weights == "lora_ga" else None,
+            **parts,
         )
 
     def as_dict(self) -> dict[str, Any]:
         """Return a dict from field name to value, with all settings as plain JSON values."""
         return self.model_dump(mode="json")
+
+
+_SAME_NAME = (
+    "target_parameters",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "bias",
+    "lora_bias",
+    "layer_replication",
+    "trainable_token_indices",
+    "ensure_weight_tying",
+    "alora_invocation_tokens",
+    "use_bdlora",
+    "kasa_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+)
+"""Settings that are passed to `LoraConfig` unchanged."""
 
 
 def check_names(values: dict[str, Any], where: str = "") -> None:
@@ -281,7 +398,9 @@ def check_names(values: dict[str, Any], where: str = "") -> None:
 
 
 def _unknown(name: str) -> str:
-    return f"{name} is not a setting; see `lorakit train --help`.{did_you_mean(name, TrainSettings.model_fields)}"
+    here = NAMES_ELSEWHERE.get(name)
+    hint = did_you_mean(name, TrainSettings.model_fields) if here is None else f" The corresponding setting is {here}."
+    return f"{name} is not a setting; see `lorakit train --help`.{hint}"
 
 
 def _error(cause: ValidationError) -> ConfigError:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import ConfigError, RunError
 from lorakit.report import RUN_FILE
-from lorakit.train.defaults import CHANGEABLE_ON_RESUME
+from lorakit.train.defaults import ALIASES, CHANGEABLE_ON_RESUME
 from lorakit.train.run_folder import raise_run_exists, read_record
 from lorakit.train.settings import TrainSettings, check_names
 
@@ -53,6 +53,7 @@ def read_settings_file(path: str | Path) -> dict[str, Any]:
     values = {key.replace("-", "_"): value for key, value in content.items()}
     if len(values) < len(content):
         raise ConfigError(f"{path}: a setting is given twice, once with - and once with _ in its name.", where=path)
+    values = _without_aliases(values, f"{path}: ")
     check_names(values, f"{path}: ")
     return values
 
@@ -91,7 +92,7 @@ def gather(given: Mapping[str, Any], file: str | Path | None = None) -> TrainSet
         UsageError: `model` or `data` is missing, and `output_dir` already contains a run.
         RunError: The run cannot be resumed with these settings; see `resumed`.
     """
-    values = dict(read_settings_file(file)) if file is not None else {}
+    values = read_settings_file(file) if file is not None else {}
     values.update({name: value for name, value in given.items() if value is not None})
     if values.get("resume") is True and isinstance(values.get("output_dir"), (str, Path)):
         return resumed(values)
@@ -101,6 +102,16 @@ def gather(given: Mapping[str, Any], file: str | Path | None = None) -> TrainSet
         if (folder / RUN_FILE).exists():  # the user probably forgot --resume, not --model
             raise_run_exists(folder)
     return TrainSettings(**values)
+
+
+def _without_aliases(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return settings with the full name in place of each alias."""
+    found = {ALIASES.get(name, name): value for name, value in values.items()}
+    twice = [name for name in values if name in ALIASES and ALIASES[name] in values]
+    if twice:
+        text = f"{where}{twice[0]} and {ALIASES[twice[0]]} are the same setting; omit one of them."
+        raise ConfigError(text, what=twice[0], field=ALIASES[twice[0]])
+    return found
 
 
 def complete(settings: TrainSettings) -> TrainSettings:
