@@ -196,8 +196,8 @@ def test_a_site_of_any_shape(kind: str, data: st.DataObject, dtype: torch.dtype,
     x = drawn.x.to(dtype) if drawn.x.is_floating_point() else drawn.x
     plain = run(model, x)
     attach(model, config, name, allow=["odd_scale"])
-    if not config.use_dora:
-        assert same_bits(run(model, x), plain)
+    if not config.use_dora:  # the update is 0.0, and adding it turns an output of -0.0 (some convolutions) into 0.0
+        assert same_bits(run(model, x) + 0.0, plain + 0.0)
     randomise(model, name, 1, size=0.2)
     assume(not config.use_dora or all(_is_conditioned(site.layer, name) for site in sites(model)))
     adapted = run(model, x)
