@@ -29,6 +29,7 @@ PICTURES = ROOT / "docs" / "terminal"
 COLUMNS = 80
 COMMANDS = {
     "plan": "lorakit plan gpt2 --r 8 --lora-alpha 16 --target-modules c_attn c_proj",
+    "data": "lorakit data notes.md --model smollm2 --rows 0",
     "train": "lorakit train --model smollm2 --data notes.md --output-dir runs/notes --max-steps 10",
     "eval": "lorakit eval --model smollm2 --data notes.md --adapter runs/notes/adapter",
     "generate": "lorakit generate --model smollm2 --adapter runs/notes/adapter --base --max-new-tokens 40 "
