@@ -26,7 +26,7 @@ CASES = [
     ("train --model smollm2 --data notes.md", "output_dir is missing"),
     ("eval --model smollm2 --data missing.txt", "missing.txt: data file not found"),
     ("eval --model smollm2 --data notes.md --adapter no", "no: adapter directory not found"),
-    ("eval --model smollm2 --data notes.md --adapter run", "run: is a run directory; pass its adapter, run/adapter"),
+    ("eval --model smollm2 --data notes.md --adapter run run/adapter", "--adapter lists run/adapter twice"),
     (
         "eval --model smollm2 --data notes.md --dtype float8",
         "dtype is 'float8'; it must be one of auto, bfloat16, float32.",

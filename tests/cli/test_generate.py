@@ -271,8 +271,8 @@ def test_adapters_that_cannot_be_used(
     one = save_adapter("one")
     assert f"--adapter lists {one}/ twice; pass it once." in refusal(capsys, 2, *common, one, f"{one}/")
     shutil.copytree(one, tmp_path / "run" / "adapter")
-    said = refusal(capsys, 1, *common, tmp_path / "run")
-    assert f"is a run directory; pass its adapter, {tmp_path / 'run' / 'adapter'}." in said
+    assert main(["generate", *map(str, common), str(tmp_path / "run")]) == 0  # a run directory stands for its adapter
+    capsys.readouterr()
     (one / "adapter_model.safetensors").rename(one / "adapter_model.bin")
     said = refusal(capsys, 1, *common, one)
     assert "pickle (adapter_model.bin)" in said and "never loaded" in said

@@ -99,10 +99,11 @@ def test_what_is_no_adapter_is_refused(
     for folder, said in (
         (tmp_path / "no", "adapter directory not found"),
         (tiny_model_directory, "no adapter_config.json, so this is not an adapter"),
-        (tmp_path / "run", "is a run directory; pass its adapter"),
     ):
         assert main(["inspect", str(folder)]) == 1
         assert said in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    assert f"{tmp_path / 'run' / 'adapter'}: healthy" in capsys.readouterr().out
     (one / "adapter_model.safetensors").write_bytes(b"\x80\x02pickle, not safetensors")
     assert main(["inspect", str(one), "--json"]) == 1
     assert "which is never loaded" in json.loads(capsys.readouterr().out)["error"]["message"]

@@ -116,6 +116,18 @@ def test_tool_calls_need_a_template_that_renders_them(
     assert hub.adapter_tokenizer(tmp_path / "run" / "adapter").chat_template == CHATML  # type: ignore[union-attr]
 
 
+def test_an_end_that_is_never_trained_stops_unless_it_is_allowed(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = tmp_path / "endless.jinja"
+    template.write_text(CHATML.replace("<|im_end|>", ""))
+    path = write_csv(tmp_path / "qa.csv")
+    assert train(path, "--chat-template", str(template)) == 1
+    assert "No end marker contributes to the loss" in capsys.readouterr().err
+    assert train(path, "--chat-template", str(template), "--allow-missing-end", "--overwrite") == 0
+    assert "will not learn where to stop" in capsys.readouterr().out
+
+
 def test_a_bad_row_stops_before_the_model_is_looked_for(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

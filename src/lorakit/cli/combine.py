@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from lorakit.cli import console
 from lorakit.cli.adapters import WORST_SITES, copy_tokenizer, naming_flags, overridden, print_report, read_adapters
-from lorakit.cli.early import check_adapters, check_new_directory
+from lorakit.cli.early import adapter_folders, check_new_directory
 from lorakit.durable import publish_directory
 from lorakit.errors import UsageError
 from lorakit.tables import format_count, format_percent
@@ -66,7 +66,7 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
     The updates scale · B·A are combined, so ranks, alphas and rsLoRA may differ. The result has scale 1. Its deviation
     from the plain weighted sum is printed, as are the sites that deviate most.
     """
-    check_adapters(flags.adapter)
+    flags = replace(flags, adapter=adapter_folders(flags.adapter))
     check_new_directory(flags.output_dir)
     from lorakit import core, hub
 

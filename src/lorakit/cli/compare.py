@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from lorakit.cli import console
 from lorakit.cli.adapters import by_name
-from lorakit.cli.early import check_adapters
+from lorakit.cli.early import adapter_folders
 from lorakit.tables import format_count
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ def run(
     updates. The overlap of the output subspaces ("writes") or input subspaces ("reads") is the mean squared cosine of
     their principal angles: 1 for equal subspaces, and near 0 for unrelated ones.
     """
-    for folder in (first, second):
-        check_adapters([folder])
+    (first,), (second,) = adapter_folders([first]), adapter_folders([second])
     from lorakit import core
 
     found = core.compare_folders(first, second)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from lorakit.cli import console
 from lorakit.cli.adapters import WORST_SITES, copy_tokenizer, naming_flags, overridden, print_report, read_adapters
-from lorakit.cli.early import check_adapters, check_new_directory
+from lorakit.cli.early import adapter_folders, check_new_directory
 from lorakit.durable import publish_directory
 from lorakit.tables import format_count, format_percent
 
@@ -42,7 +42,7 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
     Only the adapter's weights are needed; the base is not loaded. The output gives the exact fraction of the updates'
     energy that is lost. Pass --rank or --energy.
     """
-    check_adapters([flags.adapter])
+    flags = replace(flags, adapter=adapter_folders([flags.adapter])[0])
     check_new_directory(flags.output_dir)
     from lorakit import core
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from lorakit.cli import console, early
-from lorakit.errors import DataError, printable
+from lorakit.errors import printable
 from lorakit.train.defaults import DEFAULTS
 
 if TYPE_CHECKING:
@@ -86,11 +86,7 @@ def run(
         console.emit_json(found.as_dict())
     else:
         _print(found, parts.note, flags)
-    if not found.report.ended_rows:
-        raise DataError(
-            "No end marker contributes to the loss, so the model would not learn where to stop. Use a tokenizer with "
-            "an end-of-text token, or a chat template that ends assistant turns with one."
-        )
+    found.report.check_end()
 
 
 ROWS_ON_PAGE = 50

@@ -50,33 +50,34 @@ def check_data(names: Iterable[str]) -> None:
             raise DataError(f"{name}: data file not found.{_similar(path)}{hub}", where=path, field="data")
 
 
-def check_adapters(folders: Sequence[str]) -> None:
-    """Check that adapter directories exist, are not run directories, and are not repeated.
+def adapter_folders(given: Sequence[str]) -> list[str]:
+    """Return adapter directories after checking that they exist and are not repeated.
 
     Args:
-        folders: The directories.
+        given: Adapter directories, or run directories, which stand for the adapter in them.
 
     Raises:
-        UsageError: A directory is given twice.
-        AdapterFileError: A directory does not exist, has no adapter_config.json, or is a run directory.
+        UsageError: An adapter is given twice.
+        AdapterFileError: A directory does not exist or contains no adapter.
     """
-    seen = set()
-    for given in folders:
-        folder = Path(given)
+    if not given:
+        return []
+    from lorakit.config import CONFIG_FILE, adapter_directory
+
+    found, seen = [], set()
+    for name in given:
+        folder = adapter_directory(name)
         if folder.resolve() in seen:
-            raise UsageError(f"--adapter lists {given} twice; pass it once.", what=given, field="adapter")
-        seen.add(folder.resolve())
-        inside = folder / "adapter"
-        if (folder / "adapter_config.json").exists():
-            continue
-        if (inside / "adapter_config.json").is_file():
-            raise AdapterFileError(f"{given}: is a run directory; pass its adapter, {inside}.", where=given)
+            raise UsageError(f"--adapter lists {name} twice; pass it once.", what=name, field="adapter")
         if not folder.is_dir():
             raise AdapterFileError(
-                f"{given}: adapter directory not found; it must contain adapter_config.json.{_similar(folder)}",
-                where=given,
+                f"{name}: adapter directory not found; it must contain {CONFIG_FILE}.{_similar(folder)}", where=name
             )
-        raise AdapterFileError(f"{given}: no adapter_config.json, so this is not an adapter directory.", where=given)
+        if not (folder / CONFIG_FILE).exists():
+            raise AdapterFileError(f"{name}: no {CONFIG_FILE}, so this is not an adapter directory.", where=name)
+        seen.add(folder.resolve())
+        found.append(name if folder == Path(name) else str(folder))
+    return found
 
 
 def check_new_directory(target: Path) -> None:

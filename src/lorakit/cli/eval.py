@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -54,7 +54,7 @@ def run(
     early.check_data(flags.data)
     early.check_choice("on_bad_row", flags.on_bad_row, ("stop", "skip"))
     columns = early.columns_of(flags.columns or ())
-    early.check_adapters(flags.adapter or ())
+    flags = replace(flags, adapter=early.adapter_folders(flags.adapter or ()))
     early.check_model(flags.model)
     allocator.set_up()  # before torch allocates any memory
     from lorakit.data import Request

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -92,6 +92,7 @@ def run(
 
     --verbose adds the token count and speed of each answer, and whether the adapter was merged first.
     """
+    flags = replace(flags, adapter=early.adapter_folders(flags.adapter or ()))
     _check(flags)
     quantization = stored_as(flags.quantization, flags.double_quantization)
     prompts = read_prompts(flags.prompt or (), flags.prompt_file or ())
@@ -307,7 +308,6 @@ def _check(flags: Flags) -> None:
     early.check_at_least("max_new_tokens", flags.max_new_tokens, 1)
     early.check_choice("dtype", flags.dtype, early.MODEL_DTYPES)
     early.check_device(flags.device)
-    early.check_adapters(flags.adapter or ())
     early.check_model(flags.model)
     if flags.system is not None and flags.chat is False:
         text = "--system needs the chat template, but --no-chat disables it; pass one of them."

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from lorakit.cli import console
 from lorakit.cli.adapters import by_name
-from lorakit.cli.early import check_adapters
+from lorakit.cli.early import adapter_folders
 from lorakit.tables import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def run(
     The exit code is 0 if the adapter is healthy, and 1 if it has problems or cannot be read. --verbose adds files,
     hashes and the base's fingerprint.
     """
-    check_adapters([adapter])
+    (adapter,) = adapter_folders([adapter])
     from lorakit.core import inspect_adapter
 
     summary = inspect_adapter(adapter)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from lorakit.cli import adapters, console
-from lorakit.cli.early import MODEL_DTYPES, check_adapters, check_choice, check_model, check_new_directory
+from lorakit.cli.early import MODEL_DTYPES, adapter_folders, check_choice, check_model, check_new_directory
 from lorakit.errors import MergeError
 from lorakit.plan.quantized import Quantization, stored_as
 from lorakit.tables import format_bytes, format_count, format_percent
@@ -68,7 +68,7 @@ def run(
     """
     check_choice("dtype", flags.dtype, MODEL_DTYPES)
     check_new_directory(flags.output_dir)
-    check_adapters(flags.adapter)
+    flags = replace(flags, adapter=adapter_folders(flags.adapter))
     check_model(flags.model)
     quantization = stored_as(flags.quantization, flags.double_quantization)
     from lorakit import hub

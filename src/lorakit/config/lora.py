@@ -470,6 +470,17 @@ def check_built(config: LoraConfig) -> None:
 _WITHOUT_MEANING = frozenset({"megatron_core", "qalora_group_size", "runtime_config"})
 
 
+def adapter_directory(folder: str | os.PathLike[str]) -> Path:
+    """Return an adapter's directory; a run directory of `lorakit train` stands for the adapter in it.
+
+    Args:
+        folder: An adapter's directory, a run directory, or another path, which is returned unchanged.
+    """
+    path = Path(folder)
+    inside = path / "adapter"
+    return inside if not (path / CONFIG_FILE).exists() and (inside / CONFIG_FILE).is_file() else path
+
+
 def read_config(folder: str | os.PathLike[str]) -> tuple[LoraConfig, list[str]]:
     """Read a config written by lorakit or by any version of PEFT.
 
@@ -484,7 +495,7 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[LoraConfig, list[str]]:
             that is not allowed.
         NotYetSupported: The file uses an unsupported feature, so the adapter's weights would be misread.
     """
-    path = Path(folder)
+    path = adapter_directory(folder)
     if not path.exists():
         raise AdapterFileError(
             f"{path}: directory not found; an adapter is a directory with {CONFIG_FILE}.", where=path

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 
 from lorakit.durable import JsonObject
+from lorakit.errors import DataError
 from lorakit.tables import format_count, format_percent
 
 
@@ -84,6 +85,20 @@ class DataReport:
     def trained_fraction(self) -> float:
         """The fraction of tokens that contribute to the loss, in [0, 1]."""
         return self.trained_tokens / self.tokens if self.tokens else 0.0
+
+    def check_end(self) -> None:
+        """Check that an end marker contributes to the loss, because a model learns from it where to stop.
+
+        Raises:
+            DataError: No end marker does, although there are sequences.
+        """
+        if self.sequences and not self.ended_rows:
+            raise DataError(
+                "No end marker contributes to the loss, so the model would not learn where to stop. Use a tokenizer "
+                "with an end-of-text token, a chat template that ends assistant turns, or a larger --max-length if "
+                "every row is truncated; --allow-missing-end overrides this check.",
+                field="allow_missing_end",
+            )
 
     def as_dict(self) -> JsonObject:
         """Return all counts and notes as plain JSON values."""

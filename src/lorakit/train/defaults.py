@@ -78,6 +78,9 @@ DEFAULTS: dict[str, Default] = {
         "truncate",
         "the beginning of a long answer is still worth learning; truncated rows are counted",
     ),
+    "allow_missing_end": Default(
+        "Train even if no end marker contributes to the loss", False, "the model would not learn where to stop"
+    ),
     "chat_template": Default(
         "Jinja file to use instead of the model's chat template; the adapter is saved with it",
         None,

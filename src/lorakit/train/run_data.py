@@ -219,11 +219,14 @@ def make_batches(
         the row and token counts of the training and evaluation data.
 
     Raises:
-        DataError: The training data or the evaluation data has no tokens that contribute to the loss.
+        DataError: The training data or the evaluation data has no tokens that contribute to the loss, or no end marker
+            in the training data does.
     """
     rows, pad = settings.per_device_train_batch_size, data.padding_id(tokenizer)
     listener, overlong = _listener(progress, "training data", records.train), settings.overlong
     train = data.encode(records.train, tokenizer, max_length, listener, overlong=overlong)
+    if not settings.allow_missing_end:
+        train.report.check_end()
     loader = data.Loader(train.sequences, rows, settings.seed, pad_id=pad)
     if not records.held_out:
         return RunBatches(loader, None, train.report, None)

@@ -216,6 +216,7 @@ class TrainSettings(BaseModel):
     columns: Annotated[dict[str, str], BeforeValidator(_columns)] = _setting("columns")
     on_bad_row: OnBadRow = _setting("on_bad_row")
     overlong: TooLong = _setting("overlong")
+    allow_missing_end: bool = _setting("allow_missing_end")
     chat_template: Text | None = _setting("chat_template")
     r: int = _setting("r", ge=1)
     lora_alpha: float = _setting("lora_alpha", gt=0)

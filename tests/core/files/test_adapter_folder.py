@@ -281,3 +281,17 @@ def test_every_init_of_the_table_is_known() -> None:
     for init in INITS:
         config.init_lora_weights = init.name
         assert judge(config, [], {}) == ()
+
+
+def test_a_run_directory_stands_for_its_adapter(folder: Path, tmp_path: Path) -> None:
+    from lorakit.peft import PeftModel
+
+    run = tmp_path / "run"
+    run.mkdir()
+    folder.rename(run / "adapter")
+    model = LLAMA.model()
+    load_adapter(model, run)
+    assert inspect_adapter(run).config == inspect_adapter(run / "adapter").config
+    wrapped = PeftModel.from_pretrained(LLAMA.model(), run)
+    ids = torch.arange(6).reshape(1, 6)
+    assert torch.equal(wrapped(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorakit import durable
-from lorakit.config import CONFIG_FILE, LoraConfig, read_config
+from lorakit.config import CONFIG_FILE, LoraConfig, adapter_directory, read_config
 from lorakit.core.files.tensor_file import TensorFile, file_error, read_tensors
 from lorakit.core.model.fingerprint import Fingerprint
 from lorakit.core.model.index import INSIDE
@@ -109,13 +109,13 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
     """Read and verify the files of an adapter; no model is needed.
 
     Args:
-        folder: A directory written by PEFT or lorakit.
+        folder: A directory written by PEFT or lorakit, or a run directory.
 
     Raises:
         AdapterFileError: A file is missing, damaged, or in a format that is never loaded, such as pickle.
         NotYetSupported: The adapter needs a feature that is not implemented.
     """
-    folder = Path(folder)
+    folder = adapter_directory(folder)
     if folder.is_file():
         raise file_error(folder, f"this is a file, but an adapter is a directory that contains {CONFIG_FILE}.")
     for _ in range(ATTEMPTS):
