@@ -37,9 +37,13 @@ COMMANDS = {
     "compress": "Reduce the rank of an adapter and report what is lost.",
     "extract": "Extract an adapter from a fully fine-tuned model and its base.",
     "compare": "Compare two adapters: direction, norms and subspaces at each site.",
+    "list": "List the adapters in a directory.",
     "inspect": "Show an adapter's config, sites, norms and problems.",
     "doctor": "Check this machine and its packages; suggest fixes.",
 }
+
+MODULES = {"list": "listing"}
+"""Command -> its module, if the names differ: a module `list` would hide the built-in type in this package."""
 
 _ABOUT = "Plan, train, evaluate, merge and combine LoRA adapters."
 _EPILOGUE = (
@@ -99,7 +103,8 @@ def application() -> App:
         default_parameter=Parameter(consume_multiple=True, negative_iterable=(), negative_none=()),
     )
     for command, summary in COMMANDS.items():
-        app.command(f"lorakit.cli.{command}:run", name=command, help=summary, sort_key=list(COMMANDS).index(command))
+        module = MODULES.get(command, command)
+        app.command(f"lorakit.cli.{module}:run", name=command, help=summary, sort_key=list(COMMANDS).index(command))
     return app
 
 

@@ -28,7 +28,7 @@ from lorakit.config.nested import (
     MontecloraConfig,
     VeloraConfig,
 )
-from lorakit.config.types import API_LEVEL, CONFIG_FILE, HEADS_BY_TASK, PeftType, TaskType, scale
+from lorakit.config.types import API_LEVEL, CONFIG_FILE, HEADS_BY_TASK, SIDECAR_FILE, PeftType, TaskType, scale
 
 __all__ = [
     "API_LEVEL",
@@ -36,6 +36,7 @@ __all__ = [
     "HEADS_BY_TASK",
     "NOT_BUILT",
     "PEFT_TABLES_OF_VARIANTS",
+    "SIDECAR_FILE",
     "ArrowConfig",
     "BdLoraConfig",
     "CordaConfig",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorakit import durable
-from lorakit.config import CONFIG_FILE, LoraConfig, adapter_directory, read_config
+from lorakit.config import CONFIG_FILE, SIDECAR_FILE, LoraConfig, adapter_directory, read_config
 from lorakit.core.files.tensor_file import TensorFile, file_error, read_tensors
 from lorakit.core.model.fingerprint import Fingerprint
 from lorakit.core.model.index import INSIDE
@@ -23,7 +23,6 @@ from lorakit.durable import SEAL, JsonObject, JsonValue
 from lorakit.errors import AdapterFileError, PatternError
 from lorakit.targets import literal_value, names_path
 
-SIDECAR_FILE = "lorakit.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FORMAT_VERSION = 2
 SEALED_SINCE = 2
