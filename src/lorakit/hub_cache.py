@@ -51,6 +51,7 @@ def adapter_from_hub(repository: str, *, revision: str | None = None, subfolder:
         where = f"in the Hub's cache (network access is off: {variable} is set)" if variable else "on the Hub"
         raise ModelError(
             f"{repository!r} is not a directory and was not found {where} ({type(cause).__name__}). Check the name, "
-            "or pass a directory."
+            "or pass a directory.",
+            what=repository,
         ) from cause
     return Path(folder)

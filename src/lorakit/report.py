@@ -94,7 +94,8 @@ def loss_plot(metrics: Metrics, path: str | Path, title: str = "") -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as cause:
-        raise MissingExtra('The loss plot needs matplotlib: pip install "lorakit[report]".') from cause
+        text = 'The loss plot needs matplotlib: pip install "lorakit[report]".'
+        raise MissingExtra(text, what="matplotlib") from cause
     figure = Figure(figsize=(7.2, 4.0), layout="constrained")
     axes = figure.subplots()
     train, evaluations = metrics.train, metrics.evaluations

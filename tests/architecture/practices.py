@@ -34,6 +34,19 @@ def exception_texts(sources: Sources) -> Iterator[Breach]:
                 yield Breach(path, name, message, node.lineno)
 
 
+def fieldless(sources: Sources) -> Iterator[Breach]:
+    """Find errors of lorakit that are raised with a message alone, without a field such as `what` or `where`."""
+    trees = dict(parsed(sources))
+    own = trees["errors.py"].body if "errors.py" in trees else []
+    errors = {node.name for node in own if isinstance(node, ast.ClassDef)}
+    for path, tree in trees.items():
+        for node in nodes(tree):
+            call = node.exc if isinstance(node, ast.Raise) else None
+            if isinstance(call, ast.Call) and call.args and not call.keywords and last_name(call) in errors:
+                message = f"{last_name(call)} carries a message alone; add what, where, field or allowed"
+                yield Breach(path, last_name(call), message, call.lineno)
+
+
 def walks(sources: Sources) -> Iterator[Breach]:
     """Find walks over a model: named_modules(), modules(), _modules.items()."""
     for path, tree in parsed(sources):

@@ -18,7 +18,7 @@ from .imports import (
     inner_floor_breaches,
 )
 from .names import loosely_typed, misnamed, name_comparisons, row_names, variant_fields
-from .practices import exception_texts, foreign_memory, incomplete_components, process_state, walks
+from .practices import exception_texts, fieldless, foreign_memory, incomplete_components, process_state, walks
 from .reading import Breach, Rule, Sources
 from .rules import RULES, WARNINGS
 from .sizes import long_files, many_modules, oversized, small_modules
@@ -136,6 +136,8 @@ BAD: list[tuple[Rule, Sources, str]] = [
         {"core/__init__.py": "from lorakit.core.merging.merging import merge", "core/merge.py": ""},
         "merge is also",
     ),
+    (fieldless, {"errors.py": "class E: ...", "a.py": "raise E('x')"}, "E carries a message alone"),
+    (fieldless, {"errors.py": "class E: ...", "a.py": "raise errors.E(f'{x}') from cause"}, "a.py:1: E carries"),
     (exception_texts, {"a.py": CAUGHT + "if 'full' in str(cause): ..."}, "f reads the text of an exception"),
     (exception_texts, {"a.py": CAUGHT + "return str(cause).startswith('x')"}, "str(cause).startswith('x')"),
     (exception_texts, {"a.py": CAUGHT + "return re.search('x', str(cause))"}, "re.search('x', str(cause))"),
@@ -337,6 +339,10 @@ GOOD: list[tuple[Rule, Sources]] = [
     (undocumented, {"a.py": DOC + "def _f(): ...\nclass _A:\n    def f(self): ...", "b.py": ""}),
     (shapeless, {"a.py": "def f(x: Annotated[int, Parameter(help='A Tensor of no code')]): 'Doc.'"}),
     (shapeless, {"a.py": "def f(x: Tensor) -> Tensor: 'Rows, (tokens, rank).'\ndef g(x: dict[str, Tensor]): 'Doc.'"}),
+    (
+        fieldless,
+        {"errors.py": "class E: ...", "a.py": "raise E('x', what=1)\nraise E\nraise F('x')\nraise E.of('a', 1)"},
+    ),
     (
         unnamed_errors,
         {

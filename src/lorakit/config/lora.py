@@ -234,7 +234,9 @@ class PeftConfigMixin:
         unknown = {key: value for key, value in kwargs.items() if key not in names}
         if unknown and "peft_type" not in kwargs:
             raise ConfigTypeError(
-                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}.",
+                what="peft_type",
+                field="peft_type",
             )
         config = kind(**known)
         if unknown:

@@ -140,7 +140,7 @@ class Loader(Iterator[Batch]):
         if self.batch_rows < 1:
             raise ConfigError.of("batch_rows", self.batch_rows, "at least 1")
         if not self.sequences:
-            raise DataError("The data has no sequences to make batches from.")
+            raise DataError("The data has no sequences to make batches from.", field="data")
         self._seek(0, 0)
 
     @property
@@ -196,7 +196,9 @@ class Loader(Iterator[Batch]):
         if isinstance(epoch, int) and isinstance(batch, int) and epoch >= 0 and 0 <= batch <= self.batches_per_epoch:
             self._seek(epoch, batch)
         else:
-            raise DataError(f"The saved position in the data is not valid: epoch {epoch!r}, batch {batch!r}.")
+            raise DataError(
+                f"The saved position in the data is not valid: epoch {epoch!r}, batch {batch!r}.", what=(epoch, batch)
+            )
 
     def _seek(self, epoch: int, batch: int) -> None:
         self._epoch, self._batch = epoch, batch

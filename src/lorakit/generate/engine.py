@@ -129,7 +129,10 @@ def generate_batch(
     if max_new_tokens < 1:
         raise ConfigError.of("max_new_tokens", max_new_tokens, "at least 1")
     if model.training:
-        raise ModelError("The model is in training mode, so dropout would affect the output; call model.eval() first.")
+        raise ModelError(
+            "The model is in training mode, so dropout would affect the output; call model.eval() first.",
+            what=type(model).__name__,
+        )
     rows = [[int(token) for token in prompt] for prompt in prompts]
     limit = context_tokens(model)
     weight = _embedding_weight(model)
@@ -230,7 +233,10 @@ class _Forward:
         takes = inspect.signature(model.forward).parameters
         cache_name = next((name for name in CACHE_NAMES if name in takes), None)
         if cache_name is None:
-            raise ModelError(f"{type(model).__name__} does not accept a key-value cache, which generation requires.")
+            raise ModelError(
+                f"{type(model).__name__} does not accept a key-value cache, which generation requires.",
+                what=type(model).__name__,
+            )
         self._cache_name = cache_name
         self._last_alone = "logits_to_keep" in takes
         self._positioned = "position_ids" in takes
@@ -278,7 +284,10 @@ class _Forward:
             output = self._model(**inputs)
         self._cache = getattr(output, self._cache_name, None)
         if self._cache is None:
-            raise ModelError(f"{type(self._model).__name__} returned no key-value cache, which generation requires.")
+            raise ModelError(
+                f"{type(self._model).__name__} returned no key-value cache, which generation requires.",
+                what=type(self._model).__name__,
+            )
         logits: Tensor = output.logits[:, -1]
         return logits.float()
 

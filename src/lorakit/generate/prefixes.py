@@ -69,7 +69,9 @@ def read_prefix(model: nn.Module, tokens: Sequence[int], device: torch.device | 
         output = model(input_ids=ids, use_cache=True)
     cache = next((output[name] for name in CACHE_NAMES if name in output), None)
     if cache is None or not hasattr(cache, "batch_repeat_interleave"):
-        raise ModelError(f"{type(model).__name__} does not return a cache that several rows can share.")
+        raise ModelError(
+            f"{type(model).__name__} does not return a cache that several rows can share.", what=type(model).__name__
+        )
     return Prefix(tuple(int(token) for token in tokens), cache)
 
 
@@ -107,9 +109,17 @@ def check_prefix(
     size = len(prefix.tokens)
     for row, (prompt, names) in enumerate(zip(prompts, adapters, strict=True)):
         if tuple(prompt[:size]) != prefix.tokens:
-            raise UsageError(f"prompt {row + 1} of {len(prompts)} does not start with the prefix of {size} tokens.")
+            raise UsageError(
+                f"prompt {row + 1} of {len(prompts)} does not start with the prefix of {size} tokens.",
+                what=row,
+                field="prompts",
+            )
         if len(prompt) == size:
-            raise UsageError(f"prompt {row + 1} of {len(prompts)} has no tokens after the prefix; add at least one.")
+            raise UsageError(
+                f"prompt {row + 1} of {len(prompts)} has no tokens after the prefix; add at least one.",
+                what=row,
+                field="prompts",
+            )
         for name in names:
             if _begin(model, prompt, name) < size:
                 raise UsageError(

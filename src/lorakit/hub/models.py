@@ -171,7 +171,9 @@ def save_model(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokeni
             if isinstance(cause, OSError):
                 message = f"{folder.parent}: the model cannot be written ({reason})."
                 raise DiskError(message, where=folder.parent) from cause
-            raise ModelError(f"transformers cannot save this {type(model).__name__} ({reason}).") from cause
+            raise ModelError(
+                f"transformers cannot save this {type(model).__name__} ({reason}).", what=type(model).__name__
+            ) from cause
 
 
 CLASSES: Mapping[str, str] = {

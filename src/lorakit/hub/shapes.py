@@ -150,7 +150,9 @@ def _model_class(config: PreTrainedConfig) -> Callable[[PreTrainedConfig], PreTr
         found = getattr(transformers, auto)
         if type(config) in found._model_mapping:
             return found.from_config
-    raise ModelError(f"transformers has no model class for the config {type(config).__name__}")
+    raise ModelError(
+        f"transformers has no model class for the config {type(config).__name__}", what=type(config).__name__
+    )
 
 
 def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[str]]:

@@ -44,7 +44,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         raise ConfigTypeError(f"Argument multiplier should be of type float, got {type(multiplier)}", what=multiplier)
     before = [(layer, dict(layer.scaling)) for _, layer in layers(model)]
     if not before:
-        raise AdapterError("scaling is only supported for models with `LoraLayer`s")
+        raise AdapterError("scaling is only supported for models with `LoraLayer`s", field="model")
     try:
         for layer, scales in before:
             layer.scaling = {name: scale * multiplier for name, scale in scales.items()}

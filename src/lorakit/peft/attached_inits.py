@@ -59,7 +59,9 @@ def prepare_model_inputs_fn_language_modeling(model_input: Mapping[str, Tensor],
         ConfigTypeError: `model_input` is not a dictionary.
     """
     if not isinstance(model_input, dict):
-        raise ConfigTypeError("When using `prepare_model_inputs_fn_language_modeling` inputs must be a dictionary")
+        raise ConfigTypeError(
+            "When using `prepare_model_inputs_fn_language_modeling` inputs must be a dictionary", field="inputs"
+        )
     mask = model_input.get("attention_mask", torch.ones_like(model_input["input_ids"])).bool()
     settings = peft_config.eva_config or EvaConfig()
     if settings.use_label_mask and "labels" in model_input:
@@ -210,10 +212,14 @@ def initialize_lora_eva_weights(
     if not model_adapters.is_wrapper(model):
         raise ConfigError("model must be a PeftModel", field="model")
     if len(model.active_adapters) > 1:
-        raise ConfigError("`initialize_lora_eva_weights` currently only works with a single active adapter")
+        raise ConfigError(
+            "`initialize_lora_eva_weights` currently only works with a single active adapter", field="adapter_name"
+        )
     model_adapters.check_exist(model.peft_config, adapter_name)
     if model.peft_config[adapter_name].init_lora_weights != "eva":
-        raise ConfigError("`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`")
+        raise ConfigError(
+            "`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`", field="init_lora_weights"
+        )
     if eva_state_dict is None:
         if dataloader is None:
             raise ConfigError("dataloader is required if eva_state_dict is not provided", field="dataloader")
@@ -337,7 +343,8 @@ def replace_lora_weights_loftq(
     """
     if not isinstance(peft_model, nn.Module) or not model_adapters.is_wrapper(peft_model):
         raise ConfigTypeError(
-            "The passed model does not appear to be a valid PeftModel; create one with get_peft_model."
+            "The passed model does not appear to be a valid PeftModel; create one with get_peft_model.",
+            field="peft_model",
         )
     model = peft_model.get_base_model()
     sites = _sites(model, adapter_name)

@@ -192,7 +192,8 @@ def prepare_model_for_compiled_hotswap(
     if not found:
         raise ConfigError(
             "No adapter layers found on the model, make sure call `prepare_model_for_compiled_hotswap` after loading "
-            "the first adapter and before loading the second adapter."
+            "the first adapter and before loading the second adapter.",
+            field="model",
         )
     for _, layer in found:
         device = layer.base.device(layer.owner, layer.spec.parameter)
@@ -209,7 +210,7 @@ def prepare_model_for_compiled_hotswap(
 
 def _check_compiled(check_compiled: str) -> None:
     if check_compiled == "error":
-        raise ConfigError("Call prepare_model_for_compiled_hotswap *before* compiling the model")
+        raise ConfigError("Call prepare_model_for_compiled_hotswap *before* compiling the model", field="model")
     if check_compiled == "warn":
         warn_caller(
             "prepare_model_for_compiled_hotswap was called with a model that is already compiled. This will likely "

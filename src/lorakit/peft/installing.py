@@ -47,7 +47,8 @@ def install_as_peft() -> None:
     if late:
         raise UsageError(
             f"install_as_peft() was called too late: {', '.join(late)} {'is' if len(late) == 1 else 'are'} already "
-            f"imported and would not use lorakit.peft. Call install_as_peft() before importing {', '.join(early)}."
+            f"imported and would not use lorakit.peft. Call install_as_peft() before importing {', '.join(early)}.",
+            what=", ".join(late),
         )
     sys.meta_path.insert(0, _Finder())
     importlib.invalidate_caches()

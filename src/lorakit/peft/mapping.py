@@ -50,7 +50,11 @@ def get_peft_model(
         NotYetSupported: The config or an option requires a feature that is not supported yet.
     """
     if not isinstance(peft_config, LoraConfig):
-        raise ConfigError(f"peft_config is a {type(peft_config).__name__}; it must be a lorakit LoraConfig.")
+        raise ConfigError(
+            f"peft_config is a {type(peft_config).__name__}; it must be a lorakit LoraConfig.",
+            what=type(peft_config).__name__,
+            field="peft_config",
+        )
     _warn_of_the_base(model, peft_config, revision)
     if revision is not None:
         peft_config = peft_config.with_fields(revision=revision)
@@ -152,7 +156,9 @@ def inject_adapter_in_model(
     """
     if not isinstance(peft_config, LoraConfig):
         raise ConfigError(
-            f"`inject_adapter_in_model` does not support {getattr(peft_config, 'peft_type', None)} yet; use LoraConfig."
+            f"`inject_adapter_in_model` does not support {getattr(peft_config, 'peft_type', None)} yet; use "
+            "LoraConfig.",
+            field="peft_config",
         )
     tuner = LoraModel(model)
     tuner.inject(adapter_name, peft_config, on_meta=low_cpu_mem_usage, state_dict=state_dict)

@@ -123,7 +123,10 @@ def find_minimal_target_modules(target_modules: Collection[str], other_module_na
     if "" in target_modules:
         raise ConfigError("target_modules should not contain an empty string.", field="target_modules")
     if set(target_modules) & set(other_module_names):
-        raise ConfigError("target_modules and other_module_names contain common elements, this should not happen.")
+        raise ConfigError(
+            "target_modules and other_module_names contain common elements, this should not happen.",
+            field="target_modules",
+        )
     taken = {end for name in other_module_names for end in _suffixes(name)}
     chosen: set[str] = set()
     for name in sorted(target_modules, key=_suffixes):

@@ -183,7 +183,9 @@ def options_of_call(
     batch = next((tensor for tensor in given if isinstance(tensor, Tensor) and tensor.ndim), None)
     if names is not None and set(names) == {BASE_NAME} and batch is not None and len(batch) != len(names):
         text = f"{LENGTH.format(rows=len(names))} The batch has {len(batch)} rows."
-        raise RowCountError(text)  # if all rows use the base alone, no layer checks the batch size
+        raise RowCountError(
+            text, what=len(names), field="adapter_names"
+        )  # if all rows use the base alone, no layer checks the batch size
     with _with_peft_messages(names), model.base_model.rows(names, copies), contextlib.ExitStack() as stack:
         offsets, embedded = kwargs.pop("alora_offsets", None), kwargs.get("inputs_embeds")
         if is_alora_relevant_in_batch(model, names):

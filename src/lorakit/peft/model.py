@@ -232,7 +232,8 @@ class PeftModel(OverModel):
         if not isinstance(peft_config, LoraConfig):
             raise ConfigError(
                 "Cannot combine adapters with different peft types. Found LORA and "
-                f"{getattr(peft_config, 'peft_type', type(peft_config).__name__)}."
+                f"{getattr(peft_config, 'peft_type', type(peft_config).__name__)}.",
+                field="peft_config",
             )
         if adapter_name in self.peft_config:
             raise AdapterError(f"Adapter with name '{adapter_name}' already exists.", what=adapter_name)

@@ -84,7 +84,7 @@ class _BaseAutoPeftModel:
         if found.task_type is None:
             _check_library(mapping, import_allowlist or ALLOWED_LIBRARIES)
         elif cls.task != found.task_type:
-            raise ConfigError(_other_class(cls.task, found.task_type))
+            raise ConfigError(_other_class(cls.task, found.task_type), what=found.task_type, field="task_type")
         from lorakit.hub.models import load_base
 
         model = load_base(
@@ -176,7 +176,8 @@ class PeftMixedModel(PeftModel):
         if peft_config is not None and not isinstance(peft_config, LoraConfig):
             raise ConfigError(
                 f"The provided `peft_type` '{getattr(peft_config, 'peft_type', None)}' is not compatible with the "
-                "`PeftMixedModel`, which supports only LORA adapters."
+                "`PeftMixedModel`, which supports only LORA adapters.",
+                field="peft_type",
             )
         super().__init__(model, peft_config, adapter_name)
 
@@ -210,7 +211,7 @@ class PeftMixedModel(PeftModel):
         Raises:
             ConfigTypeError: Always.
         """
-        raise ConfigTypeError(f"get_layer_status is not supported for {type(self).__name__}.")
+        raise ConfigTypeError(f"get_layer_status is not supported for {type(self).__name__}.", what=type(self).__name__)
 
     def get_model_status(self) -> NoReturn:
         """Raise an error, since PEFT does not support this method for this class.
@@ -218,7 +219,7 @@ class PeftMixedModel(PeftModel):
         Raises:
             ConfigTypeError: Always.
         """
-        raise ConfigTypeError(f"get_model_status is not supported for {type(self).__name__}.")
+        raise ConfigTypeError(f"get_model_status is not supported for {type(self).__name__}.", what=type(self).__name__)
 
     def save_pretrained(self, *_: Value, **__: Value) -> NoReturn:
         """Raise an error, since PEFT cannot save instances of this class; save from a `PeftModel` instead.
@@ -226,7 +227,9 @@ class PeftMixedModel(PeftModel):
         Raises:
             NotYetSupported: Always.
         """
-        raise NotYetSupported(f"Saving is not supported for {type(self).__name__} (yet); save from a PeftModel.")
+        raise NotYetSupported(
+            f"Saving is not supported for {type(self).__name__} (yet); save from a PeftModel.", what=type(self).__name__
+        )
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> NoReturn:
         """Raise an error, since PEFT does not support this method for this class.
@@ -234,4 +237,6 @@ class PeftMixedModel(PeftModel):
         Raises:
             NotYetSupported: Always.
         """
-        raise NotYetSupported(f"Model card creation is not supported for {type(self).__name__} (yet).")
+        raise NotYetSupported(
+            f"Model card creation is not supported for {type(self).__name__} (yet).", what=type(self).__name__
+        )

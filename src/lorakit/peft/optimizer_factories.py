@@ -217,7 +217,9 @@ def _check_rslora(given: bool, configured: dict[str, bool]) -> None:
     if other:
         raise ConfigError(
             f"`use_rslora={given}` was passed to create_lorafa_optimizer, but it is {not given} in the config of "
-            f"{', '.join(map(repr, other))}. Omit the argument; the value in the config is used."
+            f"{', '.join(map(repr, other))}. Omit the argument; the value in the config is used.",
+            what=given,
+            field="use_rslora",
         )
     warnings.warn(
         "`use_rslora` of create_lorafa_optimizer is deprecated; omit it. The value in the adapter's config is used.",

@@ -103,7 +103,8 @@ def create_riemannian_optimizer(
         NotYetSupported: Always; the message names the optimizers that are supported.
     """
     raise NotYetSupported(
-        "create_riemannian_optimizer is not supported yet. Use create_loraplus_optimizer or create_lorafa_optimizer."
+        "create_riemannian_optimizer is not supported yet. Use create_loraplus_optimizer or create_lorafa_optimizer.",
+        what="create_riemannian_optimizer",
     )
 
 

@@ -109,7 +109,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     if not found:
         raise AdapterError(
             "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT adapters "
-            "injected in the model."
+            "injected in the model.",
+            field="model",
         )
     return found
 

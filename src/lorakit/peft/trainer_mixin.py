@@ -79,7 +79,8 @@ class LoraTrainerMixin:
         if parent is not None:
             raise ConfigError(
                 f"{cls.__name__}: LoraTrainerMixin must precede the trainer: "
-                f"class {cls.__name__}(LoraTrainerMixin, {parent.__name__})."
+                f"class {cls.__name__}(LoraTrainerMixin, {parent.__name__}).",
+                what=cls.__name__,
             )
 
     def __init__(

@@ -50,7 +50,8 @@ def kinds_of(config: LoraConfig | None) -> list[Kind]:
         if like is None:
             raise NotYetSupported(
                 f"{layer.__name__} for {module_type.__name__}: a custom layer must be a subclass of a lorakit layer, "
-                "such as lora.Linear; for any other computation, call attach(kinds=[...]) with a lorakit.core.Kind."
+                "such as lora.Linear; for any other computation, call attach(kinds=[...]) with a lorakit.core.Kind.",
+                what=layer.__name__,
             )
         if kind_of(module_type) is None:
             warn_caller(f"Unsupported layer type '{module_type}' encountered, proceed at your own risk.", UserWarning)

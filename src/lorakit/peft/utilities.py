@@ -292,7 +292,8 @@ def build_peft_weight_mapping(
             raise NotYetSupported(
                 f"The adapter targets {', '.join(sorted(_joined_names(conversion)))}, which this version of "
                 "transformers fuses into one tensor; fusing LoRA weights is not supported yet. Use the transformers "
-                "version with which the adapter was trained."
+                "version with which the adapter was trained.",
+                field="target_modules",
             )
     return found
 

@@ -534,7 +534,8 @@ def names(pattern: str, path: str) -> bool:
     if not _PLAIN.fullmatch(pattern):
         raise PatternError(
             f"{pattern!r} is a regular expression, and regular expressions from files are never evaluated. Use names "
-            "or dotted suffixes."
+            "or dotted suffixes.",
+            what=pattern,
         )
     word = pattern.removesuffix("$").replace("\\.", ".")
     return path == word[1:] if word.startswith("^") else names_path(word, path)

@@ -195,7 +195,7 @@ def _measured(model: nn.Module, batches: Callable[[], Iterable[Batch]], where: t
     finally:
         acceleration.undo()  # the next adapter may add embedding rows to the base
     if found is None:  # for the type checker only: nothing stops this evaluation
-        raise RunError("The evaluation was stopped.")
+        raise RunError("The evaluation was stopped.", field="data")
     return found
 
 

@@ -100,7 +100,7 @@ def parameter_groups(
         RunError: The model has no trainable tensors.
     """
     if not named:
-        raise RunError("The model has no trainable tensors.")
+        raise RunError("The model has no trainable tensors.", field="target_modules")
     gathered: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         key = (rates.get(name, learning_rate) / learning_rate, weight_decay if parameter.ndim > 1 else 0.0)
@@ -286,10 +286,13 @@ class _Flat:
                 raise RunError(
                     f"a trainable tensor changed from {tuple(shape)} (float32 on {self.device}) to {tuple(p.shape)} "
                     f"({str(p.dtype).removeprefix('torch.')} on {p.device}); build the optimizer after the model is "
-                    "moved, cast or loaded."
+                    "moved, cast or loaded.",
+                    what=tuple(p.shape),
                 )
         if self._replaced() and not _is_disjoint(self.members):
-            raise RunError("trainable tensors share memory; build the optimizer after replacing tensors.")
+            raise RunError(
+                "trainable tensors share memory; build the optimizer after replacing tensors.", field="named"
+            )
 
     def gather(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
         """Copy into the buffers any values and state set by `p.data = …` or `load_state_dict`; create missing state."""

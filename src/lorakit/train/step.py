@@ -93,7 +93,9 @@ def oom_as_run_error(batch: Batch, where: str, advice: Callable[[int], str]) -> 
         if not _is_out_of_memory(cause):
             raise
         rows, length = batch.input_ids.shape
-        raise RunError(f"out of memory{where}: batch of {rows} × {length} tokens. {advice(rows)}") from cause
+        raise RunError(
+            f"out of memory{where}: batch of {rows} × {length} tokens. {advice(rows)}", what=(rows, length)
+        ) from cause
 
 
 def oom_advice_for_evaluation(rows: int) -> str:
@@ -257,7 +259,8 @@ def train_step(
     trained = sum(batch.trained_tokens for batch in batches)
     if trained == 0:
         raise DataError(
-            "No token in the batches of this step contributes to the loss, so there is nothing to train on."
+            "No token in the batches of this step contributes to the loss, so there is nothing to train on.",
+            field="data",
         )
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=options.device)
@@ -266,7 +269,10 @@ def train_step(
             with options.computing():
                 loss = loss_sum(model, batch, options.device, options.acceleration)
             if not loss.requires_grad:
-                raise RunError("The loss does not depend on any trainable tensor: the adapter is inactive or frozen.")
+                raise RunError(
+                    "The loss does not depend on any trainable tensor: the adapter is inactive or frozen.",
+                    field="target_modules",
+                )
             (loss / trained).backward()
             total = total + loss.detach()
     penalty = penalties(model)

@@ -231,7 +231,9 @@ def _check_mergeable(index: AdapterIndex, names: Sequence[str], untie: bool, opt
         MergeError: An adapter is already merged or cannot be merged, or a weight is shared.
     """
     if not names:
-        raise MergeError("No adapter is active, so there is nothing to merge. Specify the adapters to merge.")
+        raise MergeError(
+            "No adapter is active, so there is nothing to merge. Specify the adapters to merge.", field="adapter_names"
+        )
     for path, module in index.components.items():
         module.check_merge(path, names, options)
     if untie:

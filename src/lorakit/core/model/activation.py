@@ -54,7 +54,7 @@ def use(model: nn.Module, *names: str, keep: bool = False) -> Override:
     """
     state = state_of(model)
     if not names:
-        raise RouteError("`use` needs at least one adapter. To run the base alone, use `disable`.")
+        raise RouteError("`use` needs at least one adapter. To run the base alone, use `disable`.", field="names")
     state.check(names)
     wanted = Route(tuple(dict.fromkeys(names)))
     return state.override(wanted.keeping() if keep else wanted)
@@ -78,9 +78,15 @@ def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1, keep
     """
     state = state_of(model)
     if isinstance(rows, str) or not rows:
-        raise RouteError(f"`route` needs a list with one adapter (or None) per row of the batch, not {rows!r}.")
+        raise RouteError(
+            f"`route` needs a list with one adapter (or None) per row of the batch, not {rows!r}.",
+            what=rows,
+            field="rows",
+        )
     if copies < 1:
-        raise RouteError(f"`route` was called with copies={copies!r}; copies must be an integer >= 1.")
+        raise RouteError(
+            f"`route` was called with copies={copies!r}; copies must be an integer >= 1.", what=copies, field="copies"
+        )
     state.check(rows)
     wanted = Route(rows=tuple(rows), copies=copies)
     return state.override(wanted.keeping() if keep else wanted)
@@ -268,13 +274,18 @@ def invoked(
         if input_ids is not None and input_ids.shape[0] != len(offsets):
             raise RouteError(
                 f"The number of prompts ({input_ids.shape[0]}) differs from the number of offsets ({len(offsets)}). "
-                "Pass one offset per prompt."
+                "Pass one offset per prompt.",
+                what=len(offsets),
+                field="offsets",
             )
         waiting = tuple(sorted(state.waiting))
         back = backs.expand(len(waiting), -1)
         return state.override(None, Offsets(waiting, back, length, length))
     if input_ids is None:
-        raise RouteError("`invoked` got neither input_ids nor offsets; pass the prompts as input_ids (rows, length).")
+        raise RouteError(
+            "`invoked` got neither input_ids nor offsets; pass the prompts as input_ids (rows, length).",
+            field="input_ids",
+        )
     return state.override(None, prompt_offsets(state, input_ids, attention_mask))
 
 

@@ -115,7 +115,9 @@ class DataSites:
         groups = in_groups(list(contexts), lambda path: self._size_bytes(contexts[path]))
         if len(groups) > 1 and isinstance(batches, Iterator):
             raise DataError(
-                f"The batches are run {len(groups)} times to limit memory use; pass a list instead of an iterator."
+                f"The batches are run {len(groups)} times to limit memory use; pass a list instead of an iterator.",
+                what=len(groups),
+                field="batches",
             )
         collected: dict[str, InputStatistics] | dict[str, GradientStatistics]
         with contextlib.nullcontext() if find_state(model) is None else disable(model):

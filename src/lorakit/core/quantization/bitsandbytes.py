@@ -140,7 +140,7 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
 
         state = like.quant_state
         if state is None:
-            raise MergeError(_UNQUANTIZED.format(bits=4))
+            raise MergeError(_UNQUANTIZED.format(bits=4), what="4-bit")
         packed, made = package.quantize_4bit(
             canonical.to(like.device, torch.float32).contiguous(),
             blocksize=state.blocksize,
@@ -237,7 +237,7 @@ class EightBitFormat(_Format["Linear8bitLt", EightBit]):
         import bitsandbytes as package
 
         if like.scales is None:
-            raise MergeError(_UNQUANTIZED.format(bits=8))
+            raise MergeError(_UNQUANTIZED.format(bits=8), what="8-bit")
         values, scales, _outliers = package.functional.int8_vectorwise_quant(
             canonical.to(like.values.device, torch.float16)
         )

@@ -78,7 +78,8 @@ class TorchaoFormat(PlainFormat):
         if type(like).__name__ != _INT8 or like.act_quant_kwargs is not None or like.block_size[0] != 1:
             raise MergeError(
                 f"lorakit cannot write this torchao weight ({type(like).__name__}); it can write only int8 weights "
-                "with one scale per row. Merge with dense=True."
+                "with one scale per row. Merge with dense=True.",
+                what=type(like).__name__,
             )
         return _quantized(canonical.to(device=like.device, dtype=like.dtype))
 
@@ -114,7 +115,8 @@ def _dequantized(stored: TorchAOBaseTensor) -> Tensor:
     except NotImplementedError as cause:
         raise MergeError(
             f"torchao cannot dequantize a {type(stored).__name__}, but merging and variants that read the weight "
-            "need the dequantized weight. Plain LoRA without merging works."
+            "need the dequantized weight. Plain LoRA without merging works.",
+            what=type(stored).__name__,
         ) from cause
 
 

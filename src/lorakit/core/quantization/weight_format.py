@@ -164,7 +164,11 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
             MergeError: A parametrization computes the parameter.
         """
         if not self.written:
-            raise MergeError(NOT_WRITTEN.format(parameter=parameter, type=type(module).__name__))
+            raise MergeError(
+                NOT_WRITTEN.format(parameter=parameter, type=type(module).__name__),
+                what=type(module).__name__,
+                field=parameter,
+            )
         held: nn.Parameter = module._parameters[parameter]  # type: ignore[assignment]
         held.data = stored.to(held.device)
 

@@ -112,7 +112,8 @@ class Offsets:
             raise RouteError(
                 f"Adapter {adapter!r} is active from its invocation tokens onward, but the positions of a tensor of "
                 f"shape {tuple(z.shape)} at one of its sites are unknown (rows in the batch: {rows}; positions per "
-                f"row: {self.length or 'unknown'}). Leave the module out of target_modules."
+                f"row: {self.length or 'unknown'}). Leave the module out of target_modules.",
+                what=adapter,
             )
         key = (adapter, positions, flat, z.device)
         if key not in self._masks:
@@ -143,7 +144,8 @@ def of_rows(numbers: Tensor, rows: int) -> Tensor:
     if rows % numbers.shape[-1]:
         raise RouteError(
             "The number of rows with known adapter start positions does not match the batch "
-            f"({numbers.shape[-1]} instead of {rows}). Pass a batch or a cache with the same number of rows."
+            f"({numbers.shape[-1]} instead of {rows}). Pass a batch or a cache with the same number of rows.",
+            what=numbers.shape[-1],
         )
     return numbers.repeat_interleave(rows // numbers.shape[-1], dim=-1)
 

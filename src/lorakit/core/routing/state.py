@@ -314,7 +314,8 @@ def _first_offsets(state: AdapterState, route: Route) -> Offsets:
             "A backward pass is recomputing a checkpointed forward pass, but the start positions of "
             f"{', '.join(names)} in that pass cannot be determined (candidates: {len(alive)}). Enable checkpointing "
             "with gradient_checkpointing_kwargs={'use_reentrant': False, "
-            "'context_fn': lorakit.core.checkpoint_contexts(model)}."
+            "'context_fn': lorakit.core.checkpoint_contexts(model)}.",
+            what=", ".join(names),
         )
     return first
 

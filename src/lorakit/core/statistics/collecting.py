@@ -110,7 +110,9 @@ def collect_gradients(
             for batch in _some(batches):
                 loss = forward(model, batch)
                 if not isinstance(loss, Tensor) or not loss.requires_grad:
-                    raise RunError("The loss depends on none of the sites whose gradients are collected.")
+                    raise RunError(
+                        "The loss depends on none of the sites whose gradients are collected.", field="forward"
+                    )
                 torch.autograd.grad(loss, anchor, allow_unused=True)  # leaves the model's `.grad` unchanged
                 for statistics in found.values():
                     statistics.batches += 1

@@ -91,7 +91,9 @@ class InputStatistics:
             DataError: There are no rows, or only a sketch was kept.
         """
         if self.gram is None:
-            raise DataError("The second moment was not kept: there are no rows, or `components` was given.")
+            raise DataError(
+                "The second moment was not kept: there are no rows, or `components` was given.", field="components"
+            )
         return self.gram / self.rows
 
     def principal(self, k: int) -> Principal:
@@ -112,7 +114,7 @@ class InputStatistics:
         """
         held = self._sketch if self.gram is None else self.gram
         if self.total is None or held is None:
-            raise DataError("No batch reached this site, so its inputs have no principal directions.")
+            raise DataError("No batch reached this site, so its inputs have no principal directions.", field="batches")
         device = self.total.device
         work = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
         held = held.to(work, torch.float64)
@@ -163,7 +165,7 @@ class GradientStatistics:
             DataError: No loss depended on this site.
         """
         if self.total is None:
-            raise DataError("No loss depended on this site, so its weight has no gradient.")
+            raise DataError("No loss depended on this site, so its weight has no gradient.", field="batches")
         return self.total / self.batches
 
 
