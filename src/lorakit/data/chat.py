@@ -84,8 +84,8 @@ def conversation_tokens(record: Conversation, tokenizer: Tokenizer) -> Tokenized
         The tokens and their marks; the marked tokens decode to the text that the template renders for the assistant.
 
     Raises:
-        DataError: The tokenizer has no chat template, the template rejects the conversation, or the tokens of a turn
-            do not decode to the rendered text.
+        DataError: The tokenizer has no chat template, the template rejects the conversation or omits tools, tool calls,
+            content or reasoning, or the tokens of a turn do not decode to the rendered text.
     """
     template = tokenizer.chat_template
     if not template:
@@ -111,11 +111,11 @@ def _by_marks(record: Conversation, tokenizer: Tokenizer) -> TokenizedRow | None
     said = text_of(tokenizer, list(itertools.compress(ids, marks)))
     at, turns = 0, [message for message in record.messages if message.role == "assistant"]
     for turn in turns:
-        for part in (*(str(call["name"]) for call in _calls(turn)), (turn.content or "").strip()):
-            found = said.find(part, at if part == turn.content else 0)
-            if found < 0:
-                return None  # the caller compares prefixes instead
-        at = max(at, said.find((turn.content or "").strip(), at) + len((turn.content or "").strip()))
+        content = (turn.content or "").strip()
+        found = said.find(content, at)
+        if found < 0 or any(str(call["name"]) not in said for call in _calls(turn)):
+            return None  # the caller compares prefixes instead
+        at = found + len(content)
     if not all(turn.is_trained for turn in turns):
         runs = [list(group) for mark, group in itertools.groupby(range(len(ids)), key=marks.__getitem__) if mark]
         if len(runs) != len(turns):
@@ -149,18 +149,21 @@ def _span(record: Conversation, tokenizer: Tokenizer, index: int, text: str) -> 
     """Return the span of an assistant turn in the rendered conversation, or why the turn cannot be located."""
     messages, turn = record.as_dicts(), record.messages[index]
     try:
-        history = _apply(record, tokenizer, messages[:index], tokenize=False) if index else ""
         before = _apply(record, tokenizer, messages[:index], tokenize=False, add_generation_prompt=True)
         through = _apply(record, tokenizer, messages[: index + 1], tokenize=False)
+        is_usual = not index or through.startswith(before)
+        history = "" if is_usual else _apply(record, tokenizer, messages[:index], tokenize=False)
     except DataError:
         return "the chat template rejects the conversation without the turns that follow"
     content = (turn.content or "").strip()
     if not content and not turn.fields:
         return "the turn is empty"
-    start = _shared(before, through)
-    start -= max((_inside(marker, through, start) for marker in tokenizer.get_added_vocab()), default=0)
-    if start < len(history):
-        return _REWRITTEN
+    start = len(before)
+    if not through.startswith(before):  # the turn may lack the text that ends the generation prompt, such as "<think>"
+        start = _shared(before, through)
+        start -= max((_inside(marker, through, start) for marker in tokenizer.get_added_vocab()), default=0)
+        if start < len(history):
+            return _REWRITTEN
     unsaid = before[start:]  # the template's generation prompt begins the answer in a way that this turn does not
     content = next((part for part in (turn.content or "", content) if part and part in through[start:]), "")
     end = through.find(content, start) + len(content) if content and not turn.fields else len(through.rstrip())
@@ -180,7 +183,8 @@ def _shared(one: str, other: str) -> int:
 
 def _inside(marker: str, text: str, at: int) -> int:
     """Return how many characters of a special token precede a position inside it; 0 if the position is not inside."""
-    return next((size for size in range(1, len(marker)) if text.startswith(marker, at - size)), 0) if at else 0
+    sizes = range(1, min(len(marker), at + 1))
+    return next((size for size in sizes if text.startswith(marker, at - size)), 0)
 
 
 def _shared_marker(tokenizer: Tokenizer, one: str, other: str) -> str:
@@ -215,7 +219,8 @@ def _check_rendered(record: Conversation, tokenizer: Tokenizer, text: str) -> No
     """
     tools = [tool.get("function", tool) for tool in record.tools]
     names = Counter(str(tool.get("name")) for tool in tools if isinstance(tool, dict))
-    if not _contains(text, [*names, *(tool.get("description") for tool in tools if isinstance(tool, dict))]):
+    squeezed = _squeezed(text)
+    if not _contains(squeezed, [*names, *(tool.get("description") for tool in tools if isinstance(tool, dict))]):
         raise _omitted("tools of the conversation", record)
     for index, turn in enumerate(record.messages):
         if turn.role != "assistant":
@@ -223,23 +228,22 @@ def _check_rendered(record: Conversation, tokenizer: Tokenizer, text: str) -> No
         names.update(str(call["name"]) for call in _calls(turn))
         arguments = [call["arguments"] for call in _calls(turn) if isinstance(call.get("arguments"), dict)]
         values = [value for given in arguments for value in given.values()]
-        if any(text.count(name) < count for name, count in names.items()) or not _contains(text, values):
+        if any(text.count(name) < count for name, count in names.items()) or not _contains(squeezed, values):
             raise _omitted("tool calls of an assistant turn", record)
         content, reasoning = turn.content or "", [turn.fields.get(name) for name in _REASONING]
-        if not _contains(text, [content.rpartition("</think>")[2]]):
+        if not _contains(squeezed, [content.rpartition("</think>")[2]]):
             raise _omitted("content of an assistant turn", record)
-        if not _contains(text, [content, *reasoning]):
+        if not _contains(squeezed, [content, *reasoning]):
             through = _apply(record, tokenizer, record.as_dicts()[: index + 1], tokenize=False)
-            if not _contains(through, [content, *reasoning]):
+            if not _contains(_squeezed(through), [content, *reasoning]):
                 raise _omitted("reasoning of an assistant turn", record)
 
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
-def _contains(text: str, parts: Iterable[JsonValue]) -> bool:
-    """Return whether a text contains the given strings, raw or in JSON; white space and other values are ignored."""
-    squeezed = _squeezed(text)
+def _contains(squeezed: str, parts: Iterable[JsonValue]) -> bool:
+    """Return whether a text without white space contains strings, raw or in JSON; other values are ignored."""
     return all(
         any(
             _squeezed(form) in squeezed
