@@ -25,13 +25,13 @@ def test_duplicates_leaks_and_unusual_characters(tiny_tokenizer: Any) -> None:
         Completion("hello", "  ", "a.jsonl", 5),
     ]
     found = measure(Split(Records(rows), Records([rows[2]]), ""), tiny_tokenizer, 128)
-    assert (found.compared, found.near_duplicates) == (5, 1)
+    assert (found.compared, found.near_duplicates) == (4, 1)  # the empty row is not compared
     assert found.leaks == ("a.jsonl:3",)
     assert found.unusual == {"control characters": 1, "replacement characters (U+FFFD)": 1}
     assert found.report.empty_rows == 1
     assert sum(count for _, count in found.histogram) == found.report.sequences == 4
     lines = " ".join(found.warnings())
-    assert "1 near duplicate among 5 compared rows (20.0%)" in lines
+    assert "1 near duplicate among 4 compared rows (25.0%)" in lines
     assert "1 training row also in the evaluation data, the first at a.jsonl:3" in lines
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorakit.data.encoding import IGNORED, Overlong, encode, lengths
 from lorakit.data.loader import Split
-from lorakit.data.records import Completion, Document, Record, content_key, location
+from lorakit.data.records import Completion, Document, Record, content_key, is_empty, location
 from lorakit.data.report import DataReport
 from lorakit.data.stored import AnyRecords
 from lorakit.data.tokens import Tokenizer, text_of
@@ -55,7 +55,7 @@ class Quality:
         report: Row and token counts.
         histogram: (length, rows) pairs: the number of sequences with at most `length` tokens and more than in the
             previous pair.
-        compared: Number of rows that were compared for near duplicates.
+        compared: Number of distinct, nonempty rows that were compared for near duplicates.
         near_duplicates: Number of compared rows that are similar to an earlier one.
         leaks: Locations of training rows whose content is also in the evaluation data.
         unusual: Kind of unusual character -> number of rows that contain such characters.
@@ -115,7 +115,8 @@ def measure(
     shown = [tuple(tokens_of(row.input_ids, row.labels, tokenizer)) for row in encoded.sequences[:examples]]
     compared, near = _near_duplicates(parts.train)
     held_out = {content_key(record) for record in parts.held_out}
-    leaks = tuple(location(record) for record in parts.train if held_out and content_key(record) in held_out)
+    train = parts.train if held_out else ()
+    leaks = tuple(location(record) for record in train if content_key(record) in held_out)
     sizes = _histogram(lengths(encoded.sequences), max_length)
     return Quality(encoded.report, sizes, compared, near, leaks, _unusual(parts.train), tuple(shown))
 
@@ -151,7 +152,7 @@ def text_of_record(record: Record) -> str:
 
 
 def _near_duplicates(records: AnyRecords) -> tuple[int, int]:
-    """Return the number of compared rows, and the number of them that are similar to an earlier row."""
+    """Return the number of compared distinct rows, and the number of them that are similar to an earlier row."""
     try:
         from datasketch import MinHash, MinHashLSH
     except ImportError as cause:
@@ -159,12 +160,19 @@ def _near_duplicates(records: AnyRecords) -> tuple[int, int]:
         raise MissingExtra(text, what="datasketch") from cause
     step = -(-len(records) // MOST_COMPARED) if len(records) else 1
     index: Any = MinHashLSH(threshold=SIMILARITY, num_perm=_PERMUTATIONS)
+    seen = set[bytes]()
     compared = near = 0
-    sample = itertools.islice(records, 0, None, step)
-    for hashed in MinHash.generator((_shingles(text_of_record(r)) for r in sample), num_perm=_PERMUTATIONS):
-        near += bool(index.query(hashed))
-        index.insert(compared, hashed)
+    for record in itertools.islice(records, 0, None, step):
+        key = content_key(record)
+        if key in seen or is_empty(record):  # both are counted elsewhere
+            continue
+        seen.add(key)
+        (hashed,) = MinHash.bulk([_shingles(text_of_record(record))], num_perm=_PERMUTATIONS)
         compared += 1
+        if index.query(hashed):
+            near += 1
+        else:  # one row of a group is enough, and keeps the comparison fast
+            index.insert(compared, hashed)
     return compared, near
 
 
