@@ -178,6 +178,8 @@ def test_prompts_are_formatted_as_in_training(tiny_tokenizer: Any, capsys: pytes
     instruction = {"training": {"prompt_format": "instruction"}}
     assert prompt_format(tiny_tokenizer, [], None) == prompt_format(tiny_tokenizer, [none], None) == "chat"
     assert prompt_format(tiny_tokenizer, [chat], None) == "chat"
+    for odd in ({"training": None}, {"training": {"prompt_format": "verse"}}, {"training": [1]}, {}):
+        assert prompt_format(tiny_tokenizer, [odd], None) == "chat"
     assert capsys.readouterr().err == ""
     assert prompt_format(tiny_tokenizer, [plain], None) == "text"
     assert "as in the adapter's training data (as plain text)" in capsys.readouterr().err

@@ -178,8 +178,9 @@ def prompt_format(tokenizer: Tokenizer, facts: Sequence[Mapping[str, Any]], chat
     Raises:
         UsageError: A chat template is requested, but there is none.
     """
-    trained = {one.get("training", {}).get("prompt_format") for one in facts}
-    form = next(iter(trained)) if len(trained) == 1 else None
+    training = [one.get("training") for one in facts]
+    trained = {one.get("prompt_format") if isinstance(one, Mapping) else None for one in training}
+    form = next((name for name in _FORMATS if trained == {name}), None)  # files may contain anything
     if chat is None:
         usual = "chat" if tokenizer.chat_template else "text"
         if form is None or (form == "chat" and usual == "text"):
