@@ -60,17 +60,11 @@ def run(
     columns = early.columns_of(flags.columns or ())
 
     from lorakit import hub
-    from lorakit.data import Request, Split, read_records, read_template, split
+    from lorakit.data import Request, read_split, read_template
     from lorakit.data.quality import measure
 
     request = Request(flags.format, columns, flags.on_bad_row == "skip")
-    records = read_records(files, request)
-    if flags.eval_data is None:
-        parts = split(records, flags.eval_fraction, flags.seed)
-    else:
-        parts = Split(
-            records, read_records(flags.eval_data, request), f"Evaluation data: {', '.join(flags.eval_data)}."
-        )
+    parts = read_split(files, flags.eval_data, flags.eval_fraction, flags.seed, request)
     source = hub.resolve(flags.model, console.note)
     hub.require(source, tokenizer=True, weights=False)
     tokenizer = hub.load_tokenizer(source)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from lorakit.data.chat import read_template
 from lorakit.data.encoding import Encoded, Overlong, Sequence, Sequences, encode, lengths
 from lorakit.data.loader import Batch, Loader, Split, by_length, padding_id, split
-from lorakit.data.reading import python_reference, read_records, write_python_reference
+from lorakit.data.reading import python_reference, read_records, read_split, write_python_reference
 from lorakit.data.records import Completion, Conversation, Document, Message, Record, Records
 from lorakit.data.report import DataReport
 from lorakit.data.shapes import SHAPES, Request
@@ -43,6 +43,7 @@ __all__ = [
     "padding_id",
     "python_reference",
     "read_records",
+    "read_split",
     "read_template",
     "split",
     "write_python_reference",

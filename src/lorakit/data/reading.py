@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from lorakit.data import columnar
-from lorakit.data.loader import split
+from lorakit.data.loader import Split, split
 from lorakit.data.records import Document, Records
 from lorakit.data.rows import PARSERS
 from lorakit.data.shapes import Request
@@ -57,6 +57,29 @@ def read_records(
         files.append(file)
         notes += noted
     return StoredRecords(files, notes)
+
+
+def read_split(
+    train: Iterable[str], held_out: Iterable[str] | None, fraction: float, seed: int, request: Request
+) -> Split:
+    """Read training and evaluation data; without evaluation data, hold out some of the training data.
+
+    Args:
+        train: Names of the training data; see `read_records`.
+        held_out: Names of the evaluation data, or None.
+        fraction: Fraction of the training data to hold out if `held_out` is None.
+        seed: Seed that determines which records are held out.
+        request: The user's choices about columns and invalid rows.
+
+    Raises:
+        DataError: The data cannot be read; see `read_records`.
+        ConfigError: The fraction is outside [0, 1).
+    """
+    records = read_records(train, request)
+    if held_out is None:
+        return split(records, fraction, seed)
+    names = list(held_out)
+    return Split(records, read_records(names, request), f"Evaluation data: {', '.join(names)}.")
 
 
 def _read(source: Path | HubSource, request: Request) -> tuple[RecordFile, list[str]]:

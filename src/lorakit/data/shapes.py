@@ -30,6 +30,7 @@ class Shape:
         build: Function that builds the record from the fields' values, or None if training does not support the shape.
         derived: Columns that repeat the other columns in rendered form and are ignored.
         remedy: What the user can do instead, if `build` is None.
+        is_shown: Whether the shape is always shown to the user, because its fields are rendered as a conversation.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Shape:
     optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     derived: tuple[str, ...] = ()
     remedy: str = ""
+    is_shown: bool = False
 
     def described(self) -> str:
         """Return the shape's required columns as text, such as "'prompt' and 'completion'"."""
@@ -165,6 +167,7 @@ SHAPES: tuple[Shape, ...] = (
         _instruction,
         optional={"input": ("input", "context"), **_SYSTEM},
         derived=("text",),
+        is_shown=True,
     ),
     Shape("sharegpt", {"messages": ("conversations", "conversation")}, _messages, optional={**_CHAT, **_SYSTEM}),
     Shape(
@@ -172,6 +175,7 @@ SHAPES: tuple[Shape, ...] = (
         {"question": ("question",), "answer": ("answer",)},
         _question,
         optional={"context": ("context",), **_SYSTEM},
+        is_shown=True,
     ),
     Shape(
         "classification",
@@ -275,10 +279,9 @@ class Layout:
         row = checked_row(row)
         lacking = [column for column in self.columns.values() if column not in row]
         if lacking:
-            present = ", ".join(f"'{name}'" for name in list(row)[:8]) or "no columns"
             raise BadRow(
                 f"the field '{lacking[0]}' is missing; the file's first row has "
-                f"{' and '.join(map(repr, self.columns.values()))}, and this one has {present}."
+                f"{' and '.join(map(repr, self.columns.values()))}, and this one has {_listed(row)}."
             )
         columns = dict(self.columns)
         for name, candidates in self.optional.items():
@@ -292,10 +295,7 @@ class Layout:
 
     def is_notable(self) -> bool:
         """Return whether the shape or its columns were inferred, so that the user should see them."""
-        return any(name != column for name, column in self.columns.items()) or self.shape.name in (
-            "alpaca",
-            "question-answer",
-        )
+        return self.shape.is_shown or any(name != column for name, column in self.columns.items())
 
     def text(self) -> str:
         """Return the shape, and the columns that supply fields of another name."""

@@ -195,11 +195,7 @@ def read_data(settings: TrainSettings) -> data.Split:
         DataError: A file cannot be read, or a record is invalid; the message names the file and the line.
     """
     request = settings.row_request()
-    records = data.read_records(settings.data, request)
-    if settings.eval_data is not None:
-        held_out = data.read_records(settings.eval_data, request)
-        return data.Split(records, held_out, f"Evaluation data: {', '.join(settings.eval_data)}.")
-    return data.split(records, settings.eval_fraction, settings.seed)
+    return data.read_split(settings.data, settings.eval_data, settings.eval_fraction, settings.seed, request)
 
 
 def make_batches(
