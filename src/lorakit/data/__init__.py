@@ -11,7 +11,7 @@ from lorakit.data.chat import read_template
 from lorakit.data.encoding import Encoded, Overlong, Sequence, Sequences, encode, lengths
 from lorakit.data.loader import Batch, Loader, Split, by_length, padding_id, split
 from lorakit.data.reading import python_reference, read_records, read_split, write_python_reference
-from lorakit.data.records import Completion, Conversation, Document, Message, Record, Records
+from lorakit.data.records import Completion, Conversation, Document, Labeled, Message, Record, Records, Tagged
 from lorakit.data.report import DataReport
 from lorakit.data.shapes import SHAPES, Request
 from lorakit.data.stored import AnyRecords, StoredRecords
@@ -26,6 +26,7 @@ __all__ = [
     "DataReport",
     "Document",
     "Encoded",
+    "Labeled",
     "Loader",
     "Message",
     "Overlong",
@@ -36,6 +37,7 @@ __all__ = [
     "Sequences",
     "Split",
     "StoredRecords",
+    "Tagged",
     "Tokenizer",
     "by_length",
     "encode",

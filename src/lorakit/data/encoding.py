@@ -15,7 +15,18 @@ from typing import Literal, overload
 import numpy as np
 
 from lorakit.data.chat import TokenizedRow, conversation_tokens
-from lorakit.data.records import Completion, Conversation, Document, Record, content_key, is_empty, keys_of, location
+from lorakit.data.records import (
+    Completion,
+    Conversation,
+    Document,
+    Labeled,
+    Record,
+    Tagged,
+    content_key,
+    is_empty,
+    keys_of,
+    location,
+)
 from lorakit.data.report import DataReport
 from lorakit.data.stored import AnyRecords, sized
 from lorakit.data.tokens import Tokenizer, beginning, token_ids, token_parts
@@ -34,15 +45,19 @@ class Sequence:
 
     Attributes:
         input_ids: Token ids, shape (length,), four bytes each.
-        labels: Token ids at positions that contribute to the loss, -100 elsewhere, shape (length,); the first label is
-            always -100.
+        labels: For causal language models, token ids at positions that contribute to the loss, -100 elsewhere, shape
+            (length,); the first label is always -100. For other tasks, see `lorakit.tasks`.
+        others: Token ids of the row's other texts, if the task embeds several.
+        types: Number of the segment (0 or 1) of each token, if the model distinguishes segments.
     """
 
     input_ids: array[int]
     labels: array[int]
+    others: tuple[array[int], ...] = ()
+    types: array[int] | None = None
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return max(len(ids) for ids in (self.input_ids, self.labels, *self.others))
 
     @property
     def trained_tokens(self) -> int:
@@ -238,6 +253,13 @@ class _Work:
 
     def add(self, record: Record) -> None:
         """Encode a nonempty record and append its sequences."""
+        if isinstance(record, Labeled | Tagged):
+            raise DataError(
+                f"{location(record)}: rows with labels or tags cannot be used for causal language modeling; pass "
+                "another --task, or --format text to train on the text alone.",
+                where=location(record),
+                field="task",
+            )
         if isinstance(record, Document):
             made, ended = self._windows(record), self._tokenizer.eos_token_id is not None
         else:

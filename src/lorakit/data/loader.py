@@ -11,11 +11,11 @@ from __future__ import annotations
 import hashlib
 import random
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Many
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -100,7 +100,9 @@ class Batch:
         labels: Token ids at positions that contribute to the loss, -100 elsewhere, shape (rows, length), int64.
         epoch: Progress through the data after this batch, in epochs.
         tokens: Number of tokens, excluding padding.
-        trained_tokens: Number of positions that contribute to the loss, that is, positions whose label is not -100.
+        trained_tokens: Number of targets that contribute to the loss: for language models, positions whose label is not
+            -100; for classification and embeddings, rows.
+        extra: Other inputs of the model, such as `token_type_ids`, keyed by name.
     """
 
     input_ids: torch.Tensor
@@ -109,6 +111,11 @@ class Batch:
     epoch: float
     tokens: int
     trained_tokens: int
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+Collate: TypeAlias = Callable[[list[Sequence], int, float], Batch]
+"""Function that combines sequences into a padded batch, given the padding token's id and the progress in epochs."""
 
 
 @dataclass(eq=False, repr=False)
@@ -122,6 +129,7 @@ class Loader(Iterator[Batch]):
         shuffle: Whether to shuffle the sequences; False keeps their order.
         epochs: Number of epochs; None means unlimited.
         pad_id: Id of the padding token, which the attention mask hides; see `padding_id`.
+        collate: Function that combines sequences into a batch; None selects `padded`.
 
     Raises:
         ConfigError: `batch_rows` is below 1.
@@ -135,6 +143,7 @@ class Loader(Iterator[Batch]):
     shuffle: bool = True
     epochs: int | None = None
     pad_id: int = 0
+    collate: Collate | None = None
 
     def __post_init__(self) -> None:
         if self.batch_rows < 1:
@@ -161,7 +170,7 @@ class Loader(Iterator[Batch]):
         at = self._batch * self.batch_rows
         rows = [self.sequences[index] for index in self._order[at : at + self.batch_rows]]
         self._batch += 1
-        return padded(rows, self.pad_id, self.epoch)
+        return (self.collate or padded)(rows, self.pad_id, self.epoch)
 
     def state(self) -> dict[str, Any]:
         """Return the loader's position, its settings and a digest of its data as plain JSON values."""
@@ -211,7 +220,8 @@ class Loader(Iterator[Batch]):
         digest = hashlib.sha256()
         for sequence in self.sequences:
             digest.update(len(sequence).to_bytes(8, "little"))
-            digest.update(sequence.input_ids.tobytes())
+            for ids in (sequence.input_ids, *sequence.others):
+                digest.update(ids.tobytes())
             digest.update(sequence.labels.tobytes())
         return digest.hexdigest()
 
@@ -227,12 +237,11 @@ def padded(rows: list[Sequence], pad_id: int, epoch: float) -> Batch:
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    ids = [torch.frombuffer(row.input_ids, dtype=torch.int32).long() for row in rows]
+    input_ids, attention_mask = padded_ids([row.input_ids for row in rows], pad_id)
     labels = [torch.frombuffer(row.labels, dtype=torch.int32).long() for row in rows]
     return Batch(
-        input_ids=pad_sequence(ids, batch_first=True, padding_value=pad_id),
-        # based on lengths, not ids: padding and end of text may share an id, and the latter must not be masked
-        attention_mask=pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        input_ids=input_ids,
+        attention_mask=attention_mask,
         labels=pad_sequence(labels, batch_first=True, padding_value=IGNORED),
         epoch=epoch,
         tokens=sum(len(row) for row in rows),
@@ -240,7 +249,23 @@ def padded(rows: list[Sequence], pad_id: int, epoch: float) -> Batch:
     )
 
 
-def by_length(sequences: Many[Sequence], rows: int, pad_id: int = 0) -> Iterator[Batch]:
+def padded_ids(rows: list[array[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the ids of several texts, padded on the right, and the attention mask, both of shape (rows, length).
+
+    Args:
+        rows: Token ids of each text.
+        pad_id: Id of the padding token.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    ids = [torch.frombuffer(row, dtype=torch.int32).long() for row in rows]
+    # based on lengths, not ids: padding and end of text may share an id, and the latter must not be masked
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    return pad_sequence(ids, batch_first=True, padding_value=pad_id), mask
+
+
+def by_length(sequences: Many[Sequence], rows: int, pad_id: int = 0, collate: Collate | None = None) -> Iterator[Batch]:
     """Yield batches that cover each sequence exactly once, shortest first; batches of short sequences have more rows.
 
     Including padding, no batch contains more than `rows` × (length of the longest sequence) tokens. This limit bounds
@@ -250,21 +275,22 @@ def by_length(sequences: Many[Sequence], rows: int, pad_id: int = 0) -> Iterator
         sequences: The sequences, at least one.
         rows: Number of rows in a batch of the longest sequences.
         pad_id: Id of the padding token.
+        collate: Function that combines sequences into a batch; None selects `padded`.
 
     Raises:
         ConfigError: `rows` is below 1.
     """
     if rows < 1:
         raise ConfigError.of("rows", rows, "at least 1")
-    sizes = lengths(sequences)
+    sizes, join = lengths(sequences), collate or padded
     positions, batch = rows * max(sizes), list[Sequence]()
     for seen, index in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
         row = sequences[index]
         if batch and (len(batch) + 1) * len(row) > positions:
-            yield padded(batch, pad_id, seen / len(sequences))
+            yield join(batch, pad_id, seen / len(sequences))
             batch = []
         batch.append(row)
-    yield padded(batch, pad_id, 1.0)
+    yield join(batch, pad_id, 1.0)
 
 
 def padding_id(tokenizer: Tokenizer) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 from lorakit.data.encoding import IGNORED, Overlong, encode, lengths
 from lorakit.data.loader import Split
-from lorakit.data.records import Completion, Document, Record, content_key, is_empty, location
+from lorakit.data.records import Document, Record, content_key, is_empty, location, text_of_record
 from lorakit.data.report import DataReport
 from lorakit.data.stored import AnyRecords
 from lorakit.data.tokens import Tokenizer, text_of
@@ -139,16 +138,6 @@ def tokens_of(ids: Sequence[int], labels: Sequence[int], tokenizer: Tokenizer) -
                 held = []
         if held:
             yield Token(text_of(tokenizer, held), is_trained)
-
-
-def text_of_record(record: Record) -> str:
-    """Return all text of a record, for comparisons."""
-    if isinstance(record, Document):
-        return record.text
-    if isinstance(record, Completion):
-        return f"{record.prompt} {record.completion}"
-    fields = (json.dumps(dict(message.fields)) for message in record.messages if message.fields)
-    return " ".join([*(message.content or "" for message in record.messages), *fields])
 
 
 def _near_duplicates(records: AnyRecords) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The three kinds of training records, and a list of records with notes for the user.
+"""The kinds of training records, and a list of records with notes for the user.
 
 This module does not depend on files, tokens or tensors.
 """
@@ -115,7 +115,41 @@ class Conversation:
         return Completion("".join(f"{part}\n\n" for part in request), answer, self.source, self.line)
 
 
-Record: TypeAlias = Document | Completion | Conversation
+@dataclass(frozen=True, slots=True)
+class Labeled:
+    """One or more texts with a label, for classification and embeddings.
+
+    Attributes:
+        texts: The text; or a pair of texts; or an anchor, a positive and a negative text.
+        label: Name of the class, names of all classes that apply, or a score; None if the row has no label.
+        source: Path of the file that contains the row, or another name to show in messages.
+        line: Line number in the file, starting at 1; None if the row is not from a file.
+    """
+
+    texts: tuple[str, ...]
+    label: str | tuple[str, ...] | float | None = None
+    source: str = "row"
+    line: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """Words with one tag each, for token classification.
+
+    Attributes:
+        words: The words.
+        tags: Names of the tags, as many as words; empty if the row has no tags.
+        source: Path of the file that contains the row, or another name to show in messages.
+        line: Line number in the file, starting at 1; None if the row is not from a file.
+    """
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...] = ()
+    source: str = "row"
+    line: int | None = None
+
+
+Record: TypeAlias = Document | Completion | Conversation | Labeled | Tagged
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """The roles that a message may have."""
@@ -164,6 +198,10 @@ def content_key(record: Record, salt: str = "") -> bytes:
         digest.update(b'"]')
     elif isinstance(record, Completion):
         digest = hashlib.sha256(json.dumps([salt, "completion", record.prompt, record.completion]).encode())
+    elif isinstance(record, Labeled):
+        digest = hashlib.sha256(json.dumps([salt, "labeled", record.texts, record.label]).encode())
+    elif isinstance(record, Tagged):
+        digest = hashlib.sha256(json.dumps([salt, "tagged", record.words, record.tags]).encode())
     else:
         turns = [_key_of(message) for message in record.messages]
         more = [record.tools, record.options] if record.tools or record.options else []
@@ -181,12 +219,30 @@ def keys_of(joined: bytes | bytearray) -> np.ndarray[Any, Any]:
     return np.frombuffer(joined, dtype=f"S{KEY_BYTES}")
 
 
+def text_of_record(record: Record) -> str:
+    """Return all text of a record, for comparisons."""
+    if isinstance(record, Document):
+        return record.text
+    if isinstance(record, Completion):
+        return f"{record.prompt} {record.completion}"
+    if isinstance(record, Labeled):
+        return " ".join(record.texts)
+    if isinstance(record, Tagged):
+        return " ".join(record.words)
+    fields = (json.dumps(dict(message.fields)) for message in record.messages if message.fields)
+    return " ".join([*(message.content or "" for message in record.messages), *fields])
+
+
 def is_empty(record: Record) -> bool:
-    """Return whether a record has nothing to train on: no text, no completion, or no assistant turns with content."""
+    """Return whether a record has nothing to train on, such as an empty text or no assistant turns with content."""
     if isinstance(record, Document):
         return not any(piece.strip() for piece in record.pieces())
     if isinstance(record, Completion):
         return not record.completion.strip()
+    if isinstance(record, Labeled):
+        return not all(text.strip() for text in record.texts)
+    if isinstance(record, Tagged):
+        return not record.words
     return not any(
         message.role == "assistant" and message.is_trained and ((message.content or "").strip() or message.fields)
         for message in record.messages

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from lorakit.data.messages import BadRow, messages_of, named, string_of, tools_of
-from lorakit.data.records import Completion, Conversation, Document, Message, Record
+from lorakit.data.fields import Values, class_name, label_of, strings_of
+from lorakit.data.messages import BadRow, named
+from lorakit.data.records import Completion, Document, Labeled, Message, Record, Tagged
 from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import ConfigError, nearest
 
-Row = Mapping[str, JsonValue]
-"""A row of a data file: column -> value."""
+LABELS = ("label", "tags", "target")
+"""The fields that a model predicts."""
 
 
 @dataclass(frozen=True)
@@ -41,71 +42,15 @@ class Shape:
     remedy: str = ""
     is_shown: bool = False
 
+    def without_label(self) -> Shape:
+        """Return the same shape, in which labels, tags and targets are optional."""
+        needed = {name: columns for name, columns in self.needed.items() if name not in LABELS}
+        moved = {name: columns for name, columns in self.needed.items() if name in LABELS}
+        return replace(self, needed=needed, optional={**self.optional, **moved})
+
     def described(self) -> str:
         """Return the shape's required columns as text, such as "'prompt' and 'completion'"."""
         return " and ".join(f"'{columns[0]}'" for columns in self.needed.values())
-
-
-@dataclass(frozen=True)
-class Values:
-    """The values of one row, keyed by field.
-
-    Attributes:
-        row: The row.
-        columns: Field -> column.
-        source: Path of the file, or another name to show in messages.
-        line: Line or row number, starting at 1.
-        unused: Counts of unused message fields, keyed by name; updated in place.
-    """
-
-    row: Row
-    columns: Mapping[str, str]
-    source: str
-    line: int
-    unused: Counter[str]
-
-    def value(self, name: str) -> JsonValue:
-        """Return the value of a field, or None if the row does not have it."""
-        column = self.columns.get(name)
-        return None if column is None else self.row.get(column)
-
-    def string(self, name: str) -> str:
-        """Return the value of a required field that must be a string.
-
-        Raises:
-            BadRow: The value is not a string, or contains an unpaired surrogate.
-        """
-        return string_of(self.value(name), self.columns[name])
-
-    def text(self, name: str) -> str:
-        """Return the value of an optional field that must be a string; "" if the value is missing or null.
-
-        Raises:
-            BadRow: The value is not a string, or contains an unpaired surrogate.
-        """
-        return "" if self.value(name) is None else self.string(name)
-
-    def messages(self, name: str) -> tuple[Message, ...]:
-        """Return the value of a field that must be a list of messages.
-
-        Raises:
-            BadRow: The value is not a list of messages.
-        """
-        return messages_of(self.value(name), self.columns[name], self.unused)
-
-    def conversation(self, messages: Iterable[Message], *, is_instruction: bool = False) -> Conversation:
-        """Return a conversation with these messages and with the row's tools and template options.
-
-        Raises:
-            BadRow: The tools or the template options are not valid.
-        """
-        options = self.value("chat_template_kwargs")
-        if options is not None and not isinstance(options, dict):
-            raise BadRow(
-                f"the field '{self.columns['chat_template_kwargs']}' is {named(options)}; it must be an object."
-            )
-        tools = tools_of(self.value("tools"), self.columns.get("tools", "tools"))
-        return Conversation(tuple(messages), self.source, self.line, tools, options or {}, is_instruction)
 
 
 def _document(values: Values) -> Record:
@@ -149,6 +94,36 @@ def _exchange(values: Values, request: str, answer: str) -> Record:
     return values.conversation([*_system(values), *turns], is_instruction=True)
 
 
+def _translation(values: Values) -> Record:
+    target = values.string("target") if "target" in values.columns else ""
+    turns = (Message("user", values.string("source")), Message("assistant", target))
+    return values.conversation(turns, is_instruction=True)
+
+
+def _labeled(values: Values) -> Record:
+    return Labeled((values.string("text"),), label_of(values, "label"), values.source, values.line)
+
+
+def _text_pair(values: Values) -> Record:
+    names = ["first", "second", *(["negative"] if values.value("negative") is not None else [])]
+    texts = tuple(values.string(name) for name in names)
+    return Labeled(texts, label_of(values, "label"), values.source, values.line)
+
+
+def _tagged(values: Values) -> Record:
+    words, tags = strings_of(values.value("tokens"), values.columns["tokens"]), values.value("tags")
+    if tags is None:
+        return Tagged(words, (), values.source, values.line)
+    if not isinstance(tags, list) or len(tags) != len(words):
+        raise BadRow(
+            f"the field '{values.columns['tags']}' is {named(tags)}"
+            f"{f' of {len(tags)} tags' if isinstance(tags, list) else ''}; it must be a list with one tag for each of "
+            f"the {len(words)} tokens."
+        )
+    names = tuple(class_name(tag, values.columns["tags"]) for tag in tags)
+    return Tagged(words, names, values.source, values.line)
+
+
 _CHAT = {"tools": ("tools",), "chat_template_kwargs": ("chat_template_kwargs",)}
 _SYSTEM = {"system": ("system", "system_prompt")}
 
@@ -177,34 +152,21 @@ SHAPES: tuple[Shape, ...] = (
         optional={"context": ("context",), **_SYSTEM},
         is_shown=True,
     ),
-    Shape(
-        "classification",
-        {"text": ("text",), "label": ("label", "labels")},
-        None,
-        remedy="To train on the text alone, pass --format text",
-    ),
+    Shape("classification", {"text": ("text", "sentence"), "label": ("label", "labels")}, _labeled, is_shown=True),
     Shape(
         "text-pair",
         {
-            "first": ("sentence1", "text1", "premise", "anchor"),
+            "first": ("sentence1", "text1", "premise", "anchor", "query"),
             "second": ("sentence2", "text2", "hypothesis", "positive"),
         },
-        None,
-        optional={"label": ("label", "score")},
-        remedy="To train a language model on them, pass --columns, such as prompt=sentence1 completion=sentence2",
+        _text_pair,
+        optional={"label": ("label", "labels", "score"), "negative": ("negative",)},
+        is_shown=True,
     ),
     Shape(
-        "token-classification",
-        {"tokens": ("tokens", "words"), "tags": ("tags", "ner_tags")},
-        None,
-        remedy="Convert the rows to one of the supported shapes",
+        "token-classification", {"tokens": ("tokens", "words"), "tags": ("tags", "ner_tags")}, _tagged, is_shown=True
     ),
-    Shape(
-        "source-target",
-        {"source": ("source",), "target": ("target",)},
-        None,
-        remedy="To train a causal language model on them, pass --columns prompt=source completion=target",
-    ),
+    Shape("source-target", {"source": ("source",), "target": ("target",)}, _translation, is_shown=True),
     Shape(
         "preference",
         {"chosen": ("chosen",), "rejected": ("rejected",)},
@@ -228,18 +190,23 @@ class Request:
         format: Name of the shape, or None to recognize it.
         columns: Field -> column, for fields that a file calls by another name.
         skip_bad_rows: Whether to leave out rows that do not fit and count them, instead of raising an error.
+        allowed: Names of the shapes that may be recognized, because the task supports them; empty allows all.
+        needs_label: Whether labels and tags are required; rows to predict do not have them.
 
     Raises:
-        ConfigError: The shape is unknown, or no shape has these fields.
+        ConfigError: The shape is unknown or not allowed, or no shape has these fields.
     """
 
     format: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     skip_bad_rows: bool = False
+    allowed: tuple[str, ...] = ()
+    needs_label: bool = True
 
     def __post_init__(self) -> None:
-        if self.format is not None and self.format not in [shape.name for shape in SHAPES]:
-            raise ConfigError.of("format", self.format, allowed=[shape.name for shape in SHAPES])
+        names = self.allowed or tuple(shape.name for shape in SHAPES)
+        if self.format is not None and self.format not in names:
+            raise ConfigError.of("format", self.format, allowed=names)
         known = {name for shape in self.shapes() for name in (*shape.needed, *shape.optional)}
         for name in self.columns:
             if name not in known:
@@ -247,7 +214,12 @@ class Request:
 
     def shapes(self) -> tuple[Shape, ...]:
         """Return the shapes that may be recognized."""
-        return tuple(shape for shape in SHAPES if self.format in (None, shape.name))
+        found = tuple(
+            shape
+            for shape in SHAPES
+            if self.format in (None, shape.name) and (not self.allowed or shape.name in self.allowed)
+        )
+        return found if self.needs_label else tuple(shape.without_label() for shape in found)
 
 
 @dataclass(frozen=True)
@@ -377,7 +349,7 @@ def _unrecognized(columns: Sequence[str], request: Request) -> str:
     missing = [f"'{column}'" for column in request.columns.values() if column not in columns]
     if missing:
         return f"there is no column {' or '.join(missing)}; the columns are {_listed(columns)}."
-    shapes = request.shapes() if request.format else TRAINABLE
+    shapes = request.shapes() if request.format or request.allowed else TRAINABLE
     allowed = ", ".join(f"{shape.described()} ({shape.name})" for shape in shapes)
     halves = [
         (name, shape)

@@ -6,11 +6,14 @@ Large packages are imported only when a function needs them. This package does n
 from __future__ import annotations
 
 from lorakit.hub.calibration import Calibration, DtypeChoice, calibrate, choose_dtype
+from lorakit.hub.model_config import TASKS, WITH_NEW_HEADS, Family, family_of, labels_of, pooling_of
 from lorakit.hub.models import (
     AddedTokens,
+    LoadedModel,
     adapter_tokenizer,
     add_tokens,
     chat_template_hash,
+    load_for_task,
     load_model,
     load_tokenizer,
     save_model,
@@ -20,28 +23,37 @@ from lorakit.hub.models import (
 )
 from lorakit.hub.packaged import PACKAGED, packaged_directory
 from lorakit.hub.quantizing import quantization_metadata, require_quantizer
-from lorakit.hub.shapes import shape_of, shape_of_module, skeleton
+from lorakit.hub.shapes import shape_for_task, shape_of, shape_of_module, skeleton
 from lorakit.hub.sources import ModelSource, require, resolve
 
 __all__ = [
     "PACKAGED",
+    "TASKS",
+    "WITH_NEW_HEADS",
     "AddedTokens",
     "Calibration",
     "DtypeChoice",
+    "Family",
+    "LoadedModel",
     "ModelSource",
     "adapter_tokenizer",
     "add_tokens",
     "calibrate",
     "chat_template_hash",
     "choose_dtype",
+    "family_of",
+    "labels_of",
+    "load_for_task",
     "load_model",
     "load_tokenizer",
     "packaged_directory",
+    "pooling_of",
     "quantization_metadata",
     "require",
     "require_quantizer",
     "resolve",
     "save_model",
+    "shape_for_task",
     "shape_of",
     "shape_of_module",
     "skeleton",

@@ -18,7 +18,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit.durable import JsonValue
 from lorakit.errors import ConfigError, DiskError, ModelError
+from lorakit.hub.model_config import TASKS, WITH_NEW_HEADS, config_of
 from lorakit.hub.packaged import check_space, write_weights
 from lorakit.hub.quantizing import (
     check_quantized_once,
@@ -37,14 +39,6 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
 """Glob patterns for the names of tokenizer files."""
-TASKS = {
-    "causal": "AutoModelForCausalLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "classification": "AutoModelForSequenceClassification",
-    "encoder": "AutoModel",
-}
-"""Task -> transformers class that loads a model for that task."""
-
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Dtype names that `load_model` accepts; "auto" keeps the dtype stored in the files."""
 
@@ -76,6 +70,48 @@ def load_model(
             the requested quantization.
         MissingExtra: The quantization package is not installed.
     """
+    return load_for_task(model, dtype, device, task, quantization).model
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that was loaded for a task.
+
+    Attributes:
+        model: The model, in eval mode.
+        new_modules: Paths of modules that are not in the model's files, such as a classification head; their weights
+            are random.
+    """
+
+    model: PreTrainedModel
+    new_modules: tuple[str, ...]
+
+
+def load_for_task(
+    model: str | os.PathLike[str] | ModelSource,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    task: str = "causal",
+    quantization: str | Quantization | None = None,
+    config_values: Mapping[str, JsonValue] | None = None,
+) -> LoadedModel:
+    """Load a model with its weights and, if the task needs one, a head that the files do not contain.
+
+    Args:
+        model: A model name or path, or the result of `resolve`.
+        dtype: As in `load_model`.
+        device: Device for the weights.
+        task: A key of `TASKS`. A head for classification that is missing from the files, or has another size, is
+            initialized with torch's random number generator.
+        quantization: As in `load_model`.
+        config_values: Values of the model's config to replace, such as `id2label`.
+
+    Returns:
+        The model, and the paths of the modules with random weights.
+
+    Raises:
+        LorakitError: See `load_model`.
+    """
     if task not in TASKS:
         raise ConfigError.of("task", task, allowed=TASKS)
     stored = Quantization(quantization) if isinstance(quantization, str) else quantization
@@ -88,18 +124,20 @@ def load_model(
     import transformers
 
     with quiet_transformers(bars=source.kind == "hub"):
-        config = call_loader(source, transformers.AutoConfig.from_pretrained)
+        config = config_of(source, config_values)
         options: dict[str, Any] = {"device_map": {"": device}} if check_quantized_once(config, stored, source) else {}
         if stored is not None:
             wanted = wanted if isinstance(wanted, torch.dtype) else config.dtype or torch.float32
             options = loading_options(stored, wanted, device)
         options |= {"dtype": wanted, "use_safetensors": True, "output_loading_info": True}
+        if config_values:
+            options |= {"config": config, "ignore_mismatched_sizes": task in WITH_NEW_HEADS}
         loaded, report = call_loader(source, partial(getattr(transformers, TASKS[task]).from_pretrained, **options))
-        _check_report(source, report, task)
+        new = _new_modules(loaded, source, report, task)
         if "device_map" not in options:
             loaded = loaded.to(device)
         finish_loading(loaded, stored, source)
-    return loaded.eval()
+    return LoadedModel(loaded.eval(), new)
 
 
 def stored_as_files(
@@ -137,14 +175,33 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return getattr(torch, dtype)
 
 
-def _check_report(source: ModelSource, report: dict[str, Any], task: str) -> None:
-    """Raise an error if weights are missing, because transformers initializes them randomly and only warns."""
-    missing = sorted(str(name) for name in report.get("missing_keys", ()))
-    if missing and task != "classification":
+def _new_modules(model: PreTrainedModel, source: ModelSource, report: dict[str, Any], task: str) -> tuple[str, ...]:
+    """Return the paths of modules without weights in the files, which transformers initializes randomly.
+
+    Raises:
+        ModelError: The task does not need new modules, so the files are incomplete or are those of another model.
+    """
+    resized = (name for name, *_ in report.get("mismatched_keys", ()))
+    missing = {str(name) for name in (*report.get("missing_keys", ()), *resized)}
+    if task == "encoder" and missing and all(name.startswith("pooler.") for name in missing):
+        model.pooler = None  # files of masked language models lack it, and embeddings do not use it
+        return ()
+    if missing and task not in WITH_NEW_HEADS:
         raise source.error(
-            f"weights are missing from the files ({len(missing)} in total, for example {missing[0]}) and would be "
+            f"weights are missing from the files ({len(missing)} in total, for example {min(missing)}) and would be "
             f"initialized randomly. Check that this is a model for the task '{task}'."
         )
+    present = {name for name, _ in model.named_parameters()} - missing
+    found = set()
+    for name in missing:
+        path = name.rpartition(".")[0]
+        while path and not any(other.startswith(f"{path.rpartition('.')[0]}.") for other in present):
+            above = path.rpartition(".")[0]
+            if not above:
+                break
+            path = above
+        found.add(path)
+    return tuple(sorted(found))
 
 
 def save_model(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:

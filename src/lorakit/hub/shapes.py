@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.architectures.shapes import ModelShape, PlainShape, SiteShape
+from lorakit.durable import JsonValue
 from lorakit.errors import ModelError
+from lorakit.hub.model_config import TASKS, config_of
 from lorakit.hub.quiet import quiet_transformers
 from lorakit.hub.sources import ModelSource, call_loader, resolve
 from lorakit.plan import catalogue
@@ -117,11 +119,31 @@ def shape_of_module(module: PreTrainedModel, name: str, source: str) -> ModelSha
     )
 
 
-def skeleton(source: ModelSource) -> PreTrainedModel:
+def shape_for_task(source: ModelSource, task: str, config_values: Mapping[str, JsonValue]) -> ModelShape:
+    """Return the names and sizes of the modules of a model as it is loaded for a task, including its head.
+
+    Args:
+        source: Result of `resolve`.
+        task: A key of `lorakit.hub.model_config.TASKS`.
+        config_values: Values of the model's config to replace, such as `id2label`.
+
+    Raises:
+        ModelError: No model for this task can be built from the config.
+    """
+    if task == "causal":
+        return shape_of(source)
+    return shape_of_module(skeleton(source, task, config_values), _short_name(source), source.given)
+
+
+def skeleton(
+    source: ModelSource, task: str = "causal", config_values: Mapping[str, JsonValue] | None = None
+) -> PreTrainedModel:
     """Build a model on the meta device from its config, without weights.
 
     Args:
         source: Result of `resolve`.
+        task: A key of `lorakit.hub.model_config.TASKS`; for "causal", the class that the config names.
+        config_values: Values of the config to replace, such as `id2label`.
 
     Raises:
         ModelError: No model can be built from the config.
@@ -129,12 +151,14 @@ def skeleton(source: ModelSource) -> PreTrainedModel:
     import torch
     import transformers
 
-    def build(path_or_id: str, **options: bool) -> PreTrainedModel:
-        config = transformers.AutoConfig.from_pretrained(path_or_id, **options)
-        with torch.device("meta"):
-            return _model_class(config)(config)
-
     with quiet_transformers():
+        config = config_of(source, config_values)
+        make = _model_class(config) if task == "causal" else getattr(transformers, TASKS[task]).from_config
+
+        def build(path_or_id: str, **options: bool) -> PreTrainedModel:
+            with torch.device("meta"):
+                return make(config)
+
         return call_loader(source, build)
 
 

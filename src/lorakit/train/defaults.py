@@ -12,7 +12,10 @@ from typing import Any, Literal, get_args
 Stored = Literal["nf4", "fp4", "int8", "int8-torchao", "hqq4", "hqq8"]
 """Names in `lorakit.plan.quantized.STORAGES`, repeated here because reading settings must not import that module."""
 
-FORMATS = ("text", "prompt-completion", "messages", "alpaca", "sharegpt", "question-answer")
+FORMATS = (
+    *("text", "prompt-completion", "messages", "alpaca", "sharegpt", "question-answer"),
+    *("classification", "text-pair", "token-classification", "source-target"),
+)
 """Names of the shapes in `lorakit.data.shapes` that training supports, repeated here for the same reason."""
 
 
@@ -92,6 +95,19 @@ DEFAULTS: dict[str, Default] = {
         "Select what happens if a row does not fit: stop, or skip (skipped rows are counted)",
         "stop",
         "an invalid row usually means that the file is damaged or was misread",
+    ),
+    # task
+    "task": Default(
+        "Select the task: causal-lm, classification, token-classification, seq2seq or embedding",
+        None,
+        "the shape of the data and the model determine it",
+        "auto",
+        str,
+    ),
+    "label_type": Default(
+        "Select what a label is: class, classes (any number per row), score (a number) or auto",
+        "auto",
+        "lists are classes, numbers with fractions are scores, everything else is a class",
     ),
     # adapter
     "r": Default("Rank of the adapter", 16, "enough to learn a new task from a few MB of data; above 32 rarely helps"),

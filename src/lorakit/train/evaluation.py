@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,9 @@ from lorakit.data import Batch, Request, Tokenizer, by_length, encode, padding_i
 from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration, accelerate
+from lorakit.tasks import CAUSAL_LM, Objective, Target
 from lorakit.train.run_data import max_length_for, pick_device
-from lorakit.train.step import loss_sum, oom_advice_for_evaluation, oom_as_run_error
+from lorakit.train.step import oom_advice_for_evaluation, oom_as_run_error
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,15 @@ class Evaluation:
     """Result of an evaluation.
 
     Attributes:
-        loss: Mean cross entropy, in nats, over the tokens that contribute to the loss.
-        tokens: Number of tokens that contribute to the loss.
+        loss: Mean loss over the targets: for language models, cross entropy in nats over the tokens that contribute to
+            the loss.
+        tokens: Number of these targets: tokens, or rows for classification and embeddings.
+        metrics: Name of a metric of the task -> value.
     """
 
     loss: float
     tokens: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -48,15 +52,17 @@ def evaluate(
     device: str | torch.device,
     stop: Callable[[], bool] = lambda: False,
     acceleration: Acceleration | None = None,
+    objective: Objective | None = None,
 ) -> Evaluation | None:
-    """Measure the loss, averaged over all tokens that contribute to it, without gradients or dropout.
+    """Measure the loss, averaged over all targets, and the metrics of a task, without gradients or dropout.
 
     Args:
-        model: A causal language model; the training mode of each of its modules is restored afterwards.
+        model: A model for the task; the training mode of each of its modules is restored afterwards.
         batches: Batches of (rows, length) tensors on the CPU.
         device: The model's device.
         stop: Function that is called before each batch; if it returns True, the evaluation stops.
         acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
+        objective: The loss and the metrics; None selects those of causal language models.
 
     Returns:
         The evaluation, or None if it was stopped.
@@ -67,12 +73,19 @@ def evaluate(
         RunError: Memory ran out; the message describes the batch and suggests what to change.
     """
     total, tokens = 0.0, 0
+    objective = objective or CAUSAL_LM.objective(Target())
+    meter = objective.meter() if objective.meter is not None else None
     with evaluating(model), torch.inference_mode():
         for batch in batches:
             if stop():
                 return None
             with oom_as_run_error(batch, " while evaluating", oom_advice_for_evaluation):
-                total += loss_sum(model, batch, device, acceleration).item()
+                if meter is None or objective.forward is None or objective.loss is None:
+                    total += objective.loss_sum(model, batch, device, acceleration).item()
+                else:
+                    output = objective.forward(model, batch, device)
+                    total += objective.loss(output, batch).item()
+                    meter.add(batch, output)
             tokens += batch.trained_tokens
     if tokens == 0:
         text = "No token in the evaluation data contributes to the loss; pass more text with --eval-data."
@@ -80,7 +93,7 @@ def evaluate(
     if not math.isfinite(total):
         text = f"the evaluation loss is {total}; the base or the adapter produces non-finite values."
         raise NonFiniteError(text, what="evaluation loss")
-    return Evaluation(total / tokens, tokens)
+    return Evaluation(total / tokens, tokens, {} if meter is None else meter.result())
 
 
 @contextlib.contextmanager

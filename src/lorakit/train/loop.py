@@ -88,9 +88,8 @@ class Loop:
         run.progress.busy("evaluating")
         try:
             with self._options.computing():
-                found = evaluate(
-                    run.model, held_out(), self._options.device, lambda: interrupts.requested, run.acceleration
-                )
+                stop, objective = lambda: interrupts.requested, run.spec.task.objective
+                found = evaluate(run.model, held_out(), self._options.device, stop, run.acceleration, objective)
         except RunError as cause:
             raise self._located(cause, run.state.step) from cause
         if found is None:
@@ -99,8 +98,9 @@ class Loop:
         row = {
             "step": run.state.step,
             "eval_loss": found.loss,
-            "eval_perplexity": found.perplexity,
+            **({"eval_perplexity": found.perplexity} if run.spec.task.task.generates else {}),
             "eval_tokens": found.tokens,
+            **{f"eval_{name}": value for name, value in found.metrics.items()},
         }
         self._log(log, row)
         run.progress.eval_row(row)

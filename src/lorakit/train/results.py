@@ -11,11 +11,12 @@ import math
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorakit import durable
+from lorakit import durable, hub
 from lorakit.errors import DiskError, MissingExtra, RunError
 from lorakit.machine import peak_rss_bytes
 from lorakit.report import loss_plot, read_metrics
@@ -58,6 +59,8 @@ class RunResult:
         plan: The plan, from `Plan.as_dict()`.
         notes: Messages for the user.
         checkpoint_step: The step from which `--resume` continues after an interruption, or None.
+        first_metrics: Metrics of the task before the first step; empty for language models.
+        adapter_metrics: Metrics of the task at `adapter_step`; empty for language models.
     """
 
     folder: Path
@@ -80,6 +83,8 @@ class RunResult:
     plan: dict[str, Any]
     notes: tuple[str, ...]
     checkpoint_step: int | None = None
+    first_metrics: Mapping[str, float] = field(default_factory=dict)
+    adapter_metrics: Mapping[str, float] = field(default_factory=dict)
 
     def lines(self, verbose: bool = False) -> list[str]:
         """Return the result as lines of text, most important first.
@@ -94,7 +99,8 @@ class RunResult:
         if verbose and rate:
             planned = f" (estimated {format_rate(rate, 'tokens/s')})"
         lines = [
-            _evaluation_line(self.first_loss, self.best_loss, self.adapter_loss),
+            _metrics_line(self.first_metrics, self.adapter_metrics)
+            or _evaluation_line(self.first_loss, self.best_loss, self.adapter_loss),
             f"Adapter: {self.adapter} (step {self.adapter_step}, {format_bytes(self.adapter_bytes)})",
             f"{'Stopped early' if self.ending == 'stopped early' else 'Finished'} at step {self.steps} of "
             f"{self.total_steps} in {format_seconds(self.seconds)}, {speed}{planned}, peak memory "
@@ -175,6 +181,8 @@ def finish(run: Run) -> RunResult:
         plan=dict(run.plan.values),
         notes=tuple(notes),
         checkpoint_step=resumable,
+        first_metrics=metrics_at(run, 0),
+        adapter_metrics={} if step is None else metrics_at(run, step),
     )
     try:
         run_folder.write_record(folder, {**run.record(), "result": result.as_dict()})
@@ -270,6 +278,32 @@ def _evaluation_line(first: float | None, best: float | None, adapter: float | N
     return f"Evaluation perplexity: {before}{after}"
 
 
+def metrics_at(run: Run, step: int) -> dict[str, float]:
+    """Return the metrics of the run's task at a step, as recorded in `metrics.jsonl`; the most important come first.
+
+    Args:
+        run: The run.
+        step: The step.
+    """
+    names = run.spec.task.task.summary
+    rows = [row for row in read_metrics(run.spec.folder).evaluations if row["step"] == step] if names else []
+    return {name: row[f"eval_{name}"] for row in rows[-1:] for name in names if f"eval_{name}" in row}
+
+
+def _metrics_line(first: Mapping[str, float], adapter: Mapping[str, float]) -> str:
+    """Return the metrics of a task before training and of the adapter as text, or "" if there are none."""
+    shown = [f"{name} {f'{first[name]:.4f} → ' if name in first else ''}{value:.4f}" for name, value in adapter.items()]
+    return f"Evaluation: {', '.join(shown)}" if shown else ""
+
+
+def _task_texts(run: Run) -> tuple[str, str, str]:
+    """Return the class that loads the base, its options as code, and the card's row about the task."""
+    task, labels = run.spec.task.task, run.spec.task.target.names
+    options = f", num_labels={max(1, len(labels))}" if task.loader in hub.WITH_NEW_HEADS else ""
+    names = f": {', '.join(labels)}" if labels else ""
+    return hub.TASKS[task.loader], options, "" if task.generates else f"| task | {task.name}{names} |\n"
+
+
 def model_card(run: Run, step: int) -> str:
     """Return an adapter's README: config, training, result and usage, with the metadata that model hubs read.
 
@@ -283,6 +317,10 @@ def model_card(run: Run, step: int) -> str:
     tokens = ", ".join(f"`{token}`" for token in settings.new_tokens).replace("|", r"\|")
     row = f"| new tokens | {tokens} |\n" if tokens else ""
     targets = settings.target_modules or settings.target_parameters or []
+    kind, options, task_row = _task_texts(run)
+    result = _metrics_line(metrics_at(run, 0), metrics_at(run, step)) or _evaluation_line(
+        state.first_loss, state.best_loss, state.loss_at(step)
+    )
     return f"""---
 library_name: peft
 tags:
@@ -297,17 +335,17 @@ alpha {settings.lora_alpha:g}, target modules: {targets if isinstance(targets, s
 
 | | |
 |---|---|
-{row}| data | {", ".join(Path(path).name for path in settings.data)} |
+{row}{task_row}| data | {", ".join(Path(path).name for path in settings.data)} |
 | training | {step} of {run.limits.total_steps} steps, learning rate {settings.learning_rate:g}, seed {settings.seed} |
-| result | {_evaluation_line(state.first_loss, state.best_loss, state.loss_at(step))} |
+| result | {result} |
 | precision | base {run.plan.dtype}, adapter float32 |
 | versions | {", ".join(f"{name} {version}" for name, version in run_folder.versions().items())} |
 
 ```python
 from lorakit import PeftModel  # or: from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {kind}, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained({base or "PATH_OF_THE_BASE"!r})
+base = {kind}.from_pretrained({base or "PATH_OF_THE_BASE"!r}{options})
 {_RESIZE if tokens else ""}model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
 ```

@@ -29,7 +29,6 @@ from lorakit.tables import format_count
 from lorakit.train.progress import Progress
 from lorakit.train.run_data import SavedTokenizer
 from lorakit.train.run_spec import ADAPTER, Run, RunSpec
-from lorakit.train.step import loss_sum
 
 ROWS = 32
 """Number of training rows from which ranks and initial weights are computed."""
@@ -96,7 +95,7 @@ def allocate_ranks(
     """
     rows = first_rows(spec, loader)
     progress.busy(f"allocating ranks from {format_count(len(rows), 'row')}")
-    found = allocate(model, spec.forecast.config, rows, row_loss(spec.device), by=by, allow=_allow(spec))
+    found = allocate(model, spec.forecast.config, rows, row_loss(spec), by=by, allow=_allow(spec))
     ranks = sorted(found.ranks.values())
     progress.say(
         f"Ranks allocated by {by} over {format_count(len(rows), 'row')}: {ranks[0]} to {ranks[-1]}, median "
@@ -138,7 +137,7 @@ def init_from_data(
     rows = first_rows(spec, loader)
     progress.busy(f"collecting statistics from {format_count(len(rows), 'row')} for {init.name}")
     keep = _positions_with_loss if init.name == "eva" else None
-    found = core.collect_for(model, config, rows, row_loss(spec.device), keep=keep, allow=_allow(spec))
+    found = core.collect_for(model, config, rows, row_loss(spec), keep=keep, allow=_allow(spec))
     ranks = sorted(set(found.config.rank_pattern.values()) | {found.config.r})
     spread = f", ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else ""
     progress.say(f"Adapter initialized by {init.name} from {format_count(len(rows), 'row')}{spread}.")
@@ -152,28 +151,35 @@ def first_rows(spec: RunSpec, loader: Loader) -> list[Batch]:
         spec: The run's specification, including the seed.
         loader: The run's data loader, which is not advanced.
     """
-    own = Loader(loader.sequences, 1, spec.settings.seed, epochs=1, pad_id=loader.pad_id)
+    own = Loader(
+        loader.sequences, 1, spec.settings.seed, epochs=1, pad_id=loader.pad_id, collate=spec.task.objective.collate
+    )
     return [batch for batch in islice(own, ROWS) if batch.trained_tokens]
 
 
-def row_loss(device: torch.device) -> Callable[[nn.Module, Batch], Tensor]:
-    """Return a function that computes a model's mean loss on a batch (a scalar), ignoring positions labeled -100.
+def row_loss(spec: RunSpec) -> Callable[[nn.Module, Batch], Tensor]:
+    """Return a function that computes a model's mean loss on a batch, a scalar.
 
     Args:
-        device: The model's device.
+        spec: The run's specification, including the device and the task.
     """
+    device, loss_sum = spec.device, spec.task.objective.loss_sum
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         is_wide = device.type == "cpu" or next(model.parameters()).dtype == torch.float32
         with contextlib.nullcontext() if is_wide else torch.autocast(device.type, dtype=torch.bfloat16):
-            return loss_sum(model, batch, device) / batch.trained_tokens
+            return loss_sum(model, batch, device, None) / batch.trained_tokens
 
     return loss
 
 
 def _positions_with_loss(batch: Batch) -> Tensor:
-    """Return a (rows, length) mask of the positions that contribute to the loss (`use_label_mask` in PEFT's EVA)."""
-    return (batch.labels != -100) & batch.attention_mask.bool()
+    """Return a (rows, length) mask of the positions that contribute to the loss (`use_label_mask` in PEFT's EVA).
+
+    If the labels belong to rows, these are all positions with a token.
+    """
+    mask = batch.attention_mask.bool()
+    return (batch.labels != -100) & mask if batch.labels.shape == mask.shape else mask
 
 
 def _allow(spec: RunSpec) -> tuple[str, ...]:
@@ -241,6 +247,7 @@ def adapter_metadata(run: Run) -> dict[str, Any]:
             "base_eval_loss": state.first_loss,
             "trained_tokens": state.trained_tokens,
             "data_sha256": dict(spec.hashes),
+            **spec.task.as_dict(),
             "prompt_format": run.batches.train_report.prompt_format,
             "seed": spec.settings.seed,
             "dtype": run.plan.dtype,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +23,7 @@ from lorakit.core.model.vocabulary import check_growth, with_trained_rows
 from lorakit.errors import ConfigError, DataError, NotYetSupported, UsageError
 from lorakit.tables import format_count
 from lorakit.targets import unfitting_keys
+from lorakit.tasks import EncodeOptions, Report, TaskOnData, task_for
 from lorakit.train.defaults import DEFAULTS
 from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
@@ -58,13 +59,52 @@ class Forecast:
     new_tokens: NewTokens | None = None
 
 
-def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: data.Tokenizer) -> Forecast:
+def chosen_task(settings: TrainSettings, records: data.Split, source: hub.ModelSource) -> TaskOnData:
+    """Choose the task of a run, and check that the settings apply to it.
+
+    Args:
+        settings: The run's settings.
+        records: Training and evaluation records.
+        source: The model.
+
+    Returns:
+        The task, and what it predicts.
+
+    Raises:
+        UsageError: No task fits the data and the model, or a setting does not apply to the task.
+        DataError: The labels cannot be used.
+    """
+    given = settings.eval_data is not None
+    found = task_for(settings.task, records, source, settings.label_type, given)
+    unused = [] if found.task.generates else ["chat_template", "new_tokens"]
+    unused += [] if found.task.loader == "classification" else ["label_type"]
+    for name in unused:
+        value = getattr(settings, name)
+        if value != DEFAULTS[name].value:
+            text = f"{name} does not apply to the task {found.task.name}; omit it."
+            raise UsageError(text, what=value, field=name)
+    if found.task.needs_batch and settings.per_device_train_batch_size < MINIMUM_ROWS:
+        raise UsageError(
+            f"per_device_train_batch_size is {settings.per_device_train_batch_size}, but the task {found.task.name} "
+            f"compares the rows of a batch; pass at least {MINIMUM_ROWS}, better 16 or more.",
+            what=settings.per_device_train_batch_size,
+            field="per_device_train_batch_size",
+        )
+    return found
+
+
+MINIMUM_ROWS = 2
+"""Smallest batch of a task that compares the rows of a batch."""
+
+
+def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: data.Tokenizer, task: TaskOnData) -> Forecast:
     """Read the model's shape and check the targets and the maximum length against it; no weights are loaded.
 
     Args:
         settings: Settings for the adapter and the maximum length.
         source: The model.
         tokenizer: The model's tokenizer; new tokens are added to it in place.
+        task: The run's task.
 
     Returns:
         The properties of the run that are known before the data is tokenized.
@@ -75,8 +115,8 @@ def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: data.T
         ConfigError: A key in `learning_rate_pattern` matches no adapted module, or a new token already exists.
         UsageError: `max_length` is not the default and exceeds the model's limit.
     """
-    shape = hub.shape_of(source)
-    config, new, notes = settings.lora_config(), None, []
+    shape = hub.shape_for_task(source, task.task.loader, task.target.config_values())
+    config, new, notes = settings.lora_config(task.task.adapter_task), None, [task.note] if task.note else []
     length = max_length_for(shape, settings.max_length)
     if length != settings.max_length:
         notes.append(f"maximum sequence length: {length:,} tokens (the model's limit)")
@@ -134,8 +174,8 @@ class RunBatches:
 
     loader: data.Loader
     held_out: Callable[[], Iterable[data.Batch]] | None
-    train_report: data.DataReport
-    held_out_report: data.DataReport | None
+    train_report: Report
+    held_out_report: Report | None
 
 
 def check_single_process() -> None:
@@ -199,13 +239,19 @@ def read_data(settings: TrainSettings) -> data.Split:
 
 
 def make_batches(
-    settings: TrainSettings, records: data.Split, tokenizer: data.Tokenizer, max_length: int, progress: Progress
+    settings: TrainSettings,
+    records: data.Split,
+    task: TaskOnData,
+    tokenizer: data.Tokenizer,
+    max_length: int,
+    progress: Progress,
 ) -> RunBatches:
     """Tokenize the records and create the loaders.
 
     Args:
         settings: The run's settings; only the batch size, the seed and `overlong` are used.
         records: Training and evaluation records, from `read_data`.
+        task: The run's task.
         tokenizer: The model's tokenizer.
         max_length: Maximum sequence length in tokens.
         progress: Receives reports on the progress of tokenization.
@@ -218,20 +264,21 @@ def make_batches(
         DataError: The training data or the evaluation data has no tokens that contribute to the loss, or no end marker
             in the training data does.
     """
-    rows, pad = settings.per_device_train_batch_size, data.padding_id(tokenizer)
-    listener, overlong = _listener(progress, "training data", records.train), settings.overlong
-    train = data.encode(records.train, tokenizer, max_length, listener, overlong=overlong)
+    rows, pad, collate = settings.per_device_train_batch_size, data.padding_id(tokenizer), task.objective.collate
+    options = EncodeOptions(max_length, settings.overlong, _listener(progress, "training data", records.train))
+    train = task.task.encode(records.train, tokenizer, task.target, options)
     if not settings.allow_missing_end:
         train.report.check_end()
-    loader = data.Loader(train.sequences, rows, settings.seed, pad_id=pad)
+    loader = data.Loader(train.sequences, rows, settings.seed, pad_id=pad, collate=collate)
     if not records.held_out:
         return RunBatches(loader, None, train.report, None)
     try:
-        listener = _listener(progress, "evaluation data", records.held_out)
-        held_out = data.encode(records.held_out, tokenizer, max_length, listener, overlong=overlong)
+        options = replace(options, watch=_listener(progress, "evaluation data", records.held_out))
+        held_out = task.task.encode(records.held_out, tokenizer, task.target, options)
     except DataError as cause:
         raise DataError(f"evaluation data: {cause}", **cause.fields) from cause
-    return RunBatches(loader, partial(data.by_length, held_out.sequences, rows, pad), train.report, held_out.report)
+    batches = partial(data.by_length, held_out.sequences, rows, pad, collate)
+    return RunBatches(loader, batches, train.report, held_out.report)
 
 
 def _listener(progress: Progress, what: str, records: data.AnyRecords) -> Callable[[int], None] | None:

@@ -21,6 +21,7 @@ from lorakit.data import Loader, Split, StoredRecords, read_template
 from lorakit.errors import RunError, UsageError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration
+from lorakit.tasks import TaskOnData
 from lorakit.train import checkpoint, run_data, run_folder
 from lorakit.train.checkpoint import TrainState
 from lorakit.train.optimizer import Named
@@ -49,6 +50,7 @@ class RunSpec:
         hashes: Dict from the path of each data file to the file's SHA-256.
         record: Contents of `run.json` if the run is resumed, or None.
         tokenizer: The base's tokenizer, with the run's new tokens.
+        task: The task, and what it predicts for this data.
         forecast: The base's shape, the adapter config, and the maximum sequence length.
         quantization: Quantization of the base, from the settings or the base's files, or None.
     """
@@ -62,6 +64,7 @@ class RunSpec:
     hashes: Mapping[str, str]
     record: Mapping[str, Any] | None
     tokenizer: run_data.SavedTokenizer
+    task: TaskOnData
     forecast: run_data.Forecast
     quantization: Quantization | None = None
 
@@ -105,9 +108,10 @@ class RunSpec:
         tokenizer = hub.load_tokenizer(source)
         if settings.chat_template is not None:
             tokenizer.chat_template = read_template(Path(settings.chat_template))
-        found = run_data.forecast(settings, source, tokenizer)
+        task = run_data.chosen_task(settings, data, source)
+        found = run_data.forecast(settings, source, tokenizer, task)
         lock = run_folder.lock_output_dir(folder)
-        return cls(settings, folder, lock, device, source, data, hashes, record, tokenizer, found, quantization)
+        return cls(settings, folder, lock, device, source, data, hashes, record, tokenizer, task, found, quantization)
 
     @property
     def quantization_values(self) -> dict[str, Any] | None:
@@ -272,6 +276,7 @@ class Run:
             acceleration=self.acceleration,
             recompute=self.plan.recompute,
             has_budget=settings.memory_budget is not None,
+            loss=self.spec.task.objective.loss_sum,
         )
 
     def record(self) -> dict[str, Any]:
@@ -282,6 +287,7 @@ class Run:
             "settings": spec.settings.as_dict(),
             "resolved": {
                 "base": spec.source.base_name,
+                **spec.task.as_dict(),
                 "dtype": self.plan.dtype,
                 "quantization": spec.quantization_values,
                 "device": str(spec.device),

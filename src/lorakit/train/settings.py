@@ -22,7 +22,7 @@ from lorakit.machine import DEVICE_FORM, is_device_name
 from lorakit.train.defaults import DEFAULTS, FORMATS, NAMES_ELSEWHERE, Stored
 
 if TYPE_CHECKING:
-    from lorakit.config import LoraConfig
+    from lorakit.config import LoraConfig, TaskType
     from lorakit.data import Request
     from lorakit.durable import JsonValue
     from lorakit.plan.quantized import Quantization
@@ -38,6 +38,8 @@ Bias = Literal["none", "all", "lora_only"]
 OnBadRow = Literal["stop", "skip"]
 TooLong = Literal["truncate", "drop", "split", "error"]
 Allocation = Literal["none", "gradients", "inputs"]
+TaskName = Literal["causal-lm", "classification", "token-classification", "seq2seq", "embedding"]
+LabelType = Literal["auto", "class", "classes", "score"]
 Recompute = Literal["none", "feed-forward", "layers"]
 INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "mica")
 """Values of `init_lora_weights`, except `pissa_niter_N`; LoftQ is excluded because it needs the unquantized base."""
@@ -218,6 +220,8 @@ class TrainSettings(BaseModel):
     overlong: TooLong = _setting("overlong")
     allow_missing_end: bool = _setting("allow_missing_end")
     chat_template: Text | None = _setting("chat_template")
+    task: TaskName | None = _setting("task")
+    label_type: LabelType = _setting("label_type")
     r: int = _setting("r", ge=1)
     lora_alpha: float = _setting("lora_alpha", gt=0)
     lora_dropout: float = _setting("lora_dropout", ge=0, lt=1)
@@ -313,8 +317,10 @@ class TrainSettings(BaseModel):
     def row_request(self) -> Request:
         """Return the choices about how the rows of the data are read."""
         from lorakit.data import Request
+        from lorakit.tasks import TASKS
 
-        return Request(self.format, self.columns, self.on_bad_row == "skip")
+        allowed = TASKS[self.task].formats if self.task is not None else ()
+        return Request(self.format, self.columns, self.on_bad_row == "skip", allowed)
 
     def stored_as(self) -> Quantization | None:
         """Return the requested quantization of the base, or None."""
@@ -322,11 +328,14 @@ class TrainSettings(BaseModel):
 
         return stored_as(self.quantization, self.double_quantization)
 
-    def lora_config(self) -> LoraConfig:
+    def lora_config(self, task_type: TaskType | None = None) -> LoraConfig:
         """Build the adapter's config.
 
+        Args:
+            task_type: The kind of model; None selects causal language models.
+
         Returns:
-            A new config for a causal language model.
+            A new config.
 
         Raises:
             ConfigError: `LoraConfig` rejects a value.
@@ -339,7 +348,7 @@ class TrainSettings(BaseModel):
             if parts[name] is None and self.init_lora_weights == name.removesuffix("_config"):
                 parts[name] = make()
         return LoraConfig(
-            task_type=TaskType.CAUSAL_LM,
+            task_type=task_type or TaskType.CAUSAL_LM,
             r=self.r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,

@@ -10,18 +10,16 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from lorakit.core import penalties
 from lorakit.data import Batch
-from lorakit.data.encoding import IGNORED
 from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.plan.job import RECOMPUTED
-from lorakit.speed import Acceleration, pack_rows
+from lorakit.speed import Acceleration
+from lorakit.tasks import LossSum, loss_sum
 from lorakit.train.optimizer import Named, clipped_step, gradient_norm, set_rate
 from lorakit.train.settings import Scheduler
 
@@ -120,43 +118,6 @@ def _is_out_of_memory(cause: BaseException) -> bool:
     return "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
 
 
-def loss_sum(
-    model: nn.Module, batch: Batch, device: str | torch.device, acceleration: Acceleration | None = None
-) -> torch.Tensor:
-    """Return the next-token cross entropy, summed over the tokens in a batch that contribute to the loss.
-
-    Args:
-        model: A causal language model whose output has `logits` of shape (rows, length, vocabulary).
-        batch: Batch of (rows, length) tensors on the CPU; each label other than -100 is compared with the logits at the
-            previous position.
-        device: The model's device.
-        acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
-
-    Returns:
-        A float32 scalar (float64 for a float64 model). The mean loss of a step is the total of these scalars over the
-        step's batches, divided by the number of tokens in the step that contribute to the loss.
-    """
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    labels = batch.labels
-    if acceleration is not None and acceleration.packs and batch.tokens < batch.input_ids.numel():
-        inputs, labels = pack_rows(batch.input_ids, batch.attention_mask, labels)
-    for name, value in inputs.items():  # sequence boundaries stay on the CPU, where reading them does not stall the GPU
-        if isinstance(value, torch.Tensor) and not name.startswith("cu_seq_lens"):
-            inputs[name] = value.to(device)
-    if acceleration is not None and acceleration.head is not None and acceleration.head.applies():
-        return acceleration.head.loss_sum(model, labels, **inputs, use_cache=False)
-    output = model(**inputs, use_cache=False)
-    labels = labels.to(device)
-    targets = labels[:, 1:].reshape(-1)
-    logits = output.logits[:, :-1].reshape(targets.numel(), -1)  # (rows * (length - 1), vocabulary)
-    kept = targets != IGNORED
-    if not bool(kept.all()):  # copy only the needed logits to float32, because the copy is the largest tensor
-        logits, targets = logits[kept], targets[kept]
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    return functional.cross_entropy(logits, targets, reduction="sum")
-
-
 @dataclass(frozen=True)
 class StepOptions:
     """Options for `train_step`.
@@ -169,6 +130,7 @@ class StepOptions:
         recompute: What the backward pass recomputes: a value in `lorakit.plan.job.RECOMPUTED`; used only for
             out-of-memory advice.
         has_budget: Whether `recompute` was chosen for a memory budget; used only for out-of-memory advice.
+        loss: Function that runs the model and returns the summed loss of a batch; the default is for causal models.
     """
 
     device: torch.device
@@ -177,6 +139,7 @@ class StepOptions:
     acceleration: Acceleration | None = None
     recompute: str = "none"
     has_budget: bool = False
+    loss: LossSum = loss_sum
 
     def computing(self) -> contextlib.AbstractContextManager[object]:
         """Return the autocast context for calls to the model, or a null context if autocast is disabled."""
@@ -267,7 +230,7 @@ def train_step(
     for batch in batches:
         with oom_as_run_error(batch, "", options.oom_advice):
             with options.computing():
-                loss = loss_sum(model, batch, options.device, options.acceleration)
+                loss = options.loss(model, batch, options.device, options.acceleration)
             if not loss.requires_grad:
                 raise RunError(
                     "The loss does not depend on any trainable tensor: the adapter is inactive or frozen.",

@@ -8,6 +8,7 @@ and the computation of a step is in `step.py`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 import sys
 import time
@@ -20,7 +21,8 @@ import torch
 from torch import nn
 
 from lorakit import core, hub
-from lorakit.data import lengths
+from lorakit.config import HEADS_BY_TASK
+from lorakit.data import lengths, padding_id
 from lorakit.errors import DiskError, LorakitError, ModelError
 from lorakit.ops import choices
 from lorakit.ops.kernels import compiled
@@ -95,12 +97,13 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
         LorakitError: The data, the model or the checkpoint cannot be used; the error class and message say why.
     """
     settings = spec.settings
-    batches = make_batches(settings, spec.data, spec.tokenizer, spec.forecast.max_length, progress)
+    batches = make_batches(settings, spec.data, spec.task, spec.tokenizer, spec.forecast.max_length, progress)
     _report_data(spec, batches, progress)
     loader = batches.loader
     limits = RunLimits.of(settings, loader)
     plan = plan_run(spec, limits, lengths(loader.sequences), progress)
-    model = hub.load_model(spec.source, plan.dtype, spec.device, quantization=settings.stored_as())
+    _seed_everything(settings.seed)  # a new head is initialized while the model is loaded
+    model, spec = _loaded(spec, plan, progress)
     base_bytes = _base_bytes(model, spec)
     resumed_from, damaged = _newest_checkpoint(spec, progress)
     notes = add_adapter(model, spec, loader, resumed_from, progress)
@@ -140,6 +143,28 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
         damaged=damaged,
         notes=notes,
     )
+
+
+def _loaded(spec: RunSpec, plan: RunPlan, progress: Progress) -> tuple[nn.Module, RunSpec]:
+    """Load the model, and add the modules that its files lack to those that the adapter trains and saves in full."""
+    task, quantization = spec.task, spec.settings.stored_as()
+    values = task.target.config_values()
+    if values and getattr(spec.tokenizer, "pad_token_id", None) is None:
+        values["pad_token_id"] = padding_id(spec.tokenizer)
+    loaded = hub.load_for_task(spec.source, plan.dtype, spec.device, task.task.loader, quantization, values)
+    config = spec.forecast.config
+    heads = HEADS_BY_TASK.get(config.task_type, ())
+    extra = [path for path in loaded.new_modules if path.rpartition(".")[2] not in heads]
+    if loaded.new_modules:
+        progress.say(
+            f"New modules, because the model's files lack them: {', '.join(loaded.new_modules)}; they are trained and "
+            "saved with the adapter."
+        )
+    if extra:
+        saved = sorted({*(config.modules_to_save or ()), *extra})
+        forecast = dataclasses.replace(spec.forecast, config=config.with_fields(modules_to_save=saved))
+        spec = dataclasses.replace(spec, forecast=forecast)
+    return loaded.model, spec
 
 
 def _report_data(spec: RunSpec, batches: RunBatches, progress: Progress) -> None:

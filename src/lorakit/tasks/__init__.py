@@ -1,0 +1,30 @@
+"""Tasks that a model can be trained for: what the data must have, how it is encoded, the loss, and the metrics.
+
+A task is an entry of `TASKS`. Other code calls the entry's functions and does not test its name.
+"""
+
+from __future__ import annotations
+
+from lorakit.tasks.causal_lm import CAUSAL_LM, loss_sum
+from lorakit.tasks.choosing import TASKS, TaskOnData, task_for, task_of_adapter
+from lorakit.tasks.labels import LabelOptions, Target
+from lorakit.tasks.task import EncodedData, EncodeOptions, LossSum, Meter, Metrics, Objective, Report, Task
+
+__all__ = [
+    "CAUSAL_LM",
+    "TASKS",
+    "EncodeOptions",
+    "EncodedData",
+    "LabelOptions",
+    "LossSum",
+    "Meter",
+    "Metrics",
+    "Objective",
+    "Report",
+    "Target",
+    "Task",
+    "TaskOnData",
+    "loss_sum",
+    "task_for",
+    "task_of_adapter",
+]

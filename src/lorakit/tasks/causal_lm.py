@@ -1,0 +1,77 @@
+"""Causal language modeling: predict each token from the tokens before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lorakit.config import TaskType
+from lorakit.data import AnyRecords, Batch, Encoded, Tokenizer
+from lorakit.data import encode as encode_text
+from lorakit.data.encoding import IGNORED
+from lorakit.data.loader import padded
+from lorakit.speed import Acceleration, pack_rows
+from lorakit.tasks.labels import Target, no_target
+from lorakit.tasks.task import EncodeOptions, Objective, Task
+
+
+def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> Encoded:
+    """Encode documents, completions and conversations; see `lorakit.data.encode`."""
+    return encode_text(records, tokenizer, options.max_length, options.watch, overlong=options.overlong)
+
+
+def loss_sum(
+    model: nn.Module, batch: Batch, device: str | torch.device, acceleration: Acceleration | None = None
+) -> torch.Tensor:
+    """Return the next-token cross entropy, summed over the tokens in a batch that contribute to the loss.
+
+    Args:
+        model: A causal language model whose output has `logits` of shape (rows, length, vocabulary).
+        batch: Batch of (rows, length) tensors on the CPU; each label other than -100 is compared with the logits at the
+            previous position.
+        device: The model's device.
+        acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
+
+    Returns:
+        A float32 scalar (float64 for a float64 model). The mean loss of a step is the total of these scalars over the
+        step's batches, divided by the number of tokens in the step that contribute to the loss.
+    """
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    labels = batch.labels
+    if acceleration is not None and acceleration.packs and batch.tokens < batch.input_ids.numel():
+        inputs, labels = pack_rows(batch.input_ids, batch.attention_mask, labels)
+    for name, value in inputs.items():  # sequence boundaries stay on the CPU, where reading them does not stall the GPU
+        if isinstance(value, torch.Tensor) and not name.startswith("cu_seq_lens"):
+            inputs[name] = value.to(device)
+    if acceleration is not None and acceleration.head is not None and acceleration.head.applies():
+        return acceleration.head.loss_sum(model, labels, **inputs, use_cache=False)
+    output = model(**inputs, use_cache=False)
+    labels = labels.to(device)
+    targets = labels[:, 1:].reshape(-1)
+    logits = output.logits[:, :-1].reshape(targets.numel(), -1)  # (rows * (length - 1), vocabulary)
+    kept = targets != IGNORED
+    if not bool(kept.all()):  # copy only the needed logits to float32, because the copy is the largest tensor
+        logits, targets = logits[kept], targets[kept]
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return functional.cross_entropy(logits, targets, reduction="sum")
+
+
+def _objective(target: Target) -> Objective:
+    return Objective(padded, loss_sum)
+
+
+CAUSAL_LM = Task(
+    name="causal-lm",
+    adapter_task=TaskType.CAUSAL_LM,
+    loader="causal",
+    formats=("text", "prompt-completion", "messages", "alpaca", "sharegpt", "question-answer", "source-target"),
+    unit="token",
+    target=no_target,
+    encode=encode,
+    objective=_objective,
+    generates=True,
+)

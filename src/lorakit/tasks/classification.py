@@ -1,0 +1,137 @@
+"""Classification of texts and pairs of texts: one class, several classes, or a number for each row.
+
+The loss of a row is the cross entropy of its class; for several classes, the mean of the binary cross entropies; for a
+number, the squared error. All three equal the losses of transformers' `ForSequenceClassification` models.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lorakit.config import TaskType
+from lorakit.data import AnyRecords, Batch, Tokenizer
+from lorakit.data.encoding import Sequence
+from lorakit.data.loader import padded_ids
+from lorakit.tasks.encoding import EncodedRows, encode_labeled, encode_rows
+from lorakit.tasks.labels import Target, class_target
+from lorakit.tasks.metrics import class_metrics, classes_metrics, score_metrics
+from lorakit.tasks.task import EncodeOptions, Metrics, Objective, Task, inputs_on, objective
+
+THRESHOLD = 0.5
+"""Probability from which a class is predicted, if several classes may apply."""
+
+
+def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> EncodedRows:
+    """Encode labeled texts; see `encode_rows`."""
+    return encode_rows(records, tokenizer, target, options, encode_labeled, "row")
+
+
+def collate(rows: list[Sequence], pad_id: int, epoch: float, target: Target) -> Batch:
+    """Combine sequences into a padded batch.
+
+    Args:
+        rows: The sequences, at least one.
+        pad_id: Id of the padding token.
+        epoch: Value for `Batch.epoch`.
+        target: What is predicted.
+
+    Returns:
+        A batch whose labels have shape (rows,), or (rows, classes) if several classes may apply.
+    """
+    ids, mask = padded_ids([row.input_ids for row in rows], pad_id)
+    extra = {}
+    if any(row.types is not None for row in rows):
+        types = [row.types if row.types is not None else row.input_ids[:0] for row in rows]
+        extra["token_type_ids"] = torch.zeros_like(ids)
+        for number, row_types in enumerate(types):
+            extra["token_type_ids"][number, : len(row_types)] = torch.tensor(list(row_types), dtype=ids.dtype)
+    tokens = sum(len(row.input_ids) for row in rows)
+    return Batch(ids, mask, _labels(rows, target), epoch, tokens, len(rows), extra)
+
+
+def _labels(rows: list[Sequence], target: Target) -> Tensor:
+    if target.kind == "classes":
+        labels = torch.zeros(len(rows), len(target.names))
+        for number, row in enumerate(rows):
+            labels[number, list(row.labels)] = 1
+        return labels
+    if target.kind == "score":
+        return torch.tensor([row.labels[0] if row.labels else float("nan") for row in rows])
+    return torch.tensor([row.labels[0] if row.labels else -100 for row in rows])
+
+
+def forward(model: nn.Module, batch: Batch, device: str | torch.device) -> Tensor:
+    """Return the logits of a batch, shape (rows, classes), in float32."""
+    return model(**inputs_on(batch, device)).logits.float()
+
+
+def loss(logits: Tensor, batch: Batch, target: Target) -> Tensor:
+    """Return the summed loss of a batch, a scalar."""
+    labels = batch.labels.to(logits.device)
+    if target.kind == "score":
+        return functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype), reduction="sum")
+    if target.kind == "classes":
+        return functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / len(target.names)
+    return functional.cross_entropy(logits, labels, reduction="sum")
+
+
+class ClassMeter:
+    """Collects the predicted and the true labels of an evaluation.
+
+    Args:
+        target: What is predicted.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._guesses: list[np.ndarray] = []
+        self._labels: list[np.ndarray] = []
+
+    def add(self, batch: Batch, output: Tensor) -> None:
+        """Add the logits of a batch, shape (rows, classes)."""
+        self._guesses.append(predictions(output, self._target).cpu().numpy())
+        self._labels.append(batch.labels.cpu().numpy())
+
+    def result(self) -> Metrics:
+        """Return the metrics over all batches; see `lorakit.tasks.metrics`."""
+        guesses, labels = np.concatenate(self._guesses), np.concatenate(self._labels)
+        if self._target.kind == "score":
+            return score_metrics(guesses, labels)
+        measure = classes_metrics if self._target.kind == "classes" else class_metrics
+        return measure(guesses, labels, self._target.names)
+
+
+def predictions(logits: Tensor, target: Target) -> Tensor:
+    """Return what the logits of shape (rows, classes) predict.
+
+    Returns:
+        The class of each row, shape (rows,); the numbers, shape (rows,); or whether each class applies, shape
+        (rows, classes).
+    """
+    if target.kind == "score":
+        return logits.squeeze(-1)
+    return logits.sigmoid() >= THRESHOLD if target.kind == "classes" else logits.argmax(-1)
+
+
+def _objective(target: Target) -> Objective:
+    return objective(
+        partial(collate, target=target), forward, partial(loss, target=target), partial(ClassMeter, target)
+    )
+
+
+CLASSIFICATION = Task(
+    name="classification",
+    adapter_task=TaskType.SEQ_CLS,
+    loader="classification",
+    formats=("classification", "text-pair"),
+    unit="row",
+    target=class_target,
+    encode=encode,
+    objective=_objective,
+    summary=("accuracy", "f1_macro", "mse", "spearman"),
+)

@@ -1,0 +1,84 @@
+"""Sequence to sequence: a target text for each source text, with encoder-decoder models such as T5.
+
+The loss is the cross entropy of the target's tokens, as in transformers' models for conditional generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from lorakit.config import TaskType
+from lorakit.data import AnyRecords, Batch, Tokenizer
+from lorakit.data.encoding import IGNORED, Sequence
+from lorakit.data.loader import padded_ids
+from lorakit.tasks.encoding import EncodedRows, encode_rows, encode_translation
+from lorakit.tasks.labels import Target, no_target
+from lorakit.tasks.task import EncodeOptions, Metrics, Objective, Task, inputs_on, objective
+
+
+def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> EncodedRows:
+    """Encode sources and targets; see `encode_rows`."""
+    return encode_rows(records, tokenizer, target, options, encode_translation, "token")
+
+
+def collate(rows: list[Sequence], pad_id: int, epoch: float) -> Batch:
+    """Combine sequences into a padded batch; its labels have shape (rows, target length), -100 for padding."""
+    ids, mask = padded_ids([row.input_ids for row in rows], pad_id)
+    targets = [torch.tensor(list(row.labels), dtype=torch.long) for row in rows]
+    labels = pad_sequence(targets, batch_first=True, padding_value=IGNORED)
+    trained = sum(len(target) for target in targets)
+    return Batch(ids, mask, labels, epoch, sum(len(row.input_ids) for row in rows) + trained, trained)
+
+
+def forward(model: nn.Module, batch: Batch, device: str | torch.device) -> Tensor:
+    """Return the logits of a batch, shape (rows, target length, vocabulary)."""
+    prepare: Callable[..., Tensor] = model.prepare_decoder_input_ids_from_labels
+    shifted = prepare(labels=batch.labels.to(device))
+    return model(**inputs_on(batch, device), decoder_input_ids=shifted, use_cache=False).logits
+
+
+def loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Return the summed loss over the target tokens of a batch, a scalar."""
+    labels = batch.labels.to(logits.device).flatten()
+    kept = labels != IGNORED
+    return functional.cross_entropy(logits.flatten(0, 1)[kept].float(), labels[kept], reduction="sum")
+
+
+class TokenMeter:
+    """Counts the target tokens that the model predicts, given the tokens before them."""
+
+    def __init__(self) -> None:
+        self._right = self._total = 0
+
+    def add(self, batch: Batch, output: Tensor) -> None:
+        """Add the logits of a batch, shape (rows, target length, vocabulary)."""
+        labels = batch.labels.to(output.device)
+        kept = labels != IGNORED
+        self._right += int((output.argmax(-1)[kept] == labels[kept]).sum())
+        self._total += int(kept.sum())
+
+    def result(self) -> Metrics:
+        """Return the fraction of target tokens that were predicted, as "token_accuracy"."""
+        return {"token_accuracy": self._right / max(1, self._total)}
+
+
+def _objective(target: Target) -> Objective:
+    return objective(collate, forward, loss, TokenMeter)
+
+
+SEQ2SEQ = Task(
+    name="seq2seq",
+    adapter_task=TaskType.SEQ_2_SEQ_LM,
+    loader="seq2seq",
+    formats=("source-target", "prompt-completion", "alpaca", "question-answer"),
+    unit="token",
+    target=no_target,
+    encode=encode,
+    objective=_objective,
+    summary=("token_accuracy",),
+)

@@ -1,0 +1,163 @@
+"""The interface of a task: how records become batches, what the loss is, and how predictions are scored.
+
+A task is a registry entry of functions (`lorakit.tasks.TASKS`); the training loop, the evaluation and the commands call
+them and do not test a task's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.config import TaskType
+from lorakit.data import AnyRecords, Batch, Overlong, Sequences, Split, Tokenizer
+from lorakit.data.encoding import Sequence
+from lorakit.data.loader import Collate
+from lorakit.durable import JsonObject
+from lorakit.speed import Acceleration
+from lorakit.tasks.labels import LabelOptions, Target
+
+Metrics: TypeAlias = Mapping[str, float]
+"""Name of a metric -> value."""
+
+Texts: TypeAlias = "list[Sequence] | Sequences"
+"""Encoded rows."""
+
+
+class Report(Protocol):
+    """Counts of the rows and tokens of encoded data."""
+
+    @property
+    def prompt_format(self) -> str | None:
+        """Format of the prompts, or None."""
+
+    @property
+    def trained_tokens(self) -> int:
+        """Number of targets that contribute to the loss."""
+
+    def check_end(self) -> None:
+        """Check that the model can learn where to stop, if it generates text."""
+
+    def as_dict(self) -> JsonObject:
+        """Return all counts and notes as plain JSON values."""
+
+    def lines(self) -> list[str]:
+        """Return the counts as lines of text: the totals, then what was left out, then the notes."""
+
+
+class EncodedData(Protocol):
+    """Encoded rows with their counts."""
+
+    @property
+    def sequences(self) -> Texts:
+        """The rows."""
+
+    @property
+    def report(self) -> Report:
+        """Counts."""
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How rows are encoded.
+
+    Attributes:
+        max_length: Maximum length of a text in tokens.
+        overlong: What happens to longer rows; see `lorakit.data.encode`.
+        watch: Function that is called repeatedly with the number of bytes read so far, or None.
+    """
+
+    max_length: int
+    overlong: Overlong = "truncate"
+    watch: Callable[[int], None] | None = None
+
+
+class Meter(Protocol):
+    """Collects predictions of an evaluation and computes metrics."""
+
+    def add(self, batch: Batch, output: Tensor) -> None:
+        """Add the output of the model for a batch."""
+
+    def result(self) -> Metrics:
+        """Return the metrics over all batches."""
+
+
+LossSum: TypeAlias = Callable[[nn.Module, Batch, "str | torch.device", "Acceleration | None"], Tensor]
+"""Function that runs a model on a batch and returns the loss, summed over the batch's targets."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a run minimizes and measures.
+
+    Attributes:
+        collate: Function that combines sequences into a batch.
+        loss_sum: Function that runs the model and returns the summed loss.
+        forward: Function that runs the model on a batch and returns what `loss` and the meter read; None if `loss_sum`
+            computes the loss without it.
+        loss: Function that returns the summed loss of a batch, given what `forward` returned.
+        meter: Function that creates a meter, or None if only the loss is measured.
+    """
+
+    collate: Collate
+    loss_sum: LossSum
+    forward: Callable[[nn.Module, Batch, str | torch.device], Tensor] | None = None
+    loss: Callable[[Tensor, Batch], Tensor] | None = None
+    meter: Callable[[], Meter] | None = None
+
+
+def objective(
+    collate: Collate,
+    forward: Callable[[nn.Module, Batch, str | torch.device], Tensor],
+    loss: Callable[[Tensor, Batch], Tensor],
+    meter: Callable[[], Meter],
+) -> Objective:
+    """Return an objective whose loss is a function of the model's output."""
+
+    def loss_sum(
+        model: nn.Module, batch: Batch, device: str | torch.device, acceleration: Acceleration | None = None
+    ) -> Tensor:
+        return loss(forward(model, batch, device), batch)
+
+    return Objective(collate, loss_sum, forward, loss, meter)
+
+
+def inputs_on(batch: Batch, device: str | torch.device) -> dict[str, Tensor]:
+    """Return the model's inputs for a batch, on a device."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.extra}
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task that a model can be trained for.
+
+    Attributes:
+        name: Name of the task, a value of `--task`.
+        adapter_task: `task_type` in the adapter's config.
+        loader: Key of `lorakit.hub.TASKS`: the transformers class that loads the model.
+        formats: Names of the data shapes that the task supports.
+        unit: What contributes to the loss: "token" or "row".
+        target: Function that reads from the data what is predicted; raises DataError if the labels cannot be used.
+        encode: Function that encodes records; raises DataError if nothing is left to train on.
+        objective: Function that returns the loss and the metrics for a target.
+        summary: Names of the metrics that a result shows, most important first.
+        generates: Whether the model continues text, so that chat templates and new tokens apply.
+        needs_batch: Whether the loss compares the rows of a batch.
+    """
+
+    name: str
+    adapter_task: TaskType
+    loader: str
+    formats: tuple[str, ...]
+    unit: str
+    target: Callable[[Split, LabelOptions], Target]
+    encode: Callable[[AnyRecords, Tokenizer, Target, EncodeOptions], EncodedData]
+    objective: Callable[[Target], Objective]
+    summary: tuple[str, ...] = ()
+    generates: bool = False
+    needs_batch: bool = False

@@ -1,0 +1,79 @@
+"""Token classification: a tag for each word, such as the entity that the word belongs to.
+
+Only the first token of each word has a label; the loss is the cross entropy of the words' tags, as in transformers'
+`ForTokenClassification` models.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lorakit.config import TaskType
+from lorakit.data import AnyRecords, Batch, Tokenizer
+from lorakit.data.encoding import IGNORED
+from lorakit.data.loader import padded
+from lorakit.tasks.encoding import EncodedRows, encode_rows, encode_tagged
+from lorakit.tasks.labels import Target, tag_target
+from lorakit.tasks.metrics import span_metrics
+from lorakit.tasks.task import EncodeOptions, Metrics, Objective, Task, inputs_on, objective
+
+
+def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> EncodedRows:
+    """Encode tagged words; see `encode_rows`."""
+    return encode_rows(records, tokenizer, target, options, encode_tagged, "token")
+
+
+def forward(model: nn.Module, batch: Batch, device: str | torch.device) -> Tensor:
+    """Return the logits of a batch, shape (rows, length, tags), in float32."""
+    return model(**inputs_on(batch, device)).logits.float()
+
+
+def loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Return the summed loss over the words of a batch, a scalar."""
+    labels = batch.labels.to(logits.device)
+    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+class TagMeter:
+    """Collects the predicted and the true tags of an evaluation.
+
+    Args:
+        target: The tags.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self._names = target.names
+        self._guesses: list[list[str]] = []
+        self._tags: list[list[str]] = []
+
+    def add(self, batch: Batch, output: Tensor) -> None:
+        """Add the logits of a batch, shape (rows, length, tags)."""
+        for guesses, labels in zip(output.argmax(-1).tolist(), batch.labels.tolist(), strict=True):
+            kept = [(guess, label) for guess, label in zip(guesses, labels, strict=True) if label != IGNORED]
+            self._guesses.append([self._names[guess] for guess, _ in kept])
+            self._tags.append([self._names[label] for _, label in kept])
+
+    def result(self) -> Metrics:
+        """Return the metrics over all batches; see `span_metrics`."""
+        return span_metrics(self._guesses, self._tags)
+
+
+def _objective(target: Target) -> Objective:
+    return objective(padded, forward, loss, partial(TagMeter, target))
+
+
+TOKEN_CLASSIFICATION = Task(
+    name="token-classification",
+    adapter_task=TaskType.TOKEN_CLS,
+    loader="token-classification",
+    formats=("token-classification",),
+    unit="token",
+    target=tag_target,
+    encode=encode,
+    objective=_objective,
+    summary=("f1", "accuracy"),
+)
