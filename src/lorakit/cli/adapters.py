@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lorakit.core.files.adapter_folder import AdapterFiles
     from lorakit.hub import ModelSource
     from lorakit.plan.quantized import Quantization
+    from lorakit.tasks import TaskOnData
     from lorakit.train.run_data import SavedTokenizer
 
 Item = TypeVar("Item")
@@ -116,6 +117,46 @@ def naming_flags() -> Iterator[None]:
         if error.advice is None or name not in {field.name for field in fields(Allowances)}:
             raise
         raise type(error)(error.text(f"pass --{name.replace('_', '-')}"), **error.fields) from error
+
+
+def task_of(adapters: Sequence[AdapterFiles]) -> TaskOnData:
+    """Return the task that adapters were trained for.
+
+    Args:
+        adapters: Files of the adapters, at least one.
+
+    Raises:
+        UsageError: The adapters have different tasks or classes, or a task that lorakit lacks.
+    """
+    from lorakit.errors import UsageError
+    from lorakit.tasks import task_of_adapter
+
+    first, *others = [
+        task_of_adapter(files.config, files.sidecar.facts.get("training"), _outputs(files)) for files in adapters
+    ]
+    for files, other in zip(adapters[1:], others, strict=True):
+        if (other.task, other.target) != (first.task, first.target):
+            raise UsageError(
+                f"{files.folder}: trained for {other.task.name} with {len(other.target.names)} classes, but "
+                f"{adapters[0].folder} for {first.task.name} with {len(first.target.names)}; pass adapters for the "
+                "same task.",
+                where=files.folder,
+                field="adapter",
+            )
+    return first
+
+
+def _outputs(files: AdapterFiles) -> int | None:
+    """Return the number of outputs of the head saved in an adapter, or None if it has none."""
+    from lorakit.config import HEADS_BY_TASK
+
+    heads = HEADS_BY_TASK.get(files.config.task_type, ())
+    sizes = [
+        tensor.shape[0]
+        for name, tensor in files.file.tensors.items()
+        if tensor.ndim == 2 and name.endswith(".weight") and any(f".{head}." in name for head in heads)
+    ]
+    return min(sizes, default=None)
 
 
 LARGEST_TOKENIZER_BYTES = 256 << 20

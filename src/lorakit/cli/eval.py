@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Annotated
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from lorakit import allocator
-from lorakit.cli import console, early
+from lorakit.cli import adapters, console, early
 from lorakit.plan.quantized import stored_as
 from lorakit.train.defaults import DEFAULTS
+
+if TYPE_CHECKING:
+    from lorakit.train.evaluation import Evaluation
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,10 @@ def run(
     json: console.JsonFlag = False,
     verbose: console.VerboseFlag = False,
 ) -> None:
-    """Measure the loss and perplexity of the base and of each adapter, over all tokens that contribute to the loss.
+    """Measure the loss of the base and of each adapter, and the perplexity or the metrics of the task.
 
-    --verbose adds data statistics and the reason for the chosen precision.
+    The task is that of the adapters; without adapters, the data and the model determine it. --verbose adds data
+    statistics and the reason for the chosen precision.
     """
     quantization = stored_as(flags.quantization, flags.double_quantization)
     early.check_choice("dtype", flags.dtype, early.RUN_DTYPES)
@@ -59,7 +64,8 @@ def run(
     allocator.set_up()  # before torch allocates any memory
     from lorakit.data import Request
 
-    request = Request(flags.format, columns, flags.on_bad_row == "skip")
+    task = adapters.task_of(adapters.read_adapters(flags.adapter)) if flags.adapter else None
+    request = Request(flags.format, columns, flags.on_bad_row == "skip", () if task is None else task.task.formats)
     from lorakit.train.evaluation import EvalSettings, compare
 
     found = compare(
@@ -74,13 +80,36 @@ def run(
             allow=("base_mismatch",) if flags.allow_base_mismatch else (),
             quantization=quantization,
             request=request,
+            task=task,
         ),
         console.note,
         console.note if verbose else console.quiet,
     )
     if json:
-        results = [{"name": name, **asdict(one), "perplexity": one.perplexity} for name, one in found]
+        results = [{"name": name, **_values(one)} for name, one in found]
         console.emit_json({"model": flags.model, "data": flags.data, "results": results})
         return
-    rows = [[name, f"{one.loss:.4f}", f"{one.perplexity:.2f}", f"{one.tokens:,}"] for name, one in found]
-    console.say(console.table(["", "loss", "perplexity", "tokens"], rows))
+    console.say(_table(found))
+
+
+def _values(one: Evaluation) -> dict[str, float]:
+    return {"loss": one.loss, "tokens": one.tokens, **(one.metrics or {"perplexity": one.perplexity})}
+
+
+def _table(found: Sequence[tuple[str, Evaluation]]) -> str:
+    """Return the evaluations as a table; metrics of single classes are listed below it."""
+    metrics = [name for name in found[0][1].metrics if "/" not in name]
+    if not found[0][1].metrics:
+        rows = [[name, f"{one.loss:.4f}", f"{one.perplexity:.2f}", f"{one.tokens:,}"] for name, one in found]
+        return console.table(["", "loss", "perplexity", "tokens"], rows)
+    rows = [[name, f"{one.loss:.4f}", *(f"{one.metrics[key]:.4f}" for key in metrics)] for name, one in found]
+    table = console.table(["", "loss", *metrics], rows)
+    classes = [name for name in found[0][1].metrics if "/" in name]
+    if not classes:
+        return table
+    single = [[name.partition("/")[2], *(_shown(one, name) for _, one in found)] for name in classes]
+    return f"{table}\n\n{console.table(['F1 by class', *(name for name, _ in found)], single)}"
+
+
+def _shown(one: Evaluation, name: str) -> str:
+    return f"{one.metrics[name]:.4f}" if name in one.metrics else "-"

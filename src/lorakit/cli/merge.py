@@ -83,7 +83,15 @@ def run(
     _reject_quantized_files(flags.model, hub.stored_as_files(source, quantization), quantization)
     allowed = adapters.overridden(asdict(allow))
     request = MergeRequest(
-        source, files, flags.adapter, flags.output_dir, flags.dtype, flags.untie, allowed, quantization
+        source,
+        files,
+        flags.adapter,
+        flags.output_dir,
+        flags.dtype,
+        flags.untie,
+        allowed,
+        quantization,
+        adapters.task_of(files),
     )
     done, probe = write_merged(request, console.note if verbose else console.quiet)
     for text in merge_warnings(done, probe):

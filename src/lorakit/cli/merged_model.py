@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,13 +27,16 @@ from lorakit.errors import MergeError, ModelError
 from lorakit.generate import context_tokens
 from lorakit.machine import this_machine
 from lorakit.plan.quantized import Quantization
+from lorakit.tasks import CAUSAL_LM, Target, TaskOnData, load_model_for
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from lorakit.core.files.adapter_folder import AdapterFiles
     from lorakit.train.run_data import SavedTokenizer
 
 RECORD_FILE = "lorakit_merged.json"
-PROBE_TOKENS = 48
+PROBE_TOKENS, PROBE_ROWS = 48, 32
 ROUNDING = {"float32": 0.0, "float16": 0.05, "bfloat16": 0.3}
 """Dtype of the merged weights -> allowed change in a logit due to rounding, in standard deviations of the logits."""
 
@@ -58,6 +61,7 @@ class MergeRequest:
         untie: Whether to give a site its own copy of a weight that it shares with another module.
         allow: Checks of `core.load_adapter` to override.
         quantization: Quantization of the base during training, or None.
+        task: The task of the adapters.
     """
 
     source: hub.ModelSource
@@ -68,6 +72,12 @@ class MergeRequest:
     untie: bool
     allow: Collection[str]
     quantization: Quantization | None = None
+    task: TaskOnData = field(default_factory=lambda: TaskOnData(CAUSAL_LM, Target()))
+
+    def load(self, dtype: str | torch.dtype = "auto", quantization: Quantization | None = None) -> PreTrainedModel:
+        """Load the base with the head that the task needs; a new head has random weights until the adapters load."""
+        adapters = [files.folder for files in self.adapters]
+        return load_model_for(self.task, self.source, dtype, "cpu", quantization, None, adapters).model
 
 
 @dataclass(frozen=True)
@@ -137,8 +147,11 @@ def write_merged(request: MergeRequest, say: Callable[[str], None]) -> tuple[Mer
         done = _merge_into(request, folder, tokenizer)
         gc.collect()  # avoids holding both the merged and the reloaded model in memory
         say("Loading the merged model and comparing its logits.")
-        again = hub.load_model(hub.ModelSource("directory", str(request.target), str(folder), None, ""), computing)
-        probe = compare(expected, _logits(again, _probe_ids(again), []), done.dtype)
+        loader = request.task.task.loader
+        again = hub.load_model(
+            hub.ModelSource("directory", str(request.target), str(folder), None, ""), computing, task=loader
+        )
+        probe = compare(expected, _outputs(again, _probe_ids(again, loader), []), done.dtype)
         write_json(folder / RECORD_FILE, record(request, done, probe))
     return done, probe
 
@@ -230,25 +243,25 @@ def _tokenizer(request: MergeRequest) -> SavedTokenizer | None:
 
 
 def _expected_logits(request: MergeRequest, computing: str) -> Expected:
-    model = hub.load_model(request.source, computing, quantization=request.quantization)
+    model = request.load(computing, request.quantization)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the merge loads the adapters again and issues the same warnings
         names = load_adapters(model, request.adapters, request.allow)
     if not request.untie:
         _reject_tied(model, names)
-    ids = _probe_ids(model)
+    ids = _probe_ids(model, request.task.task.loader)
     noise = ROUNDED_ACTIVATIONS if request.quantization is not None and request.quantization.name == "int8" else 0.0
-    return Expected(_logits(model, ids, []), _logits(model, ids, names), _dtype_name(model), noise)
+    return Expected(_outputs(model, ids, []), _outputs(model, ids, names), _dtype_name(model), noise)
 
 
 def _merge_into(request: MergeRequest, folder: Path, tokenizer: SavedTokenizer | None) -> Merged:
     """Merge the adapters and save the model, without comparing its logits."""
-    model = hub.load_model(request.source)
+    model = request.load()
     if request.dtype != "auto" and getattr(torch, request.dtype) != model.dtype:
         model.to(torch.float32)  # merge in fp32, then round once, to the requested dtype
     stored = model
     if request.quantization is not None:  # merge into the quantized base, then copy the merged weights to `model`
-        stored = hub.load_model(request.source, model.dtype, quantization=request.quantization)
+        stored = request.load(model.dtype, request.quantization)
     names = load_adapters(stored, request.adapters, request.allow)
     report = core.merge_and_unload(stored, *names, untie=request.untie, dense=True)
     if stored is not model:
@@ -260,6 +273,8 @@ def _merge_into(request: MergeRequest, folder: Path, tokenizer: SavedTokenizer |
         model.to(getattr(torch, request.dtype))
     add_merge_record(model, {f.file.sha256: given for f, given in zip(request.adapters, request.folders, strict=True)})
     hub.save_model(model, folder, tokenizer)
+    if request.task.task.loader == "encoder":
+        hub.copy_embedding_files(request.source, folder)
     return Merged(
         folder=request.target,
         dtype=_dtype_name(model),
@@ -312,22 +327,36 @@ def _untie_config(model: EmbeddingModel) -> bool:
     return True
 
 
-def _probe_ids(model: torch.nn.Module) -> Tensor:
-    """Return pseudorandom token ids, shape (1, tokens), that depend only on the vocabulary size and context length."""
-    length = min(PROBE_TOKENS, context_tokens(model) or PROBE_TOKENS)
-    return torch.randint(vocabulary_of(model), (1, length), generator=torch.Generator().manual_seed(0))
+def _probe_ids(model: torch.nn.Module, loader: str) -> Tensor:
+    """Return pseudorandom token ids, shape (rows, tokens), that depend only on the vocabulary and context length.
 
-
-def _logits(model: torch.nn.Module, ids: Tensor, names: Sequence[str]) -> Tensor:
-    """Return the logits of the model with the named adapters, or of the base if `names` is empty.
-
-    The result has dtype float32 and shape (tokens, vocabulary).
+    A model that classifies rows has one output per row, so it gets more rows.
     """
+    length = min(PROBE_TOKENS, context_tokens(model) or PROBE_TOKENS)
+    rows = PROBE_ROWS if loader == "classification" else 1
+    return torch.randint(vocabulary_of(model), (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def _outputs(model: torch.nn.Module, ids: Tensor, names: Sequence[str]) -> Tensor:
+    """Return the outputs of the model with the named adapters, or of the base if `names` is empty.
+
+    The result has dtype float32 and shape (tokens, vocabulary), or (rows, classes) for a model that classifies rows, or
+    (tokens, width) for a model without a head.
+    """
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
     with torch.no_grad():
         if not core.adapters(model):
-            return model(input_ids=ids, use_cache=False).logits[0].float()
+            return _rows(model(**inputs))
         with core.use(model, *names) if names else core.disable(model):
-            return model(input_ids=ids, use_cache=False).logits[0].float()
+            return _rows(model(**inputs))
+
+
+def _rows(output: Any) -> Tensor:
+    """Return the logits, or the last hidden states, with all dimensions but the last combined."""
+    values = output.logits if getattr(output, "logits", None) is not None else output.last_hidden_state
+    return values.float().flatten(0, -2)
 
 
 def _dtype_name(model: torch.nn.Module) -> str:

@@ -6,7 +6,18 @@ Large packages are imported only when a function needs them. This package does n
 from __future__ import annotations
 
 from lorakit.hub.calibration import Calibration, DtypeChoice, calibrate, choose_dtype
-from lorakit.hub.model_config import TASKS, WITH_NEW_HEADS, Family, family_of, labels_of, pooling_of
+from lorakit.hub.model_config import (
+    TASKS,
+    WITH_NEW_HEADS,
+    Family,
+    copy_embedding_files,
+    family_of,
+    labels_of,
+    loader_of,
+    padding_of,
+    pooling_of,
+    problem_of,
+)
 from lorakit.hub.models import (
     AddedTokens,
     LoadedModel,
@@ -41,13 +52,17 @@ __all__ = [
     "calibrate",
     "chat_template_hash",
     "choose_dtype",
+    "copy_embedding_files",
     "family_of",
     "labels_of",
     "load_for_task",
     "load_model",
     "load_tokenizer",
+    "loader_of",
     "packaged_directory",
+    "padding_of",
     "pooling_of",
+    "problem_of",
     "quantization_metadata",
     "require",
     "require_quantizer",

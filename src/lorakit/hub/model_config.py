@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -32,6 +33,9 @@ Family = Literal["causal", "seq2seq", "encoder", "embedding"]
 texts (a model saved by sentence-transformers)."""
 
 _POOLING = "1_Pooling/config.json"
+EMBEDDING_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", _POOLING)
+"""Files that sentence-transformers adds to a model's directory."""
+
 _DEFAULT_LABEL = re.compile(r"LABEL_\d+")
 
 
@@ -81,18 +85,55 @@ def family_of(source: ModelSource) -> Family:
     return "encoder" if masked else "causal"
 
 
-def labels_of(source: ModelSource) -> tuple[str, ...]:
+def loader_of(source: ModelSource) -> str | None:
+    """Return the key of `TASKS` for the model class that the config names, or None.
+
+    Args:
+        source: Result of `resolve`; a directory saved by sentence-transformers is an "encoder".
+
+    Raises:
+        ModelError: The config cannot be read.
+    """
+    config, family = config_of(source), family_of(source)
+    if family == "embedding":
+        return "encoder"
+    names = [str(name) for name in getattr(config, "architectures", None) or ()]
+    endings = {"ForSequenceClassification": "classification", "ForTokenClassification": "token-classification"}
+    found = [task for name in names for ending, task in endings.items() if name.endswith(ending)]
+    return found[0] if found else family if family in TASKS else None
+
+
+def problem_of(source: ModelSource) -> str | None:
+    """Return the `problem_type` in a model's config, or None.
+
+    Args:
+        source: Result of `resolve`.
+    """
+    return getattr(config_of(source), "problem_type", None)
+
+
+def labels_of(source: ModelSource, *, with_defaults: bool = False) -> tuple[str, ...]:
     """Return the names of the classes of a model's head, in order; empty if it has no head or no names.
 
     Args:
         source: Result of `resolve`.
+        with_defaults: Whether to return names such as LABEL_0, which transformers adds to every config.
 
     Raises:
         ModelError: The config cannot be read.
     """
     names = getattr(config_of(source), "id2label", None) or {}
     found = tuple(str(names[number]) for number in sorted(names))
-    return () if all(_DEFAULT_LABEL.fullmatch(name) for name in found) else found
+    return () if not with_defaults and all(_DEFAULT_LABEL.fullmatch(name) for name in found) else found
+
+
+def padding_of(source: ModelSource) -> int | None:
+    """Return the id of the padding token in a model's config, or None.
+
+    Args:
+        source: Result of `resolve`.
+    """
+    return getattr(config_of(source), "pad_token_id", None)
 
 
 def pooling_of(source: ModelSource) -> str:
@@ -107,6 +148,20 @@ def pooling_of(source: ModelSource) -> str:
     except (OSError, ValueError):
         values = {}
     return "cls" if isinstance(values, dict) and values.get("pooling_mode_cls_token") is True else "mean"
+
+
+def copy_embedding_files(source: ModelSource, folder: Path) -> None:
+    """Copy the files that tell sentence-transformers how a model embeds texts, if the model has them.
+
+    Args:
+        source: The model.
+        folder: Directory of another model with the same architecture.
+    """
+    for name in EMBEDDING_FILES:
+        path = _file(source, name)
+        if path is not None:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / name)
 
 
 def _file(source: ModelSource, name: str) -> Path | None:

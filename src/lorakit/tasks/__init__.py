@@ -6,9 +6,19 @@ A task is an entry of `TASKS`. Other code calls the entry's functions and does n
 from __future__ import annotations
 
 from lorakit.tasks.causal_lm import CAUSAL_LM, loss_sum
-from lorakit.tasks.choosing import TASKS, TaskOnData, task_for, task_of_adapter
+from lorakit.tasks.choosing import TASKS, TaskOnData, load_model_for, task_for, task_of_adapter, task_of_model
 from lorakit.tasks.labels import LabelOptions, Target
-from lorakit.tasks.task import EncodedData, EncodeOptions, LossSum, Meter, Metrics, Objective, Report, Task
+from lorakit.tasks.task import (
+    EncodedData,
+    EncodeOptions,
+    LossSum,
+    Meter,
+    Metrics,
+    Objective,
+    PredictContext,
+    Report,
+    Task,
+)
 
 __all__ = [
     "CAUSAL_LM",
@@ -20,11 +30,14 @@ __all__ = [
     "Meter",
     "Metrics",
     "Objective",
+    "PredictContext",
     "Report",
     "Target",
     "Task",
     "TaskOnData",
+    "load_model_for",
     "loss_sum",
     "task_for",
     "task_of_adapter",
+    "task_of_model",
 ]

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+
+import torch
 
 from lorakit import hub
-from lorakit.config import LoraConfig
-from lorakit.data import Labeled, Record, Split, Tagged
+from lorakit.config import HEADS_BY_TASK, LoraConfig, adapter_directory, read_config
+from lorakit.data import Labeled, Record, Split, Tagged, Tokenizer, padding_id
 from lorakit.durable import JsonObject, JsonValue
-from lorakit.errors import UsageError
+from lorakit.errors import AdapterFileError, UsageError
+from lorakit.plan.quantized import Quantization
 from lorakit.tasks.causal_lm import CAUSAL_LM
 from lorakit.tasks.classification import CLASSIFICATION
 from lorakit.tasks.embedding import EMBEDDING
-from lorakit.tasks.labels import LabelOptions, LabelType, Target
+from lorakit.tasks.labels import KIND_BY_PROBLEM, Kind, LabelOptions, LabelType, Target
 from lorakit.tasks.seq2seq import SEQ2SEQ
 from lorakit.tasks.task import Objective, Task
 from lorakit.tasks.token_classification import TOKEN_CLASSIFICATION
@@ -96,13 +100,13 @@ def _by_shape(record: Record, family: hub.Family) -> Task:
     return SEQ2SEQ if family == "seq2seq" else CAUSAL_LM
 
 
-def task_of_adapter(config: LoraConfig, training: JsonValue, heads: Sequence[int]) -> TaskOnData:
+def task_of_adapter(config: LoraConfig, training: JsonValue, outputs: int | None = None) -> TaskOnData:
     """Return the task that an adapter was trained for.
 
     Args:
         config: The adapter's config.
         training: The entry `training` of its `lorakit.json`, or None.
-        heads: Numbers of outputs of the heads saved in the adapter, for adapters without names of classes.
+        outputs: Number of outputs of the head saved in the adapter, or None; used if no classes are recorded.
 
     Raises:
         UsageError: lorakit has no task for the adapter's `task_type`.
@@ -119,8 +123,98 @@ def task_of_adapter(config: LoraConfig, training: JsonValue, heads: Sequence[int
         )
     if target is None:
         target = Target()
-        if task.loader in hub.WITH_NEW_HEADS and heads:
-            names = tuple(f"LABEL_{number}" for number in range(heads[0]))
-            target = Target("tags", names) if task is TOKEN_CLASSIFICATION else Target("class", names)
-            target = target if heads[0] > 1 else Target("score")
+        if task.loader in hub.WITH_NEW_HEADS and outputs is not None:
+            names = tuple(f"LABEL_{number}" for number in range(outputs))
+            kind_of: Kind = "tags" if task is TOKEN_CLASSIFICATION else "class"
+            target = Target(kind_of, names) if outputs > 1 else Target("score")
     return TaskOnData(task, target)
+
+
+def task_of_model(name: str | None, source: hub.ModelSource) -> TaskOnData:
+    """Return the task of a model that has its own head, such as a merged model.
+
+    Args:
+        name: Name of the task; None reads it from the model's config.
+        source: The model.
+
+    Raises:
+        UsageError: The model has no task that predicts rows.
+        ModelError: The model's config cannot be read.
+    """
+    family = hub.family_of(source)
+    loader = hub.loader_of(source)
+    found = TASKS.get(name or "") or next((task for task in TASKS.values() if task.loader == loader), None)
+    if found is None or found.predict is None:
+        raise UsageError(
+            f"{source.given}: this model does not predict rows; pass the adapter that does as --adapter, or use "
+            "`lorakit generate` for a causal language model.",
+            what=family,
+            field="adapter",
+        )
+    names = hub.labels_of(source, with_defaults=True) if found.loader in hub.WITH_NEW_HEADS else ()
+    kind: Kind = "none"
+    if found is TOKEN_CLASSIFICATION:
+        kind = "tags"
+    elif found is CLASSIFICATION:
+        kind = KIND_BY_PROBLEM.get(hub.problem_of(source) or "", "score" if len(names) == 1 else "class")
+    elif found is EMBEDDING:
+        kind = "pairs"
+    return TaskOnData(found, Target(kind, () if kind == "score" else names, hub.pooling_of(source)))
+
+
+def load_model_for(
+    task: TaskOnData,
+    source: hub.ModelSource,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    quantization: Quantization | None = None,
+    tokenizer: Tokenizer | None = None,
+    adapters: Sequence[str | Path] | None = None,
+) -> hub.LoadedModel:
+    """Load a model with the head that a task needs.
+
+    Args:
+        task: The task, and what it predicts.
+        source: The model.
+        dtype: As in `hub.load_model`.
+        device: Device for the weights.
+        quantization: Quantization of the linear layers, or None.
+        tokenizer: The model's tokenizer; its padding token is written to the config of a model with a head if the
+            config has none, because such models read the last token before the padding.
+        adapters: Directories of the adapters that will be loaded; None if the new modules will be trained.
+
+    Raises:
+        UsageError: The model has no head, and no adapter will be loaded.
+        AdapterFileError: An adapter has no weights for a module that the model's files lack.
+        LorakitError: The model cannot be loaded; see `hub.load_model`.
+    """
+    values = task.target.config_values()
+    if values and tokenizer is not None and hub.padding_of(source) is None:
+        values["pad_token_id"] = padding_id(tokenizer)
+    loaded = hub.load_for_task(source, dtype, device, task.task.loader, quantization, values)
+    for folder in adapters or ():
+        _check_heads(loaded.new_modules, folder)
+    if loaded.new_modules and adapters is not None and not adapters:
+        raise UsageError(
+            f"{source.given}: the model has no weights for {', '.join(loaded.new_modules)}; pass an adapter that has "
+            "them as --adapter.",
+            what=loaded.new_modules[0],
+            field="adapter",
+        )
+    return loaded
+
+
+def _check_heads(new_modules: Sequence[str], folder: str | Path) -> None:
+    """Raise AdapterFileError if an adapter has no weights for a module that would otherwise keep random weights."""
+    config, _ = read_config(adapter_directory(folder))
+    saved = {*(config.modules_to_save or ()), *HEADS_BY_TASK.get(config.task_type, ())}
+    lost = [path for path in new_modules if not any(path == name or path.endswith(f".{name}") for name in saved)]
+    if lost:
+        raise AdapterFileError(
+            f"{folder}: the adapter has no weights for {lost[0]}, and the model's files have none, so its outputs "
+            f"would be random. Train again with {lost[0]} in modules_to_save, or use the model that it was trained "
+            "with.",
+            what=lost[0],
+            where=folder,
+            field="modules_to_save",
+        )

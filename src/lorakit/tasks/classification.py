@@ -6,6 +6,7 @@ number, the squared error. All three equal the losses of transformers' `ForSeque
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lorakit.config import TaskType
-from lorakit.data import AnyRecords, Batch, Tokenizer
-from lorakit.data.encoding import Sequence
+from lorakit.data import AnyRecords, Batch, Record, Tokenizer
+from lorakit.data.encoding import Sequence as Encoded
 from lorakit.data.loader import padded_ids
+from lorakit.durable import JsonObject
 from lorakit.tasks.encoding import EncodedRows, encode_labeled, encode_rows
 from lorakit.tasks.labels import Target, class_target
 from lorakit.tasks.metrics import class_metrics, classes_metrics, score_metrics
-from lorakit.tasks.task import EncodeOptions, Metrics, Objective, Task, inputs_on, objective
+from lorakit.tasks.task import EncodeOptions, Metrics, Objective, PredictContext, Task, inputs_on, objective
 
 THRESHOLD = 0.5
 """Probability from which a class is predicted, if several classes may apply."""
@@ -31,7 +33,7 @@ def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: E
     return encode_rows(records, tokenizer, target, options, encode_labeled, "row")
 
 
-def collate(rows: list[Sequence], pad_id: int, epoch: float, target: Target) -> Batch:
+def collate(rows: list[Encoded], pad_id: int, epoch: float, target: Target) -> Batch:
     """Combine sequences into a padded batch.
 
     Args:
@@ -54,7 +56,7 @@ def collate(rows: list[Sequence], pad_id: int, epoch: float, target: Target) -> 
     return Batch(ids, mask, _labels(rows, target), epoch, tokens, len(rows), extra)
 
 
-def _labels(rows: list[Sequence], target: Target) -> Tensor:
+def _labels(rows: list[Encoded], target: Target) -> Tensor:
     if target.kind == "classes":
         labels = torch.zeros(len(rows), len(target.names))
         for number, row in enumerate(rows):
@@ -118,6 +120,25 @@ def predictions(logits: Tensor, target: Target) -> Tensor:
     return logits.sigmoid() >= THRESHOLD if target.kind == "classes" else logits.argmax(-1)
 
 
+def predict(model: nn.Module, batch: Batch, records: Sequence[Record], context: PredictContext) -> list[JsonObject]:
+    """Return the label of each row, with the probability of each class, or the predicted number as `score`."""
+    target = context.target
+    logits = forward(model, batch, context.device).cpu()
+    if target.kind == "score":
+        return [{"score": score} for score in logits.squeeze(-1).tolist()]
+    several = target.kind == "classes"
+    probabilities = (logits.sigmoid() if several else logits.softmax(-1)).tolist()
+    found = list[JsonObject]()
+    for guess, row in zip(predictions(logits, target).tolist(), probabilities, strict=True):
+        scores = {name: round(value, 6) for name, value in zip(target.names, row, strict=True)}
+        if several:
+            labels = [name for name, applies in zip(target.names, guess, strict=True) if applies]
+            found.append({"labels": labels, "scores": scores})
+        else:
+            found.append({"label": target.names[guess], "scores": scores})
+    return found
+
+
 def _objective(target: Target) -> Objective:
     return objective(
         partial(collate, target=target), forward, partial(loss, target=target), partial(ClassMeter, target)
@@ -133,5 +154,6 @@ CLASSIFICATION = Task(
     target=class_target,
     encode=encode,
     objective=_objective,
+    predict=predict,
     summary=("accuracy", "f1_macro", "mse", "spearman"),
 )

@@ -7,7 +7,7 @@ is not the same as gradient accumulation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,13 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lorakit.config import TaskType
-from lorakit.data import AnyRecords, Batch, Tokenizer
-from lorakit.data.encoding import Sequence
+from lorakit.data import AnyRecords, Batch, Record, Tokenizer
+from lorakit.data.encoding import Sequence as Encoded
 from lorakit.data.loader import padded_ids
+from lorakit.durable import JsonObject
 from lorakit.errors import MissingExtra
 from lorakit.tasks.encoding import EncodedRows, encode_pair, encode_rows
 from lorakit.tasks.labels import Target, pair_target
-from lorakit.tasks.task import EncodeOptions, Metrics, Objective, Task, objective
+from lorakit.tasks.task import EncodeOptions, Metrics, Objective, PredictContext, Task, objective
+
+
+_DIGITS = 7  # of a number between -1 and 1 in float32
 
 
 def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> EncodedRows:
@@ -35,7 +39,7 @@ def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: E
     return encode_rows(records, tokenizer, target, options, encode_pair, "row")
 
 
-def collate(rows: list[Sequence], pad_id: int, epoch: float) -> Batch:
+def collate(rows: list[Encoded], pad_id: int, epoch: float) -> Batch:
     """Combine sequences into a padded batch.
 
     The ids of the first texts are in `input_ids`; those of text number n, starting at 1, are in `extra` as
@@ -159,6 +163,14 @@ def _evaluated(name: str, embeddings: list[Tensor], **data: Any) -> dict[str, fl
     return {key: float(value) for key, value in evaluator(None).items()}
 
 
+def predict(model: nn.Module, batch: Batch, records: Sequence[Record], context: PredictContext) -> list[JsonObject]:
+    """Return the embedding of each text, or, for a pair of texts, their cosine similarity as `score`."""
+    embeddings = forward(model, batch, context.device, context.target.pooling).cpu()
+    if len(embeddings) == 1:
+        return [{"embedding": [round(value, _DIGITS) for value in row]} for row in embeddings[0].tolist()]
+    return [{"score": score} for score in (embeddings[0] * embeddings[1]).sum(-1).tolist()]
+
+
 def _losses() -> Any:
     """Return the module with the losses of sentence-transformers.
 
@@ -189,6 +201,8 @@ EMBEDDING = Task(
     target=pair_target,
     encode=encode,
     objective=_objective,
+    predict=predict,
+    inputs=("classification", "text-pair"),
     summary=("spearman", "ndcg@10"),
     needs_batch=True,
 )

@@ -15,7 +15,7 @@ from typing import Any
 from lorakit.data import AnyRecords, Conversation, Labeled, Record, Tagged, Tokenizer
 from lorakit.data.encoding import IGNORED
 from lorakit.data.encoding import Sequence as Encoded
-from lorakit.data.records import Completion, content_key, is_empty, location
+from lorakit.data.records import Completion, content_key, is_empty, location, text_of_record
 from lorakit.data.stored import sized
 from lorakit.durable import JsonObject
 from lorakit.errors import ConfigError, DataError, ModelError
@@ -167,7 +167,7 @@ def encode_rows(
     for record, size in sized(records):
         report.rows += 1
         seen.add(content_key(record))
-        if is_empty(record):
+        if is_empty(record) if options.is_labeled else not text_of_record(record).strip():
             report.empty_rows += 1
         else:
             row = one(record, tokenizer, target, options, report)
@@ -183,7 +183,7 @@ def encode_rows(
     report.trained_tokens = sum(_targets(row, unit) for row in rows)
     counts = Counter(label for row in rows for label in row.labels if label != IGNORED) if target.names else Counter()
     report.labels = {target.names[number]: count for number, count in counts.most_common()}
-    if not report.trained_tokens:
+    if not report.trained_tokens and options.is_labeled:
         raise DataError(
             f"No row contributes to the loss (rows: {report.rows:,}; {report.empty_rows:,} empty; {report.cut_rows:,} "
             "too long). Check the data, or increase --max-length.",
@@ -290,6 +290,16 @@ def encode_tagged(
     if record.tags and all(place is None for place in places):
         return None
     return Encoded(array(_TYPE, found["input_ids"]), labels)
+
+
+def places_of(words: Sequence[str], tokenizer: Tokenizer) -> list[int | None]:
+    """Return the index of the first token of each word, as in `encode_tagged`.
+
+    Args:
+        words: The words.
+        tokenizer: A transformers tokenizer that reports offsets.
+    """
+    return word_tokens(words, tokenizer(" ".join(words), return_offsets_mapping=True, verbose=False)["offset_mapping"])
 
 
 def word_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int | None]:

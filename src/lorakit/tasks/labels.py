@@ -23,12 +23,12 @@ Kind = Literal["none", "class", "classes", "score", "tags", "pairs"]
 """What is predicted for a row: text or nothing, one class, several classes, a number, a tag per word, or which of two
 texts belong together."""
 
-_PROBLEMS = {
-    "class": "single_label_classification",
-    "classes": "multi_label_classification",
-    "score": "regression",
+KIND_BY_PROBLEM: Mapping[str, Kind] = {
+    "single_label_classification": "class",
+    "multi_label_classification": "classes",
+    "regression": "score",
 }
-"""Kind -> `problem_type` in the config of a transformers model."""
+"""`problem_type` in the config of a transformers model -> what it predicts."""
 
 MOST_CLASSES = 1_000
 """Largest number of classes; more are usually texts or numbers in the wrong column."""
@@ -63,11 +63,15 @@ class Target:
             "id2label": {str(number): name for number, name in enumerate(names)},
             "label2id": {name: number for number, name in enumerate(names)},
         }
-        return values | ({"problem_type": _PROBLEMS[self.kind]} if self.kind in _PROBLEMS else {})
+        problems = [name for name, kind in KIND_BY_PROBLEM.items() if kind == self.kind]
+        if problems:
+            values["problem_type"] = problems[0]
+        return values
 
     def as_dict(self) -> JsonObject:
         """Return the target as plain JSON values, for `lorakit.json`."""
-        return {"kind": self.kind, "names": list(self.names), "pooling": self.pooling}
+        pooling = {} if self.pooling == "mean" else {"pooling": self.pooling}
+        return {"kind": self.kind, "names": list(self.names), **pooling}
 
     @classmethod
     def from_dict(cls, values: JsonValue) -> Target | None:

@@ -13,6 +13,10 @@ import numpy as np
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 
+OUTSIDE = "O"
+"""The tag of words that belong to no entity."""
+
+
 class Span(NamedTuple):
     """A group of adjacent words with the same entity type.
 
@@ -125,8 +129,8 @@ def spans(tags: Iterable[str]) -> list[Span]:
 
 
 def _parts(tag: str) -> tuple[str, str]:
-    if tag == "O":
-        return "O", ""
+    if tag == OUTSIDE:
+        return OUTSIDE, ""
     prefix, dash, kind = tag.partition("-")
     return (prefix, kind) if dash and prefix in ("B", "I", "E", "S") else ("I", tag)
 

@@ -5,7 +5,8 @@ The loss is the cross entropy of the target's tokens, as in transformers' models
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,14 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from lorakit.config import TaskType
-from lorakit.data import AnyRecords, Batch, Tokenizer
-from lorakit.data.encoding import IGNORED, Sequence
+from lorakit.data import AnyRecords, Batch, Record, Tokenizer
+from lorakit.data.encoding import IGNORED
+from lorakit.data.encoding import Sequence as Encoded
 from lorakit.data.loader import padded_ids
+from lorakit.durable import JsonObject
 from lorakit.tasks.encoding import EncodedRows, encode_rows, encode_translation
 from lorakit.tasks.labels import Target, no_target
-from lorakit.tasks.task import EncodeOptions, Metrics, Objective, Task, inputs_on, objective
+from lorakit.tasks.task import EncodeOptions, Metrics, Objective, PredictContext, Task, inputs_on, objective
 
 
 def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> EncodedRows:
@@ -26,7 +29,7 @@ def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: E
     return encode_rows(records, tokenizer, target, options, encode_translation, "token")
 
 
-def collate(rows: list[Sequence], pad_id: int, epoch: float) -> Batch:
+def collate(rows: list[Encoded], pad_id: int, epoch: float) -> Batch:
     """Combine sequences into a padded batch; its labels have shape (rows, target length), -100 for padding."""
     ids, mask = padded_ids([row.input_ids for row in rows], pad_id)
     targets = [torch.tensor(list(row.labels), dtype=torch.long) for row in rows]
@@ -37,7 +40,7 @@ def collate(rows: list[Sequence], pad_id: int, epoch: float) -> Batch:
 
 def forward(model: nn.Module, batch: Batch, device: str | torch.device) -> Tensor:
     """Return the logits of a batch, shape (rows, target length, vocabulary)."""
-    prepare: Callable[..., Tensor] = model.prepare_decoder_input_ids_from_labels
+    prepare: Any = model.prepare_decoder_input_ids_from_labels  # all models for this task have it
     shifted = prepare(labels=batch.labels.to(device))
     return model(**inputs_on(batch, device), decoder_input_ids=shifted, use_cache=False).logits
 
@@ -67,6 +70,16 @@ class TokenMeter:
         return {"token_accuracy": self._right / max(1, self._total)}
 
 
+def predict(model: nn.Module, batch: Batch, records: Sequence[Record], context: PredictContext) -> list[JsonObject]:
+    """Return the text that the model generates for each row, always choosing the most likely token."""
+    made: Any = model
+    ids = made.generate(
+        **inputs_on(batch, context.device), max_new_tokens=context.max_new_tokens, do_sample=False, num_beams=1
+    )
+    decode: Any = context.tokenizer
+    return [{"text": text} for text in decode.batch_decode(ids, skip_special_tokens=True)]
+
+
 def _objective(target: Target) -> Objective:
     return objective(collate, forward, loss, TokenMeter)
 
@@ -80,5 +93,6 @@ SEQ2SEQ = Task(
     target=no_target,
     encode=encode,
     objective=_objective,
+    predict=predict,
     summary=("token_accuracy",),
 )

@@ -7,6 +7,7 @@ them and do not test a task's name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import TaskType
-from lorakit.data import AnyRecords, Batch, Overlong, Sequences, Split, Tokenizer
+from lorakit.data import AnyRecords, Batch, Overlong, Record, Sequences, Split, Tokenizer
 from lorakit.data.encoding import Sequence
 from lorakit.data.loader import Collate
 from lorakit.durable import JsonObject
@@ -69,11 +70,13 @@ class EncodeOptions:
         max_length: Maximum length of a text in tokens.
         overlong: What happens to longer rows; see `lorakit.data.encode`.
         watch: Function that is called repeatedly with the number of bytes read so far, or None.
+        is_labeled: Whether rows must have labels; rows to predict do not have them.
     """
 
     max_length: int
     overlong: Overlong = "truncate"
     watch: Callable[[int], None] | None = None
+    is_labeled: bool = True
 
 
 class Meter(Protocol):
@@ -133,6 +136,27 @@ def inputs_on(batch: Batch, device: str | torch.device) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
+class PredictContext:
+    """What a prediction needs besides the model and the rows.
+
+    Attributes:
+        device: The model's device.
+        target: What is predicted.
+        tokenizer: The tokenizer that encoded the rows.
+        max_new_tokens: Maximum length of a generated text in tokens.
+    """
+
+    device: torch.device
+    target: Target
+    tokenizer: Tokenizer
+    max_new_tokens: int = 256
+
+
+Predict: TypeAlias = "Callable[[nn.Module, Batch, Many[Record], PredictContext], list[JsonObject]]"
+"""Function that returns a prediction for each row of a batch as JSON values, given the rows' records."""
+
+
+@dataclass(frozen=True)
 class Task:
     """A task that a model can be trained for.
 
@@ -145,6 +169,8 @@ class Task:
         target: Function that reads from the data what is predicted; raises DataError if the labels cannot be used.
         encode: Function that encodes records; raises DataError if nothing is left to train on.
         objective: Function that returns the loss and the metrics for a target.
+        predict: Function that predicts rows, or None if the task generates text (`lorakit generate`).
+        inputs: Names of the data shapes that `predict` supports; empty if they are those in `formats`.
         summary: Names of the metrics that a result shows, most important first.
         generates: Whether the model continues text, so that chat templates and new tokens apply.
         needs_batch: Whether the loss compares the rows of a batch.
@@ -158,6 +184,8 @@ class Task:
     target: Callable[[Split, LabelOptions], Target]
     encode: Callable[[AnyRecords, Tokenizer, Target, EncodeOptions], EncodedData]
     objective: Callable[[Target], Objective]
+    predict: Predict | None = None
+    inputs: tuple[str, ...] = ()
     summary: tuple[str, ...] = ()
     generates: bool = False
     needs_batch: bool = False

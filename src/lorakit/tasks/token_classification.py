@@ -6,6 +6,7 @@ Only the first token of each word has a label; the loss is the cross entropy of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lorakit.config import TaskType
-from lorakit.data import AnyRecords, Batch, Tokenizer
+from lorakit.data import AnyRecords, Batch, Record, Tagged, Tokenizer
 from lorakit.data.encoding import IGNORED
 from lorakit.data.loader import padded
-from lorakit.tasks.encoding import EncodedRows, encode_rows, encode_tagged
+from lorakit.durable import JsonObject
+from lorakit.tasks.encoding import EncodedRows, encode_rows, encode_tagged, places_of
 from lorakit.tasks.labels import Target, tag_target
-from lorakit.tasks.metrics import span_metrics
-from lorakit.tasks.task import EncodeOptions, Metrics, Objective, Task, inputs_on, objective
+from lorakit.tasks.metrics import OUTSIDE, span_metrics, spans
+from lorakit.tasks.task import EncodeOptions, Metrics, Objective, PredictContext, Task, inputs_on, objective
 
 
 def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> EncodedRows:
@@ -62,6 +64,22 @@ class TagMeter:
         return span_metrics(self._guesses, self._tags)
 
 
+def predict(model: nn.Module, batch: Batch, records: Sequence[Record], context: PredictContext) -> list[JsonObject]:
+    """Return the tag of each word, and the spans that the tags form; words without a token have the tag None."""
+    names, found = context.target.names, list[JsonObject]()
+    guesses = forward(model, batch, context.device).argmax(-1).tolist()
+    for record, row, length in zip(records, guesses, batch.attention_mask.sum(1).tolist(), strict=True):
+        words = record.words if isinstance(record, Tagged) else ()
+        places = places_of(words, context.tokenizer)
+        tags = [None if place is None or place >= length else names[row[place]] for place in places]
+        spanned = [
+            {"type": span.kind, "text": " ".join(words[span.begin : span.end]), "begin": span.begin, "end": span.end}
+            for span in spans(tag or OUTSIDE for tag in tags)
+        ]
+        found.append({"tags": tags, "spans": spanned})
+    return found
+
+
 def _objective(target: Target) -> Objective:
     return objective(padded, forward, loss, partial(TagMeter, target))
 
@@ -75,5 +93,6 @@ TOKEN_CLASSIFICATION = Task(
     target=tag_target,
     encode=encode,
     objective=_objective,
+    predict=predict,
     summary=("f1", "accuracy"),
 )

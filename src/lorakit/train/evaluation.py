@@ -16,11 +16,20 @@ import torch
 from torch import nn
 
 from lorakit import core, hub
-from lorakit.data import Batch, Request, Tokenizer, by_length, encode, padding_id, read_records
+from lorakit.data import AnyRecords, Batch, Records, Request, Split, Tokenizer, by_length, padding_id, read_records
 from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration, accelerate
-from lorakit.tasks import CAUSAL_LM, Objective, Target
+from lorakit.tasks import (
+    CAUSAL_LM,
+    EncodeOptions,
+    Objective,
+    Report,
+    Target,
+    TaskOnData,
+    load_model_for,
+    task_for,
+)
 from lorakit.train.run_data import max_length_for, pick_device
 from lorakit.train.step import oom_advice_for_evaluation, oom_as_run_error
 
@@ -123,6 +132,7 @@ class EvalSettings:
         allow: Names of the `core.load_adapter` checks to override.
         quantization: How to quantize the base, or None.
         request: How the rows of the data are read.
+        task: The task of the adapters; None chooses it by the data and the model.
     """
 
     model: str
@@ -135,15 +145,17 @@ class EvalSettings:
     allow: Collection[str]
     quantization: Quantization | None
     request: Request = field(default_factory=Request)
+    task: TaskOnData | None = None
 
 
 def compare(
     settings: EvalSettings, say: Callable[[str], None] = lambda _: None, detail: Callable[[str], None] = lambda _: None
 ) -> list[tuple[str, Evaluation]]:
-    """Measure a base model's loss, alone and with each adapter, on the same tokens.
+    """Measure a base model's loss and metrics, alone and with each adapter, on the same data.
 
     An adapter that was saved with its own tokenizer (for example, because it adds tokens) is an exception: for this
-    adapter, the same data is tokenized with the adapter's tokenizer.
+    adapter, the same data is tokenized with the adapter's tokenizer. A base without a head for the task is not measured
+    alone.
 
     Args:
         settings: Model, data and adapters.
@@ -166,45 +178,65 @@ def compare(
     source = hub.resolve(settings.model, say)
     hub.require(source, tokenizer=True)
     bases = [core.inspect_adapter(folder).base for folder in settings.adapters]  # fails before the base is loaded
+    task = settings.task or task_for(None, Split(records, Records(), ""), source, "auto", False)
     length = max_length_for(hub.shape_of(source), settings.max_length)
     tokenizer = hub.load_tokenizer(source)
-    encoded = encode(records, tokenizer, length)
-    total, *losses = encoded.report.lines()
+    coding = _Coding(task, length, settings.batch_rows)
+    batches, report = coding.batches(records, tokenizer)
+    total, *losses = report.lines()
     detail(f"data: {total}")
     for line in losses:
         say(line)
-    batches = partial(by_length, encoded.sequences, settings.batch_rows, padding_id(tokenizer))
     given = []
     for folder in settings.adapters:
         own = own_tokenizer(folder, tokenizer)
-        if own is None:
-            given.append(batches)
-            continue
-        say(
-            f"{folder}: the adapter has its own tokenizer, so its loss is measured over different tokens than the "
-            "base's."
-        )
-        sequences = encode(records, own, length).sequences
-        given.append(partial(by_length, sequences, settings.batch_rows, padding_id(own)))
+        if own is not None:
+            say(
+                f"{folder}: the adapter has its own tokenizer, so its loss is measured over different tokens than the "
+                "base's."
+            )
+        given.append(batches if own is None else coding.batches(records, own)[0])
     choice = hub.choose_dtype(settings.dtype, hub.calibrate(where) if settings.dtype == "auto" else None)
     detail(f"precision: {choice.reason}")
-    loaded = hub.load_model(source, choice.dtype, where, quantization=settings.quantization)
-    found = {-1: ("base", _measured(loaded, batches, where))}
+    found = dict[int, tuple[str, Evaluation]]()
+    base = load_model_for(task, source, choice.dtype, where, settings.quantization, tokenizer, settings.adapters)
+    loaded = base.model
+    if base.new_modules:
+        say(f"The model has no weights for {', '.join(base.new_modules)}, so it is measured only with adapters.")
+    else:
+        found[-1] = "base", _measured(loaded, batches, where, task)
     # embedding rows added for new tokens stay in the base and would change the losses of later adapters, so adapters
     # with smaller vocabularies go first
-    for number in sorted(range(len(bases)), key=lambda n: 0 if (base := bases[n]) is None else base.vocabulary):
+    for number in sorted(range(len(bases)), key=lambda n: 0 if (known := bases[n]) is None else known.vocabulary):
         folder, name = settings.adapters[number], f"adapter{number}"
         core.load_adapter(loaded, folder, name, allow=settings.allow)
         with core.use(loaded, name):
-            found[number] = folder, _measured(loaded, given[number], where)
+            found[number] = folder, _measured(loaded, given[number], where, task)
         core.detach(loaded, name)
     return [found[number] for number in sorted(found)]
 
 
-def _measured(model: nn.Module, batches: Callable[[], Iterable[Batch]], where: torch.device) -> Evaluation:
+@dataclass(frozen=True)
+class _Coding:
+    """How records become batches: the task, the maximum length, and the rows per batch of the longest sequences."""
+
+    task: TaskOnData
+    length: int
+    rows: int
+
+    def batches(self, records: AnyRecords, tokenizer: Tokenizer) -> tuple[Callable[[], Iterable[Batch]], Report]:
+        """Return a function that returns the batches, and the counts of the data."""
+        encoded = self.task.task.encode(records, tokenizer, self.task.target, EncodeOptions(self.length))
+        collate = self.task.objective.collate
+        return partial(by_length, encoded.sequences, self.rows, padding_id(tokenizer), collate), encoded.report
+
+
+def _measured(
+    model: nn.Module, batches: Callable[[], Iterable[Batch]], where: torch.device, task: TaskOnData
+) -> Evaluation:
     acceleration = accelerate(model)
     try:
-        found = evaluate(model, batches(), where, acceleration=acceleration)
+        found = evaluate(model, batches(), where, acceleration=acceleration, objective=task.objective)
     finally:
         acceleration.undo()  # the next adapter may add embedding rows to the base
     if found is None:  # for the type checker only: nothing stops this evaluation

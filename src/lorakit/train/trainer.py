@@ -20,15 +20,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit import core, hub
+from lorakit import core
 from lorakit.config import HEADS_BY_TASK
-from lorakit.data import lengths, padding_id
+from lorakit.data import lengths
 from lorakit.errors import DiskError, LorakitError, ModelError
 from lorakit.ops import choices
 from lorakit.ops.kernels import compiled
 from lorakit.plan.quantized import stored
 from lorakit.speed import Acceleration, accelerate
 from lorakit.tables import format_count
+from lorakit.tasks import load_model_for
 from lorakit.train import checkpoint
 from lorakit.train.interrupts import stoppable
 from lorakit.train.loop import Loop
@@ -147,11 +148,8 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
 
 def _loaded(spec: RunSpec, plan: RunPlan, progress: Progress) -> tuple[nn.Module, RunSpec]:
     """Load the model, and add the modules that its files lack to those that the adapter trains and saves in full."""
-    task, quantization = spec.task, spec.settings.stored_as()
-    values = task.target.config_values()
-    if values and getattr(spec.tokenizer, "pad_token_id", None) is None:
-        values["pad_token_id"] = padding_id(spec.tokenizer)
-    loaded = hub.load_for_task(spec.source, plan.dtype, spec.device, task.task.loader, quantization, values)
+    stored = spec.settings.stored_as()
+    loaded = load_model_for(spec.task, spec.source, plan.dtype, spec.device, stored, spec.tokenizer)
     config = spec.forecast.config
     heads = HEADS_BY_TASK.get(config.task_type, ())
     extra = [path for path in loaded.new_modules if path.rpartition(".")[2] not in heads]

@@ -1,0 +1,136 @@
+"""`lorakit predict`: write labels with scores, tags, generated texts or embeddings for the rows of data files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+from cyclopts import Parameter
+
+from lorakit import allocator
+from lorakit.cli import adapters, console, early
+from lorakit.durable import temporary_name
+from lorakit.errors import DiskError, UsageError
+from lorakit.plan.quantized import stored_as
+from lorakit.train.defaults import DEFAULTS
+
+if TYPE_CHECKING:
+    from lorakit.tasks import TaskOnData
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Flags of `lorakit predict`."""
+
+    model: Annotated[str, Parameter(help="Model directory or Hub id: the base of the adapter, or a merged model.")]
+    adapter: Annotated[str | None, Parameter(help="Adapter directory; without it, the model's own head is used.")] = (
+        None
+    )
+    output_file: Annotated[Path | None, Parameter(help="JSON Lines file to write. Default: standard output.")] = None
+    task: Annotated[
+        str | None, Parameter(help="Task of a model without --adapter: classification, ... Default: from the model.")
+    ] = None
+    format: Annotated[str | None, Parameter(help=DEFAULTS["format"].help())] = None
+    columns: Annotated[list[str] | None, Parameter(help=DEFAULTS["columns"].help())] = None
+    on_bad_row: Annotated[str, Parameter(help=DEFAULTS["on_bad_row"].help())] = DEFAULTS["on_bad_row"].value
+    max_length: Annotated[int, Parameter(help="Maximum length of a text in tokens.")] = DEFAULTS["max_length"].value
+    max_new_tokens: Annotated[int, Parameter(help="Maximum length of a generated text in tokens (seq2seq).")] = 256
+    batch_size: Annotated[int, Parameter(help="Rows per batch.")] = 16
+    dtype: Annotated[str, Parameter(help="Precision of the base: auto, bfloat16 or float32.")] = "auto"
+    device: Annotated[str, Parameter(help="cpu, cuda, cuda:N, mps or auto.")] = "auto"
+    quantization: Annotated[str | None, Parameter(help=DEFAULTS["quantization"].help())] = None
+    double_quantization: Annotated[bool, Parameter(help=DEFAULTS["double_quantization"].help())] = True
+    allow_base_mismatch: Annotated[bool, Parameter(negative=(), help="Accept an adapter trained on another base.")] = (
+        False
+    )
+
+
+def run(
+    files: Annotated[list[str], Parameter(help=DEFAULTS["data"].help().replace("Training data", "Data"))],
+    /,
+    *,
+    flags: Annotated[Flags, Parameter(name="*")],
+) -> None:
+    """Predict the rows of data files, and write one JSON object per row, in the order of the data.
+
+    Each object has the row's file and line, and the prediction of the adapter's task: `label` with the probability of
+    each class (`scores`), `labels`, `score`, `tags` with the `spans` that they form, `text`, or `embedding`. Rows need
+    no labels.
+    """
+    quantization = stored_as(flags.quantization, flags.double_quantization)
+    early.check_choice("dtype", flags.dtype, early.RUN_DTYPES)
+    early.check_device(flags.device)
+    early.check_at_least("batch_size", flags.batch_size, 1)
+    early.check_at_least("max_length", flags.max_length, 2)
+    early.check_at_least("max_new_tokens", flags.max_new_tokens, 1)
+    early.check_choice("on_bad_row", flags.on_bad_row, ("stop", "skip"))
+    early.check_data(files)
+    columns = early.columns_of(flags.columns or ())
+    folders = early.adapter_folders([flags.adapter] if flags.adapter is not None else [])
+    early.check_model(flags.model)
+    if flags.output_file is not None and flags.output_file.exists():
+        raise UsageError(
+            f"{flags.output_file}: the file exists and will not be overwritten; pass a new --output-file.",
+            where=flags.output_file,
+            field="output_file",
+        )
+    flags = replace(flags, adapter=folders[0] if folders else None)
+    allocator.set_up()  # before torch allocates any memory
+    from lorakit.data import Request
+    from lorakit.train.prediction import PredictSettings, predict
+
+    task = _task(flags)
+    formats = task.task.inputs or task.task.formats
+    settings = PredictSettings(
+        model=flags.model,
+        data=files,
+        adapter=flags.adapter,
+        task=task,
+        max_length=flags.max_length,
+        batch_rows=flags.batch_size,
+        dtype=flags.dtype,
+        device=flags.device,
+        allow=("base_mismatch",) if flags.allow_base_mismatch else (),
+        quantization=quantization,
+        request=Request(flags.format, columns, flags.on_bad_row == "skip", formats, needs_label=False),
+        max_new_tokens=flags.max_new_tokens,
+    )
+    count = 0
+    with _opened(flags.output_file) as stream:
+        for row in predict(settings, console.note):
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    if flags.output_file is not None:
+        console.say(f"{flags.output_file}: {count:,} predictions")
+
+
+def _task(flags: Flags) -> TaskOnData:
+    """Return the task of the adapter, or that of a model with a head."""
+    from lorakit import hub
+    from lorakit.tasks import task_of_model
+
+    if flags.adapter is not None:
+        return adapters.task_of(adapters.read_adapters([flags.adapter]))
+    return task_of_model(flags.task, hub.resolve(flags.model, console.note))
+
+
+@contextmanager
+def _opened(path: Path | None) -> Iterator[TextIO]:
+    """Yield standard output, or a new file that is kept only if the block succeeds."""
+    if path is None:
+        yield sys.stdout
+        return
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("x", encoding="utf-8") as stream:
+            yield stream
+        temporary.replace(path)
+    except OSError as cause:
+        raise DiskError(f"{path}: the predictions cannot be written ({cause.strerror}).", where=path) from cause
+    finally:
+        temporary.unlink(missing_ok=True)
