@@ -34,7 +34,7 @@ FLOORS = {
 }
 TORCH_FREE = {*FLOORS, "__main__", "plan", "report"}
 FLOORS |= {"plan": 3, "report": 3, "ops": 3, "core": 4, "hub": 5, "data": 6, "speed": 6, "generate": 6, "peft": 6}
-FLOORS |= {"train": 7, "serve": 7, "cli": 8, "__main__": 9}
+FLOORS |= {"tasks": 7, "train": 8, "serve": 8, "cli": 9, "__main__": 10}
 LOWEST = {
     "torch": 0,
     "safetensors": 0,
@@ -52,6 +52,7 @@ DOORS = {  # third-party package -> the files or folders that may import it
     "matplotlib": ("report.py",),
     "datasets": ("data/columnar.py",),
     "datasketch": ("data/quality.py",),
+    "sentence_transformers": ("tasks/embedding.py",),
     "triton": ("ops/kernels/triton",),
     "cyclopts": ("cli",),
     "rich": ("train/progress.py", "cli"),

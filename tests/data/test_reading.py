@@ -104,7 +104,14 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         ({}, "the columns no columns are not recognized"),
         ({"Promt": "a", "out": "b"}, "the columns 'Promt', 'out' are not recognized; rows must have 'text' (text), "),
         ({"Promt": "a", "out": "b"}, "Did you mean 'prompt' instead of 'Promt'"),
-        ({"text": "a", "label": 1}, "these are classification rows ('text', 'label'), which cannot be trained on yet."),
+        (
+            {"chosen": "a", "rejected": "b"},
+            "these are preference rows ('chosen', 'rejected'), which cannot be trained on",
+        ),
+        ({"text": "a", "label": {}}, "the field 'label' contains an object; a label must be a string or an integer."),
+        ({"text": "a", "label": " "}, "the field 'label' is empty; a label must not be empty."),
+        ({"tokens": ["a", "b"], "tags": ["O"]}, "the field 'tags' is a list of 1 tags; it must be a list with one tag"),
+        ({"tokens": "a b", "tags": ["O"]}, "the field 'tokens' is the string 'a b'; it must be a list of strings."),
         ({"chosen": "a", "rejected": "b"}, "these are preference rows"),
         ('{"text": "a\\ud800"}', "the field 'text' contains an unpaired surrogate (\\ud800) at character 1"),
         (

@@ -23,7 +23,10 @@ def test_a_directory_gives_back_its_model_in_its_dtype(tiny_model_directory: Pat
         assert load_model(tiny_model_directory, dtype=dtype).dtype == torch.bfloat16
     with pytest.raises(ConfigError, match="dtype is 'int4'; it must be one of auto, float32, bfloat16, float16"):
         load_model(tiny_model_directory, dtype="int4")
-    with pytest.raises(ConfigError, match="task is 'x'; it must be one of causal, seq2seq, classification, encoder"):
+    with pytest.raises(
+        ConfigError,
+        match="task is 'x'; it must be one of causal, seq2seq, classification, token-classification, encoder",
+    ):
         load_model(tiny_model_directory, task="x")
 
 

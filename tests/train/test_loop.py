@@ -103,14 +103,15 @@ def test_two_processes_do_not_train_into_one_folder(settings: dict[str, Any], tm
 
 def test_the_base_does_not_move(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
-    real = trainer.hub.load_model
+    real = trainer.load_model_for
 
     def load(*arguments: Any, **named: Any) -> Any:
-        seen["model"] = model = real(*arguments, **named)
-        seen["before"] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        return model
+        loaded = real(*arguments, **named)
+        seen["model"] = loaded.model
+        seen["before"] = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+        return loaded
 
-    monkeypatch.setattr(trainer.hub, "load_model", load)
+    monkeypatch.setattr(trainer, "load_model_for", load)
     _run(settings, lora_dropout=0.1, gradient_checkpointing=True)
     from lorakit import core
 

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from lorakit.errors import DataError, NotYetSupported, UsageError
+from lorakit.tasks import CAUSAL_LM, Target, TaskOnData
 from lorakit.train.progress import Progress
 from lorakit.train.run_data import check_single_process, make_batches, pick_device, read_data
 from lorakit.train.settings import TrainSettings
+
+PLAIN = TaskOnData(CAUSAL_LM, Target())
 
 
 def _settings(folder: Path, **values: Any) -> TrainSettings:
@@ -40,7 +43,7 @@ def test_data_is_held_out_or_given(tmp_path: Path, tiny_tokenizer: Any) -> None:
     settings = _settings(tmp_path / "out", data=files[:7], per_device_train_batch_size=2)
     data = read_data(settings)
     assert (len(data.train), len(data.held_out)) == (6, 1)
-    batches = make_batches(settings, data, tiny_tokenizer, 16, Progress())
+    batches = make_batches(settings, data, PLAIN, tiny_tokenizer, 16, Progress())
     assert batches.held_out is not None
     lengths = [batch.input_ids.shape[1] for batch in batches.held_out()]
     assert lengths == sorted(lengths)
@@ -55,7 +58,7 @@ def test_one_document_leaves_nothing_to_hold_out(tmp_path: Path, tiny_tokenizer:
     settings = _settings(tmp_path / "out", data=[str(tmp_path / "a.txt")])
     data = read_data(settings)
     assert "a single document" in data.note
-    assert make_batches(settings, data, tiny_tokenizer, 16, Progress()).held_out is None
+    assert make_batches(settings, data, PLAIN, tiny_tokenizer, 16, Progress()).held_out is None
 
 
 def test_evaluation_rows_without_anything_to_train_say_so(tmp_path: Path, tiny_tokenizer: Any) -> None:
@@ -63,4 +66,4 @@ def test_evaluation_rows_without_anything_to_train_say_so(tmp_path: Path, tiny_t
     (tmp_path / "e.jsonl").write_text('{"prompt": "x", "completion": ""}\n', encoding="utf-8")
     settings = _settings(tmp_path / "out", data=[str(tmp_path / "a.txt")], eval_data=[str(tmp_path / "e.jsonl")])
     with pytest.raises(DataError, match="evaluation data: "):
-        make_batches(settings, read_data(settings), tiny_tokenizer, 16, Progress())
+        make_batches(settings, read_data(settings), PLAIN, tiny_tokenizer, 16, Progress())

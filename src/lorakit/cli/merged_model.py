@@ -30,8 +30,6 @@ from lorakit.plan.quantized import Quantization
 from lorakit.tasks import CAUSAL_LM, Target, TaskOnData, load_model_for
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from lorakit.core.files.adapter_folder import AdapterFiles
     from lorakit.train.run_data import SavedTokenizer
 
@@ -74,10 +72,10 @@ class MergeRequest:
     quantization: Quantization | None = None
     task: TaskOnData = field(default_factory=lambda: TaskOnData(CAUSAL_LM, Target()))
 
-    def load(self, dtype: str | torch.dtype = "auto", quantization: Quantization | None = None) -> PreTrainedModel:
+    def load(self, dtype: str | torch.dtype = "auto", quantization: Quantization | None = None) -> hub.LoadedModel:
         """Load the base with the head that the task needs; a new head has random weights until the adapters load."""
         adapters = [files.folder for files in self.adapters]
-        return load_model_for(self.task, self.source, dtype, "cpu", quantization, None, adapters).model
+        return load_model_for(self.task, self.source, dtype, "cpu", quantization, None, adapters)
 
 
 @dataclass(frozen=True)
@@ -243,7 +241,7 @@ def _tokenizer(request: MergeRequest) -> SavedTokenizer | None:
 
 
 def _expected_logits(request: MergeRequest, computing: str) -> Expected:
-    model = request.load(computing, request.quantization)
+    model = request.load(computing, request.quantization).model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the merge loads the adapters again and issues the same warnings
         names = load_adapters(model, request.adapters, request.allow)
@@ -256,12 +254,12 @@ def _expected_logits(request: MergeRequest, computing: str) -> Expected:
 
 def _merge_into(request: MergeRequest, folder: Path, tokenizer: SavedTokenizer | None) -> Merged:
     """Merge the adapters and save the model, without comparing its logits."""
-    model = request.load()
+    model = request.load().model
     if request.dtype != "auto" and getattr(torch, request.dtype) != model.dtype:
         model.to(torch.float32)  # merge in fp32, then round once, to the requested dtype
     stored = model
     if request.quantization is not None:  # merge into the quantized base, then copy the merged weights to `model`
-        stored = request.load(model.dtype, request.quantization)
+        stored = request.load(model.dtype, request.quantization).model
     names = load_adapters(stored, request.adapters, request.allow)
     report = core.merge_and_unload(stored, *names, untie=request.untie, dense=True)
     if stored is not model:

@@ -61,6 +61,9 @@ def run(
     Each object has the row's file and line, and the prediction of the adapter's task: `label` with the probability of
     each class (`scores`), `labels`, `score`, `tags` with the `spans` that they form, `text`, or `embedding`. Rows need
     no labels.
+
+    Raises:
+        UsageError: The output file exists, or the model and the adapter do not predict rows.
     """
     quantization = stored_as(flags.quantization, flags.double_quantization)
     early.check_choice("dtype", flags.dtype, early.RUN_DTYPES)

@@ -25,7 +25,6 @@ from lorakit.tasks.encoding import EncodedRows, encode_pair, encode_rows
 from lorakit.tasks.labels import Target, pair_target
 from lorakit.tasks.task import EncodeOptions, Metrics, Objective, PredictContext, Task, objective
 
-
 _DIGITS = 7  # of a number between -1 and 1 in float32
 
 

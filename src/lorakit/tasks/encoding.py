@@ -109,7 +109,7 @@ class RowReport:
             return lines
         largest = max(self.labels.values()) / total
         rare = [name for name, count in self.labels.items() if count < _RARE_ROWS]
-        if largest > _MAJORITY:
+        if largest > _MAJORITY and total >= _RARE_ROWS:
             lines.append(
                 f"warning: {format_percent(largest, 0)} of the labels are the same class; a model that always predicts "
                 "it has that accuracy, so compare the F1 score instead."

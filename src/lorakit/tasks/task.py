@@ -83,7 +83,7 @@ class Meter(Protocol):
     """Collects predictions of an evaluation and computes metrics."""
 
     def add(self, batch: Batch, output: Tensor) -> None:
-        """Add the output of the model for a batch."""
+        """Add the output of the model for a batch, shape (rows, ...) or (texts per row, rows, width)."""
 
     def result(self) -> Metrics:
         """Return the metrics over all batches."""

@@ -1,0 +1,88 @@
+"""Labeled rows as sequences: tokens as transformers makes them, tags at the first token of a word, counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lorakit.data import Labeled, Records, Tagged
+from lorakit.errors import ConfigError, DataError
+from lorakit.tasks import TASKS, EncodeOptions, Target
+from lorakit.tasks.encoding import places_of
+
+CLASSES = Target("class", ("a", "b"))
+
+
+def encoded(task: str, records: list[Any], tokenizer: Any, target: Target = CLASSES, **options: Any) -> Any:
+    return TASKS[task].encode(Records(records), tokenizer, target, EncodeOptions(**{"max_length": 32, **options}))
+
+
+def test_texts_and_pairs_are_tokenized_as_by_transformers(tiny_tokenizer: Any) -> None:
+    found = encoded("classification", [Labeled(("one text",), "a"), Labeled(("one", "two"), "b")], tiny_tokenizer)
+    for row, given in zip(found.sequences, [("one text",), ("one", "two")], strict=True):
+        assert list(row.input_ids) == tiny_tokenizer(*given)["input_ids"]
+    assert [list(row.labels) for row in found.sequences] == [[0], [1]]
+    assert found.report.labels == {"a": 1, "b": 1}
+
+
+def test_long_rows(tiny_tokenizer: Any) -> None:
+    rows = [Labeled(("word " * 50,), "a", "f", 1), Labeled(("short",), "b", "f", 2)]
+    found = encoded("classification", rows, tiny_tokenizer, max_length=8)
+    assert len(found.sequences[0]) == 8
+    assert found.report.cut_rows == 1
+    assert any("truncated to 8 tokens" in line for line in found.report.lines())
+    dropped = encoded("classification", rows, tiny_tokenizer, max_length=8, overlong="drop")
+    assert (dropped.report.sequences, dropped.report.cut_rows) == (1, 1)
+    with pytest.raises(DataError, match=r"f:1.*max_length is 8"):
+        encoded("classification", rows, tiny_tokenizer, max_length=8, overlong="error")
+    with pytest.raises(ConfigError, match="labels belong to whole rows"):
+        encoded("classification", rows, tiny_tokenizer, overlong="split")
+
+
+def test_rows_that_do_not_fit(tiny_tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"f:3.*label 'c' is not one of the model's: a, b") as caught:
+        encoded("classification", [Labeled(("x",), "c", "f", 3)], tiny_tokenizer)
+    assert caught.value.what == "c"
+    with pytest.raises(DataError, match=r"f:1.*needs 'text' and 'label'"):
+        encoded("classification", [Tagged(("x",), ("O",), "f", 1)], tiny_tokenizer)
+    with pytest.raises(DataError, match="No row contributes"):
+        encoded("classification", [Labeled((" ",), "a")], tiny_tokenizer)
+
+
+def test_counts_and_warnings(tiny_tokenizer: Any) -> None:
+    rows = [Labeled((f"text {at}",), "a" if at else "b") for at in range(40)] + [Labeled(("",), "a")] * 2
+    report = encoded("classification", rows, tiny_tokenizer).report
+    lines = "\n".join(report.lines())
+    assert (report.rows, report.sequences, report.empty_rows, report.duplicate_rows) == (42, 40, 2, 1)
+    assert "labels: a 39 (98%), b 1 (2%)" in lines
+    assert "98% of the labels are the same class" in lines
+    assert "1 class with fewer than 10 rows: b" in lines
+    assert report.as_dict()["labels"] == {"a": 39, "b": 1}
+
+
+@pytest.mark.parametrize(
+    "words", [["Hello", "world", "!"], ["naïve", "café", "日本語", "x"], ["a", "", "b"], ["<|im_end|>", "a"]]
+)
+def test_each_word_is_tagged_at_its_first_token(words: list[str], tiny_tokenizer: Any) -> None:
+    text = " ".join(words)
+    offsets = tiny_tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    begin = 0
+    for word, place in zip(words, places_of(words, tiny_tokenizer), strict=True):
+        if word:
+            assert place is not None
+            first, last = offsets[place]
+            assert begin - 1 <= first < begin + len(word) and last > begin
+            assert place == 0 or offsets[place - 1][1] <= begin
+        else:
+            assert place is None
+        begin += len(word) + 1
+
+
+def test_tags_that_are_cut_off_are_counted(tiny_tokenizer: Any) -> None:
+    target = Target("tags", ("B", "O"))
+    row = Tagged(tuple("abcdefgh"), tuple("BOBOBOBO"), "f", 1)
+    found = encoded("token-classification", [row], tiny_tokenizer, target, max_length=4)
+    assert found.report.cut_words == 8 - found.report.trained_tokens > 0
+    with pytest.raises(DataError, match="tag 'X' is not one of the model's"):
+        encoded("token-classification", [Tagged(("a",), ("X",))], tiny_tokenizer, target)

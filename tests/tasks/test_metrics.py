@@ -1,0 +1,91 @@
+"""Metrics agree with scikit-learn and scipy, and span F1 with the examples that seqeval publishes."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorakit.tasks.metrics import class_metrics, classes_metrics, ranks, score_metrics, span_metrics, spans
+
+CLASSES = ["a", "b", "c"]
+ROWS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=30)
+
+
+@given(ROWS)
+def test_classes_agree_with_scikit_learn(rows: list[tuple[int, int]]) -> None:
+    from sklearn.metrics import accuracy_score, f1_score
+
+    guess, truth = zip(*rows, strict=True)
+    found = class_metrics(guess, truth, CLASSES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        single = f1_score(truth, guess, labels=[0, 1, 2], average=None, zero_division=0)
+        macro = f1_score(truth, guess, average="macro", zero_division=0)
+    assert found["accuracy"] == pytest.approx(accuracy_score(truth, guess))
+    assert found["f1_macro"] == pytest.approx(macro)
+    for number, name in enumerate(CLASSES):
+        if number in {*guess, *truth}:
+            assert found[f"f1/{name}"] == pytest.approx(single[number])
+        else:
+            assert f"f1/{name}" not in found
+
+
+@given(st.lists(st.tuples(*[st.booleans()] * 6), min_size=1, max_size=20))
+def test_several_classes_agree_with_scikit_learn(rows: list[tuple[bool, ...]]) -> None:
+    from sklearn.metrics import accuracy_score, f1_score
+
+    values = np.array(rows)
+    guess, truth = values[:, :3], values[:, 3:]
+    found = classes_metrics(guess, truth, CLASSES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert found["accuracy"] == pytest.approx(accuracy_score(truth, guess))
+        for average in ("micro", "macro"):
+            expected = f1_score(truth, guess, average=average, zero_division=0)
+            assert found[f"f1_{average}"] == pytest.approx(expected)
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=30))
+def test_scores_agree_with_scipy(rows: list[tuple[int, int]]) -> None:
+    from scipy.stats import pearsonr, rankdata, spearmanr
+
+    guess, truth = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
+    assert np.array_equal(ranks(guess), rankdata(guess))
+    found = score_metrics(guess, truth)
+    assert found["mse"] == pytest.approx(((guess - truth) ** 2).mean())
+    if np.ptp(guess) == 0 or np.ptp(truth) == 0:
+        assert set(found) == {"mse"}
+    else:
+        assert found["pearson"] == pytest.approx(pearsonr(guess, truth).statistic)
+        assert found["spearman"] == pytest.approx(spearmanr(guess, truth).statistic)
+
+
+def test_the_examples_of_seqeval() -> None:
+    truth = [["O", "O", "O", "B-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
+    guess = [["O", "O", "B-MISC", "I-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
+    found = span_metrics(guess, truth)
+    assert found["f1"] == pytest.approx(0.50)
+    assert found["accuracy"] == pytest.approx(0.80)
+    assert (found["f1/MISC"], found["f1/PER"]) == (0.0, 1.0)
+    assert (found["precision"], found["recall"]) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ("B-PER I-PER O B-LOC", [("PER", 0, 2), ("LOC", 3, 4)]),
+        ("B-PER B-PER", [("PER", 0, 1), ("PER", 1, 2)]),
+        ("I-PER I-LOC", [("PER", 0, 1), ("LOC", 1, 2)]),
+        ("S-PER I-PER E-PER O", [("PER", 0, 1), ("PER", 1, 3)]),
+        ("B-PER E-PER I-PER", [("PER", 0, 2), ("PER", 2, 3)]),
+        ("PER PER O LOC", [("PER", 0, 2), ("LOC", 3, 4)]),
+        ("O O", []),
+        ("B-a-b I-a-b", [("a-b", 0, 2)]),
+    ],
+)
+def test_spans(tags: str, expected: list[tuple[str, int, int]]) -> None:
+    assert [tuple(span) for span in spans(tags.split())] == expected
