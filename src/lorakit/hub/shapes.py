@@ -9,7 +9,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorakit.architectures.shapes import ModelShape, PlainShape, SiteShape
 from lorakit.errors import ModelError
@@ -54,7 +54,7 @@ def shape_of(model: str | os.PathLike[str] | ModelSource) -> ModelShape:
     """Return the names and sizes of a model's modules, looked up by path, then in the catalog, then on the Hub.
 
     Args:
-        model: A directory, a `config.json`, a packaged or catalog name, a Hub id, or the result of `resolve`.
+        model: A directory, a `config.json`, a GGUF file, a packaged or catalog name, a Hub id, or the result of `resolve`.
 
     Returns:
         Names and sizes of all modules.
@@ -129,7 +129,7 @@ def skeleton(source: ModelSource) -> PreTrainedModel:
     import torch
     import transformers
 
-    def build(path_or_id: str, **options: bool) -> PreTrainedModel:
+    def build(path_or_id: str, **options: Any) -> PreTrainedModel:
         config = transformers.AutoConfig.from_pretrained(path_or_id, **options)
         with torch.device("meta"):
             return _model_class(config)(config)
@@ -215,4 +215,6 @@ def _short_name(source: ModelSource) -> str:
     path = Path(source.given)
     if source.kind == "config":
         return path.resolve().parent.name or source.given
+    if source.kind == "gguf":
+        return path.stem
     return path.resolve().name if source.kind == "directory" else source.given
