@@ -145,6 +145,15 @@ def test_a_directory_with_only_a_gguf_file_leads_to_the_file(write: Any, tmp_pat
     assert str(file) in str(error.value)
 
 
+def test_a_missing_file_is_not_looked_up_on_the_hub(write: Any, tmp_path: Path) -> None:
+    file = write()
+    with pytest.raises(ModelError, match="GGUF file not found") as error:
+        hub.resolve(str(tmp_path / "tinny.gguf"))
+    assert str(file) in str(error.value)
+    with pytest.raises(ModelError, match="GGUF file not found"):
+        hub.resolve("tinny.gguf")
+
+
 def test_other_files_in_the_directory_are_not_read(write: Any, tmp_path: Path) -> None:
     file = write()
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere", "peft_type": "LORA"}')

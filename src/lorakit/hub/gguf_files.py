@@ -77,8 +77,8 @@ class GgufHeader:
         """Return a line that says how the weights are stored and what that means for training."""
         shown = ", ".join(name for name, _ in Counter(self.formats).most_common())
         return (
-            f"{self.path}: GGUF file with weights in {shown}; they are dequantized when they are loaded, and an adapter "
-            "is trained on the dequantized weights."
+            f"{self.path}: GGUF file with weights in {shown}; they are dequantized when they are loaded, and an "
+            "adapter is trained on the dequantized weights."
         )
 
 
@@ -210,8 +210,8 @@ def _check_kind(header: GgufHeader) -> None:
     if isinstance(parts, int) and parts > 1:
         raise _error(
             header.path,
-            f"this is one of the {parts} parts of a split GGUF file; join them with llama.cpp's `llama-gguf-split --merge "
-            "FIRST-PART NEW-FILE` and pass the new file.",
+            f"this is one of the {parts} parts of a split GGUF file; join them with llama.cpp's `llama-gguf-split "
+            "--merge FIRST-PART NEW-FILE` and pass the new file.",
         )
     if kind != "model":
         raise _error(header.path, f"the GGUF file is of the type {kind!r}, not a model; pass the model's GGUF file.")

@@ -54,7 +54,8 @@ def shape_of(model: str | os.PathLike[str] | ModelSource) -> ModelShape:
     """Return the names and sizes of a model's modules, looked up by path, then in the catalog, then on the Hub.
 
     Args:
-        model: A directory, a `config.json`, a GGUF file, a packaged or catalog name, a Hub id, or the result of `resolve`.
+        model: A directory, a `config.json`, a GGUF file, a packaged or catalog name, a Hub id, or the result of
+            `resolve`.
 
     Returns:
         Names and sizes of all modules.

@@ -89,8 +89,10 @@ def resolve(model: str | os.PathLike[str] | ModelSource, say: Callable[[str], No
         return _local(given, path, say)
     if given in PACKAGED:
         return ModelSource("packaged", given, str(packaged_directory(given, say=say)), None, given)
-    if not _HUB_ID.fullmatch(given) or (given.count("/") == 1 and path.parent.is_dir()):
-        raise ModelError(f"{given!r}: model directory not found.{_neighbors(given, path)}", where=given)
+    is_file = path.suffix.lower() == SUFFIX
+    if is_file or not _HUB_ID.fullmatch(given) or (given.count("/") == 1 and path.parent.is_dir()):
+        kind = "GGUF file" if is_file else "model directory"
+        raise ModelError(f"{given!r}: {kind} not found.{_neighbors(given, path)}", where=given)
     source = ModelSource("hub", given, given, given, given)
     _ask_hub(source, path)
     return source
@@ -138,8 +140,8 @@ def call_loader(source: ModelSource, load: Callable[..., Loaded]) -> Loaded:
         load: The loader, such as `AutoTokenizer.from_pretrained`.
 
     Raises:
-        ModelError: The loader raised an exception, which the message gives on a single line, or transformers cannot read
-            the architecture of a GGUF file.
+        ModelError: The loader raised an exception, which the message gives on a single line, or transformers cannot
+            read the architecture of a GGUF file.
     """
     if source.header is not None:
         check_architecture(source.header)
@@ -191,7 +193,9 @@ def _local(given: str, path: Path, say: Callable[[str], None] | None) -> ModelSo
         return ModelSource("gguf", given, str(path), given, given, header)
     source = ModelSource("config" if path.is_file() else "directory", given, str(path), given, given)
     if path.is_file() and path.suffix != ".json":
-        raise source.error("this is a file; pass a directory with a config.json, a .gguf file or, for planning, the config.json.")
+        raise source.error(
+            "this is a file; pass a directory with a config.json, a .gguf file or, for planning, the config.json."
+        )
     if not path.is_file() and not (path / "config.json").is_file():
         raise source.error(f"no config.json, so this is not a model directory.{_what_else(path)}")
     return source
@@ -229,13 +233,17 @@ def _ggufs(folder: Path) -> list[str]:
     return sorted(str(entry) for entry in folder.iterdir() if entry.suffix.lower() == SUFFIX)[:4]
 
 
+def _is_model(path: Path) -> bool:
+    return path.is_dir() or path.suffix.lower() == SUFFIX
+
+
 def _neighbors(given: str, path: Path) -> str:
     """Return text that suggests similar names from the path's directory and from all known models."""
     from lorakit.plan import catalogue
 
     names = [*PACKAGED, *catalogue.aliases()]
     if path.parent.is_dir():
-        names += [str(path.parent / entry.name) for entry in path.parent.iterdir() if entry.is_dir()]
+        names += [str(path.parent / entry.name) for entry in path.parent.iterdir() if _is_model(entry)]
     elif not _HUB_ID.fullmatch(given):
         return f" The directory {path.parent} does not exist either."
     near = nearest(given, sorted(set(names) - {given}))

@@ -45,7 +45,7 @@ class Default:
 
 DEFAULTS: dict[str, Default] = {
     # inputs and outputs
-    "model": Default("Model directory, Hub id, or smollm2 (the packaged model)", ..., flag=str),
+    "model": Default("Model directory, GGUF file, Hub id, or smollm2 (the packaged model)", ..., flag=str),
     "data": Default(
         "Training data: files (.txt, .md, .jsonl, .json, .csv, .tsv, .parquet, .arrow), directories, glob patterns, or "
         "Hub data sets such as hf:owner/name:train",
