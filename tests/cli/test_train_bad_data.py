@@ -1,4 +1,4 @@
-"""`lorakit train` on bad input: an error with place and remedy before weights are loaded, and nothing is written."""
+"""`lorakit train` on bad input: an error with location and remedy before weights are loaded; nothing is written."""
 
 from __future__ import annotations
 

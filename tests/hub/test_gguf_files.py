@@ -15,6 +15,7 @@ from lorakit import hub
 from lorakit.core.model.fingerprint import compare, fingerprint
 from lorakit.errors import ConfigError, MissingExtra, ModelError
 from lorakit.hub import packaged
+from lorakit.hub.models import load_base
 
 from ..small_gguf import write_gguf
 
@@ -45,6 +46,13 @@ def test_the_weights_are_those_that_were_written(write: Any, tiny_llama: Any, fo
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
     assert max(float((found[name] - wanted[name]).abs().max()) for name in wanted) <= error
     assert not hasattr(model.config, "quantization_config")
+
+
+@pytest.mark.parametrize("form", ["F16", "Q8_0"])
+def test_the_dtype_is_the_requested_one_and_float32_by_default(write: Any, form: str) -> None:
+    file = write(form=form)
+    assert hub.load_model(file).dtype == torch.float32
+    assert hub.load_model(file, "float16").dtype == torch.float16
 
 
 def test_the_tokenizer_and_the_chat_template_come_from_the_file(write: Any, tiny_tokenizer: Any) -> None:
@@ -161,6 +169,14 @@ def test_other_files_in_the_directory_are_not_read(write: Any, tmp_path: Path) -
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     assert type(hub.load_model(file)).__name__ == "LlamaForCausalLM"
     assert hub.load_tokenizer(file).eos_token == "<|endoftext|>"
+
+
+def test_a_base_named_in_an_adapter_s_config(write: Any, tmp_path: Path) -> None:
+    file = write()
+    options = {"revision": None, "dtype": torch.bfloat16}
+    none = ("None", "None")
+    model = load_base(str(file), task="CAUSAL_LM", written_class=none, tokenizer_folder=tmp_path, options=options)
+    assert fingerprint(model) == fingerprint(hub.load_model(file, "bfloat16"))
 
 
 def test_dequantized_weights_are_not_quantized_again(write: Any) -> None:

@@ -60,17 +60,17 @@ class GgufHeader:
 
     @property
     def architecture(self) -> str:
-        """The architecture as named in the file, such as "llama"; empty if there is none."""
+        """Return the architecture as named in the file, such as "llama"; empty if there is none."""
         return str(self.values.get("general.architecture", ""))
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the file contains a vocabulary."""
+        """Return whether the file contains a vocabulary."""
         return "tokenizer.ggml.tokens" in self.arrays
 
     @property
     def pre_tokenizer(self) -> str | None:
-        """Name of the rule that splits text before byte-level BPE, or None if the tokenizer has another type."""
+        """Return the name of the rule that splits text before byte-level BPE, or None if the tokenizer has another type."""
         return str(self.values.get("tokenizer.ggml.pre")) if self.values.get("tokenizer.ggml.model") == "gpt2" else None
 
     def describe(self) -> str:

@@ -96,7 +96,7 @@ def _axolotl_names(draft: Draft, where: str, entry: dict[str, JsonValue]) -> lis
     files = entry.get("data_files")
     for key in sorted(set(entry) - _HANDLED):
         if entry[key] is not None:
-            draft.drop(f"{where}.{key}", "data sets are read as they are")
+            draft.drop(f"{where}.{key}", "data sets are read unchanged")
     if files and path in _FILE_KINDS:
         return [str(file) for file in (files if isinstance(files, list) else [files])]
     if files:

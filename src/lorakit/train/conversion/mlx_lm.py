@@ -34,7 +34,7 @@ _ADAM = "Adam's other parameters are fixed"
 
 
 def _mlx_method(draft: Draft, key: str, value: JsonValue) -> None:
-    variant = f"use_{value}"  # the methods are LoRA and a variant of it, which has a setting of its own
+    variant = f"use_{value}"  # the methods are LoRA and a variant of it, which has its own setting
     if has_setting(variant):
         draft.set(key, variant, True)
     elif value != "lora":
