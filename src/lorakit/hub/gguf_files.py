@@ -70,7 +70,7 @@ class GgufHeader:
 
     @property
     def pre_tokenizer(self) -> str | None:
-        """Return the name of the rule that splits text before byte-level BPE, or None if the tokenizer has another type."""
+        """Return the name of the rule that splits text before byte-level BPE, or None for another tokenizer type."""
         return str(self.values.get("tokenizer.ggml.pre")) if self.values.get("tokenizer.ggml.model") == "gpt2" else None
 
     def describe(self) -> str:
