@@ -17,9 +17,13 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.js
 """Names of the files to download; none of their formats can contain code."""
 
 
-def offline() -> str | None:
-    """Return the name of the environment variable that forbids network access, or None if access is allowed."""
-    for name in OFFLINE_VARIABLES:
+def offline(*more: str) -> str | None:
+    """Return the name of the environment variable that forbids network access, or None if access is allowed.
+
+    Args:
+        more: Names of variables to check besides `OFFLINE_VARIABLES`.
+    """
+    for name in (*OFFLINE_VARIABLES, *more):
         if os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on"):
             return name
     return None

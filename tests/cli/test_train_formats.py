@@ -163,11 +163,18 @@ def test_short_names_and_names_of_other_tools(train: Train, tmp_path: Path, caps
     assert settings["per_device_train_batch_size"] == 1
     capsys.readouterr()
     assert train(path, "--micro-batch-size", "1") == 2
-    assert "the corresponding option is --per-device-train-batch-size" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the corresponding option is --per-device-train-batch-size" in said and "lorakit convert-config" in said
+    assert train(path, "--lora_r", "8") == 2
+    assert "the corresponding option is --r" in (said := capsys.readouterr().err) and "convert-config" in said
     config = tmp_path / "axolotl.yaml"
     config.write_text("lora_r: 8\n")
     assert train(path, "--config", str(config), "--overwrite") == 2
     assert "lora_r is not a setting" in (said := capsys.readouterr().err) and "corresponding setting is r" in said
+    config.write_text("base_model: x\ndatasets:\n  - path: owner/rows\n    type: alpaca\n")
+    assert train(path, "--config", str(config), "--overwrite") == 2
+    said = capsys.readouterr().err
+    assert "corresponding setting is data" in said and "lorakit convert-config FILE" in said
     config.write_text("lr: 0.1\nlearning_rate: 0.2\n")
     assert train(path, "--config", str(config), "--overwrite") == 2
     assert "lr and learning_rate are the same setting" in capsys.readouterr().err

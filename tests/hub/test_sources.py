@@ -77,7 +77,7 @@ def test_what_a_model_directory_lacks(tmp_path: Path) -> None:
     pickled = model_folder(tmp_path / "pickled", "pytorch_model.bin")
     assert "pickle weights are not loaded (pytorch_model.bin)" in refused(pickled)
     gguf = model_folder(tmp_path / "gguf", "x.Q4_1.gguf")
-    assert "GGUF weights are not loaded (x.Q4_1.gguf)" in refused(gguf)
+    assert f"pass a GGUF file in it: {gguf / 'x.Q4_1.gguf'}" in refused(gguf)
     both = model_folder(tmp_path / "both", "model.safetensors", "adapter_config.json")
     assert f"{both}: the directory contains both a model and an adapter (adapter_config.json)" in refused(both)
     dumb = model_folder(tmp_path / "dumb", "model.safetensors")

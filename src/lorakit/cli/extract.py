@@ -102,7 +102,7 @@ def _read(base: ModelSource, tuned: ModelSource) -> tuple[nn.Module, TensorSourc
 
 
 def _has_files(source: ModelSource) -> bool:
-    return source.kind != "hub" and any(Path(source.path_or_id).glob("*.safetensors"))
+    return source.kind in ("directory", "packaged") and any(Path(source.path_or_id).glob("*.safetensors"))
 
 
 def _text(report: ExtractReport) -> list[str]:

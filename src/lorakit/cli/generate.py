@@ -36,7 +36,7 @@ itself after about a hundred tokens. Larger models need more tokens, because the
 class Flags:
     """Flags of `lorakit generate`."""
 
-    model: Annotated[str, Parameter(help="Model directory, Hub id, or smollm2 (the packaged model).")]
+    model: Annotated[str, Parameter(help="Model directory, GGUF file, Hub id, or smollm2 (the packaged model).")]
     adapter: Annotated[
         list[str] | None,
         Parameter(help="Adapter directories. With several, the outputs of the base and each adapter are compared."),

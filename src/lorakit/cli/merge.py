@@ -26,7 +26,7 @@ LARGE_DIFFERENCE = 0.5  # as a fraction of the adapters' effect on the base
 class Flags:
     """Flags of `lorakit merge`."""
 
-    model: Annotated[str, Parameter(help="Model directory, Hub id, or smollm2 (the packaged model).")]
+    model: Annotated[str, Parameter(help="Model directory, GGUF file, Hub id, or smollm2 (the packaged model).")]
     adapter: Annotated[list[str], Parameter(help="Adapter directories; the updates of several adapters are summed.")]
     output_dir: Annotated[Path, Parameter(help="Model directory to create; must be new or empty.")]
     dtype: Annotated[

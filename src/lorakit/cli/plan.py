@@ -124,7 +124,9 @@ _ADAPTER, _JOB = AdapterFlags(), JobFlags()
 
 
 def run(
-    model: Annotated[str, Parameter(help="Model directory, config.json, smollm2, name of a known model, or Hub id.")],
+    model: Annotated[
+        str, Parameter(help="Model directory, GGUF file, config.json, smollm2, name of a known model, or Hub id.")
+    ],
     /,
     *,
     ranks: Annotated[

@@ -102,10 +102,12 @@ def read_hub(source: HubSource, request: Request) -> tuple[Table, list[str]]:
     try:
         return _table(str(source), request, source.name, source.config, **options)
     except LOADING_ERRORS as cause:
-        variable = offline()
+        variable = offline("HF_DATASETS_OFFLINE")
         where = f"in the cache (network access is off: {variable} is set)" if variable else "on the Hub"
+        remedy = f"unset {variable}" if variable else "check the name and the network connection"
         raise DataError(
-            f"{source}: not a file or directory, and no such data set {where} ({' '.join(str(cause).split())}).",
+            f"{source}: not a file or directory, and no such data set {where} ({' '.join(str(cause).split())}). To use "
+            f"it, {remedy}, or pass files.",
             where=str(source),
             field="data",
         ) from cause

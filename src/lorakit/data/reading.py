@@ -130,8 +130,8 @@ def _check_text(path: Path, file: IO[bytes]) -> None:
     empty, piece = True, b" "
     while piece:
         piece = file.read(READ_BYTES)
-        if at == 0 and piece.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise file_error(path, "the data file is UTF-16; save it as UTF-8.")
+        if at == 0:
+            _check_beginning(path, piece)
         zero = piece.find(b"\0")
         if zero >= 0:
             raise file_error(
@@ -151,6 +151,29 @@ def _check_text(path: Path, file: IO[bytes]) -> None:
         at, lines = at + len(piece), lines + piece.count(b"\n")
     if empty:
         raise file_error(path, "the data file is empty.")
+
+
+_SIGNATURES = {
+    codecs.BOM_UTF16_LE: "UTF-16; save it as UTF-8",
+    codecs.BOM_UTF16_BE: "UTF-16; save it as UTF-8",
+    b"\x89PNG": "a PNG image; training data must be text",
+    b"\xff\xd8\xff": "a JPEG image; training data must be text",
+    b"GIF8": "a GIF image; training data must be text",
+    b"%PDF": "a PDF; save its text as UTF-8",
+    b"PK\x03\x04": "a ZIP archive or an Office document; unpack it, or save it as CSV",
+    b"\x1f\x8b": "compressed with gzip; unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed with Zstandard; unpack it",
+    b"PAR1": "a Parquet file; give it the suffix .parquet",
+    b"ARROW1": "an Arrow file; give it the suffix .arrow",
+}
+"""First bytes of a file -> what it is and what to do about it."""
+
+
+def _check_beginning(path: Path, piece: bytes) -> None:
+    """Reject a file whose first bytes are those of another format."""
+    for signature, problem in _SIGNATURES.items():
+        if piece.startswith(signature):
+            raise file_error(path, f"the data file is {problem}.")
 
 
 def python_reference() -> Records:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.durable import JsonValue
 from lorakit.errors import ConfigError, DiskError, ModelError
+from lorakit.hub import gguf_files
 from lorakit.hub.model_config import TASKS, WITH_NEW_HEADS, config_of
 from lorakit.hub.packaged import check_space, write_weights
 from lorakit.hub.quantizing import (
@@ -58,7 +59,8 @@ def load_model(
             dtype and the dtype of the weights that are not quantized.
         device: Device for the weights.
         task: A key of `TASKS`. For "classification", a head that is missing from the files is newly initialized.
-        quantization: Quantization of the linear layers: a `Quantization`, its name, or None.
+        quantization: Quantization of the linear layers: a `Quantization`, its name, or None. The weights of a GGUF file
+            are dequantized and cannot be quantized again.
 
     Returns:
         The model, in eval mode.
@@ -129,11 +131,14 @@ def load_for_task(
         if stored is not None:
             wanted = wanted if isinstance(wanted, torch.dtype) else config.dtype or torch.float32
             options = loading_options(stored, wanted, device)
-        options |= {"dtype": wanted, "use_safetensors": True, "output_loading_info": True}
+        options |= {"dtype": wanted, "output_loading_info": True}
+        options |= {"use_safetensors": True} if source.header is None else gguf_files.dequantizing_options()
         if config_values:
             options |= {"config": config, "ignore_mismatched_sizes": task in WITH_NEW_HEADS}
         loaded, report = call_loader(source, partial(getattr(transformers, TASKS[task]).from_pretrained, **options))
         new = _new_modules(loaded, source, report, task)
+        if source.header is not None:
+            gguf_files.finish_model(loaded, source.header.path)
         if "device_map" not in options:
             loaded = loaded.to(device)
         finish_loading(loaded, stored, source)
@@ -250,7 +255,7 @@ def load_base(
     """Load an adapter's base, and enlarge its embeddings if the tokenizer saved with the adapter needs more rows.
 
     Args:
-        name: Directory or Hub id of the base.
+        name: Directory, GGUF file or Hub id of the base.
         task: The adapter's task, a key of `CLASSES`, or None to use `written_class`.
         written_class: Package and class given in the adapter's config; the caller has already checked the package.
         tokenizer_folder: The adapter's directory, which may contain a tokenizer.
@@ -265,7 +270,12 @@ def load_base(
     kind = getattr(library, CLASSES[task] if task else written_class[1], None)
     if kind is None:
         raise ModelError(f"class {'.'.join(written_class)} not found, so the base {name} cannot be loaded.", where=name)
-    model = kind.from_pretrained(name, **options)
+    if name.endswith(gguf_files.SUFFIX) and Path(name).is_file():
+        source = resolve(name)
+        model = call_loader(source, partial(kind.from_pretrained, **options, **gguf_files.dequantizing_options()))
+        gguf_files.finish_model(model, Path(name))
+    else:
+        model = kind.from_pretrained(name, **options)
     if (tokenizer_folder / "tokenizer_config.json").exists() and hasattr(model, "get_input_embeddings"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
@@ -309,7 +319,10 @@ def load_tokenizer(model: str | os.PathLike[str] | ModelSource) -> PreTrainedTok
     import transformers
 
     with quiet_transformers(bars=source.kind == "hub"):
-        return call_loader(source, transformers.AutoTokenizer.from_pretrained)
+        tokenizer = call_loader(source, transformers.AutoTokenizer.from_pretrained)
+    if source.header is not None:
+        gguf_files.finish_tokenizer(tokenizer, source.header)
+    return tokenizer
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -86,7 +86,7 @@ def convert_gguf(model: Packaged, source: Path, target: Path) -> None:
             ) from cause
         dense = _dense(loaded)
         write_weights(dense, target)
-        _split_digits(tokenizer)
+        split_digits(tokenizer)
         tokenizer.model_max_length = model.positions
         tokenizer.save_pretrained(str(target))
     _check(loaded, target)
@@ -145,7 +145,7 @@ def write_weights(model: PreTrainedModel, folder: Path) -> None:
         part.chmod(readable)  # safetensors makes the files private, regardless of the umask
 
 
-def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
+def split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
     """Restore the pre-tokenization rule that the GGUF reader omits: SmolLM first splits off each digit.
 
     Without the rule, "  1" becomes a space and " 1", whereas in pretraining it became two spaces and a digit.

@@ -123,12 +123,20 @@ def check_quantized_once(config: PreTrainedConfig, wanted: Quantization | None, 
         source: Source of the model, for messages.
 
     Returns:
-        Whether the files are quantized.
+        Whether the files are quantized; False for a GGUF file, whose weights are dequantized.
 
     Raises:
-        ConfigError: The files are quantized, and a quantization was requested.
+        ConfigError: The files are quantized or are a GGUF file, and a quantization was requested.
     """
     stored = getattr(config, "quantization_config", None)
+    if source.header is not None and wanted is not None:
+        raise ConfigError(
+            f"{source.given}: the weights of a GGUF file are dequantized and cannot be quantized again; omit "
+            f"quantization {wanted.name!r}, or pass the directory of the original model.",
+            what=wanted.name,
+            where=source.given,
+            field="quantization",
+        )
     if stored is not None and wanted is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", "unknown")
         raise ConfigError(

@@ -9,7 +9,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorakit.architectures.shapes import ModelShape, PlainShape, SiteShape
 from lorakit.durable import JsonValue
@@ -56,7 +56,8 @@ def shape_of(model: str | os.PathLike[str] | ModelSource) -> ModelShape:
     """Return the names and sizes of a model's modules, looked up by path, then in the catalog, then on the Hub.
 
     Args:
-        model: A directory, a `config.json`, a packaged or catalog name, a Hub id, or the result of `resolve`.
+        model: A directory, a `config.json`, a GGUF file, a packaged or catalog name, a Hub id, or the result of
+            `resolve`.
 
     Returns:
         Names and sizes of all modules.
@@ -155,7 +156,7 @@ def skeleton(
         config = config_of(source, config_values)
         make = _model_class(config) if task == "causal" else getattr(transformers, TASKS[task]).from_config
 
-        def build(path_or_id: str, **options: bool) -> PreTrainedModel:
+        def build(path_or_id: str, **options: Any) -> PreTrainedModel:
             with torch.device("meta"):
                 return make(config)
 
@@ -239,4 +240,6 @@ def _short_name(source: ModelSource) -> str:
     path = Path(source.given)
     if source.kind == "config":
         return path.resolve().parent.name or source.given
+    if source.kind == "gguf":
+        return path.stem
     return path.resolve().name if source.kind == "directory" else source.given

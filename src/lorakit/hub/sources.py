@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from lorakit.errors import ModelError, nearest
+from lorakit.hub.gguf_files import SUFFIX, GgufHeader, check_architecture, read_header, reading, tokenizer_warning
 from lorakit.hub.packaged import PACKAGED, packaged_directory
 from lorakit.hub_cache import offline
 
@@ -34,19 +35,23 @@ class ModelSource:
     """The source of a model.
 
     Attributes:
-        kind: "directory", "config" (only a config.json, which gives shapes but no weights), "packaged" or "hub".
+        kind: "directory", "config" (only a config.json, which gives shapes but no weights), "gguf" (a GGUF file),
+            "packaged" or "hub".
         given: The model as given by the user.
-        path_or_id: Argument for transformers: a directory, a config file (if `kind` is "config"), or a Hub id.
+        path_or_id: Argument for transformers: a directory, a config file (if `kind` is "config"), a GGUF file (if
+            `kind` is "gguf"), or a Hub id.
         recorded_name: Value of `base_model_name_or_path` in adapters: the model as given, or None for a packaged model,
             which differs from the Hub model with the same name.
         base_name: Display name, which is also written to `lorakit.json`.
+        header: Header of the GGUF file if `kind` is "gguf", else None.
     """
 
-    kind: Literal["directory", "config", "packaged", "hub"]
+    kind: Literal["directory", "config", "gguf", "packaged", "hub"]
     given: str
     path_or_id: str
     recorded_name: str | None
     base_name: str
+    header: GgufHeader | None = None
 
     def error(self, problem: str) -> ModelError:
         """Return an error about this model.
@@ -63,16 +68,17 @@ def resolve(model: str | os.PathLike[str] | ModelSource, say: Callable[[str], No
     On first use, a packaged model is converted into the user's cache; the conversion takes about 20 seconds.
 
     Args:
-        model: A directory, a `config.json`, a packaged name such as "smollm2", or a Hub id. A `ModelSource` is returned
-            unchanged.
-        say: Function that is called with a message before a conversion, or None.
+        model: A directory, a `config.json`, a GGUF file, a packaged name such as "smollm2", or a Hub id. A
+            `ModelSource` is returned unchanged.
+        say: Function that is called with messages about a conversion or a GGUF file, or None.
 
     Returns:
         The source of the model; its path exists, or its id was found in the Hub's cache or on the Hub.
 
     Raises:
-        ModelError: The model was not found, the path does not contain a model, or the Hub cannot be reached.
-        MissingExtra: A packaged model needs a package that is not installed.
+        ModelError: The model was not found, the path does not contain a model, the GGUF file cannot be used, or the Hub
+            cannot be reached.
+        MissingExtra: A packaged model or a GGUF file needs a package that is not installed.
         DiskError: The cache cannot be written.
     """
     if isinstance(model, ModelSource):
@@ -80,11 +86,13 @@ def resolve(model: str | os.PathLike[str] | ModelSource, say: Callable[[str], No
     given = os.fspath(model)
     path = Path(given).expanduser()
     if given and path.exists():
-        return _local(given, path)
+        return _local(given, path, say)
     if given in PACKAGED:
         return ModelSource("packaged", given, str(packaged_directory(given, say=say)), None, given)
-    if not _HUB_ID.fullmatch(given) or (given.count("/") == 1 and path.parent.is_dir()):
-        raise ModelError(f"{given!r}: model directory not found.{_neighbors(given, path)}", where=given)
+    is_file = path.suffix.lower() == SUFFIX
+    if is_file or not _HUB_ID.fullmatch(given) or (given.count("/") == 1 and path.parent.is_dir()):
+        kind = "GGUF file" if is_file else "model directory"
+        raise ModelError(f"{given!r}: {kind} not found.{_neighbors(given, path)}", where=given)
     source = ModelSource("hub", given, given, given, given)
     _ask_hub(source, path)
     return source
@@ -105,6 +113,10 @@ def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = Fals
         return
     if source.kind == "config":
         raise source.error("a config file has shapes but no weights; pass the model's directory.")
+    if source.header is not None:
+        if tokenizer and not source.header.has_tokenizer:
+            raise source.error("the GGUF file has no tokenizer; pass one that has, or the model's directory.")
+        return
     folder = Path(source.path_or_id)
     if weights and (folder / "adapter_config.json").is_file():
         raise source.error(
@@ -128,10 +140,16 @@ def call_loader(source: ModelSource, load: Callable[..., Loaded]) -> Loaded:
         load: The loader, such as `AutoTokenizer.from_pretrained`.
 
     Raises:
-        ModelError: The loader raised an exception; the message gives it on a single line.
+        ModelError: The loader raised an exception, which the message gives on a single line, or transformers cannot
+            read the architecture of a GGUF file.
     """
+    if source.header is not None:
+        check_architecture(source.header)
     try:
-        return load(source.path_or_id, trust_remote_code=False, local_files_only=source.kind != "hub")
+        if source.header is None:
+            return load(source.path_or_id, trust_remote_code=False, local_files_only=source.kind != "hub")
+        with reading(source.header.path) as (location, options):
+            return load(location, trust_remote_code=False, local_files_only=True, **options)
     except Exception as cause:  # loaders of third-party files may raise anything
         if _brings_own_code(cause):
             reason = "it requires its own Python code, and code from a model's directory is never run"
@@ -166,10 +184,18 @@ def downloaded(model_id: str) -> Path | None:
         return None
 
 
-def _local(given: str, path: Path) -> ModelSource:
+def _local(given: str, path: Path, say: Callable[[str], None] | None) -> ModelSource:
+    if path.is_file() and path.suffix.lower() == SUFFIX:
+        header = read_header(path)
+        for note in (header.describe(), tokenizer_warning(header)):
+            if say and note:
+                say(note)
+        return ModelSource("gguf", given, str(path), given, given, header)
     source = ModelSource("config" if path.is_file() else "directory", given, str(path), given, given)
     if path.is_file() and path.suffix != ".json":
-        raise source.error("this is a file; pass a directory with a config.json or, for planning, the config.json.")
+        raise source.error(
+            "this is a file; pass a directory with a config.json, a .gguf file or, for planning, the config.json."
+        )
     if not path.is_file() and not (path / "config.json").is_file():
         raise source.error(f"no config.json, so this is not a model directory.{_what_else(path)}")
     return source
@@ -184,6 +210,8 @@ def _what_else(path: Path) -> str:
             base = None  # the message simply omits the base's name
         shown = f" Its base is {base!r}." if isinstance(base, str) else ""
         return f" It is an adapter: pass it as --adapter, and its base as --model.{shown}"
+    if _ggufs(path):
+        return f" It contains GGUF files; pass one of them: {', '.join(_ggufs(path))}."
     below = sorted(entry.name for entry in path.iterdir() if (entry / "config.json").is_file())
     return f" Subdirectories with models: {', '.join(below[:4])}." if below else ""
 
@@ -195,10 +223,18 @@ def _no_weights(folder: Path) -> str:
             f"pickle weights are not loaded ({pickles[0]}), because a pickle can run code; re-save them as "
             "safetensors: load the model in an environment you trust and call save_pretrained."
         )
-    ggufs = sorted(entry.name for entry in folder.glob("*.gguf"))
-    if ggufs:
-        return f"GGUF weights are not loaded ({ggufs[0]}); a directory with model.safetensors is needed."
+    if _ggufs(folder):
+        return f"the model directory has no safetensors weights; pass a GGUF file in it: {', '.join(_ggufs(folder))}."
     return "the model directory has no weights; add model.safetensors (or an index and its shards)."
+
+
+def _ggufs(folder: Path) -> list[str]:
+    """Return the paths of up to four GGUF files in a directory."""
+    return sorted(str(entry) for entry in folder.iterdir() if entry.suffix.lower() == SUFFIX)[:4]
+
+
+def _is_model(path: Path) -> bool:
+    return path.is_dir() or path.suffix.lower() == SUFFIX
 
 
 def _neighbors(given: str, path: Path) -> str:
@@ -207,7 +243,7 @@ def _neighbors(given: str, path: Path) -> str:
 
     names = [*PACKAGED, *catalogue.aliases()]
     if path.parent.is_dir():
-        names += [str(path.parent / entry.name) for entry in path.parent.iterdir() if entry.is_dir()]
+        names += [str(path.parent / entry.name) for entry in path.parent.iterdir() if _is_model(entry)]
     elif not _HUB_ID.fullmatch(given):
         return f" The directory {path.parent} does not exist either."
     near = nearest(given, sorted(set(names) - {given}))

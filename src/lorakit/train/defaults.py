@@ -48,7 +48,7 @@ class Default:
 
 DEFAULTS: dict[str, Default] = {
     # inputs and outputs
-    "model": Default("Model directory, Hub id, or smollm2 (the packaged model)", ..., flag=str),
+    "model": Default("Model directory, GGUF file, Hub id, or smollm2 (the packaged model)", ..., flag=str),
     "data": Default(
         "Training data: files (.txt, .md, .jsonl, .json, .csv, .tsv, .parquet, .arrow), directories, glob patterns, or "
         "Hub data sets such as hf:owner/name:train",
@@ -355,17 +355,25 @@ ALIASES = {"lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "p
 
 NAMES_ELSEWHERE = {
     "adapter_name_or_path": "output_dir",
+    "adapter_path": "output_dir",
+    "additional_target": "modules_to_save",
     "base_model": "model",
     "base_model_name_or_path": "model",
+    "bf16": "dtype",
     "cutoff_len": "max_length",
     "dataset": "data",
     "dataset_name": "data",
     "datasets": "data",
+    "eval_dataset": "eval_data",
+    "fp16": "dtype",
     "grad_accum": "gradient_accumulation_steps",
+    "grad_accumulation_steps": "gradient_accumulation_steps",
+    "grad_checkpoint": "gradient_checkpointing",
     "iters": "max_steps",
     "learning_rate_scheduler": "lr_scheduler_type",
     "load_in_4bit": "quantization",
     "load_in_8bit": "quantization",
+    "lora_modules_to_save": "modules_to_save",
     "lora_r": "r",
     "lora_rank": "r",
     "lora_target": "target_modules",
@@ -377,10 +385,19 @@ NAMES_ELSEWHERE = {
     "model_name": "model",
     "model_name_or_path": "model",
     "num_epochs": "num_train_epochs",
+    "optim": "optimizer",
     "output": "output_dir",
+    "peft_init_lora_weights": "init_lora_weights",
+    "peft_layer_replication": "layer_replication",
+    "peft_layers_to_transform": "layers_to_transform",
+    "peft_use_dora": "use_dora",
+    "peft_use_rslora": "use_rslora",
     "per_device_batch_size": "per_device_train_batch_size",
+    "quantization_bit": "quantization",
     "rank": "r",
+    "save_every": "save_steps",
     "sequence_len": "max_length",
+    "steps_per_eval": "eval_steps",
     "test_datasets": "eval_data",
     "train_file": "data",
     "val_set_size": "eval_fraction",
@@ -388,3 +405,6 @@ NAMES_ELSEWHERE = {
     "warmup_steps": "warmup_ratio",
 }
 """Name of a setting in another tool (Axolotl, LLaMA-Factory, TRL, mlx-lm) -> name of the corresponding setting here."""
+
+CONVERT_ADVICE = "`lorakit convert-config FILE` converts a settings file of Axolotl, LLaMA-Factory, mlx-lm or PEFT."
+"""Advice for a name that another tool uses."""

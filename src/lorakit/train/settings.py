@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from lorakit.durable import parse_json
 from lorakit.errors import ConfigError, did_you_mean, nearest
 from lorakit.machine import DEVICE_FORM, is_device_name
-from lorakit.train.defaults import DEFAULTS, FORMATS, NAMES_ELSEWHERE, Stored
+from lorakit.train.defaults import CONVERT_ADVICE, DEFAULTS, FORMATS, NAMES_ELSEWHERE, Stored
 
 if TYPE_CHECKING:
     from lorakit.config import LoraConfig, TaskType
@@ -399,8 +399,9 @@ def check_names(values: dict[str, Any], where: str = "") -> None:
     """
     unknown = [name for name in values if name not in TrainSettings.model_fields]
     if unknown:
+        advice = f" {CONVERT_ADVICE}" if any(name in NAMES_ELSEWHERE for name in unknown) else ""
         raise ConfigError(
-            " ".join(f"{where}{_unknown(name)}" for name in unknown),
+            " ".join(f"{where}{_unknown(name)}" for name in unknown) + advice,
             what=unknown[0],
             field=unknown[0],
             allowed=TrainSettings.model_fields,
@@ -427,11 +428,11 @@ def _error(cause: ValidationError) -> ConfigError:
         " ".join(_message(name, error) for name, error in errors.items()),
         what=field if unknown else None if missing else first["input"],
         field=field,
-        allowed=TrainSettings.model_fields if unknown else _choices(field),
+        allowed=TrainSettings.model_fields if unknown else choices_of(field),
     )
 
 
-def _choices(name: str) -> tuple[str, ...]:
+def choices_of(name: str) -> tuple[str, ...]:
     """Return the allowed values of a setting, or an empty tuple if the setting has no fixed set of values."""
     parts = [field.annotation for known, field in TrainSettings.model_fields.items() if known == name]
     while parts:  # a `Literal` can be inside a union
@@ -460,7 +461,7 @@ def _message(name: str, error: Mapping[str, Any]) -> str:
         meaning = DEFAULTS[name].meaning
         return f"{name} is missing; pass --{name.replace('_', '-')} ({meaning[0].lower()}{meaning[1:]})."
     if kind == "literal_error":
-        hint = did_you_mean(str(value), _choices(name))
+        hint = did_you_mean(str(value), choices_of(name))
         return f"{name} is {value!r}; it must be {error['ctx']['expected']}.{hint}"
     if kind == "value_error":
         return f"{name} is {value!r}; {error['ctx']['error']}."

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit.durable import parse_json
 from lorakit.errors import ConfigError, RunError
 from lorakit.report import RUN_FILE
 from lorakit.train.defaults import ALIASES, CHANGEABLE_ON_RESUME
@@ -35,27 +36,51 @@ def read_settings_file(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: The file is missing, too large or not a YAML mapping, or contains an unknown or repeated setting.
     """
-    import yaml
-
     path = Path(path)
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{path}: the settings file is larger than {MAX_FILE_BYTES:,} bytes.", where=path)
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
-    except OSError as cause:
-        raise ConfigError(f"{path}: the settings file cannot be read ({cause.strerror}).", where=path) from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as cause:
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(cause).split())}).", where=path) from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ConfigError(f"{path}: no settings found; expected lines such as `learning_rate: 3e-4`.", where=path)
+    content = read_mapping(path)
     values = {key.replace("-", "_"): value for key, value in content.items()}
     if len(values) < len(content):
         raise ConfigError(f"{path}: a setting is given twice, once with - and once with _ in its name.", where=path)
     values = _without_aliases(values, f"{path}: ")
     check_names(values, f"{path}: ")
     return values
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML or JSON file that contains a mapping; nothing in it is evaluated.
+
+    Args:
+        path: The file; JSON is read as JSON if the name ends in `.json`.
+
+    Returns:
+        A dict from key to unchecked value; empty if the file is empty.
+
+    Raises:
+        ConfigError: The file is missing, too large or not a mapping, or contains a repeated key.
+    """
+    import yaml
+
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ConfigError(f"{path}: the settings file is larger than {MAX_FILE_BYTES:,} bytes.", where=path)
+        text = path.read_text(encoding="utf-8-sig")
+        content = parse_json(text) if path.suffix.lower() == ".json" else yaml.load(text, Loader=_loader())
+    except OSError as cause:
+        raise ConfigError(f"{path}: the settings file cannot be read ({cause.strerror}).", where=path) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as cause:
+        raise ConfigError(f"{path}: not valid YAML or JSON ({' '.join(str(cause).split())}).", where=path) from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"{path}: no settings found; expected lines such as `learning_rate: 3e-4`.", where=path)
+    return content
+
+
+def settings_text(values: Mapping[str, Any]) -> str:
+    """Return settings as the text of a YAML file, in the given order."""
+    import yaml
+
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120)
 
 
 def _loader() -> type[yaml.SafeLoader]:

@@ -419,7 +419,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def weight_file_hashes(model: nn.Module) -> dict[str, str]:
-    """Return a dict from file name to SHA-256 for the safetensors files that a model was loaded from.
+    """Return a dict from file name to SHA-256 for the safetensors or GGUF files that a model was loaded from.
 
     The dict is empty if the files are not known or a hash cannot be computed.
 
@@ -439,6 +439,8 @@ def _files_of(model: nn.Module) -> list[Path]:
         return []
     if Path(name).is_dir():
         return _in_folder(Path(name))
+    if Path(name).suffix == ".gguf" and Path(name).is_file():
+        return [Path(name)]
     snapshots = _hub_cache() / f"models--{name.replace('/', '--')}" / "snapshots"
     if not _HUB_ID.fullmatch(name) or not snapshots.is_dir():
         return []

@@ -1,0 +1,321 @@
+"""Read the header of a GGUF file, and load models and tokenizers from GGUF files with transformers.
+
+The header is read and checked before weights are loaded: format, completeness, architecture and tokenizer. transformers
+dequantizes the weights while it loads them. Files are treated as data: sizes are checked against the length of the
+file, and nothing in a file is evaluated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import mmap
+import struct
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.errors import ModelError
+from lorakit.hub.packaged import require_packages, split_digits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SUFFIX = ".gguf"
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_STRING, _ARRAY = 8, 9
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+"""Number of a type of metadata values -> its format in `struct`; strings and arrays are 8 and 9."""
+
+_MAX_DIMENSIONS = 8
+_ALIGNMENT = 32
+
+_DIGITS_FIRST = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
+"""Pre-tokenizers in GGUF files that split off each digit and then split as GPT-2 does."""
+
+_LIKE_GPT2 = frozenset({"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling"})
+"""Pre-tokenizers in GGUF files that split as GPT-2 does, which is what transformers does with unknown ones."""
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """Metadata of a GGUF file.
+
+    Attributes:
+        path: The file.
+        values: Metadata key -> value; arrays are omitted.
+        arrays: Keys of the arrays in the metadata.
+        formats: Storage format of weights, such as "Q4_K" -> number of values stored in it.
+    """
+
+    path: Path
+    values: Mapping[str, Any]
+    arrays: frozenset[str]
+    formats: Mapping[str, int]
+
+    @property
+    def architecture(self) -> str:
+        """Return the architecture as named in the file, such as "llama"; empty if there is none."""
+        return str(self.values.get("general.architecture", ""))
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Return whether the file contains a vocabulary."""
+        return "tokenizer.ggml.tokens" in self.arrays
+
+    @property
+    def pre_tokenizer(self) -> str | None:
+        """Return the name of the rule that splits text before byte-level BPE, or None for another tokenizer type."""
+        return str(self.values.get("tokenizer.ggml.pre")) if self.values.get("tokenizer.ggml.model") == "gpt2" else None
+
+    def describe(self) -> str:
+        """Return a line that says how the weights are stored and what that means for training."""
+        shown = ", ".join(name for name, _ in Counter(self.formats).most_common())
+        return (
+            f"{self.path}: GGUF file with weights in {shown}; they are dequantized when they are loaded, and an "
+            "adapter is trained on the dequantized weights."
+        )
+
+
+class _Reader:
+    """Reads values from a memory-mapped file at an increasing position.
+
+    Raises:
+        struct.error: A value extends past the end of the file.
+        ValueError: A type is unknown.
+    """
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.position = data, len(_MAGIC)
+
+    def scalars(self, form: str, count: int = 1) -> tuple[Any, ...]:
+        layout = struct.Struct(f"<{count}{form}")
+        self.skip(layout.size)
+        return layout.unpack_from(self.data, self.position - layout.size)
+
+    def skip(self, size: int) -> None:
+        self.position += size
+        if self.position > len(self.data):
+            raise struct.error("past the end")
+
+    def text(self) -> str:
+        (length,) = self.scalars("Q")
+        self.skip(length)
+        return self.data[self.position - length : self.position].decode("utf-8", "replace")
+
+    def value(self, kind: int) -> Any:
+        """Return a metadata value; an array is skipped, and None is returned."""
+        if kind in _SCALARS:
+            return self.scalars(_SCALARS[kind])[0]
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY:
+            raise ValueError(f"metadata of the unknown type {kind}")
+        inner, count = self.scalars("IQ")
+        if inner in _SCALARS:
+            self.skip(count * struct.calcsize(_SCALARS[inner]))
+        elif inner == _STRING:
+            for _ in range(count):
+                self.skip(*self.scalars("Q"))
+        else:
+            raise ValueError(f"an array of the unknown type {inner}")
+        return None
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Read and check the header of a GGUF file without reading its weights.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The header; all weights that it lists are inside the file.
+
+    Raises:
+        ModelError: The file cannot be read, is not a GGUF file with a whole model, or is truncated.
+        MissingExtra: A package that reads GGUF files is not installed.
+    """
+    require_packages("Reading GGUF files", "gguf", ("gguf", "accelerate"))
+    try:
+        with path.open("rb") as file:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                raise _error(path, "not a GGUF file (it does not begin with GGUF).")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                header = _parse(path, _Reader(data))
+    except OSError as cause:
+        raise _error(path, f"the file cannot be read ({cause.strerror}).") from None
+    except struct.error:
+        raise _error(path, "the GGUF file is truncated; copy or download it again.") from None
+    except ValueError as cause:
+        raise _error(path, f"the GGUF file is damaged or of an unknown version ({cause}).") from None
+    _check_kind(header)
+    return header
+
+
+def _parse(path: Path, reader: _Reader) -> GgufHeader:
+    (version,) = reader.scalars("I")
+    if version not in _VERSIONS:
+        raise ValueError(f"version {version}, supported are {_VERSIONS[0]} and {_VERSIONS[1]}")
+    tensors, entries = reader.scalars("QQ")
+    values, arrays = {}, set()
+    for _ in range(entries):
+        key = reader.text()
+        (kind,) = reader.scalars("I")
+        value = reader.value(kind)
+        if kind == _ARRAY:
+            arrays.add(key)
+        else:
+            values[key] = value
+    formats: Counter[str] = Counter()
+    end = 0
+    for _ in range(tensors):
+        name, numbers, tensor_end = _tensor(reader)
+        formats[name] += numbers
+        end = max(end, tensor_end)
+    alignment = values.get("general.alignment", _ALIGNMENT)
+    alignment = alignment if isinstance(alignment, int) and alignment > 0 else _ALIGNMENT
+    reader.skip(-reader.position % alignment + end if tensors else 0)  # raises if the last weights are cut off
+    return GgufHeader(path, values, frozenset(arrays), formats)
+
+
+def _tensor(reader: _Reader) -> tuple[str, int, int]:
+    """Return the storage format of the next tensor, the number of its values, and where it ends in the data."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    name = reader.text()
+    (count,) = reader.scalars("I")
+    if count > _MAX_DIMENSIONS:
+        raise ValueError(f"tensor {name[:80]!r} has {count} dimensions")
+    numbers = 1
+    for size in reader.scalars("Q", count):
+        numbers *= size
+    kind, offset = reader.scalars("IQ")
+    form = GGMLQuantizationType(kind)
+    block, block_bytes = GGML_QUANT_SIZES[form]
+    return form.name, numbers, offset + numbers // block * block_bytes
+
+
+def _check_kind(header: GgufHeader) -> None:
+    """Check that a GGUF file contains a whole model.
+
+    Raises:
+        ModelError: The file is one part of a split model, is not a model, or has no architecture or weights.
+    """
+    parts, kind = header.values.get("split.count", 1), header.values.get("general.type", "model")
+    if isinstance(parts, int) and parts > 1:
+        raise _error(
+            header.path,
+            f"this is one of the {parts} parts of a split GGUF file; join them with llama.cpp's `llama-gguf-split "
+            "--merge FIRST-PART NEW-FILE` and pass the new file.",
+        )
+    if kind != "model":
+        raise _error(header.path, f"the GGUF file is of the type {kind!r}, not a model; pass the model's GGUF file.")
+    if not header.architecture or not header.formats:
+        raise _error(header.path, "the GGUF file has no general.architecture or no weights, so it is not a model.")
+
+
+def _error(path: Path, problem: str) -> ModelError:
+    return ModelError(f"{path}: {problem}", where=path)
+
+
+def check_architecture(header: GgufHeader) -> None:
+    """Check that transformers can read the architecture of a GGUF file.
+
+    Raises:
+        ModelError: It cannot; the message lists the architectures that it can read.
+    """
+    known = readable_architectures()
+    plain = {name.replace("-", "").replace("_", "") for name in known}
+    if header.architecture.replace("-", "").replace("_", "") not in plain:
+        raise ModelError(
+            f"{header.path}: transformers cannot read the architecture {header.architecture!r} from a GGUF file; it "
+            f"reads {', '.join(known)}. Pass a directory with the model's safetensors files.",
+            what=header.architecture,
+            where=header.path,
+            allowed=known,
+        )
+
+
+def readable_architectures() -> list[str]:
+    """Return the names of the architectures that transformers reads from GGUF files, sorted."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    found = {*GGUF_SUPPORTED_ARCHITECTURES, "t5encoder"} - {"general", "tokenizer"}  # not architectures
+    try:
+        from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+    except ImportError:  # transformers before 5.20
+        return sorted(found)
+    return sorted(found.union(GGUF_CONFIG_ARCHS))
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the location and the options with which transformers' loaders read a GGUF file, and hide progress bars.
+
+    The location is an empty directory, so that loaders do not also read other files from the file's directory.
+
+    Args:
+        path: The file.
+    """
+    with tempfile.TemporaryDirectory() as empty, contextlib.redirect_stderr(io.StringIO()):
+        yield empty, {"gguf_file": str(path.absolute())}
+
+
+def dequantizing_options() -> dict[str, Any]:
+    """Return options that make `from_pretrained` dequantize all weights of a GGUF file."""
+    import transformers
+
+    # newer transformers versions may keep weights packed if a kernel is installed
+    packed = getattr(transformers, "GgufConfig", None)
+    return {} if packed is None else {"quantization_config": packed(dequantize=True)}
+
+
+def finish_model(model: PreTrainedModel, path: Path) -> None:
+    """Remove all traces of the GGUF format from a loaded model, so that it can be saved and trained like any other.
+
+    Args:
+        model: The loaded model, whose weights are dequantized; modified in place.
+        path: The file, which is recorded as the source of the weights.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    vars(model.config).pop("_model_name_or_path", None)  # the title in the file; no loader accepts it as a path or id
+    model.config.name_or_path = str(path.absolute())
+
+
+def finish_tokenizer(tokenizer: PreTrainedTokenizerBase, header: GgufHeader) -> None:
+    """Restore what transformers omits: a rule that splits off digits, and the maximum length.
+
+    Args:
+        tokenizer: The loaded tokenizer, modified in place.
+        header: Header of the file.
+    """
+    if header.pre_tokenizer in _DIGITS_FIRST:
+        split_digits(tokenizer)
+    length = header.values.get(f"{header.architecture}.context_length")
+    if isinstance(length, int) and length > 0:
+        tokenizer.model_max_length = length
+    tokenizer.name_or_path = str(header.path)
+
+
+def tokenizer_warning(header: GgufHeader) -> str | None:
+    """Return a warning if transformers may split text differently than the model's own tokenizer, or None."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:  # transformers before 5.20
+        return None
+    name = header.pre_tokenizer
+    if name is None or name in _DIGITS_FIRST | _LIKE_GPT2 | GGUF_PRE_TOKENIZER_SPLITS.keys():
+        return None
+    return (
+        f"{header.path}: transformers does not know the pre-tokenizer {name!r} and splits text as GPT-2 does, so some "
+        "text may become other tokens than in pretraining. To be certain, pass the directory of the original model."
+    )
