@@ -56,6 +56,8 @@ def test_every_link_leads_somewhere() -> None:
 @pytest.mark.slow
 def test_commands_run_in_order(tmp_path: Path) -> None:
     shutil.copy(ROOT / "docs" / "math.md", tmp_path / "notes.md")
+    rows = [f"the film was {word},{label}" for word, label in (("great", "good"), ("dull", "bad")) for _ in range(8)]
+    (tmp_path / "sentiment.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
     for arguments in commands():
         shorter = [
             "2" if before == "--max-steps" else word
