@@ -1,4 +1,4 @@
-"""One test per formula of docs/math.md, (17) to (19): the formula is written out here and compared with the code."""
+"""One test per formula of docs/math.md, (17) to (19) and (44) to (46): the formula is written out here and compared with the code."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.operations.rank_allocation import allocate
 from lorakit.core.optimizers import Pair, Rates, corrected_gradient, inverse_gram, rates_by_name, trained_parts
+from lorakit.train.schedule import Schedule
 
 
 def two_layers() -> nn.Module:
@@ -64,3 +65,19 @@ def test_ranks_follow_the_sensitivity_within_the_budget() -> None:
         best = ranks
     assert found.ranks == best
     assert found.ranks["0"] != found.ranks["2"]
+
+
+def test_the_rate_rises_is_constant_and_decays() -> None:
+    """(44)"""
+    eta, T, w, d = 0.3, 40, 4, 8
+    shapes = {
+        "constant": (w, lambda x: 1.0),
+        "linear": (w, lambda x: 1 - x),
+        "cosine": (w, lambda x: (1 + math.cos(math.pi * x)) / 2),
+        "wsd": (T - d, lambda x: 1 - math.sqrt(x)),
+    }
+    for kind, (t0, f) in shapes.items():
+        course = Schedule(eta, T, w, kind, d)  # type: ignore[arg-type]
+        for t in range(T):
+            expected = eta * (t + 1) / w if t < w else eta * f(max(0, t - t0) / (T - t0))
+            assert course.rate(t) == pytest.approx(expected)

@@ -15,6 +15,12 @@ Stored = Literal["nf4", "fp4", "int8", "int8-torchao", "hqq4", "hqq8"]
 FORMATS = ("text", "prompt-completion", "messages", "alpaca", "sharegpt", "question-answer")
 """Names of the shapes in `lorakit.data.shapes` that training supports, repeated here for the same reason."""
 
+WARMUP_RATIO = 0.05
+"""Value of `warmup_ratio` if neither it nor `warmup_steps` is given; both settings are None unless they are given."""
+
+DECAY_RATIO = 0.2
+"""Value of `decay_ratio` if it is not given, as in Hägele et al. 2024, arXiv:2405.18392."""
+
 
 @dataclass(frozen=True)
 class Default:
@@ -236,10 +242,30 @@ DEFAULTS: dict[str, Default] = {
         list[str],
     ),
     "lr_scheduler_type": Default(
-        "Learning rate schedule after the warm-up: cosine, linear or constant", "cosine", "the rate ends near zero"
+        "Learning rate schedule after the warm-up: cosine, linear, constant, or wsd (constant, with a decay at the end)",
+        "cosine",
+        "the rate ends near zero",
     ),
     "warmup_ratio": Default(
-        "Fraction of the steps over which the learning rate rises", 0.05, "Adam's early moment estimates are inaccurate"
+        "Fraction of the steps over which the learning rate rises",
+        None,
+        "Adam's early moment estimates are inaccurate",
+        str(WARMUP_RATIO),
+        float,
+    ),
+    "warmup_steps": Default(
+        "Number of steps over which the learning rate rises, instead of --warmup-ratio",
+        None,
+        "a fraction suits runs of any length",
+        "none",
+        int,
+    ),
+    "decay_ratio": Default(
+        "Fraction of the steps over which wsd decays",
+        None,
+        "with a decay of 20%, wsd reaches about the loss of cosine",
+        str(DECAY_RATIO),
+        float,
     ),
     "weight_decay": Default("AdamW weight decay for A and B", 0.0, "the low rank already limits the delta"),
     "max_grad_norm": Default(
@@ -369,6 +395,5 @@ NAMES_ELSEWHERE = {
     "train_file": "data",
     "val_set_size": "eval_fraction",
     "val_size": "eval_fraction",
-    "warmup_steps": "warmup_ratio",
 }
 """Name of a setting in another tool (Axolotl, LLaMA-Factory, TRL, mlx-lm) -> name of the corresponding setting here."""

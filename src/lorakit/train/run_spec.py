@@ -25,9 +25,10 @@ from lorakit.train import checkpoint, run_data, run_folder
 from lorakit.train.checkpoint import TrainState
 from lorakit.train.optimizer import Named
 from lorakit.train.progress import Progress
+from lorakit.train.schedule import Schedule
 from lorakit.train.settings import TrainSettings
 from lorakit.train.settings_sources import complete
-from lorakit.train.step import Schedule, StepOptions
+from lorakit.train.step import StepOptions
 
 ADAPTER = "default"
 """Name under which the run's adapter is attached to the model."""

@@ -32,7 +32,7 @@ Given: TypeAlias = "JsonValue | Path | Sequence[str | Path] | Mapping[str, float
 
 Value = TypeVar("Value")
 Dtype = Literal["auto", "bfloat16", "float32"]
-Scheduler = Literal["cosine", "linear", "constant"]
+Scheduler = Literal["cosine", "linear", "constant", "wsd"]
 Optimizer = Literal["adamw", "lorafa"]
 Bias = Literal["none", "all", "lora_only"]
 OnBadRow = Literal["stop", "skip"]
@@ -254,7 +254,9 @@ class TrainSettings(BaseModel):
     loraplus_lr_embedding: float | None = _setting("loraplus_lr_embedding", gt=0)
     learning_rate_pattern: Annotated[dict[str, float], BeforeValidator(_rates)] = _setting("learning_rate_pattern")
     lr_scheduler_type: Scheduler = _setting("lr_scheduler_type")
-    warmup_ratio: float = _setting("warmup_ratio", ge=0, le=1)
+    warmup_ratio: float | None = _setting("warmup_ratio", ge=0, le=1)
+    warmup_steps: int | None = _setting("warmup_steps", ge=0)
+    decay_ratio: float | None = _setting("decay_ratio", gt=0, le=1)
     weight_decay: float = _setting("weight_decay", ge=0)
     max_grad_norm: float = _setting("max_grad_norm", ge=0)
     max_steps: int | None = _setting("max_steps", ge=1)
@@ -296,11 +298,26 @@ class TrainSettings(BaseModel):
             )
         if self.recompute != "none" or self.gradient_checkpointing:
             _ = self.recomputed  # raises if the options conflict with each other or with the memory budget
+        self._check_rates()
+
+    def _check_rates(self) -> None:
+        """Check that the settings of the optimizer and of the schedule fit each other."""
         if self.optimizer == "lorafa" and self.loraplus_lr_ratio is not None:
             raise ConfigError(
                 "loraplus_lr_ratio cannot be combined with optimizer lorafa, which freezes A, so there is no ratio of "
                 "learning rates; omit one of them.",
                 field="loraplus_lr_ratio",
+            )
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ConfigError(
+                "warmup_steps and warmup_ratio both set the length of the warm-up; omit one of them.",
+                field="warmup_steps",
+            )
+        if self.decay_ratio is not None and self.lr_scheduler_type != "wsd":
+            raise ConfigError(
+                f"decay_ratio applies only to lr_scheduler_type wsd, but lr_scheduler_type is "
+                f"{self.lr_scheduler_type}; omit decay_ratio, or use wsd.",
+                field="decay_ratio",
             )
 
     @property

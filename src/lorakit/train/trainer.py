@@ -38,8 +38,8 @@ from lorakit.train.run_data import RunBatches, make_batches
 from lorakit.train.run_folder import cut_metrics, remove_run, unlock, write_record
 from lorakit.train.run_plan import autotuned_choices, check_space, disk_space, plan_run
 from lorakit.train.run_spec import ADAPTER, Run, RunLimits, RunPlan, RunSpec
+from lorakit.train.schedule import schedule
 from lorakit.train.settings import TrainSettings
-from lorakit.train.step import schedule
 
 __all__ = ["RunResult", "run"]
 
@@ -99,6 +99,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     _report_data(spec, batches, progress)
     loader = batches.loader
     limits = RunLimits.of(settings, loader)
+    course = schedule(settings, limits.total_steps)
     plan = plan_run(spec, limits, lengths(loader.sequences), progress)
     model = hub.load_model(spec.source, plan.dtype, spec.device, quantization=settings.stored_as())
     base_bytes = _base_bytes(model, spec)
@@ -118,8 +119,6 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
         loader.load_state(snapshot.state.data)
         here = checkpoint.environment(spec.device, plan.dtype, spec.quantization_values, choices.to_strings(chosen))
         state = _restore(snapshot, here, progress)
-    total, kind = limits.total_steps, settings.lr_scheduler_type
-    course = schedule(settings.learning_rate, total, settings.warmup_ratio, kind)
     return Run(
         spec=spec,
         plan=plan,
