@@ -46,7 +46,7 @@ DOORS = {  # third-party package -> the files or folders that may import it
     "tokenizers": ("hub",),
     "huggingface_hub": ("hub", "hub_cache.py"),
     "gguf": ("hub",),
-    "bitsandbytes": ("core/quantization/bitsandbytes.py",),
+    "bitsandbytes": ("core/quantization/bitsandbytes.py", "train/adamw8bit.py"),
     "torchao": ("core/quantization/torchao.py",),
     "hqq": ("core/quantization/hqq.py",),
     "matplotlib": ("report.py",),

@@ -220,7 +220,8 @@ DEFAULTS: dict[str, Default] = {
     "lora_ga_config": Default("Settings of the init lora_ga as a JSON object", None, "PEFT's values", "none", str),
     # optimizer
     "optimizer": Default(
-        "Select the optimizer: adamw, or lorafa, which freezes A and corrects B's gradient accordingly (LoRA-FA)",
+        "Select the optimizer: adamw; adamw8bit, with state in 8 bits (bitsandbytes); lorafa, which freezes A and "
+        "corrects B's gradient accordingly (LoRA-FA); or muon, which orthogonalizes the updates of A and B",
         "adamw",
         "lorafa saves memory, because only A's gradient needs the layer input, but learns slightly less",
     ),
@@ -242,7 +243,7 @@ DEFAULTS: dict[str, Default] = {
         list[str],
     ),
     "lr_scheduler_type": Default(
-        "Learning rate schedule after the warm-up: cosine, linear, constant, or wsd (constant, with a decay at the end)",
+        "Learning rate schedule after the warm-up: cosine, linear, constant, or wsd (constant, then a decay)",
         "cosine",
         "the rate ends near zero",
     ),

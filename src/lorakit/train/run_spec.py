@@ -23,7 +23,7 @@ from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration
 from lorakit.train import checkpoint, run_data, run_folder
 from lorakit.train.checkpoint import TrainState
-from lorakit.train.optimizer import Named
+from lorakit.train.optimizer import Named, check_optimizer
 from lorakit.train.progress import Progress
 from lorakit.train.schedule import Schedule
 from lorakit.train.settings import TrainSettings
@@ -88,6 +88,7 @@ class RunSpec:
         if quantization is not None:
             hub.require_quantizer(quantization)
         device = run_data.pick_device(settings.device)
+        check_optimizer(settings.optimizer, device)
         run_folder.check_output_dir(settings)
         folder, data = Path(settings.output_dir), run_data.read_data(settings)
         if settings.early_stopping_patience is not None and not data.held_out:

@@ -73,8 +73,8 @@ def schedule(settings: TrainSettings, total_steps: int) -> Schedule:
         warmup = math.ceil(ratio * total_steps)
     if warmup > total_steps:
         raise UsageError(
-            f"warmup_steps is {warmup}, but the run has only {total_steps} steps; pass a smaller --warmup-steps, or use "
-            "--warmup-ratio.",
+            f"warmup_steps is {warmup}, but the run has only {total_steps} steps; pass a smaller --warmup-steps, or "
+            "use --warmup-ratio.",
             what=warmup,
             field="warmup_steps",
         )
