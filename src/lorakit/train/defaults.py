@@ -21,6 +21,9 @@ WARMUP_RATIO = 0.05
 DECAY_RATIO = 0.2
 """Value of `decay_ratio` if it is not given, as in Hägele et al. 2024, arXiv:2405.18392."""
 
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
+"""Names of the trackers in `lorakit.train.trackers`, repeated here because that module imports torch."""
+
 
 @dataclass(frozen=True)
 class Default:
@@ -348,6 +351,13 @@ DEFAULTS: dict[str, Default] = {
     "early_stopping_patience": Default(
         "Stop after N evaluations without improvement", None, "the best step is kept in either case", "off", int
     ),
+    "report_to": Default(
+        f"Report the settings and metrics to trackers too: {', '.join(TRACKERS)}",
+        [],
+        "metrics.jsonl has all metrics, and a tracker is another package",
+        "none",
+        list[str],
+    ),
     "resume": Default(
         "Resume from the newest valid checkpoint in --output-dir, with the settings of that run",
         False,
@@ -357,7 +367,16 @@ DEFAULTS: dict[str, Default] = {
 }
 
 CHANGEABLE_ON_RESUME = frozenset(
-    {"eval_steps", "save_steps", "save_total_limit", "early_stopping_patience", "max_steps", "resume", "overwrite"}
+    {
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "early_stopping_patience",
+        "max_steps",
+        "report_to",
+        "resume",
+        "overwrite",
+    }
 )
 """Settings that may change when a run is resumed; changing any other setting raises an error that names it."""
 

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from lorakit.durable import parse_json
 from lorakit.errors import ConfigError, did_you_mean, nearest
 from lorakit.machine import DEVICE_FORM, is_device_name
-from lorakit.train.defaults import DEFAULTS, FORMATS, NAMES_ELSEWHERE, Stored
+from lorakit.train.defaults import DEFAULTS, FORMATS, NAMES_ELSEWHERE, TRACKERS, Stored
 
 if TYPE_CHECKING:
     from lorakit.config import LoraConfig
@@ -95,6 +95,18 @@ def _tokens(value: Given) -> list[str]:
     if twice:
         raise ValueError(f"{twice[0]!r} occurs twice")
     return list(value)
+
+
+def _trackers(value: Given) -> list[str]:
+    """Validate a list of trackers, also as comma-separated words; "none" is no tracker."""
+    words = _one_or_many(value)
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"it must be a list of {', '.join(TRACKERS)}")
+    names = [name.strip() for word in words for name in word.split(",")]
+    for name in names:
+        if name not in (*TRACKERS, "none"):
+            raise ValueError(f"it must be a list of {', '.join(TRACKERS)}, or none.{did_you_mean(name, TRACKERS)}")
+    return [name for name in dict.fromkeys(names) if name != "none"]
 
 
 def _columns(value: Given) -> dict[str, str]:
@@ -278,6 +290,7 @@ class TrainSettings(BaseModel):
     save_steps: int | None = _setting("save_steps", ge=1)
     save_total_limit: int = _setting("save_total_limit", ge=1)
     early_stopping_patience: int | None = _setting("early_stopping_patience", ge=1)
+    report_to: Annotated[list[str], BeforeValidator(_trackers)] = _setting("report_to")
     resume: bool = _setting("resume")
     overwrite: bool = _setting("overwrite")
 

@@ -40,6 +40,7 @@ from lorakit.train.run_plan import autotuned_choices, check_space, disk_space, p
 from lorakit.train.run_spec import ADAPTER, Run, RunLimits, RunPlan, RunSpec
 from lorakit.train.schedule import schedule
 from lorakit.train.settings import TrainSettings
+from lorakit.train.trackers import Trackers
 
 __all__ = ["RunResult", "run"]
 
@@ -72,6 +73,7 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
             current = prepare(spec, progress, started)
             check_space(spec, current.space, progress)
         held.enter_context(choices.activate(current.choices))
+        held.callback(lambda: current.trackers.close(current.status))
         _start(current)
         with _failure_recorded(current):
             Loop(current).steps()
@@ -135,6 +137,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
         base_bytes=base_bytes,
         progress=progress,
         started=started,
+        trackers=Trackers(progress.say),
         resumed_from=resumed_from,
         damaged=damaged,
         notes=notes,
@@ -256,6 +259,8 @@ def _start(current: Run) -> None:
         checkpoint.set_aside(path)
     if settings.resume:
         cut_metrics(folder, current.state.step if current.resumed_from else -1, current.state.evaluated_step)
+    ids = (current.spec.record or {}).get("trackers") or {}
+    current.trackers.open(settings.report_to, folder, settings.as_dict(), current.state.step, ids)
     write_record(folder, current.record())
 
 
