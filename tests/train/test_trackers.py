@@ -173,7 +173,7 @@ def test_a_run_that_fails_is_closed_as_failed(
     assert stand_in.calls[-1] == ("close", "failed")
 
 
-# --- the calls of each package, on stand-in modules
+# --- the calls of each package, on modules made here
 
 
 def module(name: str, **attributes: Any) -> types.ModuleType:

@@ -20,7 +20,7 @@ DTYPE_NAMES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16"
 """Short name of a dtype -> full name."""
 
 OPTIMIZERS = ("adamw", "adamw8bit", "lorafa", "muon")
-"""The optimizers: AdamW for all trainable parameters; AdamW with state in 8 bits; LoRA-FA, which freezes the factor
+"""The optimizers: AdamW for all trainable parameters; AdamW with 8-bit state; LoRA-FA, which freezes the factor
 that is not initialized to zero and trains the others with AdamW; or Muon for A and B, with AdamW for the rest.
 """
 

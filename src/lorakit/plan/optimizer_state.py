@@ -9,7 +9,7 @@ from lorakit.plan.params import Count, SiteCount
 from lorakit.targets.layer_types import EMBEDDING
 
 SMALLEST_8BIT = 4096
-"""Number of elements from which bitsandbytes stores the state of a tensor in 8 bits; below, the state is fp32."""
+"""Number of elements from which bitsandbytes uses 8-bit state for a tensor; below, the state is fp32."""
 
 BLOCK_8BIT = 256
 """Number of elements that share a scale in an 8-bit state."""

@@ -1,4 +1,4 @@
-"""AdamW from bitsandbytes, with its state in 8 bits.
+"""AdamW from bitsandbytes, with 8-bit state.
 
 Only this file and `lorakit.core.quantization.bitsandbytes` import bitsandbytes. The moments of a tensor with at least
 4096 elements are stored as 8-bit codes with one fp32 scale per 256 elements; smaller tensors have fp32 moments.

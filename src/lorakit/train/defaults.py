@@ -223,7 +223,7 @@ DEFAULTS: dict[str, Default] = {
     "lora_ga_config": Default("Settings of the init lora_ga as a JSON object", None, "PEFT's values", "none", str),
     # optimizer
     "optimizer": Default(
-        "Select the optimizer: adamw; adamw8bit, with state in 8 bits (bitsandbytes); lorafa, which freezes A and "
+        "Select the optimizer: adamw; adamw8bit, with 8-bit state (bitsandbytes); lorafa, which freezes A and "
         "corrects B's gradient accordingly (LoRA-FA); or muon, which orthogonalizes the updates of A and B",
         "adamw",
         "lorafa saves memory, because only A's gradient needs the layer input, but learns slightly less",

@@ -219,7 +219,7 @@ def clipped_step(
 
 
 LIKE_TENSOR = ("exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2")
-"""State entries with the shape of the trainable tensor: AdamW's moments (also in 8 bits), and Muon's momentum."""
+"""State entries with the shape of the trainable tensor: AdamW's moments (also 8-bit), and Muon's momentum."""
 
 OTHER_STATE = ("step", "absmax1", "absmax2", "qmap1", "qmap2")
 """Other state entries: the number of updates, and the scales and tables of values of 8-bit moments."""

@@ -98,7 +98,7 @@ def _tokens(value: Given) -> list[str]:
 
 
 def _trackers(value: Given) -> list[str]:
-    """Validate a list of trackers, also as comma-separated words; "none" is no tracker."""
+    """Validate a list of trackers, also as comma-separated words; "none" means an empty list."""
     words = _one_or_many(value)
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise ValueError(f"it must be a list of {', '.join(TRACKERS)}")

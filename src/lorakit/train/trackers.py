@@ -1,8 +1,8 @@
 """Experiment trackers that receive a run's settings and metrics: TensorBoard, trackio, Weights & Biases and MLflow.
 
-A tracker is optional and must not affect the run: it never asks for input, its output goes to stderr, the random number
-generators are restored after each call, and a tracker that fails is reported once and then left out. Only this module
-imports the trackers' packages.
+A tracker is optional and must not affect the run: it never waits for input, its output goes to stderr, the random
+number generators are restored after each call, and a tracker that fails is reported once and then left out. Only this
+module imports the trackers' packages.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MAX_PARAMETER = 500  # characters of a parameter's value, the limit of older ML
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told at the start.
+    """The description of a run that a tracker receives when it is opened.
 
     Attributes:
         folder: The run directory.
@@ -96,7 +96,13 @@ class _Trackio:
 
         self.id = run.tracker_id or f"{run.folder.name}-{secrets.token_hex(4)}"  # trackio finds a run by its name
         self._run = trackio.init(
-            project=PROJECT, name=self.id, config=dict(run.settings), resume="allow", embed=False, auto_log_gpu=False
+            project=PROJECT,
+            name=self.id,
+            config=dict(run.settings),
+            resume="allow",
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
         )
         self._finish, self.note = trackio.finish, f"trackio show --project {PROJECT}"
 
