@@ -22,6 +22,7 @@ COMMANDS: dict[str, str] = {
     "face": "bench_face.py",
     "products": "bench_products.py --repeats 5",
     "optimizer": "bench_optimizer.py",
+    "optimizers": "bench_optimizers.py --steps 10 --only adamw adamw8bit lorafa muon",
     "step": "bench_step.py --steps 4 --sides 'GEMM baseline' 'lorakit, frozen' lorakit peft",
     "step of peft's other settings": "bench_step.py --dropout 0.05 --allocators tuned "
     "--sides 'transformers, frozen' peft \"peft, adapters in the base's dtype\" 'peft, bf16 autocast'",

@@ -205,7 +205,7 @@ def test_lorafa_trains_one_factor_of_two(capsys: pytest.CaptureFixture[str]) -> 
     assert half["activations"] < whole["activations"]
     assert any("One factor of each site is frozen" in r for r in plans[1]["adapter"]["reasons"])
     assert main(["plan", "gpt2", "--optimizer", "sgd"]) == 2
-    assert "optimizer is 'sgd'; it must be adamw or lorafa." in capsys.readouterr().err
+    assert "optimizer is 'sgd'; it must be one of adamw, adamw8bit, lorafa, muon." in capsys.readouterr().err
 
 
 def test_experts_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

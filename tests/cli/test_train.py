@@ -680,6 +680,16 @@ def test_lorafa_and_rates_by_pattern_reach_the_run(train: Train, tmp_path: Path)
     assert norms["up_proj"] > 1e4 * norms["down_proj"]
 
 
+def test_a_schedule_with_a_warm_up_in_steps_and_an_optimizer_reach_the_run(train: Train, tmp_path: Path) -> None:
+    flags = ("--warmup-steps", "2", "--lr-scheduler-type", "wsd", "--decay-ratio", "0.5", "--optimizer", "adamw")
+    assert train(*flags, max_steps=8) == 0
+    rates = [row["learning_rate"] for row in _rows(tmp_path / "run") if "loss" in row]
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.01, 0.01, *(0.01 * (1 - (n / 4) ** 0.5) for n in (1, 2, 3))])
+    assert train("--warmup-steps", "9", max_steps=8, output_dir=tmp_path / "other") == 2
+    assert not (tmp_path / "other" / "run.json").exists()
+    assert train("--resume", max_steps=9) == 0
+
+
 def test_a_rate_for_no_module_is_refused_before_anything_is_loaded(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""One test per formula of docs/math.md, (17) to (19): the formula is written out here and compared with the code."""
+"""One test per formula of docs/math.md, (17) to (19) and (44) and (45): the formula is written out here and compared with the code."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.operations.rank_allocation import allocate
 from lorakit.core.optimizers import Pair, Rates, corrected_gradient, inverse_gram, rates_by_name, trained_parts
+from lorakit.train.muon import Muon
+from lorakit.train.schedule import Schedule
 
 
 def two_layers() -> nn.Module:
@@ -64,3 +66,41 @@ def test_ranks_follow_the_sensitivity_within_the_budget() -> None:
         best = ranks
     assert found.ranks == best
     assert found.ranks["0"] != found.ranks["2"]
+
+
+def test_the_rate_rises_is_constant_and_decays() -> None:
+    """(44)"""
+    eta, T, w, d = 0.3, 40, 4, 8
+    shapes = {
+        "constant": (w, lambda x: 1.0),
+        "linear": (w, lambda x: 1 - x),
+        "cosine": (w, lambda x: (1 + math.cos(math.pi * x)) / 2),
+        "wsd": (T - d, lambda x: 1 - math.sqrt(x)),
+    }
+    for kind, (t0, f) in shapes.items():
+        course = Schedule(eta, T, w, kind, d)  # type: ignore[arg-type]
+        for t in range(T):
+            expected = eta * (t + 1) / w if t < w else eta * f(max(0, t - t0) / (T - t0))
+            assert course.rate(t) == pytest.approx(expected)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
+def test_muon_orthogonalizes_the_mean_gradient() -> None:
+    """(45)"""
+    torch.manual_seed(0)
+    start, eta, decay = torch.randn(6, 40), 0.01, 0.1
+    theta = nn.Parameter(start.clone())
+    optimizer = Muon([{"params": [theta], "lr": eta, "weight_decay": decay}], None, lr=eta)
+    expected, M = start.clone(), torch.zeros(6, 40)
+    for _ in range(3):
+        theta.grad = g = torch.randn(6, 40)
+        optimizer.step()
+        M = 0.95 * M + 0.05 * g
+        X = (0.95 * M + 0.05 * g) / (0.95 * M + 0.05 * g).norm()
+        for _ in range(5):
+            gram = X @ X.T
+            X = 3.4445 * X - 4.775 * gram @ X + 2.0315 * gram @ gram @ X
+        assert 0.6 < float(torch.linalg.svdvals(X).min()) <= float(torch.linalg.svdvals(X).max()) < 1.3
+        expected = (1 - eta * decay) * expected - 0.2 * math.sqrt(40) * eta * X
+        assert 0.15 < float((0.2 * math.sqrt(40) * X).square().mean().sqrt()) < 0.25
+    torch.testing.assert_close(theta.detach(), expected, rtol=0.0, atol=1e-3)  # the iterations are in bf16

@@ -24,7 +24,7 @@ def test_short_words_for_dtypes() -> None:
         ({"batch_rows": 0}, "batch_rows is 0; it must be an integer >= 1."),
         ({"steps": 0}, "steps is 0; it must be an integer >= 1."),
         ({"dtype": "bfloat61"}, "dtype is 'bfloat61'.*Did you mean bfloat16?"),
-        ({"optimizer": "sgd"}, "optimizer is 'sgd'; it must be adamw or lorafa."),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; it must be one of adamw, adamw8bit, lorafa, muon."),
     ],
 )
 def test_what_a_job_cannot_be(fields: dict[str, Any], message: str) -> None:

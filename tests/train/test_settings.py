@@ -76,7 +76,7 @@ def test_rates_by_pattern_come_as_words_or_as_a_table() -> None:
         ({"memory_budget": "much"}, ("memory_budget is 'much'", "such as 4GiB or 800MB")),
         ({"learning_rat": 1.0}, ("learning_rat is not a setting", "Did you mean learning_rate?")),
         ({"zzz": 1}, ("zzz is not a setting", "lorakit train --help")),
-        ({"optimizer": "lora_fa"}, ("optimizer is 'lora_fa'", "'adamw' or 'lorafa'", "Did you mean lorafa?")),
+        ({"optimizer": "lora_fa"}, ("optimizer is 'lora_fa'", "'adamw8bit', 'lorafa' or 'muon'", "Did you mean lorafa?")),
         ({"quantization": "nf5"}, ("quantization is 'nf5'", "'hqq8'", "Did you mean nf4?")),
         ({"loraplus_lr_ratio": 0}, ("loraplus_lr_ratio is 0", "greater than 0")),
         ({"allocate_ranks": True}, ("allocate_ranks is True", "'none', 'gradients' or 'inputs'")),

@@ -243,12 +243,15 @@ class TrainedPart:
         parameter: The parameter.
         role: The parameter's role.
         site: Path of the site, or of the module that holds the parameter.
+        is_matrix: Whether the parameter is the A or B of one weight matrix: 2-D, not of an embedding or of several
+            experts.
     """
 
     name: str
     parameter: nn.Parameter
     role: Role
     site: str
+    is_matrix: bool = False
 
 
 @dataclass(frozen=True)
@@ -296,13 +299,20 @@ def trained_parts(model: nn.Module, name: str | None = None) -> list[TrainedPart
     Raises:
         AdapterError: The model does not have the adapter.
     """
-    known = roles(model)
+    known, stacks = roles(model), _stacks(model)
     parts = []
     for path, parameter in trainable_parameters(model, name):
         plain: Role = "vector" if parameter.ndim == 1 else "whole"
         role, site = known.get(id(parameter), (plain, _owner(path)))
-        parts.append(TrainedPart(path, parameter, role, site))
+        is_matrix = role in ("A", "B") and parameter.ndim == 2 and id(parameter) not in stacks
+        parts.append(TrainedPart(path, parameter, role, site, is_matrix))
     return parts
+
+
+def _stacks(model: nn.Module) -> set[int]:
+    """Return the ids of the factors that hold those of several experts."""
+    stacked = [layer for _, layer in layers(model) if layer.spec.experts > 1]
+    return {id(factor) for layer in stacked for adapter in layer.r for factor in layer.parameters_of(adapter)[:2]}
 
 
 def rates_by_name(parts: Sequence[TrainedPart], rates: Rates) -> dict[str, float]:

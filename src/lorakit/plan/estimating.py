@@ -17,6 +17,7 @@ from lorakit.plan import activations, flops, memory, params
 from lorakit.plan.flops import Flops
 from lorakit.plan.job import DTYPE_BYTES, MASTER_BYTES, Job, Speed
 from lorakit.plan.memory import Memory
+from lorakit.plan.optimizer_state import optimizer_state
 from lorakit.plan.params import Count, Group, RankTable, rank_table
 from lorakit.tables import format_percent
 from lorakit.targets import SEVERAL_MODULES
@@ -37,23 +38,28 @@ class FileSize:
     size_bytes: int
 
 
-def sizes(shape: ModelShape, counted: Count) -> list[FileSize]:
+def sizes(shape: ModelShape, counted: Count, optimizer: str = "adamw") -> list[FileSize]:
     """Return the sizes on disk for LoRA and for full fine-tuning. [docs/math.md (40)-(43)]
 
     Args:
         shape: Shape of the base.
         counted: The adapter's parameter counts.
+        optimizer: Value of `Job.optimizer`.
 
     Returns:
-        Sizes of the adapter, the adapter with Adam's two moments, the model, and a full fine-tuning checkpoint (fp32
-            with two moments).
+        Sizes of the adapter, the adapter with the state of its optimizer (Adam's two moments), the model, and a full
+            fine-tuning checkpoint (fp32 with two moments).
     """
     trained, held, base = counted.trainable, counted.saved_parameters, shape.parameters
-    whole = f"3 × 4 × {trained:,}" if held == trained else f"4 × {held:,} + 2 × 4 × {trained:,}"
+    formula, state = optimizer_state(counted, optimizer, MASTER_BYTES)
+    whole, what = f"4 × {held:,} + {formula}", "adapter with the state of its optimizer"
+    if state == 2 * MASTER_BYTES * trained:
+        whole = f"3 × 4 × {trained:,}" if held == trained else f"4 × {held:,} + 2 × 4 × {trained:,}"
+        what = "adapter with Adam's two moments"
     published = DTYPE_BYTES.get(shape.dtype, MASTER_BYTES)
     return [
         FileSize("adapter, fp32", f"4 × {held:,}", MASTER_BYTES * held),
-        FileSize("adapter with Adam's two moments", whole, MASTER_BYTES * (held + 2 * trained)),
+        FileSize(what, whole, MASTER_BYTES * held + state),
         FileSize(f"full model, {shape.dtype}", f"{published} × {base:,}", published * base),
         FileSize("full checkpoint with Adam's two moments", f"3 × 4 × {base:,}", 3 * MASTER_BYTES * base),
     ]
@@ -188,7 +194,7 @@ def estimate(
     shape = replicated(shape, config.layer_replication)
     config = dataclasses.replace(config, layer_replication=None)
     counted = params.count(shape, config, allow_partial=allow_partial, optimizer=job.optimizer)
-    on_disk = sizes(shape, counted)
+    on_disk = sizes(shape, counted, job.optimizer)
     saved = [file.size_bytes for file in on_disk]
     costs, costs_of_full = flops.lora(shape, counted, job), flops.full(shape, job)
     seconds = _token_seconds(shape, counted, costs, job, speed)

@@ -19,9 +19,9 @@ MASTER_BYTES = 4
 DTYPE_NAMES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 """Short name of a dtype -> full name."""
 
-OPTIMIZERS = ("adamw", "lorafa")
-"""The optimizers: AdamW for all trainable parameters, or LoRA-FA, which freezes the factor that is not initialized to
-zero and trains the other parameters with AdamW.
+OPTIMIZERS = ("adamw", "adamw8bit", "lorafa", "muon")
+"""The optimizers: AdamW for all trainable parameters; AdamW with 8-bit state; LoRA-FA, which freezes the factor
+that is not initialized to zero and trains the others with AdamW; or Muon for A and B, with AdamW for the rest.
 """
 
 RECOMPUTED = ("none", "feed-forward", "layers")
@@ -47,8 +47,7 @@ class Job:
         accumulation: Number of batches per optimizer step.
         steps: Number of optimizer steps, or None if unknown.
         dtype: Dtype of the base and of the computation.
-        optimizer: "adamw" or "lorafa"; both keep two fp32 moments per trainable parameter, but LoRA-FA trains only one
-            of the two factors.
+        optimizer: One of `OPTIMIZERS`; `lorakit.plan.optimizer_state` computes the size of its state.
         recompute: What the backward pass recomputes, one of `RECOMPUTED`.
         quantization: A name in `plan.quantized.STORAGES`, or None for a base in `dtype`.
         double_quantization: Whether to quantize the scales too, if the storage format supports it.
@@ -87,7 +86,7 @@ class Job:
         if self.quantization is not None:
             storage_named(self.quantization)
         if self.optimizer not in OPTIMIZERS:
-            raise ConfigError.of("optimizer", self.optimizer, " or ".join(OPTIMIZERS), allowed=OPTIMIZERS)
+            raise ConfigError.of("optimizer", self.optimizer, allowed=OPTIMIZERS)
         if self.recompute not in RECOMPUTED:
             raise ConfigError.of("recompute", self.recompute, allowed=RECOMPUTED)
 

@@ -13,6 +13,7 @@ from lorakit.architectures.shapes import ModelShape
 from lorakit.plan import accelerated, activations
 from lorakit.plan.activations import Activations
 from lorakit.plan.job import MASTER_BYTES, Job
+from lorakit.plan.optimizer_state import optimizer_state
 from lorakit.plan.params import Count
 from lorakit.plan.quantized import StoredBase, stored
 from lorakit.targets.layer_types import EMBEDDING
@@ -90,7 +91,7 @@ def _line(cause: str, equation: int, formula: str, size: int) -> Line:
 def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memory:
     """Return the memory use of a training step with LoRA. [docs/math.md (20)-(29)]
 
-    The base is frozen, the factors are in fp32, and the optimizer is AdamW or LoRA-FA.
+    The base is frozen, and the factors are in fp32.
 
     Args:
         shape: Shape of the base.
@@ -108,7 +109,7 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memo
     lines = [
         _weights(shape, itemsize, base),
         _line("adapter", 21, f"4 × {factors:,}{copied}", MASTER_BYTES * factors + itemsize * counted.copied),
-        _line("optimizer", 23, f"2 × (4 × {trained:,}{added})", 2 * (MASTER_BYTES * trained + itemsize * plain)),
+        _line("optimizer", 23, *optimizer_state(counted, job.optimizer, itemsize)),
         _line("gradients", 22, f"4 × {trained:,}{added}", MASTER_BYTES * trained + itemsize * plain),
         _activations(kept, job),
         _logits(shape, job, kept.of_blocks > 0 and accelerated.skips_logits(shape, counted)),

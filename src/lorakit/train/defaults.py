@@ -18,6 +18,15 @@ FORMATS = (
 )
 """Names of the shapes in `lorakit.data.shapes` that training supports, repeated here for the same reason."""
 
+WARMUP_RATIO = 0.05
+"""Value of `warmup_ratio` if neither it nor `warmup_steps` is given; both settings are None unless they are given."""
+
+DECAY_RATIO = 0.2
+"""Value of `decay_ratio` if it is not given, as in Hägele et al. 2024, arXiv:2405.18392."""
+
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
+"""Names of the trackers in `lorakit.train.trackers`, repeated here because that module imports torch."""
+
 
 @dataclass(frozen=True)
 class Default:
@@ -230,7 +239,8 @@ DEFAULTS: dict[str, Default] = {
     "lora_ga_config": Default("Settings of the init lora_ga as a JSON object", None, "PEFT's values", "none", str),
     # optimizer
     "optimizer": Default(
-        "Select the optimizer: adamw, or lorafa, which freezes A and corrects B's gradient accordingly (LoRA-FA)",
+        "Select the optimizer: adamw; adamw8bit, with 8-bit state (bitsandbytes); lorafa, which freezes A and "
+        "corrects B's gradient accordingly (LoRA-FA); or muon, which orthogonalizes the updates of A and B",
         "adamw",
         "lorafa saves memory, because only A's gradient needs the layer input, but learns slightly less",
     ),
@@ -252,10 +262,30 @@ DEFAULTS: dict[str, Default] = {
         list[str],
     ),
     "lr_scheduler_type": Default(
-        "Learning rate schedule after the warm-up: cosine, linear or constant", "cosine", "the rate ends near zero"
+        "Learning rate schedule after the warm-up: cosine, linear, constant, or wsd (constant, then a decay)",
+        "cosine",
+        "the rate ends near zero",
     ),
     "warmup_ratio": Default(
-        "Fraction of the steps over which the learning rate rises", 0.05, "Adam's early moment estimates are inaccurate"
+        "Fraction of the steps over which the learning rate rises",
+        None,
+        "Adam's early moment estimates are inaccurate",
+        str(WARMUP_RATIO),
+        float,
+    ),
+    "warmup_steps": Default(
+        "Number of steps over which the learning rate rises, instead of --warmup-ratio",
+        None,
+        "a fraction suits runs of any length",
+        "none",
+        int,
+    ),
+    "decay_ratio": Default(
+        "Fraction of the steps over which wsd decays",
+        None,
+        "with a decay of 20%, wsd reaches about the loss of cosine",
+        str(DECAY_RATIO),
+        float,
     ),
     "weight_decay": Default("AdamW weight decay for A and B", 0.0, "the low rank already limits the delta"),
     "max_grad_norm": Default(
@@ -337,6 +367,13 @@ DEFAULTS: dict[str, Default] = {
     "early_stopping_patience": Default(
         "Stop after N evaluations without improvement", None, "the best step is kept in either case", "off", int
     ),
+    "report_to": Default(
+        f"Report the settings and metrics to trackers too: {', '.join(TRACKERS)}",
+        [],
+        "metrics.jsonl has all metrics, and a tracker is another package",
+        "none",
+        list[str],
+    ),
     "resume": Default(
         "Resume from the newest valid checkpoint in --output-dir, with the settings of that run",
         False,
@@ -346,7 +383,16 @@ DEFAULTS: dict[str, Default] = {
 }
 
 CHANGEABLE_ON_RESUME = frozenset(
-    {"eval_steps", "save_steps", "save_total_limit", "early_stopping_patience", "max_steps", "resume", "overwrite"}
+    {
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "early_stopping_patience",
+        "max_steps",
+        "report_to",
+        "resume",
+        "overwrite",
+    }
 )
 """Settings that may change when a run is resumed; changing any other setting raises an error that names it."""
 
@@ -402,7 +448,6 @@ NAMES_ELSEWHERE = {
     "train_file": "data",
     "val_set_size": "eval_fraction",
     "val_size": "eval_fraction",
-    "warmup_steps": "warmup_ratio",
 }
 """Name of a setting in another tool (Axolotl, LLaMA-Factory, TRL, mlx-lm) -> name of the corresponding setting here."""
 

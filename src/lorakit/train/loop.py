@@ -107,6 +107,7 @@ class Loop:
 
     def _log(self, log: MetricsLog, row: dict[str, Any]) -> None:
         log.append(row)
+        self._run.trackers.log(row)
         if len(log.waiting) == 1:
             self._run.progress.say(
                 f"warning: {log.path}: the disk is full; new rows are kept in memory until there is space."

@@ -289,6 +289,7 @@ def _owner(folder: Path) -> int | None:
 
 ADAPTER_FOLDER = "adapter"
 PLOT_FILE = "loss.svg"
+TRACKER_FOLDERS = ("tensorboard", "wandb")
 _STEP_IN_NAME = re.compile(r"(?:checkpoint|adapter-only)-(\d{1,12})")
 
 
@@ -376,7 +377,7 @@ def holds_run(folder: Path) -> bool:
 def run_files(folder: Path) -> list[Path]:
     """Return the paths of all files and directories that a run writes, the record last; some may not exist."""
     found = [*checkpoints(folder), *adapters_only(folder), *sorted(folder.glob("damaged-checkpoint-*"))]
-    return found + [folder / name for name in (ADAPTER_FOLDER, PLOT_FILE, METRICS_FILE, RUN_FILE)]
+    return found + [folder / name for name in (ADAPTER_FOLDER, *TRACKER_FOLDERS, PLOT_FILE, METRICS_FILE, RUN_FILE)]
 
 
 def remove_run(folder: Path) -> None:

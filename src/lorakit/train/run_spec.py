@@ -24,11 +24,13 @@ from lorakit.speed import Acceleration
 from lorakit.tasks import TaskOnData
 from lorakit.train import checkpoint, run_data, run_folder
 from lorakit.train.checkpoint import TrainState
-from lorakit.train.optimizer import Named
+from lorakit.train.optimizer import Named, check_optimizer
 from lorakit.train.progress import Progress
+from lorakit.train.schedule import Schedule
 from lorakit.train.settings import TrainSettings
 from lorakit.train.settings_sources import complete
-from lorakit.train.step import Schedule, StepOptions
+from lorakit.train.step import StepOptions
+from lorakit.train.trackers import Trackers, check_trackers
 
 ADAPTER = "default"
 """Name under which the run's adapter is attached to the model."""
@@ -90,6 +92,8 @@ class RunSpec:
         if quantization is not None:
             hub.require_quantizer(quantization)
         device = run_data.pick_device(settings.device)
+        check_optimizer(settings.optimizer, device)
+        check_trackers(settings.report_to)
         run_folder.check_output_dir(settings)
         folder, data = Path(settings.output_dir), run_data.read_data(settings)
         if settings.early_stopping_patience is not None and not data.held_out:
@@ -231,6 +235,7 @@ class Run:
         started: Value of `time.perf_counter()` when `run` was called.
         resumed_from: The checkpoint from which the run was resumed, or None.
         damaged: Damaged checkpoints newer than `resumed_from`.
+        trackers: The trackers that receive the metrics; none is open before the run starts.
         status: "running", "failed", "interrupted", "stopped early" or "finished".
         notes: Messages for the user, repeated in the result.
     """
@@ -250,6 +255,7 @@ class Run:
     base_bytes: int
     progress: Progress
     started: float
+    trackers: Trackers
     resumed_from: Path | None = None
     damaged: tuple[Path, ...] = ()
     status: str = "running"
@@ -301,4 +307,5 @@ class Run:
             "data": self.batches.train_report.as_dict(),
             "evaluation_data": held_out.as_dict() if held_out else None,
             "plan": dict(self.plan.values),
+            "trackers": dict(self.trackers.ids),
         }

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from lorakit.durable import parse_json
 from lorakit.errors import ConfigError, did_you_mean, nearest
 from lorakit.machine import DEVICE_FORM, is_device_name
-from lorakit.train.defaults import CONVERT_ADVICE, DEFAULTS, FORMATS, NAMES_ELSEWHERE, Stored
+from lorakit.train.defaults import CONVERT_ADVICE, DEFAULTS, FORMATS, NAMES_ELSEWHERE, TRACKERS, Stored
 
 if TYPE_CHECKING:
     from lorakit.config import LoraConfig, TaskType
@@ -32,8 +32,8 @@ Given: TypeAlias = "JsonValue | Path | Sequence[str | Path] | Mapping[str, float
 
 Value = TypeVar("Value")
 Dtype = Literal["auto", "bfloat16", "float32"]
-Scheduler = Literal["cosine", "linear", "constant"]
-Optimizer = Literal["adamw", "lorafa"]
+Scheduler = Literal["cosine", "linear", "constant", "wsd"]
+Optimizer = Literal["adamw", "adamw8bit", "lorafa", "muon"]
 Bias = Literal["none", "all", "lora_only"]
 OnBadRow = Literal["stop", "skip"]
 TooLong = Literal["truncate", "drop", "split", "error"]
@@ -97,6 +97,18 @@ def _tokens(value: Given) -> list[str]:
     if twice:
         raise ValueError(f"{twice[0]!r} occurs twice")
     return list(value)
+
+
+def _trackers(value: Given) -> list[str]:
+    """Validate a list of trackers, also as comma-separated words; "none" means an empty list."""
+    words = _one_or_many(value)
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"it must be a list of {', '.join(TRACKERS)}")
+    names = [name.strip() for word in words for name in word.split(",")]
+    for name in names:
+        if name not in (*TRACKERS, "none"):
+            raise ValueError(f"it must be a list of {', '.join(TRACKERS)}, or none.{did_you_mean(name, TRACKERS)}")
+    return [name for name in dict.fromkeys(names) if name != "none"]
 
 
 def _columns(value: Given) -> dict[str, str]:
@@ -258,7 +270,9 @@ class TrainSettings(BaseModel):
     loraplus_lr_embedding: float | None = _setting("loraplus_lr_embedding", gt=0)
     learning_rate_pattern: Annotated[dict[str, float], BeforeValidator(_rates)] = _setting("learning_rate_pattern")
     lr_scheduler_type: Scheduler = _setting("lr_scheduler_type")
-    warmup_ratio: float = _setting("warmup_ratio", ge=0, le=1)
+    warmup_ratio: float | None = _setting("warmup_ratio", ge=0, le=1)
+    warmup_steps: int | None = _setting("warmup_steps", ge=0)
+    decay_ratio: float | None = _setting("decay_ratio", gt=0, le=1)
     weight_decay: float = _setting("weight_decay", ge=0)
     max_grad_norm: float = _setting("max_grad_norm", ge=0)
     max_steps: int | None = _setting("max_steps", ge=1)
@@ -280,6 +294,7 @@ class TrainSettings(BaseModel):
     save_steps: int | None = _setting("save_steps", ge=1)
     save_total_limit: int = _setting("save_total_limit", ge=1)
     early_stopping_patience: int | None = _setting("early_stopping_patience", ge=1)
+    report_to: Annotated[list[str], BeforeValidator(_trackers)] = _setting("report_to")
     resume: bool = _setting("resume")
     overwrite: bool = _setting("overwrite")
 
@@ -300,11 +315,26 @@ class TrainSettings(BaseModel):
             )
         if self.recompute != "none" or self.gradient_checkpointing:
             _ = self.recomputed  # raises if the options conflict with each other or with the memory budget
+        self._check_rates()
+
+    def _check_rates(self) -> None:
+        """Check that the settings of the optimizer and of the schedule fit each other."""
         if self.optimizer == "lorafa" and self.loraplus_lr_ratio is not None:
             raise ConfigError(
                 "loraplus_lr_ratio cannot be combined with optimizer lorafa, which freezes A, so there is no ratio of "
                 "learning rates; omit one of them.",
                 field="loraplus_lr_ratio",
+            )
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ConfigError(
+                "warmup_steps and warmup_ratio both set the length of the warm-up; omit one of them.",
+                field="warmup_steps",
+            )
+        if self.decay_ratio is not None and self.lr_scheduler_type != "wsd":
+            raise ConfigError(
+                f"decay_ratio applies only to lr_scheduler_type wsd, but lr_scheduler_type is "
+                f"{self.lr_scheduler_type}; omit decay_ratio, or use wsd.",
+                field="decay_ratio",
             )
 
     @property

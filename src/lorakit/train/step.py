@@ -1,4 +1,4 @@
-"""One optimizer step: learning rate, forward and backward passes over the step's batches, clipping, and the update.
+"""One optimizer step: forward and backward passes over the step's batches, clipping, and the update.
 
 The loss of a batch is a sum, not a mean, over the tokens that contribute to it, so the gradient does not depend on how
 a step is split into batches. Files, evaluation intervals and progress output are handled elsewhere.
@@ -21,56 +21,6 @@ from lorakit.plan.job import RECOMPUTED
 from lorakit.speed import Acceleration
 from lorakit.tasks import LossSum, loss_sum
 from lorakit.train.optimizer import Named, clipped_step, gradient_norm, set_rate
-from lorakit.train.settings import Scheduler
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Stateless learning rate schedule: a warm-up, then cosine decay, linear decay or a constant rate.
-
-    Attributes:
-        peak: Learning rate at the end of the warm-up.
-        total_steps: Number of optimizer steps in the run.
-        warmup_steps: Number of steps over which the rate rises linearly; the first step already has a rate above 0.
-        kind: Shape after the warm-up: "cosine" or "linear" decay toward zero at `total_steps`, or "constant".
-    """
-
-    peak: float
-    total_steps: int
-    warmup_steps: int
-    kind: Scheduler
-
-    def rate(self, step: int) -> float:
-        """Return the learning rate for a step.
-
-        Args:
-            step: Step number, starting at 0.
-
-        Returns:
-            The rate: at most `peak`, and above 0 for every step of the run.
-        """
-        if step < self.warmup_steps:
-            return self.peak * (step + 1) / self.warmup_steps
-        if self.kind == "constant":
-            return self.peak
-        # the first step after the warm-up has the peak rate; a step after the last one would have a rate of zero
-        left = max(0.0, 1 - (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
-        return self.peak * (left if self.kind == "linear" else (1 - math.cos(math.pi * left)) / 2)
-
-
-def schedule(peak: float, total_steps: int, warmup_ratio: float, kind: Scheduler) -> Schedule:
-    """Build a schedule whose warm-up takes a given fraction of the steps.
-
-    Args:
-        peak: The maximum learning rate.
-        total_steps: Number of optimizer steps in the run, at least 1.
-        warmup_ratio: Fraction of the steps used for the warm-up, in [0, 1]; the number of steps is rounded up.
-        kind: Shape after the warm-up, as in `Schedule`.
-
-    Returns:
-        The schedule.
-    """
-    return Schedule(peak, total_steps, math.ceil(warmup_ratio * total_steps), kind)
 
 
 @contextlib.contextmanager

@@ -41,8 +41,9 @@ from lorakit.train.run_data import RunBatches, make_batches
 from lorakit.train.run_folder import cut_metrics, remove_run, unlock, write_record
 from lorakit.train.run_plan import autotuned_choices, check_space, disk_space, plan_run
 from lorakit.train.run_spec import ADAPTER, Run, RunLimits, RunPlan, RunSpec
+from lorakit.train.schedule import schedule
 from lorakit.train.settings import TrainSettings
-from lorakit.train.step import schedule
+from lorakit.train.trackers import Trackers
 
 __all__ = ["RunResult", "run"]
 
@@ -75,6 +76,7 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
             current = prepare(spec, progress, started)
             check_space(spec, current.space, progress)
         held.enter_context(choices.activate(current.choices))
+        held.callback(lambda: current.trackers.close(current.status))
         _start(current)
         with _failure_recorded(current):
             Loop(current).steps()
@@ -102,6 +104,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     _report_data(spec, batches, progress)
     loader = batches.loader
     limits = RunLimits.of(settings, loader)
+    course = schedule(settings, limits.total_steps)
     plan = plan_run(spec, limits, lengths(loader.sequences), progress)
     _seed_everything(settings.seed)  # a new head is initialized while the model is loaded
     model, spec = _loaded(spec, plan, progress)
@@ -122,8 +125,6 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
         loader.load_state(snapshot.state.data)
         here = checkpoint.environment(spec.device, plan.dtype, spec.quantization_values, choices.to_strings(chosen))
         state = _restore(snapshot, here, progress)
-    total, kind = limits.total_steps, settings.lr_scheduler_type
-    course = schedule(settings.learning_rate, total, settings.warmup_ratio, kind)
     return Run(
         spec=spec,
         plan=plan,
@@ -140,6 +141,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
         base_bytes=base_bytes,
         progress=progress,
         started=started,
+        trackers=Trackers(progress.say),
         resumed_from=resumed_from,
         damaged=damaged,
         notes=notes,
@@ -280,6 +282,8 @@ def _start(current: Run) -> None:
         checkpoint.set_aside(path)
     if settings.resume:
         cut_metrics(folder, current.state.step if current.resumed_from else -1, current.state.evaluated_step)
+    ids = (current.spec.record or {}).get("trackers") or {}
+    current.trackers.open(settings.report_to, folder, settings.as_dict(), current.state.step, ids)
     write_record(folder, current.record())
 
 

@@ -15,13 +15,12 @@ from torch import nn
 
 from lorakit.core.files.tensor_file import encode
 from lorakit.errors import RunError
-from lorakit.train import optimizer as flat
+from lorakit.train import flat_adamw as flat
+from lorakit.train.flat_adamw import FlatAdamW, is_packable
 from lorakit.train.optimizer import (
-    FlatAdamW,
     build_adamw,
     clipped_step,
     gradient_norm,
-    is_packable,
     load_state_tensors,
     set_rate,
     state_tensors,

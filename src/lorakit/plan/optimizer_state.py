@@ -1,0 +1,100 @@
+"""Size of the optimizer state, which depends on the optimizer and, for some optimizers, on the shape of each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from lorakit.plan.params import Count, SiteCount
+from lorakit.targets.layer_types import EMBEDDING
+
+SMALLEST_8BIT = 4096
+"""Number of elements from which bitsandbytes uses 8-bit state for a tensor; below, the state is fp32."""
+
+BLOCK_8BIT = 256
+"""Number of elements that share a scale in an 8-bit state."""
+
+_CODE_TABLES = 2 * 256 * 4  # the two tables of 8-bit values, which all tensors share
+_MASTER_BYTES = 4
+
+
+@dataclass(frozen=True)
+class TrainedTensor:
+    """A trained tensor.
+
+    Attributes:
+        elements: Number of elements.
+        itemsize: Bytes per element.
+        is_matrix: Whether the tensor is the A or B of one weight matrix, which Muon orthogonalizes.
+    """
+
+    elements: int
+    itemsize: int
+    is_matrix: bool = False
+
+
+def optimizer_state(counted: Count, optimizer: str, itemsize: int) -> tuple[str, int]:
+    """Return the formula and the size in bytes of the optimizer state.   [docs/math.md (23)]
+
+    Args:
+        counted: The adapter's parameter counts.
+        optimizer: A value in `lorakit.plan.job.OPTIMIZERS`.
+        itemsize: Bytes per element of saved modules and of trained biases of the base, which have the base's dtype.
+    """
+    return _STATES[optimizer](list(_tensors(counted, itemsize)))
+
+
+def _tensors(counted: Count, itemsize: int) -> Iterator[TrainedTensor]:
+    """Yield the trained tensors; a saved module, and all trained biases together, count as one tensor each."""
+    for site in counted.sites:
+        yield from _factors(site)
+    for elements in counted.rows.values():
+        yield TrainedTensor(elements, _MASTER_BYTES)
+    for elements in (*counted.saved.values(), counted.biases):
+        yield TrainedTensor(elements, itemsize)
+
+
+def _factors(site: SiteCount) -> Iterator[TrainedTensor]:
+    """Yield the trained factors of a site, and the variant's own tensors as one tensor."""
+    is_matrix, missing = site.kind != EMBEDDING and site.experts == 1, min(0, site.own_numbers)
+    for name, features in (("A", site.in_features), ("B", site.out_features)):
+        if name != site.frozen_factor:
+            yield TrainedTensor(site.experts * site.rank * features + missing, _MASTER_BYTES, is_matrix)
+            missing = 0
+    yield TrainedTensor(max(0, site.own_numbers), _MASTER_BYTES)
+
+
+def _moments(tensors: Sequence[TrainedTensor]) -> tuple[str, int]:
+    """Return the formula and the size of two values per element, in the dtype of each tensor."""
+    master = sum(tensor.elements for tensor in tensors if tensor.itemsize == _MASTER_BYTES)
+    others = {tensor.itemsize for tensor in tensors if tensor.elements} - {_MASTER_BYTES}
+    parts = [f"4 × {master:,}"]
+    for itemsize in sorted(others):
+        parts.append(f"{itemsize} × {sum(t.elements for t in tensors if t.itemsize == itemsize):,}")
+    return f"2 × ({' + '.join(parts)})", 2 * sum(tensor.elements * tensor.itemsize for tensor in tensors)
+
+
+def _eight_bit(tensors: Sequence[TrainedTensor]) -> tuple[str, int]:
+    """Return the formula and the size of two bytes per element with a scale per block, or of two fp32 values."""
+    large = [tensor.elements for tensor in tensors if tensor.elements >= SMALLEST_8BIT]
+    small = sum(tensor.elements for tensor in tensors if tensor.elements < SMALLEST_8BIT)
+    blocks = sum(-(-elements // BLOCK_8BIT) for elements in large)
+    size = 2 * (sum(large) + 4 * blocks + 4 * small) + (_CODE_TABLES if large else 0)
+    tables = f" + {_CODE_TABLES:,}" if large else ""
+    return f"2 × ({sum(large):,} + 4 × {blocks:,} blocks + 4 × {small:,}){tables}", size
+
+
+def _muon(tensors: Sequence[TrainedTensor]) -> tuple[str, int]:
+    """Return the formula and the size of one value per element of a matrix, and two per element of other tensors."""
+    matrices = sum(tensor.elements for tensor in tensors if tensor.is_matrix)
+    others = [tensor for tensor in tensors if not tensor.is_matrix and tensor.elements]
+    formula, size = _moments(others) if others else ("", 0)
+    return f"4 × {matrices:,}" + (f" + {formula}" if formula else ""), _MASTER_BYTES * matrices + size
+
+
+_STATES: dict[str, Callable[[Sequence[TrainedTensor]], tuple[str, int]]] = {
+    "adamw": _moments,
+    "adamw8bit": _eight_bit,
+    "lorafa": _moments,  # the frozen factors are not among the trained tensors
+    "muon": _muon,
+}
