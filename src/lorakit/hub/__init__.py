@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from lorakit.hub.calibration import Calibration, DtypeChoice, calibrate, choose_dtype
 from lorakit.hub.models import (
+    TOKENIZER_FILES,
     AddedTokens,
     adapter_tokenizer,
     add_tokens,
@@ -25,6 +26,7 @@ from lorakit.hub.sources import ModelSource, require, resolve
 
 __all__ = [
     "PACKAGED",
+    "TOKENIZER_FILES",
     "AddedTokens",
     "Calibration",
     "DtypeChoice",

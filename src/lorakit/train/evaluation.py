@@ -20,7 +20,7 @@ from lorakit.data import Batch, Request, Tokenizer, by_length, encode, padding_i
 from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration, accelerate
-from lorakit.train.run_data import max_length_for, pick_device
+from lorakit.train.run_data import SavedTokenizer, max_length_for, pick_device
 from lorakit.train.step import loss_sum, oom_advice_for_evaluation, oom_as_run_error
 
 
@@ -199,7 +199,7 @@ def _measured(model: nn.Module, batches: Callable[[], Iterable[Batch]], where: t
     return found
 
 
-def own_tokenizer(folder: str, tokenizer: Tokenizer) -> Tokenizer | None:
+def own_tokenizer(folder: str, tokenizer: Tokenizer) -> SavedTokenizer | None:
     """Return the tokenizer in an adapter's directory if it differs from the base's, else None.
 
     Args:

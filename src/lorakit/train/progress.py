@@ -50,11 +50,12 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
     def train_row(self, row: Mapping[str, Any]) -> None:
         """Report the metrics of a step."""
 
-    def eval_row(self, row: Mapping[str, Any]) -> None:
-        """Print the metrics of an evaluation."""
+    def eval_row(self, row: Mapping[str, Any], what: str = "") -> None:
+        """Print the metrics of an evaluation, and what was evaluated unless it is the adapter in training."""
+        of = f" ({what})" if what else ""
         self.say(
-            f"evaluation at step {row['step']}: loss {row['eval_loss']:.4f}, perplexity {row['eval_perplexity']:.2f} "
-            f"over {row['eval_tokens']:,} tokens"
+            f"evaluation at step {row['step']}{of}: loss {row['eval_loss']:.4f}, perplexity "
+            f"{row['eval_perplexity']:.2f} over {row['eval_tokens']:,} tokens"
         )
 
     def busy(self, what: str) -> None:

@@ -44,7 +44,8 @@ class RunResult:
         steps: Number of optimizer steps taken.
         total_steps: Total number of optimizer steps in the run.
         adapter_step: The step at which `adapter` was saved; None after an interruption.
-        first_loss: Evaluation loss of the base, or None without evaluation data.
+        first_loss: Evaluation loss before the first step, of the base or of the adapter that the run starts from; None
+            without evaluation data.
         best_loss: Lowest evaluation loss after the first step, or None.
         adapter_loss: Evaluation loss at `adapter_step`, or None; exceeds `best_loss` if the best checkpoint was lost.
         trainable_parameters: Number of trainable parameters.
@@ -153,7 +154,8 @@ def finish(run: Run) -> RunResult:
         notes.append(_plot_loss(folder, f"{run.spec.source.base_name}: loss by step"))
         loss = state.loss_at(step)
         if loss is not None and state.first_loss is not None and loss >= state.first_loss:
-            notes.append("The adapter is not better than the base on the evaluation data; do not use it.")
+            before = run.spec.before_training
+            notes.append(f"The adapter is not better than {before} on the evaluation data; do not use it.")
     result = RunResult(
         folder=folder,
         ending=run.status,
@@ -209,7 +211,7 @@ def _publish(run: Run, step: int, source: Path, notes: list[str]) -> Path:
     try:
         return publish_adapter(run, step, source)
     except DiskError as cause:
-        if run.spec.forecast.new_tokens is not None:  # the base tokenizer lacks the new tokens
+        if run.spec.has_own_tokenizer:  # the base's differs from it
             raise
         adapter = publish_adapter(run, step, source, with_tokenizer=False)
         notes.append(f"{cause} {adapter} was saved without a tokenizer; use the base's.")

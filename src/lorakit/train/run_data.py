@@ -58,13 +58,16 @@ class Forecast:
     new_tokens: NewTokens | None = None
 
 
-def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: data.Tokenizer) -> Forecast:
+def forecast(
+    settings: TrainSettings, source: hub.ModelSource, tokenizer: data.Tokenizer, config: LoraConfig | None = None
+) -> Forecast:
     """Read the model's shape and check the targets and the maximum length against it; no weights are loaded.
 
     Args:
         settings: Settings for the adapter and the maximum length.
         source: The model.
         tokenizer: The model's tokenizer; new tokens are added to it in place.
+        config: The config of an existing adapter; None builds the config of a new adapter from the settings.
 
     Returns:
         The properties of the run that are known before the data is tokenized.
@@ -76,7 +79,7 @@ def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: data.T
         UsageError: `max_length` is not the default and exceeds the model's limit.
     """
     shape = hub.shape_of(source)
-    config, new, notes = settings.lora_config(), None, []
+    config, new, notes = config or settings.lora_config(), None, []
     length = max_length_for(shape, settings.max_length)
     if length != settings.max_length:
         notes.append(f"maximum sequence length: {length:,} tokens (the model's limit)")

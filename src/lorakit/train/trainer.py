@@ -113,6 +113,8 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     chosen = autotuned_choices(spec, plan.dtype, model, acceleration, loader, before, progress)
     _seed_everything(settings.seed)
     state = checkpoint.TrainState()
+    if snapshot is None and spec.start is not None and spec.start.optimizer is not None:
+        load_state_tensors(optimizer, named, checkpoint.load(spec.start.optimizer).optimizer)
     if snapshot is not None:
         load_state_tensors(optimizer, named, snapshot.optimizer)
         loader.load_state(snapshot.state.data)
