@@ -139,6 +139,8 @@ def test_where_an_adapter_comes_from_is_recorded(run: Run, other: list[Path], tm
     facts = core.inspect_adapter(folder / "adapter").facts["training"]
     assert facts["from_adapter"] == {**origin, "eval_loss": result["first_loss"]}
     assert facts["base_eval_loss"] is None
+    card = (folder / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "| start | adapter source (3 steps) |" in card
     assert record(source)["from_adapter"] is None
     again = further(run, "again", folder / "checkpoint-2", data=other)
     assert record(again)["from_adapter"]["steps"] == 3 + 2

@@ -22,7 +22,7 @@ from lorakit.hub.models import (
 from lorakit.hub.packaged import PACKAGED, packaged_directory
 from lorakit.hub.quantizing import quantization_metadata, require_quantizer
 from lorakit.hub.shapes import shape_of, shape_of_module, skeleton
-from lorakit.hub.sources import ModelSource, require, resolve
+from lorakit.hub.sources import ModelSource, check_upload, is_hub_id, push_folder, require, resolve
 
 __all__ = [
     "PACKAGED",
@@ -35,10 +35,13 @@ __all__ = [
     "add_tokens",
     "calibrate",
     "chat_template_hash",
+    "check_upload",
     "choose_dtype",
+    "is_hub_id",
     "load_model",
     "load_tokenizer",
     "packaged_directory",
+    "push_folder",
     "quantization_metadata",
     "require",
     "require_quantizer",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import shutil
 import time
@@ -21,16 +20,12 @@ from lorakit.machine import peak_rss_bytes
 from lorakit.report import loss_plot, read_metrics
 from lorakit.tables import format_bytes, format_percent, format_rate, format_seconds
 from lorakit.train import checkpoint, run_folder
+from lorakit.train.model_card import evaluation_line, model_card
 from lorakit.train.run_adapter import write_tokenizer
 from lorakit.train.run_spec import Run
 
 _WEIGHTS = "adapter_model.safetensors"
 _CHECKPOINT_ONLY = {checkpoint.MANIFEST, checkpoint.STATE, checkpoint.OPTIMIZER, checkpoint.RANDOM}
-
-_RESIZE = """rows = len(AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER"))
-if rows > base.get_input_embeddings().num_embeddings:  # peft needs this for the new tokens; lorakit resizes on its own
-    base.resize_token_embeddings(rows)
-"""
 
 
 @dataclass(frozen=True)
@@ -95,7 +90,7 @@ class RunResult:
         if verbose and rate:
             planned = f" (estimated {format_rate(rate, 'tokens/s')})"
         lines = [
-            _evaluation_line(self.first_loss, self.best_loss, self.adapter_loss),
+            evaluation_line(None if self.best_loss is None else self.first_loss, self.adapter_loss),
             f"Adapter: {self.adapter} (step {self.adapter_step}, {format_bytes(self.adapter_bytes)})",
             f"{'Stopped early' if self.ending == 'stopped early' else 'Finished'} at step {self.steps} of "
             f"{self.total_steps} in {format_seconds(self.seconds)}, {speed}{planned}, peak memory "
@@ -242,7 +237,7 @@ def publish_adapter(run: Run, step: int, source: Path, *, with_tokenizer: bool =
                 _copy(path, temporary / path.name, linked=linked)
         if with_tokenizer:
             write_tokenizer(run.spec.tokenizer, temporary)
-        durable.write_text(temporary / "README.md", model_card(run, step))
+        durable.write_text(temporary / "README.md", model_card(temporary, run.trainable_parameters, run.record()))
     return final
 
 
@@ -262,57 +257,3 @@ def _plot_loss(folder: Path, title: str) -> str:
     except (MissingExtra, DiskError) as cause:
         return str(cause)
     return f"Loss by step: {path}"
-
-
-def _evaluation_line(first: float | None, best: float | None, adapter: float | None) -> str:
-    if best is None:
-        return "Evaluation: not measured (no evaluation data)"
-    before = f"{math.exp(min(first, 700)):.2f} → " if first is not None else ""
-    after = "not measured at the step of this adapter" if adapter is None else f"{math.exp(min(adapter, 700)):.2f}"
-    return f"Evaluation perplexity: {before}{after}"
-
-
-def model_card(run: Run, step: int) -> str:
-    """Return an adapter's README: config, training, result and usage, with the metadata that model hubs read.
-
-    Args:
-        run: The run.
-        step: The step at which the adapter was saved.
-    """
-    spec, settings, state = run.spec, run.spec.settings, run.state
-    base = spec.source.recorded_name
-    named = f"base_model: {base}\n" if base else ""
-    tokens = ", ".join(f"`{token}`" for token in settings.new_tokens).replace("|", r"\|")
-    row = f"| new tokens | {tokens} |\n" if tokens else ""
-    targets = settings.target_modules or settings.target_parameters or []
-    return f"""---
-library_name: peft
-tags:
-- lora
-- lorakit
-{named}---
-
-# LoRA adapter for {spec.source.base_name}
-
-{run.trainable_parameters:,} trained parameters; the frozen base has {run.total_parameters:,}. Rank {settings.r},
-alpha {settings.lora_alpha:g}, target modules: {targets if isinstance(targets, str) else ", ".join(targets)}.
-
-| | |
-|---|---|
-{row}| data | {", ".join(Path(path).name for path in settings.data)} |
-| training | {step} of {run.limits.total_steps} steps, learning rate {settings.learning_rate:g}, seed {settings.seed} |
-| result | {_evaluation_line(state.first_loss, state.best_loss, state.loss_at(step))} |
-| precision | base {run.plan.dtype}, adapter float32 |
-| versions | {", ".join(f"{name} {version}" for name, version in run_folder.versions().items())} |
-
-```python
-from lorakit import PeftModel  # or: from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-base = AutoModelForCausalLM.from_pretrained({base or "PATH_OF_THE_BASE"!r})
-{_RESIZE if tokens else ""}model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
-```
-
-Limitations: evaluated only on the data above. The base's license and limitations also apply.
-"""
