@@ -314,6 +314,22 @@ def test_the_base_is_checked_and_may_be_missing(run: Run, tmp_path: Path, tiny_m
     assert not (tmp_path / "further").exists()
 
 
+def test_a_run_never_removes_the_adapter_that_it_starts_from(run: Run, tmp_path: Path) -> None:
+    source = run("source", max_steps=1)
+    with pytest.raises(UsageError) as caught:
+        further(run, "source", source, overwrite=True)
+    assert caught.value.field == "overwrite" and (source / "adapter" / WEIGHTS).is_file()
+
+
+def test_a_base_that_only_the_adapter_names(run: Run, tmp_path: Path, tiny_model_directory: Path) -> None:
+    source = run("source", max_steps=1)
+    tiny_model_directory.rename(tmp_path / "moved")
+    with pytest.raises(ModelError) as caught:
+        further(run, "further", source)
+    assert caught.value.field == "model" and str(source) in str(caught.value)
+    further(run, "further", source, model=tmp_path / "moved", max_steps=1)
+
+
 def test_an_adapter_that_does_not_fit_the_base(run: Run, tmp_path: Path, tiny_gpt2: Any, tiny_tokenizer: Any) -> None:
     source = run("source", max_steps=1)
     tiny_gpt2.save_pretrained(tmp_path / "gpt2")

@@ -18,7 +18,7 @@ from torch import nn
 
 from lorakit import hub
 from lorakit.data import Loader, Split, StoredRecords, read_template
-from lorakit.errors import AdapterFileError, RunError, TargetError, UsageError
+from lorakit.errors import AdapterFileError, ModelError, RunError, TargetError, UsageError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration
 from lorakit.train import checkpoint, run_data, run_folder
@@ -109,7 +109,7 @@ class RunSpec:
         if record is not None:
             _check_same_data(folder, record, hashes)
             _check_steps_left(folder, settings.max_steps)
-        source = hub.resolve(settings.base, progress.say)
+        source = _source(settings, given, progress)
         hub.require(source, tokenizer=True)
         quantization = hub.stored_as_files(source, quantization)
         tokenizer, is_own = _tokenizer(settings, source, start)
@@ -131,6 +131,17 @@ class RunSpec:
     def quantization_values(self) -> dict[str, Any] | None:
         """The base's quantization as a dict of plain JSON values, or None."""
         return None if self.quantization is None else hub.quantization_metadata(self.quantization)
+
+
+def _source(settings: TrainSettings, given: TrainSettings, progress: Progress) -> hub.ModelSource:
+    """Return the base, which only the start adapter names if the user did not."""
+    try:
+        return hub.resolve(settings.base, progress.say)
+    except ModelError as cause:
+        if given.model is not None:
+            raise
+        text = f"{cause} The adapter {settings.from_adapter} names this base; pass --model if it is somewhere else."
+        raise ModelError(text, **{**cause.fields, "field": "model"}) from cause
 
 
 def _tokenizer(

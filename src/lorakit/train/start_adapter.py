@@ -120,6 +120,7 @@ def start_adapter(settings: TrainSettings, record: Mapping[str, Any] | None) -> 
     Raises:
         AdapterFileError: The adapter is missing, damaged or not supported.
         ModelError: The adapter is on the Hub and cannot be downloaded.
+        UsageError: `overwrite` would remove the adapter.
         RunError: The optimizer state cannot be used; or the run is resumed without a valid checkpoint, and the adapter
             has changed.
     """
@@ -130,6 +131,13 @@ def start_adapter(settings: TrainSettings, record: Mapping[str, Any] | None) -> 
     if record is not None and saved is not None:
         return StartAdapter(core.read_for_training(saved), dict(record.get("from_adapter") or {}))
     found = core.read_for_training(find_adapter(settings.from_adapter))
+    if settings.overwrite and folder.resolve() in found.folder.resolve().parents:
+        raise UsageError(
+            f"{settings.from_adapter} is in {folder}, and --overwrite would remove it; use another --output-dir.",
+            what=settings.from_adapter,
+            where=folder,
+            field="overwrite",
+        )
     origin = _origin(settings.from_adapter, found)
     if record is not None and record.get("from_adapter") != origin:
         raise RunError(
