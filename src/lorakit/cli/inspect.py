@@ -78,7 +78,7 @@ def differing(summaries: Sequence[AdapterSummary]) -> dict[str, dict[str, JsonVa
         summaries: The adapters' summaries.
 
     Returns:
-        A dict from field to a dict from adapter directory to the field's value, for each field that differs.
+        A dict from field to a dict from adapter directory to its value, for each field that differs.
     """
     values = {summary.folder: _properties(summary) for summary in summaries}
     names = dict.fromkeys(name for own in values.values() for name in own)

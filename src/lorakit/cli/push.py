@@ -43,7 +43,7 @@ def run(
 
     Raises:
         UsageError: The name of the repository is not valid.
-        AdapterFileError: There is no adapter in the directory, or it is incomplete or damaged.
+        AdapterFileError: The directory contains no adapter, or the adapter is incomplete or damaged.
         ModelError: Network access is off, there is no token, or the Hub rejects the upload.
     """
     if not _REPOSITORY.fullmatch(repository):

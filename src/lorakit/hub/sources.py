@@ -270,7 +270,7 @@ def check_upload() -> None:
         raise ModelError(text, what=variable, field=variable)
     if huggingface_hub.get_token() is None:
         raise ModelError(
-            "there is no Hub token, so nothing can be uploaded; log in with `hf auth login`, or set HF_TOKEN.",
+            "no Hub token found, so nothing can be uploaded; log in with `hf auth login`, or set HF_TOKEN.",
             what="token",
             field="HF_TOKEN",
         )

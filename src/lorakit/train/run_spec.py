@@ -124,7 +124,7 @@ class RunSpec:
 
     @property
     def before_training(self) -> str:
-        """What the evaluation before the first step measures."""
+        """Name of the model that is evaluated before the first step, for messages."""
         return "the base" if self.start is None else "the adapter before training"
 
     @property

@@ -157,7 +157,7 @@ def find_adapter(given: str) -> Path:
         given: An adapter directory, a run directory, a checkpoint directory, or a Hub id.
 
     Raises:
-        AdapterFileError: There is no adapter with this name.
+        AdapterFileError: No adapter has this name.
         ModelError: The adapter is on the Hub and cannot be downloaded.
     """
     path = adapter_directory(Path(given).expanduser())
