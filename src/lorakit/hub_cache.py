@@ -6,6 +6,7 @@ This module is separate from `lorakit.hub` so that `lorakit.config` can use it t
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from lorakit.errors import ModelError
@@ -13,7 +14,7 @@ from lorakit.errors import ModelError
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 """Environment variables that forbid network access in the Hugging Face libraries."""
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json", "lorakit_initial.safetensors")
 """Names of the files to download; none of their formats can contain code."""
 
 
@@ -29,13 +30,16 @@ def offline(*more: str) -> str | None:
     return None
 
 
-def adapter_from_hub(repository: str, *, revision: str | None = None, subfolder: str | None = None) -> Path:
+def adapter_from_hub(
+    repository: str, *, revision: str | None = None, subfolder: str | None = None, also: Sequence[str] = ()
+) -> Path:
     """Return the local folder of an adapter's Hub repository, after downloading any files that are not cached.
 
     Args:
         repository: Hub id of the repository, such as "owner/name".
         revision: Branch, tag or commit.
         subfolder: The adapter's folder in the repository.
+        also: Glob patterns of other files to download, such as those of the tokenizer.
 
     Returns:
         The repository's folder in the local cache; if `subfolder` is given, the adapter's files are in that subfolder.
@@ -45,7 +49,7 @@ def adapter_from_hub(repository: str, *, revision: str | None = None, subfolder:
     """
     import huggingface_hub
 
-    patterns = [f"{subfolder}/{name}" if subfolder else name for name in ADAPTER_FILES]
+    patterns = [f"{subfolder}/{name}" if subfolder else name for name in (*ADAPTER_FILES, *also)]
     variable = offline()
     try:
         folder = huggingface_hub.snapshot_download(

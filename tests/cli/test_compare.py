@@ -46,3 +46,21 @@ def test_what_is_refused(
     assert main(["compare", str(one), str(tmp_path / "typo")]) == 1
     assert "adapter directory not found" in capsys.readouterr().err
     assert main(["compare", str(one)]) == 2
+
+
+def test_several_adapters_are_compared_pair_by_pair(save_adapter: Save, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [
+        str(save_adapter("one")),
+        str(save_adapter("two", 2)),
+        str(save_adapter("three", 3, target_modules=["q_proj"])),
+    ]
+    assert main(["compare", *names]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["first", "second", "cosine", "writes", "reads", "sites", "base"]
+    assert [line.split()[:2] for line in lines[2:5]] == [names[:2], [names[0], names[2]], names[1:]]
+    assert main(["compare", *names, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["adapters"] == names and [pair["sites"] for pair in found["pairs"]] == [14, 2, 2]
+    assert main(["compare", *names[:2], "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert found["pairs"][0]["cosine"] == alone["cosine"]

@@ -107,3 +107,27 @@ def test_what_is_no_adapter_is_refused(
     (one / "adapter_model.safetensors").write_bytes(b"\x80\x02pickle, not safetensors")
     assert main(["inspect", str(one), "--json"]) == 1
     assert "which is never loaded" in json.loads(capsys.readouterr().out)["error"]["message"]
+
+
+def test_several_adapters(save_adapter: Save, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = save_adapter("one"), save_adapter("two", spread=0.0)
+    assert main(["inspect", str(one), str(two)]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith(f"{one}: healthy") and f"\n\n{two}: 1 problem" in out
+    assert main(["inspect", str(one), str(two), "--json"]) == 1
+    assert [found["healthy"] for found in json.loads(capsys.readouterr().out)] == [True, False]
+    assert main(["inspect", str(one), str(one)]) == 2
+
+
+def test_brief_shows_what_differs(save_adapter: Save, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [str(save_adapter("one")), str(save_adapter("two", r=8, target_modules=["q_proj", "up_proj"]))]
+    assert main(["inspect", *names, "--brief"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    at = lines.index(["r", names[0], "4"])
+    assert lines[at + 1] == [names[1], "8"]
+    assert not any(line[0] == "lora_alpha" for line in lines)
+    assert main(["inspect", *names, "--brief", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sites"] == dict(zip(names, (14, 4), strict=True))
+    assert found["target_modules"][names[1]] == ["q_proj", "up_proj"]
+    assert main(["inspect", names[0], "--brief"]) == 2

@@ -229,6 +229,21 @@ def test_embeddings(bert: Path, call: Callable[..., int], tmp_path: Path, capsys
     assert call("merge", "--model", bert, "--adapter", run, "--output-dir", tmp_path / "merged", more=()) == 0
 
 
+def test_an_adapter_is_trained_further(bert: Path, call: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
+    data, first, second = sentiment(tmp_path / "data.csv"), tmp_path / "first", tmp_path / "second"
+    held_out = sentiment(tmp_path / "eval.csv", 8)
+    assert train(call, bert, data, first, "--eval-data", held_out, steps=20) == 0
+    flags = ["--data", data, "--output-dir", second, "--eval-data", held_out, "--max-steps", 2]
+    assert call("train", "--from-adapter", first, *flags, "--batch-size", 4) == 0
+    assert record(second)["result"]["first_loss"] == pytest.approx(record(first)["result"]["adapter_loss"], abs=1e-5)
+    assert record(second)["resolved"]["labels"] == record(first)["resolved"]["labels"]
+    capsys.readouterr()
+    other = jsonl(tmp_path / "o.jsonl", [{"text": "a", "label": "neutral"}, {"text": "b", "label": "positive"}])
+    flags = ["--data", other, "--output-dir", tmp_path / "third", "--max-steps", 2]
+    assert call("train", "--from-adapter", first, *flags) == 1
+    assert "o.jsonl:1: the label 'neutral' is not one of the model's: negative, positive" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("task", ["classification", "embedding"])
 def test_an_interrupted_run_resumes_with_the_same_bits(
     task: str, bert: Path, call: Callable[..., int], tmp_path: Path

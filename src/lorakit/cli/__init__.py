@@ -38,9 +38,10 @@ COMMANDS = {
     "combine": "Combine adapters with one of PEFT's eleven methods.",
     "compress": "Reduce the rank of an adapter and report what is lost.",
     "extract": "Extract an adapter from a fully fine-tuned model and its base.",
-    "compare": "Compare two adapters: direction, norms and subspaces at each site.",
+    "compare": "Compare adapters: direction, norms and subspaces at each site.",
+    "push": "Upload an adapter to the Hugging Face Hub.",
     "list": "List the adapters in a directory.",
-    "inspect": "Show an adapter's config, sites, norms and problems.",
+    "inspect": "Show the config, sites, norms and problems of adapters.",
     "doctor": "Check this machine and its packages; suggest fixes.",
 }
 

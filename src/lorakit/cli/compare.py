@@ -1,10 +1,11 @@
-"""`lorakit compare`: compare two adapters site by site."""
+"""`lorakit compare`: compare two adapters site by site, or several pair by pair."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import combinations
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -12,6 +13,7 @@ from cyclopts import Parameter
 from lorakit.cli import console
 from lorakit.cli.adapters import by_name
 from lorakit.cli.early import adapter_folders
+from lorakit.errors import UsageError
 from lorakit.tables import format_count
 
 if TYPE_CHECKING:
@@ -19,25 +21,71 @@ if TYPE_CHECKING:
 
 
 def run(
-    first: Annotated[str, Parameter(help="First adapter directory (lorakit or PEFT).")],
-    second: Annotated[str, Parameter(help="Second adapter directory.")],
+    adapters: Annotated[list[str], Parameter(help="Two or more adapter directories (lorakit or PEFT).")],
     *,
     json: console.JsonFlag = False,
 ) -> None:
-    """Compare two adapters: the direction, norm and subspaces of their updates.
+    """Compare adapters: the direction, norm and subspaces of their updates.
 
-    The cosine is 1 for updates in the same direction, -1 for updates in opposite directions, and near 0 for unrelated
-    updates. The overlap of the output subspaces ("writes") or input subspaces ("reads") is the mean squared cosine of
-    their principal angles: 1 for equal subspaces, and near 0 for unrelated ones.
+    Two adapters are compared by module, and more than two pair by pair. The cosine is 1 for updates in the same
+    direction, -1 for updates in opposite directions, and near 0 for unrelated updates. The overlap of the output
+    subspaces ("writes") or input subspaces ("reads") is the mean squared cosine of their principal angles: 1 for equal
+    subspaces, and near 0 for unrelated ones.
+
+    Raises:
+        UsageError: Fewer than two adapters are given.
+        AdapterFileError: A directory contains no adapter, or a file is damaged.
     """
-    (first,), (second,) = adapter_folders([first]), adapter_folders([second])
+    if len(adapters) < 2:
+        raise UsageError("one adapter was given; pass two or more to compare.", what=adapters, field="adapters")
+    folders = [folder for name in adapters for folder in adapter_folders([name])]
     from lorakit import core
 
-    found = core.compare_folders(first, second)
+    if len(folders) > 2:
+        pairs = [_pair(core.compare_folders(*two)) for two in combinations(folders, 2)]
+        if json:
+            console.emit_json({"adapters": folders, "pairs": pairs})
+        else:
+            console.say(_pairs_text(pairs))
+        return
+    found = core.compare_folders(*folders)
     if json:
         console.emit_json({**asdict(found), "dora": "DoRA" in found.in_part, "groups": list(_groups(found))})
     else:
         console.say(_text(found))
+
+
+def _pair(found: Comparison) -> dict[str, Any]:
+    """Return the comparison of two adapters over all their common sites; the overlaps are medians, or None."""
+    sites = found.sites
+    return {
+        "names": found.names,
+        "cosine": found.cosine,
+        "norms": found.norms,
+        "sites": len(sites),
+        "output_overlap": statistics.median(site.output_overlap for site in sites) if sites else None,
+        "input_overlap": statistics.median(site.input_overlap for site in sites) if sites else None,
+        "base": found.base,
+        "in_part": found.in_part,
+    }
+
+
+def _pairs_text(pairs: Sequence[dict[str, Any]]) -> str:
+    header = ["first", "second", "cosine", "writes", "reads", "sites", "base"]
+    rows = [
+        [
+            *pair["names"],
+            f"{pair['cosine']:.4f}",
+            *("" if pair[key] is None else f"{pair[key]:.4f}" for key in ("output_overlap", "input_overlap")),
+            str(pair["sites"]),
+            pair["base"],
+        ]
+        for pair in pairs
+    ]
+    titles = dict.fromkeys(title for pair in pairs for title in pair["in_part"])
+    notes = [f"{title}: only the low-rank parts are compared" for title in titles]
+    legend = "cosine: over all sites; writes, reads: overlap of the output and input subspaces, medians over the sites"
+    return "\n".join([console.table(header, rows), legend, *notes])
 
 
 def _groups(found: Comparison) -> Iterator[dict[str, Any]]:

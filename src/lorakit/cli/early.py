@@ -34,6 +34,21 @@ def check_model(given: str) -> None:
         raise ModelError(f"{given!r}: model directory not found.{similar}", what=given, field="model")
 
 
+def check_start(given: str) -> None:
+    """Check that an adapter given as a path exists; Hub ids are looked up later.
+
+    Args:
+        given: The value of `--from-adapter`.
+
+    Raises:
+        AdapterFileError: The path does not exist.
+    """
+    path = Path(given).expanduser()
+    if given[:1] in (".", "/", "~") and not path.exists():
+        text = f"{given!r}: adapter directory not found.{_similar(path)}"
+        raise AdapterFileError(text, where=given, field="from_adapter")
+
+
 def check_data(names: Iterable[str]) -> None:
     """Check that data files exist; the contents of directories, patterns and Hub data sets are checked later.
 

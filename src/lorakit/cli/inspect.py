@@ -1,7 +1,8 @@
-"""`lorakit inspect`: show an adapter's health, config, sites and norms; the base is not loaded."""
+"""`lorakit inspect`: show the health, config, sites and norms of adapters; the base is not loaded."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
@@ -13,10 +14,12 @@ from cyclopts import Parameter
 from lorakit.cli import console
 from lorakit.cli.adapters import by_name
 from lorakit.cli.early import adapter_folders
+from lorakit.errors import UsageError
 from lorakit.tables import format_bytes, format_count
 
 if TYPE_CHECKING:
     from lorakit.core import AdapterSummary, Fingerprint
+    from lorakit.durable import JsonValue
 
 _CONFIG_SHOWN = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "task_type")
 _CONFIG_IF_SET = (
@@ -33,26 +36,87 @@ _CONFIG_IF_SET = (
 
 
 def run(
-    adapter: Annotated[str, Parameter(help="Adapter directory (lorakit or PEFT).")],
+    adapters: Annotated[list[str], Parameter(help="Adapter directories (lorakit or PEFT).")],
     *,
+    brief: Annotated[bool, Parameter(negative=(), help="Show only what differs between several adapters.")] = False,
     json: console.JsonFlag = False,
     verbose: console.VerboseFlag = False,
 ) -> int:
-    """Show an adapter's health, config, sites and norms; the base is not loaded.
+    """Show the health, config, sites and norms of adapters; the base is not loaded.
 
-    The exit code is 0 if the adapter is healthy, and 1 if it has problems or cannot be read. --verbose adds files,
+    The exit code is 0 if all adapters are healthy, and 1 if one has problems or cannot be read. --verbose adds files,
     hashes and the base's fingerprint.
+
+    Raises:
+        UsageError: --brief is given with a single adapter.
+        AdapterFileError: A directory contains no adapter, or a file is damaged.
     """
-    (adapter,) = adapter_folders([adapter])
+    if brief and len(adapters) < 2:
+        raise UsageError("--brief compares several adapters, but one was given; omit it.", what=adapters, field="brief")
+    folders = adapter_folders(adapters)
     from lorakit.core import inspect_adapter
 
-    summary = inspect_adapter(adapter)
-    sizes = {path.name: path.stat().st_size for path in sorted(Path(adapter).iterdir()) if path.is_file()}
-    if json:
-        console.emit_json(as_dict(summary, sizes))
+    found = [(inspect_adapter(folder), _file_sizes(Path(folder))) for folder in folders]
+    if brief:
+        _show_differences([summary for summary, _ in found], json)
+    elif json:
+        documents = [as_dict(summary, sizes) for summary, sizes in found]
+        console.emit_json(documents if len(documents) > 1 else documents[0])
     else:
-        console.say(_text(summary, sizes, verbose))
-    return 1 if summary.findings else 0
+        console.say("\n\n".join(_text(summary, sizes, verbose) for summary, sizes in found))
+    return 1 if any(summary.findings for summary, _ in found) else 0
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def differing(summaries: Sequence[AdapterSummary]) -> dict[str, dict[str, JsonValue]]:
+    """Return the properties and config fields in which adapters differ.
+
+    Args:
+        summaries: The adapters' summaries.
+
+    Returns:
+        A dict from field to a dict from adapter directory to its value, for each field that differs.
+    """
+    values = {summary.folder: _properties(summary) for summary in summaries}
+    names = dict.fromkeys(name for own in values.values() for name in own)
+    table = {name: {folder: own.get(name) for folder, own in values.items()} for name in names}
+    return {
+        name: row for name, row in table.items() if any(value != row[summaries[0].folder] for value in row.values())
+    }
+
+
+def _properties(summary: AdapterSummary) -> dict[str, JsonValue]:
+    training = summary.facts.get("training")
+    return {
+        "healthy": not summary.findings,
+        "base": summary.config.base_model_name_or_path or summary.facts.get("base_name"),
+        "parameters": summary.parameters,
+        "sites": len(summary.sites),
+        "norm": math.sqrt(sum(site.norm**2 for site in summary.sites)),
+        "eval_loss": training.get("eval_loss") if isinstance(training, dict) else None,
+        **{name: value for name, value in summary.config.as_json().items() if name != "base_model_name_or_path"},
+    }
+
+
+def _show_differences(summaries: Sequence[AdapterSummary], as_json: bool) -> None:
+    fields = differing(summaries)
+    if as_json:
+        console.emit_json(fields)
+        return
+    rows = []
+    for name, row in fields.items():
+        titles = [name] + [""] * (len(row) - 1)
+        rows += [[title, folder, _brief_value(row[folder])] for title, folder in zip(titles, row, strict=True)]
+    console.say(console.table(["differs in", "adapter", "value"], rows) if rows else "no differences")
+
+
+def _brief_value(value: JsonValue) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def as_dict(summary: AdapterSummary, sizes: dict[str, int]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from cyclopts import Parameter
 
 from lorakit import allocator
 from lorakit.cli import console
-from lorakit.cli.early import check_data, check_model
+from lorakit.cli.early import check_data, check_model, check_start
 from lorakit.train.defaults import ALIASES, DEFAULTS
 
 
@@ -49,8 +49,8 @@ def run(
 ) -> int:
     """Train an adapter and save it in a run directory.
 
-    Only --model, --data and --output-dir are required. Press Ctrl-C once to finish the step and save a checkpoint for
-    --resume.
+    Only --model, --data and --output-dir are required; --model may be omitted with --from-adapter. Press Ctrl-C once to
+    finish the step and save a checkpoint for --resume.
     """
     given: dict[str, Any] = asdict(flags)
     if given["new_tokens"] is not None:  # accept "a,b" and "a b"; only a config file allows commas in tokens
@@ -79,7 +79,7 @@ def run(
 
 
 def _check(settings: Mapping[str, Any]) -> None:
-    """Check the given run directory, data and model paths without importing pydantic or torch."""
+    """Check the given run directory, data, model and adapter paths without importing pydantic or torch."""
     folder = Path(settings["output_dir"] or "")
     if settings["output_dir"] is not None and folder.is_dir() and not settings["resume"] and not settings["overwrite"]:
         from lorakit.report import RUN_FILE
@@ -90,3 +90,5 @@ def _check(settings: Mapping[str, Any]) -> None:
     check_data([*(settings["data"] or ()), *(settings["eval_data"] or ())])
     if settings["model"] is not None:
         check_model(settings["model"])
+    if settings["from_adapter"] is not None and not settings["resume"]:
+        check_start(settings["from_adapter"])

@@ -5,6 +5,7 @@ depends on torch and safetensors, but not on transformers or on lorakit's traini
 """
 
 from lorakit.core.attachment.attaching import AttachReport, attach, detach
+from lorakit.core.attachment.continuing import TrainedAdapter, read_for_training
 from lorakit.core.attachment.loading import LoadReport, load_adapter
 from lorakit.core.attachment.saving import save_adapter, save_as_trained
 from lorakit.core.files.adapter_folder import SavedAdapter
@@ -67,6 +68,7 @@ __all__ = [
     "SiteIntruders",
     "Statistics",
     "TensorSource",
+    "TrainedAdapter",
     "WeightSpec",
     "activate",
     "adapters",
@@ -97,6 +99,7 @@ __all__ = [
     "merged_state_dict",
     "penalties",
     "prompt_offset",
+    "read_for_training",
     "reduce_intruders",
     "rescale",
     "route",

@@ -19,6 +19,7 @@ from lorakit.hub.model_config import (
     problem_of,
 )
 from lorakit.hub.models import (
+    TOKENIZER_FILES,
     AddedTokens,
     LoadedModel,
     adapter_tokenizer,
@@ -35,11 +36,12 @@ from lorakit.hub.models import (
 from lorakit.hub.packaged import PACKAGED, packaged_directory
 from lorakit.hub.quantizing import quantization_metadata, require_quantizer
 from lorakit.hub.shapes import shape_for_task, shape_of, shape_of_module, skeleton
-from lorakit.hub.sources import ModelSource, require, resolve
+from lorakit.hub.sources import ModelSource, check_upload, is_hub_id, push_folder, require, resolve
 
 __all__ = [
     "PACKAGED",
     "TASKS",
+    "TOKENIZER_FILES",
     "WITH_NEW_HEADS",
     "AddedTokens",
     "Calibration",
@@ -51,9 +53,11 @@ __all__ = [
     "add_tokens",
     "calibrate",
     "chat_template_hash",
+    "check_upload",
     "choose_dtype",
     "copy_embedding_files",
     "family_of",
+    "is_hub_id",
     "labels_of",
     "load_for_task",
     "load_model",
@@ -63,6 +67,7 @@ __all__ = [
     "padding_of",
     "pooling_of",
     "problem_of",
+    "push_folder",
     "quantization_metadata",
     "require",
     "require_quantizer",

@@ -168,6 +168,11 @@ def _brings_own_code(cause: Exception) -> bool:
     return isinstance(cause, ValueError) and "trust_remote_code" in str(cause)
 
 
+def is_hub_id(name: str) -> bool:
+    """Return whether a name has the form of a Hub id and is not the path of an existing file or directory."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
 def downloaded(model_id: str) -> Path | None:
     """Return a model's directory in the Hub's cache, or None if it is not cached; the network is not used.
 
@@ -287,6 +292,26 @@ def _ask_hub(source: ModelSource, path: Path) -> None:
         raise source.error("the Hub has no safetensors weights for this model; other formats are not loaded.")
 
 
+def check_upload() -> None:
+    """Check that uploading is possible: network access is allowed, and there is a Hub token.
+
+    Raises:
+        ModelError: Network access is off, or there is no token.
+    """
+    import huggingface_hub
+
+    variable = offline()
+    if variable:
+        text = f"network access is off ({variable} is set), so nothing can be uploaded; unset it."
+        raise ModelError(text, what=variable, field=variable)
+    if huggingface_hub.get_token() is None:
+        raise ModelError(
+            "no Hub token found, so nothing can be uploaded; log in with `hf auth login`, or set HF_TOKEN.",
+            what="token",
+            field="HF_TOKEN",
+        )
+
+
 def push_folder(
     folder: Path,
     repository: str,
@@ -305,7 +330,7 @@ def push_folder(
         message: Commit message.
         private: Whether a newly created repository is private; None uses the Hub's default.
         token: Hub token; None uses the stored token.
-        revision: Branch to commit to; None uses the default branch.
+        revision: Branch to commit to, which is created if it does not exist; None uses the default branch.
         as_pull_request: Whether to open a pull request instead of committing directly.
 
     Returns:
@@ -319,6 +344,8 @@ def push_folder(
     client = huggingface_hub.HfApi(token=token)
     try:
         target = client.create_repo(repository, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/"):
+            client.create_branch(target, branch=revision, exist_ok=True)
         commit = client.upload_folder(
             repo_id=target, folder_path=folder, commit_message=message, revision=revision, create_pr=as_pull_request
         )

@@ -44,7 +44,7 @@ class TrainState:
         step: Number of optimizer steps taken.
         data: Position in the data, from `Loader.state`.
         evaluated_step: The last evaluated step, or -1.
-        best_step: Step with the lowest evaluation loss, excluding step 0 (the base model), or None.
+        best_step: Step with the lowest evaluation loss, excluding step 0 (before training), or None.
         best_loss: Evaluation loss at `best_step`, or None.
         first_loss: Evaluation loss before the first step, or None.
         last_loss: The latest evaluation loss, or None.
@@ -73,7 +73,7 @@ class TrainState:
             loss: The evaluation loss.
 
         Returns:
-            Whether the loss is the lowest so far; always False at step 0, where the base is evaluated.
+            Whether the loss is the lowest so far; always False at step 0, before training.
         """
         self.evaluated_step, self.last_loss = self.step, loss
         if self.step == 0:

@@ -57,7 +57,12 @@ class Default:
 
 DEFAULTS: dict[str, Default] = {
     # inputs and outputs
-    "model": Default("Model directory, GGUF file, Hub id, or smollm2 (the packaged model)", ..., flag=str),
+    "model": Default(
+        "Model directory, GGUF file, Hub id, or smollm2 (the packaged model); may be omitted if --from-adapter names "
+        "its base",
+        ...,
+        flag=str,
+    ),
     "data": Default(
         "Training data: files (.txt, .md, .jsonl, .json, .csv, .tsv, .parquet, .arrow), directories, glob patterns, or "
         "Hub data sets such as hf:owner/name:train",
@@ -119,6 +124,19 @@ DEFAULTS: dict[str, Default] = {
         "lists are classes, numbers with fractions are scores, everything else is a class",
     ),
     # adapter
+    "from_adapter": Default(
+        "Train an existing adapter further: an adapter directory, a run directory, a checkpoint or a Hub id; the "
+        "settings of the adapter, such as --r and --target-modules, are taken from it",
+        None,
+        "a run trains a new adapter",
+        "none",
+        str,
+    ),
+    "from_optimizer": Default(
+        "Also continue with the optimizer state of the run that trained --from-adapter",
+        False,
+        "moments from other data would steer the first steps; needs the checkpoint at the adapter's step",
+    ),
     "r": Default("Rank of the adapter", 16, "enough to learn a new task from a few MB of data; above 32 rarely helps"),
     "lora_alpha": Default(
         "Numerator of the scale: the delta is (alpha / r) B A",

@@ -30,7 +30,7 @@ from lorakit.tasks import (
     load_model_for,
     task_for,
 )
-from lorakit.train.run_data import max_length_for, pick_device
+from lorakit.train.run_data import SavedTokenizer, max_length_for, pick_device
 from lorakit.train.step import oom_advice_for_evaluation, oom_as_run_error
 
 
@@ -244,7 +244,7 @@ def _measured(
     return found
 
 
-def own_tokenizer(folder: str, tokenizer: Tokenizer) -> Tokenizer | None:
+def own_tokenizer(folder: str, tokenizer: Tokenizer) -> SavedTokenizer | None:
     """Return the tokenizer in an adapter's directory if it differs from the base's, else None.
 
     Args:

@@ -103,7 +103,8 @@ class Loop:
             **{f"eval_{name}": value for name, value in found.metrics.items()},
         }
         self._log(log, row)
-        run.progress.eval_row(row)
+        is_start = run.state.step == 0 and run.spec.start is not None
+        run.progress.eval_row(row, run.spec.before_training if is_start else "")
 
     def _log(self, log: MetricsLog, row: dict[str, Any]) -> None:
         log.append(row)

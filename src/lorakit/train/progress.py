@@ -50,14 +50,15 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
     def train_row(self, row: Mapping[str, Any]) -> None:
         """Report the metrics of a step."""
 
-    def eval_row(self, row: Mapping[str, Any]) -> None:
-        """Print the metrics of an evaluation."""
+    def eval_row(self, row: Mapping[str, Any], what: str = "") -> None:
+        """Print the metrics of an evaluation, and what was evaluated unless it is the adapter in training."""
+        of = f" ({what})" if what else ""
         if "eval_perplexity" in row:
             more = f", perplexity {row['eval_perplexity']:.2f} over {row['eval_tokens']:,} tokens"
         else:
             named = (key.removeprefix("eval_") for key in row if key.startswith("eval_") and "/" not in key)
             more = "".join(f", {name} {row[f'eval_{name}']:.4f}" for name in named if name not in ("loss", "tokens"))
-        self.say(f"evaluation at step {row['step']}: loss {row['eval_loss']:.4f}{more}")
+        self.say(f"evaluation at step {row['step']}{of}: loss {row['eval_loss']:.4f}{more}")
 
     def busy(self, what: str) -> None:
         """Report the start of a slow operation, such as an evaluation."""

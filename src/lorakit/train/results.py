@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import shutil
 import time
@@ -16,22 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorakit import durable, hub
+from lorakit import durable
 from lorakit.errors import DiskError, MissingExtra, RunError
 from lorakit.machine import peak_rss_bytes
 from lorakit.report import loss_plot, read_metrics
 from lorakit.tables import format_bytes, format_percent, format_rate, format_seconds
 from lorakit.train import checkpoint, run_folder
-from lorakit.train.run_adapter import write_tokenizer
+from lorakit.train.model_card import evaluation_line, metrics_line, model_card
+from lorakit.train.run_adapter import metrics_at, write_tokenizer
 from lorakit.train.run_spec import Run
 
 _WEIGHTS = "adapter_model.safetensors"
 _CHECKPOINT_ONLY = {checkpoint.MANIFEST, checkpoint.STATE, checkpoint.OPTIMIZER, checkpoint.RANDOM}
-
-_RESIZE = """rows = len(AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER"))
-if rows > base.get_input_embeddings().num_embeddings:  # peft needs this for the new tokens; lorakit resizes on its own
-    base.resize_token_embeddings(rows)
-"""
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,8 @@ class RunResult:
         steps: Number of optimizer steps taken.
         total_steps: Total number of optimizer steps in the run.
         adapter_step: The step at which `adapter` was saved; None after an interruption.
-        first_loss: Evaluation loss of the base, or None without evaluation data.
+        first_loss: Evaluation loss before the first step, of the base or of the adapter that the run starts from; None
+            without evaluation data.
         best_loss: Lowest evaluation loss after the first step, or None.
         adapter_loss: Evaluation loss at `adapter_step`, or None; exceeds `best_loss` if the best checkpoint was lost.
         trainable_parameters: Number of trainable parameters.
@@ -99,8 +95,8 @@ class RunResult:
         if verbose and rate:
             planned = f" (estimated {format_rate(rate, 'tokens/s')})"
         lines = [
-            _metrics_line(self.first_metrics, self.adapter_metrics)
-            or _evaluation_line(self.first_loss, self.best_loss, self.adapter_loss),
+            metrics_line(self.first_metrics, self.adapter_metrics)
+            or evaluation_line(None if self.best_loss is None else self.first_loss, self.adapter_loss),
             f"Adapter: {self.adapter} (step {self.adapter_step}, {format_bytes(self.adapter_bytes)})",
             f"{'Stopped early' if self.ending == 'stopped early' else 'Finished'} at step {self.steps} of "
             f"{self.total_steps} in {format_seconds(self.seconds)}, {speed}{planned}, peak memory "
@@ -159,7 +155,8 @@ def finish(run: Run) -> RunResult:
         notes.append(_plot_loss(folder, f"{run.spec.source.base_name}: loss by step"))
         loss = state.loss_at(step)
         if loss is not None and state.first_loss is not None and loss >= state.first_loss:
-            notes.append("The adapter is not better than the base on the evaluation data; do not use it.")
+            before = run.spec.before_training
+            notes.append(f"The adapter is not better than {before} on the evaluation data; do not use it.")
     result = RunResult(
         folder=folder,
         ending=run.status,
@@ -217,7 +214,7 @@ def _publish(run: Run, step: int, source: Path, notes: list[str]) -> Path:
     try:
         return publish_adapter(run, step, source)
     except DiskError as cause:
-        if run.spec.forecast.new_tokens is not None:  # the base tokenizer lacks the new tokens
+        if run.spec.has_own_tokenizer:  # the base's differs from it
             raise
         adapter = publish_adapter(run, step, source, with_tokenizer=False)
         notes.append(f"{cause} {adapter} was saved without a tokenizer; use the base's.")
@@ -248,7 +245,7 @@ def publish_adapter(run: Run, step: int, source: Path, *, with_tokenizer: bool =
                 _copy(path, temporary / path.name, linked=linked)
         if with_tokenizer:
             write_tokenizer(run.spec.tokenizer, temporary)
-        durable.write_text(temporary / "README.md", model_card(run, step))
+        durable.write_text(temporary / "README.md", model_card(temporary, run.trainable_parameters, run.record()))
     return final
 
 
@@ -268,87 +265,3 @@ def _plot_loss(folder: Path, title: str) -> str:
     except (MissingExtra, DiskError) as cause:
         return str(cause)
     return f"Loss by step: {path}"
-
-
-def _evaluation_line(first: float | None, best: float | None, adapter: float | None) -> str:
-    if best is None:
-        return "Evaluation: not measured (no evaluation data)"
-    before = f"{math.exp(min(first, 700)):.2f} → " if first is not None else ""
-    after = "not measured at the step of this adapter" if adapter is None else f"{math.exp(min(adapter, 700)):.2f}"
-    return f"Evaluation perplexity: {before}{after}"
-
-
-def metrics_at(run: Run, step: int) -> dict[str, float]:
-    """Return the metrics of the run's task at a step, as recorded in `metrics.jsonl`; the most important come first.
-
-    Args:
-        run: The run.
-        step: The step.
-    """
-    names = run.spec.task.task.summary
-    rows = [row for row in read_metrics(run.spec.folder).evaluations if row["step"] == step] if names else []
-    return {name: row[f"eval_{name}"] for row in rows[-1:] for name in names if f"eval_{name}" in row}
-
-
-def _metrics_line(first: Mapping[str, float], adapter: Mapping[str, float]) -> str:
-    """Return the metrics of a task before training and of the adapter as text, or "" if there are none."""
-    shown = [f"{name} {f'{first[name]:.4f} → ' if name in first else ''}{value:.4f}" for name, value in adapter.items()]
-    return f"Evaluation: {', '.join(shown)}" if shown else ""
-
-
-def _task_texts(run: Run) -> tuple[str, str, str]:
-    """Return the class that loads the base, its options as code, and the card's row about the task."""
-    task, labels = run.spec.task.task, run.spec.task.target.names
-    options = f", num_labels={max(1, len(labels))}" if task.loader in hub.WITH_NEW_HEADS else ""
-    names = f": {', '.join(labels)}" if labels else ""
-    return hub.TASKS[task.loader], options, "" if task.generates else f"| task | {task.name}{names} |\n"
-
-
-def model_card(run: Run, step: int) -> str:
-    """Return an adapter's README: config, training, result and usage, with the metadata that model hubs read.
-
-    Args:
-        run: The run.
-        step: The step at which the adapter was saved.
-    """
-    spec, settings, state = run.spec, run.spec.settings, run.state
-    base = spec.source.recorded_name
-    named = f"base_model: {base}\n" if base else ""
-    tokens = ", ".join(f"`{token}`" for token in settings.new_tokens).replace("|", r"\|")
-    row = f"| new tokens | {tokens} |\n" if tokens else ""
-    targets = settings.target_modules or settings.target_parameters or []
-    kind, options, task_row = _task_texts(run)
-    result = _metrics_line(metrics_at(run, 0), metrics_at(run, step)) or _evaluation_line(
-        state.first_loss, state.best_loss, state.loss_at(step)
-    )
-    return f"""---
-library_name: peft
-tags:
-- lora
-- lorakit
-{named}---
-
-# LoRA adapter for {spec.source.base_name}
-
-{run.trainable_parameters:,} trained parameters; the frozen base has {run.total_parameters:,}. Rank {settings.r},
-alpha {settings.lora_alpha:g}, target modules: {targets if isinstance(targets, str) else ", ".join(targets)}.
-
-| | |
-|---|---|
-{row}{task_row}| data | {", ".join(Path(path).name for path in settings.data)} |
-| training | {step} of {run.limits.total_steps} steps, learning rate {settings.learning_rate:g}, seed {settings.seed} |
-| result | {result} |
-| precision | base {run.plan.dtype}, adapter float32 |
-| versions | {", ".join(f"{name} {version}" for name, version in run_folder.versions().items())} |
-
-```python
-from lorakit import PeftModel  # or: from peft import PeftModel
-from transformers import {kind}, AutoTokenizer
-
-base = {kind}.from_pretrained({base or "PATH_OF_THE_BASE"!r}{options})
-{_RESIZE if tokens else ""}model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
-```
-
-Limitations: evaluated only on the data above. The base's license and limitations also apply.
-"""

@@ -24,11 +24,13 @@ from lorakit.core.inits import init_named
 from lorakit.core.model.vocabulary import grow_vocabulary, initialize_rows, with_trained_rows
 from lorakit.core.operations.rank_allocation import allocate
 from lorakit.data import Batch, Loader
-from lorakit.errors import DiskError, UsageError
+from lorakit.errors import AdapterFileError, DiskError, UsageError
+from lorakit.report import read_metrics
 from lorakit.tables import format_count
 from lorakit.train.progress import Progress
 from lorakit.train.run_data import SavedTokenizer
 from lorakit.train.run_spec import ADAPTER, Run, RunSpec
+from lorakit.train.start_adapter import StartAdapter
 
 ROWS = 32
 """Number of training rows from which ranks and initial weights are computed."""
@@ -37,7 +39,9 @@ ROWS = 32
 def add_adapter(
     model: nn.Module, spec: RunSpec, loader: Loader, checkpoint: Path | None, progress: Progress
 ) -> tuple[str, ...]:
-    """Add embedding rows for new tokens to the base, then attach a new adapter or load the one in a checkpoint.
+    """Add embedding rows for new tokens to the base, then attach a new adapter or load an existing one.
+
+    An existing adapter is the one in the checkpoint, or else the one that the run starts from.
 
     Args:
         model: The base, on the run's device; changed in place.
@@ -61,6 +65,8 @@ def add_adapter(
         return core.load_adapter(model, checkpoint, ADAPTER, trainable=True).warnings + unseen
     if settings.resume:
         progress.say(f"{spec.folder}: no valid checkpoint; the run starts from the beginning.")
+    if spec.start is not None:
+        return _load_start(model, spec.start, progress)
     if settings.allocate_ranks != "none":
         config = allocate_ranks(model, spec, settings.allocate_ranks, loader, progress)
     if new is not None:
@@ -73,6 +79,17 @@ def add_adapter(
     for note in notes:
         progress.say(note)
     return notes
+
+
+def _load_start(model: nn.Module, start: StartAdapter, progress: Progress) -> tuple[str, ...]:
+    """Load the adapter that a run starts from, and return messages for the user."""
+    steps = start.origin["steps"]
+    trained = "" if steps is None else f" (trained for {format_count(steps, 'step')})"
+    progress.say(f"Training the adapter in {start.adapter.folder} further{trained}.")
+    try:
+        return core.load_adapter(model, start.adapter.folder, ADAPTER, trainable=True).warnings
+    except AdapterFileError as cause:  # a run has no setting that overrides the check
+        raise type(cause)(cause.message, **{**cause.fields, "override": None}) from cause
 
 
 def allocate_ranks(
@@ -197,7 +214,7 @@ def saved_sizes(model: nn.Module) -> list[int]:
 
 
 def save_adapter(run: Run, folder: Path) -> None:
-    """Write the run's adapter, and the tokenizer if the run added tokens to it.
+    """Write the run's adapter, and the tokenizer if it differs from the base's.
 
     Args:
         run: The run, at the step to save.
@@ -208,7 +225,7 @@ def save_adapter(run: Run, folder: Path) -> None:
     """
     base = run.spec.source.recorded_name
     core.save_adapter(run.model, folder, ADAPTER, base_model_name_or_path=base, facts=adapter_metadata(run))
-    if run.spec.forecast.new_tokens is not None:  # the base tokenizer lacks the new tokens
+    if run.spec.has_own_tokenizer:  # such as one with new tokens, which the base tokenizer lacks
         write_tokenizer(run.spec.tokenizer, folder)
 
 
@@ -228,6 +245,18 @@ def write_tokenizer(tokenizer: SavedTokenizer, folder: Path) -> None:
         raise DiskError(f"The tokenizer cannot be written ({' '.join(str(cause).split())}).", where=folder) from cause
 
 
+def metrics_at(run: Run, step: int) -> dict[str, float]:
+    """Return the metrics of the run's task at a step, as recorded in `metrics.jsonl`; the most important come first.
+
+    Args:
+        run: The run.
+        step: The step.
+    """
+    names = run.spec.task.task.summary
+    rows = [row for row in read_metrics(run.spec.folder).evaluations if row["step"] == step] if names else []
+    return {name: row[f"eval_{name}"] for row in rows[-1:] for name in names if f"eval_{name}" in row}
+
+
 def adapter_metadata(run: Run) -> dict[str, Any]:
     """Return the run's entries for `lorakit.json` (base, tokenizer and training) as plain JSON values.
 
@@ -236,6 +265,11 @@ def adapter_metadata(run: Run) -> dict[str, Any]:
     """
     spec, state = run.spec, run.state
     evaluated = state.evaluated_step == state.step
+    origin: dict[str, Any] = {}
+    if spec.start is not None:
+        origin["from_adapter"] = {**spec.start.origin, "eval_loss": state.first_loss}
+    metrics = {"metrics": metrics_at(run, state.step), "first_metrics": metrics_at(run, 0)}
+    metrics = metrics if spec.task.task.summary else {}
     return {
         "base_name": spec.source.base_name,
         "tokenizer_sha256": hub.tokenizer_hash(spec.tokenizer),
@@ -244,13 +278,15 @@ def adapter_metadata(run: Run) -> dict[str, Any]:
             "step": state.step,
             "total_steps": run.limits.total_steps,
             "eval_loss": state.last_loss if evaluated and state.step else None,
-            "base_eval_loss": state.first_loss,
+            "base_eval_loss": state.first_loss if spec.start is None else None,
             "trained_tokens": state.trained_tokens,
             "data_sha256": dict(spec.hashes),
             **spec.task.as_dict(),
+            **metrics,
             "prompt_format": run.batches.train_report.prompt_format,
             "seed": spec.settings.seed,
             "dtype": run.plan.dtype,
             "quantization": spec.quantization_values,
+            **origin,
         },
     }

@@ -59,13 +59,16 @@ class Forecast:
     new_tokens: NewTokens | None = None
 
 
-def chosen_task(settings: TrainSettings, records: data.Split, source: hub.ModelSource) -> TaskOnData:
+def chosen_task(
+    settings: TrainSettings, records: data.Split, source: hub.ModelSource, adapter: TaskOnData | None = None
+) -> TaskOnData:
     """Choose the task of a run, and check that the settings apply to it.
 
     Args:
         settings: The run's settings.
         records: Training and evaluation records.
         source: The model.
+        adapter: The task of the adapter that the run starts from, or None.
 
     Returns:
         The task, and what it predicts.
@@ -74,15 +77,22 @@ def chosen_task(settings: TrainSettings, records: data.Split, source: hub.ModelS
         UsageError: No task fits the data and the model, or a setting does not apply to the task.
         DataError: The labels cannot be used.
     """
-    given = settings.eval_data is not None
-    found = task_for(settings.task, records, source, settings.label_type, given)
+    name: str | None = settings.task
+    if adapter is not None:
+        if name not in (None, adapter.task.name):
+            text = f"task is {name}, but the adapter was trained for {adapter.task.name}; omit it."
+            raise UsageError(text, what=name, field="task")
+        name = adapter.task.name
+    found = task_for(name, records, source, settings.label_type, settings.eval_data is not None)
+    if adapter is not None and adapter.target.kind != "none":
+        found = adapter  # its head has these classes; encoding rejects others
     unused = [] if found.task.generates else ["chat_template", "new_tokens"]
     unused += [] if found.task.loader == "classification" else ["label_type"]
-    for name in unused:
-        value = getattr(settings, name)
-        if value != DEFAULTS[name].value:
-            text = f"{name} does not apply to the task {found.task.name}; omit it."
-            raise UsageError(text, what=value, field=name)
+    for setting in unused:
+        value = getattr(settings, setting)
+        if value != DEFAULTS[setting].value:
+            text = f"{setting} does not apply to the task {found.task.name}; omit it."
+            raise UsageError(text, what=value, field=setting)
     if found.task.needs_batch and settings.per_device_train_batch_size < MINIMUM_ROWS:
         raise UsageError(
             f"per_device_train_batch_size is {settings.per_device_train_batch_size}, but the task {found.task.name} "
@@ -97,7 +107,13 @@ MINIMUM_ROWS = 2
 """Smallest batch of a task that compares the rows of a batch."""
 
 
-def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: data.Tokenizer, task: TaskOnData) -> Forecast:
+def forecast(
+    settings: TrainSettings,
+    source: hub.ModelSource,
+    tokenizer: data.Tokenizer,
+    task: TaskOnData,
+    config: LoraConfig | None = None,
+) -> Forecast:
     """Read the model's shape and check the targets and the maximum length against it; no weights are loaded.
 
     Args:
@@ -105,6 +121,7 @@ def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: data.T
         source: The model.
         tokenizer: The model's tokenizer; new tokens are added to it in place.
         task: The run's task.
+        config: The config of an existing adapter; None builds the config of a new adapter from the settings.
 
     Returns:
         The properties of the run that are known before the data is tokenized.
@@ -116,7 +133,7 @@ def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: data.T
         UsageError: `max_length` is not the default and exceeds the model's limit.
     """
     shape = hub.shape_for_task(source, task.task.loader, task.target.config_values())
-    config, new, notes = settings.lora_config(task.task.adapter_task), None, [task.note] if task.note else []
+    config, new, notes = config or settings.lora_config(task.task.adapter_task), None, [task.note] if task.note else []
     length = max_length_for(shape, settings.max_length)
     if length != settings.max_length:
         notes.append(f"maximum sequence length: {length:,} tokens (the model's limit)")

@@ -125,7 +125,7 @@ def disk_space(spec: RunSpec, limits: RunLimits, step: int, model: nn.Module, na
     present = len(checkpoints(spec.folder)) if settings.resume else 0
     limit = max(settings.save_total_limit, 2 if evaluated else 1)  # the best and newest checkpoints are always kept
     added = max(0, min(limit, saves + present) - present)
-    checkpoint = adapter + moments + _FOLDER_BYTES + (tokenizer if spec.forecast.new_tokens else 0)
+    checkpoint = adapter + moments + _FOLDER_BYTES + (tokenizer if spec.has_own_tokenizer else 0)
     published, log = adapter + tokenizer + _FOLDER_BYTES, _FOLDER_BYTES + 2 * _ROW_BYTES * steps
     replacing = checkpoint if saves + present > limit else 0  # each checkpoint is written before the oldest is removed
     return DiskSpace(checkpoint, published + log, added * checkpoint + max(replacing, published) + log)

@@ -18,17 +18,19 @@ from torch import nn
 
 from lorakit import hub
 from lorakit.data import Loader, Split, StoredRecords, read_template
-from lorakit.errors import RunError, UsageError
+from lorakit.errors import AdapterFileError, ModelError, RunError, TargetError, UsageError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration
 from lorakit.tasks import TaskOnData
 from lorakit.train import checkpoint, run_data, run_folder
 from lorakit.train.checkpoint import TrainState
+from lorakit.train.evaluation import own_tokenizer
 from lorakit.train.optimizer import Named, check_optimizer
 from lorakit.train.progress import Progress
 from lorakit.train.schedule import Schedule
 from lorakit.train.settings import TrainSettings
 from lorakit.train.settings_sources import complete
+from lorakit.train.start_adapter import StartAdapter, start_adapter
 from lorakit.train.step import StepOptions
 from lorakit.train.trackers import Trackers, check_trackers
 
@@ -51,10 +53,12 @@ class RunSpec:
         data: Records for training and evaluation.
         hashes: Dict from the path of each data file to the file's SHA-256.
         record: Contents of `run.json` if the run is resumed, or None.
-        tokenizer: The base's tokenizer, with the run's new tokens.
+        tokenizer: The tokenizer of the base or the start adapter, with the run's new tokens.
         task: The task, and what it predicts for this data.
         forecast: The base's shape, the adapter config, and the maximum sequence length.
         quantization: Quantization of the base, from the settings or the base's files, or None.
+        start: The adapter that the run starts from, or None.
+        has_own_tokenizer: Whether the tokenizer differs from the base's and is saved in every checkpoint.
     """
 
     settings: TrainSettings
@@ -69,6 +73,8 @@ class RunSpec:
     task: TaskOnData
     forecast: run_data.Forecast
     quantization: Quantization | None = None
+    start: StartAdapter | None = None
+    has_own_tokenizer: bool = False
 
     @classmethod
     def of(cls, settings: TrainSettings, progress: Progress) -> RunSpec:
@@ -86,7 +92,7 @@ class RunSpec:
             LorakitError: The data, the model or the run directory cannot be used; the error class and message say why.
         """
         run_data.check_single_process()
-        settings = complete(settings)
+        settings = given = complete(settings)
         settings.lora_config()
         quantization = settings.stored_as()
         if quantization is not None:
@@ -95,32 +101,100 @@ class RunSpec:
         check_optimizer(settings.optimizer, device)
         check_trackers(settings.report_to)
         run_folder.check_output_dir(settings)
-        folder, data = Path(settings.output_dir), run_data.read_data(settings)
+        folder = Path(settings.output_dir)
+        record = run_folder.read_record(folder) if settings.resume else None
+        start = start_adapter(settings, record)
+        if start is not None and record is None:
+            settings = start.completed(settings)
+        data = run_data.read_data(settings)
         if settings.early_stopping_patience is not None and not data.held_out:
             raise UsageError(
                 f"early_stopping_patience requires evaluation data. {data.note}", field="early_stopping_patience"
             )
         stored = [part for part in (data.train, data.held_out) if isinstance(part, StoredRecords)]
         hashes = {name: digest for part in stored for name, digest in part.digests().items()}
-        record = run_folder.read_record(folder) if settings.resume else None
         if record is not None:
             _check_same_data(folder, record, hashes)
             _check_steps_left(folder, settings.max_steps)
-        source = hub.resolve(settings.model, progress.say)
+        source = _source(settings, given, progress)
         hub.require(source, tokenizer=True)
         quantization = hub.stored_as_files(source, quantization)
-        tokenizer = hub.load_tokenizer(source)
-        if settings.chat_template is not None:
-            tokenizer.chat_template = read_template(Path(settings.chat_template))
-        task = run_data.chosen_task(settings, data, source)
-        found = run_data.forecast(settings, source, tokenizer, task)
+        tokenizer, is_own = _tokenizer(settings, source, start)
+        task = run_data.chosen_task(settings, data, source, None if start is None else start.task)
+        found = _forecast(settings, source, tokenizer, task, start)
+        if start is not None and record is None:
+            start.check_targets(given, found.shape)
         lock = run_folder.lock_output_dir(folder)
-        return cls(settings, folder, lock, device, source, data, hashes, record, tokenizer, task, found, quantization)
+        is_own = is_own or found.new_tokens is not None
+        return cls(
+            settings=settings,
+            folder=folder,
+            lock=lock,
+            device=device,
+            source=source,
+            data=data,
+            hashes=hashes,
+            record=record,
+            tokenizer=tokenizer,
+            task=task,
+            forecast=found,
+            quantization=quantization,
+            start=start,
+            has_own_tokenizer=is_own,
+        )
+
+    @property
+    def before_training(self) -> str:
+        """Name of the model that is evaluated before the first step, for messages."""
+        if self.start is not None:
+            return "the adapter before training"
+        return "the base" if self.task.task.loader not in hub.WITH_NEW_HEADS else "before training"
 
     @property
     def quantization_values(self) -> dict[str, Any] | None:
         """The base's quantization as a dict of plain JSON values, or None."""
         return None if self.quantization is None else hub.quantization_metadata(self.quantization)
+
+
+def _source(settings: TrainSettings, given: TrainSettings, progress: Progress) -> hub.ModelSource:
+    """Return the base, which only the start adapter names if the user did not."""
+    try:
+        return hub.resolve(settings.base, progress.say)
+    except ModelError as cause:
+        if given.model is not None:
+            raise
+        text = f"{cause} The adapter {settings.from_adapter} names this base; pass --model if it is somewhere else."
+        raise ModelError(text, **{**cause.fields, "field": "model"}) from cause
+
+
+def _tokenizer(
+    settings: TrainSettings, source: hub.ModelSource, start: StartAdapter | None
+) -> tuple[run_data.SavedTokenizer, bool]:
+    """Return the run's tokenizer, with the given chat template, and whether it is one that the start adapter brings."""
+    tokenizer = hub.load_tokenizer(source)
+    own = None if start is None else own_tokenizer(str(start.adapter.folder), tokenizer)
+    chosen = tokenizer if own is None else own
+    if settings.chat_template is not None:
+        chosen.chat_template = read_template(Path(settings.chat_template))
+    return chosen, own is not None
+
+
+def _forecast(
+    settings: TrainSettings,
+    source: hub.ModelSource,
+    tokenizer: run_data.SavedTokenizer,
+    task: TaskOnData,
+    start: StartAdapter | None,
+) -> run_data.Forecast:
+    """Return the forecast of the run; an adapter that does not fit the base is an error."""
+    if start is None:
+        return run_data.forecast(settings, source, tokenizer, task)
+    try:
+        return run_data.forecast(settings, source, tokenizer, task, start.adapter.literal)
+    except TargetError as cause:
+        folder = start.adapter.folder
+        text = f"{folder}: the adapter does not match the base {source.base_name}: {cause}"
+        raise AdapterFileError(text, **{**cause.fields, "where": folder, "override": None}) from cause
 
 
 def _check_same_data(folder: Path, record: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
@@ -302,6 +376,7 @@ class Run:
                 "trainable_parameters": self.trainable_parameters,
                 "total_parameters": self.total_parameters,
             },
+            "from_adapter": None if spec.start is None else spec.start.origin,
             "versions": run_folder.versions(),
             "data_sha256": dict(spec.hashes),
             "data": self.batches.train_report.as_dict(),

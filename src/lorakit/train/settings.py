@@ -221,7 +221,7 @@ class TrainSettings(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
-    model: Text = _setting("model")
+    model: Text | None = _setting("model")
     data: Paths = _setting("data")
     output_dir: Text = _setting("output_dir")
     eval_data: Paths | None = _setting("eval_data")
@@ -234,6 +234,8 @@ class TrainSettings(BaseModel):
     chat_template: Text | None = _setting("chat_template")
     task: TaskName | None = _setting("task")
     label_type: LabelType = _setting("label_type")
+    from_adapter: Text | None = _setting("from_adapter")
+    from_optimizer: bool = _setting("from_optimizer")
     r: int = _setting("r", ge=1)
     lora_alpha: float = _setting("lora_alpha", gt=0)
     lora_dropout: float = _setting("lora_dropout", ge=0, lt=1)
@@ -255,7 +257,7 @@ class TrainSettings(BaseModel):
     bias: Bias = _setting("bias")
     lora_bias: bool = _setting("lora_bias")
     layer_replication: Annotated[list[list[int]], BeforeValidator(_ranges)] | None = _setting("layer_replication")
-    trainable_token_indices: list[int] | None = _setting("trainable_token_indices")
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = _setting("trainable_token_indices")
     ensure_weight_tying: bool = _setting("ensure_weight_tying")
     alora_invocation_tokens: list[int] | None = _setting("alora_invocation_tokens")
     use_bdlora: Part = _setting("use_bdlora")
@@ -301,10 +303,19 @@ class TrainSettings(BaseModel):
     def __init__(self, **values: Given) -> None:
         if values.get("target_parameters"):
             values.setdefault("target_modules", None)  # only the parameters are adapted
+        if values.get("from_adapter"):
+            values.setdefault("model", None)  # the adapter may name its base
         try:
             super().__init__(**values)
         except ValidationError as cause:
             raise _error(cause) from None
+        if self.from_adapter is None:
+            _ = self.base  # raises if there is no model
+            if self.from_optimizer:
+                raise ConfigError(
+                    "from_optimizer requires from_adapter; pass --from-adapter, or omit --from-optimizer.",
+                    field="from_optimizer",
+                )
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite cannot be combined; omit one of them.", field="resume")
         if self.init_lora_weights == "eva" and self.allocate_ranks != "none":
@@ -336,6 +347,17 @@ class TrainSettings(BaseModel):
                 f"{self.lr_scheduler_type}; omit decay_ratio, or use wsd.",
                 field="decay_ratio",
             )
+
+    @property
+    def base(self) -> str:
+        """The base model.
+
+        Raises:
+            ConfigError: `model` is None, because only the adapter to continue from may name the base.
+        """
+        if self.model is None:
+            raise ConfigError(_missing("model"), field="model")
+        return self.model
 
     @property
     def recomputed(self) -> str:
@@ -488,8 +510,7 @@ def _message(name: str, error: Mapping[str, Any]) -> str:
     if kind == "extra_forbidden":
         return _unknown(name)
     if value is ... or kind == "missing":
-        meaning = DEFAULTS[name].meaning
-        return f"{name} is missing; pass --{name.replace('_', '-')} ({meaning[0].lower()}{meaning[1:]})."
+        return _missing(name)
     if kind == "literal_error":
         hint = did_you_mean(str(value), choices_of(name))
         return f"{name} is {value!r}; it must be {error['ctx']['expected']}.{hint}"
@@ -500,6 +521,11 @@ def _message(name: str, error: Mapping[str, Any]) -> str:
     if "than" in kind:
         return f"{name} is {value!r}; it must be {_range(name)}."
     return f"{name} is {value!r}; it must be {_EXPECTED.get(kind.split('_')[0], error['msg'])}."
+
+
+def _missing(name: str) -> str:
+    meaning = DEFAULTS[name].meaning
+    return f"{name} is missing; pass --{name.replace('_', '-')} ({meaning[0].lower()}{meaning[1:]})."
 
 
 def _range(name: str) -> str:

@@ -121,7 +121,7 @@ def gather(given: Mapping[str, Any], file: str | Path | None = None) -> TrainSet
     values.update({name: value for name, value in given.items() if value is not None})
     if values.get("resume") is True and isinstance(values.get("output_dir"), (str, Path)):
         return resumed(values)
-    missing = values.get("model") is None or values.get("data") is None
+    missing = values.get("data") is None or (values.get("model") is None and values.get("from_adapter") is None)
     if missing and not values.get("overwrite") and isinstance(values.get("output_dir"), (str, Path)):
         folder = Path(values["output_dir"])
         if (folder / RUN_FILE).exists():  # the user probably forgot --resume, not --model
@@ -154,7 +154,10 @@ def complete(settings: TrainSettings) -> TrainSettings:
     """
     if not settings.resume:
         return settings
-    return resumed({name: getattr(settings, name) for name in settings.model_fields_set})
+    given = {name: getattr(settings, name) for name in settings.model_fields_set}
+    if settings.model is None:  # the record has the base that the adapter named
+        given.pop("model")
+    return resumed(given)
 
 
 def resumed(values: Mapping[str, Any]) -> TrainSettings:

@@ -120,6 +120,8 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     chosen = autotuned_choices(spec, plan.dtype, model, acceleration, loader, before, progress)
     _seed_everything(settings.seed)
     state = checkpoint.TrainState()
+    if snapshot is None and spec.start is not None and spec.start.optimizer is not None:
+        load_state_tensors(optimizer, named, checkpoint.load(spec.start.optimizer).optimizer)
     if snapshot is not None:
         load_state_tensors(optimizer, named, snapshot.optimizer)
         loader.load_state(snapshot.state.data)
@@ -151,7 +153,10 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
 def _loaded(spec: RunSpec, plan: RunPlan, progress: Progress) -> tuple[nn.Module, RunSpec]:
     """Load the model, and add the modules that its files lack to those that the adapter trains and saves in full."""
     stored = spec.settings.stored_as()
-    loaded = load_model_for(spec.task, spec.source, plan.dtype, spec.device, stored, spec.tokenizer)
+    start = None if spec.start is None else [spec.start.adapter.folder]
+    loaded = load_model_for(spec.task, spec.source, plan.dtype, spec.device, stored, spec.tokenizer, start)
+    if start is not None:
+        return loaded.model, spec
     config = spec.forecast.config
     heads = HEADS_BY_TASK.get(config.task_type, ())
     extra = [path for path in loaded.new_modules if path.rpartition(".")[2] not in heads]

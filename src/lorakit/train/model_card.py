@@ -1,0 +1,164 @@
+"""The README of an adapter (model card): base, data, training, evaluation and usage, with the metadata for model hubs.
+
+A card is made from an adapter's files and, if a run trained the adapter, the record of the run. Local paths are reduced
+to their last component, because a card is published.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lorakit import hub
+from lorakit.config import SIDECAR_FILE, LoraConfig, read_config
+from lorakit.durable import JsonObject, JsonValue, read_json
+from lorakit.tasks import CAUSAL_LM, task_of_adapter
+
+FENCE = "---"
+MAX_SIDECAR_BYTES = 16 << 20
+
+_RESIZE = """rows = len(AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER"))
+if rows > base.get_input_embeddings().num_embeddings:  # peft needs this for the new tokens; lorakit resizes on its own
+    base.resize_token_embeddings(rows)
+"""
+
+
+def model_card(folder: Path, parameters: int, record: Mapping[str, Any] | None = None) -> str:
+    """Return the README of an adapter.
+
+    Args:
+        folder: The adapter's directory, which need not have `lorakit.json`.
+        parameters: Number of trained parameters.
+        record: Contents of `run.json` of the run that trained the adapter, or None.
+
+    Raises:
+        AdapterFileError: The config or `lorakit.json` cannot be read.
+    """
+    config, _ = read_config(folder)
+    sidecar = folder / SIDECAR_FILE
+    facts = _table(read_json(sidecar, MAX_SIDECAR_BYTES)) if sidecar.is_file() else {}
+    base, total = published_base(config), _table(facts.get("base")).get("parameters")
+    name = base or Path(str(facts.get("base_name") or config.base_model_name_or_path or "an unnamed base")).name
+    frozen = f"; the frozen base has {total:,}" if isinstance(total, int) else ""
+    targets = config.target_modules or config.target_parameters or []
+    shown = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    rows = "\n".join(f"| {title} | {_cell(text)} |" for title, text in _rows(_table(facts.get("training")), record))
+    task = task_of_adapter(config, facts.get("training"))
+    names, kind = task.target.names, hub.TASKS[task.task.loader]
+    options = f", num_labels={max(1, len(names))}" if task.task.loader in hub.WITH_NEW_HEADS else ""
+    return f"""{FENCE}
+{chr(10).join(_metadata(base))}
+{FENCE}
+
+# LoRA adapter for {name}
+
+{parameters:,} trained parameters{frozen}. Rank {config.r}, alpha {config.lora_alpha:g}, target modules: {shown}.
+
+| | |
+|---|---|
+{rows}
+
+```python
+from lorakit import PeftModel  # or: from peft import PeftModel
+from transformers import {kind}, AutoTokenizer
+
+base = {kind}.from_pretrained({base or "PATH_OF_THE_BASE"!r}{options})
+{_RESIZE if config.trainable_token_indices else ""}model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
+```
+
+Limitations: evaluated only on the data above. The base's license and limitations also apply.
+"""
+
+
+def updated_card(text: str, config: LoraConfig) -> str:
+    """Return a README with the metadata that model hubs read; its other content is kept.
+
+    Args:
+        text: The README.
+        config: The adapter's config. A `base_model` entry that is not a Hub id is replaced, because the Hub rejects it.
+    """
+    lines, header, body = text.splitlines(), list[str](), text
+    if lines and lines[0].strip() == FENCE and FENCE in lines[1:]:
+        end = lines.index(FENCE, 1)
+        header, body = lines[1:end], "\n".join(lines[end + 1 :]).strip() + "\n"
+    header = [line for line in header if not line.startswith("base_model: ") or hub.is_hub_id(line.split(": ", 1)[1])]
+    present = {line.partition(":")[0] for line in header}
+    needed = _metadata(published_base(config))
+    if "tags" in present:
+        needed = [line for line in needed if not line.startswith(("tags:", "- "))]
+    header += [line for line in needed if line.startswith("- ") or line.partition(":")[0] not in present]
+    return "\n".join([FENCE, *header, FENCE, "", body])
+
+
+def published_base(config: LoraConfig) -> str | None:
+    """Return the Hub id of an adapter's base, or None if the config does not name one."""
+    base = config.base_model_name_or_path
+    return base if base and hub.is_hub_id(base) else None
+
+
+def evaluation_line(first: float | None, loss: float | None) -> str:
+    """Return the perplexities before and after training as text.
+
+    Args:
+        first: Evaluation loss before the first step in nats per token, or None.
+        loss: Evaluation loss of the adapter, or None.
+    """
+    if first is None and loss is None:
+        return "Evaluation: not measured (no evaluation data)"
+    before = f"{math.exp(min(first, 700)):.2f} → " if first is not None else ""
+    after = "not measured at the step of this adapter" if loss is None else f"{math.exp(min(loss, 700)):.2f}"
+    return f"Evaluation perplexity: {before}{after}"
+
+
+def metrics_line(first: Mapping[str, float], adapter: Mapping[str, float]) -> str:
+    """Return the metrics of a task before training and of the adapter as text, or "" if there are none.
+
+    Args:
+        first: Name of a metric -> value before the first step.
+        adapter: Name of a metric -> value of the adapter.
+    """
+    shown = [f"{name} {f'{first[name]:.4f} → ' if name in first else ''}{value:.4f}" for name, value in adapter.items()]
+    return f"Evaluation: {', '.join(shown)}" if shown else ""
+
+
+def _metadata(base: str | None) -> list[str]:
+    return ["library_name: peft", "tags:", "- lora", "- lorakit", *([f"base_model: {base}"] if base else [])]
+
+
+def _rows(training: JsonObject, record: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
+    """Yield the title and the text of each row of the table."""
+    run = record or {}
+    settings, start = _table(run.get("settings")), _table(training.get("from_adapter"))
+    if settings.get("new_tokens"):
+        yield "new tokens", ", ".join(f"`{token}`" for token in settings["new_tokens"])
+    labels = _table(training.get("labels")).get("names") or []
+    if training.get("task") not in (None, CAUSAL_LM.name):
+        yield "task", f"{training['task']}: {', '.join(labels)}" if labels else training["task"]
+    if start:
+        steps = f" ({start['steps']} steps)" if start.get("steps") is not None else ""
+        name = str(start.get("name"))
+        yield "start", f"adapter {name if hub.is_hub_id(name) else Path(name).name}{steps}"
+    data = settings.get("data") or list(_table(training.get("data_sha256")))
+    if data:
+        yield "data", ", ".join(str(path) if str(path).startswith("hf:") else Path(path).name for path in data)
+    if training:
+        rate = f", learning rate {settings['learning_rate']:g}" if "learning_rate" in settings else ""
+        steps = f"{training.get('step')} of {training.get('total_steps')} steps"
+        yield "training", f"{steps}{rate}, seed {training.get('seed')}"
+        before = start.get("eval_loss") if start else training.get("base_eval_loss")
+        measured = metrics_line(_table(training.get("first_metrics")), _table(training.get("metrics")))
+        yield "result", measured or evaluation_line(before, training.get("eval_loss"))
+        yield "precision", f"base {training.get('dtype')}, adapter float32"
+    if run.get("versions"):
+        yield "versions", ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", r"\|")
+
+
+def _table(value: JsonValue) -> JsonObject:
+    return value if isinstance(value, dict) else {}
