@@ -17,7 +17,7 @@ import numpy as np
 from lorakit.data.chat import TokenizedRow, conversation_tokens
 from lorakit.data.records import Completion, Conversation, Document, Record, content_key, is_empty, keys_of, location
 from lorakit.data.report import DataReport
-from lorakit.data.stored import AnyRecords, sized
+from lorakit.data.stored import AnyRecords, DocumentPart, sized
 from lorakit.data.tokens import Tokenizer, beginning, token_ids, token_parts
 from lorakit.errors import ConfigError, DataError
 
@@ -198,6 +198,27 @@ def encode(
     return Encoded(sequences, report)
 
 
+def encode_record(record: Record, tokenizer: Tokenizer, max_length: int, overlong: Overlong) -> Sequences:
+    """Encode one record as `encode` does; nothing is counted.
+
+    Args:
+        record: The record.
+        tokenizer: Any transformers tokenizer.
+        max_length: Maximum sequence length in tokens, at least 2.
+        overlong: What to do with rows that are too long; see `encode`.
+
+    Returns:
+        The sequences; none if no token of the record contributes to the loss.
+
+    Raises:
+        DataError: The record cannot be rendered, or is too long and `overlong` is "error".
+    """
+    work = _Work(tokenizer, DataReport(max_length), lambda done: None, overlong)
+    if not is_empty(record):
+        work.add(record)
+    return work.sequences
+
+
 def _nothing_left(report: DataReport, first: Record | None) -> str:
     if first is None:
         return "The data has no rows."
@@ -264,8 +285,12 @@ class _Work:
 
     def _tokens(self, record: Document) -> Iterator[array[int]]:
         """Yield the tokens of a document, including its start and end tokens, in chunks of limited size."""
-        yield array("q", beginning(self._tokenizer))
+        is_part = isinstance(record, DocumentPart)
+        if not is_part or record.is_first:
+            yield array("q", beginning(self._tokenizer))
         end, last = self._tokenizer.eos_token_id, None
+        if is_part and not record.is_last:
+            end = None
         for ids in token_parts(self._tokenizer, self._watched(record.pieces())):
             for at in range(0, len(ids), _TOKENS_AT_ONCE):
                 yield array("q", ids[at : at + _TOKENS_AT_ONCE])

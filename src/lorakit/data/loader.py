@@ -21,7 +21,7 @@ import numpy as np
 
 from lorakit.data.encoding import IGNORED, Sequence, lengths
 from lorakit.data.records import Document, Record, Records, content_key, keys_of
-from lorakit.data.stored import AnyRecords
+from lorakit.data.stored import AnyRecords, StoredRecords
 from lorakit.errors import ConfigError, DataError
 from lorakit.tables import format_count
 
@@ -48,6 +48,11 @@ class Split:
     train: AnyRecords
     held_out: AnyRecords
     note: str
+
+    def digests(self) -> dict[str, str]:
+        """Return a dict from the path or name of each file to a SHA-256 of its content; records in memory have none."""
+        stored = [part for part in (self.train, self.held_out) if isinstance(part, StoredRecords)]
+        return {name: digest for part in stored for name, digest in part.digests().items()}
 
 
 def split(records: Iterable[Record], fraction: float = DEFAULT_FRACTION, seed: int = 0) -> Split:
@@ -161,6 +166,9 @@ class Loader(Iterator[Batch]):
         at = self._batch * self.batch_rows
         rows = [self.sequences[index] for index in self._order[at : at + self.batch_rows]]
         self._batch += 1
+        return self._batch_of(rows)
+
+    def _batch_of(self, rows: list[Sequence]) -> Batch:
         return padded(rows, self.pad_id, self.epoch)
 
     def state(self) -> dict[str, Any]:

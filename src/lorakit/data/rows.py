@@ -114,11 +114,12 @@ def _lines(file: IO[bytes]) -> Iterator[Parsed]:
     for number, raw in enumerate(file, start=1):
         line = line_of(raw, first=at == 0)
         if line.strip():
-            yield at, number, _parse(line)
+            yield at, number, parse_row(line)
         at += len(raw)
 
 
-def _parse(text: str) -> JsonValue | BadRow:
+def parse_row(text: str) -> JsonValue | BadRow:
+    """Return the value of a JSON text, or the reason why it cannot be parsed."""
     try:
         row: JsonValue = parse_json(text)
     except RecursionError:
@@ -174,7 +175,7 @@ def _elements(path: Path, text: str, offset: int) -> Iterator[Parsed]:
                 f"{path}:{line}: not valid JSON: expected {following!r} and a value.", where=f"{path}:{line}"
             )
         offset += len(text[at:begin].encode())
-        yield offset, line, _parse(text[begin:end])
+        yield offset, line, parse_row(text[begin:end])
         offset += len(text[begin:end].encode())
         line += text.count("\n", begin, end)
         at, following = end, ","

@@ -33,6 +33,28 @@ def file_error(path: Path, problem: str) -> DataError:
     return DataError(f"{path}: {problem}", where=path)
 
 
+def open_unchanged(path: Path, size: int, changed_ns: int) -> IO[bytes]:
+    """Open a data file that was checked earlier.
+
+    Args:
+        path: The file.
+        size: Its size in bytes when it was checked.
+        changed_ns: Its modification time in nanoseconds when it was checked.
+
+    Raises:
+        DataError: The file cannot be read, or has changed since it was checked.
+    """
+    try:
+        file = path.open("rb")
+    except OSError as cause:
+        raise file_error(path, f"the data file cannot be read ({cause.strerror}).") from cause
+    status = os.fstat(file.fileno())
+    if (status.st_size, status.st_mtime_ns) != (size, changed_ns):
+        file.close()
+        raise file_error(path, "the data file changed while it was in use; read the data again.")
+    return file
+
+
 class LongDocument(Document):
     """A text file that is read in pieces; the `text` property reads the whole file."""
 
@@ -57,6 +79,19 @@ class LongDocument(Document):
         """
         with self._file.open() as file:
             yield from decoded(file)
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentPart(Document):
+    """Consecutive lines of a text file that is read in parts; only the ends of the file are marked with special tokens.
+
+    Attributes:
+        is_first: Whether the part is at the beginning of the file.
+        is_last: Whether the part is at the end of the file.
+    """
+
+    is_first: bool = True
+    is_last: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +130,7 @@ class DataFile:
         Raises:
             DataError: The file cannot be read, or has changed since it was checked.
         """
-        try:
-            file = self.path.open("rb")
-        except OSError as cause:
-            raise file_error(self.path, f"the data file cannot be read ({cause.strerror}).") from cause
-        status = os.fstat(file.fileno())
-        if (status.st_size, status.st_mtime_ns) != (self.size, self.changed_ns):
-            file.close()
-            raise file_error(self.path, "the data file changed while it was in use; read the data again.")
-        return file
+        return open_unchanged(self.path, self.size, self.changed_ns)
 
     def records(self, indexes: Iterable[int]) -> Iterator[tuple[Record, int]]:
         """Yield the records at the given indices, each with its size on disk in bytes.
