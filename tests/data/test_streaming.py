@@ -79,7 +79,7 @@ def test_a_state_gives_the_batches_that_would_have_come(tmp_path: Path, tiny_tok
         path = str(tmp_path / "a.txt")
         Path(path).write_text("the quick fox jumps over the dog\n" * 60, encoding="utf-8")
     split = read_stream([path], None, 0.1 if suffix == "jsonl" else 0.0, 0, Request())
-    for taken in range(0, 24):
+    for taken in range(24):
         loader = loader_of(split, tiny_tokenizer)
         for _ in range(taken):
             next(loader)
@@ -117,7 +117,12 @@ def test_held_out_rows_do_not_depend_on_other_rows_and_are_never_trained(tmp_pat
 
 def test_parts_of_a_text_file(tmp_path: Path, tiny_tokenizer: Any) -> None:
     path = tmp_path / "a.txt"
-    text = "\ufeff" + "".join(f"Zeile {number} für 狐 und 😀\n" for number in range(9000)) + "x" * (2 * PART_BYTES) + "😀" * 70000
+    text = (
+        "\ufeff"
+        + "".join(f"Zeile {number} für 狐 und 😀\n" for number in range(9000))
+        + "x" * (2 * PART_BYTES)
+        + "😀" * 70000
+    )
     path.write_text(text, encoding="utf-8")
     rows = list(open_stream([str(path)], Request()).rows(Place()))
     assert "".join(row.record.text for row in rows) == text[1:]
@@ -129,7 +134,9 @@ def test_parts_of_a_text_file(tmp_path: Path, tiny_tokenizer: Any) -> None:
     assert [part[-1] == tiny_tokenizer.eos_token_id for part in ids] == [row.record.is_last for row in rows]
 
 
-def test_an_invalid_row_after_the_first_part(tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_row_after_the_first_part(
+    tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(streaming, "SAMPLE_BYTES", 100)
     monkeypatch.setattr(streaming, "_LEAST_BYTES", 100)
     path = write(tmp_path / "a.jsonl", 20)

@@ -125,10 +125,12 @@ class Encoded:
     Attributes:
         sequences: The encoded rows, in the order of the records.
         report: Counts of rows and tokens.
+        sources: (source, sequences) pairs: the number of sequences of consecutive records with the same source.
     """
 
     sequences: Sequences
     report: DataReport
+    sources: tuple[tuple[str, int], ...] = ()
 
 
 def encode(
@@ -169,11 +171,12 @@ def encode(
     """
     if max_length < 2:
         raise ConfigError.of("max_length", max_length, "at least 2: one token to read and one to predict")
-    report = DataReport(
-        max_length, overlong=overlong, notes=list(records.notes) if isinstance(records, AnyRecords) else []
-    )
+    report = DataReport(max_length, overlong=overlong)
+    if isinstance(records, AnyRecords):
+        report.notes += records.notes
+        report.shape, report.columns = records.shape, dict(records.columns)
     work = _Work(tokenizer, report, watch or (lambda done: None), overlong)
-    keys, first = bytearray(), None
+    keys, first, ends = bytearray(), None, list[tuple[str, int]]()
     for record, size in sized(records):
         first = first or record
         report.documents += isinstance(record, Document)
@@ -186,6 +189,9 @@ def encode(
         else:
             work.add(record)
         work.done(size)
+        if ends and ends[-1][0] == record.source:
+            ends.pop()
+        ends.append((record.source, len(work.sequences)))
     sequences = work.sequences
     report.duplicate_rows = report.rows - len(np.unique(keys_of(keys)))
     report.sequences = len(sequences)
@@ -195,7 +201,9 @@ def encode(
         report.notes.append("The tokenizer has no end-of-text token, so the end of a text is not marked.")
     if not report.trained_tokens:
         raise DataError(_nothing_left(report, first), where=None if first is None else location(first))
-    return Encoded(sequences, report)
+    begins = [0, *(end for _, end in ends)]
+    sources = tuple((source, end - begin) for (source, end), begin in zip(ends, begins, strict=False))
+    return Encoded(sequences, report, sources)
 
 
 def encode_record(record: Record, tokenizer: Tokenizer, max_length: int, overlong: Overlong) -> Sequences:
@@ -285,12 +293,10 @@ class _Work:
 
     def _tokens(self, record: Document) -> Iterator[array[int]]:
         """Yield the tokens of a document, including its start and end tokens, in chunks of limited size."""
-        is_part = isinstance(record, DocumentPart)
-        if not is_part or record.is_first:
+        is_first, is_last = (record.is_first, record.is_last) if isinstance(record, DocumentPart) else (True, True)
+        if is_first:
             yield array("q", beginning(self._tokenizer))
-        end, last = self._tokenizer.eos_token_id, None
-        if is_part and not record.is_last:
-            end = None
+        end, last = self._tokenizer.eos_token_id if is_last else None, None
         for ids in token_parts(self._tokenizer, self._watched(record.pieces())):
             for at in range(0, len(ids), _TOKENS_AT_ONCE):
                 yield array("q", ids[at : at + _TOKENS_AT_ONCE])

@@ -17,7 +17,7 @@ from typing import IO
 
 from lorakit.data.messages import BadRow
 from lorakit.data.records import Record
-from lorakit.data.rows import parse_row
+from lorakit.data.rows import check_no_group, group_key, parse_row
 from lorakit.data.shapes import Layout, Request, checked_row, recognize
 from lorakit.data.sources import HUB, LINES, TEXT, HubSource, expand
 from lorakit.data.stored import DocumentPart, file_error, line_of, open_unchanged
@@ -60,13 +60,13 @@ class StreamedRow:
         record: The row's record.
         start: Position from which the row is read.
         end: Position after the row.
-        values: The row as parsed; None for a part of a text file.
+        group: Key of the row's group, or b"" if no group column was requested.
     """
 
     record: Record
     start: Place
     end: Place
-    values: JsonValue = None
+    group: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,8 @@ class RowStream:
                 if isinstance(row, DocumentPart):
                     yield StreamedRow(row, start, end)
                 elif source.layout is not None:
-                    yield StreamedRow(source.layout.record(row, str(source.path), line), start, end, row)
+                    record = source.layout.record(row, str(source.path), line)
+                    yield StreamedRow(record, start, end, group_key(row, self._request))
             except BadRow as cause:
                 where = f"{source.path}:{line}"
                 if not self._request.skip_bad_rows:
@@ -220,9 +221,7 @@ def _cut(raw: bytes) -> int:
     return end or last or len(raw)
 
 
-def open_stream(
-    names: Iterable[str], request: Request, skipped: Callable[[str, str], None] | None = None
-) -> RowStream:
+def open_stream(names: Iterable[str], request: Request, skipped: Callable[[str, str], None] | None = None) -> RowStream:
     """Open files as a stream; the shape of each file is found in its first valid row.
 
     Args:
@@ -261,6 +260,8 @@ def _opened(path: Path, request: Request) -> StreamedFile:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
             is_text = path.suffix.lower() in TEXT
+            if is_text:
+                check_no_group(path, request)
             if not file.read(len(_BOM) + 1).removeprefix(_BOM):
                 raise file_error(path, "the data file is empty.")
             file.seek(0)

@@ -6,6 +6,7 @@ This module handles files and positions; callers parse the rows. It does not dep
 from __future__ import annotations
 
 import codecs
+import hashlib
 import itertools
 import os
 from array import array
@@ -13,9 +14,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Protocol, overload
+from typing import IO, Any, Protocol, overload
 
-from lorakit.data.records import Document, Record, Records
+import numpy as np
+
+from lorakit.data.records import Document, Record, Records, keys_of
+from lorakit.data.shapes import Layout, common_layout
 from lorakit.durable import sha256_file
 from lorakit.errors import DataError
 
@@ -105,6 +109,8 @@ class DataFile:
         row: Function that parses a row, given its text and line number; None if the file is one document.
         starts: Byte offset of each row.
         lines: Line number of each row.
+        layout: Shape and columns of the rows; None if the file is one document.
+        groups: Key of each row's group, `KEY_BYTES` bytes per row, or empty.
     """
 
     path: Path
@@ -113,6 +119,8 @@ class DataFile:
     row: Callable[[str, int], Record] | None = None
     starts: array[int] = field(default_factory=lambda: array("q"))
     lines: array[int] = field(default_factory=lambda: array("q"))
+    layout: Layout | None = None
+    groups: bytes | bytearray = b""
 
     def __len__(self) -> int:
         return 1 if self.row is None else len(self.starts)
@@ -164,6 +172,14 @@ class RecordFile(Protocol):
     def size(self) -> int:
         """Size in bytes."""
 
+    @property
+    def layout(self) -> Layout | None:
+        """Shape and columns of the rows; None if the file is one document."""
+
+    @property
+    def groups(self) -> bytes | bytearray:
+        """Key of each row's group, `KEY_BYTES` bytes per row; empty if no group column was requested."""
+
     def __len__(self) -> int: ...
 
     def bytes_of(self, index: int) -> int:
@@ -187,6 +203,8 @@ class StoredRecords(Sequence[Record]):
 
     Attributes:
         notes: Messages for the user.
+        shape: Name of the shape of all rows, or None if it differs between files.
+        columns: Required field -> column, or an empty dict if the columns differ between files.
     """
 
     def __init__(
@@ -196,6 +214,8 @@ class StoredRecords(Sequence[Record]):
         self._files = list(files)
         self._begins = [0, *itertools.accumulate(len(file) for file in files)]
         self._chosen = chosen
+        self._digests: dict[str, str] = {}
+        self.shape, self.columns = common_layout(file.layout for file in files)
 
     def __len__(self) -> int:
         return len(self._all())
@@ -232,11 +252,24 @@ class StoredRecords(Sequence[Record]):
             notes: Notes for the selection.
         """
         chosen = self._all()
-        return StoredRecords(self._files, notes, array("q", (chosen[at] for at in positions)))
+        part = StoredRecords(self._files, notes, array("q", (chosen[at] for at in positions)))
+        part._digests = self._digests
+        return part
 
     def digests(self) -> dict[str, str]:
-        """Return a dict from the path or name of each file to a SHA-256 of its content."""
-        return dict(file.digest() for file in self._files)
+        """Return a dict from the path or name of each file to a SHA-256 of its content; each file is hashed once."""
+        if not self._digests:
+            self._digests.update(file.digest() for file in self._files)
+        return dict(self._digests)
+
+    def group_keys(self) -> np.ndarray[Any, Any] | None:
+        """Return the key of each record's group, shape (records,), or None if no group column was requested."""
+        joined = b"".join(bytes(file.groups) for file in self._files)
+        return keys_of(joined)[np.asarray(self._all(), dtype=np.int64)] if joined else None
+
+    def selection(self) -> str:
+        """Return a SHA-256 of which records of the files are selected."""
+        return hashlib.sha256(np.asarray(self._all(), dtype=np.int64).tobytes()).hexdigest()
 
     @property
     def total_bytes(self) -> int:

@@ -12,10 +12,11 @@ held-out rows of the first part of the data, and no row with the same content as
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
@@ -26,7 +27,7 @@ from lorakit.data.loader import Batch, Loader, Split
 from lorakit.data.reading import read_records
 from lorakit.data.records import Record, Records, content_key
 from lorakit.data.row_stream import Place, RowStream, StreamedRow, open_stream
-from lorakit.data.shapes import Request
+from lorakit.data.shapes import Request, common_layout
 from lorakit.data.stored import StoredRecords
 from lorakit.errors import ConfigError, DataError
 from lorakit.tables import format_bytes, format_count
@@ -72,7 +73,8 @@ class TrainingRows:
         """Return whether a row is held out."""
         if not self.fraction:
             return False
-        key = content_key(row.record, salt=str(self.seed))
+        salt = str(self.seed)
+        key = hashlib.sha256(salt.encode() + row.group).digest() if row.group else content_key(row.record, salt)
         return int.from_bytes(key[:8], "big") < self.fraction * 2**64
 
 
@@ -124,9 +126,15 @@ def read_stream(
         excluded = frozenset(map(content_key, given))
         rows = TrainingRows(stream, 0.0, seed, excluded)
         sample, _ = _sample(rows, request)
+        sample.shape, sample.columns = common_layout(file.layout for file in stream.files)
         return StreamSplit(sample, given, f"Evaluation data: {', '.join(names)}. {_note(stream)}", rows)
     rows = TrainingRows(stream, fraction, seed)
     sample, chosen = _sample(rows, request)
+    if request.group is not None:  # otherwise, rows with the same content are all held out or none of them is
+        rows = dataclasses.replace(rows, excluded=frozenset(map(content_key, chosen)))
+        kept = [at for at, record in enumerate(sample) if content_key(record) not in rows.excluded]
+        sample = sample.some(kept, sample.notes)
+    sample.shape, sample.columns = common_layout(file.layout for file in stream.files)
     held = f"{format_count(len(chosen), 'row')} of this part held out for evaluation (seed {seed})"
     if not chosen:
         held = "no row of this part is held out for evaluation"
@@ -136,8 +144,8 @@ def read_stream(
 def _note(stream: RowStream) -> str:
     part = min(SAMPLE_BYTES, stream.total_bytes)
     return (
-        f"Streaming {format_bytes(stream.total_bytes)}: the counts are those of the first {format_bytes(part)}, and only "
-        "these rows were checked"
+        f"Streaming {format_bytes(stream.total_bytes)}: the counts are those of the first {format_bytes(part)}, and "
+        "only these rows were checked"
     )
 
 
@@ -182,6 +190,9 @@ class StreamLoader(Loader):
         sequences: Sequences of the first part of the data, for estimates and for initial weights from data.
         rows: The training rows.
         encode: Function that returns the sequences of a record.
+        source_weights: Source of a record -> how often its sequences occur per epoch; 1 for other sources. For a
+            weight with a fractional part, the seed, the epoch and the position of a sequence determine whether it
+            occurs once more.
         sample_bytes: Size of the part that `sequences` covers, in bytes.
 
     Raises:
@@ -191,6 +202,7 @@ class StreamLoader(Loader):
     _: KW_ONLY
     rows: TrainingRows
     encode: Callable[[Record], Many[Sequence]]
+    source_weights: Mapping[str, float] = field(default_factory=dict)
     sample_bytes: int = SAMPLE_BYTES
     _block: list[Sequence] = field(init=False, default_factory=list)
     _held: tuple[_Point, Sequence] | None = field(init=False, default=None)
@@ -305,10 +317,18 @@ class StreamLoader(Loader):
         """Yield the sequences of the training rows from a point on, each with its own point."""
         skip = start.skip
         for row in self.rows.rows(start.place):
-            made = self.encode(row.record)
+            made = self._repeated(row)
             for number in range(skip, len(made)):
                 yield _Point(row.start, number), made[number]
             skip = 0
+
+    def _repeated(self, row: StreamedRow) -> Many[Sequence]:
+        """Return the sequences of a row, each as often as the weight of its source says."""
+        made, weight = self.encode(row.record), self.source_weights.get(row.record.source, 1.0)
+        if weight == 1:
+            return made
+        drawn = random.Random(f"{self.seed}:{self._epoch}:{row.start.file}:{row.start.offset}:weights")
+        return [one for one in made for _ in range(int(weight) + (drawn.random() < weight % 1))]
 
     def _bytes(self, point: _Point | None) -> int:
         stream = self.rows.stream

@@ -152,7 +152,7 @@ def first_rows(spec: RunSpec, loader: Loader) -> list[Batch]:
         spec: The run's specification, including the seed.
         loader: The run's data loader, which is not advanced.
     """
-    own = Loader(loader.sequences, 1, spec.settings.seed, epochs=1, pad_id=loader.pad_id)
+    own = Loader(loader.sequences, 1, spec.settings.seed, epochs=1, pad_id=loader.pad_id, weights=loader.weights)
     return [batch for batch in islice(own, ROWS) if batch.trained_tokens]
 
 
@@ -242,6 +242,8 @@ def adapter_metadata(run: Run) -> dict[str, Any]:
             "trained_tokens": state.trained_tokens,
             "data_sha256": dict(spec.hashes),
             "prompt_format": run.batches.train_report.prompt_format,
+            "shape": run.batches.train_report.shape,
+            "columns": dict(run.batches.train_report.columns),
             "seed": spec.settings.seed,
             "dtype": run.plan.dtype,
             "quantization": spec.quantization_values,

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -20,12 +20,16 @@ from lorakit import data, hub, plan
 from lorakit.config import LoraConfig
 from lorakit.core.model.fingerprint import vocabulary_of
 from lorakit.core.model.vocabulary import check_growth, with_trained_rows
+from lorakit.data.sources import expand, weights_of
 from lorakit.errors import ConfigError, DataError, NotYetSupported, UsageError
 from lorakit.tables import format_count
 from lorakit.targets import unfitting_keys
 from lorakit.train.defaults import DEFAULTS
 from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
+
+STREAMED_BYTES = 1 << 30
+"""Size of the training data above which `--streaming auto` reads it while training."""
 
 
 class SavedTokenizer(data.Tokenizer, Protocol):
@@ -182,20 +186,70 @@ def pick_device(word: str) -> torch.device:
     return device
 
 
-def read_data(settings: TrainSettings) -> data.Split:
+def read_data(
+    settings: TrainSettings,
+    record: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> data.Split:
     """Read the training and evaluation files; if no evaluation files are given, hold out some training data.
 
     Args:
         settings: The run's settings; only those about data and the seed are used.
+        record: Contents of `run.json` if the run is resumed, or None.
+        say: Function that receives a message about the first row that is skipped while streaming.
 
     Returns:
         The training and evaluation records.
 
     Raises:
         DataError: A file cannot be read, or a record is invalid; the message names the file and the line.
+        ConfigError: A name in `data_weights` is not one of the training data.
+        UsageError: The data is to be streamed, but cannot be, or the number of steps is not given.
     """
     request = settings.row_request()
+    weights_of(settings.data, settings.data_weights)
+    if is_streamed(settings, record):
+        if settings.max_steps is None:
+            raise UsageError(
+                "streaming needs the number of steps, because the number of rows is not known; pass --max-steps.",
+                field="max_steps",
+            )
+        first = _First(say)
+        return data.read_stream(
+            settings.data, settings.eval_data, settings.eval_fraction, settings.seed, request, first.skipped
+        )
     return data.read_split(settings.data, settings.eval_data, settings.eval_fraction, settings.seed, request)
+
+
+def is_streamed(settings: TrainSettings, record: Mapping[str, Any] | None) -> bool:
+    """Return whether the training data is read while training.
+
+    Args:
+        settings: The run's settings.
+        record: Contents of `run.json` if the run is resumed, which is then streamed as before, or None.
+    """
+    before = (record or {}).get("data_sha256")
+    if isinstance(before, Mapping):
+        return any(str(value).startswith(data.PARTIAL) for value in before.values())
+    if settings.streaming != "auto":
+        return settings.streaming == "on"
+    if settings.max_steps is None or not data.can_stream(settings.data):
+        return False
+    sources = (source for source in expand(settings.data) if isinstance(source, Path) and source.is_file())
+    return sum(source.stat().st_size for source in sources) > STREAMED_BYTES
+
+
+class _First:
+    """Receiver of skipped rows that passes on only the first one."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say: Callable[[str], None] | None = say
+
+    def skipped(self, where: str, reason: str) -> None:
+        """Report a skipped row, if it is the first one."""
+        if self._say is not None:
+            self._say(f"{where}: row skipped, as later ones will be: {reason}")
+        self._say = None
 
 
 def make_batches(
@@ -204,7 +258,7 @@ def make_batches(
     """Tokenize the records and create the loaders.
 
     Args:
-        settings: The run's settings; only the batch size, the seed and `overlong` are used.
+        settings: The run's settings; only the batch size, the seed and those about data are used.
         records: Training and evaluation records, from `read_data`.
         tokenizer: The model's tokenizer.
         max_length: Maximum sequence length in tokens.
@@ -223,7 +277,7 @@ def make_batches(
     train = data.encode(records.train, tokenizer, max_length, listener, overlong=overlong)
     if not settings.allow_missing_end:
         train.report.check_end()
-    loader = data.Loader(train.sequences, rows, settings.seed, pad_id=pad)
+    loader = _loader(settings, records, train, tokenizer, max_length)
     if not records.held_out:
         return RunBatches(loader, None, train.report, None)
     try:
@@ -232,6 +286,28 @@ def make_batches(
     except DataError as cause:
         raise DataError(f"evaluation data: {cause}", **cause.fields) from cause
     return RunBatches(loader, partial(data.by_length, held_out.sequences, rows, pad), train.report, held_out.report)
+
+
+def _loader(
+    settings: TrainSettings, records: data.Split, train: data.Encoded, tokenizer: data.Tokenizer, max_length: int
+) -> data.Loader:
+    """Return the loader of the training data; of a stream, only the first part has been encoded."""
+    rows, pad = settings.per_device_train_batch_size, data.padding_id(tokenizer)
+    weights = weights_of(settings.data, settings.data_weights)
+    train.report.notes += [f"{name}: {weight:g} times per epoch." for name, weight in settings.data_weights.items()]
+    if isinstance(records, data.StreamSplit):
+        overlong = settings.overlong
+        return data.StreamLoader(
+            train.sequences,
+            rows,
+            settings.seed,
+            pad_id=pad,
+            rows=records.rows,
+            encode=lambda record: data.encode_record(record, tokenizer, max_length, overlong),
+            source_weights=weights,
+        )
+    parts = tuple((count, weights.get(source, 1.0)) for source, count in train.sources) if weights else ()
+    return data.Loader(train.sequences, rows, settings.seed, pad_id=pad, weights=parts)
 
 
 def _listener(progress: Progress, what: str, records: data.AnyRecords) -> Callable[[int], None] | None:
@@ -264,9 +340,11 @@ class NewTokens:
         """
         seen = Counter(number for sequence in loader.sequences for number in sequence.input_ids)
         never = ", ".join(token for token, number in self.added.ids.items() if not seen[number])
-        return (
-            (f"These new tokens are not in the training data, so their rows stay untrained: {never}.",) if never else ()
-        )
+        if not never:
+            return ()
+        if isinstance(loader, data.StreamLoader):
+            return (f"These new tokens are not in the first part of the training data: {never}.",)
+        return (f"These new tokens are not in the training data, so their rows stay untrained: {never}.",)
 
 
 def add_new_tokens(tokenizer: data.Tokenizer, tokens: list[str], base: nn.Module) -> NewTokens:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lorakit import hub
-from lorakit.data import Loader, Split, StoredRecords, read_template
+from lorakit.data import Loader, Split, read_template
 from lorakit.errors import RunError, UsageError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration
@@ -46,7 +46,7 @@ class RunSpec:
         device: The run's device.
         source: The base model.
         data: Records for training and evaluation.
-        hashes: Dict from the path of each data file to the file's SHA-256.
+        hashes: Dict from the path of each data file to the file's SHA-256, or to its identity if it is streamed.
         record: Contents of `run.json` if the run is resumed, or None.
         tokenizer: The base's tokenizer, with the run's new tokens.
         forecast: The base's shape, the adapter config, and the maximum sequence length.
@@ -88,14 +88,14 @@ class RunSpec:
             hub.require_quantizer(quantization)
         device = run_data.pick_device(settings.device)
         run_folder.check_output_dir(settings)
-        folder, data = Path(settings.output_dir), run_data.read_data(settings)
+        folder = Path(settings.output_dir)
+        record = run_folder.read_record(folder) if settings.resume else None
+        data = run_data.read_data(settings, record, progress.say)
         if settings.early_stopping_patience is not None and not data.held_out:
             raise UsageError(
                 f"early_stopping_patience requires evaluation data. {data.note}", field="early_stopping_patience"
             )
-        stored = [part for part in (data.train, data.held_out) if isinstance(part, StoredRecords)]
-        hashes = {name: digest for part in stored for name, digest in part.digests().items()}
-        record = run_folder.read_record(folder) if settings.resume else None
+        hashes = data.digests()
         if record is not None:
             _check_same_data(folder, record, hashes)
             _check_steps_left(folder, settings.max_steps)

@@ -36,6 +36,7 @@ Scheduler = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw", "lorafa"]
 Bias = Literal["none", "all", "lora_only"]
 OnBadRow = Literal["stop", "skip"]
+Streaming = Literal["auto", "on", "off"]
 TooLong = Literal["truncate", "drop", "split", "error"]
 Allocation = Literal["none", "gradients", "inputs"]
 Recompute = Literal["none", "feed-forward", "layers"]
@@ -119,6 +120,20 @@ def _numbers(value: Given) -> Mapping[str, float]:
     return {
         pattern: int(number) if number == int(number) else number for pattern, number in pairs if number is not None
     }
+
+
+def _weights(value: Given) -> dict[str, float]:
+    """Convert a mapping, or a list of NAME=WEIGHT strings from flags, to a dict from name to weight."""
+    words = value if isinstance(value, Mapping) else _one_or_many(value)
+    if not isinstance(words, (Mapping, list)):
+        raise ValueError("it must map names to weights")
+    entries = words.items() if isinstance(words, Mapping) else [_split_rate(entry) for entry in words]
+    table = {name: weight for name, weight in entries if not isinstance(weight, bool)}
+    if len(table) < len(words) or not all(
+        name and isinstance(weight, (int, float)) and 0 < weight < math.inf for name, weight in table.items()
+    ):
+        raise ValueError("each entry must be NAME=WEIGHT with a weight above 0, such as a.jsonl=2; each name once")
+    return {name: float(weight) for name, weight in table.items() if weight is not None}
 
 
 def _ranges(value: Given) -> list[Any]:
@@ -212,6 +227,10 @@ class TrainSettings(BaseModel):
     output_dir: Text = _setting("output_dir")
     eval_data: Paths | None = _setting("eval_data")
     eval_fraction: float = _setting("eval_fraction", ge=0, lt=1)
+    group: Text | None = _setting("group")
+    data_weights: Annotated[dict[str, float], BeforeValidator(_weights)] = _setting("data_weights")
+    streaming: Streaming = _setting("streaming")
+    token_cache: bool = _setting("token_cache")
     format: Annotated[str, AfterValidator(_format)] | None = _setting("format")
     columns: Annotated[dict[str, str], BeforeValidator(_columns)] = _setting("columns")
     on_bad_row: OnBadRow = _setting("on_bad_row")
@@ -288,6 +307,11 @@ class TrainSettings(BaseModel):
             raise _error(cause) from None
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite cannot be combined; omit one of them.", field="resume")
+        if self.group is not None and self.eval_data is not None:
+            raise ConfigError(
+                "group cannot be combined with eval_data, because no rows are held out; omit one of them.",
+                field="group",
+            )
         if self.init_lora_weights == "eva" and self.allocate_ranks != "none":
             raise ConfigError(
                 "allocate_ranks cannot be combined with init_lora_weights eva, which allocates ranks itself; omit one "
@@ -314,7 +338,7 @@ class TrainSettings(BaseModel):
         """Return the choices about how the rows of the data are read."""
         from lorakit.data import Request
 
-        return Request(self.format, self.columns, self.on_bad_row == "skip")
+        return Request(self.format, self.columns, self.on_bad_row == "skip", self.group)
 
     def stored_as(self) -> Quantization | None:
         """Return the requested quantization of the base, or None."""
