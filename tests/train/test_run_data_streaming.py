@@ -167,3 +167,28 @@ def test_a_missing_group_column(short_run: dict[str, Any], tmp_path: Path, mode:
     with pytest.raises(ConfigError) as both:
         settings_of(short_run, data=path, eval_data=path, group="user")
     assert both.value.field == "group"
+
+
+def test_a_second_run_reads_its_tokens_from_the_cache(
+    short_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorakit.data import token_cache
+
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(token_cache, "LEAST_BYTES", 1)
+    path = write(tmp_path / "a.jsonl", 30)
+    settings = settings_of(short_run, data=path, streaming="off", save_total_limit=5)
+    run(settings.model_copy(update={"token_cache": False}))
+    assert not (tmp_path / "cache" / "tokens").exists()
+    plain = recorded(short_run)
+    weights = (short_run["output_dir"] / "adapter" / "adapter_model.safetensors").read_bytes()
+    for again in (False, True):
+        if again:
+            monkeypatch.setattr(token_cache, "encode", None)
+        run(settings.model_copy(update={"overwrite": True}))
+        assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 2
+        assert recorded(short_run)["data"] == plain["data"]
+        assert recorded(short_run)["evaluation_data"] == plain["evaluation_data"]
+        assert (short_run["output_dir"] / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+    monkeypatch.setenv("LORAKIT_CACHE", "~nobody-of-this-name/cache")
+    assert run(settings.model_copy(update={"overwrite": True})).ending == "finished"

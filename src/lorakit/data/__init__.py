@@ -17,6 +17,7 @@ from lorakit.data.row_stream import PARTIAL, can_stream
 from lorakit.data.shapes import SHAPES, Request
 from lorakit.data.stored import AnyRecords, StoredRecords
 from lorakit.data.streaming import StreamLoader, StreamSplit, read_stream
+from lorakit.data.token_cache import TokenCache
 from lorakit.data.tokens import Tokenizer
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "StoredRecords",
     "StreamLoader",
     "StreamSplit",
+    "TokenCache",
     "Tokenizer",
     "by_length",
     "can_stream",

@@ -57,9 +57,20 @@ class Sequences(collections.abc.Sequence[Sequence]):
     """
 
     def __init__(self) -> None:
-        self._ids = array(_NARROW)
-        self._trained = bytearray()
-        self._ends = array("q", [0])
+        self._ids: array[int] | memoryview[int] = array(_NARROW)
+        self._trained: bytearray | memoryview[int] = bytearray()
+        self._ends: array[int] | memoryview[int] = array("q", [0])
+
+    @classmethod
+    def of(cls, ids: memoryview[int], trained: memoryview[int], ends: memoryview[int]) -> Sequences:
+        """Return read-only sequences that use the memory of the results of `buffers`."""
+        found = cls()
+        found._ids, found._trained, found._ends = ids, trained, ends
+        return found
+
+    def buffers(self) -> dict[str, memoryview[int]]:
+        """Return the token ids (two or four bytes each), the loss flags (one byte each), and the ends (eight bytes)."""
+        return {"ids": memoryview(self._ids), "trained": memoryview(self._trained), "ends": memoryview(self._ends)}
 
     def add(self, ids: collections.abc.Sequence[int], trained: collections.abc.Sequence[bool] | bytes) -> None:
         """Append a row; the first token never contributes to the loss, because no token precedes it.
@@ -68,6 +79,7 @@ class Sequences(collections.abc.Sequence[Sequence]):
             ids: Token ids, at least one.
             trained: Whether each token contributes to the loss.
         """
+        assert isinstance(self._ids, array) and isinstance(self._ends, array) and isinstance(self._trained, bytearray)
         if self._ids.typecode == _NARROW and max(ids) >= _NARROW_IDS:
             self._ids = array(_WIDE, self._ids)
         self._ids.extend(array(self._ids.typecode, ids))
@@ -100,7 +112,7 @@ class Sequences(collections.abc.Sequence[Sequence]):
     @property
     def trained_tokens(self) -> int:
         """The total number of positions that contribute to the loss."""
-        return self._trained.count(1)
+        return int(np.count_nonzero(np.frombuffer(self._trained, dtype=np.uint8)))
 
     def lengths(self) -> array[int]:
         """Return the number of tokens in each row."""

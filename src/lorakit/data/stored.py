@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import itertools
+import json
 import os
 from array import array
 from bisect import bisect_right
@@ -214,7 +215,7 @@ class StoredRecords(Sequence[Record]):
         self._files = list(files)
         self._begins = [0, *itertools.accumulate(len(file) for file in files)]
         self._chosen = chosen
-        self._digests: dict[str, str] = {}
+        self._digests: list[tuple[str, str]] = []
         self.shape, self.columns = common_layout(file.layout for file in files)
 
     def __len__(self) -> int:
@@ -259,7 +260,7 @@ class StoredRecords(Sequence[Record]):
     def digests(self) -> dict[str, str]:
         """Return a dict from the path or name of each file to a SHA-256 of its content; each file is hashed once."""
         if not self._digests:
-            self._digests.update(file.digest() for file in self._files)
+            self._digests += [file.digest() for file in self._files]
         return dict(self._digests)
 
     def group_keys(self) -> np.ndarray[Any, Any] | None:
@@ -267,9 +268,12 @@ class StoredRecords(Sequence[Record]):
         joined = b"".join(bytes(file.groups) for file in self._files)
         return keys_of(joined)[np.asarray(self._all(), dtype=np.int64)] if joined else None
 
-    def selection(self) -> str:
-        """Return a SHA-256 of which records of the files are selected."""
-        return hashlib.sha256(np.asarray(self._all(), dtype=np.int64).tobytes()).hexdigest()
+    def identity(self) -> str:
+        """Return a SHA-256 of the names and contents of the files, and of which of their records are selected."""
+        self.digests()
+        digest = hashlib.sha256(json.dumps([self._digests, self._begins]).encode())
+        digest.update(np.asarray(self._all(), dtype=np.int64).tobytes())
+        return digest.hexdigest()
 
     @property
     def total_bytes(self) -> int:

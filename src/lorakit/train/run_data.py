@@ -21,9 +21,11 @@ from lorakit.config import LoraConfig
 from lorakit.core.model.fingerprint import vocabulary_of
 from lorakit.core.model.vocabulary import check_growth, with_trained_rows
 from lorakit.data.sources import expand, weights_of
-from lorakit.errors import ConfigError, DataError, NotYetSupported, UsageError
+from lorakit.errors import ConfigError, DataError, DiskError, NotYetSupported, UsageError
+from lorakit.machine import cache_directory
 from lorakit.tables import format_count
 from lorakit.targets import unfitting_keys
+from lorakit.train import run_folder
 from lorakit.train.defaults import DEFAULTS
 from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
@@ -274,7 +276,8 @@ def make_batches(
     """
     rows, pad = settings.per_device_train_batch_size, data.padding_id(tokenizer)
     listener, overlong = _listener(progress, "training data", records.train), settings.overlong
-    train = data.encode(records.train, tokenizer, max_length, listener, overlong=overlong)
+    encode = _encoder(settings, tokenizer, progress)
+    train = encode(records.train, tokenizer, max_length, listener, overlong=overlong)
     if not settings.allow_missing_end:
         train.report.check_end()
     loader = _loader(settings, records, train, tokenizer, max_length)
@@ -282,10 +285,44 @@ def make_batches(
         return RunBatches(loader, None, train.report, None)
     try:
         listener = _listener(progress, "evaluation data", records.held_out)
-        held_out = data.encode(records.held_out, tokenizer, max_length, listener, overlong=overlong)
+        held_out = encode(records.held_out, tokenizer, max_length, listener, overlong=overlong)
     except DataError as cause:
         raise DataError(f"evaluation data: {cause}", **cause.fields) from cause
     return RunBatches(loader, partial(data.by_length, held_out.sequences, rows, pad), train.report, held_out.report)
+
+
+class _Encode(Protocol):
+    """Signature of `lorakit.data.encode`."""
+
+    def __call__(
+        self,
+        records: data.AnyRecords,
+        tokenizer: data.Tokenizer,
+        max_length: int,
+        watch: Callable[[int], None] | None = None,
+        *,
+        overlong: data.Overlong = "truncate",
+    ) -> data.Encoded:
+        """Encode records."""
+
+
+def _encoder(settings: TrainSettings, tokenizer: data.Tokenizer, progress: Progress) -> _Encode:
+    """Return `lorakit.data.encode`, which reads and writes the token cache unless it is off or has no directory."""
+    if not settings.token_cache:
+        return data.encode
+    try:
+        folder = cache_directory() / "tokens"
+    except DiskError as cause:
+        progress.detail(f"The tokens are not kept for later runs: {cause}")
+        return data.encode
+    installed = run_folder.versions()
+    context = {
+        "tokenizer": hub.tokenizer_hash(tokenizer),
+        "template": hub.chat_template_hash(tokenizer),
+        "rows": [settings.format, settings.columns, settings.on_bad_row, settings.group],
+        "versions": {name: installed.get(name) for name in ("lorakit", "transformers", "tokenizers")},
+    }
+    return data.TokenCache(folder, context, progress.say).encode
 
 
 def _loader(
