@@ -35,7 +35,7 @@ from lorakit.tables import format_bytes, format_count
 BUFFER = 1024
 """Minimum number of sequences in a block."""
 
-SAMPLE_BYTES = 8 << 20
+SAMPLE_BYTES = 4 << 20
 """Size of the first part of the data in bytes, from which counts, evaluation rows and initial weights are taken."""
 
 _LEAST_BYTES = 1 << 16  # of each file, if there are many
