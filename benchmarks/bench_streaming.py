@@ -4,9 +4,9 @@
 
 Both files contain JSON Lines with texts cut from Python's language reference. A model with random weights (2 layers,
 width 64, SmolLM2's tokenizer) trains on each of them with the default settings, so the large file is streamed and the
-small one is tokenized as a whole. Measured are the time from the start of the process to the first batch, which includes the
-evaluation before the first step, and the peak memory of the process. The run on the large file is then repeated, killed
-with SIGKILL in the middle and resumed; the benchmark fails if its adapter differs in a single bit.
+small one is tokenized as a whole. Measured are the time from the start of the process to the first batch, which
+includes the evaluation before the first step, and the peak memory of the process. The run on the large file is then
+repeated, killed with SIGKILL in the middle and resumed; the benchmark fails if its adapter differs in a single bit.
 """
 
 from __future__ import annotations

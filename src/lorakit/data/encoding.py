@@ -152,6 +152,7 @@ def encode(
     watch: Callable[[int], None] | None = None,
     *,
     overlong: Overlong = "truncate",
+    visit: Callable[[Record, bytes], None] | None = None,
 ) -> Encoded:
     """Encode records as sequences of at most `max_length` tokens.
 
@@ -172,6 +173,7 @@ def encode(
         watch: Function that is called repeatedly with the number of bytes read from disk so far, or None.
         overlong: What to do with a completion or conversation of more than `max_length` tokens: "truncate" it on the
             right, "drop" it, "split" it into windows like a document, or raise an "error".
+        visit: Function that is called with each record and its content key, or None.
 
     Returns:
         The sequences and the counts.
@@ -195,7 +197,10 @@ def encode(
         report.completions += isinstance(record, Completion)
         report.conversations += isinstance(record, Conversation)
         report.instructions += is_plain_instruction(record, tokenizer)
-        keys += content_key(record)
+        key = content_key(record)
+        keys += key
+        if visit is not None:
+            visit(record, key)
         if is_empty(record):
             report.empty_rows += 1
         else:
