@@ -12,7 +12,7 @@ import pytest
 from lorakit.data import Request, encode, streaming
 from lorakit.data.encoding import encode_record
 from lorakit.data.records import content_key
-from lorakit.data.row_stream import PART_BYTES, Place, can_stream, open_stream
+from lorakit.data.row_stream import PART_BYTES, Place, open_stream, streamable_bytes
 from lorakit.data.streaming import StreamLoader, read_stream
 from lorakit.errors import DataError, UsageError
 
@@ -159,8 +159,10 @@ def test_data_that_cannot_be_streamed(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\nhello\n")
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "blank.jsonl").write_text("\n\n")
-    assert not can_stream([str(tmp_path / "a.csv")]) and not can_stream(["hf:a/b"])
-    assert can_stream([write(tmp_path / "a.jsonl", 2)])
+    lines = write(tmp_path / "a.jsonl", 2)
+    assert streamable_bytes([lines]) == Path(lines).stat().st_size > 0
+    for name in (str(tmp_path / "a.csv"), "hf:a/b"):
+        assert streamable_bytes([name]) == streamable_bytes([lines, name]) == 0
     with pytest.raises(UsageError) as caught:
         read_stream([str(tmp_path / "a.csv")], None, 0, 0, Request())
     assert caught.value.field == "streaming" and "JSON Lines" in str(caught.value)

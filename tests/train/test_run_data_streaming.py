@@ -42,6 +42,9 @@ def test_when_data_is_streamed(
     assert not is_streamed(settings_of(short_run, data=path, streaming="off"), None)
     assert not is_streamed(settings_of(short_run, data=path, streaming="auto", max_steps=None), None)
     assert not is_streamed(auto, {"data_sha256": {path: "0" * 64}})  # resumed as it began
+    said = list[str]()
+    read_data(settings_of(short_run, data=path, streaming="auto", max_steps=None), None, said.append)
+    assert len(said) == 1 and "--max-steps" in said[0]
     with pytest.raises(UsageError) as caught:
         read_data(settings_of(short_run, data=path, max_steps=None))
     assert caught.value.field == "max_steps"
@@ -50,12 +53,13 @@ def test_when_data_is_streamed(
 
 
 def test_a_streamed_run_is_recorded(short_run: dict[str, Any], tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", 40)
+    path = write(tmp_path / "a.jsonl", 40, other=1)
     found = run(settings_of(short_run, data=path, init_lora_weights="eva", new_tokens=["<new>"]))
     assert found.ending == "finished" and found.adapter is not None
     assert any("first part" in note for note in found.notes)
     record = recorded(short_run)
     assert record["data_sha256"][path].startswith("partial:")
+    assert any("'other' (40 rows)" in note for note in record["data"]["notes"])
     assert (record["data"]["shape"], record["data"]["columns"]) == ("text", {"text": "text"})
     training = json.loads((found.adapter / "lorakit.json").read_text())["training"]
     assert (training["shape"], training["columns"]) == ("text", {"text": "text"})

@@ -13,7 +13,7 @@ from lorakit.data.loader import Batch, Loader, Split, by_length, padding_id, spl
 from lorakit.data.reading import python_reference, read_records, read_split, write_python_reference
 from lorakit.data.records import Completion, Conversation, Document, Message, Record, Records
 from lorakit.data.report import DataReport
-from lorakit.data.row_stream import PARTIAL, can_stream
+from lorakit.data.row_stream import PARTIAL, streamable_bytes
 from lorakit.data.shapes import SHAPES, Request
 from lorakit.data.stored import AnyRecords, StoredRecords
 from lorakit.data.streaming import StreamLoader, StreamSplit, read_stream
@@ -45,7 +45,6 @@ __all__ = [
     "TokenCache",
     "Tokenizer",
     "by_length",
-    "can_stream",
     "encode",
     "encode_record",
     "lengths",
@@ -56,5 +55,6 @@ __all__ = [
     "read_stream",
     "read_template",
     "split",
+    "streamable_bytes",
     "write_python_reference",
 ]

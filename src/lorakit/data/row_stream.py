@@ -19,7 +19,7 @@ from lorakit.data.messages import BadRow
 from lorakit.data.records import Record
 from lorakit.data.rows import check_no_group, group_key, parse_row
 from lorakit.data.shapes import Layout, Request, checked_row, recognize
-from lorakit.data.sources import HUB, LINES, TEXT, HubSource, expand
+from lorakit.data.sources import LINES, TEXT, HubSource, expand
 from lorakit.data.stored import DocumentPart, file_error, line_of, open_unchanged
 from lorakit.durable import JsonValue
 from lorakit.errors import DataError, UsageError
@@ -113,12 +113,14 @@ class RowStream:
 
     Attributes:
         files: The files.
+        unused: Counts of unused columns in the rows read so far, keyed by name.
     """
 
     def __init__(
         self, files: Iterable[StreamedFile], request: Request, skipped: Callable[[str, str], None] | None = None
     ) -> None:
         self.files = tuple(files)
+        self.unused = Counter[str]()
         self._request = request
         self._skipped = skipped or (lambda where, reason: None)
         self._before = [sum(file.size for file in self.files[:number]) for number in range(len(self.files))]
@@ -158,7 +160,7 @@ class RowStream:
                 if isinstance(row, DocumentPart):
                     yield StreamedRow(row, start, end)
                 elif source.layout is not None:
-                    record = source.layout.record(row, str(source.path), line)
+                    record = source.layout.record(row, str(source.path), line, self.unused)
                     yield StreamedRow(record, start, end, group_key(row, self._request))
             except BadRow as cause:
                 where = f"{source.path}:{line}"
@@ -246,13 +248,11 @@ def open_stream(names: Iterable[str], request: Request, skipped: Callable[[str, 
     return RowStream([_opened(source, request) for source in found if isinstance(source, Path)], request, skipped)
 
 
-def can_stream(names: Iterable[str]) -> bool:
-    """Return whether all data can be read as streams."""
-    return all(
-        not name.startswith(HUB) and isinstance(source, Path) and source.suffix.lower() in STREAMED
-        for name in names
-        for source in expand([name])
-    )
+def streamable_bytes(names: Iterable[str]) -> int:
+    """Return the total size of the data in bytes if all of it can be read as streams, else 0."""
+    found = expand(names)
+    paths = [source for source in found if isinstance(source, Path) and source.suffix.lower() in STREAMED]
+    return sum(path.stat().st_size for path in paths if path.is_file()) if len(paths) == len(found) else 0
 
 
 def _opened(path: Path, request: Request) -> StreamedFile:

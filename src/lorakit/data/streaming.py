@@ -163,12 +163,20 @@ def _sample(rows: TrainingRows, request: Request) -> tuple[Records, Records]:
                 held_out.append(row.record)
             elif content_key(row.record) not in rows.excluded:
                 train.append(row.record)
-    for file in stream.files:
-        if file.layout is not None and file.layout.is_notable():
-            train.notes.append(f"{file.path}: {file.layout.text()} rows.")
-    if skipped:
-        train.notes.append(f"{format_count(len(skipped), 'row')} skipped in the first part; the first is {skipped[0]}")
+    train.notes += _notes(stream, request, skipped)
     return train, held_out
+
+
+def _notes(stream: RowStream, request: Request, skipped: Many[str]) -> list[str]:
+    """Return messages about the shapes, the unused columns and the skipped rows of the first part."""
+    layouts = [(file.path, file.layout) for file in stream.files if file.layout is not None]
+    notes = [f"{path}: {layout.text()} rows." for path, layout in layouts if layout.is_notable()]
+    names = [f"'{name}' ({count:,} rows)" for name, count in sorted(stream.unused.items()) if name != request.group]
+    if names:
+        notes.append(f"unused columns in the first part: {', '.join(names)}.")
+    if skipped:
+        notes.append(f"{format_count(len(skipped), 'row')} skipped in the first part; the first is {skipped[0]}")
+    return notes
 
 
 @dataclass(frozen=True, slots=True)

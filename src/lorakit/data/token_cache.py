@@ -84,7 +84,7 @@ class TokenCache:
     ) -> Encoded:
         """Return the result of `lorakit.data.encoding.encode`, from an entry if there is one.
 
-        If an entry is damaged or cannot be written, a message says so; neither is an error.
+        A damaged entry, or one that cannot be written, is reported in a message and is not an error.
 
         Args:
             records: The records; only those from files are cached.

@@ -20,7 +20,7 @@ from lorakit import data, hub, plan
 from lorakit.config import LoraConfig
 from lorakit.core.model.fingerprint import vocabulary_of
 from lorakit.core.model.vocabulary import check_growth, with_trained_rows
-from lorakit.data.sources import expand, weights_of
+from lorakit.data.sources import weights_of
 from lorakit.errors import ConfigError, DataError, DiskError, NotYetSupported, UsageError
 from lorakit.machine import cache_directory
 from lorakit.tables import format_count
@@ -220,6 +220,8 @@ def read_data(
         return data.read_stream(
             settings.data, settings.eval_data, settings.eval_fraction, settings.seed, request, first.skipped
         )
+    if record is None and settings.streaming == "auto" and data.streamable_bytes(settings.data) > STREAMED_BYTES:
+        say("The training data is checked and tokenized as a whole; with --max-steps, it is read while training.")
     return data.read_split(settings.data, settings.eval_data, settings.eval_fraction, settings.seed, request)
 
 
@@ -235,10 +237,7 @@ def is_streamed(settings: TrainSettings, record: Mapping[str, Any] | None) -> bo
         return any(str(value).startswith(data.PARTIAL) for value in before.values())
     if settings.streaming != "auto":
         return settings.streaming == "on"
-    if settings.max_steps is None or not data.can_stream(settings.data):
-        return False
-    sources = (source for source in expand(settings.data) if isinstance(source, Path) and source.is_file())
-    return sum(source.stat().st_size for source in sources) > STREAMED_BYTES
+    return settings.max_steps is not None and data.streamable_bytes(settings.data) > STREAMED_BYTES
 
 
 class _First:
