@@ -5,7 +5,8 @@
 Both files contain JSON Lines with texts cut from Python's language reference. A model with random weights (2 layers,
 width 64, SmolLM2's tokenizer) trains on each of them with the default settings, so the large file is streamed and the
 small one is tokenized as a whole. Measured are the time from the start of the process to the first batch, which
-includes the evaluation before the first step, and the peak memory of the process. The run on the large file is then
+includes the evaluation before the first step, the processor time up to the first step (Linux), which does not depend on
+other processes, and the peak memory of the process. The run on the large file is then
 repeated, killed with SIGKILL in the middle and resumed; the benchmark fails if its adapter differs in a single bit.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import signal
 import subprocess
@@ -41,11 +43,13 @@ def main() -> None:
         found = {path.stem: measured(path, model, folder / path.stem, options.steps) for path in (small, large)}
         same = is_same_after_kill(large, model, folder, options.steps)
         size = large.stat().st_size
-    (seconds, peak), (small_seconds, small_peak) = found["large"], found["small"]
+    (seconds, cpu, peak), (small_seconds, small_cpu, small_peak) = found["large"], found["small"]
     facts = {"bytes": size, "steps": options.steps, "same bits after a kill": same}
     samples = {
         "first batch, large file (s)": [seconds],
         "first batch, 10 MB (s)": [small_seconds],
+        "processor time, large file (s)": [cpu],
+        "processor time, 10 MB (s)": [small_cpu],
         "peak, large file (MB)": [peak / 1e6],
         "peak, 10 MB (MB)": [small_peak / 1e6],
     }
@@ -102,18 +106,27 @@ def command(path: Path, model: Path, run: Path, steps: int) -> list[str]:
     return [sys.executable, "-m", "lorakit", "train", *map(str, [*words, *flags])]
 
 
-def measured(path: Path, model: Path, run: Path, steps: int) -> tuple[float, int]:
-    """Return the seconds until the first batch and the peak memory in bytes of a run."""
+def measured(path: Path, model: Path, run: Path, steps: int) -> tuple[float, float, int]:
+    """Return the seconds until the first batch, the processor time until then, and the peak memory in bytes of a run."""
     began = time.time()
     process = subprocess.Popen(
         command(path, model, run, steps), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     row = wait_for_step(process, run, 1)
-    first = time.time() - began - row["seconds"]
+    first, cpu = time.time() - began - row["seconds"], processor_seconds(process.pid)
     output, _ = process.communicate()
     if process.returncode:
         raise SystemExit(f"the run failed:\n{output}")
-    return first, json.loads((run / "run.json").read_text())["result"]["peak_rss_bytes"]
+    return first, cpu, json.loads((run / "run.json").read_text())["result"]["peak_rss_bytes"]
+
+
+def processor_seconds(pid: int) -> float:
+    """Return the processor time that a process has used, or 0 if the system does not report it."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> dict[str, float]:
