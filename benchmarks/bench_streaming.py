@@ -5,9 +5,9 @@
 Both files contain JSON Lines with texts cut from Python's language reference. A model with random weights (2 layers,
 width 64, SmolLM2's tokenizer) trains on each of them with the default settings, so the large file is streamed and the
 small one is tokenized as a whole. Measured are the time from the start of the process to the first batch, which
-includes the evaluation before the first step, the processor time up to the first step (Linux), which does not depend on
-other processes, and the peak memory of the process. The run on the large file is then
-repeated, killed with SIGKILL in the middle and resumed; the benchmark fails if its adapter differs in a single bit.
+includes the evaluation before the first step, the processor time up to the first step (Linux), which depends less on
+other processes, and the peak memory of the process. The run on the large file is then repeated, killed with SIGKILL in
+the middle and resumed; the benchmark fails if its adapter differs in a single bit.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def command(path: Path, model: Path, run: Path, steps: int) -> list[str]:
 
 
 def measured(path: Path, model: Path, run: Path, steps: int) -> tuple[float, float, int]:
-    """Return the seconds until the first batch, the processor time until then, and the peak memory in bytes of a run."""
+    """Return the seconds to the first batch, the processor time to the first step, and the peak memory in bytes."""
     began = time.time()
     process = subprocess.Popen(
         command(path, model, run, steps), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

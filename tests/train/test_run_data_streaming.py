@@ -127,6 +127,8 @@ def test_weights_repeat_sequences(short_run: dict[str, Any], tmp_path: Path, tin
 
 def test_weights_of_unknown_names(short_run: dict[str, Any], tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", 4)
+    flags = settings_of(short_run, data=path, data_weights=["a.jsonl=2", "b=c.jsonl=0.5"])
+    assert flags.data_weights == {"a.jsonl": 2.0, "b=c.jsonl": 0.5}
     with pytest.raises(ConfigError) as caught:
         read_data(settings_of(short_run, data=path, data_weights={"b.jsonl": 2.0}))
     assert caught.value.field == "data_weights" and caught.value.allowed == (path,)
