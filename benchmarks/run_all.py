@@ -41,6 +41,7 @@ COMMANDS: dict[str, str] = {
     "lengths": "bench_lengths.py --steps 30",
     "plan_memory": "bench_plan_memory.py --steps 3 --allocators pinned",
     "growth": "bench_growth.py",
+    "streaming": "bench_streaming.py --gigabytes 2",
 }
 """Name -> command, without the interpreter."""
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorakit.data import Completion, Document, Records, Split
+from lorakit.data import Completion, Document, Records, Split, encoding, quality, read_records, stored
+from lorakit.data import records as records_module
 from lorakit.data.page import write_page
 from lorakit.data.quality import Token, measure, tokens_of
 from lorakit.errors import DataError
@@ -33,6 +35,48 @@ def test_duplicates_leaks_and_unusual_characters(tiny_tokenizer: Any) -> None:
     lines = " ".join(found.warnings())
     assert "1 near duplicate among 4 compared rows (25.0%)" in lines
     assert "1 training row also in the evaluation data, the first at a.jsonl:3" in lines
+
+
+def test_near_duplicates_of_evaluation_rows(tiny_tokenizer: Any) -> None:
+    rows = [
+        Completion("hello", LONG, "a.jsonl", 1),
+        Completion("hello", LONG + " once", "a.jsonl", 2),
+        Completion("hello", "other words altogether, none of which occurs above", "a.jsonl", 3),
+    ]
+    held_out = Records([Completion("hello", LONG, "b.jsonl", 1), Completion("hello", " ", "b.jsonl", 2)])
+    found = measure(Split(Records(rows), held_out, ""), tiny_tokenizer, 128)
+    assert (found.leaks, found.near_leaks) == (("a.jsonl:1",), ("a.jsonl:2",))
+    assert any("nearly the same as a row in the evaluation data" in line for line in found.warnings())
+
+
+def test_each_row_is_read_once(tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"text": "row {number} is here"}}\n' for number in range(9)))
+    records, read, keys = read_records(path), list[int](), list[int]()
+    whole = stored.DataFile.records
+
+    def counted(file: Any, indexes: Any) -> Any:
+        for index in indexes:
+            read.append(index)
+            yield from whole(file, [index])
+
+    monkeypatch.setattr(stored.DataFile, "records", counted)
+    for module in (quality, encoding):
+        monkeypatch.setattr(
+            module, "content_key", lambda record, _key=records_module.content_key: keys.append(1) or _key(record)
+        )
+    measure(Split(records.some(range(7)), records.some(range(7, 9)), ""), tiny_tokenizer, 64)
+    assert sorted(read) == list(range(9)) and len(keys) == 9
+
+
+def test_without_datasketch_near_duplicates_are_not_counted(
+    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    rows = Records([Document("the fox"), Document("the fox")])
+    found = measure(Split(rows, Records([rows[0]]), ""), tiny_tokenizer, 64)
+    assert found.compared == found.near_duplicates == 0 and len(found.leaks) == 2
+    assert len(found.notes) == 1 and "datasketch" in found.notes[0]
 
 
 def test_clean_data_has_no_warnings(tiny_tokenizer: Any) -> None:

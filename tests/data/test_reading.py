@@ -2,10 +2,11 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lorakit.data import Completion, Conversation, Document, Message, read_records
+from lorakit.data import Completion, Conversation, Document, Message, Request, encode, read_records
 from lorakit.errors import DataError
 
 
@@ -170,3 +171,23 @@ def test_further_bad_rows_are_counted(tmp_path: Path) -> None:
     assert said.startswith(f"{path}:1: ")
     assert said.endswith("2 (lines 3, 4).")
     assert len(re.findall(r"[.!?](?: |$)", said)) <= 2
+
+
+def test_the_shape_and_columns_that_all_files_have_in_common(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    (tmp_path / "a.csv").write_text("frage,answer\nwhat?,that\n")
+    (tmp_path / "b.jsonl").write_text('{"question": "what?", "answer": "that"}\n')
+    (tmp_path / "c.txt").write_text("the quick fox")
+    (tmp_path / "d.jsonl").write_text('{"text": "the quick fox"}\n')
+    renamed = Request(columns={"question": "frage"})
+    report = encode(read_records(tmp_path / "a.csv", renamed), tiny_tokenizer, 32).report
+    assert (report.shape, report.columns) == ("question-answer", {"question": "frage", "answer": "answer"})
+    cases = {
+        ("b.jsonl",): ("question-answer", {"question": "question", "answer": "answer"}),
+        ("c.txt",): ("text", {}),
+        ("c.txt", "d.jsonl"): ("text", {"text": "text"}),
+        ("b.jsonl", "d.jsonl"): (None, {}),
+    }
+    for names, expected in cases.items():
+        found = read_records([tmp_path / name for name in names])
+        assert (found.shape, found.columns) == expected
+        assert encode(found, tiny_tokenizer, 32).report.as_dict()["shape"] == expected[0]

@@ -234,6 +234,7 @@ def test_killed_again_and_again(tmp_path: Path, tiny_model_directory: Path) -> N
         {"init_lora_weights": "eva"},
         {"init_lora_weights": "mica"},
         {"new_tokens": ["jumps over", "<never>"], "weight_decay": 0.1},
+        {"streaming": "on", "gradient_accumulation_steps": 2},
     ],
     ids=lambda more: str(more.get("init_lora_weights", next(iter(more)))),
 )

@@ -26,6 +26,7 @@ class Flags:
     ]
     eval_data: Annotated[list[str] | None, Parameter(help=DEFAULTS["eval_data"].help())] = None
     eval_fraction: Annotated[float, Parameter(help=DEFAULTS["eval_fraction"].help())] = DEFAULTS["eval_fraction"].value
+    group: Annotated[str | None, Parameter(help=DEFAULTS["group"].help())] = None
     format: Annotated[str | None, Parameter(help=DEFAULTS["format"].help())] = None
     columns: Annotated[list[str] | None, Parameter(help=DEFAULTS["columns"].help())] = None
     on_bad_row: Annotated[str, Parameter(help=DEFAULTS["on_bad_row"].help())] = DEFAULTS["on_bad_row"].value
@@ -65,7 +66,7 @@ def run(
     from lorakit.data import Request, read_split, read_template
     from lorakit.data.quality import measure
 
-    request = Request(flags.format, columns, flags.on_bad_row == "skip")
+    request = Request(flags.format, columns, flags.on_bad_row == "skip", flags.group)
     parts = read_split(files, flags.eval_data, flags.eval_fraction, flags.seed, request)
     source = hub.resolve(flags.model, console.note)
     hub.require(source, tokenizer=True, weights=False)
@@ -89,7 +90,7 @@ ROWS_ON_PAGE = 50
 
 
 def _print(found: Quality, note: str, flags: Flags) -> None:
-    for line in [*found.report.lines(), note]:
+    for line in [*found.report.lines(), note, *found.notes]:
         console.say(line)
     for line in found.warnings():
         console.warning(line)

@@ -65,7 +65,9 @@ def run(
     from lorakit.data import Request
 
     task = adapters.task_of(adapters.read_adapters(flags.adapter)) if flags.adapter else None
-    request = Request(flags.format, columns, flags.on_bad_row == "skip", () if task is None else task.task.formats)
+    request = Request(
+        flags.format, columns, flags.on_bad_row == "skip", allowed=() if task is None else task.task.formats
+    )
     from lorakit.train.evaluation import EvalSettings, compare
 
     found = compare(

@@ -100,7 +100,7 @@ def run(
         device=flags.device,
         allow=("base_mismatch",) if flags.allow_base_mismatch else (),
         quantization=quantization,
-        request=Request(flags.format, columns, flags.on_bad_row == "skip", formats, needs_label=False),
+        request=Request(flags.format, columns, flags.on_bad_row == "skip", allowed=formats, needs_label=False),
         max_new_tokens=flags.max_new_tokens,
     )
     count = 0

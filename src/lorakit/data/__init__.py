@@ -8,16 +8,20 @@ Callers pass tokenizers as arguments (see the `tokens.Tokenizer` protocol); this
 from __future__ import annotations
 
 from lorakit.data.chat import read_template
-from lorakit.data.encoding import Encoded, Overlong, Sequence, Sequences, encode, lengths
+from lorakit.data.encoding import Encoded, Overlong, Sequence, Sequences, encode, encode_record, lengths
 from lorakit.data.loader import Batch, Loader, Split, by_length, padding_id, split
 from lorakit.data.reading import python_reference, read_records, read_split, write_python_reference
 from lorakit.data.records import Completion, Conversation, Document, Labeled, Message, Record, Records, Tagged
 from lorakit.data.report import DataReport
+from lorakit.data.row_stream import PARTIAL, streamable_bytes
 from lorakit.data.shapes import SHAPES, Request
 from lorakit.data.stored import AnyRecords, StoredRecords
+from lorakit.data.streaming import StreamLoader, StreamSplit, read_stream
+from lorakit.data.token_cache import TokenCache
 from lorakit.data.tokens import Tokenizer
 
 __all__ = [
+    "PARTIAL",
     "SHAPES",
     "AnyRecords",
     "Batch",
@@ -37,16 +41,22 @@ __all__ = [
     "Sequences",
     "Split",
     "StoredRecords",
+    "StreamLoader",
+    "StreamSplit",
     "Tagged",
+    "TokenCache",
     "Tokenizer",
     "by_length",
     "encode",
+    "encode_record",
     "lengths",
     "padding_id",
     "python_reference",
     "read_records",
     "read_split",
+    "read_stream",
     "read_template",
     "split",
+    "streamable_bytes",
     "write_python_reference",
 ]

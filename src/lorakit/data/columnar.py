@@ -34,6 +34,7 @@ class Table:
         layout: The shape of the rows and the columns that supply its fields.
         rows: Index of each row that fits the shape.
         size: Size of the table in bytes.
+        groups: Key of each row's group, `KEY_BYTES` bytes per row, or empty.
     """
 
     label: str
@@ -41,6 +42,7 @@ class Table:
     layout: Layout
     rows: array[int]
     size: int
+    groups: bytes | bytearray = b""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -129,7 +131,7 @@ def _table(label: str, request: Request, *names: str | None, **options: Any) -> 
     media = [name for name, kind in data.features.items() if isinstance(kind, datasets.Image | datasets.Audio)]
     data = data.remove_columns(media)  # decoding them is slow, and no shape uses them
     found = collect(label, _rows(data), request, "row")
-    return Table(label, data, found.layout, found.starts, int(data.data.nbytes)), found.notes
+    return Table(label, data, found.layout, found.starts, int(data.data.nbytes), found.groups), found.notes
 
 
 def _rows(data: Dataset) -> Iterator[Parsed]:

@@ -28,7 +28,7 @@ from lorakit.data.records import (
     location,
 )
 from lorakit.data.report import DataReport
-from lorakit.data.stored import AnyRecords, sized
+from lorakit.data.stored import AnyRecords, DocumentPart, sized
 from lorakit.data.tokens import Tokenizer, beginning, token_ids, token_parts
 from lorakit.errors import ConfigError, DataError
 
@@ -72,9 +72,20 @@ class Sequences(collections.abc.Sequence[Sequence]):
     """
 
     def __init__(self) -> None:
-        self._ids = array(_NARROW)
-        self._trained = bytearray()
-        self._ends = array("q", [0])
+        self._ids: array[int] | memoryview[int] = array(_NARROW)
+        self._trained: bytearray | memoryview[int] = bytearray()
+        self._ends: array[int] | memoryview[int] = array("q", [0])
+
+    @classmethod
+    def of(cls, ids: memoryview[int], trained: memoryview[int], ends: memoryview[int]) -> Sequences:
+        """Return read-only sequences that use the memory of the results of `buffers`."""
+        found = cls()
+        found._ids, found._trained, found._ends = ids, trained, ends
+        return found
+
+    def buffers(self) -> dict[str, memoryview[int]]:
+        """Return the token ids (two or four bytes each), the loss flags (one byte each), and the ends (eight bytes)."""
+        return {"ids": memoryview(self._ids), "trained": memoryview(self._trained), "ends": memoryview(self._ends)}
 
     def add(self, ids: collections.abc.Sequence[int], trained: collections.abc.Sequence[bool] | bytes) -> None:
         """Append a row; the first token never contributes to the loss, because no token precedes it.
@@ -83,6 +94,7 @@ class Sequences(collections.abc.Sequence[Sequence]):
             ids: Token ids, at least one.
             trained: Whether each token contributes to the loss.
         """
+        assert isinstance(self._ids, array) and isinstance(self._ends, array) and isinstance(self._trained, bytearray)
         if self._ids.typecode == _NARROW and max(ids) >= _NARROW_IDS:
             self._ids = array(_WIDE, self._ids)
         self._ids.extend(array(self._ids.typecode, ids))
@@ -115,7 +127,7 @@ class Sequences(collections.abc.Sequence[Sequence]):
     @property
     def trained_tokens(self) -> int:
         """The total number of positions that contribute to the loss."""
-        return self._trained.count(1)
+        return int(np.count_nonzero(np.frombuffer(self._trained, dtype=np.uint8)))
 
     def lengths(self) -> array[int]:
         """Return the number of tokens in each row."""
@@ -140,10 +152,12 @@ class Encoded:
     Attributes:
         sequences: The encoded rows, in the order of the records.
         report: Counts of rows and tokens.
+        sources: (source, sequences) pairs: the number of sequences of consecutive records with the same source.
     """
 
     sequences: Sequences
     report: DataReport
+    sources: tuple[tuple[str, int], ...] = ()
 
 
 def encode(
@@ -153,6 +167,7 @@ def encode(
     watch: Callable[[int], None] | None = None,
     *,
     overlong: Overlong = "truncate",
+    visit: Callable[[Record, bytes], None] | None = None,
 ) -> Encoded:
     """Encode records as sequences of at most `max_length` tokens.
 
@@ -173,6 +188,7 @@ def encode(
         watch: Function that is called repeatedly with the number of bytes read from disk so far, or None.
         overlong: What to do with a completion or conversation of more than `max_length` tokens: "truncate" it on the
             right, "drop" it, "split" it into windows like a document, or raise an "error".
+        visit: Function that is called with each record and its content key, or None.
 
     Returns:
         The sequences and the counts.
@@ -184,23 +200,30 @@ def encode(
     """
     if max_length < 2:
         raise ConfigError.of("max_length", max_length, "at least 2: one token to read and one to predict")
-    report = DataReport(
-        max_length, overlong=overlong, notes=list(records.notes) if isinstance(records, AnyRecords) else []
-    )
+    report = DataReport(max_length, overlong=overlong)
+    if isinstance(records, AnyRecords):
+        report.notes += records.notes
+        report.shape, report.columns = records.shape, dict(records.columns)
     work = _Work(tokenizer, report, watch or (lambda done: None), overlong)
-    keys, first = bytearray(), None
+    keys, first, ends = bytearray(), None, list[tuple[str, int]]()
     for record, size in sized(records):
         first = first or record
         report.documents += isinstance(record, Document)
         report.completions += isinstance(record, Completion)
         report.conversations += isinstance(record, Conversation)
         report.instructions += is_plain_instruction(record, tokenizer)
-        keys += content_key(record)
+        key = content_key(record)
+        keys += key
+        if visit is not None:
+            visit(record, key)
         if is_empty(record):
             report.empty_rows += 1
         else:
             work.add(record)
         work.done(size)
+        if ends and ends[-1][0] == record.source:
+            ends.pop()
+        ends.append((record.source, len(work.sequences)))
     sequences = work.sequences
     report.duplicate_rows = report.rows - len(np.unique(keys_of(keys)))
     report.sequences = len(sequences)
@@ -210,7 +233,30 @@ def encode(
         report.notes.append("The tokenizer has no end-of-text token, so the end of a text is not marked.")
     if not report.trained_tokens:
         raise DataError(_nothing_left(report, first), where=None if first is None else location(first))
-    return Encoded(sequences, report)
+    begins = [0, *(end for _, end in ends)]
+    sources = tuple((source, end - begin) for (source, end), begin in zip(ends, begins, strict=False))
+    return Encoded(sequences, report, sources)
+
+
+def encode_record(record: Record, tokenizer: Tokenizer, max_length: int, overlong: Overlong) -> Sequences:
+    """Encode one record as `encode` does; nothing is counted.
+
+    Args:
+        record: The record.
+        tokenizer: Any transformers tokenizer.
+        max_length: Maximum sequence length in tokens, at least 2.
+        overlong: What to do with rows that are too long; see `encode`.
+
+    Returns:
+        The sequences; none if no token of the record contributes to the loss.
+
+    Raises:
+        DataError: The record cannot be rendered, or is too long and `overlong` is "error".
+    """
+    work = _Work(tokenizer, DataReport(max_length), lambda done: None, overlong)
+    if not is_empty(record):
+        work.add(record)
+    return work.sequences
 
 
 def _nothing_left(report: DataReport, first: Record | None) -> str:
@@ -286,8 +332,10 @@ class _Work:
 
     def _tokens(self, record: Document) -> Iterator[array[int]]:
         """Yield the tokens of a document, including its start and end tokens, in chunks of limited size."""
-        yield array("q", beginning(self._tokenizer))
-        end, last = self._tokenizer.eos_token_id, None
+        is_first, is_last = (record.is_first, record.is_last) if isinstance(record, DocumentPart) else (True, True)
+        if is_first:
+            yield array("q", beginning(self._tokenizer))
+        end, last = self._tokenizer.eos_token_id if is_last else None, None
         for ids in token_parts(self._tokenizer, self._watched(record.pieces())):
             for at in range(0, len(ids), _TOKENS_AT_ONCE):
                 yield array("q", ids[at : at + _TOKENS_AT_ONCE])

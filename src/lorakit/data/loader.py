@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from lorakit.data.encoding import IGNORED, Sequence, lengths
-from lorakit.data.records import Document, Record, Records, content_key, keys_of
-from lorakit.data.stored import AnyRecords
+from lorakit.data.records import KEY_BYTES, Document, Record, Records, content_key, keys_of
+from lorakit.data.stored import AnyRecords, StoredRecords
 from lorakit.errors import ConfigError, DataError
 from lorakit.tables import format_count
 
@@ -49,6 +49,11 @@ class Split:
     held_out: AnyRecords
     note: str
 
+    def digests(self) -> dict[str, str]:
+        """Return a dict from the path or name of each file to a SHA-256 of its content; records in memory have none."""
+        stored = [part for part in (self.train, self.held_out) if isinstance(part, StoredRecords)]
+        return {name: digest for part in stored for name, digest in part.digests().items()}
+
 
 def split(records: Iterable[Record], fraction: float = DEFAULT_FRACTION, seed: int = 0) -> Split:
     """Hold out a fraction of the records for evaluation, but at least one if there are two or more distinct records.
@@ -73,8 +78,13 @@ def split(records: Iterable[Record], fraction: float = DEFAULT_FRACTION, seed: i
     if fraction == 0:
         return Split(everything, Records(), "No data is held out for evaluation (eval_fraction is 0).")
     digests = keys_of(b"".join(content_key(record, salt=str(seed)) for record in everything))
+    groups = everything.group_keys() if isinstance(everything, StoredRecords) else None
+    if groups is not None:
+        digests = _group_digests(digests, groups, str(seed))
     distinct = np.unique(digests)
     noun = "document" if all(isinstance(record, Document) for record in everything) else "row"
+    if groups is not None:
+        noun = "row" if len(distinct) > 1 else "group of rows with the same value or the same content"
     if len(distinct) < 2:
         note = (
             f"No data is held out for evaluation: the data is a single {noun}. Pass --eval-data to evaluate on other "
@@ -87,7 +97,35 @@ def split(records: Iterable[Record], fraction: float = DEFAULT_FRACTION, seed: i
     held_out = everything.some(np.flatnonzero(chosen))
     verb = "is" if len(held_out) == 1 else "are"
     total = format_count(len(everything), noun)
+    if groups is not None:
+        total += f" ({count:,} of {format_count(len(distinct), 'group')})"
     return Split(train, held_out, f"{len(held_out):,} of {total} {verb} held out for evaluation (seed {seed}).")
+
+
+def _group_digests(contents: np.ndarray[Any, Any], groups: np.ndarray[Any, Any], salt: str) -> np.ndarray[Any, Any]:
+    """Return a digest per record, equal for records that are connected by equal groups or equal contents.
+
+    Args:
+        contents: Content keys, shape (records,).
+        groups: Group keys, shape (records,).
+        salt: Text that determines the order of the digests.
+    """
+    names, number_of = np.unique(groups, return_inverse=True)
+    root = list(range(len(names)))
+
+    def find(number: int) -> int:
+        while root[number] != number:
+            root[number] = number = root[root[number]]
+        return number
+
+    first = dict[bytes, int]()
+    for content, number in zip(contents.tolist(), number_of.tolist(), strict=True):
+        root[find(number)] = find(first.setdefault(content, number))
+    digests = [hashlib.sha256(salt.encode() + name).digest()[:KEY_BYTES] for name in names.tolist()]
+    least = dict[int, bytes]()
+    for number, digest in enumerate(digests):
+        least[find(number)] = min(digest, least.get(find(number), digest))
+    return keys_of(b"".join(least[find(number)] for number in number_of.tolist()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +168,13 @@ class Loader(Iterator[Batch]):
         epochs: Number of epochs; None means unlimited.
         pad_id: Id of the padding token, which the attention mask hides; see `padding_id`.
         collate: Function that combines sequences into a batch; None selects `padded`.
+        weights: (sequences, weight) pairs for consecutive sequences: how often each of them occurs per epoch. The
+            fractional part of a weight is the fraction of the sequences that occur once more; each epoch has its own
+            choice. Empty means that each sequence occurs once.
 
     Raises:
         ConfigError: `batch_rows` is below 1.
-        DataError: There are no sequences.
+        DataError: There are no sequences, or the weights leave none.
     """
 
     sequences: Many[Sequence]
@@ -144,6 +185,7 @@ class Loader(Iterator[Batch]):
     epochs: int | None = None
     pad_id: int = 0
     collate: Collate | None = None
+    weights: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if self.batch_rows < 1:
@@ -151,11 +193,14 @@ class Loader(Iterator[Batch]):
         if not self.sequences:
             raise DataError("The data has no sequences to make batches from.", field="data")
         self._seek(0, 0)
+        if not self._order:
+            text = "The weights leave no sequences to make batches from; increase them."
+            raise DataError(text, what=self.weights, field="data_weights")
 
     @property
     def batches_per_epoch(self) -> int:
         """The number of batches per epoch, including a smaller last batch."""
-        return -(-len(self.sequences) // self.batch_rows)
+        return -(-len(self._order) // self.batch_rows)
 
     @property
     def epoch(self) -> float:
@@ -170,6 +215,9 @@ class Loader(Iterator[Batch]):
         at = self._batch * self.batch_rows
         rows = [self.sequences[index] for index in self._order[at : at + self.batch_rows]]
         self._batch += 1
+        return self._batch_of(rows)
+
+    def _batch_of(self, rows: list[Sequence]) -> Batch:
         return (self.collate or padded)(rows, self.pad_id, self.epoch)
 
     def state(self) -> dict[str, Any]:
@@ -181,6 +229,7 @@ class Loader(Iterator[Batch]):
             "batch_rows": self.batch_rows,
             "shuffle": self.shuffle,
             "data_sha256": self._data_digest,
+            **({"weights": [list(pair) for pair in self.weights]} if self.weights else {}),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -194,7 +243,8 @@ class Loader(Iterator[Batch]):
                 or `shuffle` setting.
         """
         mine = self.state()
-        different = [key for key in ("data_sha256", "seed", "batch_rows", "shuffle") if state.get(key) != mine[key]]
+        fixed = ("data_sha256", "seed", "batch_rows", "shuffle", "weights")
+        different = [key for key in fixed if state.get(key) != mine.get(key)]
         if different:
             shown = ", ".join("the data" if key == "data_sha256" else key for key in different)
             raise DataError(
@@ -212,8 +262,20 @@ class Loader(Iterator[Batch]):
     def _seek(self, epoch: int, batch: int) -> None:
         self._epoch, self._batch = epoch, batch
         self._order = array("q", range(len(self.sequences)))
+        if self.weights:
+            self._order = self._weighted(random.Random(f"{self.seed}:{epoch}:weights"))
         if self.shuffle:
             random.Random(f"{self.seed}:{epoch}").shuffle(self._order)
+
+    def _weighted(self, drawn: random.Random) -> array[int]:
+        """Return the indices of the sequences of an epoch in ascending order, each as often as its weight says."""
+        chosen, begin = array("q"), 0
+        for count, weight in self.weights:
+            here, whole = range(begin, begin + count), int(weight)
+            some = drawn.sample(here, round((weight - whole) * count))
+            chosen.extend(sorted([*(index for index in here for _ in range(whole)), *some]))
+            begin += count
+        return chosen
 
     @cached_property
     def _data_digest(self) -> str:

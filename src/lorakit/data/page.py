@@ -50,7 +50,7 @@ def write_page(path: Path, files: Sequence[str], found: Quality, note: str) -> N
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>Data: {title}</title><style>{_STYLE}</style></head><body>",
         f"<h1>Data: {title}</h1>",
-        *(f"<p>{escape(printable(line))}</p>" for line in [*found.report.lines(), note]),
+        *(f"<p>{escape(printable(line))}</p>" for line in [*found.report.lines(), note, *found.notes]),
         *(f'<p class="warning">{escape(printable(line))}</p>' for line in found.warnings()),
         "<h2>Lengths</h2>",
         _histogram(found),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,10 +14,8 @@ from lorakit.data.encoding import IGNORED, Overlong, encode, lengths
 from lorakit.data.loader import Split
 from lorakit.data.records import Document, Record, content_key, is_empty, location, text_of_record
 from lorakit.data.report import DataReport
-from lorakit.data.stored import AnyRecords
 from lorakit.data.tokens import Tokenizer, text_of
 from lorakit.durable import JsonObject
-from lorakit.errors import MissingExtra
 from lorakit.tables import format_count, format_percent
 
 MOST_COMPARED = 20_000
@@ -29,6 +28,8 @@ _PERMUTATIONS, _WORDS = 64, 5
 
 UNUSUAL = {"Cc": "control characters", "Co": "private-use characters", "Cn": "unassigned characters"}
 """Unicode category -> name in messages; line feeds, carriage returns and tabs are not counted."""
+
+_NO_DATASKETCH = "Near duplicates were not counted: this needs the package datasketch (pip install 'lorakit[data]')."
 
 _REPLACEMENT = "replacement characters (U+FFFD)"
 
@@ -56,18 +57,22 @@ class Quality:
             previous pair.
         compared: Number of distinct, nonempty rows that were compared for near duplicates.
         near_duplicates: Number of compared rows that are similar to an earlier one.
+        near_leaks: Locations of compared rows that are similar, but not equal, to a row of the evaluation data.
         leaks: Locations of training rows whose content is also in the evaluation data.
         unusual: Kind of unusual character -> number of rows that contain such characters.
         examples: The first sequences as tokens.
+        notes: Messages for the user about what was not measured.
     """
 
     report: DataReport
     histogram: tuple[tuple[int, int], ...] = ()
     compared: int = 0
     near_duplicates: int = 0
+    near_leaks: tuple[str, ...] = ()
     leaks: tuple[str, ...] = ()
     unusual: dict[str, int] = field(default_factory=dict)
     examples: tuple[tuple[Token, ...], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> JsonObject:
         """Return all results as plain JSON values."""
@@ -90,6 +95,11 @@ class Quality:
                 f"{format_count(len(self.leaks), 'training row')} also in the evaluation data, the first at "
                 f"{self.leaks[0]}; the evaluation loss is too low."
             )
+        if self.near_leaks:
+            lines.append(
+                f"{format_count(len(self.near_leaks), 'compared training row')} nearly the same as a row in the "
+                f"evaluation data, the first at {self.near_leaks[0]}; the evaluation loss may be too low."
+            )
         lines += [f"{format_count(count, 'row')} with {name}." for name, count in self.unusual.items()]
         return lines
 
@@ -108,16 +118,62 @@ def measure(
 
     Raises:
         DataError: No token contributes to the loss, or a record cannot be rendered or reread.
-        MissingExtra: The package `datasketch` is not installed.
     """
-    encoded = encode(parts.train, tokenizer, max_length, overlong=overlong)
+    scan = _Scan(parts)
+    encoded = encode(parts.train, tokenizer, max_length, overlong=overlong, visit=scan.add)
     shown = [tuple(tokens_of(row.input_ids, row.labels, tokenizer)) for row in encoded.sequences[:examples]]
-    compared, near = _near_duplicates(parts.train)
-    held_out = {content_key(record) for record in parts.held_out}
-    train = parts.train if held_out else ()
-    leaks = tuple(location(record) for record in train if content_key(record) in held_out)
-    sizes = _histogram(lengths(encoded.sequences), max_length)
-    return Quality(encoded.report, sizes, compared, near, leaks, _unusual(parts.train), tuple(shown))
+    near = scan.near
+    return Quality(
+        encoded.report,
+        histogram=_histogram(lengths(encoded.sequences), max_length),
+        compared=0 if near is None else near.compared,
+        near_duplicates=0 if near is None else near.duplicates,
+        near_leaks=() if near is None else tuple(near.leaks),
+        leaks=tuple(scan.leaks),
+        unusual=dict(scan.unusual),
+        examples=tuple(shown),
+        notes=(_NO_DATASKETCH,) if near is None else (),
+    )
+
+
+class _Scan:
+    """Counts of what training rows contain, updated row by row.
+
+    Args:
+        parts: The training rows, which are only counted, and the evaluation rows, which are read.
+
+    Attributes:
+        near: The comparison for near duplicates, or None if the package `datasketch` is not installed.
+        leaks: Locations of training rows whose content is also in the evaluation data.
+        unusual: Kind of unusual character -> number of rows that contain such characters.
+    """
+
+    def __init__(self, parts: Split) -> None:
+        self.leaks = list[str]()
+        self.unusual = Counter[str]()
+        self.near = None if importlib.util.find_spec("datasketch") is None else _NearDuplicates()
+        self._rows, self._step = 0, -(-len(parts.train) // MOST_COMPARED) if parts.train else 1
+        self._held_out = set[bytes]()
+        held_out_step = -(-len(parts.held_out) // MOST_COMPARED) if parts.held_out else 1
+        for number, record in enumerate(parts.held_out):
+            key = content_key(record)
+            if self.near is not None and key not in self._held_out and number % held_out_step == 0:
+                self.near.hold_out(record)
+            self._held_out.add(key)
+
+    def add(self, record: Record, key: bytes) -> None:
+        """Update the counts.
+
+        Args:
+            record: The next training row.
+            key: Its content key.
+        """
+        if key in self._held_out:
+            self.leaks.append(location(record))
+        if self.near is not None and self._rows % self._step == 0:
+            self.near.add(record, key, is_leak=key in self._held_out)
+        self._rows += 1
+        self.unusual.update(_unusual(record))
 
 
 def tokens_of(ids: Sequence[int], labels: Sequence[int], tokenizer: Tokenizer) -> Iterator[Token]:
@@ -140,29 +196,45 @@ def tokens_of(ids: Sequence[int], labels: Sequence[int], tokenizer: Tokenizer) -
             yield Token(text_of(tokenizer, held), is_trained)
 
 
-def _near_duplicates(records: AnyRecords) -> tuple[int, int]:
-    """Return the number of compared distinct rows, and the number of them that are similar to an earlier row."""
-    try:
+class _NearDuplicates:
+    """A comparison of rows by MinHash; identical and empty rows are not compared, because they are counted elsewhere.
+
+    Attributes:
+        compared: Number of compared training rows.
+        duplicates: Number of them that are similar to an earlier one.
+        leaks: Locations of those that are similar to an evaluation row.
+    """
+
+    def __init__(self) -> None:
         from datasketch import MinHash, MinHashLSH
-    except ImportError as cause:
-        text = "finding near duplicates needs the package datasketch: pip install 'lorakit[data]'"
-        raise MissingExtra(text, what="datasketch") from cause
-    step = -(-len(records) // MOST_COMPARED) if len(records) else 1
-    index: Any = MinHashLSH(threshold=SIMILARITY, num_perm=_PERMUTATIONS)
-    seen = set[bytes]()
-    compared = near = 0
-    for record in itertools.islice(records, 0, None, step):
-        key = content_key(record)
-        if key in seen or is_empty(record):  # both are counted elsewhere
-            continue
-        seen.add(key)
-        (hashed,) = MinHash.bulk([_shingles(text_of_record(record))], num_perm=_PERMUTATIONS)
-        compared += 1
-        if index.query(hashed):
-            near += 1
+
+        self.compared = self.duplicates = 0
+        self.leaks = list[str]()
+        self._hashed: Callable[[Record], Any] = lambda record: MinHash.bulk(
+            [_shingles(text_of_record(record))], num_perm=_PERMUTATIONS
+        )[0]
+        self._train, self._held_out = (MinHashLSH(threshold=SIMILARITY, num_perm=_PERMUTATIONS) for _ in range(2))
+        self._seen, self._held = set[bytes](), 0
+
+    def hold_out(self, record: Record) -> None:
+        """Add an evaluation row."""
+        if not is_empty(record):
+            self._held += 1
+            self._held_out.insert(self._held, self._hashed(record))
+
+    def add(self, record: Record, key: bytes, *, is_leak: bool) -> None:
+        """Compare a training row, given its content key and whether an evaluation row has the same content."""
+        if key in self._seen or is_empty(record):
+            return
+        self._seen.add(key)
+        hashed = self._hashed(record)
+        self.compared += 1
+        if self._held and not is_leak and self._held_out.query(hashed):
+            self.leaks.append(location(record))
+        if self._train.query(hashed):
+            self.duplicates += 1
         else:  # one row of a group is enough, and keeps the comparison fast
-            index.insert(compared, hashed)
-    return compared, near
+            self._train.insert(self.compared, hashed)
 
 
 def _shingles(text: str) -> set[bytes]:
@@ -177,13 +249,9 @@ def _histogram(sizes: Sequence[int], max_length: int) -> tuple[tuple[int, int], 
     return tuple((bound, counts[bound]) for bound in bounds if counts[bound])
 
 
-def _unusual(records: Iterable[Record]) -> dict[str, int]:
-    """Return a dict from each kind of unusual character to the number of records that contain such characters."""
-    counts = Counter[str]()
-    for record in records:
-        pieces = record.pieces() if isinstance(record, Document) else iter([text_of_record(record)])
-        seen = {character for piece in pieces for character in set(piece)} - set("\n\r\t")
-        kinds = {UNUSUAL.get(unicodedata.category(character)) for character in seen if not character.isprintable()}
-        counts.update(kind for kind in kinds if kind is not None)
-        counts.update([_REPLACEMENT] if "\ufffd" in seen else [])
-    return dict(counts)
+def _unusual(record: Record) -> set[str]:
+    """Return the kinds of unusual characters in a record."""
+    pieces = record.pieces() if isinstance(record, Document) else iter([text_of_record(record)])
+    seen = {character for piece in pieces for character in set(piece)} - set("\n\r\t")
+    kinds = {UNUSUAL.get(unicodedata.category(character)) for character in seen if not character.isprintable()}
+    return {kind for kind in (*kinds, _REPLACEMENT if "\ufffd" in seen else None) if kind is not None}

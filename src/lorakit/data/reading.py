@@ -21,7 +21,7 @@ from typing import IO
 from lorakit.data import columnar
 from lorakit.data.loader import Split, split
 from lorakit.data.records import Document, Records
-from lorakit.data.rows import PARSERS
+from lorakit.data.rows import PARSERS, check_no_group
 from lorakit.data.shapes import Request
 from lorakit.data.sources import HUB, SUFFIXES, TABLES, TEXT, HubSource, expand
 from lorakit.data.stored import READ_BYTES, DataFile, RecordFile, StoredRecords, file_error
@@ -94,6 +94,7 @@ def _read(source: Path | HubSource, request: Request) -> tuple[RecordFile, list[
             status = os.fstat(file.fileno())
             _check_text(source, file)
             if source.suffix.lower() in TEXT:
+                check_no_group(source, request)
                 return DataFile(source, status.st_size, status.st_mtime_ns), []
             file.seek(0)
             found, row = PARSERS[source.suffix.lower()](source, file, request)
@@ -101,7 +102,8 @@ def _read(source: Path | HubSource, request: Request) -> tuple[RecordFile, list[
         raise file_error(source, f"data file not found.{_neighbors(source)}") from None
     except OSError as cause:
         raise file_error(source, f"the data file cannot be read ({cause.strerror}).") from cause
-    data = DataFile(source, status.st_size, status.st_mtime_ns, row, found.starts, found.lines)
+    size, changed_ns = status.st_size, status.st_mtime_ns
+    data = DataFile(source, size, changed_ns, row, found.starts, found.lines, found.layout, found.groups)
     return data, found.notes
 
 

@@ -160,11 +160,15 @@ class Records(list[Record]):
 
     Attributes:
         notes: Messages for the user, for example about unused columns.
+        shape: Name of the shape of the rows from which the records were built, or None.
+        columns: Required field -> column, or an empty dict.
     """
 
     def __init__(self, records: Iterable[Record] = (), notes: Iterable[str] = ()) -> None:
         super().__init__(records)
         self.notes = list(notes)
+        self.shape: str | None = None
+        self.columns: dict[str, str] = {}
 
     def some(self, positions: Iterable[int], notes: Iterable[str] = ()) -> Records:
         """Return the records at the given positions.

@@ -40,6 +40,8 @@ class DataReport:
         prompt: Text with which the template begins answers in generation but not in the data, or "".
         ended_rows: Number of rows in which an end marker contributes to the loss: the end-of-text token, or the
             template's end-of-turn marker.
+        shape: Name of the shape of all rows, such as "alpaca", or None if it is unknown or differs between files.
+        columns: Required field -> column, or an empty dict.
         notes: Other messages for the user.
     """
 
@@ -63,6 +65,8 @@ class DataReport:
     untrained_reason: str = ""
     prompt: str = ""
     ended_rows: int = 0
+    shape: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import re
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import IO, TypeAlias
 
 from lorakit.data.messages import BadRow
-from lorakit.data.records import Record
+from lorakit.data.records import KEY_BYTES, Record
 from lorakit.data.shapes import Layout, Request, checked_row, recognize
 from lorakit.data.sources import LINES
 from lorakit.data.stored import file_error, line_of
@@ -45,12 +46,14 @@ class Rows:
         starts: Byte offset or index of each row.
         lines: Line or row number of each row, starting at 1.
         notes: Messages for the user.
+        groups: Key of each row's group, `KEY_BYTES` bytes per row; empty if no group column was requested.
     """
 
     layout: Layout
     starts: array[int] = field(default_factory=lambda: array("q"))
     lines: array[int] = field(default_factory=lambda: array("q"))
     notes: list[str] = field(default_factory=list)
+    groups: bytearray = field(default_factory=bytearray)
 
 
 def collect(source: str, rows: Iterable[Parsed], request: Request, noun: str = "line") -> Rows:
@@ -66,7 +69,7 @@ def collect(source: str, rows: Iterable[Parsed], request: Request, noun: str = "
         DataError: A row does not fit and is not to be skipped, or no row fits.
     """
     starts, lines, bad = array("q"), array("q"), array("q")
-    layout, reason = None, ""
+    layout, reason, groups = None, "", bytearray()
     unused = Counter[str]()
     for start, line, row in rows:
         try:
@@ -74,6 +77,7 @@ def collect(source: str, rows: Iterable[Parsed], request: Request, noun: str = "
                 raise row
             layout = layout or recognize(list(checked_row(row)), request)
             layout.record(row, source, line, unused)
+            groups += group_key(row, request)
         except BadRow as cause:
             bad.append(line)
             reason = reason or str(cause)
@@ -87,10 +91,44 @@ def collect(source: str, rows: Iterable[Parsed], request: Request, noun: str = "
     notes = [f"{source}: {layout.text()} rows."] if layout.is_notable() else []
     if bad:
         notes.append(f"{source}: {format_count(len(bad), 'row')} skipped; the first is {noun} {bad[0]}: {reason}")
+    if request.group is not None:
+        del unused[request.group]
     if unused:
         names = ", ".join(f"'{name}' ({count:,} of {len(lines):,} rows)" for name, count in sorted(unused.items()))
         notes.append(f"{source}: unused columns: {names}.")
-    return Rows(layout, starts, lines, notes)
+    return Rows(layout, starts, lines, notes, groups)
+
+
+def group_key(row: JsonValue, request: Request) -> bytes:
+    """Return a key of a row's group, `KEY_BYTES` bytes, or b"" if no group column was requested.
+
+    Raises:
+        BadRow: The row does not have the column.
+    """
+    if request.group is None:
+        return b""
+    columns = checked_row(row)
+    if request.group not in columns:
+        raise BadRow(
+            f"the column '{request.group}' for --group is missing; the columns are {', '.join(map(repr, columns))}."
+        )
+    value = json.dumps(columns[request.group], sort_keys=True, default=str)
+    return hashlib.sha256(value.encode()).digest()[:KEY_BYTES]
+
+
+def check_no_group(path: Path, request: Request) -> None:
+    """Check that no group column was requested for a text file, which has no columns.
+
+    Raises:
+        DataError: A column was requested.
+    """
+    if request.group is not None:
+        raise DataError(
+            f"{path}: a text file has no column '{request.group}'; omit --group.",
+            what=request.group,
+            where=path,
+            field="group",
+        )
 
 
 def _bad_rows_message(source: str, reason: str, lines: Sequence[int], noun: str) -> str:
@@ -114,11 +152,12 @@ def _lines(file: IO[bytes]) -> Iterator[Parsed]:
     for number, raw in enumerate(file, start=1):
         line = line_of(raw, first=at == 0)
         if line.strip():
-            yield at, number, _parse(line)
+            yield at, number, parse_row(line)
         at += len(raw)
 
 
-def _parse(text: str) -> JsonValue | BadRow:
+def parse_row(text: str) -> JsonValue | BadRow:
+    """Return the value of a JSON text, or the reason why it cannot be parsed."""
     try:
         row: JsonValue = parse_json(text)
     except RecursionError:
@@ -174,7 +213,7 @@ def _elements(path: Path, text: str, offset: int) -> Iterator[Parsed]:
                 f"{path}:{line}: not valid JSON: expected {following!r} and a value.", where=f"{path}:{line}"
             )
         offset += len(text[at:begin].encode())
-        yield offset, line, _parse(text[begin:end])
+        yield offset, line, parse_row(text[begin:end])
         offset += len(text[begin:end].encode())
         line += text.count("\n", begin, end)
         at, following = end, ","

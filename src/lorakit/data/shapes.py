@@ -190,6 +190,7 @@ class Request:
         format: Name of the shape, or None to recognize it.
         columns: Field -> column, for fields that a file calls by another name.
         skip_bad_rows: Whether to leave out rows that do not fit and count them, instead of raising an error.
+        group: Column whose equal values keep rows together when rows are held out, or None.
         allowed: Names of the shapes that may be recognized, because the task supports them; empty allows all.
         needs_label: Whether labels and tags are required; rows to predict do not have them.
 
@@ -200,6 +201,7 @@ class Request:
     format: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     skip_bad_rows: bool = False
+    group: str | None = None
     allowed: tuple[str, ...] = ()
     needs_label: bool = True
 
@@ -273,6 +275,23 @@ class Layout:
         """Return the shape, and the columns that supply fields of another name."""
         renamed = [f"{name} from '{column}'" for name, column in self.columns.items() if name != column]
         return f"{self.shape.name} ({', '.join(renamed)})" if renamed else self.shape.name
+
+
+def common_layout(layouts: Iterable[Layout | None]) -> tuple[str | None, dict[str, str]]:
+    """Return the shape and the columns that all files have in common.
+
+    Args:
+        layouts: Layout of each file; None for a text file.
+
+    Returns:
+        The name of the shape, or None if it differs between files; and a dict from required field to column, which is
+        empty if the columns differ.
+    """
+    found = list(layouts)
+    names = {"text" if layout is None else layout.shape.name for layout in found}
+    columns = [dict(layout.columns) for layout in found if layout is not None]
+    same = len(names) == 1 and all(one == columns[0] for one in columns)
+    return (names.pop() if len(names) == 1 else None), (columns[0] if same and columns else {})
 
 
 def checked_row(row: JsonValue) -> JsonObject:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorakit.errors import DataError
+from lorakit.errors import ConfigError, DataError
 
 TEXT = (".txt", ".md")
 """Suffixes of files that are read as one document each."""
@@ -72,6 +72,34 @@ def expand(names: Iterable[str | os.PathLike[str]]) -> list[Path | HubSource]:
     found = [source for name in names for source in _expanded(os.fspath(name))]
     if not found:
         raise DataError("No data was given; pass at least one file, directory or Hub data set.", field="data")
+    return found
+
+
+def weights_of(names: Iterable[str], weights: Mapping[str, float]) -> dict[str, float]:
+    """Return the weight of each file or Hub data set.
+
+    Args:
+        names: Names of the training data.
+        weights: Name in `names` -> weight; other names have the weight 1.
+
+    Returns:
+        A dict from the path or name, as in `Record.source`, to its weight; empty if no weights were given.
+
+    Raises:
+        ConfigError: A name in `weights` is not one of `names`.
+        DataError: Two names with different weights stand for the same file.
+    """
+    known = list(names)
+    for name in weights:
+        if name not in known:
+            raise ConfigError.of("data_weights", name, allowed=known)
+    found = dict[str, float]()
+    for name in known if weights else ():
+        weight = weights.get(name, 1.0)
+        for source in map(str, _expanded(name)):
+            if found.setdefault(source, weight) != weight:
+                text = f"{source}: two names in --data with different weights stand for this file; omit one of them."
+                raise DataError(text, where=source, field="data_weights")
     return found
 
 

@@ -6,16 +6,21 @@ This module handles files and positions; callers parse the rows. It does not dep
 from __future__ import annotations
 
 import codecs
+import hashlib
 import itertools
+import json
 import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Protocol, overload
+from typing import IO, Any, Protocol, overload
 
-from lorakit.data.records import Document, Record, Records
+import numpy as np
+
+from lorakit.data.records import Document, Record, Records, keys_of
+from lorakit.data.shapes import Layout, common_layout
 from lorakit.durable import sha256_file
 from lorakit.errors import DataError
 
@@ -31,6 +36,28 @@ def file_error(path: Path, problem: str) -> DataError:
         problem: Text that says what is wrong and what to do about it.
     """
     return DataError(f"{path}: {problem}", where=path)
+
+
+def open_unchanged(path: Path, size: int, changed_ns: int) -> IO[bytes]:
+    """Open a data file that was checked earlier.
+
+    Args:
+        path: The file.
+        size: Its size in bytes when it was checked.
+        changed_ns: Its modification time in nanoseconds when it was checked.
+
+    Raises:
+        DataError: The file cannot be read, or has changed since it was checked.
+    """
+    try:
+        file = path.open("rb")
+    except OSError as cause:
+        raise file_error(path, f"the data file cannot be read ({cause.strerror}).") from cause
+    status = os.fstat(file.fileno())
+    if (status.st_size, status.st_mtime_ns) != (size, changed_ns):
+        file.close()
+        raise file_error(path, "the data file changed while it was in use; read the data again.")
+    return file
 
 
 class LongDocument(Document):
@@ -60,6 +87,19 @@ class LongDocument(Document):
 
 
 @dataclass(frozen=True, slots=True)
+class DocumentPart(Document):
+    """Consecutive lines of a text file that is read in parts; only the ends of the file are marked with special tokens.
+
+    Attributes:
+        is_first: Whether the part is at the beginning of the file.
+        is_last: Whether the part is at the end of the file.
+    """
+
+    is_first: bool = True
+    is_last: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class DataFile:
     """A data file, with the size and modification time that it had when it was checked.
 
@@ -70,6 +110,8 @@ class DataFile:
         row: Function that parses a row, given its text and line number; None if the file is one document.
         starts: Byte offset of each row.
         lines: Line number of each row.
+        layout: Shape and columns of the rows; None if the file is one document.
+        groups: Key of each row's group, `KEY_BYTES` bytes per row, or empty.
     """
 
     path: Path
@@ -78,6 +120,8 @@ class DataFile:
     row: Callable[[str, int], Record] | None = None
     starts: array[int] = field(default_factory=lambda: array("q"))
     lines: array[int] = field(default_factory=lambda: array("q"))
+    layout: Layout | None = None
+    groups: bytes | bytearray = b""
 
     def __len__(self) -> int:
         return 1 if self.row is None else len(self.starts)
@@ -95,15 +139,7 @@ class DataFile:
         Raises:
             DataError: The file cannot be read, or has changed since it was checked.
         """
-        try:
-            file = self.path.open("rb")
-        except OSError as cause:
-            raise file_error(self.path, f"the data file cannot be read ({cause.strerror}).") from cause
-        status = os.fstat(file.fileno())
-        if (status.st_size, status.st_mtime_ns) != (self.size, self.changed_ns):
-            file.close()
-            raise file_error(self.path, "the data file changed while it was in use; read the data again.")
-        return file
+        return open_unchanged(self.path, self.size, self.changed_ns)
 
     def records(self, indexes: Iterable[int]) -> Iterator[tuple[Record, int]]:
         """Yield the records at the given indices, each with its size on disk in bytes.
@@ -137,6 +173,14 @@ class RecordFile(Protocol):
     def size(self) -> int:
         """Size in bytes."""
 
+    @property
+    def layout(self) -> Layout | None:
+        """Shape and columns of the rows; None if the file is one document."""
+
+    @property
+    def groups(self) -> bytes | bytearray:
+        """Key of each row's group, `KEY_BYTES` bytes per row; empty if no group column was requested."""
+
     def __len__(self) -> int: ...
 
     def bytes_of(self, index: int) -> int:
@@ -160,6 +204,8 @@ class StoredRecords(Sequence[Record]):
 
     Attributes:
         notes: Messages for the user.
+        shape: Name of the shape of all rows, or None if it differs between files.
+        columns: Required field -> column, or an empty dict if the columns differ between files.
     """
 
     def __init__(
@@ -169,6 +215,8 @@ class StoredRecords(Sequence[Record]):
         self._files = list(files)
         self._begins = [0, *itertools.accumulate(len(file) for file in files)]
         self._chosen = chosen
+        self._digests: list[tuple[str, str]] = []
+        self.shape, self.columns = common_layout(file.layout for file in files)
 
     def __len__(self) -> int:
         return len(self._all())
@@ -205,11 +253,27 @@ class StoredRecords(Sequence[Record]):
             notes: Notes for the selection.
         """
         chosen = self._all()
-        return StoredRecords(self._files, notes, array("q", (chosen[at] for at in positions)))
+        part = StoredRecords(self._files, notes, array("q", (chosen[at] for at in positions)))
+        part._digests = self._digests
+        return part
 
     def digests(self) -> dict[str, str]:
-        """Return a dict from the path or name of each file to a SHA-256 of its content."""
-        return dict(file.digest() for file in self._files)
+        """Return a dict from the path or name of each file to a SHA-256 of its content; each file is hashed once."""
+        if not self._digests:
+            self._digests += [file.digest() for file in self._files]
+        return dict(self._digests)
+
+    def group_keys(self) -> np.ndarray[Any, Any] | None:
+        """Return the key of each record's group, shape (records,), or None if no group column was requested."""
+        joined = b"".join(bytes(file.groups) for file in self._files)
+        return keys_of(joined)[np.asarray(self._all(), dtype=np.int64)] if joined else None
+
+    def identity(self) -> str:
+        """Return a SHA-256 of the names and contents of the files, and of which of their records are selected."""
+        self.digests()
+        digest = hashlib.sha256(json.dumps([self._digests, self._begins]).encode())
+        digest.update(np.asarray(self._all(), dtype=np.int64).tobytes())
+        return digest.hexdigest()
 
     @property
     def total_bytes(self) -> int:

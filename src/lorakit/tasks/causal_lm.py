@@ -20,7 +20,8 @@ from lorakit.tasks.task import EncodeOptions, Objective, Task
 
 def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> Encoded:
     """Encode documents, completions and conversations; see `lorakit.data.encode`."""
-    return encode_text(records, tokenizer, options.max_length, options.watch, overlong=options.overlong)
+    run = encode_text if options.cache is None else options.cache.encode
+    return run(records, tokenizer, options.max_length, options.watch, overlong=options.overlong)
 
 
 def loss_sum(

@@ -6,6 +6,7 @@ the class of the row, the classes of the row, a score (as float64), a tag per to
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -43,6 +44,8 @@ class RowReport:
         overlong: What was done with rows that are longer than `max_length_tokens`.
         cut_rows: Number of these rows.
         cut_words: Number of tagged words without a token, because of truncation or because the tokenizer skips them.
+        shape: Name of the shape of all rows, or None if it is unknown or differs between files.
+        columns: Required field -> column, or an empty dict.
         labels: Number of rows (for tags: of words) with each label, most frequent first; empty for scores and texts.
         notes: Other messages for the user.
     """
@@ -58,6 +61,8 @@ class RowReport:
     overlong: str = "truncate"
     cut_rows: int = 0
     cut_words: int = 0
+    shape: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -136,6 +141,12 @@ class EncodedRows:
     report: RowReport
     records: list[Record] = field(default_factory=list)
 
+    @property
+    def sources(self) -> tuple[tuple[str, int], ...]:
+        """(source, number of rows) pairs for consecutive rows."""
+        groups = itertools.groupby(self.records, key=lambda record: record.source)
+        return tuple((source, sum(1 for _ in group)) for source, group in groups)
+
 
 Encode = Callable[[Record, Tokenizer, Target, EncodeOptions, RowReport], "Encoded | None"]
 """Function that encodes a record and updates the counts; None leaves the record out."""
@@ -160,9 +171,9 @@ def encode_rows(
     """
     if options.overlong == "split":
         raise ConfigError.of("overlong", "split", "truncate, drop or error, because labels belong to whole rows")
-    notes = list(getattr(records, "notes", ()))
-    notes += [target.note] if target.note else []
+    notes = [*records.notes, *([target.note] if target.note else [])]
     report = RowReport(options.max_length, unit, overlong=options.overlong, notes=notes)
+    report.shape, report.columns = records.shape, dict(records.columns)
     rows, kept, seen, done = list[Encoded](), list[Record](), set[bytes](), 0
     for record, size in sized(records):
         report.rows += 1

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import TaskType
-from lorakit.data import AnyRecords, Batch, Overlong, Record, Sequences, Split, Tokenizer
+from lorakit.data import AnyRecords, Batch, Overlong, Record, Sequences, Split, TokenCache, Tokenizer
 from lorakit.data.encoding import Sequence
 from lorakit.data.loader import Collate
 from lorakit.durable import JsonObject
@@ -30,7 +30,17 @@ Texts: TypeAlias = "list[Sequence] | Sequences"
 
 
 class Report(Protocol):
-    """Counts of the rows and tokens of encoded data."""
+    """Counts of the rows and tokens of encoded data.
+
+    Attributes:
+        notes: Other messages for the user.
+        shape: Name of the shape of all rows, or None.
+        columns: Required field -> column.
+    """
+
+    notes: list[str]
+    shape: str | None
+    columns: dict[str, str]
 
     @property
     def prompt_format(self) -> str | None:
@@ -54,6 +64,10 @@ class EncodedData(Protocol):
     """Encoded rows with their counts."""
 
     @property
+    def sources(self) -> tuple[tuple[str, int], ...]:
+        """(source, number of rows) pairs for consecutive rows."""
+
+    @property
     def sequences(self) -> Texts:
         """The rows."""
 
@@ -70,12 +84,14 @@ class EncodeOptions:
         max_length: Maximum length of a text in tokens.
         overlong: What happens to longer rows; see `lorakit.data.encode`.
         watch: Function that is called repeatedly with the number of bytes read so far, or None.
+        cache: Where the tokens of text are kept for later runs, or None.
         is_labeled: Whether rows must have labels; rows to predict do not have them.
     """
 
     max_length: int
     overlong: Overlong = "truncate"
     watch: Callable[[int], None] | None = None
+    cache: TokenCache | None = None
     is_labeled: bool = True
 
 

@@ -76,6 +76,33 @@ DEFAULTS: dict[str, Default] = {
     "eval_fraction": Default(
         "Fraction of documents to hold out if --eval-data is not given", 0.05, "enough to detect overfitting"
     ),
+    "group": Default(
+        "Hold out whole groups of rows that have the same value in this column, such as a document or user id",
+        None,
+        "rows are independent; only rows with equal content stay together",
+        "none",
+        str,
+    ),
+    "data_weights": Default(
+        "Set how often the sequences of a source occur per epoch as NAME=WEIGHT, such as a.jsonl=2 b.jsonl=0.5; the "
+        "names are those in --data",
+        {},
+        "every sequence occurs once",
+        "1 for each source",
+        list[str],
+    ),
+    "streaming": Default(
+        "Select whether training data is read while training: on (needs --max-steps), off, or auto (on for text and "
+        "JSON Lines of more than 1 GiB if --max-steps is given)",
+        "auto",
+        "smaller data is checked, counted and shuffled as a whole",
+    ),
+    "token_cache": Default(
+        "Keep tokenized data of more than 1 MiB in lorakit's cache directory for later runs",
+        True,
+        "tokenizing takes much longer than reading; at most 20 GiB are kept",
+        "on",
+    ),
     "format": Default(
         f"Select the shape of the rows: {', '.join(FORMATS)}",
         None,
@@ -407,9 +434,11 @@ CHANGEABLE_ON_RESUME = frozenset(
         "save_total_limit",
         "early_stopping_patience",
         "max_steps",
+        "on_bad_row",
         "report_to",
         "resume",
         "overwrite",
+        "token_cache",
     }
 )
 """Settings that may change when a run is resumed; changing any other setting raises an error that names it."""

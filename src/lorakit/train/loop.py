@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data import Batch
-from lorakit.errors import DiskError, NonFiniteError, RunError
+from lorakit.errors import DataError, DiskError, NonFiniteError, RunError
 from lorakit.machine import peak_rss_bytes
 from lorakit.ops import choices
 from lorakit.train import checkpoint
@@ -131,7 +131,7 @@ class Loop:
         run, state, started = self._run, self._run.state, time.perf_counter()
         rate = run.schedule.rate(state.step)
         try:
-            result = train_step(run.model, run.named, run.optimizer, self._batches(), rate, self._options)
+            result = train_step(run.model, run.named, run.optimizer, self._batches(log), rate, self._options)
         except RunError as cause:
             advice = " Try a lower --learning-rate, or --dtype float32." if type(cause) is NonFiniteError else ""
             raise self._located(cause, state.step + 1, advice) from cause
@@ -144,13 +144,26 @@ class Loop:
         self._log(log, row)
         run.progress.train_row(row)
 
-    def _batches(self) -> list[Batch]:
-        """Return the batches for the next step; a step never mixes batches from two epochs."""
+    def _batches(self, log: MetricsLog) -> list[Batch]:
+        """Return the batches for the next step; a step never mixes batches from two epochs.
+
+        Raises:
+            DataError: A row of streamed data does not fit; a checkpoint before this step was saved.
+        """
         loader, batches = self._run.batches.loader, list[Batch]()
-        while len(batches) < self._run.limits.accumulation:
-            batches.append(next(loader))
-            if loader.epoch.is_integer():  # that was the last batch of the epoch
-                break
+        before = loader.state()
+        try:
+            while len(batches) < self._run.limits.accumulation:
+                batches.append(next(loader))
+                if loader.epoch.is_integer():  # that was the last batch of the epoch
+                    break
+        except DataError as cause:
+            loader.load_state(before)
+            self._save(log, always=True)
+            text = (
+                f"{cause} The run can be resumed from step {self._run.state.step}; --on-bad-row skip omits such rows."
+            )
+            raise DataError(text, **cause.fields) from cause
         return batches
 
     def _row(self, result: StepResult, rate: float, seconds: float) -> dict[str, float | int]:

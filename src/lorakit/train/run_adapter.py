@@ -168,9 +168,8 @@ def first_rows(spec: RunSpec, loader: Loader) -> list[Batch]:
         spec: The run's specification, including the seed.
         loader: The run's data loader, which is not advanced.
     """
-    own = Loader(
-        loader.sequences, 1, spec.settings.seed, epochs=1, pad_id=loader.pad_id, collate=spec.task.objective.collate
-    )
+    collate, pad, seed = spec.task.objective.collate, loader.pad_id, spec.settings.seed
+    own = Loader(loader.sequences, 1, seed, epochs=1, pad_id=pad, weights=loader.weights, collate=collate)
     return [batch for batch in islice(own, ROWS) if batch.trained_tokens]
 
 
@@ -284,6 +283,8 @@ def adapter_metadata(run: Run) -> dict[str, Any]:
             **spec.task.as_dict(),
             **metrics,
             "prompt_format": run.batches.train_report.prompt_format,
+            "shape": run.batches.train_report.shape,
+            "columns": dict(run.batches.train_report.columns),
             "seed": spec.settings.seed,
             "dtype": run.plan.dtype,
             "quantization": spec.quantization_values,

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -20,13 +20,19 @@ from lorakit import data, hub, plan
 from lorakit.config import LoraConfig
 from lorakit.core.model.fingerprint import vocabulary_of
 from lorakit.core.model.vocabulary import check_growth, with_trained_rows
-from lorakit.errors import ConfigError, DataError, NotYetSupported, UsageError
+from lorakit.data.sources import weights_of
+from lorakit.errors import ConfigError, DataError, DiskError, NotYetSupported, UsageError
+from lorakit.machine import cache_directory
 from lorakit.tables import format_count
 from lorakit.targets import unfitting_keys
-from lorakit.tasks import EncodeOptions, Report, TaskOnData, task_for
+from lorakit.tasks import EncodedData, EncodeOptions, Report, TaskOnData, task_for
+from lorakit.train import run_folder
 from lorakit.train.defaults import DEFAULTS
 from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
+
+STREAMED_BYTES = 1 << 30
+"""Size of the training data above which `--streaming auto` reads it while training."""
 
 
 class SavedTokenizer(data.Tokenizer, Protocol):
@@ -86,6 +92,13 @@ def chosen_task(
     found = task_for(name, records, source, settings.label_type, settings.eval_data is not None)
     if adapter is not None and adapter.target.kind != "none":
         found = adapter  # its head has these classes; encoding rejects others
+    if isinstance(records, data.StreamSplit) and not found.task.generates:
+        raise UsageError(
+            f"The task {found.task.name} needs all labels before the first step, so its data cannot be streamed; pass "
+            "--streaming off.",
+            what=settings.streaming,
+            field="streaming",
+        )
     unused = [] if found.task.generates else ["chat_template", "new_tokens"]
     unused += [] if found.task.loader == "classification" else ["label_type"]
     for setting in unused:
@@ -239,20 +252,69 @@ def pick_device(word: str) -> torch.device:
     return device
 
 
-def read_data(settings: TrainSettings) -> data.Split:
+def read_data(
+    settings: TrainSettings,
+    record: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> data.Split:
     """Read the training and evaluation files; if no evaluation files are given, hold out some training data.
 
     Args:
         settings: The run's settings; only those about data and the seed are used.
+        record: Contents of `run.json` if the run is resumed, or None.
+        say: Function that receives a message about the first row that is skipped while streaming.
 
     Returns:
         The training and evaluation records.
 
     Raises:
         DataError: A file cannot be read, or a record is invalid; the message names the file and the line.
+        ConfigError: A name in `data_weights` is not one of the training data.
+        UsageError: The data is to be streamed, but cannot be, or the number of steps is not given.
     """
     request = settings.row_request()
+    weights_of(settings.data, settings.data_weights)
+    if is_streamed(settings, record):
+        if settings.max_steps is None:
+            raise UsageError(
+                "streaming needs the number of steps, because the number of rows is not known; pass --max-steps.",
+                field="max_steps",
+            )
+        first = _First(say)
+        return data.read_stream(
+            settings.data, settings.eval_data, settings.eval_fraction, settings.seed, request, first.skipped
+        )
+    if record is None and settings.streaming == "auto" and data.streamable_bytes(settings.data) > STREAMED_BYTES:
+        say("The training data is checked and tokenized as a whole; with --max-steps, it is read while training.")
     return data.read_split(settings.data, settings.eval_data, settings.eval_fraction, settings.seed, request)
+
+
+def is_streamed(settings: TrainSettings, record: Mapping[str, Any] | None) -> bool:
+    """Return whether the training data is read while training.
+
+    Args:
+        settings: The run's settings.
+        record: Contents of `run.json` if the run is resumed, which is then streamed as before, or None.
+    """
+    before = (record or {}).get("data_sha256")
+    if isinstance(before, Mapping):
+        return any(str(value).startswith(data.PARTIAL) for value in before.values())
+    if settings.streaming != "auto":
+        return settings.streaming == "on"
+    return settings.max_steps is not None and data.streamable_bytes(settings.data) > STREAMED_BYTES
+
+
+class _First:
+    """Receiver of skipped rows that passes on only the first one."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say: Callable[[str], None] | None = say
+
+    def skipped(self, where: str, reason: str) -> None:
+        """Report a skipped row, if it is the first one."""
+        if self._say is not None:
+            self._say(f"{where}: row skipped, as later ones will be: {reason}")
+        self._say = None
 
 
 def make_batches(
@@ -266,7 +328,7 @@ def make_batches(
     """Tokenize the records and create the loaders.
 
     Args:
-        settings: The run's settings; only the batch size, the seed and `overlong` are used.
+        settings: The run's settings; only the batch size, the seed and those about data are used.
         records: Training and evaluation records, from `read_data`.
         task: The run's task.
         tokenizer: The model's tokenizer.
@@ -282,11 +344,12 @@ def make_batches(
             in the training data does.
     """
     rows, pad, collate = settings.per_device_train_batch_size, data.padding_id(tokenizer), task.objective.collate
-    options = EncodeOptions(max_length, settings.overlong, _listener(progress, "training data", records.train))
+    cache = _token_cache(settings, tokenizer, progress)
+    options = EncodeOptions(max_length, settings.overlong, _listener(progress, "training data", records.train), cache)
     train = task.task.encode(records.train, tokenizer, task.target, options)
     if not settings.allow_missing_end:
         train.report.check_end()
-    loader = data.Loader(train.sequences, rows, settings.seed, pad_id=pad, collate=collate)
+    loader = _loader(settings, records, train, task, tokenizer, max_length)
     if not records.held_out:
         return RunBatches(loader, None, train.report, None)
     try:
@@ -296,6 +359,54 @@ def make_batches(
         raise DataError(f"evaluation data: {cause}", **cause.fields) from cause
     batches = partial(data.by_length, held_out.sequences, rows, pad, collate)
     return RunBatches(loader, batches, train.report, held_out.report)
+
+
+def _token_cache(settings: TrainSettings, tokenizer: data.Tokenizer, progress: Progress) -> data.TokenCache | None:
+    """Return the cache of tokens, or None if it is off or has no directory."""
+    if not settings.token_cache:
+        return None
+    try:
+        folder = cache_directory() / "tokens"
+    except DiskError as cause:
+        progress.detail(f"The tokens are not kept for later runs: {cause}")
+        return None
+    installed = run_folder.versions()
+    context = {
+        "tokenizer": hub.tokenizer_hash(tokenizer),
+        "template": hub.chat_template_hash(tokenizer),
+        "rows": [settings.format, settings.columns, settings.on_bad_row, settings.group, settings.task],
+        "versions": {name: installed.get(name) for name in ("lorakit", "transformers", "tokenizers")},
+    }
+    return data.TokenCache(folder, context, progress.say)
+
+
+def _loader(
+    settings: TrainSettings,
+    records: data.Split,
+    train: EncodedData,
+    task: TaskOnData,
+    tokenizer: data.Tokenizer,
+    max_length: int,
+) -> data.Loader:
+    """Return the loader of the training data; of a stream, only the first part has been encoded."""
+    rows, pad = settings.per_device_train_batch_size, data.padding_id(tokenizer)
+    weights = weights_of(settings.data, settings.data_weights)
+    train.report.notes += [f"{name}: {weight:g} times per epoch." for name, weight in settings.data_weights.items()]
+    if isinstance(records, data.StreamSplit):
+        overlong = settings.overlong
+        return data.StreamLoader(
+            train.sequences,
+            rows,
+            settings.seed,
+            pad_id=pad,
+            collate=task.objective.collate,
+            rows=records.rows,
+            encode=lambda record: data.encode_record(record, tokenizer, max_length, overlong),
+            source_weights=weights,
+        )
+    parts = tuple((count, weights.get(source, 1.0)) for source, count in train.sources) if weights else ()
+    collate = task.objective.collate
+    return data.Loader(train.sequences, rows, settings.seed, pad_id=pad, weights=parts, collate=collate)
 
 
 def _listener(progress: Progress, what: str, records: data.AnyRecords) -> Callable[[int], None] | None:
@@ -328,9 +439,11 @@ class NewTokens:
         """
         seen = Counter(number for sequence in loader.sequences for number in sequence.input_ids)
         never = ", ".join(token for token, number in self.added.ids.items() if not seen[number])
-        return (
-            (f"These new tokens are not in the training data, so their rows stay untrained: {never}.",) if never else ()
-        )
+        if not never:
+            return ()
+        if isinstance(loader, data.StreamLoader):
+            return (f"These new tokens are not in the first part of the training data: {never}.",)
+        return (f"These new tokens are not in the training data, so their rows stay untrained: {never}.",)
 
 
 def add_new_tokens(tokenizer: data.Tokenizer, tokens: list[str], base: nn.Module) -> NewTokens:

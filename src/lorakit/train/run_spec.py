@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lorakit import hub
-from lorakit.data import Loader, Split, StoredRecords, read_template
+from lorakit.data import Loader, Split, read_template
 from lorakit.errors import AdapterFileError, ModelError, RunError, TargetError, UsageError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration
@@ -51,7 +51,7 @@ class RunSpec:
         device: The run's device.
         source: The base model.
         data: Records for training and evaluation.
-        hashes: Dict from the path of each data file to the file's SHA-256.
+        hashes: Dict from the path of each data file to the file's SHA-256, or to its identity if it is streamed.
         record: Contents of `run.json` if the run is resumed, or None.
         tokenizer: The tokenizer of the base or the start adapter, with the run's new tokens.
         task: The task, and what it predicts for this data.
@@ -106,13 +106,12 @@ class RunSpec:
         start = start_adapter(settings, record)
         if start is not None and record is None:
             settings = start.completed(settings)
-        data = run_data.read_data(settings)
+        data = run_data.read_data(settings, record, progress.say)
         if settings.early_stopping_patience is not None and not data.held_out:
             raise UsageError(
                 f"early_stopping_patience requires evaluation data. {data.note}", field="early_stopping_patience"
             )
-        stored = [part for part in (data.train, data.held_out) if isinstance(part, StoredRecords)]
-        hashes = {name: digest for part in stored for name, digest in part.digests().items()}
+        hashes = data.digests()
         if record is not None:
             _check_same_data(folder, record, hashes)
             _check_steps_left(folder, settings.max_steps)

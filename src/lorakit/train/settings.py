@@ -36,6 +36,7 @@ Scheduler = Literal["cosine", "linear", "constant", "wsd"]
 Optimizer = Literal["adamw", "adamw8bit", "lorafa", "muon"]
 Bias = Literal["none", "all", "lora_only"]
 OnBadRow = Literal["stop", "skip"]
+Streaming = Literal["auto", "on", "off"]
 TooLong = Literal["truncate", "drop", "split", "error"]
 Allocation = Literal["none", "gradients", "inputs"]
 TaskName = Literal["causal-lm", "classification", "token-classification", "seq2seq", "embedding"]
@@ -135,6 +136,20 @@ def _numbers(value: Given) -> Mapping[str, float]:
     }
 
 
+def _weights(value: Given) -> dict[str, float]:
+    """Convert a mapping, or a list of NAME=WEIGHT strings from flags, to a dict from name to weight."""
+    words = value if isinstance(value, Mapping) else _one_or_many(value)
+    if not isinstance(words, (Mapping, list)):
+        raise ValueError("it must map names to weights")
+    entries = words.items() if isinstance(words, Mapping) else [_split_rate(entry) for entry in words]
+    table = {name: weight for name, weight in entries if not isinstance(weight, bool)}
+    if len(table) < len(words) or not all(
+        name and isinstance(weight, (int, float)) and 0 < weight < math.inf for name, weight in table.items()
+    ):
+        raise ValueError("each entry must be NAME=WEIGHT with a weight above 0, such as a.jsonl=2; each name once")
+    return {name: float(weight) for name, weight in table.items() if weight is not None}
+
+
 def _ranges(value: Given) -> list[Any]:
     """Convert a list of FIRST:END strings from flags to a list of pairs; other lists are returned unchanged."""
     words = _one_or_many(value)
@@ -226,6 +241,10 @@ class TrainSettings(BaseModel):
     output_dir: Text = _setting("output_dir")
     eval_data: Paths | None = _setting("eval_data")
     eval_fraction: float = _setting("eval_fraction", ge=0, lt=1)
+    group: Text | None = _setting("group")
+    data_weights: Annotated[dict[str, float], BeforeValidator(_weights)] = _setting("data_weights")
+    streaming: Streaming = _setting("streaming")
+    token_cache: bool = _setting("token_cache")
     format: Annotated[str, AfterValidator(_format)] | None = _setting("format")
     columns: Annotated[dict[str, str], BeforeValidator(_columns)] = _setting("columns")
     on_bad_row: OnBadRow = _setting("on_bad_row")
@@ -318,6 +337,11 @@ class TrainSettings(BaseModel):
                 )
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite cannot be combined; omit one of them.", field="resume")
+        if self.group is not None and self.eval_data is not None:
+            raise ConfigError(
+                "group cannot be combined with eval_data, because no rows are held out; omit one of them.",
+                field="group",
+            )
         if self.init_lora_weights == "eva" and self.allocate_ranks != "none":
             raise ConfigError(
                 "allocate_ranks cannot be combined with init_lora_weights eva, which allocates ranks itself; omit one "
@@ -372,7 +396,7 @@ class TrainSettings(BaseModel):
         from lorakit.tasks import TASKS
 
         allowed = TASKS[self.task].formats if self.task is not None else ()
-        return Request(self.format, self.columns, self.on_bad_row == "skip", allowed)
+        return Request(self.format, self.columns, self.on_bad_row == "skip", self.group, allowed)
 
     def stored_as(self) -> Quantization | None:
         """Return the requested quantization of the base, or None."""

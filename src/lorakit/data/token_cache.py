@@ -1,0 +1,196 @@
+"""Keep the tokens of data in files, so that the next run on the same data maps them into memory.
+
+An entry is a directory whose name is a hash of everything that the tokens depend on: the contents of the files and the
+selected records, the tokenizer, the template, the settings and the versions. It contains the buffers of `Sequences` and
+a sealed manifest with their sizes and hashes, the counts and the sources. Entries that were not used for the longest
+time are removed if all entries together exceed a limit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorakit.data.encoding import Encoded, Overlong, Sequences, encode
+from lorakit.data.report import DataReport
+from lorakit.data.stored import AnyRecords, StoredRecords
+from lorakit.data.tokens import Tokenizer, beginning
+from lorakit.durable import (
+    TEMPORARY,
+    JsonValue,
+    is_sealed,
+    publish_directory,
+    read_json,
+    sealed,
+    sha256_file,
+    write_bytes,
+    write_json,
+)
+from lorakit.errors import LorakitError
+
+FORMAT = 1
+"""Format of the entries, and version of how `encode` turns records into tokens; increased when either changes."""
+
+LEAST_BYTES = 1 << 20
+"""Minimum size of the tokens in bytes for which an entry is written."""
+
+MOST_BYTES = 20 << 30
+"""Maximum total size of all entries in bytes."""
+
+_MANIFEST = "manifest.json"
+_MAX_MANIFEST_BYTES = 64 << 20
+_STALE_SECONDS = 24 * 3600
+
+
+class TokenCache:
+    """A directory of tokenized data.
+
+    Args:
+        folder: The directory; created when the first entry is written.
+        context: Everything that the tokens depend on, except the records, the maximum length and `overlong`.
+        say: Function that receives messages.
+        most_bytes: Maximum total size of all entries in bytes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        context: Mapping[str, JsonValue],
+        say: Callable[[str], None],
+        most_bytes: int = MOST_BYTES,
+    ) -> None:
+        self._folder = folder
+        self._context = dict(context)
+        self._say = say
+        self._most_bytes = most_bytes
+
+    def encode(
+        self,
+        records: AnyRecords,
+        tokenizer: Tokenizer,
+        max_length: int,
+        watch: Callable[[int], None] | None = None,
+        *,
+        overlong: Overlong = "truncate",
+    ) -> Encoded:
+        """Return the result of `lorakit.data.encoding.encode`, from an entry if there is one.
+
+        A damaged entry, or one that cannot be written, is reported in a message and is not an error.
+
+        Args:
+            records: The records; only those from files are cached.
+            tokenizer: Any transformers tokenizer.
+            max_length: Maximum sequence length in tokens, at least 2.
+            watch: Function that is called repeatedly with the number of bytes read from disk so far, or None.
+            overlong: What to do with rows that are too long; see `encode`.
+
+        Raises:
+            ConfigError: See `encode`.
+            DataError: See `encode`.
+        """
+        if not isinstance(records, StoredRecords):
+            return encode(records, tokenizer, max_length, watch, overlong=overlong)
+        parts = [FORMAT, records.identity(), records.notes, max_length, overlong, beginning(tokenizer), self._context]
+        entry = self._folder / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        found = self._read(entry)
+        if found is None:
+            found = encode(records, tokenizer, max_length, watch, overlong=overlong)
+            self._write(entry, found)
+        return found
+
+    def _read(self, entry: Path) -> Encoded | None:
+        if not entry.is_dir():
+            return None
+        try:
+            found = _loaded(entry)
+            os.utime(entry)
+        except (LorakitError, OSError, ValueError, KeyError, TypeError) as cause:
+            self._say(f"{entry}: the cached tokens are damaged ({_line(cause)}), so the data is tokenized again.")
+            return None
+        return found
+
+    def _write(self, entry: Path, found: Encoded) -> None:
+        buffers = found.sequences.buffers()
+        size = sum(buffer.nbytes for buffer in buffers.values())
+        if size < LEAST_BYTES or size > self._most_bytes:
+            return
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._make_room(size)
+            if shutil.disk_usage(self._folder).free < 2 * size:
+                self._say(f"{self._folder}: too little free space, so the tokens are not kept for later runs.")
+                return
+            with publish_directory(entry, replace=True) as temporary:
+                for name, buffer in buffers.items():
+                    write_bytes(temporary / name, buffer.cast("B"))
+                hashes = {name: sha256_file(temporary / name) for name in buffers}
+                sizes = {name: buffer.nbytes for name, buffer in buffers.items()}
+                values = {
+                    "format": FORMAT,
+                    "type": buffers["ids"].format,
+                    "sha256": hashes,
+                    "bytes": sizes,
+                    "report": asdict(found.report),
+                    "sources": [list(pair) for pair in found.sources],
+                }
+                write_json(temporary / _MANIFEST, sealed(values))
+        except (LorakitError, OSError) as cause:
+            self._say(f"The tokens are not kept for later runs: {_line(cause)}")
+
+    def _make_room(self, needed_bytes: int) -> None:
+        """Remove files left over by killed processes, and the entries unused for longest until there is enough room."""
+        entries = []
+        for path in self._folder.iterdir():
+            changed = path.stat().st_mtime
+            if path.name.startswith(TEMPORARY):
+                if time.time() - changed > _STALE_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)
+            elif path.is_dir():
+                entries.append((changed, sum(file.stat().st_size for file in path.iterdir()), path))
+        total = needed_bytes + sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total <= self._most_bytes:
+                return
+            shutil.rmtree(path, ignore_errors=True)
+            total -= size
+
+
+def _loaded(entry: Path) -> Encoded:
+    """Read and verify an entry.
+
+    Raises:
+        LorakitError: The manifest cannot be read.
+        OSError: A file cannot be read.
+        ValueError: A file or the manifest does not have the recorded hash.
+        KeyError: The manifest is incomplete.
+        TypeError: The manifest has values of other types.
+    """
+    values = read_json(entry / _MANIFEST, _MAX_MANIFEST_BYTES)
+    if not isinstance(values, dict) or not is_sealed(values) or values["format"] != FORMAT:
+        raise ValueError("the manifest is not valid")
+    kinds: dict[str, np.dtype[Any]] = {
+        "ids": np.dtype(values["type"]),
+        "trained": np.dtype(np.uint8),
+        "ends": np.dtype(np.int64),
+    }
+    maps = {}
+    for name, kind in kinds.items():
+        path = entry / name
+        if path.stat().st_size != values["bytes"][name] or sha256_file(path) != values["sha256"][name]:
+            raise ValueError(f"{name} has another size or hash than recorded")
+        maps[name] = np.memmap(path, kind, "r").data
+    sources = tuple((str(source), int(count)) for source, count in values["sources"])
+    return Encoded(Sequences.of(**maps), DataReport(**values["report"]), sources)
+
+
+def _line(cause: Exception) -> str:
+    return " ".join(str(cause).split())
