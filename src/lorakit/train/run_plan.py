@@ -18,6 +18,7 @@ from torch import nn
 from lorakit import hub, plan
 from lorakit.data import Loader, lengths
 from lorakit.errors import DiskError
+from lorakit.machine import rss_bytes
 from lorakit.ops import choices
 from lorakit.speed import Acceleration, choose
 from lorakit.tables import format_bytes
@@ -54,7 +55,7 @@ def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], progress:
     """
     recorded = ((spec.record or {}).get("resolved") or {}).get("dtype")
     wanted = recorded or spec.settings.dtype
-    calibration, details = None, []
+    calibration, details, held = None, [], rss_bytes()
     if wanted == "auto" or _flops(spec, limits, lengths, wanted) > WORTH_MEASURING_FLOPS:
         calibration = hub.calibrate(spec.device)
         details.append(calibration.line())
@@ -68,6 +69,7 @@ def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], progress:
         threads = calibration.threads if spec.device.type == "cpu" else None
         speed = plan.Speed(flops_per_second=rate, source="measured", threads=threads)
     estimated = _estimate(spec, limits, lengths, choice.dtype, speed)
+    estimated = plan.with_job(estimated, **_process(spec, held))
     if spec.settings.memory_budget is not None:
         estimated, reason = plan.within(estimated, plan.bytes_of(spec.settings.memory_budget))
         lines.append(reason)
@@ -96,6 +98,20 @@ def _estimate(
         mean_tokens=sum(lengths) / len(lengths),
     )
     return plan.estimate(forecast.shape, forecast.config, job, speed, allow_partial=settings.allow_partial_targets)
+
+
+def _process(spec: RunSpec, held_bytes: int) -> dict[str, int | None]:
+    """Return the fields of a job that describe this process.
+
+    Args:
+        spec: The run's specification.
+        held_bytes: Resident size of this process before the machine was measured, or 0 if unknown.
+    """
+    if spec.device.type != "cpu":
+        return {"process_bytes": None}
+    if not held_bytes:
+        return {}
+    return {"process_bytes": held_bytes, "reserved_bytes": max(0, rss_bytes() - held_bytes)}
 
 
 def _flops(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], dtype: str) -> float:
