@@ -14,13 +14,13 @@ LENGTH = "a smaller --max-length"
 FUSED = Acceleration((), (), None, "")
 
 
-def advice(rows: int, recompute: str, acceleration: Acceleration | None = FUSED, has_budget: bool = False) -> str:
-    options = StepOptions(torch.device("cpu"), acceleration=acceleration, recompute=recompute, has_budget=has_budget)
+def advice(rows: int, recompute: str, acceleration: Acceleration | None = FUSED, limited_by: str | None = None) -> str:
+    options = StepOptions(torch.device("cpu"), acceleration=acceleration, recompute=recompute, limited_by=limited_by)
     return options.oom_advice(rows)
 
 
 @pytest.mark.parametrize(
-    ("recompute", "has_budget", "helps"),
+    ("recompute", "limited_by", "helps"),
     [
         (
             "none",
@@ -29,13 +29,13 @@ def advice(rows: int, recompute: str, acceleration: Acceleration | None = FUSED,
         ),
         ("feed-forward", False, [LAYERS, ROWS, LENGTH]),
         ("layers", False, [ROWS, LENGTH]),
-        ("none", True, ["a smaller --memory-budget", ROWS, LENGTH]),
-        ("feed-forward", True, ["a smaller --memory-budget", ROWS, LENGTH]),
+        ("none", "memory_budget", ["a smaller --memory-budget", ROWS, LENGTH]),
+        ("feed-forward", "memory_budget", ["a smaller --memory-budget", ROWS, LENGTH]),
         ("layers", True, [ROWS, LENGTH]),
     ],
 )
-def test_what_is_not_on_yet_is_named_in_order(recompute: str, has_budget: bool, helps: list[str]) -> None:
-    said = advice(4, recompute, has_budget=has_budget)
+def test_what_is_not_on_yet_is_named_in_order(recompute: str, limited_by: str | None, helps: list[str]) -> None:
+    said = advice(4, recompute, limited_by=limited_by)
     assert said == f"Try, in this order: {'; '.join(helps)}."
 
 

@@ -30,8 +30,9 @@ log-probabilities saved by cross entropy, their gradient, and the gradient of th
 
 ALLOCATOR_NOTE = (
     "Memory estimates count tensors and libraries. `lorakit train` lets malloc keep freed blocks, so a process often "
-    "holds 10% more, or even more if row lengths vary. Set LORAKIT_ALLOCATOR=stock and MALLOC_MMAP_THRESHOLD_=131072 in the "
-    "environment to return each large block to the OS when it is freed, at some cost in speed."
+    "holds 10% more, or even more if row lengths vary. Set LORAKIT_ALLOCATOR=stock and "
+    "MALLOC_MMAP_THRESHOLD_=131072 in the environment to return each large block to the OS when it is freed, at some "
+    "cost in speed."
 )
 
 
@@ -83,7 +84,7 @@ class Memory:
 
     @property
     def above_weights_bytes(self) -> int:
-        """Return the peak of a step in bytes, excluding all weights and what the process held before they were loaded."""
+        """Return the peak of a step in bytes, excluding weights and what the process held before they were loaded."""
         return self.step_bytes - sum(self.bytes_of(cause) for cause in ("weights", "adapter", "process"))
 
 
@@ -185,9 +186,7 @@ def _logits(shape: ModelShape, job: Job, without: bool) -> Line:
     return _line("logits", 25, formula, size)
 
 
-def _memory(
-    lines: list[Line], outside: dict[str, int], kept: Activations, job: Job, notes: tuple[str, ...]
-) -> Memory:
+def _memory(lines: list[Line], outside: dict[str, int], kept: Activations, job: Job, notes: tuple[str, ...]) -> Memory:
     """Return the memory use, given the lines of a step and the temporary memory of moments outside of steps."""
     held = process.process_bytes(job)
     lines = [

@@ -35,7 +35,9 @@ MEASURING = "the speed of the machine is measured"
 
 
 def process_bytes(job: Job) -> int:
-    """Return the size of the process without weights in bytes, or 0 if an accelerator's memory is planned. [docs/math.md (98)]
+    """Return the size of the process without weights and tensors, in bytes. [docs/math.md (98)]
+
+    The size is 0 if the memory of an accelerator is planned.
 
     Args:
         job: The job.
@@ -46,9 +48,8 @@ def process_bytes(job: Job) -> int:
 def temporary_bytes(shape: ModelShape, counted: Count | None, job: Job) -> dict[str, int]:
     """Return the temporary memory that a process needs outside of training steps. [docs/math.md (99)]
 
-    Weights whose dtype in the files is that of the job are mapped; the page cache is shared with the weights, so loading
-    needs nothing else. Weights that are converted or quantized are mapped in addition to the result until all of them
-    are loaded.
+    If the files have the job's dtype, the mapped files are the weights, and loading needs nothing else. If weights are
+    converted or quantized, the files stay mapped until all weights are loaded.
 
     Args:
         shape: Shape of the base.

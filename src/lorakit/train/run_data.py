@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -127,15 +127,40 @@ class RunBatches:
 
     Attributes:
         loader: Endless iterator over the training batches, in a seeded order.
-        held_out: Function that returns the evaluation batches, or None if there is no evaluation data.
+        held_out_sequences: The evaluation data, or None if there is none.
         train_report: Row and token counts for the training data.
         held_out_report: Row and token counts for the evaluation data, or None.
     """
 
     loader: data.Loader
-    held_out: Callable[[], Iterable[data.Batch]] | None
+    held_out_sequences: data.Sequences | None
     train_report: data.DataReport
     held_out_report: data.DataReport | None
+
+    @property
+    def held_out(self) -> Callable[[], Iterable[data.Batch]] | None:
+        """Function that returns the evaluation batches, or None if there is no evaluation data."""
+        if self.held_out_sequences is None:
+            return None
+        return partial(data.by_length, self.held_out_sequences, self.loader.batch_rows, self.loader.pad_id)
+
+    @property
+    def parts(self) -> list[Sequence[data.Sequence]]:
+        """The training data and, if there is any, the evaluation data."""
+        return (
+            [self.loader.sequences]
+            if self.held_out_sequences is None
+            else [self.loader.sequences, self.held_out_sequences]
+        )
+
+    def with_rows(self, batch_rows: int) -> RunBatches:
+        """Return the same data, in the same order, in batches of another size, from the beginning.
+
+        Args:
+            batch_rows: Number of rows per batch.
+        """
+        loader = self.loader
+        return replace(self, loader=data.Loader(loader.sequences, batch_rows, loader.seed, pad_id=loader.pad_id))
 
 
 def check_single_process() -> None:
@@ -231,7 +256,7 @@ def make_batches(
         held_out = data.encode(records.held_out, tokenizer, max_length, listener, overlong=overlong)
     except DataError as cause:
         raise DataError(f"evaluation data: {cause}", **cause.fields) from cause
-    return RunBatches(loader, partial(data.by_length, held_out.sequences, rows, pad), train.report, held_out.report)
+    return RunBatches(loader, held_out.sequences, train.report, held_out.report)
 
 
 def _listener(progress: Progress, what: str, records: data.AnyRecords) -> Callable[[int], None] | None:

@@ -270,6 +270,7 @@ class TrainSettings(BaseModel):
     recompute: Recompute = _setting("recompute")
     gradient_checkpointing: bool = _setting("gradient_checkpointing")
     memory_budget: Annotated[str, AfterValidator(_size)] | None = _setting("memory_budget")
+    fit: Annotated[str, AfterValidator(_size)] | None = _setting("fit")
     accelerate: bool = _setting("accelerate")
     tuning: bool = _setting("tuning")
     eval_steps: int | None = _setting("eval_steps", ge=1)
@@ -294,6 +295,8 @@ class TrainSettings(BaseModel):
                 "of them.",
                 field="allocate_ranks",
             )
+        if self.fit is not None:
+            self._check_fit()
         if self.recompute != "none" or self.gradient_checkpointing:
             _ = self.recomputed  # raises if the options conflict with each other or with the memory budget
         if self.optimizer == "lorafa" and self.loraplus_lr_ratio is not None:
@@ -302,6 +305,18 @@ class TrainSettings(BaseModel):
                 "learning rates; omit one of them.",
                 field="loraplus_lr_ratio",
             )
+
+    def _check_fit(self) -> None:
+        """Raise `ConfigError` if another setting decides what `fit` chooses."""
+        others = {
+            "memory_budget": self.memory_budget is not None,
+            "recompute": self.recompute != "none",
+            "gradient_checkpointing": self.gradient_checkpointing,
+        }
+        for name, is_set in others.items():
+            if is_set:
+                text = f"fit and {name} are mutually exclusive: fit chooses what is recomputed. Remove one."
+                raise ConfigError(text, what=name, field="fit")
 
     @property
     def recomputed(self) -> str:

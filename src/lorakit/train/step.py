@@ -168,7 +168,8 @@ class StepOptions:
         acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
         recompute: What the backward pass recomputes: a value in `lorakit.plan.job.RECOMPUTED`; used only for
             out-of-memory advice.
-        has_budget: Whether `recompute` was chosen for a memory budget; used only for out-of-memory advice.
+        limited_by: Setting for which `recompute` was chosen, "memory_budget" or "fit", or None; used only for
+            out-of-memory advice.
     """
 
     device: torch.device
@@ -176,7 +177,7 @@ class StepOptions:
     autocast: torch.dtype | None = None
     acceleration: Acceleration | None = None
     recompute: str = "none"
-    has_budget: bool = False
+    limited_by: str | None = None
 
     def computing(self) -> contextlib.AbstractContextManager[object]:
         """Return the autocast context for calls to the model, or a null context if autocast is disabled."""
@@ -195,13 +196,15 @@ class StepOptions:
             name for name in RECOMPUTED[RECOMPUTED.index(self.recompute) + 1 :] if is_fused or name != "feed-forward"
         ]
         options = [] if is_fused else ["fused forward passes (omit --no-accelerate)"]
-        if self.has_budget:  # --memory-budget and --recompute cannot be combined
+        if self.limited_by == "fit":  # like --memory-budget, it cannot be combined with --recompute
+            options.append("a smaller --fit")
+        elif self.limited_by is not None:
             options += ["a smaller --memory-budget"] if more else []
         else:
             options += [f"--recompute {name}" for name in more if name != "layers"]
             options += ["--recompute layers (or --gradient-checkpointing)"] if "layers" in more else []
             options += ["--memory-budget, which chooses between these two"] if len(more) > 1 else []
-        if rows > 1:
+        if rows > 1 and self.limited_by != "fit":
             options.append(
                 "half the --per-device-train-batch-size with twice the --gradient-accumulation-steps (same result)"
             )
