@@ -164,7 +164,13 @@ class Speed:
         return (self.flops_per_second or 0.0) * self.utilisation / flops_per_token
 
 
-def recomputed(recompute: str, gradient_checkpointing: bool, memory_budget: str | None, accelerated: bool) -> str:
+def recomputed(
+    recompute: str,
+    gradient_checkpointing: bool,
+    memory_budget: str | None,
+    accelerated: bool,
+    fit: str | None = None,
+) -> str:
     """Return what the backward pass recomputes, given all settings that affect it.
 
     Args:
@@ -172,6 +178,7 @@ def recomputed(recompute: str, gradient_checkpointing: bool, memory_budget: str 
         gradient_checkpointing: Whether to recompute whole layers; equivalent to `recompute="layers"`.
         memory_budget: Memory limit of a step, or None; with a limit, `budget.within` chooses what is recomputed.
         accelerated: Whether to use the fused forward passes of `lorakit.speed.accelerate`.
+        fit: Memory limit of the run, or None; with a limit, `fitting.fitting` chooses what is recomputed.
 
     Returns:
         One of `RECOMPUTED`.
@@ -187,12 +194,19 @@ def recomputed(recompute: str, gradient_checkpointing: bool, memory_budget: str 
             field="recompute",
         )
     chosen = "layers" if gradient_checkpointing else recompute
-    if memory_budget is not None and chosen != "none":
+    limit = "fit" if fit is not None else "memory_budget" if memory_budget is not None else None
+    if limit is not None and chosen != "none":
         raise ConfigError(
-            f"memory_budget and recompute={chosen} are mutually exclusive: the budget chooses what is recomputed. "
-            "Remove one.",
+            f"{limit} and recompute={chosen} are mutually exclusive: the limit chooses what is recomputed. Remove one.",
             what=chosen,
-            field="memory_budget",
+            field=limit,
+        )
+    if fit is not None and memory_budget is not None:
+        raise ConfigError(
+            "fit and memory_budget are mutually exclusive: fit chooses what is recomputed and the batch size. Remove "
+            "one.",
+            what=memory_budget,
+            field="fit",
         )
     if chosen == "feed-forward" and not accelerated:
         raise ConfigError(

@@ -295,9 +295,7 @@ class TrainSettings(BaseModel):
                 "of them.",
                 field="allocate_ranks",
             )
-        if self.fit is not None:
-            self._check_fit()
-        if self.recompute != "none" or self.gradient_checkpointing:
+        if self.recompute != "none" or self.gradient_checkpointing or self.fit is not None:
             _ = self.recomputed  # raises if the options conflict with each other or with the memory budget
         if self.optimizer == "lorafa" and self.loraplus_lr_ratio is not None:
             raise ConfigError(
@@ -306,24 +304,12 @@ class TrainSettings(BaseModel):
                 field="loraplus_lr_ratio",
             )
 
-    def _check_fit(self) -> None:
-        """Raise `ConfigError` if another setting decides what `fit` chooses."""
-        others = {
-            "memory_budget": self.memory_budget is not None,
-            "recompute": self.recompute != "none",
-            "gradient_checkpointing": self.gradient_checkpointing,
-        }
-        for name, is_set in others.items():
-            if is_set:
-                text = f"fit and {name} are mutually exclusive: fit chooses what is recomputed. Remove one."
-                raise ConfigError(text, what=name, field="fit")
-
     @property
     def recomputed(self) -> str:
-        """The selected recomputation option; with a memory budget, the plan chooses the option later."""
+        """The selected recomputation option; with a memory limit, the plan chooses the option later."""
         from lorakit.plan.job import recomputed
 
-        return recomputed(self.recompute, self.gradient_checkpointing, self.memory_budget, self.accelerate)
+        return recomputed(self.recompute, self.gradient_checkpointing, self.memory_budget, self.accelerate, self.fit)
 
     def row_request(self) -> Request:
         """Return the choices about how the rows of the data are read."""
