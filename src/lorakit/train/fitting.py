@@ -72,6 +72,8 @@ class Probe:
                     torch.ones_like(p, requires_grad=False) for _, p in self.named for _ in ("exp_avg", "exp_avg_sq")
                 ]
                 for _ in range(1 + accumulates):
+                    if options.releases_memory:
+                        allocator.trim()
                     with oom_as_run_error(batch, " in the probe of --fit", lambda _: ""):
                         with options.computing():
                             loss = loss_sum(self.model, batch, options.device, options.acceleration)

@@ -77,7 +77,7 @@ def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], progress:
         progress.say(line)
     for line in (*details, *plan.details(estimated)):
         progress.detail(line)
-    return RunPlan.of(estimated, proposed)
+    return RunPlan.of(estimated, spec.settings.fit, proposed)
 
 
 def _estimate(

@@ -19,6 +19,7 @@ from torch import nn
 from lorakit import hub, plan
 from lorakit.data import Loader, Split, StoredRecords, read_template
 from lorakit.errors import RunError, UsageError
+from lorakit.plan.fitting import needed_bytes
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration
 from lorakit.train import checkpoint, run_data, run_folder
@@ -33,6 +34,9 @@ ADAPTER = "default"
 """Name under which the run's adapter is attached to the model."""
 
 _EVALUATIONS = 10
+
+ROOMY = 0.5
+"""Fraction of the limit of `--fit` below which freed memory may be kept: gaps add up to 36% (docs/memory.md)."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,7 @@ class RunSpec:
             autocast=torch.bfloat16 if device.type != "cpu" and plan.dtype == "bfloat16" else None,
             acceleration=acceleration,
             recompute=plan.recompute,
+            releases_memory=device.type == "cpu" and plan.is_tight,
             limited_by=next((name for name in ("memory_budget", "fit") if getattr(settings, name) is not None), None),
         )
 
@@ -207,6 +212,7 @@ class RunPlan:
         accumulation: Number of batches per step.
         values: The plan as plain JSON values.
         proposed: Plans that should fit into the limit of `--fit`, fastest first; empty if nothing is left to choose.
+        is_tight: Whether the planned peak is so close to the limit of `--fit` that freed memory must not be kept.
     """
 
     dtype: str
@@ -215,18 +221,21 @@ class RunPlan:
     accumulation: int
     values: Mapping[str, Any]
     proposed: tuple[plan.Plan, ...] = ()
+    is_tight: bool = False
 
     @classmethod
-    def of(cls, estimated: plan.Plan, proposed: Sequence[plan.Plan] = ()) -> RunPlan:
+    def of(cls, estimated: plan.Plan, limit: str | None = None, proposed: Sequence[plan.Plan] = ()) -> RunPlan:
         """Return the part of a plan that a run needs.
 
         Args:
             estimated: The plan.
+            limit: The setting `fit`.
             proposed: Plans from which one is chosen after a measurement.
         """
         job = estimated.job
+        is_tight = limit is not None and needed_bytes(estimated) > ROOMY * plan.bytes_of(limit)
         values = estimated.as_dict()
-        return cls(job.dtype, job.recompute, job.batch_rows, job.accumulation, values, tuple(proposed))
+        return cls(job.dtype, job.recompute, job.batch_rows, job.accumulation, values, tuple(proposed), is_tight)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lorakit import allocator
 from lorakit.core import penalties
 from lorakit.data import Batch
 from lorakit.data.encoding import IGNORED
@@ -170,6 +171,8 @@ class StepOptions:
             out-of-memory advice.
         limited_by: Setting for which `recompute` was chosen, "memory_budget" or "fit", or None; used only for
             out-of-memory advice.
+        releases_memory: Whether to return freed CPU memory to the operating system before each batch. Otherwise, malloc
+            keeps it, and gaps that are too small for the tensors of later batches add to the memory of the process.
     """
 
     device: torch.device
@@ -178,6 +181,7 @@ class StepOptions:
     acceleration: Acceleration | None = None
     recompute: str = "none"
     limited_by: str | None = None
+    releases_memory: bool = False
 
     def computing(self) -> contextlib.AbstractContextManager[object]:
         """Return the autocast context for calls to the model, or a null context if autocast is disabled."""
@@ -268,6 +272,8 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=options.device)
     for batch in batches:
+        if options.releases_memory:
+            allocator.trim()
         with oom_as_run_error(batch, "", options.oom_advice):
             with options.computing():
                 loss = loss_sum(model, batch, options.device, options.acceleration)

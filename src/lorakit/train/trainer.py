@@ -229,14 +229,14 @@ def _fitted(
                 _disable_checkpointing(probe.model)
             now = candidate.job.recompute
             current = _arranged(probe.model, now, spec.settings, progress)
-        job, made = candidate.job, RunPlan.of(candidate)
+        job, made = candidate.job, RunPlan.of(candidate, spec.settings.fit)
         return probe.peak_bytes(job.batch_rows, job.accumulation > 1, spec.step_options(made, current))
 
     progress.busy("measuring memory")
     limit = bytes_of(spec.settings.fit or "")
     found, used = settle(plan.proposed, limit, measure)
     progress.say(describe(found, limit, used))
-    return RunPlan.of(found), current
+    return RunPlan.of(found, spec.settings.fit), current
 
 
 def _accelerated(model: nn.Module, recompute: str, progress: Progress) -> Acceleration:
