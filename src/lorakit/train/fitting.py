@@ -126,8 +126,7 @@ def _longest(rows: Sequence[Tokens], pad_id: int) -> Batch:
 
 @contextmanager
 def _unchanged(model: nn.Module, named: Named) -> Iterator[None]:
-    """Put a model in training mode within a block; restore modes, gradients and random number generators afterwards."""
-    evaluated = [module for module in model.modules() if not module.training]
+    """Put a model in training mode, as the loop does; restore gradients and random number generators after a block."""
     gradients = [parameter.grad for _, parameter in named]
     tensors, plain = random_state()
     model.train()
@@ -138,8 +137,6 @@ def _unchanged(model: nn.Module, named: Named) -> Iterator[None]:
     finally:
         for (_, parameter), gradient in zip(named, gradients, strict=True):
             parameter.grad = gradient
-        for module in evaluated:
-            module.training = False
         restore_random_state(tensors, plain)
 
 
