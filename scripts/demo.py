@@ -167,9 +167,9 @@ def memory_note(result: Any, program_bytes: int) -> str:
     """Return what the peak consists of: the program with its libraries, and the run with its planned memory."""
     planned = megabytes(result.plan["lora"]["memory"]["peak_bytes"])
     if not program_bytes:
-        return f"planned for the run: {planned}"
+        return f"planned: {planned}"
     run = megabytes(result.peak_rss_bytes - program_bytes)
-    return f"program {megabytes(program_bytes)}, run {run}; planned for the run: {planned}"
+    return f"program {megabytes(program_bytes)}, run {run}; planned for both: {planned}"
 
 
 def resident_bytes() -> int:

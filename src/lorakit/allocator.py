@@ -10,6 +10,7 @@ setting.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -56,6 +57,12 @@ def keep_large_blocks() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, LARGEST))
+
+
+def trim() -> None:
+    """Return freed memory to the operating system, if malloc is glibc's."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def limit_compiled_matmuls() -> bool:

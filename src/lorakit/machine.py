@@ -169,6 +169,11 @@ def cache_directory() -> Path:
     return home / ".cache" / "lorakit"
 
 
+def rss_bytes() -> int:
+    """Return this process's current resident set size in bytes, or 0 if the system does not report it."""
+    return _bytes_of(_read("/proc/self/status"), "VmRSS") or 0
+
+
 def peak_rss_bytes() -> int:
     """Return this process's peak resident set size so far, in bytes, or 0 if the system does not report it.
 

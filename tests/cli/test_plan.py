@@ -225,3 +225,14 @@ def test_experts_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert {group["experts"] for group in found["adapter"]["groups"]} == ({3} if not words else {1, 3})
         assert main([*flags, "--verbose"]) == 0
         assert "3 experts in one parameter" in " ".join(capsys.readouterr().out.split())
+
+
+def test_fit_chooses_the_batch_size(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "SmolLM2-135M", "--batch-size", "8", "--max-length", "1024", "--fit"]
+    roomy, tight = (_json([*words, size], capsys)["job"] for size in ("8GB", "1700MB"))
+    assert roomy["batch_rows"] == 8 and roomy["recompute"] == "none"
+    assert tight["batch_rows"] * tight["accumulation"] == 8 and tight["batch_rows"] < 8
+    assert main([*words, "100MB"]) == 2
+    assert "--quantization" in capsys.readouterr().err
+    assert main([*words, "8GB", "--memory-budget", "8GB"]) == 2
+    assert "fit and memory_budget are mutually exclusive" in capsys.readouterr().err

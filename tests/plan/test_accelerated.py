@@ -63,6 +63,7 @@ CASES = [
     ("qwen3", "all-linear"),
     ("gpt2", ["c_attn", "c_proj"]),
     ("gpt2", "all-linear"),
+    ("gemma3", "all-linear"),
 ]
 
 

@@ -24,6 +24,9 @@ def _model(name: str, dropout: float) -> Any:
     if name == "bert":
         drops = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
         return hf.BertModel(hf.BertConfig(**small, num_attention_heads=4, **drops))
+    if name == "gemma3":
+        config = hf.Gemma3TextConfig(**small, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+        return hf.Gemma3ForCausalLM(config)
     family = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[name]
     config = getattr(hf, f"{family}Config")(
         **small, num_attention_heads=4, num_key_value_heads=2, **({} if name == "qwen2" else {"head_dim": 16})
@@ -61,6 +64,7 @@ def _saved_bytes(model: Any, ids: Any) -> int:
         ("llama", 0.0, ["q_proj", "v_proj"]),
         ("qwen2", 0.0, "all-linear"),
         ("qwen3", 0.0, "all-linear"),
+        ("gemma3", 0.0, "all-linear"),
         ("gpt2", 0.1, ["c_attn", "c_proj"]),
         ("gpt2", 0.1, "all-linear"),
         ("gpt2", 0.0, ["c_attn", "c_proj"]),

@@ -4,7 +4,7 @@ import dataclasses
 
 from lorakit.architectures.shapes import ModelShape
 from lorakit.config import LoraConfig
-from lorakit.plan import Job, catalogue, count, memory
+from lorakit.plan import Job, catalogue, count, memory, process
 from lorakit.plan.memory import Memory
 
 MB = 1_000_000
@@ -35,14 +35,14 @@ def test_smollm2_by_cause() -> None:
 
 def test_every_line_has_a_formula_and_an_equation() -> None:
     lines = _lora("gpt2", Job(4, 256, dtype="float32")).lines
-    assert [line.equation for line in lines] == [20, 21, 23, 22, 24, 25, 26]
+    assert [line.equation for line in lines] == [20, 21, 23, 22, 24, 25, 99, 26, 98]
     assert all(line.formula for line in lines)
     assert next(line for line in lines if line.cause == "weights").formula == "4 × 124,439,808"
 
 
 def test_checkpointing_keeps_the_inputs_of_the_blocks() -> None:
     plain, again = _lora("gpt2", Job(dtype="float32")), _lora("gpt2", Job(dtype="float32", recompute="layers"))
-    assert again.peak_bytes < plain.peak_bytes / 2
+    assert again.above_weights_bytes < plain.above_weights_bytes / 2
     kept = next(line for line in again.lines if line.cause == "activations").at_peak_bytes
     assert kept == 12 * 4 * 1024 * 768 + 4 * 1024 * 770
 
@@ -79,4 +79,38 @@ def test_an_unknown_architecture_is_said_to_be_an_estimate() -> None:
 
 def test_above_the_weights() -> None:
     needs = _lora("gpt2", Job())
-    assert needs.above_weights_bytes == needs.peak_bytes - 2 * 124_439_808 - needs.bytes_of("adapter")
+    held = needs.bytes_of("adapter") + needs.bytes_of("process")
+    assert needs.above_weights_bytes == needs.step_bytes - 2 * 124_439_808 - held
+
+
+def test_a_process_holds_more_than_tensors() -> None:
+    job = Job(4, 256, process_bytes=700 * MB)
+    needs, on_gpu = _lora("gpt2", job), _lora("gpt2", dataclasses.replace(job, process_bytes=None))
+    assert needs.bytes_of("process") == 700 * MB + process.LOADER_BYTES
+    assert needs.peak_bytes == on_gpu.peak_bytes + needs.bytes_of("process")
+    assert on_gpu.bytes_of("process") == on_gpu.bytes_of("temporary") == 0
+
+
+def test_memory_outside_of_steps() -> None:
+    short = Job(1, 8, dtype="bfloat16", accelerated=True)
+    needs = _lora("SmolLM2-135M", short)
+    trained = 4_884_480
+    assert needs.peak_moment == process.WRITING
+    assert needs.bytes_of("temporary") == process.TEXT_BYTES + 4 * 4 * trained
+    assert needs.step_bytes < needs.peak_bytes
+    converted = _lora("SmolLM2-135M", dataclasses.replace(short, dtype="float32"))
+    assert converted.peak_moment == process.LOADING
+    assert converted.bytes_of("temporary") == 2 * 134_515_008  # the files are in bfloat16
+    at_peak = {line.cause: line.at_peak_bytes for line in converted.lines}
+    assert at_peak["adapter"] == at_peak["optimizer"] == at_peak["activations"] == 0
+    measured = _lora("SmolLM2-135M", dataclasses.replace(short, reserved_bytes=900 * MB))
+    assert measured.peak_moment == process.MEASURING
+    assert measured.bytes_of("temporary") == 900 * MB
+
+
+def test_a_large_vocabulary_is_checked_in_fp64() -> None:
+    shape = dataclasses.replace(_shape("SmolLM2-135M"), vocab=262_144)
+    counted = count(shape, LoraConfig(r=1, target_modules=["q_proj"]))
+    needs = memory.of_lora(shape, counted, 0.0, Job(1, 8, accelerated=True))
+    assert needs.peak_moment == process.CHECKING
+    assert needs.bytes_of("temporary") == 4 * 8 * process.PROBED_TOKENS * 262_144

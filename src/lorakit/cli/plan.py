@@ -16,7 +16,7 @@ from lorakit.cli import console
 from lorakit.cli.early import check_at_least, check_model
 from lorakit.config import LoraConfig
 from lorakit.errors import UsageError
-from lorakit.plan import Job, Speed
+from lorakit.plan import Job, Plan, Speed
 from lorakit.plan.job import recomputed
 from lorakit.plan.params import with_new_tokens
 from lorakit.tables import format_quantity
@@ -92,6 +92,7 @@ class JobFlags:
     recompute: Annotated[str, _flag("recompute")] = DEFAULTS["recompute"].value
     gradient_checkpointing: Annotated[bool, _flag("gradient_checkpointing")] = False
     memory_budget: Annotated[str | None, _flag("memory_budget")] = None
+    fit: Annotated[str | None, _flag("fit")] = None
     accelerate: Annotated[bool, Parameter(help=DEFAULTS["accelerate"].help())] = DEFAULTS["accelerate"].value
     optimizer: Annotated[str, _flag("optimizer")] = DEFAULTS["optimizer"].value
     quantization: Annotated[str | None, _flag("quantization")] = None
@@ -160,7 +161,7 @@ def run(
         length_tokens=length,
         accumulation=job.gradient_accumulation_steps,
         dtype=dtype,
-        recompute=recomputed(job.recompute, job.gradient_checkpointing, job.memory_budget, job.accelerate),
+        recompute=recomputed(job.recompute, job.gradient_checkpointing, job.memory_budget, job.accelerate, job.fit),
         optimizer=job.optimizer,
         quantization=job.quantization,
         double_quantization=job.double_quantization,
@@ -170,16 +171,28 @@ def run(
     dtype, speed, measured = _machine(job, dtype, steps)
     final = replace(wanted, dtype=dtype, steps=steps)
     planned = plan.estimate(shape, config, final, speed, ranks=columns, allow_partial=adapter.allow_partial_targets)
-    reasons = []
-    if job.memory_budget is not None:
-        planned, reason = plan.within(planned, plan.bytes_of(job.memory_budget))
-        reasons = [reason]
+    planned, reasons = _limited(planned, job)
     if json:
         console.emit_json({**planned.as_dict(), "machine": [*measured, *reasons]})
         return
     console.say(plan.render(planned, verbose=verbose, notes=tuple(reasons)))
     if verbose and measured:
         console.say("\n" + "\n".join(measured))
+
+
+def _limited(planned: Plan, job: JobFlags) -> tuple[Plan, list[str]]:
+    """Return the plan with what a memory limit selects, and a line that describes the choice."""
+    from lorakit.plan import bytes_of, within
+    from lorakit.plan.fitting import describe, fitting
+
+    if job.fit is not None:
+        limit = bytes_of(job.fit)
+        made = fitting(planned, limit)[0]
+        return made, [describe(made, limit)]
+    if job.memory_budget is not None:
+        made, reason = within(planned, bytes_of(job.memory_budget))
+        return made, [reason]
+    return planned, []
 
 
 def _machine(job: JobFlags, dtype: str, steps: int | None) -> tuple[str, Speed | None, list[str]]:

@@ -7,7 +7,7 @@ package does not import torch, load models or measure speed.
 
 from lorakit.architectures.shapes import ModelShape, PlainShape, SiteShape
 from lorakit.plan import catalogue
-from lorakit.plan.budget import bytes_of, within
+from lorakit.plan.budget import bytes_of, with_job, within
 from lorakit.plan.estimating import Method, Plan, estimate
 from lorakit.plan.flops import Flops
 from lorakit.plan.job import Job, Speed
@@ -37,5 +37,6 @@ __all__ = [
     "rank_table",
     "render",
     "summary",
+    "with_job",
     "within",
 ]

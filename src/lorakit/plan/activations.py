@@ -1,6 +1,6 @@
 """Activation memory: the tensors that the forward pass saves for the backward pass, derived block by block.
 
-The values are exact for three model families: the tests count saved tensors with
+The values are exact for four model families: the tests count saved tensors with
 `torch.autograd.graph.saved_tensors_hooks`. Any other architecture is estimated as if it belonged to the most similar
 family, and a note in the plan says so. A frozen linear layer does not save its input; a trainable factor A does.
 `memory` handles vocabulary-sized tensors.
@@ -34,13 +34,14 @@ class Family:
     Attributes:
         name: Name shown in the plan.
         architectures: Names of the transformers classes for which the tests verify these sizes.
-        norm: (width, bytes per element) -> bytes per token that each of a block's two norms saves.
+        norm: (width, bytes per element) -> bytes per token that each norm of a block saves.
         sublayers: Name ("attention" or "feed-forward") -> function (shape, job) -> bytes that the sublayer saves,
             excluding its norm and anything that the adapter adds.
         last_norm: (width, bytes per element) -> bytes per token that the norm before the head saves.
         trained_norms: (width, bytes per element) -> additional bytes per token that the norms of a block save if their
             weights are trained.
         is_fast: Whether `lorakit.speed.accelerate` has fused forward passes for the sublayers.
+        norms: Number of norms per block: one before each sublayer, and possibly one after each.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Family:
     last_norm: Callable[[int, int], int]
     trained_norms: Callable[[int, int], int]
     is_fast: bool
+    norms: int = 2
 
     def block(self, shape: ModelShape, job: Job) -> int:
         """Return the number of bytes that one block saves, excluding anything that the adapter adds.
@@ -58,7 +60,7 @@ class Family:
             shape: Shape of the model.
             job: The job, which sets the batch size, row length and dtype.
         """
-        norms = 2 * job.batch_tokens * self.norm(shape.hidden, job.dtype_bytes)
+        norms = self.norms * job.batch_tokens * self.norm(shape.hidden, job.dtype_bytes)
         return norms + sum(kept(shape, job) for kept in self.sublayers.values())
 
 
@@ -155,6 +157,16 @@ _LLAMA = Family(
     lambda width, itemsize: 2 * itemsize * width,
     is_fast=True,
 )
+_GEMMA3 = Family(
+    "Gemma-3-like block (four RMSNorms, rotary, gated tanh-GELU, sdpa)",
+    ("Gemma3ForCausalLM",),
+    _rms_norm,
+    {"attention": _llama_attention, "feed-forward": _swiglu},
+    _rms_norm,
+    lambda width, itemsize: 4 * itemsize * width,
+    is_fast=True,
+    norms=4,
+)
 _GPT2 = Family(
     "GPT-2-like block (LayerNorm, tanh-GELU, dropout)",
     ("GPT2LMHeadModel",),
@@ -173,7 +185,7 @@ _BERT = Family(
     lambda *_: 0,
     is_fast=False,
 )
-FAMILIES: tuple[Family, ...] = (_LLAMA, _GPT2, _BERT)
+FAMILIES: tuple[Family, ...] = (_LLAMA, _GEMMA3, _GPT2, _BERT)
 
 
 def family_of(shape: ModelShape) -> tuple[Family, bool]:
@@ -232,7 +244,7 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: S
     fused = fused_sublayers(shape, counted, job)
     norm = accelerated.norm(shape, job) if is_fast else family.norm(shape.hidden, job.dtype_bytes)
     last_norm = norm if is_fast else family.last_norm(shape.hidden, job.dtype_bytes)
-    by_block = dict.fromkeys(inner, 2 * job.batch_tokens * norm)
+    by_block = dict.fromkeys(inner, family.norms * job.batch_tokens * norm)
     outside = job.batch_tokens * last_norm
     plain = [site for site in counted.sites if (block_of(site.path), accelerated.sublayer_of(site.path)) not in fused]
     for block, kept in (

@@ -44,7 +44,7 @@ def within(plan: Plan, budget_bytes: int) -> tuple[Plan, str]:
 
     Args:
         plan: The plan of a job; its recomputation setting is replaced.
-        budget_bytes: Memory limit of a step in bytes, including weights.
+        budget_bytes: Limit of the planned peak in bytes.
 
     Returns:
         The plan of the same job with that setting, and a message that gives the setting and the reason for it.
@@ -54,7 +54,7 @@ def within(plan: Plan, budget_bytes: int) -> tuple[Plan, str]:
     """
     tried: list[tuple[str, int]] = []
     for recompute in RECOMPUTED:
-        made = _with(plan, recompute=recompute)
+        made = with_job(plan, recompute=recompute)
         peak = made.lora.memory.peak_bytes
         if peak <= budget_bytes:
             without = "".join(f"; --recompute {other} needs {format_bytes(size)}" for other, size in reversed(tried))
@@ -70,9 +70,14 @@ def within(plan: Plan, budget_bytes: int) -> tuple[Plan, str]:
     )
 
 
-def _with(plan: Plan, recompute: str, batch_rows: int | None = None) -> Plan:
-    job = replace(plan.job, recompute=recompute, batch_rows=batch_rows or plan.job.batch_rows)
-    made = estimate(plan.shape, plan.config, job, plan.speed, allow_partial=True)
+def with_job(plan: Plan, **fields: int | str | None) -> Plan:
+    """Return the plan of the same run with other values of some fields of its job.
+
+    Args:
+        plan: The plan.
+        fields: Fields of `Job`.
+    """
+    made = estimate(plan.shape, plan.config, replace(plan.job, **fields), plan.speed, allow_partial=True)  # type: ignore[arg-type]
     return replace(made, ranks=plan.ranks)
 
 
@@ -81,13 +86,13 @@ def _what_would(plan: Plan, budget: int) -> str:
     rows, most = plan.job.batch_rows, RECOMPUTED[-1]
     while rows > 1:
         rows //= 2
-        peak = _with(plan, batch_rows=rows, recompute=most).lora.memory.peak_bytes
+        peak = with_job(plan, batch_rows=rows, recompute=most).lora.memory.peak_bytes
         if peak <= budget:
             return (
                 f"A batch of {rows} would fit with --recompute {most} ({format_bytes(peak)}); raise "
                 "--gradient-accumulation-steps to keep the effective batch size."
             )
-    needs = _with(plan, batch_rows=1, recompute=most).lora.memory
+    needs = with_job(plan, batch_rows=1, recompute=most).lora.memory
     return (
         f"A batch of 1 needs {format_bytes(needs.peak_bytes)} (weights {format_bytes(needs.bytes_of('weights'))}): "
         "use a smaller --max-length or model, or --quantization."

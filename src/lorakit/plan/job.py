@@ -19,6 +19,11 @@ MASTER_BYTES = 4
 DTYPE_NAMES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 """Short name of a dtype -> full name."""
 
+PROCESS_BYTES = 560_000_000
+"""Resident size of a process before weights are loaded, on Linux with torch 2.13 for CPU: Python and torch take 225 MB,
+lorakit's modules and their imports 60 MB, and transformers with a tokenizer and the model's class 275 MB.
+"""
+
 OPTIMIZERS = ("adamw", "adamw8bit", "lorafa", "muon")
 """The optimizers: AdamW for all trainable parameters; AdamW with 8-bit state; LoRA-FA, which freezes the factor
 that is not initialized to zero and trains the others with AdamW; or Muon for A and B, with AdamW for the rest.
@@ -55,6 +60,9 @@ class Job:
             and to compute the loss without storing all logits. `lorakit train` does both by default.
         mean_tokens: Mean number of tokens per row, excluding padding, or None if unknown. Accelerated rows are packed,
             so there is no padding to process; in other jobs, padding tokens count like any others.
+        process_bytes: Resident size of the process before weights are loaded; None if the job runs on an accelerator,
+            whose memory does not contain the process.
+        reserved_bytes: Memory that the process has freed and malloc keeps for later use.
 
     Raises:
         ConfigError: A value is below 1, `mean_tokens` is above `length_tokens`, or dtype, optimizer, recompute or
@@ -72,6 +80,8 @@ class Job:
     double_quantization: bool = True
     accelerated: bool = False
     mean_tokens: float | None = None
+    process_bytes: int | None = PROCESS_BYTES
+    reserved_bytes: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
@@ -153,7 +163,13 @@ class Speed:
         return (self.flops_per_second or 0.0) * self.utilisation / flops_per_token
 
 
-def recomputed(recompute: str, gradient_checkpointing: bool, memory_budget: str | None, accelerated: bool) -> str:
+def recomputed(
+    recompute: str,
+    gradient_checkpointing: bool,
+    memory_budget: str | None,
+    accelerated: bool,
+    fit: str | None = None,
+) -> str:
     """Return what the backward pass recomputes, given all settings that affect it.
 
     Args:
@@ -161,6 +177,7 @@ def recomputed(recompute: str, gradient_checkpointing: bool, memory_budget: str 
         gradient_checkpointing: Whether to recompute whole layers; equivalent to `recompute="layers"`.
         memory_budget: Memory limit of a step, or None; with a limit, `budget.within` chooses what is recomputed.
         accelerated: Whether to use the fused forward passes of `lorakit.speed.accelerate`.
+        fit: Memory limit of the run, or None; with a limit, `fitting.fitting` chooses what is recomputed.
 
     Returns:
         One of `RECOMPUTED`.
@@ -176,12 +193,19 @@ def recomputed(recompute: str, gradient_checkpointing: bool, memory_budget: str 
             field="recompute",
         )
     chosen = "layers" if gradient_checkpointing else recompute
-    if memory_budget is not None and chosen != "none":
+    limit = "fit" if fit is not None else "memory_budget" if memory_budget is not None else None
+    if limit is not None and chosen != "none":
         raise ConfigError(
-            f"memory_budget and recompute={chosen} are mutually exclusive: the budget chooses what is recomputed. "
-            "Remove one.",
+            f"{limit} and recompute={chosen} are mutually exclusive: the limit chooses what is recomputed. Remove one.",
             what=chosen,
-            field="memory_budget",
+            field=limit,
+        )
+    if fit is not None and memory_budget is not None:
+        raise ConfigError(
+            "fit and memory_budget are mutually exclusive: fit chooses what is recomputed and the batch size. Remove "
+            "one.",
+            what=memory_budget,
+            field="fit",
         )
     if chosen == "feed-forward" and not accelerated:
         raise ConfigError(

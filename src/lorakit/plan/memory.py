@@ -1,8 +1,9 @@
-"""Estimate the memory use of a training step by category, with formulas, and find when it peaks.
+"""Estimate the memory use of a run by category, with formulas, and find when it peaks.
 
-The estimate covers the tensors that the program holds. It is exact to the byte wherever the formula is exact. The
-allocator may hold more memory: glibc, as configured by lorakit's command-line interface, keeps freed blocks, including
-gaps that are too small for later blocks (`ALLOCATOR_NOTE`). This module does not handle time or files.
+The estimate covers the tensors of a training step and the process that holds them (`process`). Sizes of tensors are
+exact to the byte wherever the formula is exact. The allocator may hold more memory: glibc, as configured by lorakit's
+command-line interface, keeps freed blocks, including gaps that are too small for later blocks (`ALLOCATOR_NOTE`). This
+module does not handle time or files.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lorakit.architectures.shapes import ModelShape
-from lorakit.plan import accelerated, activations
+from lorakit.plan import accelerated, activations, process
 from lorakit.plan.activations import Activations
 from lorakit.plan.job import MASTER_BYTES, Job
 from lorakit.plan.optimizer_state import optimizer_state
@@ -29,9 +30,10 @@ log-probabilities saved by cross entropy, their gradient, and the gradient of th
 """
 
 ALLOCATOR_NOTE = (
-    "Memory estimates count only tensors. `lorakit train` lets malloc keep freed blocks, so a process often holds 10% "
-    "more, or even more if row lengths vary. Set LORAKIT_ALLOCATOR=stock and MALLOC_MMAP_THRESHOLD_=131072 in the "
-    "environment to return each large block to the OS when it is freed, at some cost in speed."
+    "Memory estimates count tensors and libraries. `lorakit train` lets malloc keep freed blocks, so a process often "
+    "holds 10% more, or even more if row lengths vary. Set LORAKIT_ALLOCATOR=stock and "
+    "MALLOC_MMAP_THRESHOLD_=131072 in the environment to return each large block to the OS when it is freed, at some "
+    "cost in speed."
 )
 
 
@@ -40,10 +42,11 @@ class Line:
     """Memory use of one category.
 
     Attributes:
-        cause: The category: "weights", "adapter", "optimizer", "gradients", "activations", "logits" or "runtime".
+        cause: The category: "weights", "adapter", "optimizer", "gradients", "activations", "logits", "temporary",
+            "runtime" or "process".
         formula: How the size is computed, with the numbers filled in.
         equation: Number of the formula in docs/math.md.
-        size_bytes: Largest size during a step, in bytes.
+        size_bytes: Largest size during a run, in bytes.
         at_peak_bytes: Size when the total memory use peaks, in bytes.
     """
 
@@ -56,22 +59,24 @@ class Line:
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory use of a training step.
+    """Memory use of a run: of its process or, for a job on an accelerator, of the accelerator.
 
     Attributes:
         lines: One line per category.
-        peak_bytes: Largest total over all categories at any moment of a step, in bytes.
+        peak_bytes: Largest total over all categories at any moment of the run, in bytes.
         peak_moment: Clause that says when memory use peaks, such as "the optimizer steps".
         notes: Assumptions of the estimate.
+        step_bytes: Largest total at any moment of a training step, in bytes; at most `peak_bytes`.
     """
 
     lines: tuple[Line, ...]
     peak_bytes: int
     peak_moment: str
     notes: tuple[str, ...]
+    step_bytes: int
 
     def bytes_of(self, cause: str) -> int:
-        """Return the largest memory use of a category during a step, in bytes.
+        """Return the largest memory use of a category during a run, in bytes.
 
         Args:
             cause: The category, as in `Line.cause`.
@@ -80,8 +85,8 @@ class Memory:
 
     @property
     def above_weights_bytes(self) -> int:
-        """Return the peak in bytes, excluding all weights: how much a process grows after the weights are loaded."""
-        return self.peak_bytes - self.bytes_of("weights") - self.bytes_of("adapter")
+        """Return the peak of a step in bytes, excluding weights and what the process held before they were loaded."""
+        return self.step_bytes - sum(self.bytes_of(cause) for cause in ("weights", "adapter", "process"))
 
 
 def _line(cause: str, equation: int, formula: str, size: int) -> Line:
@@ -89,7 +94,7 @@ def _line(cause: str, equation: int, formula: str, size: int) -> Line:
 
 
 def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memory:
-    """Return the memory use of a training step with LoRA. [docs/math.md (20)-(29)]
+    """Return the memory use of a run with LoRA. [docs/math.md (20)-(29)]
 
     The base is frozen, and the factors are in fp32.
 
@@ -114,7 +119,8 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memo
         _activations(kept, job),
         _logits(shape, job, kept.of_blocks > 0 and accelerated.skips_logits(shape, counted)),
     ]
-    return _memory(lines, kept, job, _notes(shape, kept, job))
+    outside = process.temporary_bytes(shape, counted, job)
+    return _memory(lines, outside, kept, job, _notes(shape, kept, job))
 
 
 def _weights(shape: ModelShape, itemsize: int, base: StoredBase | None) -> Line:
@@ -147,7 +153,8 @@ def of_full(shape: ModelShape, job: Job) -> Memory:
         _activations(kept, job),
         _logits(shape, job, without=False),
     ]
-    return _memory(lines, kept, job, _notes(shape, kept, replace(job, accelerated=False)))
+    outside = process.temporary_bytes(shape, None, job)
+    return _memory(lines, outside, kept, job, _notes(shape, kept, replace(job, accelerated=False)))
 
 
 def logits_bytes(shape: ModelShape, job: Job) -> int:
@@ -180,12 +187,31 @@ def _logits(shape: ModelShape, job: Job, without: bool) -> Line:
     return _line("logits", 25, formula, size)
 
 
-def _memory(lines: list[Line], kept: Activations, job: Job, notes: tuple[str, ...]) -> Memory:
-    lines = [*lines, _line("runtime", 26, "measured: library pages, kernels, threads", RUNTIME_BYTES)]
+def _memory(lines: list[Line], outside: dict[str, int], kept: Activations, job: Job, notes: tuple[str, ...]) -> Memory:
+    """Return the memory use, given the lines of a step and the temporary memory of moments outside of steps."""
+    held = process.process_bytes(job)
+    lines = [
+        *lines,
+        _line("temporary", 99, "the largest of loading, checking and writing", max(outside.values(), default=0)),
+        _line("runtime", 26, "measured: library pages, kernels, threads", RUNTIME_BYTES),
+        _line("process", 98, f"{held:,} (libraries, tokenizer, data)" if held else "not on this device", held),
+    ]
     sizes = {line.cause: line.size_bytes for line in lines}
-    moment, at_peak = _peak(sizes["gradients"], sizes["logits"], kept, job)
-    lines = [replace(line, at_peak_bytes=at_peak.get(line.cause, line.size_bytes)) for line in lines]
-    return Memory(tuple(lines), sum(line.at_peak_bytes for line in lines), moment, notes)
+    steps = _moments_of_step(sizes["gradients"], sizes["logits"], kept, job)
+    moments = steps | {name: _outside_of_steps(name, size, sizes["gradients"]) for name, size in outside.items()}
+    totals = {name: sum((sizes | varying).values()) for name, varying in moments.items()}
+    moment = max(totals, key=totals.__getitem__)
+    lines = [replace(line, at_peak_bytes=moments[moment].get(line.cause, line.size_bytes)) for line in lines]
+    return Memory(tuple(lines), totals[moment], moment, notes, max(totals[name] for name in steps))
+
+
+def _outside_of_steps(moment: str, size: int, gradients: int) -> dict[str, int]:
+    """Return the sizes that differ from the largest ones at a moment outside of steps, by category."""
+    found = {"temporary": size, "activations": 0, "logits": 0, "gradients": 0}
+    if moment == process.WRITING:
+        return found | {"gradients": gradients}
+    found |= {"optimizer": 0}  # the moments are created in the first step
+    return found if moment == process.CHECKING else found | {"adapter": 0}
 
 
 def _activations(kept: Activations, job: Job) -> Line:
@@ -204,8 +230,8 @@ def _activations(kept: Activations, job: Job) -> Line:
     return _line("activations", 29 if kept.fused else 24, formula, size)
 
 
-def _peak(gradients: int, logits: int, kept: Activations, job: Job) -> tuple[str, dict[str, int]]:
-    """Return when memory use peaks, and the size of each varying category at that time. [docs/math.md (27)]"""
+def _moments_of_step(gradients: int, logits: int, kept: Activations, job: Job) -> dict[str, dict[str, int]]:
+    """Return the size of each varying category, in bytes, at each moment of a step. [docs/math.md (27)]"""
     earlier = gradients if job.accumulation > 1 else 0  # accumulated by earlier batches of the step
     if job.gradient_checkpointing:
         inputs, block = kept.blocks_kept * kept.boundary, kept.largest_block + kept.transient
@@ -221,9 +247,8 @@ def _peak(gradients: int, logits: int, kept: Activations, job: Job) -> tuple[str
             "the backward pass leaves the first block": (kept.largest_block + kept.transient, 0, gradients),
         }
     moments["the optimizer steps"] = (0, 0, gradients)
-    moment = max(moments, key=lambda name: sum(moments[name]))
-    held = dict(zip(("activations", "logits", "gradients"), moments[moment], strict=True))
-    return moment, held
+    names = ("activations", "logits", "gradients")
+    return {name: dict(zip(names, sizes, strict=True)) | {"temporary": 0} for name, sizes in moments.items()}
 
 
 def _notes(shape: ModelShape, kept: Activations, job: Job) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from lorakit.tasks.task import (
     PredictContext,
     Report,
     Task,
+    Texts,
 )
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Target",
     "Task",
     "TaskOnData",
+    "Texts",
     "load_model_for",
     "loss_sum",
     "task_for",

@@ -381,9 +381,18 @@ DEFAULTS: dict[str, Default] = {
         "Same as --recompute layers", False, "saves memory, but makes a step about a third longer"
     ),
     "memory_budget": Default(
-        "Memory limit for a step (weights included), such as 4GiB; selects the fastest --recompute that should fit",
+        "Memory limit for the planned peak, such as 4GiB; selects the fastest --recompute that should fit (--fit also "
+        "selects the batch size, and measures)",
         None,
         "a step is fastest without recomputation",
+        "none",
+        str,
+    ),
+    "fit": Default(
+        "Memory limit for the run, such as 8GB; selects the fastest --per-device-train-batch-size, "
+        "--gradient-accumulation-steps and --recompute that fit, with the same number of rows per step",
+        None,
+        "the given batch size is used",
         "none",
         str,
     ),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from lorakit.errors import ConfigError, DataError, DiskError, NotYetSupported, U
 from lorakit.machine import cache_directory
 from lorakit.tables import format_count
 from lorakit.targets import unfitting_keys
-from lorakit.tasks import EncodedData, EncodeOptions, Report, TaskOnData, task_for
+from lorakit.tasks import EncodedData, EncodeOptions, Report, TaskOnData, Texts, task_for
 from lorakit.train import run_folder
 from lorakit.train.defaults import DEFAULTS
 from lorakit.train.progress import Progress
@@ -106,6 +106,12 @@ def chosen_task(
         if value != DEFAULTS[setting].value:
             text = f"{setting} does not apply to the task {found.task.name}; omit it."
             raise UsageError(text, what=value, field=setting)
+    if found.task.needs_batch and settings.fit is not None:
+        raise UsageError(
+            f"fit would change the batches, which the task {found.task.name} compares row by row; omit it.",
+            what=settings.fit,
+            field="fit",
+        )
     if found.task.needs_batch and settings.per_device_train_batch_size < MINIMUM_ROWS:
         raise UsageError(
             f"per_device_train_batch_size is {settings.per_device_train_batch_size}, but the task {found.task.name} "
@@ -197,15 +203,42 @@ class RunBatches:
 
     Attributes:
         loader: Endless iterator over the training batches, in a seeded order.
-        held_out: Function that returns the evaluation batches, or None if there is no evaluation data.
+        held_out_sequences: The evaluation data, or None if there is none.
         train_report: Row and token counts for the training data.
         held_out_report: Row and token counts for the evaluation data, or None.
     """
 
     loader: data.Loader
-    held_out: Callable[[], Iterable[data.Batch]] | None
+    held_out_sequences: Texts | None
     train_report: Report
     held_out_report: Report | None
+
+    @property
+    def held_out(self) -> Callable[[], Iterable[data.Batch]] | None:
+        """Function that returns the evaluation batches, or None if there is no evaluation data."""
+        if self.held_out_sequences is None:
+            return None
+        loader = self.loader
+        return partial(data.by_length, self.held_out_sequences, loader.batch_rows, loader.pad_id, loader.collate)
+
+    @property
+    def parts(self) -> list[Sequence[data.Sequence]]:
+        """The training data and, if there is any, the evaluation data."""
+        return (
+            [self.loader.sequences]
+            if self.held_out_sequences is None
+            else [self.loader.sequences, self.held_out_sequences]
+        )
+
+    def with_rows(self, batch_rows: int) -> RunBatches:
+        """Return the same data, in the same order, in batches of another size, from the beginning.
+
+        Args:
+            batch_rows: Number of rows per batch.
+        """
+        if batch_rows == self.loader.batch_rows:
+            return self
+        return replace(self, loader=replace(self.loader, batch_rows=batch_rows))
 
 
 def check_single_process() -> None:
@@ -343,7 +376,6 @@ def make_batches(
         DataError: The training data or the evaluation data has no tokens that contribute to the loss, or no end marker
             in the training data does.
     """
-    rows, pad, collate = settings.per_device_train_batch_size, data.padding_id(tokenizer), task.objective.collate
     cache = _token_cache(settings, tokenizer, progress)
     options = EncodeOptions(max_length, settings.overlong, _listener(progress, "training data", records.train), cache)
     train = task.task.encode(records.train, tokenizer, task.target, options)
@@ -357,8 +389,7 @@ def make_batches(
         held_out = task.task.encode(records.held_out, tokenizer, task.target, options)
     except DataError as cause:
         raise DataError(f"evaluation data: {cause}", **cause.fields) from cause
-    batches = partial(data.by_length, held_out.sequences, rows, pad, collate)
-    return RunBatches(loader, batches, train.report, held_out.report)
+    return RunBatches(loader, held_out.sequences, train.report, held_out.report)
 
 
 def _token_cache(settings: TrainSettings, tokenizer: data.Tokenizer, progress: Progress) -> data.TokenCache | None:

@@ -18,7 +18,9 @@ from torch import nn
 from lorakit import hub, plan
 from lorakit.data import Loader, lengths
 from lorakit.errors import DiskError
+from lorakit.machine import rss_bytes
 from lorakit.ops import choices
+from lorakit.plan.fitting import describe, fitting
 from lorakit.speed import Acceleration, choose
 from lorakit.tables import format_bytes
 from lorakit.train.checkpoint import differences, environment
@@ -50,11 +52,11 @@ def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], progress:
         The plan.
 
     Raises:
-        ConfigError: No `recompute` option fits within the memory budget.
+        ConfigError: No setting fits within the memory budget or the limit of `fit`.
     """
     recorded = ((spec.record or {}).get("resolved") or {}).get("dtype")
     wanted = recorded or spec.settings.dtype
-    calibration, details = None, []
+    calibration, details, held = None, [], rss_bytes()
     if wanted == "auto" or _flops(spec, limits, lengths, wanted) > WORTH_MEASURING_FLOPS:
         calibration = hub.calibrate(spec.device)
         details.append(calibration.line())
@@ -68,14 +70,14 @@ def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], progress:
         threads = calibration.threads if spec.device.type == "cpu" else None
         speed = plan.Speed(flops_per_second=rate, source="measured", threads=threads)
     estimated = _estimate(spec, limits, lengths, choice.dtype, speed)
-    if spec.settings.memory_budget is not None:
-        estimated, reason = plan.within(estimated, plan.bytes_of(spec.settings.memory_budget))
-        lines.append(reason)
+    estimated = plan.with_job(estimated, **_process(spec, held))
+    estimated, proposed, reasons = _limited(spec, estimated)
+    lines += reasons
     for line in (*lines, *plan.summary(estimated)):
         progress.say(line)
     for line in (*details, *plan.details(estimated)):
         progress.detail(line)
-    return RunPlan(choice.dtype, estimated.job.recompute, estimated.as_dict())
+    return RunPlan.of(estimated, spec.settings.fit, proposed)
 
 
 def _estimate(
@@ -96,6 +98,41 @@ def _estimate(
         mean_tokens=sum(lengths) / len(lengths),
     )
     return plan.estimate(forecast.shape, forecast.config, job, speed, allow_partial=settings.allow_partial_targets)
+
+
+def _limited(spec: RunSpec, estimated: plan.Plan) -> tuple[plan.Plan, list[plan.Plan], list[str]]:
+    """Choose what a memory limit leaves open; a resumed run keeps its recorded choice.
+
+    Returns:
+        The plan with the choice, the plans that a measurement may choose from, and lines that describe the choice.
+    """
+    settings, recorded = spec.settings, (spec.record or {}).get("resolved") or {}
+    limit, budget = settings.fit, settings.memory_budget
+    if limit is None and budget is None:
+        return estimated, [], []
+    chosen = {name: recorded[name] for name in ("batch_rows", "accumulation", "recompute") if name in recorded}
+    if len(chosen) == 3:  # an older run has recorded only some of them
+        made = plan.with_job(estimated, **chosen)
+        return made, [], [] if limit is None else [describe(made, plan.bytes_of(limit))]
+    if limit is not None:
+        proposed = fitting(estimated, plan.bytes_of(limit))
+        return proposed[0], proposed, []
+    made, reason = plan.within(estimated, plan.bytes_of(budget or ""))
+    return made, [], [reason]
+
+
+def _process(spec: RunSpec, held_bytes: int) -> dict[str, int | None]:
+    """Return the fields of a job that describe this process.
+
+    Args:
+        spec: The run's specification.
+        held_bytes: Resident size of this process before the machine was measured, or 0 if unknown.
+    """
+    if spec.device.type != "cpu":
+        return {"process_bytes": None}
+    if not held_bytes:
+        return {}
+    return {"process_bytes": held_bytes, "reserved_bytes": max(0, rss_bytes() - held_bytes)}
 
 
 def _flops(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], dtype: str) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit import hub
+from lorakit import hub, plan
 from lorakit.data import Loader, Split, read_template
 from lorakit.errors import AdapterFileError, ModelError, RunError, TargetError, UsageError
+from lorakit.plan.fitting import needed_bytes
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration
 from lorakit.tasks import TaskOnData
@@ -38,6 +39,9 @@ ADAPTER = "default"
 """Name under which the run's adapter is attached to the model."""
 
 _EVALUATIONS = 10
+
+ROOMY = 0.5
+"""Fraction of the limit of `--fit` below which freed memory may be kept: gaps add up to 36% (docs/memory.md)."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,25 @@ class RunSpec:
         """The base's quantization as a dict of plain JSON values, or None."""
         return None if self.quantization is None else hub.quantization_metadata(self.quantization)
 
+    def step_options(self, plan: RunPlan, acceleration: Acceleration | None) -> StepOptions:
+        """Return the options for `train_step`.
+
+        Args:
+            plan: The run's plan.
+            acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
+        """
+        settings, device = self.settings, self.device
+        return StepOptions(
+            device=device,
+            max_grad_norm=settings.max_grad_norm,
+            autocast=torch.bfloat16 if device.type != "cpu" and plan.dtype == "bfloat16" else None,
+            acceleration=acceleration,
+            recompute=plan.recompute,
+            releases_memory=device.type == "cpu" and plan.is_tight,
+            limited_by=next((name for name in ("memory_budget", "fit") if getattr(settings, name) is not None), None),
+            loss=self.task.objective.loss_sum,
+        )
+
 
 def _source(settings: TrainSettings, given: TrainSettings, progress: Progress) -> hub.ModelSource:
     """Return the base, which only the start adapter names if the user did not."""
@@ -255,20 +278,46 @@ class RunLimits:
         eval_steps = settings.eval_steps or max(1, math.ceil(total / _EVALUATIONS))
         return cls(total, accumulation, eval_steps, settings.save_steps or eval_steps, settings.early_stopping_patience)
 
+    def with_accumulation(self, accumulation: int) -> RunLimits:
+        """Return the same limits with another number of batches per step."""
+        return dataclasses.replace(self, accumulation=accumulation)
+
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Precision, recomputation and estimated cost of a run.
+    """Precision, batch size, recomputation and estimated cost of a run.
 
     Attributes:
         dtype: Precision of the base: "bfloat16" or "float32".
         recompute: What the backward pass recomputes: a value in `lorakit.plan.job.RECOMPUTED`.
+        batch_rows: Number of rows per batch.
+        accumulation: Number of batches per step.
         values: The plan as plain JSON values.
+        proposed: Plans that should fit into the limit of `--fit`, fastest first; empty if nothing is left to choose.
+        is_tight: Whether the planned peak is so close to the limit of `--fit` that freed memory must not be kept.
     """
 
     dtype: str
     recompute: str
+    batch_rows: int
+    accumulation: int
     values: Mapping[str, Any]
+    proposed: tuple[plan.Plan, ...] = ()
+    is_tight: bool = False
+
+    @classmethod
+    def of(cls, estimated: plan.Plan, limit: str | None = None, proposed: Sequence[plan.Plan] = ()) -> RunPlan:
+        """Return the part of a plan that a run needs.
+
+        Args:
+            estimated: The plan.
+            limit: The setting `fit`.
+            proposed: Plans from which one is chosen after a measurement.
+        """
+        job = estimated.job
+        is_tight = limit is not None and needed_bytes(estimated) > ROOMY * plan.bytes_of(limit)
+        values = estimated.as_dict()
+        return cls(job.dtype, job.recompute, job.batch_rows, job.accumulation, values, tuple(proposed), is_tight)
 
 
 @dataclass(frozen=True)
@@ -347,16 +396,7 @@ class Run:
     @property
     def step_options(self) -> StepOptions:
         """Options for `train_step`."""
-        settings, device = self.spec.settings, self.spec.device
-        return StepOptions(
-            device=device,
-            max_grad_norm=settings.max_grad_norm,
-            autocast=torch.bfloat16 if device.type != "cpu" and self.plan.dtype == "bfloat16" else None,
-            acceleration=self.acceleration,
-            recompute=self.plan.recompute,
-            has_budget=settings.memory_budget is not None,
-            loss=self.spec.task.objective.loss_sum,
-        )
+        return self.spec.step_options(self.plan, self.acceleration)
 
     def record(self) -> dict[str, Any]:
         """Return the contents of `run.json`, except for the result, as plain JSON values."""
@@ -371,6 +411,8 @@ class Run:
                 "quantization": spec.quantization_values,
                 "device": str(spec.device),
                 "max_length": spec.forecast.max_length,
+                "batch_rows": self.plan.batch_rows,
+                "recompute": self.plan.recompute,
                 **dataclasses.asdict(self.limits),
                 "trainable_parameters": self.trainable_parameters,
                 "total_parameters": self.total_parameters,

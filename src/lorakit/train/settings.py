@@ -309,6 +309,7 @@ class TrainSettings(BaseModel):
     recompute: Recompute = _setting("recompute")
     gradient_checkpointing: bool = _setting("gradient_checkpointing")
     memory_budget: Annotated[str, AfterValidator(_size)] | None = _setting("memory_budget")
+    fit: Annotated[str, AfterValidator(_size)] | None = _setting("fit")
     accelerate: bool = _setting("accelerate")
     tuning: bool = _setting("tuning")
     eval_steps: int | None = _setting("eval_steps", ge=1)
@@ -348,7 +349,7 @@ class TrainSettings(BaseModel):
                 "of them.",
                 field="allocate_ranks",
             )
-        if self.recompute != "none" or self.gradient_checkpointing:
+        if self.recompute != "none" or self.gradient_checkpointing or self.fit is not None:
             _ = self.recomputed  # raises if the options conflict with each other or with the memory budget
         self._check_rates()
 
@@ -385,10 +386,10 @@ class TrainSettings(BaseModel):
 
     @property
     def recomputed(self) -> str:
-        """The selected recomputation option; with a memory budget, the plan chooses the option later."""
+        """The selected recomputation option; with a memory limit, the plan chooses the option later."""
         from lorakit.plan.job import recomputed
 
-        return recomputed(self.recompute, self.gradient_checkpointing, self.memory_budget, self.accelerate)
+        return recomputed(self.recompute, self.gradient_checkpointing, self.memory_budget, self.accelerate, self.fit)
 
     def row_request(self) -> Request:
         """Return the choices about how the rows of the data are read."""

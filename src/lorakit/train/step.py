@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lorakit import allocator
 from lorakit.core import penalties
 from lorakit.data import Batch
 from lorakit.errors import DataError, NonFiniteError, RunError
@@ -79,7 +80,10 @@ class StepOptions:
         acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
         recompute: What the backward pass recomputes: a value in `lorakit.plan.job.RECOMPUTED`; used only for
             out-of-memory advice.
-        has_budget: Whether `recompute` was chosen for a memory budget; used only for out-of-memory advice.
+        limited_by: Setting for which `recompute` was chosen, "memory_budget" or "fit", or None; used only for
+            out-of-memory advice.
+        releases_memory: Whether to return freed CPU memory to the operating system before each batch. Otherwise, malloc
+            keeps it, and gaps that are too small for the tensors of later batches add to the memory of the process.
         loss: Function that runs the model and returns the summed loss of a batch; the default is for causal models.
     """
 
@@ -88,7 +92,8 @@ class StepOptions:
     autocast: torch.dtype | None = None
     acceleration: Acceleration | None = None
     recompute: str = "none"
-    has_budget: bool = False
+    limited_by: str | None = None
+    releases_memory: bool = False
     loss: LossSum = loss_sum
 
     def computing(self) -> contextlib.AbstractContextManager[object]:
@@ -108,13 +113,15 @@ class StepOptions:
             name for name in RECOMPUTED[RECOMPUTED.index(self.recompute) + 1 :] if is_fused or name != "feed-forward"
         ]
         options = [] if is_fused else ["fused forward passes (omit --no-accelerate)"]
-        if self.has_budget:  # --memory-budget and --recompute cannot be combined
+        if self.limited_by == "fit":  # like --memory-budget, it cannot be combined with --recompute
+            options.append("a smaller --fit")
+        elif self.limited_by is not None:
             options += ["a smaller --memory-budget"] if more else []
         else:
             options += [f"--recompute {name}" for name in more if name != "layers"]
             options += ["--recompute layers (or --gradient-checkpointing)"] if "layers" in more else []
             options += ["--memory-budget, which chooses between these two"] if len(more) > 1 else []
-        if rows > 1:
+        if rows > 1 and self.limited_by != "fit":
             options.append(
                 "half the --per-device-train-batch-size with twice the --gradient-accumulation-steps (same result)"
             )
@@ -178,6 +185,8 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=options.device)
     for batch in batches:
+        if options.releases_memory:
+            allocator.trim()
         with oom_as_run_error(batch, "", options.oom_advice):
             with options.computing():
                 loss = options.loss(model, batch, options.device, options.acceleration)

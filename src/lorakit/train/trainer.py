@@ -26,11 +26,14 @@ from lorakit.data import lengths
 from lorakit.errors import DiskError, LorakitError, ModelError
 from lorakit.ops import choices
 from lorakit.ops.kernels import compiled
+from lorakit.plan import Plan, bytes_of
+from lorakit.plan.fitting import describe
 from lorakit.plan.quantized import stored
 from lorakit.speed import Acceleration, accelerate
 from lorakit.tables import format_count
 from lorakit.tasks import load_model_for
 from lorakit.train import checkpoint
+from lorakit.train.fitting import Probe, longest_rows, settle
 from lorakit.train.interrupts import stoppable
 from lorakit.train.loop import Loop
 from lorakit.train.optimizer import build_optimizer, load_state_tensors
@@ -111,13 +114,17 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     base_bytes = _base_bytes(model, spec)
     resumed_from, damaged = _newest_checkpoint(spec, progress)
     notes = add_adapter(model, spec, loader, resumed_from, progress)
-    if plan.recompute == "layers":
-        _enable_checkpointing(model)
     named, optimizer = build_optimizer(model, ADAPTER, settings)
-    acceleration = _accelerated(model, plan, progress) if settings.accelerate else None
+    acceleration = _arranged(model, plan.recompute, settings, progress)
     snapshot = None if resumed_from is None else checkpoint.load(resumed_from)
     before = None if snapshot is None else snapshot.environment
     chosen = autotuned_choices(spec, plan.dtype, model, acceleration, loader, before, progress)
+    if plan.proposed:
+        rows = longest_rows(batches.parts, loader.batch_rows * limits.accumulation)
+        probe = Probe(model, named, rows, loader.pad_id, chosen, spec.task)
+        plan, acceleration = _fitted(spec, plan, probe, acceleration, progress)
+    batches, limits = batches.with_rows(plan.batch_rows), limits.with_accumulation(plan.accumulation)
+    loader = batches.loader
     _seed_everything(settings.seed)
     state = checkpoint.TrainState()
     if snapshot is None and spec.start is not None and spec.start.optimizer is not None:
@@ -224,8 +231,45 @@ def _enable_checkpointing(model: nn.Module) -> None:
         ) from cause
 
 
-def _accelerated(model: nn.Module, plan: RunPlan, progress: Progress) -> Acceleration:
-    acceleration = accelerate(model, keep_feed_forward=plan.recompute != "feed-forward")
+def _disable_checkpointing(model: nn.Module) -> None:
+    names = ("activation_checkpointing_disable", "gradient_checkpointing_disable")  # newest name first
+    next(getattr(model, name) for name in names if hasattr(model, name))()
+
+
+def _arranged(model: nn.Module, recompute: str, settings: TrainSettings, progress: Progress) -> Acceleration | None:
+    """Make a model recompute what a plan says, and accelerate it if the settings allow that."""
+    if recompute == "layers":
+        _enable_checkpointing(model)
+    return _accelerated(model, recompute, progress) if settings.accelerate else None
+
+
+def _fitted(
+    spec: RunSpec, plan: RunPlan, probe: Probe, acceleration: Acceleration | None, progress: Progress
+) -> tuple[RunPlan, Acceleration | None]:
+    """Return the fastest proposed plan that fits into the limit of `--fit` according to a probe."""
+    now, current = plan.recompute, acceleration
+
+    def measure(candidate: Plan) -> int:
+        nonlocal now, current
+        if candidate.job.recompute != now:
+            if current is not None:
+                current.undo()
+            if now == "layers":
+                _disable_checkpointing(probe.model)
+            now = candidate.job.recompute
+            current = _arranged(probe.model, now, spec.settings, progress)
+        job, made = candidate.job, RunPlan.of(candidate, spec.settings.fit)
+        return probe.peak_bytes(job.batch_rows, job.accumulation > 1, spec.step_options(made, current))
+
+    progress.busy("measuring memory")
+    limit = bytes_of(spec.settings.fit or "")
+    found, used = settle(plan.proposed, limit, measure)
+    progress.say(describe(found, limit, used))
+    return RunPlan.of(found, spec.settings.fit), current
+
+
+def _accelerated(model: nn.Module, recompute: str, progress: Progress) -> Acceleration:
+    acceleration = accelerate(model, keep_feed_forward=recompute != "feed-forward")
     show = progress.detail if acceleration.swaps or acceleration.head or acceleration.packs else progress.say
     for line in acceleration_lines(acceleration):
         show(line)

@@ -1,0 +1,72 @@
+"""Memory of the process that runs a job, apart from the tensors of a training step.
+
+A process holds its libraries, tokenizer and data before any weights are loaded. Loading the weights, checking the
+accelerated model and writing files also need memory for a short time. malloc keeps that memory for later use, so only
+the largest of these amounts and of the step's tensors counts.
+"""
+
+from __future__ import annotations
+
+from lorakit.architectures.shapes import ModelShape
+from lorakit.plan.job import DTYPE_BYTES, MASTER_BYTES, Job
+from lorakit.plan.params import Count
+
+LOADER_BYTES = 28_000_000
+"""Library pages (25 MB) and objects that transformers adds to the process while it loads weights."""
+
+PROBED_TOKENS = 18
+"""Tokens for which `lorakit.speed.accelerate` compares the logits with those of the original model."""
+
+PROBE_COPIES = 4
+"""fp64 tensors of size tokens × vocabulary that exist at once in the comparison: both logits and two products."""
+
+ENCODED_COPIES = 4
+"""Copies of an adapter while its file is built: the tensors, the encoded file, and two while its header is sorted."""
+
+TEXT_BYTES = 22_000_000
+"""Text form of the tokenizer, with a vocabulary of about 50,000 tokens, while its hash is computed."""
+
+LOADING, CHECKING, WRITING = (
+    "the weights are loaded",
+    "the accelerated model is checked",
+    "a checkpoint is written",
+)
+MEASURING = "the speed of the machine is measured"
+
+
+def process_bytes(job: Job) -> int:
+    """Return the size of the process without weights and tensors, in bytes. [docs/math.md (98)]
+
+    The size is 0 if the memory of an accelerator is planned.
+
+    Args:
+        job: The job.
+    """
+    return 0 if job.process_bytes is None else job.process_bytes + LOADER_BYTES
+
+
+def temporary_bytes(shape: ModelShape, counted: Count | None, job: Job) -> dict[str, int]:
+    """Return the temporary memory that a process needs outside of training steps. [docs/math.md (99)]
+
+    If the files have the job's dtype, the mapped files are the weights, and loading needs nothing else. If weights are
+    converted or quantized, the files stay mapped until all weights are loaded.
+
+    Args:
+        shape: Shape of the base.
+        counted: The adapter's parameter counts; None for full fine-tuning.
+        job: The job.
+
+    Returns:
+        A dict from the moment to its size in bytes; empty if an accelerator's memory is planned.
+    """
+    if job.process_bytes is None:
+        return {}
+    is_converted = shape.dtype != job.dtype or job.quantization is not None
+    found = {MEASURING: job.reserved_bytes}
+    found[LOADING] = DTYPE_BYTES.get(shape.dtype, MASTER_BYTES) * shape.parameters if is_converted else 0
+    if counted is not None:
+        moments = 2 * MASTER_BYTES * counted.trainable
+        found[WRITING] = TEXT_BYTES + max(ENCODED_COPIES * MASTER_BYTES * counted.saved_parameters, 2 * moments)
+        if job.accelerated:
+            found[CHECKING] = PROBE_COPIES * 8 * PROBED_TOKENS * shape.vocab
+    return found
