@@ -410,7 +410,9 @@ def test_bad_flags(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert refused(2, r=0) == "r is 0; it must be at least 1."
     assert refused(2, lora_dropout=1.0) == "lora_dropout is 1.0; it must be at least 0 and less than 1."
     assert "Did you mean --learning-rate?" in refused(2, "--learning-rat", "3")
-    assert refused(2, model=None).startswith("model is missing; pass --model (model directory, Hub id, or smollm2")
+    assert refused(2, model=None).startswith(
+        "model is missing; pass --model (model directory, GGUF file, Hub id, or smollm2"
+    )
     assert refused(2, device="cuda:77").startswith("device is 'cuda:77', but torch")
     assert refused(2, dtype="bf15").startswith("dtype is 'bf15'; it must be 'auto', 'bfloat16' or 'float32'")
     assert refused(2, max_length=4096).endswith("supports at most 128 tokens; pass --max-length 128 or less.")
@@ -640,12 +642,12 @@ def test_memory_that_runs_out(
     on: str,
     next_: str,
 ) -> None:
-    from lorakit.train import step
+    from lorakit.tasks import causal_lm
 
     def greedy(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(step, "loss_sum", greedy)
+    monkeypatch.setattr(causal_lm, "loss_sum", greedy)
     assert train(*on.split()) == 1
     err = capsys.readouterr().err
     said = "step 1: out of memory: batch of 4 × 24 tokens. Try, in this order: "

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from lorakit.errors import DataError, NotYetSupported, UsageError
+from lorakit.errors import DataError
 from lorakit.tasks import CAUSAL_LM, Target, TaskOnData
 from lorakit.train.progress import Progress
-from lorakit.train.run_data import check_single_process, make_batches, pick_device, read_data
+from lorakit.train.run_data import make_batches, read_data
 from lorakit.train.settings import TrainSettings
 
 PLAIN = TaskOnData(CAUSAL_LM, Target())
@@ -19,21 +18,6 @@ PLAIN = TaskOnData(CAUSAL_LM, Target())
 
 def _settings(folder: Path, **values: Any) -> TrainSettings:
     return TrainSettings(**{"model": "m", "data": ["a.txt"], "output_dir": str(folder), **values})
-
-
-def test_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    check_single_process()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(NotYetSupported, match=r"WORLD_SIZE is 2: .*not supported"):
-        check_single_process()
-
-
-def test_devices() -> None:
-    assert pick_device("cpu") == torch.device("cpu")
-    assert pick_device("auto").type in ("cpu", "cuda", "mps")
-    with pytest.raises(UsageError, match=r"device is 'cuda:99'.* \d+ CUDA devices?"):
-        pick_device("cuda:99")
 
 
 def test_data_is_held_out_or_given(tmp_path: Path, tiny_tokenizer: Any) -> None:

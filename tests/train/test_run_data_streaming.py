@@ -11,10 +11,13 @@ import pytest
 from lorakit.data import Loader, StreamLoader, streaming
 from lorakit.data.records import content_key
 from lorakit.errors import ConfigError, DataError, RunError, UsageError
+from lorakit.tasks import CAUSAL_LM, Target, TaskOnData
 from lorakit.train import run, run_data
 from lorakit.train.progress import Progress
 from lorakit.train.run_data import is_streamed, make_batches, read_data
 from lorakit.train.settings import TrainSettings
+
+PLAIN = TaskOnData(CAUSAL_LM, Target())
 
 
 def write(path: Path, count: int, **more: Any) -> str:
@@ -48,7 +51,7 @@ def test_when_data_is_streamed(
     with pytest.raises(UsageError) as caught:
         read_data(settings_of(short_run, data=path, max_steps=None))
     assert caught.value.field == "max_steps"
-    batches = make_batches(auto, read_data(auto), tiny_tokenizer, 16, Progress())
+    batches = make_batches(auto, read_data(auto), PLAIN, tiny_tokenizer, 16, Progress())
     assert isinstance(batches.loader, StreamLoader) and batches.held_out is not None
 
 
@@ -102,7 +105,7 @@ def test_weights_repeat_sequences(short_run: dict[str, Any], tmp_path: Path, tin
         short_run, data=names, data_weights={names[0]: 0.5, names[1]: 2.25}, streaming=mode, eval_fraction=0.1
     )
     split = read_data(settings)
-    batches = make_batches(settings, split, tiny_tokenizer, 64, Progress())
+    batches = make_batches(settings, split, PLAIN, tiny_tokenizer, 64, Progress())
     counts = {False: 0, True: 0}
     loader = batches.loader
     seen = list[tuple[int, ...]]()
@@ -117,7 +120,7 @@ def test_weights_repeat_sequences(short_run: dict[str, Any], tmp_path: Path, tin
         assert counts == {True: 2 * few + round(few / 4), False: round(many / 2)}
         assert isinstance(loader, Loader) and loader.batches_per_epoch == -(-sum(counts.values()) // 4)
     assert 2 * few <= counts[True] <= 3 * few and 0 < counts[False] < many
-    again = make_batches(settings, split, tiny_tokenizer, 64, Progress()).loader
+    again = make_batches(settings, split, PLAIN, tiny_tokenizer, 64, Progress()).loader
     again.load_state({**loader.state(), "epoch": 0, "batch": 0})
     assert next(again).input_ids.tolist() == [list(ids) for ids in seen[:4]]
     assert batches.held_out is not None

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lorakit.hub import ModelSource
     from lorakit.plan.quantized import Quantization
     from lorakit.tasks import TaskOnData
-    from lorakit.train.run_data import SavedTokenizer
+    from lorakit.train.forecast import SavedTokenizer
 
 Item = TypeVar("Item")
 

@@ -100,7 +100,7 @@ def run(
 
     from lorakit import core, hub
     from lorakit.generate import Sampling, generate_batch
-    from lorakit.train.run_data import pick_device
+    from lorakit.train.forecast import pick_device
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     device = pick_device(flags.device)

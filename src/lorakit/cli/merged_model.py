@@ -31,7 +31,7 @@ from lorakit.tasks import CAUSAL_LM, Target, TaskOnData, load_model_for
 
 if TYPE_CHECKING:
     from lorakit.core.files.adapter_folder import AdapterFiles
-    from lorakit.train.run_data import SavedTokenizer
+    from lorakit.train.forecast import SavedTokenizer
 
 RECORD_FILE = "lorakit_merged.json"
 PROBE_TOKENS, PROBE_ROWS = 48, 32

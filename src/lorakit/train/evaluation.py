@@ -30,7 +30,7 @@ from lorakit.tasks import (
     load_model_for,
     task_for,
 )
-from lorakit.train.run_data import SavedTokenizer, max_length_for, pick_device
+from lorakit.train.forecast import SavedTokenizer, max_length_for, pick_device
 from lorakit.train.step import oom_advice_for_evaluation, oom_as_run_error
 
 

@@ -16,7 +16,7 @@ from lorakit.speed import accelerate
 from lorakit.tasks import EncodeOptions, PredictContext, TaskOnData, load_model_for
 from lorakit.tasks.encoding import EncodedRows
 from lorakit.train.evaluation import evaluating, own_tokenizer
-from lorakit.train.run_data import max_length_for, pick_device
+from lorakit.train.forecast import max_length_for, pick_device
 from lorakit.train.step import oom_advice_for_evaluation, oom_as_run_error
 
 ADAPTER = "adapter"

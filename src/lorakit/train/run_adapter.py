@@ -27,8 +27,8 @@ from lorakit.data import Batch, Loader
 from lorakit.errors import AdapterFileError, DiskError, UsageError
 from lorakit.report import read_metrics
 from lorakit.tables import format_count
+from lorakit.train.forecast import SavedTokenizer
 from lorakit.train.progress import Progress
-from lorakit.train.run_data import SavedTokenizer
 from lorakit.train.run_spec import ADAPTER, Run, RunSpec
 from lorakit.train.start_adapter import StartAdapter
 

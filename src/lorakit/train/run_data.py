@@ -1,200 +1,23 @@
-"""Read and check the inputs of a run before any weights are loaded: device, data, new tokens, and model shape.
-
-A failed check raises an error that names the problem.
-"""
+"""Read and encode the data of a run, and divide it into batches: as a whole, or while training (`streaming`)."""
 
 from __future__ import annotations
 
-import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from torch import nn
-
-from lorakit import data, hub, plan
-from lorakit.config import LoraConfig
-from lorakit.core.model.fingerprint import vocabulary_of
-from lorakit.core.model.vocabulary import check_growth, with_trained_rows
+from lorakit import data, hub
 from lorakit.data.sources import weights_of
-from lorakit.errors import ConfigError, DataError, DiskError, NotYetSupported, UsageError
+from lorakit.errors import DataError, DiskError, UsageError
 from lorakit.machine import cache_directory
-from lorakit.tables import format_count
-from lorakit.targets import unfitting_keys
-from lorakit.tasks import EncodedData, EncodeOptions, Report, TaskOnData, Texts, task_for
+from lorakit.tasks import EncodedData, EncodeOptions, Report, TaskOnData, Texts
 from lorakit.train import run_folder
-from lorakit.train.defaults import DEFAULTS
 from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
 
 STREAMED_BYTES = 1 << 30
 """Size of the training data above which `--streaming auto` reads it while training."""
-
-
-class SavedTokenizer(data.Tokenizer, Protocol):
-    """The part of the transformers tokenizer interface that training runs and commands use."""
-
-    def get_vocab(self) -> dict[str, int]:
-        """Return a dict from token to id."""
-
-    def save_pretrained(self, save_directory: Path) -> tuple[str, ...]:
-        """Write the tokenizer's files to a directory and return their names."""
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """Properties of a run that are known from the settings and the model config, before the data is tokenized.
-
-    Attributes:
-        shape: Shape of the base model.
-        config: The adapter's config.
-        max_length: Maximum sequence length: the setting, or the model's limit if the setting is the default and exceeds
-            the limit.
-        notes: Messages to print.
-        new_tokens: Tokens added to the vocabulary, or None.
-    """
-
-    shape: plan.ModelShape
-    config: LoraConfig
-    max_length: int
-    notes: tuple[str, ...]
-    new_tokens: NewTokens | None = None
-
-
-def chosen_task(
-    settings: TrainSettings, records: data.Split, source: hub.ModelSource, adapter: TaskOnData | None = None
-) -> TaskOnData:
-    """Choose the task of a run, and check that the settings apply to it.
-
-    Args:
-        settings: The run's settings.
-        records: Training and evaluation records.
-        source: The model.
-        adapter: The task of the adapter that the run starts from, or None.
-
-    Returns:
-        The task, and what it predicts.
-
-    Raises:
-        UsageError: No task fits the data and the model, or a setting does not apply to the task.
-        DataError: The labels cannot be used.
-    """
-    name: str | None = settings.task
-    if adapter is not None:
-        if name not in (None, adapter.task.name):
-            text = f"task is {name}, but the adapter was trained for {adapter.task.name}; omit it."
-            raise UsageError(text, what=name, field="task")
-        name = adapter.task.name
-    found = task_for(name, records, source, settings.label_type, settings.eval_data is not None)
-    if adapter is not None and adapter.target.kind != "none":
-        found = adapter  # its head has these classes; encoding rejects others
-    if isinstance(records, data.StreamSplit) and not found.task.generates:
-        raise UsageError(
-            f"The task {found.task.name} needs all labels before the first step, so its data cannot be streamed; pass "
-            "--streaming off.",
-            what=settings.streaming,
-            field="streaming",
-        )
-    unused = [] if found.task.generates else ["chat_template", "new_tokens"]
-    unused += [] if found.task.loader == "classification" else ["label_type"]
-    for setting in unused:
-        value = getattr(settings, setting)
-        if value != DEFAULTS[setting].value:
-            text = f"{setting} does not apply to the task {found.task.name}; omit it."
-            raise UsageError(text, what=value, field=setting)
-    if found.task.needs_batch and settings.fit is not None:
-        raise UsageError(
-            f"fit would change the batches, which the task {found.task.name} compares row by row; omit it.",
-            what=settings.fit,
-            field="fit",
-        )
-    if found.task.needs_batch and settings.per_device_train_batch_size < MINIMUM_ROWS:
-        raise UsageError(
-            f"per_device_train_batch_size is {settings.per_device_train_batch_size}, but the task {found.task.name} "
-            f"compares the rows of a batch; pass at least {MINIMUM_ROWS}, better 16 or more.",
-            what=settings.per_device_train_batch_size,
-            field="per_device_train_batch_size",
-        )
-    return found
-
-
-MINIMUM_ROWS = 2
-"""Smallest batch of a task that compares the rows of a batch."""
-
-
-def forecast(
-    settings: TrainSettings,
-    source: hub.ModelSource,
-    tokenizer: data.Tokenizer,
-    task: TaskOnData,
-    config: LoraConfig | None = None,
-) -> Forecast:
-    """Read the model's shape and check the targets and the maximum length against it; no weights are loaded.
-
-    Args:
-        settings: Settings for the adapter and the maximum length.
-        source: The model.
-        tokenizer: The model's tokenizer; new tokens are added to it in place.
-        task: The run's task.
-        config: The config of an existing adapter; None builds the config of a new adapter from the settings.
-
-    Returns:
-        The properties of the run that are known before the data is tokenized.
-
-    Raises:
-        ModelError: The model's config cannot be read, or the model or the tokenizer does not support new tokens.
-        TargetError: A target matches nothing.
-        ConfigError: A key in `learning_rate_pattern` matches no adapted module, or a new token already exists.
-        UsageError: `max_length` is not the default and exceeds the model's limit.
-    """
-    shape = hub.shape_for_task(source, task.task.loader, task.target.config_values())
-    config, new, notes = config or settings.lora_config(task.task.adapter_task), None, [task.note] if task.note else []
-    length = max_length_for(shape, settings.max_length)
-    if length != settings.max_length:
-        notes.append(f"maximum sequence length: {length:,} tokens (the model's limit)")
-    if settings.new_tokens:
-        base = hub.skeleton(source)
-        new = add_new_tokens(tokenizer, settings.new_tokens, base)
-        config = with_trained_rows(config, base, new.rows)
-        words = ", ".join(f"{token} ({number})" for token, number in new.added.ids.items())
-        notes.append(f"New tokens: {words}; in the embedding and the head, only the rows of these tokens are trained.")
-    counted = plan.count(shape, config, allow_partial=settings.allow_partial_targets)
-    wrong = unfitting_keys(
-        "learning_rate_pattern", settings.learning_rate_pattern, [*(site.path for site in counted.sites), *counted.rows]
-    )
-    if wrong:
-        raise ConfigError(" ".join(map(str, wrong)), what=wrong[0].entry, field="learning_rate_pattern")
-    return Forecast(shape, config, length, tuple(notes), new)
-
-
-def max_length_for(shape: plan.ModelShape, wanted: int) -> int:
-    """Return the maximum sequence length.
-
-    Args:
-        shape: The model's shape.
-        wanted: The `max_length` setting; a value above the model's limit is reduced only if it is the default.
-
-    Returns:
-        `wanted`, or the model's limit if `wanted` is the default and exceeds the limit.
-
-    Raises:
-        UsageError: `wanted` is not the default and exceeds the model's limit.
-    """
-    if not 0 < shape.positions < wanted:
-        return wanted
-    if wanted != DEFAULTS["max_length"].value:
-        raise UsageError(
-            f"max_length is {wanted:,}, but {shape.name} supports at most {shape.positions:,} tokens; "
-            f"pass --max-length {shape.positions} or less.",
-            what=wanted,
-            field="max_length",
-            allowed=(str(shape.positions),),
-        )
-    return shape.positions
 
 
 @dataclass(frozen=True)
@@ -239,50 +62,6 @@ class RunBatches:
         if batch_rows == self.loader.batch_rows:
             return self
         return replace(self, loader=replace(self.loader, batch_rows=batch_rows))
-
-
-def check_single_process() -> None:
-    """Check that this process is not one of several that were started together, for example by torchrun.
-
-    Raises:
-        NotYetSupported: WORLD_SIZE is above 1.
-    """
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size.strip() not in ("", "0", "1"):
-        raise NotYetSupported(
-            f"WORLD_SIZE is {size}: training in several processes is not supported yet; start a single process.",
-            what=size,
-            field="WORLD_SIZE",
-        )
-
-
-def pick_device(word: str) -> torch.device:
-    """Return the device selected by the `device` setting.
-
-    Args:
-        word: "auto", "cpu", "cuda", "cuda:N" or "mps".
-
-    Returns:
-        The device; for "auto", an accelerator if one is available.
-
-    Raises:
-        UsageError: The device is not available on this machine.
-    """
-    if word == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    device, found = torch.device(word), ""
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        found = format_count(count, "CUDA device") if device.index >= count else ""
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        found = "no MPS device"
-    if found:
-        text = f"device is {word!r}, but torch {torch.__version__} finds {found}."
-        raise UsageError(text, what=word, field="device")
-    return device
 
 
 def read_data(
@@ -445,55 +224,3 @@ def _listener(progress: Progress, what: str, records: data.AnyRecords) -> Callab
         return None
     total = records.total_bytes
     return lambda done: progress.reading(what, done, total)
-
-
-@dataclass(frozen=True)
-class NewTokens:
-    """The tokens that a run adds to the tokenizer and the base.
-
-    Attributes:
-        added: Ids of the new tokens, and how the tokenizer encoded their text before they were added.
-        vocabulary: Number of rows that the base's embedding needs.
-        rows: Embedding rows to train: those of the new tokens, and those of existing tokens that have no row in the
-            base.
-    """
-
-    added: hub.AddedTokens
-    vocabulary: int
-    rows: tuple[int, ...]
-
-    def unseen(self, loader: data.Loader) -> tuple[str, ...]:
-        """Return a tuple with a warning if any new tokens do not occur in the training data, or else an empty tuple.
-
-        Args:
-            loader: The loader of the training data.
-        """
-        seen = Counter(number for sequence in loader.sequences for number in sequence.input_ids)
-        never = ", ".join(token for token, number in self.added.ids.items() if not seen[number])
-        if not never:
-            return ()
-        if isinstance(loader, data.StreamLoader):
-            return (f"These new tokens are not in the first part of the training data: {never}.",)
-        return (f"These new tokens are not in the training data, so their rows stay untrained: {never}.",)
-
-
-def add_new_tokens(tokenizer: data.Tokenizer, tokens: list[str], base: nn.Module) -> NewTokens:
-    """Add tokens to a run's tokenizer.
-
-    Args:
-        tokenizer: The base's tokenizer; changed in place.
-        tokens: The tokens to add.
-        base: The base model; its weights are not read.
-
-    Returns:
-        The added tokens, and the embedding rows that the base needs for them.
-
-    Raises:
-        ConfigError: A token is already in the vocabulary.
-        ModelError: The tokenizer or the base does not support new tokens.
-    """
-    added = hub.add_tokens(tokenizer, tokens)
-    present = vocabulary_of(base)
-    check_growth(base, added.vocabulary)
-    rows = sorted({*added.ids.values(), *range(present, added.vocabulary)})
-    return NewTokens(added, max(present, added.vocabulary), tuple(rows))

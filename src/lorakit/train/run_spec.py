@@ -26,6 +26,8 @@ from lorakit.tasks import TaskOnData
 from lorakit.train import checkpoint, run_data, run_folder
 from lorakit.train.checkpoint import TrainState
 from lorakit.train.evaluation import own_tokenizer
+from lorakit.train.forecast import Forecast, SavedTokenizer, check_single_process, chosen_task, pick_device
+from lorakit.train.forecast import forecast as build_forecast
 from lorakit.train.optimizer import Named, check_optimizer
 from lorakit.train.progress import Progress
 from lorakit.train.schedule import Schedule
@@ -73,9 +75,9 @@ class RunSpec:
     data: Split
     hashes: Mapping[str, str]
     record: Mapping[str, Any] | None
-    tokenizer: run_data.SavedTokenizer
+    tokenizer: SavedTokenizer
     task: TaskOnData
-    forecast: run_data.Forecast
+    forecast: Forecast
     quantization: Quantization | None = None
     start: StartAdapter | None = None
     has_own_tokenizer: bool = False
@@ -95,13 +97,13 @@ class RunSpec:
             UsageError: The settings are incompatible with the data, this machine or the run directory.
             LorakitError: The data, the model or the run directory cannot be used; the error class and message say why.
         """
-        run_data.check_single_process()
+        check_single_process()
         settings = given = complete(settings)
         settings.lora_config()
         quantization = settings.stored_as()
         if quantization is not None:
             hub.require_quantizer(quantization)
-        device = run_data.pick_device(settings.device)
+        device = pick_device(settings.device)
         check_optimizer(settings.optimizer, device)
         check_trackers(settings.report_to)
         run_folder.check_output_dir(settings)
@@ -123,7 +125,7 @@ class RunSpec:
         hub.require(source, tokenizer=True)
         quantization = hub.stored_as_files(source, quantization)
         tokenizer, is_own = _tokenizer(settings, source, start)
-        task = run_data.chosen_task(settings, data, source, None if start is None else start.task)
+        task = chosen_task(settings, data, source, None if start is None else start.task)
         found = _forecast(settings, source, tokenizer, task, start)
         if start is not None and record is None:
             start.check_targets(given, found.shape)
@@ -191,7 +193,7 @@ def _source(settings: TrainSettings, given: TrainSettings, progress: Progress) -
 
 def _tokenizer(
     settings: TrainSettings, source: hub.ModelSource, start: StartAdapter | None
-) -> tuple[run_data.SavedTokenizer, bool]:
+) -> tuple[SavedTokenizer, bool]:
     """Return the run's tokenizer, with the given chat template, and whether it is one that the start adapter brings."""
     tokenizer = hub.load_tokenizer(source)
     own = None if start is None else own_tokenizer(str(start.adapter.folder), tokenizer)
@@ -204,15 +206,15 @@ def _tokenizer(
 def _forecast(
     settings: TrainSettings,
     source: hub.ModelSource,
-    tokenizer: run_data.SavedTokenizer,
+    tokenizer: SavedTokenizer,
     task: TaskOnData,
     start: StartAdapter | None,
-) -> run_data.Forecast:
+) -> Forecast:
     """Return the forecast of the run; an adapter that does not fit the base is an error."""
     if start is None:
-        return run_data.forecast(settings, source, tokenizer, task)
+        return build_forecast(settings, source, tokenizer, task)
     try:
-        return run_data.forecast(settings, source, tokenizer, task, start.adapter.literal)
+        return build_forecast(settings, source, tokenizer, task, start.adapter.literal)
     except TargetError as cause:
         folder = start.adapter.folder
         text = f"{folder}: the adapter does not match the base {source.base_name}: {cause}"

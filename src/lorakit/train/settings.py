@@ -8,220 +8,54 @@ without them.
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from lorakit.durable import parse_json
-from lorakit.errors import ConfigError, did_you_mean, nearest
-from lorakit.machine import DEVICE_FORM, is_device_name
-from lorakit.train.defaults import CONVERT_ADVICE, DEFAULTS, FORMATS, NAMES_ELSEWHERE, TRACKERS, Stored
+from lorakit.errors import ConfigError, did_you_mean
+from lorakit.train.defaults import CONVERT_ADVICE, DEFAULTS, NAMES_ELSEWHERE, Stored
+from lorakit.train.setting_types import (
+    Allocation,
+    Bias,
+    Dtype,
+    Given,
+    LabelType,
+    Names,
+    OnBadRow,
+    Optimizer,
+    Part,
+    Paths,
+    Recompute,
+    Scheduler,
+    Streaming,
+    TaskName,
+    Text,
+    TooLong,
+    columns_of,
+    device_word,
+    dtype_word,
+    format_of,
+    init_word,
+    numbers_of,
+    ranges_of,
+    rates_of,
+    size_of,
+    targets_of,
+    tokens_of,
+    trackers_of,
+    weights_of,
+)
 
 if TYPE_CHECKING:
     from lorakit.config import LoraConfig, TaskType
     from lorakit.data import Request
-    from lorakit.durable import JsonValue
     from lorakit.plan.quantized import Quantization
-
-Given: TypeAlias = "JsonValue | Path | Sequence[str | Path] | Mapping[str, float]"
-"""An unchecked value from a flag, a file or calling code."""
-
-Value = TypeVar("Value")
-Dtype = Literal["auto", "bfloat16", "float32"]
-Scheduler = Literal["cosine", "linear", "constant", "wsd"]
-Optimizer = Literal["adamw", "adamw8bit", "lorafa", "muon"]
-Bias = Literal["none", "all", "lora_only"]
-OnBadRow = Literal["stop", "skip"]
-Streaming = Literal["auto", "on", "off"]
-TooLong = Literal["truncate", "drop", "split", "error"]
-Allocation = Literal["none", "gradients", "inputs"]
-TaskName = Literal["causal-lm", "classification", "token-classification", "seq2seq", "embedding"]
-LabelType = Literal["auto", "class", "classes", "score"]
-Recompute = Literal["none", "feed-forward", "layers"]
-INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "mica")
-"""Values of `init_lora_weights`, except `pissa_niter_N`; LoftQ is excluded because it needs the unquantized base."""
-
-_DTYPE_WORDS = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
-
-
-def _one_or_many(value: Value) -> Value | list[Any]:
-    """Wrap a single path in a list, and convert paths to strings."""
-    if isinstance(value, (str, Path)):
-        return [str(value)]
-    return [_path_text(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _path_text(value: Value) -> Value | str:
-    return str(value) if isinstance(value, Path) else value
-
-
-def _targets(value: Value) -> Value | str | list[Any]:
-    """Unwrap a list that contains only "all-linear" or only a pattern, because flags always pass lists."""
-    if not isinstance(value, (list, tuple, set)):
-        return value
-    names = list(value)
-    alone = names[0] if len(names) == 1 and isinstance(names[0], str) else ""
-    return alone if alone == "all-linear" or set(alone) & set(r"*+?^$|()[]{}\\") else names
-
-
-def _rates(value: Given) -> dict[str, float]:
-    """Convert a mapping, or a list of PATTERN=RATE strings from flags, to a dict from pattern to rate."""
-    words = value if isinstance(value, Mapping) else _one_or_many(value)
-    if not isinstance(words, (Mapping, list)):
-        raise ValueError("it must map patterns to rates")
-    entries = words.items() if isinstance(words, Mapping) else [_split_rate(entry) for entry in words]
-    table = {}
-    for pattern, rate in entries:
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf or not pattern:
-            raise ValueError("each entry must be PATTERN=RATE with a rate above 0, such as down_proj=1e-4")
-        try:
-            re.compile(pattern)
-        except re.error as cause:
-            raise ValueError(f"{pattern!r} is not a valid regular expression ({cause})") from None
-        table[pattern] = float(rate)
-    return table
-
-
-def _tokens(value: Given) -> list[str]:
-    """Validate a list of tokens, or a comma-separated string from a flag, and return it as a list."""
-    if isinstance(value, str):
-        value = [token.strip() for token in value.split(",")]
-    if not isinstance(value, (list, tuple)) or not all(isinstance(token, str) for token in value):
-        raise ValueError("it must be a list of strings")
-    if not all(value):
-        raise ValueError("a token must not be empty")
-    twice = [token for number, token in enumerate(value) if token in value[:number]]
-    if twice:
-        raise ValueError(f"{twice[0]!r} occurs twice")
-    return list(value)
-
-
-def _trackers(value: Given) -> list[str]:
-    """Validate a list of trackers, also as comma-separated words; "none" means an empty list."""
-    words = _one_or_many(value)
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise ValueError(f"it must be a list of {', '.join(TRACKERS)}")
-    names = [name.strip() for word in words for name in word.split(",")]
-    for name in names:
-        if name not in (*TRACKERS, "none"):
-            raise ValueError(f"it must be a list of {', '.join(TRACKERS)}, or none.{did_you_mean(name, TRACKERS)}")
-    return [name for name in dict.fromkeys(names) if name != "none"]
-
-
-def _columns(value: Given) -> dict[str, str]:
-    """Convert a mapping, or a list of FIELD=COLUMN strings from flags, to a dict from field to column."""
-    words = value if isinstance(value, Mapping) else _one_or_many(value)
-    if not isinstance(words, (Mapping, list)):
-        raise ValueError("it must map fields to columns")
-    pairs = words.items() if isinstance(words, Mapping) else [str(word).partition("=")[::2] for word in words]
-    if not all(isinstance(part, str) and part for pair in pairs for part in pair):
-        raise ValueError("each entry must be FIELD=COLUMN, such as prompt=question")
-    return dict(pairs)
-
-
-def _numbers(value: Given) -> Mapping[str, float]:
-    """Convert a mapping, or a list of PATTERN=NUMBER strings from flags, to a dict from pattern to number."""
-    if isinstance(value, Mapping):
-        return value
-    words = _one_or_many(value)
-    pairs = [_split_rate(word) for word in words] if isinstance(words, list) else [("", None)]
-    if not all(pattern and number is not None for pattern, number in pairs):
-        raise ValueError("each entry must be PATTERN=NUMBER, such as down_proj=32")
-    return {
-        pattern: int(number) if number == int(number) else number for pattern, number in pairs if number is not None
-    }
-
-
-def _weights(value: Given) -> dict[str, float]:
-    """Convert a mapping, or a list of NAME=WEIGHT strings from flags, to a dict from name to weight."""
-    words = value if isinstance(value, Mapping) else _one_or_many(value)
-    if not isinstance(words, (Mapping, list)):
-        raise ValueError("it must map names to weights")
-    entries = words.items() if isinstance(words, Mapping) else [_split_rate(entry) for entry in words]
-    table = {name: weight for name, weight in entries if not isinstance(weight, bool)}
-    if len(table) < len(words) or not all(
-        name and isinstance(weight, (int, float)) and 0 < weight < math.inf for name, weight in table.items()
-    ):
-        raise ValueError("each entry must be NAME=WEIGHT with a weight above 0, such as a.jsonl=2; each name once")
-    return {name: float(weight) for name, weight in table.items() if weight is not None}
-
-
-def _ranges(value: Given) -> list[Any]:
-    """Convert a list of FIRST:END strings from flags to a list of pairs; other lists are returned unchanged."""
-    words = _one_or_many(value)
-    if not isinstance(words, list):
-        raise ValueError("it must be a list of ranges, such as 0:16 8:24")
-    found = [word.split(":") if isinstance(word, str) else list(word) for word in words]
-    if not all(len(pair) == 2 and all(isinstance(one, int) or str(one).isdigit() for one in pair) for pair in found):
-        raise ValueError("each range must be FIRST:END, such as 0:16")
-    return [[int(first), int(end)] for first, end in found]
-
-
-def _part(value: Given) -> Given:
-    """Parse a JSON object that was given as text, as flags are."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return parse_json(value)
-    except (ValueError, RecursionError) as cause:
-        raise ValueError(f"it must be a JSON object ({cause})") from None
-
-
-def _format(value: str) -> str:
-    if value not in FORMATS:
-        raise ValueError(f"it must be one of {', '.join(FORMATS)}.{did_you_mean(value, FORMATS)}")
-    return value
-
-
-def _split_rate(entry: Given) -> tuple[str, float | None]:
-    pattern, _, rate = str(entry).rpartition("=")
-    try:
-        return pattern, float(rate)
-    except ValueError:
-        return pattern, None
-
-
-def _dtype_word(value: Value) -> Value | str:
-    return _DTYPE_WORDS.get(value, value) if isinstance(value, str) else value
-
-
-def _device_word(value: str) -> str:
-    if not is_device_name(value):
-        raise ValueError(f"it must be {DEVICE_FORM}")
-    return value
-
-
-def _size(value: str) -> str:
-    from lorakit.plan.budget import SIZE_FORM, bytes_of
-
-    try:
-        bytes_of(value)
-    except ConfigError:
-        raise ValueError(SIZE_FORM) from None
-    return value
-
-
-def _init_word(value: str) -> str:
-    if value not in INITS and not re.fullmatch(r"pissa_niter_\d{1,3}", value):
-        close = nearest(value, list(INITS), 1)
-        hint = f" (nearest: {close[0]})" if close else ""
-        raise ValueError(f"it must be one of {', '.join(INITS)}, or pissa_niter_N{hint}")
-    return value
 
 
 def _setting(name: str, **limits: Any) -> Any:
     row = DEFAULTS[name]
     return Field(default=row.value, description=row.help(), **limits)
-
-
-Names = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_one_or_many)]
-Part = Annotated[dict[str, Any] | None, BeforeValidator(_part)]
-Text = Annotated[str, BeforeValidator(_path_text), Field(min_length=1)]
-Paths = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_one_or_many), Field(min_length=1)]
 
 
 class TrainSettings(BaseModel):
@@ -242,11 +76,11 @@ class TrainSettings(BaseModel):
     eval_data: Paths | None = _setting("eval_data")
     eval_fraction: float = _setting("eval_fraction", ge=0, lt=1)
     group: Text | None = _setting("group")
-    data_weights: Annotated[dict[str, float], BeforeValidator(_weights)] = _setting("data_weights")
+    data_weights: Annotated[dict[str, float], BeforeValidator(weights_of)] = _setting("data_weights")
     streaming: Streaming = _setting("streaming")
     token_cache: bool = _setting("token_cache")
-    format: Annotated[str, AfterValidator(_format)] | None = _setting("format")
-    columns: Annotated[dict[str, str], BeforeValidator(_columns)] = _setting("columns")
+    format: Annotated[str, AfterValidator(format_of)] | None = _setting("format")
+    columns: Annotated[dict[str, str], BeforeValidator(columns_of)] = _setting("columns")
     on_bad_row: OnBadRow = _setting("on_bad_row")
     overlong: TooLong = _setting("overlong")
     allow_missing_end: bool = _setting("allow_missing_end")
@@ -258,24 +92,24 @@ class TrainSettings(BaseModel):
     r: int = _setting("r", ge=1)
     lora_alpha: float = _setting("lora_alpha", gt=0)
     lora_dropout: float = _setting("lora_dropout", ge=0, lt=1)
-    target_modules: Annotated[str | list[str], BeforeValidator(_targets), Field(min_length=1)] | None = _setting(
+    target_modules: Annotated[str | list[str], BeforeValidator(targets_of), Field(min_length=1)] | None = _setting(
         "target_modules"
     )
-    new_tokens: Annotated[list[str], BeforeValidator(_tokens)] = _setting("new_tokens")
+    new_tokens: Annotated[list[str], BeforeValidator(tokens_of)] = _setting("new_tokens")
     use_dora: bool = _setting("use_dora")
     use_rslora: bool = _setting("use_rslora")
     allow_partial_targets: bool = _setting("allow_partial_targets")
-    init_lora_weights: Annotated[str, AfterValidator(_init_word)] = _setting("init_lora_weights")
+    init_lora_weights: Annotated[str, AfterValidator(init_word)] = _setting("init_lora_weights")
     target_parameters: Names | None = _setting("target_parameters")
-    exclude_modules: Annotated[str | list[str], BeforeValidator(_targets)] | None = _setting("exclude_modules")
+    exclude_modules: Annotated[str | list[str], BeforeValidator(targets_of)] | None = _setting("exclude_modules")
     modules_to_save: Names | None = _setting("modules_to_save")
     layers_to_transform: list[int] | None = _setting("layers_to_transform")
     layers_pattern: Names | None = _setting("layers_pattern")
-    rank_pattern: Annotated[dict[str, int], BeforeValidator(_numbers)] = _setting("rank_pattern")
-    alpha_pattern: Annotated[dict[str, float], BeforeValidator(_numbers)] = _setting("alpha_pattern")
+    rank_pattern: Annotated[dict[str, int], BeforeValidator(numbers_of)] = _setting("rank_pattern")
+    alpha_pattern: Annotated[dict[str, float], BeforeValidator(numbers_of)] = _setting("alpha_pattern")
     bias: Bias = _setting("bias")
     lora_bias: bool = _setting("lora_bias")
-    layer_replication: Annotated[list[list[int]], BeforeValidator(_ranges)] | None = _setting("layer_replication")
+    layer_replication: Annotated[list[list[int]], BeforeValidator(ranges_of)] | None = _setting("layer_replication")
     trainable_token_indices: list[int] | dict[str, list[int]] | None = _setting("trainable_token_indices")
     ensure_weight_tying: bool = _setting("ensure_weight_tying")
     alora_invocation_tokens: list[int] | None = _setting("alora_invocation_tokens")
@@ -289,7 +123,7 @@ class TrainSettings(BaseModel):
     learning_rate: float = _setting("learning_rate", gt=0)
     loraplus_lr_ratio: float | None = _setting("loraplus_lr_ratio", gt=0)
     loraplus_lr_embedding: float | None = _setting("loraplus_lr_embedding", gt=0)
-    learning_rate_pattern: Annotated[dict[str, float], BeforeValidator(_rates)] = _setting("learning_rate_pattern")
+    learning_rate_pattern: Annotated[dict[str, float], BeforeValidator(rates_of)] = _setting("learning_rate_pattern")
     lr_scheduler_type: Scheduler = _setting("lr_scheduler_type")
     warmup_ratio: float | None = _setting("warmup_ratio", ge=0, le=1)
     warmup_steps: int | None = _setting("warmup_steps", ge=0)
@@ -301,22 +135,22 @@ class TrainSettings(BaseModel):
     per_device_train_batch_size: int = _setting("per_device_train_batch_size", ge=1)
     gradient_accumulation_steps: int = _setting("gradient_accumulation_steps", ge=1)
     max_length: int = _setting("max_length", ge=2)
-    dtype: Annotated[Dtype, BeforeValidator(_dtype_word)] = _setting("dtype")
+    dtype: Annotated[Dtype, BeforeValidator(dtype_word)] = _setting("dtype")
     quantization: Stored | None = _setting("quantization")
     double_quantization: bool = _setting("double_quantization")
     seed: int = _setting("seed", ge=0, lt=2**63)
-    device: Annotated[str, AfterValidator(_device_word)] = _setting("device")
+    device: Annotated[str, AfterValidator(device_word)] = _setting("device")
     recompute: Recompute = _setting("recompute")
     gradient_checkpointing: bool = _setting("gradient_checkpointing")
-    memory_budget: Annotated[str, AfterValidator(_size)] | None = _setting("memory_budget")
-    fit: Annotated[str, AfterValidator(_size)] | None = _setting("fit")
+    memory_budget: Annotated[str, AfterValidator(size_of)] | None = _setting("memory_budget")
+    fit: Annotated[str, AfterValidator(size_of)] | None = _setting("fit")
     accelerate: bool = _setting("accelerate")
     tuning: bool = _setting("tuning")
     eval_steps: int | None = _setting("eval_steps", ge=1)
     save_steps: int | None = _setting("save_steps", ge=1)
     save_total_limit: int = _setting("save_total_limit", ge=1)
     early_stopping_patience: int | None = _setting("early_stopping_patience", ge=1)
-    report_to: Annotated[list[str], BeforeValidator(_trackers)] = _setting("report_to")
+    report_to: Annotated[list[str], BeforeValidator(trackers_of)] = _setting("report_to")
     resume: bool = _setting("resume")
     overwrite: bool = _setting("overwrite")
 
