@@ -324,3 +324,15 @@ def test_evaluation_labels_that_training_lacks(
     said = capsys.readouterr().err
     assert "e.jsonl:1" in said
     assert "'neutral', which the training data lacks" in said
+
+
+def test_data_shows_labels(bert: Path, call: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
+    data = sentiment(tmp_path / "data.csv")
+    page = tmp_path / "page.html"
+    assert call("data", data, "--model", bert, "--html", page, more=()) == 0
+    said = capsys.readouterr().out
+    assert "labels: " in said
+    assert "[negative]" in said
+    assert "<span class=loss>negative</span>" in page.read_text()
+    assert call("data", data, "--model", bert, "--json", more=()) == 0
+    assert json.loads(capsys.readouterr().out)["report"]["labels"] == {"negative": 12, "positive": 11}

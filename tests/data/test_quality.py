@@ -11,11 +11,16 @@ import pytest
 
 from lorakit.data import Completion, Document, Records, Split, encoding, quality, read_records, stored
 from lorakit.data import records as records_module
+from lorakit.data.encoding import encode
 from lorakit.data.page import write_page
-from lorakit.data.quality import Token, measure, tokens_of
+from lorakit.data.quality import Quality, Token, measure, tokens_of
 from lorakit.errors import DataError
 
 LONG = "the quick brown fox jumps over the lazy dogs and it is two plus two in the end of a long row of words"
+
+
+def quality_of(parts: Split, tokenizer: Any, length: int) -> Quality:
+    return measure(parts, tokenizer, length, lambda visit: encode(parts.train, tokenizer, length, visit=visit), 2)
 
 
 def test_duplicates_leaks_and_unusual_characters(tiny_tokenizer: Any) -> None:
@@ -26,7 +31,7 @@ def test_duplicates_leaks_and_unusual_characters(tiny_tokenizer: Any) -> None:
         Completion("hello\x07", "odd \ufffd", "a.jsonl", 4),
         Completion("hello", "  ", "a.jsonl", 5),
     ]
-    found = measure(Split(Records(rows), Records([rows[2]]), ""), tiny_tokenizer, 128)
+    found = quality_of(Split(Records(rows), Records([rows[2]]), ""), tiny_tokenizer, 128)
     assert (found.compared, found.near_duplicates) == (4, 1)  # the empty row is not compared
     assert found.leaks == ("a.jsonl:3",)
     assert found.unusual == {"control characters": 1, "replacement characters (U+FFFD)": 1}
@@ -44,7 +49,7 @@ def test_near_duplicates_of_evaluation_rows(tiny_tokenizer: Any) -> None:
         Completion("hello", "other words altogether, none of which occurs above", "a.jsonl", 3),
     ]
     held_out = Records([Completion("hello", LONG, "b.jsonl", 1), Completion("hello", " ", "b.jsonl", 2)])
-    found = measure(Split(Records(rows), held_out, ""), tiny_tokenizer, 128)
+    found = quality_of(Split(Records(rows), held_out, ""), tiny_tokenizer, 128)
     assert (found.leaks, found.near_leaks) == (("a.jsonl:1",), ("a.jsonl:2",))
     assert any("nearly the same as a row in the evaluation data" in line for line in found.warnings())
 
@@ -65,7 +70,7 @@ def test_each_row_is_read_once(tmp_path: Path, tiny_tokenizer: Any, monkeypatch:
         monkeypatch.setattr(
             module, "content_key", lambda record, _key=records_module.content_key: keys.append(1) or _key(record)
         )
-    measure(Split(records.some(range(7)), records.some(range(7, 9)), ""), tiny_tokenizer, 64)
+    quality_of(Split(records.some(range(7)), records.some(range(7, 9)), ""), tiny_tokenizer, 64)
     assert sorted(read) == list(range(9)) and len(keys) == 9
 
 
@@ -74,20 +79,20 @@ def test_without_datasketch_near_duplicates_are_not_counted(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     rows = Records([Document("the fox"), Document("the fox")])
-    found = measure(Split(rows, Records([rows[0]]), ""), tiny_tokenizer, 64)
+    found = quality_of(Split(rows, Records([rows[0]]), ""), tiny_tokenizer, 64)
     assert found.compared == found.near_duplicates == 0 and len(found.leaks) == 2
     assert len(found.notes) == 1 and "datasketch" in found.notes[0]
 
 
 def test_clean_data_has_no_warnings(tiny_tokenizer: Any) -> None:
     rows = Records([Document("The quick fox\n\tjumps."), Document("hello world, twice")])
-    found = measure(Split(rows, Records(), ""), tiny_tokenizer, 64, examples=2)
+    found = quality_of(Split(rows, Records(), ""), tiny_tokenizer, 64)
     assert found.warnings() == [] and len(found.examples) == 2
     assert found.as_dict()["report"]["rows"] == 2
 
 
 def test_tokens_show_what_is_trained(tiny_tokenizer: Any) -> None:
-    found = measure(Split(Records([Completion("hello ", "wörld 🎉")]), Records(), ""), tiny_tokenizer, 64)
+    found = quality_of(Split(Records([Completion("hello ", "wörld 🎉")]), Records(), ""), tiny_tokenizer, 64)
     (tokens,) = found.examples
     assert "".join(token.text for token in tokens if token.is_trained).startswith("wörld 🎉")
     assert "".join(token.text for token in tokens if not token.is_trained).endswith("hello ")
@@ -101,7 +106,7 @@ def test_a_character_that_never_ends_is_shown_as_it_decodes(tiny_tokenizer: Any)
 
 def test_nothing_to_train_is_an_error(tiny_tokenizer: Any) -> None:
     with pytest.raises(DataError, match="No token in the data contributes to the loss"):
-        measure(Split(Records([Completion("a", " ")]), Records(), ""), tiny_tokenizer, 64)
+        quality_of(Split(Records([Completion("a", " ")]), Records(), ""), tiny_tokenizer, 64)
 
 
 class Reader(HTMLParser):
@@ -128,7 +133,7 @@ class Reader(HTMLParser):
 
 def test_the_page_is_self_contained_and_escapes_the_data(tmp_path: Path, tiny_tokenizer: Any) -> None:
     answer = "a <script>alert(1)</script> & <b>\x1b[31m"
-    found = measure(Split(Records([Completion("hello", answer)]), Records(), ""), tiny_tokenizer, 128)
+    found = quality_of(Split(Records([Completion("hello", answer)]), Records(), ""), tiny_tokenizer, 128)
     write_page(tmp_path / "page.html", ["<data>.jsonl"], found, "nothing held out")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     page = Reader()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from lorakit.cli import console, early
 from lorakit.errors import printable
-from lorakit.train.defaults import DEFAULTS
+from lorakit.train.defaults import DEFAULTS, TASK_NAMES
 
 if TYPE_CHECKING:
     from lorakit.data.quality import Quality, Token
@@ -31,6 +31,10 @@ class Flags:
     columns: Annotated[list[str] | None, Parameter(help=DEFAULTS["columns"].help())] = None
     on_bad_row: Annotated[str, Parameter(help=DEFAULTS["on_bad_row"].help())] = DEFAULTS["on_bad_row"].value
     chat_template: Annotated[str | None, Parameter(help=DEFAULTS["chat_template"].help())] = None
+    task: Annotated[str | None, Parameter(help=DEFAULTS["task"].help())] = None
+    label_type: Annotated[
+        Literal["auto", "class", "classes", "score"], Parameter(help=DEFAULTS["label_type"].help(), show_choices=False)
+    ] = "auto"
     overlong: Annotated[
         Literal["truncate", "drop", "split", "error"], Parameter(help=DEFAULTS["overlong"].help(), show_choices=False)
     ] = "truncate"
@@ -61,12 +65,16 @@ def run(
     early.check_at_least("max_length", flags.max_length, 2)
     early.check_at_least("rows", flags.rows, 0)
     columns = early.columns_of(flags.columns or ())
+    if flags.task is not None:
+        early.check_choice("task", flags.task, TASK_NAMES)
 
     from lorakit import hub
     from lorakit.data import Request, read_split, read_template
     from lorakit.data.quality import measure
+    from lorakit.tasks import TASKS, EncodeOptions, task_for
 
-    request = Request(flags.format, columns, flags.on_bad_row == "skip", flags.group)
+    allowed = TASKS[flags.task].formats if flags.task is not None else ()
+    request = Request(flags.format, columns, flags.on_bad_row == "skip", flags.group, allowed)
     parts = read_split(files, flags.eval_data, flags.eval_fraction, flags.seed, request)
     source = hub.resolve(flags.model, console.note)
     hub.require(source, tokenizer=True, weights=False)
@@ -74,7 +82,18 @@ def run(
     if flags.chat_template is not None:
         tokenizer.chat_template = read_template(Path(flags.chat_template))
     shown = max(flags.rows, ROWS_ON_PAGE if flags.html else 0)
-    found = measure(parts, tokenizer, flags.max_length, shown, flags.overlong)
+    task = task_for(flags.task, parts, source, flags.label_type, flags.eval_data is not None)
+    options = EncodeOptions(flags.max_length, flags.overlong)
+    found = measure(
+        parts,
+        tokenizer,
+        flags.max_length,
+        lambda visit: task.task.encode(parts.train, tokenizer, task.target, replace(options, visit=visit)),
+        shown,
+        task.target.names if task.task.unit == "row" else (),
+    )
+    if task.note:
+        console.note(task.note)
     if flags.html is not None:
         from lorakit.data.page import write_page
 

@@ -17,7 +17,7 @@ from lorakit.cli import adapters, console, early
 from lorakit.durable import temporary_name
 from lorakit.errors import DiskError, UsageError
 from lorakit.plan.quantized import stored_as
-from lorakit.train.defaults import DEFAULTS
+from lorakit.train.defaults import DEFAULTS, TASK_NAMES
 
 if TYPE_CHECKING:
     from lorakit.tasks import TaskOnData
@@ -74,6 +74,8 @@ def run(
     early.check_choice("on_bad_row", flags.on_bad_row, ("stop", "skip"))
     early.check_data(files)
     columns = early.columns_of(flags.columns or ())
+    if flags.task is not None:
+        early.check_choice("task", flags.task, TASK_NAMES)
     folders = early.adapter_folders([flags.adapter] if flags.adapter is not None else [])
     early.check_model(flags.model)
     if flags.output_file is not None and flags.output_file.exists():

@@ -6,11 +6,12 @@ import importlib.util
 import itertools
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Many
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
-from lorakit.data.encoding import IGNORED, Overlong, encode, lengths
+from lorakit.data.encoding import IGNORED, Sequence, lengths
 from lorakit.data.loader import Split
 from lorakit.data.records import Document, Record, content_key, is_empty, location, text_of_record
 from lorakit.data.report import DataReport
@@ -47,6 +48,35 @@ class Token:
     is_trained: bool
 
 
+Visit: TypeAlias = Callable[[Record, bytes], None]
+"""Function that is called with each record and its content key."""
+
+
+class Report(Protocol):
+    """Counts of encoded rows."""
+
+    def check_end(self) -> None:
+        """Check that the model can learn where to stop, if it generates text."""
+
+    def as_dict(self) -> JsonObject:
+        """Return all counts and notes as plain JSON values."""
+
+    def lines(self) -> list[str]:
+        """Return the counts as lines of text."""
+
+
+class EncodedRows(Protocol):
+    """Encoded rows with their counts."""
+
+    @property
+    def sequences(self) -> Many[Sequence]:
+        """The rows."""
+
+    @property
+    def report(self) -> Report:
+        """Counts."""
+
+
 @dataclass(frozen=True)
 class Quality:
     """The result of `measure`.
@@ -64,7 +94,7 @@ class Quality:
         notes: Messages for the user about what was not measured.
     """
 
-    report: DataReport
+    report: Report
     histogram: tuple[tuple[int, int], ...] = ()
     compared: int = 0
     near_duplicates: int = 0
@@ -81,9 +111,10 @@ class Quality:
     def warnings(self) -> list[str]:
         """Return a line of text for each problem; no problem here stops a run."""
         report, lines = self.report, list[str]()
-        unended = report.rows - report.empty_rows - report.dropped_rows - report.ended_rows
-        if unended > 0 and report.ended_rows:
-            lines.append(f"{format_count(unended, 'row')} without an end marker that contributes to the loss.")
+        if isinstance(report, DataReport):
+            unended = report.rows - report.empty_rows - report.dropped_rows - report.ended_rows
+            if unended > 0 and report.ended_rows:
+                lines.append(f"{format_count(unended, 'row')} without an end marker that contributes to the loss.")
         if self.near_duplicates:
             share = format_percent(self.near_duplicates / self.compared, 1)
             lines.append(
@@ -105,7 +136,12 @@ class Quality:
 
 
 def measure(
-    parts: Split, tokenizer: Tokenizer, max_length: int, examples: int = 1, overlong: Overlong = "truncate"
+    parts: Split,
+    tokenizer: Tokenizer,
+    max_length: int,
+    encode: Callable[[Visit], EncodedRows],
+    examples: int = 1,
+    names: Many[str] = (),
 ) -> Quality:
     """Encode the training data and measure its quality.
 
@@ -113,15 +149,16 @@ def measure(
         parts: Training and evaluation records.
         tokenizer: A transformers tokenizer.
         max_length: Maximum sequence length in tokens.
+        encode: Function that encodes the training records, and calls the given function with each record and its key.
         examples: Number of sequences to return as tokens.
-        overlong: What to do with rows that are too long; see `encode`.
+        names: Names of the classes, if rows are classified.
 
     Raises:
         DataError: No token contributes to the loss, or a record cannot be rendered or reread.
     """
     scan = _Scan(parts)
-    encoded = encode(parts.train, tokenizer, max_length, overlong=overlong, visit=scan.add)
-    shown = [tuple(tokens_of(row.input_ids, row.labels, tokenizer)) for row in encoded.sequences[:examples]]
+    encoded = encode(scan.add)
+    shown = [tuple(_shown(row, tokenizer, names)) for row in encoded.sequences[:examples]]
     near = scan.near
     return Quality(
         encoded.report,
@@ -176,7 +213,25 @@ class _Scan:
         self.unusual.update(_unusual(record))
 
 
-def tokens_of(ids: Sequence[int], labels: Sequence[int], tokenizer: Tokenizer) -> Iterator[Token]:
+def _shown(row: Sequence, tokenizer: Tokenizer, names: Many[str]) -> Iterator[Token]:
+    """Yield the tokens of a row; labels that do not belong to single tokens follow as text."""
+    ids = row.input_ids
+    if len(row.labels) == len(ids) and not row.others and not names:
+        yield from tokens_of(ids, row.labels, tokenizer)
+        return
+    for part in (ids, *row.others):
+        yield from tokens_of(part, [IGNORED] * len(part), tokenizer)
+        yield Token(" ", False)
+    found = [label for label in row.labels if label != IGNORED]
+    if names:
+        yield Token(", ".join(names[label] for label in found), True)
+    elif row.labels.typecode == "d":
+        yield Token(", ".join(f"{score:g}" for score in found), True)
+    elif found:
+        yield from tokens_of(found, found, tokenizer)
+
+
+def tokens_of(ids: Many[int], labels: Many[int], tokenizer: Tokenizer) -> Iterator[Token]:
     """Yield the tokens of a sequence; tokens that form one character together are joined.
 
     Args:
@@ -242,7 +297,7 @@ def _shingles(text: str) -> set[bytes]:
     return {" ".join(words[at : at + _WORDS]).encode() for at in range(max(1, len(words) - _WORDS + 1))}
 
 
-def _histogram(sizes: Sequence[int], max_length: int) -> tuple[tuple[int, int], ...]:
+def _histogram(sizes: Many[int], max_length: int) -> tuple[tuple[int, int], ...]:
     """Return counts of lengths up to each power of two, and up to the maximum."""
     bounds = [bound for bound in (2**power for power in range(4, 40)) if bound < max_length] + [max_length]
     counts = Counter(next(bound for bound in bounds if size <= bound) for size in sizes)

@@ -19,6 +19,7 @@ from lorakit.tasks.task import (
     Report,
     Task,
     Texts,
+    evaluation_batches,
 )
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Task",
     "TaskOnData",
     "Texts",
+    "evaluation_batches",
     "load_model_for",
     "loss_sum",
     "task_for",

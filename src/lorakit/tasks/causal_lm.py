@@ -20,8 +20,10 @@ from lorakit.tasks.task import EncodeOptions, Objective, Task
 
 def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> Encoded:
     """Encode documents, completions and conversations; see `lorakit.data.encode`."""
-    run = encode_text if options.cache is None else options.cache.encode
-    return run(records, tokenizer, options.max_length, options.watch, overlong=options.overlong)
+    length, overlong = options.max_length, options.overlong
+    if options.cache is not None and options.visit is None:
+        return options.cache.encode(records, tokenizer, length, options.watch, overlong=overlong)
+    return encode_text(records, tokenizer, length, options.watch, overlong=overlong, visit=options.visit)
 
 
 def loss_sum(

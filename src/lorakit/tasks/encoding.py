@@ -177,7 +177,10 @@ def encode_rows(
     rows, kept, seen, done = list[Encoded](), list[Record](), set[bytes](), 0
     for record, size in sized(records):
         report.rows += 1
-        seen.add(content_key(record))
+        key = content_key(record)
+        seen.add(key)
+        if options.visit is not None:
+            options.visit(record, key)
         if is_empty(record) if options.is_labeled else not text_of_record(record).strip():
             report.empty_rows += 1
         else:

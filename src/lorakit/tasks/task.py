@@ -6,7 +6,7 @@ them and do not test a task's name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
@@ -15,7 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import TaskType
-from lorakit.data import AnyRecords, Batch, Overlong, Record, Sequences, Split, TokenCache, Tokenizer
+from lorakit.data import (
+    AnyRecords,
+    Batch,
+    Loader,
+    Overlong,
+    Record,
+    Sequences,
+    Split,
+    TokenCache,
+    Tokenizer,
+    by_length,
+)
 from lorakit.data.encoding import Sequence
 from lorakit.data.loader import Collate
 from lorakit.durable import JsonObject
@@ -85,6 +96,7 @@ class EncodeOptions:
         overlong: What happens to longer rows; see `lorakit.data.encode`.
         watch: Function that is called repeatedly with the number of bytes read so far, or None.
         cache: Where the tokens of text are kept for later runs, or None.
+        visit: Function that is called with each record and its content key, or None.
         is_labeled: Whether rows must have labels; rows to predict do not have them.
     """
 
@@ -92,6 +104,7 @@ class EncodeOptions:
     overlong: Overlong = "truncate"
     watch: Callable[[int], None] | None = None
     cache: TokenCache | None = None
+    visit: Callable[[Record, bytes], None] | None = None
     is_labeled: bool = True
 
 
@@ -143,6 +156,21 @@ def objective(
         return loss(forward(model, batch, device), batch)
 
     return Objective(collate, loss_sum, forward, loss, meter)
+
+
+def evaluation_batches(task: Task, collate: Collate, sequences: Texts, rows: int, pad_id: int) -> Iterable[Batch]:
+    """Return the batches of an evaluation.
+
+    Args:
+        task: The task.
+        collate: Function that combines sequences into a batch.
+        sequences: Encoded rows.
+        rows: Number of rows per batch; batches of short rows have more, unless the loss compares the rows of a batch.
+        pad_id: Id of the padding token.
+    """
+    if task.needs_batch:
+        return Loader(sequences, rows, 0, shuffle=False, epochs=1, pad_id=pad_id, collate=collate)
+    return by_length(sequences, rows, pad_id, collate)
 
 
 def inputs_on(batch: Batch, device: str | torch.device) -> dict[str, Tensor]:

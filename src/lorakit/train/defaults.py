@@ -28,6 +28,10 @@ TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 """Names of the trackers in `lorakit.train.trackers`, repeated here because that module imports torch."""
 
 
+TASK_NAMES = ("causal-lm", "classification", "token-classification", "seq2seq", "embedding")
+"""Names of the tasks in `lorakit.tasks.TASKS`, repeated here for the same reason."""
+
+
 @dataclass(frozen=True)
 class Default:
     """A training setting: its meaning, its default, and the reason for the default.
@@ -139,7 +143,7 @@ DEFAULTS: dict[str, Default] = {
     ),
     # task
     "task": Default(
-        "Select the task: causal-lm, classification, token-classification, seq2seq or embedding",
+        f"Select the task: {', '.join(TASK_NAMES)}",
         None,
         "the shape of the data and the model determine it",
         "auto",

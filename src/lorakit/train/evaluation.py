@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lorakit import core, hub
-from lorakit.data import AnyRecords, Batch, Records, Request, Split, Tokenizer, by_length, padding_id, read_records
+from lorakit.data import AnyRecords, Batch, Records, Request, Split, Tokenizer, padding_id, read_records
 from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration, accelerate
@@ -27,6 +27,7 @@ from lorakit.tasks import (
     Report,
     Target,
     TaskOnData,
+    evaluation_batches,
     load_model_for,
     task_for,
 )
@@ -227,8 +228,9 @@ class _Coding:
     def batches(self, records: AnyRecords, tokenizer: Tokenizer) -> tuple[Callable[[], Iterable[Batch]], Report]:
         """Return a function that returns the batches, and the counts of the data."""
         encoded = self.task.task.encode(records, tokenizer, self.task.target, EncodeOptions(self.length))
-        collate = self.task.objective.collate
-        return partial(by_length, encoded.sequences, self.rows, padding_id(tokenizer), collate), encoded.report
+        task, pad = self.task, padding_id(tokenizer)
+        collate, sequences = task.objective.collate, encoded.sequences
+        return partial(evaluation_batches, task.task, collate, sequences, self.rows, pad), encoded.report
 
 
 def _measured(

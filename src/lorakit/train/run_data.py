@@ -11,7 +11,7 @@ from lorakit import data, hub
 from lorakit.data.sources import weights_of
 from lorakit.errors import DataError, DiskError, UsageError
 from lorakit.machine import cache_directory
-from lorakit.tasks import EncodedData, EncodeOptions, Report, TaskOnData, Texts
+from lorakit.tasks import EncodedData, EncodeOptions, Report, TaskOnData, Texts, evaluation_batches
 from lorakit.train import run_folder
 from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
@@ -29,20 +29,23 @@ class RunBatches:
         held_out_sequences: The evaluation data, or None if there is none.
         train_report: Row and token counts for the training data.
         held_out_report: Row and token counts for the evaluation data, or None.
+        task: The run's task.
     """
 
     loader: data.Loader
     held_out_sequences: Texts | None
     train_report: Report
     held_out_report: Report | None
+    task: TaskOnData
 
     @property
     def held_out(self) -> Callable[[], Iterable[data.Batch]] | None:
         """Function that returns the evaluation batches, or None if there is no evaluation data."""
         if self.held_out_sequences is None:
             return None
-        loader = self.loader
-        return partial(data.by_length, self.held_out_sequences, loader.batch_rows, loader.pad_id, loader.collate)
+        loader, collate = self.loader, self.task.objective.collate
+        rows, pad = loader.batch_rows, loader.pad_id
+        return partial(evaluation_batches, self.task.task, collate, self.held_out_sequences, rows, pad)
 
     @property
     def parts(self) -> list[Sequence[data.Sequence]]:
@@ -162,13 +165,13 @@ def make_batches(
         train.report.check_end()
     loader = _loader(settings, records, train, task, tokenizer, max_length)
     if not records.held_out:
-        return RunBatches(loader, None, train.report, None)
+        return RunBatches(loader, None, train.report, None, task)
     try:
         options = replace(options, watch=_listener(progress, "evaluation data", records.held_out))
         held_out = task.task.encode(records.held_out, tokenizer, task.target, options)
     except DataError as cause:
         raise DataError(f"evaluation data: {cause}", **cause.fields) from cause
-    return RunBatches(loader, held_out.sequences, train.report, held_out.report)
+    return RunBatches(loader, held_out.sequences, train.report, held_out.report, task)
 
 
 def _token_cache(settings: TrainSettings, tokenizer: data.Tokenizer, progress: Progress) -> data.TokenCache | None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from lorakit.errors import UsageError
 from lorakit.train.defaults import DECAY_RATIO, WARMUP_RATIO
-from lorakit.train.setting_types import Scheduler, TrainSettings
+from lorakit.train.setting_types import Scheduler
+from lorakit.train.settings import TrainSettings
 
 
 @dataclass(frozen=True)
