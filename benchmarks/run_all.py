@@ -41,6 +41,8 @@ COMMANDS: dict[str, str] = {
     "lengths": "bench_lengths.py --steps 30",
     "plan_memory": "bench_plan_memory.py --steps 3 --allocators pinned",
     "growth": "bench_growth.py",
+    "memory": "bench_memory.py --models smollm2 --sizes 4x256 --recompute none",
+    "tasks": "bench_tasks.py --seeds 1 --steps 40",
     "streaming": "bench_streaming.py --gigabytes 2",
 }
 """Name -> command, without the interpreter."""

@@ -47,7 +47,7 @@ def fails(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         assert sorted(tmp_path.rglob("*")) == before
         return said.replace(f"{tmp_path}/", "")
 
-    monkeypatch.setattr(trainer.hub, "load_model", no_weights)
+    monkeypatch.setattr(trainer, "load_model_for", no_weights)
     return call
 
 

@@ -13,8 +13,11 @@ from lorakit.data import Sequences
 from lorakit.errors import ConfigError
 from lorakit.plan import Job, Plan, catalogue, estimate
 from lorakit.plan.fitting import by_cost
+from lorakit.tasks import CAUSAL_LM, Target, TaskOnData
 from lorakit.train.fitting import GROWTH, Probe, longest_rows, settle
 from lorakit.train.step import StepOptions
+
+PLAIN = TaskOnData(CAUSAL_LM, Target())
 
 
 def plans() -> list[Plan]:
@@ -65,7 +68,7 @@ def test_a_probe_changes_nothing(tiny_llama: Any, accumulates: bool) -> None:
     for (_, parameter), gradient in zip(named, gradients, strict=True):
         parameter.grad = gradient
     values, state = [p.detach().clone() for _, p in named], torch.get_rng_state()
-    probe = Probe(tiny_llama, named, longest_rows([rows_of(5, 9, 4)], 2), 0, {})
+    probe = Probe(tiny_llama, named, longest_rows([rows_of(5, 9, 4)], 2), 0, {}, PLAIN)
     assert probe.peak_bytes(2, accumulates, StepOptions(torch.device("cpu"))) < 1 << 62
     assert torch.equal(torch.get_rng_state(), state)
     for (_, parameter), gradient, value in zip(named, gradients, values, strict=True):

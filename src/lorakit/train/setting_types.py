@@ -64,7 +64,11 @@ def targets_of(value: Value) -> Value | str | list[Any]:
 
 
 def rates_of(value: Given) -> dict[str, float]:
-    """Convert a mapping, or a list of PATTERN=RATE strings from flags, to a dict from pattern to rate."""
+    """Convert a mapping, or a list of PATTERN=RATE strings from flags, to a dict from pattern to rate.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
     words = value if isinstance(value, Mapping) else one_or_many(value)
     if not isinstance(words, (Mapping, list)):
         raise ValueError("it must map patterns to rates")
@@ -82,7 +86,11 @@ def rates_of(value: Given) -> dict[str, float]:
 
 
 def tokens_of(value: Given) -> list[str]:
-    """Validate a list of tokens, or a comma-separated string from a flag, and return it as a list."""
+    """Validate a list of tokens, or a comma-separated string from a flag, and return it as a list.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
     if isinstance(value, str):
         value = [token.strip() for token in value.split(",")]
     if not isinstance(value, (list, tuple)) or not all(isinstance(token, str) for token in value):
@@ -96,7 +104,11 @@ def tokens_of(value: Given) -> list[str]:
 
 
 def trackers_of(value: Given) -> list[str]:
-    """Validate a list of trackers, also as comma-separated words; "none" means an empty list."""
+    """Validate a list of trackers, also as comma-separated words; "none" means an empty list.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
     words = one_or_many(value)
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise ValueError(f"it must be a list of {', '.join(TRACKERS)}")
@@ -108,7 +120,11 @@ def trackers_of(value: Given) -> list[str]:
 
 
 def columns_of(value: Given) -> dict[str, str]:
-    """Convert a mapping, or a list of FIELD=COLUMN strings from flags, to a dict from field to column."""
+    """Convert a mapping, or a list of FIELD=COLUMN strings from flags, to a dict from field to column.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
     words = value if isinstance(value, Mapping) else one_or_many(value)
     if not isinstance(words, (Mapping, list)):
         raise ValueError("it must map fields to columns")
@@ -119,7 +135,11 @@ def columns_of(value: Given) -> dict[str, str]:
 
 
 def numbers_of(value: Given) -> Mapping[str, float]:
-    """Convert a mapping, or a list of PATTERN=NUMBER strings from flags, to a dict from pattern to number."""
+    """Convert a mapping, or a list of PATTERN=NUMBER strings from flags, to a dict from pattern to number.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
     if isinstance(value, Mapping):
         return value
     words = one_or_many(value)
@@ -132,7 +152,11 @@ def numbers_of(value: Given) -> Mapping[str, float]:
 
 
 def weights_of(value: Given) -> dict[str, float]:
-    """Convert a mapping, or a list of NAME=WEIGHT strings from flags, to a dict from name to weight."""
+    """Convert a mapping, or a list of NAME=WEIGHT strings from flags, to a dict from name to weight.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
     words = value if isinstance(value, Mapping) else one_or_many(value)
     if not isinstance(words, (Mapping, list)):
         raise ValueError("it must map names to weights")
@@ -146,7 +170,11 @@ def weights_of(value: Given) -> dict[str, float]:
 
 
 def ranges_of(value: Given) -> list[Any]:
-    """Convert a list of FIRST:END strings from flags to a list of pairs; other lists are returned unchanged."""
+    """Convert a list of FIRST:END strings from flags to a list of pairs; other lists are returned unchanged.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
     words = one_or_many(value)
     if not isinstance(words, list):
         raise ValueError("it must be a list of ranges, such as 0:16 8:24")
@@ -157,7 +185,11 @@ def ranges_of(value: Given) -> list[Any]:
 
 
 def part_of(value: Given) -> Given:
-    """Parse a JSON object that was given as text, as flags are."""
+    """Parse a JSON object that was given as text, as flags are.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
     if not isinstance(value, str):
         return value
     try:
@@ -167,7 +199,11 @@ def part_of(value: Given) -> Given:
 
 
 def format_of(value: str) -> str:
-    """Check the name of a shape."""
+    """Check the name of a shape.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
     if value not in FORMATS:
         raise ValueError(f"it must be one of {', '.join(FORMATS)}.{did_you_mean(value, FORMATS)}")
     return value
@@ -188,14 +224,22 @@ def dtype_word(value: Value) -> Value | str:
 
 
 def device_word(value: str) -> str:
-    """Check the name of a device."""
+    """Check the name of a device.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
     if not is_device_name(value):
         raise ValueError(f"it must be {DEVICE_FORM}")
     return value
 
 
 def size_of(value: str) -> str:
-    """Check a size in memory, such as 4GiB."""
+    """Check a size in memory, such as 4GiB.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
     from lorakit.plan.budget import SIZE_FORM, bytes_of
 
     try:
@@ -206,7 +250,11 @@ def size_of(value: str) -> str:
 
 
 def init_word(value: str) -> str:
-    """Check the name of an initialization."""
+    """Check the name of an initialization.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
     if value not in INITS and not re.fullmatch(r"pissa_niter_\d{1,3}", value):
         close = nearest(value, list(INITS), 1)
         hint = f" (nearest: {close[0]})" if close else ""
