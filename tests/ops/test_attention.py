@@ -122,6 +122,22 @@ def test_flash_hides_padding_that_is_longer_than_its_blocks() -> None:
     torch.testing.assert_close(gradients(out, given), gradients(expected, given), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_positions_get_exactly_no_weight_and_no_gradient(dtype: torch.dtype) -> None:
+    """Tiny weights would be denormal numbers, with which a matmul takes a hundred times as long."""
+    q, k, v = (part.detach().to(dtype).requires_grad_() for part in operands(4, 4))
+    hidden = torch.zeros(2, 1, 1, 13)
+    hidden[:, ..., 8:] = torch.finfo(torch.float32).min
+    out = attention(q, k, v, with_way(Pattern(causal=False, bias=hidden), "matmul"))
+    out[:, :, :8].square().sum().backward()  # the outputs of hidden positions are not used either
+    for gradient in (k.grad, v.grad):
+        assert gradient is not None
+        assert not gradient[:, :, 8:].any()
+    assert q.grad is not None
+    tiny = torch.finfo(torch.float32).tiny
+    assert not ((q.grad != 0) & (q.grad.abs() < tiny)).any()
+
+
 def test_a_bias_of_each_head_and_what_is_no_bias(block: int) -> None:
     given = operands(6, 2)
     bias = torch.arange(6 * 169.0).view(1, 6, 13, 13).cos().double()

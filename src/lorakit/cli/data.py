@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from lorakit.cli import console, early
-from lorakit.errors import printable
 from lorakit.train.defaults import DEFAULTS, TASK_NAMES
 
 if TYPE_CHECKING:
-    from lorakit.data.quality import Quality, Token
+    from lorakit.data.quality import Quality
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,8 @@ ROWS_ON_PAGE = 50
 
 
 def _print(found: Quality, note: str, flags: Flags) -> None:
+    from lorakit.data.quality import marked
+
     for line in [*found.report.lines(), note, *found.notes]:
         console.say(line)
     for line in found.warnings():
@@ -121,19 +122,6 @@ def _print(found: Quality, note: str, flags: Flags) -> None:
         console.say(
             f"\nRow {number} ({'colored' if console.colored(sys.stdout) else 'in brackets'}: contributes to the loss)"
         )
-        print(_marked(tokens))
+        print(marked(tokens, *(("\033[32m", "\033[0m") if console.colored(sys.stdout) else ("[", "]"))))
     if flags.html is not None:
         console.say(f"\nPage: {flags.html}")
-
-
-def _marked(tokens: tuple[Token, ...]) -> str:
-    """Return the text of a row in which the parts that contribute to the loss are colored, or enclosed in brackets."""
-    begin, end = ("\033[32m", "\033[0m") if console.colored(sys.stdout) else ("[", "]")
-    text, before = "", False
-    for token in (*tokens, None):
-        is_trained = token is not None and token.is_trained
-        text += (begin if is_trained and not before else end if before and not is_trained else "") + (
-            "" if token is None else printable(token.text)
-        )
-        before = is_trained
-    return text

@@ -6,7 +6,7 @@ import importlib.util
 import itertools
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypeAlias
@@ -17,6 +17,7 @@ from lorakit.data.records import Document, Record, content_key, is_empty, locati
 from lorakit.data.report import DataReport
 from lorakit.data.tokens import Tokenizer, text_of
 from lorakit.durable import JsonObject
+from lorakit.errors import printable
 from lorakit.tables import format_count, format_percent
 
 MOST_COMPARED = 20_000
@@ -158,7 +159,7 @@ def measure(
     """
     scan = _Scan(parts)
     encoded = encode(scan.add)
-    shown = [tuple(_shown(row, tokenizer, names)) for row in encoded.sequences[:examples]]
+    shown = [tuple(shown_tokens(row, tokenizer, names)) for row in encoded.sequences[:examples]]
     near = scan.near
     return Quality(
         encoded.report,
@@ -213,8 +214,14 @@ class _Scan:
         self.unusual.update(_unusual(record))
 
 
-def _shown(row: Sequence, tokenizer: Tokenizer, names: Many[str]) -> Iterator[Token]:
-    """Yield the tokens of a row; labels that do not belong to single tokens follow as text."""
+def shown_tokens(row: Sequence, tokenizer: Tokenizer, names: Many[str] = ()) -> Iterator[Token]:
+    """Yield the tokens of a row; labels that do not belong to single tokens follow as text.
+
+    Args:
+        row: The row.
+        tokenizer: The tokenizer that encoded it.
+        names: Names of the classes, if rows are classified.
+    """
     ids = row.input_ids
     if len(row.labels) == len(ids) and not row.others and not names:
         yield from tokens_of(ids, row.labels, tokenizer)
@@ -229,6 +236,24 @@ def _shown(row: Sequence, tokenizer: Tokenizer, names: Many[str]) -> Iterator[To
         yield Token(", ".join(f"{score:g}" for score in found), True)
     elif found:
         yield from tokens_of(found, found, tokenizer)
+
+
+def marked(tokens: Iterable[Token], begin: str = "[", end: str = "]", most: int | None = None) -> str:
+    """Return the text of a row, with marks around the parts that contribute to the loss.
+
+    Args:
+        tokens: The row's tokens.
+        begin: Mark before such a part.
+        end: Mark after such a part.
+        most: Maximum number of characters of a part; the middle of longer parts is left out. None means no limit.
+    """
+    text = ""
+    for is_trained, group in itertools.groupby(tokens, key=lambda token: token.is_trained):
+        part = printable("".join(token.text for token in group))
+        if most is not None and len(part) > most:
+            part = f"{part[: most * 2 // 3]} … {part[-(most // 3) :]}"
+        text += f"{begin}{part}{end}" if is_trained else part
+    return text
 
 
 def tokens_of(ids: Many[int], labels: Many[int], tokenizer: Tokenizer) -> Iterator[Token]:

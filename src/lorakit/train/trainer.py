@@ -23,6 +23,7 @@ from torch import nn
 from lorakit import core
 from lorakit.config import HEADS_BY_TASK
 from lorakit.data import lengths
+from lorakit.data.quality import marked, shown_tokens
 from lorakit.errors import DiskError, LorakitError, ModelError
 from lorakit.ops import choices
 from lorakit.ops.kernels import compiled
@@ -49,6 +50,9 @@ from lorakit.train.settings import TrainSettings
 from lorakit.train.trackers import Trackers
 
 __all__ = ["RunResult", "run"]
+
+SHOWN_CHARACTERS = 120
+"""Maximum number of characters of a part of the first row, which is shown before training."""
 
 
 def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
@@ -184,6 +188,9 @@ def _report_data(spec: RunSpec, batches: RunBatches, progress: Progress) -> None
         progress.say(note)
     for line in batches.train_report.lines():
         progress.say(f"training data: {line}")
+    names = spec.task.target.names if spec.task.task.unit == "row" else ()
+    row = shown_tokens(batches.loader.sequences[0], spec.tokenizer, names)
+    progress.say(f"first row, with brackets around what contributes to the loss: {marked(row, most=SHOWN_CHARACTERS)}")
     progress.say(spec.data.note)
     if batches.held_out_report is not None:
         total, *losses = batches.held_out_report.lines()

@@ -139,6 +139,14 @@ def test_rotary_positions(dtype: torch.dtype, pairs: str, rot: int, rows: int) -
 
 
 @DTYPES
+def test_softmax_of_a_masked_score_is_zero(dtype: torch.dtype) -> None:
+    scores = torch.tensor([[1.0, -3e38, 0.0, -1e5, -200.0]], dtype=dtype).repeat(3, 7)
+    KERNELS.softmax(scores, None, None)
+    assert not scores[:, 1::5].any() and not scores[:, 3::5].any() and not scores[:, 4::5].any()
+    assert scores.float().sum(-1).allclose(torch.ones(3), atol=1e-2)
+
+
+@DTYPES
 def test_softmax_of_what_a_row_sees(dtype: torch.dtype) -> None:
     scores = some(6, 8, 37, dtype=dtype, scale=4)
     low = torch.tensor([0, 3, 5, 36], dtype=torch.int32)

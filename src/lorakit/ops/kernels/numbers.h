@@ -43,9 +43,12 @@ static inline int64_t shorter(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* ---- scalar functions; the polynomials are those of Cephes (S. L. Moshier) and accurate to 2 ulp */
 
-#define LEAST -87.0f /* a smaller x is treated as LEAST, because e^LEAST = 1.6e-38 is negligible compared with 1 */
+#define LEAST -87.0f /* e^LEAST = 1.6e-38, the smallest power that is not denormal */
 
+/* Returns 0 for x < LEAST. A power that is tiny instead of 0 would give the gradients of masked positions denormal
+   values, with which matmuls take a hundred times as long. */
 static inline float power_of_e(float x) {
+    float some = x < LEAST ? 0.0f : 1.0f;
     x = x > 87.9f ? 87.9f : x;
     x = x < LEAST ? LEAST : x;
     union { float value; uint32_t bits; } whole = {x * 1.44269504088896341f + 12582912.0f}; /* 1.5·2^23: rounds to an integer */
@@ -59,7 +62,7 @@ static inline float power_of_e(float x) {
     p = p * r + 5.0000001201e-1f;
     union { float value; uint32_t bits; } power = {p * (r * r) + (r + 1.0f)};
     power.bits += whole.bits << 23; /* times 2^k */
-    return power.value;
+    return power.value * some;
 }
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + power_of_e(-x)); }
