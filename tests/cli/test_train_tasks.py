@@ -123,6 +123,9 @@ def test_classification(bert: Path, call: Callable[..., int], tmp_path: Path, ca
     assert (first["line"], second["line"]) == (1, 3)
     assert sum(first["scores"].values()) == pytest.approx(1, abs=1e-5)
     assert call("predict", tmp_path / "new.jsonl", *flags) == 2  # an existing file is not replaced
+    capsys.readouterr()
+    assert call("predict", tmp_path / "new.jsonl", *flags[:4], "--json") == 0
+    assert json.loads(capsys.readouterr().out)["predictions"] == [first, second]
 
     merged = tmp_path / "merged"
     assert call("merge", "--model", bert, "--adapter", run, "--output-dir", merged, more=()) == 0
@@ -154,6 +157,41 @@ def test_peft_computes_the_same_from_a_classification_adapter(
         scores = model(**tokenizer("awful film number 3", return_tensors="pt")).logits.softmax(-1)[0]
     (row,) = lines(tmp_path / "out.jsonl")
     assert list(row["scores"].values()) == pytest.approx(scores.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Roberta", "DistilBert", "ModernBert", "Electra", "Albert", "T5", "Llama"])
+def test_classification_with_other_models(
+    family: str, tiny_tokenizer: Any, tiny_llama: Any, call: Callable[..., int], tmp_path: Path, capsys: Any
+) -> None:
+    """A reloaded adapter computes the loss that the run measured, so nothing random is left in the model."""
+    import transformers
+
+    torch.manual_seed(4)
+    words = {"vocab_size": len(tiny_tokenizer), "pad_token_id": tiny_tokenizer.pad_token_id}
+    if family == "Llama":
+        model: Any = tiny_llama
+    elif family == "T5":
+        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+        ends = {"eos_token_id": tiny_tokenizer.eos_token_id, "decoder_start_token_id": tiny_tokenizer.pad_token_id}
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, **words, **ends))
+    elif family == "DistilBert":
+        sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
+        model = transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(**sizes, **words))
+    else:
+        more = {"ModernBert": {"eos_token_id": 0, "bos_token_id": 0, "cls_token_id": 0, "sep_token_id": 0}}.get(
+            family, {}
+        )
+        config = getattr(transformers, f"{family}Config")(**SIZES, **words, **more)
+        model = getattr(transformers, f"{family}ForMaskedLM")(config)
+    folder = save(tmp_path / "model", model, tiny_tokenizer)
+    data, held_out, run = sentiment(tmp_path / "data.csv"), sentiment(tmp_path / "eval.csv", 8), tmp_path / "run"
+    assert train(call, folder, data, run, "--eval-data", held_out, steps=4) == 0
+    found = record(run)["result"]
+    assert found["adapter_loss"] < found["first_loss"]
+    capsys.readouterr()
+    assert call("eval", "--model", folder, "--data", held_out, "--adapter", run, "--json") == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert result["loss"] == pytest.approx(found["adapter_loss"], abs=1e-4)
 
 
 def test_an_adapter_without_the_new_modules_is_rejected(

@@ -118,3 +118,13 @@ def test_no_storage_is_taken(tmp_path: Path) -> None:
         vocab_size=128_256,
     ).save_pretrained(tmp_path)
     assert shape_of(tmp_path).parameters == 70_553_706_496
+
+
+def test_positions_that_no_token_can_use() -> None:
+    import transformers
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.RobertaConfig(**sizes, vocab_size=40, max_position_embeddings=34, pad_token_id=1)
+    assert shape_of_module(transformers.RobertaForMaskedLM(config), "tiny", "here").positions == 32
+    config = transformers.BertConfig(**sizes, vocab_size=40, max_position_embeddings=34)
+    assert shape_of_module(transformers.BertForMaskedLM(config), "tiny", "here").positions == 34

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -17,6 +17,7 @@ from lorakit.cli import adapters, console, early
 from lorakit.durable import temporary_name
 from lorakit.errors import DiskError, UsageError
 from lorakit.plan.quantized import stored_as
+from lorakit.tables import format_count
 from lorakit.train.defaults import DEFAULTS, TASK_NAMES
 
 if TYPE_CHECKING:
@@ -55,12 +56,13 @@ def run(
     /,
     *,
     flags: Annotated[Flags, Parameter(name="*")],
+    json: console.JsonFlag = False,
 ) -> None:
     """Predict the rows of data files, and write one JSON object per row, in the order of the data.
 
     Each object has the row's file and line, and the prediction of the adapter's task: `label` with the probability of
     each class (`scores`), `labels`, `score`, `tags` with the `spans` that they form, `text`, or `embedding`. Rows need
-    no labels.
+    no labels. --json prints a single document instead.
 
     Raises:
         UsageError: The output file exists, or the model and the adapter do not predict rows.
@@ -105,13 +107,19 @@ def run(
         request=Request(flags.format, columns, flags.on_bad_row == "skip", allowed=formats, needs_label=False),
         max_new_tokens=flags.max_new_tokens,
     )
+    rows = predict(settings, console.note)
+    if flags.output_file is None and json:
+        console.emit_json({"predictions": list(rows)})
+        return
     count = 0
     with _opened(flags.output_file) as stream:
-        for row in predict(settings, console.note):
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for row in rows:
+            stream.write(dumps(row, ensure_ascii=False) + "\n")
             count += 1
-    if flags.output_file is not None:
-        console.say(f"{flags.output_file}: {count:,} predictions")
+    if json:
+        console.emit_json({"output_file": str(flags.output_file), "predictions": count})
+    elif flags.output_file is not None:
+        console.say(f"{flags.output_file}: {format_count(count, 'prediction')}")
 
 
 def _task(flags: Flags) -> TaskOnData:

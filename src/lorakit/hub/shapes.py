@@ -106,7 +106,7 @@ def shape_of_module(module: PreTrainedModel, name: str, source: str) -> ModelSha
         intermediate=sizes["intermediate"] or 4 * hidden,
         vocab=getattr(text, "vocab_size", None)
         or max((site.in_features for site in sites if site.kind == EMBEDDING), default=0),
-        positions=sizes["positions"],
+        positions=sizes["positions"] - _unused_positions(module),
         tied=any(site.tied_to for site in sites if not site.dense),
         gated=any("gate" in site.path.rsplit(".", 1)[-1] or site.path.endswith(".wi_1") for site in sites)
         or any(name == "gate_up_proj" for other in others for name, _ in other.matrices),
@@ -207,6 +207,16 @@ def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[s
             marks = int(getattr(part, "num_experts", 0)), bool(getattr(part, "is_transposed", False))
             others.append(PlainShape(path, numbers, biases, matrices, *marks))
     return sites, others, sorted(containers)
+
+
+def _unused_positions(module: nn.Module) -> int:
+    """Return the number of position embeddings that no token uses: RoBERTa counts from after the padding position."""
+    from torch import nn
+
+    for path, part in module.named_modules():
+        if path.endswith("position_embeddings") and isinstance(part, nn.Embedding) and part.padding_idx is not None:
+            return part.padding_idx + 1
+    return 0
 
 
 def _site(path: str, part: nn.Module, owners: dict[int, str], head: nn.Module | None) -> SiteShape | None:
