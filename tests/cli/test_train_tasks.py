@@ -122,6 +122,8 @@ def test_classification(bert: Path, call: Callable[..., int], tmp_path: Path, ca
     assert (first["label"], second["label"]) == ("negative", "positive")
     assert (first["line"], second["line"]) == (1, 3)
     assert sum(first["scores"].values()) == pytest.approx(1, abs=1e-5)
+    assert call("generate", *flags[:4], "--prompt", "hello", more=()) == 2
+    assert "use `lorakit predict`" in capsys.readouterr().err
     assert call("predict", tmp_path / "new.jsonl", *flags) == 2  # an existing file is not replaced
     capsys.readouterr()
     assert call("predict", tmp_path / "new.jsonl", *flags[:4], "--json") == 0
