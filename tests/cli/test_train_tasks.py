@@ -168,12 +168,18 @@ def test_classification_with_other_models(
 ) -> None:
     """A reloaded adapter computes the loss that the run measured, so nothing random is left in the model."""
     import transformers
+    from tokenizers.processors import TemplateProcessing
 
     torch.manual_seed(4)
     words = {"vocab_size": len(tiny_tokenizer), "pad_token_id": tiny_tokenizer.pad_token_id}
     if family == "Llama":
         model: Any = tiny_llama
-    elif family == "T5":
+    elif family == "T5":  # its classifier reads the end token, which T5's tokenizer adds to each text
+        end = "<|endoftext|>"
+        pairs = [(end, tiny_tokenizer.eos_token_id)]
+        tiny_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=pairs)
+        tiny_tokenizer.pad_token = "<|im_end|>"
+        words["pad_token_id"] = tiny_tokenizer.pad_token_id
         sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
         ends = {"eos_token_id": tiny_tokenizer.eos_token_id, "decoder_start_token_id": tiny_tokenizer.pad_token_id}
         model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, **words, **ends))

@@ -146,6 +146,27 @@ def task_of(adapters: Sequence[AdapterFiles]) -> TaskOnData:
     return first
 
 
+def check_generates(adapters: Sequence[AdapterFiles]) -> None:
+    """Check that adapters were trained for a task that continues text.
+
+    Args:
+        adapters: Files of the adapters.
+
+    Raises:
+        UsageError: An adapter was trained for another task.
+    """
+    from lorakit.errors import UsageError
+
+    task = task_of(adapters).task if adapters else None
+    if task is not None and not task.generates:
+        raise UsageError(
+            f"{adapters[0].folder}: trained for {task.name}, which does not continue text; use `lorakit predict`.",
+            what=task.name,
+            where=adapters[0].folder,
+            field="adapter",
+        )
+
+
 def _outputs(files: AdapterFiles) -> int | None:
     """Return the number of outputs of the head saved in an adapter, or None if it has none."""
     from lorakit.config import HEADS_BY_TASK

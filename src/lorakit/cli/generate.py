@@ -22,7 +22,6 @@ from lorakit.train.defaults import DEFAULTS
 if TYPE_CHECKING:
     from torch import nn
 
-    from lorakit.core.files.adapter_folder import AdapterFiles
     from lorakit.data import Tokenizer
 
 MAX_PROMPT_BYTES = 64 << 20
@@ -110,7 +109,7 @@ def run(
     folders = flags.adapter or []
     files = adapters.read_adapters(folders)
     adapters.report_training_quantization(files, quantization)
-    _check_generates(files)
+    adapters.check_generates(files)
     source = hub.resolve(flags.model, console.note)
     hub.require(source)
     tokenizer = adapters.tokenizer_for(source, files)
@@ -166,18 +165,6 @@ def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[str]:
         if not text.strip():
             raise UsageError(f"{where}: the prompt is empty.", where=where)
     return [text for text, _ in prompts]
-
-
-def _check_generates(files: Sequence[AdapterFiles]) -> None:
-    """Raise UsageError if an adapter was trained for a task that does not continue text."""
-    task = adapters.task_of(files).task if files else None
-    if task is not None and not task.generates:
-        raise UsageError(
-            f"{files[0].folder}: trained for {task.name}, which does not continue text; use `lorakit predict`.",
-            what=task.name,
-            where=files[0].folder,
-            field="adapter",
-        )
 
 
 def prompt_format(tokenizer: Tokenizer, facts: Sequence[Mapping[str, Any]], chat: bool | None) -> str:

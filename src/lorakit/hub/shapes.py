@@ -88,7 +88,7 @@ def shape_of_module(module: PreTrainedModel, name: str, source: str) -> ModelSha
     """
     config = module.config
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    sites, others, containers = _parts(module)
+    sites, others, containers, unused = _parts(module)
     numbers = {name: _numbers(text, fields) for name, fields in (_SIZES | _DROPOUTS).items()}
     sizes = {name: next((n for n in numbers[name] if isinstance(n, int) and n > 0), 0) for name in _SIZES}
     dropouts = {cause: float(next(iter(numbers[cause]), 0.0)) for cause in _DROPOUTS}
@@ -106,7 +106,7 @@ def shape_of_module(module: PreTrainedModel, name: str, source: str) -> ModelSha
         intermediate=sizes["intermediate"] or 4 * hidden,
         vocab=getattr(text, "vocab_size", None)
         or max((site.in_features for site in sites if site.kind == EMBEDDING), default=0),
-        positions=sizes["positions"] - _unused_positions(module),
+        positions=sizes["positions"] - unused,
         tied=any(site.tied_to for site in sites if not site.dense),
         gated=any("gate" in site.path.rsplit(".", 1)[-1] or site.path.endswith(".wi_1") for site in sites)
         or any(name == "gate_up_proj" for other in others for name, _ in other.matrices),
@@ -180,18 +180,21 @@ def _model_class(config: PreTrainedConfig) -> Callable[[PreTrainedConfig], PreTr
     )
 
 
-def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[str]]:
-    """Return the possible sites, the other modules with parameters, and the paths of pure container modules.
+def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[str], int]:
+    """Return the possible sites, the other modules with parameters, the paths of pure container modules, and the number
+    of position embeddings that no token uses.
 
     The number and layout of fused experts are read from attributes that transformers sets.
     """
     sites: list[SiteShape] = []
     others: list[PlainShape] = []
     containers: list[str] = []
+    unused = 0
     head = getattr(module, "get_output_embeddings", lambda: None)()  # "all-linear" excludes the head
     owners: dict[int, str] = {}
     for path, part in module.named_modules():
         own = dict(part.named_parameters(recurse=False))
+        unused += _unused_positions(path, part)
         if not own:
             if path and next(part.children(), None) is not None:
                 containers.append(path)
@@ -206,17 +209,13 @@ def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[s
             numbers = sum(p.numel() for p in fresh.values())
             marks = int(getattr(part, "num_experts", 0)), bool(getattr(part, "is_transposed", False))
             others.append(PlainShape(path, numbers, biases, matrices, *marks))
-    return sites, others, sorted(containers)
+    return sites, others, sorted(containers), unused
 
 
-def _unused_positions(module: nn.Module) -> int:
-    """Return the number of position embeddings that no token uses: RoBERTa counts from after the padding position."""
-    from torch import nn
-
-    for path, part in module.named_modules():
-        if path.endswith("position_embeddings") and isinstance(part, nn.Embedding) and part.padding_idx is not None:
-            return part.padding_idx + 1
-    return 0
+def _unused_positions(path: str, part: nn.Module) -> int:
+    """Return how many embeddings of a module no token uses: RoBERTa counts from after the padding position."""
+    padding = getattr(part, "padding_idx", None) if path.endswith("position_embeddings") else None
+    return 0 if padding is None else padding + 1
 
 
 def _site(path: str, part: nn.Module, owners: dict[int, str], head: nn.Module | None) -> SiteShape | None:
