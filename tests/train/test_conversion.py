@@ -165,6 +165,15 @@ def test_peft() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "task"),
+    [("SEQ_CLS", "classification"), ("TOKEN_CLS", "token-classification"), ("CAUSAL_LM", None), (None, None)],
+)
+def test_the_task_of_peft(given: str | None, task: str | None, tmp_path: Path) -> None:
+    found = convert_file(text_file(tmp_path / "x.yaml", peft_type="LORA", task_type=given, r=4))
+    assert found.settings.get("task") == task
+
+
+@pytest.mark.parametrize(
     ("values", "key", "word"),
     [
         ({"base_model": "m", "datasets": [], "sequence_len": 8}, "adapter", "not all weights"),
@@ -174,7 +183,7 @@ def test_peft() -> None:
         ({"stage": "sft", "finetuning_type": "full", "cutoff_len": 8}, "finetuning_type", "full"),
         ({"iters": 5, "fine_tune_type": "full"}, "fine_tune_type", "not all weights"),
         ({"peft_type": "IA3", "r": 4}, "peft_type", "LoRA"),
-        ({"peft_type": "LORA", "task_type": "SEQ_CLS"}, "task_type", "causal"),
+        ({"peft_type": "LORA", "task_type": "QUESTION_ANS"}, "task_type", "has no task for it"),
     ],
 )
 def test_another_kind_of_training_is_an_error(values: dict[str, Any], key: str, word: str, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from lorakit.train.conversion.rules import (
     nothing,
     only,
 )
-from lorakit.train.defaults import ALIASES, DEFAULTS, NAMES_ELSEWHERE
+from lorakit.train.defaults import ALIASES, DEFAULTS, NAMES_ELSEWHERE, TASK_NAMES
 from lorakit.train.settings import TrainSettings
 from lorakit.train.settings_sources import read_mapping, settings_text
 
@@ -34,9 +34,23 @@ if TYPE_CHECKING:
     from lorakit.durable import JsonObject, JsonValue
 
 
+_PEFT_TASKS: Mapping[JsonValue, str | None] = {
+    "CAUSAL_LM": None,  # the default for text
+    "SEQ_CLS": "classification",
+    "TOKEN_CLS": "token-classification",
+    "SEQ_2_SEQ_LM": "seq2seq",
+    "FEATURE_EXTRACTION": "embedding",
+    None: None,
+}
+"""`task_type` in a config of PEFT -> task of lorakit, or None if it is left to the data and the model."""
+
+
 def _peft_task(draft: Draft, key: str, value: JsonValue) -> None:
-    if value != "CAUSAL_LM":
-        raise draft.reject(key, "lorakit train trains causal language models")
+    if isinstance(value, (list, dict)) or value not in _PEFT_TASKS:
+        raise draft.reject(key, f"lorakit has no task for it; it has {', '.join(TASK_NAMES)}")
+    name = _PEFT_TASKS[value]
+    if name is not None:
+        draft.set(key, "task", name)
 
 
 PEFT = Tool(
