@@ -1,4 +1,4 @@
-"""What a model's config says: its family, the classes of its head, and how it embeds texts."""
+"""A model's config, and the facts that it states: the family, the classes of the head, and how texts are embedded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -62,86 +63,81 @@ def _by_number(table: Mapping[str, JsonValue]) -> dict[int, JsonValue]:
     return {int(key): value for key, value in table.items()}
 
 
-def family_of(source: ModelSource) -> Family:
-    """Return what a model was made for, according to its config.
+@dataclass(frozen=True)
+class ModelFacts:
+    """Facts about a model, read once from its config.
 
-    Args:
-        source: Result of `resolve`.
-
-    Raises:
-        ModelError: The config cannot be read.
+    Attributes:
+        family: What the model was made for.
+        loader: Key of `TASKS` for the model class that the config names, or None.
+        labels: Names of the classes of the head, in order, including names such as LABEL_0, which transformers adds to
+            every config.
+        problem: The config's `problem_type`, or None.
+        padding: Id of the padding token, or None.
+        pooling: How the model computes the embedding of a text: "cls" (that of the first token) or "mean".
     """
+
+    family: Family
+    loader: str | None
+    labels: tuple[str, ...]
+    problem: str | None
+    padding: int | None
+    pooling: str
+
+    @property
+    def named_labels(self) -> tuple[str, ...]:
+        """The names of the classes; empty if all are default names."""
+        return () if all(_DEFAULT_LABEL.fullmatch(name) for name in self.labels) else self.labels
+
+    @classmethod
+    def of(cls, source: ModelSource) -> ModelFacts:
+        """Read the facts about a model.
+
+        Args:
+            source: Result of `resolve`; a directory saved by sentence-transformers says how it embeds texts.
+
+        Raises:
+            ModelError: The config cannot be read.
+        """
+        config = config_of(source)
+        family = _family(config, is_embedding=_file(source, "modules.json") is not None)
+        names = getattr(config, "id2label", None) or {}
+        return cls(
+            family=family,
+            loader=_loader(config, family),
+            labels=tuple(str(names[number]) for number in sorted(names)),
+            problem=getattr(config, "problem_type", None),
+            padding=getattr(config, "pad_token_id", None),
+            pooling=_pooling(source),
+        )
+
+
+def _architectures(config: PreTrainedConfig) -> list[str]:
+    return [str(name) for name in getattr(config, "architectures", None) or ()]
+
+
+def _family(config: PreTrainedConfig, *, is_embedding: bool) -> Family:
     import transformers
 
-    if _file(source, "modules.json") is not None:
+    if is_embedding:
         return "embedding"
-    config = config_of(source)
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
-    names = [str(name) for name in getattr(config, "architectures", None) or ()]
+    names = _architectures(config)
     if getattr(config, "is_decoder", False) or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         return "causal"
-    masked = type(config) in transformers.AutoModelForMaskedLM._model_mapping
-    return "encoder" if masked else "causal"
+    return "encoder" if type(config) in transformers.AutoModelForMaskedLM._model_mapping else "causal"
 
 
-def loader_of(source: ModelSource) -> str | None:
-    """Return the key of `TASKS` for the model class that the config names, or None.
-
-    Args:
-        source: Result of `resolve`; a directory saved by sentence-transformers is an "encoder".
-
-    Raises:
-        ModelError: The config cannot be read.
-    """
-    config, family = config_of(source), family_of(source)
+def _loader(config: PreTrainedConfig, family: Family) -> str | None:
     if family == "embedding":
         return "encoder"
-    names = [str(name) for name in getattr(config, "architectures", None) or ()]
     endings = {"ForSequenceClassification": "classification", "ForTokenClassification": "token-classification"}
-    found = [task for name in names for ending, task in endings.items() if name.endswith(ending)]
+    found = [task for name in _architectures(config) for ending, task in endings.items() if name.endswith(ending)]
     return found[0] if found else family if family in TASKS else None
 
 
-def problem_of(source: ModelSource) -> str | None:
-    """Return the `problem_type` in a model's config, or None.
-
-    Args:
-        source: Result of `resolve`.
-    """
-    return getattr(config_of(source), "problem_type", None)
-
-
-def labels_of(source: ModelSource, *, with_defaults: bool = False) -> tuple[str, ...]:
-    """Return the names of the classes of a model's head, in order; empty if it has no head or no names.
-
-    Args:
-        source: Result of `resolve`.
-        with_defaults: Whether to return names such as LABEL_0, which transformers adds to every config.
-
-    Raises:
-        ModelError: The config cannot be read.
-    """
-    names = getattr(config_of(source), "id2label", None) or {}
-    found = tuple(str(names[number]) for number in sorted(names))
-    return () if not with_defaults and all(_DEFAULT_LABEL.fullmatch(name) for name in found) else found
-
-
-def padding_of(source: ModelSource) -> int | None:
-    """Return the id of the padding token in a model's config, or None.
-
-    Args:
-        source: Result of `resolve`.
-    """
-    return getattr(config_of(source), "pad_token_id", None)
-
-
-def pooling_of(source: ModelSource) -> str:
-    """Return how a model computes the embedding of a text: "cls" (that of the first token) or "mean".
-
-    Args:
-        source: Result of `resolve`; a directory saved by sentence-transformers has a file that says this.
-    """
+def _pooling(source: ModelSource) -> str:
     path = _file(source, _POOLING)
     try:
         values = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}

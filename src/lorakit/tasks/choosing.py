@@ -68,7 +68,8 @@ def task_for(name: str | None, parts: Split, source: hub.ModelSource, label_type
         DataError: The labels cannot be used.
         ModelError: The model's config cannot be read.
     """
-    family = hub.family_of(source)
+    facts = hub.ModelFacts.of(source)
+    family = facts.family
     task = TASKS[name] if name is not None else _by_shape(parts.train[0], family)
     if task is CAUSAL_LM and family in ("encoder", "embedding"):
         raise UsageError(
@@ -85,8 +86,8 @@ def task_for(name: str | None, parts: Split, source: hub.ModelSource, label_type
             what=task.name,
             field="task",
         )
-    known = hub.labels_of(source) if task.loader in hub.WITH_NEW_HEADS else ()
-    options = LabelOptions(label_type, given, known, hub.pooling_of(source))
+    known = facts.named_labels if task.loader in hub.WITH_NEW_HEADS else ()
+    options = LabelOptions(label_type, given, known, facts.pooling)
     note = "" if name is not None else f"task: {task.name} (from the data and the model; see --task)"
     return TaskOnData(task, task.target(parts, options), note if task is not CAUSAL_LM else "")
 
@@ -141,25 +142,24 @@ def task_of_model(name: str | None, source: hub.ModelSource) -> TaskOnData:
         UsageError: The model has no task that predicts rows.
         ModelError: The model's config cannot be read.
     """
-    family = hub.family_of(source)
-    loader = hub.loader_of(source)
-    found = TASKS.get(name or "") or next((task for task in TASKS.values() if task.loader == loader), None)
+    facts = hub.ModelFacts.of(source)
+    found = TASKS.get(name or "") or next((task for task in TASKS.values() if task.loader == facts.loader), None)
     if found is None or found.predict is None:
         raise UsageError(
             f"{source.given}: this model does not predict rows; pass the adapter that does as --adapter, or use "
             "`lorakit generate` for a causal language model.",
-            what=family,
+            what=facts.family,
             field="adapter",
         )
-    names = hub.labels_of(source, with_defaults=True) if found.loader in hub.WITH_NEW_HEADS else ()
+    names = facts.labels if found.loader in hub.WITH_NEW_HEADS else ()
     kind: Kind = "none"
     if found is TOKEN_CLASSIFICATION:
         kind = "tags"
     elif found is CLASSIFICATION:
-        kind = KIND_BY_PROBLEM.get(hub.problem_of(source) or "", "score" if len(names) == 1 else "class")
+        kind = KIND_BY_PROBLEM.get(facts.problem or "", "score" if len(names) == 1 else "class")
     elif found is EMBEDDING:
         kind = "pairs"
-    return TaskOnData(found, Target(kind, () if kind == "score" else names, hub.pooling_of(source)))
+    return TaskOnData(found, Target(kind, () if kind == "score" else names, facts.pooling))
 
 
 def load_model_for(
@@ -189,7 +189,7 @@ def load_model_for(
         LorakitError: The model cannot be loaded; see `hub.load_model`.
     """
     values = task.target.config_values()
-    if values and tokenizer is not None and hub.padding_of(source) is None:
+    if values and tokenizer is not None and hub.ModelFacts.of(source).padding is None:
         values["pad_token_id"] = padding_id(tokenizer)
     loaded = hub.load_for_task(source, dtype, device, task.task.loader, quantization, values)
     for folder in adapters or ():

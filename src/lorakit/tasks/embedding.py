@@ -124,14 +124,16 @@ class EmbeddingMeter:
         if self._target.kind == "score":
             found = _evaluated("EmbeddingSimilarityEvaluator", [first, second], scores=self._scores)
             return {"spearman": found["spearman_cosine"]}
-        numbers = {text: str(number) for number, text in enumerate(dict.fromkeys(self._texts))}
-        places = [self._texts.index(text) for text in numbers]
+        places: dict[tuple[int, ...], int] = {}  # of the first of equal texts
+        for place, text in enumerate(self._texts):
+            places.setdefault(text, place)
+        numbers = {text: str(number) for number, text in enumerate(places)}
         queries = {str(number): str(number) for number in range(len(first))}
         relevant = {str(number): {numbers[text]} for number, text in enumerate(self._texts)}
         corpus = {name: name for name in numbers.values()}
         found = _evaluated(
             "InformationRetrievalEvaluator",
-            [first, second[places]],
+            [first, second[list(places.values())]],
             queries=queries,
             corpus=corpus,
             relevant_docs=relevant,

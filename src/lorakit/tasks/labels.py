@@ -118,13 +118,15 @@ def class_target(parts: Split, options: LabelOptions) -> Target:
         DataError: A row has no label or a label of another type, there is only one class, or the evaluation data has a
             class that the training data lacks.
     """
-    rows = [_labeled(record) for part in (parts.train, parts.held_out) for record in part]
+    train_rows, held_out_rows = ([_labeled(record) for record in part] for part in (parts.train, parts.held_out))
+    rows = [*train_rows, *held_out_rows]
     kind, note = _kind(rows, options.label_type)
     _check_types(rows, kind)
     if kind == "score":
         return Target(kind, note=note)
-    train = Counter(name for record in parts.train for name in names_of(record, kind))
-    _check_evaluation(parts, kind, train, options)
+    train = Counter(name for row in train_rows for name in names_of(row, kind))
+    if options.is_evaluation_given:
+        _check_evaluation(held_out_rows, kind, train)
     found = {name for record in rows for name in names_of(record, kind)}
     if len(found) < 2:
         raise DataError(
@@ -279,13 +281,11 @@ def _check_types(rows: Sequence[Labeled], kind: Kind) -> None:
             raise _unfit(row, f"has the label {row.label:g}; it must be a list of class names")
 
 
-def _check_evaluation(parts: Split, kind: Kind, train: Counter[str], options: LabelOptions) -> None:
-    if not options.is_evaluation_given:
-        return
-    for record in parts.held_out:
-        new = [name for name in names_of(record, kind) if name not in train]
+def _check_evaluation(rows: Sequence[Labeled], kind: Kind, train: Counter[str]) -> None:
+    for row in rows:
+        new = [name for name in names_of(row, kind) if name not in train]
         if new:
-            raise _new_labels("label", new, train, location(record))
+            raise _new_labels("label", new, train, location(row))
 
 
 def _new_labels(noun: str, new: Sequence[str], known: Mapping[str, int], where: str = "") -> DataError:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -69,12 +69,8 @@ def rates_of(value: Given) -> dict[str, float]:
     Raises:
         ValueError: The value is of another form; the message says which one is expected.
     """
-    words = value if isinstance(value, Mapping) else one_or_many(value)
-    if not isinstance(words, (Mapping, list)):
-        raise ValueError("it must map patterns to rates")
-    entries = words.items() if isinstance(words, Mapping) else [_split_rate(entry) for entry in words]
     table = {}
-    for pattern, rate in entries:
+    for pattern, rate in _entries(value, _split_rate, "it must map patterns to rates"):
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf or not pattern:
             raise ValueError("each entry must be PATTERN=RATE with a rate above 0, such as down_proj=1e-4")
         try:
@@ -125,10 +121,7 @@ def columns_of(value: Given) -> dict[str, str]:
     Raises:
         ValueError: The value is of another form; the message says which one is expected.
     """
-    words = value if isinstance(value, Mapping) else one_or_many(value)
-    if not isinstance(words, (Mapping, list)):
-        raise ValueError("it must map fields to columns")
-    pairs = words.items() if isinstance(words, Mapping) else [str(word).partition("=")[::2] for word in words]
+    pairs = _entries(value, lambda word: str(word).partition("=")[::2], "it must map fields to columns")
     if not all(isinstance(part, str) and part for pair in pairs for part in pair):
         raise ValueError("each entry must be FIELD=COLUMN, such as prompt=question")
     return dict(pairs)
@@ -157,12 +150,9 @@ def weights_of(value: Given) -> dict[str, float]:
     Raises:
         ValueError: The value is of another form; the message says which one is expected.
     """
-    words = value if isinstance(value, Mapping) else one_or_many(value)
-    if not isinstance(words, (Mapping, list)):
-        raise ValueError("it must map names to weights")
-    entries = words.items() if isinstance(words, Mapping) else [_split_rate(entry) for entry in words]
+    entries = _entries(value, _split_rate, "it must map names to weights")
     table = {name: weight for name, weight in entries if not isinstance(weight, bool)}
-    if len(table) < len(words) or not all(
+    if len(table) < len(entries) or not all(
         name and isinstance(weight, (int, float)) and 0 < weight < math.inf for name, weight in table.items()
     ):
         raise ValueError("each entry must be NAME=WEIGHT with a weight above 0, such as a.jsonl=2; each name once")
@@ -207,6 +197,25 @@ def format_of(value: str) -> str:
     if value not in FORMATS:
         raise ValueError(f"it must be one of {', '.join(FORMATS)}.{did_you_mean(value, FORMATS)}")
     return value
+
+
+def _entries(value: Given, split: Callable[[Given], tuple[str, Any]], expected: str) -> list[tuple[str, Any]]:
+    """Return the entries of a mapping, or of a list of strings that `split` divides.
+
+    Args:
+        value: The value.
+        split: Function that divides a string from a flag.
+        expected: Message if the value is of another type.
+
+    Raises:
+        ValueError: The value is neither a mapping nor a list.
+    """
+    if isinstance(value, Mapping):
+        return list(value.items())
+    words = one_or_many(value)
+    if not isinstance(words, list):
+        raise ValueError(expected)
+    return [split(word) for word in words]
 
 
 def _split_rate(entry: Given) -> tuple[str, float | None]:
