@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def measure(case: str, rate: float, folder: Path, options: argparse.Namespace) -> None:
-    """Train a case with every seed and append one row; say so if its optimizer is not available."""
+    """Train a case with every seed and append one row; print a message if its optimizer is not available."""
     samples: dict[str, list[float]] = {"eval_loss": [], "milliseconds": [], "peak_megabytes": []}
     planned = 0.0
     for seed in options.seeds:

@@ -28,7 +28,7 @@ HEAD = """# Chat templates
 
 What can be trained with each chat template that TRL ships, without changes. `python scripts/template_table.py` writes
 this page. `tests/data/test_chat_templates.py` tests every cell: the ids equal those of `apply_chat_template`, and the
-trained tokens decode to the assistant's text, reasoning and calls, and nothing else.
+tokens with loss decode to the assistant's text, reasoning and calls, and nothing else.
 
 - **yes**: trained.
 - **dropped**: the template leaves it out without saying so; lorakit raises an error before training.

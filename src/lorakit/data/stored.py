@@ -269,7 +269,7 @@ class StoredRecords(Sequence[Record]):
         return keys_of(joined)[np.asarray(self._all(), dtype=np.int64)] if joined else None
 
     def identity(self) -> str:
-        """Return a SHA-256 of the names and contents of the files, and of which of their records are selected."""
+        """Return a SHA-256 of the names and contents of the files and of the selection of their records."""
         self.digests()
         digest = hashlib.sha256(json.dumps([self._digests, self._begins]).encode())
         digest.update(np.asarray(self._all(), dtype=np.int64).tobytes())

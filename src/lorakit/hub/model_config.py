@@ -30,7 +30,7 @@ WITH_NEW_HEADS = ("classification", "token-classification")
 """Tasks whose models get a new head if their files have none."""
 
 Family = Literal["causal", "seq2seq", "encoder", "embedding"]
-"""What a model was made for: to continue text, to map one text to another, to classify or fill in words, or to embed
+"""Purpose of a model: to continue text, to map one text to another, to classify or fill in words, or to embed
 texts (a model saved by sentence-transformers)."""
 
 _POOLING = "1_Pooling/config.json"
@@ -68,7 +68,7 @@ class ModelFacts:
     """Facts about a model, read once from its config.
 
     Attributes:
-        family: What the model was made for.
+        family: Purpose of the model.
         loader: Key of `TASKS` for the model class that the config names, or None.
         labels: Names of the classes of the head, in order, including names such as LABEL_0, which transformers adds to
             every config.

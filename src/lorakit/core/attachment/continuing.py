@@ -26,7 +26,7 @@ class TrainedAdapter:
 
     Attributes:
         folder: The adapter's directory.
-        config: The adapter's config as it was in training; its patterns may be regular expressions.
+        config: The adapter's config in training; its patterns may be regular expressions.
         literal: A config that selects the same sites with the same ranks, by their paths only.
         sites: Paths of the adapted modules, sorted; without those of `target_parameters`.
         weights_sha256: SHA-256 of the weights file.
