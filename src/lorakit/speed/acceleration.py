@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lorakit.architectures.known_forwards import known_forwards
 from lorakit.errors import ModelError
 from lorakit.ops.cross_entropy import IGNORED
 from lorakit.ops.kernels import compiled
 from lorakit.speed import attention, decoder, encoder, feed_forward, linear, norm
-from lorakit.speed.admission import FusedForward, Parts, Skipped, admit, candidates, modules_to_record
+from lorakit.speed.admission import FusedForward, Known, Parts, Skipped, admit, candidates, modules_to_record
 from lorakit.speed.contract import contract_for
+from lorakit.speed.identity import Identities
 from lorakit.speed.last_layer import LastLayer, agree
 from lorakit.speed.loss import Head, LossWithoutLogits, head_for, last_layer_for, loss_for, output_head
 from lorakit.speed.patching import CONTRACT, RECOMPUTES, Swap, children_of, is_replacement, make_replacement, undo
@@ -177,6 +179,25 @@ def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool
     Raises:
         ModelError: All or part of the model is already accelerated.
     """
+    known = Known(Identities(), known_forwards())
+    return accelerate_known(model, known, logits=logits, keep_feed_forward=keep_feed_forward)
+
+
+def accelerate_known(model: nn.Module, known: Known, *, logits: bool, keep_feed_forward: bool) -> Acceleration:
+    """Accelerate a model as `accelerate` does, with a given table of known source.
+
+    Args:
+        model: A transformers model.
+        known: What is known of the model's modules.
+        logits: See `accelerate`.
+        keep_feed_forward: See `accelerate`.
+
+    Returns:
+        The replaced modules, and the skipped modules with reasons.
+
+    Raises:
+        ModelError: All or part of the model is already accelerated.
+    """
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return _nothing(model, "its weights are sharded; call accelerate before sharding")
     modules, kind = dict(model.named_modules()), type(model).__name__
@@ -187,10 +208,10 @@ def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool
     # runs later, it checks that the weights are frozen.
     with contextlib.nullcontext() if is_adapted else frozen(model), contextlib.ExitStack() as back:
         with eval_mode(model):
-            probed = _probed(model, modules)
+            probed = _probed(model, modules, known)
         if isinstance(probed, Exception):
             return _nothing(model, f"the model does not run on token ids alone: {type(probed).__name__}")
-        swaps = _installed(modules, probed, back)
+        swaps = _installed(modules, probed, back, known.identities)
         for module, fused_forward in () if keep_feed_forward else probed.fast.values():
             if fused_forward.run in (feed_forward.run, decoder.run, encoder.run):
                 module.__dict__[RECOMPUTES] = True
@@ -227,10 +248,11 @@ class _Probed(NamedTuple):
     packs: bool
 
 
-def _probed(model: nn.Module, modules: Mapping[str, nn.Module]) -> _Probed | Exception:
+def _probed(model: nn.Module, modules: Mapping[str, nn.Module], known: Known) -> _Probed | Exception:
     """Probe the unaccelerated model; return the result, or the exception that the forward pass raised."""
     head = output_head(model)
-    wanted, skipped = candidates({path: module for path, module in modules.items() if path}, FUSED_FORWARDS)
+    inner = {path: module for path, module in modules.items() if path}
+    wanted, skipped = candidates(inner, FUSED_FORWARDS, known)
     ran = attempt(lambda: calls(model, modules_to_record(wanted) | ({} if head is None else {"": head})))
     if isinstance(ran, Exception):
         return ran
@@ -239,8 +261,8 @@ def _probed(model: nn.Module, modules: Mapping[str, nn.Module]) -> _Probed | Exc
     whole = tuple(f"{path}." for path, (_, fused_forward) in fast.items() if fused_forward.whole)
     skipped = [one for one in (*skipped, *others) if not one.path.startswith(whole)]
     logits = getattr(output, "logits", None)
-    known = head_for(head, found[""].output if "" in found else None, logits, model)
-    fused, reason = (None, known) if isinstance(known, str) else (known, "")
+    made = head_for(head, found[""].output if "" in found else None, logits, model)
+    fused, reason = (None, made) if isinstance(made, str) else (made, "")
     packs = _may_pack(model, fast) and keeps_sequences_apart(model, logits)
     return _Probed(fast, skipped, fused, reason, found, output, packs)
 
@@ -297,13 +319,16 @@ def _may_pack(model: nn.Module, fast: Parts) -> bool:
     return isinstance(layers, int) and ours == layers
 
 
-def _installed(modules: Mapping[str, nn.Module], probed: _Probed, back: contextlib.ExitStack) -> list[tuple[str, Swap]]:
+def _installed(
+    modules: Mapping[str, nn.Module], probed: _Probed, back: contextlib.ExitStack, identities: Identities
+) -> list[tuple[str, Swap]]:
     """Create all replacements, then install them.
 
     Args:
         modules: All modules of the model.
         probed: The modules to replace.
         back: Stack to which the callbacks that restore the modules are added.
+        identities: What each module computes.
     """
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in modules.values():
@@ -324,5 +349,5 @@ def _installed(modules: Mapping[str, nn.Module], probed: _Probed, back: contextl
         swap.do()
     fused = {id(swap.replacement) for _, swap in swaps}
     for (*_, whole), (_, swap) in zip(plans, swaps, strict=True):
-        setattr(swap.replacement, CONTRACT, contract_for(swap.replacement, None if whole else fused))
+        setattr(swap.replacement, CONTRACT, contract_for(swap.replacement, None if whole else fused, identities))
     return swaps

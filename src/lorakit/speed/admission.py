@@ -20,10 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lorakit.architectures.known_forwards import PART, KnownForwards
 from lorakit.speed import linear
-from lorakit.speed.contract import SETTINGS, is_own_forward, package_of
+from lorakit.speed.contract import SETTINGS
+from lorakit.speed.identity import Identities
+from lorakit.speed.patching import original_class
 from lorakit.speed.probe import TOLERANCES, Call, Calls, Pairs, attempt, calls
-from lorakit.speed.submodules import Options, is_supported, split_call
+from lorakit.speed.submodules import Options, is_supported, split_call, unknown_fields
 
 SMALLEST_ROW = 0.1
 """Minimum size of a row for relative errors, as a fraction of the RMS size of all rows.
@@ -207,15 +210,6 @@ def is_version(x: Tensor, version: int | Tensor) -> bool:
 LENGTHS = (1, 33)
 """Numbers of tokens per row in the additional probes. Of the modules that differ only in weights, one is probed."""
 
-KNOWN = frozenset({"torch", "transformers", "peft", "lorakit"})
-"""Known packages. The structure checks were written for the classes in these packages ("known classes")."""
-
-HARMLESS = frozenset({"extra_repr"})
-"""Methods that a class may override without changing what a module computes."""
-
-CALLED = frozenset({"__call__", "__getattr__", "__getattribute__"})
-"""Special methods that are involved in calling a module."""
-
 
 @dataclass(frozen=True)
 class FusedForward:
@@ -271,14 +265,57 @@ Parts = dict[str, tuple[nn.Module, FusedForward]]
 """Dict from path to the module at that path and its fused `forward`."""
 
 
+class Known(NamedTuple):
+    """What is known of the modules in one model.
+
+    Attributes:
+        identities: What each module computes.
+        forwards: Table of the source that fused `forward` methods are known to equal, or None to admit any source. Only
+            the script that generates the table passes None.
+    """
+
+    identities: Identities
+    forwards: KnownForwards | None
+
+    def why_not(self, module: nn.Module, fused_forward: FusedForward) -> str | None:
+        """Return why the source of a module, or of a module that a fused `forward` bypasses, is not known, or None.
+
+        Args:
+            module: The candidate.
+            fused_forward: Its fused `forward`.
+        """
+        if linear.is_adapted(module):
+            return None
+        called = fused_forward.calls(module)
+        inside = [child for name, child in module.named_children() if name not in called]
+        reasons = [self._why_not(module, fused_forward.name)]
+        reasons += [self._why_not(part, PART) for child in inside for part in _outside_adapters(child)]
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def _why_not(self, module: nn.Module, role: str) -> str | None:
+        found, kind = self.identities.of(module), original_class(module)
+        if not found.digest:
+            return f"{kind.__name__}: {found.why}"
+        is_known = self.forwards is None or self.forwards.knows(found.digest, role) or not found.functions
+        return unknown_fields(module, found.reads) if is_known else f"the source of {kind.__name__} is not known"
+
+
+def _outside_adapters(module: nn.Module) -> list[nn.Module]:
+    """Return a module and the modules inside it, with the base layer in place of each adapter layer."""
+    if linear.is_adapted(module):
+        return _outside_adapters(module.get_submodule("base_layer"))
+    return [module, *(part for child in module.children() for part in _outside_adapters(child))]
+
+
 def candidates(
-    modules: Mapping[str, nn.Module], fused_forwards: tuple[FusedForward, ...]
+    modules: Mapping[str, nn.Module], fused_forwards: tuple[FusedForward, ...], known: Known
 ) -> tuple[Parts, list[Skipped]]:
-    """Find the modules whose structure and classes match a fused `forward`.
+    """Find the modules whose structure matches a fused `forward`, and whose source is known.
 
     Args:
         modules: Dict from path to module.
         fused_forwards: Fused `forward` methods in order of preference.
+        known: What is known of the modules.
 
     Returns:
         The candidates, and the modules that resemble a supported module but do not match.
@@ -286,16 +323,15 @@ def candidates(
     wanted: Parts = {}
     skipped: list[Skipped] = []
     inside = {id(part) for layer in modules.values() if linear.is_adapted(layer) for part in _of_adapters(layer)}
-    foreign = {kind for kind in {type(module) for module in modules.values()} if _is_foreign(kind)}
     for path, module in modules.items():
         if id(module) in inside:
             continue
         reasons = []
         for fused_forward in fused_forwards:
             why = fused_forward.fits(module)
-            stranger = None if why is not None else _stranger(module, fused_forward, foreign)
+            stranger = None if why is not None else known.why_not(module, fused_forward)
             if stranger is not None:
-                reasons.append(f"{stranger} is unknown or overrides methods of a known class")
+                reasons.append(stranger)
             elif why is None:
                 wanted[path] = (module, fused_forward)
                 break
@@ -360,52 +396,6 @@ def _of_adapters(layer: nn.Module) -> list[nn.Module]:
     """Return the modules inside a layer that belong to its adapters rather than to its base layer."""
     base = {id(module) for module in layer.get_submodule("base_layer").modules()}
     return [module for module in layer.modules() if module is not layer and id(module) not in base]
-
-
-def _stranger(module: nn.Module, fused_forward: FusedForward, foreign: set[type[nn.Module]]) -> str | None:
-    """Return the name of a class that a fused `forward` would bypass but the checks do not cover, or None.
-
-    Args:
-        module: The candidate.
-        fused_forward: Its fused `forward`.
-        foreign: Classes in the model that the structure checks do not cover.
-    """
-    called = fused_forward.calls(module)
-    inside = [child for name, child in module.named_children() if name not in called]
-    kinds = (type(module), *(type(part) for child in inside for part in child.modules()))
-    return next((kind.__name__ for kind in kinds if kind in foreign), None)
-
-
-def _is_foreign(kind: type[nn.Module]) -> bool:
-    """Return whether a class may compute something for which the structure checks were not written.
-
-    This is the case if the `forward` of the class comes from an unknown package, even if it was assigned to a known
-    class. It is also the case if the class or a parent class comes from an unknown package and overrides an inherited
-    method.
-    """
-    if not _is_known(getattr(kind, "forward", None)) or not is_own_forward(kind):
-        return True
-    for target, owner in enumerate(kind.__mro__):
-        if owner.__module__.partition(".")[0] in KNOWN:
-            continue
-        own = {name for name in vars(owner) if not name.startswith("__")} - HARMLESS | CALLED & vars(owner).keys()
-        inherited = {name for base in kind.__mro__[target + 1 :] for name in vars(base)}
-        if any(not _is_known(vars(owner)[name]) for name in own & inherited):
-            return True
-    return False
-
-
-def _is_known(method: Callable[..., Any] | None) -> bool:
-    """Return whether a method, and every function that it wraps, was defined in a package in `KNOWN`.
-
-    Each function's globals are checked instead of its `__module__`, because a decorator copies the `__module__` of the
-    function that it wraps.
-    """
-    while method is not None:
-        if package_of(method) not in KNOWN:
-            return False
-        method = getattr(method, "__wrapped__", None)
-    return True
 
 
 def _one_of_each(wanted: Parts, found: Calls) -> tuple[Parts, dict[str, str]]:

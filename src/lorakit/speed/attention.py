@@ -24,7 +24,7 @@ from lorakit.speed.last_layer import KEYWORD
 from lorakit.speed.linear import active_operands, forwards_of
 from lorakit.speed.norm import dropout_p, norms_at
 from lorakit.speed.patching import modules_at
-from lorakit.speed.submodules import Options, knows_all, unknown_attributes, unknown_fields, unknown_implementation
+from lorakit.speed.submodules import Options, knows_all, unknown_attributes, unknown_implementation
 
 HIDDEN = -1e4
 """A mask value at or below this threshold hides a position. Models use the lowest value of a dtype for this purpose."""
@@ -125,9 +125,6 @@ ATTRIBUTES = frozenset(
 )
 """Known attributes of attention modules. Each is read in this module, or a probe shows its effect."""
 
-FIELDS = frozenset({"sliding_window", "num_attention_heads", "num_key_value_heads"})
-"""Known config fields. Each is read in this module, or a probe shows its effect."""
-
 READ = frozenset(
     {"attention_mask", "position_embeddings", "hidden_states", "use_cache", "position_ids"}
     | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "output_router_logits"}
@@ -171,7 +168,7 @@ def fits(module: nn.Module) -> str | None:
     if getattr(module.config, "is_causal", True) is not True:
         return "its config makes it bidirectional"
     known = (*shape.inputs, shape.output, *NORMS, *DROPOUTS)
-    return unknown_fields(module, FIELDS) or unknown_attributes(module, ATTRIBUTES, known)
+    return unknown_attributes(module, ATTRIBUTES, known)
 
 
 def shape_of(module: nn.Module) -> Shape | None:

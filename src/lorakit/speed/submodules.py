@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lorakit.speed.contract import names_read
-from lorakit.speed.patching import children_of, is_watched, original_class
+from lorakit.speed.patching import children_of, is_watched
 
 Options = dict[str, Any]
 """The arguments of a call other than the hidden states, by name."""
@@ -75,19 +74,26 @@ def unknown_attributes(module: nn.Module, names: Collection[str], children: Coll
     return f"unknown attributes {', '.join(unknown)}" if unknown else None
 
 
-def unknown_fields(module: nn.Module, known: Collection[str]) -> str | None:
-    """Return a phrase that lists the unknown config fields that a module's `forward` reads, or None if there are none.
+FIELDS = frozenset({"sliding_window", "num_attention_heads", "num_key_value_heads", "_attn_implementation"})
+"""Known config fields. Each is read by a fused `forward`, or a probe shows its effect."""
+
+
+def unknown_fields(module: nn.Module, words: Collection[str]) -> str | None:
+    """Return a phrase that lists the unknown config fields that a module's source reads, or None if there are none.
 
     A field that is None or False counts as off; the replacement's contract detects changes to its value.
 
     Args:
-        module: A module with a config.
-        known: Names of the known fields.
+        module: The module.
+        words: The attributes and string constants in the module's source.
     """
-    fields = vars(module.config)
-    read = names_read(original_class(module)) & fields.keys() - vars(module).keys() - set(known)
+    config = vars(module).get("config")
+    if config is None:
+        return None
+    fields = vars(config)
+    read = words & fields.keys() - vars(module).keys() - FIELDS
     unknown = sorted(name for name in read if fields[name] is not None and fields[name] is not False)
-    return f"its forward reads unknown config fields {', '.join(unknown)}" if unknown else None
+    return f"its source reads unknown config fields {', '.join(unknown)}" if unknown else None
 
 
 def knows_all(attention: nn.Module, options: Options, read: Collection[str]) -> bool:

@@ -1,0 +1,196 @@
+"""Generate `src/lorakit/architectures/known_forwards.json`: the source in transformers that fused forwards equal.
+
+    python scripts/known_forwards.py WHEEL… [--with FOLDER…]   # wheels of transformers; nothing is installed
+    python scripts/known_forwards.py --installed               # the installed release alone
+
+Each wheel is unpacked into a temporary folder and imported from there in a process of its own. There, a small model of
+every architecture is built and accelerated without the table, and its outputs and gradients are compared with those of the
+plain model. Source enters the table only if everything agrees. `--with` names folders with the packages that an older
+release needs (`pip install --target FOLDER "huggingface_hub<2" "tokenizers<0.23"`); they are tried in turn.
+
+The releases that are given are generated again; the others in the file are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "src" / "lorakit" / "architectures" / "known_forwards.json"
+BOUND = 1e-9
+"""Largest relative difference of outputs and gradients, in float64."""
+
+
+def main() -> None:
+    """Generate the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("wheels", nargs="*", type=Path)
+    parser.add_argument("--with", dest="folders", nargs="*", type=Path, default=[])
+    parser.add_argument("--installed", action="store_true")
+    parser.add_argument("--read", action="store_true", help="print what the importable release contains, as JSON")
+    given = parser.parse_args()
+    if given.read:
+        print(json.dumps(read_release()))
+        return
+    found = [read_in_process([])] if given.installed else []
+    for wheel in given.wheels:
+        with tempfile.TemporaryDirectory() as folder:
+            zipfile.ZipFile(wheel).extractall(folder)
+            found.append(first_that_runs(Path(folder), [[], *([one] for one in given.folders)]))
+    table = merged(json.loads(TABLE.read_text()) if TABLE.exists() else {}, found)
+    TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    print(f"{len(table['forwards'])} digests, {len(table['releases'])} releases -> {TABLE.relative_to(ROOT)}")
+
+
+def first_that_runs(folder: Path, choices: list[list[Path]]) -> dict[str, Any]:
+    """Return what an unpacked release contains, with the first choice of other packages that it can be imported with."""
+    for others in choices:
+        try:
+            return read_in_process([folder, *others])
+        except subprocess.CalledProcessError as failed:
+            error = failed
+    raise SystemExit(error.stderr)
+
+
+def read_in_process(paths: list[Path]) -> dict[str, Any]:
+    """Return what the release at the given import paths contains; before them come this repository and its `src`."""
+    path = os.pathsep.join(map(str, [ROOT, ROOT / "src", *(one.resolve() for one in paths)]))
+    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, __file__, "--read"]
+    made = subprocess.run(command, env=environment, cwd=tempfile.gettempdir() if False else ROOT, check=True, capture_output=True, text=True)
+    result: dict[str, Any] = json.loads(made.stdout.splitlines()[-1])
+    print(f"{result['release']}: {len(result['forwards'])} digests, {len(result['differs'])} differ", file=sys.stderr)
+    for name, why in result["differs"].items():
+        print(f"  {name}: {why}", file=sys.stderr)
+    return result
+
+
+def merged(table: dict[str, Any], found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the table with the given releases generated again."""
+    new = {one["release"] for one in found}
+    names: dict[str, list[str]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for digest, row in table.get("forwards", {}).items():
+        kept = [release for release in row["releases"] if release not in new]
+        if kept:
+            rows[digest] = row | {"releases": kept}
+    for one in found:
+        for digest, row in one["forwards"].items():
+            old = rows.setdefault(digest, {"roles": [], "classes": [], "functions": [], "releases": []})
+            rows[digest] = {
+                "roles": sorted({*old["roles"], *row["roles"]}),
+                "classes": sorted({*old["classes"], *row["classes"]}),
+                "functions": sorted(row["functions"]),
+                "releases": sorted({*old["releases"], one["release"]}, key=version),
+            }
+        names |= one["functions"]
+    used = {name for row in rows.values() for name in row["functions"]}
+    functions = {name: value for name, value in (table.get("functions", {}) | names).items() if name in used}
+    releases = sorted({release for row in rows.values() for release in row["releases"]}, key=version)
+    return {"releases": releases, "functions": functions, "forwards": rows}
+
+
+def version(release: str) -> tuple[int, ...]:
+    """Return a release as numbers."""
+    return tuple(int(part) for part in release.split(".") if part.isdigit())
+
+
+def read_release() -> dict[str, Any]:
+    """Return what the importable release contains: digests whose fused forwards agree, and what differs."""
+    import torch
+    import transformers
+
+    from lorakit.speed.acceleration import accelerate_known
+    from lorakit.speed.admission import Known
+    from lorakit.speed.identity import Identities
+    from tests.speed.architectures import architectures, small
+
+    identities = Identities()
+    rows: dict[str, dict[str, set[str]]] = defaultdict(lambda: {"roles": set(), "classes": set(), "functions": set()})
+    functions: dict[str, str] = {}
+    differs: dict[str, str] = {}
+    done = set[str]()
+    for kind, name in architectures():
+        if name in done:
+            continue
+        done.add(name)
+        try:
+            model = small(kind, name).double()
+        except Exception:  # noqa: BLE001 - not every architecture can be built small
+            continue
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data += 0.1 * torch.randn_like(parameter)  # distinct values in norms and biases
+        acceleration = accelerate_known(model, Known(identities, None), logits=True, keep_feed_forward=True)
+        ours = answers(model)
+        swaps = [(role, swap.original) for role, swap in acceleration.swaps]
+        acceleration.undo()
+        error = max(map(difference, ours, answers(model)), default=0.0)
+        if not error <= BOUND:
+            differs[name] = f"{error:.1e}"
+            continue
+        for module, role in identified(swaps):
+            found = identities.of(module)
+            if not found.functions:
+                continue
+            row = rows[found.digest]
+            row["roles"].add(role)
+            row["classes"].add(type(module).__name__)
+            row["functions"] |= set(found.functions.values())
+            functions |= {own: function.rpartition(":")[2] for function, own in found.functions.items()}
+    listed = {digest: {key: sorted(value) for key, value in row.items()} for digest, row in rows.items()}
+    return {"release": transformers.__version__, "functions": functions, "forwards": listed, "differs": differs}
+
+
+def identified(swaps: list[tuple[str, Any]]) -> list[tuple[Any, str]]:
+    """Return (module, role) for each fused module and each module that its fused forward bypasses."""
+    fused = {id(module) for _, module in swaps}
+    made = []
+    for role, module in swaps:
+        if role in ("loss without logits", "adapted linear", "dropout"):
+            continue
+        made.append((module, role))
+        made += [(part, "part") for part in module.modules() if id(part) not in fused]
+    return made
+
+
+def answers(model: Any) -> list[Any]:
+    """Return logits, or another first output, and the gradient of the input embeddings, at several lengths."""
+    import torch
+
+    from tests.speed.architectures import inputs
+
+    made = []
+    for tokens in (1, 9, 24):
+        weight = model.get_input_embeddings().weight.requires_grad_(True)
+        weight.grad = None
+        try:
+            output = model(**inputs(model, tokens))
+        except (RuntimeError, ValueError, IndexError):  # the model may not support this length
+            continue
+        first = next(v for v in (output.get("logits"), *output.values()) if isinstance(v, torch.Tensor))
+        (first * torch.linspace(-1, 1, first.numel(), dtype=first.dtype).view(first.shape)).sum().backward()
+        weight.requires_grad_(False)
+        made += [first.detach(), weight.grad]
+    return made
+
+
+def difference(ours: Any, theirs: Any) -> float:
+    """Return the relative difference of two tensors (…)."""
+    if ours is None or theirs is None or ours.shape != theirs.shape:
+        return float(ours is not theirs)
+    return float((ours - theirs).norm()) / max(float(theirs.norm()), 1e-300)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,368 @@
+"""Identify what a module class computes: a digest of its `forward` and of everything that `forward` resolves.
+
+Two classes with the same digest run the same code, whatever their names are. transformers copies the code of many
+models from others, so one digest often covers several architectures and releases. A fused `forward` runs only for
+classes whose digests are listed in `lorakit.architectures.known_forwards`.
+
+The digest covers the `forward` of a class, the methods that it calls on the module, and the functions, constants and
+attention implementations in transformers that these read as globals or closures. It covers neither torch nor child
+modules, which have classes of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakit.speed.patching import original_class
+from lorakit.speed.source import Source, source_of
+
+ROOTS = ("forward", "__call__", "__getattr__", "__getattribute__")
+"""Methods that run when a module is called."""
+
+IMPLEMENTATIONS = ("sdpa", "eager")
+"""Attention implementations that a fused `forward` may equal."""
+
+SET_FOR_CHECKPOINTING = frozenset({"_gradient_checkpointing_func"})
+"""Functions that a module stores while gradient checkpointing is on. They run around its `forward`, fused or not."""
+
+CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
+
+FLAG = "is_"
+"""Start of the names of boolean globals whose values depend on the machine and on the version of torch.
+
+They select between ways to compute the same result, so their values are not part of a digest.
+"""
+
+KNOWN = (
+    "torch",
+    "math",
+    "builtins",
+    "functools",
+    "operator",
+    "typing",
+    "collections",
+    "inspect",
+    "warnings",
+    "os",
+    "enum",
+    "contextlib",
+)
+"""Packages whose functions are taken as given."""
+
+
+class Unknown(Exception):
+    """What a class computes cannot be determined.
+
+    Attributes:
+        why: Short reason.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
+
+
+Fact = tuple[Mapping[str, Any], str, object]
+"""A dictionary entry that a fused `forward` relies on: the dictionary, the key, and the value (MISSING if absent).
+
+The dictionary is the `__dict__` of a module, class, config or Python file, or contains a module's children by name.
+"""
+
+MISSING = object()
+"""Placeholder for the value of a key that is missing from a dictionary."""
+
+
+@dataclass
+class Identity:
+    """What a module class computes.
+
+    Attributes:
+        digest: 16 hexadecimal digits, or "" if the class cannot be identified.
+        why: Short reason if there is no digest.
+        functions: Dict from the qualified name of each function in transformers to the hash of its source.
+        reads: Attributes and string constants in these functions: among them are all settings that they read.
+        facts: Dictionary entries that these functions were resolved from.
+        live: The functions.
+    """
+
+    digest: str = ""
+    why: str = ""
+    functions: dict[str, str] = field(default_factory=dict)
+    reads: set[str] = field(default_factory=set)
+    facts: list[Fact] = field(default_factory=list)
+    live: list[FunctionType] = field(default_factory=list)
+
+
+class Identities:
+    """Identities of the modules of one model; each class and each function is read once.
+
+    Attributes:
+        sources: Dict from the code of a function to its source, or None if it has no readable source.
+        tables: Dict from a class to a view of its attributes.
+    """
+
+    def __init__(self) -> None:
+        self.sources: dict[CodeType, Source | None] = {}
+        self.tables: dict[type, Mapping[str, Any]] = {}
+        self._known: dict[tuple[type[nn.Module], tuple[tuple[str, object], ...]], Identity] = {}
+
+    def of(self, module: nn.Module) -> Identity:
+        """Return what a module computes: that of its class, and of the functions that it stores as attributes.
+
+        Args:
+            module: Any module; for a replacement, the result is that of the original.
+        """
+        kind = original_class(module)
+        base = self._of(kind, ())
+        stored = [(name, value) for name, value in vars(module).items() if is_stored_function(base, name, value)]
+        return self._of(kind, tuple(sorted(stored))) if stored else base
+
+    def _of(self, kind: type[nn.Module], stored: tuple[tuple[str, object], ...]) -> Identity:
+        key = (kind, stored)
+        if key not in self._known:
+            self._known[key] = found = Identity()
+            resolver = _Resolver(kind, found, self)
+            try:
+                parts = [f"{name}={resolver.method(name)}" for name in ROOTS]
+                parts += [f"self.{name}={resolver.value(name, value)}" for name, value in stored]
+                found.digest = _digest(*parts)
+            except Unknown as failed:
+                found.why = failed.why
+        return self._known[key]
+
+
+def is_stored_function(found: Identity, name: str, value: object) -> bool:
+    """Return whether an attribute of a module is a function that the module's source may call.
+
+    Args:
+        found: Identity of the module's class.
+        name: Name of the attribute.
+        value: Its value.
+    """
+    is_function = callable(value) and not isinstance(value, (nn.Module, type))
+    return is_function and name in found.reads and name not in SET_FOR_CHECKPOINTING
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+class _Resolver:
+    """Follow the functions that a class runs.
+
+    Attributes:
+        kind: The class.
+        found: Record of what was followed.
+        sources, tables: See `Identities`.
+        digests: Dict from the id of a function to its digest; "…" while the function is being followed.
+    """
+
+    def __init__(self, kind: type[nn.Module], found: Identity, cache: Identities) -> None:
+        self.kind = kind
+        self.found = found
+        self.sources, self.tables = cache.sources, cache.tables
+        self.digests: dict[int, str] = {}
+
+    def fact(self, owner: type, name: str) -> None:
+        """Record an attribute of a class."""
+        table = self.tables.setdefault(owner, vars(owner))  # each call of vars returns a new view of a class
+        self.found.facts.append((table, name, table[name]))
+
+    def method(self, name: str) -> str:
+        """Return a text that identifies all definitions of a method in a class and its parents, outside torch."""
+        made = []
+        for owner in self.kind.__mro__:
+            if name not in vars(owner):
+                continue
+            value = vars(owner)[name]
+            self.fact(owner, name)
+            if package_of(owner) == "torch":
+                if not _is_of(owner, value):
+                    raise Unknown(f"{owner.__name__}.{name} was replaced")
+                made.append(f"torch.{owner.__name__}")
+                break
+            made.append(self.value(name, value))
+        return ";".join(made)
+
+    def value(self, name: str, value: Any, attributes: frozenset[str] = frozenset()) -> str:
+        """Return a text that identifies a value.
+
+        Args:
+            name: Name under which a function reads the value.
+            value: The value.
+            attributes: Attributes that the function reads from the value.
+
+        Raises:
+            Unknown: The value cannot be identified.
+        """
+        if isinstance(value, (staticmethod, classmethod, MethodType)):
+            value = value.__func__
+        if isinstance(value, FunctionType):
+            return self.function(value)
+        if isinstance(value, bool) and name.lstrip("_").startswith(FLAG):
+            return name
+        if isinstance(value, CONSTANTS):
+            return repr(value)
+        if isinstance(value, type):
+            return self.type(value)
+        if isinstance(value, ModuleType):
+            return self.module(value, attributes)
+        parts = _parts(value)
+        if parts is not None:
+            return f"{type(value).__name__}({','.join(self.value(name, one) for one in parts)})"
+        return self.object(name, value, attributes)
+
+    def function(self, function: FunctionType) -> str:
+        """Return the digest of a function, or its name if it was defined outside transformers."""
+        package = package_of(function)
+        if package in KNOWN:
+            return f"{package}.{function.__qualname__}"
+        if package != "transformers":
+            raise Unknown(f"{function.__qualname__} was defined in {package or 'an unknown package'}")
+        known = self.digests.get(id(function))
+        if known is not None:
+            return known
+        self.digests[id(function)] = "…"
+        code = function.__code__
+        if code not in self.sources:
+            self.sources[code] = source_of(function)
+        source = self.sources[code]
+        if source is None:
+            raise Unknown(f"the source of {function.__qualname__} is not available")
+        self.found.functions[f"{function.__globals__['__name__']}:{_name_of(function)}"] = source.hash
+        self.found.reads |= source.words
+        self.found.live.append(function)
+        parts = [source.hash, repr(function.__defaults__), repr(sorted((function.__kwdefaults__ or {}).items()))]
+        for name, value, table in sorted(_resolved(function, source.variables), key=lambda one: one[0]):
+            read = frozenset(attribute for variable, attribute in source.attributes if variable == name)
+            if table is not None:
+                self.found.facts.append((table, name, value))
+            parts.append(f"{name}={self.value(name, value, read)}")
+        first = code.co_varnames[:1]
+        own_methods = {attribute for variable, attribute in source.attributes if variable in (*first, "super")}
+        parts += [f"self.{name}={self.method(name)}" for name in sorted(own_methods) if self._is_method(name)]
+        self.digests[id(function)] = made = _digest(*parts)
+        return made
+
+    def _is_method(self, name: str) -> bool:
+        """Return whether a name is a method or property that a class outside torch defines."""
+        owners = [owner for owner in self.kind.__mro__ if name in vars(owner)]
+        kinds = (FunctionType, staticmethod, classmethod, property, functools.partial)
+        return bool(owners) and package_of(owners[0]) != "torch" and isinstance(vars(owners[0])[name], kinds)
+
+    def type(self, kind: type) -> str:
+        """Return the name of a class."""
+        package = package_of(kind)
+        if package not in (*KNOWN, "transformers"):
+            raise Unknown(f"it uses {kind.__name__} from {package}")
+        return f"{package}.{kind.__name__}"
+
+    def module(self, module: ModuleType, attributes: frozenset[str]) -> str:
+        """Return the name of a Python module, and what is read from it if it belongs to transformers."""
+        package = module.__name__.partition(".")[0]
+        if package != "transformers":
+            return module.__name__
+        read = sorted(name for name in attributes if name in vars(module))
+        for name in read:
+            self.found.facts.append((vars(module), name, vars(module)[name]))
+        return f"{package}({','.join(f'{name}={self.value(name, vars(module)[name])}' for name in read)})"
+
+    def object(self, name: str, value: Any, attributes: frozenset[str]) -> str:
+        """Return a text that identifies an instance: its class, and the implementations that a registry contains."""
+        kind = type(value)
+        package = package_of(kind)
+        if isinstance(value, logging.Logger):
+            return "logger"
+        if package == "transformers" and isinstance(value, Mapping):
+            return self.registry(value, attributes)
+        if isinstance(value, (inspect.Signature,)) or package in ("packaging", "inspect"):
+            return kind.__name__
+        if isinstance(value, BuiltinFunctionType) or (callable(value) and package in KNOWN):
+            return getattr(value, "__qualname__", kind.__name__)
+        raise Unknown(f"it reads {name}, a {kind.__name__}")
+
+    def registry(self, registry: Mapping[str, Any], attributes: frozenset[str]) -> str:
+        """Return a text that identifies the attention functions in a registry, and how they are looked up."""
+        tables = [table for table in _dicts_of(registry) if any(name in table for name in IMPLEMENTATIONS)]
+        for table in _dicts_of(registry):
+            self.found.facts += [(table, name, table.get(name, MISSING)) for name in IMPLEMENTATIONS]
+        made = [type(registry).__name__]
+        for name in IMPLEMENTATIONS:
+            function = next((table[name] for table in tables if name in table), None)
+            made.append(f"{name}={'' if function is None else self.value(name, function)}")
+        for name in sorted({*attributes, "__getitem__"}):
+            for owner in type(registry).__mro__:
+                if name in vars(owner) and package_of(owner) == "transformers":
+                    self.fact(owner, name)
+                    made.append(self.value(name, vars(owner)[name]))
+        return f"registry({','.join(made)})"
+
+
+def _parts(value: Any) -> tuple[Any, ...] | None:
+    """Return what a value consists of in a fixed order, or None if it is not a collection, property or partial."""
+    if isinstance(value, property):
+        return (value.fget, value.fset, value.fdel)
+    if isinstance(value, functools.partial):
+        return (value.func, *value.args, *(one for pair in sorted(value.keywords.items()) for one in pair))
+    if isinstance(value, (set, frozenset)) and all(isinstance(one, str) for one in value):
+        return tuple(sorted(value))
+    return tuple(value) if type(value) in (tuple, list) else None
+
+
+def _dicts_of(registry: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the dictionaries in which a registry and its classes store their entries, in order of lookup."""
+    for holder in (registry, *type(registry).__mro__):
+        yield from (
+            (value for value in vars(holder).values() if isinstance(value, dict)) if hasattr(holder, "__dict__") else ()
+        )
+
+
+def _resolved(function: FunctionType, names: frozenset[str]) -> Iterator[tuple[str, Any, Mapping[str, Any] | None]]:
+    """Yield (name, value, dictionary) for each closure and global that a function reads.
+
+    The dictionary of a closure is None.
+    """
+    code = function.__code__
+    closure = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
+    for name in names - {*code.co_varnames, *code.co_cellvars}:
+        if name in closure:
+            if name != "__class__":
+                yield name, closure[name].cell_contents, None
+        elif name in function.__globals__:
+            yield name, function.__globals__[name], function.__globals__
+
+
+def _name_of(function: FunctionType) -> str:
+    """Return the qualified name of a function, or the own name of a wrapper, which is named like what it wraps."""
+    is_wrapper = hasattr(function, "__wrapped__") and not function.__qualname__.endswith(function.__code__.co_name)
+    return function.__code__.co_name if is_wrapper else function.__qualname__
+
+
+def package_of(value: type | Callable[..., Any]) -> str:
+    """Return the top-level package in which a class or function was defined, or "" if unknown.
+
+    A function's globals are used instead of its `__module__`, because a decorator copies the `__module__` of the
+    function that it wraps.
+
+    Args:
+        value: A class, or any callable.
+    """
+    if isinstance(value, type):
+        return value.__module__.partition(".")[0]
+    return str(getattr(value, "__globals__", {}).get("__name__", "")).partition(".")[0]
+
+
+def _is_of(owner: type, value: Any) -> bool:
+    """Return whether a method of a torch class was defined in torch, for this class."""
+    function = getattr(value, "__func__", value)
+    return package_of(function) == "torch" or not isinstance(function, FunctionType)

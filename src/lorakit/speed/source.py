@@ -1,0 +1,191 @@
+"""Read the source of a live function: its syntax tree, a hash of the tree, and the names that the tree reads.
+
+The hash covers everything that affects what a function computes when it is called. It does not cover comments,
+docstrings, annotations, decorators, or the function's own name. (A decorator's effect is visible in the live object: a
+wrapper is a function of its own, with its own source.) The hash is the same in every Python version.
+
+Source that does not match the live code is rejected: the source is compiled again, and the two code objects are
+compared. A function that was assembled at runtime, or whose file has changed since it was imported, therefore has no
+readable source.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import linecache
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import CodeType, FunctionType, ModuleType
+
+FUTURE = 0x1FF0000
+"""Flags of a code object that record `from __future__` imports."""
+
+NOT_COMPUTED = ("decorator_list", "returns", "annotation", "type_params", "type_comment", "kind", "ctx")
+"""Fields of syntax nodes that do not affect what a call computes."""
+
+COMPARED = (
+    *("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount", "co_posonlyargcount"),
+    *("co_kwonlyargcount", "co_exceptiontable"),
+)
+"""Attributes of code objects that must be equal. Python 3.10 has no exception table."""
+
+SIGNATURE = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATOR | inspect.CO_COROUTINE
+"""Flags of code objects that must be equal."""
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class Source:
+    """Source of a function.
+
+    Attributes:
+        hash: Hash of what a call computes.
+        variables: Names of the variables that are read.
+        attributes: The attributes that are read from variables, as (variable, attribute); `super()` is a variable.
+        words: All attributes and string constants. Among them are the names of all settings that the function reads,
+            such as "name" in `getattr(self, "name")`.
+    """
+
+    hash: str
+    variables: frozenset[str]
+    attributes: frozenset[tuple[str, str]]
+    words: frozenset[str]
+
+
+def source_of(function: FunctionType) -> Source | None:
+    """Return the source of a function, or None if it is not available or does not match the live code.
+
+    Args:
+        function: A function written in Python.
+    """
+    try:
+        lines, _ = inspect.getsourcelines(function.__code__)
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, TypeError, SyntaxError, IndentationError):
+        return None
+    if len(tree.body) != 1 or not isinstance(tree.body[0], Definition):
+        return None  # for example a lambda
+    definition = tree.body[0]
+    return Source(hash_of(definition), *_names(definition)) if _is_compiled_from(function, definition) else None
+
+
+def hash_of(definition: Definition) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 hash of a function's parameters and body.
+
+    Args:
+        definition: Syntax tree of the function.
+    """
+    text = _text(definition.args) + _text(_without_docstring(definition.body))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
+    first = body[0]
+    is_docstring = (
+        isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+    )
+    return body[1:] if is_docstring else body
+
+
+def _text(node: object) -> str:
+    """Return a node and everything below it as text, which does not depend on the Python version."""
+    if isinstance(node, ast.AnnAssign):  # an annotation of a local variable is not evaluated
+        node = ast.Assign([node.target], node.value) if node.value is not None else ast.Pass()
+    if isinstance(node, list):
+        return f"[{','.join(map(_text, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = {name: getattr(node, name, None) for name in node._fields if name not in NOT_COMPUTED}
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        fields["body"] = _without_docstring(node.body)
+    given = [f"{name}={_text(value)}" for name, value in fields.items() if value not in (None, [])]
+    return f"{type(node).__name__}({','.join(given)})"
+
+
+def _names(definition: Definition) -> tuple[frozenset[str], frozenset[tuple[str, str]], frozenset[str]]:
+    """Return the variables, attributes and words (see `Source`) of a function's parameters and body."""
+    variables, attributes, words = set[str](), set[tuple[str, str]](), set[str]()
+    for part in (*definition.args.defaults, *definition.args.kw_defaults, *definition.body):
+        for node in ast.walk(part) if part is not None else ():
+            if isinstance(node, ast.Name):
+                variables.add(node.id)
+            elif isinstance(node, ast.Attribute):
+                words.add(node.attr)
+                if isinstance(node.value, ast.Name):
+                    attributes.add((node.value.id, node.attr))
+                elif _is_super(node.value):
+                    attributes.add(("super", node.attr))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                words.add(node.value)
+    return frozenset(variables), frozenset(attributes), frozenset(words)
+
+
+def _is_super(node: ast.expr) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
+
+
+def _is_compiled_from(function: FunctionType, definition: Definition) -> bool:
+    """Return whether compiling a definition, in scopes like the original ones, gives the code of a live function.
+
+    A compiler may treat names that the file imports differently from others, so a few lines are not enough if it is not
+    clear which names are imported. If the code differs, the whole file is therefore compiled.
+    """
+    code = function.__code__
+    outside = function.__qualname__.split(".")[-2:-1]
+    holder = outside[0] if outside and outside[0].isidentifier() else "Holder"  # private names contain the class's name
+    variables = ", ".join(name for name in code.co_freevars if name != "__class__")
+    imports = "".join(f"import {name}\n" for name in code.co_names if _is_imported(function.__globals__, name))
+    tree = ast.parse(
+        imports + (f"def scope({variables}):\n class {holder}: pass" if variables else f"class {holder}: pass")
+    )
+    kind = next(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    kind.body = [definition]
+    if any(_is_same_code(found, code) for found in _codes(_compiled(tree, code), code.co_name)):
+        return True
+    file = ast.parse("".join(linecache.getlines(code.co_filename)))
+    return any(_is_same_code(found, code) for found in _codes(_compiled(file, code), code.co_name))
+
+
+def _is_imported(table: Mapping[str, object], name: str) -> bool:
+    """Return whether a global variable was probably imported rather than defined in the file."""
+    value = table.get(name)
+    home = getattr(value, "__module__", None) or type(value).__module__
+    return name in table and (isinstance(value, ModuleType) or home != table["__name__"]) and name != "logger"
+
+
+def _compiled(tree: ast.Module, code: CodeType) -> CodeType:
+    made: CodeType = compile(tree, code.co_filename, "exec", code.co_flags & FUTURE, dont_inherit=True)
+    return made
+
+
+def _codes(code: CodeType, name: str) -> Iterator[CodeType]:
+    """Yield all functions with a name inside a code object."""
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            if inner.co_name == name:
+                yield inner
+            yield from _codes(inner, name)
+
+
+def _is_same_code(code: CodeType, other: CodeType) -> bool:
+    if any(getattr(code, name, None) != getattr(other, name, None) for name in COMPARED):
+        return False
+    if (code.co_flags ^ other.co_flags) & SIGNATURE or len(code.co_consts) != len(other.co_consts):
+        return False
+    return all(map(_is_same_constant, code.co_consts, other.co_consts))
+
+
+def _is_same_constant(one: object, other: object) -> bool:
+    if isinstance(one, CodeType) and isinstance(other, CodeType):
+        return _is_same_code(one, other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_is_same_constant, one, other))
+    if isinstance(one, str) and "<locals>" in one:  # Python 3.10 stores the qualified name of an inner function
+        return True
+    return one == other if isinstance(one, frozenset) else repr(one) == repr(other)
