@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit.speed.admission import compare, compare_branches
+from lorakit.speed import admission
+from lorakit.speed.admission import Verdict, compare_branches
 from lorakit.speed.probe import Call
 
 
@@ -23,6 +25,24 @@ class Branch(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return hidden_states + hidden_states @ self.weight
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A fused forward that calls a function of the module and hidden states."""
+
+    module: nn.Module
+    function: Callable[..., Any]
+
+    def accepts(self, options: dict[str, Any]) -> bool:
+        return not options
+
+    def run(self, x: Tensor, options: dict[str, Any]) -> Any:
+        return self.function(self.module, x)
+
+
+def compare(module: nn.Module, function: Callable[..., Any], call: Call, residual: bool = False) -> Verdict:
+    return admission.compare(Bound(module, function), call, residual=residual)
 
 
 def called(module: nn.Module, dtype: torch.dtype = torch.float32) -> Call:
@@ -50,10 +70,7 @@ def test_by_keyword_too() -> None:
     (x,), output = called(module).args, called(module).output
     call = Call((), {"hidden_states": x}, output)
 
-    def wrong(module: Any, hidden_states: Tensor) -> Tensor:
-        return off_by(5e-3)(module, hidden_states)
-
-    assert compare(module, wrong, call, residual=True).differs
+    assert compare(module, off_by(5e-3), call, residual=True).differs
 
 
 def test_one_wrong_row_is_not_hidden_by_large_ones() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +23,27 @@ from lorakit.ops.cross_entropy import IGNORED
 from lorakit.ops.kernels import compiled
 from lorakit.speed import attention, decoder, encoder, feed_forward, linear, norm
 from lorakit.speed.admission import FusedForward, Known, Parts, Skipped, admit, candidates, modules_to_record
+from lorakit.speed.attention import BoundAttention
 from lorakit.speed.contract import contract_for
+from lorakit.speed.decoder import BoundLayer
+from lorakit.speed.encoder import BoundEncoderLayer
+from lorakit.speed.feed_forward import BoundFeedForward
 from lorakit.speed.identity import Identities
 from lorakit.speed.last_layer import LastLayer, agree
 from lorakit.speed.loss import Head, LossWithoutLogits, head_for, last_layer_for, loss_for, output_head
-from lorakit.speed.patching import CONTRACT, RECOMPUTES, Swap, children_of, is_replacement, make_replacement, undo
+from lorakit.speed.patching import (
+    BOUND,
+    RECOMPUTES,
+    Fused,
+    Options,
+    Swap,
+    children_of,
+    is_replacement,
+    make_replacement,
+    undo,
+)
 from lorakit.speed.probe import Call, ModelOutput, attempt, calls, eval_mode, frozen, token_ids
+from lorakit.speed.submodules import is_supported
 
 
 def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[dict[str, Any], Tensor]:
@@ -81,33 +96,22 @@ def _named(*names: str) -> Callable[[nn.Module], bool]:
     return lambda module: any(name in type(module).__name__.lower() for name in names) and not linear.is_adapted(module)
 
 
+DECODER_LAYER = "decoder layer"
+
 FUSED_FORWARDS = (
     FusedForward(
         "encoder layer",
-        encoder.fits,
-        encoder.run,
+        encoder.match,
         lambda module: encoder.layout_of(module) is not None,
         whole=True,
-        traced=encoder.traced,
-        branches=encoder.branches,
     ),
-    FusedForward(
-        "sublayer",
-        encoder.fits_sublayer,
-        encoder.run_sublayer,
-        whole=True,
-        residual=True,
-        traced=encoder.traced_in_sublayer,
-        branches=encoder.branches_of_sublayer,
-    ),
-    FusedForward(
-        "decoder layer", decoder.fits, decoder.run, _named("layer", "block"), residual=True, calls=decoder.called
-    ),
-    FusedForward("attention", attention.fits, attention.run, _named("attention")),
-    FusedForward("feed-forward", feed_forward.fits, feed_forward.run, _named("mlp")),
-    FusedForward("norm", norm.fits, norm.run, _named("norm")),
-    FusedForward("dropout", norm.fits_dropout, norm.run_dropout),
-    FusedForward("adapted linear", linear.fits, linear.run, linear.is_adapted),
+    FusedForward("sublayer", encoder.match_sublayer, whole=True, residual=True),
+    FusedForward(DECODER_LAYER, decoder.match, _named("layer", "block"), residual=True),
+    FusedForward("attention", attention.match, _named("attention")),
+    FusedForward("feed-forward", feed_forward.match, _named("mlp")),
+    FusedForward("norm", norm.match, _named("norm")),
+    FusedForward("dropout", norm.match_dropout),
+    FusedForward("adapted linear", linear.match, linear.is_adapted),
 )
 
 
@@ -212,9 +216,9 @@ def accelerate_known(model: nn.Module, known: Known, *, logits: bool, keep_feed_
         if isinstance(probed, Exception):
             return _nothing(model, f"the model does not run on token ids alone: {type(probed).__name__}")
         swaps = _installed(modules, probed, back, known.identities)
-        for module, fused_forward in () if keep_feed_forward else probed.fast.values():
-            if fused_forward.run in (feed_forward.run, decoder.run, encoder.run):
-                module.__dict__[RECOMPUTES] = True
+        for part in () if keep_feed_forward else probed.fast.values():
+            if isinstance(part.bound, (BoundFeedForward, BoundLayer, BoundEncoderLayer)):
+                part.module.__dict__[RECOMPUTES] = True
         with eval_mode(model):
             packs, loss = _probed_in_place(model, probed, logits)
         if isinstance(loss, LossWithoutLogits):
@@ -258,7 +262,7 @@ def _probed(model: nn.Module, modules: Mapping[str, nn.Module], known: Known) ->
         return ran
     found, output = ran
     fast, others = admit(model, wanted, found)
-    whole = tuple(f"{path}." for path, (_, fused_forward) in fast.items() if fused_forward.whole)
+    whole = tuple(f"{path}." for path, part in fast.items() if part.fused_forward.whole)
     skipped = [one for one in (*skipped, *others) if not one.path.startswith(whole)]
     logits = getattr(output, "logits", None)
     made = head_for(head, found[""].output if "" in found else None, logits, model)
@@ -298,7 +302,7 @@ def _last(model: nn.Module, head: Head, fast: Parts, order: tuple[str, ...]) -> 
         fast: The replaced modules.
         order: Paths of modules in the order in which their calls ended; "" is the path of the head.
     """
-    layers = [path for path in order if path in fast and fast[path][1].run is decoder.run]
+    layers = [path for path in order if path in fast and isinstance(fast[path].bound, BoundLayer)]
     if not layers:
         return None
     path = layers[-1]
@@ -315,7 +319,7 @@ def _nothing(model: nn.Module, reason: str) -> Acceleration:
 def _may_pack(model: nn.Module, fast: Parts) -> bool:
     """Return whether every layer has fused attention, which keeps packed sequences apart."""
     layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    ours = sum(attention.fits(module) is None for module, _ in fast.values())
+    ours = sum(isinstance(part.bound, BoundAttention) for part in fast.values())
     return isinstance(layers, int) and ours == layers
 
 
@@ -334,20 +338,30 @@ def _installed(
     for parent in modules.values():
         for attribute, child in children_of(parent).items():
             holders.setdefault(id(child), []).append((parent, attribute))
-    plans = [(module, fused.name, fused.forward, fused.whole) for module, fused in probed.fast.values()]
+    parts = list(probed.fast.values())
+    plans = [(one.module, one.fused_forward.name, one.fused_forward.whole) for one in parts]
     if probed.head is not None:
-        plans.append((probed.head.module, "loss without logits", probed.head.run, False))
-    classes: dict[tuple[type, str], type[nn.Module]] = {}
+        plans.append((probed.head.module, "loss without logits", False))
+    classes: dict[type[nn.Module], type[nn.Module]] = {}
     swaps = []
-    for module, name, forward, _ in plans:
-        made = make_replacement(module, forward, classes, name)
+    for module, name, _ in plans:
+        made = make_replacement(module, classes)
         swaps.append((name, Swap(module, made, tuple(holders[id(module)]))))
+    bounds = [replace(one.bound, module=swap.replacement) for one, (_, swap) in zip(parts, swaps, strict=False)]
+    runs = [(bound.accepts, _if_supported(bound.run)) for bound in bounds]
     if probed.head is not None:
         probed.head.module, probed.head.holders = swaps[-1][1].replacement, swaps[-1][1].holders
+        runs.append((probed.head.accepts, probed.head.run))
     for _, swap in swaps:
         back.callback(swap.undo)
         swap.do()
     fused = {id(swap.replacement) for _, swap in swaps}
-    for (*_, whole), (_, swap) in zip(plans, swaps, strict=True):
-        setattr(swap.replacement, CONTRACT, contract_for(swap.replacement, None if whole else fused, identities))
+    for (*_, whole), (_, swap), (accepts, run) in zip(plans, swaps, runs, strict=True):
+        contract = contract_for(swap.replacement, None if whole else fused, identities)
+        setattr(swap.replacement, BOUND, Fused(accepts, contract.holds, run))
     return swaps
+
+
+def _if_supported(run: Callable[[Tensor, Options], Any]) -> Callable[[Tensor, Options], Any]:
+    """Return a function that calls `run` only with supported hidden states, and otherwise returns None."""
+    return lambda x, options: run(x, options) if is_supported(x) else None

@@ -13,9 +13,9 @@ with the same `id`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import Field, dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,9 @@ from lorakit.architectures.known_forwards import PART, KnownForwards
 from lorakit.speed import linear
 from lorakit.speed.contract import SETTINGS
 from lorakit.speed.identity import Identities
-from lorakit.speed.patching import original_class
+from lorakit.speed.patching import Options, original_class, parameters_of, split_call
 from lorakit.speed.probe import TOLERANCES, Call, Calls, Pairs, attempt, calls
-from lorakit.speed.submodules import Options, is_supported, split_call, unknown_fields
+from lorakit.speed.submodules import is_supported, unknown_fields
 
 SMALLEST_ROW = 0.1
 """Minimum size of a row for relative errors, as a fraction of the RMS size of all rows.
@@ -57,23 +57,25 @@ class Verdict(NamedTuple):
 Output = Tensor | tuple[Tensor | None, ...]
 """Output of a fused `forward`. If it is a tuple, the hidden states are the first item."""
 
-Branches = Callable[[nn.Module, Tensor, Options, Calls], Pairs]
-"""Function that takes a module, hidden states, the other arguments, and a dict from path to recorded submodule call.
+Branches = Callable[[Tensor, Options, Calls], Pairs]
+"""Function that takes hidden states, the other arguments, and a dict from path to recorded submodule call.
 
 It returns pairs of branches. In each pair, one branch is from the fused `forward`, and one from the module's own.
 """
 
 
-def compare(module: nn.Module, run: Callable[..., Output | None], call: Call, *, residual: bool = False) -> Verdict:
+def compare(bound: Bound, call: Call, *, residual: bool = False) -> Verdict:
     """Compare the output of a fused `forward` with the recorded output of the module.
 
     Args:
-        module: The module.
-        run: Fused `forward`; it is called with the module and the arguments of the recorded call.
+        bound: The fused `forward`.
         call: The recorded call to the module.
         residual: Whether the output is the input plus a branch. If so, only the branches are compared.
     """
-    made = attempt(lambda: run(module, *call.args, **call.kwargs))
+    module = bound.module
+    x, options = split_call(parameters_of(type(module)), call.args, call.kwargs)
+    is_accepted = isinstance(x, Tensor) and is_supported(x) and bound.accepts(options)
+    made = attempt(lambda: bound.run(x, options) if is_accepted else None)
     if isinstance(made, Exception):
         return _raised(made)
     if made is None:
@@ -126,8 +128,8 @@ def compare_branches(branches: Branches, module: nn.Module, call: Call, inside: 
         call: The recorded call to the module.
         inside: Dict from path to recorded call, for submodules of the module.
     """
-    x, options = split_call(module, call.args, call.kwargs)
-    pairs = attempt(lambda: branches(module, x, options, inside))
+    x, options = split_call(parameters_of(type(module)), call.args, call.kwargs)
+    pairs = attempt(lambda: branches(x, options, inside))
     if isinstance(pairs, Exception):
         return _raised(pairs)
     for ours, theirs in pairs:
@@ -211,39 +213,73 @@ LENGTHS = (1, 33)
 """Numbers of tokens per row in the additional probes. Of the modules that differ only in weights, one is probed."""
 
 
+class Bound(Protocol):
+    """A fused `forward`, bound to one module.
+
+    What does not change between calls is looked up once, when the module is matched. A class may have more attributes:
+    `called`, the names of the children that are called as modules; `traced`, the relative paths of the submodules whose
+    recorded calls `branches` needs; and `branches`, which pairs branches for comparison. The last two are needed if a
+    residual, or a norm after it, would hide errors.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+
+    def accepts(self, options: Options) -> bool:
+        """Return whether calls with these arguments, besides the hidden states, are supported."""
+
+    def run(self, x: Tensor, options: Options) -> Output | None:
+        """Return the output for hidden states and the other arguments; None if the module's own `forward` must run."""
+
+
 @dataclass(frozen=True)
 class FusedForward:
-    """A fused `forward`, and the checks that decide which modules may run it.
+    """A kind of fused `forward`.
 
     Attributes:
         name: Name to use in the report.
-        fits: Function that returns None if the structure of a module matches, otherwise a short reason.
-        run: Function that takes a module, hidden states and the other arguments. It returns the output, or None if the
-            module's own `forward` must run.
+        match: Function that returns the fused `forward` of a module, or a short reason if its structure does not match.
         concerns: Function that returns whether to report a module as skipped if its structure does not match.
         whole: Whether the fused `forward` computes everything inside the module. If so, the module's children are not
             reported.
         residual: Whether the output is the input plus a branch.
-        calls: Function that returns the names of the children that the fused `forward` calls as modules.
-        traced: Function that returns the relative paths of the submodules whose recorded calls `branches` needs.
-        branches: Function that pairs branches for comparison. It is needed if a residual, or a norm after it, would
-            hide errors; otherwise, it is None.
     """
 
     name: str
-    fits: Callable[[nn.Module], str | None]
-    run: Callable[..., Output | None]
+    match: Callable[[nn.Module], Bound | str]
     concerns: Callable[[nn.Module], bool] = lambda _: False
     whole: bool = False
     residual: bool = False
-    calls: Callable[[nn.Module], tuple[str, ...]] = lambda _: ()
-    traced: Callable[[nn.Module], tuple[str, ...]] = lambda _: ()
-    branches: Branches | None = None
 
-    def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Output | None:
-        """Return the output of a call, or None if the module's own `forward` must run."""
-        x, options = split_call(module, args, kwargs)
-        return self.run(module, x, options) if isinstance(x, Tensor) and is_supported(x) else None
+
+class Part(NamedTuple):
+    """A module and the fused `forward` that matches it."""
+
+    fused_forward: FusedForward
+    bound: Bound
+
+    @property
+    def module(self) -> nn.Module:
+        """Return the module."""
+        return self.bound.module
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """Return the names of the children that the fused `forward` calls as modules."""
+        return getattr(self.bound, "called", ())
+
+    @property
+    def traced(self) -> tuple[str, ...]:
+        """Return the relative paths of the submodules whose recorded calls the comparison needs."""
+        return getattr(self.bound, "traced", ())
+
+    @property
+    def branches(self) -> Branches | None:
+        """Return the function that pairs branches for comparison, or None."""
+        return getattr(self.bound, "branches", None)
 
 
 @dataclass(frozen=True)
@@ -261,7 +297,7 @@ class Skipped:
     why: str
 
 
-Parts = dict[str, tuple[nn.Module, FusedForward]]
+Parts = dict[str, Part]
 """Dict from path to the module at that path and its fused `forward`."""
 
 
@@ -277,19 +313,18 @@ class Known(NamedTuple):
     identities: Identities
     forwards: KnownForwards | None
 
-    def why_not(self, module: nn.Module, fused_forward: FusedForward) -> str | None:
+    def why_not(self, part: Part) -> str | None:
         """Return why the source of a module, or of a module that a fused `forward` bypasses, is not known, or None.
 
         Args:
-            module: The candidate.
-            fused_forward: Its fused `forward`.
+            part: The module and its fused `forward`.
         """
+        module = part.module
         if linear.is_adapted(module):
             return None
-        called = fused_forward.calls(module)
-        inside = [child for name, child in module.named_children() if name not in called]
-        reasons = [self._why_not(module, fused_forward.name)]
-        reasons += [self._why_not(part, PART) for child in inside for part in _outside_adapters(child)]
+        inside = [child for name, child in module.named_children() if name not in part.called]
+        reasons = [self._why_not(module, part.fused_forward.name)]
+        reasons += [self._why_not(one, PART) for child in inside for one in _outside_adapters(child)]
         return next((reason for reason in reasons if reason is not None), None)
 
     def _why_not(self, module: nn.Module, role: str) -> str | None:
@@ -328,15 +363,15 @@ def candidates(
             continue
         reasons = []
         for fused_forward in fused_forwards:
-            why = fused_forward.fits(module)
-            stranger = None if why is not None else known.why_not(module, fused_forward)
-            if stranger is not None:
-                reasons.append(stranger)
-            elif why is None:
-                wanted[path] = (module, fused_forward)
+            bound = fused_forward.match(module)
+            if isinstance(bound, str):
+                reasons += [bound] if fused_forward.concerns(module) else []
+                continue
+            stranger = known.why_not(Part(fused_forward, bound))
+            if stranger is None:
+                wanted[path] = Part(fused_forward, bound)
                 break
-            elif fused_forward.concerns(module):
-                reasons.append(why)
+            reasons.append(stranger)
         else:
             skipped += [Skipped(path, type(module).__name__, reason) for reason in reasons[:1]]
     return wanted, skipped
@@ -352,9 +387,9 @@ def modules_to_record(parts: Parts) -> dict[str, nn.Module]:
         A dict from path to module, for the candidates and for the submodules whose calls are needed to compare
         branches.
     """
-    found = {path: module for path, (module, _) in parts.items()}
-    for path, (module, fused_forward) in parts.items():
-        found |= {f"{path}.{below}": module.get_submodule(below) for below in fused_forward.traced(module)}
+    found = {path: part.module for path, part in parts.items()}
+    for path, part in parts.items():
+        found |= {f"{path}.{below}": part.module.get_submodule(below) for below in part.traced}
     return found
 
 
@@ -374,10 +409,9 @@ def admit(model: nn.Module, wanted: Parts, found: Calls) -> tuple[Parts, list[Sk
     verdicts: dict[str, Verdict] = {}
     differing: list[str] = []
     for path in reversed(wanted):  # children before parents
-        module, fused_forward = wanted[path]
-        child = _fused_among(differing, path, module, fused_forward)
+        child = _fused_among(differing, path, wanted[path])
         if child is None:
-            verdict = _verdict(path, module, fused_forward, found)
+            verdict = _verdict(path, wanted[path], found)
         else:
             verdict = Verdict(f"its {child[len(path) + 1 :]}: {verdicts[child].why}", differs=True)
         verdicts[path] = verdict if verdict.differs else at_lengths.get(first_of[path], verdict)
@@ -385,9 +419,9 @@ def admit(model: nn.Module, wanted: Parts, found: Calls) -> tuple[Parts, list[Sk
             differing.append(path)
     fast = {path: part for path, part in wanted.items() if not verdicts[path].why}
     skipped = [
-        Skipped(path, type(module).__name__, verdicts[path].why)
-        for path, (module, fused_forward) in wanted.items()
-        if verdicts[path].differs or (verdicts[path].why and fused_forward.concerns(module))
+        Skipped(path, type(part.module).__name__, verdicts[path].why)
+        for path, part in wanted.items()
+        if verdicts[path].differs or (verdicts[path].why and part.fused_forward.concerns(part.module))
     ]
     return fast, skipped
 
@@ -406,7 +440,8 @@ def _one_of_each(wanted: Parts, found: Calls) -> tuple[Parts, dict[str, str]]:
     """
     first: dict[Any, str] = {}
     first_of = {}
-    for path, (module, fused_forward) in wanted.items():
+    for path, (fused_forward, bound) in wanted.items():
+        module = bound.module
         settings = [path in found, type(module), fused_forward.name]
         for name, part in (("", module), *module.named_children()):
             settings += [name, type(part), *sorted(_simple(part))]
@@ -427,27 +462,27 @@ def _at_lengths(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
         if isinstance(ran, Exception):
             continue  # the model may not support this length
         found, _ = ran
-        for path, (module, fused_forward) in firsts.items():
-            verdict = _verdict(path, module, fused_forward, found)
+        for path, part in firsts.items():
+            verdict = _verdict(path, part, found)
             if verdict.differs:
                 differing[path] = Verdict(f"at length {tokens}, {verdict.why}", differs=True)
     return differing
 
 
-def _verdict(path: str, module: nn.Module, fused_forward: FusedForward, found: Calls) -> Verdict:
+def _verdict(path: str, part: Part, found: Calls) -> Verdict:
     """Compare the outputs of a module's fused `forward` with those in the recorded calls."""
     call = found.get(path)
     if call is None:
         return Verdict("not called")
-    verdict = compare(module, fused_forward.forward, call, residual=fused_forward.residual)
-    if verdict.why or fused_forward.branches is None:
+    verdict = compare(part.bound, call, residual=part.fused_forward.residual)
+    if verdict.why or part.branches is None:
         return verdict
-    inside = {below: found[f"{path}.{below}"] for below in fused_forward.traced(module) if f"{path}.{below}" in found}
-    return compare_branches(fused_forward.branches, module, call, inside)
+    inside = {below: found[f"{path}.{below}"] for below in part.traced if f"{path}.{below}" in found}
+    return compare_branches(part.branches, part.module, call, inside)
 
 
-def _fused_among(differing: list[str], path: str, module: nn.Module, fused_forward: FusedForward) -> str | None:
+def _fused_among(differing: list[str], path: str, part: Part) -> str | None:
     """Return the path of a module in `differing` that a fused `forward` would bypass, or None."""
     below = [one for one in differing if one.startswith(f"{path}.")]
-    called = tuple(f"{path}.{name}." for name in fused_forward.calls(module)) if below else ()
+    called = tuple(f"{path}.{name}." for name in part.called) if below else ()
     return next((one for one in below if not f"{one}.".startswith(called or ("\0",))), None)

@@ -22,9 +22,9 @@ from lorakit.ops.rotary import Rotary
 from lorakit.speed.admission import is_version, version_of
 from lorakit.speed.last_layer import KEYWORD
 from lorakit.speed.linear import active_operands, forwards_of
-from lorakit.speed.norm import dropout_p, norms_at
-from lorakit.speed.patching import modules_at
-from lorakit.speed.submodules import Options, knows_all, unknown_attributes, unknown_implementation
+from lorakit.speed.norm import BoundNorm, bound_norms, dropout_p, operands_of
+from lorakit.speed.patching import Options, modules_at
+from lorakit.speed.submodules import knows_all, unknown_attributes, unknown_implementation
 
 HIDDEN = -1e4
 """A mask value at or below this threshold hides a position. Models use the lowest value of a dtype for this purpose."""
@@ -134,45 +134,61 @@ READ = frozenset(
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Structure of an attention module, as read from its attributes.
+class BoundAttention:
+    """Fused attention, bound to one module.
 
     Attributes:
+        module: The attention module.
         inputs: Names of the input projections: three, or one if they are fused.
         output: Name of the output projection.
         head_dim: Width of a head.
         scale: Scale factor for q·kᵀ.
         window: Sliding window in tokens, or None.
         softcap: Bound on the scores, imposed with tanh, or None.
+        norms: Norms of q and k.
     """
 
+    module: nn.Module
     inputs: tuple[str, ...]
     output: str
     head_dim: int
     scale: float
     window: int | None
     softcap: float | None
+    norms: tuple[BoundNorm | None, ...] = ()
+
+    def accepts(self, options: Options) -> bool:
+        """Return whether all arguments of a call, besides the hidden states, are known."""
+        return knows_all(self.module, options, READ)
+
+    def run(self, x: Tensor, options: Options) -> tuple[Tensor, None] | None:
+        """Return (output (B, T, d), None) for x (B, T, d), or None if the module's own `forward` must run."""
+        y = attention(self, x, None, options, residual=False)
+        return None if y is None else (y, None)
 
 
-def fits(module: nn.Module) -> str | None:
-    """Return why a module is not a supported attention module, or None if it is one."""
-    shape = shape_of(module)
-    if shape is None:
+def match(module: nn.Module) -> BoundAttention | str:
+    """Return the fused `forward` of an attention module, or why the module is not a supported attention module."""
+    made = _bound(module)
+    if made is None:
         return "unknown children for an attention module"
     if getattr(module, "is_cross_attention", False) or getattr(module, "is_causal", None) is not True:
         return "not causal self-attention"
-    if reason := unknown_implementation(module, "sdpa" if shape.softcap is None else "eager"):
+    if reason := unknown_implementation(module, "sdpa" if made.softcap is None else "eager"):
         return reason
-    if getattr(module, "is_sliding", shape.window is not None) is not (shape.window is not None):
+    if getattr(module, "is_sliding", made.window is not None) is not (made.window is not None):
         return "it has a window that it does not use"
     if getattr(module.config, "is_causal", True) is not True:
         return "its config makes it bidirectional"
-    known = (*shape.inputs, shape.output, *NORMS, *DROPOUTS)
-    return unknown_attributes(module, ATTRIBUTES, known)
+    norms = bound_norms(module, *NORMS)
+    if norms is None:
+        return "its norms are unknown"
+    known = (*made.inputs, made.output, *NORMS, *DROPOUTS)
+    return unknown_attributes(module, ATTRIBUTES, known) or replace(made, norms=tuple(norms))
 
 
-def shape_of(module: nn.Module) -> Shape | None:
-    """Return the structure of an attention module, or None if it is unknown."""
+def _bound(module: nn.Module) -> BoundAttention | None:
+    """Return the structure of an attention module, as read from its attributes, or None if it is unknown."""
     held, options = module._modules, vars(module)
     inputs = next((names for names in INPUTS if all(held.get(name) is not None for name in names)), None)
     output = next((name for name in OUTPUTS if held.get(name) is not None), None)
@@ -184,17 +200,11 @@ def shape_of(module: nn.Module) -> Shape | None:
     softcap: float | None = getattr(module, "attn_logit_softcapping", None)
     source = module if hasattr(module, "sliding_window") else module.config
     window: int | None = getattr(source, "sliding_window", None)
-    return Shape(inputs, output, head_dim, scale, window, softcap)
-
-
-def run(module: nn.Module, x: Tensor, options: Options) -> tuple[Tensor, None] | None:
-    """Return (output (B, T, d), None) for x (B, T, d), or None if the module's own `forward` must run."""
-    y = attention(module, x, None, options, residual=False)
-    return None if y is None else (y, None)
+    return BoundAttention(module, inputs, output, head_dim, scale, window, softcap)
 
 
 def attention(
-    module: nn.Module,
+    bound: BoundAttention,
     x: Tensor,
     norm: Norm | None,
     options: Options,
@@ -206,7 +216,7 @@ def attention(
     """Compute attention, including the norm before it and the residual after it.
 
     Args:
-        module: A module that `fits` accepts.
+        bound: The attention module.
         x: Hidden states (B, T, d) that `is_supported` accepts.
         norm: Norm before the attention, or None.
         options: The other arguments of the call.
@@ -217,22 +227,22 @@ def attention(
     Returns:
         The output (B, T, d), or (n, d) if `wanted` is given; None if the module's own `forward` must run.
     """
-    shape = shape_of(module)
-    if shape is None or x.ndim != 3 or not knows_all(module, options, READ):
+    module = bound.module
+    if x.ndim != 3:
         return None
     dropouts = _probabilities(module)
-    pattern = None if dropouts is None else _pattern(shape, x, dropouts[0], options)
+    pattern = None if dropouts is None else _pattern(bound, x, dropouts[0], options)
     if dropouts is None or pattern is None or (dropouts[1] and dropout):
         return None
-    acting = active_operands(modules_at(module, (*shape.inputs, shape.output)), forwards_of(module), x)
-    norms = norms_at(module, *NORMS)
+    acting = active_operands(modules_at(module, (*bound.inputs, bound.output)), forwards_of(module), x)
+    norms = operands_of(bound.norms)
     if acting is None or norms is None:
         return None
     rotary = options.get("position_embeddings") if getattr(module, "use_rope", True) else None
     *inputs, output = operands = acting.operands
-    kv_heads = _kv_heads(module, shape, operands)
-    block = SelfAttention(tuple(inputs), output, shape.head_dim, kv_heads, norm, norms[0], norms[1])
-    block = replace(block, dropout=dropouts[1] or dropout, interleaved=shape.inputs == INTERLEAVED)
+    kv_heads = _kv_heads(module, bound, operands)
+    block = SelfAttention(tuple(inputs), output, bound.head_dim, kv_heads, norm, norms[0], norms[1])
+    block = replace(block, dropout=dropouts[1] or dropout, interleaved=bound.inputs == INTERLEAVED)
     y = attention_block(x, block, pattern, None if rotary is None else Rotary(*rotary), residual, wanted)
     acting.note(y)
     return y
@@ -253,23 +263,23 @@ LENGTHS = "_lorakit_lengths"
 """Attribute of the boundaries tensor in which the sequence lengths are cached."""
 
 
-def _kv_heads(module: nn.Module, shape: Shape, operands: Sequence[Adapted]) -> int:
+def _kv_heads(module: nn.Module, bound: BoundAttention, operands: Sequence[Adapted]) -> int:
     if len(operands) == 2:
         count = getattr(module, "num_key_value_heads", None) or getattr(module.config, "num_key_value_heads", None)
-        return int(count or operands[1].W.shape[0 if operands[1].transposed else 1] // shape.head_dim)
+        return int(count or operands[1].W.shape[0 if operands[1].transposed else 1] // bound.head_dim)
     W = operands[1].W
-    return int(W.shape[1 if operands[1].transposed else 0] // shape.head_dim)
+    return int(W.shape[1 if operands[1].transposed else 0] // bound.head_dim)
 
 
-def _pattern(shape: Shape, x: Tensor, dropped: float, options: Options) -> Pattern | None:
+def _pattern(bound: BoundAttention, x: Tensor, dropped: float, options: Options) -> Pattern | None:
     """Return the attention pattern for a call, or None if its mask is not supported."""
     segments = lengths_of(options.get("cu_seq_lens_q"))
     mask = None if segments else options.get("attention_mask")  # with segments, a mask is redundant
-    if mask is None and segments is None and shape.softcap is not None:
+    if mask is None and segments is None and bound.softcap is not None:
         return None  # Without a mask, eager attention lets each token see all tokens.
     # With neither segments nor a mask, the rows are shorter than the window, or the model does not use a window.
-    window = None if segments is None and mask is None else shape.window
-    return under(mask, x, Pattern(True, shape.scale, window, shape.softcap, segments, dropped))
+    window = None if segments is None and mask is None else bound.window
+    return under(mask, x, Pattern(True, bound.scale, window, bound.softcap, segments, dropped))
 
 
 def _probabilities(module: nn.Module) -> tuple[float, float] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 from lorakit.ops.dropout import dropout
 from lorakit.ops.norm import Norm, normalize
 from lorakit.speed import attention, feed_forward
+from lorakit.speed.attention import BoundAttention
+from lorakit.speed.feed_forward import BoundFeedForward
 from lorakit.speed.last_layer import KEYWORD, rows_to_compute, scatter_rows, select_rows
-from lorakit.speed.norm import dropout_p, norms_at
-from lorakit.speed.patching import children_of, is_replacement, is_watched, modules_at
-from lorakit.speed.submodules import Options, unknown_activation, unknown_attributes
+from lorakit.speed.norm import BoundNorm, bound_norms, dropout_p, operands_of
+from lorakit.speed.patching import Options, children_of, is_watched, modules_at
+from lorakit.speed.submodules import knows_all, unknown_attributes
 
 
 class Sublayer(NamedTuple):
@@ -69,7 +72,7 @@ ATTRIBUTES = frozenset(
 
 
 class _Around(NamedTuple):
-    """Norms and dropout around the inner module of a sublayer."""
+    """Current norms and dropout around the inner module of a sublayer."""
 
     before: Norm | None
     after: Norm | None
@@ -81,91 +84,125 @@ class _Around(NamedTuple):
         return self.p if self.after is None else 0.0
 
 
-def fits(module: nn.Module) -> str | None:
-    """Return why a module is not a supported decoder layer, or None if it is one."""
-    sublayers = _sublayers(module)
-    if sublayers is None:
+@dataclass(frozen=True)
+class BoundSublayer:
+    """One sublayer of a decoder layer, bound to the layer's children.
+
+    Attributes:
+        names: Names of the children.
+        norms: Norms before and after the inner module.
+    """
+
+    names: Sublayer
+    norms: tuple[BoundNorm | None, ...]
+
+    def around(self, layer: nn.Module) -> _Around | None:
+        """Return the current norms and dropout, or None if any of them cannot be fused now."""
+        norms = operands_of(self.norms)
+        p = dropout_p(layer._modules.get(self.names.dropout))
+        if self.names.share and layer.training:
+            p = getattr(layer, self.names.share)
+        return None if norms is None or p is None else _Around(norms[0], norms[1], p)
+
+
+@dataclass(frozen=True)
+class BoundLayer:
+    """A fused decoder layer, bound to one module.
+
+    Attributes:
+        module: The layer.
+        sublayers: The attention sublayer and the feed-forward sublayer.
+        attention: The attention module.
+        block: The feed-forward block, or None if the layer calls its modules.
+        is_parallel: Whether both sublayers read the same input.
+    """
+
+    module: nn.Module
+    sublayers: tuple[BoundSublayer, BoundSublayer]
+    attention: BoundAttention
+    block: BoundFeedForward | None
+    is_parallel: bool
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """Return the names of the children that are called as modules."""
+        return (self.sublayers[1].names.inner,) if self.block is None else ()
+
+    def accepts(self, options: Options) -> bool:
+        """Return whether all arguments of a call, besides the hidden states, are known."""
+        return knows_all(self.attention.module, options, attention.READ)
+
+    def run(self, x: Tensor, options: Options) -> Tensor | None:
+        """Return the output (B, T, d) for x (B, T, d), or None if the layer's own `forward` must run."""
+        module = self.module
+        first, second = (sublayer.around(module) for sublayer in self.sublayers)
+        if first is None or second is None or is_watched(self.attention.module, captures=False):
+            return None
+        rows = rows_to_compute(module, options.get(KEYWORD), x)
+        is_bare = first.after is None  # without a norm after attention, `attention` adds the residual
+        attended = attention.attention(
+            self.attention, x, first.before, options, residual=is_bare, dropout=first.inside, wanted=rows
+        )
+        if attended is None:
+            return None
+        if not is_bare:
+            attended = _with_residual(select_rows(x, rows), attended, first)
+        given = select_rows(x, rows) if self.is_parallel else attended
+        made = _fed(self, second, given, residual=second.after is None and not self.is_parallel)
+        if made is None:
+            attended = scatter_rows(attended, rows, x)
+            made = self._fed_by_modules(second, x if self.is_parallel else attended)
+            return _with_residual(attended, made, second)
+        if second.after is not None:
+            made = _with_residual(attended, made, second)
+        elif self.is_parallel:
+            made = attended + made
+        return scatter_rows(made, rows, x)
+
+    def _fed_by_modules(self, around: _Around, x: Tensor) -> Tensor:
+        """Return the output of the layer's own feed-forward modules for x (B, T, d), without dropout and residual."""
+        made = x if around.before is None else normalize(x, around.before)
+        inner = self.sublayers[1].names.inner
+        for child in modules_at(self.module, (inner,) if inner else LOOSE):
+            made = child(made)
+        return made
+
+
+def match(module: nn.Module) -> BoundLayer | str:
+    """Return the fused `forward` of a decoder layer, or why the module is not a supported decoder layer."""
+    held = children_of(module)
+    names = next((pair for pair in LAYERS if held.keys() == pair[0].children | pair[1].children), None)
+    if names is None:
         return "unknown children for a decoder layer"
-    if any(_around(module, sublayer) is None for sublayer in sublayers):
+    norms = [bound_norms(module, sublayer.before, sublayer.after) for sublayer in names]
+    if norms[0] is None or norms[1] is None or any(dropout_p(held.get(one.dropout)) is None for one in names):
         return "its norms are unknown"
     if getattr(module, FIRST, True) is not True:
         return "its norms come after the residuals"
-    if not sublayers[1].inner and (reason := unknown_activation(module._modules[LOOSE[1]])):
-        return reason
-    reason = attention.fits(getattr(module, sublayers[0].inner))
-    return reason or unknown_attributes(module, ATTRIBUTES, tuple(module._modules))
+    inner = names[1].inner
+    block = feed_forward.match(held[inner]) if inner else feed_forward.match_children(module)
+    if isinstance(block, str) and not inner:
+        return block
+    attended = attention.match(held[names[0].inner])
+    if isinstance(attended, str):
+        return attended
+    sublayers = BoundSublayer(names[0], tuple(norms[0])), BoundSublayer(names[1], tuple(norms[1]))
+    made = BoundLayer(module, sublayers, attended, None if isinstance(block, str) else block, _is_parallel(module))
+    return unknown_attributes(module, ATTRIBUTES, tuple(module._modules)) or made
 
 
-def called(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of those children of a supported layer that its fused `forward` calls as modules."""
-    sublayers = _sublayers(module)
-    inner = "" if sublayers is None else sublayers[1].inner
-    return (inner,) if inner and feed_forward.fits(getattr(module, inner)) is not None else ()
+def _is_parallel(module: nn.Module) -> bool:
+    return bool(getattr(module, PARALLEL, False))
 
 
-def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
-    """Return the output (B, T, d) for x (B, T, d), or None if the layer's own `forward` must run."""
-    sublayers = _sublayers(module)
-    if sublayers is None:
-        return None
-    first, second = (_around(module, sublayer) for sublayer in sublayers)
-    attn = module._modules[sublayers[0].inner]
-    if first is None or second is None or attn is None or is_watched(attn, captures=False):
-        return None
-    rows = rows_to_compute(module, options.get(KEYWORD), x)
-    is_bare = first.after is None  # without a norm after attention, `attention` adds the residual
-    attended = attention.attention(attn, x, first.before, options, residual=is_bare, dropout=first.inside, wanted=rows)
-    if attended is None:
-        return None
-    if not is_bare:
-        attended = _with_residual(select_rows(x, rows), attended, first)
-    parallel = getattr(module, PARALLEL, False)  # both sublayers read the same input
-    given = select_rows(x, rows) if parallel else attended
-    made = _fed(module, sublayers[1], second, given, residual=second.after is None and not parallel)
-    if made is None:
-        attended = scatter_rows(attended, rows, x)
-        made = _fed_by_modules(module, sublayers[1], second, x if parallel else attended)
-        return _with_residual(attended, made, second)
-    if second.after is not None:
-        made = _with_residual(attended, made, second)
-    elif parallel:
-        made = attended + made
-    return scatter_rows(made, rows, x)
-
-
-def _fed(module: nn.Module, sublayer: Sublayer, around: _Around, x: Tensor, *, residual: bool) -> Tensor | None:
+def _fed(layer: BoundLayer, around: _Around, x: Tensor, *, residual: bool) -> Tensor | None:
     """Compute the feed-forward sublayer for x (…, d) with one function, or return None if that is not possible."""
-    mlp = module._modules[sublayer.inner] if sublayer.inner else module
-    if mlp is None or (sublayer.inner and is_watched(mlp)):
+    block = layer.block
+    if block is None or (layer.sublayers[1].names.inner and is_watched(block.module)):
         return None
-    # a replacement has already been checked
-    if sublayer.inner and not is_replacement(mlp) and feed_forward.fits(mlp) is not None:
-        return None
-    return feed_forward.feed_forward(mlp, x, around.before, residual=residual, dropout=around.inside)
-
-
-def _fed_by_modules(module: nn.Module, sublayer: Sublayer, around: _Around, x: Tensor) -> Tensor:
-    """Return the output of the layer's own feed-forward modules for x (B, T, d), before the dropout and residual."""
-    made = x if around.before is None else normalize(x, around.before)
-    for child in modules_at(module, (sublayer.inner,) if sublayer.inner else LOOSE):
-        made = child(made)
-    return made
+    return feed_forward.feed_forward(block, x, around.before, residual=residual, dropout=around.inside)
 
 
 def _with_residual(x: Tensor, y: Tensor, around: _Around) -> Tensor:
     """Apply the norm and dropout to the inner module's output y, add x, and return the output of the sublayer."""
     return x + dropout(y if around.after is None else normalize(y, around.after), around.p)
-
-
-def _sublayers(module: nn.Module) -> tuple[Sublayer, Sublayer] | None:
-    held = children_of(module).keys()
-    return next((sublayers for sublayers in LAYERS if held == sublayers[0].children | sublayers[1].children), None)
-
-
-def _around(module: nn.Module, sublayer: Sublayer) -> _Around | None:
-    """Return the current norms and dropout of a sublayer, or None if any of them is unknown."""
-    norms = norms_at(module, sublayer.before, sublayer.after)
-    p = dropout_p(module._modules.get(sublayer.dropout))
-    if sublayer.share and module.training:
-        p = getattr(module, sublayer.share)
-    return None if norms is None or p is None else _Around(norms[0], norms[1], p)

@@ -11,7 +11,7 @@ arXiv:1910.10683, section 2.1). Cross-attention runs the model's own `forward`.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,13 +24,14 @@ from lorakit.ops.mlp import Form, mlp
 from lorakit.ops.norm import Norm, normalize
 from lorakit.speed import feed_forward
 from lorakit.speed.attention import under
+from lorakit.speed.feed_forward import BoundFeedForward
 from lorakit.speed.linear import ActiveOperands, active_operands, forwards_of
-from lorakit.speed.norm import dropout_p, norm_of
-from lorakit.speed.patching import RECOMPUTES, children_of, is_watched, modules_at
+from lorakit.speed.norm import BoundNorm, bound_norm, dropout_p, operands_of
+from lorakit.speed.patching import RECOMPUTES, Options, children_of, is_watched, modules_at
 from lorakit.speed.probe import Calls, Pairs
 from lorakit.speed.submodules import (
-    Options,
     activation_of,
+    is_activation_watched,
     knows_all,
     unknown_activation,
     unknown_attributes,
@@ -115,8 +116,93 @@ def layout_of(module: nn.Module) -> Layout | None:
     return None
 
 
-def fits(module: nn.Module) -> str | None:
-    """Return why a module is not a supported encoder layer, or None if it is one."""
+@dataclass(frozen=True)
+class BoundEncoderLayer:
+    """A fused encoder layer, bound to one module.
+
+    Attributes:
+        module: The layer.
+        layout: Paths of its modules.
+        attention: Module that holds the attention settings.
+        holders: The modules between the layer and its leaves.
+        norms: Norms after attention and after the feed-forward block.
+        act: Name of the activation in `lorakit.ops.activation`.
+    """
+
+    module: nn.Module
+    layout: Layout
+    attention: Any
+    holders: tuple[nn.Module, ...]
+    norms: tuple[BoundNorm | None, ...]
+    act: str
+
+    @property
+    def traced(self) -> tuple[str, ...]:
+        """Return the paths, relative to the layer, of the modules whose calls `branches` needs."""
+        return (self.layout.output[0], self.layout.up, self.layout.down[0])
+
+    def accepts(self, options: Options) -> bool:
+        """Return whether all arguments of a call, besides the hidden states, are known."""
+        return knows_all(self.attention, options, READ)
+
+    def run(self, x: Tensor, options: Options) -> Tensor | None:
+        """Return the output (B, T, d) for x (B, T, d), or None if the layer's own `forward` must run."""
+        ready = self._ready(x, options)
+        if ready is None:
+            return None
+        y = normalize(attention_block(x, ready.block, ready.pattern, residual=True), ready.norms[0])
+        y = normalize(mlp(y, ready.form), ready.norms[1])
+        ready.acting.note(y)
+        return y
+
+    def branches(self, x: Tensor, options: Options, inside: Calls) -> Pairs:
+        """Pair each recorded branch (B, T, d) with the branch that the fused `forward` adds to a residual."""
+        attended, up, down = (inside[path] for path in self.traced)
+        ready = self._ready(x, options)
+        if ready is None:
+            return [(None, attended.output)]
+        return [
+            (attention_block(x, ready.block, ready.pattern, residual=False), attended.output),
+            (mlp(up.args[0], ready.form._replace(residual=False)), down.output),
+        ]
+
+    def _ready(self, x: Tensor, options: Options) -> _Ready | None:
+        """Return the operands for hidden states x (B, T, d), or None if any operand is unknown."""
+        module, found = self.module, self.layout
+        if x.ndim != 3 or not self._is_plain(x):
+            return None
+        dropouts, norms = _dropouts(module, found, self.attention), self._current_norms(x)
+        acting = active_operands([_at(module, path) for path in found.linears], forwards_of(module), x)
+        if dropouts is None or len(norms) != 2 or acting is None:
+            return None
+        q, k, v, o, up, down = acting.operands
+        width: int = self.attention.attention_head_size
+        heads = (q.W.shape[1] if q.transposed else q.W.shape[0]) // width
+        of_weights, of_output, of_down = dropouts
+        pattern = under(options.get("attention_mask"), x, Pattern(False, self.attention.scaling, dropout=of_weights))
+        if pattern is None or is_activation_watched(_at(module, found.act)):
+            return None
+        block = SelfAttention((q, k, v), o, width, heads, dropout=of_output)
+        keep = RECOMPUTES not in module.__dict__
+        return _Ready(
+            block, pattern, Form((up,), down, activation(self.act), None, True, of_down, keep=keep), norms, acting
+        )
+
+    def _current_norms(self, x: Tensor) -> list[Norm]:
+        """Return the two norms, omitting any that cannot be fused now or has another dtype than x (B, T, d)."""
+        norms = operands_of(self.norms) or ()
+        return [norm for norm in norms if norm is not None and norm.weight is not None and norm.weight.dtype == x.dtype]
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Return whether a call involves no modules with hooks, and no norms that change the dtype."""
+        if x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
+            return False  # a layer norm returns float32 under autocast
+        is_seen = any(is_watched(holder, captures=False) for holder in self.holders)
+        return not is_seen
+
+
+def match(module: nn.Module) -> BoundEncoderLayer | str:
+    """Return the fused `forward` of an encoder layer, or why the module is not a supported encoder layer."""
     found = layout_of(module)
     if found is None:
         return "unknown children for an encoder layer"
@@ -131,36 +217,11 @@ def fits(module: nn.Module) -> str | None:
     if any(getattr(holder, "chunk_size_feed_forward", 0) for holder in holders.values()):
         return "its feed-forward block runs in chunks"
     reasons = (unknown_attributes(holders[path], ATTRIBUTES, tuple(names)) for path, names in found.children().items())
-    return next((reason for reason in reasons if reason is not None), None)
-
-
-def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
-    """Return the output (B, T, d) for x (B, T, d), or None if the layer's own `forward` must run."""
-    ready = _ready(module, x, options)
-    if ready is None:
-        return None
-    y = normalize(attention_block(x, ready.block, ready.pattern, residual=True), ready.norms[0])
-    y = normalize(mlp(y, ready.form), ready.norms[1])
-    ready.acting.note(y)
-    return y
-
-
-def traced(module: nn.Module) -> tuple[str, ...]:
-    """Return the paths, relative to a supported layer, of the modules whose calls `branches` needs."""
-    found = layout_of(module)
-    return () if found is None else (found.output[0], found.up, found.down[0])
-
-
-def branches(module: nn.Module, x: Tensor, options: Options, inside: Calls) -> Pairs:
-    """Pair each recorded branch (B, T, d) with the branch that the fused `forward` adds to a residual."""
-    attended, up, down = (inside[path] for path in traced(module))
-    ready = _ready(module, x, options)
-    if ready is None:
-        return [(None, attended.output)]
-    return [
-        (attention_block(x, ready.block, ready.pattern, residual=False), attended.output),
-        (mlp(up.args[0], ready.form._replace(residual=False)), down.output),
-    ]
+    if reason := next((reason for reason in reasons if reason is not None), None):
+        return reason
+    norms = tuple(bound_norm(_at(module, path)) for path in (found.output[2], found.down[2]))
+    inner = tuple(holder for path, holder in holders.items() if path)
+    return BoundEncoderLayer(module, found, attention, inner, norms, activation_of(_at(module, found.act)) or "")
 
 
 class _Ready(NamedTuple):
@@ -173,53 +234,14 @@ class _Ready(NamedTuple):
     acting: ActiveOperands
 
 
-def _ready(module: nn.Module, x: Tensor, options: Options) -> _Ready | None:
-    """Return the operands for hidden states x (B, T, d), or None if any operand is unknown."""
-    found = layout_of(module)
-    if found is None or x.ndim != 3 or not _is_plain(module, found, x, options):
-        return None
-    dropouts, norms = _dropouts(module, found), _norms(module, found, x)
-    acting = active_operands([_at(module, path) for path in found.linears], forwards_of(module), x)
-    if dropouts is None or len(norms) != 2 or acting is None:
-        return None
-    attention = _at(module, found.attention)
-    q, k, v, o, up, down = acting.operands
-    width: int = attention.attention_head_size
-    heads = (q.W.shape[1] if q.transposed else q.W.shape[0]) // width
-    of_weights, of_output, of_down = dropouts
-    pattern = under(options.get("attention_mask"), x, Pattern(False, attention.scaling, dropout=of_weights))
-    act = activation_of(_at(module, found.act))
-    if pattern is None or act is None:
-        return None
-    block = SelfAttention((q, k, v), o, width, heads, dropout=of_output)
-    form = Form((up,), down, activation(act), None, True, of_down, keep=RECOMPUTES not in module.__dict__)
-    return _Ready(block, pattern, form, norms, acting)
-
-
-def _dropouts(module: nn.Module, found: Layout) -> tuple[float, float, float] | None:
+def _dropouts(module: nn.Module, found: Layout, attention: Any) -> tuple[float, float, float] | None:
     """Return the current dropout probabilities for the attention weights and both outputs, or None if unknown."""
-    attention = _at(module, found.attention)
     # the model reads only p from this module and never calls it
     of_weights: float = attention.dropout.p if attention.training else 0.0
     of_output, of_down = (dropout_p(_at(module, path) if path else None) for path in (found.output[1], found.down[1]))
     if of_output is None or of_down is None or not 0 <= of_weights < 1:
         return None
     return of_weights, of_output, of_down
-
-
-def _norms(module: nn.Module, found: Layout, x: Tensor) -> list[Norm]:
-    """Return the layer's two norms, omitting any that is unknown or whose dtype differs from that of x (B, T, d)."""
-    norms = (norm_of(_at(module, path)) for path in (found.output[2], found.down[2]))
-    return [norm for norm in norms if norm is not None and norm.weight is not None and norm.weight.dtype == x.dtype]
-
-
-def _is_plain(module: nn.Module, found: Layout, x: Tensor, options: Options) -> bool:
-    """Return whether a call computes plain self-attention over its own tokens and involves no modules with hooks."""
-    if x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
-        return False  # a layer norm returns float32 under autocast
-    holders = [_at(module, path) for path in found.children() if path]
-    is_seen = any(is_watched(holder, captures=False) for holder in holders)
-    return not is_seen and knows_all(_at(module, found.attention), options, READ)
 
 
 def _at(module: nn.Module, path: str) -> Any:
@@ -246,55 +268,74 @@ SUBLAYER_READ = READ | {"position_bias"}
 NEEDED = {"key_value_proj_dim", "n_heads", "scaling", "is_causal", "dropout"}
 
 
-def fits_sublayer(module: nn.Module) -> str | None:
-    """Return why a module is not a supported sublayer, or None if it is one."""
+@dataclass(frozen=True)
+class BoundSublayer:
+    """A fused T5 sublayer, bound to one module.
+
+    Attributes:
+        module: The sublayer.
+        inner: Its attention module or feed-forward block.
+        norm: The norm before it.
+        block: The fused `forward` of the feed-forward block, or None for attention.
+    """
+
+    module: nn.Module
+    inner: nn.Module
+    norm: BoundNorm
+    block: BoundFeedForward | None
+
+    @property
+    def traced(self) -> tuple[str, ...]:
+        """Return the paths, relative to the sublayer, of the modules whose calls `branches` needs."""
+        return (f"{ATTENDED}.o",) if self.block is None else (f"{FED}.wo",)
+
+    def accepts(self, options: Options) -> bool:
+        """Return whether all arguments of a call, besides the hidden states, are known."""
+        return not options if self.block is not None else knows_all(self.inner, options, SUBLAYER_READ)
+
+    def run(self, x: Tensor, options: Options) -> Tensor | tuple[Tensor, Tensor, None] | None:
+        """Return the output for x (B, T, d), or None if the sublayer's own `forward` must run."""
+        norm, p = self.norm.operands(), dropout_p(self.module._modules[DROPOUT])
+        if norm is None or p is None or is_watched(self.inner):
+            return None
+        if self.block is not None:
+            return feed_forward.feed_forward(self.block, x, norm, residual=True, dropout=p)
+        ready = _ready_sublayer(self.module, self.inner, x, options) if x.ndim == 3 else None
+        if ready is None:
+            return None
+        y = attention_block(x, replace(ready.block, norm=norm, dropout=p), ready.pattern, residual=True)
+        ready.acting.note(y)
+        return y, ready.bias, None
+
+    def branches(self, x: Tensor, options: Options, inside: Calls) -> Pairs:
+        """Pair the recorded branch (B, T, d) with the branch that the fused `forward` adds to the residual."""
+        (own,) = (inside[path].output for path in self.traced)
+        norm, made = self.norm.operands(), None
+        if self.block is not None:
+            made = feed_forward.feed_forward(self.block, x, norm, residual=False)
+        elif (ready := _ready_sublayer(self.module, self.inner, x, options)) is not None:
+            made = attention_block(x, replace(ready.block, norm=norm), ready.pattern, residual=False)
+        return [(made, own)]
+
+
+def match_sublayer(module: nn.Module) -> BoundSublayer | str:
+    """Return the fused `forward` of a T5 sublayer, or why the module is not a supported sublayer."""
     inner = _inner(module)
     if inner is None:
         return "unknown children for a sublayer"
-    if norm_of(module._modules[NORM]) is None:
+    norm = bound_norm(module._modules[NORM])
+    if norm is None:
         return "its norm is unknown"
     if reason := unknown_attributes(module, (), (NORM, DROPOUT, FED, ATTENDED)):
         return reason
     if FED in module._modules:
-        return feed_forward.fits(inner)
+        block = feed_forward.match(inner)
+        return block if isinstance(block, str) else BoundSublayer(module, inner, norm, block)
     if len(modules_at(inner, PROJECTIONS)) < len(PROJECTIONS) or not vars(inner).keys() >= NEEDED:
         return "unknown children for an attention module"
     known = (*PROJECTIONS, DISTANCES)
-    return unknown_implementation(inner) or unknown_attributes(inner, SUBLAYER_ATTRIBUTES, known)
-
-
-def run_sublayer(module: nn.Module, x: Tensor, options: Options) -> Tensor | tuple[Tensor, Tensor, None] | None:
-    """Return the output for x (B, T, d), or None if the sublayer's own `forward` must run."""
-    inner, norm, p = _inner(module), norm_of(module._modules[NORM]), dropout_p(module._modules[DROPOUT])
-    if inner is None or norm is None or p is None or is_watched(inner):
-        return None
-    if FED in module._modules:
-        return None if options else feed_forward.feed_forward(inner, x, norm, residual=True, dropout=p)
-    if x.ndim != 3:
-        return None
-    ready = _ready_sublayer(module, inner, x, options)
-    if ready is None:
-        return None
-    y = attention_block(x, replace(ready.block, norm=norm, dropout=p), ready.pattern, residual=True)
-    ready.acting.note(y)
-    return y, ready.bias, None
-
-
-def traced_in_sublayer(module: nn.Module) -> tuple[str, ...]:
-    """Return the paths, relative to a sublayer, of the modules whose calls `branches_of_sublayer` needs."""
-    return (f"{FED}.wo",) if FED in module._modules else (f"{ATTENDED}.o",)
-
-
-def branches_of_sublayer(module: nn.Module, x: Tensor, options: Options, inside: Calls) -> Pairs:
-    """Pair the recorded branch (B, T, d) with the branch that the fused `forward` adds to the residual."""
-    (own,) = (inside[path].output for path in traced_in_sublayer(module))
-    inner, norm = _inner(module), norm_of(module._modules[NORM])
-    made = None
-    if inner is not None and FED in module._modules:
-        made = feed_forward.feed_forward(inner, x, norm, residual=False)
-    elif inner is not None and (ready := _ready_sublayer(module, inner, x, options)) is not None:
-        made = attention_block(x, replace(ready.block, norm=norm), ready.pattern, residual=False)
-    return [(made, own)]
+    reason = unknown_implementation(inner) or unknown_attributes(inner, SUBLAYER_ATTRIBUTES, known)
+    return reason or BoundSublayer(module, inner, norm, None)
 
 
 class _ReadySublayer(NamedTuple):
@@ -307,8 +348,7 @@ class _ReadySublayer(NamedTuple):
 
 
 def _ready_sublayer(module: nn.Module, inner: nn.Module, x: Tensor, options: Options) -> _ReadySublayer | None:
-    is_plain = knows_all(inner, options, SUBLAYER_READ)
-    bias = _distances(inner, x, options.get("position_bias")) if is_plain else None
+    bias = _distances(inner, x, options.get("position_bias"))
     acting = active_operands(modules_at(inner, PROJECTIONS), forwards_of(module), x)
     settings = vars(inner)
     dropped = settings["dropout"] if inner.training else 0.0

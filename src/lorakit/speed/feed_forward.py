@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -11,8 +12,13 @@ from lorakit.ops.mlp import Form, mlp
 from lorakit.ops.norm import Norm
 from lorakit.speed.linear import active_operands, forwards_of
 from lorakit.speed.norm import dropout_p
-from lorakit.speed.patching import RECOMPUTES, modules_at
-from lorakit.speed.submodules import Options, activation_of, unknown_activation, unknown_attributes
+from lorakit.speed.patching import RECOMPUTES, Options, modules_at
+from lorakit.speed.submodules import (
+    activation_of,
+    is_activation_watched,
+    unknown_activation,
+    unknown_attributes,
+)
 
 GATED = (("gate_proj", "up_proj", "down_proj"), ("wi_0", "wi_1", "wo"))
 FUSED = (("gate_up_proj", "down_proj"),)
@@ -27,27 +33,54 @@ ATTRIBUTES = frozenset({"config", "hidden_size", "intermediate_size", "mlp_bias"
 """Known attributes of feed-forward modules. If an attribute has an effect, a probe shows it."""
 
 
-def fits(module: nn.Module) -> str | None:
-    """Return why a module is not a supported feed-forward block, or None if it is one."""
+@dataclass(frozen=True)
+class BoundFeedForward:
+    """A fused feed-forward block, bound to one module.
+
+    Attributes:
+        module: The block, or a layer that holds the modules of a block as its own children.
+        names: Names of the linear modules.
+        act: Name of the activation in `lorakit.ops.activation`.
+    """
+
+    module: nn.Module
+    names: tuple[str, ...]
+    act: str
+
+    def accepts(self, options: Options) -> bool:
+        """Return whether a call has no arguments besides the hidden states."""
+        return not options
+
+    def run(self, x: Tensor, options: Options) -> Tensor | None:
+        """Return the output for x (…, d), or None if the block's own `forward` must run."""
+        return feed_forward(self, x, None, residual=False)
+
+
+def match(module: nn.Module) -> BoundFeedForward | str:
+    """Return the fused `forward` of a feed-forward block, or why the module is not a supported block."""
+    made = match_children(module)
+    if isinstance(made, str):
+        return made
+    return unknown_attributes(module, ATTRIBUTES, (*made.names, *ACTIVATION, "dropout")) or made
+
+
+def match_children(module: nn.Module) -> BoundFeedForward | str:
+    """Return the fused `forward` of a block whose modules are children of `module`, or why they are not supported."""
     names = _names(module)
     if names is None:
         return "unknown children for a feed-forward block"
-    known = (*names, *ACTIVATION, "dropout")
-    return unknown_activation(_activation(module)) or unknown_attributes(module, ATTRIBUTES, known)
-
-
-def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
-    """Return the output for x (…, d), or None if the block's own `forward` must run."""
-    return None if options else feed_forward(module, x, None, residual=False)
+    function = _activation(module)
+    act = activation_of(function)
+    return unknown_activation(function) or "" if act is None else BoundFeedForward(module, names, act)
 
 
 def feed_forward(
-    module: nn.Module, x: Tensor, norm: Norm | None, *, residual: bool, dropout: float = 0.0
+    block: BoundFeedForward, x: Tensor, norm: Norm | None, *, residual: bool, dropout: float = 0.0
 ) -> Tensor | None:
     """Compute a feed-forward block, including the norm before it and the residual after it.
 
     Args:
-        module: A block that `fits` accepts, or a layer that holds the modules of a block as its own children.
+        block: The block.
         x: Hidden states (…, d) that `is_supported` accepts.
         norm: Norm before the block, or None.
         residual: Whether to add x to the output.
@@ -56,16 +89,16 @@ def feed_forward(
     Returns:
         The output (…, d), or None if the module's own `forward` must run.
     """
-    names, act = _names(module), activation_of(_activation(module))
-    dropouts = None if names is None else _probabilities(module, names, dropout)
-    if names is None or act is None or dropouts is None:
+    module, names = block.module, block.names
+    dropouts = _probabilities(module, names, dropout)
+    if dropouts is None or is_activation_watched(_activation(module)):
         return None
     acting = active_operands(modules_at(module, names), forwards_of(module), x)
     if acting is None:
         return None
     *inner, down = acting.operands
     keep, fused = RECOMPUTES not in module.__dict__, names in FUSED
-    y = mlp(x, Form(tuple(inner), down, activation(act), norm, residual, *dropouts, fused=fused, keep=keep))
+    y = mlp(x, Form(tuple(inner), down, activation(block.act), norm, residual, *dropouts, fused=fused, keep=keep))
     acting.note(y)
     return y
 

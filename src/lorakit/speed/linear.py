@@ -24,8 +24,7 @@ from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import resolve
 from lorakit.ops.adapted import Adapted, LowRank, factors
 from lorakit.ops.linear import linears
-from lorakit.speed.patching import FORWARDS, Forwards, is_watched
-from lorakit.speed.submodules import Options
+from lorakit.speed.patching import FORWARDS, Forwards, Options, is_watched
 from lorakit.targets.layer_types import CONV1D
 
 
@@ -202,22 +201,34 @@ def is_adapted(module: nn.Module) -> bool:
     return isinstance(module, LoraLayer) or is_peft_linear(module)
 
 
-def fits(module: nn.Module) -> str | None:
-    """Return why a module is not a supported adapted linear module, or None if it is one."""
+@dataclass(frozen=True)
+class BoundLinear:
+    """A fused linear module with an adapter, bound to one module.
+
+    Attributes:
+        module: The adapter layer.
+    """
+
+    module: nn.Module
+
+    def accepts(self, options: Options) -> bool:
+        """Return whether a call has no arguments besides the hidden states."""
+        return not options
+
+    def run(self, x: Tensor, options: Options) -> Tensor | None:
+        """Return the output (…, out) for x (…, in), or None if the layer's own `forward` must run."""
+        forwards = self.module.forwards if isinstance(self.module, LoraLayer) else Forwards()
+        acting = active_operands([self.module], forwards, x)
+        if acting is None or acting.operands[0].low is None:  # without an adapter, a fused `forward` gains nothing
+            return None
+        (y,) = linears(x, acting.operands)
+        acting.note(y)
+        return y
+
+
+def match(module: nn.Module) -> BoundLinear | str:
+    """Return the fused `forward` of a linear module with an adapter, or why the module is not supported."""
     if not is_adapted(module):
         return "it has no adapter"
     base: nn.Module = getattr(module, "owner" if isinstance(module, LoraLayer) else "base_layer")
-    return None if frozen_linear(base) is not None else "its base is not a plain, frozen linear module"
-
-
-def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
-    """Return the output (…, out) for x (…, in), or None if the layer's own `forward` must run."""
-    if options:
-        return None
-    forwards = module.forwards if isinstance(module, LoraLayer) else Forwards()
-    acting = active_operands([module], forwards, x)
-    if acting is None or acting.operands[0].low is None:  # without an adapter, a fused `forward` gains nothing
-        return None
-    (y,) = linears(x, acting.operands)
-    acting.note(y)
-    return y
+    return "its base is not a plain, frozen linear module" if frozen_linear(base) is None else BoundLinear(module)

@@ -23,7 +23,7 @@ from lorakit.errors import RunError
 from lorakit.ops.cross_entropy import IGNORED, linear_cross_entropy
 from lorakit.ops.cross_entropy import Head as Operands
 from lorakit.speed.last_layer import KEYWORD, LastLayer, Trained, agree, some
-from lorakit.speed.patching import is_watched, may_run
+from lorakit.speed.patching import Options, is_watched, may_run
 from lorakit.speed.probe import Call, ModelOutput, attempt, inputs_of
 
 
@@ -78,15 +78,13 @@ class Head:
     open: dict[int, HiddenStateCapture] = field(default_factory=dict)
     last: LastLayer | None = None
 
-    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
-        """Capture and return the hidden states (…, d) in a capturing forward pass; return None in any other pass.
+    def accepts(self, options: Options) -> bool:
+        """Return whether a call has no arguments besides the hidden states, and is part of a capturing forward pass."""
+        return not options and threading.get_ident() in self.open
 
-        This is the fused `forward` of the replaced head.
-        """
-        capture = self.open.get(threading.get_ident()) if self.open else None
-        if capture is None or not args or kwargs:
-            return None
-        hidden: Tensor = args[0]
+    def run(self, hidden: Tensor, options: Options) -> Tensor:
+        """Capture and return the hidden states (…, d). This is the fused `forward` of the replaced head."""
+        capture = self.open[threading.get_ident()]
         capture.given.append(hidden)
         capture.version = 0 if hidden.is_inference() else hidden._version
         return hidden

@@ -6,13 +6,16 @@ dropout module samples the positions to drop instead of drawing one random numbe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from lorakit.ops.dropout import dropout
 from lorakit.ops.norm import Norm, normalize
-from lorakit.speed.patching import is_watched
-from lorakit.speed.submodules import Options
+from lorakit.speed.patching import Options, is_watched, original_class
 
 RMS = ("RMSNorm", "T5LayerNorm")
 """Suffixes of RMS norm class names."""
@@ -20,51 +23,89 @@ RMS = ("RMSNorm", "T5LayerNorm")
 EPSILONS = ("variance_epsilon", "eps")
 
 
-def norm_of(module: nn.Module | None) -> Norm | None:
-    """Return the operands of a norm over the last dimension, or None if the norm is unknown or not frozen."""
-    if module is None or is_watched(module):
-        return None
-    weight = module._parameters.get("weight")
-    bias = module._parameters.get("bias")
-    if type(weight) is not nn.Parameter or weight.ndim != 1 or weight.requires_grad:
-        return None
-    if bias is not None and bias.requires_grad:
-        return None
+@dataclass(frozen=True)
+class BoundNorm:
+    """A fused norm over the last dimension, bound to one module.
+
+    Attributes:
+        module: The norm.
+        kind: "layer" or "rms".
+        eps: Constant that is added to the variance or to the mean square.
+        offset: Constant that is added to the weight.
+    """
+
+    module: nn.Module
+    kind: Literal["rms", "layer"]
+    eps: float
+    offset: float
+
+    def operands(self) -> Norm | None:
+        """Return the current operands, or None if the norm has hooks or is not frozen."""
+        parameters = self.module._parameters
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if is_watched(self.module) or type(weight) is not nn.Parameter or weight.ndim != 1 or weight.requires_grad:
+            return None
+        if bias is not None and bias.requires_grad:
+            return None
+        return Norm(self.kind, weight, bias, self.eps, self.offset)
+
+    def accepts(self, options: Options) -> bool:
+        """Return whether a call has no arguments besides the hidden states."""
+        return not options
+
+    def run(self, x: Tensor, options: Options) -> Tensor | None:
+        """Return the normalized x (…, d), or None if the module's own `forward` must run."""
+        norm = self.operands()
+        if norm is None or (norm.weight is not None and norm.weight.dtype != x.dtype):
+            return None  # if the dtypes differ, the dtype of the output depends on the model
+        if norm.kind == "layer" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float32:
+            return None  # a layer norm returns float32 under autocast
+        return normalize(x, norm)
+
+
+def match(module: nn.Module) -> BoundNorm | str:
+    """Return the fused `forward` of a norm, or why the module is not a supported norm."""
+    made = _bound(module)
+    return "not a frozen LayerNorm or RMSNorm" if made is None or made.operands() is None else made
+
+
+def _bound(module: nn.Module) -> BoundNorm | None:
     if isinstance(module, nn.LayerNorm):
-        return Norm("layer", weight, bias, module.eps)
+        return BoundNorm(module, "layer", module.eps, 0.0)
     eps = next((value for name in EPSILONS if isinstance(value := getattr(module, name, None), float)), None)
-    if eps is None or bias is not None or not type(module).__name__.endswith(RMS):
+    name = original_class(module).__name__
+    if eps is None or module._parameters.get("bias") is not None or not name.endswith(RMS):
         return None
-    return Norm("rms", weight, None, eps, 1.0 if type(module).__name__.startswith("Gemma") else 0.0)
+    return BoundNorm(module, "rms", eps, 1.0 if name.startswith("Gemma") else 0.0)
 
 
-def norms_at(module: nn.Module, first: str, second: str) -> tuple[Norm | None, Norm | None] | None:
-    """Return the operands of two norms, with None for a missing child; return None if either norm is unknown.
+def bound_norm(module: nn.Module | None) -> BoundNorm | None:
+    """Return the fused `forward` of a norm, or None if there is no module or it is not a supported norm."""
+    made = None if module is None else match(module)
+    return None if isinstance(made, str) else made
+
+
+def bound_norms(module: nn.Module, *names: str) -> list[BoundNorm | None] | None:
+    """Return the fused `forward` methods of norms, with None for a missing child; None if any norm is not supported.
 
     Args:
         module: Module whose children are the norms.
-        first: Name of the first norm.
-        second: Name of the second norm.
+        names: Names of the children.
     """
-    children = module._modules.get(first), module._modules.get(second)
-    norms = norm_of(children[0]), norm_of(children[1])
+    children = [module._modules.get(name) for name in names]
+    norms = [bound_norm(child) for child in children]
     is_known = all(norm is not None or child is None for norm, child in zip(norms, children, strict=True))
     return norms if is_known else None
 
 
-def fits(module: nn.Module) -> str | None:
-    """Return why a module is not a supported norm, or None if it is one."""
-    return None if norm_of(module) is not None else "not a frozen LayerNorm or RMSNorm"
+def operands_of(norms: Sequence[BoundNorm | None]) -> list[Norm | None] | None:
+    """Return the current operands of norms, with None for a missing norm; None if any norm cannot be fused now.
 
-
-def run(module: nn.Module, x: Tensor, options: Options) -> Tensor | None:
-    """Return the normalized x (…, d), or None if the module's own `forward` must run."""
-    norm = norm_of(module)
-    if norm is None or options or (norm.weight is not None and norm.weight.dtype != x.dtype):
-        return None  # if the dtypes differ, the dtype of the output depends on the model
-    if norm.kind == "layer" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float32:
-        return None  # a layer norm returns float32 under autocast
-    return normalize(x, norm)
+    Args:
+        norms: Fused `forward` methods of norms.
+    """
+    made = [None if norm is None else norm.operands() for norm in norms]
+    return made if all(one is not None or norm is None for one, norm in zip(made, norms, strict=True)) else None
 
 
 def dropout_p(module: nn.Module | None) -> float | None:
@@ -76,13 +117,28 @@ def dropout_p(module: nn.Module | None) -> float | None:
     return module.p if module.training else 0.0
 
 
-def fits_dropout(module: nn.Module) -> str | None:
-    """Return why a module is not a supported dropout module, or None if it is one."""
-    if type(module) is nn.Dropout and not module.inplace and 0 < module.p < 1:
-        return None
-    return "not a plain, active dropout"
+@dataclass(frozen=True)
+class BoundDropout:
+    """Fused dropout, bound to one module.
+
+    Attributes:
+        module: The dropout module.
+    """
+
+    module: nn.Dropout
+
+    def accepts(self, options: Options) -> bool:
+        """Return whether a call has no arguments besides the hidden states."""
+        return not options
+
+    def run(self, x: Tensor, options: Options) -> Tensor | None:
+        """Return x (any shape) after dropout, or None if the module's own `forward` must run."""
+        module = self.module
+        return None if x.device.type != "cpu" else dropout(x, module.p, module.training)
 
 
-def run_dropout(module: nn.Dropout, x: Tensor, options: Options) -> Tensor | None:
-    """Return x (any shape) after dropout, or None if the module's own `forward` must run."""
-    return None if options or x.device.type != "cpu" else dropout(x, module.p, module.training)
+def match_dropout(module: nn.Module) -> BoundDropout | str:
+    """Return the fused `forward` of a dropout module, or why it is not supported."""
+    if not isinstance(module, nn.Dropout) or original_class(module) is not nn.Dropout or module.inplace:
+        return "not a plain dropout"
+    return BoundDropout(module) if 0 < module.p < 1 else "not an active dropout"

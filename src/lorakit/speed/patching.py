@@ -7,12 +7,13 @@ module is modified. A replacement can be undone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.core.clones import is_watched as is_watched  # re-exported, like Forwards, for other modules in `speed`
 from lorakit.core.layers.adapter_component import AdapterModule
@@ -30,14 +31,55 @@ OWN = (FORWARDS, RECOMPUTES)
 MARK = "_replaced_class"
 """Class attribute that contains the class of the original module; only replacement classes have it."""
 
-CONTRACT = "_contract"
-"""Name of the `__slots__` entry in which a replacement stores its `Contract`, outside the shared state."""
+BOUND = "_bound"
+"""Name of the `__slots__` entry in which a replacement stores its `Fused`, outside the shared state."""
 
-Forward = Callable[..., Any]
-"""Fused `forward` that a replacement tries first.
+Options = dict[str, Any]
+"""The arguments of a call other than the hidden states, by name."""
 
-It takes a module and the arguments of a call, and returns the output, or None if the call is not supported.
-"""
+
+class Fused(NamedTuple):
+    """The fused `forward` of one replacement.
+
+    Attributes:
+        accepts: Function that returns whether a call with the given arguments, besides the hidden states, is supported.
+        holds: Function that returns whether everything that `run` relies on is unchanged.
+        run: Function that takes hidden states and the other arguments of a call, and returns the output, or None if the
+            module's own `forward` must run.
+    """
+
+    accepts: Callable[[Options], bool]
+    holds: Callable[[], bool]
+    run: Callable[[Tensor, Options], Any]
+
+
+def parameters_of(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Return the names of the parameters of a class's `forward`, without `self`.
+
+    Args:
+        kind: A module class.
+    """
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
+def split_call(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Options]:
+    """Split the arguments of a call into the hidden states and the others, named as in the module's own `forward`.
+
+    The hidden states are None if the call has none, or has more positional arguments than `forward` has parameters.
+
+    Args:
+        names: Names of the parameters of `forward`.
+        args: Positional arguments, the hidden states first.
+        kwargs: Keyword arguments, with `hidden_states` if there are no positional ones.
+    """
+    options = dict(kwargs)
+    if not args:
+        return options.pop("hidden_states", None), options
+    if len(args) > 1:
+        if len(args) > len(names):
+            return None, options
+        options.update(zip(names[1:], args[1:], strict=False))
+    return args[0], options
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module]:
@@ -108,21 +150,16 @@ def undo(model: nn.Module, swaps: Sequence[Swap]) -> None:
                 parent._modules[name] = originals[id(child)]
 
 
-def make_replacement(
-    module: nn.Module, fast: Forward, classes: dict[tuple[type, str], type[nn.Module]], name: str
-) -> nn.Module:
-    """Create a replacement that shares a module's state and tries a fused `forward` first.
+def make_replacement(module: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> nn.Module:
+    """Create a replacement that shares a module's state. It tries the fused `forward` that is stored in it as BOUND.
 
     Args:
         module: The original; it and the replacement share one `__dict__`.
-        fast: Fused `forward`, called with the module and the arguments of the call.
-        classes: Cache for one model: a dict from (original class, `name`) to replacement class.
-        name: Name of the fused `forward`; modules with the same class and name share a replacement class.
+        classes: Cache for one model: a dict from original class to replacement class.
     """
-    key = (type(module), name)
-    if key not in classes:
-        classes[key] = _subclass(type(module), fast)
-    made = _blank(classes[key])
+    if type(module) not in classes:
+        classes[type(module)] = _subclass(type(module))
+    made = _blank(classes[type(module)])
     made.__dict__ = module.__dict__
     return made
 
@@ -133,8 +170,8 @@ def may_run(module: nn.Module) -> bool:
     Args:
         module: Any module.
     """
-    contract = getattr(module, CONTRACT, None)  # replicas that torch creates have no contract
-    return contract is not None and contract.holds()
+    fused: Fused | None = getattr(module, BOUND, None)  # replicas that torch creates have none
+    return fused is not None and fused.holds()
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -155,25 +192,26 @@ def is_replacement(module: nn.Module) -> bool:
     return MARK in vars(type(module))
 
 
-Arguments = ParamSpec("Arguments")
-Output = TypeVar("Output")
 Reduced = tuple[Callable[[type[nn.Module]], nn.Module], tuple[type[nn.Module]], dict[str, Any]]
 
 
-def _subclass(
-    original: type[nn.Module], fast: Callable[Concatenate[nn.Module, Arguments], Output | None]
-) -> type[nn.Module]:
+def _subclass(original: type[nn.Module]) -> type[nn.Module]:
+    names = parameters_of(original)
+
     @functools.wraps(original.forward)
-    def forward(self: nn.Module, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Output:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         made = None
-        if not torch.compiler.is_compiling() and may_run(self):  # a compiler fuses the plain `forward` itself
-            made = fast(self, *args, **kwargs)
+        fused: Fused | None = getattr(self, BOUND, None)  # replicas that torch creates have none
+        if fused is not None and not torch.compiler.is_compiling():  # a compiler fuses the plain `forward` itself
+            x, options = split_call(names, args, kwargs)
+            if isinstance(x, Tensor) and fused.accepts(options) and fused.holds():
+                made = fused.run(x, options)
         return original.forward(self, *args, **kwargs) if made is None else made
 
     def as_original(self: nn.Module, protocol: int) -> Reduced:  # a class created at runtime cannot be imported
         return _blank, (original,), {name: value for name, value in vars(self).items() if name not in OWN}
 
-    members: dict[str, Any] = {"forward": forward, "__reduce_ex__": as_original, "__slots__": (CONTRACT,)}
+    members: dict[str, Any] = {"forward": forward, "__reduce_ex__": as_original, "__slots__": (BOUND,)}
     members |= {"__module__": original.__module__, "__qualname__": original.__qualname__, MARK: original}
     return type(original.__name__, (original,), members)
 

@@ -5,18 +5,14 @@ Modules are recognized by their structure. Anything unknown is treated as unsupp
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lorakit.speed.patching import children_of, is_watched
-
-Options = dict[str, Any]
-"""The arguments of a call other than the hidden states, by name."""
+from lorakit.speed.patching import Options, children_of, is_watched
 
 ACTIVATIONS: dict[str, str] = {
     "SiLU": "silu",
@@ -45,6 +41,11 @@ def activation_of(function: Callable[..., Any] | None) -> str | None:
     functions: dict[Callable[..., Any] | None, str]
     functions = {functional.silu: "silu", functional.gelu: "gelu", functional.relu: "relu"}
     return functions.get(function)
+
+
+def is_activation_watched(function: Callable[..., Any] | None) -> bool:
+    """Return whether an activation is a module with hooks."""
+    return isinstance(function, nn.Module) and is_watched(function)
 
 
 def unknown_activation(function: Callable[..., Any] | None) -> str | None:
@@ -116,27 +117,6 @@ OPTIONAL = frozenset(
     | {"encoder_hidden_states", "encoder_attention_mask", "key_value_states", "mask", "head_mask", "cache_position"}
 )
 """Arguments that have no effect if they are None or False. Any other argument has no effect only if it is omitted."""
-
-
-def split_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Options]:
-    """Split the arguments of a call into the hidden states and the others, named as in the module's own `forward`.
-
-    The hidden states are None if the call has none, or has more positional arguments than `forward` has parameters.
-
-    Args:
-        module: The module that is called.
-        args: Positional arguments, the hidden states first.
-        kwargs: Keyword arguments, with `hidden_states` if there are no positional ones.
-    """
-    options = dict(kwargs)
-    if not args:
-        return options.pop("hidden_states", None), options
-    if len(args) > 1:
-        names = list(inspect.signature(type(module).forward).parameters)[1:]  # without self
-        if len(args) > len(names):
-            return None, options
-        options.update(zip(names[1:], args[1:], strict=False))
-    return args[0], options
 
 
 def is_supported(x: Tensor) -> bool:
