@@ -35,7 +35,7 @@ class DoublingRMSNorm(LlamaRMSNorm):
         return super().forward(hidden_states) * (2 if self.training else 1)
 
 
-class Renamed(LlamaDecoderLayer):
+class Renamed(LlamaMLP):
     """Computes the same as its parent."""
 
     def extra_repr(self) -> str:
@@ -77,8 +77,9 @@ def step_seeded(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
 def test_a_class_that_replaces_no_method_that_computes_is_known() -> None:
     model = adapted("llama")
     for layer in model.model.layers:
-        with_class(layer, Renamed)
-    assert "2 × Renamed: decoder layer" in str(accelerate(model))
+        with_class(layer.mlp, Renamed)
+    report = str(accelerate(model))
+    assert "2 × Renamed: feed-forward" in report and "2 × LlamaDecoderLayer: decoder layer" in report
 
 
 def test_a_method_other_than_forward_counts_too() -> None:

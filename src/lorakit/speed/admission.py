@@ -321,7 +321,7 @@ class Known(NamedTuple):
         """
         module = part.module
         if linear.is_adapted(module):
-            return None
+            return self._why_not(_outside_adapters(module)[0], PART)
         inside = [child for name, child in module.named_children() if name not in part.called]
         reasons = [self._why_not(module, part.fused_forward.name)]
         reasons += [self._why_not(one, PART) for child in inside for one in _outside_adapters(child)]
@@ -332,7 +332,7 @@ class Known(NamedTuple):
         if not found.digest:
             return f"{kind.__name__}: {found.why}"
         is_known = self.forwards is None or self.forwards.knows(found.digest, role) or not found.functions
-        return unknown_fields(module, found.reads) if is_known else f"the source of {kind.__name__} is not known"
+        return unknown_fields(module, found.fields) if is_known else f"the source of {kind.__name__} is not known"
 
 
 def _outside_adapters(module: nn.Module) -> list[nn.Module]:

@@ -146,7 +146,7 @@ def _of_module(module: nn.Module, identities: Identities) -> Iterator[Fact]:
     if config is not None:
         yield own, "config", config
         fields = vars(config)
-        for name in {*IN_CONFIG, *(found.reads & fields.keys() - own.keys())}:
+        for name in {*IN_CONFIG, *found.fields}:
             yield fields, name, fields.get(name, MISSING)
 
 

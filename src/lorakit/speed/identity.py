@@ -90,7 +90,8 @@ class Identity:
         digest: 16 hexadecimal digits, or "" if the class cannot be identified.
         why: Short reason if there is no digest.
         functions: Dict from the qualified name of each function in transformers to the hash of its source.
-        reads: Attributes and string constants in these functions: among them are all settings that they read.
+        reads: Attributes and string constants in these functions: among them are all attributes that they read.
+        fields: Config fields that these functions read.
         facts: Dictionary entries that these functions were resolved from.
         live: The functions.
     """
@@ -99,6 +100,7 @@ class Identity:
     why: str = ""
     functions: dict[str, str] = field(default_factory=dict)
     reads: set[str] = field(default_factory=set)
+    fields: set[str] = field(default_factory=set)
     facts: list[Fact] = field(default_factory=list)
     live: list[FunctionType] = field(default_factory=list)
 
@@ -241,6 +243,7 @@ class _Resolver:
             raise Unknown(f"the source of {function.__qualname__} is not available")
         self.found.functions[f"{function.__globals__['__name__']}:{_name_of(function)}"] = source.hash
         self.found.reads |= source.words
+        self.found.fields |= source.fields
         self.found.live.append(function)
         parts = [source.hash, repr(function.__defaults__), repr(sorted((function.__kwdefaults__ or {}).items()))]
         for name, value, table in sorted(_resolved(function, source.variables), key=lambda one: one[0]):

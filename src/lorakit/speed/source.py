@@ -35,6 +35,9 @@ COMPARED = (
 SIGNATURE = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATOR | inspect.CO_COROUTINE
 """Flags of code objects that must be equal."""
 
+CONFIG = "config"
+"""Name of variables and attributes that contain the config of a model."""
+
 Definition = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -46,14 +49,16 @@ class Source:
         hash: Hash of what a call computes.
         variables: Names of the variables that are read.
         attributes: The attributes that are read from variables, as (variable, attribute); `super()` is a variable.
-        words: All attributes and string constants. Among them are the names of all settings that the function reads,
+        words: All attributes and string constants. Among them are the names of all attributes that the function reads,
             such as "name" in `getattr(self, "name")`.
+        fields: The attributes that are read from a config.
     """
 
     hash: str
     variables: frozenset[str]
     attributes: frozenset[tuple[str, str]]
     words: frozenset[str]
+    fields: frozenset[str]
 
 
 def source_of(function: FunctionType) -> Source | None:
@@ -106,9 +111,11 @@ def _text(node: object) -> str:
     return f"{type(node).__name__}({','.join(given)})"
 
 
-def _names(definition: Definition) -> tuple[frozenset[str], frozenset[tuple[str, str]], frozenset[str]]:
-    """Return the variables, attributes and words (see `Source`) of a function's parameters and body."""
-    variables, attributes, words = set[str](), set[tuple[str, str]](), set[str]()
+def _names(
+    definition: Definition,
+) -> tuple[frozenset[str], frozenset[tuple[str, str]], frozenset[str], frozenset[str]]:
+    """Return the variables, attributes, words and fields (see `Source`) of a function's parameters and body."""
+    variables, attributes, words, fields = set[str](), set[tuple[str, str]](), set[str](), set[str]()
     for part in (*definition.args.defaults, *definition.args.kw_defaults, *definition.body):
         for node in ast.walk(part) if part is not None else ():
             if isinstance(node, ast.Name):
@@ -119,9 +126,20 @@ def _names(definition: Definition) -> tuple[frozenset[str], frozenset[tuple[str,
                     attributes.add((node.value.id, node.attr))
                 elif _is_super(node.value):
                     attributes.add(("super", node.attr))
+                if _last_name(node.value) == CONFIG:
+                    fields.add(node.attr)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 words.add(node.value)
-    return frozenset(variables), frozenset(attributes), frozenset(words)
+            elif isinstance(node, ast.Call) and len(node.args) > 1 and _last_name(node.args[0]) == CONFIG:
+                fields |= {
+                    one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)
+                }
+    return frozenset(variables), frozenset(attributes), frozenset(words), frozenset(fields)
+
+
+def _last_name(node: ast.expr) -> str:
+    """Return the name of a variable, or the last name in a chain of attributes."""
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
 
 
 def _is_super(node: ast.expr) -> bool:

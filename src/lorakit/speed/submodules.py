@@ -79,21 +79,21 @@ FIELDS = frozenset({"sliding_window", "num_attention_heads", "num_key_value_head
 """Known config fields. Each is read by a fused `forward`, or a probe shows its effect."""
 
 
-def unknown_fields(module: nn.Module, words: Collection[str]) -> str | None:
+def unknown_fields(module: nn.Module, read: Collection[str]) -> str | None:
     """Return a phrase that lists the unknown config fields that a module's source reads, or None if there are none.
 
     A field that is None or False counts as off; the replacement's contract detects changes to its value.
 
     Args:
         module: The module.
-        words: The attributes and string constants in the module's source.
+        read: The config fields that the module's source reads.
     """
     config = vars(module).get("config")
     if config is None:
         return None
     fields = vars(config)
-    read = words & fields.keys() - vars(module).keys() - FIELDS
-    unknown = sorted(name for name in read if fields[name] is not None and fields[name] is not False)
+    values = {name: fields.get(name) for name in read if name not in FIELDS}
+    unknown = sorted(name for name, value in values.items() if value is not None and value is not False)
     return f"its source reads unknown config fields {', '.join(unknown)}" if unknown else None
 
 
