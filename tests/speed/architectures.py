@@ -6,7 +6,7 @@ Sizes are replaced by field name, so a new architecture is covered without an en
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -17,7 +17,9 @@ REGISTRIES = (
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
 )
+CLASSIFIER = "ForSequenceClassification"
 LARGEST = 14_000_000
 """Maximum parameters of a model."""
 
@@ -63,45 +65,84 @@ OTHERS: tuple[dict[str, int], ...] = (
     {"num_key_value_heads": 4},
     {"hidden_size": 64, "head_dim": 16},
     {"ffn_dim": 64},
+    {"num_hidden_layers": 6},
 )
 """Changes that are tried in turn until a model can be built and run."""
 
+OF_KIND: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"head_dim": 8},
+    "deepseek_v2": {"head_dim": 8},
+    "esm": {"vocab_size": 64, "pad_token_id": 1, "mask_token_id": 2, "position_embedding_type": "rotary"},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "kimi_linear": {"head_dim": 8},
+    "lilt": {"hidden_size": 48},
+    "longcat_flash": {"head_dim": 8},
+    "luke": {"entity_vocab_size": 64, "entity_emb_size": 32},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "nemotron": {"num_key_value_heads": 2},
+    "perceiver": {"num_latents": 8, "d_latents": 32, "num_self_attends_per_block": 2},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+}
+"""Values that the config of one type needs."""
 
-def architectures() -> Iterator[tuple[str, str]]:
-    """Return the config type and class name of every registered language model."""
+
+class NotBuilt(Exception):
+    """No small model of an architecture can be built and run; the message is that of the last attempt."""
+
+
+class Architecture(NamedTuple):
+    """A config type, such as "llama", and a class name, such as "LlamaForCausalLM"."""
+
+    kind: str
+    name: str
+
+
+def architectures() -> Iterator[Architecture]:
+    """Return every registered language model once per class."""
+    found = dict[str, str]()
     for registry in REGISTRIES:
         for kind, names in getattr(modeling_auto, registry).items():
             for name in (names,) if isinstance(names, str) else names:
-                yield kind, name
+                found.setdefault(name, kind)
+    return (Architecture(kind, name) for name, kind in found.items())
 
 
 def small(kind: str, name: str) -> Any:
-    """Return a small model of an architecture, frozen, in eval mode; raises the error of the last attempt."""
-    failed: Exception | None = None
+    """Return a small model of an architecture, frozen, in eval mode; raises NotBuilt."""
+    return build(kind, name, small_settings(kind, name))
+
+
+def small_settings(kind: str, name: str) -> dict[str, Any]:
+    """Return config values with which a small model can be built and run, without dropout; raises NotBuilt."""
+    failed = ""
+    defaults = CONFIG_MAPPING[kind]().to_dict()
     for change in OTHERS:
+        sizes = {one: size for size, names in SIZES.items() for one in names} | change
+        settings = _smaller(defaults, sizes) | OF_KIND.get(kind, {})
         try:
-            model = _built(kind, name, change)
+            model = build(kind, name, settings)
             with torch.no_grad():
                 model(**inputs(model, 9))
-            return _built(kind, name, change)  # some models change themselves when they are called
+            return settings
         except Exception as error:  # noqa: BLE001
-            failed = error
-    assert failed is not None
-    raise failed
+            failed = f"{name}: {type(error).__name__}: {error}"
+    raise NotBuilt(failed)
 
 
 def inputs(model: Any, tokens: int, rows: int = 2) -> dict[str, Any]:
     """Return token ids (rows, tokens) as the arguments of a call without a cache."""
     ids = torch.randint(3, 57, (rows, tokens), generator=torch.Generator().manual_seed(tokens))
     given = {"input_ids": ids}
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder and CLASSIFIER in type(model).__name__:
+        ids[:, -1] = model.config.eos_token_id  # these models read the output at the end token
+    elif model.config.is_encoder_decoder:
         given["decoder_input_ids"] = ids
     return given | ({"use_cache": False} if hasattr(model.config, "use_cache") else {})
 
 
-def _built(kind: str, name: str, change: dict[str, int]) -> Any:
-    sizes = {one: size for size, names in SIZES.items() for one in names} | change
-    config = CONFIG_MAPPING[kind](**_smaller(CONFIG_MAPPING[kind]().to_dict(), sizes))
+def build(kind: str, name: str, settings: dict[str, Any]) -> Any:
+    """Return the frozen model of a config with these values, in eval mode."""
+    config = CONFIG_MAPPING[kind](**settings)
     made = getattr(transformers, name)
     if made.config_class is not None and not isinstance(config, made.config_class):
         config = config.get_text_config()
@@ -124,6 +165,8 @@ def _smaller(settings: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
             made["num_hidden_layers"] = len(made[key])
         elif key == "head_dim" and "qk_rope_head_dim" in settings:
             continue  # derived from the others
+        elif "drop" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
+            made[key] = 0.0
         elif key in sizes and key not in made and (value is not None or key == "head_dim"):
             made[key] = sizes[key]
         elif key.endswith("_token_id") and isinstance(value, int) and value > 60:
