@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-5}
 
 SMALL_GRADIENT = 1e-3
 """Gradients are compared relative to their size, or to this fraction of the size of all gradients if that is larger."""
+
+EXCLUDED = (r".*router", r".*(router|conv1d|out_proj|x_proj|dt_proj)")
+"""Modules without adapters, tried in turn: routers with other outputs, and weights that Mamba's kernels read directly."""
 
 SHOWN = 3
 """Maximum number of differences that a check reports."""
@@ -110,46 +114,58 @@ class Sweep:
     rejected: int = 0
     failures: list[str] = field(default_factory=list)
 
-    def pair(self, changes: Settings | None = None, dtype: torch.dtype = torch.float32) -> tuple[Subject, Subject]:
-        """Return a plain and an accelerated model with the same weights."""
-        settings = self.settings if changes is None else changes
-        plain, fast = (subject(self.architecture, settings, dtype) for _ in range(2))
-        plain.only_loss = fast.only_loss = not self.logits
-        fast.acceleration = lorakit.accelerate(fast.model, logits=self.logits)
-        return plain, fast
+    def plain(self, settings: Settings | None = None, dtype: torch.dtype = torch.float32) -> Subject:
+        """Return a plain model."""
+        made = subject(self.architecture, self.settings if settings is None else settings, dtype)
+        made.only_loss = not self.logits
+        return made
 
-    def compare(self, runs: Runs, prefix: str = "", settings: Settings | None = None) -> None:
-        """Compare results of a plain and an accelerated model, one run after another; float64 decides on a new pair."""
-        wrong = self._wrong(runs, settings, torch.float32)
-        for name in wrong:
-            again = self._wrong({name: runs[name]}, settings, torch.float64)
-            self.failures += [f"{prefix}{name}: {one}" for one in again.get(name, ())]
+    def fast(self, settings: Settings | None = None, dtype: torch.dtype = torch.float32) -> Subject:
+        """Return an accelerated model with the weights of the plain one."""
+        made = self.plain(settings, dtype)
+        made.acceleration = lorakit.accelerate(made.model, logits=self.logits)
+        return made
 
-    def _wrong(self, runs: Runs, settings: Settings | None, dtype: torch.dtype) -> dict[str, list[str]]:
-        pair = attempt(lambda: self.pair(settings, dtype))
-        if isinstance(pair, Exception):
-            return {name: [f"building raised {described(pair)}"] for name in runs}
-        found = {name: self.differences(run, *pair) for name, run in runs.items()}
-        return {name: one for name, one in found.items() if one}
+    def results(self, one: Subject, runs: Runs) -> dict[str, Results]:
+        """Return the results of a plain model; the calls that it rejects are counted."""
+        made = {name: attempt(partial(run, one)) for name, run in runs.items()}
+        found = {name: result for name, result in made.items() if not isinstance(result, Exception)}
+        self.rejected += len(made) - len(found)
+        return found
 
-    def differences(self, run: Callable[[Subject], Results], plain: Subject, fast: Subject) -> list[str]:
-        """Return what differs between two models; nothing if the plain model rejects the call."""
-        wanted = attempt(lambda: run(plain))
-        if isinstance(wanted, Exception):
-            self.rejected += 1
-            return []
-        self.compared += 1
-        made = attempt(lambda: run(fast))
-        if isinstance(made, Exception):
-            return [f"raised {described(made)}"]
-        return differences(made, wanted, TOLERANCES[plain.model.dtype])
+    def compare(
+        self, runs: Runs, prefix: str = "", settings: Settings | None = None, wanted: dict[str, Results] | None = None
+    ) -> None:
+        """Compare the results of a plain and an accelerated model; float64 decides, on new models.
+
+        `wanted` has the results of the plain model, if they are known.
+        """
+        wanted = self.results(self.plain(settings), runs) if wanted is None else wanted
+        fast = attempt(partial(self.fast, settings))
+        if isinstance(fast, Exception):
+            self.failures.append(f"{prefix}accelerate raised {described(fast)}")
+            return
+        self.compared += len(wanted)
+        for name in [name for name, one in wanted.items() if wrong(runs[name], fast, one)]:
+            exact = self.results(self.plain(settings, torch.float64), {name: runs[name]})
+            fast64 = self.fast(settings, torch.float64)
+            self.failures += [f"{prefix}{name}: {one}" for one in wrong(runs[name], fast64, exact.get(name))]
+
+
+def wrong(run: Callable[[Subject], Results], fast: Subject, wanted: Results | None) -> list[str]:
+    """Return what differs from the results of the plain model; nothing if it has none."""
+    made = attempt(lambda: run(fast))
+    if wanted is None:
+        return []
+    if isinstance(made, Exception):
+        return [f"raised {described(made)}"]
+    return differences(made, wanted, TOLERANCES[fast.model.dtype])
 
 
 def subject(architecture: Architecture, settings: Settings, dtype: torch.dtype = torch.float32) -> Subject:
     """Return a plain model with adapters whose parameters all differ, also those that are initialized to a constant."""
     model = build(*architecture, settings)
-    # reversed: one architecture's fused kernels read the weights of these modules directly
-    for excluded in (None, r".*(conv1d|out_proj|x_proj|dt_proj).*"):
+    for excluded in EXCLUDED:
         with contextlib.suppress(lorakit.LorakitError):
             torch.manual_seed(1)
             config = lorakit.LoraConfig(r=2, target_modules="all-linear", exclude_modules=excluded)
