@@ -17,6 +17,8 @@ from .architectures import Architecture, NotBuilt, architectures
 from .sweep import Sweep, check_calls, subject, swept
 from .sweep_changes import check_changes_afterwards, check_dropout, check_fields, check_implementations
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # some models warn; the comparison decides
+
 EVERY = tuple(architectures())
 
 SAMPLE = (

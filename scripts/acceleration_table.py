@@ -1,0 +1,133 @@
+"""Write the table of architectures in docs/accelerate.md: what `lorakit.accelerate` replaces in each.
+
+    python scripts/acceleration_table.py [--check]
+
+The rows come from the small models of tests/speed/architectures.py, with the installed transformers release.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "accelerate.md"
+BEGIN = "<!-- Written by scripts/acceleration_table.py. -->"
+END = "<!-- End of the table. -->"
+LINEAR = "adapted linear"
+LOSS = "loss without logits"
+SMALL = (LINEAR, LOSS, "norm", "dropout")
+"""Fused forwards of which a model may have some although its layers keep their own."""
+
+HEAD = "| architecture | fused | linear only | own forward, with reason |\n| --- | --- | --- | --- |\n"
+
+
+class Row(NamedTuple):
+    """One row of the table, without the names of architectures.
+
+    Attributes:
+        fused: The fused forwards, with the classes of the modules that run them.
+        linear: Classes that keep their own forward, but whose linear modules are fused.
+        own: Classes that keep their own forward, with the reason.
+    """
+
+    fused: str
+    linear: str
+    own: str
+
+
+def main() -> int:
+    """Write the table, or compare it with the page; return the exit status."""
+    text = PAGE.read_text(encoding="utf-8")
+    new = with_table(text, table())
+    if "--check" in sys.argv:
+        return 0 if new == text else 1
+    PAGE.write_text(new, encoding="utf-8")
+    return 0
+
+
+def with_table(page: str, text: str) -> str:
+    """Return a page with this text between the markers."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
+
+
+def table() -> str:
+    """Return the table, and the names of the architectures without a small model."""
+    sys.path.insert(0, str(ROOT))
+    import transformers
+    from tests.speed.architectures import NotBuilt, architectures, small_settings
+    from tests.speed.sweep import subject
+
+    rows: dict[Row, list[str]] = {}
+    missing = []
+    for architecture in architectures():
+        try:
+            model = subject(architecture, small_settings(*architecture)).model
+        except NotBuilt:
+            missing.append(architecture.name)
+            continue
+        rows.setdefault(row_of(model, prefix_of(architecture.name)), []).append(architecture.name)
+    lines = [f"| {', '.join(names)} | {' | '.join(row)} |\n" for row, names in ordered(rows.items())]
+    built = sum(map(len, rows.values()))
+    return (
+        f"transformers {transformers.__version__}: {built} classes. Class names are without the name of the model.\n\n"
+        f"{HEAD}{''.join(lines)}\nNot covered, because no small model of it could be built: {', '.join(missing)}.\n"
+    )
+
+
+def ordered(rows: Iterable[tuple[Row, list[str]]]) -> list[tuple[Row, list[str]]]:
+    """Return the rows with fused layers first, then in alphabetical order of their first architecture."""
+    return sorted(rows, key=lambda one: (not one[0].fused.startswith(("decoder", "encoder", "sub")), one[1][0].lower()))
+
+
+def prefix_of(name: str) -> str:
+    """Return the name of the model in the name of its class: "Qwen2Moe" of "Qwen2MoeForCausalLM"."""
+    return re.split(r"For(?=[A-Z])|LMHead|Model|WithLM", name)[0]
+
+
+def row_of(model: Any, prefix: str) -> Row:
+    """Return the row of a model.
+
+    Args:
+        model: A model with adapters. It is accelerated, and restored afterwards.
+        prefix: Beginning of class names that is left out.
+    """
+    import lorakit
+
+    acceleration = lorakit.accelerate(model)
+    path_of = {id(module): path for path, module in model.named_modules()}
+    swaps = [(name, path_of[id(swap.replacement)], type(swap.original).__name__) for name, swap in acceleration.swaps]
+    acceleration.undo()
+    layers = tuple(f"{path}." for name, path, _ in swaps if name not in SMALL)
+    fused: dict[str, dict[str, None]] = {}
+    linear: dict[str, None] = {}
+    for name, path, kind in swaps:
+        if name != LINEAR:
+            fused.setdefault(name, {})[kind] = None
+        elif not path.startswith(layers):
+            linear[type(model.get_submodule(path.rpartition(".")[0])).__name__] = None
+    own = {(one.kind, one.why): None for one in acceleration.skipped}
+    cells = (
+        "; ".join(one if one == LOSS else f"{one} ({', '.join(fused[one])})" for one in fused if one != "dropout"),
+        ", ".join(linear),
+        "; ".join(f"{kind}: {why}" for kind, why in own),
+    )
+    return Row(*(short(cell, prefix) for cell in cells))
+
+
+def short(cell: str, prefix: str) -> str:
+    """Return a cell without the name of the model in class names, and without figures that depend on the processor."""
+    cell = re.sub(r" by \d\S* \(relative\)", "", cell)
+    names = re.sub(rf"\b{re.escape(prefix)}(?=[A-Z])", "", cell)
+    return ", ".join(dict.fromkeys(names.split(", "))) if ";" not in names and "(" not in names else names
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    sys.exit(main())
