@@ -19,8 +19,10 @@ PAGE = ROOT / "docs" / "accelerate.md"
 BEGIN = "<!-- Written by scripts/acceleration_table.py. -->"
 END = "<!-- End of the table. -->"
 LINEAR = "adapted linear"
-LOSS = "loss without logits"
-SMALL = (LINEAR, LOSS, "norm", "dropout")
+SHOWN = ("decoder layer", "encoder layer", "sublayer", "attention", "feed-forward", "norm")
+"""Fused forwards in the table, in their order there."""
+
+SMALL = (LINEAR, "norm", "dropout", "loss without logits")
 """Fused forwards of which a model may have some although its layers keep their own."""
 
 HEAD = "| architecture | fused | linear only | own forward, with reason |\n| --- | --- | --- | --- |\n"
@@ -73,7 +75,7 @@ def table() -> str:
             missing.append(architecture.name)
             continue
         rows.setdefault(row_of(model, prefix_of(architecture.name)), []).append(architecture.name)
-    lines = [f"| {', '.join(names)} | {' | '.join(row)} |\n" for row, names in ordered(rows.items())]
+    lines = [f"| {grouped(names)} | {' | '.join(row)} |\n" for row, names in ordered(rows.items())]
     built = sum(map(len, rows.values()))
     return (
         f"transformers {transformers.__version__}: {built} classes. Class names are without the name of the model.\n\n"
@@ -84,6 +86,15 @@ def table() -> str:
 def ordered(rows: Iterable[tuple[Row, list[str]]]) -> list[tuple[Row, list[str]]]:
     """Return the rows with fused layers first, then in alphabetical order of their first architecture."""
     return sorted(rows, key=lambda one: (not one[0].fused.startswith(("decoder", "encoder", "sub")), one[1][0].lower()))
+
+
+def grouped(names: Iterable[str]) -> str:
+    """Return class names with the classes of one model together: "Llama (ForCausalLM, ForSequenceClassification)"."""
+    of_model: dict[str, list[str]] = {}
+    for name in names:
+        prefix = prefix_of(name)
+        of_model.setdefault(prefix, []).append(name.removeprefix(prefix))
+    return ", ".join(f"{model} ({', '.join(rest)})" if rest != [""] else model for model, rest in of_model.items())
 
 
 def prefix_of(name: str) -> str:
@@ -108,24 +119,20 @@ def row_of(model: Any, prefix: str) -> Row:
     fused: dict[str, dict[str, None]] = {}
     linear: dict[str, None] = {}
     for name, path, kind in swaps:
+        parent = path.rpartition(".")[0]
         if name != LINEAR:
-            fused.setdefault(name, {})[kind] = None
-        elif not path.startswith(layers):
-            linear[type(model.get_submodule(path.rpartition(".")[0])).__name__] = None
-    own = {(one.kind, one.why): None for one in acceleration.skipped}
-    cells = (
-        "; ".join(one if one == LOSS else f"{one} ({', '.join(fused[one])})" for one in fused if one != "dropout"),
-        ", ".join(linear),
-        "; ".join(f"{kind}: {why}" for kind, why in own),
-    )
-    return Row(*(short(cell, prefix) for cell in cells))
+            fused.setdefault(name, {})[short(kind, prefix)] = None
+        elif parent and not path.startswith(layers):
+            linear[short(type(model.get_submodule(parent)).__name__, prefix)] = None
+    own = {f"{short(one.kind, prefix)}: {short(one.why, prefix)}": None for one in acceleration.skipped}
+    listed = (f"{name} ({', '.join(fused[name])})" for name in SHOWN if name in fused)
+    return Row("; ".join(listed), ", ".join(linear), "; ".join(own))
 
 
-def short(cell: str, prefix: str) -> str:
-    """Return a cell without the name of the model in class names, and without figures that depend on the processor."""
-    cell = re.sub(r" by \d\S* \(relative\)", "", cell)
-    names = re.sub(rf"\b{re.escape(prefix)}(?=[A-Z])", "", cell)
-    return ", ".join(dict.fromkeys(names.split(", "))) if ";" not in names and "(" not in names else names
+def short(text: str, prefix: str) -> str:
+    """Return a text without the name of the model in class names, and without figures that depend on the processor."""
+    text = re.sub(r" by \d\S* \(relative\)", "", text)
+    return re.sub(rf"\b{re.escape(prefix)}(?=[A-Z])", "", text)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def test_a_table_replaces_the_one_between_the_markers(script: Any) -> None:
 
 def test_class_names_are_without_the_name_of_the_model(script: Any) -> None:
     assert script.prefix_of("Qwen2MoeForCausalLM") == "Qwen2Moe"
+    assert script.grouped(["GPT2LMHeadModel", "AForX", "GPT2ForX"]) == "GPT2 (LMHeadModel, ForX), A (ForX)"
     assert script.short("Qwen2MLP: unknown, Qwen2MoeBlock", "Qwen2Moe") == "Qwen2MLP: unknown, Block"
 
 
