@@ -23,7 +23,7 @@ SHOWN = ("decoder layer", "encoder layer", "sublayer", "attention", "feed-forwar
 """Fused forwards in the table, in their order there."""
 
 SMALL = (LINEAR, "norm", "dropout", "loss without logits")
-"""Fused forwards of which a model may have some although its layers keep their own."""
+"""Other fused forwards. A model may have them although its layers keep their own forwards."""
 
 HEAD = "| architecture | fused | linear only | own forward, with reason |\n| --- | --- | --- | --- |\n"
 
