@@ -1,5 +1,5 @@
 """`accelerate` on every architecture that transformers can build small: it never raises, changes nothing that it does
-not undo, and gives the outputs and gradients of the plain model.
+not undo, and gives the outputs and gradients of the plain model, whatever the call and the settings.
 """
 
 from __future__ import annotations
@@ -13,16 +13,27 @@ from torch import Tensor
 from lorakit.speed import accelerate
 from lorakit.speed.patching import is_replacement
 
-from .architectures import architectures, inputs, small
+from .architectures import Architecture, NotBuilt, architectures
+from .sweep import Sweep, check_calls, subject, swept
+from .sweep_changes import check_changes_afterwards, check_dropout, check_fields, check_implementations
 
-NAMED = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "moshi", "squeezebert", "inkling_text", "cpmant", "git")
-"""Architectures on which a probe raises, or a forward with labels."""
+pytestmark = pytest.mark.filterwarnings("ignore")  # some models warn; the comparison decides
 
-LEAST_BUILT, LEAST_FAST = 200, 150
-"""Minimum number of models built, and of models with some fused forward: fewer would mean that nothing is tested."""
+EVERY = tuple(architectures())
 
-LENGTHS = (1, 9, 24)
-BOUND = 2e-4
+SAMPLE = (
+    *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM"),
+    *("Gemma3ForCausalLM", "Olmo2ForCausalLM", "Phi3ForCausalLM", "MixtralForCausalLM", "GPT2LMHeadModel"),
+    *("GPTNeoXForCausalLM", "OPTForCausalLM", "FalconForCausalLM", "BloomForCausalLM", "GraniteForCausalLM"),
+    *("CohereForCausalLM", "MambaForCausalLM", "GptOssForCausalLM", "DeepseekV3ForCausalLM", "Llama4ForCausalLM"),
+    *("BertForMaskedLM", "RobertaForMaskedLM", "ModernBertForMaskedLM", "DistilBertForMaskedLM"),
+    *("DebertaV2ForSequenceClassification", "BertForSequenceClassification", "LlamaForSequenceClassification"),
+    *("T5ForConditionalGeneration", "BartForConditionalGeneration", "SqueezeBertForMaskedLM"),
+)
+"""Architectures of the usual suite: the fused forwards, and some of each kind that has none."""
+
+SUPPORTED = 0.9
+"""Minimum fraction of the registered classes that can be built small: less would mean that little is tested."""
 
 
 def held(model: Any) -> dict[str, Any]:
@@ -52,78 +63,40 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return [name for name in before if not same(before[name], after[name])]
 
 
-def answer(model: Any, tokens: int) -> tuple[Tensor, Tensor]:
-    """Return logits, or another first tensor of the output, and the gradient of the input embeddings."""
-    weight = model.get_input_embeddings().weight.requires_grad_(True)
-    weight.grad = None
-    output = model(**inputs(model, tokens))
-    made = next(v for v in (output.get("logits"), *output.values()) if isinstance(v, Tensor))
-    (made.float() * torch.linspace(-1, 1, made.numel()).view(made.shape)).sum().backward()
-    weight.requires_grad_(False)
-    return made.detach(), weight.grad
-
-
-def answers(model: Any) -> list[Tensor]:
-    """Return the outputs at those lengths that the model supports."""
-    found = []
-    for tokens in LENGTHS:
-        try:
-            found += answer(model, tokens)
-        except (RuntimeError, ValueError, IndexError):  # the model may not support this length
-            found += [torch.zeros(0), torch.zeros(0)]
-    return found
-
-
-def checked(model: Any, logits: bool) -> tuple[int, list[str]]:
-    """Return the number of modules with a fused forward, and everything that is wrong."""
+def check_undo(sweep: Sweep) -> None:
+    """Check that `undo` restores everything, whether or not the model was called."""
+    model = subject(sweep.architecture, sweep.settings).model
     before = held(model)
-    acceleration = accelerate(model, logits=logits)
-    found = len(acceleration.swaps)
+    acceleration = accelerate(model, logits=sweep.logits)
     acceleration.undo()
-    wrong = [f"undo: {one}" for one in changed(before, held(model))]
-    acceleration = accelerate(model, logits=logits)
-    ours = answers(model)
-    acceleration.undo()
-    wrong += [
-        f"undo: {path} is still a replacement" for path, module in model.named_modules() if is_replacement(module)
-    ]
-    for target, (one, wanted) in enumerate(zip(ours, answers(model), strict=True)):
-        error = float((one - wanted).norm()) / max(float(wanted.norm()), 1e-12) if one.shape == wanted.shape else 1.0
-        if not error <= BOUND:
-            wrong.append(f"{('output', 'gradient')[target % 2]} at {LENGTHS[target // 2]} tokens: {error:.1e}")
-    model.train().requires_grad_(True)
-    output = model(**inputs(model, 9))
-    next(v for v in output.values() if isinstance(v, Tensor)).float().sum().backward()
-    model.eval().requires_grad_(False)
-    return found, wrong
+    left = [f"{path} is still a replacement" for path, module in model.named_modules() if is_replacement(module)]
+    sweep.failures += [f"undo: {one}" for one in (*changed(before, held(model)), *left)]
 
 
-@pytest.mark.parametrize("logits", [True, False])
-@pytest.mark.parametrize("kind", NAMED)
-def test_a_part_whose_probe_raises_keeps_its_own_forward(kind: str, logits: bool) -> None:
-    model = small(*next(one for one in architectures() if one[0] == kind))
-    found, wrong = checked(model, logits)
-    assert found and not wrong
+FIRST_OF_KIND = {one.kind: one for one in reversed(EVERY)}
+
+
+def built(architecture: Architecture, *, whole: bool) -> list[Sweep]:
+    """Return the sweeps with and without logits; skips architectures that cannot be built small."""
+    checks = [check_undo, check_calls, check_dropout]
+    if whole:
+        checks += [check_implementations, check_changes_afterwards]
+    if whole and FIRST_OF_KIND[architecture.kind] == architecture:  # the other classes of a config share its layers
+        checks.append(check_fields)
+    try:
+        return [swept(architecture, checks, logits=True), swept(architecture, (check_undo, check_calls), logits=False)]
+    except NotBuilt as failed:
+        pytest.skip(str(failed))
+
+
+@pytest.mark.parametrize("architecture", [one for one in EVERY if one.name in SAMPLE], ids=lambda one: one.name)
+def test_a_sample_of_architectures(architecture: Architecture) -> None:
+    for sweep in built(architecture, whole=False):
+        assert sweep.compared and not sweep.failures
 
 
 @pytest.mark.slow
-def test_every_architecture() -> None:
-    built, fast, skipped, wrong = set[str](), set[str](), dict[str, str](), dict[str, list[str]]()
-    for kind, name in architectures():
-        if name in built:
-            continue
-        try:
-            model = small(kind, name)
-        except Exception as failed:  # noqa: BLE001 - this test is of those that can be built
-            skipped[name] = f"{type(failed).__name__}: {failed}"
-            continue
-        built.add(name)
-        for logits in (True, False):
-            try:
-                found, said = checked(model, logits)
-            except Exception as failed:  # noqa: BLE001 - all failures are reported at once
-                found, said = 0, [f"{type(failed).__name__}: {failed}"]
-            fast |= {name} if found else set()
-            wrong |= {f"{name} logits={logits}": said} if said else {}
-    assert not wrong, wrong
-    assert len(built) >= LEAST_BUILT and len(fast) >= LEAST_FAST, (len(built), len(fast), skipped)
+@pytest.mark.parametrize("architecture", EVERY, ids=lambda one: one.name)
+def test_every_architecture(architecture: Architecture) -> None:
+    for sweep in built(architecture, whole=True):
+        assert sweep.compared and not sweep.failures, "\n".join(sweep.failures)
