@@ -130,30 +130,42 @@ def read_release() -> dict[str, Any]:
     functions: dict[str, str] = {}
     differs: dict[str, str] = {}
     compared: Counter[tuple[str, str]] = Counter()
-    for kind, name in dict.fromkeys(architectures()):
+    for kind, name in {one.kind: one for one in reversed(list(architectures()))}.values():  # its classes share layers
         try:
             model = small(kind, name)
+            model.get_input_embeddings().weight  # noqa: B018 - `answers` needs its gradient
         except Exception:  # noqa: BLE001 - not every architecture can be built small
             continue
         modules = {path: module for path, module in model.named_modules() if path}
         wanted, _ = candidates(modules, FUSED_FORWARDS, Known(identities, None))
-        found = {key for key in roles_of(wanted.values()) if identities.of(key[0]).functions}
-        keys = {(identities.of(module).digest, role) for module, role in found}
-        if any(compared[key] < TIMES for key in keys):
-            error = error_of(model, identities)
+        found = [(identities.of(module), type(module).__name__, role) for module, role in roles_of(wanted.values())]
+        found.append((identities.of_forward(type(model)), type(model).__name__, MODEL))
+        if any(compared[one.digest, role] < (1 if role == MODEL else TIMES) for one, _, role in found if one.functions):
+            try:
+                error, of_loss = compare(model, identities)
+            except Exception as failed:  # noqa: BLE001 - reported, and not in the table
+                differs[name] = f"{type(failed).__name__}: {failed}"[:200]
+                continue
             if not error <= BOUND:
                 differs[name] = f"{error:.1e}"
                 continue
-            compared.update(keys)
-        for module, role in found:
-            identity = identities.of(module)
+            compared.update({(one.digest, role) for one, _, role in found})
+            found = found[:-1] + of_loss
+        else:
+            found.pop()
+        for identity, kind_name, role in found:
+            if not identity.functions:
+                continue
             row = rows[identity.digest]
             row["roles"].add(role)
-            row["classes"].add(type(module).__name__)
+            row["classes"].add(kind_name)
             row["functions"] |= set(identity.functions.values())
             functions |= {own: function.rpartition(":")[2] for function, own in identity.functions.items()}
     listed = {digest: {key: sorted(value) for key, value in row.items()} for digest, row in rows.items()}
     return {"release": transformers.__version__, "functions": functions, "forwards": listed, "differs": differs}
+
+
+MODEL, LOSS = "model", "loss"
 
 
 def roles_of(parts: Iterable[Any]) -> Iterator[tuple[Any, str]]:
@@ -167,24 +179,62 @@ def roles_of(parts: Iterable[Any]) -> Iterator[tuple[Any, str]]:
             yield from ((one, "part") for child in inside for one in child.modules() if id(one) not in fused)
 
 
-def error_of(model: Any, identities: Any) -> float:
-    """Return the largest relative difference between a plain model and the accelerated model.
+def compare(model: Any, identities: Any) -> tuple[float, list[tuple[Any, str, str]]]:
+    """Compare a plain model with the accelerated model, with and without logits.
 
-    Norms and biases get distinct values. NaN if a module that matches a fused forward fails its probe.
+    Norms and biases get distinct values.
+
+    Returns:
+        The largest relative difference, and (identity, name, role) of what the loss without logits relies on.
     """
     import torch
 
-    from lorakit.speed.acceleration import accelerate_known
+    from lorakit.speed.acceleration import accelerate_known, models_above
     from lorakit.speed.admission import Known
 
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
+    plain = answers(model)
     acceleration = accelerate_known(model, Known(identities, None), logits=True, keep_feed_forward=True)
     ours = answers(model)
     acceleration.undo()
-    return max(map(difference, ours, answers(model)), default=0.0)
+    error = max(map(difference, ours, plain), default=0.0)
+    if acceleration.head is None:
+        return error, []
+    try:
+        plain = losses(model)
+    except Exception:  # noqa: BLE001 - the model has no next-token loss
+        return error, []
+    acceleration = accelerate_known(model, Known(identities, None), logits=False, keep_feed_forward=True)
+    ours = losses(model)
+    loss, last = acceleration.loss, acceleration.head and acceleration.head.last
+    acceleration.undo()
+    error = max(error, *map(difference, ours, plain))
+    found = [(identities.of_forward(type(model)), type(model).__name__, MODEL)]
+    found += [] if loss is None else [(identities.of_function(loss.found), loss.found.__name__, LOSS)]
+    above = () if last is None else models_above(last)
+    found += [(identities.of_forward(type(one)), type(one).__name__, MODEL) for one in above]
+    return error, found
+
+
+def losses(model: Any) -> list[Any]:
+    """Return the loss of a step in training mode, and the gradient of the input embeddings."""
+    from tests.speed.architectures import inputs
+
+    given = inputs(model, 24)
+    labels = given["input_ids"].clone()
+    labels[:, :9] = -100
+    weight = model.train().get_input_embeddings().weight.requires_grad_(True)
+    weight.grad = None
+    try:
+        output = model(**given, labels=labels)
+        output.loss.backward()
+    finally:
+        weight.requires_grad_(False)
+        model.eval()
+    return [output.loss.detach(), weight.grad]
 
 
 def answers(model: Any) -> list[Any]:

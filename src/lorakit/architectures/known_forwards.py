@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
+from importlib import metadata, resources
 
 FILE = "known_forwards.json"
 
@@ -21,7 +21,7 @@ class KnownForwards:
     Attributes:
         releases: Releases of transformers, oldest first.
         roles: Dict from the digest of a class (`lorakit.speed.identity`) to its roles: names of fused `forward`
-            methods, or "part" for a class that a fused `forward` bypasses.
+            methods, or "part", "model" or "loss".
     """
 
     releases: tuple[str, ...]
@@ -37,9 +37,25 @@ class KnownForwards:
         roles = self.roles.get(digest, frozenset())
         return bool(roles) if role == PART else role in roles
 
+    def covers(self, release: str) -> bool:
+        """Return whether the table was generated from a release with the same first two numbers.
+
+        Args:
+            release: Version of transformers, such as "5.24.0".
+        """
+        return release.split(".")[:2] in [one.split(".")[:2] for one in self.releases]
+
+    @property
+    def span(self) -> str:
+        """Return the oldest and newest releases, such as "5.0.0 to 5.24.0"."""
+        return f"{self.releases[0]} to {self.releases[-1]}"
+
 
 PART = "part"
 """Role of a class that only fused `forward` methods of other classes bypass."""
+
+MODEL, LOSS = "model", "loss"
+"""Roles of the `forward` of a model whose logits are not computed, and of a loss function that is reproduced."""
 
 
 def known_forwards() -> KnownForwards:
@@ -47,3 +63,16 @@ def known_forwards() -> KnownForwards:
     content = json.loads(resources.files(__package__).joinpath(FILE).read_text())
     rows = content["forwards"]
     return KnownForwards(tuple(content["releases"]), {digest: frozenset(row["roles"]) for digest, row in rows.items()})
+
+
+def unknown_release(forwards: KnownForwards) -> str:
+    """Return the installed version of transformers if the table was not generated from such a release, or "".
+
+    Args:
+        forwards: The table.
+    """
+    try:
+        installed = metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        return ""
+    return "" if forwards.covers(installed) else installed

@@ -19,6 +19,7 @@ from cyclopts import Parameter
 
 from lorakit import __version__
 from lorakit.allocator import CACHES
+from lorakit.architectures.known_forwards import known_forwards, unknown_release
 from lorakit.cli import console
 from lorakit.hub_cache import offline
 from lorakit.machine import Machine, home_directory, this_machine
@@ -80,6 +81,8 @@ class Findings:
         speed: Measured matmul speed, or None if not measured.
         kernels: Description of the CPU kernels that a model runs between matmuls after `lorakit.accelerate`.
         cuda_kernels: Device -> description of its CUDA kernels, for one device of each GPU model.
+        acceleration: Releases of transformers whose source `lorakit.accelerate` knows.
+        unknown_release: The installed version of transformers if it is not one of them, or "".
         kernels_lack: Missing requirements for faster kernels: "compiler" (a C compiler) or "triton".
     """
 
@@ -92,6 +95,8 @@ class Findings:
     speed: Mapping[str, Any] | None
     kernels: str
     cuda_kernels: Mapping[str, str]
+    acceleration: str
+    unknown_release: str
     kernels_lack: tuple[str, ...] = ()
 
 
@@ -136,6 +141,7 @@ def examine(*, quick: bool) -> Findings:
     torch = _torch() if packages["torch"] else None
     cache = Path(os.environ.get("HF_HOME") or (home_directory() or Path("~")) / ".cache" / "huggingface")
     can_measure = torch is not None and packages["transformers"] is not None and not quick
+    forwards = known_forwards()
     kernels, cuda_kernels, lack = _kernels() if torch is not None else ("none without torch", {}, ())
     return Findings(
         machine=this_machine(),
@@ -147,6 +153,8 @@ def examine(*, quick: bool) -> Findings:
         speed=_speed() if can_measure else None,
         kernels=kernels,
         cuda_kernels=cuda_kernels,
+        acceleration=forwards.span,
+        unknown_release=unknown_release(forwards),
         kernels_lack=lack,
     )
 
@@ -175,6 +183,11 @@ def _about_packages(found: Findings) -> list[str]:
     for name, (purpose, command) in OPTIONAL.items():
         if found.packages[name] is None:
             lines.append(f"{name} is not installed ({purpose}): {command}")
+    if found.unknown_release:
+        lines.append(
+            f"transformers {found.unknown_release} is newer or older than the releases that lorakit accelerates fully "
+            f"({found.acceleration}): pip install -U lorakit"
+        )
     return lines
 
 
@@ -252,6 +265,7 @@ def _text(found: Findings, hints: list[str], verbose: bool) -> str:
         f"kernels    {found.kernels}",
         *(f"           {device}: {kernels}" for device, kernels in found.cuda_kernels.items()),
         f"speed      {_speed_text(found.speed)}",
+        f"accelerate {_release_text(found)}",
     ]
     if verbose:
         versions = ", ".join(f"{name} {version or '–'}" for name, version in found.packages.items())
@@ -262,6 +276,13 @@ def _text(found: Findings, hints: list[str], verbose: bool) -> str:
             f"{format_bytes(found.cache_free_bytes)} free",
         ]
     return "\n".join(lines)
+
+
+def _release_text(found: Findings) -> str:
+    if found.unknown_release:
+        unknown = f"{found.unknown_release} is not one of them, so modules with other source are not accelerated"
+        return f"transformers {found.acceleration}; {unknown}"
+    return f"transformers {found.packages['transformers'] or found.acceleration}: known source"
 
 
 def _speed_text(speed: Mapping[str, Any] | None) -> str:

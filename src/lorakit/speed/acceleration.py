@@ -24,13 +24,13 @@ from lorakit.ops.kernels import compiled
 from lorakit.speed import attention, decoder, encoder, feed_forward, linear, norm
 from lorakit.speed.admission import FusedForward, Known, Parts, Skipped, admit, candidates, modules_to_record
 from lorakit.speed.attention import BoundAttention
-from lorakit.speed.contract import contract_for
+from lorakit.speed.contract import contract_for, contract_of_model
 from lorakit.speed.decoder import BoundLayer
 from lorakit.speed.encoder import BoundEncoderLayer
 from lorakit.speed.feed_forward import BoundFeedForward
-from lorakit.speed.identity import Identities
+from lorakit.speed.identity import Fact, Identities
 from lorakit.speed.last_layer import LastLayer, agree
-from lorakit.speed.loss import Head, LossWithoutLogits, head_for, last_layer_for, loss_for, output_head
+from lorakit.speed.loss import Head, LossWithoutLogits, entry_of, head_for, last_layer_for, loss_for, output_head
 from lorakit.speed.patching import (
     BOUND,
     RECOMPUTES,
@@ -40,6 +40,7 @@ from lorakit.speed.patching import (
     children_of,
     is_replacement,
     make_replacement,
+    original_class,
     undo,
 )
 from lorakit.speed.probe import Call, ModelOutput, attempt, calls, eval_mode, frozen, token_ids
@@ -127,6 +128,7 @@ class Acceleration:
         packs: Whether batches may be packed.
         loss: Loss function that needs no logits and replaces the model's loss function, or None.
         model: The accelerated model; None if nothing was changed.
+        release: Sentence about a release of transformers that lorakit does not know, or "".
     """
 
     swaps: tuple[tuple[str, Swap], ...]
@@ -136,6 +138,7 @@ class Acceleration:
     packs: bool = False
     loss: LossWithoutLogits | None = None
     model: nn.Module | None = None
+    release: str = ""
 
     def undo(self) -> None:
         """Restore the loss function and all modules, including modules inside adapter layers that were added later."""
@@ -152,6 +155,8 @@ class Acceleration:
         if self.head is not None and self.head.last is not None:
             kind = type(self.head.last.layer).__name__
             lines.append(f"1 × {kind} (last layer): after attention, only labeled rows are computed")
+        if self.release:
+            lines.append(self.release)
         if self.head_skipped:
             lines.append(f"loss: from logits ({self.head_skipped})")
         if self.swaps:
@@ -220,13 +225,15 @@ def accelerate_known(model: nn.Module, known: Known, *, logits: bool, keep_feed_
             if isinstance(part.bound, (BoundFeedForward, BoundLayer, BoundEncoderLayer)):
                 part.module.__dict__[RECOMPUTES] = True
         with eval_mode(model):
-            packs, loss = _probed_in_place(model, probed, logits)
+            packs, loss = _probed_in_place(model, probed, logits, known)
         if isinstance(loss, LossWithoutLogits):
             back.callback(loss.undo)
             loss.install({id(whole): whole for whole in (model, _inner(model))}.values())
         back.pop_all()
     without, reason = (None, loss) if isinstance(loss, str) else (loss, probed.head_skipped)
-    return Acceleration(tuple(swaps), tuple(probed.skipped), probed.head, reason, packs, without, model)
+    return Acceleration(
+        tuple(swaps), tuple(probed.skipped), probed.head, reason, packs, without, model, known.about_release()
+    )
 
 
 class _Probed(NamedTuple):
@@ -266,12 +273,16 @@ def _probed(model: nn.Module, modules: Mapping[str, nn.Module], known: Known) ->
     skipped = [one for one in (*skipped, *others) if not one.path.startswith(whole)]
     logits = getattr(output, "logits", None)
     made = head_for(head, found[""].output if "" in found else None, logits, model)
+    if not isinstance(made, str):
+        made = known.why_not_model(_inner(model)) or made
     fused, reason = (None, made) if isinstance(made, str) else (made, "")
     packs = _may_pack(model, fast) and keeps_sequences_apart(model, logits)
     return _Probed(fast, skipped, fused, reason, found, output, packs)
 
 
-def _probed_in_place(model: nn.Module, probed: _Probed, logits: bool) -> tuple[bool, LossWithoutLogits | str | None]:
+def _probed_in_place(
+    model: nn.Module, probed: _Probed, logits: bool, known: Known
+) -> tuple[bool, LossWithoutLogits | str | None]:
     """Probe the model with all replacements in place.
 
     Returns:
@@ -280,10 +291,33 @@ def _probed_in_place(model: nn.Module, probed: _Probed, logits: bool) -> tuple[b
         or there is no suitable head.
     """
     last = None if probed.head is None else _last(model, probed.head, probed.fast, tuple(probed.calls))
+    if last is not None and any(known.why_not_model(one) for one in models_above(last)):
+        last = None
     if probed.head is not None and last is not None:
         probed.head.last = last_layer_for(probed.head, last, probed.calls[""], probed.output)
     packs = probed.packs and keeps_sequences_apart(model, getattr(probed.output, "logits", None))
-    return packs, None if logits or probed.head is None else loss_for(_inner(model), probed.head)
+    if probed.head is None:
+        return packs, None
+    inner = _inner(model)
+    loss = None if logits else loss_for(inner, probed.head, known)
+    found = [known.identities.of_forward(original_class(inner))]
+    found += [] if last is None else [known.identities.of_forward(type(one)) for one in models_above(last)]
+    facts: list[Fact] = []
+    if isinstance(loss, LossWithoutLogits):
+        found.append(known.identities.of_function(loss.found))
+        table, name = entry_of(loss.found)
+        facts += [(table, name, loss.found)] if name is not None else []
+    probed.head.holds = contract_of_model(inner, found, facts).holds
+    return packs, loss
+
+
+def models_above(last: LastLayer) -> list[nn.Module]:
+    """Return the modules between a model and its last layer whose `forward` runs.
+
+    Args:
+        last: The last layer.
+    """
+    return [one for one in last.holders if not isinstance(one, nn.ModuleList)]
 
 
 def _inner(model: nn.Module) -> nn.Module:
@@ -309,7 +343,7 @@ def _last(model: nn.Module, head: Head, fast: Parts, order: tuple[str, ...]) -> 
     above = [path[:target] for target, letter in enumerate(path) if letter == "."]
     holding = [holder for one in above if head.module not in (holder := model.get_submodule(one)).modules()]
     behind = [model.get_submodule(one) for one in order[order.index(path) + 1 :] if one]
-    return LastLayer(model.get_submodule(path), model, path, (*holding, *behind))
+    return LastLayer(model.get_submodule(path), model, path, tuple(holding), tuple(behind))
 
 
 def _nothing(model: nn.Module, reason: str) -> Acceleration:

@@ -13,17 +13,17 @@ with the same `id`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass
+from dataclasses import Field, dataclass, field
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.architectures.known_forwards import PART, KnownForwards
+from lorakit.architectures.known_forwards import LOSS, MODEL, PART, KnownForwards, unknown_release
 from lorakit.speed import linear
 from lorakit.speed.contract import SETTINGS
-from lorakit.speed.identity import Identities
+from lorakit.speed.identity import Identities, Identity
 from lorakit.speed.patching import Options, original_class, parameters_of, split_call
 from lorakit.speed.probe import TOLERANCES, Call, Calls, Pairs, attempt, calls
 from lorakit.speed.submodules import is_supported, unknown_fields
@@ -301,17 +301,20 @@ Parts = dict[str, Part]
 """Dict from path to the module at that path and its fused `forward`."""
 
 
-class Known(NamedTuple):
+@dataclass(frozen=True)
+class Known:
     """What is known of the modules in one model.
 
     Attributes:
         identities: What each module computes.
         forwards: Table of the source that fused `forward` methods are known to equal, or None to admit any source. Only
             the script that generates the table passes None.
+        unknown: Names of the classes whose source is not in the table.
     """
 
     identities: Identities
     forwards: KnownForwards | None
+    unknown: set[str] = field(default_factory=set)
 
     def why_not(self, part: Part) -> str | None:
         """Return why the source of a module, or of a module that a fused `forward` bypasses, is not known, or None.
@@ -327,12 +330,47 @@ class Known(NamedTuple):
         reasons += [self._why_not(one, PART) for child in inside for one in _outside_adapters(child)]
         return next((reason for reason in reasons if reason is not None), None)
 
-    def _why_not(self, module: nn.Module, role: str) -> str | None:
-        found, kind = self.identities.of(module), original_class(module)
+    def why_not_model(self, model: nn.Module) -> str | None:
+        """Return why the source of a model's own `forward` is not known, or None.
+
+        Args:
+            model: A model whose `forward` runs, but without the last part of its computation.
+        """
+        found, kind = self.identities.of_forward(original_class(model)), original_class(model)
+        return self._known(found, kind.__name__, MODEL)
+
+    def why_not_loss(self, function: Callable[..., Any]) -> str | None:
+        """Return why the source of a loss function is not known, or None.
+
+        Args:
+            function: The loss function.
+        """
+        return self._known(self.identities.of_function(function), "its loss function", LOSS)
+
+    def _known(self, found: Identity, name: str, role: str) -> str | None:
         if not found.digest:
-            return f"{kind.__name__}: {found.why}"
-        is_known = self.forwards is None or self.forwards.knows(found.digest, role) or not found.functions
-        return unknown_fields(module, found.fields) if is_known else f"the source of {kind.__name__} is not known"
+            return found.why
+        if self.forwards is None or self.forwards.knows(found.digest, role):
+            return None
+        self.unknown.add(name)
+        return f"the source of {name} is not known"
+
+    def _why_not(self, module: nn.Module, role: str) -> str | None:
+        found, name = self.identities.of(module), original_class(module).__name__
+        if not found.digest:
+            return f"{name}: {found.why}"
+        unknown = self._known(found, name, role) if found.functions else None
+        return unknown or unknown_fields(module, found.fields)
+
+    def about_release(self) -> str:
+        """Return a sentence if source is unknown because the release of transformers is, or ""."""
+        release = unknown_release(self.forwards) if self.forwards is not None and self.unknown else ""
+        if not release or self.forwards is None:
+            return ""
+        return (
+            f"transformers {release} is not among the releases that this version of lorakit knows "
+            f"({self.forwards.span}); modules whose source has changed are not accelerated. Update lorakit"
+        )
 
 
 def _outside_adapters(module: nn.Module) -> list[nn.Module]:

@@ -17,7 +17,7 @@ from types import FunctionType
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
-from lorakit.speed.identity import MISSING, Fact, Identities, is_stored_function
+from lorakit.speed.identity import MISSING, Fact, Identities, Identity, is_stored_function
 from lorakit.speed.patching import children_of
 from lorakit.targets.layer_types import CONV1D
 
@@ -88,6 +88,19 @@ def contract_for(module: nn.Module, fused: Collection[int] | None, identities: I
         else:
             facts += [(holder._modules, name, child), *_of_module(child, identities)]
     return _contract(facts, functions)
+
+
+def contract_of_model(model: nn.Module, found: Sequence[Identity], facts: Sequence[Fact]) -> Contract:
+    """Collect what the loss without logits currently relies on.
+
+    Args:
+        model: The transformers model.
+        found: Identities of the `forward` methods and functions that are partly bypassed.
+        facts: More entries.
+    """
+    whole = (*facts, *(fact for one in found for fact in one.facts))
+    override = (vars(model), "forward", vars(model).get("forward", MISSING))
+    return _contract((*whole, override), [function for one in found for function in one.live])
 
 
 def _contract(facts: Sequence[Fact], functions: Sequence[FunctionType]) -> Contract:

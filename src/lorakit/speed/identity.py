@@ -17,14 +17,14 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
 from lorakit.speed.patching import original_class
-from lorakit.speed.source import Source, source_of
+from lorakit.speed.source import source_of
 
 ROOTS = ("forward", "__call__", "__getattr__", "__getattribute__")
 """Methods that run when a module is called."""
@@ -106,15 +106,13 @@ class Identity:
 
 
 class Identities:
-    """Identities of the modules of one model; each class and each function is read once.
+    """Identities of the modules of one model.
 
     Attributes:
-        sources: Dict from the code of a function to its source, or None if it has no readable source.
         tables: Dict from a class to a view of its attributes.
     """
 
     def __init__(self) -> None:
-        self.sources: dict[CodeType, Source | None] = {}
         self.tables: dict[type, Mapping[str, Any]] = {}
         self._known: dict[tuple[type[nn.Module], tuple[tuple[str, object], ...]], Identity] = {}
 
@@ -128,6 +126,42 @@ class Identities:
         base = self._of(kind, ())
         stored = [(name, value) for name, value in vars(module).items() if is_stored_function(base, name, value)]
         return self._of(kind, tuple(sorted(stored))) if stored else base
+
+    def of_forward(self, kind: type[nn.Module]) -> Identity:
+        """Return what the `forward` of a model class computes itself, apart from the functions that it calls.
+
+        Args:
+            kind: A class whose `forward` always runs, and of whose code only the last part is bypassed.
+        """
+        found = Identity()
+        owner = next(owner for owner in kind.__mro__ if "forward" in vars(owner))
+        self.tables.setdefault(owner, vars(owner))
+        found.facts.append((self.tables[owner], "forward", vars(owner)["forward"]))
+        function = vars(owner)["forward"]
+        while isinstance(function, FunctionType) and package_of(function) == "transformers":
+            found.live.append(function)
+            if not hasattr(function, "__wrapped__"):
+                source = source_of(function)
+                if source is not None:
+                    found.digest = _digest(source.hash, repr(function.__defaults__))
+                    found.functions[f"{function.__module__}:{function.__qualname__}"] = source.hash
+                break
+            function = function.__wrapped__
+        found.why = "" if found.digest else f"the source of {kind.__name__}.forward is not available"
+        return found
+
+    def of_function(self, function: object) -> Identity:
+        """Return what a function computes.
+
+        Args:
+            function: A function from transformers.
+        """
+        found = Identity()
+        try:
+            found.digest = _digest(_Resolver(nn.Module, found, self).value("function", function))
+        except Unknown as failed:
+            found.why = failed.why
+        return found
 
     def _of(self, kind: type[nn.Module], stored: tuple[tuple[str, object], ...]) -> Identity:
         key = (kind, stored)
@@ -165,14 +199,14 @@ class _Resolver:
     Attributes:
         kind: The class.
         found: Record of what was followed.
-        sources, tables: See `Identities`.
+        tables: See `Identities`.
         digests: Dict from the id of a function to its digest; "…" while the function is being followed.
     """
 
     def __init__(self, kind: type[nn.Module], found: Identity, cache: Identities) -> None:
         self.kind = kind
         self.found = found
-        self.sources, self.tables = cache.sources, cache.tables
+        self.tables = cache.tables
         self.digests: dict[int, str] = {}
 
     def fact(self, owner: type, name: str) -> None:
@@ -235,10 +269,7 @@ class _Resolver:
         if known is not None:
             return known
         self.digests[id(function)] = "…"
-        code = function.__code__
-        if code not in self.sources:
-            self.sources[code] = source_of(function)
-        source = self.sources[code]
+        code, source = function.__code__, source_of(function)
         if source is None:
             raise Unknown(f"the source of {function.__qualname__} is not available")
         self.found.functions[f"{function.__globals__['__name__']}:{_name_of(function)}"] = source.hash

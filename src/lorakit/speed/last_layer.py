@@ -50,14 +50,15 @@ class LastLayer:
         layer: The module that replaces the last layer.
         model: The model.
         path: Path of the layer in the model.
-        readers: Modules that contain the layer, or that run between the layer and the head. A hook on any of them would
-            see the layer's output.
+        holders: Modules that contain the layer but not the head.
+        behind: Modules that run between the layer and the head.
     """
 
     layer: nn.Module
     model: nn.Module
     path: str
-    readers: tuple[nn.Module, ...]
+    holders: tuple[nn.Module, ...]
+    behind: tuple[nn.Module, ...]
 
     def keyword(self, targets: Tensor, ignored: int, call: Mapping[str, Any]) -> dict[str, Trained]:
         """Return a dict with an extra keyword argument for a call to the model, or an empty dict. [docs/math.md (84)]
@@ -72,7 +73,7 @@ class LastLayer:
             return {}
         if not may_run(self.layer) or not (kept is None or (isinstance(kept, int) and kept == 0)):
             return {}
-        if any(is_watched(one, captures=False) for one in self.readers):
+        if any(is_watched(one, captures=False) for one in (*self.holders, *self.behind)):  # they see the layer's output
             return {}
         flat = targets.reshape(-1)
         rows = (flat != ignored).nonzero().squeeze(1)

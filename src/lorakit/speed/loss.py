@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from lorakit.errors import RunError
 from lorakit.ops.cross_entropy import IGNORED, linear_cross_entropy
 from lorakit.ops.cross_entropy import Head as Operands
+from lorakit.speed.admission import Known
 from lorakit.speed.last_layer import KEYWORD, LastLayer, Trained, agree, some
 from lorakit.speed.patching import Options, is_watched, may_run
 from lorakit.speed.probe import Call, ModelOutput, attempt, inputs_of
@@ -69,6 +70,8 @@ class Head:
         holders: Every (parent, attribute) pair at which the model contained the module when the model was accelerated.
         open: Dict from thread id to the state of the thread's current capturing forward pass.
         last: The last layer if it can skip unlabeled rows, otherwise None.
+        holds: Function that returns whether the model and its loss function still compute what they computed when the
+            model was accelerated.
     """
 
     scale: float
@@ -77,6 +80,7 @@ class Head:
     holders: tuple[tuple[nn.Module, str], ...] = ()
     open: dict[int, HiddenStateCapture] = field(default_factory=dict)
     last: LastLayer | None = None
+    holds: Callable[[], bool] = lambda: True
 
     def accepts(self, options: Options) -> bool:
         """Return whether a call has no arguments besides the hidden states, and is part of a capturing forward pass."""
@@ -111,7 +115,7 @@ class Head:
             return False  # the head has an adapter now, or the model has a different head
         weight, bias = self.module._parameters.get("weight"), self.module._parameters.get("bias")
         frozen = weight is not None and not weight.requires_grad and (bias is None or not bias.requires_grad)
-        return frozen and not is_watched(self.module) and may_run(self.module)
+        return frozen and not is_watched(self.module) and may_run(self.module) and self.holds()
 
     def loss_sum(self, model: nn.Module, labels: Tensor, **inputs: Tensor | int | None) -> Tensor:
         """Compute the next-token cross-entropy, summed over all labeled tokens.
@@ -227,8 +231,11 @@ def head_for(head: nn.Module | None, given: Tensor | None, logits: Tensor | None
     return Head(scale, softcap, head)
 
 
-STOCK = ("transformers.loss.loss_utils", "ForCausalLMLoss")
-"""Module and qualified name of the transformers loss function that this module reproduces."""
+STOCK = "ForCausalLMLoss"
+"""Name of the transformers loss function that this module reproduces."""
+
+TABLE = "LOSS_MAPPING"
+"""Global variable of transformers that maps the names of loss types to loss functions."""
 
 LOSS, OWN_LOSS = "loss_function", "_loss_function"
 """Attributes of a transformers model: its loss function, and the loss function set on the instance, if there is one."""
@@ -249,10 +256,16 @@ class LossWithoutLogits:
     def __init__(self, head: Head, model: nn.Module, last: LastLayer | None) -> None:
         self.head = head
         self.model = model
-        self.stock: Loss = getattr(model, LOSS)
+        self.found: Loss = getattr(model, LOSS)
         self.own: Loss | None = vars(model).get(OWN_LOSS)
         self.last = last
         self.handles: list[RemovableHandle] = []
+
+    @property
+    def stock(self) -> Loss:
+        """Return the loss function that the model would use now."""
+        table, name = entry_of(self.found)
+        return self.found if self.own is not None or name is None else table.get(name, self.found)
 
     def install(self, wholes: Iterable[nn.Module]) -> None:
         """Replace the model's loss function, and add the hooks to `wholes`, which are the model and its wrappers."""
@@ -378,7 +391,17 @@ class LossWithoutLogits:
         return make(**{name: value for name, value in output.items() if name != "logits"})
 
 
-def loss_for(model: nn.Module, head: Head) -> LossWithoutLogits | str:
+def entry_of(function: Loss) -> tuple[dict[str, Loss], str | None]:
+    """Return the table in which transformers looks up a loss function, and its name there, or None.
+
+    Args:
+        function: A loss function from transformers.
+    """
+    table: dict[str, Loss] = getattr(function, "__globals__", {}).get(TABLE, {})
+    return table, next((name for name, value in table.items() if value is function), None)
+
+
+def loss_for(model: nn.Module, head: Head, known: Known) -> LossWithoutLogits | str:
     """Return a `LossWithoutLogits` that is not yet installed, or a short reason why the loss requires logits.
 
     Must be called inside `eval_mode`.
@@ -386,10 +409,13 @@ def loss_for(model: nn.Module, head: Head) -> LossWithoutLogits | str:
     Args:
         model: The transformers model, without any wrappers.
         head: The model's head.
+        known: What is known of the model.
     """
     stock: Loss | None = getattr(model, LOSS, None)
-    if stock is None or (getattr(stock, "__module__", ""), getattr(stock, "__qualname__", "")) != STOCK:
+    if stock is None or getattr(stock, "__name__", "") != STOCK:
         return "its loss function is not the next-token loss"
+    if reason := known.why_not_loss(stock):
+        return reason
     asked: list[tuple[tuple[int, ...], int]] = []
 
     def listening(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: object) -> Tensor:

@@ -12,6 +12,7 @@ readable source.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import inspect
 import linecache
@@ -67,15 +68,22 @@ def source_of(function: FunctionType) -> Source | None:
     Args:
         function: A function written in Python.
     """
+    imported = frozenset(name for name in function.__code__.co_names if _is_imported(function.__globals__, name))
+    return _source(function.__code__, function.__qualname__, imported)
+
+
+@functools.lru_cache(maxsize=4096)  # the source of a code object cannot change once it was compared
+def _source(code: CodeType, qualified: str, imported: frozenset[str]) -> Source | None:
     try:
-        lines, _ = inspect.getsourcelines(function.__code__)
+        lines, _ = inspect.getsourcelines(code)
         tree = ast.parse(textwrap.dedent("".join(lines)))
     except (OSError, TypeError, SyntaxError, IndentationError):
         return None
     if len(tree.body) != 1 or not isinstance(tree.body[0], Definition):
         return None  # for example a lambda
     definition = tree.body[0]
-    return Source(hash_of(definition), *_names(definition)) if _is_compiled_from(function, definition) else None
+    is_same = _is_compiled_from(code, definition, qualified, imported)
+    return Source(hash_of(definition), *_names(definition)) if is_same else None
 
 
 def hash_of(definition: Definition) -> str:
@@ -146,17 +154,16 @@ def _is_super(node: ast.expr) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
 
 
-def _is_compiled_from(function: FunctionType, definition: Definition) -> bool:
+def _is_compiled_from(code: CodeType, definition: Definition, qualified: str, imported: frozenset[str]) -> bool:
     """Return whether compiling a definition, in scopes like the original ones, gives the code of a live function.
 
     A compiler may treat names that the file imports differently from others, so a few lines are not enough if it is not
     clear which names are imported. If the code differs, the whole file is therefore compiled.
     """
-    code = function.__code__
-    outside = function.__qualname__.split(".")[-2:-1]
+    outside = qualified.split(".")[-2:-1]
     holder = outside[0] if outside and outside[0].isidentifier() else "Holder"  # private names contain the class's name
     variables = ", ".join(name for name in code.co_freevars if name != "__class__")
-    imports = "".join(f"import {name}\n" for name in code.co_names if _is_imported(function.__globals__, name))
+    imports = "".join(f"import {name}\n" for name in imported)
     tree = ast.parse(
         imports + (f"def scope({variables}):\n class {holder}: pass" if variables else f"class {holder}: pass")
     )

@@ -299,6 +299,7 @@ def acceleration_lines(acceleration: Acceleration) -> list[str]:
     loss = f"loss from logits ({acceleration.head_skipped})" if acceleration.head_skipped else "loss without logits"
     rows = "packed sequences" if acceleration.packs else "padded sequences"
     lines = [f"Acceleration: {format_count(len(acceleration.swaps), 'fused module')}, {loss}, {rows}."]
+    lines += [f"{acceleration.release}."] if acceleration.release else []
     if acceleration.swaps:
         lines.append(f"CPU kernels: {compiled.describe()}.")
     if left:
