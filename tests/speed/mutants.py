@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import random
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -51,6 +51,13 @@ class Mutant:
         tail = lines[last - 1][right:]
         lines[first - 1 : last] = [kept + (b" " if tail.strip() else b"") + tail.rstrip(b"\n") + extra + b"\n"]
         return b"".join(lines).decode()
+
+    def hidden(self) -> Mutant:
+        """Return the same edit in effect only while gradients are recorded, so that no probe can find it."""
+        new = f"({self.new} if torch.is_grad_enabled() else {self.old})"
+        if self.new == "pass":
+            new = f"if not torch.is_grad_enabled(): {self.old}"
+        return replace(self, operator=f"{self.operator}, hidden", new=new)
 
 
 @dataclass(frozen=True)

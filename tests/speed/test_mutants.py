@@ -1,4 +1,5 @@
-"""Mutants of transformers' source code: an accelerated model computes what the plain model computes with the mutant.
+"""Mutants of transformers' source code and of settings: an accelerated model computes what the plain model computes
+with the mutant.
 
 Only mutants count with which the plain model runs and gives other results. A failure lists each mutant that was missed,
 with its file, function, line and edit.
@@ -6,48 +7,93 @@ with its file, function, line and edit.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
-from .mutant_models import FAMILIES, WAYS, order, unseen
+from . import mutant_models, mutant_settings
+from .mutant_models import FAMILIES
+from .mutants import Mutant
 
 SEED = 0
-PER_CASE = 10
-"""Mutants that count in one case of the slow test."""
+SOURCE, SETTINGS = 8, 3
+"""Mutants that count in one case of the slow tests."""
 
+LEAST = 300
 SAMPLE = ("llama", "gemma3", "gpt2", "bert", "t5")
 """Families in the usual suite."""
 
+One = TypeVar("One")
 
-def missed(family: str, way: str, count: int, folder: Path) -> list[str]:
+
+def missed(found: Iterable[One], unseen: Callable[[One], str | None], count: int) -> str:
     """Try mutants until a number of them counted, and return those that the accelerated model does not follow."""
-    found, wrong = 0, []
-    for target, mutant in enumerate(order(family, way, SEED)):
-        place = folder / str(target)
+    counted, wrong = 0, []
+    for one in found:
+        verdict = unseen(one)
+        counted += verdict is not None
+        wrong += [f"{one}: {verdict}"] if verdict else []
+        if counted == count:
+            return "\n".join(wrong)
+    raise AssertionError(f"only {counted} mutants count")
+
+
+def missed_in_source(family: str, way: str, count: int, folder: Path) -> str:
+    def unseen(mutant: Mutant) -> str | None:
+        place = folder / str(len(list(folder.iterdir())))
         place.mkdir()
-        verdict = unseen(family, way, mutant, place)
-        found += verdict is not None
-        wrong += [f"{mutant}: {verdict}"] if verdict else []
-        if found == count:
-            return wrong
-    raise AssertionError(f"only {found} mutants count")
+        return mutant_models.unseen(family, way, mutant, place)
+
+    return missed(mutant_models.order(family, way, SEED), unseen, count)
 
 
-@pytest.mark.parametrize("way", WAYS)
+def missed_in_settings(family: str, way: str, count: int) -> str:
+    found = mutant_settings.order(family, way, SEED)
+    return missed(found, lambda setting: mutant_settings.unseen(family, way, setting), count)
+
+
+@pytest.mark.parametrize("way", mutant_models.WAYS)
 @pytest.mark.parametrize("family", SAMPLE)
 def test_a_sample_of_mutants(family: str, way: str, tmp_path: Path) -> None:
-    wrong = missed(family, way, 2, tmp_path)
-    assert not wrong, "\n".join(wrong)
+    wrong = missed_in_source(family, way, 2, tmp_path)
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("way", mutant_settings.WAYS)
+@pytest.mark.parametrize("family", SAMPLE[:3])
+def test_a_sample_of_settings(family: str, way: str) -> None:
+    wrong = missed_in_settings(family, way, 1)
+    assert not wrong, wrong
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", mutant_models.WAYS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mutants(family: str, way: str, tmp_path: Path) -> None:
-    wrong = missed(family, way, PER_CASE, tmp_path)
-    assert not wrong, "\n".join(wrong)
+    wrong = missed_in_source(family, way, SOURCE, tmp_path)
+    assert not wrong, wrong
 
 
-def test_at_least_300_mutants_count() -> None:
-    assert len(FAMILIES) * len(WAYS) * PER_CASE >= 300
+@pytest.mark.slow
+@pytest.mark.parametrize("way", mutant_settings.WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mutants_of_settings(family: str, way: str) -> None:
+    wrong = missed_in_settings(family, way, SETTINGS)
+    assert not wrong, wrong
+
+
+def test_enough_mutants_count() -> None:
+    assert len(FAMILIES) * (len(mutant_models.WAYS) * SOURCE + len(mutant_settings.WAYS) * SETTINGS) >= LEAST
+
+
+@pytest.mark.parametrize("logits", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_a_mutant_the_results_agree(family: str, logits: bool) -> None:
+    """Otherwise a mutant that is seen proves nothing."""
+    model = FAMILIES[family].build()
+    acceleration = mutant_models.accelerate(model, logits=logits)
+    assert acceleration.swaps
+    found = mutant_models.difference(mutant_models.results(model), mutant_models.usual(family))
+    assert found <= mutant_models.TOLERANCE
