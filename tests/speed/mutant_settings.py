@@ -18,7 +18,8 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from .mutant_models import FAMILIES, after, before, usual
+from .mutant_checks import after, before
+from .mutant_models import FAMILIES, usual
 
 WAYS = ("built", "set before", "set after")
 """When a setting is changed: before the model is built, before it is accelerated, or after."""

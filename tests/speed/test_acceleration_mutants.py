@@ -13,8 +13,10 @@ from typing import TypeVar
 
 import pytest
 
-from . import mutant_models, mutant_settings
-from .mutant_models import FAMILIES
+from lorakit.speed import accelerate
+
+from . import mutant_checks, mutant_settings
+from .mutant_models import FAMILIES, TOLERANCE, difference, results, usual
 from .mutants import Mutant
 
 SEED = 0
@@ -44,9 +46,9 @@ def missed_in_source(family: str, way: str, count: int, folder: Path) -> str:
     def unseen(mutant: Mutant) -> str | None:
         place = folder / str(len(list(folder.iterdir())))
         place.mkdir()
-        return mutant_models.unseen(family, way, mutant, place)
+        return mutant_checks.unseen(family, way, mutant, place)
 
-    return missed(mutant_models.order(family, way, SEED), unseen, count)
+    return missed(mutant_checks.order(family, way, SEED), unseen, count)
 
 
 def missed_in_settings(family: str, way: str, count: int) -> str:
@@ -54,7 +56,7 @@ def missed_in_settings(family: str, way: str, count: int) -> str:
     return missed(found, lambda setting: mutant_settings.unseen(family, way, setting), count)
 
 
-@pytest.mark.parametrize("way", mutant_models.WAYS)
+@pytest.mark.parametrize("way", mutant_checks.WAYS)
 @pytest.mark.parametrize("family", SAMPLE)
 def test_a_sample_of_mutants(family: str, way: str, tmp_path: Path) -> None:
     wrong = missed_in_source(family, way, 2, tmp_path)
@@ -69,7 +71,7 @@ def test_a_sample_of_settings(family: str, way: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", mutant_models.WAYS)
+@pytest.mark.parametrize("way", mutant_checks.WAYS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mutants(family: str, way: str, tmp_path: Path) -> None:
     wrong = missed_in_source(family, way, SOURCE, tmp_path)
@@ -85,7 +87,7 @@ def test_mutants_of_settings(family: str, way: str) -> None:
 
 
 def test_enough_mutants_count() -> None:
-    assert len(FAMILIES) * (len(mutant_models.WAYS) * SOURCE + len(mutant_settings.WAYS) * SETTINGS) >= LEAST
+    assert len(FAMILIES) * (len(mutant_checks.WAYS) * SOURCE + len(mutant_settings.WAYS) * SETTINGS) >= LEAST
 
 
 @pytest.mark.parametrize("logits", [True, False])
@@ -93,7 +95,6 @@ def test_enough_mutants_count() -> None:
 def test_without_a_mutant_the_results_agree(family: str, logits: bool) -> None:
     """Otherwise a mutant that is seen proves nothing."""
     model = FAMILIES[family].build()
-    acceleration = mutant_models.accelerate(model, logits=logits)
+    acceleration = accelerate(model, logits=logits)
     assert acceleration.swaps
-    found = mutant_models.difference(mutant_models.results(model), mutant_models.usual(family))
-    assert found <= mutant_models.TOLERANCE
+    assert difference(results(model), usual(family)) <= TOLERANCE

@@ -16,7 +16,8 @@ import pytest
 
 from lorakit.speed import accelerate
 
-from .mutant_models import FAMILIES, TOLERANCE, WAYS, difference, released, results, source_of, unseen, usual
+from .mutant_checks import WAYS, released, source_of, unseen
+from .mutant_models import FAMILIES, TOLERANCE, difference, results, usual
 from .mutants import Mutant, functions, mutants
 
 Edit = Callable[[str], str]
