@@ -228,12 +228,13 @@ def _expected(family: str, model: Any, change: Change, stack: ExitStack) -> Expe
     try:
         stack.enter_context(change(model))
         theirs = results(model)
+        moved = difference(theirs, usual(family))
+        if moved <= MOVED * TOLERANCE or not all(bool(one.isfinite().all()) for one in theirs.values()):
+            return None
         allowed = TOLERANCE + noise(model, theirs)
     except Exception:  # noqa: BLE001 - a mutant may fail in any way
         return None
-    is_finite = all(bool(one.isfinite().all()) for one in theirs.values())
-    has_moved = is_finite and difference(theirs, usual(family)) > MOVED * allowed
-    return Expected(theirs, allowed) if has_moved else None
+    return Expected(theirs, allowed) if moved > MOVED * allowed else None
 
 
 def _accelerated(model: Any, expected: Expected, logits: bool) -> str:

@@ -47,7 +47,7 @@ class Mutant:
         lines = [line.encode() for line in source.splitlines(keepends=True)]
         (first, left), (last, right) = self.start, self.end
         kept = lines[first - 1][:left] + self.new.encode()
-        extra = b"\n" * (last - first)  # later lines keep their numbers
+        extra = b"\n" * (last - first - self.new.count("\n"))  # later lines keep their numbers
         tail = lines[last - 1][right:]
         lines[first - 1 : last] = [kept + (b" " if tail.strip() else b"") + tail.rstrip(b"\n") + extra + b"\n"]
         return b"".join(lines).decode()

@@ -7,6 +7,9 @@ with its file, function, line and edit.
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -98,3 +101,31 @@ def test_without_a_mutant_the_results_agree(family: str, logits: bool) -> None:
     acceleration = accelerate(model, logits=logits)
     assert acceleration.swaps
     assert difference(results(model), usual(family)) <= TOLERANCE
+
+
+def test_a_mutant_is_another_program_at_the_same_lines() -> None:
+    source = mutant_checks.source_of(FAMILIES["llama"].module)[1]
+    own, lines = ast.dump(ast.parse(source)), source.count("\n")
+    for mutant in mutant_checks.order("llama", mutant_checks.WAYS[0], SEED)[:40]:
+        for one in (mutant, mutant.hidden()):
+            changed = one.apply(source)
+            assert ast.dump(ast.parse(changed)) != own, str(one)
+            assert changed.count("\n") == lines
+
+
+def test_the_same_seed_gives_the_same_mutants() -> None:
+    first, second, other = (mutant_checks.order("llama", mutant_checks.WAYS[1], seed) for seed in (0, 0, 1))
+    assert first == second and first != other
+
+
+def test_a_patch_and_a_release_are_taken_back(tmp_path: Path) -> None:
+    name = FAMILIES["llama"].module
+    source, module = mutant_checks.source_of(name)[1], importlib.import_module(name)
+    mutant = next(one for one in mutant_checks.mutants_of("llama") if one.function == "rotate_half")
+    own, rotate = dict(vars(module)), module.rotate_half
+    with mutant_checks.patched(mutant, tmp_path):
+        assert module.rotate_half is not rotate and inspect.getsource(module.rotate_half) != inspect.getsource(rotate)
+    with mutant_checks.released(name, mutant.apply(source), tmp_path) as made:
+        assert importlib.import_module(name) is made and inspect.getsource(made.LlamaMLP.forward)
+        assert inspect.getsource(made.rotate_half) != inspect.getsource(rotate)
+    assert vars(module) == own and importlib.import_module(name) is module
