@@ -157,6 +157,7 @@ def finish(run: Run) -> RunResult:
         if loss is not None and state.first_loss is not None and loss >= state.first_loss:
             before = run.spec.before_training
             notes.append(f"The adapter is not better than {before} on the evaluation data; do not use it.")
+    first_metrics, adapter_metrics = metrics_at(run, 0, step)
     result = RunResult(
         folder=folder,
         ending=run.status,
@@ -178,8 +179,8 @@ def finish(run: Run) -> RunResult:
         plan=dict(run.plan.values),
         notes=tuple(notes),
         checkpoint_step=resumable,
-        first_metrics=metrics_at(run, 0),
-        adapter_metrics={} if step is None else metrics_at(run, step),
+        first_metrics=first_metrics,
+        adapter_metrics=adapter_metrics,
     )
     try:
         run_folder.write_record(folder, {**run.record(), "result": result.as_dict()})
