@@ -64,7 +64,9 @@ def run(
     allocator.set_up()  # before torch allocates any memory
     from lorakit.data import Request
 
-    task = adapters.task_of(adapters.read_adapters(flags.adapter)) if flags.adapter else None
+    folders = flags.adapter or []
+    files = adapters.read_adapters(folders)
+    task = adapters.task_of(files) if files else None
     request = Request(
         flags.format, columns, flags.on_bad_row == "skip", allowed=() if task is None else task.task.formats
     )
@@ -74,7 +76,7 @@ def run(
         EvalSettings(
             model=flags.model,
             data=flags.data,
-            adapters=flags.adapter or (),
+            adapters=dict(zip(folders, files, strict=True)),
             max_length=flags.max_length,
             batch_rows=flags.batch_size,
             dtype=flags.dtype,

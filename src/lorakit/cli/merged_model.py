@@ -30,7 +30,7 @@ from lorakit.plan.quantized import Quantization
 from lorakit.tasks import CAUSAL_LM, Target, TaskOnData, load_model_for
 
 if TYPE_CHECKING:
-    from lorakit.core.files.adapter_folder import AdapterFiles
+    from lorakit.core import AdapterFiles
     from lorakit.train.forecast import SavedTokenizer
 
 RECORD_FILE = "lorakit_merged.json"
