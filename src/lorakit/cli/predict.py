@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
@@ -75,15 +75,15 @@ def run(
             where=flags.output_file,
             field="output_file",
         )
-    flags = replace(flags, adapter=folders[0] if folders else None)
     allocator.set_up()  # before torch allocates any memory
     from lorakit.train.prediction import PredictSettings, predict
 
-    task = _task(flags)
+    adapter = adapters.read_adapters(folders)
+    task = adapters.task_of(adapter) if adapter else _task_of_model(flags)
     settings = PredictSettings(
         model=flags.model,
         data=files,
-        adapter=flags.adapter,
+        adapter=adapter[0] if adapter else None,
         task=task,
         max_length=flags.max_length,
         batch_rows=flags.batch_size,
@@ -109,13 +109,10 @@ def run(
         console.say(f"{flags.output_file}: {format_count(count, 'prediction')}")
 
 
-def _task(flags: Flags) -> TaskOnData:
-    """Return the task of the adapter, or that of a model with a head."""
+def _task_of_model(flags: Flags) -> TaskOnData:
     from lorakit import hub
     from lorakit.tasks import task_of_model
 
-    if flags.adapter is not None:
-        return adapters.task_of(adapters.read_adapters([flags.adapter]))
     return task_of_model(flags.task, hub.resolve(flags.model, console.note))
 
 
