@@ -12,7 +12,7 @@ from lorakit.data.encoding import Encoded, Overlong, Sequence, Sequences, encode
 from lorakit.data.loader import Batch, Loader, Split, by_length, padding_id, split
 from lorakit.data.reading import python_reference, read_records, read_split, write_python_reference
 from lorakit.data.records import Completion, Conversation, Document, Labeled, Message, Record, Records, Tagged
-from lorakit.data.report import DataReport
+from lorakit.data.report import DataReport, Report
 from lorakit.data.row_stream import PARTIAL, streamable_bytes
 from lorakit.data.shapes import SHAPES, Request
 from lorakit.data.stored import AnyRecords, StoredRecords
@@ -36,6 +36,7 @@ __all__ = [
     "Overlong",
     "Record",
     "Records",
+    "Report",
     "Request",
     "Sequence",
     "Sequences",

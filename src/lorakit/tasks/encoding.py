@@ -10,15 +10,14 @@ import itertools
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from lorakit.data import AnyRecords, Conversation, Labeled, Record, Tagged, Tokenizer
+from lorakit.data import AnyRecords, Conversation, Labeled, Record, Report, Tagged, Tokenizer
 from lorakit.data.encoding import IGNORED
 from lorakit.data.encoding import Sequence as Encoded
 from lorakit.data.records import Completion, content_key, is_empty, location, text_of_record
 from lorakit.data.stored import sized
-from lorakit.durable import JsonObject
 from lorakit.errors import ConfigError, DataError, ModelError
 from lorakit.tables import format_count, format_percent
 from lorakit.tasks.labels import Target, names_of, score_of
@@ -28,66 +27,36 @@ _TYPE = "i"
 _RARE_ROWS, _MAJORITY, _SHOWN = 10, 0.9, 8
 
 
-@dataclass
-class RowReport:
+@dataclass(slots=True)
+class RowReport(Report):
     """Counts of labeled rows and their tokens.
 
     Attributes:
-        max_length_tokens: Maximum length of a text in tokens.
         unit: What contributes to the loss: "token" or "row".
         rows: Number of input rows.
-        sequences: Number of encoded rows.
-        tokens: Number of tokens in all encoded rows.
-        trained_tokens: Number of targets that contribute to the loss.
-        empty_rows: Number of rows left out because a text is empty.
-        duplicate_rows: Number of rows with the same content as an earlier row; they are kept.
-        overlong: What was done with rows that are longer than `max_length_tokens`.
-        cut_rows: Number of these rows.
         cut_words: Number of tagged words without a token, because of truncation or because the tokenizer skips them.
-        shape: Name of the shape of all rows, or None if it is unknown or differs between files.
-        columns: Required field -> column, or an empty dict.
         labels: Number of rows (for tags: of words) with each label, most frequent first; empty for scores and texts.
-        notes: Other messages for the user.
     """
 
-    max_length_tokens: int
-    unit: str
+    unit: str = "row"
     rows: int = 0
-    sequences: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    empty_rows: int = 0
-    duplicate_rows: int = 0
-    overlong: str = "truncate"
-    cut_rows: int = 0
     cut_words: int = 0
-    shape: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def prompt_format(self) -> None:
-        """Format of the prompts: these tasks have none."""
-        return None
 
     def check_end(self) -> None:
         """Do nothing: these tasks do not learn where a text ends."""
 
-    def as_dict(self) -> JsonObject:
-        """Return all counts and notes as plain JSON values."""
-        return asdict(self)
-
     def lines(self) -> list[str]:
-        """Return the counts as lines of text: totals, labels, what was left out or truncated, and notes."""
-        lines = [
+        """Return the counts as lines of text, as in `Report.lines`; the labels follow the totals."""
+        total = (
             f"{format_count(self.sequences, 'row')} of at most {self.max_length_tokens:,} tokens; total: "
             f"{self.tokens:,} tokens"
             + (f"; {self.trained_tokens:,} contribute to the loss." if self.unit == "token" else ".")
-        ]
-        lines += self._label_lines()
-        if self.empty_rows:
-            lines.append(f"{format_count(self.empty_rows, 'row')} left out: empty.")
+        )
+        return [total, *self._label_lines(), *self._row_lines(self._losses()), *self.notes]
+
+    def _losses(self) -> list[str]:
+        lines = []
         if self.cut_rows:
             done = "left out because of more than" if self.overlong == "drop" else "truncated to"
             lines.append(
@@ -98,9 +67,7 @@ class RowReport:
             lines.append(
                 f"{format_count(self.cut_words, 'tagged word')} left out: truncated, or skipped by the tokenizer."
             )
-        if self.duplicate_rows:
-            lines.append(f"{format_count(self.duplicate_rows, 'duplicate row')} kept.")
-        return [*lines, *self.notes]
+        return lines
 
     def _label_lines(self) -> list[str]:
         """Return the number of rows with each label, and a warning if they are unbalanced."""
@@ -172,7 +139,7 @@ def encode_rows(
     if options.overlong == "split":
         raise ConfigError.of("overlong", "split", "truncate, drop or error, because labels belong to whole rows")
     notes = [*records.notes, *([target.note] if target.note else [])]
-    report = RowReport(options.max_length, unit, overlong=options.overlong, notes=notes)
+    report = RowReport(options.max_length, unit=unit, overlong=options.overlong, notes=notes)
     report.shape, report.columns = records.shape, dict(records.columns)
     rows, kept, seen, done = list[Encoded](), list[Record](), set[bytes](), 0
     for record, size in sized(records):

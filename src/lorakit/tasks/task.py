@@ -21,6 +21,7 @@ from lorakit.data import (
     Loader,
     Overlong,
     Record,
+    Report,
     Sequences,
     Split,
     TokenCache,
@@ -38,37 +39,6 @@ Metrics: TypeAlias = Mapping[str, float]
 
 Texts: TypeAlias = "list[Sequence] | Sequences"
 """Encoded rows."""
-
-
-class Report(Protocol):
-    """Counts of the rows and tokens of encoded data.
-
-    Attributes:
-        notes: Other messages for the user.
-        shape: Name of the shape of all rows, or None.
-        columns: Required field -> column.
-    """
-
-    notes: list[str]
-    shape: str | None
-    columns: dict[str, str]
-
-    @property
-    def prompt_format(self) -> str | None:
-        """Format of the prompts, or None."""
-
-    @property
-    def trained_tokens(self) -> int:
-        """Number of targets that contribute to the loss."""
-
-    def check_end(self) -> None:
-        """Check that the model can learn where to stop, if it generates text."""
-
-    def as_dict(self) -> JsonObject:
-        """Return all counts and notes as plain JSON values."""
-
-    def lines(self) -> list[str]:
-        """Return the counts as lines of text: the totals, then what was left out, then the notes."""
 
 
 class EncodedData(Protocol):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lorakit import core, hub
-from lorakit.data import AnyRecords, Batch, Records, Request, Split, Tokenizer, padding_id, read_records
+from lorakit.data import AnyRecords, Batch, Records, Report, Request, Split, Tokenizer, padding_id, read_records
 from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration, accelerate
@@ -24,7 +24,6 @@ from lorakit.tasks import (
     CAUSAL_LM,
     EncodeOptions,
     Objective,
-    Report,
     Target,
     TaskOnData,
     evaluation_batches,

@@ -11,7 +11,7 @@ from lorakit import data, hub
 from lorakit.data.sources import weights_of
 from lorakit.errors import DataError, DiskError, UsageError
 from lorakit.machine import cache_directory
-from lorakit.tasks import EncodedData, EncodeOptions, Report, TaskOnData, Texts, evaluation_batches
+from lorakit.tasks import EncodedData, EncodeOptions, TaskOnData, Texts, evaluation_batches
 from lorakit.train import run_folder
 from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
@@ -34,8 +34,8 @@ class RunBatches:
 
     loader: data.Loader
     held_out_sequences: Texts | None
-    train_report: Report
-    held_out_report: Report | None
+    train_report: data.Report
+    held_out_report: data.Report | None
     task: TaskOnData
 
     @property
