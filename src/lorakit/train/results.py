@@ -23,7 +23,7 @@ from lorakit.tables import format_bytes, format_percent, format_rate, format_sec
 from lorakit.train import checkpoint, run_folder
 from lorakit.train.model_card import evaluation_line, metrics_line, model_card
 from lorakit.train.run_adapter import metrics_at, write_tokenizer
-from lorakit.train.run_spec import Run
+from lorakit.train.run_context import Run
 
 _WEIGHTS = "adapter_model.safetensors"
 _CHECKPOINT_ONLY = {checkpoint.MANIFEST, checkpoint.STATE, checkpoint.OPTIMIZER, checkpoint.RANDOM}

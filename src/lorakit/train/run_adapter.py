@@ -29,7 +29,8 @@ from lorakit.report import read_metrics
 from lorakit.tables import format_count
 from lorakit.train.forecast import SavedTokenizer
 from lorakit.train.progress import Progress
-from lorakit.train.run_spec import ADAPTER, Run, RunSpec
+from lorakit.train.run_context import Run
+from lorakit.train.run_spec import ADAPTER, RunSpec
 from lorakit.train.start_adapter import StartAdapter
 
 ROWS = 32

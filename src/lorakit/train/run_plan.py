@@ -27,8 +27,9 @@ from lorakit.train.checkpoint import differences, environment
 from lorakit.train.optimizer import Named
 from lorakit.train.progress import Progress
 from lorakit.train.run_adapter import saved_sizes
+from lorakit.train.run_context import DiskSpace, RunLimits, RunPlan
 from lorakit.train.run_folder import checkpoints, run_files
-from lorakit.train.run_spec import DiskSpace, RunLimits, RunPlan, RunSpec
+from lorakit.train.run_spec import RunSpec
 
 WORTH_MEASURING_FLOPS = 2e12
 """Runs of more FLOPs than this always benchmark the machine; smaller runs do so only to choose the precision."""

@@ -41,10 +41,11 @@ from lorakit.train.optimizer import build_optimizer, load_state_tensors
 from lorakit.train.progress import Progress
 from lorakit.train.results import RunResult, finish
 from lorakit.train.run_adapter import add_adapter
+from lorakit.train.run_context import Run, RunLimits, RunPlan
 from lorakit.train.run_data import RunBatches, make_batches
 from lorakit.train.run_folder import cut_metrics, remove_run, unlock, write_record
 from lorakit.train.run_plan import autotuned_choices, check_space, disk_space, plan_run
-from lorakit.train.run_spec import ADAPTER, Run, RunLimits, RunPlan, RunSpec
+from lorakit.train.run_spec import ADAPTER, RunSpec
 from lorakit.train.schedule import schedule
 from lorakit.train.settings import TrainSettings
 from lorakit.train.trackers import Trackers
@@ -266,7 +267,7 @@ def _fitted(
             now = candidate.job.recompute
             current = _arranged(probe.model, now, spec.settings, progress)
         job, made = candidate.job, RunPlan.of(candidate, spec.settings.fit)
-        return probe.peak_bytes(job.batch_rows, job.accumulation > 1, spec.step_options(made, current))
+        return probe.peak_bytes(job.batch_rows, job.accumulation > 1, made.step_options(spec, current))
 
     progress.busy("measuring memory")
     limit = bytes_of(spec.settings.fit or "")
