@@ -89,6 +89,14 @@ class StreamSplit(Split):
 
     rows: TrainingRows
 
+    def training_records(self) -> Iterable[Record]:
+        """Return all training records, which are read one after another.
+
+        Raises:
+            DataError: The data cannot be read or has changed, or a row does not fit and is not to be skipped.
+        """
+        return (row.record for row in self.rows.rows(Place()))
+
     def digests(self) -> dict[str, str]:
         """Return a dict from the path or name of each file or data set to its identity, partial if it is streamed."""
         found = self.held_out.digests() if isinstance(self.held_out, StoredRecords) else {}

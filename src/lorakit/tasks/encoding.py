@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,10 +18,12 @@ from lorakit.data.encoding import IGNORED
 from lorakit.data.encoding import Sequence as Encoded
 from lorakit.data.records import Completion, content_key, is_empty, location, text_of_record
 from lorakit.data.stored import sized
-from lorakit.durable import JsonObject
+from lorakit.data.token_cache import Buffers, Form
+from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import ConfigError, DataError, ModelError
 from lorakit.tables import format_count, format_percent
 from lorakit.tasks.labels import Target, names_of, score_of
+from lorakit.tasks.stored_rows import StoredRows
 from lorakit.tasks.task import EncodeOptions
 
 _TYPE = "i"
@@ -134,36 +136,46 @@ class EncodedRows:
     Attributes:
         sequences: The rows.
         report: Counts.
-        records: The record of each sequence, in the same order.
+        sources: (source, number of rows) pairs for consecutive rows.
+        records: The record of each sequence, in the same order; empty if the rows come from the token cache.
     """
 
-    sequences: list[Encoded]
+    sequences: list[Encoded] | StoredRows
     report: RowReport
+    sources: tuple[tuple[str, int], ...] = ()
     records: list[Record] = field(default_factory=list)
-
-    @property
-    def sources(self) -> tuple[tuple[str, int], ...]:
-        """(source, number of rows) pairs for consecutive rows."""
-        groups = itertools.groupby(self.records, key=lambda record: record.source)
-        return tuple((source, sum(1 for _ in group)) for source, group in groups)
 
 
 Encode = Callable[[Record, Tokenizer, Target, EncodeOptions, RowReport], "Encoded | None"]
 """Function that encodes a record and updates the counts; None leaves the record out."""
 
 
+@dataclass(frozen=True)
+class RowEncoder:
+    """How the rows of a task are encoded.
+
+    Attributes:
+        name: Name of this way of encoding, for the token cache.
+        one: Function that encodes a record.
+        unit: What contributes to the loss: "token" or "row".
+    """
+
+    name: str
+    one: Encode
+    unit: str
+
+
 def encode_rows(
-    records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions, one: Encode, unit: str
+    records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions, encoder: RowEncoder
 ) -> EncodedRows:
-    """Encode records one by one.
+    """Encode records one by one, or take them from the token cache.
 
     Args:
         records: The records.
         tokenizer: A transformers tokenizer.
         target: What is predicted.
-        options: Maximum length, and what happens to longer rows.
-        one: Function that encodes a record.
-        unit: What contributes to the loss: "token" or "row".
+        options: Maximum length, what happens to longer rows, and the cache.
+        encoder: How a record is encoded.
 
     Raises:
         ConfigError: `overlong` is "split", which these tasks do not support.
@@ -171,7 +183,48 @@ def encode_rows(
     """
     if options.overlong == "split":
         raise ConfigError.of("overlong", "split", "truncate, drop or error, because labels belong to whole rows")
-    notes = [*records.notes, *([target.note] if target.note else [])]
+    if options.cache is None or options.visit is not None or not options.is_labeled:
+        return _encoded(records, tokenizer, target, options, encoder)
+    parts: list[JsonValue] = [
+        encoder.name,
+        target.as_dict(),
+        target.note,
+        options.max_length,
+        options.overlong,
+    ]
+    return options.cache.fetch(
+        records, parts, lambda: _encoded(records, tokenizer, target, options, encoder), Form(_pack, _unpack)
+    )
+
+
+def encode_row(
+    record: Record, tokenizer: Tokenizer, target: Target, options: EncodeOptions, encoder: RowEncoder
+) -> list[Encoded]:
+    """Encode one record as `encode_rows` does; nothing is counted.
+
+    Args:
+        record: The record.
+        tokenizer: A transformers tokenizer.
+        target: What is predicted.
+        options: Maximum length, and what happens to longer rows.
+        encoder: How a record is encoded.
+
+    Returns:
+        The encoded row, or an empty list if it is left out.
+
+    Raises:
+        DataError: The record does not fit the task.
+    """
+    if is_empty(record):
+        return []
+    row = encoder.one(record, tokenizer, target, options, RowReport(options.max_length, encoder.unit))
+    return [] if row is None else [row]
+
+
+def _encoded(
+    records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions, encoder: RowEncoder
+) -> EncodedRows:
+    notes, unit = [*records.notes, *([target.note] if target.note else [])], encoder.unit
     report = RowReport(options.max_length, unit, overlong=options.overlong, notes=notes)
     report.shape, report.columns = records.shape, dict(records.columns)
     rows, kept, seen, done = list[Encoded](), list[Record](), set[bytes](), 0
@@ -184,7 +237,7 @@ def encode_rows(
         if is_empty(record) if options.is_labeled else not text_of_record(record).strip():
             report.empty_rows += 1
         else:
-            row = one(record, tokenizer, target, options, report)
+            row = encoder.one(record, tokenizer, target, options, report)
             if row is not None:
                 rows.append(row)
                 kept.append(record)
@@ -203,7 +256,18 @@ def encode_rows(
             "too long). Check the data, or increase --max-length.",
             field="data",
         )
-    return EncodedRows(rows, report, kept)
+    groups = itertools.groupby(kept, key=lambda record: record.source)
+    return EncodedRows(rows, report, tuple((source, sum(1 for _ in group)) for source, group in groups), kept)
+
+
+def _pack(found: EncodedRows) -> tuple[Buffers, JsonObject]:
+    values = {"report": asdict(found.report), "sources": [list(pair) for pair in found.sources]}
+    return StoredRows.of(found.sequences).buffers, values
+
+
+def _unpack(buffers: Buffers, values: Mapping[str, Any]) -> EncodedRows:
+    sources = tuple((str(source), int(count)) for source, count in values["sources"])
+    return EncodedRows(StoredRows(buffers), RowReport(**values["report"]), sources)
 
 
 def _targets(row: Encoded, unit: str) -> int:
@@ -400,3 +464,9 @@ def _tokens(
 def _unfit(record: Record, fields: str) -> DataError:
     text = f"{location(record)}: the row does not fit this task, which needs {fields}."
     return DataError(text, where=location(record), field="data")
+
+
+LABELED = RowEncoder("labeled", encode_labeled, "row")
+PAIRS = RowEncoder("pairs", encode_pair, "row")
+TAGGED = RowEncoder("tagged", encode_tagged, "token")
+TRANSLATIONS = RowEncoder("translations", encode_translation, "token")
