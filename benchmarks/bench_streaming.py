@@ -97,7 +97,7 @@ def make_file(path: Path, size: int) -> Path:
         return make_table(path, size, [json.loads(row) for row in rows])
     begin, between, end = ("[", ",\n", "]\n") if path.suffix == ".json" else ("", "\n", "\n")
     written = number = 0
-    with path.open("w", encoding="ascii") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         written += file.write("number,text\n" if path.suffix == ".csv" else begin)
         while written < size:
             text = rows[number % len(rows)]

@@ -187,7 +187,7 @@ def _elements(source: StreamedFile, file: IO[bytes], at: Place) -> Read:
 
 
 class _Text:
-    """The text of a JSON list, of which only the part around the current element is kept.
+    """The text of a JSON list; only the part around the current element is kept.
 
     Attributes:
         offset: Byte offset of the element that was returned last.

@@ -61,7 +61,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Form(Generic[T]):
-    """How encoded rows are stored in an entry.
+    """A way of storing encoded rows in an entry.
 
     Attributes:
         pack: Function that returns the rows as buffers, and everything else as plain JSON values.
@@ -135,7 +135,7 @@ class TokenCache:
             records: The records; only those from files are cached.
             parts: Everything that the rows depend on besides the records and the context.
             make: Function that encodes the records.
-            form: How the rows are stored.
+            form: Way of storing the rows.
         """
         if not isinstance(records, StoredRecords):
             return make()
