@@ -19,7 +19,7 @@ from lorakit.data import AnyRecords, Batch, Record, Tokenizer
 from lorakit.data.encoding import Sequence as Encoded
 from lorakit.data.loader import padded_ids
 from lorakit.durable import JsonObject
-from lorakit.tasks.encoding import EncodedRows, encode_labeled, encode_rows
+from lorakit.tasks.encoding import LABELED, EncodedRows, encode_row, encode_rows
 from lorakit.tasks.labels import Target, class_target
 from lorakit.tasks.metrics import class_metrics, classes_metrics, score_metrics
 from lorakit.tasks.task import EncodeOptions, Metrics, Objective, PredictContext, Task, inputs_on, objective
@@ -30,7 +30,7 @@ THRESHOLD = 0.5
 
 def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> EncodedRows:
     """Encode labeled texts; see `encode_rows`."""
-    return encode_rows(records, tokenizer, target, options, encode_labeled, "row")
+    return encode_rows(records, tokenizer, target, options, LABELED)
 
 
 def collate(rows: list[Encoded], pad_id: int, epoch: float, target: Target) -> Batch:
@@ -153,6 +153,7 @@ CLASSIFICATION = Task(
     unit="row",
     target=class_target,
     encode=encode,
+    encode_one=partial(encode_row, encoder=LABELED),
     objective=_objective,
     predict=predict,
     summary=("accuracy", "f1_macro", "mse", "spearman"),

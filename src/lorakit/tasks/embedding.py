@@ -21,7 +21,7 @@ from lorakit.data.encoding import Sequence as Encoded
 from lorakit.data.loader import padded_ids
 from lorakit.durable import JsonObject
 from lorakit.errors import MissingExtra
-from lorakit.tasks.encoding import EncodedRows, encode_pair, encode_rows
+from lorakit.tasks.encoding import PAIRS, EncodedRows, encode_row, encode_rows
 from lorakit.tasks.labels import Target, pair_target
 from lorakit.tasks.task import EncodeOptions, Metrics, Objective, PredictContext, Task, objective
 
@@ -35,7 +35,7 @@ def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: E
         MissingExtra: The package `sentence-transformers` is not installed.
     """
     _losses()
-    return encode_rows(records, tokenizer, target, options, encode_pair, "row")
+    return encode_rows(records, tokenizer, target, options, PAIRS)
 
 
 def collate(rows: list[Encoded], pad_id: int, epoch: float) -> Batch:
@@ -201,6 +201,7 @@ EMBEDDING = Task(
     unit="row",
     target=pair_target,
     encode=encode,
+    encode_one=partial(encode_row, encoder=PAIRS),
     objective=_objective,
     predict=predict,
     inputs=("classification", "text-pair"),

@@ -33,11 +33,12 @@ from lorakit.data.loader import Collate
 from lorakit.durable import JsonObject
 from lorakit.speed import Acceleration
 from lorakit.tasks.labels import LabelOptions, Target
+from lorakit.tasks.stored_rows import StoredRows
 
 Metrics: TypeAlias = Mapping[str, float]
 """Name of a metric -> value."""
 
-Texts: TypeAlias = "list[Sequence] | Sequences"
+Texts: TypeAlias = "list[Sequence] | Sequences | StoredRows"
 """Encoded rows."""
 
 
@@ -65,7 +66,7 @@ class EncodeOptions:
         max_length: Maximum length of a text in tokens.
         overlong: What happens to longer rows; see `lorakit.data.encode`.
         watch: Function that is called repeatedly with the number of bytes read so far, or None.
-        cache: Where the tokens of text are kept for later runs, or None.
+        cache: Where the tokens are kept for later runs, or None.
         visit: Function that is called with each record and its content key, or None.
         is_labeled: Whether rows must have labels; rows to predict do not have them.
     """
@@ -182,6 +183,7 @@ class Task:
         unit: What contributes to the loss: "token" or "row".
         target: Function that reads from the data what is predicted; raises DataError if the labels cannot be used.
         encode: Function that encodes records; raises DataError if nothing is left to train on.
+        encode_one: Function that encodes a record of a stream in the same way, and counts nothing.
         objective: Function that returns the loss and the metrics for a target.
         predict: Function that predicts rows, or None if the task generates text (`lorakit generate`).
         inputs: Names of the data shapes that `predict` supports; empty if they are those in `formats`.
@@ -197,6 +199,7 @@ class Task:
     unit: str
     target: Callable[[Split, LabelOptions], Target]
     encode: Callable[[AnyRecords, Tokenizer, Target, EncodeOptions], EncodedData]
+    encode_one: Callable[[Record, Tokenizer, Target, EncodeOptions], Many[Sequence]]
     objective: Callable[[Target], Objective]
     predict: Predict | None = None
     inputs: tuple[str, ...] = ()

@@ -111,7 +111,7 @@ class RunSpec:
         hub.require(source, tokenizer=True)
         quantization = hub.stored_as_files(source, quantization)
         tokenizer, is_own = _tokenizer(settings, source, start)
-        task = chosen_task(settings, data, source, None if start is None else start.task)
+        task = chosen_task(settings, data, source, None if start is None else start.task, progress.say)
         found = _forecast(settings, source, tokenizer, task, start)
         if start is not None and record is None:
             start.check_targets(given, found.shape)
