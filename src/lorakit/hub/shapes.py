@@ -15,6 +15,7 @@ from lorakit.architectures.shapes import ModelShape, PlainShape, SiteShape
 from lorakit.durable import JsonValue
 from lorakit.errors import ModelError
 from lorakit.hub.model_config import TASKS, config_of
+from lorakit.hub.new_modules import full_modules
 from lorakit.hub.quiet import quiet_transformers
 from lorakit.hub.sources import ModelSource, call_loader, resolve
 from lorakit.plan import catalogue
@@ -133,7 +134,9 @@ def shape_for_task(source: ModelSource, task: str, config_values: Mapping[str, J
     """
     if task == "causal":
         return shape_of(source)
-    return shape_of_module(skeleton(source, task, config_values), _short_name(source), source.given)
+    model = skeleton(source, task, config_values)
+    full = full_modules(model, source, task)  # may remove a pooler, so it comes first
+    return dataclasses.replace(shape_of_module(model, _short_name(source), source.given), full_modules=full)
 
 
 def skeleton(

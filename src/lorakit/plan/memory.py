@@ -104,7 +104,8 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memo
         dropout: Value of `lora_dropout`.
         job: The job, which sets the batch size, row length, dtype, accumulation, checkpointing and acceleration.
     """
-    itemsize, factors = job.dtype_bytes, counted.factors + counted.own_numbers + counted.row_parameters
+    itemsize = job.dtype_bytes
+    factors = counted.factors + counted.own_numbers + counted.factor_biases + counted.row_parameters
     trained = factors - counted.frozen  # Frozen factors have neither gradients nor moments.
     plain = counted.copied + counted.biases  # Saved modules and biases have the base's dtype.
     added = f" + {itemsize} × {plain:,}" if plain else ""
