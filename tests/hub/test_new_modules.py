@@ -60,7 +60,7 @@ def test_the_report_after_loading_says_the_same(which: str, task: str, tmp_path:
     source, values = hub.resolve(tmp_path), LABELS if task in hub.WITH_NEW_HEADS else {}
     try:
         skeleton = hub.skeleton(source, task, values)
-    except Exception:
+    except ValueError:
         pytest.skip("transformers has no class for this task")
     loaded = hub.load_for_task(source, "float32", task=task, config_values=values)
     assert modules_with(skeleton, missing_names(skeleton, source)) == loaded.new_modules or task == "encoder"
@@ -81,8 +81,6 @@ def test_headers_on_the_hub_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     huggingface_hub = pytest.importorskip("huggingface_hub")
     small_models.bert().save_pretrained(tmp_path)
     model = hub.skeleton(hub.resolve(tmp_path), "classification", LABELS)
-    metadata = huggingface_hub.parse_safetensors_file_metadata
-    assert callable(metadata)
     names = dict(small_models.bert().named_parameters())
     infos = {name: _info(tuple(p.shape)) for name, p in names.items()}
     whole = type("Repo", (), {"files_metadata": {"model.safetensors": type("File", (), {"tensors": infos})}})
