@@ -162,6 +162,12 @@ class ModelShape:
         return self.kv_heads * self.head_dim
 
     @property
+    def head(self) -> SiteShape | None:
+        """Return the language modeling head, or None if the model has none."""
+        heads = (s for s in self.sites if s.kind != "Embedding" and not s.dense and s.out_features == self.vocab)
+        return next(heads, None)
+
+    @property
     def blocks(self) -> tuple[str, ...]:
         """Return the paths of all blocks, including those of an encoder, in order, such as "model.layers.0"."""
         return tuple(dict.fromkeys(block for site in self.sites if (block := block_of(site.path)) is not None))

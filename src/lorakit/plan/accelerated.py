@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from lorakit.architectures.shapes import ModelShape, block_of
 from lorakit.plan.job import Job
 from lorakit.plan.params import Count, SiteCount
-from lorakit.targets.layer_types import EMBEDDING
 
 _FP32, _INDEX, _SEED = 4, 8, 8
 
@@ -175,7 +174,7 @@ def skips_logits(shape: ModelShape, counted: Count) -> bool:
         shape: Shape of the model.
         counted: The adapter's parameter counts.
     """
-    head = next((s for s in shape.sites if not s.dense and s.kind != EMBEDDING and s.out_features == shape.vocab), None)
+    head = shape.head
     if head is None:
         return False
     trained = {*counted.saved, *counted.rows}

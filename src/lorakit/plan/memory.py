@@ -17,7 +17,6 @@ from lorakit.plan.job import MASTER_BYTES, Job
 from lorakit.plan.optimizer_state import optimizer_state
 from lorakit.plan.params import Count
 from lorakit.plan.quantized import StoredBase, stored
-from lorakit.targets.layer_types import EMBEDDING
 
 RUNTIME_BYTES = 50_000_000
 """Resident memory that the first training step adds on top of tensors, on Linux with torch 2.13 for CPU: pages of
@@ -168,8 +167,7 @@ def logits_bytes(shape: ModelShape, job: Job) -> int:
         shape: Shape of the model.
         job: The job; every token in a batch is assumed to contribute to the loss.
     """
-    has_head = any(s.kind != EMBEDDING and not s.dense and s.out_features == shape.vocab for s in shape.sites)
-    return LOSS_COPIES * 4 * job.batch_tokens * shape.vocab if has_head else 0
+    return LOSS_COPIES * 4 * job.batch_tokens * shape.vocab if shape.head is not None else 0
 
 
 def _logits(shape: ModelShape, job: Job, without: bool) -> Line:
