@@ -164,8 +164,7 @@ class ModelShape:
     @property
     def head(self) -> SiteShape | None:
         """Return the language modeling head, or None if the model has none."""
-        heads = (s for s in self.sites if s.kind != "Embedding" and not s.dense and s.out_features == self.vocab)
-        return next(heads, None)
+        return next((site for site in self.sites if not site.dense and site.out_features == self.vocab), None)
 
     @property
     def blocks(self) -> tuple[str, ...]:

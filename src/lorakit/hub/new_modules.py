@@ -46,9 +46,15 @@ def full_modules(model: PreTrainedModel, source: ModelSource, task: str) -> tupl
     heads = _HEADS.get(task)
     if heads is None:
         return ()
-    paths = {path for path, _ in model.named_modules() if any(names_path(head, path) for head in heads)}
-    paths |= set(modules_with(model, missing))
-    return tuple(sorted(p for p in paths if not any(p.startswith(f"{other}.") for other in paths)))
+    paths = {path for name, _ in model.named_parameters() for path in _above(name)}
+    full = {path for path in paths if any(names_path(head, path) for head in heads)} | set(modules_with(model, missing))
+    return tuple(sorted(path for path in full if not full.intersection(_above(path))))
+
+
+def _above(path: str) -> list[str]:
+    """Return the paths of the modules that contain a module or parameter, outermost first."""
+    parts = path.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
 def is_unused_pooler(task: str, missing: Collection[str]) -> bool:
