@@ -128,6 +128,32 @@ def test_what_is_not_plain_runs_as_it_is(name: str, targets: Any, words: Any, fu
     assert reckoned == pytest.approx(saved, rel=0.03)
 
 
+def test_upcast_matmuls_keep_their_low_rank_activations_in_fp32() -> None:
+    import torch
+
+    from lorakit import core, hub
+    from lorakit.ops import choices
+    from lorakit.speed import accelerate
+
+    model = _model("llama", 0.0).to(torch.bfloat16)
+    shape = hub.shape_of_module(model, "small", "here")
+    config = LoraConfig(r=4, target_modules="all-linear")
+    weights = [model.get_parameter(f"{site.path}.weight") for site in shape.sites if site.dense]
+    core.attach(model, config)
+    model.train()
+    fast = accelerate(model)
+    job = Job(4, LENGTH, accelerated=True, upcasts=True)
+    with choices.activate({choices.fp32_name(right): 1 for W in weights for right in (W, W.t())}):
+        saved = _saved_bytes(model, fast, torch.randint(0, 300, (4, LENGTH)))
+    counted = count(shape, config)
+    planned, narrow = (
+        activations.of_lora(shape, counted, 0.0, j) for j in (job, dataclasses.replace(job, upcasts=False))
+    )
+    assert planned.blocks + planned.outside + accelerated.loss_bytes(shape, job) == pytest.approx(saved, rel=0.005)
+    assert planned.blocks - narrow.blocks == 2 * job.batch_tokens * sum(site.rank for site in counted.sites)
+    assert planned.transient - narrow.transient == 4 * job.batch_tokens * 2 * (shape.intermediate + shape.hidden)
+
+
 @pytest.mark.parametrize("recompute", ["none", "feed-forward"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
