@@ -22,7 +22,16 @@ from lorakit.durable import JsonObject
 from lorakit.tasks.encoding import LABELED, EncodedRows, encode_row, encode_rows
 from lorakit.tasks.labels import Target, class_target
 from lorakit.tasks.metrics import class_metrics, classes_metrics, score_metrics
-from lorakit.tasks.task import EncodeOptions, Metrics, Objective, PredictContext, Task, inputs_on, objective
+from lorakit.tasks.task import (
+    EncodeOptions,
+    Metrics,
+    Objective,
+    PredictContext,
+    Task,
+    inputs_on,
+    objective,
+    without_cache,
+)
 
 THRESHOLD = 0.5
 """Probability from which a class is predicted, if several classes may apply."""
@@ -69,7 +78,7 @@ def _labels(rows: list[Encoded], target: Target) -> Tensor:
 
 def forward(model: nn.Module, batch: Batch, device: str | torch.device) -> Tensor:
     """Return the logits of a batch, shape (rows, classes), in float32."""
-    return model(**inputs_on(batch, device)).logits.float()
+    return model(**inputs_on(batch, device), **without_cache(model)).logits.float()
 
 
 def loss(logits: Tensor, batch: Batch, target: Target) -> Tensor:

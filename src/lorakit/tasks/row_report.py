@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lorakit.data import Report
-from lorakit.tables import format_count
+from lorakit.tables import format_count, format_percent
 
 _RARE_ROWS, _MAJORITY, _SHOWN = 10, 0.9, 8
 

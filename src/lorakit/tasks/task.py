@@ -150,6 +150,14 @@ def inputs_on(batch: Batch, device: str | torch.device) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in inputs.items()}
 
 
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """Return the argument that keeps a model from storing keys and values, if it can store them.
+
+    A decoder stores them by default. Training does not read them, and fused forward methods do not support them.
+    """
+    return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+
+
 @dataclass(frozen=True)
 class PredictContext:
     """What a prediction needs besides the model and the rows.

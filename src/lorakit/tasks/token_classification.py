@@ -21,7 +21,16 @@ from lorakit.durable import JsonObject
 from lorakit.tasks.encoding import TAGGED, EncodedRows, encode_row, encode_rows, places_of
 from lorakit.tasks.labels import Target, tag_target
 from lorakit.tasks.metrics import OUTSIDE, span_metrics, spans
-from lorakit.tasks.task import EncodeOptions, Metrics, Objective, PredictContext, Task, inputs_on, objective
+from lorakit.tasks.task import (
+    EncodeOptions,
+    Metrics,
+    Objective,
+    PredictContext,
+    Task,
+    inputs_on,
+    objective,
+    without_cache,
+)
 
 
 def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> EncodedRows:
@@ -31,7 +40,7 @@ def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: E
 
 def forward(model: nn.Module, batch: Batch, device: str | torch.device) -> Tensor:
     """Return the logits of a batch, shape (rows, length, tags), in float32."""
-    return model(**inputs_on(batch, device)).logits.float()
+    return model(**inputs_on(batch, device), **without_cache(model)).logits.float()
 
 
 def loss(logits: Tensor, batch: Batch) -> Tensor:

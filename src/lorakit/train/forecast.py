@@ -20,6 +20,7 @@ from lorakit.config import LoraConfig
 from lorakit.core.model.fingerprint import vocabulary_of
 from lorakit.core.model.vocabulary import check_growth, with_trained_rows
 from lorakit.errors import ConfigError, DataError, NotYetSupported, UsageError
+from lorakit.plan.params import with_full_modules
 from lorakit.tables import format_count
 from lorakit.targets import unfitting_keys
 from lorakit.tasks import TaskOnData, task_for
@@ -162,7 +163,9 @@ def forecast(
         UsageError: `max_length` is not the default and exceeds the model's limit.
     """
     shape = hub.shape_for_task(source, task.task.loader, task.target.config_values())
-    config, new, notes = config or settings.lora_config(task.task.adapter_task), None, [task.note] if task.note else []
+    if config is None:
+        config = with_full_modules(settings.lora_config(task.task.adapter_task), shape.full_modules)
+    new, notes = None, [task.note] if task.note else []
     length = max_length_for(shape, settings.max_length)
     if length != settings.max_length:
         notes.append(f"maximum sequence length: {length:,} tokens (the model's limit)")

@@ -64,14 +64,15 @@ def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], progress:
     choice = hub.choose_dtype(wanted, calibration)
     details.append(f"precision: {choice.reason if recorded is None else f'{recorded}, as at the start of the run.'}")
     lines = [f"model: {spec.source.base_name} in {choice.dtype}"]
-    speed = None
+    speed, upcasts = None, False
     if calibration is not None:
-        settings = spec.settings
-        rate = calibration.flops_per_second(choice.dtype, tuned=settings.accelerate and settings.tuning)
+        tuned = spec.settings.accelerate and spec.settings.tuning
+        rate = calibration.flops_per_second(choice.dtype, tuned=tuned)
+        upcasts = calibration.upcasts(choice.dtype, tuned=tuned)
         threads = calibration.threads if spec.device.type == "cpu" else None
         speed = plan.Speed(flops_per_second=rate, source="measured", threads=threads)
     estimated = _estimate(spec, limits, lengths, choice.dtype, speed)
-    estimated = plan.with_job(estimated, **_process(spec, held))
+    estimated = plan.with_job(estimated, upcasts=upcasts, **_process(spec, held))
     estimated, proposed, reasons = _limited(spec, estimated)
     lines += reasons
     for line in (*lines, *plan.summary(estimated)):
