@@ -1,6 +1,7 @@
 """Claim: the planned peak memory of `lorakit train` is within 15% of what the process holds at its peak.
 
-    python benchmarks/bench_memory.py [--models smollm2 gemma3] [--sizes 4x256] [--markdown docs/memory.md]
+    python benchmarks/bench_memory.py [--models smollm2 gemma3] [--sizes 4x256] [--dtypes bfloat16 float32]
+        [--recompute none] [--accelerate both] [--markdown docs/memory.md]
 
 Each case is a whole run of three steps in a new process, set up like the command: imports, data, weights, steps and the
 saved adapter. Planned is `peak_bytes` of the plan that the run writes to run.json; measured is the peak resident size
@@ -18,7 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,23 @@ from runner import append_row
 
 BOUND = 0.15
 RECOMPUTED = ("none", "feed-forward", "layers")
-SIZES = ((1, 32), (8, 32), (4, 128), (4, 256), (2, 1024))
+SIZES = ((1, 32), (8, 32), (4, 128), (4, 256), (2, 512), (2, 1024))
 """Rows per batch and tokens per row."""
+DTYPES = ("bfloat16", "float32")
+ACCELERATE = {"both": (True, False), "yes": (True,), "no": (False,)}
 
 GEMMA = {"hidden_size": 640, "intermediate_size": 2048, "num_attention_heads": 4, "num_key_value_heads": 1}
 GEMMA |= {"head_dim": 256, "vocab_size": 262_144, "max_position_embeddings": 32_768, "sliding_window": 512}
 GEMMA_LAYERS = 6
 
 
-def cases(models: list[str], sizes: Iterable[tuple[int, int]], recomputed: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield the cases: every model and size, with and without accelerated forward passes, and every recomputation."""
-    for model, (rows, length) in itertools.product(models, sizes):
-        for accelerate, recompute in itertools.product((True, False), recomputed):
+def cases(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the cases: every selected model, dtype, size, kind of forward pass and recomputation."""
+    for model, dtype, (rows, length) in itertools.product(options.models, options.dtypes, options.sizes):
+        for accelerate, recompute in itertools.product(ACCELERATE[options.accelerate], options.recompute):
             if accelerate or recompute != "feed-forward":
-                sizes_of_case = {"model": model, "length": length, "rows": rows}
-                yield {**sizes_of_case, "accelerate": accelerate, "recompute": recompute}
+                case = {"model": model, "dtype": dtype, "length": length, "rows": rows}
+                yield {**case, "accelerate": accelerate, "recompute": recompute}
 
 
 def gemma_directory(folder: Path) -> Path:
@@ -104,7 +107,7 @@ def child(case: dict[str, Any], steps: int) -> dict[str, Any]:
             max_length=case["length"],
             per_device_train_batch_size=case["rows"],
             max_steps=steps,
-            dtype=case.get("dtype", "bfloat16"),
+            dtype=case["dtype"],
             recompute=case["recompute"],
             accelerate=case["accelerate"],
             allow_missing_end=True,
@@ -125,19 +128,23 @@ def child(case: dict[str, Any], steps: int) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return the results as a Markdown table."""
-    lines = [
-        "| model | rows × tokens | accelerated | recompute | planned | measured | planned / measured | planned peak |",
-        "|---|---:|---|---|---:|---:|---:|---|",
-    ]
-    lines += [
-        f"| {row['model']} | {row['rows']} × {row['length']} | {'yes' if row['accelerate'] else 'no'} "
-        f"| {row['recompute']} | {row['planned_bytes'] / 1e6:,.0f} MB | {row['peak_bytes'] / 1e6:,.0f} MB "
+HEADER = (
+    "| model | dtype | rows × tokens | accelerated | recompute | planned | measured | planned / measured "
+    "| planned peak |",
+    "|---|---|---:|---|---|---:|---:|---:|---|",
+)
+KEYS = 5
+"""Number of columns that identify a case."""
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a result as a row of a Markdown table."""
+    return (
+        f"| {row['model']} | {row['dtype']} | {row['rows']} × {row['length']} "
+        f"| {'yes' if row['accelerate'] else 'no'} | {row['recompute']} "
+        f"| {row['planned_bytes'] / 1e6:,.0f} MB | {row['peak_bytes'] / 1e6:,.0f} MB "
         f"| {row['planned_bytes'] / row['peak_bytes']:.2f} | {row['moment']} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
+    )
 
 
 def main() -> None:
@@ -146,28 +153,30 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--models", nargs="+", choices=("smollm2", "gemma3"), default=["smollm2", "gemma3"])
     parser.add_argument("--sizes", nargs="+", type=_size, default=SIZES, metavar="ROWSxTOKENS")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument("--recompute", nargs="+", choices=RECOMPUTED, default=RECOMPUTED)
-    parser.add_argument("--markdown", type=Path, help="also write the table to this file, between its markers")
+    parser.add_argument("--accelerate", choices=ACCELERATE, default="both")
+    parser.add_argument("--markdown", type=Path, help="also replace the rows of these cases in this file's table")
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(child(json.loads(arguments.child), arguments.steps)))
         return
-    rows, missed = [], []
+    lines, missed = [], []
     with tempfile.TemporaryDirectory() as folder:
         models = {"smollm2": "smollm2"}
         if "gemma3" in arguments.models:
             models["gemma3"] = str(gemma_directory(Path(folder)))
-        for case in cases(arguments.models, arguments.sizes, list(arguments.recompute)):
+        for case in cases(arguments):
             found = measure(case, models[case["model"]], arguments.steps)
             ratio = found["planned_bytes"] / found["peak_bytes"]
             samples = {"peak_bytes": [found["peak_bytes"]], "ratio": [ratio]}
             append_row("memory", {**case, "planned_bytes": found["planned_bytes"]}, samples, quiet=True)
-            rows.append({**case, **found})
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
+            lines.append(line({**case, **found}))
+            print(lines[-1], flush=True)
             if abs(ratio - 1) > BOUND:
                 missed.append(case)
     if arguments.markdown:
-        _insert(arguments.markdown, table(rows))
+        _insert(arguments.markdown, lines)
     if missed:
         raise SystemExit(f"outside of {BOUND:.0%}: {missed}")
 
@@ -177,10 +186,15 @@ def _size(text: str) -> tuple[int, int]:
     return int(rows), int(tokens)
 
 
-def _insert(path: Path, text: str) -> None:
+def _insert(path: Path, lines: list[str]) -> None:
+    """Replace the rows of cases in a table, and append the rows of new cases."""
     begin, end = "<!-- begin: bench_memory -->", "<!-- end: bench_memory -->"
     head, _, rest = path.read_text(encoding="utf-8").partition(begin)
-    path.write_text(f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+    before, _, after = rest.partition(end)
+    rows = {
+        tuple(text.split("|")[1 : KEYS + 1]): text for text in (*before.strip().splitlines()[len(HEADER) :], *lines)
+    }
+    path.write_text("\n".join([head + begin, *HEADER, *rows.values(), end]) + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

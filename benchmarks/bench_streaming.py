@@ -1,13 +1,14 @@
 """Claim: `lorakit train` starts on a file of 10 GB within a minute, in the memory that a file of 10 MB takes.
 
-    python benchmarks/bench_streaming.py [--gigabytes 10] [--steps 30] [--folder /tmp]
+    python benchmarks/bench_streaming.py [--gigabytes 10] [--steps 30] [--suffix jsonl] [--folder /tmp]
 
-Both files contain JSON Lines with texts cut from Python's language reference. A model with random weights (2 layers,
-width 64, SmolLM2's tokenizer) trains on each of them with the default settings, so the large file is streamed and the
-small one is tokenized as a whole. Measured are the time from the start of the process to the first batch, which
-includes the evaluation before the first step, the processor time up to the first step (Linux), which depends less on
-other processes, and the peak memory of the process. The run on the large file is then repeated, killed with SIGKILL in
-the middle and resumed; the benchmark fails if its adapter differs in a single bit.
+Both files contain rows (JSON Lines, a JSON list, CSV or Parquet) with texts cut from Python's language reference. A
+model with random weights (2 layers, width 64, SmolLM2's tokenizer) trains on each of them with the default settings,
+so the large file is streamed and the small one is tokenized as a whole. Measured are the time from the start of the
+process to the first batch, which includes the evaluation before the first step, the processor time up to the first
+step (Linux), which depends less on other processes, and the peak memory of the process. The run on the large file is
+then repeated, killed with SIGKILL in the middle and resumed; the benchmark fails if its adapter differs in a single
+bit.
 """
 
 from __future__ import annotations
@@ -33,18 +34,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=10)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--suffix", choices=("jsonl", "json", "csv", "parquet"), default="jsonl")
     parser.add_argument("--folder", type=Path, help="where to write the files; they are deleted afterwards")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         model = make_model(folder / "model")
-        small = make_file(folder / "small.jsonl", SMALL_BYTES)
-        large = make_file(folder / "large.jsonl", int(options.gigabytes * 1e9))
+        small = make_file(folder / f"small.{options.suffix}", SMALL_BYTES)
+        large = make_file(folder / f"large.{options.suffix}", int(options.gigabytes * 1e9))
         found = {path.stem: measured(path, model, folder / path.stem, options.steps) for path in (small, large)}
         same = is_same_after_kill(large, model, folder, options.steps)
         size = large.stat().st_size
     (seconds, cpu, peak), (small_seconds, small_cpu, small_peak) = found["large"], found["small"]
-    facts = {"bytes": size, "steps": options.steps, "same bits after a kill": same}
+    facts = {"bytes": size, "suffix": options.suffix, "steps": options.steps, "same bits after a kill": same}
     samples = {
         "first batch, large file (s)": [seconds],
         "first batch, 10 MB (s)": [small_seconds],
@@ -91,11 +93,37 @@ def make_file(path: Path, size: int) -> Path:
         at = drawn.randrange(len(text) - 4000)
         rows.append(json.dumps(text[at : at + drawn.randrange(200, 4000)]))
         have += len(rows[-1])
+    if path.suffix == ".parquet":
+        return make_table(path, size, [json.loads(row) for row in rows])
+    begin, between, end = ("[", ",\n", "]\n") if path.suffix == ".json" else ("", "\n", "\n")
     written = number = 0
-    with path.open("w", encoding="ascii") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        written += file.write("number,text\n" if path.suffix == ".csv" else begin)
         while written < size:
-            written += file.write(f'{{"number": {number}, "text": {rows[number % len(rows)]}}}\n')
+            text = rows[number % len(rows)]
+            if path.suffix == ".csv":
+                quoted = json.loads(text).replace('"', '""')
+                row = f'{number},"{quoted}"'
+            else:
+                row = f'{{"number": {number}, "text": {text}}}'
+            written += file.write((between if number else "") + row)
             number += 1
+        file.write(end)
+    return path
+
+
+def make_table(path: Path, size: int, texts: list[str]) -> Path:
+    """Write a Parquet file without compression; blocks of 50 MB repeat, each row with its own number."""
+    import pyarrow
+    from pyarrow import parquet
+
+    schema = pyarrow.schema([("number", pyarrow.int64()), ("text", pyarrow.string())])
+    first = 0
+    with parquet.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
+        while first == 0 or path.stat().st_size < size:
+            numbers = list(range(first, first + len(texts)))
+            writer.write_table(pyarrow.table([numbers, texts], schema=schema))
+            first += len(texts)
     return path
 
 

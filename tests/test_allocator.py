@@ -51,6 +51,17 @@ for _ in range(30):
 print(json.dumps([resident, torch.ops.mkldnn._is_mkldnn_bf16_supported()]))
 """
 GLIBC = platform.libc_ver()[0] == "glibc"
+LARGE = """
+import torch
+from lorakit import allocator
+allocator.keep_large_blocks()
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096
+before = resident()
+tensor = torch.ones(64 << 20)
+held = resident() - before
+del tensor
+print(held, resident() - before)
+"""
 PROGRAM = """
 import resource, sys
 from lorakit import allocator
@@ -70,6 +81,14 @@ def told(**environment: str) -> tuple[bool, int]:
     )
     took, faults = done.stdout.split()
     return took == "True", int(faults)
+
+
+@pytest.mark.skipif(not GLIBC, reason="glibc alone")
+def test_the_memory_of_the_largest_tensors_is_returned() -> None:
+    done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True)
+    held, left = map(int, done.stdout.split())
+    assert held > 250 << 20
+    assert left < 32 << 20
 
 
 @pytest.mark.skipif(not GLIBC, reason="glibc alone")

@@ -39,11 +39,16 @@ MATMUL_MESSAGE = (
 """Message that `set_up` returns if `limit_compiled_matmuls` took effect."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGEST = 2**31 - 1  # the largest value that mallopt accepts; smaller blocks stay on the heap, which is not trimmed
+LARGEST = 2**31 - 1  # the largest value that mallopt accepts
+KEPT_BYTES = 128 << 20
+"""Size from which malloc returns a freed block to the kernel. A hole of exactly the size of a tensor cannot be used for
+it again, because PyTorch's tensors are aligned, so each step would leave holes of the size of its largest tensors.
+Clearing the pages of such a tensor takes little time compared with computing it.
+"""
 
 
 def keep_large_blocks() -> bool:
-    """Configure this process's malloc to keep freed memory.
+    """Configure this process's malloc to keep freed memory, except that of blocks of `KEPT_BYTES` or more.
 
     Returns:
         Whether the setting took effect; False if malloc is not glibc's or if `LORAKIT_ALLOCATOR=stock` is set.
@@ -56,7 +61,7 @@ def keep_large_blocks() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, LARGEST))
+    return bool(mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and mallopt(M_TRIM_THRESHOLD, LARGEST))
 
 
 def trim() -> None:

@@ -51,6 +51,7 @@ DOORS = {  # third-party package -> the files or folders that may import it
     "hqq": ("core/quantization/hqq.py",),
     "matplotlib": ("report.py",),
     "datasets": ("data/columnar.py",),
+    "pyarrow": ("data/columnar.py",),
     "datasketch": ("data/quality.py",),
     "sentence_transformers": ("tasks/embedding.py",),
     "triton": ("ops/kernels/triton",),

@@ -54,7 +54,7 @@ def test_an_end_that_is_never_trained_fails(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--columns", "question"], "columns is 'question'; it must be FIELD=COLUMN"),
+        (["--columns", "question"], "columns is ['question']; each entry must be FIELD=COLUMN"),
         (["--format", "alpca"], "Did you mean alpaca?"),
         (["--on-bad-row", "drop"], "on_bad_row is 'drop'; it must be one of stop, skip"),
         (["--max-length", "1"], "max_length is 1; it must be at least 2"),

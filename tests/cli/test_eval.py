@@ -11,6 +11,7 @@ import torch
 
 from lorakit import cli, core
 from lorakit.config import LoraConfig
+from lorakit.core.files import adapter_folder
 
 
 @pytest.fixture
@@ -49,6 +50,17 @@ def test_side_by_side(
     assert [line.split()[0] for line in lines[2:]] == ["base", *map(str, folders)]
     assert cli.main(words) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_each_adapter_is_read_once(
+    tmp_path: Path, tiny_model_directory: Path, tiny_llama: Any, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [_adapter(tiny_llama, tmp_path / f"adapter-{n}", n) for n in (1, 2)]
+    read, real = [], adapter_folder.read_tensors
+    monkeypatch.setattr(adapter_folder, "read_tensors", lambda path, *more: read.append(path) or real(path, *more))
+    words = ["eval", "--model", str(tiny_model_directory), "--data", str(text), "--dtype", "float32", "--device", "cpu"]
+    assert cli.main([*words, "--adapter", *map(str, folders)]) == 0
+    assert [path.parent for path in read] == folders
 
 
 @pytest.mark.filterwarnings("default:.*loaded on another base")

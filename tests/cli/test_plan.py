@@ -13,6 +13,7 @@ import pytest
 
 from lorakit import core
 from lorakit.cli import main
+from lorakit.config import LoraConfig
 
 from ..laws.zoo import MIXTRAL
 
@@ -236,3 +237,43 @@ def test_fit_chooses_the_batch_size(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--quantization" in capsys.readouterr().err
     assert main([*words, "8GB", "--memory-budget", "8GB"]) == 2
     assert "fit and memory_budget are mutually exclusive" in capsys.readouterr().err
+
+
+def test_a_task_is_planned_as_it_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A masked language model lacks the pooler and the classifier, which are trained in full."""
+    import torch
+
+    from lorakit import hub
+
+    from .. import small_models
+
+    torch.manual_seed(0)
+    small_models.bert().save_pretrained(tmp_path)
+    words = ["plan", str(tmp_path), "--r", "2", "--max-length", "16"]
+    values = _json([*words, "--task", "classification", "--labels", "5"], capsys)
+    saved = values["adapter"]["modules_to_save"]
+    assert saved == {"bert.pooler": 32 * 32 + 32, "classifier": 5 * 32 + 5}
+    labels = {"id2label": {str(n): f"LABEL_{n}" for n in range(5)}}
+    model = hub.load_for_task(hub.resolve(tmp_path), "float32", task="classification", config_values=labels).model
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["pooler"])
+    core.attach(model, config)
+    trained = sum(parameter.numel() for _, parameter in core.trainable_parameters(model))
+    assert values["adapter"]["trainable"] == trained
+    assert _json([*words, "--task", "embedding"], capsys)["adapter"]["modules_to_save"] == {}
+    assert main([*words, "--task", "clasification"]) == 2
+    assert "classification" in capsys.readouterr().err
+    assert main([*words, "--task", "classification", "--labels", "0"]) == 2
+    assert "labels" in capsys.readouterr().err
+
+
+def test_a_decoder_that_classifies_has_no_logits_over_the_vocabulary(
+    tiny_model_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", str(tiny_model_directory), "--max-length", "16"]
+    lines = {
+        task: {line["cause"]: line["size_bytes"] for line in values["lora"]["memory"]["lines"]}
+        for task in ("causal-lm", "classification")
+        for values in [_json([*words, "--task", task], capsys)]
+    }
+    assert lines["causal-lm"]["logits"] > lines["classification"]["logits"] == 0
+    assert _json([*words, "--task", "causal-lm"], capsys) == _json(words, capsys)

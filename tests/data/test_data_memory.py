@@ -59,3 +59,50 @@ def test_memory_per_byte_of_text(suffix: str, megabytes: tuple[int, int], tmp_pa
     assert more[0] > 4 * less[0] > 0
     slope = (more[1] - less[1]) / (many.stat().st_size - few.stat().st_size)
     assert slope <= BOUND, slope
+
+
+STREAM_PEAK = """
+import resource, sys
+from lorakit.data import Request
+from lorakit.data.places import Place
+from lorakit.data.row_stream import open_stream
+stream = open_stream([sys.argv[1]], Request())
+size = sum(len(row.record.text) for row in stream.rows(Place()))
+print(size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="resource")
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".arrow"])
+def test_memory_of_a_stream_does_not_depend_on_its_size(suffix: str, tmp_path: Path) -> None:
+    few, many = (_rows(tmp_path / f"{count}{suffix}", count) for count in (1_000, 60_000))
+    found = [
+        subprocess.run([sys.executable, "-c", STREAM_PEAK, str(path)], capture_output=True, text=True, check=True)
+        for path in (few, many)
+    ]
+    (small, less), (large, more) = (map(int, done.stdout.split()) for done in found)
+    assert large > 50 * small > 0
+    assert more - less < 30_000_000
+
+
+def _rows(path: Path, count: int) -> Path:
+    """Write rows of 1,000 characters; a Parquet file has a single row group."""
+    rows = [{"text": f"{number} " + "the quick brown fox\n" * 50} for number in range(count)]
+    if path.suffix in (".parquet", ".arrow"):
+        pyarrow, tables = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        table = pyarrow.Table.from_pylist(rows)
+        if path.suffix == ".parquet":
+            tables.write_table(table, path, use_dictionary=False, compression="none")
+        else:
+            with pyarrow.ipc.new_stream(path, table.schema) as writer:
+                writer.write_table(table, max_chunksize=1000)
+        return path
+    with path.open("w", encoding="utf-8") as file:
+        if path.suffix == ".csv":
+            file.write("".join('"' + text + '"\n' for text in ["text", *(row["text"] for row in rows)]))
+        elif path.suffix == ".json":
+            json.dump(rows, file)
+        else:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    return path

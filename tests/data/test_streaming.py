@@ -11,10 +11,12 @@ import pytest
 
 from lorakit.data import Request, encode, streaming
 from lorakit.data.encoding import encode_record
+from lorakit.data.places import Place
 from lorakit.data.records import content_key
-from lorakit.data.row_stream import PART_BYTES, Place, open_stream, streamable_bytes
+from lorakit.data.row_stream import open_stream, streamable_bytes
+from lorakit.data.stream_files import PART_BYTES
 from lorakit.data.streaming import StreamLoader, read_stream
-from lorakit.errors import DataError, UsageError
+from lorakit.errors import ConfigError, DataError
 
 LENGTH = 16
 
@@ -156,19 +158,21 @@ def test_an_invalid_row_after_the_first_part(
 
 
 def test_data_that_cannot_be_streamed(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("text\nhello\n")
+    (tmp_path / "a.pdf").write_text("hello")
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "blank.jsonl").write_text("\n\n")
     lines = write(tmp_path / "a.jsonl", 2)
+    (tmp_path / "a.csv").write_text("text\nhello\n")
     assert streamable_bytes([lines]) == Path(lines).stat().st_size > 0
-    for name in (str(tmp_path / "a.csv"), "hf:a/b"):
+    assert streamable_bytes([lines, str(tmp_path / "a.csv")]) == streamable_bytes([lines]) + 11
+    for name in (str(tmp_path / "missing.csv"), "hf:a/b"):  # the size of a Hub data set needs the network
         assert streamable_bytes([name]) == streamable_bytes([lines, name]) == 0
-    with pytest.raises(UsageError) as caught:
-        read_stream([str(tmp_path / "a.csv")], None, 0, 0, Request())
-    assert caught.value.field == "streaming" and "JSON Lines" in str(caught.value)
-    for name in ("empty", "blank", "missing"):
-        with pytest.raises(DataError):
-            read_stream([str(tmp_path / f"{name}.jsonl")], None, 0, 0, Request())
+    with pytest.raises(ConfigError):
+        read_stream([lines], None, 1.0, 0, Request())
+    for name in ("empty.jsonl", "blank.jsonl", "missing.jsonl", "missing.parquet", "a.pdf"):
+        with pytest.raises(DataError) as caught:
+            read_stream([str(tmp_path / name)], None, 0, 0, Request())
+        assert name in str(caught.value.where)
 
 
 def test_a_file_that_changes_is_an_error(tmp_path: Path, tiny_tokenizer: Any) -> None:

@@ -246,6 +246,25 @@ def test_killed_with_other_settings(tmp_path: Path, tiny_model_directory: Path, 
     _check(whole["whole"], outcomes)
 
 
+@pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])
+def test_killed_while_streaming_a_table(tmp_path: Path, tiny_model_directory: Path, suffix: str) -> None:
+    """Several epochs of a file of rows; the position is a byte offset in the middle of a file, or a row number."""
+    rows = [{"text": f"The quick fox number {number} jumps, over\n{number + 7} lazy dogs."} for number in range(14)]
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "parquet":
+        pyarrow, tables = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        tables.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=4)
+    elif suffix == "json":
+        path.write_text(json.dumps(rows, indent=1))
+    else:
+        path.write_text("".join([f'"{row}"\n' for row in ["text", *(row["text"] for row in rows)]]))
+    steps = {"max_steps": 12, "eval_steps": 5, "save_steps": 2, "streaming": "on"}
+    settings = _settings(tiny_model_directory, [str(path)], **steps)
+    whole, *outcomes = _drive(tmp_path, settings, [[("after the row", 1), ("before the step", 3), ("after saving", 8)]])
+    assert max(row["epoch"] for row in whole["whole"]["rows"]) > 1
+    _check(whole["whole"], outcomes)
+
+
 @pytest.mark.slow
 def test_killed_from_outside_at_random_times(tmp_path: Path, tiny_model_directory: Path) -> None:
     """The command itself, killed at random times and resumed automatically until it ends."""

@@ -31,6 +31,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "bias-all": {"bias": "all"},
     "rows": {"trainable_token_indices": [3, 1, 7]},
     "bias-lora-only": {"bias": "lora_only"},
+    "bias-of-B": {"lora_bias": True},
 }
 
 
@@ -44,6 +45,11 @@ ON_LINEAR: dict[str, dict[str, Any]] = {
     "kasa": {"kasa_config": {}},
     "bdlora": {"use_bdlora": {"target_modules_bd_a": FIRST, "match_strict": False, "nblocks": 2}},
     "bdlora-b": {"use_bdlora": {"target_modules_bd_b": FIRST, "target_modules_bd_a": LATER, "nblocks": 2}},
+    "kasa-bias-of-B": {"kasa_config": {}, "lora_bias": True},
+    "bdlora-bias-of-B": {
+        "use_bdlora": {"target_modules_bd_a": FIRST, "match_strict": False, "nblocks": 2},
+        "lora_bias": True,
+    },
 }
 """Variants of nn.Linear alone."""
 

@@ -11,6 +11,7 @@ from lorakit.config import LoraConfig
 from lorakit.plan import Job, ModelShape, Speed, accelerated, activations, catalogue, count, estimate, memory
 
 from .test_activations import LAYERS, LENGTH, ROWS, _model
+from .test_activations import _saved_bytes as _saved_in_graph
 
 
 def _saved_bytes(model: Any, fast: Any, ids: Any) -> int:
@@ -125,6 +126,65 @@ def test_what_is_not_plain_runs_as_it_is(name: str, targets: Any, words: Any, fu
     assert (planned.fused, planned.of_blocks) == (fused, 2 * LAYERS)
     reckoned = planned.blocks + planned.outside + accelerated.loss_bytes(shape, job)
     assert reckoned == pytest.approx(saved, rel=0.03)
+
+
+def test_upcast_matmuls_keep_their_low_rank_activations_in_fp32() -> None:
+    import torch
+
+    from lorakit import core, hub
+    from lorakit.ops import choices
+    from lorakit.speed import accelerate
+
+    model = _model("llama", 0.0).to(torch.bfloat16)
+    shape = hub.shape_of_module(model, "small", "here")
+    config = LoraConfig(r=4, target_modules="all-linear")
+    weights = [model.get_parameter(f"{site.path}.weight") for site in shape.sites if site.dense]
+    core.attach(model, config)
+    model.train()
+    fast = accelerate(model)
+    job = Job(4, LENGTH, accelerated=True, upcasts=True)
+    with choices.activate({choices.fp32_name(right): 1 for W in weights for right in (W, W.t())}):
+        saved = _saved_bytes(model, fast, torch.randint(0, 300, (4, LENGTH)))
+    counted = count(shape, config)
+    planned, narrow = (
+        activations.of_lora(shape, counted, 0.0, j) for j in (job, dataclasses.replace(job, upcasts=False))
+    )
+    assert planned.blocks + planned.outside + accelerated.loss_bytes(shape, job) == pytest.approx(saved, rel=0.005)
+    assert planned.blocks - narrow.blocks == 2 * job.batch_tokens * sum(site.rank for site in counted.sites)
+    assert planned.transient - narrow.transient == 4 * job.batch_tokens * 2 * (shape.intermediate + shape.hidden)
+
+
+@pytest.mark.parametrize("recompute", ["none", "feed-forward"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "GPT2"])
+def test_a_classifier_keeps_what_the_blocks_of_its_language_model_keep(
+    family: str, head: str, dtype: str, recompute: str
+) -> None:
+    import torch
+    import transformers
+
+    from lorakit import core, hub
+    from lorakit.speed import accelerate
+
+    config = _model(family.lower(), 0.0).config
+    config.pad_token_id, config.num_labels = 0, 3
+    model = getattr(transformers, f"{family}{head}")(config).to(getattr(torch, dtype))
+    shape = hub.shape_of_module(model, "small", "here")
+    adapter = LoraConfig(
+        r=4, target_modules="all-linear", modules_to_save=["score" if hasattr(model, "score") else "classifier"]
+    )
+    core.attach(model, adapter)
+    model.train()
+    accelerate(model, keep_feed_forward=recompute != "feed-forward")
+    model.config.use_cache = False
+    saved = _saved_in_graph(model, torch.randint(1, 300, (ROWS, LENGTH)))
+    job = Job(ROWS, LENGTH, dtype=dtype, accelerated=True, recompute=recompute)
+    plan = estimate(shape, adapter, job)
+    planned = activations.of_lora(shape, plan.counted, 0.0, job)
+    assert planned.fused == planned.of_blocks == 2 * LAYERS and not activations.packs(shape)
+    assert plan.lora.memory.bytes_of("logits") == 0
+    assert planned.blocks + planned.outside == pytest.approx(saved, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -109,7 +109,9 @@ def test_memory_outside_of_steps() -> None:
 
 
 def test_a_large_vocabulary_is_checked_in_fp64() -> None:
-    shape = dataclasses.replace(_shape("SmolLM2-135M"), vocab=262_144)
+    shape = _shape("SmolLM2-135M")
+    sites = tuple(dataclasses.replace(s, out_features=262_144) if s == shape.head else s for s in shape.sites)
+    shape = dataclasses.replace(shape, vocab=262_144, sites=sites)
     counted = count(shape, LoraConfig(r=1, target_modules=["q_proj"]))
     needs = memory.of_lora(shape, counted, 0.0, Job(1, 8, accelerated=True))
     assert needs.peak_moment == process.CHECKING

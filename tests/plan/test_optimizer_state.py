@@ -20,6 +20,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "small": {"r": 4, "target_modules": "all-linear"},
     "large": {"r": 64, "target_modules": ["down_proj", "q_proj"], "rank_pattern": {"q_proj": 3}},
     "dora": {"r": 64, "target_modules": ["up_proj"], "use_dora": True},
+    "bias of B": {"r": 64, "target_modules": ["up_proj"], "lora_bias": True},
     "embeddings": {"r": 8, "target_modules": ["embed_tokens", "q_proj"]},
     "head": {"r": 8, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "rows": {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},

@@ -171,3 +171,24 @@ def test_a_triplet_has_a_third_text(model_directory: Callable[..., Path]) -> Non
     plain = next(Loader(list(encoded.sequences), 6, 0, pad_id=padding_id(tokenizer), collate=objective.collate))
     with torch.no_grad():
         assert objective.loss_sum(model, batch, "cpu", None) > objective.loss_sum(model, plain, "cpu", None)
+
+
+@pytest.mark.parametrize("name", ["classification", "token-classification", "embedding"])
+def test_a_decoder_stores_no_keys_and_values(name: str, tiny_llama: Any) -> None:
+    """They take memory, and fused forward methods leave calls that store them to the model."""
+    from transformers import LlamaForSequenceClassification, LlamaForTokenClassification, LlamaModel
+
+    from lorakit.data import Batch
+
+    kinds = {"classification": LlamaForSequenceClassification, "token-classification": LlamaForTokenClassification}
+    model = kinds.get(name, LlamaModel)(tiny_llama.config)
+    returned: list[Any] = []
+    inner = getattr(model, "model", model)
+    inner.register_forward_hook(lambda module, inputs, output: returned.append(output.past_key_values))
+    ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
+    kind = {"token-classification": "tags", "embedding": "pairs"}.get(name, "class")
+    forward = TASKS[name].objective(Target(kind, () if kind == "pairs" else ("a", "b"))).forward  # type: ignore[arg-type]
+    assert forward is not None
+    extra = {"input_ids_1": ids, "attention_mask_1": torch.ones_like(ids)} if name == "embedding" else {}
+    forward(model, Batch(ids, torch.ones_like(ids), torch.zeros(2, dtype=torch.long), 0.0, 5, 2, extra), "cpu")
+    assert returned and all(cache is None for cache in returned)

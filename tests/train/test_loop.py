@@ -14,7 +14,7 @@ from lorakit.errors import RunError
 from lorakit.report import read_metrics
 from lorakit.train import checkpoint, loop, trainer
 from lorakit.train.results import RunResult
-from lorakit.train.run_spec import RunLimits
+from lorakit.train.run_context import RunLimits
 from lorakit.train.settings import TrainSettings
 from lorakit.train.trainer import run
 

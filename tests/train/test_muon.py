@@ -137,6 +137,25 @@ def test_the_rate_reaches_both_parts() -> None:
 
 
 @needs_muon
+def test_a_closure_is_called_once_with_gradients_on_before_any_update() -> None:
+    model = adapted(use_dora=True)  # with DoRA's magnitudes, which AdamW updates
+    named, optimizer = build_optimizer(model, "default", settings())
+    before = [p.detach().clone() for _, p in named]
+    calls = []
+
+    def closure() -> float:
+        calls.append(
+            torch.is_grad_enabled() and all(torch.equal(p, old) for (_, p), old in zip(named, before, strict=True))
+        )
+        gradients(named, 0)
+        return 2.5
+
+    assert optimizer.step(closure) == 2.5
+    assert calls == [True]
+    assert not any(torch.equal(p, old) for (_, p), old in zip(named, before, strict=True))
+
+
+@needs_muon
 def test_an_adapter_without_a_matrix() -> None:
     with pytest.raises(ConfigError) as caught:
         build_optimizer(adapted(target_modules=["embed"]), "default", settings())

@@ -107,6 +107,8 @@ class ModelShape:
         containers: Paths of modules without parameters of their own; a target list may name such a module by mistake.
         experts_per_token: Number of fused experts that process each token; 0 if there are none or if the number is
             unknown.
+        full_modules: Paths of modules that the model's task trains in full and that are not quantized: a head for
+            classification, and modules that the model's files lack.
     """
 
     name: str
@@ -131,6 +133,7 @@ class ModelShape:
     published: bool = False
     containers: tuple[str, ...] = ()
     experts_per_token: int = 0
+    full_modules: tuple[str, ...] = ()
 
     @property
     def fused(self) -> tuple[tuple[int, int], ...]:
@@ -157,6 +160,11 @@ class ModelShape:
     def kv_width(self) -> int:
         """Return kv_heads × head_dim, the width of the keys and of the values."""
         return self.kv_heads * self.head_dim
+
+    @property
+    def head(self) -> SiteShape | None:
+        """Return the language modeling head, or None if the model has none."""
+        return next((site for site in self.sites if not site.dense and site.out_features == self.vocab), None)
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -188,6 +196,16 @@ def block_of(path: str) -> str | None:
     parts = path.split(".")
     end = next((index for index, part in enumerate(parts) if part.isdigit()), None)
     return None if end is None else ".".join(parts[: end + 1])
+
+
+def is_inside(path: str, modules: Collection[str]) -> bool:
+    """Return whether a module is one of the given modules or inside one of them.
+
+    Args:
+        path: Dotted path of the module.
+        modules: Dotted paths of modules.
+    """
+    return any(path == module or path.startswith(module + ".") for module in modules)
 
 
 def short_roles(paths: Iterable[str]) -> dict[str, str]:

@@ -19,8 +19,7 @@ from lorakit.errors import LorakitError
 if TYPE_CHECKING:
     from torch import nn
 
-    from lorakit.core import OperationReport
-    from lorakit.core.files.adapter_folder import AdapterFiles
+    from lorakit.core import AdapterFiles, OperationReport
     from lorakit.hub import ModelSource
     from lorakit.plan.quantized import Quantization
     from lorakit.tasks import TaskOnData
@@ -71,9 +70,9 @@ def read_adapters(folders: Sequence[str]) -> list[AdapterFiles]:
     Raises:
         AdapterFileError: An adapter directory is missing, or its files are damaged.
     """
-    from lorakit.core.files.adapter_folder import read_adapter
+    from lorakit import core
 
-    return [read_adapter(folder) for folder in folders]
+    return [core.read_adapter(folder) for folder in folders]
 
 
 def load_adapters(model: nn.Module, adapters: Sequence[AdapterFiles], allow: Collection[str]) -> list[str]:
@@ -94,13 +93,9 @@ def load_adapters(model: nn.Module, adapters: Sequence[AdapterFiles], allow: Col
 
     names = [f"adapter_{number}" for number, _ in enumerate(adapters, start=1)]
     with naming_flags():
-        for name, files in sorted(zip(names, adapters, strict=True), key=lambda pair: -_vocabulary(pair[1])):
-            core.load_adapter(model, files.folder, name, allow=allow)
+        for name, files in sorted(zip(names, adapters, strict=True), key=lambda pair: -pair[1].vocabulary):
+            core.load_adapter(model, files, name, allow=allow)
     return names
-
-
-def _vocabulary(files: AdapterFiles) -> int:
-    return 0 if files.sidecar.base is None else files.sidecar.base.vocabulary
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from lorakit.cli import console, early
+from lorakit.cli.flag_groups import ROWS, RowFlags
 from lorakit.train.defaults import DEFAULTS, TASK_NAMES
 
 if TYPE_CHECKING:
@@ -26,9 +27,7 @@ class Flags:
     eval_data: Annotated[list[str] | None, Parameter(help=DEFAULTS["eval_data"].help())] = None
     eval_fraction: Annotated[float, Parameter(help=DEFAULTS["eval_fraction"].help())] = DEFAULTS["eval_fraction"].value
     group: Annotated[str | None, Parameter(help=DEFAULTS["group"].help())] = None
-    format: Annotated[str | None, Parameter(help=DEFAULTS["format"].help())] = None
-    columns: Annotated[list[str] | None, Parameter(help=DEFAULTS["columns"].help())] = None
-    on_bad_row: Annotated[str, Parameter(help=DEFAULTS["on_bad_row"].help())] = DEFAULTS["on_bad_row"].value
+    reading: Annotated[RowFlags, Parameter(name="*")] = ROWS
     chat_template: Annotated[str | None, Parameter(help=DEFAULTS["chat_template"].help())] = None
     task: Annotated[str | None, Parameter(help=DEFAULTS["task"].help())] = None
     label_type: Annotated[
@@ -60,20 +59,19 @@ def run(
     """
     early.check_data([*files, *(flags.eval_data or ())])
     early.check_model(flags.model)
-    early.check_choice("on_bad_row", flags.on_bad_row, ("stop", "skip"))
+    flags.reading.check()
     early.check_at_least("max_length", flags.max_length, 2)
     early.check_at_least("rows", flags.rows, 0)
-    columns = early.columns_of(flags.columns or ())
     if flags.task is not None:
         early.check_choice("task", flags.task, TASK_NAMES)
 
     from lorakit import hub
-    from lorakit.data import Request, read_split, read_template
+    from lorakit.data import read_split, read_template
     from lorakit.data.quality import measure
     from lorakit.tasks import TASKS, EncodeOptions, task_for
 
     allowed = TASKS[flags.task].formats if flags.task is not None else ()
-    request = Request(flags.format, columns, flags.on_bad_row == "skip", flags.group, allowed)
+    request = flags.reading.request(allowed, flags.group)
     parts = read_split(files, flags.eval_data, flags.eval_fraction, flags.seed, request)
     source = hub.resolve(flags.model, console.note)
     hub.require(source, tokenizer=True, weights=False)

@@ -125,22 +125,6 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ConfigError.of(name, value, allowed=allowed)
 
 
-def columns_of(entries: Sequence[str]) -> dict[str, str]:
-    """Convert the values of `--columns` to a dict from field to column.
-
-    Args:
-        entries: Strings of the form FIELD=COLUMN.
-
-    Raises:
-        ConfigError: An entry has another form.
-    """
-    pairs = [entry.partition("=")[::2] for entry in entries]
-    for entry, pair in zip(entries, pairs, strict=True):
-        if not all(pair):
-            raise ConfigError.of("columns", entry, "FIELD=COLUMN, such as prompt=question")
-    return dict(pairs)
-
-
 def check_device(word: str) -> None:
     """Check the name of a device, but not its availability.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from lorakit import allocator
 from lorakit.cli import adapters, console, early
-from lorakit.plan.quantized import stored_as
+from lorakit.cli.flag_groups import BASE, ROWS, BaseFlags, RowFlags
 from lorakit.train.defaults import DEFAULTS
 
 if TYPE_CHECKING:
@@ -24,20 +24,12 @@ class Flags:
     model: Annotated[str, Parameter(help="Model directory, GGUF file, Hub id, or smollm2 (the packaged model).")]
     data: Annotated[list[str], Parameter(help=DEFAULTS["data"].help().replace("Training data", "Data"))]
     adapter: Annotated[list[str] | None, Parameter(help="Adapter directories to compare with the base.")] = None
-    format: Annotated[str | None, Parameter(help=DEFAULTS["format"].help())] = None
-    columns: Annotated[list[str] | None, Parameter(help=DEFAULTS["columns"].help())] = None
-    on_bad_row: Annotated[str, Parameter(help=DEFAULTS["on_bad_row"].help())] = DEFAULTS["on_bad_row"].value
+    reading: Annotated[RowFlags, Parameter(name="*")] = ROWS
     max_length: Annotated[int, Parameter(help="Maximum sequence length in tokens.")] = DEFAULTS["max_length"].value
     batch_size: Annotated[int, Parameter(help="Sequences per batch at --max-length; more if all are shorter.")] = (
         DEFAULTS["per_device_train_batch_size"].value
     )
-    dtype: Annotated[str, Parameter(help="Precision of the base: auto, bfloat16 or float32.")] = "auto"
-    device: Annotated[str, Parameter(help="cpu, cuda, cuda:N, mps or auto.")] = "auto"
-    quantization: Annotated[str | None, Parameter(help=DEFAULTS["quantization"].help())] = None
-    double_quantization: Annotated[bool, Parameter(help=DEFAULTS["double_quantization"].help())] = True
-    allow_base_mismatch: Annotated[bool, Parameter(negative=(), help="Accept an adapter trained on another base.")] = (
-        False
-    )
+    base: Annotated[BaseFlags, Parameter(name="*")] = BASE
 
 
 def run(
@@ -51,37 +43,30 @@ def run(
     The task is that of the adapters; without adapters, the data and the model determine it. --verbose adds data
     statistics and the reason for the chosen precision.
     """
-    quantization = stored_as(flags.quantization, flags.double_quantization)
-    early.check_choice("dtype", flags.dtype, early.RUN_DTYPES)
-    early.check_device(flags.device)
+    flags.base.check()
     early.check_at_least("batch_size", flags.batch_size, 1)
     early.check_at_least("max_length", flags.max_length, 1)
     early.check_data(flags.data)
-    early.check_choice("on_bad_row", flags.on_bad_row, ("stop", "skip"))
-    columns = early.columns_of(flags.columns or ())
-    flags = replace(flags, adapter=early.adapter_folders(flags.adapter or ()))
+    flags.reading.check()
+    folders = early.adapter_folders(flags.adapter or ())
     early.check_model(flags.model)
     allocator.set_up()  # before torch allocates any memory
-    from lorakit.data import Request
-
-    task = adapters.task_of(adapters.read_adapters(flags.adapter)) if flags.adapter else None
-    request = Request(
-        flags.format, columns, flags.on_bad_row == "skip", allowed=() if task is None else task.task.formats
-    )
+    files = adapters.read_adapters(folders)
+    task = adapters.task_of(files) if files else None
     from lorakit.train.evaluation import EvalSettings, compare
 
     found = compare(
         EvalSettings(
             model=flags.model,
             data=flags.data,
-            adapters=flags.adapter or (),
+            adapters=dict(zip(folders, files, strict=True)),
             max_length=flags.max_length,
             batch_rows=flags.batch_size,
-            dtype=flags.dtype,
-            device=flags.device,
-            allow=("base_mismatch",) if flags.allow_base_mismatch else (),
-            quantization=quantization,
-            request=request,
+            dtype=flags.base.dtype,
+            device=flags.base.device,
+            allow=flags.base.allow,
+            quantization=flags.base.stored_as(),
+            request=flags.reading.request(() if task is None else task.task.formats),
             task=task,
         ),
         console.note,

@@ -30,7 +30,7 @@ from lorakit.plan.quantized import Quantization
 from lorakit.tasks import CAUSAL_LM, Target, TaskOnData, load_model_for
 
 if TYPE_CHECKING:
-    from lorakit.core.files.adapter_folder import AdapterFiles
+    from lorakit.core import AdapterFiles
     from lorakit.train.forecast import SavedTokenizer
 
 RECORD_FILE = "lorakit_merged.json"
@@ -72,10 +72,15 @@ class MergeRequest:
     quantization: Quantization | None = None
     task: TaskOnData = field(default_factory=lambda: TaskOnData(CAUSAL_LM, Target()))
 
-    def load(self, dtype: str | torch.dtype = "auto", quantization: Quantization | None = None) -> hub.LoadedModel:
+    def load(
+        self,
+        tokenizer: SavedTokenizer | None,
+        dtype: str | torch.dtype = "auto",
+        quantization: Quantization | None = None,
+    ) -> hub.LoadedModel:
         """Load the base with the head that the task needs; a new head has random weights until the adapters load."""
         adapters = [files.folder for files in self.adapters]
-        return load_model_for(self.task, self.source, dtype, "cpu", quantization, None, adapters)
+        return load_model_for(self.task, self.source, dtype, "cpu", quantization, tokenizer, adapters)
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ def write_merged(request: MergeRequest, say: Callable[[str], None]) -> tuple[Mer
         tokenizer = _tokenizer(request)
         computing = probe_dtype(request.source)
         say(f"Computing the logits of the base and adapters in {computing}.")
-        expected = _expected_logits(request, computing)
+        expected = _expected_logits(request, computing, tokenizer)
         say("Merging.")
         done = _merge_into(request, folder, tokenizer)
         gc.collect()  # avoids holding both the merged and the reloaded model in memory
@@ -240,8 +245,8 @@ def _tokenizer(request: MergeRequest) -> SavedTokenizer | None:
         return None
 
 
-def _expected_logits(request: MergeRequest, computing: str) -> Expected:
-    model = request.load(computing, request.quantization).model
+def _expected_logits(request: MergeRequest, computing: str, tokenizer: SavedTokenizer | None) -> Expected:
+    model = request.load(tokenizer, computing, request.quantization).model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the merge loads the adapters again and issues the same warnings
         names = load_adapters(model, request.adapters, request.allow)
@@ -254,12 +259,12 @@ def _expected_logits(request: MergeRequest, computing: str) -> Expected:
 
 def _merge_into(request: MergeRequest, folder: Path, tokenizer: SavedTokenizer | None) -> Merged:
     """Merge the adapters and save the model, without comparing its logits."""
-    model = request.load().model
+    model = request.load(tokenizer).model
     if request.dtype != "auto" and getattr(torch, request.dtype) != model.dtype:
         model.to(torch.float32)  # merge in fp32, then round once, to the requested dtype
     stored = model
     if request.quantization is not None:  # merge into the quantized base, then copy the merged weights to `model`
-        stored = request.load(model.dtype, request.quantization).model
+        stored = request.load(tokenizer, model.dtype, request.quantization).model
     names = load_adapters(stored, request.adapters, request.allow)
     report = core.merge_and_unload(stored, *names, untie=request.untie, dense=True)
     if stored is not model:

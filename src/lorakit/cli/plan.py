@@ -15,12 +15,12 @@ from cyclopts import Parameter
 from lorakit.cli import console
 from lorakit.cli.early import check_at_least, check_model
 from lorakit.config import LoraConfig
-from lorakit.errors import UsageError
-from lorakit.plan import Job, Plan, Speed
+from lorakit.errors import ConfigError, UsageError
+from lorakit.plan import Job, ModelShape, Plan, Speed
 from lorakit.plan.job import recomputed
-from lorakit.plan.params import with_new_tokens
+from lorakit.plan.params import with_full_modules, with_new_tokens
 from lorakit.tables import format_quantity
-from lorakit.train.defaults import DEFAULTS
+from lorakit.train.defaults import DEFAULTS, TASK_NAMES
 
 
 def _flag(name: str) -> Parameter:
@@ -50,6 +50,13 @@ class AdapterFlags:
     use_dora: Annotated[bool, _flag("use_dora")] = False
     use_rslora: Annotated[bool, _flag("use_rslora")] = False
     allow_partial_targets: Annotated[bool, _flag("allow_partial_targets")] = False
+    task: Annotated[
+        str | None,
+        Parameter(help=f"Task of the run: {', '.join(TASK_NAMES)}. Default: causal-lm for a language model."),
+    ] = None
+    labels: Annotated[
+        int, Parameter(help="Number of classes or tags, for classification and token-classification. Default: 2.")
+    ] = 2
 
     def config(self) -> LoraConfig:
         """Return the adapter's config.
@@ -147,9 +154,9 @@ def run(
     """
     config, columns = adapter.config(), _ranks(ranks)
     check_model(model)
-    from lorakit import hub, plan
+    from lorakit import plan
 
-    shape = hub.shape_of(model)
+    shape, config = _for_task(model, config, adapter)
     tokens = {token.strip() for word in adapter.new_tokens or () for token in word.split(",")} - {""}
     if tokens:
         config = with_new_tokens(shape, config, len(tokens))
@@ -178,6 +185,28 @@ def run(
     console.say(plan.render(planned, verbose=verbose, notes=tuple(reasons)))
     if verbose and measured:
         console.say("\n" + "\n".join(measured))
+
+
+def _for_task(model: str, config: LoraConfig, adapter: AdapterFlags) -> tuple[ModelShape, LoraConfig]:
+    """Return the shape of the model for the task, and the config with the modules that the task trains in full.
+
+    Raises:
+        ConfigError: The task is unknown.
+        UsageError: `--labels` is below 1.
+    """
+    from lorakit import hub
+
+    if adapter.task not in (None, *TASK_NAMES):
+        raise ConfigError.of("task", adapter.task, allowed=TASK_NAMES)
+    check_at_least("labels", adapter.labels, 1)
+    if adapter.task is None:
+        return hub.shape_of(model), config
+    from lorakit.tasks import TASKS
+
+    task = TASKS[adapter.task]
+    values = {"id2label": {str(n): f"LABEL_{n}" for n in range(adapter.labels)}}
+    shape = hub.shape_for_task(model, task.loader, values if task.loader in hub.WITH_NEW_HEADS else {})
+    return shape, with_full_modules(config.with_fields(task_type=task.adapter_task), shape.full_modules)
 
 
 def _limited(planned: Plan, job: JobFlags) -> tuple[Plan, list[str]]:

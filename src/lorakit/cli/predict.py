@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
@@ -14,9 +14,9 @@ from cyclopts import Parameter
 
 from lorakit import allocator
 from lorakit.cli import adapters, console, early
+from lorakit.cli.flag_groups import BASE, ROWS, BaseFlags, RowFlags
 from lorakit.durable import temporary_name
 from lorakit.errors import DiskError, UsageError
-from lorakit.plan.quantized import stored_as
 from lorakit.tables import format_count
 from lorakit.train.defaults import DEFAULTS, TASK_NAMES
 
@@ -36,19 +36,11 @@ class Flags:
     task: Annotated[
         str | None, Parameter(help="Task of a model without --adapter: classification, ... Default: from the model.")
     ] = None
-    format: Annotated[str | None, Parameter(help=DEFAULTS["format"].help())] = None
-    columns: Annotated[list[str] | None, Parameter(help=DEFAULTS["columns"].help())] = None
-    on_bad_row: Annotated[str, Parameter(help=DEFAULTS["on_bad_row"].help())] = DEFAULTS["on_bad_row"].value
+    reading: Annotated[RowFlags, Parameter(name="*")] = ROWS
     max_length: Annotated[int, Parameter(help="Maximum length of a text in tokens.")] = DEFAULTS["max_length"].value
     max_new_tokens: Annotated[int, Parameter(help="Maximum length of a generated text in tokens (seq2seq).")] = 256
     batch_size: Annotated[int, Parameter(help="Rows per batch.")] = 16
-    dtype: Annotated[str, Parameter(help="Precision of the base: auto, bfloat16 or float32.")] = "auto"
-    device: Annotated[str, Parameter(help="cpu, cuda, cuda:N, mps or auto.")] = "auto"
-    quantization: Annotated[str | None, Parameter(help=DEFAULTS["quantization"].help())] = None
-    double_quantization: Annotated[bool, Parameter(help=DEFAULTS["double_quantization"].help())] = True
-    allow_base_mismatch: Annotated[bool, Parameter(negative=(), help="Accept an adapter trained on another base.")] = (
-        False
-    )
+    base: Annotated[BaseFlags, Parameter(name="*")] = BASE
 
 
 def run(
@@ -67,15 +59,12 @@ def run(
     Raises:
         UsageError: The output file exists, or the model and the adapter do not predict rows.
     """
-    quantization = stored_as(flags.quantization, flags.double_quantization)
-    early.check_choice("dtype", flags.dtype, early.RUN_DTYPES)
-    early.check_device(flags.device)
+    flags.base.check()
     early.check_at_least("batch_size", flags.batch_size, 1)
     early.check_at_least("max_length", flags.max_length, 2)
     early.check_at_least("max_new_tokens", flags.max_new_tokens, 1)
-    early.check_choice("on_bad_row", flags.on_bad_row, ("stop", "skip"))
     early.check_data(files)
-    columns = early.columns_of(flags.columns or ())
+    flags.reading.check()
     if flags.task is not None:
         early.check_choice("task", flags.task, TASK_NAMES)
     folders = early.adapter_folders([flags.adapter] if flags.adapter is not None else [])
@@ -86,25 +75,23 @@ def run(
             where=flags.output_file,
             field="output_file",
         )
-    flags = replace(flags, adapter=folders[0] if folders else None)
     allocator.set_up()  # before torch allocates any memory
-    from lorakit.data import Request
     from lorakit.train.prediction import PredictSettings, predict
 
-    task = _task(flags)
-    formats = task.task.inputs or task.task.formats
+    adapter = adapters.read_adapters(folders)
+    task = adapters.task_of(adapter) if adapter else _task_of_model(flags)
     settings = PredictSettings(
         model=flags.model,
         data=files,
-        adapter=flags.adapter,
+        adapter=adapter[0] if adapter else None,
         task=task,
         max_length=flags.max_length,
         batch_rows=flags.batch_size,
-        dtype=flags.dtype,
-        device=flags.device,
-        allow=("base_mismatch",) if flags.allow_base_mismatch else (),
-        quantization=quantization,
-        request=Request(flags.format, columns, flags.on_bad_row == "skip", allowed=formats, needs_label=False),
+        dtype=flags.base.dtype,
+        device=flags.base.device,
+        allow=flags.base.allow,
+        quantization=flags.base.stored_as(),
+        request=flags.reading.request(task.task.inputs or task.task.formats, needs_label=False),
         max_new_tokens=flags.max_new_tokens,
     )
     rows = predict(settings, console.note)
@@ -122,13 +109,10 @@ def run(
         console.say(f"{flags.output_file}: {format_count(count, 'prediction')}")
 
 
-def _task(flags: Flags) -> TaskOnData:
-    """Return the task of the adapter, or that of a model with a head."""
+def _task_of_model(flags: Flags) -> TaskOnData:
     from lorakit import hub
     from lorakit.tasks import task_of_model
 
-    if flags.adapter is not None:
-        return adapters.task_of(adapters.read_adapters([flags.adapter]))
     return task_of_model(flags.task, hub.resolve(flags.model, console.note))
 
 

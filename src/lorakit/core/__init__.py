@@ -8,7 +8,7 @@ from lorakit.core.attachment.attaching import AttachReport, attach, detach
 from lorakit.core.attachment.continuing import TrainedAdapter, read_for_training
 from lorakit.core.attachment.loading import LoadReport, load_adapter
 from lorakit.core.attachment.saving import save_adapter, save_as_trained
-from lorakit.core.files.adapter_folder import SavedAdapter
+from lorakit.core.files.adapter_folder import AdapterFiles, SavedAdapter, read_adapter
 from lorakit.core.files.inspecting import AdapterSummary, inspect_adapter
 from lorakit.core.kinds import Kind, WeightSpec, kind_named
 from lorakit.core.layers.lora_layer import LoraLayer
@@ -51,6 +51,7 @@ from lorakit.core.statistics.moments import Statistics, load_statistics
 
 __all__ = [
     "COMBINATION_TYPES",
+    "AdapterFiles",
     "AdapterSummary",
     "AttachReport",
     "CombinationType",
@@ -99,6 +100,7 @@ __all__ = [
     "merged_state_dict",
     "penalties",
     "prompt_offset",
+    "read_adapter",
     "read_for_training",
     "reduce_intruders",
     "rescale",

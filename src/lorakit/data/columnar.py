@@ -1,27 +1,40 @@
-"""Read Parquet and Arrow files and Hub data sets with the package `datasets`, which maps them into memory."""
+"""Read Parquet and Arrow files and Hub data sets with the packages `datasets` and `pyarrow`.
+
+`read_table` and `read_hub` map the data into memory. `stream_table` and `stream_hub` read it row by row, from any
+position: a Parquet file from the position's row group on, an Arrow file and a Hub data set from the beginning, without
+converting the rows before the position. The memory of a stream depends on the size of the batches of an Arrow file, and
+of the row groups of a Hub data set.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
+import json
+import os
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
+from lorakit.data.places import PARTIAL, Place, Read, ends_identity
 from lorakit.data.records import Record, content_key
 from lorakit.data.rows import Parsed, collect
 from lorakit.data.shapes import Layout, Request
 from lorakit.data.sources import HubSource
-from lorakit.data.stored import file_error
-from lorakit.errors import DataError, MissingExtra
+from lorakit.data.stored import file_error, open_unchanged
+from lorakit.errors import DataError, MissingExtra, UsageError
 from lorakit.hub_cache import offline
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features, IterableDataset
+    from pyarrow import RecordBatch
 
 _AT_ONCE = 1000
+_STREAMED_AT_ONCE = 256
+_STREAM_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -80,10 +93,8 @@ def read_table(path: Path, request: Request) -> tuple[Table, list[str]]:
         MissingExtra: The package `datasets` is not installed.
     """
     kind = path.suffix.lower().removeprefix(".")
-    try:
+    with _as_file_error(path):
         return _table(str(path), request, kind, data_files=str(path), split="train")
-    except LOADING_ERRORS as cause:
-        raise file_error(path, f"not a valid {kind.capitalize()} file ({' '.join(str(cause).split())}).") from cause
 
 
 def read_hub(source: HubSource, request: Request) -> tuple[Table, list[str]]:
@@ -101,18 +112,39 @@ def read_hub(source: HubSource, request: Request) -> tuple[Table, list[str]]:
         MissingExtra: The package `datasets` is not installed.
     """
     options = {"split": source.split, "revision": source.revision}
-    try:
+    with _as_hub_error(source):
         return _table(str(source), request, source.name, source.config, **options)
+
+
+@contextlib.contextmanager
+def _as_file_error(path: Path) -> Iterator[None]:
+    """Return a context manager that raises errors of `datasets` and `pyarrow` as `DataError`."""
+    try:
+        yield
+    except LOADING_ERRORS as cause:
+        kind = path.suffix.lower().removeprefix(".").capitalize()
+        raise file_error(path, f"not a valid {kind} file ({_line(cause)}).") from cause
+
+
+@contextlib.contextmanager
+def _as_hub_error(source: HubSource) -> Iterator[None]:
+    """Return a context manager that raises errors of `datasets` as `DataError`."""
+    try:
+        yield
     except LOADING_ERRORS as cause:
         variable = offline("HF_DATASETS_OFFLINE")
         where = f"in the cache (network access is off: {variable} is set)" if variable else "on the Hub"
         remedy = f"unset {variable}" if variable else "check the name and the network connection"
         raise DataError(
-            f"{source}: not a file or directory, and no such data set {where} ({' '.join(str(cause).split())}). To use "
-            f"it, {remedy}, or pass files.",
+            f"{source}: not a file or directory, and no such data set {where} ({_line(cause)}). To use it, {remedy}, "
+            "or pass files.",
             where=str(source),
             field="data",
         ) from cause
+
+
+def _line(cause: Exception) -> str:
+    return " ".join(str(cause).split())
 
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError)
@@ -120,18 +152,30 @@ LOADING_ERRORS = (OSError, ValueError, RuntimeError)
 
 
 def _table(label: str, request: Request, *names: str | None, **options: Any) -> tuple[Table, list[str]]:
+    _check_installed(label)
+    import datasets
+
+    with _quiet():
+        data = datasets.load_dataset(*names, **options)
+    data = data.remove_columns(_media(data.features))
+    found = collect(label, _rows(data), request, "row")
+    return Table(label, data, found.layout, found.starts, int(data.data.nbytes), found.groups), found.notes
+
+
+def _check_installed(label: str) -> None:
     try:
-        import datasets
+        import datasets  # noqa: F401 - it depends on pyarrow
     except ImportError as cause:
         raise MissingExtra(
             f"{label}: reading this data needs the package datasets: pip install 'lorakit[data]'", what="datasets"
         ) from cause
-    with _quiet():
-        data = datasets.load_dataset(*names, **options)
-    media = [name for name, kind in data.features.items() if isinstance(kind, datasets.Image | datasets.Audio)]
-    data = data.remove_columns(media)  # decoding them is slow, and no shape uses them
-    found = collect(label, _rows(data), request, "row")
-    return Table(label, data, found.layout, found.starts, int(data.data.nbytes), found.groups), found.notes
+
+
+def _media(features: Features) -> list[str]:
+    """Return the columns with images or sound; decoding them is slow, and no shape uses them."""
+    import datasets
+
+    return [name for name, kind in features.items() if isinstance(kind, datasets.Image | datasets.Audio)]
 
 
 def _rows(data: Dataset) -> Iterator[Parsed]:
@@ -158,3 +202,198 @@ def _quiet() -> Iterator[None]:
         datasets.logging.set_verbosity(level)
         if shown:
             datasets.enable_progress_bars()
+
+
+@dataclass(frozen=True)
+class StreamedTable:
+    """A Parquet or Arrow file that is read row by row; an offset is a number of rows.
+
+    Attributes:
+        path: The file.
+        size: Size in bytes.
+        changed_ns: Modification time in nanoseconds when the file was opened first.
+        row_bytes: Mean size of a row in the file, in bytes; for an Arrow file, of a row in its first batch.
+    """
+
+    path: Path
+    size: int
+    changed_ns: int
+    row_bytes: float = 0.0
+
+    @property
+    def label(self) -> str:
+        """The path."""
+        return str(self.path)
+
+    def identity(self) -> str:
+        """Return `PARTIAL` and a SHA-256 of the size, the modification time, and the first and last MiB of the file."""
+        with open_unchanged(self.path, self.size, self.changed_ns) as file:
+            return ends_identity(file, self.size, self.changed_ns)
+
+    def bytes_before(self, offset: int) -> int:
+        """Return the estimated number of bytes before a row."""
+        return min(self.size, int(offset * self.row_bytes))
+
+    def read(self, at: Place) -> Read:
+        """Yield the rows from a position to the end of the file.
+
+        Raises:
+            DataError: The file is damaged, or has changed since it was opened first.
+        """
+        import datasets
+
+        with open_unchanged(self.path, self.size, self.changed_ns) as file, _as_file_error(self.path):
+            features = None
+            for begin, batch in _batches(self.path, file, at.offset):
+                if features is None:
+                    features = datasets.Features.from_arrow_schema(batch.schema)
+                    kept = [name for name in batch.schema.names if name not in _media(features)]
+                first = max(begin, at.offset)
+                rows = batch.select(kept).slice(first - begin).to_pylist()
+                for number, row in enumerate(rows, start=first):
+                    yield features.decode_example(row), Place(at.file, number, number + 1)
+
+
+def stream_table(path: Path) -> StreamedTable:
+    """Open a Parquet or Arrow file as a stream.
+
+    Args:
+        path: The file.
+
+    Raises:
+        DataError: The file is missing, damaged or has no rows.
+        MissingExtra: The package `datasets` is not installed.
+    """
+    _check_installed(str(path))
+    try:
+        status = path.stat()
+    except OSError as cause:
+        raise file_error(path, f"the data file cannot be read ({cause.strerror}).") from cause
+    found = StreamedTable(path, status.st_size, status.st_mtime_ns)
+    with open_unchanged(path, found.size, found.changed_ns) as file, _as_file_error(path):
+        return replace(found, row_bytes=_row_bytes(path, file))
+
+
+def _row_bytes(path: Path, file: IO[bytes]) -> float:
+    """Return the mean size of a row in bytes, or 0 if there are no rows."""
+    if path.suffix.lower() == ".parquet":
+        from pyarrow import parquet
+
+        count = parquet.read_metadata(file).num_rows
+        return os.fstat(file.fileno()).st_size / count if count else 0.0
+    batch = next((batch for _, batch in _batches(path, file, 0) if batch.num_rows), None)
+    return 0.0 if batch is None else batch.nbytes / batch.num_rows
+
+
+def _batches(path: Path, file: IO[bytes], start: int) -> Iterator[tuple[int, RecordBatch]]:
+    """Yield the batches of rows of a file, each with the index of its first row, from the batch with a given row on."""
+    begin = 0
+    if path.suffix.lower() == ".parquet":
+        from pyarrow import parquet
+
+        # without a buffer or with a path, whole row groups are kept in memory
+        table = parquet.ParquetFile(file, buffer_size=_STREAM_BYTES, pre_buffer=False)
+        for number in range(table.num_row_groups):
+            end = begin + table.metadata.row_group(number).num_rows
+            if end > start:
+                for batch in table.iter_batches(_STREAMED_AT_ONCE, row_groups=[number], use_threads=False):
+                    if begin + batch.num_rows > start:
+                        yield begin, batch
+                    begin += batch.num_rows
+            begin = end
+        return
+    for batch in _arrow_batches(file):
+        if begin + batch.num_rows > start:
+            yield begin, batch
+        begin += batch.num_rows
+
+
+def _arrow_batches(file: IO[bytes]) -> Iterator[RecordBatch]:
+    """Yield the batches of an Arrow file, which is in the stream format or in the file format."""
+    import pyarrow
+
+    try:
+        reader = pyarrow.ipc.open_stream(file)
+    except (OSError, pyarrow.ArrowInvalid):
+        file.seek(0)
+        random = pyarrow.ipc.open_file(file)
+        yield from (random.get_batch(number) for number in range(random.num_record_batches))
+        return
+    yield from reader
+
+
+@dataclass(frozen=True)
+class StreamedHub:
+    """A Hub data set that is read row by row; an offset is a number of rows.
+
+    Attributes:
+        source: The data set.
+        data: Its rows.
+        version: Hash of the revision and the names of its files.
+        row_bytes: Mean size of one of its first rows as JSON, in bytes.
+        size: Estimated size of the split in bytes, or 0 if the data set does not record its number of rows.
+    """
+
+    source: HubSource
+    data: IterableDataset
+    version: str
+    row_bytes: float
+    size: int
+
+    @property
+    def label(self) -> str:
+        """The name."""
+        return str(self.source)
+
+    def identity(self) -> str:
+        """Return `PARTIAL` and a SHA-256 of the name and the version."""
+        return PARTIAL + hashlib.sha256(f"{self.label}\n{self.version}".encode()).hexdigest()
+
+    def bytes_before(self, offset: int) -> int:
+        """Return the estimated number of bytes before a row."""
+        return int(offset * self.row_bytes)
+
+    def read(self, at: Place) -> Read:
+        """Yield the rows from a position to the end of the split.
+
+        Raises:
+            DataError: The data set cannot be read, for example because the network fails.
+        """
+        with _as_hub_error(self.source):
+            rows = self.data.skip(at.offset) if at.offset else self.data
+            for number, row in enumerate(rows, start=at.offset):
+                yield row, Place(at.file, number, number + 1)
+
+
+def stream_hub(source: HubSource) -> StreamedHub:
+    """Open a data set on the Hub as a stream; its rows are loaded when they are needed.
+
+    Args:
+        source: The data set.
+
+    Raises:
+        UsageError: The name contains a slice of a split.
+        DataError: The data set is not found or cannot be read.
+        MissingExtra: The package `datasets` is not installed.
+    """
+    _check_installed(str(source))
+    import datasets
+
+    if "[" in source.split:
+        raise UsageError(
+            f"{source}: a slice of a split cannot be streamed; omit the slice, or pass --streaming off.",
+            what=source.split,
+            where=str(source),
+            field="streaming",
+        )
+    with _as_hub_error(source), _quiet():
+        builder = datasets.load_dataset_builder(source.name, source.config, revision=source.revision)
+        data = builder.as_streaming_dataset(split=source.split)
+        if data.features is not None:
+            data = data.remove_columns(_media(data.features))
+        first = [len(json.dumps(row, default=str)) for row in itertools.islice(data, _STREAMED_AT_ONCE)]
+    row_bytes = sum(first) / max(1, len(first))
+    splits = builder.info.splits or {}
+    counts = [splits[name].num_examples if name in splits else None for name in source.split.split("+")]
+    known = sum(count for count in counts if count) if all(counts) else 0
+    return StreamedHub(source, data, builder.hash or "", row_bytes, int(known * row_bytes))

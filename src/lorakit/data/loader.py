@@ -49,6 +49,10 @@ class Split:
     held_out: AnyRecords
     note: str
 
+    def training_records(self) -> Iterable[Record]:
+        """Return all training records; those of a stream are read from their files."""
+        return self.train
+
     def digests(self) -> dict[str, str]:
         """Return a dict from the path or name of each file to a SHA-256 of its content; records in memory have none."""
         stored = [part for part in (self.train, self.held_out) if isinstance(part, StoredRecords)]

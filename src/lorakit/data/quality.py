@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeAlias
 from lorakit.data.encoding import IGNORED, Sequence, lengths
 from lorakit.data.loader import Split
 from lorakit.data.records import Document, Record, content_key, is_empty, location, text_of_record
-from lorakit.data.report import DataReport
+from lorakit.data.report import DataReport, Report
 from lorakit.data.tokens import Tokenizer, text_of
 from lorakit.durable import JsonObject
 from lorakit.errors import printable
@@ -51,19 +51,6 @@ class Token:
 
 Visit: TypeAlias = Callable[[Record, bytes], None]
 """Function that is called with each record and its content key."""
-
-
-class Report(Protocol):
-    """Counts of encoded rows."""
-
-    def check_end(self) -> None:
-        """Check that the model can learn where to stop, if it generates text."""
-
-    def as_dict(self) -> JsonObject:
-        """Return all counts and notes as plain JSON values."""
-
-    def lines(self) -> list[str]:
-        """Return the counts as lines of text."""
 
 
 class EncodedRows(Protocol):

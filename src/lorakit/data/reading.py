@@ -13,7 +13,6 @@ from __future__ import annotations
 import codecs
 import json
 import os
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
@@ -24,7 +23,7 @@ from lorakit.data.records import Document, Records
 from lorakit.data.rows import PARSERS, check_no_group
 from lorakit.data.shapes import Request
 from lorakit.data.sources import HUB, SUFFIXES, TABLES, TEXT, HubSource, expand
-from lorakit.data.stored import READ_BYTES, DataFile, RecordFile, StoredRecords, file_error
+from lorakit.data.stored import READ_BYTES, DataFile, RecordFile, StoredRecords, check_kind, file_error
 from lorakit.durable import write_text
 from lorakit.errors import DataError, nearest
 
@@ -87,7 +86,7 @@ def _read(source: Path | HubSource, request: Request) -> tuple[RecordFile, list[
     if isinstance(source, HubSource):
         return columnar.read_hub(source, request)
     try:
-        _check_kind(source)
+        check_kind(source)
         if source.suffix.lower() in TABLES:
             return columnar.read_table(source, request)
         with source.open("rb") as file:
@@ -105,14 +104,6 @@ def _read(source: Path | HubSource, request: Request) -> tuple[RecordFile, list[
     size, changed_ns = status.st_size, status.st_mtime_ns
     data = DataFile(source, size, changed_ns, row, found.starts, found.lines, found.layout, found.groups)
     return data, found.notes
-
-
-def _check_kind(path: Path) -> None:
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        raise file_error(path, "not a regular file; write the data to a regular file first.")
-    if path.suffix.lower() not in SUFFIXES:
-        raise file_error(path, f"data files must end in {', '.join(SUFFIXES)}, not '{path.suffix}'.")
 
 
 def _neighbors(path: Path) -> str:

@@ -5,6 +5,8 @@ This module does not depend on files or tokenizers; `encode` sets the counts.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 from lorakit.durable import JsonObject
@@ -13,23 +15,69 @@ from lorakit.tables import format_count, format_percent
 
 
 @dataclass(slots=True)
-class DataReport:
-    """Counts of rows and tokens, including everything that was left out or truncated.
+class Report(ABC):
+    """Counts of rows and tokens that every task has, including what was left out or truncated.
 
     Attributes:
-        max_length_tokens: Maximum sequence length in tokens.
+        max_length_tokens: Maximum length of a sequence or a text in tokens.
+        sequences: Number of sequences.
+        tokens: Number of tokens in all sequences, excluding padding.
+        trained_tokens: Number of targets that contribute to the loss: tokens, or rows.
+        empty_rows: Number of rows left out because they are empty.
+        duplicate_rows: Number of rows with the same content as an earlier row; they are kept.
+        overlong: What was done with rows that are longer than `max_length_tokens`.
+        cut_rows: Number of these rows.
+        shape: Name of the shape of all rows, such as "alpaca", or None if it is unknown or differs between files.
+        columns: Required field -> column, or an empty dict.
+        notes: Other messages for the user.
+    """
+
+    max_length_tokens: int
+    sequences: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    empty_rows: int = 0
+    duplicate_rows: int = 0
+    overlong: str = "truncate"
+    cut_rows: int = 0
+    shape: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def prompt_format(self) -> str | None:
+        """Format of the prompts, or None if rows differ or the task has no prompts."""
+        return None
+
+    @abstractmethod
+    def check_end(self) -> None:
+        """Check that the model can learn where to stop, if the task generates text."""
+
+    @abstractmethod
+    def lines(self) -> list[str]:
+        """Return the counts as lines of text: the totals, then what was left out or truncated, then the notes."""
+
+    def as_dict(self) -> JsonObject:
+        """Return all counts and notes as plain JSON values."""
+        return asdict(self)
+
+    def _row_lines(self, own: Iterable[str]) -> list[str]:
+        """Return lines about rows: those left out because they are empty, the task's own lines, and duplicates."""
+        empty = [f"{format_count(self.empty_rows, 'row')} left out: empty."] if self.empty_rows else []
+        twice = [f"{format_count(self.duplicate_rows, 'duplicate row')} kept."] if self.duplicate_rows else []
+        return [*empty, *own, *twice]
+
+
+@dataclass(slots=True)
+class DataReport(Report):
+    """Counts of the rows and tokens of text that a model learns to continue.
+
+    Attributes:
         documents: Number of text files, plus the number of rows with a `text` field.
         completions: Number of rows with a prompt and a completion.
         conversations: Number of rows with messages.
         instructions: Number of these rows that were rendered as a prompt and a completion, because the tokenizer has no
             chat template.
-        sequences: Number of sequences.
-        tokens: Number of tokens in all sequences, excluding padding.
-        trained_tokens: Number of tokens that contribute to the loss.
-        empty_rows: Number of rows left out because they contain nothing to train on.
-        duplicate_rows: Number of rows with the same content as an earlier row; they are kept.
-        overlong: What was done with rows that are longer than `max_length_tokens`.
-        cut_rows: Number of these rows.
         cut_answers: Number of truncated rows in which a token that would have contributed to the loss was removed.
         cut_tokens: Number of tokens removed by truncation.
         cut_trained_tokens: Number of removed tokens that would have contributed to the loss.
@@ -40,23 +88,12 @@ class DataReport:
         prompt: Text with which the template begins answers in generation but not in the data, or "".
         ended_rows: Number of rows in which an end marker contributes to the loss: the end-of-text token, or the
             template's end-of-turn marker.
-        shape: Name of the shape of all rows, such as "alpaca", or None if it is unknown or differs between files.
-        columns: Required field -> column, or an empty dict.
-        notes: Other messages for the user.
     """
 
-    max_length_tokens: int
     documents: int = 0
     completions: int = 0
     conversations: int = 0
     instructions: int = 0
-    sequences: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    empty_rows: int = 0
-    duplicate_rows: int = 0
-    overlong: str = "truncate"
-    cut_rows: int = 0
     cut_answers: int = 0
     cut_tokens: int = 0
     cut_trained_tokens: int = 0
@@ -65,9 +102,6 @@ class DataReport:
     untrained_reason: str = ""
     prompt: str = ""
     ended_rows: int = 0
-    shape: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -109,7 +143,7 @@ class DataReport:
         return {"rows": self.rows, **asdict(self)}
 
     def lines(self) -> list[str]:
-        """Return the counts as lines of text: the totals, then the rows left out or truncated, then the notes."""
+        """Return the counts as lines of text, as in `Report.lines`."""
         kinds = [
             format_count(self.documents, "document"),
             format_count(self.completions, "prompt with completion", "prompts with completions"),
@@ -121,12 +155,13 @@ class DataReport:
             f"{self.max_length_tokens:,} tokens; total: {self.tokens:,} tokens; {self.trained_tokens:,} contribute "
             f"to the loss ({format_percent(self.trained_fraction, 1)})."
         ]
-        return [*lines, *self._losses(), *self.notes]
+        lines += self._row_lines(self._losses())
+        if self.sequences and not self.ended_rows:
+            lines.append("No end marker contributes to the loss, so the model will not learn where to stop.")
+        return [*lines, *self.notes]
 
     def _losses(self) -> list[str]:
         lines = []
-        if self.empty_rows:
-            lines.append(f"{format_count(self.empty_rows, 'row')} left out: empty.")
         dropped = self.dropped_rows - (self.cut_rows if self.overlong == "drop" else 0)
         if dropped:
             lines.append(f"{format_count(dropped, 'row')} left out: nothing to train on within the maximum length.")
@@ -151,8 +186,4 @@ class DataReport:
                 f"In generation, the chat template begins answers with {self.prompt!r}, but answers in the data do not "
                 "begin with this text. Set the template's options (chat_template_kwargs) so that both agree."
             )
-        if self.duplicate_rows:
-            lines.append(f"{format_count(self.duplicate_rows, 'duplicate row')} kept.")
-        if self.sequences and not self.ended_rows:
-            lines.append("No end marker contributes to the loss, so the model will not learn where to stop.")
         return lines

@@ -6,10 +6,10 @@ record is needed.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
 import re
 import sys
@@ -24,7 +24,7 @@ from typing import IO, TypeAlias
 from lorakit.data.messages import BadRow
 from lorakit.data.records import KEY_BYTES, Record
 from lorakit.data.shapes import Layout, Request, checked_row, recognize
-from lorakit.data.sources import LINES
+from lorakit.data.sources import DELIMITED, LINES
 from lorakit.data.stored import file_error, line_of
 from lorakit.durable import JsonValue, parse_json
 from lorakit.errors import DataError
@@ -198,10 +198,10 @@ def _elements(path: Path, text: str, offset: int) -> Iterator[Parsed]:
     decoder, line = json.JSONDecoder(), 1
     at, following = 0, "["
     while True:
-        begin = _after(text, at, following)
-        if begin is None and following == "," and (closed := _after(text, at, "]")) is not None and closed == len(text):
+        begin = after(text, at, following)
+        if begin is None and following == "," and (closed := after(text, at, "]")) is not None and closed == len(text):
             return
-        if begin is not None and following == "[" and _after(text, begin, "]") == len(text):
+        if begin is not None and following == "[" and after(text, begin, "]") == len(text):
             return
         try:
             end = len(text) if begin is None else decoder.raw_decode(text, begin)[1]
@@ -219,12 +219,22 @@ def _elements(path: Path, text: str, offset: int) -> Iterator[Parsed]:
         at, following = end, ","
 
 
-def _after(text: str, at: int, character: str) -> int | None:
-    """Return the position after a character and the white space around it, or None if something else follows."""
-    begin = _SPACE.match(text, at).end()  # type: ignore[union-attr]
-    if text[begin : begin + 1] != character:
-        return None
-    return _SPACE.match(text, begin + 1).end()  # type: ignore[union-attr]
+def after(text: str, at: int, character: str) -> int | None:
+    """Return the position after a character and the white space around it, or None if something else follows.
+
+    Args:
+        text: JSON text.
+        at: Position in the text.
+        character: The character, or "" for white space alone.
+    """
+    begin = skip_space(text, at)
+    end = begin + len(character)
+    return skip_space(text, end) if text[begin:end] == character else None
+
+
+def skip_space(text: str, at: int) -> int:
+    """Return the position after the white space at a position."""
+    return _SPACE.match(text, at).end()  # type: ignore[union-attr]
 
 
 def _element_record(layout: Layout, source: str, text: str, number: int) -> Record:
@@ -233,77 +243,127 @@ def _element_record(layout: Layout, source: str, text: str, number: int) -> Reco
     return layout.record(parse_json(text[:end]), source, number)
 
 
+STREAMED_CELL = 1 << 24
+"""Maximum number of characters of a CSV cell in a stream; a quote that is not closed would otherwise read all rows."""
+
+_LONGEST_CELL = min(sys.maxsize, 2**31 - 1)
 _DELIMITERS = ",;\t|"
 
 
 def _delimited(path: Path, file: IO[bytes], request: Request) -> tuple[Rows, RowParser]:
     """Read a CSV or TSV file; every value is a string, and the first row contains the names of the columns."""
-    first = line_of(file.readline(), first=True)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(_DELIMITERS, key=first.count)
+    names, delimiter = header_of(path, file)
     file.seek(0)
-    with _long_fields():
-        rows = _cells(file, delimiter)
-        _, _, header = next(rows, (0, 1, []))
-        names = [name.strip() for name in header] if isinstance(header, list) else []
-        if not all(names) or len(set(names)) < len(names):
-            shown = ", ".join(map(repr, names)) or "nothing"
-            raise DataError(
-                f"{path}:1: the first row must contain a distinct name for each column, not {shown}.", where=f"{path}:1"
-            )
-        found = collect(str(path), ((start, line, _named_cells(names, row)) for start, line, row in rows), request)
+    rows = itertools.islice(cells(file, delimiter, longest=_LONGEST_CELL), 1, None)
+    found = collect(str(path), ((start, line, named_cells(names, row)) for start, line, row in rows), request)
     return found, partial(_cells_record, found.layout, str(path), names, delimiter)
 
 
-def _cells(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, int, list[str] | BadRow]]:
-    """Yield the byte offset, line number and cells of each row that is not blank."""
-    at = read = 0
+def header_of(path: Path, file: IO[bytes]) -> tuple[list[str], str]:
+    """Return the names of the columns of a CSV or TSV file, and the delimiter.
 
-    def lines() -> Iterator[str]:
-        nonlocal read
-        for raw in file:
-            first, read = read == 0, read + len(raw)
-            yield raw.decode("utf-8-sig" if first else "utf-8")
+    Args:
+        path: The file.
+        file: The open file, at its beginning.
 
-    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    Raises:
+        DataError: The first row does not contain a distinct name for each column.
+    """
+    first = file.readline(STREAMED_CELL).decode("utf-8-sig", "replace")
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(_DELIMITERS, key=first.count)
+    file.seek(0)
+    _, _, header = next(cells(file, delimiter), (0, 1, BadRow("the file is empty.")))
+    names = [name.strip() for name in header] if isinstance(header, list) else []
+    if not all(names) or not names or len(set(names)) < len(names):
+        shown = ", ".join(map(repr, names)) or (str(header) if isinstance(header, BadRow) else "nothing")
+        raise DataError(
+            f"{path}:1: the first row must contain a distinct name for each column, not {shown}.", where=f"{path}:1"
+        )
+    return names, delimiter
+
+
+def cells(
+    file: IO[bytes], delimiter: str, offset: int = 0, line: int = 1, longest: int | None = None
+) -> Iterator[tuple[int, int, list[str] | BadRow]]:
+    """Yield the byte offset, line number and cells of each row that is not blank.
+
+    Args:
+        file: The open file, at the beginning of a row.
+        delimiter: Character between cells.
+        offset: Byte offset of this row.
+        line: Line number of this row.
+        longest: Maximum number of characters of a cell; None means `STREAMED_CELL`.
+    """
+    source = _DecodedLines(file, offset)
+    reader = csv.reader(source, delimiter=delimiter, strict=True)
+    limit = STREAMED_CELL if longest is None else longest
     while True:
-        at, line = read, reader.line_num + 1
+        at, number = source.offset, line + reader.line_num
         try:
-            row = next(reader, None)
+            row = _next_row(reader, limit)
         except csv.Error as cause:
-            yield at, line, BadRow(f"not valid CSV ({cause}).")
+            yield at, number, source.problem() or BadRow(f"not valid CSV ({cause}).")
             continue
         if row is None:
             return
-        if row:
-            yield at, line, row
+        problem = source.problem()
+        if row or problem is not None:
+            yield at, number, problem or row
 
 
-def _named_cells(names: Sequence[str], row: list[str] | BadRow) -> JsonValue | BadRow:
+class _DecodedLines(Iterator[str]):
+    """The lines of a file; a line that is not UTF-8 is decoded with replacements, and the problem is kept.
+
+    Attributes:
+        offset: Byte offset of the next line.
+    """
+
+    def __init__(self, file: IO[bytes], offset: int) -> None:
+        self.offset = offset
+        self._file = file
+        self._problem: BadRow | None = None
+
+    def __next__(self) -> str:
+        raw = next(self._file)
+        encoding = "utf-8-sig" if self.offset == 0 else "utf-8"
+        self.offset += len(raw)
+        try:
+            return raw.decode(encoding)
+        except UnicodeDecodeError as cause:
+            self._problem = BadRow(f"not valid UTF-8 (byte 0x{cause.object[cause.start]:02x}).")
+            return raw.decode(encoding, "replace")
+
+    def problem(self) -> BadRow | None:
+        """Return the problem of the lines read since the last call, or None."""
+        found, self._problem = self._problem, None
+        return found
+
+
+def _next_row(reader: Iterator[list[str]], longest: int) -> list[str] | None:
+    """Return the next row of a CSV reader, or None at the end; the limit of `csv` applies to the whole process."""
+    before = csv.field_size_limit(longest)
+    try:
+        return next(reader, None)
+    finally:
+        csv.field_size_limit(before)
+
+
+def named_cells(names: Sequence[str], row: list[str] | BadRow) -> JsonValue | BadRow:
+    """Return a row as a dict from column to cell, or the reason why it has none."""
     if isinstance(row, BadRow) or len(row) == len(names):
         return row if isinstance(row, BadRow) else dict(zip(names, row, strict=True))
     return BadRow(f"the row has {format_count(len(row), 'cell')}, but there are {format_count(len(names), 'column')}.")
 
 
 def _cells_record(layout: Layout, source: str, names: Sequence[str], delimiter: str, text: str, number: int) -> Record:
-    with _long_fields():
-        cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
-    return layout.record(dict(zip(names, cells, strict=True)), source, number)
-
-
-@contextlib.contextmanager
-def _long_fields() -> Iterator[None]:
-    """Return a context manager in which `csv` accepts cells of any length; the limit applies to the whole process."""
-    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    row = _next_row(reader, _LONGEST_CELL) or []
+    return layout.record(dict(zip(names, row, strict=True)), source, number)
 
 
 PARSERS: dict[str, Callable[[Path, IO[bytes], Request], tuple[Rows, RowParser]]] = {
     **dict.fromkeys(LINES, _json_lines),
     ".json": _json,
-    ".csv": _delimited,
-    ".tsv": _delimited,
+    **dict.fromkeys(DELIMITED, _delimited),
 }
 """Suffix -> function that checks a file and returns its rows and a parser for one row."""

@@ -22,10 +22,13 @@ TEXT = (".txt", ".md")
 LINES = (".jsonl", ".ndjson")
 """Suffixes of files with one JSON object per line."""
 
+DELIMITED = (".csv", ".tsv")
+"""Suffixes of files with one row of cells per line, below a row of column names."""
+
 TABLES = (".parquet", ".arrow")
 """Suffixes of files that the package `datasets` reads."""
 
-SUFFIXES = (*TEXT, *LINES, ".json", ".csv", ".tsv", *TABLES)
+SUFFIXES = (*TEXT, *LINES, ".json", *DELIMITED, *TABLES)
 """Suffixes of all data files."""
 
 HUB = "hf:"

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import stat
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ import numpy as np
 
 from lorakit.data.records import Document, Record, Records, keys_of
 from lorakit.data.shapes import Layout, common_layout
+from lorakit.data.sources import SUFFIXES
 from lorakit.durable import sha256_file
 from lorakit.errors import DataError
 
@@ -36,6 +38,19 @@ def file_error(path: Path, problem: str) -> DataError:
         problem: Text that says what is wrong and what to do about it.
     """
     return DataError(f"{path}: {problem}", where=path)
+
+
+def check_kind(path: Path) -> None:
+    """Check that a path is a regular file whose suffix is one of `SUFFIXES`.
+
+    Raises:
+        DataError: It is not.
+        OSError: The file does not exist or cannot be examined.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise file_error(path, "not a regular file; write the data to a regular file first.")
+    if path.suffix.lower() not in SUFFIXES:
+        raise file_error(path, f"data files must end in {', '.join(SUFFIXES)}, not '{path.suffix}'.")
 
 
 def open_unchanged(path: Path, size: int, changed_ns: int) -> IO[bytes]:

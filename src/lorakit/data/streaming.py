@@ -24,9 +24,10 @@ from typing import Any
 
 from lorakit.data.encoding import Sequence
 from lorakit.data.loader import Batch, Loader, Split
+from lorakit.data.places import Place
 from lorakit.data.reading import read_records
 from lorakit.data.records import Record, Records, content_key
-from lorakit.data.row_stream import Place, RowStream, StreamedRow, open_stream
+from lorakit.data.row_stream import RowStream, StreamedRow, open_stream
 from lorakit.data.shapes import Request, common_layout
 from lorakit.data.stored import StoredRecords
 from lorakit.errors import ConfigError, DataError
@@ -88,10 +89,19 @@ class StreamSplit(Split):
 
     rows: TrainingRows
 
+    def training_records(self) -> Iterable[Record]:
+        """Return all training records, which are read one after another.
+
+        Raises:
+            DataError: The data cannot be read or has changed, or a row does not fit and is not to be skipped.
+        """
+        return (row.record for row in self.rows.rows(Place()))
+
     def digests(self) -> dict[str, str]:
-        """Return a dict from the path of each file to its identity, which is a partial hash for streamed files."""
+        """Return a dict from the path or name of each file or data set to its identity, partial if it is streamed."""
         found = self.held_out.digests() if isinstance(self.held_out, StoredRecords) else {}
-        return {**found, **{str(file.path): file.identity() for file in self.rows.stream.files}}
+        contents = [source.content for source in self.rows.stream.sources]
+        return {**found, **{content.label: content.identity() for content in contents}}
 
 
 def read_stream(
@@ -126,7 +136,7 @@ def read_stream(
         excluded = frozenset(map(content_key, given))
         rows = TrainingRows(stream, 0.0, seed, excluded)
         sample, _ = _sample(rows, request)
-        sample.shape, sample.columns = common_layout(file.layout for file in stream.files)
+        sample.shape, sample.columns = common_layout(source.layout for source in stream.sources)
         return StreamSplit(sample, given, f"Evaluation data: {', '.join(names)}. {_note(stream)}", rows)
     rows = TrainingRows(stream, fraction, seed)
     sample, chosen = _sample(rows, request)
@@ -134,7 +144,7 @@ def read_stream(
         rows = dataclasses.replace(rows, excluded=frozenset(map(content_key, chosen)))
         kept = [at for at, record in enumerate(sample) if content_key(record) not in rows.excluded]
         sample = sample.some(kept, sample.notes)
-    sample.shape, sample.columns = common_layout(file.layout for file in stream.files)
+    sample.shape, sample.columns = common_layout(source.layout for source in stream.sources)
     held = f"{format_count(len(chosen), 'row')} of this part held out for evaluation (seed {seed})"
     if not chosen:
         held = "no row of this part is held out for evaluation"
@@ -143,6 +153,11 @@ def read_stream(
 
 def _note(stream: RowStream) -> str:
     part = min(SAMPLE_BYTES, stream.total_bytes)
+    if not all(source.content.size for source in stream.sources):
+        return (
+            f"Streaming a data set of unknown size: the counts are those of the first {format_bytes(SAMPLE_BYTES)}, "
+            "only these rows were checked, and the progress within an epoch is not known"
+        )
     return (
         f"Streaming {format_bytes(stream.total_bytes)}: the counts are those of the first {format_bytes(part)}, and "
         "only these rows were checked"
@@ -150,14 +165,14 @@ def _note(stream: RowStream) -> str:
 
 
 def _sample(rows: TrainingRows, request: Request) -> tuple[Records, Records]:
-    """Return the training rows and the held-out rows of the first part of each file."""
+    """Return the training rows and the held-out rows of the first part of each file or data set."""
     skipped = list[str]()
-    stream = RowStream(rows.stream.files, request, lambda where, reason: skipped.append(f"{where}: {reason}"))
-    most = max(_LEAST_BYTES, SAMPLE_BYTES // len(stream.files))
+    stream = RowStream(rows.stream.sources, request, lambda where, reason: skipped.append(f"{where}: {reason}"))
+    most = max(_LEAST_BYTES, SAMPLE_BYTES // len(stream.sources))
     train, held_out = Records(), Records()
-    for number in range(len(stream.files)):
+    for number, source in enumerate(stream.sources):
         for row in stream.rows(Place(number), number):
-            if row.start.offset >= most:
+            if source.content.bytes_before(row.start.offset) >= most:
                 break
             if rows.is_held_out(row):
                 held_out.append(row.record)
@@ -169,8 +184,8 @@ def _sample(rows: TrainingRows, request: Request) -> tuple[Records, Records]:
 
 def _notes(stream: RowStream, request: Request, skipped: Many[str]) -> list[str]:
     """Return messages about the shapes, the unused columns and the skipped rows of the first part."""
-    layouts = [(file.path, file.layout) for file in stream.files if file.layout is not None]
-    notes = [f"{path}: {layout.text()} rows." for path, layout in layouts if layout.is_notable()]
+    layouts = [(source.content.label, source.layout) for source in stream.sources if source.layout is not None]
+    notes = [f"{label}: {layout.text()} rows." for label, layout in layouts if layout.is_notable()]
     names = [f"'{name}' ({count:,} rows)" for name, count in sorted(stream.unused.items()) if name != request.group]
     if names:
         notes.append(f"unused columns in the first part: {', '.join(names)}.")
@@ -237,7 +252,7 @@ class StreamLoader(Loader):
         begin = self._bytes(self._point)
         end = self._bytes(None if self._held is None else self._held[0])
         done = begin + (end - begin) * taken / max(1, len(self._block))
-        return self._epoch + min(max(done / self.rows.stream.total_bytes, 1e-9), 1 - 1e-9)
+        return self._epoch + min(max(done / max(1, self.rows.stream.total_bytes), 1e-9), 1 - 1e-9)
 
     def __next__(self) -> Batch:
         while not self._block or self._batch * self.batch_rows >= len(self._block):
@@ -282,7 +297,7 @@ class StreamLoader(Loader):
         epoch, batch, at = state.get("epoch"), state.get("batch"), state.get("block")
         numbers = [epoch, batch, *(at if isinstance(at, list) else [])]
         is_valid = len(numbers) == 6 and all(isinstance(one, int) and one >= 0 for one in numbers)
-        if not is_valid or numbers[2] >= len(self.rows.stream.files):
+        if not is_valid or numbers[2] >= len(self.rows.stream.sources):
             raise DataError(f"The saved position in the data is not valid: {state}.", what=state)
         self._go_to(numbers[0], _Point(Place(*numbers[2:5]), numbers[5]))
         if numbers[1]:
@@ -345,6 +360,6 @@ class StreamLoader(Loader):
     @cached_property
     def _identity(self) -> str:
         digest = hashlib.sha256()
-        for file in self.rows.stream.files:
-            digest.update(file.identity().encode())
+        for source in self.rows.stream.sources:
+            digest.update(source.content.identity().encode())
         return digest.hexdigest()

@@ -1,9 +1,9 @@
 """Keep the tokens of data in files, so that the next run on the same data maps them into memory.
 
 An entry is a directory whose name is a hash of everything that the tokens depend on: the contents of the files and the
-selected records, the tokenizer, the template, the settings and the versions. It contains the buffers of `Sequences` and
-a sealed manifest with their sizes and hashes, the counts and the sources. Entries that were not used for the longest
-time are removed if all entries together exceed a limit.
+selected records, the tokenizer, the template, the settings, the task with its labels, and the versions. It contains the
+encoded rows as buffers and a sealed manifest with their sizes, types and hashes, the counts and the sources. Entries
+that were not used for the longest time are removed if all entries together exceed a limit.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Sequence as Many
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from lorakit.data.stored import AnyRecords, StoredRecords
 from lorakit.data.tokens import Tokenizer, beginning
 from lorakit.durable import (
     TEMPORARY,
+    JsonObject,
     JsonValue,
     is_sealed,
     publish_directory,
@@ -37,8 +39,8 @@ from lorakit.durable import (
 )
 from lorakit.errors import LorakitError
 
-FORMAT = 1
-"""Format of the entries, and version of how `encode` turns records into tokens; increased when either changes."""
+FORMAT = 2
+"""Format of the entries, and version of how records are turned into tokens; increased when either changes."""
 
 LEAST_BYTES = 1 << 20
 """Minimum size of the tokens in bytes for which an entry is written."""
@@ -49,6 +51,26 @@ MOST_BYTES = 20 << 30
 _MANIFEST = "manifest.json"
 _MAX_MANIFEST_BYTES = 64 << 20
 _STALE_SECONDS = 24 * 3600
+
+
+Buffers: TypeAlias = Mapping[str, memoryview]
+"""Name of a file of an entry -> its content, with the type of its numbers."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Form(Generic[T]):
+    """A way of storing encoded rows in an entry.
+
+    Attributes:
+        pack: Function that returns the rows as buffers, and everything else as plain JSON values.
+        unpack: Function that returns what `pack` was called with, given its results. The buffers are read-only. Raises
+            ValueError, KeyError or TypeError if a value is missing or of another type.
+    """
+
+    pack: Callable[[T], tuple[Buffers, JsonObject]]
+    unpack: Callable[[Buffers, Mapping[str, Any]], T]
 
 
 class TokenCache:
@@ -97,29 +119,46 @@ class TokenCache:
             ConfigError: See `encode`.
             DataError: See `encode`.
         """
+        return self.fetch(
+            records,
+            [max_length, overlong, beginning(tokenizer)],
+            lambda: encode(records, tokenizer, max_length, watch, overlong=overlong),
+            _TEXT,
+        )
+
+    def fetch(self, records: AnyRecords, parts: Many[JsonValue], make: Callable[[], T], form: Form[T]) -> T:
+        """Return encoded rows from an entry if there is one, or else encode them and write the entry.
+
+        A damaged entry, or one that cannot be written, is reported in a message and is not an error.
+
+        Args:
+            records: The records; only those from files are cached.
+            parts: Everything that the rows depend on besides the records and the context.
+            make: Function that encodes the records.
+            form: Way of storing the rows.
+        """
         if not isinstance(records, StoredRecords):
-            return encode(records, tokenizer, max_length, watch, overlong=overlong)
-        parts = [FORMAT, records.identity(), records.notes, max_length, overlong, beginning(tokenizer), self._context]
-        entry = self._folder / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-        found = self._read(entry)
+            return make()
+        key = json.dumps([FORMAT, records.identity(), records.notes, *parts, self._context], sort_keys=True)
+        entry = self._folder / hashlib.sha256(key.encode()).hexdigest()
+        found = self._read(entry, form)
         if found is None:
-            found = encode(records, tokenizer, max_length, watch, overlong=overlong)
-            self._write(entry, found)
+            found = make()
+            self._write(entry, *form.pack(found))
         return found
 
-    def _read(self, entry: Path) -> Encoded | None:
+    def _read(self, entry: Path, form: Form[T]) -> T | None:
         if not entry.is_dir():
             return None
         try:
-            found = _loaded(entry)
+            found = form.unpack(*_loaded(entry))
             os.utime(entry)
         except (LorakitError, OSError, ValueError, KeyError, TypeError) as cause:
             self._say(f"{entry}: the cached tokens are damaged ({_line(cause)}), so the data is tokenized again.")
             return None
         return found
 
-    def _write(self, entry: Path, found: Encoded) -> None:
-        buffers = found.sequences.buffers()
+    def _write(self, entry: Path, buffers: Buffers, values: JsonObject) -> None:
         size = sum(buffer.nbytes for buffer in buffers.values())
         if size < LEAST_BYTES or size > self._most_bytes:
             return
@@ -132,17 +171,11 @@ class TokenCache:
             with publish_directory(entry, replace=True) as temporary:
                 for name, buffer in buffers.items():
                     write_bytes(temporary / name, buffer.cast("B"))
-                hashes = {name: sha256_file(temporary / name) for name in buffers}
-                sizes = {name: buffer.nbytes for name, buffer in buffers.items()}
-                values = {
-                    "format": FORMAT,
-                    "type": buffers["ids"].format,
-                    "sha256": hashes,
-                    "bytes": sizes,
-                    "report": asdict(found.report),
-                    "sources": [list(pair) for pair in found.sources],
+                files = {
+                    name: {"type": buffer.format, "bytes": buffer.nbytes, "sha256": sha256_file(temporary / name)}
+                    for name, buffer in buffers.items()
                 }
-                write_json(temporary / _MANIFEST, sealed(values))
+                write_json(temporary / _MANIFEST, sealed({"format": FORMAT, "files": files, "values": values}))
         except (LorakitError, OSError) as cause:
             self._say(f"The tokens are not kept for later runs: {_line(cause)}")
 
@@ -164,8 +197,8 @@ class TokenCache:
             total -= size
 
 
-def _loaded(entry: Path) -> Encoded:
-    """Read and verify an entry.
+def _loaded(entry: Path) -> tuple[Buffers, Mapping[str, Any]]:
+    """Read and verify an entry; return its buffers and its values.
 
     Raises:
         LorakitError: The manifest cannot be read.
@@ -174,22 +207,30 @@ def _loaded(entry: Path) -> Encoded:
         KeyError: The manifest is incomplete.
         TypeError: The manifest has values of other types.
     """
-    values = read_json(entry / _MANIFEST, _MAX_MANIFEST_BYTES)
-    if not isinstance(values, dict) or not is_sealed(values) or values["format"] != FORMAT:
+    manifest = read_json(entry / _MANIFEST, _MAX_MANIFEST_BYTES)
+    if not isinstance(manifest, dict) or not is_sealed(manifest) or manifest["format"] != FORMAT:
         raise ValueError("the manifest is not valid")
-    kinds: dict[str, np.dtype[Any]] = {
-        "ids": np.dtype(values["type"]),
-        "trained": np.dtype(np.uint8),
-        "ends": np.dtype(np.int64),
-    }
-    maps = {}
-    for name, kind in kinds.items():
-        path = entry / name
-        if path.stat().st_size != values["bytes"][name] or sha256_file(path) != values["sha256"][name]:
+    maps = dict[str, memoryview]()
+    for name, about in manifest["files"].items():
+        path, kind = entry / name, np.dtype(about["type"])
+        if path.stat().st_size != about["bytes"] or sha256_file(path) != about["sha256"]:
             raise ValueError(f"{name} has another size or hash than recorded")
-        maps[name] = np.memmap(path, kind, "r").data
+        maps[name] = (np.memmap(path, kind, "r") if about["bytes"] else np.empty(0, kind)).data  # no map is empty
+    return maps, manifest["values"]
+
+
+def _pack(found: Encoded) -> tuple[Buffers, JsonObject]:
+    values = {"report": asdict(found.report), "sources": [list(pair) for pair in found.sources]}
+    return found.sequences.buffers(), values
+
+
+def _unpack(maps: Buffers, values: Mapping[str, Any]) -> Encoded:
     sources = tuple((str(source), int(count)) for source, count in values["sources"])
-    return Encoded(Sequences.of(**maps), DataReport(**values["report"]), sources)
+    sequences = Sequences.of(**{name: maps[name] for name in ("ids", "trained", "ends")})
+    return Encoded(sequences, DataReport(**values["report"]), sources)
+
+
+_TEXT = Form(_pack, _unpack)
 
 
 def _line(cause: Exception) -> str:

@@ -78,6 +78,15 @@ class Calibration:
         widened = THROUGH_FP32 * self.fp32_flops_per_second if tuned and self.device == "cpu" else 0.0
         return max(self.bf16_flops_per_second, widened)
 
+    def upcasts(self, dtype: str, *, tuned: bool) -> bool:
+        """Return whether a run upcasts the operands of its matmuls to fp32, because that is faster.
+
+        Args:
+            dtype: As in `flops_per_second`.
+            tuned: As in `flops_per_second`.
+        """
+        return self.flops_per_second(dtype, tuned=tuned) > self.flops_per_second(dtype, tuned=False)
+
     def line(self) -> str:
         """Return the results as one line of text."""
         bf16, fp32 = (format_quantity(r, "FLOP/s") for r in (self.bf16_flops_per_second, self.fp32_flops_per_second))

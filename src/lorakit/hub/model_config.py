@@ -100,7 +100,7 @@ class ModelFacts:
             ModelError: The config cannot be read.
         """
         config = config_of(source)
-        family = _family(config, is_embedding=_file(source, "modules.json") is not None)
+        family = _family(config, is_embedding=file_of(source, "modules.json") is not None)
         names = getattr(config, "id2label", None) or {}
         return cls(
             family=family,
@@ -138,7 +138,7 @@ def _loader(config: PreTrainedConfig, family: Family) -> str | None:
 
 
 def _pooling(source: ModelSource) -> str:
-    path = _file(source, _POOLING)
+    path = file_of(source, _POOLING)
     try:
         values = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
     except (OSError, ValueError):
@@ -154,13 +154,13 @@ def copy_embedding_files(source: ModelSource, folder: Path) -> None:
         folder: Directory of another model with the same architecture.
     """
     for name in EMBEDDING_FILES:
-        path = _file(source, name)
+        path = file_of(source, name)
         if path is not None:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / name)
 
 
-def _file(source: ModelSource, name: str) -> Path | None:
+def file_of(source: ModelSource, name: str) -> Path | None:
     """Return a file of a model, from its directory or the Hub's cache, or None."""
     if source.kind != "hub":
         path = Path(source.path_or_id) / name

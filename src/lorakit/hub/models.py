@@ -22,6 +22,7 @@ from lorakit.durable import JsonValue
 from lorakit.errors import ConfigError, DiskError, ModelError
 from lorakit.hub import gguf_files
 from lorakit.hub.model_config import TASKS, WITH_NEW_HEADS, config_of
+from lorakit.hub.new_modules import full_modules, is_unused_pooler, modules_with
 from lorakit.hub.packaged import check_space, write_weights
 from lorakit.hub.quantizing import (
     check_quantized_once,
@@ -31,6 +32,7 @@ from lorakit.hub.quantizing import (
     require_quantizer,
 )
 from lorakit.hub.quiet import quiet_transformers
+from lorakit.hub.shapes import skeleton
 from lorakit.hub.sources import ModelSource, call_loader, require, resolve
 from lorakit.plan.quantized import Quantization
 
@@ -128,9 +130,12 @@ def load_for_task(
     with quiet_transformers(bars=source.kind == "hub"):
         config = config_of(source, config_values)
         options: dict[str, Any] = {"device_map": {"": device}} if check_quantized_once(config, stored, source) else {}
+        unquantized: tuple[str, ...] = ()
         if stored is not None:
             wanted = wanted if isinstance(wanted, torch.dtype) else config.dtype or torch.float32
-            options = loading_options(stored, wanted, device)
+            if task != "causal":
+                unquantized = full_modules(skeleton(source, task, config_values), source, task)
+            options = loading_options(stored, wanted, device, unquantized)
         options |= {"dtype": wanted, "output_loading_info": True}
         options |= {"use_safetensors": True} if source.header is None else gguf_files.dequantizing_options()
         if config_values:
@@ -141,7 +146,7 @@ def load_for_task(
             gguf_files.finish_model(loaded, source.header.path)
         if "device_map" not in options:
             loaded = loaded.to(device)
-        finish_loading(loaded, stored, source)
+        finish_loading(loaded, stored, source, unquantized)
     return LoadedModel(loaded.eval(), new)
 
 
@@ -188,25 +193,15 @@ def _new_modules(model: PreTrainedModel, source: ModelSource, report: dict[str, 
     """
     resized = (name for name, *_ in report.get("mismatched_keys", ()))
     missing = {str(name) for name in (*report.get("missing_keys", ()), *resized)}
-    if task == "encoder" and missing and all(name.startswith("pooler.") for name in missing):
-        model.pooler = None  # files of masked language models lack it, and embeddings do not use it
+    if is_unused_pooler(task, missing):
+        model.pooler = None
         return ()
     if missing and task not in WITH_NEW_HEADS:
         raise source.error(
             f"weights are missing from the files ({len(missing)} in total, for example {min(missing)}) and would be "
             f"initialized randomly. Check that this is a model for the task '{task}'."
         )
-    present = {name for name, _ in model.named_parameters()} - missing
-    found = set()
-    for name in missing:
-        path = name.rpartition(".")[0]
-        while path and not any(other.startswith(f"{path.rpartition('.')[0]}.") for other in present):
-            above = path.rpartition(".")[0]
-            if not above:
-                break
-            path = above
-        found.add(path)
-    return tuple(sorted(found))
+    return modules_with(model, missing)
 
 
 def save_model(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:

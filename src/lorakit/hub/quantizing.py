@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -55,13 +57,16 @@ def require_quantizer(wanted: Quantization) -> None:
     require_packages(f"quantization {wanted.name!r}", extra, needed)
 
 
-def loading_options(wanted: Quantization, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
+def loading_options(
+    wanted: Quantization, dtype: torch.dtype, device: str | torch.device, unquantized: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return options that make `from_pretrained` quantize each weight as it is read.
 
     Args:
         wanted: The quantization.
         dtype: The compute dtype.
         device: Device for the weights.
+        unquantized: Paths of modules to leave out; if empty, transformers leaves out the output head.
 
     Returns:
         Keyword arguments; empty if transformers does not support the format, because `finish_loading` then
@@ -69,39 +74,44 @@ def loading_options(wanted: Quantization, dtype: torch.dtype, device: str | torc
     """
     import transformers
 
+    skipped = list(unquantized) or None
     if wanted.storage.package == "bitsandbytes":
         if wanted.name == "int8":
-            config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+            config = transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
         else:
             config = transformers.BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type=wanted.name,
                 bnb_4bit_use_double_quant=wanted.double,
                 bnb_4bit_compute_dtype=dtype,
+                llm_int8_skip_modules=skipped,
             )
     elif wanted.storage.package == "torchao":
         from lorakit.core.quantization.torchao import int8_config
 
-        config = transformers.TorchAoConfig(int8_config())
+        config = transformers.TorchAoConfig(int8_config(), modules_to_not_convert=skipped)
     else:
         return {}
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def finish_loading(model: nn.Module, wanted: Quantization | None, source: ModelSource) -> None:
+def finish_loading(
+    model: nn.Module, wanted: Quantization | None, source: ModelSource, unquantized: Sequence[str] = ()
+) -> None:
     """Finish loading a model: quantize it if transformers could not, block weight repacking, and check dequantization.
 
     Args:
         model: The loaded model, modified in place.
         wanted: The quantization, or None to keep the files' quantization.
         source: Source of the model, for messages.
+        unquantized: Paths of modules that are not quantized.
 
     Raises:
         ModelError: A module cannot be quantized, or the quantization package does not dequantize it correctly on this
             device.
     """
     if wanted is not None and wanted.storage.package == "hqq":
-        _quantize_with_hqq(model, wanted, source)
+        _quantize_with_hqq(model, wanted, source, unquantized)
     from lorakit.core.model.base_view import disable_base_repacking, wrong_dequantization
 
     disable_base_repacking(model)
@@ -168,11 +178,12 @@ def quantization_of_files(config: PreTrainedConfig) -> Quantization | None:
     return None
 
 
-def _quantize_with_hqq(model: nn.Module, wanted: Quantization, source: ModelSource) -> None:
+def _quantize_with_hqq(model: nn.Module, wanted: Quantization, source: ModelSource, unquantized: Sequence[str]) -> None:
     from lorakit.core.model.base_view import quantized_linear
 
     storage = wanted.storage
-    for site in quantized_sites(shape_of_module(model, source.given, source.given), storage):
+    shape = replace(shape_of_module(model, source.given, source.given), full_modules=tuple(unquantized))
+    for site in quantized_sites(shape, storage):
         whole = BLOCK * 8 // storage.bits  # hqq packs two 4-bit groups, half a weight matrix apart, into the same bytes
         if site.weight_parameters % whole:
             raise source.error(

@@ -15,6 +15,7 @@ from lorakit.architectures.shapes import ModelShape, PlainShape, SiteShape
 from lorakit.durable import JsonValue
 from lorakit.errors import ModelError
 from lorakit.hub.model_config import TASKS, config_of
+from lorakit.hub.new_modules import full_modules
 from lorakit.hub.quiet import quiet_transformers
 from lorakit.hub.sources import ModelSource, call_loader, resolve
 from lorakit.plan import catalogue
@@ -120,20 +121,25 @@ def shape_of_module(module: PreTrainedModel, name: str, source: str) -> ModelSha
     )
 
 
-def shape_for_task(source: ModelSource, task: str, config_values: Mapping[str, JsonValue]) -> ModelShape:
+def shape_for_task(
+    model: str | os.PathLike[str] | ModelSource, task: str, config_values: Mapping[str, JsonValue]
+) -> ModelShape:
     """Return the names and sizes of the modules of a model as it is loaded for a task, including its head.
 
     Args:
-        source: Result of `resolve`.
+        model: As in `shape_of`; for a task other than "causal", a catalog name is looked up on the Hub.
         task: A key of `lorakit.hub.model_config.TASKS`.
         config_values: Values of the model's config to replace, such as `id2label`.
 
     Raises:
-        ModelError: No model for this task can be built from the config.
+        ModelError: The model was not found, or no model for this task can be built from the config.
     """
     if task == "causal":
-        return shape_of(source)
-    return shape_of_module(skeleton(source, task, config_values), _short_name(source), source.given)
+        return shape_of(model)
+    source = resolve(model)
+    module = skeleton(source, task, config_values)
+    full = full_modules(module, source, task)  # may remove a pooler, so it comes first
+    return dataclasses.replace(shape_of_module(module, _short_name(source), source.given), full_modules=full)
 
 
 def skeleton(

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from lorakit.architectures.shapes import ModelShape, block_of
 from lorakit.plan.job import Job
 from lorakit.plan.params import Count, SiteCount
-from lorakit.targets.layer_types import EMBEDDING
 
 _FP32, _INDEX, _SEED = 4, 8, 8
 
@@ -98,7 +97,7 @@ def sublayer_bytes(shape: ModelShape, sites: Sequence[SiteCount], name: str, dro
             kept += _FP32 * (shape.heads + shape.kv_heads)
     else:
         kept = 0 if job.recompute == "feed-forward" else itemsize * _inner(shape)
-    kept += sum(itemsize * site.rank for site in sites)
+    kept += sum(job.matmul_bytes * site.rank for site in sites)
     seeds = len(sites) * (dropout > 0) + (shape.dropouts.get("residual", 0.0) > 0)
     seeds += name == "attention" and shape.dropouts.get("attention", 0.0) > 0
     return tokens * kept + _SEED * seeds
@@ -123,6 +122,8 @@ def transient(shape: ModelShape, job: Job) -> int:
 
     The size includes the gradients of the norm's output and of the residual stream before and after the sublayer. It
     also includes the larger of two groups: the gradients of gate and up, or those of q, k, v and the attention output.
+    If matmuls upcast their operands, copies of the gradients of gate and up, and of the input and its gradient, exist
+    in fp32.
 
     Args:
         shape: Shape of the model.
@@ -130,7 +131,8 @@ def transient(shape: ModelShape, job: Job) -> int:
     """
     inner = _inner(shape)
     heads = 2 * shape.query_width + 2 * shape.kv_width
-    return job.dtype_bytes * job.batch_tokens * (3 * shape.hidden + max(inner, heads))
+    upcast = _FP32 * (inner + 2 * shape.hidden) if job.upcasts else 0
+    return job.batch_tokens * (job.dtype_bytes * (3 * shape.hidden + max(inner, heads)) + upcast)
 
 
 def recomputed_bytes(shape: ModelShape, fused: frozenset[tuple[str, str]], job: Job) -> int:
@@ -175,7 +177,7 @@ def skips_logits(shape: ModelShape, counted: Count) -> bool:
         shape: Shape of the model.
         counted: The adapter's parameter counts.
     """
-    head = next((s for s in shape.sites if not s.dense and s.kind != EMBEDDING and s.out_features == shape.vocab), None)
+    head = shape.head
     if head is None:
         return False
     trained = {*counted.saved, *counted.rows}

@@ -148,9 +148,12 @@ def _noise(shape: ModelShape, job: Job) -> int:
     return job.batch_tokens * job.dtype_bytes * shape.hidden if shape.dropouts.get("residual") else 0
 
 
+_HEADS = ("ForSequenceClassification", "ForTokenClassification")
+"""Endings of the classes of models that classify; their blocks are those of the language model."""
+
 _LLAMA = Family(
     "Llama-like block (RMSNorm, rotary, SwiGLU, sdpa)",
-    ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"),
+    tuple(f"{name}{head}" for name in ("Llama", "Qwen2", "Qwen3", "Mistral") for head in ("ForCausalLM", *_HEADS)),
     _rms_norm,
     {"attention": _llama_attention, "feed-forward": _swiglu},
     _rms_norm,
@@ -169,7 +172,7 @@ _GEMMA3 = Family(
 )
 _GPT2 = Family(
     "GPT-2-like block (LayerNorm, tanh-GELU, dropout)",
-    ("GPT2LMHeadModel",),
+    tuple(f"GPT2{head}" for head in ("LMHeadModel", *_HEADS)),
     _layer_norm,
     {"attention": _dropping_attention, "feed-forward": _tanh_gelu},
     _layer_norm,
@@ -178,7 +181,7 @@ _GPT2 = Family(
 )
 _BERT = Family(
     "BERT-like block (LayerNorm, GELU, dropout)",
-    ("BertModel", "BertForSequenceClassification", "BertForMaskedLM"),
+    tuple(f"Bert{head}" for head in ("Model", "ForMaskedLM", *_HEADS)),
     _layer_norm,
     {"attention": _dropping_attention, "feed-forward": _gelu},
     lambda *_: 0,
@@ -203,14 +206,25 @@ def family_of(shape: ModelShape) -> tuple[Family, bool]:
     return (_GPT2 if shape.causal else _BERT), False
 
 
-def packs(shape: ModelShape) -> bool:
-    """Return whether batches can be packed when this model is accelerated. [docs/math.md (36)]
+def is_fast(shape: ModelShape) -> bool:
+    """Return whether `lorakit.speed.accelerate` has fused forward passes for the blocks of this model.
 
     Args:
         shape: Shape of the model.
     """
     family, is_known = family_of(shape)
     return is_known and family.is_fast
+
+
+def packs(shape: ModelShape) -> bool:
+    """Return whether batches can be packed when this model is accelerated. [docs/math.md (36)]
+
+    Rows that are classified are padded.
+
+    Args:
+        shape: Shape of the model.
+    """
+    return is_fast(shape) and shape.head is not None
 
 
 def fused_sublayers(shape: ModelShape, counted: Count, job: Job) -> frozenset[tuple[str, str]]:
@@ -221,7 +235,7 @@ def fused_sublayers(shape: ModelShape, counted: Count, job: Job) -> frozenset[tu
         counted: The adapter's parameter counts.
         job: The job, which sets acceleration and quantization.
     """
-    if not (job.accelerated and packs(shape)):
+    if not (job.accelerated and is_fast(shape)):
         return frozenset()
     return accelerated.fused(shape, counted, job.quantization is not None)
 
@@ -240,10 +254,10 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: S
     """
     family, _ = family_of(shape)
     inner = _inner(shape, counted)
-    is_fast = job.accelerated and packs(shape)
+    fast = job.accelerated and is_fast(shape)
     fused = fused_sublayers(shape, counted, job)
-    norm = accelerated.norm(shape, job) if is_fast else family.norm(shape.hidden, job.dtype_bytes)
-    last_norm = norm if is_fast else family.last_norm(shape.hidden, job.dtype_bytes)
+    norm = accelerated.norm(shape, job) if fast else family.norm(shape.hidden, job.dtype_bytes)
+    last_norm = norm if fast else family.last_norm(shape.hidden, job.dtype_bytes)
     by_block = dict.fromkeys(inner, family.norms * job.batch_tokens * norm)
     outside = job.batch_tokens * last_norm
     plain = [site for site in counted.sites if (block_of(site.path), accelerated.sublayer_of(site.path)) not in fused]
@@ -257,12 +271,12 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: S
         elif block is None:  # blocks before the first adapted one save nothing
             outside += kept
     here = sum(block in by_block for block, _ in fused)
-    whole = is_fast and here == 2 * len(inner)
+    whole = fast and here == 2 * len(inner)
     found = _gathered(shape, job, by_block, outside)
     transient = accelerated.transient(shape, job) if whole else found.transient
     transient += accelerated.recomputed_bytes(shape, fused, job)
     transient += 0 if base is None else _dequantized(counted, job, base)
-    return replace(found, transient=transient, fused=here, of_blocks=2 * len(inner) if is_fast else 0)
+    return replace(found, transient=transient, fused=here, of_blocks=2 * len(inner) if fast else 0)
 
 
 def _of_sublayers(

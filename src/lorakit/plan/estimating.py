@@ -350,4 +350,6 @@ def _sum(counted: Count) -> str:
     each += " for each expert" if any(group.experts > 1 for group in groups) else ""
     if counted.own_numbers:
         each += " + out" if counted.magnitudes else ", plus or minus the difference made by its variant"
+    if counted.factor_biases:
+        each += " + out for the bias of B"
     return f"{' + '.join(terms)} = {total:,}; each site trains r × {each}."

@@ -63,6 +63,8 @@ class Job:
         process_bytes: Resident size of the process before weights are loaded; None if the job runs on an accelerator,
             whose memory does not contain the process.
         reserved_bytes: Memory that the process has freed and malloc keeps for later use.
+        upcasts: Whether matmuls of fused layers upcast their operands to fp32, which is faster on processors with slow
+            matmuls in `dtype`.
 
     Raises:
         ConfigError: A value is below 1, `mean_tokens` is above `length_tokens`, or dtype, optimizer, recompute or
@@ -82,6 +84,7 @@ class Job:
     mean_tokens: float | None = None
     process_bytes: int | None = PROCESS_BYTES
     reserved_bytes: int = 0
+    upcasts: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
@@ -115,6 +118,11 @@ class Job:
         """Return the number of tokens in an optimizer step, plus any padding to be processed. [docs/math.md (36)]"""
         each = self.mean_tokens if self.accelerated and self.mean_tokens is not None else self.length_tokens
         return round(self.batch_rows * each) * self.accumulation
+
+    @property
+    def matmul_bytes(self) -> int:
+        """Return the number of bytes per element in the matmuls of fused layers."""
+        return MASTER_BYTES if self.upcasts else self.dtype_bytes
 
     @property
     def dtype_bytes(self) -> int:

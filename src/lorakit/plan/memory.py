@@ -17,7 +17,6 @@ from lorakit.plan.job import MASTER_BYTES, Job
 from lorakit.plan.optimizer_state import optimizer_state
 from lorakit.plan.params import Count
 from lorakit.plan.quantized import StoredBase, stored
-from lorakit.targets.layer_types import EMBEDDING
 
 RUNTIME_BYTES = 50_000_000
 """Resident memory that the first training step adds on top of tensors, on Linux with torch 2.13 for CPU: pages of
@@ -104,7 +103,8 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memo
         dropout: Value of `lora_dropout`.
         job: The job, which sets the batch size, row length, dtype, accumulation, checkpointing and acceleration.
     """
-    itemsize, factors = job.dtype_bytes, counted.factors + counted.own_numbers + counted.row_parameters
+    itemsize = job.dtype_bytes
+    factors = counted.factors + counted.own_numbers + counted.factor_biases + counted.row_parameters
     trained = factors - counted.frozen  # Frozen factors have neither gradients nor moments.
     plain = counted.copied + counted.biases  # Saved modules and biases have the base's dtype.
     added = f" + {itemsize} × {plain:,}" if plain else ""
@@ -167,8 +167,7 @@ def logits_bytes(shape: ModelShape, job: Job) -> int:
         shape: Shape of the model.
         job: The job; every token in a batch is assumed to contribute to the loss.
     """
-    has_head = any(s.kind != EMBEDDING and not s.dense and s.out_features == shape.vocab for s in shape.sites)
-    return LOSS_COPIES * 4 * job.batch_tokens * shape.vocab if has_head else 0
+    return LOSS_COPIES * 4 * job.batch_tokens * shape.vocab if shape.head is not None else 0
 
 
 def _logits(shape: ModelShape, job: Job, without: bool) -> Line:

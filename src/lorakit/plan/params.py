@@ -8,12 +8,12 @@ tied weights are counted only once. This module does not handle bytes, time or f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lorakit.architectures.shapes import ModelShape, SiteShape, replicated, role, short_roles
-from lorakit.config import LoraConfig, scale
+from lorakit.architectures.shapes import ModelShape, SiteShape, is_inside, replicated, role, short_roles
+from lorakit.config import HEADS_BY_TASK, LoraConfig, scale
 from lorakit.errors import TargetError, UsageError
 from lorakit.targets import BareParameter, Candidate, Match, Note, Unmatched, match_path, names_path, resolve
 from lorakit.targets.layer_types import EMBEDDING, LINEAR, PARAMETER
@@ -68,6 +68,20 @@ def with_new_tokens(shape: ModelShape, config: LoraConfig, tokens: int) -> LoraC
     apart = [head.path for head in heads if head.tied_to != embedding.path]
     asked = dict.fromkeys((embedding.path, *apart), rows) if apart else rows
     return config.with_fields(trainable_token_indices=asked)
+
+
+def with_full_modules(config: LoraConfig, paths: Iterable[str]) -> LoraConfig:
+    """Return a config that trains and saves modules in full, in addition to those that it names.
+
+    Args:
+        config: The adapter's config.
+        paths: Paths of modules; the heads that the config's task type selects need not be named.
+    """
+    heads = HEADS_BY_TASK.get(config.task_type, ())
+    extra = [path for path in paths if not any(names_path(head, path) for head in heads)]
+    if not extra:
+        return config
+    return config.with_fields(modules_to_save=sorted({*(config.modules_to_save or ()), *extra}))
 
 
 def read_out(shape: ModelShape, rows: Mapping[str, int]) -> int:
@@ -126,6 +140,7 @@ class SiteCount:
             initialization method freezes B (MiCA), else "".
         experts: Number of matrices in the parameter, each with its own factors.
         is_plain: Whether the site's forward pass is plain LoRA, without a variant or bias.
+        bias: Number of elements in the bias of B (`lora_bias`).
     """
 
     path: str
@@ -141,6 +156,7 @@ class SiteCount:
     frozen_factor: Literal["", "A", "B"] = ""
     experts: int = 1
     is_plain: bool = True
+    bias: int = 0
 
     @property
     def is_bare_matrix(self) -> bool:
@@ -166,7 +182,7 @@ class SiteCount:
     @property
     def trainable(self) -> int:
         """Return the number of trainable parameters at this site."""
-        return self.factors + self.own_numbers - self.frozen
+        return self.factors + self.own_numbers + self.bias - self.frozen
 
 
 _SHARED = ("kind", "out_features", "in_features", "rank", "scale", "entry", "experts")
@@ -257,6 +273,11 @@ class Count:
         return sum(site.own_numbers for site in self.sites)
 
     @property
+    def factor_biases(self) -> int:
+        """Return the number of parameters in the biases of all B (`lora_bias`)."""
+        return sum(site.bias for site in self.sites)
+
+    @property
     def copied(self) -> int:
         """Return the number of parameters in saved modules."""
         return sum(self.saved.values())
@@ -267,7 +288,7 @@ class Count:
 
         Saved modules, biases and token rows are included.
         """
-        return self.factors - self.frozen + self.own_numbers + self.copied + self.biases + self.row_parameters
+        return sum(site.trainable for site in self.sites) + self.copied + self.biases + self.row_parameters
 
     @property
     def row_parameters(self) -> int:
@@ -369,6 +390,7 @@ def _site_count(match: Match, size: tuple[int, int, int], config: LoraConfig, op
         frozen_factor=_frozen_factor(match.kind, config, optimizer),
         experts=experts,
         is_plain=config.is_plain_lora,
+        bias=out_features if config.lora_bias and not match.parameter else 0,
     )
 
 
@@ -396,23 +418,18 @@ def _canonical(size: tuple[int, ...], in_first: bool) -> tuple[int, int, int]:
     return (experts, second, first) if in_first and len(size) == 3 else (experts, first, second)
 
 
-def _inside(path: str, modules: Collection[str]) -> bool:
-    """Return whether a module is one of the given modules or inside one of them."""
-    return any(path == module or path.startswith(module + ".") for module in modules)
-
-
 def _whole(shape: ModelShape, path: str) -> int:
     """Count the parameters of a saved module and its submodules; a tied weight counts too, since it is also copied."""
-    own = sum(s.weight_parameters + s.bias_parameters for s in shape.sites if _inside(s.path, [path]))
-    return own + sum(o.parameters for o in shape.others if _inside(o.path, [path]))
+    own = sum(s.weight_parameters + s.bias_parameters for s in shape.sites if is_inside(s.path, [path]))
+    return own + sum(o.parameters for o in shape.others if is_inside(o.path, [path]))
 
 
 def _biases(shape: ModelShape, choice: str, adapted: Collection[str], saved: Collection[str]) -> int:
     """Return the number of parameters in trainable biases of the base, excluding those in saved modules."""
     if choice == "none":
         return 0
-    trained = [s for s in shape.sites if (choice == "all" or s.path in adapted) and not _inside(s.path, saved)]
-    others = [o for o in shape.others if choice == "all" and not _inside(o.path, saved)]
+    trained = [s for s in shape.sites if (choice == "all" or s.path in adapted) and not is_inside(s.path, saved)]
+    others = [o for o in shape.others if choice == "all" and not is_inside(o.path, saved)]
     return sum(s.bias_parameters for s in trained) + sum(o.biases for o in others)
 
 

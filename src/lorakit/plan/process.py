@@ -68,5 +68,5 @@ def temporary_bytes(shape: ModelShape, counted: Count | None, job: Job) -> dict[
         moments = 2 * MASTER_BYTES * counted.trainable
         found[WRITING] = TEXT_BYTES + max(ENCODED_COPIES * MASTER_BYTES * counted.saved_parameters, 2 * moments)
         if job.accelerated:
-            found[CHECKING] = PROBE_COPIES * 8 * PROBED_TOKENS * shape.vocab
+            found[CHECKING] = PROBE_COPIES * 8 * PROBED_TOKENS * (0 if shape.head is None else shape.vocab)
     return found

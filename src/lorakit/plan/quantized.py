@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from lorakit.architectures.shapes import ModelShape, SiteShape
+from lorakit.architectures.shapes import ModelShape, SiteShape, is_inside
 from lorakit.errors import ConfigError
 from lorakit.targets.layer_types import DENSE, LINEAR
 
@@ -159,11 +159,14 @@ def stored_as(name: str | None, double: bool = True) -> Quantization | None:
 def quantized_sites(shape: ModelShape, storage: Storage) -> tuple[SiteShape, ...]:
     """Return the modules that are quantized: those that "all-linear" selects and that the format supports.
 
+    Modules that the model's task trains in full are not quantized.
+
     Args:
         shape: Shape of the model.
         storage: The storage format.
     """
-    return tuple(s for s in shape.sites if s.dense and s.kind in storage.kinds and s.tied_to is None)
+    possible = (s for s in shape.sites if s.dense and s.kind in storage.kinds and s.tied_to is None)
+    return tuple(site for site in possible if not is_inside(site.path, shape.full_modules))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from lorakit.config import TaskType
-from lorakit.data import AnyRecords, Batch, Encoded, Tokenizer
+from lorakit.data import AnyRecords, Batch, Encoded, Record, Sequences, Tokenizer, encode_record
 from lorakit.data import encode as encode_text
 from lorakit.data.encoding import IGNORED
 from lorakit.data.loader import padded
@@ -24,6 +24,11 @@ def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: E
     if options.cache is not None and options.visit is None:
         return options.cache.encode(records, tokenizer, length, options.watch, overlong=overlong)
     return encode_text(records, tokenizer, length, options.watch, overlong=overlong, visit=options.visit)
+
+
+def encode_one(record: Record, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> Sequences:
+    """Encode one record; see `lorakit.data.encode_record`."""
+    return encode_record(record, tokenizer, options.max_length, options.overlong)
 
 
 def loss_sum(
@@ -75,6 +80,7 @@ CAUSAL_LM = Task(
     unit="token",
     target=no_target,
     encode=encode,
+    encode_one=encode_one,
     objective=_objective,
     generates=True,
 )

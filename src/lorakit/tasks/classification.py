@@ -19,10 +19,19 @@ from lorakit.data import AnyRecords, Batch, Record, Tokenizer
 from lorakit.data.encoding import Sequence as Encoded
 from lorakit.data.loader import padded_ids
 from lorakit.durable import JsonObject
-from lorakit.tasks.encoding import EncodedRows, encode_labeled, encode_rows
+from lorakit.tasks.encoding import LABELED, EncodedRows, encode_row, encode_rows
 from lorakit.tasks.labels import Target, class_target
 from lorakit.tasks.metrics import class_metrics, classes_metrics, score_metrics
-from lorakit.tasks.task import EncodeOptions, Metrics, Objective, PredictContext, Task, inputs_on, objective
+from lorakit.tasks.task import (
+    EncodeOptions,
+    Metrics,
+    Objective,
+    PredictContext,
+    Task,
+    inputs_on,
+    objective,
+    without_cache,
+)
 
 THRESHOLD = 0.5
 """Probability from which a class is predicted, if several classes may apply."""
@@ -30,7 +39,7 @@ THRESHOLD = 0.5
 
 def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> EncodedRows:
     """Encode labeled texts; see `encode_rows`."""
-    return encode_rows(records, tokenizer, target, options, encode_labeled, "row")
+    return encode_rows(records, tokenizer, target, options, LABELED)
 
 
 def collate(rows: list[Encoded], pad_id: int, epoch: float, target: Target) -> Batch:
@@ -69,7 +78,7 @@ def _labels(rows: list[Encoded], target: Target) -> Tensor:
 
 def forward(model: nn.Module, batch: Batch, device: str | torch.device) -> Tensor:
     """Return the logits of a batch, shape (rows, classes), in float32."""
-    return model(**inputs_on(batch, device)).logits.float()
+    return model(**inputs_on(batch, device), **without_cache(model)).logits.float()
 
 
 def loss(logits: Tensor, batch: Batch, target: Target) -> Tensor:
@@ -153,6 +162,7 @@ CLASSIFICATION = Task(
     unit="row",
     target=class_target,
     encode=encode,
+    encode_one=partial(encode_row, encoder=LABELED),
     objective=_objective,
     predict=predict,
     summary=("accuracy", "f1_macro", "mse", "spearman"),

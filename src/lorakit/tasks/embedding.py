@@ -21,9 +21,9 @@ from lorakit.data.encoding import Sequence as Encoded
 from lorakit.data.loader import padded_ids
 from lorakit.durable import JsonObject
 from lorakit.errors import MissingExtra
-from lorakit.tasks.encoding import EncodedRows, encode_pair, encode_rows
+from lorakit.tasks.encoding import PAIRS, EncodedRows, encode_row, encode_rows
 from lorakit.tasks.labels import Target, pair_target
-from lorakit.tasks.task import EncodeOptions, Metrics, Objective, PredictContext, Task, objective
+from lorakit.tasks.task import EncodeOptions, Metrics, Objective, PredictContext, Task, objective, without_cache
 
 _DIGITS = 7  # of a number between -1 and 1 in float32
 
@@ -35,7 +35,7 @@ def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: E
         MissingExtra: The package `sentence-transformers` is not installed.
     """
     _losses()
-    return encode_rows(records, tokenizer, target, options, encode_pair, "row")
+    return encode_rows(records, tokenizer, target, options, PAIRS)
 
 
 def collate(rows: list[Encoded], pad_id: int, epoch: float) -> Batch:
@@ -79,7 +79,8 @@ def forward(model: nn.Module, batch: Batch, device: str | torch.device, pooling:
     found = []
     for name in names:
         ids, mask = texts[f"input_ids{name}"].to(device), texts[f"attention_mask{name}"].to(device)
-        found.append(pooled(model(input_ids=ids, attention_mask=mask).last_hidden_state, mask, pooling))
+        output = model(input_ids=ids, attention_mask=mask, **without_cache(model))
+        found.append(pooled(output.last_hidden_state, mask, pooling))
     return torch.stack(found)
 
 
@@ -201,6 +202,7 @@ EMBEDDING = Task(
     unit="row",
     target=pair_target,
     encode=encode,
+    encode_one=partial(encode_row, encoder=PAIRS),
     objective=_objective,
     predict=predict,
     inputs=("classification", "text-pair"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,113 +18,15 @@ from lorakit.data.encoding import IGNORED
 from lorakit.data.encoding import Sequence as Encoded
 from lorakit.data.records import Completion, content_key, is_empty, location, text_of_record
 from lorakit.data.stored import sized
-from lorakit.durable import JsonObject
+from lorakit.data.token_cache import Buffers, Form
+from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import ConfigError, DataError, ModelError
-from lorakit.tables import format_count, format_percent
 from lorakit.tasks.labels import Target, names_of, score_of
+from lorakit.tasks.row_report import RowReport
+from lorakit.tasks.stored_rows import StoredRows
 from lorakit.tasks.task import EncodeOptions
 
 _TYPE = "i"
-_RARE_ROWS, _MAJORITY, _SHOWN = 10, 0.9, 8
-
-
-@dataclass
-class RowReport:
-    """Counts of labeled rows and their tokens.
-
-    Attributes:
-        max_length_tokens: Maximum length of a text in tokens.
-        unit: What contributes to the loss: "token" or "row".
-        rows: Number of input rows.
-        sequences: Number of encoded rows.
-        tokens: Number of tokens in all encoded rows.
-        trained_tokens: Number of targets that contribute to the loss.
-        empty_rows: Number of rows left out because a text is empty.
-        duplicate_rows: Number of rows with the same content as an earlier row; they are kept.
-        overlong: What was done with rows that are longer than `max_length_tokens`.
-        cut_rows: Number of these rows.
-        cut_words: Number of tagged words without a token, because of truncation or because the tokenizer skips them.
-        shape: Name of the shape of all rows, or None if it is unknown or differs between files.
-        columns: Required field -> column, or an empty dict.
-        labels: Number of rows (for tags: of words) with each label, most frequent first; empty for scores and texts.
-        notes: Other messages for the user.
-    """
-
-    max_length_tokens: int
-    unit: str
-    rows: int = 0
-    sequences: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    empty_rows: int = 0
-    duplicate_rows: int = 0
-    overlong: str = "truncate"
-    cut_rows: int = 0
-    cut_words: int = 0
-    shape: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-    labels: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def prompt_format(self) -> None:
-        """Format of the prompts: these tasks have none."""
-        return None
-
-    def check_end(self) -> None:
-        """Do nothing: these tasks do not learn where a text ends."""
-
-    def as_dict(self) -> JsonObject:
-        """Return all counts and notes as plain JSON values."""
-        return asdict(self)
-
-    def lines(self) -> list[str]:
-        """Return the counts as lines of text: totals, labels, what was left out or truncated, and notes."""
-        lines = [
-            f"{format_count(self.sequences, 'row')} of at most {self.max_length_tokens:,} tokens; total: "
-            f"{self.tokens:,} tokens"
-            + (f"; {self.trained_tokens:,} contribute to the loss." if self.unit == "token" else ".")
-        ]
-        lines += self._label_lines()
-        if self.empty_rows:
-            lines.append(f"{format_count(self.empty_rows, 'row')} left out: empty.")
-        if self.cut_rows:
-            done = "left out because of more than" if self.overlong == "drop" else "truncated to"
-            lines.append(
-                f"{format_count(self.cut_rows, 'row')} {done} {self.max_length_tokens:,} tokens; a larger --max-length "
-                "keeps them whole."
-            )
-        if self.cut_words:
-            lines.append(
-                f"{format_count(self.cut_words, 'tagged word')} left out: truncated, or skipped by the tokenizer."
-            )
-        if self.duplicate_rows:
-            lines.append(f"{format_count(self.duplicate_rows, 'duplicate row')} kept.")
-        return [*lines, *self.notes]
-
-    def _label_lines(self) -> list[str]:
-        """Return the number of rows with each label, and a warning if they are unbalanced."""
-        total = sum(self.labels.values())
-        if not total:
-            return []
-        shown = [f"{name} {n:,} ({format_percent(n / total, 0)})" for name, n in list(self.labels.items())[:_SHOWN]]
-        more = f", and {len(self.labels) - _SHOWN} more" if len(self.labels) > _SHOWN else ""
-        lines = [f"labels: {', '.join(shown)}{more}"]
-        if self.unit == "token":  # most words have no entity
-            return lines
-        largest = max(self.labels.values()) / total
-        rare = [name for name, count in self.labels.items() if count < _RARE_ROWS]
-        if largest > _MAJORITY and total >= _RARE_ROWS:
-            lines.append(
-                f"warning: {format_percent(largest, 0)} of the labels are the same class; a model that always predicts "
-                "it has that accuracy, so compare the F1 score instead."
-            )
-        if rare and total >= _RARE_ROWS * len(self.labels):
-            lines.append(
-                f"warning: {format_count(len(rare), 'class', 'classes')} with fewer than {_RARE_ROWS} rows: "
-                f"{', '.join(rare[:5])}{' ...' if len(rare) > 5 else ''}."
-            )
-        return lines
 
 
 @dataclass(frozen=True)
@@ -134,36 +36,46 @@ class EncodedRows:
     Attributes:
         sequences: The rows.
         report: Counts.
-        records: The record of each sequence, in the same order.
+        sources: (source, number of rows) pairs for consecutive rows.
+        records: The record of each sequence, in the same order; empty if the rows come from the token cache.
     """
 
-    sequences: list[Encoded]
+    sequences: list[Encoded] | StoredRows
     report: RowReport
+    sources: tuple[tuple[str, int], ...] = ()
     records: list[Record] = field(default_factory=list)
-
-    @property
-    def sources(self) -> tuple[tuple[str, int], ...]:
-        """(source, number of rows) pairs for consecutive rows."""
-        groups = itertools.groupby(self.records, key=lambda record: record.source)
-        return tuple((source, sum(1 for _ in group)) for source, group in groups)
 
 
 Encode = Callable[[Record, Tokenizer, Target, EncodeOptions, RowReport], "Encoded | None"]
 """Function that encodes a record and updates the counts; None leaves the record out."""
 
 
+@dataclass(frozen=True)
+class RowEncoder:
+    """A way of encoding the rows of a task.
+
+    Attributes:
+        name: Name of this way of encoding, for the token cache.
+        one: Function that encodes a record.
+        unit: What contributes to the loss: "token" or "row".
+    """
+
+    name: str
+    one: Encode
+    unit: str
+
+
 def encode_rows(
-    records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions, one: Encode, unit: str
+    records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions, encoder: RowEncoder
 ) -> EncodedRows:
-    """Encode records one by one.
+    """Encode records one by one, or take them from the token cache.
 
     Args:
         records: The records.
         tokenizer: A transformers tokenizer.
         target: What is predicted.
-        options: Maximum length, and what happens to longer rows.
-        one: Function that encodes a record.
-        unit: What contributes to the loss: "token" or "row".
+        options: Maximum length, what happens to longer rows, and the cache.
+        encoder: How a record is encoded.
 
     Raises:
         ConfigError: `overlong` is "split", which these tasks do not support.
@@ -171,8 +83,49 @@ def encode_rows(
     """
     if options.overlong == "split":
         raise ConfigError.of("overlong", "split", "truncate, drop or error, because labels belong to whole rows")
-    notes = [*records.notes, *([target.note] if target.note else [])]
-    report = RowReport(options.max_length, unit, overlong=options.overlong, notes=notes)
+    if options.cache is None or options.visit is not None or not options.is_labeled:
+        return _encoded(records, tokenizer, target, options, encoder)
+    parts: list[JsonValue] = [
+        encoder.name,
+        target.as_dict(),
+        target.note,
+        options.max_length,
+        options.overlong,
+    ]
+    return options.cache.fetch(
+        records, parts, lambda: _encoded(records, tokenizer, target, options, encoder), Form(_pack, _unpack)
+    )
+
+
+def encode_row(
+    record: Record, tokenizer: Tokenizer, target: Target, options: EncodeOptions, encoder: RowEncoder
+) -> list[Encoded]:
+    """Encode one record as `encode_rows` does; nothing is counted.
+
+    Args:
+        record: The record.
+        tokenizer: A transformers tokenizer.
+        target: What is predicted.
+        options: Maximum length, and what happens to longer rows.
+        encoder: How a record is encoded.
+
+    Returns:
+        The encoded row, or an empty list if it is left out.
+
+    Raises:
+        DataError: The record does not fit the task.
+    """
+    if is_empty(record):
+        return []
+    row = encoder.one(record, tokenizer, target, options, RowReport(options.max_length, unit=encoder.unit))
+    return [] if row is None else [row]
+
+
+def _encoded(
+    records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions, encoder: RowEncoder
+) -> EncodedRows:
+    notes, unit = [*records.notes, *([target.note] if target.note else [])], encoder.unit
+    report = RowReport(options.max_length, unit=unit, overlong=options.overlong, notes=notes)
     report.shape, report.columns = records.shape, dict(records.columns)
     rows, kept, seen, done = list[Encoded](), list[Record](), set[bytes](), 0
     for record, size in sized(records):
@@ -184,7 +137,7 @@ def encode_rows(
         if is_empty(record) if options.is_labeled else not text_of_record(record).strip():
             report.empty_rows += 1
         else:
-            row = one(record, tokenizer, target, options, report)
+            row = encoder.one(record, tokenizer, target, options, report)
             if row is not None:
                 rows.append(row)
                 kept.append(record)
@@ -203,7 +156,18 @@ def encode_rows(
             "too long). Check the data, or increase --max-length.",
             field="data",
         )
-    return EncodedRows(rows, report, kept)
+    groups = itertools.groupby(kept, key=lambda record: record.source)
+    return EncodedRows(rows, report, tuple((source, sum(1 for _ in group)) for source, group in groups), kept)
+
+
+def _pack(found: EncodedRows) -> tuple[Buffers, JsonObject]:
+    values = {"report": asdict(found.report), "sources": [list(pair) for pair in found.sources]}
+    return StoredRows.of(found.sequences).buffers, values
+
+
+def _unpack(buffers: Buffers, values: Mapping[str, Any]) -> EncodedRows:
+    sources = tuple((str(source), int(count)) for source, count in values["sources"])
+    return EncodedRows(StoredRows(buffers), RowReport(**values["report"]), sources)
 
 
 def _targets(row: Encoded, unit: str) -> int:
@@ -400,3 +364,9 @@ def _tokens(
 def _unfit(record: Record, fields: str) -> DataError:
     text = f"{location(record)}: the row does not fit this task, which needs {fields}."
     return DataError(text, where=location(record), field="data")
+
+
+LABELED = RowEncoder("labeled", encode_labeled, "row")
+PAIRS = RowEncoder("pairs", encode_pair, "row")
+TAGGED = RowEncoder("tagged", encode_tagged, "token")
+TRANSLATIONS = RowEncoder("translations", encode_translation, "token")

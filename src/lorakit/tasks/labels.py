@@ -6,10 +6,9 @@ The names of the classes are written to the adapter's `lorakit.json` and to the 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 from lorakit.data import Labeled, Record, Split, Tagged
 from lorakit.data.records import location
@@ -18,6 +17,9 @@ from lorakit.errors import DataError
 
 LabelType = Literal["auto", "class", "classes", "score"]
 """Values of the setting `label_type`: one class per row, any number of classes per row, or a number."""
+
+Label: TypeAlias = str | tuple[str, ...] | float | None
+"""The label of a record; see `Labeled.label`."""
 
 Kind = Literal["none", "class", "classes", "score", "tags", "pairs"]
 """What is predicted for a row: text or nothing, one class, several classes, a number, a tag per word, or which of two
@@ -118,16 +120,25 @@ def class_target(parts: Split, options: LabelOptions) -> Target:
         DataError: A row has no label or a label of another type, there is only one class, or the evaluation data has a
             class that the training data lacks.
     """
-    train_rows, held_out_rows = ([_labeled(record) for record in part] for part in (parts.train, parts.held_out))
-    rows = [*train_rows, *held_out_rows]
-    kind, note = _kind(rows, options.label_type)
-    _check_types(rows, kind)
+    seen = _Labels()
+    seen.add(parts.training_records())
+    trained = {kind: set(names) for kind, names in seen.names.items()}
+    seen.add(parts.held_out)
+    kind, note = seen.kind(options.label_type)
+    if kind in seen.problems:
+        raise seen.problems[kind]
     if kind == "score":
         return Target(kind, note=note)
-    train = Counter(name for row in train_rows for name in names_of(row, kind))
+    found = seen.names[kind]
+    if len(found) > MOST_CLASSES:
+        raise DataError(
+            f"The labels have at least {len(found):,} different values, but at most {MOST_CLASSES:,} classes are "
+            "supported. Check --columns label=COLUMN, or pass --label-type score if the labels are numbers.",
+            what=len(found),
+            field="label_type",
+        )
     if options.is_evaluation_given:
-        _check_evaluation(held_out_rows, kind, train)
-    found = {name for record in rows for name in names_of(record, kind)}
+        _check_evaluation(parts.held_out, kind, trained[kind])
     if len(found) < 2:
         raise DataError(
             f"All rows have the same label{f', {next(iter(found))!r}' if found else ''}, so there is nothing to "
@@ -135,15 +146,7 @@ def class_target(parts: Split, options: LabelOptions) -> Target:
             what=next(iter(found), None),
             field="data",
         )
-    if len(found) > MOST_CLASSES:
-        raise DataError(
-            f"The labels have {len(found):,} different values, but at most {MOST_CLASSES:,} classes are supported. "
-            "Check --columns label=COLUMN, or pass --label-type score if the labels are numbers.",
-            what=len(found),
-            field="label_type",
-        )
-    names = ordered(found, options.known)
-    return Target(kind, names, note=note)
+    return Target(kind, ordered(found, options.known), note=note)
 
 
 def tag_target(parts: Split, options: LabelOptions) -> Target:
@@ -157,12 +160,12 @@ def tag_target(parts: Split, options: LabelOptions) -> Target:
         DataError: A row has no tags, there is only one tag, or the evaluation data has a tag that the training data
             lacks.
     """
-    counts = Counter(tag for record in parts.train for tag in _tags(record))
-    held_out = Counter(tag for record in parts.held_out for tag in _tags(record))
-    new = [tag for tag in held_out if tag not in counts]
+    trained = {tag for record in parts.training_records() for tag in _tags(record)}
+    held_out = dict.fromkeys(tag for record in parts.held_out for tag in _tags(record))
+    new = [tag for tag in held_out if tag not in trained]
     if new and options.is_evaluation_given:
-        raise _new_labels("tag", new, counts)
-    found = {*counts, *held_out}
+        raise _new_labels("tag", new, trained)
+    found = {*trained, *held_out}
     if len(found) < 2:
         raise DataError("All words have the same tag, so there is nothing to distinguish.", field="data")
     names = ordered(found, options.known)
@@ -180,7 +183,7 @@ def pair_target(parts: Split, options: LabelOptions) -> Target:
         DataError: A row has a single text, or some rows have a score and others do not.
     """
     scored = unscored = 0
-    for part in (parts.train, parts.held_out):
+    for part in (parts.training_records(), parts.held_out):
         for record in part:
             if not isinstance(record, Labeled) or len(record.texts) < 2:
                 raise _unfit(record, "has a single text; embedding needs pairs of texts, such as 'anchor', 'positive'")
@@ -243,11 +246,11 @@ def score_of(record: Record) -> float:
     label = _labeled(record).label
     number = _number(label)
     if number is None:
-        raise _unfit(record, f"has the label {label!r}; a score must be a finite number")
+        raise _unfit(record, _not_a_score(label))
     return number
 
 
-def _number(label: str | tuple[str, ...] | float | None) -> float | None:
+def _number(label: Label) -> float | None:
     try:
         number = math.nan if label is None or isinstance(label, tuple) else float(label)
     except ValueError:
@@ -255,40 +258,78 @@ def _number(label: str | tuple[str, ...] | float | None) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _kind(rows: Sequence[Labeled], label_type: LabelType) -> tuple[Kind, str]:
-    """Return what the labels of rows are, and a note if this was decided by their values."""
-    if label_type != "auto":
-        return label_type, ""
-    if any(isinstance(row.label, tuple) for row in rows):
-        return "classes", ""
-    numbers = [_number(row.label) for row in rows]
-    if all(number is not None for number in numbers) and any(
-        number is not None and not number.is_integer() for number in numbers
-    ):
-        return "score", "The labels are numbers with fractions, so the model predicts a number (see --label-type)."
-    return "class", ""
+def _not_a_score(label: Label) -> str:
+    return f"has the label {label!r}; a score must be a finite number"
 
 
-def _check_types(rows: Sequence[Labeled], kind: Kind) -> None:
-    for row in rows:
-        if row.label is None:
-            raise _unfit(row, "has no label")
-        if kind == "score":
-            score_of(row)
-        elif kind == "class" and isinstance(row.label, tuple):
-            raise _unfit(row, "has a list of labels; pass --label-type classes if several classes may apply")
-        elif kind == "classes" and isinstance(row.label, float):
-            raise _unfit(row, f"has the label {row.label:g}; it must be a list of class names")
+class _Labels:
+    """The labels of rows, which are read once; the rows are not kept.
+
+    Attributes:
+        names: Kind of the labels -> names of the classes if they are of this kind; none are added to too many.
+        problems: Kind of the labels -> error about the first row whose label is not of this kind.
+    """
+
+    def __init__(self) -> None:
+        self.names: dict[Kind, set[str]] = {"class": set(), "classes": set()}
+        self.problems: dict[Kind, DataError] = {}
+        self._has_lists = self._has_fractions = False
+        self._has_numbers_only = True
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Add the labels of records.
+
+        Raises:
+            DataError: A record has no label because of its shape.
+        """
+        for record in records:
+            row = _labeled(record)
+            number = _number(row.label)
+            self._has_lists |= isinstance(row.label, tuple)
+            self._has_numbers_only &= number is not None
+            self._has_fractions |= number is not None and not number.is_integer()
+            for kind in _LABEL_KINDS:
+                if kind not in self.problems and (problem := _problem(row.label, kind)):
+                    self.problems[kind] = _unfit(row, problem)
+            for kind, names in self.names.items():
+                if row.label is not None and len(names) <= MOST_CLASSES:
+                    names.update(names_of(row, kind))
+
+    def kind(self, label_type: LabelType) -> tuple[Kind, str]:
+        """Return what the labels are, and a note if this was decided by their values."""
+        if label_type != "auto":
+            return label_type, ""
+        if self._has_lists:
+            return "classes", ""
+        if self._has_numbers_only and self._has_fractions:
+            return "score", "The labels are numbers with fractions, so the model predicts a number (see --label-type)."
+        return "class", ""
 
 
-def _check_evaluation(rows: Sequence[Labeled], kind: Kind, train: Counter[str]) -> None:
-    for row in rows:
-        new = [name for name in names_of(row, kind) if name not in train]
+_LABEL_KINDS: tuple[Kind, ...] = ("class", "classes", "score")
+
+
+def _problem(label: Label, kind: Kind) -> str:
+    """Return why a label is not of a kind, or ""."""
+    if label is None:
+        return "has no label"
+    if kind == "score":
+        return _not_a_score(label) if _number(label) is None else ""
+    if kind == "class" and isinstance(label, tuple):
+        return "has a list of labels; pass --label-type classes if several classes may apply"
+    if kind == "classes" and isinstance(label, float):
+        return f"has the label {label:g}; it must be a list of class names"
+    return ""
+
+
+def _check_evaluation(records: Iterable[Record], kind: Kind, trained: Set[str]) -> None:
+    for record in records:
+        new = [name for name in names_of(record, kind) if name not in trained]
         if new:
-            raise _new_labels("label", new, train, location(row))
+            raise _new_labels("label", new, trained, location(record))
 
 
-def _new_labels(noun: str, new: Sequence[str], known: Mapping[str, int], where: str = "") -> DataError:
+def _new_labels(noun: str, new: Sequence[str], known: Set[str], where: str = "") -> DataError:
     at = f"{where}: " if where else ""
     return DataError(
         f"{at}the evaluation data has the {noun} {new[0]!r}, which the training data lacks; the training data has "

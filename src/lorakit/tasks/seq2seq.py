@@ -6,6 +6,7 @@ The loss is the cross entropy of the target's tokens, as in transformers' models
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,14 +20,14 @@ from lorakit.data.encoding import IGNORED
 from lorakit.data.encoding import Sequence as Encoded
 from lorakit.data.loader import padded_ids
 from lorakit.durable import JsonObject
-from lorakit.tasks.encoding import EncodedRows, encode_rows, encode_translation
+from lorakit.tasks.encoding import TRANSLATIONS, EncodedRows, encode_row, encode_rows
 from lorakit.tasks.labels import Target, no_target
 from lorakit.tasks.task import EncodeOptions, Metrics, Objective, PredictContext, Task, inputs_on, objective
 
 
 def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> EncodedRows:
     """Encode sources and targets; see `encode_rows`."""
-    return encode_rows(records, tokenizer, target, options, encode_translation, "token")
+    return encode_rows(records, tokenizer, target, options, TRANSLATIONS)
 
 
 def collate(rows: list[Encoded], pad_id: int, epoch: float) -> Batch:
@@ -92,6 +93,7 @@ SEQ2SEQ = Task(
     unit="token",
     target=no_target,
     encode=encode,
+    encode_one=partial(encode_row, encoder=TRANSLATIONS),
     objective=_objective,
     predict=predict,
     summary=("token_accuracy",),

@@ -21,6 +21,7 @@ from lorakit.data import (
     Loader,
     Overlong,
     Record,
+    Report,
     Sequences,
     Split,
     TokenCache,
@@ -32,43 +33,13 @@ from lorakit.data.loader import Collate
 from lorakit.durable import JsonObject
 from lorakit.speed import Acceleration
 from lorakit.tasks.labels import LabelOptions, Target
+from lorakit.tasks.stored_rows import StoredRows
 
 Metrics: TypeAlias = Mapping[str, float]
 """Name of a metric -> value."""
 
-Texts: TypeAlias = "list[Sequence] | Sequences"
+Texts: TypeAlias = "list[Sequence] | Sequences | StoredRows"
 """Encoded rows."""
-
-
-class Report(Protocol):
-    """Counts of the rows and tokens of encoded data.
-
-    Attributes:
-        notes: Other messages for the user.
-        shape: Name of the shape of all rows, or None.
-        columns: Required field -> column.
-    """
-
-    notes: list[str]
-    shape: str | None
-    columns: dict[str, str]
-
-    @property
-    def prompt_format(self) -> str | None:
-        """Format of the prompts, or None."""
-
-    @property
-    def trained_tokens(self) -> int:
-        """Number of targets that contribute to the loss."""
-
-    def check_end(self) -> None:
-        """Check that the model can learn where to stop, if it generates text."""
-
-    def as_dict(self) -> JsonObject:
-        """Return all counts and notes as plain JSON values."""
-
-    def lines(self) -> list[str]:
-        """Return the counts as lines of text: the totals, then what was left out, then the notes."""
 
 
 class EncodedData(Protocol):
@@ -95,7 +66,7 @@ class EncodeOptions:
         max_length: Maximum length of a text in tokens.
         overlong: What happens to longer rows; see `lorakit.data.encode`.
         watch: Function that is called repeatedly with the number of bytes read so far, or None.
-        cache: Where the tokens of text are kept for later runs, or None.
+        cache: Where the tokens are kept for later runs, or None.
         visit: Function that is called with each record and its content key, or None.
         is_labeled: Whether rows must have labels; rows to predict do not have them.
     """
@@ -179,6 +150,14 @@ def inputs_on(batch: Batch, device: str | torch.device) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in inputs.items()}
 
 
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """Return the argument that keeps a model from storing keys and values, if it can store them.
+
+    A decoder stores them by default. Training does not read them, and fused forward methods do not support them.
+    """
+    return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+
+
 @dataclass(frozen=True)
 class PredictContext:
     """What a prediction needs besides the model and the rows.
@@ -212,6 +191,7 @@ class Task:
         unit: What contributes to the loss: "token" or "row".
         target: Function that reads from the data what is predicted; raises DataError if the labels cannot be used.
         encode: Function that encodes records; raises DataError if nothing is left to train on.
+        encode_one: Function that encodes a record of a stream in the same way, and counts nothing.
         objective: Function that returns the loss and the metrics for a target.
         predict: Function that predicts rows, or None if the task generates text (`lorakit generate`).
         inputs: Names of the data shapes that `predict` supports; empty if they are those in `formats`.
@@ -227,6 +207,7 @@ class Task:
     unit: str
     target: Callable[[Split, LabelOptions], Target]
     encode: Callable[[AnyRecords, Tokenizer, Target, EncodeOptions], EncodedData]
+    encode_one: Callable[[Record, Tokenizer, Target, EncodeOptions], Many[Sequence]]
     objective: Callable[[Target], Objective]
     predict: Predict | None = None
     inputs: tuple[str, ...] = ()

@@ -18,20 +18,29 @@ from lorakit.data import AnyRecords, Batch, Record, Tagged, Tokenizer
 from lorakit.data.encoding import IGNORED
 from lorakit.data.loader import padded
 from lorakit.durable import JsonObject
-from lorakit.tasks.encoding import EncodedRows, encode_rows, encode_tagged, places_of
+from lorakit.tasks.encoding import TAGGED, EncodedRows, encode_row, encode_rows, places_of
 from lorakit.tasks.labels import Target, tag_target
 from lorakit.tasks.metrics import OUTSIDE, span_metrics, spans
-from lorakit.tasks.task import EncodeOptions, Metrics, Objective, PredictContext, Task, inputs_on, objective
+from lorakit.tasks.task import (
+    EncodeOptions,
+    Metrics,
+    Objective,
+    PredictContext,
+    Task,
+    inputs_on,
+    objective,
+    without_cache,
+)
 
 
 def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> EncodedRows:
     """Encode tagged words; see `encode_rows`."""
-    return encode_rows(records, tokenizer, target, options, encode_tagged, "token")
+    return encode_rows(records, tokenizer, target, options, TAGGED)
 
 
 def forward(model: nn.Module, batch: Batch, device: str | torch.device) -> Tensor:
     """Return the logits of a batch, shape (rows, length, tags), in float32."""
-    return model(**inputs_on(batch, device)).logits.float()
+    return model(**inputs_on(batch, device), **without_cache(model)).logits.float()
 
 
 def loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -92,6 +101,7 @@ TOKEN_CLASSIFICATION = Task(
     unit="token",
     target=tag_target,
     encode=encode,
+    encode_one=partial(encode_row, encoder=TAGGED),
     objective=_objective,
     predict=predict,
     summary=("f1", "accuracy"),

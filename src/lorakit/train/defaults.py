@@ -96,8 +96,8 @@ DEFAULTS: dict[str, Default] = {
         list[str],
     ),
     "streaming": Default(
-        "Select whether training data is read while training: on (needs --max-steps), off, or auto (on for text and "
-        "JSON Lines of more than 1 GiB if --max-steps is given)",
+        "Select whether training data is read while training: on (needs --max-steps), off, or auto (on for files of "
+        "more than 1 GiB if --max-steps is given)",
         "auto",
         "smaller data is checked, counted and shuffled as a whole",
     ),

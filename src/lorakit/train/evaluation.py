@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lorakit import core, hub
-from lorakit.data import AnyRecords, Batch, Records, Request, Split, Tokenizer, padding_id, read_records
+from lorakit.data import AnyRecords, Batch, Records, Report, Request, Split, Tokenizer, padding_id, read_records
 from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration, accelerate
@@ -24,7 +24,6 @@ from lorakit.tasks import (
     CAUSAL_LM,
     EncodeOptions,
     Objective,
-    Report,
     Target,
     TaskOnData,
     evaluation_batches,
@@ -125,7 +124,7 @@ class EvalSettings:
     Attributes:
         model: Model directory, Hub id, or packaged model.
         data: Files, directories or Hub data sets to evaluate on.
-        adapters: Adapter directories.
+        adapters: Adapter directory -> its files.
         max_length: Maximum sequence length in tokens; the default is lowered to the model's limit if necessary.
         batch_rows: Number of rows in a batch of the longest sequences; batches of shorter sequences have more rows.
         dtype: "auto", "bfloat16" or "float32".
@@ -138,7 +137,7 @@ class EvalSettings:
 
     model: str
     data: Sequence[str]
-    adapters: Sequence[str]
+    adapters: Mapping[str, core.AdapterFiles]
     max_length: int
     batch_rows: int
     dtype: str
@@ -169,7 +168,7 @@ def compare(
 
     Raises:
         ConfigError: The batch size is below 1, or the maximum length is below 2.
-        AdapterFileError: An adapter directory does not exist, or its adapter does not match this base.
+        AdapterFileError: An adapter does not match this base.
         LorakitError: The data or the model cannot be used; the error class and message say why.
     """
     if settings.quantization is not None:
@@ -178,7 +177,6 @@ def compare(
     records = read_records(settings.data, settings.request)
     source = hub.resolve(settings.model, say)
     hub.require(source, tokenizer=True)
-    bases = [core.inspect_adapter(folder).base for folder in settings.adapters]  # fails before the base is loaded
     task = settings.task or task_for(None, Split(records, Records(), ""), source, "auto", False)
     length = max_length_for(hub.shape_of(source), settings.max_length)
     tokenizer = hub.load_tokenizer(source)
@@ -188,7 +186,7 @@ def compare(
     detail(f"data: {total}")
     for line in losses:
         say(line)
-    given = []
+    given = {}
     for folder in settings.adapters:
         own = own_tokenizer(folder, tokenizer)
         if own is not None:
@@ -196,25 +194,23 @@ def compare(
                 f"{folder}: the adapter has its own tokenizer, so its loss is measured over different tokens than the "
                 "base's."
             )
-        given.append(batches if own is None else coding.batches(records, own)[0])
+        given[folder] = batches if own is None else coding.batches(records, own)[0]
     choice = hub.choose_dtype(settings.dtype, hub.calibrate(where) if settings.dtype == "auto" else None)
     detail(f"precision: {choice.reason}")
-    found = dict[int, tuple[str, Evaluation]]()
-    base = load_model_for(task, source, choice.dtype, where, settings.quantization, tokenizer, settings.adapters)
-    loaded = base.model
+    base = load_model_for(task, source, choice.dtype, where, settings.quantization, tokenizer, [*settings.adapters])
+    loaded, name, alone, found = base.model, "adapter", list[tuple[str, Evaluation]](), dict[str, Evaluation]()
     if base.new_modules:
         say(f"The model has no weights for {', '.join(base.new_modules)}, so it is measured only with adapters.")
     else:
-        found[-1] = "base", _measured(loaded, batches, where, task)
+        alone = [("base", _measured(loaded, batches, where, task))]
     # embedding rows added for new tokens stay in the base and would change the losses of later adapters, so adapters
     # with smaller vocabularies go first
-    for number in sorted(range(len(bases)), key=lambda n: 0 if (known := bases[n]) is None else known.vocabulary):
-        folder, name = settings.adapters[number], f"adapter{number}"
-        core.load_adapter(loaded, folder, name, allow=settings.allow)
+    for folder, files in sorted(settings.adapters.items(), key=lambda item: item[1].vocabulary):
+        core.load_adapter(loaded, files, name, allow=settings.allow)
         with core.use(loaded, name):
-            found[number] = folder, _measured(loaded, given[number], where, task)
+            found[folder] = _measured(loaded, given[folder], where, task)
         core.detach(loaded, name)
-    return [found[number] for number in sorted(found)]
+    return [*alone, *((folder, found[folder]) for folder in settings.adapters)]
 
 
 @dataclass(frozen=True)

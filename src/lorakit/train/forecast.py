@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +19,8 @@ from lorakit import data, hub, plan
 from lorakit.config import LoraConfig
 from lorakit.core.model.fingerprint import vocabulary_of
 from lorakit.core.model.vocabulary import check_growth, with_trained_rows
-from lorakit.errors import ConfigError, NotYetSupported, UsageError
+from lorakit.errors import ConfigError, DataError, NotYetSupported, UsageError
+from lorakit.plan.params import with_full_modules
 from lorakit.tables import format_count
 from lorakit.targets import unfitting_keys
 from lorakit.tasks import TaskOnData, task_for
@@ -57,7 +59,11 @@ class Forecast:
 
 
 def chosen_task(
-    settings: TrainSettings, records: data.Split, source: hub.ModelSource, adapter: TaskOnData | None = None
+    settings: TrainSettings,
+    records: data.Split,
+    source: hub.ModelSource,
+    adapter: TaskOnData | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> TaskOnData:
     """Choose the task of a run, and check that the settings apply to it.
 
@@ -66,6 +72,7 @@ def chosen_task(
         records: Training and evaluation records.
         source: The model.
         adapter: The task of the adapter that the run starts from, or None.
+        say: Function that receives a message before the labels of a stream are read, which may take minutes.
 
     Returns:
         The task, and what it predicts.
@@ -80,16 +87,14 @@ def chosen_task(
             text = f"task is {name}, but the adapter was trained for {adapter.task.name}; omit it."
             raise UsageError(text, what=name, field="task")
         name = adapter.task.name
+    is_streamed = isinstance(records, data.StreamSplit)
+    if is_streamed and isinstance(next(iter(records.train), None), data.Labeled | data.Tagged):
+        say("Reading the labels of all rows, because they must be known before the first step.")
     found = task_for(name, records, source, settings.label_type, settings.eval_data is not None)
     if adapter is not None and adapter.target.kind != "none":
-        found = adapter  # its head has these classes; encoding rejects others
-    if isinstance(records, data.StreamSplit) and not found.task.generates:
-        raise UsageError(
-            f"The task {found.task.name} needs all labels before the first step, so its data cannot be streamed; pass "
-            "--streaming off.",
-            what=settings.streaming,
-            field="streaming",
-        )
+        if is_streamed:  # otherwise, encoding rejects other classes before the first step
+            _check_names(found, adapter)
+        found = adapter  # its head has these classes
     unused = [] if found.task.generates else ["chat_template", "new_tokens"]
     unused += [] if found.task.loader == "classification" else ["label_type"]
     for setting in unused:
@@ -111,6 +116,21 @@ def chosen_task(
             field="per_device_train_batch_size",
         )
     return found
+
+
+def _check_names(found: TaskOnData, adapter: TaskOnData) -> None:
+    """Check that the labels of the data are among those of an adapter."""
+    unknown = [name for name in found.target.names if name not in adapter.target.names]
+    if unknown or (found.target.kind == "score") != (adapter.target.kind == "score"):
+        listed = ", ".join(adapter.target.names[:10]) or adapter.target.kind
+        what = f"label {unknown[0]!r}" if unknown else f"kind of labels {found.target.kind!r}"
+        raise DataError(
+            f"the data has the {what}, but the adapter was trained for {listed}; remove these rows, or train without "
+            "--from-adapter.",
+            what=unknown[0] if unknown else found.target.kind,
+            field="data",
+            allowed=adapter.target.names,
+        )
 
 
 MINIMUM_ROWS = 2
@@ -143,7 +163,9 @@ def forecast(
         UsageError: `max_length` is not the default and exceeds the model's limit.
     """
     shape = hub.shape_for_task(source, task.task.loader, task.target.config_values())
-    config, new, notes = config or settings.lora_config(task.task.adapter_task), None, [task.note] if task.note else []
+    if config is None:
+        config = with_full_modules(settings.lora_config(task.task.adapter_task), shape.full_modules)
+    new, notes = None, [task.note] if task.note else []
     length = max_length_for(shape, settings.max_length)
     if length != settings.max_length:
         notes.append(f"maximum sequence length: {length:,} tokens (the model's limit)")

@@ -21,9 +21,9 @@ from lorakit.train.evaluation import evaluate
 from lorakit.train.interrupts import Interrupts, recording
 from lorakit.train.optimizer import state_tensors
 from lorakit.train.run_adapter import save_adapter
+from lorakit.train.run_context import Run
 from lorakit.train.run_folder import MetricsLog
 from lorakit.train.run_plan import check_checkpoint_space
-from lorakit.train.run_spec import Run
 from lorakit.train.step import StepResult, train_step, without_gradient
 
 

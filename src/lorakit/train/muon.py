@@ -67,10 +67,8 @@ class Muon(torch.optim.Optimizer):
         Returns:
             The closure's return value, or None without a closure.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for part in self._parts:
+        first, *others = self._parts
+        loss = first.step(closure)  # before any update
+        for part in others:
             part.step()
         return loss

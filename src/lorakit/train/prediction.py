@@ -29,7 +29,7 @@ class PredictSettings:
     Attributes:
         model: Model directory, Hub id, or packaged model.
         data: Files, directories or Hub data sets to predict.
-        adapter: The adapter's directory, or None to use the model's own head.
+        adapter: The adapter's files, or None to use the model's own head.
         task: The task of the adapter or the model.
         max_length: Maximum length of a text in tokens; the default is lowered to the model's limit if necessary.
         batch_rows: Number of rows per batch.
@@ -43,7 +43,7 @@ class PredictSettings:
 
     model: str
     data: Sequence[str]
-    adapter: str | None
+    adapter: core.AdapterFiles | None
     task: TaskOnData
     max_length: int
     batch_rows: int
@@ -70,7 +70,7 @@ def predict(settings: PredictSettings, say: Callable[[str], None] = lambda _: No
         AdapterFileError: The adapter does not match this base, or has no weights for a module that the base lacks.
         LorakitError: The data or the model cannot be used; the error class and message say why.
     """
-    task, where = settings.task, pick_device(settings.device)
+    task, adapter, where = settings.task, settings.adapter, pick_device(settings.device)
     run = task.task.predict
     if run is None:
         raise UsageError(f"the task {task.task.name} generates text; use `lorakit generate`.", field="task")
@@ -79,17 +79,17 @@ def predict(settings: PredictSettings, say: Callable[[str], None] = lambda _: No
     hub.require(source, tokenizer=True)
     length = max_length_for(hub.shape_of(source), settings.max_length)
     tokenizer = hub.load_tokenizer(source)
-    own = None if settings.adapter is None else own_tokenizer(settings.adapter, tokenizer)
+    own = None if adapter is None else own_tokenizer(str(adapter.folder), tokenizer)
     tokenizer = tokenizer if own is None else own
     encoded = task.task.encode(records, tokenizer, task.target, EncodeOptions(length, is_labeled=False))
     assert isinstance(encoded, EncodedRows)  # all tasks that predict rows return this type
     for line in encoded.report.lines()[1:]:
         say(line)
     dtype = hub.choose_dtype(settings.dtype, hub.calibrate(where) if settings.dtype == "auto" else None).dtype
-    adapters = [] if settings.adapter is None else [settings.adapter]
-    loaded = load_model_for(task, source, dtype, where, settings.quantization, tokenizer, adapters)
-    for folder in adapters:
-        core.load_adapter(loaded.model, folder, ADAPTER, allow=settings.allow)
+    folders = [] if adapter is None else [adapter.folder]
+    loaded = load_model_for(task, source, dtype, where, settings.quantization, tokenizer, folders)
+    if adapter is not None:
+        core.load_adapter(loaded.model, adapter, ADAPTER, allow=settings.allow)
     accelerate(loaded.model)
     context = PredictContext(where, task.target, tokenizer, settings.max_new_tokens)
     collate, pad, rows = task.objective.collate, padding_id(tokenizer), settings.batch_rows

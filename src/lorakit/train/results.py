@@ -23,7 +23,7 @@ from lorakit.tables import format_bytes, format_percent, format_rate, format_sec
 from lorakit.train import checkpoint, run_folder
 from lorakit.train.model_card import evaluation_line, metrics_line, model_card
 from lorakit.train.run_adapter import metrics_at, write_tokenizer
-from lorakit.train.run_spec import Run
+from lorakit.train.run_context import Run
 
 _WEIGHTS = "adapter_model.safetensors"
 _CHECKPOINT_ONLY = {checkpoint.MANIFEST, checkpoint.STATE, checkpoint.OPTIMIZER, checkpoint.RANDOM}
@@ -157,6 +157,7 @@ def finish(run: Run) -> RunResult:
         if loss is not None and state.first_loss is not None and loss >= state.first_loss:
             before = run.spec.before_training
             notes.append(f"The adapter is not better than {before} on the evaluation data; do not use it.")
+    first_metrics, adapter_metrics = metrics_at(run, 0, step)
     result = RunResult(
         folder=folder,
         ending=run.status,
@@ -178,8 +179,8 @@ def finish(run: Run) -> RunResult:
         plan=dict(run.plan.values),
         notes=tuple(notes),
         checkpoint_step=resumable,
-        first_metrics=metrics_at(run, 0),
-        adapter_metrics={} if step is None else metrics_at(run, step),
+        first_metrics=first_metrics,
+        adapter_metrics=adapter_metrics,
     )
     try:
         run_folder.write_record(folder, {**run.record(), "result": result.as_dict()})

@@ -29,7 +29,8 @@ from lorakit.report import read_metrics
 from lorakit.tables import format_count
 from lorakit.train.forecast import SavedTokenizer
 from lorakit.train.progress import Progress
-from lorakit.train.run_spec import ADAPTER, Run, RunSpec
+from lorakit.train.run_context import Run
+from lorakit.train.run_spec import ADAPTER, RunSpec
 from lorakit.train.start_adapter import StartAdapter
 
 ROWS = 32
@@ -244,16 +245,20 @@ def write_tokenizer(tokenizer: SavedTokenizer, folder: Path) -> None:
         raise DiskError(f"The tokenizer cannot be written ({' '.join(str(cause).split())}).", where=folder) from cause
 
 
-def metrics_at(run: Run, step: int) -> dict[str, float]:
-    """Return the metrics of the run's task at a step, as recorded in `metrics.jsonl`; the most important come first.
+def metrics_at(run: Run, *steps: int | None) -> list[dict[str, float]]:
+    """Return the metrics of the run's task at each step, as recorded in `metrics.jsonl`, which is read once.
 
     Args:
         run: The run.
-        step: The step.
+        steps: The steps; None for a step that does not exist.
+
+    Returns:
+        A dict from metric to value for each step, the most important first; empty without an evaluation at that step.
     """
     names = run.spec.task.task.summary
-    rows = [row for row in read_metrics(run.spec.folder).evaluations if row["step"] == step] if names else []
-    return {name: row[f"eval_{name}"] for row in rows[-1:] for name in names if f"eval_{name}" in row}
+    rows = {row["step"]: row for row in read_metrics(run.spec.folder).evaluations} if names else {}
+    found = [rows.get(step, {}) for step in steps]
+    return [{name: row[f"eval_{name}"] for name in names if f"eval_{name}" in row} for row in found]
 
 
 def adapter_metadata(run: Run) -> dict[str, Any]:
@@ -267,8 +272,8 @@ def adapter_metadata(run: Run) -> dict[str, Any]:
     origin: dict[str, Any] = {}
     if spec.start is not None:
         origin["from_adapter"] = {**spec.start.origin, "eval_loss": state.first_loss}
-    metrics = {"metrics": metrics_at(run, state.step), "first_metrics": metrics_at(run, 0)}
-    metrics = metrics if spec.task.task.summary else {}
+    now, first = metrics_at(run, state.step, 0)
+    metrics = {"metrics": now, "first_metrics": first} if spec.task.task.summary else {}
     return {
         "base_name": spec.source.base_name,
         "tokenizer_sha256": hub.tokenizer_hash(spec.tokenizer),

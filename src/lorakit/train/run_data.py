@@ -11,7 +11,7 @@ from lorakit import data, hub
 from lorakit.data.sources import weights_of
 from lorakit.errors import DataError, DiskError, UsageError
 from lorakit.machine import cache_directory
-from lorakit.tasks import EncodedData, EncodeOptions, Report, TaskOnData, Texts, evaluation_batches
+from lorakit.tasks import EncodedData, EncodeOptions, TaskOnData, Texts, evaluation_batches
 from lorakit.train import run_folder
 from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
@@ -34,8 +34,8 @@ class RunBatches:
 
     loader: data.Loader
     held_out_sequences: Texts | None
-    train_report: Report
-    held_out_report: Report | None
+    train_report: data.Report
+    held_out_report: data.Report | None
     task: TaskOnData
 
     @property
@@ -206,7 +206,7 @@ def _loader(
     weights = weights_of(settings.data, settings.data_weights)
     train.report.notes += [f"{name}: {weight:g} times per epoch." for name, weight in settings.data_weights.items()]
     if isinstance(records, data.StreamSplit):
-        overlong = settings.overlong
+        options = EncodeOptions(max_length, settings.overlong)
         return data.StreamLoader(
             train.sequences,
             rows,
@@ -214,7 +214,7 @@ def _loader(
             pad_id=pad,
             collate=task.objective.collate,
             rows=records.rows,
-            encode=lambda record: data.encode_record(record, tokenizer, max_length, overlong),
+            encode=lambda record: task.task.encode_one(record, tokenizer, task.target, options),
             source_weights=weights,
         )
     parts = tuple((count, weights.get(source, 1.0)) for source, count in train.sources) if weights else ()

@@ -27,8 +27,9 @@ from lorakit.train.checkpoint import differences, environment
 from lorakit.train.optimizer import Named
 from lorakit.train.progress import Progress
 from lorakit.train.run_adapter import saved_sizes
+from lorakit.train.run_context import DiskSpace, RunLimits, RunPlan
 from lorakit.train.run_folder import checkpoints, run_files
-from lorakit.train.run_spec import DiskSpace, RunLimits, RunPlan, RunSpec
+from lorakit.train.run_spec import RunSpec
 
 WORTH_MEASURING_FLOPS = 2e12
 """Runs of more FLOPs than this always benchmark the machine; smaller runs do so only to choose the precision."""
@@ -63,14 +64,15 @@ def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], progress:
     choice = hub.choose_dtype(wanted, calibration)
     details.append(f"precision: {choice.reason if recorded is None else f'{recorded}, as at the start of the run.'}")
     lines = [f"model: {spec.source.base_name} in {choice.dtype}"]
-    speed = None
+    speed, upcasts = None, False
     if calibration is not None:
-        settings = spec.settings
-        rate = calibration.flops_per_second(choice.dtype, tuned=settings.accelerate and settings.tuning)
+        tuned = spec.settings.accelerate and spec.settings.tuning
+        rate = calibration.flops_per_second(choice.dtype, tuned=tuned)
+        upcasts = calibration.upcasts(choice.dtype, tuned=tuned)
         threads = calibration.threads if spec.device.type == "cpu" else None
         speed = plan.Speed(flops_per_second=rate, source="measured", threads=threads)
     estimated = _estimate(spec, limits, lengths, choice.dtype, speed)
-    estimated = plan.with_job(estimated, **_process(spec, held))
+    estimated = plan.with_job(estimated, upcasts=upcasts, **_process(spec, held))
     estimated, proposed, reasons = _limited(spec, estimated)
     lines += reasons
     for line in (*lines, *plan.summary(estimated)):

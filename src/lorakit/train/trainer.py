@@ -21,7 +21,6 @@ import torch
 from torch import nn
 
 from lorakit import core
-from lorakit.config import HEADS_BY_TASK
 from lorakit.data import lengths
 from lorakit.data.quality import marked, shown_tokens
 from lorakit.errors import DiskError, LorakitError, ModelError
@@ -29,6 +28,7 @@ from lorakit.ops import choices
 from lorakit.ops.kernels import compiled
 from lorakit.plan import Plan, bytes_of
 from lorakit.plan.fitting import describe
+from lorakit.plan.params import with_full_modules
 from lorakit.plan.quantized import stored
 from lorakit.speed import Acceleration, accelerate
 from lorakit.tables import format_count
@@ -41,10 +41,11 @@ from lorakit.train.optimizer import build_optimizer, load_state_tensors
 from lorakit.train.progress import Progress
 from lorakit.train.results import RunResult, finish
 from lorakit.train.run_adapter import add_adapter
+from lorakit.train.run_context import Run, RunLimits, RunPlan
 from lorakit.train.run_data import RunBatches, make_batches
 from lorakit.train.run_folder import cut_metrics, remove_run, unlock, write_record
 from lorakit.train.run_plan import autotuned_choices, check_space, disk_space, plan_run
-from lorakit.train.run_spec import ADAPTER, Run, RunLimits, RunPlan, RunSpec
+from lorakit.train.run_spec import ADAPTER, RunSpec
 from lorakit.train.schedule import schedule
 from lorakit.train.settings import TrainSettings
 from lorakit.train.trackers import Trackers
@@ -168,19 +169,14 @@ def _loaded(spec: RunSpec, plan: RunPlan, progress: Progress) -> tuple[nn.Module
     loaded = load_model_for(spec.task, spec.source, plan.dtype, spec.device, stored, spec.tokenizer, start)
     if start is not None:
         return loaded.model, spec
-    config = spec.forecast.config
-    heads = HEADS_BY_TASK.get(config.task_type, ())
-    extra = [path for path in loaded.new_modules if path.rpartition(".")[2] not in heads]
     if loaded.new_modules:
         progress.say(
             f"New modules, because the model's files lack them: {', '.join(loaded.new_modules)}; they are trained and "
             "saved with the adapter."
         )
-    if extra:
-        saved = sorted({*(config.modules_to_save or ()), *extra})
-        forecast = dataclasses.replace(spec.forecast, config=config.with_fields(modules_to_save=saved))
-        spec = dataclasses.replace(spec, forecast=forecast)
-    return loaded.model, spec
+    config = with_full_modules(spec.forecast.config, loaded.new_modules)
+    forecast = dataclasses.replace(spec.forecast, config=config)
+    return loaded.model, dataclasses.replace(spec, forecast=forecast)
 
 
 def _report_data(spec: RunSpec, batches: RunBatches, progress: Progress) -> None:
@@ -266,7 +262,7 @@ def _fitted(
             now = candidate.job.recompute
             current = _arranged(probe.model, now, spec.settings, progress)
         job, made = candidate.job, RunPlan.of(candidate, spec.settings.fit)
-        return probe.peak_bytes(job.batch_rows, job.accumulation > 1, spec.step_options(made, current))
+        return probe.peak_bytes(job.batch_rows, job.accumulation > 1, made.step_options(spec, current))
 
     progress.busy("measuring memory")
     limit = bytes_of(spec.settings.fit or "")

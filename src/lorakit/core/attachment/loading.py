@@ -68,7 +68,7 @@ class LoadReport:
 
 def load_adapter(
     model: nn.Module,
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | AdapterFiles,
     name: str = "default",
     *,
     trainable: bool = False,
@@ -79,7 +79,8 @@ def load_adapter(
 
     Args:
         model: The base, or a model that already has adapters. It is changed in place.
-        folder: A directory written by PEFT or lorakit.
+        folder: A directory written by PEFT or lorakit, or the result of `read_adapter`, so that the files are not read
+            again.
         name: Name to give the adapter on this model.
         trainable: Whether training will continue; if false, the adapter is frozen. If true, and the adapter was
             converted to plain LoRA when it was saved, its residual base and original rank are restored.
@@ -101,7 +102,7 @@ def load_adapter(
     index = AdapterIndex.of(model, kinds)
     checks.check_new_name(index.state, name)
     with trainable_block(index):
-        files = read_adapter(folder)
+        files = folder if isinstance(folder, AdapterFiles) else read_adapter(folder)
         check_not_merged_in(model, files.folder, files.file.sha256, allow)
         with appended_rows(index, files.config, files.sidecar.base) as grown:
             index = index.again() if grown else index

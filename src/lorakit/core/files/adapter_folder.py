@@ -99,6 +99,11 @@ class AdapterFiles:
     made: bool = False
 
     @property
+    def vocabulary(self) -> int:
+        """Size of the vocabulary of the base that the adapter was made for, in rows; 0 if unknown."""
+        return 0 if self.sidecar.base is None else self.sidecar.base.vocabulary
+
+    @property
     def is_ours(self) -> bool:
         """True if the config and weights files are byte for byte those that `lorakit.json` describes."""
         return self.config_is_ours and self.file.sha256 in self.sidecar.weights_sha256

@@ -1,0 +1,104 @@
+"""Groups of flags that several commands share, with their checks: how rows are read, and how the base is loaded.
+
+A command includes a group as a field of its own flags. The method `check` needs neither torch nor a model, like the
+checks in `lorakit.cli.early`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from lorakit.cli import early
+from lorakit.errors import ConfigError
+from lorakit.plan.quantized import stored_as
+from lorakit.train.defaults import DEFAULTS
+
+if TYPE_CHECKING:
+    from lorakit.data import Request
+    from lorakit.plan.quantized import Quantization
+
+
+@dataclass(frozen=True)
+class RowFlags:
+    """Flags about how the rows of data are read."""
+
+    format: Annotated[str | None, Parameter(help=DEFAULTS["format"].help())] = None
+    columns: Annotated[list[str] | None, Parameter(help=DEFAULTS["columns"].help())] = None
+    on_bad_row: Annotated[str, Parameter(help=DEFAULTS["on_bad_row"].help())] = DEFAULTS["on_bad_row"].value
+
+    def check(self) -> None:
+        """Check the flags, except for the name of the shape, which `request` checks.
+
+        Raises:
+            ConfigError: A flag has a value that is not allowed.
+        """
+        early.check_choice("on_bad_row", self.on_bad_row, ("stop", "skip"))
+        self._columns()
+
+    def request(self, allowed: tuple[str, ...] = (), group: str | None = None, needs_label: bool = True) -> Request:
+        """Return the choices about how rows are read; this imports torch.
+
+        Args:
+            allowed: Names of the shapes that may be recognized; empty allows all.
+            group: Column whose equal values keep rows together, or None.
+            needs_label: Whether labels and tags are required.
+
+        Raises:
+            ConfigError: The shape is unknown or not allowed, or no shape has these fields.
+        """
+        from lorakit.data import Request
+
+        return Request(self.format, self._columns(), self.on_bad_row == "skip", group, allowed, needs_label)
+
+    def _columns(self) -> dict[str, str]:
+        if not self.columns:
+            return {}
+        from lorakit.train.setting_types import columns_of  # imports pydantic
+
+        try:
+            return columns_of(self.columns)
+        except ValueError as cause:
+            raise ConfigError(f"columns is {self.columns}; {cause}.", what=self.columns, field="columns") from None
+
+
+@dataclass(frozen=True)
+class BaseFlags:
+    """Flags about how the base of an adapter is loaded, to measure it or to predict with it."""
+
+    dtype: Annotated[str, Parameter(help="Precision of the base: auto, bfloat16 or float32.")] = "auto"
+    device: Annotated[str, Parameter(help="cpu, cuda, cuda:N, mps or auto.")] = "auto"
+    quantization: Annotated[str | None, Parameter(help=DEFAULTS["quantization"].help())] = None
+    double_quantization: Annotated[bool, Parameter(help=DEFAULTS["double_quantization"].help())] = True
+    allow_base_mismatch: Annotated[bool, Parameter(negative=(), help="Accept an adapter trained on another base.")] = (
+        False
+    )
+
+    def check(self) -> None:
+        """Check the flags.
+
+        Raises:
+            ConfigError: A flag has a value that is not allowed.
+        """
+        self.stored_as()
+        early.check_choice("dtype", self.dtype, early.RUN_DTYPES)
+        early.check_device(self.device)
+
+    def stored_as(self) -> Quantization | None:
+        """Return the requested quantization of the base, or None.
+
+        Raises:
+            ConfigError: The name of the quantization is unknown.
+        """
+        return stored_as(self.quantization, self.double_quantization)
+
+    @property
+    def allow(self) -> tuple[str, ...]:
+        """Names of the `core.load_adapter` checks to override."""
+        return ("base_mismatch",) if self.allow_base_mismatch else ()
+
+
+ROWS, BASE = RowFlags(), BaseFlags()
+"""The groups without any flag given."""
