@@ -138,8 +138,8 @@ def read_release() -> dict[str, Any]:
             continue
         modules = {path: module for path, module in model.named_modules() if path}
         wanted, _ = candidates(modules, FUSED_FORWARDS, Known(identities, None))
-        found = [(identities.of(module), type(module).__name__, role) for module, role in roles_of(wanted.values())]
-        found.append((identities.of_forward(type(model)), type(model).__name__, MODEL))
+        found = [(identities.of(module), named(type(module)), role) for module, role in roles_of(wanted.values())]
+        found.append((identities.of_forward(type(model)), named(type(model)), MODEL))
         if any(compared[one.digest, role] < (1 if role == MODEL else TIMES) for one, _, role in found if one.functions):
             try:
                 error, of_loss = compare(model, identities)
@@ -212,11 +212,16 @@ def compare(model: Any, identities: Any) -> tuple[float, list[tuple[Any, str, st
     loss, last = acceleration.loss, acceleration.head and acceleration.head.last
     acceleration.undo()
     error = max(error, *map(difference, ours, plain))
-    found = [(identities.of_forward(type(model)), type(model).__name__, MODEL)]
-    found += [] if loss is None else [(identities.of_function(loss.found), loss.found.__name__, LOSS)]
+    found = [(identities.of_forward(type(model)), named(type(model)), MODEL)]
+    found += [] if loss is None else [(identities.of_function(loss.found), named(loss.found), LOSS)]
     above = () if last is None else models_above(last)
-    found += [(identities.of_forward(type(one)), type(one).__name__, MODEL) for one in above]
+    found += [(identities.of_forward(type(one)), named(type(one)), MODEL) for one in above]
     return error, found
+
+
+def named(value: Any) -> str:
+    """Return the name of a class or function with its Python module, relative to transformers.models if possible."""
+    return f"{value.__module__.removeprefix('transformers.models.')}.{value.__qualname__}"
 
 
 def losses(model: Any) -> list[Any]:

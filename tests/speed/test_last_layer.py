@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from lorakit import LoraConfig, core
 from lorakit.speed import Acceleration, accelerate, last_layer, pack_rows
+from lorakit.speed.acceleration import accelerate_known
+from lorakit.speed.admission import Known
 from lorakit.speed.attention import attention
+from lorakit.speed.identity import Identities
 
 from ..doubles import InDouble
 from .test_acceleration import MODELS, WHOLE_LAYERS, adapted, close, given
@@ -305,7 +308,11 @@ def test_models_whose_head_reads_something_else_take_all_rows(kind: type[Any], r
     model = of_class(kind)
     ids, labels = batch(model)
     theirs = of_model(model, input_ids=ids, labels=labels)
-    acceleration = accelerate(model, logits=False)
+    known = accelerate(model, logits=False)
+    assert (known.head is not None) == (kind is Twice)  # the others have source of their own
+    close(of_model(model, input_ids=ids, labels=labels), theirs, 1e-4)
+    known.undo()
+    acceleration = accelerate_known(model, Known(Identities(), None), logits=False, keep_feed_forward=True)
     head, loss = acceleration.head, acceleration.loss
     assert head is not None and loss is not None and loss.last is None
     assert (head.last is None) == (kind is not LossOnTheSide)  # which our loop does not request

@@ -30,7 +30,7 @@ from lorakit.speed.encoder import BoundEncoderLayer
 from lorakit.speed.feed_forward import BoundFeedForward
 from lorakit.speed.identity import Fact, Identities
 from lorakit.speed.last_layer import LastLayer, agree
-from lorakit.speed.loss import Head, LossWithoutLogits, entry_of, head_for, last_layer_for, loss_for, output_head
+from lorakit.speed.loss import Head, LossWithoutLogits, head_for, last_layer_for, loss_for, output_head
 from lorakit.speed.patching import (
     BOUND,
     RECOMPUTES,
@@ -305,8 +305,7 @@ def _probed_in_place(
     facts: list[Fact] = []
     if isinstance(loss, LossWithoutLogits):
         found.append(known.identities.of_function(loss.found))
-        table, name = entry_of(loss.found)
-        facts += [(table, name, loss.found)] if name is not None else []
+        facts += [(loss.table, loss.name, loss.found)] if loss.name is not None else []
     probed.head.holds = contract_of_model(inner, found, facts).holds
     return packs, loss
 

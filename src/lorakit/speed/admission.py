@@ -348,9 +348,11 @@ class Known:
         return self._known(self.identities.of_function(function), "its loss function", LOSS)
 
     def _known(self, found: Identity, name: str, role: str) -> str | None:
+        if self.forwards is None:
+            return None
         if not found.digest:
             return found.why
-        if self.forwards is None or self.forwards.knows(found.digest, role):
+        if self.forwards.knows(found.digest, role):
             return None
         self.unknown.add(name)
         return f"the source of {name} is not known"

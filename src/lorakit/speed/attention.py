@@ -75,7 +75,7 @@ def _under(mask: Tensor, x: Tensor, pattern: Pattern) -> Pattern | None:
     if mask.shape[0] not in (1, rows):
         return None
     known: dict[Hashable, Any] = cached_on(mask, MASK_FIELDS, dict)
-    key = (pattern.causal, pattern.window, x.dtype)
+    key = (pattern.causal, pattern.window, pattern.segments, x.dtype)
     if key not in known:
         known[key] = _read(mask, pattern, x.dtype)
     padding = known[key]
@@ -273,13 +273,19 @@ def _kv_heads(module: nn.Module, bound: BoundAttention, operands: Sequence[Adapt
 
 def _pattern(bound: BoundAttention, x: Tensor, dropped: float, options: Options) -> Pattern | None:
     """Return the attention pattern for a call, or None if its mask is not supported."""
-    segments = lengths_of(options.get("cu_seq_lens_q"))
-    mask = None if segments else options.get("attention_mask")  # with segments, a mask is redundant
-    if mask is None and segments is None and bound.softcap is not None:
+    mask = options.get("attention_mask")
+    if mask is None and bound.softcap is not None:
         return None  # Without a mask, eager attention lets each token see all tokens.
-    # With neither segments nor a mask, the rows are shorter than the window, or the model does not use a window.
-    window = None if segments is None and mask is None else bound.window
-    return under(mask, x, Pattern(True, bound.scale, window, bound.softcap, segments, dropped))
+    # Without a mask, the rows are shorter than the window, or the model does not use a window. It also lets each token
+    # see the sequences before its own: only a mask keeps packed sequences apart.
+    window = None if mask is None else bound.window
+    pattern = Pattern(True, bound.scale, window, bound.softcap, None, dropped)
+    segments = None if mask is None else lengths_of(options.get("cu_seq_lens_q"))
+    if segments is not None and sum(segments) == x.shape[1] and min(segments) > 0:
+        packed = replace(pattern, segments=segments)
+        if under(mask, x, packed) is packed:  # the mask hides the other sequences and nothing else
+            return packed
+    return under(mask, x, pattern)
 
 
 def _probabilities(module: nn.Module) -> tuple[float, float] | None:

@@ -82,6 +82,12 @@ class Head:
     last: LastLayer | None = None
     holds: Callable[[], bool] = lambda: True
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "holds"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, holds=lambda: False)  # copies of a model are not accelerated
+
     def accepts(self, options: Options) -> bool:
         """Return whether a call has no arguments besides the hidden states, and is part of a capturing forward pass."""
         return not options and threading.get_ident() in self.open
@@ -258,14 +264,15 @@ class LossWithoutLogits:
         self.model = model
         self.found: Loss = getattr(model, LOSS)
         self.own: Loss | None = vars(model).get(OWN_LOSS)
+        self.table, self.name = entry_of(self.found)
         self.last = last
         self.handles: list[RemovableHandle] = []
 
     @property
     def stock(self) -> Loss:
         """Return the loss function that the model would use now."""
-        table, name = entry_of(self.found)
-        return self.found if self.own is not None or name is None else table.get(name, self.found)
+        is_looked_up = self.own is None and self.name is not None
+        return self.table.get(str(self.name), self.found) if is_looked_up else self.found
 
     def install(self, wholes: Iterable[nn.Module]) -> None:
         """Replace the model's loss function, and add the hooks to `wholes`, which are the model and its wrappers."""
@@ -281,8 +288,25 @@ class LossWithoutLogits:
         if vars(self.model).get(OWN_LOSS) is self:
             _set_own_loss(self.model, self.own)
 
-    def __call__(
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the next-token loss as a scalar, as the model's own loss function does.
+
+        Args:
+            args: Positional arguments of transformers' loss function; see `_loss`.
+            kwargs: Its keyword arguments.
+
+        Raises:
+            RunError: The head was called more than once, or its output was modified in place.
+        """
+        is_traced = torch.compiler.is_compiling()  # compilers cannot trace thread ids; use the stock loss
+        capture = None if is_traced else self.head.open.get(threading.get_ident())
+        if capture is None or capture.owner is None or not capture.given:
+            return self.stock(*args, **kwargs)
+        return self._loss(capture, *args, **kwargs)
+
+    def _loss(
         self,
+        capture: HiddenStateCapture,
         logits: Tensor,
         labels: Tensor | None,
         vocab_size: int,
@@ -291,10 +315,11 @@ class LossWithoutLogits:
         shift_labels: Tensor | None = None,
         **kwargs: object,
     ) -> Tensor:
-        """Compute the next-token loss as a scalar. The parameters are the same as those of transformers' loss function.
+        """Compute the loss from captured hidden states.
 
         Args:
-            logits: Logits (rows, length, V), or the hidden states in a capturing forward pass.
+            capture: The capturing forward pass.
+            logits: The captured hidden states; the model takes them for its logits.
             labels: Labels (rows, length).
             vocab_size: Vocabulary size V.
             num_items_in_batch: Divisor of the summed loss; None divides by the number of labeled tokens.
@@ -302,15 +327,8 @@ class LossWithoutLogits:
             shift_labels: Labels (rows, length) that are already aligned with the positions that predict them; they
                 replace `labels`.
             kwargs: Other arguments of transformers' loss function.
-
-        Raises:
-            RunError: The head was called more than once, or its output was modified in place.
         """
         options = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, "shift_labels": shift_labels}
-        is_traced = torch.compiler.is_compiling()  # compilers cannot trace thread ids; use the stock loss
-        capture = None if is_traced else self.head.open.get(threading.get_ident())
-        if capture is None or capture.owner is None or not capture.given:
-            return self.stock(logits, labels, vocab_size, **options, **kwargs)
         hidden = capture.given[0]
         is_changed = not hidden.is_inference() and hidden._version != capture.version
         if len(capture.given) != 1 or is_changed:

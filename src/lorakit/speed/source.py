@@ -69,11 +69,12 @@ def source_of(function: FunctionType) -> Source | None:
         function: A function written in Python.
     """
     imported = frozenset(name for name in function.__code__.co_names if _is_imported(function.__globals__, name))
-    return _source(function.__code__, function.__qualname__, imported)
+    code = function.__code__
+    return _source(code, code.co_filename, code.co_firstlineno, function.__qualname__, imported)
 
 
-@functools.lru_cache(maxsize=4096)  # the source of a code object cannot change once it was compared
-def _source(code: CodeType, qualified: str, imported: frozenset[str]) -> Source | None:
+@functools.lru_cache(maxsize=4096)  # equal code from the same place has the same source
+def _source(code: CodeType, file: str, line: int, qualified: str, imported: frozenset[str]) -> Source | None:
     try:
         lines, _ = inspect.getsourcelines(code)
         tree = ast.parse(textwrap.dedent("".join(lines)))
