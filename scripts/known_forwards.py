@@ -69,7 +69,7 @@ def first_that_runs(folder: Path, choices: list[list[Path]]) -> dict[str, Any]:
 def read_in_process(paths: list[Path]) -> dict[str, Any]:
     """Return what the release at the given import paths contains; before them come this repository and its `src`."""
     path = os.pathsep.join(map(str, [ROOT, ROOT / "src", *(one.resolve() for one in paths)]))
-    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", __file__, "--read"]
     made = subprocess.run(
         command,
