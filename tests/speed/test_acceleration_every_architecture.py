@@ -4,6 +4,8 @@ not undo, and gives the outputs and gradients of the plain model, whatever the c
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor
 from lorakit.speed import accelerate
 from lorakit.speed.patching import is_replacement
 
-from .architectures import Architecture, NotBuilt, architectures
+from .architectures import Architecture, NotBuilt, architectures, small
 from .sweep import Sweep, check_calls, subject, swept
 from .sweep_changes import check_changes_afterwards, check_dropout, check_fields, check_implementations
 
@@ -100,3 +102,31 @@ def test_a_sample_of_architectures(architecture: Architecture) -> None:
 def test_every_architecture(architecture: Architecture) -> None:
     for sweep in built(architecture, whole=True):
         assert sweep.compared and not sweep.failures, "\n".join(sweep.failures)
+
+
+FLOOR = {
+    fields[0]: {name: int(count) for name, count in (one.split("=") for one in fields[1:])}
+    for line in (Path(__file__).parent / "fused_modules.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    for fields in [line.split("\t")]
+}
+"""Dict from class name to the number of fused modules by kind: a number may only grow."""
+
+
+def check_floor(architecture: Architecture) -> None:
+    try:
+        model = small(*architecture)
+    except NotBuilt as failed:
+        pytest.skip(str(failed))
+    found = Counter(name for name, _ in accelerate(model).swaps)
+    assert {name: count for name, count in FLOOR[architecture.name].items() if found[name] < count} == {}
+
+
+@pytest.mark.parametrize("architecture", [one for one in EVERY if one.name in SAMPLE], ids=lambda one: one.name)
+def test_a_sample_has_as_many_fused_modules_as_before(architecture: Architecture) -> None:
+    check_floor(architecture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [one for one in EVERY if one.name in FLOOR], ids=lambda one: one.name)
+def test_every_architecture_has_as_many_fused_modules_as_before(architecture: Architecture) -> None:
+    check_floor(architecture)

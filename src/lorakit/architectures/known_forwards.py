@@ -6,6 +6,7 @@ fused `forward`. Changes to the file are reviewed: each new digest is new source
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,11 +59,25 @@ MODEL, LOSS = "model", "loss"
 """Roles of the `forward` of a model whose logits are not computed, and of a loss function that is reproduced."""
 
 
+Row = dict[str, list[str]]
+"""Row of the table: the roles, classes, hashes of functions, and releases of one digest."""
+
+
 def known_forwards() -> KnownForwards:
     """Read the table of known forward methods."""
-    content = json.loads(resources.files(__package__).joinpath(FILE).read_text())
-    rows = content["forwards"]
-    return KnownForwards(tuple(content["releases"]), {digest: frozenset(row["roles"]) for digest, row in rows.items()})
+    releases, rows = _read()
+    return KnownForwards(tuple(releases), {digest: frozenset(row["roles"]) for digest, row in rows.items()})
+
+
+def known_rows() -> dict[str, Row]:
+    """Read the rows of the table by digest."""
+    return _read()[1]
+
+
+@functools.cache
+def _read() -> tuple[list[str], dict[str, Row]]:
+    content = json.loads(resources.files(__package__).joinpath(FILE).read_text(encoding="utf-8"))
+    return content["releases"], content["forwards"]
 
 
 def unknown_release(forwards: KnownForwards) -> str:

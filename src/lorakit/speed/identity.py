@@ -123,7 +123,7 @@ class Identities:
             module: Any module; for a replacement, the result is that of the original.
         """
         kind = original_class(module)
-        base = self._of(kind, ())
+        base = self.of_class(kind)
         stored = [(name, value) for name, value in vars(module).items() if is_stored_function(base, name, value)]
         return self._of(kind, tuple(sorted(stored))) if stored else base
 
@@ -162,6 +162,14 @@ class Identities:
         except Unknown as failed:
             found.why = failed.why
         return found
+
+    def of_class(self, kind: type[nn.Module]) -> Identity:
+        """Return what a module class computes.
+
+        Args:
+            kind: A module class; not the class of a replacement.
+        """
+        return self._of(kind, ())
 
     def _of(self, kind: type[nn.Module], stored: tuple[tuple[str, object], ...]) -> Identity:
         key = (kind, stored)
