@@ -13,7 +13,7 @@ from torch import Tensor
 from lorakit.speed import accelerate
 from lorakit.speed.patching import is_replacement
 
-from .architectures import Architecture, NotBuilt, architectures
+from .architectures import Architecture, NotBuilt, architectures, small_settings
 from .sweep import Sweep, check_calls, subject, swept
 from .sweep_changes import check_changes_afterwards, check_dropout, check_fields, check_implementations
 
@@ -100,3 +100,14 @@ def test_a_sample_of_architectures(architecture: Architecture) -> None:
 def test_every_architecture(architecture: Architecture) -> None:
     for sweep in built(architecture, whole=True):
         assert sweep.compared and not sweep.failures, "\n".join(sweep.failures)
+
+
+@pytest.mark.slow
+def test_most_architectures_can_be_built() -> None:
+    missing = []
+    for architecture in EVERY:
+        try:
+            small_settings(*architecture)
+        except NotBuilt as failed:
+            missing.append(str(failed))
+    assert len(missing) <= (1 - SUPPORTED) * len(EVERY), "\n".join(missing)
