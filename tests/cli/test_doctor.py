@@ -29,6 +29,8 @@ WELL = doctor.Findings(
     speed={"bf16_flops_per_second": 4e11, "fp32_flops_per_second": 2e11, "seconds": 2.0, "dtype": "bfloat16"},
     kernels="kernels compiled by gcc",
     cuda_kernels={},
+    acceleration="5.0.0 to 5.24.0",
+    unknown_release="",
 )
 
 
@@ -57,6 +59,7 @@ def test_a_machine_that_is_well_needs_no_change() -> None:
         (changed(machine=dataclasses.replace(MACHINE, load=7.0)), "the machine is busy (load 7.0 on 4 cores)"),
         (changed(machine=dataclasses.replace(MACHINE, available_bytes=10**9)), "only 1.00 GB of memory is free"),
         (changed(cache_free_bytes=10**9), "export HF_HOME="),
+        (changed(unknown_release="99.0.0"), "transformers 99.0.0 is newer or older"),
     ],
 )
 def test_each_trouble_has_its_advice(found: doctor.Findings, said: str) -> None:

@@ -1,7 +1,6 @@
 """Compare a plain and an accelerated model of one architecture: the same calls, and the same changes of settings.
 
-Every check is a function that takes a `Sweep` and yields (name, plain, fast): two models, or two sets of results. A call
-that the plain model rejects is counted, not compared. Differences in float32 are decided in float64.
+A check is a function of a `Sweep`. Calls that the plain model rejects are counted. Float64 decides about differences.
 """
 
 from __future__ import annotations

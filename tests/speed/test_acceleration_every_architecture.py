@@ -15,7 +15,7 @@ from torch import Tensor
 from lorakit.speed import accelerate
 from lorakit.speed.patching import is_replacement
 
-from .architectures import Architecture, NotBuilt, architectures, small
+from .architectures import Architecture, NotBuilt, architectures, small, small_settings
 from .sweep import Sweep, check_calls, subject, swept
 from .sweep_changes import check_changes_afterwards, check_dropout, check_fields, check_implementations
 
@@ -130,3 +130,14 @@ def test_a_sample_has_as_many_fused_modules_as_before(architecture: Architecture
 @pytest.mark.parametrize("architecture", [one for one in EVERY if one.name in FLOOR], ids=lambda one: one.name)
 def test_every_architecture_has_as_many_fused_modules_as_before(architecture: Architecture) -> None:
     check_floor(architecture)
+
+
+@pytest.mark.slow
+def test_most_architectures_can_be_built() -> None:
+    missing = []
+    for architecture in EVERY:
+        try:
+            small_settings(*architecture)
+        except NotBuilt as failed:
+            missing.append(str(failed))
+    assert len(missing) <= (1 - SUPPORTED) * len(EVERY), "\n".join(missing)
