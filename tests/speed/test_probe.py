@@ -10,9 +10,9 @@ from torch import nn
 
 from lorakit import LoraConfig, core
 from lorakit.speed import accelerate
-from lorakit.speed.probe import frozen, preserved
+from lorakit.speed.probe import eval_mode, frozen, lengths_to_probe, preserved, training_mode
 
-from ..small_models import llama
+from ..small_models import gpt2, llama
 from .architectures import architectures, small
 from .test_acceleration_every_architecture import changed, held
 
@@ -97,3 +97,48 @@ def test_what_a_model_caches_in_a_probe_can_be_trained_with() -> None:
     ids = torch.arange(18).view(2, 9)
     model(input_ids=ids, labels=ids).loss.backward()
     assert any(p.grad is not None for p in model.parameters())
+
+
+def test_lengths_beyond_the_thresholds_of_the_config() -> None:
+    model = llama()
+    assert lengths_to_probe(model) == (1, 33)
+    model.config.sliding_window = 8
+    model.config.rope_parameters = {"original_max_position_embeddings": 64, "rope_theta": 1e4}
+    assert lengths_to_probe(model) == (1, 33, 9, 65)
+    model.config.sliding_window = 4096
+    assert lengths_to_probe(model) == (1, 33, 65)
+
+
+def test_training_mode_without_known_dropout() -> None:
+    model = gpt2(attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5).eval()
+    block = model.transformer.h[0]
+    block.extra = nn.Dropout(0.5)
+    block.rate = 0.5
+    with eval_mode(model):
+        with training_mode(model):
+            assert block.training and block.extra.p == 0 and block.attn.attn_dropout.p == 0 and block.rate == 0.5
+        assert not block.training and block.extra.p == 0.5
+    assert not block.training and block.extra.p == 0.5
+
+
+def test_randomness_in_training_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    from lorakit.speed.acceleration import accelerate_known
+    from lorakit.speed.admission import Known
+    from lorakit.speed.identity import Identities
+
+    own = LlamaMLP.forward
+
+    def dropping(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(own(self, x), 0.5, self.training)
+
+    monkeypatch.setattr(LlamaMLP, "forward", dropping)
+    model = llama(use_cache=False).requires_grad_(False)
+    identities = Identities()
+    for layer in model.model.layers:
+        identities.of(layer.mlp).digest, identities.of(layer.mlp).why = "any source", ""
+    found = accelerate_known(model, Known(identities, None), logits=True, keep_feed_forward=True)
+    assert {name for name, _ in found.swaps} >= {"attention", "norm"}
+    assert not {name for name, _ in found.swaps} & {"feed-forward", "decoder layer"}
+    assert any("in training mode" in one.why for one in found.skipped)

@@ -1,6 +1,6 @@
 """Accelerate a model reversibly: give supported modules a fused `forward` that produces the same results.
 
-A module is supported if its structure is known and a probe confirms that the results agree. All other modules keep
+A module is supported if its source is known and probes confirm that the results agree. All other modules keep
 their own `forward`; if such a module resembles a supported one, the report lists it with the reason. Batches can be
 packed into one row without padding if a probe shows that tokens in one packed sequence do not see tokens in another.
 """
@@ -167,8 +167,8 @@ class Acceleration:
 def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool = True) -> Acceleration:
     """Give supported modules a fused `forward`. The change can be undone.
 
-    State dict names, saving and `isinstance` are unaffected. Outputs agree up to rounding; probes with 1, 9 and 33
-    tokens check this. Adapters may be attached before or after acceleration. A module's own `forward` runs if its fused
+    State dict names, saving and `isinstance` are unaffected. Outputs agree up to rounding; probes check
+    this. Adapters may be attached before or after acceleration. A module's own `forward` runs if its fused
     `forward` does not support a call, or if anything that the fused `forward` relies on has changed. If this function
     raises an exception, the model is unchanged.
 

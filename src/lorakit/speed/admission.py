@@ -1,9 +1,9 @@
-"""Decide which modules in a model may run a fused `forward`, based on their structure, their classes, and probes.
+"""Decide which modules in a model may run a fused `forward`, based on their structure, their source, and probes.
 
-A module keeps its own `forward` if that `forward`, or an override of another method, was defined in an unknown package.
-It also keeps its own `forward` if a probe at one of several sequence lengths raises an exception or finds a difference.
-The same rules apply to each module that the fused `forward` would bypass. Outputs are compared row by row, without the
-residual.
+A module keeps its own `forward` if its source is not in the table of known source, or reads a config field that the
+fused `forward` does not implement. As a second line of defense, it also keeps its own `forward` if a probe raises an
+exception or finds a difference: at several sequence lengths, and in training mode. The same rules apply to each module
+that the fused `forward` would bypass. Outputs are compared row by row, without the residual.
 
 This module also detects in-place changes to tensors. Values that are cached for a tensor are stored in the tensor's
 `__dict__`, so these values live exactly as long as the tensor. They cannot be mistaken for the values of a later tensor
@@ -12,6 +12,7 @@ with the same `id`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field
 from functools import partial
@@ -25,7 +26,17 @@ from lorakit.speed import linear
 from lorakit.speed.contract import SETTINGS
 from lorakit.speed.identity import Identities, Identity
 from lorakit.speed.patching import Options, original_class, parameters_of, split_call
-from lorakit.speed.probe import TOLERANCES, Call, Calls, Pairs, attempt, calls
+from lorakit.speed.probe import (
+    TOKENS,
+    TOLERANCES,
+    Call,
+    Calls,
+    Pairs,
+    attempt,
+    calls,
+    lengths_to_probe,
+    training_mode,
+)
 from lorakit.speed.submodules import is_supported, unknown_fields
 
 SMALLEST_ROW = 0.1
@@ -207,10 +218,6 @@ def is_version(x: Tensor, version: int | Tensor) -> bool:
     if isinstance(version, Tensor):
         return torch.equal(x, version)
     return not x.is_inference() and version == x._version
-
-
-LENGTHS = (1, 33)
-"""Numbers of tokens per row in the additional probes. Of the modules that differ only in weights, one is probed."""
 
 
 class Bound(Protocol):
@@ -445,7 +452,7 @@ def admit(model: nn.Module, wanted: Parts, found: Calls) -> tuple[Parts, list[Sk
         The candidates that may run their fused `forward`, and the candidates to report as skipped.
     """
     firsts, first_of = _one_of_each(wanted, found)
-    at_lengths = _at_lengths(model, firsts)
+    elsewhere = _elsewhere(model, firsts)
     verdicts: dict[str, Verdict] = {}
     differing: list[str] = []
     for path in reversed(wanted):  # children before parents
@@ -454,7 +461,7 @@ def admit(model: nn.Module, wanted: Parts, found: Calls) -> tuple[Parts, list[Sk
             verdict = _verdict(path, wanted[path], found)
         else:
             verdict = Verdict(f"its {child[len(path) + 1 :]}: {verdicts[child].why}", differs=True)
-        verdicts[path] = verdict if verdict.differs else at_lengths.get(first_of[path], verdict)
+        verdicts[path] = verdict if verdict.differs else elsewhere.get(first_of[path], verdict)
         if verdicts[path].differs:
             differing.append(path)
     fast = {path: part for path, part in wanted.items() if not verdicts[path].why}
@@ -494,18 +501,20 @@ def _simple(module: nn.Module) -> list[str]:
     return [f"{k}={v!r}" for k, v in vars(module).items() if isinstance(v, SETTINGS) and k != "layer_idx"]
 
 
-def _at_lengths(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
-    """Return a dict from path to verdict, for modules whose fused output differs at another sequence length."""
+def _elsewhere(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
+    """Return a dict from path to verdict, for modules whose fused output differs at another length or in training."""
     differing = {}
-    for tokens in LENGTHS if firsts else ():
-        ran = attempt(partial(calls, model, modules_to_record(firsts), 1, tokens, stop=True))
-        if isinstance(ran, Exception):
-            continue  # the model may not support this length
-        found, _ = ran
-        for path, part in firsts.items():
-            verdict = _verdict(path, part, found)
-            if verdict.differs:
-                differing[path] = Verdict(f"at length {tokens}, {verdict.why}", differs=True)
+    for tokens in (*lengths_to_probe(model), None) if firsts else ():
+        where = "in training mode" if tokens is None else f"at length {tokens}"
+        with training_mode(model) if tokens is None else contextlib.nullcontext():
+            ran = attempt(partial(calls, model, modules_to_record(firsts), 1, tokens or TOKENS, stop=True))
+            if isinstance(ran, Exception):
+                continue  # the model may not support this length
+            found, _ = ran
+            for path, part in firsts.items():
+                verdict = _verdict(path, part, found)
+                if verdict.differs:
+                    differing[path] = Verdict(f"{where}, {verdict.why}", differs=True)
     return differing
 
 

@@ -243,3 +243,51 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             module.__dict__["training"] = False  # torch's own attribute assignment is slow
         yield
+
+
+DROPOUTS = ("p", "dropout", "attention_dropout")
+"""Attributes that contain dropout probabilities; fused `forward` methods read them at each call."""
+
+
+@contextlib.contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """Return a context manager that puts a model in training mode without the dropout that fused forwards implement.
+
+    Gradients stay disabled, and the model is restored on exit. Other randomness remains, so a module that depends on it
+    differs from its fused `forward`.
+
+    Args:
+        model: Any model, inside `eval_mode`.
+
+    Yields:
+        Nothing.
+    """
+    with preserved(model):
+        for module in model.modules():
+            module.__dict__["training"] = True
+            for name in DROPOUTS:
+                if isinstance(module.__dict__.get(name), float):
+                    module.__dict__[name] = 0.0
+        yield
+
+
+THRESHOLDS = ("sliding_window", "original_max_position_embeddings", "attention_chunk_size")
+"""Config fields from whose value in tokens on a module may compute something else."""
+
+LONGEST = 600
+"""Maximum number of tokens in a probe."""
+
+
+def lengths_to_probe(model: nn.Module) -> tuple[int, ...]:
+    """Return the lengths of additional probes, in tokens: short, longer, and beyond each threshold in the config.
+
+    Thresholds of `LONGEST` tokens or more are not probed; a probe of a large model would take too long.
+
+    Args:
+        model: A transformers model.
+    """
+    fields = getattr(getattr(model, "config", None), "__dict__", {})
+    rope = fields.get("rope_parameters")
+    values = [table.get(name) for table in (fields, rope) if isinstance(table, dict) for name in THRESHOLDS]
+    beyond = {value + 1 for value in values if isinstance(value, int) and 0 < value < LONGEST}
+    return (1, 33, *sorted(beyond - {1, 33}))
