@@ -18,6 +18,7 @@ from pathlib import Path
 COMMANDS: dict[str, str] = {
     "startup": "bench_startup.py",
     "layer_call": "bench_layer_call.py",
+    "contract": "bench_contract.py",
     "attach": "bench_attach.py",
     "face": "bench_face.py",
     "products": "bench_products.py --repeats 5",
