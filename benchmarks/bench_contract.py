@@ -4,8 +4,8 @@
 
 SmolLM2-135M's geometry with random weights, bf16, r 16 on all linear layers, accelerated. A training step has 4 rows of
 256 tokens; a decoding step has one row and one token, with the KV cache of 16 tokens. Every step is run once to count
-the calls of each contract. Each contract is then timed alone in a loop; the sum over its calls is the cost per step. The
-steps themselves are timed in rounds. The row also has the number of contracts that were checked.
+the calls of each contract. Each contract is then timed alone in a loop; the sum over its calls is the cost per step.
+The steps themselves are timed in rounds. The row also has the number of contracts that were checked.
 
 Rows are appended to results/contract.jsonl.
 """
