@@ -52,8 +52,19 @@ def main() -> None:
             zipfile.ZipFile(wheel).extractall(folder)
             found.append(first_that_runs(Path(folder), [[], *([one] for one in given.folders)]))
     table = merged(json.loads(TABLE.read_text()) if TABLE.exists() else {}, found)
-    TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    TABLE.write_text(text_of(table), encoding="utf-8")
     print(f"{len(table['forwards'])} digests, {len(table['releases'])} releases -> {TABLE.relative_to(ROOT)}")
+
+
+def text_of(table: dict[str, Any]) -> str:
+    """Return the table as JSON with one line per function and digest, so that changes to it can be reviewed."""
+    parts = [f' "releases": {json.dumps(table["releases"])}']
+    for name in ("functions", "forwards"):
+        rows = [
+            f"  {json.dumps(key)}: {json.dumps(value, sort_keys=True)}" for key, value in sorted(table[name].items())
+        ]
+        parts.append(f' "{name}": {{\n' + ",\n".join(rows) + "\n }")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def first_that_runs(folder: Path, choices: list[list[Path]]) -> dict[str, Any]:
