@@ -11,7 +11,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.integrations import sdpa_attention
+from transformers.loss import loss_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.pytorch_utils import Conv1D
 
@@ -581,3 +584,56 @@ def test_a_packed_batch_that_is_handed_back_keeps_its_sequences_apart(name: str)
         finally:
             handle.remove()
     torch.testing.assert_close(plain, fused, rtol=1e-3, atol=1e-4)
+
+
+# ---- what a forward calls, directly or through others
+
+
+INNER: dict[str, tuple[str, Any, str]] = {
+    "function": ("qwen3", modeling_qwen3, "apply_rotary_pos_emb"),
+    "function of a function": ("qwen3", modeling_qwen3, "rotate_half"),
+    "method": ("gemma2", modeling_gemma2.Gemma2RMSNorm, "_norm"),
+    "attention function": ("qwen3", sdpa_attention, "repeat_kv"),
+}
+
+
+@pytest.mark.parametrize("what", INNER)
+def test_what_a_forward_calls_replaced_later(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, holder, function = INNER[what]
+    call = {"attention_mask": PADDING} if what == "attention function" else {}  # it runs only with a mask
+    own = getattr(holder, function)
+    check(adapted(name), lambda _: monkeypatch.setattr(holder, function, replaced(own)), **call)
+
+
+@pytest.mark.parametrize("what", ["code", "defaults"])
+def test_functions_changed_in_place_later(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(_: Any) -> None:
+        if what == "defaults":
+            monkeypatch.setattr(modeling_qwen3.apply_rotary_pos_emb, "__defaults__", (2,))
+        else:
+            monkeypatch.setattr(modeling_qwen3.rotate_half, "__code__", (lambda x: -x).__code__)
+
+    model = adapted("qwen3")
+    plain = copy.deepcopy(model)
+    usual = results(plain)
+    assert accelerate(model).swaps
+    change(model)
+    if what == "code":
+        theirs = results(plain)
+        assert not are_close(theirs, usual) and are_close(results(model), theirs)
+    else:
+        for one in (plain, model):  # positions along another dimension do not fit
+            with pytest.raises(RuntimeError):
+                results(one)
+
+
+def test_a_loss_function_registered_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("llama")
+    plain = copy.deepcopy(model)
+    accelerate(model, logits=False)
+    usual = model(input_ids=IDS, labels=IDS)
+    assert usual.logits is None
+    monkeypatch.setitem(loss_utils.LOSS_MAPPING, "ForCausalLM", lambda logits, **_: logits.square().mean())
+    ours, theirs = model(input_ids=IDS, labels=IDS), plain(input_ids=IDS, labels=IDS)
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-4, atol=1e-6)
+    assert ours.logits is not None and abs(float((ours.loss - usual.loss).detach())) > 1e-3
