@@ -32,7 +32,7 @@ BOUND = 5e-5
 """Largest relative difference of outputs and gradients, in float32."""
 
 TIMES = 2
-"""Number of architectures, if there are so many, in which a digest is compared."""
+"""Maximum number of architectures in which a digest is compared."""
 
 
 def main() -> None:

@@ -128,7 +128,7 @@ class Acceleration:
         packs: Whether batches may be packed.
         loss: Loss function that needs no logits and replaces the model's loss function, or None.
         model: The accelerated model; None if nothing was changed.
-        release: Sentence about a release of transformers that lorakit does not know, or "".
+        release: Message about a release of transformers that lorakit does not know, or "".
     """
 
     swaps: tuple[tuple[str, Swap], ...]

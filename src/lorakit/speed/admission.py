@@ -310,7 +310,7 @@ Parts = dict[str, Part]
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of the modules in one model.
+    """Identities of the modules in one model, and the table in which they are looked up.
 
     Attributes:
         identities: What each module computes.
@@ -372,7 +372,7 @@ class Known:
         return unknown or unknown_fields(module, found.fields)
 
     def about_release(self) -> str:
-        """Return a sentence if source is unknown because the release of transformers is, or ""."""
+        """Return a message if source is unknown because the release of transformers is, or ""."""
         release = unknown_release(self.forwards) if self.forwards is not None and self.unknown else ""
         if not release or self.forwards is None:
             return ""

@@ -35,12 +35,12 @@ Entries = tuple[Mapping[str, object], Callable[[Mapping[str, object]], tuple[obj
 """Entries of one dictionary: the dictionary, a function that reads the values, and the values that are expected."""
 
 CODE = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
-"""What an assignment to a function's attributes can change in its computation."""
+"""Reads those attributes of a function that determine what a call computes and that can be assigned."""
 
 
 @dataclass(frozen=True, eq=False)
 class Contract:
-    """What a fused `forward` relies on.
+    """Values that a fused `forward` relies on.
 
     Settings are compared by type and value; all other values are compared by identity.
 
@@ -96,7 +96,7 @@ def contract_of_model(model: nn.Module, found: Sequence[Identity], facts: Sequen
     Args:
         model: The transformers model.
         found: Identities of the `forward` methods and functions that are partly bypassed.
-        facts: More entries.
+        facts: Other dictionary entries that must not change.
     """
     whole = (*facts, *(fact for one in found for fact in one.facts))
     override = (vars(model), "forward", vars(model).get("forward", MISSING))

@@ -61,7 +61,7 @@ KNOWN = (
 
 
 class Unknown(Exception):
-    """What a class computes cannot be determined.
+    """The source that a class runs cannot be determined.
 
     Attributes:
         why: Short reason.
@@ -84,7 +84,7 @@ MISSING = object()
 
 @dataclass
 class Identity:
-    """What a module class computes.
+    """Result of following the functions that a module class runs.
 
     Attributes:
         digest: 16 hexadecimal digits, or "" if the class cannot be identified.
