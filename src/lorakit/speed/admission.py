@@ -239,7 +239,7 @@ class Bound(Protocol):
         """Return whether calls with these arguments, besides the hidden states, are supported."""
 
     def run(self, x: Tensor, options: Options) -> Output | None:
-        """Return the output for hidden states and the other arguments; None if the module's own `forward` must run."""
+        """Return the output (…, d) for hidden states x (…, d), or None if the module's own `forward` must run."""
 
 
 @dataclass(frozen=True)

@@ -240,9 +240,17 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         Nothing.
     """
     with preserved(model), torch.no_grad():
-        for module in model.modules():
-            module.__dict__["training"] = False  # torch's own attribute assignment is slow
+        _set_mode(model, training=False)
         yield
+
+
+def _set_mode(model: nn.Module, *, training: bool) -> None:
+    """Put all modules in training or eval mode; in training mode, without the dropout that fused forwards implement."""
+    for module in model.modules():
+        module.__dict__["training"] = training  # torch's own attribute assignment is slow
+        for name in DROPOUTS if training else ():
+            if isinstance(module.__dict__.get(name), float):
+                module.__dict__[name] = 0.0
 
 
 DROPOUTS = ("p", "dropout", "attention_dropout")
@@ -263,11 +271,7 @@ def training_mode(model: nn.Module) -> Iterator[None]:
         Nothing.
     """
     with preserved(model):
-        for module in model.modules():
-            module.__dict__["training"] = True
-            for name in DROPOUTS:
-                if isinstance(module.__dict__.get(name), float):
-                    module.__dict__[name] = 0.0
+        _set_mode(model, training=True)
         yield
 
 
