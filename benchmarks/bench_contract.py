@@ -5,7 +5,9 @@
 SmolLM2-135M's geometry with random weights, bf16, r 16 on all linear layers, accelerated. A training step has 4 rows of
 256 tokens; a decoding step has one row and one token, with the KV cache of 16 tokens. Every step is run once to count
 the calls of each contract. Each contract is then timed alone in a loop; the sum over its calls is the cost per step.
-The steps themselves are timed in rounds. The row also has the number of contracts that were checked.
+The steps themselves are timed in rounds. The row also has the number of contracts that were checked. Three more rows
+have the training step with known source, with unknown source (as after an update of transformers that changes every
+class, so that only linear modules are fused), and without acceleration.
 
 Rows are appended to results/contract.jsonl.
 """
@@ -23,6 +25,10 @@ from runner import append_row, seconds_of
 from stepping import Job, adapter_fields, geometry
 
 import lorakit
+from lorakit.architectures.known_forwards import KnownForwards
+from lorakit.speed.acceleration import accelerate_known
+from lorakit.speed.admission import Known
+from lorakit.speed.identity import Identities
 from lorakit.speed.patching import BOUND, Fused
 
 LOOPS = 2000
@@ -45,6 +51,26 @@ def main() -> None:
         steps = seconds_of(work, repeats=options.rounds)
         facts = {"what": name, "layers": options.layers, "checks": sum(counts.values())}
         append_row("contract", facts, {"contract_seconds": [seconds], "step_seconds": steps})
+    acceleration.undo()
+    of_sources(model, training(model, ids), options)
+
+
+def of_sources(model: Any, step: Callable[[], None], options: argparse.Namespace) -> None:
+    """Time training steps with known and unknown source, and without acceleration; the sides alternate."""
+    nothing = Known(Identities(), KnownForwards(("none",), {}))
+    seconds: dict[str, list[float]] = {"known source": [], "unknown source": [], "not accelerated": []}
+    for _ in range(options.rounds):
+        for side, samples in seconds.items():
+            acceleration = None
+            if side == "known source":
+                acceleration = lorakit.accelerate(model)
+            elif side == "unknown source":
+                acceleration = accelerate_known(model, nothing, logits=True, keep_feed_forward=True)
+            samples += seconds_of(step, repeats=1)
+            if acceleration is not None:
+                acceleration.undo()
+    for side, samples in seconds.items():
+        append_row("contract", {"what": f"training step, {side}", "layers": options.layers}, {"step_seconds": samples})
 
 
 def training(model: Any, ids: Any) -> Callable[[], None]:
