@@ -327,7 +327,7 @@ def _inner(model: nn.Module) -> nn.Module:
 def _last(model: nn.Module, head: Head, fast: Parts, order: tuple[str, ...]) -> LastLayer | None:
     """Return the last decoder layer that a forward pass runs, together with the modules that may read its output.
 
-    Returns None if no decoder layer has been replaced.
+    Returns None if no decoder layer has been replaced, or if its feed-forward block is not fused.
 
     Args:
         model: The model, with all replacements in place.
@@ -335,10 +335,10 @@ def _last(model: nn.Module, head: Head, fast: Parts, order: tuple[str, ...]) -> 
         fast: The replaced modules.
         order: Paths of modules in the order in which their calls ended; "" is the path of the head.
     """
-    layers = [path for path in order if path in fast and isinstance(fast[path].bound, BoundLayer)]
-    if not layers:
+    layers = {path: bound for path in order if path in fast and isinstance(bound := fast[path].bound, BoundLayer)}
+    path, layer = next(reversed(layers.items()), ("", None))
+    if layer is None or layer.block is None:  # a block that is called as a module, such as experts, may mix tokens
         return None
-    path = layers[-1]
     above = [path[:target] for target, letter in enumerate(path) if letter == "."]
     holding = [holder for one in above if head.module not in (holder := model.get_submodule(one)).modules()]
     behind = [model.get_submodule(one) for one in order[order.index(path) + 1 :] if one]
