@@ -189,7 +189,7 @@ def changes_afterwards(model: Any) -> Iterator[tuple[str, Change]]:
 
 
 def _plain_fields(config: Any) -> Settings:
-    return {name: value for name, value in config.to_dict().items() if hasattr(config, name)}
+    return {name: value for name, value in config.to_dict().items() if name in vars(config)}
 
 
 @contextlib.contextmanager

@@ -123,6 +123,15 @@ def test_an_encoder_made_causal_by_its_modules() -> None:
     check(adapted("bert"), set_on("self", "is_causal", True))
 
 
+def test_an_encoder_whose_attention_reads_another_sequence() -> None:
+    model = adapted("bert")
+    for layer in model.bert.encoder.layer:
+        layer.attention.is_cross_attention = True
+    theirs = results(copy.deepcopy(model), attention_mask=PADDING)
+    assert "encoder layer" not in {name for name, _ in accelerate(model).swaps}
+    assert are_close(results(model, attention_mask=PADDING), theirs)
+
+
 def test_an_encoder_made_causal_by_a_keyword() -> None:
     check(adapted("bert"), nothing, before={}, is_causal=True)
 

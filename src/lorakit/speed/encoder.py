@@ -214,6 +214,8 @@ def match(module: nn.Module) -> BoundEncoderLayer | str:
     if reason := unknown_implementation(attention) or unknown_activation(_at(module, found.act)):
         return reason
     holders = {path: _at(module, path) for path in found.children()}
+    if any(getattr(holder, "is_cross_attention", False) for holder in holders.values()):
+        return "not self-attention"
     if any(getattr(holder, "chunk_size_feed_forward", 0) for holder in holders.values()):
         return "its feed-forward block runs in chunks"
     reasons = (unknown_attributes(holders[path], ATTRIBUTES, tuple(names)) for path, names in found.children().items())
