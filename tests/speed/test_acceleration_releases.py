@@ -61,8 +61,14 @@ def build_release(family: str, edit: Edit, folder: Path, check: Callable[[Any, M
         check(FAMILIES[family].build(made), made)
 
 
+SAMPLE = ("llama", "gemma2", "bert", "t5")
+"""Models of the usual suite."""
+
+
 @pytest.mark.parametrize("edit", [wider, commented])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[] if name in SAMPLE else pytest.mark.slow) for name in FAMILIES]
+)
 def test_whitespace_and_comments_change_nothing(family: str, edit: Edit, tmp_path: Path) -> None:
     def check(model: Any, made: ModuleType) -> None:
         assert type(model).__module__ == made.__name__ and type(model) is getattr(made, type(model).__name__)
