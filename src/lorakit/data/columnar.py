@@ -19,12 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from lorakit.data.places import PARTIAL, Place, Read, ends_identity
+from lorakit.data.places import PARTIAL, LargeFile, Place, Read
 from lorakit.data.records import Record, content_key
 from lorakit.data.rows import Parsed, collect
 from lorakit.data.shapes import Layout, Request
 from lorakit.data.sources import HubSource
-from lorakit.data.stored import file_error, open_unchanged
+from lorakit.data.stored import file_error
 from lorakit.errors import DataError, MissingExtra, UsageError
 from lorakit.hub_cache import offline
 
@@ -205,30 +205,14 @@ def _quiet() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class StreamedTable:
+class StreamedTable(LargeFile):
     """A Parquet or Arrow file that is read row by row; an offset is a number of rows.
 
     Attributes:
-        path: The file.
-        size: Size in bytes.
-        changed_ns: Modification time in nanoseconds when the file was opened first.
         row_bytes: Mean size of a row in the file, in bytes; for an Arrow file, of a row in its first batch.
     """
 
-    path: Path
-    size: int
-    changed_ns: int
     row_bytes: float = 0.0
-
-    @property
-    def label(self) -> str:
-        """The path."""
-        return str(self.path)
-
-    def identity(self) -> str:
-        """Return `PARTIAL` and a SHA-256 of the size, the modification time, and the first and last MiB of the file."""
-        with open_unchanged(self.path, self.size, self.changed_ns) as file:
-            return ends_identity(file, self.size, self.changed_ns)
 
     def bytes_before(self, offset: int) -> int:
         """Return the estimated number of bytes before a row."""
@@ -242,7 +226,7 @@ class StreamedTable:
         """
         import datasets
 
-        with open_unchanged(self.path, self.size, self.changed_ns) as file, _as_file_error(self.path):
+        with self.open() as file, _as_file_error(self.path):
             features = None
             for begin, batch in _batches(self.path, file, at.offset):
                 if features is None:
@@ -270,7 +254,7 @@ def stream_table(path: Path) -> StreamedTable:
     except OSError as cause:
         raise file_error(path, f"the data file cannot be read ({cause.strerror}).") from cause
     found = StreamedTable(path, status.st_size, status.st_mtime_ns)
-    with open_unchanged(path, found.size, found.changed_ns) as file, _as_file_error(path):
+    with found.open() as file, _as_file_error(path):
         return replace(found, row_bytes=_row_bytes(path, file))
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 from lorakit.data.messages import BadRow
-from lorakit.data.stored import DocumentPart
+from lorakit.data.stored import CheckedFile, DocumentPart
 from lorakit.durable import JsonValue
 
 PARTIAL = "partial:"
@@ -61,16 +61,20 @@ class Content(Protocol):
         """
 
 
-def ends_identity(file: IO[bytes], size: int, changed_ns: int) -> str:
-    """Return `PARTIAL` and a SHA-256 of a file's size, modification time, and first and last MiB.
+@dataclass(frozen=True)
+class LargeFile(CheckedFile):
+    """A file that is not hashed as a whole."""
 
-    Args:
-        file: The file, at its beginning.
-        size: Size in bytes.
-        changed_ns: Modification time in nanoseconds.
-    """
-    digest = hashlib.sha256(f"{size} {changed_ns}\n".encode())
-    digest.update(file.read(_ENDS_BYTES))
-    file.seek(max(0, size - _ENDS_BYTES))
-    digest.update(file.read(_ENDS_BYTES))
-    return PARTIAL + digest.hexdigest()
+    @property
+    def label(self) -> str:
+        """The path."""
+        return str(self.path)
+
+    def identity(self) -> str:
+        """Return `PARTIAL` and a SHA-256 of the size, the modification time, and the first and last MiB of the file."""
+        digest = hashlib.sha256(f"{self.size} {self.changed_ns}\n".encode())
+        with self.open() as file:
+            digest.update(file.read(_ENDS_BYTES))
+            file.seek(max(0, self.size - _ENDS_BYTES))
+            digest.update(file.read(_ENDS_BYTES))
+        return PARTIAL + digest.hexdigest()

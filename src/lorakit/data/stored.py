@@ -53,26 +53,35 @@ def check_kind(path: Path) -> None:
         raise file_error(path, f"data files must end in {', '.join(SUFFIXES)}, not '{path.suffix}'.")
 
 
-def open_unchanged(path: Path, size: int, changed_ns: int) -> IO[bytes]:
-    """Open a data file that was checked earlier.
+@dataclass(frozen=True, slots=True)
+class CheckedFile:
+    """A data file, with the size and modification time that it had when it was checked.
 
-    Args:
+    Attributes:
         path: The file.
-        size: Its size in bytes when it was checked.
-        changed_ns: Its modification time in nanoseconds when it was checked.
-
-    Raises:
-        DataError: The file cannot be read, or has changed since it was checked.
+        size: Size in bytes.
+        changed_ns: Modification time in nanoseconds.
     """
-    try:
-        file = path.open("rb")
-    except OSError as cause:
-        raise file_error(path, f"the data file cannot be read ({cause.strerror}).") from cause
-    status = os.fstat(file.fileno())
-    if (status.st_size, status.st_mtime_ns) != (size, changed_ns):
-        file.close()
-        raise file_error(path, "the data file changed while it was in use; read the data again.")
-    return file
+
+    path: Path
+    size: int
+    changed_ns: int
+
+    def open(self) -> IO[bytes]:
+        """Open the file for reading.
+
+        Raises:
+            DataError: The file cannot be read, or has changed since it was checked.
+        """
+        try:
+            file = self.path.open("rb")
+        except OSError as cause:
+            raise file_error(self.path, f"the data file cannot be read ({cause.strerror}).") from cause
+        status = os.fstat(file.fileno())
+        if (status.st_size, status.st_mtime_ns) != (self.size, self.changed_ns):
+            file.close()
+            raise file_error(self.path, "the data file changed while it was in use; read the data again.")
+        return file
 
 
 class LongDocument(Document):
@@ -115,13 +124,10 @@ class DocumentPart(Document):
 
 
 @dataclass(frozen=True, slots=True)
-class DataFile:
-    """A data file, with the size and modification time that it had when it was checked.
+class DataFile(CheckedFile):
+    """A data file whose records are read by their offsets.
 
     Attributes:
-        path: The file.
-        size: Size in bytes.
-        changed_ns: Modification time in nanoseconds.
         row: Function that parses a row, given its text and line number; None if the file is one document.
         starts: Byte offset of each row.
         lines: Line number of each row.
@@ -129,9 +135,6 @@ class DataFile:
         groups: Key of each row's group, `KEY_BYTES` bytes per row, or empty.
     """
 
-    path: Path
-    size: int
-    changed_ns: int
     row: Callable[[str, int], Record] | None = None
     starts: array[int] = field(default_factory=lambda: array("q"))
     lines: array[int] = field(default_factory=lambda: array("q"))
@@ -147,14 +150,6 @@ class DataFile:
             return self.size
         following = self.starts[index + 1] if index + 1 < len(self.starts) else self.size
         return following - self.starts[index]
-
-    def open(self) -> IO[bytes]:
-        """Open the file for reading.
-
-        Raises:
-            DataError: The file cannot be read, or has changed since it was checked.
-        """
-        return open_unchanged(self.path, self.size, self.changed_ns)
 
     def records(self, indexes: Iterable[int]) -> Iterator[tuple[Record, int]]:
         """Yield the records at the given indices, each with its size on disk in bytes.

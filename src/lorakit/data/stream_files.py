@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import IO, TypeAlias
 
 from lorakit.data.messages import BadRow
-from lorakit.data.places import Place, Read, ends_identity
+from lorakit.data.places import LargeFile, Place, Read
 from lorakit.data.rows import after, cells, check_no_group, header_of, named_cells, parse_row, skip_space
 from lorakit.data.shapes import Request
 from lorakit.data.sources import DELIMITED, LINES, TEXT
-from lorakit.data.stored import READ_BYTES, DocumentPart, file_error, line_of, open_unchanged
+from lorakit.data.stored import READ_BYTES, DocumentPart, file_error, line_of
 from lorakit.durable import JsonValue
 from lorakit.errors import DataError
 
@@ -37,30 +37,14 @@ _BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
-class StreamedFile:
-    """A large data file, with the size and modification time that it had when it was opened first.
+class StreamedFile(LargeFile):
+    """A large text, JSON or CSV file; an offset is a number of bytes.
 
     Attributes:
-        path: The file.
-        size: Size in bytes.
-        changed_ns: Modification time in nanoseconds.
         reader: Function that reads the rows of the open file from a position, to which the file has been moved.
     """
 
-    path: Path
-    size: int
-    changed_ns: int
     reader: FileReader
-
-    @property
-    def label(self) -> str:
-        """The path."""
-        return str(self.path)
-
-    def identity(self) -> str:
-        """Return `PARTIAL` and a SHA-256 of the size, the modification time, and the first and last MiB of the file."""
-        with open_unchanged(self.path, self.size, self.changed_ns) as file:
-            return ends_identity(file, self.size, self.changed_ns)
 
     def bytes_before(self, offset: int) -> int:
         """Return the offset, which is in bytes."""
@@ -73,7 +57,7 @@ class StreamedFile:
             DataError: The file cannot be read, has changed since it was opened first, or has an error after which the
                 next row cannot be found.
         """
-        with open_unchanged(self.path, self.size, self.changed_ns) as file:
+        with self.open() as file:
             file.seek(at.offset)
             yield from self.reader(self, file, at)
 
