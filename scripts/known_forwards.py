@@ -132,6 +132,7 @@ def read_release() -> dict[str, Any]:
     import transformers
     from tests.speed.architectures import architectures, small
 
+    from lorakit.architectures.known_forwards import MODEL
     from lorakit.speed.acceleration import FUSED_FORWARDS
     from lorakit.speed.admission import Known, candidates
     from lorakit.speed.identity import Identities
@@ -176,9 +177,6 @@ def read_release() -> dict[str, Any]:
     return {"release": transformers.__version__, "functions": functions, "forwards": listed, "differs": differs}
 
 
-MODEL, LOSS = "model", "loss"
-
-
 def roles_of(parts: Iterable[Any]) -> Iterator[tuple[Any, str]]:
     """Yield (module, role) for each fused module and each module that its fused forward bypasses."""
     fused = {id(part.module) for part in parts}
@@ -200,6 +198,7 @@ def compare(model: Any, identities: Any) -> tuple[float, list[tuple[Any, str, st
     """
     import torch
 
+    from lorakit.architectures.known_forwards import LOSS, MODEL
     from lorakit.speed.acceleration import accelerate_known, models_above
     from lorakit.speed.admission import Known
 

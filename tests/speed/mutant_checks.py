@@ -1,4 +1,4 @@
-"""Whether an accelerated model follows a mutant.
+"""Check whether an accelerated model follows a mutant.
 
 A mutant of source code is installed in one of two ways. A fake release runs the edited file under the name of the real
 module, and the model is built from its classes. A patch replaces one function or method of the real module, as
@@ -142,7 +142,7 @@ def _replace(patch: pytest.MonkeyPatch, old: Any, new: Any) -> None:
 # ---- what a mutant does
 
 WAYS = ("released before", "patched before", "patched after")
-"""How a mutant is installed: as a fake release or as a patch, before or after the model is accelerated."""
+"""Ways to install a mutant: as a fake release or as a patch, before or after the model is accelerated."""
 
 Change = Callable[[Any], AbstractContextManager[Any]]
 """Function that changes a model, or the code that it runs, within a `with` block."""

@@ -63,6 +63,7 @@ Row = dict[str, list[str]]
 """Row of the table: the roles, classes, hashes of functions, and releases of one digest."""
 
 
+@functools.cache
 def known_forwards() -> KnownForwards:
     """Read the table of known forward methods."""
     releases, rows = _read()
@@ -74,7 +75,6 @@ def known_rows() -> dict[str, Row]:
     return _read()[1]
 
 
-@functools.cache
 def _read() -> tuple[list[str], dict[str, Row]]:
     content = json.loads(resources.files(__package__).joinpath(FILE).read_text(encoding="utf-8"))
     return content["releases"], content["forwards"]

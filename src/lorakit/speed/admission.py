@@ -373,10 +373,10 @@ class Known:
 
     def about_release(self) -> str:
         """Return a message if source is unknown because the release of transformers is, or ""."""
-        release = unknown_release(self.forwards) if self.forwards is not None and self.unknown else ""
-        if not release or self.forwards is None:
+        if self.forwards is None or not self.unknown:
             return ""
-        return (
+        release = unknown_release(self.forwards)
+        return release and (
             f"transformers {release} is not among the releases that this version of lorakit knows "
             f"({self.forwards.span}); modules whose source has changed are not accelerated. Update lorakit"
         )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -135,8 +134,7 @@ class Identities:
         """
         found = Identity()
         owner = next(owner for owner in kind.__mro__ if "forward" in vars(owner))
-        self.tables.setdefault(owner, vars(owner))
-        found.facts.append((self.tables[owner], "forward", vars(owner)["forward"]))
+        found.facts.append(self.fact(owner, "forward"))
         function = vars(owner)["forward"]
         while isinstance(function, FunctionType) and package_of(function) == "transformers":
             found.live.append(function)
@@ -149,6 +147,16 @@ class Identities:
             function = function.__wrapped__
         found.why = "" if found.digest else f"the source of {kind.__name__}.forward is not available"
         return found
+
+    def fact(self, owner: type, name: str) -> Fact:
+        """Return the entry of an attribute in the dictionary of a class.
+
+        Args:
+            owner: The class.
+            name: Name of the attribute.
+        """
+        table = self.tables.setdefault(owner, vars(owner))  # each call of vars returns a new view of a class
+        return table, name, table[name]
 
     def of_function(self, function: object) -> Identity:
         """Return what a function computes.
@@ -207,20 +215,15 @@ class _Resolver:
     Attributes:
         kind: The class.
         found: Record of what was followed.
-        tables: See `Identities`.
+        cache: The identities of the model.
         digests: Dict from the id of a function to its digest; "…" while the function is being followed.
     """
 
     def __init__(self, kind: type[nn.Module], found: Identity, cache: Identities) -> None:
         self.kind = kind
         self.found = found
-        self.tables = cache.tables
+        self.cache = cache
         self.digests: dict[int, str] = {}
-
-    def fact(self, owner: type, name: str) -> None:
-        """Record an attribute of a class."""
-        table = self.tables.setdefault(owner, vars(owner))  # each call of vars returns a new view of a class
-        self.found.facts.append((table, name, table[name]))
 
     def method(self, name: str) -> str:
         """Return a text that identifies all definitions of a method in a class and its parents, outside torch."""
@@ -229,7 +232,7 @@ class _Resolver:
             if name not in vars(owner):
                 continue
             value = vars(owner)[name]
-            self.fact(owner, name)
+            self.found.facts.append(self.cache.fact(owner, name))
             if package_of(owner) == "torch":
                 if not _is_of(owner, value):
                     raise Unknown(f"{owner.__name__}.{name} was replaced")
@@ -327,7 +330,7 @@ class _Resolver:
             return "logger"
         if package == "transformers" and isinstance(value, Mapping):
             return self.registry(value, attributes)
-        if isinstance(value, (inspect.Signature,)) or package in ("packaging", "inspect"):
+        if package in ("packaging", "inspect"):
             return kind.__name__
         if isinstance(value, BuiltinFunctionType) or (callable(value) and package in KNOWN):
             return getattr(value, "__qualname__", kind.__name__)
@@ -345,7 +348,7 @@ class _Resolver:
         for name in sorted({*attributes, "__getitem__"}):
             for owner in type(registry).__mro__:
                 if name in vars(owner) and package_of(owner) == "transformers":
-                    self.fact(owner, name)
+                    self.found.facts.append(self.cache.fact(owner, name))
                     made.append(self.value(name, vars(owner)[name]))
         return f"registry({','.join(made)})"
 
