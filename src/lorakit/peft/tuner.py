@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit import core
-from lorakit.architectures.default_targets import DEFAULT_TARGETS
+from lorakit.architectures.families import DEFAULT_TARGETS
 from lorakit.config import LoraConfig
 from lorakit.core.kinds import Kind, kind_named, kind_of
 from lorakit.core.layers.lora_layer import LoraLayer, not_yet_merged

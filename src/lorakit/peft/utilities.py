@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lorakit.architectures.default_targets import DEFAULT_TARGETS
+from lorakit.architectures.families import DEFAULT_TARGETS
 from lorakit.config import CONFIG_FILE as CONFIG_NAME
 from lorakit.config import LoraConfig
 from lorakit.core.model.index import walk

@@ -21,7 +21,7 @@ from lorakit.architectures.known_forwards import known_forwards
 from lorakit.errors import ModelError
 from lorakit.ops.cross_entropy import IGNORED
 from lorakit.ops.kernels import compiled
-from lorakit.speed import attention, decoder, encoder, feed_forward, linear, norm
+from lorakit.speed import attention, decoder, encoder, feed_forward, linear, norm, sublayer
 from lorakit.speed.admission import FusedForward, Known, Parts, Skipped, admit, candidates, modules_to_record
 from lorakit.speed.attention import BoundAttention
 from lorakit.speed.contract import contract_for, contract_of_model
@@ -106,7 +106,7 @@ FUSED_FORWARDS = (
         lambda module: encoder.layout_of(module) is not None,
         whole=True,
     ),
-    FusedForward("sublayer", encoder.match_sublayer, whole=True, residual=True),
+    FusedForward("sublayer", sublayer.match, whole=True, residual=True),
     FusedForward(DECODER_LAYER, decoder.match, _named("layer", "block"), residual=True),
     FusedForward("attention", attention.match, _named("attention")),
     FusedForward("feed-forward", feed_forward.match, _named("mlp")),

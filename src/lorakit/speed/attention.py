@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lorakit.architectures.families import ATTENTION
+from lorakit.architectures.layouts import AttentionLayout
 from lorakit.ops.adapted import Adapted
 from lorakit.ops.attention_block import SelfAttention, attention_block
 from lorakit.ops.attention_pattern import Pattern
@@ -107,15 +109,6 @@ def _read(mask: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor | bool:
     return torch.zeros(least.shape, dtype=dtype, device=mask.device).masked_fill_(~least, -torch.inf)
 
 
-INPUTS = (("q_proj", "k_proj", "v_proj"), ("c_attn",), ("qkv_proj",), ("query_key_value",))
-INTERLEAVED = ("query_key_value",)
-"""Names of fused projections whose output contains the q, k and v of one head, then those of the next, and so on."""
-
-OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
-NORMS = ("q_norm", "k_norm")
-DROPOUTS = ("attn_dropout", "resid_dropout")
-"""Names of the dropout modules for the attention weights and for the output. Only p is read from the former."""
-
 ATTRIBUTES = frozenset(
     {"config", "layer_idx", "layer_type", "head_dim", "head_size", "rotary_ndims", "num_heads", "num_key_value_heads"}
     | {"num_key_value_groups", "num_attention_heads", "hidden_size", "embed_dim", "split_size", "is_causal"}
@@ -139,8 +132,7 @@ class BoundAttention:
 
     Attributes:
         module: The attention module.
-        inputs: Names of the input projections: three, or one if they are fused.
-        output: Name of the output projection.
+        layout: Names of its children.
         head_dim: Width of a head.
         scale: Scale factor for q·kᵀ.
         window: Sliding window in tokens, or None.
@@ -149,8 +141,7 @@ class BoundAttention:
     """
 
     module: nn.Module
-    inputs: tuple[str, ...]
-    output: str
+    layout: AttentionLayout
     head_dim: int
     scale: float
     window: int | None
@@ -180,27 +171,27 @@ def match(module: nn.Module) -> BoundAttention | str:
         return "it has a window that it does not use"
     if getattr(module.config, "is_causal", True) is not True:
         return "its config makes it bidirectional"
-    norms = bound_norms(module, *NORMS)
+    norms = bound_norms(module, *made.layout.norms)
     if norms is None:
         return "its norms are unknown"
-    known = (*made.inputs, made.output, *NORMS, *DROPOUTS)
+    found = made.layout
+    known = (*found.linears, *found.norms, found.weights_dropout, found.output_dropout)
     return unknown_attributes(module, ATTRIBUTES, known) or replace(made, norms=tuple(norms))
 
 
 def _bound(module: nn.Module) -> BoundAttention | None:
     """Return the structure of an attention module, as read from its attributes, or None if it is unknown."""
     held, options = module._modules, vars(module)
-    inputs = next((names for names in INPUTS if all(held.get(name) is not None for name in names)), None)
-    output = next((name for name in OUTPUTS if held.get(name) is not None), None)
+    layout = next((one for one in ATTENTION if all(held.get(name) is not None for name in one.linears)), None)
     head_dim, scale = options.get("head_dim", options.get("head_size")), options.get("scaling")
-    if inputs is None or output is None or not hasattr(module, "config"):
+    if layout is None or not hasattr(module, "config"):
         return None
     if not isinstance(head_dim, int) or not isinstance(scale, float):
         return None
     softcap: float | None = getattr(module, "attn_logit_softcapping", None)
     source = module if hasattr(module, "sliding_window") else module.config
     window: int | None = getattr(source, "sliding_window", None)
-    return BoundAttention(module, inputs, output, head_dim, scale, window, softcap)
+    return BoundAttention(module, layout, head_dim, scale, window, softcap)
 
 
 def attention(
@@ -230,11 +221,11 @@ def attention(
     module = bound.module
     if x.ndim != 3:
         return None
-    dropouts = _probabilities(module)
+    dropouts = _probabilities(module, bound.layout)
     pattern = None if dropouts is None else _pattern(bound, x, dropouts[0], options)
     if dropouts is None or pattern is None or (dropouts[1] and dropout):
         return None
-    acting = active_operands(modules_at(module, (*bound.inputs, bound.output)), forwards_of(module), x)
+    acting = active_operands(modules_at(module, bound.layout.linears), forwards_of(module), x)
     norms = operands_of(bound.norms)
     if acting is None or norms is None:
         return None
@@ -242,7 +233,7 @@ def attention(
     *inputs, output = operands = acting.operands
     kv_heads = _kv_heads(module, bound, operands)
     block = SelfAttention(tuple(inputs), output, bound.head_dim, kv_heads, norm, norms[0], norms[1])
-    block = replace(block, dropout=dropouts[1] or dropout, interleaved=bound.inputs == INTERLEAVED)
+    block = replace(block, dropout=dropouts[1] or dropout, interleaved=bound.layout.is_interleaved)
     y = attention_block(x, block, pattern, None if rotary is None else Rotary(*rotary), residual, wanted)
     acting.note(y)
     return y
@@ -288,9 +279,9 @@ def _pattern(bound: BoundAttention, x: Tensor, dropped: float, options: Options)
     return under(mask, x, pattern)
 
 
-def _probabilities(module: nn.Module) -> tuple[float, float] | None:
+def _probabilities(module: nn.Module, layout: AttentionLayout) -> tuple[float, float] | None:
     """Return the current dropout probabilities for the attention weights and the output, or None if unknown."""
-    weights, output = (module._modules.get(name) for name in DROPOUTS)
+    weights, output = (module._modules.get(name) for name in (layout.weights_dropout, layout.output_dropout))
     sources = (getattr(weights, "p", None), *(getattr(module, name, None) for name in ("attention_dropout", "dropout")))
     p = next((one for one in sources if one is not None), 0.0) if module.training else 0.0
     last = dropout_p(output)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from lorakit.architectures.families import BLOCKS
+from lorakit.architectures.layouts import Block, Sublayer
 from lorakit.ops.dropout import dropout
 from lorakit.ops.norm import Norm, normalize
 from lorakit.speed import attention, feed_forward
@@ -17,52 +19,8 @@ from lorakit.speed.norm import BoundNorm, bound_norms, dropout_p, operands_of
 from lorakit.speed.patching import Options, children_of, is_watched, modules_at
 from lorakit.speed.submodules import knows_all, unknown_attributes
 
-
-class Sublayer(NamedTuple):
-    """Names of the children that form one sublayer of a decoder layer: x + dropout(after(inner(before(x)))).
-
-    Attributes:
-        before: Norm that is applied to the input, or "".
-        inner: Attention module or feed-forward block; "" if the modules of a feed-forward block are children of the
-            layer.
-        after: Norm that is applied to the output of `inner`, or "".
-        dropout: Dropout module before the residual, or "".
-        share: Attribute that contains the dropout probability if the layer calls a dropout function before the
-            residual, or "".
-    """
-
-    before: str
-    inner: str
-    after: str = ""
-    dropout: str = ""
-    share: str = ""
-
-    @property
-    def children(self) -> set[str]:
-        """Return the names of all the layer's children that belong to the sublayer."""
-        return {self.before, self.after, self.dropout, *([self.inner] if self.inner else LOOSE)} - {""}
-
-
-LOOSE = ("fc1", "activation_fn", "fc2")
-LAYERS: tuple[tuple[Sublayer, Sublayer], ...] = (
-    (Sublayer("input_layernorm", "self_attn"), Sublayer("post_attention_layernorm", "mlp")),
-    (Sublayer("ln_1", "attn"), Sublayer("ln_2", "mlp")),
-    (
-        Sublayer("input_layernorm", "self_attn", "post_attention_layernorm"),
-        Sublayer("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
-    ),
-    (Sublayer("", "self_attn", "post_attention_layernorm"), Sublayer("", "mlp", "post_feedforward_layernorm")),
-    (
-        Sublayer("input_layernorm", "self_attn", dropout="resid_attn_dropout"),
-        Sublayer("post_attention_layernorm", "mlp", dropout="resid_mlp_dropout"),
-    ),
-    (
-        Sublayer("input_layernorm", "attention", dropout="post_attention_dropout"),
-        Sublayer("post_attention_layernorm", "mlp", dropout="post_mlp_dropout"),
-    ),
-    (Sublayer("self_attn_layer_norm", "self_attn", share="dropout"), Sublayer("final_layer_norm", "", share="dropout")),
-)
-"""Supported structures. The children of a layer must be exactly those named in one of the structures."""
+LAYERS: tuple[Block, ...] = tuple(block for block in BLOCKS if not (block.is_split or block.is_post_norm))
+"""Supported layouts. The children of a layer must be exactly those named in one of them."""
 
 PARALLEL, FIRST = "use_parallel_residual", "do_layer_norm_before"
 ATTRIBUTES = frozenset(
@@ -89,19 +47,19 @@ class BoundSublayer:
     """One sublayer of a decoder layer, bound to the layer's children.
 
     Attributes:
-        names: Names of the children.
+        layout: Names of the children.
         norms: Norms before and after the inner module.
     """
 
-    names: Sublayer
+    layout: Sublayer
     norms: tuple[BoundNorm | None, ...]
 
     def around(self, layer: nn.Module) -> _Around | None:
         """Return the current norms and dropout, or None if any of them cannot be fused now."""
         norms = operands_of(self.norms)
-        p = dropout_p(layer._modules.get(self.names.dropout))
-        if self.names.share and layer.training:
-            p = getattr(layer, self.names.share)
+        p = dropout_p(layer._modules.get(self.layout.dropout))
+        if self.layout.dropout_p and layer.training:
+            p = getattr(layer, self.layout.dropout_p)
         return None if norms is None or p is None else _Around(norms[0], norms[1], p)
 
 
@@ -111,6 +69,7 @@ class BoundLayer:
 
     Attributes:
         module: The layer.
+        layout: Names of its modules.
         sublayers: The attention sublayer and the feed-forward sublayer.
         attention: The attention module.
         block: The feed-forward block, or None if the layer calls its modules.
@@ -118,6 +77,7 @@ class BoundLayer:
     """
 
     module: nn.Module
+    layout: Block
     sublayers: tuple[BoundSublayer, BoundSublayer]
     attention: BoundAttention
     block: BoundFeedForward | None
@@ -126,7 +86,7 @@ class BoundLayer:
     @property
     def called(self) -> tuple[str, ...]:
         """Return the names of the children that are called as modules."""
-        return (self.sublayers[1].names.inner,) if self.block is None else ()
+        return (self.layout.feed_forward.inner,) if self.block is None else ()
 
     def accepts(self, options: Options) -> bool:
         """Return whether all arguments of a call, besides the hidden states, are known."""
@@ -162,8 +122,7 @@ class BoundLayer:
     def _fed_by_modules(self, around: _Around, x: Tensor) -> Tensor:
         """Return the output of the layer's own feed-forward modules for x (B, T, d), without dropout and residual."""
         made = x if around.before is None else normalize(x, around.before)
-        inner = self.sublayers[1].names.inner
-        for child in modules_at(self.module, (inner,) if inner else LOOSE):
+        for child in modules_at(self.module, self.layout.called):
             made = child(made)
         return made
 
@@ -171,34 +130,32 @@ class BoundLayer:
 def match(module: nn.Module) -> BoundLayer | str:
     """Return the fused `forward` of a decoder layer, or why the module is not a supported decoder layer."""
     held = children_of(module)
-    names = next((pair for pair in LAYERS if held.keys() == pair[0].children | pair[1].children), None)
-    if names is None:
+    layout = next((one for one in LAYERS if held.keys() == one.children), None)
+    if layout is None:
         return "unknown children for a decoder layer"
-    norms = [bound_norms(module, sublayer.before, sublayer.after) for sublayer in names]
-    if norms[0] is None or norms[1] is None or any(dropout_p(held.get(one.dropout)) is None for one in names):
+    pair = (layout.attention, layout.feed_forward)
+    norms = [bound_norms(module, sublayer.before, sublayer.after) for sublayer in pair]
+    if norms[0] is None or norms[1] is None or any(dropout_p(held.get(one.dropout)) is None for one in pair):
         return "its norms are unknown"
     if getattr(module, FIRST, True) is not True:
         return "its norms come after the residuals"
-    inner = names[1].inner
+    inner = layout.feed_forward.inner
     block = feed_forward.match(held[inner]) if inner else feed_forward.match_children(module)
     if isinstance(block, str) and not inner:
         return block
-    attended = attention.match(held[names[0].inner])
+    attended = attention.match(held[layout.attention.inner])
     if isinstance(attended, str):
         return attended
-    sublayers = BoundSublayer(names[0], tuple(norms[0])), BoundSublayer(names[1], tuple(norms[1]))
-    made = BoundLayer(module, sublayers, attended, None if isinstance(block, str) else block, _is_parallel(module))
+    sublayers = BoundSublayer(pair[0], tuple(norms[0])), BoundSublayer(pair[1], tuple(norms[1]))
+    found = None if isinstance(block, str) else block
+    made = BoundLayer(module, layout, sublayers, attended, found, bool(getattr(module, PARALLEL, False)))
     return unknown_attributes(module, ATTRIBUTES, tuple(module._modules)) or made
-
-
-def _is_parallel(module: nn.Module) -> bool:
-    return bool(getattr(module, PARALLEL, False))
 
 
 def _fed(layer: BoundLayer, around: _Around, x: Tensor, *, residual: bool) -> Tensor | None:
     """Compute the feed-forward sublayer for x (…, d) with one function, or return None if that is not possible."""
     block = layer.block
-    if block is None or (layer.sublayers[1].names.inner and is_watched(block.module)):
+    if block is None or (layer.layout.feed_forward.inner and is_watched(block.module)):
         return None
     return feed_forward.feed_forward(block, x, around.before, residual=residual, dropout=around.inside)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lorakit.architectures.families import FEED_FORWARD
+from lorakit.architectures.layouts import FeedForwardLayout
 from lorakit.ops.activation import activation
 from lorakit.ops.mlp import Form, mlp
 from lorakit.ops.norm import Norm
@@ -20,15 +22,6 @@ from lorakit.speed.submodules import (
     unknown_attributes,
 )
 
-GATED = (("gate_proj", "up_proj", "down_proj"), ("wi_0", "wi_1", "wo"))
-FUSED = (("gate_up_proj", "down_proj"),)
-"""Names of the linear modules in blocks whose first module computes gate and up together."""
-
-PLAIN = (("fc1", "fc2"), ("c_fc", "c_proj"), ("dense_h_to_4h", "dense_4h_to_h"), ("wi", "wo"))
-LAST, WITHIN = ("c_fc",), ("wi", "wi_0")
-"""Names of the first modules of blocks with `dropout` last (LAST) or before the last linear module (WITHIN)."""
-
-ACTIVATION = ("act_fn", "activation_fn", "act")
 ATTRIBUTES = frozenset({"config", "hidden_size", "intermediate_size", "mlp_bias", "layer_idx", "embed_dim"})
 """Known attributes of feed-forward modules. If an attribute has an effect, a probe shows it."""
 
@@ -39,12 +32,12 @@ class BoundFeedForward:
 
     Attributes:
         module: The block, or a layer that holds the modules of a block as its own children.
-        names: Names of the linear modules.
+        layout: Names of the block's modules.
         act: Name of the activation in `lorakit.ops.activation`.
     """
 
     module: nn.Module
-    names: tuple[str, ...]
+    layout: FeedForwardLayout
     act: str
 
     def accepts(self, options: Options) -> bool:
@@ -61,17 +54,19 @@ def match(module: nn.Module) -> BoundFeedForward | str:
     made = match_children(module)
     if isinstance(made, str):
         return made
-    return unknown_attributes(module, ATTRIBUTES, (*made.names, *ACTIVATION, "dropout")) or made
+    found = made.layout
+    known = (*found.linears, *found.activation, found.inner_dropout, found.output_dropout)
+    return unknown_attributes(module, ATTRIBUTES, known) or made
 
 
 def match_children(module: nn.Module) -> BoundFeedForward | str:
     """Return the fused `forward` of a block whose modules are children of `module`, or why they are not supported."""
-    names = _names(module)
-    if names is None:
+    layout = _layout(module)
+    if layout is None:
         return "unknown children for a feed-forward block"
-    function = _activation(module)
+    function = _activation(module, layout)
     act = activation_of(function)
-    return unknown_activation(function) or "" if act is None else BoundFeedForward(module, names, act)
+    return unknown_activation(function) or "" if act is None else BoundFeedForward(module, layout, act)
 
 
 def feed_forward(
@@ -89,36 +84,33 @@ def feed_forward(
     Returns:
         The output (…, d), or None if the module's own `forward` must run.
     """
-    module, names = block.module, block.names
-    dropouts = _probabilities(module, names, dropout)
-    if dropouts is None or is_activation_watched(_activation(module)):
+    module, layout = block.module, block.layout
+    dropouts = _probabilities(module, layout, dropout)
+    if dropouts is None or is_activation_watched(_activation(module, layout)):
         return None
-    acting = active_operands(modules_at(module, names), forwards_of(module), x)
+    acting = active_operands(modules_at(module, layout.linears), forwards_of(module), x)
     if acting is None:
         return None
     *inner, down = acting.operands
-    keep, fused = RECOMPUTES not in module.__dict__, names in FUSED
-    y = mlp(x, Form(tuple(inner), down, activation(block.act), norm, residual, *dropouts, fused=fused, keep=keep))
+    keep = RECOMPUTES not in module.__dict__
+    act = activation(block.act)
+    y = mlp(x, Form(tuple(inner), down, act, norm, residual, *dropouts, fused=layout.is_fused, keep=keep))
     acting.note(y)
     return y
 
 
-def _probabilities(module: nn.Module, names: tuple[str, ...], behind: float) -> tuple[float, float] | None:
+def _probabilities(module: nn.Module, layout: FeedForwardLayout, behind: float) -> tuple[float, float] | None:
     """Return the current dropout probabilities for the output and the inner activation, or None if unknown."""
-    own = dropout_p(module._modules.get("dropout"))
-    if own is None or own == 0:
-        return None if own is None else (behind, 0.0)
-    if names[0] in WITHIN:
-        return behind, own
-    return (own, 0.0) if names[0] in LAST and behind == 0 else None
+    inner, output = (dropout_p(module._modules.get(name)) for name in (layout.inner_dropout, layout.output_dropout))
+    if inner is None or output is None or (output and behind):
+        return None
+    return output or behind, inner
 
 
-def _names(module: nn.Module) -> tuple[str, ...] | None:
-    for names in (*GATED, *FUSED, *PLAIN):
-        if all(module._modules.get(name) is not None for name in names):
-            return names
-    return None
+def _layout(module: nn.Module) -> FeedForwardLayout | None:
+    held = module._modules
+    return next((one for one in FEED_FORWARD if all(held.get(name) is not None for name in one.linears)), None)
 
 
-def _activation(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    return next((getattr(module, name) for name in ACTIVATION if hasattr(module, name)), None)
+def _activation(module: nn.Module, layout: FeedForwardLayout) -> Callable[[Tensor], Tensor] | None:
+    return next((getattr(module, name) for name in layout.activation if hasattr(module, name)), None)

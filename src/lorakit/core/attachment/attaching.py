@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorakit.architectures.default_targets import DEFAULT_TARGETS
+from lorakit.architectures.families import DEFAULT_TARGETS
 from lorakit.config import LoraConfig, scale
 from lorakit.core.attachment import build
 from lorakit.core.attachment.residual_base import give_base_back, mover_of, residual

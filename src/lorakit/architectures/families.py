@@ -1,0 +1,246 @@
+"""The table of architectures: layouts of blocks, classes that have them, and default target modules.
+
+`lorakit.speed` finds modules to fuse by these layouts, `lorakit.plan` and `lorakit.architectures.shapes` count by them,
+and `lorakit.core` and `lorakit.peft` read the default targets. A new architecture is one row; the tests in
+`tests/architectures/test_families.py` run for each model of each row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from lorakit.architectures.layouts import Architecture, AttentionLayout, Block, FeedForwardLayout, Sublayer
+
+QKV = ("q_proj", "k_proj", "v_proj")
+SEPARATE = AttentionLayout(QKV, "o_proj")
+GATED = FeedForwardLayout(("gate_proj", "up_proj"), "down_proj", is_gated=True, saved=3)
+
+PRE_NORM = Block(Sublayer("input_layernorm", "self_attn"), Sublayer("post_attention_layernorm", "mlp"), SEPARATE, GATED)
+"""Llama's block."""
+
+FOUR_NORMS = Block(
+    Sublayer("input_layernorm", "self_attn", "post_attention_layernorm"),
+    Sublayer("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
+    SEPARATE,
+    GATED,
+)
+"""Gemma's block since Gemma 2."""
+
+
+def _with_heads(*names: str) -> tuple[str, ...]:
+    """Return the names of the classes for language modeling and classification that share a family of blocks."""
+    heads = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
+    return tuple(f"{name}{head}" for name in names for head in heads)
+
+
+LLAMA = Architecture(
+    "llama",
+    "Llama-like block (RMSNorm, rotary, SwiGLU, sdpa)",
+    _with_heads("Llama", "Qwen2", "Qwen3", "Mistral"),
+    PRE_NORM,
+    is_planned=True,
+    model_types=("gemma", "llama", "mistral", "qwen2", "qwen3"),
+    targets=("q_proj", "v_proj"),
+)
+GEMMA3 = Architecture(
+    "gemma3",
+    "Gemma-3-like block (four RMSNorms, rotary, gated tanh-GELU, sdpa)",
+    ("Gemma3ForCausalLM",),
+    FOUR_NORMS,
+    is_planned=True,
+    model_types=("gemma3_text",),
+    targets=("q_proj", "v_proj"),
+)
+GPT2 = Architecture(
+    "gpt2",
+    "GPT-2-like block (LayerNorm, tanh-GELU, dropout)",
+    ("GPT2LMHeadModel", "GPT2ForSequenceClassification", "GPT2ForTokenClassification"),
+    Block(
+        Sublayer("ln_1", "attn"),
+        Sublayer("ln_2", "mlp"),
+        AttentionLayout(("c_attn",), "c_proj", weights_dropout="attn_dropout", output_dropout="resid_dropout"),
+        FeedForwardLayout(("c_fc",), "c_proj", output_dropout="dropout", saved=4),
+        norm="layer",
+    ),
+    is_planned=True,
+    model_types=("gpt2",),
+    targets=("c_attn",),
+)
+BERT = Architecture(
+    "bert",
+    "BERT-like block (LayerNorm, GELU, dropout)",
+    ("BertModel", "BertForMaskedLM", "BertForSequenceClassification", "BertForTokenClassification"),
+    Block(
+        Sublayer("", "attention", dropout="attention.output.dropout", last="attention.output.LayerNorm"),
+        Sublayer("", "", dropout="output.dropout", last="output.LayerNorm"),
+        AttentionLayout(
+            ("self.query", "self.key", "self.value"), "output.dense", weights_dropout="self.dropout", settings="self"
+        ),
+        FeedForwardLayout(("intermediate.dense",), "output.dense", ("intermediate.intermediate_act_fn",), saved=1),
+        norm="layer",
+    ),
+    is_planned=True,
+    model_types=("bert", "electra", "roberta", "xlm-roberta"),
+    targets=("query", "value"),
+)
+
+_T5_ATTENTION = Sublayer("layer_norm", "SelfAttention", dropout="dropout")
+_T5_FEED_FORWARD = Sublayer("layer_norm", "DenseReluDense", dropout="dropout")
+_T5_PROJECTIONS = AttentionLayout(("q", "k", "v"), "o")
+
+ARCHITECTURES: tuple[Architecture, ...] = (
+    LLAMA,
+    GEMMA3,
+    GPT2,
+    BERT,
+    Architecture(
+        "gemma2",
+        models=_with_heads("Gemma2")[:2],
+        block=FOUR_NORMS,
+        model_types=("gemma2",),
+        targets=("q_proj", "v_proj"),
+    ),
+    Architecture(
+        "olmo2",
+        models=_with_heads("Olmo2")[:2],
+        block=Block(
+            Sublayer("", "self_attn", "post_attention_layernorm"),
+            Sublayer("", "mlp", "post_feedforward_layernorm"),
+            SEPARATE,
+            GATED,
+        ),
+    ),
+    Architecture(
+        "phi3",
+        models=_with_heads("Phi3"),
+        block=Block(
+            Sublayer("input_layernorm", "self_attn", dropout="resid_attn_dropout"),
+            Sublayer("post_attention_layernorm", "mlp", dropout="resid_mlp_dropout"),
+            AttentionLayout(("qkv_proj",), "o_proj"),
+            FeedForwardLayout(("gate_up_proj",), "down_proj", is_gated=True),
+        ),
+    ),
+    Architecture(
+        "experts",
+        models=("MixtralForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM"),
+        block=replace(PRE_NORM, feed_forward_modules=None),
+        model_types=("mixtral",),
+        targets=("q_proj", "v_proj"),
+    ),
+    Architecture(
+        "gpt_neox",
+        models=("GPTNeoXForCausalLM", "GPTNeoXForSequenceClassification"),
+        block=Block(
+            Sublayer("input_layernorm", "attention", dropout="post_attention_dropout"),
+            Sublayer("post_attention_layernorm", "mlp", dropout="post_mlp_dropout"),
+            AttentionLayout(("query_key_value",), "dense", is_interleaved=True),
+            FeedForwardLayout(("dense_h_to_4h",), "dense_4h_to_h"),
+            norm="layer",
+        ),
+        model_types=("gpt_neox",),
+        targets=("query_key_value",),
+    ),
+    Architecture(
+        "opt",
+        models=("OPTForCausalLM", "OPTForSequenceClassification"),
+        block=Block(
+            Sublayer("self_attn_layer_norm", "self_attn", dropout_p="dropout"),
+            Sublayer("final_layer_norm", "", dropout_p="dropout"),
+            AttentionLayout(QKV, "out_proj"),
+            FeedForwardLayout(("fc1",), "fc2", ("activation_fn",)),
+            norm="layer",
+        ),
+        model_types=("opt",),
+        targets=("q_proj", "v_proj"),
+    ),
+    Architecture(
+        "distilbert",
+        models=("DistilBertModel", "DistilBertForMaskedLM", "DistilBertForSequenceClassification"),
+        block=Block(
+            Sublayer("", "attention", last="sa_layer_norm"),
+            Sublayer("", "ffn", dropout="ffn.dropout", last="output_layer_norm"),
+            AttentionLayout(("q_lin", "k_lin", "v_lin"), "out_lin", weights_dropout="dropout"),
+            FeedForwardLayout(("lin1",), "lin2", ("activation",)),
+            norm="layer",
+        ),
+    ),
+    Architecture(
+        "t5",
+        models=("T5ForConditionalGeneration",),
+        block=Block(
+            _T5_ATTENTION,
+            _T5_FEED_FORWARD,
+            _T5_PROJECTIONS,
+            FeedForwardLayout(("wi",), "wo", inner_dropout="dropout"),
+            is_split=True,
+        ),
+        model_types=("t5",),
+        targets=("q", "v"),
+    ),
+    Architecture(
+        "mt5",
+        models=("MT5ForConditionalGeneration",),
+        block=Block(
+            _T5_ATTENTION,
+            _T5_FEED_FORWARD,
+            _T5_PROJECTIONS,
+            FeedForwardLayout(("wi_0", "wi_1"), "wo", inner_dropout="dropout", is_gated=True),
+            is_split=True,
+        ),
+        model_types=("mt5",),
+        targets=("q", "v"),
+    ),
+    *(
+        Architecture(model_types[0], model_types=model_types, targets=targets)
+        for model_types, targets in (
+            (("bart", "gpt_neo", "gptj", "llama4", "stablelm"), ("q_proj", "v_proj")),
+            (("bloom", "RefinedWeb", "RefinedWebModel", "chatglm", "falcon"), ("query_key_value",)),
+            (("blip-2",), ("q", "v", "q_proj", "v_proj")),
+            (("btlm",), ("c_proj", "c_attn")),
+            (("codegen",), ("qkv_proj",)),
+            (("deberta",), ("in_proj",)),
+            (("deberta-v2",), ("query_proj", "value_proj")),
+            (("gemma4",), r".*language_model\..*\.(q_proj|v_proj)"),
+            (("gpt_bigcode",), ("c_attn",)),
+            (("layoutlm",), ("query", "value")),
+            (("mpt",), ("Wqkv",)),
+            (("nemotron_h",), ("q_proj", "k_proj", "v_proj", "o_proj")),
+            (("phi",), ("q_proj", "v_proj", "fc1", "fc2")),
+            (("rwkv",), ("key", "value", "receptance", "output")),
+            (("rwkv7",), ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value")),
+        )
+    ),
+)
+"""The table: rows with blocks, then rows with default targets only."""
+
+DEFAULT_TARGETS: Mapping[str, tuple[str, ...] | str] = {
+    model_type: row.targets for row in ARCHITECTURES for model_type in row.model_types
+}
+"""Default target modules for each `model_type`, as in PEFT."""
+
+BLOCKS: tuple[Block, ...] = tuple(dict.fromkeys(row.block for row in ARCHITECTURES if row.block is not None))
+"""The different layouts of blocks."""
+
+ATTENTION: tuple[AttentionLayout, ...] = tuple(
+    dict.fromkeys(block.attention_modules for block in BLOCKS if not (block.is_split or block.is_post_norm))
+)
+"""The different layouts of attention modules that are fused alone, too."""
+
+FEED_FORWARD: tuple[FeedForwardLayout, ...] = tuple(
+    dict.fromkeys(
+        block.feed_forward_modules
+        for block in BLOCKS
+        if block.feed_forward_modules is not None and not block.is_post_norm
+    )
+)
+"""The different layouts of feed-forward blocks that are fused alone, too."""
+
+
+def architecture_of(model: str) -> Architecture | None:
+    """Return the row of a model, or None if the table has no such class.
+
+    Args:
+        model: Name of a class in transformers, such as "LlamaForCausalLM".
+    """
+    return next((row for row in ARCHITECTURES if model in row.models), None)

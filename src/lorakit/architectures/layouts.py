@@ -1,0 +1,238 @@
+"""Layouts of transformer blocks: the names of a block's modules, and what each of them computes.
+
+A block has two sublayers, attention and feed-forward. Each adds to the residual stream x:
+
+    last(x + dropout(after(inner(before(x)))))
+
+Norms and dropout that an architecture lacks are left out. `lorakit.architectures.families` has the rows of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+SublayerName = Literal["attention", "feed-forward"]
+
+ACTIVATION = ("act_fn", "activation_fn", "act")
+"""Usual names of a feed-forward block's activation."""
+
+
+def is_inside(path: str, module: str) -> bool:
+    """Return whether a module is another one or is inside it.
+
+    Args:
+        path: Dotted path of the module.
+        module: Dotted path of the other module.
+    """
+    return path == module or path.startswith(f"{module}.")
+
+
+@dataclass(frozen=True)
+class AttentionLayout:
+    """Names of the modules in an attention module.
+
+    Attributes:
+        inputs: Projections to q, k and v, or one module that computes all three.
+        output: Output projection.
+        norms: Norms of q and k before rotation; a module may lack them.
+        weights_dropout: Dropout module whose p applies to the attention weights, or "".
+        output_dropout: Dropout module after the output projection, or "".
+        settings: Path of the module with the settings of attention, "" for the attention module itself.
+        is_interleaved: Whether the output of a fused projection contains the q, k and v of one head, then those of the
+            next, and so on.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    norms: tuple[str, str] = ("q_norm", "k_norm")
+    weights_dropout: str = ""
+    output_dropout: str = ""
+    settings: str = ""
+    is_interleaved: bool = False
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Return the names of the linear modules."""
+        return (*self.inputs, self.output)
+
+
+@dataclass(frozen=True)
+class FeedForwardLayout:
+    """Names of the modules in a feed-forward block.
+
+    Attributes:
+        inner: Linear modules before the activation: gate and up, one module for both, or one module without a gate.
+        down: Linear module after the activation.
+        activation: Possible names of the activation.
+        inner_dropout: Dropout module before `down`, or "".
+        output_dropout: Dropout module after `down`, or "".
+        is_gated: Whether the activation of the gate is multiplied by the output of up.
+        saved: Tensors of the inner width that autograd saves for the activation of the model's own forward pass.
+    """
+
+    inner: tuple[str, ...]
+    down: str
+    activation: tuple[str, ...] = ACTIVATION
+    inner_dropout: str = ""
+    output_dropout: str = ""
+    is_gated: bool = False
+    saved: int = 0
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Return the names of the linear modules."""
+        return (*self.inner, self.down)
+
+    @property
+    def is_fused(self) -> bool:
+        """Return whether one module computes gate and up."""
+        return self.is_gated and len(self.inner) == 1
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """Paths of the modules in one sublayer, relative to the block.
+
+    Attributes:
+        before: Norm that is applied to the input, or "".
+        inner: Attention module or feed-forward block; "" if the modules of a feed-forward block belong to the block.
+        after: Norm that is applied to the output of `inner`, or "".
+        dropout: Dropout module before the residual, or "".
+        last: Norm that is applied after the residual, or "".
+        dropout_p: Attribute of the block that contains the dropout probability, if the block calls a dropout function
+            before the residual, or "".
+    """
+
+    before: str
+    inner: str
+    after: str = ""
+    dropout: str = ""
+    last: str = ""
+    dropout_p: str = ""
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Return the paths of the norms."""
+        return tuple(name for name in (self.before, self.after, self.last) if name)
+
+    def at(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Return the paths, relative to the block, of modules inside `inner`.
+
+        Args:
+            names: Paths relative to `inner`.
+        """
+        return tuple(f"{self.inner}.{name}" if self.inner else name for name in names)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Layout of a block.
+
+    Attributes:
+        attention: Sublayer with the attention module.
+        feed_forward: Sublayer with the feed-forward block.
+        attention_modules: Names of the modules in the attention module.
+        feed_forward_modules: Names of the modules in the feed-forward block, or None if it consists of experts.
+        norm: Kind of the norms.
+        is_split: Whether each sublayer is a module of its own, which contains its norm and dropout; paths are then
+            relative to that module.
+    """
+
+    attention: Sublayer
+    feed_forward: Sublayer
+    attention_modules: AttentionLayout
+    feed_forward_modules: FeedForwardLayout | None
+    norm: Literal["rms", "layer"] = "rms"
+    is_split: bool = False
+
+    @property
+    def is_post_norm(self) -> bool:
+        """Return whether norms follow the residuals."""
+        return bool(self.attention.last)
+
+    @property
+    def norms(self) -> int:
+        """Return the number of norms, without those of q and k."""
+        return len(self.attention.norms) + len(self.feed_forward.norms)
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        """Return the possible paths of the activation."""
+        modules = self.feed_forward_modules
+        return () if modules is None else self.feed_forward.at(modules.activation)
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """Return the paths of the modules that compute the feed-forward sublayer, in the order of their calls."""
+        modules = self.feed_forward_modules
+        if self.feed_forward.inner or modules is None:
+            return (self.feed_forward.inner,)
+        return (*modules.inner, *self.activations, modules.down)
+
+    @property
+    def children(self) -> set[str]:
+        """Return the names of the block's children, if the paths of its modules are those of children."""
+        sublayers = (self.attention, self.feed_forward)
+        around = {name for one in sublayers for name in (*one.norms, one.dropout)}
+        return {self.attention.inner, *self.called, *around} - {""}
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Return the paths of the linear modules, in the order of their calls."""
+        inputs, inner = self.inputs
+        output, down = self.outputs
+        return tuple(path for path in (*inputs, output, *inner, down) if path)
+
+    @property
+    def inputs(self) -> tuple[tuple[str, ...], ...]:
+        """Return groups of paths, relative to the block; the linear modules of a group read the same tensor."""
+        modules = self.feed_forward_modules
+        inner = () if modules is None else self.feed_forward.at(modules.inner)
+        return self.attention.at(self.attention_modules.inputs), inner
+
+    @property
+    def outputs(self) -> tuple[str, str]:
+        """Return the paths, relative to the block, of the output projection and of the last feed-forward module."""
+        modules = self.feed_forward_modules
+        last = ("",) if modules is None else self.feed_forward.at([modules.down])
+        return self.attention.at([self.attention_modules.output])[0], last[0]
+
+    def sublayer_of(self, path: str) -> SublayerName | None:
+        """Return the sublayer that a module belongs to, or None.
+
+        Args:
+            path: Path of the module relative to the block.
+        """
+        sublayers: dict[SublayerName, Sublayer] = {"attention": self.attention, "feed-forward": self.feed_forward}
+        for name, sublayer in sublayers.items():
+            modules = self.feed_forward_modules if name == "feed-forward" else self.attention_modules
+            inner = (sublayer.inner,) if sublayer.inner or modules is None else modules.linears
+            held = (*inner, *sublayer.norms, *([sublayer.dropout] if sublayer.dropout else []))
+            if any(is_inside(path, one) or is_inside(one, path) for one in held):
+                return name
+        return None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One row of the table: models that have the same blocks.
+
+    Attributes:
+        name: Short name, such as "llama".
+        title: What is shown in a plan, such as "Llama-like block (RMSNorm, rotary, SwiGLU, sdpa)".
+        models: Names of transformers classes whose blocks have this layout; each of them is tested.
+        block: Layout of the blocks, or None if `accelerate` has no fused forward methods for them.
+        is_planned: Whether `lorakit.plan` counts the tensors that the blocks save exactly.
+        model_types: Values of a config's `model_type` to which `targets` applies.
+        targets: Default target modules, as in PEFT: names or a regular expression; () if there are none.
+    """
+
+    name: str
+    title: str = ""
+    models: tuple[str, ...] = ()
+    block: Block | None = None
+    is_planned: bool = False
+    model_types: tuple[str, ...] = ()
+    targets: tuple[str, ...] | str = ()
