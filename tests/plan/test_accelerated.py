@@ -157,7 +157,7 @@ def test_upcast_matmuls_keep_their_low_rank_activations_in_fp32() -> None:
 @pytest.mark.parametrize("recompute", ["none", "feed-forward"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
-@pytest.mark.parametrize("family", ["Llama", "Qwen3", "GPT2"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "GPT2", "Bert"])
 def test_a_classifier_keeps_what_the_blocks_of_its_language_model_keep(
     family: str, head: str, dtype: str, recompute: str
 ) -> None:

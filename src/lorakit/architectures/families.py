@@ -28,6 +28,25 @@ FOUR_NORMS = Block(
 """Gemma's block since Gemma 2."""
 
 
+GPT2_BLOCK = Block(
+    Sublayer("ln_1", "attn"),
+    Sublayer("ln_2", "mlp"),
+    AttentionLayout(("c_attn",), "c_proj", weights_dropout="attn_dropout", output_dropout="resid_dropout"),
+    FeedForwardLayout(("c_fc",), "c_proj", output_dropout="dropout", saved=4),
+    norm="layer",
+)
+
+BERT_BLOCK = Block(
+    Sublayer("", "attention", dropout="attention.output.dropout", last="attention.output.LayerNorm"),
+    Sublayer("", "", dropout="output.dropout", last="output.LayerNorm"),
+    AttentionLayout(
+        ("self.query", "self.key", "self.value"), "output.dense", weights_dropout="self.dropout", settings="self"
+    ),
+    FeedForwardLayout(("intermediate.dense",), "output.dense", ("intermediate.intermediate_act_fn",), saved=1),
+    norm="layer",
+)
+
+
 def _with_heads(*names: str) -> tuple[str, ...]:
     """Return the names of the classes for language modeling and classification that share a family of blocks."""
     heads = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
@@ -56,13 +75,7 @@ GPT2 = Architecture(
     "gpt2",
     "GPT-2-like block (LayerNorm, tanh-GELU, dropout)",
     ("GPT2LMHeadModel", "GPT2ForSequenceClassification", "GPT2ForTokenClassification"),
-    Block(
-        Sublayer("ln_1", "attn"),
-        Sublayer("ln_2", "mlp"),
-        AttentionLayout(("c_attn",), "c_proj", weights_dropout="attn_dropout", output_dropout="resid_dropout"),
-        FeedForwardLayout(("c_fc",), "c_proj", output_dropout="dropout", saved=4),
-        norm="layer",
-    ),
+    GPT2_BLOCK,
     is_planned=True,
     model_types=("gpt2",),
     targets=("c_attn",),
@@ -71,15 +84,7 @@ BERT = Architecture(
     "bert",
     "BERT-like block (LayerNorm, GELU, dropout)",
     ("BertModel", "BertForMaskedLM", "BertForSequenceClassification", "BertForTokenClassification"),
-    Block(
-        Sublayer("", "attention", dropout="attention.output.dropout", last="attention.output.LayerNorm"),
-        Sublayer("", "", dropout="output.dropout", last="output.LayerNorm"),
-        AttentionLayout(
-            ("self.query", "self.key", "self.value"), "output.dense", weights_dropout="self.dropout", settings="self"
-        ),
-        FeedForwardLayout(("intermediate.dense",), "output.dense", ("intermediate.intermediate_act_fn",), saved=1),
-        norm="layer",
-    ),
+    BERT_BLOCK,
     is_planned=True,
     model_types=("bert", "electra", "roberta", "xlm-roberta"),
     targets=("query", "value"),
@@ -118,7 +123,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             Sublayer("input_layernorm", "self_attn", dropout="resid_attn_dropout"),
             Sublayer("post_attention_layernorm", "mlp", dropout="resid_mlp_dropout"),
             AttentionLayout(("qkv_proj",), "o_proj"),
-            FeedForwardLayout(("gate_up_proj",), "down_proj", is_gated=True),
+            FeedForwardLayout(("gate_up_proj",), "down_proj", is_gated=True, saved=3),
         ),
     ),
     Architecture(
@@ -185,7 +190,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             _T5_ATTENTION,
             _T5_FEED_FORWARD,
             _T5_PROJECTIONS,
-            FeedForwardLayout(("wi_0", "wi_1"), "wo", inner_dropout="dropout", is_gated=True),
+            FeedForwardLayout(("wi_0", "wi_1"), "wo", inner_dropout="dropout", is_gated=True, saved=3),
             is_split=True,
         ),
         model_types=("mt5",),

@@ -78,7 +78,7 @@ class FeedForwardLayout:
     inner_dropout: str = ""
     output_dropout: str = ""
     is_gated: bool = False
-    saved: int = 0
+    saved: int = 1
 
     @property
     def linears(self) -> tuple[str, ...]:

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lorakit.architectures.layouts import Block
 from lorakit.architectures.shapes import ModelShape, block_of
+from lorakit.plan.families import family_of
 from lorakit.plan.job import Job
 from lorakit.plan.params import Count, SiteCount
 
 _FP32, _INDEX, _SEED = 4, 8, 8
 
-SUBLAYERS = {"self_attn": "attention", "attn": "attention", "mlp": "feed-forward"}
-"""Name of a decoder layer's child module -> the sublayer that contains it."""
+SUBLAYERS = ("attention", "feed-forward")
 
 FLASH_FROM = 2048
 """Minimum row length, in tokens, at which CPU attention also saves its output and one value per head and token."""
@@ -25,54 +26,44 @@ FLASH_FROM = 2048
 CHUNK_ROWS, CHUNK_BYTES = 256, 48 << 20
 """Maximum size of the logits that exist at once on a CPU, in rows and in bytes."""
 
-INNER = ("gate_proj", "up_proj", "c_fc")
-"""Names of the feed-forward sites whose input is the norm's output."""
-
-
-def sublayer_of(path: str) -> str | None:
-    """Return the sublayer that a module belongs to: "attention", "feed-forward", or None.
-
-    Args:
-        path: Dotted path of the module.
-    """
-    block = block_of(path)
-    inside = "" if block is None else path.removeprefix(block + ".")
-    return SUBLAYERS.get(inside.partition(".")[0])
-
 
 def fused(shape: ModelShape, counted: Count, quantized: bool) -> frozenset[tuple[str, str]]:
     """Return all (block, sublayer) pairs that are fused.
 
     A sublayer is fused if its matmuls are plain: no variants such as DoRA, no bias on B, no `target_parameters`, no
-    saved modules, no trainable biases and no quantized weights.
+    saved modules, no trainable biases and no quantized weights. If norms follow the residuals, one function computes
+    both sublayers, so either both are fused or neither.
 
     Args:
-        shape: Shape of the base, which must belong to a known family.
+        shape: Shape of the base, whose family must be known.
         counted: The adapter's parameter counts.
         quantized: Whether the base is quantized.
     """
     if quantized or counted.biases:
         return frozenset()
+    family = family_of(shape)
     others = [site.path for site in counted.sites if not site.is_plain or site.is_bare_matrix or site.experts > 1]
-    left = {(block_of(path), sublayer_of(path)) for path in (*others, *counted.saved)}
+    left: set[tuple[str | None, str | None]] = {
+        (block_of(path), family.sublayer_of(path)) for path in (*others, *counted.saved)
+    }
+    if family.block.is_post_norm:
+        left |= {(block, name) for block, _ in left for name in SUBLAYERS}
     return frozenset(
-        (block, sublayer)
-        for block in shape.blocks
-        for sublayer in ("attention", "feed-forward")
-        if (block, sublayer) not in left
+        (block, sublayer) for block in shape.blocks for sublayer in SUBLAYERS if (block, sublayer) not in left
     )
 
 
-def norm(shape: ModelShape, job: Job) -> int:
+def norm(shape: ModelShape, block: Block, job: Job) -> int:
     """Return the number of bytes that a norm saves per token. [docs/math.md (29)]
 
     A norm saves its input and its statistics: rms, or mean and std.
 
     Args:
         shape: Shape of the model.
+        block: Layout of its blocks.
         job: The job, which sets the dtype.
     """
-    return job.dtype_bytes * shape.hidden + (_FP32 if shape.gated else 2 * _FP32)
+    return job.dtype_bytes * shape.hidden + (_FP32 if block.norm == "rms" else 2 * _FP32)
 
 
 def sublayer_bytes(shape: ModelShape, sites: Sequence[SiteCount], name: str, dropout: float, job: Job) -> int:
@@ -85,12 +76,12 @@ def sublayer_bytes(shape: ModelShape, sites: Sequence[SiteCount], name: str, dro
         dropout: Value of `lora_dropout`.
         job: The job, which sets the batch size, row length and dtype.
     """
-    itemsize, tokens = job.dtype_bytes, job.batch_tokens
+    itemsize, tokens, family = job.dtype_bytes, job.batch_tokens, family_of(shape)
     if name == "attention":
         elements = shape.query_width + 2 * shape.kv_width
         dropout_p = shape.dropouts.get("attention", 0.0)
         flash = job.length_tokens >= FLASH_FROM and not dropout_p
-        output = any(not _reads_norm(site) and site.needs_input for site in sites)
+        output = any(not family.reads_norm(site.path) and site.needs_input for site in sites)
         kept = itemsize * (elements + (shape.query_width if output or flash else 0))
         kept += _FP32 * shape.heads if flash else 0
         if any(o.path.endswith("q_norm") for o in shape.others):  # q and k are saved before their own norms
@@ -103,17 +94,19 @@ def sublayer_bytes(shape: ModelShape, sites: Sequence[SiteCount], name: str, dro
     return tokens * kept + _SEED * seeds
 
 
-def separate_input(shape: ModelShape, sites: Sequence[SiteCount], job: Job) -> int:
-    """Return the size in bytes of the input that a fused feed-forward sublayer saves if its norm is not fused.
+def separate_input(shape: ModelShape, sites: Sequence[SiteCount], name: str, job: Job) -> int:
+    """Return the size in bytes of the input that a fused sublayer saves if no norm before it is fused with it.
 
     The size is 0 if neither a factor A nor a recomputed matmul needs the input.
 
     Args:
         shape: Shape of the model.
-        sites: The adapter's sites in the feed-forward sublayer of one block.
+        sites: The adapter's sites in this sublayer of one block.
+        name: "attention" or "feed-forward".
         job: The job, which sets the batch size, row length and dtype.
     """
-    needed = job.recompute == "feed-forward" or any(_reads_norm(site) and site.needs_input for site in sites)
+    family = family_of(shape)
+    needed = job.recompute == name or any(family.reads_norm(site.path) and site.needs_input for site in sites)
     return job.dtype_bytes * job.batch_tokens * shape.hidden if needed else 0
 
 
@@ -161,8 +154,11 @@ def recomputed_flops(shape: ModelShape, counted: Count, fused: frozenset[tuple[s
     if job.recompute != "feed-forward":
         return 0.0
 
+    family = family_of(shape)
+
     def is_inner(path: str) -> bool:
-        return (block_of(path), sublayer_of(path)) in fused and path.rpartition(".")[2] in INNER
+        sublayer = family.sublayer_of(path)
+        return sublayer == "feed-forward" and (block_of(path), sublayer) in fused and family.reads_norm(path)
 
     base = sum(2.0 * site.weight_parameters for site in shape.sites if is_inner(site.path))
     return base + sum(2.0 * site.rank * site.out_features for site in counted.sites if is_inner(site.path))
@@ -210,8 +206,3 @@ def loss_bytes(shape: ModelShape, job: Job) -> int:
 def _inner(shape: ModelShape) -> int:
     """Return the number of elements per token in the outputs of the feed-forward sublayer's first matmuls."""
     return shape.intermediate * (2 if shape.gated else 1)
-
-
-def _reads_norm(site: SiteCount) -> bool:
-    """Return whether a site's input comes from the norm, rather than from attention or the activation function."""
-    return site.path.rpartition(".")[2] in (*INNER, "q_proj", "k_proj", "v_proj", "c_attn")

@@ -1,67 +1,27 @@
 """Activation memory: the tensors that the forward pass saves for the backward pass, derived block by block.
 
-The values are exact for four model families: the tests count saved tensors with
-`torch.autograd.graph.saved_tensors_hooks`. Any other architecture is estimated as if it belonged to the most similar
-family, and a note in the plan says so. A frozen linear layer does not save its input; a trainable factor A does.
+The values are exact for the architectures with `is_planned` in the table (`lorakit.architectures.families`): the tests
+count saved tensors with `torch.autograd.graph.saved_tensors_hooks`. Any other architecture is estimated as if it
+belonged to the most similar family, and a note in the plan says so. A frozen linear layer does not save its input; a trainable factor A does.
 `memory` handles vocabulary-sized tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from lorakit.architectures.families import GATED
+from lorakit.architectures.layouts import Block
 from lorakit.architectures.shapes import ModelShape, SiteShape, block_of
 from lorakit.plan import accelerated
+from lorakit.plan.families import family_of
 from lorakit.plan.job import Job
 from lorakit.plan.params import Count, SiteCount
 from lorakit.plan.quantized import StoredBase
 from lorakit.targets.layer_types import EMBEDDING
 
 _FP32, _INDEX = 4, 8
-
-SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
-"""Sites of a block that share an input tensor, which is saved only once."""
-
-ATTENTION_OUTPUTS = ("o_proj", "attn.c_proj", "attention.output.dense")
-"""Sites whose input is always saved by fused attention."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """Activation memory of the blocks in a family of architectures.
-
-    Attributes:
-        name: Name shown in the plan.
-        architectures: Names of the transformers classes for which the tests verify these sizes.
-        norm: (width, bytes per element) -> bytes per token that each norm of a block saves.
-        sublayers: Name ("attention" or "feed-forward") -> function (shape, job) -> bytes that the sublayer saves,
-            excluding its norm and anything that the adapter adds.
-        last_norm: (width, bytes per element) -> bytes per token that the norm before the head saves.
-        trained_norms: (width, bytes per element) -> additional bytes per token that the norms of a block save if their
-            weights are trained.
-        is_fast: Whether `lorakit.speed.accelerate` has fused forward passes for the sublayers.
-        norms: Number of norms per block: one before each sublayer, and possibly one after each.
-    """
-
-    name: str
-    architectures: tuple[str, ...]
-    norm: Callable[[int, int], int]
-    sublayers: Mapping[str, Callable[[ModelShape, Job], int]]
-    last_norm: Callable[[int, int], int]
-    trained_norms: Callable[[int, int], int]
-    is_fast: bool
-    norms: int = 2
-
-    def block(self, shape: ModelShape, job: Job) -> int:
-        """Return the number of bytes that one block saves, excluding anything that the adapter adds.
-
-        Args:
-            shape: Shape of the model.
-            job: The job, which sets the batch size, row length and dtype.
-        """
-        norms = self.norms * job.batch_tokens * self.norm(shape.hidden, job.dtype_bytes)
-        return norms + sum(kept(shape, job) for kept in self.sublayers.values())
 
 
 @dataclass(frozen=True)
@@ -93,117 +53,43 @@ class Activations:
     of_blocks: int = 0
 
 
-def _rms_norm(width: int, _: int) -> int:
-    """Return how many bytes per token a norm saves: its input in fp32 (a copy if the model is in bf16) and rstd."""
-    return _FP32 * width + _FP32
+def _norm(block: Block, width: int, itemsize: int) -> int:
+    """Return how many bytes per token a norm of the model's own forward pass saves.
 
-
-def _layer_norm(width: int, itemsize: int) -> int:
-    """Return how many bytes per token a norm saves: its input, mean and rstd, all in the model's dtype."""
-    return itemsize * (width + 2)
+    An RMSNorm saves its input in fp32 (a copy if the model is in bf16) and rstd in fp32. A layer norm saves its input,
+    mean and rstd, all in the model's dtype.
+    """
+    return _FP32 * (width + 1) if block.norm == "rms" else itemsize * (width + 2)
 
 
 def _attention(shape: ModelShape, job: Job) -> int:
-    """Return the number of bytes that scaled dot-product attention saves on a CPU.
+    """Return the number of bytes that attention, the norms of q and k, and the dropout after attention save on a CPU.
 
-    The fused kernel saves q, k, v, the output, and the log-sum-exp in fp32. With attention dropout, the math backend
-    saves scaled q, scaled k, v, and three maps of size rows × heads × T² (probabilities, dropout mask and their
-    product), all in fp32.
+    The fused kernel of scaled dot-product attention saves q, k, v, the output, and the log-sum-exp in fp32. With
+    attention dropout, the math backend saves scaled q, scaled k, v, and three maps of size rows × heads × T²
+    (probabilities, dropout mask and their product), all in fp32. Rotary embeddings save nothing.
     """
     tokens, itemsize = job.batch_tokens, job.dtype_bytes
+    kept = _noise(shape, job)
+    if any(other.path.endswith("q_norm") for other in shape.others):
+        kept += tokens * _FP32 * (shape.query_width + shape.kv_width + shape.heads + shape.kv_heads)
     if shape.dropouts.get("attention"):
         maps = job.batch_rows * shape.heads * job.length_tokens**2
-        return _FP32 * (tokens * (shape.query_width + 2 * shape.kv_width) + 3 * maps)
-    return tokens * (itemsize * 2 * (shape.query_width + shape.kv_width) + _FP32 * shape.heads)
+        return kept + _FP32 * (tokens * (shape.query_width + 2 * shape.kv_width) + 3 * maps)
+    return kept + tokens * (itemsize * 2 * (shape.query_width + shape.kv_width) + _FP32 * shape.heads)
 
 
-def _llama_attention(shape: ModelShape, job: Job) -> int:
-    """Return the number of bytes that attention and Qwen3's per-head norms save; rotary embeddings save nothing."""
-    normed = any(o.path.endswith("q_norm") for o in shape.others)
-    per_token = _FP32 * (shape.query_width + shape.kv_width + shape.heads + shape.kv_heads) if normed else 0
-    return job.batch_tokens * per_token + _attention(shape, job)
+def _feed_forward(block: Block, shape: ModelShape, job: Job) -> int:
+    """Return the number of bytes that the activation of a feed-forward block and the dropout after the block save.
 
-
-def _swiglu(shape: ModelShape, job: Job) -> int:
-    """Return the number of bytes that SwiGLU saves for the backward pass: gate, silu(gate) and up."""
-    return job.batch_tokens * 3 * job.dtype_bytes * shape.inner_width
-
-
-def _dropping_attention(shape: ModelShape, job: Job) -> int:
-    """Return the number of bytes that attention and the subsequent dropout save for the backward pass."""
-    return _attention(shape, job) + _noise(shape, job)
-
-
-def _tanh_gelu(shape: ModelShape, job: Job) -> int:
-    """Return the number of bytes that tanh-GELU (x, x/2, tanh and 1 + tanh) and the subsequent dropout save."""
-    return 4 * job.batch_tokens * job.dtype_bytes * shape.intermediate + _noise(shape, job)
-
-
-def _gelu(shape: ModelShape, job: Job) -> int:
-    """Return the number of bytes that a fused GELU (its input) and the subsequent dropout save."""
-    return job.batch_tokens * job.dtype_bytes * shape.intermediate + _noise(shape, job)
+    Saved are gate, act(gate) and up (SwiGLU, for experts too); x, x/2, tanh and 1 + tanh (tanh-GELU); or x (GELU).
+    """
+    saved = GATED.saved if block.feed_forward_modules is None else block.feed_forward_modules.saved
+    return job.batch_tokens * job.dtype_bytes * shape.inner_width * saved + _noise(shape, job)
 
 
 def _noise(shape: ModelShape, job: Job) -> int:
     return job.batch_tokens * job.dtype_bytes * shape.hidden if shape.dropouts.get("residual") else 0
-
-
-_HEADS = ("ForSequenceClassification", "ForTokenClassification")
-"""Endings of the classes of models that classify; their blocks are those of the language model."""
-
-_LLAMA = Family(
-    "Llama-like block (RMSNorm, rotary, SwiGLU, sdpa)",
-    tuple(f"{name}{head}" for name in ("Llama", "Qwen2", "Qwen3", "Mistral") for head in ("ForCausalLM", *_HEADS)),
-    _rms_norm,
-    {"attention": _llama_attention, "feed-forward": _swiglu},
-    _rms_norm,
-    lambda width, itemsize: 2 * itemsize * width,
-    is_fast=True,
-)
-_GEMMA3 = Family(
-    "Gemma-3-like block (four RMSNorms, rotary, gated tanh-GELU, sdpa)",
-    ("Gemma3ForCausalLM",),
-    _rms_norm,
-    {"attention": _llama_attention, "feed-forward": _swiglu},
-    _rms_norm,
-    lambda width, itemsize: 4 * itemsize * width,
-    is_fast=True,
-    norms=4,
-)
-_GPT2 = Family(
-    "GPT-2-like block (LayerNorm, tanh-GELU, dropout)",
-    tuple(f"GPT2{head}" for head in ("LMHeadModel", *_HEADS)),
-    _layer_norm,
-    {"attention": _dropping_attention, "feed-forward": _tanh_gelu},
-    _layer_norm,
-    lambda *_: 0,
-    is_fast=True,
-)
-_BERT = Family(
-    "BERT-like block (LayerNorm, GELU, dropout)",
-    tuple(f"Bert{head}" for head in ("Model", "ForMaskedLM", *_HEADS)),
-    _layer_norm,
-    {"attention": _dropping_attention, "feed-forward": _gelu},
-    lambda *_: 0,
-    lambda *_: 0,
-    is_fast=False,
-)
-FAMILIES: tuple[Family, ...] = (_LLAMA, _GEMMA3, _GPT2, _BERT)
-
-
-def family_of(shape: ModelShape) -> tuple[Family, bool]:
-    """Return the family used for an architecture, and whether the architecture is known to belong to it.
-
-    Args:
-        shape: Shape of the model. An unknown architecture counts as Llama-like if its MLP is gated, otherwise as
-            GPT-2-like if it is causal, and otherwise as BERT-like.
-    """
-    for family in FAMILIES:
-        if shape.architecture in family.architectures:
-            return family, True
-    if shape.gated:
-        return _LLAMA, False
-    return (_GPT2 if shape.causal else _BERT), False
 
 
 def is_fast(shape: ModelShape) -> bool:
@@ -212,8 +98,7 @@ def is_fast(shape: ModelShape) -> bool:
     Args:
         shape: Shape of the model.
     """
-    family, is_known = family_of(shape)
-    return is_known and family.is_fast
+    return family_of(shape).is_known
 
 
 def packs(shape: ModelShape) -> bool:
@@ -224,7 +109,7 @@ def packs(shape: ModelShape) -> bool:
     Args:
         shape: Shape of the model.
     """
-    return is_fast(shape) and shape.head is not None
+    return is_fast(shape) and shape.causal and shape.head is not None
 
 
 def fused_sublayers(shape: ModelShape, counted: Count, job: Job) -> frozenset[tuple[str, str]]:
@@ -252,15 +137,15 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: S
         job: The job, which sets the batch size, row length and dtype.
         base: The quantized base, or None if the base is not quantized.
     """
-    family, _ = family_of(shape)
+    family = family_of(shape)
     inner = _inner(shape, counted)
     fast = job.accelerated and is_fast(shape)
     fused = fused_sublayers(shape, counted, job)
-    norm = accelerated.norm(shape, job) if fast else family.norm(shape.hidden, job.dtype_bytes)
-    last_norm = norm if fast else family.last_norm(shape.hidden, job.dtype_bytes)
-    by_block = dict.fromkeys(inner, family.norms * job.batch_tokens * norm)
-    outside = job.batch_tokens * last_norm
-    plain = [site for site in counted.sites if (block_of(site.path), accelerated.sublayer_of(site.path)) not in fused]
+    layout = family.block
+    norm = accelerated.norm(shape, layout, job) if fast else _norm(layout, shape.hidden, job.dtype_bytes)
+    by_block = dict.fromkeys(inner, layout.norms * job.batch_tokens * norm)
+    outside = 0 if layout.is_post_norm else job.batch_tokens * norm
+    plain = [site for site in counted.sites if (block_of(site.path), family.sublayer_of(site.path)) not in fused]
     for block, kept in (
         *_of_sublayers(shape, counted, dropout, job, fused),
         *_of_sites(shape, plain, dropout, job),
@@ -283,19 +168,21 @@ def _of_sublayers(
     shape: ModelShape, counted: Count, dropout: float, job: Job, fused: frozenset[tuple[str, str]]
 ) -> Iterable[tuple[str, int]]:
     """Yield (block, bytes) for each sublayer of each block; a fused sublayer's bytes include those of its sites."""
-    family, _ = family_of(shape)
+    family = family_of(shape)
+    plain = {"attention": _attention(shape, job), "feed-forward": _feed_forward(family.block, shape, job)}
     within: dict[tuple[str | None, str | None], list[SiteCount]] = {}
     for site in counted.sites:
-        within.setdefault((block_of(site.path), accelerated.sublayer_of(site.path)), []).append(site)
+        within.setdefault((block_of(site.path), family.sublayer_of(site.path)), []).append(site)
     for block in shape.blocks:
-        for name, plain in family.sublayers.items():
+        for name, kept in plain.items():
             sites = within.get((block, name), [])
             if (block, name) not in fused:
-                yield block, plain(shape, job)
+                yield block, kept
                 continue
             yield block, accelerated.sublayer_bytes(shape, sites, name, dropout, job)
-            if name == "feed-forward" and (block, "attention") not in fused:
-                yield block, accelerated.separate_input(shape, sites, job)
+            is_behind_fused = name == "feed-forward" and (block, "attention") in fused
+            if family.block.is_post_norm or not (name == "attention" or is_behind_fused):
+                yield block, accelerated.separate_input(shape, sites, name, job)
 
 
 def of_full(shape: ModelShape, job: Job) -> Activations:
@@ -305,15 +192,17 @@ def of_full(shape: ModelShape, job: Job) -> Activations:
         shape: Shape of the model.
         job: The job, which sets the batch size, row length and dtype.
     """
-    family, _ = family_of(shape)
+    block = family_of(shape).block
     itemsize, tokens = job.dtype_bytes, job.batch_tokens
-    each = family.block(shape, job) + tokens * family.trained_norms(shape.hidden, itemsize)
+    norm = _norm(block, shape.hidden, itemsize)
+    trained = itemsize * shape.hidden if block.norm == "rms" else 0  # saved by a norm whose weight is trained
+    each = tokens * block.norms * (norm + trained) + _attention(shape, job) + _feed_forward(block, shape, job)
     by_block = dict.fromkeys(shape.blocks, each)
-    outside = tokens * (family.last_norm(shape.hidden, itemsize) + itemsize * shape.hidden)
+    outside = tokens * ((0 if block.is_post_norm else norm) + itemsize * shape.hidden)
     for site in _distinct_inputs(shape, [s for s in shape.sites if s.kind != EMBEDDING]):
-        block = block_of(site.path)
-        if block is not None:
-            by_block[block] += itemsize * tokens * site.in_features
+        inside = block_of(site.path)
+        if inside is not None:
+            by_block[inside] += itemsize * tokens * site.in_features
     return _gathered(shape, job, by_block, outside)
 
 
@@ -374,9 +263,10 @@ def _of_base(
         return
     learning = [] if dropout else [s for s in counted.sites if s.kind != EMBEDDING and s.needs_input]
     of_factors = _distinct_inputs(shape, learning)
-    kept = {_input_of(site.path) for site in of_factors}
+    family = family_of(shape)
+    kept = {family.group_of(site.path) for site in of_factors}
     for quantized in _distinct_inputs(shape, base.sites):
-        if _input_of(quantized.path) not in kept:
+        if family.group_of(quantized.path) not in kept:
             yield block_of(quantized.path), job.dtype_bytes * job.batch_tokens * quantized.in_features
 
 
@@ -390,20 +280,15 @@ def _dequantized(counted: Count, job: Job, base: StoredBase) -> int:
 def _distinct_inputs(
     shape: ModelShape, sites: Iterable[SiteCount] | Iterable[SiteShape]
 ) -> list[SiteCount | SiteShape]:
-    """Return one site per distinct input tensor."""
-    fused = not shape.dropouts.get("attention")
-    found: dict[tuple[str, str], SiteCount | SiteShape] = {}
+    """Return one site per distinct input tensor; attention without dropout saves its output anyway."""
+    family = family_of(shape)
+    output = "" if shape.dropouts.get("attention") else family.block.outputs[0]
+    found: dict[str, SiteCount | SiteShape] = {}
     for site in sites:
-        if fused and site.path.removesuffix(".weight").endswith(ATTENTION_OUTPUTS):
-            continue
-        found.setdefault(_input_of(site.path), site)
+        path = site.path.removesuffix(".weight")
+        if not output or path != f"{block_of(path)}.{output}":
+            found.setdefault(family.group_of(path), site)
     return list(found.values())
-
-
-def _input_of(path: str) -> tuple[str, str]:
-    """Return a key shared by all sites and bare parameters that receive the same input tensor."""
-    parent, _, name = path.removesuffix(".weight").rpartition(".")
-    return parent, next((group[0] for group in SHARED_INPUTS if name in group), name)
 
 
 def _transient(shape: ModelShape, job: Job) -> int:
@@ -419,10 +304,10 @@ def _transient(shape: ModelShape, job: Job) -> int:
 
 
 def _gathered(shape: ModelShape, job: Job, by_block: dict[str, int], outside: int) -> Activations:
-    family, is_known = family_of(shape)
+    family = family_of(shape)
     return Activations(
-        family=family.name,
-        is_known=is_known,
+        family=family.title,
+        is_known=family.is_known,
         blocks=sum(by_block.values()),
         largest_block=max(by_block.values(), default=0),
         outside=outside,

@@ -1,0 +1,67 @@
+"""The row of the table of architectures by which a model's activations are counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorakit.architectures.families import BERT, BERT_BLOCK, GPT2, GPT2_BLOCK, LLAMA, PRE_NORM, architecture_of
+from lorakit.architectures.layouts import Block, SublayerName
+from lorakit.architectures.shapes import ModelShape, block_of
+
+
+@dataclass(frozen=True)
+class Family:
+    """Layout of a model's blocks.
+
+    Attributes:
+        title: What a plan calls the family.
+        block: The layout.
+        is_known: Whether the bytes that its blocks save are exact. Otherwise they are estimated.
+    """
+
+    title: str
+    block: Block
+    is_known: bool
+
+    def sublayer_of(self, path: str) -> SublayerName | None:
+        """Return the sublayer that a module belongs to, or None.
+
+        Args:
+            path: Dotted path of the module in the model.
+        """
+        block = block_of(path)
+        return None if block is None else self.block.sublayer_of(path.removeprefix(f"{block}."))
+
+    def reads_norm(self, path: str) -> bool:
+        """Return whether the input of a linear module comes from a norm, rather than from attention or the activation.
+
+        Args:
+            path: Dotted path of the module in the model.
+        """
+        block = block_of(path)
+        return any(path == f"{block}.{name}" for group in self.block.inputs for name in group)
+
+    def group_of(self, path: str) -> str:
+        """Return a key that all linear modules share that read the same tensor.
+
+        Args:
+            path: Dotted path of a module, or of its weight, in the model.
+        """
+        path = path.removesuffix(".weight")
+        block = block_of(path)
+        inside = path if block is None else path.removeprefix(f"{block}.")
+        return next((f"{block}.{group[0]}" for group in self.block.inputs if inside in group), path)
+
+
+def family_of(shape: ModelShape) -> Family:
+    """Return the family used for a model.
+
+    Args:
+        shape: Shape of the model. An unknown architecture counts as Llama-like if its MLP is gated, otherwise as
+            GPT-2-like if it is causal, and otherwise as BERT-like.
+    """
+    nearest, block = (LLAMA, PRE_NORM) if shape.gated else (GPT2, GPT2_BLOCK) if shape.causal else (BERT, BERT_BLOCK)
+    found = architecture_of(shape.architecture)
+    if found is None or found.block is None:
+        return Family(nearest.title, block, False)
+    return Family(found.title or nearest.title, found.block, found.is_planned)
