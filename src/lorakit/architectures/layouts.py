@@ -153,9 +153,9 @@ class Block:
         return bool(self.attention.last)
 
     @property
-    def norms(self) -> int:
-        """Return the number of norms, without those of q and k."""
-        return len(self.attention.norms) + len(self.feed_forward.norms)
+    def norms(self) -> tuple[str, ...]:
+        """Return the paths of the norms, without those of q and k."""
+        return (*self.attention.norms, *self.feed_forward.norms)
 
     @property
     def activations(self) -> tuple[str, ...]:
@@ -224,7 +224,8 @@ class Architecture:
         title: What is shown in a plan, such as "Llama-like block (RMSNorm, rotary, SwiGLU, sdpa)".
         models: Names of transformers classes whose blocks have this layout; each of them is tested.
         block: Layout of the blocks, or None if `accelerate` has no fused forward methods for them.
-        is_planned: Whether `lorakit.plan` counts the tensors that the blocks save exactly.
+        is_planned: Whether `lorakit.plan` counts the tensors that the blocks save exactly, for rows within the sliding
+            window.
         model_types: Values of a config's `model_type` to which `targets` applies.
         targets: Default target modules, as in PEFT: names or a regular expression; () if there are none.
     """

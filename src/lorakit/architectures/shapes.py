@@ -3,8 +3,9 @@
 A `ModelShape` comes from `lorakit.plan.catalogue` (published models) or from `lorakit.hub`, which creates the model of
 any model directory on the meta device. For each model family (GPT-2, BERT, Llama, Qwen2 and Qwen3; SmolLM2 counts as
 Llama), one function builds the full list of sites from a few published sizes, in the same module order as the
-`transformers` class. The tests compare this list with a model of that class on the meta device. This module does not
-import torch and does not handle files, adapters or costs.
+`transformers` class. Names of modules in blocks come from `lorakit.architectures.families`. The tests compare this list
+with a model of that class on the meta device. This module does not import torch and does not handle files, adapters or
+costs.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
+from lorakit.architectures.families import BERT_BLOCK, GPT2_BLOCK, PRE_NORM
+from lorakit.architectures.layouts import Block
 from lorakit.errors import ConfigError
 
 ALL_DROPOUTS = {"embedding": 0.1, "residual": 0.1, "attention": 0.1}
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 @dataclass(frozen=True)
@@ -268,14 +270,13 @@ def gpt2(sizes: Sizes) -> ModelShape:
     Returns:
         The shape.
     """
-    d, f = sizes.hidden, sizes.intermediate
-    inside = {"attn.c_attn": (3 * d, d), "attn.c_proj": (d, d), "mlp.c_fc": (f, d), "mlp.c_proj": (d, f)}
+    d, inside = sizes.hidden, _linears(GPT2_BLOCK, sizes)
     sites = [
         *_embeddings(d, {"transformer.wte": sizes.vocab, "transformer.wpe": sizes.positions}),
         *_in_blocks("transformer.h", sizes, inside, kind="Conv1D", biased=inside),
         SiteShape("lm_head", "Linear", sizes.vocab, d, dense=False, tied_to="transformer.wte"),
     ]
-    names = [f"transformer.h.{layer}.{name}" for layer in range(sizes.layers) for name in ("ln_1", "ln_2")]
+    names = [f"transformer.h.{layer}.{name}" for layer in range(sizes.layers) for name in GPT2_BLOCK.norms]
     others = [PlainShape(name, 2 * d, d) for name in (*names, "transformer.ln_f")]
     return _shape(sizes, "GPT2LMHeadModel", sites, others, dropouts=ALL_DROPOUTS)
 
@@ -289,17 +290,14 @@ def bert(sizes: Sizes) -> ModelShape:
     Returns:
         The shape.
     """
-    d, f = sizes.hidden, sizes.intermediate
-    inside = {f"attention.self.{name}": (d, d) for name in ("query", "key", "value")}
-    inside |= {"attention.output.dense": (d, d), "intermediate.dense": (f, d), "output.dense": (d, f)}
+    d, inside = sizes.hidden, _linears(BERT_BLOCK, sizes)
     tables = {"word": sizes.vocab, "position": sizes.positions, "token_type": 2}
     sites = [
         *_embeddings(d, {f"embeddings.{name}_embeddings": rows for name, rows in tables.items()}),
         *_in_blocks("encoder.layer", sizes, inside, biased=inside),
         SiteShape("pooler.dense", "Linear", d, d, bias=True),
     ]
-    blocks = [f"encoder.layer.{layer}" for layer in range(sizes.layers)]
-    names = [f"{block}.{name}" for block in blocks for name in ("attention.output.LayerNorm", "output.LayerNorm")]
+    names = [f"encoder.layer.{layer}.{name}" for layer in range(sizes.layers) for name in BERT_BLOCK.norms]
     others = [PlainShape(name, 2 * d, d) for name in ("embeddings.LayerNorm", *names)]
     return _shape(sizes, "BertModel", sites, others, dropouts=ALL_DROPOUTS)
 
@@ -325,7 +323,7 @@ def qwen2(sizes: Sizes) -> ModelShape:
     Returns:
         The shape.
     """
-    return _llama_like(sizes, "Qwen2ForCausalLM", biased=QKV)
+    return _llama_like(sizes, "Qwen2ForCausalLM", biased=PRE_NORM.inputs[0])
 
 
 def qwen3(sizes: Sizes) -> ModelShape:
@@ -343,22 +341,29 @@ def qwen3(sizes: Sizes) -> ModelShape:
 def _llama_like(
     sizes: Sizes, architecture: str, *, biased: Collection[str] = (), head_norms: bool = False
 ) -> ModelShape:
-    d, f = sizes.hidden, sizes.intermediate
-    head_dim = sizes.head_dim
-    q, kv = sizes.heads * head_dim, sizes.kv_heads * head_dim
-    inside = {**dict(zip(QKV, ((q, d), (kv, d), (kv, d)), strict=True)), "self_attn.o_proj": (d, q)}
-    inside |= {"mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f)}
+    d, inside = sizes.hidden, _linears(PRE_NORM, sizes)
     tied_to = "model.embed_tokens" if sizes.tied else None
     sites = [
         *_embeddings(d, {"model.embed_tokens": sizes.vocab}),
         *_in_blocks("model.layers", sizes, inside, biased=biased),
         SiteShape("lm_head", "Linear", sizes.vocab, d, dense=False, tied_to=tied_to),
     ]
-    norms = {"self_attn.q_norm": head_dim, "self_attn.k_norm": head_dim} if head_norms else {}
-    norms |= {"input_layernorm": d, "post_attention_layernorm": d}
+    of_heads = PRE_NORM.attention.at(PRE_NORM.attention_modules.norms) if head_norms else ()
+    norms = dict.fromkeys(of_heads, sizes.head_dim) | dict.fromkeys(PRE_NORM.norms, d)
     blocks = [f"model.layers.{layer}" for layer in range(sizes.layers)]
     others = [PlainShape(f"{block}.{name}", width) for block in blocks for name, width in norms.items()]
     return _shape(sizes, architecture, sites, [*others, PlainShape("model.norm", d)], gated=True)
+
+
+def _linears(block: Block, sizes: Sizes) -> dict[str, tuple[int, int]]:
+    """Return (out, in) for each linear module of a block, by its path in the block, in the order of the calls."""
+    d, f = sizes.hidden, sizes.intermediate
+    q, kv = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    inputs, inner = block.inputs
+    output, down = block.outputs
+    widths = (q, kv, kv) if len(inputs) == 3 else (q + 2 * kv,)
+    found = {path: (width, d) for path, width in zip(inputs, widths, strict=True)} | {output: (d, q)}
+    return found | dict.fromkeys(inner, (f, d)) | {down: (d, f)}
 
 
 def _embeddings(width: int, tables: Mapping[str, int]) -> list[SiteShape]:

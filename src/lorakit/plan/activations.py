@@ -2,7 +2,8 @@
 
 The values are exact for the architectures with `is_planned` in the table (`lorakit.architectures.families`): the tests
 count saved tensors with `torch.autograd.graph.saved_tensors_hooks`. Any other architecture is estimated as if it
-belonged to the most similar family, and a note in the plan says so. A frozen linear layer does not save its input; a trainable factor A does.
+belonged to the most similar family, and a note in the plan says so. A frozen linear layer does not save its input; a
+trainable factor A does.
 `memory` handles vocabulary-sized tensors.
 """
 
@@ -143,7 +144,7 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: S
     fused = fused_sublayers(shape, counted, job)
     layout = family.block
     norm = accelerated.norm(shape, layout, job) if fast else _norm(layout, shape.hidden, job.dtype_bytes)
-    by_block = dict.fromkeys(inner, layout.norms * job.batch_tokens * norm)
+    by_block = dict.fromkeys(inner, len(layout.norms) * job.batch_tokens * norm)
     outside = 0 if layout.is_post_norm else job.batch_tokens * norm
     plain = [site for site in counted.sites if (block_of(site.path), family.sublayer_of(site.path)) not in fused]
     for block, kept in (
@@ -196,7 +197,7 @@ def of_full(shape: ModelShape, job: Job) -> Activations:
     itemsize, tokens = job.dtype_bytes, job.batch_tokens
     norm = _norm(block, shape.hidden, itemsize)
     trained = itemsize * shape.hidden if block.norm == "rms" else 0  # saved by a norm whose weight is trained
-    each = tokens * block.norms * (norm + trained) + _attention(shape, job) + _feed_forward(block, shape, job)
+    each = tokens * len(block.norms) * (norm + trained) + _attention(shape, job) + _feed_forward(block, shape, job)
     by_block = dict.fromkeys(shape.blocks, each)
     outside = tokens * ((0 if block.is_post_norm else norm) + itemsize * shape.hidden)
     for site in _distinct_inputs(shape, [s for s in shape.sites if s.kind != EMBEDDING]):

@@ -68,7 +68,7 @@ def _leaves(layout: Block) -> tuple[str, ...]:
     attended, fed = layout.attention, layout.feed_forward
     weights_dropout = attended.at([layout.attention_modules.weights_dropout])
     dropouts = [path for path in (attended.dropout, fed.dropout) if path]
-    return (*layout.linears, *layout.activations, *weights_dropout, *dropouts, *attended.norms, *fed.norms)
+    return (*layout.linears, *layout.activations, *weights_dropout, *dropouts, *layout.norms)
 
 
 def _holders(layout: Block) -> dict[str, set[str]]:
@@ -191,7 +191,7 @@ def match(module: nn.Module) -> BoundEncoderLayer | str:
     reasons = (unknown_attributes(holders[path], ATTRIBUTES, tuple(names)) for path, names in inside.items())
     if reason := next((reason for reason in reasons if reason is not None), None):
         return reason
-    norms = tuple(bound_norm(_at(module, path)) for path in (*found.attention.norms, *found.feed_forward.norms))
+    norms = tuple(bound_norm(_at(module, path)) for path in found.norms)
     inner = tuple(holder for path, holder in holders.items() if path)
     act = activation_of(_at(module, found.activations[0])) or ""
     return BoundEncoderLayer(module, found, found.linears, found.activations[0], attention, inner, norms, act)
