@@ -224,9 +224,7 @@ def kept_by(given: Operands, pattern: Pattern, seed: int) -> Tensor:
 @pytest.mark.parametrize("sinks", [False, True], ids=["no sinks", "sinks"])
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize(("heads", "kv"), HEADS)
-def test_dropout_is_its_reference_with_the_mask_given(
-    name: str, heads: int, kv: int, block: int, sinks: bool
-) -> None:
+def test_dropout_is_its_reference_with_the_mask_given(name: str, heads: int, kv: int, block: int, sinks: bool) -> None:
     given, pattern = operands(heads, kv), dropping(name)
     pattern = with_sinks(pattern, heads) if sinks else pattern
     kept = kept_by(given, pattern, 11)

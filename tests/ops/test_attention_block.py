@@ -114,7 +114,7 @@ CASES: dict[str, tuple[dict[str, Any], Pattern, Rotary | None, bool]] = {
     "packed": ({"norm": rms(WIDTH)}, Pattern(segments=(4, 1, 4)), tables(), True),
     "gpt-oss": ({"norm": rms(WIDTH), "bias": True}, Pattern(window=4, sinks=SINKS), tables(), True),
     "gpt-oss, packed": ({"norm": rms(WIDTH)}, Pattern(window=2, segments=(4, 1, 4), sinks=SINKS), tables(), True),
-    "gpt-oss, flash": ({"norm": rms(WIDTH)}, Pattern(segments=(2, 7), sinks=SINKS, method="flash"), tables(), True),
+    "gpt-oss, flash": ({"norm": rms(WIDTH)}, Pattern(segments=(4, 1, 4), sinks=SINKS, method="flash"), tables(), True),
     "q and v alone": ({"norm": rms(WIDTH), "r": (2, 0, 5, 0)}, Pattern(), tables(), True),
     "no adapter": ({"norm": rms(WIDTH), "r": (0, 0, 0, 0)}, Pattern(), tables(), True),
     "output alone": ({"norm": rms(WIDTH), "r": (0, 0, 0, 1)}, Pattern(), tables(), True),

@@ -1,9 +1,10 @@
 """Attention with PyTorch's flash kernels, forward and backward.
 
-On a CPU, the kernel is called once per packed sequence. The kernel does not know sinks, so its results are corrected by
-[docs/math.md (86)]; its backward pass is exact for the corrected results. On CUDA, a single call handles a dense batch, or all sequences
-in a packed batch. The CUDA kernel reads heads in the layout that the projections produce, and supports grouped-query
-attention and sliding windows. Lengths and offsets are Python integers, so no call synchronizes the device.
+On a CPU, the kernel is called once per packed sequence. It does not support sinks, so its results are corrected with
+[docs/math.md (86)]; its backward pass is exact if it is given the corrected results. On CUDA, a single call handles a
+dense batch, or all sequences in a packed batch. The CUDA kernel reads heads in the layout that the projections produce,
+and supports grouped-query attention and sliding windows. Lengths and offsets are Python integers, so no call
+synchronizes the device.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def takes(q: Tensor, v: Tensor, pattern: Pattern) -> bool:
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, T, D), stored as (B, T, H, D), and each row's log-sum-exp (B, H, T) in fp32 or wider.
 
-    The log-sum-exp includes the sinks. Shapes: q (B, H, T, D), k and v (B, KV, T, D). Only the last dimension must be contiguous. Heads of k and v that
-    are shared by several heads of q are expanded through strides rather than copied.
+    Both include the sinks. Shapes: q (B, H, T, D), k and v (B, KV, T, D). Only the last dimension must be contiguous.
+    Heads of k and v that are shared by several heads of q are expanded through strides rather than copied.
     """
     batch, heads, tokens, width = q.shape
     out = torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)

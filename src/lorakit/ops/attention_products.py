@@ -1,10 +1,10 @@
 """Attention computed by batched matmuls, one block of query rows at a time.
 
-For the formulas, see [docs/math.md (81), (82), (86)]. Heads of q that share a head of k become additional rows of one matmul,
-so k and v are not repeated. A block computes only the columns that its rows can see: with a causal mask, most of the
-upper triangle is skipped, and with a window, only the band is computed. All blocks share one score buffer. The backward
-pass recomputes the scores, so neither a T × T tensor nor softmax statistics are saved. Dropout for all blocks is drawn
-at once, and only a seed is saved.
+For the formulas, see [docs/math.md (81), (82), (86)]. Heads of q that share a head of k become additional rows of one
+matmul, so k and v are not repeated. A block computes only the columns that its rows can see: with a causal mask, most
+of the upper triangle is skipped, and with a window, only the band is computed. All blocks share one score buffer. The
+backward pass recomputes the scores, so neither a T × T tensor nor softmax statistics are saved. Dropout for all blocks
+is drawn at once, and only a seed is saved.
 """
 
 from __future__ import annotations
