@@ -5,8 +5,9 @@
 For each matmul of a step with a frozen weight, forward (x·Wᵀ, W by columns) and backward (dy·W, by rows), the time with
 all rows at once and in slices; attention, forward and backward, by matmuls and by flash; and the method that `lorakit
 train`'s autotuning selects. Then one matmul including the adapter's, cat(x, h)·cat(W, s·B)ᵀ, compared with the two that
-are used, x·Wᵀ and h·(s·B)ᵀ added to it: the possible gain if the required copy of the weights were free. Rows are
-appended to results/products.jsonl.
+are used, x·Wᵀ and h·(s·B)ᵀ added to it: the possible gain if the required copy of the weights were free. Then attention
+with sinks, forward and backward, by each method and by transformers' eager function for gpt-oss. Rows are appended to
+results/products.jsonl.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from typing import Any
 import torch
 from runner import append_row, seconds_of
 from torch import nn
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from lorakit.allocator import keep_large_blocks
+from lorakit.ops.attention import attention
+from lorakit.ops.attention_pattern import Method, Pattern
 from lorakit.ops.choices import IN_FP32
 from lorakit.speed.tuning import TuningTask, attention_tasks, fastest, matmul_tasks
 
@@ -31,6 +35,9 @@ SHAPES = ((576, 192), (576, 576), (576, 1536), (1536, 576), (896, 896), (2048, 2
 """(in, out): those of SmolLM2-135M, and squares of Qwen2.5-0.5B and of a 1B model."""
 
 RANK = 16
+
+HEADS_WITH_SINKS = (16, 2, 64)
+"""Heads of q, heads of k, and head width: a quarter of the heads of gpt-oss-20b."""
 
 
 def main() -> None:
@@ -51,6 +58,8 @@ def main() -> None:
         for rows in options.rows:
             for inner, outer in SHAPES:
                 with_adapter(rows, inner, outer, dtype, options.repeats)
+    for tokens in options.lengths:
+        with_sinks(tokens, dtype, options.repeats)
 
 
 def size_of(task: TuningTask) -> int:
@@ -92,6 +101,29 @@ def with_adapter(rows: int, inner: int, outer: int, dtype: torch.dtype, repeats:
     for name, seconds in interleaved(methods, repeats).items():
         facts = {"what": f"adapter within the matmul, {rows}x{inner}x{outer}, r {RANK}", "method": name}
         append_row("products", facts, {"milliseconds": [1e3 * s for s in seconds]})
+
+
+def with_sinks(tokens: int, dtype: torch.dtype, repeats: int) -> None:
+    """Measure causal attention with sinks, forward and backward, by each method and by transformers' eager function."""
+    heads, shared, width = HEADS_WITH_SINKS
+    q, k, v = (torch.randn(1, n, tokens, width, dtype=dtype, requires_grad=True) for n in (heads, shared, shared))
+    sinks = torch.zeros(heads, dtype=dtype)
+    module: Any = SimpleNamespace(num_key_value_groups=heads // shared, sinks=sinks, training=False)
+    mask = torch.full((1, 1, tokens, tokens), torch.finfo(dtype).min, dtype=dtype).triu(1)
+
+    def ours(method: Method) -> None:
+        out = attention(q, k, v, Pattern(sinks=sinks, method=method))
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+
+    def eager() -> None:
+        out, _ = eager_attention_forward(module, q, k, v, mask, width**-0.5)
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+
+    ways: tuple[Method, ...] = ("matmul", "matmul_fp32", "flash")
+    methods: dict[Any, Callable[[], object]] = {method: partial(ours, method) for method in ways}
+    what = f"attention with sinks, {tokens} tokens {heads}/{shared}x{width} {str(dtype)[6:]} causal"
+    for name, seconds in interleaved({**methods, "transformers, eager": eager}, repeats).items():
+        append_row("products", {"what": what, "method": name}, {"milliseconds": [1e3 * s for s in seconds]})
 
 
 def interleaved(methods: Mapping[Any, Callable[[], object]], repeats: int) -> dict[Any, list[float]]:

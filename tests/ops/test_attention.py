@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,6 +54,11 @@ FLASH = [
     "padded, causal",
     "packed, bias",
 ]
+
+
+def with_sinks(pattern: Pattern, heads: int) -> Pattern:
+    """Return the pattern with a different sink for each of the heads, from negligible to dominant."""
+    return replace(pattern, sinks=torch.linspace(-2, 3, heads, dtype=torch.float64))
 
 
 def operands(heads: int, kv: int, dtype: torch.dtype = torch.float64, batch: int = 2, tokens: int = 13) -> Operands:
@@ -111,6 +119,53 @@ def test_flash(name: str, heads: int, kv: int) -> None:
     torch.testing.assert_close(gradients(out, given), gradients(expected, given), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("name", "method"), [*((name, "matmul") for name in PATTERNS), *((name, "flash") for name in FLASH)]
+)
+@pytest.mark.parametrize(("heads", "kv"), HEADS)
+def test_sinks(name: str, method: str, heads: int, kv: int, block: int) -> None:
+    given, pattern = operands(heads, kv), with_sinks(with_way(PATTERNS[name], method), heads)
+    out, expected = attention(*given, pattern), reference(*given, pattern)
+    assert not torch.allclose(expected, reference(*given, replace(pattern, sinks=None)), rtol=0.1)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(out, given), gradients(expected, given), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["flash", "matmul", "matmul_fp32"])
+def test_sinks_of_any_size(method: str, dtype: torch.dtype) -> None:
+    """A sink far below the scores changes nothing, and a sink far above them leaves nothing; nothing overflows."""
+    given = tuple(t.detach().to(dtype).requires_grad_() for t in operands(4, 2))
+    pattern = with_way(Pattern(sinks=torch.tensor([-torch.inf, -1e4, 0.0, 1e4])), method)
+    out, without = attention(*given, pattern), attention(*given, replace(pattern, sinks=None))
+    bound = 1e-6 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(out[:, :2], without[:, :2], rtol=bound, atol=bound)
+    assert not out[:, 3].any()
+    assert all(bool(t.isfinite().all()) for t in (out, *gradients(out, given)))  # type: ignore[arg-type]
+
+
+def test_with_a_sink_a_token_that_sees_nothing_gets_zero() -> None:
+    given = operands(4, 2)
+    hidden = torch.zeros(1, 1, 13, 13, dtype=torch.float64)
+    hidden[:, :, 5] = -torch.inf
+    out = attention(*given, with_sinks(Pattern(causal=False, bias=hidden, method="matmul"), 4))
+    assert not out[:, :, 5].any()
+    assert all(bool(t.isfinite().all()) for t in (out, *gradients(out, given)))
+
+
+def test_what_is_no_sink() -> None:
+    given = operands(6, 2)
+    for wrong in (torch.zeros(2), torch.zeros(1, 6), torch.zeros(())):
+        with pytest.raises(ValueError, match=r"sinks .*shape \(6,\).*got \(.*\)"):
+            attention(*given, Pattern(sinks=wrong))
+    for wrong, said in (
+        (torch.zeros(6, requires_grad=True), "requires_grad=True"),
+        (torch.zeros(6, dtype=torch.int64), r"torch\.int64"),
+    ):
+        with pytest.raises(ValueError, match=f"sinks must be floating-point and frozen; got .*{said}"):
+            attention(*given, Pattern(sinks=wrong))
+
+
 def test_flash_hides_padding_that_is_longer_than_its_blocks() -> None:
     tokens = 1100
     given = operands(2, 1, tokens=tokens)
@@ -166,10 +221,12 @@ def kept_by(given: Operands, pattern: Pattern, seed: int) -> Tensor:
     return attention(q, k, torch.eye(tokens, dtype=v.dtype).expand(batch, kv, -1, -1), pattern) != 0
 
 
+@pytest.mark.parametrize("sinks", [False, True], ids=["no sinks", "sinks"])
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize(("heads", "kv"), HEADS)
-def test_dropout_is_its_reference_with_the_mask_given(name: str, heads: int, kv: int, block: int) -> None:
+def test_dropout_is_its_reference_with_the_mask_given(name: str, heads: int, kv: int, block: int, sinks: bool) -> None:
     given, pattern = operands(heads, kv), dropping(name)
+    pattern = with_sinks(pattern, heads) if sinks else pattern
     kept = kept_by(given, pattern, 11)
     torch.manual_seed(11)
     out, expected = attention(*given, pattern), reference(*given, pattern, kept)
@@ -242,7 +299,9 @@ def test_dropout_by_a_mask_is_dropout_by_positions() -> None:
 @pytest.mark.parametrize("method", ["flash", "matmul"])
 def test_gradcheck(method: str) -> None:
     pattern = Pattern(segments=(2, 4), method=method)  # type: ignore[arg-type]
-    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, pattern), operands(4, 2, batch=1, tokens=6))
+    for made in (pattern, with_sinks(pattern, 4)):
+        run = functools.partial(attention, pattern=made)
+        assert torch.autograd.gradcheck(run, operands(4, 2, batch=1, tokens=6))
 
 
 def test_gradcheck_of_window_and_softcap() -> None:
@@ -250,16 +309,27 @@ def test_gradcheck_of_window_and_softcap() -> None:
     assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, pattern), operands(2, 1, batch=1, tokens=5))
 
 
+@pytest.mark.parametrize("method", ["flash", "matmul", "matmul_fp32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinks_in_lower_precision(method: str, dtype: torch.dtype, block: int) -> None:
+    compare_in_lower_precision(with_sinks(Pattern(segments=(5, 1, 7), method=method), 6), dtype)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["causal", "window and softcap", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision_is_as_near_the_truth_as_plain_pytorch(name: str, dtype: torch.dtype, block: int) -> None:
+    compare_in_lower_precision(PATTERNS[name], dtype)
+
+
+def compare_in_lower_precision(pattern: Pattern, dtype: torch.dtype) -> None:
+    """Check that the errors of `attention` are not much larger than those of its reference in the same dtype."""
     exact = tuple(t.detach().bfloat16().double().requires_grad_() for t in operands(6, 2))
     lower = tuple(t.detach().to(dtype).requires_grad_() for t in exact)
-    truth_out = reference(*exact, PATTERNS[name])  # type: ignore[arg-type]
+    truth_out = reference(*exact, pattern)  # type: ignore[arg-type]
     truth = [truth_out, *gradients(truth_out, exact)]  # type: ignore[arg-type]
     errors = []
     for function in (attention, reference):
-        out = function(*lower, PATTERNS[name])  # type: ignore[arg-type]
+        out = function(*lower, pattern)  # type: ignore[arg-type]
         assert out.dtype == dtype
         found = [out, *gradients(out, lower)]  # type: ignore[arg-type]
         errors.append([(a - b).norm() / b.norm() for a, b in zip(found, truth, strict=True)])
@@ -283,12 +353,14 @@ def test_one_token_and_none(method: str) -> None:
         torch.testing.assert_close(out, given[2].repeat_interleave(2, 1))
 
 
-def by_hand(q: Tensor, k: Tensor, v: Tensor, cap: float, s: float) -> tuple[Tensor, Tensor, Tensor]:
+def by_hand(
+    q: Tensor, k: Tensor, v: Tensor, cap: float, s: float, sink: float = -math.inf
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return output, weights and 1 − tanh² of one causal head, row by row."""
     out, weights, slopes = torch.zeros_like(v), *(torch.zeros(len(q), len(k), dtype=q.dtype) for _ in range(2))
     for i in range(len(q)):
         capped = torch.stack([torch.tanh(s * (q[i] @ k[j]) / cap) for j in range(i + 1)])
-        weights[i, : i + 1] = (cap * capped).exp() / (cap * capped).exp().sum()
+        weights[i, : i + 1] = (cap * capped).exp() / ((cap * capped).exp().sum() + math.exp(sink))
         slopes[i, : i + 1] = 1 - capped**2
         out[i] = sum(weights[i, j] * v[j] for j in range(i + 1))
     return out, weights, slopes
@@ -311,6 +383,25 @@ def test_its_gradients_are_the_formula(block: int) -> None:
     Z = P * (dP - (P * dP).sum(1, keepdim=True)) * slope
     for grad, wanted in zip(found, (0.4 * Z @ k0, 0.4 * Z.t() @ q0, P.t() @ G), strict=True):
         torch.testing.assert_close(grad[0, 0], wanted)
+
+
+def test_a_sink_is_the_formula(block: int) -> None:
+    q, k, v = operands(2, 1, batch=1)
+    sinks = torch.tensor([0.5, -0.7]).double()
+    out = attention(q, k, v, Pattern(softcap=1.5, scale=0.4, sinks=sinks))
+    G = torch.randn(1, 2, 13, 5, dtype=torch.float64)
+    found = torch.autograd.grad(out, (q, k, v), G)
+    wanted = [torch.zeros_like(t) for t in (q, k, v)]
+    for head, sink in enumerate(sinks.tolist()):
+        q0, k0, v0 = (t.detach()[0] for t in (q[:, head], k[:, 0], v[:, 0]))
+        o, P, slope = by_hand(q0, k0, v0, 1.5, 0.4, sink)
+        torch.testing.assert_close(out[0, head], o)
+        dP = G[0, head] @ v0.t()
+        Z = P * (dP - (P * dP).sum(1, keepdim=True)) * slope
+        wanted[0][0, head] = 0.4 * Z @ k0
+        wanted[1][0, 0] += 0.4 * Z.t() @ q0
+        wanted[2][0, 0] += P.t() @ G[0, head]
+    torch.testing.assert_close(found, tuple(wanted))
 
 
 @pytest.mark.parametrize("method", ["flash", "matmul"])
@@ -379,6 +470,7 @@ def test_choice_of_the_way() -> None:
     assert chosen(long, long, Pattern(softcap=1.0)) == "matmul"
     assert chosen(long, long, Pattern(window=8)) == "matmul"
     assert chosen(long, long, Pattern(dropout=0.1)) == "matmul"
+    assert chosen(long, long, Pattern(sinks=torch.zeros(1))) == "flash"
     assert chosen(long, long, Pattern(window=FLASH_FROM)) == "flash"
     assert chosen(long, long, Pattern(segments=(FLASH_FROM // 2,) * 2)) == "matmul"
     assert chosen(long, long, Pattern(method="matmul")) == "matmul"

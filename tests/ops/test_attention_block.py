@@ -64,6 +64,8 @@ def tables(rot: int = HEAD, pairs: str = "half", batch: int | None = None) -> Ro
     return Rotary(torch.randn(shape).double(), torch.randn(shape).double(), pairs)  # type: ignore[arg-type]
 
 
+SINKS = torch.linspace(-2, 3, HEADS, dtype=torch.float64)
+
 # block, pattern, rotary, residual
 CASES: dict[str, tuple[dict[str, Any], Pattern, Rotary | None, bool]] = {
     "Llama": ({"norm": rms(WIDTH)}, Pattern(), tables(), True),
@@ -110,6 +112,9 @@ CASES: dict[str, tuple[dict[str, Any], Pattern, Rotary | None, bool]] = {
     "Cohere": ({"norm": layer(WIDTH), "kv": 3}, Pattern(), tables(pairs="interleaved"), True),
     "BERT": ({"kv": HEADS, "bias": True}, Pattern(causal=False), None, True),
     "packed": ({"norm": rms(WIDTH)}, Pattern(segments=(4, 1, 4)), tables(), True),
+    "gpt-oss": ({"norm": rms(WIDTH), "bias": True}, Pattern(window=4, sinks=SINKS), tables(), True),
+    "gpt-oss, packed": ({"norm": rms(WIDTH)}, Pattern(window=2, segments=(4, 1, 4), sinks=SINKS), tables(), True),
+    "gpt-oss, flash": ({"norm": rms(WIDTH)}, Pattern(segments=(4, 1, 4), sinks=SINKS, method="flash"), tables(), True),
     "q and v alone": ({"norm": rms(WIDTH), "r": (2, 0, 5, 0)}, Pattern(), tables(), True),
     "no adapter": ({"norm": rms(WIDTH), "r": (0, 0, 0, 0)}, Pattern(), tables(), True),
     "output alone": ({"norm": rms(WIDTH), "r": (0, 0, 0, 1)}, Pattern(), tables(), True),
@@ -194,7 +199,7 @@ def test_gradcheck_of_the_wanted_rows_with_every_dropout(name: str) -> None:
     assert torch.autograd.gradcheck(run, tuple(leaves(x, block)), fast_mode=True)
 
 
-@pytest.mark.parametrize("name", ["Llama", "Qwen3", "flash"])
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "flash", "gpt-oss"])
 def test_the_wanted_rows_under_autocast(name: str) -> None:
     made, *rest = CASES[name]
     block, x = in_dtype(block_of(**made), torch.float32, torch.float32), an_input(dtype=torch.float32)
@@ -245,7 +250,7 @@ def test_dropout_of_the_output_comes_before_the_residual(residual: bool) -> None
     torch.testing.assert_close(attention_block(x, none, pattern, turn), reference(x, none, pattern, turn, False))
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "Llama", "fused, q and k normalized"])
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "fused, q and k normalized", "gpt-oss"])
 def test_gradcheck_with_every_dropout(name: str) -> None:
     made, pattern, *rest = CASES[name]
     block, x = block_of(**made, p=0.2, dropout=0.3), an_input(1)
@@ -279,7 +284,9 @@ def test_it_is_the_formula() -> None:
     torch.testing.assert_close(attention_block(x, block, Pattern(), turn, True)[0], by_hand(x[0], block, turn))
 
 
-@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Gemma-2", "GPT-2", "Phi-3", "flash"])
+@pytest.mark.parametrize(
+    "name", ["Llama", "Qwen3", "Gemma-2", "GPT-2", "Phi-3", "flash", "gpt-oss", "gpt-oss, packed", "gpt-oss, flash"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision_is_as_near_the_truth_as_plain_pytorch(name: str, dtype: torch.dtype) -> None:
     made, *rest = CASES[name]
@@ -400,7 +407,7 @@ def test_checkpointing_gives_the_same_gradients_with_dropout(reentrant: bool) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Qwen3", "Gemma-2", "packed", "flash"])
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma-2", "packed", "flash", "gpt-oss", "gpt-oss, flash"])
 def test_one_graph_under_compile(name: str) -> None:
     made, *rest = CASES[name]
     block, x = block_of(**made), an_input()

@@ -128,11 +128,12 @@ def test_the_kernels_take_what_they_are_given(name: str) -> None:
 @pytest.mark.usefixtures("fake_cuda")
 def test_what_the_kernel_does_not_know_goes_by_products() -> None:
     q, _, v = heads_of()
-    for pattern in (Pattern(softcap=3.0), Pattern(dropout=0.1), Pattern(bias=torch.zeros(1, 1, 1, 13, device="cuda"))):
+    bias, sinks = torch.zeros(1, 1, 1, 13, device="cuda"), torch.zeros(6, device="cuda")
+    for pattern in (Pattern(softcap=3.0), Pattern(dropout=0.1), Pattern(bias=bias), Pattern(sinks=sinks)):
         assert chosen(q, v, pattern) == "matmul"
     assert chosen(q, v, Pattern(method="matmul")) == "matmul"
     for dtype, width in ((torch.float32, 64), (torch.bfloat16, 20), (torch.bfloat16, 264)):
         q, _, v = heads_of(dtype, width)
         assert chosen(q, v, Pattern()) == "matmul"
-    with pytest.raises(ValueError, match="on CUDA, they do not support a bias, and they require fp16 or bf16"):
+    with pytest.raises(ValueError, match="on CUDA, they do not support a bias or sinks, and they require fp16 or bf16"):
         chosen(q, v, Pattern(method="flash"))

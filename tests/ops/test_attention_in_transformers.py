@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -33,6 +33,7 @@ class Case:
     pairs: str = "half"
     pattern: Callable[[nn.Module], Pattern] = lambda attn: Pattern(scale=attn.scaling)  # type: ignore[assignment]
     names: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    half_tables: bool = False  # the module's cos and sin have one column for each pair
     children: tuple[str, str] = ("self_attn", "input_layernorm")
 
 
@@ -40,6 +41,10 @@ def windowed(attn: nn.Module) -> Pattern:
     cap: Any = getattr(attn, "attn_logit_softcapping", None)
     window: Any = getattr(attn, "sliding_window", None) or getattr(attn.config, "sliding_window", None)
     return Pattern(scale=attn.scaling, window=window, softcap=cap)  # type: ignore[arg-type]
+
+
+def with_sinks(attn: nn.Module) -> Pattern:
+    return replace(windowed(attn), sinks=attn.sinks)  # type: ignore[arg-type]
 
 
 CASES = {
@@ -59,6 +64,11 @@ CASES = {
     "phi3": Case(
         {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "partial_rotary_factor": 0.5, "pad_token_id": 0},
         names=("qkv_proj", "o_proj"),
+    ),
+    "gpt_oss": Case(
+        {**SIZES, **GROUPED, "sliding_window": 4, "num_local_experts": 2, "num_experts_per_tok": 1},
+        pattern=with_sinks,
+        half_tables=True,
     ),
     "phi": Case(
         {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 4},
@@ -127,6 +137,8 @@ class Made:
 
     def ours(self) -> Tensor:
         made = self.tables()
+        if made is not None and self.case.half_tables:
+            made = torch.cat((made[0],) * 2, -1), torch.cat((made[1],) * 2, -1)
         turn = None if made is None else Rotary(made[0], made[1], self.case.pairs)  # type: ignore[arg-type]
         return attention_block(self.x, self.block(), self.case.pattern(self.attn), turn, self.case.residual)
 

@@ -256,6 +256,7 @@ def test_attention_goes_as_chosen_for_its_heads_and_length() -> None:
     with activate({name: 1}):
         assert attention.chosen(q, v, Pattern()) == "flash"
         assert attention.chosen(q, v, Pattern(causal=False)) == "matmul"
+        assert attention.chosen(q, v, Pattern(sinks=torch.zeros(4))) == "flash"  # measured without sinks
         assert attention.chosen(q, v, Pattern(window=5)) == "matmul"  # not supported by flash
         assert attention.chosen(q, v, Pattern(segments=(150, 150))) == "matmul"  # shorter than any measured length
         assert attention.chosen(q, v, Pattern(method="matmul")) == "matmul"
@@ -266,7 +267,15 @@ def test_attention_goes_as_chosen_for_its_heads_and_length() -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", [Pattern(), Pattern(window=70), Pattern(softcap=2.0), Pattern(segments=(300, 20)), Pattern(dropout=0.2)]
+    "pattern",
+    [
+        Pattern(),
+        Pattern(window=70),
+        Pattern(softcap=2.0),
+        Pattern(segments=(300, 20)),
+        Pattern(dropout=0.2),
+        Pattern(sinks=torch.arange(4.0)),
+    ],
 )
 def test_attention_through_fp32_has_the_values_and_gradients_of_bf16(pattern: Pattern) -> None:
     leaves, results = [drawn(1, heads, 320, 8).bfloat16() for heads in (4, 2, 2)], []
@@ -289,12 +298,13 @@ def test_attention_through_fp32_has_the_values_and_gradients_of_bf16(pattern: Pa
         torch.testing.assert_close(through.double(), plain.double(), rtol=5e-2, atol=5e-2)
 
 
-def test_attention_by_either_way_is_the_same() -> None:
+@pytest.mark.parametrize("sinks", [None, torch.arange(4.0)], ids=["no sinks", "sinks"])
+def test_attention_by_either_way_is_the_same(sinks: torch.Tensor | None) -> None:
     leaves, results = [drawn(1, 4, 300, 8), drawn(1, 2, 300, 8), drawn(1, 2, 300, 8)], []
     for acts in ({}, {choices.attention_name((4, 2, 8), torch.float64, True, 300): 1}):
         q, k, v = (leaf.clone().requires_grad_() for leaf in leaves)
         with activate(acts):
-            y = attention.attention(q, k, v)
+            y = attention.attention(q, k, v, Pattern(sinks=sinks))
             y.cos().sum().backward()  # type: ignore[no-untyped-call]
         results.append((y, q.grad, k.grad, v.grad))
     for plain, flash in zip(*results, strict=True):

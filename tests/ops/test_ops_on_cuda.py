@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -179,6 +180,14 @@ def test_attention(target: Place, name: str, heads: int, kv: int) -> None:
     doubles = [in_double(t) for t in given]
     out = attention.attention(*given, PATTERNS[name])
     compare(target, [out], [references.attention(*doubles, PATTERNS[name])], given, doubles)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_attention_with_sinks(target: Place, name: str) -> None:
+    given = [target(2, N, n, 16).transpose(1, 2).requires_grad_() for n in (4, 2, 2)]
+    doubles, pattern = [in_double(t) for t in given], replace(PATTERNS[name], sinks=target(4))
+    out = attention.attention(*given, pattern)
+    compare(target, [out], [references.attention(*doubles, pattern)], given, doubles)
 
 
 @pytest.mark.gpu

@@ -21,14 +21,15 @@ FLASH_FROM = 2048
 def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -> Tensor:
     """Compute attention, softmax(scale·q·kᵀ)·v, with a given pattern. [docs/math.md (81)]
 
-    For the gradients, see [docs/math.md (82)].
+    For the gradients, see [docs/math.md (82)]; for sinks, [docs/math.md (86)].
 
     Shapes: q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E), where KV divides H. These tensors may have any
     strides. The result is (B, H, T, E), stored as (B, T, H, E). For the backward pass, q, k and v are saved; with flash
     attention, the output and one value per row are saved too. No (T, T) tensor is saved.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, eq. (1); for grouped-query attention, Ainslie et al. 2023,
-    arXiv:2305.13245; for recomputing the weights in the backward pass, Rabe and Staats 2021, arXiv:2112.05682.
+    arXiv:2305.13245; for recomputing the weights in the backward pass, Rabe and Staats 2021, arXiv:2112.05682; for
+    sinks, Xiao et al. 2023, arXiv:2309.17453.
 
     Raises:
         ValueError: Shapes do not match, a value in the pattern is out of range, or the pattern requests "flash" but the
@@ -54,7 +55,7 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
         raise ValueError(
             "method='flash' does not support this pattern: flash kernels do not support a softcap or dropout, and v "
             "must have the same width as q; on a CPU, they do not support a window either; on CUDA, they do not "
-            "support a bias, and they require fp16 or bf16. Use method='auto' or method='matmul'"
+            "support a bias or sinks, and they require fp16 or bf16. Use method='auto' or method='matmul'"
         )
     if pattern.method == "matmul_fp32" and q.dtype == torch.float64:
         return "matmul"  # fp32 would be narrower

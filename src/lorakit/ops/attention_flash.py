@@ -1,8 +1,10 @@
 """Attention with PyTorch's flash kernels, forward and backward.
 
-On a CPU, the kernel is called once per packed sequence. On CUDA, a single call handles a dense batch, or all sequences
-in a packed batch. The CUDA kernel reads heads in the layout that the projections produce, and supports grouped-query
-attention and sliding windows. Lengths and offsets are Python integers, so no call synchronizes the device.
+On a CPU, the kernel is called once per packed sequence. It does not support sinks, so its results are corrected with
+[docs/math.md (86)]; its backward pass is exact if it is given the corrected results. On CUDA, a single call handles a
+dense batch, or all sequences in a packed batch. The CUDA kernel reads heads in the layout that the projections produce,
+and supports grouped-query attention and sliding windows. Lengths and offsets are Python integers, so no call
+synchronizes the device.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ def takes(q: Tensor, v: Tensor, pattern: Pattern) -> bool:
     """Return whether the device of q (B, H, T, D) has a flash kernel that supports the pattern; v is (B, KV, T, E).
 
     The pattern must have no softcap and no dropout, and q and v must have the same width. The CPU kernel does not
-    support sliding windows. The CUDA kernel does not support a bias, and supports only fp16, bf16 and certain widths.
+    support sliding windows. The CUDA kernel does not support a bias or sinks, and supports only fp16, bf16 and certain
+    widths.
     """
     width = q.shape[3]
     if pattern.softcap is not None or pattern.dropout > 0 or width != v.shape[3]:
@@ -39,14 +42,14 @@ def takes(q: Tensor, v: Tensor, pattern: Pattern) -> bool:
     if q.device.type != "cuda":
         return q.device.type == "cpu" and not pattern.windowed(q.shape[2])
     fits = q.dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= WIDEST
-    return pattern.bias is None and fits and q.numel() > 0 and _has_kernel(q.device)
+    return pattern.bias is None and pattern.sinks is None and fits and q.numel() > 0 and _has_kernel(q.device)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, T, D), stored as (B, T, H, D), and each row's log-sum-exp (B, H, T) in fp32 or wider.
 
-    Shapes: q (B, H, T, D), k and v (B, KV, T, D). Only the last dimension must be contiguous. Heads of k and v that
-    are shared by several heads of q are expanded through strides rather than copied.
+    Both include the sinks. Shapes: q (B, H, T, D), k and v (B, KV, T, D). Only the last dimension must be contiguous.
+    Heads of k and v that are shared by several heads of q are expanded through strides rather than copied.
     """
     batch, heads, tokens, width = q.shape
     out = torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
@@ -56,8 +59,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
         operands = _operands(q, k, v, part)
         bias = _bias(q, k, pattern, part)
         o, sums = kernel(*operands, 0.0, pattern.causal, attn_mask=bias, scale=pattern.scale_for(width))
+        sums, sinks = sums.unsqueeze(3), _sinks(q, k, pattern, part)
+        if sinks is not None:
+            # exp(lse − logaddexp(lse, sink)), without the rounding errors of large log-sum-exps
+            o, sums = o * torch.sigmoid(sums - sinks), torch.logaddexp(sums, sinks)
         _grouped(out, k, part).copy_(o)
-        _grouped(lse.unsqueeze(3), k, part).copy_(sums.unsqueeze(3))
+        _grouped(lse.unsqueeze(3), k, part).copy_(sums)
     return out, lse
 
 
@@ -104,6 +111,14 @@ def _bias(q: Tensor, k: Tensor, pattern: Pattern, part: _Part) -> Tensor | None:
         return None
     every = pattern.bias.to(q.dtype).expand(*q.shape[:3], q.shape[2])
     return _grouped(every[..., part.tokens], k, part)
+
+
+def _sinks(q: Tensor, k: Tensor, pattern: Pattern, part: _Part) -> Tensor | None:
+    """Return the sinks for a part's rows as a view (b, H, t, 1) or (KV, G, t, 1), in fp32 or wider, or None."""
+    if pattern.sinks is None:
+        return None
+    every = pattern.sinks.to(torch.promote_types(q.dtype, torch.float32)).view(-1, 1, 1).expand(*q.shape[:3], 1)
+    return _grouped(every, k, part)
 
 
 def _operands(q: Tensor, k: Tensor, v: Tensor, part: _Part) -> Operands:

@@ -32,6 +32,9 @@ class Pattern:
         dropout: Probability that an attention weight is zeroed; the others are divided by 1 − dropout.
         bias: Frozen tensor (B, H, T, T) that is added to the capped scores; any of the first three dimensions may be 1,
             and −∞ masks padding. The caller must ensure that each token sees at least one token.
+        sinks: Frozen tensor (H,) with one attention sink for each head of q, or None. A sink is a score that takes part
+            in the softmax of each row but has no value, so the weights of a row sum to less than 1. It is not scaled,
+            capped or dropped.
         method: "flash" uses PyTorch's flash kernel, "matmul" uses batched matmuls over blocks of query rows, and
             "matmul_fp32" uses the same matmuls with operands upcast to fp32. "auto" chooses one of these methods: on
             CUDA, "flash" if possible; on a CPU, a method based on autotuning results or sequence length.
@@ -44,6 +47,7 @@ class Pattern:
     segments: tuple[int, ...] | None = None
     dropout: float = 0.0
     bias: Tensor | None = field(default=None, compare=False)
+    sinks: Tensor | None = field(default=None, compare=False)
     method: Method = "auto"
 
     def scale_for(self, width: int) -> float:
@@ -111,26 +115,31 @@ class Pattern:
             raise ValueError(f"window must be at least 1, or None; got {self.window}")
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap must be above 0, or None; got {self.softcap}")
-        if self.bias is not None:
-            self._check_bias(self.bias, q)
+        self._check_tensors(q)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"attention dropout must be in [0, 1); got {self.dropout}")
 
-    @staticmethod
-    def _check_bias(bias: Tensor, q: Tensor) -> None:
+    def _check_tensors(self, q: Tensor) -> None:
+        """Check the shapes and dtypes of the bias and the sinks, and that both are frozen."""
         batch, heads, tokens, _ = q.shape
-        fits = bias.dim() == 4 and bias.shape[3] == tokens
-        wanted = (batch, heads, tokens)
-        if not fits or any(size not in (1, whole) for size, whole in zip(bias.shape[:3], wanted, strict=True)):
+        if self.bias is not None:
+            fits = self.bias.dim() == 4 and self.bias.shape[3] == tokens
+            wanted = (batch, heads, tokens)
+            if not fits or any(size not in (1, whole) for size, whole in zip(self.bias.shape[:3], wanted, strict=True)):
+                raise ValueError(
+                    f"attention bias must have shape {(*wanted, tokens)}, with 1 allowed in the first three "
+                    f"dimensions; got {tuple(self.bias.shape)}"
+                )
+        if self.sinks is not None and self.sinks.shape != (heads,):
             raise ValueError(
-                f"attention bias must have shape {(*wanted, tokens)}, with 1 allowed in the first three dimensions; "
-                f"got {tuple(bias.shape)}"
+                f"attention sinks must have shape {(heads,)}, one for each head of q; got {tuple(self.sinks.shape)}"
             )
-        if bias.requires_grad or not bias.is_floating_point():
-            raise ValueError(
-                f"attention bias must be floating-point and frozen; got {bias.dtype} with "
-                f"requires_grad={bias.requires_grad}"
-            )
+        for name, tensor in (("bias", self.bias), ("sinks", self.sinks)):
+            if tensor is not None and (tensor.requires_grad or not tensor.is_floating_point()):
+                raise ValueError(
+                    f"attention {name} must be floating-point and frozen; got {tensor.dtype} with "
+                    f"requires_grad={tensor.requires_grad}"
+                )
 
 
 def _bounds(lengths: tuple[int, ...], start: int, stop: int, low: int, causal: bool, window: int | None) -> Tensor:

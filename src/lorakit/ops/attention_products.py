@@ -1,10 +1,10 @@
 """Attention computed by batched matmuls, one block of query rows at a time.
 
-For the formulas, see [docs/math.md (81), (82)]. Heads of q that share a head of k become additional rows of one matmul,
-so k and v are not repeated. A block computes only the columns that its rows can see: with a causal mask, most of the
-upper triangle is skipped, and with a window, only the band is computed. All blocks share one score buffer. The backward
-pass recomputes the scores, so neither a T × T tensor nor softmax statistics are saved. Dropout for all blocks is drawn
-at once, and only a seed is saved.
+For the formulas, see [docs/math.md (81), (82), (86)]. Heads of q that share a head of k become additional rows of one
+matmul, so k and v are not repeated. A block computes only the columns that its rows can see: with a causal mask, most
+of the upper triangle is skipped, and with a window, only the band is computed. All blocks share one score buffer. The
+backward pass recomputes the scores, so neither a T × T tensor nor softmax statistics are saved. Dropout for all blocks
+is drawn at once, and only a seed is saved.
 """
 
 from __future__ import annotations
@@ -104,6 +104,9 @@ class _Scores:
         if pattern.bias is not None:
             every = pattern.bias.to(q.dtype).expand(batch, heads, tokens, tokens)
             self.added = every.unflatten(1, (-1, self.group))
+        self.sinks: Tensor | None = None  # (H, 1, 1) in fp32 or wider
+        if pattern.sinks is not None:
+            self.sinks = pattern.sinks.to(torch.promote_types(q.dtype, torch.float32)).view(-1, 1, 1)
         self.buffers: dict[int, Tensor] = {}
         self.masks: dict[tuple[tuple[int, ...], int, int, int], Tensor] = {}
 
@@ -143,7 +146,10 @@ class _Scores:
         ]
 
     def weights(self, rows: Tensor, keys: Tensor, piece: Piece, block: _Block) -> tuple[Tensor, Tensor | None]:
-        """Return the softmax of a block's scores (Z, G·n, m) and, if there is a softcap, tanh(scores / softcap)."""
+        """Return the softmax of a block's scores (Z, G·n, m) and, if there is a softcap, tanh(scores / softcap).
+
+        Sinks take part in the softmax; their own weights are not returned.
+        """
         seen, cap = keys[:, block.low : block.high], self.pattern.softcap
         scores = self._buffer(0, rows, seen)
         scale = self.scale if cap is None else self.scale / cap
@@ -158,7 +164,7 @@ class _Scores:
             scores.view(rest.shape).add_(rest)
         is_banded = len(piece.lengths) > 1 or self.pattern.window is not None
         is_masked = is_banded or self.pattern.causal
-        kernels = kernels_for(scores)
+        kernels = kernels_for(scores) if self.sinks is None else None  # the kernels do not support sinks
         if kernels is not None:
             kernels.softmax(scores, *(self._bounds(piece, block, block.low) if is_masked else (None, None)))
             return scores, capped
@@ -166,7 +172,10 @@ class _Scores:
             bias = self._bias(piece, block, block.low if is_banded else block.start, rows.dtype)
             each_head = scores.view(len(scores), self.group, block.stop - block.start, seen.shape[1])
             each_head[..., -bias.shape[1] :].add_(bias)
-        return torch.softmax(scores, -1, out=scores), capped
+        if self.sinks is None:
+            return torch.softmax(scores, -1, out=scores), capped
+        _softmax_with_sinks(scores.view(-1, self.heads, block.stop - block.start, seen.shape[1]), self.sinks)
+        return scores, capped
 
     def backward(
         self, dy: Tensor, values: Tensor, weights: Tensor, capped: Tensor | None, zero: Tensor | None
@@ -227,6 +236,14 @@ def _put(x: Tensor, block: _Block, rows: Tensor) -> None:
     """Write the rows of a block, (b·KV, G·n, D), back to x (b, H, T, D). This is the inverse of `_rows`."""
     written = x[:, :, block.start : block.stop]
     written.copy_(rows.view(written.shape))
+
+
+def _softmax_with_sinks(scores: Tensor, sinks: Tensor) -> None:
+    """Replace scores (b, H, n, m) with their softmax over m columns and the sink of each head, (H, 1, 1)."""
+    wide = scores.to(sinks.dtype)
+    top = wide.amax(-1, keepdim=True).maximum(sinks)
+    wide.sub_(top).exp_()
+    torch.div(wide, wide.sum(-1, keepdim=True).add_((sinks - top).exp_()), out=scores)
 
 
 def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -198,6 +198,8 @@ def slices(rows: int, size: int) -> Iterator[slice]:
 def attention_method(q: Tensor, v: Tensor, causal: bool, longest: int, default: str) -> str:
     """Return the attention method to use for these tensors: any value of `Pattern.method` except "auto".
 
+    Choices are measured without a window, softcap, bias, dropout or sinks, and apply with these too.
+
     Args:
         q: Queries (B, H, T, D).
         v: Values (B, KV, T, D).

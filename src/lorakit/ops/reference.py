@@ -115,7 +115,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, kept: Tensor | 
     if pattern.bias is not None:
         scores = scores + pattern.bias.to(scores.dtype)
     seen = visible(pattern, q.shape[2], q.device)
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=upcast_dtype(q.dtype)).to(q.dtype)
+    scores = scores.masked_fill(~seen, -torch.inf).to(upcast_dtype(q.dtype))
+    if pattern.sinks is not None:  # an additional column without a value
+        column = pattern.sinks.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, column), -1)
+    weights = scores.softmax(-1)[..., : q.shape[2]].to(q.dtype)
     return (weights if kept is None else weights * kept.to(q.dtype) / (1 - pattern.dropout)) @ v
 
 
