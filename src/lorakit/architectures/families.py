@@ -47,16 +47,16 @@ BERT_BLOCK = Block(
 )
 
 
-def _with_heads(*names: str) -> tuple[str, ...]:
-    """Return the names of the classes for language modeling and classification that share a family of blocks."""
-    heads = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
-    return tuple(f"{name}{head}" for name in names for head in heads)
+def _with_heads(*names: str, head: str = "ForCausalLM") -> tuple[str, ...]:
+    """Return the names of the classes for language modeling and for classification of each model."""
+    heads = (head, "ForSequenceClassification", "ForTokenClassification")
+    return tuple(f"{name}{one}" for name in names for one in heads)
 
 
 LLAMA = Architecture(
     "llama",
     "Llama-like block (RMSNorm, rotary, SwiGLU, sdpa)",
-    _with_heads("Llama", "Qwen2", "Qwen3", "Mistral"),
+    (*_with_heads("Llama", "Qwen2", "Qwen3", "Mistral", "Ministral", "Gemma", "SmolLM3"), "CwmForCausalLM"),
     PRE_NORM,
     is_planned=True,
     model_types=("gemma", "llama", "mistral", "qwen2", "qwen3"),
@@ -65,7 +65,7 @@ LLAMA = Architecture(
 GEMMA3 = Architecture(
     "gemma3",
     "Gemma-3-like block (four RMSNorms, rotary, gated tanh-GELU, sdpa)",
-    ("Gemma3ForCausalLM",),
+    ("Gemma3ForCausalLM", "Gemma3TextForSequenceClassification"),
     FOUR_NORMS,
     is_planned=True,
     model_types=("gemma3_text",),
@@ -83,7 +83,10 @@ GPT2 = Architecture(
 BERT = Architecture(
     "bert",
     "BERT-like block (LayerNorm, GELU, dropout)",
-    ("BertModel", "BertForMaskedLM", "BertForSequenceClassification", "BertForTokenClassification"),
+    (
+        *("BertModel", "BertLMHeadModel"),
+        *_with_heads("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra", "Ernie", "RoCBert", head="ForMaskedLM"),
+    ),
     BERT_BLOCK,
     is_planned=True,
     model_types=("bert", "electra", "roberta", "xlm-roberta"),
