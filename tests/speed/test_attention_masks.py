@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorakit.ops.attention_pattern import Pattern
-from lorakit.speed import accelerate
+from lorakit.speed import accelerate, attention
 from lorakit.speed.attention import lengths_of, under
 
 from .test_acceleration import adapted
@@ -122,3 +122,42 @@ def test_boundaries_changed_in_place_are_read_again(inference: bool) -> None:
         assert lengths_of(boundaries) == (3, 5)
         boundaries[1] = 4
         assert lengths_of(boundaries) == (4, 4)
+
+
+def packed(*lengths: int, window: int | None = None) -> Tensor:
+    """Return a mask (1, 1, T, T) that keeps packed sequences apart."""
+    which = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    seen = (which.unsqueeze(1) == which).tril()
+    return (seen if window is None else seen & ~seen.new_ones(seen.shape).tril(-window))[None, None]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_packed_sequences_are_told_from_the_mask(window: int | None) -> None:
+    """Otherwise a packed row takes time and memory quadratic in its length, or sequences that the model joins part."""
+    x = torch.zeros(1, TOKENS, 4)
+    pattern = Pattern(window=window, segments=(5, 3))
+    assert under(packed(5, 3, window=window), x, pattern) is pattern
+    joined = packed(TOKENS, window=window)
+    assert under(joined, x, pattern) is None
+    assert under(joined, x, Pattern(window=window)) == Pattern(window=window)
+
+
+def test_a_row_is_computed_in_segments_only_if_its_mask_keeps_them_apart() -> None:
+    model = adapted("llama").eval()
+    bound = attention.match(next(module for module in model.modules() if type(module).__name__ == "LlamaAttention"))
+    assert not isinstance(bound, str)
+    x = torch.zeros(1, TOKENS, model.config.hidden_size)
+    boundaries = torch.tensor([0, 5, 8], dtype=torch.int32)
+    for mask, wanted in ((packed(5, 3), (5, 3)), (packed(TOKENS), None), (None, None)):
+        found = attention._pattern(bound, x, 0.0, {"attention_mask": mask, "cu_seq_lens_q": boundaries})
+        assert found is not None and found.segments == wanted and found.bias is None
+
+
+def test_boundaries_that_a_mask_does_not_show_change_nothing() -> None:
+    model = adapted("llama").eval()
+    ids, boundaries = IDS[:1], torch.tensor([0, 5, 8], dtype=torch.int32)
+    call = {"input_ids": ids, "attention_mask": packed(TOKENS), "use_cache": False}
+    call |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": 5, "max_length_k": 5}
+    plain = model(**call).logits
+    accelerate(model)
+    torch.testing.assert_close(model(**call).logits, plain, rtol=1e-4, atol=1e-5)

@@ -137,6 +137,26 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         targets=("q_proj", "v_proj"),
     ),
     Architecture(
+        "gpt_oss",
+        models=("GptOssForCausalLM", "GptOssForSequenceClassification", "GptOssForTokenClassification"),
+        block=replace(
+            PRE_NORM,
+            attention_modules=AttentionLayout(QKV, "o_proj", has_half_tables=True, sinks="sinks"),
+            feed_forward_modules=None,
+        ),
+    ),
+    Architecture(
+        "modernbert",
+        models=_with_heads("ModernBert", head="ForMaskedLM"),
+        block=Block(
+            Sublayer("attn_norm", "attn"),
+            Sublayer("mlp_norm", "mlp"),
+            AttentionLayout(("Wqkv",), "Wo", output_dropout="out_drop"),
+            FeedForwardLayout(("Wi",), "Wo", ("act",), inner_dropout="drop", is_gated=True, saved=3),
+            norm="layer",
+        ),
+    ),
+    Architecture(
         "gpt_neox",
         models=("GPTNeoXForCausalLM", "GPTNeoXForSequenceClassification"),
         block=Block(

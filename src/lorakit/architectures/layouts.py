@@ -40,6 +40,9 @@ class AttentionLayout:
         weights_dropout: Dropout module whose p applies to the attention weights, or "".
         output_dropout: Dropout module after the output projection, or "".
         settings: Path of the module with the settings of attention, "" for the attention module itself.
+        has_half_tables: Whether the tables for rotary position embeddings have half the width of a head, and apply to
+            both halves.
+        sinks: Parameter with one additional score per head, which takes part in the softmax only, or "".
         is_interleaved: Whether the output of a fused projection contains the q, k and v of one head, then those of the
             next, and so on.
     """
@@ -50,6 +53,8 @@ class AttentionLayout:
     weights_dropout: str = ""
     output_dropout: str = ""
     settings: str = ""
+    has_half_tables: bool = False
+    sinks: str = ""
     is_interleaved: bool = False
 
     @property

@@ -84,6 +84,10 @@ class Pattern:
         """Return a boolean mask (n, m), true where a position in `queries` (n,) sees a position in `keys` (m,)."""
         distance = queries.unsqueeze(1) - keys
         seen = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
+        if self.segments is not None:
+            ends = torch.tensor(self.segments, device=keys.device).cumsum(0)
+            of_queries, of_keys = (torch.bucketize(positions, ends, right=True) for positions in (queries, keys))
+            seen &= of_queries.unsqueeze(1) == of_keys
         if self.window is not None:
             seen &= distance < self.window if self.causal else distance.abs() <= self.window
         return seen

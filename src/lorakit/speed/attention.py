@@ -1,4 +1,4 @@
-"""Fused causal self-attention, with or without rotary position embeddings.
+"""Fused self-attention, with or without rotary position embeddings.
 
 The projections, the attention computation and the output projection run as one function. A mask is read only once for
 all layers of a forward pass. The mask is classified by what it hides beyond the causal or sliding-window pattern:
@@ -7,8 +7,9 @@ nothing, padding, or more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -115,6 +116,7 @@ ATTRIBUTES = frozenset(
     | {"is_cross_attention", "scaling", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"}
     | {"reorder_and_upcast_attn", "attention_dropout", "dropout", "enable_bias", "sliding_window", "is_sliding"}
     | {"attn_logit_softcapping", "use_rope", "rotary_fn", "rope_theta", "max_position_embeddings"}
+    | {"deterministic_flash_attn"}
 )
 """Known attributes of attention modules. Each is read in this module, or a probe shows its effect."""
 
@@ -137,6 +139,7 @@ class BoundAttention:
         scale: Scale factor for q·kᵀ.
         window: Sliding window in tokens, or None.
         softcap: Bound on the scores, imposed with tanh, or None.
+        causal: Whether a token sees only itself and earlier tokens.
         norms: Norms of q and k.
     """
 
@@ -146,7 +149,13 @@ class BoundAttention:
     scale: float
     window: int | None
     softcap: float | None
+    causal: bool
     norms: tuple[BoundNorm | None, ...] = ()
+
+    @property
+    def is_eager(self) -> bool:
+        """Return whether the scores have a form that only transformers' eager attention computes."""
+        return self.softcap is not None or bool(self.layout.sinks)
 
     def accepts(self, options: Options) -> bool:
         """Return whether all arguments of a call, besides the hidden states, are known."""
@@ -163,35 +172,43 @@ def match(module: nn.Module) -> BoundAttention | str:
     made = _bound(module)
     if made is None:
         return "unknown children for an attention module"
-    if getattr(module, "is_cross_attention", False) or getattr(module, "is_causal", None) is not True:
-        return "not causal self-attention"
-    if reason := unknown_implementation(module, "sdpa" if made.softcap is None else "eager"):
+    if getattr(module, "is_cross_attention", False) or not isinstance(getattr(module, "is_causal", None), bool):
+        return "not self-attention"
+    if reason := unknown_implementation(module, "eager" if made.is_eager else "sdpa"):
         return reason
     if getattr(module, "is_sliding", made.window is not None) is not (made.window is not None):
         return "it has a window that it does not use"
-    if getattr(module.config, "is_causal", True) is not True:
-        return "its config makes it bidirectional"
+    if getattr(module.config, "is_causal", made.causal) is not made.causal:
+        return "its config makes it " + ("bidirectional" if made.causal else "causal")
     norms = bound_norms(module, *made.layout.norms)
     if norms is None:
         return "its norms are unknown"
     found = made.layout
     known = (*found.linears, *found.norms, found.weights_dropout, found.output_dropout)
-    return unknown_attributes(module, ATTRIBUTES, known) or replace(made, norms=tuple(norms))
+    return unknown_attributes(module, ATTRIBUTES, known, (found.sinks,)) or replace(made, norms=tuple(norms))
+
+
+def _has(held: Mapping[str, nn.Module | None], names: Iterable[str]) -> bool:
+    return all(held.get(name) is not None for name in names)
 
 
 def _bound(module: nn.Module) -> BoundAttention | None:
     """Return the structure of an attention module, as read from its attributes, or None if it is unknown."""
     held, options = module._modules, vars(module)
-    layout = next((one for one in ATTENTION if all(held.get(name) is not None for name in one.linears)), None)
-    head_dim, scale = options.get("head_dim", options.get("head_size")), options.get("scaling")
+    parameters = {name for name, value in module._parameters.items() if value is not None}
+    layout = next((one for one in ATTENTION if _has(held, one.linears) and parameters == {one.sinks} - {""}), None)
+    head_dim = options.get("head_dim", options.get("head_size"))
     if layout is None or not hasattr(module, "config"):
         return None
+    scale = options.get("scaling", head_dim**-0.5 if isinstance(head_dim, int) else None)
     if not isinstance(head_dim, int) or not isinstance(scale, float):
         return None
     softcap: float | None = getattr(module, "attn_logit_softcapping", None)
-    source = module if hasattr(module, "sliding_window") else module.config
-    window: int | None = getattr(source, "sliding_window", None)
-    return BoundAttention(module, layout, head_dim, scale, window, softcap)
+    causal: bool = options.get("is_causal", True)
+    window: int | None = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+    if window is not None and not causal:
+        window = getattr(module.config, "sliding_window", None)  # the module has that of flash attention: one more
+    return BoundAttention(module, layout, head_dim, scale, window, softcap, causal)
 
 
 def attention(
@@ -229,14 +246,28 @@ def attention(
     norms = operands_of(bound.norms)
     if acting is None or norms is None:
         return None
-    rotary = options.get("position_embeddings") if getattr(module, "use_rope", True) else None
     *inputs, output = operands = acting.operands
     kv_heads = _kv_heads(module, bound, operands)
     block = SelfAttention(tuple(inputs), output, bound.head_dim, kv_heads, norm, norms[0], norms[1])
     block = replace(block, dropout=dropouts[1] or dropout, interleaved=bound.layout.is_interleaved)
-    y = attention_block(x, block, pattern, None if rotary is None else Rotary(*rotary), residual, wanted)
+    y = attention_block(x, block, pattern, _rotary(bound, options), residual, wanted)
     acting.note(y)
     return y
+
+
+def _rotary(bound: BoundAttention, options: Options) -> Rotary | None:
+    """Return the tables for rotary position embeddings, or None if the module uses none."""
+    tables = options.get("position_embeddings") if getattr(bound.module, "use_rope", True) else None
+    if tables is None:
+        return None
+    cos, sin = tables
+    if bound.layout.has_half_tables:
+        cos, sin = (cached_on(half, DOUBLED, partial(torch.cat, (half, half), -1)) for half in tables)
+    return Rotary(cos, sin)
+
+
+DOUBLED = "_lorakit_doubled"
+"""Attribute of a table for half a head in which the table for a whole head is cached."""
 
 
 def lengths_of(boundaries: Tensor | None) -> tuple[int, ...] | None:
@@ -265,12 +296,15 @@ def _kv_heads(module: nn.Module, bound: BoundAttention, operands: Sequence[Adapt
 def _pattern(bound: BoundAttention, x: Tensor, dropped: float, options: Options) -> Pattern | None:
     """Return the attention pattern for a call, or None if its mask is not supported."""
     mask = options.get("attention_mask")
-    if mask is None and bound.softcap is not None:
+    if mask is None and bound.is_eager and bound.causal:
         return None  # Without a mask, eager attention lets each token see all tokens.
     # Without a mask, the rows are shorter than the window, or the model does not use a window. It also lets each token
     # see the sequences before its own: only a mask keeps packed sequences apart.
     window = None if mask is None else bound.window
-    pattern = Pattern(True, bound.scale, window, bound.softcap, None, dropped)
+    sinks = bound.module._parameters.get(bound.layout.sinks)
+    if sinks is not None and sinks.requires_grad:
+        return None
+    pattern = Pattern(bound.causal, bound.scale, window, bound.softcap, None, dropped, sinks=sinks)
     segments = None if mask is None else lengths_of(options.get("cu_seq_lens_q"))
     if segments is not None and sum(segments) == x.shape[1] and min(segments) > 0:
         packed = replace(pattern, segments=segments)

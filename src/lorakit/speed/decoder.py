@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -121,10 +121,11 @@ class BoundLayer:
 
     def _fed_by_modules(self, around: _Around, x: Tensor) -> Tensor:
         """Return the output of the layer's own feed-forward modules for x (B, T, d), without dropout and residual."""
-        made = x if around.before is None else normalize(x, around.before)
+        made: Any = x if around.before is None else normalize(x, around.before)
         for child in modules_at(self.module, self.layout.called):
             made = child(made)
-        return made
+        fed: Tensor = made[0] if isinstance(made, tuple) else made  # experts may return the router's scores, too
+        return fed
 
 
 def match(module: nn.Module) -> BoundLayer | str:

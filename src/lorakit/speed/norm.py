@@ -29,18 +29,25 @@ class BoundNorm:
 
     Attributes:
         module: The norm.
-        kind: "layer" or "rms".
+        kind: "layer" or "rms"; or "none" for an nn.Identity in place of a norm.
         eps: Constant that is added to the variance or to the mean square.
         offset: Constant that is added to the weight.
     """
 
     module: nn.Module
-    kind: Literal["rms", "layer"]
+    kind: Literal["rms", "layer", "none"]
     eps: float
     offset: float
 
+    @property
+    def is_absent(self) -> bool:
+        """Return whether there is no norm: the module is an nn.Identity without hooks."""
+        return self.kind == "none" and not is_watched(self.module)
+
     def operands(self) -> Norm | None:
         """Return the current operands, or None if the norm has hooks or is not frozen."""
+        if self.kind == "none":
+            return None
         parameters = self.module._parameters
         weight, bias = parameters.get("weight"), parameters.get("bias")
         if is_watched(self.module) or type(weight) is not nn.Parameter or weight.ndim != 1 or weight.requires_grad:
@@ -81,6 +88,8 @@ def _bound(module: nn.Module) -> BoundNorm | None:
 
 def bound_norm(module: nn.Module | None) -> BoundNorm | None:
     """Return the fused `forward` of a norm, or None if there is no module or it is not a supported norm."""
+    if type(module) is nn.Identity:
+        return BoundNorm(module, "none", 0.0, 0.0)
     made = None if module is None else match(module)
     return None if isinstance(made, str) else made
 
@@ -105,7 +114,8 @@ def operands_of(norms: Sequence[BoundNorm | None]) -> list[Norm | None] | None:
         norms: Fused `forward` methods of norms.
     """
     made = [None if norm is None else norm.operands() for norm in norms]
-    return made if all(one is not None or norm is None for one, norm in zip(made, norms, strict=True)) else None
+    is_absent = [norm is None or norm.is_absent for norm in norms]
+    return made if all(one is not None or absent for one, absent in zip(made, is_absent, strict=True)) else None
 
 
 def dropout_p(module: nn.Module | None) -> float | None:

@@ -59,7 +59,9 @@ def unknown_implementation(attention: nn.Module, supported: str = "sdpa") -> str
     return None if implementation == supported else f"attention implementation {implementation!r} is not supported"
 
 
-def unknown_attributes(module: nn.Module, names: Collection[str], children: Collection[str]) -> str | None:
+def unknown_attributes(
+    module: nn.Module, names: Collection[str], children: Collection[str], parameters: Collection[str] = ()
+) -> str | None:
     """Return a phrase that lists the unknown attributes and children of a module, or None if there are none.
 
     An unknown setting may have an effect that no probe shows.
@@ -68,10 +70,11 @@ def unknown_attributes(module: nn.Module, names: Collection[str], children: Coll
         module: The module.
         names: Known attributes.
         children: Known children.
+        parameters: Known parameters of the module itself.
     """
     own = {name for name in vars(module) if not name.startswith("_")} - {"training", *names, *children}
     held = {name for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
-    unknown = sorted(own | (children_of(module).keys() - children) | held)
+    unknown = sorted(own | (children_of(module).keys() - children) | (held - set(parameters)))
     return f"unknown attributes {', '.join(unknown)}" if unknown else None
 
 
