@@ -13,7 +13,7 @@ from lorakit import core, hub
 from lorakit.architectures.families import ARCHITECTURES, DEFAULT_TARGETS, architecture_of
 from lorakit.architectures.layouts import Architecture, Block
 from lorakit.config import LoraConfig
-from lorakit.plan import Job, accelerated, activations, count
+from lorakit.plan import Job, activations, count
 from lorakit.plan.memory import logits_bytes
 from lorakit.speed import accelerate
 
