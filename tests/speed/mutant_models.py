@@ -65,6 +65,9 @@ T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layer
 EAGER = {"attn_implementation": "eager"}
 GEMMA3 = GROUPED | WINDOW | QUERY | {"layer_types": ["sliding_attention", "full_attention"]}
 
+GPT_OSS = GROUPED | WINDOW | {"num_local_experts": 2, "num_experts_per_tok": 1, "pad_token_id": 0}
+MODERNBERT = SMALL | {"pad_token_id": 0, "global_attn_every_n_layers": 2, "local_attention": 6, "cls_token_id": 1}
+
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", "LlamaForCausalLM", GROUPED),
     "llama-eager": Family("llama", "LlamaForCausalLM", GROUPED | EAGER),
@@ -76,6 +79,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family("phi3", "Phi3ForCausalLM", GROUPED | {"pad_token_id": 0}),
     "olmo2": Family("olmo2", "Olmo2ForCausalLM", GROUPED),
     "mixtral": Family("mixtral", "MixtralForCausalLM", GROUPED | {"num_local_experts": 2}),
+    "gpt_oss": Family("gpt_oss", "GptOssForCausalLM", GPT_OSS),
     "gpt2": Family("gpt2", "GPT2LMHeadModel", GPT2 | NO_DROPOUT),
     "gpt_neox": Family("gpt_neox", "GPTNeoXForCausalLM", SMALL),
     "opt": Family("opt", "OPTForCausalLM", OPT | {"num_hidden_layers": 2, "num_attention_heads": 4}),
@@ -84,6 +88,7 @@ FAMILIES: dict[str, Family] = {
     "distilbert": Family(
         "distilbert", "DistilBertForMaskedLM", DISTILBERT | {"dropout": 0.0, "attention_dropout": 0.0}
     ),
+    "modernbert": Family("modernbert", "ModernBertForMaskedLM", MODERNBERT),
     "t5": Family("t5", "T5ForConditionalGeneration", T5 | {"dropout_rate": 0.0, "decoder_start_token_id": 0}),
 }
 
