@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.architectures.known_forwards import LOSS, MODEL, PART, KnownForwards, unknown_release
-from lorakit.speed import linear
+from lorakit.speed.adapter_layers import is_adapted, is_peft_linear
 from lorakit.speed.contract import SETTINGS
 from lorakit.speed.identity import Identities, Identity
 from lorakit.speed.patching import Options, original_class, parameters_of, split_call
@@ -330,11 +330,13 @@ class Known:
             part: The module and its fused `forward`.
         """
         module = part.module
-        if linear.is_adapted(module):
-            return self._why_not(_outside_adapters(module)[0], PART)
+        if is_adapted(module):
+            return self._why_not_peft(module) or self._why_not(_outside_adapters(module)[0], PART)
         inside = [child for name, child in module.named_children() if name not in part.called]
         reasons = [self._why_not(module, part.fused_forward.name)]
-        reasons += [self._why_not(one, PART) for child in inside for one in _outside_adapters(child)]
+        for child in inside:
+            reasons += [self._why_not(one, PART) for one in _outside_adapters(child)]
+            reasons += [self._why_not_peft(one) for one in child.modules()]
         return next((reason for reason in reasons if reason is not None), None)
 
     def why_not_model(self, model: nn.Module) -> str | None:
@@ -371,6 +373,11 @@ class Known:
         unknown = self._known(found, name, role) if found.functions else None
         return unknown or unknown_fields(module, found.fields)
 
+    def _why_not_peft(self, module: nn.Module) -> str | None:
+        """Return why the source that a peft layer runs is not peft's own, or None, also for any other module."""
+        found = self.identities.of(module) if is_peft_linear(module) else None
+        return None if found is None or found.digest else f"{original_class(module).__name__}: {found.why}"
+
     def about_release(self) -> str:
         """Return a message if source is unknown because the release of transformers is, or ""."""
         if self.forwards is None or not self.unknown:
@@ -384,7 +391,7 @@ class Known:
 
 def _outside_adapters(module: nn.Module) -> list[nn.Module]:
     """Return a module and the modules inside it, with the base layer in place of each adapter layer."""
-    if linear.is_adapted(module):
+    if is_adapted(module):
         return _outside_adapters(module.get_submodule("base_layer"))
     return [module, *(part for child in module.children() for part in _outside_adapters(child))]
 
@@ -404,7 +411,7 @@ def candidates(
     """
     wanted: Parts = {}
     skipped: list[Skipped] = []
-    inside = {id(part) for layer in modules.values() if linear.is_adapted(layer) for part in _of_adapters(layer)}
+    inside = {id(part) for layer in modules.values() if is_adapted(layer) for part in _of_adapters(layer)}
     for path, module in modules.items():
         if id(module) in inside:
             continue
