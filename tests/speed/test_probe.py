@@ -113,7 +113,7 @@ def test_end_tokens_outside_the_vocabulary_are_not_used(end: Any) -> None:
     model = t5(vocab_size=64)
     model.config.eos_token_id = end
     ids = token_ids(model, 1, 600)
-    assert 0 <= ids.min() and ids.max() < 64 and len(ids.unique()) == 64
+    assert ids.min() >= 0 and ids.max() < 64 and len(ids.unique()) == 64
 
 
 def test_ids_of_other_models_are_all_random() -> None:

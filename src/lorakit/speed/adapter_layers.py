@@ -12,7 +12,7 @@ from types import FunctionType
 
 from torch import nn
 
-from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core import LoraLayer
 from lorakit.speed.patching import original_class
 from lorakit.speed.source import source_of
 
@@ -32,7 +32,9 @@ def is_peft_linear(module: nn.Module) -> bool:
     kind = original_class(module)
     forward = kind.forward
     # a subclass or a copy of the class is not the class that the module defines
-    return isinstance(forward, FunctionType) and forward.__globals__.get(LINEAR) is kind and _is_forward_of_peft(forward)
+    return (
+        isinstance(forward, FunctionType) and forward.__globals__.get(LINEAR) is kind and _is_forward_of_peft(forward)
+    )
 
 
 @functools.lru_cache(maxsize=64)

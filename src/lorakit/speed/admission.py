@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.architectures.known_forwards import LOSS, MODEL, PART, KnownForwards, unknown_release
+from lorakit.core import LoraLayer
 from lorakit.speed.adapter_layers import is_adapted, is_peft_linear
 from lorakit.speed.contract import SETTINGS
 from lorakit.speed.identity import Identities, Identity
@@ -331,12 +332,11 @@ class Known:
         """
         module = part.module
         if is_adapted(module):
-            return self._why_not_peft(module) or self._why_not(_outside_adapters(module)[0], PART)
-        inside = [child for name, child in module.named_children() if name not in part.called]
-        reasons = [self._why_not(module, part.fused_forward.name)]
-        for child in inside:
-            reasons += [self._why_not(one, PART) for one in _outside_adapters(child)]
-            reasons += [self._why_not_peft(one) for one in child.modules()]
+            reasons, inside = [], [module]
+        else:
+            reasons = [self._why_not(module, part.fused_forward.name)]
+            inside = [child for name, child in module.named_children() if name not in part.called]
+        reasons += [self._why_not(one, PART) for child in inside for one in _inside(child)]
         return next((reason for reason in reasons if reason is not None), None)
 
     def why_not_model(self, model: nn.Module) -> str | None:
@@ -367,16 +367,14 @@ class Known:
         return f"the source of {name} is not known"
 
     def _why_not(self, module: nn.Module, role: str) -> str | None:
+        if isinstance(module, LoraLayer):
+            return None  # its source is that of lorakit
         found, name = self.identities.of(module), original_class(module).__name__
         if not found.digest:
             return f"{name}: {found.why}"
-        unknown = self._known(found, name, role) if found.functions else None
+        is_looked_up = bool(found.functions) and not is_peft_linear(module)  # peft's own source is in no table
+        unknown = self._known(found, name, role) if is_looked_up else None
         return unknown or unknown_fields(module, found.fields)
-
-    def _why_not_peft(self, module: nn.Module) -> str | None:
-        """Return why the source that a peft layer runs is not peft's own, or None, also for any other module."""
-        found = self.identities.of(module) if is_peft_linear(module) else None
-        return None if found is None or found.digest else f"{original_class(module).__name__}: {found.why}"
 
     def about_release(self) -> str:
         """Return a message if source is unknown because the release of transformers is, or ""."""
@@ -389,11 +387,11 @@ class Known:
         )
 
 
-def _outside_adapters(module: nn.Module) -> list[nn.Module]:
-    """Return a module and the modules inside it, with the base layer in place of each adapter layer."""
+def _inside(module: nn.Module) -> list[nn.Module]:
+    """Return a module and the modules inside it; of an adapter layer, only the layer itself and its base layer."""
     if is_adapted(module):
-        return _outside_adapters(module.get_submodule("base_layer"))
-    return [module, *(part for child in module.children() for part in _outside_adapters(child))]
+        return [module, *_inside(module.get_submodule("base_layer"))]
+    return [module, *(part for child in module.children() for part in _inside(child))]
 
 
 def candidates(
