@@ -17,7 +17,7 @@ from types import CellType, FunctionType
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
-from lorakit.speed.adapter_layers import is_adapted
+from lorakit.speed.adapter_layers import is_adapted, is_peft_linear
 from lorakit.speed.identity import MISSING, Fact, Identities, Identity, contents_of, is_stored_function
 from lorakit.speed.patching import children_of
 from lorakit.targets.layer_types import CONV1D
@@ -77,13 +77,14 @@ class Contract:
         for function, values in self.functions:
             if not all(map(operator.is_, CODE(function), values)):
                 return False
-        return self._has_contents() and not torch_modules._has_any_global_hook()
+        return not (self.cells and self._is_assigned()) and not torch_modules._has_any_global_hook()
 
-    def _has_contents(self) -> bool:
+    def _is_assigned(self) -> bool:
+        """Return whether a variable in `cells` has been assigned or deleted."""
         try:
-            return all(map(operator.is_, map(CONTENTS, self.cells), self.contents))
+            return not all(map(operator.is_, map(CONTENTS, self.cells), self.contents))
         except ValueError:
-            return False
+            return True
 
 
 def contract_for(module: nn.Module, fused: Collection[int] | None, identities: Identities) -> Contract:
@@ -105,7 +106,7 @@ def contract_for(module: nn.Module, fused: Collection[int] | None, identities: I
 
 
 def _live(module: nn.Module, identities: Identities) -> Iterator[FunctionType]:
-    """Yield the functions that a module runs and, if it is an adapter layer, those that its base layer runs."""
+    """Yield the functions that a module runs or, for an adapter layer, those that its layers run."""
     return (function for one in _layers(module) for function in identities.of(one).live)
 
 
@@ -170,8 +171,8 @@ def _of_module(module: nn.Module, identities: Identities) -> Iterator[Fact]:
     found, own = identities.of(module), vars(module)
     yield from found.facts
     if is_adapted(module):  # attaching or removing adapters changes the layer's settings
-        for base in _layers(module)[1:]:
-            yield from identities.of(base).facts
+        for layer in _layers(module):
+            yield from identities.of(layer).facts
         return
     for name, value in own.items():
         is_setting = name[0] != "_" and name not in ASKED and isinstance(value, SETTINGS)
@@ -186,11 +187,12 @@ def _of_module(module: nn.Module, identities: Identities) -> Iterator[Fact]:
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
-    """Return a module and, if it is an adapter layer, the layers around which it was put, the innermost last."""
-    found = [module]
-    while is_adapted(found[-1]):
-        found.append(found[-1].get_submodule("base_layer"))
-    return found
+    """Return a module or, for an adapter layer, its innermost base layer; before it, the layers around it from peft."""
+    found = []
+    while is_adapted(module):
+        found += [module] if is_peft_linear(module) else []
+        module = module.get_submodule("base_layer")
+    return [*found, module]
 
 
 def _is_same(found: object, value: object) -> bool:
