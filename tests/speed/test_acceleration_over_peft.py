@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lorakit.speed import accelerate
-from lorakit.speed.linear import is_peft_linear, peft_operand
+from lorakit.speed.adapter_layers import is_peft_linear
+from lorakit.speed.linear import peft_operand
 
 from ..laws.snapshots import bits
 from .test_acceleration import MODELS, close, given, recipes, step

@@ -10,9 +10,9 @@ from torch import nn
 
 from lorakit import LoraConfig, core
 from lorakit.speed import accelerate
-from lorakit.speed.probe import eval_mode, frozen, lengths_to_probe, preserved, training_mode
+from lorakit.speed.probe import eval_mode, frozen, inputs_of, lengths_to_probe, preserved, token_ids, training_mode
 
-from ..small_models import gpt2, llama
+from ..small_models import gpt2, llama, t5
 from .architectures import architectures, small
 from .test_acceleration_every_architecture import changed, held
 
@@ -97,6 +97,36 @@ def test_what_a_model_caches_in_a_probe_can_be_trained_with() -> None:
     ids = torch.arange(18).view(2, 9)
     model(input_ids=ids, labels=ids).loss.backward()
     assert any(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 600])  # 600 random ids contain every id
+def test_rows_of_encoder_decoders_contain_the_end_token_once_at_their_end(tokens: int) -> None:
+    model = t5()
+    ids = token_ids(model, 2, tokens)
+    assert ((ids == model.config.eos_token_id).nonzero()[:, 1] == tokens - 1).all()
+    assert (ids[:, -1] == model.config.eos_token_id).all() and ids.max() < model.config.vocab_size
+    assert torch.equal(inputs_of(model, 2, tokens)["decoder_input_ids"], ids)
+
+
+@pytest.mark.parametrize("end", [None, -1, 64, [1, 2]])
+def test_end_tokens_outside_the_vocabulary_are_not_used(end: Any) -> None:
+    model = t5(vocab_size=64)
+    model.config.eos_token_id = end
+    ids = token_ids(model, 1, 600)
+    assert ids.min() >= 0 and ids.max() < 64 and len(ids.unique()) == 64
+
+
+def test_ids_of_other_models_are_all_random() -> None:
+    model = llama()
+    assert len(token_ids(model, 1, 900).unique()) == model.config.vocab_size
+
+
+@pytest.mark.parametrize("name", ["T5ForSequenceClassification", "BartForSequenceClassification"])
+def test_encoder_decoders_that_read_their_output_at_the_end_token_run(name: str) -> None:
+    model = small(*next(one for one in architectures() if one.name == name))
+    with torch.no_grad(), pytest.raises(ValueError, match="eos"):
+        model(input_ids=torch.tensor([[5, 6], [5, model.config.eos_token_id]]))
+    assert accelerate(model).swaps
 
 
 def test_lengths_beyond_the_thresholds_of_the_config() -> None:

@@ -22,6 +22,7 @@ from lorakit.errors import ModelError
 from lorakit.ops.cross_entropy import IGNORED
 from lorakit.ops.kernels import compiled
 from lorakit.speed import attention, decoder, encoder, feed_forward, linear, norm, sublayer
+from lorakit.speed.adapter_layers import is_adapted
 from lorakit.speed.admission import FusedForward, Known, Parts, Skipped, admit, candidates, modules_to_record
 from lorakit.speed.attention import BoundAttention
 from lorakit.speed.contract import contract_for, contract_of_model
@@ -94,7 +95,7 @@ def keeps_sequences_apart(model: nn.Module, logits: Tensor | None) -> bool:
 
 def _named(*names: str) -> Callable[[nn.Module], bool]:
     """Return a predicate for modules that have no adapter and whose class name contains one of the given names."""
-    return lambda module: any(name in type(module).__name__.lower() for name in names) and not linear.is_adapted(module)
+    return lambda module: any(name in type(module).__name__.lower() for name in names) and not is_adapted(module)
 
 
 DECODER_LAYER = "decoder layer"
@@ -112,7 +113,7 @@ FUSED_FORWARDS = (
     FusedForward("feed-forward", feed_forward.match, _named("mlp")),
     FusedForward("norm", norm.match, _named("norm")),
     FusedForward("dropout", norm.match_dropout),
-    FusedForward("adapted linear", linear.match, linear.is_adapted),
+    FusedForward("adapted linear", linear.match, is_adapted),
 )
 
 
@@ -212,10 +213,10 @@ def accelerate_known(model: nn.Module, known: Known, *, logits: bool, keep_feed_
     modules, kind = dict(model.named_modules()), type(model).__name__
     if any(is_replacement(module) for module in modules.values()):
         raise ModelError(f"{kind} is already accelerated; call undo() on the earlier result first", what=kind)
-    is_adapted = any(linear.is_adapted(module) for module in modules.values())
+    has_adapters = any(is_adapted(module) for module in modules.values())
     # A model without adapters is frozen for the probes, as it will be once it has adapters. Whenever a fused forward
     # runs later, it checks that the weights are frozen.
-    with contextlib.nullcontext() if is_adapted else frozen(model), contextlib.ExitStack() as back:
+    with contextlib.nullcontext() if has_adapters else frozen(model), contextlib.ExitStack() as back:
         with eval_mode(model):
             probed = _probed(model, modules, known)
         if isinstance(probed, Exception):

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.architectures.known_forwards import LOSS, MODEL, PART, KnownForwards, unknown_release
-from lorakit.speed import linear
+from lorakit.core import LoraLayer
+from lorakit.speed.adapter_layers import is_adapted, is_peft_linear
 from lorakit.speed.contract import SETTINGS
 from lorakit.speed.identity import Identities, Identity
 from lorakit.speed.patching import Options, original_class, parameters_of, split_call
@@ -330,11 +331,12 @@ class Known:
             part: The module and its fused `forward`.
         """
         module = part.module
-        if linear.is_adapted(module):
-            return self._why_not(_outside_adapters(module)[0], PART)
-        inside = [child for name, child in module.named_children() if name not in part.called]
-        reasons = [self._why_not(module, part.fused_forward.name)]
-        reasons += [self._why_not(one, PART) for child in inside for one in _outside_adapters(child)]
+        if is_adapted(module):
+            reasons, inside = [], [module]
+        else:
+            reasons = [self._why_not(module, part.fused_forward.name)]
+            inside = [child for name, child in module.named_children() if name not in part.called]
+        reasons += [self._why_not(one, PART) for child in inside for one in _inside(child)]
         return next((reason for reason in reasons if reason is not None), None)
 
     def why_not_model(self, model: nn.Module) -> str | None:
@@ -365,10 +367,13 @@ class Known:
         return f"the source of {name} is not known"
 
     def _why_not(self, module: nn.Module, role: str) -> str | None:
+        if isinstance(module, LoraLayer):
+            return None  # its source is that of lorakit
         found, name = self.identities.of(module), original_class(module).__name__
         if not found.digest:
             return f"{name}: {found.why}"
-        unknown = self._known(found, name, role) if found.functions else None
+        is_looked_up = bool(found.functions) and not is_peft_linear(module)  # peft's own source is in no table
+        unknown = self._known(found, name, role) if is_looked_up else None
         return unknown or unknown_fields(module, found.fields)
 
     def about_release(self) -> str:
@@ -382,11 +387,11 @@ class Known:
         )
 
 
-def _outside_adapters(module: nn.Module) -> list[nn.Module]:
-    """Return a module and the modules inside it, with the base layer in place of each adapter layer."""
-    if linear.is_adapted(module):
-        return _outside_adapters(module.get_submodule("base_layer"))
-    return [module, *(part for child in module.children() for part in _outside_adapters(child))]
+def _inside(module: nn.Module) -> list[nn.Module]:
+    """Return a module and the modules inside it; of an adapter layer, only the layer itself and its base layer."""
+    if is_adapted(module):
+        return [module, *_inside(module.get_submodule("base_layer"))]
+    return [module, *(part for child in module.children() for part in _inside(child))]
 
 
 def candidates(
@@ -404,7 +409,7 @@ def candidates(
     """
     wanted: Parts = {}
     skipped: list[Skipped] = []
-    inside = {id(part) for layer in modules.values() if linear.is_adapted(layer) for part in _of_adapters(layer)}
+    inside = {id(part) for layer in modules.values() if is_adapted(layer) for part in _of_adapters(layer)}
     for path, module in modules.items():
         if id(module) in inside:
             continue

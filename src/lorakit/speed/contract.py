@@ -12,12 +12,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import FunctionType
+from types import CellType, FunctionType
 
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
-from lorakit.speed.identity import MISSING, Fact, Identities, Identity, is_stored_function
+from lorakit.speed.adapter_layers import is_adapted, is_peft_linear
+from lorakit.speed.identity import MISSING, Fact, Identities, Identity, contents_of, is_stored_function
 from lorakit.speed.patching import children_of
 from lorakit.targets.layer_types import CONV1D
 
@@ -37,6 +38,9 @@ Entries = tuple[Mapping[str, object], Callable[[Mapping[str, object]], tuple[obj
 CODE = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
 """Reads those attributes of a function that determine what a call computes and that can be assigned."""
 
+CONTENTS = operator.attrgetter("cell_contents")
+"""Reads the current value of a variable of an enclosing function; raises ValueError if it has none."""
+
 
 @dataclass(frozen=True, eq=False)
 class Contract:
@@ -48,11 +52,15 @@ class Contract:
         present: Dictionary entries that must not change, by dictionary.
         absent: Keys that must not appear in a dictionary.
         functions: Functions whose code and defaults must not change, each with these values.
+        cells: Variables of enclosing functions that these functions refer to and that must not be assigned.
+        contents: The value of each variable in `cells`.
     """
 
     present: tuple[Entries, ...]
     absent: tuple[tuple[Mapping[str, object], str], ...]
     functions: tuple[tuple[FunctionType, tuple[object, ...]], ...]
+    cells: tuple[CellType, ...]
+    contents: tuple[object, ...]
 
     def holds(self) -> bool:
         """Return whether nothing has changed and no global module hook is registered."""
@@ -69,7 +77,14 @@ class Contract:
         for function, values in self.functions:
             if not all(map(operator.is_, CODE(function), values)):
                 return False
-        return not torch_modules._has_any_global_hook()
+        return not (self.cells and self._is_assigned()) and not torch_modules._has_any_global_hook()
+
+    def _is_assigned(self) -> bool:
+        """Return whether a variable in `cells` has been assigned or deleted."""
+        try:
+            return not all(map(operator.is_, map(CONTENTS, self.cells), self.contents))
+        except ValueError:
+            return True
 
 
 def contract_for(module: nn.Module, fused: Collection[int] | None, identities: Identities) -> Contract:
@@ -80,14 +95,19 @@ def contract_for(module: nn.Module, fused: Collection[int] | None, identities: I
         fused: The `id`s of the fused modules, or None if the fused `forward` bypasses everything inside the module.
         identities: What each module computes.
     """
-    facts, functions = [*_of_module(module, identities)], [*identities.of(_base(module)).live]
+    facts, functions = [*_of_module(module, identities)], [*_live(module, identities)]
     for holder, name, child in bypassed_modules(module, fused):
-        functions += identities.of(_base(child)).live
+        functions += _live(child, identities)
         if is_operand(child):
-            facts += identities.of(_base(child)).facts
+            facts += (fact for one in _layers(child) for fact in identities.of(one).facts)
         else:
             facts += [(holder._modules, name, child), *_of_module(child, identities)]
     return _contract(facts, functions)
+
+
+def _live(module: nn.Module, identities: Identities) -> Iterator[FunctionType]:
+    """Yield the functions that a module runs or, for an adapter layer, those that its layers run."""
+    return (function for one in _layers(module) for function in identities.of(one).live)
 
 
 def contract_of_model(model: nn.Module, found: Sequence[Identity], facts: Sequence[Fact]) -> Contract:
@@ -116,7 +136,9 @@ def _contract(facts: Sequence[Fact], functions: Sequence[FunctionType]) -> Contr
             read = operator.itemgetter(*names, names[0])
             present.append((table, read, read(entries)))
     live = {id(function): (function, CODE(function)) for function in functions}
-    return Contract(tuple(present), tuple(absent), tuple(live.values()))
+    held = {id(cell): cell for function, _ in live.values() for cell in function.__closure__ or ()}
+    cells = tuple(held.values())
+    return Contract(tuple(present), tuple(absent), tuple(live.values()), cells, tuple(map(contents_of, cells)))
 
 
 def is_operand(module: nn.Module) -> bool:
@@ -127,7 +149,7 @@ def is_operand(module: nn.Module) -> bool:
     Args:
         module: Any module.
     """
-    return _is_around_base(module) or isinstance(module, nn.Linear) or type(module).__name__ == CONV1D
+    return is_adapted(module) or isinstance(module, nn.Linear) or type(module).__name__ == CONV1D
 
 
 def bypassed_modules(module: nn.Module, fused: Collection[int] | None) -> Iterator[tuple[nn.Module, str, nn.Module]]:
@@ -137,7 +159,7 @@ def bypassed_modules(module: nn.Module, fused: Collection[int] | None) -> Iterat
         module: The module.
         fused: The `id`s of the modules whose children are bypassed too, or None for all modules.
     """
-    if _is_around_base(module):
+    if is_adapted(module):
         return
     for name, child in children_of(module).items():
         yield module, name, child
@@ -148,8 +170,9 @@ def bypassed_modules(module: nn.Module, fused: Collection[int] | None) -> Iterat
 def _of_module(module: nn.Module, identities: Identities) -> Iterator[Fact]:
     found, own = identities.of(module), vars(module)
     yield from found.facts
-    if _is_around_base(module):  # attaching or removing adapters changes the layer's settings
-        yield from identities.of(_base(module)).facts
+    if is_adapted(module):  # attaching or removing adapters changes the layer's settings
+        for layer in _layers(module):
+            yield from identities.of(layer).facts
         return
     for name, value in own.items():
         is_setting = name[0] != "_" and name not in ASKED and isinstance(value, SETTINGS)
@@ -163,16 +186,13 @@ def _of_module(module: nn.Module, identities: Identities) -> Iterator[Fact]:
             yield fields, name, fields.get(name, MISSING)
 
 
-def _is_around_base(module: nn.Module) -> bool:
-    """Return whether a module is an adapter layer around a base layer."""
-    return "base_layer" in module._modules
-
-
-def _base(module: nn.Module) -> nn.Module:
-    """Return a module or, for an adapter layer, its innermost base layer."""
-    while (base := module._modules.get("base_layer")) is not None:
-        module = base
-    return module
+def _layers(module: nn.Module) -> list[nn.Module]:
+    """Return a module or, for an adapter layer, its innermost base layer; before it, the layers around it from peft."""
+    found = []
+    while is_adapted(module):
+        found += [module] if is_peft_linear(module) else []
+        module = module.get_submodule("base_layer")
+    return [*found, module]
 
 
 def _is_same(found: object, value: object) -> bool:

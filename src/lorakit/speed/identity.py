@@ -6,7 +6,8 @@ classes whose digests are listed in `lorakit.architectures.known_forwards`.
 
 The digest covers the `forward` of a class, the methods that it calls on the module, and the functions, constants and
 attention implementations in transformers that these read as globals or closures. It covers neither torch nor child
-modules, which have classes of their own.
+modules, which have classes of their own. The source of peft's layers is followed too: it is in no table, but it must be
+peft's own, and it must not change.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -41,6 +42,9 @@ FLAG = "is_"
 
 They select between ways to compute the same result, so their values are not part of a digest.
 """
+
+FOLLOWED = ("transformers", "peft")
+"""Packages whose functions are followed."""
 
 KNOWN = (
     "torch",
@@ -270,11 +274,11 @@ class _Resolver:
         return self.object(name, value, attributes)
 
     def function(self, function: FunctionType) -> str:
-        """Return the digest of a function, or its name if it was defined outside transformers."""
+        """Return the digest of a function, or its name if it was defined in a package whose functions are known."""
         package = package_of(function)
         if package in KNOWN:
             return f"{package}.{function.__qualname__}"
-        if package != "transformers":
+        if package not in FOLLOWED:
             raise Unknown(f"{function.__qualname__} was defined in {package or 'an unknown package'}")
         known = self.digests.get(id(function))
         if known is not None:
@@ -308,14 +312,14 @@ class _Resolver:
     def type(self, kind: type) -> str:
         """Return the name of a class."""
         package = package_of(kind)
-        if package not in (*KNOWN, "transformers"):
+        if package not in (*KNOWN, *FOLLOWED):
             raise Unknown(f"it uses {kind.__name__} from {package}")
         return f"{package}.{kind.__name__}"
 
     def module(self, module: ModuleType, attributes: frozenset[str]) -> str:
-        """Return the name of a Python module, and what is read from it if it belongs to transformers."""
+        """Return the name of a Python module, and what is read from it if its functions are followed."""
         package = module.__name__.partition(".")[0]
-        if package != "transformers":
+        if package not in FOLLOWED:
             return module.__name__
         read = sorted(name for name in attributes if name in vars(module))
         for name in read:
@@ -382,9 +386,21 @@ def _resolved(function: FunctionType, names: frozenset[str]) -> Iterator[tuple[s
     for name in names - {*code.co_varnames, *code.co_cellvars}:
         if name in closure:
             if name != "__class__":
-                yield name, closure[name].cell_contents, None
+                yield name, contents_of(closure[name]), None
         elif name in function.__globals__:
             yield name, function.__globals__[name], function.__globals__
+
+
+def contents_of(cell: CellType) -> object:
+    """Return the value of a variable that a function refers to in an enclosing one, or MISSING if it has none.
+
+    Args:
+        cell: Item of the function's `__closure__`.
+    """
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return MISSING
 
 
 def _name_of(function: FunctionType) -> str:

@@ -5,7 +5,7 @@ unmerged and without hooks, and if it applies at most one adapter, which must be
 Otherwise, it has no operands and is called normally. All state is read on every call: which adapters are active,
 disabled or merged, and their scales.
 
-peft's layers are recognized by their `forward` method and attributes; peft is not imported.
+peft's layers are recognized by `lorakit.speed.adapter_layers`; peft is not imported.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import resolve
 from lorakit.ops.adapted import Adapted, LowRank, factors
 from lorakit.ops.linear import linears
+from lorakit.speed.adapter_layers import is_adapted, is_peft_linear
 from lorakit.speed.patching import FORWARDS, Forwards, Options, is_watched
 from lorakit.targets.layer_types import CONV1D
 
@@ -87,20 +88,11 @@ def _with_adapter(base: Adapted, pair: tuple[Tensor, Tensor], scale: float, drop
     return None if p is None else Adapted(base.W, base.bias, LowRank(*pair, scale, p), base.transposed)
 
 
-FORWARD = ("peft.tuners.lora.layer", "Linear.forward")
-"""Module and qualified name of the peft `forward` that this module reproduces; a replacement keeps both names."""
-
 READ = ("active_adapters", "lora_A", "lora_B", "lora_dropout", "scaling")
 """Attributes that are read from a peft layer: the names of its active adapters, and dictionaries keyed by adapter."""
 
 ODD_TABLES = ("lora_variant", "lora_bias", *PEFT_TABLES_OF_VARIANTS)
 """Dictionaries in current or older peft versions. A truthy entry means that an adapter is not plain LoRA."""
-
-
-def is_peft_linear(module: nn.Module) -> bool:
-    """Return whether a module is a peft LoRA layer around a linear module."""
-    forward = type(module).forward
-    return (getattr(forward, "__module__", ""), getattr(forward, "__qualname__", "")) == FORWARD
 
 
 def peft_operand(module: nn.Module) -> Adapted | None:
@@ -194,11 +186,6 @@ def _is_here(one: Adapted, x: Tensor) -> bool:
     tensors = (one.W, one.bias, *factors([one]))
     # a sharded tensor has a different type (DTensor)
     return all(t is None or (type(t) in (Tensor, nn.Parameter) and t.device == x.device) for t in tensors)
-
-
-def is_adapted(module: nn.Module) -> bool:
-    """Return whether a module is an adapter layer from lorakit or peft."""
-    return isinstance(module, LoraLayer) or is_peft_linear(module)
 
 
 @dataclass(frozen=True)

@@ -197,15 +197,30 @@ EMBEDDINGS = "get_input_embeddings"
 def token_ids(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> Tensor:
     """Return a few random token ids (rows, tokens), without using torch's global generator.
 
+    For an encoder-decoder model with an end token, each row ends with this token and contains it nowhere else: some
+    models read their output at the end token.
+
     Args:
         model: A model with input embeddings.
         rows: Number of rows in the batch.
         tokens: Number of tokens per row.
     """
     embeddings: nn.Embedding = getattr(model, EMBEDDINGS)()
+    vocabulary = embeddings.weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, embeddings.weight.shape[0], (rows, tokens), generator=generator)
+    ids = torch.randint(0, vocabulary, (rows, tokens), generator=generator)
+    end = _end_token(model, vocabulary)
+    if end is not None:
+        ids[ids == end] = (end + 1) % vocabulary
+        ids[:, -1] = end
     return ids.to(embeddings.weight.device)
+
+
+def _end_token(model: nn.Module, vocabulary: int) -> int | None:
+    """Return the id of an encoder-decoder model's end token, or None if the model has none within its vocabulary."""
+    config = getattr(model, "config", None)
+    end = getattr(config, "eos_token_id", None) if getattr(config, "is_encoder_decoder", False) else None
+    return end if isinstance(end, int) and 0 <= end < vocabulary else None
 
 
 def inputs_of(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> dict[str, Any]:

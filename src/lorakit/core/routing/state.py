@@ -112,7 +112,8 @@ class AdapterState:
 
     def members(self) -> list[Any]:
         """Return the adapted modules of this state in order of registration, without traversing the model."""
-        found = [reference() for reference in self.__dict__.get("_members", {}).values()]
+        references = list(self.__dict__.get("_members", {}).values())  # one step: another thread may register a module
+        found = [reference() for reference in references]
         return [module for module in found if module is not None]
 
     def check(self, names: Sequence[str | None], error: type[LorakitError] = RouteError) -> None:
