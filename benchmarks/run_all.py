@@ -19,6 +19,7 @@ COMMANDS: dict[str, str] = {
     "startup": "bench_startup.py",
     "layer_call": "bench_layer_call.py",
     "contract": "bench_contract.py",
+    "blocks": "bench_blocks.py",
     "attach": "bench_attach.py",
     "face": "bench_face.py",
     "products": "bench_products.py --repeats 5",

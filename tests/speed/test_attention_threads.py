@@ -29,6 +29,18 @@ def test_two_threads_read_a_mask_at_once() -> None:
     assert cached_on(mask, "_total", lambda: float(mask.sum())) == 6.0
 
 
+def test_a_mask_modified_while_it_is_read_is_read_again() -> None:
+    mask = torch.ones(3)
+
+    def make() -> float:
+        total = float(mask.sum())
+        mask.mul_(2)  # as another thread may do
+        return total
+
+    assert cached_on(mask, "_total", make) == 3.0
+    assert cached_on(mask, "_total", lambda: float(mask.sum())) == 6.0
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bert"])
 def test_threads_share_a_mask(name: str) -> None:
     model = shared(name)

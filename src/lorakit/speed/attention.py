@@ -49,8 +49,9 @@ def cached_on(x: Tensor, name: str, make: Callable[[], Known]) -> Known:
     """
     version, value = x.__dict__.get(name, (None, None))
     if version is None or not is_version(x, version):
+        version = version_of(x)  # before the value is computed: another thread may modify x meanwhile
         value = make()
-        x.__dict__[name] = version_of(x), value
+        x.__dict__[name] = version, value
     return value
 
 
