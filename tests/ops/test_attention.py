@@ -507,3 +507,15 @@ def test_shapes_that_are_refused() -> None:
     for given, said in cases:
         with pytest.raises(ValueError, match=said):
             attention(*given)
+
+
+@pytest.mark.slow
+def test_other_segments_under_compile() -> None:
+    """The second call has symbolic lengths."""
+
+    def packed(q: Tensor, segments: tuple[int, ...]) -> Tensor:
+        return attention(q, q, q, Pattern(segments=segments))
+
+    compiled, q = torch.compile(packed, backend="aot_eager", fullgraph=True), torch.randn(1, 2, 9, 8).double()
+    for segments in ((4, 1, 4), (2, 7), (9,), (3, 3, 3)):
+        torch.testing.assert_close(compiled(q, segments), packed(q, segments), rtol=1e-12, atol=1e-12)

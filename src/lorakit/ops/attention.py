@@ -63,7 +63,7 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
         return pattern.method
     if q.device.type == "cuda":
         return "flash" if possible else "matmul"
-    longest = max(pattern.lengths(q.shape[2]), default=0)
+    longest = max((0, *pattern.lengths(q.shape[2])))
     usual = "flash" if longest >= FLASH_FROM else "matmul"
     method = choices.attention_method(q, v, pattern.causal, longest, usual)
     return method if possible or method != "flash" else "matmul"

@@ -60,7 +60,7 @@ class Pattern:
 
     def windowed(self, tokens: int) -> bool:
         """Return whether the window hides any position in a row of `tokens` tokens."""
-        longest = max(self.lengths(tokens), default=0)
+        longest = max((0, *self.lengths(tokens)))  # torch.compile does not support max(…, default=0)
         return self.window is not None and self.window < (longest if self.causal else longest - 1)
 
     def span(self, start: int, stop: int, length: int) -> tuple[int, int]:
@@ -112,7 +112,7 @@ class Pattern:
             raise ValueError(f"q has {q.shape[1]} heads, which is not a multiple of the {heads} heads of k and v")
         if not q.dtype == k.dtype == v.dtype:
             raise ValueError(f"q, k and v must have the same dtype; got {q.dtype}, {k.dtype} and {v.dtype}")
-        if self.segments is not None and (sum(self.segments) != q.shape[2] or min(self.segments, default=0) < 1):
+        if self.segments is not None and (sum(self.segments) != q.shape[2] or min((*self.segments, q.shape[2])) < 1):
             found = f"{len(self.segments)} lengths with {sum(self.segments)} tokens in total"
             raise ValueError(f"segments must be positive and sum to {q.shape[2]} tokens; got {found}")
         if self.window is not None and self.window < 1:
