@@ -255,14 +255,17 @@ ATTENTION: tuple[AttentionLayout, ...] = tuple(
 )
 """The different layouts of attention modules that are fused alone, too."""
 
-FEED_FORWARD: tuple[FeedForwardLayout, ...] = tuple(
-    dict.fromkeys(
+FEED_FORWARD: tuple[FeedForwardLayout, ...] = (
+    *dict.fromkeys(
         block.feed_forward_modules
         for block in BLOCKS
         if block.feed_forward_modules is not None and not block.is_post_norm
-    )
+    ),
+    replace(GATED, inner_dropout="dropout"),  # T5Gemma, GTE
+    FeedForwardLayout(("fc1",), "fc2"),  # Phi
+    FeedForwardLayout(("fc1",), "fc2", inner_dropout="dropout"),  # SeamlessM4T, NLLB-MoE
 )
-"""The different layouts of feed-forward blocks that are fused alone, too."""
+"""The different layouts of feed-forward blocks that are fused alone, too; some belong to layers that are not fused."""
 
 
 def architecture_of(model: str) -> Architecture | None:

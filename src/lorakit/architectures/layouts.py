@@ -91,6 +91,11 @@ class FeedForwardLayout:
         return (*self.inner, self.down)
 
     @property
+    def children(self) -> tuple[str, ...]:
+        """Return all names; a block has one of those of the activation."""
+        return (*self.linears, *self.activation, self.inner_dropout, self.output_dropout)
+
+    @property
     def is_fused(self) -> bool:
         """Return whether one module computes gate and up."""
         return self.is_gated and len(self.inner) == 1

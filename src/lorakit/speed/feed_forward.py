@@ -14,7 +14,7 @@ from lorakit.ops.mlp import Form, mlp
 from lorakit.ops.norm import Norm
 from lorakit.speed.linear import active_operands, forwards_of
 from lorakit.speed.norm import dropout_p
-from lorakit.speed.patching import RECOMPUTES, Options, modules_at
+from lorakit.speed.patching import RECOMPUTES, Options, children_of, modules_at
 from lorakit.speed.submodules import (
     activation_of,
     is_activation_watched,
@@ -54,9 +54,7 @@ def match(module: nn.Module) -> BoundFeedForward | str:
     made = match_children(module)
     if isinstance(made, str):
         return made
-    found = made.layout
-    known = (*found.linears, *found.activation, found.inner_dropout, found.output_dropout)
-    return unknown_attributes(module, ATTRIBUTES, known) or made
+    return unknown_attributes(module, ATTRIBUTES, made.layout.children) or made
 
 
 def match_children(module: nn.Module) -> BoundFeedForward | str:
@@ -108,8 +106,10 @@ def _probabilities(module: nn.Module, layout: FeedForwardLayout, behind: float) 
 
 
 def _layout(module: nn.Module) -> FeedForwardLayout | None:
-    held = module._modules
-    return next((one for one in FEED_FORWARD if all(held.get(name) is not None for name in one.linears)), None)
+    """Return the layout of a block: of those with its linear modules, the first one with most of its children."""
+    held = children_of(module).keys()
+    found = (one for one in FEED_FORWARD if held >= set(one.linears))
+    return max(found, key=lambda one: len(held & set(one.children)), default=None)
 
 
 def _activation(module: nn.Module, layout: FeedForwardLayout) -> Callable[[Tensor], Tensor] | None:
