@@ -27,7 +27,6 @@ FOUR_NORMS = Block(
 )
 """Gemma's block since Gemma 2."""
 
-
 GPT2_BLOCK = Block(
     Sublayer("ln_1", "attn"),
     Sublayer("ln_2", "mlp"),

@@ -19,7 +19,7 @@ ACTIVATION = ("act_fn", "activation_fn", "act")
 """Usual names of a feed-forward block's activation."""
 
 
-def is_inside(path: str, module: str) -> bool:
+def is_within(path: str, module: str) -> bool:
     """Return whether a module is another one or is inside it.
 
     Args:
@@ -220,7 +220,7 @@ class Block:
             modules = self.feed_forward_modules if name == "feed-forward" else self.attention_modules
             inner = (sublayer.inner,) if sublayer.inner or modules is None else modules.linears
             held = (*inner, *sublayer.norms, *([sublayer.dropout] if sublayer.dropout else []))
-            if any(is_inside(path, one) or is_inside(one, path) for one in held):
+            if any(is_within(path, one) or is_within(one, path) for one in held):
                 return name
         return None
 

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from lorakit.architectures.families import BERT_BLOCK, GPT2_BLOCK, PRE_NORM
-from lorakit.architectures.layouts import Block
+from lorakit.architectures.layouts import Block, is_within
 from lorakit.errors import ConfigError
 
 ALL_DROPOUTS = {"embedding": 0.1, "residual": 0.1, "attention": 0.1}
@@ -207,7 +207,7 @@ def is_inside(path: str, modules: Collection[str]) -> bool:
         path: Dotted path of the module.
         modules: Dotted paths of modules.
     """
-    return any(path == module or path.startswith(module + ".") for module in modules)
+    return any(is_within(path, module) for module in modules)
 
 
 def short_roles(paths: Iterable[str]) -> dict[str, str]:
