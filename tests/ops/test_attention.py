@@ -509,6 +509,17 @@ def test_shapes_that_are_refused() -> None:
             attention(*given)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("segments", [None, (9,), (4, 1, 4), (1, 8)], ids=str)
+def test_allowed_positions_are_those_of_the_reference(
+    segments: tuple[int, ...] | None, window: int | None, causal: bool
+) -> None:
+    pattern, targets = Pattern(causal, window=window, segments=segments), torch.arange(9)
+    assert torch.equal(pattern.allowed(targets, targets), reference.visible(pattern, 9))
+    assert torch.equal(pattern.allowed(targets[5:], targets[2:]), reference.visible(pattern, 9)[5:, 2:])
+
+
 @pytest.mark.slow
 def test_other_segments_under_compile() -> None:
     """The second call has symbolic lengths."""
