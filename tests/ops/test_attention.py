@@ -17,6 +17,7 @@ from lorakit.ops.attention import FLASH_FROM, attention, chosen
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.dropout import draw_record, positions
 from lorakit.ops.reference import attention as reference
+from lorakit.ops.reference import visible
 
 Operands = tuple[Tensor, Tensor, Tensor]
 SHORTER = torch.zeros(2, 1, 1, 13).double().index_fill_(3, torch.tensor([9, 10, 11, 12]), -torch.inf)
@@ -516,8 +517,8 @@ def test_allowed_positions_are_those_of_the_reference(
     segments: tuple[int, ...] | None, window: int | None, causal: bool
 ) -> None:
     pattern, targets = Pattern(causal, window=window, segments=segments), torch.arange(9)
-    assert torch.equal(pattern.allowed(targets, targets), reference.visible(pattern, 9))
-    assert torch.equal(pattern.allowed(targets[5:], targets[2:]), reference.visible(pattern, 9)[5:, 2:])
+    assert torch.equal(pattern.allowed(targets, targets), visible(pattern, 9))
+    assert torch.equal(pattern.allowed(targets[5:], targets[2:]), visible(pattern, 9)[5:, 2:])
 
 
 @pytest.mark.slow
