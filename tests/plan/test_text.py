@@ -48,3 +48,12 @@ def test_without_details_the_text_is_short_and_begins_with_the_answer() -> None:
     assert len(lines) < 40
     assert [line.split("  ")[0] for line in lines[3:8]] == ["trainable", "peak memory", "adapter", "checkpoint", "time"]
     assert not any("bytes =" in line or line.startswith("note:") for line in lines)
+
+
+def test_a_model_without_a_head_has_no_tied_head() -> None:
+    config = LoraConfig(target_modules="all-linear")
+    shapes = {name: catalogue.published(name) for name in ("bert-base", "gpt2")}
+    found = {
+        name: shape is not None and "tied head" in render(estimate(shape, config)) for name, shape in shapes.items()
+    }
+    assert found == {"bert-base": False, "gpt2": True}

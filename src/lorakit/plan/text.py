@@ -92,7 +92,7 @@ def _head(plan: Plan) -> list[str]:
     batches = "" if job.accumulation == 1 else f", {job.accumulation} batches per step"
     return [
         f"{shape.name} ({shape.architecture}, {format_count(shape.layers, 'layer')}, width {shape.hidden:,}, "
-        f"vocabulary {shape.vocab:,}{', tied head' if shape.tied else ''})",
+        f"vocabulary {shape.vocab:,}{', tied head' if shape.tied and shape.head is not None else ''})",
         f"{job.batch_rows} × {job.length_tokens:,} tokens per batch{batches}, {job.dtype}{recomputed}, {accelerated}",
     ]
 
