@@ -9,6 +9,7 @@ from torch import nn
 
 from lorakit.core.clones import PARAMETRISED
 from lorakit.core.quantization.bitsandbytes import EIGHT_BIT, FOUR_BIT
+from lorakit.core.quantization.fp8 import FP8
 from lorakit.core.quantization.hqq import HQQ
 from lorakit.core.quantization.torchao import TORCHAO
 from lorakit.core.quantization.weight_format import (
@@ -39,6 +40,7 @@ WEIGHT_FORMATS: tuple[WeightFormat[Any, Any], ...] = (
     EIGHT_BIT,
     TORCHAO,
     HQQ,
+    FP8,
     COMPUTED,
     COMPUTED_TRANSPOSED,
     TRANSPOSED,

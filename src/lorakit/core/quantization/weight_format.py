@@ -111,6 +111,16 @@ class WeightFormat(Generic[M, S]):
                 weight if the weight is plain.
         """
 
+    def part_names(self, module: M) -> tuple[str, ...]:
+        """Return the names of the parameters that make up a weight, in the order of `tensors`.
+
+        The result is empty if the weight is a single parameter, together with tensors that are not parameters.
+        """
+        return ()
+
+    def check(self, module: M, path: str) -> None:
+        """Check that a module's weight can be read; the path is for messages."""
+
     def device(self, module: M, parameter: str) -> torch.device:
         """Return the device of a module's weight."""
         return self.tensors(self.stored(module, parameter))[0].device
