@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lorakit.core.quantization.fp8 import fp8_linear
@@ -36,3 +37,58 @@ def write_fp8(folder: Path, dense: Any) -> Path:
             module.weight.data = packed.packed().decoded()
     quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(BLOCK)}
     return write(folder, tensors, quantization)
+
+
+def _words(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes (n, …) along the first axis, as one stream of bits, lowest first; in Python integers."""
+    streams = codes.reshape(codes.shape[0], -1).T.tolist()
+    packed = []
+    for stream in streams:
+        whole = sum(code << (bits * place) for place, code in enumerate(stream))
+        words = [(whole >> (32 * place)) & 0xFFFFFFFF for place in range(-(-len(stream) * bits // 32))]
+        packed.append([word - (1 << 32) if word >> 31 else word for word in words])
+    return torch.tensor(packed, dtype=torch.int32).T.reshape(-1, *codes.shape[1:]).contiguous()
+
+
+def gptq_tensors(
+    rows: int, columns: int, bits: int, group: int, *, shuffled: bool = False, version: int = 1, indexed: bool = True
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return random tensors in the layout of AutoGPTQ, and the weight (rows, columns) that they define."""
+    size = columns if group == -1 else group
+    groups = columns // size
+    index = torch.arange(columns) // size
+    index = index[torch.randperm(columns)] if shuffled else index
+    codes = torch.randint(0, 2**bits, (columns, rows))
+    zeros = torch.randint(1, 2**bits, (groups, rows))  # files of version 1 store zero - 1, which is at least 0
+    scales = (torch.rand(groups, rows) * 0.02 + 0.001).half()
+    weight = torch.empty(rows, columns)
+    for column in range(columns):
+        of = int(index[column])
+        weight[:, column] = (codes[column] - zeros[of]).float() * scales[of].float()
+    parts = {
+        "qweight": _words(codes, bits),
+        "qzeros": _words((zeros - (2 - version)).T, bits).T.contiguous(),
+        "scales": scales,
+        "g_idx": index.int(),
+    }
+    return {name: part for name, part in parts.items() if indexed or name != "g_idx"}, weight
+
+
+def awq_tensors(rows: int, columns: int, group: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Return random tensors in the layout of AutoAWQ ("gemm"), and the weight (rows, columns) that they define."""
+    groups = columns // group
+    codes, zeros = torch.randint(0, 16, (columns, rows)), torch.randint(0, 16, (groups, rows))
+    scales = (torch.rand(groups, rows) * 0.02 + 0.001).half()
+    weight = torch.empty(rows, columns)
+    for column in range(columns):
+        of = column // group
+        weight[:, column] = (codes[column] - zeros[of]).float() * scales[of].float()
+
+    def packed(numbers: Tensor) -> Tensor:
+        words = torch.zeros(numbers.shape[0], rows // 8, dtype=torch.int64)
+        for word in range(rows // 8):
+            for nibble, output in enumerate([0, 2, 4, 6, 1, 3, 5, 7]):
+                words[:, word] |= numbers[:, 8 * word + output] << (4 * nibble)
+        return torch.where(words >= 2**31, words - 2**32, words).int()
+
+    return {"qweight": packed(codes), "qzeros": packed(zeros), "scales": scales}, weight

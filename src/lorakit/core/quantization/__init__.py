@@ -11,6 +11,7 @@ from lorakit.core.clones import PARAMETRISED
 from lorakit.core.quantization.bitsandbytes import EIGHT_BIT, FOUR_BIT
 from lorakit.core.quantization.fp8 import FP8
 from lorakit.core.quantization.hqq import HQQ
+from lorakit.core.quantization.packed_integers import AWQ, GPTQ
 from lorakit.core.quantization.torchao import TORCHAO
 from lorakit.core.quantization.weight_format import (
     COMPUTED,
@@ -41,6 +42,8 @@ WEIGHT_FORMATS: tuple[WeightFormat[Any, Any], ...] = (
     TORCHAO,
     HQQ,
     FP8,
+    GPTQ,
+    AWQ,
     COMPUTED,
     COMPUTED_TRANSPOSED,
     TRANSPOSED,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.quantization.packed import Layout, PackedFormat, PackedLinear, PackedWeight, check_parts
+from lorakit.core.quantization.packed import Layout, PackedFormat, PackedLinear, PackedWeight, check_parts, packed_linear
 
 LARGEST = 448.0
 """The largest finite value of float8_e4m3fn."""
@@ -92,7 +92,6 @@ class Fp8Linear(PackedLinear):
         weight: Values (out, in), in float8_e4m3fn.
         weight_scale_inv: Scales (out/block, in/block), or one scale.
         block_size: Rows and columns that share a scale, or None.
-        activation_scale: Scale of the activations; not used, because activations are not quantized.
     """
 
     PARTS = _PARTS
@@ -113,7 +112,7 @@ def layout_of(module: Fp8Linear) -> Fp8Layout:
     return Fp8Layout(int(rows), int(columns), None if block is None else (int(block[0]), int(block[1])))
 
 
-def fp8_linear(linear: nn.Linear, block: tuple[int, int] | None = (128, 128)) -> Fp8Linear:
+def fp8_linear(linear: nn.Linear, block: tuple[int, int] | None = (128, 128)) -> PackedLinear:
     """Return an fp8 copy of a dense layer.
 
     Args:
@@ -127,14 +126,7 @@ def fp8_linear(linear: nn.Linear, block: tuple[int, int] | None = (128, 128)) ->
     rows, columns = weight.shape
     shape = () if block is None else (-(-rows // block[0]), -(-columns // block[1]))
     parts = Fp8Layout(rows, columns, block).encode(weight, torch.ones(shape, device=weight.device))
-    made = Fp8Linear()
-    made.in_features, made.out_features, made.block_size = columns, rows, block
-    for name, part in zip(_PARTS, parts, strict=True):
-        made.register_parameter(name, nn.Parameter(part, requires_grad=False))
-    made.register_parameter("activation_scale", None)
-    bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-    made.register_parameter("bias", bias)
-    return made.train(linear.training)
+    return packed_linear(Fp8Linear, linear, dict(zip(_PARTS, parts, strict=True)), {"block_size": block})
 
 
 class Fp8Format(PackedFormat):

@@ -10,8 +10,9 @@ This file depends on torch only. The files next to it define the layouts.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ from torch.nn import functional as F
 from lorakit.core.quantization.weight_format import Packed, WeightFormat
 from lorakit.errors import MergeError, ModelError
 
-L = TypeVar("L", bound="Layout")
+Setting = int | tuple[int, int] | None
+"""A setting of a packed layer, such as its number of bits."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,28 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Return the sizes, for `repr`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def packed_linear(
+    kind: type[PackedLinear], linear: nn.Linear, parts: Mapping[str, Tensor], settings: Mapping[str, Setting]
+) -> PackedLinear:
+    """Return a packed layer with the sizes, the bias and the mode (training or eval) of a dense layer.
+
+    Args:
+        kind: Class of the packed layer.
+        linear: The dense layer, on any device; its weight is not used.
+        parts: Name of a parameter in `kind.PARTS` -> tensor; parameters that are not listed are None.
+        settings: Further attributes of the layer, such as `bits`.
+    """
+    made = kind()
+    made.in_features, made.out_features = linear.in_features, linear.out_features
+    vars(made).update(settings)
+    for name in kind.PARTS:
+        part = parts.get(name)
+        made.register_parameter(name, None if part is None else nn.Parameter(part, requires_grad=False))
+    bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+    made.register_parameter("bias", bias)
+    return made.train(linear.training)
 
 
 def packed_product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
