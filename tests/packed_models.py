@@ -92,3 +92,67 @@ def awq_tensors(rows: int, columns: int, group: int) -> tuple[dict[str, Tensor],
         return torch.where(words >= 2**31, words - 2**32, words).int()
 
     return {"qweight": packed(codes), "qzeros": packed(zeros), "scales": scales}, weight
+
+
+COMPRESSED = ("int8-channel", "int8-asymmetric", "int8-group", "fp8-channel", "fp8-tensor", "fp8-block")
+
+
+def compressed_tensors(rows: int, columns: int, layout: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Return random tensors in a layout of compressed-tensors, and the weight (rows, columns) that they define."""
+    kind, strategy = layout.split("-")
+    height, width = {"group": (1, 16), "block": BLOCK, "tensor": (rows, columns)}.get(strategy, (1, columns))
+    scales = torch.rand(-(-rows // height), -(-columns // width)) * 0.002 + 0.0001
+    if kind == "int8":
+        values = torch.randint(-128, 128, (rows, columns)).to(torch.int8)
+    else:
+        values = (torch.randn(rows, columns) * 30).to(torch.float8_e4m3fn)
+        scales = scales * 0.5
+    zeros = torch.randint(-20, 20, scales.shape).to(torch.int8) if strategy == "asymmetric" else None
+    weight = torch.empty(rows, columns)
+    for row in range(rows):
+        for column in range(columns):
+            at = (row // height, column // width)
+            weight[row, column] = (values[row, column].float() - (0 if zeros is None else zeros[at])) * scales[at]
+    parts = {"weight": values, "weight_scale": scales.reshape(1) if strategy == "tensor" else scales}
+    return parts if zeros is None else {**parts, "weight_zero_point": zeros}, weight
+
+
+def write_packed(folder: Path, dense: Any, layout: str) -> Path:
+    """Write a model with random packed linear layers; `dense` gets the weights that their format defines.
+
+    The layout is "gptq", "awq" or a name in `COMPRESSED`.
+    """
+    torch.manual_seed(0)
+    tensors = {name: tensor.clone() for name, tensor in dense.state_dict().items() if name != "lm_head.weight"}
+    for path, module in dense.named_modules():
+        if path.endswith(LAYERS):
+            rows, columns = module.weight.shape
+            if layout == "gptq":
+                parts, weight = gptq_tensors(rows, columns, 4, 32, shuffled=True)
+            elif layout == "awq":
+                parts, weight = awq_tensors(rows, columns, 32)
+            else:
+                parts, weight = compressed_tensors(rows, columns, layout)
+            module.weight.data = weight
+            del tensors[f"{path}.weight"]
+            tensors |= {f"{path}.{name}": part for name, part in parts.items()}
+    return write(folder, tensors, quantization(layout))
+
+
+def quantization(layout: str) -> dict[str, Any]:
+    """Return the quantization config of a layout of `write_packed`."""
+    if layout == "gptq":
+        return {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": False}
+    if layout == "awq":
+        return {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
+    kind, strategy = layout.split("-")
+    weights: dict[str, Any] = {"num_bits": 8, "type": "int" if kind == "int8" else "float"}
+    weights |= {"strategy": {"asymmetric": "channel"}.get(strategy, strategy), "symmetric": strategy != "asymmetric"}
+    if strategy == "group":
+        weights["group_size"] = 16
+    if strategy == "block":
+        weights["block_structure"] = list(BLOCK)
+    form = "int-quantized" if kind == "int8" else "float-quantized"
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
+    common = {"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed"}
+    return {**common, "config_groups": groups, "ignore": ["lm_head"]}

@@ -14,6 +14,7 @@ from lorakit import core, hub
 from lorakit.config import LoraConfig
 from lorakit.core.model.base_view import quantized_weights
 from lorakit.core.quantization.fp8 import Fp8Linear
+from lorakit.core.quantization.packed import PackedLinear
 from lorakit.errors import ConfigError, ModelError
 
 from .. import packed_models
@@ -91,6 +92,95 @@ def test_a_dense_copy_is_saved_as_a_plain_model(fp8_directory: Path, dense: Any,
     again = hub.load_model(tmp_path / "dense", "float32")
     assert not list(quantized_weights(again))
     torch.testing.assert_close(logits(again), logits(dense), rtol=1e-5, atol=1e-5)
+
+
+EVERY = pytest.mark.parametrize("layout", ["gptq", "awq", *packed_models.COMPRESSED])
+
+
+@EVERY
+def test_files_are_kept_packed_and_compute_what_the_dense_model_computes(
+    layout: str, wide_model_directory: Path, dense: Any, tmp_path: Path
+) -> None:
+    packed_models.write_packed(wide_model_directory, dense, layout)
+    model = hub.load_model(wide_model_directory, "float32")
+    found = list(quantized_weights(model))
+    assert len(found) == 14 and all(isinstance(weight.module, PackedLinear) for weight in found)
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-4)
+    ours, wanted = trained(model), trained(dense)
+    assert len(ours) == 2 + 28
+    for one, other in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    core.save_adapter(model, tmp_path / "adapter")
+    again = hub.load_model(wide_model_directory, "float32")
+    core.load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model.eval()))
+
+
+@pytest.mark.parametrize("layout", ["gptq", "awq", "int8-channel"])
+def test_saved_models_are_loaded_again(layout: str, wide_model_directory: Path, dense: Any, tmp_path: Path) -> None:
+    packed_models.write_packed(wide_model_directory, dense, layout)
+    model = hub.load_model(wide_model_directory, "float32")
+    hub.save_model(model, _made(tmp_path / "saved"))
+    written = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+    assert written == packed_models.quantization(layout)
+    again = hub.load_model(tmp_path / "saved", "float32")
+    assert torch.equal(logits(again), logits(model)) and len(list(quantized_weights(again))) == 14
+    assert hub.dequantize_files(again) == 14
+    hub.save_model(again, _made(tmp_path / "dense"))
+    plain = hub.load_model(tmp_path / "dense", "float32")
+    assert not list(quantized_weights(plain))
+    torch.testing.assert_close(logits(plain), logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layout", "values", "field"),
+    [
+        ("gptq", {"bits": 5}, "bits"),
+        ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format"),
+        ("awq", {"version": "gemv"}, "version"),
+        ("awq", {"bits": 8}, "bits"),
+        ("int8-channel", {"format": "pack-quantized"}, "format"),
+        ("int8-channel", {"config_groups": {}}, "config_groups"),
+    ],
+)
+def test_layouts_that_are_not_read_are_rejected(
+    layout: str, values: dict[str, Any], field: str, wide_model_directory: Path, dense: Any
+) -> None:
+    tensors = {"nothing": torch.zeros(1)}
+    packed_models.write(wide_model_directory, tensors, {**packed_models.quantization(layout), **values})
+    with pytest.raises(ModelError) as caught:
+        hub.load_model(wide_model_directory)
+    assert caught.value.field == field and caught.value.allowed
+
+
+@pytest.mark.parametrize(
+    ("layout", "part"), [("gptq", "qzeros"), ("gptq", "scales"), ("awq", "scales"), ("fp8-channel", "weight_scale")]
+)
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_damaged_packed_tensors_are_rejected(
+    layout: str, part: str, damage: str, wide_model_directory: Path, dense: Any
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = packed_models.write_packed(wide_model_directory, dense, layout)
+    tensors = load_file(folder / "model.safetensors")
+    path = "model.layers.1.mlp.up_proj"
+    tensor = tensors.pop(f"{path}.{part}")
+    if damage == "changed":
+        changed = tensor[:, :-1] if part == "qzeros" else tensor.index_fill(0, torch.tensor([0]), float("nan"))
+        tensors[f"{path}.{part}"] = changed.contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError) as caught:
+        hub.load_model(folder, "float32")
+    assert caught.value.where == path and caught.value.field == part
+
+
+def test_files_without_packed_weights_are_rejected(wide_model_directory: Path, dense: Any) -> None:
+    tensors = {name: tensor for name, tensor in dense.state_dict().items() if name != "lm_head.weight"}
+    packed_models.write(wide_model_directory, tensors, packed_models.quantization("gptq"))
+    with pytest.raises(ModelError) as caught:
+        hub.load_model(wide_model_directory)
+    assert caught.value.field == "quantization_config"
 
 
 @pytest.mark.parametrize("damage", ["missing", "nan", "inf"])

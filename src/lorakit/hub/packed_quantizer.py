@@ -10,9 +10,11 @@ Import this module inside functions only, because it imports transformers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from transformers import FineGrainedFP8Config
+from transformers import FineGrainedFP8Config, PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -23,10 +25,42 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lorakit.durable import JsonObject
+from lorakit.durable import JsonObject, JsonValue
+from lorakit.hub.packed_modules import replace_linears
 
 PREFIX = "lorakit-"
 """Prefix of the names under which the quantizers are registered."""
+
+
+class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The quantization config of files, with all of its values.
+
+    Attributes:
+        quant_method: Name of the method, as registered with transformers.
+        values: All values, as in the files' config.
+    """
+
+    def __init__(self, quant_method: str, **values: JsonValue) -> None:
+        self.quant_method = quant_method
+        self.values = values
+
+
+class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads the packed tensors of linear layers into modules of `lorakit.core.quantization`."""
+
+    requires_calibration = True
+    is_trainable = True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] = (), **kwargs: Any
+    ) -> None:
+        config: PackedConfig = self.quantization_config
+        method = config.quant_method.removeprefix(PREFIX)
+        replace_linears(model, [Path(file) for file in checkpoint_files], {**config.values, "quant_method": method})
+
+    def is_serializable(self) -> bool:
+        """Return True: the packed tensors are saved as they were loaded."""
+        return True
 
 
 class Fp8Quantizer(FineGrainedFP8HfQuantizer):
@@ -38,6 +72,9 @@ class Fp8Quantizer(FineGrainedFP8HfQuantizer):
 
 QUANTIZERS: dict[str, tuple[type[QuantizationConfigMixin], type[HfQuantizer]]] = {
     "fp8": (FineGrainedFP8Config, Fp8Quantizer),
+    "gptq": (PackedConfig, PackedQuantizer),
+    "awq": (PackedConfig, PackedQuantizer),
+    "compressed-tensors": (PackedConfig, PackedQuantizer),
 }
 """Quantization method of the files -> the classes of its config and its quantizer."""
 

@@ -159,7 +159,7 @@ def check_quantized_once(config: PreTrainedConfig, wanted: Quantization | None, 
     return stored is not None
 
 
-PACKED_METHODS = frozenset({"fp8"})
+PACKED_METHODS = frozenset({"fp8", "gptq", "awq", "compressed-tensors"})
 """Quantization methods of files whose weights lorakit keeps packed; see `lorakit.hub.packed_quantizer`."""
 
 
@@ -179,9 +179,15 @@ def packed_config(config: PreTrainedConfig, values: JsonObject) -> PreTrainedCon
     Args:
         config: The model's config, which is changed.
         values: Result of `packed_values`.
+
+    Raises:
+        ModelError: lorakit does not support the layout of the packed weights.
     """
+    from lorakit.hub.packed_modules import packed_kind
     from lorakit.hub.packed_quantizer import kept_packed
 
+    if values["quant_method"] != "fp8":
+        packed_kind(values)
     config.quantization_config = kept_packed(values)
     return config
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from lorakit.core.clones import PARAMETRISED
 from lorakit.core.quantization.bitsandbytes import EIGHT_BIT, FOUR_BIT
+from lorakit.core.quantization.compressed import COMPRESSED
 from lorakit.core.quantization.fp8 import FP8
 from lorakit.core.quantization.hqq import HQQ
 from lorakit.core.quantization.packed_integers import AWQ, GPTQ
@@ -44,6 +45,7 @@ WEIGHT_FORMATS: tuple[WeightFormat[Any, Any], ...] = (
     FP8,
     GPTQ,
     AWQ,
+    COMPRESSED,
     COMPUTED,
     COMPUTED_TRANSPOSED,
     TRANSPOSED,

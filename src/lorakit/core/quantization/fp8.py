@@ -13,7 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.quantization.packed import Layout, PackedFormat, PackedLinear, PackedWeight, check_parts, packed_linear
+from lorakit.core.quantization.packed import (
+    Layout,
+    PackedFormat,
+    PackedLinear,
+    PackedWeight,
+    check_parts,
+    packed_linear,
+    spread,
+)
 
 LARGEST = 448.0
 """The largest finite value of float8_e4m3fn."""
@@ -77,12 +85,9 @@ class Fp8Layout(Layout):
 
     def _spread(self, scales: Tensor) -> Tensor:
         """Return the scales, repeated for every value (out, in), or as a scalar."""
-        scales = scales.float()
         if self.block is None or scales.ndim < 2:
-            return scales.reshape(())
-        rows, columns = self.block
-        wide = scales.repeat_interleave(rows, 0)[: self.rows]
-        return wide.repeat_interleave(columns, 1)[:, : self.columns]
+            return scales.float().reshape(())
+        return spread(scales, self.block, self.rows, self.columns)
 
 
 class Fp8Linear(PackedLinear):

@@ -59,6 +59,19 @@ class Layout:
         return values, torch.full_like(values, torch.inf)
 
 
+def spread(scales: Tensor, block: tuple[int, int], rows: int, columns: int) -> Tensor:
+    """Return scales in fp32, repeated for every value that shares them, (rows, columns).
+
+    Args:
+        scales: Scales (rows/block, columns/block).
+        block: Rows and columns that share a scale; the last block of a row or column may be smaller.
+        rows: Rows of the weight.
+        columns: Columns of the weight.
+    """
+    wide = scales.float().repeat_interleave(block[0], 0)[:rows]
+    return wide.repeat_interleave(block[1], 1)[:, :columns]
+
+
 @dataclass(frozen=True)
 class PackedWeight(Packed):
     """A packed weight.
@@ -186,8 +199,8 @@ class PackedFormat(WeightFormat[PackedLinear, PackedWeight]):
             MergeError: Always.
         """
         raise MergeError(
-            f"lorakit reads {self.name} weights but does not write them, because their rounding needs calibration "
-            "data. Merge into a dense copy: merge(model, dense=True), or dequantize the base first.",
+            f"lorakit reads {self.name} weights but does not write them. Merge into a dense copy: "
+            "merge(model, dense=True), or dequantize the base first.",
             what=self.name,
             field="dense",
         )
