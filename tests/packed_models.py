@@ -108,11 +108,8 @@ def compressed_tensors(rows: int, columns: int, layout: str) -> tuple[dict[str, 
         values = (torch.randn(rows, columns) * 30).to(torch.float8_e4m3fn)
         scales = scales * 0.5
     zeros = torch.randint(-20, 20, scales.shape).to(torch.int8) if strategy == "asymmetric" else None
-    weight = torch.empty(rows, columns)
-    for row in range(rows):
-        for column in range(columns):
-            at = (row // height, column // width)
-            weight[row, column] = (values[row, column].float() - (0 if zeros is None else zeros[at])) * scales[at]
+    at = (torch.arange(rows).unsqueeze(1) // height, torch.arange(columns) // width)
+    weight = (values.float() - (0 if zeros is None else zeros[at])) * scales[at]
     parts = {"weight": values, "weight_scale": scales.reshape(1) if strategy == "tensor" else scales}
     return parts if zeros is None else {**parts, "weight_zero_point": zeros}, weight
 

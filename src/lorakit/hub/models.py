@@ -27,6 +27,7 @@ from lorakit.hub.packaged import check_space, write_weights
 from lorakit.hub.quantizing import (
     check_known_method,
     check_quantized_once,
+    dequantizing_options,
     finish_loading,
     loading_options,
     packed_config,
@@ -146,6 +147,7 @@ def load_for_task(
         options |= {"use_safetensors": True} if source.header is None else gguf_files.dequantizing_options()
         if config_values:
             options |= {"config": config, "ignore_mismatched_sizes": task in WITH_NEW_HEADS}
+        options |= dequantizing_options(config)
         if packed is not None:
             options |= {"config": packed_config(config, packed)}
         loaded, report = call_loader(source, partial(getattr(transformers, TASKS[task]).from_pretrained, **options))

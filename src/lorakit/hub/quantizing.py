@@ -192,6 +192,21 @@ def packed_config(config: PreTrainedConfig, values: JsonObject) -> PreTrainedCon
     return config
 
 
+def dequantizing_options(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return options with which `from_pretrained` dequantizes files in MXFP4; empty for all other files.
+
+    The kernels that transformers has for MXFP4 cannot train adapters, so the weights are always dequantized.
+
+    Args:
+        config: The model's config.
+    """
+    if _quantization_values(config).get("quant_method") != "mxfp4":
+        return {}
+    import transformers
+
+    return {"quantization_config": transformers.Mxfp4Config(dequantize=True)}
+
+
 def restore_config(model: PreTrainedModel, values: JsonObject) -> None:
     """Give a loaded model the quantization config of its files, so that any program can load it once it is saved.
 

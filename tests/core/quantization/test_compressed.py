@@ -35,7 +35,9 @@ def test_the_weight_is_read_as_the_format_defines_it(layout: str) -> None:
     module, linear = pair(layout)
     base = weight_format_of(module)
     assert base.quantized
-    torch.testing.assert_close(base.read(module, base.stored(module, "weight")), linear.weight.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        base.read(module, base.stored(module, "weight")), linear.weight.detach(), rtol=1e-6, atol=0
+    )
 
 
 @EVERY
@@ -61,7 +63,9 @@ def test_the_package_dequantizes_to_the_same_values(layout: str) -> None:
     weights: dict[str, Any] = packed_models.quantization(layout)["config_groups"]["group_0"]["weights"]
     zeros = module._parameters["weight_zero_point"]
     scale: Any = module.weight_scale
-    found = dequantize(module.weight.data, scale.data, None if zeros is None else zeros.data, QuantizationArgs(**weights))
+    found = dequantize(
+        module.weight.data, scale.data, None if zeros is None else zeros.data, QuantizationArgs(**weights)
+    )
     torch.testing.assert_close(found.float(), linear.weight.detach(), rtol=1e-6, atol=0)
 
 

@@ -78,7 +78,7 @@ class GptqLayout(Layout):
 
 @dataclass(frozen=True)
 class AwqLayout(Layout):
-    """A weight packed as AWQ does ("gemm"): codes and zero points along the output features, in an interleaved order."""
+    """A weight packed as AWQ does ("gemm"): codes and zero points along the output features, interleaved."""
 
     def decode(self, parts: tuple[Tensor, ...]) -> Tensor:
         """Return the weight (out, in) in fp32.
