@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from lorakit import core, hub
 from lorakit.config import LoraConfig
 from lorakit.core.model.base_view import quantized_weights
-from lorakit.core.quantization.fp8 import Fp8Linear
+from lorakit.core.quantization.fp8 import Fp8Linear, fp8_linear
 from lorakit.core.quantization.packed import PackedLinear
 from lorakit.errors import ConfigError, ModelError
 
-from .. import packed_models
+from .. import packed_models, small_models
 
 IDS = torch.tensor([[5, 17, 20, 3, 9, 44]])
 
@@ -232,3 +232,43 @@ def test_an_accelerated_model_keeps_the_forward_of_packed_layers(fp8_directory: 
         results.append([loss.detach(), *(p.grad for _, p in core.trainable_parameters(one))])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_with_fp8_experts_is_dequantized(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(0)
+    folder = tmp_path / "mixtral"
+    small_models.mixtral().save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    packed, plain = dict(tensors), dict(tensors)
+    for name, tensor in tensors.items():
+        if "experts." in name or "_proj." in name:
+            linear = nn.Linear(*tensor.shape[::-1], bias=False)
+            linear.weight.data = tensor
+            made = fp8_linear(linear, (16, 16)).packed()
+            packed |= {name: made.parts[0].data, f"{name}_scale_inv": made.parts[1].data}
+            plain[name] = made.decoded().contiguous()
+    save_file(plain, folder / "model.safetensors", {"format": "pt"})
+    dense = hub.load_model(folder, "float32")
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
+    packed_models.write(folder, packed, quantization)
+    model: Any = hub.load_model(folder, "float32")
+    assert not list(quantized_weights(model)) and getattr(model.config, "quantization_config", None) is None
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-5, atol=1e-5)
+    words: dict[str, Any] = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    core.attach(model, LoraConfig(r=2, init_lora_weights=False, **words), seed=3)
+    model(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for _, p in core.trainable_parameters(model))
+
+
+def test_adapters_on_fp8_experts_are_rejected() -> None:
+    from transformers import FineGrainedFP8Config
+    from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+
+    model = small_models.mixtral()
+    replace_with_fp8_linear(model, [], FineGrainedFP8Config(weight_block_size=(16, 16)))
+    assert type(model.model.layers[0].mlp.experts).__name__ == "FP8Experts"
+    with pytest.raises(ConfigError) as caught:
+        core.attach(model, LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"]))
+    assert caught.value.what == "fp8 experts"

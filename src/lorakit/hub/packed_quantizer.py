@@ -63,11 +63,20 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-class Fp8Quantizer(FineGrainedFP8HfQuantizer):
-    """Loads fp8 weights with block scales without dequantizing them, on devices without kernels too."""
+class Fp8Quantizer(FineGrainedFP8HfQuantizer):  # type: ignore[misc]
+    """Loads fp8 weights with block scales without dequantizing them, on devices without kernels too.
+
+    A model with fused experts is dequantized, because lorakit has no forward pass for fp8 experts.
+    """
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Accept every device: `lorakit.core.quantization.fp8` provides a forward pass that needs no kernels."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        names = ("gate_up_proj", "up_proj", "down_proj")
+        if any(name in module._parameters for module in model.modules() for name in names):
+            self.quantization_config.dequantize = True
+        super()._process_model_before_weight_loading(model, **kwargs)
 
 
 QUANTIZERS: dict[str, tuple[type[QuantizationConfigMixin], type[HfQuantizer]]] = {

@@ -211,9 +211,11 @@ def restore_config(model: PreTrainedModel, values: JsonObject) -> None:
     """Give a loaded model the quantization config of its files, so that any program can load it once it is saved.
 
     Args:
-        model: A model loaded with `packed_config`.
+        model: A model loaded with `packed_config`; ignored if its weights were dequantized after all.
         values: Result of `packed_values`.
     """
+    if getattr(model, "hf_quantizer", None) is None:
+        return
     model.config.quantization_config = dict(values)
     vars(model)["quantization_method"] = str(values["quant_method"])
 

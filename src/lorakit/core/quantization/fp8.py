@@ -22,6 +22,7 @@ from lorakit.core.quantization.packed import (
     packed_linear,
     spread,
 )
+from lorakit.errors import MergeError
 
 LARGEST = 448.0
 """The largest finite value of float8_e4m3fn."""
@@ -174,6 +175,26 @@ class Fp8Format(PackedFormat):
         module.__class__ = module.__dict__.pop(_ORIGINAL)
 
 
+class Fp8ExpertsFormat(PackedFormat):
+    """Format of transformers' fused experts in fp8, which lorakit does not read; adapters on them are rejected."""
+
+    def check(self, module: PackedLinear, path: str) -> None:
+        """Check nothing: a site with this format is rejected anyway."""
+
+    def stored(self, module: PackedLinear, parameter: str) -> PackedWeight:
+        """Reject the weight.
+
+        Raises:
+            MergeError: Always.
+        """
+        raise MergeError(
+            f"lorakit does not read {self.name} ({parameter}). Load a dense copy of the model: "
+            "lorakit.hub.load_model dequantizes models with such experts.",
+            what=self.name,
+            field=parameter,
+        )
+
+
 def _has_kernels(module: nn.Module) -> bool:
     """Return whether the kernels of transformers can run a module."""
     on_accelerator = all(p.device.type in _ACCELERATORS for p in module._parameters.values() if p is not None)
@@ -183,4 +204,10 @@ def _has_kernels(module: nn.Module) -> bool:
 FP8 = Fp8Format(
     "fp8 with block scales",
     ("lorakit.core.quantization.fp8.Fp8Linear", "transformers.integrations.finegrained_fp8.FP8Linear"),
+)
+
+FP8_EXPERTS = Fp8ExpertsFormat(
+    "fp8 experts",
+    ("transformers.integrations.finegrained_fp8.FP8Experts",),
+    parameters=("gate_up_proj", "up_proj", "down_proj"),
 )

@@ -72,6 +72,7 @@ class WeightFormat(Generic[M, S]):
         types: Dotted names of the weight types or module types that use this format.
         transposed: Whether the stored weight is (in, out), both in memory and in weight files.
         written: Whether a new weight can be written to the module.
+        parameters: Names of the parameters that use this format; empty means all.
         quantized: Whether writing a weight loses more precision than rounding it to a floating-point dtype.
     """
 
@@ -79,6 +80,7 @@ class WeightFormat(Generic[M, S]):
     types: tuple[str, ...] = ()
     transposed: bool = False
     written: bool = True
+    parameters: tuple[str, ...] = ()
     quantized: ClassVar[bool] = True
 
     @abstractmethod
