@@ -25,16 +25,12 @@ from lorakit.hub.model_config import TASKS, WITH_NEW_HEADS, config_of
 from lorakit.hub.new_modules import full_modules, is_unused_pooler, modules_with
 from lorakit.hub.packaged import check_space, write_weights
 from lorakit.hub.quantizing import (
-    check_known_method,
     check_quantized_once,
-    dequantizing_options,
     finish_loading,
     loading_options,
-    packed_config,
-    packed_values,
+    options_for_files,
     quantization_of_files,
     require_quantizer,
-    restore_config,
 )
 from lorakit.hub.quiet import quiet_transformers
 from lorakit.hub.shapes import skeleton
@@ -134,9 +130,7 @@ def load_for_task(
 
     with quiet_transformers(bars=source.kind == "hub"):
         config = config_of(source, config_values)
-        check_known_method(config, source)
-        options: dict[str, Any] = {"device_map": {"": device}} if check_quantized_once(config, stored, source) else {}
-        packed = packed_values(config)
+        options = options_for_files(config, stored, source, device)
         unquantized: tuple[str, ...] = ()
         if stored is not None:
             wanted = wanted if isinstance(wanted, torch.dtype) else config.dtype or torch.float32
@@ -147,17 +141,12 @@ def load_for_task(
         options |= {"use_safetensors": True} if source.header is None else gguf_files.dequantizing_options()
         if config_values:
             options |= {"config": config, "ignore_mismatched_sizes": task in WITH_NEW_HEADS}
-        options |= dequantizing_options(config)
-        if packed is not None:
-            options |= {"config": packed_config(config, packed)}
         loaded, report = call_loader(source, partial(getattr(transformers, TASKS[task]).from_pretrained, **options))
         new = _new_modules(loaded, source, report, task)
         if source.header is not None:
             gguf_files.finish_model(loaded, source.header.path)
         if "device_map" not in options:
             loaded = loaded.to(device)
-        if packed is not None:
-            restore_config(loaded, packed)
         finish_loading(loaded, stored, source, unquantized)
     return LoadedModel(loaded.eval(), new)
 

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.quantization.compressed import CompressedLinear
-from lorakit.core.quantization.packed import PackedLinear, Setting, packed_linear
-from lorakit.core.quantization.packed_integers import AWQ_BITS, GPTQ_BITS, AwqLinear, GptqLinear
+from lorakit.core import AwqLinear, CompressedLinear, GptqLinear, PackedLinear, packed_linear
 from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import ModelError
 
@@ -53,7 +51,7 @@ class PackedKind:
     """
 
     module: type[PackedLinear]
-    settings: Mapping[str, Setting]
+    settings: Mapping[str, int | tuple[int, int] | None]
 
 
 def packed_kind(values: JsonObject) -> PackedKind:
@@ -69,14 +67,14 @@ def packed_kind(values: JsonObject) -> PackedKind:
 
 
 def _gptq(values: JsonObject) -> PackedKind:
-    bits = _allowed(values, "bits", values.get("bits"), GPTQ_BITS)
+    bits = _allowed(values, "bits", values.get("bits"), GptqLinear.BITS)
     layout = values.get("checkpoint_format") or "gptq"
     _allowed(values, "checkpoint_format", layout, ("gptq", "gptq_v2"))
     return PackedKind(GptqLinear, {"bits": bits, "offset": 1 if layout == "gptq" else 0})
 
 
 def _awq(values: JsonObject) -> PackedKind:
-    _allowed(values, "bits", values.get("bits", values.get("w_bit", AWQ_BITS)), (AWQ_BITS,))
+    _allowed(values, "bits", values.get("bits", values.get("w_bit", 4)), AwqLinear.BITS)
     _allowed(values, "version", str(values.get("version") or values.get("format") or "gemm").lower(), ("gemm",))
     return PackedKind(AwqLinear, {})
 
@@ -89,11 +87,11 @@ def _compressed(values: JsonObject) -> PackedKind:
         if not isinstance(group, dict) or not isinstance(weights, dict):
             continue
         _allowed(values, "format", group.get("format") or values.get("format"), COMPRESSED_FORMATS)
-        _allowed(values, "num_bits", weights.get("num_bits"), (8,))
+        _allowed(values, "num_bits", weights.get("num_bits"), CompressedLinear.BITS)
         _allowed(values, "actorder", weights.get("actorder") or "none", ("none", "static", "weight"))
         size = weights.get("block_structure")
         is_block = weights.get("strategy") == "block" and isinstance(size, list) and len(size) == 2
-        blocks.add((int(size[0]), int(size[1])) if is_block else None)  # type: ignore[index, arg-type, call-overload]
+        blocks.add((int(size[0]), int(size[1])) if is_block else None)  # type: ignore[index]
     if len(blocks) != 1:
         raise _unsupported("config_groups", len(blocks), ("one layout of weights",))
     return PackedKind(CompressedLinear, {"block": blocks.pop()})
@@ -155,7 +153,10 @@ def replace_linears(model: PreTrainedModel, files: Sequence[Path], values: JsonO
                 where=path,
                 field=missing[0],
             )
-        linear = dict(model.named_modules()).get(path)
+        try:
+            linear = model.get_submodule(path)
+        except AttributeError:
+            linear = None
         if type(linear) is not nn.Linear:
             raise ModelError(
                 f"{path} has packed weights in the files, but the model has no linear layer with this name "

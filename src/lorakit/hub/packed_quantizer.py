@@ -26,13 +26,17 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lorakit.durable import JsonObject, JsonValue
-from lorakit.hub.packed_modules import replace_linears
+from lorakit.hub.packed_modules import packed_kind, replace_linears
 
 PREFIX = "lorakit-"
 """Prefix of the names under which the quantizers are registered."""
 
 
-class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+_EXPERTS = (".gate_up_proj", ".up_proj", ".down_proj")
+"""Endings of the names of the parameters of fused experts."""
+
+
+class PackedConfig(QuantizationConfigMixin):
     """The quantization config of files, with all of its values.
 
     Attributes:
@@ -45,7 +49,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.values = values
 
 
-class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
+class PackedQuantizer(HfQuantizer):
     """Loads the packed tensors of linear layers into modules of `lorakit.core.quantization`."""
 
     requires_calibration = True
@@ -58,12 +62,18 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         method = config.quant_method.removeprefix(PREFIX)
         replace_linears(model, [Path(file) for file in checkpoint_files], {**config.values, "quant_method": method})
 
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Give the model the quantization config of its files, so that any program can load it once it is saved."""
+        config: PackedConfig = self.quantization_config
+        config.quant_method = model.quantization_method = config.quant_method.removeprefix(PREFIX)
+        model.config.quantization_config = {**config.values, "quant_method": config.quant_method}
+
     def is_serializable(self) -> bool:
         """Return True: the packed tensors are saved as they were loaded."""
         return True
 
 
-class Fp8Quantizer(FineGrainedFP8HfQuantizer):  # type: ignore[misc]
+class Fp8Quantizer(FineGrainedFP8HfQuantizer):
     """Loads fp8 weights with block scales without dequantizing them, on devices without kernels too.
 
     A model with fused experts is dequantized, because lorakit has no forward pass for fp8 experts.
@@ -73,10 +83,16 @@ class Fp8Quantizer(FineGrainedFP8HfQuantizer):  # type: ignore[misc]
         """Accept every device: `lorakit.core.quantization.fp8` provides a forward pass that needs no kernels."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        names = ("gate_up_proj", "up_proj", "down_proj")
-        if any(name in module._parameters for module in model.modules() for name in names):
+        if any(name.endswith(_EXPERTS) for name, _ in model.named_parameters()):
             self.quantization_config.dequantize = True
         super()._process_model_before_weight_loading(model, **kwargs)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """Record the method of the files in the config, so that any program can load the model once it is saved."""
+        self.quantization_config.quant_method = "fp8"
+        if not self.quantization_config.dequantize:
+            model.quantization_method = "fp8"
+        return super()._process_model_after_weight_loading(model, **kwargs)
 
 
 QUANTIZERS: dict[str, tuple[type[QuantizationConfigMixin], type[HfQuantizer]]] = {
@@ -93,8 +109,13 @@ def kept_packed(values: JsonObject) -> JsonObject:
 
     Args:
         values: The quantization config of the files, whose method is a key of `QUANTIZERS`.
+
+    Raises:
+        ModelError: lorakit does not support the layout of the packed weights.
     """
     method = str(values["quant_method"])
+    if method != "fp8":
+        packed_kind(values)
     name, (config, quantizer) = PREFIX + method, QUANTIZERS[method]
     if name not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(name)(quantizer)

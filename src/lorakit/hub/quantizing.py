@@ -163,61 +163,40 @@ PACKED_METHODS = frozenset({"fp8", "gptq", "awq", "compressed-tensors"})
 """Quantization methods of files whose weights lorakit keeps packed; see `lorakit.hub.packed_quantizer`."""
 
 
-def packed_values(config: PreTrainedConfig) -> JsonObject | None:
-    """Return the quantization config of files whose weights lorakit keeps packed, or None for all other files.
+def options_for_files(
+    config: PreTrainedConfig, wanted: Quantization | None, source: ModelSource, device: str | torch.device
+) -> dict[str, Any]:
+    """Return options with which `from_pretrained` loads quantized files; empty if the files are not quantized.
+
+    Weights in one of `PACKED_METHODS` stay packed. Weights in MXFP4 are dequantized, because the kernels that
+    transformers has for them cannot train adapters.
 
     Args:
-        config: The model's config.
-    """
-    values = _quantization_values(config)
-    return values if values.get("quant_method") in PACKED_METHODS and not values.get("dequantize") else None
-
-
-def packed_config(config: PreTrainedConfig, values: JsonObject) -> PreTrainedConfig:
-    """Return a model's config with which `from_pretrained` keeps the weights packed.
-
-    Args:
-        config: The model's config, which is changed.
-        values: Result of `packed_values`.
+        config: The model's config, which is changed if weights stay packed.
+        wanted: The requested quantization, or None.
+        source: Source of the model, for messages.
+        device: Device for the weights.
 
     Raises:
-        ModelError: lorakit does not support the layout of the packed weights.
+        ConfigError: The files are quantized, and a quantization was requested.
+        ModelError: The method or the layout of the files is not supported.
     """
-    from lorakit.hub.packed_modules import packed_kind
-    from lorakit.hub.packed_quantizer import kept_packed
-
-    if values["quant_method"] != "fp8":
-        packed_kind(values)
-    config.quantization_config = kept_packed(values)
-    return config
-
-
-def dequantizing_options(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return options with which `from_pretrained` dequantizes files in MXFP4; empty for all other files.
-
-    The kernels that transformers has for MXFP4 cannot train adapters, so the weights are always dequantized.
-
-    Args:
-        config: The model's config.
-    """
-    if _quantization_values(config).get("quant_method") != "mxfp4":
+    if not check_quantized_once(config, wanted, source):
         return {}
-    import transformers
+    options: dict[str, Any] = {"device_map": {"": device}}
+    values = _quantization_values(config)
+    _check_known_method(values, source)
+    method = values["quant_method"]
+    if method == "mxfp4":
+        import transformers
 
-    return {"quantization_config": transformers.Mxfp4Config(dequantize=True)}
+        options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
+    elif method in PACKED_METHODS and not values.get("dequantize"):
+        from lorakit.hub.packed_quantizer import kept_packed
 
-
-def restore_config(model: PreTrainedModel, values: JsonObject) -> None:
-    """Give a loaded model the quantization config of its files, so that any program can load it once it is saved.
-
-    Args:
-        model: A model loaded with `packed_config`; ignored if its weights were dequantized after all.
-        values: Result of `packed_values`.
-    """
-    if getattr(model, "hf_quantizer", None) is None:
-        return
-    model.config.quantization_config = dict(values)
-    vars(model)["quantization_method"] = str(values["quant_method"])
+        config.quantization_config = kept_packed(values)
+        options["config"] = config
+    return options
 
 
 def dequantize_files(model: PreTrainedModel, dtype: torch.dtype | None = None) -> int:
@@ -233,7 +212,7 @@ def dequantize_files(model: PreTrainedModel, dtype: torch.dtype | None = None) -
     Raises:
         MergeError: A weight cannot be read.
     """
-    from lorakit.core.model.base_view import dequantize
+    from lorakit.core import dequantize
 
     count = dequantize(model, dtype)
     quantizer = getattr(model, "hf_quantizer", None)
@@ -242,20 +221,11 @@ def dequantize_files(model: PreTrainedModel, dtype: torch.dtype | None = None) -
     return count
 
 
-def check_known_method(config: PreTrainedConfig, source: ModelSource) -> None:
+def _check_known_method(values: JsonObject, source: ModelSource) -> None:
     """Check that the quantization method of a model's files is known, before any weights are read.
 
-    Args:
-        config: The model's config.
-        source: Source of the model, for messages.
-
-    Raises:
-        ModelError: transformers and lorakit do not know the method; without this check, transformers would load the
-            packed tensors as ordinary weights.
+    Without this check, transformers would load the packed tensors of an unknown method as ordinary weights.
     """
-    values = _quantization_values(config)
-    if not values:
-        return
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     known = {name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZATION_CONFIG_MAPPING}
@@ -263,7 +233,7 @@ def check_known_method(config: PreTrainedConfig, source: ModelSource) -> None:
     if method not in known and not (values.get("load_in_4bit") or values.get("load_in_8bit")):
         raise ModelError(
             f"{source.given}: the weights are quantized with the unknown method {method!r}. Use files with another "
-            f"quantization, or the unquantized model.",
+            "quantization, or the unquantized model.",
             what=str(method),
             where=source.given,
             field="quant_method",

@@ -99,8 +99,10 @@ class PackedLinear(nn.Module):
         in_features: Input features.
         out_features: Output features.
         bias: Bias (out,), or None.
+        BITS: Numbers of bits per value that the layout supports.
     """
 
+    BITS: ClassVar[tuple[int, ...]] = (8,)
     PARTS: ClassVar[tuple[str, ...]] = ()
     OPTIONAL: ClassVar[frozenset[str]] = frozenset()
     in_features: int
@@ -108,9 +110,9 @@ class PackedLinear(nn.Module):
     bias: nn.Parameter | None
 
     @property
+    @abstractmethod
     def layout(self) -> Layout:
         """How to decode the packed tensors."""
-        raise NotImplementedError
 
     def packed(self) -> PackedWeight:
         """Return the packed weight, which shares memory with the layer."""
@@ -193,7 +195,7 @@ class PackedFormat(WeightFormat[PackedLinear, PackedWeight]):
         return stored.decoded()
 
     def write(self, module: PackedLinear, like: PackedWeight, canonical: Tensor) -> PackedWeight:
-        """Reject a new weight.
+        """Reject a new weight (out, in).
 
         Raises:
             MergeError: Always.

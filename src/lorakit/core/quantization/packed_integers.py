@@ -22,7 +22,6 @@ from lorakit.errors import ModelError
 WORD = 32
 """Bits per packed word."""
 
-GPTQ_BITS = (2, 3, 4, 8)
 AWQ_BITS = 4
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Output feature, among eight, that each nibble of an AWQ word holds, lowest bits first."""
@@ -117,6 +116,7 @@ class GptqLinear(PackedLinear):
         offset: Number to add to a stored zero point.
     """
 
+    BITS = (2, 3, 4, 8)
     PARTS = ("qweight", "qzeros", "scales", "g_idx")
     OPTIONAL = frozenset({"g_idx"})
     bits: int = 4
@@ -137,6 +137,7 @@ class AwqLinear(PackedLinear):
         scales: Scales (groups, out).
     """
 
+    BITS = (AWQ_BITS,)
     PARTS = ("qweight", "qzeros", "scales")
 
     @property
