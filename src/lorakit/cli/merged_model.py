@@ -260,7 +260,9 @@ def _expected_logits(request: MergeRequest, computing: str, tokenizer: SavedToke
 def _merge_into(request: MergeRequest, folder: Path, tokenizer: SavedTokenizer | None) -> Merged:
     """Merge the adapters and save the model, without comparing its logits."""
     model = request.load(tokenizer).model
-    if request.dtype != "auto" and getattr(torch, request.dtype) != model.dtype:
+    rounds = request.dtype != "auto" and getattr(torch, request.dtype) != model.dtype
+    hub.dequantize_files(model, torch.float32 if rounds else None)  # does nothing unless the files are quantized
+    if rounds:
         model.to(torch.float32)  # merge in fp32, then round once, to the requested dtype
     stored = model
     if request.quantization is not None:  # merge into the quantized base, then copy the merged weights to `model`

@@ -36,6 +36,7 @@ from lorakit.core.model.activation import (
     use,
     waits_for_tokens,
 )
+from lorakit.core.model.base_view import dequantize
 from lorakit.core.model.fingerprint import Fingerprint, fingerprint
 from lorakit.core.model.target_weights import Site, sites
 from lorakit.core.operations.combination_types import COMBINATION_TYPES, CombinationType
@@ -47,6 +48,9 @@ from lorakit.core.operations.extracting import ExtractReport, extract, extract_t
 from lorakit.core.operations.intruders import SiteIntruders, reduce_intruders
 from lorakit.core.operations.tensor_sources import TensorSource, source_of_folder, source_of_model
 from lorakit.core.operations.writing import OperationReport
+from lorakit.core.quantization.compressed import CompressedLinear
+from lorakit.core.quantization.packed import PackedLinear, packed_linear
+from lorakit.core.quantization.packed_integers import AwqLinear, GptqLinear
 from lorakit.core.statistics.moments import Statistics, load_statistics
 
 __all__ = [
@@ -54,15 +58,19 @@ __all__ = [
     "AdapterFiles",
     "AdapterSummary",
     "AttachReport",
+    "AwqLinear",
     "CombinationType",
     "Comparison",
+    "CompressedLinear",
     "ExtractReport",
     "Fingerprint",
+    "GptqLinear",
     "Kind",
     "LoadReport",
     "LoraLayer",
     "MergeReport",
     "OperationReport",
+    "PackedLinear",
     "RankLimit",
     "SavedAdapter",
     "Site",
@@ -83,6 +91,7 @@ __all__ = [
     "compare_folders",
     "compress",
     "compress_folder",
+    "dequantize",
     "detach",
     "disable",
     "explain_inexact_merge",
@@ -98,6 +107,7 @@ __all__ = [
     "merge",
     "merge_and_unload",
     "merged_state_dict",
+    "packed_linear",
     "penalties",
     "prompt_offset",
     "read_adapter",

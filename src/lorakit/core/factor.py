@@ -82,5 +82,5 @@ def factor_dtype(module: nn.Module, parameter: str) -> torch.dtype:
         parameter: The weight's name in the module.
     """
     weight = getattr(module, parameter) if is_computed(module, parameter) else module._parameters.get(parameter)
-    floats = weight is not None and weight.is_floating_point()
-    return torch.promote_types(weight.dtype, torch.float32) if floats else torch.float32  # type: ignore[union-attr]
+    is_wide = weight is not None and weight.is_floating_point() and weight.dtype.itemsize > torch.float32.itemsize
+    return weight.dtype if is_wide else torch.float32  # type: ignore[union-attr]

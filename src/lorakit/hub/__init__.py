@@ -29,7 +29,7 @@ from lorakit.hub.models import (
     tokenizer_hash,
 )
 from lorakit.hub.packaged import PACKAGED, packaged_directory
-from lorakit.hub.quantizing import quantization_metadata, require_quantizer
+from lorakit.hub.quantizing import dequantize_files, quantization_metadata, require_quantizer
 from lorakit.hub.shapes import shape_for_task, shape_of, shape_of_module, skeleton
 from lorakit.hub.sources import ModelSource, check_upload, is_hub_id, push_folder, require, resolve
 
@@ -52,6 +52,7 @@ __all__ = [
     "check_upload",
     "choose_dtype",
     "copy_embedding_files",
+    "dequantize_files",
     "is_hub_id",
     "load_for_task",
     "load_model",

@@ -28,6 +28,7 @@ from lorakit.hub.quantizing import (
     check_quantized_once,
     finish_loading,
     loading_options,
+    options_for_files,
     quantization_of_files,
     require_quantizer,
 )
@@ -129,7 +130,7 @@ def load_for_task(
 
     with quiet_transformers(bars=source.kind == "hub"):
         config = config_of(source, config_values)
-        options: dict[str, Any] = {"device_map": {"": device}} if check_quantized_once(config, stored, source) else {}
+        options = options_for_files(config, stored, source, device)
         unquantized: tuple[str, ...] = ()
         if stored is not None:
             wanted = wanted if isinstance(wanted, torch.dtype) else config.dtype or torch.float32

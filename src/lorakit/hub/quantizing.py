@@ -12,7 +12,8 @@ from dataclasses import replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from lorakit.errors import ConfigError
+from lorakit.durable import JsonObject
+from lorakit.errors import ConfigError, ModelError
 from lorakit.hub.packaged import require_packages
 from lorakit.hub.shapes import shape_of_module
 from lorakit.hub.sources import ModelSource
@@ -22,7 +23,7 @@ from lorakit.tables import format_percent
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 _NEEDS = {
@@ -112,8 +113,9 @@ def finish_loading(
     """
     if wanted is not None and wanted.storage.package == "hqq":
         _quantize_with_hqq(model, wanted, source, unquantized)
-    from lorakit.core.model.base_view import disable_base_repacking, wrong_dequantization
+    from lorakit.core.model.base_view import check_quantized_weights, disable_base_repacking, wrong_dequantization
 
+    check_quantized_weights(model)
     disable_base_repacking(model)
     wrong = wrong_dequantization(model)
     if wrong is not None:
@@ -157,6 +159,96 @@ def check_quantized_once(config: PreTrainedConfig, wanted: Quantization | None, 
     return stored is not None
 
 
+PACKED_METHODS = frozenset({"fp8", "gptq", "awq", "compressed-tensors"})
+"""Quantization methods of files whose weights lorakit keeps packed; see `lorakit.hub.packed_quantizer`."""
+
+
+def options_for_files(
+    config: PreTrainedConfig, wanted: Quantization | None, source: ModelSource, device: str | torch.device
+) -> dict[str, Any]:
+    """Return options with which `from_pretrained` loads quantized files; empty if the files are not quantized.
+
+    Weights in one of `PACKED_METHODS` stay packed. Weights in MXFP4 are dequantized, because the kernels that
+    transformers has for them cannot train adapters.
+
+    Args:
+        config: The model's config, which is changed if weights stay packed.
+        wanted: The requested quantization, or None.
+        source: Source of the model, for messages.
+        device: Device for the weights.
+
+    Raises:
+        ConfigError: The files are quantized, and a quantization was requested.
+        ModelError: The method or the layout of the files is not supported.
+    """
+    if not check_quantized_once(config, wanted, source):
+        return {}
+    options: dict[str, Any] = {"device_map": {"": device}}
+    values = _quantization_values(config)
+    _check_known_method(values, source)
+    method = values["quant_method"]
+    if method == "mxfp4":
+        import transformers
+
+        options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
+    elif method in PACKED_METHODS and not values.get("dequantize"):
+        from lorakit.hub.packed_quantizer import kept_packed
+
+        config.quantization_config = kept_packed(values)
+        options["config"] = config
+    return options
+
+
+def dequantize_files(model: PreTrainedModel, dtype: torch.dtype | None = None) -> int:
+    """Dequantize a model that was loaded from quantized files, and remove the quantization from its config.
+
+    Args:
+        model: A model without adapters, changed in place.
+        dtype: Dtype of the dequantized weights; None means the dtype of the other weights.
+
+    Returns:
+        The number of modules replaced.
+
+    Raises:
+        MergeError: A weight cannot be read.
+    """
+    from lorakit.core import dequantize
+
+    count = dequantize(model, dtype)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and count:
+        quantizer.remove_quantization_config(model)
+    return count
+
+
+def _check_known_method(values: JsonObject, source: ModelSource) -> None:
+    """Check that the quantization method of a model's files is known, before any weights are read.
+
+    Without this check, transformers would load the packed tensors of an unknown method as ordinary weights.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    known = {name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZATION_CONFIG_MAPPING}
+    method = values.get("quant_method")
+    if method not in known and not (values.get("load_in_4bit") or values.get("load_in_8bit")):
+        raise ModelError(
+            f"{source.given}: the weights are quantized with the unknown method {method!r}. Use files with another "
+            "quantization, or the unquantized model.",
+            what=str(method),
+            where=source.given,
+            field="quant_method",
+            allowed=sorted(name for name in known if not name.startswith("lorakit")),
+        )
+
+
+def _quantization_values(config: PreTrainedConfig) -> JsonObject:
+    """Return the quantization config of a model's files as JSON values; empty if they are not quantized."""
+    facts = getattr(config, "quantization_config", None)
+    facts = facts if isinstance(facts, dict) else facts.to_dict() if facts is not None else {}
+    method = facts.get("quant_method")
+    return {**facts, "quant_method": str(getattr(method, "value", method))} if facts else {}
+
+
 def quantization_of_files(config: PreTrainedConfig) -> Quantization | None:
     """Return the quantization of a model's files, as recorded in its config.
 
@@ -166,9 +258,8 @@ def quantization_of_files(config: PreTrainedConfig) -> Quantization | None:
     Returns:
         The quantization; None if the files are not quantized or their format is not supported by `Quantization`.
     """
-    facts = getattr(config, "quantization_config", None)
-    facts = facts if isinstance(facts, dict) else facts.to_dict() if facts is not None else {}
-    method = str(getattr(facts.get("quant_method"), "value", facts.get("quant_method")))
+    facts: dict[str, Any] = _quantization_values(config)
+    method = facts.get("quant_method")
     if method == "bitsandbytes" and facts.get("load_in_8bit"):
         return Quantization("int8")
     if method == "bitsandbytes" and facts.get("bnb_4bit_quant_type") in ("nf4", "fp4"):

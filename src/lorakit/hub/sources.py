@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from lorakit.errors import ModelError, nearest
+from lorakit.errors import LorakitError, ModelError, nearest
 from lorakit.hub.gguf_files import SUFFIX, GgufHeader, check_architecture, read_header, reading, tokenizer_warning
 from lorakit.hub.packaged import PACKAGED, packaged_directory
 from lorakit.hub_cache import offline
@@ -150,6 +150,8 @@ def call_loader(source: ModelSource, load: Callable[..., Loaded]) -> Loaded:
             return load(source.path_or_id, trust_remote_code=False, local_files_only=source.kind != "hub")
         with reading(source.header.path) as (location, options):
             return load(location, trust_remote_code=False, local_files_only=True, **options)
+    except LorakitError:
+        raise
     except Exception as cause:  # loaders of third-party files may raise anything
         if _brings_own_code(cause):
             reason = "it requires its own Python code, and code from a model's directory is never run"

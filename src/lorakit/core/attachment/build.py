@@ -216,6 +216,7 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
         ConfigError: `lora_bias` is set, but the site does not apply A and B to a floating-point input; or the site's
             weight is quantized and the update is added to it, so each forward pass would round the sum and block the
             gradient.
+        ModelError: A part of a quantized weight is missing or not finite.
     """
     if config.lora_bias and not target.kind.takes_bias:
         raise ConfigError(
@@ -225,9 +226,11 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
             where=target.path,
             field="lora_bias",
         )
+    holder = index.holder(target)
+    base = weight_format_of(holder, target.spec.parameter)
+    base.check(holder, target.path)
     if target.kind.acts_on != "weight":
         return
-    base = weight_format_of(index.holder(target), target.spec.parameter)
     if base.quantized:
         raise ConfigError(
             f"{target.path} is stored as {base.name}, but a {target.kind.name} is adapted through its weight, which "

@@ -74,7 +74,7 @@ def _transposed_specs(module: HasWeight) -> tuple[WeightSpec, ...]:
 
 LINEAR = Kind(
     name="Linear",
-    types=(nn.Linear, "hqq.core.quantize.HQQLinear"),
+    types=(nn.Linear, "hqq.core.quantize.HQQLinear", "lorakit.core.quantization.packed.PackedLinear"),
     acts_on="input",
     zero_side="B",
     names=("lora_A", "lora_B"),

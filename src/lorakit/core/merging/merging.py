@@ -427,12 +427,13 @@ def merged_state_dict(model: nn.Module, *names: str) -> dict[str, Tensor]:
         part.check_mergeable(path, chosen)
     merged = _Merged(index, chosen)
     quantized = {weight.packed: weight for weight in quantized_weights(index)}
+    companions = {name for weight in quantized.values() for name in weight.companions}
     options = MergeOptions(in_place=False, dense=float_dtype(index) if quantized else None)
     found: dict[str, Tensor] = {}
     for name, tensor, module in base_tensors(index):
         if name in quantized:
             found |= merged.dequantized(quantized[name], options)
-        else:
+        elif name not in companions:
             found[name] = merged.tensor(name, module, tensor)
     return found
 

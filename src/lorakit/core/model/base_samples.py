@@ -156,8 +156,11 @@ def tensors_of_base(index: AdapterIndex, cut: Mapping[int, int]) -> dict[str, Ba
         cut: As in `plain_tensor`.
     """
     quantized = {weight.packed: weight for weight in quantized_weights(index, stacked=False)}
+    companions = {name for weight in quantized.values() for name in weight.companions}
     found = {}
     for name, tensor, module in base_tensors(index, stacked=False):
+        if name in companions:
+            continue
         weight = quantized.get(name)
         if weight is None:
             found[name] = plain_tensor(tensor, cut, is_buffer=name.rpartition(".")[2] not in module._parameters)

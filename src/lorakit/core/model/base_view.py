@@ -27,12 +27,13 @@ SAMPLES, TOLERANCE = 4096, 1e-2
 """Number of values to check per weight, and the largest acceptable relative error."""
 
 
-def dequantize(model: nn.Module) -> int:
+def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     """Replace every quantized module with an equivalent plain module; the model must have no adapters.
 
     Args:
         model: The model, changed in place; each plain module has the compute dtype of the quantized module that it
             replaces.
+        dtype: Dtype of the plain modules whose quantized modules have no compute dtype; None means the model's.
 
     Returns:
         The number of modules replaced.
@@ -40,11 +41,24 @@ def dequantize(model: nn.Module) -> int:
     Raises:
         MergeError: A quantized weight cannot be read.
     """
-    dtype = float_dtype(model)
+    dtype = dtype or float_dtype(model)
     plain = [(weight.packed.rpartition(".")[0], weight.dequantized(dtype)) for weight in quantized_weights(model)]
     for path, module in plain:
         model.set_submodule(path, module)
     return len(plain)
+
+
+def check_quantized_weights(model: nn.Module) -> None:
+    """Check that all parts of the quantized weights are present, and that their scales are finite.
+
+    Args:
+        model: A model with or without adapters.
+
+    Raises:
+        ModelError: A part is missing or not finite.
+    """
+    for path, module in AdapterIndex.of(model).plain_modules():
+        weight_format_of(module).check(module, path)
 
 
 def disable_base_repacking(model: nn.Module) -> None:
@@ -125,10 +139,13 @@ def base_tensors(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> It
     for path, module in index.plain_modules(stacked):
         biases = {name: old for patch in BiasPatch.on(module) for name, old in patch.old(module).items()}
         prefix = f"{path}." if path else ""
+        parts = _original_parts(layers.get((id(module), "weight")))
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 layer = layers.get((id(module), name)) or layers.get((id(parameter), ""))
-                if layer is not None:
+                if name in parts:
+                    tensor = parts[name]
+                elif layer is not None:
                     tensor = layer.base.tensors(layer.original())[0]
                 else:
                     layer = layers.get((id(module), "weight")) if name == "bias" else None
@@ -138,6 +155,12 @@ def base_tensors(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> It
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 yield prefix + name, buffer, module
+
+
+def _original_parts(layer: LoraLayer | None) -> dict[str, Tensor]:
+    """Return the parameters (…) that make up a layer's quantized weight, by name, as they were before any merge."""
+    names = () if layer is None else layer.base.part_names(layer.source)
+    return dict(zip(names, layer.base.tensors(layer.original()), strict=True)) if layer is not None and names else {}
 
 
 @dataclass(frozen=True)
@@ -151,6 +174,7 @@ class QuantizedWeight:
         base: The weight's storage format.
         stored: The weight in its storage format.
         layer: The adapted layer around the module, or None.
+        companions: Names under which `base_tensors` yields other parts of the weight, such as scales.
     """
 
     name: str
@@ -159,6 +183,7 @@ class QuantizedWeight:
     base: WeightFormat[Any, Any]
     stored: Stored
     layer: LoraLayer | None
+    companions: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -202,7 +227,8 @@ def quantized_weights(model: nn.Module | AdapterIndex, *, stacked: bool = True) 
             packed = next(name for name in ("weight", *module._parameters) if name in module._parameters)
             layer = layers.get(id(module))
             stored = layer.original() if layer is not None else base.stored(module, "weight")
-            yield QuantizedWeight(f"{prefix}weight", prefix + packed, module, base, stored, layer)
+            companions = tuple(prefix + name for name in base.part_names(module) if name != packed)
+            yield QuantizedWeight(f"{prefix}weight", prefix + packed, module, base, stored, layer, companions)
 
 
 def float_dtype(model: nn.Module | AdapterIndex) -> torch.dtype:

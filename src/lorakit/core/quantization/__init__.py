@@ -9,7 +9,10 @@ from torch import nn
 
 from lorakit.core.clones import PARAMETRISED
 from lorakit.core.quantization.bitsandbytes import EIGHT_BIT, FOUR_BIT
+from lorakit.core.quantization.compressed import COMPRESSED
+from lorakit.core.quantization.fp8 import FP8, FP8_EXPERTS
 from lorakit.core.quantization.hqq import HQQ
+from lorakit.core.quantization.packed_integers import AWQ, GPTQ
 from lorakit.core.quantization.torchao import TORCHAO
 from lorakit.core.quantization.weight_format import (
     COMPUTED,
@@ -39,6 +42,11 @@ WEIGHT_FORMATS: tuple[WeightFormat[Any, Any], ...] = (
     EIGHT_BIT,
     TORCHAO,
     HQQ,
+    FP8,
+    FP8_EXPERTS,
+    GPTQ,
+    AWQ,
+    COMPRESSED,
     COMPUTED,
     COMPUTED_TRANSPOSED,
     TRANSPOSED,
@@ -76,7 +84,7 @@ def _registered(module: nn.Module, parameter: str) -> WeightFormat[Any, Any]:
         for ancestor in owner.__mro__:
             dotted = f"{ancestor.__module__}.{ancestor.__qualname__}"
             for entry in WEIGHT_FORMATS:
-                if dotted in entry.types:
+                if dotted in entry.types and (not entry.parameters or parameter in entry.parameters):
                     return entry
     return DENSE
 

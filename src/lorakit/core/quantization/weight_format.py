@@ -72,6 +72,7 @@ class WeightFormat(Generic[M, S]):
         types: Dotted names of the weight types or module types that use this format.
         transposed: Whether the stored weight is (in, out), both in memory and in weight files.
         written: Whether a new weight can be written to the module.
+        parameters: Names of the parameters that use this format; empty means all.
         quantized: Whether writing a weight loses more precision than rounding it to a floating-point dtype.
     """
 
@@ -79,6 +80,7 @@ class WeightFormat(Generic[M, S]):
     types: tuple[str, ...] = ()
     transposed: bool = False
     written: bool = True
+    parameters: tuple[str, ...] = ()
     quantized: ClassVar[bool] = True
 
     @abstractmethod
@@ -110,6 +112,16 @@ class WeightFormat(Generic[M, S]):
             positions: Positions (n,) of the elements in the flattened canonical weight, or in the flattened stored
                 weight if the weight is plain.
         """
+
+    def part_names(self, module: M) -> tuple[str, ...]:
+        """Return the names of the parameters that make up a weight, in the order of `tensors`.
+
+        The result is empty if the weight is a single parameter, together with tensors that are not parameters.
+        """
+        return ()
+
+    def check(self, module: M, path: str) -> None:
+        """Check that a module's weight can be read; the path is for messages."""
 
     def device(self, module: M, parameter: str) -> torch.device:
         """Return the device of a module's weight."""

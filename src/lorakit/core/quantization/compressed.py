@@ -1,0 +1,102 @@
+"""Weights in the layouts of compressed-tensors: int8 or fp8 values with scales per tensor, row, group or block.
+
+lorakit reads the tensors itself: W = (value − zero) · scale. Activations are not quantized, so scales of activations in
+the files have no effect. The layouts were compared with those of compressed-tensors 0.20.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorakit.core.quantization.packed import Layout, PackedFormat, PackedLinear, spread
+from lorakit.errors import ModelError
+
+
+@dataclass(frozen=True)
+class CompressedLayout(Layout):
+    """Values (out, in) with one scale, and optionally one zero point, for each block.
+
+    Attributes:
+        block: Rows and columns that share a scale, or None if the sizes of the scales determine them: one value for the
+            tensor, one per row, or one per group of a row.
+    """
+
+    block: tuple[int, int] | None
+
+    def decode(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """Return the weight (out, in) in fp32.
+
+        Args:
+            parts: Values (out, in) in int8 or float8_e4m3fn, scales, and optionally zero points in the shape of the
+                scales.
+        """
+        values, scales, *zeros = parts
+        weight = values.float()
+        if zeros:
+            weight = weight - self._spread(zeros[0])
+        return weight * self._spread(scales)
+
+    def _spread(self, scales: Tensor) -> Tensor:
+        if self.block is not None:
+            return spread(scales, self.block, self.rows, self.columns)
+        if scales.numel() == 1:
+            return scales.float().reshape(())
+        scales = scales.reshape(self.rows, -1)
+        return spread(scales, (1, -(-self.columns // scales.shape[1])), self.rows, self.columns)
+
+
+class CompressedLinear(PackedLinear):
+    """A linear layer with a weight in a layout of compressed-tensors.
+
+    Attributes:
+        weight: Values (out, in), in int8 or float8_e4m3fn.
+        weight_scale: Scales: (1,), (out, 1), (out, groups) or (out/block, in/block).
+        weight_zero_point: Zero points in the shape of the scales, or None.
+        block: Rows and columns that share a scale, or None if the shape of the scales determines them.
+    """
+
+    PARTS = ("weight", "weight_scale", "weight_zero_point")
+    OPTIONAL = frozenset({"weight_zero_point"})
+    block: tuple[int, int] | None = None
+
+    @property
+    def layout(self) -> CompressedLayout:
+        """How to decode the values and scales."""
+        return CompressedLayout(self.out_features, self.in_features, self.block)
+
+
+class CompressedFormat(PackedFormat):
+    """Format of a weight in a layout of compressed-tensors."""
+
+    def check(self, module: PackedLinear, path: str) -> None:
+        """Check that the values and scales are present and have the right shapes, and that the scales are finite.
+
+        Raises:
+            ModelError: A tensor is missing, has the wrong shape, or has values that cannot be used.
+        """
+        super().check(module, path)
+        rows, columns = module.out_features, module.in_features
+        block: tuple[int, int] | None = module.block  # type: ignore[assignment]
+        for name in self.part_names(module):
+            shape = tuple(module._parameters[name].shape)  # type: ignore[union-attr]
+            if name == "weight":
+                is_right = shape == (rows, columns)
+            elif block is not None:
+                is_right = shape == (-(-rows // block[0]), -(-columns // block[1]))
+            else:
+                count = torch.Size(shape).numel()
+                is_right = count == 1 or (shape[0] == rows and count % rows == 0 and columns % (count // rows) == 0)
+            if not is_right:
+                raise ModelError(
+                    f"{path}.{name} has shape {shape}, which does not fit a {self.name} weight with {rows} outputs and "
+                    f"{columns} inputs. Check the model's config.",
+                    what=shape,
+                    where=path,
+                    field=name,
+                )
+
+
+COMPRESSED = CompressedFormat("compressed-tensors", ("lorakit.core.quantization.compressed.CompressedLinear",))

@@ -1,0 +1,213 @@
+"""Weights in fp8 (float8_e4m3fn) with one scale per block, as DeepSeek publishes them.
+
+transformers stores such a weight in an `FP8Linear`, whose forward pass needs kernels for accelerators. lorakit reads
+that class by its attributes, and does not import it. Where the kernels cannot run, `disable_repacking` gives the module
+the class `Fp8Linear`, whose forward pass dequantizes the weight; `allow_repacking` restores the original class.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.quantization.packed import (
+    Layout,
+    PackedFormat,
+    PackedLinear,
+    PackedWeight,
+    check_parts,
+    packed_linear,
+    spread,
+)
+from lorakit.errors import MergeError
+
+LARGEST = 448.0
+"""The largest finite value of float8_e4m3fn."""
+
+_HALF_STEP, _SMALLEST_HALF_STEP = 2.0**-4, 2.0**-10
+"""Bounds on the rounding error of float8_e4m3fn: relative to the value, and for subnormal values relative to the
+scale."""
+
+_ACCELERATORS = frozenset({"cuda", "xpu"})
+_ORIGINAL = "_class_without_kernels"
+_PARTS = ("weight", "weight_scale_inv")
+
+
+@dataclass(frozen=True)
+class Fp8Layout(Layout):
+    """An fp8 weight (out, in) and its scales: the weight is value · scale.
+
+    Attributes:
+        block: Rows and columns that share a scale, or None if there is one scale.
+    """
+
+    block: tuple[int, int] | None
+
+    def decode(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """Return the weight (out, in) in fp32, from values (out, in) and scales (out/block, in/block)."""
+        values, scales = parts
+        return values.float() * self._spread(scales)
+
+    def encode(self, weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantize a weight (out, in), with the largest magnitude of each block at the largest fp8 value.
+
+        Args:
+            weight: The weight in fp32.
+            scales: Scales in the shape and dtype to use; in float8_e8m0fnu, scales are rounded up to powers of two.
+        """
+        if self.block is None:
+            largest = weight.abs().amax().reshape(scales.shape)
+        else:
+            rows, columns = self.block
+            missing = (-weight.shape[0] % rows, -weight.shape[1] % columns)
+            padded = nn.functional.pad(weight.abs(), (0, missing[1], 0, missing[0]))
+            largest = padded.unflatten(0, (-1, rows)).unflatten(2, (-1, columns)).amax((1, 3))
+        made = torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
+        if scales.dtype == getattr(torch, "float8_e8m0fnu", None):
+            made = torch.exp2(made.log2().ceil())
+        made = made.to(scales.dtype)
+        values = (weight / self._spread(made)).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+        return values, made
+
+    def values(self, parts: tuple[Tensor, ...], positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weight elements (n,), and bounds on their rounding errors (n,)."""
+        codes, scales = parts
+        positions = positions.to(codes.device)
+        rows, columns = positions // self.columns, positions % self.columns
+        if self.block is not None and scales.ndim == 2:
+            steps = scales.float()[rows // self.block[0], columns // self.block[1]]
+        else:
+            steps = scales.float().reshape(()).expand(positions.shape)
+        values = codes.reshape(-1).view(torch.uint8)[positions].view(codes.dtype).float() * steps
+        return values, torch.maximum(_HALF_STEP * values.abs(), _SMALLEST_HALF_STEP * steps.abs())
+
+    def _spread(self, scales: Tensor) -> Tensor:
+        """Return the scales, repeated for every value (out, in), or as a scalar."""
+        if self.block is None or scales.ndim < 2:
+            return scales.float().reshape(())
+        return spread(scales, self.block, self.rows, self.columns)
+
+
+class Fp8Linear(PackedLinear):
+    """A linear layer with an fp8 weight, which runs on every device; its attributes are those of an `FP8Linear`.
+
+    Attributes:
+        weight: Values (out, in), in float8_e4m3fn.
+        weight_scale_inv: Scales (out/block, in/block), or one scale.
+        block_size: Rows and columns that share a scale, or None.
+    """
+
+    PARTS = _PARTS
+    weight: nn.Parameter
+    weight_scale_inv: nn.Parameter
+    block_size: tuple[int, int] | None
+
+    @property
+    def layout(self) -> Fp8Layout:
+        """How to decode the values and scales."""
+        return layout_of(self)
+
+
+def layout_of(module: Fp8Linear) -> Fp8Layout:
+    """Return the layout of the weight of an `Fp8Linear` or an `FP8Linear`."""
+    block = module.block_size
+    rows, columns = module.weight.shape
+    return Fp8Layout(int(rows), int(columns), None if block is None else (int(block[0]), int(block[1])))
+
+
+def fp8_linear(linear: nn.Linear, block: tuple[int, int] | None = (128, 128)) -> PackedLinear:
+    """Return an fp8 copy of a dense layer.
+
+    Args:
+        linear: The dense layer, which keeps its own weight.
+        block: Rows and columns that share a scale, or None for one scale.
+
+    Returns:
+        The frozen copy, in the same mode (training or eval) as the dense layer.
+    """
+    weight = linear.weight.detach().float()
+    rows, columns = weight.shape
+    shape = () if block is None else (-(-rows // block[0]), -(-columns // block[1]))
+    parts = Fp8Layout(rows, columns, block).encode(weight, torch.ones(shape, device=weight.device))
+    return packed_linear(Fp8Linear, linear, dict(zip(_PARTS, parts, strict=True)), {"block_size": block})
+
+
+class Fp8Format(PackedFormat):
+    """Format of an fp8 weight with one scale per block."""
+
+    def stored(self, module: PackedLinear, parameter: str) -> PackedWeight:
+        """Return the values and scales of a layer."""
+        parts = (module._parameters[name] for name in _PARTS)
+        return PackedWeight(tuple(part for part in parts if part is not None), layout_of(module))  # type: ignore[arg-type]
+
+    def write(self, module: PackedLinear, like: PackedWeight, canonical: Tensor) -> PackedWeight:
+        """Quantize a weight (out, in), with new scales in the shape and dtype of the current ones."""
+        values, scales = like.parts
+        layout: Fp8Layout = like.layout  # type: ignore[assignment]
+        made = layout.encode(canonical.to(values.device, torch.float32), scales)
+        return PackedWeight(tuple(nn.Parameter(part, requires_grad=False) for part in made), layout)
+
+    def part_names(self, module: PackedLinear) -> tuple[str, ...]:
+        """Return the names of the values and scales."""
+        return _PARTS
+
+    def check(self, module: PackedLinear, path: str) -> None:
+        """Check that the scales are present and finite.
+
+        Raises:
+            ModelError: The scales are missing, or have NaN or infinite values.
+        """
+        check_parts(module, _PARTS, frozenset(), path, self.name)
+
+    def disable_repacking(self, module: PackedLinear) -> bool:
+        """Give a module the class `Fp8Linear` if the kernels that its own forward pass needs cannot run here."""
+        if isinstance(module, Fp8Linear) or type(module).__name__ != "FP8Linear" or _has_kernels(module):
+            return False
+        module.__dict__[_ORIGINAL] = type(module)
+        module.__class__ = Fp8Linear
+        return True
+
+    def allow_repacking(self, module: PackedLinear) -> None:
+        """Restore the class of a module."""
+        module.__class__ = module.__dict__.pop(_ORIGINAL)
+
+
+class Fp8ExpertsFormat(PackedFormat):
+    """Format of transformers' fused experts in fp8, which lorakit does not read; adapters on them are rejected."""
+
+    def check(self, module: PackedLinear, path: str) -> None:
+        """Check nothing: a site with this format is rejected anyway."""
+
+    def stored(self, module: PackedLinear, parameter: str) -> PackedWeight:
+        """Reject the weight.
+
+        Raises:
+            MergeError: Always.
+        """
+        raise MergeError(
+            f"lorakit does not read {self.name} ({parameter}). Load a dense copy of the model: "
+            "lorakit.hub.load_model dequantizes models with such experts.",
+            what=self.name,
+            field=parameter,
+        )
+
+
+def _has_kernels(module: nn.Module) -> bool:
+    """Return whether the kernels of transformers can run a module."""
+    on_accelerator = all(p.device.type in _ACCELERATORS for p in module._parameters.values() if p is not None)
+    return on_accelerator and importlib.util.find_spec("kernels") is not None
+
+
+FP8 = Fp8Format(
+    "fp8 with block scales",
+    ("lorakit.core.quantization.fp8.Fp8Linear", "transformers.integrations.finegrained_fp8.FP8Linear"),
+)
+
+FP8_EXPERTS = Fp8ExpertsFormat(
+    "fp8 experts",
+    ("transformers.integrations.finegrained_fp8.FP8Experts",),
+    parameters=("gate_up_proj", "up_proj", "down_proj"),
+)

@@ -1,0 +1,270 @@
+"""`PackedLinear`: a frozen linear layer that stores its weight in packed tensors and dequantizes it in each pass.
+
+A `Layout` decodes the tensors of one layer. The forward pass dequantizes the weight, multiplies, and drops it; the
+backward pass dequantizes it again, so autograd keeps only the packed tensors. The weight is decoded in fp32 and then
+rounded to the dtype of the input. Activations are never quantized.
+
+This file depends on torch only. The files next to it define the layouts.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+
+from lorakit.core.quantization.weight_format import Packed, WeightFormat
+from lorakit.errors import MergeError, ModelError
+
+Setting = int | tuple[int, int] | None
+"""A setting of a packed layer, such as its number of bits."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout of a packed weight.
+
+    Attributes:
+        rows: Output features.
+        columns: Input features.
+    """
+
+    rows: int
+    columns: int
+
+    @abstractmethod
+    def decode(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """Return the weight (out, in) in fp32.
+
+        Args:
+            parts: The packed tensors, in the order of `PackedLinear.PARTS`.
+        """
+
+    def values(self, parts: tuple[Tensor, ...], positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weight elements (n,), and bounds (n,) on their quantization errors.
+
+        The default bound is infinite, because methods such as GPTQ do not round to the nearest value.
+
+        Args:
+            parts: The packed tensors.
+            positions: Positions (n,) in the flattened weight.
+        """
+        values = self.decode(parts).reshape(-1)[positions.to(parts[0].device)]
+        return values, torch.full_like(values, torch.inf)
+
+
+def spread(scales: Tensor, block: tuple[int, int], rows: int, columns: int) -> Tensor:
+    """Return scales in fp32, repeated for every value that shares them, (rows, columns).
+
+    Args:
+        scales: Scales (rows/block, columns/block).
+        block: Rows and columns that share a scale; the last block of a row or column may be smaller.
+        rows: Rows of the weight.
+        columns: Columns of the weight.
+    """
+    wide = scales.float().repeat_interleave(block[0], 0)[:rows]
+    return wide.repeat_interleave(block[1], 1)[:, :columns]
+
+
+@dataclass(frozen=True)
+class PackedWeight(Packed):
+    """A packed weight.
+
+    Attributes:
+        parts: The packed tensors, in the order of `PackedLinear.PARTS`.
+        layout: How to decode them.
+    """
+
+    parts: tuple[Tensor, ...]
+    layout: Layout
+
+    def decoded(self) -> Tensor:
+        """Return the dequantized weight, (out, in), in fp32, without an autograd graph."""
+        return self.layout.decode(tuple(part.detach() for part in self.parts))
+
+
+class PackedLinear(nn.Module):
+    """A frozen linear layer whose weight consists of several packed tensors.
+
+    Attributes:
+        PARTS: Names of the parameters that make up the weight; the first holds the values. An optional parameter may
+            be None.
+        OPTIONAL: Names in `PARTS` whose parameters may be None.
+        in_features: Input features.
+        out_features: Output features.
+        bias: Bias (out,), or None.
+        BITS: Numbers of bits per value that the layout supports.
+    """
+
+    BITS: ClassVar[tuple[int, ...]] = (8,)
+    PARTS: ClassVar[tuple[str, ...]] = ()
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset()
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
+
+    @property
+    @abstractmethod
+    def layout(self) -> Layout:
+        """How to decode the packed tensors."""
+
+    def packed(self) -> PackedWeight:
+        """Return the packed weight, which shares memory with the layer."""
+        parts = (self._parameters[name] for name in self.PARTS)
+        return PackedWeight(tuple(part for part in parts if part is not None), self.layout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x·Wᵀ plus the bias, (…, out), for x (…, in)."""
+        return packed_product(x, self.packed(), self.bias)
+
+    def extra_repr(self) -> str:
+        """Return the sizes, for `repr`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def packed_linear(
+    kind: type[PackedLinear], linear: nn.Linear, parts: Mapping[str, Tensor], settings: Mapping[str, Setting]
+) -> PackedLinear:
+    """Return a packed layer with the sizes, the bias and the mode (training or eval) of a dense layer.
+
+    Args:
+        kind: Class of the packed layer.
+        linear: The dense layer, on any device; its weight is not used.
+        parts: Name of a parameter in `kind.PARTS` -> tensor; parameters that are not listed are None.
+        settings: Further attributes of the layer, such as `bits`.
+    """
+    made = kind()
+    made.in_features, made.out_features = linear.in_features, linear.out_features
+    vars(made).update(settings)
+    for name in kind.PARTS:
+        part = parts.get(name)
+        made.register_parameter(name, None if part is None else nn.Parameter(part, requires_grad=False))
+    bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+    made.register_parameter("bias", bias)
+    return made.train(linear.training)
+
+
+def packed_product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """Return x·Wᵀ plus a bias, (…, out), without keeping the dequantized weight for the backward pass.
+
+    Args:
+        x: Input (…, in).
+        weight: The packed weight, which gets no gradient.
+        bias: Bias (out,), or None.
+    """
+    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+        y: Tensor = _Product.apply(x, weight.layout, *weight.parts)
+        return y if bias is None else y + bias.to(y.dtype)
+    return F.linear(x, weight.decoded().to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+class _Product(torch.autograd.Function):
+    """x·Wᵀ for a packed weight W; only the packed tensors are saved for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, layout: Layout, *parts: Tensor) -> Tensor:
+        """Return x·Wᵀ, (…, out), for x (…, in)."""
+        ctx.layout, ctx.dtype = layout, x.dtype  # type: ignore[attr-defined]
+        ctx.save_for_backward(*parts)
+        return F.linear(x, layout.decode(parts).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of x, (…, in), and None for all other arguments."""
+        parts: tuple[Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]
+        (gradient,) = gradients
+        W = ctx.layout.decode(parts).to(gradient.dtype)  # type: ignore[attr-defined]
+        return (gradient @ W).to(ctx.dtype), None, *[None for _ in parts]  # type: ignore[attr-defined]
+
+
+class PackedFormat(WeightFormat[PackedLinear, PackedWeight]):
+    """Format of a `PackedLinear`. lorakit reads the weight, but cannot quantize a new one in the same way."""
+
+    def stored(self, module: PackedLinear, parameter: str) -> PackedWeight:
+        """Return the packed tensors of a layer."""
+        return module.packed()
+
+    def read(self, module: PackedLinear, stored: PackedWeight) -> Tensor:
+        """Return the dequantized weight, (out, in), in fp32."""
+        return stored.decoded()
+
+    def write(self, module: PackedLinear, like: PackedWeight, canonical: Tensor) -> PackedWeight:
+        """Reject a new weight (out, in).
+
+        Raises:
+            MergeError: Always.
+        """
+        raise MergeError(
+            f"lorakit reads {self.name} weights but does not write them. Merge into a dense copy: "
+            "merge(model, dense=True), or dequantize the base first.",
+            what=self.name,
+            field="dense",
+        )
+
+    def put_stored(self, module: PackedLinear, parameter: str, stored: PackedWeight) -> None:
+        """Write packed tensors to a layer."""
+        for name, part in zip(self.part_names(module), stored.parts, strict=True):
+            module._parameters[name] = part  # type: ignore[assignment]
+
+    def part_names(self, module: PackedLinear) -> tuple[str, ...]:
+        """Return the names of the parameters that hold the packed tensors."""
+        return tuple(name for name in module.PARTS if module._parameters.get(name) is not None)
+
+    def tensors(self, stored: PackedWeight) -> tuple[Tensor, ...]:
+        """Return the packed tensors, of any shape, starting with the values."""
+        return stored.parts
+
+    def values(self, stored: PackedWeight, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weight elements (n,), and bounds (n,) on their quantization errors."""
+        return stored.layout.values(tuple(part.detach() for part in stored.parts), positions)
+
+    def check(self, module: PackedLinear, path: str) -> None:
+        """Check that all packed tensors are present, and that the scales are finite.
+
+        Raises:
+            ModelError: A tensor is missing, or has NaN or infinite values.
+        """
+        check_parts(module, module.PARTS, module.OPTIONAL, path, self.name)
+
+
+def check_parts(
+    module: nn.Module, names: tuple[str, ...], optional: frozenset[str], path: str, format_name: str
+) -> None:
+    """Check that a module has the tensors of a packed weight, and that the floating-point ones are finite.
+
+    Args:
+        module: The module.
+        names: Names of the parameters.
+        optional: Names of parameters that may be missing.
+        path: Path of the module, for messages.
+        format_name: Name of the format, for messages.
+
+    Raises:
+        ModelError: A tensor is missing, or has NaN or infinite values.
+    """
+    for name in names:
+        part = module._parameters.get(name)
+        if part is None and name in optional:
+            continue
+        if part is None:
+            raise ModelError(
+                f"{path}.{name} is missing, but a {format_name} weight cannot be dequantized without it. Load the "
+                "model from complete files.",
+                what=name,
+                where=path,
+                field=name,
+            )
+        if part.is_floating_point() and not part.is_meta and not bool(torch.isfinite(part.float()).all()):
+            raise ModelError(
+                f"{path}.{name} has NaN or infinite values, so the {format_name} weight cannot be dequantized. Load "
+                "the model from undamaged files.",
+                what="not finite",
+                where=path,
+                field=name,
+            )

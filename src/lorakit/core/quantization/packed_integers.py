@@ -1,0 +1,190 @@
+"""Weights in the layouts of GPTQ and AWQ: integers packed into int32 words, with scales and zero points per group.
+
+Both store W = (code − zero) · scale, where a group of input features shares a scale and a zero point for each output.
+They differ in the axis and the order in which codes are packed. lorakit reads the tensors itself, because the packages
+that implement these formats need accelerators.
+
+Sources:
+    Frantar et al. 2022, arXiv:2210.17323, and the files that AutoGPTQ and GPTQModel write;
+    Lin et al. 2023, arXiv:2306.00978, and the files that AutoAWQ writes ("gemm").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorakit.core.quantization.packed import Layout, PackedFormat, PackedLinear
+from lorakit.errors import ModelError
+
+WORD = 32
+"""Bits per packed word."""
+
+AWQ_BITS = 4
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Output feature, among eight, that each nibble of an AWQ word holds, lowest bits first."""
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """Return the codes in packed words, as integers (n·32/bits, …), for words (n, …) in int32.
+
+    Codes form a stream of bits along the first axis, lowest bits first; with 3 bits, a code can span two words.
+
+    Args:
+        words: The packed words.
+        bits: Bits per code.
+    """
+    mask = (1 << bits) - 1
+    if WORD % bits == 0:
+        shifts = torch.arange(0, WORD, bits, dtype=torch.int32, device=words.device)
+        shifts = shifts.view(1, -1, *[1] * (words.ndim - 1))
+        return ((words.unsqueeze(1) >> shifts) & mask).flatten(0, 1)
+    wide = words.long() & ((1 << WORD) - 1)
+    offsets = torch.arange(0, words.shape[0] * WORD - bits + 1, bits, device=words.device)
+    first, shift = offsets // WORD, (offsets % WORD).view(-1, *[1] * (words.ndim - 1))
+    second = (first + 1).clamp(max=words.shape[0] - 1)
+    return ((wide[first] >> shift) | (wide[second] << (WORD - shift))) & mask
+
+
+@dataclass(frozen=True)
+class GptqLayout(Layout):
+    """A weight packed as GPTQ does: codes along the input features, zero points along the output features.
+
+    Attributes:
+        bits: Bits per code: 2, 3, 4 or 8.
+        offset: Number to add to a stored zero point: 1 in files of the first version, 0 in files of the second.
+    """
+
+    bits: int
+    offset: int
+
+    def decode(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """Return the weight (out, in) in fp32.
+
+        Args:
+            parts: Codes (in·bits/32, out) and zero points (groups, out·bits/32) in int32, scales (groups, out), and
+                optionally the group of each input feature, (in,).
+        """
+        words, packed_zeros, scales, *rest = parts
+        codes = unpack(words, self.bits)[: self.columns]
+        zeros = unpack(packed_zeros.T, self.bits)[: self.rows].T + self.offset
+        group = rest[0].long() if rest else _groups(self.columns, scales)
+        weight = (codes - zeros[group]).float().mul_(scales.float()[group])
+        return weight.T
+
+
+@dataclass(frozen=True)
+class AwqLayout(Layout):
+    """A weight packed as AWQ does ("gemm"): codes and zero points along the output features, interleaved."""
+
+    def decode(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """Return the weight (out, in) in fp32.
+
+        Args:
+            parts: Codes (in, out/8) and zero points (groups, out/8) in int32, and scales (groups, out).
+        """
+        words, packed_zeros, scales = parts
+        group = _groups(self.columns, scales)
+        codes, zeros = _interleaved(words), _interleaved(packed_zeros)
+        weight = (codes - zeros[group]).float().mul_(scales.float()[group])
+        return weight.T
+
+
+def _groups(columns: int, scales: Tensor) -> Tensor:
+    """Return the group (in,) of each input feature, for groups of consecutive features."""
+    return torch.arange(columns, device=scales.device) // -(-columns // scales.shape[0])
+
+
+def _interleaved(words: Tensor) -> Tensor:
+    """Return the codes (n, out) in words (n, out/8) whose nibbles are in AWQ's order."""
+    order = torch.tensor(AWQ_ORDER, device=words.device).argsort()
+    codes = unpack(words.T, AWQ_BITS).unflatten(0, (-1, len(AWQ_ORDER)))
+    return codes[:, order].flatten(0, 1).T
+
+
+class GptqLinear(PackedLinear):
+    """A linear layer with a weight packed as GPTQ does.
+
+    Attributes:
+        qweight: Codes (in·bits/32, out), in int32.
+        qzeros: Zero points (groups, out·bits/32), in int32.
+        scales: Scales (groups, out).
+        g_idx: Group of each input feature, (in,), or None if groups are consecutive.
+        bits: Bits per code.
+        offset: Number to add to a stored zero point.
+    """
+
+    BITS = (2, 3, 4, 8)
+    PARTS = ("qweight", "qzeros", "scales", "g_idx")
+    OPTIONAL = frozenset({"g_idx"})
+    bits: int = 4
+    offset: int = 1
+
+    @property
+    def layout(self) -> GptqLayout:
+        """How to decode the packed tensors."""
+        return GptqLayout(self.out_features, self.in_features, self.bits, self.offset)
+
+
+class AwqLinear(PackedLinear):
+    """A linear layer with a weight packed as AWQ does.
+
+    Attributes:
+        qweight: Codes (in, out/8), in int32.
+        qzeros: Zero points (groups, out/8), in int32.
+        scales: Scales (groups, out).
+    """
+
+    BITS = (AWQ_BITS,)
+    PARTS = ("qweight", "qzeros", "scales")
+
+    @property
+    def layout(self) -> AwqLayout:
+        """How to decode the packed tensors."""
+        return AwqLayout(self.out_features, self.in_features)
+
+
+class _IntegerFormat(PackedFormat):
+    """Format of integers that are packed into words."""
+
+    def check(self, module: PackedLinear, path: str) -> None:
+        """Check that all packed tensors are present and have the right shapes, and that the scales are finite.
+
+        Raises:
+            ModelError: A tensor is missing, has the wrong shape, or has values that cannot be used.
+        """
+        super().check(module, path)
+        rows, columns = module.out_features, module.in_features
+        bits = module.bits if isinstance(module, GptqLinear) else AWQ_BITS
+        held = {name: module._parameters[name] for name in self.part_names(module)}
+        groups = held["scales"].shape[0]  # type: ignore[union-attr]
+        packed_rows = -(-rows * bits // WORD)
+        expected = {"scales": (groups, rows), "qzeros": (groups, packed_rows), "g_idx": (columns,)}
+        expected["qweight"] = (
+            (-(-columns * bits // WORD), rows) if isinstance(module, GptqLinear) else (columns, packed_rows)
+        )
+        for name, part in held.items():
+            if part is not None and tuple(part.shape) != expected[name]:
+                raise ModelError(
+                    f"{path}.{name} has shape {tuple(part.shape)}, but {expected[name]} is needed for a {self.name} "
+                    f"weight with {rows} outputs and {columns} inputs in {bits} bits. Check the model's config.",
+                    what=tuple(part.shape),
+                    where=path,
+                    field=name,
+                )
+        index = held.get("g_idx")
+        if index is not None and not index.is_meta and not bool(((index >= 0) & (index < groups)).all()):
+            raise ModelError(
+                f"{path}.g_idx has values outside 0 to {groups - 1}, the groups of {self.name} scales. Load the model "
+                "from undamaged files.",
+                what="g_idx",
+                where=path,
+                field="g_idx",
+            )
+
+
+_HERE = "lorakit.core.quantization.packed_integers"
+GPTQ = _IntegerFormat("GPTQ", (f"{_HERE}.GptqLinear",))
+AWQ = _IntegerFormat("AWQ", (f"{_HERE}.AwqLinear",))

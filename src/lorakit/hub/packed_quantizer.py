@@ -1,0 +1,124 @@
+"""Quantizers for transformers' `from_pretrained` that keep the weights of quantized files packed, on every device.
+
+The quantizers of transformers need packages or kernels that many machines lack, or dequantize all weights while loading
+them. The ones in this file create the modules of `lorakit.core.quantization`, which dequantize one weight at a time.
+They are registered under names of their own, through the extension point of transformers, so other callers of
+`from_pretrained` are not affected.
+
+Import this module inside functions only, because it imports transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import FineGrainedFP8Config, PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lorakit.durable import JsonObject, JsonValue
+from lorakit.hub.packed_modules import packed_kind, replace_linears
+
+PREFIX = "lorakit-"
+"""Prefix of the names under which the quantizers are registered."""
+
+
+_EXPERTS = (".gate_up_proj", ".up_proj", ".down_proj")
+"""Endings of the names of the parameters of fused experts."""
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """The quantization config of files, with all of its values.
+
+    Attributes:
+        quant_method: Name of the method, as registered with transformers.
+        values: All values, as in the files' config.
+    """
+
+    def __init__(self, quant_method: str, **values: JsonValue) -> None:
+        self.quant_method = quant_method
+        self.values = values
+
+
+class PackedQuantizer(HfQuantizer):
+    """Loads the packed tensors of linear layers into modules of `lorakit.core.quantization`."""
+
+    requires_calibration = True
+    is_trainable = True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] = (), **kwargs: Any
+    ) -> None:
+        config: PackedConfig = self.quantization_config
+        method = config.quant_method.removeprefix(PREFIX)
+        replace_linears(model, [Path(file) for file in checkpoint_files], {**config.values, "quant_method": method})
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Give the model the quantization config of its files, so that any program can load it once it is saved."""
+        config: PackedConfig = self.quantization_config
+        config.quant_method = model.quantization_method = config.quant_method.removeprefix(PREFIX)
+        model.config.quantization_config = {**config.values, "quant_method": config.quant_method}
+
+    def is_serializable(self) -> bool:
+        """Return True: the packed tensors are saved as they were loaded."""
+        return True
+
+
+class Fp8Quantizer(FineGrainedFP8HfQuantizer):
+    """Loads fp8 weights with block scales without dequantizing them, on devices without kernels too.
+
+    A model with fused experts is dequantized, because lorakit has no forward pass for fp8 experts.
+    """
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Accept every device: `lorakit.core.quantization.fp8` provides a forward pass that needs no kernels."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if any(name.endswith(_EXPERTS) for name, _ in model.named_parameters()):
+            self.quantization_config.dequantize = True
+        super()._process_model_before_weight_loading(model, **kwargs)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """Record the method of the files in the config, so that any program can load the model once it is saved."""
+        self.quantization_config.quant_method = "fp8"
+        if not self.quantization_config.dequantize:
+            model.quantization_method = "fp8"
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+
+QUANTIZERS: dict[str, tuple[type[QuantizationConfigMixin], type[HfQuantizer]]] = {
+    "fp8": (FineGrainedFP8Config, Fp8Quantizer),
+    "gptq": (PackedConfig, PackedQuantizer),
+    "awq": (PackedConfig, PackedQuantizer),
+    "compressed-tensors": (PackedConfig, PackedQuantizer),
+}
+"""Quantization method of the files -> the classes of its config and its quantizer."""
+
+
+def kept_packed(values: JsonObject) -> JsonObject:
+    """Return a quantization config with which `from_pretrained` keeps the weights packed.
+
+    Args:
+        values: The quantization config of the files, whose method is a key of `QUANTIZERS`.
+
+    Raises:
+        ModelError: lorakit does not support the layout of the packed weights.
+    """
+    method = str(values["quant_method"])
+    if method != "fp8":
+        packed_kind(values)
+    name, (config, quantizer) = PREFIX + method, QUANTIZERS[method]
+    if name not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(name)(quantizer)
+    if name not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(name)(config)
+    return {**values, "quant_method": name}
