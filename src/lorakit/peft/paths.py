@@ -98,6 +98,7 @@ _BACKENDS = """
 
 HOMES: Mapping[str, str] = {
     "lorakit.config": f"{LORA_CONFIGS} PeftConfig PeftConfigMixin PeftType TaskType",
+    "lorakit.core.factor": "BufferDict",
     "lorakit.core.layers.adapter_component": "AuxiliaryTrainingWrapper=ReplacingModule",
     "lorakit.core.layers.lora_layer": "BaseTunerLayer=LoraLayer LoraLayer",
     "lorakit.core.layers.modules_to_save": "ModulesToSaveWrapper=ModulesToSave",
@@ -139,7 +140,7 @@ HOMES: Mapping[str, str] = {
     "lorakit.peft.trainer_mixin": "LoraTrainerMixin",
     "lorakit.peft.tuner": "BaseTuner delete_adapter LoraModel set_adapter",
     "lorakit.peft.utilities": f"""
-        {_AVAILABILITY} {_BACKENDS} {_CONSTANTS} BufferDict build_peft_weight_mapping cast_mixed_precision_params
+        {_AVAILABILITY} {_BACKENDS} {_CONSTANTS} build_peft_weight_mapping cast_mixed_precision_params
         check_deepspeed_zero3_enabled convert_peft_config_for_transformers=unused dequantize_module_weight
         disable_input_dtype_casting=empty_context find_parameter_name_by_module _freeze_adapter=unused
         fsdp_auto_wrap_policy gather_params_ctx=empty_context _get_batch_size=get_batch_size get_bnb_param_type

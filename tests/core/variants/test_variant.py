@@ -235,7 +235,7 @@ def _pooled_shapes(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> tu
     return (r, spec.in_features // 2), (spec.out_features, r)
 
 
-def _pooled_down(kind: Kind, module: nn.Module, x: Tensor, factor: Factor) -> Tensor:
+def _pooled_down(kind: Kind, module: nn.Module, x: Tensor, factor: Factor, training: bool) -> Tensor:
     return F.linear(x.unflatten(-1, (-1, 2)).mean(-1), factor.A.to(x.dtype))
 
 
@@ -265,6 +265,46 @@ def test_pooled_inputs_need_factors_of_another_shape(put: Callable[[Variant], No
     again = LINEARS.model()
     core.load_adapter(again, tmp_path / "a", "a")
     assert torch.equal(run(again, given), run(model, given))
+
+
+COUNT = "lora_toy_count"
+
+
+def _counted_down(kind: Kind, module: nn.Module, x: Tensor, factor: Factor, training: bool) -> Tensor:
+    if training:
+        factor.own[COUNT].add_(1)
+    return F.linear(x, factor.A.to(x.dtype))
+
+
+def test_a_buffer_is_saved_and_never_trained(put: Callable[[Variant], None], tmp_path: Path) -> None:
+    count = OwnTensor(
+        COUNT,
+        "buffer",
+        (f".{COUNT}",),
+        lambda kind, spec, r, setting: (1,),
+        lambda start: torch.zeros(1),
+        trained=False,
+        depends_on_rank=False,
+    )
+    put(dataclasses.replace(TOY, tensors=(count,), factors=None, penalty=None, down=_counted_down))
+    model, given = adapted("a", "b"), LINEARS.given()
+    core.activate(model, "a")
+    run(model.train(), given)
+    run(model.eval(), given)
+    assert [factor.own[COUNT].item() for factor in factors_of(model, "a").values()] == [1.0, 1.0]
+    assert [factor.own[COUNT].item() for factor in factors_of(model, "b").values()] == [0.0, 0.0]
+    assert not any(COUNT in name for name, _ in model.named_parameters())
+    assert sum(COUNT in name for name, _ in model.named_buffers()) == sum(COUNT in n for n in model.state_dict()) == 4
+    core.set_trained(model, {"a": False})
+    core.set_trained(model, {"a": True})
+    core.save_adapter(model, tmp_path / "a", "a")
+    again = LINEARS.model()
+    core.load_adapter(again, tmp_path / "a", "a")
+    assert [factor.own[COUNT].item() for factor in factors_of(again, "a").values()] == [1.0, 1.0]
+    core.detach(model, "b")
+    assert sum(COUNT in name for name in model.state_dict()) == 2
+    core.detach(again)
+    assert not any(COUNT in name for name in again.state_dict())
 
 
 def _without_the_last_direction(start: Start) -> Tensor:
