@@ -110,8 +110,8 @@ class OwnTensor:
 
     Attributes:
         held_as: Name of the layer attribute that holds this tensor for every adapter.
-        carried: "module" if the attribute holds modules with a `.weight`, "parameter" if it holds parameters, or "buffer"
-            if it holds buffers, which are saved but never trained.
+        carried: "module" if the attribute holds modules with a `.weight`, "parameter" if it holds parameters, or
+            "buffer" if it holds buffers, which are saved but never trained.
         keys: Suffixes of the tensor's name on disk: the first is used for writing, and all are accepted when reading.
         shape: Function from kind, weight spec, rank and setting to the tensor's shape in memory and on disk.
         start: Function from a `Start` to the initial tensor, which is then reshaped to `shape`.
