@@ -113,6 +113,7 @@ WITHOUT_A_PLACE: Mapping[str, str] = {
 OF_VARIANT: Mapping[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "kasa": {"kasa_config": {"beta": 0.5, "gamma": 0.25}},
+    "velora": {"velora_config": {"num_groups": 5, "scale": 0.5}},
     "bdlora": {"use_bdlora": {"target_modules_bd_a": [""], "nblocks": 2}},  # the empty text is in every path
 }
 """Variant -> config fields that select it in any model."""

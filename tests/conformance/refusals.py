@@ -77,7 +77,7 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     Refusal(
         "the entry of VARIANTS does not support the kind",
         lambda cell: not all(variant_named(cell.variant).fits(kind_named(kind)) for kind in _kinds(cell)),
-        r"(DoRA|aLoRA|KaSA|BD-LoRA) .(use_dora|alora_invocation_tokens|kasa_config|use_bdlora). does not support",
+        r"(DoRA|aLoRA|KaSA|BD-LoRA|VeLoRA) .(use_dora|alora_invocation_tokens|\w+_config|use_bdlora). does not support",
     ),
     Refusal(
         "before its invocation aLoRA is the base, which the init changed; peft uses the changed base there",
@@ -157,7 +157,7 @@ BY_PEFT: tuple[Refusal, ...] = (
     ),
     Refusal(
         "MiCA is a variant there, so it excludes other variants",
-        lambda cell: cell.init == "mica" and cell.variant in ("dora", "kasa", "bdlora"),
+        lambda cell: cell.init == "mica" and cell.variant in ("dora", "kasa", "bdlora", "velora"),
         "Invalid or unsupported variant combination: .*mica",
     ),
     Refusal(
@@ -169,6 +169,11 @@ BY_PEFT: tuple[Refusal, ...] = (
         "KaSA is there for Linear alone",
         lambda cell: cell.variant == "kasa" and cell.kind != "Linear",
         "does not support KaSA|`kasa_config` is set|KaSA does not support|variant combination: .*kasa_config",
+    ),
+    Refusal(
+        "VeLoRA is there for Linear and Conv1D alone, and not for most packed weights",
+        lambda cell: cell.variant == "velora" and (cell.kind not in DENSE or _is_packed(cell)),
+        "does not support VeLoRA|VeLoRA does not support|`velora_config` is set|variant combination: .*velora_config",
     ),
     Refusal(
         "BD-LoRA is there for Linear alone",

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lorakit import core
-from lorakit.config import BdLoraConfig, LoraConfig
+from lorakit.config import BdLoraConfig, LoraConfig, VeloraConfig
 from lorakit.core.kinds import KINDS
 from lorakit.core.model.base_view import quantized_linear
 from lorakit.core.quantization import WEIGHT_FORMATS, weight_format_of
@@ -38,6 +38,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "mica": {"init_lora_weights": "mica"},
     "bdlora": {"use_bdlora": BdLoraConfig(["up"], ["square"], nblocks=2)},
+    "velora": {"velora_config": VeloraConfig(num_groups=5)},
 }
 """Every variant that has an update of the weight, and options that can be combined with one."""
 

@@ -301,7 +301,8 @@ class LoraConfig(PeftConfig):
         corda_config: Settings for the "corda" init.
         lora_ga_config: Settings for the "lora_ga" init.
         use_dora: Whether to use the weight-decomposed variant DoRA (arXiv:2402.09353).
-        velora_config: Settings for VeLoRA; not supported.
+        velora_config: Settings for the VeLoRA variant (arXiv:2405.17991), which keeps a compressed input for the gradient
+            of A; None turns the variant off.
         alora_invocation_tokens: Ids of the tokens that invoke an aLoRA adapter (arXiv:2504.12397). The adapter is
             active from the last occurrence of this token sequence onward.
         use_qalora: Whether to use QALoRA; not supported.
@@ -401,7 +402,13 @@ class LoraConfig(PeftConfig):
     @property
     def is_plain_lora(self) -> bool:
         """Return whether the adapter is plain LoRA without a bias on B, as fused forward passes require."""
-        variants = (self.use_dora, self.alora_invocation_tokens, self.use_bdlora, self.kasa_config)
+        variants = (
+            self.use_dora,
+            self.alora_invocation_tokens,
+            self.use_bdlora,
+            self.kasa_config,
+            self.velora_config,
+        )
         return not self.lora_bias and not any(variants)
 
     @property
@@ -432,7 +439,6 @@ class LoraConfig(PeftConfig):
 
 NOT_BUILT: Mapping[str, Any] = {
     "megatron_config": None,
-    "velora_config": None,
     "use_qalora": False,
     "monteclora_config": None,
     "arrow_config": None,
