@@ -115,6 +115,7 @@ class TrainSettings(BaseModel):
     alora_invocation_tokens: list[int] | None = _setting("alora_invocation_tokens")
     use_bdlora: Part = _setting("use_bdlora")
     kasa_config: Part = _setting("kasa_config")
+    velora_config: Part = _setting("velora_config")
     eva_config: Part = _setting("eva_config")
     corda_config: Part = _setting("corda_config")
     lora_ga_config: Part = _setting("lora_ga_config")
@@ -291,6 +292,7 @@ _SAME_NAME = (
     "alora_invocation_tokens",
     "use_bdlora",
     "kasa_config",
+    "velora_config",
     "eva_config",
     "corda_config",
     "lora_ga_config",
