@@ -126,6 +126,24 @@ def test_velora_compresses_the_input_of_a() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_qalora_reads_means_of_groups() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, OUT)).double()
+    config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=["0"], use_qalora=True, qalora_group_size=2)
+    core.attach(model, config, seed=1)
+    layer: Any = model[0]
+    assert float(layer.factor("default").A.detach().abs().max()) <= 1 / math.sqrt(3)
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_()
+    W, bias, A, B = parts(layer)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    means = torch.stack([x[:, 2 * j : 2 * j + 2].mean(1) for j in range(3)], 1)
+    torch.testing.assert_close(model(x), x @ W.T + bias + ALPHA / R * 3 * means @ A.T @ B.T)
+    core.merge(model)
+    update = layer.base_layer.weight - W
+    torch.testing.assert_close(update[:, 0::2], update[:, 1::2])
+
+
 def test_scale_is_alpha_over_r() -> None:
     assert scale(8, 16) == 16 / 8
     assert adapted()[1].scaling["default"] == ALPHA / R

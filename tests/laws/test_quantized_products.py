@@ -38,6 +38,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "mica": {"init_lora_weights": "mica"},
     "bdlora": {"use_bdlora": BdLoraConfig(["up"], ["square"], nblocks=2)},
+    "qalora": {"use_qalora": True, "qalora_group_size": 4},
     "velora": {"velora_config": VeloraConfig(num_groups=5)},
 }
 """Every variant that has an update of the weight, and options that can be combined with one."""

@@ -322,6 +322,7 @@ OF_VARIANT: dict[str, dict[str, Any]] = {
     "alora": {"alora_invocation_tokens": list(INVOCATION), "task_type": "CAUSAL_LM"},
     "kasa": {"kasa_config": KasaConfig()},
     "bdlora": {"use_bdlora": BdLoraConfig(["up"], ["square"], nblocks=2)},
+    "qalora": {"use_qalora": True, "qalora_group_size": 4},
     "velora": {"velora_config": VeloraConfig(num_groups=5, scale=0.5, init_type="random")},
 }
 """Variant -> config fields."""
