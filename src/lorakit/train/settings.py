@@ -115,6 +115,8 @@ class TrainSettings(BaseModel):
     alora_invocation_tokens: list[int] | None = _setting("alora_invocation_tokens")
     use_bdlora: Part = _setting("use_bdlora")
     kasa_config: Part = _setting("kasa_config")
+    use_qalora: bool = _setting("use_qalora")
+    qalora_group_size: int = _setting("qalora_group_size", ge=1)
     velora_config: Part = _setting("velora_config")
     eva_config: Part = _setting("eva_config")
     corda_config: Part = _setting("corda_config")
@@ -292,6 +294,8 @@ _SAME_NAME = (
     "alora_invocation_tokens",
     "use_bdlora",
     "kasa_config",
+    "use_qalora",
+    "qalora_group_size",
     "velora_config",
     "eva_config",
     "corda_config",
