@@ -132,7 +132,9 @@ HOMES: Mapping[str, str] = {
     "lorakit.peft.model": f"{TASK_CLASSES} PeftModel",
     "lorakit.peft.model_adapters": "cast_adapter_dtype set_requires_grad",
     "lorakit.peft.model_classes": f"{AUTO_CLASSES} MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftMixedModel",
-    "lorakit.peft.optimizer_factories": "create_lorafa_optimizer create_loraplus_optimizer LoraFAOptimizer",
+    "lorakit.peft.optimizer_factories": """
+        create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer LoraFAOptimizer
+    """,
     "lorakit.peft.state_dicts": """
         get_base_model_state_dict get_peft_model_state_dict set_base_model_state_dict set_peft_model_state_dict
     """,
