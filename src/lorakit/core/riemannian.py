@@ -142,7 +142,8 @@ def preconditioned(
             "Attach an adapter to linear layers, or unfreeze it.",
             field="model",
         )
-    made: Optimizer = optimizer([p for p in model.parameters() if p.requires_grad], lr=lr, **options)
+    options = {"lr": lr, **options}
+    made = optimizer([p for p in model.parameters() if p.requires_grad], **options)
     made.register_step_pre_hook(_before_step(pairs, damping))
     return made
 
