@@ -111,7 +111,7 @@ def own_entry(carried: str, tensor: Tensor) -> nn.Module | Tensor:
 
     Args:
         carried: A key of `OF_OWN_TENSORS`.
-        tensor: The tensor, (…).
+        tensor: The tensor, such as a diagonal (r,).
     """
     if carried == "buffer":
         return tensor.detach()
