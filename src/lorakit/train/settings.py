@@ -279,27 +279,10 @@ class TrainSettings(BaseModel):
 
 
 _SAME_NAME = (
-    "target_parameters",
-    "exclude_modules",
-    "modules_to_save",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-    "bias",
-    "lora_bias",
-    "layer_replication",
-    "trainable_token_indices",
-    "ensure_weight_tying",
-    "alora_invocation_tokens",
-    "use_bdlora",
-    "kasa_config",
-    "use_qalora",
-    "qalora_group_size",
-    "velora_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
+    *("target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
+    *("rank_pattern", "alpha_pattern", "bias", "lora_bias", "layer_replication", "trainable_token_indices"),
+    *("ensure_weight_tying", "alora_invocation_tokens", "use_bdlora", "kasa_config", "use_qalora"),
+    *("qalora_group_size", "velora_config", "eva_config", "corda_config", "lora_ga_config"),
 )
 """Settings that are passed to `LoraConfig` unchanged."""
 
