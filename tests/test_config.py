@@ -197,7 +197,7 @@ def test_null_and_empty_ask_for_nothing(name: str, tmp_path: Path) -> None:
 def test_errors_of_a_file_name_it(tmp_path: Path) -> None:
     for values, error, text in (
         ({"r": 0}, AdapterFileError, "r is 0"),
-        ({"use_qalora": True}, NotYetSupported, "use_qalora"),
+        ({"megatron_config": {"x": 1}}, NotYetSupported, "megatron_config"),
         ({"peft_type": "IA3"}, AdapterFileError, "peft_type is 'IA3'; only LORA"),
     ):
         with pytest.raises(error, match=f"{CONFIG_FILE}: .*{text}") as caught:
@@ -226,7 +226,8 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "corda_config": (NUMBER, TEXT, LIST, {"verbose": TEXT}, {"cache_file": 1}),
     "lora_ga_config": (NUMBER, TEXT, LIST, {"stable_gamma": TEXT}, {"scale": 1}), "use_dora": (NUMBER, 1, TEXT, LIST, TABLE),
     "velora_config": (NUMBER, TEXT, LIST, {"num_groups": TEXT}), "alora_invocation_tokens": (NUMBER, TEXT, LIST, TABLE, ["a"]),
-    "use_qalora": (NUMBER, TEXT, LIST, TABLE), "monteclora_config": (NUMBER, TEXT, LIST, {"buffer_size": None}),
+    "use_qalora": (NUMBER, TEXT, LIST, TABLE), "qalora_group_size": (0, TEXT, LIST, TABLE, 1.5),
+    "monteclora_config": (NUMBER, TEXT, LIST, {"buffer_size": None}),
     "layer_replication": (NUMBER, TEXT, [[0]], [["a", 1]], [[0, 1, 2]], [0, 1], [[0, 1.5]], TABLE, [[0, True]], ["ab"]),
     "lora_bias": (NUMBER, 1, TEXT, LIST, TABLE), "target_parameters": (NUMBER, TEXT, LIST, TABLE, True),
     "use_bdlora": (NUMBER, TEXT, LIST, {"target_modules_bd_a": 1}, {"nblocks": TEXT}),
@@ -257,7 +258,7 @@ def _inside(value: Any) -> list[Any]:
 
 
 def test_every_field_is_in_the_table_of_wrong_types() -> None:
-    without_meaning = {"megatron_core", "qalora_group_size", "runtime_config"}
+    without_meaning = {"megatron_core", "runtime_config"}
     assert {field.name for field in dataclasses.fields(LoraConfig)} - without_meaning == set(WRONG)
 
 

@@ -80,6 +80,7 @@ INNER = {  # folder or file of core -> its layer; its __init__ may import them a
     "attachment": 9,
     "operations": 10,
     "optimizers": 10,
+    "riemannian": 10,
 }
 CORE_DOORS = {  # file or folder outside core that may import modules below lorakit.core -> why the public names are not enough
     "peft": "PEFT's interface is written over the layers, the index and the files of an adapter",

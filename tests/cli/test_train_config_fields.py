@@ -24,7 +24,7 @@ NOT_SETTINGS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "fan_in_fan_out", "runtime_config",
     # not supported by lorakit at all
-    "megatron_config", "megatron_core", "velora_config", "use_qalora", "qalora_group_size", "monteclora_config",
+    "megatron_config", "megatron_core", "monteclora_config",
     "arrow_config",
     # changes the quantized base, which a run does not save
     "loftq_config",
@@ -104,6 +104,7 @@ FIELDS = {
     ],
     "aLoRA": ["--target-modules", "q_proj", "--alora-invocation-tokens", "{ids}"],
     "KaSA": ["--target-modules", "q_proj", "--kasa-config", '{"beta": 0.01}'],
+    "VeLoRA": ["--velora-config", '{"num_groups": 4, "init_type": "batch_average_once"}'],
 }
 
 
@@ -124,6 +125,9 @@ def test_a_run_resumes_with_the_same_bits(case: str, train: Train, tmp_path: Pat
         assert config["alora_invocation_tokens"] == list(map(int, ids))
     elif case == "KaSA":
         assert config["kasa_config"]["beta"] == 0.01
+    elif case == "VeLoRA":
+        assert config["velora_config"]["num_groups"] == 4
+        assert all(tensor.any() for name, tensor in wanted.items() if "velora" in name)
     else:
         assert config["modules_to_save"] == ["lm_head"] and config["bias"] == "all"
         assert any("lm_head" in name for name in wanted) and not any("layers.0." in name for name in wanted)

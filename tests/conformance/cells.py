@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakit.core.inits import INITS, Init, init_named
 from lorakit.core.variants import VARIANTS
@@ -113,6 +113,8 @@ WITHOUT_A_PLACE: Mapping[str, str] = {
 OF_VARIANT: Mapping[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "kasa": {"kasa_config": {"beta": 0.5, "gamma": 0.25}},
+    "qalora": {"use_qalora": True, "qalora_group_size": 4},
+    "velora": {"velora_config": {"num_groups": 5, "scale": 0.5}},
     "bdlora": {"use_bdlora": {"target_modules_bd_a": [""], "nblocks": 2}},  # the empty text is in every path
 }
 """Variant -> config fields that select it in any model."""
@@ -165,6 +167,16 @@ class Cell:
         fields = {key: value for key, value in self.row.fields.items() if key != "init_lora_weights"}
         return Row(str(self), self.place.model, fields)
 
+    def configured(self, library: Any, **settings: Any) -> Any:
+        """Return the config, as a class of that library.
+
+        peft has QA-LoRA only in its layer for GPTQ, which also takes a plain nn.Linear as its base.
+        """
+        config = self.row.config(library, **settings)
+        if self.variant == "qalora" and not library.__name__.startswith("lorakit"):
+            config._register_custom_module({nn.Linear: _home(library, "gptq").GPTQLoraLinear})
+        return config
+
     @property
     def inputs(self) -> dict[str, Tensor]:
         """Return arguments of the forward; each row has the invocation at another position."""
@@ -185,7 +197,7 @@ class Cell:
         model, step = model_named(self.place.model), STEPS.get(str(self.init), Steps())
         classes = _home(library, "config")
         settings = {field: getattr(classes, name)(**values) for field, name, values in step.settings}
-        config = self.row.config(library, **settings)
+        config = self.configured(library, **settings)
         with quiet_peft():
             step.before(library, model, config, self)
             model = library.get_peft_model(model, config)

@@ -77,7 +77,7 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     Refusal(
         "the entry of VARIANTS does not support the kind",
         lambda cell: not all(variant_named(cell.variant).fits(kind_named(kind)) for kind in _kinds(cell)),
-        r"(DoRA|aLoRA|KaSA|BD-LoRA) .(use_dora|alora_invocation_tokens|kasa_config|use_bdlora). does not support",
+        r"(DoRA|aLoRA|KaSA|BD-LoRA|VeLoRA|QA-LoRA) .(use_\w+|alora_invocation_tokens|\w+_config). does not support",
     ),
     Refusal(
         "before its invocation aLoRA is the base, which the init changed; peft uses the changed base there",
@@ -85,9 +85,9 @@ BY_LORAKIT: tuple[Refusal, ...] = (
         "changes the base weight, and aLoRA needs it unchanged wherever the adapter is inactive",
     ),
     Refusal(
-        "BD-LoRA's blocks have other shapes than A and B that are made of the base or the data",
-        lambda cell: cell.variant == "bdlora" and not cell.rules.takes_any_shape,
-        "needs A and B in their standard shapes, and BD-LoRA uses other shapes",
+        "BD-LoRA's blocks and QA-LoRA's A have other shapes than A and B that are made of the base or the data",
+        lambda cell: variant_named(cell.variant).shapes is not None and not cell.rules.takes_any_shape,
+        "needs A and B in their standard shapes, and (BD-LoRA|QA-LoRA) uses other shapes",
     ),
     Refusal(
         "KaSA changes the base itself",
@@ -157,7 +157,7 @@ BY_PEFT: tuple[Refusal, ...] = (
     ),
     Refusal(
         "MiCA is a variant there, so it excludes other variants",
-        lambda cell: cell.init == "mica" and cell.variant in ("dora", "kasa", "bdlora"),
+        lambda cell: cell.init == "mica" and cell.variant in ("dora", "kasa", "bdlora", "velora"),
         "Invalid or unsupported variant combination: .*mica",
     ),
     Refusal(
@@ -171,6 +171,23 @@ BY_PEFT: tuple[Refusal, ...] = (
         "does not support KaSA|`kasa_config` is set|KaSA does not support|variant combination: .*kasa_config",
     ),
     Refusal(
+        "VeLoRA is there for Linear and Conv1D alone, and not for most packed weights",
+        lambda cell: cell.variant == "velora" and (cell.kind not in DENSE or _is_packed(cell)),
+        "does not support VeLoRA|VeLoRA does not support|`velora_config` is set|variant combination: .*velora_config",
+    ),
+    Refusal(
+        "QA-LoRA is silently plain LoRA, except on nn.Linear, which `Cell.configured` gives peft's GPTQ layer",
+        lambda cell: cell.variant == "qalora" and (cell.kind != "Linear" or cell.base == "HQQ"),
+        how="ignores",
+    ),
+    Refusal(
+        "these inits ask for an attribute that peft's GPTQ layer does not have",
+        lambda cell: (
+            cell.variant == "qalora" and cell.kind == "Linear" and cell.init in ("pissa", "corda", "lora_ga", "mica")
+        ),
+        "'GPTQLoraLinear' object has no attribute 'fan_in_fan_out'",
+    ),
+    Refusal(
         "BD-LoRA is there for Linear alone",
         lambda cell: cell.variant == "bdlora" and cell.kind != "Linear",
         "has no attribute 'in_features'|variant combination: .*use_bdlora",
@@ -181,8 +198,14 @@ BY_PEFT: tuple[Refusal, ...] = (
         how="ignores",
     ),
     Refusal(
-        "EVA writes directions of the whole input into BD-LoRA's blocks",
-        lambda cell: cell.variant == "bdlora" and cell.init == "eva" and cell.kind == "Linear" and not _is_packed(cell),
+        "EVA writes directions of the whole input into BD-LoRA's blocks and QA-LoRA's A",
+        lambda cell: (
+            cell.init == "eva"
+            and cell.kind == "Linear"
+            and (
+                (cell.variant == "bdlora" and not _is_packed(cell)) or (cell.variant == "qalora" and cell.base != "HQQ")
+            )
+        ),
         "must match the size of tensor",
     ),
     Refusal(

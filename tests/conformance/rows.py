@@ -220,6 +220,12 @@ def _rows() -> list[Row]:
             llama,
             {"target_modules": attention, "use_bdlora": blocks, "rank_pattern": {"q_proj": 2}, "r": 8},
         ),
+        Row(
+            "velora-rslora",
+            llama,
+            {"target_modules": attention, "velora_config": {"num_groups": 7}, "use_rslora": True},
+        ),
+        Row("velora-bias", gpt2, {"target_modules": ["c_attn"], "velora_config": {}, "lora_bias": True}),
         Row("large-rank", "sequential", {"target_modules": ["head"], "r": 6}),
         # parts that are not factors
         Row("bias-all", bert, {"task_type": group, "target_modules": ["query"], "bias": "all"}),

@@ -110,6 +110,40 @@ def test_bdlora_is_lora_with_blocks(side: str) -> None:
     torch.testing.assert_close(model(x), x @ W.T + bias + ALPHA / r * ((x @ A.T) @ B.T))
 
 
+def test_velora_compresses_the_input_of_a() -> None:
+    model, layer = adapted(velora_config={"num_groups": 2, "scale": 0.5})
+    model.train()
+    x, G = torch.randn(4, IN, dtype=torch.float64), torch.randn(4, OUT, dtype=torch.float64)
+    W, bias, A, B = parts(layer)
+    h = model(x)
+    torch.testing.assert_close(h, x @ (W + ALPHA / R * B @ A).T + bias)
+    groups = [x[:, :3], torch.cat([x[:, 3:], torch.zeros(4, 1, dtype=torch.float64)], 1)]  # of 5 inputs, and a zero
+    mean = sum(group.mean(0) for group in groups)
+    v = mean / mean.norm()
+    compressed = torch.cat([(group @ v)[:, None] * v for group in groups], 1)[:, :IN]
+    expected = 0.5 * ALPHA / R * (G @ B).T @ compressed
+    (found,) = torch.autograd.grad(h, layer.factor("default").A, G)
+    torch.testing.assert_close(found, expected)
+
+
+def test_qalora_reads_means_of_groups() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, OUT)).double()
+    config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=["0"], use_qalora=True, qalora_group_size=2)
+    core.attach(model, config, seed=1)
+    layer: Any = model[0]
+    assert float(layer.factor("default").A.detach().abs().max()) <= 1 / math.sqrt(3)
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_()
+    W, bias, A, B = parts(layer)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    means = torch.stack([x[:, 2 * j : 2 * j + 2].mean(1) for j in range(3)], 1)
+    torch.testing.assert_close(model(x), x @ W.T + bias + ALPHA / R * 3 * means @ A.T @ B.T)
+    core.merge(model)
+    update = layer.base_layer.weight - W
+    torch.testing.assert_close(update[:, 0::2], update[:, 1::2])
+
+
 def test_scale_is_alpha_over_r() -> None:
     assert scale(8, 16) == 16 / 8
     assert adapted()[1].scaling["default"] == ALPHA / R

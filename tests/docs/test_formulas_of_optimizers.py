@@ -12,6 +12,7 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.operations.rank_allocation import allocate
 from lorakit.core.optimizers import Pair, Rates, corrected_gradient, inverse_gram, rates_by_name, trained_parts
+from lorakit.core.riemannian import Factors, precondition
 from lorakit.train.muon import Muon
 from lorakit.train.schedule import Schedule
 
@@ -104,3 +105,15 @@ def test_muon_orthogonalizes_the_mean_gradient() -> None:
         expected = (1 - eta * decay) * expected - 0.2 * math.sqrt(40) * eta * X
         assert 0.15 < float((0.2 * math.sqrt(40) * X).square().mean().sqrt()) < 0.25
     torch.testing.assert_close(theta.detach(), expected, rtol=0.0, atol=1e-3)  # the iterations are in bf16
+
+
+def test_preconditioned_gradients() -> None:
+    torch.manual_seed(0)
+    A, B = (nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in ((3, 7), (5, 3)))
+    A.grad, B.grad = torch.randn_like(A), torch.randn_like(B)
+    eye = 0.25 * torch.eye(3, dtype=torch.float64)
+    of_A = torch.linalg.inv(B.T @ B + eye) @ A.grad
+    of_B = B.grad @ torch.linalg.inv(A @ A.T + eye)
+    precondition(Factors(A, B), 0.25)
+    torch.testing.assert_close(A.grad, of_A)
+    torch.testing.assert_close(B.grad, of_B)

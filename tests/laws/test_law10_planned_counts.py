@@ -43,6 +43,8 @@ FIRST, LATER = ([f"{word}.{n}" for word in ("layers", "encoder.layer", "block")]
 """In the paths of the first block, and of the second."""
 ON_LINEAR: dict[str, dict[str, Any]] = {
     "kasa": {"kasa_config": {}},
+    "qalora": {"use_qalora": True, "qalora_group_size": 2},
+    "velora": {"velora_config": {"num_groups": 7}},
     "bdlora": {"use_bdlora": {"target_modules_bd_a": FIRST, "match_strict": False, "nblocks": 2}},
     "bdlora-b": {"use_bdlora": {"target_modules_bd_b": FIRST, "target_modules_bd_a": LATER, "nblocks": 2}},
     "kasa-bias-of-B": {"kasa_config": {}, "lora_bias": True},

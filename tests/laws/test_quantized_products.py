@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lorakit import core
-from lorakit.config import BdLoraConfig, LoraConfig
+from lorakit.config import BdLoraConfig, LoraConfig, VeloraConfig
 from lorakit.core.kinds import KINDS
 from lorakit.core.model.base_view import quantized_linear
 from lorakit.core.quantization import WEIGHT_FORMATS, weight_format_of
@@ -38,6 +38,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "mica": {"init_lora_weights": "mica"},
     "bdlora": {"use_bdlora": BdLoraConfig(["up"], ["square"], nblocks=2)},
+    "qalora": {"use_qalora": True, "qalora_group_size": 4},
+    "velora": {"velora_config": VeloraConfig(num_groups=5)},
 }
 """Every variant that has an update of the weight, and options that can be combined with one."""
 
@@ -66,7 +68,7 @@ NO_STORAGE_OF_ITS_OWN = {"dense", "transposed", "computed", "computed, transpose
 
 def test_nothing_is_left_out_unsaid() -> None:
     names = {variant.name for variant in VARIANTS}
-    merged = {next((variant for variant in names if variant in name), "plain") for name in FIELDS}
+    merged = {max((variant for variant in names if variant in name), key=len, default="plain") for name in FIELDS}
     assert merged | NOT_MERGED == names
     assert {kind.name for kind in KINDS} == {"Linear", "Conv1D", *NEVER_QUANTIZED}
     rows = {"bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao", "HQQ"}

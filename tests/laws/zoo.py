@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit.config import BdLoraConfig, KasaConfig, LoraConfig
+from lorakit.config import BdLoraConfig, KasaConfig, LoraConfig, VeloraConfig
 from lorakit.core import attach, collect_for, trainable_parameters
 from lorakit.core.inits import INITS, init_named
 from lorakit.core.kinds import KINDS, kind_named
@@ -322,6 +322,8 @@ OF_VARIANT: dict[str, dict[str, Any]] = {
     "alora": {"alora_invocation_tokens": list(INVOCATION), "task_type": "CAUSAL_LM"},
     "kasa": {"kasa_config": KasaConfig()},
     "bdlora": {"use_bdlora": BdLoraConfig(["up"], ["square"], nblocks=2)},
+    "qalora": {"use_qalora": True, "qalora_group_size": 4},
+    "velora": {"velora_config": VeloraConfig(num_groups=5, scale=0.5, init_type="random")},
 }
 """Variant -> config fields."""
 

@@ -1,4 +1,4 @@
-"""LoRA+ and LoRA-FA of `lorakit.peft`: the installed peft's groups, rates and steps, except its errors."""
+"""LoRA+, LoRA-FA and the preconditioned optimizers of `lorakit.peft`: the installed peft's groups, rates and steps, except its errors."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 import peft
 import peft.optimizers.lorafa as theirs
+import peft.optimizers.riemannian as peft_riemannian
 import pytest
 import torch
 from torch import nn
 
 from lorakit import peft as face
-from lorakit.errors import ConfigError, NotYetSupported
+from lorakit.errors import ConfigError
 from lorakit.peft.optimizers import (
     create_lorafa_optimizer,
     create_loraplus_optimizer,
@@ -209,6 +210,50 @@ def test_lorafa_by_hand_with_names_and_one_scale() -> None:
     assert optimizer.step(lambda: 7) == 7
 
 
-def test_riemannian_is_not_built() -> None:
-    with pytest.raises(NotYetSupported, match="create_riemannian_optimizer is not supported yet"):
-        create_riemannian_optimizer(Net(), torch.optim.AdamW, lr=0.1)
+KINDS_OF_PAIRS = ["plain", "embedding", "dora", "copies", "patterns", "rslora"]
+
+
+@pytest.mark.parametrize("case", KINDS_OF_PAIRS)
+@pytest.mark.parametrize(("optimizer", "lr"), [(torch.optim.AdamW, 0.01), (torch.optim.SGD, 1e-3)])
+def test_the_preconditioned_steps_are_peft_s(case: str, optimizer: type[torch.optim.Optimizer], lr: float) -> None:
+    ours, other = pair(case)
+    ours.double(), other.double()  # in fp32, rounding errors grow from step to step
+    options = {"lr": lr, "reg": 0.05, "weight_decay": 0.1}
+    made = create_riemannian_optimizer(ours, optimizer, **options)
+    twin = peft_riemannian.create_riemannian_optimizer(other, optimizer, **options)
+    assert isinstance(made, optimizer) and len(made.param_groups) == 1
+    begun = {name: tensor.clone() for name, tensor in ours.named_parameters() if ".lora_A." in name}
+    ids = torch.arange(30).reshape(5, 6)
+    for _ in range(3):
+        for model, stepper in ((ours, made), (other, twin)):
+            stepper.zero_grad()
+            model(ids).square().mean().backward()
+            stepper.step()
+    tensors = dict(other.named_parameters())
+    for name, tensor in ours.named_parameters():
+        torch.testing.assert_close(tensor, tensors[name], rtol=1e-6, atol=1e-9)
+        assert name not in begun or float((tensor - begun[name]).detach().abs().max()) > 1e-4
+
+
+def test_what_the_preconditioner_refuses() -> None:
+    ours, _ = pair("plain")
+    before = {name: tensor.clone() for name, tensor in ours.named_parameters()}
+    with pytest.raises(TypeError, match="must be a subclass") as refused:
+        create_riemannian_optimizer(ours, nn.Linear, lr=0.1)  # type: ignore[arg-type]
+    assert refused.value.field == "optimizer_cls"  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="requires a closure") as refused_closure:
+        create_riemannian_optimizer(ours, torch.optim.LBFGS, lr=0.1)
+    assert (refused_closure.value.what, refused_closure.value.field) == ("LBFGS", "optimizer_cls")
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(ConfigError, match="reg is") as refused_damping:
+            create_riemannian_optimizer(ours, torch.optim.SGD, lr=0.1, reg=wrong)
+        assert refused_damping.value.field == "reg"
+    frozen, _ = pair("plain")
+    frozen.requires_grad_(False)
+    with pytest.raises(ConfigError, match="does not have any trainable lora_A/lora_B"):
+        create_riemannian_optimizer(frozen, torch.optim.SGD, lr=0.1)
+    optimizer = create_riemannian_optimizer(ours, torch.optim.SGD, lr=0.1)
+    for call in (lambda: optimizer.step(lambda: 1.0), lambda: optimizer.step(closure=lambda: 1.0)):
+        with pytest.raises(ConfigError, match="does not support closures"):
+            call()
+    assert all(tensor.equal(before[name]) for name, tensor in ours.named_parameters())

@@ -132,6 +132,8 @@ def check_values(config: LoraConfig) -> None:
             raise ConfigError.of(field, number, "a finite number")
     if not 0 <= config.lora_dropout < 1:
         raise ConfigError.of("lora_dropout", config.lora_dropout, "in [0, 1)")
+    if config.qalora_group_size < 1:
+        raise ConfigError.of("qalora_group_size", config.qalora_group_size, "an integer >= 1")
     if config.bias not in BIAS_CHOICES:
         raise ConfigError.of("bias", config.bias, f"one of {str(BIAS_CHOICES)[1:-1]}", allowed=BIAS_CHOICES)
     if not isinstance(config.init_lora_weights, (bool, str)):

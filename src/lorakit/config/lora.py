@@ -301,11 +301,12 @@ class LoraConfig(PeftConfig):
         corda_config: Settings for the "corda" init.
         lora_ga_config: Settings for the "lora_ga" init.
         use_dora: Whether to use the weight-decomposed variant DoRA (arXiv:2402.09353).
-        velora_config: Settings for VeLoRA; not supported.
+        velora_config: Settings for the VeLoRA variant (arXiv:2405.17991), which keeps a compressed input for A's
+            gradient; None turns the variant off.
         alora_invocation_tokens: Ids of the tokens that invoke an aLoRA adapter (arXiv:2504.12397). The adapter is
             active from the last occurrence of this token sequence onward.
-        use_qalora: Whether to use QALoRA; not supported.
-        qalora_group_size: Group size of QALoRA.
+        use_qalora: Whether to use the QA-LoRA variant (arXiv:2309.14717), in which A reads means of groups of inputs.
+        qalora_group_size: Number of inputs per group in QA-LoRA; must divide the input size of each site.
         monteclora_config: Settings for MonteCLoRA; not supported.
         layer_replication: Ranges of layers to stack; replicas share the weights of the original layers.
         runtime_config: Process-local settings; never saved.
@@ -391,6 +392,8 @@ class LoraConfig(PeftConfig):
         """
         if self.use_bdlora is not None:
             return self.use_bdlora.numbers_saved(path, rank, out_features, in_features)
+        if self.use_qalora:
+            return rank * (in_features // self.qalora_group_size - in_features)
         return (out_features if self.use_dora else 0) + (rank if self.kasa_config is not None else 0)
 
     @property
@@ -401,7 +404,14 @@ class LoraConfig(PeftConfig):
     @property
     def is_plain_lora(self) -> bool:
         """Return whether the adapter is plain LoRA without a bias on B, as fused forward passes require."""
-        variants = (self.use_dora, self.alora_invocation_tokens, self.use_bdlora, self.kasa_config)
+        variants = (
+            self.use_dora,
+            self.alora_invocation_tokens,
+            self.use_bdlora,
+            self.kasa_config,
+            self.velora_config,
+            self.use_qalora,
+        )
         return not self.lora_bias and not any(variants)
 
     @property
@@ -417,6 +427,8 @@ class LoraConfig(PeftConfig):
         """
         if self.use_bdlora is not None:
             return [f"BD-LoRA's block-diagonal factors hold {-total:,} fewer values than LoRA's."]
+        if self.use_qalora:
+            return [f"QA-LoRA's A, which reads means of groups of inputs, holds {-total:,} fewer values than LoRA's."]
         if self.kasa_config is not None:
             return [f"KaSA adds r singular values per site: {total:,} in total."]
         return [f"DoRA adds one magnitude per output of each site: {total:,} in total."] if self.use_dora else []
@@ -432,8 +444,6 @@ class LoraConfig(PeftConfig):
 
 NOT_BUILT: Mapping[str, Any] = {
     "megatron_config": None,
-    "velora_config": None,
-    "use_qalora": False,
     "monteclora_config": None,
     "arrow_config": None,
 }
@@ -469,7 +479,7 @@ def check_built(config: LoraConfig) -> None:
             )
 
 
-_WITHOUT_MEANING = frozenset({"megatron_core", "qalora_group_size", "runtime_config"})
+_WITHOUT_MEANING = frozenset({"megatron_core", "runtime_config"})
 
 
 def adapter_directory(folder: str | os.PathLike[str]) -> Path:

@@ -150,12 +150,13 @@ class LoraGAConfig(_Typed):
 
 @dataclass
 class VeloraConfig(_Typed):
-    """Settings for VeLoRA (arXiv:2405.17991); not supported.
+    """Settings for VeLoRA (Miles et al. 2024, arXiv:2405.17991), which compresses the input that A's gradient needs.
 
     Attributes:
         num_groups: Number of groups per activation vector.
-        scale: Factor that multiplies the activations reconstructed in the backward pass.
-        init_type: How projections are initialized: "batch_average", "batch_average_once" or "random".
+        scale: Factor that multiplies the activations reconstructed in the backward pass, and with them A's gradient.
+        init_type: The projection onto which groups are compressed: "batch_average" (the mean of the groups, computed in
+            each training forward pass), "batch_average_once" (only in the first one) or "random".
 
     Raises:
         ConfigError: `num_groups` or `scale` is not positive, or `init_type` is unknown.

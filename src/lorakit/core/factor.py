@@ -6,7 +6,8 @@ dropout, the modules only store parameters under the names that PEFT uses; their
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +54,68 @@ class OwnWeight(nn.Module):
         self.register_parameter("bias", bias)
 
 
+class BufferDict(nn.Module, MutableMapping[str, Tensor]):
+    """Dictionary of buffers that move with the parent module; as PEFT's class of this name does.
+
+    Attributes:
+        persistent: Whether the buffers are part of the state dict.
+    """
+
+    __eq__, __hash__ = nn.Module.__eq__, nn.Module.__hash__
+
+    def __init__(
+        self, buffers: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None = None, persistent: bool = False
+    ) -> None:
+        super().__init__()
+        self.persistent = persistent
+        self.update(buffers or {})
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._buffers[key]  # type: ignore[return-value]
+
+    def __setitem__(self, key: str, buffer: Tensor) -> None:
+        self.register_buffer(key, buffer, persistent=self.persistent)
+
+    def __delitem__(self, key: str) -> None:
+        del self._buffers[key]
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._buffers)
+
+    def extra_repr(self) -> str:
+        """Return one line per buffer."""
+        return "\n".join(
+            f"  ({key}): Buffer containing: [{type(buffer).__name__} of size {'x'.join(map(str, buffer.shape))}]"
+            for key, buffer in self.items()
+        )
+
+
 def parameter(tensor: Tensor) -> nn.Parameter:
     """Return a tensor, such as A (r, in), as an nn.Parameter; an existing parameter is returned unchanged."""
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+
+
+OF_OWN_TENSORS: Mapping[str, Callable[[], nn.Module]] = {
+    "module": nn.ModuleDict,
+    "parameter": nn.ParameterDict,
+    "buffer": partial(BufferDict, persistent=True),
+}
+"""`OwnTensor.carried` -> function that creates the container of a variant's extra tensors."""
+
+
+def own_entry(carried: str, tensor: Tensor) -> nn.Module | Tensor:
+    """Return the entry that holds one of a variant's extra tensors (…), in a container from `OF_OWN_TENSORS`.
+
+    Args:
+        carried: A key of `OF_OWN_TENSORS`.
+        tensor: The tensor, such as a diagonal (r,).
+    """
+    if carried == "buffer":
+        return tensor.detach()
+    return OwnWeight(parameter(tensor)) if carried == "module" else parameter(tensor)
 
 
 def weight_holder(weight: nn.Parameter, bias: Tensor | None = None) -> nn.Module:

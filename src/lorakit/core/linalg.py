@@ -337,3 +337,14 @@ def dense_spectrum(delta: Tensor, rank: int | None = None) -> tuple[Spectrum, fl
 
 def _kept(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+def damped_inverse(rows: Tensor, damping: float) -> Tensor:
+    """Return (X·Xᵀ + δ·I)⁻¹ (…, r, r) for rows X (…, r, n); a pseudoinverse if the matrix is singular.
+
+    Args:
+        rows: X, (…, r, n).
+        damping: δ.
+    """
+    ridge = damping * torch.eye(rows.shape[-2], dtype=rows.dtype, device=rows.device)
+    return torch.linalg.pinv(rows @ rows.mT + ridge)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from lorakit.core.linalg import damped_inverse
 from lorakit.core.model.activation import trainable_parameters
 from lorakit.core.model.index import layers
 from lorakit.core.quantization import at_least_fp32
@@ -134,8 +135,7 @@ def inverse_gram(pair: Pair) -> Tensor:
     rows = at_least_fp32(pair.frozen.detach())
     rows = rows.T if pair.trained_is_A else rows
     rows = rows.reshape(pair.blocks, len(rows) // pair.blocks, -1)
-    ridge = RIDGE * torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
-    return torch.linalg.pinv(rows @ rows.mT + ridge)
+    return damped_inverse(rows, RIDGE)
 
 
 class LoraFA(torch.optim.Optimizer):

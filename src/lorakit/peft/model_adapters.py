@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
+from lorakit.core.factor import BufferDict
 from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.index import AdapterIndex, find_state, walk
@@ -118,6 +119,8 @@ def empty(model: nn.Module, adapter_name: str) -> None:
             elif isinstance(holder, nn.ParameterDict) and adapter_name in holder:
                 held = holder[adapter_name]
                 holder[adapter_name] = nn.Parameter(held.to("meta"), held.requires_grad)
+            elif isinstance(holder, BufferDict) and adapter_name in holder:
+                holder[adapter_name] = holder[adapter_name].to("meta")
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

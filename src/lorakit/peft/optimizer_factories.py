@@ -1,4 +1,4 @@
-"""PEFT's factory functions for LoRA+ and LoRA-FA optimizers, based on `lorakit.core.optimizers`."""
+"""PEFT's factory functions for LoRA+, LoRA-FA and preconditioned optimizers, based on `lorakit.core`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lorakit.core.model.index import layers, walk
 from lorakit.core.optimizers import LoraFA, Pair, freeze_factors, roles
+from lorakit.core.riemannian import DAMPING, preconditioned
 from lorakit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -170,6 +171,28 @@ def create_lorafa_optimizer(
         "weight_decay": weight_decay,
     }
     return LoraFAOptimizer([group], pairs=pairs)
+
+
+def create_riemannian_optimizer(
+    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, reg: float = DAMPING, **kwargs: Any
+) -> Optimizer:
+    """Create an optimizer that preconditions the gradients of A and B (Zhang and Pilanci 2024, arXiv:2402.02347).
+
+    Args:
+        model: A model with adapters, whose trainable parameters are optimized.
+        optimizer_cls: Optimizer class, such as `torch.optim.AdamW`.
+        lr: Learning rate.
+        reg: Damping, which is added to the diagonals of Bᵀ·B and A·Aᵀ before they are inverted.
+        kwargs: Further arguments of the optimizer class.
+
+    Returns:
+        The optimizer, an instance of `optimizer_cls`.
+
+    Raises:
+        ConfigTypeError: `optimizer_cls` is not an optimizer class.
+        ConfigError: No A and B are trained, `reg` is not a number >= 0, or the optimizer needs a closure.
+    """
+    return preconditioned(optimizer_cls, model, lr=lr, damping=reg, **kwargs)
 
 
 class _StateByName(defaultdict[Any, Any]):

@@ -98,6 +98,7 @@ _BACKENDS = """
 
 HOMES: Mapping[str, str] = {
     "lorakit.config": f"{LORA_CONFIGS} PeftConfig PeftConfigMixin PeftType TaskType",
+    "lorakit.core.factor": "BufferDict",
     "lorakit.core.layers.adapter_component": "AuxiliaryTrainingWrapper=ReplacingModule",
     "lorakit.core.layers.lora_layer": "BaseTunerLayer=LoraLayer LoraLayer",
     "lorakit.core.layers.modules_to_save": "ModulesToSaveWrapper=ModulesToSave",
@@ -131,7 +132,9 @@ HOMES: Mapping[str, str] = {
     "lorakit.peft.model": f"{TASK_CLASSES} PeftModel",
     "lorakit.peft.model_adapters": "cast_adapter_dtype set_requires_grad",
     "lorakit.peft.model_classes": f"{AUTO_CLASSES} MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftMixedModel",
-    "lorakit.peft.optimizer_factories": "create_lorafa_optimizer create_loraplus_optimizer LoraFAOptimizer",
+    "lorakit.peft.optimizer_factories": """
+        create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer LoraFAOptimizer
+    """,
     "lorakit.peft.state_dicts": """
         get_base_model_state_dict get_peft_model_state_dict set_base_model_state_dict set_peft_model_state_dict
     """,
@@ -139,7 +142,7 @@ HOMES: Mapping[str, str] = {
     "lorakit.peft.trainer_mixin": "LoraTrainerMixin",
     "lorakit.peft.tuner": "BaseTuner delete_adapter LoraModel set_adapter",
     "lorakit.peft.utilities": f"""
-        {_AVAILABILITY} {_BACKENDS} {_CONSTANTS} BufferDict build_peft_weight_mapping cast_mixed_precision_params
+        {_AVAILABILITY} {_BACKENDS} {_CONSTANTS} build_peft_weight_mapping cast_mixed_precision_params
         check_deepspeed_zero3_enabled convert_peft_config_for_transformers=unused dequantize_module_weight
         disable_input_dtype_casting=empty_context find_parameter_name_by_module _freeze_adapter=unused
         fsdp_auto_wrap_policy gather_params_ctx=empty_context _get_batch_size=get_batch_size get_bnb_param_type

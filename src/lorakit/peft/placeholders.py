@@ -10,18 +10,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from lorakit.config import PeftConfig, PeftType
-from lorakit.config.types import Value
 from lorakit.errors import LorakitError as PeftError
 from lorakit.errors import NotYetSupported
 from lorakit.errors import TargetError as NoMatchingPeftModuleError
 from lorakit.peft.paths import OTHER_METHODS, PROMPTS, TARGET_TABLES
-
-if TYPE_CHECKING:
-    from torch import nn
-    from torch.optim import Optimizer
 
 __all__ = ["NoMatchingPeftModuleError", "PeftError"]
 
@@ -85,27 +80,6 @@ def register_peft_method(*, name: str, **_: type | str | bool | None) -> NoRetur
         "registries in lorakit.core."
     )
     raise NotYetSupported(text, what=name)
-
-
-def create_riemannian_optimizer(
-    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: Value
-) -> NoReturn:
-    """Reject the preconditioned optimizer of arXiv:2402.02347, which is not implemented.
-
-    Args:
-        model: Ignored.
-        optimizer_cls: Ignored.
-        lr: Ignored.
-        reg: Ignored.
-        kwargs: Ignored.
-
-    Raises:
-        NotYetSupported: Always; the message names the optimizers that are supported.
-    """
-    raise NotYetSupported(
-        "create_riemannian_optimizer is not supported yet. Use create_loraplus_optimizer or create_lorafa_optimizer.",
-        what="create_riemannian_optimizer",
-    )
 
 
 @cache

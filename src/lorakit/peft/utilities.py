@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
@@ -48,45 +48,6 @@ UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2
 TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, object] = {}
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = dict(DEFAULT_TARGETS)
 """Default targets for each model type; PEFT uses the same name, and programs may add entries."""
-
-
-class BufferDict(nn.Module, MutableMapping[str, Tensor]):
-    """Dictionary of buffers that move with the parent module; used by PEFT methods other than LoRA.
-
-    Attributes:
-        persistent: Whether the buffers are part of the state dict.
-    """
-
-    __eq__, __hash__ = nn.Module.__eq__, nn.Module.__hash__
-
-    def __init__(
-        self, buffers: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None = None, persistent: bool = False
-    ) -> None:
-        super().__init__()
-        self.persistent = persistent
-        self.update(buffers or {})
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._buffers[key]  # type: ignore[return-value]
-
-    def __setitem__(self, key: str, buffer: Tensor) -> None:
-        self.register_buffer(key, buffer, persistent=self.persistent)
-
-    def __delitem__(self, key: str) -> None:
-        del self._buffers[key]
-
-    def __len__(self) -> int:
-        return len(self._buffers)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._buffers)
-
-    def extra_repr(self) -> str:
-        """Return one line per buffer."""
-        return "\n".join(
-            f"  ({key}): Buffer containing: [{type(buffer).__name__} of size {'x'.join(map(str, buffer.shape))}]"
-            for key, buffer in self.items()
-        )
 
 
 def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:

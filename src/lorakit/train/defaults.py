@@ -283,6 +283,11 @@ DEFAULTS: dict[str, Default] = {
     ),
     "use_bdlora": Default("Settings of BD-LoRA as a JSON object", None, "A and B are dense", "none", str),
     "kasa_config": Default("Settings of KaSA as a JSON object", None, "the base keeps its weights", "none", str),
+    "use_qalora": Default("Let A read means of groups of inputs (QA-LoRA)", False, "A reads each input"),
+    "qalora_group_size": Default("Number of inputs per group in QA-LoRA", 16, "PEFT's value"),
+    "velora_config": Default(
+        "Settings of VeLoRA as a JSON object", None, "A's gradient is computed from the whole input", "none", str
+    ),
     "eva_config": Default("Settings of the init eva as a JSON object", None, "PEFT's values", "none", str),
     "corda_config": Default("Settings of the init corda as a JSON object", None, "PEFT's values", "none", str),
     "lora_ga_config": Default("Settings of the init lora_ga as a JSON object", None, "PEFT's values", "none", str),

@@ -335,7 +335,7 @@ def test_an_odd_scale(fields: dict[str, Any], text: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"use_qalora": True},
+        {"megatron_config": {"x": 1}},
     ],
     ids=str,
 )

@@ -30,8 +30,8 @@ from lorakit.train.step import StepOptions, train_step
 from ...laws.snapshots import same_bits, snapshot
 from ...laws.zoo import LINEARS, randomise, run
 
-FIELD = "use_qalora"
-"""A field of PEFT's that asks for nothing built here; the entries of this file take it over."""
+FIELD, ON = "megatron_config", {"toy": True}
+"""A field of PEFT's that asks for nothing built here, and a value; the entries of this file take it over."""
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
@@ -102,7 +102,7 @@ def put(monkeypatch: pytest.MonkeyPatch) -> Callable[[Variant], None]:
 def adapted(*names: str, **fields: Any) -> nn.Module:
     model = LINEARS.model()
     for index, name in enumerate(names):
-        core.attach(model, LINEARS.config(**{FIELD: True, **fields}), name)
+        core.attach(model, LINEARS.config(**{FIELD: ON, **fields}), name)
         randomise(model, name, seed=100 + index)
     return model
 
@@ -115,7 +115,7 @@ def test_it_begins_acts_and_is_trained(put: Callable[[Variant], None]) -> None:
     put(TOY)
     model, given = LINEARS.model(), LINEARS.given()
     before = run(model, given)
-    core.attach(model, LINEARS.config(**{FIELD: True}), "a")
+    core.attach(model, LINEARS.config(**{FIELD: ON}), "a")
     assert torch.equal(run(model, given), before)
     trained = [name for name, _ in core.trainable_parameters(model)]
     assert sum(DIAGONAL in name for name in trained) == len(core.sites(model))
@@ -199,7 +199,7 @@ def test_rows_of_a_batch_may_have_it(put: Callable[[Variant], None]) -> None:
 def test_its_penalty_is_added_once_per_step(put: Callable[[Variant], None], tiny_llama: nn.Module) -> None:
     put(TOY)
     assert core.penalties(tiny_llama) is None
-    core.attach(tiny_llama, LoraConfig(r=2, target_modules=["q_proj"], **{FIELD: True}), "a")
+    core.attach(tiny_llama, LoraConfig(r=2, target_modules=["q_proj"], **{FIELD: ON}), "a")
     core.attach(tiny_llama, LoraConfig(r=2, target_modules=["q_proj"]), "plain")
     number = sum("a" in site.layer.r for site in core.sites(tiny_llama))
     penalty = core.penalties(tiny_llama)
@@ -235,7 +235,7 @@ def _pooled_shapes(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> tu
     return (r, spec.in_features // 2), (spec.out_features, r)
 
 
-def _pooled_down(kind: Kind, module: nn.Module, x: Tensor, factor: Factor) -> Tensor:
+def _pooled_down(kind: Kind, module: nn.Module, x: Tensor, factor: Factor, training: bool) -> Tensor:
     return F.linear(x.unflatten(-1, (-1, 2)).mean(-1), factor.A.to(x.dtype))
 
 
@@ -267,6 +267,46 @@ def test_pooled_inputs_need_factors_of_another_shape(put: Callable[[Variant], No
     assert torch.equal(run(again, given), run(model, given))
 
 
+COUNT = "lora_toy_count"
+
+
+def _counted_down(kind: Kind, module: nn.Module, x: Tensor, factor: Factor, training: bool) -> Tensor:
+    if training:
+        factor.own[COUNT].add_(1)
+    return F.linear(x, factor.A.to(x.dtype))
+
+
+def test_a_buffer_is_saved_and_never_trained(put: Callable[[Variant], None], tmp_path: Path) -> None:
+    count = OwnTensor(
+        COUNT,
+        "buffer",
+        (f".{COUNT}",),
+        lambda kind, spec, r, setting: (1,),
+        lambda start: torch.zeros(1),
+        trained=False,
+        depends_on_rank=False,
+    )
+    put(dataclasses.replace(TOY, tensors=(count,), factors=None, penalty=None, down=_counted_down))
+    model, given = adapted("a", "b"), LINEARS.given()
+    core.activate(model, "a")
+    run(model.train(), given)
+    run(model.eval(), given)
+    assert [factor.own[COUNT].item() for factor in factors_of(model, "a").values()] == [1.0, 1.0]
+    assert [factor.own[COUNT].item() for factor in factors_of(model, "b").values()] == [0.0, 0.0]
+    assert not any(COUNT in name for name, _ in model.named_parameters())
+    assert sum(COUNT in name for name, _ in model.named_buffers()) == sum(COUNT in n for n in model.state_dict()) == 4
+    core.set_trained(model, {"a": False})
+    core.set_trained(model, {"a": True})
+    core.save_adapter(model, tmp_path / "a", "a")
+    again = LINEARS.model()
+    core.load_adapter(again, tmp_path / "a", "a")
+    assert [factor.own[COUNT].item() for factor in factors_of(again, "a").values()] == [1.0, 1.0]
+    core.detach(model, "b")
+    assert sum(COUNT in name for name in model.state_dict()) == 2
+    core.detach(again)
+    assert not any(COUNT in name for name in again.state_dict())
+
+
 def _without_the_last_direction(start: Start) -> Tensor:
     U, S, Vh = torch.linalg.svd(start.read(), full_matrices=False)
     return (U[:, :-1] * S[:-1]) @ Vh[:-1]
@@ -276,7 +316,7 @@ def test_it_may_move_the_base_while_it_is_attached(put: Callable[[Variant], None
     put(dataclasses.replace(TOY, move=_without_the_last_direction))
     model, given = LINEARS.model(), LINEARS.given()
     bits, plain = snapshot(model)["tensors"], run(model, given)
-    core.attach(model, LINEARS.config(**{FIELD: True}), "a")
+    core.attach(model, LINEARS.config(**{FIELD: ON}), "a")
     randomise(model, "a", seed=1)
     acting = run(model, given)
     layer = core.sites(model)[0].layer
@@ -292,7 +332,7 @@ def test_it_may_move_the_base_while_it_is_attached(put: Callable[[Variant], None
     core.detach(model)
     assert snapshot(model)["tensors"] == bits
     with pytest.raises(ConfigError, match="changes the base weight, and Toy changes it too"):
-        core.attach(model, LINEARS.config(init_lora_weights="pissa", **{FIELD: True}), "b")
+        core.attach(model, LINEARS.config(init_lora_weights="pissa", **{FIELD: ON}), "b")
     with pytest.raises(AdapterError, match="Toy changed the base by more than a low-rank product"):
         core.compress(again, "a", rank=1)
 
@@ -302,12 +342,12 @@ def test_adapters_of_one_rank_share_the_base_that_they_moved(put: Callable[[Vari
     model, given = LINEARS.model(), LINEARS.given()
     bits, plain = snapshot(model)["tensors"], run(model, given)
     for name in ("a", "b"):
-        core.attach(model, LINEARS.config(**{FIELD: True}), name)
+        core.attach(model, LINEARS.config(**{FIELD: ON}), name)
         randomise(model, name, seed=ord(name))
     alone = {}
     for name in ("a", "b"):
         single = LINEARS.model()
-        core.attach(single, LINEARS.config(**{FIELD: True}), name)
+        core.attach(single, LINEARS.config(**{FIELD: ON}), name)
         randomise(single, name, seed=ord(name))
         alone[name] = run(single, given)
     for merged in ((), ("a",), ("a", "b")):
@@ -330,7 +370,7 @@ def test_adapters_of_one_rank_share_the_base_that_they_moved(put: Callable[[Vari
     with pytest.raises(
         ConfigError, match="Toy changes the base weight, but adapter 'b' has already changed"
     ) as refused:
-        core.attach(model, LINEARS.config(r=2, **{FIELD: True}), "c")
+        core.attach(model, LINEARS.config(r=2, **{FIELD: ON}), "c")
     assert (refused.value.what, refused.value.where) == ("b", "up")
     core.detach(model)
     assert snapshot(model)["tensors"] == bits
@@ -349,7 +389,7 @@ def test_an_init_subtracts_nothing_that_it_does_not_add(put: Callable[[Variant],
     model = LINEARS.model()
     before = snapshot(model)
     with pytest.raises(ConfigError, match="and Toy does not add back what the init subtracts from it") as refused:
-        core.attach(model, LINEARS.config(init_lora_weights="pissa", **{FIELD: True}), "a")
+        core.attach(model, LINEARS.config(init_lora_weights="pissa", **{FIELD: ON}), "a")
     assert (refused.value.what, refused.value.where) == ("pissa", "up")
     assert snapshot(model) == before
 
@@ -362,7 +402,7 @@ def test_an_init_that_changes_the_base_needs_tensors_that_do_not_depend_on_the_r
     assert any(tensor.depends_on_rank for tensor in TOY.tensors)
     model = LINEARS.model()
     with pytest.raises(ConfigError, match=r"pissa.* Toy has tensors whose shape depends on the rank") as refused:
-        core.attach(model, LINEARS.config(init_lora_weights="pissa", **{FIELD: True}), "a")
+        core.attach(model, LINEARS.config(init_lora_weights="pissa", **{FIELD: ON}), "a")
     assert (refused.value.what, refused.value.where) == ("pissa", "up")
     assert not core.adapters(model)
 
@@ -370,7 +410,7 @@ def test_an_init_that_changes_the_base_needs_tensors_that_do_not_depend_on_the_r
 def test_it_may_exclude_others_from_its_model(put: Callable[[Variant], None], tmp_path: Path) -> None:
     put(dataclasses.replace(TOY, excludes_others="it needs its own base"))
     core.save_adapter(adapted("a"), tmp_path / "a", "a")
-    for fields, others in (({}, {FIELD: True}), ({FIELD: True}, {})):
+    for fields, others in (({}, {FIELD: ON}), ({FIELD: ON}, {})):
         model = LINEARS.model()
         core.attach(model, LINEARS.config(**others), "a")
         core.attach(model, LINEARS.config(**others), "b")
@@ -403,7 +443,7 @@ def test_factors_in_other_shapes_are_combined_as_they_are_multiplied(
     with pytest.raises(
         ConfigError, match="needs A and B in their standard shapes, and Toy uses other shapes"
     ) as refused:
-        core.attach(LINEARS.model(), LINEARS.config(init_lora_weights="pissa", **{FIELD: True}), "a")
+        core.attach(LINEARS.model(), LINEARS.config(init_lora_weights="pissa", **{FIELD: ON}), "a")
     assert refused.value.what == "pissa"
     model, given = adapted("a", "b"), LINEARS.given()
     core.activate(model, "a", "b")
@@ -424,7 +464,7 @@ def test_factors_in_other_shapes_are_combined_as_they_are_multiplied(
 def test_its_penalty_has_a_method_in_pefts_model(put: Callable[[Variant], None], monkeypatch: Any) -> None:
     put(TOY)
     monkeypatch.setattr(tuner, "PENALTY_METHODS", frozenset({"_toy_loss"}))
-    model = peft.get_peft_model(LINEARS.model(), LINEARS.config(**{FIELD: True}), adapter_name="a")
+    model = peft.get_peft_model(LINEARS.model(), LINEARS.config(**{FIELD: ON}), adapter_name="a")
     model.add_adapter("b", LINEARS.config())
     found = model._toy_loss()
     assert found.requires_grad and found.item() == 2 * 4 * 0.25
@@ -442,7 +482,7 @@ def test_it_may_see_the_other_adapters_of_its_site(put: Callable[[Variant], None
 
     put(dataclasses.replace(TOY, tensors=(), factors=None, penalty=None, output=routed, update=None))
     model, given = LINEARS.model(), LINEARS.given()
-    core.attach(model, LINEARS.config(**{FIELD: True}), "router")
+    core.attach(model, LINEARS.config(**{FIELD: ON}), "router")
     for index, name in enumerate(("a", "b")):
         core.attach(model, LINEARS.config(), name)
         randomise(model, name, seed=index)
@@ -455,6 +495,6 @@ def test_it_may_see_the_other_adapters_of_its_site(put: Callable[[Variant], None
 def test_what_it_does_not_fit_is_refused(put: Callable[[Variant], None]) -> None:
     put(TOY)
     with pytest.raises(ConfigError, match=f"e: Toy .{FIELD}. does not support Embedding, only Linear, Conv1D"):
-        variants.variant_for(LoraConfig(**{FIELD: True}), kind_named("Embedding"), "e")
-    with pytest.raises(ConfigError, match=f"use_dora and {FIELD} at p: these variants are mutually exclusive"):
-        variants.variant_at(LoraConfig(use_dora=True, **{FIELD: True}), "p")
+        variants.variant_for(LoraConfig(**{FIELD: ON}), kind_named("Embedding"), "e")
+    with pytest.raises(ConfigError, match=f"kasa_config and {FIELD} at p: these variants are mutually exclusive"):
+        variants.variant_at(LoraConfig(kasa_config={}, **{FIELD: ON}), "p")

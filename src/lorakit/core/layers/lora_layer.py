@@ -20,7 +20,16 @@ from torch.nn import ModuleDict, ParameterDict
 
 from lorakit.config import scale
 from lorakit.core.clones import bare, with_forward
-from lorakit.core.factor import HOLDERS, TRAINED, OwnWeight, parameter, weight_holder
+from lorakit.core.factor import (
+    HOLDERS,
+    OF_OWN_TENSORS,
+    TRAINED,
+    BufferDict,
+    OwnWeight,
+    own_entry,
+    parameter,
+    weight_holder,
+)
 from lorakit.core.kinds.kind import Kind, WeightSpec, spread
 from lorakit.core.layers.adapter_component import MergeOptions, trainable_tensors
 from lorakit.core.layers.base_weight import BaseWeight
@@ -38,14 +47,14 @@ The key of the original weight is None; the key of a residual base is the first 
 """
 
 
-def _holder_type(name: str) -> type[ModuleDict | ParameterDict] | None:
-    """Return the container type of an attribute that has one entry per adapter, or None for any other attribute."""
+def _new_holder(name: str) -> nn.Module | None:
+    """Return an empty container for an attribute that has one entry per adapter, or None for any other attribute."""
     if not name.startswith("lora_"):
         return None
     own = next((tensor for tensor in own_tensors() if tensor.held_as == name), None)
     if own is not None:
-        return ModuleDict if own.carried == "module" else ParameterDict
-    return HOLDERS.get(name)
+        return OF_OWN_TENSORS[own.carried]()
+    return HOLDERS[name]() if name in HOLDERS else None
 
 
 class LoraLayer(BaseWeight):
@@ -91,9 +100,9 @@ class LoraLayer(BaseWeight):
         except AttributeError:
             if name == "base_layer" or name.startswith("__"):
                 raise
-            made = _holder_type(name)
-            if made is not None:
-                holder = self._modules[name] = made()
+            holder = _new_holder(name)
+            if holder is not None:
+                self._modules[name] = holder
                 return holder
             methods = self.state.peft_methods if "state" in self.__dict__ else None
             if methods is not None and name in methods.names:
@@ -127,7 +136,7 @@ class LoraLayer(BaseWeight):
 
         Args:
             name: The adapter.
-            factor: A (r, in), B (out, r) and the variant's extra tensors; they all become parameters.
+            factor: A (r, in), B (out, r) and the variant's extra tensors; they become parameters, except for buffers.
             r: Rank of the factors.
             lora_alpha: The adapter's alpha in this layer.
             trains: Which of "A" and "B" are trained.
@@ -138,8 +147,7 @@ class LoraLayer(BaseWeight):
         down[name], up[name] = (weight_holder(A), weight_holder(B, factor.bias)) if kind.on_disk else (A, B)
         self.lora_dropout[name] = factor.dropout
         for own in factor.variant.tensors:
-            tensor = parameter(factor.own[own.held_as])
-            getattr(self, own.held_as)[name] = OwnWeight(tensor) if own.carried == "module" else tensor
+            getattr(self, own.held_as)[name] = own_entry(own.carried, factor.own[own.held_as])
         for held in map(self._modules.get, (*HOLDERS, *factor.own)):
             for new in () if held is None else (held, held._modules.get(name)):
                 if new is not None and new.training is not self.training:  # new modules get the layer's mode
@@ -153,7 +161,7 @@ class LoraLayer(BaseWeight):
         """Remove an adapter's factors, if any; return this layer, or the base module if no adapters are left."""
         for attribute in (*HOLDERS, *(own.held_as for own in own_tensors())):
             holder = self._modules.get(attribute)
-            if isinstance(holder, (ModuleDict, ParameterDict)) and adapter in holder:
+            if isinstance(holder, (ModuleDict, ParameterDict, BufferDict)) and adapter in holder:
                 del holder[adapter]
         for table in (self.r, self.lora_alpha, self.scaling, self.variant, self.settings, self.trains):
             table.pop(adapter, None)
@@ -183,9 +191,9 @@ class LoraLayer(BaseWeight):
             setting = self.settings.get(name, NO_SETTING)
         return Factor(A, B, self.scaling[name], self.lora_dropout[name], variant, own, bias, setting)
 
-    def _own(self, name: str, held_as: str) -> nn.Parameter:
+    def _own(self, name: str, held_as: str) -> Tensor:
         """Return one of the extra tensors of an adapter's variant, in its in-memory shape (…)."""
-        held: nn.Parameter | OwnWeight = self._holder(held_as)[name]
+        held: Tensor | OwnWeight = self._holder(held_as)[name]
         return held.weight if isinstance(held, OwnWeight) else held
 
     def _holder(self, attribute: str) -> Mapping[str, Any]:
@@ -304,7 +312,11 @@ class LoraLayer(BaseWeight):
             x = factor.dropout(x.to(dtype))
         A, B = (factor.A, factor.B) if variant.factors is None else variant.factors(factor, self.training)
         module = self.source if self.replaced else self.base_layer
-        h = kind.down(module, x, A.to(dtype)) if variant.down is None else variant.down(kind, module, x, factor)
+        h = (
+            kind.down(module, x, A.to(dtype))
+            if variant.down is None
+            else variant.down(kind, module, x, factor, self.training)
+        )
         z = kind.up(module, h * factor.scale, B.to(dtype))  # scale h (…, r), because it is the smallest tensor
         if factor.bias is not None:
             z = z + spread(factor.bias.to(dtype) * factor.scale, self.spec)

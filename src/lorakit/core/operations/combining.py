@@ -41,7 +41,7 @@ from lorakit.core.operations.writing import (
     reader_of,
     write,
 )
-from lorakit.core.variants import Addend, Variant, variants_of
+from lorakit.core.variants import NO_TENSORS, PLAIN, Addend, Variant, is_kept, variants_of
 from lorakit.durable import JsonObject
 from lorakit.errors import AdapterError, ConfigError
 
@@ -228,6 +228,8 @@ def _site(
     made = dataclasses.replace(first.holding(product), bias=None)
     if summed is not None:
         made = made.of_variant(summed[0], own)
+    elif not is_kept(made.variant):
+        made = made.of_variant(PLAIN, NO_TENSORS)
     return made, SiteOperation(path, made.r, exact.rank * first.shared, norm, distance / norm if norm else 0.0)
 
 

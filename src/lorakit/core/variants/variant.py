@@ -110,7 +110,8 @@ class OwnTensor:
 
     Attributes:
         held_as: Name of the layer attribute that holds this tensor for every adapter.
-        carried: "module" if the attribute holds modules with a `.weight`, "parameter" if it holds parameters.
+        carried: "module" if the attribute holds modules with a `.weight`, "parameter" if it holds parameters, or
+            "buffer" if it holds buffers, which are saved but never trained.
         keys: Suffixes of the tensor's name on disk: the first is used for writing, and all are accepted when reading.
         shape: Function from kind, weight spec, rank and setting to the tensor's shape in memory and on disk.
         start: Function from a `Start` to the initial tensor, which is then reshaped to `shape`.
@@ -119,7 +120,7 @@ class OwnTensor:
     """
 
     held_as: str
-    carried: Literal["module", "parameter"]
+    carried: Literal["module", "parameter", "buffer"]
     keys: tuple[str, ...]
     shape: Callable[[Kind, WeightSpec, int, Setting], Shape]
     start: Callable[[Start], Tensor]
@@ -210,7 +211,8 @@ class Variant:
         shapes: Function from kind, weight spec, rank and setting to the shapes of A and B; None for the kind's shapes.
         factors: Function from a factor and a training flag to the A and B to multiply; None to multiply A and B as
             stored.
-        down: Function from kind, module, input and factor to the unscaled input of B; None for the kind's A·x.
+        down: Function from kind, module, input, factor and a training flag to the unscaled input of B; None for the
+            kind's A·x. It may write to the factor's buffers.
         output: Function from an `At` to the addition to y₀, shaped like y₀; None if the addition is z.
         update: Function from kind, weight spec, canonical W, scaled delta (shaped like W) and factor to the addition to
             W; None if the variant is not mergeable.
@@ -246,7 +248,7 @@ class Variant:
     tensors: tuple[OwnTensor, ...] = ()
     shapes: Callable[[Kind, WeightSpec, int, Setting], tuple[Shape, Shape]] | None = None
     factors: Callable[[Factor, bool], tuple[Tensor, Tensor]] | None = None
-    down: Callable[[Kind, nn.Module, Tensor, Factor], Tensor] | None = None
+    down: Callable[[Kind, nn.Module, Tensor, Factor, bool], Tensor] | None = None
     output: Callable[[At], Tensor] | None = None
     update: Callable[[Kind, WeightSpec, Tensor, Tensor, Factor], Tensor] | None = added
     unmergeable_reason: str = ""

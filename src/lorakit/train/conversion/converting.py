@@ -66,7 +66,6 @@ PEFT = Tool(
         "revision": no_counterpart("the default revision of the base is used"),
         "fan_in_fan_out": nothing,
         "runtime_config": nothing,
-        "qalora_group_size": nothing,
         "megatron_core": nothing,
         "loftq_config": no_counterpart("LoftQ is not available for training"),
     },

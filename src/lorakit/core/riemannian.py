@@ -1,0 +1,164 @@
+"""Riemannian preconditioning: each factor's gradient is multiplied by the damped inverse of the other's Gram matrix.
+
+The preconditioner works with any optimizer of torch whose step uses `.grad`. It runs at the start of each step and
+changes the gradients of A and B in place. This module does not depend on schedules, files or PEFT's names.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lorakit.core.linalg import damped_inverse
+from lorakit.core.model.activation import trainable_parameters
+from lorakit.core.model.index import layers
+from lorakit.core.quantization import at_least_fp32
+from lorakit.errors import ConfigError, ConfigTypeError
+
+DAMPING = 1e-2
+"""Default of δ, as in PEFT."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The trained factors of one adapter at one site.
+
+    Attributes:
+        A: Down projection, (r, in); with experts, (E·r, in), ordered by expert.
+        B: Up projection, (out, r); with experts, (out, r·E), with the expert index varying fastest.
+        experts: Number of experts E; 1 for a single matrix.
+    """
+
+    A: nn.Parameter
+    B: nn.Parameter
+    experts: int = 1
+
+
+def trained_factors(model: nn.Module, name: str | None = None) -> list[Factors]:
+    """Return the pairs of A (r, in) and B (out, r) that can be preconditioned, in model order.
+
+    A pair is left out if one of its factors is frozen or is not a matrix (convolutions), if it belongs to an embedding,
+    or if A and B are stored with different ranks (a block-diagonal B).
+
+    Args:
+        model: An adapted model.
+        name: One adapter, or None for all.
+
+    Raises:
+        AdapterError: The model does not have the adapter.
+    """
+    trained = {id(parameter) for _, parameter in trainable_parameters(model, name)}
+    found: dict[int, Factors] = {}
+    for _, layer in layers(model):
+        for adapter in layer.r if name is None else layer.r.keys() & {name}:
+            own = layer.parameters_of(adapter)[:2]
+            if len(own) < 2 or layer.kind.zero_side == "A" or not all(id(factor) in trained for factor in own):
+                continue  # without its own factors, the layer uses those of the layer that it is tied to
+            A, B = own
+            if A.ndim == B.ndim == 2 and len(A) == B.shape[1]:
+                found.setdefault(id(A), Factors(A, B, max(1, layer.spec.experts)))
+    return list(found.values())
+
+
+@torch.no_grad()
+def precondition(factors: Factors, damping: float) -> None:
+    """Replace the gradients of A and B by g_A ← (Bᵀ·B + δ·I)⁻¹·g_A and g_B ← g_B·(A·Aᵀ + δ·I)⁻¹.   [docs/math.md (46)]
+
+    A gradient that is None is left alone. The matmuls are computed in fp32 or wider; each expert has its own matrices.
+
+    Args:
+        factors: The factors, whose `.grad` is overwritten.
+        damping: δ, which keeps the inverse finite while a factor is zero.
+
+    Source:
+        Zhang and Pilanci 2024, arXiv:2402.02347, section 3.
+    """
+    A, B = (
+        _by_expert(tensor.detach(), of_B, factors.experts) for tensor, of_B in ((factors.A, False), (factors.B, True))
+    )
+    for factor, of_B in ((factors.A, False), (factors.B, True)):
+        if factor.grad is None:
+            continue
+        gradient = _by_expert(factor.grad, of_B, factors.experts)
+        new = gradient @ damped_inverse(A, damping) if of_B else damped_inverse(B.mT, damping) @ gradient
+        stored = new.permute(1, 2, 0) if of_B else new
+        factor.grad.copy_(stored.reshape(factor.shape))
+
+
+def _by_expert(tensor: Tensor, of_B: bool, experts: int) -> Tensor:
+    """Return A as (experts, r, in) or B as (experts, out, r), in fp32 or wider."""
+    wide = at_least_fp32(tensor)
+    return wide.reshape(len(wide), -1, experts).permute(2, 0, 1) if of_B else wide.reshape(experts, -1, wide.shape[1])
+
+
+def preconditioned(
+    optimizer: type[Optimizer], model: nn.Module, *, lr: float, damping: float = DAMPING, **options: Any
+) -> Optimizer:
+    """Create an optimizer of a model's trainable parameters that preconditions the gradients of A and B at each step.
+
+    All other parameters are updated with their own gradients.
+
+    Args:
+        optimizer: The optimizer's class, such as `torch.optim.AdamW`.
+        model: An adapted model.
+        lr: Learning rate.
+        damping: δ, at least 0.
+        options: Further arguments of the class, such as `weight_decay`.
+
+    Returns:
+        An instance of the class; its `step` accepts no closure.
+
+    Raises:
+        ConfigTypeError: `optimizer` is not an optimizer class.
+        ConfigError: No site trains both A and B, δ is not a number >= 0, or the optimizer needs a closure.
+    """
+    if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
+        raise ConfigTypeError(
+            f"optimizer_cls must be a subclass of torch.optim.Optimizer, got {optimizer!r}.",
+            what=optimizer,
+            field="optimizer_cls",
+        )
+    if not math.isfinite(damping) or damping < 0:
+        raise ConfigError.of("reg", damping, "a finite number >= 0")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"{optimizer.__name__} requires a closure, which would replace the preconditioned gradients within a step. "
+            "Use an optimizer whose closure is optional, such as AdamW or SGD.",
+            what=optimizer.__name__,
+            field="optimizer_cls",
+        )
+    pairs = trained_factors(model)
+    if not pairs:
+        raise ConfigError(
+            "The model does not have any trainable lora_A/lora_B parameter pairs, which the preconditioner needs. "
+            "Attach an adapter to linear layers, or unfreeze it.",
+            field="model",
+        )
+    options = {"lr": lr, **options}
+    made = optimizer([p for p in model.parameters() if p.requires_grad], **options)
+    made.register_step_pre_hook(_before_step(pairs, damping))
+    return made
+
+
+def _before_step(
+    pairs: Sequence[Factors], damping: float
+) -> Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], None]:
+    def run(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(value is not None for value in (*args[1:], kwargs.get("closure"))):  # the first one is the optimizer
+            raise ConfigError(
+                "The preconditioned optimizer does not support closures, which would replace the preconditioned "
+                "gradients within a step. Call backward() before step().",
+                field="closure",
+            )
+        for pair in pairs:
+            precondition(pair, damping)
+
+    return run
