@@ -7,7 +7,7 @@ and does not import torch.
 
 In PEFT's files, the keys of `rank_pattern` and `alpha_pattern` are regular expressions. Evaluating a regular expression
 from an untrusted file could take hours, so lorakit never evaluates one. In files, only plain names are supported: a
-path, a dotted suffix of a path, or `^` followed by a full path.
+path, a dotted suffix of a path, `^` followed by a full path, or `.*\\.` followed by a dotted suffix of a path.
 """
 
 from __future__ import annotations
@@ -508,7 +508,10 @@ def compiled(pattern: str, where: str, given: str | None = None) -> re.Pattern[s
         ) from None
 
 
-_PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_\-]|\\?\.)+\$?")
+_ANY_PARENT = r".*\."
+"""Beginning of the patterns that PEFT writes for fused experts: any parent path, then a plain name."""
+
+_PLAIN = re.compile(r"(?:\^|\.\*\\\.)?(?:[A-Za-z0-9_\-]|\\?\.)+\$?")
 
 
 def literal_value(patterns: Mapping[str, float], path: str, default: float) -> float:
@@ -537,5 +540,8 @@ def names(pattern: str, path: str) -> bool:
             "or dotted suffixes.",
             what=pattern,
         )
-    word = pattern.removesuffix("$").replace("\\.", ".")
+    has_parent = pattern.startswith(_ANY_PARENT)
+    word = pattern.removeprefix(_ANY_PARENT).removesuffix("$").replace("\\.", ".")
+    if has_parent:
+        return path.endswith(f".{word}")
     return path == word[1:] if word.startswith("^") else names_path(word, path)
