@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lorakit.peft as ours
@@ -136,3 +139,41 @@ def gradients(model: Any) -> dict[str, Tensor]:
     model.zero_grad()
     loss_and_logits(model)[0].backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def old_tensors(family: Family, alone: bool = False) -> dict[str, Tensor]:
+    """Return the tensors of an adapter of rank 2 on attention, experts and router, as transformers 4 named them.
+
+    Args:
+        family: One with `old` names.
+        alone: Whether the adapter has only the experts and the router.
+    """
+    model, generator = family.model(), torch.Generator().manual_seed(7)
+    block = "block_sparse_moe" if "w1" in family.old else "mlp"
+    sizes: dict[str, tuple[int, int]] = {}
+    for path, module in model.named_modules():
+        if path.endswith(".q_proj") and not alone:
+            sizes[path] = tuple(module.weight.shape)
+        if path.endswith(".mlp.experts"):
+            around = path.removesuffix("mlp.experts") + block
+            number, both, width = module.gate_up_proj.shape
+            gate, up, down = ("w1", "w3", "w2") if "w1" in family.old else ("gate_proj", "up_proj", "down_proj")
+            for one in range(number):
+                sizes |= {f"{around}.experts.{one}.{name}": (both // 2, width) for name in (gate, up)}
+                sizes[f"{around}.experts.{one}.{down}"] = (width, both // 2)
+            if "gate" in family.old:
+                sizes[f"{around}.gate"] = (number, width)
+    found = {}
+    for path, (rows, columns) in sizes.items():
+        for part, size in (("A", (2, columns)), ("B", (rows, 2))):
+            found[f"base_model.model.{path}.lora_{part}.weight"] = 0.2 * torch.randn(size, generator=generator)
+    return found
+
+
+def write_old(folder: Path, tensors: dict[str, Tensor], **fields: Any) -> Path:
+    """Write an adapter of rank 2 as peft did under transformers 4, and return its directory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    values = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "inference_mode": True} | fields
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    return folder

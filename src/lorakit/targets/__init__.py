@@ -1,6 +1,6 @@
 """Match a config's targets against the module and parameter paths of a model or a plan."""
 
-from lorakit.targets.experts import LEFT_OUT, note_on_rest, with_current_names
+from lorakit.targets.experts import LEFT_OUT, current_path, note_on_rest, with_current_names, with_fused_targets
 from lorakit.targets.resolving import (
     ALL_LINEAR,
     LARGE_RANK,
@@ -34,6 +34,7 @@ __all__ = [
     "Note",
     "Resolution",
     "Unmatched",
+    "current_path",
     "exact_key",
     "first_match",
     "key_fits",
@@ -46,4 +47,5 @@ __all__ = [
     "targeted_parameters",
     "unfitting_keys",
     "with_current_names",
+    "with_fused_targets",
 ]

@@ -88,6 +88,34 @@ def with_current_names(
     return _converted(layout, config, found, held)
 
 
+def with_fused_targets(
+    config: LoraConfig,
+    model_type: str,
+    parts: Mapping[str, set[str]],
+    modules: Collection[str],
+    parameters: Sequence[BareParameter],
+) -> LoraConfig:
+    """Return a config that targets given parameters and modules; no pattern of the config is evaluated.
+
+    Args:
+        config: The config; it is not modified.
+        model_type: The model's `model_type`, which must be in `EXPERTS_BY_TYPE`.
+        parts: Path of a parameter -> old names of its parts.
+        modules: The new `target_modules`.
+        parameters: Every named parameter of the model, in order.
+    """
+    layout = EXPERTS_BY_TYPE[model_type]
+    plain = dataclasses.replace(config, exclude_modules=None, layers_to_transform=None, layers_pattern=None)
+    made = _converted(layout, plain, _Found(dict(parts), modules=set(modules)), _held(layout, parameters))
+    return dataclasses.replace(
+        config,
+        target_modules=made.target_modules,
+        target_parameters=made.target_parameters,
+        rank_pattern=made.rank_pattern,
+        alpha_pattern=made.alpha_pattern,
+    )
+
+
 def _held(layout: ExpertsLayout, parameters: Sequence[BareParameter]) -> list[BareParameter]:
     """Return the model's parameters with experts and routers, or [] if it has no experts."""
     names = set(layout.parameters.values())
@@ -125,9 +153,14 @@ def _named(
     return found
 
 
+def current_path(layout: ExpertsLayout, path: str) -> str:
+    """Return a path with the current name of the module around router and experts."""
+    return ".".join(BLOCK if word and word == layout.block else word for word in path.split("."))
+
+
 def _without_number(layout: ExpertsLayout, parent: str) -> tuple[str, int | None]:
     """Return the path of the module with the experts, with the block's current name, and the number of an expert."""
-    words = [BLOCK if word and word == layout.block else word for word in parent.split(".")]
+    words = current_path(layout, parent).split(".")
     number = int(words.pop()) if len(words) > 1 and words[-1].isdecimal() and words[-2] == "experts" else None
     return ".".join(words), number
 
@@ -171,7 +204,7 @@ def _check(layout: ExpertsLayout, config: LoraConfig, found: _Found, held: Mappi
         lacking = sorted(set(_parts_at(layout, path)) - olds)
         if lacking:
             raise ConfigError(
-                f"target_modules names {', '.join(sorted(olds))} but not {', '.join(lacking)}, which {path} contains, too. "
+                f"target_modules names {', '.join(sorted(olds))} but not {', '.join(lacking)}; {path} has both. "
                 "Name both, or neither.",
                 what=lacking[0],
                 where=path,
