@@ -126,6 +126,16 @@ def test_extracting_finds_the_update_of_a_merged_model() -> None:
         torch.testing.assert_close(loss_and_logits(base)[1], expected, **CLOSE)
 
 
+def test_dropout_at_a_router_is_an_error_of_the_plan_too() -> None:
+    config = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1)
+    with pytest.raises(ConfigError) as caught:
+        count(shape_of_module(QWEN.model(), "small", "test"), config)
+    assert caught.value.fields["field"] == "lora_dropout"
+    without = config.with_fields(exclude_modules=["gate"])
+    planned = count(shape_of_module(QWEN.model(), "small", "test"), without)
+    assert planned.trainable == core.attach(QWEN.model(), without).trainable_parameters
+
+
 @pytest.mark.parametrize(
     "fields",
     [
