@@ -312,8 +312,12 @@ def note_on_rest(
     ]
     if not rest:
         return None
-    fraction = sum(_size(modules, parameter) for parameter in rest) / max(total, 1)
-    labels = ", ".join(dict.fromkeys(map(_label, rest)))
+    sizes: dict[str, int] = {}
+    for parameter in rest:
+        label = _label(parameter)
+        sizes[label] = sizes.get(label, 0) + _size(modules, parameter)
+    labels = ", ".join(sorted(sizes, key=lambda label: (-sizes[label], label)))
+    fraction = sum(sizes.values()) / max(total, 1)
     return Note(LEFT_OUT, f"The targets leave out {labels}: {fraction:.2%} of the model's parameters.")
 
 
