@@ -106,6 +106,10 @@ PLACES = tuple(_places())
 
 WITHOUT_A_PLACE: Mapping[str, str] = {
     "InnerLinear": "the dense layer inside nn.MultiheadAttention is always adapted together with it",
+    **dict.fromkeys(
+        ("fp8 with block scales", "fp8 experts", "GPTQ", "AWQ", "compressed-tensors"),
+        "peft has no layer for it that runs on a CPU; tests/core/quantization compares with a dense model",
+    ),
 }
 """Entries of KINDS and WEIGHT_FORMATS without a `Place`, each with its reason."""
 

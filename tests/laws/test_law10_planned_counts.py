@@ -208,7 +208,8 @@ BARE: dict[str, dict[str, Any]] = {
     "experts": {"target_modules": []},
     "experts-and-modules": {"target_parameters": ["gate_up_proj"], "rank_pattern": {"0.mlp.experts.gate_up_proj": 1}},
     "matrices": {"target_modules": [], "target_parameters": ["q_proj.weight", "layers.0.self_attn.k_proj.weight"]},
-    "rslora": {"use_rslora": True, "lora_dropout": 0.1, "target_modules": "all-linear"},
+    "rslora": {"use_rslora": True, "target_modules": "all-linear"},
+    "dropout": {"target_modules": ["q_proj"], "lora_dropout": 0.1},
     "mica": {"target_modules": [], "init_lora_weights": "mica"},
 }
 

@@ -69,3 +69,24 @@ def test_an_exact_key_is_the_path_if_that_is_enough() -> None:
 def test_an_exact_key_escapes_special_characters() -> None:
     path = "blocks.a+b.q"
     assert key_fits(exact_key(path, [path]), path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "fits"),
+    [
+        (r".*\.gate_up_proj", "layers.0.experts.gate_up_proj", True),
+        (r".*\.experts.gate_up_proj", "layers.0.experts.gate_up_proj", True),
+        (r".*\.gate_up_proj", "layers.0.my_gate_up_proj", False),
+        (r".*\.gate_up_proj", "gate_up_proj", False),
+        (r".*\.gate_up_proj", "layers.0.gate_up_proj.weight", False),
+    ],
+)
+def test_a_name_under_any_parent_is_read_as_text(pattern: str, path: str, fits: bool) -> None:
+    assert names(pattern, path) is fits
+    assert key_fits(pattern, path) is fits  # as peft matches it
+
+
+@pytest.mark.parametrize("pattern", [r".*\..*\.q", r".*\.(a+)+", r".*.q", r"x.*\.q", r"^.*\.q", r".*\."])
+def test_other_patterns_with_any_parent_are_refused(pattern: str) -> None:
+    with pytest.raises(PatternError):
+        names(pattern, "layers.0.q")

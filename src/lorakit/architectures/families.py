@@ -10,7 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lorakit.architectures.layouts import Architecture, AttentionLayout, Block, FeedForwardLayout, Sublayer
+from lorakit.architectures.layouts import (
+    Architecture,
+    AttentionLayout,
+    Block,
+    ExpertsLayout,
+    FeedForwardLayout,
+    Sublayer,
+)
 
 QKV = ("q_proj", "k_proj", "v_proj")
 SEPARATE = AttentionLayout(QKV, "o_proj")
@@ -245,6 +252,30 @@ DEFAULT_TARGETS: Mapping[str, tuple[str, ...] | str] = {
     model_type: row.targets for row in ARCHITECTURES for model_type in row.model_types
 }
 """Default target modules for each `model_type`, as in PEFT."""
+
+EXPERTS: tuple[ExpertsLayout, ...] = (
+    ExpertsLayout(("w1", "w3"), "w2", block="block_sparse_moe", model_types=("minimax", "minimax_m2", "mixtral")),
+    ExpertsLayout(
+        ("gate_proj", "up_proj"),
+        "down_proj",
+        model_types=(
+            *("afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe"),
+            *("exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe"),
+            *("longcat_flash", "mellum", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text"),
+            *("qwen3_omni_moe_thinker", "sarvam_mla", "solar_open"),
+        ),
+    ),
+)
+"""Names of transformers 4 in models with experts."""
+
+EXPERTS_BY_TYPE: Mapping[str, ExpertsLayout] = {kind: layout for layout in EXPERTS for kind in layout.model_types}
+"""The names of transformers 4 for each `model_type`."""
+
+TUPLE_ROUTERS = (
+    "transformers.models.llama4.modeling_llama4.Llama4Router",
+    "transformers.models.phimoe.modeling_phimoe.PhimoeTopKRouter",
+)
+"""Subclasses of nn.Linear that return a tuple, to which the product of A and B cannot be added."""
 
 BLOCKS: tuple[Block, ...] = tuple(dict.fromkeys(row.block for row in ARCHITECTURES if row.block is not None))
 """The different layouts of blocks."""

@@ -18,6 +18,12 @@ SublayerName = Literal["attention", "feed-forward"]
 ACTIVATION = ("act_fn", "activation_fn", "act")
 """Usual names of a feed-forward block's activation."""
 
+FUSED, DOWN = "gate_up_proj", "down_proj"
+"""Parameters with the weights of all experts of a layer, in transformers 5."""
+
+BLOCK = "mlp"
+"""Usual name of the module around router and experts, in transformers 5."""
+
 
 def is_within(path: str, module: str) -> bool:
     """Return whether a module is another one or is inside it.
@@ -223,6 +229,38 @@ class Block:
             if any(is_within(path, one) or is_within(one, path) for one in held):
                 return name
         return None
+
+
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """Names that transformers 4 used in layers with experts, where each expert was a module of its own.
+
+    Attributes:
+        inner: Modules whose weights are now fused in one parameter, in the order of its rows.
+        down: Module after the activation.
+        router: Module that selects the experts.
+        block: Name of the module around router and experts in transformers 4, if it has another name now, or "".
+        model_types: Values of a config's `model_type` for which PEFT converts these names.
+    """
+
+    inner: tuple[str, ...]
+    down: str
+    router: str = "gate"
+    block: str = ""
+    model_types: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """Return the name of the parameter, relative to the module that held the old one, for each old name."""
+        return {self.router: f"{self.router}.weight", **dict.fromkeys(self.inner, FUSED), self.down: DOWN}
+
+    def parts(self, parameter: str) -> tuple[str, ...]:
+        """Return the old names of the modules that a parameter consists of.
+
+        Args:
+            parameter: One of the values of `parameters`.
+        """
+        return tuple(old for old, new in self.parameters.items() if new == parameter)
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,7 @@ class ModelShape:
         containers: Paths of modules without parameters of their own; a target list may name such a module by mistake.
         experts_per_token: Number of fused experts that process each token; 0 if there are none or if the number is
             unknown.
+        model_type: The `model_type` of the model's config, or "" for a published model.
         full_modules: Paths of modules that the model's task trains in full and that are not quantized: a head for
             classification, and modules that the model's files lack.
     """
@@ -136,6 +137,7 @@ class ModelShape:
     containers: tuple[str, ...] = ()
     experts_per_token: int = 0
     full_modules: tuple[str, ...] = ()
+    model_type: str = ""
 
     @property
     def fused(self) -> tuple[tuple[int, int], ...]:

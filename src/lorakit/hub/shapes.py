@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit.architectures.families import TUPLE_ROUTERS
 from lorakit.architectures.shapes import ModelShape, PlainShape, SiteShape
 from lorakit.durable import JsonValue
 from lorakit.errors import ModelError
@@ -118,6 +119,7 @@ def shape_of_module(module: PreTrainedModel, name: str, source: str) -> ModelSha
         dropouts={cause: p for cause, p in dropouts.items() if p},
         containers=tuple(containers),
         experts_per_token=sizes["experts_per_token"],
+        model_type=str(getattr(config, "model_type", "")),
     )
 
 
@@ -229,7 +231,7 @@ def _site(path: str, part: nn.Module, owners: dict[int, str], head: nn.Module | 
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    if not isinstance(part, (nn.Linear, nn.Embedding, Conv1D)):
+    if not isinstance(part, (nn.Linear, nn.Embedding, Conv1D)) or _dotted(part) in TUPLE_ROUTERS:
         return None
     kind = LINEAR if isinstance(part, nn.Linear) else EMBEDDING if isinstance(part, nn.Embedding) else CONV1D
     first, second = (int(size) for size in part.weight.shape)
@@ -238,6 +240,10 @@ def _site(path: str, part: nn.Module, owners: dict[int, str], head: nn.Module | 
     dense, biased = kind != EMBEDDING and part is not head, getattr(part, "bias", None) is not None
     owner = owners.setdefault(id(part.weight), path)
     return SiteShape(path, kind, out_features, in_features, dense, biased, None if owner == path else owner)
+
+
+def _dotted(part: nn.Module) -> str:
+    return f"{type(part).__module__}.{type(part).__qualname__}"
 
 
 def _numbers(config: PreTrainedConfig, fields: Iterable[str]) -> list[int | float]:

@@ -15,9 +15,11 @@ from lorakit import core
 from lorakit.config import LoraConfig, looks_like_a_hub_id
 from lorakit.config.types import Value
 from lorakit.core.attachment.loading import check_base, place_adapter
+from lorakit.core.attachment.old_experts import with_fused_experts
 from lorakit.core.files.adapter_folder import AdapterFiles, read_adapter
 from lorakit.core.files.inspecting import implausible, judge_files
 from lorakit.core.model.checks import ALLOWANCES
+from lorakit.core.model.index import AdapterIndex
 from lorakit.errors import ShapeMismatchError, warn_caller
 from lorakit.hub_cache import adapter_from_hub
 from lorakit.peft import model_adapters
@@ -49,6 +51,10 @@ LENIENT = tuple(word for word in ALLOWANCES if word != "nonfinite")
 """Checks that only warn on failure, since PEFT does not perform them; NaN and infinite values still raise an error."""
 
 
+TARGETS = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
+"""Fields of a config that change if experts of transformers 4 are fused."""
+
+
 def load_whole(
     model: PeftModel, folder: Path, name: str, *, trainable: bool, config: LoraConfig | None = None
 ) -> IncompatibleKeys:
@@ -76,7 +82,8 @@ def load_whole(
         raise StateDictError(f"size mismatch: {refused}", **refused.fields) from None
     if not warnings:
         return IncompatibleKeys([], [])
-    held, targets = set(read_adapter(folder).file.tensors), dict(names_of(model, name))
+    files = with_fused_experts(read_adapter(folder), AdapterIndex.of(model.get_base_model()))
+    held, targets = set(files.file.tensors), dict(names_of(model, name))
     missing = [key for on_disk, key in targets.items() if on_disk not in held]
     return IncompatibleKeys(missing, sorted(held - set(targets)))
 
@@ -92,6 +99,10 @@ def _load(model: PeftModel, folder: Path, name: str, trainable: bool, config: Lo
         files = dataclasses.replace(files, config=config, config_is_ours=False, warnings=found)
         warnings = place_adapter(user, files, name, trainable, LENIENT, kinds_of(config))[1]
         config.inference_mode = not trainable
+        loaded = model.peft_config[name]
+        if loaded.target_parameters != config.target_parameters:  # experts of transformers 4 were fused
+            for field in TARGETS:
+                setattr(config, field, getattr(loaded, field))
         model.peft_config[name] = config
     setattr(user, CONFIGS, model.peft_config)
     answer_as_peft(user)

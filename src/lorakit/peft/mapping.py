@@ -11,13 +11,13 @@ from lorakit import core
 from lorakit.config import LoraConfig, PeftConfig, PeftConfigMixin, PeftType
 from lorakit.core.attachment.attaching import with_targets
 from lorakit.core.model.index import AdapterIndex
+from lorakit.core.model.target_weights import matched
 from lorakit.errors import ConfigError, warn_caller
 from lorakit.peft import model_adapters
 from lorakit.peft.model import PeftModel
 from lorakit.peft.model_classes import PeftMixedModel
 from lorakit.peft.placeholders import CONFIGS, placeholder
 from lorakit.peft.tuner import BaseTuner, LoraModel
-from lorakit.targets import resolve
 
 
 def get_peft_model(
@@ -80,8 +80,8 @@ def _make_room(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
             f"second wrapper; to remove the existing adapters, call `.unload()` first.{replaced}"
         )
     if adapter_name in there:
-        candidates = AdapterIndex.of(user).candidates
-        resolve(candidates, with_targets(config, user), allow_partial=True)  # may raise, so check before removing
+        index = AdapterIndex.of(user)
+        matched(index, with_targets(config, index), allow_partial=True)  # may raise, so check before removing
         core.detach(user, adapter_name)
 
 

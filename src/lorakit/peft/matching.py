@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from lorakit.architectures.families import DEFAULT_TARGETS
 from lorakit.config import LoraConfig, TaskType
 from lorakit.core.attachment.attaching import AttachReport, model_type_of, with_targets
 from lorakit.core.layers.adapter_component import AdapterModule
@@ -196,6 +197,8 @@ def with_own_targets(model: nn.Module, config: LoraConfig, table: Mapping[str, s
     targets = table.get(model_type_of(model))
     if targets is None or config.target_modules is not None or config.target_parameters:
         return config
+    if targets == DEFAULT_TARGETS.get(model_type_of(model)):
+        return config  # the core adds them, and reports what they leave out
     return config.with_fields(target_modules=targets if isinstance(targets, str) else set(targets))
 
 
@@ -211,7 +214,7 @@ def messages_of_missing(config: LoraConfig, report: AttachReport) -> list[str]:
     for field, message in NOTHING_MATCHED.items():
         value = getattr(config, field)
         own = [index for index, unmatched in enumerate(entries) if unmatched.field == field]
-        if own and len(own) == (1 if isinstance(value, str) else len(value)):
+        if own and value is not None and len(own) == (1 if isinstance(value, str) else len(value)):
             messages[own[0]] = f"{message.format(value=value)} {messages[own[0]]}"
     paths = [match_path(match) for match in report.matches]
     for field in PATTERNS:
@@ -256,7 +259,7 @@ def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -
     Raises:
         ConfigError: The config uses `target_parameters`, but tensor names do not identify individual parameters.
     """
-    if config.target_parameters:
+    if with_targets(config, model).target_parameters:
         raise ConfigError(
             "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`. This is "
             "not supported: inject it without the state_dict.",

@@ -33,6 +33,7 @@ from lorakit.peft.mixed_batches import BASE_NAME, Offsets
 from lorakit.peft.paths import PENALTY_METHODS
 from lorakit.peft.placeholders import PartialTargetsWarning, PeftWarning
 from lorakit.peft.utilities import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, names_tied_with_embedding
+from lorakit.targets import LEFT_OUT
 
 
 def kinds_of(config: LoraConfig | None) -> list[Kind]:
@@ -319,7 +320,7 @@ class BaseTuner(OverModel):
         for message in matching.messages_of_own_biases(self.model, name):
             warn_caller(message, PeftWarning)
         for note in report.notes:
-            if note.kind in {LEFT_ALONE, NOTHING_TIED}:
+            if note.kind in {LEFT_ALONE, LEFT_OUT, NOTHING_TIED}:
                 warn_caller(note.text)
         if state_dict is not None:
             self.peft_config[name].target_modules = config.target_modules

@@ -14,8 +14,19 @@ from typing import Literal
 
 from lorakit.architectures.shapes import ModelShape, SiteShape, is_inside, replicated, role, short_roles
 from lorakit.config import HEADS_BY_TASK, LoraConfig, scale
-from lorakit.errors import TargetError, UsageError
-from lorakit.targets import BareParameter, Candidate, Match, Note, Unmatched, match_path, names_path, resolve
+from lorakit.errors import ConfigError, TargetError, UsageError
+from lorakit.targets import (
+    BareParameter,
+    Candidate,
+    Match,
+    Note,
+    Unmatched,
+    match_path,
+    names_path,
+    note_on_rest,
+    resolve,
+    with_current_names,
+)
 from lorakit.targets.layer_types import EMBEDDING, LINEAR, PARAMETER
 
 
@@ -343,18 +354,36 @@ def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False,
 
     Raises:
         TargetError: A target matches nothing, or matches a module that does not support LoRA.
-        ConfigError: A pattern is invalid, or there are no targets.
+        ConfigError: A pattern is invalid, there are no targets, or dropout is not possible at a target.
     """
     shape = replicated(shape, config.layer_replication)
     bare, in_first = _bare_parameters(shape), {other.path for other in shape.others if other.in_first}
-    resolution = resolve(candidates(shape), config, allow_partial=allow_partial, parameters=bare)
+    modules, given = candidates(shape), config
+    config = with_current_names(config, shape.model_type, modules, bare)
+    resolution = resolve(modules, config, allow_partial=allow_partial, parameters=bare)
+    rest = note_on_rest(given, config, modules, bare, resolution, shape.parameters)
+    notes = resolution.notes if rest is None else (*resolution.notes, rest)
     sizes = {parameter.path: _canonical(parameter.shape, parameter.module in in_first) for parameter in bare}
     sizes |= {site.path: (1, site.out_features, site.in_features) for site in shape.sites}
     sites = tuple(_site_count(match, sizes[match_path(match)], config, optimizer) for match in resolution.matches)
+    _check_dropout(config, sites)
     saved = {path: _whole(shape, path) for path in resolution.saved}
     adapted = {site.path for site in sites}
     biases, rows = _biases(shape, config.bias, adapted, saved), trained_rows(shape, config, adapted)
-    return Count(shape.parameters, sites, saved, biases, rows, resolution.missing, resolution.notes)
+    return Count(shape.parameters, sites, saved, biases, rows, resolution.missing, notes)
+
+
+def _check_dropout(config: LoraConfig, sites: Sequence[SiteCount]) -> None:
+    """Reject dropout at matrices that are adapted as parameters, such as routers, because their input is unknown."""
+    site = next((site for site in sites if site.is_bare_matrix), None) if config.lora_dropout else None
+    if site is not None:
+        raise ConfigError(
+            f"lora_dropout={config.lora_dropout:g} is not possible at {site.path}, because the input of this parameter "
+            "is not accessible. Set lora_dropout=0, or leave the parameter out of the targets.",
+            what=config.lora_dropout,
+            where=site.path,
+            field="lora_dropout",
+        )
 
 
 def candidates(shape: ModelShape) -> list[Candidate]:

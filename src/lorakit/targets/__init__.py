@@ -1,5 +1,6 @@
 """Match a config's targets against the module and parameter paths of a model or a plan."""
 
+from lorakit.targets.experts import LEFT_OUT, current_path, note_on_rest, with_current_names, with_fused_targets
 from lorakit.targets.resolving import (
     ALL_LINEAR,
     LARGE_RANK,
@@ -25,6 +26,7 @@ from lorakit.targets.resolving import (
 __all__ = [
     "ALL_LINEAR",
     "LARGE_RANK",
+    "LEFT_OUT",
     "SEVERAL_MODULES",
     "BareParameter",
     "Candidate",
@@ -32,14 +34,18 @@ __all__ = [
     "Note",
     "Resolution",
     "Unmatched",
+    "current_path",
     "exact_key",
     "first_match",
     "key_fits",
     "literal_value",
     "match_path",
     "names_path",
+    "note_on_rest",
     "resolve",
     "saved_modules",
     "targeted_parameters",
     "unfitting_keys",
+    "with_current_names",
+    "with_fused_targets",
 ]

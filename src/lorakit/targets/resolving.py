@@ -1,4 +1,4 @@
-"""Match a config's targets against the module and parameter paths of a model or a plan.
+r"""Match a config's targets against the module and parameter paths of a model or a plan.
 
 The rules are PEFT's. A list entry is a path or a dotted suffix of one; a string is a regular expression that must match
 the whole path; "all-linear" selects every dense layer except the output head. `exclude_modules` takes precedence.
@@ -7,7 +7,7 @@ and does not import torch.
 
 In PEFT's files, the keys of `rank_pattern` and `alpha_pattern` are regular expressions. Evaluating a regular expression
 from an untrusted file could take hours, so lorakit never evaluates one. In files, only plain names are supported: a
-path, a dotted suffix of a path, or `^` followed by a full path.
+path, a dotted suffix of a path, `^` followed by a full path, or `.*\.` followed by a dotted suffix of a path.
 """
 
 from __future__ import annotations
@@ -293,17 +293,30 @@ def _targeted(candidates: Sequence[Candidate], config: LoraConfig, saved: Sequen
             "target_modules is not set; name the modules to adapt, or use 'all-linear'.", field="target_modules"
         )
     entry_of = _matcher("target_modules", config.target_modules)
-    excluded = _matcher("exclude_modules", config.exclude_modules) if config.exclude_modules else lambda _: None
-    in_layer = _layer_filter(config)
+    is_selected = selects(config)
     inside = tuple(path + "." for path in saved)
     found = []
     for candidate in candidates:
         entry = entry_of(candidate)
         if entry is None or candidate.path in saved or candidate.path.startswith(inside):
             continue
-        if excluded(candidate) is None and in_layer(candidate.path):
+        if is_selected(candidate):
             found.append((candidate, entry))
     return found
+
+
+def selects(config: LoraConfig) -> Callable[[Candidate], bool]:
+    """Return a function that tells whether a module is in the selected layers and not excluded.
+
+    Args:
+        config: The config; only `exclude_modules`, `layers_to_transform` and `layers_pattern` are used.
+
+    Raises:
+        ConfigError: `exclude_modules` is not a valid regular expression.
+    """
+    excluded = _matcher("exclude_modules", config.exclude_modules) if config.exclude_modules else lambda _: None
+    in_layer = _layer_filter(config)
+    return lambda candidate: excluded(candidate) is None and in_layer(candidate.path)
 
 
 def _layer_filter(config: LoraConfig) -> Callable[[str], bool]:
@@ -508,7 +521,10 @@ def compiled(pattern: str, where: str, given: str | None = None) -> re.Pattern[s
         ) from None
 
 
-_PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_\-]|\\?\.)+\$?")
+_ANY_PARENT = r".*\."
+"""Beginning of the patterns that PEFT writes for fused experts: any parent path, then a plain name."""
+
+_PLAIN = re.compile(r"(?:\^|\.\*\\\.)?(?:[A-Za-z0-9_\-]|\\?\.)+\$?")
 
 
 def literal_value(patterns: Mapping[str, float], path: str, default: float) -> float:
@@ -537,5 +553,8 @@ def names(pattern: str, path: str) -> bool:
             "or dotted suffixes.",
             what=pattern,
         )
-    word = pattern.removesuffix("$").replace("\\.", ".")
+    has_parent = pattern.startswith(_ANY_PARENT)
+    word = pattern.removeprefix(_ANY_PARENT).removesuffix("$").replace("\\.", ".")
+    if has_parent:
+        return path.endswith(f".{word}")
     return path == word[1:] if word.startswith("^") else names_path(word, path)

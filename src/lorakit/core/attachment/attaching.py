@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorakit.architectures.families import DEFAULT_TARGETS
+from lorakit.architectures.families import DEFAULT_TARGETS, EXPERTS_BY_TYPE
 from lorakit.config import LoraConfig, scale
 from lorakit.core.attachment import build
 from lorakit.core.attachment.residual_base import give_base_back, mover_of, residual
@@ -27,7 +27,7 @@ from lorakit.core.merging.merging import unmerge
 from lorakit.core.model import checks
 from lorakit.core.model.index import AdapterIndex, trainable_block
 from lorakit.core.model.replication import stacked_for
-from lorakit.core.model.target_weights import matched
+from lorakit.core.model.target_weights import bare_parameters, matched
 from lorakit.core.model.ties import with_ties
 from lorakit.core.model.vocabulary import chosen_rows
 from lorakit.core.quantization import allow_repacking, weight_format_of
@@ -37,7 +37,16 @@ from lorakit.core.routing.state import AdapterState
 from lorakit.core.statistics.moments import Statistics
 from lorakit.errors import AdapterError, ConfigError
 from lorakit.tables import format_bytes
-from lorakit.targets import ALL_LINEAR, Match, Note, Resolution, Unmatched, match_path
+from lorakit.targets import (
+    ALL_LINEAR,
+    Match,
+    Note,
+    Resolution,
+    Unmatched,
+    match_path,
+    note_on_rest,
+    with_current_names,
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ def attach(
     checks.check_allowances(allow)
     index = AdapterIndex.of(model, kinds)
     checks.check_new_name(index.state, name)
-    config = with_targets(config, model)
+    given, config = config, with_targets(config, index)
     checks.check_company(index.state, config)
     if statistics is not None:
         statistics.check(config, index)
@@ -102,7 +111,8 @@ def attach(
         factors = build.fresh_factors(index, config, found.matches, seed, statistics)
         rows = build.new_rows(index, chosen_rows(index, config, {f.target.outer for f in factors}, found.saved))
         auxiliary = build.new_extras(index, config, factors, found.saved, leaders, rows)
-        notes = (*found.notes, *_notes_on_residuals(index, config, factors))
+        rest = _note_on_rest(index, given, config, found)
+        notes = (*found.notes, *rest, *_notes_on_residuals(index, config, factors))
         state = build.commit(index, build.NewAdapter(name, config, factors, auxiliary))
         trained = _trained_values(name, state, auxiliary)
     return AttachReport(name, found.matches, trained, notes, found.missing)
@@ -114,6 +124,14 @@ def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -
     checks.check_called(index.model, [match.path for match in found.matches])
     checks.check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
     return found, leaders
+
+
+def _note_on_rest(index: AdapterIndex, given: LoraConfig, config: LoraConfig, found: Resolution) -> list[Note]:
+    """Return a note about matrices that the targets leave out, or []; see `lorakit.targets.note_on_rest`."""
+    bare = [parameter for parameter in bare_parameters(index) if len(parameter.shape) in {2, 3}]
+    total = sum(parameter.numel() for parameter in index.model.parameters())
+    note = note_on_rest(given, config, index.candidates, bare, found, total)
+    return [] if note is None else [note]
 
 
 def _trained_values(name: str, state: AdapterState, auxiliary: Extras) -> int:
@@ -216,12 +234,29 @@ def _without(component: AdapterModule, names: Sequence[str]) -> nn.Module:
     return left
 
 
-def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
-    """Return a copy of a config; if it names no targets, add PEFT's default targets for the architecture.
+def with_targets(config: LoraConfig, model: nn.Module | AdapterIndex) -> LoraConfig:
+    """Return a copy of a config with the targets that apply to a model.
+
+    If the config names no targets, PEFT's default targets for the architecture are added. Names that transformers 4
+    used in models with experts are converted.
+
+    Args:
+        config: The config.
+        model: The model, or its index.
 
     Raises:
-        ConfigError: The config names no targets, and the architecture has no default.
+        ConfigError: The config names no targets, and the architecture has no default; or old names cannot be converted.
+        TargetError: The config names an expert that does not exist.
     """
+    plain = model.model if isinstance(model, AdapterIndex) else model
+    given, model_type = _with_default(config, plain), model_type_of(plain)
+    if model_type not in EXPERTS_BY_TYPE:
+        return given
+    index = AdapterIndex.of(model)
+    return with_current_names(given, model_type, index.candidates, bare_parameters(index))
+
+
+def _with_default(config: LoraConfig, model: nn.Module) -> LoraConfig:
     model_type = model_type_of(model)
     if config.target_modules is not None or (config.target_parameters and model_type not in DEFAULT_TARGETS):
         return dataclasses.replace(config)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.attachment import build
 from lorakit.core.attachment.fitting import SHAPE, Fit, Problem, copied_tensors, fit, out_of_range
+from lorakit.core.attachment.old_experts import with_fused_experts
 from lorakit.core.attachment.residual_base import InitRecord, init_context_for, init_record_of
 from lorakit.core.files.adapter_folder import KINDS_KEY, AdapterFiles, alpha_at, read_adapter
 from lorakit.core.files.inspecting import Site, implausible, judge, largest_values, nonfinite, not_finite
@@ -150,6 +151,8 @@ def place_adapter(
 ) -> tuple[int, tuple[str, ...]]:
     """Attach an adapter to a model, given the adapter's files; everything is checked before the model is changed.
 
+    Experts of transformers 4, each of which has tensors of its own, are fused first.
+
     Args:
         model: The base or a model that already has adapters, or its index.
         files: The adapter's files, including any warnings to report.
@@ -168,6 +171,7 @@ def place_adapter(
     """
     index = AdapterIndex.of(model, kinds)
     checks.check_new_name(index.state, name)
+    files = with_fused_experts(files, index)
     config, tensors = files.config, files.file.tensors
     checks.check_company(index.state, config)
     with trainable_block(index), stacked_for(index, config) as index:

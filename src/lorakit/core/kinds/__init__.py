@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from torch import nn
 
+from lorakit.architectures.families import TUPLE_ROUTERS
 from lorakit.core.kinds.convolution import CONV1, CONV2, CONV3
 from lorakit.core.kinds.kind import Fits, Kind, WeightSpec, every_kind
 from lorakit.core.kinds.linear import CONV1D, EMBEDDING, LINEAR
@@ -50,6 +51,8 @@ def kind_of(module_type: type[nn.Module], own: Mapping[str, Kind] = NONE) -> Kin
         dotted = f"{ancestor.__module__}.{ancestor.__qualname__}"
         if any(dotted in kind.types for kind in KINDS if kind.read_by_owner):
             return None  # the module is never called; it becomes a site along with its parent module
+        if dotted in TUPLE_ROUTERS and not any(dotted in kind.types or ancestor in kind.types for kind in own.values()):
+            return None  # the module's weight can be adapted as a parameter
         for kind in (*own.values(), *KINDS):
             if ancestor in kind.types or dotted in kind.types:
                 return kind

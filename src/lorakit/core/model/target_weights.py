@@ -152,7 +152,8 @@ def dropout_at(config: LoraConfig, target: TargetWeight, holder: nn.Module) -> f
     if target.kind.names_parameter and not shows_tokens(holder, target.spec.parameter):
         raise ConfigError(
             f"lora.ParamWrapper does not work with lora_dropout != 0: {type(holder).__name__} at {target.outer} does "
-            f"not expose the input of its parameter {target.spec.parameter!r}. Set lora_dropout=0.",
+            f"not expose the input of its parameter {target.spec.parameter!r}. Set lora_dropout=0, or "
+            "leave the parameter out of the targets.",
             what=config.lora_dropout,
             where=target.outer,
             field="lora_dropout",

@@ -19,10 +19,11 @@ from lorakit.config import LoraConfig
 from lorakit.core.attachment.attaching import with_targets
 from lorakit.core.kinds import Fits, Kind, fits
 from lorakit.core.model.index import AdapterIndex
+from lorakit.core.model.target_weights import matched
 from lorakit.core.quantization import weight_format_of
 from lorakit.core.statistics.collecting import Forward, collect_gradients, collect_inputs
 from lorakit.errors import ConfigError, DataError
-from lorakit.targets import Match, exact_key, resolve
+from lorakit.targets import Match, exact_key
 
 Criterion = Literal["gradients", "inputs"]
 
@@ -88,7 +89,8 @@ def allocate(
     if by not in RANKED:
         raise ConfigError.of("by", by, allowed=RANKED)
     config, site_map = with_targets(config, model), AdapterIndex.of(model)
-    matches = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow).matches
+    found = matched(site_map, config, "partial_targets" in allow).matches
+    matches = [match for match in found if not match.parameter]
     modules = {match.path: site_map.base(match.path) for match in matches}
     sizes = {c.path: (c.out_features, c.in_features) for c in site_map.candidates if c.path in modules}
     chosen = [match for match in matches if fits(RANKED[by], site_map.kind(match.kind))]

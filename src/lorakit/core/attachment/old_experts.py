@@ -1,0 +1,264 @@
+"""Convert adapters that were made under transformers 4, where each expert was a module of its own.
+
+In transformers 5, the experts of a layer share one parameter, and gate and up are fused. The A of fused parts are
+concatenated along the rank and their B become blocks on a diagonal, so that the update of the parameter is exactly that
+of its parts. The sites are derived from the names of the tensors; no pattern in a file is evaluated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lorakit.architectures.families import EXPERTS_BY_TYPE
+from lorakit.architectures.layouts import ExpertsLayout
+from lorakit.config import LoraConfig, scale
+from lorakit.core.attachment.attaching import model_type_of
+from lorakit.core.files.adapter_folder import AdapterFiles, alpha_at
+from lorakit.core.files.tensor_names import PREFIX, by_site, endings_of
+from lorakit.core.kinds.parameter import side_by_side
+from lorakit.core.model.index import AdapterIndex
+from lorakit.core.model.target_weights import bare_parameters, named_targets
+from lorakit.errors import AdapterFileError, ShapeMismatchError
+from lorakit.targets import BareParameter, current_path, literal_value, names_path, with_fused_targets
+
+_EXPERT = re.compile(r"(?P<around>(?:.+\.)?experts)\.(?P<number>\d{1,6})\.(?P<old>\w+)", re.ASCII)
+
+Sites = dict[str, dict[int, str]]
+"""Old name of a part -> number of an expert -> path of its site in the file; the router has the number 0."""
+
+
+@dataclass
+class _OldSites:
+    """Sites of an adapter's file.
+
+    Attributes:
+        fused: Path of a parameter in the model -> the sites that it replaces.
+        modules: Path in the model -> path in the file, for sites that are modules still.
+    """
+
+    fused: dict[str, Sites] = field(default_factory=dict)
+    modules: dict[str, str] = field(default_factory=dict)
+
+
+def with_fused_experts(files: AdapterFiles, index: AdapterIndex) -> AdapterFiles:
+    """Return an adapter's files with the experts of each layer fused; other files are returned unchanged.
+
+    Args:
+        files: The adapter's files.
+        index: The model's index.
+
+    Raises:
+        AdapterFileError: The file lacks an expert or has one too many, a part of a fused parameter is missing or has
+            another scale than the other part, or a site has tensors other than A and B.
+        ShapeMismatchError: The experts of a layer have tensors of different shapes.
+    """
+    model_type = model_type_of(index.model)
+    layout = EXPERTS_BY_TYPE.get(model_type)
+    if layout is None:
+        return files
+    present = by_site({name: name for name in files.file.tensors})
+    bare = {parameter.path: parameter for parameter in bare_parameters(index)}
+    found = _sites(layout, files, present, bare)
+    if not found.fused:
+        return files
+    parts = {path: set(sites) for path, sites in found.fused.items()}
+    config = with_fused_targets(_without_old_keys(layout, files.config), model_type, parts, [], list(bare.values()))
+    made: dict[str, tuple[Tensor, Tensor]] = {}
+    ranks, alphas = {}, {}
+    for path, sites in found.fused.items():
+        olds = _check_experts(layout, files, bare[path], sites)
+        held = {old: {n: _factors(files, present, site) for n, site in sites[old].items()} for old in olds}
+        rank, alpha = _rank_and_alpha(files, path, sites, held)
+        made[path] = _fused(files, bare[path], held)
+        if literal_value(config.rank_pattern, path, config.r) != rank:
+            ranks[f"^{re.escape(path)}"] = rank
+        if not math.isclose(literal_value(config.alpha_pattern, path, config.lora_alpha), alpha):
+            alphas[f"^{re.escape(path)}"] = alpha
+    config.target_modules = _modules(layout, files.config, found)
+    config.rank_pattern, config.alpha_pattern = ranks | config.rank_pattern, alphas | config.alpha_pattern
+    warnings = [*files.warnings, *_without_dropout(files, config, bare, found)]
+    tensors = _renamed(layout, files.file.tensors, present, found)
+    for site, target in named_targets(index, config).items():
+        if target.pattern_path in made:
+            ending_A, ending_B = endings_of(target.kind)
+            A, B = made[target.pattern_path]
+            tensors |= {f"{PREFIX}{site}{ending_A}": A, f"{PREFIX}{site}{ending_B}": B}
+    file = dataclasses.replace(files.file, tensors=tensors)
+    return dataclasses.replace(files, config=config, file=file, config_is_ours=False, warnings=tuple(warnings))
+
+
+def _sites(
+    layout: ExpertsLayout,
+    files: AdapterFiles,
+    present: Mapping[str, Mapping[str, str]],
+    bare: Mapping[str, BareParameter],
+) -> _OldSites:
+    found, names = _OldSites(), layout.parameters
+    targeted = files.config.target_parameters or ()
+    for site in present:
+        path = current_path(layout, site)
+        expert, router = _EXPERT.fullmatch(path), f"{path}.weight"
+        if expert is not None and expert["old"] in names:
+            parameter, old, number = f"{expert['around']}.{names[expert['old']]}", expert["old"], int(expert["number"])
+        elif names_path(layout.router, path) and not any(names_path(entry, router) for entry in targeted):
+            parameter, old, number = router, layout.router, 0
+        else:
+            found.modules[path] = site
+            continue
+        if parameter not in bare:
+            raise AdapterFileError(
+                f"{files.folder}: the adapter has tensors for {site}, but this model has no parameter {parameter}.",
+                what=site,
+                where=files.folder,
+            )
+        found.fused.setdefault(parameter, {}).setdefault(old, {})[number] = site
+    return found
+
+
+def _without_old_keys(layout: ExpertsLayout, config: LoraConfig) -> LoraConfig:
+    """Return a copy of a config without ranks and alphas of old names, which are read from the file's sites."""
+    names = layout.parameters
+    ranks = {key: value for key, value in config.rank_pattern.items() if key.rpartition(".")[2] not in names}
+    alphas = {key: value for key, value in config.alpha_pattern.items() if key.rpartition(".")[2] not in names}
+    return dataclasses.replace(config, rank_pattern=ranks, alpha_pattern=alphas)
+
+
+def _check_experts(
+    layout: ExpertsLayout, files: AdapterFiles, parameter: BareParameter, sites: Sites
+) -> tuple[str, ...]:
+    """Check that each part of a parameter has one site per expert, and return the names of the parts in order."""
+    name = next(new for new in layout.parameters.values() if names_path(new, parameter.path))
+    olds = layout.parts(name)
+    for old in olds:
+        numbers = set(sites.get(old, ()))
+        expected = set(range(parameter.shape[0] if len(parameter.shape) == 3 else 1))
+        if numbers != expected:
+            lacking, extra = sorted(expected - numbers), sorted(numbers - expected)
+            shown = f"lacks {_listed(lacking)}" if lacking else f"has {_listed(extra)}"
+            raise AdapterFileError(
+                f"{files.folder}: {parameter.path} has {len(expected)} experts, but the adapter {shown} for {old}.",
+                what=(lacking or extra)[0],
+                where=parameter.path,
+                field="target_modules",
+            )
+    return olds
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    more = f" and {len(numbers) - 6} more" if len(numbers) > 6 else ""
+    return f"expert {', '.join(map(str, numbers[:6]))}{more}"
+
+
+def _factors(files: AdapterFiles, present: Mapping[str, Mapping[str, str]], site: str) -> tuple[Tensor, Tensor]:
+    """Return A (r, in) and B (out, r) of a site."""
+    other = sorted(set(present[site]) - {"A", "B"})
+    if other or len(present[site]) != 2:
+        text = f"the tensor {present[site][other[0]]}" if other else f"only one of A and B at {site}"
+        raise AdapterFileError(
+            f"{files.folder}: the adapter has {text}; each expert of transformers 4 must have A and B only.",
+            what=site,
+            where=files.folder,
+        )
+    A, B = (files.file.tensors[present[site][part]] for part in "AB")
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+        raise ShapeMismatchError(
+            f"{files.folder}: A {tuple(A.shape)} and B {tuple(B.shape)} at {site} do not fit together.",
+            what=site,
+            where=files.folder,
+        )
+    return A, B
+
+
+Factors = Mapping[str, Mapping[int, tuple[Tensor, Tensor]]]
+"""Old name of a part -> number of an expert -> A (r, in) and B (out, r)."""
+
+
+def _rank_and_alpha(files: AdapterFiles, path: str, sites: Sites, held: Factors) -> tuple[int, float]:
+    """Return the rank of a fused parameter, and the alpha with which its scale is that of its parts."""
+    rslora = files.config.use_rslora
+    rank = sum(at[0][0].shape[0] for at in held.values())
+    scales = {
+        scale(held[old][number][0].shape[0], alpha_at(files, site), rslora)
+        for old, at in sites.items()
+        for number, site in at.items()
+    }
+    if len(scales) > 1:
+        raise AdapterFileError(
+            f"{files.folder}: the parts and experts of {path} have different scales: "
+            f"{', '.join(f'{one:g}' for one in sorted(scales))}; a parameter has one scale.",
+            what=sorted(scales),
+            where=path,
+            field="alpha_pattern",
+        )
+    return rank, scales.pop() * (math.sqrt(rank) if rslora else rank)
+
+
+def _fused(files: AdapterFiles, parameter: BareParameter, held: Factors) -> tuple[Tensor, Tensor]:
+    """Return A and B of a parameter in PEFT's layout."""
+    for old, at in held.items():
+        shapes = {(tuple(A.shape), tuple(B.shape)) for A, B in at.values()}
+        if len(shapes) > 1:
+            raise ShapeMismatchError(
+                f"{files.folder}: the experts at {parameter.path} have A and B of different shapes for {old}: "
+                f"{', '.join(map(str, sorted(shapes)))}.",
+                what=old,
+                where=parameter.path,
+            )
+    if len(parameter.shape) != 3:
+        ((factors,),) = (tuple(at.values()) for at in held.values())
+        return factors
+    widths = {at[0][0].shape[1] for at in held.values()}
+    if len(widths) > 1:
+        raise ShapeMismatchError(
+            f"{files.folder}: the parts of {parameter.path} have inputs of different widths: {sorted(widths)}.",
+            what=sorted(widths),
+            where=parameter.path,
+        )
+    numbers = range(parameter.shape[0])
+    A = torch.stack([torch.cat([at[number][0] for at in held.values()]) for number in numbers])
+    B = torch.stack([torch.block_diag(*(at[number][1] for at in held.values())) for number in numbers])
+    A, B = side_by_side(A, B)
+    return A.contiguous(), B.contiguous()
+
+
+def _modules(layout: ExpertsLayout, config: LoraConfig, found: _OldSites) -> set[str]:
+    """Return the targets that are modules still: names that are not old ones, and the paths of other sites."""
+    named, names = config.target_modules, layout.parameters
+    kept = set() if named is None or isinstance(named, str) else set(named)
+    kept = {entry for entry in kept if entry.rpartition(".")[2] not in names}
+    return kept | {path for path in found.modules if not any(names_path(entry, path) for entry in kept)}
+
+
+def _without_dropout(
+    files: AdapterFiles, config: LoraConfig, bare: Mapping[str, BareParameter], found: _OldSites
+) -> list[str]:
+    """Set a config's dropout to 0 if a router is adapted, whose input is not accessible, and return the warning."""
+    router = next((path for path in found.fused if len(bare[path].shape) == 2), None)
+    if router is None or not config.lora_dropout:
+        return []
+    given, config.lora_dropout = config.lora_dropout, 0.0
+    return [f"{files.folder}: lora_dropout={given:g} is ignored, because the input of {router} is not accessible."]
+
+
+def _renamed(
+    layout: ExpertsLayout,
+    tensors: Mapping[str, Tensor],
+    present: Mapping[str, Mapping[str, str]],
+    found: _OldSites,
+) -> dict[str, Tensor]:
+    """Return the tensors that are not fused, under their current names."""
+    taken = {
+        name
+        for sites in found.fused.values()
+        for at in sites.values()
+        for site in at.values()
+        for name in present[site].values()
+    }
+    return {current_path(layout, name): tensor for name, tensor in tensors.items() if name not in taken}

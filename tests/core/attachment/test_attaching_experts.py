@@ -1,0 +1,156 @@
+"""Adapters on experts, as `all-linear` selects them: counted, merged, unmerged, stored, combined, compressed, extracted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lorakit.peft as ours
+from lorakit import LoraConfig, core
+from lorakit.errors import ConfigError, TargetError
+from lorakit.hub.shapes import shape_of_module
+from lorakit.plan import count
+
+from ...peft.experts import BY_KIND, FAMILIES, WITH_TUPLES, Family, each, loss_and_logits, quiet, randomise
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+EVERY = (*FAMILIES, *WITH_TUPLES)
+ALL_LINEAR = LoraConfig(r=2, lora_alpha=6, target_modules="all-linear")
+QWEN = BY_KIND["qwen3_moe"]
+
+
+def adapted(family: Family, names: tuple[str, ...] = ("default",)) -> Any:
+    """Return a small model with adapters of different values."""
+    model = family.model()
+    for scale, name in enumerate(names, 1):
+        core.attach(model, ALL_LINEAR, name)
+        with torch.no_grad():
+            for index, (_, parameter) in enumerate(core.trainable_parameters(model, name)):
+                generator = torch.Generator().manual_seed(100 * scale + index)
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def state(model: Any) -> dict[str, Tensor]:
+    """Return a copy of a model's tensors."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("family", each(EVERY))
+def test_a_plan_counts_what_is_attached_and_reports_the_same_rest(family: Family) -> None:
+    model = family.model()
+    planned = count(shape_of_module(model, "small", "test"), ALL_LINEAR)
+    report = core.attach(model, ALL_LINEAR)
+    assert planned.trainable == report.trainable_parameters
+    assert {site.path for site in planned.sites} == {
+        f"{match.path}.{match.parameter}" if match.parameter else match.path for match in report.matches
+    }
+    rests = [[note.text for note in notes if note.kind == "left_out"] for notes in (planned.notes, report.notes)]
+    assert rests[0] == rests[1]
+
+
+@pytest.mark.parametrize("family", [BY_KIND["mixtral"], BY_KIND["gpt_oss"]], ids=str)
+def test_what_a_default_leaves_out_is_reported_by_the_peft_api(family: Family) -> None:
+    targets = {} if family.kind == "mixtral" else {"target_modules": "all-linear"}  # peft has no default for gpt-oss
+    with pytest.warns(UserWarning, match=r"experts\.gate_up_proj.*%"):
+        model = ours.get_peft_model(family.model(), ours.LoraConfig(r=2, **targets))
+    assert not any("experts" in name for name, p in model.named_parameters() if p.requires_grad)
+    if family.kind == "mixtral":
+        assert set(model.peft_config["default"].target_modules) == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("family", each((QWEN, *WITH_TUPLES)))
+def test_routers_that_return_tuples_are_left_alone(family: Family) -> None:
+    model = family.model()
+    with quiet():
+        wrapped = ours.get_peft_model(model, ours.LoraConfig(r=2, target_modules="all-linear"))
+    randomise(wrapped)
+    loss_and_logits(wrapped)[0].backward()
+    assert not any(".router.lora_" in name for name, _ in wrapped.named_parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", WITH_TUPLES, ids=str)
+def test_such_a_router_is_adapted_as_a_parameter_and_rejected_as_a_module(family: Family) -> None:
+    model = family.model()
+    before = loss_and_logits(model)[1]
+    with pytest.raises(TargetError):
+        core.attach(model, LoraConfig(r=2, target_modules=["q_proj", "router"]))
+    core.attach(model, LoraConfig(r=2, target_modules=[], target_parameters=["router.weight"]))
+    with torch.no_grad():
+        for _, parameter in core.trainable_parameters(model):
+            parameter.fill_(0.5)
+    loss, changed = loss_and_logits(model)
+    loss.backward()
+    assert not torch.equal(changed, before)
+    assert all(parameter.grad is not None for _, parameter in core.trainable_parameters(model))
+
+
+@pytest.mark.parametrize("family", each(EVERY))
+def test_merging_equals_the_adapter_and_unmerging_restores_the_bits(family: Family) -> None:
+    model, before = adapted(family), state(family.model())
+    expected = loss_and_logits(model)[1]
+    core.merge(model)
+    torch.testing.assert_close(loss_and_logits(model)[1], expected, **CLOSE)
+    core.unmerge(model)
+    core.detach(model)
+    after = state(model)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_combining_and_compressing(tmp_path: Path) -> None:
+    model = adapted(QWEN, ("a", "b"))
+    with core.use(model, "a", "b"):
+        expected = loss_and_logits(model)[1]
+    core.combine(model, ["a", "b"], [1.0, 1.0], "sum", way="cat")
+    with core.use(model, "sum"):
+        torch.testing.assert_close(loss_and_logits(model)[1], expected, **CLOSE)
+    core.save_adapter(model, tmp_path / "sum", "sum")
+    core.compress_folder(tmp_path / "sum", tmp_path / "small", rank=1)
+    plain = QWEN.model()
+    core.load_adapter(plain, tmp_path / "small")
+    assert {layer.layer.r["default"] for layer in core.sites(plain)} == {1}
+
+
+def test_extracting_finds_the_update_of_a_merged_model() -> None:
+    tuned = adapted(QWEN)
+    expected = loss_and_logits(tuned)[1]
+    core.merge_and_unload(tuned)
+    base = QWEN.model()
+    core.extract(base, tuned, LoraConfig(r=8, target_modules="all-linear"), "found", rank=8)
+    with core.use(base, "found"):
+        torch.testing.assert_close(loss_and_logits(base)[1], expected, **CLOSE)
+
+
+def test_dropout_at_a_router_is_an_error_of_the_plan_too() -> None:
+    config = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1)
+    with pytest.raises(ConfigError) as caught:
+        count(shape_of_module(QWEN.model(), "small", "test"), config)
+    assert caught.value.fields["field"] == "lora_dropout"
+    without = config.with_fields(exclude_modules=["gate"])
+    planned = count(shape_of_module(QWEN.model(), "small", "test"), without)
+    assert planned.trainable == core.attach(QWEN.model(), without).trainable_parameters
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj", "gate_proj"]},
+        {"target_modules": ["down_proj"], "target_parameters": ["experts.down_proj"]},
+        {"target_modules": [f"experts.{number}.down_proj" for number in range(9)]},
+        {"target_modules": "all-linear", "use_dora": True},
+        {"target_modules": "all-linear", "lora_dropout": 0.1},
+    ],
+    ids=str,
+)
+def test_a_config_that_is_not_possible_changes_nothing(fields: dict[str, Any]) -> None:
+    model, before = QWEN.model(), state(QWEN.model())
+    for attach in (core.attach, lambda *pair: ours.get_peft_model(*pair)):
+        with quiet(), pytest.raises((ConfigError, TargetError)):
+            attach(model, ours.LoraConfig(r=2, **fields))
+        after = state(model)
+        assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
