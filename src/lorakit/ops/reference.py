@@ -17,6 +17,7 @@ from lorakit.ops.adapted import Adapted, upcast_dtype
 from lorakit.ops.attention_block import SelfAttention
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.cross_entropy import IGNORED, Head
+from lorakit.ops.grouped_linear import GroupedLinear, GroupedLowRank
 from lorakit.ops.mlp import Form
 from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
@@ -46,6 +47,24 @@ def linear(x: Tensor, group: Sequence[Adapted], masks: Sequence[Tensor | None] |
             y = y + low.scale * F.linear(F.linear(kept, low.A.to(x.dtype)), low.B.to(x.dtype))
         outputs.append(y)
     return outputs
+
+
+def grouped_linear(
+    x: Tensor, counts: Sequence[int], linear: GroupedLinear | None, adapters: Sequence[GroupedLowRank] = ()
+) -> Tensor:
+    """Compute `grouped_linear` one row at a time: x (N, in) -> (N, out)."""
+    of_rows = [group for group, count in enumerate(counts) for _ in range(count)]
+    outputs = []
+    for row, group in zip(x, of_rows, strict=True):
+        y: Tensor | float = 0.0
+        if linear is not None:
+            W = linear.W[group].t() if linear.in_first else linear.W[group]
+            y = F.linear(row, W, None if linear.bias is None else linear.bias[group])
+        for adapter in adapters:
+            A, B = adapter.A[group].to(x.dtype), adapter.B[group].to(x.dtype)
+            y = y + adapter.scale * F.linear(F.linear(row, A), B)
+        outputs.append(torch.as_tensor(y))
+    return torch.stack(outputs)
 
 
 def segments(x: Tensor, A: Tensor, B: Tensor, scales: Tensor, index: Tensor) -> Tensor:

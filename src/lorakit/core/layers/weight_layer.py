@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lorakit.core.clones import clone_with
 from lorakit.core.kinds import per_expert
@@ -26,6 +25,7 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.routing.route import BASE, Route
 from lorakit.core.variants import Factor
 from lorakit.errors import MixedRowsError
+from lorakit.ops.grouped_linear import GroupedLinear, GroupedLowRank, grouped_linear
 
 MARKS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "num_experts")
 """Attributes that determine what a fused-experts module computes in its forward pass."""
@@ -74,29 +74,28 @@ def experts_forward(
     """
     first, name = ("gate_up_proj", "_apply_gate") if module.has_gate else ("up_proj", "act_fn")
     activation: Callable[[Tensor], Tensor] = getattr(module, name)
-    result = torch.zeros_like(hidden_states)
-    for expert in top_k_index.unique().tolist():
-        position, token = torch.where(expert == top_k_index.T)
-        h = _project(module, first, expert, hidden_states[token], factors.get(first, ()))
-        y = _project(module, "down_proj", expert, activation(h), factors.get("down_proj", ()))
-        if module.has_post_expert_norm:
-            y = module.get_submodule("post_expert_norm")(y)
-        y = y * top_k_weights[token, position, None]
-        result.index_add_(0, token, y.to(result.dtype))
-    return result
+    chosen, per_token = top_k_index.flatten(), top_k_index.shape[1]
+    order = chosen.argsort(stable=True)  # the tokens of the first expert, then those of the second, and so on
+    token = order // per_token
+    counts = torch.bincount(chosen, minlength=len(getattr(module, first))).tolist()
+    h = _project(module, first, hidden_states[token], counts, factors.get(first, ()))
+    y = _project(module, "down_proj", activation(h), counts, factors.get("down_proj", ()))
+    if module.has_post_expert_norm:
+        y = module.get_submodule("post_expert_norm")(y)
+    y = y * top_k_weights.flatten()[order, None]
+    return torch.zeros_like(hidden_states).index_add_(0, token, y.to(hidden_states.dtype))
 
 
-def _project(module: nn.Module, name: str, expert: int, x: Tensor, factors: Sequence[Factor]) -> Tensor:
-    """Return the projection (tokens, out) of one expert's tokens x (tokens, in), with the factors applied."""
-    W = getattr(module, name)[expert]
-    y0 = F.linear(x, W.T if module.is_transposed else W)
-    if module.has_bias:
-        y0 = y0 + getattr(module, f"{name}_bias")[expert]
-    y = y0
-    for factor in factors:
-        z = factor.dropout(x.to(y0.dtype))
-        h = F.linear(z, factor.A[expert].to(y0.dtype)) * factor.scale  # scale the smallest tensor
-        y = y + F.linear(h, factor.B[expert].to(y0.dtype))
+def _project(module: nn.Module, name: str, x: Tensor, counts: Sequence[int], factors: Sequence[Factor]) -> Tensor:
+    """Return the projection (rows, out) of the rows x (rows, in), which are sorted by expert, with the factors."""
+    bias = getattr(module, f"{name}_bias") if module.has_bias else None
+    linear = GroupedLinear(getattr(module, name), bias, bool(module.is_transposed))
+    low = [GroupedLowRank(factor.A, factor.B, factor.scale) for factor in factors]
+    dropped = [factor.dropout(x) for factor in factors]
+    y = grouped_linear(x, counts, linear, [one for one, z in zip(low, dropped, strict=True) if z is x])
+    for one, z in zip(low, dropped, strict=True):
+        if z is not x:
+            y = y + grouped_linear(z, counts, None, [one])
     return y
 
 

@@ -1,0 +1,201 @@
+"""Grouped linear modules with adapters, such as the projections of fused experts, as one autograd function.
+
+Rows that belong to the same group, such as the tokens that are routed to one expert, are adjacent. Each group has its
+own frozen weight and its own factors A and B. No dense update is formed: saved for the backward pass are the input and
+one (rows, r) activation per adapter, and gradients of A and B are computed group by group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorakit.ops.autograd import Context, autocast, needs_gradient, without_autocast
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedLowRank:
+    """One adapter of all groups: its factors A (groups, r, in) and B (groups, out, r), and its scale."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedLinear:
+    """Frozen linear modules, one for each group.
+
+    Attributes:
+        W: Weights, (groups, out, in), or (groups, in, out) if `in_first`.
+        bias: Biases (groups, out), or None.
+        in_first: Whether the input dimension comes first.
+    """
+
+    W: Tensor
+    bias: Tensor | None = None
+    in_first: bool = False
+
+    @property
+    def out_features(self) -> int:
+        """Return the output width."""
+        return self.W.shape[2 if self.in_first else 1]
+
+    @property
+    def in_features(self) -> int:
+        """Return the input width."""
+        return self.W.shape[1 if self.in_first else 2]
+
+    def weight(self, group: int, dtype: torch.dtype) -> Tensor:
+        """Return the weight (out, in) of a group in a dtype."""
+        W = self.W[group].to(dtype)
+        return W.mT if self.in_first else W
+
+    def check(self, x: Tensor, counts: Sequence[int], adapters: Sequence[GroupedLowRank]) -> None:
+        """Check that shapes match, and that the weights are frozen.
+
+        Args:
+            x: Input rows (N, in).
+            counts: Number of rows in each group.
+            adapters: The adapters.
+
+        Raises:
+            ValueError: Shapes do not match, or a weight or bias requires a gradient.
+        """
+        groups, d_out, d_in = len(self.W), self.out_features, self.in_features
+        if x.ndim != 2 or x.shape[1] != d_in or len(counts) != groups or sum(counts) != len(x):
+            raise ValueError(
+                f"grouped_linear: x {tuple(x.shape)} in {len(counts)} groups with {sum(counts)} rows in total does not "
+                f"match weights {tuple(self.W.shape)}"
+            )
+        for adapter in adapters:
+            r = adapter.A.shape[1]
+            if tuple(adapter.A.shape) != (groups, r, d_in) or tuple(adapter.B.shape) != (groups, d_out, r):
+                raise ValueError(
+                    f"grouped_linear: A {tuple(adapter.A.shape)} and B {tuple(adapter.B.shape)} must have shapes "
+                    f"({groups}, r, {d_in}) and ({groups}, {d_out}, r)"
+                )
+        if torch.is_grad_enabled():
+            for name, tensor in (("weights", self.W), ("bias", self.bias)):
+                if tensor is not None and tensor.requires_grad:
+                    raise ValueError(f"grouped_linear: the {name} require a gradient; freeze them")
+
+
+class _Form(NamedTuple):
+    linear: GroupedLinear | None  # None computes the updates of the adapters alone
+    counts: tuple[int, ...]
+    scales: tuple[float, ...]
+
+
+def grouped_linear(
+    x: Tensor, counts: Sequence[int], linear: GroupedLinear | None, adapters: Sequence[GroupedLowRank] = ()
+) -> Tensor:
+    """Compute y = x·W_gᵀ + b_g + Σ s·(x·A_gᵀ)·B_gᵀ for the rows of each group g. [docs/math.md (92)]
+
+    Under autocast, matmuls use the autocast dtype.
+
+    Args:
+        x: Rows (N, in), sorted by group.
+        counts: Number of rows in each group; the sum is N.
+        linear: The frozen weights, or None for the sum over the adapters alone, of which there must be one.
+        adapters: The adapters. Gradients flow to x and to the factors A and B, which are cast to the dtype of x.
+
+    Returns:
+        The output (N, out).
+
+    Raises:
+        ValueError: Shapes do not match, or a weight or bias requires a gradient.
+    """
+    if linear is not None:
+        linear.check(x, counts, adapters)
+    x = autocast(x)
+    form = _Form(linear, tuple(counts), tuple(adapter.scale for adapter in adapters))
+    flat = [factor for adapter in adapters for factor in (adapter.A, adapter.B)]
+    with without_autocast(x):
+        if needs_gradient(x, *flat):
+            return _GroupedLinear.apply(x, form, *flat)
+        return _forward(x, form, [factor.to(x.dtype) for factor in flat])[0]
+
+
+def _groups(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Yield the index and the rows of each group that has any."""
+    start = 0
+    for group, count in enumerate(counts):
+        if count:
+            yield group, slice(start, start + count)
+        start += count
+
+
+def _forward(x: Tensor, form: _Form, flat: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Return the output (N, out), and s·x·Aᵀ (N, r) for each adapter."""
+    linear = form.linear
+    y = x.new_empty(len(x), flat[1].shape[1] if linear is None else linear.out_features)
+    hidden = [x.new_empty(len(x), A.shape[1]) for A in flat[::2]]
+    for group, rows in _groups(form.counts):
+        part, out = x[rows], y[rows]
+        if linear is None:
+            out.zero_()
+        elif linear.bias is None:
+            torch.mm(part, linear.weight(group, x.dtype).mT, out=out)
+        else:
+            torch.addmm(linear.bias[group].to(x.dtype), part, linear.weight(group, x.dtype).mT, out=out)
+        for h, A, B, scale in zip(hidden, flat[::2], flat[1::2], form.scales, strict=True):
+            torch.mm(part, A[group].mT, out=h[rows]).mul_(scale)
+            out.addmm_(h[rows], B[group].mT)
+    return y, hidden
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Context[tuple[_Form, list[torch.dtype]]], x: Tensor, form: _Form, *factors: Tensor) -> Tensor:
+        flat = [factor.to(x.dtype) for factor in factors]
+        y, hidden = _forward(x, form, flat)
+        needs = ctx.needs_input_grad
+        kept = x if any(needs[2::2]) else None
+        saved = [h if needed else None for h, needed in zip(hidden, needs[3::2], strict=True)]
+        ctx.state = form, [factor.dtype for factor in factors]
+        ctx.save_for_backward(kept, *saved, *flat)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context[tuple[_Form, list[torch.dtype]]], dy: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(dy):
+            return _backward(ctx, dy.contiguous())
+
+
+def _backward(ctx: Context[tuple[_Form, list[torch.dtype]]], dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the arguments of `_GroupedLinear.forward`; dy is (N, out)."""
+    (form, dtypes), needs = ctx.state, ctx.needs_input_grad
+    x, *rest = ctx.saved_tensors
+    hidden, flat = rest[: len(form.scales)], rest[len(form.scales) :]
+    linear = form.linear
+    dx = dy.new_empty(len(dy), flat[0].shape[2] if linear is None else linear.in_features) if needs[0] else None
+    grads = [
+        torch.zeros_like(factor, dtype=dtype) if needed else None
+        for factor, dtype, needed in zip(flat, dtypes, needs[2:], strict=True)
+    ]
+    for group, rows in _groups(form.counts):
+        part = dy[rows]
+        if dx is not None and linear is not None:
+            torch.mm(part, linear.weight(group, dy.dtype), out=dx[rows])
+        elif dx is not None:
+            dx[rows].zero_()
+        for index, scale in enumerate(form.scales):
+            A, B = flat[2 * index][group], flat[2 * index + 1][group]
+            dA, dB = grads[2 * index], grads[2 * index + 1]
+            if dB is not None:
+                dB[group].copy_(part.mT @ hidden[index][rows])
+            if dA is None and dx is None:
+                continue
+            dh = (part @ B).mul_(scale)
+            if dA is not None:
+                dA[group].copy_(dh.mT @ x[rows])
+            if dx is not None:
+                dx[rows].addmm_(dh, A)
+    return dx, None, *grads

@@ -1,0 +1,111 @@
+"""Grouped linear modules with adapters, compared with their reference one row at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorakit.ops import reference
+from lorakit.ops.grouped_linear import GroupedLinear, GroupedLowRank, grouped_linear
+
+IN, OUT, R = 6, 5, 3
+COUNTS = (4, 0, 1, 3)
+
+
+def linear(dtype: torch.dtype = torch.float64, *, in_first: bool = False, bias: bool = False) -> GroupedLinear:
+    torch.manual_seed(0)
+    sizes = (IN, OUT) if in_first else (OUT, IN)
+    W = torch.randn(len(COUNTS), *sizes, dtype=dtype)
+    return GroupedLinear(W, torch.randn(len(COUNTS), OUT, dtype=dtype) if bias else None, in_first)
+
+
+def adapters(count: int, dtype: torch.dtype = torch.float64) -> list[GroupedLowRank]:
+    torch.manual_seed(1)
+    made = []
+    for number in range(count):
+        r = R + number
+        A, B = torch.randn(len(COUNTS), r, IN, dtype=dtype), torch.randn(len(COUNTS), OUT, r, dtype=dtype)
+        made.append(GroupedLowRank(A.requires_grad_(), B.requires_grad_(), 0.5 + number))
+    return made
+
+
+def rows(dtype: torch.dtype = torch.float64) -> Tensor:
+    torch.manual_seed(2)
+    return torch.randn(sum(COUNTS), IN, dtype=dtype, requires_grad=True)
+
+
+def both(x: Tensor, given: GroupedLinear | None, low: list[GroupedLowRank]) -> list[list[Tensor]]:
+    """Return the output and all gradients of the operation and of its reference."""
+    leaves = [x, *(factor for one in low for factor in (one.A, one.B))]
+    made = []
+    for function in (grouped_linear, reference.grouped_linear):
+        y = function(x, COUNTS, given, low)
+        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(y.dtype)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        made.append([y.detach(), *torch.autograd.grad((y * weights).sum(), wanted, materialize_grads=True)])
+    return made
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("in_first", [False, True])
+def test_values_and_gradients(in_first: bool, bias: bool, count: int) -> None:
+    ours, theirs = both(rows(), linear(in_first=in_first, bias=bias), adapters(count))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_adapters_alone() -> None:
+    ours, theirs = both(rows(), None, adapters(2))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", ["x", "A", "B", "A and B"])
+def test_frozen_operands(frozen: str) -> None:
+    x, low = rows(), adapters(1)
+    for name in frozen.split(" and "):
+        (x if name == "x" else getattr(low[0], name)).requires_grad_(False)
+    ours, theirs = both(x, linear(), low)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_factors_in_fp32_on_a_base_in_bf16() -> None:
+    low = adapters(1, torch.float32)
+    ours, theirs = both(rows(torch.bfloat16), linear(torch.bfloat16), low)
+    assert [one.dtype for one in ours] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    for one, other in zip(ours, theirs, strict=True):
+        assert float((one - other).float().norm() / other.float().norm()) < 2e-2
+
+
+def test_only_the_input_and_a_row_of_rank_r_are_saved() -> None:
+    x, low, saved = rows(), adapters(1), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        grouped_linear(x, COUNTS, linear(), low)
+    assert sorted(tuple(t.shape) for t in saved) == sorted([(8, IN), (8, R), (4, R, IN), (4, OUT, R)])
+
+
+def test_autocast_narrows() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = grouped_linear(rows(torch.float32), COUNTS, linear(torch.float32, bias=True), adapters(1, torch.float32))
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"counts": (4, 0, 1, 2)}, "rows"),
+        ({"counts": (4, 4)}, "groups"),
+        ({"trained": True}, "freeze"),
+        ({"adapters": [GroupedLowRank(torch.zeros(4, 3, 5), torch.zeros(4, 5, 3), 1.0)]}, "shapes"),
+    ],
+    ids=str,
+)
+def test_what_does_not_match_is_an_error(change: dict[str, object], word: str) -> None:
+    given = linear()
+    given.W.requires_grad_("trained" in change)
+    with pytest.raises(ValueError, match=word):
+        grouped_linear(rows(), change.get("counts", COUNTS), given, change.get("adapters", []))  # type: ignore[arg-type]
