@@ -531,3 +531,21 @@ def test_other_segments_under_compile() -> None:
     compiled, q = torch.compile(packed, backend="aot_eager", fullgraph=True), torch.randn(1, 2, 9, 8).double()
     for segments in ((4, 1, 4), (2, 7), (9,), (3, 3, 3)):
         torch.testing.assert_close(compiled(q, segments), packed(q, segments), rtol=1e-12, atol=1e-12)
+
+
+def test_with_a_sink_the_gradient_keeps_its_digits_where_one_token_dominates() -> None:
+    """As that of transformers' function for gpt-oss; a softmax alone loses them, because dP − D cancels."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (3 * torch.randn(2, 4, 12, 8, generator=generator) for _ in range(2))
+    v = torch.randn(2, 4, 1, 8, generator=generator) + 1e-4 * torch.randn(2, 4, 12, 8, generator=generator)
+    sinks, dout = torch.full((4,), -8.0), torch.randn(2, 4, 12, 8, generator=generator)
+
+    def gradients(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        y = function(*leaves, Pattern(sinks=sinks.to(dtype), method="matmul"))
+        return [grad.double() for grad in torch.autograd.grad((y * dout.to(dtype)).sum(), leaves)]
+
+    exact, plain = gradients(reference, torch.float64), gradients(reference, torch.float32)
+    for number, ours in enumerate(gradients(attention, torch.float32)[:2]):
+        error, usual = (float((one - exact[number]).norm()) for one in (ours, plain[number]))
+        assert error < 0.5 * usual

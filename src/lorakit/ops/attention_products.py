@@ -105,6 +105,7 @@ class _Scores:
             every = pattern.bias.to(q.dtype).expand(batch, heads, tokens, tokens)
             self.added = every.unflatten(1, (-1, self.group))
         self.sinks: Tensor | None = None  # (H, 1, 1) in fp32 or wider
+        self.of_sinks: Tensor | None = None  # weights of the sinks in the last block, (Z, G·n, 1)
         if pattern.sinks is not None:
             self.sinks = pattern.sinks.to(torch.promote_types(q.dtype, torch.float32)).view(-1, 1, 1)
         self.buffers: dict[int, Tensor] = {}
@@ -174,7 +175,8 @@ class _Scores:
             each_head[..., -bias.shape[1] :].add_(bias)
         if self.sinks is None:
             return torch.softmax(scores, -1, out=scores), capped
-        _softmax_with_sinks(scores.view(-1, self.heads, block.stop - block.start, seen.shape[1]), self.sinks)
+        of_sinks = _softmax_with_sinks(scores.view(-1, self.heads, block.stop - block.start, seen.shape[1]), self.sinks)
+        self.of_sinks = of_sinks.view(*scores.shape[:2], 1)
         return scores, capped
 
     def backward(
@@ -185,11 +187,19 @@ class _Scores:
         torch.baddbmm(ds, dy, values.transpose(1, 2), beta=0, alpha=self.share, out=ds)
         if zero is not None:
             zero_(ds, zero, self.pattern.dropout)
+        at_top = None
+        if self.of_sinks is not None:
+            # A shift of all gradients of a row has no effect. This one keeps digits where one token dominates, as the
+            # subtraction of the maximum does in the backward pass of transformers' function.
+            at_top = ds.gather(-1, weights.argmax(-1, keepdim=True))
+            ds.sub_(at_top)
         kernels = kernels_for(ds, weights)
         if kernels is not None:
             kernels.softmax_backward(weights, ds)
         else:
             torch.ops.aten._softmax_backward_data.out(ds, weights, -1, ds.dtype, grad_input=ds)
+        if at_top is not None and self.of_sinks is not None:
+            ds.addcmul_(weights, (self.of_sinks * at_top).to(ds.dtype))
         if capped is not None:
             torch.ops.aten.tanh_backward.grad_input(ds, capped, grad_input=ds)
         return ds
@@ -238,12 +248,18 @@ def _put(x: Tensor, block: _Block, rows: Tensor) -> None:
     written.copy_(rows.view(written.shape))
 
 
-def _softmax_with_sinks(scores: Tensor, sinks: Tensor) -> None:
-    """Replace scores (b, H, n, m) with their softmax over m columns and the sink of each head, (H, 1, 1)."""
+def _softmax_with_sinks(scores: Tensor, sinks: Tensor) -> Tensor:
+    """Replace scores (b, H, n, m) with their softmax over m columns and the sink of each head, (H, 1, 1).
+
+    Returns the weights of the sinks, (b, H, n, 1).
+    """
     wide = scores.to(sinks.dtype)
     top = wide.amax(-1, keepdim=True).maximum(sinks)
     wide.sub_(top).exp_()
-    torch.div(wide, wide.sum(-1, keepdim=True).add_((sinks - top).exp_()), out=scores)
+    of_sinks = (sinks - top).exp_()
+    total = wide.sum(-1, keepdim=True).add_(of_sinks)
+    torch.div(wide, total, out=scores)
+    return of_sinks.div_(total)
 
 
 def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
