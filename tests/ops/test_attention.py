@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -540,7 +541,7 @@ def test_with_a_sink_the_gradient_keeps_its_digits_where_one_token_dominates() -
     v = torch.randn(2, 4, 1, 8, generator=generator) + 1e-4 * torch.randn(2, 4, 12, 8, generator=generator)
     sinks, dout = torch.full((4,), -8.0), torch.randn(2, 4, 12, 8, generator=generator)
 
-    def gradients(function: Any, dtype: torch.dtype) -> list[Tensor]:
+    def gradients(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
         leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
         y = function(*leaves, Pattern(sinks=sinks.to(dtype), method="matmul"))
         return [grad.double() for grad in torch.autograd.grad((y * dout.to(dtype)).sum(), leaves)]
