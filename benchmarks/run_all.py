@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "layer_call": "bench_layer_call.py",
     "contract": "bench_contract.py",
     "blocks": "bench_blocks.py",
+    "experts": "bench_experts.py",
     "attach": "bench_attach.py",
     "face": "bench_face.py",
     "products": "bench_products.py --repeats 5",

@@ -23,6 +23,7 @@ from lorakit.ops import (
     attention_block,
     cross_entropy,
     dropout,
+    grouped_linear,
     linear,
     mlp,
     norm,
@@ -189,11 +190,24 @@ def segments_by(method: Any) -> Case:
     )
 
 
+def a_grouping(*, in_first: bool) -> Case:
+    sizes = (3, 5, 6) if in_first else (3, 6, 5)
+    frozen, counts = grouped_linear.GroupedLinear(normal(*sizes), normal(3, 6, seed=1), in_first), (2, 0, 3)
+    given = (normal(5, 5, trained=True), normal(3, 2, 5, seed=2, trained=True), normal(3, 6, 2, seed=3, trained=True))
+
+    def by(function: Function) -> Function:
+        return lambda x, A, B: function(x, counts, frozen, [grouped_linear.GroupedLowRank(A, B, 0.7)])
+
+    return Case(by(grouped_linear.grouped_linear), by(references.grouped_linear), given)
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "linear": lambda: a_group(site(4, 5)),
     "linear: transposed": lambda: a_group(site(4, 5, transposed=True)),
     "linear: q, k, v": lambda: a_group(site(6, 5), site(3, 5, 1, seed=4), site(3, 5, 0, seed=8)),
     "linear: with dropout": lambda: a_group(site(6, 5, p=0.3), site(3, 5, seed=4), site(3, 5, p=0.5, seed=8)),
+    "grouped_linear": lambda: a_grouping(in_first=False),
+    "grouped_linear: in first": lambda: a_grouping(in_first=True),
     "dropout": a_dropout,
     "norm: rms": lambda: a_norm("rms"),
     "norm: rms from zero": lambda: a_norm("rms", offset=1.0),
