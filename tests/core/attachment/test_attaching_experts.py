@@ -53,6 +53,17 @@ def test_a_plan_counts_what_is_attached_and_reports_the_same_rest(family: Family
     assert rests[0] == rests[1]
 
 
+def test_tied_weights_count_once_in_what_is_left_out() -> None:
+    model = BY_KIND["gpt_oss"].model()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    planned = count(shape_of_module(model, "small", "test"), ALL_LINEAR)
+    texts = [
+        [note.text for note in one.notes if note.kind == "left_out"]
+        for one in (planned, core.attach(model, ALL_LINEAR))
+    ]
+    assert texts[0] == texts[1] and len(texts[0]) == 1
+
+
 @pytest.mark.parametrize("family", [BY_KIND["mixtral"], BY_KIND["gpt_oss"]], ids=str)
 def test_what_a_default_leaves_out_is_reported_by_the_peft_api(family: Family) -> None:
     targets = {} if family.kind == "mixtral" else {"target_modules": "all-linear"}  # peft has no default for gpt-oss

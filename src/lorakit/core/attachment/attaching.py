@@ -8,7 +8,6 @@ restores the base's `requires_grad` flags.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -129,10 +128,10 @@ def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -
 
 def _note_on_rest(index: AdapterIndex, given: LoraConfig, config: LoraConfig, found: Resolution) -> list[Note]:
     """Return a note about matrices that the targets leave out, or []; see `lorakit.targets.note_on_rest`."""
-    every = bare_parameters(index)
-    total = sum(math.prod(parameter.shape) for parameter in every)
-    bare = [parameter for parameter in every if len(parameter.shape) in {2, 3}]
-    note = note_on_rest(given, config, index.candidates, bare, found, total)
+    bare = [parameter for parameter in bare_parameters(index) if len(parameter.shape) in {2, 3}]
+    held = (parameter for _, module in index.plain_modules() for parameter in module._parameters.values())
+    sizes = {id(parameter): parameter.numel() for parameter in held if parameter is not None}  # tied weights once
+    note = note_on_rest(given, config, index.candidates, bare, found, sum(sizes.values()))
     return [] if note is None else [note]
 
 
