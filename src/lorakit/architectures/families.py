@@ -298,10 +298,13 @@ FEED_FORWARD: tuple[FeedForwardLayout, ...] = (
 """The different layouts of feed-forward blocks that are fused alone, too; some belong to layers that are not fused."""
 
 
+_BY_MODEL: Mapping[str, Architecture] = {model: row for row in ARCHITECTURES for model in row.models}
+
+
 def architecture_of(model: str) -> Architecture | None:
     """Return the row of a model, or None if the table has no such class.
 
     Args:
         model: Name of a class in transformers, such as "LlamaForCausalLM".
     """
-    return next((row for row in ARCHITECTURES if model in row.models), None)
+    return _BY_MODEL.get(model)

@@ -4,7 +4,7 @@ A block has two sublayers, attention and feed-forward. Each adds to the residual
 
     last(x + dropout(after(inner(before(x)))))
 
-Norms and dropout that an architecture lacks are left out. `lorakit.architectures.families` has the rows of the table.
+Norms and dropout that an architecture lacks are left out. The table itself is in `lorakit.architectures.families`.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class Block:
         attention_modules: Names of the modules in the attention module.
         feed_forward_modules: Names of the modules in the feed-forward block, or None if it consists of experts.
         norm: Kind of the norms.
-        is_split: Whether each sublayer is a module of its own, which contains its norm and dropout; paths are then
+        is_split: Whether each sublayer is a separate module, which contains its norm and dropout; paths are then
             relative to that module.
     """
 
@@ -233,7 +233,7 @@ class Block:
 
 @dataclass(frozen=True)
 class ExpertsLayout:
-    """Names that transformers 4 used in layers with experts, where each expert was a module of its own.
+    """Names that transformers 4 used in layers with experts, where each expert was a separate module.
 
     Attributes:
         inner: Modules whose weights are now fused in one parameter, in the order of its rows.

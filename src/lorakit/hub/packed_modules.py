@@ -43,7 +43,7 @@ COMPRESSED_FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
 
 @dataclass(frozen=True)
 class PackedKind:
-    """How the files of a model store their packed linear layers.
+    """Storage of the packed linear layers in the files of a model.
 
     Attributes:
         module: Class of the layers.

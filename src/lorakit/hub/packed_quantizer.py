@@ -2,7 +2,7 @@
 
 The quantizers of transformers need packages or kernels that many machines lack, or dequantize all weights while loading
 them. The ones in this file create the modules of `lorakit.core.quantization`, which dequantize one weight at a time.
-They are registered under names of their own, through the extension point of transformers, so other callers of
+They are registered under separate names, through the extension point of transformers, so other callers of
 `from_pretrained` are not affected.
 
 Import this module inside functions only, because it imports transformers.

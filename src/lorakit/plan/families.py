@@ -30,7 +30,7 @@ class Family:
             path: Dotted path of the module in the model.
         """
         block = block_of(path)
-        return None if block is None else self.block.sublayer_of(path.removeprefix(f"{block}."))
+        return None if block is None else self.block.sublayer_of(_inside(path))
 
     def reads_norm(self, path: str) -> bool:
         """Return whether the input of a linear module comes from a norm, rather than from attention or the activation.
@@ -38,8 +38,7 @@ class Family:
         Args:
             path: Dotted path of the module in the model.
         """
-        block = block_of(path)
-        return any(path == f"{block}.{name}" for group in self.block.inputs for name in group)
+        return any(_inside(path) in group for group in self.block.inputs)
 
     def group_of(self, path: str) -> str:
         """Return a key that all linear modules share that read the same tensor.
@@ -48,9 +47,12 @@ class Family:
             path: Dotted path of a module, or of its weight, in the model.
         """
         path = path.removesuffix(".weight")
-        block = block_of(path)
-        inside = path if block is None else path.removeprefix(f"{block}.")
-        return next((f"{block}.{group[0]}" for group in self.block.inputs if inside in group), path)
+        return next((f"{block_of(path)}.{group[0]}" for group in self.block.inputs if _inside(path) in group), path)
+
+
+def _inside(path: str) -> str:
+    """Return the path of a module relative to its block, or the path itself for a module outside any block."""
+    return path.removeprefix(f"{block_of(path)}.")
 
 
 def family_of(shape: ModelShape) -> Family:

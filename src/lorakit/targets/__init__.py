@@ -1,6 +1,13 @@
 """Match a config's targets against the module and parameter paths of a model or a plan."""
 
-from lorakit.targets.experts import LEFT_OUT, current_path, note_on_rest, with_current_names, with_fused_targets
+from lorakit.targets.experts import (
+    LEFT_OUT,
+    current_path,
+    note_on_rest,
+    parts_at,
+    with_current_names,
+    with_fused_targets,
+)
 from lorakit.targets.resolving import (
     ALL_LINEAR,
     LARGE_RANK,
@@ -42,6 +49,7 @@ __all__ = [
     "match_path",
     "names_path",
     "note_on_rest",
+    "parts_at",
     "resolve",
     "saved_modules",
     "targeted_parameters",

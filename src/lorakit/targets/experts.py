@@ -201,7 +201,7 @@ def _shortest(paths: Collection[str], candidates: Sequence[Candidate]) -> set[st
 def _check(layout: ExpertsLayout, config: LoraConfig, found: _Found, held: Mapping[str, BareParameter]) -> None:
     is_listed = not isinstance(config.target_modules, str)
     for path, olds in found.parts.items():
-        lacking = sorted(set(_parts_at(layout, path)) - olds)
+        lacking = sorted(set(parts_at(layout, path)) - olds)
         if lacking:
             raise ConfigError(
                 f"target_modules names {', '.join(sorted(olds))} but not {', '.join(lacking)}; {path} has both. "
@@ -243,7 +243,13 @@ def _check_numbers(path: str, old: str, numbers: Collection[int], experts: int) 
         )
 
 
-def _parts_at(layout: ExpertsLayout, path: str) -> tuple[str, ...]:
+def parts_at(layout: ExpertsLayout, path: str) -> tuple[str, ...]:
+    """Return the old names of the modules that a parameter consists of, in the order of its rows.
+
+    Args:
+        layout: Names in the model's architecture.
+        path: Dotted path of the parameter, which must be one of experts or of a router.
+    """
     return next(layout.parts(new) for new in layout.parameters.values() if names_path(new, path))
 
 

@@ -100,17 +100,9 @@ def test_no_dequantized_weight_is_kept_for_the_backward_pass(layout: dict[str, A
 @pytest.mark.parametrize("name", ["gptq-act-order", "awq"])
 def test_an_adapter_is_trained_saved_and_loaded(name: str, tmp_path: Path) -> None:
     model, dense = pair(LAYOUTS[name])
-    parameters = adapted(model)
     x = torch.randn(4, COLUMNS)
-    optimizer = torch.optim.SGD(parameters, 1e-3)
-    losses = []
-    for _ in range(3):
-        loss = model(x).square().mean()
-        losses.append(float(loss.detach()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert losses[-1] < losses[0]
+    found = packed_models.losses(model, adapted(model), x)
+    assert found[-1] < found[0]
     core.save_adapter(model, tmp_path / "adapter")
     wanted = model(x)
     again, _ = pair(LAYOUTS[name])

@@ -151,7 +151,7 @@ def place_adapter(
 ) -> tuple[int, tuple[str, ...]]:
     """Attach an adapter to a model, given the adapter's files; everything is checked before the model is changed.
 
-    Experts of transformers 4, each of which has tensors of its own, are fused first.
+    Experts of transformers 4 have separate tensors, which are fused first.
 
     Args:
         model: The base or a model that already has adapters, or its index.

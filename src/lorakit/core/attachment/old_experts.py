@@ -1,4 +1,4 @@
-"""Convert adapters that were made under transformers 4, where each expert was a module of its own.
+"""Convert adapters that were made under transformers 4, where each expert was a separate module.
 
 In transformers 5, the experts of a layer share one parameter, and gate and up are fused. The A of fused parts are
 concatenated along the rank and their B become blocks on a diagonal, so that the update of the parameter is exactly that
@@ -26,7 +26,7 @@ from lorakit.core.kinds.parameter import side_by_side
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.target_weights import bare_parameters, named_targets
 from lorakit.errors import AdapterFileError, ShapeMismatchError
-from lorakit.targets import BareParameter, current_path, literal_value, names_path, with_fused_targets
+from lorakit.targets import BareParameter, current_path, literal_value, names_path, parts_at, with_fused_targets
 
 _EXPERT = re.compile(r"(?P<around>(?:.+\.)?experts)\.(?P<number>\d{1,6})\.(?P<old>\w+)", re.ASCII)
 
@@ -134,8 +134,7 @@ def _check_experts(
     layout: ExpertsLayout, files: AdapterFiles, parameter: BareParameter, sites: Sites
 ) -> tuple[str, ...]:
     """Check that each part of a parameter has one site per expert, and return the names of the parts in order."""
-    name = next(new for new in layout.parameters.values() if names_path(new, parameter.path))
-    olds = layout.parts(name)
+    olds = parts_at(layout, parameter.path)
     for old in olds:
         numbers = set(sites.get(old, ()))
         expected = set(range(parameter.shape[0] if len(parameter.shape) == 3 else 1))

@@ -64,7 +64,7 @@ class CompressedLinear(PackedLinear):
 
     @property
     def layout(self) -> CompressedLayout:
-        """How to decode the values and scales."""
+        """Return the layout of the values and scales."""
         return CompressedLayout(self.out_features, self.in_features, self.block)
 
 

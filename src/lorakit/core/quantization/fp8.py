@@ -107,7 +107,7 @@ class Fp8Linear(PackedLinear):
 
     @property
     def layout(self) -> Fp8Layout:
-        """How to decode the values and scales."""
+        """Return the layout of the values and scales."""
         return layout_of(self)
 
 

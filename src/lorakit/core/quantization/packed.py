@@ -112,7 +112,7 @@ class PackedLinear(nn.Module):
     @property
     @abstractmethod
     def layout(self) -> Layout:
-        """How to decode the packed tensors."""
+        """Return the layout of the packed tensors."""
 
     def packed(self) -> PackedWeight:
         """Return the packed weight, which shares memory with the layer."""

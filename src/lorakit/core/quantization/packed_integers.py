@@ -124,7 +124,7 @@ class GptqLinear(PackedLinear):
 
     @property
     def layout(self) -> GptqLayout:
-        """How to decode the packed tensors."""
+        """Return the layout of the packed tensors."""
         return GptqLayout(self.out_features, self.in_features, self.bits, self.offset)
 
 
@@ -142,7 +142,7 @@ class AwqLinear(PackedLinear):
 
     @property
     def layout(self) -> AwqLayout:
-        """How to decode the packed tensors."""
+        """Return the layout of the packed tensors."""
         return AwqLayout(self.out_features, self.in_features)
 
 

@@ -105,7 +105,7 @@ def _start(start: Start) -> Tensor:
 
 
 def _projection(x: Tensor, factor: Factor) -> Tensor:
-    """Return the projection (d,) for an input (…, in), after updating the stored one if the setting asks for it."""
+    """Return the projection (d,) for an input (…, in), after updating the stored one if the setting requires it."""
     stored, init = factor.own[PROJECTION], factor.setting["init"]
     if init == "random" or (init == "batch_average_once" and bool(stored.any())):
         return stored
