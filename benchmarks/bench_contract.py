@@ -28,7 +28,7 @@ import lorakit
 from lorakit.architectures.known_forwards import KnownForwards
 from lorakit.speed.acceleration import accelerate_known
 from lorakit.speed.admission import Known
-from lorakit.speed.identity import Identities
+from lorakit.identity.identities import Identities
 from lorakit.speed.patching import BOUND, Fused
 
 LOOPS = 2000

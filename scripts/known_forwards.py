@@ -127,15 +127,16 @@ def version(release: str) -> tuple[int, ...]:
     return tuple(int(part) for part in release.split(".") if part.isdigit())
 
 
+Found = tuple[Any, str, str]
+"""Identity, name and role of source that agrees."""
+
+
 def read_release() -> dict[str, Any]:
     """Return what the importable release contains: digests whose fused forwards agree, and what differs."""
     import transformers
     from tests.speed.architectures import architectures, small
 
-    from lorakit.architectures.known_forwards import MODEL
-    from lorakit.speed.acceleration import FUSED_FORWARDS
-    from lorakit.speed.admission import Known, candidates
-    from lorakit.speed.identity import Identities
+    from lorakit.identity.identities import Identities
 
     identities = Identities()
     rows: dict[str, dict[str, set[str]]] = defaultdict(lambda: {"roles": set(), "classes": set(), "functions": set()})
@@ -148,23 +149,12 @@ def read_release() -> dict[str, Any]:
             model.get_input_embeddings().weight  # noqa: B018 - `answers` needs its gradient
         except Exception:  # noqa: BLE001 - not every architecture can be built small
             continue
-        modules = {path: module for path, module in model.named_modules() if path}
-        wanted, _ = candidates(modules, FUSED_FORWARDS, Known(identities, None))
-        found = [(identities.of(module), named(type(module)), role) for module, role in roles_of(wanted.values())]
-        found.append((identities.of_forward(type(model)), named(type(model)), MODEL))
-        if any(compared[one.digest, role] < (1 if role == MODEL else TIMES) for one, _, role in found if one.functions):
+        found: list[Found] = []
+        for part_of_model in (experts_of, fused_of):
             try:
-                error, of_loss = compare(model, identities)
+                found += part_of_model(model, identities, compared)
             except Exception as failed:  # noqa: BLE001 - reported, and not in the table
                 differs[name] = f"{type(failed).__name__}: {failed}"[:200]
-                continue
-            if not error <= BOUND:
-                differs[name] = f"{error:.1e}"
-                continue
-            compared.update({(one.digest, role) for one, _, role in found})
-            found = found[:-1] + of_loss
-        else:
-            found.pop()
         for identity, kind_name, role in found:
             if not identity.functions:
                 continue
@@ -175,6 +165,99 @@ def read_release() -> dict[str, Any]:
             functions |= {own: function.rpartition(":")[2] for function, own in identity.functions.items()}
     listed = {digest: {key: sorted(value) for key, value in row.items()} for digest, row in rows.items()}
     return {"release": transformers.__version__, "functions": functions, "forwards": listed, "differs": differs}
+
+
+def fused_of(model: Any, identities: Any, compared: Counter[tuple[str, str]]) -> list[Found]:
+    """Return what the fused forwards of a small model replace, if they agree.
+
+    Args:
+        model: The model.
+        identities: What each module computes.
+        compared: How often each digest has been compared in each role; updated.
+
+    Raises:
+        ValueError: They do not agree.
+    """
+    from lorakit.architectures.known_forwards import MODEL
+    from lorakit.speed.acceleration import FUSED_FORWARDS
+    from lorakit.speed.admission import Known, candidates
+
+    modules = {path: module for path, module in model.named_modules() if path}
+    wanted, _ = candidates(modules, FUSED_FORWARDS, Known(identities, None))
+    found = [(identities.of(module), named(type(module)), role) for module, role in roles_of(wanted.values())]
+    found.append((identities.of_forward(type(model)), named(type(model)), MODEL))
+    if all(compared[one.digest, role] >= (1 if role == MODEL else TIMES) for one, _, role in found if one.functions):
+        return found[:-1]
+    error, of_loss = compare(model, identities)
+    if not error <= BOUND:
+        raise ValueError(f"{error:.1e}")
+    compared.update({(one.digest, role) for one, _, role in found})
+    return found[:-1] + of_loss
+
+
+def experts_of(model: Any, identities: Any, compared: Counter[tuple[str, str]]) -> list[Found]:
+    """Return the fused experts of a small model that agree with `experts_forward`, and their activations.
+
+    Args:
+        model: The model.
+        identities: What each module computes.
+        compared: How often each digest has been compared in each role; updated.
+
+    Raises:
+        ValueError: They do not agree.
+    """
+    from lorakit.architectures.known_forwards import PART
+    from lorakit.core.layers.experts import IMPLEMENTATIONS, has_marks, role_of
+
+    found: list[Found] = []
+    for module in {type(one): one for one in model.modules() if has_marks(one)}.values():
+        identity, role = identities.of(module), role_of(module)
+        found.append((identity, named(type(module)), role))
+        activation = module._modules.get("act_fn")
+        if activation is not None:
+            found.append((identities.of(activation), named(type(activation)), PART))
+        if compared[identity.digest, role] < TIMES:
+            for implementation in IMPLEMENTATIONS:
+                error = max(map(difference, *answers_of_experts(module, implementation)))
+                if not error <= BOUND:
+                    raise ValueError(f"experts, {implementation}: {error:.1e}")
+            compared[identity.digest, role] += 1
+    return found
+
+
+def answers_of_experts(module: Any, implementation: str) -> tuple[list[Any], list[Any]]:
+    """Return outputs and gradients of experts with adapters: with factors at the tokens, and with dense weights."""
+    import torch
+
+    from lorakit.core.clones import clone_with
+    from lorakit.core.layers.experts import experts_forward, projections
+    from lorakit.core.variants import Factor, variant_named
+
+    torch.manual_seed(0)
+    scale, tokens, top = 0.7, 11, 2
+    module.config._experts_implementation = implementation
+    for parameter in module.requires_grad_(False).parameters():
+        torch.nn.init.normal_(parameter)  # large enough for activations that are clamped
+    linears = projections(module)
+    experts, width = len(module.down_proj), next(iter(linears.values())).in_features
+    factors, dense, leaves = {}, {}, []
+    for name, linear in linears.items():
+        A = torch.randn(experts, 3, linear.in_features, requires_grad=True)
+        B = torch.randn(experts, linear.out_features, 3, requires_grad=True)
+        factors[name] = [Factor(A, B, scale, torch.nn.Identity(), variant_named("plain"))]
+        dense[name] = linear.W + scale * ((B @ A).mT if linear.in_first else B @ A)
+        leaves += [A, B]
+    x = torch.randn(tokens, width, requires_grad=True)
+    index = torch.stack([torch.randperm(experts)[: min(top, experts)] for _ in range(tokens)])
+    weights = torch.rand(index.shape, requires_grad=True)
+    leaves += [x, weights]
+
+    def answer(run: Any, *given: Any) -> list[Any]:
+        y = run(*given, x, index, weights)
+        slope = torch.linspace(-1, 1, y.numel()).view(y.shape)
+        return [y.detach(), *torch.autograd.grad((y * slope).sum(), leaves)]
+
+    return answer(experts_forward, module, factors), answer(clone_with(module, dense))
 
 
 def roles_of(parts: Iterable[Any]) -> Iterator[tuple[Any, str]]:

@@ -33,7 +33,18 @@ FLOORS = {
     "targets": 2,
 }
 TORCH_FREE = {*FLOORS, "__main__", "plan", "report"}
-FLOORS |= {"plan": 3, "report": 3, "ops": 3, "core": 4, "hub": 5, "data": 6, "speed": 6, "generate": 6, "peft": 6}
+FLOORS |= {
+    "plan": 3,
+    "report": 3,
+    "ops": 3,
+    "identity": 3,
+    "core": 4,
+    "hub": 5,
+    "data": 6,
+    "speed": 6,
+    "generate": 6,
+    "peft": 6,
+}
 FLOORS |= {"tasks": 7, "train": 8, "serve": 8, "cli": 9, "__main__": 10}
 LOWEST = {
     "torch": 0,

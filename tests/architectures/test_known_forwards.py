@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lorakit.architectures import known_forwards as table
-from lorakit.speed.identity import Identities
+from lorakit.identity.identities import Identities
 
 STORED = ("transformers.activations.", "deepseek_v4.modeling_deepseek_v4.DeepseekV4MLP")
 """Classes that store functions on their instances, so that the class alone has no digest in the table."""

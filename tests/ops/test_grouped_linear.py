@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorakit.ops import reference
-from lorakit.ops.grouped_linear import GroupedLinear, GroupedLowRank, grouped_linear
+from lorakit.ops.grouped_linear import STEP, GroupedLinear, GroupedLowRank, grouped_linear
 
 IN, OUT, R = 6, 5, 3
 COUNTS = (4, 0, 1, 3)
@@ -109,3 +109,34 @@ def test_what_does_not_match_is_an_error(change: dict[str, object], word: str) -
     given.W.requires_grad_("trained" in change)
     with pytest.raises(ValueError, match=word):
         grouped_linear(rows(), change.get("counts", COUNTS), given, change.get("adapters", []))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_narrow_dtypes_with_groups_of_any_size(dtype: torch.dtype, bias: bool) -> None:
+    """Groups shorter and longer than a multiple of the step, and a last group without rows to spare."""
+    counts = (STEP + 1, 3, 0, STEP, 1)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    given = GroupedLinear(random(len(counts), OUT, IN), random(len(counts), OUT) if bias else None)
+    low = GroupedLowRank(
+        random(len(counts), R, IN, dtype=torch.float32).requires_grad_(),
+        random(len(counts), OUT, R, dtype=torch.float32).requires_grad_(),
+        0.5,
+    )
+    x = random(sum(counts), IN).requires_grad_()
+    leaves = (x, low.A, low.B)
+    y = grouped_linear(x, counts, given, [low])
+    slope = random(*y.shape)
+    found = [y, *torch.autograd.grad(y, leaves, slope)]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    wide = GroupedLinear(given.W.double(), None if given.bias is None else given.bias.double())
+    z = reference.grouped_linear(exact[0], counts, wide, [GroupedLowRank(exact[1], exact[2], 0.5)])
+    wanted = [z, *torch.autograd.grad(z, exact, slope.double())]
+    bound = 3 * torch.finfo(dtype).eps
+    for one, other in zip(found, wanted, strict=True):
+        assert float((one.detach().double() - other.detach()).norm() / other.detach().norm()) < bound
+    assert [one.dtype for one in found] == [dtype, dtype, torch.float32, torch.float32]

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.utils.deprecation import deprecate_kwarg
 
+from lorakit.identity.identities import Identities, Identity
 from lorakit.speed.acceleration import accelerate_known
 from lorakit.speed.admission import Known
 from lorakit.speed.contract import contract_of_model
-from lorakit.speed.identity import Identities, Identity
 
 from .test_acceleration import adapted
 from .test_contract import are_close, results

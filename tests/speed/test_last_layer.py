@@ -13,11 +13,11 @@ import transformers
 from torch import Tensor, nn
 
 from lorakit import LoraConfig, core
+from lorakit.identity.identities import Identities
 from lorakit.speed import Acceleration, accelerate, last_layer, pack_rows
 from lorakit.speed.acceleration import accelerate_known
 from lorakit.speed.admission import Known
 from lorakit.speed.attention import attention
-from lorakit.speed.identity import Identities
 
 from ..doubles import InDouble
 from .test_acceleration import MODELS, WHOLE_LAYERS, adapted, close, given

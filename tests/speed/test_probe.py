@@ -154,9 +154,9 @@ def test_training_mode_without_known_dropout() -> None:
 def test_randomness_in_training_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama.modeling_llama import LlamaMLP
 
+    from lorakit.identity.identities import Identities
     from lorakit.speed.acceleration import accelerate_known
     from lorakit.speed.admission import Known
-    from lorakit.speed.identity import Identities
 
     own = LlamaMLP.forward
 

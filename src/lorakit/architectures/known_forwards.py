@@ -21,8 +21,8 @@ class KnownForwards:
 
     Attributes:
         releases: Releases of transformers, oldest first.
-        roles: Dict from the digest of a class (`lorakit.speed.identity`) to its roles: names of fused `forward`
-            methods, or "part", "model" or "loss".
+        roles: Dict from the digest of a class (`lorakit.identity.identities`) to its roles: names of fused `forward`
+            methods, or "part", "model", "loss" or "experts …".
     """
 
     releases: tuple[str, ...]
@@ -57,6 +57,9 @@ PART = "part"
 
 MODEL, LOSS = "model", "loss"
 """Roles of the `forward` of a model whose logits are not computed, and of a loss function that is reproduced."""
+
+EXPERTS = "experts"
+"""Start of the roles of fused experts; their settings follow (`lorakit.core.layers.experts.role_of`)."""
 
 
 Row = dict[str, list[str]]

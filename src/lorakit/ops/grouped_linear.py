@@ -3,6 +3,11 @@
 Rows that belong to the same group, such as the tokens that are routed to one expert, are adjacent. Each group has its
 own frozen weight and its own factors A and B. No dense update is formed: saved for the backward pass are the input and
 one (rows, r) activation per adapter, and gradients of A and B are computed group by group.
+
+In bf16 and fp16 on a CPU, torch compiles a kernel for each new shape of a matmul, which takes as long as a matmul of a
+hundred rows. The number of rows of a group changes from batch to batch. The matmuls with frozen weights therefore also
+process the first rows of the next group, up to a multiple of `STEP`; their results are overwritten by those of the next
+group. The matmuls with A and B run in fp32, which needs no kernels of its own and is more accurate.
 """
 
 from __future__ import annotations
@@ -16,6 +21,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.ops.autograd import Context, autocast, needs_gradient, without_autocast
+
+STEP = 16
+"""Number of rows of which matmuls in narrow dtypes on a CPU process a multiple, except for the last group."""
+
+NARROW = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +113,7 @@ def grouped_linear(
         x: Rows (N, in), sorted by group.
         counts: Number of rows in each group; the sum is N.
         linear: The frozen weights, or None for the sum over the adapters alone, of which there must be one.
-        adapters: The adapters. Gradients flow to x and to the factors A and B, which are cast to the dtype of x.
+        adapters: The adapters. Gradients flow to x and to the factors A and B, whose dtype may differ from that of x.
 
     Returns:
         The output (N, out).
@@ -119,41 +129,61 @@ def grouped_linear(
     with without_autocast(x):
         if needs_gradient(x, *flat):
             return _GroupedLinear.apply(x, form, *flat)
-        return _forward(x, form, [factor.to(x.dtype) for factor in flat])[0]
+        return _forward(x, form, [factor.to(_dtype_of_factors(x)) for factor in flat])[0]
 
 
-def _groups(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Yield the index and the rows of each group that has any."""
-    start = 0
+def _groups(x: Tensor, counts: Sequence[int]) -> Iterator[tuple[int, slice, slice]]:
+    """Yield the index of each group that has rows, its rows, and the rows to process with its frozen weight.
+
+    The latter may extend into the next group, whose results must be written later.
+    """
+    step, start = STEP if _is_narrow_on_cpu(x) else 1, 0
     for group, count in enumerate(counts):
         if count:
-            yield group, slice(start, start + count)
+            yield group, slice(start, start + count), slice(start, min(start + count + -count % step, len(x)))
         start += count
 
 
+def _is_narrow_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in NARROW
+
+
+def _dtype_of_factors(x: Tensor) -> torch.dtype:
+    """Return the dtype of the matmuls with A and B."""
+    return torch.float32 if _is_narrow_on_cpu(x) else x.dtype
+
+
 def _forward(x: Tensor, form: _Form, flat: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Return the output (N, out), and s·x·Aᵀ (N, r) for each adapter."""
+    """Return the output (N, out), and s·x·Aᵀ (N, r) in the dtype of the factors for each adapter."""
     linear = form.linear
     y = x.new_empty(len(x), flat[1].shape[1] if linear is None else linear.out_features)
-    hidden = [x.new_empty(len(x), A.shape[1]) for A in flat[::2]]
-    for group, rows in _groups(form.counts):
-        part, out = x[rows], y[rows]
+    hidden = [A.new_empty(len(x), A.shape[1]) for A in flat[::2]]
+    for group, rows, more in _groups(x, form.counts):
         if linear is None:
-            out.zero_()
+            y[rows].zero_()
         elif linear.bias is None:
-            torch.mm(part, linear.weight(group, x.dtype).mT, out=out)
+            torch.mm(x[more], linear.weight(group, x.dtype).mT, out=y[more])
         else:
-            torch.addmm(linear.bias[group].to(x.dtype), part, linear.weight(group, x.dtype).mT, out=out)
+            torch.addmm(linear.bias[group].to(x.dtype), x[more], linear.weight(group, x.dtype).mT, out=y[more])
+        part = x[rows].to(flat[0].dtype) if flat else x
         for h, A, B, scale in zip(hidden, flat[::2], flat[1::2], form.scales, strict=True):
             torch.mm(part, A[group].mT, out=h[rows]).mul_(scale)
-            out.addmm_(h[rows], B[group].mT)
+            _add(y[rows], h[rows], B[group].mT)
     return y, hidden
+
+
+def _add(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add the product of two matrices to a view of a matrix, which may have a narrower dtype."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context[tuple[_Form, list[torch.dtype]]], x: Tensor, form: _Form, *factors: Tensor) -> Tensor:
-        flat = [factor.to(x.dtype) for factor in factors]
+        flat = [factor.to(_dtype_of_factors(x)) for factor in factors]
         y, hidden = _forward(x, form, flat)
         needs = ctx.needs_input_grad
         kept = x if any(needs[2::2]) else None
@@ -180,22 +210,33 @@ def _backward(ctx: Context[tuple[_Form, list[torch.dtype]]], dy: Tensor) -> tupl
         torch.zeros_like(factor, dtype=dtype) if needed else None
         for factor, dtype, needed in zip(flat, dtypes, needs[2:], strict=True)
     ]
-    for group, rows in _groups(form.counts):
-        part = dy[rows]
+    for group, rows, more in _groups(dy, form.counts):
         if dx is not None and linear is not None:
-            torch.mm(part, linear.weight(group, dy.dtype), out=dx[rows])
+            torch.mm(dy[more], linear.weight(group, dy.dtype), out=dx[more])
         elif dx is not None:
             dx[rows].zero_()
+        if not flat:
+            continue
+        part = dy[rows].to(flat[0].dtype)
+        entered = part if x is None else x[rows].to(part.dtype)  # x is saved only if a factor is trained
         for index, scale in enumerate(form.scales):
             A, B = flat[2 * index][group], flat[2 * index + 1][group]
             dA, dB = grads[2 * index], grads[2 * index + 1]
             if dB is not None:
-                dB[group].copy_(part.mT @ hidden[index][rows])
+                _multiply(part.mT, hidden[index][rows], dB[group])
             if dA is None and dx is None:
                 continue
             dh = (part @ B).mul_(scale)
             if dA is not None:
-                dA[group].copy_(dh.mT @ x[rows])
+                _multiply(dh.mT, entered, dA[group])
             if dx is not None:
-                dx[rows].addmm_(dh, A)
+                _add(dx[rows], dh, A)
     return dx, None, *grads
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Write the product of two matrices into a view of a matrix, which may have another dtype."""
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(left @ right)

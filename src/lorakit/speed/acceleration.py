@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from lorakit.architectures.known_forwards import known_forwards
 from lorakit.errors import ModelError
+from lorakit.identity.identities import Fact, Identities, original_class
 from lorakit.ops.cross_entropy import IGNORED
 from lorakit.ops.kernels import compiled
 from lorakit.speed import attention, decoder, encoder, feed_forward, linear, norm, sublayer
@@ -29,7 +30,6 @@ from lorakit.speed.contract import contract_for, contract_of_model
 from lorakit.speed.decoder import BoundLayer
 from lorakit.speed.encoder import BoundEncoderLayer
 from lorakit.speed.feed_forward import BoundFeedForward
-from lorakit.speed.identity import Fact, Identities
 from lorakit.speed.last_layer import LastLayer, agree
 from lorakit.speed.loss import Head, LossWithoutLogits, head_for, last_layer_for, loss_for, output_head
 from lorakit.speed.patching import (
@@ -41,7 +41,6 @@ from lorakit.speed.patching import (
     children_of,
     is_replacement,
     make_replacement,
-    original_class,
     undo,
 )
 from lorakit.speed.probe import Call, ModelOutput, attempt, calls, eval_mode, frozen, token_ids

@@ -13,8 +13,8 @@ from types import FunctionType
 from torch import nn
 
 from lorakit.core import LoraLayer
-from lorakit.speed.patching import original_class
-from lorakit.speed.source import source_of
+from lorakit.identity.identities import original_class
+from lorakit.identity.source import source_of
 
 HOME = "peft.tuners.lora.layer"
 """The module that defines peft's LoRA layers."""

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from lorakit.architectures.known_forwards import LOSS, MODEL, PART, KnownForwards, unknown_release
 from lorakit.core import LoraLayer
+from lorakit.identity.contract import SETTINGS
+from lorakit.identity.identities import Identities, Identity, original_class
 from lorakit.speed.adapter_layers import is_adapted, is_peft_linear
-from lorakit.speed.contract import SETTINGS
-from lorakit.speed.identity import Identities, Identity
-from lorakit.speed.patching import Options, original_class, parameters_of, split_call
+from lorakit.speed.patching import Options, parameters_of, split_call
 from lorakit.speed.probe import (
     TOKENS,
     TOLERANCES,

@@ -13,9 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lorakit.identity.identities import original_class
 from lorakit.ops.dropout import dropout
 from lorakit.ops.norm import Norm, normalize
-from lorakit.speed.patching import Options, is_watched, original_class
+from lorakit.speed.patching import Options, is_watched
 
 RMS = ("RMSNorm", "T5LayerNorm")
 """Suffixes of RMS norm class names."""

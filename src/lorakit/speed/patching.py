@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lorakit.core.clones import is_watched as is_watched  # re-exported, like Forwards, for other modules in `speed`
 from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.routing.recompute import Forwards as Forwards
+from lorakit.identity.identities import MARK
 
 FORWARDS = "_forward_history"
 """Attribute that contains the forward history of a replaced module. lorakit layers have a forward history too."""
@@ -27,9 +28,6 @@ RECOMPUTES = "_recomputes_matmuls"
 
 OWN = (FORWARDS, RECOMPUTES)
 """Attributes that a replacement adds to the shared state."""
-
-MARK = "_replaced_class"
-"""Class attribute that contains the class of the original module; only replacement classes have it."""
 
 BOUND = "_bound"
 """Name of the `__slots__` entry in which a replacement stores its `Fused`, outside the shared state."""
@@ -172,15 +170,6 @@ def may_run(module: nn.Module) -> bool:
     """
     fused: Fused | None = getattr(module, BOUND, None)  # replicas that torch creates have none
     return fused is not None and fused.holds()
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class of a module or, if the module is a replacement, the class of the original.
-
-    Args:
-        module: Any module.
-    """
-    return getattr(type(module), MARK, type(module))
 
 
 def is_replacement(module: nn.Module) -> bool:

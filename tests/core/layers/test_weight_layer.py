@@ -11,11 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import GptOssConfig, MixtralConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from lorakit import core
 from lorakit.config import LoraConfig
+from lorakit.core.layers.experts import MARKS, shows_tokens
 from lorakit.core.layers.named_layers import ParamWrapper
-from lorakit.core.layers.weight_layer import MARKS, shows_tokens
 from lorakit.errors import AdapterFileError, ConfigError, MergeError, RouteError, TargetError
 
 from ...laws.zoo import EVERY_KIND, run
@@ -24,21 +29,14 @@ EXPERTS, D, HIDDEN, TOP = 3, 6, 10, 2
 
 
 class Experts(nn.Module):
-    """Fused experts; `marked` as transformers marks them, `in_first` as GPT-OSS stores them."""
+    """Fused experts whose source is not known; `in_first` as GPT-OSS stores them."""
 
-    def __init__(self, marked: bool, in_first: bool) -> None:
+    def __init__(self, in_first: bool) -> None:
         super().__init__()
         up, down = (2 * HIDDEN, D), (D, HIDDEN)
         self.gate_up_proj = nn.Parameter(torch.randn(EXPERTS, *(up[::-1] if in_first else up)) / 3)
         self.down_proj = nn.Parameter(torch.randn(EXPERTS, *(down[::-1] if in_first else down)) / 3)
         self.act_fn, self.is_transposed = nn.SiLU(), in_first
-        if marked:
-            self.num_experts, self.has_gate, self.is_concatenated = EXPERTS, True, True
-            self.has_bias = self.has_post_expert_norm = False
-
-    def _apply_gate(self, h: Tensor) -> Tensor:
-        gate, up = h.chunk(2, dim=-1)
-        return self.act_fn(gate) * up
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         flip = (lambda W: W.T) if self.is_transposed else (lambda W: W)
@@ -46,18 +44,28 @@ class Experts(nn.Module):
         for token in range(len(hidden_states)):
             y = torch.zeros(D, dtype=hidden_states.dtype)
             for expert, weight in zip(top_k_index[token].tolist(), top_k_weights[token], strict=True):
-                h = self._apply_gate(F.linear(hidden_states[token], flip(self.gate_up_proj[expert])))
-                y = y + weight * F.linear(h, flip(self.down_proj[expert]))
+                gate, up = F.linear(hidden_states[token], flip(self.gate_up_proj[expert])).chunk(2, dim=-1)
+                y = y + weight * F.linear(self.act_fn(gate) * up, flip(self.down_proj[expert]))
             parts.append(y)
         return torch.stack(parts)
+
+
+def known_experts(in_first: bool) -> nn.Module:
+    """Return experts whose source is known: those of GPT-OSS are `in_first`, and have biases."""
+    sizes = {"hidden_size": D, "intermediate_size": HIDDEN, "num_local_experts": EXPERTS, "num_experts_per_tok": TOP}
+    made: nn.Module = GptOssExperts(GptOssConfig(**sizes)) if in_first else MixtralExperts(MixtralConfig(**sizes))
+    made.config._experts_implementation = "eager"
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=1 / 3)
+    return made
 
 
 class Block(nn.Module):
     """A router and its experts, over (rows, length, d)."""
 
-    def __init__(self, marked: bool, in_first: bool) -> None:
+    def __init__(self, known: bool, in_first: bool) -> None:
         super().__init__()
-        self.router, self.experts = nn.Linear(D, EXPERTS), Experts(marked, in_first)
+        self.router, self.experts = nn.Linear(D, EXPERTS), (known_experts if known else Experts)(in_first)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, 1)
@@ -68,9 +76,9 @@ class Block(nn.Module):
 class Net(nn.Module):
     """Two such blocks, and a dense layer."""
 
-    def __init__(self, marked: bool = False, in_first: bool = False) -> None:
+    def __init__(self, known: bool = False, in_first: bool = False) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([Block(marked, in_first), Block(marked, in_first)])
+        self.layers = nn.ModuleList([Block(known, in_first), Block(known, in_first)])
         self.head = nn.Linear(D, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,16 +90,16 @@ class Net(nn.Module):
 X = torch.randn(2, 5, D, generator=torch.Generator().manual_seed(3))
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 LAYOUTS = pytest.mark.parametrize(
-    ("marked", "in_first"),
+    ("known", "in_first"),
     [(False, False), (False, True), (True, False), (True, True)],
-    ids=["plain", "plain in-first", "marked", "marked in-first"],
+    ids=["plain", "plain in-first", "known", "known in-first"],
 )
 
 
-def made(marked: bool = False, in_first: bool = False, dtype: torch.dtype = torch.float32) -> Net:
+def made(known: bool = False, in_first: bool = False, dtype: torch.dtype = torch.float32) -> Net:
     """The same model every time."""
     torch.manual_seed(0)
-    return Net(marked, in_first).to(dtype).eval()
+    return Net(known, in_first).to(dtype).eval()
 
 
 def config(**fields: Any) -> LoraConfig:
@@ -107,9 +115,9 @@ def randomise(model: nn.Module, name: str, seed: int) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 5)
 
 
-def adapted(*names: str, marked: bool = False, in_first: bool = False, **fields: Any) -> Net:
+def adapted(*names: str, known: bool = False, in_first: bool = False, **fields: Any) -> Net:
     """A model with adapters that differ in every number."""
-    model = made(marked, in_first)
+    model = made(known, in_first)
     for seed, name in enumerate(names):
         core.attach(model, config(**fields), name)
         randomise(model, name, seed)
@@ -129,19 +137,19 @@ def updated_by_hand(model: Net, name: str, plain: Net, scale: float = 3.0) -> Ne
 
 
 @LAYOUTS
-def test_the_output_is_that_of_the_formula(marked: bool, in_first: bool) -> None:
-    model = adapted("a", "b", marked=marked, in_first=in_first)
+def test_the_output_is_that_of_the_formula(known: bool, in_first: bool) -> None:
+    model = adapted("a", "b", known=known, in_first=in_first)
     for name in ("a", "b"):
         with core.use(model, name):
-            wanted = updated_by_hand(model, name, made(marked, in_first))(X)
+            wanted = updated_by_hand(model, name, made(known, in_first))(X)
             torch.testing.assert_close(model(X), wanted, atol=1e-5, rtol=1e-5)
 
 
 @LAYOUTS
-def test_gradients_are_those_of_the_formula(marked: bool, in_first: bool) -> None:
-    model = adapted("a", marked=marked, in_first=in_first)
+def test_gradients_are_those_of_the_formula(known: bool, in_first: bool) -> None:
+    model = adapted("a", known=known, in_first=in_first)
     model(X).square().mean().backward()
-    plain = updated_by_hand(model, "a", made(marked, in_first))
+    plain = updated_by_hand(model, "a", made(known, in_first))
     plain(X).square().mean().backward()
     for site in core.sites(model):
         layer, r = site.layer, 2
@@ -156,16 +164,16 @@ def test_gradients_are_those_of_the_formula(marked: bool, in_first: bool) -> Non
 
 
 @LAYOUTS
-def test_a_fresh_adapter_changes_nothing(marked: bool, in_first: bool) -> None:
-    model = made(marked, in_first)
+def test_a_fresh_adapter_changes_nothing(known: bool, in_first: bool) -> None:
+    model = made(known, in_first)
     y = model(X)
     core.attach(model, config(), seed=1)
     torch.testing.assert_close(model(X), y, atol=1e-6, rtol=1e-6)
 
 
 @LAYOUTS
-def test_several_at_once_are_the_sum_of_their_updates(marked: bool, in_first: bool) -> None:
-    model, plain = adapted("a", "b", marked=marked, in_first=in_first), made(marked, in_first)
+def test_several_at_once_are_the_sum_of_their_updates(known: bool, in_first: bool) -> None:
+    model, plain = adapted("a", "b", known=known, in_first=in_first), made(known, in_first)
     for name in ("a", "b"):
         updated_by_hand(model, name, plain)
     with core.use(model, "a", "b"):
@@ -173,13 +181,13 @@ def test_several_at_once_are_the_sum_of_their_updates(marked: bool, in_first: bo
 
 
 @LAYOUTS
-def test_merged_is_unmerged_and_other_routes_still_see_the_base(marked: bool, in_first: bool) -> None:
-    model = adapted("a", "b", marked=marked, in_first=in_first)
+def test_merged_is_unmerged_and_other_routes_still_see_the_base(known: bool, in_first: bool) -> None:
+    model = adapted("a", "b", known=known, in_first=in_first)
     outputs = {}
     for name in ("a", "b"):
         with core.use(model, name):
             outputs[name] = model(X)
-    bits = {name: p.clone() for name, p in made(marked, in_first).named_parameters()}
+    bits = {name: p.clone() for name, p in made(known, in_first).named_parameters()}
     report = core.merge(model, "a")
     assert report.kept_bytes > 0
     torch.testing.assert_close(model(X), outputs["a"], atol=1e-5, rtol=1e-5)
@@ -188,7 +196,7 @@ def test_merged_is_unmerged_and_other_routes_still_see_the_base(marked: bool, in
     with core.use(model, "a", "b"):
         both = model(X)
     with core.disable(model):
-        torch.testing.assert_close(model(X), made(marked, in_first)(X), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(model(X), made(known, in_first)(X), atol=1e-6, rtol=1e-6)
     core.unmerge(model)
     with core.use(model, "a", "b"):
         torch.testing.assert_close(model(X), both, atol=1e-5, rtol=1e-5)
@@ -229,11 +237,11 @@ def test_layers_stand_in_the_order_of_definition_and_lie_so_on_disk(tmp_path: Pa
 
 
 @LAYOUTS
-def test_saved_is_loaded(tmp_path: Path, marked: bool, in_first: bool) -> None:
+def test_saved_is_loaded(tmp_path: Path, known: bool, in_first: bool) -> None:
     patterns = {"rank_pattern": {"layers.0.experts.down_proj": 1}, "alpha_pattern": {"experts.gate_up_proj": 4}}
-    model = adapted("a", marked=marked, in_first=in_first, use_rslora=True, **patterns)
+    model = adapted("a", known=known, in_first=in_first, use_rslora=True, **patterns)
     core.save_adapter(model, tmp_path, "a")
-    fresh = made(marked, in_first)
+    fresh = made(known, in_first)
     core.load_adapter(fresh, tmp_path, "b", trainable=True)
     assert torch.equal(fresh(X), model(X))
     found = {site.path: (site.r, site.experts, site.scale) for site in core.inspect_adapter(tmp_path).sites}
@@ -286,22 +294,22 @@ def test_a_matrix_of_a_linear_layer_acts_as_the_layer_would() -> None:
 
 
 @LAYOUTS
-def test_all_rows_alike_work_and_mixed_rows_are_refused(marked: bool, in_first: bool) -> None:
-    model = adapted("a", "b", marked=marked, in_first=in_first)
+def test_all_rows_alike_work_and_mixed_rows_are_refused(known: bool, in_first: bool) -> None:
+    model = adapted("a", "b", known=known, in_first=in_first)
     with core.use(model, "b"):
         y = model(X)
     with core.route(model, ["b", "b"]):
         assert torch.equal(model(X), y)
     with core.route(model, [None, None]):
-        torch.testing.assert_close(model(X), made(marked, in_first)(X))
+        torch.testing.assert_close(model(X), made(known, in_first)(X))
     with core.route(model, ["a", "b"]), pytest.raises(RouteError, match="has one weight for all rows"):
         model(X)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("marked", [False, True], ids=["plain", "marked"])
-def test_other_dtypes_keep_theirs(dtype: torch.dtype, marked: bool) -> None:
-    model = made(marked, dtype=dtype)
+@pytest.mark.parametrize("known", [False, True], ids=["plain", "known"])
+def test_other_dtypes_keep_theirs(dtype: torch.dtype, known: bool) -> None:
+    model = made(known, dtype=dtype)
     core.attach(model, config())
     randomise(model, "default", 1)
     site = model.layers[0].experts
@@ -322,11 +330,11 @@ def test_under_autocast_the_weight_keeps_dtype_and_precision() -> None:
     assert torch.equal(found, wanted)
 
 
-def test_dropout_acts_on_the_tokens_of_marked_experts_in_training_alone() -> None:
-    model = adapted("a", marked=True, lora_dropout=0.5)
+def test_dropout_acts_on_the_tokens_of_known_experts_in_training_alone() -> None:
+    model = adapted("a", known=True, lora_dropout=0.5)
     y = model(X)
     assert torch.equal(model(X), y)
-    torch.testing.assert_close(y, adapted("a", marked=True)(X))
+    torch.testing.assert_close(y, adapted("a", known=True)(X))
     model.train()
     torch.manual_seed(1)
     one, other = model(X), model(X)
@@ -343,28 +351,41 @@ def test_dropout_is_refused_where_the_module_never_shows_its_input() -> None:
 
 
 @pytest.mark.parametrize("mark", MARKS)
-def test_experts_that_lack_a_mark_take_the_dense_weight(mark: str) -> None:
-    experts = Experts(True, False)
+def test_experts_with_another_mark_are_not_known(mark: str) -> None:
+    experts = known_experts(False)
     assert shows_tokens(experts, "down_proj")
+    setattr(experts, mark, not getattr(experts, mark))
+    assert not shows_tokens(experts, "down_proj")
     delattr(experts, mark)
     assert not shows_tokens(experts, "down_proj")
 
 
-def test_experts_in_parallel_take_the_dense_weight() -> None:
-    experts = Experts(True, False)
-    experts._is_expert_parallel = True
-    assert not shows_tokens(experts, "down_proj")
+class Largest(TorchDispatchMode):
+    """Record the size of the largest tensor that an operation creates; views and arguments do not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {one.untyped_storage().data_ptr() for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        for one in tree_leaves(made):
+            if isinstance(one, Tensor) and one.untyped_storage().data_ptr() not in given:
+                self.numel = max(self.numel, one.numel())
+        return made
 
 
-def test_marked_experts_make_no_dense_weight() -> None:
-    model = adapted("a", marked=True)
-
-    def refused(*_: Any) -> Any:
-        raise AssertionError("a dense weight was made")
-
-    for site in core.sites(model):
-        object.__setattr__(site.layer, "effective", refused)
-    model(X).sum().backward()
+@pytest.mark.parametrize("in_first", [False, True])
+def test_known_experts_make_no_dense_weight(in_first: bool) -> None:
+    """No tensor of a step is as large as one of the weights."""
+    model = adapted("a", known=True, in_first=in_first)
+    with Largest() as largest:
+        model(X[:1, :2]).sum().backward()
+    assert 0 < largest.numel < EXPERTS * D * HIDDEN
+    with Largest() as dense:
+        adapted("a", in_first=in_first)(X[:1, :2]).sum().backward()
+    assert dense.numel >= EXPERTS * D * HIDDEN
 
 
 def test_a_copy_and_a_pickle_work(tmp_path: Path) -> None:
@@ -439,7 +460,7 @@ def test_what_cannot_be_is_refused_by_name_and_nothing_changes(name: str) -> Non
 
 
 def test_a_parameter_of_the_model_itself_is_refused() -> None:
-    model = Experts(False, False)
+    model = Experts(False)
     with pytest.raises(TargetError, match=r"top-level module is not supported \(parameter 'down_proj'\)"):
         core.attach(model, config(target_parameters=["down_proj"]))
 

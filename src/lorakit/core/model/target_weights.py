@@ -15,9 +15,9 @@ from torch import nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.kinds import PARAMETER, parameter_spec
+from lorakit.core.layers.experts import shows_tokens
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModulesToSave
-from lorakit.core.layers.weight_layer import shows_tokens
 from lorakit.core.model.index import INSIDE, AdapterIndex, TargetWeight, defined_parameters
 from lorakit.errors import ConfigError, TargetError
 from lorakit.targets import BareParameter, Match, Resolution, resolve, targeted_parameters

@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer, MistralMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from lorakit.speed.identity import Identities
+from lorakit.identity.identities import Identities
 
 
 def digest_of(kind: type[nn.Module]) -> str:

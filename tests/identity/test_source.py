@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, apply_rotary_pos_emb
 
-from lorakit.speed.source import source_of
+from lorakit.identity.source import source_of
 
 PLAIN = """
 def f(x, *, scale=2.0):

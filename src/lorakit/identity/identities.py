@@ -23,14 +23,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit.speed.patching import original_class
-from lorakit.speed.source import source_of
+from lorakit.identity.source import source_of
+
+MARK = "_replaced_class"
+"""Class attribute that contains the class of the original module; only classes of replacements have it."""
 
 ROOTS = ("forward", "__call__", "__getattr__", "__getattribute__")
 """Methods that run when a module is called."""
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 """Attention implementations that a fused `forward` may equal."""
+
+IMPLEMENTATIONS_OF_EXPERTS = ("grouped_mm", "batched_mm")
+"""Experts implementations that compute the same as a class's own `forward`."""
+
+OPTIONAL_ROOTS = ("_apply_gate",)
+"""Methods of experts that a fast path calls, whether or not `forward` does."""
 
 SET_FOR_CHECKPOINTING = frozenset({"_gradient_checkpointing_func"})
 """Functions that a module stores while gradient checkpointing is on. They run around its `forward`, fused or not."""
@@ -190,11 +198,21 @@ class Identities:
             resolver = _Resolver(kind, found, self)
             try:
                 parts = [f"{name}={resolver.method(name)}" for name in ROOTS]
+                parts += [f"{name}={resolver.method(name)}" for name in OPTIONAL_ROOTS if hasattr(kind, name)]
                 parts += [f"self.{name}={resolver.value(name, value)}" for name, value in stored]
                 found.digest = _digest(*parts)
             except Unknown as failed:
                 found.why = failed.why
         return self._known[key]
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module or, if the module is a replacement, the class of the original.
+
+    Args:
+        module: Any module.
+    """
+    return getattr(type(module), MARK, type(module))
 
 
 def is_stored_function(found: Identity, name: str, value: object) -> bool:
@@ -341,13 +359,14 @@ class _Resolver:
         raise Unknown(f"it reads {name}, a {kind.__name__}")
 
     def registry(self, registry: Mapping[str, Any], attributes: frozenset[str]) -> str:
-        """Return a text that identifies the attention functions in a registry, and how they are looked up."""
-        tables = [table for table in _dicts_of(registry) if any(name in table for name in IMPLEMENTATIONS)]
-        for table in _dicts_of(registry):
-            self.found.facts += [(table, name, table.get(name, MISSING)) for name in IMPLEMENTATIONS]
+        """Return a text that identifies the implementations in a registry, and how they are looked up."""
+        dicts = list(_dicts_of(registry))
+        of_experts = (name for name in IMPLEMENTATIONS_OF_EXPERTS if any(name in table for table in dicts))
+        names = (*IMPLEMENTATIONS, *of_experts)
+        self.found.facts += [(table, name, table.get(name, MISSING)) for table in dicts for name in names]
         made = [type(registry).__name__]
-        for name in IMPLEMENTATIONS:
-            function = next((table[name] for table in tables if name in table), None)
+        for name in names:
+            function = next((table[name] for table in dicts if name in table), None)
             made.append(f"{name}={'' if function is None else self.value(name, function)}")
         for name in sorted({*attributes, "__getitem__"}):
             for owner in type(registry).__mro__:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from lorakit.speed import source
+from lorakit.identity import source
 
 FOLDER = Path(transformers.__file__).parent
 FILES = (
