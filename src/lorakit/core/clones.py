@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import MethodType
 
 from torch import Tensor, nn
 
@@ -86,9 +88,18 @@ def _shallow(
     clone = made_of.__new__(made_of)
     parameters = {**module._parameters, **tensors}
     # FSDP stores some parameters directly in __dict__
-    own = {name: value for name, value in module.__dict__.items() if name not in tensors}
+    own = {name: _rebound(value, module, clone) for name, value in module.__dict__.items() if name not in tensors}
     clone.__dict__ = {**own, "_parameters": parameters, "_modules": children}
     return clone
+
+
+def _rebound(value: object, module: nn.Module, clone: nn.Module) -> object:
+    """Return a function that is stored in a module, such as a new `forward`, bound to a clone; other values as is."""
+    if isinstance(value, MethodType) and value.__self__ is module:
+        return MethodType(value.__func__, clone)
+    if isinstance(value, partial) and any(one is module for one in value.args):
+        return partial(value.func, *(clone if one is module else one for one in value.args), **value.keywords)
+    return value
 
 
 CAPTURING = "transformers.utils.output_capturing"

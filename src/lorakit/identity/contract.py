@@ -22,7 +22,7 @@ SETTINGS = (bool, int, float, str, type(None))
 ASKED = frozenset({"training", "gradient_checkpointing", "p", "dropout", "attention_dropout"})
 """Attributes that are not compared: fused `forward` methods read them at each call, or no `forward` uses them."""
 
-IN_CONFIG = ("_attn_implementation_internal", "is_causal")
+IN_CONFIG = ("_attn_implementation_internal", "_experts_implementation_internal", "is_causal")
 """Config fields that are read by functions that a `forward` calls, rather than by the `forward` itself."""
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lorakit.config import PEFT_TABLES_OF_VARIANTS
 from lorakit.core.clones import share_dropped
 from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.layers.weight_layer import WeightLayer
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import resolve
 from lorakit.ops.adapted import Adapted, LowRank, factors
@@ -217,5 +218,8 @@ def match(module: nn.Module) -> BoundLinear | str:
     """Return the fused `forward` of a linear module with an adapter, or why the module is not supported."""
     if not is_adapted(module):
         return "it has no adapter"
+    if isinstance(module, WeightLayer):
+        why = module.why_dense()
+        return f"dense weights: {why}" if why else "factors already act on the tokens of each expert"
     base: nn.Module = getattr(module, "owner" if isinstance(module, LoraLayer) else "base_layer")
     return "its base is not a plain, frozen linear module" if frozen_linear(base) is None else BoundLinear(module)

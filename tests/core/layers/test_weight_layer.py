@@ -356,7 +356,11 @@ def test_experts_with_another_mark_are_not_known(mark: str) -> None:
     assert shows_tokens(experts, "down_proj")
     setattr(experts, mark, not getattr(experts, mark))
     assert not shows_tokens(experts, "down_proj")
-    delattr(experts, mark)
+
+
+def test_experts_in_parallel_take_the_dense_weight() -> None:
+    experts = known_experts(False)
+    experts._is_expert_parallel = True
     assert not shows_tokens(experts, "down_proj")
 
 

@@ -16,11 +16,14 @@ from lorakit.architectures.known_forwards import EXPERTS, PART, KnownForwards, k
 from lorakit.core.clones import is_watched
 from lorakit.core.variants import Factor
 from lorakit.identity.contract import Contract, contract_of, facts_of
-from lorakit.identity.identities import IMPLEMENTATIONS_OF_EXPERTS, Fact, Identities
+from lorakit.identity.identities import IMPLEMENTATIONS_OF_EXPERTS, MISSING, Fact, Identities
 from lorakit.ops.grouped_linear import GroupedLinear, GroupedLowRank, grouped_linear
 
 MARKS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
-"""Attributes of an experts module that say how it computes; a decorator in transformers sets them."""
+"""Attributes of an experts module that say how it computes; a decorator in transformers sets them.
+
+Old releases lack some of them, which counts as False.
+"""
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
@@ -34,9 +37,9 @@ def role_of(module: nn.Module) -> str:
     """Return the role in the table of known source that an experts module needs: EXPERTS and the marks that are true.
 
     Args:
-        module: A module with all of `MARKS`.
+        module: A module with the attributes of fused experts.
     """
-    return " ".join((EXPERTS, *(mark for mark in MARKS if getattr(module, mark))))
+    return " ".join((EXPERTS, *(mark for mark in MARKS if getattr(module, mark, False))))
 
 
 def has_marks(module: nn.Module) -> bool:
@@ -45,7 +48,7 @@ def has_marks(module: nn.Module) -> bool:
     Args:
         module: A module of the base model.
     """
-    if not all(hasattr(module, mark) for mark in MARKS):
+    if not all(hasattr(module, name) for name in ("is_transposed", "has_bias", "_apply_gate")):
         return False
     held = [module._parameters.get(name) for name in _names(module)]
     return all(weight is not None and weight.ndim == 3 and weight.is_floating_point() for weight in held)
@@ -121,7 +124,7 @@ class KnownExperts:
 
 def _contract(module: nn.Module, identities: Identities) -> Contract:
     """Collect what `experts_forward` relies on in a module."""
-    facts: list[Fact] = [*facts_of(module, identities), (vars(module), PARALLEL, getattr(module, PARALLEL))]
+    facts: list[Fact] = [*facts_of(module, identities), (vars(module), PARALLEL, vars(module).get(PARALLEL, MISSING))]
     live = [*identities.of(module).live]
     activation = module._modules.get("act_fn")
     if activation is not None:
@@ -130,9 +133,14 @@ def _contract(module: nn.Module, identities: Identities) -> Contract:
     return contract_of(facts, live)
 
 
+def _is_gated(module: nn.Module) -> bool:
+    """Return whether the first projection of an experts module computes a gate too."""
+    return "gate_up_proj" in module._parameters
+
+
 def _names(module: nn.Module) -> tuple[str, str]:
     """Return the names of the weights of the first and second projection."""
-    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+    return ("gate_up_proj" if _is_gated(module) else "up_proj"), "down_proj"
 
 
 def experts_forward(
@@ -155,7 +163,7 @@ def experts_forward(
         The output, (tokens, d). Extra cost: 2·r·(in + out) FLOPs per token, expert and projection; no dense weight is
         formed.
     """
-    activation: Callable[[Tensor], Tensor] = getattr(module, "_apply_gate" if module.has_gate else "act_fn")
+    activation: Callable[[Tensor], Tensor] = getattr(module, "_apply_gate" if _is_gated(module) else "act_fn")
     (first, up), (last, down) = projections(module).items()
     chosen, per_token, experts = top_k_index.flatten(), top_k_index.shape[1], len(up.W)
     counts = torch.bincount(chosen, minlength=experts).tolist()[:experts]  # a larger index stands for no expert
@@ -163,7 +171,7 @@ def experts_forward(
     token = order // per_token
     h = _project(up, hidden_states[token], counts, factors.get(first, ()))
     y = _project(down, activation(h), counts, factors.get(last, ()))
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):
         y = module.get_submodule("post_expert_norm")(y)
     y = y * top_k_weights.flatten()[order, None]
     return torch.zeros_like(hidden_states).index_add_(0, token, y.to(hidden_states.dtype))

@@ -143,8 +143,16 @@ class WeightLayer(LoraLayer):
             return False  # each expert's number of tokens varies
         return self.experts.runs(self.owner)
 
+    def why_dense(self) -> str:
+        """Return why factors are not applied to the tokens of each expert now, or ""."""
+        if self.spec.parameter not in PROJECTIONS:
+            return f"{self.spec.parameter} is not a projection of fused experts"
+        if self.experts.runs(self.owner):
+            return ""
+        return self.experts.why or f"{type(self.owner).__name__} has hooks, or its functions or settings were replaced"
+
     def _hidden_input(self, names: list[str]) -> ModelError:
-        kind, why = type(self.owner).__name__, self.experts.why or "it has hooks, or its functions were replaced"
+        kind, why = type(self.owner).__name__, self.why_dense()
         return ModelError(
             f"lora_dropout of {', '.join(names)} cannot be applied to {self.spec.parameter} of {kind}, because its "
             f"forward cannot be replaced: {why}. Remove the cause, or set lora_dropout=0.",
