@@ -143,8 +143,9 @@ def test_the_code_of_pefts_forward_changed_in_place_later(monkeypatch: pytest.Mo
     assert are_close(logits_of(model), theirs)
 
 
-def test_pefts_forward_replaced_after_peft_was_attached_to_an_accelerated_model(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("what", INSIDE)
+def test_what_pefts_forward_runs_replaced_after_peft_was_attached_to_an_accelerated_model(
+    what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     base = llama(use_cache=False).eval()
@@ -159,9 +160,11 @@ def test_pefts_forward_replaced_after_peft_was_attached_to_an_accelerated_model(
     model, plain = attached(base), attached(plain)
     usual = logits_of(plain)
     assert are_close(logits_of(model), usual)
-    monkeypatch.setattr(Linear, "forward", doubled)
+    monkeypatch.setattr(*INSIDE[what])
     theirs = logits_of(plain)
     assert not are_close(theirs, usual) and are_close(logits_of(model), theirs)
+    monkeypatch.undo()
+    assert are_close(logits_of(model), usual)
 
 
 class Wrapper(nn.Module):

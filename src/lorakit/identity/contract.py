@@ -58,6 +58,10 @@ class Contract:
 
     def holds(self) -> bool:
         """Return whether nothing has changed and no global module hook is registered."""
+        return self.is_unchanged() and not torch_modules._has_any_global_hook()
+
+    def is_unchanged(self) -> bool:
+        """Return whether nothing has changed."""
         for table, read, values in self.present:
             try:
                 found = read(table)
@@ -71,7 +75,7 @@ class Contract:
         for function, values in self.functions:
             if not all(map(operator.is_, CODE(function), values)):
                 return False
-        return not (self.cells and self._is_assigned()) and not torch_modules._has_any_global_hook()
+        return not (self.cells and self._is_assigned())
 
     def _is_assigned(self) -> bool:
         """Return whether a variable in `cells` has been assigned or deleted."""

@@ -1,8 +1,9 @@
 """Recognize adapter layers from lorakit and from peft.
 
 A peft layer is recognized by identity, not by name: its class must be the class that peft's own module defines under
-this name, and the class's `forward` must have the source in that module. A subclass, a class with the same name, and a
-class whose `forward` was replaced are not recognized, so they run themselves. peft is not imported.
+this name, its `forward` and everything that this resolves must come from peft, and nothing of it may have changed since
+the class was first seen. A subclass, a class with the same name, and a class with a replaced method or helper are not
+recognized, so they run themselves. peft is not imported.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from types import FunctionType
 from torch import nn
 
 from lorakit.core import LoraLayer
-from lorakit.identity.identities import original_class
-from lorakit.identity.source import source_of
+from lorakit.identity.contract import Contract, contract_of
+from lorakit.identity.identities import Identities, Unknown, original_class
 
 HOME = "peft.tuners.lora.layer"
 """The module that defines peft's LoRA layers."""
@@ -32,16 +33,25 @@ def is_peft_linear(module: nn.Module) -> bool:
     kind = original_class(module)
     forward = kind.forward
     # a subclass or a copy of the class is not the class that the module defines
-    return (
-        isinstance(forward, FunctionType) and forward.__globals__.get(LINEAR) is kind and _is_forward_of_peft(forward)
-    )
+    if not isinstance(forward, FunctionType) or forward.__globals__.get(LINEAR) is not kind:
+        return False
+    try:
+        return forward.__globals__.get("__name__") == HOME and _contract_of_class(kind).is_unchanged()
+    except Unknown:
+        return False
 
 
-@functools.lru_cache(maxsize=64)
-def _is_forward_of_peft(function: FunctionType) -> bool:
-    """Return whether a function is the `forward` in the source of peft's layer."""
-    is_there = function.__globals__.get("__name__") == HOME and function.__qualname__ == f"{LINEAR}.forward"
-    return is_there and source_of(function) is not None
+@functools.lru_cache(maxsize=16)  # exceptions are not stored
+def _contract_of_class(kind: type[nn.Module]) -> Contract:
+    """Collect what a layer of peft runs.
+
+    Raises:
+        Unknown: It runs a function whose source is not available or is not that of peft.
+    """
+    found = Identities().of_class(kind)
+    if not found.digest:
+        raise Unknown(found.why)
+    return contract_of(found.facts, found.live)
 
 
 def is_adapted(module: nn.Module) -> bool:
