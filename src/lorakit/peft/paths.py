@@ -111,7 +111,7 @@ HOMES: Mapping[str, str] = {
     "lorakit.peft.attached_inits": "get_eva_state_dict initialize_lora_eva_weights replace_lora_weights_loftq",
     "lorakit.peft.data_inits": "preprocess_corda preprocess_loraga",
     "lorakit.peft.hotswap": """
-        check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict
+        check_hotswap_configs_compatible CONFIG_KEYS_TO_CHECK hotswap_adapter hotswap_adapter_from_state_dict
         prepare_model_for_compiled_hotswap
     """,
     "lorakit.peft.installing": "install_as_peft stand_in",
@@ -131,7 +131,14 @@ HOMES: Mapping[str, str] = {
     """,
     "lorakit.peft.model": f"{TASK_CLASSES} PeftModel",
     "lorakit.peft.model_adapters": "cast_adapter_dtype set_requires_grad",
-    "lorakit.peft.model_classes": f"{AUTO_CLASSES} MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftMixedModel",
+    "lorakit.peft.model_classes": f"""
+        {AUTO_CLASSES} check_import_allowlist get_default_import_allowlist MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+        PeftMixedModel
+    """,
+    "lorakit.peft.merge_utils": """
+        calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_based_pruning magnitude_prune prune
+        random_pruning reshape_weight_task_tensors task_arithmetic ties
+    """,
     "lorakit.peft.optimizer_factories": """
         create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer LoraFAOptimizer
     """,
@@ -142,18 +149,22 @@ HOMES: Mapping[str, str] = {
     "lorakit.peft.trainer_mixin": "LoraTrainerMixin",
     "lorakit.peft.tuner": "BaseTuner delete_adapter LoraModel set_adapter",
     "lorakit.peft.utilities": f"""
-        {_AVAILABILITY} {_BACKENDS} {_CONSTANTS} build_peft_weight_mapping cast_mixed_precision_params
-        check_deepspeed_zero3_enabled convert_peft_config_for_transformers=unused dequantize_module_weight
+        {_AVAILABILITY} {_BACKENDS} {_CONSTANTS} cast_mixed_precision_params
+        check_deepspeed_zero3_enabled dequantize_module_weight
         disable_input_dtype_casting=empty_context find_parameter_name_by_module _freeze_adapter=unused
         fsdp_auto_wrap_policy gather_params_ctx=empty_context _get_batch_size=get_batch_size get_bnb_param_type
         get_device_map get_gptqmodel_quant_linear=unused _get_input_embeddings_name=input_embeddings_name
-        get_layer_device_map=unused get_model_conversion_mapping
+        get_layer_device_map=unused
         _get_module_names_tied_with_embedding=names_tied_with_embedding _get_no_split_modules=no_split_modules
         get_pattern_key get_quantization_config _get_submodules=get_submodules id_tensor_storage infer_device
         init_empty_weights _is_valid_match=is_valid_match map_cache_to_layer_device_map=unused match_target_against_key
         onload_layer=empty_context prepare_model_for_kbit_training _set_adapter=unused
         set_additional_trainable_modules=unused _set_trainable=unused shift_tokens_right skip_init_on_device
         str_to_bool transpose
+    """,
+    "lorakit.peft.weight_conversion": """
+        build_peft_weight_mapping convert_peft_adapter_state_dict_for_transformers convert_peft_config_for_transformers
+        get_model_conversion_mapping
     """,
     "lorakit.peft.weighted": "convert_to_lora reduce_intruder_dimension save_as_lora",
 }
@@ -163,7 +174,9 @@ All other PEFT names are placeholders.
 """
 
 PATHS: Mapping[str, str] = {
-    "auto": AUTO_CLASSES,
+    "auto": f"""
+        {AUTO_CLASSES} check_import_allowlist get_default_import_allowlist MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+    """,
     "config": "PeftConfig PeftConfigMixin PromptLearningConfig",
     "functional": f"""
         {HOMES["lorakit.peft.model_adapters"]} delete_adapter get_peft_model_state_dict inject_adapter_in_model
@@ -250,15 +263,14 @@ PATHS: Mapping[str, str] = {
         init_empty_weights map_cache_to_layer_device_map skip_init_on_device
     """,
     "utils.loftq_utils": "replace_lora_weights_loftq",
+    "utils.merge_utils": HOMES["lorakit.peft.merge_utils"],
     "utils.other": f"""
         {_OTHER} {_TABLES} _prepare_prompt_learning_config starcoder_model_postprocess_past_key_value
     """,
     "utils.peft_types": "PeftType register_peft_method TaskType",
     "utils.quantization_utils": _BACKENDS,
     "utils.save_and_load": f"{HOMES['lorakit.peft.state_dicts']} load_peft_weights",
-    "utils.transformers_weight_conversion": """
-        build_peft_weight_mapping convert_peft_config_for_transformers get_model_conversion_mapping
-    """,
+    "utils.transformers_weight_conversion": HOMES["lorakit.peft.weight_conversion"],
     "utils.warning": "PeftWarning",
 }
 """Names that each path under `peft` exports; each package precedes its modules."""
