@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import lorakit.peft as ours
-
 from lorakit.errors import AdapterFileError
 from lorakit.peft.utils.hotswap import hotswap_adapter
 

@@ -53,7 +53,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
     if config0.peft_type not in CONFIG_KEYS_TO_CHECK:
         text = f"Only adapters of type {', '.join(CONFIG_KEYS_TO_CHECK)} can be swapped, not {config0.peft_type}."
         raise ConfigError(text, what=config0.peft_type, field="peft_type", allowed=CONFIG_KEYS_TO_CHECK)
-    for key in CONFIG_KEYS_TO_CHECK[config0.peft_type]:
+    for key in CONFIG_KEYS_TO_CHECK[PeftType(config0.peft_type)]:
         first, second = getattr(config0, key, None), getattr(config1, key, None)
         if first != second:
             raise ConfigError(f"Configs are incompatible: for {key}, {first} != {second}", what=second, field=key)

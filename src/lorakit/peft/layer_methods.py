@@ -13,6 +13,7 @@ from lorakit.config import LoraConfig
 from lorakit.config.types import Value
 from lorakit.core.attachment.one_layer import put_fresh_factor, reset_factor
 from lorakit.core.factor import TRAINED
+from lorakit.core.kinds import fits
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.index import find_state
 from lorakit.core.variants import Variant, asked_for, own_tensors, variant_for, variant_named
@@ -108,7 +109,7 @@ def resolve_lora_variant(layer: LoraLayer, *, config: LoraConfig, **_: Value) ->
     Raises:
         ConfigError: The config selects two variants, or the layer does not support the variant.
     """
-    variant, _ = variant_for(config, layer.kind, layer.kind_name)
+    variant = variant_for(config, layer.kind, layer.kind_name)[0]
     return variant if variant.field else None
 
 
@@ -164,6 +165,7 @@ VALUES: Mapping[str, Callable[[LoraLayer], object]] = {
     "cast_input_dtype_enabled": lambda _: True,
     "ephemeral_gpu_offload": _is_offloading,
     "lora_variant": _variants_of,
+    "lora_variants": lambda layer: {(): None} | {(v.field,): v for v in asked_for() if fits(v.fits, layer.kind)},
     "quantization_backend": lambda layer: resolve_quantization_backend(layer.owner),
 }
 """Functions that compute a layer's PEFT attributes, keyed by name; a value set on the layer itself takes precedence."""

@@ -14,17 +14,16 @@ from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from operator import attrgetter
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.architectures.families import DEFAULT_TARGETS
 from lorakit.config import CONFIG_FILE as CONFIG_NAME
-from lorakit.config import LoraConfig
 from lorakit.core.model.index import walk
 from lorakit.core.quantization import weight_format_of
-from lorakit.errors import ConfigError, ConfigTypeError, NotYetSupported
+from lorakit.errors import ConfigError, ConfigTypeError
 from lorakit.peft.model_adapters import user_model
 from lorakit.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
 
@@ -439,8 +438,14 @@ def _release(package: str) -> tuple[int, ...]:
     return tuple(int("".join(filter(str.isdigit, word)) or 0) for word in words)
 
 
+DTENSOR_SINCE = (5, 17)
+"""Release of transformers since which tensor parallelism uses DTensors."""
+
+
 def __getattr__(name: str) -> bool:
     """Compute constants such as `is_transformers_ge_v5_1_0` on access, so that importing this module is cheap."""
+    if name == "is_transformers_dtensor_tp":
+        return _release("transformers") >= DTENSOR_SINCE
     release = re.fullmatch(r"is_transformers_ge_v(\d+(?:_\d+)*)", name)
     if release is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

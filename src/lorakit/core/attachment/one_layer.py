@@ -1,4 +1,4 @@
-"""Give one adapted layer new factors, for programs that change single layers; the model's other layers do not change."""
+"""Give one adapted layer new factors; the other layers of its model do not change."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The steps of the combination types: prune a tensor, weight tensors, elect signs, and average the values that agree.
 
-`lorakit.core.operations.combination_types` composes these steps; `lorakit.peft.utils.merge_utils` offers them one by one.
+`combination_types` composes these steps; `lorakit.peft.utils.merge_utils` offers them one by one.
 """
 
 from __future__ import annotations
