@@ -114,6 +114,8 @@ def test_what_the_rules_cannot_do_is_an_error() -> None:
         with pytest.raises(NotYetSupported) as caught:
             conversion.build_peft_weight_mapping(rules, "default", config)
         assert (caught.value.what, caught.value.field) == ("w1", field)
+        current = ours.LoraConfig(target_modules=["q_proj"], target_parameters=["down_proj"], **{field: {"w2": 4}})
+        assert conversion.build_peft_weight_mapping(rules, "default", current)
     assert conversion.build_peft_weight_mapping([], "default") == []
     assert conversion.build_peft_weight_mapping(None, "default") == []
 

@@ -6,7 +6,7 @@ Import this module inside functions only, because it imports transformers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -16,6 +16,9 @@ from lorakit.errors import AdapterFileError
 
 Join = Callable[[Sequence[Sequence[Tensor]]], Tensor]
 """Function from the tensors of each source pattern, in natural order of their names, to one tensor."""
+
+Rule: TypeAlias = WeightRenaming | WeightConverter
+"""One rule of the loader."""
 
 SCOPE = ("scope_prefix", "base_model_prefix")
 """Attributes that restrict a rule to a part of the model; early releases of transformers 5 lack them."""
@@ -66,7 +69,7 @@ def renaming(source: str, target: str) -> WeightRenaming:
     return WeightRenaming(source_patterns=source, target_patterns=target)
 
 
-def joining(sources: Sequence[str], target: str, join: Join, like: WeightConverter) -> WeightConverter:
+def joining(sources: Sequence[str], target: str, join: Join, like: Rule) -> Rule:
     """Return a rule that joins the tensors whose names match any of several patterns.
 
     Args:
@@ -82,16 +85,16 @@ def joining(sources: Sequence[str], target: str, join: Join, like: WeightConvert
     return made
 
 
-def is_renaming(rule: WeightRenaming | WeightConverter) -> bool:
+def is_renaming(rule: Rule) -> bool:
     """Return whether a rule only renames tensors."""
     return isinstance(rule, WeightRenaming)
 
 
-def rules_of(model: nn.Module) -> list[WeightRenaming | WeightConverter]:
+def rules_of(model: nn.Module) -> list[Rule]:
     """Return the rules that transformers applies to the files of a model.
 
     Args:
         model: A transformers model; other models have no rules.
     """
-    found: list[WeightRenaming | WeightConverter] = get_model_conversion_mapping(model)
+    found: list[Rule] = get_model_conversion_mapping(model)
     return found

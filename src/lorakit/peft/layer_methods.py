@@ -118,7 +118,7 @@ def set_base_weight(layer: LoraLayer, weight_data: Tensor) -> None:
 
     Args:
         layer: The adapted layer.
-        weight_data: The new weight in the shape that `get_base_weight` returns.
+        weight_data: The new weight, (out, in) or in the shape that `get_base_weight` returns.
 
     Raises:
         ConfigError: The shape differs from that of the current weight.

@@ -23,14 +23,14 @@ from lorakit.peft import model_adapters
 from lorakit.targets import with_current_names
 
 if TYPE_CHECKING:
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
+    from lorakit.hub.loading_rules import Rule
 
 TARGETS = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
 """Fields of a config that change if experts of transformers 4 are fused."""
 
 
 def convert_peft_config_for_transformers(
-    peft_config: LoraConfig, model: nn.Module, conversions: Sequence[WeightRenaming | WeightConverter] | None = None
+    peft_config: LoraConfig, model: nn.Module, conversions: Sequence[Rule] | None = None
 ) -> None:
     """Replace the names that transformers 4 used for experts and routers in a config by the current ones, in place.
 
@@ -78,7 +78,7 @@ def convert_peft_adapter_state_dict_for_transformers(
     return tensors_with_fused_experts(adapter_state_dict, peft_config, model_adapters.user_model(model), label)
 
 
-def get_model_conversion_mapping(model: nn.Module) -> list[WeightRenaming | WeightConverter]:
+def get_model_conversion_mapping(model: nn.Module) -> list[Rule]:
     """Return the rules that transformers applies to the weight files of a base model.
 
     Args:
@@ -90,10 +90,10 @@ def get_model_conversion_mapping(model: nn.Module) -> list[WeightRenaming | Weig
 
 
 def build_peft_weight_mapping(
-    weight_conversions: Iterable[WeightRenaming | WeightConverter] | None,
+    weight_conversions: Iterable[Rule] | None,
     adapter_name: str,
     peft_config: LoraConfig | None = None,
-) -> list[WeightRenaming | WeightConverter]:
+) -> list[Rule]:
     """Return rules with which transformers' loader reads an adapter's tensors.
 
     The rules add the adapter's name, rename tensors as those of the base, and fuse separate experts.
@@ -113,7 +113,7 @@ def build_peft_weight_mapping(
 
     prefixes = (("base_model.model.model.", "model."), ("base_model.model.", ""))
     found = [renaming(*pair) for pair in (*prefixes, (r"(lora_[^\.]*)", rf"\1.{adapter_name}"))]
-    rules: list[WeightRenaming | WeightConverter] = list(found)
+    rules: list[Rule] = list(found)
     given = list(weight_conversions)
     outer = {name for rule in given if not is_renaming(rule) and _fuses(rule, DOWN) for name in _old_names(rule)}
     for rule in given:
@@ -126,26 +126,24 @@ def build_peft_weight_mapping(
                 f"The adapter targets {', '.join(sorted(_old_names(rule)))}, which this version of transformers fuses "
                 "into one tensor; fusing the factors of these modules is not supported yet. Use the transformers "
                 "version with which the adapter was trained.",
-                what=sorted(_old_names(rule))[0],
+                what=min(_old_names(rule)),
                 field="target_modules",
             )
     return rules
 
 
-def _fuses(rule: WeightConverter, parameter: str) -> bool:
+def _fuses(rule: Rule, parameter: str) -> bool:
     """Return whether a rule stacks the weights of separate experts in a parameter of the given name."""
     targets = [target.rpartition(".")[2] for target in rule.target_patterns]
     return targets == [parameter] and all("*." in source for source in rule.source_patterns)
 
 
-def _old_names(rule: WeightConverter) -> set[str]:
+def _old_names(rule: Rule) -> set[str]:
     """Return the last word of each module path whose tensors a rule joins."""
     return {source.removesuffix(".weight").rpartition(".")[2] for source in rule.source_patterns}
 
 
-def _rules_of_experts(
-    rule: WeightConverter, adapter: str, config: LoraConfig | None, outer: set[str]
-) -> Iterator[WeightConverter]:
+def _rules_of_experts(rule: Rule, adapter: str, config: LoraConfig | None, outer: set[str]) -> Iterator[Rule]:
     """Yield the rules for A and B of a fused parameter.
 
     Args:
@@ -168,8 +166,10 @@ def _rules_of_experts(
 
 def _check_alike(config: LoraConfig | None, names: set[str]) -> None:
     """Check that all parts of a fused parameter have the rank and alpha of the config."""
-    for field in ("rank_pattern", "alpha_pattern"):
-        key = next((key for key in getattr(config, field, None) or () if key.rpartition(".")[2] in names), None)
+    targets = None if config is None else config.target_modules
+    is_named = isinstance(targets, str) or not names.isdisjoint(targets or ())
+    for field in ("rank_pattern", "alpha_pattern") if is_named and len(names) > 1 else ():
+        key = next((key for key in getattr(config, field) if key.rpartition(".")[2] in names), None)
         if key is not None:
             raise NotYetSupported(
                 f"{field} has an entry for {key}, which this version of transformers fuses with other modules; "
@@ -179,7 +179,7 @@ def _check_alike(config: LoraConfig | None, names: set[str]) -> None:
             )
 
 
-def _concerns(rule: WeightConverter, config: LoraConfig | None) -> bool:
+def _concerns(rule: Rule, config: LoraConfig | None) -> bool:
     """Return whether an adapter may target modules that a rule joins."""
     return _names_any(config, _old_names(rule))
 
