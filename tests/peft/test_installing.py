@@ -32,6 +32,7 @@ ADAPTERS = [
     "transformers: an adapter is saved and loaded",
     "transformers: adapters are deleted",
     "transformers: adapters with and on fused experts",
+    "transformers: adapters with tensors for each expert",
     "transformers: from_pretrained opens the folder of an adapter",
     "pipeline: over a wrapper, a folder and an opened model",
     "accelerate: prepared, stepped, saved and brought back",

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from lorakit.errors import AdapterError, MergeError
+from lorakit.errors import AdapterError, MergeError, TargetError
 from lorakit.peft import LoraConfig, get_peft_model
 
 from .models import bert, ids, randomise, trained
@@ -132,3 +133,22 @@ def test_the_repr_shows_where_adapters_sit(two: Any) -> None:
     assert text.startswith("PeftModelForCausalLM(\n  (base_model): LoraModel(\n    (model): LlamaForCausalLM(")
     assert "(q_proj): lora.Linear(" in text
     assert "(base_layer): Linear(in_features=32, out_features=32, bias=False)" in text
+
+
+def test_a_config_in_peft_config_can_be_injected() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    tuner = model.base_model
+    with pytest.raises(AdapterError, match="on the model already"):
+        tuner.inject_adapter(tuner.model, "default")
+    with pytest.raises(AdapterError, match="second"):
+        tuner.inject_adapter(tuner.model, "second")
+    wrong = LoraConfig(target_modules=["nothing"])
+    model.peft_config["second"] = wrong
+    with pytest.raises(TargetError):
+        tuner.inject_adapter(tuner.model, "second")
+    assert model.peft_config["second"] is wrong
+    model.peft_config["second"] = LoraConfig(target_modules=["1"], r=3)
+    tuner.inject_adapter(tuner.model, "second")
+    assert tuner.model[1].r == {"second": 3} and model.active_adapters == ["default"]
+    assert not tuner.model[1].lora_A["second"].weight.requires_grad

@@ -63,7 +63,8 @@ class LoraRuntimeConfig(_Typed):
     """Process-local settings, never written to a file.
 
     Attributes:
-        ephemeral_gpu_offload: Accepted but ignored; initialization always runs on the site's device.
+        ephemeral_gpu_offload: Whether to compute the initial extra tensors of a variant, such as DoRA's magnitudes, on
+            the GPU where the weights are in main memory; no effect without a GPU.
     """
 
     ephemeral_gpu_offload: bool = False

@@ -29,19 +29,6 @@ from lorakit.tables import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.core_model_loading import WeightRenaming
-
-
-def renaming(source: str, target: str) -> WeightRenaming:
-    """Return a rule that renames tensors in transformers' loader.
-
-    Args:
-        source: Pattern to find in tensor names.
-        target: Replacement.
-    """
-    from transformers.core_model_loading import WeightRenaming as Renaming
-
-    return Renaming(source_patterns=source, target_patterns=target)
 
 
 _CARD = """---

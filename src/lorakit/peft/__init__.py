@@ -14,7 +14,7 @@ __getattr__, __dir__ = paths.lazy_names(
     f"""
         {paths.OTHER_METHODS} {paths.LORA_CONFIGS}
         {paths.HOMES["lorakit.peft.installing"]} {paths.HOMES["lorakit.peft.mapping"]}
-        {paths.HOMES["lorakit.peft.model"]} {paths.HOMES["lorakit.peft.model_classes"]}
+        {paths.HOMES["lorakit.peft.model"]} {paths.AUTO_CLASSES} MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftMixedModel
         {paths.HOMES["lorakit.peft.state_dicts"]} bloom_model_postprocess_past_key_value cast_mixed_precision_params
         compose_cartridge_adapters convert_to_lora find_kappa_target_modules get_eva_state_dict get_layer_status
         get_model_status initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text

@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.config import LoraConfig, PeftConfig, scale
+from lorakit.config import LoraConfig, PeftConfig, PeftType, scale
 from lorakit.config.types import Value
+from lorakit.core.attachment.old_experts import with_fused_experts
 from lorakit.core.files.adapter_folder import read_adapter
+from lorakit.core.files.tensor_names import plain_path
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.checks import ALLOWANCES
 from lorakit.core.model.index import AdapterIndex, layers
 from lorakit.errors import ConfigError, MergeError, warn_caller
+from lorakit.peft import model_adapters
 from lorakit.peft.loaded import adapter_folder, warn_of_problems
 from lorakit.peft.state_dicts import COMPILED, WRAPPED, StateDictError
 from lorakit.targets import first_match
@@ -27,7 +30,10 @@ from lorakit.targets import first_match
 if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
 
-COMPARED = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
+
+CONFIG_KEYS_TO_CHECK: dict[PeftType, list[str]] = {
+    PeftType.LORA: ["use_rslora", "lora_dropout", "alpha_pattern", "use_dora"]
+}
 """Config fields that must be the same for both adapters, since swapping tensors does not change them."""
 
 
@@ -39,12 +45,15 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
         config1: Config of the new adapter.
 
     Raises:
-        ConfigError: The configs differ in a field that must be the same.
+        ConfigError: The configs differ in a field that must be the same, or are not those of a LoRA adapter.
     """
     if config0.peft_type != config1.peft_type:
         text = f"Incompatible PEFT types found: {config0.peft_type} and {config1.peft_type}"
         raise ConfigError(text, what=config1.peft_type, field="peft_type")
-    for key in COMPARED:
+    if config0.peft_type not in CONFIG_KEYS_TO_CHECK:
+        text = f"Only adapters of type {', '.join(CONFIG_KEYS_TO_CHECK)} can be swapped, not {config0.peft_type}."
+        raise ConfigError(text, what=config0.peft_type, field="peft_type", allowed=CONFIG_KEYS_TO_CHECK)
+    for key in CONFIG_KEYS_TO_CHECK[PeftType(config0.peft_type)]:
         first, second = getattr(config0, key, None), getattr(config1, key, None)
         if first != second:
             raise ConfigError(f"Configs are incompatible: for {key}, {first} != {second}", what=second, field=key)
@@ -68,7 +77,8 @@ def hotswap_adapter(
         StateDictError: A tensor does not match the model.
         MergeError: The adapter is merged.
     """
-    files = read_adapter(adapter_folder(model_name_or_path, kwargs))
+    user = model_adapters.user_model(getattr(model, COMPILED, model))
+    files = with_fused_experts(read_adapter(adapter_folder(model_name_or_path, kwargs)), AdapterIndex.of(user))
     check_hotswap_configs_compatible(model.active_peft_config, files.config)
     warn_of_problems(model, files, ALLOWANCES)
     named = {in_memory_name(key, adapter_name): tensor for key, tensor in files.file.tensors.items()}
@@ -128,12 +138,18 @@ def hotswap_adapter_from_state_dict(
         for key in sites.keys() - given.keys():
             targets[key].zero_()
         for key, tensor in given.items():
-            path, layer = sites[key].removeprefix(WRAPPED), adapted[sites[key]]
+            layer = adapted[sites[key]]
+            path = _pattern_path(sites[key].removeprefix(WRAPPED), layer)
             rank = first_match(config.rank_pattern, path, config.r)
             alpha = first_match(config.alpha_pattern, path, config.lora_alpha)
             _put_scale(layer, adapter_name, scale(rank, alpha, config.use_rslora))
             groups = layer.spec.groups if ".lora_A." in key else 1
             _put(targets[key], tensor.to(targets[key].device), groups)
+
+
+def _pattern_path(path: str, layer: LoraLayer) -> str:
+    """Return the path of a layer's module or bare parameter, to match against `rank_pattern` and `alpha_pattern`."""
+    return f"{plain_path(path)}.{layer.spec.parameter}" if layer.kind.names_parameter else path
 
 
 def _uncompiled(key: str) -> str:

@@ -9,10 +9,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lorakit.config import LoraConfig
+from lorakit.config.types import Value
+from lorakit.core.attachment.one_layer import put_fresh_factor, reset_factor
 from lorakit.core.factor import TRAINED
+from lorakit.core.kinds import fits
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.index import find_state
-from lorakit.core.variants import asked_for, own_tensors, variant_named
+from lorakit.core.variants import Variant, asked_for, own_tensors, variant_for, variant_named
+from lorakit.errors import ConfigError, MergeError, warn_caller
+from lorakit.peft.placeholders import PeftWarning
+from lorakit.peft.utilities import resolve_quantization_backend
 
 
 def _of_variants(layer: LoraLayer, word: str) -> dict[str, object]:
@@ -49,6 +56,101 @@ def _cast_input(layer: LoraLayer, x: Tensor | None, dtype: torch.dtype) -> Tenso
     return x if x is None or not layer.cast_input_dtype_enabled else x.to(dtype)
 
 
+def _variants_of(layer: LoraLayer) -> dict[str, Variant]:
+    """Return a dict from adapter to variant; adapters that are plain LoRA have no entry."""
+    found = {name: variant_named(variant) for name, variant in layer.variant.items()}
+    return {name: variant for name, variant in found.items() if variant.field}
+
+
+def _is_offloading(layer: LoraLayer) -> bool:
+    return any(config.runtime_config.ephemeral_gpu_offload for config in layer.state.configs.values())
+
+
+def reset_lora_parameters(layer: LoraLayer, adapter_name: str, init_lora_weights: bool | str) -> None:
+    """Initialize an adapter's factors in a layer again; see `reset_factor`."""
+    reset_factor(layer, adapter_name, init_lora_weights)
+
+
+def update_layer(
+    layer: LoraLayer, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Value
+) -> None:
+    """Give a layer new factors for an adapter, trainable if the adapter is active here, and replace existing ones.
+
+    Args:
+        layer: The adapted layer.
+        adapter_name: Name of the adapter; if the model has no such adapter, a copy of `config` is added to its configs.
+        r: Rank.
+        lora_alpha: Alpha.
+        config: The adapter's other settings.
+        kwargs: `target_name`, the layer's path; PEFT's other options have no effect.
+
+    Raises:
+        AdapterError: `adapter_name` cannot be the name of an adapter.
+        ConfigError: r is below 1, or the init or the variant is not supported here or needs the whole model.
+        MergeError: The adapter is merged into this layer.
+    """
+    put_fresh_factor(layer, adapter_name, config, r, lora_alpha, str(kwargs.get("target_name") or ""))
+    layer.set_trained(adapter_name, adapter_name in layer.active_adapters and not config.inference_mode)
+    if config.lora_bias and layer.original_bias() is None:
+        warn_caller(
+            f"`lora_bias=True` was passed but the targeted layer of type {type(layer.owner).__name__} has no bias, so "
+            f"adapter {adapter_name!r} cannot be merged there.",
+            PeftWarning,
+        )
+
+
+def resolve_lora_variant(layer: LoraLayer, *, config: LoraConfig, **_: Value) -> Variant | None:
+    """Return the variant that a config selects in a layer, an entry in `lorakit.core.variants`, or None for plain LoRA.
+
+    Args:
+        layer: The adapted layer.
+        config: A config.
+
+    Raises:
+        ConfigError: The config selects two variants, or the layer does not support the variant.
+    """
+    variant = variant_for(config, layer.kind, layer.kind_name)[0]
+    return variant if variant.field else None
+
+
+def set_base_weight(layer: LoraLayer, weight_data: Tensor) -> None:
+    """Replace the base weight of a layer; a quantized weight is quantized again with its settings.
+
+    Args:
+        layer: The adapted layer.
+        weight_data: The new weight, (out, in) or in the shape that `get_base_weight` returns.
+
+    Raises:
+        ConfigError: The shape differs from that of the current weight.
+        MergeError: An adapter is merged into the weight or uses a changed base weight, so the original is kept
+            elsewhere; or the weight cannot be written.
+    """
+    base, owner = layer.storage
+    stored = base.stored(owner, layer.spec.parameter)
+    now = tuple(layer.get_base_weight().shape)
+    if tuple(weight_data.shape) != now:
+        raise ConfigError.of("weight_data", tuple(weight_data.shape), f"of shape {now}")
+    name = next(iter((*layer.merged_adapters, *layer.moved_by)), None)
+    if name is not None:
+        raise MergeError(
+            f"The base weight cannot be set while adapter {name!r} is merged into it or uses a changed weight: the "
+            "original weight would be restored later. Unmerge or delete the adapter first.",
+            what=name,
+        )
+    with torch.no_grad():
+        new = base.write(owner, stored, weight_data) if base.quantized else weight_data.detach()
+    base.put_stored(owner, layer.spec.parameter, new)
+
+
+def _to_base(layer: LoraLayer, adapter_name: str, device: torch.device | None = None) -> None:
+    """Move an adapter's tensors here to a device, by default that of the base weight, and to the base's float dtype."""
+    stored = layer.base.tensors(layer.original())[0]
+    target, dtype = device or stored.device, stored.dtype if stored.is_floating_point() else None
+    for parameter in layer.parameters_of(adapter_name):
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(target, dtype if parameter.is_floating_point() else None)
+
+
 def _adapter_layer_names(layer: LoraLayer) -> tuple[str, ...]:
     """Return the names of the attributes that store the adapters' parameters."""
     return tuple(name for name in (*TRAINED, *(own.held_as for own in own_tensors())) if name in layer._modules)
@@ -61,13 +163,22 @@ VALUES: Mapping[str, Callable[[LoraLayer], object]] = {
     "adapter_layer_names": _adapter_layer_names,
     "other_param_names": lambda _: ("r", "lora_alpha", "scaling", "lora_dropout"),
     "cast_input_dtype_enabled": lambda _: True,
+    "ephemeral_gpu_offload": _is_offloading,
+    "lora_variant": _variants_of,
+    "lora_variants": lambda layer: {(): None} | {(v.field,): v for v in asked_for() if fits(v.fits, layer.kind)},
+    "quantization_backend": lambda layer: resolve_quantization_backend(layer.owner),
 }
 """Functions that compute a layer's PEFT attributes, keyed by name; a value set on the layer itself takes precedence."""
 
 METHODS: Mapping[str, Callable[..., object]] = {
     "supports_lora_conversion": supports_conversion,
+    "reset_lora_parameters": reset_lora_parameters,
+    "resolve_lora_variant": resolve_lora_variant,
+    "set_base_weight": set_base_weight,
+    "update_layer": update_layer,
     "_all_available_adapter_names": lambda layer: sorted(layer.available_adapters()),
     "_cast_input_dtype": _cast_input,
+    "_move_adapter_to_device_of_base_layer": _to_base,
 }
 """Implementations of PEFT's methods, keyed by name; each takes the layer as its first argument."""
 

@@ -26,6 +26,7 @@ from lorakit.peft import model_adapters
 from lorakit.peft.layer_methods import answer_as_peft
 from lorakit.peft.state_dicts import WRAPPED, IncompatibleKeys, StateDictError, names_of, put_tensors
 from lorakit.peft.tuner import CONFIGS, kinds_of
+from lorakit.peft.weight_conversion import TARGETS
 
 if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
@@ -51,10 +52,6 @@ LENIENT = tuple(word for word in ALLOWANCES if word != "nonfinite")
 """Checks that only warn on failure, since PEFT does not perform them; NaN and infinite values still raise an error."""
 
 
-TARGETS = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
-"""Fields of a config that change if experts of transformers 4 are fused."""
-
-
 def load_whole(
     model: PeftModel, folder: Path, name: str, *, trainable: bool, config: LoraConfig | None = None
 ) -> IncompatibleKeys:
@@ -77,27 +74,29 @@ def load_whole(
         AdapterError: `name` is not a valid adapter name.
     """
     try:
-        warnings = _load(model, folder, name, trainable, config)
+        warnings, held = _load(model, folder, name, trainable, config)
     except ShapeMismatchError as refused:
         raise StateDictError(f"size mismatch: {refused}", **refused.fields) from None
     if not warnings:
         return IncompatibleKeys([], [])
-    files = with_fused_experts(read_adapter(folder), AdapterIndex.of(model.get_base_model()))
-    held, targets = set(files.file.tensors), dict(names_of(model, name))
+    targets = dict(names_of(model, name))
     missing = [key for on_disk, key in targets.items() if on_disk not in held]
     return IncompatibleKeys(missing, sorted(held - set(targets)))
 
 
-def _load(model: PeftModel, folder: Path, name: str, trainable: bool, config: LoraConfig | None) -> Sequence[str]:
-    """Load an adapter and return any warnings."""
+def _load(
+    model: PeftModel, folder: Path, name: str, trainable: bool, config: LoraConfig | None
+) -> tuple[Sequence[str], frozenset[str]]:
+    """Load an adapter; return any warnings, and the names of the tensors in its files with fused experts."""
     user = model.get_base_model()
     if config is None:
-        warnings = core.load_adapter(user, folder, name, trainable=trainable, allow=LENIENT).warnings
+        report = core.load_adapter(user, folder, name, trainable=trainable, allow=LENIENT)
+        warnings, held = report.warnings, report.tensors
     else:
         files = read_adapter(folder)
         found = (*files.warnings, *check_base(user, files, LENIENT)[1])
         files = dataclasses.replace(files, config=config, config_is_ours=False, warnings=found)
-        warnings = place_adapter(user, files, name, trainable, LENIENT, kinds_of(config))[1]
+        _, warnings, held = place_adapter(user, files, name, trainable, LENIENT, kinds_of(config))
         config.inference_mode = not trainable
         loaded = model.peft_config[name]
         if loaded.target_parameters != config.target_parameters:  # experts of transformers 4 were fused
@@ -106,7 +105,7 @@ def _load(model: PeftModel, folder: Path, name: str, trainable: bool, config: Lo
         model.peft_config[name] = config
     setattr(user, CONFIGS, model.peft_config)
     answer_as_peft(user)
-    return warnings
+    return warnings, held
 
 
 def load_by_names(
@@ -132,15 +131,21 @@ def load_by_names(
         AdapterFileError: Files are missing or damaged, or shapes do not match.
         AdapterError: `name` is not a valid adapter name.
     """
-    files = read_adapter(folder)
+    files = _with_current_names(model, read_adapter(folder), key_mapping or {})
     warn_of_problems(model, files, LENIENT, may_be_zero=trainable)
     if name not in model.peft_config:
         model.add_adapter(name, files.config.with_fields(inference_mode=not trainable))
         model_adapters.set_requires_grad(model, name, trainable)
-    tensors = {renamed(key, key_mapping or {}): tensor for key, tensor in files.file.tensors.items()}
-    result = put_tensors(model, tensors, name, ignore_sizes)
+    result = put_tensors(model, files.file.tensors, name, ignore_sizes)
     own = {key for _, key in names_of(model, name)}
     return IncompatibleKeys([key for key in result.missing_keys if key in own], result.unexpected_keys)
+
+
+def _with_current_names(model: PeftModel, files: AdapterFiles, key_mapping: Mapping[str, str]) -> AdapterFiles:
+    """Return an adapter's files with renamed tensors and fused experts."""
+    tensors = {renamed(key, key_mapping): tensor for key, tensor in files.file.tensors.items()}
+    files = dataclasses.replace(files, file=dataclasses.replace(files.file, tensors=tensors))
+    return with_fused_experts(files, AdapterIndex.of(model.get_base_model()))
 
 
 def warn_of_problems(

@@ -25,8 +25,20 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: Mapping[str, type[PeftModel]] = {
 }
 """Wrapper class for each task; PEFT uses the same name for this dict."""
 
-ALLOWED_LIBRARIES = ("transformers", "diffusers", "lerobot", "megatron-core")
-"""Packages from which the base model's class, as named in a saved config, may be imported."""
+
+def get_default_import_allowlist() -> list[str]:
+    """Return the packages from which the base model's class, as named in a saved config, may be imported."""
+    return ["diffusers", "lerobot", "megatron-core", "transformers"]
+
+
+def check_import_allowlist(allowlist: Collection[str], parent_name: str) -> bool:
+    """Return whether a module may be imported: it is one of the given packages or a module inside one of them.
+
+    Args:
+        allowlist: Names of packages.
+        parent_name: Dotted name of the module.
+    """
+    return parent_name in allowlist or parent_name.startswith(tuple(f"{allowed}." for allowed in allowlist))
 
 
 class _BaseAutoPeftModel:
@@ -82,7 +94,8 @@ class _BaseAutoPeftModel:
             )
         mapping = found.auto_mapping or {}
         if found.task_type is None:
-            _check_library(mapping, import_allowlist or ALLOWED_LIBRARIES)
+            allowed = get_default_import_allowlist() if import_allowlist is None else import_allowlist
+            _check_library(mapping, allowed)
         elif cls.task != found.task_type:
             raise ConfigError(_other_class(cls.task, found.task_type), what=found.task_type, field="task_type")
         from lorakit.hub.models import load_base
@@ -119,7 +132,7 @@ def _check_library(mapping: Mapping[str, Any], allowed: Collection[str]) -> None
             "your task type.",
             field="auto_mapping",
         )
-    if library not in allowed and not any(library.startswith(f"{name}.") for name in allowed):
+    if not check_import_allowlist(allowed, library):
         raise ConfigError(
             f"The auto mapping wants to import '{library}' which is not in the import allowlist. If importing it is "
             f"safe, specify `import_allowlist=['{library}']` in `from_pretrained()`.",

@@ -88,7 +88,8 @@ _AVAILABILITY = """
     is_gptqmodel_available is_hqq_available is_inc_available is_optimum_available is_te_available
     is_te_pytorch_available is_torch_tpu_available is_torchao_available is_torchao_ge_v0_18_0 is_transformers_ge_v4_57_0
     is_transformers_ge_v5 is_transformers_ge_v5_13_0 is_transformers_ge_v5_17_0 is_transformers_ge_v5_1_0
-    is_transformers_ge_v5_4_0 is_transformers_ge_v5_6_0 is_transformers_le_4_53 is_xpu_available
+    is_transformers_ge_v5_4_0 is_transformers_ge_v5_6_0 is_transformers_dtensor_tp is_transformers_le_4_53
+    is_xpu_available
 """
 
 _BACKENDS = """
@@ -103,6 +104,7 @@ HOMES: Mapping[str, str] = {
     "lorakit.core.layers.lora_layer": "BaseTunerLayer=LoraLayer LoraLayer",
     "lorakit.core.layers.modules_to_save": "ModulesToSaveWrapper=ModulesToSave",
     "lorakit.core.layers.named_layers": "Conv1d Conv2d Conv3d Embedding Linear MultiheadAttention ParamWrapper",
+    "lorakit.core.variants": "LoraVariant=Variant",
     "lorakit.core.layers.trainable_tokens": "TrainableTokensLayer=TokenAdapter TrainableTokensWrapper=TrainableTokens",
     "lorakit.peft.adjusting": """
         check_if_peft_model DoraCaching find_kappa_target_modules KappaTuneSelector rescale_adapter_scale
@@ -111,14 +113,14 @@ HOMES: Mapping[str, str] = {
     "lorakit.peft.attached_inits": "get_eva_state_dict initialize_lora_eva_weights replace_lora_weights_loftq",
     "lorakit.peft.data_inits": "preprocess_corda preprocess_loraga",
     "lorakit.peft.hotswap": """
-        check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict
+        check_hotswap_configs_compatible CONFIG_KEYS_TO_CHECK hotswap_adapter hotswap_adapter_from_state_dict
         prepare_model_for_compiled_hotswap
     """,
     "lorakit.peft.installing": "install_as_peft stand_in",
     "lorakit.peft.loaded": "load_peft_weights",
     "lorakit.peft.mapping": """
         get_peft_config get_peft_model inject_adapter_in_model PEFT_TYPE_TO_CONFIG_MAPPING
-        PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING
+        PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_TO_TUNER_MAPPING
     """,
     "lorakit.peft.matching": """
         check_adapters_to_merge check_target_module_exists ExcludedModule _ExcludedModule=ExcludedModule
@@ -131,7 +133,14 @@ HOMES: Mapping[str, str] = {
     """,
     "lorakit.peft.model": f"{TASK_CLASSES} PeftModel",
     "lorakit.peft.model_adapters": "cast_adapter_dtype set_requires_grad",
-    "lorakit.peft.model_classes": f"{AUTO_CLASSES} MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftMixedModel",
+    "lorakit.peft.model_classes": f"""
+        {AUTO_CLASSES} check_import_allowlist get_default_import_allowlist MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+        PeftMixedModel
+    """,
+    "lorakit.peft.merge_utils": """
+        calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_based_pruning magnitude_prune prune
+        random_pruning reshape_weight_task_tensors task_arithmetic ties
+    """,
     "lorakit.peft.optimizer_factories": """
         create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer LoraFAOptimizer
     """,
@@ -142,18 +151,22 @@ HOMES: Mapping[str, str] = {
     "lorakit.peft.trainer_mixin": "LoraTrainerMixin",
     "lorakit.peft.tuner": "BaseTuner delete_adapter LoraModel set_adapter",
     "lorakit.peft.utilities": f"""
-        {_AVAILABILITY} {_BACKENDS} {_CONSTANTS} build_peft_weight_mapping cast_mixed_precision_params
-        check_deepspeed_zero3_enabled convert_peft_config_for_transformers=unused dequantize_module_weight
+        {_AVAILABILITY} {_BACKENDS} {_CONSTANTS} cast_mixed_precision_params
+        check_deepspeed_zero3_enabled dequantize_module_weight
         disable_input_dtype_casting=empty_context find_parameter_name_by_module _freeze_adapter=unused
         fsdp_auto_wrap_policy gather_params_ctx=empty_context _get_batch_size=get_batch_size get_bnb_param_type
         get_device_map get_gptqmodel_quant_linear=unused _get_input_embeddings_name=input_embeddings_name
-        get_layer_device_map=unused get_model_conversion_mapping
+        get_layer_device_map=unused
         _get_module_names_tied_with_embedding=names_tied_with_embedding _get_no_split_modules=no_split_modules
         get_pattern_key get_quantization_config _get_submodules=get_submodules id_tensor_storage infer_device
         init_empty_weights _is_valid_match=is_valid_match map_cache_to_layer_device_map=unused match_target_against_key
         onload_layer=empty_context prepare_model_for_kbit_training _set_adapter=unused
         set_additional_trainable_modules=unused _set_trainable=unused shift_tokens_right skip_init_on_device
         str_to_bool transpose
+    """,
+    "lorakit.peft.weight_conversion": """
+        build_peft_weight_mapping convert_peft_adapter_state_dict_for_transformers convert_peft_config_for_transformers
+        get_model_conversion_mapping
     """,
     "lorakit.peft.weighted": "convert_to_lora reduce_intruder_dimension save_as_lora",
 }
@@ -163,21 +176,30 @@ All other PEFT names are placeholders.
 """
 
 PATHS: Mapping[str, str] = {
-    "auto": AUTO_CLASSES,
-    "config": "PeftConfig PeftConfigMixin PromptLearningConfig",
+    "auto": f"""
+        {AUTO_CLASSES} check_import_allowlist get_default_import_allowlist MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+        TOKENIZER_CONFIG_NAME
+    """,
+    "config": "CONFIG_NAME PeftConfig PeftConfigMixin PromptLearningConfig",
     "functional": f"""
         {HOMES["lorakit.peft.model_adapters"]} delete_adapter get_peft_model_state_dict inject_adapter_in_model
         set_adapter set_peft_model_state_dict
     """,
     "helpers": f"{HOMES['lorakit.peft.adjusting']} disable_input_dtype_casting MontecloraTrainerMixin",
     "import_utils": _AVAILABILITY,
-    "mapping_func": "get_peft_model",
-    "mixed_model": "PeftMixedModel",
+    "mapping_func": """
+        get_peft_model MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING
+    """,
+    "mixed_model": "DUMMY_MODEL_CONFIG PeftMixedModel",
     "optimizers": "create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
     "optimizers.lorafa": "create_lorafa_optimizer LoraFAOptimizer",
     "optimizers.loraplus": "create_loraplus_optimizer",
     "optimizers.riemannian": "create_riemannian_optimizer",
-    "peft_model": f"{HOMES['lorakit.peft.model']} {HOMES['lorakit.peft.status']}",
+    "peft_model": f"""
+        {HOMES["lorakit.peft.model"]} {HOMES["lorakit.peft.status"]} DUMMY_MODEL_CONFIG PEFT_TYPE_TO_CONFIG_MAPPING
+        PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_TO_TUNER_MAPPING SAFETENSORS_WEIGHTS_NAME
+        TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING WEIGHTS_NAME
+    """,
     "tuners": f"""
         {OTHER_METHODS} ArrowConfig BdLoraConfig convert_to_lora EvaConfig get_eva_state_dict
         initialize_lora_eva_weights KasaConfig LoftQConfig LoraConfig LoraGAConfig LoraModel LoraRuntimeConfig
@@ -195,33 +217,35 @@ PATHS: Mapping[str, str] = {
         GPTQLoraLinear initialize_lora_eva_weights Linear Linear4bit Linear8bitLt LoraLayer LoraModel MultiheadAttention
         ParamWrapper preprocess_corda preprocess_loraga reduce_intruder_dimension save_as_lora
     """,
-    "tuners.lora.aqlm": "AqlmLoraLinear",
+    "tuners.lora.aqlm": "AqlmLoraLinear dispatch_aqlm",
     "tuners.lora.arrow": "ArrowLoraLinearLayer create_arrow_model _resolve_adapter_source",
-    "tuners.lora.awq": "AwqLoraLinear",
+    "tuners.lora.awq": "AwqLoraLinear dispatch_awq",
     "tuners.lora.bnb": "dispatch_bnb_4bit dispatch_bnb_8bit Linear4bit Linear8bitLt",
     "tuners.lora.config": LORA_CONFIGS,
     "tuners.lora.conversion": "convert_to_lora save_as_lora",
     "tuners.lora.corda": "preprocess_corda",
     "tuners.lora.dora": "DoraConv1dLayer DoraConv2dLayer DoraConv3dLayer DoraEmbeddingLayer DoraLinearLayer",
-    "tuners.lora.eetq": "EetqLoraLinear",
+    "tuners.lora.eetq": "EetqLoraLinear dispatch_eetq",
     "tuners.lora.eva": "get_eva_state_dict initialize_lora_eva_weights",
-    "tuners.lora.gptq": "GPTQLoraLinear",
-    "tuners.lora.hqq": "HqqLoraLinear",
-    "tuners.lora.inc": "IncLoraLinear",
+    "tuners.lora.gptq": "GPTQLoraLinear dispatch_gptq",
+    "tuners.lora.hqq": "HqqLoraLinear dispatch_hqq",
+    "tuners.lora.inc": "IncLoraLinear dispatch_inc",
     "tuners.lora.intruders": "reduce_intruder_dimension",
     "tuners.lora.layer": """
         Conv1d Conv2d Conv3d _ConvNd dispatch_default Embedding Linear _LoraFactorsProxy LoraLayer LoraParallelLinear
-        _LoraParameterProxy MultiheadAttention ParamWrapper
+        _LoraParameterProxy LoraVariant MultiheadAttention ParamWrapper
     """,
     "tuners.lora.loraga": "preprocess_loraga",
     "tuners.lora.model": "LoraModel TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
     "tuners.lora.monteclora": "MontecloraSampler",
-    "tuners.lora.te": "TeLinear",
-    "tuners.lora.torchao": "TorchaoLoraLinear",
+    "tuners.lora.te": "dispatch_transformer_engine TeLinear",
+    "tuners.lora.tp_layer": "dispatch_megatron LoraParallelLinear",
+    "tuners.lora.torchao": "TorchaoLoraLinear dispatch_torchao",
     "tuners.lora.variants": f"""
         {HOMES["lorakit.peft.mixed_batches"]} ALoraLinearVariant ArrowLinearVariant BdLoraLinearVariant
         BlockDiagonalLinear DoraConv1dVariant DoraConv2dVariant DoraConv3dVariant DoraEmbeddingVariant DoraLinearVariant
-        KasaLinearVariant MiCAEmbeddingVariant MiCALinearVariant MontecloraLinearVariant VeloraLinearVariant
+        KasaLinearVariant MiCAEmbeddingVariant MiCALinearVariant MontecloraLinearVariant QALoraLinearVariant
+        VeloraLinearVariant
     """,
     "tuners.lora.velora": """
         _compress_activations _normalize_projection _reconstruct_activations _reshape_to_grouped_subtokens
@@ -231,9 +255,12 @@ PATHS: Mapping[str, str] = {
     "tuners.trainable_tokens.layer": "TrainableTokensLayer",
     "tuners.tuners_utils": """
         BaseTuner BaseTunerLayer cast_adapter_dtype check_adapters_to_merge check_target_module_exists delete_adapter
-        ExcludedModule _ExcludedModule _filter_state_dict_by_key_prefixes _find_minimal_target_modules
+        DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES ExcludedModule _ExcludedModule
+        _filter_state_dict_by_key_prefixes _find_minimal_target_modules
         find_parameter_name_by_module get_device_map _get_in_out_features _get_tuner_state_dict_key_prefixes
-        inspect_matched_modules _maybe_include_all_linear_layers onload_layer set_adapter set_requires_grad
+        INCLUDE_LINEAR_LAYERS_SHORTHAND inspect_matched_modules _maybe_include_all_linear_layers
+        MIN_TARGET_MODULES_FOR_OPTIMIZATION onload_layer PEFT_TYPE_TO_PREFIX_MAPPING SEQ_CLS_HEAD_NAMES set_adapter
+        set_requires_grad UPCAST_DTYPES
     """,
     "utils": f"""
         {_OTHER} {_TABLES} {HOMES["lorakit.peft.state_dicts"]} get_quantization_kwargs load_peft_weights
@@ -243,22 +270,24 @@ PATHS: Mapping[str, str] = {
     """,
     "utils.constants": _TABLES,
     "utils.error": "NoMatchingPeftModuleError PeftError",
-    "utils.hotswap": HOMES["lorakit.peft.hotswap"],
+    "utils.hotswap": f"{HOMES['lorakit.peft.hotswap']} PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING",
     "utils.incremental_pca": "IncrementalPCA",
     "utils.integrations": """
         check_deepspeed_zero3_enabled dequantize_module_weight gather_params_ctx get_bnb_param_type get_layer_device_map
         init_empty_weights map_cache_to_layer_device_map skip_init_on_device
     """,
     "utils.loftq_utils": "replace_lora_weights_loftq",
+    "utils.merge_utils": HOMES["lorakit.peft.merge_utils"],
     "utils.other": f"""
         {_OTHER} {_TABLES} _prepare_prompt_learning_config starcoder_model_postprocess_past_key_value
     """,
     "utils.peft_types": "PeftType register_peft_method TaskType",
     "utils.quantization_utils": _BACKENDS,
-    "utils.save_and_load": f"{HOMES['lorakit.peft.state_dicts']} load_peft_weights",
-    "utils.transformers_weight_conversion": """
-        build_peft_weight_mapping convert_peft_config_for_transformers get_model_conversion_mapping
+    "utils.save_and_load": f"""
+        {HOMES["lorakit.peft.state_dicts"]} EMBEDDING_LAYER_NAMES load_peft_weights PEFT_TYPE_TO_TUNER_MAPPING
+        SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME
     """,
+    "utils.transformers_weight_conversion": HOMES["lorakit.peft.weight_conversion"],
     "utils.warning": "PeftWarning",
 }
 """Names that each path under `peft` exports; each package precedes its modules."""

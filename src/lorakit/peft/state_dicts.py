@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from lorakit.core.attachment.old_experts import tensors_with_fused_experts
 from lorakit.core.files.inspecting import Site, implausible, judge, largest_values
 from lorakit.core.files.tensor_names import parse
 from lorakit.core.layers.bias import BiasPatch
@@ -199,10 +200,20 @@ def set_peft_model_state_dict(
     Raises:
         AdapterError: The adapter does not exist.
         StateDictError: A tensor's shape does not match the model.
+        AdapterFileError: The tensors have separate experts, as under transformers 4, and some are missing.
     """
     model_adapters.check_exist(model_adapters.configs_of(model), adapter_name)
-    _warn_of_values(model, peft_model_state_dict, adapter_name)
-    return put_tensors(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes)
+    tensors = _with_fused_experts(model, peft_model_state_dict, adapter_name)
+    _warn_of_values(model, tensors, adapter_name)
+    return put_tensors(model, tensors, adapter_name, ignore_mismatched_sizes)
+
+
+def _with_fused_experts(model: nn.Module, tensors: Mapping[str, Tensor], adapter: str) -> Mapping[str, Tensor]:
+    """Return tensors (…), keyed by name on disk, with the separate experts of transformers 4 fused as in the model."""
+    config, user = model_adapters.configs_of(model)[adapter], model_adapters.user_model(model)
+    given = {WRAPPED + _bare(key): tensor for key, tensor in tensors.items()}
+    found = tensors_with_fused_experts(given, config, user, f"state dict of adapter {adapter!r}")
+    return tensors if found.keys() == given.keys() else found
 
 
 def _warn_of_values(model: nn.Module, tensors: Mapping[str, Tensor], adapter: str) -> None:

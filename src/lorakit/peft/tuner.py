@@ -340,6 +340,46 @@ class BaseTuner(OverModel):
             )
         matching.check_parameters(self.model, self.peft_config, config)
 
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Attach the adapter whose config has been put into `peft_config`.
+
+        Args:
+            model: The user's model.
+            adapter_name: Name of the adapter, which has no factors on the model yet.
+            autocast_adapter_dtype: If false, the factors are cast to the dtype of their base weight.
+            low_cpu_mem_usage: Whether to leave the factors on the meta device; see `inject_adapter_in_model`.
+            state_dict: See `inject_adapter_in_model`.
+
+        Raises:
+            AdapterError: `peft_config` has no config of this name, the name is not valid, or the model has such an
+                adapter already.
+            TargetError: Nothing in the model matches the targets.
+            ConfigError: The config is not valid for the model or conflicts with an existing adapter.
+        """
+        configs, tuner = model_adapters.configs_of(model), BaseTuner(model)
+        model_adapters.check_exist(configs, adapter_name)
+        if any(adapter_name in module.available_adapters() for module in model_adapters.adapted(model)):
+            raise AdapterError(f"Adapter {adapter_name!r} is on the model already. Delete it first.", what=adapter_name)
+        config = configs.pop(adapter_name)
+        try:
+            tuner.inject(
+                adapter_name,
+                config,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                on_meta=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+        except BaseException:
+            configs[adapter_name] = config
+            raise
+
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         """Return the result of `names_tied_with_embedding` for the user's model, as in PEFT's tuner."""
         return names_tied_with_embedding(self.model)

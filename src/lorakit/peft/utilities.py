@@ -14,17 +14,16 @@ from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from operator import attrgetter
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.architectures.families import DEFAULT_TARGETS
 from lorakit.config import CONFIG_FILE as CONFIG_NAME
-from lorakit.config import LoraConfig
 from lorakit.core.model.index import walk
 from lorakit.core.quantization import weight_format_of
-from lorakit.errors import ConfigError, ConfigTypeError, NotYetSupported
+from lorakit.errors import ConfigError, ConfigTypeError
 from lorakit.peft.model_adapters import user_model
 from lorakit.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
 
@@ -216,62 +215,6 @@ def skip_init_on_device(func: Function) -> Function:
     return func
 
 
-class WeightConversion(Protocol):
-    """A step in which the transformers loader renames or fuses the tensors of a base model.
-
-    Attributes:
-        source_patterns: Patterns that match tensor names in the file.
-    """
-
-    source_patterns: list[str]
-
-
-def build_peft_weight_mapping(
-    weight_conversions: Iterable[WeightConversion] | None, adapter_name: str, peft_config: LoraConfig | None = None
-) -> list[WeightConversion]:
-    """Return rules that rename an adapter's tensors in line with transformers' conversions of the base tensors.
-
-    Args:
-        weight_conversions: Conversions of the base tensors.
-        adapter_name: Name of the adapter.
-        peft_config: The adapter's config.
-
-    Raises:
-        NotYetSupported: The adapter targets weights that transformers now fuses, such as expert weights.
-    """
-    if not weight_conversions:
-        return []
-    from lorakit.hub.packaged import renaming
-
-    prefixes = (("base_model.model.model.", "model."), ("base_model.model.", ""))
-    names = (*prefixes, (r"(lora_[^\.]*)", rf"\1.{adapter_name}"))
-    found: list[WeightConversion] = [renaming(*pair) for pair in names]
-    for conversion in weight_conversions:
-        if type(conversion).__name__ == "WeightRenaming":
-            found.append(conversion)
-        elif _concerns(conversion, peft_config):
-            raise NotYetSupported(
-                f"The adapter targets {', '.join(sorted(_joined_names(conversion)))}, which this version of "
-                "transformers fuses into one tensor; fusing LoRA weights is not supported yet. Use the transformers "
-                "version with which the adapter was trained.",
-                field="target_modules",
-            )
-    return found
-
-
-def _joined_names(conversion: WeightConversion) -> set[str]:
-    """Return the last path component of each module whose tensors are fused by transformers."""
-    return {pattern.removesuffix(".weight").rpartition(".")[2] for pattern in conversion.source_patterns}
-
-
-def _concerns(conversion: WeightConversion, config: LoraConfig | None) -> bool:
-    """Return whether an adapter may target fused modules; a regular expression is assumed to match any module."""
-    if config is None or isinstance(config.target_modules, str):
-        return True
-    targets = config.target_modules or ()
-    return not _joined_names(conversion).isdisjoint(target.rpartition(".")[2] for target in targets)
-
-
 def unused(*_: Ignored, **__: Ignored) -> None:
     """Do nothing; this function replaces internal PEFT functions that have no counterpart in lorakit."""
 
@@ -279,11 +222,6 @@ def unused(*_: Ignored, **__: Ignored) -> None:
 def is_valid_match(key: str, target_key: str) -> bool:
     """Return whether a path equals `target_key` or ends with a dot followed by `target_key`."""
     return key == target_key or key.endswith(f".{target_key}")
-
-
-def get_model_conversion_mapping(model: nn.Module) -> list[Any]:
-    """Return an empty list: no transformers weight conversions apply, since adapters are loaded unchanged."""
-    return []
 
 
 def get_bnb_param_type(parameter: Tensor) -> str | bool:
@@ -500,8 +438,14 @@ def _release(package: str) -> tuple[int, ...]:
     return tuple(int("".join(filter(str.isdigit, word)) or 0) for word in words)
 
 
+DTENSOR_SINCE = (5, 17)
+"""Release of transformers since which tensor parallelism uses DTensors."""
+
+
 def __getattr__(name: str) -> bool:
     """Compute constants such as `is_transformers_ge_v5_1_0` on access, so that importing this module is cheap."""
+    if name == "is_transformers_dtensor_tp":
+        return _release("transformers") >= DTENSOR_SINCE
     release = re.fullmatch(r"is_transformers_ge_v(\d+(?:_\d+)*)", name)
     if release is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

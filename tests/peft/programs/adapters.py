@@ -109,15 +109,37 @@ for label, fields in (
     loaded = AutoModelForCausalLM.from_pretrained(files / "experts", dtype=torch.float32)
     loaded.load_adapter(str(files / label))
     assert torch.equal(logits(loaded), answer), label
-try:
-    loaded.load_adapter(
-        peft_config=LoraConfig(r=2, target_modules=["w1", "w3"]), adapter_state_dict={}, adapter_name="old"
-    )
-except NotImplementedError as error:
-    assert "w1, w3" in str(error)
-else:
-    raise AssertionError("an adapter of an older layout was taken for one of this")
 print("ok: transformers: adapters with and on fused experts")
+
+# adapters of transformers 4, with tensors for each expert
+from safetensors.torch import save_file
+
+sizes_of = {"w1": (48, 32), "w3": (48, 32), "w2": (32, 48)}
+for label, fields in (("plain", {}), ("rslora", {"use_rslora": True}), ("up", {"target_modules": ["w1", "w3"]})):
+    config = LoraConfig(**{"r": 2, "lora_alpha": 6, "target_modules": ["w1", "w2", "w3", "gate"]} | fields)
+    generator, tensors = torch.Generator().manual_seed(7), {}
+    for layer in range(2):
+        block = f"base_model.model.model.layers.{layer}.block_sparse_moe"
+        shapes = {f"{block}.experts.{one}.{old}": size for one in range(2) for old, size in sizes_of.items()}
+        for path, (rows, columns) in (shapes | {f"{block}.gate": (2, 32)}).items():
+            if path.rpartition(".")[2] in config.target_modules:
+                for part, size in (("A", (2, columns)), ("B", (rows, 2))):
+                    tensors[f"{path}.lora_{part}.weight"] = 0.2 * torch.randn(size, generator=generator)
+    config.save_pretrained(files / f"old-{label}")
+    save_file(tensors, files / f"old-{label}" / "adapter_model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(files / "experts", dtype=torch.float32)
+    report = loaded.load_adapter(str(files / f"old-{label}"))
+    assert not (report.missing_keys or report.unexpected_keys or report.mismatched_keys), report
+    expected = AutoModelForCausalLM.from_pretrained(files / "experts", dtype=torch.float32)
+    unadapted = logits(expected)
+    expected = logits(PeftModel.from_pretrained(expected, files / f"old-{label}"))
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, unadapted, atol=1e-4), label
+    loaded.save_pretrained(files / f"again-{label}")
+    again = AutoModelForCausalLM.from_pretrained(files / "experts", dtype=torch.float32)
+    again.load_adapter(str(files / f"again-{label}"))
+    torch.testing.assert_close(logits(again), logits(loaded))
+print("ok: transformers: adapters with tensors for each expert")
 
 # an adapter's directory instead of a model's
 wrapped = get_peft_model(base(), LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))

@@ -29,6 +29,7 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import Extras, ModulesToSave, build_extras
 from lorakit.core.layers.named_layers import layer_class
 from lorakit.core.layers.trainable_tokens import ChosenRows, TrainableTokens
+from lorakit.core.model.checks import check_not_distributed
 from lorakit.core.model.index import AdapterIndex, TargetWeight, walk
 from lorakit.core.model.target_weights import dropout_at, targets_of
 from lorakit.core.model.ties import tie_copies, tie_factors
@@ -102,19 +103,31 @@ def fresh_factors(
     generators = _generators(seed)
     factors = []
     for match, target in targets_of(index, matches):
-        check_site(index, config, target)
         seen = None if statistics is None else statistics.sites.get(target.path)
         usual = statistics is not None and seen is None and statistics.others_usual
         asked = config.with_fields(init_lora_weights=True) if usual else config
-        context = init_context_for(index, asked, match, target, generators, seen)
-        init = init_for(asked.init_lora_weights, target.kind, target.path)
-        variant, _ = variant_for(config, target.kind, target.path)
-        if init.changes_base:
-            check_can_move(index, target, init)
-        _check_together(init, variant, target)
-        start = initialized(index, target, init, context)
-        factors.append(new_factor(index, target, match, context, start, init.trains))
+        factors.append(fresh_factor(index, asked, match, target, generators, seen))
     return factors
+
+
+def fresh_factor(
+    index: AdapterIndex,
+    config: LoraConfig,
+    match: Match,
+    target: TargetWeight,
+    generators: Callable[[torch.device], torch.Generator | None],
+    statistics: Mapping[str, Tensor] | None,
+) -> NewFactor:
+    """Build initialized factors for one site."""
+    check_site(index, config, target)
+    context = init_context_for(index, config, match, target, generators, statistics)
+    init = init_for(config.init_lora_weights, target.kind, target.path)
+    variant, _ = variant_for(config, target.kind, target.path)
+    if init.changes_base:
+        check_can_move(index, target, init)
+    _check_together(init, variant, target)
+    start = initialized(index, target, init, context)
+    return new_factor(index, target, match, context, start, init.trains)
 
 
 def new_factor(
@@ -152,7 +165,7 @@ def new_factor(
     )
     moved = _moved_by(variant, index, target, new)
     stored = stored if moved is None else moved
-    own = variant.starts(new) if start.own is None else start.own
+    own = _started(variant, new, config) if start.own is None else start.own
     factor = Factor(
         A=nn.Parameter(start.A, "A" in trains),
         B=nn.Parameter(start.B, "B" in trains),
@@ -164,6 +177,17 @@ def new_factor(
         setting=setting,
     )
     return NewFactor(target, factor, match, trains, stored, start.initial)
+
+
+def _started(variant: Variant, new: Start, config: LoraConfig) -> Mapping[str, Tensor]:
+    """Return a variant's initial extra tensors (…), computed on the GPU if the config asks for it and there is one."""
+    here = new.A.device
+    wanted = config.runtime_config.ephemeral_gpu_offload and here.type == "cpu" and new.generator is None
+    if not wanted or not torch.cuda.is_available():
+        return variant.starts(new)
+    A, B = new.A.to("cuda"), new.B.to("cuda")
+    there = dataclasses.replace(new, A=A, B=B, read=lambda: new.read().to("cuda"))
+    return {name: tensor.to(here) for name, tensor in variant.starts(there).items()}
 
 
 def _check_together(init: Init, variant: Variant, target: TargetWeight) -> None:
@@ -217,6 +241,7 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
             weight is quantized and the update is added to it, so each forward pass would round the sum and block the
             gradient.
         ModelError: A part of a quantized weight is missing or not finite.
+        NotYetSupported: The weight is distributed over processes.
     """
     if config.lora_bias and not target.kind.takes_bias:
         raise ConfigError(
@@ -227,6 +252,7 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
             field="lora_bias",
         )
     holder = index.holder(target)
+    check_not_distributed([(target.path, holder)])
     base = weight_format_of(holder, target.spec.parameter)
     base.check(holder, target.path)
     if target.kind.acts_on != "weight":

@@ -12,6 +12,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,7 @@ class LoadReport:
         base: Verdict on the base, as in `BaseVerdict.verdict`: same, same at a different precision, unverifiable, or
             different.
         warnings: Messages for the user.
+        tensors: Names of the tensors in the adapter's files, after experts of transformers 4 have been fused.
     """
 
     name: str
@@ -65,6 +67,21 @@ class LoadReport:
     sites: int
     base: str
     warnings: tuple[str, ...]
+    tensors: frozenset[str]
+
+
+class Placement(NamedTuple):
+    """Result of `place_adapter`.
+
+    Attributes:
+        sites: Number of sites that received factors.
+        warnings: Messages that were reported to the user.
+        tensors: Names of the tensors in the adapter's files, after experts of transformers 4 have been fused.
+    """
+
+    sites: int
+    warnings: tuple[str, ...]
+    tensors: frozenset[str]
 
 
 def load_adapter(
@@ -110,8 +127,8 @@ def load_adapter(
             verdict, said = check_base(index, files, allow)
             said = [*files.warnings, *(f"{files.folder}: {message}" for message in grown), *said]
             files = dataclasses.replace(files, warnings=tuple(said))
-            sites, warnings = place_adapter(index, files, name, trainable, allow)
-    return LoadReport(name, files.config, sites, verdict, warnings)
+            placed = place_adapter(index, files, name, trainable, allow)
+    return LoadReport(name, files.config, placed.sites, verdict, placed.warnings, placed.tensors)
 
 
 def check_base(model: nn.Module | AdapterIndex, files: AdapterFiles, allow: Collection[str]) -> tuple[str, list[str]]:
@@ -127,8 +144,11 @@ def check_base(model: nn.Module | AdapterIndex, files: AdapterFiles, allow: Coll
 
     Raises:
         BaseMismatchError: The model has a different base.
+        NotYetSupported: A weight of the model is distributed over processes.
     """
-    known, present = without_brought_rows(AdapterIndex.of(model), files.config, files.sidecar.base)
+    index = AdapterIndex.of(model)
+    checks.check_not_distributed(index.everything.items())
+    known, present = without_brought_rows(index, files.config, files.sidecar.base)
     verdict, reason, warning = compare(known, present)
     if verdict == DIFFERENT and "base_mismatch" not in allow:
         raise BaseMismatchError(
@@ -148,7 +168,7 @@ def place_adapter(
     trainable: bool,
     allow: Collection[str],
     kinds: Iterable[Kind] = (),
-) -> tuple[int, tuple[str, ...]]:
+) -> Placement:
     """Attach an adapter to a model, given the adapter's files; everything is checked before the model is changed.
 
     Experts of transformers 4 have separate tensors, which are fused first.
@@ -162,7 +182,7 @@ def place_adapter(
         kinds: As in `load_adapter`.
 
     Returns:
-        The number of sites, and every warning that was reported.
+        What was attached and reported.
 
     Raises:
         AdapterFileError: Tensors do not match the model; all mismatches are reported.
@@ -200,7 +220,7 @@ def place_adapter(
         new_config = record.config.with_fields(inference_mode=not trainable)
         biases = _new_biases(fitted, tensors)
         build.commit(index, build.NewAdapter(name, new_config, factors, auxiliary, biases, trainable))
-    return len(factors), tuple(said)
+    return Placement(len(factors), tuple(said), frozenset(tensors))
 
 
 def _check_kinds(files: AdapterFiles, index: AdapterIndex) -> None:

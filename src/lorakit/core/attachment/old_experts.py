@@ -12,17 +12,18 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakit.architectures.families import EXPERTS_BY_TYPE
 from lorakit.architectures.layouts import ExpertsLayout
 from lorakit.config import LoraConfig, scale
 from lorakit.core.attachment.attaching import model_type_of
-from lorakit.core.files.adapter_folder import AdapterFiles, alpha_at
+from lorakit.core.files.adapter_folder import AdapterFiles, Sidecar, alpha_at
+from lorakit.core.files.tensor_file import TensorFile
 from lorakit.core.files.tensor_names import PREFIX, by_site, endings_of
-from lorakit.core.kinds.parameter import side_by_side
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.target_weights import bare_parameters, named_targets
 from lorakit.errors import AdapterFileError, ShapeMismatchError
@@ -47,12 +48,14 @@ class _OldSites:
     modules: dict[str, str] = field(default_factory=dict)
 
 
-def with_fused_experts(files: AdapterFiles, index: AdapterIndex) -> AdapterFiles:
+def with_fused_experts(files: AdapterFiles, index: AdapterIndex, *, rescales_B: bool = False) -> AdapterFiles:
     """Return an adapter's files with the experts of each layer fused; other files are returned unchanged.
 
     Args:
         files: The adapter's files.
         index: The model's index.
+        rescales_B: Whether the tensors are meant for an adapter whose scales at fused parameters are those that its
+            config gives; see `fused_B`. Otherwise, the returned config has the alphas that fit the tensors.
 
     Raises:
         AdapterFileError: The file lacks an expert or has one too many, a part of a fused parameter is missing or has
@@ -76,7 +79,7 @@ def with_fused_experts(files: AdapterFiles, index: AdapterIndex) -> AdapterFiles
         olds = _check_experts(layout, files, bare[path], sites)
         held = {old: {n: _factors(files, present, site) for n, site in sites[old].items()} for old in olds}
         rank, alpha = _rank_and_alpha(files, path, sites, held)
-        made[path] = _fused(files, bare[path], held)
+        made[path] = _fused(files, bare[path], held, rescales_B and config.use_rslora)
         if literal_value(config.rank_pattern, path, config.r) != rank:
             ranks[f"^{re.escape(path)}"] = rank
         if not math.isclose(literal_value(config.alpha_pattern, path, config.lora_alpha), alpha):
@@ -92,6 +95,28 @@ def with_fused_experts(files: AdapterFiles, index: AdapterIndex) -> AdapterFiles
             tensors |= {f"{PREFIX}{site}{ending_A}": A, f"{PREFIX}{site}{ending_B}": B}
     file = dataclasses.replace(files.file, tensors=tensors)
     return dataclasses.replace(files, config=config, file=file, config_is_ours=False, warnings=tuple(warnings))
+
+
+def tensors_with_fused_experts(
+    tensors: Mapping[str, Tensor], config: LoraConfig, model: nn.Module, label: str
+) -> Mapping[str, Tensor]:
+    """Return tensors for an adapter that a model already has, with the experts of each layer fused.
+
+    Args:
+        tensors: Tensors (…), keyed by name on disk.
+        config: The config of the model's adapter.
+        model: The adapted model.
+        label: What the tensors are, for error messages.
+
+    Raises:
+        AdapterFileError: As in `with_fused_experts`.
+        ShapeMismatchError: As in `with_fused_experts`.
+    """
+    if model_type_of(model) not in EXPERTS_BY_TYPE:
+        return tensors
+    file = TensorFile(dict(tensors), {}, "", 0)
+    files = AdapterFiles(Path(label), config, file, Sidecar(), config_is_ours=False, warnings=())
+    return with_fused_experts(files, AdapterIndex.of(model), rescales_B=True).file.tensors
 
 
 def _sites(
@@ -199,7 +224,7 @@ def _rank_and_alpha(files: AdapterFiles, path: str, sites: Sites, held: Factors)
     return rank, scales.pop() * (math.sqrt(rank) if rslora else rank)
 
 
-def _fused(files: AdapterFiles, parameter: BareParameter, held: Factors) -> tuple[Tensor, Tensor]:
+def _fused(files: AdapterFiles, parameter: BareParameter, held: Factors, rescales_B: bool) -> tuple[Tensor, Tensor]:
     """Return A and B of a parameter in PEFT's layout."""
     for old, at in held.items():
         shapes = {(tuple(A.shape), tuple(B.shape)) for A, B in at.values()}
@@ -221,10 +246,30 @@ def _fused(files: AdapterFiles, parameter: BareParameter, held: Factors) -> tupl
             where=parameter.path,
         )
     numbers = range(parameter.shape[0])
-    A = torch.stack([torch.cat([at[number][0] for at in held.values()]) for number in numbers])
-    B = torch.stack([torch.block_diag(*(at[number][1] for at in held.values())) for number in numbers])
-    A, B = side_by_side(A, B)
-    return A.contiguous(), B.contiguous()
+    parts = [[at[number] for number in numbers] for at in held.values()]
+    return fused_A([[A for A, _ in at] for at in parts]), fused_B([[B for _, B in at] for at in parts], rescales_B)
+
+
+def fused_A(parts: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Return the A (experts·r·parts, in) of a fused parameter.
+
+    Args:
+        parts: For each part of the parameter, in the order of its rows, the A (r, in) of each expert.
+    """
+    return torch.stack([torch.cat(of_expert) for of_expert in zip(*parts, strict=True)]).flatten(0, 1)
+
+
+def fused_B(parts: Sequence[Sequence[Tensor]], use_rslora: bool = False) -> Tensor:
+    """Return the B (out·parts, r·parts·experts) of a fused parameter.
+
+    Args:
+        parts: For each part of the parameter, in the order of its rows, the B (out, r) of each expert.
+        use_rslora: Whether the parameter has the summed ranks and alphas of its parts and a scale of alpha/√r, which
+            is √parts times the scale of a part; B is then divided by √parts.
+    """
+    B = torch.stack([torch.block_diag(*of_expert) for of_expert in zip(*parts, strict=True)])
+    B = B.permute(1, 2, 0).flatten(1).contiguous()
+    return B / math.sqrt(len(parts)) if use_rslora else B
 
 
 def _modules(layout: ExpertsLayout, config: LoraConfig, found: _OldSites) -> set[str]:

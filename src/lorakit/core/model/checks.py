@@ -10,7 +10,7 @@ from torch import nn
 from lorakit.config import LoraConfig
 from lorakit.core.routing.state import AdapterState
 from lorakit.core.variants import variants_of
-from lorakit.errors import OVERRIDE, AdapterError, ConfigError, TargetError
+from lorakit.errors import OVERRIDE, AdapterError, ConfigError, NotYetSupported, TargetError
 
 ALLOWANCES = ("partial_targets", "base_mismatch", "key_mismatch", "nonfinite", "odd_scale", "recompute_init")
 """Names of the checks that a caller can override."""
@@ -67,6 +67,30 @@ def check_called(model: nn.Module, paths: Iterable[str]) -> None:
             what=bad[0],
             field="target_modules",
         )
+
+
+def check_not_distributed(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Check that modules hold their whole weights, and not one process's part of them.
+
+    Args:
+        modules: Pairs of path and base module.
+
+    Raises:
+        NotYetSupported: A weight is a DTensor, or the module has a plan for tensor parallelism.
+    """
+    for path, module in modules:
+        kinds = {type(tensor) for tensor in module._parameters.values()}
+        kind = next((kind for kind in kinds if kind.__module__.startswith("torch.distributed.")), None)
+        what = kind.__name__ if kind is not None else module.__dict__.get("_hf_tp_plan")
+        if what is not None:
+            raise NotYetSupported(
+                f"{path}: the weight is distributed over processes ({what}), and adapters on parts of weights are not "
+                "supported. Load the model without `tp_plan` and `distributed_config`, and attach adapters before the "
+                "model is sharded.",
+                what=what,
+                where=path,
+                field="target_modules",
+            )
 
 
 def check_allowances(allow: Collection[str]) -> None:

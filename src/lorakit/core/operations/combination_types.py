@@ -21,6 +21,13 @@ from lorakit.core.files.tensor_names import PREFIX, ROWS
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.index import AdapterIndex
+from lorakit.core.operations.combination_steps import (
+    has_elected_sign,
+    keep_largest,
+    keep_random,
+    mean_of_agreeing,
+    weighted,
+)
 from lorakit.core.operations.tensor_sources import AdapterWeights
 from lorakit.errors import AdapterError, ConfigError
 from lorakit.targets import names_path
@@ -131,14 +138,10 @@ def added_up(
     if way.prunes and way.density is not None:
         signed = [_pruned(t, way.density, way.draws, generator) for t in signed]
     stack = torch.stack(signed)
-    sizes = torch.tensor([abs(w) for w in weights], dtype=stack.dtype, device=stack.device)
-    sizes = sizes.view(-1, *[1] * (stack.ndim - 1))
+    sized = weighted(stack, torch.tensor([abs(w) for w in weights], dtype=stack.dtype, device=stack.device))
     if not way.elects:
-        return (stack * sizes).sum(0)
-    votes = stack if way.majority_sign == "total" else stack.sign()
-    elected = torch.where(votes.sum(0) >= 0, 1.0, -1.0).to(stack.dtype)
-    agreeing = stack.sign() == elected
-    return (stack * sizes * agreeing).sum(0) / agreeing.sum(0).clamp(min=1)
+        return sized.sum(0)
+    return mean_of_agreeing(sized, has_elected_sign(stack, way.majority_sign)).to(stack.dtype)
 
 
 def clamped(A: Tensor, B: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
@@ -154,12 +157,7 @@ def clamped(A: Tensor, B: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
 def _pruned(tensor: Tensor, density: float, draws: bool, generator: torch.Generator | None) -> Tensor:
     if density == 1:
         return tensor
-    if draws:
-        kept = torch.rand(tensor.shape, generator=generator).to(tensor.device) < density
-        return tensor * kept / density
-    largest = tensor.abs().flatten().topk(int(density * tensor.numel()), sorted=False).indices
-    kept = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device).index_fill(0, largest, True)
-    return tensor * kept.view(tensor.shape)
+    return keep_random(tensor, density, generator=generator) if draws else keep_largest(tensor, density)
 
 
 RowReading = Callable[[str, Sequence[int]], Tensor]

@@ -1,0 +1,174 @@
+"""PEFT's functions for combining task tensors (`peft.utils.merge_utils`), composed of the core's combination steps.
+
+`add_weighted_adapter` does not call these functions. They differ from it in one respect, as in PEFT: signs are elected
+before the weights are applied, so a negative weight does not change a tensor's vote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorakit.core.operations.combination_steps import (
+    has_elected_sign,
+    keep_largest,
+    keep_random,
+    mean_of_agreeing,
+    weighted,
+)
+from lorakit.core.operations.combination_types import MAJORITIES
+from lorakit.errors import ConfigError, warn_caller
+
+METHODS = ("magnitude", "random")
+"""Ways to select the values that pruning keeps."""
+
+
+def reshape_weight_task_tensors(task_tensors: Tensor, weights: Tensor) -> Tensor:
+    """Return weights (n,) with trailing axes of size 1, (n, 1, …), to multiply stacked task tensors (n, …) by."""
+    return weights.view(*weights.shape, *[1] * (task_tensors.ndim - weights.ndim))
+
+
+def magnitude_based_pruning(tensor: Tensor, density: float) -> Tensor:
+    """Return a tensor (any shape) with only its largest values; the others are zero.
+
+    Args:
+        tensor: The tensor, of any shape.
+        density: Fraction of the values to keep, in [0, 1].
+    """
+    return keep_largest(tensor, density)
+
+
+def random_pruning(tensor: Tensor, density: float, rescale: bool) -> Tensor:
+    """Return a tensor (any shape) with a random part of its values; the others are zero.
+
+    Args:
+        tensor: The tensor, of any shape.
+        density: Probability with which each value is kept, in [0, 1].
+        rescale: Whether to divide the kept values by the density, which preserves the mean.
+    """
+    return keep_random(tensor, density, rescale=rescale)
+
+
+def prune(tensor: Tensor, density: float, method: str, rescale: bool = False) -> Tensor:
+    """Return a pruned tensor, or the tensor itself, with a warning, if the density is 1 or more.
+
+    Args:
+        tensor: The tensor, of any shape.
+        density: Fraction of the values to keep.
+        method: "magnitude" or "random".
+        rescale: Whether random pruning divides the kept values by the density.
+
+    Raises:
+        ConfigError: The density is negative, or the method is unknown.
+    """
+    if density >= 1:
+        warn_caller(f"The density {density} is greater than or equal to 1, no pruning will be performed.")
+        return tensor
+    if density < 0:
+        raise ConfigError.of("density", density, "a fraction of at least 0")
+    if method not in METHODS:
+        raise ConfigError.of("method", method, allowed=METHODS)
+    return keep_random(tensor, density, rescale=rescale) if method == "random" else keep_largest(tensor, density)
+
+
+def calculate_majority_sign_mask(tensor: Tensor, method: str = "total") -> Tensor:
+    """Return which values of stacked task tensors have the sign that is elected at their position.
+
+    Args:
+        tensor: The stacked task tensors, (n, …).
+        method: "total" elects the sign of the sum, "frequency" the sign that most values have.
+
+    Returns:
+        Booleans, (n, …).
+
+    Raises:
+        ConfigError: The method is unknown.
+    """
+    if method not in MAJORITIES:
+        raise ConfigError.of("method", method, allowed=MAJORITIES)
+    return has_elected_sign(tensor, method)
+
+
+def disjoint_merge(task_tensors: Tensor, majority_sign_mask: Tensor) -> Tensor:
+    """Return the mean (…) of the values of stacked task tensors (n, …) that a mask (n, …) selects."""
+    return mean_of_agreeing(task_tensors, majority_sign_mask)
+
+
+def task_arithmetic(task_tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Return the weighted sum of task tensors.
+
+    Args:
+        task_tensors: n tensors of the same shape.
+        weights: One weight per tensor, (n,).
+    """
+    return weighted(torch.stack(list(task_tensors)), weights).sum(0)
+
+
+def magnitude_prune(task_tensors: Sequence[Tensor], weights: Tensor, density: float) -> Tensor:
+    """Return the weighted sum of the largest values of task tensors.
+
+    Args:
+        task_tensors: n tensors of the same shape.
+        weights: One weight per tensor, (n,).
+        density: Fraction of the values to keep.
+
+    Raises:
+        ConfigError: The density is negative.
+    """
+    return task_arithmetic([prune(tensor, density, "magnitude") for tensor in task_tensors], weights)
+
+
+def dare_linear(task_tensors: Sequence[Tensor], weights: Tensor, density: float) -> Tensor:
+    """Return the weighted sum of randomly pruned and rescaled task tensors.
+
+    Args:
+        task_tensors: n tensors of the same shape.
+        weights: One weight per tensor, (n,).
+        density: Probability with which each value is kept.
+
+    Raises:
+        ConfigError: The density is negative.
+    """
+    return task_arithmetic([prune(tensor, density, "random", rescale=True) for tensor in task_tensors], weights)
+
+
+def ties(
+    task_tensors: Sequence[Tensor], weights: Tensor, density: float, majority_sign_method: str = "total"
+) -> Tensor:
+    """Return the mean of the largest values of task tensors that have the elected signs, after weighting them.
+
+    Args:
+        task_tensors: n tensors of the same shape.
+        weights: One weight per tensor, (n,).
+        density: Fraction of the values to keep.
+        majority_sign_method: As in `calculate_majority_sign_mask`.
+
+    Raises:
+        ConfigError: The density is negative, or the method is unknown.
+    """
+    return _elected([prune(tensor, density, "magnitude") for tensor in task_tensors], weights, majority_sign_method)
+
+
+def dare_ties(
+    task_tensors: Sequence[Tensor], weights: Tensor, density: float, majority_sign_method: str = "total"
+) -> Tensor:
+    """Return the mean of randomly pruned and rescaled values that have the elected signs, after weighting them.
+
+    Args:
+        task_tensors: n tensors of the same shape.
+        weights: One weight per tensor, (n,).
+        density: Probability with which each value is kept.
+        majority_sign_method: As in `calculate_majority_sign_mask`.
+
+    Raises:
+        ConfigError: The density is negative, or the method is unknown.
+    """
+    pruned = [prune(tensor, density, "random", rescale=True) for tensor in task_tensors]
+    return _elected(pruned, weights, majority_sign_method)
+
+
+def _elected(pruned: Sequence[Tensor], weights: Tensor, method: str) -> Tensor:
+    stack = torch.stack(list(pruned))
+    return mean_of_agreeing(weighted(stack, weights), calculate_majority_sign_mask(stack, method))
