@@ -18,10 +18,10 @@ from lorakit.config.types import Value
 from lorakit.core.files.adapter_folder import read_adapter
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.checks import ALLOWANCES
-from lorakit.core.model.index import AdapterIndex, layers
+from lorakit.core.model.index import AdapterIndex, layers, without_wrappers
 from lorakit.errors import ConfigError, MergeError, warn_caller
 from lorakit.peft.loaded import adapter_folder, warn_of_problems
-from lorakit.peft.state_dicts import COMPILED, WRAPPED, StateDictError
+from lorakit.peft.state_dicts import WRAPPED, StateDictError
 from lorakit.targets import first_match
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def hotswap_adapter(
         model_name_or_path: A directory or a Hub id.
         adapter_name: Name of the adapter whose values are replaced; the name is kept.
         torch_device: Ignored; the new values are placed on the device of the existing ones.
-        kwargs: `subfolder` and `revision`; PEFT's other options have no effect.
+        kwargs: The arguments of `HubOptions`, such as `subfolder`, `revision` and `token`.
 
     Raises:
         AdapterFileError: Files are missing or damaged, or contain NaN or infinite values.
@@ -106,15 +106,15 @@ def hotswap_adapter_from_state_dict(
             "it first with unmerge_adapter().",
             what=adapter_name,
         )
-    targets = {_uncompiled(key): tensor for key, tensor in model.state_dict(keep_vars=True).items()}
-    given = {_uncompiled(key): tensor for key, tensor in state_dict.items()}
+    targets = {without_wrappers(key): tensor for key, tensor in model.state_dict(keep_vars=True).items()}
+    given = {without_wrappers(key): tensor for key, tensor in state_dict.items()}
     unexpected = [key for key in given if key not in targets]
     if unexpected:
         text = f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}."
         raise StateDictError(text, what=unexpected[0])
     own = re.compile(rf"(.+)\.{re.escape(parameter_prefix)}[^.]*\.{re.escape(adapter_name)}(\.|$)")
     sites = {key: found[1] for key in targets if (found := own.match(key))}
-    adapted = {_uncompiled(path): layer for path, layer in layers(model)}
+    adapted = {without_wrappers(path): layer for path, layer in layers(model)}
     for key, tensor in given.items():
         if sites.get(key) not in adapted:
             raise StateDictError(
@@ -134,10 +134,6 @@ def hotswap_adapter_from_state_dict(
             _put_scale(layer, adapter_name, scale(rank, alpha, config.use_rslora))
             groups = layer.spec.groups if ".lora_A." in key else 1
             _put(targets[key], tensor.to(targets[key].device), groups)
-
-
-def _uncompiled(key: str) -> str:
-    return key.replace(f"{COMPILED}.", "")
 
 
 def _check_fits(key: str, target: Tensor, tensor: Tensor) -> None:

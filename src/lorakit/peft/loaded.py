@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lorakit import core
-from lorakit.config import LoraConfig, looks_like_a_hub_id
+from lorakit.config import LoraConfig
 from lorakit.config.types import Value
 from lorakit.core.attachment.loading import check_base, place_adapter
 from lorakit.core.attachment.old_experts import with_fused_experts
@@ -21,7 +21,7 @@ from lorakit.core.files.inspecting import implausible, judge_files
 from lorakit.core.model.checks import ALLOWANCES
 from lorakit.core.model.index import AdapterIndex
 from lorakit.errors import ShapeMismatchError, warn_caller
-from lorakit.hub_cache import adapter_from_hub
+from lorakit.hub_cache import HubOptions, local_adapter
 from lorakit.peft import model_adapters
 from lorakit.peft.layer_methods import answer_as_peft
 from lorakit.peft.state_dicts import WRAPPED, IncompatibleKeys, StateDictError, names_of, put_tensors
@@ -36,15 +36,12 @@ def adapter_folder(model_id: str | os.PathLike[str], options: MutableMapping[str
 
     Args:
         model_id: A directory or a Hub id.
-        options: The caller's options; `subfolder` and `revision` (used only for the Hub) are removed from the mapping.
+        options: The caller's options; those in `HubOptions` are removed from the mapping.
 
     Raises:
         ModelError: The Hub id was not found, or the Hub cannot be reached.
     """
-    folder, subfolder, revision = Path(model_id), options.pop("subfolder", None), options.pop("revision", None)
-    if looks_like_a_hub_id(model_id) and not folder.exists():
-        folder = adapter_from_hub(str(model_id), revision=revision, subfolder=subfolder)
-    return folder / (subfolder or "")
+    return local_adapter(model_id, HubOptions.taken_from(options))
 
 
 LENIENT = tuple(word for word in ALLOWANCES if word != "nonfinite")
@@ -182,7 +179,7 @@ def load_peft_weights(
         model_id: A directory or a Hub id.
         device: Device for the tensors; None keeps them on the CPU.
         key_mapping: See `load_by_names`.
-        kwargs: `subfolder` and `revision`; PEFT's other options have no effect.
+        kwargs: The arguments of `HubOptions`, such as `subfolder`, `revision` and `token`.
 
     Returns:
         A dict from name on disk to tensor (of any shape).
