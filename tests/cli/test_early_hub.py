@@ -126,7 +126,19 @@ def cached_base(tmp_path: Path, tiny_model_directory: Path, monkeypatch: pytest.
 
 
 def losses(capsys: pytest.CaptureFixture[str], *model: str) -> float:
-    words = ["eval", "--data", "a.txt", "--max-length", "32", "--dtype", "float32", "--device", "cpu", "--json", "--model"]
+    words = [
+        "eval",
+        "--data",
+        "a.txt",
+        "--max-length",
+        "32",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--json",
+        "--model",
+    ]
     assert cli.main([*words, *model]) == 0
     return float(json.loads(capsys.readouterr().out)["results"][0]["loss"])
 
@@ -141,7 +153,19 @@ def test_the_base_is_that_of_the_revision(cached_base: Path, capsys: pytest.Capt
 def test_a_run_records_the_revision_and_a_further_run_uses_it(
     cached_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["train", "--data", "a.txt", "--max-length", "32", "--max-steps", "1", "--device", "cpu", "--dtype", "float32"]
+    words = [
+        "train",
+        "--data",
+        "a.txt",
+        "--max-length",
+        "32",
+        "--max-steps",
+        "1",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
     assert cli.main([*words, "--output-dir", "first", "--model", "owner/base", "--revision", "v1"]) == 0
     config, _ = read_config("first")
     assert (config.base_model_name_or_path, config.revision) == ("owner/base", "v1")

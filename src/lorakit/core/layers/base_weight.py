@@ -101,8 +101,7 @@ class BaseWeight(StoredWeight):
         self.check_mergeable(path, here)
         self.check_not_merged(path, here)
         base = self.base
-        if not base.written:
-            raise self._not_written(path)
+        self.check_written(path)
         if self.merged_adapters and not self.keeps_base:
             raise base_not_kept(self.merged_adapters, path)
         replaces = options.dense is not None and (base.quantized or self.spec.groups > 1)
@@ -128,12 +127,21 @@ class BaseWeight(StoredWeight):
         lost = [name for name in adapters if name in self.merged_adapters]
         if lost and not self.keeps_base:
             raise base_not_kept(lost, path)
-        if lost and not self.base.written:
-            raise self._not_written(path)
+        if lost:
+            self.check_written(path)
 
-    def _not_written(self, path: str) -> MergeError:
-        text = NOT_WRITTEN.format(parameter=self.spec.parameter, type=type(self.owner).__name__)
-        return MergeError(text, what=type(self.owner).__name__, where=path, field=self.spec.parameter)
+    def check_written(self, path: str) -> None:
+        """Reject a weight that is computed in each forward pass, so that a merged weight cannot be stored.
+
+        Args:
+            path: This layer's path, for messages.
+
+        Raises:
+            MergeError: A parametrization or pruning computes the weight.
+        """
+        if not self.base.written:
+            text = NOT_WRITTEN.format(parameter=self.spec.parameter, type=type(self.owner).__name__)
+            raise MergeError(text, what=type(self.owner).__name__, where=path, field=self.spec.parameter)
 
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
         """Compute the weight with additional adapters merged, and measure its error; nothing is changed.

@@ -426,6 +426,8 @@ def merged_state_dict(model: nn.Module, *names: str) -> dict[str, Tensor]:
     chosen = names_to_merge(index, names)
     for path, part in index.components.items():
         part.check_mergeable(path, chosen)
+    for path, layer in index.layers_of(chosen):
+        layer.check_written(path)
     merged = _Merged(index, chosen)
     quantized = {weight.packed: weight for weight in quantized_weights(index)}
     companions = {name for weight in quantized.values() for name in weight.companions}
