@@ -279,7 +279,7 @@ class LoraConfig(PeftConfig):
         bias: Which biases of the base model are also trained: "none", "all" or "lora_only".
         use_rslora: Whether to divide alpha by √r instead of r.
         modules_to_save: Names of modules to train and save in full.
-        init_lora_weights: True (Kaiming-uniform A, zero B), False (random A and B), or the name of another init.
+        init_lora_weights: True (Kaiming-uniform A, zero B), False or None (random A and B), or the name of an init.
         layers_to_transform: Indices of the layers to adapt.
         layers_pattern: Name of the layer list that `layers_to_transform` indexes.
         rank_pattern: Dict from name patterns to ranks that override `r`.
@@ -324,7 +324,7 @@ class LoraConfig(PeftConfig):
     bias: str = "none"
     use_rslora: bool = False
     modules_to_save: list[str] | None = None
-    init_lora_weights: bool | str = True
+    init_lora_weights: bool | str | None = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)

@@ -20,8 +20,8 @@ from lorakit.core.clones import clone_with, is_pruned
 from lorakit.errors import MergeError
 
 NOT_WRITTEN = (
-    "The parameter {parameter!r} of {type} is computed by torch.nn.utils.parametrize or prune, so it cannot be written. "
-    "Remove the parametrization, or make the pruning permanent (prune.remove), first."
+    "The parameter {parameter!r} of {type} is computed by torch.nn.utils.parametrize or prune, so it cannot be "
+    "written. Remove the parametrization, or make the pruning permanent (prune.remove), first."
 )
 
 
