@@ -20,7 +20,7 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.checks import ALLOWANCES
 from lorakit.core.model.index import AdapterIndex, layers, without_wrappers
 from lorakit.errors import ConfigError, MergeError, warn_caller
-from lorakit.peft.loaded import adapter_folder, warn_of_problems
+from lorakit.peft.loaded import adapter_folder, check_options, warn_of_problems
 from lorakit.peft.state_dicts import WRAPPED, StateDictError
 from lorakit.targets import first_match
 
@@ -68,7 +68,9 @@ def hotswap_adapter(
         StateDictError: A tensor does not match the model.
         MergeError: The adapter is merged.
     """
-    files = read_adapter(adapter_folder(model_name_or_path, kwargs))
+    folder = adapter_folder(model_name_or_path, kwargs)
+    check_options("hotswap_adapter", kwargs)
+    files = read_adapter(folder)
     check_hotswap_configs_compatible(model.active_peft_config, files.config)
     warn_of_problems(model, files, ALLOWANCES)
     named = {in_memory_name(key, adapter_name): tensor for key, tensor in files.file.tensors.items()}

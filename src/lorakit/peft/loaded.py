@@ -20,7 +20,7 @@ from lorakit.core.files.adapter_folder import AdapterFiles, read_adapter
 from lorakit.core.files.inspecting import implausible, judge_files
 from lorakit.core.model.checks import ALLOWANCES
 from lorakit.core.model.index import AdapterIndex
-from lorakit.errors import ShapeMismatchError, warn_caller
+from lorakit.errors import NotYetSupported, ShapeMismatchError, did_you_mean, warn_caller
 from lorakit.hub_cache import HubOptions, local_adapter
 from lorakit.peft import model_adapters
 from lorakit.peft.layer_methods import answer_as_peft
@@ -29,6 +29,36 @@ from lorakit.peft.tuner import CONFIGS, kinds_of
 
 if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
+
+
+WITHOUT_EFFECT = (
+    *("low_cpu_mem_usage", "ephemeral_gpu_offload"),  # factors are created once, on their final device
+    *("torch_device", "device_map", "max_memory", "offload_folder", "offload_dir"),  # factors use their site's device
+    *("torch_dtype", "dtype"),  # factors are fp32 or wider, regardless of the base dtype
+    "proxies",  # the Hub client reads HTTPS_PROXY
+)
+"""Options that are accepted but have no effect."""
+
+NOT_BUILT = "push_to_hub"
+"""Option that is not supported yet; a falsy value is accepted and ignored."""
+
+
+def check_options(call: str, options: Mapping[str, Any]) -> None:
+    """Check the options that a call accepts but does not use.
+
+    Args:
+        call: Name of the called method, for use in messages.
+        options: Options passed to the method through `**kwargs`.
+
+    Raises:
+        NotYetSupported: An unsupported option would change the result.
+    """
+    for name, value in options.items():
+        if name == NOT_BUILT and value:
+            raise NotYetSupported(f"{call}: {name}={value!r} is not supported yet. Leave it at False.", field=name)
+        if name not in (*WITHOUT_EFFECT, NOT_BUILT):
+            meant = did_you_mean(name, (*WITHOUT_EFFECT, NOT_BUILT))
+            warn_caller(f"{call}: unknown option {name} has no effect.{meant}")
 
 
 def adapter_folder(model_id: str | os.PathLike[str], options: MutableMapping[str, Any]) -> Path:
@@ -187,6 +217,8 @@ def load_peft_weights(
     Raises:
         AdapterFileError: Files are missing or damaged.
     """
-    files = read_adapter(adapter_folder(model_id, kwargs))
+    folder = adapter_folder(model_id, kwargs)
+    check_options("load_peft_weights", kwargs)
+    files = read_adapter(folder)
     tensors = {renamed(key, key_mapping or {}): tensor for key, tensor in files.file.tensors.items()}
     return tensors if device is None else {key: tensor.to(device) for key, tensor in tensors.items()}
