@@ -1,7 +1,7 @@
 """Argument checks that need neither torch nor a model, so that usage errors are reported before anything is loaded.
 
-These checks are repeated when the values are used; checks that need torch or a model run only then. Adapters on the Hub are
-downloaded here, after the other arguments were checked.
+These checks are repeated when the values are used; checks that need torch or a model run only then. Adapters on the Hub
+are downloaded here, after the other arguments were checked.
 """
 
 from __future__ import annotations

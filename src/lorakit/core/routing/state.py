@@ -75,14 +75,6 @@ class Place(NamedTuple):
     module: weakref.ref[torch.nn.Module]
     adapters: tuple[str, ...]
 
-    def is_unchanged(self) -> bool:
-        """Return whether the module is still there; true if its parent no longer exists."""
-        parent, module = self.parent(), self.module()
-        if parent is None:
-            return True
-        held = parent._modules.get(self.attribute)
-        return module is not None and held is not None and held.__dict__ is module.__dict__  # `speed` shares `__dict__`
-
 
 class AdapterState:
     """The state that all adapted modules of one model share: the adapters' configs, and which adapters are active.
@@ -140,7 +132,12 @@ class AdapterState:
 
     def in_place(self) -> bool:
         """Return whether every adapted module is still where an index last found it, without traversing the model."""
-        return all(place.is_unchanged() for place in self.places)
+        for place in self.places:  # a plain loop, because `use` is called often
+            parent, module = place.parent(), place.module()
+            held = module if parent is None else parent._modules.get(place.attribute)
+            if held is not module and (held is None or module is None or held.__dict__ is not module.__dict__):
+                return False  # `speed` puts a module in place of another one and shares its `__dict__`
+        return True
 
     def check(self, names: Sequence[str | None], error: type[LorakitError] = RouteError) -> None:
         """Reject unknown adapters.
