@@ -217,7 +217,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "exclude_modules": (NUMBER, True, LIST, TABLE, [None]), "lora_alpha": (TEXT, LIST, TABLE, None, True),
     "lora_dropout": (TEXT, LIST, TABLE, None, True, NUMBER), "fan_in_fan_out": (NUMBER, 1, TEXT, LIST, TABLE),
     "bias": (NUMBER, TEXT, LIST, TABLE, None, True), "use_rslora": (NUMBER, 1, "no", LIST, TABLE),
-    "modules_to_save": (NUMBER, TEXT, LIST, TABLE, True), "init_lora_weights": (NUMBER, LIST, TABLE, None),
+    "modules_to_save": (NUMBER, TEXT, LIST, TABLE, True), "init_lora_weights": (NUMBER, LIST, TABLE),
     "layers_to_transform": (NUMBER, TEXT, LIST, TABLE, True, ["1"], [1.5]),
     "layers_pattern": (NUMBER, LIST, TABLE, True), "rank_pattern": (NUMBER, TEXT, LIST, TABLE, {"": 1}, {"a": "1"}),
     "alpha_pattern": (NUMBER, TEXT, LIST, TABLE, {"a": "1"}, {"a": None}), "megatron_config": (NUMBER, TEXT, LIST),

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AdapterError": "errors",
+    "HubOptions": "hub_cache",
     "LoraConfig": "config",
     "LoraLayer": "core",
     "LoraTrainerMixin": "peft",

@@ -1,21 +1,32 @@
 """Download adapters from the Hugging Face Hub to the local cache; if network access is disabled, use only the cache.
 
-This module is separate from `lorakit.hub` so that `lorakit.config` can use it to read a config by Hub id.
+This module is separate from `lorakit.hub` so that `lorakit.config` and `lorakit.core` can read an adapter by Hub id.
+All arguments of a download are in `HubOptions`; functions with keyword arguments collect them with `taken_from`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from lorakit.errors import ModelError
+from lorakit.errors import ConfigError, ModelError
 
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 """Environment variables that forbid network access in the Hugging Face libraries."""
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json", "lorakit_initial.safetensors")
+CONFIG_FILE = "adapter_config.json"
+
+ADAPTER_FILES = (CONFIG_FILE, "adapter_model.safetensors", "lorakit.json", "lorakit_initial.safetensors")
 """Names of the files to download; none of their formats can contain code."""
+
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
+"""Glob patterns for the names of tokenizer files."""
+
+CHAT_TEMPLATES = "additional_chat_templates/*"
+"""Glob pattern for the chat templates of a tokenizer that has several."""
 
 
 def offline(*more: str) -> str | None:
@@ -30,36 +41,188 @@ def offline(*more: str) -> str | None:
     return None
 
 
-def adapter_from_hub(
-    repository: str, *, revision: str | None = None, subfolder: str | None = None, also: Sequence[str] = ()
-) -> Path:
-    """Return the local folder of an adapter's Hub repository, after downloading any files that are not cached.
+@dataclass(frozen=True)
+class HubOptions:
+    """Arguments of a download from the Hub; the names are those of the Hub client.
+
+    Attributes:
+        revision: Branch, tag or commit; None selects the default branch.
+        subfolder: The adapter's folder in the repository.
+        token: Hub token; True uses the stored token, False none, and None the stored token if there is one.
+        cache_dir: Cache directory; None selects the Hub client's.
+        local_files_only: Whether to use only the cache.
+        force_download: Whether to download files that are in the cache again.
+    """
+
+    revision: str | None = None
+    subfolder: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+
+    @classmethod
+    def taken_from(cls, options: MutableMapping[str, Any]) -> HubOptions:
+        """Return the arguments in a call's options, and remove them from the options.
+
+        Args:
+            options: Options by name; `use_auth_token`, the former name of `token`, is removed too.
+        """
+        former = options.pop("use_auth_token", None)
+        given = {each.name: value for each in fields(cls) if (value := options.pop(each.name, None)) is not None}
+        return cls(**{"token": former, **given})
+
+    def for_client(self) -> dict[str, Any]:
+        """Return the arguments that are not at their default, without `subfolder`, for a call of the Hub client."""
+        given = {each: getattr(self, each.name) for each in fields(self) if each.name != "subfolder"}
+        return {each.name: value for each, value in given.items() if value != each.default}
+
+    def for_base(self, revision: str | None) -> dict[str, Any]:
+        """Return the arguments for loading the adapter's base: the same, except that the base has its own revision.
+
+        Args:
+            revision: Revision of the base.
+        """
+        return {**self.for_client(), "revision": revision}
+
+
+NO_OPTIONS = HubOptions()
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Split "owner/name@revision" into the Hub id and the revision, which is None if it is not given."""
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
+
+
+def looks_like_a_hub_id(name: str | os.PathLike[str]) -> bool:
+    """Return whether a name has the form of a Hub id, "owner/name" or "owner/name@revision"; paths are not checked."""
+    word, _ = split_revision(str(name))
+    return word.count("/") == 1 and not word.startswith((".", "/", "~")) and CONFIG_FILE not in word
+
+
+def is_on_hub(name: str | os.PathLike[str]) -> bool:
+    """Return whether a name is a Hub id rather than a path.
+
+    A name is a path if it exists, or if it is in a directory that exists and thus is likely to be misspelled.
 
     Args:
-        repository: Hub id of the repository, such as "owner/name".
-        revision: Branch, tag or commit.
-        subfolder: The adapter's folder in the repository.
-        also: Glob patterns of other files to download, such as those of the tokenizer.
+        name: A path, or a Hub id, "owner/name" or "owner/name@revision".
+    """
+    path = Path(name)
+    return looks_like_a_hub_id(name) and not path.exists() and not path.parent.is_dir()
+
+
+def adapter_from_hub(
+    repository: str,
+    options: HubOptions = NO_OPTIONS,
+    *,
+    files: Sequence[str] = ADAPTER_FILES,
+    has_tokenizer: bool = False,
+) -> Path:
+    """Return the local folder of an adapter on the Hub, after downloading any files that are not cached.
+
+    Args:
+        repository: Hub id of the repository, "owner/name" or "owner/name@revision".
+        options: Arguments of the download.
+        files: Names of the adapter's files.
+        has_tokenizer: Whether to download the tokenizer and its chat templates too, if the repository has them.
 
     Returns:
-        The repository's folder in the local cache; if `subfolder` is given, the adapter's files are in that subfolder.
+        The adapter's folder in the local cache, which is below the repository's folder if `subfolder` is given.
 
     Raises:
+        ConfigError: The name and the options have different revisions.
         ModelError: The repository was not found or cannot be reached.
     """
     import huggingface_hub
 
-    patterns = [f"{subfolder}/{name}" if subfolder else name for name in (*ADAPTER_FILES, *also)]
-    variable = offline()
-    try:
-        folder = huggingface_hub.snapshot_download(
-            repository, revision=revision, allow_patterns=patterns, local_files_only=variable is not None
+    given, (repository, revision) = repository, split_revision(repository)
+    if revision is not None and options.revision not in (None, revision):
+        raise ConfigError(
+            f"{given!r} names a revision, but revision is {options.revision!r}; pass one of them.",
+            what=options.revision,
+            where=given,
+            field="revision",
         )
+    inside = f"{options.subfolder}/" if options.subfolder else ""
+    patterns = [inside + name for name in files]
+    if has_tokenizer:  # transformers writes the tokenizer to the repository's root even if the adapter is in a folder
+        wanted = (*TOKENIZER_FILES, CHAT_TEMPLATES)
+        patterns += [where + name for where in dict.fromkeys((inside, "")) for name in wanted]
+    variable = offline()
+    arguments: dict[str, Any] = {**options.for_client(), "revision": revision or options.revision}
+    if variable is not None:
+        arguments["local_files_only"] = True
+    try:
+        folder = huggingface_hub.snapshot_download(repository, allow_patterns=patterns, **arguments)
     except Exception as cause:  # the Hub client's exception types depend on its HTTP library
-        where = f"in the Hub's cache (network access is off: {variable} is set)" if variable else "on the Hub"
-        raise ModelError(
-            f"{repository!r} is not a directory and was not found {where} ({type(cause).__name__}). Check the name, "
-            "or pass a directory.",
-            what=repository,
-        ) from cause
-    return Path(folder)
+        raise _not_found(given, arguments, variable, cause) from cause
+    return Path(folder) / (options.subfolder or "")
+
+
+def _not_found(given: str, arguments: Mapping[str, Any], variable: str | None, cause: Exception) -> ModelError:
+    where = "on the Hub"
+    if arguments.get("local_files_only"):
+        reason = "local_files_only is set" if variable is None else f"network access is off: {variable} is set"
+        where = f"in the Hub's cache ({reason})"
+    return ModelError(
+        f"{given!r} is not a directory and was not found {where} ({type(cause).__name__}). Check the name, or pass a "
+        "directory.",
+        what=given,
+        where=given,
+        field=variable,
+    )
+
+
+def tokenizer_folder(folder: Path, options: HubOptions = NO_OPTIONS) -> Path:
+    """Return the directory with an adapter's tokenizer: the adapter's own or, if that has none, the repository's root.
+
+    Args:
+        folder: The adapter's directory.
+        options: Arguments of the download.
+    """
+    if options.subfolder and not (folder / "tokenizer_config.json").is_file():
+        return folder.parents[len(Path(options.subfolder).parts) - 1]
+    return folder
+
+
+def local_adapter(
+    name: str | os.PathLike[str], options: HubOptions = NO_OPTIONS, *, has_tokenizer: bool = False
+) -> Path:
+    """Return an adapter's directory, after downloading the adapter if the name is a Hub id.
+
+    Args:
+        name: A directory, or a Hub id, "owner/name" or "owner/name@revision".
+        options: Arguments of the download; `subfolder` applies to directories too.
+        has_tokenizer: As in `adapter_from_hub`.
+
+    Raises:
+        ModelError: The Hub id was not found, or the Hub cannot be reached.
+    """
+    if looks_like_a_hub_id(name) and not Path(name).exists():
+        return adapter_from_hub(str(name), options, has_tokenizer=has_tokenizer)
+    return Path(name) / (options.subfolder or "")
+
+
+def with_revision(model: str, revision: str | None) -> str:
+    """Return a model's name with a revision, "owner/name@revision".
+
+    Args:
+        model: A Hub id; any other name is allowed only without a revision.
+        revision: Branch, tag or commit, or None.
+
+    Raises:
+        ConfigError: The model is a path or already names a revision.
+    """
+    if revision is None:
+        return model
+    if Path(model).expanduser().exists() or "@" in model:
+        problem = "already names a revision" if "@" in model else "is a path, which has no revisions"
+        raise ConfigError(
+            f"revision is {revision!r}, but {model!r} {problem}; omit the revision, or pass a Hub id (owner/name).",
+            what=revision,
+            where=model,
+            field="revision",
+        )
+    return f"{model}@{revision}"

@@ -84,7 +84,7 @@ def test_headers_on_the_hub_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     names = dict(small_models.bert().named_parameters())
     infos = {name: _info(tuple(p.shape)) for name, p in names.items()}
     whole = type("Repo", (), {"files_metadata": {"model.safetensors": type("File", (), {"tensors": infos})}})
-    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda _: whole)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda _, **__: whole)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
     source = hub.ModelSource("hub", "someone/model", "someone/model", "someone/model", "someone/model")

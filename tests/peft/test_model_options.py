@@ -9,7 +9,7 @@ import pytest
 
 from lorakit.errors import NotYetSupported
 from lorakit.peft import LoraConfig, PeftModel, get_peft_model
-from lorakit.peft.model import NOT_BUILT, WITHOUT_EFFECT
+from lorakit.peft.loaded import NOT_BUILT, WITHOUT_EFFECT
 
 CONFIG = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
 

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
+NAME = "Adapter directory or Hub id (owner/name[@revision])"
+NAMES = "Adapter directories or Hub ids (owner/name[@revision])"
+"""Beginning of the help texts of flags that take adapters."""
+
 WORST_SITES = 5
 """Maximum number of rows in a table of the worst sites."""
 

@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lorakit.cli import console
-from lorakit.cli.adapters import WORST_SITES, copy_tokenizer, naming_flags, overridden, print_report, read_adapters
-from lorakit.cli.early import adapter_folders, check_new_directory
+from lorakit.cli.adapters import (
+    NAMES,
+    WORST_SITES,
+    copy_tokenizer,
+    naming_flags,
+    overridden,
+    print_report,
+    read_adapters,
+)
+from lorakit.cli.early import adapter_folders, check_model, check_new_directory
+from lorakit.cli.flag_groups import RevisionFlag
 from lorakit.durable import publish_directory
 from lorakit.errors import UsageError
 from lorakit.tables import format_count, format_percent
@@ -24,7 +33,7 @@ if TYPE_CHECKING:
 class Flags:
     """Flags of `lorakit combine`."""
 
-    adapter: Annotated[list[str], Parameter(help="Adapter directories (lorakit or PEFT), all for the same base.")]
+    adapter: Annotated[list[str], Parameter(help=f"{NAMES}, of lorakit or PEFT, all for the same base.")]
     output_dir: Annotated[Path, Parameter(help="Adapter directory to create; must be new or empty.")]
     weights: Annotated[
         list[float] | None, Parameter(help="One weight per adapter; negative weights subtract. Default: all 1.")
@@ -51,6 +60,7 @@ class Flags:
     model: Annotated[
         str | None, Parameter(help="Base model; required only for DoRA, which depends on the base's weights.")
     ] = None
+    revision: RevisionFlag = None
     allow_base_mismatch: Annotated[
         bool, Parameter(negative=(), help="Combine adapters for different base models or tasks.")
     ] = False
@@ -66,22 +76,23 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
     The updates scale · B·A are combined, so ranks, alphas and rsLoRA may differ. The result has scale 1. Its deviation
     from the plain weighted sum is printed, as are the sites that deviate most.
     """
-    flags = replace(flags, adapter=adapter_folders(flags.adapter))
     check_new_directory(flags.output_dir)
+    base = None if flags.model is None else check_model(flags.model, flags.revision)
+    adapters = adapter_folders(flags.adapter)
+    flags = replace(flags, adapter=[*adapters])
     from lorakit import core, hub
 
     way = core.CombinationType(flags.way, flags.rank, flags.density, flags.majority_sign, flags.clamp, seed=flags.seed)
     weights = _weights(flags)
-    files = read_adapters(flags.adapter)
+    folders = [*adapters.values()]
+    files = read_adapters(folders)
     model = None
-    if flags.model is not None:
-        source = hub.resolve(flags.model, console.note)
+    if base is not None:
+        source = hub.resolve(base, console.note)
         hub.require(source)
         model = hub.load_model(source, "float32")
     with naming_flags(), publish_directory(flags.output_dir) as folder:
-        report = core.combine_folders(
-            flags.adapter, weights, folder, way=way, model=model, allow=overridden(asdict(flags))
-        )
+        report = core.combine_folders(folders, weights, folder, way=way, model=model, allow=overridden(asdict(flags)))
         copy_tokenizer(files, folder)
     print_report(report, _text(report, flags, weights), flags.output_dir, json)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from lorakit.cli import console
-from lorakit.cli.adapters import by_name
+from lorakit.cli.adapters import NAMES, by_name
 from lorakit.cli.early import adapter_folders
 from lorakit.errors import UsageError
 from lorakit.tables import format_count
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    adapters: Annotated[list[str], Parameter(help="Two or more adapter directories (lorakit or PEFT).")],
+    adapters: Annotated[list[str], Parameter(help=f"Two or more: {NAMES}, of lorakit or PEFT.")],
     *,
     json: console.JsonFlag = False,
 ) -> None:
@@ -38,7 +38,7 @@ def run(
     """
     if len(adapters) < 2:
         raise UsageError("one adapter was given; pass two or more to compare.", what=adapters, field="adapters")
-    folders = [folder for name in adapters for folder in adapter_folders([name])]
+    folders = [folder for name in adapters for folder in adapter_folders([name]).values()]
     from lorakit import core
 
     if len(folders) > 2:

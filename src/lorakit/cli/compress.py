@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lorakit.cli import console
-from lorakit.cli.adapters import WORST_SITES, copy_tokenizer, naming_flags, overridden, print_report, read_adapters
+from lorakit.cli.adapters import (
+    NAME,
+    WORST_SITES,
+    copy_tokenizer,
+    naming_flags,
+    overridden,
+    print_report,
+    read_adapters,
+)
 from lorakit.cli.early import adapter_folders, check_new_directory
 from lorakit.durable import publish_directory
 from lorakit.tables import format_count, format_percent
@@ -22,7 +30,7 @@ if TYPE_CHECKING:
 class Flags:
     """Flags of `lorakit compress`."""
 
-    adapter: Annotated[str, Parameter(help="Adapter directory (lorakit or PEFT).")]
+    adapter: Annotated[str, Parameter(help=f"{NAME}, of lorakit or PEFT.")]
     output_dir: Annotated[Path, Parameter(help="Adapter directory to create; must be new or empty.")]
     rank: Annotated[int | None, Parameter(help="Maximum rank at each site.")] = None
     energy: Annotated[
@@ -42,14 +50,15 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
     Only the adapter's weights are needed; the base is not loaded. The output gives the exact fraction of the updates'
     energy that is lost. Pass --rank or --energy.
     """
-    flags = replace(flags, adapter=adapter_folders([flags.adapter])[0])
     check_new_directory(flags.output_dir)
+    ((name, adapter),) = adapter_folders([flags.adapter]).items()
+    flags = replace(flags, adapter=name)
     from lorakit import core
 
-    files = read_adapters([flags.adapter])
+    files = read_adapters([adapter])
     allow = overridden(asdict(flags))
     with naming_flags(), publish_directory(flags.output_dir) as folder:
-        report = core.compress_folder(flags.adapter, folder, rank=flags.rank, energy=flags.energy, allow=allow)
+        report = core.compress_folder(adapter, folder, rank=flags.rank, energy=flags.energy, allow=allow)
         copy_tokenizer(files, folder)
     print_report(report, _text(report, flags), flags.output_dir, json)
 

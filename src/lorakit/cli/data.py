@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from lorakit.cli import console, early
-from lorakit.cli.flag_groups import ROWS, RowFlags
+from lorakit.cli.flag_groups import ROWS, RevisionFlag, RowFlags
 from lorakit.train.defaults import DEFAULTS, TASK_NAMES
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ class Flags:
     model: Annotated[
         str, Parameter(help="Model directory, GGUF file, Hub id, or smollm2; only its tokenizer is loaded.")
     ]
+    revision: RevisionFlag = None
     eval_data: Annotated[list[str] | None, Parameter(help=DEFAULTS["eval_data"].help())] = None
     eval_fraction: Annotated[float, Parameter(help=DEFAULTS["eval_fraction"].help())] = DEFAULTS["eval_fraction"].value
     group: Annotated[str | None, Parameter(help=DEFAULTS["group"].help())] = None
@@ -58,7 +59,7 @@ def run(
         DataError: The data cannot be read, or no token or no end marker contributes to the loss.
     """
     early.check_data([*files, *(flags.eval_data or ())])
-    early.check_model(flags.model)
+    model = early.check_model(flags.model, flags.revision)
     flags.reading.check()
     early.check_at_least("max_length", flags.max_length, 2)
     early.check_at_least("rows", flags.rows, 0)
@@ -73,7 +74,7 @@ def run(
     allowed = TASKS[flags.task].formats if flags.task is not None else ()
     request = flags.reading.request(allowed, flags.group)
     parts = read_split(files, flags.eval_data, flags.eval_fraction, flags.seed, request)
-    source = hub.resolve(flags.model, console.note)
+    source = hub.resolve(model, console.note)
     hub.require(source, tokenizer=True, weights=False)
     tokenizer = hub.load_tokenizer(source)
     if flags.chat_template is not None:

@@ -1,6 +1,7 @@
 """Argument checks that need neither torch nor a model, so that usage errors are reported before anything is loaded.
 
-These checks are repeated when the values are used; checks that need torch, a model or the network run only then.
+These checks are repeated when the values are used; checks that need torch or a model run only then. Adapters on the Hub
+are downloaded here, after the other arguments were checked.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lorakit.errors import AdapterFileError, ConfigError, DataError, ModelError, UsageError, nearest
+from lorakit.hub_cache import adapter_from_hub, is_on_hub, with_revision
 from lorakit.machine import DEVICE_FORM, is_device_name
 
 RUN_DTYPES = ("auto", "bfloat16", "float32")
@@ -20,18 +22,24 @@ MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Values of `--dtype` for loading and writing a model."""
 
 
-def check_model(given: str) -> None:
+def check_model(given: str, revision: str | None = None) -> str:
     """Check that a model given as a path exists; other names are looked up later.
 
     Args:
         given: The value of `--model`.
+        revision: The value of `--revision`.
+
+    Returns:
+        The name of the model, with its revision.
 
     Raises:
+        ConfigError: A revision is given for a path.
         ModelError: The path does not exist.
     """
     if given[:1] in (".", "/", "~") and not Path(given).expanduser().exists():
         similar = _similar(Path(given).expanduser())
         raise ModelError(f"{given!r}: model directory not found.{similar}", what=given, field="model")
+    return with_revision(given, revision)
 
 
 def check_start(given: str) -> None:
@@ -65,34 +73,39 @@ def check_data(names: Iterable[str]) -> None:
             raise DataError(f"{name}: data file not found.{_similar(path)}{hub}", where=path, field="data")
 
 
-def adapter_folders(given: Sequence[str]) -> list[str]:
-    """Return adapter directories after checking that they exist and are not repeated.
+def adapter_folders(given: Sequence[str]) -> dict[str, str]:
+    """Return the directories of adapters; all names are checked before adapters on the Hub are downloaded.
 
     Args:
-        given: Adapter directories, or run directories, which stand for the adapter in them.
+        given: Adapter directories; run directories, which stand for the adapter in them; or Hub ids, "owner/name" or
+            "owner/name@revision".
+
+    Returns:
+        A dict from the name of each adapter, for messages, to its directory: the Hub id, or the directory itself.
 
     Raises:
         UsageError: An adapter is given twice.
         AdapterFileError: A directory does not exist or contains no adapter.
+        ModelError: An adapter is on the Hub and cannot be downloaded.
     """
     if not given:
-        return []
+        return {}
     from lorakit.config import CONFIG_FILE, adapter_directory
 
-    found, seen = [], set()
+    found: dict[str, Path] = {}
     for name in given:
-        folder = adapter_directory(name)
-        if folder.resolve() in seen:
+        folder = Path(name) if is_on_hub(name) else adapter_directory(name)
+        if folder.resolve() in {other.resolve() for other in found.values()}:
             raise UsageError(f"--adapter lists {name} twice; pass it once.", what=name, field="adapter")
-        if not folder.is_dir():
+        if not is_on_hub(name) and not folder.is_dir():
             raise AdapterFileError(
                 f"{name}: adapter directory not found; it must contain {CONFIG_FILE}.{_similar(folder)}", where=name
             )
-        if not (folder / CONFIG_FILE).exists():
+        if not is_on_hub(name) and not (folder / CONFIG_FILE).exists():
             raise AdapterFileError(f"{name}: no {CONFIG_FILE}, so this is not an adapter directory.", where=name)
-        seen.add(folder.resolve())
-        found.append(name if folder == Path(name) else str(folder))
-    return found
+        found[name if folder == Path(name) else str(folder)] = folder
+    hub = {name: adapter_from_hub(name, has_tokenizer=True) for name in found if is_on_hub(name)}
+    return {name: str(hub[name]) if name in hub else name for name in found}
 
 
 def check_new_directory(target: Path) -> None:

@@ -23,7 +23,7 @@ class Flags:
 
     model: Annotated[str, Parameter(help="Model directory, GGUF file, Hub id, or smollm2 (the packaged model).")]
     data: Annotated[list[str], Parameter(help=DEFAULTS["data"].help().replace("Training data", "Data"))]
-    adapter: Annotated[list[str] | None, Parameter(help="Adapter directories to compare with the base.")] = None
+    adapter: Annotated[list[str] | None, Parameter(help=f"{adapters.NAMES} to compare with the base.")] = None
     reading: Annotated[RowFlags, Parameter(name="*")] = ROWS
     max_length: Annotated[int, Parameter(help="Maximum sequence length in tokens.")] = DEFAULTS["max_length"].value
     batch_size: Annotated[int, Parameter(help="Sequences per batch at --max-length; more if all are shorter.")] = (
@@ -48,16 +48,16 @@ def run(
     early.check_at_least("max_length", flags.max_length, 1)
     early.check_data(flags.data)
     flags.reading.check()
+    model = early.check_model(flags.model, flags.base.revision)
     folders = early.adapter_folders(flags.adapter or ())
-    early.check_model(flags.model)
     allocator.set_up()  # before torch allocates any memory
-    files = adapters.read_adapters(folders)
+    files = adapters.read_adapters([*folders.values()])
     task = adapters.task_of(files) if files else None
     from lorakit.train.evaluation import EvalSettings, compare
 
     found = compare(
         EvalSettings(
-            model=flags.model,
+            model=model,
             data=flags.data,
             adapters=dict(zip(folders, files, strict=True)),
             max_length=flags.max_length,

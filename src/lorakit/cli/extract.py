@@ -27,8 +27,8 @@ OUTSIDE_SHOWN = 8
 class Flags:
     """Flags of `lorakit extract`."""
 
-    base: Annotated[str, Parameter(help="Base of the fine-tuned model: model directory, Hub id, or smollm2.")]
-    tuned: Annotated[str, Parameter(help="Fine-tuned model: model directory or Hub id.")]
+    base: Annotated[str, Parameter(help="Base: model directory, Hub id (owner/name[@revision]), or smollm2.")]
+    tuned: Annotated[str, Parameter(help="Fine-tuned model: model directory or Hub id (owner/name[@revision]).")]
     output_dir: Annotated[Path, Parameter(help="Adapter directory to create; must be new or empty.")]
     rank: Annotated[int | None, Parameter(help="Maximum rank at each site.")] = None
     energy: Annotated[
@@ -67,7 +67,7 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
     for source in sources:
         hub.require(source)
     model, base, tuned = _read(*sources)
-    config = _config(flags, model, sources[0].recorded_name)
+    config = _config(flags, model, sources[0])
     with naming_flags():
         report = core.extract_to_folder(
             model, base, tuned, config, flags.output_dir, cut=cut, allow=overridden(asdict(flags))
@@ -75,7 +75,7 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
     print_report(report, _text(report), flags.output_dir, json)
 
 
-def _config(flags: Flags, model: nn.Module, base_name: str | None) -> LoraConfig:
+def _config(flags: Flags, model: nn.Module, base: ModelSource) -> LoraConfig:
     words = flags.target_modules or ([] if flags.target_parameters else ["all-linear"])
     targets = words[0] if words == ["all-linear"] else words
     return LoraConfig(
@@ -83,7 +83,8 @@ def _config(flags: Flags, model: nn.Module, base_name: str | None) -> LoraConfig
         target_parameters=flags.target_parameters,
         modules_to_save=flags.modules_to_save,
         task_type="CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None,
-        base_model_name_or_path=base_name,
+        base_model_name_or_path=base.recorded_name,
+        revision=base.revision,
     )
 
 

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from lorakit.plan.quantized import Quantization
 
 
+RevisionFlag = Annotated[str | None, Parameter(help=DEFAULTS["revision"].help())]
+"""Flag for the revision of a base on the Hub."""
+
+
 @dataclass(frozen=True)
 class RowFlags:
     """Flags about how the rows of data are read."""
@@ -68,6 +72,7 @@ class RowFlags:
 class BaseFlags:
     """Flags about how the base of an adapter is loaded, to measure it or to predict with it."""
 
+    revision: RevisionFlag = None
     dtype: Annotated[str, Parameter(help="Precision of the base: auto, bfloat16 or float32.")] = "auto"
     device: Annotated[str, Parameter(help="cpu, cuda, cuda:N, mps or auto.")] = "auto"
     quantization: Annotated[str | None, Parameter(help=DEFAULTS["quantization"].help())] = None

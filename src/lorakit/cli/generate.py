@@ -14,6 +14,7 @@ from cyclopts import Parameter
 from lorakit import allocator
 from lorakit.cli import adapters, console, early
 from lorakit.cli.answers import Answer, show
+from lorakit.cli.flag_groups import RevisionFlag
 from lorakit.errors import DataError, MergeError, UsageError
 from lorakit.plan.quantized import stored_as
 from lorakit.tables import format_bytes
@@ -37,9 +38,10 @@ class Flags:
     """Flags of `lorakit generate`."""
 
     model: Annotated[str, Parameter(help="Model directory, GGUF file, Hub id, or smollm2 (the packaged model).")]
+    revision: RevisionFlag = None
     adapter: Annotated[
         list[str] | None,
-        Parameter(help="Adapter directories. With several, the outputs of the base and each adapter are compared."),
+        Parameter(help=f"{adapters.NAMES}. With several, the outputs of the base and each adapter are compared."),
     ] = None
     base: Annotated[bool, Parameter(negative=(), help="Show the base's answer next to a single adapter's.")] = False
     prompt: Annotated[
@@ -92,8 +94,9 @@ def run(
 
     --verbose adds the token count and speed of each answer, and whether the adapter was merged first.
     """
-    flags = replace(flags, adapter=early.adapter_folders(flags.adapter or ()))
-    _check(flags)
+    base = _check(flags)
+    found = early.adapter_folders(flags.adapter or ())
+    flags = replace(flags, adapter=[*found])
     quantization = stored_as(flags.quantization, flags.double_quantization)
     prompts = read_prompts(flags.prompt or (), flags.prompt_file or ())
     allocator.limit_compiled_matmuls()  # every prompt length adds new matmul shapes
@@ -106,11 +109,10 @@ def run(
     device = pick_device(flags.device)
     if quantization is not None:
         hub.require_quantizer(quantization)
-    folders = flags.adapter or []
-    files = adapters.read_adapters(folders)
+    files = adapters.read_adapters([*found.values()])
     adapters.report_training_quantization(files, quantization)
     adapters.check_generates(files)
-    source = hub.resolve(flags.model, console.note)
+    source = hub.resolve(base, console.note)
     hub.require(source)
     tokenizer = adapters.tokenizer_for(source, files)
     form = prompt_format(tokenizer, [file.sidecar.facts for file in files], flags.chat)
@@ -119,7 +121,7 @@ def run(
     names: list[str | None] = list(adapters.load_adapters(model, files, adapters.overridden(asdict(allow))))
     if flags.base or len(names) != 1:
         names.insert(0, None)
-    labels = dict(zip((name for name in names if name), folders, strict=True))
+    labels = dict(zip((name for name in names if name), found, strict=True))
     tokens = len(prompts) * flags.max_new_tokens
     merged = write_into_base(model, names, labels, flags.merged, tokens, console.note if verbose else console.quiet)
     routed = names if core.adapters(model) else None  # after a merge, no adapters are left
@@ -305,12 +307,13 @@ def write_into_base(
     return reason is None
 
 
-def _check(flags: Flags) -> None:
+def _check(flags: Flags) -> str:
+    """Check the flags, and return the name of the base, with its revision."""
     early.check_sampling(flags.temperature, flags.top_p, flags.top_k, flags.seed)
     early.check_at_least("max_new_tokens", flags.max_new_tokens, 1)
     early.check_choice("dtype", flags.dtype, early.MODEL_DTYPES)
     early.check_device(flags.device)
-    early.check_model(flags.model)
+    base = early.check_model(flags.model, flags.revision)
     if flags.system is not None and flags.chat is False:
         text = "--system needs the chat template, but --no-chat disables it; pass one of them."
         raise UsageError(text, field="system")
@@ -318,6 +321,7 @@ def _check(flags: Flags) -> None:
         found = "there are several answers" if flags.adapter else "there is no adapter"
         text = f"--merged needs exactly one adapter and no other answer, but {found}; omit --merged."
         raise UsageError(text, field="merged")
+    return base
 
 
 def _first_line(prompt: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from lorakit.cli import console
-from lorakit.cli.adapters import by_name
+from lorakit.cli.adapters import NAMES, by_name
 from lorakit.cli.early import adapter_folders
 from lorakit.errors import UsageError
 from lorakit.tables import format_bytes, format_count
@@ -36,7 +36,7 @@ _CONFIG_IF_SET = (
 
 
 def run(
-    adapters: Annotated[list[str], Parameter(help="Adapter directories (lorakit or PEFT).")],
+    adapters: Annotated[list[str], Parameter(help=f"{NAMES}, of lorakit or PEFT.")],
     *,
     brief: Annotated[bool, Parameter(negative=(), help="Show only what differs between several adapters.")] = False,
     json: console.JsonFlag = False,
@@ -53,7 +53,7 @@ def run(
     """
     if brief and len(adapters) < 2:
         raise UsageError("--brief compares several adapters, but one was given; omit it.", what=adapters, field="brief")
-    folders = adapter_folders(adapters)
+    folders = adapter_folders(adapters).values()
     from lorakit.core import inspect_adapter
 
     found = [(inspect_adapter(folder), _file_sizes(Path(folder))) for folder in folders]

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from lorakit.cli import adapters, console
 from lorakit.cli.early import MODEL_DTYPES, adapter_folders, check_choice, check_model, check_new_directory
+from lorakit.cli.flag_groups import RevisionFlag
 from lorakit.errors import MergeError
 from lorakit.plan.quantized import Quantization, stored_as
 from lorakit.tables import format_bytes, format_count, format_percent
@@ -27,8 +28,9 @@ class Flags:
     """Flags of `lorakit merge`."""
 
     model: Annotated[str, Parameter(help="Model directory, GGUF file, Hub id, or smollm2 (the packaged model).")]
-    adapter: Annotated[list[str], Parameter(help="Adapter directories; the updates of several adapters are summed.")]
+    adapter: Annotated[list[str], Parameter(help=f"{adapters.NAMES}; the updates of several adapters are summed.")]
     output_dir: Annotated[Path, Parameter(help="Model directory to create; must be new or empty.")]
+    revision: RevisionFlag = None
     dtype: Annotated[
         str,
         Parameter(
@@ -68,17 +70,18 @@ def run(
     """
     check_choice("dtype", flags.dtype, MODEL_DTYPES)
     check_new_directory(flags.output_dir)
-    flags = replace(flags, adapter=adapter_folders(flags.adapter))
-    check_model(flags.model)
+    model = check_model(flags.model, flags.revision)
     quantization = stored_as(flags.quantization, flags.double_quantization)
+    folders = adapter_folders(flags.adapter)
+    flags = replace(flags, adapter=[*folders])
     from lorakit import hub
     from lorakit.cli.merged_model import MergeRequest, record, write_merged
 
     if quantization is not None:
         hub.require_quantizer(quantization)
-    files = adapters.read_adapters(flags.adapter)
+    files = adapters.read_adapters([*folders.values()])
     adapters.report_training_quantization(files, quantization)
-    source = hub.resolve(flags.model, console.note)
+    source = hub.resolve(model, console.note)
     hub.require(source)
     _reject_quantized_files(flags.model, hub.stored_as_files(source, quantization), quantization)
     allowed = adapters.overridden(asdict(allow))

@@ -53,7 +53,7 @@ class MergeRequest:
     Attributes:
         source: The source of the base model.
         adapters: The adapters' files, in order.
-        folders: Adapter directories as given by the user.
+        folders: Adapter directories or Hub ids as given by the user.
         target: The directory to create.
         dtype: A name in `hub.models.DTYPES`; "auto" keeps the dtype of the base.
         untie: Whether to give a site its own copy of a weight that it shares with another module.
@@ -221,7 +221,11 @@ def record(request: MergeRequest, done: Merged, probe: Probe) -> dict[str, Any]:
     sites = done.report.sites
     return {
         "format_version": 1,
-        "base": {"name": request.source.base_name, "name_or_path": request.source.recorded_name},
+        "base": {
+            "name": request.source.base_name,
+            "name_or_path": request.source.recorded_name,
+            "revision": request.source.revision,
+        },
         "adapters": [
             {"folder": given, "weights_sha256": files.file.sha256}
             for given, files in zip(request.folders, request.adapters, strict=True)

@@ -14,6 +14,7 @@ from cyclopts import Parameter
 
 from lorakit.cli import console
 from lorakit.cli.early import check_at_least, check_model
+from lorakit.cli.flag_groups import RevisionFlag
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError, UsageError
 from lorakit.plan import Job, ModelShape, Plan, Speed
@@ -140,6 +141,7 @@ def run(
     ranks: Annotated[
         list[str] | None, Parameter(help="Ranks for a table of parameter counts, such as 4,8,16,32. Default: no table.")
     ] = None,
+    revision: RevisionFlag = None,
     json: console.JsonFlag = False,
     verbose: console.VerboseFlag = False,
     adapter: Annotated[AdapterFlags, Parameter(name="*", show_default=False)] = _ADAPTER,
@@ -153,7 +155,7 @@ def run(
     notes and the derivation of the counts.
     """
     config, columns = adapter.config(), _ranks(ranks)
-    check_model(model)
+    model = check_model(model, revision)
     from lorakit import plan
 
     shape, config = _for_task(model, config, adapter)

@@ -29,9 +29,7 @@ class Flags:
     """Flags of `lorakit predict`."""
 
     model: Annotated[str, Parameter(help="Model directory or Hub id: the base of the adapter, or a merged model.")]
-    adapter: Annotated[str | None, Parameter(help="Adapter directory; without it, the model's own head is used.")] = (
-        None
-    )
+    adapter: Annotated[str | None, Parameter(help=f"{adapters.NAME}; without it, the model's own head is used.")] = None
     output_file: Annotated[Path | None, Parameter(help="JSON Lines file to write. Default: standard output.")] = None
     task: Annotated[
         str | None, Parameter(help="Task of a model without --adapter: classification, ... Default: from the model.")
@@ -67,21 +65,21 @@ def run(
     flags.reading.check()
     if flags.task is not None:
         early.check_choice("task", flags.task, TASK_NAMES)
-    folders = early.adapter_folders([flags.adapter] if flags.adapter is not None else [])
-    early.check_model(flags.model)
+    model = early.check_model(flags.model, flags.base.revision)
     if flags.output_file is not None and flags.output_file.exists():
         raise UsageError(
             f"{flags.output_file}: the file exists and will not be overwritten; pass a new --output-file.",
             where=flags.output_file,
             field="output_file",
         )
+    folders = early.adapter_folders([flags.adapter] if flags.adapter is not None else [])
     allocator.set_up()  # before torch allocates any memory
     from lorakit.train.prediction import PredictSettings, predict
 
-    adapter = adapters.read_adapters(folders)
-    task = adapters.task_of(adapter) if adapter else _task_of_model(flags)
+    adapter = adapters.read_adapters([*folders.values()])
+    task = adapters.task_of(adapter) if adapter else _task_of_model(flags.task, model)
     settings = PredictSettings(
-        model=flags.model,
+        model=model,
         data=files,
         adapter=adapter[0] if adapter else None,
         task=task,
@@ -109,11 +107,11 @@ def run(
         console.say(f"{flags.output_file}: {format_count(count, 'prediction')}")
 
 
-def _task_of_model(flags: Flags) -> TaskOnData:
+def _task_of_model(task: str | None, model: str) -> TaskOnData:
     from lorakit import hub
     from lorakit.tasks import task_of_model
 
-    return task_of_model(flags.task, hub.resolve(flags.model, console.note))
+    return task_of_model(task, hub.resolve(model, console.note))
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def run(
     if not _REPOSITORY.fullmatch(repository):
         text = f"{repository!r} is not the name of a Hub repository; pass owner/name."
         raise UsageError(text, what=repository, field="repository")
-    (adapter,) = adapter_folders([adapter])
+    (adapter,) = adapter_folders([adapter]).values()
     from lorakit import core, hub
 
     if not dry_run:

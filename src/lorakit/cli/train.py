@@ -89,6 +89,6 @@ def _check(settings: Mapping[str, Any]) -> None:
             raise_run_exists(folder)
     check_data([*(settings["data"] or ()), *(settings["eval_data"] or ())])
     if settings["model"] is not None:
-        check_model(settings["model"])
+        check_model(settings["model"], settings["revision"])
     if settings["from_adapter"] is not None and not settings["resume"]:
         check_start(settings["from_adapter"])

@@ -13,7 +13,6 @@ from lorakit.config.lora import (
     PeftConfigMixin,
     adapter_directory,
     check_built,
-    looks_like_a_hub_id,
     read_config,
 )
 from lorakit.config.nested import (
@@ -28,7 +27,8 @@ from lorakit.config.nested import (
     MontecloraConfig,
     VeloraConfig,
 )
-from lorakit.config.types import API_LEVEL, CONFIG_FILE, HEADS_BY_TASK, SIDECAR_FILE, PeftType, TaskType, scale
+from lorakit.config.types import API_LEVEL, HEADS_BY_TASK, SIDECAR_FILE, PeftType, TaskType, scale
+from lorakit.hub_cache import CONFIG_FILE, looks_like_a_hub_id
 
 __all__ = [
     "API_LEVEL",

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lorakit.config import checks, nested
-from lorakit.config.types import API_LEVEL, CONFIG_FILE, PeftType, TaskType, Value, check_types, plain
+from lorakit.config.types import API_LEVEL, PeftType, TaskType, Value, check_types, plain
 from lorakit.durable import JsonObject, read_json, write_json
 from lorakit.errors import AdapterFileError, ConfigError, ConfigTypeError, NotYetSupported, warn_caller
-from lorakit.hub_cache import adapter_from_hub
+from lorakit.hub_cache import CONFIG_FILE, NO_OPTIONS, HubOptions, adapter_from_hub, looks_like_a_hub_id
 
 Config = TypeVar("Config", bound="PeftConfigMixin")
 
@@ -46,24 +46,17 @@ NOT_IN_PEFT: frozenset[str] = frozenset()
 """Fields that PEFT's config lacks. They are written only if they are set, because PEFT warns about unknown fields."""
 
 
-def looks_like_a_hub_id(name: str | os.PathLike[str]) -> bool:
-    """Return whether a name has the form of a Hub id ("owner/name"), without checking for a directory of that name."""
-    word = str(name)
-    return word.count("/") == 1 and not word.startswith((".", "/", "~")) and CONFIG_FILE not in word
-
-
-def config_file(name: str | os.PathLike[str], subfolder: str | None = None, revision: str | None = None) -> Path:
+def config_file(name: str | os.PathLike[str], options: HubOptions = NO_OPTIONS) -> Path:
     """Return the path of an adapter's config file.
 
     Args:
         name: A directory or a Hub id.
-        subfolder: A subdirectory of `name`.
-        revision: Revision of the Hub repository.
+        options: Arguments of the download; `subfolder` applies to directories too.
 
     Raises:
         AdapterFileError: The config file was not found.
     """
-    folder = Path(name) / subfolder if subfolder else Path(name)
+    folder = Path(name) / (options.subfolder or "")
     path = folder / CONFIG_FILE
     if path.is_file():
         return path
@@ -73,10 +66,10 @@ def config_file(name: str | os.PathLike[str], subfolder: str | None = None, revi
             where=folder,
         )
     try:
-        found = adapter_from_hub(str(name), revision=revision, subfolder=subfolder)
+        found = adapter_from_hub(str(name), options, files=[CONFIG_FILE])
     except ValueError as cause:
         raise AdapterFileError(f"Can't find '{CONFIG_FILE}' at '{name}': {cause}", where=name) from cause
-    return found / (subfolder or "") / CONFIG_FILE
+    return found / CONFIG_FILE
 
 
 def _values(path: Path) -> JsonObject:
@@ -177,14 +170,14 @@ class PeftConfigMixin:
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         subfolder: str | None = None,
-        **kwargs: str | bool | None,
+        **kwargs: Value,
     ) -> PeftConfigMixin:
         """Read `adapter_config.json` from a directory or the Hub.
 
         Args:
             pretrained_model_name_or_path: A directory or a Hub id.
             subfolder: A subdirectory of that directory or repository.
-            kwargs: Only `revision` is used; other Hub options have no effect, and fields cannot be overridden.
+            kwargs: The other arguments of `HubOptions`, such as `revision` and `token`; fields cannot be overridden.
 
         Returns:
             The config, as an instance of the class that matches its `peft_type`.
@@ -194,8 +187,7 @@ class PeftConfigMixin:
             ConfigError: A value is not allowed, or `peft_type` is not LORA.
             ConfigTypeError: The file has unknown keys but no `peft_type`, so it is not a config.
         """
-        revision = kwargs.get("revision")
-        path = config_file(pretrained_model_name_or_path, subfolder, None if revision is None else str(revision))
+        path = config_file(pretrained_model_name_or_path, HubOptions.taken_from({**kwargs, "subfolder": subfolder}))
         return cls.from_peft_type(**cls.check_kwargs(**cls.from_json_file(path)))
 
     @classmethod
@@ -287,7 +279,7 @@ class LoraConfig(PeftConfig):
         bias: Which biases of the base model are also trained: "none", "all" or "lora_only".
         use_rslora: Whether to divide alpha by √r instead of r.
         modules_to_save: Names of modules to train and save in full.
-        init_lora_weights: True (Kaiming-uniform A, zero B), False (random A and B), or the name of another init.
+        init_lora_weights: True (Kaiming-uniform A, zero B), False or None (random A and B), or the name of an init.
         layers_to_transform: Indices of the layers to adapt.
         layers_pattern: Name of the layer list that `layers_to_transform` indexes.
         rank_pattern: Dict from name patterns to ranks that override `r`.
@@ -332,7 +324,7 @@ class LoraConfig(PeftConfig):
     bias: str = "none"
     use_rslora: bool = False
     modules_to_save: list[str] | None = None
-    init_lora_weights: bool | str = True
+    init_lora_weights: bool | str | None = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)

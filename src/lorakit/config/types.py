@@ -35,7 +35,6 @@ class Dataclass(Protocol):
 API_LEVEL = "0.22.0"
 """Version of PEFT whose interface and file format lorakit follows."""
 
-CONFIG_FILE = "adapter_config.json"
 SIDECAR_FILE = "lorakit.json"
 BIAS_CHOICES = ("none", "all", "lora_only")
 

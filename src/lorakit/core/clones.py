@@ -28,6 +28,11 @@ HOOKS = (
 """Module attributes that hold hooks."""
 
 
+def is_pruned(module: nn.Module, parameter: str) -> bool:
+    """Return whether torch.nn.utils.prune computes a parameter: a hook multiplies `weight_orig` by `weight_mask`."""
+    return f"{parameter}_orig" in module._parameters and f"{parameter}_mask" in module._buffers
+
+
 def clone_with(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Return a shallow clone of a module with some of its parameters replaced.
 
@@ -90,6 +95,11 @@ def _shallow(
     # FSDP stores some parameters directly in __dict__
     own = {name: _rebound(value, module, clone) for name, value in module.__dict__.items() if name not in tensors}
     clone.__dict__ = {**own, "_parameters": parameters, "_modules": children}
+    pruned = [name for name in tensors if is_pruned(module, name)]
+    if pruned:  # the hook would compute the parameter again
+        hooks = module._forward_pre_hooks.items()
+        kept = [(key, hook) for key, hook in hooks if getattr(hook, "_tensor_name", None) not in pruned]
+        clone.__dict__["_forward_pre_hooks"] = OrderedDict(kept)
     return clone
 
 

@@ -14,7 +14,6 @@ from lorakit.hub.model_config import (
     copy_embedding_files,
 )
 from lorakit.hub.models import (
-    TOKENIZER_FILES,
     AddedTokens,
     LoadedModel,
     adapter_tokenizer,
@@ -32,6 +31,7 @@ from lorakit.hub.packaged import PACKAGED, packaged_directory
 from lorakit.hub.quantizing import dequantize_files, quantization_metadata, require_quantizer
 from lorakit.hub.shapes import shape_for_task, shape_of, shape_of_module, skeleton
 from lorakit.hub.sources import ModelSource, check_upload, is_hub_id, push_folder, require, resolve
+from lorakit.hub_cache import TOKENIZER_FILES
 
 __all__ = [
     "PACKAGED",

@@ -167,5 +167,5 @@ def file_of(source: ModelSource, name: str) -> Path | None:
         return path if path.is_file() else None
     import huggingface_hub
 
-    found = huggingface_hub.try_to_load_from_cache(source.path_or_id, name)
+    found = huggingface_hub.try_to_load_from_cache(source.path_or_id, name, revision=source.revision)
     return Path(found) if isinstance(found, str) else None

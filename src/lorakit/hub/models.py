@@ -35,14 +35,13 @@ from lorakit.hub.quantizing import (
 from lorakit.hub.quiet import quiet_transformers
 from lorakit.hub.shapes import skeleton
 from lorakit.hub.sources import ModelSource, call_loader, require, resolve
+from lorakit.hub_cache import TOKENIZER_FILES
 from lorakit.plan.quantized import Quantization
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
-"""Glob patterns for the names of tokenizer files."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Dtype names that `load_model` accepts; "auto" keeps the dtype stored in the files."""
 

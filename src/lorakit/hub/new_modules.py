@@ -169,7 +169,7 @@ def _on_hub(source: ModelSource) -> Sizes | None:
     if offline():
         return None
     try:
-        metadata = huggingface_hub.get_safetensors_metadata(source.path_or_id)
+        metadata = huggingface_hub.get_safetensors_metadata(source.path_or_id, revision=source.revision)
     except Exception:  # noqa: BLE001 - depends on the client's transport; the loader reports what prevents loading
         return None
     return {name: tuple(info.shape) for part in metadata.files_metadata.values() for name, info in part.tensors.items()}

@@ -17,7 +17,7 @@ from typing import Literal, TypeVar
 from lorakit.errors import LorakitError, ModelError, nearest
 from lorakit.hub.gguf_files import SUFFIX, GgufHeader, check_architecture, read_header, reading, tokenizer_warning
 from lorakit.hub.packaged import PACKAGED, packaged_directory
-from lorakit.hub_cache import offline
+from lorakit.hub_cache import offline, split_revision
 
 Loaded = TypeVar("Loaded")
 
@@ -44,6 +44,7 @@ class ModelSource:
             which differs from the Hub model with the same name.
         base_name: Display name, which is also written to `lorakit.json`.
         header: Header of the GGUF file if `kind` is "gguf", else None.
+        revision: Branch, tag or commit if `kind` is "hub"; None selects the default branch.
     """
 
     kind: Literal["directory", "config", "gguf", "packaged", "hub"]
@@ -52,6 +53,7 @@ class ModelSource:
     recorded_name: str | None
     base_name: str
     header: GgufHeader | None = None
+    revision: str | None = None
 
     def error(self, problem: str) -> ModelError:
         """Return an error about this model.
@@ -68,8 +70,8 @@ def resolve(model: str | os.PathLike[str] | ModelSource, say: Callable[[str], No
     On first use, a packaged model is converted into the user's cache; the conversion takes about 20 seconds.
 
     Args:
-        model: A directory, a `config.json`, a GGUF file, a packaged name such as "smollm2", or a Hub id. A
-            `ModelSource` is returned unchanged.
+        model: A directory, a `config.json`, a GGUF file, a packaged name such as "smollm2", or a Hub id. The
+            Hub id may include a revision, "owner/name@revision". A `ModelSource` is returned unchanged.
         say: Function that is called with messages about a conversion or a GGUF file, or None.
 
     Returns:
@@ -87,13 +89,17 @@ def resolve(model: str | os.PathLike[str] | ModelSource, say: Callable[[str], No
     path = Path(given).expanduser()
     if given and path.exists():
         return _local(given, path, say)
+    name, revision = split_revision(given)
+    if name in PACKAGED and revision is not None:
+        text = f"{given!r}: {name} is a packaged model, which has no revisions; pass {name}."
+        raise ModelError(text, what=revision, where=given, field="revision")
     if given in PACKAGED:
         return ModelSource("packaged", given, str(packaged_directory(given, say=say)), None, given)
     is_file = path.suffix.lower() == SUFFIX
-    if is_file or not _HUB_ID.fullmatch(given) or (given.count("/") == 1 and path.parent.is_dir()):
+    if is_file or not _HUB_ID.fullmatch(name) or (name.count("/") == 1 and path.parent.is_dir()):
         kind = "GGUF file" if is_file else "model directory"
         raise ModelError(f"{given!r}: {kind} not found.{_neighbors(given, path)}", where=given)
-    source = ModelSource("hub", given, given, given, given)
+    source = ModelSource("hub", given, name, name, name, revision=revision)
     _ask_hub(source, path)
     return source
 
@@ -147,7 +153,8 @@ def call_loader(source: ModelSource, load: Callable[..., Loaded]) -> Loaded:
         check_architecture(source.header)
     try:
         if source.header is None:
-            return load(source.path_or_id, trust_remote_code=False, local_files_only=source.kind != "hub")
+            pinned = {} if source.revision is None else {"revision": source.revision}
+            return load(source.path_or_id, trust_remote_code=False, local_files_only=source.kind != "hub", **pinned)
         with reading(source.header.path) as (location, options):
             return load(location, trust_remote_code=False, local_files_only=True, **options)
     except LorakitError:
@@ -262,7 +269,8 @@ def _ask_hub(source: ModelSource, path: Path) -> None:
     import huggingface_hub
 
     # check the cache first: a cached model needs no network
-    if isinstance(huggingface_hub.try_to_load_from_cache(source.given, "config.json"), str):
+    name, revision = source.path_or_id, source.revision
+    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision), str):
         return
     missing = f"not a directory or a packaged model ({', '.join(PACKAGED)})"
     variable = offline()
@@ -272,11 +280,15 @@ def _ask_hub(source: ModelSource, path: Path) -> None:
             f"directory.{_neighbors(source.given, path)}"
         )
     try:
-        info = huggingface_hub.model_info(source.given, timeout=HUB_TIMEOUT_SECONDS)
+        info = huggingface_hub.model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
     except huggingface_hub.errors.GatedRepoError:
         raise source.error(
             "access to this Hub model is restricted; request access on the model's page, then log in with "
             "`hf auth login`."
+        ) from None
+    except huggingface_hub.errors.RevisionNotFoundError:
+        raise source.error(
+            f"the Hub has no revision {revision!r} of this model; pass a branch, a tag or a commit."
         ) from None
     except huggingface_hub.errors.RepositoryNotFoundError:
         near = _neighbors(source.given, path)

@@ -20,11 +20,11 @@ from lorakit.core.files.adapter_folder import read_adapter
 from lorakit.core.files.tensor_names import plain_path
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.checks import ALLOWANCES
-from lorakit.core.model.index import AdapterIndex, layers
+from lorakit.core.model.index import COMPILED, AdapterIndex, layers, without_wrappers
 from lorakit.errors import ConfigError, MergeError, warn_caller
 from lorakit.peft import model_adapters
-from lorakit.peft.loaded import adapter_folder, warn_of_problems
-from lorakit.peft.state_dicts import COMPILED, WRAPPED, StateDictError
+from lorakit.peft.loaded import adapter_folder, check_options, warn_of_problems
+from lorakit.peft.state_dicts import WRAPPED, StateDictError
 from lorakit.targets import first_match
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def hotswap_adapter(
         model_name_or_path: A directory or a Hub id.
         adapter_name: Name of the adapter whose values are replaced; the name is kept.
         torch_device: Ignored; the new values are placed on the device of the existing ones.
-        kwargs: `subfolder` and `revision`; PEFT's other options have no effect.
+        kwargs: The arguments of `HubOptions`, such as `subfolder`, `revision` and `token`.
 
     Raises:
         AdapterFileError: Files are missing or damaged, or contain NaN or infinite values.
@@ -77,8 +77,10 @@ def hotswap_adapter(
         StateDictError: A tensor does not match the model.
         MergeError: The adapter is merged.
     """
+    folder = adapter_folder(model_name_or_path, kwargs)
+    check_options("hotswap_adapter", kwargs)
     user = model_adapters.user_model(getattr(model, COMPILED, model))
-    files = with_fused_experts(read_adapter(adapter_folder(model_name_or_path, kwargs)), AdapterIndex.of(user))
+    files = with_fused_experts(read_adapter(folder), AdapterIndex.of(user))
     check_hotswap_configs_compatible(model.active_peft_config, files.config)
     warn_of_problems(model, files, ALLOWANCES)
     named = {in_memory_name(key, adapter_name): tensor for key, tensor in files.file.tensors.items()}
@@ -116,15 +118,15 @@ def hotswap_adapter_from_state_dict(
             "it first with unmerge_adapter().",
             what=adapter_name,
         )
-    targets = {_uncompiled(key): tensor for key, tensor in model.state_dict(keep_vars=True).items()}
-    given = {_uncompiled(key): tensor for key, tensor in state_dict.items()}
+    targets = {without_wrappers(key): tensor for key, tensor in model.state_dict(keep_vars=True).items()}
+    given = {without_wrappers(key): tensor for key, tensor in state_dict.items()}
     unexpected = [key for key in given if key not in targets]
     if unexpected:
         text = f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}."
         raise StateDictError(text, what=unexpected[0])
     own = re.compile(rf"(.+)\.{re.escape(parameter_prefix)}[^.]*\.{re.escape(adapter_name)}(\.|$)")
     sites = {key: found[1] for key in targets if (found := own.match(key))}
-    adapted = {_uncompiled(path): layer for path, layer in layers(model)}
+    adapted = {without_wrappers(path): layer for path, layer in layers(model)}
     for key, tensor in given.items():
         if sites.get(key) not in adapted:
             raise StateDictError(
@@ -150,10 +152,6 @@ def hotswap_adapter_from_state_dict(
 def _pattern_path(path: str, layer: LoraLayer) -> str:
     """Return the path of a layer's module or bare parameter, to match against `rank_pattern` and `alpha_pattern`."""
     return f"{plain_path(path)}.{layer.spec.parameter}" if layer.kind.names_parameter else path
-
-
-def _uncompiled(key: str) -> str:
-    return key.replace(f"{COMPILED}.", "")
 
 
 def _check_fits(key: str, target: Tensor, tensor: Tensor) -> None:

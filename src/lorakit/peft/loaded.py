@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lorakit import core
-from lorakit.config import LoraConfig, looks_like_a_hub_id
+from lorakit.config import LoraConfig
 from lorakit.config.types import Value
 from lorakit.core.attachment.loading import check_base, place_adapter
 from lorakit.core.attachment.old_experts import with_fused_experts
@@ -20,8 +20,8 @@ from lorakit.core.files.adapter_folder import AdapterFiles, read_adapter
 from lorakit.core.files.inspecting import implausible, judge_files
 from lorakit.core.model.checks import ALLOWANCES
 from lorakit.core.model.index import AdapterIndex
-from lorakit.errors import ShapeMismatchError, warn_caller
-from lorakit.hub_cache import adapter_from_hub
+from lorakit.errors import NotYetSupported, ShapeMismatchError, did_you_mean, warn_caller
+from lorakit.hub_cache import HubOptions, local_adapter
 from lorakit.peft import model_adapters
 from lorakit.peft.layer_methods import answer_as_peft
 from lorakit.peft.state_dicts import WRAPPED, IncompatibleKeys, StateDictError, names_of, put_tensors
@@ -32,20 +32,47 @@ if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
 
 
+WITHOUT_EFFECT = (
+    *("low_cpu_mem_usage", "ephemeral_gpu_offload"),  # factors are created once, on their final device
+    *("torch_device", "device_map", "max_memory", "offload_folder", "offload_dir"),  # factors use their site's device
+    *("torch_dtype", "dtype"),  # factors are fp32 or wider, regardless of the base dtype
+    "proxies",  # the Hub client reads HTTPS_PROXY
+)
+"""Options that are accepted but have no effect."""
+
+NOT_BUILT = "push_to_hub"
+"""Option that is not supported yet; a falsy value is accepted and ignored."""
+
+
+def check_options(call: str, options: Mapping[str, Any]) -> None:
+    """Check the options that a call accepts but does not use.
+
+    Args:
+        call: Name of the called method, for use in messages.
+        options: Options passed to the method through `**kwargs`.
+
+    Raises:
+        NotYetSupported: An unsupported option would change the result.
+    """
+    for name, value in options.items():
+        if name == NOT_BUILT and value:
+            raise NotYetSupported(f"{call}: {name}={value!r} is not supported yet. Leave it at False.", field=name)
+        if name not in (*WITHOUT_EFFECT, NOT_BUILT):
+            meant = did_you_mean(name, (*WITHOUT_EFFECT, NOT_BUILT))
+            warn_caller(f"{call}: unknown option {name} has no effect.{meant}")
+
+
 def adapter_folder(model_id: str | os.PathLike[str], options: MutableMapping[str, Any]) -> Path:
     """Return the local directory of an adapter; an adapter on the Hub is downloaded to the Hub cache.
 
     Args:
         model_id: A directory or a Hub id.
-        options: The caller's options; `subfolder` and `revision` (used only for the Hub) are removed from the mapping.
+        options: The caller's options; those in `HubOptions` are removed from the mapping.
 
     Raises:
         ModelError: The Hub id was not found, or the Hub cannot be reached.
     """
-    folder, subfolder, revision = Path(model_id), options.pop("subfolder", None), options.pop("revision", None)
-    if looks_like_a_hub_id(model_id) and not folder.exists():
-        folder = adapter_from_hub(str(model_id), revision=revision, subfolder=subfolder)
-    return folder / (subfolder or "")
+    return local_adapter(model_id, HubOptions.taken_from(options))
 
 
 LENIENT = tuple(word for word in ALLOWANCES if word != "nonfinite")
@@ -187,7 +214,7 @@ def load_peft_weights(
         model_id: A directory or a Hub id.
         device: Device for the tensors; None keeps them on the CPU.
         key_mapping: See `load_by_names`.
-        kwargs: `subfolder` and `revision`; PEFT's other options have no effect.
+        kwargs: The arguments of `HubOptions`, such as `subfolder`, `revision` and `token`.
 
     Returns:
         A dict from name on disk to tensor (of any shape).
@@ -195,6 +222,8 @@ def load_peft_weights(
     Raises:
         AdapterFileError: Files are missing or damaged.
     """
-    files = read_adapter(adapter_folder(model_id, kwargs))
+    folder = adapter_folder(model_id, kwargs)
+    check_options("load_peft_weights", kwargs)
+    files = read_adapter(folder)
     tensors = {renamed(key, key_mapping or {}): tensor for key, tensor in files.file.tensors.items()}
     return tensors if device is None else {key: tensor.to(device) for key, tensor in tensors.items()}

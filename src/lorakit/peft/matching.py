@@ -21,7 +21,7 @@ from lorakit.core.layers.lora_layer import not_yet_merged
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.merging.merging import tied_sites
-from lorakit.core.model.index import AdapterIndex, layers, walk
+from lorakit.core.model.index import AdapterIndex, layers, walk, without_wrappers
 from lorakit.core.model.target_weights import bare_parameters
 from lorakit.errors import ConfigError, NoTargetError, RouteError, TargetError, warn_caller
 from lorakit.targets import ALL_LINEAR, Candidate, key_fits, match_path, names_path, resolve, targeted_parameters
@@ -245,9 +245,6 @@ def messages_of_own_biases(model: nn.Module, adapter: str) -> list[str]:
     ]
 
 
-COMPILED = "_orig_mod."
-
-
 def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -> LoraConfig:
     """Return a config that targets exactly the modules named in a state dict, and warn if the targets change.
 
@@ -265,7 +262,7 @@ def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -
             "not supported: inject it without the state_dict.",
             field="target_parameters",
         )
-    paths = {key.removeprefix(COMPILED).rsplit(".lora_", 1)[0] for key in keys}
+    paths = {without_wrappers(key).rsplit(".lora_", 1)[0] for key in keys}
     candidates = AdapterIndex.of(model).candidates
     here = {candidate.path for candidate in candidates} & paths
     try:

@@ -19,43 +19,14 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, PeftConfig, PeftType, TaskType, read_config
 from lorakit.config.types import Value
-from lorakit.errors import AdapterError, ConfigError, NotYetSupported, did_you_mean, warn_caller
+from lorakit.errors import AdapterError, ConfigError, warn_caller
+from lorakit.hub_cache import HubOptions
 from lorakit.peft import model_adapters, saving, status
-from lorakit.peft.loaded import adapter_folder, load_by_names, load_whole
+from lorakit.peft.loaded import adapter_folder, check_options, load_by_names, load_whole
 from lorakit.peft.mixed_batches import options_of_call
 from lorakit.peft.state_dicts import IncompatibleKeys, get_peft_model_state_dict
 from lorakit.peft.tuner import LoraModel, OverModel
 from lorakit.peft.utilities import checkpoints, take_gradients_at_the_input
-
-WITHOUT_EFFECT = (
-    *("low_cpu_mem_usage", "ephemeral_gpu_offload"),  # factors are created once, on their final device
-    *("torch_device", "device_map", "max_memory", "offload_folder", "offload_dir"),  # factors use their site's device
-    *("torch_dtype", "dtype"),  # factors are fp32 or wider, regardless of the base dtype
-    *("token", "use_auth_token", "cache_dir", "proxies"),  # the Hub client reads HF_TOKEN, HF_HOME and HTTPS_PROXY
-    *("local_files_only", "force_download"),  # only a Hub id needs the network, and HF_HUB_OFFLINE disables downloads
-)
-"""Options that are accepted but have no effect."""
-
-NOT_BUILT = "push_to_hub"
-"""Option that is not supported yet; a falsy value is accepted and ignored."""
-
-
-def check_options(call: str, options: Mapping[str, Any]) -> None:
-    """Check the options that a call accepts but does not use.
-
-    Args:
-        call: Name of the called method, for use in messages.
-        options: Options passed to the method through `**kwargs`.
-
-    Raises:
-        NotYetSupported: An unsupported option would change the result.
-    """
-    for name, value in options.items():
-        if name == NOT_BUILT and value:
-            raise NotYetSupported(f"{call}: {name}={value!r} is not supported yet. Leave it at False.", field=name)
-        if name not in (*WITHOUT_EFFECT, NOT_BUILT):
-            meant = did_you_mean(name, (*WITHOUT_EFFECT, NOT_BUILT))
-            warn_caller(f"{call}: unknown option {name} has no effect.{meant}")
 
 
 class PeftModel(OverModel):
@@ -129,7 +100,8 @@ class PeftModel(OverModel):
             is_trainable: Whether to train the adapter; if false, it is frozen and the model is set to eval mode.
             config: Config to use instead of the saved one; `config.inference_mode` is set to match `is_trainable`.
             autocast_adapter_dtype: If false, the factors are cast to the dtype of their base weight.
-            kwargs: `subfolder`, `revision` and `key_mapping`; for other options, see `WITHOUT_EFFECT`.
+            kwargs: `key_mapping` and the arguments of `HubOptions`, such as `subfolder`, `revision` and `token`; for
+                other options, see `loaded.WITHOUT_EFFECT`.
 
         Returns:
             A wrapper of the class that matches the adapter's task.
@@ -183,7 +155,8 @@ class PeftModel(OverModel):
             low_cpu_mem_usage: Ignored; factors are created on their site's device.
             key_mapping: Dict from regular expression to replacement, used to rename the tensors of an adapter that was
                 saved from a base with a different layout.
-            kwargs: `subfolder`, `revision` and `ignore_mismatched_sizes`; for other options, see `WITHOUT_EFFECT`.
+            kwargs: `ignore_mismatched_sizes` and the arguments of `HubOptions`, such as `subfolder`, `revision` and
+                `token`; for other options, see `loaded.WITHOUT_EFFECT`.
 
         Returns:
             Names of missing and unexpected tensors; mismatches that PEFT would ignore also cause warnings.
@@ -305,7 +278,7 @@ class PeftModel(OverModel):
                 rank.
             state_dict: Tensors of any shape, keyed by name in the model, to save instead of the model's own tensors;
                 useful, for example, after gathering shards.
-            kwargs: See `WITHOUT_EFFECT`.
+            kwargs: See `loaded.WITHOUT_EFFECT`.
 
         Raises:
             ConfigError: `safe_serialization` is false, `save_directory` is a file, or an adapter does not exist.
@@ -318,6 +291,7 @@ class PeftModel(OverModel):
                 "safe_serialization=False is not supported: lorakit does not write pickle files.",
                 field="safe_serialization",
             )
+        HubOptions.taken_from(kwargs)  # saving needs no download
         check_options("save_pretrained", kwargs)
         if Path(save_directory).is_file():
             raise ConfigError(f"{save_directory} is a file; pass a directory.", where=save_directory)

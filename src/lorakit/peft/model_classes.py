@@ -16,7 +16,7 @@ from torch import nn
 from lorakit.config import LoraConfig, TaskType, read_config
 from lorakit.config.types import Value
 from lorakit.errors import AdapterError, AdapterFileError, ConfigError, ConfigTypeError, NotYetSupported
-from lorakit.peft.loaded import adapter_folder
+from lorakit.hub_cache import HubOptions, local_adapter, tokenizer_folder
 from lorakit.peft.model import PeftModel
 from lorakit.peft.model_adapters import as_names
 
@@ -73,7 +73,8 @@ class _BaseAutoPeftModel:
             config: See `PeftModel.from_pretrained`.
             revision: Revision of the adapter.
             import_allowlist: Packages from which the base model's class may be imported.
-            kwargs: `subfolder` of the adapter, and options for loading the base model.
+            kwargs: Other arguments of `HubOptions`, and options for loading the base model. `subfolder` is that of the
+                adapter; `token`, `cache_dir`, `local_files_only` and `force_download` apply to the base too.
 
         Returns:
             The wrapper for the adapter's task.
@@ -84,7 +85,8 @@ class _BaseAutoPeftModel:
             AdapterFileError: The config does not name the base model.
         """
         options = {"revision": revision, **kwargs}
-        folder = adapter_folder(pretrained_model_name_or_path, options)  # removes the adapter's options from `options`
+        of_hub = HubOptions.taken_from(options)
+        folder = local_adapter(pretrained_model_name_or_path, of_hub, has_tokenizer=True)
         found = read_config(folder)[0]
         if not found.base_model_name_or_path:
             raise AdapterFileError(
@@ -104,8 +106,8 @@ class _BaseAutoPeftModel:
             found.base_model_name_or_path,
             task=found.task_type.value if isinstance(found.task_type, TaskType) else None,
             written_class=(str(mapping.get("parent_library")), str(mapping.get("base_model_class"))),
-            tokenizer_folder=folder,
-            options={"revision": found.revision, **options},
+            tokenizer_folder=tokenizer_folder(folder, of_hub),
+            options={**of_hub.for_base(found.revision), **options},
         )
         return PeftModel.from_pretrained(model, folder, adapter_name, is_trainable, config)
 

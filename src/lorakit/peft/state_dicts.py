@@ -19,16 +19,13 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.base_view import base_tensors
-from lorakit.core.model.index import layers, walk
+from lorakit.core.model.index import COMPILED, layers, walk, without_wrappers
 from lorakit.errors import AdapterFileError, warn_caller
 from lorakit.peft import model_adapters
 
 WRAPPED = "base_model.model."
-COMPILED = "_orig_mod"
 ROWS = "token_adapter.trainable_tokens_delta"
 FSDP = "_fsdp_wrapped_module."
-AROUND = (FSDP, f"{COMPILED}.", "_checkpoint_wrapped_module.")
-"""Prefixes that FSDP, torch.compile and activation checkpointing add to the names of the modules that they wrap."""
 DATA_PARALLEL = "module."
 
 
@@ -77,7 +74,7 @@ def get_peft_model_state_dict(
         if key is None:
             missing.append(on_disk)
         else:
-            found[on_disk.replace(FSDP, "")] = values[key]
+            found[on_disk] = values[key]
     if missing and state_dict is not None:
         warn_caller(
             f"`state_dict` lacks {len(missing)} of the {len(own)} tensors of adapter {adapter_name!r}; the missing "
@@ -89,9 +86,7 @@ def get_peft_model_state_dict(
 
 
 def _without_wrappers(key: str) -> str:
-    for around in AROUND:
-        key = key.replace(around, "")
-    return key.removeprefix(DATA_PARALLEL)
+    return without_wrappers(key).removeprefix(DATA_PARALLEL)
 
 
 def names_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str]]:
@@ -117,6 +112,11 @@ def tensors_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tenso
     Yields:
         Each tensor's name on disk, its name in the model's state dict, and the tensor itself, of any shape.
     """
+    for on_disk, in_memory, tensor in _tensors_of(model, adapter):
+        yield without_wrappers(on_disk), in_memory, tensor
+
+
+def _tensors_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
     for path, module in walk(model):
         prefix = f"{path}." if path else ""
         if isinstance(module, LoraLayer):
@@ -241,9 +241,9 @@ def put_tensors(
     Raises:
         StateDictError: A tensor's shape does not match the model.
     """
-    targets = {_bare(on_disk): in_memory for on_disk, in_memory in names_of(model, adapter_name)}
     current = model.state_dict()
-    others = {_bare(key): key for key in current}
+    others = {_bare(key): key for key in current}  # activation checkpointing removes its wrappers from these names
+    targets = {_bare(on_disk): others[_bare(in_memory)] for on_disk, in_memory in names_of(model, adapter_name)}
     placed: dict[str, Tensor] = {}
     unexpected, wrong = [], []
     for key, tensor in tensors.items():
@@ -271,7 +271,7 @@ def put_tensors(
 
 
 def _bare(key: str) -> str:
-    return key.removeprefix(WRAPPED).replace(FSDP, "")
+    return without_wrappers(key).removeprefix(WRAPPED)
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:

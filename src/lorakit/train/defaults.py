@@ -67,6 +67,13 @@ DEFAULTS: dict[str, Default] = {
         ...,
         flag=str,
     ),
+    "revision": Default(
+        "Branch, tag or commit of the base model, if it is on the Hub",
+        None,
+        "the newest version is used",
+        "the default branch",
+        str,
+    ),
     "data": Default(
         "Training data: files (.txt, .md, .jsonl, .json, .csv, .tsv, .parquet, .arrow), directories, glob patterns, or "
         "Hub data sets such as hf:owner/name:train",
@@ -495,6 +502,7 @@ NAMES_ELSEWHERE = {
     "micro_batch_size": "per_device_train_batch_size",
     "model_name": "model",
     "model_name_or_path": "model",
+    "model_revision": "revision",
     "num_epochs": "num_train_epochs",
     "optim": "optimizer",
     "output": "output_dir",
@@ -507,6 +515,7 @@ NAMES_ELSEWHERE = {
     "quantization_bit": "quantization",
     "rank": "r",
     "save_every": "save_steps",
+    "revision_of_model": "revision",
     "sequence_len": "max_length",
     "steps_per_eval": "eval_steps",
     "test_datasets": "eval_data",

@@ -124,7 +124,7 @@ class EvalSettings:
     Attributes:
         model: Model directory, Hub id, or packaged model.
         data: Files, directories or Hub data sets to evaluate on.
-        adapters: Adapter directory -> its files.
+        adapters: Name of each adapter, such as its directory -> its files.
         max_length: Maximum sequence length in tokens; the default is lowered to the model's limit if necessary.
         batch_rows: Number of rows in a batch of the longest sequences; batches of shorter sequences have more rows.
         dtype: "auto", "bfloat16" or "float32".
@@ -163,8 +163,7 @@ def compare(
         detail: Function that receives details: the row and token counts, and the reason for the chosen precision.
 
     Returns:
-        (name, evaluation) pairs: first the base, named "base", then each adapter, named after its directory, in the
-        given order.
+        (name, evaluation) pairs: first the base, named "base", then each adapter, in the given order.
 
     Raises:
         ConfigError: The batch size is below 1, or the maximum length is below 2.
@@ -187,8 +186,8 @@ def compare(
     for line in losses:
         say(line)
     given = {}
-    for folder in settings.adapters:
-        own = own_tokenizer(folder, tokenizer)
+    for folder, files in settings.adapters.items():
+        own = own_tokenizer(str(files.folder), tokenizer)
         if own is not None:
             say(
                 f"{folder}: the adapter has its own tokenizer, so its loss is measured over different tokens than the "
@@ -197,7 +196,8 @@ def compare(
         given[folder] = batches if own is None else coding.batches(records, own)[0]
     choice = hub.choose_dtype(settings.dtype, hub.calibrate(where) if settings.dtype == "auto" else None)
     detail(f"precision: {choice.reason}")
-    base = load_model_for(task, source, choice.dtype, where, settings.quantization, tokenizer, [*settings.adapters])
+    folders = [files.folder for files in settings.adapters.values()]
+    base = load_model_for(task, source, choice.dtype, where, settings.quantization, tokenizer, folders)
     loaded, name, alone, found = base.model, "adapter", list[tuple[str, Evaluation]](), dict[str, Evaluation]()
     if base.new_modules:
         say(f"The model has no weights for {', '.join(base.new_modules)}, so it is measured only with adapters.")

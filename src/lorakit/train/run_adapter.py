@@ -21,6 +21,7 @@ from lorakit import core, hub
 from lorakit.config import LoraConfig
 from lorakit.core.attachment.saving import saved_form
 from lorakit.core.inits import init_named
+from lorakit.core.model.index import state_of
 from lorakit.core.model.vocabulary import grow_vocabulary, initialize_rows, with_trained_rows
 from lorakit.core.operations.rank_allocation import allocate
 from lorakit.data import Batch, Loader
@@ -214,7 +215,7 @@ def saved_sizes(model: nn.Module) -> list[int]:
 
 
 def save_adapter(run: Run, folder: Path) -> None:
-    """Write the run's adapter, and the tokenizer if it differs from the base's.
+    """Write the run's adapter with the base's name and revision, and the tokenizer if it differs from the base's.
 
     Args:
         run: The run, at the step to save.
@@ -224,6 +225,7 @@ def save_adapter(run: Run, folder: Path) -> None:
         DiskError: A file cannot be written.
     """
     base = run.spec.source.recorded_name
+    state_of(run.model).configs[ADAPTER].revision = run.spec.source.revision
     core.save_adapter(run.model, folder, ADAPTER, base_model_name_or_path=base, facts=adapter_metadata(run))
     if run.spec.has_own_tokenizer:  # such as one with new tokens, which the base tokenizer lacks
         write_tokenizer(run.spec.tokenizer, folder)

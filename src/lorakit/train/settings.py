@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lorakit.errors import ConfigError, did_you_mean
+from lorakit.hub_cache import with_revision
 from lorakit.train.defaults import CONVERT_ADVICE, DEFAULTS, NAMES_ELSEWHERE, Stored
 from lorakit.train.setting_types import (
     Allocation,
@@ -71,6 +72,7 @@ class TrainSettings(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     model: Text | None = _setting("model")
+    revision: Text | None = _setting("revision")
     data: Paths = _setting("data")
     output_dir: Text = _setting("output_dir")
     eval_data: Paths | None = _setting("eval_data")
@@ -212,14 +214,15 @@ class TrainSettings(BaseModel):
 
     @property
     def base(self) -> str:
-        """The base model.
+        """The base model, with its revision if one is given.
 
         Raises:
-            ConfigError: `model` is None, because only the adapter to continue from may name the base.
+            ConfigError: `model` is None, because only the adapter to continue from may name the base; or a revision is
+                given for a path.
         """
         if self.model is None:
             raise ConfigError(_missing("model"), field="model")
-        return self.model
+        return with_revision(self.model, self.revision)
 
     @property
     def recomputed(self) -> str:

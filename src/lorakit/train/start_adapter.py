@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit import core, hub, plan
 from lorakit.config import CONFIG_FILE, LoraConfig, adapter_directory
 from lorakit.errors import AdapterFileError, ConfigError, LorakitError, RunError, TargetError, UsageError
-from lorakit.hub_cache import adapter_from_hub
+from lorakit.hub_cache import adapter_from_hub, is_on_hub
 from lorakit.targets.layer_types import PARAMETER
 from lorakit.tasks import TaskOnData, task_of_adapter
 from lorakit.train import checkpoint, run_folder
@@ -23,6 +23,9 @@ from lorakit.train.settings import TrainSettings
 
 if TYPE_CHECKING:
     from lorakit.durable import JsonObject, JsonValue
+
+OF_THE_BASE = frozenset({"revision"})
+"""Settings that belong to the base, although adapter configs record them."""
 
 FOR_NEW = ("init_lora_weights", "allocate_ranks", "new_tokens", "eva_config", "corda_config", "lora_ga_config")
 """Settings that apply only to a new adapter."""
@@ -79,7 +82,9 @@ class StartAdapter:
             raise _different(folder, {name: (wanted[name], structure[name]) for name in wrong})
         values = {**settings.as_dict(), **structure}
         if settings.model is None:
-            values["model"] = self._base()
+            values["model"] = base = self._base()
+            if settings.revision is None and is_on_hub(base):
+                values["revision"] = self.adapter.config.revision
         return TrainSettings(**values)
 
     def check_targets(self, settings: TrainSettings, shape: plan.ModelShape) -> None:
@@ -164,7 +169,8 @@ def find_adapter(given: str) -> Path:
     """Return the directory of an adapter, after downloading it if it is on the Hub.
 
     Args:
-        given: An adapter directory, a run directory, a checkpoint directory, or a Hub id.
+        given: An adapter directory, a run directory, a checkpoint directory, or a Hub id ("owner/name" or
+            "owner/name@revision").
 
     Raises:
         AdapterFileError: No adapter has this name.
@@ -179,14 +185,14 @@ def find_adapter(given: str) -> Path:
         raise AdapterFileError(
             f"{given}: no {CONFIG_FILE}, so this is not an adapter directory.{hint}", where=given, field="from_adapter"
         )
-    if path.exists() or given.count("/") != 1 or given[0] in "./~" or path.parent.is_dir():
+    if not is_on_hub(given):
         raise AdapterFileError(
             f"{given}: adapter directory not found; pass a directory with {CONFIG_FILE}, a run directory or a Hub id "
             "(owner/name).",
             where=given,
             field="from_adapter",
         )
-    return adapter_from_hub(given, also=hub.TOKENIZER_FILES)
+    return adapter_from_hub(given, has_tokenizer=True)
 
 
 def _origin(given: str, found: core.TrainedAdapter) -> JsonObject:
@@ -246,7 +252,7 @@ def _different(folder: Path, pairs: Mapping[str, tuple[JsonValue, JsonValue]]) -
 
 def _structure(config: LoraConfig) -> JsonObject:
     """Return the fields that an existing adapter determines, as values of settings in a form that can be compared."""
-    names = {field.name for field in dataclasses.fields(config)}.difference(FOR_NEW)
+    names = {field.name for field in dataclasses.fields(config)}.difference(FOR_NEW, OF_THE_BASE)
     return {name: _plain(name, getattr(config, name)) for name in TrainSettings.model_fields if name in names}
 
 

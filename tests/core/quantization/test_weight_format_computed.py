@@ -60,7 +60,7 @@ def test_it_is_adapted_as_the_same_weight_is(name: str, dora: bool, dtype: torch
 @pytest.mark.parametrize("name", MODULES)
 def test_nothing_is_written_to_it(name: str) -> None:
     model, _ = model_of(name)
-    with pytest.raises(ConfigError, match=r"computed by torch\.nn\.utils\.parametrize, so it cannot be written"):
+    with pytest.raises(ConfigError, match=r"computed .*parametrize.* so it cannot be written"):
         attach(model, LoraConfig(r=2, target_modules=["one"], init_lora_weights="pissa"))
     attach(model, LoraConfig(r=2, target_modules=["one"]))
     before = snapshot(model)

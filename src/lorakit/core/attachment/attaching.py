@@ -25,12 +25,13 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import Extras
 from lorakit.core.merging.merging import unmerge
 from lorakit.core.model import checks
-from lorakit.core.model.index import AdapterIndex, trainable_block
-from lorakit.core.model.replication import stacked_for
+from lorakit.core.model.frozen import restore
+from lorakit.core.model.index import AdapterIndex, trainable_block, without_wrappers
+from lorakit.core.model.replication import replication_of, stacked_for
 from lorakit.core.model.target_weights import bare_parameters, matched
 from lorakit.core.model.ties import with_ties
 from lorakit.core.model.vocabulary import chosen_rows
-from lorakit.core.quantization import allow_repacking, weight_format_of
+from lorakit.core.quantization import weight_format_of
 from lorakit.core.routing.positions import uninstall
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
@@ -218,11 +219,10 @@ def _take_off(index: AdapterIndex, state: AdapterState, names: Sequence[str]) ->
         uninstall(index.model)
     state.default = Route(tuple(n for n in state.default.names if n not in names))
     if not state.configs:
-        for parameter, trained in state.frozen:
-            parameter.requires_grad_(trained)
-        allow_repacking(state.held)
-        if state.replication is not None:
-            state.replication.undo()
+        restore(index)
+        replication = replication_of(index)
+        if replication is not None:
+            replication.undo()
 
 
 def _without(component: AdapterModule, names: Sequence[str]) -> nn.Module:
@@ -250,11 +250,20 @@ def with_targets(config: LoraConfig, model: nn.Module | AdapterIndex) -> LoraCon
         TargetError: The config names an expert that does not exist.
     """
     plain = model.model if isinstance(model, AdapterIndex) else model
-    given, model_type = _with_default(config, plain), model_type_of(plain)
+    given, model_type = _unwrapped(_with_default(config, plain)), model_type_of(plain)
     if model_type not in EXPERTS_BY_TYPE:
         return given
     index = AdapterIndex.of(model)
     return with_current_names(given, model_type, index.candidates, bare_parameters(index))
+
+
+def _unwrapped(config: LoraConfig) -> LoraConfig:
+    """Convert names of wrapped modules (torch.compile, activation checkpointing) in a config's lists to plain names."""
+    for field in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+        names = getattr(config, field)
+        if isinstance(names, (list, set)):
+            setattr(config, field, type(names)(map(without_wrappers, names)))
+    return config
 
 
 def _with_default(config: LoraConfig, model: nn.Module) -> LoraConfig:

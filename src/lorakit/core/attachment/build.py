@@ -24,22 +24,24 @@ from lorakit.core.attachment.residual_base import (
 )
 from lorakit.core.factor import make_dropout
 from lorakit.core.inits import Init, InitContext, init_for
+from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import Extras, ModulesToSave, build_extras
 from lorakit.core.layers.named_layers import layer_class
 from lorakit.core.layers.trainable_tokens import ChosenRows, TrainableTokens
 from lorakit.core.model.checks import check_not_distributed
+from lorakit.core.model.frozen import freeze
 from lorakit.core.model.index import AdapterIndex, TargetWeight, walk
 from lorakit.core.model.target_weights import dropout_at, targets_of
 from lorakit.core.model.ties import tie_copies, tie_factors
-from lorakit.core.quantization import Stored, disable_repacking, weight_format_of
+from lorakit.core.quantization import Stored, weight_format_of
 from lorakit.core.routing.positions import install
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
 from lorakit.core.statistics.moments import Statistics
 from lorakit.core.variants import Factor, Start, Variant, variant_for, variants_of
-from lorakit.errors import ConfigError
+from lorakit.errors import ConfigError, TargetError
 from lorakit.targets import Match
 
 
@@ -237,6 +239,7 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
     """Check that a site supports the settings of a config.
 
     Raises:
+        TargetError: The module itself is compiled.
         ConfigError: `lora_bias` is set, but the site does not apply A and B to a floating-point input; or the site's
             weight is quantized and the update is added to it, so each forward pass would round the sum and block the
             gradient.
@@ -251,6 +254,7 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
             where=target.path,
             field="lora_bias",
         )
+    check_not_compiled(index, target.outer)
     holder = index.holder(target)
     check_not_distributed([(target.path, holder)])
     base = weight_format_of(holder, target.spec.parameter)
@@ -264,6 +268,26 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
             "layers, where the update is added to the output.",
             what=base.name,
             where=target.path,
+            field="target_modules",
+        )
+
+
+def check_not_compiled(index: AdapterIndex, path: str) -> None:
+    """Check that an adapted module can take the place of the module at a path.
+
+    Args:
+        index: The model's index.
+        path: Path of the module.
+
+    Raises:
+        TargetError: torch.compile wraps the module itself, so the compiled code would not call an adapted module.
+    """
+    if index.is_compiled(path) and not isinstance(index.modules[path], AdapterModule):
+        raise TargetError(
+            f"{path} itself is compiled (torch.compile), so an adapter on it would have no effect. Attach adapters "
+            "before compiling it, or compile a module that contains it.",
+            what=path,
+            where=path,
             field="target_modules",
         )
 
@@ -300,6 +324,8 @@ def new_extras(
         TargetError: A saved module contains sites of another adapter or modules that another adapter saves.
         ConfigError: A bias cannot be trained.
     """
+    for path in (*saved, *(path for chosen, _ in rows for path in (chosen.path, *chosen.tied))):
+        check_not_compiled(index, path)
     auxiliary = build_extras(index.modules, {factor.target.outer for factor in factors}, saved, config.bias)
     tie_copies(auxiliary.copies, tied)
     return dataclasses.replace(auxiliary, rows=tuple(rows), leaders=tied)
@@ -364,6 +390,7 @@ def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
     if state.biased:
         note_old_biases(index)
     _keep_off_fast_path(index)
+    index.note_places()
     state.whole.add(index.model)
     return state
 
@@ -375,6 +402,7 @@ def _put_extras(index: AdapterIndex, built: NewAdapter, state: AdapterState) -> 
         if not isinstance(holder, ModulesToSave):
             holder = ModulesToSave(holder, state)
             index.replace(index.modules[path], holder)
+            index.components[path] = holder
         holder.modules_to_save[name] = duplicate
     tie_factors(index, name, auxiliary.leaders)
     for chosen, rows in auxiliary.rows:
@@ -399,11 +427,7 @@ def _freeze(built: NewAdapter, state: AdapterState) -> None:
 def _new_state(index: AdapterIndex, name: str) -> AdapterState:
     """Create the adapter state for a model's first adapter, and freeze the base."""
     state = AdapterState()
-    state.held = disable_repacking(index.everything.values())
-    held = (p for module in index.everything.values() for p in module._parameters.values() if p is not None)
-    state.frozen = [(p, p.requires_grad) for p in {id(p): p for p in held}.values()]
-    for parameter, _ in state.frozen:
-        parameter.requires_grad_(False)
+    freeze(index)
     state.default = Route((name,))
     return state
 
@@ -415,7 +439,7 @@ def _table(
     if not isinstance(component, TrainableTokens):
         made = TrainableTokens(component, state, leader)
         index.replace(component, made)
-        index.modules[path] = component = made
+        index.modules[path] = index.components[path] = component = made
     return component
 
 

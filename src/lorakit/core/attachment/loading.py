@@ -42,6 +42,7 @@ from lorakit.errors import (
     TargetError,
     warn_caller,
 )
+from lorakit.hub_cache import NO_OPTIONS, HubOptions, adapter_from_hub, is_on_hub
 from lorakit.targets import Match
 
 SHOWN = 6
@@ -92,19 +93,21 @@ def load_adapter(
     trainable: bool = False,
     allow: Collection[str] = (),
     kinds: Iterable[Kind] = (),
+    hub: HubOptions = NO_OPTIONS,
 ) -> LoadReport:
     """Load a saved adapter into a model. The first adapter becomes active; activate others with `activate` or `use`.
 
     Args:
         model: The base, or a model that already has adapters. It is changed in place.
-        folder: A directory written by PEFT or lorakit, or the result of `read_adapter`, so that the files are not read
-            again.
+        folder: A directory written by PEFT or lorakit; a Hub id, "owner/name" or "owner/name@revision"; or the result
+            of `read_adapter`, so that the files are not read again.
         name: Name to give the adapter on this model.
         trainable: Whether training will continue; if false, the adapter is frozen. If true, and the adapter was
             converted to plain LoRA when it was saved, its residual base and original rank are restored.
         allow: Names of checks to override: "base_mismatch", "key_mismatch", "nonfinite", "odd_scale",
             "recompute_init".
         kinds: The custom site kinds that the adapter uses.
+        hub: Arguments of the download of an adapter on the Hub.
 
     Returns:
         A report of what was loaded.
@@ -114,13 +117,14 @@ def load_adapter(
         BaseMismatchError: The adapter was made for a different base, or was permanently merged into this one.
         AdapterError: The name is taken or cannot be used.
         ConfigError: A scale is implausible, or a name in `allow` is unknown.
+        ModelError: The adapter is on the Hub and cannot be downloaded.
         NotYetSupported: The adapter needs a feature that is not implemented.
     """
     checks.check_allowances(allow)
     index = AdapterIndex.of(model, kinds)
     checks.check_new_name(index.state, name)
     with trainable_block(index):
-        files = folder if isinstance(folder, AdapterFiles) else read_adapter(folder)
+        files = folder if isinstance(folder, AdapterFiles) else read_adapter(_directory(folder, hub))
         check_not_merged_in(model, files.folder, files.file.sha256, allow)
         with appended_rows(index, files.config, files.sidecar.base) as grown:
             index = index.again() if grown else index
@@ -129,6 +133,12 @@ def load_adapter(
             files = dataclasses.replace(files, warnings=tuple(said))
             placed = place_adapter(index, files, name, trainable, allow)
     return LoadReport(name, files.config, placed.sites, verdict, placed.warnings, placed.tensors)
+
+
+def _directory(name: str | os.PathLike[str], hub: HubOptions) -> Path:
+    if is_on_hub(name):
+        return adapter_from_hub(str(name), hub)
+    return Path(name) / (hub.subfolder or "")
 
 
 def check_base(model: nn.Module | AdapterIndex, files: AdapterFiles, allow: Collection[str]) -> tuple[str, list[str]]:

@@ -69,10 +69,12 @@ def saved_form(
         tensors: Name on disk -> tensor (…), for tensors gathered from several devices; None uses the model's tensors.
 
     Raises:
-        AdapterError: The residual base is quantized, so plain LoRA cannot represent the adapter exactly.
+        AdapterError: The residual base is quantized, so plain LoRA cannot represent the adapter exactly; or an
+            adapted module was replaced by hand.
     """
     index = AdapterIndex.of(model)
     index.known_state().check([name], AdapterError)
+    index.check_complete([name])
     config = index.known_state().configs[name]
     tensors = adapter_tensors(index, name) if tensors is None else dict(sorted(tensors.items()))
     on_disk = paths_on_disk(index, name)

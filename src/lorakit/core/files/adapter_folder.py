@@ -9,6 +9,7 @@ another program has rewritten, still loads but cannot be verified. While files a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from lorakit import durable
 from lorakit.config import CONFIG_FILE, SIDECAR_FILE, LoraConfig, adapter_directory, read_config
 from lorakit.core.files.tensor_file import TensorFile, file_error, read_tensors
 from lorakit.core.model.fingerprint import Fingerprint
-from lorakit.core.model.index import INSIDE
+from lorakit.core.model.index import INSIDE, without_wrappers
 from lorakit.durable import SEAL, JsonObject, JsonValue
 from lorakit.errors import AdapterFileError, PatternError
 from lorakit.targets import literal_value, names_path
@@ -147,7 +148,7 @@ def _read_once(folder: Path) -> AdapterFiles:
             "the weights are a pickle (adapter_model.bin), which can run code and is never loaded. Convert it to "
             f"{WEIGHTS_FILE} with the program that wrote it.",
         )
-    file = read_tensors(weights)
+    file = _unwrapped(read_tensors(weights))
     values, interrupted = _valid_values(folder)
     sidecar = Sidecar(interrupted=interrupted)
     if values is not None:
@@ -164,6 +165,12 @@ def _read_once(folder: Path) -> AdapterFiles:
     if sidecar.present and not ours:
         said.append(f"{folder}: {CONFIG_FILE} was edited after the adapter was saved; the edited config is used.")
     return AdapterFiles(folder, config, file, sidecar, ours, tuple(said))
+
+
+def _unwrapped(file: TensorFile) -> TensorFile:
+    """Return a file with the names of tensors in the plain base; peft keeps the names of wrappers (torch.compile)."""
+    tensors = {without_wrappers(name): tensor for name, tensor in file.tensors.items()}
+    return dataclasses.replace(file, tensors=tensors) if len(tensors) == len(file.tensors) else file
 
 
 def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) -> float:

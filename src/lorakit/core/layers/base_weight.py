@@ -101,10 +101,7 @@ class BaseWeight(StoredWeight):
         self.check_mergeable(path, here)
         self.check_not_merged(path, here)
         base = self.base
-        if not base.written:
-            raise MergeError(
-                NOT_WRITTEN.format(parameter=self.spec.parameter, type=type(self.owner).__name__), where=path
-            )
+        self.check_written(path)
         if self.merged_adapters and not self.keeps_base:
             raise base_not_kept(self.merged_adapters, path)
         replaces = options.dense is not None and (base.quantized or self.spec.groups > 1)
@@ -118,18 +115,33 @@ class BaseWeight(StoredWeight):
             )
 
     def check_unmerge(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject adapters that cannot be unmerged because the base values were not kept.
+        """Reject adapters that cannot be unmerged because the base values were not kept or cannot be written.
 
         Args:
             path: This layer's path, for messages.
             adapters: The adapters; those that are not merged here are ignored.
 
         Raises:
-            MergeError: The values were not kept; the message names the adapter and the path.
+            MergeError: The values were not kept, or something computes the weight; the message names the path.
         """
         lost = [name for name in adapters if name in self.merged_adapters]
         if lost and not self.keeps_base:
             raise base_not_kept(lost, path)
+        if lost:
+            self.check_written(path)
+
+    def check_written(self, path: str) -> None:
+        """Reject a weight that is computed in each forward pass, so that a merged weight cannot be stored.
+
+        Args:
+            path: This layer's path, for messages.
+
+        Raises:
+            MergeError: A parametrization or pruning computes the weight.
+        """
+        if not self.base.written:
+            text = NOT_WRITTEN.format(parameter=self.spec.parameter, type=type(self.owner).__name__)
+            raise MergeError(text, what=type(self.owner).__name__, where=path, field=self.spec.parameter)
 
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
         """Compute the weight with additional adapters merged, and measure its error; nothing is changed.

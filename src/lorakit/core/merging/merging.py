@@ -21,9 +21,10 @@ from lorakit.core.layers.adapter_component import KeepBase, MergeOptions, SiteMe
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
+from lorakit.core.model import frozen
 from lorakit.core.model.base_view import QuantizedWeight, base_tensors, float_dtype, quantized_weights
 from lorakit.core.model.index import AdapterIndex, identity, trainable_block
-from lorakit.core.quantization import allow_repacking
+from lorakit.core.model.replication import replication_of
 from lorakit.core.routing.positions import uninstall
 from lorakit.errors import AdapterError, MergeError
 
@@ -178,20 +179,19 @@ def _unload(index: AdapterIndex, merged: Sequence[str], flags: Flags) -> None:
         patch.unload()
     if state.waiting:
         uninstall(index.model)
-    for parameter, trained in state.frozen:
-        parameter.requires_grad_(trained)
+    frozen.restore(index)
     for module, names in flags:
         for name, own in plain[module]._parameters.items():
             if name in names and own is not None:
                 own.requires_grad_(True)
-    allow_repacking(state.held)
-    if state.replication is not None:
-        state.replication.untie()
+    replication = replication_of(index)
+    if replication is not None:
+        replication.untie()
 
 
 def _trained_before(index: AdapterIndex) -> Flags:
     """Return every adapted layer with the names of its base parameters that were initially trainable."""
-    trained = {id(parameter) for parameter, flag in index.known_state().frozen if flag}
+    trained = {id(parameter) for parameter, flag in frozen.flags(index) if flag}
     flags: Flags = []
     for _, layer in index.layers():
         held = {**layer.source._parameters}
@@ -210,11 +210,12 @@ def names_to_merge(index: AdapterIndex, names: Sequence[str]) -> tuple[str, ...]
     """Return the adapters to merge: those given by name, or those in the default route if none are given.
 
     Raises:
-        AdapterError: An adapter is not on the model, or the model has no adapters.
+        AdapterError: An adapter is not on the model or is incomplete, or the model has no adapters.
     """
     state = index.known_state()
     chosen = tuple(names or state.default.names)
     state.check(chosen, AdapterError)
+    index.check_complete(chosen)
     return chosen
 
 
@@ -425,6 +426,8 @@ def merged_state_dict(model: nn.Module, *names: str) -> dict[str, Tensor]:
     chosen = names_to_merge(index, names)
     for path, part in index.components.items():
         part.check_mergeable(path, chosen)
+    for path, layer in index.layers_of(chosen):
+        layer.check_written(path)
     merged = _Merged(index, chosen)
     quantized = {weight.packed: weight for weight in quantized_weights(index)}
     companions = {name for weight in quantized.values() for name in weight.companions}

@@ -32,9 +32,12 @@ def activate(model: nn.Module, *names: str) -> None:
 
     Raises:
         RouteError: An adapter is not on the model.
+        AdapterError: A module with one of the adapters was replaced by hand, or comes from another model.
     """
     state = state_of(model)
     state.check(names)
+    if not state.in_place():
+        AdapterIndex.of(model).check_complete(names)
     for module in state.members():
         if module.own_route is not None or module.aside:
             module.own_route, module.aside = None, ()

@@ -132,7 +132,7 @@ def base_tensors(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> It
     layers = {(id(layer.source), layer.spec.parameter): layer for _, layer in index.layers()}
     tables = [table for _, table in index.every(TrainableTokens) if not table.follows and table.merged_adapters]
     unmerged = {id(t.original_module.weight): t.token_adapter.original(strict=False) for t in tables}
-    if not stacked and index.state is not None and index.state.replication is not None:
+    if not stacked and index.is_replicated:
         # a replicated layer and the original layer hold the same weight in different modules
         held = [(layer.source._parameters.get(layer.spec.parameter), layer) for layer in layers.values()]
         layers |= {(id(parameter), ""): layer for parameter, layer in held if parameter is not None}

@@ -7,6 +7,7 @@ skip those modules. This file does not handle configs or arithmetic.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -24,12 +25,19 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.quantization import is_computed, weight_format_of
-from lorakit.core.routing.state import AdapterState
+from lorakit.core.routing.state import AdapterState, Place
 from lorakit.errors import AdapterError
 from lorakit.targets import Candidate
 
 INSIDE = ".base_layer"
 """Suffix that each enclosing layer adds to the path of the module that it wraps."""
+
+REPLICATION = "_lorakit_replication"
+"""Name of the attribute in which a replicated list of layers stores its `Replication`, with the original list."""
+
+COMPILED = "_orig_mod"
+WRAPPERS = frozenset({COMPILED, "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+"""Names under which torch.compile, activation checkpointing and FSDP hold a module; paths do not contain them."""
 
 Children = Sequence[tuple[str, nn.Module]]
 Component = TypeVar("Component", bound=AdapterModule)
@@ -82,6 +90,7 @@ class AdapterIndex:
         components: Path -> adapted module, in model order.
         patches: Path -> hooks through which adapters train the biases of the module at that path.
         kinds: Name of a custom site kind -> kind.
+        replaced: Places of adapted modules that other modules have replaced since the model was last indexed.
     """
 
     model: nn.Module
@@ -92,6 +101,7 @@ class AdapterIndex:
     components: dict[str, AdapterModule] = field(default_factory=dict)
     patches: dict[str, list[BiasPatch]] = field(default_factory=dict)
     kinds: dict[str, Kind] = field(default_factory=dict)
+    replaced: list[Place] = field(default_factory=list)
     _children: dict[int, Children] = field(default_factory=dict)
     _plain: dict[bool, list[tuple[str, nn.Module]]] = field(default_factory=dict)
 
@@ -110,7 +120,8 @@ class AdapterIndex:
         if isinstance(model, AdapterIndex):
             return model
         index = cls(model)
-        for path, module, children, is_new, is_outside in _visits(model):
+        for written, module, children, is_new, is_outside in _visits(model):
+            path = without_wrappers(written)
             if is_outside and path:
                 index.modules[path] = module
             plain = is_outside and not isinstance(module, AdapterModule)
@@ -121,6 +132,7 @@ class AdapterIndex:
                 index._note(path, module, children)
         if index.state is not None:
             index.state.whole.add(model)
+            index.note_places()
         index.kinds = {**({} if index.state is None else index.state.kinds), **checked(kinds)}
         return index
 
@@ -143,6 +155,50 @@ class AdapterIndex:
             patches = BiasPatch.on(module)
             if patches:
                 self.patches[path] = patches
+
+    def note_places(self) -> None:
+        """Store in the state where the adapted modules are, and find those that were replaced by hand."""
+        state, visited = self.known_state(), {id(module) for module in self.everything.values()}
+        present = {id(module.__dict__) for module in self.components.values()}
+        places = []
+        for path, module in self.components.items():
+            for parent, attribute in self.parents.get(id(module), ())[:1]:
+                adapters = tuple(module.available_adapters())
+                places.append(Place(path, weakref.ref(parent), attribute, weakref.ref(module), adapters))
+        self.replaced = []
+        for place in state.places:
+            holder, old = place.parent(), place.module()
+            is_left = holder is None or state.configs.keys().isdisjoint(place.adapters)
+            if is_left or (old is not None and id(old.__dict__) in present):
+                continue
+            places.append(place)
+            if id(holder) in visited:
+                self.replaced.append(place)
+        state.places = places
+
+    def check_complete(self, adapters: Collection[str]) -> None:
+        """Reject adapters for which a module was replaced by hand, so that a part of them is missing.
+
+        Args:
+            adapters: Names of the adapters.
+
+        Raises:
+            AdapterError: An adapted module was replaced; the message names the adapter and the path.
+        """
+        for place in self.replaced:
+            name = next((name for name in place.adapters if name in adapters), None)
+            if name is not None:
+                raise AdapterError(
+                    f"{place.path}: another module replaced the one with adapter {name!r}, so the adapter is "
+                    "incomplete. Put the adapted module back, or detach the adapter.",
+                    what=name,
+                    where=place.path,
+                )
+
+    def is_compiled(self, path: str) -> bool:
+        """Return whether torch.compile wraps the module at a path itself, so that a replacement would not be called."""
+        standing = self.modules[path]
+        return any(attribute == COMPILED for _, attribute in self.parents.get(id(standing), ()))
 
     def again(self) -> AdapterIndex:
         """Return a fresh index of the same model, for use after its modules have changed."""
@@ -206,6 +262,11 @@ class AdapterIndex:
         return found
 
     @property
+    def is_replicated(self) -> bool:
+        """True if layers are replicated (`layer_replication`)."""
+        return any(REPLICATION in module.__dict__ for module in self.everything.values())
+
+    @property
     def is_tied(self) -> bool:
         """False only if the config sets `tie_word_embeddings=False`; shared weights are then not treated as tied."""
         return getattr(getattr(self.model, "config", None), "tie_word_embeddings", True) is not False
@@ -243,21 +304,20 @@ class AdapterIndex:
         return self._plain[stacked]
 
     def _plain_modules(self, stacked: bool) -> list[tuple[str, nn.Module]]:
-        replication = None if stacked or self.state is None else self.state.replication
-        swapped = {} if replication is None else {id(replication.stacked): replication.original}
         found: list[tuple[str, nn.Module]] = []
         waiting = [("", self.model)]
         while waiting:
             path, module = waiting.pop()
-            module = swapped.get(id(module), module)
+            if not stacked and REPLICATION in module.__dict__:
+                module = module.__dict__[REPLICATION].original
             if isinstance(module, LoraLayer):
                 module = module.source
             elif isinstance(module, (ModulesToSave, TrainableTokens)):
                 module = module.original_module
             found.append((path, module))
             prefix = f"{path}." if path else ""
-            children = self._children.get(id(module))
-            waiting.extend((prefix + name, child) for name, child in reversed(children or _children_of(module)))
+            children = self._children.get(id(module)) or _children_of(module)
+            waiting.extend((without_wrappers(prefix + name), child) for name, child in reversed(children))
         return found
 
     def kind(self, name: str) -> Kind:
@@ -326,6 +386,7 @@ class AdapterIndex:
             owner = self.base(target.outer)
             layer = make(owner.get_submodule(target.child))
             owner._modules[target.child] = self.components[target.path] = layer
+            self.parents[id(layer)] = [(owner, target.child)]
             return layer
         standing = inside = self.modules[target.outer]
         around: LoraLayer | None = None
@@ -334,6 +395,7 @@ class AdapterIndex:
         layer = make(inside)
         if around is not None:
             around.base_layer = layer
+            self.parents[id(layer)] = [(around, "base_layer")]
         else:
             self.replace(standing, layer)
             self.modules[target.outer] = layer
@@ -390,6 +452,13 @@ def _children_of(module: nn.Module) -> Children:
     return [(name, child) for name, child in children.items() if child is not None]
 
 
+def without_wrappers(path: str) -> str:
+    """Return a path without the names in `WRAPPERS`, which is the path in the model before its modules were wrapped."""
+    if COMPILED not in path and "_wrapped_module" not in path:  # fast, because every path of a model is tested
+        return path
+    return ".".join(word for word in path.split(".") if word not in WRAPPERS)
+
+
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield every (path, module) pair once, as `named_modules` does, but skip modules that only hold factors."""
     for path, module, _, is_new, _ in _visits(model):
@@ -407,7 +476,9 @@ def find_state(model: nn.Module) -> AdapterState | None:
     """
     for _, module in walk(model):
         if isinstance(module, AdapterModule):
-            is_known = torch.compiler.is_compiling() or model in module.state.whole  # weak sets cannot be traced
+            if torch.compiler.is_compiling():  # weak sets cannot be traced
+                return module.state
+            is_known = model in module.state.whole and module.state.in_place()
             return module.state if is_known else AdapterIndex.of(model).state
     return None
 

@@ -2,7 +2,7 @@
 
 Each copy is a separate module with the same parameters, so that each copy can have different factors (Kim et al. 2023,
 arXiv:2312.15166, stack layers this way). Attaching the first adapter with this setting replaces the list of layers, and
-detaching the last adapter restores the original list; the adapter state keeps both lists.
+detaching the last adapter restores the original list, to which the new list refers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.model.index import AdapterIndex, ModelConfig, find_state
+from lorakit.core.model.index import REPLICATION, AdapterIndex, ModelConfig, find_state
 from lorakit.errors import ConfigError
 
 WRAPPERS = ("model", "bert", "transformer")
@@ -76,6 +76,7 @@ class Replication:
                 now = next(self.stacked.parameters())
                 layer.to(device=now.device, dtype=now.dtype if now.dtype != self.dtype else None)
         self._set(self.original, self.before)
+        self.stacked.__dict__.pop(REPLICATION, None)
 
     def _set(self, layers: nn.ModuleList, settings: Settings) -> None:
         self.holder._modules[self.attribute] = layers
@@ -84,6 +85,7 @@ class Replication:
 
     def untie(self) -> None:
         """Give every copy separate parameters, so that the model can be saved like any other."""
+        self.stacked.__dict__.pop(REPLICATION, None)
         seen: set[int] = set()
         for layer in self.stacked:
             own: dict[int, nn.Parameter] = {}
@@ -112,7 +114,8 @@ def stacked_for(index: AdapterIndex, config: LoraConfig) -> Iterator[AdapterInde
     model, state = index.model, index.state
     ranges = tuple((int(start), int(end)) for start, end in config.layer_replication or ())
     if state is not None:
-        present = state.replication.ranges if state.replication is not None else ()
+        replication = replication_of(index)
+        present = replication.ranges if replication is not None else ()
         if ranges != present:
             raise ConfigError(
                 f"layer_replication is {_shown(ranges)}, but the adapters on this model have {_shown(present)}; all "
@@ -129,10 +132,19 @@ def stacked_for(index: AdapterIndex, config: LoraConfig) -> Iterator[AdapterInde
         undo.callback(replication.undo)
         replication.put()
         yield index.again()
-        state = find_state(model)
-        if state is not None:
-            state.replication = replication
+        if find_state(model) is not None:
+            replication.stacked.__dict__[REPLICATION] = replication
             undo.pop_all()
+
+
+def replication_of(index: AdapterIndex) -> Replication | None:
+    """Return how the layers of a model were replicated for its adapters, or None.
+
+    Args:
+        index: The model's index.
+    """
+    found = (module.__dict__.get(REPLICATION) for module in index.everything.values())
+    return next((one for one in found if one is not None), None)
 
 
 def _built(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Replication:

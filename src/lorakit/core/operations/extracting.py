@@ -21,7 +21,8 @@ from lorakit.core.linalg import Product, RankLimit, dense_spectrum, factors_of, 
 from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.checks import check_allowances
 from lorakit.core.model.fingerprint import fingerprint
-from lorakit.core.model.index import AdapterIndex, TargetWeight, find_state
+from lorakit.core.model.index import AdapterIndex, TargetWeight
+from lorakit.core.model.replication import replication_of
 from lorakit.core.model.target_weights import matched, targets_of
 from lorakit.core.operations.tensor_sources import AdapterWeights, BareSite, SiteFactors, TensorSource, source_of_model
 from lorakit.core.operations.writing import OperationReport, SiteOperation, described, put, write
@@ -198,8 +199,7 @@ def _check_plain(config: LoraConfig, model: nn.Module) -> None:
         raise ConfigError(f"An extracted adapter is plain LoRA; leave {variant.field} out.", field=variant.field)
     if config.bias != "none":
         raise ConfigError.of("bias", config.bias, "'none', because an extracted adapter is plain LoRA")
-    state = find_state(model)
-    if config.layer_replication or (state is not None and state.replication is not None):
+    if config.layer_replication or replication_of(AdapterIndex.of(model)) is not None:
         raise ConfigError(
             "layer_replication: nothing can be extracted from replicated layers, because several of them share one "
             "base weight, while the fine-tuned model has a separate weight for each layer. Use the replicated model as "

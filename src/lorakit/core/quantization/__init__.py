@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lorakit.core.clones import PARAMETRISED
+from lorakit.core.clones import PARAMETRISED, is_pruned
 from lorakit.core.quantization.bitsandbytes import EIGHT_BIT, FOUR_BIT
 from lorakit.core.quantization.compressed import COMPRESSED
 from lorakit.core.quantization.fp8 import FP8, FP8_EXPERTS
@@ -70,13 +70,15 @@ def weight_format_of(module: nn.Module, parameter: str = "weight", as_stored: bo
 
 
 def is_computed(module: nn.Module, parameter: str = "weight") -> bool:
-    """Return whether a parameter is computed by a parametrization (torch.nn.utils.parametrize).
+    """Return whether a parameter is computed by a parametrization or by pruning (torch.nn.utils.parametrize, prune).
 
     Args:
         module: A module of the base model.
         parameter: Name of the parameter.
     """
-    return PARAMETRISED in module._modules and parameter not in module._parameters
+    if parameter in module._parameters:
+        return False
+    return PARAMETRISED in module._modules or is_pruned(module, parameter)
 
 
 def _registered(module: nn.Module, parameter: str) -> WeightFormat[Any, Any]:

@@ -16,12 +16,12 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.clones import clone_with
+from lorakit.core.clones import clone_with, is_pruned
 from lorakit.errors import MergeError
 
 NOT_WRITTEN = (
-    "The parameter {parameter!r} of {type} is computed by torch.nn.utils.parametrize, so it cannot be written. "
-    "Remove the parametrization first."
+    "The parameter {parameter!r} of {type} is computed by torch.nn.utils.parametrize or prune, so it cannot be "
+    "written. Remove the parametrization, or make the pruning permanent (prune.remove), first."
 )
 
 
@@ -152,6 +152,8 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
 
     def stored(self, module: nn.Module, parameter: str) -> Tensor:
         """Return the tensor, of any shape."""
+        if is_pruned(module, parameter):  # the attribute is updated only in a forward pass
+            return (module._parameters[f"{parameter}_orig"] * module._buffers[f"{parameter}_mask"]).detach()  # type: ignore[operator]
         tensor: Tensor = getattr(module, parameter)  # FSDP puts plain tensors in _parameters during a forward pass
         return tensor.detach()
 
@@ -173,7 +175,7 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
         """Make the parameter use the memory of a tensor of any shape.
 
         Raises:
-            MergeError: A parametrization computes the parameter.
+            MergeError: A parametrization or a pruning mask computes the parameter.
         """
         if not self.written:
             raise MergeError(
@@ -204,7 +206,7 @@ TRANSPOSED = PlainFormat(
 )
 
 COMPUTED = PlainFormat("computed", written=False)
-"""A parameter that torch.nn.utils.parametrize computes: it can be read, but there is no storage to write it to."""
+"""A parameter that torch.nn.utils.parametrize or prune computes: it can be read, but there is nothing to write to."""
 
 COMPUTED_TRANSPOSED = PlainFormat("computed transposed", transposed=True, written=False)
 """Like COMPUTED, but for a module that stores its weight as (in, out)."""

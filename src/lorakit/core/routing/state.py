@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -55,7 +55,25 @@ class PeftLayerMethodsLike(Protocol):
 _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("lorakit_scopes", default=())
 
 
-OF_THIS_PROCESS = frozenset({"_open", "_told", "_members", "whole"})  # copied members join again
+OF_THIS_PROCESS = frozenset({"_open", "_told", "_members", "whole", "places"})  # copied members join again
+
+
+class Place(NamedTuple):
+    """Where an adapted module was when the model was last indexed.
+
+    Attributes:
+        path: Path of the module.
+        parent: Weak reference to the module that holds it.
+        attribute: Name under which the parent holds it.
+        module: Weak reference to the adapted module.
+        adapters: Adapters with parameters in the module.
+    """
+
+    path: str
+    parent: weakref.ref[torch.nn.Module]
+    attribute: str
+    module: weakref.ref[torch.nn.Module]
+    adapters: tuple[str, ...]
 
 
 class AdapterState:
@@ -65,11 +83,9 @@ class AdapterState:
         configs: Adapter name -> its config.
         default: The route that applies without a scoped override.
         aside: The default route that `suspend_default` removed, or None.
-        frozen: The base's parameters, each with the `requires_grad` that it had before the first adapter was attached.
-        held: Modules of the base that must not repack their weights while adapters are attached.
-        replication: How the layers of the base were replicated for the adapters, or None.
         kinds: User-defined kinds, keyed by name (`lorakit.core.Kind`).
         whole: Models in which every adapted module is known to use this state; cleared when the state is copied.
+        places: Where the adapted modules were when the model was last indexed, including modules replaced since then.
         waiting: Adapters that are active at only some positions of a row, so that a forward pass needs offsets.
         peft_methods: Object that provides layer attributes found only in PEFT; None until `lorakit.peft` is used on the
             model.
@@ -85,22 +101,20 @@ class AdapterState:
         self.default: Route = BASE
         self.aside: Route | None = None
         self._joined: tuple[str, ...] = ()  # adapters that merging added to the default route
-        self.frozen: list[tuple[torch.nn.Parameter, bool]] = []
         self.invocations: Traces[Offsets] = Traces()  # of forward passes with offsets
-        self.held: list[torch.nn.Module] = []
-        self.replication: Any = None
         self.kinds: dict[str, Kind] = {}
         self._open: dict[int, int] = {}  # thread id -> number of open overrides
         # Threads (not their ids, which are reused) that were already warned about an override in another thread.
         self._told: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self.whole: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self.places: list[Place] = []
 
     def __getstate__(self) -> dict[str, Any]:
         self.whole.clear()  # a copied layer may be put into the same model
         return {name: value for name, value in self.__dict__.items() if name not in OF_THIS_PROCESS}
 
     def __setstate__(self, known: dict[str, Any]) -> None:
-        self.__dict__.update(known, _open={}, _told=weakref.WeakSet(), whole=weakref.WeakSet())
+        self.__dict__.update(known, _open={}, _told=weakref.WeakSet(), whole=weakref.WeakSet(), places=[])
 
     def join(self, module: torch.nn.Module) -> None:
         """Register an adapted module with this state, through a weak reference."""
@@ -115,6 +129,15 @@ class AdapterState:
         references = list(self.__dict__.get("_members", {}).values())  # one step: another thread may register a module
         found = [reference() for reference in references]
         return [module for module in found if module is not None]
+
+    def in_place(self) -> bool:
+        """Return whether every adapted module is still where an index last found it, without traversing the model."""
+        for place in self.places:  # a plain loop, because `use` is called often
+            parent, module = place.parent(), place.module()
+            held = module if parent is None else parent._modules.get(place.attribute)
+            if held is not module and (held is None or module is None or held.__dict__ is not module.__dict__):
+                return False  # `speed` puts a module in place of another one and shares its `__dict__`
+        return True
 
     def check(self, names: Sequence[str | None], error: type[LorakitError] = RouteError) -> None:
         """Reject unknown adapters.

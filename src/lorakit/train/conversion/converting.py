@@ -63,7 +63,6 @@ PEFT = Tool(
         "inference_mode": nothing,
         "auto_mapping": nothing,
         "peft_version": nothing,
-        "revision": no_counterpart("the default revision of the base is used"),
         "fan_in_fan_out": nothing,
         "runtime_config": nothing,
         "megatron_core": nothing,
