@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lorakit.architectures.families import EXPERTS_BY_TYPE
+from lorakit.architectures.families import OLD_EXPERTS_BY_TYPE
 from lorakit.architectures.layouts import ExpertsLayout
 from lorakit.config import LoraConfig, scale
 from lorakit.core.attachment.attaching import model_type_of
@@ -59,8 +59,7 @@ def with_fused_experts(files: AdapterFiles, index: AdapterIndex) -> AdapterFiles
             another scale than the other part, or a site has tensors other than A and B.
         ShapeMismatchError: The experts of a layer have tensors of different shapes.
     """
-    model_type = model_type_of(index.model)
-    layout = EXPERTS_BY_TYPE.get(model_type)
+    layout = OLD_EXPERTS_BY_TYPE.get(model_type_of(index.model))
     if layout is None:
         return files
     present = by_site({name: name for name in files.file.tensors})
@@ -69,7 +68,7 @@ def with_fused_experts(files: AdapterFiles, index: AdapterIndex) -> AdapterFiles
     if not found.fused:
         return files
     parts = {path: set(sites) for path, sites in found.fused.items()}
-    config = with_fused_targets(_without_old_keys(layout, files.config), model_type, parts, [], list(bare.values()))
+    config = with_fused_targets(_without_old_keys(layout, files.config), layout, parts, [], list(bare.values()))
     made: dict[str, tuple[Tensor, Tensor]] = {}
     ranks, alphas = {}, {}
     for path, sites in found.fused.items():
@@ -104,7 +103,7 @@ def _sites(
     targeted = files.config.target_parameters or ()
     for site in present:
         path = current_path(layout, site)
-        expert, router = _EXPERT.fullmatch(path), f"{path}.weight"
+        expert, router = _EXPERT.fullmatch(path), path.removesuffix(layout.router) + names[layout.router]
         if expert is not None and expert["old"] in names:
             parameter, old, number = f"{expert['around']}.{names[expert['old']]}", expert["old"], int(expert["number"])
         elif names_path(layout.router, path) and not any(names_path(entry, router) for entry in targeted):
