@@ -1,4 +1,4 @@
-"""Write the adapters in tests/golden/transformers-4: models with experts, adapted with transformers 4 and peft of that time.
+"""Write the adapters in tests/golden/transformers-4: models with experts, adapted with releases of 2025.
 
     python scripts/old_experts.py [family ...]
 
@@ -7,7 +7,7 @@ installs the old releases there, and runs itself in it. Each directory has the m
 peft, and `expected.safetensors` with the input and the logits that transformers and peft computed. They represent files
 that users already have, so they are written once: run this to add a family, not to fix a test.
 
-torch is installed from the sources in pip's configuration; set PIP_EXTRA_INDEX_URL to PyTorch's CPU index where plain pip
+torch is installed from the sources in pip's configuration. Set PIP_EXTRA_INDEX_URL to PyTorch's CPU index if plain pip
 would install CUDA libraries.
 """
 
@@ -19,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 import venv
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,13 +43,13 @@ class Family(NamedTuple):
     model_type: str
     sizes: dict[str, Any]
     targets: tuple[str, ...]
-    fields: dict[str, Any] = {}
+    fields: Mapping[str, Any] = MappingProxyType({})
 
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 8,
-    "intermediate_size": 6,
+    "intermediate_size": 12,  # grouped matmuls need rows of 16 bytes
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,

@@ -53,16 +53,18 @@ def test_the_trained_parameters_are_those_of_peft(name: str, fields: dict[str, A
 @pytest.mark.parametrize(
     ("name", "total", "active"),
     [
-        ("Mixtral-8x7B-v0.1", "46.7", "12.9"),
-        ("Mixtral-8x22B-v0.1", "140.6", "39.1"),
-        ("Qwen3-30B-A3B", "30.5", "3.3"),
-        ("Qwen3-235B-A22B", "235.1", "22.2"),
-        ("OLMoE-1B-7B-0924", "6.9", "1.3"),
+        ("Mixtral-8x7B-v0.1", 46.7, 12.9),
+        ("Mixtral-8x22B-v0.1", 140.6, 39),
+        ("Qwen3-30B-A3B", 30.5, 3.3),
+        ("Qwen3-235B-A22B", 235, 22),
+        ("OLMoE-1B-7B-0924", 6.9, 1.3),
     ],
 )
-def test_total_and_active_parameters_are_the_published_ones(name: str, total: str, active: str) -> None:
+def test_total_and_active_parameters_are_the_published_ones(name: str, total: float, active: float) -> None:
+    """The publications round, or cut off digits."""
     shape = shape_of(name)
-    assert (f"{shape.parameters / 1e9:.1f}", f"{shape.active_parameters / 1e9:.1f}") == (total, active)
+    assert shape.parameters / 1e9 == pytest.approx(total, rel=0.005)
+    assert shape.active_parameters / 1e9 == pytest.approx(active, rel=0.02)
 
 
 def test_active_parameters_without_the_embedding_are_those_of_the_model_card() -> None:
