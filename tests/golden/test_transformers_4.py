@@ -52,8 +52,11 @@ def test_logits_are_those_of_transformers_4(folder: Path, tmp_path: Path) -> Non
     torch.testing.assert_close(logits_of(model, folder), expected, rtol=1e-4, atol=1e-4)
 
 
+READ_BY_PEFT = [folder for folder in FOLDERS if folder.name != "deepseek-v3"]  # peft drops dense modules of these names
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", READ_BY_PEFT, ids=lambda folder: folder.name)
 def test_peft_reads_what_lorakit_saves_again(folder: Path, tmp_path: Path) -> None:
     theirs = pytest.importorskip("peft")
     model = base_of(folder)

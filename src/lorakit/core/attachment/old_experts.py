@@ -70,18 +70,16 @@ def with_fused_experts(files: AdapterFiles, index: AdapterIndex) -> AdapterFiles
     parts = {path: set(sites) for path, sites in found.fused.items()}
     config = with_fused_targets(_without_old_keys(layout, files.config), layout, parts, [], list(bare.values()))
     made: dict[str, tuple[Tensor, Tensor]] = {}
-    ranks, alphas = {}, {}
+    ranks: dict[str, float] = {}
+    alphas: dict[str, float] = {}
     for path, sites in found.fused.items():
         olds = _check_experts(layout, files, bare[path], sites)
         held = {old: {n: _factors(files, present, site) for n, site in sites[old].items()} for old in olds}
-        rank, alpha = _rank_and_alpha(files, path, sites, held)
+        ranks[path], alphas[path] = _rank_and_alpha(files, path, sites, held)
         made[path] = _fused(files, bare[path], held)
-        if literal_value(config.rank_pattern, path, config.r) != rank:
-            ranks[f"^{re.escape(path)}"] = rank
-        if not math.isclose(literal_value(config.alpha_pattern, path, config.lora_alpha), alpha):
-            alphas[f"^{re.escape(path)}"] = alpha
     config.target_modules = _modules(layout, files.config, found)
-    config.rank_pattern, config.alpha_pattern = ranks | config.rank_pattern, alphas | config.alpha_pattern
+    config.rank_pattern = {k: int(v) for k, v in _patterns(layout, config.rank_pattern, ranks, config.r).items()}
+    config.alpha_pattern = _patterns(layout, config.alpha_pattern, alphas, config.lora_alpha)
     warnings = [*files.warnings, *_without_dropout(files, config, bare, found)]
     tensors = _renamed(layout, files.file.tensors, present, found)
     for site, target in named_targets(index, config).items():
@@ -196,6 +194,24 @@ def _rank_and_alpha(files: AdapterFiles, path: str, sites: Sites, held: Factors)
             field="alpha_pattern",
         )
     return rank, scales.pop() * (math.sqrt(rank) if rslora else rank)
+
+
+def _patterns(
+    layout: ExpertsLayout, given: Mapping[str, float], values: Mapping[str, float], default: float
+) -> dict[str, float]:
+    """Return patterns with which each parameter has its value: one key for all with the same name if they agree.
+
+    PEFT uses the first key that matches, and saved keys are sorted, so no parameter may match two keys.
+    """
+    found = dict(given)
+    for new in dict.fromkeys(layout.parameters.values()):
+        at = {path: value for path, value in values.items() if names_path(new, path)}
+        if not all(math.isclose(literal_value(found, path, default), value) for path, value in at.items()):
+            key = rf".*\.{re.escape(new)}"
+            found.pop(key, None)
+            agree = math.isclose(min(at.values()), max(at.values()))
+            found |= {key: min(at.values())} if agree else {f"^{re.escape(path)}": at[path] for path in at}
+    return found
 
 
 def _fused(files: AdapterFiles, parameter: BareParameter, held: Factors) -> tuple[Tensor, Tensor]:
