@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import lorakit.peft as ours
+from lorakit import core
 from lorakit.hub.shapes import shape_of_module
 from lorakit.plan import count
 
+from ..speed.architectures import build, inputs, small_settings
 from .experts import quiet, randomise, trained
 
 theirs = pytest.importorskip("peft")
@@ -68,3 +71,39 @@ def test_the_output_projection_is_used_where_peft_ignores_it(tmp_path: Path) -> 
         again = ours.PeftModel.from_pretrained(tower(), tmp_path / "theirs").eval()
     torch.testing.assert_close(pooled(read), ignored)
     torch.testing.assert_close(pooled(again), found)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("t5gemma2", "T5Gemma2ForSequenceClassification"),
+        pytest.param("gemma3", "Gemma3ForConditionalGeneration", marks=pytest.mark.slow),
+        pytest.param("phi4_multimodal", "Phi4MultimodalForCausalLM", marks=pytest.mark.slow),
+    ],
+)
+def test_models_with_such_a_tower_are_adapted_and_read_as_in_peft(kind: str, name: str, tmp_path: Path) -> None:
+    """The outputs are compared in fp64; the classification head is that of the file."""
+    task = {"task_type": "SEQ_CLS"} if name.endswith("Classification") else {}
+    settings = small_settings(kind, name)
+
+    def adapted(library: Any) -> Any:
+        model = library.get_peft_model(build(kind, name, settings), library.LoraConfig(**FIELDS, **task))
+        randomise(model)
+        return model.eval()
+
+    model, expected = adapted(ours), adapted(theirs)
+    assert trained(model) == trained(expected)
+    assert any(".attention.out_proj.lora_A." in path for path in trained(model))
+    expected.save_pretrained(tmp_path)
+    read = build(kind, name, settings)
+    core.load_adapter(read, tmp_path)
+    again = ours.PeftModel.from_pretrained(build(kind, name, settings), tmp_path)
+    given = inputs(read, 9)
+    if task:
+        (head,) = (path for path in load_file(tmp_path / "adapter_model.safetensors") if path.endswith("out_proj.bias"))
+        saved = load_file(tmp_path / "adapter_model.safetensors")[head]
+        assert torch.equal(dict(read.named_parameters())["score.modules_to_save.default.out_proj.bias"], saved)
+    wanted = expected.double()(**given).logits
+    for found in (read, again.eval(), model):
+        torch.testing.assert_close(found.double()(**given).logits, wanted, rtol=1e-5, atol=1e-5)

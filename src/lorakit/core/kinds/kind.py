@@ -76,8 +76,8 @@ class Kind:
         is_dense: Whether the module is a dense layer, which multiplies its input by the weight exactly once.
             `"all-linear"` selects dense layers.
         names_parameter: Whether the site is a bare parameter, selected by its path (`target_parameters`).
-        read_by_owner: Whether the parent module reads the module's weight instead of calling the module. `"all-linear"` selects
-            such modules, too.
+        read_by_owner: Whether the parent module reads the module's weight instead of calling the module.
+            `"all-linear"` selects such modules, too.
     """
 
     name: str
