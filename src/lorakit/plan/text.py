@@ -118,7 +118,7 @@ def _active(plan: Plan) -> list[str]:
         return []
     experts = shape.fused[0][0]
     return [
-        f"active       {shape.active_parameters:,} of {shape.parameters:,} parameters per token "
+        f"active       {shape.active_parameters:,} of {shape.parameters:,} per token "
         f"({shape.passed(experts)} of {experts} experts)"
     ]
 
