@@ -271,6 +271,13 @@ EXPERTS: tuple[ExpertsLayout, ...] = (
 EXPERTS_BY_TYPE: Mapping[str, ExpertsLayout] = {kind: layout for layout in EXPERTS for kind in layout.model_types}
 """The names of transformers 4 for each `model_type`."""
 
+OLD_EXPERTS_BY_TYPE: Mapping[str, ExpertsLayout] = {
+    **EXPERTS_BY_TYPE,
+    "phimoe": replace(EXPERTS_BY_TYPE["mixtral"], current_router="router"),
+    "qwen2_moe": EXPERTS_BY_TYPE["qwen3_moe"],
+}
+"""The names in adapters made under transformers 4, also for types for which PEFT converts no names."""
+
 TUPLE_ROUTERS = (
     "transformers.models.llama4.modeling_llama4.Llama4Router",
     "transformers.models.phimoe.modeling_phimoe.PhimoeTopKRouter",

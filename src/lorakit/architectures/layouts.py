@@ -24,6 +24,9 @@ FUSED, DOWN = "gate_up_proj", "down_proj"
 BLOCK = "mlp"
 """Usual name of the module around router and experts, in transformers 5."""
 
+SHARED = ".shared_expert"
+"""Part of the paths of modules in an expert through which every token passes."""
+
 
 def is_within(path: str, module: str) -> bool:
     """Return whether a module is another one or is inside it.
@@ -239,6 +242,7 @@ class ExpertsLayout:
         inner: Modules whose weights are now fused in one parameter, in the order of its rows.
         down: Module after the activation.
         router: Module that selects the experts.
+        current_router: Name of that module in transformers 5, if it is another, or "".
         block: Name of the module around router and experts in transformers 4, if it has another name now, or "".
         model_types: Values of a config's `model_type` for which PEFT converts these names.
     """
@@ -247,12 +251,14 @@ class ExpertsLayout:
     down: str
     router: str = "gate"
     block: str = ""
+    current_router: str = ""
     model_types: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> dict[str, str]:
         """Return the name of the parameter, relative to the module that held the old one, for each old name."""
-        return {self.router: f"{self.router}.weight", **dict.fromkeys(self.inner, FUSED), self.down: DOWN}
+        router = f"{self.current_router or self.router}.weight"
+        return {self.router: router, **dict.fromkeys(self.inner, FUSED), self.down: DOWN}
 
     def parts(self, parameter: str) -> tuple[str, ...]:
         """Return the old names of the modules that a parameter consists of.

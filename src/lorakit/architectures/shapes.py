@@ -11,10 +11,11 @@ costs.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from math import prod
 
 from lorakit.architectures.families import BERT_BLOCK, GPT2_BLOCK, PRE_NORM
-from lorakit.architectures.layouts import Block, is_within
+from lorakit.architectures.layouts import SHARED, Block, is_within
 from lorakit.errors import ConfigError
 
 ALL_DROPOUTS = {"embedding": 0.1, "residual": 0.1, "attention": 0.1}
@@ -109,7 +110,7 @@ class ModelShape:
         containers: Paths of modules without parameters of their own; a target list may name such a module by mistake.
         experts_per_token: Number of fused experts that process each token; 0 if there are none or if the number is
             unknown.
-        model_type: The `model_type` of the model's config, or "" for a published model.
+        model_type: The `model_type` of the model's config, or "" for a published model without experts.
         full_modules: Paths of modules that the model's task trains in full and that are not quantized: a head for
             classification, and modules that the model's files lack.
     """
@@ -151,9 +152,23 @@ class ModelShape:
         return min(self.experts_per_token or experts, experts)
 
     @property
+    def active_parameters(self) -> int:
+        """Return the number of parameters without those of experts that a token does not pass through."""
+        held = (other for other in self.others if any(len(size) == 3 for _, size in other.matrices))
+        sizes = (size for other in held if other.experts for _, size in other.matrices if size[0] == other.experts)
+        return self.parameters - sum((size[0] - self.passed(size[0])) * prod(size[1:]) for size in sizes)
+
+    @property
+    def shared_width(self) -> int:
+        """Return the inner width of the shared expert of a layer, through which every token passes, or 0."""
+        inner = (site for site in self.sites if SHARED in site.path and site.path.endswith(".up_proj"))
+        return max((site.out_features for site in inner), default=0)
+
+    @property
     def inner_width(self) -> int:
-        """Return the inner width of the MLP, summed over the experts that process a token."""
-        return self.intermediate * (self.passed(self.fused[0][0]) if self.fused else 1)
+        """Return the inner width of the MLP, summed over the experts that process a token, shared ones included."""
+        through = self.passed(self.fused[0][0]) if self.fused else 1
+        return self.intermediate * through + self.shared_width
 
     @property
     def query_width(self) -> int:
@@ -272,15 +287,15 @@ def gpt2(sizes: Sizes) -> ModelShape:
     Returns:
         The shape.
     """
-    d, inside = sizes.hidden, _linears(GPT2_BLOCK, sizes)
+    d, inside = sizes.hidden, linears(GPT2_BLOCK, sizes)
     sites = [
-        *_embeddings(d, {"transformer.wte": sizes.vocab, "transformer.wpe": sizes.positions}),
+        *embeddings(d, {"transformer.wte": sizes.vocab, "transformer.wpe": sizes.positions}),
         *_in_blocks("transformer.h", sizes, inside, kind="Conv1D", biased=inside),
         SiteShape("lm_head", "Linear", sizes.vocab, d, dense=False, tied_to="transformer.wte"),
     ]
     names = [f"transformer.h.{layer}.{name}" for layer in range(sizes.layers) for name in GPT2_BLOCK.norms]
     others = [PlainShape(name, 2 * d, d) for name in (*names, "transformer.ln_f")]
-    return _shape(sizes, "GPT2LMHeadModel", sites, others, dropouts=ALL_DROPOUTS)
+    return shape_from(sizes, "GPT2LMHeadModel", sites, others, dropouts=ALL_DROPOUTS)
 
 
 def bert(sizes: Sizes) -> ModelShape:
@@ -292,16 +307,16 @@ def bert(sizes: Sizes) -> ModelShape:
     Returns:
         The shape.
     """
-    d, inside = sizes.hidden, _linears(BERT_BLOCK, sizes)
+    d, inside = sizes.hidden, linears(BERT_BLOCK, sizes)
     tables = {"word": sizes.vocab, "position": sizes.positions, "token_type": 2}
     sites = [
-        *_embeddings(d, {f"embeddings.{name}_embeddings": rows for name, rows in tables.items()}),
+        *embeddings(d, {f"embeddings.{name}_embeddings": rows for name, rows in tables.items()}),
         *_in_blocks("encoder.layer", sizes, inside, biased=inside),
         SiteShape("pooler.dense", "Linear", d, d, bias=True),
     ]
     names = [f"encoder.layer.{layer}.{name}" for layer in range(sizes.layers) for name in BERT_BLOCK.norms]
     others = [PlainShape(name, 2 * d, d) for name in ("embeddings.LayerNorm", *names)]
-    return _shape(sizes, "BertModel", sites, others, dropouts=ALL_DROPOUTS)
+    return shape_from(sizes, "BertModel", sites, others, dropouts=ALL_DROPOUTS)
 
 
 def llama(sizes: Sizes) -> ModelShape:
@@ -343,10 +358,10 @@ def qwen3(sizes: Sizes) -> ModelShape:
 def _llama_like(
     sizes: Sizes, architecture: str, *, biased: Collection[str] = (), head_norms: bool = False
 ) -> ModelShape:
-    d, inside = sizes.hidden, _linears(PRE_NORM, sizes)
+    d, inside = sizes.hidden, linears(PRE_NORM, sizes)
     tied_to = "model.embed_tokens" if sizes.tied else None
     sites = [
-        *_embeddings(d, {"model.embed_tokens": sizes.vocab}),
+        *embeddings(d, {"model.embed_tokens": sizes.vocab}),
         *_in_blocks("model.layers", sizes, inside, biased=biased),
         SiteShape("lm_head", "Linear", sizes.vocab, d, dense=False, tied_to=tied_to),
     ]
@@ -354,11 +369,16 @@ def _llama_like(
     norms = dict.fromkeys(of_heads, sizes.head_dim) | dict.fromkeys(PRE_NORM.norms, d)
     blocks = [f"model.layers.{layer}" for layer in range(sizes.layers)]
     others = [PlainShape(f"{block}.{name}", width) for block in blocks for name, width in norms.items()]
-    return _shape(sizes, architecture, sites, [*others, PlainShape("model.norm", d)], gated=True)
+    return shape_from(sizes, architecture, sites, [*others, PlainShape("model.norm", d)], gated=True)
 
 
-def _linears(block: Block, sizes: Sizes) -> dict[str, tuple[int, int]]:
-    """Return (out, in) for each linear module of a block, by its path in the block, in the order of the calls."""
+def linears(block: Block, sizes: Sizes) -> dict[str, tuple[int, int]]:
+    """Return (out, in) for each linear module of a block, by its path in the block, in the order of the calls.
+
+    Args:
+        block: Layout of the block.
+        sizes: Sizes from the model's config.json.
+    """
     d, f = sizes.hidden, sizes.intermediate
     q, kv = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     inputs, inner = block.inputs
@@ -368,8 +388,13 @@ def _linears(block: Block, sizes: Sizes) -> dict[str, tuple[int, int]]:
     return found | dict.fromkeys(inner, (f, d)) | {down: (d, f)}
 
 
-def _embeddings(width: int, tables: Mapping[str, int]) -> list[SiteShape]:
-    """Return embedding sites of the given width; `tables` maps each path to a number of embeddings."""
+def embeddings(width: int, tables: Mapping[str, int]) -> list[SiteShape]:
+    """Return embedding sites.
+
+    Args:
+        width: Width of the embeddings.
+        tables: Path of each site -> number of embeddings.
+    """
     return [SiteShape(path, "Embedding", width, rows, dense=False) for path, rows in tables.items()]
 
 
@@ -389,7 +414,7 @@ def _in_blocks(
     ]
 
 
-def _shape(
+def shape_from(
     sizes: Sizes,
     architecture: str,
     sites: list[SiteShape],
@@ -398,6 +423,16 @@ def _shape(
     gated: bool = False,
     dropouts: dict[str, float] | None = None,
 ) -> ModelShape:
+    """Return a shape from its sites and other modules; containers and the number of parameters follow from them.
+
+    Args:
+        sizes: Sizes from the model's config.json.
+        architecture: Class of the model in transformers.
+        sites: Linear modules and embeddings, in model order.
+        others: Other modules with parameters, in model order.
+        gated: Whether the MLP is gated.
+        dropouts: Dropout rates, as in `ModelShape`.
+    """
     owners = [s.path for s in sites] + [o.path for o in others]
     parents = {p.rsplit(".", n)[0] for p in owners for n in range(1, p.count(".") + 1)}
     return ModelShape(
@@ -410,8 +445,8 @@ def _shape(
         others=tuple(others),
         causal=architecture != "BertModel",
         dropouts=dropouts or {},
-        containers=tuple(sorted(parents)),
-        **asdict(sizes),
+        containers=tuple(sorted(parents.difference(owners))),
+        **{one.name: getattr(sizes, one.name) for one in fields(Sizes)},
     )
 
 

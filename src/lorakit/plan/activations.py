@@ -84,9 +84,11 @@ def _feed_forward(block: Block, shape: ModelShape, job: Job) -> int:
     """Return the number of bytes that the activation of a feed-forward block and the dropout after the block save.
 
     Saved are gate, act(gate) and up (SwiGLU, for experts too); x, x/2, tanh and 1 + tanh (tanh-GELU); or x (GELU).
+    Each expert that processes a token also saves its output, which is multiplied by the router's weight.
     """
     saved = GATED.saved if block.feed_forward_modules is None else block.feed_forward_modules.saved
-    return job.batch_tokens * job.dtype_bytes * shape.inner_width * saved + _noise(shape, job)
+    outputs = shape.hidden * shape.passed(shape.fused[0][0]) if shape.fused else 0
+    return job.batch_tokens * job.dtype_bytes * (shape.inner_width * saved + outputs) + _noise(shape, job)
 
 
 def _noise(shape: ModelShape, job: Job) -> int:

@@ -9,17 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Generic, TypeVar
 
+from lorakit.architectures.expert_shapes import ExpertSizes, glm4_moe, gpt_oss, mixtral, olmoe, qwen3_moe
 from lorakit.architectures.shapes import ModelShape, Sizes, bert, gpt2, llama, qwen2, qwen3
+
+S = TypeVar("S", bound=Sizes)
 
 
 @dataclass(frozen=True)
-class Entry:
+class Entry(Generic[S]):
     """A published model.
 
     Attributes:
         names: Accepted names, which are not case-sensitive; the first is the display name.
-        family: Function in `lorakit.architectures.shapes` that builds the shape.
+        family: Function in `lorakit.architectures.shapes` or `expert_shapes` that builds the shape.
         parameters: Exact number of parameters; tied weights count once.
         sizes: Sizes in the model's config.json.
         paper: Publication that gives the sizes, cited along with the config.json of the first Hub id in `names`.
@@ -27,9 +31,9 @@ class Entry:
     """
 
     names: tuple[str, ...]
-    family: Callable[[Sizes], ModelShape]
+    family: Callable[[S], ModelShape]
     parameters: int
-    sizes: Sizes
+    sizes: S
     paper: str
     dtype: str = "bfloat16"
 
@@ -41,6 +45,10 @@ _LLAMA32 = "Llama 3.2 model card, 2024"
 _QWEN25 = "Qwen Team 2024, arXiv:2412.15115, table 1"
 _QWEN3 = "Qwen Team 2025, arXiv:2505.09388, table 1"
 _SMOLLM2 = "Ben Allal et al. 2025, arXiv:2502.02737"
+_MIXTRAL = "Jiang et al. 2024, arXiv:2401.04088, table 1"
+_OLMOE = "Muennighoff et al. 2024, arXiv:2409.02060, table 10"
+_GPT_OSS = "OpenAI 2025, arXiv:2508.10925, table 1"
+_GLM45 = "GLM-4.5 Team 2025, arXiv:2508.06471, table 1"
 
 _LLAMA31_8B = ("Llama-3.1-8B", "Llama-3.1-8B-Instruct")
 _LLAMA32_1B = ("Llama-3.2-1B", "Llama-3.2-1B-Instruct")
@@ -55,7 +63,74 @@ def _ids(owner: str, *names: str) -> tuple[str, ...]:
     return tuple(form for name in names for form in (name, f"{owner}/{name}"))
 
 
-_ENTRIES: tuple[Entry, ...] = (
+_WITH_EXPERTS: tuple[Entry[ExpertSizes], ...] = (
+    Entry(
+        _ids("mistralai", "Mixtral-8x7B-v0.1", "Mixtral-8x7B-Instruct-v0.1"),
+        mixtral,
+        46_702_792_704,
+        ExpertSizes(4096, 32, 32, 32_000, 32_768, 14_336, 8, tied=False, experts=8, experts_per_token=2),
+        _MIXTRAL,
+    ),
+    Entry(
+        _ids("mistralai", "Mixtral-8x22B-v0.1"),
+        mixtral,
+        140_620_634_112,
+        ExpertSizes(6144, 56, 48, 32_000, 65_536, 16_384, 8, tied=False, experts=8, experts_per_token=2),
+        "Mixtral 8x22B model card, 2024",
+    ),
+    Entry(
+        _ids("Qwen", "Qwen3-30B-A3B"),
+        qwen3_moe,
+        30_532_122_624,
+        ExpertSizes(2048, 48, 32, _CODE_VOCAB, 40_960, 768, 4, 128, tied=False, experts=128, experts_per_token=8),
+        _QWEN3,
+    ),
+    Entry(
+        _ids("Qwen", "Qwen3-235B-A22B"),
+        qwen3_moe,
+        235_093_634_560,
+        ExpertSizes(4096, 94, 64, _CODE_VOCAB, 40_960, 1536, 4, 128, tied=False, experts=128, experts_per_token=8),
+        _QWEN3,
+    ),
+    Entry(
+        _ids("allenai", "OLMoE-1B-7B-0924", "OLMoE-1B-7B-0924-Instruct"),
+        olmoe,
+        6_919_161_856,
+        ExpertSizes(2048, 16, 16, 50_304, 4096, 1024, 16, tied=False, experts=64, experts_per_token=8),
+        _OLMOE,
+    ),
+    Entry(
+        _ids("openai", "gpt-oss-20b"),
+        gpt_oss,
+        20_914_757_184,
+        ExpertSizes(2880, 24, 64, 201_088, 131_072, 2880, 8, 64, tied=False, experts=32, experts_per_token=4),
+        _GPT_OSS,
+    ),
+    Entry(
+        _ids("openai", "gpt-oss-120b"),
+        gpt_oss,
+        116_829_156_672,
+        ExpertSizes(2880, 36, 64, 201_088, 131_072, 2880, 8, 64, tied=False, experts=128, experts_per_token=4),
+        _GPT_OSS,
+    ),
+    Entry(
+        ("GLM-4.5-Air", "zai-org/GLM-4.5-Air"),
+        glm4_moe,
+        106_852_245_504,
+        ExpertSizes(
+            *(4096, 46, 96, 151_552, 131_072, 1408, 8, 128, False),
+            experts=128,
+            experts_per_token=8,
+            shared_intermediate=1408,
+            dense_blocks=1,
+            dense_intermediate=10_944,
+        ),
+        _GLM45,
+    ),
+)
+"""Models with experts; gpt-oss is published in MXFP4, which is dequantized when it is loaded."""
+
+_ENTRIES: tuple[Entry[Sizes] | Entry[ExpertSizes], ...] = (
     *(
         Entry((name, f"openai-community/{name}", *others), gpt2, count, sizes, _GPT2, "float32")
         for name, others, count, sizes in (
@@ -112,6 +187,7 @@ _ENTRIES: tuple[Entry, ...] = (
             ("1.7B", 1_711_376_384, Sizes(2048, 24, 32, 49_152, 8192, 8192, 32)),
         )
     ),
+    *_WITH_EXPERTS,
 )
 
 
@@ -142,7 +218,7 @@ def published(name: str) -> ModelShape | None:
 
 
 @cache
-def _built(entry: Entry) -> ModelShape:
+def _built(entry: Entry[S]) -> ModelShape:
     hub_id = next((name for name in entry.names if "/" in name), entry.names[0])
     return replace(
         entry.family(entry.sizes),

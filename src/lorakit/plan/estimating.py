@@ -99,7 +99,10 @@ class Method:
         return None if step is None or self.job.steps is None else step * self.job.steps
 
 
-_MODEL_FIELDS = ("name", "source", "architecture", "parameters", "layers", "hidden", "vocab", "positions", "tied")
+_MODEL_FIELDS = (
+    *("name", "source", "architecture", "parameters", "active_parameters", "layers", "hidden", "vocab"),
+    *("positions", "tied"),
+)
 _COUNT_FIELDS = ("trainable", "base", "share", "factors", "magnitudes")
 _JOB_FIELDS = ("gradient_checkpointing", "batch_tokens", "step_tokens")
 _METHOD_FIELDS = ("tokens_per_second", "step_seconds", "run_seconds", "saved_bytes", "resumable_bytes")

@@ -437,7 +437,9 @@ def _bare_parameters(shape: ModelShape) -> list[BareParameter]:
     for site in shape.sites:
         rows = (site.out_features, site.in_features)
         found.append(BareParameter(site.path, "weight", rows if site.kind == LINEAR else rows[::-1]))
-    found += [BareParameter(other.path, name, size) for other in shape.others for name, size in other.matrices]
+    found += [
+        BareParameter(other.path, name, size, other.experts) for other in shape.others for name, size in other.matrices
+    ]
     return found
 
 

@@ -102,11 +102,24 @@ def _summary(plan: Plan) -> list[str]:
     time = "no estimate; pass --calibrate or --tokens-per-second" if lora.step_seconds is None else _times(plan)
     return [
         f"trainable    {_trainable(plan)}",
+        *_active(plan),
         f"peak memory  {format_bytes(lora.memory.peak_bytes)} "
         f"(full fine-tuning {format_bytes(full.memory.peak_bytes)})",
         f"adapter      {format_bytes(lora.saved_bytes)} (full model {format_bytes(full.saved_bytes)})",
         f"checkpoint   {format_bytes(lora.resumable_bytes)} (full fine-tuning {format_bytes(full.resumable_bytes)})",
         f"time         {time}",
+    ]
+
+
+def _active(plan: Plan) -> list[str]:
+    """Return a line with the parameters that process one token, or [] if all of them do."""
+    shape = plan.shape
+    if shape.active_parameters == shape.parameters:
+        return []
+    experts = shape.fused[0][0]
+    return [
+        f"active       {shape.active_parameters:,} of {shape.parameters:,} per token "
+        f"({shape.passed(experts)} of {experts} experts)"
     ]
 
 

@@ -90,7 +90,7 @@ def with_current_names(
 
 def with_fused_targets(
     config: LoraConfig,
-    model_type: str,
+    layout: ExpertsLayout,
     parts: Mapping[str, set[str]],
     modules: Collection[str],
     parameters: Sequence[BareParameter],
@@ -99,12 +99,11 @@ def with_fused_targets(
 
     Args:
         config: The config; it is not modified.
-        model_type: The model's `model_type`, which must be in `EXPERTS_BY_TYPE`.
+        layout: Names of transformers 4 in the model's architecture.
         parts: Path of a parameter -> old names of its parts.
         modules: The new `target_modules`.
         parameters: Every named parameter of the model, in order.
     """
-    layout = EXPERTS_BY_TYPE[model_type]
     plain = dataclasses.replace(config, exclude_modules=None, layers_to_transform=None, layers_pattern=None)
     made = _converted(layout, plain, _Found(dict(parts), modules=set(modules)), _held(layout, parameters))
     return dataclasses.replace(
@@ -302,7 +301,7 @@ def note_on_rest(
         found: The resolution of `config`.
         total: Number of parameters of the model.
     """
-    if not any(len(parameter.shape) == 3 and parameter.name != "weight" for parameter in parameters):
+    if not any(len(p.shape) == 3 and (p.experts or p.name != "weight") for p in parameters):
         return None
     is_named = _is_left_out(given, config)
     modules = {candidate.path: candidate for candidate in candidates}

@@ -58,11 +58,13 @@ class BareParameter:
         module: Path of the module that holds the parameter; "" for the model itself.
         name: Name of the parameter in that module.
         shape: Shape of the parameter.
+        experts: Number of experts of the module, as transformers sets it; 0 if there are none.
     """
 
     module: str
     name: str
     shape: tuple[int, ...]
+    experts: int = 0
 
     @property
     def path(self) -> str:

@@ -16,6 +16,7 @@ from lorakit.hub.shapes import shape_of_module
 from lorakit.plan import count
 
 from ...peft.experts import BY_KIND, FAMILIES, WITH_TUPLES, Family, each, loss_and_logits, quiet, randomise
+from ...speed.architectures import build, small_settings
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 EVERY = (*FAMILIES, *WITH_TUPLES)
@@ -165,3 +166,22 @@ def test_a_config_that_is_not_possible_changes_nothing(fields: dict[str, Any]) -
             attach(model, ours.LoraConfig(r=2, **fields))
         after = state(model)
         assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_whose_parameters_are_called_weight_are_reported_too() -> None:
+    model = build("jetmoe", "JetMoeForCausalLM", small_settings("jetmoe", "JetMoeForCausalLM"))
+    config = LoraConfig(r=2, target_modules=["kv_proj"])
+    notes = (count(shape_of_module(model, "small", "test"), config).notes, core.attach(model, config).notes)
+    assert all(note.kind != "left_out" for some in notes for note in some)  # the names were never those of experts
+    core.detach(model)
+    notes = (count(shape_of_module(model, "small", "test"), ALL_LINEAR).notes, core.attach(model, ALL_LINEAR).notes)
+    one, other = ([note.text for note in some if note.kind == "left_out"] for some in notes)
+    assert one == other
+    assert "mlp.input_linear" in one[0] and "mlp.output_linear" in one[0]
+
+
+def test_convolutions_are_not_experts() -> None:
+    model = build("mamba", "MambaForCausalLM", small_settings("mamba", "MambaForCausalLM"))
+    report = core.attach(model, LoraConfig(r=2, target_modules="all-linear", exclude_modules=["out_proj"]))
+    assert all(note.kind != "left_out" for note in report.notes)

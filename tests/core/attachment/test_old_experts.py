@@ -114,6 +114,22 @@ def test_different_ranks_with_one_scale_load(tmp_path: Path) -> None:
     assert ranks["experts.base_layer"] == 6 and ranks["experts"] == 2
 
 
+def test_layers_may_have_different_ranks(tmp_path: Path) -> None:
+    tensors = old_tensors(QWEN)
+    for name, tensor in tensors.items():
+        if ".layers.1.mlp.experts." in name:
+            tensors[name] = torch.cat([tensor, tensor], 0 if "lora_A" in name else 1)
+    model, _ = loaded(QWEN, write_old(tmp_path / "old", tensors, target_modules=["q_proj", *QWEN.old]))
+    ranks = {site.path: site.layer.r["default"] for site in core.sites(model) if "experts" in site.path}
+    assert sorted(ranks.values()) == [2, 4, 4, 8]
+    expected = loss_and_logits(model)[1]
+    core.save_adapter(model, tmp_path / "new")
+    with quiet():
+        of_peft = theirs.PeftModel.from_pretrained(QWEN.model(), tmp_path / "new").eval()
+    for reader in (loaded(QWEN, tmp_path / "new")[0], of_peft):
+        torch.testing.assert_close(loss_and_logits(reader)[1], expected, **CLOSE)
+
+
 def test_dropout_at_a_router_is_reported(tmp_path: Path) -> None:
     folder = write_old(tmp_path, old_tensors(QWEN), target_modules=["q_proj", *QWEN.old], lora_dropout=0.1)
     _, report = loaded(QWEN, folder)

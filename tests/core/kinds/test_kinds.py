@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from lorakit.config import LoraConfig
 from lorakit.core import attach
 from lorakit.core.kinds import (
+    INNER,
     KINDS,
     Kind,
     checked,
@@ -46,8 +47,8 @@ def test_other_modules_are_none(module_type: type[nn.Module]) -> None:
     assert kind_of(module_type) is None
 
 
-def test_a_weight_that_its_owner_reads_itself_is_refused() -> None:
-    assert kind_of(type(nn.MultiheadAttention(4, 2).out_proj)) is None
+def test_a_weight_that_its_owner_reads_has_a_kind_of_its_own() -> None:
+    assert kind_of(type(nn.MultiheadAttention(4, 2).out_proj)) is INNER
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -174,7 +175,7 @@ def test_a_users_kind_has_nothing_that_only_our_module_types_have() -> None:
         own = checked([dataclasses.replace(like, name="Own", types=(Own,))])["Own"]
         assert not (own.is_dense or own.names_parameter or own.read_by_owner)
         assert fits(every_kind, own) and not fits(every_kind_of_the_table, own)
-    assert kind_of(nn.modules.linear.NonDynamicallyQuantizableLinear) is None
+    assert kind_of(nn.modules.linear.NonDynamicallyQuantizableLinear) is inner
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

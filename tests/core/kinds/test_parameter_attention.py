@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
-from lorakit.core import attach, detach, load_adapter, merge, route, save_adapter, sites, unmerge, use
+from lorakit.core import attach, detach, disable, load_adapter, merge, route, save_adapter, sites, unmerge, use
 from lorakit.errors import RouteError, TargetError
 
 X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(3))
@@ -121,9 +121,54 @@ def test_two_adapters_come_and_go(options: dict[str, int | bool], tmp_path: Path
     assert type(model.mha) is nn.MultiheadAttention and not sites(model)
 
 
-def test_its_out_projection_alone_is_refused_since_nothing_would_call_it() -> None:
-    with pytest.raises(TargetError, match="out_proj"):
-        attach(Model(), LoraConfig(target_modules=["out_proj"]))
+OUT = LoraConfig(r=2, lora_alpha=4, target_modules=["out_proj"], init_lora_weights=False)
+
+
+@pytest.mark.parametrize("targets", [["out_proj"], "all-linear"], ids=str)
+def test_its_out_projection_alone_is_adapted_through_its_weight(targets: list[str] | str, tmp_path: Path) -> None:
+    model = Model().eval()
+    attach(model, OUT.with_fields(target_modules=targets))
+    assert [(site.path, site.kind) for site in sites(model)] == [("mha.out_proj", "InnerLinear")]
+    expected = by_hand(model)
+    torch.testing.assert_close(model(X), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), expected)
+    model(X).square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in sites(model)[0].layer.parameters_of("default"))
+    with disable(model):
+        torch.testing.assert_close(model(X), Model().eval()(X))
+    save_adapter(model, tmp_path)
+    other = Model().eval()
+    load_adapter(other, tmp_path)
+    torch.testing.assert_close(other(X), expected)
+    merge(model)
+    torch.testing.assert_close(model(X), expected)
+    unmerge(model)
+    torch.testing.assert_close(model(X), expected)
+    detach(model)
+    assert list(model.state_dict()) == list(Model().state_dict())
+
+
+def test_its_out_projection_has_one_adapter_for_all_rows() -> None:
+    model = Model().eval()
+    attach(model, OUT, "a")
+    with use(model, "a"):
+        expected = model(X)
+    with route(model, ["a"] * 3):
+        assert torch.equal(model(X), expected)
+    with route(model, ["a", None, None]), pytest.raises(RouteError, match="one weight for all rows"):
+        model(X)
+
+
+def test_it_is_adapted_as_a_whole_or_at_its_out_projection() -> None:
+    with pytest.raises(TargetError) as caught:
+        attach(Model(), LoraConfig(target_modules=["mha", "out_proj"]))
+    assert (caught.value.fields["where"], caught.value.fields["what"]) == ("mha", "mha.out_proj")
+    model = Model()
+    attach(model, OUT)
+    with pytest.raises(TargetError):
+        attach(model, LoraConfig(target_modules=["mha"]), "second")
+    assert [site.path for site in sites(model)] == ["mha.out_proj"]
 
 
 def test_rows_with_different_adapters_are_refused() -> None:

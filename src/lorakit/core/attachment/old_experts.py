@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lorakit.architectures.families import EXPERTS_BY_TYPE
+from lorakit.architectures.families import OLD_EXPERTS_BY_TYPE
 from lorakit.architectures.layouts import ExpertsLayout
 from lorakit.config import LoraConfig, scale
 from lorakit.core.attachment.attaching import model_type_of
@@ -62,8 +62,7 @@ def with_fused_experts(files: AdapterFiles, index: AdapterIndex, *, rescales_B: 
             another scale than the other part, or a site has tensors other than A and B.
         ShapeMismatchError: The experts of a layer have tensors of different shapes.
     """
-    model_type = model_type_of(index.model)
-    layout = EXPERTS_BY_TYPE.get(model_type)
+    layout = OLD_EXPERTS_BY_TYPE.get(model_type_of(index.model))
     if layout is None:
         return files
     present = by_site({name: name for name in files.file.tensors})
@@ -72,20 +71,18 @@ def with_fused_experts(files: AdapterFiles, index: AdapterIndex, *, rescales_B: 
     if not found.fused:
         return files
     parts = {path: set(sites) for path, sites in found.fused.items()}
-    config = with_fused_targets(_without_old_keys(layout, files.config), model_type, parts, [], list(bare.values()))
+    config = with_fused_targets(_without_old_keys(layout, files.config), layout, parts, [], list(bare.values()))
     made: dict[str, tuple[Tensor, Tensor]] = {}
-    ranks, alphas = {}, {}
+    ranks: dict[str, float] = {}
+    alphas: dict[str, float] = {}
     for path, sites in found.fused.items():
         olds = _check_experts(layout, files, bare[path], sites)
         held = {old: {n: _factors(files, present, site) for n, site in sites[old].items()} for old in olds}
-        rank, alpha = _rank_and_alpha(files, path, sites, held)
+        ranks[path], alphas[path] = _rank_and_alpha(files, path, sites, held)
         made[path] = _fused(files, bare[path], held, rescales_B and config.use_rslora)
-        if literal_value(config.rank_pattern, path, config.r) != rank:
-            ranks[f"^{re.escape(path)}"] = rank
-        if not math.isclose(literal_value(config.alpha_pattern, path, config.lora_alpha), alpha):
-            alphas[f"^{re.escape(path)}"] = alpha
     config.target_modules = _modules(layout, files.config, found)
-    config.rank_pattern, config.alpha_pattern = ranks | config.rank_pattern, alphas | config.alpha_pattern
+    config.rank_pattern = {k: int(v) for k, v in _patterns(layout, config.rank_pattern, ranks, config.r).items()}
+    config.alpha_pattern = _patterns(layout, config.alpha_pattern, alphas, config.lora_alpha)
     warnings = [*files.warnings, *_without_dropout(files, config, bare, found)]
     tensors = _renamed(layout, files.file.tensors, present, found)
     for site, target in named_targets(index, config).items():
@@ -112,7 +109,7 @@ def tensors_with_fused_experts(
         AdapterFileError: As in `with_fused_experts`.
         ShapeMismatchError: As in `with_fused_experts`.
     """
-    if model_type_of(model) not in EXPERTS_BY_TYPE:
+    if model_type_of(model) not in OLD_EXPERTS_BY_TYPE:
         return tensors
     file = TensorFile(dict(tensors), {}, "", 0)
     files = AdapterFiles(Path(label), config, file, Sidecar(), config_is_ours=False, warnings=())
@@ -129,7 +126,7 @@ def _sites(
     targeted = files.config.target_parameters or ()
     for site in present:
         path = current_path(layout, site)
-        expert, router = _EXPERT.fullmatch(path), f"{path}.weight"
+        expert, router = _EXPERT.fullmatch(path), path.removesuffix(layout.router) + names[layout.router]
         if expert is not None and expert["old"] in names:
             parameter, old, number = f"{expert['around']}.{names[expert['old']]}", expert["old"], int(expert["number"])
         elif names_path(layout.router, path) and not any(names_path(entry, router) for entry in targeted):
@@ -222,6 +219,24 @@ def _rank_and_alpha(files: AdapterFiles, path: str, sites: Sites, held: Factors)
             field="alpha_pattern",
         )
     return rank, scales.pop() * (math.sqrt(rank) if rslora else rank)
+
+
+def _patterns(
+    layout: ExpertsLayout, given: Mapping[str, float], values: Mapping[str, float], default: float
+) -> dict[str, float]:
+    """Return patterns with which each parameter has its value: one key for all with the same name if they agree.
+
+    PEFT uses the first key that matches, and saved keys are sorted, so no parameter may match two keys.
+    """
+    found = dict(given)
+    for new in dict.fromkeys(layout.parameters.values()):
+        at = {path: value for path, value in values.items() if names_path(new, path)}
+        if not all(math.isclose(literal_value(found, path, default), value) for path, value in at.items()):
+            key = rf".*\.{re.escape(new)}"
+            found.pop(key, None)
+            agree = math.isclose(min(at.values()), max(at.values()))
+            found |= {key: min(at.values())} if agree else {f"^{re.escape(path)}": at[path] for path in at}
+    return found
 
 
 def _fused(files: AdapterFiles, parameter: BareParameter, held: Factors, rescales_B: bool) -> tuple[Tensor, Tensor]:

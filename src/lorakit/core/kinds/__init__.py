@@ -49,8 +49,6 @@ def kind_of(module_type: type[nn.Module], own: Mapping[str, Kind] = NONE) -> Kin
     """
     for ancestor in module_type.__mro__:
         dotted = f"{ancestor.__module__}.{ancestor.__qualname__}"
-        if any(dotted in kind.types for kind in KINDS if kind.read_by_owner):
-            return None  # the module is never called; it becomes a site along with its parent module
         if dotted in TUPLE_ROUTERS and not any(dotted in kind.types or ancestor in kind.types for kind in own.values()):
             return None  # the module's weight can be adapted as a parameter
         for kind in (*own.values(), *KINDS):

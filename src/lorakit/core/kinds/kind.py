@@ -77,6 +77,7 @@ class Kind:
             `"all-linear"` selects dense layers.
         names_parameter: Whether the site is a bare parameter, selected by its path (`target_parameters`).
         read_by_owner: Whether the parent module reads the module's weight instead of calling the module.
+            `"all-linear"` selects such modules, too.
     """
 
     name: str

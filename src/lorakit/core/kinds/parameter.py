@@ -115,4 +115,7 @@ INNER = replace(
     names_parameter=False,
     read_by_owner=True,
 )
-"""The output projection of nn.MultiheadAttention: a dense layer that is never called; only its weight is read."""
+"""The output projection of nn.MultiheadAttention: a dense layer that is never called; only its weight is read.
+
+It becomes a site together with the attention module, or alone if a config selects it by name or with "all-linear".
+"""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import Tensor
+
 from lorakit.core.kinds import Kind
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.weight_layer import WeightLayer
+from lorakit.core.routing.state import resolve
 from lorakit.errors import ConfigError
 from lorakit.targets.layer_types import ATTENTION, CONVOLUTIONS, DENSE, EMBEDDING, INNER_LINEAR, PARAMETER
 
@@ -40,6 +43,16 @@ class MultiheadAttention(WeightLayer):
 
 class InnerLinear(WeightLayer):
     """A `LoraLayer` for a dense layer whose weight is read directly by its parent module."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with the updates of the active adapters, (out, in), which the parent module reads."""
+        route, again = resolve(self.state, self.own_route, self.forwards)
+        found = self.effective(self.without_rows(route))
+        if found is None:
+            found = self.base_layer.get_parameter("weight")
+        self.forwards.note(found, route, again)
+        return found
 
     def _get_name(self) -> str:
         return super()._get_name().replace("InnerLinear", "Linear")

@@ -50,14 +50,9 @@ class WeightLayer(LoraLayer):
             ModelError: An adapter has dropout, and the input of its weight is not accessible anymore.
         """
         if route.rows is not None:
-            if len(set(route.rows)) > 1:
-                raise MixedRowsError(
-                    f"The rows of this batch use different adapters, but a {self.kind_name} has one weight for all "
-                    "rows. Run the rows of each adapter separately with `use`, or do not adapt the module.",
-                    what=self.kind_name,
-                )
+            alone = self.without_rows(route)
             self._check_rows(route, args, kwargs)
-            route = Route(tuple(filter(None, route.rows[:1])))
+            route = alone
         owner = self.owner
         tensors: dict[str, Tensor] = {}
         factors: dict[str, list[Factor]] = {}
@@ -73,6 +68,25 @@ class WeightLayer(LoraLayer):
         if any(factors.values()):
             return experts_forward(clone, factors, *args, **kwargs)
         return clone(*args, **kwargs)
+
+    def without_rows(self, route: Route) -> Route:
+        """Return a route with the same adapters for the whole batch.
+
+        Args:
+            route: A route, which may have one adapter per row.
+
+        Raises:
+            MixedRowsError: Rows of the batch use different adapters.
+        """
+        if route.rows is None:
+            return route
+        if len(set(route.rows)) > 1:
+            raise MixedRowsError(
+                f"The rows of this batch use different adapters, but a {self.kind_name} has one weight for all "
+                "rows. Run the rows of each adapter separately with `use`, or do not adapt the module.",
+                what=self.kind_name,
+            )
+        return Route(tuple(filter(None, route.rows[:1])))
 
     def _check_rows(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Reject a route that does not match the batch, if the batch axis is known; unbatched input has one row."""

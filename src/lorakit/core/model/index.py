@@ -528,7 +528,9 @@ def _candidate(path: str, base: nn.Module, kind: Kind | None, head: nn.Module | 
     if kind is None or not _can_be_read(base, kind):
         return Candidate(path, None, type(base).__name__)
     spec = kind.specs(base)[0]
-    dense = (kind.is_dense or (kind.layer is not None and isinstance(base, nn.Linear))) and base is not head
+    dense = (
+        kind.is_dense or kind.read_by_owner or (kind.layer is not None and isinstance(base, nn.Linear))
+    ) and base is not head
     return Candidate(path, kind.name, type(base).__name__, dense, spec.out_features, spec.in_features)
 
 

@@ -62,10 +62,16 @@ def bare_parameters(index: AdapterIndex) -> list[BareParameter]:
     """
     owners = [("", index.model), *((path, index.base(path)) for path in index.modules)]
     return [
-        BareParameter(path, name, tuple(getattr(owner, name).shape))
+        BareParameter(path, name, tuple(getattr(owner, name).shape), _experts_of(owner))
         for path, owner in owners
         for name in defined_parameters(owner)
     ]
+
+
+def _experts_of(module: nn.Module) -> int:
+    """Return the number of experts of a module, as transformers sets it, or 0."""
+    count = getattr(module, "num_experts", 0)
+    return count if isinstance(count, int) else 0
 
 
 def matched(index: AdapterIndex, config: LoraConfig, allow_partial: bool = False) -> Resolution:
@@ -204,6 +210,14 @@ def check_overlap(index: AdapterIndex, targets: Sequence[TargetWeight]) -> None:
                 field="target_parameters",
             )
     for target in targets:
+        if target.child and f"{target.outer}.{target.child}" in taken:
+            raise TargetError(
+                f"{target.outer} is targeted as a whole, and its {target.child}, which belongs to it, alone. Remove "
+                "one of the two targets.",
+                what=f"{target.outer}.{target.child}",
+                where=target.outer,
+                field="target_modules",
+            )
         layer = index.modules[target.outer]
         if not isinstance(layer, LoraLayer) or target.child:
             continue
