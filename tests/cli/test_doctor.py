@@ -27,6 +27,7 @@ WELL = doctor.Findings(
     cache="models",
     cache_free_bytes=10**11,
     speed={"bf16_flops_per_second": 4e11, "fp32_flops_per_second": 2e11, "seconds": 2.0, "dtype": "bfloat16"},
+    precision={"cpu": "bfloat16: the processor has bf16 units (amx_bf16)."},
     kernels="kernels compiled by gcc",
     cuda_kernels={},
     acceleration="5.0.0 to 5.24.0",
@@ -73,7 +74,8 @@ def test_the_report_has_one_line_per_fact(monkeypatch: pytest.MonkeyPatch, capsy
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("Nothing to change.\n")
-    assert "speed      matmul 400 GFLOP/s in bfloat16, 200 GFLOP/s in float32; --dtype auto selects bfloat16" in out
+    assert "speed      matmul 400 GFLOP/s in bfloat16, 200 GFLOP/s in float32\n" in out
+    assert "precision  --dtype auto on cpu: bfloat16: the processor has bf16 units (amx_bf16).\n" in out
     assert "packages " not in out
     assert main(["doctor", "--verbose"]) == 0
     assert "packages   torch 1.0, " in capsys.readouterr().out
@@ -179,6 +181,8 @@ def test_it_examines_this_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_it_measures_speed_where_hub_can(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
-    speed = json.loads(capsys.readouterr().out)["speed"]
+    found = json.loads(capsys.readouterr().out)
+    speed = found["speed"]
     assert speed["bf16_flops_per_second"] > 0
     assert speed["dtype"] in ("bfloat16", "float32")
+    assert found["precision"]["cpu"].startswith(f"{speed['dtype']}: ")

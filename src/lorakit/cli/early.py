@@ -13,7 +13,7 @@ from pathlib import Path
 from lorakit.errors import AdapterFileError, ConfigError, DataError, ModelError, UsageError, nearest
 from lorakit.machine import DEVICE_FORM, is_device_name
 
-RUN_DTYPES = ("auto", "bfloat16", "float32")
+RUN_DTYPES = ("auto", "bfloat16", "float16", "float32")
 """Values of `--dtype` for training and evaluation."""
 
 MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
