@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit import hub, plan
 from lorakit.config import LoraConfig
-from lorakit.core.quantization.fp8 import Fp8Linear
+from lorakit.core import AwqLinear, CompressedLinear, GptqLinear, packed_linear
 from lorakit.errors import ConfigError
 from lorakit.plan import Job, process
 from lorakit.plan.packed import packed_files, stored_base
 from lorakit.plan.quantized import StoredBase
 
-from .. import packed_models
+from .. import packed_models, small_models
 
 CONFIG = LoraConfig(r=4, target_modules="all-linear")
 EVERY = ("gptq", "awq", *packed_models.COMPRESSED, "fp8")
@@ -117,9 +119,7 @@ def test_mxfp4_files_are_mapped_while_they_are_dequantized(tmp_path: Path) -> No
     assert any("dequantized while they are loaded" in note for note in planned.notes)
 
 
-def test_fp8_files_with_experts_are_dequantized(tmp_path: Path) -> None:
-    from .. import small_models
-
+def test_fp8_files_with_experts_are_dequantized() -> None:
     model = small_models.mixtral()
     shape = hub.shape_of_module(model, "mixtral", "here")
     shape = dataclasses.replace(shape, quantization={"quant_method": "fp8", "weight_block_size": [16, 16]})
@@ -127,6 +127,42 @@ def test_fp8_files_with_experts_are_dequantized(tmp_path: Path) -> None:
     assert files is not None and files.base is None and files.file_bytes < 2 * shape.parameters
 
 
-def test_the_bytes_that_exist_while_a_weight_is_dequantized() -> None:
-    """The largest weight is dequantized in fp32 with its scales before it is rounded."""
-    raise NotImplementedError(Fp8Linear, torch)
+class Peak(TorchDispatchMode):
+    """Within the block: the largest number of bytes in tensors that operations made and that existed at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._made: list[weakref.ref[torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self._made.append(weakref.ref(result))
+        alive = [tensor for made in self._made if (tensor := made()) is not None]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in alive}
+        self.bytes = max(self.bytes, sum(storages.values()))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("layout", "bits"), [("gptq", 4), ("gptq", 3), ("awq", 4), ("int8-group", 8), ("fp8-block", 8)]
+)
+def test_the_bytes_that_exist_while_a_weight_is_dequantized(layout: str, bits: int) -> None:
+    rows, columns = 128, 512
+    linear, values = torch.nn.Linear(columns, rows, bias=False), dict(packed_models.quantization(layout))
+    kind = {"gptq": GptqLinear, "awq": AwqLinear}.get(layout, CompressedLinear)
+    settings: dict[str, Any] = {"block": packed_models.BLOCK if layout == "fp8-block" else None}
+    if layout == "gptq":
+        parts, _ = packed_models.gptq_tensors(rows, columns, bits, 128)
+        settings, values["bits"] = {"bits": bits, "offset": 1}, bits
+    elif layout == "awq":
+        parts, _ = packed_models.awq_tensors(rows, columns, 128)
+    else:
+        parts, _ = packed_models.compressed_tensors(rows, columns, layout)
+    with Peak() as peak:
+        packed_linear(kind, linear, parts, settings).packed().decoded().to(torch.bfloat16)
+    model = small_models.llama()
+    files = packed_files(dataclasses.replace(hub.shape_of_module(model, "llama", "here"), quantization=values))
+    assert files is not None and files.base is not None
+    assert peak.bytes / (rows * columns) == pytest.approx(files.base.storage.decode_bytes, rel=0.12)

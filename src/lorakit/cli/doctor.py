@@ -330,7 +330,8 @@ def _speed(*, measure: bool) -> tuple[Mapping[str, Any] | None, Mapping[str, str
 
     from lorakit import hub
 
-    speed, precision = None, {}
+    speed: Mapping[str, Any] | None = None
+    precision: dict[str, str] = {}
     for index in range(torch.cuda.device_count()):
         choice = hub.chosen_by_units(hub.units_of(f"cuda:{index}"))
         precision |= {} if choice is None else {f"cuda:{index}": choice.reason}

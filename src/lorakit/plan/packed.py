@@ -35,13 +35,14 @@ class PackedFormat:
     Attributes:
         size: Function of the quantization config and the bytes per element of unquantized weights that returns the size
             of a weight.
-        decode_bytes: Bytes per element that exist at once while a weight is dequantized in fp32, including its scales;
-            measured with the allocator of PyTorch.
+        decode_bytes: Largest number of bytes per element that exist at once while a weight is dequantized in fp32, with
+            its scales.
         left_out: Key of the config that lists the modules that are not quantized.
         bits: Bits per element, without scales, or None if the config gives them.
         is_kept: Whether the weights of linear layers stay packed in memory.
         has_experts: Whether fused experts are quantized too; a model with them is dequantized while it is loaded.
         has_linears: Whether linear layers are quantized.
+        spanning_bytes: Like `decode_bytes`, for codes that can span two words.
     """
 
     size: Callable[[JsonObject, int], Size]
@@ -51,6 +52,7 @@ class PackedFormat:
     is_kept: bool = True
     has_experts: bool = False
     has_linears: bool = True
+    spanning_bytes: int = 0
 
 
 def _gptq(values: JsonObject, _: int) -> Size:
@@ -113,7 +115,7 @@ def _mxfp4(_: JsonObject, __: int) -> Size:
 
 
 FORMATS: Mapping[str, PackedFormat] = {
-    "gptq": PackedFormat(_gptq, 12, "modules_not_quantized"),
+    "gptq": PackedFormat(_gptq, 12, "modules_not_quantized", spanning_bytes=25),
     "awq": PackedFormat(_awq, 12, "modules_to_not_convert", bits=4),
     "compressed-tensors": PackedFormat(_compressed, 12, "ignore", bits=8),
     "fp8": PackedFormat(_fp8, 12, "modules_to_not_convert", bits=8, has_experts=True),
@@ -192,16 +194,17 @@ def packed_files(shape: ModelShape) -> PackedFiles | None:
     kind = FORMATS[method]
     itemsize = ITEM_BYTES.get(shape.dtype, _FP32)
     size = kind.size(values, itemsize)
+    bits = kind.bits or _number(values, "bits", 4)
     storage = Storage(
         name=method,
         package="lorakit",
         meaning="packed in the files",
-        bits=kind.bits or _number(values, "bits", 4),
+        bits=bits,
         kinds=(LINEAR,),
         doubles=False,
         keeps="nothing",
         size=lambda rows, columns, _, __: size(rows, columns),
-        decode_bytes=kind.decode_bytes,
+        decode_bytes=kind.spanning_bytes if kind.spanning_bytes and _WORD % bits else kind.decode_bytes,
     )
     left_out, unread = _left_out(values, kind)
     sites = (
@@ -228,7 +231,8 @@ def _experts(shape: ModelShape) -> Iterator[tuple[int, int, int]]:
 
 def _left_out(values: JsonObject, kind: PackedFormat) -> tuple[list[Sequence[str]], tuple[str, ...]]:
     """Return the modules that a config leaves out, as the parts of names around wildcards, and patterns not read."""
-    read, unread = [], []
+    read: list[Sequence[str]] = []
+    unread = []
     names = values.get(kind.left_out)
     for name in names if isinstance(names, list) else ():
         text = str(name).removeprefix("re:").removeprefix("^").removesuffix("$").replace("\\.", ".")

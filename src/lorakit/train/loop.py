@@ -203,8 +203,8 @@ class Loop:
         if ending != "interrupted" and state.has_only_skipped_steps:
             text = (
                 f"all {state.skipped_steps} steps were skipped, because gradients overflowed float16, so the adapter "
-                "is untrained. Resume the run with a larger --max-steps, because each skipped step lowers the loss scale, "
-                "or use --dtype bfloat16 or --dtype float32."
+                "is untrained. Resume the run with a larger --max-steps, because each skipped step lowers the loss "
+                "scale, or use --dtype bfloat16 or --dtype float32."
             )
             raise self._located(NonFiniteError(text, what=state.skipped_steps, field="dtype"), state.step)
 
