@@ -102,6 +102,8 @@ def test_kernels_of_each_kind_of_device_are_said(
         torch.cuda, "get_device_properties", lambda index: SimpleNamespace(name=names[index], total_memory=8 * 10**9)
     )
     monkeypatch.setattr(triton, "failure_on", lambda device: accounts[device.index])
+    capabilities = {"cuda:0": (8, 6), "cuda:1": (7, 5), "cuda:2": (8, 6)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[str(device)])
     assert main(["doctor", "--quick"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (kernels,) = (number for number, line in enumerate(lines) if line.startswith("kernels    "))
@@ -111,6 +113,8 @@ def test_kernels_of_each_kind_of_device_are_said(
     )
     assert len(lines[kernels + 2]) < 260
     assert lines[kernels + 3].startswith("speed")
+    assert lines[kernels + 4].startswith("precision  --dtype auto on cuda:0: bfloat16: ")
+    assert lines[kernels + 5].startswith("precision  --dtype auto on cuda:1: float16: ")
 
 
 def test_what_the_kernels_lack_is_found(
@@ -131,6 +135,7 @@ def test_what_the_kernels_lack_is_found(
     assert lacking() == ["compiler"]  # without a GPU, Triton is not missing
     monkeypatch.setattr(doctor, "_torch", lambda: TORCH)
     monkeypatch.setattr(doctor, "_cuda_kernels", dict)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert lacking() == ["compiler", "triton"]
     monkeypatch.setenv("LORAKIT_KERNELS", "off")
