@@ -476,14 +476,14 @@ MARKED = {name for name in FORMS if "endgeneration" in (TEMPLATES / f"{name}.jin
     ("template", "scenario"),
     [case for case in RENDERED if case[0] in MARKED and all(m.is_trained for m in SCENARIOS[case[1]].messages)],
 )
-def test_marks_decide_where_there_are_any(tiny_tokenizer: Any, template: str, scenario: str) -> None:
+def test_marks_decide_where_there_are_any(made: Made, template: str, scenario: str) -> None:
     """Just those tokens, white space after an end marker aside."""
-    record, tokenizer = SCENARIOS[scenario], tokenizer_for(tiny_tokenizer, template)
+    record, tokenizer = SCENARIOS[scenario], made.tokenizer(template)
     marked = tokenizer.apply_chat_template(
         record.as_dicts(), tools=list(record.tools) or None, return_dict=True, return_assistant_tokens_mask=True
     )
     judged = runs(tokenizer, marked["input_ids"], marked["assistant_masks"])
-    result = conversation_tokens(record, tokenizer)
+    result = made.tokens(template, scenario)
     assert [run.strip() for run in runs(tokenizer, result.ids, result.trained)] == [run.strip() for run in judged]
 
 
