@@ -6,6 +6,7 @@ A fixture gives a fresh object each time, so a test may change it. Weights are r
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +50,29 @@ def _tokenizer_json() -> str:
     return str(tokenizer.to_str())
 
 
-@pytest.fixture
-def tiny_tokenizer(_tokenizer_json: str) -> Any:
-    """A byte-level BPE of at most 512 tokens with a ChatML template; end of text and padding are `<|endoftext|>`."""
+@pytest.fixture(scope="session")
+def make_tiny_tokenizer(_tokenizer_json: str) -> Callable[[], Any]:
+    """A function that returns a new `tiny_tokenizer`."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_tokenizer_json),
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+    def make() -> Any:
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(_tokenizer_json),
+            eos_token="<|endoftext|>",
+            pad_token="<|endoftext|>",
+            extra_special_tokens=["<|im_start|>", "<|im_end|>"],
+        )
+        tokenizer.chat_template = CHAT_TEMPLATE
+        return tokenizer
+
+    return make
+
+
+@pytest.fixture
+def tiny_tokenizer(make_tiny_tokenizer: Callable[[], Any]) -> Any:
+    """A byte-level BPE of at most 512 tokens with a ChatML template; end of text and padding are `<|endoftext|>`."""
+    return make_tiny_tokenizer()
 
 
 def _seeded(make: Any) -> Any:

@@ -24,6 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 WITH_BLOCKS = [(row, name) for row in ARCHITECTURES if row.block is not None for name in row.models]
 PLANNED = [(row, name) for row, name in WITH_BLOCKS if row.is_planned]
+WAYS = [(dtype, is_accelerated) for dtype in ("bfloat16", "float32") for is_accelerated in (True, False)]
+"""Dtypes of a base, with and without acceleration; the first is the one for every class, the others are for one per row."""
 WHOLE = ("decoder layer", "encoder layer", "sublayer")
 """Names of the fused forward methods that compute a block, or a sublayer that is a module of its own."""
 
@@ -86,9 +88,19 @@ def test_every_block_is_fused_and_equal(row: Architecture, name: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("is_accelerated", [False, True], ids=["plain", "accelerated"])
-@pytest.mark.parametrize(("row", "name"), PLANNED, ids=named)
+def planned_ways() -> list[Any]:
+    """Return every class with every way; those that are not in the usual suite are slow."""
+    found = []
+    for row, name in PLANNED:
+        for dtype, is_accelerated in WAYS:
+            is_usual = (dtype, is_accelerated) == WAYS[0] or name == row.models[0]
+            marks = () if is_usual else (pytest.mark.slow,)
+            label = f"{named(row)}-{name}-{'accelerated' if is_accelerated else 'plain'}-{dtype}"
+            found.append(pytest.param(row, name, is_accelerated, dtype, id=label, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("row", "name", "is_accelerated", "dtype"), planned_ways())
 def test_a_plan_counts_what_autograd_saves(row: Architecture, name: str, is_accelerated: bool, dtype: str) -> None:
     model = made(name, LAYERS).to(getattr(torch, dtype))
     shape = hub.shape_of_module(model, "small", "here")

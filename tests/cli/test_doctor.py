@@ -27,6 +27,7 @@ WELL = doctor.Findings(
     cache="models",
     cache_free_bytes=10**11,
     speed={"bf16_flops_per_second": 4e11, "fp32_flops_per_second": 2e11, "seconds": 2.0, "dtype": "bfloat16"},
+    precision={"cpu": "bfloat16: the processor has bf16 units (amx_bf16)."},
     kernels="kernels compiled by gcc",
     cuda_kernels={},
     acceleration="5.0.0 to 5.24.0",
@@ -73,7 +74,8 @@ def test_the_report_has_one_line_per_fact(monkeypatch: pytest.MonkeyPatch, capsy
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("Nothing to change.\n")
-    assert "speed      matmul 400 GFLOP/s in bfloat16, 200 GFLOP/s in float32; --dtype auto selects bfloat16" in out
+    assert "speed      matmul 400 GFLOP/s in bfloat16, 200 GFLOP/s in float32\n" in out
+    assert "precision  --dtype auto on cpu: bfloat16: the processor has bf16 units (amx_bf16).\n" in out
     assert "packages " not in out
     assert main(["doctor", "--verbose"]) == 0
     assert "packages   torch 1.0, " in capsys.readouterr().out
@@ -100,6 +102,8 @@ def test_kernels_of_each_kind_of_device_are_said(
         torch.cuda, "get_device_properties", lambda index: SimpleNamespace(name=names[index], total_memory=8 * 10**9)
     )
     monkeypatch.setattr(triton, "failure_on", lambda device: accounts[device.index])
+    capabilities = {"cuda:0": (8, 6), "cuda:1": (7, 5), "cuda:2": (8, 6)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[str(device)])
     assert main(["doctor", "--quick"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (kernels,) = (number for number, line in enumerate(lines) if line.startswith("kernels    "))
@@ -109,6 +113,8 @@ def test_kernels_of_each_kind_of_device_are_said(
     )
     assert len(lines[kernels + 2]) < 260
     assert lines[kernels + 3].startswith("speed")
+    assert lines[kernels + 4].startswith("precision  --dtype auto on cuda:0: bfloat16: ")
+    assert lines[kernels + 5].startswith("precision  --dtype auto on cuda:1: float16: ")
 
 
 def test_what_the_kernels_lack_is_found(
@@ -129,6 +135,7 @@ def test_what_the_kernels_lack_is_found(
     assert lacking() == ["compiler"]  # without a GPU, Triton is not missing
     monkeypatch.setattr(doctor, "_torch", lambda: TORCH)
     monkeypatch.setattr(doctor, "_cuda_kernels", dict)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert lacking() == ["compiler", "triton"]
     monkeypatch.setenv("LORAKIT_KERNELS", "off")
@@ -179,6 +186,8 @@ def test_it_examines_this_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_it_measures_speed_where_hub_can(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
-    speed = json.loads(capsys.readouterr().out)["speed"]
+    found = json.loads(capsys.readouterr().out)
+    speed = found["speed"]
     assert speed["bf16_flops_per_second"] > 0
     assert speed["dtype"] in ("bfloat16", "float32")
+    assert found["precision"]["cpu"].startswith(f"{speed['dtype']}: ")

@@ -29,7 +29,7 @@ CASES = [
     ("eval --model smollm2 --data notes.md --adapter run run/adapter", "--adapter lists run/adapter twice"),
     (
         "eval --model smollm2 --data notes.md --dtype float8",
-        "dtype is 'float8'; it must be one of auto, bfloat16, float32.",
+        "dtype is 'float8'; it must be one of auto, bfloat16, float16, float32.",
     ),
     ("eval --model smollm2 --data notes.md --device gpu", "device is 'gpu'; it must be auto, cpu"),
     ("eval --model smollm2 --data notes.md --quantization q4", "quantization is 'q4'"),

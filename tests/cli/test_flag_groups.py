@@ -47,7 +47,7 @@ def test_wrong_flags_about_rows(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--dtype", "float16"], ("dtype", "bfloat16")),
+        (["--dtype", "float8"], ("dtype", "bfloat16")),
         (["--device", "gpu"], ("device", "cuda")),
         (["--quantization", "nf3"], ("quantization", "nf4")),
     ],

@@ -144,7 +144,8 @@ def test_a_time_without_a_speed_is_measured(
     from lorakit import hub
 
     measured = hub.Calibration(8e11, 2e11, 2e10, 2.0, "cpu", 2)
-    monkeypatch.setattr(hub, "calibrate", lambda: measured)
+    monkeypatch.setattr(hub, "calibrate", lambda with_fp16: measured)
+    monkeypatch.setattr(hub.calibration, "units_of", lambda device: hub.Units(None, "the units are unknown"))
     values = _json([*REFERENCE, "--max-steps", "10"], capsys)
     assert values["speed"]["flops_per_second"] == 8e11
     own = _json([*REFERENCE, "--max-steps", "10", "--no-accelerate"], capsys)
@@ -152,10 +153,12 @@ def test_a_time_without_a_speed_is_measured(
     assert values["full_fine_tuning"]["tokens_per_second"] == own["full_fine_tuning"]["tokens_per_second"]
     assert values["job"]["dtype"] == "bfloat16"
     assert values["machine"][0].startswith("Measured cpu (2 threads)")
+    assert values["machine"][1].startswith("Precision: bfloat16: ")
     values = _json([*REFERENCE, "--calibrate", "--dtype", "fp32"], capsys)
     assert values["speed"]["flops_per_second"] == 2e11
     assert values["lora"]["run_seconds"] is None
-    assert _json([*REFERENCE, "--max-steps", "10", "--no-calibrate"], capsys)["speed"] is None
+    unmeasured = _json([*REFERENCE, "--max-steps", "10", "--no-calibrate"], capsys)
+    assert unmeasured["speed"] is None and "as published" in unmeasured["machine"][0]
 
 
 @pytest.mark.parametrize(

@@ -414,7 +414,7 @@ def test_bad_flags(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[s
         "model is missing; pass --model (model directory, GGUF file, Hub id, or smollm2"
     )
     assert refused(2, device="cuda:77").startswith("device is 'cuda:77', but torch")
-    assert refused(2, dtype="bf15").startswith("dtype is 'bf15'; it must be 'auto', 'bfloat16' or 'float32'")
+    assert refused(2, dtype="bf15").startswith("dtype is 'bf15'; it must be 'auto', 'bfloat16', 'float16' or 'float32'")
     assert refused(2, max_length=4096).endswith("supports at most 128 tokens; pass --max-length 128 or less.")
     assert refused(2, eval_fraction=0, early_stopping_patience=2).startswith(
         "early_stopping_patience requires evaluation"

@@ -72,14 +72,20 @@ def wide_bert_directory(tmp_path: Path, tiny_tokenizer: Any) -> Path:
     return tmp_path / "bert"
 
 
-QUANTIZED = pytest.mark.parametrize(
-    ("quantization", "package"),
-    [("nf4", "bitsandbytes"), ("int8", "bitsandbytes"), ("int8-torchao", "torchao"), ("hqq4", "hqq")],
-)
+FORMATS = [("nf4", "bitsandbytes"), ("int8", "bitsandbytes"), ("int8-torchao", "torchao"), ("hqq4", "hqq")]
+"""Quantizations, and the packages that implement them."""
+QUANTIZED = pytest.mark.parametrize(("quantization", "package"), FORMATS)
 
 
-@QUANTIZED
-@pytest.mark.parametrize("base", ["wide_model_directory", "wide_bert_directory"])
+QUANTIZED_BASES = [
+    pytest.param(base, *one, id="-".join((base, *one)), marks=() if number % 2 == place else (pytest.mark.slow,))
+    for place, base in enumerate(("wide_model_directory", "wide_bert_directory"))
+    for number, one in enumerate(FORMATS)
+]
+"""Every format on every base; each format is in the usual suite with one of them."""
+
+
+@pytest.mark.parametrize(("base", "quantization", "package"), QUANTIZED_BASES)
 def test_a_new_head_on_a_quantized_base(
     base: str, quantization: str, package: str, reviews: Path, call: Call, tmp_path: Path, capsys: Any, request: Any
 ) -> None:

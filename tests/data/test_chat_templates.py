@@ -6,15 +6,17 @@ assistant's turns in the rendered text; and the generation marks of TRL's traini
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from lorakit.data import Conversation, Message, encode
-from lorakit.data.chat import conversation_tokens
+from lorakit.data.chat import TokenizedRow, conversation_tokens
 from lorakit.errors import DataError
 
 trl = pytest.importorskip("trl")
@@ -197,6 +199,22 @@ def tokenizer_for(tokenizer: Any, template: str) -> Any:
     return tokenizer
 
 
+class Made(NamedTuple):
+    """What does not change between tests, made once: a tokenizer per template, and the tokens of each scenario."""
+
+    tokenizer: Callable[[str], Any]
+    tokens: Callable[[str, str], TokenizedRow]
+
+
+@pytest.fixture(scope="module")
+def made(make_tiny_tokenizer: Callable[[], Any]) -> Made:
+    tokenizer = functools.cache(lambda template: tokenizer_for(make_tiny_tokenizer(), template))
+    return Made(
+        tokenizer,
+        functools.cache(lambda template, scenario: conversation_tokens(SCENARIOS[scenario], tokenizer(template))),
+    )
+
+
 def rendered(tokenizer: Any, record: Conversation, count: int | None = None, **options: Any) -> str:
     arguments = {"tools": list(record.tools) or None, **record.options, **options}
     return str(tokenizer.apply_chat_template(record.as_dicts()[:count], tokenize=False, **arguments))
@@ -315,9 +333,9 @@ def test_enough_templates() -> None:
 
 
 @cases
-def test_ids_are_those_of_apply_chat_template(tiny_tokenizer: Any, template: str, scenario: str) -> None:
-    tokenizer, record = tokenizer_for(tiny_tokenizer, template), SCENARIOS[scenario]
-    turns = conversation_tokens(record, tokenizer)
+def test_ids_are_those_of_apply_chat_template(made: Made, template: str, scenario: str) -> None:
+    tokenizer, record = made.tokenizer(template), SCENARIOS[scenario]
+    turns = made.tokens(template, scenario)
     whole = tokenizer.apply_chat_template(record.as_dicts(), tools=list(record.tools) or None, **record.options)
     assert list(turns.ids) == list(whole["input_ids"])
     assert tokenizer.decode(turns.ids) == rendered(tokenizer, record)
@@ -325,12 +343,12 @@ def test_ids_are_those_of_apply_chat_template(tiny_tokenizer: Any, template: str
 
 
 @cases
-def test_trained_are_whole_turns_of_the_assistant(tiny_tokenizer: Any, template: str, scenario: str) -> None:
+def test_trained_are_whole_turns_of_the_assistant(made: Made, template: str, scenario: str) -> None:
     """Each stretch of trained tokens is one turn from its header to its end marker; those without are counted."""
     if (template, scenario) in SPLIT:
         pytest.skip("the template splits this turn")
-    tokenizer, record = tokenizer_for(tiny_tokenizer, template), SCENARIOS[scenario]
-    result = conversation_tokens(record, tokenizer)
+    tokenizer, record = made.tokenizer(template), SCENARIOS[scenario]
+    result = made.tokens(template, scenario)
     trained = runs(tokenizer, result.ids, result.trained)
     wanted = [turn for turn in turns_of(tokenizer, template, record) if turn.message.is_trained]
     assert len(trained) + result.untrained_turns == len(wanted)
@@ -342,9 +360,9 @@ def test_trained_are_whole_turns_of_the_assistant(tiny_tokenizer: Any, template:
 
 
 @cases
-def test_words_of_others_are_never_trained(tiny_tokenizer: Any, template: str, scenario: str) -> None:
-    tokenizer, record = tokenizer_for(tiny_tokenizer, template), SCENARIOS[scenario]
-    result = conversation_tokens(record, tokenizer)
+def test_words_of_others_are_never_trained(made: Made, template: str, scenario: str) -> None:
+    tokenizer, record = made.tokenizer(template), SCENARIOS[scenario]
+    result = made.tokens(template, scenario)
     trained = "".join(runs(tokenizer, result.ids, result.trained))
     others = ["Sysword", "Userone", "Usertwo", "Resultword", "xylotool", "quayparam"]
     silent = [m for m in record.messages if m.role == "assistant" and not m.is_trained]
@@ -357,9 +375,9 @@ def test_words_of_others_are_never_trained(tiny_tokenizer: Any, template: str, s
 
 
 @cases
-def test_nothing_to_train_is_an_error_with_the_reason(tiny_tokenizer: Any, template: str, scenario: str) -> None:
-    tokenizer, record = tokenizer_for(tiny_tokenizer, template), SCENARIOS[scenario]
-    result = conversation_tokens(record, tokenizer)
+def test_nothing_to_train_is_an_error_with_the_reason(made: Made, template: str, scenario: str) -> None:
+    tokenizer, record = made.tokenizer(template), SCENARIOS[scenario]
+    result = made.tokens(template, scenario)
     if any(result.trained):
         assert encode([record], tokenizer, 4096).report.untrained_turns == result.untrained_turns
         return
@@ -369,21 +387,20 @@ def test_nothing_to_train_is_an_error_with_the_reason(tiny_tokenizer: Any, templ
 
 
 @cases
-def test_a_turn_is_left_out_only_if_the_template_rewrites_it(tiny_tokenizer: Any, template: str, scenario: str) -> None:
+def test_a_turn_is_left_out_only_if_the_template_rewrites_it(made: Made, template: str, scenario: str) -> None:
     """Generation marks locate every turn. Without them, a turn that is rendered alike when others follow is there."""
     if (template, scenario) in SPLIT:
         pytest.skip("the template splits this turn")
-    tokenizer, record = tokenizer_for(tiny_tokenizer, template), SCENARIOS[scenario]
+    tokenizer, record = made.tokenizer(template), SCENARIOS[scenario]
     wanted = [turn for turn in turns_of(tokenizer, template, record) if turn.message.is_trained]
     rewritten = 0 if "endgeneration" in tokenizer.chat_template else sum(turn.rewritten for turn in wanted)
-    result = conversation_tokens(record, tokenizer)
+    result = made.tokens(template, scenario)
     assert result.untrained_turns <= rewritten + ((template, scenario) in LIMITS["located"]), result.reason
 
 
 @cases
-def test_the_end_is_noticed(tiny_tokenizer: Any, template: str, scenario: str) -> None:
-    tokenizer, record = tokenizer_for(tiny_tokenizer, template), SCENARIOS[scenario]
-    result = conversation_tokens(record, tokenizer)
+def test_the_end_is_noticed(made: Made, template: str, scenario: str) -> None:
+    result = made.tokens(template, scenario)
     assert result.ended == (any(result.trained) and template != "glm4moe")  # which writes no end marker
 
 
@@ -406,8 +423,8 @@ def test_what_the_template_leaves_out_is_an_error(tiny_tokenizer: Any, template:
 
 
 @cases
-def test_tables_name_all_that_is_left_out(tiny_tokenizer: Any, template: str, scenario: str) -> None:
-    tokenizer, record = tokenizer_for(tiny_tokenizer, template), SCENARIOS[scenario]
+def test_tables_name_all_that_is_left_out(made: Made, template: str, scenario: str) -> None:
+    tokenizer, record = made.tokenizer(template), SCENARIOS[scenario]
     earlier = {"Reasonone."} if "Reasontwo." in rendered(tokenizer, record) else set()  # dropped from earlier turns
     assert set(left_out_words(tokenizer, record)) <= earlier
 
@@ -459,14 +476,14 @@ MARKED = {name for name in FORMS if "endgeneration" in (TEMPLATES / f"{name}.jin
     ("template", "scenario"),
     [case for case in RENDERED if case[0] in MARKED and all(m.is_trained for m in SCENARIOS[case[1]].messages)],
 )
-def test_marks_decide_where_there_are_any(tiny_tokenizer: Any, template: str, scenario: str) -> None:
+def test_marks_decide_where_there_are_any(made: Made, template: str, scenario: str) -> None:
     """Just those tokens, white space after an end marker aside."""
-    record, tokenizer = SCENARIOS[scenario], tokenizer_for(tiny_tokenizer, template)
+    record, tokenizer = SCENARIOS[scenario], made.tokenizer(template)
     marked = tokenizer.apply_chat_template(
         record.as_dicts(), tools=list(record.tools) or None, return_dict=True, return_assistant_tokens_mask=True
     )
     judged = runs(tokenizer, marked["input_ids"], marked["assistant_masks"])
-    result = conversation_tokens(record, tokenizer)
+    result = made.tokens(template, scenario)
     assert [run.strip() for run in runs(tokenizer, result.ids, result.trained)] == [run.strip() for run in judged]
 
 

@@ -6,6 +6,7 @@ Each `Specimen` makes a fresh small model from a fixed seed, in eval mode, and k
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable
@@ -388,13 +389,15 @@ def _allowed(case: Case) -> bool:
     return known and any(row.name == case.variant and row.fits(kind_named(case.kind)) for row in VARIANTS)
 
 
-def every_case() -> list[Case]:
+@functools.cache
+def every_case() -> tuple[Case, ...]:
     """Return all combinations of the tables."""
     axes = ([k.name for k in KINDS], [v.name for v in VARIANTS], [i.name for i in INITS], DTYPES)
-    return [case for case in itertools.starmap(Case, itertools.product(*axes)) if _allowed(case)]
+    return tuple(case for case in itertools.starmap(Case, itertools.product(*axes)) if _allowed(case))
 
 
-def usual_cases() -> list[Case]:
+@functools.cache
+def usual_cases() -> tuple[Case, ...]:
     """Return cases with every pair of table entries at least once, and all of plain × Linear."""
     chosen = [case for case in every_case() if case.kind == "Linear" and case.variant == "plain"]
     open_pairs = set().union(*map(_pairs, every_case())) - set().union(*map(_pairs, chosen))
@@ -402,7 +405,7 @@ def usual_cases() -> list[Case]:
         best = max(every_case(), key=lambda case: len(open_pairs & _pairs(case)))
         open_pairs -= _pairs(best)
         chosen.append(best)
-    return chosen
+    return tuple(chosen)
 
 
 def _pairs(case: Case) -> set[tuple[Any, ...]]:

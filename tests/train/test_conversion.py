@@ -120,7 +120,8 @@ def test_llama_factory() -> None:
     defaults = settings("llama_factory", "qlora")
     assert (defaults["learning_rate"], defaults["max_length"], defaults["lr_scheduler_type"]) == (5e-5, 2048, "linear")
     assert (defaults["quantization"], defaults["double_quantization"]) == ("nf4", False)
-    assert settings("llama_factory", "hqq")["quantization"] == "hqq8"
+    hqq = settings("llama_factory", "hqq")
+    assert (hqq["quantization"], hqq["dtype"]) == ("hqq8", "float16")
     assert "quantization_bit" in texts(convert_file(file("llama_factory", "gptq")), "dropped")
     assert settings("llama_factory", "pissa")["init_lora_weights"] == "pissa_niter_4"
     targets = settings("llama_factory", "targets")

@@ -70,7 +70,7 @@ def test_rates_by_pattern_come_as_words_or_as_a_table() -> None:
         ({"data": []}, ("data is []", "not be empty")),
         ({"data": [3]}, ("data is 3", "a string")),
         ({"target_modules": []}, ("target_modules is []", "not be empty")),
-        ({"dtype": "bf15"}, ("dtype is 'bf15'", "'auto', 'bfloat16' or 'float32'", "Did you mean bfloat16?")),
+        ({"dtype": "bf15"}, ("dtype is 'bf15'", "'auto', 'bfloat16', 'float16' or 'float32'", "Did you mean bfloat16?")),
         ({"device": "tpu"}, ("device is 'tpu'", "auto, cpu, cuda, cuda:N or mps")),
         ({"device": "auto:0"}, ("device is 'auto:0'", "auto, cpu, cuda, cuda:N or mps")),
         ({"memory_budget": "much"}, ("memory_budget is 'much'", "such as 4GiB or 800MB")),
@@ -100,7 +100,7 @@ def test_bad_values_are_named(values: dict[str, Any], keywords: tuple[str, ...])
 
 def test_an_error_holds_the_value_and_what_is_allowed() -> None:
     for values, what, allowed in (
-        ({"dtype": "bf15"}, "bf15", ("auto", "bfloat16", "float32")),
+        ({"dtype": "bf15"}, "bf15", ("auto", "bfloat16", "float16", "float32")),
         ({"quantization": "nf5"}, "nf5", ("nf4", "fp4", "int8", "int8-torchao", "hqq4", "hqq8")),
         ({"learning_rat": 1.0}, "learning_rat", tuple(TrainSettings.model_fields)),
         ({"r": 0}, "0", ()),

@@ -16,6 +16,7 @@ from math import prod
 
 from lorakit.architectures.families import BERT_BLOCK, GPT2_BLOCK, PRE_NORM
 from lorakit.architectures.layouts import SHARED, Block, is_within
+from lorakit.durable import JsonValue
 from lorakit.errors import ConfigError
 
 ALL_DROPOUTS = {"embedding": 0.1, "residual": 0.1, "attention": 0.1}
@@ -111,6 +112,7 @@ class ModelShape:
         experts_per_token: Number of fused experts that process each token; 0 if there are none or if the number is
             unknown.
         model_type: The `model_type` of the model's config, or "" for a published model without experts.
+        quantization: The quantization config of the model's files; empty if they are not quantized.
         full_modules: Paths of modules that the model's task trains in full and that are not quantized: a head for
             classification, and modules that the model's files lack.
     """
@@ -139,6 +141,7 @@ class ModelShape:
     experts_per_token: int = 0
     full_modules: tuple[str, ...] = ()
     model_type: str = ""
+    quantization: Mapping[str, JsonValue] = field(default_factory=dict)
 
     @property
     def fused(self) -> tuple[tuple[int, int], ...]:

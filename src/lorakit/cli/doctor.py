@@ -79,6 +79,8 @@ class Findings:
         cache: Directory of downloaded models.
         cache_free_bytes: Free space, in bytes, on the disk that holds the cache.
         speed: Measured matmul speed, or None if not measured.
+        precision: Device -> what `--dtype auto` selects on it, with the reason; without devices that were not measured
+            and whose units alone do not determine it.
         kernels: Description of the CPU kernels that a model runs between matmuls after `lorakit.accelerate`.
         cuda_kernels: Device -> description of its CUDA kernels, for one device of each GPU model.
         acceleration: Releases of transformers whose source `lorakit.accelerate` knows.
@@ -93,6 +95,7 @@ class Findings:
     cache: str
     cache_free_bytes: int
     speed: Mapping[str, Any] | None
+    precision: Mapping[str, str]
     kernels: str
     cuda_kernels: Mapping[str, str]
     acceleration: str
@@ -140,9 +143,10 @@ def examine(*, quick: bool) -> Findings:
     packages = {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
     torch = _torch() if packages["torch"] else None
     cache = Path(os.environ.get("HF_HOME") or (home_directory() or Path("~")) / ".cache" / "huggingface")
-    can_measure = torch is not None and packages["transformers"] is not None and not quick
+    can_load = torch is not None and packages["transformers"] is not None
     forwards = known_forwards()
     kernels, cuda_kernels, lack = _kernels() if torch is not None else ("none without torch", {}, ())
+    speed, precision = _speed(measure=not quick) if can_load else (None, {})
     return Findings(
         machine=this_machine(),
         packages=packages,
@@ -150,7 +154,8 @@ def examine(*, quick: bool) -> Findings:
         offline=offline() is not None,
         cache=str(cache),
         cache_free_bytes=shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free,
-        speed=_speed() if can_measure else None,
+        speed=speed,
+        precision=precision,
         kernels=kernels,
         cuda_kernels=cuda_kernels,
         acceleration=forwards.span,
@@ -265,6 +270,7 @@ def _text(found: Findings, hints: list[str], verbose: bool) -> str:
         f"kernels    {found.kernels}",
         *(f"           {device}: {kernels}" for device, kernels in found.cuda_kernels.items()),
         f"speed      {_speed_text(found.speed)}",
+        *(f"precision  --dtype auto on {device}: {reason}" for device, reason in found.precision.items()),
         f"accelerate {_release_text(found)}",
     ]
     if verbose:
@@ -289,7 +295,7 @@ def _speed_text(speed: Mapping[str, Any] | None) -> str:
     if speed is None:
         return "not measured"
     bf16, fp32 = (format_quantity(speed[f"{name}_flops_per_second"], "FLOP/s") for name in ("bf16", "fp32"))
-    return f"matmul {bf16} in bfloat16, {fp32} in float32; --dtype auto selects {speed['dtype']}"
+    return f"matmul {bf16} in bfloat16, {fp32} in float32"
 
 
 def _kernels() -> tuple[str, Mapping[str, str], tuple[str, ...]]:
@@ -318,12 +324,24 @@ def _cuda_kernels() -> Mapping[str, str]:
     return found
 
 
-def _speed() -> Mapping[str, Any]:
+def _speed(*, measure: bool) -> tuple[Mapping[str, Any] | None, Mapping[str, str]]:
+    """Return the speed of the CPU if it is measured, and what `--dtype auto` selects on each device."""
+    import torch
+
     from lorakit import hub
 
-    measured = hub.calibrate()
-    names = ("bf16_flops_per_second", "fp32_flops_per_second", "seconds")
-    return {name: getattr(measured, name) for name in names} | {"dtype": str(measured.dtype).removeprefix("torch.")}
+    speed: Mapping[str, Any] | None = None
+    precision: dict[str, str] = {}
+    for index in range(torch.cuda.device_count()):
+        choice = hub.chosen_by_units(hub.units_of(f"cuda:{index}"))
+        precision |= {} if choice is None else {f"cuda:{index}": choice.reason}
+    of_cpu = hub.chosen_by_units(hub.units_of("cpu"))
+    if measure:
+        measured = hub.calibrate()
+        of_cpu = hub.choose_dtype("auto", measured=measured)
+        names = ("bf16_flops_per_second", "fp32_flops_per_second", "seconds")
+        speed = {name: getattr(measured, name) for name in names} | {"dtype": of_cpu.dtype}
+    return speed, precision if of_cpu is None else {**precision, "cpu": of_cpu.reason}
 
 
 def _torch() -> Torch:

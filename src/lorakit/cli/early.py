@@ -15,7 +15,7 @@ from lorakit.errors import AdapterFileError, ConfigError, DataError, ModelError,
 from lorakit.hub_cache import adapter_from_hub, is_on_hub, with_revision
 from lorakit.machine import DEVICE_FORM, is_device_name
 
-RUN_DTYPES = ("auto", "bfloat16", "float32")
+RUN_DTYPES = ("auto", "bfloat16", "float16", "float32")
 """Values of `--dtype` for training and evaluation."""
 
 MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")

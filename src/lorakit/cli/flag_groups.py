@@ -73,7 +73,7 @@ class BaseFlags:
     """Flags about how the base of an adapter is loaded, to measure it or to predict with it."""
 
     revision: RevisionFlag = None
-    dtype: Annotated[str, Parameter(help="Precision of the base: auto, bfloat16 or float32.")] = "auto"
+    dtype: Annotated[str, Parameter(help="Precision of the base: auto, bfloat16, float16 or float32.")] = "auto"
     device: Annotated[str, Parameter(help="cpu, cuda, cuda:N, mps or auto.")] = "auto"
     quantization: Annotated[str | None, Parameter(help=DEFAULTS["quantization"].help())] = None
     double_quantization: Annotated[bool, Parameter(help=DEFAULTS["double_quantization"].help())] = True

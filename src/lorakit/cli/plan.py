@@ -18,7 +18,7 @@ from lorakit.cli.flag_groups import RevisionFlag
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError, UsageError
 from lorakit.plan import Job, ModelShape, Plan, Speed
-from lorakit.plan.job import recomputed
+from lorakit.plan.job import dtype_name, recomputed
 from lorakit.plan.params import with_full_modules, with_new_tokens
 from lorakit.tables import format_quantity
 from lorakit.train.defaults import DEFAULTS, TASK_NAMES
@@ -108,8 +108,8 @@ class JobFlags:
     dtype: Annotated[
         str,
         Parameter(
-            help="Precision of the base: auto, bfloat16 or float32. Default: auto, which measures this machine (as in "
-            "`lorakit train`), or uses the published model's precision if nothing is measured."
+            help="Precision of the base: auto, bfloat16, float16 or float32. Default: auto, which chooses as `lorakit "
+            "train` does if this machine is measured, or else uses the published model's precision."
         ),
     ] = "auto"
     max_steps: Annotated[int | None, Parameter(help="Number of optimizer steps. Default: no time estimate.")] = None
@@ -232,21 +232,27 @@ def _machine(job: JobFlags, dtype: str, steps: int | None) -> tuple[str, Speed |
         if job.calibrate:
             text = "--calibrate and --tokens-per-second are mutually exclusive; pass one of them."
             raise UsageError(text, field="calibrate")
-        return dtype, Speed(tokens_per_second=job.tokens_per_second, source="given for LoRA training"), []
+        given = Speed(tokens_per_second=job.tokens_per_second, source="given for LoRA training")
+        return dtype, given, _published(job, dtype)
     measures = steps is not None if job.calibrate is None else job.calibrate
     if not measures:
-        return dtype, None, []
+        return dtype, None, _published(job, dtype)
     from lorakit import hub
 
-    measured = hub.calibrate()
+    measured = hub.calibrate(with_fp16=dtype_name(dtype) == "float16")
     notes = [measured.line()]
     if job.dtype == "auto":
-        choice = hub.choose_dtype("auto", measured)
+        choice = hub.choose_dtype("auto", measured=measured)
         dtype = choice.dtype
-        notes.append(choice.reason)
+        notes.append(f"Precision: {choice.reason}")
     rate = measured.flops_per_second(dtype, tuned=job.accelerate)
     basis = f"measured, {format_quantity(rate, 'FLOP/s')}"
     return dtype, Speed(flops_per_second=rate, source=basis, threads=measured.threads), notes
+
+
+def _published(job: JobFlags, dtype: str) -> list[str]:
+    """Return a line about the precision if "auto" selects that of the published model."""
+    return [f"Precision: {dtype}, as published, because nothing was measured."] if job.dtype == "auto" else []
 
 
 def _steps(job: JobFlags, wanted: Job) -> int | None:

@@ -5,7 +5,7 @@ Large packages are imported only when a function needs them. This package does n
 
 from __future__ import annotations
 
-from lorakit.hub.calibration import Calibration, DtypeChoice, calibrate, choose_dtype
+from lorakit.hub.calibration import Calibration, DtypeChoice, Units, calibrate, choose_dtype, chosen_by_units, units_of
 from lorakit.hub.model_config import (
     TASKS,
     WITH_NEW_HEADS,
@@ -45,12 +45,14 @@ __all__ = [
     "LoadedModel",
     "ModelFacts",
     "ModelSource",
+    "Units",
     "adapter_tokenizer",
     "add_tokens",
     "calibrate",
     "chat_template_hash",
     "check_upload",
     "choose_dtype",
+    "chosen_by_units",
     "copy_embedding_files",
     "dequantize_files",
     "is_hub_id",
@@ -71,4 +73,5 @@ __all__ = [
     "stored_as_files",
     "tokenizer_files",
     "tokenizer_hash",
+    "units_of",
 ]

@@ -1,17 +1,19 @@
-"""Measure, in about two seconds, how fast this machine multiplies matrices and copies memory.
+"""Choose the training dtype, and measure in about two seconds how fast this machine multiplies and copies.
 
-Depending on the processor, bf16 matmuls may be six times as fast as fp32 matmuls, twice as fast, or slower. The choice
-of training dtype and the time estimates in plans are therefore based on measurements.
+The units of a device determine the dtype where they can: a GPU runs bf16 or fp16 on units for it, and a processor
+without bf16 units runs fp32. On other processors, bf16 matmuls may be six times as fast as fp32 matmuls, twice as fast,
+or slower, so a measurement decides. Time estimates in plans are based on the same measurement.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorakit.errors import ConfigError
+from lorakit.machine import BF16_UNITS, this_machine
 from lorakit.tables import format_bytes, format_count, format_quantity, format_seconds
 
 if TYPE_CHECKING:
@@ -27,10 +29,13 @@ NEEDED_FACTOR = 1.2
 """Minimum speedup of bf16 over fp32 matmuls needed to choose bf16; less does not justify the rounding error."""
 
 THROUGH_FP32 = 0.85
-"""Fraction of the fp32 rate reached if bf16 operands are upcast to fp32 (`benchmarks/bench_products.py`)."""
+"""Fraction of the fp32 rate reached if 16-bit operands are upcast to fp32 (`benchmarks/bench_products.py`)."""
 
-CHOICES = ("auto", "bfloat16", "float32")
+CHOICES = ("auto", "bfloat16", "float16", "float32")
 """Allowed values of the training dtype."""
+
+BF16_CAPABILITY = (8, 0)
+"""Compute capability from which CUDA GPUs have bf16 units."""
 
 _BUDGET_SECONDS = 0.6
 
@@ -46,6 +51,7 @@ class Calibration:
         seconds: Duration of the measurement.
         device: The measured device.
         threads: Number of CPU threads that torch uses.
+        fp16_flops_per_second: Rate of an fp16 matmul, or None if it was not measured.
     """
 
     bf16_flops_per_second: float
@@ -54,29 +60,27 @@ class Calibration:
     seconds: float
     device: str
     threads: int
+    fp16_flops_per_second: float | None = None
 
     @property
     def factor(self) -> float:
         """The speed of bf16 matmuls relative to fp32 matmuls."""
         return self.bf16_flops_per_second / self.fp32_flops_per_second
 
-    @property
-    def dtype(self) -> str:
-        """The dtype that "auto" selects: bf16 if bf16 matmuls are at least `NEEDED_FACTOR` times as fast, else fp32."""
-        return "bfloat16" if self.factor >= NEEDED_FACTOR else "float32"
-
     def flops_per_second(self, dtype: str, *, tuned: bool) -> float:
         """Return the matmul rate to expect in a run.
 
         Args:
-            dtype: "float32" or "fp32"; any other name means bf16.
-            tuned: Whether kernels are autotuned by shape (`lorakit.speed.choose`). If so, bf16 operands are upcast to
-                fp32 on a CPU when that is faster.
+            dtype: Name of the dtype; for "float16" without a measurement, the rate of fp32 is returned, and any name
+                other than "float32", "fp32" and "float16" means bf16.
+            tuned: Whether kernels are autotuned by shape (`lorakit.speed.choose`). If so, 16-bit operands are upcast
+                to fp32 on a CPU when that is faster.
         """
         if dtype in ("float32", "fp32"):
             return self.fp32_flops_per_second
         widened = THROUGH_FP32 * self.fp32_flops_per_second if tuned and self.device == "cpu" else 0.0
-        return max(self.bf16_flops_per_second, widened)
+        rates = {"float16": self.fp16_flops_per_second or self.fp32_flops_per_second}
+        return max(rates.get(dtype, self.bf16_flops_per_second), widened)
 
     def upcasts(self, dtype: str, *, tuned: bool) -> bool:
         """Return whether a run upcasts the operands of its matmuls to fp32, because that is faster.
@@ -102,7 +106,7 @@ class DtypeChoice:
     """A dtype and the reason for choosing it.
 
     Attributes:
-        dtype: "bfloat16" or "float32".
+        dtype: "bfloat16", "float16" or "float32".
         reason: Message that explains the choice.
     """
 
@@ -110,11 +114,12 @@ class DtypeChoice:
     reason: str
 
 
-def calibrate(device: str | torch.device = "cpu") -> Calibration:
+def calibrate(device: str | torch.device = "cpu", *, with_fp16: bool = False) -> Calibration:
     """Measure how fast a device runs bf16 and fp32 matmuls of a typical training shape, and how fast it copies memory.
 
     Args:
         device: Device to measure.
+        with_fp16: Whether to measure fp16 matmuls too; they are always measured on a GPU.
 
     Returns:
         The rates, each computed from the fastest of several runs to limit the effect of other load on the machine.
@@ -122,22 +127,81 @@ def calibrate(device: str | torch.device = "cpu") -> Calibration:
     import torch
 
     began = time.perf_counter()
+    with_fp16 = with_fp16 or torch.device(device).type == "cuda"
     return Calibration(
         bf16_flops_per_second=_product_rate(device, torch.bfloat16),
         fp32_flops_per_second=_product_rate(device, torch.float32),
         copy_bytes_per_second=_copy_rate(device),
+        fp16_flops_per_second=_product_rate(device, torch.float16) if with_fp16 else None,
         seconds=time.perf_counter() - began,
         device=str(device),
         threads=torch.get_num_threads(),
     )
 
 
-def choose_dtype(requested: str, calibration: Calibration | None = None) -> DtypeChoice:
+@dataclass(frozen=True, slots=True)
+class Units:
+    """The units of a device that multiply matrices in 16 bits.
+
+    Attributes:
+        has_bf16: Whether the device has units for bf16, or None if that is unknown.
+        text: Clause that says which units there are.
+        is_gpu: Whether the device is a CUDA GPU, on which fp16 is at least as fast as fp32.
+    """
+
+    has_bf16: bool | None
+    text: str
+    is_gpu: bool = False
+
+
+def units_of(device: str | torch.device) -> Units:
+    """Return the 16-bit units of a device.
+
+    Args:
+        device: Device of this machine.
+    """
+    import torch
+
+    where = torch.device(device)
+    if where.type == "cuda":
+        return units_of_gpu(torch.cuda.get_device_capability(where))
+    return units_of_cpu(this_machine().features) if where.type == "cpu" else Units(None, "the units are unknown")
+
+
+def units_of_gpu(capability: tuple[int, int]) -> Units:
+    """Return the 16-bit units of a CUDA GPU.
+
+    Args:
+        capability: The compute capability, such as (8, 0).
+    """
+    has_bf16 = capability >= BF16_CAPABILITY
+    needed = "" if has_bf16 else f"; bf16 units need {_version(BF16_CAPABILITY)}"
+    return Units(has_bf16, f"the GPU has compute capability {_version(capability)}{needed}", is_gpu=True)
+
+
+def units_of_cpu(features: Sequence[str]) -> Units:
+    """Return the 16-bit units of a processor.
+
+    Args:
+        features: The processor's entries of `lorakit.machine.FEATURES`; empty if unknown.
+    """
+    if not features:
+        return Units(None, "the processor's units are unknown")
+    found = [name for name in BF16_UNITS if name in features]
+    if found:
+        return Units(True, f"the processor has bf16 units ({', '.join(found)})")
+    return Units(False, f"the processor has no bf16 units ({', '.join(BF16_UNITS)})")
+
+
+def choose_dtype(
+    requested: str, device: str | torch.device = "cpu", measured: Calibration | None = None
+) -> DtypeChoice:
     """Choose the dtype for the base's weights and computation.
 
     Args:
-        requested: "auto", "bfloat16" or "float32".
-        calibration: Result of `calibrate`; if None, "auto" measures the CPU.
+        requested: A value in `CHOICES`.
+        device: Device on which the base will run.
+        measured: Result of `calibrate` for this device; if None, it is measured if "auto" needs it.
 
     Returns:
         The dtype and the reason for it.
@@ -149,9 +213,42 @@ def choose_dtype(requested: str, calibration: Calibration | None = None) -> Dtyp
         raise ConfigError.of("dtype", requested, allowed=CHOICES)
     if requested != "auto":
         return DtypeChoice(requested, f"{requested}, as requested.")
-    measured = calibration or calibrate()
-    times = f"bf16 matmuls are {measured.factor:.1f}x as fast as fp32 (needed for bfloat16: {NEEDED_FACTOR}x)"
-    return DtypeChoice(measured.dtype, f"{measured.dtype}: {times}.")
+    units = units_of(device)
+    return chosen_by_units(units) or chosen_by_speed(units, (measured or calibrate(device)).factor)
+
+
+def chosen_by_units(units: Units) -> DtypeChoice | None:
+    """Return the dtype that "auto" selects if the units of a device alone determine it, else None.
+
+    Args:
+        units: The device's units.
+    """
+    if units.is_gpu:
+        dtype = "bfloat16" if units.has_bf16 else "float16"
+    elif units.has_bf16 is False:
+        dtype = "float32"
+    else:
+        return None
+    return DtypeChoice(dtype, f"{dtype}: {units.text}.")
+
+
+def chosen_by_speed(units: Units, factor: float) -> DtypeChoice:
+    """Return the dtype that "auto" selects on a device whose units do not determine it.
+
+    Processors with bf16 dot products but no matrix units (avx512_bf16 without amx_bf16) often run bf16 matmuls more
+    slowly than fp32 matmuls, so a measurement decides.
+
+    Args:
+        units: The device's units.
+        factor: Speed of bf16 matmuls relative to fp32 matmuls, as in `Calibration.factor`.
+    """
+    dtype = "bfloat16" if factor >= NEEDED_FACTOR else "float32"
+    times = f"bf16 matmuls are {factor:.1f}x as fast as fp32 (needed for bfloat16: {NEEDED_FACTOR}x)"
+    return DtypeChoice(dtype, f"{dtype}: {units.text}, and {times}.")
+
+
+def _version(numbers: tuple[int, int]) -> str:
+    return f"{numbers[0]}.{numbers[1]}"
 
 
 def _product_rate(device: str | torch.device, dtype: torch.dtype) -> float:

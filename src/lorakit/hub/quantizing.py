@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.durable import JsonObject
 from lorakit.errors import ConfigError, ModelError
 from lorakit.hub.packaged import require_packages
-from lorakit.hub.shapes import shape_of_module
+from lorakit.hub.shapes import quantization_values, shape_of_module
 from lorakit.hub.sources import ModelSource
 from lorakit.plan.quantized import BLOCK, Quantization, quantized_sites
 from lorakit.tables import format_percent
@@ -184,7 +184,7 @@ def options_for_files(
     if not check_quantized_once(config, wanted, source):
         return {}
     options: dict[str, Any] = {"device_map": {"": device}}
-    values = _quantization_values(config)
+    values = quantization_values(config)
     _check_known_method(values, source)
     method = values["quant_method"]
     if method == "mxfp4":
@@ -241,14 +241,6 @@ def _check_known_method(values: JsonObject, source: ModelSource) -> None:
         )
 
 
-def _quantization_values(config: PreTrainedConfig) -> JsonObject:
-    """Return the quantization config of a model's files as JSON values; empty if they are not quantized."""
-    facts = getattr(config, "quantization_config", None)
-    facts = facts if isinstance(facts, dict) else facts.to_dict() if facts is not None else {}
-    method = facts.get("quant_method")
-    return {**facts, "quant_method": str(getattr(method, "value", method))} if facts else {}
-
-
 def quantization_of_files(config: PreTrainedConfig) -> Quantization | None:
     """Return the quantization of a model's files, as recorded in its config.
 
@@ -258,7 +250,7 @@ def quantization_of_files(config: PreTrainedConfig) -> Quantization | None:
     Returns:
         The quantization; None if the files are not quantized or their format is not supported by `Quantization`.
     """
-    facts: dict[str, Any] = _quantization_values(config)
+    facts: dict[str, Any] = quantization_values(config)
     method = facts.get("quant_method")
     if method == "bitsandbytes" and facts.get("load_in_8bit"):
         return Quantization("int8")

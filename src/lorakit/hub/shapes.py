@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.architectures.families import TUPLE_ROUTERS
 from lorakit.architectures.shapes import ModelShape, PlainShape, SiteShape
-from lorakit.durable import JsonValue
+from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import ModelError
 from lorakit.hub.model_config import TASKS, config_of
 from lorakit.hub.new_modules import full_modules
@@ -120,7 +120,20 @@ def shape_of_module(module: PreTrainedModel, name: str, source: str) -> ModelSha
         containers=tuple(containers),
         experts_per_token=sizes["experts_per_token"],
         model_type=str(getattr(config, "model_type", "")),
+        quantization=quantization_values(config),
     )
+
+
+def quantization_values(config: PreTrainedConfig) -> JsonObject:
+    """Return the quantization config of a model's files as JSON values; empty if they are not quantized.
+
+    Args:
+        config: The model's config.
+    """
+    facts = getattr(config, "quantization_config", None)
+    facts = facts if isinstance(facts, dict) else facts.to_dict() if facts is not None else {}
+    method = facts.get("quant_method")
+    return {**facts, "quant_method": str(getattr(method, "value", method))} if facts else {}
 
 
 def shape_for_task(

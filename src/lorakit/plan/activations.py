@@ -18,6 +18,7 @@ from lorakit.architectures.shapes import ModelShape, SiteShape, block_of
 from lorakit.plan import accelerated
 from lorakit.plan.families import family_of
 from lorakit.plan.job import Job
+from lorakit.plan.packed import packed_files
 from lorakit.plan.params import Count, SiteCount
 from lorakit.plan.quantized import StoredBase
 from lorakit.targets.layer_types import EMBEDDING
@@ -125,7 +126,9 @@ def fused_sublayers(shape: ModelShape, counted: Count, job: Job) -> frozenset[tu
     """
     if not (job.accelerated and is_fast(shape)):
         return frozenset()
-    return accelerated.fused(shape, counted, job.quantization is not None)
+    files = packed_files(shape)
+    is_quantized = job.quantization is not None or (files is not None and files.base is not None)
+    return accelerated.fused(shape, counted, is_quantized)
 
 
 def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: StoredBase | None = None) -> Activations:
@@ -276,8 +279,9 @@ def _of_base(
 def _dequantized(counted: Count, job: Job, base: StoredBase) -> int:
     """Return the size in bytes of the largest dequantized weight, which is in fp32 if DoRA computes its norm."""
     if counted.magnitudes:
-        return _FP32 * base.largest
-    return 0 if base.storage.keeps == "weight" else job.dtype_bytes * base.largest
+        return max(_FP32, base.storage.decode_bytes) * base.largest
+    each = base.storage.decode_bytes or job.dtype_bytes
+    return 0 if base.storage.keeps == "weight" else each * base.largest
 
 
 def _distinct_inputs(

@@ -18,6 +18,7 @@ from lorakit.plan.flops import Flops
 from lorakit.plan.job import DTYPE_BYTES, MASTER_BYTES, Job, Speed
 from lorakit.plan.memory import Memory
 from lorakit.plan.optimizer_state import optimizer_state
+from lorakit.plan.packed import packed_files
 from lorakit.plan.params import Count, Group, RankTable, rank_table
 from lorakit.tables import format_percent
 from lorakit.targets import SEVERAL_MODULES
@@ -244,9 +245,13 @@ def _notes(
 ) -> Iterator[str]:
     if 0 < shape.positions < job.length_tokens:
         yield f"{shape.name} supports at most {shape.positions:,} tokens; the job's rows have {job.length_tokens:,}."
-    if job.quantization is not None:
+    files = packed_files(shape)
+    if files is not None:
+        yield from files.notes()
+    packed = job.quantization or (files.method if files is not None and files.base is not None else None)
+    if packed is not None:
         yield (
-            f"{job.quantization}: every matmul dequantizes its weight first, but the times do not include this cost; "
+            f"{packed}: every matmul dequantizes its weight first, but the times do not include this cost; "
             "the estimates of full fine-tuning are for the unquantized base."
         )
     if speed is None:

@@ -15,8 +15,9 @@ from lorakit.plan import accelerated, activations, process
 from lorakit.plan.activations import Activations
 from lorakit.plan.job import MASTER_BYTES, Job
 from lorakit.plan.optimizer_state import optimizer_state
+from lorakit.plan.packed import stored_base
 from lorakit.plan.params import Count
-from lorakit.plan.quantized import StoredBase, stored
+from lorakit.plan.quantized import StoredBase
 
 RUNTIME_BYTES = 50_000_000
 """Resident memory that the first training step adds on top of tensors, on Linux with torch 2.13 for CPU: pages of
@@ -108,7 +109,7 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memo
     trained = factors - counted.frozen  # Frozen factors have neither gradients nor moments.
     plain = counted.copied + counted.biases  # Saved modules and biases have the base's dtype.
     added = f" + {itemsize} × {plain:,}" if plain else ""
-    base = stored(shape, job.quantization, itemsize, job.double_quantization) if job.quantization else None
+    base = stored_base(shape, job.quantization, itemsize, job.double_quantization)
     kept = activations.of_lora(shape, counted, dropout, job, base)
     copied = f" + {itemsize} × {counted.copied:,}" if counted.copied else ""
     lines = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from lorakit.architectures.shapes import ModelShape
 from lorakit.plan.job import DTYPE_BYTES, MASTER_BYTES, Job
+from lorakit.plan.packed import packed_files
 from lorakit.plan.params import Count
 
 LOADER_BYTES = 28_000_000
@@ -49,7 +50,7 @@ def temporary_bytes(shape: ModelShape, counted: Count | None, job: Job) -> dict[
     """Return the temporary memory that a process needs outside of training steps. [docs/math.md (99)]
 
     If the files have the job's dtype, the mapped files are the weights, and loading needs nothing else. If weights are
-    converted or quantized, the files stay mapped until all weights are loaded.
+    converted, quantized or dequantized, the files stay mapped until all weights are loaded.
 
     Args:
         shape: Shape of the base.
@@ -61,9 +62,12 @@ def temporary_bytes(shape: ModelShape, counted: Count | None, job: Job) -> dict[
     """
     if job.process_bytes is None:
         return {}
-    is_converted = shape.dtype != job.dtype or job.quantization is not None
+    files = packed_files(shape)
+    is_dequantized = files is not None and files.base is None
+    is_converted = shape.dtype != job.dtype or job.quantization is not None or is_dequantized
+    size = DTYPE_BYTES.get(shape.dtype, MASTER_BYTES) * shape.parameters if files is None else files.file_bytes
     found = {MEASURING: job.reserved_bytes}
-    found[LOADING] = DTYPE_BYTES.get(shape.dtype, MASTER_BYTES) * shape.parameters if is_converted else 0
+    found[LOADING] = size if is_converted else 0
     if counted is not None:
         moments = 2 * MASTER_BYTES * counted.trainable
         found[WRITING] = TEXT_BYTES + max(ENCODED_COPIES * MASTER_BYTES * counted.saved_parameters, 2 * moments)

@@ -34,6 +34,8 @@ class Storage:
         keeps: What the matmul saves for the backward pass: "nothing", its "input", or the "weight" in the compute
             dtype.
         size: (rows, columns, bytes per element in the compute dtype, double quantization) -> size in bytes.
+        decode_bytes: Bytes per element that exist at once while a weight is dequantized; 0 if it is dequantized
+            directly to the compute dtype.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Storage:
     doubles: bool
     keeps: Literal["nothing", "input", "weight"]
     size: Callable[[int, int, int, bool], int]
+    decode_bytes: int = 0
 
 
 def _four_bit(rows: int, columns: int, _: int, double: bool) -> int:

@@ -52,6 +52,8 @@ class TrainState:
         trained_tokens: Total number of tokens that have contributed to the loss so far.
         tokens: Total number of tokens processed so far, excluding padding.
         seconds: Time spent in optimizer steps, excluding evaluation and saving.
+        skipped_steps: Number of steps, included in `step`, that were skipped because a gradient overflowed fp16; they
+            do not advance the learning rate schedule.
     """
 
     step: int = 0
@@ -65,6 +67,12 @@ class TrainState:
     trained_tokens: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    skipped_steps: int = 0
+
+    @property
+    def has_only_skipped_steps(self) -> bool:
+        """Whether every step so far was skipped, so that the adapter is untrained; False before the first step."""
+        return 0 < self.step == self.skipped_steps
 
     def note_evaluation(self, loss: float) -> bool:
         """Record an evaluation at the current step.
@@ -99,6 +107,7 @@ class TrainState:
             RunError: A field is missing or unknown.
         """
         names = {f.name for f in dataclasses.fields(cls)}
+        values = {"skipped_steps": 0, **values}  # checkpoints of earlier versions lack it
         if set(values) != names:
             odd = ", ".join(sorted(set(values) ^ names))
             raise RunError(
@@ -215,6 +224,7 @@ class Snapshot:
         random_plain: Random number generator states stored as plain values, from `random_state`.
         environment: Hardware, package versions and other factors that affect results, from `environment`.
         schedule: Fields of the learning rate schedule.
+        scaler: State of the loss scaler, from `scaling.scaler_state`; empty if the base is not in fp16.
     """
 
     state: TrainState
@@ -223,6 +233,7 @@ class Snapshot:
     random_plain: Mapping[str, Any]
     environment: Mapping[str, Any]
     schedule: Mapping[str, Any]
+    scaler: Mapping[str, float] = field(default_factory=dict)
 
 
 def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], object]) -> Path:
@@ -246,6 +257,7 @@ def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], objec
         "random": snapshot.random_plain,
         "environment": snapshot.environment,
         "schedule": snapshot.schedule,
+        "scaler": dict(snapshot.scaler),
     }
     try:
         with durable.publish_directory(final, replace=True) as temporary:  # saved again after an evaluation
@@ -284,6 +296,7 @@ def load(path: Path) -> Snapshot:
             random_plain=plain["random"],
             environment=plain["environment"],
             schedule=plain["schedule"],
+            scaler=plain.get("scaler") or {},
         )
     except (OSError, KeyError, TypeError, SafetensorError) as cause:
         raise RunError(f"{path}: the checkpoint cannot be read ({cause}).", where=path) from cause

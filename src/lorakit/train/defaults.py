@@ -370,9 +370,9 @@ DEFAULTS: dict[str, Default] = {
     ),
     # precision and machine
     "dtype": Default(
-        "Precision of the base: auto, bfloat16 or float32; adapter and optimizer are always float32",
+        "Precision of the base: auto, bfloat16, float16 or float32; adapter and optimizer are always float32",
         "auto",
-        "a two-second calibration selects the precision that is faster on this machine",
+        "selected by the 16-bit units of the device and, on a CPU with bf16 units, a two-second measurement",
     ),
     "quantization": Default(
         f"Quantize linear layers: {', '.join(get_args(Stored))}; --dtype sets the compute dtype",

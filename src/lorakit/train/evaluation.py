@@ -127,7 +127,7 @@ class EvalSettings:
         adapters: Name of each adapter, such as its directory -> its files.
         max_length: Maximum sequence length in tokens; the default is lowered to the model's limit if necessary.
         batch_rows: Number of rows in a batch of the longest sequences; batches of shorter sequences have more rows.
-        dtype: "auto", "bfloat16" or "float32".
+        dtype: "auto", "bfloat16", "float16" or "float32".
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         allow: Names of the `core.load_adapter` checks to override.
         quantization: How to quantize the base, or None.
@@ -194,7 +194,7 @@ def compare(
                 "base's."
             )
         given[folder] = batches if own is None else coding.batches(records, own)[0]
-    choice = hub.choose_dtype(settings.dtype, hub.calibrate(where) if settings.dtype == "auto" else None)
+    choice = hub.choose_dtype(settings.dtype, where)
     detail(f"precision: {choice.reason}")
     folders = [files.folder for files in settings.adapters.values()]
     base = load_model_for(task, source, choice.dtype, where, settings.quantization, tokenizer, folders)

@@ -24,6 +24,7 @@ from lorakit.train.run_adapter import save_adapter
 from lorakit.train.run_context import Run
 from lorakit.train.run_folder import MetricsLog
 from lorakit.train.run_plan import check_checkpoint_space
+from lorakit.train.scaling import ADVICE, HALF, scaler_state
 from lorakit.train.step import StepResult, train_step, without_gradient
 
 
@@ -47,7 +48,8 @@ class Loop:
         In each case, a checkpoint is saved at the last step; if the disk is full, only the adapter is saved.
 
         Raises:
-            NonFiniteError: A loss or gradient became NaN or infinite; the message names the last valid checkpoint.
+            NonFiniteError: A loss or gradient became NaN or infinite, or every step was skipped because of that; the
+                message names the last valid checkpoint.
             RunError: A step or an evaluation failed; the message names the step and the last valid checkpoint.
             DiskError: A file cannot be written.
             KeyboardInterrupt: A second signal arrived.
@@ -62,6 +64,7 @@ class Loop:
                 ending = self._ending(interrupts)
                 self._save(log, always=ending is not None)
                 if ending is not None:
+                    self._check_trained(ending)
                     run.status = ending
                     return
                 self._step(log)
@@ -91,7 +94,7 @@ class Loop:
                 stop, objective = lambda: interrupts.requested, run.spec.task.objective
                 found = evaluate(run.model, held_out(), self._options.device, stop, run.acceleration, objective)
         except RunError as cause:
-            raise self._located(cause, run.state.step) from cause
+            raise self._located(cause, run.state.step, self._advice(cause, "")) from cause
         if found is None:
             return
         run.state.note_evaluation(found.loss)
@@ -129,17 +132,21 @@ class Loop:
 
     def _step(self, log: MetricsLog) -> None:
         run, state, started = self._run, self._run.state, time.perf_counter()
-        rate = run.schedule.rate(state.step)
+        rate = run.schedule.rate(state.step - state.skipped_steps)
         try:
             result = train_step(run.model, run.named, run.optimizer, self._batches(log), rate, self._options)
         except RunError as cause:
-            advice = " Try a lower --learning-rate, or --dtype float32." if type(cause) is NonFiniteError else ""
-            raise self._located(cause, state.step + 1, advice) from cause
+            raise self._located(
+                cause, state.step + 1, self._advice(cause, " Try a lower --learning-rate, or --dtype float32.")
+            ) from cause
         seconds = time.perf_counter() - started
         state.step += 1
         state.tokens += result.tokens
         state.trained_tokens += result.trained_tokens
         state.seconds += seconds
+        if result.is_skipped:
+            state.skipped_steps += 1
+            self._say_skipped()
         row = self._row(result, rate, seconds)
         self._log(log, row)
         run.progress.train_row(row)
@@ -167,18 +174,45 @@ class Loop:
         return batches
 
     def _row(self, result: StepResult, rate: float, seconds: float) -> dict[str, float | int]:
+        scaler, skipped = self._run.scaler, self._run.state.skipped_steps
         return {
             "step": self._run.state.step,
             "epoch": self._run.batches.loader.epoch,
             "loss": result.loss,
             "learning_rate": rate,
-            "grad_norm": result.grad_norm,
+            **({} if result.is_skipped else {"grad_norm": result.grad_norm}),
             "tokens": result.tokens,
             "trained_tokens": result.trained_tokens,
             "seconds": seconds,
             "tokens_per_second": result.tokens / seconds,
             "peak_rss_bytes": peak_rss_bytes(),
+            **({} if scaler is None else {"loss_scale": scaler.get_scale(), "skipped_steps": skipped}),
         }
+
+    def _say_skipped(self) -> None:
+        run = self._run
+        scale = 0.0 if run.scaler is None else run.scaler.get_scale()
+        run.progress.say(
+            f"step {run.state.step} was skipped, because a gradient overflowed float16; the loss scale is now "
+            f"{scale:,g}."
+        )
+
+    def _check_trained(self, ending: str) -> None:
+        """Raise if the run ends, and every step was skipped; the checkpoint is kept, with its lower loss scale."""
+        state = self._run.state
+        if ending != "interrupted" and state.has_only_skipped_steps:
+            text = (
+                f"all {state.skipped_steps} steps were skipped, because gradients overflowed float16, so the adapter "
+                "is untrained. Resume the run with a larger --max-steps, because each skipped step lowers the loss "
+                "scale, or use --dtype bfloat16 or --dtype float32."
+            )
+            raise self._located(NonFiniteError(text, what=state.skipped_steps, field="dtype"), state.step)
+
+    def _advice(self, cause: RunError, usual: str) -> str:
+        """Return advice for a loss or gradient that is not finite, `usual` unless the base is in fp16."""
+        if type(cause) is not NonFiniteError:
+            return ""
+        return ADVICE if self._run.plan.dtype == HALF else usual
 
     def _warn_without_gradient(self) -> None:
         names = without_gradient(self._run.named)
@@ -220,6 +254,7 @@ def save_checkpoint(run: Run) -> Path | None:
             spec.device, run.plan.dtype, spec.quantization_values, choices.to_strings(run.choices)
         ),
         schedule=dataclasses.asdict(run.schedule),
+        scaler=scaler_state(run.scaler),
     )
     write_adapter, folder = partial(save_adapter, run), spec.folder
     try:

@@ -33,7 +33,7 @@ class PredictSettings:
         task: The task of the adapter or the model.
         max_length: Maximum length of a text in tokens; the default is lowered to the model's limit if necessary.
         batch_rows: Number of rows per batch.
-        dtype: "auto", "bfloat16" or "float32".
+        dtype: "auto", "bfloat16", "float16" or "float32".
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         allow: Names of the `core.load_adapter` checks to override.
         quantization: How to quantize the base, or None.
@@ -85,7 +85,7 @@ def predict(settings: PredictSettings, say: Callable[[str], None] = lambda _: No
     assert isinstance(encoded, EncodedRows)  # all tasks that predict rows return this type
     for line in encoded.report.lines()[1:]:
         say(line)
-    dtype = hub.choose_dtype(settings.dtype, hub.calibrate(where) if settings.dtype == "auto" else None).dtype
+    dtype = hub.choose_dtype(settings.dtype, where).dtype
     folders = [] if adapter is None else [adapter.folder]
     loaded = load_model_for(task, source, dtype, where, settings.quantization, tokenizer, folders)
     if adapter is not None:

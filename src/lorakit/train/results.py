@@ -152,6 +152,11 @@ def finish(run: Run) -> RunResult:
         adapter = _publish(run, step, source, notes)
         if source == run_folder.adapter_only_path(folder, step):
             shutil.rmtree(source, ignore_errors=True)
+        if state.skipped_steps:
+            notes.append(
+                f"{state.skipped_steps} of {state.step} steps were skipped, because gradients overflowed float16; the "
+                "loss scale was lowered, and these steps did not advance the learning rate schedule."
+            )
         notes.append(_plot_loss(folder, f"{run.spec.source.base_name}: loss by step"))
         loss = state.loss_at(step)
         if loss is not None and state.first_loss is not None and loss >= state.first_loss:

@@ -184,8 +184,10 @@ def row_loss(spec: RunSpec) -> Callable[[nn.Module, Batch], Tensor]:
     device, loss_sum = spec.device, spec.task.objective.loss_sum
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        is_wide = device.type == "cpu" or next(model.parameters()).dtype == torch.float32
-        with contextlib.nullcontext() if is_wide else torch.autocast(device.type, dtype=torch.bfloat16):
+        held = next(model.parameters()).dtype
+        is_wide = device.type == "cpu" or held == torch.float32
+        dtype = torch.float16 if held == torch.float16 else torch.bfloat16
+        with contextlib.nullcontext() if is_wide else torch.autocast(device.type, dtype=dtype):
             return loss_sum(model, batch, device, None) / batch.trained_tokens
 
     return loss

@@ -31,6 +31,9 @@ from lorakit.train.trackers import Trackers
 
 _EVALUATIONS = 10
 
+NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Name of a 16-bit dtype -> the dtype."""
+
 ROOMY = 0.5
 """Fraction of the limit of `--fit` below which freed memory may be kept: gaps add up to 36% (docs/memory.md)."""
 
@@ -77,13 +80,14 @@ class RunPlan:
     """Precision, batch size, recomputation and estimated cost of a run.
 
     Attributes:
-        dtype: Precision of the base: "bfloat16" or "float32".
+        dtype: Precision of the base: "bfloat16", "float16" or "float32".
         recompute: What the backward pass recomputes: a value in `lorakit.plan.job.RECOMPUTED`.
         batch_rows: Number of rows per batch.
         accumulation: Number of batches per step.
         values: The plan as plain JSON values.
         proposed: Plans that should fit into the limit of `--fit`, fastest first; empty if nothing is left to choose.
         is_tight: Whether the planned peak is so close to the limit of `--fit` that freed memory must not be kept.
+        dtype_reason: Message that says why this precision was chosen.
     """
 
     dtype: str
@@ -93,20 +97,29 @@ class RunPlan:
     values: Mapping[str, Any]
     proposed: tuple[plan.Plan, ...] = ()
     is_tight: bool = False
+    dtype_reason: str = ""
 
     @classmethod
-    def of(cls, estimated: plan.Plan, limit: str | None = None, proposed: Sequence[plan.Plan] = ()) -> RunPlan:
+    def of(
+        cls,
+        estimated: plan.Plan,
+        limit: str | None = None,
+        proposed: Sequence[plan.Plan] = (),
+        dtype_reason: str = "",
+    ) -> RunPlan:
         """Return the part of a plan that a run needs.
 
         Args:
             estimated: The plan.
             limit: The setting `fit`.
             proposed: Plans from which one is chosen after a measurement.
+            dtype_reason: Message that says why the precision was chosen.
         """
         job = estimated.job
         is_tight = limit is not None and needed_bytes(estimated) > ROOMY * plan.bytes_of(limit)
         values = estimated.as_dict()
-        return cls(job.dtype, job.recompute, job.batch_rows, job.accumulation, values, tuple(proposed), is_tight)
+        sizes = job.dtype, job.recompute, job.batch_rows, job.accumulation
+        return cls(*sizes, values, tuple(proposed), is_tight, dtype_reason)
 
     def step_options(self, spec: RunSpec, acceleration: Acceleration | None) -> StepOptions:
         """Return the options for `train_step`.
@@ -119,7 +132,7 @@ class RunPlan:
         return StepOptions(
             device=device,
             max_grad_norm=settings.max_grad_norm,
-            autocast=torch.bfloat16 if device.type != "cpu" and self.dtype == "bfloat16" else None,
+            autocast=NARROW.get(self.dtype) if device.type != "cpu" else None,
             acceleration=acceleration,
             recompute=self.recompute,
             releases_memory=device.type == "cpu" and self.is_tight,
@@ -168,6 +181,7 @@ class Run:
         trackers: The trackers that receive the metrics; none is open before the run starts.
         status: "running", "failed", "interrupted", "stopped early" or "finished".
         notes: Messages for the user, repeated in the result.
+        scaler: Scaler of the loss if the base is in fp16, or None; its state is part of every checkpoint.
     """
 
     spec: RunSpec
@@ -190,6 +204,7 @@ class Run:
     damaged: tuple[Path, ...] = ()
     status: str = "running"
     notes: tuple[str, ...] = ()
+    scaler: torch.amp.GradScaler | None = None
 
     @property
     def trainable_parameters(self) -> int:
@@ -204,7 +219,7 @@ class Run:
     @property
     def step_options(self) -> StepOptions:
         """Options for `train_step`."""
-        return self.plan.step_options(self.spec, self.acceleration)
+        return dataclasses.replace(self.plan.step_options(self.spec, self.acceleration), scaler=self.scaler)
 
     def record(self) -> dict[str, Any]:
         """Return the contents of `run.json`, except for the result, as plain JSON values."""
@@ -216,6 +231,7 @@ class Run:
                 "base": spec.source.base_name,
                 **spec.task.as_dict(),
                 "dtype": self.plan.dtype,
+                "dtype_reason": self.plan.dtype_reason,
                 "quantization": spec.quantization_values,
                 "device": str(spec.device),
                 "max_length": spec.forecast.max_length,

@@ -30,6 +30,7 @@ from lorakit.train.run_adapter import saved_sizes
 from lorakit.train.run_context import DiskSpace, RunLimits, RunPlan
 from lorakit.train.run_folder import checkpoints, run_files
 from lorakit.train.run_spec import RunSpec
+from lorakit.train.scaling import HALF, check_trained_in_fp32
 
 WORTH_MEASURING_FLOPS = 2e12
 """Runs of more FLOPs than this always benchmark the machine; smaller runs do so only to choose the precision."""
@@ -53,17 +54,22 @@ def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], progress:
         The plan.
 
     Raises:
-        ConfigError: No setting fits within the memory budget or the limit of `fit`.
+        ConfigError: No setting fits within the memory budget or the limit of `fit`, or float16 was requested for a run
+            that trains parameters in the dtype of the base.
     """
-    recorded = ((spec.record or {}).get("resolved") or {}).get("dtype")
+    resolved = (spec.record or {}).get("resolved") or {}
+    recorded, automatic = resolved.get("dtype"), spec.settings.dtype == "auto"
     wanted = recorded or spec.settings.dtype
     calibration, details, held = None, [], rss_bytes()
     if wanted == "auto" or _flops(spec, limits, lengths, wanted) > WORTH_MEASURING_FLOPS:
-        calibration = hub.calibrate(spec.device)
+        calibration = hub.calibrate(spec.device, with_fp16=wanted == HALF)
         details.append(calibration.line())
-    choice = hub.choose_dtype(wanted, calibration)
-    details.append(f"precision: {choice.reason if recorded is None else f'{recorded}, as at the start of the run.'}")
+    choice = _precision(spec, limits, lengths, wanted, calibration)
+    reason = (
+        str(resolved.get("dtype_reason") or f"{recorded}, as at the start of the run.") if recorded else choice.reason
+    )
     lines = [f"model: {spec.source.base_name} in {choice.dtype}"]
+    (lines if automatic else details).append(f"precision: {reason}")
     speed, upcasts = None, False
     if calibration is not None:
         tuned = spec.settings.accelerate and spec.settings.tuning
@@ -79,7 +85,27 @@ def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], progress:
         progress.say(line)
     for line in (*details, *plan.details(estimated)):
         progress.detail(line)
-    return RunPlan.of(estimated, spec.settings.fit, proposed)
+    return RunPlan.of(estimated, spec.settings.fit, proposed, reason)
+
+
+def _precision(
+    spec: RunSpec, limits: RunLimits, lengths: Sequence[int], wanted: str, calibration: hub.Calibration | None
+) -> hub.DtypeChoice:
+    """Return the precision of a run and the reason; "auto" does not select float16 for what cannot be trained in it.
+
+    Raises:
+        ConfigError: float16 was requested for a run that trains parameters in the dtype of the base.
+    """
+    choice = hub.choose_dtype(wanted, spec.device, calibration)
+    counted = _estimate(spec, limits, lengths, choice.dtype, None).counted
+    narrow = counted.copied + counted.biases
+    if wanted == "auto" and choice.dtype == HALF and narrow:
+        text = (
+            f"float32: saved modules, heads or biases are trained too, which float16 does not allow ({choice.reason})"
+        )
+        return hub.DtypeChoice("float32", text)
+    check_trained_in_fp32(choice.dtype, narrow)
+    return choice
 
 
 def _estimate(

@@ -25,7 +25,7 @@ Given: TypeAlias = "JsonValue | Path | Sequence[str | Path] | Mapping[str, float
 """An unchecked value from a flag, a file or calling code."""
 
 Value = TypeVar("Value")
-Dtype = Literal["auto", "bfloat16", "float32"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Scheduler = Literal["cosine", "linear", "constant", "wsd"]
 Optimizer = Literal["adamw", "adamw8bit", "lorafa", "muon"]
 Bias = Literal["none", "all", "lora_only"]
@@ -39,7 +39,7 @@ Recompute = Literal["none", "feed-forward", "layers"]
 INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "mica")
 """Values of `init_lora_weights`, except `pissa_niter_N`; LoftQ is excluded because it needs the unquantized base."""
 
-_DTYPE_WORDS = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+_DTYPE_WORDS = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 
 
 def one_or_many(value: Value) -> Value | list[Any]:

@@ -22,6 +22,7 @@ from lorakit.plan.job import RECOMPUTED
 from lorakit.speed import Acceleration
 from lorakit.tasks import LossSum, loss_sum
 from lorakit.train.optimizer import Named, clipped_step, gradient_norm, set_rate
+from lorakit.train.scaling import check_scale
 
 
 @contextlib.contextmanager
@@ -84,6 +85,7 @@ class StepOptions:
             out-of-memory advice.
         releases_memory: Whether to return freed CPU memory to the operating system before each batch. Otherwise, malloc
             keeps it, and gaps that are too small for the tensors of later batches add to the memory of the process.
+        scaler: Scales the loss of an fp16 base (see `lorakit.train.scaling`); None for other bases.
         loss: Function that runs the model and returns the summed loss of a batch; the default is for causal models.
     """
 
@@ -94,6 +96,7 @@ class StepOptions:
     recompute: str = "none"
     limited_by: str | None = None
     releases_memory: bool = False
+    scaler: torch.amp.GradScaler | None = None
     loss: LossSum = loss_sum
 
     def computing(self) -> contextlib.AbstractContextManager[object]:
@@ -101,6 +104,10 @@ class StepOptions:
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Run the backward pass of a loss (a scalar), which is multiplied by the loss scale if there is one."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def oom_advice(self, rows: int) -> str:
         """Return advice on reducing a step's memory use, best option first; options already in use are left out.
@@ -134,15 +141,17 @@ class StepResult:
 
     Attributes:
         loss: Loss before the update, averaged over all tokens in the step that contribute to it.
-        grad_norm: Norm of the gradient before clipping.
+        grad_norm: Norm of the gradient before clipping; not finite if the step was skipped.
         tokens: Number of tokens, excluding padding.
         trained_tokens: Number of tokens that contribute to the loss.
+        is_skipped: Whether the gradient overflowed fp16, so that no tensor was changed and the loss scale was lowered.
     """
 
     loss: float
     grad_norm: float
     tokens: int
     trained_tokens: int
+    is_skipped: bool = False
 
 
 def train_step(
@@ -172,7 +181,8 @@ def train_step(
         Loss, gradient norm and token counts.
 
     Raises:
-        NonFiniteError: The loss or the gradient is NaN or infinite; no trainable tensor was changed.
+        NonFiniteError: The loss or the gradient is NaN or infinite; no trainable tensor was changed. On an fp16 base,
+            an infinite gradient raises only if the loss scale cannot be lowered; otherwise, the step is skipped.
         DataError: None of the tokens in the batches contribute to the loss.
         RunError: Memory ran out, the loss does not depend on the adapter, or a trainable tensor was replaced.
     """
@@ -195,24 +205,48 @@ def train_step(
                     "The loss does not depend on any trainable tensor: the adapter is inactive or frozen.",
                     field="target_modules",
                 )
-            (loss / trained).backward()
+            options.backward(loss / trained)
             total = total + loss.detach()
     penalty = penalties(model)
     if penalty is not None:  # added once per step, not once per batch
-        penalty.backward()
+        options.backward(penalty)
     _check_not_replaced(model, named)
-    parameters = [parameter for _, parameter in named]
-    norm = gradient_norm(parameters)
-    mean, grad_norm = float(total) / trained, float(norm)
-    for what, value in (("loss", mean), ("gradient norm", grad_norm)):
-        if not math.isfinite(value):
-            optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteError(f"the {what} became {value}; the step was not taken.", what=what)
     set_rate(optimizer, learning_rate)
-    clipped_step(optimizer, parameters, norm, options.max_grad_norm)
+    mean = _finite("loss", float(total) / trained, optimizer)
+    grad_norm, is_skipped = _update(named, optimizer, options)
     if options.device.type == "cuda":
         torch.cuda.synchronize(options.device)  # so that the measured time covers the whole step
-    return StepResult(mean, grad_norm, sum(batch.tokens for batch in batches), trained)
+    return StepResult(mean, grad_norm, sum(batch.tokens for batch in batches), trained, is_skipped)
+
+
+def _update(named: Named, optimizer: torch.optim.Optimizer, options: StepOptions) -> tuple[float, bool]:
+    """Clip the gradients and take the step, unless they overflowed because of the loss scale, which is then lowered.
+
+    Returns:
+        The norm of the gradient before clipping, without the loss scale, and whether the step was skipped.
+    """
+    parameters, scaler = [parameter for _, parameter in named], options.scaler
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    norm = gradient_norm(parameters)
+    grad_norm = float(norm)
+    is_skipped = scaler is not None and not math.isfinite(grad_norm)
+    if scaler is not None and is_skipped:
+        check_scale(scaler, grad_norm)
+    else:
+        _finite("gradient norm", grad_norm, optimizer)
+        clipped_step(optimizer, parameters, norm, options.max_grad_norm)
+    if scaler is not None:
+        scaler.update()
+    return grad_norm, is_skipped
+
+
+def _finite(what: str, value: float, optimizer: torch.optim.Optimizer) -> float:
+    """Return a value; if it is not finite, remove the gradients and raise a `NonFiniteError` that names it."""
+    if not math.isfinite(value):
+        optimizer.zero_grad(set_to_none=True)
+        raise NonFiniteError(f"the {what} became {value}; the step was not taken.", what=what)
+    return value
 
 
 def without_gradient(named: Named) -> list[str]:

@@ -46,6 +46,7 @@ from lorakit.train.run_data import RunBatches, make_batches
 from lorakit.train.run_folder import cut_metrics, remove_run, unlock, write_record
 from lorakit.train.run_plan import autotuned_choices, check_space, disk_space, plan_run
 from lorakit.train.run_spec import ADAPTER, RunSpec
+from lorakit.train.scaling import check_named_in_fp32, loss_scaler
 from lorakit.train.schedule import schedule
 from lorakit.train.settings import TrainSettings
 from lorakit.train.trackers import Trackers
@@ -120,6 +121,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     resumed_from, damaged = _newest_checkpoint(spec, progress)
     notes = add_adapter(model, spec, loader, resumed_from, progress)
     named, optimizer = build_optimizer(model, ADAPTER, settings)
+    check_named_in_fp32(named, plan.dtype)
     acceleration = _arranged(model, plan.recompute, settings, progress)
     snapshot = None if resumed_from is None else checkpoint.load(resumed_from)
     before = None if snapshot is None else snapshot.environment
@@ -159,6 +161,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
         resumed_from=resumed_from,
         damaged=damaged,
         notes=notes,
+        scaler=loss_scaler(spec.device, plan.dtype, None if snapshot is None else snapshot.scaler),
     )
 
 
@@ -268,7 +271,7 @@ def _fitted(
     limit = bytes_of(spec.settings.fit or "")
     found, used = settle(plan.proposed, limit, measure)
     progress.say(describe(found, limit, used))
-    return RunPlan.of(found, spec.settings.fit), current
+    return RunPlan.of(found, spec.settings.fit, dtype_reason=plan.dtype_reason), current
 
 
 def _accelerated(model: nn.Module, recompute: str, progress: Progress) -> Acceleration:

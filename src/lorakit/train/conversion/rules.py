@@ -283,10 +283,9 @@ def half_precision(draft: Draft, key: str, value: JsonValue) -> None:
 
 
 def float16(draft: Draft, key: str, value: JsonValue) -> None:
-    """Convert a switch for fp16, in which lorakit does not train."""
+    """Convert a switch for fp16."""
     if value is True:
-        draft.set(key, "dtype", "auto")
-        draft.change(key, "lorakit trains in bfloat16 or float32; dtype auto selects the faster one")
+        draft.set(key, "dtype", "float16")
 
 
 def checkpointing(draft: Draft, key: str, value: JsonValue) -> None:

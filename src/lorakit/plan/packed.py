@@ -1,0 +1,287 @@
+"""Sizes of models whose files are quantized, from the quantization config of the files.
+
+`lorakit.hub` keeps the linear layers of files in some formats packed, and dequantizes the weights of other files while
+they are loaded. The config gives the bits, the groups and the layers that are left out; the sizes of the layers come
+from the model's shape. No file with weights is needed. Expressions in a config are not evaluated: names with the
+wildcard `.*` are compared, and any other pattern is reported in a note.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from lorakit.architectures.shapes import ModelShape, SiteShape
+from lorakit.durable import JsonObject, JsonValue
+from lorakit.errors import ConfigError
+from lorakit.plan.quantized import Storage, StoredBase, quantized_sites, stored
+from lorakit.targets.layer_types import LINEAR
+
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes per element of unquantized weights in files, by dtype; 4 for other dtypes."""
+
+_WORD, _WORD_BYTES, _HALF, _FP32, _FP8_BLOCK = 32, 4, 2, 4, (128, 128)
+_MXFP4_GROUP = 32
+
+Size = Callable[[int, int], int]
+"""(rows, columns) -> size of a packed weight in bytes."""
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """How the files of one quantization method store weights.
+
+    Attributes:
+        size: Function of the quantization config and the bytes per element of unquantized weights that returns the size
+            of a weight.
+        decode_bytes: Largest number of bytes per element that exist at once while a weight is dequantized in fp32, with
+            its scales.
+        left_out: Key of the config that lists the modules that are not quantized.
+        bits: Bits per element, without scales, or None if the config gives them.
+        is_kept: Whether the weights of linear layers stay packed in memory.
+        has_experts: Whether fused experts are quantized too; a model with them is dequantized while it is loaded.
+        has_linears: Whether linear layers are quantized.
+        spanning_bytes: Like `decode_bytes`, for codes that can span two words.
+    """
+
+    size: Callable[[JsonObject, int], Size]
+    decode_bytes: int
+    left_out: str
+    bits: int | None = None
+    is_kept: bool = True
+    has_experts: bool = False
+    has_linears: bool = True
+    spanning_bytes: int = 0
+
+
+def _gptq(values: JsonObject, _: int) -> Size:
+    """Return the size of codes, zero points, fp16 scales, and the group of each input feature."""
+    bits, group = _number(values, "bits", 4), _number(values, "group_size", 128)
+
+    def size(rows: int, columns: int) -> int:
+        groups = -(-columns // group) if group > 0 else 1
+        codes, zeros = _words(columns * bits) * rows, groups * _words(rows * bits)
+        return _WORD_BYTES * (codes + zeros + columns) + _HALF * groups * rows
+
+    return size
+
+
+def _awq(values: JsonObject, _: int) -> Size:
+    """Return the size of codes, zero points and fp16 scales."""
+    bits = _number(values, "bits", _number(values, "w_bit", 4))
+    group = _number(values, "group_size", _number(values, "q_group_size", 128))
+
+    def size(rows: int, columns: int) -> int:
+        groups = -(-columns // group) if group > 0 else 1
+        return _WORD_BYTES * (columns + groups) * _words(rows * bits) + _HALF * groups * rows
+
+    return size
+
+
+def _compressed(values: JsonObject, itemsize: int) -> Size:
+    """Return the size of one byte per value, scales in the dtype of the files, and zero points of one byte."""
+    weights = _weights_of_group(values)
+    strategy, group = weights.get("strategy"), _number(weights, "group_size", 128)
+    block = _pair(weights.get("block_structure"))
+    each = itemsize + (0 if weights.get("symmetric", True) else 1)
+
+    def size(rows: int, columns: int) -> int:
+        counts = {
+            "tensor": 1,
+            "group": rows * -(-columns // max(group, 1)),
+            "block": -(-rows // block[0]) * -(-columns // block[1]),
+        }
+        return rows * columns + each * counts.get(str(strategy), rows)
+
+    return size
+
+
+def _fp8(values: JsonObject, _: int) -> Size:
+    """Return the size of one byte per value and fp32 scales."""
+    has_blocks = values.get("weight_block_size") is not None or "weight_block_size" not in values
+    block = _pair(values.get("weight_block_size"))
+
+    def size(rows: int, columns: int) -> int:
+        scales = -(-rows // block[0]) * -(-columns // block[1]) if has_blocks else 1
+        return rows * columns + _FP32 * scales
+
+    return size
+
+
+def _mxfp4(_: JsonObject, __: int) -> Size:
+    """Return the size of half a byte per value and one byte per 32 values."""
+    return lambda rows, columns: rows * columns // 2 + rows * columns // _MXFP4_GROUP
+
+
+FORMATS: Mapping[str, PackedFormat] = {
+    "gptq": PackedFormat(_gptq, 12, "modules_not_quantized", spanning_bytes=25),
+    "awq": PackedFormat(_awq, 12, "modules_to_not_convert", bits=4),
+    "compressed-tensors": PackedFormat(_compressed, 12, "ignore", bits=8),
+    "fp8": PackedFormat(_fp8, 12, "modules_to_not_convert", bits=8, has_experts=True),
+    "mxfp4": PackedFormat(_mxfp4, 0, "modules_to_not_convert", 4, is_kept=False, has_experts=True, has_linears=False),
+}
+"""Quantization method of the files (`quant_method`) -> how they store weights."""
+
+
+@dataclass(frozen=True)
+class PackedFiles:
+    """The quantized files of a model.
+
+    Attributes:
+        base: Sizes of the quantized linear layers in memory, or None if the weights are dequantized while they are
+            loaded.
+        file_bytes: Size of the files with weights in bytes.
+        method: Name of the quantization method.
+        unread: Patterns of the config that were not evaluated.
+    """
+
+    base: StoredBase | None
+    file_bytes: int
+    method: str
+    unread: tuple[str, ...] = ()
+
+    def notes(self) -> Iterator[str]:
+        """Yield messages for the user about assumptions of the sizes."""
+        if self.base is None:
+            yield f"The files are in {self.method}, and their weights are dequantized while they are loaded."
+        if self.unread:
+            yield (
+                f"The quantization config leaves out modules by patterns that the plan does not evaluate "
+                f"({', '.join(self.unread)}); it counts these modules as packed."
+            )
+
+
+def stored_base(shape: ModelShape, name: str | None, itemsize: int, double: bool) -> StoredBase | None:
+    """Return the size of a quantized base, or None if all of its weights are dense.
+
+    Args:
+        shape: Shape of the base.
+        name: A name in `plan.quantized.STORAGES` if the base is quantized while it is loaded, or None.
+        itemsize: Bytes per element in unquantized weights and in the computation.
+        double: Whether to quantize the scales too, if the format supports it.
+
+    Raises:
+        ConfigError: The name is unknown, no module of this model can be stored in this format, or the files are already
+            packed.
+    """
+    files = packed_files(shape)
+    if name is not None and files is not None:
+        raise ConfigError(
+            f"{shape.name}: the files are already quantized ({files.method}); omit quantization {name!r}.",
+            what=name,
+            where=shape.name,
+            field="quantization",
+        )
+    if name is not None:
+        return stored(shape, name, itemsize, double)
+    return None if files is None else files.base
+
+
+def packed_files(shape: ModelShape) -> PackedFiles | None:
+    """Return the sizes of a model's quantized files. [docs/math.md (28)]
+
+    Args:
+        shape: Shape of the model, with the quantization config of its files.
+
+    Returns:
+        The sizes, or None if the files are not quantized in one of `FORMATS`.
+    """
+    values = dict(shape.quantization)
+    method = str(values.get("quant_method"))
+    if method not in FORMATS:
+        return None
+    kind = FORMATS[method]
+    itemsize = ITEM_BYTES.get(shape.dtype, _FP32)
+    size = kind.size(values, itemsize)
+    bits = kind.bits or _number(values, "bits", 4)
+    storage = Storage(
+        name=method,
+        package="lorakit",
+        meaning="packed in the files",
+        bits=bits,
+        kinds=(LINEAR,),
+        doubles=False,
+        keeps="nothing",
+        size=lambda rows, columns, _, __: size(rows, columns),
+        decode_bytes=kind.spanning_bytes if kind.spanning_bytes and _WORD % bits else kind.decode_bytes,
+    )
+    left_out, unread = _left_out(values, kind)
+    sites = (
+        tuple(s for s in quantized_sites(shape, storage) if not _is_left_out(s, left_out)) if kind.has_linears else ()
+    )
+    experts = [matrix for matrix in _experts(shape) if kind.has_experts]
+    held = sum(size(site.out_features, site.in_features) for site in sites)
+    elements = sum(site.weight_parameters for site in sites)
+    in_experts = sum(count * rows * columns for count, rows, columns in experts)
+    packed = held + sum(count * size(rows, columns) for count, rows, columns in experts)
+    file_bytes = packed + itemsize * (shape.parameters - elements - in_experts)
+    is_kept = kind.is_kept and not experts and not values.get("dequantize") and bool(sites)
+    base = StoredBase(storage, sites, elements, held, shape.parameters - elements) if is_kept else None
+    return PackedFiles(base, file_bytes, method, unread)
+
+
+def _experts(shape: ModelShape) -> Iterator[tuple[int, int, int]]:
+    """Yield (experts, rows, columns) for each parameter that contains fused experts."""
+    for other in shape.others:
+        for _, size in other.matrices if other.experts else ():
+            if len(size) == 3:
+                yield size[0], size[1], size[2]
+
+
+def _left_out(values: JsonObject, kind: PackedFormat) -> tuple[list[Sequence[str]], tuple[str, ...]]:
+    """Return the modules that a config leaves out, as the parts of names around wildcards, and patterns not read."""
+    read: list[Sequence[str]] = []
+    unread = []
+    names = values.get(kind.left_out)
+    for name in names if isinstance(names, list) else ():
+        text = str(name).removeprefix("re:").removeprefix("^").removesuffix("$").replace("\\.", ".")
+        parts = text.split(".*")
+        if re.fullmatch(r"[\w.-]*", "".join(parts)):
+            read.append(parts)
+        else:
+            unread.append(str(name))
+    return read, tuple(unread)
+
+
+def _is_left_out(site: SiteShape, names: Sequence[Sequence[str]]) -> bool:
+    """Return whether a site's path contains the parts of one of the names, in this order and at whole components."""
+    return any(_contains(f".{site.path}.", parts) for parts in names)
+
+
+def _contains(path: str, parts: Sequence[str]) -> bool:
+    if len(parts) == 1:
+        return f".{parts[0]}." in path
+    at = 0
+    for part in parts:
+        at = path.find(part, at)
+        if at < 0:
+            return False
+        at += len(part)
+    return True
+
+
+def _weights_of_group(values: JsonObject) -> JsonObject:
+    """Return the settings of the weights in the first group of a compressed-tensors config."""
+    groups = values.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict):
+            return weights
+    return {}
+
+
+def _number(values: JsonObject, name: str, default: int) -> int:
+    value = values.get(name)
+    return value if isinstance(value, int) else default
+
+
+def _pair(value: JsonValue) -> tuple[int, int]:
+    """Return the rows and columns of a block; those of DeepSeek's files if the value is not a pair of integers."""
+    if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(n, int) and n > 0 for n in value):
+        return int(value[0]), int(value[1])
+    return _FP8_BLOCK
+
+
+def _words(bits: int) -> int:
+    return -(-bits // _WORD)
