@@ -324,7 +324,7 @@ class LoraConfig(PeftConfig):
     bias: str = "none"
     use_rslora: bool = False
     modules_to_save: list[str] | None = None
-    init_lora_weights: bool | str | None = True
+    init_lora_weights: bool | str = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
