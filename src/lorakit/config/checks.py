@@ -117,6 +117,11 @@ def table(field: str, value: Mapping[str, Number] | None) -> dict[str, Number]:
     return dict(value or {})
 
 
+def init(value: bool | str | None) -> bool | str:
+    """Return an init; None becomes False, because PEFT does not initialize A and B then, so that both are random."""
+    return False if value is None else value
+
+
 def check_values(config: LoraConfig) -> None:
     """Check each field on its own: ranks, alphas, dropout, and fields with a fixed set of values.
 
@@ -136,8 +141,6 @@ def check_values(config: LoraConfig) -> None:
         raise ConfigError.of("qalora_group_size", config.qalora_group_size, "an integer >= 1")
     if config.bias not in BIAS_CHOICES:
         raise ConfigError.of("bias", config.bias, f"one of {str(BIAS_CHOICES)[1:-1]}", allowed=BIAS_CHOICES)
-    if config.init_lora_weights is None:
-        config.init_lora_weights = False  # PEFT does not initialize A and B then, so both are random
     if not isinstance(config.init_lora_weights, (bool, str)):
         raise ConfigError.of("init_lora_weights", config.init_lora_weights, "True, False or a name")
 

@@ -324,7 +324,7 @@ class LoraConfig(PeftConfig):
     bias: str = "none"
     use_rslora: bool = False
     modules_to_save: list[str] | None = None
-    init_lora_weights: bool | str | None = True
+    init_lora_weights: bool | str = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -360,6 +360,7 @@ class LoraConfig(PeftConfig):
         self.exclude_modules = checks.names("exclude_modules", self.exclude_modules)
         self.modules_to_save = checks.plain_list("modules_to_save", self.modules_to_save)
         self.target_parameters = checks.parameters(self.target_parameters)
+        self.init_lora_weights = checks.init(self.init_lora_weights)
         self.rank_pattern = checks.table("rank_pattern", self.rank_pattern)
         self.alpha_pattern = checks.table("alpha_pattern", self.alpha_pattern)
         for name, part in PARTS.items():
