@@ -1,4 +1,4 @@
-"""Loss scaling of an fp16 base: small gradients survive, overflows skip steps, and the scaler's state is restored."""
+"""Loss scaling of an fp16 base: small gradients are kept, overflows skip steps, and the scaler's state is restored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH = Batch(torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.long), torch.
 
 
 class Factor(nn.Module):
-    """A trainable number in fp32 whose product with a constant is computed in fp16, as in a factor on an fp16 base."""
+    """A trainable number in fp32 that is multiplied by a constant in fp16, as in a factor on an fp16 base."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ Size = Callable[[int, int], int]
 
 @dataclass(frozen=True)
 class PackedFormat:
-    """How the files of one quantization method store weights.
+    """The way in which the files of one quantization method store weights.
 
     Attributes:
         size: Function of the quantization config and the bytes per element of unquantized weights that returns the size
