@@ -51,7 +51,9 @@ def _cast_input(layer: LoraLayer, x: Tensor | None, dtype: torch.dtype) -> Tenso
 
 def _adapter_layer_names(layer: LoraLayer) -> tuple[str, ...]:
     """Return the names of the attributes that store the adapters' parameters."""
-    return tuple(name for name in (*TRAINED, *(own.held_as for own in own_tensors())) if name in layer._modules)
+    return tuple(
+        name for name in dict.fromkeys((*TRAINED, *(own.container for own in own_tensors()))) if name in layer._modules
+    )
 
 
 VALUES: Mapping[str, Callable[[LoraLayer], object]] = {

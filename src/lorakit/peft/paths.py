@@ -53,8 +53,8 @@ TARGET_TABLES = " ".join(
 )
 """Names of the dicts that specify other methods' default targets."""
 
-PENALTY_METHODS = frozenset({"_get_kasa_loss"})
-"""Methods of PEFT's `LoraModel` that return the penalty a variant adds to the training loss."""
+PENALTY_METHODS: Mapping[str, str] = {"_get_kasa_loss": "kasa_config", "_get_monteclora_loss": "monteclora_config"}
+"""Methods of PEFT's `LoraModel` that return a variant's penalty -> the config field that selects the variant."""
 
 _TASKS = (
     *("CausalLM", "FeatureExtraction", "QuestionAnswering", "Seq2SeqLM"),
@@ -139,7 +139,7 @@ HOMES: Mapping[str, str] = {
         get_base_model_state_dict get_peft_model_state_dict set_base_model_state_dict set_peft_model_state_dict
     """,
     "lorakit.peft.status": "get_layer_status get_model_status TunerLayerStatus TunerModelStatus",
-    "lorakit.peft.trainer_mixin": "LoraTrainerMixin",
+    "lorakit.peft.trainer_mixin": "LoraTrainerMixin MontecloraTrainerMixin",
     "lorakit.peft.tuner": "BaseTuner delete_adapter LoraModel set_adapter",
     "lorakit.peft.utilities": f"""
         {_AVAILABILITY} {_BACKENDS} {_CONSTANTS} build_peft_weight_mapping cast_mixed_precision_params
