@@ -119,6 +119,7 @@ OF_VARIANT: Mapping[str, dict[str, Any]] = {
     "kasa": {"kasa_config": {"beta": 0.5, "gamma": 0.25}},
     "qalora": {"use_qalora": True, "qalora_group_size": 4},
     "velora": {"velora_config": {"num_groups": 5, "scale": 0.5}},
+    "monteclora": {"monteclora_config": {"num_samples": 3, "sample_scaler": 0.1, "buffer_size": 1}},
     "bdlora": {"use_bdlora": {"target_modules_bd_a": [""], "nblocks": 2}},  # the empty text is in every path
 }
 """Variant -> config fields that select it in any model."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lorakit import core
-from lorakit.config import BdLoraConfig, LoraConfig, VeloraConfig
+from lorakit.config import BdLoraConfig, LoraConfig, MontecloraConfig, VeloraConfig
 from lorakit.core.kinds import KINDS
 from lorakit.core.model.base_view import quantized_linear
 from lorakit.core.quantization import WEIGHT_FORMATS, weight_format_of
@@ -40,6 +40,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "bdlora": {"use_bdlora": BdLoraConfig(["up"], ["square"], nblocks=2)},
     "qalora": {"use_qalora": True, "qalora_group_size": 4},
     "velora": {"velora_config": VeloraConfig(num_groups=5)},
+    "monteclora": {"monteclora_config": MontecloraConfig(num_samples=3)},
 }
 """Every variant that has an update of the weight, and options that can be combined with one."""
 

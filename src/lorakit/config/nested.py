@@ -181,7 +181,7 @@ class VeloraConfig(_Typed):
 
 @dataclass
 class MontecloraConfig(_Typed):
-    """Settings for MonteCLoRA; not supported.
+    """Settings for MonteCLoRA (Sengupta et al. 2024, arXiv:2411.04358), which samples A during training.
 
     Attributes:
         num_samples: Number of samples per forward pass.
@@ -189,7 +189,7 @@ class MontecloraConfig(_Typed):
         dirichlet_prior: Concentration of the Dirichlet prior.
         sample_scaler: Scale of the sampling noise.
         kl_loss_weight: Weight of the KL divergence in the loss.
-        buffer_size: Size of the sampler's buffer.
+        buffer_size: Number of samples that PEFT draws at once; lorakit draws each sample when it is used.
 
     Raises:
         ConfigError: `num_samples`, `dirichlet_prior` or `buffer_size` is not positive.
