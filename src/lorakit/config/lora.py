@@ -314,7 +314,8 @@ class LoraConfig(PeftConfig):
         lora_bias: Whether B has a bias.
         target_parameters: Names of parameters to adapt, such as fused expert weights.
         use_bdlora: Settings for the BD-LoRA variant, in which A or B is block-diagonal; None turns the variant off.
-        arrow_config: Settings for Arrow routing; not supported.
+        arrow_config: Settings for the Arrow variant (arXiv:2405.11157), a router over the other adapters; None turns
+            the variant off.
         kasa_config: Settings for the KaSA variant (arXiv:2412.06071), which truncates the base weights; None turns the
             variant off.
         ensure_weight_tying: Whether an adapter on one of two tied weights applies to both.
@@ -415,6 +416,7 @@ class LoraConfig(PeftConfig):
             self.velora_config,
             self.use_qalora,
             self.monteclora_config,
+            self.arrow_config,
         )
         return not self.lora_bias and not any(variants)
 
@@ -450,7 +452,6 @@ class LoraConfig(PeftConfig):
 
 NOT_BUILT: Mapping[str, Any] = {
     "megatron_config": None,
-    "arrow_config": None,
 }
 """Dict from each unsupported field to the value that turns the field off."""
 

@@ -276,15 +276,16 @@ class BdLoraConfig(_Typed):
 
 @dataclass
 class ArrowConfig(_Typed):
-    """Settings for Arrow routing (arXiv:2405.11157); not supported.
+    """Settings for Arrow (Ostapenko et al. 2024, arXiv:2405.11157), a router over the other adapters of a model.
 
     Attributes:
         top_k: Number of adapters selected for each token.
         router_temperature: Temperature of the router's softmax.
-        use_gks: Whether to subtract general knowledge from the task adapters before routing.
+        use_gks: Whether to subtract the mean of the general-knowledge adapters from the others before routing
+            (arXiv:2505.10939).
         task_adapter_names: Names of the task adapters; set when the router is created.
         gks_adapter_names: Names of the general-knowledge adapters; set when the router is created.
-        rng_seed: Random seed of the router.
+        rng_seed: Random seed of the power iteration that finds the prototypes; None for torch's default generator.
 
     Raises:
         ConfigError: `top_k` or `router_temperature` is not positive.

@@ -32,11 +32,11 @@ _WITH_TARGET_TABLES = """
 _METHODS = f"{_WITH_TARGET_TABLES} AdaptionPrompt Hira OSF Shadow TrainableTokens XLora"
 
 PROMPTS = """
-    CartridgeConfig CartridgeEncoder CPTConfig CPTEmbedding create_arrow_model MultitaskPromptTuningConfig
+    CartridgeConfig CartridgeEncoder CPTConfig CPTEmbedding MultitaskPromptTuningConfig
     MultitaskPromptTuningInit PrefixEncoder PrefixTuningConfig PromptEmbedding PromptEncoder PromptEncoderConfig
     PromptEncoderReparameterizationType PromptTuningConfig PromptTuningInit
 """
-"""Names that belong to prompt-learning methods, plus the function `create_arrow_model`."""
+"""Names that belong to prompt-learning methods."""
 
 OTHER_METHODS = " ".join([PROMPTS, *(f"{method}Config {method}Model" for method in _METHODS.split())])
 """Names that belong to other methods and that PEFT exports from both `peft` and `peft.tuners`."""
@@ -108,6 +108,7 @@ HOMES: Mapping[str, str] = {
         check_if_peft_model DoraCaching find_kappa_target_modules KappaTuneSelector rescale_adapter_scale
         update_forward_signature update_generate_signature update_signature
     """,
+    "lorakit.peft.arrow": "create_arrow_model _resolve_adapter_source=source_of",
     "lorakit.peft.attached_inits": "get_eva_state_dict initialize_lora_eva_weights replace_lora_weights_loftq",
     "lorakit.peft.data_inits": "preprocess_corda preprocess_loraga",
     "lorakit.peft.hotswap": """
@@ -179,7 +180,7 @@ PATHS: Mapping[str, str] = {
     "optimizers.riemannian": "create_riemannian_optimizer",
     "peft_model": f"{HOMES['lorakit.peft.model']} {HOMES['lorakit.peft.status']}",
     "tuners": f"""
-        {OTHER_METHODS} ArrowConfig BdLoraConfig convert_to_lora EvaConfig get_eva_state_dict
+        {OTHER_METHODS} ArrowConfig BdLoraConfig convert_to_lora create_arrow_model EvaConfig get_eva_state_dict
         initialize_lora_eva_weights KasaConfig LoftQConfig LoraConfig LoraGAConfig LoraModel LoraRuntimeConfig
         MixedModel MontecloraConfig MultitaskPromptEmbedding preprocess_loraga save_as_lora VeloraConfig
     """,

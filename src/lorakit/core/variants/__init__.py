@@ -9,6 +9,7 @@ from typing import Any
 from lorakit.config import LoraConfig
 from lorakit.core.kinds import Kind, check_fits
 from lorakit.core.variants.alora import ALORA, last_invocation
+from lorakit.core.variants.arrow import ARROW
 from lorakit.core.variants.bdlora import BDLORA
 from lorakit.core.variants.dora import DORA
 from lorakit.core.variants.kasa import KASA
@@ -42,7 +43,7 @@ __all__ = [
     "without",
 ]
 
-VARIANTS: tuple[Variant, ...] = (PLAIN, DORA, ALORA, KASA, BDLORA, VELORA, QALORA, MONTECLORA)
+VARIANTS: tuple[Variant, ...] = (PLAIN, DORA, ALORA, KASA, BDLORA, VELORA, QALORA, MONTECLORA, ARROW)
 
 
 def variant_named(name: str) -> Variant:

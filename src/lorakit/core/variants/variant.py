@@ -239,6 +239,7 @@ class Variant:
             a position.
         move: Function from a `Start` to the canonical weight that replaces the base weight while the adapter is
             attached. The replacement depends only on the base and the rank, so adapters of the same rank share it.
+        uses_product: Whether the output depends on the factor's own A and B, so that zeros in them are suspicious.
         adds_product: Whether the update of a new factor is s·B·A, so that an initialization method may subtract it from
             the base weight.
         excludes_others: Why the model cannot have adapters of other variants at the same time, phrased as the end of a
@@ -272,6 +273,7 @@ class Variant:
     positions: Callable[[Tensor, LoraConfig, Tensor | None], Tensor] | None = None
     span: Callable[[LoraConfig], int] | None = None
     move: Callable[[Start], Tensor] | None = None
+    uses_product: bool = True
     adds_product: bool = True
     excludes_others: str = ""
     penalty: Callable[[Factor, bool], Tensor] | None = None
