@@ -24,7 +24,9 @@ NOT_SETTINGS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "fan_in_fan_out", "runtime_config",
     # not supported by lorakit at all
-    "megatron_config", "megatron_core", "arrow_config",
+    "megatron_config", "megatron_core",
+    # a router is not trained
+    "arrow_config",
     # changes the quantized base, which a run does not save
     "loftq_config",
 }  # fmt: skip

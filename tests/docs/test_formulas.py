@@ -14,6 +14,7 @@ from lorakit import core
 from lorakit.config import LoraConfig, scale
 from lorakit.core.files.inspecting import delta_norm
 from lorakit.core.kinds.kind import dense_delta
+from lorakit.core.variants.arrow import prototype, without_general
 from lorakit.core.variants.bdlora import block_diagonal
 from lorakit.core.variants.dora import row_norms
 from lorakit.core.variants.kasa import truncated
@@ -178,6 +179,47 @@ def test_monteclora_s_penalty() -> None:
     D = D + sum((a - p) * (psi(a) - psi(alpha.sum())) for a in alpha)
     by_hand = 0.5 * (D + R / 2 * sum((2 * t).exp() - 2 * t - 1 for t in tau) + n / 2 * sum(v - v.log() - 1))
     torch.testing.assert_close(core.penalties(model), by_hand + w.square().sum())
+
+
+def test_arrow_s_prototype_is_a_power_iteration() -> None:
+    A, B = torch.randn(R, IN), torch.randn(OUT, R)
+    torch.manual_seed(4)
+    found = prototype(A, B)
+    torch.manual_seed(4)
+    v = torch.randn(IN)
+    for _ in range(15):
+        v = (B @ A).T @ (B @ A) @ v
+        v = v / v.norm()
+    torch.testing.assert_close(found, v)
+
+
+def test_arrow_routes_to_the_best_experts() -> None:
+    model, _ = adapted()
+    for name in ("b", "c"):
+        core.attach(model, LoraConfig(r=R, lora_alpha=2, target_modules=["0"]), name)
+        model[0].lora_B[name].weight.data.normal_()
+    core.attach(model, LoraConfig(target_modules=["0"], arrow_config={"top_k": 2, "router_temperature": 0.5}), "router")
+    core.activate(model, "router")
+    layer: Any = model[0]
+    x, names = torch.randn(4, IN, dtype=torch.float64), ("default", "b", "c")
+    h = model(x)
+    prototypes = layer.memory["router"]["prototypes"]
+    for row, found in zip(x, h, strict=True):
+        fit = [abs(float(p @ row)) for p in prototypes]
+        chosen = sorted(range(3), key=lambda e: -fit[e])[:2]
+        total = sum(math.exp(fit[e] / 0.5) for e in chosen)
+        expected = layer.base_layer(row)
+        for e in chosen:
+            factor = layer.factor(names[e])
+            expected = expected + math.exp(fit[e] / 0.5) / total * factor.scale * factor.B @ factor.A @ row
+        torch.testing.assert_close(found, expected)
+
+
+def test_general_knowledge_is_the_mean_of_a_and_of_b() -> None:
+    A, B = torch.randn(3, R, IN), torch.randn(3, OUT, R)
+    ((found_A, found_B),) = without_general([(A[0], B[0])], [(A[1], B[1]), (A[2], B[2])])
+    torch.testing.assert_close(found_A, A[0] - (A[1] + A[2]) / 2)
+    torch.testing.assert_close(found_B, B[0] - (B[1] + B[2]) / 2)
 
 
 def test_scale_is_alpha_over_r() -> None:

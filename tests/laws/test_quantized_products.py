@@ -50,8 +50,8 @@ NOT_DENSE = {"biases": "dense=True replaces the module at up, but adapter '.' tr
 NOT_ON = {"biases": {"hqq": "is stored as HQQ, so its bias is not a parameter and cannot be trained"}}
 """Case -> package -> message, for what the weight format of a package does not support."""
 
-NOT_MERGED = {"alora", "kasa"}
-"""Variants that depend on the position, and that reject these bases: tests/core/variants/test_alora_quantized.py, test_kasa.py."""
+NOT_MERGED = {"alora", "kasa", "arrow"}
+"""Variants that depend on the input, and that reject these bases: tests/core/variants/test_alora_quantized.py, test_kasa.py."""
 
 NEVER_QUANTIZED = {
     "Embedding": "no supported package quantizes embedding tables",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lorakit.core.variants.arrow import GENERAL_PREFIX
 from lorakit.errors import AdapterFileError, ConfigError, ConfigTypeError
 from lorakit.peft import model_adapters
 from lorakit.peft.model import PeftModel
+from lorakit.peft.tuner import CONFIGS
 
 TASK_PREFIX = "task_"
 """Start of the names of the adapters for tasks, as in PEFT; a number follows."""
@@ -55,41 +57,55 @@ def create_arrow_model(
     """
     general = _general_paths(arrow_config, general_adapter_paths)
     experts = _paths("task_specific_adapter_paths", task_specific_adapter_paths)
-    if arrow_config.top_k > len(experts):
-        raise ConfigError(
-            f"top_k is {arrow_config.top_k}, but task_specific_adapter_paths has {len(experts)} adapter(s). Lower "
-            "top_k or pass more adapters.",
-            what=arrow_config.top_k,
-            field="top_k",
-        )
-    if model_adapters.configs_of(model_adapters.user_model(base_model)):
+    _check_top_k(arrow_config.top_k, len(experts))
+    user = model_adapters.user_model(base_model)
+    if model_adapters.configs_of(user):
         raise ConfigError("The model has adapters, which would become experts; unload them.", field="base_model")
     names = [f"{TASK_PREFIX}{i}" for i in range(len(experts))]
     names_of_general = [f"{GENERAL_PREFIX}{i}" for i in range(len(general))]
     sources = dict(zip((*names, *names_of_general), map(source_of, (*experts, *general)), strict=True))
     configs = {name: _config(name, *source, **adapter_kwargs) for name, source in sources.items()}
     _check_alike(configs)
-    try:
+    with _unchanged_on_error(user):
         model = _loaded(base_model, sources, adapter_kwargs)
-        targets = _targets(model, list(sources))
         first = configs[names[0]]
         router = LoraConfig(
             arrow_config=arrow_config,
-            target_modules=targets,
+            target_modules=_targets(model, list(sources)),
             r=first.r,
             layers_to_transform=first.layers_to_transform,
             layers_pattern=first.layers_pattern,
         )
         model.add_adapter(ROUTER, router)
-    except BaseException:
-        for name in model_adapters.configs_of(base_model).copy():
-            core.detach(base_model, name)
-        raise
     model.set_adapter(ROUTER)
     for config in (arrow_config, model.peft_config[ROUTER].arrow_config):
         if config is not None:
             config.task_adapter_names, config.gks_adapter_names = list(names), list(names_of_general)
     return model
+
+
+@contextlib.contextmanager
+def _unchanged_on_error(user: nn.Module) -> Iterator[None]:
+    """Remove all adapters from the user's model if the block raises an error, and restore the model's mode."""
+    training = user.training
+    try:
+        yield
+    except BaseException:
+        for name in tuple(model_adapters.configs_of(user)):
+            core.detach(user, name)
+        user.__dict__.pop(CONFIGS, None)
+        user.train(training)  # loading an adapter selects the eval mode
+        raise
+
+
+def _check_top_k(top_k: int, experts: int) -> None:
+    if top_k > experts:
+        raise ConfigError(
+            f"top_k is {top_k}, but task_specific_adapter_paths has {experts} adapter(s). Lower top_k or pass more "
+            "adapters.",
+            what=top_k,
+            field="top_k",
+        )
 
 
 def _general_paths(arrow_config: ArrowConfig, paths: Sequence[str] | None) -> Sequence[str]:
