@@ -114,7 +114,7 @@ WITHOUT_A_PLACE: Mapping[str, str] = {
 """Entries of KINDS and WEIGHT_FORMATS without a `Place`, each with its reason."""
 
 
-OUTSIDE_THE_PRODUCT: Mapping[str, str] = {"arrow": "a router needs several adapters at each site: test_arrow.py"}
+OUTSIDE_THE_PRODUCT: Mapping[str, str] = {"arrow-router": "a router needs several adapters at each site: test_arrow.py"}
 """Variants without cells, each with its reason."""
 
 OF_VARIANT: Mapping[str, dict[str, Any]] = {

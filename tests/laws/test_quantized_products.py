@@ -50,7 +50,7 @@ NOT_DENSE = {"biases": "dense=True replaces the module at up, but adapter '.' tr
 NOT_ON = {"biases": {"hqq": "is stored as HQQ, so its bias is not a parameter and cannot be trained"}}
 """Case -> package -> message, for what the weight format of a package does not support."""
 
-NOT_MERGED = {"alora", "kasa", "arrow"}
+NOT_MERGED = {"alora", "kasa", "arrow-router"}
 """Variants that depend on the input, and that reject these bases: tests/core/variants/test_alora_quantized.py, test_kasa.py."""
 
 NEVER_QUANTIZED = {

@@ -194,7 +194,7 @@ def _fits(kind: Kind) -> bool:
 
 
 ARROW = Variant(
-    name="arrow",
+    name="arrow-router",
     title="Arrow",
     field="arrow_config",
     setting=_setting,

@@ -68,7 +68,6 @@ PEFT = Tool(
         "runtime_config": nothing,
         "megatron_core": nothing,
         "loftq_config": no_counterpart("LoftQ is not available for training"),
-        "arrow_config": no_counterpart("a router is not trained; use create_arrow_model"),
     },
 )
 
