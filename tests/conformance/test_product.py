@@ -121,8 +121,8 @@ def _assert_default(cell: Cell, model: nn.Module) -> None:
     plain = dict(model_named(cell.place.model).named_parameters())
     for name, parameter in model.named_parameters():
         if name.endswith("lora_embedding_A.default"):
-            assert not parameter.any()
-        elif ".base_layer." in name and not cell.rules.changes_base:
+            assert bool(parameter.any()) == (cell.init is False)
+        elif ".base_layer." in name and ".lora_" not in name and not cell.rules.changes_base:
             path = name.removeprefix("base_model.model.").replace(".base_layer", "")
             assert torch.equal(parameter, plain[path])
 
