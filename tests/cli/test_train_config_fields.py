@@ -24,7 +24,8 @@ NOT_SETTINGS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "fan_in_fan_out", "runtime_config",
     # not supported by lorakit at all
-    "megatron_config", "megatron_core", "monteclora_config",
+    "megatron_config", "megatron_core",
+    # a router is not trained
     "arrow_config",
     # changes the quantized base, which a run does not save
     "loftq_config",
@@ -105,6 +106,7 @@ FIELDS = {
     "aLoRA": ["--target-modules", "q_proj", "--alora-invocation-tokens", "{ids}"],
     "KaSA": ["--target-modules", "q_proj", "--kasa-config", '{"beta": 0.01}'],
     "VeLoRA": ["--velora-config", '{"num_groups": 4, "init_type": "batch_average_once"}'],
+    "MonteCLoRA": ["--target-modules", "q_proj", "--monteclora-config", '{"num_samples": 2, "kl_loss_weight": 0.01}'],
 }
 
 
@@ -128,6 +130,9 @@ def test_a_run_resumes_with_the_same_bits(case: str, train: Train, tmp_path: Pat
     elif case == "VeLoRA":
         assert config["velora_config"]["num_groups"] == 4
         assert all(tensor.any() for name, tensor in wanted.items() if "velora" in name)
+    elif case == "MonteCLoRA":
+        assert config["monteclora_config"]["num_samples"] == 2
+        assert sum("monteclora" in name for name in wanted) == 4 * sum("lora_A" in name for name in wanted)
     else:
         assert config["modules_to_save"] == ["lm_head"] and config["bias"] == "all"
         assert any("lm_head" in name for name in wanted) and not any("layers.0." in name for name in wanted)

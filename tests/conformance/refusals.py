@@ -77,7 +77,7 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     Refusal(
         "the entry of VARIANTS does not support the kind",
         lambda cell: not all(variant_named(cell.variant).fits(kind_named(kind)) for kind in _kinds(cell)),
-        r"(DoRA|aLoRA|KaSA|BD-LoRA|VeLoRA|QA-LoRA) .(use_\w+|alora_invocation_tokens|\w+_config). does not support",
+        r"(DoRA|aLoRA|KaSA|BD-LoRA|VeLoRA|QA-LoRA|MonteCLoRA) .(use_\w+|alora_invocation_tokens|\w+_config). does not support",
     ),
     Refusal(
         "before its invocation aLoRA is the base, which the init changed; peft uses the changed base there",
@@ -93,6 +93,11 @@ BY_LORAKIT: tuple[Refusal, ...] = (
         "KaSA changes the base itself",
         lambda cell: cell.rules.changes_base and variant_named(cell.variant).move is not None,
         "changes the base weight, and KaSA changes it too",
+    ),
+    Refusal(
+        "saving as plain LoRA doubles the rank, and MonteCLoRA's tensors depend on it",
+        lambda cell: cell.variant == "monteclora" and cell.rules.changes_base,
+        "MonteCLoRA has tensors whose shape depends on the rank",
     ),
     Refusal(
         "a variant's residual of a quantized weight would have to be requantized",
@@ -157,7 +162,7 @@ BY_PEFT: tuple[Refusal, ...] = (
     ),
     Refusal(
         "MiCA is a variant there, so it excludes other variants",
-        lambda cell: cell.init == "mica" and cell.variant in ("dora", "kasa", "bdlora", "velora"),
+        lambda cell: cell.init == "mica" and cell.variant in ("dora", "kasa", "bdlora", "velora", "monteclora"),
         "Invalid or unsupported variant combination: .*mica",
     ),
     Refusal(
@@ -174,6 +179,16 @@ BY_PEFT: tuple[Refusal, ...] = (
         "VeLoRA is there for Linear and Conv1D alone, and not for most packed weights",
         lambda cell: cell.variant == "velora" and (cell.kind not in DENSE or _is_packed(cell)),
         "does not support VeLoRA|VeLoRA does not support|`velora_config` is set|variant combination: .*velora_config",
+    ),
+    Refusal(
+        "MonteCLoRA is there for Linear and Conv1D alone",
+        lambda cell: cell.variant == "monteclora" and cell.kind not in DENSE,
+        "variant combination: .*monteclora_config",
+    ),
+    Refusal(
+        "on a quantized weight MonteCLoRA is silently plain LoRA in peft",
+        lambda cell: cell.variant == "monteclora" and _is_packed(cell),
+        how="ignores",
     ),
     Refusal(
         "QA-LoRA is silently plain LoRA, except on nn.Linear, which `Cell.configured` gives peft's GPTQ layer",

@@ -226,6 +226,20 @@ def _rows() -> list[Row]:
             {"target_modules": attention, "velora_config": {"num_groups": 7}, "use_rslora": True},
         ),
         Row("velora-bias", gpt2, {"target_modules": ["c_attn"], "velora_config": {}, "lora_bias": True}),
+        Row(
+            "monteclora-rslora",
+            llama,
+            {"target_modules": attention, "monteclora_config": {"buffer_size": 1}, "use_rslora": True},
+        ),
+        Row(
+            "monteclora-bias",
+            gpt2,
+            {
+                "target_modules": ["c_attn"],
+                "monteclora_config": {"num_samples": 2, "buffer_size": 1},
+                "lora_bias": True,
+            },
+        ),
         Row("large-rank", "sequential", {"target_modules": ["head"], "r": 6}),
         # parts that are not factors
         Row("bias-all", bert, {"task_type": group, "target_modules": ["query"], "bias": "all"}),

@@ -14,9 +14,11 @@ from lorakit import core
 from lorakit.config import LoraConfig, scale
 from lorakit.core.files.inspecting import delta_norm
 from lorakit.core.kinds.kind import dense_delta
+from lorakit.core.variants.arrow import prototype, without_general
 from lorakit.core.variants.bdlora import block_diagonal
 from lorakit.core.variants.dora import row_norms
 from lorakit.core.variants.kasa import truncated
+from lorakit.core.variants.monteclora import CONCENTRATION, WEIGHTS
 from lorakit.data import Batch
 from lorakit.plan import catalogue, count
 from lorakit.plan.params import factor_parameters
@@ -142,6 +144,82 @@ def test_qalora_reads_means_of_groups() -> None:
     core.merge(model)
     update = layer.base_layer.weight - W
     torch.testing.assert_close(update[:, 0::2], update[:, 1::2])
+
+
+def test_monteclora_samples_a() -> None:
+    n, c = 4, 0.5
+    model, layer = adapted(monteclora_config={"num_samples": n, "sample_scaler": c})
+    factor, x = layer.factor("default"), torch.randn(4, IN, dtype=torch.float64)
+    tau, alpha = factor.own["lora_monteclora_sampler.std_prior"], factor.own[CONCENTRATION].exp()
+    W, bias, A, B = parts(layer)
+    torch.testing.assert_close(model(x), x @ (W + ALPHA / R * B @ A).T + bias)
+    torch.manual_seed(5)
+    found = model.train()(x)
+    torch.manual_seed(5)
+    E, z = torch.randn(n, IN, R, dtype=torch.float64), torch.randn(n, dtype=torch.float64)
+    chi, below = torch.distributions.Chi2(torch.tensor([3.0, 2.0, 1.0])).rsample(), torch.randn(3)
+    Q = [chi[0], chi[1] + below[0] ** 2, chi[2] + below[1] ** 2 + below[2] ** 2]
+    v = torch.stack([max((2 * t).exp() * q.double(), torch.tensor(1e-3)) for t, q in zip(tau, Q, strict=True)])
+    mu, d = alpha.log() - alpha.log().mean(), (1 - 2 / n) / alpha + (1 / (n**2 * alpha)).sum()
+    w = F.softmax(mu + d.sqrt() * z, 0)
+    noise = torch.diag(v.sqrt()) @ sum(w[k] * E[k].T for k in range(n))
+    torch.testing.assert_close(found, x @ (W + ALPHA / R * B @ (A + c * noise)).T + bias, rtol=1e-5, atol=1e-5)
+
+
+def test_monteclora_s_penalty() -> None:
+    n, p = 4, 0.3
+    asked = {"num_samples": n, "kl_loss_weight": 0.5, "dirichlet_prior": p, "use_entropy": True}
+    model, layer = adapted(monteclora_config=asked)
+    factor = layer.factor("default")
+    model.train()(torch.randn(4, IN, dtype=torch.float64))
+    tau, alpha = factor.own["lora_monteclora_sampler.std_prior"], factor.own[CONCENTRATION].exp()
+    v, w = factor.own["lora_monteclora_sampler.gaussian_var_prior"].diagonal(), factor.own[WEIGHTS]
+    log_gamma, psi = torch.lgamma, torch.digamma
+    D = log_gamma(alpha.sum()) - math.lgamma(n * p) + sum(log_gamma(a) - math.lgamma(p) for a in alpha)
+    D = D + sum((a - p) * (psi(a) - psi(alpha.sum())) for a in alpha)
+    by_hand = 0.5 * (D + R / 2 * sum((2 * t).exp() - 2 * t - 1 for t in tau) + n / 2 * sum(v - v.log() - 1))
+    torch.testing.assert_close(core.penalties(model), by_hand + w.square().sum())
+
+
+def test_arrow_s_prototype_is_a_power_iteration() -> None:
+    A, B = torch.randn(R, IN), torch.randn(OUT, R)
+    torch.manual_seed(4)
+    found = prototype(A, B)
+    torch.manual_seed(4)
+    v = torch.randn(IN)
+    for _ in range(15):
+        v = (B @ A).T @ (B @ A) @ v
+        v = v / v.norm()
+    torch.testing.assert_close(found, v)
+
+
+def test_arrow_routes_to_the_best_experts() -> None:
+    model, _ = adapted()
+    for name in ("b", "c"):
+        core.attach(model, LoraConfig(r=R, lora_alpha=2, target_modules=["0"]), name)
+        model[0].lora_B[name].weight.data.normal_()
+    core.attach(model, LoraConfig(target_modules=["0"], arrow_config={"top_k": 2, "router_temperature": 0.5}), "router")
+    core.activate(model, "router")
+    layer: Any = model[0]
+    x, names = torch.randn(4, IN, dtype=torch.float64), ("default", "b", "c")
+    h = model(x)
+    prototypes = layer.memory["router"]["prototypes"]
+    for row, found in zip(x, h, strict=True):
+        fit = [abs(float(p @ row)) for p in prototypes]
+        chosen = sorted(range(3), key=lambda e: -fit[e])[:2]
+        total = sum(math.exp(fit[e] / 0.5) for e in chosen)
+        expected = layer.base_layer(row)
+        for e in chosen:
+            factor = layer.factor(names[e])
+            expected = expected + math.exp(fit[e] / 0.5) / total * factor.scale * factor.B @ factor.A @ row
+        torch.testing.assert_close(found, expected)
+
+
+def test_general_knowledge_is_the_mean_of_a_and_of_b() -> None:
+    A, B = torch.randn(3, R, IN), torch.randn(3, OUT, R)
+    ((found_A, found_B),) = without_general([(A[0], B[0])], [(A[1], B[1]), (A[2], B[2])])
+    torch.testing.assert_close(found_A, A[0] - (A[1] + A[2]) / 2)
+    torch.testing.assert_close(found_B, B[0] - (B[1] + B[2]) / 2)
 
 
 def test_scale_is_alpha_over_r() -> None:

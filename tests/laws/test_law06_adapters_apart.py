@@ -29,15 +29,18 @@ from .zoo import ARCHITECTURES, BERT, EVERY_KIND, MIXTRAL, Case, Specimen, cases
 
 
 def train(model: nn.Module, specimen: Specimen, name: str, dtype: torch.dtype = torch.float32, steps: int = 3) -> None:
-    """Train one adapter with an optimizer over all adapters' parameters."""
+    """Train one adapter in training mode, with an optimizer over all adapters' parameters."""
     from .zoo import output
 
+    training = model.training
+    model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.5)
     with use(model, name):
         for _ in range(steps):
             optimizer.zero_grad()
             output(model, specimen.given(dtype)).float().pow(2).mean().backward()
             optimizer.step()
+    model.train(training)
 
 
 def numbers(model: nn.Module, name: str) -> dict[str, str]:

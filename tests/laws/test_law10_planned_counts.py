@@ -45,6 +45,7 @@ ON_LINEAR: dict[str, dict[str, Any]] = {
     "kasa": {"kasa_config": {}},
     "qalora": {"use_qalora": True, "qalora_group_size": 2},
     "velora": {"velora_config": {"num_groups": 7}},
+    "monteclora": {"monteclora_config": {"num_samples": 3}},
     "bdlora": {"use_bdlora": {"target_modules_bd_a": FIRST, "match_strict": False, "nblocks": 2}},
     "bdlora-b": {"use_bdlora": {"target_modules_bd_b": FIRST, "target_modules_bd_a": LATER, "nblocks": 2}},
     "kasa-bias-of-B": {"kasa_config": {}, "lora_bias": True},

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lorakit import core
-from lorakit.config import BdLoraConfig, LoraConfig, VeloraConfig
+from lorakit.config import BdLoraConfig, LoraConfig, MontecloraConfig, VeloraConfig
 from lorakit.core.kinds import KINDS
 from lorakit.core.model.base_view import quantized_linear
 from lorakit.core.quantization import WEIGHT_FORMATS, weight_format_of
@@ -40,6 +40,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "bdlora": {"use_bdlora": BdLoraConfig(["up"], ["square"], nblocks=2)},
     "qalora": {"use_qalora": True, "qalora_group_size": 4},
     "velora": {"velora_config": VeloraConfig(num_groups=5)},
+    "monteclora": {"monteclora_config": MontecloraConfig(num_samples=3)},
 }
 """Every variant that has an update of the weight, and options that can be combined with one."""
 
@@ -49,8 +50,8 @@ NOT_DENSE = {"biases": "dense=True replaces the module at up, but adapter '.' tr
 NOT_ON = {"biases": {"hqq": "is stored as HQQ, so its bias is not a parameter and cannot be trained"}}
 """Case -> package -> message, for what the weight format of a package does not support."""
 
-NOT_MERGED = {"alora", "kasa"}
-"""Variants that depend on the position, and that reject these bases: tests/core/variants/test_alora_quantized.py, test_kasa.py."""
+NOT_MERGED = {"alora", "kasa", "arrow-router"}
+"""Variants that depend on the input, and that reject these bases: tests/core/variants/test_alora_quantized.py, test_kasa.py."""
 
 NEVER_QUANTIZED = {
     "Embedding": "no supported package quantizes embedding tables",

@@ -299,13 +299,15 @@ class LoraConfig(PeftConfig):
             active from the last occurrence of this token sequence onward.
         use_qalora: Whether to use the QA-LoRA variant (arXiv:2309.14717), in which A reads means of groups of inputs.
         qalora_group_size: Number of inputs per group in QA-LoRA; must divide the input size of each site.
-        monteclora_config: Settings for MonteCLoRA; not supported.
+        monteclora_config: Settings for the MonteCLoRA variant (arXiv:2411.04358), in which A is sampled during
+            training; None turns the variant off.
         layer_replication: Ranges of layers to stack; replicas share the weights of the original layers.
         runtime_config: Process-local settings; never saved.
         lora_bias: Whether B has a bias.
         target_parameters: Names of parameters to adapt, such as fused expert weights.
         use_bdlora: Settings for the BD-LoRA variant, in which A or B is block-diagonal; None turns the variant off.
-        arrow_config: Settings for Arrow routing; not supported.
+        arrow_config: Settings for the Arrow variant (arXiv:2405.11157), a router over the other adapters; None turns
+            the variant off.
         kasa_config: Settings for the KaSA variant (arXiv:2412.06071), which truncates the base weights; None turns the
             variant off.
         ensure_weight_tying: Whether an adapter on one of two tied weights applies to both.
@@ -387,6 +389,8 @@ class LoraConfig(PeftConfig):
             return self.use_bdlora.numbers_saved(path, rank, out_features, in_features)
         if self.use_qalora:
             return rank * (in_features // self.qalora_group_size - in_features)
+        if self.monteclora_config is not None:
+            return rank + self.monteclora_config.num_samples
         return (out_features if self.use_dora else 0) + (rank if self.kasa_config is not None else 0)
 
     @property
@@ -404,6 +408,8 @@ class LoraConfig(PeftConfig):
             self.kasa_config,
             self.velora_config,
             self.use_qalora,
+            self.monteclora_config,
+            self.arrow_config,
         )
         return not self.lora_bias and not any(variants)
 
@@ -424,6 +430,8 @@ class LoraConfig(PeftConfig):
             return [f"QA-LoRA's A, which reads means of groups of inputs, holds {-total:,} fewer values than LoRA's."]
         if self.kasa_config is not None:
             return [f"KaSA adds r singular values per site: {total:,} in total."]
+        if self.monteclora_config is not None:
+            return [f"MonteCLoRA adds r spreads and one weight per sample at each site: {total:,} in total."]
         return [f"DoRA adds one magnitude per output of each site: {total:,} in total."] if self.use_dora else []
 
     def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
@@ -437,8 +445,6 @@ class LoraConfig(PeftConfig):
 
 NOT_BUILT: Mapping[str, Any] = {
     "megatron_config": None,
-    "monteclora_config": None,
-    "arrow_config": None,
 }
 """Dict from each unsupported field to the value that turns the field off."""
 

@@ -182,7 +182,7 @@ class VeloraConfig(_Typed):
 
 @dataclass
 class MontecloraConfig(_Typed):
-    """Settings for MonteCLoRA; not supported.
+    """Settings for MonteCLoRA (Sengupta et al. 2024, arXiv:2411.04358), which samples A during training.
 
     Attributes:
         num_samples: Number of samples per forward pass.
@@ -190,7 +190,7 @@ class MontecloraConfig(_Typed):
         dirichlet_prior: Concentration of the Dirichlet prior.
         sample_scaler: Scale of the sampling noise.
         kl_loss_weight: Weight of the KL divergence in the loss.
-        buffer_size: Size of the sampler's buffer.
+        buffer_size: Number of samples that PEFT draws at once; lorakit draws each sample when it is used.
 
     Raises:
         ConfigError: `num_samples`, `dirichlet_prior` or `buffer_size` is not positive.
@@ -277,15 +277,16 @@ class BdLoraConfig(_Typed):
 
 @dataclass
 class ArrowConfig(_Typed):
-    """Settings for Arrow routing (arXiv:2405.11157); not supported.
+    """Settings for Arrow (Ostapenko et al. 2024, arXiv:2405.11157), a router over the other adapters of a model.
 
     Attributes:
         top_k: Number of adapters selected for each token.
         router_temperature: Temperature of the router's softmax.
-        use_gks: Whether to subtract general knowledge from the task adapters before routing.
+        use_gks: Whether to subtract the mean of the general-knowledge adapters from the others before routing
+            (arXiv:2505.10939).
         task_adapter_names: Names of the task adapters; set when the router is created.
         gks_adapter_names: Names of the general-knowledge adapters; set when the router is created.
-        rng_seed: Random seed of the router.
+        rng_seed: Random seed of the power iteration that finds the prototypes; None for torch's default generator.
 
     Raises:
         ConfigError: `top_k` or `router_temperature` is not positive.

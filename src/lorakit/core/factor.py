@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,10 @@ class OwnWeight(nn.Module):
         super().__init__()
         self.weight = weight
         self.register_parameter("bias", bias)
+
+
+class OwnTensors(nn.Module):
+    """A module that holds a variant's extra tensors (…) of one adapter, each under its name."""
 
 
 class BufferDict(nn.Module, MutableMapping[str, Tensor]):
@@ -116,6 +121,38 @@ def own_entry(carried: str, tensor: Tensor) -> nn.Module | Tensor:
     if carried == "buffer":
         return tensor.detach()
     return OwnWeight(parameter(tensor)) if carried == "module" else parameter(tensor)
+
+
+def own_container(carried: str, member: str) -> nn.Module:
+    """Return an empty container for a variant's extra tensors, with one entry per adapter.
+
+    Args:
+        carried: A key of `OF_OWN_TENSORS`.
+        member: `OwnTensor.member`.
+    """
+    return nn.ModuleDict() if member else OF_OWN_TENSORS[carried]()
+
+
+def put_own(holder: Any, adapter: str, member: str, carried: str, tensor: Tensor) -> None:
+    """Add one of a variant's extra tensors (…) to its container.
+
+    Args:
+        holder: The container from `own_container`.
+        adapter: The adapter.
+        member: `OwnTensor.member`.
+        carried: A key of `OF_OWN_TENSORS`.
+        tensor: The tensor, such as a diagonal (r,).
+    """
+    entry = own_entry(carried, tensor)
+    if not member:
+        holder[adapter] = entry
+        return
+    if adapter not in holder:
+        holder[adapter] = OwnTensors()
+    if carried == "buffer":
+        holder[adapter].register_buffer(member, entry)
+    else:
+        setattr(holder[adapter], member, entry)
 
 
 def weight_holder(weight: nn.Parameter, bias: Tensor | None = None) -> nn.Module:

@@ -153,7 +153,9 @@ def _to_base(layer: LoraLayer, adapter_name: str, device: torch.device | None = 
 
 def _adapter_layer_names(layer: LoraLayer) -> tuple[str, ...]:
     """Return the names of the attributes that store the adapters' parameters."""
-    return tuple(name for name in (*TRAINED, *(own.held_as for own in own_tensors())) if name in layer._modules)
+    return tuple(
+        name for name in dict.fromkeys((*TRAINED, *(own.container for own in own_tensors()))) if name in layer._modules
+    )
 
 
 VALUES: Mapping[str, Callable[[LoraLayer], object]] = {

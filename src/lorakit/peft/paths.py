@@ -32,11 +32,11 @@ _WITH_TARGET_TABLES = """
 _METHODS = f"{_WITH_TARGET_TABLES} AdaptionPrompt Hira OSF Shadow TrainableTokens XLora"
 
 PROMPTS = """
-    CartridgeConfig CartridgeEncoder CPTConfig CPTEmbedding create_arrow_model MultitaskPromptTuningConfig
+    CartridgeConfig CartridgeEncoder CPTConfig CPTEmbedding MultitaskPromptTuningConfig
     MultitaskPromptTuningInit PrefixEncoder PrefixTuningConfig PromptEmbedding PromptEncoder PromptEncoderConfig
     PromptEncoderReparameterizationType PromptTuningConfig PromptTuningInit
 """
-"""Names that belong to prompt-learning methods, plus the function `create_arrow_model`."""
+"""Names that belong to prompt-learning methods."""
 
 OTHER_METHODS = " ".join([PROMPTS, *(f"{method}Config {method}Model" for method in _METHODS.split())])
 """Names that belong to other methods and that PEFT exports from both `peft` and `peft.tuners`."""
@@ -53,8 +53,8 @@ TARGET_TABLES = " ".join(
 )
 """Names of the dicts that specify other methods' default targets."""
 
-PENALTY_METHODS = frozenset({"_get_kasa_loss"})
-"""Methods of PEFT's `LoraModel` that return the penalty a variant adds to the training loss."""
+PENALTY_METHODS: Mapping[str, str] = {"_get_kasa_loss": "kasa_config", "_get_monteclora_loss": "monteclora_config"}
+"""Methods of PEFT's `LoraModel` that return a variant's penalty -> the config field that selects the variant."""
 
 _TASKS = (
     *("CausalLM", "FeatureExtraction", "QuestionAnswering", "Seq2SeqLM"),
@@ -110,6 +110,7 @@ HOMES: Mapping[str, str] = {
         check_if_peft_model DoraCaching find_kappa_target_modules KappaTuneSelector rescale_adapter_scale
         update_forward_signature update_generate_signature update_signature
     """,
+    "lorakit.peft.arrow": "create_arrow_model _resolve_adapter_source=source_of",
     "lorakit.peft.attached_inits": "get_eva_state_dict initialize_lora_eva_weights replace_lora_weights_loftq",
     "lorakit.peft.data_inits": "preprocess_corda preprocess_loraga",
     "lorakit.peft.hotswap": """
@@ -148,7 +149,7 @@ HOMES: Mapping[str, str] = {
         get_base_model_state_dict get_peft_model_state_dict set_base_model_state_dict set_peft_model_state_dict
     """,
     "lorakit.peft.status": "get_layer_status get_model_status TunerLayerStatus TunerModelStatus",
-    "lorakit.peft.trainer_mixin": "LoraTrainerMixin",
+    "lorakit.peft.trainer_mixin": "LoraTrainerMixin MontecloraTrainerMixin",
     "lorakit.peft.tuner": "BaseTuner delete_adapter LoraModel set_adapter",
     "lorakit.peft.utilities": f"""
         {_AVAILABILITY} {_BACKENDS} {_CONSTANTS} cast_mixed_precision_params
@@ -201,7 +202,7 @@ PATHS: Mapping[str, str] = {
         TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING WEIGHTS_NAME
     """,
     "tuners": f"""
-        {OTHER_METHODS} ArrowConfig BdLoraConfig convert_to_lora EvaConfig get_eva_state_dict
+        {OTHER_METHODS} ArrowConfig BdLoraConfig convert_to_lora create_arrow_model EvaConfig get_eva_state_dict
         initialize_lora_eva_weights KasaConfig LoftQConfig LoraConfig LoraGAConfig LoraModel LoraRuntimeConfig
         MixedModel MontecloraConfig MultitaskPromptEmbedding preprocess_loraga save_as_lora VeloraConfig
     """,

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorakit.config import CONFIG_FILE, LoraConfig
+from lorakit.core import penalties
 from lorakit.core.model.index import find_state
 from lorakit.errors import ConfigError, NotYetSupported, RunError
 from lorakit.peft.mapping import get_peft_model
 from lorakit.peft.model import PeftModel
+from lorakit.peft.paths import PENALTY_METHODS
 
 ARGUMENTS_FILE = "training_args.bin"
 """Name of the file, saved next to the adapter, that contains the parent's training arguments."""
@@ -198,3 +200,36 @@ class LoraTrainerMixin:
             text = f"{root}: this checkpoint has no adapter {', '.join(gone)}; nothing was read from it."
             raise RunError(text, what=gone[0], where=root)
         return folders
+
+
+class MontecloraTrainerMixin:
+    """Mixin that adds MonteCLoRA's penalty to a trainer's loss; without MonteCLoRA, the loss does not change.
+
+    The mixin must precede the trainer in the list of base classes, and can be combined with `LoraTrainerMixin`:
+
+        class MontecloraTrainer(MontecloraTrainerMixin, LoraTrainerMixin, Trainer): ...
+    """
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Return the parent's loss of a batch plus the penalty of the active adapters.
+
+        Args:
+            model: The model to train.
+            inputs: The batch.
+            return_outputs: Whether to return the model's outputs, too.
+            kwargs: Passed to the parent.
+
+        Returns:
+            The loss, a scalar; if `return_outputs` is set, a tuple of the loss and the outputs.
+        """
+        parent: Any = super()
+        found = parent.compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        penalty = penalties(model, PENALTY_METHODS["_get_monteclora_loss"])
+        if penalty is None:
+            return found
+        if not return_outputs:
+            return found + penalty.to(found.device)
+        loss, outputs = found
+        return loss + penalty.to(loss.device), outputs

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import gc
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -245,17 +246,18 @@ class BaseTuner(OverModel):
             self.inject(adapter_name, config, on_meta=low_cpu_mem_usage, state_dict=state_dict)
 
     def __getattr__(self, name: str) -> Any:
-        return self._penalty if name in PENALTY_METHODS else super().__getattr__(name)
+        field = PENALTY_METHODS.get(name)
+        return super().__getattr__(name) if field is None else partial(self._penalty, field)
 
-    def _penalty(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
-        """Return the total penalty, a scalar, that the given adapters (by default, the active ones) add to the loss.
+    def _penalty(self, field: str, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
+        """Return the penalty, a scalar, that the given adapters (by default, the active ones) add to the loss.
 
-        The result is 0.0 if none of these adapters has a penalty.
+        Only the variant that the config field selects counts; the result is 0.0 if no adapter has it.
         """
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:
                 stack.enter_context(core.use(self.model, *model_adapters.as_names(adapter_names)))
-            found = core.penalties(self.model)
+            found = core.penalties(self.model, field)
         return 0.0 if found is None else found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

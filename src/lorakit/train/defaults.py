@@ -295,6 +295,7 @@ DEFAULTS: dict[str, Default] = {
     "velora_config": Default(
         "Settings of VeLoRA as a JSON object", None, "A's gradient is computed from the whole input", "none", str
     ),
+    "monteclora_config": Default("Settings of MonteCLoRA as a JSON object", None, "A is not sampled", "none", str),
     "eva_config": Default("Settings of the init eva as a JSON object", None, "PEFT's values", "none", str),
     "corda_config": Default("Settings of the init corda as a JSON object", None, "PEFT's values", "none", str),
     "lora_ga_config": Default("Settings of the init lora_ga as a JSON object", None, "PEFT's values", "none", str),

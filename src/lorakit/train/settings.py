@@ -120,6 +120,7 @@ class TrainSettings(BaseModel):
     use_qalora: bool = _setting("use_qalora")
     qalora_group_size: int = _setting("qalora_group_size", ge=1)
     velora_config: Part = _setting("velora_config")
+    monteclora_config: Part = _setting("monteclora_config")
     eva_config: Part = _setting("eva_config")
     corda_config: Part = _setting("corda_config")
     lora_ga_config: Part = _setting("lora_ga_config")
@@ -285,7 +286,8 @@ _SAME_NAME = (
     *("target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
     *("rank_pattern", "alpha_pattern", "bias", "lora_bias", "layer_replication", "trainable_token_indices"),
     *("ensure_weight_tying", "alora_invocation_tokens", "use_bdlora", "kasa_config", "use_qalora"),
-    *("qalora_group_size", "velora_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("qalora_group_size", "velora_config", "monteclora_config", "eva_config", "corda_config"),
+    "lora_ga_config",
 )
 """Settings that are passed to `LoraConfig` unchanged."""
 

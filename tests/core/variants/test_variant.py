@@ -61,7 +61,7 @@ def _scaled(factor: Factor, training: bool) -> tuple[Tensor, Tensor]:
     return factor.own[DIAGONAL][:, None] * factor.A, factor.B
 
 
-def _energy(factor: Factor) -> Tensor:
+def _energy(factor: Factor, training: bool) -> Tensor:
     return factor.own[DIAGONAL].square().sum()
 
 
@@ -463,7 +463,7 @@ def test_factors_in_other_shapes_are_combined_as_they_are_multiplied(
 
 def test_its_penalty_has_a_method_in_pefts_model(put: Callable[[Variant], None], monkeypatch: Any) -> None:
     put(TOY)
-    monkeypatch.setattr(tuner, "PENALTY_METHODS", frozenset({"_toy_loss"}))
+    monkeypatch.setattr(tuner, "PENALTY_METHODS", {"_toy_loss": FIELD})
     model = peft.get_peft_model(LINEARS.model(), LINEARS.config(**{FIELD: ON}), adapter_name="a")
     model.add_adapter("b", LINEARS.config())
     found = model._toy_loss()
@@ -477,7 +477,7 @@ def test_its_penalty_has_a_method_in_pefts_model(put: Callable[[Variant], None],
 def test_it_may_see_the_other_adapters_of_its_site(put: Callable[[Variant], None]) -> None:
     def routed(at: At) -> Tensor:
         assert at.x is not None
-        others = [F.linear(F.linear(at.x, one.A), one.B) * one.scale for one in at.siblings()]
+        others = [F.linear(F.linear(at.x, one.A), one.B) * one.scale for one in at.siblings().values()]
         return at.z + sum(others)
 
     put(dataclasses.replace(TOY, tensors=(), factors=None, penalty=None, output=routed, update=None))

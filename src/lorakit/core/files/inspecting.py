@@ -22,6 +22,7 @@ from lorakit.core.inits import known_init
 from lorakit.core.kinds import WeightSpec, per_expert
 from lorakit.core.model.checks import LARGEST_USUAL_SCALE
 from lorakit.core.model.fingerprint import Fingerprint
+from lorakit.core.variants import variants_of
 from lorakit.durable import JsonObject
 from lorakit.errors import OVERRIDE, AdapterFileError
 
@@ -100,7 +101,7 @@ def judge(config: LoraConfig, sites: Sequence[Site], largest: Mapping[str, float
         The findings; empty for a plausible adapter.
     """
     found = [
-        _zero(sites, largest),
+        _zero(sites, largest) if all(variant.uses_product for variant in variants_of(config)) else None,
         nonfinite(largest),
         _of_tensors(VALUES, "Implausibly large values", largest, lambda v: LARGEST_USUAL_VALUE <= v < math.inf),
         *_scales(config, sites),

@@ -22,12 +22,11 @@ from lorakit.config import scale
 from lorakit.core.clones import bare, with_forward
 from lorakit.core.factor import (
     HOLDERS,
-    OF_OWN_TENSORS,
     TRAINED,
     BufferDict,
-    OwnWeight,
-    own_entry,
+    own_container,
     parameter,
+    put_own,
     weight_holder,
 )
 from lorakit.core.kinds.kind import Kind, WeightSpec, spread
@@ -37,7 +36,7 @@ from lorakit.core.layers.batched import add_kept, add_stacked
 from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState, resolve
-from lorakit.core.variants import NO_SETTING, NO_TENSORS, At, Factor, Setting, own_tensors, variant_named
+from lorakit.core.variants import NO_SETTING, NO_TENSORS, At, Factor, OwnTensor, Setting, own_tensors, variant_named
 from lorakit.errors import AdapterError, ConfigTypeError, MergeError, RowCountError, warn_caller
 
 Weights = dict["str | None", Tensor]
@@ -51,9 +50,9 @@ def _new_holder(name: str) -> nn.Module | None:
     """Return an empty container for an attribute that has one entry per adapter, or None for any other attribute."""
     if not name.startswith("lora_"):
         return None
-    own = next((tensor for tensor in own_tensors() if tensor.held_as == name), None)
+    own = next((tensor for tensor in own_tensors() if tensor.container == name), None)
     if own is not None:
-        return OF_OWN_TENSORS[own.carried]()
+        return own_container(own.carried, own.member)
     return HOLDERS[name]() if name in HOLDERS else None
 
 
@@ -71,6 +70,7 @@ class LoraLayer(BaseWeight):
             (`OwnTensor.held_as`).
         settings: Adapter -> the variant's settings for this layer; adapters without settings have no entry.
         trains: Adapter -> which of its factors, "A" and "B", are trainable.
+        memory: Adapter -> tensors that its variant keeps from one forward pass to the next.
         own_route: This layer's override of the model's default route, or None.
         forwards: The layer's forward history, used when autograd recomputes a forward pass.
     """
@@ -78,6 +78,7 @@ class LoraLayer(BaseWeight):
     lora_alpha: dict[str, float]
     settings: dict[str, Setting]
     trains: dict[str, frozenset[str]]
+    memory: dict[str, dict[str, Tensor]]
     own_route: Route | None = None
     forwards: Forwards
 
@@ -85,7 +86,9 @@ class LoraLayer(BaseWeight):
         super().__init__()
         self.base_layer = base_layer
         # hundreds of layers are created at once, and setting attributes on a module is slow
-        tables: dict[str, Any] = {name: {} for name in ("r", "lora_alpha", "scaling", "variant", "settings", "trains")}
+        tables: dict[str, Any] = {
+            name: {} for name in ("r", "lora_alpha", "scaling", "variant", "settings", "trains", "memory")
+        }
         self.__dict__.update(tables, training=base_layer.training, state=state, kind_name=kind.name, spec=spec)
         self.__dict__.update(merged_adapters=[], tied_weight=None, forwards=Forwards())
         state.join(self)
@@ -125,7 +128,7 @@ class LoraLayer(BaseWeight):
             return
         for own in variant_named(self.variant[name]).tensors:
             if not own.trained:
-                self._own(name, own.held_as).requires_grad_(False)
+                self._own(name, own).requires_grad_(False)
         if len(self.trains[name]) < 2:
             for part in {"A", "B"} - self.trains[name]:
                 if (tensor := getattr(self.factor(name), part)).is_leaf:  # another layer owns and freezes a non-leaf
@@ -144,11 +147,12 @@ class LoraLayer(BaseWeight):
         kind = self.kind
         A, B = parameter(factor.A), parameter(factor.B)
         down, up = (getattr(self, attribute) for attribute in kind.names)
+        self.memory.clear()  # may depend on the site's other adapters
         down[name], up[name] = (weight_holder(A), weight_holder(B, factor.bias)) if kind.on_disk else (A, B)
         self.lora_dropout[name] = factor.dropout
         for own in factor.variant.tensors:
-            getattr(self, own.held_as)[name] = own_entry(own.carried, factor.own[own.held_as])
-        for held in map(self._modules.get, (*HOLDERS, *factor.own)):
+            put_own(getattr(self, own.container), name, own.member, own.carried, factor.own[own.held_as])
+        for held in map(self._modules.get, (*HOLDERS, *{own.container for own in factor.variant.tensors})):
             for new in () if held is None else (held, held._modules.get(name)):
                 if new is not None and new.training is not self.training:  # new modules get the layer's mode
                     new.train(self.training)
@@ -159,12 +163,13 @@ class LoraLayer(BaseWeight):
 
     def remove(self, adapter: str) -> nn.Module:
         """Remove an adapter's factors, if any; return this layer, or the base module if no adapters are left."""
-        for attribute in (*HOLDERS, *(own.held_as for own in own_tensors())):
+        for attribute in (*HOLDERS, *(own.container for own in own_tensors())):
             holder = self._modules.get(attribute)
             if isinstance(holder, (ModuleDict, ParameterDict, BufferDict)) and adapter in holder:
                 del holder[adapter]
         for table in (self.r, self.lora_alpha, self.scaling, self.variant, self.settings, self.trains):
             table.pop(adapter, None)
+        self.memory.clear()
         self.drop_override(adapter)
         return self if self.r else self.base_layer
 
@@ -186,15 +191,17 @@ class LoraLayer(BaseWeight):
         first, second = (self._holder(attribute)[name] for attribute in kind.names)
         A, B, bias = (first.weight, second.weight, second.bias) if kind.on_disk else (first, second, None)
         variant, own, setting = variant_named(self.variant[name]), NO_TENSORS, NO_SETTING
-        if not variant.is_lora:
-            own = {tensor.held_as: self._own(name, tensor.held_as) for tensor in variant.tensors}
-            setting = self.settings.get(name, NO_SETTING)
-        return Factor(A, B, self.scaling[name], self.lora_dropout[name], variant, own, bias, setting)
+        if variant.is_lora:
+            return Factor(A, B, self.scaling[name], self.lora_dropout[name], variant, own, bias, setting)
+        own = {tensor.held_as: self._own(name, tensor) for tensor in variant.tensors}
+        setting, memory = self.settings.get(name, NO_SETTING), self.memory.setdefault(name, {})
+        return Factor(A, B, self.scaling[name], self.lora_dropout[name], variant, own, bias, setting, memory)
 
-    def _own(self, name: str, held_as: str) -> Tensor:
+    def _own(self, name: str, own: OwnTensor) -> Tensor:
         """Return one of the extra tensors of an adapter's variant, in its in-memory shape (…)."""
-        held: Tensor | OwnWeight = self._holder(held_as)[name]
-        return held.weight if isinstance(held, OwnWeight) else held
+        held: Tensor | nn.Module = self._holder(own.container)[name]
+        found: Tensor = held if isinstance(held, Tensor) else getattr(held, own.member or "weight")
+        return found
 
     def _holder(self, attribute: str) -> Mapping[str, Any]:
         """Return a container's entries, keyed by adapter, bypassing torch's slow attribute access."""
@@ -220,7 +227,9 @@ class LoraLayer(BaseWeight):
         if adapter not in self.r:
             return []
         own, found = variant_named(self.variant[adapter]).tensors, []
-        for holder in map(self._modules.get, (*TRAINED, *[tensor.held_as for tensor in own]) if own else TRAINED):
+        for holder in map(
+            self._modules.get, (*TRAINED, *{tensor.container: None for tensor in own}) if own else TRAINED
+        ):
             if isinstance(holder, ModuleDict):
                 entry = holder._modules.get(adapter)
                 if entry is not None:
@@ -330,8 +339,8 @@ class LoraLayer(BaseWeight):
                 weights[own] = self.read(own)
             return weights[own]
 
-        def siblings() -> list[Factor]:
-            return [self.factor(other) for other in self.r if other != name]
+        def siblings() -> dict[str, Factor]:
+            return {other: self.factor(other) for other in self.r if other != name}
 
         return variant.output(At(y0, bias, z, factor, kind, self.spec, read, mask, x, siblings))
 

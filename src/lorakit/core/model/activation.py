@@ -19,7 +19,7 @@ from lorakit.core.model.index import AdapterIndex, find_state, state_of
 from lorakit.core.routing.positions import prompt_offsets
 from lorakit.core.routing.route import BASE, Offsets, Route
 from lorakit.core.routing.state import AdapterState, CheckpointContexts, Override
-from lorakit.core.variants import last_invocation, variants_of
+from lorakit.core.variants import Variant, last_invocation, variants_of
 from lorakit.errors import AdapterError, RouteError
 
 
@@ -198,14 +198,17 @@ def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | Non
                 parameter.requires_grad_(flags[name])
 
 
-def penalties(model: nn.Module) -> Tensor | None:
-    """Sum the penalties that the variants of active adapters add to a training loss.
+def penalties(model: nn.Module, field: str | None = None) -> Tensor | None:
+    """Return the penalty that the variants of active adapters add to a training loss.
+
+    Each variant's terms are summed over its sites, or averaged if the variant says so.
 
     A custom training loop should add the result to the loss once per optimizer step, as `lorakit train` does. If no
     variant has a penalty (plain LoRA has none), the result is None, and no layers are visited.
 
     Args:
         model: A model with or without adapters.
+        field: Config field of the only variant to count; None counts all.
 
     Returns:
         A scalar that is differentiable with respect to the adapters' parameters, or None.
@@ -213,17 +216,27 @@ def penalties(model: nn.Module) -> Tensor | None:
     Raises:
         AdapterError: Parts of the model were adapted separately.
     """
+
+    def counts(variant: Variant) -> bool:
+        return variant.penalty is not None and field in (None, variant.field)
+
     state = find_state(model)
     configs = [] if state is None else state.configs.values()
-    if state is None or not any(variant.penalty for config in configs for variant in variants_of(config)):
+    if state is None or not any(counts(v) for config in configs for v in variants_of(config)):
         return None
-    found: list[Tensor] = []
+    found: dict[Variant, list[Tensor]] = {}
     for layer in state.members():
         if isinstance(layer, LoraLayer):
             acting = (state.active() if layer.own_route is None else layer.own_route).mentions
-            factors = [layer.factor(name) for name in layer.r if name in acting]
-            found += [factor.variant.penalty(factor) for factor in factors if factor.variant.penalty is not None]
-    return torch.stack([one.to(found[0].device) for one in found]).sum() if found else None
+            for factor in (layer.factor(name) for name in layer.r if name in acting):
+                if factor.variant.penalty is not None and counts(factor.variant):
+                    term = factor.variant.penalty(factor, layer.training)
+                    found.setdefault(factor.variant, []).append(term)
+    totals = []
+    for variant, terms in found.items():
+        stacked = torch.stack([term.to(terms[0].device) for term in terms])
+        totals.append(stacked.mean() if variant.averages_penalty else stacked.sum())
+    return torch.stack([total.to(totals[0].device) for total in totals]).sum() if totals else None
 
 
 def invocation_offsets(

@@ -9,10 +9,12 @@ from typing import Any
 from lorakit.config import LoraConfig
 from lorakit.core.kinds import Kind, check_fits
 from lorakit.core.variants.alora import ALORA, last_invocation
+from lorakit.core.variants.arrow import ARROW
 from lorakit.core.variants.bdlora import BDLORA
 from lorakit.core.variants.dora import DORA
 from lorakit.core.variants.kasa import KASA
 from lorakit.core.variants.lora import PLAIN
+from lorakit.core.variants.monteclora import MONTECLORA
 from lorakit.core.variants.qalora import QALORA
 from lorakit.core.variants.variant import NO_SETTING, NO_TENSORS, Addend, At, Factor, OwnTensor, Setting, Start, Variant
 from lorakit.core.variants.velora import VELORA
@@ -41,7 +43,7 @@ __all__ = [
     "without",
 ]
 
-VARIANTS: tuple[Variant, ...] = (PLAIN, DORA, ALORA, KASA, BDLORA, VELORA, QALORA)
+VARIANTS: tuple[Variant, ...] = (PLAIN, DORA, ALORA, KASA, BDLORA, VELORA, QALORA, MONTECLORA, ARROW)
 
 
 def variant_named(name: str) -> Variant:

@@ -34,11 +34,12 @@ def truncated(W: Tensor, r: int) -> Tensor:
     return (U[:, :-r] * S[:-r]) @ Vh[:-r]
 
 
-def penalty(factor: Factor) -> Tensor:
+def penalty(factor: Factor, training: bool) -> Tensor:
     """Return β·‖d‖² + γ·(‖Bᵀ·B − I‖ + ‖A·Aᵀ − I‖), a scalar in fp32 or wider.   [docs/math.md (96)]
 
     Args:
         factor: A factor with A (r, in), B (out, r) and the diagonal (r,); its settings include β and γ.
+        training: Ignored.
 
     Source:
         Wang et al. 2024, arXiv:2412.06071, eqs. (9) to (11).

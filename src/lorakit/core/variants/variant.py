@@ -42,6 +42,7 @@ class Factor:
         own: The variant's extra tensors, in the shapes used by the layer, keyed by `OwnTensor.held_as`.
         bias: Bias of B (`lora_bias`), (out,), which is scaled like B·A; None if B has no bias.
         setting: The variant's settings at this site.
+        memory: Tensors that the variant keeps from one forward pass to the next; they are neither saved nor moved.
     """
 
     A: Tensor
@@ -52,6 +53,7 @@ class Factor:
     own: Mapping[str, Tensor] = dataclasses.field(default_factory=lambda: NO_TENSORS)
     bias: Tensor | None = None
     setting: Setting = dataclasses.field(default_factory=lambda: NO_SETTING)
+    memory: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def multiplied(self, training: bool = False) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and B (out, r), transformed by the variant's `factors` function and ready to be multiplied.
@@ -109,7 +111,8 @@ class OwnTensor:
     """A tensor that a variant stores for each adapter and site, in addition to A and B.
 
     Attributes:
-        held_as: Name of the layer attribute that holds this tensor for every adapter.
+        held_as: Name of the layer attribute that holds this tensor for every adapter. If it contains a dot, the
+            attribute before the dot holds one module per adapter, in which the tensor has the name after the dot.
         carried: "module" if the attribute holds modules with a `.weight`, "parameter" if it holds parameters, or
             "buffer" if it holds buffers, which are saved but never trained.
         keys: Suffixes of the tensor's name on disk: the first is used for writing, and all are accepted when reading.
@@ -127,6 +130,16 @@ class OwnTensor:
     trained: bool = True
     depends_on_rank: bool = True
 
+    @property
+    def container(self) -> str:
+        """Name of the layer attribute with one entry per adapter."""
+        return self.held_as.partition(".")[0]
+
+    @property
+    def member(self) -> str:
+        """Name of the tensor in the module that is the adapter's entry; "" if the entry holds only this tensor."""
+        return self.held_as.partition(".")[2]
+
 
 @dataclass(eq=False)  # not frozen, for the same reason as `Factor`
 class At:
@@ -143,7 +156,8 @@ class At:
         mask: For variants with `positions`, a function from z to a boolean mask of the active positions, broadcastable
             to z; None if the positions are unknown.
         x: The input to A, (…, in); None in tests that do not need it.
-        siblings: Function that returns the factors of the site's other adapters, in the order in which they were added.
+        siblings: Function that returns the factors of the site's other adapters, keyed by adapter, in the order in
+            which they were added.
     """
 
     y0: Tensor
@@ -155,7 +169,7 @@ class At:
     read: Callable[[], Tensor]
     mask: Callable[[Tensor], Tensor] | None = None
     x: Tensor | None = None
-    siblings: Callable[[], Sequence[Factor]] = tuple
+    siblings: Callable[[], Mapping[str, Factor]] = dict
 
 
 @dataclass(frozen=True)
@@ -212,8 +226,9 @@ class Variant:
         factors: Function from a factor and a training flag to the A and B to multiply; None to multiply A and B as
             stored.
         down: Function from kind, module, input, factor and a training flag to the unscaled input of B; None for the
-            kind's A·x. It may write to the factor's buffers.
-        output: Function from an `At` to the addition to y₀, shaped like y₀; None if the addition is z.
+            kind's A·x. It may write to the factor's buffers and memory.
+        output: Function from an `At` to the addition to y₀, shaped like y₀; None if the addition is z. It may write to
+            the factor's memory.
         update: Function from kind, weight spec, canonical W, scaled delta (shaped like W) and factor to the addition to
             W; None if the variant is not mergeable.
         unmergeable_reason: Why the variant is not mergeable, phrased as the end of a message.
@@ -224,11 +239,14 @@ class Variant:
             a position.
         move: Function from a `Start` to the canonical weight that replaces the base weight while the adapter is
             attached. The replacement depends only on the base and the rank, so adapters of the same rank share it.
+        uses_product: Whether the output depends on the factor's own A and B, so that zeros in them are suspicious.
         adds_product: Whether the update of a new factor is s·B·A, so that an initialization method may subtract it from
             the base weight.
         excludes_others: Why the model cannot have adapters of other variants at the same time, phrased as the end of a
             message; "" if other variants are allowed.
-        penalty: Function from a factor to its penalty term in the training loss, a scalar; None if there is no penalty.
+        penalty: Function from a factor and a training flag to the factor's penalty term in the loss, a scalar; None if
+            there is no penalty.
+        averages_penalty: Whether the penalty of a model is the mean of the terms instead of their sum.
         combine: Function that takes a site's path, addends and base weight, and returns the sum as one factor of this
             variant; None if the sum is plain LoRA.
         must_agree: Why adapters with different values of `field` cannot be combined, such as "have different invocation
@@ -255,9 +273,11 @@ class Variant:
     positions: Callable[[Tensor, LoraConfig, Tensor | None], Tensor] | None = None
     span: Callable[[LoraConfig], int] | None = None
     move: Callable[[Start], Tensor] | None = None
+    uses_product: bool = True
     adds_product: bool = True
     excludes_others: str = ""
-    penalty: Callable[[Factor], Tensor] | None = None
+    penalty: Callable[[Factor, bool], Tensor] | None = None
+    averages_penalty: bool = False
     combine: Callable[[str, Sequence[Addend], Reading], Sum] | None = None
     must_agree: str = ""
     peft_names: Mapping[str, Callable[[Factor], object]] = dataclasses.field(default_factory=dict)

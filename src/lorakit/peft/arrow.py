@@ -1,0 +1,210 @@
+"""`create_arrow_model`: load several adapters and a router that sends each token to the adapters that fit it best."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lorakit import core
+from lorakit.config import CONFIG_FILE, ArrowConfig, LoraConfig
+from lorakit.core.variants.arrow import GENERAL_PREFIX
+from lorakit.errors import AdapterFileError, ConfigError, ConfigTypeError
+from lorakit.peft import model_adapters
+from lorakit.peft.model import PeftModel
+from lorakit.peft.tuner import CONFIGS
+
+TASK_PREFIX = "task_"
+"""Start of the names of the adapters for tasks, as in PEFT; a number follows."""
+ROUTER = "arrow_router"
+"""Name of the router's adapter, as in PEFT."""
+FEATURES = ("use_dora", "alora_invocation_tokens", "lora_bias", "kasa_config", "arrow_config")
+"""Config fields of adapters whose update of a dense layer is not s·B·A."""
+
+
+def create_arrow_model(
+    base_model: nn.Module,
+    task_specific_adapter_paths: Sequence[str],
+    arrow_config: ArrowConfig,
+    general_adapter_paths: Sequence[str] | None = None,
+    **adapter_kwargs: Any,
+) -> PeftModel:
+    """Load adapters as experts, and add and activate a router over them.
+
+    The experts are named `task_0`, `task_1`, …, the adapters of general knowledge `gks_0`, `gks_1`, …, and the router
+    `arrow_router`. An adapter that is added to the model later becomes a further expert.
+
+    Args:
+        base_model: The base model without adapters; adapted in place.
+        task_specific_adapter_paths: The experts: local directories, Hub ids or Hub ids followed by a subfolder.
+        arrow_config: The router's settings; the names of the adapters are written to it.
+        general_adapter_paths: The adapters whose mean is subtracted from the experts; needed if `use_gks` is set, and
+            not loaded otherwise.
+        adapter_kwargs: Passed to `PeftModel.from_pretrained` and `load_adapter`.
+
+    Returns:
+        The wrapped model, with the router active and trainable.
+
+    Raises:
+        ConfigError: An argument is missing, `top_k` exceeds the number of experts, the model already has adapters, or
+            the adapters have different ranks or sites, or updates other than s·B·A. The model is unchanged.
+        ConfigTypeError: `arrow_config` is not an `ArrowConfig`, or paths are a string.
+        AdapterFileError: An adapter's files are missing or damaged, or do not match the model, which is unchanged.
+    """
+    general = _general_paths(arrow_config, general_adapter_paths)
+    experts = _paths("task_specific_adapter_paths", task_specific_adapter_paths)
+    _check_top_k(arrow_config.top_k, len(experts))
+    user = model_adapters.user_model(base_model)
+    if model_adapters.configs_of(user):
+        raise ConfigError("The model has adapters, which would become experts; unload them.", field="base_model")
+    names = [f"{TASK_PREFIX}{i}" for i in range(len(experts))]
+    names_of_general = [f"{GENERAL_PREFIX}{i}" for i in range(len(general))]
+    sources = dict(zip((*names, *names_of_general), map(source_of, (*experts, *general)), strict=True))
+    configs = {name: _config(name, *source, **adapter_kwargs) for name, source in sources.items()}
+    _check_alike(configs)
+    with _unchanged_on_error(user):
+        model = _loaded(base_model, sources, adapter_kwargs)
+        first = configs[names[0]]
+        router = LoraConfig(
+            arrow_config=arrow_config,
+            target_modules=_targets(model, list(sources)),
+            r=first.r,
+            layers_to_transform=first.layers_to_transform,
+            layers_pattern=first.layers_pattern,
+        )
+        model.add_adapter(ROUTER, router)
+    model.set_adapter(ROUTER)
+    for config in (arrow_config, model.peft_config[ROUTER].arrow_config):
+        if config is not None:
+            config.task_adapter_names, config.gks_adapter_names = list(names), list(names_of_general)
+    return model
+
+
+@contextlib.contextmanager
+def _unchanged_on_error(user: nn.Module) -> Iterator[None]:
+    """Remove all adapters from the user's model if the block raises an error, and restore the model's mode."""
+    training = user.training
+    try:
+        yield
+    except BaseException:
+        for name in tuple(model_adapters.configs_of(user)):
+            core.detach(user, name)
+        user.__dict__.pop(CONFIGS, None)
+        user.train(training)  # loading an adapter selects the eval mode
+        raise
+
+
+def _check_top_k(top_k: int, experts: int) -> None:
+    if top_k > experts:
+        raise ConfigError(
+            f"top_k is {top_k}, but task_specific_adapter_paths has {experts} adapter(s). Lower top_k or pass more "
+            "adapters.",
+            what=top_k,
+            field="top_k",
+        )
+
+
+def _general_paths(arrow_config: ArrowConfig, paths: Sequence[str] | None) -> Sequence[str]:
+    if not isinstance(arrow_config, ArrowConfig):
+        raise ConfigTypeError(
+            f"arrow_config must be an ArrowConfig; {arrow_config!r} was given.", what=arrow_config, field="arrow_config"
+        )
+    return _paths("general_adapter_paths", paths) if arrow_config.use_gks else ()
+
+
+def _paths(field: str, paths: Sequence[str] | None) -> Sequence[str]:
+    if isinstance(paths, (str, os.PathLike)):
+        raise ConfigTypeError(f"{field} must be a list of paths; {paths!r} was given.", what=paths, field=field)
+    if not paths:
+        why = "to subtract general knowledge (use_gks)" if field.startswith("general") else "as experts"
+        raise ConfigError(f"{field} must contain at least one adapter's path, {why}.", field=field)
+    return paths
+
+
+def source_of(path: str) -> tuple[str, str | None]:
+    """Split the path of an adapter into a local directory or a Hub id, and a subfolder of a Hub repository.
+
+    Raises:
+        AdapterFileError: A local directory contains no adapter.
+    """
+    if Path(path).is_dir():
+        if not (Path(path) / CONFIG_FILE).is_file():
+            raise AdapterFileError(f"{path}: the directory does not contain {CONFIG_FILE}.", where=path)
+        return path, None
+    parts = path.strip("/").split("/")
+    return ("/".join(parts[:2]), "/".join(parts[2:]) or None) if len(parts) > 1 else (path, None)
+
+
+def _config(name: str, path: str, subfolder: str | None, **options: Any) -> LoraConfig:
+    """Read an adapter's config, and check that its update is s·B·A."""
+    config = LoraConfig.from_pretrained(path, options.get("subfolder", subfolder), revision=options.get("revision"))
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"{path}: not a LoRA adapter.", what=path, field="peft_type")
+    field = next((field for field in FEATURES if getattr(config, field)), None)
+    if field is not None:
+        raise ConfigError(
+            f"{path}: {field} is set, but Arrow can combine only updates of the form s·B·A.",
+            what=name,
+            where=path,
+            field=field,
+        )
+    return config
+
+
+def _check_alike(configs: dict[str, LoraConfig]) -> None:
+    """Check what the configs tell before any weights are read."""
+    (reference, first), *others = configs.items()
+    for name, config in others:
+        for field in ("r", "target_modules", "layers_to_transform", "layers_pattern"):
+            values = [getattr(one, field) for one in (first, config)]
+            if values[0] != values[1]:
+                raise ConfigError(
+                    f"{field} of {name} is {values[1]!r}, but that of {reference} is {values[0]!r}; Arrow's adapters "
+                    "must have the same rank and the same sites.",
+                    what=name,
+                    field=field,
+                )
+
+
+def _loaded(base_model: nn.Module, sources: dict[str, tuple[str, str | None]], options: dict[str, Any]) -> PeftModel:
+    model: PeftModel | None = None
+    for name, (path, subfolder) in sources.items():
+        more = dict(options) if subfolder is None else {"subfolder": subfolder, **options}
+        if model is None:
+            model = PeftModel.from_pretrained(base_model, path, adapter_name=name, **more)
+        else:
+            model.load_adapter(path, adapter_name=name, **more)
+    assert model is not None  # there is at least one expert
+    return model
+
+
+def _targets(model: PeftModel, names: list[str]) -> list[str]:
+    """Return the last parts of the paths of the adapters' sites, sorted.
+
+    Raises:
+        ConfigError: Adapters have different sites or shapes, or a site's kind is not supported.
+    """
+    found: list[dict[str, tuple[Any, ...]]] = []
+    sites = core.sites(model.get_base_model())
+    for name in names:
+        shapes = {}
+        for site in sites:
+            if name in site.layer.r:
+                factor = site.layer.factor(name)
+                shapes[site.path] = (factor.A.shape, factor.B.shape)
+        found.append(shapes)
+    for name, shapes in zip(names, found, strict=True):
+        different = sorted(path for path in shapes.keys() | found[0].keys() if shapes.get(path) != found[0].get(path))
+        if different:
+            raise ConfigError(
+                f"{name} and {names[0]} have different sites or shapes, such as {different[0]}; Arrow's adapters must "
+                "have the same.",
+                what=name,
+                where=different[0],
+                field="target_modules",
+            )
+    return sorted({path.rpartition(".")[2] for path in found[0]})
