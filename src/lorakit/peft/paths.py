@@ -133,7 +133,8 @@ HOMES: Mapping[str, str] = {
     "lorakit.peft.model_adapters": "cast_adapter_dtype set_requires_grad",
     "lorakit.peft.model_classes": f"{AUTO_CLASSES} MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftMixedModel",
     "lorakit.peft.optimizer_factories": """
-        create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer LoraFAOptimizer
+        _collect_lora_pairs=lora_pairs create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer
+        LoraFAOptimizer _RiemannianPreconditioner=RiemannianPreconditioner
     """,
     "lorakit.peft.state_dicts": """
         get_base_model_state_dict get_peft_model_state_dict set_base_model_state_dict set_peft_model_state_dict
@@ -176,7 +177,7 @@ PATHS: Mapping[str, str] = {
     "optimizers": "create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
     "optimizers.lorafa": "create_lorafa_optimizer LoraFAOptimizer",
     "optimizers.loraplus": "create_loraplus_optimizer",
-    "optimizers.riemannian": "create_riemannian_optimizer",
+    "optimizers.riemannian": "_collect_lora_pairs create_riemannian_optimizer _RiemannianPreconditioner",
     "peft_model": f"{HOMES['lorakit.peft.model']} {HOMES['lorakit.peft.status']}",
     "tuners": f"""
         {OTHER_METHODS} ArrowConfig BdLoraConfig convert_to_lora EvaConfig get_eva_state_dict
