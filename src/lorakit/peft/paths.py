@@ -156,6 +156,10 @@ HOMES: Mapping[str, str] = {
         set_additional_trainable_modules=unused _set_trainable=unused shift_tokens_right skip_init_on_device
         str_to_bool transpose
     """,
+    "lorakit.core.variants.velora": """
+        _compress_activations=compressed _normalize_projection=unit _reshape_to_grouped_subtokens=grouped
+    """,
+    "lorakit.peft.velora_functions": "_reconstruct_activations=reconstructed VeloraFunction",
     "lorakit.peft.weighted": "convert_to_lora reduce_intruder_dimension save_as_lora",
 }
 """Names that each module defines; `alias=name` means that the module's `name` is exported as `alias`.

@@ -37,6 +37,20 @@ def grouped(x: Tensor, groups: int) -> Tensor:
     return (F.pad(x, (0, missing)) if missing else x).reshape(-1, groups, (x.shape[-1] + missing) // groups)
 
 
+def compressed(x: Tensor, v: Tensor, groups: int) -> Tensor:
+    """Return the length of each group along a direction.
+
+    Args:
+        x: Input rows, (…, in).
+        v: Direction of unit length, (d,).
+        groups: Number of groups n.
+
+    Returns:
+        (rows, n), in the dtype of x.
+    """
+    return grouped(x, groups) @ v.to(x.dtype)
+
+
 def unit(direction: Tensor) -> Tensor:
     """Return a vector (d,) divided by its length, in fp32 or wider; a vector of zeros counts as one of ones."""
     wide = at_least_fp32(direction)
@@ -66,7 +80,7 @@ class CompressedLinear(torch.autograd.Function):
             groups: Number of groups n.
             strength: The factor σ of A's gradient.
         """
-        ctx.save_for_backward(grouped(x, groups) @ v.to(x.dtype), A, v)
+        ctx.save_for_backward(compressed(x, v, groups), A, v)
         ctx.strength = strength
         return F.linear(x, A)
 
@@ -142,4 +156,5 @@ VELORA = Variant(
         ),
     ),
     down=_down,
+    peft_names={"lora_velora_initialized": lambda factor: bool(factor.own[PROJECTION].any())},
 )
