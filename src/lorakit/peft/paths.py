@@ -114,6 +114,7 @@ HOMES: Mapping[str, str] = {
         check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict
         prepare_model_for_compiled_hotswap
     """,
+    "lorakit.peft.incremental_pca": "IncrementalPCA",
     "lorakit.peft.installing": "install_as_peft stand_in",
     "lorakit.peft.loaded": "load_peft_weights",
     "lorakit.peft.mapping": """
