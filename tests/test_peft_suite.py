@@ -24,7 +24,9 @@ def script() -> Any:
 
 
 def test_the_import_is_renamed_and_nothing_else(script: Any) -> None:
-    text = 'import peft\nfrom peft.utils import x\n    from peft import y\nwith patch("peft.a.b"):\n    peft.z("peft")\n'
+    text = (
+        'import peft\nfrom peft.utils import x\n    from peft import y\nwith patch("peft.a.b"):\n    peft.z("peft")\n'
+    )
     assert script.renamed(text) == (
         "import lorakit.peft as peft\nfrom lorakit.peft.utils import x\n    from lorakit.peft import y\n"
         'with patch("lorakit.peft.a.b"):\n    peft.z("peft")\n'

@@ -263,8 +263,8 @@ def test_what_the_preconditioner_refuses() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pairs_and_the_preconditioner_alone(dtype: torch.dtype) -> None:
     ours, other = pair("dora")
-    for one, theirs in zip(_collect_lora_pairs(ours), peft_riemannian._collect_lora_pairs(other), strict=True):
-        assert all(factor.equal(twin) for factor, twin in zip(one, theirs, strict=True))
+    for one, twins in zip(_collect_lora_pairs(ours), peft_riemannian._collect_lora_pairs(other), strict=True):
+        assert all(factor.equal(twin) for factor, twin in zip(one, twins, strict=True))
     results = []
     for module, kind in ((ours, _RiemannianPreconditioner), (other, peft_riemannian._RiemannianPreconditioner)):
         factors = [
@@ -276,5 +276,5 @@ def test_pairs_and_the_preconditioner_alone(dtype: torch.dtype) -> None:
             factor.grad = torch.randn(factor.shape, generator=generator).to(dtype)
         kind(factors, reg=0.1).step()  # type: ignore[operator]
         results.append([factor.grad for both in factors for factor in both])
-    for one, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(one, theirs)
+    for one, twin in zip(*results, strict=True):
+        torch.testing.assert_close(one, twin)

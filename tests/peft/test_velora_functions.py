@@ -18,11 +18,13 @@ theirs = pytest.importorskip("peft.tuners.lora.velora")
 def test_values_are_pefts(groups: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 10)
-    assert ours._reshape_to_grouped_subtokens(x, groups).equal(theirs._reshape_to_grouped_subtokens(x, groups))
+    assert ours._reshape_to_grouped_subtokens(x, num_groups=groups).equal(
+        theirs._reshape_to_grouped_subtokens(x, num_groups=groups)
+    )
     v = ours._normalize_projection(torch.randn(-(-10 // groups)))
     torch.testing.assert_close(theirs._normalize_projection(v * 3), v)
-    lengths = ours._compress_activations(x, v, groups)
-    torch.testing.assert_close(theirs._compress_activations(x, v, groups), lengths)
+    lengths = ours._compress_activations(x, v, num_groups=groups)
+    torch.testing.assert_close(theirs._compress_activations(x, v, num_groups=groups), lengths)
     expected = theirs._reconstruct_activations(lengths, v, 10, 0.5)
     torch.testing.assert_close(ours._reconstruct_activations(lengths, v, 10, 0.5), expected)
 

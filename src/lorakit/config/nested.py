@@ -251,7 +251,8 @@ class BdLoraConfig(_Typed):
         lists = {"A": self.target_modules_bd_a, "B": self.target_modules_bd_b}
         sides = [side for side, names in lists.items() if any(name in path for name in names or ())]
         if len(sides) == 2 or (self.match_strict and not sides):
-            many = "both target_modules_bd_a and target_modules_bd_b" if sides else "neither A nor B block-diagonal patterns of use_bdlora"
+            neither = "neither A nor B block-diagonal patterns"
+            many = "both target_modules_bd_a and target_modules_bd_b" if sides else neither
             raise ConfigError(
                 f"use_bdlora: {path} matches {many}. List each module in exactly one of the two"
                 + ("." if sides else ", or set match_strict=False to use plain LoRA there."),

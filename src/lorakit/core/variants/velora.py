@@ -23,32 +23,32 @@ PROJECTION = "lora_velora_embed"
 """PEFT's name for the projection, on a layer and on disk."""
 
 
-def grouped(x: Tensor, groups: int) -> Tensor:
+def grouped(x: Tensor, num_groups: int) -> Tensor:
     """Split each row into groups of equal width, padding the last group with zeros.
 
     Args:
         x: Input rows, (…, in).
-        groups: Number of groups n.
+        num_groups: Number of groups n.
 
     Returns:
         (rows, n, d) with d = ⌈in / n⌉.
     """
-    missing = -x.shape[-1] % groups
-    return (F.pad(x, (0, missing)) if missing else x).reshape(-1, groups, (x.shape[-1] + missing) // groups)
+    missing = -x.shape[-1] % num_groups
+    return (F.pad(x, (0, missing)) if missing else x).reshape(-1, num_groups, (x.shape[-1] + missing) // num_groups)
 
 
-def compressed(x: Tensor, v: Tensor, groups: int) -> Tensor:
+def compressed(x: Tensor, v: Tensor, num_groups: int) -> Tensor:
     """Return the length of each group along a direction.
 
     Args:
         x: Input rows, (…, in).
         v: Direction of unit length, (d,).
-        groups: Number of groups n.
+        num_groups: Number of groups n.
 
     Returns:
         (rows, n), in the dtype of x.
     """
-    return grouped(x, groups) @ v.to(x.dtype)
+    return grouped(x, num_groups) @ v.to(x.dtype)
 
 
 def unit(direction: Tensor) -> Tensor:
