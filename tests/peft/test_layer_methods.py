@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from typing import Any
@@ -13,8 +14,8 @@ from torch import nn
 from lorakit.config import LoraConfig
 from lorakit.core import attach, disable, merge, use
 from lorakit.core.model.index import walk
-from lorakit.errors import MergeError, RouteError
-from lorakit.peft import inject_adapter_in_model
+from lorakit.errors import AdapterError, MergeError, RouteError
+from lorakit.peft import convert_to_lora, get_peft_model, inject_adapter_in_model
 from lorakit.peft.adjusting import KappaTuneSelector, condition_number
 from lorakit.peft.layer_methods import PeftLayerMethods
 from lorakit.speed.patching import make_replacement
@@ -186,3 +187,13 @@ def test_a_bias_of_B_that_is_not_finite_is_not_merged() -> None:
     with pytest.raises(MergeError, match="NaNs detected in the merged weights: the bias of B in a is NaN or infinite"):
         merge(model)
     assert torch.equal(model[0].base_layer.bias, before) and model[0].merged_adapters == []
+
+
+@pytest.mark.parametrize(("fields", "expected"), [({"use_dora": True}, True), ({"kasa_config": {}}, False)])
+def test_whether_conversion_is_supported_is_what_conversion_does(fields: dict[str, Any], expected: bool) -> None:
+    config = LoraConfig(target_modules=["0"], r=4, **fields)
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+    assert model.supports_lora_conversion() is expected
+    assert model.base_model.model[0].supports_lora_conversion() is expected
+    with contextlib.nullcontext() if expected else pytest.raises(AdapterError, match="KaSA"):
+        convert_to_lora(model, 2)

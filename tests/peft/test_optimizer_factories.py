@@ -21,6 +21,7 @@ from lorakit.peft.optimizers import (
     create_riemannian_optimizer,
 )
 from lorakit.peft.optimizers.lorafa import LoraFAOptimizer
+from lorakit.peft.optimizers.riemannian import _collect_lora_pairs, _RiemannianPreconditioner
 
 
 class Net(nn.Module):
@@ -257,3 +258,23 @@ def test_what_the_preconditioner_refuses() -> None:
         with pytest.raises(ConfigError, match="does not support closures"):
             call()
     assert all(tensor.equal(before[name]) for name, tensor in ours.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pairs_and_the_preconditioner_alone(dtype: torch.dtype) -> None:
+    ours, other = pair("dora")
+    for one, twins in zip(_collect_lora_pairs(ours), peft_riemannian._collect_lora_pairs(other), strict=True):
+        assert all(factor.equal(twin) for factor, twin in zip(one, twins, strict=True))
+    results = []
+    for module, kind in ((ours, _RiemannianPreconditioner), (other, peft_riemannian._RiemannianPreconditioner)):
+        factors = [
+            tuple(nn.Parameter(factor.detach().to(dtype)) for factor in factors)
+            for factors in peft_riemannian._collect_lora_pairs(module)
+        ]
+        generator = torch.Generator().manual_seed(0)
+        for factor in (factor for both in factors for factor in both):
+            factor.grad = torch.randn(factor.shape, generator=generator).to(dtype)
+        kind(factors, reg=0.1).step()  # type: ignore[operator]
+        results.append([factor.grad for both in factors for factor in both])
+    for one, twin in zip(*results, strict=True):
+        torch.testing.assert_close(one, twin)

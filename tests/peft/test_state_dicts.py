@@ -28,6 +28,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "copied": {"target_modules": ["0"], "modules_to_save": ["2"]},
     "biases": {"target_modules": ["0"], "bias": "all"},
     "bias of B": {"target_modules": ["0"], "lora_bias": True},
+    "velora": {"target_modules": ["0"], "velora_config": {"init_type": "random", "num_groups": 2}},
 }
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from lorakit.errors import AdapterError
 from lorakit.peft import LoraConfig, get_layer_status, get_model_status, get_peft_model
+from lorakit.peft.utils.quantization_utils import Bnb8bitBackend
 
 
 def both(config: dict[str, Any], do: Any) -> tuple[Any, Any]:
@@ -93,3 +94,10 @@ def test_of_a_tied_layer_and_of_a_copy_without_parameters(tiny_llama: Any) -> No
     plain = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3))
     saved = get_peft_model(plain, LoraConfig(target_modules=["0"], modules_to_save=["1"]))
     assert [status.requires_grad for status in get_layer_status(saved)] == [{"default": True}, {}]
+
+
+def test_a_quantization_backend_set_by_a_program_is_shown() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), LoraConfig(target_modules=["0", "1"]))
+    model.base_model.model[0].quantization_backend = Bnb8bitBackend()
+    assert [status.quantization_backend for status in model.get_layer_status()] == ["bnb 8bit", None]
+    assert model.get_model_status().quantization_backend == "irregular"

@@ -16,7 +16,7 @@ from lorakit.errors import ConfigError, ConfigTypeError
 
 Part = TypeVar("Part", bound=Dataclass)
 
-VELORA_STARTS = ("batch_average", "batch_average_once", "random")
+VELORA_STARTS = ("batch_average_once", "batch_average", "random")
 
 
 def restored(field: str, value: Part | Value, part: type[Part]) -> Part | None:
@@ -172,8 +172,9 @@ class VeloraConfig(_Typed):
         _at_least("num_groups", self.num_groups, 0, "should be positive", strict=True)
         _at_least("scale", self.scale, 0, "should be positive", strict=True)
         if self.init_type not in VELORA_STARTS:
+            once, each, random = VELORA_STARTS
             raise ConfigError(
-                f"Unsupported `init_type` {self.init_type!r}; it must be one of {', '.join(VELORA_STARTS)}.",
+                f"Unsupported `init_type` {self.init_type!r}. Supported values are {once!r}, {each!r}, and {random!r}.",
                 what=self.init_type,
                 field="init_type",
                 allowed=VELORA_STARTS,
@@ -251,7 +252,8 @@ class BdLoraConfig(_Typed):
         lists = {"A": self.target_modules_bd_a, "B": self.target_modules_bd_b}
         sides = [side for side, names in lists.items() if any(name in path for name in names or ())]
         if len(sides) == 2 or (self.match_strict and not sides):
-            many = "both target_modules_bd_a and target_modules_bd_b" if sides else "neither list of use_bdlora"
+            neither = "neither A nor B block-diagonal patterns"
+            many = "both target_modules_bd_a and target_modules_bd_b" if sides else neither
             raise ConfigError(
                 f"use_bdlora: {path} matches {many}. List each module in exactly one of the two"
                 + ("." if sides else ", or set match_strict=False to use plain LoRA there."),

@@ -231,7 +231,7 @@ def _check_compiled(check_compiled: str) -> None:
             "result in re-compilation, hurting performance. Call the function before compiling the model."
         )
     elif check_compiled != "ignore":
-        text = f"check_compiles should be one of 'error', 'warn', or 'ignore', got {check_compiled!r}."
+        text = f"check_compiles should be one of 'error', 'warn', or 'ignore', got {check_compiled!r} instead."
         raise ConfigError(text, what=check_compiled, field="check_compiled", allowed=("error", "warn", "ignore"))
 
 
@@ -239,8 +239,8 @@ def _pad(layer: LoraLayer, target_rank: int) -> None:
     groups = layer.spec.groups
     if target_rank % groups:
         raise ConfigError(
-            f"Trying to pad a {layer.kind_name} LoRA adapter with groups={groups} to target rank {target_rank}, which "
-            f"is not divisible by {groups}.",
+            f"Trying to pad a {layer.kind_name} LoRA adapter with groups={groups} to target rank {target_rank}, but "
+            f"the target rank is not divisible by {groups}. Please choose a target rank that is divisible by {groups}.",
             what=target_rank,
             field="target_rank",
         )

@@ -48,7 +48,10 @@ def _frozen(layer: LoraLayer) -> dict[str, tuple[str, ...]]:
 
 def supports_conversion(layer: LoraLayer, adapter_name: str = "default") -> bool:
     """Return whether an adapter on a layer can be converted to plain LoRA."""
-    return adapter_name not in layer.r or variant_named(layer.variant[adapter_name]).update is not None
+    if adapter_name not in layer.r:
+        return True
+    variant = variant_named(layer.variant[adapter_name])
+    return variant.update is not None and variant.move is None
 
 
 def _cast_input(layer: LoraLayer, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

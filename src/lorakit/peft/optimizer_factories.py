@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lorakit.core.model.index import layers, walk
 from lorakit.core.optimizers import LoraFA, Pair, freeze_factors, roles
-from lorakit.core.riemannian import DAMPING, preconditioned
+from lorakit.core.riemannian import DAMPING, Factors, precondition, preconditioned, trained_factors
 from lorakit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -193,6 +193,29 @@ def create_riemannian_optimizer(
         ConfigError: No A and B are trained, `reg` is not a number >= 0, or the optimizer needs a closure.
     """
     return preconditioned(optimizer_cls, model, lr=lr, damping=reg, **kwargs)
+
+
+def lora_pairs(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Return the pairs of A (r, in) and B (out, r) that `create_riemannian_optimizer` preconditions, in model order."""
+    return [(pair.A, pair.B) for pair in trained_factors(model)]
+
+
+class RiemannianPreconditioner:
+    """The preconditioning of `create_riemannian_optimizer` without an optimizer.
+
+    Attributes:
+        lora_pairs: Pairs of A (r, in) and B (out, r).
+        reg: Damping.
+    """
+
+    def __init__(self, lora_pairs: Sequence[tuple[nn.Parameter, nn.Parameter]], reg: float) -> None:
+        self.lora_pairs = list(lora_pairs)
+        self.reg = reg
+
+    def step(self) -> None:
+        """Precondition the gradients of all pairs in place; gradients that are None are left alone."""
+        for A, B in self.lora_pairs:
+            precondition(Factors(A, B), self.reg)
 
 
 class _StateByName(defaultdict[Any, Any]):

@@ -117,6 +117,7 @@ HOMES: Mapping[str, str] = {
         check_hotswap_configs_compatible CONFIG_KEYS_TO_CHECK hotswap_adapter hotswap_adapter_from_state_dict
         prepare_model_for_compiled_hotswap
     """,
+    "lorakit.peft.incremental_pca": "IncrementalPCA",
     "lorakit.peft.installing": "install_as_peft stand_in",
     "lorakit.peft.loaded": "load_peft_weights",
     "lorakit.peft.mapping": """
@@ -143,7 +144,8 @@ HOMES: Mapping[str, str] = {
         random_pruning reshape_weight_task_tensors task_arithmetic ties
     """,
     "lorakit.peft.optimizer_factories": """
-        create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer LoraFAOptimizer
+        _collect_lora_pairs=lora_pairs create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer
+        LoraFAOptimizer _RiemannianPreconditioner=RiemannianPreconditioner
     """,
     "lorakit.peft.state_dicts": """
         get_base_model_state_dict get_peft_model_state_dict set_base_model_state_dict set_peft_model_state_dict
@@ -169,6 +171,10 @@ HOMES: Mapping[str, str] = {
         build_peft_weight_mapping convert_peft_adapter_state_dict_for_transformers convert_peft_config_for_transformers
         get_model_conversion_mapping
     """,
+    "lorakit.core.variants.velora": """
+        _compress_activations=compressed _normalize_projection=unit _reshape_to_grouped_subtokens=grouped
+    """,
+    "lorakit.peft.velora_functions": "_reconstruct_activations=reconstructed VeloraFunction",
     "lorakit.peft.weighted": "convert_to_lora reduce_intruder_dimension save_as_lora",
 }
 """Names that each module defines; `alias=name` means that the module's `name` is exported as `alias`.
@@ -195,7 +201,7 @@ PATHS: Mapping[str, str] = {
     "optimizers": "create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
     "optimizers.lorafa": "create_lorafa_optimizer LoraFAOptimizer",
     "optimizers.loraplus": "create_loraplus_optimizer",
-    "optimizers.riemannian": "create_riemannian_optimizer",
+    "optimizers.riemannian": "_collect_lora_pairs create_riemannian_optimizer _RiemannianPreconditioner",
     "peft_model": f"""
         {HOMES["lorakit.peft.model"]} {HOMES["lorakit.peft.status"]} DUMMY_MODEL_CONFIG PEFT_TYPE_TO_CONFIG_MAPPING
         PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_TO_TUNER_MAPPING SAFETENSORS_WEIGHTS_NAME

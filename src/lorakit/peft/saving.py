@@ -138,7 +138,7 @@ def save(
     flat = flat_factors(model, name, tensors)
     if flat:
         warn_caller(
-            f"{', '.join(flat[:8])} {'is' if len(flat) == 1 else 'are'} flat, like DeepSpeed ZeRO-3 or FSDP shards "
+            f"{', '.join(flat[:8])} {'is' if len(flat) == 1 else 'are'} flat, like DeepSpeed ZeRO-3 / FSDP shards "
             "that were not gathered; no program can load the saved file. Pass the gathered tensors as `state_dict`.",
             PeftWarning,
         )

@@ -157,7 +157,9 @@ def _of_layer(layer: LoraLayer, prefix: str, adapter: str) -> Iterator[tuple[str
             continue
         entry = held._modules.get(adapter)
         if entry is None:
-            raw = held._parameters.get(adapter)
+            raw: Tensor | None = held._parameters.get(adapter)
+            if raw is None and adapter not in held._non_persistent_buffers_set:
+                raw = held._buffers.get(adapter)
             if raw is not None:
                 yield f"{prefix}{attribute}", f"{prefix}{attribute}.{adapter}", raw
             continue

@@ -117,6 +117,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
 def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
     backend = module.base.name if isinstance(module, LoraLayer) and module.base.quantized else None
+    given = getattr(module, "quantization_backend", None)  # set by a program, as on PEFT's layers
+    backend = backend if given is None else str(given.backend_name)
     flags, devices = _flags_and_devices([module])
     return TunerLayerStatus(
         name=name,

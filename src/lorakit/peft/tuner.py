@@ -26,6 +26,7 @@ from lorakit.core.model.checks import ALLOWANCES
 from lorakit.core.model.index import AdapterIndex, find_state
 from lorakit.core.model.ties import LEFT_ALONE, NOTHING_TIED
 from lorakit.core.routing.state import AdapterState
+from lorakit.core.variants import moving_variant
 from lorakit.errors import AdapterError, ConfigError, MergeError, NotYetSupported, warn_caller
 from lorakit.peft import matching, model_adapters, weighted
 from lorakit.peft.data_inits import for_attaching
@@ -154,13 +155,15 @@ class OverModel(nn.Module):
         model_adapters.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether an adapter can be converted to plain LoRA; adapters that depend on token positions cannot be.
+        """Return whether an adapter can be converted to plain LoRA.
+
+        Adapters that depend on token positions or change the base weights cannot be converted.
 
         Args:
             adapter_name: Name of the adapter.
         """
         config = self.peft_config.get(adapter_name)
-        return config is not None and config.alora_invocation_tokens is None
+        return config is not None and config.alora_invocation_tokens is None and moving_variant(config) is None
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate adapters, make them trainable, and freeze all others.

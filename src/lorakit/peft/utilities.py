@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import partial, wraps
 from importlib import metadata
 from importlib.util import find_spec
 from operator import attrgetter
@@ -211,8 +211,18 @@ def init_empty_weights(include_buffers: bool | None = None) -> torch.device:
 
 
 def skip_init_on_device(func: Function) -> Function:
-    """Return the function unchanged; lorakit, unlike PEFT, does not have to exempt it from `init_empty_weights`."""
-    return func
+    """Return a function that creates modules on the CPU even if it is called within `init_empty_weights`.
+
+    Args:
+        func: A function that creates modules.
+    """
+
+    @wraps(func)
+    def on_device(*args: Any, **kwargs: Any) -> Any:
+        with torch.device("cpu") if torch.get_default_device().type == "meta" else contextlib.nullcontext():
+            return func(*args, **kwargs)
+
+    return on_device  # type: ignore[return-value]
 
 
 def unused(*_: Ignored, **__: Ignored) -> None:

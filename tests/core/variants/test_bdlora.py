@@ -79,7 +79,11 @@ def test_sites_in_neither_list_are_lora_where_that_is_allowed(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("fields", "words", "where"),
     [
-        ({"use_bdlora": {"target_modules_bd_a": ["up"]}}, "square matches neither list", "square"),
+        (
+            {"use_bdlora": {"target_modules_bd_a": ["up"]}},
+            "square matches neither A nor B block-diagonal patterns",
+            "square",
+        ),
         (
             {"use_bdlora": {"target_modules_bd_a": ["u"], "target_modules_bd_b": ["up"], "match_strict": False}},
             "up matches both",

@@ -147,8 +147,9 @@ def check_company(state: AdapterState | None, config: LoraConfig) -> None:
         for variant in (*new, *present):
             if variant.excludes_others and (variant in new) != (variant in present):
                 raise ConfigError(
-                    f"{variant.title} and other adapters cannot share a model, and this model already has adapter "
-                    f"{name!r}: {variant.excludes_others}. Detach {name!r} first, or load the base a second time.",
+                    f"{variant.title} cannot be combined with adapters that don't use {variant.title}, and this model "
+                    f"already has adapter {name!r}: {variant.excludes_others}. Detach {name!r} first, or load the base "
+                    "a second time.",
                     what=name,
                     field=variant.field,
                 )

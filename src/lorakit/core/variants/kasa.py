@@ -72,8 +72,9 @@ def _move(start: Start) -> Tensor:
     least = min(start.spec.out_features, start.spec.in_features)
     if start.rank >= least:
         raise ConfigError(
-            f"{start.path}: r is {start.rank}, and KaSA removes r of the {least} singular values of the base weight; r "
-            f"must be below {least}. Lower r (use rank_pattern to change only this module), or leave the module out.",
+            f"{start.path}: KaSA requires `r` < {least}, because it removes r of the {least} singular values of the "
+            f"base weight; r is {start.rank}. Lower r (use rank_pattern to change only this module), or leave the "
+            "module out.",
             what=start.rank,
             where=start.path,
             field="r",

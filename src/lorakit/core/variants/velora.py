@@ -23,18 +23,32 @@ PROJECTION = "lora_velora_embed"
 """PEFT's name for the projection, on a layer and on disk."""
 
 
-def grouped(x: Tensor, groups: int) -> Tensor:
+def grouped(x: Tensor, num_groups: int) -> Tensor:
     """Split each row into groups of equal width, padding the last group with zeros.
 
     Args:
         x: Input rows, (…, in).
-        groups: Number of groups n.
+        num_groups: Number of groups n.
 
     Returns:
         (rows, n, d) with d = ⌈in / n⌉.
     """
-    missing = -x.shape[-1] % groups
-    return (F.pad(x, (0, missing)) if missing else x).reshape(-1, groups, (x.shape[-1] + missing) // groups)
+    missing = -x.shape[-1] % num_groups
+    return (F.pad(x, (0, missing)) if missing else x).reshape(-1, num_groups, (x.shape[-1] + missing) // num_groups)
+
+
+def compressed(x: Tensor, v: Tensor, num_groups: int) -> Tensor:
+    """Return the length of each group along a direction.
+
+    Args:
+        x: Input rows, (…, in).
+        v: Direction of unit length, (d,).
+        num_groups: Number of groups n.
+
+    Returns:
+        (rows, n), in the dtype of x.
+    """
+    return grouped(x, num_groups) @ v.to(x.dtype)
 
 
 def unit(direction: Tensor) -> Tensor:
@@ -66,7 +80,7 @@ class CompressedLinear(torch.autograd.Function):
             groups: Number of groups n.
             strength: The factor σ of A's gradient.
         """
-        ctx.save_for_backward(grouped(x, groups) @ v.to(x.dtype), A, v)
+        ctx.save_for_backward(compressed(x, v, groups), A, v)
         ctx.strength = strength
         return F.linear(x, A)
 
@@ -142,4 +156,5 @@ VELORA = Variant(
         ),
     ),
     down=_down,
+    peft_names={"lora_velora_initialized": lambda factor: bool(factor.own[PROJECTION].any())},
 )
