@@ -58,6 +58,13 @@ def test_a_case_counts_that_passes_with_peft_and_not_here(script: Any) -> None:
     assert "6 LoRA cases, passed by peft: 4, not passed here, passed by peft: 3" in script.summary(theirs, ours)
 
 
+def test_a_case_is_found_if_its_parameters_have_another_number(script: Any) -> None:
+    case = script.Case
+    theirs = {"a::t[LoraConfig-kwargs13]": case("passed"), "a::u[LoraConfig-kwargs13]": case("passed")}
+    ours = {"a::t[LoraConfig-kwargs0]": case("passed"), "a::u[LoraConfig-kwargs0]": case("failed")}
+    assert set(script.not_passed(theirs, ours)) == {"a::u[LoraConfig-kwargs13]"}
+
+
 def test_cases_are_grouped_by_reason(script: Any) -> None:
     case = script.Case
     cases = {
