@@ -32,9 +32,8 @@ def _specs(module: Convolution) -> tuple[WeightSpec, ...]:
 def _shapes(spec: WeightSpec, r: int) -> tuple[Shape, Shape]:
     if r % spec.groups:
         raise ConfigError(
-            f"Targeting a Conv{len(spec.kernel)}d with groups={spec.groups} and rank {r}. Currently, support is "
-            "limited to conv layers where the rank is divisible by groups. Either choose a different rank or do not "
-            "target this specific layer. To change only this layer, use rank_pattern.",
+            f"The rank is {r}, but a convolution with {spec.groups} groups needs a rank divisible by {spec.groups}. "
+            "Choose another rank (for this module alone, use rank_pattern) or leave the module out.",
             what=r,
             field="r",
         )
