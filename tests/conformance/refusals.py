@@ -112,7 +112,7 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     Refusal(
         "a computed weight cannot be written; peft changes the tensors of its parametrization",
         lambda cell: _moves(cell) and cell.base.startswith("computed"),
-        r"computed by torch\.nn\.utils\.parametrize, so it cannot be written",
+        r"computed by torch\.nn\.utils\.parametrize or prune, so it cannot be written",
     ),
     Refusal(
         "outside causal models peft has no offsets for aLoRA and never lets it act",

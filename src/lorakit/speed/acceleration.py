@@ -112,7 +112,7 @@ FUSED_FORWARDS = (
     FusedForward("feed-forward", feed_forward.match, _named("mlp")),
     FusedForward("norm", norm.match, _named("norm")),
     FusedForward("dropout", norm.match_dropout),
-    FusedForward("adapted linear", linear.match, is_adapted),
+    FusedForward("adapted linear", linear.match, linear.concerns),
 )
 
 

@@ -219,7 +219,11 @@ def match(module: nn.Module) -> BoundLinear | str:
     if not is_adapted(module):
         return "it has no adapter"
     if isinstance(module, WeightLayer):
-        why = module.why_dense()
-        return f"dense weights: {why}" if why else "factors already act on the tokens of each expert"
+        return f"dense weights: {module.why_dense()}"
     base: nn.Module = getattr(module, "owner" if isinstance(module, LoraLayer) else "base_layer")
     return "its base is not a plain, frozen linear module" if frozen_linear(base) is None else BoundLinear(module)
+
+
+def concerns(module: nn.Module) -> bool:
+    """Return whether to report an adapter layer that has no fused `forward`: any but known experts, which need none."""
+    return is_adapted(module) and not (isinstance(module, WeightLayer) and not module.why_dense())

@@ -128,8 +128,7 @@ class Swap:
             if parent._modules.get(attribute) is old:
                 parent._modules[attribute] = new
         if isinstance(old, AdapterModule) and isinstance(new, AdapterModule):  # `state` lists modules by weak reference
-            new.state.join(new)  # first, so that another thread that switches adapters misses none of them
-            old.state.leave(old)
+            new.state.substitute(old, new)
 
 
 def undo(model: nn.Module, swaps: Sequence[Swap]) -> None:

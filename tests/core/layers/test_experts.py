@@ -211,7 +211,7 @@ def test_an_index_without_an_expert_adds_nothing() -> None:
 def test_the_report_of_acceleration_says_how_experts_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     found = accelerate(model)
-    assert "4 × ParamWrapper: unchanged (factors already act on the tokens" in str(found)
+    assert "ParamWrapper" not in str(found)
     found.undo()
     replaced_gate(model, monkeypatch)
     assert "4 × ParamWrapper: unchanged (dense weights" in str(accelerate(model))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertModel
 
 from lorakit import core
 from lorakit.config import LoraConfig
@@ -159,3 +160,15 @@ def test_a_moved_layer_follows_the_model_that_it_was_adapted_in(tiny_llama: Any)
     with core.disable(first):
         assert torch.equal(second(IDS).logits, tiny_llama(IDS).logits)
     assert not torch.equal(y, tiny_llama(IDS).logits)
+
+
+def test_an_accelerated_model_whose_acceleration_is_not_kept_is_complete() -> None:
+    """The original modules of an acceleration that nobody refers to are freed; their replacements remain."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = BertModel(BertConfig(vocab_size=32, **sizes)).eval()
+    core.attach(model, LoraConfig(r=2, target_modules=["query"]))
+    accelerate(model)
+    gc.collect()
+    with core.use(model, None):
+        model(input_ids=torch.ones(1, 3, dtype=torch.long))
+    core.activate(model, "default")

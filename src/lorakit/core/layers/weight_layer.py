@@ -160,7 +160,7 @@ class WeightLayer(LoraLayer):
     def why_dense(self) -> str:
         """Return why factors are not applied to the tokens of each expert now, or ""."""
         if self.spec.parameter not in PROJECTIONS:
-            return f"{self.spec.parameter} is not a projection of fused experts"
+            return f"only the forward of {type(self.owner).__name__} sees the input of {self.spec.parameter}"
         if self.experts.runs(self.owner):
             return ""
         return self.experts.why or f"{type(self.owner).__name__} has hooks, or its functions or settings were replaced"

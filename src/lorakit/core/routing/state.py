@@ -124,6 +124,14 @@ class AdapterState:
         """Forget a module that is no longer adapted."""
         self.__dict__.get("_members", {}).pop(id(module), None)
 
+    def substitute(self, old: torch.nn.Module, new: torch.nn.Module) -> None:
+        """Register a module that is put in place of an adapted module and shares its `__dict__`; forget the old one."""
+        self.join(new)  # first, so that another thread that switches adapters misses no module
+        self.places = [
+            place._replace(module=weakref.ref(new)) if place.module() is old else place for place in self.places
+        ]
+        self.leave(old)
+
     def members(self) -> list[Any]:
         """Return the adapted modules of this state in order of registration, without traversing the model."""
         references = list(self.__dict__.get("_members", {}).values())  # one step: another thread may register a module
