@@ -70,8 +70,8 @@ DEFAULTS: dict[str, Default] = {
     "revision": Default(
         "Branch, tag or commit of the base model, if it is on the Hub",
         None,
-        "the newest version is used",
-        "the default branch",
+        "the usual default branch on the Hub",
+        "main",
         str,
     ),
     "data": Default(
