@@ -93,6 +93,24 @@ def test_what_autograd_saves(
     assert planned.blocks + planned.outside + log_probabilities == pytest.approx(saved, rel=0.03)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("num_samples", [2, 8])
+def test_the_samples_of_monteclora(num_samples: int, dtype: str) -> None:
+    import torch
+
+    from lorakit import core, hub
+
+    model = _model("llama", 0.0).to(getattr(torch, dtype))
+    shape = hub.shape_of_module(model, "small", "here")
+    config = LoraConfig(r=4, target_modules="all-linear", monteclora_config={"num_samples": num_samples})
+    core.attach(model, config)
+    saved = _saved_bytes(model.train(), torch.randint(0, 300, (ROWS, LENGTH)))
+    job = Job(ROWS, LENGTH, dtype=dtype)
+    planned = activations.of_lora(shape, count(shape, config), 0.0, job)
+    log_probabilities = logits_bytes(shape, job) // 3
+    assert planned.blocks + planned.outside + log_probabilities == pytest.approx(saved, rel=0.05)
+
+
 @pytest.mark.parametrize("lora_dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("name", "targets"), [("llama", "all-linear"), ("gpt2", ["c_attn", "c_proj"])], ids=str)

@@ -393,6 +393,17 @@ class LoraConfig(PeftConfig):
             return rank + self.monteclora_config.num_samples
         return (out_features if self.use_dora else 0) + (rank if self.kasa_config is not None else 0)
 
+    def random_numbers(self, rank: int, in_features: int) -> int:
+        """Return how many values the variant draws for A in a training forward pass and keeps for the backward pass.
+
+        Args:
+            rank: Rank at the site.
+            in_features: Number of columns of the weight.
+        """
+        if self.monteclora_config is None:
+            return 0
+        return (self.monteclora_config.num_samples + 1) * rank * in_features  # the samples and their mean
+
     @property
     def reads_weight(self) -> bool:
         """Return whether every forward pass must read the base weight, as DoRA does to compute one norm per output."""

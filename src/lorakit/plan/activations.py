@@ -251,7 +251,7 @@ def _of_sites(
             kept += itemsize * site.factors  # A and B are fp32; the matmul uses a copy in the base's dtype
         if site.magnitudes:
             kept += 2 * itemsize * tokens * site.out_features  # y₀ − b and z, which DoRA multiplies by its scale
-        yield block_of(site.path), kept
+        yield block_of(site.path), kept + _FP32 * site.random_numbers
 
 
 def _of_base(

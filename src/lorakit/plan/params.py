@@ -152,6 +152,7 @@ class SiteCount:
         experts: Number of matrices in the parameter, each with its own factors.
         is_plain: Whether the site's forward pass is plain LoRA, without a variant or bias.
         bias: Number of elements in the bias of B (`lora_bias`).
+        random_numbers: Number of fp32 values that the variant draws in a forward pass and keeps for the backward pass.
     """
 
     path: str
@@ -168,6 +169,7 @@ class SiteCount:
     experts: int = 1
     is_plain: bool = True
     bias: int = 0
+    random_numbers: int = 0
 
     @property
     def is_bare_matrix(self) -> bool:
@@ -420,6 +422,7 @@ def _site_count(match: Match, size: tuple[int, int, int], config: LoraConfig, op
         experts=experts,
         is_plain=config.is_plain_lora,
         bias=out_features if config.lora_bias and not match.parameter else 0,
+        random_numbers=0 if match.parameter else config.random_numbers(match.rank, in_features),
     )
 
 
