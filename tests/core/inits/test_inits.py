@@ -67,7 +67,7 @@ def test_an_embedding_has_the_sides_swapped(init: bool | str) -> None:
     A, B = factors(nn.Sequential(nn.Embedding(VOCABULARY, IN)), init)
     assert A.shape == (R, VOCABULARY) and B.shape == (IN, R)
     assert torch.count_nonzero(A) == 0
-    assert B.std().item() == pytest.approx(1.0 if init is True else 1 / R, rel=0.02)
+    assert B.std().item() == pytest.approx(1.0, rel=0.02)
 
 
 @pytest.mark.parametrize("make", [dense, conv1d, lambda: nn.Sequential(nn.Embedding(VOCABULARY, IN))])
@@ -102,6 +102,19 @@ def test_without_a_seed_torchs_own_generator_decides() -> None:
     torch.manual_seed(3)
     model = dense()
     assert same_bits(factors(model, True, None)[0], one)
+
+
+@pytest.mark.parametrize("init", [True, "gaussian"])
+def test_the_values_are_those_after_new_modules_were_drawn(init: bool | str) -> None:
+    """The first draws are those of a new nn.Linear for A and for B, as in PEFT, where the init then replaces them."""
+    A, _ = factors(dense(), init, 5)
+    generator = torch.Generator().manual_seed(5)
+    for shape in ((R, IN), (OUT, R)):
+        torch.empty(shape).uniform_(generator=generator)
+    bound = 1 / math.sqrt(IN)
+    drawn = torch.empty(R, IN)
+    drawn.uniform_(-bound, bound, generator=generator) if init is True else drawn.normal_(0, 1 / R, generator=generator)
+    assert same_bits(A, drawn)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
