@@ -150,7 +150,7 @@ def test_names_that_are_not_there() -> None:
 @pytest.mark.parametrize("name", ["eva", "corda"])
 def test_an_init_without_a_meaning_on_a_kind_is_refused(name: str) -> None:
     config = LoraConfig(target_modules=["0"], init_lora_weights=name, **{f"{name}_config": {}})
-    with pytest.raises(ConfigError, match=f"0: init_lora_weights='{name}' does not support Embedding, only Linear"):
+    with pytest.raises(ConfigError, match=f"0: Embedding does not support .*'{name}'.*Supported: Linear"):
         attach(nn.Sequential(nn.Embedding(9, 4)), config)
 
 
@@ -158,7 +158,7 @@ def test_an_init_without_a_meaning_on_a_kind_is_refused(name: str) -> None:
 def test_data_is_not_collected_for_a_bare_parameter(name: str) -> None:
     fields = {"target_modules": [], "target_parameters": ["one.weight"], "init_lora_weights": name}
     model, batch = nn.Sequential(OrderedDict(one=nn.Linear(4, 4))), torch.ones(2, 4)
-    with pytest.raises(ConfigError, match=rf"one\.weight: init_lora_weights='{name}' does not support Parameter"):
+    with pytest.raises(ConfigError, match=rf"one\.weight: Parameter does not support init_lora_weights='{name}'"):
         collect_for(model, LoraConfig(**fields, **{f"{name}_config": {}}), [batch], lambda model, x: model(x).sum())
 
 

@@ -89,5 +89,6 @@ def init_for(name: bool | str, kind: Kind, path: str) -> Init:
         ConfigError: No init has this name, or the init does not support this kind.
     """
     init = init_named(name)
-    check_fits(init.fits, kind, path, what=f"init_lora_weights={name!r}", field="init_lora_weights", advice="use True")
+    what, field = f"init_lora_weights={name!r}", "init_lora_weights"
+    check_fits(init.fits, kind, path, what=what, field=field, advice=f"set {field} to True")
     return init
