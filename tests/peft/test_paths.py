@@ -70,6 +70,8 @@ def test_a_replaced_name_takes_effect_where_it_is_defined(monkeypatch: pytest.Mo
         patches.setattr(config, "__version__", "0.10")
         assert lorakit.peft.LoraConfig().peft_version == "0.10"
         assert lorakit.peft.LoraConfig(peft_version="0.9").peft_version == "0.9"
+        patches.setattr(config, "__version__", "0.11")
+        assert lorakit.peft.LoraConfig().peft_version == config.__version__ == "0.11"
     assert lorakit.peft.LoraConfig().peft_version == config.__version__ == lorakit.peft.__version__
     with monkeypatch.context() as patches:
         patches.setattr(path, "of_mine", 1, raising=False)

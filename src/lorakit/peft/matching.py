@@ -348,8 +348,11 @@ def check_name(model: nn.Module, name: str, config: LoraConfig) -> None:
         ConfigError: The name is in `modules_to_save` or `trainable_token_indices`.
         TargetError: Nothing in the model matches the targets.
     """
-    rows = config.trainable_token_indices
-    fields = {"modules_to_save": config.modules_to_save, "trainable_token_indices": rows if isinstance(rows, dict) else ()}
+    rows = config.trainable_token_indices if isinstance(config.trainable_token_indices, dict) else {}
+    fields = {
+        "modules_to_save": config.modules_to_save,
+        "trainable_token_indices": rows,
+    }
     field = next((key for key, names in fields.items() if name in (names or ())), None)
     if field is None:
         return

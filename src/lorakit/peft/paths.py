@@ -163,8 +163,8 @@ HOMES: Mapping[str, str] = {
         get_layer_device_map=unused
         _get_module_names_tied_with_embedding=names_tied_with_embedding _get_no_split_modules=no_split_modules
         get_pattern_key get_quantization_config _get_submodules=get_submodules id_tensor_storage infer_device
-        init_empty_weights is_bf16_available _is_valid_match=is_valid_match map_cache_to_layer_device_map=unused match_target_against_key
-        onload_layer=empty_context prepare_model_for_kbit_training _set_adapter=unused
+        init_empty_weights is_bf16_available _is_valid_match=is_valid_match
+        map_cache_to_layer_device_map=unused match_target_against_key onload_layer=empty_context prepare_model_for_kbit_training _set_adapter=unused
         set_additional_trainable_modules=unused _set_trainable=unused shift_tokens_right skip_init_on_device
         str_to_bool transpose
     """,
@@ -348,21 +348,18 @@ class _PathModule(ModuleType):
         return dir(self) if name == "__all__" else _find(self.__name__, _names(self.__name__), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Replace a listed name in the module that defines it, so that the replacement takes effect there."""
-        home = _home(self, name)
-        if home is None:
-            super().__setattr__(name, value)
-            return
-        module = import_module(home[0])
-        self.__dict__.setdefault(ORIGINALS, {}).setdefault(name, getattr(module, home[1]))
-        setattr(module, home[1], value)
+        """Set a name here and, if it is listed, in the module that defines it, so that a replacement takes effect."""
+        if home := _home(self, name):
+            module = import_module(home[0])
+            self.__dict__.setdefault(ORIGINALS, {}).setdefault(name, getattr(module, home[1]))
+            setattr(module, home[1], value)
+        super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        """Delete a name; a replaced name gets its original value again, as `unittest.mock` and pytest expect."""
-        home, originals = _home(self, name), self.__dict__.get(ORIGINALS, {})
-        if home is None or name not in originals:
-            super().__delattr__(name)
-        else:
+        """Delete a name that was set here; the module that defines it gets the original object again."""
+        super().__delattr__(name)
+        originals = self.__dict__.get(ORIGINALS, {})
+        if name in originals and (home := _home(self, name)):
             setattr(import_module(home[0]), home[1], originals.pop(name))
 
     def __dir__(self) -> list[str]:

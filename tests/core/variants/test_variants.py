@@ -86,7 +86,9 @@ def test_a_row_of_zeros_stays_zero_instead_of_nan(numbers: tuple[Tensor, ...]) -
 
 
 def test_a_kind_without_a_meaning_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"mha: MultiheadAttention does not support DoRA.*use_dora to False") as caught:
+    with pytest.raises(
+        ConfigError, match=r"mha: MultiheadAttention does not support DoRA.*use_dora to False"
+    ) as caught:
         variant_for(LoraConfig(use_dora=True), kind_named("MultiheadAttention"), "mha")
     assert caught.value.field == "use_dora" and "Linear" in caught.value.allowed
     with pytest.raises(ConfigError, match="MultiheadAttention does not support DoRA"):  # its output projection

@@ -40,7 +40,7 @@ class MultiheadAttention(WeightLayer):
     @property
     def out_proj(self) -> nn.Module:
         """The output projection without adapters, as in PEFT; `base_layer.out_proj` is its adapted layer."""
-        found = self.base_layer.out_proj
+        found = self.base_layer.get_submodule("out_proj")
         return found.get_base_layer() if isinstance(found, LoraLayer) else found
 
     def _restore_weights(self) -> None:
