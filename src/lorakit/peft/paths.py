@@ -164,7 +164,8 @@ HOMES: Mapping[str, str] = {
         _get_module_names_tied_with_embedding=names_tied_with_embedding _get_no_split_modules=no_split_modules
         get_pattern_key get_quantization_config _get_submodules=get_submodules id_tensor_storage infer_device
         init_empty_weights is_bf16_available _is_valid_match=is_valid_match
-        map_cache_to_layer_device_map=unused match_target_against_key onload_layer=empty_context prepare_model_for_kbit_training _set_adapter=unused
+        map_cache_to_layer_device_map=unused match_target_against_key
+        onload_layer=empty_context prepare_model_for_kbit_training _set_adapter=unused
         set_additional_trainable_modules=unused _set_trainable=unused shift_tokens_right skip_init_on_device
         str_to_bool transpose
     """,
