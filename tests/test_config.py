@@ -273,7 +273,7 @@ def test_every_field_is_in_the_table_of_wrong_types() -> None:
         ({"layers_to_transform": "1"}, "is '1'; it must be a list of integers, or an integer, or None"),
         ({"trainable_token_indices": 3}, "a list of integers, or a dict of lists of integers, or None"),
         ({"eva_config": {"rho": "2"}}, "eva_config: rho is '2'; it must be a number"),
-        ({"velora_config": 3}, "`velora_config` must be a `VeloraConfig`, a dict, or None; 3 was given"),
+        ({"velora_config": 3}, "velora_config is 3: `VeloraConfig` must be a `VeloraConfig`, a dict, or None"),
     ],
     ids=str,
 )
@@ -314,6 +314,14 @@ def test_a_nested_config_comes_back_as_its_class(name: str, tmp_path: Path) -> N
     assert read == config and type(getattr(read, name)).__name__.endswith("Config")
     with pytest.raises(ConfigTypeError, match="a dict, or None; 3 was given"):
         LoraConfig(**{name: 3})
+
+
+@pytest.mark.parametrize("targets", [[], ""])
+def test_no_modules_are_targeted_if_only_parameters_are(targets: list[str] | str) -> None:
+    config = LoraConfig(target_modules=targets, target_parameters=["experts.down_proj"])
+    assert config.target_modules == set()
+    with pytest.raises(ConfigError, match="target_modules is ''"):
+        LoraConfig(target_modules="")
 
 
 def test_an_error_in_a_nested_config_names_field_and_allowed_values() -> None:

@@ -103,7 +103,6 @@ WHERE_PEFT_IS_WRONG: Mapping[str, str] = {
     "several_dora_adapters_add": "the second DoRA adapter there scales the first one's result, so their order counts",
     "layers_hold_for_full_paths": "layers_to_transform is ignored there where a target is a full path",
     "layers_at_the_top_count": "layers_to_transform finds no layers there when their list is at the top of the model",
-    "gaussian_reaches_embeddings": "init_lora_weights='gaussian' is silently the default there on an embedding",
     "dropout_below_zero_is_refused": "a negative lora_dropout is accepted there and drops nothing",
     "merged_and_dora_rows_mix": "peft rejects mixed batches with DoRA, and while an adapter is merged",
     "a_converted_dora_keeps_its_magnitude": "converted from PiSSA to plain LoRA, a DoRA adapter loses what its magnitudes learned",

@@ -187,14 +187,6 @@ def test_layers_at_the_top_count() -> None:
     assert model.targeted_module_names == ["layers.0.up", "layers.2.up"]
 
 
-def test_gaussian_reaches_embeddings() -> None:
-    base = nn.Sequential(nn.Embedding(400, 300))
-    model = ours.get_peft_model(base, ours.LoraConfig(r=8, target_modules=["0"], init_lora_weights="gaussian"))
-    B = model.get_base_model()[0].lora_embedding_B["default"].detach()
-    assert float(B.std()) == pytest.approx(1 / 8, rel=0.05)
-    assert not model.get_base_model()[0].lora_embedding_A["default"].any()
-
-
 def test_dropout_below_zero_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"lora_dropout is -0\.1; it must be in \[0, 1\)\."):
         ours.LoraConfig(lora_dropout=-0.1)

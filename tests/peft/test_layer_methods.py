@@ -197,3 +197,33 @@ def test_whether_conversion_is_supported_is_what_conversion_does(fields: dict[st
     assert model.base_model.model[0].supports_lora_conversion() is expected
     with contextlib.nullcontext() if expected else pytest.raises(AdapterError, match="KaSA"):
         convert_to_lora(model, 2)
+
+
+def test_assigning_the_active_adapter_activates_it_in_one_layer() -> None:
+    model: Any = adapted()
+    with use(model, "b"):
+        expected = model[0](X)
+    flags = [p.requires_grad for p in model.parameters()]
+    assert model[0]._active_adapter == model[0].active_adapter
+    model[0]._active_adapter = "b"
+    assert (model[0].active_adapters, model[0]._active_adapter) == (["b"], "b")
+    assert torch.equal(model[0](X), expected) and flags == [p.requires_grad for p in model.parameters()]
+    with pytest.raises(RouteError):
+        model[0]._active_adapter = "c"
+    assert model[0].active_adapters == ["b"]
+    model[0].enable_adapters(False)
+    model[0]._active_adapter = ["a"]
+    assert model[0].disable_adapters and model[0].active_adapters == ["a"]
+
+
+def test_the_output_projection_of_an_attention_module_is_the_plain_one() -> None:
+    base = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2)})
+    plain = base["mha"].out_proj
+    layer: Any = get_peft_model(base, LoraConfig(target_modules=["mha"], r=2)).base_model.model["mha"]
+    assert layer.out_proj is plain and layer.base_layer.out_proj is not plain
+
+
+def test_bf16_support_is_reported() -> None:
+    from lorakit.peft.optimizers.lorafa import is_bf16_available
+
+    assert is_bf16_available() in (True, False)

@@ -46,8 +46,9 @@ def test_the_fewest_ends_that_tell_modules_apart() -> None:
     for bad, text in (("x", "list or set"), ([], "list or set"), ([""], "empty string")):
         with pytest.raises(ConfigError, match=text):
             _find_minimal_target_modules(bad, [])
-    with pytest.raises(ConfigError, match="common elements"):
+    with pytest.raises(ConfigError, match=r"common elements.*Common: ") as caught:
         _find_minimal_target_modules(["a"], ["a"])
+    assert caught.value.what == "a"
 
 
 def test_all_linear_is_spelled_out(tiny_llama: Any) -> None:
@@ -66,3 +67,27 @@ def test_what_matched_and_what_did_not() -> None:
 def test_without_target_modules_no_module_is_named() -> None:
     for config in (LoraConfig(), LoraConfig(target_parameters=["a.weight"])):
         assert check_target_module_exists(config, "a") is False
+
+
+@pytest.mark.parametrize("targets", ["base_model.model.2", r"^base_model\.model\.2", ["base_model.model.2"], ["2"]])
+def test_targets_of_a_wrapped_model_may_have_its_prefix(targets: str | list[str]) -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), LoraConfig(target_modules=["0"]))
+    with pytest.warns(UserWarning, match="modify a model with PEFT for a second time"):
+        model = get_peft_model(model, LoraConfig(target_modules=targets), "second")
+    assert [name for name, p in model.named_parameters() if ".second." in name and ".2." not in name] == []
+    assert "second" in model.base_model.model[2].lora_A
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"target_modules": ["head"], "modules_to_save": ["mine"]}, r"ModulesToSaveWrapper.*layer\.Linear.*'mine'"),
+        ({"target_modules": ["words"], "trainable_token_indices": {"mine": [1]}}, r"TrainableTokens.*layer\.Embedding"),
+    ],
+)
+def test_an_adapter_is_not_named_like_a_module_that_it_trains(fields: dict[str, Any], words: str) -> None:
+    base = nn.ModuleDict({"words": nn.Embedding(5, 4), "head": nn.Linear(4, 2)})
+    with pytest.raises(ConfigError, match=words) as caught:
+        get_peft_model(base, LoraConfig(**fields), "mine")
+    assert caught.value.what == "mine" and caught.value.field in fields
+    assert type(base["head"]) is nn.Linear and type(base["words"]) is nn.Embedding

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from importlib import import_module
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -55,6 +56,27 @@ def test_every_name_of_the_table_resolves(path: str) -> None:
     assert len(names) == len(set(names))
     assert sorted(names) == module.__all__
     assert [name for name in names if not hasattr(module, name)] == []
+
+
+def test_a_replaced_name_takes_effect_where_it_is_defined(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorakit.peft import config, hotswap
+    from lorakit.peft.utils import hotswap as path
+
+    before = path.hotswap_adapter
+    with mock.patch("lorakit.peft.utils.hotswap.hotswap_adapter") as replaced:
+        assert hotswap.hotswap_adapter is replaced is path.hotswap_adapter
+    assert hotswap.hotswap_adapter is before is path.hotswap_adapter
+    with monkeypatch.context() as patches:
+        patches.setattr(config, "__version__", "0.10")
+        assert lorakit.peft.LoraConfig().peft_version == "0.10"
+        assert lorakit.peft.LoraConfig(peft_version="0.9").peft_version == "0.9"
+        patches.setattr(config, "__version__", "0.11")
+        assert lorakit.peft.LoraConfig().peft_version == config.__version__ == "0.11"
+    assert lorakit.peft.LoraConfig().peft_version == config.__version__ == lorakit.peft.__version__
+    with monkeypatch.context() as patches:
+        patches.setattr(path, "of_mine", 1, raising=False)
+        assert path.of_mine == 1 and not hasattr(hotswap, "of_mine")
+    assert not hasattr(path, "of_mine")
 
 
 def test_a_path_has_no_file_that_would_hide_it() -> None:

@@ -145,6 +145,21 @@ def test_values_that_are_not_there_are_said(given: dict[str, Tensor], tmp_path: 
         model.save_pretrained(tmp_path, state_dict=given)
 
 
+def test_a_replaced_method_decides_what_is_saved(tmp_path: Path) -> None:
+    model = adapted(CONFIGS["plain"])
+    whole = {name: torch.full_like(tensor, 7.0) for name, tensor in model.state_dict().items()}
+    on_disk = get_peft_model_state_dict(model, whole)
+    for given in (whole, on_disk):  # programs replace the method by one that returns the adapter's tensors alone, too
+        model.state_dict = lambda given=given: given
+        model.save_pretrained(tmp_path, selected_adapters=["default"])
+        saved = load_file(tmp_path / "adapter_model.safetensors")
+        assert saved.keys() == on_disk.keys() and all((tensor == 7).all() for tensor in saved.values())
+    del whole["base_model.model.0.lora_A.default.weight"]
+    model.state_dict = lambda: whole
+    with pytest.warns(UserWarning, match=r"lacks 1 of the 2 tensors.*base_model\.model\.0\.lora_A\.weight"):
+        model.save_pretrained(tmp_path, selected_adapters=["default"])
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

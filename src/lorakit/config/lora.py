@@ -358,6 +358,8 @@ class LoraConfig(PeftConfig):
         self.peft_type = checks.lora(self.peft_type)
         for each in dataclasses.fields(LoraConfig):
             setattr(self, each.name, plain(getattr(self, each.name)))
+        if self.target_modules == "" and self.target_parameters:
+            self.target_modules = []  # as in PEFT, only parameters are targeted
         self.target_modules = checks.names("target_modules", self.target_modules)
         self.exclude_modules = checks.names("exclude_modules", self.exclude_modules)
         self.modules_to_save = checks.plain_list("modules_to_save", self.modules_to_save)

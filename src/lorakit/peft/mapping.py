@@ -13,7 +13,7 @@ from lorakit.core.attachment.attaching import with_targets
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.target_weights import matched
 from lorakit.errors import ConfigError, warn_caller
-from lorakit.peft import model_adapters
+from lorakit.peft import matching, model_adapters
 from lorakit.peft.model import PeftModel
 from lorakit.peft.model_classes import PeftMixedModel
 from lorakit.peft.placeholders import CONFIGS, placeholder
@@ -55,6 +55,8 @@ def get_peft_model(
             what=type(peft_config).__name__,
             field="peft_config",
         )
+    if isinstance(model, PeftModel):
+        peft_config = matching.with_paths_inside(peft_config)
     _warn_of_the_base(model, peft_config, revision)
     if revision is not None:
         peft_config = peft_config.with_fields(revision=revision)

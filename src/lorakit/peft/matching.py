@@ -17,12 +17,13 @@ from lorakit.architectures.families import DEFAULT_TARGETS
 from lorakit.config import LoraConfig, TaskType
 from lorakit.core.attachment.attaching import AttachReport, model_type_of, with_targets
 from lorakit.core.layers.adapter_component import AdapterModule
-from lorakit.core.layers.lora_layer import not_yet_merged
+from lorakit.core.layers.lora_layer import LoraLayer, not_yet_merged
 from lorakit.core.layers.modules_to_save import ModulesToSave
+from lorakit.core.layers.named_layers import LAYERS
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.merging.merging import tied_sites
 from lorakit.core.model.index import AdapterIndex, layers, walk, without_wrappers
-from lorakit.core.model.target_weights import bare_parameters
+from lorakit.core.model.target_weights import bare_parameters, matched
 from lorakit.errors import ConfigError, NoTargetError, RouteError, TargetError, warn_caller
 from lorakit.targets import ALL_LINEAR, Candidate, key_fits, match_path, names_path, resolve, targeted_parameters
 
@@ -123,9 +124,13 @@ def find_minimal_target_modules(target_modules: Collection[str], other_module_na
         raise ConfigError("target_modules should be a list or set of strings.", field="target_modules")
     if "" in target_modules:
         raise ConfigError("target_modules should not contain an empty string.", field="target_modules")
-    if set(target_modules) & set(other_module_names):
+    shared = sorted(set(target_modules) & set(other_module_names))
+    if shared:
         raise ConfigError(
-            "target_modules and other_module_names contain common elements, this should not happen.",
+            "target_modules and other_module_names contain common elements, this should not happen, please open a "
+            "GitHub issue at https://github.com/huggingface/peft/issues with the code to reproduce this issue if it "
+            f"also occurs with peft. Common: {', '.join(shared[:8])}.",
+            what=shared[0],
             field="target_modules",
         )
     taken = {end for name in other_module_names for end in _suffixes(name)}
@@ -200,6 +205,19 @@ def with_own_targets(model: nn.Module, config: LoraConfig, table: Mapping[str, s
     if targets == DEFAULT_TARGETS.get(model_type_of(model)):
         return config  # the core adds them, and reports what they leave out
     return config.with_fields(target_modules=targets if isinstance(targets, str) else set(targets))
+
+
+INSIDE = r"^\^?base_model\\?\.model\\?\."
+"""Prefix of the paths in a `PeftModel`, as a name or at the beginning of a pattern."""
+
+
+def with_paths_inside(config: LoraConfig) -> LoraConfig:
+    """Return a config whose target modules are named as in the user's model, without the prefix of a `PeftModel`."""
+    targets = config.target_modules
+    if targets is None:
+        return config
+    plain = re.sub(INSIDE, "", targets) if isinstance(targets, str) else {re.sub(INSIDE, "", path) for path in targets}
+    return config.with_fields(target_modules=plain)
 
 
 def messages_of_missing(config: LoraConfig, report: AttachReport) -> list[str]:
@@ -314,6 +332,41 @@ def check_parameters(model: nn.Module, configs: Mapping[str, LoraConfig], config
                 what=name,
                 field="target_parameters",
             )
+
+
+def check_name(model: nn.Module, name: str, config: LoraConfig) -> None:
+    """Raise an error if a new adapter has the same name as a module that it saves in full or whose rows it trains.
+
+    In the paths of the adapter's own modules, such as `lora_A.head`, PEFT would take the adapter for the module.
+
+    Args:
+        model: The user's model.
+        name: Name of the new adapter.
+        config: Its config.
+
+    Raises:
+        ConfigError: The name is in `modules_to_save` or `trainable_token_indices`.
+        TargetError: Nothing in the model matches the targets.
+    """
+    rows = config.trainable_token_indices if isinstance(config.trainable_token_indices, dict) else {}
+    fields = {
+        "modules_to_save": config.modules_to_save,
+        "trainable_token_indices": rows,
+    }
+    field = next((key for key, names in fields.items() if name in (names or ())), None)
+    if field is None:
+        return
+    index = AdapterIndex.of(model)
+    kind = matched(index, with_targets(config, index), allow_partial=True).matches[0].kind
+    wrapper = "ModulesToSaveWrapper" if field == "modules_to_save" else "TrainableTokensWrapper"
+    raise ConfigError(
+        f"You are trying to target a module with <class 'peft.utils.other.{wrapper}'> that is a child of "
+        f"<class 'peft.tuners.lora.layer.{LAYERS.get(kind, LoraLayer).__name__}'>. This is almost certainly not the "
+        f"intended behavior. Please ensure that the adapter name, '{name}', does not conflict with any of the targeted "
+        "modules.",
+        what=name,
+        field=field,
+    )
 
 
 ALONE = "Only one adapter can be set at a time for {wrapper}, got {names}: {why}"

@@ -277,7 +277,8 @@ class PeftModel(OverModel):
                 adapter's init changed the base, as PiSSA does, the adapter is converted to plain LoRA with twice the
                 rank.
             state_dict: Tensors of any shape, keyed by name in the model, to save instead of the model's own tensors;
-                useful, for example, after gathering shards.
+                useful, for example, after gathering shards. The default is the result of `state_dict()` if a program
+                has replaced this method of the model.
             kwargs: See `loaded.WITHOUT_EFFECT`.
 
         Raises:
@@ -303,6 +304,8 @@ class PeftModel(OverModel):
                 field="selected_adapters",
                 allowed=self.peft_config,
             )
+        if state_dict is None and "state_dict" in vars(self):  # programs replace the method of their model
+            state_dict = self.state_dict()
         whole = save_embedding_layers is True
         for name in chosen if is_main_process else ():
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name

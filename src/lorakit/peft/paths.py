@@ -99,6 +99,7 @@ _BACKENDS = """
 
 HOMES: Mapping[str, str] = {
     "lorakit.config": f"{LORA_CONFIGS} PeftConfig PeftConfigMixin PeftType TaskType",
+    "lorakit.config.lora": "__version__=API_LEVEL",
     "lorakit.core.factor": "BufferDict",
     "lorakit.core.layers.adapter_component": "AuxiliaryTrainingWrapper=ReplacingModule",
     "lorakit.core.layers.lora_layer": "BaseTunerLayer=LoraLayer LoraLayer",
@@ -162,7 +163,8 @@ HOMES: Mapping[str, str] = {
         get_layer_device_map=unused
         _get_module_names_tied_with_embedding=names_tied_with_embedding _get_no_split_modules=no_split_modules
         get_pattern_key get_quantization_config _get_submodules=get_submodules id_tensor_storage infer_device
-        init_empty_weights _is_valid_match=is_valid_match map_cache_to_layer_device_map=unused match_target_against_key
+        init_empty_weights is_bf16_available _is_valid_match=is_valid_match
+        map_cache_to_layer_device_map=unused match_target_against_key
         onload_layer=empty_context prepare_model_for_kbit_training _set_adapter=unused
         set_additional_trainable_modules=unused _set_trainable=unused shift_tokens_right skip_init_on_device
         str_to_bool transpose
@@ -187,7 +189,7 @@ PATHS: Mapping[str, str] = {
         {AUTO_CLASSES} check_import_allowlist get_default_import_allowlist MODEL_TYPE_TO_PEFT_MODEL_MAPPING
         TOKENIZER_CONFIG_NAME
     """,
-    "config": "CONFIG_NAME PeftConfig PeftConfigMixin PromptLearningConfig",
+    "config": "CONFIG_NAME __version__ PeftConfig PeftConfigMixin PromptLearningConfig",
     "functional": f"""
         {HOMES["lorakit.peft.model_adapters"]} delete_adapter get_peft_model_state_dict inject_adapter_in_model
         set_adapter set_peft_model_state_dict
@@ -199,7 +201,7 @@ PATHS: Mapping[str, str] = {
     """,
     "mixed_model": "DUMMY_MODEL_CONFIG PeftMixedModel",
     "optimizers": "create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
-    "optimizers.lorafa": "create_lorafa_optimizer LoraFAOptimizer",
+    "optimizers.lorafa": "create_lorafa_optimizer is_bf16_available LoraFAOptimizer",
     "optimizers.loraplus": "create_loraplus_optimizer",
     "optimizers.riemannian": "_collect_lora_pairs create_riemannian_optimizer _RiemannianPreconditioner",
     "peft_model": f"""
@@ -336,12 +338,30 @@ def register() -> None:
             setattr(sys.modules[parent], child, sys.modules[spec.name])
 
 
+ORIGINALS = "_originals"
+
+
 class _PathModule(ModuleType):
     """A module whose names are imported lazily. Creating two functions per module instead would slow the import."""
 
     def __getattr__(self, name: str) -> Any:
         """Import and return the object behind a name."""
         return dir(self) if name == "__all__" else _find(self.__name__, _names(self.__name__), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a name here and, if it is listed, in the module that defines it, so that a replacement takes effect."""
+        if home := _home(self, name):
+            module = import_module(home[0])
+            self.__dict__.setdefault(ORIGINALS, {}).setdefault(name, getattr(module, home[1]))
+            setattr(module, home[1], value)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Delete a name that was set here; the module that defines it gets the original object again."""
+        super().__delattr__(name)
+        originals = self.__dict__.get(ORIGINALS, {})
+        if name in originals and (home := _home(self, name)):
+            setattr(import_module(home[0]), home[1], originals.pop(name))
 
     def __dir__(self) -> list[str]:
         """Return the names that `PATHS` lists for this module."""
@@ -384,6 +404,12 @@ def _homes() -> dict[str, tuple[str, str]]:
     """Return a dict from each exported name to its defining module and its name in that module."""
     entries = [(home, *entry.partition("=")) for home, names in HOMES.items() for entry in names.split()]
     return {name: (home, target or name) for home, name, _, target in entries}
+
+
+def _home(module: ModuleType, name: str) -> tuple[str, str] | None:
+    """Return the module that defines a listed name, and the name there; None for other names and placeholders."""
+    is_listed = not name.startswith("__") or name == "__version__"
+    return _homes().get(name) if is_listed and name in _names(module.__name__) else None
 
 
 def _find(module: str, names: Collection[str], name: str) -> Any:

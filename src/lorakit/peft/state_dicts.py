@@ -70,7 +70,7 @@ def get_peft_model_state_dict(
     plain = {_without_wrappers(key): key for key in values}
     found, missing = {}, []
     for on_disk, in_memory, _ in own:
-        key = in_memory if in_memory in values else plain.get(_without_wrappers(in_memory))
+        key = next((key for key in (in_memory, on_disk) if key in values), plain.get(_without_wrappers(in_memory)))
         if key is None:
             missing.append(on_disk)
         else:

@@ -312,6 +312,7 @@ class BaseTuner(OverModel):
             ConfigError: The config is not valid for the model or conflicts with an existing adapter.
         """
         self._check_new_adapter_config(config)
+        matching.check_name(self.model, name, config)
         active, config = self.active_adapters, matching.with_own_targets(self.model, config, self.target_module_mapping)
         asked = config if state_dict is None else matching.config_for_keys(self.model, config, state_dict)
         asked, found = for_attaching(self.model, asked)

@@ -438,6 +438,15 @@ def is_xpu_available(check_device: bool = False) -> bool:
     return hasattr(torch, "xpu") and torch.xpu.is_available()
 
 
+def is_bf16_available(ignore_tpu: bool = False) -> bool:
+    """Return whether the available device computes in bf16, as the function of accelerate that PEFT exports.
+
+    Args:
+        ignore_tpu: Ignored; TPUs are not checked.
+    """
+    return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else True
+
+
 def is_torchao_ge_v0_18_0() -> bool:
     """Return whether torchao 0.18 or newer is installed."""
     return is_torchao_available() and _release("torchao") >= (0, 18)

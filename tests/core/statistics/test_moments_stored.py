@@ -214,7 +214,7 @@ def test_what_cannot_be_collected_is_said() -> None:
     embed = nn.Sequential(OrderedDict(up=nn.Embedding(9, 12)))
     refused(
         ConfigError,
-        "up: init_lora_weights='eva' does not support Embedding",
+        "up: Embedding does not support init_lora_weights='eva'",
         config_for("eva", target_modules=["up"], rank_pattern={}),
         model=embed,
     )

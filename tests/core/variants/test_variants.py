@@ -86,8 +86,13 @@ def test_a_row_of_zeros_stays_zero_instead_of_nan(numbers: tuple[Tensor, ...]) -
 
 
 def test_a_kind_without_a_meaning_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"mha: DoRA .use_dora. does not support MultiheadAttention, only Linear"):
+    with pytest.raises(
+        ConfigError, match=r"mha: MultiheadAttention does not support DoRA.*use_dora to False"
+    ) as caught:
         variant_for(LoraConfig(use_dora=True), kind_named("MultiheadAttention"), "mha")
+    assert caught.value.field == "use_dora" and "Linear" in caught.value.allowed
+    with pytest.raises(ConfigError, match="MultiheadAttention does not support DoRA"):  # its output projection
+        variant_for(LoraConfig(use_dora=True), kind_named("InnerLinear"), "mha.out_proj")
     assert variant_for(LoraConfig(), kind_named("MultiheadAttention"), "mha")[0].name == "plain"
 
 

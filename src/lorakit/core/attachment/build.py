@@ -23,7 +23,7 @@ from lorakit.core.attachment.residual_base import (
     initialized,
 )
 from lorakit.core.factor import make_dropout
-from lorakit.core.inits import Init, InitContext, init_for
+from lorakit.core.inits import Init, InitContext, discard_first_draws, init_for
 from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
@@ -128,6 +128,8 @@ def fresh_factor(
     if init.changes_base:
         check_can_move(index, target, init)
     _check_together(init, variant, target)
+    if init.draws_again:
+        discard_first_draws(context)
     start = initialized(index, target, init, context)
     return new_factor(index, target, match, context, start, init.trains)
 

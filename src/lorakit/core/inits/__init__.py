@@ -17,11 +17,21 @@ from lorakit.core.inits.init import Init, InitContext, InitResult, fresh_bias
 from lorakit.core.inits.loftq import LOFTQ
 from lorakit.core.inits.lora_ga import LORA_GA
 from lorakit.core.inits.pissa import MICA, OLORA, PISSA
-from lorakit.core.inits.random import GAUSSIAN, KAIMING, ORTHOGONAL, RANDOM
+from lorakit.core.inits.random import GAUSSIAN, KAIMING, ORTHOGONAL, RANDOM, discard_first_draws
 from lorakit.core.kinds import Kind, check_fits
 from lorakit.errors import ConfigError, did_you_mean
 
-__all__ = ["INITS", "Init", "InitContext", "InitResult", "fresh_bias", "init_for", "init_named", "known_init"]
+__all__ = [
+    "INITS",
+    "Init",
+    "InitContext",
+    "InitResult",
+    "discard_first_draws",
+    "fresh_bias",
+    "init_for",
+    "init_named",
+    "known_init",
+]
 
 INITS: tuple[Init, ...] = (
     KAIMING,
@@ -79,5 +89,6 @@ def init_for(name: bool | str, kind: Kind, path: str) -> Init:
         ConfigError: No init has this name, or the init does not support this kind.
     """
     init = init_named(name)
-    check_fits(init.fits, kind, path, what=f"init_lora_weights={name!r}", field="init_lora_weights", advice="use True")
+    what, field = f"init_lora_weights={name!r}", "init_lora_weights"
+    check_fits(init.fits, kind, path, what=what, field=field, advice=f"set {field} to True")
     return init

@@ -196,6 +196,8 @@ class Init:
         family: Regular expression for other values of `init_lora_weights` that also select the init.
         requantizes: Whether the init may replace a quantized base weight; the new weight must then be requantized.
         takes_any_shape: Whether the init can fill A and B of any shape; some variants require this.
+        draws_again: Whether A and B of a new adapter are first filled as by the init False, and these values discarded,
+            so that the factors equal PEFT's under the same seed; PEFT creates random modules, then initializes them.
     """
 
     name: bool | str
@@ -210,6 +212,7 @@ class Init:
     family: str = ""
     requantizes: bool = False
     takes_any_shape: bool = False
+    draws_again: bool = False
 
 
 def zeros(context: InitContext, shape: Shape) -> Tensor:
@@ -222,9 +225,15 @@ def normal(context: InitContext, shape: Shape, std: float) -> Tensor:
     return torch.empty(shape, device=context.device, dtype=context.dtype).normal_(0.0, std, generator=context.generator)
 
 
-def uniform(context: InitContext, shape: Shape) -> Tensor:
-    """Return a tensor of the given shape, (r, in) or (out, r), with values drawn uniformly within ±1/√fan_in."""
-    bound = 1.0 / math.sqrt(math.prod(shape[1:]))
+def uniform(context: InitContext, shape: Shape, fan_in: int | None = None) -> Tensor:
+    """Return a tensor of the given shape, such as (r, in), with values drawn uniformly within ±1/√fan_in.
+
+    Args:
+        context: The site.
+        shape: Shape of the tensor.
+        fan_in: Number of inputs; by default, the product of all axes except the first.
+    """
+    bound = 1.0 / math.sqrt(fan_in or math.prod(shape[1:]))
     values = torch.empty(shape, device=context.device, dtype=context.dtype)
     return values.uniform_(-bound, bound, generator=context.generator)
 
@@ -258,5 +267,5 @@ def fresh_bias(context: InitContext, random: bool) -> Tensor:
         context: The site.
         random: Whether to draw random values, for an init that changes the output.
     """
-    shape = (context.spec.out_features, context.r)
-    return uniform(context, shape)[:, 0].contiguous() if random else zeros(context, shape[:1])
+    shape = (context.spec.out_features,)
+    return uniform(context, shape, context.r) if random else zeros(context, shape)

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from lorakit.core.inits.init import Init, InitContext, InitResult, normal, uniform, zeros
+from lorakit.core.inits.init import Init, InitContext, InitResult, fresh_bias, normal, uniform, zeros
 from lorakit.core.kinds.kind import every_kind
 
 
@@ -26,11 +26,13 @@ def _kaiming(context: InitContext) -> InitResult:
 
 
 def _gaussian(context: InitContext) -> InitResult:
-    """Fill one factor with normal values (standard deviation 1/r), and set the other to zero.   [docs/math.md (5)]."""
-    std = 1.0 / context.r
+    """Fill one factor with normal values (standard deviation 1/r), and set the other to zero.   [docs/math.md (5)]
+
+    As in PEFT, an embedding is initialized as by the default init.
+    """
     if context.kind.zero_side == "A":
-        return InitResult(zeros(context, context.A_shape), normal(context, context.B_shape, std))
-    return InitResult(normal(context, context.A_shape, std), zeros(context, context.B_shape))
+        return _kaiming(context)
+    return InitResult(normal(context, context.A_shape, 1.0 / context.r), zeros(context, context.B_shape))
 
 
 def _random(context: InitContext) -> InitResult:
@@ -40,9 +42,21 @@ def _random(context: InitContext) -> InitResult:
     return InitResult(uniform(context, context.A_shape), uniform(context, context.B_shape))
 
 
-KAIMING = Init(True, _kaiming, fits=every_kind, takes_any_shape=True)
-GAUSSIAN = Init("gaussian", _gaussian, fits=every_kind, takes_any_shape=True)
+KAIMING = Init(True, _kaiming, fits=every_kind, takes_any_shape=True, draws_again=True)
+GAUSSIAN = Init("gaussian", _gaussian, fits=every_kind, takes_any_shape=True, draws_again=True)
 RANDOM = Init(False, _random, fits=every_kind, is_identity=False, takes_any_shape=True)
+
+
+def discard_first_draws(context: InitContext) -> None:
+    """Draw the values that PEFT's modules of A and B receive before they are initialized (see `Init.draws_again`).
+
+    Nothing is drawn if the factors are not on the CPU, where PEFT draws all its values.
+    """
+    if context.device.type == "cpu":
+        _random(context)
+        if context.config.lora_bias:
+            fresh_bias(context, random=True)
+
 
 SIZE = 0.1
 """Standard deviation of the random coefficients X and Y in the orthogonal init."""

@@ -72,6 +72,7 @@ class Kind:
         flat_weight: Spec and canonical weight -> the weight as a matrix, (out, n).
         delta: Spec, A and B -> the unscaled delta in the canonical weight's shape; raises MergeError if the
             weight cannot hold the delta.
+        shown_as: Name in messages, if it differs from the unique name.
         layer: Layer class of a user-defined kind; None for the entries in KINDS.
         is_dense: Whether the module is a dense layer, which multiplies its input by the weight exactly once.
             `"all-linear"` selects dense layers.
@@ -98,6 +99,7 @@ class Kind:
     flat: Callable[[WeightSpec, Tensor, Tensor], tuple[Tensor, Tensor]]
     flat_weight: Callable[[WeightSpec, Tensor], Tensor]
     delta: Callable[[WeightSpec, Tensor, Tensor], Tensor]
+    shown_as: str = ""
     layer: type[nn.Module] | None = None
     is_dense: bool = False
     names_parameter: bool = False

@@ -114,6 +114,7 @@ INNER = replace(
     specs=LINEAR.specs,
     names_parameter=False,
     read_by_owner=True,
+    shown_as=ATTENTION.name,
 )
 """The output projection of nn.MultiheadAttention: a dense layer that is never called; only its weight is read.
 

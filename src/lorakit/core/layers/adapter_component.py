@@ -298,6 +298,25 @@ class AdapterModule(nn.Module, AdapterComponent):
         return names[0] if len(names) == 1 else names
 
     @property
+    def _active_adapter(self) -> str | list[str]:
+        """The same as `active_adapter`; PEFT's name for the attribute that programs set directly."""
+        return self.active_adapter
+
+    @_active_adapter.setter
+    def _active_adapter(self, names: str | Sequence[str]) -> None:
+        """Override the model's default route in this module; neither `requires_grad` nor `disable_adapters` changes.
+
+        Raises:
+            RouteError: One of the adapters is not on the model.
+        """
+        names = (names,) if isinstance(names, str) else tuple(names)
+        self.state.check(names)
+        if self.aside:
+            self.aside = (Route(names),)
+        else:
+            self.own_route = Route(names)
+
+    @property
     def disable_adapters(self) -> bool:
         """True if adapters are disabled by `enable_adapters(False)`, a model-wide setting, or a scoped override."""
         if self.aside or self.state.aside is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakit.core.kinds import Kind
 from lorakit.core.layers.lora_layer import LoraLayer
@@ -36,6 +36,12 @@ class Conv3d(LoraLayer):
 
 class MultiheadAttention(WeightLayer):
     """A `LoraLayer` for the input projection of an nn.MultiheadAttention."""
+
+    @property
+    def out_proj(self) -> nn.Module:
+        """The output projection without adapters, as in PEFT; `base_layer.out_proj` is its adapted layer."""
+        found = self.base_layer.get_submodule("out_proj")
+        return found.get_base_layer() if isinstance(found, LoraLayer) else found
 
     def _restore_weights(self) -> None:
         """Do nothing: PEFT's method undoes merges made during a forward pass, but lorakit makes none."""

@@ -128,6 +128,7 @@ def variant_for(config: LoraConfig, kind: Kind, path: str) -> tuple[Variant, Set
         ConfigError: The config selects two variants at the site, or the variant does not support this kind.
     """
     variant, setting = variant_at(config, path)
-    what = f"{variant.title} ({variant.field})"
-    check_fits(variant.fits, kind, path, what=what, field=variant.field, advice="turn the variant off")
+    off = next((f.default for f in dataclasses.fields(LoraConfig) if f.name == variant.field), None)
+    advice = f"set {variant.field} to {off}"
+    check_fits(variant.fits, kind, path, what=variant.title, field=variant.field, advice=advice)
     return variant, setting
