@@ -94,6 +94,14 @@ def test_layers(layers: Any) -> None:
     )
 
 
+def test_a_layers_pattern_is_a_regular_expression() -> None:
+    fields = {"target_modules": ["q_proj"], "layers_to_transform": [1]}
+    assert paths(**fields, layers_pattern="(lay)ers|blocks") == in_layers("attn.q_proj", 1)
+    with pytest.raises(ConfigError, match=r"layers_pattern: 'lay\(ers' is not a valid regular expression") as caught:
+        paths(**fields, layers_pattern=["lay(ers"])
+    assert (caught.value.fields["field"], caught.value.fields["what"]) == ("layers_pattern", "lay(ers")
+
+
 def test_layers_of_exact_paths_and_of_a_list_at_the_top() -> None:
     """Where PEFT ignores the layers for a full name, or does not find them at the top."""
     assert paths(target_modules=in_layers("attn.q_proj", 1), layers_to_transform=[1]) == in_layers("attn.q_proj", 1)

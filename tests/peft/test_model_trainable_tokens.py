@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lorakit.peft import LoraConfig, get_peft_model
+from lorakit.peft.tuners.tuners_utils import BaseTunerLayer
 
 
 def rows(*indices: int) -> LoraConfig:
@@ -40,6 +41,29 @@ def test_a_table_lists_the_adapters_that_have_rows_there(model: Any) -> None:
     assert table._adapters == {"a", "b", "c"}
     model.set_adapter("none")
     assert table.active_adapters == table.token_adapter.active_adapters == []
+
+
+def test_a_loop_over_the_tuner_layers_switches_and_disables_the_rows_too(model: Any) -> None:
+    model.base_model.model[0].token_adapter.trainable_tokens_delta["c"].data.fill_(7)
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    assert [type(layer).__name__ for layer in layers] == ["TokenAdapter", "Linear"]
+    for layer in layers:
+        layer.set_adapter("c")
+    table, tokens = model.base_model.model[0], torch.tensor([0, 3, 5])
+    assert [bool((row == 7).all()) for row in table(tokens)] == [False, False, True]
+    delta = table.token_adapter.trainable_tokens_delta
+    assert delta["c"].requires_grad and not delta["a"].requires_grad
+    assert [layer.active_adapter for layer in layers] == [["c"], "c"]
+    for layer in layers:
+        layer.enable_adapters(enabled=False)
+    assert torch.equal(table(tokens), table.original_module(tokens))
+    assert all(layer.disable_adapters for layer in layers)
+    layers[0].enable_adapters(enabled=True)
+    layers[0].set_requires_grad("c", False)
+    assert not delta["c"].requires_grad and layers[0].get_base_layer() is table.original_module
+    with pytest.warns(UserWarning, match="c was active which is now deleted"):
+        layers[0].delete_adapter("c")
+    assert "c" not in delta
 
 
 def test_what_the_base_has_in_place_of_the_rows(model: Any) -> None:

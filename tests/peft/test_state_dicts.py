@@ -28,6 +28,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "copied": {"target_modules": ["0"], "modules_to_save": ["2"]},
     "biases": {"target_modules": ["0"], "bias": "all"},
     "bias of B": {"target_modules": ["0"], "lora_bias": True},
+    "monteclora": {"target_modules": ["0"], "monteclora_config": {"num_samples": 2}},
     "velora": {"target_modules": ["0"], "velora_config": {"init_type": "random", "num_groups": 2}},
 }
 
@@ -58,7 +59,7 @@ def test_names_and_shapes_are_pefts(which: str) -> None:
 
 @pytest.mark.parametrize("which", CONFIGS)
 def test_out_and_in_again(which: str) -> None:
-    model, other = adapted(CONFIGS[which]), adapted(CONFIGS[which], 2)
+    model, other = adapted(CONFIGS[which]).eval(), adapted(CONFIGS[which], 2).eval()
     x = torch.randn(5, 4)
     assert not torch.equal(model(x), other(x))
     result = set_peft_model_state_dict(other, get_peft_model_state_dict(model))

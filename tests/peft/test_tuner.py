@@ -135,6 +135,12 @@ def test_the_repr_shows_where_adapters_sit(two: Any) -> None:
     assert "(base_layer): Linear(in_features=32, out_features=32, bias=False)" in text
 
 
+def test_targeted_names_are_in_the_order_in_which_adapters_were_added() -> None:
+    model = get_peft_model(nn.Sequential(*(nn.Linear(2, 2) for _ in range(3))), LoraConfig(target_modules=["1"]))
+    model.add_adapter("b", LoraConfig(target_modules=["0", "1", "2"]))
+    assert model.base_model.targeted_module_names == ["1", "0", "2"]
+
+
 def test_a_config_in_peft_config_can_be_injected() -> None:
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))

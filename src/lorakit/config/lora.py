@@ -281,7 +281,8 @@ class LoraConfig(PeftConfig):
         modules_to_save: Names of modules to train and save in full.
         init_lora_weights: True (Kaiming-uniform A, zero B), False or None (random A and B), or the name of an init.
         layers_to_transform: Indices of the layers to adapt.
-        layers_pattern: Name of the layer list that `layers_to_transform` indexes.
+        layers_pattern: Name of the layer list that `layers_to_transform` indexes, or several names; each is a regular
+            expression.
         rank_pattern: Dict from name patterns to ranks that override `r`.
         alpha_pattern: Dict from name patterns to alphas that override `lora_alpha`.
         megatron_config: Settings for Megatron's parallel layers; not supported.

@@ -100,9 +100,9 @@ _BACKENDS = """
 HOMES: Mapping[str, str] = {
     "lorakit.config": f"{LORA_CONFIGS} PeftConfig PeftConfigMixin PeftType TaskType",
     "lorakit.config.lora": "__version__=API_LEVEL",
-    "lorakit.core.factor": "BufferDict",
-    "lorakit.core.layers.adapter_component": "AuxiliaryTrainingWrapper=ReplacingModule",
-    "lorakit.core.layers.lora_layer": "BaseTunerLayer=LoraLayer LoraLayer",
+    "lorakit.core.factor": "BufferDict MontecloraSampler=OwnTensors",
+    "lorakit.core.layers.adapter_component": "AuxiliaryTrainingWrapper=ReplacingModule BaseTunerLayer=TunerLayer",
+    "lorakit.core.layers.lora_layer": "LoraLayer",
     "lorakit.core.layers.modules_to_save": "ModulesToSaveWrapper=ModulesToSave",
     "lorakit.core.layers.named_layers": "Conv1d Conv2d Conv3d Embedding Linear MultiheadAttention ParamWrapper",
     "lorakit.core.variants": "LoraVariant=Variant",
@@ -173,6 +173,7 @@ HOMES: Mapping[str, str] = {
         build_peft_weight_mapping convert_peft_adapter_state_dict_for_transformers convert_peft_config_for_transformers
         get_model_conversion_mapping
     """,
+    "lorakit.core.variants.bdlora": "BlockDiagonalLinear",
     "lorakit.core.variants.velora": """
         _compress_activations=compressed _normalize_projection=unit _reshape_to_grouped_subtokens=grouped
     """,

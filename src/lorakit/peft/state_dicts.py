@@ -163,7 +163,8 @@ def _of_layer(layer: LoraLayer, prefix: str, adapter: str) -> Iterator[tuple[str
             if raw is not None:
                 yield f"{prefix}{attribute}", f"{prefix}{attribute}.{adapter}", raw
             continue
-        for leaf, tensor in entry._parameters.items():
+        buffers = {leaf: b for leaf, b in entry._buffers.items() if leaf not in entry._non_persistent_buffers_set}
+        for leaf, tensor in {**entry._parameters, **buffers}.items():
             if tensor is not None:
                 ending = "" if attribute == "lora_magnitude_vector" else f".{leaf}"
                 yield f"{prefix}{attribute}{ending}", f"{prefix}{attribute}.{adapter}.{leaf}", tensor

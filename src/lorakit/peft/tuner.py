@@ -269,8 +269,11 @@ class BaseTuner(OverModel):
 
     @property
     def targeted_module_names(self) -> list[str]:
-        """Paths of the adapted modules."""
-        return [site.path for site in core.sites(self.model) if site.kind != "Parameter"]
+        """Paths of the adapted modules: those of the first adapter in the model's order, then those added later."""
+        added = {name: order for order, name in enumerate(self.peft_config)}
+        found = [site for site in core.sites(self.model) if site.kind != "Parameter"]
+        found.sort(key=lambda site: min(added.get(name, len(added)) for name in site.layer.r))
+        return [site.path for site in found]
 
     @property
     def targeted_parameter_names(self) -> list[str]:

@@ -314,7 +314,7 @@ def selects(config: LoraConfig) -> Callable[[Candidate], bool]:
         config: The config; only `exclude_modules`, `layers_to_transform` and `layers_pattern` are used.
 
     Raises:
-        ConfigError: `exclude_modules` is not a valid regular expression.
+        ConfigError: `exclude_modules` or an entry of `layers_pattern` is not a valid regular expression.
     """
     excluded = _matcher("exclude_modules", config.exclude_modules) if config.exclude_modules else lambda _: None
     in_layer = _layer_filter(config)
@@ -326,13 +326,13 @@ def _layer_filter(config: LoraConfig) -> Callable[[str], bool]:
         return lambda _: True
     wanted = config.layers_to_transform
     indices = {wanted} if isinstance(wanted, int) else set(wanted)
-    lists = [config.layers_pattern] if isinstance(config.layers_pattern, str) else list(config.layers_pattern or ())
-    names = "|".join(map(re.escape, lists)) if lists else r"[^.]+"
-    pattern = re.compile(rf"(?:^|.*?\.)(?:{names})\.(\d+)(?:\.|$)")
+    given = config.layers_pattern or r"[^.]+"
+    names = [given] if isinstance(given, str) else given
+    patterns = [compiled(rf"(?:^|.*?\.)(?:{name})\.(?P<index>\d+)(?:\.|$)", "layers_pattern", name) for name in names]
 
     def in_layer(path: str) -> bool:
-        found = pattern.match(path)
-        return found is not None and int(found.group(1)) in indices
+        found = next(filter(None, (pattern.match(path) for pattern in patterns)), None)
+        return found is not None and int(found["index"]) in indices
 
     return in_layer
 

@@ -147,3 +147,25 @@ def test_settings_are_checked() -> None:
 def test_blocks_stand_on_the_diagonal() -> None:
     found = bdlora.block_diagonal(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 2)
     assert torch.equal(found, torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 3.0, 4.0]]))
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 5, 6)])
+def test_the_module_of_the_blocks_multiplies_by_the_block_diagonal_matrix(shape: tuple[int, ...]) -> None:
+    module, x = bdlora.BlockDiagonalLinear(6, 4, nblocks=2), torch.randn(shape)
+    assert module.weight.shape == (4, 3) and module.weight.any()
+    matrix = module.weight_as_blockdiagonal_matrix()
+    assert matrix.shape == (4, 6) and not matrix[:2, 3:].any() and not matrix[2:, :3].any()
+    torch.testing.assert_close(module(x), F.linear(x, matrix))
+    assert not bdlora.BlockDiagonalLinear(6, 4, 2, init_zero=True, dtype=torch.float64).weight.any()
+    with pytest.raises(ConfigError, match="in_features.*5.*2") as caught:
+        bdlora.BlockDiagonalLinear(5, 4, 2)
+    assert caught.value.fields["field"] == "nblocks"
+
+
+def test_a_layer_holds_its_blocks_in_that_module() -> None:
+    model = adapted("a")
+    for site, side in zip(core.sites(model), "AB", strict=True):
+        held = {"A": site.layer.lora_A["a"], "B": site.layer.lora_B["a"]}
+        factor = site.layer.factor("a").plain()
+        assert [type(module) is bdlora.BlockDiagonalLinear for module in held.values()] == [side == "A", side == "B"]
+        assert torch.equal(held[side].weight_as_blockdiagonal_matrix(), factor.A if side == "A" else factor.B)

@@ -253,3 +253,11 @@ def test_a_quantized_base_is_trained(storage: Any) -> None:
 
 def test_the_fields_reach_each_library_alike() -> None:
     assert vars(theirs.MontecloraConfig()) == vars(MontecloraConfig())
+
+
+def test_programs_find_the_tensors_of_an_adapter_by_the_class_of_their_module() -> None:
+    from lorakit.peft.tuners.lora.monteclora import MontecloraSampler
+
+    model = pair()[1]
+    found = {name for name, module in model.named_modules() if isinstance(module, MontecloraSampler)}
+    assert len(found) == 2 and all(name.endswith(".lora_monteclora_sampler.default") for name in found)

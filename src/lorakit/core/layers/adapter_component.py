@@ -190,6 +190,10 @@ def base_not_kept(merged: Sequence[str], path: str | None = None) -> MergeError:
     )
 
 
+class TunerLayer:
+    """A module that other programs switch and disable, layer by layer, as PEFT's `BaseTunerLayer`."""
+
+
 class AdapterModule(nn.Module, AdapterComponent):
     """A module in which adapters can be active.
 

@@ -30,7 +30,7 @@ from lorakit.core.factor import (
     weight_holder,
 )
 from lorakit.core.kinds.kind import Kind, WeightSpec, spread
-from lorakit.core.layers.adapter_component import MergeOptions, trainable_tensors
+from lorakit.core.layers.adapter_component import MergeOptions, TunerLayer, trainable_tensors
 from lorakit.core.layers.base_weight import BaseWeight
 from lorakit.core.layers.batched import add_kept, add_stacked
 from lorakit.core.routing.recompute import Forwards
@@ -56,7 +56,7 @@ def _new_holder(name: str) -> nn.Module | None:
     return HOLDERS[name]() if name in HOLDERS else None
 
 
-class LoraLayer(BaseWeight):
+class LoraLayer(BaseWeight, TunerLayer):
     """A base module and the low-rank factors of its adapters.
 
     Attributes:
@@ -148,7 +148,10 @@ class LoraLayer(BaseWeight):
         A, B = parameter(factor.A), parameter(factor.B)
         down, up = (getattr(self, attribute) for attribute in kind.names)
         self.memory.clear()  # may depend on the site's other adapters
-        down[name], up[name] = (weight_holder(A), weight_holder(B, factor.bias)) if kind.on_disk else (A, B)
+        holder = factor.variant.holder
+        own_A, own_B = (None, None) if holder is None else (holder(p, w, factor.setting) for p, w in (("A", A), ("B", B)))
+        held = (own_A or weight_holder(A), own_B or weight_holder(B, factor.bias))
+        down[name], up[name] = held if kind.on_disk else (A, B)
         self.lora_dropout[name] = factor.dropout
         for own in factor.variant.tensors:
             put_own(getattr(self, own.container), name, own.member, own.carried, factor.own[own.held_as])

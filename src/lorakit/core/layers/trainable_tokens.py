@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.core.clones import clone_with
-from lorakit.core.layers.adapter_component import MergeOptions, ReplacingModule, StagedMerge, base_not_kept
+from lorakit.core.layers.adapter_component import MergeOptions, ReplacingModule, StagedMerge, TunerLayer, base_not_kept
 from lorakit.core.layers.stored_weight import give_back
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
@@ -41,7 +41,7 @@ class ChosenRows:
     tied: tuple[str, ...]
 
 
-class TokenAdapter(nn.Module):
+class TokenAdapter(nn.Module, TunerLayer):
     """An embedding or head with each adapter's trainable token embeddings; the attributes have PEFT's names.
 
     Attributes:
@@ -92,6 +92,35 @@ class TokenAdapter(nn.Module):
     def active_adapter(self) -> list[str]:
         """Alias of `active_adapters`, for compatibility with PEFT."""
         return self.active_adapters
+
+    @property
+    def disable_adapters(self) -> bool:
+        """True if adapters are disabled here."""
+        return any(module.disable_adapters for module in self.within)
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the base module."""
+        return self.base_layer
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Enable or disable the adapters here; see `AdapterModule.enable_adapters`."""
+        for module in self.within:
+            module.enable_adapters(enabled)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Override the model's default route here; see `AdapterModule.set_adapter`."""
+        for module in self.within:
+            module.set_adapter(adapter_names, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Unfreeze or freeze adapters' rows; see `AdapterModule.set_requires_grad`."""
+        for module in self.within:
+            module.set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter's rows; see `AdapterModule.delete_adapter`."""
+        for module in self.within:
+            module.delete_adapter(adapter_name)
 
     def rows(self, name: str) -> Replacement:
         """Return the indices of an adapter's rows, (n,), and their values, (n, d)."""

@@ -7,7 +7,7 @@ placed on the diagonal of a matrix that has the shape of LoRA's A or B; everythi
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.kinds.kind import Kind, Shape, WeightSpec, only_linear
@@ -26,6 +26,64 @@ def block_diagonal(blocks: Tensor, number: int) -> Tensor:
         Wang et al. 2025, arXiv:2510.23346, section 3.
     """
     return torch.block_diag(*blocks.chunk(number))
+
+
+class BlockDiagonalLinear(nn.Module):
+    """A linear layer without a bias whose weight is block-diagonal; as PEFT's class of this name.
+
+    Attributes:
+        in_features: Number of inputs.
+        out_features: Number of outputs.
+        nblocks: Number of blocks.
+        weight: The stacked blocks, (out, in / blocks).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        nblocks: int,
+        init_zero: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if size % nblocks:
+                text = f"{name} is {size}, which is not divisible by {nblocks}, the number of blocks."
+                raise ConfigError(text, what=size, where=name, field="nblocks")
+        self.in_features, self.out_features, self.nblocks = in_features, out_features, nblocks
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features // nblocks, dtype=dtype, device=device))
+        if not init_zero:
+            nn.init.kaiming_uniform_(self.weight)
+
+    @classmethod
+    def of(cls, weight: nn.Parameter, nblocks: int) -> BlockDiagonalLinear:
+        """Return a module that holds existing blocks.
+
+        Args:
+            weight: The stacked blocks, (out, in / blocks).
+            nblocks: Number of blocks.
+        """
+        found = cls.__new__(cls)
+        nn.Module.__init__(found)
+        found.out_features, found.in_features = weight.shape[0], weight.shape[1] * nblocks
+        found.nblocks, found.weight = nblocks, weight
+        return found
+
+    @property
+    def bias(self) -> None:
+        """None, as a block-diagonal factor has no bias."""
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output (…, out) for an input x (…, in)."""
+        blocks = self.weight.view(self.nblocks, -1, self.weight.shape[1])
+        return torch.einsum("...ni,noi->...no", x.unflatten(-1, (self.nblocks, -1)), blocks).flatten(-2)
+
+    def weight_as_blockdiagonal_matrix(self) -> Tensor:
+        """Return the weight as a matrix (out, in) with zeros outside the blocks."""
+        return block_diagonal(self.weight, self.nblocks)
 
 
 def _setting(config: LoraConfig, path: str) -> Setting | None:
@@ -67,6 +125,10 @@ def _factors(factor: Factor, training: bool) -> tuple[Tensor, Tensor]:
     return factor.A, block_diagonal(factor.B, number)
 
 
+def _holder(part: str, weight: nn.Parameter, setting: Setting) -> nn.Module | None:
+    return BlockDiagonalLinear.of(weight, int(setting["blocks"])) if part == setting["side"] else None
+
+
 BDLORA = Variant(
     name="bdlora",
     title="BD-LoRA",
@@ -75,4 +137,5 @@ BDLORA = Variant(
     fits=only_linear,
     shapes=_shapes,
     factors=_factors,
+    holder=_holder,
 )

@@ -225,6 +225,8 @@ class Variant:
         shapes: Function from kind, weight spec, rank and setting to the shapes of A and B; None for the kind's shapes.
         factors: Function from a factor and a training flag to the A and B to multiply; None to multiply A and B as
             stored.
+        holder: Function from "A" or "B", the parameter and the variant's settings to the module that holds the
+            parameter, or to None for the usual module; None if the usual module holds both.
         down: Function from kind, module, input, factor and a training flag to the unscaled input of B; None for the
             kind's A·x. It may write to the factor's buffers and memory.
         output: Function from an `At` to the addition to y₀, shaped like y₀; None if the addition is z. It may write to
@@ -266,6 +268,7 @@ class Variant:
     tensors: tuple[OwnTensor, ...] = ()
     shapes: Callable[[Kind, WeightSpec, int, Setting], tuple[Shape, Shape]] | None = None
     factors: Callable[[Factor, bool], tuple[Tensor, Tensor]] | None = None
+    holder: Callable[[str, nn.Parameter, Setting], nn.Module | None] | None = None
     down: Callable[[Kind, nn.Module, Tensor, Factor, bool], Tensor] | None = None
     output: Callable[[At], Tensor] | None = None
     update: Callable[[Kind, WeightSpec, Tensor, Tensor, Factor], Tensor] | None = added
