@@ -100,8 +100,9 @@ def _run_together(given: Mapping[str, Any], config: Path | None, *, json: bool, 
                 settings = _settings(given, config)
             code = _train(settings, json=json, verbose=verbose, is_silent=not processes.is_first)
         except (LorakitError, KeyboardInterrupt) as cause:
-            if is_started_by_lorakit() and getattr(cause, "field", None) == PROCESS_ENDED:
-                return LOST  # the launcher knows which process ended, and reports it
+            is_ended = isinstance(cause, KeyboardInterrupt) or cause.field == PROCESS_ENDED
+            if is_ended and is_started_by_lorakit():
+                return LOST  # the launcher reports the signal, or which process ended
             if processes.is_first:
                 raise
             return 0

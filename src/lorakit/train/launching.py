@@ -147,6 +147,7 @@ def launch(arguments: Sequence[str], count: int, saved: str) -> int:
 
     Raises:
         RunError: A process ended without a message, for example because it was killed.
+        KeyboardInterrupt: A signal arrived; the processes have finished their step and saved a checkpoint.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -167,7 +168,7 @@ def launch(arguments: Sequence[str], count: int, saved: str) -> int:
         with _threads_shared(count):
             elastic_launch(config, sys.executable)("-m", "lorakit", *arguments)
     except SignalException:
-        return 130
+        raise KeyboardInterrupt("interrupted") from None
     except ChildFailedError as cause:
         return _code_of({rank: failure.exitcode for rank, failure in cause.failures.items()}, saved)
     return 0

@@ -302,7 +302,7 @@ def check_parallel(parallel: str, fit: str | None, processes: Processes) -> None
         )
     if fit is not None and not processes.is_alone:
         raise NotYetSupported(
-            f"fit is {fit!r}, but its measurement is not supported in {format_count(processes.count, 'process')}; omit "
+            f"fit is {fit!r}, but its measurement is not supported in {format_count(processes.count, 'process', 'processes')}; omit "
             "--fit, or use --memory-budget.",
             what=fit,
             field="fit",
