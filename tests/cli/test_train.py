@@ -463,8 +463,8 @@ def test_a_second_run_in_the_same_folder(train: Train, tmp_path: Path, capsys: p
 
 def test_several_processes(train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert train() == 1
-    assert "WORLD_SIZE is 4: " in capsys.readouterr().err
+    assert train() == 2
+    assert "WORLD_SIZE is 4, but " in capsys.readouterr().err
 
 
 def test_a_loss_that_becomes_nan(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,16 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorakit.errors import NotYetSupported, UsageError
-from lorakit.train.forecast import check_single_process, pick_device
+from lorakit.errors import UsageError
+from lorakit.train.forecast import pick_device
+from lorakit.train.processes import Processes
 
 
-def test_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    check_single_process()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(NotYetSupported, match=r"WORLD_SIZE is 2: .*not supported"):
-        check_single_process()
+def test_devices_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    second = Processes(1, 2, 1)
+    assert pick_device("auto", second) == pick_device("cpu", second) == torch.device("cpu")
+    for word in ("cuda:0", "mps"):
+        with pytest.raises(UsageError, match="cannot share"):
+            pick_device(word, second)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("auto", second) == torch.device("cuda", 1)
+    with pytest.raises(UsageError, match="finds 2 CUDA devices"):
+        pick_device("cuda", Processes(2, 3, 2))
 
 
 def test_devices() -> None:

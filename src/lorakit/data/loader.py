@@ -212,6 +212,14 @@ class Loader(Iterator[Batch]):
         return self._epoch + self._batch / self.batches_per_epoch
 
     def __next__(self) -> Batch:
+        return self.batch_of(self.next_rows())
+
+    def next_rows(self) -> list[Sequence]:
+        """Return the rows of the next batch, and advance to the batch after it.
+
+        Raises:
+            StopIteration: The last epoch is over.
+        """
         if self._batch == self.batches_per_epoch:
             self._seek(self._epoch + 1, 0)
         if self.epochs is not None and self._epoch >= self.epochs:
@@ -219,9 +227,14 @@ class Loader(Iterator[Batch]):
         at = self._batch * self.batch_rows
         rows = [self.sequences[index] for index in self._order[at : at + self.batch_rows]]
         self._batch += 1
-        return self._batch_of(rows)
+        return rows
 
-    def _batch_of(self, rows: list[Sequence]) -> Batch:
+    def batch_of(self, rows: list[Sequence]) -> Batch:
+        """Combine rows from `next_rows` into a batch.
+
+        Args:
+            rows: The rows, at least one.
+        """
         return (self.collate or padded)(rows, self.pad_id, self.epoch)
 
     def state(self) -> dict[str, Any]:

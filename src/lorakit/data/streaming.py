@@ -23,7 +23,7 @@ from functools import cached_property
 from typing import Any
 
 from lorakit.data.encoding import Sequence
-from lorakit.data.loader import Batch, Loader, Split
+from lorakit.data.loader import Loader, Split
 from lorakit.data.places import Place
 from lorakit.data.reading import read_records
 from lorakit.data.records import Record, Records, content_key
@@ -254,7 +254,12 @@ class StreamLoader(Loader):
         done = begin + (end - begin) * taken / max(1, len(self._block))
         return self._epoch + min(max(done / max(1, self.rows.stream.total_bytes), 1e-9), 1 - 1e-9)
 
-    def __next__(self) -> Batch:
+    def next_rows(self) -> list[Sequence]:
+        """Return the rows of the next batch, and advance to the batch after it.
+
+        Raises:
+            DataError: The data cannot be read or has changed, or a row does not fit and is not to be skipped.
+        """
         while not self._block or self._batch * self.batch_rows >= len(self._block):
             if self._block:
                 self._advance()
@@ -262,7 +267,7 @@ class StreamLoader(Loader):
         at = self._batch * self.batch_rows
         rows = self._block[at : at + self.batch_rows]
         self._batch += 1
-        return self._batch_of(rows)
+        return rows
 
     def state(self) -> dict[str, Any]:
         """Return the loader's position, its settings and the identity of its data as plain JSON values."""

@@ -108,6 +108,11 @@ class ClassMeter:
         self._guesses.append(predictions(output, self._target).cpu().numpy())
         self._labels.append(batch.labels.cpu().numpy())
 
+    def merge(self, other: ClassMeter) -> None:
+        """Add everything that another meter has collected."""
+        self._guesses += other._guesses
+        self._labels += other._labels
+
     def result(self) -> Metrics:
         """Return the metrics over all batches; see `lorakit.tasks.metrics`."""
         guesses, labels = np.concatenate(self._guesses), np.concatenate(self._labels)

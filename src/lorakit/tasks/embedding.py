@@ -119,6 +119,12 @@ class EmbeddingMeter:
         ids, mask = batch.extra["input_ids_1"], batch.extra["attention_mask_1"].bool()
         self._texts += [tuple(row[kept].tolist()) for row, kept in zip(ids, mask, strict=True)]
 
+    def merge(self, other: EmbeddingMeter) -> None:
+        """Add everything that another meter has collected."""
+        self._embeddings += other._embeddings
+        self._scores += other._scores
+        self._texts += other._texts
+
     def result(self) -> Metrics:
         """Return "spearman", or "ndcg@10"."""
         first, second = torch.cat(self._embeddings, dim=1)

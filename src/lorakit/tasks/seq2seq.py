@@ -66,6 +66,11 @@ class TokenMeter:
         self._right += int((output.argmax(-1)[kept] == labels[kept]).sum())
         self._total += int(kept.sum())
 
+    def merge(self, other: TokenMeter) -> None:
+        """Add everything that another meter has collected."""
+        self._right += other._right
+        self._total += other._total
+
     def result(self) -> Metrics:
         """Return the fraction of target tokens that were predicted, as "token_accuracy"."""
         return {"token_accuracy": self._right / max(1, self._total)}

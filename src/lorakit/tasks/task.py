@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ from lorakit.durable import JsonObject
 from lorakit.speed import Acceleration
 from lorakit.tasks.labels import LabelOptions, Target
 from lorakit.tasks.stored_rows import StoredRows
+
+if TYPE_CHECKING:
+    from typing import Self
 
 Metrics: TypeAlias = Mapping[str, float]
 """Name of a metric -> value."""
@@ -84,6 +87,9 @@ class Meter(Protocol):
 
     def add(self, batch: Batch, output: Tensor) -> None:
         """Add the output of the model for a batch, shape (rows, ...) or (texts per row, rows, width)."""
+
+    def merge(self, other: Self) -> None:
+        """Add everything that another meter of the same kind has collected."""
 
     def result(self) -> Metrics:
         """Return the metrics over all batches."""

@@ -68,6 +68,11 @@ class TagMeter:
             self._guesses.append([self._names[guess] for guess, _ in kept])
             self._tags.append([self._names[label] for _, label in kept])
 
+    def merge(self, other: TagMeter) -> None:
+        """Add everything that another meter has collected."""
+        self._guesses += other._guesses
+        self._tags += other._tags
+
     def result(self) -> Metrics:
         """Return the metrics over all batches; see `span_metrics`."""
         return span_metrics(self._guesses, self._tags)

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -211,6 +211,10 @@ OPTIMIZER = "optimizer.safetensors"
 RANDOM = "random.safetensors"
 _MAX_MANIFEST_BYTES = 1 << 20
 _MAX_STATE_BYTES = 16 << 20
+_OTHER = "process/"  # beginning of the names of random number generator states of other processes
+
+RandomState: TypeAlias = "tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]"
+"""States of the random number generators of a process, from `random_state`."""
 
 
 @dataclass(frozen=True)
@@ -225,6 +229,7 @@ class Snapshot:
         environment: Hardware, package versions and other factors that affect results, from `environment`.
         schedule: Fields of the learning rate schedule.
         scaler: State of the loss scaler, from `scaling.scaler_state`; empty if the base is not in fp16.
+        others: Results of `random_state` in the other processes of the run, by rank.
     """
 
     state: TrainState
@@ -234,6 +239,17 @@ class Snapshot:
     environment: Mapping[str, Any]
     schedule: Mapping[str, Any]
     scaler: Mapping[str, float] = field(default_factory=dict)
+    others: Sequence[RandomState] = ()
+
+    def random_of(self, rank: int, processes: int) -> RandomState | None:
+        """Return the random number generator states of a process, or None if another number of processes saved them.
+
+        Args:
+            rank: Number of the process.
+            processes: Number of processes.
+        """
+        found = [(self.random, self.random_plain), *self.others]
+        return found[rank] if len(found) == processes else None
 
 
 def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], object]) -> Path:
@@ -258,12 +274,16 @@ def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], objec
         "environment": snapshot.environment,
         "schedule": snapshot.schedule,
         "scaler": dict(snapshot.scaler),
+        **({"random_of_others": [plain for _, plain in snapshot.others]} if snapshot.others else {}),
     }
+    random = dict(snapshot.random)
+    for rank, (tensors, _) in enumerate(snapshot.others, start=1):
+        random.update({f"{_OTHER}{rank}/{name}": tensor for name, tensor in tensors.items()})
     try:
         with durable.publish_directory(final, replace=True) as temporary:  # saved again after an evaluation
             write_adapter(temporary)
             durable.write_bytes(temporary / OPTIMIZER, tensors_to_bytes(dict(snapshot.optimizer)))
-            durable.write_bytes(temporary / RANDOM, tensors_to_bytes(dict(snapshot.random)))
+            durable.write_bytes(temporary / RANDOM, tensors_to_bytes(random))
             durable.write_json(temporary / STATE, plain)
             durable.write_bytes(temporary / MANIFEST, _manifest(temporary, snapshot.state.step))
     except DiskError as cause:
@@ -289,17 +309,25 @@ def load(path: Path) -> Snapshot:
         if plain["format"] != FORMAT:
             text = f"{path}: format {plain['format']} is not supported; this version of lorakit reads format {FORMAT}."
             raise RunError(text, what=plain["format"], where=path, field="format", allowed=(str(FORMAT),))
+        random = tensors_from_bytes((path / RANDOM).read_bytes())
+        others = plain.get("random_of_others") or []
         return Snapshot(
             state=TrainState.from_dict(plain["state"]),
             optimizer=tensors_from_bytes((path / OPTIMIZER).read_bytes()),
-            random=tensors_from_bytes((path / RANDOM).read_bytes()),
+            random={name: tensor for name, tensor in random.items() if not name.startswith(_OTHER)},
             random_plain=plain["random"],
             environment=plain["environment"],
             schedule=plain["schedule"],
             scaler=plain.get("scaler") or {},
+            others=[(_with_prefix(random, f"{_OTHER}{rank}/"), one) for rank, one in enumerate(others, start=1)],
         )
     except (OSError, KeyError, TypeError, SafetensorError) as cause:
         raise RunError(f"{path}: the checkpoint cannot be read ({cause}).", where=path) from cause
+
+
+def _with_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Return the tensors whose names begin with a prefix, named without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def verify(path: Path) -> None:

@@ -397,6 +397,11 @@ DEFAULTS: dict[str, Default] = {
     "gradient_checkpointing": Default(
         "Same as --recompute layers", False, "saves memory, but makes a step about a third longer"
     ),
+    "parallel": Default(
+        "How several processes share a run: ddp (each has the whole base, and gradients are summed), or auto",
+        "auto",
+        "only ddp is supported so far",
+    ),
     "memory_budget": Default(
         "Memory limit for the planned peak, such as 4GiB; selects the fastest --recompute that should fit (--fit also "
         "selects the batch size, and measures)",
@@ -461,6 +466,7 @@ CHANGEABLE_ON_RESUME = frozenset(
         "early_stopping_patience",
         "max_steps",
         "on_bad_row",
+        "parallel",
         "report_to",
         "resume",
         "overwrite",

@@ -23,6 +23,7 @@ from lorakit.speed import Acceleration, accelerate
 from lorakit.tasks import (
     CAUSAL_LM,
     EncodeOptions,
+    Meter,
     Objective,
     Target,
     TaskOnData,
@@ -31,6 +32,7 @@ from lorakit.tasks import (
     task_for,
 )
 from lorakit.train.forecast import SavedTokenizer, max_length_for, pick_device
+from lorakit.train.processes import ALONE, Processes
 from lorakit.train.step import oom_advice_for_evaluation, oom_as_run_error
 
 
@@ -62,6 +64,7 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
     acceleration: Acceleration | None = None,
     objective: Objective | None = None,
+    processes: Processes = ALONE,
 ) -> Evaluation | None:
     """Measure the loss, averaged over all targets, and the metrics of a task, without gradients or dropout.
 
@@ -72,6 +75,7 @@ def evaluate(
         stop: Function that is called before each batch; if it returns True, the evaluation stops.
         acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
         objective: The loss and the metrics; None selects those of causal language models.
+        processes: The processes among which the batches are divided; all of them get the same result.
 
     Returns:
         The evaluation, or None if it was stopped.
@@ -81,21 +85,39 @@ def evaluate(
         NonFiniteError: The loss is NaN or infinite.
         RunError: Memory ran out; the message describes the batch and suggests what to change.
     """
-    total, tokens = 0.0, 0
+    losses, tokens, is_stopped = dict[int, float](), 0, False
     objective = objective or CAUSAL_LM.objective(Target())
     meter = objective.meter() if objective.meter is not None else None
     with evaluating(model), torch.inference_mode():
-        for batch in batches:
-            if stop():
-                return None
+        for number, batch in enumerate(batches):
+            is_stopped = is_stopped or stop()
+            if is_stopped:
+                break
+            if number % processes.count != processes.rank:
+                continue
             with oom_as_run_error(batch, " while evaluating", oom_advice_for_evaluation):
                 if meter is None or objective.forward is None or objective.loss is None:
-                    total += objective.loss_sum(model, batch, device, acceleration).item()
+                    losses[number] = objective.loss_sum(model, batch, device, acceleration).item()
                 else:
                     output = objective.forward(model, batch, device)
-                    total += objective.loss(output, batch).item()
+                    losses[number] = objective.loss(output, batch).item()
                     meter.add(batch, output)
             tokens += batch.trained_tokens
+    return _combined(processes.exchange((losses, tokens, meter, is_stopped)))
+
+
+def _combined(parts: Sequence[tuple[dict[int, float], int, Meter | None, bool]]) -> Evaluation | None:
+    """Combine the parts of an evaluation: loss by number of the batch, targets, meter, and whether it was stopped."""
+    if any(is_stopped for *_, is_stopped in parts):
+        return None
+    losses = {number: loss for found, *_ in parts for number, loss in found.items()}
+    total, tokens = 0.0, sum(tokens for _, tokens, *_ in parts)
+    for number in sorted(losses):  # in the order of a single process, which determines the rounding
+        total += losses[number]
+    meter = parts[0][2]
+    for _, _, other, _ in parts[1:]:
+        if meter is not None and other is not None:
+            meter.merge(other)
     if tokens == 0:
         text = "No token in the evaluation data contributes to the loss; pass more text with --eval-data."
         raise DataError(text, field="eval_data")

@@ -5,7 +5,6 @@ A failed check raises an error that names the problem.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +18,13 @@ from lorakit import data, hub, plan
 from lorakit.config import LoraConfig
 from lorakit.core.model.fingerprint import vocabulary_of
 from lorakit.core.model.vocabulary import check_growth, with_trained_rows
-from lorakit.errors import ConfigError, DataError, NotYetSupported, UsageError
+from lorakit.errors import ConfigError, DataError, UsageError
 from lorakit.plan.params import with_full_modules
 from lorakit.tables import format_count
 from lorakit.targets import unfitting_keys
 from lorakit.tasks import TaskOnData, task_for
 from lorakit.train.defaults import DEFAULTS
+from lorakit.train.processes import ALONE, Processes
 from lorakit.train.settings import TrainSettings
 
 
@@ -210,33 +210,21 @@ def max_length_for(shape: plan.ModelShape, wanted: int) -> int:
     return shape.positions
 
 
-def check_single_process() -> None:
-    """Check that this process is not one of several that were started together, for example by torchrun.
-
-    Raises:
-        NotYetSupported: WORLD_SIZE is above 1.
-    """
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size.strip() not in ("", "0", "1"):
-        raise NotYetSupported(
-            f"WORLD_SIZE is {size}: training in several processes is not supported yet; start a single process.",
-            what=size,
-            field="WORLD_SIZE",
-        )
-
-
-def pick_device(word: str) -> torch.device:
-    """Return the device selected by the `device` setting.
+def pick_device(word: str, processes: Processes = ALONE) -> torch.device:
+    """Return the device selected by the `device` setting; each of several processes on a machine gets its own GPU.
 
     Args:
         word: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        processes: The processes of the run.
 
     Returns:
         The device; for "auto", an accelerator if one is available.
 
     Raises:
-        UsageError: The device is not available on this machine.
+        UsageError: The device is not available on this machine, or several processes would share it.
     """
+    if not processes.is_alone:
+        word = _word_of(word, processes)
     if word == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
@@ -252,6 +240,23 @@ def pick_device(word: str) -> torch.device:
         text = f"device is {word!r}, but torch {torch.__version__} finds {found}."
         raise UsageError(text, what=word, field="device")
     return device
+
+
+def _word_of(word: str, processes: Processes) -> str:
+    """Return the device of one of several processes as a value of the setting `device`."""
+    if word == "auto":
+        word = "cuda" if torch.cuda.is_available() else "cpu"
+    if word == "cuda":
+        return f"cuda:{processes.local_rank}"
+    if word != "cpu":
+        raise UsageError(
+            f"device is {word!r}, which the {processes.count} processes of this run cannot share; use --device cuda "
+            "(one GPU for each process on a machine) or --device cpu.",
+            what=word,
+            field="device",
+            allowed=("auto", "cuda", "cpu"),
+        )
+    return word
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from lorakit.train.interrupts import Interrupts, recording
 from lorakit.train.optimizer import state_tensors
 from lorakit.train.run_adapter import save_adapter
 from lorakit.train.run_context import Run
-from lorakit.train.run_folder import MetricsLog
+from lorakit.train.run_folder import MetricsLog, UnwrittenLog
 from lorakit.train.run_plan import check_checkpoint_space
 from lorakit.train.scaling import ADVICE, HALF, scaler_state
 from lorakit.train.step import StepResult, train_step, without_gradient
@@ -40,6 +41,7 @@ class Loop:
         self._run = run
         self._folder = run.spec.folder
         self._options = run.step_options
+        self._processes = run.spec.processes
         self._saved = (run.state.step, run.state.evaluated_step) if run.resumed_from else (-1, -1)
 
     def steps(self) -> None:
@@ -58,7 +60,8 @@ class Loop:
         first = run.state.step
         run.progress.begin(first, run.limits.total_steps)
         run.model.train()
-        with recording() as interrupts, MetricsLog(self._folder) as log:
+        kind = MetricsLog if self._processes.is_first else UnwrittenLog
+        with recording() as interrupts, kind(self._folder) as log:
             while True:
                 self._evaluate(log, interrupts)
                 ending = self._ending(interrupts)
@@ -77,7 +80,7 @@ class Loop:
             return "finished"
         if limits.patience is not None and state.stale_evaluations >= limits.patience:
             return "stopped early"
-        return "interrupted" if interrupts.requested else None
+        return "interrupted" if self._processes.any(interrupts.requested) else None
 
     def _is_evaluation_due(self) -> bool:
         step, limits = self._run.state.step, self._run.limits
@@ -92,7 +95,15 @@ class Loop:
         try:
             with self._options.computing():
                 stop, objective = lambda: interrupts.requested, run.spec.task.objective
-                found = evaluate(run.model, held_out(), self._options.device, stop, run.acceleration, objective)
+                found = evaluate(
+                    run.model,
+                    held_out(),
+                    self._options.device,
+                    stop,
+                    run.acceleration,
+                    objective,
+                    self._processes,
+                )
         except RunError as cause:
             raise self._located(cause, run.state.step, self._advice(cause, "")) from cause
         if found is None:
@@ -152,18 +163,15 @@ class Loop:
         run.progress.train_row(row)
 
     def _batches(self, log: MetricsLog) -> list[Batch]:
-        """Return the batches for the next step; a step never mixes batches from two epochs.
+        """Return this process's batches for the next step; see `RunBatches.next_share`.
 
         Raises:
             DataError: A row of streamed data does not fit; a checkpoint before this step was saved.
         """
-        loader, batches = self._run.batches.loader, list[Batch]()
+        loader = self._run.batches.loader
         before = loader.state()
         try:
-            while len(batches) < self._run.limits.accumulation:
-                batches.append(next(loader))
-                if loader.epoch.is_integer():  # that was the last batch of the epoch
-                    break
+            return self._run.batches.next_share(self._run.limits.accumulation, self._processes)
         except DataError as cause:
             loader.load_state(before)
             self._save(log, always=True)
@@ -171,7 +179,6 @@ class Loop:
                 f"{cause} The run can be resumed from step {self._run.state.step}; --on-bad-row skip omits such rows."
             )
             raise DataError(text, **cause.fields) from cause
-        return batches
 
     def _row(self, result: StepResult, rate: float, seconds: float) -> dict[str, float | int]:
         scaler, skipped = self._run.scaler, self._run.state.skipped_steps
@@ -234,6 +241,8 @@ class Loop:
 def save_checkpoint(run: Run) -> Path | None:
     """Save a checkpoint and remove old ones; if the checkpoint does not fit on the disk, save only the adapter.
 
+    All processes of the run take part, and the first one writes.
+
     Args:
         run: The run; its state must contain the current position of the data loader.
 
@@ -243,8 +252,15 @@ def save_checkpoint(run: Run) -> Path | None:
     Raises:
         DiskError: Not even the adapter can be written.
     """
+    processes = run.spec.processes
+    random = processes.exchange(checkpoint.random_state())
+    return processes.from_first(lambda: _write_checkpoint(run, random))
+
+
+def _write_checkpoint(run: Run, random: Sequence[checkpoint.RandomState]) -> Path | None:
+    """Write a checkpoint, given the random number generator states of each process; see `save_checkpoint`."""
     spec, state = run.spec, run.state
-    tensors, plain = checkpoint.random_state()
+    (tensors, plain), *others = random
     snapshot = checkpoint.Snapshot(
         state=state,
         optimizer=state_tensors(run.optimizer, run.named),
@@ -255,6 +271,7 @@ def save_checkpoint(run: Run) -> Path | None:
         ),
         schedule=dataclasses.asdict(run.schedule),
         scaler=scaler_state(run.scaler),
+        others=others,
     )
     write_adapter, folder = partial(save_adapter, run), spec.folder
     try:

@@ -38,13 +38,24 @@ ROOMY = 0.5
 """Fraction of the limit of `--fit` below which freed memory may be kept: gaps add up to 36% (docs/memory.md)."""
 
 
+def seed_of(seed: int, rank: int, step: int = 0) -> int:
+    """Return the seed of the random number generators of one process; that of process 0 is the run's at the start.
+
+    Args:
+        seed: The run's seed.
+        rank: Number of the process.
+        step: Step from which the run is resumed with another number of processes, or 0.
+    """
+    return (seed + rank + (step << 32)) % 2**63
+
+
 @dataclass(frozen=True)
 class RunLimits:
     """The length of a run and the intervals between evaluations and between checkpoints.
 
     Attributes:
         total_steps: Number of optimizer steps in the run.
-        accumulation: Number of batches per step; the last step of an epoch may have fewer.
+        accumulation: Number of batches per step in all processes together; the last step of an epoch may have fewer.
         eval_steps: Number of steps between evaluations.
         save_steps: Number of steps between checkpoints.
         patience: Number of consecutive evaluations without improvement after which the run stops, or None.
@@ -57,14 +68,15 @@ class RunLimits:
     patience: int | None
 
     @classmethod
-    def of(cls, settings: TrainSettings, loader: Loader) -> RunLimits:
+    def of(cls, settings: TrainSettings, loader: Loader, processes: int = 1) -> RunLimits:
         """Compute the limits; by default, the adapter is evaluated and saved after every 10% of the steps.
 
         Args:
             settings: The run's settings.
             loader: The loader of the training data.
+            processes: Number of processes with which the run was started.
         """
-        accumulation = settings.gradient_accumulation_steps
+        accumulation = settings.gradient_accumulation_steps * processes
         epoch = math.ceil(loader.batches_per_epoch / accumulation)  # the last step takes the remaining batches
         total = settings.max_steps or max(1, math.ceil(settings.num_train_epochs * epoch))
         eval_steps = settings.eval_steps or max(1, math.ceil(total / _EVALUATIONS))
@@ -138,6 +150,7 @@ class RunPlan:
             releases_memory=device.type == "cpu" and self.is_tight,
             limited_by=next((name for name in ("memory_budget", "fit") if getattr(settings, name) is not None), None),
             loss=spec.task.objective.loss_sum,
+            processes=spec.processes,
         )
 
 
@@ -221,6 +234,11 @@ class Run:
         """Options for `train_step`."""
         return dataclasses.replace(self.plan.step_options(self.spec, self.acceleration), scaler=self.scaler)
 
+    @property
+    def seeds(self) -> list[int]:
+        """Seed of the random number generators of each process, which draw dropout."""
+        return [seed_of(self.spec.settings.seed, rank) for rank in range(self.spec.processes.count)]
+
     def record(self) -> dict[str, Any]:
         """Return the contents of `run.json`, except for the result, as plain JSON values."""
         spec, held_out = self.spec, self.batches.held_out_report
@@ -238,6 +256,7 @@ class Run:
                 "batch_rows": self.plan.batch_rows,
                 "recompute": self.plan.recompute,
                 **dataclasses.asdict(self.limits),
+                "processes": spec.initial_processes,
                 "trainable_parameters": self.trainable_parameters,
                 "total_parameters": self.total_parameters,
             },
@@ -248,4 +267,5 @@ class Run:
             "evaluation_data": held_out.as_dict() if held_out else None,
             "plan": dict(self.plan.values),
             "trackers": dict(self.trackers.ids),
+            "processes": {"count": spec.processes.count, "seeds": self.seeds},
         }

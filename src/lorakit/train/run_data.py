@@ -13,6 +13,7 @@ from lorakit.errors import DataError, DiskError, UsageError
 from lorakit.machine import cache_directory
 from lorakit.tasks import EncodedData, EncodeOptions, TaskOnData, Texts, evaluation_batches
 from lorakit.train import run_folder
+from lorakit.train.processes import Processes
 from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
 
@@ -55,6 +56,30 @@ class RunBatches:
             if self.held_out_sequences is None
             else [self.loader.sequences, self.held_out_sequences]
         )
+
+    def next_share(self, accumulation: int, processes: Processes) -> list[data.Batch]:
+        """Return this process's batches of the next step; a step never mixes rows from two epochs.
+
+        Every process advances its loader over all batches of the step, so the order of the data does not depend on the
+        number of processes.
+
+        Args:
+            accumulation: Number of batches per step in all processes together.
+            processes: The processes of the run.
+
+        Returns:
+            The batches, which may be none if the step has fewer rows than there are processes.
+
+        Raises:
+            DataError: A row of streamed data does not fit.
+        """
+        groups = list[list[data.Sequence]]()
+        while len(groups) < accumulation:
+            groups.append(self.loader.next_rows())
+            if self.loader.epoch.is_integer():  # that was the last batch of the epoch
+                break
+        mine = data.share_of(groups, processes.rank, processes.count, self.task.task.needs_batch)
+        return [self.loader.batch_of(rows) for rows in mine]
 
     def with_rows(self, batch_rows: int) -> RunBatches:
         """Return the same data, in the same order, in batches of another size, from the beginning.

@@ -183,6 +183,29 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
             os.fsync(self._file.fileno())
 
 
+class UnwrittenLog(MetricsLog):
+    """A log that is not written, for all processes of a run but the first.
+
+    Args:
+        folder: The run directory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / METRICS_FILE
+        self.waiting = []
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Ignore a row."""
+
+    def sync(self) -> None:
+        """Do nothing."""
+
+
 def cut_metrics(folder: Path, step: int, evaluated_step: int) -> None:
     """Remove a truncated last line and all rows logged after a checkpoint, because the resumed run logs them again.
 

@@ -19,9 +19,10 @@ from lorakit.plan.quantized import Quantization
 from lorakit.tasks import TaskOnData
 from lorakit.train import checkpoint, run_data, run_folder
 from lorakit.train.evaluation import own_tokenizer
-from lorakit.train.forecast import Forecast, SavedTokenizer, check_single_process, chosen_task, pick_device
+from lorakit.train.forecast import Forecast, SavedTokenizer, chosen_task, pick_device
 from lorakit.train.forecast import forecast as build_forecast
 from lorakit.train.optimizer import check_optimizer
+from lorakit.train.processes import ALONE, Processes, check_parallel
 from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
 from lorakit.train.settings_sources import complete
@@ -51,6 +52,7 @@ class RunSpec:
         quantization: Quantization of the base, from the settings or the base's files, or None.
         start: The adapter that the run starts from, or None.
         has_own_tokenizer: Whether the tokenizer differs from the base's and is saved in every checkpoint.
+        processes: The processes of the run, of which only the first one locks the directory.
     """
 
     settings: TrainSettings
@@ -67,14 +69,16 @@ class RunSpec:
     quantization: Quantization | None = None
     start: StartAdapter | None = None
     has_own_tokenizer: bool = False
+    processes: Processes = ALONE
 
     @classmethod
-    def of(cls, settings: TrainSettings, progress: Progress) -> RunSpec:
+    def of(cls, settings: TrainSettings, progress: Progress, processes: Processes = ALONE) -> RunSpec:
         """Check the settings, machine, data, model and run directory, and finally lock the directory.
 
         Args:
             settings: The given settings; missing ones are taken from the run being resumed.
             progress: Receives messages about slow operations.
+            processes: The processes of the run.
 
         Returns:
             The specification; nothing has been written yet, except that the run directory may have been created.
@@ -83,16 +87,17 @@ class RunSpec:
             UsageError: The settings are incompatible with the data, this machine or the run directory.
             LorakitError: The data, the model or the run directory cannot be used; the error class and message say why.
         """
-        check_single_process()
         settings = given = complete(settings)
+        check_parallel(settings.parallel, settings.fit, processes)
         settings.lora_config()
         quantization = settings.stored_as()
         if quantization is not None:
             hub.require_quantizer(quantization)
-        device = pick_device(settings.device)
+        device = pick_device(settings.device, processes)
         check_optimizer(settings.optimizer, device)
         check_trackers(settings.report_to)
-        run_folder.check_output_dir(settings)
+        if processes.is_first:
+            run_folder.check_output_dir(settings)
         folder = Path(settings.output_dir)
         record = run_folder.read_record(folder) if settings.resume else None
         start = start_adapter(settings, record)
@@ -115,7 +120,7 @@ class RunSpec:
         found = _forecast(settings, source, tokenizer, task, start)
         if start is not None and record is None:
             start.check_targets(given, found.shape)
-        lock = run_folder.lock_output_dir(folder)
+        lock = run_folder.lock_output_dir(folder) if processes.is_first else -1
         is_own = is_own or found.new_tokens is not None
         return cls(
             settings=settings,
@@ -132,7 +137,14 @@ class RunSpec:
             quantization=quantization,
             start=start,
             has_own_tokenizer=is_own,
+            processes=processes,
         )
+
+    @property
+    def initial_processes(self) -> int:
+        """Number of processes with which the run was started, which determines the number of rows per step."""
+        resolved = (self.record or {}).get("resolved") or {}
+        return int(resolved.get("processes") or 1) if resolved else self.processes.count
 
     @property
     def before_training(self) -> str:

@@ -36,6 +36,7 @@ Allocation = Literal["none", "gradients", "inputs"]
 TaskName = Literal["causal-lm", "classification", "token-classification", "seq2seq", "embedding"]
 LabelType = Literal["auto", "class", "classes", "score"]
 Recompute = Literal["none", "feed-forward", "layers"]
+Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
 INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "mica")
 """Values of `init_lora_weights`, except `pissa_niter_N`; LoftQ is excluded because it needs the unquantized base."""
 

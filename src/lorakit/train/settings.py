@@ -25,6 +25,7 @@ from lorakit.train.setting_types import (
     Names,
     OnBadRow,
     Optimizer,
+    Parallel,
     Part,
     Paths,
     Recompute,
@@ -148,6 +149,7 @@ class TrainSettings(BaseModel):
     device: Annotated[str, AfterValidator(device_word)] = _setting("device")
     recompute: Recompute = _setting("recompute")
     gradient_checkpointing: bool = _setting("gradient_checkpointing")
+    parallel: Parallel = _setting("parallel")
     memory_budget: Annotated[str, AfterValidator(size_of)] | None = _setting("memory_budget")
     fit: Annotated[str, AfterValidator(size_of)] | None = _setting("fit")
     accelerate: bool = _setting("accelerate")

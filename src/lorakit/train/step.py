@@ -22,6 +22,7 @@ from lorakit.plan.job import RECOMPUTED
 from lorakit.speed import Acceleration
 from lorakit.tasks import LossSum, loss_sum
 from lorakit.train.optimizer import Named, clipped_step, gradient_norm, set_rate
+from lorakit.train.processes import ALONE, Processes
 from lorakit.train.scaling import check_scale
 
 
@@ -87,6 +88,7 @@ class StepOptions:
             keeps it, and gaps that are too small for the tensors of later batches add to the memory of the process.
         scaler: Scales the loss of an fp16 base (see `lorakit.train.scaling`); None for other bases.
         loss: Function that runs the model and returns the summed loss of a batch; the default is for causal models.
+        processes: The processes that compute a step together.
     """
 
     device: torch.device
@@ -98,6 +100,7 @@ class StepOptions:
     releases_memory: bool = False
     scaler: torch.amp.GradScaler | None = None
     loss: LossSum = loss_sum
+    processes: Processes = ALONE
 
     def computing(self) -> contextlib.AbstractContextManager[object]:
         """Return the autocast context for calls to the model, or a null context if autocast is disabled."""
@@ -166,34 +169,59 @@ def train_step(
 
     The tokens that contribute to the loss are counted before the first forward pass. The summed loss of each batch is
     divided by this count, so the gradient does not depend on how the rows are split into batches. The penalty terms of
-    adapter variants are added once per step.
+    adapter variants are added once per step. With several processes, the tokens of all processes are counted, and the
+    gradients are summed over the processes once, after the last backward pass.
 
     Args:
         model: The adapted model, in training mode.
         named: (name, tensor) pairs for the trainable tensors (any shape); `.grad` holds the gradients afterwards,
             possibly clipped.
         optimizer: An optimizer for these tensors, from `lorakit.train.optimizer`.
-        batches: The step's batches, on the CPU.
+        batches: The step's batches, on the CPU; with several processes, those of this process, which may be none.
         learning_rate: The learning rate for this step.
         options: Device, clipping, precision and acceleration.
 
     Returns:
-        Loss, gradient norm and token counts.
+        Loss, gradient norm and token counts, which are those of all processes together.
 
     Raises:
         NonFiniteError: The loss or the gradient is NaN or infinite; no trainable tensor was changed. On an fp16 base,
             an infinite gradient raises only if the loss scale cannot be lowered; otherwise, the step is skipped.
         DataError: None of the tokens in the batches contribute to the loss.
-        RunError: Memory ran out, the loss does not depend on the adapter, or a trainable tensor was replaced.
+        RunError: Memory ran out, the loss does not depend on the adapter, a trainable tensor was replaced, or another
+            process ended.
     """
-    trained = sum(batch.trained_tokens for batch in batches)
+    processes = options.processes
+    counts = processes.exchange((sum(b.tokens for b in batches), sum(b.trained_tokens for b in batches)))
+    tokens, trained = (sum(numbers) for numbers in zip(*counts, strict=True))
     if trained == 0:
         raise DataError(
             "No token in the batches of this step contributes to the loss, so there is nothing to train on.",
             field="data",
         )
     optimizer.zero_grad(set_to_none=True)
+    loss = summed_over(processes, named, _backward(model, batches, trained, options))
+    _check_not_replaced(model, named)
+    set_rate(optimizer, learning_rate)
+    mean = _finite("loss", loss / trained, optimizer)
+    grad_norm, is_skipped = _update(named, optimizer, options)
+    if options.device.type == "cuda":
+        torch.cuda.synchronize(options.device)  # so that the measured time covers the whole step
+    return StepResult(mean, grad_norm, tokens, trained, is_skipped)
+
+
+def _backward(model: nn.Module, batches: Sequence[Batch], trained: int, options: StepOptions) -> float:
+    """Run the forward and backward passes of this process's batches, and return their summed loss.
+
+    Args:
+        model: The model.
+        batches: The batches.
+        trained: Number of tokens that contribute to the loss in the whole step, by which the loss is divided.
+        options: Device, precision and acceleration.
+    """
     total = torch.zeros((), device=options.device)
+    if options.scaler is not None and not batches:
+        options.scaler.scale(total)  # creates the scale, by which the gradients of the other processes are divided
     for batch in batches:
         if options.releases_memory:
             allocator.trim()
@@ -207,16 +235,36 @@ def train_step(
                 )
             options.backward(loss / trained)
             total = total + loss.detach()
-    penalty = penalties(model)
+    penalty = penalties(model) if options.processes.is_first else None
     if penalty is not None:  # added once per step, not once per batch
         options.backward(penalty)
-    _check_not_replaced(model, named)
-    set_rate(optimizer, learning_rate)
-    mean = _finite("loss", float(total) / trained, optimizer)
-    grad_norm, is_skipped = _update(named, optimizer, options)
-    if options.device.type == "cuda":
-        torch.cuda.synchronize(options.device)  # so that the measured time covers the whole step
-    return StepResult(mean, grad_norm, sum(batch.tokens for batch in batches), trained, is_skipped)
+    return float(total)
+
+
+def summed_over(processes: Processes, named: Named, loss: float) -> float:
+    """Sum the loss and the gradients of a step over all processes; a single process changes nothing.
+
+    A tensor that received no gradient in any process keeps none.
+
+    Args:
+        processes: The processes.
+        named: (name, tensor) pairs for the trainable tensors (any shape), whose `.grad` is replaced by the sum.
+        loss: Summed loss of this process's batches.
+
+    Returns:
+        Summed loss of all batches, equal in all processes.
+
+    Raises:
+        RunError: Another process failed or ended.
+    """
+    if processes.is_alone:
+        return loss
+    found = processes.exchange((loss, [parameter.grad is not None for _, parameter in named]))
+    trained = [one for (_, one), *flags in zip(named, *(flags for _, flags in found), strict=True) if any(flags)]
+    sums = processes.sum([torch.zeros_like(p) if p.grad is None else p.grad for p in trained])
+    for parameter, gradient in zip(trained, sums, strict=True):
+        parameter.grad = gradient
+    return sum(one for one, _ in found)
 
 
 def _update(named: Named, optimizer: torch.optim.Optimizer, options: StepOptions) -> tuple[float, bool]:

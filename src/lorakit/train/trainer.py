@@ -34,14 +34,16 @@ from lorakit.speed import Acceleration, accelerate
 from lorakit.tables import format_count
 from lorakit.tasks import load_model_for
 from lorakit.train import checkpoint
+from lorakit.train.agreement import check_alike, check_rows
 from lorakit.train.fitting import Probe, longest_rows, settle
 from lorakit.train.interrupts import stoppable
 from lorakit.train.loop import Loop
 from lorakit.train.optimizer import build_optimizer, load_state_tensors
+from lorakit.train.processes import joined
 from lorakit.train.progress import Progress
 from lorakit.train.results import RunResult, finish
 from lorakit.train.run_adapter import add_adapter
-from lorakit.train.run_context import Run, RunLimits, RunPlan
+from lorakit.train.run_context import Run, RunLimits, RunPlan, seed_of
 from lorakit.train.run_data import RunBatches, make_batches
 from lorakit.train.run_folder import cut_metrics, remove_run, unlock, write_record
 from lorakit.train.run_plan import autotuned_choices, check_space, disk_space, plan_run
@@ -60,7 +62,9 @@ SHOWN_CHARACTERS = 120
 def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
     """Train an adapter and return a `RunResult`; the run's files are saved in `output_dir`.
 
-    The random number generators of torch, Python and numpy are seeded for the run and restored afterwards.
+    The random number generators of torch, Python and numpy are seeded for the run and restored afterwards. In a process
+    that torchrun or SLURM started, all processes train together; the first one prints and writes, and each of them
+    returns its result.
 
     Args:
         settings: The run's settings. If `resume` is set, missing settings are taken from the existing run.
@@ -78,18 +82,24 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
     """
     started = time.perf_counter()
     progress = progress or Progress()
-    with progress, stoppable(), _restored_random_state(), contextlib.ExitStack() as held:
-        with _unchanged_on_failure(Path(settings.output_dir)):
-            spec = RunSpec.of(settings, progress)
+    with joined() as processes, contextlib.ExitStack() as held:
+        progress = held.enter_context(progress if processes.is_first else Progress())
+        held.enter_context(stoppable())
+        held.enter_context(_restored_random_state())
+        with _unchanged_on_failure(Path(settings.output_dir)), processes.together():
+            spec = RunSpec.of(settings, progress, processes)
             held.callback(unlock, spec.lock)
+            check_alike(spec)
             current = prepare(spec, progress, started)
-            check_space(spec, current.space, progress)
+            if processes.is_first:
+                check_space(spec, current.space, progress)
         held.enter_context(choices.activate(current.choices))
         held.callback(lambda: current.trackers.close(current.status))
-        _start(current)
-        with _failure_recorded(current):
+        with processes.together():
+            processes.from_first(lambda: _start(current))
+        with _failure_recorded(current), processes.together():
             Loop(current).steps()
-            return finish(current)
+            return processes.from_first(lambda: finish(current))
 
 
 def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
@@ -108,31 +118,40 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     Raises:
         LorakitError: The data, the model or the checkpoint cannot be used; the error class and message say why.
     """
-    settings = spec.settings
+    settings, processes = spec.settings, spec.processes
     batches = make_batches(settings, spec.data, spec.task, spec.tokenizer, spec.forecast.max_length, progress)
     _report_data(spec, batches, progress)
     loader = batches.loader
-    limits = RunLimits.of(settings, loader)
+    check_rows(loader, processes)
+    limits = RunLimits.of(settings, loader, spec.initial_processes)
     course = schedule(settings, limits.total_steps)
-    plan = plan_run(spec, limits, lengths(loader.sequences), progress)
+    own_limits = limits.with_accumulation(-(-limits.accumulation // processes.count))
+    plan = processes.from_first(lambda: plan_run(spec, own_limits, lengths(loader.sequences), progress))
     _seed_everything(settings.seed)  # a new head is initialized while the model is loaded
     model, spec = _loaded(spec, plan, progress)
     base_bytes = _base_bytes(model, spec)
     resumed_from, damaged = _newest_checkpoint(spec, progress)
+    processes.check_equal({"checkpoint": resumed_from})
     notes = add_adapter(model, spec, loader, resumed_from, progress)
     named, optimizer = build_optimizer(model, ADAPTER, settings)
     check_named_in_fp32(named, plan.dtype)
+    processes.check_equal({"trainable tensors": [(name, tuple(p.shape), p.dtype) for name, p in named]})
+    processes.from_first_in_place([parameter for _, parameter in named])
     acceleration = _arranged(model, plan.recompute, settings, progress)
     snapshot = None if resumed_from is None else checkpoint.load(resumed_from)
     before = None if snapshot is None else snapshot.environment
-    chosen = autotuned_choices(spec, plan.dtype, model, acceleration, loader, before, progress)
+    chosen = processes.from_first(
+        lambda: autotuned_choices(spec, plan.dtype, model, acceleration, loader, before, progress)
+    )
     if plan.proposed:
         rows = longest_rows(batches.parts, loader.batch_rows * limits.accumulation)
         probe = Probe(model, named, rows, loader.pad_id, chosen, spec.task)
         plan, acceleration = _fitted(spec, plan, probe, acceleration, progress)
-    batches, limits = batches.with_rows(plan.batch_rows), limits.with_accumulation(plan.accumulation)
+    batches = batches.with_rows(plan.batch_rows)
+    if processes.is_alone:  # otherwise, nothing but the recomputation is left open
+        limits = limits.with_accumulation(plan.accumulation)
     loader = batches.loader
-    _seed_everything(settings.seed)
+    _seed_everything(seed_of(settings.seed, processes.rank))
     state = checkpoint.TrainState()
     if snapshot is None and spec.start is not None and spec.start.optimizer is not None:
         load_state_tensors(optimizer, named, checkpoint.load(spec.start.optimizer).optimizer)
@@ -140,7 +159,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
         load_state_tensors(optimizer, named, snapshot.optimizer)
         loader.load_state(snapshot.state.data)
         here = checkpoint.environment(spec.device, plan.dtype, spec.quantization_values, choices.to_strings(chosen))
-        state = _restore(snapshot, here, progress)
+        state = _restore(snapshot, here, spec, progress)
     return Run(
         spec=spec,
         plan=plan,
@@ -308,7 +327,9 @@ def acceleration_lines(acceleration: Acceleration) -> list[str]:
     return lines
 
 
-def _restore(snapshot: checkpoint.Snapshot, here: dict[str, Any], progress: Progress) -> checkpoint.TrainState:
+def _restore(
+    snapshot: checkpoint.Snapshot, here: dict[str, Any], spec: RunSpec, progress: Progress
+) -> checkpoint.TrainState:
     """Restore the random number generators and return the checkpoint's state; warn if the environment has changed."""
     changed = checkpoint.differences(snapshot.environment, here)
     if changed:
@@ -316,7 +337,17 @@ def _restore(snapshot: checkpoint.Snapshot, here: dict[str, Any], progress: Prog
             f"This environment differs from the checkpoint's ({'; '.join(changed)}): the results will agree within "
             "rounding error, but not bit for bit."
         )
-    checkpoint.restore_random_state(snapshot.random, snapshot.random_plain)
+    rank, count = spec.processes.rank, spec.processes.count
+    random = snapshot.random_of(rank, count)
+    if random is not None:
+        checkpoint.restore_random_state(*random)
+    else:
+        _seed_everything(seed_of(spec.settings.seed, rank, snapshot.state.step))
+        saved = format_count(len(snapshot.others) + 1, "process", "processes")
+        progress.say(
+            f"The checkpoint was saved by {saved}, and the run goes on with {count}: the rows of each step stay the "
+            "same, but dropout is drawn anew."
+        )
     return snapshot.state
 
 
@@ -369,6 +400,8 @@ def _failure_recorded(current: Run) -> Iterator[None]:
             text = f"{cause} {checkpoint.describe_saved(folder)}"
             cause = DiskError(text, **cause.fields).with_traceback(cause.__traceback__)
         current.status = "failed"
+        if not current.spec.processes.is_first:
+            raise
         error = {"code": cause.code, "message": str(cause)}
         with contextlib.suppress(DiskError):
             write_record(folder, {**current.record(), "error": error})

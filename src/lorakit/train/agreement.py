@@ -1,0 +1,67 @@
+"""What the processes of a run must have in common: settings, data, base, tokenizer, versions and run directory."""
+
+from __future__ import annotations
+
+import os
+
+from lorakit import hub
+from lorakit.data import Loader
+from lorakit.errors import DataError, RunError
+from lorakit.train import run_folder
+from lorakit.train.processes import Processes
+from lorakit.train.run_spec import RunSpec
+
+
+def check_alike(spec: RunSpec) -> None:
+    """Check, before weights are loaded, that all processes would train the same run in the same directory.
+
+    Args:
+        spec: The run's specification in this process.
+
+    Raises:
+        UsageError: Something differs between processes; the message names it.
+        RunError: A process does not see the run directory of the first one, or cannot write to it.
+    """
+    processes = spec.processes
+    if processes.is_alone:
+        return
+    processes.check_equal(
+        {
+            **spec.settings.as_dict(),
+            **{f"version of {name}": version for name, version in run_folder.versions().items()},
+            **{f"data {path}": digest for path, digest in spec.hashes.items()},
+            "base": spec.source.base_name,
+            "tokenizer": hub.tokenizer_hash(spec.tokenizer),
+            "chat template": hub.chat_template_hash(spec.tokenizer),
+            "device": spec.device.type,
+        }
+    )
+    inode = spec.folder.stat().st_ino if spec.folder.is_dir() else None  # the first process has created it
+    first, *_ = processes.exchange(inode)
+    if inode != first or not os.access(spec.folder, os.W_OK):
+        raise RunError(
+            f"{spec.folder.absolute()}: the run directory cannot be written to, or is not the one that process 0 has "
+            "created; use an --output-dir that all processes share.",
+            where=spec.folder,
+            field="output_dir",
+        )
+
+
+def check_rows(loader: Loader, processes: Processes) -> None:
+    """Check that there is a row for each process.
+
+    Args:
+        loader: The loader of the training data.
+        processes: The processes of the run.
+
+    Raises:
+        DataError: There are more processes than rows.
+    """
+    count = len(loader.sequences)
+    if count < processes.count:
+        raise DataError(
+            f"the training data has fewer rows ({count}) than there are processes ({processes.count}); start fewer "
+            "processes.",
+            what=count,
+            field="data",
+        )

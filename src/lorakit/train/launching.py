@@ -1,0 +1,203 @@
+"""Start `lorakit train` in several processes, and read what a launcher told a process about itself.
+
+Launchers pass the number of a process (its rank), the number of processes and the address of the first one in
+environment variables: torchrun and accelerate with torch's names, SLURM's `srun` with its own. This module does not
+import torch before processes are started.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from lorakit.errors import RunError, UsageError
+
+LOST = 76
+"""Exit code with which a process tells `launch` that another process ended."""
+
+PROCESS_ENDED = "processes"
+"""Field of the error that a process raises if another one has ended."""
+
+_OWN = "lorakit-"  # beginning of the id of a job that `launch` started
+_FIRST_PORT, _PORTS = 20_000, 20_000
+
+
+@dataclass(frozen=True)
+class Launched:
+    """The place of this process among those that were started together.
+
+    Attributes:
+        rank: Number of the process, from 0.
+        count: Number of processes.
+        local_rank: Number of the process among those on the same machine, from 0.
+        variables: Variables that torch reads to find the other processes.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    variables: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Launched:
+        """Read the variables of torchrun or SLURM.
+
+        Args:
+            environment: Environment variables.
+
+        Raises:
+            UsageError: A variable is missing or not a number.
+        """
+        if _number(environment, "WORLD_SIZE", 1) > 1:
+            return _by_torch(environment)
+        if _number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1 and "SLURM_PROCID" in environment:
+            return _by_slurm(environment)
+        return cls()
+
+
+def is_started_by_lorakit() -> bool:
+    """Return whether `launch` started this process."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(_OWN)
+
+
+def _text(environment: Mapping[str, str], name: str) -> str:
+    return environment.get(name, "").strip()
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = _text(environment, name)
+    if not text and default is not None:
+        return default
+    if not text.isdecimal():
+        raise UsageError(
+            f"{name} is {text!r}; it must be a number, as torchrun sets it.", what=text, field=name, allowed=()
+        )
+    return int(text)
+
+
+def _by_torch(environment: Mapping[str, str]) -> Launched:
+    count = _number(environment, "WORLD_SIZE")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not _text(environment, name)]
+    if missing:
+        raise UsageError(
+            f"WORLD_SIZE is {count}, but {', '.join(missing)} is not set, so the processes cannot find each other; "
+            "start them with torchrun or `lorakit train --nproc N`, or unset WORLD_SIZE.",
+            what=count,
+            field="WORLD_SIZE",
+            allowed=(),
+        )
+    rank = _number(environment, "RANK")
+    if rank >= count:
+        raise UsageError(f"RANK is {rank}; it must be below WORLD_SIZE, {count}.", what=rank, field="RANK")
+    return Launched(rank, count, _number(environment, "LOCAL_RANK", rank))
+
+
+def _by_slurm(environment: Mapping[str, str]) -> Launched:
+    rank, count = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_STEP_NUM_TASKS")
+    local = _number(environment, "SLURM_LOCALID", 0)
+    nodes = _text(environment, "SLURM_STEP_NODELIST")
+    port = _FIRST_PORT + _number(environment, "SLURM_JOB_ID", 0) % _PORTS
+    variables = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_RANK": str(local),
+        "MASTER_ADDR": _text(environment, "MASTER_ADDR") or first_host(nodes),
+        "MASTER_PORT": _text(environment, "MASTER_PORT") or str(port),
+    }
+    return Launched(rank, count, local, tuple(variables.items()))
+
+
+def first_host(nodes: str) -> str:
+    """Return the first host of a list in SLURM's notation, such as "node03" for "node[03-05,9],login".
+
+    Args:
+        nodes: The list.
+
+    Raises:
+        UsageError: The list has another form.
+    """
+    match = re.match(r"([\w.-]+)(?:\[(\w+)[^\]]*\]([\w.-]*))?(?:,|$)", nodes)
+    if match is None:
+        raise UsageError(
+            f"SLURM_STEP_NODELIST is {nodes!r}, which names no host; set MASTER_ADDR to the first host.",
+            what=nodes,
+            field="SLURM_STEP_NODELIST",
+        )
+    name, number, rest = match.groups()
+    return f"{name}{number or ''}{rest or ''}"
+
+
+def launch(arguments: Sequence[str], count: int, saved: str) -> int:
+    """Run `lorakit` in several processes on this machine, with torch's elastic launcher, and wait for their end.
+
+    Args:
+        arguments: Arguments of `lorakit`.
+        count: Number of processes, at least 2.
+        saved: Sentence for errors that says how to continue.
+
+    Returns:
+        The exit code: that of the first process, which has printed the reason.
+
+    Raises:
+        RunError: A process ended without a message, for example because it was killed.
+        KeyboardInterrupt: A signal arrived; the processes have finished their step and saved a checkpoint.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=f"{_OWN}{secrets.token_hex(6)}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the first process prints the reason
+    try:
+        with _threads_shared(count):
+            elastic_launch(config, sys.executable)("-m", "lorakit", *arguments)
+    except SignalException:
+        raise KeyboardInterrupt("interrupted") from None
+    except ChildFailedError as cause:
+        return _code_of({rank: failure.exitcode for rank, failure in cause.failures.items()}, saved)
+    return 0
+
+
+def _code_of(codes: Mapping[int, int], saved: str) -> int:
+    """Return the exit code of processes that failed, given theirs; a negative one is the number of a signal."""
+    killed = {rank: code for rank, code in codes.items() if code < 0}
+    lost = LOST in codes.values()
+    silent = killed or {rank: code for rank, code in codes.items() if code != LOST and lost}
+    if silent or lost:
+        rank, code = next(iter(silent.items()), (None, LOST))
+        who = "a process" if rank is None else f"process {rank}"
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "ended without a message"
+        raise RunError(f"{who} {how}, so the others were stopped. {saved}", what=rank, field=PROCESS_ENDED)
+    return codes.get(0, next(iter(codes.values())))
+
+
+@contextmanager
+def _threads_shared(count: int) -> Iterator[None]:
+    """Divide the processor's cores among the processes that are started in a block, unless the user has done so."""
+    name = "OMP_NUM_THREADS"
+    if name in os.environ:
+        yield
+        return
+    import torch
+
+    os.environ[name] = str(max(1, torch.get_num_threads() // count))
+    try:
+        yield
+    finally:
+        del os.environ[name]
