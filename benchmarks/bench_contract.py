@@ -26,9 +26,9 @@ from stepping import Job, adapter_fields, geometry
 
 import lorakit
 from lorakit.architectures.known_forwards import KnownForwards
+from lorakit.identity.identities import Identities
 from lorakit.speed.acceleration import accelerate_known
 from lorakit.speed.admission import Known
-from lorakit.identity.identities import Identities
 from lorakit.speed.patching import BOUND, Fused
 
 LOOPS = 2000

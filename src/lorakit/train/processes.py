@@ -302,8 +302,8 @@ def check_parallel(parallel: str, fit: str | None, processes: Processes) -> None
         )
     if fit is not None and not processes.is_alone:
         raise NotYetSupported(
-            f"fit is {fit!r}, but its measurement is not supported in {format_count(processes.count, 'process', 'processes')}; omit "
-            "--fit, or use --memory-budget.",
+            f"fit is {fit!r}, but its measurement is not supported in "
+            f"{format_count(processes.count, 'process', 'processes')}; omit --fit, or use --memory-budget.",
             what=fit,
             field="fit",
         )
