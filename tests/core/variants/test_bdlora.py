@@ -157,7 +157,7 @@ def test_the_module_of_the_blocks_multiplies_by_the_block_diagonal_matrix(shape:
     assert matrix.shape == (4, 6) and not matrix[:2, 3:].any() and not matrix[2:, :3].any()
     torch.testing.assert_close(module(x), F.linear(x, matrix))
     assert not bdlora.BlockDiagonalLinear(6, 4, 2, init_zero=True, dtype=torch.float64).weight.any()
-    with pytest.raises(ConfigError, match="in_features.*5.*2") as caught:
+    with pytest.raises(ConfigError, match=r"in_features.*5.*2") as caught:
         bdlora.BlockDiagonalLinear(5, 4, 2)
     assert caught.value.fields["field"] == "nblocks"
 
