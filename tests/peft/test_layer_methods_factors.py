@@ -10,7 +10,8 @@ from torch import nn
 
 import lorakit.peft as ours
 from lorakit.core.variants import variant_named
-from lorakit.errors import ConfigError, MergeError
+from lorakit.errors import ConfigError, MergeError, NotYetSupported
+from lorakit.peft.tuners.lora import variants
 
 theirs = pytest.importorskip("peft")
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
@@ -198,6 +199,11 @@ def test_resolve_lora_variant(fields: dict[str, Any], of_peft: str | None, of_ou
     assert (None if found is None else type(found).__name__) == of_peft
     variant = at(second, "dense").resolve_lora_variant(config=ours.LoraConfig(**fields))
     assert variant is (None if of_ours is None else variant_named(of_ours))
+    if of_peft is not None:
+        named, other = (getattr(variants, name) for name in (of_peft, "KasaLinearVariant"))
+        assert isinstance(variant, named) and not isinstance(variant, other) and not isinstance(None, named)
+        with pytest.raises(NotYetSupported, match=f"{of_peft} cannot be instantiated"):
+            named()
     models = both(target_modules=["dense"], use_dora=True)
     assert [list(at(model, "dense").lora_variant) for model in models] == [["default"], ["default"]]
     assert [list(at(model, "dense").lora_variant) for model in (first, second)] == [[], []]

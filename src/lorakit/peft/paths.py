@@ -177,6 +177,11 @@ HOMES: Mapping[str, str] = {
     "lorakit.core.variants.velora": """
         _compress_activations=compressed _normalize_projection=unit _reshape_to_grouped_subtokens=grouped
     """,
+    "lorakit.peft.variant_classes": """
+        ALoraLinearVariant ArrowLinearVariant BdLoraLinearVariant DoraConv1dVariant DoraConv2dVariant DoraConv3dVariant
+        DoraEmbeddingVariant DoraLinearVariant KasaLinearVariant MontecloraLinearVariant QALoraLinearVariant
+        VeloraLinearVariant
+    """,
     "lorakit.peft.velora_functions": "_reconstruct_activations=reconstructed VeloraFunction",
     "lorakit.peft.weighted": "convert_to_lora reduce_intruder_dimension save_as_lora",
 }

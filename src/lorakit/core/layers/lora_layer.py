@@ -56,11 +56,11 @@ def _new_holder(name: str) -> nn.Module | None:
     return HOLDERS[name]() if name in HOLDERS else None
 
 
-def _held(factor: Factor, A: nn.Parameter, B: nn.Parameter) -> tuple[nn.Module, nn.Module]:
-    """Return the modules that hold A (r, in) and B (out, r): those of the variant, if it has its own."""
-    holder = factor.variant.holder
-    own_A, own_B = (None if holder is None else holder(part, W, factor.setting) for part, W in (("A", A), ("B", B)))
-    return own_A or weight_holder(A), own_B or weight_holder(B, factor.bias)
+def _weight_holders(factor: Factor, A: nn.Parameter, B: nn.Parameter) -> tuple[nn.Module, nn.Module]:
+    """Return the modules that hold A (r, in) and B (out, r): those of the variant, or else the usual ones."""
+    own = factor.variant.holder or (lambda *_: None)
+    first, second = own("A", A, factor.setting), own("B", B, factor.setting)
+    return first or weight_holder(A), second or weight_holder(B, factor.bias)
 
 
 class LoraLayer(BaseWeight, TunerLayer):
@@ -155,7 +155,7 @@ class LoraLayer(BaseWeight, TunerLayer):
         A, B = parameter(factor.A), parameter(factor.B)
         down, up = (getattr(self, attribute) for attribute in kind.names)
         self.memory.clear()  # may depend on the site's other adapters
-        down[name], up[name] = _held(factor, A, B) if kind.on_disk else (A, B)
+        down[name], up[name] = _weight_holders(factor, A, B) if kind.on_disk else (A, B)
         self.lora_dropout[name] = factor.dropout
         for own in factor.variant.tensors:
             put_own(getattr(self, own.container), name, own.member, own.carried, factor.own[own.held_as])
