@@ -477,7 +477,7 @@ def test_a_module_that_holds_other_sites_is_refused() -> None:
 
 
 def test_dora_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"DoRA \(use_dora\) does not support Parameter"):
+    with pytest.raises(ConfigError, match=r"Parameter does not support DoRA"):
         core.attach(made(), config(use_dora=True))
 
 
