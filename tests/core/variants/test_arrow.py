@@ -206,7 +206,7 @@ def test_it_is_not_merged_combined_or_fused(tmp_path: Path, tiny_llama: nn.Modul
 def test_kinds_without_a_dense_layer_are_refused(specimen: Specimen) -> None:
     model = specimen.model()
     before = snapshot(model)
-    with pytest.raises(ConfigError, match=r"Arrow .arrow_config. does not support") as refused:
+    with pytest.raises(ConfigError, match="does not support Arrow;") as refused:
         core.attach(model, specimen.config(arrow_config={}), "a")
     assert refused.value.field == "arrow_config"
     assert snapshot(model) == before

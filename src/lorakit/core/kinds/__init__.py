@@ -122,8 +122,8 @@ def check_fits(check: Fits, kind: Kind, path: str, *, what: str, field: str, adv
     if not fits(check, kind):
         known = [other.name for other in KINDS if check(other)]
         raise ConfigError(
-            f"{path}: {kind.shown_as or kind.name} does not support {what} (yet), please {advice}, or leave the module "
-            f"out. Supported: {', '.join(known)}.",
+            f"{path}: {kind.shown_as or kind.name} does not support {what}; {advice}, or leave the module out. "
+            f"Supported: {', '.join(known)}.",
             what=kind.name,
             where=path,
             field=field,
