@@ -7,7 +7,8 @@ from array import array
 
 import pytest
 
-from lorakit.data import Sequence, share_of
+from lorakit.data import Sequence
+from lorakit.data.shares import share_of
 
 
 def row(length: int) -> Sequence:

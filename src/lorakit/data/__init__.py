@@ -16,7 +16,6 @@ from lorakit.data.records import Completion, Conversation, Document, Labeled, Me
 from lorakit.data.report import DataReport, Report
 from lorakit.data.row_stream import streamable_bytes
 from lorakit.data.shapes import SHAPES, Request
-from lorakit.data.shares import share_of
 from lorakit.data.stored import AnyRecords, StoredRecords
 from lorakit.data.streaming import StreamLoader, StreamSplit, read_stream
 from lorakit.data.token_cache import TokenCache
@@ -59,7 +58,6 @@ __all__ = [
     "read_split",
     "read_stream",
     "read_template",
-    "share_of",
     "split",
     "streamable_bytes",
     "write_python_reference",

@@ -8,6 +8,7 @@ from lorakit import hub
 from lorakit.data import Loader
 from lorakit.errors import DataError, RunError
 from lorakit.train import run_folder
+from lorakit.train.optimizer import Named
 from lorakit.train.processes import Processes
 from lorakit.train.run_spec import RunSpec
 
@@ -65,3 +66,17 @@ def check_rows(loader: Loader, processes: Processes) -> None:
             what=count,
             field="data",
         )
+
+
+def share_tensors(named: Named, processes: Processes) -> None:
+    """Give all processes the trainable tensors of the first one.
+
+    Args:
+        named: (name, tensor) pairs for the trainable tensors (any shape).
+        processes: The processes of the run.
+
+    Raises:
+        UsageError: The processes do not have the same trainable tensors.
+    """
+    processes.check_equal({"trainable tensors": [(name, tuple(p.shape), p.dtype) for name, p in named]})
+    processes.from_first_in_place([parameter for _, parameter in named])

@@ -20,7 +20,6 @@ import torch
 
 import lorakit.errors
 from lorakit.errors import LorakitError, NotYetSupported, RunError, UsageError
-from lorakit.tables import format_count
 from lorakit.train.launching import PROCESS_ENDED, Launched
 
 T = TypeVar("T")
@@ -302,8 +301,8 @@ def check_parallel(parallel: str, fit: str | None, processes: Processes) -> None
         )
     if fit is not None and not processes.is_alone:
         raise NotYetSupported(
-            f"fit is {fit!r}, but its measurement is not supported in "
-            f"{format_count(processes.count, 'process', 'processes')}; omit --fit, or use --memory-budget.",
+            f"fit is {fit!r}, but its measurement is not supported in {processes.count} processes; omit --fit, or "
+            "use --memory-budget.",
             what=fit,
             field="fit",
         )

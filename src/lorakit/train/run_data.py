@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from lorakit import data, hub
+from lorakit.data.shares import share_of
 from lorakit.data.sources import weights_of
 from lorakit.errors import DataError, DiskError, UsageError
 from lorakit.machine import cache_directory
@@ -78,7 +79,7 @@ class RunBatches:
             groups.append(self.loader.next_rows())
             if self.loader.epoch.is_integer():  # that was the last batch of the epoch
                 break
-        mine = data.share_of(groups, processes.rank, processes.count, self.task.task.needs_batch)
+        mine = share_of(groups, processes.rank, processes.count, self.task.task.needs_batch)
         return [self.loader.batch_of(rows) for rows in mine]
 
     def with_rows(self, batch_rows: int) -> RunBatches:

@@ -34,7 +34,7 @@ from lorakit.speed import Acceleration, accelerate
 from lorakit.tables import format_count
 from lorakit.tasks import load_model_for
 from lorakit.train import checkpoint
-from lorakit.train.agreement import check_alike, check_rows
+from lorakit.train.agreement import check_alike, check_rows, share_tensors
 from lorakit.train.fitting import Probe, longest_rows, settle
 from lorakit.train.interrupts import stoppable
 from lorakit.train.loop import Loop
@@ -122,11 +122,8 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     batches = make_batches(settings, spec.data, spec.task, spec.tokenizer, spec.forecast.max_length, progress)
     _report_data(spec, batches, progress)
     loader = batches.loader
-    check_rows(loader, processes)
-    limits = RunLimits.of(settings, loader, spec.initial_processes)
+    limits, plan = _planned(spec, batches, progress)
     course = schedule(settings, limits.total_steps)
-    own_limits = limits.with_accumulation(-(-limits.accumulation // processes.count))
-    plan = processes.from_first(lambda: plan_run(spec, own_limits, lengths(loader.sequences), progress))
     _seed_everything(settings.seed)  # a new head is initialized while the model is loaded
     model, spec = _loaded(spec, plan, progress)
     base_bytes = _base_bytes(model, spec)
@@ -135,8 +132,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     notes = add_adapter(model, spec, loader, resumed_from, progress)
     named, optimizer = build_optimizer(model, ADAPTER, settings)
     check_named_in_fp32(named, plan.dtype)
-    processes.check_equal({"trainable tensors": [(name, tuple(p.shape), p.dtype) for name, p in named]})
-    processes.from_first_in_place([parameter for _, parameter in named])
+    share_tensors(named, processes)
     acceleration = _arranged(model, plan.recompute, settings, progress)
     snapshot = None if resumed_from is None else checkpoint.load(resumed_from)
     before = None if snapshot is None else snapshot.environment
@@ -182,6 +178,15 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
         notes=notes,
         scaler=loss_scaler(spec.device, plan.dtype, None if snapshot is None else snapshot.scaler),
     )
+
+
+def _planned(spec: RunSpec, batches: RunBatches, progress: Progress) -> tuple[RunLimits, RunPlan]:
+    """Return the length of a run, and the plan for one of its processes, which the first process makes."""
+    loader, processes = batches.loader, spec.processes
+    check_rows(loader, processes)
+    limits = RunLimits.of(spec.settings, loader, spec.initial_processes)
+    own = limits.with_accumulation(-(-limits.accumulation // processes.count))
+    return limits, processes.from_first(lambda: plan_run(spec, own, lengths(loader.sequences), progress))
 
 
 def _loaded(spec: RunSpec, plan: RunPlan, progress: Progress) -> tuple[nn.Module, RunSpec]:
