@@ -123,7 +123,6 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     _report_data(spec, batches, progress)
     loader = batches.loader
     limits, plan = _planned(spec, batches, progress)
-    course = schedule(settings, limits.total_steps)
     _seed_everything(settings.seed)  # a new head is initialized while the model is loaded
     model, spec = _loaded(spec, plan, progress)
     base_bytes = _base_bytes(model, spec)
@@ -161,7 +160,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
         plan=plan,
         batches=batches,
         limits=limits,
-        schedule=course,
+        schedule=schedule(settings, limits.total_steps),
         model=model,
         named=named,
         optimizer=optimizer,
