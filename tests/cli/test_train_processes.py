@@ -51,6 +51,7 @@ def started(launcher: int, rank: int) -> int | None:
     return None
 
 
+@pytest.mark.slow
 def test_the_first_process_alone_prints(arguments: list[str], tmp_path: Path) -> None:
     process = begin([*arguments, "--nproc=2", "--max-steps=2"])
     out, err = process.communicate(timeout=300)
@@ -61,6 +62,7 @@ def test_the_first_process_alone_prints(arguments: list[str], tmp_path: Path) ->
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_with_one_message(arguments: list[str], tmp_path: Path) -> None:
     process = begin([*arguments, "--nproc=2", "--max-steps=1000000"])
     try:

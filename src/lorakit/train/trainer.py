@@ -135,16 +135,15 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     acceleration = _arranged(model, plan.recompute, settings, progress)
     snapshot = None if resumed_from is None else checkpoint.load(resumed_from)
     before = None if snapshot is None else snapshot.environment
-    chosen = processes.from_first(
-        lambda: autotuned_choices(spec, plan.dtype, model, acceleration, loader, before, progress)
-    )
+    asked = (spec, plan.dtype, model, acceleration, loader, before, progress)
+    chosen = processes.from_first(lambda: autotuned_choices(*asked))
     if plan.proposed:
         rows = longest_rows(batches.parts, loader.batch_rows * limits.accumulation)
         probe = Probe(model, named, rows, loader.pad_id, chosen, spec.task)
         plan, acceleration = _fitted(spec, plan, probe, acceleration, progress)
     batches = batches.with_rows(plan.batch_rows)
-    if processes.is_alone:  # otherwise, nothing but the recomputation is left open
-        limits = limits.with_accumulation(plan.accumulation)
+    # with several processes, nothing but the recomputation is left open
+    limits = limits.with_accumulation(plan.accumulation) if processes.is_alone else limits
     loader = batches.loader
     _seed_everything(seed_of(settings.seed, processes.rank))
     state = checkpoint.TrainState()
