@@ -57,7 +57,7 @@ def train(tmp_path: Path, tiny_model_directory: Path, texts: list[str], monkeypa
             "device": "cpu",
             "max-steps": 4,
             "eval-fraction": 0.2,
-            "learning-rate": 0.01,
+            "learning-rate": 0.005,
             "r": 4,
         }
         given.update({name.replace("_", "-"): value for name, value in flags.items()})
@@ -347,7 +347,7 @@ def test_resume_goes_further_with_more_steps_and_refuses_the_rest(
     capsys.readouterr()
     assert cli.main([*again, "--r", "8", "--learning-rate", "0.1"]) == 1
     said = capsys.readouterr().err
-    assert "cannot resume" in said and "r is 8 and was 4; learning_rate is 0.1 and was 0.01" in said
+    assert "cannot resume" in said and "r is 8 and was 4; learning_rate is 0.1 and was 0.005" in said
     Path(texts[0]).write_text("something else", encoding="utf-8")
     assert cli.main(again) == 1
     assert f"the data changed: {texts[0]}" in capsys.readouterr().err
@@ -690,7 +690,7 @@ def test_a_schedule_with_a_warm_up_in_steps_and_an_optimizer_reach_the_run(train
     flags = ("--warmup-steps", "2", "--lr-scheduler-type", "wsd", "--decay-ratio", "0.5", "--optimizer", "adamw")
     assert train(*flags, max_steps=8) == 0
     rates = [row["learning_rate"] for row in _rows(tmp_path / "run") if "loss" in row]
-    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.01, 0.01, *(0.01 * (1 - (n / 4) ** 0.5) for n in (1, 2, 3))])
+    assert rates == pytest.approx([0.0025, *[0.005] * 4, *(0.005 * (1 - (n / 4) ** 0.5) for n in (1, 2, 3))])
     assert train("--warmup-steps", "9", max_steps=8, output_dir=tmp_path / "other") == 2
     assert not (tmp_path / "other" / "run.json").exists()
     assert train("--resume", max_steps=9) == 0

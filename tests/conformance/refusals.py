@@ -61,7 +61,7 @@ BY_LORAKIT: tuple[Refusal, ...] = (
             not all(cell.rules.fits(kind_named(kind)) for kind in _kinds(cell))
             and (cell.init != "eva" or cell.kind == "Parameter")
         ),
-        "does not support [A-Z]|No supported layers found for",
+        "does not support init_lora_weights|No supported layers found for",
     ),
     Refusal(
         "PEFT's two steps support only Linear and Conv1D; lorakit.core.collect_for takes every kind of the entry",

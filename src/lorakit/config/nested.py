@@ -41,7 +41,7 @@ def restored(field: str, value: Part | Value, part: type[Part]) -> Part | None:
             name = field if cause.field is None else f"{field}.{cause.field}"
             raise type(cause)(f"{field}: {cause}", **{**cause.fields, "field": name}) from None
     raise ConfigTypeError(
-        f"{field} is {value!r}: `{part.__name__}` must be a `{part.__name__}`, a dict, or None.",
+        f"{field} is {value!r}; it must be a `{part.__name__}`, a dict, or None.",
         what=value,
         field=field,
     )
