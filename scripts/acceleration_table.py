@@ -14,10 +14,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import generated_table
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "accelerate.md"
-BEGIN = "<!-- Written by scripts/acceleration_table.py. -->"
-END = "<!-- End of the table. -->"
+BEGIN = generated_table.begin(__file__)
 LINEAR = "adapted linear"
 SHOWN = ("decoder layer", "encoder layer", "sublayer", "attention", "feed-forward", "norm")
 """Fused forwards in the table, in their order there."""
@@ -44,19 +45,7 @@ class Row(NamedTuple):
 
 def main() -> int:
     """Write the table, or compare it with the page; return the exit status."""
-    text = PAGE.read_text(encoding="utf-8")
-    new = with_table(text, table())
-    if "--check" in sys.argv:
-        return 0 if new == text else 1
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
-
-
-def with_table(page: str, text: str) -> str:
-    """Return a page with this text between the markers."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
+    return generated_table.write(PAGE, BEGIN, table)
 
 
 def table() -> str:

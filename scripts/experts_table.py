@@ -14,10 +14,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import generated_table
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "from-peft.md"
-BEGIN = "<!-- Written by scripts/experts_table.py. -->"
-END = "<!-- End of the table. -->"
+BEGIN = generated_table.begin(__file__)
 BOUND = 1e-5
 """Largest difference, absolute plus relative, of values that the table calls equal; the models compute in fp32."""
 
@@ -56,19 +57,7 @@ class Row(NamedTuple):
 
 def main() -> int:
     """Write the table, or compare it with the page; return the exit status."""
-    text = PAGE.read_text(encoding="utf-8")
-    new = with_table(text, table())
-    if "--check" in sys.argv:
-        return 0 if new == text else 1
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
-
-
-def with_table(page: str, text: str) -> str:
-    """Return a page with this text between the markers."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
+    return generated_table.write(PAGE, BEGIN, table)
 
 
 def table() -> str:

@@ -146,9 +146,14 @@ class ModelShape:
     @property
     def fused(self) -> tuple[tuple[int, int], ...]:
         """Return (number of experts, elements per expert) for each parameter that contains experts."""
+        return tuple((count, rows * columns) for count, rows, columns in self.expert_matrices)
+
+    @property
+    def expert_matrices(self) -> tuple[tuple[int, int, int], ...]:
+        """Return (number of experts, rows, columns) for each parameter that contains experts."""
         held = (other.matrices for other in self.others if other.experts)
         sizes = (size for matrices in held for _, size in matrices if len(size) == 3)
-        return tuple((size[0], size[1] * size[2]) for size in sizes)
+        return tuple((count, rows, columns) for count, rows, columns in sizes)
 
     def passed(self, experts: int) -> int:
         """Return how many of `experts` experts process each token; if that is unknown, return `experts`."""

@@ -210,7 +210,7 @@ def packed_files(shape: ModelShape) -> PackedFiles | None:
     sites = (
         tuple(s for s in quantized_sites(shape, storage) if not _is_left_out(s, left_out)) if kind.has_linears else ()
     )
-    experts = [matrix for matrix in _experts(shape) if kind.has_experts]
+    experts = shape.expert_matrices if kind.has_experts else ()
     held = sum(size(site.out_features, site.in_features) for site in sites)
     elements = sum(site.weight_parameters for site in sites)
     in_experts = sum(count * rows * columns for count, rows, columns in experts)
@@ -219,14 +219,6 @@ def packed_files(shape: ModelShape) -> PackedFiles | None:
     is_kept = kind.is_kept and not experts and not values.get("dequantize") and bool(sites)
     base = StoredBase(storage, sites, elements, held, shape.parameters - elements) if is_kept else None
     return PackedFiles(base, file_bytes, method, unread)
-
-
-def _experts(shape: ModelShape) -> Iterator[tuple[int, int, int]]:
-    """Yield (experts, rows, columns) for each parameter that contains fused experts."""
-    for other in shape.others:
-        for _, size in other.matrices if other.experts else ():
-            if len(size) == 3:
-                yield size[0], size[1], size[2]
 
 
 def _left_out(values: JsonObject, kind: PackedFormat) -> tuple[list[Sequence[str]], tuple[str, ...]]:

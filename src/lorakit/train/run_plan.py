@@ -97,9 +97,11 @@ def _precision(
         ConfigError: float16 was requested for a run that trains parameters in the dtype of the base.
     """
     choice = hub.choose_dtype(wanted, spec.device, calibration)
+    if choice.dtype != HALF:
+        return choice
     counted = _estimate(spec, limits, lengths, choice.dtype, None).counted
     narrow = counted.copied + counted.biases
-    if wanted == "auto" and choice.dtype == HALF and narrow:
+    if wanted == "auto" and narrow:
         text = (
             f"float32: saved modules, heads or biases are trained too, which float16 does not allow ({choice.reason})"
         )

@@ -349,7 +349,7 @@ def _restore(
         saved = format_count(len(snapshot.others) + 1, "process", "processes")
         progress.say(
             f"The checkpoint was saved by {saved}, and the run goes on with {count}: the rows of each step stay the "
-            "same, but dropout is drawn anew."
+            "same, but dropout is drawn again."
         )
     return snapshot.state
 
