@@ -2,7 +2,7 @@
 
     python scripts/old_experts.py [family ...]
 
-In transformers 4, each expert was a module of its own. The script creates a virtual environment in a temporary folder,
+In transformers 4, each expert was a separate module. The script creates a virtual environment in a temporary folder,
 installs the old releases there, and runs itself in it. Each directory has the model (`base`), the unmodified files of
 peft, and `expected.safetensors` with the input and the logits that transformers and peft computed. They represent files
 that users already have, so they are written once: run this to add a family, not to fix a test.

@@ -25,7 +25,7 @@ class ExpertSizes(Sizes):
     """Sizes of a model with experts; `intermediate` is the inner width of one expert.
 
     Attributes:
-        experts: Number of experts per layer, of which `experts_per_token` process each token.
+        experts: Number of experts per layer; `experts_per_token` of them process each token.
         experts_per_token: Number of experts that process each token, without shared experts.
         shared_intermediate: Inner width of the shared expert, which processes every token; 0 if there is none.
         dense_blocks: Number of blocks, before all others, with a feed-forward block instead of experts.

@@ -397,7 +397,7 @@ class LoraConfig(PeftConfig):
         return (out_features if self.use_dora else 0) + (rank if self.kasa_config is not None else 0)
 
     def random_numbers(self, rank: int, in_features: int) -> int:
-        """Return how many values the variant draws for A in a training forward pass and keeps for the backward pass.
+        """Return how many values the variant draws for A in a training forward pass and saves for the backward pass.
 
         Args:
             rank: Rank at the site.

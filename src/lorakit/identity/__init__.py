@@ -1,1 +1,1 @@
-"""What a module computes: the source that it runs, its digest, and the values that the source depends on."""
+"""Identify what a module computes: the source that it runs, its digest, and the values that the source reads."""

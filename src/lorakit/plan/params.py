@@ -152,7 +152,7 @@ class SiteCount:
         experts: Number of matrices in the parameter, each with its own factors.
         is_plain: Whether the site's forward pass is plain LoRA, without a variant or bias.
         bias: Number of elements in the bias of B (`lora_bias`).
-        random_numbers: Number of fp32 values that the variant draws in a forward pass and keeps for the backward pass.
+        random_numbers: Number of fp32 values that the variant draws in a forward pass and saves for the backward pass.
     """
 
     path: str

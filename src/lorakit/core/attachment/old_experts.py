@@ -24,6 +24,7 @@ from lorakit.core.attachment.attaching import model_type_of
 from lorakit.core.files.adapter_folder import AdapterFiles, Sidecar, alpha_at
 from lorakit.core.files.tensor_file import TensorFile
 from lorakit.core.files.tensor_names import PREFIX, by_site, endings_of
+from lorakit.core.kinds.parameter import joined_A, joined_B
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.target_weights import bare_parameters, named_targets
 from lorakit.errors import AdapterFileError, ShapeMismatchError
@@ -271,7 +272,7 @@ def fused_A(parts: Sequence[Sequence[Tensor]]) -> Tensor:
     Args:
         parts: For each part of the parameter, in the order of its rows, the A (r, in) of each expert.
     """
-    return torch.stack([torch.cat(of_expert) for of_expert in zip(*parts, strict=True)]).flatten(0, 1)
+    return joined_A(torch.stack([torch.cat(of_expert) for of_expert in zip(*parts, strict=True)]))
 
 
 def fused_B(parts: Sequence[Sequence[Tensor]], use_rslora: bool = False) -> Tensor:
@@ -282,8 +283,7 @@ def fused_B(parts: Sequence[Sequence[Tensor]], use_rslora: bool = False) -> Tens
         use_rslora: Whether the parameter has the summed ranks and alphas of its parts and a scale of alpha/√r, which
             is √parts times the scale of a part; B is then divided by √parts.
     """
-    B = torch.stack([torch.block_diag(*of_expert) for of_expert in zip(*parts, strict=True)])
-    B = B.permute(1, 2, 0).flatten(1).contiguous()
+    B = joined_B(torch.stack([torch.block_diag(*of_expert) for of_expert in zip(*parts, strict=True)])).contiguous()
     return B / math.sqrt(len(parts)) if use_rslora else B
 
 

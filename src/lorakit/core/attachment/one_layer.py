@@ -80,7 +80,7 @@ def reset_factor(layer: LoraLayer, name: str, init_lora_weights: bool | str) -> 
     Args:
         layer: The adapted layer.
         name: The adapter; ignored if it has no factors in this layer.
-        init_lora_weights: True, "gaussian", or False, which leaves the factors as they are, as in PEFT.
+        init_lora_weights: True, "gaussian", or False, which leaves the factors unchanged, as in PEFT.
 
     Raises:
         ConfigError: The init is unknown, or needs data or the base weight.

@@ -69,7 +69,17 @@ def per_expert(spec: WeightSpec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 def side_by_side(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Undo `per_expert`: A (experts, r, in), B (experts, out, r) -> (experts·r, in), (out, r·experts)."""
-    return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+    return joined_A(A), joined_B(B)
+
+
+def joined_A(A: Tensor) -> Tensor:
+    """Return the A (experts·r, in) of a parameter from those of its experts, (experts, r, in)."""
+    return A.flatten(0, 1)
+
+
+def joined_B(B: Tensor) -> Tensor:
+    """Return the B (out, r·experts) of a parameter from those of its experts, (experts, out, r)."""
+    return B.permute(1, 2, 0).flatten(1)
 
 
 def _attention_specs(module: nn.MultiheadAttention) -> tuple[WeightSpec, ...]:

@@ -94,7 +94,7 @@ def shows_tokens(module: nn.Module, parameter: str) -> bool:
 
 
 class KnownExperts:
-    """Whether `experts_forward` may replace the `forward` of one module now. Copies and unpickled objects are empty.
+    """Decide whether `experts_forward` may replace the `forward` of one module. Copies and unpickled objects are empty.
 
     The source is identified in the first call. Later calls compare the contract.
     """

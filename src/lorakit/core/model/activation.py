@@ -201,7 +201,7 @@ def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | Non
 def penalties(model: nn.Module, field: str | None = None) -> Tensor | None:
     """Return the penalty that the variants of active adapters add to a training loss.
 
-    Each variant's terms are summed over its sites, or averaged if the variant says so.
+    Each variant's terms are summed over its sites, or averaged if `averages_penalty` is set.
 
     A custom training loop should add the result to the loss once per optimizer step, as `lorakit train` does. If no
     variant has a penalty (plain LoRA has none), the result is None, and no layers are visited.

@@ -20,7 +20,7 @@ RECORD = "_lorakit_frozen"
 
 @dataclass
 class FrozenModule:
-    """What freezing changed in a module.
+    """Changes that freezing made to a module.
 
     Attributes:
         trained: The parameters that the module holds directly, each with its `requires_grad` flag before it was frozen.
@@ -64,7 +64,7 @@ def restore(index: AdapterIndex) -> None:
     """Undo `freeze` after the last adapter was removed.
 
     Args:
-        index: The index of the model as it was with adapters.
+        index: The index of the model with its adapters.
     """
     for module in _base_modules(index):
         record: FrozenModule = module.__dict__.pop(RECORD, FrozenModule())

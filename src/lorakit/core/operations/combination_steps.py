@@ -24,7 +24,7 @@ def keep_largest(tensor: Tensor, density: float) -> Tensor:
 def keep_random(
     tensor: Tensor, density: float, *, rescale: bool = True, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Return a tensor (any shape) of which a random part of the values is set to zero.
+    """Return a copy of a tensor (any shape) with a random part of its values set to zero.
 
     Args:
         tensor: The tensor, of any shape.

@@ -1,8 +1,8 @@
 """Arrow: a router that sends each token to the other adapters of its site whose main input direction fits best.
 
 The router's own A and B are not used. All other adapters of a site are its experts, except for further routers and
-the adapters of general knowledge (`gks_0`, `gks_1`, …), whose mean is subtracted from the experts if the config asks
-for it.
+the adapters of general knowledge (`gks_0`, `gks_1`, …), whose mean is subtracted from the experts if `use_gks`
+is set.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _setting(config: LoraConfig, path: str) -> Setting | None:
         return None
     if config.lora_dropout:
         raise ConfigError(
-            f"{path}: lora_dropout is {config.lora_dropout}, but Arrow's router has no input of its own to drop. Set "
+            f"{path}: lora_dropout is {config.lora_dropout}, but Arrow's router has no separate input to drop. Set "
             "lora_dropout=0.",
             what=config.lora_dropout,
             where=path,
