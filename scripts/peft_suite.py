@@ -80,7 +80,7 @@ HUB_FILES = (
 REASONS = {
     "pickles are neither read nor written": r"does not write pickle files|pickle weights are not loaded",
     "message in other words, same class of error": r"raises_when_no_lora_parameters|mha_with_dora_raises|"
-    r"kasa_config_invalid",
+    r"kasa_config_invalid|targets_lora_layer_raises",
     "an invalid config is rejected earlier": r"lora_with_bias_argument",
     "an error in peft that works here": r"mixed_adapter_batches_(merged|lora_with_dora)|"
     r"mha_with_separate_qkv|num_beams|adding_multiple_adapters_with_different_target_parameters",

@@ -144,14 +144,13 @@ class IncrementalPCA:
         kept = self.n_components
         if kept is not None and kept > features:
             raise ConfigError(
-                f"n_components={kept} invalid for n_features={features}, need more rows than columns for "
-                "IncrementalPCA processing",
+                f"n_components={kept} invalid for n_features={features}: there cannot be more components than columns.",
                 what=kept,
                 field="n_components",
             )
         if kept is not None and kept > samples:
             raise ConfigError(
-                f"n_components={kept} must be less or equal to the batch number of samples {samples}",
+                f"n_components={kept} must be less or equal to the batch number of samples {samples}.",
                 what=kept,
                 field="n_components",
             )

@@ -360,10 +360,8 @@ def check_name(model: nn.Module, name: str, config: LoraConfig) -> None:
     kind = matched(index, with_targets(config, index), allow_partial=True).matches[0].kind
     wrapper = "ModulesToSaveWrapper" if field == "modules_to_save" else "TrainableTokensWrapper"
     raise ConfigError(
-        f"You are trying to target a module with <class 'peft.utils.other.{wrapper}'> that is a child of "
-        f"<class 'peft.tuners.lora.layer.{LAYERS.get(kind, LoraLayer).__name__}'>. This is almost certainly not the "
-        f"intended behavior. Please ensure that the adapter name, '{name}', does not conflict with any of the targeted "
-        "modules.",
+        f"A {wrapper} cannot be inside a layer.{LAYERS.get(kind, LoraLayer).__name__}, but the adapter's name {name!r} "
+        f"is also the name of a module in {field}. Choose another name for the adapter.",
         what=name,
         field=field,
     )
