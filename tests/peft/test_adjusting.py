@@ -46,13 +46,33 @@ def test_an_adapter_acts_so_many_times_as_strongly_in_the_block() -> None:
         pass
 
 
-def test_blocks_of_pefts_that_have_nothing_to_do_here() -> None:
+def test_a_block_of_pefts_that_has_nothing_to_do_here() -> None:
     wrapped = model()
     full = wrapped(X)
     caching = DoraCaching()
     caching(enabled=True)
-    with disable_input_dtype_casting(wrapped), caching:
+    with caching:
         assert torch.equal(wrapped(X), full)
+
+
+def test_hooks_that_cast_a_need_inputs_that_are_not_cast() -> None:
+    wrapped = model().half()
+    layer = wrapped.base_model.model[0]
+
+    def to(dtype: torch.dtype, module: nn.Module) -> None:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(dtype)
+
+    for module in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"], wrapped.base_model.model[1]):
+        module.register_forward_pre_hook(lambda module, _: to(torch.float32, module))
+        module.register_forward_hook(lambda module, *_: to(torch.float16, module))
+    for _ in range(2):  # the block leaves no trace
+        with disable_input_dtype_casting(wrapped):
+            assert wrapped(X).dtype == torch.float32
+        with pytest.raises(RuntimeError, match="dtype"), disable_input_dtype_casting(wrapped, active=False):
+            wrapped(X)
+        for module in wrapped.modules():
+            to(torch.float16, module)
 
 
 def test_a_folder_with_an_adapter(tmp_path: Path) -> None:

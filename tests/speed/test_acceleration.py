@@ -334,9 +334,10 @@ def test_a_hook_inside_is_still_called() -> None:
     hooks = [
         model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: seen.append("q")),
         model.model.layers[1].mlp.up_proj.base_layer.register_forward_hook(lambda *_: seen.append("up")),
+        model.model.layers[1].mlp.up_proj.lora_A["default"].register_forward_hook(lambda *_: seen.append("A")),
     ]
     step(model)
-    assert seen == ["q", "up"]
+    assert seen == ["q", "up", "A"]
     for hook in hooks:
         hook.remove()
 

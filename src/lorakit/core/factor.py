@@ -1,7 +1,8 @@
 """Modules that hold an adapter's dropout and tensors at one site: A, B, and the variant's extra tensors.
 
 A (r, in) and B (out, r) have the orientation of nn.Linear weights, regardless of the base weight's layout. Except for
-dropout, the modules only store parameters under the names that PEFT uses; their `forward` is never called.
+dropout, the modules only store parameters under the names that PEFT uses. Their `forward` is called only if the user
+puts a hook on them.
 """
 
 from __future__ import annotations

@@ -54,6 +54,29 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
             layer.scaling = scales
 
 
+@contextlib.contextmanager
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Return a context manager in which inputs are not cast to the dtype of A, for hooks on `lora_A` that cast A.
+
+    Inputs are cast only where `lora_A` is called as a module, because the user put a hook on it or on `lora_B`.
+
+    Args:
+        model: A model with adapters.
+        active: Whether to disable casting; if false, nothing changes.
+
+    Yields:
+        Nothing.
+    """
+    before = [(layer, layer.cast_input_dtype_enabled) for _, layer in layers(model)] if active else []
+    try:
+        for layer, _ in before:
+            layer.cast_input_dtype_enabled = False
+        yield
+    finally:
+        for layer, enabled in before:
+            layer.cast_input_dtype_enabled = enabled
+
+
 class DoraCaching(contextlib.AbstractContextManager["DoraCaching"]):
     """PEFT's switch for caching DoRA norms; it has no effect, since lorakit computes norms without forming B·A.
 

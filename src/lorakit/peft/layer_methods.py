@@ -167,7 +167,6 @@ VALUES: Mapping[str, Callable[[LoraLayer], object]] = {
     "frozen_peft_weight_names": _frozen,
     "adapter_layer_names": _adapter_layer_names,
     "other_param_names": lambda _: ("r", "lora_alpha", "scaling", "lora_dropout"),
-    "cast_input_dtype_enabled": lambda _: True,
     "ephemeral_gpu_offload": _is_offloading,
     "lora_variant": _variants_of,
     "lora_variants": lambda layer: {(): None} | {(v.field,): v for v in asked_for() if fits(v.fits, layer.kind)},

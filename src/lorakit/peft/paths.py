@@ -108,8 +108,8 @@ HOMES: Mapping[str, str] = {
     "lorakit.core.variants": "LoraVariant=Variant",
     "lorakit.core.layers.trainable_tokens": "TrainableTokensLayer=TokenAdapter TrainableTokensWrapper=TrainableTokens",
     "lorakit.peft.adjusting": """
-        check_if_peft_model DoraCaching find_kappa_target_modules KappaTuneSelector rescale_adapter_scale
-        update_forward_signature update_generate_signature update_signature
+        check_if_peft_model disable_input_dtype_casting DoraCaching find_kappa_target_modules KappaTuneSelector
+        rescale_adapter_scale update_forward_signature update_generate_signature update_signature
     """,
     "lorakit.peft.arrow": "create_arrow_model _resolve_adapter_source=source_of",
     "lorakit.peft.attached_inits": "get_eva_state_dict initialize_lora_eva_weights replace_lora_weights_loftq",
@@ -157,7 +157,7 @@ HOMES: Mapping[str, str] = {
     "lorakit.peft.utilities": f"""
         {_AVAILABILITY} {_BACKENDS} {_CONSTANTS} cast_mixed_precision_params
         check_deepspeed_zero3_enabled dequantize_module_weight
-        disable_input_dtype_casting=empty_context find_parameter_name_by_module _freeze_adapter=unused
+        find_parameter_name_by_module _freeze_adapter=unused
         fsdp_auto_wrap_policy gather_params_ctx=empty_context _get_batch_size=get_batch_size get_bnb_param_type
         get_device_map get_gptqmodel_quant_linear=unused _get_input_embeddings_name=input_embeddings_name
         get_layer_device_map=unused
@@ -200,7 +200,7 @@ PATHS: Mapping[str, str] = {
         {HOMES["lorakit.peft.model_adapters"]} delete_adapter get_peft_model_state_dict inject_adapter_in_model
         set_adapter set_peft_model_state_dict
     """,
-    "helpers": f"{HOMES['lorakit.peft.adjusting']} disable_input_dtype_casting MontecloraTrainerMixin",
+    "helpers": f"{HOMES['lorakit.peft.adjusting']} MontecloraTrainerMixin",
     "import_utils": _AVAILABILITY,
     "mapping_func": """
         get_peft_model MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING

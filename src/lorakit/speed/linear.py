@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lorakit.config import PEFT_TABLES_OF_VARIANTS
 from lorakit.core.clones import share_dropped
+from lorakit.core.layers.called_factors import called_factors
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.weight_layer import WeightLayer
 from lorakit.core.routing.route import Route
@@ -57,6 +58,8 @@ def operand(module: nn.Module, route: Route | None) -> Adapted | None:
     if found is None or not names:
         return found
     factor = module.factor(names[0])
+    if called_factors(module, names[0]) is not None:
+        return None
     if not factor.variant.is_lora or factor.bias is not None or module.kind.acts_on != "input":
         return None
     return _with_adapter(found, (factor.A, factor.B), factor.scale, factor.dropout)

@@ -24,6 +24,7 @@ from torch.nn.modules import module as of_modules
 from lorakit.core.clones import is_watched, share_dropped
 from lorakit.core.kinds.kind import first_axis
 from lorakit.core.kinds.linear import linear_down, linear_up
+from lorakit.core.layers.called_factors import called_factors
 from lorakit.core.layers.stored_weight import StoredWeight
 from lorakit.core.routing.route import Route
 from lorakit.core.variants import Factor
@@ -55,13 +56,15 @@ class FactorVersions:
         down, up = (inside[holder] for holder in layer.kind.names)
         self._holders, dropouts = (*layer.kind.names, "lora_dropout"), pick(inside["lora_dropout"]._modules)
         self._modules = pick(down._modules), pick(up._modules), dropouts
+        sides = (*self._modules[0], *self._modules[1])
+        self._hooks = [hooks for one in sides for hooks in (one._forward_hooks, one._forward_pre_hooks)]
         self._down, self._up = ([module._parameters for module in side] for side in self._modules[:2])
         self._modes = [module for module in dropouts if type(module) is not nn.Identity]
         self._tensors = self._look()
         self._numbers = self._count(layer, self._tensors)
 
     def still(self, layer: StoredWeight) -> bool:
-        """Return whether the factors' modules, tensors, memory, versions, modes, scales and variants are unchanged."""
+        """Return whether the factors' modules and their hooks, tensors, modes, scales and variants are unchanged."""
         pick, inside = self._pick, layer._modules
         try:
             for holder, modules in zip(self._holders, self._modules, strict=True):
@@ -83,6 +86,7 @@ class FactorVersions:
             *map(_VERSION, weights),
             *map(_ADDRESS, weights),
             *map(_TRAINING, self._modes),
+            *map(len, self._hooks),
             pick(layer.scaling),
             pick(layer.variant),
         ]
@@ -264,7 +268,7 @@ def _stacks(layer: StoredWeight, names: tuple[str, ...], route: Route, dtype: to
 
 def _made(layer: StoredWeight, names: tuple[str, ...], dtype: torch.dtype) -> Stacks:
     factors = {name: layer.factor(name) for name in names}
-    plain = {name: factor for name, factor in factors.items() if _can_be_stacked(factor)}
+    plain = {name: f for name, f in factors.items() if _can_be_stacked(f) and called_factors(layer, name) is None}
     stacks = [_stack(group, plain, dtype) for group in _of_like_rank({n: len(f.A) for n, f in plain.items()})]
     return Stacks(stacks, tuple(name for name in names if name not in plain), names)
 

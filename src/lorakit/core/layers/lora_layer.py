@@ -33,6 +33,7 @@ from lorakit.core.kinds.kind import Kind, WeightSpec, spread
 from lorakit.core.layers.adapter_component import MergeOptions, TunerLayer, trainable_tensors
 from lorakit.core.layers.base_weight import BaseWeight
 from lorakit.core.layers.batched import add_kept, add_stacked
+from lorakit.core.layers.called_factors import called_product
 from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState, resolve
@@ -326,16 +327,18 @@ class LoraLayer(BaseWeight, TunerLayer):
         variant = factor.variant
         if kind.drops:
             x = factor.dropout(x.to(dtype))
-        A, B = (factor.A, factor.B) if variant.factors is None else variant.factors(factor, self.training)
-        module = self.source if self.replaced else self.base_layer
-        h = (
-            kind.down(module, x, A.to(dtype))
-            if variant.down is None
-            else variant.down(kind, module, x, factor, self.training)
-        )
-        z = kind.up(module, h * factor.scale, B.to(dtype))  # scale h (…, r), because it is the smallest tensor
-        if factor.bias is not None:
-            z = z + spread(factor.bias.to(dtype) * factor.scale, self.spec)
+        z = called_product(self, name, x, dtype)
+        if z is None:
+            A, B = (factor.A, factor.B) if variant.factors is None else variant.factors(factor, self.training)
+            module = self.source if self.replaced else self.base_layer
+            h = (
+                kind.down(module, x, A.to(dtype))
+                if variant.down is None
+                else variant.down(kind, module, x, factor, self.training)
+            )
+            z = kind.up(module, h * factor.scale, B.to(dtype))  # scale h (…, r), because it is the smallest tensor
+            if factor.bias is not None:
+                z = z + spread(factor.bias.to(dtype) * factor.scale, self.spec)
         if variant.output is None:
             return z
         bias, mask = self._bias_under(route.names), route.acting(name)

@@ -36,6 +36,7 @@ class StoredWeight(AdapterModule):
         r: Adapter -> rank.
         scaling: Adapter -> scale.
         variant: Adapter -> the name of its variant.
+        cast_input_dtype_enabled: Whether the input is cast to the dtype of an A that is called as a module.
         merged_adapters: Adapters that are currently merged into the base weight.
         kept: The stored base weight from before the first change, or None if that weight was not kept.
         moved_by: The adapters that use a residual base: either the one whose init (such as PiSSA) created it, or all
@@ -55,6 +56,7 @@ class StoredWeight(AdapterModule):
     r: dict[str, int]
     scaling: dict[str, float]
     variant: dict[str, str]
+    cast_input_dtype_enabled: bool = True
     merged_adapters: list[str]
     kept: Stored | None = None
     moved_by: tuple[str, ...] = ()
