@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from lorakit import core
 from lorakit.config import BdLoraConfig
 from lorakit.core.riemannian import Factors, precondition, preconditioned, trained_factors
+from lorakit.errors import ConfigError
 
 from ..laws.zoo import EMBEDDING, LINEARS, OF_KIND, output, randomise
 
@@ -47,6 +49,12 @@ def test_which_factors_are_preconditioned() -> None:
     fused = OF_KIND["Parameter"].model()
     core.attach(fused, OF_KIND["Parameter"].config(), "a")
     assert any(pair.experts > 1 for pair in trained_factors(fused))
+
+
+def test_a_model_without_adapters_has_no_pairs() -> None:
+    with pytest.raises(ConfigError, match="lora_A/lora_B parameter pairs") as caught:
+        preconditioned(torch.optim.SGD, LINEARS.model(), lr=0.1)
+    assert caught.value.field == "model"
 
 
 def test_steps_do_not_depend_on_how_b_and_a_share_their_size() -> None:

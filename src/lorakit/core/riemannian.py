@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lorakit.core.linalg import damped_inverse
 from lorakit.core.model.activation import trainable_parameters
-from lorakit.core.model.index import layers
+from lorakit.core.model.index import find_state, layers
 from lorakit.core.quantization import at_least_fp32
 from lorakit.errors import ConfigError, ConfigTypeError
 
@@ -135,7 +135,7 @@ def preconditioned(
             what=optimizer.__name__,
             field="optimizer_cls",
         )
-    pairs = trained_factors(model)
+    pairs = [] if find_state(model) is None else trained_factors(model)
     if not pairs:
         raise ConfigError(
             "The model does not have any trainable lora_A/lora_B parameter pairs, which the preconditioner needs. "

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lorakit.config import CONFIG_FILE, LoraConfig
-from lorakit.core import attach, inspect_adapter, load_adapter, save_adapter
+from lorakit.core import attach, inspect_adapter, load_adapter, merge, save_adapter
 from lorakit.core.files.adapter_folder import SIDECAR_FILE, WEIGHTS_FILE
 from lorakit.core.files.inspecting import LARGEST_USUAL_VALUE, NAMED, largest_value
-from lorakit.errors import AdapterFileError
+from lorakit.errors import AdapterFileError, MergeError
 
 from ...laws.snapshots import snapshot
 from ...laws.zoo import BERT, LLAMA, randomise, with_adapters
@@ -219,6 +219,24 @@ def test_a_product_beyond_the_dtype_of_the_base_is_an_error(folder: Path) -> Non
             load_adapter(model, folder, "new")
         assert snapshot(model) == before
         load_adapter(LLAMA.model().to(torch.bfloat16), folder, "new")
+
+
+def test_a_product_beyond_fp32_is_loaded_and_not_merged(folder: Path) -> None:
+    """No value is lost: the factors fit, and a forward pass does not compute the product."""
+
+    def change(name: str, tensor: Tensor) -> Tensor:
+        return torch.full_like(tensor, 1e20) if name.startswith(STEM) else tensor
+
+    tensors(change)(folder)
+    model = LLAMA.model()
+    with pytest.warns(UserWarning, match="1e\\+20"):
+        load_adapter(model, folder, "new")
+    layer = model.model.layers[0].self_attn.q_proj
+    assert (layer.lora_A["new"].weight == 1e20).all() and (layer.lora_B["new"].weight == 1e20).all()
+    before = snapshot(model)
+    with pytest.raises(MergeError):
+        merge(model, "new")
+    assert snapshot(model) == before
 
 
 @pytest.mark.parametrize(

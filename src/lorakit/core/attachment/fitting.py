@@ -299,6 +299,9 @@ def out_of_range(
 ) -> list[str]:
     """Return messages about values that would overflow to infinity in the base's dtype.
 
+    The product scale·B·A is checked only if the base's dtype has a smaller range than fp32, in which adapters are
+    trained: a forward pass does not compute the product, and a merge checks its own result.
+
     Args:
         tensors: Name on disk -> tensor (…).
         largest: Name on disk -> largest magnitude in the tensor.
@@ -316,7 +319,8 @@ def out_of_range(
             )
     for new, (target, held) in zip([] if found else factors, fitted.sites.values(), strict=not found):
         dtype, sizes = _dtype_at(index, target), [largest[held[side]] for side in "AB"]
-        if _product_overflows(new, sizes, torch.finfo(dtype).max):
+        limit = torch.finfo(dtype).max
+        if limit < torch.finfo(torch.float32).max and _product_overflows(new, sizes, limit):
             found.append(f"scale·B·A at {target.path} is outside the range of {_named(dtype)}")
     return found
 
