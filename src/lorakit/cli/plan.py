@@ -17,7 +17,7 @@ from lorakit.cli.early import check_at_least, check_model
 from lorakit.cli.flag_groups import RevisionFlag
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError, UsageError
-from lorakit.plan import Cluster, Job, ModelShape, ParallelPlan, Plan, Speed
+from lorakit.plan import Cluster, Job, ModelShape, Plan, Speed, bytes_of, choose_parallel
 from lorakit.plan.job import PROCESS_BYTES, dtype_name, recomputed
 from lorakit.plan.network import LINK, LINKS, NETWORK, PER_NODE, link_named
 from lorakit.plan.parallel import AUTO
@@ -103,11 +103,20 @@ class ParallelFlags:
     gpus_per_node: Annotated[int, Parameter(help=f"GPUs of a node. Default: {PER_NODE}.")] = PER_NODE
     link: Annotated[
         str,
-        Parameter(help=f"Link between the GPUs of a node: {', '.join(LINKS)}, or 25GB/s, e.g. Default: {LINK}."),
+        Parameter(help=f"Link between GPUs of a node: {', '.join(LINKS)}, or a rate such as 25GB/s. Default: {LINK}."),
     ] = LINK
     network: Annotated[
         str, Parameter(help=f"Link between nodes: one of the same names, or a rate. Default: {NETWORK}.")
     ] = NETWORK
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """Return the memory of each GPU in bytes, or None for a CPU.
+
+        Raises:
+            ConfigError: `gpu` is not a size.
+        """
+        return None if self.gpu is None else bytes_of(self.gpu, "gpu")
 
     def cluster(self) -> Cluster | None:
         """Return the processes, or None if no flag asks for them.
@@ -115,8 +124,9 @@ class ParallelFlags:
         Raises:
             ConfigError: A value is not allowed; the error names the flag.
         """
-        if self.nproc is None and self.gpu is None and self.parallel is None:
+        if self == ParallelFlags():
             return None
+        _ = self.limit_bytes  # reject a wrong size before the model is read
         link, network = link_named(self.link, "link"), link_named(self.network, "network")
         return Cluster(1 if self.nproc is None else self.nproc, self.gpus_per_node, link, network)
 
@@ -218,7 +228,8 @@ def run(
     final = replace(wanted, dtype=dtype, steps=steps)
     planned = plan.estimate(shape, config, final, speed, ranks=columns, allow_partial=adapter.allow_partial_targets)
     planned, reasons = _limited(planned, job)
-    together = None if cluster is None else _together(planned, cluster, job.processes)
+    way, limit = job.processes.parallel or AUTO, job.processes.limit_bytes
+    together = None if cluster is None else choose_parallel(planned, cluster, way, limit)
     if json:
         parallel = None if together is None else together.as_dict()
         console.emit_json({**planned.as_dict(), "machine": [*measured, *reasons], "parallel": parallel})
@@ -273,21 +284,9 @@ def _job(job: JobFlags, shape: ModelShape) -> Job:
     )
 
 
-def _together(planned: Plan, cluster: Cluster, flags: ParallelFlags) -> ParallelPlan:
-    """Return what each of several processes holds and sends, and how they share the base.
-
-    Raises:
-        ConfigError: Nothing fits into the GPUs, or the requested way is not possible.
-    """
-    from lorakit.plan import bytes_of, choose
-
-    limit = None if flags.gpu is None else bytes_of(flags.gpu)
-    return choose(planned, cluster, flags.parallel or AUTO, limit)
-
-
 def _limited(planned: Plan, job: JobFlags) -> tuple[Plan, list[str]]:
     """Return the plan with what a memory limit selects, and a line that describes the choice."""
-    from lorakit.plan import bytes_of, within
+    from lorakit.plan import within
     from lorakit.plan.fitting import describe, fitting
 
     if job.fit is not None:

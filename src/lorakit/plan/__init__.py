@@ -13,7 +13,7 @@ from lorakit.plan.flops import Flops
 from lorakit.plan.job import Job, Speed
 from lorakit.plan.memory import Line, Memory
 from lorakit.plan.network import Cluster
-from lorakit.plan.parallel import ParallelPlan, choose
+from lorakit.plan.parallel import ParallelPlan, choose_parallel
 from lorakit.plan.params import Count, RankTable, SiteCount, count, rank_table
 from lorakit.plan.text import details, render, render_parallel, summary
 
@@ -35,7 +35,7 @@ __all__ = [
     "Speed",
     "bytes_of",
     "catalogue",
-    "choose",
+    "choose_parallel",
     "count",
     "details",
     "estimate",

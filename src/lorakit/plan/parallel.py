@@ -11,7 +11,7 @@ Sources:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -132,7 +132,7 @@ def rank_plan(plan: Plan, cluster: Cluster, way: str) -> RankPlan:
     gradients = memory.bytes_of("gradients")
     buffer = gradients if cluster.processes > 1 else 0
     group = {DDP: 1, HSDP: cluster.local, FSDP: cluster.processes}[way]
-    parts = parts_of_base(plan.shape, itemsize, group) if group > 1 else {None: 0}
+    parts: Mapping[str | None, int] = parts_of_base(plan.shape, itemsize, group) if group > 1 else {None: 0}
     root, blocks = group * parts[None], [group * part for block, part in parts.items() if block is not None]
     held = sum(parts.values()) + itemsize * plan.counted.biases  # trained biases are not sharded
     used = root + sum(sorted(blocks)[-IN_FLIGHT:])
@@ -225,7 +225,7 @@ class ParallelPlan:
         }
 
 
-def choose(plan: Plan, cluster: Cluster, parallel: str = AUTO, limit_bytes: int | None = None) -> ParallelPlan:
+def choose_parallel(plan: Plan, cluster: Cluster, parallel: str = AUTO, limit_bytes: int | None = None) -> ParallelPlan:
     """Choose how the processes of a run share the base.
 
     Args:
@@ -295,9 +295,14 @@ def _reason(
 
 
 def _does_not_fit(plan: Plan, cluster: Cluster, parallel: str, smallest: RankPlan, limit_bytes: int) -> ConfigError:
-    """Return the error for a limit into which no way fits."""
-    options = [found for found in (_smaller(plan, cluster, parallel, limit_bytes),) if found]
-    options += [found for found in (_more(plan, cluster, parallel, limit_bytes),) if found]
+    """Return the error for a limit into which no way fits, with what would fit."""
+    smaller = _fitting(list(_variants(plan)), cluster, parallel, limit_bytes)
+    options = [smaller] if smaller else []
+    for more in _more(plan, cluster):
+        found = _fitting([plan] if smaller else list(_variants(plan)), more, parallel, limit_bytes)
+        if found is not None:
+            options.append(f"--nproc {more.processes} {found}")
+            break
     advice = f"What would fit: {'; or '.join(options)}." if options else "Use a smaller --max-length or model."
     quantization = "" if _is_quantized(plan) else " --quantization nf4 makes the base smaller."
     gpus = format_count(cluster.processes, "GPU")
@@ -310,31 +315,28 @@ def _does_not_fit(plan: Plan, cluster: Cluster, parallel: str, smallest: RankPla
     )
 
 
-def _smaller(plan: Plan, cluster: Cluster, parallel: str, limit_bytes: int) -> str | None:
-    """Return flags for more recomputation or a smaller batch with which the run fits, or None."""
-    rows, recomputed = plan.job.batch_rows, [way for way in RECOMPUTED if plan.job.accelerated or way != "feed-forward"]
+def _variants(plan: Plan) -> Iterator[Plan]:
+    """Yield plans of the same run with more recomputation and then with smaller batches."""
+    rows, ways = plan.job.batch_rows, [way for way in RECOMPUTED if plan.job.accelerated or way != "feed-forward"]
     while rows:
-        for recompute in recomputed:
-            made = with_job(plan, batch_rows=rows, recompute=recompute)
-            for way in _possible(plan, cluster, parallel):
-                rank = rank_plan(made, cluster, way)
-                if parallel in (AUTO, way) and rank.needed_bytes <= limit_bytes:
-                    flags = f"--parallel {way} --per-device-train-batch-size {rows} --recompute {recompute}"
-                    return f"{flags} ({format_bytes(rank.needed_bytes)})"
+        yield from (with_job(plan, batch_rows=rows, recompute=recompute) for recompute in ways)
         rows //= 2
+
+
+def _fitting(plans: Sequence[Plan], cluster: Cluster, parallel: str, limit_bytes: int) -> str | None:
+    """Return the flags of the first plan that fits in one of the ways that `parallel` allows, or None."""
+    for plan in plans:
+        for way in _possible(plan, cluster, parallel):
+            rank = rank_plan(plan, cluster, way)
+            if parallel in (AUTO, way) and rank.needed_bytes <= limit_bytes:
+                flags = f"--per-device-train-batch-size {plan.job.batch_rows} --recompute {plan.job.recompute}"
+                return f"--parallel {way} {flags} ({format_bytes(rank.needed_bytes)})"
     return None
 
 
-def _more(plan: Plan, cluster: Cluster, parallel: str, limit_bytes: int) -> str | None:
-    """Return the number of processes with which the same batch fits if the base is sharded over them, or None."""
-    if _is_quantized(plan) or parallel not in (AUTO, FSDP):
-        return None
-    count = 2 * cluster.processes
-    while count <= MOST_PROCESSES:
+def _more(plan: Plan, cluster: Cluster) -> Iterator[Cluster]:
+    """Yield clusters of more processes, over which a base that is not quantized can be sharded."""
+    count = cluster.processes
+    while not _is_quantized(plan) and (count := 2 * count) <= MOST_PROCESSES:
         per_node = cluster.per_node if count <= cluster.per_node else cluster.local
-        more = replace(cluster, processes=count, per_node=per_node)
-        rank = rank_plan(plan, more, FSDP)
-        if rank.needed_bytes <= limit_bytes:
-            return f"--nproc {count} --parallel fsdp ({format_bytes(rank.needed_bytes)})"
-        count *= 2
-    return None
+        yield replace(cluster, processes=count, per_node=per_node)
