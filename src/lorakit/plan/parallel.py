@@ -21,7 +21,7 @@ from lorakit.plan.budget import with_job
 from lorakit.plan.estimating import Plan
 from lorakit.plan.fitting import MARGIN
 from lorakit.plan.job import RECOMPUTED
-from lorakit.plan.memory import OPTIMIZING
+from lorakit.plan.memory import OPTIMIZING, Memory
 from lorakit.plan.network import Cluster, Traffic, all_gather_bytes, all_reduce_bytes
 from lorakit.plan.packed import stored_base
 from lorakit.plan.process import WRITING
@@ -98,6 +98,7 @@ class RankPlan:
         way: One of `WAYS`.
         held: Category of memory -> size in bytes when the total peaks. There are two more than in `memory.Line`: blocks
             "gathered" from all processes, and the "buffer" in which gradients are summed.
+        base_bytes: Size of the process's part of the base, without gathered blocks, in bytes.
         peak_bytes: Largest total at any moment, in bytes.
         peak_moment: That moment.
         traffic: What the process sends during a step.
@@ -105,6 +106,7 @@ class RankPlan:
 
     way: str
     held: Mapping[str, int]
+    base_bytes: int
     peak_bytes: int
     peak_moment: str
     traffic: Traffic
@@ -129,35 +131,53 @@ def rank_plan(plan: Plan, cluster: Cluster, way: str) -> RankPlan:
         way: One of `WAYS`.
     """
     memory, itemsize = plan.lora.memory, plan.job.dtype_bytes
-    gradients = memory.bytes_of("gradients")
-    buffer = gradients if cluster.processes > 1 else 0
     group = {DDP: 1, HSDP: cluster.local, FSDP: cluster.processes}[way]
-    parts: Mapping[str | None, int] = parts_of_base(plan.shape, itemsize, group) if group > 1 else {None: 0}
-    root, blocks = group * parts[None], [group * part for block, part in parts.items() if block is not None]
-    held = sum(parts.values()) + itemsize * plan.counted.biases  # trained biases are not sharded
-    used = root + sum(sorted(blocks)[-IN_FLIGHT:])
-    moments = dict[str, dict[str, int]]()
-    for moment in memory.moments:
-        sizes = {**memory.sizes_at(moment), "gathered": 0, "buffer": 0}
-        if group > 1 and moment in (OPTIMIZING, WRITING):
-            sizes["weights"] = held
-        elif group > 1 and moment in memory.moments_of_step:
-            sizes |= {"weights": held, "gathered": used}
-        moments[moment] = sizes
-    moments[SUMMING] = moments[OPTIMIZING] | {"buffer": buffer}
+    parts = parts_of_base(plan.shape, itemsize, group)
+    base = memory.bytes_of("weights")
     if group > 1:
-        moments[GATHERING] = moments[OPTIMIZING] | {"gathered": 2 * root}
+        base = sum(parts.values()) + itemsize * plan.counted.biases  # trained biases are not sharded
+    buffer = memory.bytes_of("gradients") if cluster.processes > 1 else 0
+    moments = _moments(memory, parts, group, base, buffer)
     totals = {moment: sum(sizes.values()) for moment, sizes in moments.items()}
     peak = max(totals, key=totals.__getitem__)
-    return RankPlan(way, moments[peak], totals[peak], peak, _traffic(plan, cluster, way, parts, group))
+    return RankPlan(way, moments[peak], base, totals[peak], peak, _traffic(plan, cluster, way, parts, group))
+
+
+def _moments(
+    memory: Memory, parts: Mapping[str | None, int], group: int, base: int, buffer: int
+) -> dict[str, dict[str, int]]:
+    """Return the size of each category at each moment; a sharded base is whole until the first step.
+
+    Args:
+        memory: Memory of a process that is alone.
+        parts: Result of `parts_of_base`.
+        group: Number of processes over which the base is sharded.
+        base: Size of a process's part of the base in bytes.
+        buffer: Size of the buffer in which gradients are summed, in bytes.
+    """
+    root, blocks = parts[None], sorted(_blocks(parts))
+    in_flight = group * (root + sum(blocks[-IN_FLIGHT:]))
+    moments = {moment: {**memory.sizes_at(moment), "gathered": 0, "buffer": 0} for moment in memory.moments}
+    if group > 1:
+        for moment in (*memory.moments_of_step, WRITING):
+            if moment in moments:
+                gathered = 0 if moment in (OPTIMIZING, WRITING) else in_flight
+                moments[moment] |= {"weights": base, "gathered": gathered}
+        moments[GATHERING] = moments[OPTIMIZING] | {"gathered": 2 * group * root}
+    moments[SUMMING] = moments[OPTIMIZING] | {"buffer": buffer}
+    return moments
+
+
+def _blocks(parts: Mapping[str | None, int]) -> list[int]:
+    return [part for block, part in parts.items() if block is not None]
 
 
 def _traffic(plan: Plan, cluster: Cluster, way: str, parts: Mapping[str | None, int], group: int) -> Traffic:
     """Return what a process sends; a block is gathered for the forward and for the backward pass, the rest once."""
-    first, blocks = parts[None], [part for block, part in parts.items() if block is not None]
+    root, blocks = parts[None], _blocks(parts)
     batches = plan.job.accumulation
-    gathered = batches * all_gather_bytes(first + 2 * sum(blocks), group)
-    before = batches * all_gather_bytes(first + sum(blocks[:1]), group)
+    gathered = batches * all_gather_bytes(root + 2 * sum(blocks), group)
+    before = batches * all_gather_bytes(root + sum(blocks[:1]), group)
     reduced = all_reduce_bytes(plan.lora.memory.bytes_of("gradients"), cluster.processes)
     rate = cluster.link.bytes_per_second if way == HSDP else cluster.rate
     return Traffic(gathered, reduced, gathered / rate, before / rate, reduced / cluster.rate)
