@@ -49,8 +49,8 @@ SIDES = {f"1 process, {PROCESSES} threads": (1, PROCESSES), f"{PROCESSES} proces
 ONE, SEVERAL = SIDES
 DATA, RUN_STEPS = "rows.jsonl", 3
 """Name of the data file, and steps, of the runs whose memory is measured."""
-REDUCED, GATHERED = "all_reduce", "all_gather_into_tensor"
-"""Collectives of `torch.distributed` that exchange gradients and parts of the base."""
+GATHERS = ("all_gather_into_tensor", "all_gather_single")
+"""Functions of `torch.distributed` with which releases of torch gather parts of the base."""
 
 
 def main() -> None:
@@ -309,18 +309,22 @@ def counted() -> dict[str, int]:
 
     from lorakit.plan.network import all_gather_bytes, all_reduce_bytes
 
-    sent = {REDUCED: 0, GATHERED: 0}
-    reduce, gather = distributed.all_reduce, distributed.all_gather_into_tensor
+    sent = {"all_reduce": 0, **dict.fromkeys(GATHERS, 0)}
 
-    def counted_reduce(tensor: Any, *given: Any, **named: Any) -> Any:
-        sent[REDUCED] += all_reduce_bytes(tensor.numel() * tensor.element_size(), PROCESSES)
-        return reduce(tensor, *given, **named)
+    def count(name: str, index: int, bytes_of: Callable[[int, int], int]) -> None:
+        """Replace a collective by one that counts the tensor that is its argument number `index`."""
+        collective = getattr(distributed, name)
 
-    def counted_gather(output_tensor: Any, input_tensor: Any, *given: Any, **named: Any) -> Any:
-        sent[GATHERED] += all_gather_bytes(input_tensor.numel() * input_tensor.element_size(), PROCESSES)
-        return gather(output_tensor, input_tensor, *given, **named)
+        def counting(*tensors: Any, **named: Any) -> Any:
+            sent[name] += bytes_of(tensors[index].nbytes, PROCESSES)
+            return collective(*tensors, **named)
 
-    distributed.all_reduce, distributed.all_gather_into_tensor = counted_reduce, counted_gather
+        setattr(distributed, name, counting)
+
+    count("all_reduce", 0, all_reduce_bytes)
+    for name in GATHERS:
+        if hasattr(distributed, name):
+            count(name, 1, all_gather_bytes)
     return sent
 
 

@@ -78,7 +78,7 @@ def test_nothing_is_measured_for_a_gpu(capsys: pytest.CaptureFixture[str]) -> No
         (["--nproc", "8", "--gpu", "big"], "gpu: 'big' is not a size"),
         (["--nproc", "8", "--gpu", "0GB"], "gpu: '0GB' is not a size"),
         (["--nproc", "8", "--parallel", "fdsp"], "Did you mean fsdp?"),
-        (["--nproc", "8", "--parallel", "hsdp"], "needs at least 2 nodes"),
+        (["--nproc", "1", "--parallel", "hsdp"], "needs at least 2 processes"),
         (["--parallel", "fsdp"], "needs at least 2 processes"),
         (["--nproc", "8", "--link", "usb"], "link is 'usb'"),
         (["--nproc", "8", "--network", "fast"], "network is 'fast'"),

@@ -79,23 +79,27 @@ def test_bad_numbers_of_processes(processes: int, per_node: int, field: str) -> 
     assert caught.value.what == str(per_node if field == "gpus_per_node" else processes)
 
 
-def test_all_gathers_hide_behind_computation_except_for_the_first() -> None:
-    traffic = Traffic(gathered_bytes=100, reduced_bytes=10, gather_seconds=10.0, first_seconds=1.0, reduce_seconds=0.5)
-    assert traffic.sent_bytes == 110 and traffic.seconds == 10.5
-    assert traffic.exposed_seconds(4.0) == 1.0 + 0.5 + (9.0 - 4.0)
-    assert traffic.exposed_seconds(9.0) == traffic.exposed_seconds(100.0) == 1.5
-    assert traffic.scaling(9.0) == 9.0 / 10.5
+def test_communication_hides_behind_computation_except_for_the_ends() -> None:
+    traffic = Traffic(
+        100, 10, gather_seconds=10.0, first_seconds=1.0, reduce_seconds=2.5, last_seconds=0.5, backward=0.5
+    )
+    assert traffic.sent_bytes == 110 and traffic.seconds == 12.5
+    assert traffic.exposed_seconds(100.0) == traffic.exposed_seconds(11.0) == 1.0 + 0.5
+    assert traffic.exposed_seconds(5.0) == 1.0 + 0.5 + (9.0 + 2.0 - 5.0)
+    assert traffic.scaling(11.0) == 11.0 / 12.5
+    only = Traffic(0, 10, 0.0, 0.0, reduce_seconds=2.5, last_seconds=0.5, backward=0.25)
+    assert only.exposed_seconds(8.0) == 0.5  # the last backward pass takes 2 s, like the sum that it hides
+    assert only.exposed_seconds(4.0) == 0.5 + (2.0 - 1.0)
 
 
 @pytest.mark.parametrize("wanted", [0.1, 0.5, 0.8, 0.9, 0.99])
 @pytest.mark.parametrize("first", [0.0, 0.5, 3.0])
-@pytest.mark.parametrize("reduced", [0.2, 0.0])
-def test_the_shortest_computation_for_a_scaling(wanted: float, first: float, reduced: float) -> None:
-    traffic = Traffic(0, 0, 3.0, first, reduced)
+@pytest.mark.parametrize(("reduced", "last"), [(0.2, 0.1), (0.0, 0.0), (9.0, 0.5)])
+def test_the_shortest_computation_for_a_scaling(wanted: float, first: float, reduced: float, last: float) -> None:
+    traffic = Traffic(0, 0, 3.0, first, reduced, last, 0.6)
     seconds = traffic.seconds_for(wanted)
-    if seconds:
-        assert traffic.scaling(seconds) >= wanted - 1e-12
-        assert traffic.scaling(0.99 * seconds) < wanted
+    assert traffic.scaling(seconds) >= wanted - 1e-12
+    assert traffic.scaling(0.99 * seconds) < wanted
 
 
 def test_tokens_that_hide_an_all_gather() -> None:

@@ -18,9 +18,9 @@ from lorakit.cli.flag_groups import RevisionFlag
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError, UsageError
 from lorakit.plan import Cluster, Job, ModelShape, Plan, Speed, bytes_of, choose_parallel
+from lorakit.plan.choosing import AUTO
 from lorakit.plan.job import PROCESS_BYTES, dtype_name, recomputed
 from lorakit.plan.network import LINK, LINKS, NETWORK, PER_NODE, link_named
-from lorakit.plan.parallel import AUTO
 from lorakit.plan.params import with_full_modules, with_new_tokens
 from lorakit.tables import format_quantity
 from lorakit.train.defaults import DEFAULTS, TASK_NAMES

@@ -60,6 +60,9 @@ LINKS: dict[str, Link] = {
 LINK, NETWORK = "pcie4", "100gbe"
 """Names of the links that are assumed within a node and between nodes."""
 
+BUCKET_BYTES = 4 << 20
+"""Size of gradients from which they are summed while the backward pass goes on."""
+
 PER_NODE = 8
 """GPUs of a node, unless the user gives another number."""
 
@@ -170,14 +173,16 @@ def hiding_tokens(itemsize: int, flops_per_second: float, bytes_per_second: floa
 
 @dataclass(frozen=True)
 class Traffic:
-    """What each process sends during an optimizer step.
+    """What each process sends during an optimizer step, and what of it can run during the computation.
 
     Attributes:
         gathered_bytes: Parts of the base that are sent to the other processes.
         reduced_bytes: Gradients.
         gather_seconds: Time of the all-gathers.
-        first_seconds: Part of `gather_seconds` that precedes the first block, so that no computation hides it.
-        reduce_seconds: Time of the sum of the gradients, which follows the last backward pass.
+        first_seconds: Part of `gather_seconds` that precedes the first block of a batch.
+        reduce_seconds: Time of the sum of the gradients.
+        last_seconds: Part of `reduce_seconds` that follows the last backward pass.
+        backward: The step's last backward pass as a fraction of its computation.
     """
 
     gathered_bytes: int
@@ -185,6 +190,8 @@ class Traffic:
     gather_seconds: float
     first_seconds: float
     reduce_seconds: float
+    last_seconds: float
+    backward: float
 
     @property
     def sent_bytes(self) -> int:
@@ -196,14 +203,28 @@ class Traffic:
         """Return the time of all communication."""
         return self.gather_seconds + self.reduce_seconds
 
+    @property
+    def _never_hidden(self) -> float:
+        return self.first_seconds + self.last_seconds
+
+    @property
+    def _hidden(self) -> float:
+        """Return the time of communication that can run during the computation."""
+        return self.seconds - self._never_hidden
+
+    @property
+    def _hidden_sum(self) -> float:
+        """Return the time of communication that can run during the last backward pass only."""
+        return self.reduce_seconds - self.last_seconds
+
     def exposed_seconds(self, compute_seconds: float) -> float:
-        """Return the time of a step in which a process only waits; the next block is gathered while one is computed.
+        """Return the time of a step in which a process only waits.
 
         Args:
             compute_seconds: Time of the step's computation.
         """
-        hidden = self.gather_seconds - self.first_seconds
-        return self.first_seconds + self.reduce_seconds + max(0.0, hidden - compute_seconds)
+        beyond = max(self._hidden - compute_seconds, self._hidden_sum - self.backward * compute_seconds)
+        return self._never_hidden + max(0.0, beyond)
 
     def scaling(self, compute_seconds: float) -> float:
         """Return the expected speed of each process, as a fraction of the speed of one that is alone.
@@ -219,6 +240,10 @@ class Traffic:
         Args:
             scaling: The fraction, above 0 and below 1.
         """
-        exposed, hidden = self.first_seconds + self.reduce_seconds, self.gather_seconds - self.first_seconds
-        partly = scaling * (exposed + hidden)
-        return partly if partly <= hidden else scaling / (1 - scaling) * exposed
+        waiting = (1 - scaling) / scaling  # seconds in which a process may wait per second of computation
+        always = self._never_hidden
+        return max(
+            always / waiting,
+            (always + self._hidden) / (waiting + 1),
+            (always + self._hidden_sum) / (waiting + self.backward),
+        )

@@ -1,9 +1,9 @@
-"""What each process of a run holds and sends if the base is replicated or sharded, and which of these ways fits.
+"""What each process of a run holds and sends if the base is replicated or sharded.
 
 Under DDP, each process has the whole base. Under FSDP2 (`fully_shard`), the frozen base is sharded in its storage dtype
 over all processes, and one block after the other is gathered; HSDP does this within each node. In each way, the adapter
-with its gradients and optimizer state is whole in every process, and gradients are summed once per step. This module
-does not depend on the machine; `docs/distributed-arithmetic.md` has the formulas with examples.
+with its gradients and optimizer state is whole in every process, and gradients are summed once per step, during the
+last backward pass. `docs/distributed-arithmetic.md` has the formulas with examples; `choosing` selects one of the ways.
 
 Sources:
     Li et al. 2020, arXiv:2006.15704 (DDP); Zhao et al. 2023, arXiv:2304.11277 (FSDP, hybrid sharding).
@@ -11,39 +11,31 @@ Sources:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorakit.architectures.shapes import ModelShape, SiteShape, block_of
-from lorakit.errors import ConfigError, UsageError
-from lorakit.plan.budget import with_job
 from lorakit.plan.estimating import Plan
 from lorakit.plan.fitting import MARGIN
-from lorakit.plan.job import RECOMPUTED
 from lorakit.plan.memory import OPTIMIZING, Memory
-from lorakit.plan.network import Cluster, Traffic, all_gather_bytes, all_reduce_bytes
-from lorakit.plan.packed import stored_base
+from lorakit.plan.network import BUCKET_BYTES, Cluster, Traffic, all_gather_bytes, all_reduce_bytes
 from lorakit.plan.process import WRITING
-from lorakit.tables import format_bytes, format_count
 from lorakit.targets.layer_types import LINEAR
 
-AUTO, DDP, HSDP, FSDP = "auto", "ddp", "hsdp", "fsdp"
+DDP, HSDP, FSDP = "ddp", "hsdp", "fsdp"
 
 WAYS = (DDP, HSDP, FSDP)
-"""How the processes can share a base, from the least communication to the least memory; `AUTO` selects one of them."""
+"""How the processes can share a base, from the least communication to the least memory."""
 
 SUMMING = "the gradients are summed"
-"""Moment between the last backward pass and the optimizer step, at which the flat buffer exists."""
+"""Moment at the end of the last backward pass, at which a bucket of gradients and its buffer exist."""
 
 GATHERING = "the embeddings and the head are gathered"
 """Moment at the beginning of a forward pass, at which they exist twice: as received, and as separate tensors."""
 
 IN_FLIGHT = 2
 """Blocks that are gathered at once: the one that is computed, and the next one."""
-
-MOST_PROCESSES = 1024
-"""Number of processes up to which advice is given."""
 
 
 def tensors_of_base(shape: ModelShape) -> Iterator[tuple[str | None, int, int]]:
@@ -136,7 +128,7 @@ def rank_plan(plan: Plan, cluster: Cluster, way: str) -> RankPlan:
     base = memory.bytes_of("weights")
     if group > 1:
         base = sum(parts.values()) + itemsize * plan.counted.biases  # trained biases are not sharded
-    buffer = memory.bytes_of("gradients") if cluster.processes > 1 else 0
+    buffer = _bucket_bytes(plan) if cluster.processes > 1 else 0
     moments = _moments(memory, parts, group, base, buffer)
     totals = {moment: sum(sizes.values()) for moment, sizes in moments.items()}
     peak = max(totals, key=totals.__getitem__)
@@ -153,7 +145,7 @@ def _moments(
         parts: Result of `parts_of_base`.
         group: Number of processes over which the base is sharded.
         base: Size of a process's part of the base in bytes.
-        buffer: Size of the buffer in which gradients are summed, in bytes.
+        buffer: Size of the largest bucket of gradients that are summed together, in bytes.
     """
     root, blocks = parts[None], sorted(_blocks(parts))
     in_flight = group * (root + sum(blocks[-IN_FLIGHT:]))
@@ -172,191 +164,28 @@ def _blocks(parts: Mapping[str | None, int]) -> list[int]:
     return [part for block, part in parts.items() if block is not None]
 
 
+def _bucket_bytes(plan: Plan) -> int:
+    """Return the size of the largest bucket of gradients, which is closed when it reaches `BUCKET_BYTES`."""
+    counted = plan.counted
+    largest = max([plan.job.dtype_bytes * count for count in counted.saved.values()], default=0)
+    return min(plan.lora.memory.bytes_of("gradients"), BUCKET_BYTES + largest)
+
+
 def _traffic(plan: Plan, cluster: Cluster, way: str, parts: Mapping[str | None, int], group: int) -> Traffic:
     """Return what a process sends; a block is gathered for the forward and for the backward pass, the rest once."""
     root, blocks = parts[None], _blocks(parts)
-    batches = plan.job.accumulation
+    batches, costs, count = plan.job.accumulation, plan.lora.flops, cluster.processes
     gathered = batches * all_gather_bytes(root + 2 * sum(blocks), group)
-    before = batches * all_gather_bytes(root + sum(blocks[:1]), group)
-    reduced = all_reduce_bytes(plan.lora.memory.bytes_of("gradients"), cluster.processes)
+    first = batches * all_gather_bytes(root + sum(blocks[:1]), group)
+    reduced = all_reduce_bytes(plan.lora.memory.bytes_of("gradients"), count)
+    last = all_reduce_bytes(_bucket_bytes(plan), count)
     rate = cluster.link.bytes_per_second if way == HSDP else cluster.rate
-    return Traffic(gathered, reduced, gathered / rate, before / rate, reduced / cluster.rate)
-
-
-@dataclass(frozen=True)
-class ParallelPlan:
-    """How the processes of a run share the base.
-
-    Attributes:
-        way: The chosen one of `WAYS`.
-        reason: Message that says why it was chosen.
-        cluster: The processes.
-        limit_bytes: Memory of each GPU in bytes, or None if it is unknown.
-        ranks: Plan of a process for each way that is possible; all processes hold and send the same.
-        step_seconds: Time in which a process that is alone takes its part of a step, or None if no speed is known.
-        step_tokens: Number of tokens of a step in all processes.
-    """
-
-    way: str
-    reason: str
-    cluster: Cluster
-    limit_bytes: int | None
-    ranks: tuple[RankPlan, ...]
-    step_seconds: float | None
-    step_tokens: int
-
-    @property
-    def chosen(self) -> RankPlan:
-        """Return the plan of a process in the chosen way."""
-        return next(rank for rank in self.ranks if rank.way == self.way)
-
-    def fits(self, rank: RankPlan) -> bool | None:
-        """Return whether a process fits into its GPU, or None if the size of its memory is unknown."""
-        return None if self.limit_bytes is None else rank.needed_bytes <= self.limit_bytes
-
-    def scaling(self, rank: RankPlan) -> float | None:
-        """Return the expected speed of each process relative to one that is alone, or None if no speed is known."""
-        return None if self.step_seconds is None else rank.traffic.scaling(self.step_seconds)
-
-    def tokens_per_second(self, rank: RankPlan) -> float | None:
-        """Return the expected speed of all processes together, or None if no speed is known."""
-        scaling = self.scaling(rank)
-        return None if scaling is None or self.step_seconds is None else scaling * self.step_tokens / self.step_seconds
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON values."""
-        return {
-            "parallel": self.way,
-            "reason": self.reason,
-            **asdict(self.cluster),
-            "nodes": self.cluster.nodes,
-            "limit_bytes": self.limit_bytes,
-            "step_seconds": self.step_seconds,
-            "step_tokens": self.step_tokens,
-            "ranks": [
-                {
-                    **rank.as_dict(),
-                    "fits": self.fits(rank),
-                    "expected_scaling": self.scaling(rank),
-                    "expected_tokens_per_second": self.tokens_per_second(rank),
-                }
-                for rank in self.ranks
-            ],
-        }
-
-
-def choose_parallel(plan: Plan, cluster: Cluster, parallel: str = AUTO, limit_bytes: int | None = None) -> ParallelPlan:
-    """Choose how the processes of a run share the base.
-
-    Args:
-        plan: The plan of one process that is alone, with the batch of one process.
-        cluster: The processes.
-        parallel: One of `WAYS`, or `AUTO` for the first of them that fits.
-        limit_bytes: Memory of each GPU in bytes; None if it is unknown, in which case `AUTO` selects DDP.
-
-    Raises:
-        ConfigError: The way is unknown or not possible, or no way fits; the message says what would fit.
-    """
-    ways = _possible(plan, cluster, parallel)
-    ranks = tuple(rank_plan(plan, cluster, way) for way in ways)
-    asked = [rank for rank in ranks if parallel in (AUTO, rank.way)]
-    chosen = next((rank for rank in asked if limit_bytes is None or rank.needed_bytes <= limit_bytes), None)
-    if chosen is None:
-        raise _does_not_fit(plan, cluster, parallel, asked[-1], limit_bytes or 0)
-    reason = _reason(chosen, ranks, cluster, parallel, limit_bytes)
-    tokens = cluster.processes * plan.job.step_tokens
-    return ParallelPlan(chosen.way, reason, cluster, limit_bytes, ranks, plan.lora.step_seconds, tokens)
-
-
-def _possible(plan: Plan, cluster: Cluster, parallel: str) -> list[str]:
-    """Return the ways that are possible for these processes and this base, in the order of `WAYS`."""
-    if parallel not in (AUTO, *WAYS):
-        raise ConfigError.of("parallel", parallel, allowed=(AUTO, *WAYS))
-    needs = {HSDP: (cluster.nodes, "nodes"), FSDP: (cluster.processes, "processes")}
-    count, things = needs.get(parallel, (2, ""))
-    if count < 2:
-        raise UsageError(
-            f"parallel is {parallel!r}, which needs at least 2 {things}; this run has 1 "
-            f"({format_count(cluster.processes, 'process', 'processes')}, {cluster.per_node} GPUs per node).",
-            what=parallel,
-            field="parallel",
-        )
-    if _is_quantized(plan):
-        if parallel in needs:
-            raise ConfigError(
-                f"parallel is {parallel!r}, but a quantized base cannot be sharded; use ddp, or omit --quantization.",
-                what=parallel,
-                field="parallel",
-                allowed=(AUTO, DDP),
-            )
-        return [DDP]
-    return [way for way in WAYS if needs.get(way, (2, ""))[0] > 1]
-
-
-def _is_quantized(plan: Plan) -> bool:
-    job = plan.job
-    return stored_base(plan.shape, job.quantization, job.dtype_bytes, job.double_quantization) is not None
-
-
-def _reason(
-    chosen: RankPlan, ranks: tuple[RankPlan, ...], cluster: Cluster, parallel: str, limit_bytes: int | None
-) -> str:
-    """Return why a way was chosen, with the needs of those that do not fit."""
-    if limit_bytes is None:
-        why = "as requested" if parallel != AUTO else "no GPU memory was given, so nothing was compared with it"
-        return f"{chosen.way}: {why}"
-    why = f"needs {format_bytes(chosen.needed_bytes)} of {format_bytes(limit_bytes)} ({MARGIN:.0%} margin)"
-    if parallel != AUTO:
-        return f"{chosen.way}: as requested, {why}"
-    before = [f"{rank.way} needs {format_bytes(rank.needed_bytes)}" for rank in ranks[: ranks.index(chosen)]]
-    if before:
-        return f"{chosen.way}: {why}, but {' and '.join(before)}"
-    return f"{chosen.way}: {why}; the whole base fits, so only gradients are sent"
-
-
-def _does_not_fit(plan: Plan, cluster: Cluster, parallel: str, smallest: RankPlan, limit_bytes: int) -> ConfigError:
-    """Return the error for a limit into which no way fits, with what would fit."""
-    smaller = _fitting(list(_variants(plan)), cluster, parallel, limit_bytes)
-    options = [smaller] if smaller else []
-    for more in _more(plan, cluster):
-        found = _fitting([plan] if smaller else list(_variants(plan)), more, parallel, limit_bytes)
-        if found is not None:
-            options.append(f"--nproc {more.processes} {found}")
-            break
-    advice = f"What would fit: {'; or '.join(options)}." if options else "Use a smaller --max-length or model."
-    quantization = "" if _is_quantized(plan) else " --quantization nf4 makes the base smaller."
-    gpus = format_count(cluster.processes, "GPU")
-    return ConfigError(
-        f"the run does not fit into {format_bytes(limit_bytes)} on each of {gpus}: {smallest.way} needs at least "
-        f"{format_bytes(smallest.needed_bytes)} (planned peak {format_bytes(smallest.peak_bytes)} plus {MARGIN:.0%}). "
-        f"{advice}{quantization}",
-        what=format_bytes(limit_bytes),
-        field="gpu",
+    return Traffic(
+        gathered_bytes=gathered,
+        reduced_bytes=reduced,
+        gather_seconds=gathered / rate,
+        first_seconds=first / rate,
+        reduce_seconds=reduced / cluster.rate,
+        last_seconds=last / cluster.rate,
+        backward=(costs.backward + costs.recomputed) / costs.total / batches,
     )
-
-
-def _variants(plan: Plan) -> Iterator[Plan]:
-    """Yield plans of the same run with more recomputation and then with smaller batches."""
-    rows, ways = plan.job.batch_rows, [way for way in RECOMPUTED if plan.job.accelerated or way != "feed-forward"]
-    while rows:
-        yield from (with_job(plan, batch_rows=rows, recompute=recompute) for recompute in ways)
-        rows //= 2
-
-
-def _fitting(plans: Sequence[Plan], cluster: Cluster, parallel: str, limit_bytes: int) -> str | None:
-    """Return the flags of the first plan that fits in one of the ways that `parallel` allows, or None."""
-    for plan in plans:
-        for way in _possible(plan, cluster, parallel):
-            rank = rank_plan(plan, cluster, way)
-            if parallel in (AUTO, way) and rank.needed_bytes <= limit_bytes:
-                flags = f"--per-device-train-batch-size {plan.job.batch_rows} --recompute {plan.job.recompute}"
-                return f"--parallel {way} {flags} ({format_bytes(rank.needed_bytes)})"
-    return None
-
-
-def _more(plan: Plan, cluster: Cluster) -> Iterator[Cluster]:
-    """Yield clusters of more processes, over which a base that is not quantized can be sharded."""
-    count = cluster.processes
-    while not _is_quantized(plan) and (count := 2 * count) <= MOST_PROCESSES:
-        per_node = cluster.per_node if count <= cluster.per_node else cluster.local
-        yield replace(cluster, processes=count, per_node=per_node)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from lorakit.plan.choosing import ParallelPlan
 from lorakit.plan.estimating import Plan
-from lorakit.plan.parallel import ParallelPlan, RankPlan
+from lorakit.plan.parallel import RankPlan
 from lorakit.plan.params import RankTable
 from lorakit.tables import (
     columns,
