@@ -2,7 +2,7 @@
 each holds and sends what `lorakit plan` says: memory within 15%.
 
     python benchmarks/bench_processes.py [--quick] [--only speed memory] [--models small smollm2] [--steps 8]
-        [--rounds 1] [--rows 4] [--length 256] [--parallel ddp fsdp] [--dtypes bfloat16]
+        [--rounds 1] [--rows 4] [--length 256] [--parallel ddp fsdp] [--dtypes bfloat16] [--allocators kept pinned]
 
 Speed: `lorakit train`'s step with SmolLM2-135M's geometry and with six of its layers ("small"), random weights, r 16 on
 all linear layers, two batches per step. One process computes both batches with two threads; of two processes, each
@@ -11,7 +11,8 @@ computes one with one thread. The processes of both sides exist at once, and the
 Memory and bytes: whole runs of `lorakit train` of three steps in two processes, on the packaged SmolLM2-135M. Compared
 with the plan of the same run: the peak resident size of each process, the frozen parameters that the first process
 holds after a step, and the bytes that it sends in a step, counted from the tensors that it passes to the collectives of
-`torch.distributed`. A way of `--parallel` that lorakit does not support is reported and left out.
+`torch.distributed`. A way of `--parallel` that lorakit does not support is reported and left out. With the allocator
+"pinned", malloc returns each large tensor when it is freed; with "kept", it is set up as by the command.
 
 Rows are appended to results/processes.jsonl. `--quick` takes less than two minutes on two idle cores, and does not fail
 if a goal is missed.
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import os
 import socket
@@ -49,6 +51,8 @@ SIDES = {f"1 process, {PROCESSES} threads": (1, PROCESSES), f"{PROCESSES} proces
 ONE, SEVERAL = SIDES
 DATA, RUN_STEPS = "rows.jsonl", 3
 """Name of the data file, and steps, of the runs whose memory is measured."""
+ALLOCATORS = {"kept": {}, "pinned": {"LORAKIT_ALLOCATOR": "stock", "MALLOC_MMAP_THRESHOLD_": "131072"}}
+"""Name -> environment variables."""
 GATHERS = ("all_gather_into_tensor", "all_gather_single")
 """Functions of `torch.distributed` with which releases of torch gather parts of the base."""
 
@@ -65,8 +69,8 @@ def main() -> None:
             missed += speed(model, options)
     if "memory" in options.only:
         for dtype in options.dtypes:
-            for parallel in options.parallel:
-                missed += memory(parallel, dtype, options)
+            for parallel, allocator in itertools.product(options.parallel, options.allocators):
+                missed += memory(parallel, dtype, allocator, options)
     if missed and not options.quick:
         raise SystemExit(f"missed: {'; '.join(missed)}")
 
@@ -78,6 +82,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16"])
     parser.add_argument("--parallel", nargs="+", choices=("ddp", "fsdp"), default=["ddp", "fsdp"])
+    parser.add_argument("--allocators", nargs="+", choices=list(ALLOCATORS), default=["kept"])
     parser.add_argument("--steps", type=int, default=8, help="measured steps of each side, after the warm-up")
     parser.add_argument("--rounds", type=int, default=1, help="number of new processes for every side")
     parser.add_argument("--rows", type=int, default=4)
@@ -93,12 +98,15 @@ def parsed() -> argparse.Namespace:
 
 
 @contextlib.contextmanager
-def started(asked: dict[str, Any], count: int, threads: int) -> Iterator[list[subprocess.Popen[str]]]:
+def started(
+    asked: dict[str, Any], count: int, threads: int, allocator: str = "kept"
+) -> Iterator[list[subprocess.Popen[str]]]:
     """Start this script in processes that find each other through torch's variables, and end them after a block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    common |= ALLOCATORS[allocator]
     common |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = [sys.executable, __file__, "--child", json.dumps(asked)]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
@@ -218,18 +226,22 @@ def prepared(job: Job, processes: Any) -> Callable[[int], float]:
 # --- memory and bytes
 
 
-def memory(parallel: str, dtype: str, options: argparse.Namespace) -> list[str]:
+def memory(parallel: str, dtype: str, allocator: str, options: argparse.Namespace) -> list[str]:
     """Run `lorakit train` in two processes, append a row for each, and return the goals that are missed."""
     case = {"parallel": parallel, "dtype": dtype, "rows": options.rows, "length": options.length}
     with tempfile.TemporaryDirectory() as folder:
         write_rows(Path(folder, DATA), options.length, PROCESSES * options.rows * RUN_STEPS)
-        with started({**case, "folder": folder}, PROCESSES, 1) as processes:
+        with started({**case, "folder": folder}, PROCESSES, 1, allocator) as processes:
             found = [answer(process) for process in processes]
         if "unsupported" in found[0]:
             print(f"processes: {parallel}: left out: {found[0]['unsupported']}")
             return []
         plan = json.loads(Path(folder, "run", "run.json").read_text(encoding="utf-8"))["plan"]
-    planned, facts, missed = planned_rank(plan, parallel), {"model": "smollm2", **case}, list[str]()
+    planned, facts, missed = (
+        planned_rank(plan, parallel),
+        {"model": "smollm2", "allocator": allocator, **case},
+        list[str](),
+    )
     sent = {"sent": planned.traffic.sent_bytes, "base": planned.base_bytes}
     for what, measured in (("sent", found[0]["sent_bytes"]), ("base", found[0]["base_bytes"])):
         samples = {f"{what}_bytes": [measured], "ratio": [sent[what] / measured]}
@@ -239,7 +251,9 @@ def memory(parallel: str, dtype: str, options: argparse.Namespace) -> list[str]:
         samples = {"peak_bytes": [each["peak_bytes"]], "ratio": [planned.peak_bytes / each["peak_bytes"]]}
         row = {"what": "memory", **facts, "rank": rank, "planned_bytes": planned.peak_bytes}
         append_row("processes", {**row, "moment": planned.peak_moment}, samples)
-        missed += _outside(f"{parallel}, {dtype}: memory of process {rank}", planned.peak_bytes, each["peak_bytes"])
+        missed += _outside(
+            f"{parallel}, {dtype}, {allocator}: memory of process {rank}", planned.peak_bytes, each["peak_bytes"]
+        )
     return missed
 
 

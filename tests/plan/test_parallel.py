@@ -1,4 +1,4 @@
-"""What each process holds and sends under DDP, FSDP2 and HSDP."""
+"""Memory and communication of each process under DDP, FSDP2 and HSDP."""
 
 from __future__ import annotations
 
@@ -111,7 +111,9 @@ def test_a_step_gathers_each_block_twice_per_batch_and_sums_gradients_once() -> 
     assert again.traffic.gathered_bytes == 3 * found[FSDP].traffic.gathered_bytes
     assert again.traffic.reduced_bytes == found[FSDP].traffic.reduced_bytes
     recomputing = rank_plan(planned(recompute="layers"), cluster, FSDP)
-    assert recomputing.traffic.sent_bytes == found[FSDP].traffic.sent_bytes  # a recomputed block has been gathered already
+    assert (
+        recomputing.traffic.sent_bytes == found[FSDP].traffic.sent_bytes
+    )  # a recomputed block has been gathered already
     rate = LINKS["pcie4"].bytes_per_second
     assert found[FSDP].traffic.gather_seconds == found[FSDP].traffic.gathered_bytes / rate
 

@@ -96,8 +96,8 @@ class ParallelFlags:
     parallel: Annotated[
         str | None,
         Parameter(
-            help="How the processes share the base: ddp (each holds all of it), fsdp (sharded), hsdp (sharded within "
-            "each node) or auto. Default: auto, the first that fits, which is ddp without --gpu."
+            help="Set how the processes share the base: ddp (each holds all of it), fsdp (sharded), hsdp (sharded "
+            "within each node) or auto. Default: auto, the first that fits, which is ddp without --gpu."
         ),
     ] = None
     gpus_per_node: Annotated[int, Parameter(help=f"GPUs of a node. Default: {PER_NODE}.")] = PER_NODE
@@ -302,7 +302,7 @@ def _limited(planned: Plan, job: JobFlags) -> tuple[Plan, list[str]]:
 def _machine(job: JobFlags, dtype: str, steps: int | None) -> tuple[str, Speed | None, list[str]]:
     """Return the dtype, the speed and notes; measure the speed only if requested or needed for a time estimate.
 
-    The speed of a GPU of which only the memory is known is not measured.
+    If the size of a GPU is given, this machine is not measured.
     """
     if job.tokens_per_second is not None:
         if job.calibrate:

@@ -1,6 +1,6 @@
 """Choose how the processes of a run share the base, given the memory of each GPU, and say why or what would fit.
 
-This module does not depend on the machine; `lorakit plan` passes numbers of the user.
+This module does not depend on the machine; `lorakit plan` passes sizes that the user gives.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MOST_PROCESSES = 1024
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """How the processes of a run share the base.
+    """Way in which the processes of a run share the base.
 
     Attributes:
         way: The chosen one of `WAYS`.

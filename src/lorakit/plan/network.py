@@ -32,7 +32,7 @@ class Link:
 
 
 def _pcie(generation: int, transfers: float) -> Link:
-    """Return a slot of 16 lanes, which transfer one bit per transfer, 128 of 130 bits being data."""
+    """Return a link of 16 lanes, each of which sends one bit per transfer; 128 of 130 bits are data."""
     rate = transfers * 16 * 128 / 130 / 8
     return Link(f"pcie{generation}", rate, f"PCI-SIG, PCI Express {generation}.0: {transfers / 1e9:g} GT/s, 16 lanes")
 
@@ -61,7 +61,7 @@ LINK, NETWORK = "pcie4", "100gbe"
 """Names of the links that are assumed within a node and between nodes."""
 
 BUCKET_BYTES = 4 << 20
-"""Size of gradients from which they are summed while the backward pass goes on."""
+"""Size of gradients from which they are summed during the backward pass."""
 
 PER_NODE = 8
 """GPUs of a node, unless the user gives another number."""
@@ -89,7 +89,7 @@ def link_named(text: str, field: str) -> Link:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The processes of a run, each of which has one GPU.
+    """The processes of a run, with one GPU for each.
 
     Attributes:
         processes: Number of processes.
@@ -173,7 +173,7 @@ def hiding_tokens(itemsize: int, flops_per_second: float, bytes_per_second: floa
 
 @dataclass(frozen=True)
 class Traffic:
-    """What each process sends during an optimizer step, and what of it can run during the computation.
+    """Bytes that each process sends during an optimizer step, and the time that they take.
 
     Attributes:
         gathered_bytes: Parts of the base that are sent to the other processes.

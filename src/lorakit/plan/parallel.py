@@ -1,4 +1,4 @@
-"""What each process of a run holds and sends if the base is replicated or sharded.
+"""Memory and communication of each process of a run, if the base is replicated or sharded.
 
 Under DDP, each process has the whole base. Under FSDP2 (`fully_shard`), the frozen base is sharded in its storage dtype
 over all processes, and one block after the other is gathered; HSDP does this within each node. In each way, the adapter
@@ -84,7 +84,7 @@ def parts_of_base(shape: ModelShape, itemsize: int, processes: int) -> dict[str 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What one process of a run holds and sends.
+    """Memory and communication of one process of a run.
 
     Attributes:
         way: One of `WAYS`.
