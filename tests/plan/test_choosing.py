@@ -37,7 +37,8 @@ def test_without_a_limit_nothing_is_sharded_unless_asked() -> None:
     assert chosen.way == DDP and chosen.fits(chosen.chosen) is None
     assert [rank.way for rank in chosen.ranks] == [DDP, FSDP]  # HSDP needs several nodes
     assert choose_parallel(plan, Cluster(8), FSDP).way == FSDP
-    assert [rank.way for rank in choose_parallel(plan, Cluster(1)).ranks] == [DDP]
+    alone = choose_parallel(plan, Cluster(1), AUTO, 80_000_000_000)
+    assert [rank.way for rank in alone.ranks] == [DDP] and "nothing is sent" in alone.reason
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,8 @@ def _reason(
     before = [f"{rank.way} needs {format_bytes(rank.needed_bytes)}" for rank in asked[: asked.index(chosen)]]
     if before:
         return f"{chosen.way}: {needs}, but {' and '.join(before)}"
-    return f"{chosen.way}: {needs}; {obstacle or 'the whole base fits, so only gradients are sent'}"
+    fits = "the whole base fits, so only gradients are sent" if chosen.traffic.sent_bytes else "nothing is sent"
+    return f"{chosen.way}: {needs}; {obstacle or fits}"
 
 
 def _does_not_fit(
