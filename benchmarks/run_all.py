@@ -47,6 +47,7 @@ COMMANDS: dict[str, str] = {
     "memory": "bench_memory.py --models smollm2 --sizes 4x256 --recompute none",
     "tasks": "bench_tasks.py --seeds 1 --steps 40",
     "streaming": "bench_streaming.py --gigabytes 2",
+    "processes": "bench_processes.py --steps 5",
 }
 """Name -> command, without the interpreter."""
 

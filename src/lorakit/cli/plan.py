@@ -7,7 +7,7 @@ speed or to read a model directory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -17,8 +17,10 @@ from lorakit.cli.early import check_at_least, check_model
 from lorakit.cli.flag_groups import RevisionFlag
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError, UsageError
-from lorakit.plan import Job, ModelShape, Plan, Speed
-from lorakit.plan.job import dtype_name, recomputed
+from lorakit.plan import Cluster, Job, ModelShape, Plan, Speed, bytes_of, choose_parallel
+from lorakit.plan.choosing import AUTO
+from lorakit.plan.job import PROCESS_BYTES, dtype_name, recomputed
+from lorakit.plan.network import LINK, LINKS, NETWORK, PER_NODE, link_named
 from lorakit.plan.params import with_full_modules, with_new_tokens
 from lorakit.tables import format_quantity
 from lorakit.train.defaults import DEFAULTS, TASK_NAMES
@@ -81,6 +83,55 @@ class AdapterFlags:
 
 
 @dataclass(frozen=True)
+class ParallelFlags:
+    """Flags that describe the processes of the run and their GPUs."""
+
+    nproc: Annotated[
+        int | None, Parameter(help="Number of processes with one GPU each, on all nodes together. Default: 1.")
+    ] = None
+    gpu: Annotated[
+        str | None,
+        Parameter(help="Memory of each GPU, such as 24GB, into which the run has to fit. Default: the run uses a CPU."),
+    ] = None
+    parallel: Annotated[
+        str | None,
+        Parameter(
+            help="Set how the processes share the base: ddp (each holds all of it), fsdp (sharded), hsdp (sharded "
+            "within each node) or auto. Default: auto, the first that fits, which is ddp without --gpu."
+        ),
+    ] = None
+    gpus_per_node: Annotated[int, Parameter(help=f"GPUs of a node. Default: {PER_NODE}.")] = PER_NODE
+    link: Annotated[
+        str,
+        Parameter(help=f"Link between GPUs of a node: {', '.join(LINKS)}, or a rate such as 25GB/s. Default: {LINK}."),
+    ] = LINK
+    network: Annotated[
+        str, Parameter(help=f"Link between nodes: one of the same names, or a rate. Default: {NETWORK}.")
+    ] = NETWORK
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """Return the memory of each GPU in bytes, or None for a CPU.
+
+        Raises:
+            ConfigError: `gpu` is not a size.
+        """
+        return None if self.gpu is None else bytes_of(self.gpu, "gpu")
+
+    def cluster(self) -> Cluster | None:
+        """Return the processes, or None if no flag asks for them.
+
+        Raises:
+            ConfigError: A value is not allowed; the error names the flag.
+        """
+        if self == ParallelFlags():
+            return None
+        _ = self.limit_bytes  # reject a wrong size before the model is read
+        link, network = link_named(self.link, "link"), link_named(self.network, "network")
+        return Cluster(1 if self.nproc is None else self.nproc, self.gpus_per_node, link, network)
+
+
+@dataclass(frozen=True)
 class JobFlags:
     """Flags that describe the job; their defaults are those of `lorakit train`."""
 
@@ -124,9 +175,15 @@ class JobFlags:
         Parameter(
             negative="--no-calibrate",
             help="Measure this machine (takes two seconds; loads torch). Default: only if --max-steps or --tokens "
-            "requests a time estimate and --tokens-per-second is not given.",
+            "requests a time estimate and neither --tokens-per-second nor --gpu is given.",
         ),
     ] = None
+    processes: Annotated[ParallelFlags, Parameter(name="*", show_default=False)] = field(default_factory=ParallelFlags)
+
+    @property
+    def process_bytes(self) -> int | None:
+        """Return the resident size of the process before weights are loaded, or None on a GPU."""
+        return PROCESS_BYTES if self.processes.gpu is None else None
 
 
 _ADAPTER, _JOB = AdapterFlags(), JobFlags()
@@ -151,40 +208,35 @@ def run(
 
     MODEL is looked up as a path, then as a packaged model (smollm2), then as a name in the catalog (gpt2,
     meta-llama/Llama-3.2-1B, ...), and finally as a Hub id. --max-steps or --tokens adds a time estimate, based on
-    --tokens-per-second or on a measurement that takes about two seconds. --verbose adds formulas, FLOPs,
-    notes and the derivation of the counts.
+    --tokens-per-second or on a measurement that takes about two seconds. --nproc and --gpu add what each process holds
+    and sends if the base is replicated (ddp) or sharded (fsdp, hsdp), and which of these fits. --verbose adds formulas,
+    FLOPs, notes and the derivation of the counts.
     """
     config, columns = adapter.config(), _ranks(ranks)
     model = check_model(model, revision)
     from lorakit import plan
 
+    cluster = job.processes.cluster()
     shape, config = _for_task(model, config, adapter)
     tokens = {token.strip() for word in adapter.new_tokens or () for token in word.split(",")} - {""}
     if tokens:
         config = with_new_tokens(shape, config, len(tokens))
     plan.count(shape, config, allow_partial=adapter.allow_partial_targets)  # reject a wrong name before measuring
-    length = job.max_length or min(DEFAULTS["max_length"].value, shape.positions or DEFAULTS["max_length"].value)
-    dtype = shape.dtype if job.dtype == "auto" else job.dtype
-    wanted = Job(
-        batch_rows=job.per_device_train_batch_size,
-        length_tokens=length,
-        accumulation=job.gradient_accumulation_steps,
-        dtype=dtype,
-        recompute=recomputed(job.recompute, job.gradient_checkpointing, job.memory_budget, job.accelerate, job.fit),
-        optimizer=job.optimizer,
-        quantization=job.quantization,
-        double_quantization=job.double_quantization,
-        accelerated=job.accelerate,
-    )
-    steps = _steps(job, wanted)
-    dtype, speed, measured = _machine(job, dtype, steps)
+    wanted = _job(job, shape)
+    steps = _steps(job, wanted.step_tokens * (1 if cluster is None else cluster.processes))
+    dtype, speed, measured = _machine(job, wanted.dtype, steps)
     final = replace(wanted, dtype=dtype, steps=steps)
     planned = plan.estimate(shape, config, final, speed, ranks=columns, allow_partial=adapter.allow_partial_targets)
     planned, reasons = _limited(planned, job)
+    way, limit = job.processes.parallel or AUTO, job.processes.limit_bytes
+    together = None if cluster is None else choose_parallel(planned, cluster, way, limit)
     if json:
-        console.emit_json({**planned.as_dict(), "machine": [*measured, *reasons]})
+        parallel = None if together is None else together.as_dict()
+        console.emit_json({**planned.as_dict(), "machine": [*measured, *reasons], "parallel": parallel})
         return
     console.say(plan.render(planned, verbose=verbose, notes=tuple(reasons)))
+    if together is not None:
+        console.say("\n" + plan.render_parallel(together))
     if verbose and measured:
         console.say("\n" + "\n".join(measured))
 
@@ -211,9 +263,30 @@ def _for_task(model: str, config: LoraConfig, adapter: AdapterFlags) -> tuple[Mo
     return shape, with_full_modules(config.with_fields(task_type=task.adapter_task), shape.full_modules)
 
 
+def _job(job: JobFlags, shape: ModelShape) -> Job:
+    """Return the job of one process, without the number of steps; the precision is the published one if it is "auto".
+
+    Raises:
+        ConfigError: A value is not allowed, or two of them are incompatible.
+    """
+    length = job.max_length or min(DEFAULTS["max_length"].value, shape.positions or DEFAULTS["max_length"].value)
+    return Job(
+        batch_rows=job.per_device_train_batch_size,
+        length_tokens=length,
+        accumulation=job.gradient_accumulation_steps,
+        dtype=shape.dtype if job.dtype == "auto" else job.dtype,
+        recompute=recomputed(job.recompute, job.gradient_checkpointing, job.memory_budget, job.accelerate, job.fit),
+        optimizer=job.optimizer,
+        quantization=job.quantization,
+        double_quantization=job.double_quantization,
+        accelerated=job.accelerate,
+        process_bytes=job.process_bytes,
+    )
+
+
 def _limited(planned: Plan, job: JobFlags) -> tuple[Plan, list[str]]:
     """Return the plan with what a memory limit selects, and a line that describes the choice."""
-    from lorakit.plan import bytes_of, within
+    from lorakit.plan import within
     from lorakit.plan.fitting import describe, fitting
 
     if job.fit is not None:
@@ -227,14 +300,21 @@ def _limited(planned: Plan, job: JobFlags) -> tuple[Plan, list[str]]:
 
 
 def _machine(job: JobFlags, dtype: str, steps: int | None) -> tuple[str, Speed | None, list[str]]:
-    """Return the dtype, the speed and notes; measure the speed only if requested or needed for a time estimate."""
+    """Return the dtype, the speed and notes; measure the speed only if requested or needed for a time estimate.
+
+    If the size of a GPU is given, this machine is not measured.
+    """
     if job.tokens_per_second is not None:
         if job.calibrate:
             text = "--calibrate and --tokens-per-second are mutually exclusive; pass one of them."
             raise UsageError(text, field="calibrate")
         given = Speed(tokens_per_second=job.tokens_per_second, source="given for LoRA training")
         return dtype, given, _published(job, dtype)
-    measures = steps is not None if job.calibrate is None else job.calibrate
+    has_gpu = job.processes.gpu is not None
+    if has_gpu and job.calibrate:
+        text = "--calibrate measures this machine, not a GPU of the given size; pass --tokens-per-second instead."
+        raise UsageError(text, field="calibrate")
+    measures = steps is not None and not has_gpu if job.calibrate is None else job.calibrate
     if not measures:
         return dtype, None, _published(job, dtype)
     from lorakit import hub
@@ -255,8 +335,13 @@ def _published(job: JobFlags, dtype: str) -> list[str]:
     return [f"Precision: {dtype}, as published, because nothing was measured."] if job.dtype == "auto" else []
 
 
-def _steps(job: JobFlags, wanted: Job) -> int | None:
-    """Return the number of optimizer steps of the run, from --max-steps or --tokens."""
+def _steps(job: JobFlags, step_tokens: int) -> int | None:
+    """Return the number of optimizer steps of the run, from --max-steps or --tokens.
+
+    Args:
+        job: The flags.
+        step_tokens: Number of tokens of a step in all processes.
+    """
     for name, value in (("max_steps", job.max_steps), ("tokens", job.tokens)):
         if value is not None:
             check_at_least(name, value, 1)
@@ -264,7 +349,7 @@ def _steps(job: JobFlags, wanted: Job) -> int | None:
         return job.max_steps
     if job.max_steps is not None:
         raise UsageError("--max-steps and --tokens are mutually exclusive; pass one of them.", field="max_steps")
-    return -(-job.tokens // wanted.step_tokens)
+    return -(-job.tokens // step_tokens)
 
 
 def _ranks(words: Sequence[str] | None) -> list[int]:

@@ -8,14 +8,17 @@ package does not import torch, load models or measure speed.
 from lorakit.architectures.shapes import ModelShape, PlainShape, SiteShape
 from lorakit.plan import catalogue
 from lorakit.plan.budget import bytes_of, with_job, within
+from lorakit.plan.choosing import ParallelPlan, choose_parallel
 from lorakit.plan.estimating import Method, Plan, estimate
 from lorakit.plan.flops import Flops
 from lorakit.plan.job import Job, Speed
 from lorakit.plan.memory import Line, Memory
+from lorakit.plan.network import Cluster
 from lorakit.plan.params import Count, RankTable, SiteCount, count, rank_table
-from lorakit.plan.text import details, render, summary
+from lorakit.plan.text import details, render, render_parallel, summary
 
 __all__ = [
+    "Cluster",
     "Count",
     "Flops",
     "Job",
@@ -23,6 +26,7 @@ __all__ = [
     "Memory",
     "Method",
     "ModelShape",
+    "ParallelPlan",
     "PlainShape",
     "Plan",
     "RankTable",
@@ -31,11 +35,13 @@ __all__ = [
     "Speed",
     "bytes_of",
     "catalogue",
+    "choose_parallel",
     "count",
     "details",
     "estimate",
     "rank_table",
     "render",
+    "render_parallel",
     "summary",
     "with_job",
     "within",

@@ -23,11 +23,12 @@ SIZE_FORM = "write a number and a unit, such as 4GiB or 800MB"
 """Hint for messages on how to write a size."""
 
 
-def bytes_of(text: str) -> int:
+def bytes_of(text: str, field: str | None = None) -> int:
     """Parse a size such as "4GiB", "1.5 GB" or "800MB" into bytes; a number without a unit is in bytes.
 
     Args:
         text: The number and its unit; the unit is not case-sensitive.
+        field: Setting that an error names, or None.
 
     Raises:
         ConfigError: `text` is not a size of at least one byte.
@@ -35,7 +36,8 @@ def bytes_of(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     size = UNITS.get(found[2].lower()) if found else None
     if found is None or size is None or not float(found[1]) * size >= 1:
-        raise ConfigError(f"{text!r} is not a size; {SIZE_FORM}.", what=text)
+        named = "" if field is None else f"{field}: "
+        raise ConfigError(f"{named}{text!r} is not a size; {SIZE_FORM}.", what=text, field=field)
     return int(float(found[1]) * size)
 
 

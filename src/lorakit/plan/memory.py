@@ -8,6 +8,7 @@ module does not handle time or files.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lorakit.architectures.shapes import ModelShape
@@ -28,6 +29,9 @@ LOSS_COPIES = 3
 """Number of fp32 tensors of size tokens × vocabulary that exist at once when the backward pass begins: the
 log-probabilities saved by cross entropy, their gradient, and the gradient of the input of log-softmax.
 """
+
+OPTIMIZING = "the optimizer steps"
+"""Moment of a step after its last backward pass."""
 
 ALLOCATOR_NOTE = (
     "Memory estimates count tensors and libraries. `lorakit train` lets malloc keep freed blocks, so a process often "
@@ -67,6 +71,7 @@ class Memory:
         peak_moment: Clause that says when memory use peaks, such as "the optimizer steps".
         notes: Assumptions of the estimate.
         step_bytes: Largest total at any moment of a training step, in bytes; at most `peak_bytes`.
+        moments: Moment of the run -> the categories whose size differs from the largest one then, and their sizes.
     """
 
     lines: tuple[Line, ...]
@@ -74,6 +79,20 @@ class Memory:
     peak_moment: str
     notes: tuple[str, ...]
     step_bytes: int
+    moments: Mapping[str, Mapping[str, int]]
+
+    @property
+    def moments_of_step(self) -> tuple[str, ...]:
+        """Return the moments of a training step; the others are before the first step or between steps."""
+        return tuple(name for name in self.moments if name not in process.OUTSIDE)
+
+    def sizes_at(self, moment: str) -> dict[str, int]:
+        """Return the size of each category at a moment of the run, in bytes.
+
+        Args:
+            moment: A key of `moments`.
+        """
+        return {line.cause: line.size_bytes for line in self.lines} | dict(self.moments[moment])
 
     def bytes_of(self, cause: str) -> int:
         """Return the largest memory use of a category during a run, in bytes.
@@ -202,7 +221,7 @@ def _memory(lines: list[Line], outside: dict[str, int], kept: Activations, job: 
     totals = {name: sum((sizes | varying).values()) for name, varying in moments.items()}
     moment = max(totals, key=totals.__getitem__)
     lines = [replace(line, at_peak_bytes=moments[moment].get(line.cause, line.size_bytes)) for line in lines]
-    return Memory(tuple(lines), totals[moment], moment, notes, max(totals[name] for name in steps))
+    return Memory(tuple(lines), totals[moment], moment, notes, max(totals[name] for name in steps), moments)
 
 
 def _outside_of_steps(moment: str, size: int, gradients: int) -> dict[str, int]:
@@ -246,7 +265,7 @@ def _moments_of_step(gradients: int, logits: int, kept: Activations, job: Job) -
             "the backward pass enters the last block": (kept.blocks + kept.transient, 0, earlier),
             "the backward pass leaves the first block": (kept.largest_block + kept.transient, 0, gradients),
         }
-    moments["the optimizer steps"] = (0, 0, gradients)
+    moments[OPTIMIZING] = (0, 0, gradients)
     names = ("activations", "logits", "gradients")
     return {name: dict(zip(names, sizes, strict=True)) | {"temporary": 0} for name, sizes in moments.items()}
 

@@ -34,6 +34,9 @@ LOADING, CHECKING, WRITING = (
 )
 MEASURING = "the speed of the machine is measured"
 
+OUTSIDE = (LOADING, CHECKING, WRITING, MEASURING)
+"""Moments outside of training steps."""
+
 
 def process_bytes(job: Job) -> int:
     """Return the size of the process without weights and tensors, in bytes. [docs/math.md (98)]
