@@ -106,6 +106,7 @@ def test_a_stopped_process(flags: list[str], tmp_path: Path) -> None:
         ((code, _, message),) = end([first])
     finally:
         second.kill()
+        end([second])
     assert (code, message.count("error:")) == (1, 1)
     assert "another process ended or can no longer be reached" in message
     assert checkpoint.newest_valid(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
@@ -134,13 +135,19 @@ def test_a_directory_that_one_process_sees(flags: list[str], tmp_path: Path) -> 
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
-    said_once(trained([*flags, "--output-dir=runs/here"], where=folders), "process 1", "all processes share")
+    own = ["--output-dir=runs/here" if flag.startswith("--output-dir") else flag for flag in flags]
+    said_once(trained(own, where=folders), "process 1", "all processes share")
     assert not any(list(folder.iterdir()) for folder in folders)
 
 
 @pytest.mark.slow
 def test_the_first_process_alone_writes(flags: list[str], tmp_path: Path) -> None:
-    (code, out, message), *others = trained(flags, fault="writes 1")
-    assert (code, message, others) == (0, "", [(0, "", "")])
+    where = {"FAULT_FOLDER": str(tmp_path)}
+    (code, out, message), second = trained(flags, where, where, fault="writes 1")
+    assert (code, message, second) == (0, "", (0, "", ""))
+    _, (_, _, made) = trained(
+        [*flags, "--overwrite"], where, {**where, "RANK": "0", "WORLD_SIZE": "1"}, fault="writes 0"
+    )
+    assert "run.json" in made
     assert "step 6/6" in out
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

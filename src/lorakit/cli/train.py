@@ -166,7 +166,7 @@ def _run_together(command: Command) -> int:
     """
     quiet_torch()
     from lorakit.errors import LorakitError, RunError
-    from lorakit.train.connecting import BROKEN
+    from lorakit.train.connecting import BROKEN, UNREACHABLE
     from lorakit.train.processes import joined
 
     is_silent = not is_first(os.environ)
@@ -190,6 +190,8 @@ def _run_together(command: Command) -> int:
                     return cause.exit_code if isinstance(cause, LorakitError) else 1
                 raise  # the first process has ended
     except RunError as cause:
+        if cause.field in (BROKEN, UNREACHABLE) and is_started_by_lorakit():
+            return LOST
         if is_silent and cause.field == BROKEN:
             return cause.exit_code
         raise

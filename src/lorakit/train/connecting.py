@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorakit.errors import RunError
-from lorakit.train.launching import Launched
+from lorakit.train.launching import Launched, restarts_of
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -39,7 +39,7 @@ def connect(launched: Launched, seconds: float) -> Store:
         seconds: Limit of the wait for the other processes, now and in each operation of the group.
 
     Returns:
-        The store that the processes share.
+        The store that the processes share until they end.
 
     Raises:
         RunError: Not all processes could be reached; `field` is `BROKEN` or `UNREACHABLE`.
@@ -56,10 +56,11 @@ def connect(launched: Launched, seconds: float) -> Store:
     if launched.rank > 0 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
         _wait_for_first(launched, address, seconds)
     try:
-        store, rank, count = next(rendezvous("env://", launched.rank, launched.count, timeout=limit))
+        common, rank, count = next(rendezvous("env://", launched.rank, launched.count, timeout=limit))
+        store = PrefixStore(f"lorakit/{_attempt(common, rank)}", common)
         init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-            store=PrefixStore("lorakit", store),
+            store=store,
             rank=rank,
             world_size=count,
             timeout=limit,
@@ -72,6 +73,15 @@ def connect(launched: Launched, seconds: float) -> Store:
             field=BROKEN,
         ) from cause
     return store
+
+
+def _attempt(store: Store, rank: int) -> int:
+    """Return how often the processes were started before; torch's launcher keeps its store, with old addresses.
+
+    With several machines, the launcher of each one counts only the restarts that a process on it has caused. Therefore
+    the arrivals of each process are counted, too, which leaves out a process that has ended before.
+    """
+    return max(restarts_of(os.environ), store.add(f"lorakit/arrivals/{rank}", 1) - 1)
 
 
 def _first_line(cause: Exception) -> str:

@@ -122,12 +122,13 @@ def reported(code: int) -> int:
         code: The exit code of the command.
 
     Returns:
-        The same code; or 0 in the first of the processes that `launch` started, which reads the code from a file.
+        The same code; or 0 in the processes that `launch` started: it reads the code of the first one from a file.
     """
     file = os.environ.get(_CODE_FILE, "")
-    if code == LOST or not file or not is_started_by_lorakit() or os.environ.get("RANK") != "0":
+    if code == LOST or not file or not is_started_by_lorakit():
         return code
-    Path(file).write_text(str(code), encoding="ascii")
+    if is_first(os.environ):
+        Path(file).write_text(str(code), encoding="ascii")
     return 0
 
 
@@ -254,7 +255,7 @@ def _silent_end(codes: Mapping[int, int], restarts: int, saved: str) -> RunError
     killed = {rank: code for rank, code in codes.items() if code < 0}
     silent = killed or {rank: code for rank, code in codes.items() if code != LOST}
     rank, code = next(iter(silent.items()), (None, LOST))
-    who = "a process" if rank is None else f"process {rank}"
+    who = "a process" if rank is None else f"process {rank}"  # None: it ended before the others, or none was reached
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "ended without a message"
     after = f" This was after {restarts} restart{'s' if restarts > 1 else ''}." if restarts else ""
     return RunError(f"{who} {how}, so the others were stopped.{after} {saved}", what=rank, field=PROCESS_ENDED)

@@ -123,8 +123,11 @@ class Processes:
         self.exchange(None)
 
     def has_shared(self, cause: BaseException) -> bool:
-        """Return whether all processes know of an error, or this process can no longer tell them."""
-        return any(cause is one for one in self._shared)
+        """Return whether all processes know of an error or of its cause, or this process can no longer tell them."""
+        known: BaseException | None = cause
+        while known is not None and not any(known is one for one in self._shared):
+            known = known.__cause__
+        return known is not None
 
     def announce_report(self) -> None:
         """Tell the other processes, from the first one, that it reports an error now."""

@@ -34,7 +34,7 @@ from lorakit.speed import Acceleration, accelerate
 from lorakit.tables import format_count
 from lorakit.tasks import load_model_for
 from lorakit.train import checkpoint
-from lorakit.train.agreement import check_alike, check_rows, share_tensors
+from lorakit.train.agreement import check_alike, check_rows, check_same_base, share_tensors
 from lorakit.train.fitting import Probe, longest_rows, settle
 from lorakit.train.interrupts import stoppable
 from lorakit.train.loop import Loop
@@ -126,6 +126,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     limits, plan = _planned(spec, batches, progress)
     _seed_everything(settings.seed)  # a new head is initialized while the model is loaded
     model, spec = _loaded(spec, plan, progress)
+    check_same_base(model, processes)
     base_bytes = _base_bytes(model, spec)
     resumed_from, damaged = _newest_checkpoint(spec, progress)
     processes.check_equal({"checkpoint": resumed_from})

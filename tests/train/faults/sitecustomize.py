@@ -47,11 +47,11 @@ def other_version() -> None:
 
 
 def tell_writes() -> None:
-    """Print the path of each file or directory that the process makes."""
+    """Print the path of each file or directory that the process makes in the folder FAULT_FOLDER."""
 
     def watch(event: str, values: tuple[Any, ...]) -> None:
         is_made = event == "os.mkdir" or (event == "open" and values[2] & os.O_CREAT)
-        if is_made and "__pycache__" not in str(values[0]) and not str(values[0]).startswith("/dev/"):
+        if is_made and str(values[0]).startswith(os.environ["FAULT_FOLDER"]):
             os.write(2, f"{event} {values[0]}\n".encode())
 
     sys.addaudithook(watch)
