@@ -94,6 +94,8 @@ def test_exit_codes_of_processes_that_did_not_report() -> None:
         ((0, LOST), (1, -9)): "process 1 was killed by SIGKILL",
         ((0, LOST), (1, 3)): "process 1 ended without a message",
         ((0, LOST),): "a process ended without a message",
+        ((0, -15), (1, -9)): "process 1 was killed by SIGKILL",
+        ((0, -15), (1, LOST)): "a process ended without a message",
     }.items():
         error = _silent_end(dict(codes), 0, "")
         assert isinstance(error, RunError)

@@ -251,11 +251,13 @@ def launch(arguments: Sequence[str], count: int, max_restarts: int, saved: str) 
 
 
 def _silent_end(codes: Mapping[int, int], restarts: int, saved: str) -> RunError:
-    """Return the error for processes that failed, given their exit codes; a negative one is the number of a signal."""
-    killed = {rank: code for rank, code in codes.items() if code < 0}
-    silent = killed or {rank: code for rank, code in codes.items() if code != LOST}
-    rank, code = next(iter(silent.items()), (None, LOST))
-    who = "a process" if rank is None else f"process {rank}"  # None: it ended before the others, or none was reached
+    """Return the error for processes that failed, given their exit codes; a negative one is the number of a signal.
+
+    The launcher stops the others with SIGTERM.
+    """
+    silent = {rank: code for rank, code in codes.items() if code not in (LOST, -signal.SIGTERM)}
+    rank, code = min(silent.items(), key=lambda one: one[1], default=(None, LOST))  # a signal first
+    who = "a process" if rank is None else f"process {rank}"
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "ended without a message"
     after = f" This was after {restarts} restart{'s' if restarts > 1 else ''}." if restarts else ""
     return RunError(f"{who} {how}, so the others were stopped.{after} {saved}", what=rank, field=PROCESS_ENDED)
