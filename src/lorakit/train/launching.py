@@ -220,6 +220,7 @@ def launch(arguments: Sequence[str], count: int, max_restarts: int, saved: str) 
         RunError: A process ended without a message, for example because it was killed, and no restart is left.
         KeyboardInterrupt: A signal arrived; the processes have finished their step and saved a checkpoint.
     """
+    from torch.distributed.elastic.agent.server import api as agent
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -234,7 +235,8 @@ def launch(arguments: Sequence[str], count: int, max_restarts: int, saved: str) 
         max_restarts=max_restarts,
         monitor_interval=0.1,
     )
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the first process prints the reason
+    for name in ("torch.distributed.elastic", agent.__name__):  # the first process prints the reason
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(_threads_of_each(count))}
     with tempfile.TemporaryDirectory(prefix=_OWN) as folder:
         file = Path(folder, "exit_code")
