@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from lorakit.cli import main
+from lorakit.train.launching import reported
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(reported(main()))

@@ -6,29 +6,38 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lorakit
 
 SOURCES = Path(lorakit.__file__).parent.parent
+FAULTS = Path(__file__).parent / "faults"
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def environment(rank: int, count: int, port: int) -> dict[str, str]:
     """Return the variables of a process."""
-    common = {"PYTHONPATH": str(SOURCES), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    common = {"PYTHONPATH": f"{SOURCES}{os.pathsep}{FAULTS}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     return {**os.environ, **common, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def begin(command: list[str], count: int) -> list[subprocess.Popen[str]]:
-    """Start a command of Python in several processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def begin(
+    command: list[str], count: int, own: Sequence[Mapping[str, str]] = (), where: Sequence[Path] = ()
+) -> list[subprocess.Popen[str]]:
+    """Start a command of Python in several processes, which may have variables and working directories of their own."""
+    port = free_port()
     return [
         subprocess.Popen(
             [sys.executable, *command],
-            env=environment(rank, count, port),
+            env={**environment(rank, count, port), **(own[rank] if own else {})},
+            cwd=where[rank] if where else None,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

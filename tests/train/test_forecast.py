@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorakit.errors import UsageError
-from lorakit.train.forecast import pick_device
+from lorakit.train.forecast import gpu_of, pick_device
 from lorakit.train.processes import Processes
 
 
@@ -22,6 +22,14 @@ def test_devices_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_device("auto", second) == torch.device("cuda", 1)
     with pytest.raises(UsageError, match="finds 2 CUDA devices"):
         pick_device("cuda", Processes(2, 3, 2))
+
+
+def test_one_gpu_for_two_processes() -> None:
+    assert [gpu_of(Processes(5, 8, local), 2) for local in range(2)] == [0, 1]
+    for devices in (0, 1):
+        with pytest.raises(UsageError, match=r"process 5, .*LOCAL_RANK.* finds \d CUDA device") as caught:
+            gpu_of(Processes(5, 8, 1), devices)
+        assert (caught.value.field, caught.value.what) == ("device", "1")
 
 
 def test_devices() -> None:

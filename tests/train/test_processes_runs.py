@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lorakit.report import read_metrics
 from lorakit.train import checkpoint
@@ -82,6 +84,12 @@ def test_errors_that_end_all_processes(settings: dict[str, Any], outcomes: Calla
     other = tmp_path / "other.txt"
     other.write_text("Quite another text, about nothing. " * 4)
     (tmp_path / "cwd").mkdir()
+    bases = [tmp_path / "first" / "m", tmp_path / "second" / "m"]
+    for folder in bases:
+        shutil.copytree(settings["model"], folder)
+    weights = load_file(bases[1] / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, bases[1] / "model.safetensors", {"format": "pt"})
     base = {**settings, "max_steps": 3}
     cases: dict[str, dict[str, Any]] = {
         "seed": {**base, "by_rank": {"1": {"seed": 5}}},
@@ -98,6 +106,11 @@ def test_errors_that_end_all_processes(settings: dict[str, Any], outcomes: Calla
             "max_grad_norm": 0,
             "save_steps": 1,
         },
+        "base": {
+            **base,
+            "model": "./m",
+            "by_rank": {str(rank): {"cwd": str(folder.parent)} for rank, folder in enumerate(bases)},
+        },
     }
     first, second = outcomes(list(cases.values()))
     kinds = dict(zip(cases, first, strict=True))
@@ -109,6 +122,7 @@ def test_errors_that_end_all_processes(settings: dict[str, Any], outcomes: Calla
     assert kinds["parallel"]["kind"] == kinds["fit"]["kind"] == "NotYetSupported"
     assert kinds["model"]["message"].startswith("process 1: ")
     assert (kinds["rows"]["kind"], kinds["rows"]["field"]) == ("DataError", "data")
+    assert (kinds["base"]["kind"], kinds["base"]["field"]) == ("UsageError", "fingerprint of the base")
     assert kinds["nan"]["kind"] == "NonFiniteError"
     assert checkpoint.newest_valid(tmp_path / "nan") == tmp_path / "nan" / "checkpoint-1"
     assert [one["kind"] for one in first] == [one["kind"] for one in second]

@@ -150,7 +150,10 @@ def _explain(error: Exception, tokens: list[str], as_json: bool) -> int:
     from cyclopts import CycloptsError, UnknownOptionError
 
     from lorakit.train.defaults import CONVERT_ADVICE, NAMES_ELSEWHERE
+    from lorakit.train.launching import is_first
 
+    if tokens[:1] == ["train"] and isinstance(error, CycloptsError) and not is_first(os.environ):
+        return 2  # the first of the processes of the run reports it
     if isinstance(error, LorakitError):
         return console.failure(str(error), error.exit_code, code=error.code, as_json=as_json)
     if isinstance(error, UnknownOptionError) and error.token is not None and error.token.keyword is not None:

@@ -6,10 +6,12 @@ checked before the other settings, because checking the other settings loads pyd
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, field, make_dataclass
+from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +21,17 @@ from lorakit import allocator
 from lorakit.cli import console
 from lorakit.cli.early import check_data, check_model, check_start
 from lorakit.train.defaults import ALIASES, DEFAULTS
-from lorakit.train.launching import LOST, PROCESS_ENDED, Launched, is_started_by_lorakit, launch
+from lorakit.train.launching import (
+    LOST,
+    PATIENCE,
+    PROCESS_ENDED,
+    Launched,
+    is_first,
+    is_started_by_lorakit,
+    launch,
+    quiet_torch,
+    restarts_of,
+)
 
 if TYPE_CHECKING:
     from lorakit.train.settings import TrainSettings
@@ -54,6 +66,13 @@ def run(
         int | None,
         Parameter(help="Start N processes on this machine, which train together (as torchrun does). Default 1."),
     ] = None,
+    max_restarts: Annotated[
+        int,
+        Parameter(help="With --nproc, start all processes again, up to N times, after one of them was killed."),
+    ] = 0,
+    process_timeout: Annotated[
+        int, Parameter(help="Stop the run if a process waits longer than this for another one, in seconds.")
+    ] = PATIENCE,
     flags: Annotated[Flags, Parameter(name="*", show_default=False)] = _NONE_GIVEN,  # type: ignore[valid-type]
 ) -> int:
     """Train an adapter and save it in a run directory.
@@ -61,71 +80,134 @@ def run(
     Only --model, --data and --output-dir are required; --model may be omitted with --from-adapter. Press Ctrl-C once to
     finish the step and save a checkpoint for --resume.
     """
+    from lorakit.errors import UsageError
+
     given: dict[str, Any] = asdict(flags)
     if given["new_tokens"] is not None:  # accept "a,b" and "a b"; only a config file allows commas in tokens
         given["new_tokens"] = ",".join(given["new_tokens"])
-    launched = Launched.of(os.environ)
-    if launched.count > 1:
-        return _run_together(given, config, json=json, verbose=verbose)
-    settings = _settings(given, config)
+    command = Command(given, config, json=json, verbose=verbose, max_restarts=max_restarts, timeout=process_timeout)
+    try:
+        command.check(nproc)
+        is_one_of_several = Launched.of(os.environ).count > 1
+    except UsageError as cause:
+        if is_first(os.environ):
+            raise
+        return cause.exit_code
+    if is_one_of_several:
+        return _run_together(command)
+    settings = _settings(given, config, is_restarted=restarts_of(os.environ) > 0)
     if nproc is not None and nproc != 1:
-        return _launch(nproc, settings, given, config, json=json, verbose=verbose)
+        return _launch(nproc, settings, command)
     return _train(settings, json=json, verbose=verbose)
 
 
-def _settings(given: Mapping[str, Any], config: Path | None) -> TrainSettings:
+@dataclass(frozen=True)
+class Command:
+    """The command line.
+
+    Attributes:
+        given: Flag of a setting -> its value, None if it was not given.
+        config: File of settings.
+        json: Whether to print a JSON document.
+        verbose: Whether to print details.
+        max_restarts: How often the processes may be started again.
+        timeout: Limit of the wait for another process, in seconds.
+    """
+
+    given: Mapping[str, Any]
+    config: Path | None
+    json: bool
+    verbose: bool
+    max_restarts: int
+    timeout: int
+
+    def check(self, nproc: int | None) -> None:
+        """Check the flags about processes.
+
+        Args:
+            nproc: Number of processes to start, or None.
+
+        Raises:
+            UsageError: A number is not allowed.
+        """
+        from lorakit.errors import UsageError
+
+        for name, value, least in (
+            ("nproc", nproc, 1),
+            ("max_restarts", self.max_restarts, 0),
+            ("process_timeout", self.timeout, 1),
+        ):
+            if value is not None and value < least:
+                raise UsageError(f"{name} is {value}; it must be at least {least}.", what=value, field=name)
+        if self.max_restarts and (nproc or 1) < 2:
+            raise UsageError(
+                "max_restarts requires --nproc 2 or more; a launcher such as torchrun has its own --max-restarts.",
+                what=self.max_restarts,
+                field="max_restarts",
+            )
+
+
+def _settings(given: Mapping[str, Any], config: Path | None, *, is_restarted: bool = False) -> TrainSettings:
     """Return the settings after checking paths, before other settings if there is no file."""
     if config is None:
-        _check(given)
+        _check(given, is_restarted=is_restarted)
     from lorakit.train.settings_sources import gather  # imports pydantic
 
     settings = gather(given, config)
-    _check(settings.as_dict())
+    _check(settings.as_dict(), is_restarted=is_restarted)
     return settings
 
 
-def _run_together(given: Mapping[str, Any], config: Path | None, *, json: bool, verbose: bool) -> int:
+def _run_together(command: Command) -> int:
     """Train in one of several processes; the first one prints, and reports errors of all of them.
 
     Returns:
-        The exit code. The other processes return 0 if the first one reports what happened, so that a launcher does not
-        stop it before it has done so.
+        The exit code.
     """
-    from lorakit.errors import LorakitError
+    quiet_torch()
+    from lorakit.errors import LorakitError, RunError
+    from lorakit.train.connecting import BROKEN, UNREACHABLE
     from lorakit.train.processes import joined
 
-    with joined() as processes:
-        try:
-            with processes.together():
-                settings = _settings(given, config)
-            code = _train(settings, json=json, verbose=verbose, is_silent=not processes.is_first)
-        except (LorakitError, KeyboardInterrupt) as cause:
-            is_ended = isinstance(cause, KeyboardInterrupt) or cause.field == PROCESS_ENDED
-            if is_ended and is_started_by_lorakit():
-                return LOST  # the launcher reports the signal, or which process ended
-            if processes.is_first:
-                raise
-            return 0
-    return code if processes.is_first else 0
+    is_silent = not is_first(os.environ)
+    if is_silent:
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
+    try:
+        with joined(command.timeout) as processes:
+            try:
+                with processes.together():
+                    settings = _settings(command.given, command.config, is_restarted=processes.restarts > 0)
+                return _train(settings, json=command.json, verbose=command.verbose, is_silent=is_silent)
+            except (Exception, KeyboardInterrupt) as cause:
+                is_ended = isinstance(cause, KeyboardInterrupt) or getattr(cause, "field", None) == PROCESS_ENDED
+                if is_ended and is_started_by_lorakit():
+                    return LOST  # the launcher reports the signal, or which process ended
+                if processes.is_first:
+                    processes.announce_report()
+                    raise
+                if processes.wait_for_report() or not is_ended:
+                    return cause.exit_code if isinstance(cause, LorakitError) else 1
+                raise  # the first process has ended
+    except RunError as cause:
+        if cause.field in (BROKEN, UNREACHABLE) and is_started_by_lorakit():
+            return LOST
+        if is_silent and cause.field == BROKEN:
+            return cause.exit_code
+        raise
 
 
-def _launch(
-    nproc: int, settings: TrainSettings, given: Mapping[str, Any], config: Path | None, *, json: bool, verbose: bool
-) -> int:
+def _launch(nproc: int, settings: TrainSettings, command: Command) -> int:
     """Start the same command in several processes, and return the exit code."""
-    from lorakit.errors import UsageError
-
-    if nproc < 1:
-        raise UsageError(f"nproc is {nproc}; it must be at least 1.", what=nproc, field="nproc")
-    arguments = ["train", *(["--json"] if json else []), *(["--verbose"] if verbose else [])]
-    arguments += [] if config is None else [f"--config={config}"]
+    arguments = ["train", *(["--json"] if command.json else []), *(["--verbose"] if command.verbose else [])]
+    arguments += [] if command.config is None else [f"--config={command.config}"]
+    arguments += [f"--process-timeout={command.timeout}", *_arguments(command.given)]
     folder = settings.output_dir
-    return launch(
-        [*arguments, *_arguments(given)],
-        nproc,
+    saved = (
         f"If {folder} has a checkpoint, continue from it with: lorakit train --nproc {nproc} --output-dir {folder} "
-        "--resume",
+        "--resume"
     )
+    return launch(arguments, nproc, command.max_restarts, saved)
 
 
 def _arguments(given: Mapping[str, Any]) -> list[str]:
@@ -159,10 +241,11 @@ def _train(settings: TrainSettings, *, json: bool, verbose: bool, is_silent: boo
     return 130 if result.ending == "interrupted" else 0
 
 
-def _check(settings: Mapping[str, Any]) -> None:
+def _check(settings: Mapping[str, Any], *, is_restarted: bool = False) -> None:
     """Check the given run directory, data, model and adapter paths without importing pydantic or torch."""
     folder = Path(settings["output_dir"] or "")
-    if settings["output_dir"] is not None and folder.is_dir() and not settings["resume"] and not settings["overwrite"]:
+    is_new = not settings["resume"] and not settings["overwrite"] and not is_restarted
+    if settings["output_dir"] is not None and folder.is_dir() and is_new:
         from lorakit.report import RUN_FILE
         from lorakit.train.run_folder import raise_run_exists
 

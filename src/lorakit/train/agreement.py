@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-from lorakit import hub
+from torch import nn
+
+from lorakit import core, durable, hub
 from lorakit.data import Loader
 from lorakit.errors import DataError, RunError
 from lorakit.train import run_folder
@@ -37,15 +40,46 @@ def check_alike(spec: RunSpec) -> None:
             "device": spec.device.type,
         }
     )
-    inode = spec.folder.stat().st_ino if spec.folder.is_dir() else None  # the first process has created it
-    first, *_ = processes.exchange(inode)
-    if inode != first or not os.access(spec.folder, os.W_OK):
-        raise RunError(
-            f"{spec.folder.absolute()}: the run directory cannot be written to, or is not the one that process 0 has "
-            "created; use an --output-dir that all processes share.",
-            where=spec.folder,
-            field="output_dir",
-        )
+    _check_same_folder(spec.folder, processes)
+
+
+def _check_same_folder(folder: Path, processes: Processes) -> None:
+    """Check that all processes see a file that the first one makes in the run directory, and remove the file."""
+    name = processes.from_first(lambda: _made_in(folder))
+    try:
+        with processes.together():
+            if not (folder / name).exists() or not os.access(folder, os.W_OK):
+                raise RunError(
+                    f"{folder.absolute()}: the run directory cannot be written to, or is not the one that process 0 "
+                    "has created; use an --output-dir that all processes share.",
+                    where=folder,
+                    field="output_dir",
+                )
+    finally:
+        if processes.is_first:
+            (folder / name).unlink(missing_ok=True)
+
+
+def _made_in(folder: Path) -> str:
+    """Make a temporary file in a directory, and return its name."""
+    path = durable.temporary_name(folder / "probe")
+    durable.write_bytes(path, b"")
+    return path.name
+
+
+def check_same_base(model: nn.Module, processes: Processes) -> None:
+    """Check that all processes have loaded the same base, by a fingerprint of its values.
+
+    Args:
+        model: The base, without adapters.
+        processes: The processes of the run.
+
+    Raises:
+        UsageError: The bases differ.
+    """
+    if not processes.is_alone:
+        values = durable.json_bytes(core.fingerprint(model).as_dict())
+        processes.check_equal({"fingerprint of the base": durable.sha256_bytes(values)})
 
 
 def check_rows(loader: Loader, processes: Processes) -> None:

@@ -242,12 +242,34 @@ def pick_device(word: str, processes: Processes = ALONE) -> torch.device:
     return device
 
 
+def gpu_of(processes: Processes, devices: int) -> int:
+    """Return the number of the GPU of one of several processes: no two processes on a machine share one.
+
+    Args:
+        processes: The processes of the run.
+        devices: Number of CUDA devices that torch finds on this machine.
+
+    Raises:
+        UsageError: There is no GPU for this process.
+    """
+    local = processes.local_rank
+    if local >= devices:
+        raise UsageError(
+            f"no GPU is left for process {processes.rank}, which is number {local} on its machine (LOCAL_RANK): torch "
+            f"finds {format_count(devices, 'CUDA device')} there, and processes cannot share one; start one process "
+            "for each GPU, or use --device cpu.",
+            what=local,
+            field="device",
+        )
+    return local
+
+
 def _word_of(word: str, processes: Processes) -> str:
     """Return the device of one of several processes as a value of the setting `device`."""
     if word == "auto":
         word = "cuda" if torch.cuda.is_available() else "cpu"
     if word == "cuda":
-        return f"cuda:{processes.local_rank}"
+        return f"cuda:{gpu_of(processes, torch.cuda.device_count() if torch.cuda.is_available() else 0)}"
     if word != "cpu":
         raise UsageError(
             f"device is {word!r}, which the {processes.count} processes of this run cannot share; use --device cuda "

@@ -23,11 +23,16 @@ _Action: TypeAlias = "ctypes.Array[ctypes.c_char]"
 class Interrupts:
     """Record of the signals that arrive within a `recording` block.
 
+    Args:
+        is_answered: Whether the first signal is answered with a message.
+
     Attributes:
         requested: Whether a signal has arrived.
     """
 
-    requested = False
+    def __init__(self, is_answered: bool = True) -> None:
+        self._is_answered = is_answered
+        self.requested = False
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Record the first signal.
@@ -39,21 +44,25 @@ class Interrupts:
             raise KeyboardInterrupt
         self.requested = True
         with contextlib.suppress(OSError):
-            os.write(2, _ANSWER)  # bypasses Python's buffers, which may be in use when the signal arrives
+            if self._is_answered:
+                os.write(2, _ANSWER)  # bypasses Python's buffers, which may be in use when the signal arrives
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[Interrupts]:
+def recording(is_answered: bool = True) -> Iterator[Interrupts]:
     """Return a context manager that records the first signal and raises `KeyboardInterrupt` on the second.
 
     Python delivers signals only to the main thread; in other threads, nothing is recorded. On exit, the previous
     handlers are restored, including those set from C. If the system has no `sigaction`, handlers set from C are not
     replaced.
 
+    Args:
+        is_answered: Whether the first signal is answered with a message.
+
     Yields:
         The record of the signals.
     """
-    found = Interrupts()
+    found = Interrupts(is_answered)
     with _handled(_SIGNALS, found.receive):
         yield found
 

@@ -3,6 +3,10 @@
 Launchers pass the number of a process (its rank), the number of processes and the address of the first one in
 environment variables: torchrun and accelerate with torch's names, SLURM's `srun` with its own. This module does not
 import torch before processes are started.
+
+torch's elastic launcher starts all processes again, up to a limit, if one of them fails. Processes that `launch`
+started therefore do not fail after a reported error, which would occur again: the first one writes its exit code to a
+file, and `launch` returns it.
 """
 
 from __future__ import annotations
@@ -12,10 +16,13 @@ import os
 import re
 import secrets
 import signal
+import socket
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from lorakit.errors import RunError, UsageError
 
@@ -25,6 +32,11 @@ LOST = 76
 PROCESS_ENDED = "processes"
 """Field of the error that a process raises if another one has ended."""
 
+PATIENCE = 600
+"""Seconds for which a process waits for the others by default: torch's limit for NCCL, and more than a step, an
+evaluation or a checkpoint should take in one process while the others wait."""
+
+_CODE_FILE = "LORAKIT_EXIT_CODE_FILE"  # variable with the path of the file for the exit code after a reported error
 _OWN = "lorakit-"  # beginning of the id of a job that `launch` started
 _FIRST_PORT, _PORTS = 20_000, 20_000
 
@@ -62,9 +74,67 @@ class Launched:
         return cls()
 
 
+def job_of(environment: Mapping[str, str]) -> str:
+    """Return the name of the job that started this process: the same after a restart, and another for another job.
+
+    Args:
+        environment: Environment variables.
+
+    Returns:
+        The id that the launcher was given or has chosen; without an id, this machine's name and the launcher's process
+        id; "" if the launcher is not torch's.
+    """
+    given = _text(environment, "TORCHELASTIC_RUN_ID")
+    return f"{socket.gethostname()}:{os.getppid()}" if given == "none" else given
+
+
+def restarts_of(environment: Mapping[str, str]) -> int:
+    """Return how often torch's launcher has started the processes again, as known on this machine.
+
+    Args:
+        environment: Environment variables.
+
+    Raises:
+        UsageError: The variable is not a number.
+    """
+    return _number(environment, "TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def is_first(environment: Mapping[str, str]) -> bool:
+    """Return whether this process reports errors, as far as its variables tell: its rank is 0 or unknown.
+
+    Args:
+        environment: Environment variables.
+    """
+    rank = _text(environment, "RANK") or _text(environment, "SLURM_PROCID")
+    return not (rank.isdecimal() and int(rank) > 0)
+
+
 def is_started_by_lorakit() -> bool:
     """Return whether `launch` started this process."""
     return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(_OWN)
+
+
+def reported(code: int) -> int:
+    """Return the code with which this process must exit, after everything that there is to say was printed.
+
+    Args:
+        code: The exit code of the command.
+
+    Returns:
+        The same code; or 0 in the processes that `launch` started: it reads the code of the first one from a file.
+    """
+    file = os.environ.get(_CODE_FILE, "")
+    if code == LOST or not file or not is_started_by_lorakit():
+        return code
+    if is_first(os.environ):
+        Path(file).write_text(str(code), encoding="ascii")
+    return 0
+
+
+def quiet_torch() -> None:
+    """Keep torch, which must not be imported yet, from printing connections that fail: `RunError` tells about them."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
 def _text(environment: Mapping[str, str], name: str) -> str:
@@ -93,7 +163,7 @@ def _by_torch(environment: Mapping[str, str]) -> Launched:
             field="WORLD_SIZE",
             allowed=(),
         )
-    rank = _number(environment, "RANK")
+    rank, _ = _number(environment, "RANK"), _number(environment, "MASTER_PORT")
     if rank >= count:
         raise UsageError(f"RANK is {rank}; it must be below WORLD_SIZE, {count}.", what=rank, field="RANK")
     return Launched(rank, count, _number(environment, "LOCAL_RANK", rank))
@@ -134,21 +204,23 @@ def first_host(nodes: str) -> str:
     return f"{name}{number or ''}{rest or ''}"
 
 
-def launch(arguments: Sequence[str], count: int, saved: str) -> int:
+def launch(arguments: Sequence[str], count: int, max_restarts: int, saved: str) -> int:
     """Run `lorakit` in several processes on this machine, with torch's elastic launcher, and wait for their end.
 
     Args:
         arguments: Arguments of `lorakit`.
         count: Number of processes, at least 2.
+        max_restarts: How often all processes are started again after one of them ended without a message.
         saved: Sentence for errors that says how to continue.
 
     Returns:
-        The exit code: that of the first process, which has printed the reason.
+        The exit code: that of the process that has printed the reason.
 
     Raises:
-        RunError: A process ended without a message, for example because it was killed.
+        RunError: A process ended without a message, for example because it was killed, and no restart is left.
         KeyboardInterrupt: A signal arrived; the processes have finished their step and saved a checkpoint.
     """
+    from torch.distributed.elastic.agent.server import api as agent
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -160,44 +232,52 @@ def launch(arguments: Sequence[str], count: int, saved: str) -> int:
         run_id=f"{_OWN}{secrets.token_hex(6)}",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        max_restarts=max_restarts,
         monitor_interval=0.1,
     )
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the first process prints the reason
-    try:
-        with _threads_shared(count):
-            elastic_launch(config, sys.executable)("-m", "lorakit", *arguments)
-    except SignalException:
-        raise KeyboardInterrupt("interrupted") from None
-    except ChildFailedError as cause:
-        return _code_of({rank: failure.exitcode for rank, failure in cause.failures.items()}, saved)
-    return 0
+    for name in ("torch.distributed.elastic", agent.__name__):  # the first process prints the reason
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(_threads_of_each(count))}
+    with tempfile.TemporaryDirectory(prefix=_OWN) as folder:
+        file = Path(folder, "exit_code")
+        try:
+            with _variables({**threads, _CODE_FILE: str(file)}):
+                elastic_launch(config, sys.executable)("-m", "lorakit", *arguments)
+        except SignalException:
+            raise KeyboardInterrupt("interrupted") from None
+        except ChildFailedError as cause:
+            if not file.exists():
+                codes = {rank: failure.exitcode for rank, failure in cause.failures.items()}
+                raise _silent_end(codes, max_restarts, saved) from None
+        return int(file.read_text(encoding="ascii")) if file.exists() else 0
 
 
-def _code_of(codes: Mapping[int, int], saved: str) -> int:
-    """Return the exit code of processes that failed, given theirs; a negative one is the number of a signal."""
-    killed = {rank: code for rank, code in codes.items() if code < 0}
-    lost = LOST in codes.values()
-    silent = killed or {rank: code for rank, code in codes.items() if code != LOST and lost}
-    if silent or lost:
-        rank, code = next(iter(silent.items()), (None, LOST))
-        who = "a process" if rank is None else f"process {rank}"
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "ended without a message"
-        raise RunError(f"{who} {how}, so the others were stopped. {saved}", what=rank, field=PROCESS_ENDED)
-    return codes.get(0, next(iter(codes.values())))
+def _silent_end(codes: Mapping[int, int], restarts: int, saved: str) -> RunError:
+    """Return the error for processes that failed, given their exit codes; a negative one is the number of a signal.
+
+    The launcher stops the others with SIGTERM.
+    """
+    silent = {rank: code for rank, code in codes.items() if code not in (LOST, -signal.SIGTERM)}
+    rank, code = min(silent.items(), key=lambda one: one[1], default=(None, LOST))  # a signal first
+    who = "a process" if rank is None else f"process {rank}"
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "ended without a message"
+    after = f" This was after {restarts} restart{'s' if restarts > 1 else ''}." if restarts else ""
+    return RunError(f"{who} {how}, so the others were stopped.{after} {saved}", what=rank, field=PROCESS_ENDED)
+
+
+def _threads_of_each(count: int) -> int:
+    """Return the number of threads of one of several processes on this machine."""
+    import torch
+
+    return max(1, torch.get_num_threads() // count)
 
 
 @contextmanager
-def _threads_shared(count: int) -> Iterator[None]:
-    """Divide the processor's cores among the processes that are started in a block, unless the user has done so."""
-    name = "OMP_NUM_THREADS"
-    if name in os.environ:
-        yield
-        return
-    import torch
-
-    os.environ[name] = str(max(1, torch.get_num_threads() // count))
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables, which are not set yet, for the processes that are started in a block."""
+    os.environ.update(values)
     try:
         yield
     finally:
-        del os.environ[name]
+        for name in values:
+            del os.environ[name]

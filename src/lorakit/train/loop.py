@@ -61,7 +61,8 @@ class Loop:
         run.progress.begin(first, run.limits.total_steps)
         run.model.train()
         kind = MetricsLog if self._processes.is_first else UnwrittenLog
-        with recording() as interrupts, kind(self._folder) as log:
+        # one of several processes may receive a signal because another one has ended
+        with recording(is_answered=self._processes.is_alone) as interrupts, kind(self._folder) as log:
             while True:
                 self._evaluate(log, interrupts)
                 ending = self._ending(interrupts)

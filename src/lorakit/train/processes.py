@@ -11,18 +11,27 @@ exchanged only after an `exchange` in which no process has failed.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import NoReturn, TypeVar, cast
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 import torch
 
 import lorakit.errors
 from lorakit.errors import LorakitError, NotYetSupported, RunError, UsageError
-from lorakit.train.launching import PROCESS_ENDED, Launched
+from lorakit.train.connecting import connect
+from lorakit.train.launching import PATIENCE, PROCESS_ENDED, Launched, job_of, restarts_of
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
+
+_REPORTING = "lorakit/reporting"  # key that the first process sets in the store before it prints an error
+_REPORT_SECONDS = 10
 
 _ALIGNED = 16
 """Numbers to a multiple of which each tensor of a flat buffer starts, so that kernels see aligned memory."""
@@ -57,11 +66,16 @@ class Processes:
         rank: Number of this process, from 0; process 0 alone prints and writes.
         count: Number of processes.
         local_rank: Number of this process among those on the same machine, from 0.
+        restarts: Number of times that a launcher has started the processes again.
+        job: Name of the launcher's job, which stays the same after a restart; "" without such a launcher.
     """
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
+    restarts: int = 0
+    job: str = ""
+    _store: Store | None = field(default=None, repr=False, compare=False)
     _shared: list[BaseException] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -109,8 +123,32 @@ class Processes:
         self.exchange(None)
 
     def has_shared(self, cause: BaseException) -> bool:
-        """Return whether all processes know of an error, or this process can no longer tell them."""
-        return any(cause is one for one in self._shared)
+        """Return whether all processes know of an error or of its cause, or this process can no longer tell them."""
+        known: BaseException | None = cause
+        while known is not None and not any(known is one for one in self._shared):
+            known = known.__cause__
+        return known is not None
+
+    def announce_report(self) -> None:
+        """Tell the other processes, from the first one, that it reports an error now."""
+        if self._store is not None:
+            with suppress(RuntimeError):  # the launcher that has the store may have ended
+                self._store.set(_REPORTING, "1")
+
+    def wait_for_report(self) -> bool:
+        """Wait until the first process reports an error; a launcher stops it when another one exits.
+
+        Returns:
+            Whether the first process reports it; False if it has ended or does not answer.
+        """
+        if self._store is None:
+            return True
+        try:
+            self._store.wait([_REPORTING], timedelta(seconds=_REPORT_SECONDS))
+        except RuntimeError:
+            return False
+        time.sleep(1)  # it prints one line
+        return True
 
     def from_first(self, make: Callable[[], T]) -> T:
         """Return what a function returns in process 0; the other processes wait and do not call it.
@@ -231,10 +269,13 @@ ALONE = Processes()
 
 
 @contextmanager
-def joined() -> Iterator[Processes]:
+def joined(seconds: float = PATIENCE) -> Iterator[Processes]:
     """Start the process group that the launcher prepared, if there are several processes, and end it after a block.
 
     A group that was already started, for example by another library, is used and not ended.
+
+    Args:
+        seconds: Limit of the wait for the other processes, at the start and in each operation.
 
     Yields:
         This process among the others.
@@ -246,13 +287,14 @@ def joined() -> Iterator[Processes]:
     from torch import distributed
 
     is_available = distributed.is_available()
+    job, restarts = job_of(os.environ), restarts_of(os.environ)
     if is_available and distributed.is_initialized():
         rank, count = distributed.get_rank(), distributed.get_world_size()
-        yield Processes(rank, count, int(os.environ.get("LOCAL_RANK", rank)))
+        yield _with_restarts(Processes(rank, count, int(os.environ.get("LOCAL_RANK", rank)), restarts, job))
         return
     launched = Launched.of(os.environ)
     if launched.count == 1:
-        yield ALONE
+        yield Processes(restarts=restarts, job=job)
         return
     if not is_available:
         raise UsageError(
@@ -260,25 +302,16 @@ def joined() -> Iterator[Processes]:
             what=launched.count,
             field="WORLD_SIZE",
         )
-    for name, value in launched.variables:
-        os.environ[name] = value
-    has_cuda = torch.cuda.is_available() and launched.local_rank < torch.cuda.device_count()
-    if has_cuda:
-        torch.cuda.set_device(launched.local_rank)
+    store = connect(launched, seconds)
     try:
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo")
-    except RuntimeError as cause:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise RunError(
-            f"process {launched.rank} of {launched.count} cannot reach the others at {address} "
-            f"({' '.join(str(cause).split())}); check that the port is free and that every process was started.",
-            what=address,
-            field="MASTER_PORT",
-        ) from cause
-    try:
-        yield Processes(launched.rank, launched.count, launched.local_rank)
+        yield _with_restarts(Processes(launched.rank, launched.count, launched.local_rank, restarts, job, store))
     finally:
         distributed.destroy_process_group()
+
+
+def _with_restarts(processes: Processes) -> Processes:
+    """Return the processes with the largest number of restarts: that of the machine on which a process had ended."""
+    return replace(processes, restarts=max(processes.exchange(processes.restarts)))
 
 
 def check_parallel(parallel: str, fit: str | None, processes: Processes) -> None:

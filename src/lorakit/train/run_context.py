@@ -23,6 +23,7 @@ from lorakit.train import run_data, run_folder
 from lorakit.train.checkpoint import TrainState
 from lorakit.train.optimizer import Named
 from lorakit.train.progress import Progress
+from lorakit.train.restarting import LAUNCH, launch_record
 from lorakit.train.run_spec import RunSpec
 from lorakit.train.schedule import Schedule
 from lorakit.train.settings import TrainSettings
@@ -268,4 +269,5 @@ class Run:
             "plan": dict(self.plan.values),
             "trackers": dict(self.trackers.ids),
             "processes": {"count": spec.processes.count, "seeds": self.seeds},
+            LAUNCH: launch_record(spec.processes),
         }

@@ -34,13 +34,14 @@ from lorakit.speed import Acceleration, accelerate
 from lorakit.tables import format_count
 from lorakit.tasks import load_model_for
 from lorakit.train import checkpoint
-from lorakit.train.agreement import check_alike, check_rows, share_tensors
+from lorakit.train.agreement import check_alike, check_rows, check_same_base, share_tensors
 from lorakit.train.fitting import Probe, longest_rows, settle
 from lorakit.train.interrupts import stoppable
 from lorakit.train.loop import Loop
 from lorakit.train.optimizer import build_optimizer, load_state_tensors
 from lorakit.train.processes import joined
 from lorakit.train.progress import Progress
+from lorakit.train.restarting import continued
 from lorakit.train.results import RunResult, finish
 from lorakit.train.run_adapter import add_adapter
 from lorakit.train.run_context import Run, RunLimits, RunPlan, seed_of
@@ -87,7 +88,7 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
         held.enter_context(stoppable())
         held.enter_context(_restored_random_state())
         with _unchanged_on_failure(Path(settings.output_dir)), processes.together():
-            spec = RunSpec.of(settings, progress, processes)
+            spec = RunSpec.of(continued(settings, processes, progress), progress, processes)
             held.callback(unlock, spec.lock)
             check_alike(spec)
             current = prepare(spec, progress, started)
@@ -125,6 +126,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     limits, plan = _planned(spec, batches, progress)
     _seed_everything(settings.seed)  # a new head is initialized while the model is loaded
     model, spec = _loaded(spec, plan, progress)
+    check_same_base(model, processes)
     base_bytes = _base_bytes(model, spec)
     resumed_from, damaged = _newest_checkpoint(spec, progress)
     processes.check_equal({"checkpoint": resumed_from})
@@ -379,14 +381,14 @@ def _start(current: Run) -> None:
 
 @contextlib.contextmanager
 def _unchanged_on_failure(folder: Path) -> Iterator[None]:
-    """Remove the run directory if the block created it and then failed."""
-    existed = folder.exists()
+    """Remove the run directory, and its parents, if the block created them and then failed."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
     except BaseException as cause:
-        if not existed:
-            with contextlib.suppress(OSError):  # the directory may be missing or not empty
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # a directory may be missing or not empty
+            for path in missing:
+                path.rmdir()
         if isinstance(cause, KeyboardInterrupt):
             raise KeyboardInterrupt(f"interrupted before the first step; {folder} is unchanged") from None
         raise
