@@ -5,7 +5,8 @@ everything else asks that object. A single process has no group, and each method
 
 Values and errors are exchanged by one operation, `exchange`, in which all processes take part. A process that fails
 sends its error in place of the value, whatever the others are exchanging, so that all of them raise it. Tensors are
-exchanged only after an `exchange` in which no process has failed.
+exchanged only after an `exchange` in which no process has failed. Sums that run while other operations do have a group
+of their own, so that only their own order must be the same in all processes.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 import torch
 
 import lorakit.errors
 from lorakit.errors import LorakitError, NotYetSupported, RunError, UsageError
 from lorakit.train.launching import PROCESS_ENDED, Launched
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
@@ -57,11 +61,13 @@ class Processes:
         rank: Number of this process, from 0; process 0 alone prints and writes.
         count: Number of processes.
         local_rank: Number of this process among those on the same machine, from 0.
+        sums: The group in which sums of tensors run; None is the group of all other operations.
     """
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
+    sums: ProcessGroup | None = field(default=None, repr=False, compare=False)
     _shared: list[BaseException] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -150,21 +156,26 @@ class Processes:
                         field=name,
                     )
 
-    def sum(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the sums of tensors over all processes; tensors of one dtype share a flat buffer.
+    def start_sum(self, buffer: torch.Tensor) -> Callable[[], None]:
+        """Start to replace the values of a tensor by their sums over all processes, and do not wait for the end.
 
         Args:
-            tensors: Tensors of any shape, with the same shapes and dtypes in every process.
+            buffer: Tensor with the same shape and dtype in every process, in the same order of calls.
 
         Returns:
-            New tensors: parts of the buffers.
+            Function that waits for the end, or raises RunError if another process ended.
 
         Raises:
             RunError: Another process ended.
         """
         from torch import distributed
 
-        return self._by_buffer(tensors, distributed.all_reduce)
+        work = self._guarded(lambda: distributed.all_reduce(buffer, group=self.sums, async_op=True))
+
+        def wait() -> None:
+            self._guarded(work.wait)
+
+        return wait
 
     def from_first_in_place(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace the values of tensors by those in process 0.
@@ -179,32 +190,14 @@ class Processes:
             return
         from torch import distributed
 
-        with torch.no_grad():
-            for tensor, value in zip(
-                tensors, self._by_buffer(tensors, lambda flat: distributed.broadcast(flat, 0)), strict=True
-            ):
-                tensor.copy_(value)
-
-    def _by_buffer(
-        self, tensors: Sequence[torch.Tensor], operation: Callable[[torch.Tensor], object]
-    ) -> list[torch.Tensor]:
-        """Copy tensors into a flat buffer for each dtype, apply an operation to the buffers, and return the parts."""
-        places, sizes = list[int](), dict[torch.dtype, int]()
-        for tensor in tensors:
-            places.append(sizes.get(tensor.dtype, 0))
-            sizes[tensor.dtype] = places[-1] + -(-tensor.numel() // _ALIGNED) * _ALIGNED
-        device = tensors[0].device if tensors else "cpu"
-        flat = {dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
-        parts = [
-            flat[tensor.dtype][place : place + tensor.numel()].view(tensor.shape)
-            for tensor, place in zip(tensors, places, strict=True)
-        ]
+        buffers, parts = flat_parts(tensors)
         with torch.no_grad():
             for part, tensor in zip(parts, tensors, strict=True):
                 part.copy_(tensor)
-            for buffer in flat.values():
-                self._guarded(lambda buffer=buffer: operation(buffer))  # type: ignore[misc]
-        return parts
+            for buffer in buffers:
+                self._guarded(lambda buffer=buffer: distributed.broadcast(buffer, 0))  # type: ignore[misc]
+            for part, tensor in zip(parts, tensors, strict=True):
+                tensor.copy_(part)
 
     def _gather(self, value: tuple[object, _Failure | None]) -> list[tuple[object, _Failure | None]]:
         from torch import distributed
@@ -213,10 +206,10 @@ class Processes:
         self._guarded(lambda: distributed.all_gather_object(found, value))
         return found
 
-    def _guarded(self, call: Callable[[], object]) -> None:
+    def _guarded(self, call: Callable[[], T]) -> T:
         """Call an operation of the group; if it fails, another process has ended."""
         try:
-            call()
+            return call()
         except RuntimeError as cause:
             text = "another process ended or can no longer be reached, so the run cannot go on."
             self._raise(RunError(text, what=" ".join(str(cause).split()), field=PROCESS_ENDED))
@@ -228,6 +221,28 @@ class Processes:
 
 ALONE = Processes()
 """A single process."""
+
+
+def flat_parts(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return a flat buffer of zeros for each dtype of some tensors, and a view of a buffer for each tensor.
+
+    Args:
+        tensors: Tensors of any shape, on one device.
+
+    Returns:
+        The 1-D buffers, and the views, which have the shapes and dtypes of the tensors.
+    """
+    places, sizes = list[int](), dict[torch.dtype, int]()
+    for tensor in tensors:
+        places.append(sizes.get(tensor.dtype, 0))
+        sizes[tensor.dtype] = places[-1] + -(-tensor.numel() // _ALIGNED) * _ALIGNED
+    device = tensors[0].device if tensors else "cpu"
+    flat = {dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
+    parts = [
+        flat[tensor.dtype][place : place + tensor.numel()].view(tensor.shape)
+        for tensor, place in zip(tensors, places, strict=True)
+    ]
+    return list(flat.values()), parts
 
 
 @contextmanager
@@ -248,7 +263,8 @@ def joined() -> Iterator[Processes]:
     is_available = distributed.is_available()
     if is_available and distributed.is_initialized():
         rank, count = distributed.get_rank(), distributed.get_world_size()
-        yield Processes(rank, count, int(os.environ.get("LOCAL_RANK", rank)))
+        with _with_sums(rank, count, int(os.environ.get("LOCAL_RANK", rank))) as processes:
+            yield processes
         return
     launched = Launched.of(os.environ)
     if launched.count == 1:
@@ -276,9 +292,22 @@ def joined() -> Iterator[Processes]:
             field="MASTER_PORT",
         ) from cause
     try:
-        yield Processes(launched.rank, launched.count, launched.local_rank)
+        with _with_sums(launched.rank, launched.count, launched.local_rank) as processes:
+            yield processes
     finally:
         distributed.destroy_process_group()
+
+
+@contextmanager
+def _with_sums(rank: int, count: int, local_rank: int) -> Iterator[Processes]:
+    """Add the group in which sums of tensors run, for a block."""
+    from torch import distributed
+
+    group = distributed.new_group()
+    try:
+        yield Processes(rank, count, local_rank, group)
+    finally:
+        distributed.destroy_process_group(group)
 
 
 def check_parallel(parallel: str, fit: str | None, processes: Processes) -> None:
