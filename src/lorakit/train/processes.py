@@ -310,13 +310,11 @@ def _with_sums(rank: int, count: int, local_rank: int) -> Iterator[Processes]:
         distributed.destroy_process_group(group)
 
 
-def check_parallel(parallel: str, fit: str | None, processes: Processes) -> None:
+def check_parallel(parallel: str) -> None:
     """Check that lorakit can distribute a run in the requested way.
 
     Args:
         parallel: The setting `parallel`.
-        fit: The setting `fit`.
-        processes: The processes of the run.
 
     Raises:
         NotYetSupported: It cannot.
@@ -327,11 +325,4 @@ def check_parallel(parallel: str, fit: str | None, processes: Processes) -> None
             what=parallel,
             field="parallel",
             allowed=("auto", "ddp"),
-        )
-    if fit is not None and not processes.is_alone:
-        raise NotYetSupported(
-            f"fit is {fit!r}, but its measurement is not supported in {processes.count} processes; omit --fit, or "
-            "use --memory-budget.",
-            what=fit,
-            field="fit",
         )
