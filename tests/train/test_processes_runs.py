@@ -44,7 +44,8 @@ def test_a_run_equals_that_of_one_process_and_resumes(
     )
     assert (tmp_path / "parts" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
     record = json.loads((tmp_path / "whole" / "run.json").read_text())
-    assert record["processes"] == {"count": 2, "seeds": [settings.get("seed", 0), settings.get("seed", 0) + 1]}
+    seed = settings.get("seed", 0)
+    assert record["processes"] == {"count": 2, "seeds": [seed, seed + 1], "seeded_at": 0}
     assert (record["resolved"]["processes"], record["resolved"]["accumulation"]) == (2, 2)
     saved = checkpoint.load(tmp_path / "whole" / "checkpoint-6")
     assert len(saved.others) == 1

@@ -160,7 +160,7 @@ class Processes:
         """Start to replace the values of a tensor by their sums over all processes, and do not wait for the end.
 
         Args:
-            buffer: Tensor with the same shape and dtype in every process, in the same order of calls.
+            buffer: Tensor of any shape, with the same shape and dtype in every process.
 
         Returns:
             Function that waits for the end, or raises RunError if another process ended.
