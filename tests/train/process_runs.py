@@ -2,15 +2,16 @@
 
 python process_runs.py FILE_OF_RUNS FOLDER_FOR_OUTCOMES
 
-The file has a JSON list of runs: the settings of each, with a key `by_rank` for settings that differ between processes,
-or a key `saves_only` for a run that is resumed and saved without a step. The outcome of each run is written to
-`<rank>.json`.
+The file has a JSON list of runs: the settings of each, with a key `by_rank` for settings that differ between processes
+(and `cwd`, or `signal_at`, the step in which the process gets a signal), or a key `saves_only` for a run that is resumed
+and saved without a step. The outcome of each run is written to `<rank>.json`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import zlib
 from collections.abc import Iterator
@@ -44,13 +45,15 @@ class Said(Progress):
 
 
 @contextmanager
-def observed() -> Iterator[tuple[list[list[int]], list[int]]]:
+def observed(signal_at: int) -> Iterator[tuple[list[list[int]], list[int]]]:
     """Record the rows of this process in each step, as checksums, and the number of exchanges of values."""
     rows, exchanges = list[list[int]](), [0]
     share, gather = RunBatches.next_share, Processes._gather
 
     def next_share(self: RunBatches, *arguments: Any) -> list[Batch]:
         batches = share(self, *arguments)
+        if len(rows) + 1 == signal_at:
+            os.kill(os.getpid(), signal.SIGTERM)
         masked = [one.input_ids.where(one.attention_mask.bool(), -1) for one in batches]
         rows.append(sorted(zlib.crc32(bytes(str(row[row >= 0].tolist()), "ascii")) for ids in masked for row in ids))
         return batches
@@ -82,9 +85,9 @@ def outcome(settings: dict[str, Any], rank: int = 0) -> dict[str, Any]:
     own = settings.pop("by_rank", {}).get(str(rank), {})
     saves_only = settings.pop("saves_only", False)
     os.chdir(own.pop("cwd", Path.cwd()))
-    said = Said()
+    said, signal_at = Said(), own.pop("signal_at", 0)
     try:
-        with observed() as (rows, exchanges):
+        with observed(signal_at) as (rows, exchanges):
             given = TrainSettings(**{**settings, **own})
             if saves_only:
                 save_again(given)

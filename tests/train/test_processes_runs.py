@@ -24,7 +24,7 @@ def test_a_run_equals_that_of_one_process_and_resumes(
     steady_run: dict[str, Any], outcomes: Callable[..., Any], tmp_path: Path
 ) -> None:
     settings = steady_run
-    two, whole, alone = (str(tmp_path / name) for name in ("two", "whole", "alone"))
+    two, whole, alone, stopped = (str(tmp_path / name) for name in ("two", "whole", "alone", "stopped"))
     noisy = {**settings, "lora_dropout": 0.2}
     parts = {**noisy, "output_dir": str(tmp_path / "parts")}
     runs = [
@@ -32,9 +32,13 @@ def test_a_run_equals_that_of_one_process_and_resumes(
         {**noisy, "output_dir": whole, "max_steps": 6},
         {**parts, "max_steps": 4},
         {**parts, "max_steps": 6, "resume": True},
+        {**settings, "output_dir": stopped, "max_steps": 9, "eval_steps": 5, "by_rank": {"1": {"signal_at": 3}}},
     ]
     first, second = outcomes(runs)
-    assert [one["ending"] for one in first] == [one["ending"] for one in second] == ["finished"] * 4
+    endings = [(one["ending"], one["steps"]) for one in first]
+    assert endings == [*(("finished", steps) for steps in (6, 6, 4, 6)), ("interrupted", 3)]
+    assert endings == [(one["ending"], one["steps"]) for one in second]
+    assert checkpoint.newest_valid(Path(stopped)) == Path(stopped, "checkpoint-3")
     run(TrainSettings(**{**settings, "output_dir": alone, "max_steps": 6, "gradient_accumulation_steps": 2}))
     rows, expected = read_metrics(Path(two)), read_metrics(Path(alone))
     assert [row["tokens"] for row in rows.train] == [row["tokens"] for row in expected.train]
