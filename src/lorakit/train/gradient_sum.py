@@ -53,9 +53,6 @@ class GradientSum:
     Args:
         named: (name, tensor) pairs for the trainable tensors (any shape), the same in all processes.
         processes: The processes.
-
-    Attributes:
-        has_gradient: For each tensor, whether this process computed a gradient; known after the block.
     """
 
     def __init__(self, named: Named, processes: Processes) -> None:
@@ -68,7 +65,7 @@ class GradientSum:
 
     @property
     def has_gradient(self) -> list[bool]:
-        """Whether this process computed a gradient for each tensor."""
+        """For each tensor, whether this process computed a gradient; known after the block."""
         return [self._sent[parameter] for parameter in self._parameters]
 
     def __enter__(self) -> Self:

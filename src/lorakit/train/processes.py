@@ -5,8 +5,8 @@ everything else asks that object. A single process has no group, and each method
 
 Values and errors are exchanged by one operation, `exchange`, in which all processes take part. A process that fails
 sends its error in place of the value, whatever the others are exchanging, so that all of them raise it. Tensors are
-exchanged only after an `exchange` in which no process has failed. Sums that run while other operations do have a group
-of their own, so that only their own order must be the same in all processes.
+exchanged only after an `exchange` in which no process has failed. Sums that run while other operations do have a
+separate group, so that only the order of the sums must be the same in all processes.
 """
 
 from __future__ import annotations

@@ -356,8 +356,8 @@ def _restore(
     _seed_everything(seed_of(spec.settings.seed, rank, step))
     saved = format_count(len(snapshot.others) + 1, "process", "processes")
     progress.say(
-        f"The checkpoint was saved by {saved}, and the run goes on with {count}: the rows of each step stay the same, "
-        "but the random number generators, which draw dropout, are seeded again."
+        f"The checkpoint was saved by {saved}, and the run continues with {count}: the rows of each step stay the "
+        "same, but the random number generators, which draw dropout, are seeded again."
     )
     return snapshot.state, step
 
