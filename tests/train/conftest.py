@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from .processes import start
 
 
 @pytest.fixture
@@ -25,3 +29,24 @@ def short_run(tmp_path: Path, tiny_model_directory: Path, monkeypatch: pytest.Mo
         "device": "cpu",
         "r": 2,
     }
+
+
+@pytest.fixture
+def steady_run(short_run: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a small run at a constant learning rate with evaluations, as plain JSON values."""
+    plain = {**short_run, "data": [str(path) for path in short_run["data"]], "model": str(short_run["model"])}
+    steady = {"lr_scheduler_type": "constant", "warmup_steps": 0, "tuning": False, "token_cache": False}
+    return {**plain, **steady, "output_dir": str(short_run["output_dir"]), "eval_fraction": 0.2, "eval_steps": 2}
+
+
+@pytest.fixture
+def outcomes(tmp_path: Path) -> Callable[..., list[list[dict[str, Any]]]]:
+    """Function that makes runs one after another in several processes, and returns the outcomes of each process."""
+
+    def make(runs: list[dict[str, Any]], count: int = 2) -> list[list[dict[str, Any]]]:
+        path = tmp_path / "runs.json"
+        path.write_text(json.dumps(runs))
+        start("process_runs", path, tmp_path, count=count)
+        return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(count)]
+
+    return make

@@ -17,38 +17,16 @@ from lorakit.train import checkpoint
 from lorakit.train.settings import TrainSettings
 from lorakit.train.trainer import run
 
-from .processes import start
-
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
 
-@pytest.fixture
-def settings(short_run: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a small run, as plain JSON values."""
-    plain = {**short_run, "data": [str(path) for path in short_run["data"]], "model": str(short_run["model"])}
-    steady = {"lr_scheduler_type": "constant", "warmup_steps": 0, "tuning": False, "token_cache": False}
-    return {**plain, **steady, "output_dir": str(short_run["output_dir"]), "eval_fraction": 0.2, "eval_steps": 2}
-
-
-@pytest.fixture
-def outcomes(tmp_path: Path) -> Callable[[list[dict[str, Any]]], list[list[dict[str, Any]]]]:
-    """Function that makes runs one after another in two processes, and returns the outcomes of each process."""
-
-    def make(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        path = tmp_path / "runs.json"
-        path.write_text(json.dumps(runs))
-        start("process_runs", path, tmp_path)
-        return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-
-    return make
-
-
 def test_a_run_equals_that_of_one_process_and_resumes(
-    settings: dict[str, Any], outcomes: Callable[..., Any], tmp_path: Path
+    steady_run: dict[str, Any], outcomes: Callable[..., Any], tmp_path: Path
 ) -> None:
-    two, whole, alone = (str(tmp_path / name) for name in ("two", "whole", "alone"))
+    settings = steady_run
+    two, whole, alone, stopped = (str(tmp_path / name) for name in ("two", "whole", "alone", "stopped"))
     noisy = {**settings, "lora_dropout": 0.2}
     parts = {**noisy, "output_dir": str(tmp_path / "parts")}
     runs = [
@@ -56,10 +34,13 @@ def test_a_run_equals_that_of_one_process_and_resumes(
         {**noisy, "output_dir": whole, "max_steps": 6},
         {**parts, "max_steps": 4},
         {**parts, "max_steps": 6, "resume": True},
+        {**settings, "output_dir": stopped, "max_steps": 9, "eval_steps": 5, "by_rank": {"1": {"signal_at": 3}}},
     ]
     first, second = outcomes(runs)
-    assert first == second
-    assert [one["ending"] for one in first] == ["finished"] * 4
+    endings = [(one["ending"], one["steps"]) for one in first]
+    assert endings == [*(("finished", steps) for steps in (6, 6, 4, 6)), ("interrupted", 3)]
+    assert endings == [(one["ending"], one["steps"]) for one in second]
+    assert checkpoint.newest_valid(Path(stopped)) == Path(stopped, "checkpoint-3")
     run(TrainSettings(**{**settings, "output_dir": alone, "max_steps": 6, "gradient_accumulation_steps": 2}))
     rows, expected = read_metrics(Path(two)), read_metrics(Path(alone))
     assert [row["tokens"] for row in rows.train] == [row["tokens"] for row in expected.train]
@@ -69,7 +50,8 @@ def test_a_run_equals_that_of_one_process_and_resumes(
     )
     assert (tmp_path / "parts" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
     record = json.loads((tmp_path / "whole" / "run.json").read_text())
-    assert record["processes"] == {"count": 2, "seeds": [settings.get("seed", 0), settings.get("seed", 0) + 1]}
+    seed = settings.get("seed", 0)
+    assert record["processes"] == {"count": 2, "seeds": [seed, seed + 1], "seeded_at": 0}
     assert (record["resolved"]["processes"], record["resolved"]["accumulation"]) == (2, 2)
     saved = checkpoint.load(tmp_path / "whole" / "checkpoint-6")
     assert len(saved.others) == 1
@@ -80,7 +62,10 @@ def test_a_run_equals_that_of_one_process_and_resumes(
     assert json.loads((tmp_path / "whole" / "run.json").read_text())["resolved"]["accumulation"] == 2
 
 
-def test_errors_that_end_all_processes(settings: dict[str, Any], outcomes: Callable[..., Any], tmp_path: Path) -> None:
+def test_errors_that_end_all_processes(
+    steady_run: dict[str, Any], outcomes: Callable[..., Any], tmp_path: Path
+) -> None:
+    settings = steady_run
     other = tmp_path / "other.txt"
     other.write_text("Quite another text, about nothing. " * 4)
     (tmp_path / "cwd").mkdir()
@@ -96,7 +81,7 @@ def test_errors_that_end_all_processes(settings: dict[str, Any], outcomes: Calla
         "data": {**base, "by_rank": {"1": {"data": [str(other)]}}},
         "output_dir": {**base, "output_dir": "here", "by_rank": {"1": {"cwd": str(tmp_path / "cwd")}}},
         "parallel": {**base, "parallel": "fsdp"},
-        "fit": {**base, "fit": "8GB"},
+        "fit": {**base, "fit": "10MB"},
         "model": {**base, "by_rank": {"1": {"model": str(tmp_path / "missing")}}},
         "rows": {**base, "data": base["data"][:1], "max_length": 128, "eval_fraction": 0},
         "nan": {
@@ -119,7 +104,8 @@ def test_errors_that_end_all_processes(settings: dict[str, Any], outcomes: Calla
     assert kinds["data"]["field"] == "data"
     assert kinds["output_dir"]["field"] == "output_dir"
     assert kinds["output_dir"]["message"].startswith("process 1: ")
-    assert kinds["parallel"]["kind"] == kinds["fit"]["kind"] == "NotYetSupported"
+    assert kinds["parallel"]["kind"] == "NotYetSupported"
+    assert (kinds["fit"]["kind"], kinds["fit"]["field"]) == ("ConfigError", "fit")
     assert kinds["model"]["message"].startswith("process 1: ")
     assert (kinds["rows"]["kind"], kinds["rows"]["field"]) == ("DataError", "data")
     assert (kinds["base"]["kind"], kinds["base"]["field"]) == ("UsageError", "fingerprint of the base")

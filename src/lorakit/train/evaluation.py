@@ -85,9 +85,8 @@ def evaluate(
         NonFiniteError: The loss is NaN or infinite.
         RunError: Memory ran out; the message describes the batch and suggests what to change.
     """
-    losses, tokens, is_stopped = dict[int, float](), 0, False
+    losses, meters, tokens, is_stopped = dict[int, float](), dict[int, Meter](), 0, False
     objective = objective or CAUSAL_LM.objective(Target())
-    meter = objective.meter() if objective.meter is not None else None
     with evaluating(model), torch.inference_mode():
         for number, batch in enumerate(batches):
             is_stopped = is_stopped or stop()
@@ -96,35 +95,36 @@ def evaluate(
             if number % processes.count != processes.rank:
                 continue
             with oom_as_run_error(batch, " while evaluating", oom_advice_for_evaluation):
-                if meter is None or objective.forward is None or objective.loss is None:
+                if objective.meter is None or objective.forward is None or objective.loss is None:
                     losses[number] = objective.loss_sum(model, batch, device, acceleration).item()
                 else:
                     output = objective.forward(model, batch, device)
                     losses[number] = objective.loss(output, batch).item()
-                    meter.add(batch, output)
+                    meters[number] = objective.meter()
+                    meters[number].add(batch, output)
             tokens += batch.trained_tokens
-    return _combined(processes.exchange((losses, tokens, meter, is_stopped)))
+    return _combined(processes.exchange((losses, tokens, meters, is_stopped)))
 
 
-def _combined(parts: Sequence[tuple[dict[int, float], int, Meter | None, bool]]) -> Evaluation | None:
-    """Combine the parts of an evaluation: loss by number of the batch, targets, meter, and whether it was stopped."""
+def _combined(parts: Sequence[tuple[dict[int, float], int, dict[int, Meter], bool]]) -> Evaluation | None:
+    """Combine the parts of an evaluation: loss and meter of each batch, targets, and whether it was stopped."""
     if any(is_stopped for *_, is_stopped in parts):
         return None
     losses = {number: loss for found, *_ in parts for number, loss in found.items()}
+    meters = {number: meter for _, _, found, _ in parts for number, meter in found.items()}
     total, tokens = 0.0, sum(tokens for _, tokens, *_ in parts)
     for number in sorted(losses):  # in the order of a single process, which determines the rounding
         total += losses[number]
-    meter = parts[0][2]
-    for _, _, other, _ in parts[1:]:
-        if meter is not None and other is not None:
-            meter.merge(other)
+    ordered = [meters[number] for number in sorted(meters)]
+    for other in ordered[1:]:
+        ordered[0].merge(other)
     if tokens == 0:
         text = "No token in the evaluation data contributes to the loss; pass more text with --eval-data."
         raise DataError(text, field="eval_data")
     if not math.isfinite(total):
         text = f"the evaluation loss is {total}; the base or the adapter produces non-finite values."
         raise NonFiniteError(text, what="evaluation loss")
-    return Evaluation(total / tokens, tokens, {} if meter is None else meter.result())
+    return Evaluation(total / tokens, tokens, ordered[0].result() if ordered else {})
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ class Loop:
         self._options = run.step_options
         self._processes = run.spec.processes
         self._saved = (run.state.step, run.state.evaluated_step) if run.resumed_from else (-1, -1)
+        self._is_interrupted = False
 
     def steps(self) -> None:
         """Train until the run ends, and set its status to "finished", "stopped early" or "interrupted".
@@ -63,6 +64,8 @@ class Loop:
         kind = MetricsLog if self._processes.is_first else UnwrittenLog
         # one of several processes may receive a signal because another one has ended
         with recording(is_answered=self._processes.is_alone) as interrupts, kind(self._folder) as log:
+            self._options = dataclasses.replace(self._options, is_interrupted=lambda: interrupts.requested)
+            self._is_interrupted = self._processes.any(interrupts.requested)
             while True:
                 self._evaluate(log, interrupts)
                 ending = self._ending(interrupts)
@@ -81,7 +84,8 @@ class Loop:
             return "finished"
         if limits.patience is not None and state.stale_evaluations >= limits.patience:
             return "stopped early"
-        return "interrupted" if self._processes.any(interrupts.requested) else None
+        is_alone = self._processes.is_alone  # several processes exchange this within an evaluation and a step
+        return "interrupted" if self._is_interrupted or (is_alone and interrupts.requested) else None
 
     def _is_evaluation_due(self) -> bool:
         step, limits = self._run.state.step, self._run.limits
@@ -108,6 +112,7 @@ class Loop:
         except RunError as cause:
             raise self._located(cause, run.state.step, self._advice(cause, "")) from cause
         if found is None:
+            self._is_interrupted = True
             return
         run.state.note_evaluation(found.loss)
         row = {
@@ -156,6 +161,7 @@ class Loop:
         state.tokens += result.tokens
         state.trained_tokens += result.trained_tokens
         state.seconds += seconds
+        self._is_interrupted = result.is_interrupted
         if result.is_skipped:
             state.skipped_steps += 1
             self._say_skipped()

@@ -5,7 +5,8 @@ everything else asks that object. A single process has no group, and each method
 
 Values and errors are exchanged by one operation, `exchange`, in which all processes take part. A process that fails
 sends its error in place of the value, whatever the others are exchanging, so that all of them raise it. Tensors are
-exchanged only after an `exchange` in which no process has failed.
+exchanged only after an `exchange` in which no process has failed. Sums that run while other operations do have a
+separate group, so that only the order of the sums must be the same in all processes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from lorakit.train.connecting import connect
 from lorakit.train.launching import PATIENCE, PROCESS_ENDED, Launched, job_of, restarts_of
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
@@ -68,6 +70,7 @@ class Processes:
         local_rank: Number of this process among those on the same machine, from 0.
         restarts: Number of times that a launcher has started the processes again.
         job: Name of the launcher's job, which stays the same after a restart; "" without such a launcher.
+        sums: The group in which sums of tensors run; None is the group of all other operations.
     """
 
     rank: int = 0
@@ -76,6 +79,7 @@ class Processes:
     restarts: int = 0
     job: str = ""
     _store: Store | None = field(default=None, repr=False, compare=False)
+    sums: ProcessGroup | None = field(default=None, repr=False, compare=False)
     _shared: list[BaseException] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -188,21 +192,26 @@ class Processes:
                         field=name,
                     )
 
-    def sum(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the sums of tensors over all processes; tensors of one dtype share a flat buffer.
+    def start_sum(self, buffer: torch.Tensor) -> Callable[[], None]:
+        """Start to replace the values of a tensor by their sums over all processes, and do not wait for the end.
 
         Args:
-            tensors: Tensors of any shape, with the same shapes and dtypes in every process.
+            buffer: Tensor of any shape, with the same shape and dtype in every process.
 
         Returns:
-            New tensors: parts of the buffers.
+            Function that waits for the end, or raises RunError if another process ended.
 
         Raises:
             RunError: Another process ended.
         """
         from torch import distributed
 
-        return self._by_buffer(tensors, distributed.all_reduce)
+        work = self._guarded(lambda: distributed.all_reduce(buffer, group=self.sums, async_op=True))
+
+        def wait() -> None:
+            self._guarded(work.wait)
+
+        return wait
 
     def from_first_in_place(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace the values of tensors by those in process 0.
@@ -217,32 +226,14 @@ class Processes:
             return
         from torch import distributed
 
-        with torch.no_grad():
-            for tensor, value in zip(
-                tensors, self._by_buffer(tensors, lambda flat: distributed.broadcast(flat, 0)), strict=True
-            ):
-                tensor.copy_(value)
-
-    def _by_buffer(
-        self, tensors: Sequence[torch.Tensor], operation: Callable[[torch.Tensor], object]
-    ) -> list[torch.Tensor]:
-        """Copy tensors into a flat buffer for each dtype, apply an operation to the buffers, and return the parts."""
-        places, sizes = list[int](), dict[torch.dtype, int]()
-        for tensor in tensors:
-            places.append(sizes.get(tensor.dtype, 0))
-            sizes[tensor.dtype] = places[-1] + -(-tensor.numel() // _ALIGNED) * _ALIGNED
-        device = tensors[0].device if tensors else "cpu"
-        flat = {dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
-        parts = [
-            flat[tensor.dtype][place : place + tensor.numel()].view(tensor.shape)
-            for tensor, place in zip(tensors, places, strict=True)
-        ]
+        buffers, parts = flat_parts(tensors)
         with torch.no_grad():
             for part, tensor in zip(parts, tensors, strict=True):
                 part.copy_(tensor)
-            for buffer in flat.values():
-                self._guarded(lambda buffer=buffer: operation(buffer))  # type: ignore[misc]
-        return parts
+            for buffer in buffers:
+                self._guarded(lambda buffer=buffer: distributed.broadcast(buffer, 0))  # type: ignore[misc]
+            for part, tensor in zip(parts, tensors, strict=True):
+                tensor.copy_(part)
 
     def _gather(self, value: tuple[object, _Failure | None]) -> list[tuple[object, _Failure | None]]:
         from torch import distributed
@@ -251,10 +242,10 @@ class Processes:
         self._guarded(lambda: distributed.all_gather_object(found, value))
         return found
 
-    def _guarded(self, call: Callable[[], object]) -> None:
+    def _guarded(self, call: Callable[[], T]) -> T:
         """Call an operation of the group; if it fails, another process has ended."""
         try:
-            call()
+            return call()
         except RuntimeError as cause:
             text = "another process ended or can no longer be reached, so the run cannot go on."
             self._raise(RunError(text, what=" ".join(str(cause).split()), field=PROCESS_ENDED))
@@ -266,6 +257,28 @@ class Processes:
 
 ALONE = Processes()
 """A single process."""
+
+
+def flat_parts(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return a flat buffer of zeros for each dtype of some tensors, and a view of a buffer for each tensor.
+
+    Args:
+        tensors: Tensors of any shape, on one device.
+
+    Returns:
+        The 1-D buffers, and the views, which have the shapes and dtypes of the tensors.
+    """
+    places, sizes = list[int](), dict[torch.dtype, int]()
+    for tensor in tensors:
+        places.append(sizes.get(tensor.dtype, 0))
+        sizes[tensor.dtype] = places[-1] + -(-tensor.numel() // _ALIGNED) * _ALIGNED
+    device = tensors[0].device if tensors else "cpu"
+    flat = {dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
+    parts = [
+        flat[tensor.dtype][place : place + tensor.numel()].view(tensor.shape)
+        for tensor, place in zip(tensors, places, strict=True)
+    ]
+    return list(flat.values()), parts
 
 
 @contextmanager
@@ -290,7 +303,9 @@ def joined(seconds: float = PATIENCE) -> Iterator[Processes]:
     job, restarts = job_of(os.environ), restarts_of(os.environ)
     if is_available and distributed.is_initialized():
         rank, count = distributed.get_rank(), distributed.get_world_size()
-        yield _with_restarts(Processes(rank, count, int(os.environ.get("LOCAL_RANK", rank)), restarts, job))
+        held = Processes(rank, count, int(os.environ.get("LOCAL_RANK", rank)), restarts, job)
+        with _with_sums(_with_restarts(held)) as processes:
+            yield processes
         return
     launched = Launched.of(os.environ)
     if launched.count == 1:
@@ -304,7 +319,9 @@ def joined(seconds: float = PATIENCE) -> Iterator[Processes]:
         )
     store = connect(launched, seconds)
     try:
-        yield _with_restarts(Processes(launched.rank, launched.count, launched.local_rank, restarts, job, store))
+        held = Processes(launched.rank, launched.count, launched.local_rank, restarts, job, store)
+        with _with_sums(_with_restarts(held)) as processes:
+            yield processes
     finally:
         distributed.destroy_process_group()
 
@@ -314,13 +331,23 @@ def _with_restarts(processes: Processes) -> Processes:
     return replace(processes, restarts=max(processes.exchange(processes.restarts)))
 
 
-def check_parallel(parallel: str, fit: str | None, processes: Processes) -> None:
+@contextmanager
+def _with_sums(processes: Processes) -> Iterator[Processes]:
+    """Add the group in which sums of tensors run, for a block."""
+    from torch import distributed
+
+    group = distributed.new_group()
+    try:
+        yield replace(processes, sums=group)
+    finally:
+        distributed.destroy_process_group(group)
+
+
+def check_parallel(parallel: str) -> None:
     """Check that lorakit can distribute a run in the requested way.
 
     Args:
         parallel: The setting `parallel`.
-        fit: The setting `fit`.
-        processes: The processes of the run.
 
     Raises:
         NotYetSupported: It cannot.
@@ -331,11 +358,4 @@ def check_parallel(parallel: str, fit: str | None, processes: Processes) -> None
             what=parallel,
             field="parallel",
             allowed=("auto", "ddp"),
-        )
-    if fit is not None and not processes.is_alone:
-        raise NotYetSupported(
-            f"fit is {fit!r}, but its measurement is not supported in {processes.count} processes; omit --fit, or "
-            "use --memory-budget.",
-            what=fit,
-            field="fit",
         )

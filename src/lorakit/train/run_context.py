@@ -196,6 +196,8 @@ class Run:
         status: "running", "failed", "interrupted", "stopped early" or "finished".
         notes: Messages for the user, repeated in the result.
         scaler: Scaler of the loss if the base is in fp16, or None; its state is part of every checkpoint.
+        seeded_at: Step at which the random number generators were seeded: 0, or that from which the run was resumed
+            with another number of processes.
     """
 
     spec: RunSpec
@@ -219,6 +221,7 @@ class Run:
     status: str = "running"
     notes: tuple[str, ...] = ()
     scaler: torch.amp.GradScaler | None = None
+    seeded_at: int = 0
 
     @property
     def trainable_parameters(self) -> int:
@@ -237,8 +240,8 @@ class Run:
 
     @property
     def seeds(self) -> list[int]:
-        """Seed of the random number generators of each process, which draw dropout."""
-        return [seed_of(self.spec.settings.seed, rank) for rank in range(self.spec.processes.count)]
+        """Seed of the random number generators of each process, which draw dropout, at the step `seeded_at`."""
+        return [seed_of(self.spec.settings.seed, rank, self.seeded_at) for rank in range(self.spec.processes.count)]
 
     def record(self) -> dict[str, Any]:
         """Return the contents of `run.json`, except for the result, as plain JSON values."""
@@ -268,6 +271,6 @@ class Run:
             "evaluation_data": held_out.as_dict() if held_out else None,
             "plan": dict(self.plan.values),
             "trackers": dict(self.trackers.ids),
-            "processes": {"count": spec.processes.count, "seeds": self.seeds},
+            "processes": {"count": spec.processes.count, "seeds": self.seeds, "seeded_at": self.seeded_at},
             LAUNCH: launch_record(spec.processes),
         }

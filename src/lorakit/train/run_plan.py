@@ -142,6 +142,7 @@ def _limited(spec: RunSpec, estimated: plan.Plan) -> tuple[plan.Plan, list[plan.
         return estimated, [], []
     chosen = {name: recorded[name] for name in ("batch_rows", "accumulation", "recompute") if name in recorded}
     if len(chosen) == 3:  # an older run has recorded only some of them
+        chosen["accumulation"] = -(-chosen["accumulation"] // spec.processes.count)
         made = plan.with_job(estimated, **chosen)
         return made, [], [] if limit is None else [describe(made, plan.bytes_of(limit))]
     if limit is not None:

@@ -88,7 +88,7 @@ class RunSpec:
             LorakitError: The data, the model or the run directory cannot be used; the error class and message say why.
         """
         settings = given = complete(settings)
-        check_parallel(settings.parallel, settings.fit, processes)
+        check_parallel(settings.parallel)
         settings.lora_config()
         quantization = settings.stored_as()
         if quantization is not None:

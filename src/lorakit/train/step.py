@@ -21,6 +21,7 @@ from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.plan.job import RECOMPUTED
 from lorakit.speed import Acceleration
 from lorakit.tasks import LossSum, loss_sum
+from lorakit.train.gradient_sum import GradientSum
 from lorakit.train.optimizer import Named, clipped_step, gradient_norm, set_rate
 from lorakit.train.processes import ALONE, Processes
 from lorakit.train.scaling import check_scale
@@ -89,6 +90,7 @@ class StepOptions:
         scaler: Scales the loss of an fp16 base (see `lorakit.train.scaling`); None for other bases.
         loss: Function that runs the model and returns the summed loss of a batch; the default is for causal models.
         processes: The processes that compute a step together.
+        is_interrupted: Function that returns whether this process was asked to stop.
     """
 
     device: torch.device
@@ -101,6 +103,7 @@ class StepOptions:
     scaler: torch.amp.GradScaler | None = None
     loss: LossSum = loss_sum
     processes: Processes = ALONE
+    is_interrupted: Callable[[], bool] = lambda: False
 
     def computing(self) -> contextlib.AbstractContextManager[object]:
         """Return the autocast context for calls to the model, or a null context if autocast is disabled."""
@@ -148,6 +151,7 @@ class StepResult:
         tokens: Number of tokens, excluding padding.
         trained_tokens: Number of tokens that contribute to the loss.
         is_skipped: Whether the gradient overflowed fp16, so that no tensor was changed and the loss scale was lowered.
+        is_interrupted: Whether any process was asked to stop.
     """
 
     loss: float
@@ -155,6 +159,7 @@ class StepResult:
     tokens: int
     trained_tokens: int
     is_skipped: bool = False
+    is_interrupted: bool = False
 
 
 def train_step(
@@ -169,8 +174,9 @@ def train_step(
 
     The tokens that contribute to the loss are counted before the first forward pass. The summed loss of each batch is
     divided by this count, so the gradient does not depend on how the rows are split into batches. The penalty terms of
-    adapter variants are added once per step. With several processes, the tokens of all processes are counted, and the
-    gradients are summed over the processes once, after the last backward pass.
+    adapter variants are added once per step. Several processes exchange values twice: the tokens before the first
+    forward pass, and the loss and what an error says after the last backward pass, during which the gradients are
+    summed (`GradientSum`).
 
     Args:
         model: The adapted model, in training mode.
@@ -200,17 +206,23 @@ def train_step(
             field="data",
         )
     optimizer.zero_grad(set_to_none=True)
-    loss = summed_over(processes, named, _backward(model, batches, trained, options))
+    with GradientSum(named, processes) as sums:
+        own = _backward(model, batches, trained, options, sums)
+    found = processes.exchange((own, sums.has_gradient, options.is_interrupted()))
+    losses, flags, interrupted = zip(*found, strict=True)
+    sums.received([any(one) for one in zip(*flags, strict=True)])
     _check_not_replaced(model, named)
     set_rate(optimizer, learning_rate)
-    mean = _finite("loss", loss / trained, optimizer)
+    mean = _finite("loss", sum(losses) / trained, optimizer)
     grad_norm, is_skipped = _update(named, optimizer, options)
     if options.device.type == "cuda":
         torch.cuda.synchronize(options.device)  # so that the measured time covers the whole step
-    return StepResult(mean, grad_norm, tokens, trained, is_skipped)
+    return StepResult(mean, grad_norm, tokens, trained, is_skipped, any(interrupted))
 
 
-def _backward(model: nn.Module, batches: Sequence[Batch], trained: int, options: StepOptions) -> float:
+def _backward(
+    model: nn.Module, batches: Sequence[Batch], trained: int, options: StepOptions, sums: GradientSum
+) -> float:
     """Run the forward and backward passes of this process's batches, and return their summed loss.
 
     Args:
@@ -218,11 +230,13 @@ def _backward(model: nn.Module, batches: Sequence[Batch], trained: int, options:
         batches: The batches.
         trained: Number of tokens that contribute to the loss in the whole step, by which the loss is divided.
         options: Device, precision and acceleration.
+        sums: The sums of the gradients over the processes, which start during the last backward pass.
     """
     total = torch.zeros((), device=options.device)
+    last = None if _adds_penalties(model, options.processes) else len(batches) - 1
     if options.scaler is not None and not batches:
         options.scaler.scale(total)  # creates the scale, by which the gradients of the other processes are divided
-    for batch in batches:
+    for number, batch in enumerate(batches):
         if options.releases_memory:
             allocator.trim()
         with oom_as_run_error(batch, "", options.oom_advice):
@@ -233,7 +247,8 @@ def _backward(model: nn.Module, batches: Sequence[Batch], trained: int, options:
                     "The loss does not depend on any trainable tensor: the adapter is inactive or frozen.",
                     field="target_modules",
                 )
-            options.backward(loss / trained)
+            with sums.overlapping() if number == last else contextlib.nullcontext():
+                options.backward(loss / trained)
             total = total + loss.detach()
     penalty = penalties(model) if options.processes.is_first else None
     if penalty is not None:  # added once per step, not once per batch
@@ -241,30 +256,10 @@ def _backward(model: nn.Module, batches: Sequence[Batch], trained: int, options:
     return float(total)
 
 
-def summed_over(processes: Processes, named: Named, loss: float) -> float:
-    """Sum the loss and the gradients of a step over all processes; a single process changes nothing.
-
-    A tensor that received no gradient in any process keeps none.
-
-    Args:
-        processes: The processes.
-        named: (name, tensor) pairs for the trainable tensors (any shape), whose `.grad` is replaced by the sum.
-        loss: Summed loss of this process's batches.
-
-    Returns:
-        Summed loss of all batches, equal in all processes.
-
-    Raises:
-        RunError: Another process failed or ended.
-    """
-    if processes.is_alone:
-        return loss
-    found = processes.exchange((loss, [parameter.grad is not None for _, parameter in named]))
-    trained = [one for (_, one), *flags in zip(named, *(flags for _, flags in found), strict=True) if any(flags)]
-    sums = processes.sum([torch.zeros_like(p) if p.grad is None else p.grad for p in trained])
-    for parameter, gradient in zip(trained, sums, strict=True):
-        parameter.grad = gradient
-    return sum(one for one, _ in found)
+def _adds_penalties(model: nn.Module, processes: Processes) -> bool:
+    """Return whether this process adds penalties after its batches, so that their gradients are not final."""
+    with torch.no_grad():
+        return processes.is_first and not processes.is_alone and penalties(model) is not None
 
 
 def _update(named: Named, optimizer: torch.optim.Optimizer, options: StepOptions) -> tuple[float, bool]:

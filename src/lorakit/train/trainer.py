@@ -140,22 +140,22 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     asked = (spec, plan.dtype, model, acceleration, loader, before, progress)
     chosen = processes.from_first(lambda: autotuned_choices(*asked))
     if plan.proposed:
-        rows = longest_rows(batches.parts, loader.batch_rows * limits.accumulation)
-        probe = Probe(model, named, rows, loader.pad_id, chosen, spec.task)
+        longest = longest_rows(batches.parts, loader.batch_rows * limits.accumulation)
+        probe = Probe(model, named, longest, loader.pad_id, chosen, spec.task)
         plan, acceleration = _fitted(spec, plan, probe, acceleration, progress)
+    rows = loader.batch_rows * limits.accumulation  # per step, which --fit does not change
+    limits = limits.with_accumulation(-(-rows // plan.batch_rows))
     batches = batches.with_rows(plan.batch_rows)
-    # with several processes, nothing but the recomputation is left open
-    limits = limits.with_accumulation(plan.accumulation) if processes.is_alone else limits
     loader = batches.loader
     _seed_everything(seed_of(settings.seed, processes.rank))
-    state = checkpoint.TrainState()
+    state, seeded_at = checkpoint.TrainState(), 0
     if snapshot is None and spec.start is not None and spec.start.optimizer is not None:
         load_state_tensors(optimizer, named, checkpoint.load(spec.start.optimizer).optimizer)
     if snapshot is not None:
         load_state_tensors(optimizer, named, snapshot.optimizer)
         loader.load_state(snapshot.state.data)
         here = checkpoint.environment(spec.device, plan.dtype, spec.quantization_values, choices.to_strings(chosen))
-        state = _restore(snapshot, here, spec, progress)
+        state, seeded_at = _restore(snapshot, here, spec, progress)
     return Run(
         spec=spec,
         plan=plan,
@@ -177,6 +177,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
         damaged=damaged,
         notes=notes,
         scaler=loss_scaler(spec.device, plan.dtype, None if snapshot is None else snapshot.scaler),
+        seeded_at=seeded_at,
     )
 
 
@@ -276,7 +277,7 @@ def _arranged(model: nn.Module, recompute: str, settings: TrainSettings, progres
 def _fitted(
     spec: RunSpec, plan: RunPlan, probe: Probe, acceleration: Acceleration | None, progress: Progress
 ) -> tuple[RunPlan, Acceleration | None]:
-    """Return the fastest proposed plan that fits into the limit of `--fit` according to a probe."""
+    """Return the fastest proposed plan that fits into the limit of `--fit` in each process, according to a probe."""
     now, current = plan.recompute, acceleration
 
     def measure(candidate: Plan) -> int:
@@ -289,7 +290,8 @@ def _fitted(
             now = candidate.job.recompute
             current = _arranged(probe.model, now, spec.settings, progress)
         job, made = candidate.job, RunPlan.of(candidate, spec.settings.fit)
-        return probe.peak_bytes(job.batch_rows, job.accumulation > 1, made.step_options(spec, current))
+        peak = probe.peak_bytes(job.batch_rows, job.accumulation > 1, made.step_options(spec, current))
+        return max(spec.processes.exchange(peak))
 
     progress.busy("measuring memory")
     limit = bytes_of(spec.settings.fit or "")
@@ -334,8 +336,12 @@ def acceleration_lines(acceleration: Acceleration) -> list[str]:
 
 def _restore(
     snapshot: checkpoint.Snapshot, here: dict[str, Any], spec: RunSpec, progress: Progress
-) -> checkpoint.TrainState:
-    """Restore the random number generators and return the checkpoint's state; warn if the environment has changed."""
+) -> tuple[checkpoint.TrainState, int]:
+    """Restore the random number generators, or seed them if the checkpoint has those of another number of processes.
+
+    Returns:
+        The checkpoint's state, and the step at which the generators were seeded.
+    """
     changed = checkpoint.differences(snapshot.environment, here)
     if changed:
         progress.say(
@@ -346,14 +352,16 @@ def _restore(
     random = snapshot.random_of(rank, count)
     if random is not None:
         checkpoint.restore_random_state(*random)
-    else:
-        _seed_everything(seed_of(spec.settings.seed, rank, snapshot.state.step))
-        saved = format_count(len(snapshot.others) + 1, "process", "processes")
-        progress.say(
-            f"The checkpoint was saved by {saved}, and the run goes on with {count}: the rows of each step stay the "
-            "same, but dropout is drawn again."
-        )
-    return snapshot.state
+        recorded = (spec.record or {}).get("processes") or {}
+        return snapshot.state, int(recorded.get("seeded_at") or 0)
+    step = snapshot.state.step
+    _seed_everything(seed_of(spec.settings.seed, rank, step))
+    saved = format_count(len(snapshot.others) + 1, "process", "processes")
+    progress.say(
+        f"The checkpoint was saved by {saved}, and the run continues with {count}: the rows of each step stay the "
+        "same, but the random number generators, which draw dropout, are seeded again."
+    )
+    return snapshot.state, step
 
 
 def _seed_everything(seed: int) -> None:
