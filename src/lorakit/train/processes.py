@@ -10,11 +10,14 @@ exchanged only after an `exchange` in which no process has failed.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 import torch
 
@@ -22,7 +25,13 @@ import lorakit.errors
 from lorakit.errors import LorakitError, NotYetSupported, RunError, UsageError
 from lorakit.train.launching import PROCESS_ENDED, Launched
 
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
 T = TypeVar("T")
+
+_FAILED = "lorakit/failed"
+"""Key under which a process stores its error before it ends."""
 
 _ALIGNED = 16
 """Numbers to a multiple of which each tensor of a flat buffer starts, so that kernels see aligned memory."""
@@ -57,11 +66,14 @@ class Processes:
         rank: Number of this process, from 0; process 0 alone prints and writes.
         count: Number of processes.
         local_rank: Number of this process among those on the same machine, from 0.
+        in_lockstep: Whether all processes must run the model equally often, because they gather its weights together
+            (`sharding`). A process that fails then cannot wait for the others, which wait for its part of a weight.
     """
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
+    in_lockstep: bool = False
     _shared: list[BaseException] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -102,8 +114,12 @@ class Processes:
         try:
             yield
         except Exception as cause:
-            if not self.is_alone and not self.has_shared(cause):
-                self._shared.append(cause)
+            if self.is_alone or self.has_shared(cause):
+                raise
+            if self.in_lockstep:
+                self._publish(cause)
+            self._shared.append(cause)
+            if not self.in_lockstep:
                 self._gather((None, _Failure.of(cause)))
             raise
         self.exchange(None)
@@ -218,12 +234,56 @@ class Processes:
         try:
             call()
         except RuntimeError as cause:
-            text = "another process ended or can no longer be reached, so the run cannot go on."
-            self._raise(RunError(text, what=" ".join(str(cause).split()), field=PROCESS_ENDED))
+            self._raise_lost(cause)
+
+    def _raise_lost(self, cause: RuntimeError) -> NoReturn:
+        """Raise the error that another process has published before it ended, or one that says that it ended."""
+        published = self._published() if self.in_lockstep else None
+        if published is not None:
+            rank, failure = published
+            self._raise(failure.error(rank))
+        text = "another process ended or can no longer be reached, so the run cannot go on."
+        self._raise(RunError(text, what=" ".join(str(cause).split()), field=PROCESS_ENDED))
+
+    def _publish(self, cause: Exception) -> None:
+        """Leave an error where the other processes find it after this one has ended.
+
+        Raises:
+            LorakitError: The error is only the consequence of another process's, which is raised instead.
+        """
+        if isinstance(cause, RuntimeError) and _is_of_group(cause):
+            self._raise_lost(cause)
+        with contextlib.suppress(RuntimeError):  # the first process has ended, and with it the store
+            _store().set(_FAILED, json.dumps([self.rank, dataclasses.asdict(_Failure.of(cause))], default=str))
+
+    def _published(self) -> tuple[int, _Failure] | None:
+        """Return the error that a process has published, and the number of the process, or None."""
+        try:
+            if not _store().check([_FAILED]):
+                return None
+            rank, values = json.loads(_store().get(_FAILED))
+        except RuntimeError:  # the first process has ended, and with it the store
+            return None
+        return int(rank), _Failure(**values)
 
     def _raise(self, error: LorakitError) -> NoReturn:
         self._shared.append(error)
         raise error
+
+
+def _is_of_group(cause: RuntimeError) -> bool:
+    """Return whether an operation of torch.distributed raised an error, because another process is gone."""
+    trace = cause.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("torch.distributed.")
+
+
+def _store() -> Store:
+    """Return the store through which the processes have found each other; it outlives all of them but the first."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
 
 
 ALONE = Processes()
@@ -292,12 +352,12 @@ def check_parallel(parallel: str, fit: str | None, processes: Processes) -> None
     Raises:
         NotYetSupported: It cannot.
     """
-    if parallel not in ("auto", "ddp"):
+    if fit is not None and parallel in ("fsdp", "hsdp"):
         raise NotYetSupported(
-            f"parallel is {parallel!r}: sharding the base over processes is not supported yet; use --parallel ddp.",
-            what=parallel,
-            field="parallel",
-            allowed=("auto", "ddp"),
+            f"fit is {fit!r}, but its measurement is not supported for a sharded base; omit --fit, or use "
+            "--parallel ddp.",
+            what=fit,
+            field="fit",
         )
     if fit is not None and not processes.is_alone:
         raise NotYetSupported(

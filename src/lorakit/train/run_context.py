@@ -26,6 +26,7 @@ from lorakit.train.progress import Progress
 from lorakit.train.run_spec import RunSpec
 from lorakit.train.schedule import Schedule
 from lorakit.train.settings import TrainSettings
+from lorakit.train.sharding import ShardedBase
 from lorakit.train.step import StepOptions
 from lorakit.train.trackers import Trackers
 
@@ -194,6 +195,7 @@ class Run:
         trackers: The trackers that receive the metrics; none is open before the run starts.
         status: "running", "failed", "interrupted", "stopped early" or "finished".
         notes: Messages for the user, repeated in the result.
+        sharded: The base if it is sharded over processes, or None.
         scaler: Scaler of the loss if the base is in fp16, or None; its state is part of every checkpoint.
     """
 
@@ -217,6 +219,7 @@ class Run:
     damaged: tuple[Path, ...] = ()
     status: str = "running"
     notes: tuple[str, ...] = ()
+    sharded: ShardedBase | None = None
     scaler: torch.amp.GradScaler | None = None
 
     @property
@@ -268,4 +271,5 @@ class Run:
             "plan": dict(self.plan.values),
             "trackers": dict(self.trackers.ids),
             "processes": {"count": spec.processes.count, "seeds": self.seeds},
+            "sharding": None if self.sharded is None else self.sharded.as_dict(),
         }

@@ -192,15 +192,17 @@ def train_step(
             process ended.
     """
     processes = options.processes
-    counts = processes.exchange((sum(b.tokens for b in batches), sum(b.trained_tokens for b in batches)))
-    tokens, trained = (sum(numbers) for numbers in zip(*counts, strict=True))
+    own = sum(b.tokens for b in batches), sum(b.trained_tokens for b in batches)
+    counts = processes.exchange((*own, len(batches)))
+    tokens, trained, _ = (sum(numbers) for numbers in zip(*counts, strict=True))
     if trained == 0:
         raise DataError(
             "No token in the batches of this step contributes to the loss, so there is nothing to train on.",
             field="data",
         )
     optimizer.zero_grad(set_to_none=True)
-    loss = summed_over(processes, named, _backward(model, batches, trained, options))
+    idle = idle_batches(processes, batches, [count for *_, count in counts])
+    loss = summed_over(processes, named, _backward(model, batches, trained, options, idle))
     _check_not_replaced(model, named)
     set_rate(optimizer, learning_rate)
     mean = _finite("loss", loss / trained, optimizer)
@@ -210,7 +212,25 @@ def train_step(
     return StepResult(mean, grad_norm, tokens, trained, is_skipped)
 
 
-def _backward(model: nn.Module, batches: Sequence[Batch], trained: int, options: StepOptions) -> float:
+def idle_batches(processes: Processes, batches: Sequence[Batch], counts: Sequence[int]) -> list[Batch]:
+    """Return the batches that a process computes only because others have more; empty unless they are in lockstep.
+
+    Args:
+        processes: The processes.
+        batches: The batches of this process.
+        counts: Number of batches of each process.
+    """
+    if not processes.in_lockstep or min(counts) == max(counts):
+        return []
+    known = [*batches]
+    if min(counts) == 0:  # this process may have none
+        known += [batch for found in processes.exchange(batches[:1]) for batch in found]
+    return [min(known, key=lambda batch: batch.tokens)] * (max(counts) - len(batches))
+
+
+def _backward(
+    model: nn.Module, batches: Sequence[Batch], trained: int, options: StepOptions, idle: Sequence[Batch] = ()
+) -> float:
     """Run the forward and backward passes of this process's batches, and return their summed loss.
 
     Args:
@@ -218,11 +238,12 @@ def _backward(model: nn.Module, batches: Sequence[Batch], trained: int, options:
         batches: The batches.
         trained: Number of tokens that contribute to the loss in the whole step, by which the loss is divided.
         options: Device, precision and acceleration.
+        idle: Batches whose loss is multiplied by zero.
     """
     total = torch.zeros((), device=options.device)
     if options.scaler is not None and not batches:
         options.scaler.scale(total)  # creates the scale, by which the gradients of the other processes are divided
-    for batch in batches:
+    for number, batch in enumerate((*batches, *idle)):
         if options.releases_memory:
             allocator.trim()
         with oom_as_run_error(batch, "", options.oom_advice):
@@ -233,8 +254,9 @@ def _backward(model: nn.Module, batches: Sequence[Batch], trained: int, options:
                     "The loss does not depend on any trainable tensor: the adapter is inactive or frozen.",
                     field="target_modules",
                 )
-            options.backward(loss / trained)
-            total = total + loss.detach()
+            is_idle = number >= len(batches)
+            options.backward(loss * 0 if is_idle else loss / trained)
+            total = total if is_idle else total + loss.detach()
     penalty = penalties(model) if options.processes.is_first else None
     if penalty is not None:  # added once per step, not once per batch
         options.backward(penalty)
