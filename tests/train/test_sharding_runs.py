@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lorakit.report import read_metrics
+from lorakit.train.launching import PROCESS_ENDED
 from lorakit.train.settings import TrainSettings
 from lorakit.train.trainer import run
 
@@ -19,7 +20,6 @@ from .processes import begin, end, start
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
-PROGRAM = str(Path(__file__).with_name("process_runs.py"))
 
 
 @pytest.fixture
@@ -85,13 +85,27 @@ def test_what_cannot_be_sharded(settings: dict[str, Any], outcomes: Callable[...
     base = {**settings, "max_steps": 3, "parallel": "fsdp"}
     cases = {
         "fit": {**base, "fit": "8GB"},
-        "quantization": {**base, "quantization": "nf4"},
-        "use_kasa": {**base, "use_kasa": True},
+        "quantization": {**base, "quantization": "int8"},
+        "kasa_config": {**base, "kasa_config": {}},
         "parallel": {**base, "parallel": "hsdp", "max_steps": 1, "output_dir": str(tmp_path / "hsdp")},
     }
     found = dict(zip(cases, outcomes(list(cases.values())), strict=True))
-    for name in ("fit", "quantization", "use_kasa"):
+    for name in ("fit", "quantization", "kasa_config"):
         assert (found[name]["kind"], found[name]["field"]) == ("NotYetSupported", name)
     assert not (tmp_path / "run").exists()
     assert found["parallel"]["ending"] == "finished"
     assert json.loads((tmp_path / "hsdp" / "run.json").read_text())["sharding"]["mesh"] == [2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["raises", "ends"])
+def test_a_failure_in_one_process_does_not_leave_the_other_waiting(how: str, tmp_path: Path) -> None:
+    program = str(Path(__file__).with_name("process_lockstep.py"))
+    (code, _, messages), _ = end(begin([program, str(tmp_path), how], 2))
+    assert code == 0, messages
+    found = json.loads((tmp_path / "0.json").read_text())
+    if how == "raises":
+        assert (found["kind"], found["field"]) == ("DataError", "data")
+        assert found["message"].startswith("process 1: ")
+    else:
+        assert (found["kind"], found["field"]) == ("RunError", PROCESS_ENDED)

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -337,7 +339,11 @@ def joined() -> Iterator[Processes]:
         ) from cause
     try:
         yield Processes(launched.rank, launched.count, launched.local_rank)
+    except BaseException as cause:
+        traceback.clear_frames(cause.__traceback__)  # a sharded model refers to the group
+        raise
     finally:
+        gc.collect()  # a group that still exists when the interpreter ends can abort the process
         distributed.destroy_process_group()
 
 
