@@ -87,7 +87,6 @@ def test_errors_that_end_all_processes(settings: dict[str, Any], outcomes: Calla
         "seed": {**base, "by_rank": {"1": {"seed": 5}}},
         "data": {**base, "by_rank": {"1": {"data": [str(other)]}}},
         "output_dir": {**base, "output_dir": "here", "by_rank": {"1": {"cwd": str(tmp_path / "cwd")}}},
-        "parallel": {**base, "parallel": "fsdp"},
         "fit": {**base, "fit": "8GB"},
         "model": {**base, "by_rank": {"1": {"model": str(tmp_path / "missing")}}},
         "rows": {**base, "data": base["data"][:1], "max_length": 128, "eval_fraction": 0},
@@ -106,7 +105,7 @@ def test_errors_that_end_all_processes(settings: dict[str, Any], outcomes: Calla
     assert kinds["data"]["field"] == "data"
     assert kinds["output_dir"]["field"] == "output_dir"
     assert kinds["output_dir"]["message"].startswith("process 1: ")
-    assert kinds["parallel"]["kind"] == kinds["fit"]["kind"] == "NotYetSupported"
+    assert kinds["fit"]["kind"] == "NotYetSupported"
     assert kinds["model"]["message"].startswith("process 1: ")
     assert (kinds["rows"]["kind"], kinds["rows"]["field"]) == ("DataError", "data")
     assert kinds["nan"]["kind"] == "NonFiniteError"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lorakit import allocator
 from lorakit.core.model import frozen
 from lorakit.core.model.fingerprint import Fingerprint, fingerprint
 from lorakit.core.model.index import AdapterIndex
@@ -309,6 +311,8 @@ def shard_base(model: nn.Module, parallel: Parallel) -> ShardedBase:
         units = [fully_shard(index.everything[path], mesh=mesh, ignored_params=kept) for path in (*blocks, "")]
     for parameter in kept:
         parameter.data = parameter.data.to(device)
+    gc.collect()
+    allocator.trim()  # otherwise, malloc keeps the memory of the whole weights
     for unit in units:  # tensors that are first allocated in an evaluation could not be used in training
         unit.unshard()
         unit.reshard()
