@@ -23,7 +23,6 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import small_models
-
 from lorakit import core, data
 from lorakit.config import LoraConfig
 from lorakit.data.encoding import Sequence

@@ -13,6 +13,7 @@ from .processes import start
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
+
 def trained(folder: Path, count: int, *cases: str) -> list[dict[str, Any]]:
     """Return what each of several processes has written."""
     start("process_sharding", folder, *cases, count=count)

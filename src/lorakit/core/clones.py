@@ -112,7 +112,7 @@ def _rebound(value: object, module: nn.Module, clone: nn.Module) -> object:
     return value
 
 
-SHARDING = "torch.distributed.fsdp."
+SHARDING = "torch.distributed.fsdp"
 """Start of the name of the modules that define FSDP2's hooks, and the classes that it derives from those of modules."""
 
 
