@@ -16,12 +16,15 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.clones import has_observers, own_class
 from lorakit.core.model.index import AdapterIndex
+from lorakit.data import Batch
 from lorakit.errors import MergeError, NotYetSupported, UsageError
 from lorakit.tasks import CAUSAL_LM
 from lorakit.tasks.embedding import EMBEDDING
 from lorakit.train import sharding
+from lorakit.train.evaluation import IDLE, own_batches
 from lorakit.train.processes import ALONE, Processes
 from lorakit.train.sharding import Parallel, blocks_of, bytes_per_process, choose_parallel, obstacle, shard_base
+from lorakit.train.step import idle_batches
 
 from .. import small_models
 
@@ -174,3 +177,45 @@ def test_a_sharded_model(alone: None) -> None:
         layers[0].self_attn.q_proj.original()  # it would be as large as the whole weight
     with pytest.raises(NotYetSupported):
         core.attach(model, LoraConfig(r=2, target_modules=["k_proj"]), "other")
+
+
+def batch(tokens: int) -> Batch:
+    ids = torch.ones(1, tokens, dtype=torch.long)
+    return Batch(ids, ids, ids, 0.0, tokens, tokens)
+
+
+def test_processes_in_lockstep_take_equally_many_batches() -> None:
+    mine = [batch(5), batch(3)]
+    first = Told(0, 2, in_lockstep=True)
+    assert idle_batches(first, mine, [2, 2]) == []
+    assert idle_batches(replace(first, in_lockstep=False), mine, [2, 3]) == []
+    assert [one.tokens for one in idle_batches(first, mine, [2, 4])] == [3, 3]
+    with_none = Received(1, 2, in_lockstep=True)
+    assert [one.tokens for one in idle_batches(with_none, [], [1, 0])] == [7]
+
+
+class Received(Processes):
+    """Processes of which the first one sends a batch."""
+
+    def exchange(self, value: Any) -> list[Any]:
+        return [[batch(7)], value]
+
+
+class Quiet(Processes):
+    """Processes that do not ask to stop."""
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+
+@pytest.mark.parametrize("count", [4, 5])
+def test_processes_in_lockstep_evaluate_equally_often(count: int) -> None:
+    batches = [batch(number + 1) for number in range(count)]
+    taken = [list(own_batches(batches, Quiet(rank, 2, in_lockstep=True))) for rank in range(2)]
+    numbers = [[number for number, _ in one] for one in taken]
+    assert numbers == ([[0, 2], [1, 3]] if count == 4 else [[0, 2, 4], [1, 3, IDLE]])
+    apart = [list(own_batches(batches, Quiet(rank, 2))) for rank in range(2)]
+    assert [number for number, _ in apart[1]] == [1, 3]
+    stops = iter([False, True])
+    stopped = list(own_batches(batches, Quiet(1, 2, in_lockstep=True), lambda: next(stops)))
+    assert stopped[-1] == (2, None)  # before the second batch of both processes
