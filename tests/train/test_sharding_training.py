@@ -14,6 +14,9 @@ from .processes import start
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 
+FAMILIES = ("bert", "t5", "gpt2", "gemma2", "mixtral", "neox", "opt", "phi3", "qwen3")
+
+
 def trained(folder: Path, count: int, *cases: str) -> list[dict[str, Any]]:
     """Return what each of several processes has written."""
     start("process_sharding", folder, *cases, count=count)
@@ -54,6 +57,15 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_other_models_adapters_and_dtypes(tmp_path: Path) -> None:
     check(trained(tmp_path, 2, *(name for name in CASES if name not in ("uneven", "dora"))), (2,))
+
+
+@pytest.mark.slow
+def test_gradients_of_other_families(tmp_path: Path) -> None:
+    start("process_families", tmp_path, *FAMILIES)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found.pop("t5") < 1e-5  # gradients of the encoder's output are added in another order
+        assert set(found.values()) == {0.0}
 
 
 @pytest.mark.slow
