@@ -100,6 +100,7 @@ CORE_DOORS = {  # file or folder outside core that may import modules below lora
     "speed/patching.py": "replaces layers by fused forwards; the rest of speed takes core's hooks and histories from it",
     "generate/prefixes.py": "passes the offsets of a shared prompt in a Route",
     "train/run_adapter.py": "makes, resumes and publishes the adapter of a run",
+    "train/sharding.py": "shards the base under the adapter of a run",
     "train/optimizer.py": "steps over the parameter groups of core/optimizers",
 }
 DYNAMIC_IMPORTS = {  # file that may import lorakit by a name made of strings -> why

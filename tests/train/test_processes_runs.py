@@ -80,7 +80,6 @@ def test_errors_that_end_all_processes(
         "seed": {**base, "by_rank": {"1": {"seed": 5}}},
         "data": {**base, "by_rank": {"1": {"data": [str(other)]}}},
         "output_dir": {**base, "output_dir": "here", "by_rank": {"1": {"cwd": str(tmp_path / "cwd")}}},
-        "parallel": {**base, "parallel": "fsdp"},
         "fit": {**base, "fit": "10MB"},
         "model": {**base, "by_rank": {"1": {"model": str(tmp_path / "missing")}}},
         "rows": {**base, "data": base["data"][:1], "max_length": 128, "eval_fraction": 0},
@@ -104,7 +103,6 @@ def test_errors_that_end_all_processes(
     assert kinds["data"]["field"] == "data"
     assert kinds["output_dir"]["field"] == "output_dir"
     assert kinds["output_dir"]["message"].startswith("process 1: ")
-    assert kinds["parallel"]["kind"] == "NotYetSupported"
     assert (kinds["fit"]["kind"], kinds["fit"]["field"]) == ("ConfigError", "fit")
     assert kinds["model"]["message"].startswith("process 1: ")
     assert (kinds["rows"]["kind"], kinds["rows"]["field"]) == ("DataError", "data")

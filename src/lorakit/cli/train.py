@@ -184,9 +184,9 @@ def _run_together(command: Command) -> int:
                 if is_ended and is_started_by_lorakit():
                     return LOST  # the launcher reports the signal, or which process ended
                 if processes.is_first:
-                    processes.announce_report()
+                    processes.notices.announce_report()
                     raise
-                if processes.wait_for_report() or not is_ended:
+                if processes.notices.wait_for_report() or not is_ended:
                     return cause.exit_code if isinstance(cause, LorakitError) else 1
                 raise  # the first process has ended
     except RunError as cause:

@@ -112,6 +112,19 @@ def _rebound(value: object, module: nn.Module, clone: nn.Module) -> object:
     return value
 
 
+SHARDING = "torch.distributed.fsdp"
+"""Start of the name of the modules that define FSDP2's hooks, and the classes that it derives from those of modules."""
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module, or the class that it had before FSDP2 sharded the module.
+
+    Args:
+        module: Any module.
+    """
+    return next(kind for kind in type(module).__mro__ if not kind.__module__.startswith(SHARDING))
+
+
 CAPTURING = "transformers.utils.output_capturing"
 """The transformers module that defines output-collecting hooks, which stay installed after the forward pass."""
 
@@ -133,6 +146,21 @@ def is_watched(module: nn.Module, *, captures: bool = True) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def has_observers(module: nn.Module) -> bool:
+    """Return whether a module has hooks or a custom `forward` that may depend on the values of its output.
+
+    Hooks of FSDP2 on the module itself do not: they gather its weights before the call, and free them after it.
+
+    Args:
+        module: Any module.
+    """
+    if not is_watched(module, captures=False):
+        return False
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    others = [hook for hook in hooks if not getattr(hook, "__module__", "").startswith((SHARDING, CAPTURING))]
+    return bool("forward" in module.__dict__ or others or module._backward_hooks or module._backward_pre_hooks)
 
 
 def share_dropped(dropout: nn.Module) -> float | None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorakit.speed.patching import is_watched, may_run
+from lorakit.speed.patching import has_observers, is_watched, may_run
 from lorakit.speed.probe import TOLERANCES
 
 KEYWORD = "trained_rows"
@@ -73,8 +73,8 @@ class LastLayer:
             return {}
         if not may_run(self.layer) or not (kept is None or (isinstance(kept, int) and kept == 0)):
             return {}
-        if any(is_watched(one, captures=False) for one in (*self.holders, *self.behind)):  # they see the layer's output
-            return {}
+        if any(map(has_observers, self.holders)) or any(is_watched(one, captures=False) for one in self.behind):
+            return {}  # they see the layer's output
         flat = targets.reshape(-1)
         rows = (flat != ignored).nonzero().squeeze(1)
         return {KEYWORD: Trained(self.layer, rows, len(flat))} if 0 < len(rows) < SHARE * len(flat) else {}
@@ -102,8 +102,8 @@ def rows_to_compute(layer: nn.Module, value: Trained | None, x: Tensor) -> Tenso
     """
     if not isinstance(value, Trained) or value.layer is not layer or x.ndim != 3 or value.tokens != x.shape[:2].numel():
         return None
-    if any(is_watched(part, captures=False) for part in layer.modules()):  # hooks inside must see all rows
-        return None
+    if has_observers(layer) or any(is_watched(part, captures=False) for part in layer.modules() if part is not layer):
+        return None  # hooks inside must see all rows
     return value.rows.to(x.device)
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.clones import has_observers as has_observers
 from lorakit.core.clones import is_watched as is_watched  # re-exported, like Forwards, for other modules in `speed`
 from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.routing.recompute import Forwards as Forwards

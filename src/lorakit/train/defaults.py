@@ -398,9 +398,10 @@ DEFAULTS: dict[str, Default] = {
         "Same as --recompute layers", False, "saves memory, but makes a step about a third longer"
     ),
     "parallel": Default(
-        "How several processes share a run: ddp (each has the whole base, and gradients are summed), or auto",
+        "How several processes share a run: ddp (each has the whole base), fsdp (the frozen base is sharded over all), "
+        "hsdp (over those of each machine), or auto (sharded only on a GPU, if it does not fit otherwise)",
         "auto",
-        "only ddp is supported so far",
+        "gathering sharded weights takes time",
     ),
     "memory_budget": Default(
         "Memory limit for the planned peak, such as 4GiB; selects the fastest --recompute that should fit (--fit also "

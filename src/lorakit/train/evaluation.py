@@ -88,22 +88,50 @@ def evaluate(
     losses, meters, tokens, is_stopped = dict[int, float](), dict[int, Meter](), 0, False
     objective = objective or CAUSAL_LM.objective(Target())
     with evaluating(model), torch.inference_mode():
-        for number, batch in enumerate(batches):
-            is_stopped = is_stopped or stop()
-            if is_stopped:
+        for number, batch in own_batches(batches, processes, stop):
+            is_stopped = batch is None
+            if batch is None:
                 break
-            if number % processes.count != processes.rank:
-                continue
             with oom_as_run_error(batch, " while evaluating", oom_advice_for_evaluation):
                 if objective.meter is None or objective.forward is None or objective.loss is None:
                     losses[number] = objective.loss_sum(model, batch, device, acceleration).item()
                 else:
                     output = objective.forward(model, batch, device)
                     losses[number] = objective.loss(output, batch).item()
-                    meters[number] = objective.meter()
-                    meters[number].add(batch, output)
-            tokens += batch.trained_tokens
+                    if number >= 0:
+                        meters[number] = objective.meter()
+                        meters[number].add(batch, output)
+            tokens += batch.trained_tokens if number >= 0 else 0
+    losses.pop(IDLE, None)
     return _combined(processes.exchange((losses, tokens, meters, is_stopped)))
+
+
+IDLE = -1
+"""Number of a batch that a process computes only because the others compute one more; its result is not used."""
+
+
+def own_batches(
+    batches: Iterable[Batch], processes: Processes, stop: Callable[[], bool] = lambda: False
+) -> Iterator[tuple[int, Batch | None]]:
+    """Yield the batches that one process evaluates, with their numbers.
+
+    In lockstep, all processes get equally many batches, and stop together.
+
+    Args:
+        batches: All batches.
+        processes: The processes.
+        stop: Function that is called before each batch; if it returns True, None is yielded in place of the batch.
+    """
+    number, batch, is_together = -1, None, processes.in_lockstep
+    for number, batch in enumerate(batches):
+        is_asked = not is_together or number % processes.count == 0
+        if is_asked and (processes.any(stop()) if is_together else stop()):
+            yield number, None
+            return
+        if number % processes.count == processes.rank:
+            yield number, batch
+    if is_together and batch is not None and number % processes.count < processes.rank:
+        yield IDLE, batch
 
 
 def _combined(parts: Sequence[tuple[dict[int, float], int, dict[int, Meter], bool]]) -> Evaluation | None:

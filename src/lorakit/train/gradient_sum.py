@@ -17,16 +17,13 @@ import torch
 from torch import nn
 
 from lorakit.errors import RunError
+from lorakit.plan.network import BUCKET_BYTES
 from lorakit.train.optimizer import Named
 from lorakit.train.processes import Processes, flat_parts
 
 if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
-
-BUCKET_BYTES = 4 << 20
-"""Size from which a bucket is sent: what the network takes longer to send than to begin (3 ms at 10 Gbit/s, against
-0.1 ms), while the last bucket, which no backward pass hides, stays a small part of the gradients."""
 
 
 @dataclass
@@ -74,6 +71,8 @@ class GradientSum:
     def __exit__(
         self, kind: type[BaseException] | None, cause: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if cause is not None and self._processes.in_lockstep:
+            return  # the others notice that this process ends
         while self._waiting:
             self._send_next()
 

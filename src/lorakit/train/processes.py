@@ -11,53 +11,28 @@ separate group, so that only the order of the sums must be the same in all proce
 
 from __future__ import annotations
 
+import gc
 import os
-import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 import torch
 
-import lorakit.errors
-from lorakit.errors import LorakitError, NotYetSupported, RunError, UsageError
+from lorakit.errors import LorakitError, RunError, UsageError
 from lorakit.train.connecting import connect
+from lorakit.train.failures import Failure, Notices, is_of_group
 from lorakit.train.launching import PATIENCE, PROCESS_ENDED, Launched, job_of, restarts_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
 
-_REPORTING = "lorakit/reporting"  # key that the first process sets in the store before it prints an error
-_REPORT_SECONDS = 10
-
 _ALIGNED = 16
 """Numbers to a multiple of which each tensor of a flat buffer starts, so that kernels see aligned memory."""
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """An error of another process: its class in `lorakit.errors`, its message and its fields."""
-
-    kind: str
-    message: str
-    fields: Mapping[str, object]
-
-    @classmethod
-    def of(cls, cause: Exception) -> _Failure:
-        kind = type(cause).__name__
-        if isinstance(cause, LorakitError) and hasattr(lorakit.errors, kind):
-            return cls(kind, str(cause), cause.fields)
-        text = " ".join(str(cause).split()) or "no message"
-        return cls("RunError", f"unexpected {kind}: {text}", {"what": kind, "field": None})
-
-    def error(self, rank: int) -> LorakitError:
-        kind: type[LorakitError] = getattr(lorakit.errors, self.kind)
-        return kind(f"process {rank}: {self.message}", **self.fields)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -70,6 +45,9 @@ class Processes:
         local_rank: Number of this process among those on the same machine, from 0.
         restarts: Number of times that a launcher has started the processes again.
         job: Name of the launcher's job, which stays the same after a restart; "" without such a launcher.
+        in_lockstep: Whether all processes must run the model equally often, because they gather its weights together
+            (`sharding`). A process that fails then cannot wait for the others, which wait for its part of a weight.
+        notices: What the processes tell each other without an exchange.
         sums: The group in which sums of tensors run; None is the group of all other operations.
     """
 
@@ -78,7 +56,8 @@ class Processes:
     local_rank: int = 0
     restarts: int = 0
     job: str = ""
-    _store: Store | None = field(default=None, repr=False, compare=False)
+    in_lockstep: bool = False
+    notices: Notices = field(default_factory=Notices, repr=False, compare=False)
     sums: ProcessGroup | None = field(default=None, repr=False, compare=False)
     _shared: list[BaseException] = field(default_factory=list, repr=False, compare=False)
 
@@ -120,9 +99,15 @@ class Processes:
         try:
             yield
         except Exception as cause:
-            if not self.is_alone and not self.has_shared(cause):
-                self._shared.append(cause)
-                self._gather((None, _Failure.of(cause)))
+            if self.is_alone or self.has_shared(cause):
+                raise
+            if self.in_lockstep and isinstance(cause, RuntimeError) and is_of_group(cause):
+                self._raise_lost(cause)  # the consequence of another process's error
+            self._shared.append(cause)
+            if self.in_lockstep:
+                self.notices.leave(self.rank, Failure.of(cause))
+            else:
+                self._gather((None, Failure.of(cause)))
             raise
         self.exchange(None)
 
@@ -132,27 +117,6 @@ class Processes:
         while known is not None and not any(known is one for one in self._shared):
             known = known.__cause__
         return known is not None
-
-    def announce_report(self) -> None:
-        """Tell the other processes, from the first one, that it reports an error now."""
-        if self._store is not None:
-            with suppress(RuntimeError):  # the launcher that has the store may have ended
-                self._store.set(_REPORTING, "1")
-
-    def wait_for_report(self) -> bool:
-        """Wait until the first process reports an error; a launcher stops it when another one exits.
-
-        Returns:
-            Whether the first process reports it; False if it has ended or does not answer.
-        """
-        if self._store is None:
-            return True
-        try:
-            self._store.wait([_REPORTING], timedelta(seconds=_REPORT_SECONDS))
-        except RuntimeError:
-            return False
-        time.sleep(1)  # it prints one line
-        return True
 
     def from_first(self, make: Callable[[], T]) -> T:
         """Return what a function returns in process 0; the other processes wait and do not call it.
@@ -235,10 +199,10 @@ class Processes:
             for part, tensor in zip(parts, tensors, strict=True):
                 tensor.copy_(part)
 
-    def _gather(self, value: tuple[object, _Failure | None]) -> list[tuple[object, _Failure | None]]:
+    def _gather(self, value: tuple[object, Failure | None]) -> list[tuple[object, Failure | None]]:
         from torch import distributed
 
-        found: list[tuple[object, _Failure | None]] = [(None, None)] * self.count
+        found: list[tuple[object, Failure | None]] = [(None, None)] * self.count
         self._guarded(lambda: distributed.all_gather_object(found, value))
         return found
 
@@ -247,8 +211,15 @@ class Processes:
         try:
             return call()
         except RuntimeError as cause:
-            text = "another process ended or can no longer be reached, so the run cannot go on."
-            self._raise(RunError(text, what=" ".join(str(cause).split()), field=PROCESS_ENDED))
+            self._raise_lost(cause)
+
+    def _raise_lost(self, cause: RuntimeError) -> NoReturn:
+        """Raise the error that another process has left before it ended, or one that says that it ended."""
+        left = self.notices.left()
+        if left is not None:
+            self._raise(left)
+        text = "another process ended or can no longer be reached, so the run cannot go on."
+        self._raise(RunError(text, what=" ".join(str(cause).split()), field=PROCESS_ENDED))
 
     def _raise(self, error: LorakitError) -> NoReturn:
         self._shared.append(error)
@@ -319,10 +290,14 @@ def joined(seconds: float = PATIENCE) -> Iterator[Processes]:
         )
     store = connect(launched, seconds)
     try:
-        held = Processes(launched.rank, launched.count, launched.local_rank, restarts, job, store)
+        held = Processes(launched.rank, launched.count, launched.local_rank, restarts, job, notices=Notices(store))
         with _with_sums(_with_restarts(held)) as processes:
             yield processes
+    except BaseException as cause:
+        traceback.clear_frames(cause.__traceback__)  # a sharded model refers to the group
+        raise
     finally:
+        gc.collect()  # a group that still exists when the interpreter ends can abort the process
         distributed.destroy_process_group()
 
 
@@ -341,21 +316,3 @@ def _with_sums(processes: Processes) -> Iterator[Processes]:
         yield replace(processes, sums=group)
     finally:
         distributed.destroy_process_group(group)
-
-
-def check_parallel(parallel: str) -> None:
-    """Check that lorakit can distribute a run in the requested way.
-
-    Args:
-        parallel: The setting `parallel`.
-
-    Raises:
-        NotYetSupported: It cannot.
-    """
-    if parallel not in ("auto", "ddp"):
-        raise NotYetSupported(
-            f"parallel is {parallel!r}: sharding the base over processes is not supported yet; use --parallel ddp.",
-            what=parallel,
-            field="parallel",
-            allowed=("auto", "ddp"),
-        )

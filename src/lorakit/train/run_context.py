@@ -27,6 +27,7 @@ from lorakit.train.restarting import LAUNCH, launch_record
 from lorakit.train.run_spec import RunSpec
 from lorakit.train.schedule import Schedule
 from lorakit.train.settings import TrainSettings
+from lorakit.train.sharding import ShardedBase
 from lorakit.train.step import StepOptions
 from lorakit.train.trackers import Trackers
 
@@ -195,6 +196,7 @@ class Run:
         trackers: The trackers that receive the metrics; none is open before the run starts.
         status: "running", "failed", "interrupted", "stopped early" or "finished".
         notes: Messages for the user, repeated in the result.
+        sharded: The base if it is sharded over processes, or None.
         scaler: Scaler of the loss if the base is in fp16, or None; its state is part of every checkpoint.
         seeded_at: Step at which the random number generators were seeded: 0, or that from which the run was resumed
             with another number of processes.
@@ -220,6 +222,7 @@ class Run:
     damaged: tuple[Path, ...] = ()
     status: str = "running"
     notes: tuple[str, ...] = ()
+    sharded: ShardedBase | None = None
     scaler: torch.amp.GradScaler | None = None
     seeded_at: int = 0
 
@@ -273,4 +276,5 @@ class Run:
             "trackers": dict(self.trackers.ids),
             "processes": {"count": spec.processes.count, "seeds": self.seeds, "seeded_at": self.seeded_at},
             LAUNCH: launch_record(spec.processes),
+            "sharding": None if self.sharded is None else self.sharded.as_dict(),
         }

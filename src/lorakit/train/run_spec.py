@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,11 @@ from lorakit.train.evaluation import own_tokenizer
 from lorakit.train.forecast import Forecast, SavedTokenizer, chosen_task, pick_device
 from lorakit.train.forecast import forecast as build_forecast
 from lorakit.train.optimizer import check_optimizer
-from lorakit.train.processes import ALONE, Processes, check_parallel
+from lorakit.train.processes import ALONE, Processes
 from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
 from lorakit.train.settings_sources import complete
+from lorakit.train.sharding import check_sharding
 from lorakit.train.start_adapter import StartAdapter, start_adapter
 from lorakit.train.trackers import check_trackers
 
@@ -88,7 +90,6 @@ class RunSpec:
             LorakitError: The data, the model or the run directory cannot be used; the error class and message say why.
         """
         settings = given = complete(settings)
-        check_parallel(settings.parallel)
         settings.lora_config()
         quantization = settings.stored_as()
         if quantization is not None:
@@ -120,12 +121,11 @@ class RunSpec:
         found = _forecast(settings, source, tokenizer, task, start)
         if start is not None and record is None:
             start.check_targets(given, found.shape)
-        lock = run_folder.lock_output_dir(folder) if processes.is_first else -1
         is_own = is_own or found.new_tokens is not None
-        return cls(
+        spec = cls(
             settings=settings,
             folder=folder,
-            lock=lock,
+            lock=-1,
             device=device,
             source=source,
             data=data,
@@ -139,6 +139,8 @@ class RunSpec:
             has_own_tokenizer=is_own,
             processes=processes,
         )
+        check_sharding(spec)
+        return dataclasses.replace(spec, lock=run_folder.lock_output_dir(folder)) if processes.is_first else spec
 
     @property
     def initial_processes(self) -> int:

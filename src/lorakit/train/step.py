@@ -198,17 +198,19 @@ def train_step(
             process ended.
     """
     processes = options.processes
-    counts = processes.exchange((sum(b.tokens for b in batches), sum(b.trained_tokens for b in batches)))
-    tokens, trained = (sum(numbers) for numbers in zip(*counts, strict=True))
+    own = sum(b.tokens for b in batches), sum(b.trained_tokens for b in batches)
+    counts = processes.exchange((*own, len(batches)))
+    tokens, trained, _ = (sum(numbers) for numbers in zip(*counts, strict=True))
     if trained == 0:
         raise DataError(
             "No token in the batches of this step contributes to the loss, so there is nothing to train on.",
             field="data",
         )
     optimizer.zero_grad(set_to_none=True)
+    idle = idle_batches(processes, batches, [count for *_, count in counts])
     with GradientSum(named, processes) as sums:
-        own = _backward(model, batches, trained, options, sums)
-    found = processes.exchange((own, sums.has_gradient, options.is_interrupted()))
+        mine = _backward(model, batches, trained, options, sums, idle)
+    found = processes.exchange((mine, sums.has_gradient, options.is_interrupted()))
     losses, flags, interrupted = zip(*found, strict=True)
     sums.received([any(one) for one in zip(*flags, strict=True)])
     _check_not_replaced(model, named)
@@ -220,8 +222,29 @@ def train_step(
     return StepResult(mean, grad_norm, tokens, trained, is_skipped, any(interrupted))
 
 
+def idle_batches(processes: Processes, batches: Sequence[Batch], counts: Sequence[int]) -> list[Batch]:
+    """Return the batches that a process computes only because others have more; empty unless they are in lockstep.
+
+    Args:
+        processes: The processes.
+        batches: The batches of this process.
+        counts: Number of batches of each process.
+    """
+    if not processes.in_lockstep or min(counts) == max(counts):
+        return []
+    known = [*batches]
+    if min(counts) == 0:  # this process may have none
+        known += [batch for found in processes.exchange(batches[:1]) for batch in found]
+    return [min(known, key=lambda batch: batch.tokens)] * (max(counts) - len(batches))
+
+
 def _backward(
-    model: nn.Module, batches: Sequence[Batch], trained: int, options: StepOptions, sums: GradientSum
+    model: nn.Module,
+    batches: Sequence[Batch],
+    trained: int,
+    options: StepOptions,
+    sums: GradientSum,
+    idle: Sequence[Batch] = (),
 ) -> float:
     """Run the forward and backward passes of this process's batches, and return their summed loss.
 
@@ -231,12 +254,13 @@ def _backward(
         trained: Number of tokens that contribute to the loss in the whole step, by which the loss is divided.
         options: Device, precision and acceleration.
         sums: The sums of the gradients over the processes, which start during the last backward pass.
+        idle: Batches whose loss is multiplied by zero.
     """
     total = torch.zeros((), device=options.device)
-    last = None if _adds_penalties(model, options.processes) else len(batches) - 1
+    last = None if _adds_penalties(model, options.processes) else len(batches) + len(idle) - 1
     if options.scaler is not None and not batches:
         options.scaler.scale(total)  # creates the scale, by which the gradients of the other processes are divided
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate((*batches, *idle)):
         if options.releases_memory:
             allocator.trim()
         with oom_as_run_error(batch, "", options.oom_advice):
@@ -247,9 +271,10 @@ def _backward(
                     "The loss does not depend on any trainable tensor: the adapter is inactive or frozen.",
                     field="target_modules",
                 )
+            is_idle = number >= len(batches)
             with sums.overlapping() if number == last else contextlib.nullcontext():
-                options.backward(loss / trained)
-            total = total + loss.detach()
+                options.backward(loss * 0 if is_idle else loss / trained)
+            total = total if is_idle else total + loss.detach()
     penalty = penalties(model) if options.processes.is_first else None
     if penalty is not None:  # added once per step, not once per batch
         options.backward(penalty)

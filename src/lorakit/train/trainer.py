@@ -33,12 +33,12 @@ from lorakit.plan.quantized import stored
 from lorakit.speed import Acceleration, accelerate
 from lorakit.tables import format_count
 from lorakit.tasks import load_model_for
-from lorakit.train import checkpoint
+from lorakit.train import checkpoint, sharding
 from lorakit.train.agreement import check_alike, check_rows, check_same_base, share_tensors
 from lorakit.train.fitting import Probe, longest_rows, settle
 from lorakit.train.interrupts import stoppable
 from lorakit.train.loop import Loop
-from lorakit.train.optimizer import build_optimizer, load_state_tensors
+from lorakit.train.optimizer import Named, build_optimizer, load_state_tensors
 from lorakit.train.processes import joined
 from lorakit.train.progress import Progress
 from lorakit.train.restarting import continued
@@ -98,9 +98,9 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
         held.callback(lambda: current.trackers.close(current.status))
         with processes.together():
             processes.from_first(lambda: _start(current))
-        with _failure_recorded(current), processes.together():
+        with _failure_recorded(current), sharding.without_hints(current.sharded), current.spec.processes.together():
             Loop(current).steps()
-            return processes.from_first(lambda: finish(current))
+            return current.spec.processes.from_first(lambda: finish(current))
 
 
 def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
@@ -124,21 +124,21 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     _report_data(spec, batches, progress)
     loader = batches.loader
     limits, plan = _planned(spec, batches, progress)
+    parallel = sharding.choose_parallel(spec, plan)
     _seed_everything(settings.seed)  # a new head is initialized while the model is loaded
-    model, spec = _loaded(spec, plan, progress)
+    model, spec = _loaded(parallel.spec_to_load(spec), plan, progress)
     check_same_base(model, processes)
     base_bytes = _base_bytes(model, spec)
     resumed_from, damaged = _newest_checkpoint(spec, progress)
     processes.check_equal({"checkpoint": resumed_from})
     notes = add_adapter(model, spec, loader, resumed_from, progress)
-    named, optimizer = build_optimizer(model, ADAPTER, settings)
-    check_named_in_fp32(named, plan.dtype)
-    share_tensors(named, processes)
     acceleration = _arranged(model, plan.recompute, settings, progress)
     snapshot = None if resumed_from is None else checkpoint.load(resumed_from)
     before = None if snapshot is None else snapshot.environment
     asked = (spec, plan.dtype, model, acceleration, loader, before, progress)
     chosen = processes.from_first(lambda: autotuned_choices(*asked))
+    spec, sharded = sharding.share_base(model, spec, parallel, progress)
+    named, optimizer = _optimized(model, spec, plan)
     if plan.proposed:
         longest = longest_rows(batches.parts, loader.batch_rows * limits.accumulation)
         probe = Probe(model, named, longest, loader.pad_id, chosen, spec.task)
@@ -176,9 +176,18 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
         resumed_from=resumed_from,
         damaged=damaged,
         notes=notes,
+        sharded=sharded,
         scaler=loss_scaler(spec.device, plan.dtype, None if snapshot is None else snapshot.scaler),
         seeded_at=seeded_at,
     )
+
+
+def _optimized(model: nn.Module, spec: RunSpec, plan: RunPlan) -> tuple[Named, torch.optim.Optimizer]:
+    """Return the trainable tensors, which are those of the first process, and the optimizer."""
+    named, optimizer = build_optimizer(model, ADAPTER, spec.settings)
+    check_named_in_fp32(named, plan.dtype)
+    share_tensors(named, spec.processes)
+    return named, optimizer
 
 
 def _planned(spec: RunSpec, batches: RunBatches, progress: Progress) -> tuple[RunLimits, RunPlan]:

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from lorakit.config import HEADS_BY_TASK, LoraConfig
 from lorakit.core.attachment.residual_base import INIT_FIELDS, as_plain, plain_config
+from lorakit.core.clones import own_class
 from lorakit.core.files import adapter_folder
 from lorakit.core.files.tensor_file import encode
 from lorakit.core.files.tensor_names import PREFIX, adapter_tensors, endings_of
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model import checks
-from lorakit.core.model.fingerprint import fingerprint
+from lorakit.core.model.fingerprint import Fingerprint, fingerprint
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.target_weights import paths_on_disk
 from lorakit.core.variants import variant_named
@@ -255,16 +256,18 @@ def save_form(
     base_model_name_or_path: str | None = None,
     facts: JsonObject | None = None,
     allow: Collection[str] = (),
+    base: Fingerprint | None = None,
 ) -> adapter_folder.SavedAdapter:
     """Write the result of `saved_form`; see `save_adapter`.
 
     Args:
-        model: The adapted model, or its index; the fingerprint of the model's base is written.
+        model: The adapted model, or its index.
         folder: The directory.
         found: The adapter to write, as returned by `saved_form`.
         base_model_name_or_path: Name or path of the base.
         facts: Metadata for `lorakit.json`.
         allow: Names of checks to override: "nonfinite".
+        base: The fingerprint of the model's base; None computes it, which needs the whole base in this process.
 
     Raises:
         AdapterError: The adapter has non-finite values.
@@ -279,8 +282,8 @@ def save_form(
     weights = encode(found.tensors, {"format": "pt", adapter_folder.METADATA_KEY: str(adapter_folder.FORMAT_VERSION)})
     own = sorted({layer.kind_name for _, layer in index.layers(found.name)} & index.kinds.keys())
     facts = {**(facts or {}), adapter_folder.KINDS_KEY: own} if own else facts
-    base = fingerprint(index, with_files=True).as_dict()
-    about = {**(facts or {}), **found.about, "base": base, "sites": found.sites}
+    base = base or fingerprint(index, with_files=True)
+    about = {**(facts or {}), **found.about, "base": base.as_dict(), "sites": found.sites}
     return adapter_folder.write_files(Path(folder), config, weights, about, found.initial)
 
 
@@ -289,7 +292,8 @@ def _config_on_disk(index: AdapterIndex, config: LoraConfig, base: str | None) -
         layer.base.transposed and layer.kind.is_dense for _, layer in index.layers() if layer.r
     )  # other weights can be transposed too, but programs apply `fan_in_fan_out` only to dense layers
     heads = HEADS_BY_TASK.get(config.task_type, ())
-    of_class = {"base_model_class": type(index.model).__name__, "parent_library": type(index.model).__module__}
+    kind = own_class(index.model)
+    of_class = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     config = dataclasses.replace(
         config,
         target_modules=portable_targets(index, config),

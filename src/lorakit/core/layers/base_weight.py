@@ -137,8 +137,17 @@ class BaseWeight(StoredWeight):
             path: This layer's path, for messages.
 
         Raises:
-            MergeError: A parametrization or pruning computes the weight.
+            MergeError: A parametrization or pruning computes the weight, or this process has only a part of it.
         """
+        kind = type(self.source._parameters.get(self.spec.parameter))
+        if kind.__module__.startswith("torch.distributed."):
+            raise MergeError(
+                f"{path}: the base is sharded over processes ({kind.__name__}), so adapters cannot be merged into it. "
+                "Save the adapter, and merge it in one process.",
+                what=kind.__name__,
+                where=path,
+                field=self.spec.parameter,
+            )
         if not self.base.written:
             text = NOT_WRITTEN.format(parameter=self.spec.parameter, type=type(self.owner).__name__)
             raise MergeError(text, what=type(self.owner).__name__, where=path, field=self.spec.parameter)

@@ -15,6 +15,7 @@ from lorakit.core.kinds import Kind, WeightSpec, kind_named
 from lorakit.core.layers.adapter_component import AdapterModule, base_not_kept
 from lorakit.core.quantization import Stored, WeightFormat, weight_format_of
 from lorakit.core.variants import Factor
+from lorakit.errors import MergeError
 
 STORED = frozenset({"kept", "moved", "tied_weight"})
 """Attributes that hold stored weights of the base, in any form."""
@@ -144,6 +145,12 @@ class StoredWeight(AdapterModule):
         """Return the kept original, or the residual base if `moved`; None if the module itself holds that weight."""
         if moved:
             return self.moved if self.merged_adapters else None
+        if self.kept is None and self.moved_by and not self.merged_adapters:
+            names = ", ".join(self.moved_by)
+            text = (
+                f"The original weight was not kept, so only adapter {names} can be used. Load the base and the adapter."
+            )
+            raise MergeError(text, what=names)
         return self.kept
 
     def original_bias(self) -> Tensor | None:
@@ -187,6 +194,13 @@ class StoredWeight(AdapterModule):
         self.moved_by, self.moved = (adapter,), stored
         self.initial = initial and (initial[0].detach().to("cpu", copy=True), initial[1].detach().to("cpu", copy=True))
         self.base.put_stored(self.owner, self.spec.parameter, stored)
+
+    def release_original(self) -> None:
+        """Stop keeping the original of a residual base; from then on, only the residual base can be used.
+
+        Afterwards, the adapter can be trained and saved, but not be disabled, detached or merged.
+        """
+        self.kept = self.moved = None
 
     def check_kept(self) -> None:
         """Check that the original base weight, without merged adapters, is available.

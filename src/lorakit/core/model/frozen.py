@@ -7,6 +7,7 @@ the parameters of that layer, and not those of the whole base.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -58,6 +59,30 @@ def flags(index: AdapterIndex) -> Iterator[tuple[nn.Parameter, bool]]:
     for module in _base_modules(index):
         record: FrozenModule = module.__dict__.get(RECORD, FrozenModule())
         yield from record.trained
+
+
+@contextmanager
+def replacing(index: AdapterIndex) -> Iterator[None]:
+    """Let other parameters, such as shards, replace those of a frozen base in a block; `restore` then changes them.
+
+    No parameter of the base is referred to within the block, so that each one is freed as soon as it is replaced.
+
+    Args:
+        index: The index of the model with its adapters.
+    """
+    held = list[tuple[FrozenModule, nn.Module, list[tuple[str, bool]]]]()
+    for module in _base_modules(index):
+        record: FrozenModule | None = module.__dict__.get(RECORD)
+        if record is not None:
+            names = {id(parameter): name for name, parameter in module._parameters.items()}
+            flags = [(names[id(parameter)], flag) for parameter, flag in record.trained if id(parameter) in names]
+            held.append((record, module, flags))
+            record.trained = []
+    try:
+        yield
+    finally:
+        for record, module, flags in held:
+            record.trained = [(p, flag) for name, flag in flags if (p := module._parameters[name]) is not None]
 
 
 def restore(index: AdapterIndex) -> None:
