@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit import core
+from lorakit import core, plan
 from lorakit.config import LoraConfig
 from lorakit.core.clones import has_observers, own_class
 from lorakit.core.model.index import AdapterIndex
@@ -23,7 +23,7 @@ from lorakit.tasks.embedding import EMBEDDING
 from lorakit.train import sharding
 from lorakit.train.evaluation import IDLE, own_batches
 from lorakit.train.processes import ALONE, Processes
-from lorakit.train.sharding import Parallel, blocks_of, bytes_per_process, choose_parallel, obstacle, shard_base
+from lorakit.train.sharding import Parallel, blocks_of, choose_parallel, obstacle, shard_base
 from lorakit.train.step import idle_batches
 
 from .. import small_models
@@ -50,7 +50,7 @@ def alone() -> Iterator[None]:
 def spec(parallel: str = "fsdp", config: LoraConfig | None = None, **words: Any) -> Any:
     """Return a stand-in for a run's specification."""
     made = {
-        "settings": SimpleNamespace(parallel=parallel),
+        "settings": SimpleNamespace(parallel=parallel, fit=None),
         "forecast": SimpleNamespace(config=config or LoraConfig()),
         "processes": ALONE,
         "quantization": None,
@@ -86,24 +86,20 @@ def test_machines_with_unequal_processes(ranks: list[int]) -> None:
     assert (found.value.field, found.value.what) == ("parallel", str(tuple(ranks)))
 
 
-def test_memory_of_a_process() -> None:
-    lines = [{"cause": "weights", "size_bytes": 800}, {"cause": "runtime", "size_bytes": 200}]
-    plan = {"lora": {"memory": {"peak_bytes": 1000, "lines": lines}}}
-    assert (bytes_per_process(plan, 1), bytes_per_process(plan, 4)) == (1150, 460)
-
-
 def test_auto_shards_what_does_not_fit_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = [{"cause": "weights", "size_bytes": 800}]
-    plan: Any = SimpleNamespace(values={"lora": {"memory": {"peak_bytes": 1000, "lines": lines}}})
+    shape = plan.catalogue.published("llama-3.2-1b")
+    assert shape is not None
+    estimated = plan.estimate(shape, LoraConfig(target_modules="all-linear"))
+    needed = {rank.way: rank.needed_bytes for rank in plan.choose_parallel(estimated, plan.Cluster(4, 2)).ranks}
     gpu = torch.device("cuda", 0)
-    for room, expected in ((2000, "ddp"), (700, "hsdp"), (600, "fsdp")):
+    for way, room in needed.items():
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda device, room=room: SimpleNamespace(total_memory=room)
         )
-        found = choose_parallel(spec("auto", processes=Told(0, 4), device=gpu), plan)
-        assert (found.method, found.device) == (expected, gpu)
+        found = choose_parallel(spec("auto", processes=Told(0, 4), device=gpu), estimated)
+        assert (found.method, found.device) == (way, gpu)
     quantized = spec("auto", processes=Told(0, 4), device=gpu, quantization=SimpleNamespace(name="nf4"))
-    assert choose_parallel(quantized, plan).method == "ddp"
+    assert choose_parallel(quantized, estimated).method == "ddp"
 
 
 @needs_groups
@@ -115,6 +111,7 @@ def test_what_prevents_sharding(monkeypatch: pytest.MonkeyPatch) -> None:
         "quantization": spec(quantization=SimpleNamespace(name="nf4")),
         "layer_replication": spec(config=LoraConfig(layer_replication=[(0, 2), (1, 2)])),
         "task": spec(task=SimpleNamespace(task=EMBEDDING)),
+        "fit": spec(settings=SimpleNamespace(parallel="fsdp", fit="8GB")),
     }
     for name, one in cases.items():
         found = obstacle(one)

@@ -98,6 +98,7 @@ class RunPlan:
         recompute: What the backward pass recomputes: a value in `lorakit.plan.job.RECOMPUTED`.
         batch_rows: Number of rows per batch.
         accumulation: Number of batches per step.
+        estimated: The plan.
         values: The plan as plain JSON values.
         proposed: Plans that should fit into the limit of `--fit`, fastest first; empty if nothing is left to choose.
         is_tight: Whether the planned peak is so close to the limit of `--fit` that freed memory must not be kept.
@@ -108,6 +109,7 @@ class RunPlan:
     recompute: str
     batch_rows: int
     accumulation: int
+    estimated: plan.Plan
     values: Mapping[str, Any]
     proposed: tuple[plan.Plan, ...] = ()
     is_tight: bool = False
@@ -131,9 +133,8 @@ class RunPlan:
         """
         job = estimated.job
         is_tight = limit is not None and needed_bytes(estimated) > ROOMY * plan.bytes_of(limit)
-        values = estimated.as_dict()
         sizes = job.dtype, job.recompute, job.batch_rows, job.accumulation
-        return cls(*sizes, values, tuple(proposed), is_tight, dtype_reason)
+        return cls(*sizes, estimated, estimated.as_dict(), tuple(proposed), is_tight, dtype_reason)
 
     def step_options(self, spec: RunSpec, acceleration: Acceleration | None) -> StepOptions:
         """Return the options for `train_step`.

@@ -23,19 +23,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorakit import allocator
+from lorakit import allocator, plan
 from lorakit.core.model import frozen
 from lorakit.core.model.fingerprint import Fingerprint, fingerprint
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.variants import moving_variant
 from lorakit.errors import LorakitError, NotYetSupported, UsageError
-from lorakit.plan.fitting import MARGIN
 from lorakit.tables import format_bytes, format_count
 from lorakit.train.processes import Processes
 from lorakit.train.progress import Progress
 
 if TYPE_CHECKING:
-    from lorakit.train.run_context import RunPlan
     from lorakit.train.run_spec import RunSpec
 
 SHARDED = ("fsdp", "hsdp")
@@ -185,24 +183,12 @@ def _can_ignore() -> bool:
     return shard is not None and IGNORED in inspect.signature(shard).parameters
 
 
-def bytes_per_process(plan: Mapping[str, Any], shards: int) -> int:
-    """Return the memory that a plan needs in each process if the base is sharded, in bytes, with a margin.
-
-    Args:
-        plan: The plan of a run as JSON values, for one process.
-        shards: Number of parts into which the base is divided; 1 for the whole base.
-    """
-    memory = plan["lora"]["memory"]
-    weights = sum(line["size_bytes"] for line in memory["lines"] if line["cause"] == "weights")
-    return round((1 + MARGIN) * (memory["peak_bytes"] - weights * (1 - 1 / shards)))
-
-
-def choose_parallel(spec: RunSpec, plan: RunPlan) -> Parallel:
+def choose_parallel(spec: RunSpec, estimated: plan.Plan) -> Parallel:
     """Choose how the processes of a run share the base; `auto` shards it only if it does not fit otherwise.
 
     Args:
         spec: The run's specification.
-        plan: The run's plan.
+        estimated: The plan of one process.
 
     Returns:
         The choice of the first process, with its reason.
@@ -218,26 +204,27 @@ def choose_parallel(spec: RunSpec, plan: RunPlan) -> Parallel:
         return _hybrid(ranks, spec.device, f"parallel is {asked!r}")
     if asked != "auto":
         return Parallel(asked, whole, spec.device, f"parallel is {asked!r}")
-    found = processes.from_first(lambda: _automatic(spec, plan, ranks))
+    found = processes.from_first(lambda: _automatic(spec, estimated, ranks))
     return dataclasses.replace(found, device=spec.device)
 
 
-def _automatic(spec: RunSpec, plan: RunPlan, ranks: Sequence[int]) -> Parallel:
-    whole = (len(ranks),)
+def _automatic(spec: RunSpec, estimated: plan.Plan, ranks: Sequence[int]) -> Parallel:
+    """Return the first way in which the planned memory fits into the device, as `lorakit plan --nproc` chooses it."""
+    whole, local = (len(ranks),), len(ranks) // max(1, ranks.count(0))
     if spec.device.type != "cuda":
         return Parallel("ddp", whole, spec.device, f"the processes share the memory of the {spec.device.type}")
     limit = torch.cuda.get_device_properties(spec.device).total_memory
-    needed = bytes_per_process(plan.values, 1)
-    reason = f"with the whole base, {format_bytes(needed)} are planned for a device with {format_bytes(limit)}"
-    if needed <= limit:
-        return Parallel("ddp", whole, spec.device, reason)
     found = obstacle(spec)
-    if found is not None:
-        return Parallel("ddp", whole, spec.device, f"{reason}, but the base cannot be sharded: {found.message}")
-    local = len(ranks) // max(1, ranks.count(0))
-    if 1 < local < len(ranks) and bytes_per_process(plan.values, local) <= limit:
-        return _hybrid(ranks, spec.device, reason)
-    return Parallel("fsdp", whole, spec.device, reason)
+    chosen = plan.choose_parallel(
+        estimated,
+        plan.Cluster(len(ranks), local),
+        limit_bytes=limit,
+        obstacle=None if found is None else f"the base cannot be sharded: {found.message}",
+        must_fit=False,
+    )
+    if chosen.way == "hsdp":
+        return _hybrid(ranks, spec.device, chosen.reason)
+    return Parallel(chosen.way, whole, spec.device, chosen.reason)
 
 
 def _hybrid(ranks: Sequence[int], device: torch.device, reason: str) -> Parallel:

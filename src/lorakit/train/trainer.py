@@ -124,7 +124,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     _report_data(spec, batches, progress)
     loader = batches.loader
     limits, plan = _planned(spec, batches, progress)
-    parallel = sharding.choose_parallel(spec, plan)
+    parallel = sharding.choose_parallel(spec, plan.estimated)
     _seed_everything(settings.seed)  # a new head is initialized while the model is loaded
     model, spec = _loaded(parallel.spec_to_load(spec), plan, progress)
     check_same_base(model, processes)
@@ -148,11 +148,9 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     batches = batches.with_rows(plan.batch_rows)
     loader = batches.loader
     _seed_everything(seed_of(settings.seed, processes.rank))
+    _load_optimizer(optimizer, named, spec, snapshot)
     state, seeded_at = checkpoint.TrainState(), 0
-    if snapshot is None and spec.start is not None and spec.start.optimizer is not None:
-        load_state_tensors(optimizer, named, checkpoint.load(spec.start.optimizer).optimizer)
     if snapshot is not None:
-        load_state_tensors(optimizer, named, snapshot.optimizer)
         loader.load_state(snapshot.state.data)
         here = checkpoint.environment(spec.device, plan.dtype, spec.quantization_values, choices.to_strings(chosen))
         state, seeded_at = _restore(snapshot, here, spec, progress)
@@ -188,6 +186,16 @@ def _optimized(model: nn.Module, spec: RunSpec, plan: RunPlan) -> tuple[Named, t
     check_named_in_fp32(named, plan.dtype)
     share_tensors(named, spec.processes)
     return named, optimizer
+
+
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, named: Named, spec: RunSpec, snapshot: checkpoint.Snapshot | None
+) -> None:
+    """Load the optimizer's state from the checkpoint, or from the one that the run's start adapter comes from."""
+    if snapshot is not None:
+        load_state_tensors(optimizer, named, snapshot.optimizer)
+    elif spec.start is not None and spec.start.optimizer is not None:
+        load_state_tensors(optimizer, named, checkpoint.load(spec.start.optimizer).optimizer)
 
 
 def _planned(spec: RunSpec, batches: RunBatches, progress: Progress) -> tuple[RunLimits, RunPlan]:
