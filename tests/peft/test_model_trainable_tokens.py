@@ -77,3 +77,42 @@ def test_what_the_base_has_in_place_of_the_rows(model: Any) -> None:
     model.unmerge_adapter()
     model.delete_adapter("b")
     assert "b" not in table.token_adapter.trainable_tokens_original
+
+
+def test_the_base_rows_are_those_of_the_adapters_that_are_still_there(model: Any) -> None:
+    table = model.base_model.model[0].token_adapter
+    found = table.trainable_tokens_original
+    assert len(found) == 3 and "a" in found and "none" not in found
+    model.delete_adapter("b")
+    assert list(found) == ["a", "c"] and "b" not in found
+    with pytest.raises(KeyError):
+        found["b"]
+
+
+def test_the_rows_have_the_methods_and_sizes_of_peft(model: Any) -> None:
+    table = model.base_model.model[0].token_adapter
+    assert table._all_available_adapter_names() == ["a", "b", "c"]
+    assert (table.in_features, table.out_features) == (8, 4)
+    model.delete_adapter("b")
+    assert table._all_available_adapter_names() == ["a", "c"]
+
+
+def test_a_tied_head_has_the_sizes_of_a_linear_layer() -> None:
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4), nn.Linear(4, 8, bias=False))
+    model[2].weight = model[0].weight
+    found = get_peft_model(model, LoraConfig(target_modules=["1"], trainable_token_indices={"0": [0], "2": [0]}))
+    head = found.base_model.model[2].token_adapter
+    assert (head.in_features, head.out_features) == (4, 8)
+    assert head._all_available_adapter_names() == ["default"]
+
+
+def test_deleting_a_merged_adapter_leaves_its_rows(model: Any) -> None:
+    table = model.base_model.model[0].token_adapter
+    model.eval().merge_adapter(["a"])
+    with pytest.raises(ValueError, match=r"a.*merged"):
+        model.delete_adapter("a")
+    assert table.merged_adapters == ["a"] and table._all_available_adapter_names() == ["a", "b", "c"]
+    model.unmerge_adapter()
+    model.set_adapter("c")
+    model.delete_adapter("a")
+    assert not table.merged and table._all_available_adapter_names() == ["b", "c"]

@@ -6,7 +6,7 @@ usually corrects the base output at the positions that use a trained row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -78,10 +78,19 @@ class TokenAdapter(nn.Module, TunerLayer):
         return self.base_layer.get_parameter("weight")
 
     @property
-    def trainable_tokens_original(self) -> dict[str, Tensor]:
-        """Adapter -> the base rows that the adapter's rows replace, (n, d)."""
-        table = self.original(strict=False).detach()
-        return {name: table[torch.tensor(at, device=table.device)] for name, at in self.token_indices.items()}
+    def trainable_tokens_original(self) -> Mapping[str, Tensor]:
+        """Adapter -> the base rows that the adapter's rows replace, (n, d); a deleted adapter has no entry."""
+        return _OriginalRows(self)
+
+    @property
+    def in_features(self) -> int:
+        """The width of a head's input, d, or the number of rows of an embedding's weight, V."""
+        return self.weight_here.shape[0 if isinstance(self.base_layer, nn.Embedding) else 1]
+
+    @property
+    def out_features(self) -> int:
+        """The width of an embedding's output, d, or the number of rows of a head's weight, V."""
+        return self.weight_here.shape[1 if isinstance(self.base_layer, nn.Embedding) else 0]
 
     @property
     def active_adapters(self) -> list[str]:
@@ -101,6 +110,10 @@ class TokenAdapter(nn.Module, TunerLayer):
     def get_base_layer(self) -> nn.Module:
         """Return the base module."""
         return self.base_layer
+
+    def _all_available_adapter_names(self) -> list[str]:
+        """Return the sorted names of the adapters that have rows here, for compatibility with PEFT."""
+        return sorted(self.token_indices)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Enable or disable the adapters here; see `AdapterModule.enable_adapters`."""
@@ -196,6 +209,23 @@ class TokenAdapter(nn.Module, TunerLayer):
         if kept is None:
             raise base_not_kept([name])
         return torch.tensor(self.token_indices[name], device=kept.device), kept
+
+
+class _OriginalRows(Mapping[str, Tensor]):
+    """The base rows, (n, d), that each adapter's rows replace, keyed by adapter; a view of a `TokenAdapter`."""
+
+    def __init__(self, table: TokenAdapter) -> None:
+        self._table = table
+
+    def __getitem__(self, name: str) -> Tensor:
+        indices, table = self._table.token_indices[name], self._table.original(strict=False).detach()
+        return table[torch.tensor(indices, device=table.device)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table.token_indices)
+
+    def __len__(self) -> int:
+        return len(self._table.token_indices)
 
 
 class TrainableTokens(ReplacingModule):
