@@ -20,12 +20,13 @@ from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.index import COMPILED, layers, walk, without_wrappers
+from lorakit.core.shards import completed, inside, is_flat, is_shard, shape_of, write
 from lorakit.errors import AdapterFileError, warn_caller
 from lorakit.peft import model_adapters
 
 WRAPPED = "base_model.model."
 ROWS = "token_adapter.trainable_tokens_delta"
-FSDP = "_fsdp_wrapped_module."
+FACTORS = (".lora_A.weight", ".lora_B.weight")
 DATA_PARALLEL = "module."
 
 
@@ -49,8 +50,10 @@ def get_peft_model_state_dict(
 ) -> dict[str, Tensor]:
     """Return an adapter's tensors, keyed by their names on disk.
 
+    Tensors that are distributed over processes (FSDP, DeepSpeed ZeRO-3) are completed; every process must call this.
+
     Args:
-        model: A wrapped model, or an unwrapped model with adapters.
+        model: A wrapped model, or an unwrapped model with adapters. For FSDP 1, pass the outermost FSDP module.
         state_dict: Tensors of any shape, keyed by name in the model, used instead of the model's own state dict, for
             example after gathering shards.
         adapter_name: Name of the adapter.
@@ -58,14 +61,14 @@ def get_peft_model_state_dict(
         save_embedding_layers: If True, include the base's embedding matrices, as needed for a resized vocabulary.
 
     Raises:
-        AdapterError: The adapter does not exist.
+        AdapterError: The adapter does not exist, or a tensor cannot be completed.
     """
     model = getattr(model, COMPILED, model) if unwrap_compiled else model
     model_adapters.check_exist(model_adapters.configs_of(model), adapter_name)
     own = list(tensors_of(model, adapter_name))
-    direct = state_dict is None and not any(FSDP in in_memory for _, in_memory, _ in own)
+    direct = state_dict is None and not any(is_flat(tensor) for _, _, tensor in own)
     if direct and save_embedding_layers is not True:
-        return {on_disk: tensor.detach() for on_disk, _, tensor in own}
+        return {name: tensor.detach() for name, tensor in completed({name: t for name, _, t in own}).items()}
     values: Mapping[str, Tensor] = model.state_dict() if state_dict is None else state_dict
     plain = {_without_wrappers(key): key for key in values}
     found, missing = {}, []
@@ -82,7 +85,16 @@ def get_peft_model_state_dict(
         )
     if save_embedding_layers is True:
         found |= _embeddings(model, values)
+    if state_dict is None:
+        flat = {name: tensor for name, _, tensor in own if is_flat(tensor)}
+        whole = completed({name: flat[name] if _is_part(name, tensor, flat) else tensor for name, tensor in found.items()})
+        found = {name: tensor.detach() for name, tensor in whole.items()}
     return found
+
+
+def _is_part(name: str, tensor: Tensor, flat: Mapping[str, Tensor]) -> bool:
+    """Return whether a tensor of a state dict is still the part (n,) of it that FSDP 1 leaves in this process."""
+    return name in flat and tensor.ndim < 2 and name.endswith(FACTORS)
 
 
 def _without_wrappers(key: str) -> str:
@@ -142,7 +154,7 @@ def flat_factors(model: nn.Module, adapter: str, given: Mapping[str, Tensor] | N
         given: Tensors of any shape, keyed by name on disk, to check instead of the model's own tensors.
     """
     own = {on_disk: tensor for on_disk, _, tensor in tensors_of(model, adapter)} if given is None else given
-    return [key for key, held in own.items() if key.endswith((".lora_A.weight", ".lora_B.weight")) and held.ndim < 2]
+    return [key for key, held in own.items() if key.endswith(FACTORS) and held.ndim < 2]
 
 
 def _of_biases(module: nn.Module, prefix: str, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
@@ -156,6 +168,7 @@ def _of_layer(layer: LoraLayer, prefix: str, adapter: str) -> Iterator[tuple[str
         if held is None or attribute in ("base_layer", "lora_dropout"):
             continue
         entry = held._modules.get(adapter)
+        entry = entry if entry is None else inside(entry)
         if entry is None:
             raw: Tensor | None = held._parameters.get(adapter)
             if raw is None and adapter not in held._non_persistent_buffers_set:
@@ -164,10 +177,19 @@ def _of_layer(layer: LoraLayer, prefix: str, adapter: str) -> Iterator[tuple[str
                 yield f"{prefix}{attribute}", f"{prefix}{attribute}.{adapter}", raw
             continue
         buffers = {leaf: b for leaf, b in entry._buffers.items() if leaf not in entry._non_persistent_buffers_set}
-        for leaf, tensor in {**entry._parameters, **buffers}.items():
+        for leaf, tensor in {**_parameters(entry), **buffers}.items():
             if tensor is not None:
                 ending = "" if attribute == "lora_magnitude_vector" else f".{leaf}"
                 yield f"{prefix}{attribute}{ending}", f"{prefix}{attribute}.{adapter}.{leaf}", tensor
+
+
+def _parameters(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return a module's parameters (…) by name; for parameters in a flat buffer of FSDP 1, that buffer (n,)."""
+    flat = module._parameters.get("_flat_param")
+    if flat is None:
+        return dict(module._parameters)
+    views = {name: flat for name, value in vars(module).items() if isinstance(value, Tensor)}
+    return {**{name: value for name, value in module._parameters.items() if value is not flat}, **views}
 
 
 def _embeddings(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -244,7 +266,7 @@ def put_tensors(
     Raises:
         StateDictError: A tensor's shape does not match the model.
     """
-    current = model.state_dict()
+    current = model.state_dict(keep_vars=True)
     others = {_bare(key): key for key in current}  # activation checkpointing removes its wrappers from these names
     targets = {_bare(on_disk): others[_bare(in_memory)] for on_disk, in_memory in names_of(model, adapter_name)}
     placed: dict[str, Tensor] = {}
@@ -253,8 +275,8 @@ def put_tensors(
         target = targets.get(_bare(key)) or others.get(_bare(key))
         if target is None:
             unexpected.append(key)
-        elif current[target].shape != tensor.shape:
-            wrong.append(f"- {target}: {tensor.shape} in the checkpoint, {current[target].shape} in the model")
+        elif shape_of(current[target]) != tensor.shape and not is_flat(current[target]):
+            wrong.append(f"- {target}: {tensor.shape} in the checkpoint, {shape_of(current[target])} in the model")
         else:
             placed[target] = tensor
     if wrong and not ignore_mismatched_sizes:
@@ -269,8 +291,10 @@ def put_tensors(
     if unexpected:
         warn_caller(f"Adapter {adapter_name!r} has no parameters for these tensors: {', '.join(unexpected[:8])}.")
     model_adapters.fill(model, {name: tensor for name, tensor in placed.items() if current[name].is_meta})
-    result = model.load_state_dict(placed, strict=False)
-    return IncompatibleKeys(list(result.missing_keys), unexpected)
+    distributed = {name: (current[name], placed[name]) for name in placed if is_shard(current[name])}
+    write(distributed)
+    result = model.load_state_dict({name: placed[name] for name in placed if name not in distributed}, strict=False)
+    return IncompatibleKeys([key for key in result.missing_keys if key not in distributed], unexpected)
 
 
 def _bare(key: str) -> str:
