@@ -128,13 +128,15 @@ def write(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         MissingExtra: A parameter is partitioned by DeepSpeed, which is not installed.
         NotYetSupported: The installed release of DeepSpeed is too old.
     """
+    flat = next((name for name, (parameter, _) in pairs.items() if is_flat(parameter)), None)
+    if flat is not None:
+        raise _incomplete(flat, "it is a part of a flat buffer of FSDP; pass the outermost FSDP module.")
+    ordered = sorted(pairs.items())  # processes may have read the values in different orders
     with torch.no_grad():
-        for name, (parameter, value) in pairs.items():
-            if is_flat(parameter):
-                raise _incomplete(name, "it is a part of a flat buffer of FSDP; pass the outermost FSDP module.")
+        for name, (parameter, value) in ordered:
             if is_dtensor(parameter):
                 _scatter(name, parameter, value)
-        partitioned = [pair for pair in pairs.values() if is_of_zero(pair[0])]
+        partitioned = [pair for _, pair in ordered if is_of_zero(pair[0])]
         if partitioned:
             with _gathered([parameter for parameter, _ in partitioned], writer=0):
                 for parameter, value in partitioned:
@@ -189,7 +191,7 @@ def _version(release: tuple[int, ...]) -> str:
 
 
 def _incomplete(name: str, reason: str) -> AdapterError:
-    return AdapterError(f"{name} is distributed over processes and cannot be completed: {reason}", what=name, where=name)
+    return AdapterError(f"{name} is distributed over processes and cannot be read or written here: {reason}", what=name, where=name)
 
 
 def has_several_processes() -> bool:

@@ -20,7 +20,7 @@ from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.index import COMPILED, layers, walk, without_wrappers
-from lorakit.core.shards import completed, inside, is_flat, is_shard, shape_of, write
+from lorakit.core.shards import FSDP_1, completed, inside, is_flat, is_shard, shape_of, write
 from lorakit.errors import AdapterFileError, warn_caller
 from lorakit.peft import model_adapters
 
@@ -135,7 +135,7 @@ def _tensors_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tens
             yield from _of_layer(module, prefix, adapter)
         elif isinstance(module, ModulesToSave):
             if adapter in module.modules_to_save:
-                for leaf, tensor in module.modules_to_save[adapter].state_dict(keep_vars=True).items():
+                for leaf, tensor in _saved_in_full(module.modules_to_save[adapter]):
                     yield f"{prefix}{leaf}", f"{prefix}modules_to_save.{adapter}.{leaf}", tensor
         elif isinstance(module, TrainableTokens):
             if adapter in module.available_adapters() and not module.follows:
@@ -143,6 +143,19 @@ def _tensors_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tens
                 yield f"{prefix}{ROWS}", f"{prefix}{ROWS}.{adapter}", rows
         elif module._forward_hooks:
             yield from _of_biases(module, prefix, adapter)
+
+
+def _saved_in_full(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names in a state dict and the tensors (…) of a module; those in FSDP 1's units are not gathered."""
+    parts = dict(module.named_modules(remove_duplicate=False))
+    if not any(FSDP_1 in part._modules for part in parts.values()):
+        yield from module.state_dict(keep_vars=True).items()
+        return
+    for path, part in parts.items():
+        buffers = {leaf: b for leaf, b in part._buffers.items() if leaf not in part._non_persistent_buffers_set}
+        for leaf, tensor in {**_parameters(part), **buffers}.items():
+            if tensor is not None:
+                yield without_wrappers(f"{path}.{leaf}" if path else leaf), tensor
 
 
 def flat_factors(model: nn.Module, adapter: str, given: Mapping[str, Tensor] | None = None) -> list[str]:
