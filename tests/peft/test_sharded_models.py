@@ -26,9 +26,17 @@ def test_adapters_are_trained_saved_and_loaded_whole(tmp_path: Path) -> None:
     assert run("sharded_states", tmp_path, peft=True, links=tmp_path / "links", processes=2) == WAYS
 
 
+@pytest.mark.slow
+def test_deepspeed(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="it has no wheels, and needs a compiler")
+    assert run("partitioned_states", tmp_path, peft=True, links=tmp_path / "links", processes=2) == ["DeepSpeed ZeRO-3"]
+
+
 def adapters(runs: Path) -> dict[str, dict[str, Tensor]]:
     """Return the adapter that each trainer saved at the end, with names as in an unwrapped model."""
-    found = {name: load_file(runs / f"{name}-saved" / "adapter_model.safetensors") for name in ("Trainer", "SFTTrainer")}
+    found = {
+        name: load_file(runs / f"{name}-saved" / "adapter_model.safetensors") for name in ("Trainer", "SFTTrainer")
+    }
     return {
         name: {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
         for name, tensors in found.items()
@@ -40,7 +48,7 @@ def adapters(runs: Path) -> dict[str, dict[str, Tensor]]:
 def test_trainers_end_with_the_adapter_of_one_process(way: str, tiny_model_directory: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     ended, said = {}, {}
-    for mode in ("one", "ddp", "fsdp2", "fsdp2_parts", "fsdp1"):
+    for mode in ("one", "ddp", "fsdp2", "fsdp2_parts", "fsdp1_parts"):
         runs, processes = tmp_path / mode, 1 if mode == "one" else 2
         runs.mkdir()
         links = tmp_path / f"links-{mode}"

@@ -7,7 +7,6 @@ used. `completed` and `write` communicate if a tensor is distributed, so every p
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -109,7 +108,7 @@ def _whole(name: str, tensor: Tensor) -> Tensor:
     if not is_dtensor(tensor):
         return tensor
     try:
-        whole: Tensor = tensor.detach().full_tensor()
+        whole: Tensor = tensor.full_tensor().detach()
     except RuntimeError as cause:
         raise _incomplete(name, f"{' '.join(str(cause).split())}; {EVERY_PROCESS}.") from cause
     return whole
@@ -169,7 +168,7 @@ def _gathered(tensors: Sequence[Tensor], writer: int | None = None) -> AbstractC
             f"'deepspeed>={_version(DEEPSPEED_SINCE)}'.",
             what="deepspeed",
         ) from cause
-    installed = importlib.metadata.version("deepspeed") if not hasattr(deepspeed, "__version__") else deepspeed.__version__
+    installed = str(deepspeed.__version__)
     if _release(installed) < DEEPSPEED_SINCE:
         raise NotYetSupported(
             f"deepspeed {installed} is too old to read partitioned parameters: pip install "
@@ -191,7 +190,9 @@ def _version(release: tuple[int, ...]) -> str:
 
 
 def _incomplete(name: str, reason: str) -> AdapterError:
-    return AdapterError(f"{name} is distributed over processes and cannot be read or written here: {reason}", what=name, where=name)
+    return AdapterError(
+        f"{name} is distributed over processes and cannot be read or written here: {reason}", what=name, where=name
+    )
 
 
 def has_several_processes() -> bool:

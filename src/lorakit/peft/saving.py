@@ -18,8 +18,8 @@ from lorakit.config import API_LEVEL, TaskType
 from lorakit.core.attachment.saving import converted_form, save_form, saved_form
 from lorakit.core.files.adapter_folder import read_adapter
 from lorakit.core.model.index import layers
-from lorakit.core.variants import moving_variant
 from lorakit.core.shards import is_shard
+from lorakit.core.variants import moving_variant
 from lorakit.durable import write_text
 from lorakit.errors import AdapterError, ConfigError, warn_caller
 from lorakit.peft.placeholders import PeftWarning
@@ -140,7 +140,7 @@ def save(
     flat = flat_factors(model, name, tensors)
     own = {on_disk: tensor for on_disk, _, tensor in tensors_of(model, name)}
     if any(map(is_shard, own.values())):
-        _check_complete(name, own, tensors or own, flat)
+        _check_complete(name, own, own if tensors is None else tensors, flat)
     if flat:
         warn_caller(
             f"{', '.join(flat[:8])} {'is' if len(flat) == 1 else 'are'} flat, like DeepSpeed ZeRO-3 / FSDP shards "

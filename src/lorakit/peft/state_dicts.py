@@ -7,6 +7,7 @@ begin with `base_model.model.`; names in an unwrapped model do not.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.index import COMPILED, layers, walk, without_wrappers
 from lorakit.core.shards import FSDP_1, completed, inside, is_flat, is_shard, shape_of, write
 from lorakit.errors import AdapterFileError, warn_caller
-from lorakit.peft import model_adapters
+from lorakit.peft import flat_units, model_adapters
+from lorakit.peft.flat_units import flat_names
 
 WRAPPED = "base_model.model."
 ROWS = "token_adapter.trainable_tokens_delta"
@@ -66,9 +68,8 @@ def get_peft_model_state_dict(
     model = getattr(model, COMPILED, model) if unwrap_compiled else model
     model_adapters.check_exist(model_adapters.configs_of(model), adapter_name)
     own = list(tensors_of(model, adapter_name))
-    direct = state_dict is None and not any(is_flat(tensor) for _, _, tensor in own)
-    if direct and save_embedding_layers is not True:
-        return {name: tensor.detach() for name, tensor in completed({name: t for name, _, t in own}).items()}
+    if state_dict is None and save_embedding_layers is not True:
+        return _own_tensors(model, adapter_name)
     values: Mapping[str, Tensor] = model.state_dict() if state_dict is None else state_dict
     plain = {_without_wrappers(key): key for key in values}
     found, missing = {}, []
@@ -84,17 +85,18 @@ def get_peft_model_state_dict(
             f"tensors are omitted: {', '.join(missing[:4])}. Pass the model's complete state dict with unchanged names."
         )
     if save_embedding_layers is True:
-        found |= _embeddings(model, values)
-    if state_dict is None:
-        flat = {name: tensor for name, _, tensor in own if is_flat(tensor)}
-        whole = completed({name: flat[name] if _is_part(name, tensor, flat) else tensor for name, tensor in found.items()})
-        found = {name: tensor.detach() for name, tensor in whole.items()}
-    return found
+        found |= completed(_embeddings(model, values))
+    return found if state_dict is not None else {**found, **_own_tensors(model, adapter_name)}
 
 
-def _is_part(name: str, tensor: Tensor, flat: Mapping[str, Tensor]) -> bool:
-    """Return whether a tensor of a state dict is still the part (n,) of it that FSDP 1 leaves in this process."""
-    return name in flat and tensor.ndim < 2 and name.endswith(FACTORS)
+def _own_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """Return the whole tensors (…) of an adapter, keyed by name on disk; tensors in units of FSDP 1 are copies."""
+    own = partial(tensors_of, model, adapter)
+    flat = flat_names(own)
+    gathered = flat_units.read(model, own) if flat else {}
+    held = {name: gathered.get(name, tensor) for name, _, tensor in own()}
+    held = {name: tensor.detach() if is_flat(tensor) and name not in flat else tensor for name, tensor in held.items()}
+    return {name: tensor.detach() for name, tensor in completed(held).items()}
 
 
 def _without_wrappers(key: str) -> str:
@@ -279,7 +281,9 @@ def put_tensors(
     Raises:
         StateDictError: A tensor's shape does not match the model.
     """
-    current = model.state_dict(keep_vars=True)
+    own = partial(tensors_of, model, adapter_name)
+    flat = flat_names(own)
+    current = _whole_units(model, own) if flat else model.state_dict(keep_vars=True)
     others = {_bare(key): key for key in current}  # activation checkpointing removes its wrappers from these names
     targets = {_bare(on_disk): others[_bare(in_memory)] for on_disk, in_memory in names_of(model, adapter_name)}
     placed: dict[str, Tensor] = {}
@@ -288,7 +292,7 @@ def put_tensors(
         target = targets.get(_bare(key)) or others.get(_bare(key))
         if target is None:
             unexpected.append(key)
-        elif shape_of(current[target]) != tensor.shape and not is_flat(current[target]):
+        elif shape_of(current[target]) != tensor.shape:
             wrong.append(f"- {target}: {tensor.shape} in the checkpoint, {shape_of(current[target])} in the model")
         else:
             placed[target] = tensor
@@ -304,10 +308,20 @@ def put_tensors(
     if unexpected:
         warn_caller(f"Adapter {adapter_name!r} has no parameters for these tensors: {', '.join(unexpected[:8])}.")
     model_adapters.fill(model, {name: tensor for name, tensor in placed.items() if current[name].is_meta})
+    if flat:
+        on_disk = {in_memory: name for name, in_memory, _ in own()}
+        flat_units.write(model, own, {on_disk[name]: placed[name] for name in placed})
+        return IncompatibleKeys([name for name in current if name not in placed], unexpected)
     distributed = {name: (current[name], placed[name]) for name in placed if is_shard(current[name])}
     write(distributed)
     result = model.load_state_dict({name: placed[name] for name in placed if name not in distributed}, strict=False)
     return IncompatibleKeys([key for key in result.missing_keys if key not in distributed], unexpected)
+
+
+def _whole_units(model: nn.Module, own: flat_units.Own) -> dict[str, Tensor]:
+    """Return the whole tensors (…) of an adapter in a model with units of FSDP 1, keyed by name in memory."""
+    gathered = flat_units.read(model, own)
+    return completed({in_memory: gathered.get(name, tensor) for name, in_memory, tensor in own()})
 
 
 def _bare(key: str) -> str:

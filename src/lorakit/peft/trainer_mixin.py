@@ -110,8 +110,8 @@ class LoraTrainerMixin:
                 del base._hf_peft_config_loaded
         if getattr(self, "is_deepspeed_enabled", False):
             raise NotYetSupported(
-                "deepspeed: the mixin does not support DeepSpeed's checkpoints; use DDP or FSDP, or install_as_peft with "
-                "the unmodified trainer.",
+                "deepspeed: the mixin does not support DeepSpeed's checkpoints; use DDP or FSDP, or the unmodified "
+                "trainer with install_as_peft.",
                 what="deepspeed",
             )
 
@@ -196,7 +196,7 @@ class LoraTrainerMixin:
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Save the adapters, the tokenizer and the training arguments instead of the full model."""
-        self._write(output_dir, {name: None for name in self.lora_model.peft_config})
+        self._write(output_dir, dict.fromkeys(self.lora_model.peft_config))
 
     def _write(self, output_dir: str | None, tensors: Mapping[str, Mapping[str, Tensor] | None]) -> None:
         """Save adapters, given by name with their tensors (None for the model's own), and what belongs to them."""
