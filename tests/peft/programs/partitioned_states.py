@@ -48,6 +48,7 @@ config = {
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
 }
+config["gradient_clipping"] = 1e9
 config |= {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer(model), config=config)
 assert all(parameter.numel() == 0 for parameter in model.parameters())
