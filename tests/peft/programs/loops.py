@@ -135,6 +135,18 @@ for make in (hub_trainer, trl_trainer):
     whole.accelerator.wait_for_everyone()
     assert same(in_file(saved), ended)
 
+    if make is hub_trainer and not mode.startswith("fsdp1"):  # FSDP 1's whole state dict crashes on a CPU
+        prepared = whole.model_wrapped
+        if whole.args.process_index == 0:
+            (runs / "accelerate").mkdir()
+        given = whole.accelerator.get_state_dict(prepared)
+        whole.accelerator.save_model(prepared, runs / "accelerate")
+        whole.accelerator.wait_for_everyone()
+        everything = load_file(runs / "accelerate" / "model.safetensors")
+        for held in (everything, given) if whole.args.process_index == 0 else (everything,):
+            bare = {key.removeprefix("base_model.model.").replace(".default", ""): value for key, value in held.items()}
+            assert same({key: bare[key] for key in ended}, ended)
+
     resumed = make(f"{label}-resumed")
     resumed.train(resume_from_checkpoint=str(runs / f"{label}-whole" / "checkpoint-2"))
     losses = [[row["loss"] for row in trainer.state.log_history if "loss" in row] for trainer in (whole, resumed)]
