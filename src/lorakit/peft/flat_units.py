@@ -7,7 +7,7 @@ first forward pass, the model must be the outermost unit, because FSDP takes the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,14 @@ Own = Callable[[], Iterable[tuple[str, str, Tensor]]]
 
 MATRICES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 """Ends of the names on disk of tensors with at least two dimensions."""
+
+
+def parts(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the path and the module of each part of a module, with those that only hold factors, which can be units."""
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from parts(child, f"{path}.{name}" if path else name)
 
 
 def flat_names(own: Own) -> set[str]:
@@ -69,7 +77,7 @@ def _visit(model: nn.Module, own: Own, use: Callable[[str, Tensor], None], *, wr
     """Call a function with the name on disk and the whole value (…) of each flat tensor, one unit after another."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    paths = {path: module for path, module in model.named_modules() if isinstance(module, FullyShardedDataParallel)}
+    paths = {path: module for path, module in parts(model) if isinstance(module, FullyShardedDataParallel)}
     flat, held = flat_names(own), dict[str, set[str]]()
     for name, in_memory, _ in own():
         around = [path for path in paths if not path or in_memory.startswith(f"{path}.")]

@@ -24,7 +24,7 @@ from lorakit.core.model.index import COMPILED, layers, walk, without_wrappers
 from lorakit.core.shards import FSDP_1, completed, inside, is_flat, is_shard, shape_of, write
 from lorakit.errors import AdapterFileError, warn_caller
 from lorakit.peft import flat_units, model_adapters
-from lorakit.peft.flat_units import flat_names
+from lorakit.peft.flat_units import flat_names, parts
 
 WRAPPED = "base_model.model."
 ROWS = "token_adapter.trainable_tokens_delta"
@@ -149,11 +149,11 @@ def _tensors_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tens
 
 def _saved_in_full(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the names in a state dict and the tensors (…) of a module; those in FSDP 1's units are not gathered."""
-    parts = dict(module.named_modules(remove_duplicate=False))
-    if not any(FSDP_1 in part._modules for part in parts.values()):
+    inner = list(parts(module))
+    if not any(FSDP_1 in part._modules for _, part in inner):
         yield from module.state_dict(keep_vars=True).items()
         return
-    for path, part in parts.items():
+    for path, part in inner:
         buffers = {leaf: b for leaf, b in part._buffers.items() if leaf not in part._non_persistent_buffers_set}
         for leaf, tensor in {**_parameters(part), **buffers}.items():
             if tensor is not None:
