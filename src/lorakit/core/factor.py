@@ -60,12 +60,12 @@ class OwnWeight(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
-        """Return copies of the weight (…) and the bias."""
+        """Return copies of the weight (…) and the bias (out,)."""
         return copies(self)
 
 
 def copies(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Return copies of a module's weight (…) and bias (or None), through which gradients flow to the parameters."""
+    """Return copies of a module's weight (…) and bias (out,) or None, through which gradients flow."""
     weight, bias = module.weight, module.bias
     return weight.clone(), None if bias is None else bias.clone()  # type: ignore[operator]
 

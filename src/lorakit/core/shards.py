@@ -30,25 +30,25 @@ EVERY_PROCESS = "call this function in every process at the same point of the pr
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Return whether a tensor is distributed by FSDP 2 or tensor parallelism."""
+    """Return whether a tensor of any shape is distributed by FSDP 2 or tensor parallelism."""
     return type(tensor).__module__.startswith("torch.distributed.")
 
 
 def is_of_zero(tensor: Tensor) -> bool:
-    """Return whether DeepSpeed has partitioned a tensor and its values are not gathered now."""
+    """Return whether DeepSpeed has partitioned a tensor of any shape and its values are not gathered now."""
     return getattr(getattr(tensor, "ds_status", None), "name", "AVAILABLE") != "AVAILABLE"
 
 
 def is_flat(tensor: Tensor) -> bool:
-    """Return whether a tensor is a part of FSDP 1's flat buffer, or the buffer itself.
+    """Return whether a tensor of any shape is a part of FSDP 1's flat buffer, or the buffer itself.
 
-    A bias or another vector looks the same with and without its missing values, so it counts as complete.
+    A whole vector (n,) looks the same within `summon_full_params`, and is taken for a part.
     """
     return getattr(tensor, "_is_flat_param", False) or (tensor.ndim < 2 and getattr(tensor, "_fsdp_flattened", False))
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Return whether this process may hold only a part of a tensor's values."""
+    """Return whether this process may hold only a part of the values of a tensor of any shape."""
     return is_dtensor(tensor) or is_of_zero(tensor) or is_flat(tensor)
 
 
@@ -68,7 +68,7 @@ def inside(module: nn.Module) -> nn.Module:
 
 
 def shape_of(tensor: Tensor) -> torch.Size:
-    """Return the shape of a tensor with all of its values."""
+    """Return the shape that a tensor of any shape has with all of its values."""
     whole: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
     return whole
 

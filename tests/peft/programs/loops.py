@@ -103,10 +103,8 @@ def trl_trainer(name, **more):
 
 
 def numbers(trainer):
-    return {
-        name.removeprefix("base_model.model."): value
-        for name, value in get_peft_model_state_dict(trainer.model).items()
-    }
+    found = get_peft_model_state_dict(trainer.model)
+    return {name.removeprefix("base_model.model."): value.clone() for name, value in found.items()}
 
 
 def in_file(folder):
