@@ -133,7 +133,7 @@ for make in (hub_trainer, trl_trainer):
     whole.accelerator.wait_for_everyone()
     assert same(in_file(saved), ended)
 
-    if make is hub_trainer and not mode.startswith("fsdp1"):  # FSDP 1's whole state dict crashes on a CPU
+    if make is hub_trainer and mode in ("one", "ddp", "fsdp2"):
         prepared = whole.model_wrapped
         if whole.args.process_index == 0:
             (runs / "accelerate").mkdir()
