@@ -60,6 +60,7 @@ DOORS = {  # third-party package -> the files or folders that may import it
     "bitsandbytes": ("core/quantization/bitsandbytes.py", "train/adamw8bit.py"),
     "torchao": ("core/quantization/torchao.py",),
     "hqq": ("core/quantization/hqq.py",),
+    "deepspeed": ("core/shards.py",),
     "matplotlib": ("report.py",),
     "datasets": ("data/columnar.py",),
     "pyarrow": ("data/columnar.py",),
@@ -76,6 +77,7 @@ DOORS = {  # third-party package -> the files or folders that may import it
 }
 INNER = {  # folder or file of core -> its layer; its __init__ may import them all
     "clones": 0,
+    "shards": 0,
     "kinds": 1,
     "quantization": 1,
     "factor": 2,

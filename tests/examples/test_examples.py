@@ -18,6 +18,7 @@ def test_every_example_is_tested_here() -> None:
     tested = {"quickstart", "many_adapters", "alpha_and_learning_rate", "naive_lora"}
     tested |= {"reference_project", "full_fine_tuning"}
     tested |= {"moe_experts", "pissa_to_plain_lora"}
+    tested |= {"ray_train"}
     tested |= {"optimizers", "dora", "combine_adapters", "qlora", "activated_lora"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
@@ -159,3 +160,23 @@ def test_qlora(capsys: pytest.CaptureFixture[str]) -> None:
     assert 5 < packed < 15
     assert "merged into dense weights: error 0.0e+00" in told
     assert float(told.rsplit("loss ", 1)[1]) == pytest.approx(after, abs=0.2)
+
+
+@pytest.mark.slow
+def test_ray_train(tiny_model_directory: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="needs the extra `ray`")
+    (tmp_path / "data").mkdir()
+    for number in range(6):
+        (tmp_path / "data" / f"{number}.txt").write_text(f"The quick fox number {number} jumps over dogs. " * 3)
+    flags = {"model": tiny_model_directory, "data": tmp_path / "data", "output-dir": tmp_path / "run", "max-steps": 2}
+    source = EXAMPLES.parent / "src"
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "ray_train.py"), *(f"--{name}={value}" for name, value in flags.items())],
+        env={**os.environ, "PYTHONPATH": str(source), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert all(f"worker {rank}: finished after 2 steps" in done.stdout for rank in range(2))
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

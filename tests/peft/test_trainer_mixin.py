@@ -185,17 +185,18 @@ def test_a_checkpoint_of_something_else_is_refused(tiny_llama: Any, tmp_path: Pa
         lora._load_from_checkpoint(str(tmp_path / "less"))
 
 
-def test_a_sharded_parent_is_refused(tiny_llama: Any, tmp_path: Path) -> None:
-    class Sharded(Trainer):
+def test_deepspeed_is_refused(tiny_llama: Any, tmp_path: Path) -> None:
+    class Partitioned(Trainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.is_fsdp_enabled = True
+            self.is_deepspeed_enabled = True
 
-    class LoraSharded(LoraTrainerMixin, Sharded):
+    class LoraPartitioned(LoraTrainerMixin, Partitioned):
         pass
 
-    with pytest.raises(NotYetSupported, match="fsdp: saving adapters of a sharded model"):
-        trainer(get_peft_model(tiny_llama, LoraConfig(**CONFIG)), tmp_path, kind=LoraSharded)
+    with pytest.raises(NotYetSupported, match="deepspeed") as refused:
+        trainer(get_peft_model(tiny_llama, LoraConfig(**CONFIG)), tmp_path, kind=LoraPartitioned)
+    assert refused.value.what == "deepspeed"
 
 
 def test_the_mixin_must_stand_before_the_trainer() -> None:

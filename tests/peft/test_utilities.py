@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 from torch import nn
 
+from lorakit.peft import LoraConfig, get_peft_model
 from lorakit.peft.utilities import (
     TorchaoBackend,
+    fsdp_auto_wrap_policy,
     init_empty_weights,
     resolve_quantization_backend,
     skip_init_on_device,
@@ -28,3 +33,20 @@ def test_a_function_can_be_exempted_from_the_meta_device() -> None:
         devices = [layer.weight.device.type for layer in (exempt(), nn.Linear(2, 2), exempt())]
     assert devices == ["cpu", "meta", "cpu"]
     assert exempt().weight.device.type == "cpu"
+
+
+def test_the_fsdp_policy_wraps_what_pefts_wraps(tiny_llama: Any) -> None:
+    peft = pytest.importorskip("peft")
+    from peft.utils.other import fsdp_auto_wrap_policy as theirs
+
+    options = {"r": 2, "target_modules": ["q_proj", "down_proj"], "use_dora": True}
+
+    def wrapped(model: Any, policy: Any) -> set[str]:
+        chosen = policy(model)
+        named = model.named_modules()
+        return {path for path, module in named if chosen(module=module, recurse=False, nonwrapped_numel=0)}
+
+    other = peft.get_peft_model(copy.deepcopy(tiny_llama), peft.LoraConfig(**options))
+    own = wrapped(get_peft_model(tiny_llama, LoraConfig(**options)), fsdp_auto_wrap_policy)
+    assert own == wrapped(other, theirs)
+    assert any(path.endswith("lora_A.default") for path in own)

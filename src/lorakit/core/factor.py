@@ -2,7 +2,7 @@
 
 A (r, in) and B (out, r) have the orientation of nn.Linear weights, regardless of the base weight's layout. Except for
 dropout, the modules only store parameters under the names that PEFT uses. Their `forward` is called only if the user
-puts a hook on them.
+puts a hook on them, or if FSDP makes such a module a unit, whose parameters are whole only while the module is called.
 """
 
 from __future__ import annotations
@@ -46,6 +46,10 @@ class FactorWeight(nn.Linear):
         self.__dict__.update(out_features=out_features, in_features=in_features)
         self._parameters.update(weight=weight, bias=bias)
 
+    def forward(self, input: Tensor | None = None) -> Any:
+        """Return the product of an input (…, in) with the weight, or copies of the weight and the bias for None."""
+        return copies(self) if input is None else super().forward(input)
+
 
 class OwnWeight(nn.Module):
     """A module whose `.weight`, of any shape (…), is a variant's extra tensor or a convolution's A or B factor."""
@@ -54,6 +58,16 @@ class OwnWeight(nn.Module):
         super().__init__()
         self.weight = weight
         self.register_parameter("bias", bias)
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        """Return copies of the weight (…) and the bias (out,)."""
+        return copies(self)
+
+
+def copies(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Return copies of a module's weight (…) and bias (out,) or None, through which gradients flow."""
+    weight, bias = module.weight, module.bias
+    return weight.clone(), None if bias is None else bias.clone()  # type: ignore[operator]
 
 
 class OwnTensors(nn.Module):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, PeftConfig, PeftType, TaskType, read_config
 from lorakit.config.types import Value
+from lorakit.core.shards import is_sharded
 from lorakit.errors import AdapterError, ConfigError, warn_caller
 from lorakit.hub_cache import HubOptions
 from lorakit.peft import model_adapters, saving, status
@@ -267,6 +268,9 @@ class PeftModel(OverModel):
     ) -> None:
         """Save adapters in PEFT's layout: "default" in the directory itself, others in subdirectories named after them.
 
+        If the model is distributed over processes (FSDP, DeepSpeed ZeRO-3), call this in every process, or pass the
+        complete `state_dict`.
+
         Args:
             save_directory: Directory to write to.
             safe_serialization: Must be true, since lorakit does not write pickle files.
@@ -284,7 +288,8 @@ class PeftModel(OverModel):
         Raises:
             ConfigError: `safe_serialization` is false, `save_directory` is a file, or an adapter does not exist.
             NotYetSupported: An option requires a feature that is not supported yet.
-            AdapterError: An adapter contains non-finite values, or the initial directory contains a different adapter.
+            AdapterError: An adapter contains non-finite values, or the initial directory contains a different adapter,
+                or a tensor is distributed over processes and cannot be completed.
             DiskError: The files cannot be written; existing files remain intact.
         """
         if not safe_serialization:
@@ -307,11 +312,14 @@ class PeftModel(OverModel):
         if state_dict is None and "state_dict" in vars(self):  # programs replace the method of their model
             state_dict = self.state_dict()
         whole = save_embedding_layers is True
-        for name in chosen if is_main_process else ():
+        gathers = state_dict is None and is_sharded(self)
+        for name in chosen if is_main_process or gathers else ():
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
             tensors = None
-            if state_dict is not None or whole:
+            if state_dict is not None or whole or gathers:
                 tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=whole)
+            if not is_main_process:
+                continue
             saving.save(self, folder, name, tensors, path_initial_model_for_weight_conversion)
         if is_main_process:
             self.create_or_update_model_card(save_directory)

@@ -6,7 +6,7 @@ users have added to a card is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,11 +18,12 @@ from lorakit.config import API_LEVEL, TaskType
 from lorakit.core.attachment.saving import converted_form, save_form, saved_form
 from lorakit.core.files.adapter_folder import read_adapter
 from lorakit.core.model.index import layers
+from lorakit.core.shards import is_shard
 from lorakit.core.variants import moving_variant
 from lorakit.durable import write_text
-from lorakit.errors import ConfigError, warn_caller
+from lorakit.errors import AdapterError, ConfigError, warn_caller
 from lorakit.peft.placeholders import PeftWarning
-from lorakit.peft.state_dicts import flat_factors
+from lorakit.peft.state_dicts import flat_factors, tensors_of
 
 if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
@@ -132,10 +133,14 @@ def save(
 
     Raises:
         ConfigError: The conversion would not preserve the scale that PEFT uses.
-        AdapterError: `initial_folder` contains a different adapter.
+        AdapterError: `initial_folder` contains a different adapter; or the adapter is distributed over processes, and
+            `tensors` lacks one of its tensors or has only a part of it.
     """
     user, config = model.get_base_model(), model.peft_config[name]
     flat = flat_factors(model, name, tensors)
+    own = {on_disk: tensor for on_disk, _, tensor in tensors_of(model, name)}
+    if any(map(is_shard, own.values())):
+        _check_complete(name, own, own if tensors is None else tensors, flat)
     if flat:
         warn_caller(
             f"{', '.join(flat[:8])} {'is' if len(flat) == 1 else 'are'} flat, like DeepSpeed ZeRO-3 / FSDP shards "
@@ -169,3 +174,30 @@ def save(
         "`path_initial_model_for_weight_conversion` or use `lorakit.core.save_adapter`."
     )
     return core.save_as_trained(user, folder, name, tensors=tensors)
+
+
+def _check_complete(name: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor], flat: Sequence[str]) -> None:
+    """Check that whole tensors were given for an adapter whose tensors are distributed over processes.
+
+    Args:
+        name: Name of the adapter.
+        own: The model's own tensors (…), keyed by name on disk.
+        given: The tensors to save.
+        flat: Names of given tensors that lack dimensions.
+
+    Raises:
+        AdapterError: A tensor is missing or incomplete.
+    """
+    missing = [key for key in own if key not in given]
+    parts = [key for key, tensor in given.items() if is_shard(tensor)]
+    for key in [*missing, *flat, *parts][:1]:
+        lack = "is missing from `state_dict`" if missing else "is only the part of it in this process"
+        raise AdapterError(
+            f"{key} {lack}, and the adapter {name!r} is distributed over processes, so the saved adapter would be "
+            "incomplete; nothing was written. Call save_pretrained in every process (with is_main_process for one of "
+            "them) and without `state_dict`, or pass the complete state dict; with DeepSpeed, set "
+            "stage3_gather_16bit_weights_on_model_save.",
+            what=name,
+            where=key,
+            field="state_dict",
+        )

@@ -7,6 +7,7 @@ begin with `base_model.model.`; names in an unwrapped model do not.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -20,12 +21,14 @@ from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.index import COMPILED, layers, walk, without_wrappers
+from lorakit.core.shards import FSDP_1, completed, inside, is_flat, is_shard, shape_of, write
 from lorakit.errors import AdapterFileError, warn_caller
-from lorakit.peft import model_adapters
+from lorakit.peft import flat_units, model_adapters
+from lorakit.peft.flat_units import flat_names, parts
 
 WRAPPED = "base_model.model."
 ROWS = "token_adapter.trainable_tokens_delta"
-FSDP = "_fsdp_wrapped_module."
+FACTORS = (".lora_A.weight", ".lora_B.weight")
 DATA_PARALLEL = "module."
 
 
@@ -49,8 +52,10 @@ def get_peft_model_state_dict(
 ) -> dict[str, Tensor]:
     """Return an adapter's tensors, keyed by their names on disk.
 
+    Tensors that are distributed over processes (FSDP, DeepSpeed ZeRO-3) are completed; every process must call this.
+
     Args:
-        model: A wrapped model, or an unwrapped model with adapters.
+        model: A wrapped model, or an unwrapped model with adapters. For FSDP 1, pass the outermost FSDP module.
         state_dict: Tensors of any shape, keyed by name in the model, used instead of the model's own state dict, for
             example after gathering shards.
         adapter_name: Name of the adapter.
@@ -58,14 +63,13 @@ def get_peft_model_state_dict(
         save_embedding_layers: If True, include the base's embedding matrices, as needed for a resized vocabulary.
 
     Raises:
-        AdapterError: The adapter does not exist.
+        AdapterError: The adapter does not exist, or a tensor cannot be completed.
     """
     model = getattr(model, COMPILED, model) if unwrap_compiled else model
     model_adapters.check_exist(model_adapters.configs_of(model), adapter_name)
     own = list(tensors_of(model, adapter_name))
-    direct = state_dict is None and not any(FSDP in in_memory for _, in_memory, _ in own)
-    if direct and save_embedding_layers is not True:
-        return {on_disk: tensor.detach() for on_disk, _, tensor in own}
+    if state_dict is None and save_embedding_layers is not True:
+        return _own_tensors(model, adapter_name)
     values: Mapping[str, Tensor] = model.state_dict() if state_dict is None else state_dict
     plain = {_without_wrappers(key): key for key in values}
     found, missing = {}, []
@@ -81,8 +85,18 @@ def get_peft_model_state_dict(
             f"tensors are omitted: {', '.join(missing[:4])}. Pass the model's complete state dict with unchanged names."
         )
     if save_embedding_layers is True:
-        found |= _embeddings(model, values)
-    return found
+        found |= completed(_embeddings(model, values))
+    return found if state_dict is not None else {**found, **_own_tensors(model, adapter_name)}
+
+
+def _own_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """Return the whole tensors (…) of an adapter, keyed by name on disk; tensors in units of FSDP 1 are copies."""
+    own = partial(tensors_of, model, adapter)
+    flat = flat_names(own)
+    gathered = flat_units.read(model, own) if flat else {}
+    held = {name: gathered.get(name, tensor) for name, _, tensor in own()}
+    held = {name: tensor.detach() if is_flat(tensor) and name not in flat else tensor for name, tensor in held.items()}
+    return {name: tensor.detach() for name, tensor in completed(held).items()}
 
 
 def _without_wrappers(key: str) -> str:
@@ -123,7 +137,7 @@ def _tensors_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tens
             yield from _of_layer(module, prefix, adapter)
         elif isinstance(module, ModulesToSave):
             if adapter in module.modules_to_save:
-                for leaf, tensor in module.modules_to_save[adapter].state_dict(keep_vars=True).items():
+                for leaf, tensor in _saved_in_full(module.modules_to_save[adapter]):
                     yield f"{prefix}{leaf}", f"{prefix}modules_to_save.{adapter}.{leaf}", tensor
         elif isinstance(module, TrainableTokens):
             if adapter in module.available_adapters() and not module.follows:
@@ -131,6 +145,19 @@ def _tensors_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tens
                 yield f"{prefix}{ROWS}", f"{prefix}{ROWS}.{adapter}", rows
         elif module._forward_hooks:
             yield from _of_biases(module, prefix, adapter)
+
+
+def _saved_in_full(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names in a state dict and the tensors (…) of a module; those in FSDP 1's units are not gathered."""
+    inner = list(parts(module))
+    if not any(FSDP_1 in part._modules for _, part in inner):
+        yield from module.state_dict(keep_vars=True).items()
+        return
+    for path, part in inner:
+        buffers = {leaf: b for leaf, b in part._buffers.items() if leaf not in part._non_persistent_buffers_set}
+        for leaf, tensor in {**_parameters(part), **buffers}.items():
+            if tensor is not None:
+                yield without_wrappers(f"{path}.{leaf}" if path else leaf), tensor
 
 
 def flat_factors(model: nn.Module, adapter: str, given: Mapping[str, Tensor] | None = None) -> list[str]:
@@ -142,7 +169,7 @@ def flat_factors(model: nn.Module, adapter: str, given: Mapping[str, Tensor] | N
         given: Tensors of any shape, keyed by name on disk, to check instead of the model's own tensors.
     """
     own = {on_disk: tensor for on_disk, _, tensor in tensors_of(model, adapter)} if given is None else given
-    return [key for key, held in own.items() if key.endswith((".lora_A.weight", ".lora_B.weight")) and held.ndim < 2]
+    return [key for key, held in own.items() if key.endswith(FACTORS) and held.ndim < 2]
 
 
 def _of_biases(module: nn.Module, prefix: str, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
@@ -156,6 +183,7 @@ def _of_layer(layer: LoraLayer, prefix: str, adapter: str) -> Iterator[tuple[str
         if held is None or attribute in ("base_layer", "lora_dropout"):
             continue
         entry = held._modules.get(adapter)
+        entry = entry if entry is None else inside(entry)
         if entry is None:
             raw: Tensor | None = held._parameters.get(adapter)
             if raw is None and adapter not in held._non_persistent_buffers_set:
@@ -164,10 +192,19 @@ def _of_layer(layer: LoraLayer, prefix: str, adapter: str) -> Iterator[tuple[str
                 yield f"{prefix}{attribute}", f"{prefix}{attribute}.{adapter}", raw
             continue
         buffers = {leaf: b for leaf, b in entry._buffers.items() if leaf not in entry._non_persistent_buffers_set}
-        for leaf, tensor in {**entry._parameters, **buffers}.items():
+        for leaf, tensor in {**_parameters(entry), **buffers}.items():
             if tensor is not None:
                 ending = "" if attribute == "lora_magnitude_vector" else f".{leaf}"
                 yield f"{prefix}{attribute}{ending}", f"{prefix}{attribute}.{adapter}.{leaf}", tensor
+
+
+def _parameters(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return a module's parameters (…) by name; for parameters in a flat buffer of FSDP 1, that buffer (n,)."""
+    flat = module._parameters.get("_flat_param")
+    if flat is None:
+        return dict(module._parameters)
+    views = {name: flat for name, value in vars(module).items() if isinstance(value, Tensor)}
+    return {**{name: value for name, value in module._parameters.items() if value is not flat}, **views}
 
 
 def _embeddings(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -244,7 +281,9 @@ def put_tensors(
     Raises:
         StateDictError: A tensor's shape does not match the model.
     """
-    current = model.state_dict()
+    own = partial(tensors_of, model, adapter_name)
+    flat = flat_names(own)
+    current = _whole_units(model, own) if flat else model.state_dict(keep_vars=True)
     others = {_bare(key): key for key in current}  # activation checkpointing removes its wrappers from these names
     targets = {_bare(on_disk): others[_bare(in_memory)] for on_disk, in_memory in names_of(model, adapter_name)}
     placed: dict[str, Tensor] = {}
@@ -253,8 +292,8 @@ def put_tensors(
         target = targets.get(_bare(key)) or others.get(_bare(key))
         if target is None:
             unexpected.append(key)
-        elif current[target].shape != tensor.shape:
-            wrong.append(f"- {target}: {tensor.shape} in the checkpoint, {current[target].shape} in the model")
+        elif shape_of(current[target]) != tensor.shape:
+            wrong.append(f"- {target}: {tensor.shape} in the checkpoint, {shape_of(current[target])} in the model")
         else:
             placed[target] = tensor
     if wrong and not ignore_mismatched_sizes:
@@ -269,8 +308,20 @@ def put_tensors(
     if unexpected:
         warn_caller(f"Adapter {adapter_name!r} has no parameters for these tensors: {', '.join(unexpected[:8])}.")
     model_adapters.fill(model, {name: tensor for name, tensor in placed.items() if current[name].is_meta})
-    result = model.load_state_dict(placed, strict=False)
-    return IncompatibleKeys(list(result.missing_keys), unexpected)
+    if flat:
+        on_disk = {in_memory: name for name, in_memory, _ in own()}
+        flat_units.write(model, own, {on_disk[name]: placed[name] for name in placed})
+        return IncompatibleKeys([name for name in current if name not in placed], unexpected)
+    distributed = {name: (current[name], placed[name]) for name in placed if is_shard(current[name])}
+    write(distributed)
+    result = model.load_state_dict({name: placed[name] for name in placed if name not in distributed}, strict=False)
+    return IncompatibleKeys([key for key in result.missing_keys if key not in distributed], unexpected)
+
+
+def _whole_units(model: nn.Module, own: flat_units.Own) -> dict[str, Tensor]:
+    """Return the whole tensors (…) of an adapter in a model with units of FSDP 1, keyed by name in memory."""
+    gathered = flat_units.read(model, own)
+    return completed({in_memory: gathered.get(name, tensor) for name, in_memory, tensor in own()})
 
 
 def _bare(key: str) -> str:

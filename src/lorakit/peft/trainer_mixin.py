@@ -22,9 +22,11 @@ from lorakit.config import CONFIG_FILE, LoraConfig
 from lorakit.core import penalties
 from lorakit.core.model.index import find_state
 from lorakit.errors import ConfigError, NotYetSupported, RunError
+from lorakit.peft.loaded import load_peft_weights
 from lorakit.peft.mapping import get_peft_model
 from lorakit.peft.model import PeftModel
 from lorakit.peft.paths import PENALTY_METHODS
+from lorakit.peft.state_dicts import WRAPPED, get_peft_model_state_dict, names_of, set_peft_model_state_dict
 
 ARGUMENTS_FILE = "training_args.bin"
 """Name of the file, saved next to the adapter, that contains the parent's training arguments."""
@@ -35,6 +37,7 @@ class Arguments(Protocol):
 
     should_save: bool
     output_dir: str
+    push_to_hub: bool
 
 
 class State(Protocol):
@@ -65,10 +68,11 @@ class LoraTrainerMixin:
 
     Raises:
         ConfigError: The model has no adapter, or `peft_config` is not a LoraConfig or is given without a loaded model.
-        NotYetSupported: The parent shards the model (FSDP, DeepSpeed).
+        NotYetSupported: The parent uses DeepSpeed.
     """
 
     lora_model: PeftModel
+    model: nn.Module
     args: Arguments
     state: State
     data_collator: Callable[..., Any]
@@ -104,10 +108,12 @@ class LoraTrainerMixin:
             self._judged = False
             for base in self._marked:
                 del base._hf_peft_config_loaded
-        for name in ("fsdp", "deepspeed"):
-            if getattr(self, f"is_{name}_enabled", False):
-                text = f"{name}: saving adapters of a sharded model is not supported yet; train without sharding."
-                raise NotYetSupported(text, what=name)
+        if getattr(self, "is_deepspeed_enabled", False):
+            raise NotYetSupported(
+                "deepspeed: the mixin does not support DeepSpeed's checkpoints; use DDP or FSDP, or the unmodified "
+                "trainer with install_as_peft.",
+                what="deepspeed",
+            )
 
     @property
     def _parent(self) -> Any:
@@ -164,13 +170,42 @@ class LoraTrainerMixin:
             self._marked.append(base)
         return base
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapters, the tokenizer and the training arguments; with FSDP, every process must call this.
+
+        With FSDP, the tensors of the adapters alone are gathered, whatever `state_dict_type` is.
+
+        Args:
+            output_dir: Directory to write to; None uses the trainer's.
+            _internal_call: Whether the parent calls this for a checkpoint, which is uploaded elsewhere.
+
+        Raises:
+            AdapterError: A tensor cannot be completed.
+        """
+        if not getattr(self, "is_fsdp_enabled", False):
+            self._parent.save_model(output_dir, _internal_call)
+            return
+        self._write(output_dir, {name: self._whole_tensors(name) for name in self.lora_model.peft_config})
+        if self.args.push_to_hub and not _internal_call:
+            self._parent.push_to_hub(commit_message="Model save")
+
+    def _whole_tensors(self, name: str) -> dict[str, Tensor]:
+        """Return the whole tensors (…) of an adapter of a sharded model, keyed by name on disk."""
+        found = get_peft_model_state_dict(self.model, adapter_name=name)
+        return {WRAPPED + key.removeprefix(WRAPPED): tensor for key, tensor in found.items()}
+
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Save the adapters, the tokenizer and the training arguments instead of the full model."""
+        self._write(output_dir, dict.fromkeys(self.lora_model.peft_config))
+
+    def _write(self, output_dir: str | None, tensors: Mapping[str, Mapping[str, Tensor] | None]) -> None:
+        """Save adapters, given by name with their tensors (None for the model's own), and what belongs to them."""
         if not self.args.should_save:
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.lora_model.save_pretrained(folder)
+        for name, given in tensors.items():
+            self.lora_model.save_pretrained(folder, selected_adapters=[name], state_dict=given)
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -179,8 +214,11 @@ class LoraTrainerMixin:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load each adapter in a checkpoint into the model's adapter of the same name."""
         for name, folder in self._folders(resume_from_checkpoint).items():
-            result = self.lora_model.load_adapter(folder, name, is_trainable=True)
-            unfit = [*result.missing_keys, *result.unexpected_keys]
+            if getattr(self, "is_fsdp_enabled", False):  # FSDP 1 can write only through its outermost module
+                unfit = _put_through(self.model, folder, name)
+            else:
+                result = self.lora_model.load_adapter(folder, name, is_trainable=True)
+                unfit = [*result.missing_keys, *result.unexpected_keys]
             if unfit:
                 text = (
                     f"{folder}: not a checkpoint of this adapter: {len(unfit)} key(s) do not match, such as {unfit[0]}."
@@ -200,6 +238,17 @@ class LoraTrainerMixin:
             text = f"{root}: this checkpoint has no adapter {', '.join(gone)}; nothing was read from it."
             raise RunError(text, what=gone[0], where=root)
         return folders
+
+
+def _put_through(model: nn.Module, folder: Path, name: str) -> list[str]:
+    """Copy the tensors of a checkpoint into an adapter of a sharded model; return names that do not match."""
+    tensors = load_peft_weights(str(folder))
+    own = {on_disk.removeprefix(WRAPPED) for on_disk, _ in names_of(model, name)}
+    given = {key.removeprefix(WRAPPED) for key in tensors}
+    unfit = sorted(own ^ given)
+    if not unfit:
+        set_peft_model_state_dict(model, tensors, name)
+    return unfit
 
 
 class MontecloraTrainerMixin:

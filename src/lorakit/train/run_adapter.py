@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorakit import core, hub
 from lorakit.config import LoraConfig
-from lorakit.core.attachment.saving import save_form, saved_form
+from lorakit.core.attachment.saving import saved_form
 from lorakit.core.inits import init_named
 from lorakit.core.model.index import state_of
 from lorakit.core.model.vocabulary import grow_vocabulary, initialize_rows, with_trained_rows
@@ -228,9 +228,7 @@ def save_adapter(run: Run, folder: Path) -> None:
     """
     base = run.spec.source.recorded_name
     state_of(run.model).configs[ADAPTER].revision = run.spec.source.revision
-    found, facts = saved_form(run.model, ADAPTER), adapter_metadata(run)
-    known = None if run.sharded is None else run.sharded.fingerprint
-    save_form(run.model, folder, found, base_model_name_or_path=base, facts=facts, base=known)
+    core.save_adapter(run.model, folder, ADAPTER, base_model_name_or_path=base, facts=adapter_metadata(run))
     if run.spec.has_own_tokenizer:  # such as one with new tokens, which the base tokenizer lacks
         write_tokenizer(run.spec.tokenizer, folder)
 

@@ -25,7 +25,6 @@ from torch import nn
 
 from lorakit import allocator, plan
 from lorakit.core.model import frozen
-from lorakit.core.model.fingerprint import Fingerprint, fingerprint
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.variants import moving_variant
 from lorakit.errors import LorakitError, NotYetSupported, UsageError
@@ -102,7 +101,6 @@ class ShardedBase:
         local_bytes: Size of this process's part of them.
         gathered_bytes: Size of the largest weights that are gathered at once: the next block's are gathered early.
         reason: Why the base is sharded.
-        fingerprint: The base's fingerprint, in the process that saves adapters, or None.
     """
 
     method: str
@@ -112,11 +110,10 @@ class ShardedBase:
     local_bytes: int
     gathered_bytes: int
     reason: str
-    fingerprint: Fingerprint | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the numbers and the reason as plain JSON values."""
-        return {name: value for name, value in vars(self).items() if name != "fingerprint"}
+        return dataclasses.asdict(self)
 
     def line(self) -> str:
         """Return a description for the user."""
@@ -267,8 +264,7 @@ def share_base(
         if not spec.processes.is_alone:
             progress.detail(f"parallel: {parallel.method}, because {parallel.reason}")
         return trained, None
-    known = fingerprint(model, with_files=True) if spec.processes.is_first else None
-    made = dataclasses.replace(shard_base(model, parallel), fingerprint=known)
+    made = shard_base(model, parallel)
     progress.say(made.line())
     return trained, made
 

@@ -31,6 +31,7 @@ from lorakit.core.layers.modules_to_save import Extras, ModulesToSave, build_ext
 from lorakit.core.layers.named_layers import layer_class
 from lorakit.core.layers.trainable_tokens import ChosenRows, TrainableTokens
 from lorakit.core.model.checks import check_not_distributed
+from lorakit.core.model.fingerprint import record_base
 from lorakit.core.model.frozen import freeze
 from lorakit.core.model.index import AdapterIndex, TargetWeight, walk
 from lorakit.core.model.target_weights import dropout_at, targets_of
@@ -373,6 +374,7 @@ def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
     """
     name = built.name
     state = _new_state(index, name) if index.state is None else index.state
+    record_base(index, state)
     index.state = state
     state.configs[name] = built.config
     state.kinds = index.kinds

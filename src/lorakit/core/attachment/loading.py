@@ -157,7 +157,8 @@ def check_base(model: nn.Module | AdapterIndex, files: AdapterFiles, allow: Coll
         NotYetSupported: A weight of the model is distributed over processes.
     """
     index = AdapterIndex.of(model)
-    checks.check_not_distributed(index.everything.items())
+    if index.state is None or index.state.base is None:  # a base that is known from before can be compared
+        checks.check_not_distributed(index.everything.items())
     known, present = without_brought_rows(index, files.config, files.sidecar.base)
     verdict, reason, warning = compare(known, present)
     if verdict == DIFFERENT and "base_mismatch" not in allow:

@@ -26,7 +26,7 @@ from lorakit.core.files.tensor_file import encode
 from lorakit.core.files.tensor_names import PREFIX, adapter_tensors, endings_of
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model import checks
-from lorakit.core.model.fingerprint import Fingerprint, fingerprint
+from lorakit.core.model.fingerprint import fingerprint
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.target_weights import paths_on_disk
 from lorakit.core.variants import variant_named
@@ -256,18 +256,16 @@ def save_form(
     base_model_name_or_path: str | None = None,
     facts: JsonObject | None = None,
     allow: Collection[str] = (),
-    base: Fingerprint | None = None,
 ) -> adapter_folder.SavedAdapter:
     """Write the result of `saved_form`; see `save_adapter`.
 
     Args:
-        model: The adapted model, or its index.
+        model: The adapted model, or its index; the fingerprint of the model's base is written.
         folder: The directory.
         found: The adapter to write, as returned by `saved_form`.
         base_model_name_or_path: Name or path of the base.
         facts: Metadata for `lorakit.json`.
         allow: Names of checks to override: "nonfinite".
-        base: The fingerprint of the model's base; None computes it, which needs the whole base in this process.
 
     Raises:
         AdapterError: The adapter has non-finite values.
@@ -282,8 +280,8 @@ def save_form(
     weights = encode(found.tensors, {"format": "pt", adapter_folder.METADATA_KEY: str(adapter_folder.FORMAT_VERSION)})
     own = sorted({layer.kind_name for _, layer in index.layers(found.name)} & index.kinds.keys())
     facts = {**(facts or {}), adapter_folder.KINDS_KEY: own} if own else facts
-    base = base or fingerprint(index, with_files=True)
-    about = {**(facts or {}), **found.about, "base": base.as_dict(), "sites": found.sites}
+    base = fingerprint(index, with_files=True).as_dict()
+    about = {**(facts or {}), **found.about, "base": base, "sites": found.sites}
     return adapter_folder.write_files(Path(folder), config, weights, about, found.initial)
 
 

@@ -25,6 +25,7 @@ from lorakit.core.kinds.convolution import Convolution
 from lorakit.core.layers.adapter_component import MergeOptions, SiteMerge, StagedMerge, base_not_kept
 from lorakit.core.layers.stored_weight import Replacement, StoredWeight, give_back
 from lorakit.core.quantization import NOT_WRITTEN, Stored, at_least_fp32, weight_format_of
+from lorakit.core.shards import is_shard
 from lorakit.core.variants import variant_named
 from lorakit.errors import MergeError
 
@@ -139,12 +140,12 @@ class BaseWeight(StoredWeight):
         Raises:
             MergeError: A parametrization or pruning computes the weight, or this process has only a part of it.
         """
-        kind = type(self.source._parameters.get(self.spec.parameter))
-        if kind.__module__.startswith("torch.distributed."):
+        held = self.source._parameters.get(self.spec.parameter)
+        if held is not None and is_shard(held):
             raise MergeError(
-                f"{path}: the base is sharded over processes ({kind.__name__}), so adapters cannot be merged into it. "
-                "Save the adapter, and merge it in one process.",
-                what=kind.__name__,
+                f"{path}: the base is sharded over processes ({type(held).__name__}), so adapters cannot be merged into "
+                "it. Save the adapter, and merge it in one process.",
+                what=type(held).__name__,
                 where=path,
                 field=self.spec.parameter,
             )

@@ -37,6 +37,7 @@ from lorakit.core.layers.called_factors import called_product
 from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState, resolve
+from lorakit.core.shards import is_own_unit
 from lorakit.core.variants import NO_SETTING, NO_TENSORS, At, Factor, OwnTensor, Setting, own_tensors, variant_named
 from lorakit.errors import AdapterError, ConfigTypeError, MergeError, RowCountError, warn_caller
 
@@ -62,6 +63,14 @@ def _weight_holders(factor: Factor, A: nn.Parameter, B: nn.Parameter) -> tuple[n
     own = factor.variant.holder or (lambda *_: None)
     first, second = own("A", A, factor.setting), own("B", B, factor.setting)
     return first or weight_holder(A), second or weight_holder(B, factor.bias)
+
+
+def _held(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Return a holder's weight (…) and its bias; FSDP gathers the parameters of its units only when they are called."""
+    if is_own_unit(module):
+        found: tuple[Tensor, Tensor | None] = module()
+        return found
+    return module.weight, module.bias  # type: ignore[return-value]
 
 
 class LoraLayer(BaseWeight, TunerLayer):
@@ -197,7 +206,10 @@ class LoraLayer(BaseWeight, TunerLayer):
         """
         kind = self.kind
         first, second = (self._holder(attribute)[name] for attribute in kind.names)
-        A, B, bias = (first.weight, second.weight, second.bias) if kind.on_disk else (first, second, None)
+        A, B, bias = (first, second, None)
+        if kind.on_disk:
+            A, _ = _held(first)
+            B, bias = _held(second)
         variant, own, setting = variant_named(self.variant[name]), NO_TENSORS, NO_SETTING
         if variant.is_lora:
             return Factor(A, B, self.scaling[name], self.lora_dropout[name], variant, own, bias, setting)
@@ -208,7 +220,9 @@ class LoraLayer(BaseWeight, TunerLayer):
     def _own(self, name: str, own: OwnTensor) -> Tensor:
         """Return one of the extra tensors of an adapter's variant, in its in-memory shape (…)."""
         held: Tensor | nn.Module = self._holder(own.container)[name]
-        found: Tensor = held if isinstance(held, Tensor) else getattr(held, own.member or "weight")
+        if isinstance(held, Tensor):
+            return held
+        found: Tensor = getattr(held, own.member) if own.member else _held(held)[0]
         return found
 
     def _holder(self, attribute: str) -> Mapping[str, Any]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lorakit.core.model.base_view import QuantizedWeight, base_tensors, quantized_weights
 from lorakit.core.model.index import AdapterIndex
+from lorakit.core.shards import is_shard
 from lorakit.targets.layer_types import CONV1D
 
 _FP16, _BF16 = torch.float16, torch.bfloat16
@@ -105,7 +106,8 @@ class BaseTensor:
             elsewhere: Whether another source supplies the values of unquantized tensors on the meta device.
         """
         if isinstance(self.source, Tensor):
-            return self.source.is_floating_point() and (elsewhere or not self.source.is_meta)
+            is_here = elsewhere or not (self.source.is_meta or is_shard(self.source))
+            return self.source.is_floating_point() and is_here
         return not any(tensor.is_meta for tensor in self.source.base.tensors(self.source.stored))
 
     @property

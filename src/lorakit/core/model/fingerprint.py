@@ -51,6 +51,8 @@ from lorakit.core.model.base_samples import (
     tensors_of_base,
 )
 from lorakit.core.model.index import AdapterIndex, embedding_of
+from lorakit.core.routing.state import AdapterState
+from lorakit.core.shards import has_several_processes, is_sharded
 from lorakit.durable import JsonObject, JsonValue, read_json, sha256_file, write_json
 from lorakit.errors import OVERRIDE, AdapterFileError, BaseMismatchError, DiskError
 from lorakit.machine import cache_directory
@@ -165,6 +167,8 @@ def fingerprint(
     version = VERSION if like is None else like.version
     index = AdapterIndex.of(model)
     model = index.model
+    if read is None and (recorded := _before_sharding(index)) is not None:
+        return replace(recorded, files=weight_file_hashes(model) if with_files else {})
     tensors = tensors_of_base(index, cut)
     parameters = {name: tensor for name, tensor in tensors.items() if not tensor.is_buffer}
     buffers = {name: tensor for name, tensor in tensors.items() if tensor.is_buffer and tensor.is_readable(False)}
@@ -185,6 +189,25 @@ def fingerprint(
         files=weight_file_hashes(model) if with_files else {},
         version=version,
     )
+
+
+def record_base(index: AdapterIndex, state: AdapterState) -> None:
+    """Record the fingerprint of a model's base, because its weights may be distributed over processes later.
+
+    Nothing is done in a single process, or if the fingerprint is known or the weights are distributed already.
+
+    Args:
+        index: The index of the model.
+        state: The state of the model's adapters, which holds the record.
+    """
+    if state.base is None and has_several_processes() and not is_sharded(index.model):
+        state.base = fingerprint(index).as_dict()
+
+
+def _before_sharding(index: AdapterIndex) -> Fingerprint | None:
+    """Return the recorded fingerprint of a base whose weights are distributed now; otherwise None."""
+    recorded = None if index.state is None else index.state.base
+    return None if recorded is None or not is_sharded(index.model) else _read(dict(recorded))
 
 
 def compare(known: Fingerprint | None, present: Fingerprint, whose: str = "the adapter's") -> BaseVerdict:

@@ -24,6 +24,7 @@ from lorakit.config import LoraConfig
 from lorakit.core.kinds import Kind
 from lorakit.core.routing.recompute import Forwards, Traces
 from lorakit.core.routing.route import BASE, Offsets, Route
+from lorakit.durable import JsonObject
 from lorakit.errors import LorakitError, RouteError
 
 
@@ -90,9 +91,11 @@ class AdapterState:
         peft_methods: Object that provides layer attributes found only in PEFT; None until `lorakit.peft` is used on the
             model.
         biased: Whether an adapter trains biases in place; if so, modules must be searched for trained biases.
+        base: Fingerprint of the base, as JSON values, from before its weights may be sharded; None in a single process.
     """
 
     biased: bool = False
+    base: JsonObject | None = None
     waiting: frozenset[str] = frozenset()
     peft_methods: PeftLayerMethodsLike | None = None
 

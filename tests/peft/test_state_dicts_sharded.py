@@ -1,0 +1,63 @@
+"""Adapters of models that are sharded over two processes; the programs run in processes of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .running import run
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+WAYS = [
+    "FSDP 2, units are blocks",
+    "FSDP 2, units are blocks and factors",
+    "FSDP 1, units are blocks and factors, original parameters",
+    "FSDP 1, units are blocks and factors, flat parameters",
+    "FSDP 1, one unit",
+]
+
+
+def test_adapters_are_trained_saved_and_loaded_whole(tmp_path: Path) -> None:
+    assert run("sharded_states", tmp_path, peft=True, links=tmp_path / "links", processes=2) == WAYS
+
+
+@pytest.mark.slow
+def test_deepspeed(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="it has no wheels, and needs a compiler")
+    assert run("partitioned_states", tmp_path, peft=True, links=tmp_path / "links", processes=2) == ["DeepSpeed ZeRO-3"]
+
+
+def adapters(runs: Path) -> dict[str, dict[str, Tensor]]:
+    """Return the adapter that each trainer saved at the end, with names as in an unwrapped model."""
+    found = {
+        name: load_file(runs / f"{name}-saved" / "adapter_model.safetensors") for name in ("Trainer", "SFTTrainer")
+    }
+    return {
+        name: {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
+        for name, tensors in found.items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["install_as_peft", "mixin"])
+def test_trainers_end_with_the_adapter_of_one_process(way: str, tiny_model_directory: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    ended, said = {}, {}
+    for mode in ("one", "ddp", "fsdp2", "fsdp2_parts", "fsdp1_parts"):
+        runs, processes = tmp_path / mode, 1 if mode == "one" else 2
+        runs.mkdir()
+        links = tmp_path / f"links-{mode}"
+        said[mode] = run("loops", way, mode, tiny_model_directory, runs, peft=True, links=links, processes=processes)
+        ended[mode] = adapters(runs)
+        for name, tensors in ended["one"].items():
+            assert ended[mode][name].keys() == tensors.keys()
+            for key, tensor in tensors.items():
+                torch.testing.assert_close(ended[mode][name][key], tensor, rtol=1e-4, atol=1e-5, msg=f"{mode}: {key}")
+    assert [line.partition(":")[0] for line in said["one"]] == ["Trainer", "SFTTrainer"]
+    assert said["ddp"] == said["one"]  # as many fused modules
+    assert all(len(lines) == 2 for lines in said.values())
