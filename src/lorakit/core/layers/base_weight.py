@@ -143,8 +143,8 @@ class BaseWeight(StoredWeight):
         held = self.source._parameters.get(self.spec.parameter)
         if held is not None and is_shard(held):
             raise MergeError(
-                f"{path}: the base is sharded over processes ({type(held).__name__}), so adapters cannot be merged into "
-                "it. Save the adapter, and merge it in one process.",
+                f"{path}: the base is sharded over processes ({type(held).__name__}), so adapters cannot be merged "
+                "into it. Save the adapter, and merge it in one process.",
                 what=type(held).__name__,
                 where=path,
                 field=self.spec.parameter,
