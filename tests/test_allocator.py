@@ -62,6 +62,18 @@ held = resident() - before
 del tensor
 print(held, resident() - before)
 """
+GATHERED = """
+import torch
+from lorakit import allocator
+allocator.{setting}()
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096
+before = resident()
+for _ in range(3):
+    gathered = [torch.ones(1 << 20) for _ in range(8)]
+    small = [torch.ones(1 << 8) for _ in range(8)]
+    del gathered
+print(resident() - before)
+"""
 PROGRAM = """
 import resource, sys
 from lorakit import allocator
@@ -89,6 +101,15 @@ def test_the_memory_of_the_largest_tensors_is_returned() -> None:
     held, left = map(int, done.stdout.split())
     assert held > 250 << 20
     assert left < 32 << 20
+
+
+@pytest.mark.skipif(not GLIBC, reason="glibc alone")
+@pytest.mark.parametrize(("setting", "is_returned"), [("return_large_blocks", True), ("keep_large_blocks", False)])
+def test_gathered_weights_of_a_sharded_base_are_returned(setting: str, is_returned: bool) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", GATHERED.format(setting=setting)], capture_output=True, text=True, check=True
+    )
+    assert (int(done.stdout) < 8 << 20) is is_returned
 
 
 @pytest.mark.skipif(not GLIBC, reason="glibc alone")
@@ -155,5 +176,7 @@ def test_the_older_name_of_a_bound_counts(monkeypatch: pytest.MonkeyPatch) -> No
 def test_messages_match_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocator, "keep_large_blocks", lambda: False)
     monkeypatch.setattr(allocator, "limit_compiled_matmuls", lambda: True)
+    monkeypatch.setattr(allocator, "return_large_blocks", lambda: True)
     assert allocator.set_up() == [allocator.MATMUL_MESSAGE]
+    assert allocator.set_up(is_sharded=True) == [allocator.RETURNS_MESSAGE, allocator.MATMUL_MESSAGE]
     assert "the last 128" in allocator.MATMUL_MESSAGE

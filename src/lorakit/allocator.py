@@ -23,6 +23,12 @@ MALLOC_MESSAGE = (
 )
 """Message that `set_up` returns if `keep_large_blocks` took effect."""
 
+RETURNS_MESSAGE = (
+    "malloc returns freed tensors, because the gathered weights of a sharded base would leave holes that are not used "
+    f"again (disable with {SWITCH}=stock)."
+)
+"""Message that `set_up` returns if `return_large_blocks` took effect."""
+
 CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 128, "LRU_CACHE_CAPACITY": 1}
 """Environment variable (read at the first matmul) -> maximum number of cache entries (default: 1024).
 
@@ -47,12 +53,31 @@ Clearing the pages of such a tensor takes little time compared with computing it
 """
 
 
+RETURNED_BYTES = 128 << 10
+"""Size from which malloc returns a freed block of a run with a sharded base: malloc's first value, which it otherwise
+raises to 32 MB when blocks are freed."""
+
+
 def keep_large_blocks() -> bool:
     """Configure this process's malloc to keep freed memory, except that of blocks of `KEPT_BYTES` or more.
 
     Returns:
         Whether the setting took effect; False if malloc is not glibc's or if `LORAKIT_ALLOCATOR=stock` is set.
     """
+    return _set((M_MMAP_THRESHOLD, KEPT_BYTES), (M_TRIM_THRESHOLD, LARGEST))
+
+
+def return_large_blocks() -> bool:
+    """Configure this process's malloc to return freed blocks of `RETURNED_BYTES` or more to the kernel.
+
+    Returns:
+        Whether the setting took effect, as for `keep_large_blocks`.
+    """
+    return _set((M_MMAP_THRESHOLD, RETURNED_BYTES))
+
+
+def _set(*options: tuple[int, int]) -> bool:
+    """Set options of malloc, unless another allocator is used or the user wants the stock settings."""
     if os.environ.get(SWITCH, "").lower() == "stock" or platform.libc_ver()[0] != "glibc":
         return False
     if any(name in os.environ.get("LD_PRELOAD", "") for name in ("jemalloc", "tcmalloc", "mimalloc")):
@@ -61,7 +86,7 @@ def keep_large_blocks() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and mallopt(M_TRIM_THRESHOLD, LARGEST))
+    return all(mallopt(option, value) for option, value in options)
 
 
 def trim() -> None:
@@ -87,11 +112,15 @@ def limit_compiled_matmuls() -> bool:
     return bool(ours)
 
 
-def set_up() -> list[str]:
+def set_up(*, is_sharded: bool = False) -> list[str]:
     """Apply both memory settings, for a command that trains or evaluates.
+
+    Args:
+        is_sharded: Whether the base is sharded over processes, so that its weights are gathered and freed in each pass.
 
     Returns:
         A message for each setting that took effect.
     """
-    kept, few = keep_large_blocks(), limit_compiled_matmuls()
-    return [message for message, took in ((MALLOC_MESSAGE, kept), (MATMUL_MESSAGE, few)) if took]
+    malloc, message = (return_large_blocks, RETURNS_MESSAGE) if is_sharded else (keep_large_blocks, MALLOC_MESSAGE)
+    changed, few = malloc(), limit_compiled_matmuls()
+    return [text for text, took in ((message, changed), (MATMUL_MESSAGE, few)) if took]

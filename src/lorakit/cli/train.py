@@ -224,7 +224,9 @@ def _arguments(given: Mapping[str, Any]) -> list[str]:
 
 def _train(settings: TrainSettings, *, json: bool, verbose: bool, is_silent: bool = False) -> int:
     """Train, print the result unless `is_silent` is set, and return the exit code."""
-    notes = allocator.set_up()  # before torch allocates any memory
+    from lorakit.train.setting_types import SHARDED
+
+    notes = allocator.set_up(is_sharded=settings.parallel in SHARDED)  # before torch allocates any memory
 
     from lorakit.train import run as train  # imports torch and transformers
     from lorakit.train.progress import Progress, progress_for

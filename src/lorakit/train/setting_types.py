@@ -37,6 +37,10 @@ TaskName = Literal["causal-lm", "classification", "token-classification", "seq2s
 LabelType = Literal["auto", "class", "classes", "score"]
 Recompute = Literal["none", "feed-forward", "layers"]
 Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
+
+SHARDED = ("fsdp", "hsdp")
+"""Values of the setting `parallel` for which the base is sharded."""
+
 INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "mica")
 """Values of `init_lora_weights`, except `pissa_niter_N`; LoftQ is excluded because it needs the unquantized base."""
 

@@ -31,12 +31,10 @@ from lorakit.errors import LorakitError, NotYetSupported, UsageError
 from lorakit.tables import format_bytes, format_count
 from lorakit.train.processes import Processes
 from lorakit.train.progress import Progress
+from lorakit.train.setting_types import SHARDED
 
 if TYPE_CHECKING:
     from lorakit.train.run_spec import RunSpec
-
-SHARDED = ("fsdp", "hsdp")
-"""Values of the setting `parallel` for which the base is sharded."""
 
 IGNORED, SINCE = "ignored_params", "2.7"
 """The parameter of `fully_shard` that excludes what is trained, and the first release of torch that has it."""
