@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorakit.train import TrainSettings, run
 
 from ..loading import load
 
@@ -179,4 +183,15 @@ def test_ray_train(tiny_model_directory: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-6000:]
     assert all(f"worker {rank}: finished after 2 steps" in done.stdout for rank in range(2))
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    alone = TrainSettings(  # as in the example, with as many rows in a step
+        model=str(tiny_model_directory),
+        data=[str(tmp_path / "data")],
+        output_dir=tmp_path / "alone",
+        max_steps=2,
+        max_length=64,
+        eval_fraction=0,
+        gradient_accumulation_steps=2,
+    )
+    run(alone)
+    saved = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("run", "alone")]
+    torch.testing.assert_close(*saved, rtol=0, atol=1e-5)

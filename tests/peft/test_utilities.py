@@ -35,6 +35,7 @@ def test_a_function_can_be_exempted_from_the_meta_device() -> None:
     assert exempt().weight.device.type == "cpu"
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft reads the old name
 def test_the_fsdp_policy_wraps_what_pefts_wraps(tiny_llama: Any) -> None:
     peft = pytest.importorskip("peft")
     from peft.utils.other import fsdp_auto_wrap_policy as theirs

@@ -133,6 +133,27 @@ def test_llama_factory() -> None:
     assert settings("llama_factory", "files")["data"] == ["train.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("tool", "name", "keys"),
+    [
+        ("axolotl", "deepspeed", {"deepspeed", "ddp_timeout"}),
+        ("axolotl", "fsdp", {"fsdp", "fsdp_config"}),
+        ("llama_factory", "deepspeed", {"deepspeed"}),
+    ],
+)
+def test_settings_of_several_processes_name_what_replaces_them(tool: str, name: str, keys: set[str]) -> None:
+    dropped = texts(convert_file(file(tool, name)), "dropped")
+    assert has_setting("parallel")
+    assert all("--nproc" in dropped[key] and "`parallel: fsdp`" in dropped[key] for key in keys)
+
+
+def test_what_cannot_be_split_over_processes_is_stated(tmp_path: Path) -> None:
+    keys = ("sequence_parallel_degree", "context_parallel_size", "tensor_parallel_size")
+    values = {"base_model": "m", "adapter": "lora", "sequence_len": 8} | dict.fromkeys(keys, 2)
+    dropped = texts(convert_file(text_file(tmp_path / "x.yaml", **values)), "dropped")
+    assert all("rows" in dropped[key] and "not split" in dropped[key] for key in keys)
+
+
 def test_mlx_lm() -> None:
     full = settings("mlx_lm", "full")
     assert full["data"] == ["/data/sets/talk/train.jsonl"] and full["eval_data"] == ["/data/sets/talk/valid.jsonl"]

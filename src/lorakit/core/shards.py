@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 DEEPSPEED_SINCE = (0, 16)
-"""Oldest release of DeepSpeed whose sharded parameters are read; older ones do not support torch 2.6."""
+"""Oldest release of DeepSpeed that is accepted; only 0.19.8 was run, so others may differ."""
 
 FSDP_1 = "_fsdp_wrapped_module"
 """Name under which FSDP 1 holds the module that it wraps."""

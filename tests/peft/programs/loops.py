@@ -7,6 +7,7 @@ be wrapped here for the same reason.
 """
 
 import sys
+import warnings
 from pathlib import Path
 
 way, mode, base_folder, runs = sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4])
@@ -23,7 +24,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -32,6 +33,7 @@ import lorakit
 from lorakit.peft import get_peft_model_state_dict
 from lorakit.peft.utils.other import fsdp_auto_wrap_policy
 
+warnings.filterwarnings("ignore", module=r"torch\.distributed\.")  # FSDP 1 uses functions that torch deprecates
 is_sharded = mode.startswith("fsdp")
 FSDP = (
     {
@@ -132,11 +134,11 @@ for make in (hub_trainer, trl_trainer):
         assert same(in_file(runs / f"{label}-whole" / "checkpoint-4"), ended)
     whole.accelerator.wait_for_everyone()
     assert same(in_file(saved), ended)
+    has_file = (runs / f"{label}-whole" / "checkpoint-2" / "adapter_model.safetensors").exists()
+    assert has_file == (way == "mixin" or not mode.endswith("_parts"))
 
-    if make is hub_trainer and mode in ("one", "ddp", "fsdp2"):
+    if make is hub_trainer and mode != "fsdp1_parts":  # torch crashes there: it frees what is on the CPU already
         prepared = whole.model_wrapped
-        if whole.args.process_index == 0:
-            (runs / "accelerate").mkdir()
         given = whole.accelerator.get_state_dict(prepared)
         whole.accelerator.save_model(prepared, runs / "accelerate")
         whole.accelerator.wait_for_everyone()
@@ -161,10 +163,12 @@ for make in (hub_trainer, trl_trainer):
     best = make(f"{label}-best", **choice, greater_is_better=True)  # the worst by loss, so that it is not the last
     best.train()
     assert best.state.best_model_checkpoint.endswith("-2")
-    assert not same(numbers(best), ended)
-    if not (way == "install_as_peft" and mode.endswith("_parts")):
-        assert same(numbers(best), in_file(best.state.best_model_checkpoint))
+    chosen = numbers(best)
+    assert not same(chosen, ended)
+    if has_file:
+        assert same(chosen, in_file(best.state.best_model_checkpoint))
     if whole.args.process_index == 0:
+        save_file(chosen, runs / f"{label}-best.safetensors")
         print(f"ok: {label}: saved, resumed and loaded whole; fused modules: {fused[0] if fused else 'none'}")
 if whole.args.world_size > 1:
     torch.distributed.destroy_process_group()

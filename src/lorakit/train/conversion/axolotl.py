@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.train.conversion.rules import (
+    PROCESSES,
     Draft,
     Rule,
     Tool,
@@ -40,7 +41,7 @@ _PREFERENCES = "lorakit trains on texts, prompts and chats, not on preferences o
 _CHOSEN = "chosen automatically for this machine"
 _SPEED = "lorakit accelerates supported layers automatically (--accelerate)"
 _PACKING = "lorakit packs sequences automatically"
-_PROCESSES = "lorakit trains in one process"
+_SPLIT = "processes share the rows of a step; sequences and layers are not split over processes"
 _CODE = "code from a model's repository is never run"
 _PROMPTS = "prompts never contribute to the loss; for that, use text rows"
 _UPLOAD = "nothing is uploaded during training"
@@ -255,14 +256,14 @@ AXOLOTL = Tool(
         "plugins": no_counterpart(_SPEED),
         "cut_cross_entropy": nothing,
         "tf32": no_counterpart(_CHOSEN),
-        "deepspeed": no_counterpart(_PROCESSES),
-        "fsdp*": no_counterpart(_PROCESSES),
-        "ddp*": no_counterpart(_PROCESSES),
+        "deepspeed": no_counterpart(PROCESSES),
+        "fsdp*": no_counterpart(PROCESSES),
+        "ddp*": no_counterpart(PROCESSES),
         "local_rank": nothing,
-        "device_map": no_counterpart(_PROCESSES),
-        "sequence_parallel_degree": no_counterpart(_PROCESSES),
-        "context_parallel_size": no_counterpart(_PROCESSES),
-        "tensor_parallel_size": no_counterpart(_PROCESSES),
+        "device_map": no_counterpart(PROCESSES),
+        "sequence_parallel_degree": no_counterpart(_SPLIT),
+        "context_parallel_size": no_counterpart(_SPLIT),
+        "tensor_parallel_size": no_counterpart(_SPLIT),
         "wandb_project": tracker("wandb"),
         "wandb_*": no_counterpart("wandb reads its environment variables, such as WANDB_NAME"),
         "mlflow_tracking_uri": tracker("mlflow"),

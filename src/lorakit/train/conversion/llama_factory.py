@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorakit.train.conversion.rules import (
+    PROCESSES,
     Draft,
     Rule,
     Tool,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 _OTHER_METHOD = "lorakit trains LoRA adapters"
 _PREFERENCES = "lorakit trains on texts, prompts and chats, not on preferences or rewards"
-_PROCESSES = "lorakit trains in one process"
 _CODE = "code from a model's repository is never run"
 _PROMPTS = "prompts never contribute to the loss; for that, use text rows"
 _UPLOAD = "nothing is uploaded during training"
@@ -163,10 +163,10 @@ LLAMA_FACTORY = Tool(
         "plot_loss": nothing,
         "report_to": trackers,
         "run_name": nothing,
-        "ddp_*": no_counterpart(_PROCESSES),
-        "deepspeed": no_counterpart(_PROCESSES),
-        "fsdp*": no_counterpart(_PROCESSES),
-        "ray_*": no_counterpart(_PROCESSES),
+        "ddp_*": no_counterpart(PROCESSES),
+        "deepspeed": no_counterpart(PROCESSES),
+        "fsdp*": no_counterpart(PROCESSES),
+        "ray_*": no_counterpart("call lorakit.train.run in Ray's workers, as examples/ray_train.py does"),
         "trust_remote_code": no_counterpart(_CODE),
         "push_to_hub": no_counterpart(_UPLOAD),
         "use_swanlab": no_counterpart("lorakit does not support SwanLab"),

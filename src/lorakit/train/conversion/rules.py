@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Rule: TypeAlias = "Callable[[Draft, str, JsonValue], None]"
 
+PROCESSES = "start several processes with --nproc or torchrun; `parallel: fsdp` shards the base over them"
+"""Reason why settings of engines that train in several processes have no counterpart."""
+
 
 @dataclass(frozen=True)
 class Note:
