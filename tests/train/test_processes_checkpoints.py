@@ -121,6 +121,7 @@ def test_four_processes_save_the_same_as_one_and_continue_two(
     check_continued(more, whole, [last for _, last in found], expected)
 
 
+@pytest.mark.slow
 def test_fit_makes_the_same_choice_in_all_processes(
     settings: dict[str, Any], outcomes: Callable[..., Any], tmp_path: Path
 ) -> None:

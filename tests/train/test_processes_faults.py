@@ -60,6 +60,7 @@ def test_a_command_line_that_is_wrong(flags: list[str], tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_process_that_never_arrives(flags: list[str], tmp_path: Path) -> None:
     apart = [{"MASTER_PORT": str(free_port())} for _ in range(2)]
     ends = trained([*flags, "--process-timeout=2"], *apart)

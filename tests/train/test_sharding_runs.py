@@ -66,6 +66,7 @@ def test_a_run_has_the_files_of_one_without_sharding_and_resumes(
     assert run(TrainSettings(**{**alone, "parallel": "fsdp"})).steps == 8  # one process has nothing to share
 
 
+@pytest.mark.slow
 def test_what_cannot_be_sharded(settings: dict[str, Any], outcomes: Callable[..., Any], tmp_path: Path) -> None:
     base = {**settings, "max_steps": 3, "parallel": "fsdp"}
     cases = {
