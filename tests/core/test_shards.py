@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from lorakit.core.factor import FactorWeight
 from lorakit.core.shards import completed, is_shard, shape_of, write
 from lorakit.errors import AdapterError, MissingExtra, NotYetSupported
 from lorakit.peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -58,9 +59,9 @@ def deepspeed(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     yield module
 
 
-def adapted(seed: int = 0) -> Any:
+def adapted(seed: int = 0, use_dora: bool = True) -> Any:
     torch.manual_seed(seed)
-    config = LoraConfig(r=2, target_modules=["0"], use_dora=True, init_lora_weights=False)
+    config = LoraConfig(r=2, target_modules=["0"], use_dora=use_dora, init_lora_weights=False)
     return get_peft_model(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)), config)
 
 
@@ -84,6 +85,32 @@ def test_a_partitioned_adapter_is_read_saved_and_loaded_whole(deepspeed: ModuleT
             model.save_pretrained(tmp_path / "incomplete", state_dict=given)
         assert refused.value.field == "state_dict" and "lora_" in str(refused.value.where)
     assert not (tmp_path / "incomplete").exists()
+
+
+def gather(module: nn.Module) -> None:
+    """Give the partitioned parameters of a module and its submodules their values."""
+    for parameter in module.parameters():
+        parameter.data, parameter.ds_status = parameter.elsewhere, Status.AVAILABLE
+
+
+def release(module: nn.Module) -> None:
+    """Take the values of a module's own parameters away, as ZeRO-3 does after the module's forward pass."""
+    for parameter in module.parameters(recurse=False):
+        parameter.data, parameter.ds_status = torch.empty(0), Status.NOT_AVAILABLE
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_factors_are_whole_where_they_are_read(use_dora: bool) -> None:
+    x, model = torch.randn(5, 4), adapted(use_dora=use_dora)
+    expected = model(x)
+    for parameter in model.parameters():
+        partition(parameter)
+    gather(model)  # DeepSpeed gathers what a forward pass reads, until the module that holds it has been called
+    for module in model.modules():
+        if isinstance(module, FactorWeight):
+            module.register_forward_pre_hook(lambda module, _: gather(module))
+            module.register_forward_hook(lambda module, *_: release(module))
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_what_deepspeed_cannot_gather_is_named(deepspeed: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,9 +27,11 @@ def test_adapters_are_trained_saved_and_loaded_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_deepspeed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", ["dora", "lora"])
+def test_deepspeed(variant: str, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="it has no wheels, and needs a compiler")
-    assert run("partitioned_states", tmp_path, peft=True, links=tmp_path / "links", processes=2) == ["DeepSpeed ZeRO-3"]
+    done = run("partitioned_states", tmp_path, variant, peft=True, links=tmp_path / "links", processes=2)
+    assert done == ["DeepSpeed ZeRO-3"]
 
 
 def adapters(runs: Path) -> dict[str, dict[str, Tensor]]:

@@ -39,6 +39,11 @@ def is_of_zero(tensor: Tensor) -> bool:
     return getattr(getattr(tensor, "ds_status", None), "name", "AVAILABLE") != "AVAILABLE"
 
 
+def is_freed_by_zero(tensor: Tensor) -> bool:
+    """Return whether DeepSpeed frees a tensor of any shape after the forward pass of the module that holds it."""
+    return hasattr(tensor, "ds_status")
+
+
 def is_flat(tensor: Tensor) -> bool:
     """Return whether a tensor of any shape is a part of FSDP 1's flat buffer, or the buffer itself.
 

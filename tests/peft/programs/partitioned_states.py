@@ -1,6 +1,6 @@
 """An adapter of a model that DeepSpeed ZeRO-3 partitions over two processes; started by torch.distributed.run.
 
-python -m torch.distributed.run --standalone --nproc-per-node 2 partitioned_states.py FOLDER
+python -m torch.distributed.run --standalone --nproc-per-node 2 partitioned_states.py FOLDER dora | lora
 """
 
 import sys
@@ -23,7 +23,7 @@ rank = distributed.get_rank()
 
 def adapted():
     torch.manual_seed(0)
-    config = LoraConfig(r=3, target_modules=["0", "2"], use_dora=True, init_lora_weights=False)
+    config = LoraConfig(r=3, target_modules=["0", "2"], use_dora=sys.argv[2] == "dora", init_lora_weights=False)
     return get_peft_model(nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8)), config)
 
 

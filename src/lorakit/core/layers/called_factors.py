@@ -1,7 +1,8 @@
 """Hooks on the modules that hold A and B: if there are any, the modules are called, so that the hooks run.
 
 Otherwise A and B are only read, because that takes less time and memory. Only the factors of dense layers can be
-called, for variants that multiply A and B as they are stored; the hooks of all others do not run.
+called, for variants that multiply A and B as they are stored; the hooks of all others do not run. Hooks of DeepSpeed
+ZeRO-3 free A and B after the call, so they are not called for variants that read A and B again, such as DoRA.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from lorakit.core.clones import is_watched
 from lorakit.core.factor import FactorWeight
 from lorakit.core.kinds.linear import linear_down
 from lorakit.core.layers.stored_weight import StoredWeight
+from lorakit.core.shards import is_freed_by_zero
 from lorakit.core.variants import variant_named
 
 
@@ -30,6 +32,8 @@ def called_factors(layer: StoredWeight, name: str) -> tuple[nn.Module, nn.Module
     if type(down) is not FactorWeight or type(up) is not FactorWeight or not (is_watched(down) or is_watched(up)):
         return None
     variant = variant_named(layer.variant[name])
+    if variant.output is not None and is_freed_by_zero(down.weight):
+        return None
     return (down, up) if variant.factors is None and variant.down is None else None
 
 
