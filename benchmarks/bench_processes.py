@@ -279,8 +279,9 @@ def planned_rank(values: dict[str, Any], parallel: str) -> Any:
 def child_of_memory(case: dict[str, Any]) -> dict[str, Any]:
     """Train for three steps as the command does, and return what this process has held and sent."""
     from lorakit import allocator
+    from lorakit.train.setting_types import SHARDED
 
-    allocator.set_up()
+    allocator.set_up(is_sharded=case["parallel"] in SHARDED)
     from lorakit.errors import NotYetSupported
     from lorakit.train import TrainSettings, run
     from lorakit.train.progress import Progress
