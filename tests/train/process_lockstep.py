@@ -22,7 +22,7 @@ with joined() as processes:
     lockstep = replace(processes, in_lockstep=True)
     try:
         with lockstep.together():
-            lockstep.sum([torch.ones(3)])
+            lockstep.start_sum(torch.ones(3))()
             if lockstep.is_first:
                 torch.distributed.all_reduce(torch.ones(1000))
             elif sys.argv[2] == "ends":
