@@ -1,10 +1,11 @@
-"""Settings of a small run."""
+"""Settings of a small run, and process groups."""
 
 from __future__ import annotations
 
+import datetime
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,16 @@ def outcomes(tmp_path: Path) -> Callable[..., list[list[dict[str, Any]]]]:
         return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(count)]
 
     return make
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group with one process."""
+    from torch import distributed
+
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=datetime.timedelta(seconds=60))
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()

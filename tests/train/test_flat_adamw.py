@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import datetime
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -315,19 +313,6 @@ def test_tensors_in_each_others_memory_take_torchs_own() -> None:
     memory = torch.ones(6)
     assert not is_packable([nn.Parameter(memory[:4]), nn.Parameter(memory[3:])])
     assert is_packable([nn.Parameter(memory[:4]), nn.Parameter(memory[4:])])
-
-
-@pytest.fixture
-def alone() -> Iterator[None]:
-    """A process group with one process."""
-    from torch import distributed
-
-    store = distributed.HashStore()
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=datetime.timedelta(seconds=60))
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -32,19 +30,6 @@ CPU = torch.device("cpu")
 ONE = Parallel("fsdp", (1,), CPU, "asked")
 
 needs_groups = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-
-
-@pytest.fixture
-def alone() -> Iterator[None]:
-    """A process group with one process."""
-    from torch import distributed
-
-    store = distributed.HashStore()
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=datetime.timedelta(seconds=60))
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
 
 
 def spec(parallel: str = "fsdp", config: LoraConfig | None = None, **words: Any) -> Any:

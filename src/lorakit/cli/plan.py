@@ -119,7 +119,7 @@ class ParallelFlags:
         return None if self.gpu is None else bytes_of(self.gpu, "gpu")
 
     def cluster(self) -> Cluster | None:
-        """Return the processes, or None if no flag asks for them.
+        """Return the processes, or None if none of these flags is given.
 
         Raises:
             ConfigError: A value is not allowed; the error names the flag.

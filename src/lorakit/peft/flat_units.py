@@ -1,6 +1,6 @@
 """Adapters in models that FSDP 1 has wrapped: tensors are read and written while one unit after another is gathered.
 
-A unit (`FullyShardedDataParallel`) keeps its parameters in one flat buffer, of which each process has a part. Every
+A unit (`FullyShardedDataParallel`) keeps its parameters in one flat buffer, and each process has a part of it. Every
 process must call these functions. Only units that hold tensors of the adapter are gathered, one at a time. Before the
 first forward pass, the model must be the outermost unit, because FSDP takes the first unit that is gathered for it.
 """
@@ -30,7 +30,7 @@ def parts(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 
 def flat_names(own: Own) -> set[str]:
-    """Return the names on disk of tensors of which this process has a part; empty within `summon_full_params`.
+    """Return the names on disk of tensors that this process holds only in part; empty within `summon_full_params`.
 
     Args:
         own: The adapter's tensors.

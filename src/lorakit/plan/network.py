@@ -32,7 +32,7 @@ class Link:
 
 
 def _pcie(generation: int, transfers: float) -> Link:
-    """Return a link of 16 lanes, each of which sends one bit per transfer; 128 of 130 bits are data."""
+    """Return a link of 16 lanes. Each lane sends one bit per transfer, and 128 of 130 bits are data."""
     rate = transfers * 16 * 128 / 130 / 8
     return Link(f"pcie{generation}", rate, f"PCI-SIG, PCI Express {generation}.0: {transfers / 1e9:g} GT/s, 16 lanes")
 

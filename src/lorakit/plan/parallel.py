@@ -26,7 +26,7 @@ from lorakit.targets.layer_types import LINEAR
 DDP, HSDP, FSDP = "ddp", "hsdp", "fsdp"
 
 WAYS = (DDP, HSDP, FSDP)
-"""How the processes can share a base, from the least communication to the least memory."""
+"""Ways to share a base, ordered from the least communication to the least memory."""
 
 SUMMING = "the gradients are summed"
 """Moment at the end of the last backward pass, at which a bucket of gradients and its buffer exist."""
@@ -63,7 +63,7 @@ def tensors_of_base(shape: ModelShape) -> Iterator[tuple[str | None, int, int]]:
 
 
 def _stored(site: SiteShape) -> tuple[int, int]:
-    """Return the rows and columns of a weight as it is stored; only a Linear is stored as (out, in)."""
+    """Return the rows and columns of a stored weight; only a Linear is stored as (out, in)."""
     sizes = site.out_features, site.in_features
     return sizes if site.kind == LINEAR else sizes[::-1]
 

@@ -116,7 +116,7 @@ def _wait_for_first(launched: Launched, address: str, seconds: float) -> None:
     """Wait until the first process answers.
 
     Raises:
-        RunError: Another program answers, or nobody does within the limit.
+        RunError: Another program answers, or no answer arrives within the limit.
     """
     host, _, port = address.rpartition(":")
     until = time.monotonic() + seconds

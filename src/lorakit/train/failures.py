@@ -57,7 +57,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Notices:
-    """What the processes of a run tell each other through their store, which outlives all of them but the first.
+    """Messages that the processes of a run leave in their store, which outlives all of them but the first.
 
     Attributes:
         store: The store, or None if there is a single process or another library has connected the processes.

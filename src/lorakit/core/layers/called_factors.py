@@ -1,7 +1,7 @@
 """Hooks on the modules that hold A and B: if there are any, the modules are called, so that the hooks run.
 
 Otherwise A and B are only read, because that takes less time and memory. Only the factors of dense layers can be
-called, for variants that multiply A and B as they are stored; the hooks of all others do not run. Hooks of DeepSpeed
+called, for variants that multiply the stored A and B; the hooks of all others do not run. Hooks of DeepSpeed
 ZeRO-3 free A and B after the call, so they are not called for variants that read A and B again, such as DoRA.
 """
 

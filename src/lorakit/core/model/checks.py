@@ -9,6 +9,7 @@ from torch import nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.routing.state import AdapterState
+from lorakit.core.shards import is_dtensor
 from lorakit.core.variants import variants_of
 from lorakit.errors import OVERRIDE, AdapterError, ConfigError, NotYetSupported, TargetError
 
@@ -79,9 +80,9 @@ def check_not_distributed(modules: Iterable[tuple[str, nn.Module]]) -> None:
         NotYetSupported: A weight is a DTensor, or the module has a plan for tensor parallelism.
     """
     for path, module in modules:
-        kinds = {type(tensor) for tensor in module._parameters.values()}
-        kind = next((kind for kind in kinds if kind.__module__.startswith("torch.distributed.")), None)
-        what = kind.__name__ if kind is not None else module.__dict__.get("_hf_tp_plan")
+        held = (tensor for tensor in module._parameters.values() if tensor is not None)
+        part = next((tensor for tensor in held if is_dtensor(tensor)), None)
+        what = type(part).__name__ if part is not None else module.__dict__.get("_hf_tp_plan")
         if what is not None:
             raise NotYetSupported(
                 f"{path}: the weight is distributed over processes ({what}), and adapters on parts of weights are not "

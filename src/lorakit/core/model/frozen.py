@@ -65,7 +65,7 @@ def flags(index: AdapterIndex) -> Iterator[tuple[nn.Parameter, bool]]:
 def replacing(index: AdapterIndex) -> Iterator[None]:
     """Let other parameters, such as shards, replace those of a frozen base in a block; `restore` then changes them.
 
-    No parameter of the base is referred to within the block, so that each one is freed as soon as it is replaced.
+    No parameter of the base is referred to within the block, so that each one is freed when it is replaced.
 
     Args:
         index: The index of the model with its adapters.
