@@ -185,7 +185,7 @@ def new_factor(
 
 
 def _started(variant: Variant, new: Start, config: LoraConfig) -> Mapping[str, Tensor]:
-    """Return a variant's initial extra tensors (…), computed on the GPU if the config sets `ephemeral_gpu_offload` and there is one."""
+    """Return a variant's initial extra tensors (…), computed on a GPU if there is one and the config offloads."""
     here = new.A.device
     wanted = config.runtime_config.ephemeral_gpu_offload and here.type == "cpu" and new.generator is None
     if not wanted or not torch.cuda.is_available():
