@@ -1,7 +1,7 @@
 """Claim: two processes with one thread each train at least 0.95 of the tokens per second of one with two threads, and
 each holds and sends what `lorakit plan` says: memory within 15%.
 
-    python benchmarks/bench_processes.py [--quick] [--only speed memory] [--models small smollm2] [--steps 8]
+    python benchmarks/bench_processes.py [--quick] [--only speed memory gathering] [--models small smollm2] [--steps 8]
         [--rounds 1] [--rows 4] [--length 256] [--parallel ddp fsdp] [--dtypes bfloat16] [--allocators kept pinned]
 
 Speed: `lorakit train`'s step with SmolLM2-135M's geometry and with six of its layers ("small"), random weights, r 16 on
@@ -13,6 +13,9 @@ with the plan of the same run: the peak resident size of each process, the froze
 holds after a step, and the bytes that it sends in a step, counted from the tensors that it passes to the collectives of
 `torch.distributed`. A way of `--parallel` that lorakit does not support is reported and left out. With the allocator
 "pinned", malloc returns each large tensor when it is freed; with "kept", it is set up as by the command.
+
+Gathering: the time of a step of the same runs, with more steps, for each way of `--parallel` in turn; the first step is
+not counted. What a sharded base adds is the time to gather it.
 
 Rows are appended to results/processes.jsonl. `--quick` takes less than two minutes on two idle cores, and does not fail
 if a goal is missed.
@@ -53,6 +56,7 @@ DATA, RUN_STEPS = "rows.jsonl", 3
 """Name of the data file, and steps, of the runs whose memory is measured."""
 ALLOCATORS = {"kept": {}, "pinned": {"LORAKIT_ALLOCATOR": "stock", "MALLOC_MMAP_THRESHOLD_": "131072"}}
 """Name -> environment variables."""
+ONLY = ("speed", "memory", "gathering")
 GATHERS = ("all_gather_into_tensor", "all_gather_single")
 """Functions of `torch.distributed` with which releases of torch gather parts of the base."""
 
@@ -71,6 +75,8 @@ def main() -> None:
         for dtype in options.dtypes:
             for parallel, allocator in itertools.product(options.parallel, options.allocators):
                 missed += memory(parallel, dtype, allocator, options)
+    if "gathering" in options.only:
+        gathering(options)
     if missed and not options.quick:
         raise SystemExit(f"missed: {'; '.join(missed)}")
 
@@ -78,7 +84,7 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the small model, three steps of 4 × 64 tokens")
-    parser.add_argument("--only", nargs="+", choices=("speed", "memory"), default=["speed", "memory"])
+    parser.add_argument("--only", nargs="+", choices=ONLY, default=list(ONLY))
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16"])
     parser.add_argument("--parallel", nargs="+", choices=("ddp", "fsdp"), default=["ddp", "fsdp"])
@@ -230,11 +236,8 @@ def memory(parallel: str, dtype: str, allocator: str, options: argparse.Namespac
     """Run `lorakit train` in two processes, append a row for each, and return the goals that are missed."""
     case = {"parallel": parallel, "dtype": dtype, "rows": options.rows, "length": options.length}
     with tempfile.TemporaryDirectory() as folder:
-        write_rows(Path(folder, DATA), options.length, PROCESSES * options.rows * RUN_STEPS)
-        with started({**case, "folder": folder}, PROCESSES, 1, allocator) as processes:
-            found = [answer(process) for process in processes]
-        if "unsupported" in found[0]:
-            print(f"processes: {parallel}: left out: {found[0]['unsupported']}")
+        found = trained({**case, "folder": folder, "steps": RUN_STEPS}, allocator)
+        if not found:
             return []
         plan = json.loads(Path(folder, "run", "run.json").read_text(encoding="utf-8"))["plan"]
     planned, facts, missed = (
@@ -257,6 +260,31 @@ def memory(parallel: str, dtype: str, allocator: str, options: argparse.Namespac
     return missed
 
 
+def trained(case: dict[str, Any], allocator: str = "kept") -> list[dict[str, Any]]:
+    """Run `lorakit train` in two processes; return what each has held, sent and needed, or nothing if unsupported."""
+    write_rows(Path(case["folder"], DATA), case["length"], PROCESSES * case["rows"] * case["steps"])
+    with started(case, PROCESSES, 1, allocator) as processes:
+        found = [answer(process) for process in processes]
+    if "unsupported" in found[0]:
+        print(f"processes: {case['parallel']}: left out: {found[0]['unsupported']}")
+        return []
+    return found
+
+
+def gathering(options: argparse.Namespace) -> None:
+    """Run `lorakit train` with each way of `--parallel` in turn, and append a row of the seconds of a step for each."""
+    facts = {"model": "smollm2", "dtype": options.dtypes[0], "rows": options.rows, "length": options.length}
+    seconds = dict[str, list[float]]({parallel: [] for parallel in options.parallel})
+    for _ in range(options.rounds):
+        for parallel in options.parallel:
+            with tempfile.TemporaryDirectory() as folder:
+                found = trained({"parallel": parallel, **facts, "folder": folder, "steps": 1 + options.steps})
+            seconds[parallel] += found[0]["seconds"][1:] if found else []
+    for parallel, taken in seconds.items():
+        if taken:
+            append_row("processes", {"what": "step in two processes", "parallel": parallel, **facts}, {"seconds": taken})
+
+
 def _outside(what: str, planned: int, measured: int) -> list[str]:
     ratio = planned / measured
     return [] if abs(ratio - 1) <= BOUND else [f"{what}: planned / measured is {ratio:.2f}"]
@@ -277,7 +305,7 @@ def planned_rank(values: dict[str, Any], parallel: str) -> Any:
 
 
 def child_of_memory(case: dict[str, Any]) -> dict[str, Any]:
-    """Train for three steps as the command does, and return what this process has held and sent."""
+    """Train as the command does, and return what this process has held and sent, and the seconds of each step."""
     from lorakit import allocator
     from lorakit.train.setting_types import SHARDED
 
@@ -286,7 +314,7 @@ def child_of_memory(case: dict[str, Any]) -> dict[str, Any]:
     from lorakit.train import TrainSettings, run
     from lorakit.train.progress import Progress
 
-    folder, sent, found = Path(case["folder"]), counted(), dict[str, Any]()
+    folder, sent, found = Path(case["folder"]), counted(), dict[str, Any](seconds=[])
 
     class Phases(Progress):
         """Receiver of the steps; the first process alone reports them."""
@@ -295,6 +323,7 @@ def child_of_memory(case: dict[str, Any]) -> dict[str, Any]:
             found["sent_bytes"] = sum(sent.values()) - found.get("before", 0)
             found["before"] = sum(sent.values())
             found["base_bytes"] = frozen_bytes()
+            found["seconds"].append(row["seconds"])
 
     settings = TrainSettings(
         model="smollm2",
@@ -303,10 +332,10 @@ def child_of_memory(case: dict[str, Any]) -> dict[str, Any]:
         eval_fraction=0.0,
         max_length=case["length"],
         per_device_train_batch_size=case["rows"],
-        max_steps=RUN_STEPS,
+        max_steps=case["steps"],
         dtype=case["dtype"],
         allow_missing_end=True,
-        save_steps=RUN_STEPS,
+        save_steps=case["steps"],
         device="cpu",
         parallel=case["parallel"],
         token_cache=False,
