@@ -282,7 +282,8 @@ def gathering(options: argparse.Namespace) -> None:
             seconds[parallel] += found[0]["seconds"][1:] if found else []
     for parallel, taken in seconds.items():
         if taken:
-            append_row("processes", {"what": "step in two processes", "parallel": parallel, **facts}, {"seconds": taken})
+            row = {"what": "step in two processes", "parallel": parallel, **facts}
+            append_row("processes", row, {"seconds": taken})
 
 
 def _outside(what: str, planned: int, measured: int) -> list[str]:
