@@ -31,12 +31,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/ray"))
     parser.add_argument("--max-steps", type=int, default=10)
+    parser.add_argument("--dtype", default="auto")
     given = parser.parse_args()
     settings = {
         "model": given.model,
         "data": [str(given.data.resolve())],
         "output_dir": str(given.output_dir.resolve()),
         "max_steps": given.max_steps,
+        "dtype": given.dtype,
         "max_length": 64,
         "eval_fraction": 0,
     }

@@ -173,6 +173,7 @@ def test_ray_train(tiny_model_directory: Path, tmp_path: Path) -> None:
     for number in range(6):
         (tmp_path / "data" / f"{number}.txt").write_text(f"The quick fox number {number} jumps over dogs. " * 3)
     flags = {"model": tiny_model_directory, "data": tmp_path / "data", "output-dir": tmp_path / "run", "max-steps": 2}
+    flags["dtype"] = "float32"  # the default depends on the processor
     source = EXAMPLES.parent / "src"
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "ray_train.py"), *(f"--{name}={value}" for name, value in flags.items())],
@@ -187,6 +188,7 @@ def test_ray_train(tiny_model_directory: Path, tmp_path: Path) -> None:
         model=str(tiny_model_directory),
         data=[str(tmp_path / "data")],
         output_dir=tmp_path / "alone",
+        dtype="float32",
         max_steps=2,
         max_length=64,
         eval_fraction=0,
