@@ -118,10 +118,11 @@ def of_peft(base: Any, fields: Mapping[str, Any], names: Mapping[str, None], job
 
 
 def within(block: contextlib.AbstractContextManager[None], model: Any) -> Forward:
-    """Return a forward that enters the context for each call, as `generate_batch` does."""
+    """Return a forward that enters the contexts for each call, as `generate_batch` does."""
+    from lorakit import core
 
     def forward(**given: Any) -> Any:
-        with block:
+        with block, core.one_pass(model):
             return model(**given)
 
     return forward
