@@ -256,7 +256,7 @@ def _stacks(layer: StoredWeight, names: tuple[str, ...], route: Route, dtype: to
     if kept is None:
         return _made(layer, names, dtype)
     found: Stacks | None = kept.get((layer, dtype))
-    if found is not None and found.names == names and found.still(layer):
+    if found is not None and found.names == names and (kept.is_checked or found.still(layer)):
         return found
     try:
         seen = FactorVersions(layer, names)  # before stacking, to detect changes by other threads
