@@ -181,6 +181,19 @@ def test_an_adapter_that_is_trained_between_two_tokens_acts_as_it_is(model: Any)
     assert first != before
 
 
+def test_cached_factors_are_checked_once_per_token(adapted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check takes less time at the start of a forward pass than at each site."""
+    checks: list[Any] = []
+    still = batched.Stacks.still
+    monkeypatch.setattr(batched.Stacks, "still", lambda stacks, layer: checks.append(layer) or still(stacks, layer))
+    sites = sum(isinstance(module, core.LoraLayer) for module in adapted.modules())
+    stream = generate_batch(adapted, PROMPTS[:2], max_new_tokens=5, adapters=["one", "two"])
+    seen = [(new.row, len(checks)) for new in stream]
+    assert seen[-1] == (1, len(checks))
+    counts = [count for row, count in seen if row == 0]
+    assert [after - before for before, after in itertools.pairwise(counts)][1:] == [sites] * 3
+
+
 def test_the_route_is_the_one_in_force_at_the_call(adapted: Any) -> None:
     core.activate(adapted, "one")
     with core.use(adapted, "two"):

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lorakit.core import disable, invoked, route, use, waits_for_tokens
+from lorakit.core import disable, invoked, one_pass, route, use, waits_for_tokens
 from lorakit.core.model.index import find_state, layers
 from lorakit.errors import ConfigError, ModelError, NonFiniteError, UsageError
 from lorakit.generate.prefixes import CACHE_NAMES, Cache, Prefix, check_prefix, read_prefix, shared_tokens
@@ -280,7 +280,7 @@ class _Forward:
         # All context managers exit before a token is yielded, because an open one would affect the caller's code.
         # no_grad is used instead of inference_mode, because any buffers that the model creates during this call must
         # remain usable for training.
-        with torch.no_grad(), self._scope, self._starts:
+        with torch.no_grad(), self._scope, self._starts, one_pass(self._model):
             output = self._model(**inputs)
         self._cache = getattr(output, self._cache_name, None)
         if self._cache is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
-from lorakit.core import attach, detach, disable, route, use
+from lorakit.core import attach, detach, disable, one_pass, route, use
 from lorakit.core.layers import batched
 from lorakit.core.routing.state import resolve
 
@@ -36,6 +37,20 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return make(names, factors, dtype)
 
     monkeypatch.setattr(batched, "_stack", noted)
+    return found
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The layers whose cached stacks are checked, in order."""
+    found: list[nn.Module] = []
+    still = batched.Stacks.still
+
+    def noted(stacks: Any, layer: Any) -> bool:
+        found.append(layer)
+        return still(stacks, layer)
+
+    monkeypatch.setattr(batched.Stacks, "still", noted)
     return found
 
 
@@ -250,6 +265,62 @@ def test_of_one_adapter_too_what_changes_meanwhile_is_seen(change: str) -> None:
         after = run(model, given())
     assert_close(after, wanted, torch.float32)
     assert_differs(after, before, torch.float32)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_between_two_passes_is_seen(change: str) -> None:
+    model = model_with(*NAMES)
+    block = route(model, ROWS, keep=True)
+    with torch.no_grad(), block:
+        with one_pass(model):
+            before = run(model, given())
+        CHANGES[change](model)
+        wanted = expected(model)
+        with one_pass(model):
+            after = run(model, given())
+    assert_close(after, wanted, torch.float32)
+    assert_differs(after[3], before[3], torch.float32)
+
+
+def test_one_pass_checks_every_site_once_at_its_start(checks: list[nn.Module], made: list[list[str]]) -> None:
+    model = model_with(*NAMES)
+    for _ in range(2):  # stacks built in the pass are valid until it ends
+        with route(model, ROWS, keep=True), one_pass(model):
+            run(model, given())
+            run(model, given())
+    assert len(made) == 2 * 2 and not checks
+    with route(model, ROWS, keep=True):
+        run(model, given())
+        with one_pass(model):
+            assert checks == [model.up, model.square]
+            run(model, given())
+        assert checks == [model.up, model.square]
+        run(model, given())
+    assert checks == [model.up, model.square] * 2
+
+
+def test_one_pass_is_that_of_its_thread_alone(checks: list[nn.Module]) -> None:
+    model = model_with(*NAMES)
+    block = route(model, ROWS, keep=True)
+    with block:
+        run(model, given())
+
+    def other() -> None:
+        with block:
+            run(model, given())
+
+    with block, one_pass(model):
+        checks.clear()
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert checks == [model.up, model.square]
+
+
+def test_one_pass_of_a_model_without_a_cache_does_nothing() -> None:
+    model = model_with("a")
+    with one_pass(model), one_pass(nn.Linear(2, 2)):
+        assert_close(run(model, given()), expected(model, ["a"] * len(ROWS)), torch.float32)
 
 
 def test_an_adapter_that_comes_to_a_site_later_is_seen() -> None:

@@ -26,7 +26,7 @@ from lorakit.core.kinds.kind import first_axis
 from lorakit.core.kinds.linear import linear_down, linear_up
 from lorakit.core.layers.called_factors import called_factors
 from lorakit.core.layers.stored_weight import StoredWeight
-from lorakit.core.routing.route import Route
+from lorakit.core.routing.route import Kept, Route
 from lorakit.core.variants import Factor
 from lorakit.ops.autograd import autocast, without_autocast
 from lorakit.ops.kernels import is_traced
@@ -86,7 +86,7 @@ class FactorVersions:
             *map(_VERSION, weights),
             *map(_ADDRESS, weights),
             *map(_TRAINING, self._modes),
-            *map(len, self._hooks),
+            [*map(len, self._hooks)] if any(self._hooks) else None,
             pick(layer.scaling),
             pick(layer.variant),
         ]
@@ -189,13 +189,14 @@ def add_kept(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor
 
 def _again(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
     """Return the output computed from cached stacks; None if they are outdated or do not cover this input."""
-    found: Stacks | None = (route.kept or {}).get((layer, y0.dtype))
+    kept = route.kept or Kept()
+    found: Stacks | None = kept.get((layer, y0.dtype))
     if found is None or found.rest or type(x) is not Tensor or type(y0) is not Tensor or x.dtype != y0.dtype:
         return None
     if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or is_traced():
         return None
     products = [stack.ready.get(x.shape) for stack in found.stacks]
-    if None in products or not found.still(layer):
+    if None in products or not (kept.is_checked or found.still(layer)):
         return None
     y = _own(layer, y0)
     for each in products:
@@ -255,7 +256,7 @@ def _stacks(layer: StoredWeight, names: tuple[str, ...], route: Route, dtype: to
     if kept is None:
         return _made(layer, names, dtype)
     found: Stacks | None = kept.get((layer, dtype))
-    if found is not None and found.names == names and found.still(layer):
+    if found is not None and found.names == names and (kept.is_checked or found.still(layer)):
         return found
     try:
         seen = FactorVersions(layer, names)  # before stacking, to detect changes by other threads

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,22 @@ def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1, keep
     state.check(rows)
     wanted = Route(rows=tuple(rows), copies=copies)
     return state.override(wanted.keeping() if keep else wanted)
+
+
+@contextlib.contextmanager
+def one_pass(model: nn.Module) -> Iterator[None]:
+    """Check the factors that `keep` caches once, at the start of a block with one forward pass, not at each site.
+
+    A change of an adapter between two such blocks has the same effect as without them. A change within the block, for
+    example by a hook, may have no effect before the next block.
+
+    Args:
+        model: Any model; without a cache in the active route, the block does nothing.
+    """
+    state = find_state(model)
+    kept = None if state is None else state.active().kept
+    with contextlib.nullcontext() if kept is None else kept.checked():
+        yield
 
 
 def disable(model: nn.Module) -> Override:

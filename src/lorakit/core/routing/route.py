@@ -7,7 +7,9 @@ the active route, configs, layers or factors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -150,6 +152,37 @@ def of_rows(numbers: Tensor, rows: int) -> Tensor:
     return numbers.repeat_interleave(rows // numbers.shape[-1], dim=-1)
 
 
+class Kept(dict[Any, Any]):
+    """A cache for layers: (layer, …) → a value whose method `still(layer)` returns whether it is still valid.
+
+    Attributes:
+        thread: The thread in which all values were checked for the current forward pass, or None.
+    """
+
+    thread: int | None = None
+
+    @contextlib.contextmanager
+    def checked(self) -> Iterator[None]:
+        """Check all values at once and remove those that are not valid; `is_checked` is true within the block.
+
+        Checking the values one after another takes less time than checking each one where it is used: between two
+        matmuls, the objects that have to be looked at are no longer in the processor's cache.
+        """
+        for key, value in self.copy().items():
+            if not value.still(key[0]):
+                self.pop(key, None)
+        self.thread = threading.get_ident()
+        try:
+            yield
+        finally:
+            self.thread = None
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether the current thread has checked all values for this forward pass."""
+        return self.thread == threading.get_ident()
+
+
 At = tuple[torch.device, int]
 """A device and the number of rows in a batch."""
 
@@ -164,8 +197,8 @@ class Route:
         copies: Number of consecutive copies of each row that a batch may contain, as in beam search. A batch without
             copies is also valid, because encoders run before rows are repeated.
         offsets: Offsets of adapters that are active at only some positions, or None if they are unknown.
-        kept: A cache, keyed by layer, for values that layers reuse in later forward passes with this route. The cache
-            lives as long as the route. None if layers must not cache anything.
+        kept: A cache for values that layers reuse in later forward passes with this route. The cache lives as long as
+            the route. None if layers must not cache anything.
         mentions: Every adapter that at least one row uses.
     """
 
@@ -173,7 +206,7 @@ class Route:
     rows: tuple[str | None, ...] | None = None
     copies: int = 1
     offsets: Offsets | None = field(default=None, compare=False)
-    kept: dict[Any, Any] | None = field(default=None, repr=False, compare=False)
+    kept: Kept | None = field(default=None, repr=False, compare=False)
     mentions: frozenset[str] = field(init=False, repr=False, compare=False)  # dynamo cannot trace a cached_property
     _indices: dict[At, list[tuple[str, Tensor]]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _routed: dict[tuple[tuple[str, ...], At], Routed] = field(
@@ -199,9 +232,9 @@ class Route:
 
     def keeping(self) -> Route:
         """Return this route with a cache for layers."""
-        return self.like(self.offsets, {}) if self.mentions and self.kept is None else self
+        return self.like(self.offsets, Kept()) if self.mentions and self.kept is None else self
 
-    def like(self, offsets: Offsets | None, kept: dict[Any, Any] | None) -> Route:
+    def like(self, offsets: Offsets | None, kept: Kept | None) -> Route:
         """Return a copy with other offsets and another cache; values that depend only on the rows are shared."""
         route = Route(self.names, self.rows, self.copies, offsets, kept)
         object.__setattr__(route, "_indices", self._indices)

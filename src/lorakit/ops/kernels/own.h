@@ -6,7 +6,7 @@
 static inline void prefetch(const number *from, int64_t n) {
 #ifdef __GNUC__
     uintptr_t at = (uintptr_t)from + AHEAD;
-    for (int64_t byte = 0; byte < n * (int64_t)sizeof(number); byte += 64) __builtin_prefetch((const void *)(at + byte));
+    for (int64_t byte = 0; byte < n * (int64_t)sizeof(number); byte += 64) __builtin_prefetch((const void *)(at + byte), 0, 2);
 #endif
 }
 
