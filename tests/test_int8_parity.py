@@ -134,3 +134,22 @@ def test_evaluation_rows_are_not_trained_on(bench: ModuleType, monkeypatch: pyte
         assert not set(task.trained) & set(task.evaluated)
         assert set(task.calibrated) < set(task.trained)
         assert len(task.trained) + bench.HELD_OUT[name] == 500
+
+
+def test_the_tables_of_the_page_are_those_of_the_results() -> None:
+    generated, script = load("scripts/generated_table.py"), load("scripts/int8_parity_tables.py")
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert generated.with_table(page, script.BEGIN, script.tables(script.read_rows())) == page
+
+
+def test_a_table_prefers_rows_with_more_tokens_and_names_missing_cells() -> None:
+    load("scripts/generated_table.py")
+    script = load("scripts/int8_parity_tables.py")
+    part = {"difference": 0.002, "standard_error": 0.001, "interval": [0.0, 0.004], "loss_bf16": 2.5}
+    row = {"what": "after training", "task": "text", "scheme": "s", "seed": 0, "steps": 60, "tokens": 9}
+    row |= {"after": part, "on_bf16": part, "merged": part}
+    fewer = {**row, "tokens": 5, "after": {**part, "loss_bf16": 9.0}}
+    text = script.tables([row, fewer])
+    assert "| text | s | 0 | 2.5000 | +0.0020 ± 0.0010 (+0.0000 to +0.0040) |" in text
+    assert "9.0000" not in text
+    assert f"| {script.NONE} |" in text
