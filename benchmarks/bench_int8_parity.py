@@ -19,7 +19,7 @@ trained for five steps in bf16.
 training, that of the two adapters on the bf16 base, and that after merging them into it.
 "merging": the same after merging into an fp32 copy of the base, evaluated in fp32.
 
-Results of single runs are kept in FOLDER, so that a stopped benchmark goes on. Rows are appended to
+Results of single runs are kept in FOLDER, so that a stopped benchmark can be continued. Rows are appended to
 results/int8_parity.jsonl.
 """
 
@@ -53,7 +53,7 @@ BOUND_BEFORE, BOUND_AFTER, BOUND_COSINE = 0.005, 0.01, 0.99
 HELD_OUT = {"text": 80, "instructions": 105}
 """Task -> its evaluation rows."""
 CHARACTERS, TRAINED_ANSWER, EVALUATED_ANSWER = 1000, 0.285, 0.85
-"""Of an instruction: its length, and the fraction that is the answer."""
+"""Length of an instruction, and the fractions of it that are the answer."""
 
 Losses = dict[str, list[float]]
 """The summed loss ("losses") and the scored tokens ("counts") of each evaluation row."""

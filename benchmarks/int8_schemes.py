@@ -1,6 +1,6 @@
 """Shared by the benchmark of int8 parity: linear modules that compute in int8 by a scheme, and their calibration.
 
-The modules are plain: they use the arithmetic of `lorakit.ops.int8` as it is, and keep the original weight, so that one
+The modules are plain: they use the arithmetic of `lorakit.ops.int8`, and keep the original weight, so that one
 model can change its scheme. Nothing here trains or measures.
 """
 
@@ -26,7 +26,7 @@ SHARED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_
 
 
 class Scheme(NamedTuple):
-    """How the linear modules of the blocks compute.
+    """Settings of the linear modules of the blocks.
 
     Attributes:
         smoothing: Exponent of the input scales; None for scales of 1.
@@ -75,7 +75,7 @@ class Site(nn.Linear):
     scheme: Scheme | None = None
     quantized: int8.Int8Weight | None = None
     absmax: dict[bool, Tensor]
-    """Largest |x| of each input channel (in,), as it is (False) and rotated (True)."""
+    """Largest |x| of each input channel (in,), not rotated (False) and rotated (True)."""
 
     @classmethod
     def like(cls, linear: nn.Linear) -> Site:
