@@ -89,6 +89,8 @@ def after(rows: Sequence[Row]) -> list[str]:
         cells = (delta(row[part]) if part in row else NONE for part in PARTS)
         lines.append((task, scheme, str(seed), f"{row['after']['loss_bf16']:.4f}", *cells))
     for (task, scheme, _), members in groups.items():
+        if len(members) == 1:
+            continue
         lines.append((task, scheme, f"mean of {len(members)}", "", *(mean(members, part) for part in PARTS)))
     head = (
         "task",
