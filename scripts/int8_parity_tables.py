@@ -97,7 +97,8 @@ def after(rows: Sequence[Row]) -> list[str]:
         "scheme",
         "seed",
         "bf16 loss",
-        "ΔNLL after training",
+        "ΔNLL before training",
+        "after training",
         "on the bf16 base",
         "merged, bf16",
         "merged, fp32",
@@ -105,7 +106,7 @@ def after(rows: Sequence[Row]) -> list[str]:
     return ["**After training**", "", *table(head, lines)]
 
 
-PARTS = ("after", "on_bf16", "merged", "fp32")
+PARTS = ("before", "after", "on_bf16", "merged", "fp32")
 
 
 def mean(members: Sequence[Row], part: str) -> str:

@@ -147,7 +147,7 @@ def test_a_table_prefers_rows_with_more_tokens_and_names_missing_cells() -> None
     script = load("scripts/int8_parity_tables.py")
     part = {"difference": 0.002, "standard_error": 0.001, "interval": [0.0, 0.004], "loss_bf16": 2.5}
     row = {"what": "after training", "task": "text", "scheme": "s", "seed": 0, "steps": 60, "tokens": 9}
-    row |= {"after": part, "on_bf16": part, "merged": part}
+    row |= {"before": part, "after": part, "on_bf16": part, "merged": part}
     fewer = {**row, "tokens": 5, "after": {**part, "loss_bf16": 9.0}}
     text = script.tables([row, fewer])
     assert "| text | s | 0 | 2.5000 | +0.0020 ± 0.0010 (+0.0000 to +0.0040) |" in text
