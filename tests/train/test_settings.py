@@ -147,10 +147,9 @@ def test_settings_go_through_json() -> None:
     ("values", "field", "keyword"),
     [
         ({"base_matmul": "int8", "quantization": "nf4"}, "base_matmul", "quantization nf4"),
-        ({"base_matmul": "int8", "bias": "all"}, "base_matmul", "bias all"),
         ({"keep_bf16_base": True}, "keep_bf16_base", "--base-matmul int8"),
     ],
-    ids=["quantized base", "trained biases", "without int8"],
+    ids=["quantized base", "without int8"],
 )
 def test_int8_matmuls_exclude_some_settings(values: dict[str, Any], field: str, keyword: str) -> None:
     with pytest.raises(ConfigError, match=keyword) as found:

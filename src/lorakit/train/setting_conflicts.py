@@ -59,10 +59,3 @@ def check_base_matmul(settings: TrainSettings) -> None:
             what=settings.quantization,
             field="base_matmul",
         )
-    if settings.base_matmul == "int8" and settings.bias != "none":
-        raise ConfigError(
-            f"base_matmul int8 cannot be combined with bias {settings.bias}, because the biases of int8 layers get no "
-            "gradient; omit one of them.",
-            what=settings.bias,
-            field="base_matmul",
-        )

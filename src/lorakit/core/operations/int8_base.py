@@ -88,7 +88,7 @@ class Int8Base:
         _check_unmerged(index)
         for path, module in self.originals.items():
             module.train(index.base(path).training)
-            _put(index, path, module)
+            put_base(index, path, module)
 
 
 @dataclass
@@ -377,13 +377,13 @@ def _replace(index: AdapterIndex, group: Sequence[_Target], gain: Tensor, kept: 
     shared_gain, shared_kept = frozen_parameter(gain), frozen_parameter(kept)
     for target in group:
         original = target.module
-        _put(index, target.path, int8_matmul_linear(original, shared_gain, shared_kept))
+        put_base(index, target.path, int8_matmul_linear(original, shared_gain, shared_kept))
         if not keep:  # other objects may refer to the module
             original._parameters.clear()
             original.__dict__.pop(RECORD, None)
 
 
-def _put(index: AdapterIndex, path: str, module: nn.Module) -> None:
+def put_base(index: AdapterIndex, path: str, module: nn.Module) -> None:
     """Replace the base module at a path, inside its adapter layers if there are any."""
     standing = index.modules[path]
     if not isinstance(standing, LoraLayer):
