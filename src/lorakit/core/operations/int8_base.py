@@ -59,7 +59,7 @@ class Int8Base:
         originals: Path -> the original module, if it was kept.
     """
 
-    model: nn.Module
+    model: nn.Module = field(repr=False)
     paths: tuple[str, ...]
     skipped: Mapping[str, str]
     kept: int
