@@ -13,6 +13,7 @@ g from the values of x moves outliers from x to W, which has a scale per row (Sm
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorakit.machine import INT8_UNITS, this_machine
 from lorakit.ops.autograd import Context, rows
 
 LEVELS = 127
@@ -147,6 +149,24 @@ def _backward(dy: Tensor, weight: Int8Weight, plus: Tensor | None, matmul: Integ
     dx = matmul(q, weight.q).float() * u[:, None] * weight.gain
     dx[:, weight.kept] = wide @ weight.columns.float()
     return (dx if plus is None else dx + plus.float()).to(dy.dtype)
+
+
+@functools.cache
+def why_no_int8_matmuls() -> str:
+    """Return why int8 matmuls are not fast or not exact on this machine's processor, or "" if they are both.
+
+    Without int8 units, PyTorch multiplies in a loop that is slower than bf16 matmuls, and some older versions returned
+    wrong results. One product in each direction is therefore compared with its exact result, once per process.
+    """
+    units = [unit for unit in INT8_UNITS if unit in this_machine().features]
+    if not units:
+        return f"the processor has no int8 units ({' or '.join(INT8_UNITS)})"
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-LEVELS, LEVELS + 1, shape, generator=g).to(torch.int8) for shape in ((33, 577), (577, 70)))
+    for right in (b, b.t().contiguous().t()):
+        if not torch.equal(torch._int_mm(a, right), reference_integer_matmul(a, right)):
+            return f"PyTorch {torch.__version__} returns wrong int8 products on this processor"
+    return ""
 
 
 class _Int8Linear(torch.autograd.Function):

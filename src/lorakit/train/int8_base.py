@@ -24,8 +24,7 @@ from lorakit.core.operations.int8_base import Int8Base, base_bytes, base_losses,
 from lorakit.core.operations.int8_scales import int8_scales, quantize_with_scales
 from lorakit.core.variants import moving_variant
 from lorakit.errors import AdapterFileError, RunError, UsageError
-from lorakit.machine import INT8_UNITS, this_machine
-from lorakit.ops.int8 import reference_integer_matmul
+from lorakit.ops.int8 import why_no_int8_matmuls
 from lorakit.tables import format_bytes, format_count
 from lorakit.train.run_folder import INT8_FILE
 
@@ -118,7 +117,7 @@ def chosen_matmul(
     if before == "dtype":
         return "dtype"
     why = unsupported(device)
-    if why is None:
+    if not why:
         return "int8"
     if before == "int8":
         raise RunError(
@@ -132,23 +131,15 @@ def chosen_matmul(
     return "dtype"
 
 
-def unsupported(device: torch.device) -> str | None:
-    """Return why int8 matmuls cannot be used on a device, or None if they can; a small product is checked exactly.
+def unsupported(device: torch.device) -> str:
+    """Return why int8 matmuls cannot be used on a device, or "" if they can.
 
     Args:
         device: Device of this machine.
     """
     if device.type != "cpu":
         return f"they run on a CPU only, and the device is {device}"
-    if not set(INT8_UNITS) & set(this_machine().features):
-        return f"the processor has no int8 units ({', '.join(INT8_UNITS)})"
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8) for shape in ((7, 570), (570, 13)))
-    try:
-        is_exact = torch.equal(torch._int_mm(a, b), reference_integer_matmul(a, b))
-    except RuntimeError as cause:
-        return f"this release of torch ({torch.__version__}) cannot multiply in int8 ({cause})"
-    return None if is_exact else f"this release of torch ({torch.__version__}) multiplies in int8 inexactly"
+    return why_no_int8_matmuls()
 
 
 def check_adapter(config: LoraConfig) -> None:

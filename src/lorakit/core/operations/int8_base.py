@@ -59,7 +59,7 @@ class Int8Base:
         originals: Path -> the original module, if it was kept.
     """
 
-    model: nn.Module
+    model: nn.Module = field(repr=False)
     paths: tuple[str, ...]
     skipped: Mapping[str, str]
     kept: int
@@ -75,7 +75,7 @@ class Int8Base:
         """Put the original modules back.
 
         Raises:
-            MergeError: The originals were not kept, or adapters are merged into the int8 weights.
+            MergeError: The originals were not kept, or adapters are merged or use a residual base.
         """
         if len(self.originals) != len(self.paths):
             raise MergeError(
@@ -85,7 +85,7 @@ class Int8Base:
                 field="keep",
             )
         index = AdapterIndex.of(self.model)
-        _check_unmerged(index)
+        _check_unchanged(index)
         for path, module in self.originals.items():
             module.train(index.base(path).training)
             put_base(index, path, module)
@@ -190,7 +190,7 @@ def run_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
 
 def base_bytes(index: AdapterIndex) -> int:
     """Return the size in bytes of the base's parameters and buffers; shared tensors are counted once."""
-    sizes = {id(tensor): tensor.numel() * tensor.element_size() for _, tensor, _ in base_tensors(index)}
+    sizes = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for _, tensor, _ in base_tensors(index)}
     return sum(sizes.values())
 
 
@@ -427,7 +427,16 @@ def _check_base(index: AdapterIndex) -> None:
             field="base_matmul",
         )
     check_not_distributed(index.plain_modules())
-    _check_unmerged(index)
+    _check_unchanged(index)
+
+
+def _check_unchanged(index: AdapterIndex) -> None:
+    """Check that no adapter changes the base, by a merge or by a residual base."""
+    merged = index.merged_adapters()
+    if merged:
+        raise MergeError(
+            f"adapters are merged into the base: {', '.join(merged)}. Unmerge them first.", what=", ".join(merged)
+        )
     moved = next(((path, layer.moved_by) for path, layer in index.layers() if layer.moved_by), None)
     if moved is not None:
         raise MergeError(
@@ -435,14 +444,6 @@ def _check_base(index: AdapterIndex) -> None:
             "that does not change the base.",
             what=", ".join(moved[1]),
             where=moved[0],
-        )
-
-
-def _check_unmerged(index: AdapterIndex) -> None:
-    merged = index.merged_adapters()
-    if merged:
-        raise MergeError(
-            f"adapters are merged into the base: {', '.join(merged)}. Unmerge them first.", what=", ".join(merged)
         )
 
 

@@ -126,7 +126,7 @@ def _like(linear: nn.Module, W: Tensor, weight: Int8Weight) -> PackedLinear:
 
 
 def frozen_parameter(tensor: Tensor) -> nn.Parameter:
-    """Return a frozen parameter with the memory of a tensor (…); a parameter is returned unchanged."""
+    """Return a frozen parameter with the memory of a tensor, of any shape; a parameter is returned unchanged."""
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
 
 
