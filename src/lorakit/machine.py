@@ -15,11 +15,14 @@ from pathlib import Path
 
 from lorakit.errors import DiskError
 
-FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "amx_fp16", "bf16", "sve")
+FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "amx_fp16", "bf16", "sve")
 """Processor flags that determine matmul speed; "bf16" and "sve" are ARM flags."""
 
 BF16_UNITS = ("amx_bf16", "avx512_bf16", "bf16")
 """Entries of `FEATURES` that multiply bf16 numbers, fastest first."""
+
+INT8_UNITS = ("amx_int8", "avx512_vnni")
+"""Entries of `FEATURES` that multiply int8 numbers, fastest first."""
 
 
 @dataclass(frozen=True)
