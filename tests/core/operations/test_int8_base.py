@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from collections.abc import Mapping
 from functools import partial
@@ -78,6 +79,18 @@ def test_the_linear_layers_of_the_blocks_are_replaced_and_the_head_is_not() -> N
     assert 0 < (logits(model) - before).norm() < 0.05 * before.norm()
     assert report.bytes_after < 0.75 * report.bytes_before  # embeddings and head are large here
     assert list(report.worst.values()) == sorted(report.worst.values(), reverse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_size_is_that_of_the_page(dtype: torch.dtype) -> None:
+    """docs/quantized.md: out·in + 4·out + 16·out·(bytes of the dtype), and 4·in + 8·16 for each group."""
+    model = llama().to(dtype)
+    report = quantize_base(model, batches())
+    modules: Any = [model.get_submodule(path) for path in report.paths]
+    before = sum(m.out_features * m.in_features * dtype.itemsize for m in modules)
+    after = sum(m.out_features * (m.in_features + 4 + 16 * dtype.itemsize) for m in modules)
+    groups = {id(m.gain): 4 * m.in_features + 128 for m in modules}
+    assert report.bytes_before - report.bytes_after == before - after - sum(groups.values())
 
 
 def test_layers_with_one_input_share_its_scales() -> None:
@@ -306,6 +319,8 @@ def test_an_adapter_file_does_not_depend_on_the_format_of_the_base(tmp_path: Pat
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "int8" / name).read_bytes()
     assert core.load_adapter(llama(), tmp_path / "int8", "x").base == "same at other precision"
     assert core.load_adapter(model, tmp_path / "plain", "y").base == "same at other precision"
+    sidecar = json.loads((tmp_path / "int8" / "lorakit.json").read_text())
+    assert sidecar["base"]["dtype"] == "int8 matmul (W8A8)"
     other = llama()
     quantize_base(other, batches())
     assert core.load_adapter(other, tmp_path / "int8", "x").base == "same"
