@@ -20,7 +20,8 @@ from lorakit.core.files.tensor_file import encode, read_tensors
 from lorakit.core.inits import init_named
 from lorakit.core.model.fingerprint import record_original_base
 from lorakit.core.model.index import AdapterIndex, state_of
-from lorakit.core.operations.int8_base import Int8Base, base_bytes, base_losses, quantize_base
+from lorakit.core.operations.int8_base import Int8Base, base_bytes, quantize_base
+from lorakit.core.operations.int8_calibration import base_losses
 from lorakit.core.operations.int8_scales import int8_scales, quantize_with_scales
 from lorakit.core.variants import moving_variant
 from lorakit.errors import AdapterFileError, RunError, UsageError

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 from lorakit.core.model.index import AdapterIndex
-from lorakit.core.operations.int8_base import put_base
+from lorakit.core.operations.int8_base import copy_mapped, put_base
 from lorakit.core.quantization.int8 import Int8Linear, frozen_parameter, int8_matmul_linear
 from lorakit.errors import ModelError
 
@@ -67,6 +67,8 @@ def quantize_with_scales(model: nn.Module, scales: Mapping[str, Tensor], *, keep
                 originals[path] = original
             else:
                 original._parameters.clear()  # other objects may refer to the module
+    if not keep:
+        copy_mapped(model)
     return originals
 
 
