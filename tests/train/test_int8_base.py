@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,26 @@ def test_the_calibration_rows_are_the_first_with_enough_tokens() -> None:
     rows: Any = [type("Row", (), {"tokens": 600})() for _ in range(8)]
     assert int8_base.calibration_rows(rows) == rows[:4]
     assert int8_base.calibration_rows(rows[:2]) == rows[:2]
+
+
+@needs_units
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_two_processes_calibrate_as_one_does(
+    int8_run: dict[str, Any], outcomes: Callable[..., Any], tmp_path: Path
+) -> None:
+    two, parts, alone = (str(tmp_path / name) for name in ("two", "parts", "alone"))
+    runs = [
+        {**int8_run, "output_dir": two},
+        {**int8_run, "output_dir": parts, "max_steps": 2},
+        {**int8_run, "output_dir": parts, "resume": True},
+        {**int8_run, "output_dir": str(tmp_path / "sharded"), "parallel": "fsdp"},
+    ]
+    first, second = outcomes(runs)
+    assert [one.get("ending") for one in first[:3]] == ["finished"] * 3 == [one.get("ending") for one in second[:3]]
+    assert not (tmp_path / "sharded").exists()
+    run(TrainSettings(**{**int8_run, "output_dir": alone}))
+    records = [read(Path(folder) / "run.json")["int8"] for folder in (two, parts, alone)]
+    assert records[0] == records[1]
+    assert all(records[0][name] == records[2][name] for name in ("tokens", "rows_sha256", "scales_sha256"))
+    bits = [core.read_for_training(Path(folder) / "checkpoint-4").weights_sha256 for folder in (two, parts)]
+    assert bits[0] == bits[1]
