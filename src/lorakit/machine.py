@@ -15,11 +15,14 @@ from pathlib import Path
 
 from lorakit.errors import DiskError
 
-FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "amx_fp16", "bf16", "sve")
+FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "amx_fp16", "bf16", "sve")
 """Processor flags that determine matmul speed; "bf16" and "sve" are ARM flags."""
 
 BF16_UNITS = ("amx_bf16", "avx512_bf16", "bf16")
 """Entries of `FEATURES` that multiply bf16 numbers, fastest first."""
+
+INT8_UNITS = ("amx_int8", "avx512_vnni")
+"""Entries of `FEATURES` that multiply int8 numbers, fastest first."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,13 @@ def peak_rss_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def file_mappings() -> list[tuple[int, int]]:
+    """Return the ranges of addresses, (first, behind the last), to which files are mapped; empty if not on Linux."""
+    lines = (line.split(maxsplit=5) for line in _read("/proc/self/maps").splitlines())
+    ranges = (words[0].partition("-") for words in lines if len(words) > 4 and words[4] != "0")  # words[4]: the inode
+    return [(int(first, 16), int(last, 16)) for first, _, last in ranges]
 
 
 DEVICE_FORM = "auto, cpu, cuda, cuda:N or mps"

@@ -77,6 +77,8 @@ def test_rates_by_pattern_come_as_words_or_as_a_table() -> None:
         ({"learning_rat": 1.0}, ("learning_rat is not a setting", "Did you mean learning_rate?")),
         ({"zzz": 1}, ("zzz is not a setting", "lorakit train --help")),
         ({"optimizer": "lora_fa"}, ("optimizer is 'lora_fa'", "'adamw8bit', 'lorafa' or 'muon'", "Did you mean lorafa?")),
+        ({"base_matmul": "int4"}, ("base_matmul is 'int4'", "'dtype' or 'int8'")),
+        ({"int8_loss_bound": -0.1}, ("int8_loss_bound is -0.1", "at least 0")),
         ({"quantization": "nf5"}, ("quantization is 'nf5'", "'hqq8'", "Did you mean nf4?")),
         ({"loraplus_lr_ratio": 0}, ("loraplus_lr_ratio is 0", "greater than 0")),
         ({"allocate_ranks": True}, ("allocate_ranks is True", "'none', 'gradients' or 'inputs'")),
@@ -138,4 +140,24 @@ def test_target_modules_as_flags_give_them(given: Any, taken: Any) -> None:
 
 def test_settings_go_through_json() -> None:
     settings = TrainSettings(**GIVEN, target_modules=["q_proj"], eval_data=["b.txt"], max_steps=3)
+    assert TrainSettings(**settings.as_dict()) == settings
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "keyword"),
+    [
+        ({"base_matmul": "int8", "quantization": "nf4"}, "base_matmul", "quantization nf4"),
+        ({"keep_bf16_base": True}, "keep_bf16_base", "--base-matmul int8"),
+    ],
+    ids=["quantized base", "without int8"],
+)
+def test_int8_matmuls_exclude_some_settings(values: dict[str, Any], field: str, keyword: str) -> None:
+    with pytest.raises(ConfigError, match=keyword) as found:
+        TrainSettings(**GIVEN, **values)
+    assert found.value.field == field
+
+
+def test_int8_matmuls_are_off_by_default_and_go_through_json() -> None:
+    assert TrainSettings(**GIVEN).base_matmul == "dtype"
+    settings = TrainSettings(**GIVEN, base_matmul="int8", int8_loss_bound=0.1, keep_bf16_base=True)
     assert TrainSettings(**settings.as_dict()) == settings

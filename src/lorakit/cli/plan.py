@@ -156,6 +156,7 @@ class JobFlags:
     optimizer: Annotated[str, _flag("optimizer")] = DEFAULTS["optimizer"].value
     quantization: Annotated[str | None, _flag("quantization")] = None
     double_quantization: Annotated[bool, Parameter(help=DEFAULTS["double_quantization"].help())] = True
+    base_matmul: Annotated[str, _flag("base_matmul")] = DEFAULTS["base_matmul"].value
     dtype: Annotated[
         str,
         Parameter(
@@ -279,6 +280,7 @@ def _job(job: JobFlags, shape: ModelShape) -> Job:
         optimizer=job.optimizer,
         quantization=job.quantization,
         double_quantization=job.double_quantization,
+        base_matmul=job.base_matmul,
         accelerated=job.accelerate,
         process_bytes=job.process_bytes,
     )
@@ -319,7 +321,7 @@ def _machine(job: JobFlags, dtype: str, steps: int | None) -> tuple[str, Speed |
         return dtype, None, _published(job, dtype)
     from lorakit import hub
 
-    measured = hub.calibrate(with_fp16=dtype_name(dtype) == "float16")
+    measured = hub.calibrate(with_fp16=dtype_name(dtype) == "float16", with_int8=job.base_matmul == "int8")
     notes = [measured.line()]
     if job.dtype == "auto":
         choice = hub.choose_dtype("auto", measured=measured)
@@ -327,7 +329,9 @@ def _machine(job: JobFlags, dtype: str, steps: int | None) -> tuple[str, Speed |
         notes.append(f"Precision: {choice.reason}")
     rate = measured.flops_per_second(dtype, tuned=job.accelerate)
     basis = f"measured, {format_quantity(rate, 'FLOP/s')}"
-    return dtype, Speed(flops_per_second=rate, source=basis, threads=measured.threads), notes
+    int8_rate = measured.int8_flops_per_second
+    speed = Speed(rate, source=basis, threads=measured.threads, int8_flops_per_second=int8_rate)
+    return dtype, speed, notes
 
 
 def _published(job: JobFlags, dtype: str) -> list[str]:

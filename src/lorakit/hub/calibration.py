@@ -52,6 +52,8 @@ class Calibration:
         device: The measured device.
         threads: Number of CPU threads that torch uses.
         fp16_flops_per_second: Rate of an fp16 matmul, or None if it was not measured.
+        int8_flops_per_second: Rate of a linear layer in int8, with the quantization of its input, or None if it was not
+            measured.
     """
 
     bf16_flops_per_second: float
@@ -61,6 +63,7 @@ class Calibration:
     device: str
     threads: int
     fp16_flops_per_second: float | None = None
+    int8_flops_per_second: float | None = None
 
     @property
     def factor(self) -> float:
@@ -95,8 +98,10 @@ class Calibration:
         """Return the results as one line of text."""
         bf16, fp32 = (format_quantity(r, "FLOP/s") for r in (self.bf16_flops_per_second, self.fp32_flops_per_second))
         where = f"cpu ({format_count(self.threads, 'thread')})" if self.device == "cpu" else self.device
+        rate = self.int8_flops_per_second
+        int8 = "" if rate is None else f", {format_quantity(rate, 'FLOP/s')} in int8"
         return (
-            f"Measured {where} in {format_seconds(self.seconds)}: matmul {bf16} in bf16, {fp32} in fp32; "
+            f"Measured {where} in {format_seconds(self.seconds)}: matmul {bf16} in bf16, {fp32} in fp32{int8}; "
             f"copy {format_bytes(self.copy_bytes_per_second)}/s."
         )
 
@@ -114,12 +119,13 @@ class DtypeChoice:
     reason: str
 
 
-def calibrate(device: str | torch.device = "cpu", *, with_fp16: bool = False) -> Calibration:
+def calibrate(device: str | torch.device = "cpu", *, with_fp16: bool = False, with_int8: bool = False) -> Calibration:
     """Measure how fast a device runs bf16 and fp32 matmuls of a typical training shape, and how fast it copies memory.
 
     Args:
         device: Device to measure.
         with_fp16: Whether to measure fp16 matmuls too; they are always measured on a GPU.
+        with_int8: Whether to measure linear layers in int8 too.
 
     Returns:
         The rates, each computed from the fastest of several runs to limit the effect of other load on the machine.
@@ -133,6 +139,7 @@ def calibrate(device: str | torch.device = "cpu", *, with_fp16: bool = False) ->
         fp32_flops_per_second=_product_rate(device, torch.float32),
         copy_bytes_per_second=_copy_rate(device),
         fp16_flops_per_second=_product_rate(device, torch.float16) if with_fp16 else None,
+        int8_flops_per_second=_int8_rate(device) if with_int8 else None,
         seconds=time.perf_counter() - began,
         device=str(device),
         threads=torch.get_num_threads(),
@@ -261,6 +268,22 @@ def _product_rate(device: str | torch.device, dtype: torch.dtype) -> float:
     weight = torch.randn(outer, inner, generator=generator).to(device, dtype)
     with torch.no_grad():
         seconds = _fastest(lambda: torch.nn.functional.linear(x, weight), device)
+    return 2 * rows * inner * outer / seconds
+
+
+def _int8_rate(device: str | torch.device) -> float:
+    """Return the rate of a linear layer in int8 on bf16 inputs, in FLOPs per second."""
+    import torch
+
+    from lorakit.ops.int8 import input_scales, int8_linear, quantize_weight
+
+    rows, inner, outer = SHAPE
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, inner, generator=generator).to(device, torch.bfloat16)
+    W = torch.randn(outer, inner, generator=generator).to(device, torch.bfloat16)
+    weight = quantize_weight(W, *input_scales(x.abs().amax(0), [W]))
+    with torch.no_grad():
+        seconds = _fastest(lambda: int8_linear(x, weight), device)
     return 2 * rows * inner * outer / seconds
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorakit.ops.int8 import Int8Weight
+
 SLAB = 1 << 18
 """Number of elements to upcast to fp32 at a time: small enough that the copy fits in the cache."""
 
@@ -57,9 +59,12 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Adapted:
-    """A frozen linear module with an optional adapter: W is (out, in), or (in, out) if transposed; bias is (out,)."""
+    """A frozen linear module with an optional adapter: W is (out, in), or (in, out) if transposed; bias is (out,).
 
-    W: Tensor
+    An `Int8Weight` is never transposed.
+    """
+
+    W: Tensor | Int8Weight
     bias: Tensor | None = None
     low: LowRank | None = None
     transposed: bool = False

@@ -14,6 +14,7 @@ from lorakit.ops.adapted import Adapted, LowRank, check_frozen, factors
 from lorakit.ops.autograd import Context, autocast, needs_gradient, rows, unflat, without_autocast
 from lorakit.ops.choices import matmul, matmul_dtype
 from lorakit.ops.dropout import apply_dropout, draw, zero_
+from lorakit.ops.int8 import Int8Inputs, Int8Weight, input_gradient, output
 from lorakit.ops.kernels import kernels_for
 from lorakit.ops.kernels.protocol import DropoutMatmuls
 
@@ -46,6 +47,7 @@ class Form(NamedTuple):
     dtype: torch.dtype
     inside: torch.dtype
     sites: tuple[tuple[bool, float | None, float], ...]  # (transposed, scale if there is an adapter, dropout)
+    int8: tuple[Int8Weight | None, ...]  # the weights that are not tensors
     trains: tuple[tuple[bool, bool], ...]  # whether A and B require gradients
 
     @property
@@ -84,8 +86,10 @@ class Group:
     @classmethod
     def of(cls, group: Sequence[Adapted], x: Tensor) -> Group:
         """Create the group for an input x (…, in), using the matmul dtype that autotuning chose for x's row count."""
-        inside = matmul_dtype(x.numel() // x.shape[-1], [site.W for site in group], x.dtype)
-        return cls(group, x.dtype, inside)
+        dense = [site.W for site in group if isinstance(site.W, Tensor)]
+        if len(dense) < len(group):
+            return cls(group, x.dtype)
+        return cls(group, x.dtype, matmul_dtype(x.numel() // x.shape[-1], dense, x.dtype))
 
     @property
     def needs_x(self) -> bool:
@@ -99,7 +103,7 @@ class Group:
             self.records[j] = draw(x, self.low[j].p)
         hs = self._low_rank(x, range(len(self.sites)))
         self.h = [hs.get(j) if trains else None for j, (_, trains) in enumerate(self.trains)]
-        return [self._output(x, site, hs.get(j), self.B.get(j)) for j, site in enumerate(self.sites)]
+        return self._outputs(x, self.sites, hs)
 
     def recompute(self, x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
         """Recompute the outputs of `forward` bit for bit from x (N, in), the saved state, and the biases (out,)."""
@@ -107,14 +111,22 @@ class Group:
         hs = {j: h for j, h in enumerate(self.h) if h is not None}
         hs |= self._low_rank(x, [j for j in self.low if j not in hs])
         sites = [replace(site, bias=bias) for site, bias in zip(self.sites, biases, strict=True)]
-        return [self._output(x, site, hs.get(j), self.B.get(j)) for j, site in enumerate(sites)]
+        return self._outputs(x, sites, hs)
 
-    def _output(self, x: Tensor, site: Adapted, h: Tensor | None, B: Tensor | None) -> Tensor:
+    def _outputs(self, x: Tensor, sites: Sequence[Adapted], hs: dict[int, Tensor]) -> list[Tensor]:
+        """Return the outputs (N, out) of all sites; `hs` has the scaled low-rank activations."""
+        inputs = Int8Inputs(x)
+        return [self._output(inputs, site, hs.get(j), self.B.get(j)) for j, site in enumerate(sites)]
+
+    def _output(self, inputs: Int8Inputs, site: Adapted, h: Tensor | None, B: Tensor | None) -> Tensor:
         """Return x·Wᵀ + b, plus h·Bᵀ if there is an adapter; h includes the scale.
 
         The low-rank matmul runs first, and the large matmul accumulates into its result. The reverse order takes just
         as long.
         """
+        if isinstance(site.W, Int8Weight):
+            return output(inputs, site.W, site.bias, h, B)
+        x = inputs.x
         W, plus, out = site.W.to(self.dtype), None if site.bias is None else site.bias.to(x.dtype), None
         if h is not None and B is not None:
             plus = out = torch.mm(h, B.t()) if plus is None else torch.addmm(plus, h, B.t())
@@ -159,8 +171,10 @@ class Group:
         form = [(m.transposed, m.low.scale, m.low.p) if m.low else (m.transposed, None, 0.0) for m in self.sites]
         tensors: list[Tensor | None] = []
         for j, module in enumerate(self.sites):
-            tensors += [module.W, *factors([module]), self.h[j], self.records[j]]
-        return Form(self.dtype, self.inside, tuple(form), self.trains), tensors
+            W = module.W if isinstance(module.W, Tensor) else None
+            tensors += [W, *factors([module]), self.h[j], self.records[j]]
+        int8 = tuple(None if isinstance(module.W, Tensor) else module.W for module in self.sites)
+        return Form(self.dtype, self.inside, tuple(form), int8, self.trains), tensors
 
     @classmethod
     def unpack(cls, form: Form, tensors: Sequence[Tensor]) -> Group:
@@ -168,7 +182,8 @@ class Group:
         sites = []
         for j, (transposed, scale, p) in enumerate(form.sites):
             W, A, B = tensors[5 * j : 5 * j + 3]
-            sites.append(Adapted(W, None, None if scale is None else LowRank(A, B, scale, p), transposed))
+            low = None if scale is None else LowRank(A, B, scale, p)
+            sites.append(Adapted(form.int8[j] or W, None, low, transposed))
         group = cls(sites, form.dtype, form.inside)
         group.trains, group.h, group.records = form.trains, list(tensors[3::5]), list(tensors[4::5])
         return group
@@ -195,10 +210,15 @@ class Group:
             total, part = (made, None) if total is None else (total.add_(made), made)
         if stacked_dh is not None and self.stacked is not None:
             total = matmul(stacked_dh, self.stacked, _taken(spare) if total is None else total, total)
+        int8: list[tuple[Tensor, Int8Weight]] = []
         for j, dy in dys.items():
-            W = self.sites[j].W.to(self.dtype)
-            W = W.t() if self.sites[j].transposed else W
+            W = self.sites[j].W
+            if isinstance(W, Int8Weight):
+                int8.append((dy, W))
+                continue
+            W = (W.t() if self.sites[j].transposed else W).to(self.dtype)
             total = matmul(dy, W, _taken(spare) if total is None else total, total)
+        total = input_gradient(int8, total) if int8 else total
         if fused is not None and total is not None:
             for j in dropping:
                 fused.add_low_rank(dh[j], self.A[j], self.low[j].p, self._record(j), total)
@@ -279,7 +299,7 @@ class _Linears(torch.autograd.Function):
     def backward(ctx: Context[tuple[Form, torch.Size]], *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         (x, *tensors), (form, shape) = ctx.saved_tensors, ctx.state
         flat = [None if dy is None else rows(dy) for dy in dys]
-        with without_autocast(tensors[0]):
+        with without_autocast(next(t for t in (*dys, *tensors) if t is not None)):
             parts = Group.unpack(form, tensors)
             dx, grads = parts.backward(None if x is None else rows(x), flat, ctx.needs_input_grad[0])
         return None if dx is None else dx.view(shape), None, *(grad for pair in grads for grad in pair)

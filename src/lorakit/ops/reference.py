@@ -7,6 +7,7 @@ is the reference for `lorakit.ops.linear.linears`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from lorakit.ops.attention_block import SelfAttention
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.cross_entropy import IGNORED, Head
 from lorakit.ops.grouped_linear import GroupedLinear, GroupedLowRank
+from lorakit.ops.int8 import Int8Weight, reference_backward, reference_forward
 from lorakit.ops.mlp import Form
 from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
@@ -40,13 +42,38 @@ def linear(x: Tensor, group: Sequence[Adapted], masks: Sequence[Tensor | None] |
     """Compute `linears` for x (…, in); `masks` contains a dropout mask (…, in) or None for each module."""
     outputs = []
     for module, mask in zip(group, masks or [None] * len(group), strict=True):
-        y = F.linear(x, module.W.t() if module.transposed else module.W, module.bias)
+        y = base(x, module)
         if module.low is not None:
             low = module.low
             kept = x if mask is None else x * mask.to(x.dtype) / (1 - low.p)
             y = y + low.scale * F.linear(F.linear(kept, low.A.to(x.dtype)), low.B.to(x.dtype))
         outputs.append(y)
     return outputs
+
+
+def base(x: Tensor, module: Adapted) -> Tensor:
+    """Apply the frozen part of a module to x (…, in)."""
+    if isinstance(module.W, Int8Weight):
+        return int8_linear(x, module.W, module.bias)
+    return F.linear(x, module.W.t() if module.transposed else module.W, module.bias)
+
+
+def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+    """Compute `lorakit.ops.int8.int8_linear` with `reference_forward` and `reference_backward`: x (…, in)."""
+    y: Tensor = _Int8Linear.apply(x, weight, bias)
+    return y
+
+
+class _Int8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+        ctx.state = weight, x.shape
+        return reference_forward(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        weight, shape = ctx.state
+        return reference_backward(dy.flatten(0, -2), weight).view(shape), None, None
 
 
 def grouped_linear(

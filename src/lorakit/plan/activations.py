@@ -17,6 +17,7 @@ from lorakit.architectures.layouts import Block
 from lorakit.architectures.shapes import ModelShape, SiteShape, block_of
 from lorakit.plan import accelerated
 from lorakit.plan.families import family_of
+from lorakit.plan.int8 import W8A8, product_bytes
 from lorakit.plan.job import Job
 from lorakit.plan.packed import packed_files
 from lorakit.plan.params import Count, SiteCount
@@ -277,7 +278,12 @@ def _of_base(
 
 
 def _dequantized(counted: Count, job: Job, base: StoredBase) -> int:
-    """Return the size in bytes of the largest dequantized weight, which is in fp32 if DoRA computes its norm."""
+    """Return the size in bytes of the largest dequantized weight, which is in fp32 if DoRA computes its norm.
+
+    Matmuls in int8 dequantize no weight, but need a quantized input and an integer product for a short time.
+    """
+    if base.storage is W8A8 and not counted.magnitudes:
+        return product_bytes(base, job)
     if counted.magnitudes:
         return max(_FP32, base.storage.decode_bytes) * base.largest
     each = base.storage.decode_bytes or job.dtype_bytes

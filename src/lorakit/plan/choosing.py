@@ -14,8 +14,8 @@ from lorakit.plan.budget import with_job
 from lorakit.plan.estimating import Plan
 from lorakit.plan.fitting import MARGIN
 from lorakit.plan.job import RECOMPUTED
+from lorakit.plan.memory import base_of
 from lorakit.plan.network import Cluster
-from lorakit.plan.packed import stored_base
 from lorakit.plan.parallel import DDP, FSDP, HSDP, WAYS, RankPlan, rank_plan
 from lorakit.tables import format_bytes, format_count
 
@@ -154,8 +154,7 @@ def possible_ways(cluster: Cluster, parallel: str = AUTO, obstacle: str | None =
 
 
 def _is_quantized(plan: Plan) -> bool:
-    job = plan.job
-    return stored_base(plan.shape, job.quantization, job.dtype_bytes, job.double_quantization) is not None
+    return base_of(plan.shape, plan.job) is not None
 
 
 def _reason(

@@ -237,7 +237,7 @@ def _rates(speed: Speed | None, lora: Flops, full: Flops, seconds: float | None)
         return None, None
     given = speed.tokens_per_second is not None
     of_full = speed.tokens_at(full.total) * (lora.total / full.total if given else 1.0)
-    return speed.tokens_at(lora.total) if seconds is None else 1 / seconds, of_full
+    return speed.tokens_at(lora.at_dtype_rate(speed)) if seconds is None else 1 / seconds, of_full
 
 
 def _notes(
@@ -254,6 +254,13 @@ def _notes(
             f"{packed}: every matmul dequantizes its weight first, but the times do not include this cost; "
             "the estimates of full fine-tuning are for the unquantized base."
         )
+    if job.base_matmul == "int8":
+        yield (
+            "int8: the frozen linear layers are multiplied in int8 (W8A8), the head and the embeddings in the dtype; "
+            "the estimates of full fine-tuning are for the original base."
+        )
+        if speed is not None and speed.tokens_per_second is None and speed.int8_flops_per_second is None:
+            yield "The speed of int8 matmuls was not measured; times assume that of the dtype."
     if speed is None:
         yield ("No time estimate; pass the --tokens-per-second of an earlier run, or --calibrate to measure the speed.")
     elif token_seconds is not None:

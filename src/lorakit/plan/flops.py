@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from lorakit.architectures.shapes import ModelShape
 from lorakit.plan import accelerated, activations
+from lorakit.plan.int8 import int8_flops
 from lorakit.plan.job import Job, Speed
 from lorakit.plan.params import Count, read_out
 from lorakit.targets.layer_types import EMBEDDING
@@ -27,16 +28,28 @@ class Flops:
         forward: FLOPs of the forward pass.
         backward: FLOPs of the backward pass, without recomputation.
         recomputed: FLOPs of recomputing blocks, or parts of blocks, in the backward pass.
+        int8: FLOPs, included in the others, of matmuls in int8.
     """
 
     forward: float
     backward: float
     recomputed: float
+    int8: float = 0.0
 
     @property
     def total(self) -> float:
         """Return the FLOPs per token of a training step."""
         return self.forward + self.backward + self.recomputed
+
+    def at_dtype_rate(self, speed: Speed) -> float:
+        """Return the FLOPs per token that take, at the matmul rate of the dtype, as long as these. [docs/math.md (109)]
+
+        Args:
+            speed: Speed of the machine; without its rate in int8, all FLOPs count equally.
+        """
+        if not self.int8 or speed.int8_flops_per_second is None or speed.flops_per_second is None:
+            return self.total
+        return self.total - self.int8 * (1 - speed.flops_per_second / speed.int8_flops_per_second)
 
 
 def matmuls(shape: ModelShape) -> int:
@@ -97,7 +110,7 @@ def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
     backward = base + 2 * within + 2 * added - frozen + copied + 2 * dense
     again = _recomputation(shape, forward, job)
     again += accelerated.recomputed_flops(shape, counted, activations.fused_sublayers(shape, counted, job), job)
-    return Flops(forward, backward, again)
+    return Flops(forward, backward, again, int8_flops(shape, job))
 
 
 def full(shape: ModelShape, job: Job) -> Flops:
@@ -166,5 +179,5 @@ def token_seconds(shape: ModelShape, costs: Flops, job: Job, speed: Speed) -> fl
     """
     if speed.flops_per_second is None or speed.threads is None or speed.tokens_per_second is not None:
         return None
-    products = costs.total / (speed.flops_per_second * MATMUL_UTILIZATION)
+    products = costs.at_dtype_rate(speed) / (speed.flops_per_second * MATMUL_UTILIZATION)
     return products + elements(shape, job) * SECONDS_PER_ELEMENT / speed.threads

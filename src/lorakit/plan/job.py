@@ -29,6 +29,9 @@ OPTIMIZERS = ("adamw", "adamw8bit", "lorafa", "muon")
 that is not initialized to zero and trains the others with AdamW; or Muon for A and B, with AdamW for the rest.
 """
 
+BASE_MATMULS = ("dtype", "int8")
+"""How the linear layers of the base are multiplied: in the job's dtype, or in int8 (W8A8)."""
+
 RECOMPUTED = ("none", "feed-forward", "layers")
 """What the backward pass can recompute, cheapest first: only elementwise results ("none"); also the outputs of the
 first matmuls in each fused feed-forward block ("feed-forward"); or everything except each layer's input ("layers").
@@ -56,6 +59,7 @@ class Job:
         recompute: What the backward pass recomputes, one of `RECOMPUTED`.
         quantization: A name in `plan.quantized.STORAGES`, or None for a base in `dtype`.
         double_quantization: Whether to quantize the scales too, if the storage format supports it.
+        base_matmul: How the base's linear layers are multiplied, one of `BASE_MATMULS`.
         accelerated: Whether to use the fused forward passes of `lorakit.speed.accelerate` instead of transformers' own,
             and to compute the loss without storing all logits. `lorakit train` does both by default.
         mean_tokens: Mean number of tokens per row, excluding padding, or None if unknown. Accelerated rows are packed,
@@ -67,8 +71,8 @@ class Job:
             matmuls in `dtype`.
 
     Raises:
-        ConfigError: A value is below 1, `mean_tokens` is above `length_tokens`, or dtype, optimizer, recompute or
-            quantization is unknown.
+        ConfigError: A value is below 1, `mean_tokens` is above `length_tokens`, dtype, optimizer, recompute,
+            quantization or base_matmul is unknown, or both of the last two are given.
     """
 
     batch_rows: int = 4
@@ -80,6 +84,7 @@ class Job:
     recompute: str = "none"
     quantization: str | None = None
     double_quantization: bool = True
+    base_matmul: str = "dtype"
     accelerated: bool = False
     mean_tokens: float | None = None
     process_bytes: int | None = PROCESS_BYTES
@@ -100,6 +105,15 @@ class Job:
             storage_named(self.quantization)
         if self.optimizer not in OPTIMIZERS:
             raise ConfigError.of("optimizer", self.optimizer, allowed=OPTIMIZERS)
+        if self.base_matmul not in BASE_MATMULS:
+            raise ConfigError.of("base_matmul", self.base_matmul, allowed=BASE_MATMULS)
+        if self.base_matmul != "dtype" and self.quantization is not None:
+            raise ConfigError(
+                f"base_matmul {self.base_matmul} cannot be combined with quantization {self.quantization}, because "
+                "both store the base's weights; omit one of them.",
+                what=self.quantization,
+                field="base_matmul",
+            )
         if self.recompute not in RECOMPUTED:
             raise ConfigError.of("recompute", self.recompute, allowed=RECOMPUTED)
 
@@ -141,6 +155,7 @@ class Speed:
         utilisation: Fraction of `flops_per_second` that a step with transformers' own forward passes reaches.
         threads: Number of CPU threads used to measure `flops_per_second`; None if unknown, or if a GPU was measured.
             `flops.token_seconds` needs it to compute the time of an accelerated step.
+        int8_flops_per_second: FLOPs per second of linear layers in int8; None if unknown.
 
     Raises:
         ConfigError: No rate is given, or a value is not positive.
@@ -151,6 +166,7 @@ class Speed:
     source: str = "given"
     utilisation: float = UTILIZATION
     threads: int | None = None
+    int8_flops_per_second: float | None = None
 
     def __post_init__(self) -> None:
         rates = [rate for rate in (self.flops_per_second, self.tokens_per_second) if rate is not None]

@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lorakit.architectures.shapes import ModelShape
+from lorakit.errors import ConfigError
 from lorakit.plan import accelerated, activations, process
 from lorakit.plan.activations import Activations
+from lorakit.plan.int8 import W8A8, int8_base
 from lorakit.plan.job import MASTER_BYTES, Job
 from lorakit.plan.optimizer_state import optimizer_state
-from lorakit.plan.packed import stored_base
+from lorakit.plan.packed import packed_files, stored_base
 from lorakit.plan.params import Count
 from lorakit.plan.quantized import StoredBase
 
@@ -128,7 +130,7 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memo
     trained = factors - counted.frozen  # Frozen factors have neither gradients nor moments.
     plain = counted.copied + counted.biases  # Saved modules and biases have the base's dtype.
     added = f" + {itemsize} × {plain:,}" if plain else ""
-    base = stored_base(shape, job.quantization, itemsize, job.double_quantization)
+    base = base_of(shape, job)
     kept = activations.of_lora(shape, counted, dropout, job, base)
     copied = f" + {itemsize} × {counted.copied:,}" if counted.copied else ""
     lines = [
@@ -143,11 +145,34 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memo
     return _memory(lines, outside, kept, job, _notes(shape, kept, job))
 
 
+def base_of(shape: ModelShape, job: Job) -> StoredBase | None:
+    """Return the size of the base if it is not stored in the job's dtype, or None.
+
+    Args:
+        shape: Shape of the base.
+        job: The job, which sets the dtype, the quantization and how the base is multiplied.
+
+    Raises:
+        ConfigError: No module of this model can be stored in this way, or the files are already quantized.
+    """
+    if job.base_matmul != "int8":
+        return stored_base(shape, job.quantization, job.dtype_bytes, job.double_quantization)
+    files = packed_files(shape)
+    if files is not None and files.base is not None:
+        raise ConfigError(
+            f"{shape.name}: the files are already quantized ({files.method}); omit base_matmul int8.",
+            what="int8",
+            where=shape.name,
+            field="base_matmul",
+        )
+    return int8_base(shape, job.dtype_bytes)
+
+
 def _weights(shape: ModelShape, itemsize: int, base: StoredBase | None) -> Line:
     if base is None:
         return _line("weights", 20, f"{itemsize} × {shape.parameters:,}", itemsize * shape.parameters)
     formula = f"{itemsize} × {base.rest:,} + {base.size_bytes:,} ({base.storage.name} of {base.elements:,})"
-    return _line("weights", 28, formula, itemsize * base.rest + base.size_bytes)
+    return _line("weights", 108 if base.storage is W8A8 else 28, formula, itemsize * base.rest + base.size_bytes)
 
 
 def of_full(shape: ModelShape, job: Job) -> Memory:

@@ -53,7 +53,8 @@ def temporary_bytes(shape: ModelShape, counted: Count | None, job: Job) -> dict[
     """Return the temporary memory that a process needs outside of training steps. [docs/math.md (99)]
 
     If the files have the job's dtype, the mapped files are the weights, and loading needs nothing else. If weights are
-    converted, quantized or dequantized, the files stay mapped until all weights are loaded.
+    converted, quantized or dequantized, the files stay mapped until all weights are loaded. A base that is
+    multiplied in int8 is quantized after it was loaded and calibrated.
 
     Args:
         shape: Shape of the base.
@@ -68,6 +69,7 @@ def temporary_bytes(shape: ModelShape, counted: Count | None, job: Job) -> dict[
     files = packed_files(shape)
     is_dequantized = files is not None and files.base is None
     is_converted = shape.dtype != job.dtype or job.quantization is not None or is_dequantized
+    is_converted |= job.base_matmul == "int8"
     size = DTYPE_BYTES.get(shape.dtype, MASTER_BYTES) * shape.parameters if files is None else files.file_bytes
     found = {MEASURING: job.reserved_bytes}
     found[LOADING] = size if is_converted else 0

@@ -297,7 +297,7 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
     """Yield the frozen weights (out, in) or (in, out) of a model's linear modules, if they are in CPU memory."""
     for module in model.modules():
         base = frozen_linear(module)
-        if base is not None and base.W.device.type == "cpu":
+        if base is not None and isinstance(base.W, Tensor) and base.W.device.type == "cpu":
             yield base.W.detach()
     head = output_head(model)  # `frozen_linear` does not recognize an accelerated head
     W = getattr(head, "weight", None)

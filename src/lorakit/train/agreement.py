@@ -38,6 +38,7 @@ def check_alike(spec: RunSpec) -> None:
             "tokenizer": hub.tokenizer_hash(spec.tokenizer),
             "chat template": hub.chat_template_hash(spec.tokenizer),
             "device": spec.device.type,
+            "base matmul": spec.base_matmul,
         }
     )
     _check_same_folder(spec.folder, processes)

@@ -385,6 +385,24 @@ DEFAULTS: dict[str, Default] = {
     "double_quantization": Default(
         "Also quantize the scales of nf4 and fp4", True, "saves 0.37 bits per parameter and adds almost no error", "on"
     ),
+    "base_matmul": Default(
+        "Select how the frozen linear layers are multiplied: dtype (in --dtype), or int8 (W8A8: weights and inputs in "
+        "int8, in both directions, which changes results slightly)",
+        "dtype",
+        "int8 is an approximation; on a CPU with VNNI or AMX it multiplies about twice as fast and halves the base",
+    ),
+    "int8_loss_bound": Default(
+        "With --base-matmul int8, stop before the first step if the loss on the calibration rows rises by more than "
+        "this, in nats per token; a larger value overrides the check",
+        0.005,
+        "differences between runs with other seeds are larger",
+    ),
+    "keep_bf16_base": Default(
+        "With --base-matmul int8, keep the base's original weights in memory too, and also evaluate the adapter on "
+        "them after training",
+        False,
+        "the memory of the base is then one and a half times that of a bf16 base",
+    ),
     "seed": Default("Seed for all randomness: initial A, dropout, data order and split", 0, "makes runs reproducible"),
     "device": Default("Select the device: cpu, cuda, cuda:N, mps or auto", "auto", "an accelerator if available"),
     "recompute": Default(

@@ -151,7 +151,8 @@ def _rows(training: JsonObject, record: Mapping[str, Any] | None) -> Iterator[tu
         before = start.get("eval_loss") if start else training.get("base_eval_loss")
         measured = metrics_line(_table(training.get("first_metrics")), _table(training.get("metrics")))
         yield "result", measured or evaluation_line(before, training.get("eval_loss"))
-        yield "precision", f"base {training.get('dtype')}, adapter float32"
+        int8 = ", linear layers multiplied in int8 (W8A8)" if training.get("base_matmul") else ""
+        yield "precision", f"base {training.get('dtype')}{int8}, adapter float32"
     if run.get("versions"):
         yield "versions", ", ".join(f"{name} {version}" for name, version in run["versions"].items())
 

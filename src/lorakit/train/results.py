@@ -21,6 +21,8 @@ from lorakit.machine import peak_rss_bytes
 from lorakit.report import loss_plot, read_metrics
 from lorakit.tables import format_bytes, format_percent, format_rate, format_seconds
 from lorakit.train import checkpoint, run_folder
+from lorakit.train.evaluation import evaluate
+from lorakit.train.int8_base import NAME, restore
 from lorakit.train.model_card import evaluation_line, metrics_line, model_card
 from lorakit.train.run_adapter import metrics_at, write_tokenizer
 from lorakit.train.run_context import Run
@@ -57,6 +59,8 @@ class RunResult:
         checkpoint_step: The step from which `--resume` continues after an interruption, or None.
         first_metrics: Metrics of the task before the first step; empty for language models.
         adapter_metrics: Metrics of the task at `adapter_step`; empty for language models.
+        base_matmul: How the base was multiplied: "dtype" or "int8".
+        original_base_loss: With `keep_bf16_base`, evaluation loss of the last step on the original weights, or None.
     """
 
     folder: Path
@@ -81,6 +85,8 @@ class RunResult:
     checkpoint_step: int | None = None
     first_metrics: Mapping[str, float] = field(default_factory=dict)
     adapter_metrics: Mapping[str, float] = field(default_factory=dict)
+    base_matmul: str = "dtype"
+    original_base_loss: float | None = None
 
     def lines(self, verbose: bool = False) -> list[str]:
         """Return the result as lines of text, most important first.
@@ -108,6 +114,8 @@ class RunResult:
                 f"Trained {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({fraction}); the "
                 f"base's weights take {format_bytes(self.base_bytes)}."
             )
+        if self.base_matmul == "int8":
+            lines.append(f"Base matmuls: {NAME}; merge the adapter into the original base.")
         return [*lines, *self.notes]
 
     def _interrupted(self) -> list[str]:
@@ -143,7 +151,7 @@ def finish(run: Run) -> RunResult:
         DiskError: A file cannot be written.
     """
     folder, state, notes = run.spec.folder, run.state, list(run.notes)
-    adapter = step = resumable = None
+    adapter = step = resumable = original = None
     if run.status == "interrupted":
         found = checkpoint.newest_valid(folder)
         resumable = None if found is None else run_folder.step_of(found)
@@ -157,6 +165,7 @@ def finish(run: Run) -> RunResult:
                 f"{state.skipped_steps} of {state.step} steps were skipped, because gradients overflowed float16; the "
                 "loss scale was lowered, and these steps did not advance the learning rate schedule."
             )
+        original = _on_original_weights(run, notes)
         notes.append(_plot_loss(folder, f"{run.spec.source.base_name}: loss by step"))
         loss = state.loss_at(step)
         if loss is not None and state.first_loss is not None and loss >= state.first_loss:
@@ -186,12 +195,30 @@ def finish(run: Run) -> RunResult:
         checkpoint_step=resumable,
         first_metrics=first_metrics,
         adapter_metrics=adapter_metrics,
+        base_matmul=run.spec.base_matmul,
+        original_base_loss=original,
     )
     try:
         run_folder.write_record(folder, {**run.record(), "result": result.as_dict()})
     except DiskError as cause:  # the adapter is complete regardless
         return dataclasses.replace(result, notes=(*result.notes, f"{cause} The result of the run was not recorded."))
     return result
+
+
+def _on_original_weights(run: Run, notes: list[str]) -> float | None:
+    """Evaluate the adapter of the last step on the original weights of an int8 base, if they were kept."""
+    if run.int8 is None or not run.int8.originals or run.batches.held_out is None:
+        return None
+    if run.acceleration is not None:
+        run.acceleration.undo()
+    restore(run.model, run.int8)
+    found = evaluate(run.model, run.batches.held_out(), run.spec.device, objective=run.spec.task.objective)
+    if found is None:  # for the type checker only: nothing stops this evaluation
+        return None
+    state = run.state
+    in_int8 = f" (in int8: {state.last_loss:.4f})" if state.last_loss and state.evaluated_step == state.step else ""
+    notes.append(f"Evaluation loss of step {state.step} on the original weights: {found.loss:.4f}{in_int8}.")
+    return found.loss
 
 
 def _chosen(run: Run, notes: list[str]) -> tuple[int, Path]:

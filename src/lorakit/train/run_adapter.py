@@ -29,6 +29,7 @@ from lorakit.errors import AdapterFileError, DiskError, UsageError
 from lorakit.report import read_metrics
 from lorakit.tables import format_count
 from lorakit.train.forecast import SavedTokenizer
+from lorakit.train.int8_base import RunInt8, quantized_base
 from lorakit.train.progress import Progress
 from lorakit.train.run_context import Run
 from lorakit.train.run_spec import ADAPTER, RunSpec
@@ -175,6 +176,26 @@ def first_rows(spec: RunSpec, loader: Loader) -> list[Batch]:
     return [batch for batch in islice(own, ROWS) if batch.trained_tokens]
 
 
+def quantized_run_base(model: nn.Module, spec: RunSpec, loader: Loader, progress: Progress) -> RunInt8 | None:
+    """Quantize the base of a run if it is to be multiplied in int8.
+
+    Args:
+        model: The model with its adapter, on the run's device; changed in place.
+        spec: The run's specification.
+        loader: The run's data loader, which is not advanced.
+        progress: Receives the report.
+
+    Returns:
+        The int8 base, or None.
+
+    Raises:
+        LorakitError: `lorakit.train.int8_base.quantized_base` failed; the error class and message say why.
+    """
+    if spec.base_matmul != "int8":
+        return None
+    return quantized_base(model, spec, first_rows(spec, loader), row_loss(spec), progress)
+
+
 def row_loss(spec: RunSpec) -> Callable[[nn.Module, Batch], Tensor]:
     """Return a function that computes a model's mean loss on a batch, a scalar.
 
@@ -297,6 +318,7 @@ def adapter_metadata(run: Run) -> dict[str, Any]:
             "seed": spec.settings.seed,
             "dtype": run.plan.dtype,
             "quantization": spec.quantization_values,
+            **({} if run.int8 is None else {"base_matmul": {"name": spec.base_matmul, **run.int8.record}}),
             **origin,
         },
     }

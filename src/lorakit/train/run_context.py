@@ -21,6 +21,7 @@ from lorakit.plan.fitting import needed_bytes
 from lorakit.speed import Acceleration
 from lorakit.train import run_data, run_folder
 from lorakit.train.checkpoint import TrainState
+from lorakit.train.int8_base import RunInt8
 from lorakit.train.optimizer import Named
 from lorakit.train.progress import Progress
 from lorakit.train.restarting import LAUNCH, launch_record
@@ -199,6 +200,7 @@ class Run:
         notes: Messages for the user, repeated in the result.
         sharded: The base if it is sharded over processes, or None.
         scaler: Scaler of the loss if the base is in fp16, or None; its state is part of every checkpoint.
+        int8: The int8 base, or None if the base is multiplied in its dtype.
         seeded_at: Step at which the random number generators were seeded: 0, or that from which the run was resumed
             with another number of processes.
     """
@@ -225,6 +227,7 @@ class Run:
     notes: tuple[str, ...] = ()
     sharded: ShardedBase | None = None
     scaler: torch.amp.GradScaler | None = None
+    int8: RunInt8 | None = None
     seeded_at: int = 0
 
     @property
@@ -259,6 +262,7 @@ class Run:
                 "dtype": self.plan.dtype,
                 "dtype_reason": self.plan.dtype_reason,
                 "quantization": spec.quantization_values,
+                "base_matmul": spec.base_matmul,
                 "device": str(spec.device),
                 "max_length": spec.forecast.max_length,
                 "batch_rows": self.plan.batch_rows,
@@ -277,5 +281,6 @@ class Run:
             "trackers": dict(self.trackers.ids),
             "processes": {"count": spec.processes.count, "seeds": self.seeds, "seeded_at": self.seeded_at},
             LAUNCH: launch_record(spec.processes),
+            "int8": None if self.int8 is None else dict(self.int8.record),
             "sharding": None if self.sharded is None else self.sharded.as_dict(),
         }

@@ -312,6 +312,8 @@ def _owner(folder: Path) -> int | None:
 
 ADAPTER_FOLDER = "adapter"
 PLOT_FILE = "loss.svg"
+INT8_FILE = "int8.safetensors"
+"""Input scales of a base that is multiplied in int8."""
 TRACKER_FOLDERS = ("tensorboard", "wandb")
 _STEP_IN_NAME = re.compile(r"(?:checkpoint|adapter-only)-(\d{1,12})")
 
@@ -400,7 +402,9 @@ def holds_run(folder: Path) -> bool:
 def run_files(folder: Path) -> list[Path]:
     """Return the paths of all files and directories that a run writes, the record last; some may not exist."""
     found = [*checkpoints(folder), *adapters_only(folder), *sorted(folder.glob("damaged-checkpoint-*"))]
-    return found + [folder / name for name in (ADAPTER_FOLDER, *TRACKER_FOLDERS, PLOT_FILE, METRICS_FILE, RUN_FILE)]
+    return found + [
+        folder / name for name in (ADAPTER_FOLDER, *TRACKER_FOLDERS, PLOT_FILE, INT8_FILE, METRICS_FILE, RUN_FILE)
+    ]
 
 
 def remove_run(folder: Path) -> None:

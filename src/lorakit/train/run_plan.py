@@ -62,7 +62,7 @@ def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], progress:
     wanted = recorded or spec.settings.dtype
     calibration, details, held = None, [], rss_bytes()
     if wanted == "auto" or _flops(spec, limits, lengths, wanted) > WORTH_MEASURING_FLOPS:
-        calibration = hub.calibrate(spec.device, with_fp16=wanted == HALF)
+        calibration = hub.calibrate(spec.device, with_fp16=wanted == HALF, with_int8=spec.base_matmul == "int8")
         details.append(calibration.line())
     choice = _precision(spec, limits, lengths, wanted, calibration)
     reason = (
@@ -76,7 +76,8 @@ def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], progress:
         rate = calibration.flops_per_second(choice.dtype, tuned=tuned)
         upcasts = calibration.upcasts(choice.dtype, tuned=tuned)
         threads = calibration.threads if spec.device.type == "cpu" else None
-        speed = plan.Speed(flops_per_second=rate, source="measured", threads=threads)
+        int8_rate = calibration.int8_flops_per_second
+        speed = plan.Speed(rate, source="measured", threads=threads, int8_flops_per_second=int8_rate)
     estimated = _estimate(spec, limits, lengths, choice.dtype, speed)
     estimated = plan.with_job(estimated, upcasts=upcasts, **_process(spec, held))
     estimated, proposed, reasons = _limited(spec, estimated)
@@ -124,6 +125,7 @@ def _estimate(
         optimizer=settings.optimizer,
         quantization=None if quantization is None else quantization.name,
         double_quantization=quantization is not None and quantization.double,
+        base_matmul=spec.base_matmul,
         accelerated=settings.accelerate,
         mean_tokens=sum(lengths) / len(lengths),
     )

@@ -22,6 +22,7 @@ from lorakit.train import checkpoint, run_data, run_folder
 from lorakit.train.evaluation import own_tokenizer
 from lorakit.train.forecast import Forecast, SavedTokenizer, chosen_task, pick_device
 from lorakit.train.forecast import forecast as build_forecast
+from lorakit.train.int8_base import check_adapter, chosen_matmul
 from lorakit.train.optimizer import check_optimizer
 from lorakit.train.processes import ALONE, Processes
 from lorakit.train.progress import Progress
@@ -54,6 +55,7 @@ class RunSpec:
         quantization: Quantization of the base, from the settings or the base's files, or None.
         start: The adapter that the run starts from, or None.
         has_own_tokenizer: Whether the tokenizer differs from the base's and is saved in every checkpoint.
+        base_matmul: How the base is multiplied: "dtype" or "int8", as the settings and the machine allow.
         processes: The processes of the run, of which only the first one locks the directory.
     """
 
@@ -71,6 +73,7 @@ class RunSpec:
     quantization: Quantization | None = None
     start: StartAdapter | None = None
     has_own_tokenizer: bool = False
+    base_matmul: str = "dtype"
     processes: Processes = ALONE
 
     @classmethod
@@ -122,6 +125,9 @@ class RunSpec:
         if start is not None and record is None:
             start.check_targets(given, found.shape)
         is_own = is_own or found.new_tokens is not None
+        matmul = chosen_matmul(settings, device, record, progress.say)
+        if matmul == "int8":
+            check_adapter(found.config)
         spec = cls(
             settings=settings,
             folder=folder,
@@ -137,6 +143,7 @@ class RunSpec:
             quantization=quantization,
             start=start,
             has_own_tokenizer=is_own,
+            base_matmul=matmul,
             processes=processes,
         )
         check_sharding(spec)

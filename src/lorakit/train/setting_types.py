@@ -36,6 +36,7 @@ Allocation = Literal["none", "gradients", "inputs"]
 TaskName = Literal["causal-lm", "classification", "token-classification", "seq2seq", "embedding"]
 LabelType = Literal["auto", "class", "classes", "score"]
 Recompute = Literal["none", "feed-forward", "layers"]
+BaseMatmul = Literal["dtype", "int8"]
 Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
 
 SHARDED = ("fsdp", "hsdp")

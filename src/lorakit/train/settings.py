@@ -16,8 +16,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from lorakit.errors import ConfigError, did_you_mean
 from lorakit.hub_cache import with_revision
 from lorakit.train.defaults import CONVERT_ADVICE, DEFAULTS, NAMES_ELSEWHERE, Stored
+from lorakit.train.setting_conflicts import check_base_matmul, check_rates
 from lorakit.train.setting_types import (
     Allocation,
+    BaseMatmul,
     Bias,
     Dtype,
     Given,
@@ -145,6 +147,9 @@ class TrainSettings(BaseModel):
     dtype: Annotated[Dtype, BeforeValidator(dtype_word)] = _setting("dtype")
     quantization: Stored | None = _setting("quantization")
     double_quantization: bool = _setting("double_quantization")
+    base_matmul: BaseMatmul = _setting("base_matmul")
+    int8_loss_bound: float = _setting("int8_loss_bound", ge=0)
+    keep_bf16_base: bool = _setting("keep_bf16_base")
     seed: int = _setting("seed", ge=0, lt=2**63)
     device: Annotated[str, AfterValidator(device_word)] = _setting("device")
     recompute: Recompute = _setting("recompute")
@@ -193,27 +198,8 @@ class TrainSettings(BaseModel):
             )
         if self.recompute != "none" or self.gradient_checkpointing or self.fit is not None:
             _ = self.recomputed  # raises if the options conflict with each other or with the memory budget
-        self._check_rates()
-
-    def _check_rates(self) -> None:
-        """Check that the settings of the optimizer and of the schedule fit each other."""
-        if self.optimizer == "lorafa" and self.loraplus_lr_ratio is not None:
-            raise ConfigError(
-                "loraplus_lr_ratio cannot be combined with optimizer lorafa, which freezes A, so there is no ratio of "
-                "learning rates; omit one of them.",
-                field="loraplus_lr_ratio",
-            )
-        if self.warmup_steps is not None and self.warmup_ratio is not None:
-            raise ConfigError(
-                "warmup_steps and warmup_ratio both set the length of the warm-up; omit one of them.",
-                field="warmup_steps",
-            )
-        if self.decay_ratio is not None and self.lr_scheduler_type != "wsd":
-            raise ConfigError(
-                f"decay_ratio applies only to lr_scheduler_type wsd, but lr_scheduler_type is "
-                f"{self.lr_scheduler_type}; omit decay_ratio, or use wsd.",
-                field="decay_ratio",
-            )
+        check_rates(self)
+        check_base_matmul(self)
 
     @property
     def base(self) -> str:

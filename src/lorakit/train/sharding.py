@@ -157,6 +157,9 @@ def obstacle(spec: RunSpec) -> LorakitError | None:
         name = spec.quantization.name
         text = f"{asked} a base quantized by {name} cannot be sharded; use --parallel ddp, or omit --quantization."
         return NotYetSupported(text, what=name, field="quantization")
+    if spec.base_matmul == "int8":
+        text = f"{asked} a base that is multiplied in int8 cannot be sharded; use --parallel ddp."
+        return NotYetSupported(text, what="int8", field="base_matmul")
     variant = moving_variant(config)
     if variant is not None:
         text = f"{asked} {variant.title} changes the base's weights, which cannot be sharded then; use --parallel ddp."

@@ -43,7 +43,7 @@ from lorakit.train.processes import joined
 from lorakit.train.progress import Progress
 from lorakit.train.restarting import continued
 from lorakit.train.results import RunResult, finish
-from lorakit.train.run_adapter import add_adapter
+from lorakit.train.run_adapter import add_adapter, quantized_run_base
 from lorakit.train.run_context import Run, RunLimits, RunPlan, seed_of
 from lorakit.train.run_data import RunBatches, make_batches
 from lorakit.train.run_folder import cut_metrics, remove_run, unlock, write_record
@@ -132,6 +132,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     resumed_from, damaged = _newest_checkpoint(spec, progress)
     processes.check_equal({"checkpoint": resumed_from})
     notes = add_adapter(model, spec, loader, resumed_from, progress)
+    int8 = quantized_run_base(model, spec, loader, progress)
     acceleration = _arranged(model, plan.recompute, settings, progress)
     snapshot = None if resumed_from is None else checkpoint.load(resumed_from)
     before = None if snapshot is None else snapshot.environment
@@ -167,7 +168,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
         state=state,
         choices=chosen,
         space=disk_space(spec, limits, state.step, model, named),
-        base_bytes=base_bytes,
+        base_bytes=base_bytes if int8 is None else int8.bytes_after,
         progress=progress,
         started=started,
         trackers=Trackers(progress.say),
@@ -175,6 +176,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
         damaged=damaged,
         notes=notes,
         sharded=sharded,
+        int8=int8,
         scaler=loss_scaler(spec.device, plan.dtype, None if snapshot is None else snapshot.scaler),
         seeded_at=seeded_at,
     )
@@ -401,6 +403,8 @@ def _start(current: Run) -> None:
         cut_metrics(folder, current.state.step if current.resumed_from else -1, current.state.evaluated_step)
     ids = (current.spec.record or {}).get("trackers") or {}
     current.trackers.open(settings.report_to, folder, settings.as_dict(), current.state.step, ids)
+    if current.int8 is not None:
+        current.int8.write(folder)
     write_record(folder, current.record())
 
 

@@ -96,6 +96,37 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
         "index": integers(0, -1, 3),
         "y": of_ones(3, 2, 6),
     },
+    "int8_quantize": lambda: {
+        "x": of_ones(3, 8),
+        "factors": of_ones(8),
+        "q": torch.ones(3, 8, dtype=torch.int8),
+        "scale": of_ones(3),
+    },
+    "int8_output": lambda: {
+        "sums": torch.ones(3, 8, dtype=torch.int32),
+        "t": of_ones(3),
+        "s": of_ones(8),
+        "bias": of_ones(8),
+        "left": of_ones(3, 4),
+        "right": of_ones(2, 8, 2),
+        "y": of_ones(3, 8),
+    },
+    "int8_add": lambda: {
+        "sums": torch.ones(3, 8, dtype=torch.int32),
+        "u": of_ones(3),
+        "g": of_ones(8),
+        "partial": of_ones(3, 8),
+        "total": of_ones(3, 8),
+    },
+    "int8_input_gradient": lambda: {
+        "sums": torch.ones(3, 8, dtype=torch.int32),
+        "u": of_ones(3),
+        "g": of_ones(8),
+        "columns": of_ones(3, 3),
+        "kept": integers(0, 3, 7),
+        "partial": of_ones(3, 8),
+        "dx": of_ones(3, 8),
+    },
 }
 """Return a valid call of each kernel."""
 
@@ -113,6 +144,8 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
 FREE = {  # these determine the expected shapes of the others
     ("softmax", "scores"): {"narrower", "shorter", "longer", "another number of axes"},
     ("cross_entropy", "logits"): {"narrower"},
+    ("int8_quantize", "x"): {"narrower"},
+    ("int8_input_gradient", "dx"): {"narrower"},
 }
 ARGUMENTS = [
     (name, key)
@@ -124,6 +157,7 @@ ARGUMENTS = [
 RANGES = [
     ("cross_entropy", "labels", (-1, 8, 2**40)),
     ("add_per_row", "index", (-2, 4, 2**40)),
+    ("int8_input_gradient", "kept", (-1, 8, 2**40)),
     ("softmax", "low", (-1, 9)),
     ("softmax", "high", (-1, 9, 2**30)),
 ]
@@ -199,6 +233,8 @@ def test_what_only_makes_sense_together() -> None:
         call("softmax", low=nothing, high=nothing)
     with pytest.raises(ValueError, match="both or neither"):
         call("gate_backward", dup=None)
+    with pytest.raises(ValueError, match="even"):
+        call("int8_output", left=of_ones(3, 3))
     with pytest.raises(ValueError, match="p must"):
         call("drop", p=0.0)
     with pytest.raises(ValueError, match="p must"):

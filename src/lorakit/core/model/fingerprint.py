@@ -51,6 +51,7 @@ from lorakit.core.model.base_samples import (
     tensors_of_base,
 )
 from lorakit.core.model.index import AdapterIndex, embedding_of
+from lorakit.core.quantization.int8 import Int8Linear
 from lorakit.core.routing.state import AdapterState
 from lorakit.core.shards import has_several_processes, is_sharded
 from lorakit.durable import JsonObject, JsonValue, read_json, sha256_file, write_json
@@ -167,7 +168,7 @@ def fingerprint(
     version = VERSION if like is None else like.version
     index = AdapterIndex.of(model)
     model = index.model
-    if read is None and (recorded := _before_sharding(index)) is not None:
+    if read is None and (recorded := _recorded(index)) is not None:
         return replace(recorded, files=weight_file_hashes(model) if with_files else {})
     tensors = tensors_of_base(index, cut)
     parameters = {name: tensor for name, tensor in tensors.items() if not tensor.is_buffer}
@@ -204,10 +205,27 @@ def record_base(index: AdapterIndex, state: AdapterState) -> None:
         state.base = fingerprint(index).as_dict()
 
 
-def _before_sharding(index: AdapterIndex) -> Fingerprint | None:
-    """Return the recorded fingerprint of a base whose weights are distributed now; otherwise None."""
+def _recorded(index: AdapterIndex) -> Fingerprint | None:
+    """Return the recorded fingerprint of a base whose weights are distributed or in int8 now; otherwise None."""
     recorded = None if index.state is None else index.state.base
-    return None if recorded is None or not is_sharded(index.model) else _read(dict(recorded))
+    if recorded is None or not (is_sharded(index.model) or _multiplies_in_int8(index)):
+        return None
+    return _read(dict(recorded))
+
+
+def record_original_base(index: AdapterIndex, state: AdapterState) -> None:
+    """Record the fingerprint of a model's base, because its weights are about to be quantized for int8 matmuls.
+
+    Args:
+        index: The index of the model.
+        state: The state of the model's adapters, which holds the record.
+    """
+    if state.base is None:
+        state.base = fingerprint(index).as_dict()
+
+
+def _multiplies_in_int8(index: AdapterIndex) -> bool:
+    return any(isinstance(module, Int8Linear) for module in index.model.modules())
 
 
 def compare(known: Fingerprint | None, present: Fingerprint, whose: str = "the adapter's") -> BaseVerdict:

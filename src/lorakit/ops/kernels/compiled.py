@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorakit.ops.kernels.building import Built, built
 from lorakit.ops.kernels.gateway import Gateway
-from lorakit.ops.kernels.protocol import DropoutMatmuls, PerRowMatmuls
+from lorakit.ops.kernels.protocol import DropoutMatmuls, Int8Steps, PerRowMatmuls
 
 DTYPES = {torch.float32: "", torch.bfloat16: "BF16"}
 """Dict from dtype to the preprocessor macro that is defined when the kernels for that dtype are compiled."""
@@ -65,6 +65,7 @@ class CompiledKernels:
 
     def __init__(self, libraries: dict[torch.dtype, ctypes.CDLL]) -> None:
         self.own: PerRowMatmuls | None = self
+        self.int8: Int8Steps | None = self
         gateway = Gateway(libraries)
         self._pointer, self._optional, self._call = gateway.pointer, gateway.optional, gateway.call
 
@@ -196,6 +197,58 @@ class CompiledKernels:
         if rows:
             read = rows * r * (width + out)
             self._call("add_per_row", dtype, read, *pointers, rows // asked, rows, width, r, out, into)
+
+    def int8_quantize(self, x: Tensor, factors: Tensor, q: Tensor, scale: Tensor) -> None:
+        """Implement `Int8Steps.int8_quantize`; x and q are (N, d)."""
+        dtype, (rows, d), wide = x.dtype, x.shape, torch.float32
+        given = self._pointer("x", x, dtype, (rows, d)), self._pointer("factors", factors, wide, (d,))
+        made = self._pointer("q", q, torch.int8, (rows, d)), self._pointer("scale", scale, wide, (rows,))
+        self._call("int8_quantize", dtype, rows * d, *given, rows, d, *made)
+
+    def int8_output(
+        self, sums: Tensor, t: Tensor, s: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, y: Tensor
+    ) -> None:
+        """Implement `Int8Steps.int8_output`; sums and y are (N, out).
+
+        Raises:
+            ValueError: A tensor is invalid, or `left` has an odd number of columns.
+        """
+        dtype, (rows, out), k, wide = y.dtype, y.shape, left.shape[-1], torch.float32
+        if k % 2:
+            raise ValueError(f"left {tuple(left.shape)}: expected an even number of columns")
+        given = (
+            self._pointer("sums", sums, torch.int32, (rows, out)),
+            self._pointer("t", t, wide, (rows,)),
+            self._pointer("s", s, wide, (out,)),
+            self._optional("bias", bias, dtype, (out,)),
+        )
+        low = self._pointer("left", left, dtype, (rows, k)), self._pointer("right", right, dtype, (k // 2, out, 2))
+        made = self._pointer("y", y, dtype, (rows, out))
+        self._call("int8_output", dtype, rows * out, *given, *low, rows, k, out, made)
+
+    def int8_add(self, sums: Tensor, u: Tensor, g: Tensor, partial: Tensor | None, total: Tensor) -> None:
+        """Implement `Int8Steps.int8_add`; sums and total are (N, d)."""
+        wide, (rows, d) = torch.float32, sums.shape
+        given = self._pointer("sums", sums, torch.int32, (rows, d)), self._pointer("u", u, wide, (rows,))
+        more = self._pointer("g", g, wide, (d,)), self._optional("partial", partial, wide, (rows, d))
+        made = self._pointer("total", total, wide, (rows, d))
+        self._call("int8_add", wide, rows * d, *given, *more, rows, d, made)
+
+    def int8_input_gradient(
+        self, sums: Tensor, u: Tensor, g: Tensor, columns: Tensor, kept: Tensor, partial: Tensor | None, dx: Tensor
+    ) -> None:
+        """Implement `Int8Steps.int8_input_gradient`; sums and dx are (N, d)."""
+        dtype, (rows, d), wide, (k,) = dx.dtype, dx.shape, torch.float32, kept.shape
+        given = (
+            self._pointer("sums", sums, torch.int32, (rows, d)),
+            self._pointer("u", u, wide, (rows,)),
+            self._pointer("g", g, wide, (d,)),
+            self._pointer("columns", columns, wide, (rows, k)),
+            self._pointer("kept", kept, torch.int64, (k,), within=(0, d - 1)),
+            self._optional("partial", partial, wide, (rows, d)),
+        )
+        made = self._pointer("dx", dx, dtype, (rows, d))
+        self._call("int8_input_gradient", dtype, rows * d, *given, rows, d, k, made)
 
 
 def _heads_together(x: Tensor) -> tuple[int, ...]:

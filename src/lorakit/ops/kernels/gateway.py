@@ -35,6 +35,10 @@ SIGNATURES: dict[str, tuple[type, ...]] = {  # parameters as in rows.c, except t
     "softmax_backward": (_P, _N, _N, _P),
     "cross_entropy": (_P, _P, c_float, c_int, _N, _N, _P),
     "add_per_row": (_P, _P, _P, _P, _N, _N, _N, _N, _N, _P),
+    "int8_quantize": (_P, _P, _N, _N, _P, _P),
+    "int8_output": (_P, _P, _P, _P, _P, _P, _N, _N, _N, _P),
+    "int8_add": (_P, _P, _P, _P, _N, _N, _P),
+    "int8_input_gradient": (_P, _P, _P, _P, _P, _P, _N, _N, _N, _P),
 }
 
 _ALL_WITHIN = {torch.int32: "all_within_32", torch.int64: "all_within_64"}

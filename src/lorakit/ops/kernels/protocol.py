@@ -23,12 +23,14 @@ class Kernels(Protocol):
         caps_logits: Whether `cross_entropy` supports a cap on the logits.
         dropping: Low-rank matmuls with fused dropout, or None if fusing does not make them faster.
         own: Matmuls with per-row LoRA factors, or None if there are no such kernels.
+        int8: What precedes and follows an int8 matmul, or None if there are no such kernels.
     """
 
     activations: frozenset[str]
     caps_logits: bool
     dropping: DropoutMatmuls | None
     own: PerRowMatmuls | None
+    int8: Int8Steps | None
 
     def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
         """Write the RMS norm of x (N, d) to n (N, d), and 1/RMS of each row to rstd (N, 1). [docs/math.md (76)]
@@ -119,4 +121,41 @@ class PerRowMatmuls(Protocol):
 
         Shapes: x (rows, …, in), y (rows, …, out), A (K, r, in), Bt (K, r, out). `index` is int64 (rows,), with −1 for
         rows without an adapter. The low-rank activation and the sum with y are rounded to the dtype of x.
+        """
+
+
+class Int8Steps(Protocol):
+    """Quantization before an int8 matmul, and scales, additions and rounding after it; see `lorakit.ops.int8`.
+
+    The integer results `sums` are int32, and scales and factors are fp32.
+    """
+
+    def int8_quantize(self, x: Tensor, factors: Tensor, q: Tensor, scale: Tensor) -> None:
+        """Write the rows of x·factors in 255 levels to q, int8 (N, d), and their scales to `scale` (N,).
+
+        x is (N, d) and `factors` (d,). The results have the same bits as those of `lorakit.ops.int8.quantize_rows`.
+        """
+
+    def int8_output(
+        self, sums: Tensor, t: Tensor, s: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, y: Tensor
+    ) -> None:
+        """Write t·sums·s + bias + left·right to y (N, out), rounded once.
+
+        Shapes: sums (N, out), t (N,), s (out,), bias (out,), left (N, k) with k even, right (k/2, out, 2): element
+        (i, o, j) is the factor of column 2·i + j of `left` in output o.
+        """
+
+    def int8_add(self, sums: Tensor, u: Tensor, g: Tensor, partial: Tensor | None, total: Tensor) -> None:
+        """Write u·sums·g, plus `partial` if given, to `total`, which may be `partial`.
+
+        Shapes: sums, partial and total (N, d), u (N,), g (d,). All results are fp32.
+        """
+
+    def int8_input_gradient(
+        self, sums: Tensor, u: Tensor, g: Tensor, columns: Tensor, kept: Tensor, partial: Tensor | None, dx: Tensor
+    ) -> None:
+        """Add u·sums·g, `partial` if given, and `columns` at the positions `kept` to dx (N, d), rounded once.
+
+        Shapes: sums and partial (N, d), u (N,), g (d,), columns (N, k), kept int64 (k,). `columns` and `partial` are
+        fp32.
         """

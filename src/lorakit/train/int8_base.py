@@ -1,0 +1,310 @@
+"""The int8 matmuls of a run's base (`--base-matmul int8`): whether they can be used, calibration, check and record.
+
+The base is quantized after the adapter was attached or loaded, so that data-dependent inits and the fingerprint of the
+base see the original weights. The calibration rows are the first rows of the run's data order. All processes use the
+same rows. The input scales are saved in the run directory, so that a resumed run has the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit import durable
+from lorakit.core.files.tensor_file import encode, read_tensors
+from lorakit.core.inits import init_named
+from lorakit.core.model.fingerprint import record_original_base
+from lorakit.core.model.index import AdapterIndex, state_of
+from lorakit.core.operations.int8_base import Int8Base, base_bytes, quantize_base
+from lorakit.core.operations.int8_calibration import base_losses
+from lorakit.core.operations.int8_scales import int8_scales, quantize_with_scales
+from lorakit.core.variants import moving_variant
+from lorakit.errors import AdapterFileError, RunError, UsageError
+from lorakit.ops.int8 import why_no_int8_matmuls
+from lorakit.tables import format_bytes, format_count
+from lorakit.train.run_folder import INT8_FILE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from lorakit.config import LoraConfig
+    from lorakit.data import Batch
+    from lorakit.train.progress import Progress
+    from lorakit.train.run_spec import RunSpec
+    from lorakit.train.settings import TrainSettings
+
+CALIBRATION_TOKENS = 2048
+"""Number of tokens from which on no further calibration row is used."""
+
+NAME = "int8 (W8A8)"
+"""Name of the matmuls in reports."""
+
+_MAX_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class RunInt8:
+    """The int8 base of a run.
+
+    Attributes:
+        record: Plain JSON values for `run.json` and `lorakit.json`: `layers`, `kept`, `smoothing`, `rows`, `tokens`,
+            `rows_sha256`, `loss` and `int8_loss` on the calibration rows, `loss_bound`, `scales_sha256`, `bytes_before`
+            and `bytes_after`, and `worst`, the sites with the largest outliers.
+        scales: Contents of the file with the input scales.
+        originals: Path -> original module, if they are kept.
+    """
+
+    record: Mapping[str, Any]
+    scales: bytes = field(repr=False)
+    originals: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
+
+    @property
+    def bytes_after(self) -> int:
+        """Size of the base's weights in memory, in bytes."""
+        return int(self.record["bytes_after"]) + sum(
+            tensor.numel() * tensor.element_size()
+            for module in self.originals.values()
+            for name, tensor in module.named_parameters()
+            if name != "bias"  # the int8 layer holds it too
+        )
+
+    def lines(self) -> list[str]:
+        """Return a report in two lines: what is multiplied in int8, and the losses on the calibration rows."""
+        values = self.record
+        loss, in_int8 = values["loss"], values["int8_loss"]
+        return [
+            f"Base matmuls: {NAME} in {format_count(values['layers'], 'layer')}, calibrated on "
+            f"{format_count(values['rows'], 'row')} ({values['tokens']:,} tokens); base "
+            f"{format_bytes(values['bytes_before'])} → {format_bytes(values['bytes_after'])}.",
+            f"Loss on the calibration rows: {loss:.4f} → {in_int8:.4f} in int8 ({in_int8 - loss:+.4f}; bound "
+            f"{values['loss_bound']:g}).",
+        ]
+
+    def write(self, folder: Path) -> None:
+        """Write the input scales to the run directory.
+
+        Args:
+            folder: The run directory.
+
+        Raises:
+            DiskError: The file cannot be written.
+        """
+        durable.write_bytes(folder / INT8_FILE, self.scales)
+
+
+def chosen_matmul(
+    settings: TrainSettings, device: torch.device, record: Mapping[str, Any] | None, say: Callable[[str], None]
+) -> str:
+    """Return how the base of a run is multiplied: "int8", or "dtype" if the settings or the machine say so.
+
+    Args:
+        settings: The run's settings.
+        device: The run's device.
+        record: Contents of `run.json` if the run is resumed, or None.
+        say: Receives a message if the machine does not support int8 matmuls.
+
+    Raises:
+        RunError: The run began with int8 matmuls, and this machine does not support them.
+    """
+    if settings.base_matmul != "int8":
+        return "dtype"
+    before = None if record is None else (record.get("resolved") or {}).get("base_matmul", "dtype")
+    if before == "dtype":
+        return "dtype"
+    why = unsupported(device)
+    if not why:
+        return "int8"
+    if before == "int8":
+        raise RunError(
+            f"cannot resume {settings.output_dir}: its base is multiplied in int8, but {why}; resume it on the machine "
+            "that started it, or start a new run.",
+            what="int8",
+            where=settings.output_dir,
+            field="base_matmul",
+        )
+    say(f"Base matmuls: in the dtype of the base, not in int8, because {why}.")
+    return "dtype"
+
+
+def unsupported(device: torch.device) -> str:
+    """Return why int8 matmuls cannot be used on a device, or "" if they can.
+
+    Args:
+        device: Device of this machine.
+    """
+    if device.type != "cpu":
+        return f"they run on a CPU only, and the device is {device}"
+    return why_no_int8_matmuls()
+
+
+def check_adapter(config: LoraConfig) -> None:
+    """Check that an adapter leaves the weights of the base unchanged, because they are quantized.
+
+    Args:
+        config: The adapter's config.
+
+    Raises:
+        UsageError: Its init or its variant changes them.
+    """
+    init, variant = init_named(config.init_lora_weights), moving_variant(config)
+    if not init.changes_base and variant is None:
+        return
+    name = f"init_lora_weights={init.name!r}" if variant is None else variant.title
+    raise UsageError(
+        f"{name} changes the base weights, which cannot be combined with base_matmul int8, because they are quantized; "
+        "omit one of them.",
+        what=init.name if variant is None else variant.title,
+        field="base_matmul",
+    )
+
+
+def calibration_rows(rows: Sequence[Batch]) -> list[Batch]:
+    """Return the first rows with at least `CALIBRATION_TOKENS` tokens together, or all of them.
+
+    Args:
+        rows: Batches of one row, in the run's data order.
+    """
+    found, tokens = list[Any](), 0
+    for row in rows:
+        if tokens >= CALIBRATION_TOKENS:
+            break
+        found.append(row)
+        tokens += row.tokens
+    return found
+
+
+def quantized_base(
+    model: nn.Module,
+    spec: RunSpec,
+    rows: Sequence[Batch],
+    loss: Callable[[nn.Module, Batch], Tensor],
+    progress: Progress,
+) -> RunInt8:
+    """Quantize the base of a run for int8 matmuls; a resumed run uses the input scales in its directory.
+
+    Args:
+        model: The model with its adapter, changed in place.
+        spec: The run's specification.
+        rows: Batches of one row, in the run's data order, that contribute to the loss.
+        loss: Function of the model and a batch that returns the mean loss, a scalar.
+        progress: Receives the report.
+
+    Returns:
+        The record, and the scales to write.
+
+    Raises:
+        RunError: The loss rises above the bound, or the scales in the directory of a resumed run are damaged.
+        LorakitError: The base cannot be quantized; the error class and message say why.
+    """
+    keep = spec.settings.keep_bf16_base
+    record_original_base(AdapterIndex.of(model), state_of(model))
+    recorded = (spec.record or {}).get("int8")
+    if recorded:
+        made = _requantized(model, spec.folder, recorded, keep)
+    else:
+        progress.busy("calibrating int8 matmuls")
+        made = _calibrated(model, spec, calibration_rows(rows), loss)
+    for line in made.lines():
+        progress.say(line)
+    for path, ratio in made.record["worst"].items():
+        progress.detail(f"int8: largest input channel of {path}: {ratio:,.0f} times the median channel")
+    return made
+
+
+def _calibrated(
+    model: nn.Module, spec: RunSpec, rows: Sequence[Batch], loss: Callable[[nn.Module, Batch], Tensor]
+) -> RunInt8:
+    inputs = [{"input_ids": row.input_ids, "attention_mask": row.attention_mask} for row in rows]
+    batches = dict(zip(map(id, inputs), rows, strict=True))
+
+    def forward(module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        return loss(module, batches[id(batch)])
+
+    base = quantize_base(model, inputs, keep=spec.settings.keep_bf16_base, forward=forward)
+    weights = [row.trained_tokens for row in rows]
+    before, after = (_mean(losses, weights) for losses in (base.losses, base_losses(model, inputs, forward)))
+    scales = encode(int8_scales(model), {})
+    record = {
+        "layers": len(base.paths),
+        "kept": base.kept,
+        "smoothing": base.smoothing,
+        "rows": len(rows),
+        "tokens": sum(row.tokens for row in rows),
+        "rows_sha256": _digest(rows),
+        "loss": before,
+        "int8_loss": after,
+        "loss_bound": spec.settings.int8_loss_bound,
+        "scales_sha256": durable.sha256_bytes(scales),
+        "bytes_before": base.bytes_before,
+        "bytes_after": base.bytes_after,
+        "worst": dict(base.worst),
+    }
+    _check_loss(record, base)
+    return RunInt8(record, scales, base.originals)
+
+
+def _check_loss(record: Mapping[str, Any], base: Int8Base) -> None:
+    """Check that the loss on the calibration rows has not risen by more than the bound; NaN is above any bound."""
+    rise, bound = record["int8_loss"] - record["loss"], record["loss_bound"]
+    if rise <= bound:
+        return
+    site, ratio = next(iter(base.worst.items()))
+    raise RunError(
+        f"int8 matmuls raise the loss on the {record['tokens']:,} calibration tokens from {record['loss']:.4f} to "
+        f"{record['int8_loss']:.4f} ({rise:+.4f} nats per token; bound {bound:g}). The largest outliers are in {site} "
+        f"({ratio:,.0f} times the median channel). Omit --base-matmul int8, or pass --int8-loss-bound with a value "
+        f"above {rise:.4f} to train nevertheless.",
+        what=rise,
+        where=site,
+        field="int8_loss_bound",
+    )
+
+
+def _requantized(model: nn.Module, folder: Path, recorded: Mapping[str, Any], keep: bool) -> RunInt8:
+    """Quantize the base with the scales that the run has saved."""
+    path = folder / INT8_FILE
+    advice = "restore it, or start a new run in another --output-dir"
+    try:
+        data = durable.read_bytes(path, _MAX_BYTES)
+        file = read_tensors(path, _MAX_BYTES)
+    except AdapterFileError as cause:
+        raise RunError(f"cannot resume {folder}: {cause} {advice}.", where=path, field="base_matmul") from cause
+    if file.sha256 != recorded.get("scales_sha256"):
+        raise RunError(
+            f"cannot resume {folder}: {path} was changed (its SHA-256 differs from that in run.json); {advice}.",
+            what=file.sha256,
+            where=path,
+            field="base_matmul",
+        )
+    return RunInt8(dict(recorded), data, quantize_with_scales(model, file.tensors, keep=keep))
+
+
+def restore(model: nn.Module, int8: RunInt8) -> None:
+    """Put the original modules of a base back, to evaluate the adapter on them.
+
+    Args:
+        model: The model with its adapter; changed in place.
+        int8: The int8 base, with its originals.
+    """
+    paths, values = tuple(int8.originals), int8.record
+    size = base_bytes(AdapterIndex.of(model))
+    sizes = values["bytes_before"], size
+    base = Int8Base(model, paths, {}, values["kept"], values["smoothing"], 0, (), {}, *sizes, dict(int8.originals))
+    base.restore()
+
+
+def _mean(losses: Sequence[float], weights: Sequence[int]) -> float:
+    return sum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / sum(weights)
+
+
+def _digest(rows: Sequence[Batch]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row.input_ids.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,97 @@
+"""A run with int8 matmuls on the command line: plan, train, merge into the original base, and eval."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorakit import core, hub
+from lorakit.cli import main
+from lorakit.train.int8_base import unsupported
+
+needs_units = pytest.mark.skipif(bool(unsupported(torch.device("cpu"))), reason="the processor has no int8 units")
+
+
+@pytest.fixture
+def flags(tmp_path: Path, wide_model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Flags of a short run with int8 matmuls on a small model."""
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)  # plotting takes longer than training
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 30, encoding="utf-8")
+    given = {
+        "model": wide_model_directory,
+        "data": text,
+        "eval-data": text,
+        "output-dir": tmp_path / "run",
+        "base-matmul": "int8",
+        "int8-loss-bound": "1",
+        "dtype": "bfloat16",
+        "max-length": 24,
+        "max-steps": 4,
+        "eval-steps": 2,
+        "learning-rate": 0.02,
+        "r": 4,
+    }
+    return ["train", *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
+
+
+@needs_units
+def test_an_adapter_trained_in_int8_merges_into_the_original_base(
+    flags: list[str], tmp_path: Path, wide_model_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags) == 0
+    said = capsys.readouterr().out
+    assert "Base matmuls: int8 (W8A8) in 14 layers" in said and "Loss on the calibration rows" in said
+    adapter, merged = tmp_path / "run" / "adapter", tmp_path / "merged"
+    model = ["--model", str(wide_model_directory)]
+    assert main(["merge", *model, "--adapter", str(adapter), "--output-dir", str(merged), "--dtype", "float32"]) == 0
+    base = hub.load_model(wide_model_directory, "float32")
+    core.load_adapter(base, adapter, "a")
+    ids = torch.arange(1, 21)[None]
+    with torch.no_grad():
+        expected, found = base(ids).logits, hub.load_model(merged, "float32")(ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    capsys.readouterr()
+    data = ["--data", str(tmp_path / "text.txt"), "--max-length", "24"]
+    assert main(["eval", *model, *data, "--adapter", str(adapter), "--dtype", "bfloat16", "--json"]) == 0
+    text = capsys.readouterr()
+    record: dict[str, Any] = json.loads((tmp_path / "run" / "run.json").read_text())
+    trained = record["result"]["adapter_loss"]
+    losses = losses_in(json.loads(text.out))
+    assert any(math.isclose(loss, trained, abs_tol=0.05) for loss in losses), (losses, trained)
+
+
+def losses_in(value: Any) -> list[float]:
+    """All values of the key `loss` in a JSON document."""
+    if isinstance(value, list):
+        return [loss for one in value for loss in losses_in(one)]
+    if not isinstance(value, dict):
+        return []
+    own = [value["loss"]] if isinstance(value.get("loss"), float) else []
+    return own + [loss for one in value.values() for loss in losses_in(one)]
+
+
+@needs_units
+def test_a_bound_that_is_exceeded_ends_with_the_override(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorakit.train.int8_base.base_losses", lambda _, batches, __: [9.0] * len(batches))
+    assert main([word if word != "1" else "0.005" for word in flags]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--int8-loss-bound" in said and not (tmp_path / "run").exists()
+
+
+def test_a_plan_of_int8_matmuls(wide_model_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {}
+    for how in ("dtype", "int8"):
+        assert main(["plan", str(wide_model_directory), "--base-matmul", how, "--dtype", "bfloat16", "--json"]) == 0
+        planned = json.loads(capsys.readouterr().out)
+        sizes[how] = {line["cause"]: line["size_bytes"] for line in planned["lora"]["memory"]["lines"]}["weights"]
+        assert planned["job"]["base_matmul"] == how
+    assert sizes["int8"] < sizes["dtype"]
+    assert main(["plan", str(wide_model_directory), "--base-matmul", "int8", "--quantization", "nf4"]) == 2
