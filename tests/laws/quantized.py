@@ -14,16 +14,30 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.model.base_view import quantized_linear, quantized_weights
+from lorakit.core.quantization.int8 import int8_matmul_linear
+from lorakit.ops.int8 import input_scales
 from lorakit.plan.quantized import STORAGES, Quantization, Storage
+from lorakit.targets.layer_types import DENSE as DENSE_KINDS
 
 from .snapshots import bits
 from .zoo import Specimen
 
-WRITTEN = {"nf4": 0.11, "fp4": 0.14, "hqq4": 0.11, "int8": 0.01, "int8-torchao": 0.01, "hqq8": 0.01}
+WRITTEN = {
+    "nf4": 0.11,
+    "fp4": 0.14,
+    "hqq4": 0.11,
+    "int8": 0.01,
+    "int8-torchao": 0.01,
+    "hqq8": 0.01,
+    "int8-matmul": 0.02,
+}
 """Relative error that writing a merged weight into each storage may make."""
 
-EVALUATED = {"int8": 0.02}
-"""Where a forward in eval mode rounds what the plain product does not: bitsandbytes' int8 rounds activations too."""
+EVALUATED = {"int8": 0.02, "int8-matmul": 0.04}
+"""Formats that round activations too, bitsandbytes' int8 only in eval mode: error of the output."""
+
+INT8_MATMUL = Storage("int8-matmul", "torch", "int8 matmuls (W8A8)", 8, DENSE_KINDS, False, "nothing", lambda *_: 0)
+"""The format of `quantize_base`, which is not a value of `--quantization`."""
 
 
 def storages() -> list[Any]:
@@ -36,7 +50,7 @@ def storages() -> list[Any]:
                 importlib.util.find_spec(storage.package) is None, reason=f"{storage.package} is not installed"
             ),
         )
-        for storage in STORAGES
+        for storage in (*STORAGES, INT8_MATMUL)
     ]
 
 
@@ -46,10 +60,18 @@ def specimen(storage: Storage) -> Specimen:
     def make() -> nn.Module:
         plain = _plain()
         for name in ("up", "square"):
-            setattr(plain, name, quantized_linear(getattr(plain, name), Quantization(storage.name)))
+            setattr(plain, name, stored_linear(getattr(plain, name), storage))
         return plain
 
     return Specimen(storage.name, make, ("up", "square"), _numbers)
+
+
+def stored_linear(linear: nn.Linear, storage: Storage) -> nn.Module:
+    """Return a version of a dense layer in a weight format."""
+    if storage is not INT8_MATMUL:
+        return quantized_linear(linear, Quantization(storage.name))
+    largest = torch.rand(linear.in_features, generator=torch.Generator().manual_seed(5)) + 0.5
+    return int8_matmul_linear(linear, *input_scales(largest, [linear.weight], kept=4))
 
 
 DENSE = Specimen("dense", lambda: _plain(), ("up", "square"), lambda rows: _numbers(rows))

@@ -13,11 +13,10 @@ from torch import nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.model.base_view import quantized_linear
 from lorakit.errors import MergeError, TargetError
-from lorakit.plan.quantized import Quantization, Storage
+from lorakit.plan.quantized import Storage
 
-from .quantized import DENSE, EVALUATED, WRITTEN, packed_bits, specimen, storages
+from .quantized import DENSE, EVALUATED, WRITTEN, packed_bits, specimen, storages, stored_linear
 from .snapshots import same_bits
 from .tolerances import assert_close
 from .zoo import randomise, run, with_adapters
@@ -295,7 +294,7 @@ def test_a_bias_of_the_adapter_goes_in_and_out(storage: Storage, dense: bool) ->
 def test_the_bias_of_the_base_is_back_after_a_dense_merge(storage: Storage, dtype: torch.dtype) -> None:
     """Its dtype and its bits, in whatever order adapters that have a bias are attached and removed."""
     torch.manual_seed(0)
-    model: Any = nn.ModuleDict({"up": quantized_linear(nn.Linear(64, 128).to(dtype), Quantization(storage.name))})
+    model: Any = nn.ModuleDict({"up": stored_linear(nn.Linear(64, 128).to(dtype), storage)})
     x, before = torch.randn(2, 64, dtype=dtype), model["up"].bias.detach().clone()
     for seed, name in enumerate(("a", "b")):
         fields: dict[str, Any] = {"target_modules": ["up"], "lora_bias": True, "init_lora_weights": False}

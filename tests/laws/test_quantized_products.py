@@ -16,13 +16,12 @@ from torch import nn
 from lorakit import core
 from lorakit.config import BdLoraConfig, LoraConfig, MontecloraConfig, VeloraConfig
 from lorakit.core.kinds import KINDS
-from lorakit.core.model.base_view import quantized_linear
 from lorakit.core.quantization import WEIGHT_FORMATS, weight_format_of
 from lorakit.core.variants import VARIANTS
 from lorakit.errors import ConfigError, LorakitError, MergeError
-from lorakit.plan.quantized import STORAGES, Quantization, Storage
+from lorakit.plan.quantized import STORAGES, Storage
 
-from .quantized import DENSE, EVALUATED, WRITTEN, packed_bits, specimen, storages
+from .quantized import DENSE, EVALUATED, WRITTEN, packed_bits, specimen, storages, stored_linear
 from .snapshots import same_bits
 from .zoo import randomise, run, with_adapters
 
@@ -74,7 +73,7 @@ def test_nothing_is_left_out_unsaid() -> None:
     assert {kind.name for kind in KINDS} == {"Linear", "Conv1D", *NEVER_QUANTIZED}
     rows = {"bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao", "HQQ"}
     packed = {"fp8 with block scales", "fp8 experts", "GPTQ", "AWQ", "compressed-tensors"}  # tests/core/quantization
-    assert {base.name for base in WEIGHT_FORMATS if base.quantized} == rows | packed
+    assert {base.name for base in WEIGHT_FORMATS if base.quantized} == rows | packed | {"int8 matmul (W8A8)"}
     assert {storage.package for storage in STORAGES} == {"bitsandbytes", "torchao", "hqq"}
 
 
@@ -151,7 +150,7 @@ def test_a_conv1d_that_bitsandbytes_stores_is_a_linear_and_comes_back(
 
     def model() -> nn.Module:
         torch.manual_seed(0)
-        stored: Any = quantized_linear(nn.Linear(64, 128), Quantization(storage.name))
+        stored: Any = stored_linear(nn.Linear(64, 128), storage)
         stored.source_cls = Conv1D  # as transformers marks the layers that it quantized
         return nn.Sequential(OrderedDict(up=stored)).eval()
 
@@ -176,10 +175,10 @@ def test_sites_that_act_on_their_weight_are_refused_by_name_and_nothing_changes(
     model = kind.model()
     before, given = packed_bits(model), kind.given()
     output = run(model, given)
-    hqq = storage.package == "hqq"  # its packed parameter has another name
+    renamed = storage.package in ("hqq", "torch")  # the packed parameter has another name
     text = (
         "target_parameters entry 'up.weight' matches no parameter"
-        if hqq
+        if renamed
         else r"up is stored as .* adapted through its weight"
     )
     config = LoraConfig(r=2, target_modules=[], target_parameters=["up.weight"])
@@ -191,7 +190,7 @@ def test_sites_that_act_on_their_weight_are_refused_by_name_and_nothing_changes(
     with pytest.raises(LorakitError):
         core.load_adapter(model, tmp_path)
     inside = nn.Sequential(OrderedDict(mha=nn.MultiheadAttention(64, 2)))
-    inside.mha.out_proj = quantized_linear(inside.mha.out_proj, Quantization(storage.name))
+    inside.mha.out_proj = stored_linear(inside.mha.out_proj, storage)
     with pytest.raises(LorakitError, match=r"mha.* is stored as .*adapted through its weight"):
         core.attach(inside, LoraConfig(r=2, target_modules=["mha"]))
     assert packed_bits(model) == before and same_bits(run(model, given), output)

@@ -45,10 +45,12 @@ from lorakit.core.operations.comparing import Comparison, compare_adapters, comp
 from lorakit.core.operations.compressing import compress, compress_folder
 from lorakit.core.operations.data_init import collect_for
 from lorakit.core.operations.extracting import ExtractReport, extract, extract_to_folder
+from lorakit.core.operations.int8_base import Int8Base, base_losses, quantize_base
 from lorakit.core.operations.intruders import SiteIntruders, reduce_intruders
 from lorakit.core.operations.tensor_sources import TensorSource, source_of_folder, source_of_model
 from lorakit.core.operations.writing import OperationReport
 from lorakit.core.quantization.compressed import CompressedLinear
+from lorakit.core.quantization.int8 import Int8Linear
 from lorakit.core.quantization.packed import PackedLinear, packed_linear
 from lorakit.core.quantization.packed_integers import AwqLinear, GptqLinear
 from lorakit.core.statistics.moments import Statistics, load_statistics
@@ -65,6 +67,8 @@ __all__ = [
     "ExtractReport",
     "Fingerprint",
     "GptqLinear",
+    "Int8Base",
+    "Int8Linear",
     "Kind",
     "LoadReport",
     "LoraLayer",
@@ -83,6 +87,7 @@ __all__ = [
     "adapters",
     "attach",
     "average",
+    "base_losses",
     "checkpoint_contexts",
     "collect_for",
     "combine",
@@ -110,6 +115,7 @@ __all__ = [
     "packed_linear",
     "penalties",
     "prompt_offset",
+    "quantize_base",
     "read_adapter",
     "read_for_training",
     "reduce_intruders",

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lorakit.architectures.known_forwards import known_forwards
+from lorakit.core import Int8Base
 from lorakit.errors import ModelError
 from lorakit.identity.identities import Fact, Identities, original_class
-from lorakit.ops.cross_entropy import IGNORED
 from lorakit.ops.kernels import compiled
 from lorakit.speed import attention, decoder, encoder, feed_forward, linear, norm, sublayer
 from lorakit.speed.adapter_layers import is_adapted
@@ -30,8 +29,10 @@ from lorakit.speed.contract import contract_for, contract_of_model
 from lorakit.speed.decoder import BoundLayer
 from lorakit.speed.encoder import BoundEncoderLayer
 from lorakit.speed.feed_forward import BoundFeedForward
-from lorakit.speed.last_layer import LastLayer, agree
+from lorakit.speed.int8_matmul import DTYPE, describe_int8, int8_base
+from lorakit.speed.last_layer import LastLayer
 from lorakit.speed.loss import Head, LossWithoutLogits, head_for, last_layer_for, loss_for, output_head
+from lorakit.speed.packing import keeps_sequences_apart, pack_rows
 from lorakit.speed.patching import (
     BOUND,
     RECOMPUTES,
@@ -43,53 +44,8 @@ from lorakit.speed.patching import (
     make_replacement,
     undo,
 )
-from lorakit.speed.probe import Call, ModelOutput, attempt, calls, eval_mode, frozen, token_ids
+from lorakit.speed.probe import Call, ModelOutput, attempt, calls, eval_mode, frozen
 from lorakit.speed.submodules import is_supported
-
-
-def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """Pack all non-padding tokens of a batch into one row.
-
-    Args:
-        input_ids: Token ids (rows, length), padded on one side.
-        attention_mask: Mask (rows, length), 1 for a token and 0 for padding.
-        labels: Labels (rows, length).
-
-    Returns:
-        The arguments for the model (`input_ids` (1, tokens), positions and sequence boundaries), and the labels
-        (1, tokens). The first token of each sequence does not contribute to the loss, because the token before it
-        belongs to another sequence.
-    """
-    kept = attention_mask.bool()
-    lengths = kept.sum(1)
-    lengths = lengths[lengths > 0]
-    boundaries = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    tokens, wanted = input_ids[kept][None], labels[kept].clone()[None]
-    wanted[0, boundaries[:-1].long()] = IGNORED
-    positions = torch.cat([torch.arange(int(n), device=input_ids.device) for n in lengths])[None]
-    longest = int(lengths.max())
-    where = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": longest, "max_length_k": longest}
-    return {"input_ids": tokens, "position_ids": positions, **where}, wanted
-
-
-def keeps_sequences_apart(model: nn.Module, logits: Tensor | None) -> bool:
-    """Return whether a model computes the same logits for two packed sequences as for each sequence alone.
-
-    Must be called inside `eval_mode`.
-
-    Args:
-        model: An accelerated causal model from transformers.
-        logits: Logits (rows, tokens, V) of the unaccelerated model for `token_ids`.
-    """
-    ids = token_ids(model)
-    if not isinstance(logits, Tensor) or logits.shape[:2] != ids.shape:
-        return False
-    mask = torch.ones_like(ids)
-    mask[1, ids.shape[1] // 2 :] = 0  # the model is causal, so the logits of the remaining tokens do not change
-    inputs, _ = pack_rows(ids, mask, ids)
-    packed = attempt(lambda: model(**inputs, use_cache=False).logits[0])
-    # an exception means that the model does not accept these arguments
-    return not isinstance(packed, Exception) and agree(packed, logits[mask.bool()])
 
 
 def _named(*names: str) -> Callable[[nn.Module], bool]:
@@ -98,6 +54,8 @@ def _named(*names: str) -> Callable[[nn.Module], bool]:
 
 
 DECODER_LAYER = "decoder layer"
+
+__all__ = ["Acceleration", "accelerate", "pack_rows"]
 
 FUSED_FORWARDS = (
     FusedForward(
@@ -129,6 +87,8 @@ class Acceleration:
         loss: Loss function that needs no logits and replaces the model's loss function, or None.
         model: The accelerated model; None if nothing was changed.
         release: Message about a release of transformers that lorakit does not know, or "".
+        int8: The base that was quantized for int8 matmuls, or None.
+        int8_skipped: Reason why the base was not quantized although int8 matmuls were requested, or "".
     """
 
     swaps: tuple[tuple[str, Swap], ...]
@@ -139,13 +99,22 @@ class Acceleration:
     loss: LossWithoutLogits | None = None
     model: nn.Module | None = None
     release: str = ""
+    int8: Int8Base | None = None
+    int8_skipped: str = ""
 
     def undo(self) -> None:
-        """Restore the loss function and all modules, including modules inside adapter layers that were added later."""
+        """Restore the loss function and all modules, including modules inside adapter layers that were added later.
+
+        Raises:
+            MergeError: The weights before int8 quantization were not kept, or adapters are merged; the fused forwards
+                are undone, and the base stays in int8.
+        """
         if self.loss is not None:
             self.loss.undo()
         if self.model is not None:
             undo(self.model, [swap for _, swap in self.swaps])
+        if self.int8 is not None:
+            self.int8.restore()
 
     def __str__(self) -> str:
         made = Counter((fused_forward, type(swap.original).__name__) for fused_forward, swap in self.swaps)
@@ -155,6 +124,7 @@ class Acceleration:
         if self.head is not None and self.head.last is not None:
             kind = type(self.head.last.layer).__name__
             lines.append(f"1 × {kind} (last layer): after attention, only labeled rows are computed")
+        lines += describe_int8(self.int8, self.int8_skipped)
         if self.release:
             lines.append(self.release)
         if self.head_skipped:
@@ -164,13 +134,21 @@ class Acceleration:
         return "\n".join(lines)
 
 
-def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool = True) -> Acceleration:
+def accelerate(
+    model: nn.Module,
+    *,
+    logits: bool = True,
+    keep_feed_forward: bool = True,
+    base_matmul: str = DTYPE,
+    calibration: Iterable[Mapping[str, Tensor]] | None = None,
+    keep: bool = False,
+) -> Acceleration:
     """Give supported modules a fused `forward`. The change can be undone.
 
     State dict names, saving and `isinstance` are unaffected. Outputs agree up to rounding; probes check
     this. Adapters may be attached before or after acceleration. A module's own `forward` runs if its fused
     `forward` does not support a call, or if anything that the fused `forward` relies on has changed. If this function
-    raises an exception, the model is unchanged.
+    raises an exception, the model is unchanged, except that an int8 base stays in int8 if `keep` is False.
 
     Args:
         model: A transformers model, with or without adapters from lorakit or peft. It is changed in place; calling
@@ -180,16 +158,38 @@ def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool
         keep_feed_forward: If False, the outputs of the gate and up projections are recomputed in the backward pass
             instead of being saved. These outputs make up most of what a layer saves. The matmuls of the two projections
             then run twice, with bitwise identical results.
+        base_matmul: "dtype", or "int8" to store the frozen linear layers in int8 and to multiply in int8, in both
+            directions (`lorakit.core.quantize_base`). This is an approximation. Without fast and exact int8 matmuls on
+            this processor, the model keeps its dtype, and the result states the reason.
+        calibration: Batches for "int8", as in `quantize_base`.
+        keep: Whether to keep the weights before int8 quantization, so that `undo` can restore them.
 
     Returns:
         The replaced modules, and the skipped modules with reasons. The result can be printed, and its `undo` method
         undoes the changes.
 
     Raises:
+        ConfigError: `base_matmul` is unknown, or int8 was requested for a quantized or trained base, or without
+            calibration batches.
         ModelError: All or part of the model is already accelerated.
     """
     known = Known(Identities(), known_forwards())
-    return accelerate_known(model, known, logits=logits, keep_feed_forward=keep_feed_forward)
+    check_not_accelerated(model)
+    int8, why_not = int8_base(model, base_matmul, calibration, keep)
+    try:
+        made = accelerate_known(model, known, logits=logits, keep_feed_forward=keep_feed_forward)
+    except BaseException:
+        if int8 is not None and keep:
+            int8.restore()
+        raise
+    return replace(made, int8=int8, int8_skipped=why_not)
+
+
+def check_not_accelerated(model: nn.Module) -> None:
+    """Raise ModelError if a part of a model is already accelerated."""
+    kind = type(model).__name__
+    if any(is_replacement(module) for module in model.modules()):
+        raise ModelError(f"{kind} is already accelerated; call undo() on the earlier result first", what=kind)
 
 
 def accelerate_known(model: nn.Module, known: Known, *, logits: bool, keep_feed_forward: bool) -> Acceleration:
@@ -209,9 +209,8 @@ def accelerate_known(model: nn.Module, known: Known, *, logits: bool, keep_feed_
     """
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return _nothing(model, "its weights are sharded; call accelerate before sharding")
-    modules, kind = dict(model.named_modules()), type(model).__name__
-    if any(is_replacement(module) for module in modules.values()):
-        raise ModelError(f"{kind} is already accelerated; call undo() on the earlier result first", what=kind)
+    check_not_accelerated(model)
+    modules = dict(model.named_modules())
     has_adapters = any(is_adapted(module) for module in modules.values())
     # A model without adapters is frozen for the probes, as it will be once it has adapters. Whenever a fused forward
     # runs later, it checks that the weights are frozen.

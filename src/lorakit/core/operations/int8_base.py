@@ -1,0 +1,460 @@
+"""Quantize a base for int8 matmuls (W8A8): calibrate its linear layers on data, and replace them.
+
+The calibration measures the largest input of each channel on the original model, without adapters. Nothing is changed
+until all batches have been run and all values have been checked. The weights are then quantized one after another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.clones import has_observers
+from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.layers.modules_to_save import ModulesToSave
+from lorakit.core.model.activation import disable
+from lorakit.core.model.base_view import base_tensors, quantized_weights
+from lorakit.core.model.checks import check_not_distributed
+from lorakit.core.model.frozen import RECORD
+from lorakit.core.model.index import AdapterIndex, embedding_of, find_state
+from lorakit.core.quantization import is_computed
+from lorakit.core.quantization.int8 import frozen_parameter, int8_matmul_linear
+from lorakit.core.statistics.collecting import Forward, in_mode
+from lorakit.errors import ConfigError, DataError, MergeError, NonFiniteError
+from lorakit.ops.int8 import KEPT_CHANNELS, SMOOTHING, input_scales
+from lorakit.targets.layer_types import CONV1D, LINEAR
+
+WORST_SITES = 8
+"""Number of sites with the largest outliers that a report lists."""
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Config fields with the number of experts, which is the number of outputs of a router."""
+
+NOT_REACHED = "not reached by the calibration batches"
+TRAINED = "requires gradients"
+
+
+@dataclass(frozen=True)
+class Int8Base:
+    """A base that was quantized for int8 matmuls.
+
+    Attributes:
+        model: The model.
+        paths: Paths of the quantized modules.
+        skipped: Path of a linear layer that keeps its dtype -> the reason.
+        kept: Number of input channels per weight that keep their dtype.
+        smoothing: Exponent of the activations' maximum in the input scales.
+        tokens: Number of tokens of the calibration batches, without padding.
+        losses: Loss of the original model on each batch; empty if the batches have no labels.
+        worst: Path of a site -> largest |x| of its input channels divided by the median channel's, largest first.
+        bytes_before: Size of the base's weights before, in bytes.
+        bytes_after: Size of the base's weights after, in bytes; weights that are kept for `restore` are not included.
+        originals: Path -> the original module, if it was kept.
+    """
+
+    model: nn.Module = field(repr=False)
+    paths: tuple[str, ...]
+    skipped: Mapping[str, str]
+    kept: int
+    smoothing: float
+    tokens: int
+    losses: tuple[float, ...]
+    worst: Mapping[str, float]
+    bytes_before: int
+    bytes_after: int
+    originals: dict[str, nn.Module] = field(default_factory=dict, repr=False)
+
+    def restore(self) -> None:
+        """Put the original modules back.
+
+        Raises:
+            MergeError: The originals were not kept, or adapters are merged or use a residual base.
+        """
+        if len(self.originals) != len(self.paths):
+            raise MergeError(
+                f"the original weights of {len(self.paths)} int8 modules were not kept; load the model again, or call "
+                "quantize_base with keep=True.",
+                what="not kept",
+                field="keep",
+            )
+        index = AdapterIndex.of(self.model)
+        _check_unchanged(index)
+        for path, module in self.originals.items():
+            module.train(index.base(path).training)
+            _put(index, path, module)
+
+
+@dataclass
+class _Target:
+    """A linear layer to quantize.
+
+    Attributes:
+        path: Path of the module.
+        module: The `nn.Linear` or `Conv1D`.
+        absmax: Largest |x| of each input channel, (in,), fp32.
+        group: Number of the group of layers that share an input; -1 until the layer has run.
+    """
+
+    path: str
+    module: nn.Module
+    absmax: Tensor
+    group: int = -1
+
+    @property
+    def weight(self) -> Tensor:
+        """Return the weight (out, in)."""
+        W = cast(Tensor, self.module.weight).detach()
+        return W.t() if type(self.module).__name__ == CONV1D else W
+
+
+def quantize_base(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    kept: int = KEPT_CHANNELS,
+    smoothing: float = SMOOTHING,
+    keep: bool = False,
+    forward: Forward | None = None,
+) -> Int8Base:
+    """Replace every frozen linear layer of the model's blocks by an `Int8Linear`, calibrated on batches.
+
+    The output head, embeddings, routers, experts, tied weights, saved modules and layers outside the model's blocks
+    keep their dtype. Layers that get the same input share their input scales. With torch.distributed, all processes
+    must call this function; each calibrates on its own batches, and all get the same scales. If it raises an exception
+    before the weights are quantized, the model is unchanged.
+
+    Args:
+        model: A model with or without adapters, changed in place.
+        batches: Arguments of the model, such as `input_ids`, `attention_mask` (rows, length) and `labels`; iterated
+            once. Padding is not used.
+        kept: Number of input channels per weight that keep their dtype.
+        smoothing: Exponent of the activations' maximum in the input scales, from 0 to 1.
+        keep: Whether to keep the original modules, for `restore`.
+        forward: Runs the model on one batch, and returns its loss, an output with a `loss`, or None.
+
+    Raises:
+        ConfigError: A setting is not valid, the base is quantized already, or no layer can be quantized.
+        DataError: There are no batches.
+        NonFiniteError: An input or a weight is not finite.
+        MergeError: Adapters are merged, or use a residual base.
+    """
+    _check_settings(kept, smoothing)
+    index = AdapterIndex.of(model)
+    _check_base(index)
+    targets, skipped = _targets(index)
+    calibration = _Calibration(targets)
+    losses, tokens = _run(model, batches, forward or run_batch, calibration)
+    tokens = _agreed(targets, tokens)
+    skipped |= {target.path: NOT_REACHED for target in targets if not bool(target.absmax.any())}
+    targets = [target for target in targets if target.path not in skipped]
+    _check_some(targets, skipped)
+    groups = _grouped(targets)
+    scales = [_checked_scales(group, kept, smoothing) for group in groups]
+    worst, before = _worst(targets), base_bytes(index)
+    originals = {target.path: target.module for target in targets} if keep else {}
+    paths = tuple(target.path for target in targets)
+    for group, (gain, left_out) in zip(groups, scales, strict=True):
+        _replace(index, group, gain, left_out, keep)
+    after = base_bytes(AdapterIndex.of(model))
+    return Int8Base(model, paths, skipped, kept, smoothing, tokens, losses, worst, before, after, originals)
+
+
+def base_losses(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward: Forward | None = None
+) -> tuple[float, ...]:
+    """Return the loss of the base, without adapters, on each batch, as `quantize_base` measures it.
+
+    Args:
+        model: A model with or without adapters; unchanged.
+        batches: As in `quantize_base`; a batch without labels has no loss.
+        forward: As in `quantize_base`.
+
+    Raises:
+        DataError: There are no batches.
+    """
+    return _run(model, batches, forward or run_batch, None)[0]
+
+
+def run_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+    """Return the model's output for one batch of keyword arguments, without a key-value cache."""
+    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+    return model(**batch, **({"use_cache": False} if takes_cache and "use_cache" not in batch else {}))
+
+
+def base_bytes(index: AdapterIndex) -> int:
+    """Return the size in bytes of the base's parameters and buffers; shared tensors are counted once."""
+    sizes = {id(tensor): tensor.numel() * tensor.element_size() for _, tensor, _ in base_tensors(index)}
+    return sum(sizes.values())
+
+
+class _Calibration:
+    """Hooks that record the largest input of each channel, and which layers get the same input."""
+
+    def __init__(self, targets: Sequence[_Target]) -> None:
+        self.targets = targets
+        self.mask: Tensor | None = None
+        self.inputs: list[tuple[Tensor, int]] = []
+        self.groups = 0
+
+    def begin(self, batch: Mapping[str, Tensor]) -> None:
+        """Use the attention mask (rows, length) of a batch."""
+        mask = batch.get("attention_mask")
+        self.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self.inputs.clear()
+
+    def hook(self, target: _Target) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """Return the hook of one layer."""
+
+        def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach()
+            if target.group < 0:
+                target.group = self._group(args[0])
+            values = x[self.mask] if self.mask is not None and x.shape[:2] == self.mask.shape else x
+            if values.numel():
+                largest = values.reshape(-1, x.shape[-1]).abs().amax(0).float()
+                torch.maximum(target.absmax, largest.to(target.absmax.device), out=target.absmax)
+
+        return record
+
+    def _group(self, x: Tensor) -> int:
+        """Return the number of the group with the input x (…, in); the last inputs are held, so that ids are unique."""
+        for held, group in self.inputs:
+            if held is x:
+                return group
+        self.groups += 1
+        self.inputs = [*self.inputs[-1:], (x, self.groups)]
+        return self.groups
+
+
+def _run(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward: Forward, calibration: _Calibration | None
+) -> tuple[tuple[float, ...], int]:
+    """Run all batches on the base in evaluation mode; return the losses and the number of tokens."""
+    targets = [] if calibration is None else [(one, calibration.hook(one)) for one in calibration.targets]
+    handles = [target.module.register_forward_pre_hook(hook) for target, hook in targets]
+    losses, tokens, count = list[float](), 0, 0
+    try:
+        with torch.no_grad(), in_mode(model, False), _without_adapters(model):
+            for batch in batches:
+                if calibration is not None:
+                    calibration.begin(batch)
+                found = forward(model, batch)
+                loss = found if isinstance(found, Tensor) and found.ndim == 0 else getattr(found, "loss", None)
+                losses += [] if loss is None else [float(loss)]
+                tokens, count = tokens + _tokens(batch), count + 1
+                del found, loss
+    finally:
+        for handle in handles:
+            handle.remove()
+        if calibration is not None:
+            calibration.inputs.clear()
+    if not count:
+        raise DataError("`batches` is empty; pass at least one batch of calibration data.", field="batches")
+    return tuple(losses), tokens
+
+
+def _without_adapters(model: nn.Module) -> AbstractContextManager[object]:
+    return contextlib.nullcontext() if find_state(model) is None else disable(model)
+
+
+def _tokens(batch: Mapping[str, Tensor]) -> int:
+    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return int(mask.sum())
+    return ids.numel() if isinstance(ids, Tensor) else 0
+
+
+def _agreed(targets: Sequence[_Target], tokens: int) -> int:
+    """Give all processes the largest inputs of any process; return the number of tokens of all processes."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and targets):
+        return tokens
+    joined = torch.cat([target.absmax for target in targets])
+    joined.nan_to_num_(nan=torch.inf)  # whether a maximum with NaN is NaN depends on the backend
+    distributed.all_reduce(joined, distributed.ReduceOp.MAX)
+    for target, part in zip(targets, joined.split([len(target.absmax) for target in targets]), strict=True):
+        target.absmax.copy_(part)
+    count = torch.tensor([tokens], device=joined.device)
+    distributed.all_reduce(count)
+    return int(count)
+
+
+def _targets(index: AdapterIndex) -> tuple[list[_Target], dict[str, str]]:
+    """Return the layers to quantize, and the linear layers that keep their dtype with the reasons."""
+    found, skipped = [], {}
+    blocks = _blocks(index)
+    for candidate in index.candidates:
+        if candidate.kind not in (LINEAR, CONV1D):
+            continue
+        module = index.base(candidate.path)
+        why = _why_not(index, candidate.path, module, blocks)
+        if why:
+            skipped[candidate.path] = why
+        else:
+            weight = cast(Tensor, module.weight)
+            found.append(_Target(candidate.path, module, torch.zeros(candidate.in_features, device=weight.device)))
+    return found, skipped
+
+
+def _blocks(index: AdapterIndex) -> tuple[str, ...]:
+    """Return the starts of the paths in the model's lists of blocks; ("",) if it has no such lists."""
+    found = tuple(f"{path}." for path, module in index.modules.items() if isinstance(module, nn.ModuleList))
+    return found or ("",)
+
+
+def _why_not(index: AdapterIndex, path: str, module: nn.Module, blocks: tuple[str, ...]) -> str:
+    """Return why a linear layer keeps its dtype, or ""."""
+    standing = index.modules[path]
+    parameters = [p for p in module._parameters.values() if p is not None]
+    reasons = {
+        "output head": module is embedding_of(index.model, "output"),
+        "outside the model's blocks": not path.startswith(blocks),
+        "a saved module": _is_inside_copy(index, path),
+        "adapted through its weight": isinstance(standing, LoraLayer) and standing.kind.acts_on != "input",
+        "its weight is computed": is_computed(module),
+        "its class is not nn.Linear": not _is_plain(module),
+        "an expert": ".experts." in f".{path}.",
+        "a router": _is_router(index.model, module),
+        "tied weight": any(len(index.shared.get(id(p), ())) > 1 for p in parameters),
+        TRAINED: any(p.requires_grad for p in parameters),
+        "it has hooks": has_observers(module),
+    }
+    return next((why for why, is_true in reasons.items() if is_true), "")
+
+
+def _is_plain(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind is nn.Linear or (kind.__name__ == CONV1D and kind.__module__ == "transformers.pytorch_utils")
+
+
+def _is_inside_copy(index: AdapterIndex, path: str) -> bool:
+    copies = [at for at, _ in index.every(ModulesToSave)]
+    return any(f"{path}.".startswith(f"{at}.") for at in copies)
+
+
+def _is_router(model: nn.Module, module: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    counts = {getattr(config, name, None) for name in EXPERT_COUNTS} - {None}
+    return getattr(module, "out_features", None) in counts
+
+
+def _grouped(targets: Sequence[_Target]) -> list[list[_Target]]:
+    """Return the layers in groups that share an input and its width; each group's maximum covers all its layers."""
+    groups: dict[tuple[int, int, torch.device], list[_Target]] = {}
+    for target in targets:
+        groups.setdefault((target.group, len(target.absmax), target.absmax.device), []).append(target)
+    return list(groups.values())
+
+
+def _checked_scales(group: Sequence[_Target], kept: int, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Return g (in,) and K (k,) of a group.
+
+    Raises:
+        NonFiniteError: An input or a weight has NaN or infinite values.
+    """
+    for target in group:
+        for what, tensor in (("input", target.absmax), ("weight", target.weight.abs().amax(0))):
+            if not bool(torch.isfinite(tensor).all()):
+                raise NonFiniteError(
+                    f"{target.path}: the {what} has NaN or infinite values, so the base cannot be quantized to int8. "
+                    "Nothing was changed; check the model and the calibration data.",
+                    what=what,
+                    where=target.path,
+                )
+    absmax = torch.stack([target.absmax for target in group]).amax(0)
+    return input_scales(absmax, [target.weight for target in group], kept, smoothing)
+
+
+def _replace(index: AdapterIndex, group: Sequence[_Target], gain: Tensor, kept: Tensor, keep: bool) -> None:
+    """Replace the layers of a group, which share g (in,) and K (k,), and free each original unless it is kept."""
+    shared_gain, shared_kept = frozen_parameter(gain), frozen_parameter(kept)
+    for target in group:
+        original = target.module
+        _put(index, target.path, int8_matmul_linear(original, shared_gain, shared_kept))
+        if not keep:  # other objects may refer to the module
+            original._parameters.clear()
+            original.__dict__.pop(RECORD, None)
+
+
+def _put(index: AdapterIndex, path: str, module: nn.Module) -> None:
+    """Replace the base module at a path, inside its adapter layers if there are any."""
+    standing = index.modules[path]
+    if not isinstance(standing, LoraLayer):
+        index.replace(standing, module)
+        index.modules[path] = module
+        return
+    while isinstance(standing.base_layer, LoraLayer):
+        standing = standing.base_layer
+    standing.base_layer = module
+
+
+def _worst(targets: Sequence[_Target]) -> dict[str, float]:
+    smallest = torch.finfo(torch.float32).tiny
+    ratios = {t.path: float(t.absmax.max() / t.absmax.median().clamp_min(smallest)) for t in targets}
+    largest = sorted(ratios, key=lambda path: ratios[path], reverse=True)[:WORST_SITES]
+    return {path: ratios[path] for path in largest}
+
+
+def _check_settings(kept: int, smoothing: float) -> None:
+    if kept < 0:
+        raise ConfigError.of("kept", kept, "an integer >= 0")
+    if not 0 <= smoothing <= 1:
+        raise ConfigError.of("smoothing", smoothing, "a number from 0 to 1")
+
+
+def _check_base(index: AdapterIndex) -> None:
+    """Check that a base is not quantized, sharded or changed by adapters.
+
+    Raises:
+        ConfigError: The base is quantized.
+        MergeError: Adapters are merged, or use a residual base.
+        NotYetSupported: The weights are distributed over processes.
+    """
+    quantized = next(iter(quantized_weights(index)), None)
+    if quantized is not None:
+        raise ConfigError(
+            f"{quantized.name} is stored as {quantized.base.name}; a quantized base cannot be quantized for int8 "
+            "matmuls. Load the model without quantization.",
+            what=quantized.base.name,
+            where=quantized.name,
+            field="base_matmul",
+        )
+    check_not_distributed(index.plain_modules())
+    _check_unchanged(index)
+
+
+def _check_unchanged(index: AdapterIndex) -> None:
+    """Check that no adapter changes the base, by a merge or by a residual base."""
+    merged = index.merged_adapters()
+    if merged:
+        raise MergeError(
+            f"adapters are merged into the base: {', '.join(merged)}. Unmerge them first.", what=", ".join(merged)
+        )
+    moved = next(((path, layer.moved_by) for path, layer in index.layers() if layer.moved_by), None)
+    if moved is not None:
+        raise MergeError(
+            f"{moved[0]}: adapter {', '.join(moved[1])} uses a residual base, which cannot be quantized. Use an init "
+            "that does not change the base.",
+            what=", ".join(moved[1]),
+            where=moved[0],
+        )
+
+
+def _check_some(targets: Sequence[_Target], skipped: Mapping[str, str]) -> None:
+    if targets:
+        return
+    trained = next((path for path, why in skipped.items() if why == TRAINED), None)
+    why = "the base is trained; call model.requires_grad_(False) first" if trained else "none is a frozen nn.Linear"
+    raise ConfigError(
+        f"no linear layer can be quantized for int8 matmuls: {why}.",
+        what=TRAINED if trained else "no linear layers",
+        where=trained,
+        field="base_matmul",
+    )

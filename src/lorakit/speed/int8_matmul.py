@@ -1,0 +1,55 @@
+"""Int8 matmuls in `accelerate`: check the request and the processor, quantize the base, and describe the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from lorakit.core import Int8Base, quantize_base
+from lorakit.errors import ConfigError
+from lorakit.ops.int8 import why_no_int8_matmuls
+from lorakit.tables import format_bytes
+
+DTYPE, INT8 = "dtype", "int8"
+"""Values of `base_matmul`: matmuls in the dtype of the weights, or in int8."""
+
+
+def int8_base(
+    model: nn.Module, base_matmul: str, calibration: Iterable[Mapping[str, Tensor]] | None, keep: bool
+) -> tuple[Int8Base | None, str]:
+    """Quantize a base for int8 matmuls, if this is requested and the processor multiplies int8 fast and exactly.
+
+    Args:
+        model: The model, changed in place.
+        base_matmul: `DTYPE` or `INT8`.
+        calibration: Calibration batches, which `INT8` needs.
+        keep: Whether to keep the original modules.
+
+    Returns:
+        The quantized base, or None; and the reason why the base was not quantized although it was requested, or "".
+
+    Raises:
+        ConfigError: `base_matmul` is unknown, there is no calibration data, or the base is quantized or trained.
+    """
+    if base_matmul not in (DTYPE, INT8):
+        raise ConfigError.of("base_matmul", base_matmul, allowed=(DTYPE, INT8))
+    if base_matmul == DTYPE:
+        return None, ""
+    if calibration is None:
+        raise ConfigError(
+            "base_matmul 'int8' needs calibration batches: pass calibration=[...], each with the arguments of the "
+            "model, such as input_ids and attention_mask.",
+            what=INT8,
+            field="calibration",
+        )
+    why = why_no_int8_matmuls()
+    return (None, why) if why else (quantize_base(model, calibration, keep=keep), "")
+
+
+def describe_int8(base: Int8Base | None, why_not: str) -> list[str]:
+    """Return the lines of a report about int8 matmuls; empty if they were not requested."""
+    if base is None:
+        return [f"base matmuls: in the dtype of the weights, not in int8 ({why_not})"] if why_not else []
+    sizes = f"{format_bytes(base.bytes_before)} to {format_bytes(base.bytes_after)}"
+    return [f"base matmuls: int8 in {len(base.paths)} modules, calibrated on {base.tokens} tokens; base from {sizes}"]

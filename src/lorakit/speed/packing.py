@@ -1,0 +1,57 @@
+"""Pack the rows of a batch into one row without padding, and check that a model keeps packed sequences apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.ops.cross_entropy import IGNORED
+from lorakit.speed.last_layer import agree
+from lorakit.speed.probe import attempt, token_ids
+
+
+def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """Pack all non-padding tokens of a batch into one row.
+
+    Args:
+        input_ids: Token ids (rows, length), padded on one side.
+        attention_mask: Mask (rows, length), 1 for a token and 0 for padding.
+        labels: Labels (rows, length).
+
+    Returns:
+        The arguments for the model (`input_ids` (1, tokens), positions and sequence boundaries), and the labels
+        (1, tokens). The first token of each sequence does not contribute to the loss, because the token before it
+        belongs to another sequence.
+    """
+    kept = attention_mask.bool()
+    lengths = kept.sum(1)
+    lengths = lengths[lengths > 0]
+    boundaries = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    tokens, wanted = input_ids[kept][None], labels[kept].clone()[None]
+    wanted[0, boundaries[:-1].long()] = IGNORED
+    positions = torch.cat([torch.arange(int(n), device=input_ids.device) for n in lengths])[None]
+    longest = int(lengths.max())
+    where = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": longest, "max_length_k": longest}
+    return {"input_ids": tokens, "position_ids": positions, **where}, wanted
+
+
+def keeps_sequences_apart(model: nn.Module, logits: Tensor | None) -> bool:
+    """Return whether a model computes the same logits for two packed sequences as for each sequence alone.
+
+    Must be called inside `eval_mode`.
+
+    Args:
+        model: An accelerated causal model from transformers.
+        logits: Logits (rows, tokens, V) of the unaccelerated model for `token_ids`.
+    """
+    ids = token_ids(model)
+    if not isinstance(logits, Tensor) or logits.shape[:2] != ids.shape:
+        return False
+    mask = torch.ones_like(ids)
+    mask[1, ids.shape[1] // 2 :] = 0  # the model is causal, so the logits of the remaining tokens do not change
+    inputs, _ = pack_rows(ids, mask, ids)
+    packed = attempt(lambda: model(**inputs, use_cache=False).logits[0])
+    # an exception means that the model does not accept these arguments
+    return not isinstance(packed, Exception) and agree(packed, logits[mask.bool()])

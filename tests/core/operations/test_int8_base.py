@@ -1,0 +1,236 @@
+"""Quantizing the linear layers of a model for int8 matmuls."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorakit import core
+from lorakit.config import LoraConfig
+from lorakit.core.operations.int8_base import NOT_REACHED, TRAINED, Int8Base, base_losses, quantize_base
+from lorakit.core.quantization.int8 import Int8Linear
+from lorakit.errors import ConfigError, DataError, MergeError, NonFiniteError
+from lorakit.ops.int8 import input_scales
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def llama(**fields: Any) -> Any:
+    """Return a small frozen model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **fields})).requires_grad_(False).eval()
+
+
+def batches(count: int = 2, length: int = 12, seed: int = 1) -> list[dict[str, Tensor]]:
+    """Return batches of two rows with labels; the second row is shorter."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        ids = torch.randint(0, 96, (2, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[1, length - 3 :] = 0
+        found.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
+    return found
+
+
+def bits(model: nn.Module) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=batches()[0]["input_ids"]).logits
+
+
+def test_the_linear_layers_of_the_blocks_are_replaced_and_the_head_is_not() -> None:
+    model = llama()
+    before = logits(model)
+    report = quantize_base(model, batches())
+    assert set(report.paths) == {
+        f"model.layers.{i}.{'self_attn' if leaf[0] in 'qkvo' else 'mlp'}.{leaf}" for i in range(2) for leaf in LEAVES
+    }
+    assert all(isinstance(model.get_submodule(path), Int8Linear) for path in report.paths)
+    assert type(model.lm_head) is nn.Linear and dict(report.skipped) == {"lm_head": "output head"}
+    assert report.tokens == 2 * (12 + 9)
+    assert 0 < (logits(model) - before).norm() < 0.05 * before.norm()
+    assert report.bytes_after < 0.75 * report.bytes_before  # embeddings and head are large here
+    assert list(report.worst.values()) == sorted(report.worst.values(), reverse=True)
+
+
+def test_layers_with_one_input_share_its_scales() -> None:
+    model = llama()
+    quantize_base(model, batches())
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        assert attention.q_proj.gain is attention.k_proj.gain is attention.v_proj.gain
+        assert attention.q_proj.kept is attention.v_proj.kept
+        assert mlp.gate_proj.gain is mlp.up_proj.gain
+    gains = {id(module.gain) for module in model.modules() if isinstance(module, Int8Linear)}
+    assert len(gains) == 2 * 4
+
+
+def test_the_scales_are_those_of_the_largest_inputs_of_the_original_model_without_padding() -> None:
+    model, plain, found = llama(), llama(), batches()
+    seen = torch.zeros(64)
+    for batch in found:
+        states: list[Tensor] = []
+        handle = plain.model.layers[1].mlp.gate_proj.register_forward_pre_hook(
+            lambda _, args, states=states: states.append(args[0])
+        )
+        with torch.no_grad():
+            plain(**batch)
+        handle.remove()
+        seen = torch.maximum(seen, states[0][batch["attention_mask"].bool()].abs().amax(0))
+    quantize_base(model, found, kept=4, smoothing=0.7)
+    mlp = plain.model.layers[1].mlp
+    gain, kept = input_scales(seen, [mlp.gate_proj.weight, mlp.up_proj.weight], 4, 0.7)
+    made = model.model.layers[1].mlp.gate_proj
+    assert torch.equal(made.gain, gain) and torch.equal(made.kept, kept)
+
+
+def test_the_losses_are_those_of_the_original_model() -> None:
+    model, plain = llama(), llama()
+    report = quantize_base(model, batches())
+    assert report.losses == base_losses(plain, batches())
+    assert report.losses == tuple(float(plain(**batch).loss) for batch in batches())
+    again = base_losses(model, batches())
+    assert again != report.losses
+    assert max(abs(a - b) for a, b in zip(again, report.losses, strict=True)) < 0.01
+    assert quantize_base(llama(), [{"input_ids": batches()[0]["input_ids"]}]).losses == ()
+
+
+def test_the_same_batches_give_the_same_bits() -> None:
+    first, second = llama(), llama()
+    quantize_base(first, batches())
+    quantize_base(second, batches())
+    assert bits(first) == bits(second)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_originals_are_freed_unless_they_are_kept(keep: bool) -> None:
+    model = llama()
+    weights = [weakref.ref(model.model.layers[0].mlp.up_proj.weight)]
+    before = logits(model)
+    report = quantize_base(model, batches(), keep=keep)
+    gc.collect()
+    assert (weights[0]() is not None) == keep
+    if keep:
+        report.restore()
+        assert torch.equal(logits(model), before)
+        assert not any(isinstance(module, Int8Linear) for module in model.modules())
+        return
+    with pytest.raises(MergeError, match="not kept") as raised:
+        report.restore()
+    assert raised.value.field == "keep"
+
+
+def broken_second_batch() -> list[Mapping[str, Tensor]]:
+    return [batches()[0], {"input_ids": torch.full((1, 3), 10_000)}]
+
+
+@pytest.mark.parametrize("case", ["batch", "empty", "weight", "input"])
+def test_a_failed_call_changes_nothing(case: str) -> None:
+    model = llama().train()
+    given: list[Any] = batches()
+    wanted: type[Exception] = NonFiniteError
+    if case == "batch":
+        given, wanted = broken_second_batch(), IndexError
+    elif case == "empty":
+        given, wanted = [], DataError
+    elif case == "weight":
+        model.model.layers[1].mlp.down_proj.weight.data[3, 5] = torch.nan
+    else:
+        model.model.layers[1].post_attention_layernorm.weight.data[3] = torch.inf
+    before = bits(model)
+    with pytest.raises(wanted):
+        quantize_base(model, given)
+    assert bits(model) == before and all(module.training for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(isinstance(module, Int8Linear) for module in model.modules())
+
+
+def attached(model: nn.Module, *names: str, **fields: Any) -> nn.Module:
+    """Attach adapters with random B to a model."""
+    for seed, name in enumerate(names):
+        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **fields)
+        core.attach(model, config, name, seed=seed)
+    return model
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
+def test_adapters_may_be_attached_before_or_after(dora: bool) -> None:
+    first = attached(llama(), "a", "b", use_dora=dora)
+    before = logits(first)
+    report = quantize_base(first, batches(), keep=True)
+    second = llama()
+    quantize_base(second, batches())
+    attached(second, "a", "b", use_dora=dora)
+    if not dora:  # the magnitude of DoRA is that of the weight at the time
+        for route in (["a", "b"], [None, "a"]):
+            with core.route(first, route):
+                one = logits(first)
+            with core.route(second, route):
+                assert torch.equal(one, logits(second))
+    with core.disable(first), core.disable(second):
+        assert torch.equal(logits(first), logits(second))
+    report.restore()
+    assert torch.equal(logits(first), before)
+
+
+def test_layers_that_are_not_converted_are_reported_with_the_reason() -> None:
+    model = llama()
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+    model.model.layers[0].mlp.down_proj.weight = model.model.layers[1].mlp.down_proj.weight
+    model.model.layers[1].mlp.unused = nn.Linear(8, 8).requires_grad_(False)
+    model.model.layers[1].self_attn.o_proj.register_forward_hook(lambda *_: None)
+    model.model.projector = nn.Linear(64, 64).requires_grad_(False)
+    report = quantize_base(model, batches())
+    assert dict(report.skipped) == {
+        "lm_head": "output head",
+        "model.layers.0.mlp.up_proj": TRAINED,
+        "model.layers.0.mlp.down_proj": "tied weight",
+        "model.layers.1.mlp.down_proj": "tied weight",
+        "model.layers.1.mlp.unused": NOT_REACHED,
+        "model.layers.1.self_attn.o_proj": "it has hooks",
+        "model.projector": "outside the model's blocks",
+    }
+
+
+def test_a_trained_base_a_quantized_base_and_merged_adapters_are_rejected() -> None:
+    with pytest.raises(ConfigError, match="requires_grad_") as raised:
+        quantize_base(llama().requires_grad_(True), batches())
+    assert raised.value.what == TRAINED
+    model = llama()
+    quantize_base(model, batches())
+    with pytest.raises(ConfigError, match="quantized") as raised:
+        quantize_base(model, batches())
+    assert raised.value.field == "base_matmul"
+    merged = attached(llama(), "a")
+    core.merge(merged, "a")
+    with pytest.raises(MergeError, match="a"):
+        quantize_base(merged, batches())
+    for field, value in (("kept", -1), ("smoothing", 1.5)):
+        with pytest.raises(ConfigError) as raised:
+            quantize_base(llama(), batches(), **{field: value})
+        assert raised.value.field == field
+
+
+def test_a_report_can_be_printed() -> None:
+    report = quantize_base(llama(), batches())
+    assert isinstance(report, Int8Base) and "originals" not in repr(report)
