@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.architectures.known_forwards import LOSS, MODEL, PART, KnownForwards, unknown_release
-from lorakit.core import LoraLayer
+from lorakit.core import Int8Linear, LoraLayer
 from lorakit.identity.contract import SETTINGS
 from lorakit.identity.identities import Identities, Identity, original_class
 from lorakit.speed.adapter_layers import is_adapted, is_peft_linear
@@ -367,7 +367,7 @@ class Known:
         return f"the source of {name} is not known"
 
     def _why_not(self, module: nn.Module, role: str) -> str | None:
-        if isinstance(module, LoraLayer):
+        if isinstance(module, LoraLayer) or type(module) is Int8Linear:
             return None  # its source is that of lorakit
         found, name = self.identities.of(module), original_class(module).__name__
         if not found.digest:

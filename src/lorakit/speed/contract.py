@@ -14,6 +14,7 @@ from types import FunctionType
 
 from torch import nn
 
+from lorakit.core import Int8Linear
 from lorakit.identity.contract import Contract, contract_of, facts_of
 from lorakit.identity.identities import MISSING, Fact, Identities, Identity
 from lorakit.speed.adapter_layers import is_adapted, is_peft_linear
@@ -65,7 +66,8 @@ def is_operand(module: nn.Module) -> bool:
     Args:
         module: Any module.
     """
-    return is_adapted(module) or isinstance(module, nn.Linear) or type(module).__name__ == CONV1D
+    is_linear = isinstance(module, (nn.Linear, Int8Linear)) or type(module).__name__ == CONV1D
+    return is_linear or is_adapted(module)
 
 
 def bypassed_modules(module: nn.Module, fused: Collection[int] | None) -> Iterator[tuple[nn.Module, str, nn.Module]]:

@@ -1,9 +1,9 @@
 """Operands that linear modules contribute to a fused operation, and fused linear modules with adapters.
 
-A linear module may have an adapter from lorakit or peft. A module has operands only if it is frozen, unquantized,
-unmerged and without hooks, and if it applies at most one adapter, which must be plain LoRA and the same for all rows.
-Otherwise, it has no operands and is called normally. All state is read on every call: which adapters are active,
-disabled or merged, and their scales.
+A linear module may have an adapter from lorakit or peft. A module has operands only if it is frozen, dense or an
+`Int8Linear`, unmerged and without hooks, and if it applies at most one adapter, which must be plain LoRA and the same
+for all rows. Otherwise, it has no operands and is called normally. All state is read on every call: which adapters are
+active, disabled or merged, and their scales.
 
 peft's layers are recognized by `lorakit.speed.adapter_layers`; peft is not imported.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from lorakit.core.clones import share_dropped
 from lorakit.core.layers.called_factors import called_factors
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.weight_layer import WeightLayer
+from lorakit.core.quantization.int8 import Int8Linear
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import resolve
 from lorakit.ops.adapted import Adapted, LowRank, factors
@@ -66,14 +67,16 @@ def operand(module: nn.Module, route: Route | None) -> Adapted | None:
 
 
 def frozen_linear(module: nn.Module) -> Adapted | None:
-    """Return the operands of a frozen nn.Linear or Conv1D, or None for any other module.
+    """Return the operands of a frozen nn.Linear, Int8Linear or Conv1D, or None for any other module.
 
-    The operands are W, (out, in) for nn.Linear or (in, out) for Conv1D, and bias (out,).
+    The operands are W, (out, in) or, for Conv1D, (in, out), and bias (out,).
 
     Args:
         module: Any module; the caller checks its hooks.
     """
     kind = type(module)
+    if kind is Int8Linear:
+        return _int8_linear(cast(Int8Linear, module))
     is_linear = kind.forward is nn.Linear.forward
     if not is_linear and not (kind.__name__ == CONV1D and kind.__module__ == "transformers.pytorch_utils"):
         return None
@@ -84,6 +87,14 @@ def frozen_linear(module: nn.Module) -> Adapted | None:
     if bias is not None and bias.requires_grad:
         return None
     return Adapted(weight, bias, None, not is_linear)
+
+
+def _int8_linear(module: Int8Linear) -> Adapted | None:
+    """Return the operands of an int8 layer, or None if a parameter is trained or is not an ordinary one."""
+    parameters = module._parameters.values()
+    if any(each is not None and (type(each) is not nn.Parameter or each.requires_grad) for each in parameters):
+        return None
+    return Adapted(module.int8, module.bias)
 
 
 def _with_adapter(base: Adapted, pair: tuple[Tensor, Tensor], scale: float, dropout: nn.Module) -> Adapted | None:
@@ -187,7 +198,8 @@ def _is_here(one: Adapted, x: Tensor) -> bool:
     is_cast = torch.is_autocast_enabled(x.device.type)
     if not is_cast and any(base is not None and base.dtype != x.dtype for base in (one.W, one.bias)):
         return False
-    tensors = (one.W, one.bias, *factors([one]))
+    base = (one.W,) if isinstance(one.W, Tensor) else (one.W.q, one.W.columns)
+    tensors = (*base, one.bias, *factors([one]))
     # a sharded tensor has a different type (DTensor)
     return all(t is None or (type(t) in (Tensor, nn.Parameter) and t.device == x.device) for t in tensors)
 
