@@ -393,7 +393,7 @@ DEFAULTS: dict[str, Default] = {
     ),
     "int8_loss_bound": Default(
         "With --base-matmul int8, stop before the first step if the loss on the calibration rows rises by more than "
-        "this, in nats per token; a larger value overrides the check",
+        "this and two standard errors, in nats per token; a larger value overrides the check",
         0.005,
         "differences between runs with other seeds are larger",
     ),
