@@ -45,7 +45,8 @@ from lorakit.core.operations.comparing import Comparison, compare_adapters, comp
 from lorakit.core.operations.compressing import compress, compress_folder
 from lorakit.core.operations.data_init import collect_for
 from lorakit.core.operations.extracting import ExtractReport, extract, extract_to_folder
-from lorakit.core.operations.int8_base import Int8Base, base_losses, quantize_base
+from lorakit.core.operations.int8_base import Int8Base, quantize_base
+from lorakit.core.operations.int8_calibration import base_losses
 from lorakit.core.operations.intruders import SiteIntruders, reduce_intruders
 from lorakit.core.operations.tensor_sources import TensorSource, source_of_folder, source_of_model
 from lorakit.core.operations.writing import OperationReport

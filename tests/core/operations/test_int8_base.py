@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.operations.int8_base import NOT_REACHED, TRAINED, Int8Base, base_losses, quantize_base
+from lorakit.core.operations.int8_base import NOT_REACHED, TRAINED, Int8Base, quantize_base
+from lorakit.core.operations.int8_calibration import base_losses
 from lorakit.core.quantization.int8 import Int8Linear
 from lorakit.errors import ConfigError, DataError, MergeError, NonFiniteError
 from lorakit.ops.int8 import input_scales
+
+from ...train.processes import begin, end
+from . import int8_process
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -71,6 +79,18 @@ def test_the_linear_layers_of_the_blocks_are_replaced_and_the_head_is_not() -> N
     assert 0 < (logits(model) - before).norm() < 0.05 * before.norm()
     assert report.bytes_after < 0.75 * report.bytes_before  # embeddings and head are large here
     assert list(report.worst.values()) == sorted(report.worst.values(), reverse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_size_is_that_of_the_page(dtype: torch.dtype) -> None:
+    """docs/quantized.md: out·in + 4·out + 16·out·(bytes of the dtype), and 4·in + 8·16 for each group."""
+    model = llama().to(dtype)
+    report = quantize_base(model, batches())
+    modules: Any = [model.get_submodule(path) for path in report.paths]
+    before = sum(m.out_features * m.in_features * dtype.itemsize for m in modules)
+    after = sum(m.out_features * (m.in_features + 4 + 16 * dtype.itemsize) for m in modules)
+    groups = {id(m.gain): 4 * m.in_features + 128 for m in modules}
+    assert report.bytes_before - report.bytes_after == before - after - sum(groups.values())
 
 
 def test_layers_with_one_input_share_its_scales() -> None:
@@ -234,3 +254,116 @@ def test_a_trained_base_a_quantized_base_and_merged_adapters_are_rejected() -> N
 def test_a_report_can_be_printed() -> None:
     report = quantize_base(llama(), batches())
     assert isinstance(report, Int8Base) and "originals" not in repr(report)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="only Linux lists the mapped files")
+def test_the_file_of_the_original_weights_is_unmapped(tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    def is_mapped() -> bool:
+        gc.collect()
+        return str(tmp_path) in Path("/proc/self/maps").read_text()
+
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path)
+    model: Any = LlamaForCausalLM.from_pretrained(tmp_path).requires_grad_(False)
+    was_mapped, before = is_mapped(), logits(model)
+    report = quantize_base(model, batches())
+    assert not is_mapped()
+    assert was_mapped or report.bytes_after < report.bytes_before  # not every release of transformers maps the file
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert (logits(model) - before).norm() < 0.05 * before.norm()
+
+
+def test_processes_with_different_batches_get_the_same_weights(tmp_path: Path) -> None:
+    for code, _, messages in end(begin([int8_process.__file__, str(tmp_path)], 2)):
+        assert code == 0, messages
+    (first, tokens), (second, other_tokens) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert tokens == other_tokens == 6 + 8
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    alone = int8_process.model()
+    quantize_base(alone, [int8_process.batch(0), int8_process.batch(1)], forward=int8_process.run)
+    assert all(torch.equal(first[name], tensor) for name, tensor in alone.state_dict().items())
+
+
+def step_gradients(model: Any) -> list[Tensor]:
+    """Return the gradients of all adapters, summed over two mixed batches with dropout."""
+    model.train().zero_grad()
+    with core.route(model, ["a", "b"]):
+        for batch in batches():
+            torch.manual_seed(0)
+            model(**batch, use_cache=False).loss.backward()
+    return [p.grad.clone() for _, p in core.trainable_parameters(model)]
+
+
+def test_gradients_reach_every_adapter_with_dropout_accumulation_and_recomputation() -> None:
+    model: Any = attached(llama(), "a", "b", lora_dropout=0.2)
+    core.set_trained(model, {"a": True, "b": True})
+    quantize_base(model, batches())
+    plain = step_gradients(model)
+    assert len(plain) == 2 * 2 * 14
+    assert all(bool(gradient.isfinite().all()) and bool(gradient.any()) for gradient in plain)
+    for layer in model.model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    for one, other in zip(plain, step_gradients(model), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_adapter_file_does_not_depend_on_the_format_of_the_base(tmp_path: Path) -> None:
+    model = llama()
+    attached(model, "a")
+    core.save_adapter(model, tmp_path / "plain", "a")
+    report = quantize_base(model, batches(), keep=True)
+    core.save_adapter(model, tmp_path / "int8", "a")
+    names = "adapter_model.safetensors", "adapter_config.json"
+    for name in names:
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "int8" / name).read_bytes()
+    assert core.load_adapter(llama(), tmp_path / "int8", "x").base == "same at other precision"
+    assert core.load_adapter(model, tmp_path / "plain", "y").base == "same at other precision"
+    sidecar = json.loads((tmp_path / "int8" / "lorakit.json").read_text())
+    assert sidecar["base"]["dtype"] == "int8 matmul (W8A8)"
+    other = llama()
+    quantize_base(other, batches())
+    assert core.load_adapter(other, tmp_path / "int8", "x").base == "same"
+    report.restore()
+    assert core.load_adapter(model, tmp_path / "plain", "z").base == "same"
+
+
+def test_a_merge_writes_int8_and_an_unmerge_restores_the_bits() -> None:
+    model = attached(llama(), "a")
+    quantize_base(model, batches())
+    before, adapted = bits(model), logits(model)
+    report = core.merge(model, "a")
+    assert 0 < report.error < 0.02
+    assert (logits(model) - adapted).norm() < 0.05 * adapted.norm()
+    core.unmerge(model)
+    assert bits(model) == before
+    core.merge_and_unload(model, "a", dense=True)
+    assert not any(isinstance(module, Int8Linear) for module in model.modules())
+    assert (logits(model) - adapted).norm() < 0.05 * adapted.norm()
+
+
+def test_conv1d_layers_are_converted() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    model = GPT2LMHeadModel(GPT2Config(**sizes)).requires_grad_(False).eval()
+    before = logits(model)
+    report = quantize_base(model, batches())
+    assert len(report.paths) == 2 * 4
+    assert (logits(model) - before).norm() < 0.05 * before.norm()
+    attached(model, "a")
+    assert len(core.sites(model)) == 8
+
+
+def test_routers_and_experts_keep_their_dtype() -> None:
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {**SIZES, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "num_experts": 4}
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, num_experts_per_tok=2)).requires_grad_(False).eval()
+    report = quantize_base(model, batches())
+    kept = {path.rpartition("layers.")[2] for path in report.skipped if path != "lm_head"}
+    assert kept.isdisjoint(path.rpartition("layers.")[2] for path in report.paths)
+    assert all(".experts." not in path and not path.endswith(".mlp.gate") for path in report.paths)
+    assert any(path.endswith("shared_expert.up_proj") for path in report.paths)

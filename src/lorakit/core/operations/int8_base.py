@@ -6,12 +6,9 @@ until all batches have been run and all values have been checked. The weights ar
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +16,16 @@ from torch import Tensor, nn
 from lorakit.core.clones import has_observers
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModulesToSave
-from lorakit.core.model.activation import disable
 from lorakit.core.model.base_view import base_tensors, quantized_weights
 from lorakit.core.model.checks import check_not_distributed
 from lorakit.core.model.frozen import RECORD
-from lorakit.core.model.index import AdapterIndex, embedding_of, find_state
+from lorakit.core.model.index import AdapterIndex, embedding_of
+from lorakit.core.operations.int8_calibration import Calibration, Target, agree_on, run_batch, run_batches
 from lorakit.core.quantization import is_computed
 from lorakit.core.quantization.int8 import frozen_parameter, int8_matmul_linear
-from lorakit.core.statistics.collecting import Forward, in_mode
-from lorakit.errors import ConfigError, DataError, MergeError, NonFiniteError
+from lorakit.core.statistics.collecting import Forward
+from lorakit.errors import ConfigError, MergeError, NonFiniteError
+from lorakit.machine import file_mappings
 from lorakit.ops.int8 import KEPT_CHANNELS, SMOOTHING, input_scales
 from lorakit.targets.layer_types import CONV1D, LINEAR
 
@@ -91,29 +89,6 @@ class Int8Base:
             _put(index, path, module)
 
 
-@dataclass
-class _Target:
-    """A linear layer to quantize.
-
-    Attributes:
-        path: Path of the module.
-        module: The `nn.Linear` or `Conv1D`.
-        absmax: Largest |x| of each input channel, (in,), fp32.
-        group: Number of the group of layers that share an input; -1 until the layer has run.
-    """
-
-    path: str
-    module: nn.Module
-    absmax: Tensor
-    group: int = -1
-
-    @property
-    def weight(self) -> Tensor:
-        """Return the weight (out, in)."""
-        W = cast(Tensor, self.module.weight).detach()
-        return W.t() if type(self.module).__name__ == CONV1D else W
-
-
 def quantize_base(
     model: nn.Module,
     batches: Iterable[Mapping[str, Tensor]],
@@ -149,9 +124,9 @@ def quantize_base(
     index = AdapterIndex.of(model)
     _check_base(index)
     targets, skipped = _targets(index)
-    calibration = _Calibration(targets)
-    losses, tokens = _run(model, batches, forward or run_batch, calibration)
-    tokens = _agreed(targets, tokens)
+    calibration = Calibration(targets)
+    losses, tokens = run_batches(model, batches, forward or run_batch, calibration)
+    tokens = agree_on(targets, tokens)
     skipped |= {target.path: NOT_REACHED for target in targets if not bool(target.absmax.any())}
     targets = [target for target in targets if target.path not in skipped]
     _check_some(targets, skipped)
@@ -162,30 +137,10 @@ def quantize_base(
     paths = tuple(target.path for target in targets)
     for group, (gain, left_out) in zip(groups, scales, strict=True):
         _replace(index, group, gain, left_out, keep)
+    if not keep:
+        _copy_mapped(model)
     after = base_bytes(AdapterIndex.of(model))
     return Int8Base(model, paths, skipped, kept, smoothing, tokens, losses, worst, before, after, originals)
-
-
-def base_losses(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward: Forward | None = None
-) -> tuple[float, ...]:
-    """Return the loss of the base, without adapters, on each batch, as `quantize_base` measures it.
-
-    Args:
-        model: A model with or without adapters; unchanged.
-        batches: As in `quantize_base`; a batch without labels has no loss.
-        forward: As in `quantize_base`.
-
-    Raises:
-        DataError: There are no batches.
-    """
-    return _run(model, batches, forward or run_batch, None)[0]
-
-
-def run_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
-    """Return the model's output for one batch of keyword arguments, without a key-value cache."""
-    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
-    return model(**batch, **({"use_cache": False} if takes_cache and "use_cache" not in batch else {}))
 
 
 def base_bytes(index: AdapterIndex) -> int:
@@ -194,99 +149,7 @@ def base_bytes(index: AdapterIndex) -> int:
     return sum(sizes.values())
 
 
-class _Calibration:
-    """Hooks that record the largest input of each channel, and which layers get the same input."""
-
-    def __init__(self, targets: Sequence[_Target]) -> None:
-        self.targets = targets
-        self.mask: Tensor | None = None
-        self.inputs: list[tuple[Tensor, int]] = []
-        self.groups = 0
-
-    def begin(self, batch: Mapping[str, Tensor]) -> None:
-        """Use the attention mask (rows, length) of a batch."""
-        mask = batch.get("attention_mask")
-        self.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        self.inputs.clear()
-
-    def hook(self, target: _Target) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """Return the hook of one layer."""
-
-        def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach()
-            if target.group < 0:
-                target.group = self._group(args[0])
-            values = x[self.mask] if self.mask is not None and x.shape[:2] == self.mask.shape else x
-            if values.numel():
-                largest = values.reshape(-1, x.shape[-1]).abs().amax(0).float()
-                torch.maximum(target.absmax, largest.to(target.absmax.device), out=target.absmax)
-
-        return record
-
-    def _group(self, x: Tensor) -> int:
-        """Return the number of the group with the input x (…, in); the last inputs are held, so that ids are unique."""
-        for held, group in self.inputs:
-            if held is x:
-                return group
-        self.groups += 1
-        self.inputs = [*self.inputs[-1:], (x, self.groups)]
-        return self.groups
-
-
-def _run(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward: Forward, calibration: _Calibration | None
-) -> tuple[tuple[float, ...], int]:
-    """Run all batches on the base in evaluation mode; return the losses and the number of tokens."""
-    targets = [] if calibration is None else [(one, calibration.hook(one)) for one in calibration.targets]
-    handles = [target.module.register_forward_pre_hook(hook) for target, hook in targets]
-    losses, tokens, count = list[float](), 0, 0
-    try:
-        with torch.no_grad(), in_mode(model, False), _without_adapters(model):
-            for batch in batches:
-                if calibration is not None:
-                    calibration.begin(batch)
-                found = forward(model, batch)
-                loss = found if isinstance(found, Tensor) and found.ndim == 0 else getattr(found, "loss", None)
-                losses += [] if loss is None else [float(loss)]
-                tokens, count = tokens + _tokens(batch), count + 1
-                del found, loss
-    finally:
-        for handle in handles:
-            handle.remove()
-        if calibration is not None:
-            calibration.inputs.clear()
-    if not count:
-        raise DataError("`batches` is empty; pass at least one batch of calibration data.", field="batches")
-    return tuple(losses), tokens
-
-
-def _without_adapters(model: nn.Module) -> AbstractContextManager[object]:
-    return contextlib.nullcontext() if find_state(model) is None else disable(model)
-
-
-def _tokens(batch: Mapping[str, Tensor]) -> int:
-    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return int(mask.sum())
-    return ids.numel() if isinstance(ids, Tensor) else 0
-
-
-def _agreed(targets: Sequence[_Target], tokens: int) -> int:
-    """Give all processes the largest inputs of any process; return the number of tokens of all processes."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and targets):
-        return tokens
-    joined = torch.cat([target.absmax for target in targets])
-    joined.nan_to_num_(nan=torch.inf)  # whether a maximum with NaN is NaN depends on the backend
-    distributed.all_reduce(joined, distributed.ReduceOp.MAX)
-    for target, part in zip(targets, joined.split([len(target.absmax) for target in targets]), strict=True):
-        target.absmax.copy_(part)
-    count = torch.tensor([tokens], device=joined.device)
-    distributed.all_reduce(count)
-    return int(count)
-
-
-def _targets(index: AdapterIndex) -> tuple[list[_Target], dict[str, str]]:
+def _targets(index: AdapterIndex) -> tuple[list[Target], dict[str, str]]:
     """Return the layers to quantize, and the linear layers that keep their dtype with the reasons."""
     found, skipped = [], {}
     blocks = _blocks(index)
@@ -299,7 +162,7 @@ def _targets(index: AdapterIndex) -> tuple[list[_Target], dict[str, str]]:
             skipped[candidate.path] = why
         else:
             weight = cast(Tensor, module.weight)
-            found.append(_Target(candidate.path, module, torch.zeros(candidate.in_features, device=weight.device)))
+            found.append(Target(candidate.path, module, torch.zeros(candidate.in_features, device=weight.device)))
     return found, skipped
 
 
@@ -320,6 +183,7 @@ def _why_not(index: AdapterIndex, path: str, module: nn.Module, blocks: tuple[st
         "adapted through its weight": isinstance(standing, LoraLayer) and standing.kind.acts_on != "input",
         "its weight is computed": is_computed(module),
         "its class is not nn.Linear": not _is_plain(module),
+        "part of an adapter": any(word.startswith("lora_") for word in path.split(".")),
         "an expert": ".experts." in f".{path}.",
         "a router": _is_router(index.model, module),
         "tied weight": any(len(index.shared.get(id(p), ())) > 1 for p in parameters),
@@ -345,15 +209,15 @@ def _is_router(model: nn.Module, module: nn.Module) -> bool:
     return getattr(module, "out_features", None) in counts
 
 
-def _grouped(targets: Sequence[_Target]) -> list[list[_Target]]:
+def _grouped(targets: Sequence[Target]) -> list[list[Target]]:
     """Return the layers in groups that share an input and its width; each group's maximum covers all its layers."""
-    groups: dict[tuple[int, int, torch.device], list[_Target]] = {}
+    groups: dict[tuple[int, int, torch.device], list[Target]] = {}
     for target in targets:
         groups.setdefault((target.group, len(target.absmax), target.absmax.device), []).append(target)
     return list(groups.values())
 
 
-def _checked_scales(group: Sequence[_Target], kept: int, smoothing: float) -> tuple[Tensor, Tensor]:
+def _checked_scales(group: Sequence[Target], kept: int, smoothing: float) -> tuple[Tensor, Tensor]:
     """Return g (in,) and K (k,) of a group.
 
     Raises:
@@ -372,7 +236,7 @@ def _checked_scales(group: Sequence[_Target], kept: int, smoothing: float) -> tu
     return input_scales(absmax, [target.weight for target in group], kept, smoothing)
 
 
-def _replace(index: AdapterIndex, group: Sequence[_Target], gain: Tensor, kept: Tensor, keep: bool) -> None:
+def _replace(index: AdapterIndex, group: Sequence[Target], gain: Tensor, kept: Tensor, keep: bool) -> None:
     """Replace the layers of a group, which share g (in,) and K (k,), and free each original unless it is kept."""
     shared_gain, shared_kept = frozen_parameter(gain), frozen_parameter(kept)
     for target in group:
@@ -381,6 +245,16 @@ def _replace(index: AdapterIndex, group: Sequence[_Target], gain: Tensor, kept: 
         if not keep:  # other objects may refer to the module
             original._parameters.clear()
             original.__dict__.pop(RECORD, None)
+
+
+def _copy_mapped(model: nn.Module) -> None:
+    """Copy the weights that lie in mapped files, so that the files, with the original weights, are unmapped."""
+    ranges = file_mappings()
+    copies: dict[tuple[int, torch.Size], Tensor] = {}
+    for _, tensor, _ in base_tensors(model):
+        if tensor.device.type == "cpu" and any(first <= tensor.data_ptr() < last for first, last in ranges):
+            key = tensor.data_ptr(), tensor.shape  # weights may be tied by their memory
+            copies[key] = tensor.data = copies[key] if key in copies else tensor.data.clone()
 
 
 def _put(index: AdapterIndex, path: str, module: nn.Module) -> None:
@@ -395,7 +269,7 @@ def _put(index: AdapterIndex, path: str, module: nn.Module) -> None:
     standing.base_layer = module
 
 
-def _worst(targets: Sequence[_Target]) -> dict[str, float]:
+def _worst(targets: Sequence[Target]) -> dict[str, float]:
     smallest = torch.finfo(torch.float32).tiny
     ratios = {t.path: float(t.absmax.max() / t.absmax.median().clamp_min(smallest)) for t in targets}
     largest = sorted(ratios, key=lambda path: ratios[path], reverse=True)[:WORST_SITES]
@@ -447,7 +321,7 @@ def _check_unchanged(index: AdapterIndex) -> None:
         )
 
 
-def _check_some(targets: Sequence[_Target], skipped: Mapping[str, str]) -> None:
+def _check_some(targets: Sequence[Target], skipped: Mapping[str, str]) -> None:
     if targets:
         return
     trained = next((path for path, why in skipped.items() if why == TRAINED), None)

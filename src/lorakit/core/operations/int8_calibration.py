@@ -1,0 +1,164 @@
+"""Measure the inputs of linear layers on calibration batches, for int8 matmuls.
+
+The batches run on the base, without adapters and in evaluation mode. The model is unchanged afterwards. Which layers
+are measured, and what is done with the result, is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.model.activation import disable
+from lorakit.core.model.index import find_state
+from lorakit.core.statistics.collecting import Forward, in_mode
+from lorakit.errors import DataError
+from lorakit.targets.layer_types import CONV1D
+
+
+@dataclass
+class Target:
+    """A linear layer to quantize.
+
+    Attributes:
+        path: Path of the module.
+        module: The `nn.Linear` or `Conv1D`.
+        absmax: Largest |x| of each input channel, (in,), fp32.
+        group: Number of the group of layers that share an input; -1 until the layer has run.
+    """
+
+    path: str
+    module: nn.Module
+    absmax: Tensor
+    group: int = -1
+
+    @property
+    def weight(self) -> Tensor:
+        """Return the weight (out, in)."""
+        W = cast(Tensor, self.module.weight).detach()
+        return W.t() if type(self.module).__name__ == CONV1D else W
+
+
+def base_losses(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward: Forward | None = None
+) -> tuple[float, ...]:
+    """Return the loss of the base, without adapters, on each batch, as `quantize_base` measures it.
+
+    Args:
+        model: A model with or without adapters; unchanged.
+        batches: As in `quantize_base`; a batch without labels has no loss.
+        forward: As in `quantize_base`.
+
+    Raises:
+        DataError: There are no batches.
+    """
+    return run_batches(model, batches, forward or run_batch, None)[0]
+
+
+def run_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+    """Return the model's output for one batch of keyword arguments, without a key-value cache."""
+    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+    return model(**batch, **({"use_cache": False} if takes_cache and "use_cache" not in batch else {}))
+
+
+class Calibration:
+    """Hooks that record the largest input of each channel, and which layers get the same input."""
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self.targets = targets
+        self.mask: Tensor | None = None
+        self.inputs: list[tuple[Tensor, int]] = []
+        self.groups = 0
+
+    def begin(self, batch: Mapping[str, Tensor]) -> None:
+        """Use the attention mask (rows, length) of a batch."""
+        mask = batch.get("attention_mask")
+        self.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self.inputs.clear()
+
+    def hook(self, target: Target) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """Return the hook of one layer."""
+
+        def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach()
+            if target.group < 0:
+                target.group = self._group(args[0])
+            values = x[self.mask] if self.mask is not None and x.shape[:2] == self.mask.shape else x
+            if values.numel():
+                largest = values.reshape(-1, x.shape[-1]).abs().amax(0).float()
+                torch.maximum(target.absmax, largest.to(target.absmax.device), out=target.absmax)
+
+        return record
+
+    def _group(self, x: Tensor) -> int:
+        """Return the number of the group with the input x (…, in); the last inputs are held, so that ids are unique."""
+        for held, group in self.inputs:
+            if held is x:
+                return group
+        self.groups += 1
+        self.inputs = [*self.inputs[-1:], (x, self.groups)]
+        return self.groups
+
+
+def run_batches(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward: Forward, calibration: Calibration | None
+) -> tuple[tuple[float, ...], int]:
+    """Run all batches on the base in evaluation mode; return the losses and the number of tokens.
+
+    Raises:
+        DataError: There are no batches.
+    """
+    targets = [] if calibration is None else [(one, calibration.hook(one)) for one in calibration.targets]
+    handles = [target.module.register_forward_pre_hook(hook) for target, hook in targets]
+    losses, tokens, count = list[float](), 0, 0
+    try:
+        with torch.no_grad(), in_mode(model, False), _without_adapters(model):
+            for batch in batches:
+                if calibration is not None:
+                    calibration.begin(batch)
+                found = forward(model, batch)
+                loss = found if isinstance(found, Tensor) and found.ndim == 0 else getattr(found, "loss", None)
+                losses += [] if loss is None else [float(loss)]
+                tokens, count = tokens + _tokens(batch), count + 1
+                del found, loss
+    finally:
+        for handle in handles:
+            handle.remove()
+        if calibration is not None:
+            calibration.inputs.clear()
+    if not count:
+        raise DataError("`batches` is empty; pass at least one batch of calibration data.", field="batches")
+    return tuple(losses), tokens
+
+
+def _without_adapters(model: nn.Module) -> AbstractContextManager[object]:
+    return contextlib.nullcontext() if find_state(model) is None else disable(model)
+
+
+def _tokens(batch: Mapping[str, Tensor]) -> int:
+    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return int(mask.sum())
+    return ids.numel() if isinstance(ids, Tensor) else 0
+
+
+def agree_on(targets: Sequence[Target], tokens: int) -> int:
+    """Give all processes the largest inputs of any process; return the number of tokens of all processes."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and targets):
+        return tokens
+    joined = torch.cat([target.absmax.to(targets[0].absmax.device) for target in targets])
+    joined.nan_to_num_(nan=torch.inf)  # whether a maximum with NaN is NaN depends on the backend
+    distributed.all_reduce(joined, distributed.ReduceOp.MAX)
+    for target, part in zip(targets, joined.split([len(target.absmax) for target in targets]), strict=True):
+        target.absmax.copy_(part)
+    count = torch.tensor([tokens], device=joined.device)
+    distributed.all_reduce(count)
+    return int(count)
