@@ -37,6 +37,8 @@ COMMANDS: dict[str, str] = {
     "ablation": "bench_step.py --ablate",
     "ablation with few labels": "bench_step.py --ablate --trained 0.3 "
     "--optimizations 'skipped rows in the last layer' 'loss without logits'",
+    "int8": "bench_int8.py --model smollm2 --ablate",
+    "int8, a quarter of Llama-3.2-1B": "bench_int8.py --model llama-1b --rounds 3",
     "picture": "picture_of_step.py --picture docs/performance.svg",
     "train": "bench_train.py",
     "job": "bench_job.py --steps 20",

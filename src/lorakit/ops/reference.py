@@ -54,12 +54,12 @@ def linear(x: Tensor, group: Sequence[Adapted], masks: Sequence[Tensor | None] |
 def base(x: Tensor, module: Adapted) -> Tensor:
     """Apply the frozen part of a module to x (…, in)."""
     if isinstance(module.W, Int8Weight):
-        return int8_linear(x, module.W, module.bias)
+        return int8(x, module.W, module.bias)
     return F.linear(x, module.W.t() if module.transposed else module.W, module.bias)
 
 
-def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
-    """Compute `lorakit.ops.int8.int8_linear` with `reference_forward` and `reference_backward`: x (…, in)."""
+def int8(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+    """Compute `int8_linear` with `reference_forward` and `reference_backward`: x (…, in)."""
     y: Tensor = _Int8Linear.apply(x, weight, bias)
     return y
 
