@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.ops import attention_flash, attention_products, choices
+from lorakit.ops import attention_compiled, attention_flash, attention_products, choices
 from lorakit.ops.attention_pattern import Method, Operands, Pattern
 from lorakit.ops.autograd import Context, autocast, needs_gradient, without_autocast
 
@@ -82,6 +82,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
         if method == "flash":
             run = attention_flash.forward_on_cuda if q.device.type == "cuda" else attention_flash.forward
             return *run(q, k, v, pattern), None
+        kernel = attention_compiled.kernel_for(q, k, v, pattern) if method == "matmul" else None
+        if kernel is not None:
+            return attention_compiled.forward(kernel, (q, k, v), pattern), None, None
         operands = _upcast((q, k, v)) if method == "matmul_fp32" else (q, k, v)
         out, record = attention_products.forward(*operands, pattern)
         return out.to(q.dtype), None, record
@@ -118,7 +121,11 @@ def backward(
 def _by_products(dout: Tensor, operands: Operands, into: Operands, pattern: Pattern, record: Tensor | None) -> None:
     """Compute the gradients for `backward` with matmuls, in fp32 if the forward pass upcast its operands."""
     if chosen(*operands[::2], pattern) != "matmul_fp32":
-        attention_products.backward(dout, operands, into, pattern, record)
+        kernel = attention_compiled.kernel_for(*operands, pattern)
+        if kernel is not None:
+            attention_compiled.backward(kernel, dout, operands, into, pattern)
+        else:
+            attention_products.backward(dout, operands, into, pattern, record)
         return
     q, k, v = (_stored_by_token(t, torch.float32) for t in operands)
     attention_products.backward(dout.float(), _upcast(operands), (q, k, v), pattern, record)

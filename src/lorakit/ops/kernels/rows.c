@@ -277,3 +277,7 @@ int cross_entropy(number *logits, const int64_t *labels, float scale, int gradie
 }
 
 #include "own.h"
+
+#include "dot.h"
+
+#include "attention.h"
