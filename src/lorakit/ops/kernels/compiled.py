@@ -65,11 +65,11 @@ class CompiledKernels:
 
     activations = frozenset(ACTIVATIONS)
     caps_logits = False
+    dropping: DropoutMatmuls | None = None
 
     def __init__(self, libraries: dict[torch.dtype, ctypes.CDLL]) -> None:
         self.own: PerRowMatmuls | None = self
         gateway = Gateway(libraries)
-        self.dropping: DropoutMatmuls | None = CompiledLowRank(gateway) if gateway.dots else None
         self.attention: SequenceAttention | None = CompiledAttention(gateway) if gateway.dots else None
         self._pointer, self._optional, self._call = gateway.pointer, gateway.optional, gateway.call
 
@@ -201,53 +201,6 @@ class CompiledKernels:
         if rows:
             read = rows * r * (width + out)
             self._call("add_per_row", dtype, read, *pointers, rows // asked, rows, width, r, out, into)
-
-
-class CompiledLowRank:
-    """Low-rank matmuls fused with dropout, from low_rank.h."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        self._pointer, self._call, self._dtypes = gateway.pointer, gateway.call, gateway.dots
-
-    def supports(self, dtype: torch.dtype, width: int) -> bool:
-        """Implement `DropoutMatmuls.supports`."""
-        return dtype in self._dtypes and width % LANES == 0
-
-    def shrink(self, x: Tensor, a: Tensor, p: float, seed: Tensor) -> Tensor:
-        """Implement `DropoutMatmuls.shrink`; x is (N, n), a is (r, n), and the result is (N, r)."""
-        sizes, h = self._sizes(x, len(a)), x.new_empty(len(x), len(a))
-        given = self._pointer("x", x, x.dtype, x.shape), self._pointer("a", a, x.dtype, (len(a), x.shape[1]))
-        self._call("shrink", x.dtype, x.numel(), *given, *sizes, p, seed.item(), h.data_ptr())
-        return h
-
-    def add_low_rank(self, h: Tensor, a: Tensor, p: float, seed: Tensor, y: Tensor) -> None:
-        """Implement `DropoutMatmuls.add_low_rank`; h is (N, r), a is (r, n), and y is (N, n)."""
-        sizes = self._sizes(y, len(a))
-        given = (
-            self._pointer("h", h, y.dtype, (len(y), len(a))),
-            self._pointer("a", a, y.dtype, (len(a), y.shape[1])),
-        )
-        made = self._pointer("y", y, y.dtype, y.shape)
-        self._call("add_low_rank", y.dtype, y.numel(), *given, *sizes, p, seed.item(), made)
-
-    def outer(self, dh: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
-        """Implement `DropoutMatmuls.outer`; dh is (N, r), x is (N, n), and the result is (r, n)."""
-        (rows, r), width = dh.shape, x.shape[1]
-        sizes, grad = self._sizes(x, r), torch.empty(r, width, dtype=torch.float32)
-        given = self._pointer("dh", dh, x.dtype, (len(x), r)), self._pointer("x", x, x.dtype, (rows, width))
-        self._call("outer", x.dtype, x.numel(), *given, *sizes, p, seed.item(), grad.data_ptr())
-        return grad
-
-    def _sizes(self, wide: Tensor, r: int) -> tuple[int, int, int]:
-        """Return N, n and r for a wide operand (N, n).
-
-        Raises:
-            ValueError: The dtype or the width of the operand is not supported.
-        """
-        rows, width = wide.shape
-        if not self.supports(wide.dtype, width):
-            raise ValueError(f"{wide.dtype} {tuple(wide.shape)}: the width must be a multiple of {LANES}")
-        return rows, width, r
 
 
 class CompiledAttention:

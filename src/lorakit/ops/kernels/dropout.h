@@ -30,22 +30,6 @@ static inline int64_t far_gaps(uint64_t key, uint64_t from, double each, int32_t
     return LANES;
 }
 
-/* runs `action` for the position `place` of each dropped element among the first n of block b, in increasing order */
-#define EACH_DROPPED(b, n, p, each, seed, action)                                                                  \
-    do {                                                                                                           \
-        int32_t gap[LANES];                                                                                        \
-        uint64_t key = mixed((seed) + mixed((uint64_t)(b))), drawn = 0;                                            \
-        for (int64_t place = 0; place < (n);) {                                                                    \
-            drawn += (uint64_t)((p) < 1e-3 ? far_gaps(key, drawn, each, gap) : gaps(key, drawn, (float)(each), gap)); \
-            for (int j = 0; j < LANES; j++) {                                                                      \
-                place += gap[j];                                                                                   \
-                if (place >= (n)) break;                                                                           \
-                action;                                                                                            \
-                place++;                                                                                           \
-            }                                                                                                      \
-        }                                                                                                          \
-    } while (0)
-
 int drop(const number *x, int64_t count, double p, uint64_t seed, float scale, number *out, int threads) {
     double each = 1.0 / log1p(-p);
     ROWS(b, (count + BLOCK - 1) / BLOCK) {
@@ -57,7 +41,16 @@ int drop(const number *x, int64_t count, double p, uint64_t seed, float scale, n
         } else if (x != out) {
             memcpy(to, x + at, (size_t)n * sizeof(number));
         }
-        EACH_DROPPED(b, n, p, each, seed, to[place] = 0);
+        int32_t gap[LANES];
+        uint64_t key = mixed(seed + mixed((uint64_t)b)), drawn = 0;
+        for (int64_t place = 0; place < n;) {
+            drawn += (uint64_t)(p < 1e-3 ? far_gaps(key, drawn, each, gap) : gaps(key, drawn, (float)each, gap));
+            for (int j = 0; j < LANES; j++) {
+                place += gap[j];
+                if (place >= n) break;
+                to[place++] = 0;
+            }
+        }
     }
     return DONE;
 }

@@ -44,9 +44,6 @@ _H = (_P, _N, _N, _N)  # heads: their address, and the distances between batch r
 DOT_SIGNATURES: dict[str, tuple[type, ...]] = {  # functions of libraries that have dot products
     "attend": (*_H * 4, _P, _N, _N, _N, _N, _N, c_float, c_int),
     "attend_backward": (*_H * 7, _P, _N, _N, _N, _N, _N, c_float, c_int),
-    "shrink": (_P, _P, _N, _N, _N, c_double, c_uint64, _P),
-    "add_low_rank": (_P, _P, _N, _N, _N, c_double, c_uint64, _P),
-    "outer": (_P, _P, _N, _N, _N, c_double, c_uint64, _P),
 }
 
 _ALL_WITHIN = {torch.int32: "all_within_32", torch.int64: "all_within_64"}

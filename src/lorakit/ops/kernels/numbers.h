@@ -25,13 +25,6 @@ static inline number narrow(float v) { return v; }
 
 #define ROWS(i, n) _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t i = 0; i < (n); i++)
 
-#ifdef _OPENMP
-extern int omp_get_thread_num(void);
-#define THREAD ((int64_t)omp_get_thread_num())
-#else
-#define THREAD ((int64_t)0)
-#endif
-
 enum { DONE, NO_MEMORY, DISORDER }; /* status that a function returns; STATUSES in gateway.py maps it to an exception */
 
 #define BLOCK 8192 /* number of elements that a thread processes at a time in elementwise functions */

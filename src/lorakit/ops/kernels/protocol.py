@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -101,11 +100,8 @@ class Kernels(Protocol):
 class DropoutMatmuls(Protocol):
     """Low-rank matmuls with a factor `a` (r, n), fused with dropout.
 
-    For a given seed, dropout drops the same elements as `Kernels.drop`; p is in (0, 1).
+    For a given seed, dropout drops the same elements as `Kernels.drop`. The width n must be a multiple of 4.
     """
-
-    def supports(self, dtype: torch.dtype, width: int) -> bool:
-        """Return whether there are kernels for a wide operand with a dtype and a width n."""
 
     def shrink(self, x: Tensor, a: Tensor, p: float, seed: Tensor) -> Tensor:
         """Return dropout(x)·aᵀ for x (N, n) as a new tensor (N, r)."""

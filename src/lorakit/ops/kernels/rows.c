@@ -281,5 +281,3 @@ int cross_entropy(number *logits, const int64_t *labels, float scale, int gradie
 #include "dot.h"
 
 #include "attention.h"
-
-#include "low_rank.h"

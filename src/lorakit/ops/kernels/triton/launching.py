@@ -115,10 +115,6 @@ class TritonKernels:
                 x, out, seed, x.numel(), round(p * 2**24), float(scale), BLOCK=ELEMENTWISE, **OPTIONS
             )
 
-    def supports(self, dtype: torch.dtype, width: int) -> bool:
-        """Implement `DropoutMatmuls.supports`."""
-        return width % 4 == 0
-
     def shrink(self, x: Tensor, a: Tensor, p: float, seed: Tensor) -> Tensor:
         """Return dropout(x)·aᵀ as a new tensor (N, r), for x (N, n) and `a` (r, n); n is a multiple of 4."""
         h = x.new_empty(len(x), len(a))
