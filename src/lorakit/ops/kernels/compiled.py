@@ -212,7 +212,7 @@ class CompiledAttention:
     def supports(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Implement `SequenceAttention.supports`."""
         width = q.shape[3]
-        laid_out = all(t.stride(3) == 1 and 0 <= min(t.stride()) and t.stride(2) < FARTHEST for t in (q, k, v))
+        laid_out = all(t.stride(3) == 1 and min(t.stride()) >= 0 and t.stride(2) < FARTHEST for t in (q, k, v))
         return q.dtype in self._gateway.dots and laid_out and width > 0 and width % LANES == 0 and v.shape[3] == width
 
     def attend(
