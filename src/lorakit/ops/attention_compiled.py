@@ -35,7 +35,7 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> SequenceAtt
 
 def forward(kernel: SequenceAttention, operands: Operands, pattern: Pattern) -> Tensor:
     """Return softmax(scores)·v (B, H, T, D), stored as (B, T, H, D)."""
-    q, k, _ = operands
+    q, *_ = operands
     batch, heads, tokens, width = q.shape
     out = torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
     kernel.attend(operands, _ends(pattern.lengths(tokens)), pattern.scale_for(width), pattern.causal, out)

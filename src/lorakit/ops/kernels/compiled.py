@@ -221,7 +221,7 @@ class CompiledAttention:
         """Implement `SequenceAttention.attend`."""
         given, sizes = self._operands(operands, ends)
         q, dtype = operands[0], operands[0].dtype
-        made = self._gateway.heads("out", out, dtype, q.shape)
+        made = self._gateway.heads("out", out, dtype, q.shape, least=1)
         self._gateway.call("attend", dtype, q.numel(), *given, *made, *sizes, scale, causal)
 
     def attend_backward(
@@ -238,7 +238,7 @@ class CompiledAttention:
         q, dtype = operands[0], operands[0].dtype
         made = [*self._gateway.heads("dout", dout, dtype, q.shape)]
         for name, grad, of in zip(("dq", "dk", "dv"), into, operands, strict=True):
-            made += self._gateway.heads(name, grad, dtype, of.shape)
+            made += self._gateway.heads(name, grad, dtype, of.shape, least=1)
         self._gateway.call("attend_backward", dtype, q.numel(), *given, *made, *sizes, scale, causal)
 
     def _operands(self, operands: tuple[Tensor, Tensor, Tensor], ends: Tensor) -> tuple[list[int], list[int]]:

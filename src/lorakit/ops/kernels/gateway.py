@@ -108,15 +108,24 @@ class Gateway:
             raise ValueError(f"{name}: integers must be in {within[0]}..{within[1]}; got {least}..{most}")
         return address
 
-    def heads(self, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def heads(
+        self, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], least: int = 0
+    ) -> tuple[int, ...]:
         """Check a tensor (B, H, T, D) whose heads are contiguous, and return its address and the first three strides.
 
+        Args:
+            name: Name of the tensor, for the error message.
+            tensor: Tensor to check.
+            dtype: Required dtype.
+            shape: Required shape.
+            least: Smallest allowed stride; 1 for a tensor that is written, whose elements must not share memory.
+
         Raises:
-            ValueError: As for `pointer`, or a stride is negative or too long for the kernel's 32-bit offsets.
+            ValueError: As for `pointer`, or a stride is too short, or too long for the kernel's 32-bit offsets.
         """
         apart = tensor.stride()[:3]
-        if not apart or min(apart) < 0 or apart[-1] >= FARTHEST:
-            raise ValueError(f"{name}: token strides must be below {FARTHEST}; got strides {tensor.stride()}")
+        if not apart or min(apart) < least or apart[-1] >= FARTHEST:
+            raise ValueError(f"{name}: strides must be {least}..{FARTHEST - 1}; got {tensor.stride()}")
         return self.pointer(name, tensor, dtype, shape, (*apart, 1)), *apart
 
     def optional(
