@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.ops import attention_compiled
-from lorakit.ops.attention import attention
+from lorakit.ops.attention import attention, kernel_backward, kernel_for, kernel_forward
 from lorakit.ops.attention_pattern import Operands, Pattern
 from lorakit.ops.kernels import compiled
 from lorakit.ops.kernels.protocol import SequenceAttention
@@ -59,11 +58,11 @@ def test_value_and_gradients(name: str) -> None:
     truth = reference(*exact, pattern)
     dout = torch.randn(truth.shape).bfloat16()
     truth.backward(dout.double())
-    used = attention_compiled.kernel_for(*given, pattern)
+    used = kernel_for(*given, pattern)
     assert used is KERNEL
-    out = attention_compiled.forward(used, given, pattern)
+    out = kernel_forward(used, given, pattern)
     grads = tuple(torch.empty_like(t) for t in given)
-    attention_compiled.backward(used, dout, given, grads, pattern)  # type: ignore[arg-type]
+    kernel_backward(used, dout, given, grads, pattern)  # type: ignore[arg-type]
     assert relative(out, truth.detach()) < 2**-8
     for grad, leaf in zip(grads, exact, strict=True):
         assert relative(grad, leaf.grad) < 2**-7
@@ -82,9 +81,9 @@ def test_the_gradient_of_q_may_replace_the_incoming_gradient() -> None:
     given, pattern = operands(2, 4, 2, 70, 32), Pattern()
     dout = torch.randn_like(given[0].contiguous())
     apart = tuple(torch.empty_like(t) for t in given)
-    attention_compiled.backward(kernel(), dout, given, apart, pattern)  # type: ignore[arg-type]
+    kernel_backward(kernel(), dout, given, apart, pattern)  # type: ignore[arg-type]
     again = (dout, torch.empty_like(apart[1]), torch.empty_like(apart[2]))
-    attention_compiled.backward(kernel(), dout, given, again, pattern)
+    kernel_backward(kernel(), dout, given, again, pattern)
     assert all(torch.equal(a, b) for a, b in zip(apart, again, strict=True))
 
 
@@ -106,7 +105,7 @@ def test_a_second_call_gives_the_same_bits(tokens: int) -> None:
     ids=["window", "softcap", "dropout", "bias", "sinks"],
 )
 def test_other_patterns_do_not_use_it(pattern: Pattern) -> None:
-    assert attention_compiled.kernel_for(*operands(2, 4, 2, 20, 32), pattern) is None
+    assert kernel_for(*operands(2, 4, 2, 20, 32), pattern) is None
 
 
 def test_other_tensors_do_not_use_it() -> None:
@@ -118,8 +117,8 @@ def test_other_tensors_do_not_use_it() -> None:
         (q[..., ::2], k[..., ::2], v[..., ::2]),
         (q[:, :, :0], k[:, :, :0], v[:, :, :0]),
     ):
-        assert attention_compiled.kernel_for(*other, Pattern()) is None
-    assert attention_compiled.kernel_for(q, k, v, Pattern()) is KERNEL
+        assert kernel_for(*other, Pattern()) is None
+    assert kernel_for(q, k, v, Pattern()) is KERNEL
 
 
 WRONG: dict[str, Callable[[Operands, Tensor], tuple[Operands, Tensor]]] = {
