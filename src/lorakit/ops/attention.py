@@ -152,7 +152,7 @@ def kernel_forward(kernel: SequenceAttention, operands: Operands, pattern: Patte
 def kernel_backward(
     kernel: SequenceAttention, dout: Tensor, operands: Operands, into: Operands, pattern: Pattern
 ) -> None:
-    """Write the gradients of q, k and v to `into`, as `lorakit.ops.attention_products.backward` does."""
+    """Write the gradients of q (B, H, T, D), k and v (B, KV, T, D) to `into`, given that of the output, `dout`."""
     *_, tokens, width = operands[0].shape
     dout = dout if dout.stride(3) == 1 and min(dout.stride()) >= 0 else dout.contiguous()
     ends, scale = _ends(pattern.lengths(tokens)), pattern.scale_for(width)

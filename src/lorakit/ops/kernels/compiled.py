@@ -210,7 +210,7 @@ class CompiledAttention:
         self._gateway = gateway
 
     def supports(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
-        """Implement `SequenceAttention.supports`."""
+        """Implement `SequenceAttention.supports`; q is (B, H, T, D)."""
         width = q.shape[3]
         laid_out = all(t.stride(3) == 1 and min(t.stride()) >= 0 and t.stride(2) < FARTHEST for t in (q, k, v))
         return q.dtype in self._gateway.dots and laid_out and width > 0 and width % LANES == 0 and v.shape[3] == width
@@ -218,7 +218,7 @@ class CompiledAttention:
     def attend(
         self, operands: tuple[Tensor, Tensor, Tensor], ends: Tensor, scale: float, causal: bool, out: Tensor
     ) -> None:
-        """Implement `SequenceAttention.attend`."""
+        """Implement `SequenceAttention.attend`; q is (B, H, T, D)."""
         given, sizes = self._operands(operands, ends)
         q, dtype = operands[0], operands[0].dtype
         made = self._gateway.heads("out", out, dtype, q.shape, least=1)
@@ -233,7 +233,7 @@ class CompiledAttention:
         causal: bool,
         into: tuple[Tensor, Tensor, Tensor],
     ) -> None:
-        """Implement `SequenceAttention.attend_backward`."""
+        """Implement `SequenceAttention.attend_backward`; q is (B, H, T, D)."""
         given, sizes = self._operands(operands, ends)
         q, dtype = operands[0], operands[0].dtype
         made = [*self._gateway.heads("dout", dout, dtype, q.shape)]
@@ -242,7 +242,7 @@ class CompiledAttention:
         self._gateway.call("attend_backward", dtype, q.numel(), *given, *made, *sizes, scale, causal)
 
     def _operands(self, operands: tuple[Tensor, Tensor, Tensor], ends: Tensor) -> tuple[list[int], list[int]]:
-        """Check q, k, v and the ends of the sequences, and return the arguments for them.
+        """Check q (B, H, T, D), k, v (B, KV, T, D) and the ends (S,), and return the arguments for them.
 
         Raises:
             ValueError: A tensor is invalid, the widths are not supported, or the ends do not increase up to T.

@@ -133,7 +133,7 @@ class SequenceAttention(Protocol):
     """
 
     def supports(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
-        """Return whether the kernel supports the dtype, the widths and the strides of q, k and v."""
+        """Return whether the kernel supports the dtype, widths and strides of q (B, H, T, D), k and v."""
 
     def attend(
         self, operands: tuple[Tensor, Tensor, Tensor], ends: Tensor, scale: float, causal: bool, out: Tensor
