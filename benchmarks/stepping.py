@@ -54,6 +54,7 @@ OPTIMIZATIONS: dict[str, frozenset[str]] = {
     "sampled dropout positions": frozenset({"sampled dropout positions"}),
     "autotuning": frozenset({"autotuning"}),
     "compiled kernels": frozenset({"compiled kernels"}),
+    "attention kernel": frozenset({"attention kernel"}),
     "saved gate and up": frozenset({"saved gate and up"}),
     "skipped rows in the last layer": frozenset({"skipped rows in the last layer"}),
     "all fused forwards": frozenset({"decoder layer", "attention", "feed-forward", "norm", "loss without logits"}),
@@ -241,11 +242,15 @@ def _ours(model: Any, job: Job, off: Collection[str]) -> Step:
 def _accelerated(model: Any, off: Collection[str]) -> Any:
     """Accelerate the model, except for the disabled parts."""
     from lorakit.ops import linear
+    from lorakit.ops.kernels import compiled
     from lorakit.ops.kernels.building import SWITCH
     from lorakit.speed import accelerate
 
     if "compiled kernels" in off:
         os.environ[SWITCH] = "off"  # before anything loads them
+    kernels = compiled.kernels() if "attention kernel" in off else None
+    if kernels is not None:  # the operations have no switch for it, and need none
+        kernels.attention = None
     fast = accelerate(model, keep_feed_forward="saved gate and up" not in off)
     if "skipped rows in the last layer" in off and fast.head is not None:
         fast.head.last = None

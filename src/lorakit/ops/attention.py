@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import get_args
 
 import torch
@@ -11,6 +13,8 @@ from torch.autograd.function import once_differentiable
 from lorakit.ops import attention_flash, attention_products, choices
 from lorakit.ops.attention_pattern import Method, Operands, Pattern
 from lorakit.ops.autograd import Context, autocast, needs_gradient, without_autocast
+from lorakit.ops.kernels import kernels_for
+from lorakit.ops.kernels.protocol import SequenceAttention
 
 # On a CPU, PyTorch's flash kernel is used if the longest sequence has at least this many tokens. On processors without
 # matrix units, matmuls are faster even beyond 4096 tokens; with matrix units, the kernel's cache blocking pays off
@@ -82,6 +86,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
         if method == "flash":
             run = attention_flash.forward_on_cuda if q.device.type == "cuda" else attention_flash.forward
             return *run(q, k, v, pattern), None
+        kernel = kernel_for(q, k, v, pattern) if method == "matmul" else None
+        if kernel is not None:
+            return kernel_forward(kernel, (q, k, v), pattern), None, None
         operands = _upcast((q, k, v)) if method == "matmul_fp32" else (q, k, v)
         out, record = attention_products.forward(*operands, pattern)
         return out.to(q.dtype), None, record
@@ -115,10 +122,56 @@ def backward(
     return into
 
 
+def kernel_for(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> SequenceAttention | None:
+    """Return the kernel for q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E), or None if it must not be used.
+
+    The kernel computes the scores of a few queries at a time and saves nothing; its backward pass computes them again.
+    For other patterns, and on processors without the kernel, `lorakit.ops.attention_products` computes the same
+    results. The kernel is not used if there is less than one sequence and head of k for each thread.
+    """
+    kernels = kernels_for(q, strided=True)
+    attention = None if kernels is None else kernels.attention
+    if attention is None or q.numel() == 0 or not attention.supports(q, k, v):
+        return None
+    extra = (pattern.softcap, pattern.bias, pattern.sinks)
+    if any(each is not None for each in extra) or pattern.dropout or pattern.windowed(q.shape[2]):
+        return None
+    tasks = len(q) * k.shape[1] * len(pattern.lengths(q.shape[2]))
+    return attention if tasks >= torch.get_num_threads() else None
+
+
+def kernel_forward(kernel: SequenceAttention, operands: Operands, pattern: Pattern) -> Tensor:
+    """Return softmax(scores)·v (B, H, T, D), stored as (B, T, H, D)."""
+    q, *_ = operands
+    batch, heads, tokens, width = q.shape
+    out = torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
+    kernel.attend(operands, _ends(pattern.lengths(tokens)), pattern.scale_for(width), pattern.causal, out)
+    return out
+
+
+def kernel_backward(
+    kernel: SequenceAttention, dout: Tensor, operands: Operands, into: Operands, pattern: Pattern
+) -> None:
+    """Write the gradients of q (B, H, T, D), k and v (B, KV, T, D) to `into`, given that of the output, `dout`."""
+    *_, tokens, width = operands[0].shape
+    dout = dout if dout.stride(3) == 1 and min(dout.stride()) >= 0 else dout.contiguous()
+    ends, scale = _ends(pattern.lengths(tokens)), pattern.scale_for(width)
+    kernel.attend_backward(operands, dout, ends, scale, pattern.causal, into)
+
+
+@functools.lru_cache(maxsize=64)  # all layers of a model request the same ends
+def _ends(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor(list(itertools.accumulate(lengths)), dtype=torch.int64)
+
+
 def _by_products(dout: Tensor, operands: Operands, into: Operands, pattern: Pattern, record: Tensor | None) -> None:
     """Compute the gradients for `backward` with matmuls, in fp32 if the forward pass upcast its operands."""
     if chosen(*operands[::2], pattern) != "matmul_fp32":
-        attention_products.backward(dout, operands, into, pattern, record)
+        kernel = kernel_for(*operands, pattern)
+        if kernel is not None:
+            kernel_backward(kernel, dout, operands, into, pattern)
+        else:
+            attention_products.backward(dout, operands, into, pattern, record)
         return
     q, k, v = (_stored_by_token(t, torch.float32) for t in operands)
     attention_products.backward(dout.float(), _upcast(operands), (q, k, v), pattern, record)

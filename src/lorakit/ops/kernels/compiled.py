@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 
 import torch
 from torch import Tensor
 
 from lorakit.ops.kernels.building import Built, built
-from lorakit.ops.kernels.gateway import Gateway
-from lorakit.ops.kernels.protocol import DropoutMatmuls, Int8Steps, PerRowMatmuls
+from lorakit.ops.kernels.gateway import FARTHEST, Gateway
+from lorakit.ops.kernels.protocol import DropoutMatmuls, Int8Steps, PerRowMatmuls, SequenceAttention
 
 DTYPES = {torch.float32: "", torch.bfloat16: "BF16"}
 """Dict from dtype to the preprocessor macro that is defined when the kernels for that dtype are compiled."""
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "quick_gelu": 2, "relu": 3}
 """Dict from the name of an activation in `lorakit.ops.activation` to its enum value in the C source."""
+
+LANES = 16
+"""Number of fp32 values in a register of the attention kernel; head widths must be a multiple of it."""
 
 
 @functools.cache
@@ -67,6 +71,7 @@ class CompiledKernels:
         self.own: PerRowMatmuls | None = self
         self.int8: Int8Steps | None = self
         gateway = Gateway(libraries)
+        self.attention: SequenceAttention | None = CompiledAttention(gateway) if gateway.dots else None
         self._pointer, self._optional, self._call = gateway.pointer, gateway.optional, gateway.call
 
     def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
@@ -249,6 +254,64 @@ class CompiledKernels:
         )
         made = self._pointer("dx", dx, dtype, (rows, d))
         self._call("int8_input_gradient", dtype, rows * d, *given, rows, d, k, made)
+
+
+class CompiledAttention:
+    """Attention kernels, from attention.h."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    def supports(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Implement `SequenceAttention.supports`; q is (B, H, T, D)."""
+        width = q.shape[3]
+        laid_out = all(t.stride(3) == 1 and min(t.stride()) >= 0 and t.stride(2) < FARTHEST for t in (q, k, v))
+        return q.dtype in self._gateway.dots and laid_out and width > 0 and width % LANES == 0 and v.shape[3] == width
+
+    def attend(
+        self, operands: tuple[Tensor, Tensor, Tensor], ends: Tensor, scale: float, causal: bool, out: Tensor
+    ) -> None:
+        """Implement `SequenceAttention.attend`; q is (B, H, T, D)."""
+        given, sizes = self._operands(operands, ends)
+        q, dtype = operands[0], operands[0].dtype
+        made = self._gateway.heads("out", out, dtype, q.shape, least=1)
+        self._gateway.call("attend", dtype, q.numel(), *given, *made, *sizes, scale, causal)
+
+    def attend_backward(
+        self,
+        operands: tuple[Tensor, Tensor, Tensor],
+        dout: Tensor,
+        ends: Tensor,
+        scale: float,
+        causal: bool,
+        into: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        """Implement `SequenceAttention.attend_backward`; q is (B, H, T, D)."""
+        given, sizes = self._operands(operands, ends)
+        q, dtype = operands[0], operands[0].dtype
+        made = [*self._gateway.heads("dout", dout, dtype, q.shape)]
+        for name, grad, of in zip(("dq", "dk", "dv"), into, operands, strict=True):
+            made += self._gateway.heads(name, grad, dtype, of.shape, least=1)
+        self._gateway.call("attend_backward", dtype, q.numel(), *given, *made, *sizes, scale, causal)
+
+    def _operands(self, operands: tuple[Tensor, Tensor, Tensor], ends: Tensor) -> tuple[list[int], list[int]]:
+        """Check q (B, H, T, D), k, v (B, KV, T, D) and the ends (S,), and return the arguments for them.
+
+        Raises:
+            ValueError: A tensor is invalid, the widths are not supported, or the ends do not increase up to T.
+        """
+        q, k, v = operands
+        (batch, heads, tokens, width), kv = q.shape, k.shape[1]
+        bounds = [0, *ends.tolist()]
+        if not self.supports(q, k, v) or kv < 1 or heads % kv:
+            raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: not supported")
+        if bounds[-1] != tokens or any(a >= b for a, b in itertools.pairwise(bounds)):
+            raise ValueError(f"ends: expected positions that increase up to {tokens}; got {bounds[1:]}")
+        given: list[int] = []
+        for name, tensor, count in (("q", q, heads), ("k", k, kv), ("v", v, kv)):
+            given += self._gateway.heads(name, tensor, q.dtype, (batch, count, tokens, width))
+        at = self._gateway.pointer("ends", ends, torch.int64, (len(bounds) - 1,))
+        return given, [at, batch, len(bounds) - 1, kv, heads // kv, width]
 
 
 def _heads_together(x: Tensor) -> tuple[int, ...]:

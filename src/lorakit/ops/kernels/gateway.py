@@ -22,6 +22,9 @@ STATUSES: dict[int, tuple[type[Exception], str]] = {
 FEW = 1 << 14
 """Number of elements up to which using more than one thread costs more time than it saves."""
 
+FARTHEST = 1 << 24
+"""Distance between tokens, in elements, from which kernels with 32-bit offsets cannot be used."""
+
 _P, _N = c_void_p, c_int64
 SIGNATURES: dict[str, tuple[type, ...]] = {  # parameters as in rows.c, except the last one, the thread count
     "rms_forward": (_P, _P, c_float, c_float, _N, _N, _P, _P),
@@ -41,6 +44,12 @@ SIGNATURES: dict[str, tuple[type, ...]] = {  # parameters as in rows.c, except t
     "int8_input_gradient": (_P, _P, _P, _P, _P, _P, _N, _N, _N, _P),
 }
 
+_H = (_P, _N, _N, _N)  # heads: their address, and the distances between batch rows, heads and tokens
+DOT_SIGNATURES: dict[str, tuple[type, ...]] = {  # functions of libraries that have dot products
+    "attend": (*_H * 4, _P, _N, _N, _N, _N, _N, c_float, c_int),
+    "attend_backward": (*_H * 7, _P, _N, _N, _N, _N, _N, c_float, c_int),
+}
+
 _ALL_WITHIN = {torch.int32: "all_within_32", torch.int64: "all_within_64"}
 
 
@@ -48,6 +57,9 @@ class Gateway:
     """The functions in rows.c for each dtype, with checks of their arguments.
 
     Invalid tensors raise ValueError before anything is written.
+
+    Attributes:
+        dots: Dtypes whose functions in DOT_SIGNATURES exist, because the processor has dot products for them.
     """
 
     def __init__(self, libraries: dict[torch.dtype, ctypes.CDLL]) -> None:
@@ -55,6 +67,10 @@ class Gateway:
             dtype: {name: _typed(library, name, (*types, c_int)) for name, types in SIGNATURES.items()}
             for dtype, library in libraries.items()
         }
+        self.dots = frozenset(dtype for dtype, library in libraries.items() if _typed(library, "has_dots", ())())
+        for dtype in self.dots:
+            functions = {name: _typed(libraries[dtype], name, (*t, c_int)) for name, t in DOT_SIGNATURES.items()}
+            self._functions[dtype].update(functions)
         library = next(iter(libraries.values()))
         self._all_within = {dtype: _typed(library, name, (_P, _N, _N, _N)) for dtype, name in _ALL_WITHIN.items()}
 
@@ -95,6 +111,26 @@ class Gateway:
             least, most = (int(each) for each in tensor.aminmax())
             raise ValueError(f"{name}: integers must be in {within[0]}..{within[1]}; got {least}..{most}")
         return address
+
+    def heads(
+        self, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], least: int = 0
+    ) -> tuple[int, ...]:
+        """Check a tensor (B, H, T, D) whose heads are contiguous, and return its address and the first three strides.
+
+        Args:
+            name: Name of the tensor, for the error message.
+            tensor: Tensor to check.
+            dtype: Required dtype.
+            shape: Required shape.
+            least: Smallest allowed stride; 1 for a tensor that is written, whose elements must not share memory.
+
+        Raises:
+            ValueError: As for `pointer`, or a stride is too short, or too long for the kernel's 32-bit offsets.
+        """
+        apart = tensor.stride()[:3]
+        if not apart or min(apart) < least or apart[-1] >= FARTHEST:
+            raise ValueError(f"{name}: strides must be {least}..{FARTHEST - 1}; got {tensor.stride()}")
+        return self.pointer(name, tensor, dtype, shape, (*apart, 1)), *apart
 
     def optional(
         self,

@@ -22,6 +22,7 @@ class Kernels(Protocol):
         activations: Names of the activations that `gate` supports.
         caps_logits: Whether `cross_entropy` supports a cap on the logits.
         dropping: Low-rank matmuls with fused dropout, or None if fusing does not make them faster.
+        attention: Attention over separate sequences, or None if there is no such kernel.
         own: Matmuls with per-row LoRA factors, or None if there are no such kernels.
         int8: What precedes and follows an int8 matmul, or None if there are no such kernels.
     """
@@ -29,6 +30,7 @@ class Kernels(Protocol):
     activations: frozenset[str]
     caps_logits: bool
     dropping: DropoutMatmuls | None
+    attention: SequenceAttention | None
     own: PerRowMatmuls | None
     int8: Int8Steps | None
 
@@ -158,4 +160,35 @@ class Int8Steps(Protocol):
 
         Shapes: sums and partial (N, d), u (N,), g (d,), columns (N, k), kept int64 (k,). `columns` and `partial` are
         fp32.
+        """
+
+
+class SequenceAttention(Protocol):
+    """Attention over separate sequences, without windows, caps, biases, sinks or dropout. [docs/math.md (81), (82)]
+
+    Shapes: q (B, H, T, D), k and v (B, KV, T, D). Heads must be contiguous; other strides are arbitrary. `ends` is
+    int64 (S,): the end of each sequence within the T tokens, in increasing order; the last one is T. If `causal` is
+    true, a token sees only itself and earlier tokens of its sequence.
+    """
+
+    def supports(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Return whether the kernel supports the dtype, widths and strides of q (B, H, T, D), k and v."""
+
+    def attend(
+        self, operands: tuple[Tensor, Tensor, Tensor], ends: Tensor, scale: float, causal: bool, out: Tensor
+    ) -> None:
+        """Write softmax(scale·q·kᵀ)·v to `out` (B, H, T, D)."""
+
+    def attend_backward(
+        self,
+        operands: tuple[Tensor, Tensor, Tensor],
+        dout: Tensor,
+        ends: Tensor,
+        scale: float,
+        causal: bool,
+        into: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        """Write the gradients of q, k and v to `into`, given the gradient of the output (B, H, T, D).
+
+        The gradient of q may be `dout`.
         """

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from lorakit.ops.kernels.protocol import DropoutMatmuls, Int8Steps, PerRowMatmuls
+from lorakit.ops.kernels.protocol import DropoutMatmuls, Int8Steps, PerRowMatmuls, SequenceAttention
 from lorakit.ops.kernels.triton import programs
 
 OPTIONS = {"enable_fp_fusion": True}
@@ -34,6 +34,7 @@ class TritonKernels:
 
     activations = frozenset({"silu", "gelu", "gelu_tanh", "quick_gelu", "relu"})
     caps_logits = True
+    attention: SequenceAttention | None = None
     own: PerRowMatmuls | None = None
     int8: Int8Steps | None = None
 
