@@ -122,7 +122,8 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
         LorakitError: The data, the model or the checkpoint cannot be used; the error class and message say why.
     """
     settings, processes = spec.settings, spec.processes
-    batches = make_batches(settings, spec.data, spec.task, spec.tokenizer, spec.forecast.max_length, progress)
+    asked_data = (spec.data, spec.task, spec.tokenizer, spec.forecast.max_length)
+    batches = make_batches(settings, *asked_data, progress, spec.tokenizer_sha256)
     _report_data(spec, batches, progress)
     loader = batches.loader
     limits, plan = _planned(spec, batches, progress)
