@@ -24,6 +24,7 @@ FLOORS = {
     "__init__": -2,
     "errors": -1,
     "allocator": 0,
+    "startup": 0,
     "durable": 0,
     "machine": 0,
     "hub_cache": 0,

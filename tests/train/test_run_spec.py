@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lorakit import hub
 from lorakit.errors import RunError, TargetError, UsageError
 from lorakit.train import run_folder
 from lorakit.train.progress import Progress
 from lorakit.train.run_spec import RunSpec
 from lorakit.train.settings import TrainSettings
+from lorakit.train.trainer import run
 
 
 def test_everything_before_the_weights_is_known(short_run: dict[str, Any], tmp_path: Path) -> None:
@@ -37,3 +40,18 @@ def test_a_rejected_run_makes_no_directory(
     with pytest.raises(error):
         RunSpec.of(TrainSettings(**{**short_run, **more}), Progress())
     assert not (tmp_path / "run").exists()
+
+
+def test_the_tokenizer_is_hashed_once_in_a_run(short_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed, tokenizer_hash = list[str](), hub.tokenizer_hash
+
+    def counted(tokenizer: Any) -> str:
+        hashed.append(tokenizer_hash(tokenizer))
+        return hashed[-1]
+
+    monkeypatch.setattr(hub, "tokenizer_hash", counted)
+    result = run(TrainSettings(**short_run, max_steps=2, save_steps=1, tuning=False))
+    assert len(hashed) == 1
+    assert result.adapter is not None
+    metadata = json.loads((result.adapter / "lorakit.json").read_text())
+    assert hashed[0] in json.dumps(metadata)

@@ -20,6 +20,7 @@ from cyclopts import Parameter
 from lorakit import allocator
 from lorakit.cli import console
 from lorakit.cli.early import check_data, check_model, check_start
+from lorakit.startup import rare_collections
 from lorakit.train.defaults import ALIASES, DEFAULTS
 from lorakit.train.launching import (
     LOST,
@@ -228,8 +229,9 @@ def _train(settings: TrainSettings, *, json: bool, verbose: bool, is_silent: boo
 
     notes = allocator.set_up(is_sharded=settings.parallel in SHARDED)  # before torch allocates any memory
 
-    from lorakit.train import run as train  # imports torch and transformers
-    from lorakit.train.progress import Progress, progress_for
+    with rare_collections():
+        from lorakit.train import run as train  # imports torch and transformers
+        from lorakit.train.progress import Progress, progress_for
 
     progress = Progress() if is_silent else progress_for(sys.stderr if json else sys.stdout, verbose=verbose)
     for sentence in notes:

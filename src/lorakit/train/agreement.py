@@ -35,7 +35,7 @@ def check_alike(spec: RunSpec) -> None:
             **{f"version of {name}": version for name, version in run_folder.versions().items()},
             **{f"data {path}": digest for path, digest in spec.hashes.items()},
             "base": spec.source.base_name,
-            "tokenizer": hub.tokenizer_hash(spec.tokenizer),
+            "tokenizer": spec.tokenizer_sha256,
             "chat template": hub.chat_template_hash(spec.tokenizer),
             "device": spec.device.type,
             "base matmul": spec.base_matmul,

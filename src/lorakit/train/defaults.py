@@ -109,9 +109,10 @@ DEFAULTS: dict[str, Default] = {
         "smaller data is checked, counted and shuffled as a whole",
     ),
     "token_cache": Default(
-        "Keep tokenized data of more than 1 MiB in lorakit's cache directory for later runs",
+        "Keep tokenized data of more than 1 MiB, and the evaluation before training, in lorakit's cache directory for "
+        "later runs",
         True,
-        "tokenizing takes much longer than reading; at most 20 GiB are kept",
+        "tokenizing and evaluating take much longer than reading; at most 20 GiB are kept",
         "on",
     ),
     "format": Default(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from lorakit.data import Batch
 from lorakit.errors import DataError, DiskError, NonFiniteError, RunError
 from lorakit.machine import peak_rss_bytes
 from lorakit.ops import choices
-from lorakit.train import checkpoint
-from lorakit.train.evaluation import evaluate
+from lorakit.train import checkpoint, score_cache
+from lorakit.train.evaluation import Evaluation, evaluate
 from lorakit.train.interrupts import Interrupts, recording
 from lorakit.train.optimizer import state_tensors
 from lorakit.train.run_adapter import save_adapter
@@ -97,23 +97,16 @@ class Loop:
         if held_out is None or not self._is_evaluation_due():
             return
         run.progress.busy("evaluating")
-        try:
-            with self._options.computing():
-                stop, objective = lambda: interrupts.requested, run.spec.task.objective
-                found = evaluate(
-                    run.model,
-                    held_out(),
-                    self._options.device,
-                    stop,
-                    run.acceleration,
-                    objective,
-                    self._processes,
-                )
-        except RunError as cause:
-            raise self._located(cause, run.state.step, self._advice(cause, "")) from cause
+        key = score_cache.key_of(run) if run.state.step == 0 else None
+        kept, began = None if key is None else score_cache.read(key), time.process_time()
+        found = kept or self._measured(held_out(), interrupts)
         if found is None:
             self._is_interrupted = True
             return
+        if kept is not None:
+            run.progress.say("The evaluation at step 0 was read from the cache: an earlier run had the same start.")
+        elif key is not None and time.process_time() - began >= score_cache.LEAST_SECONDS:
+            self._keep(key, found)
         run.state.note_evaluation(found.loss)
         row = {
             "step": run.state.step,
@@ -125,6 +118,23 @@ class Loop:
         self._log(log, row)
         is_start = run.state.step == 0 and run.spec.start is not None
         run.progress.eval_row(row, run.spec.before_training if is_start else "")
+
+    def _measured(self, batches: Iterable[Batch], interrupts: Interrupts) -> Evaluation | None:
+        """Evaluate the model; return None if a signal arrived."""
+        run = self._run
+        stop, objective = lambda: interrupts.requested, run.spec.task.objective
+        try:
+            with self._options.computing():
+                return evaluate(
+                    run.model, batches, self._options.device, stop, run.acceleration, objective, self._processes
+                )
+        except RunError as cause:
+            raise self._located(cause, run.state.step, self._advice(cause, "")) from cause
+
+    def _keep(self, key: str, found: Evaluation) -> None:
+        problem = score_cache.write(key, found)
+        if problem:
+            self._run.progress.detail(f"The evaluation at step 0 is not kept for later runs: {problem}.")
 
     def _log(self, log: MetricsLog, row: dict[str, Any]) -> None:
         log.append(row)

@@ -301,7 +301,7 @@ def adapter_metadata(run: Run) -> dict[str, Any]:
     metrics = {"metrics": now, "first_metrics": first} if spec.task.task.summary else {}
     return {
         "base_name": spec.source.base_name,
-        "tokenizer_sha256": hub.tokenizer_hash(spec.tokenizer),
+        "tokenizer_sha256": spec.tokenizer_sha256,
         "chat_template_sha256": hub.chat_template_hash(spec.tokenizer),
         "training": {
             "step": state.step,

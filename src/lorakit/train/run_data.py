@@ -164,6 +164,7 @@ def make_batches(
     tokenizer: data.Tokenizer,
     max_length: int,
     progress: Progress,
+    tokenizer_sha256: str | None = None,
 ) -> RunBatches:
     """Tokenize the records and create the loaders.
 
@@ -174,6 +175,7 @@ def make_batches(
         tokenizer: The model's tokenizer.
         max_length: Maximum sequence length in tokens.
         progress: Receives reports on the progress of tokenization.
+        tokenizer_sha256: Result of `hub.tokenizer_hash` for the tokenizer if it is known.
 
     Returns:
         The training loader, a function that returns the evaluation batches (or None without evaluation data), and
@@ -183,7 +185,7 @@ def make_batches(
         DataError: The training data or the evaluation data has no tokens that contribute to the loss, or no end marker
             in the training data does.
     """
-    cache = _token_cache(settings, tokenizer, progress)
+    cache = _token_cache(settings, tokenizer, tokenizer_sha256, progress)
     options = EncodeOptions(max_length, settings.overlong, _listener(progress, "training data", records.train), cache)
     train = task.task.encode(records.train, tokenizer, task.target, options)
     if not settings.allow_missing_end:
@@ -199,7 +201,9 @@ def make_batches(
     return RunBatches(loader, held_out.sequences, train.report, held_out.report, task)
 
 
-def _token_cache(settings: TrainSettings, tokenizer: data.Tokenizer, progress: Progress) -> data.TokenCache | None:
+def _token_cache(
+    settings: TrainSettings, tokenizer: data.Tokenizer, tokenizer_sha256: str | None, progress: Progress
+) -> data.TokenCache | None:
     """Return the cache of tokens, or None if it is off or has no directory."""
     if not settings.token_cache:
         return None
@@ -210,7 +214,7 @@ def _token_cache(settings: TrainSettings, tokenizer: data.Tokenizer, progress: P
         return None
     installed = run_folder.versions()
     context = {
-        "tokenizer": hub.tokenizer_hash(tokenizer),
+        "tokenizer": tokenizer_sha256 or hub.tokenizer_hash(tokenizer),
         "template": hub.chat_template_hash(tokenizer),
         "rows": [settings.format, settings.columns, settings.on_bad_row, settings.group, settings.task],
         "versions": {name: installed.get(name) for name in ("lorakit", "transformers", "tokenizers")},

@@ -50,6 +50,7 @@ class RunSpec:
         hashes: Dict from the path of each data file to the file's SHA-256, or to its identity if it is streamed.
         record: Contents of `run.json` if the run is resumed, or None.
         tokenizer: The tokenizer of the base or the start adapter, with the run's new tokens.
+        tokenizer_sha256: SHA-256 of the tokenizer, computed once, because that takes a third of a second.
         task: The task, and what it predicts for this data.
         forecast: The base's shape, the adapter config, and the maximum sequence length.
         quantization: Quantization of the base, from the settings or the base's files, or None.
@@ -68,6 +69,7 @@ class RunSpec:
     hashes: Mapping[str, str]
     record: Mapping[str, Any] | None
     tokenizer: SavedTokenizer
+    tokenizer_sha256: str
     task: TaskOnData
     forecast: Forecast
     quantization: Quantization | None = None
@@ -138,6 +140,7 @@ class RunSpec:
             hashes=hashes,
             record=record,
             tokenizer=tokenizer,
+            tokenizer_sha256=hub.tokenizer_hash(tokenizer),
             task=task,
             forecast=found,
             quantization=quantization,

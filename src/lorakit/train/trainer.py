@@ -31,6 +31,7 @@ from lorakit.plan.fitting import describe
 from lorakit.plan.params import with_full_modules
 from lorakit.plan.quantized import stored
 from lorakit.speed import Acceleration, accelerate
+from lorakit.startup import rare_collections
 from lorakit.tables import format_count
 from lorakit.tasks import load_model_for
 from lorakit.train import checkpoint, sharding
@@ -87,7 +88,7 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
         progress = held.enter_context(progress if processes.is_first else Progress())
         held.enter_context(stoppable())
         held.enter_context(_restored_random_state())
-        with _unchanged_on_failure(Path(settings.output_dir)), processes.together():
+        with _unchanged_on_failure(Path(settings.output_dir)), processes.together(), rare_collections():
             spec = RunSpec.of(continued(settings, processes, progress), progress, processes)
             held.callback(unlock, spec.lock)
             check_alike(spec)
@@ -100,7 +101,8 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
             processes.from_first(lambda: _start(current))
         with _failure_recorded(current), sharding.without_hints(current.sharded), current.spec.processes.together():
             Loop(current).steps()
-            return current.spec.processes.from_first(lambda: finish(current))
+            with rare_collections():  # imports matplotlib
+                return current.spec.processes.from_first(lambda: finish(current))
 
 
 def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
@@ -120,7 +122,8 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
         LorakitError: The data, the model or the checkpoint cannot be used; the error class and message say why.
     """
     settings, processes = spec.settings, spec.processes
-    batches = make_batches(settings, spec.data, spec.task, spec.tokenizer, spec.forecast.max_length, progress)
+    asked_data = (spec.data, spec.task, spec.tokenizer, spec.forecast.max_length)
+    batches = make_batches(settings, *asked_data, progress, spec.tokenizer_sha256)
     _report_data(spec, batches, progress)
     loader = batches.loader
     limits, plan = _planned(spec, batches, progress)
