@@ -267,9 +267,9 @@ def _check_loss(record: Mapping[str, Any], base: Int8Base) -> None:
     site, ratio = next(iter(base.worst.items()))
     raise RunError(
         f"int8 matmuls raise the loss on the {record['tokens']:,} calibration tokens from {record['loss']:.4f} to "
-        f"{record['int8_loss']:.4f} ({rise:+.4f} ± {error:.4f} nats per token; bound {bound:g}). The largest "
-        f"outliers are in {site} ({ratio:,.0f} times the median channel). Omit --base-matmul int8, or pass --int8-loss-bound with a value "
-        f"above {rise:.4f} to train nevertheless.",
+        f"{record['int8_loss']:.4f} ({rise:+.4f} ± {error:.4f} nats per token; bound {bound:g}). The largest outliers "
+        f"are in {site} ({ratio:,.0f} times the median channel). Omit --base-matmul int8, or pass --int8-loss-bound "
+        f"with a value above {rise:.4f} to train nevertheless.",
         what=rise,
         where=site,
         field="int8_loss_bound",
