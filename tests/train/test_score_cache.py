@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorakit.ops.int8 import why_no_int8_matmuls
 from lorakit.report import read_metrics
 from lorakit.train import loop, score_cache
 from lorakit.train.evaluation import Evaluation, evaluate
@@ -18,6 +19,7 @@ from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
 from lorakit.train.trainer import run
 
+NEEDS_INT8 = pytest.mark.skipif(bool(why_no_int8_matmuls()), reason="the processor has no int8 matmuls")
 REUSED = "The evaluation at step 0 was read from the cache"
 
 
@@ -86,7 +88,15 @@ def test_the_learning_rate_and_the_number_of_steps_do_not_matter(settings: dict[
 
 @pytest.mark.parametrize(
     "other",
-    [{"dtype": "bfloat16"}, {"max_length": 20}, {"seed": 1}, {"r": 3}, {"lora_alpha": 5}, {"accelerate": False}],
+    [
+        {"dtype": "bfloat16"},
+        {"max_length": 20},
+        {"seed": 1},
+        {"r": 3},
+        {"lora_alpha": 5},
+        {"accelerate": False},
+        pytest.param({"base_matmul": "int8", "int8_loss_bound": 9.0}, marks=NEEDS_INT8),
+    ],
     ids=str,
 )
 def test_another_start_is_evaluated(settings: dict[str, Any], other: dict[str, Any]) -> None:

@@ -120,6 +120,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "versions": versions(),
         "source": _source_files(),
         "accelerated": spec.settings.accelerate,
+        "int8": None if run.int8 is None else run.int8.record["scales_sha256"],
         "packed": run.acceleration is not None and run.acceleration.packs,
     }
 
