@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from lorakit.core import Int8Base, quantize_base
-from lorakit.core.model.index import AdapterIndex
 from lorakit.errors import ConfigError, ModelError
 from lorakit.ops.int8 import why_no_int8_matmuls
 from lorakit.speed.patching import is_replacement
@@ -27,7 +26,9 @@ def check_not_accelerated(model: nn.Module) -> None:
         ModelError: All or part of the model is already accelerated.
     """
     kind = type(model).__name__
-    if any(is_replacement(module) for module in AdapterIndex.of(model).everything.values()):
+    found = list[bool]()
+    model.apply(lambda module: found.append(is_replacement(module)))
+    if any(found):
         raise ModelError(f"{kind} is already accelerated; call undo() on the earlier result first", what=kind)
 
 
