@@ -23,6 +23,7 @@ COMMANDS: dict[str, str] = {
     "experts": "bench_experts.py",
     "attach": "bench_attach.py",
     "face": "bench_face.py",
+    "int8_base": "bench_int8_base.py",
     "products": "bench_products.py --repeats 5",
     "optimizer": "bench_optimizer.py",
     "optimizers": "bench_optimizers.py --steps 10 --only adamw adamw8bit lorafa muon",

@@ -174,7 +174,6 @@ def accelerate(
         ModelError: All or part of the model is already accelerated.
     """
     known = Known(Identities(), known_forwards())
-    check_not_accelerated(model)
     int8, why_not = int8_base(model, base_matmul, calibration, keep)
     try:
         made = accelerate_known(model, known, logits=logits, keep_feed_forward=keep_feed_forward)
@@ -183,13 +182,6 @@ def accelerate(
             int8.restore()
         raise
     return replace(made, int8=int8, int8_skipped=why_not)
-
-
-def check_not_accelerated(model: nn.Module) -> None:
-    """Raise ModelError if a part of a model is already accelerated."""
-    kind = type(model).__name__
-    if any(is_replacement(module) for module in model.modules()):
-        raise ModelError(f"{kind} is already accelerated; call undo() on the earlier result first", what=kind)
 
 
 def accelerate_known(model: nn.Module, known: Known, *, logits: bool, keep_feed_forward: bool) -> Acceleration:
@@ -209,8 +201,9 @@ def accelerate_known(model: nn.Module, known: Known, *, logits: bool, keep_feed_
     """
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return _nothing(model, "its weights are sharded; call accelerate before sharding")
-    check_not_accelerated(model)
-    modules = dict(model.named_modules())
+    modules, kind = dict(model.named_modules()), type(model).__name__
+    if any(is_replacement(module) for module in modules.values()):
+        raise ModelError(f"{kind} is already accelerated; call undo() on the earlier result first", what=kind)
     has_adapters = any(is_adapted(module) for module in modules.values())
     # A model without adapters is frozen for the probes, as it will be once it has adapters. Whenever a fused forward
     # runs later, it checks that the weights are frozen.

@@ -1,4 +1,4 @@
-"""Int8 matmuls in `accelerate`: check the request and the processor, quantize the base, and describe the result."""
+"""Int8 matmuls in `accelerate`: check the request, the model and the processor, quantize, and describe the result."""
 
 from __future__ import annotations
 
@@ -7,12 +7,29 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from lorakit.core import Int8Base, quantize_base
-from lorakit.errors import ConfigError
+from lorakit.errors import ConfigError, ModelError
 from lorakit.ops.int8 import why_no_int8_matmuls
+from lorakit.speed.patching import is_replacement
 from lorakit.tables import format_bytes
 
 DTYPE, INT8 = "dtype", "int8"
 """Values of `base_matmul`: matmuls in the dtype of the weights, or in int8."""
+
+
+def check_not_accelerated(model: nn.Module) -> None:
+    """Check that no part of a model is accelerated.
+
+    Args:
+        model: The model; unchanged.
+
+    Raises:
+        ModelError: All or part of the model is already accelerated.
+    """
+    kind = type(model).__name__
+    found = list[bool]()
+    model.apply(lambda module: found.append(is_replacement(module)))
+    if any(found):
+        raise ModelError(f"{kind} is already accelerated; call undo() on the earlier result first", what=kind)
 
 
 def int8_base(
@@ -31,11 +48,13 @@ def int8_base(
 
     Raises:
         ConfigError: `base_matmul` is unknown, there is no calibration data, or the base is quantized or trained.
+        ModelError: All or part of the model is already accelerated.
     """
     if base_matmul not in (DTYPE, INT8):
         raise ConfigError.of("base_matmul", base_matmul, allowed=(DTYPE, INT8))
     if base_matmul == DTYPE:
         return None, ""
+    check_not_accelerated(model)
     if calibration is None:
         raise ConfigError(
             "base_matmul 'int8' needs calibration batches: pass calibration=[...], each with the arguments of the "

@@ -183,6 +183,7 @@ def _why_not(index: AdapterIndex, path: str, module: nn.Module, blocks: tuple[st
         "adapted through its weight": isinstance(standing, LoraLayer) and standing.kind.acts_on != "input",
         "its weight is computed": is_computed(module),
         "its class is not nn.Linear": not _is_plain(module),
+        "part of an adapter": any(word.startswith("lora_") for word in path.split(".")),
         "an expert": ".experts." in f".{path}.",
         "a router": _is_router(index.model, module),
         "tied weight": any(len(index.shared.get(id(p), ())) > 1 for p in parameters),

@@ -110,7 +110,11 @@ class Calibration:
 def run_batches(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward: Forward, calibration: Calibration | None
 ) -> tuple[tuple[float, ...], int]:
-    """Run all batches on the base in evaluation mode; return the losses and the number of tokens."""
+    """Run all batches on the base in evaluation mode; return the losses and the number of tokens.
+
+    Raises:
+        DataError: There are no batches.
+    """
     targets = [] if calibration is None else [(one, calibration.hook(one)) for one in calibration.targets]
     handles = [target.module.register_forward_pre_hook(hook) for target, hook in targets]
     losses, tokens, count = list[float](), 0, 0
