@@ -98,7 +98,7 @@ def test_a_loss_above_the_bound_stops_before_the_first_step(
     def worse(*given: Any) -> tuple[float, ...]:
         return tuple(9.0 for _ in given[1])
 
-    monkeypatch.setattr(int8_base, "base_losses", worse)
+    monkeypatch.setattr(int8_base.core, "base_losses", worse)
     with pytest.raises(RunError, match=r"bound 0\.005.*--int8-loss-bound") as found:
         run(TrainSettings(**{**int8_run, "int8_loss_bound": 0.005}))
     assert found.value.field == "int8_loss_bound"

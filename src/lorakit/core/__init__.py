@@ -10,6 +10,7 @@ from lorakit.core.attachment.loading import LoadReport, load_adapter
 from lorakit.core.attachment.saving import save_adapter, save_as_trained
 from lorakit.core.files.adapter_folder import AdapterFiles, SavedAdapter, read_adapter
 from lorakit.core.files.inspecting import AdapterSummary, inspect_adapter
+from lorakit.core.inits import init_named
 from lorakit.core.kinds import Kind, WeightSpec, kind_named
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.linalg import RankLimit
@@ -48,6 +49,7 @@ from lorakit.core.operations.data_init import collect_for
 from lorakit.core.operations.extracting import ExtractReport, extract, extract_to_folder
 from lorakit.core.operations.int8_base import Int8Base, quantize_base
 from lorakit.core.operations.int8_calibration import base_losses
+from lorakit.core.operations.int8_scales import int8_scales, quantize_with_scales, record_original_base
 from lorakit.core.operations.intruders import SiteIntruders, reduce_intruders
 from lorakit.core.operations.tensor_sources import TensorSource, source_of_folder, source_of_model
 from lorakit.core.operations.writing import OperationReport
@@ -56,6 +58,7 @@ from lorakit.core.quantization.int8 import Int8Linear
 from lorakit.core.quantization.packed import PackedLinear, packed_linear
 from lorakit.core.quantization.packed_integers import AwqLinear, GptqLinear
 from lorakit.core.statistics.moments import Statistics, load_statistics
+from lorakit.core.variants import moving_variant
 
 __all__ = [
     "COMBINATION_TYPES",
@@ -105,7 +108,9 @@ __all__ = [
     "extract",
     "extract_to_folder",
     "fingerprint",
+    "init_named",
     "inspect_adapter",
+    "int8_scales",
     "invocation_offsets",
     "invoked",
     "kind_named",
@@ -114,13 +119,16 @@ __all__ = [
     "merge",
     "merge_and_unload",
     "merged_state_dict",
+    "moving_variant",
     "one_pass",
     "packed_linear",
     "penalties",
     "prompt_offset",
     "quantize_base",
+    "quantize_with_scales",
     "read_adapter",
     "read_for_training",
+    "record_original_base",
     "reduce_intruders",
     "rescale",
     "route",

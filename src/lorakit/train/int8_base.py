@@ -14,17 +14,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
-from lorakit import durable
-from lorakit.core.files.tensor_file import encode, read_tensors
-from lorakit.core.inits import init_named
-from lorakit.core.model.fingerprint import record_original_base
-from lorakit.core.model.index import AdapterIndex, state_of
-from lorakit.core.operations.int8_base import Int8Base, base_bytes, quantize_base
-from lorakit.core.operations.int8_calibration import base_losses
-from lorakit.core.operations.int8_scales import int8_scales, quantize_with_scales
-from lorakit.core.variants import moving_variant
+from lorakit import core, durable
 from lorakit.errors import AdapterFileError, RunError, UsageError
 from lorakit.ops.int8 import why_no_int8_matmuls
 from lorakit.tables import format_bytes, format_count
@@ -157,7 +151,7 @@ def check_adapter(config: LoraConfig) -> None:
     Raises:
         UsageError: Its init or its variant changes them.
     """
-    init, variant = init_named(config.init_lora_weights), moving_variant(config)
+    init, variant = core.init_named(config.init_lora_weights), core.moving_variant(config)
     if not init.changes_base and variant is None:
         return
     name = f"init_lora_weights={init.name!r}" if variant is None else variant.title
@@ -208,7 +202,7 @@ def quantized_base(
         LorakitError: The base cannot be quantized; the error class and message say why.
     """
     keep = spec.settings.keep_bf16_base
-    record_original_base(AdapterIndex.of(model), state_of(model))
+    core.record_original_base(model)
     recorded = (spec.record or {}).get("int8")
     if recorded:
         made = _requantized(model, spec.folder, recorded, keep)
@@ -231,11 +225,11 @@ def _calibrated(
     def forward(module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return loss(module, batches[id(batch)])
 
-    base = quantize_base(model, inputs, keep=spec.settings.keep_bf16_base, forward=forward)
+    base = core.quantize_base(model, inputs, keep=spec.settings.keep_bf16_base, forward=forward)
     weights = [row.trained_tokens for row in rows]
-    int8_losses = base_losses(model, inputs, forward)
+    int8_losses = core.base_losses(model, inputs, forward)
     before, after = (_mean(losses, weights) for losses in (base.losses, int8_losses))
-    scales = encode(int8_scales(model), {})
+    scales = tensors_to_bytes({name: scale.contiguous() for name, scale in core.int8_scales(model).items()})
     record = {
         "layers": len(base.paths),
         "kept": base.kept,
@@ -256,7 +250,7 @@ def _calibrated(
     return RunInt8(record, scales, base.originals)
 
 
-def _check_loss(record: Mapping[str, Any], base: Int8Base) -> None:
+def _check_loss(record: Mapping[str, Any], base: core.Int8Base) -> None:
     """Check that the loss on the calibration rows has not risen by more than the bound; NaN is above any bound.
 
     There are few rows, so the rise must exceed the bound by two standard errors.
@@ -282,17 +276,17 @@ def _requantized(model: nn.Module, folder: Path, recorded: Mapping[str, Any], ke
     advice = "restore it, or start a new run in another --output-dir"
     try:
         data = durable.read_bytes(path, _MAX_BYTES)
-        file = read_tensors(path, _MAX_BYTES)
     except AdapterFileError as cause:
         raise RunError(f"cannot resume {folder}: {cause} {advice}.", where=path, field="base_matmul") from cause
-    if file.sha256 != recorded.get("scales_sha256"):
+    digest = durable.sha256_bytes(data)
+    if digest != recorded.get("scales_sha256"):
         raise RunError(
             f"cannot resume {folder}: {path} was changed (its SHA-256 differs from that in run.json); {advice}.",
-            what=file.sha256,
+            what=digest,
             where=path,
             field="base_matmul",
         )
-    return RunInt8(dict(recorded), data, quantize_with_scales(model, file.tensors, keep=keep))
+    return RunInt8(dict(recorded), data, core.quantize_with_scales(model, tensors_from_bytes(data), keep=keep))
 
 
 def restore(model: nn.Module, int8: RunInt8) -> None:
@@ -303,9 +297,8 @@ def restore(model: nn.Module, int8: RunInt8) -> None:
         int8: The int8 base, with its originals.
     """
     paths, values = tuple(int8.originals), int8.record
-    size = base_bytes(AdapterIndex.of(model))
-    sizes = values["bytes_before"], size
-    base = Int8Base(model, paths, {}, values["kept"], values["smoothing"], 0, (), {}, *sizes, dict(int8.originals))
+    sizes = values["bytes_before"], values["bytes_after"]
+    base = core.Int8Base(model, paths, {}, values["kept"], values["smoothing"], 0, (), {}, *sizes, dict(int8.originals))
     base.restore()
 
 

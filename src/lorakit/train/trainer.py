@@ -131,9 +131,8 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     _seed_everything(settings.seed)  # a new head is initialized while the model is loaded
     model, spec = _loaded(parallel.spec_to_load(spec), plan, progress)
     check_same_base(model, processes)
-    base_bytes = _base_bytes(model, spec)
+    size = _base_bytes(model, spec)
     resumed_from, damaged = _newest_checkpoint(spec, progress)
-    processes.check_equal({"checkpoint": resumed_from})
     notes = add_adapter(model, spec, loader, resumed_from, progress)
     int8 = quantized_run_base(model, spec, loader, progress)
     acceleration = _arranged(model, plan.recompute, settings, progress)
@@ -148,8 +147,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
         probe = Probe(model, named, longest, loader.pad_id, chosen, spec.task)
         plan, acceleration = _fitted(spec, plan, probe, acceleration, progress)
     rows = loader.batch_rows * limits.accumulation  # per step, which --fit does not change
-    limits = limits.with_accumulation(-(-rows // plan.batch_rows))
-    batches = batches.with_rows(plan.batch_rows)
+    limits, batches = limits.with_accumulation(-(-rows // plan.batch_rows)), batches.with_rows(plan.batch_rows)
     loader = batches.loader
     _seed_everything(seed_of(settings.seed, processes.rank))
     _load_optimizer(optimizer, named, spec, snapshot)
@@ -171,7 +169,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
         state=state,
         choices=chosen,
         space=disk_space(spec, limits, state.step, model, named),
-        base_bytes=base_bytes if int8 is None else int8.bytes_after,
+        base_bytes=size if int8 is None else int8.bytes_after,
         progress=progress,
         started=started,
         trackers=Trackers(progress.say),
@@ -260,6 +258,12 @@ def _base_bytes(model: nn.Module, spec: RunSpec) -> int:
 
 def _newest_checkpoint(spec: RunSpec, progress: Progress) -> tuple[Path | None, tuple[Path, ...]]:
     """Return the newest valid checkpoint (or None), and a tuple of all newer checkpoints, which are damaged."""
+    found, damaged = _valid_and_damaged(spec, progress)
+    spec.processes.check_equal({"checkpoint": found})
+    return found, damaged
+
+
+def _valid_and_damaged(spec: RunSpec, progress: Progress) -> tuple[Path | None, tuple[Path, ...]]:
     damaged: list[Path] = []
     for path, fault in checkpoint.verified(spec.folder) if spec.settings.resume else ():
         if fault is None:

@@ -9,10 +9,9 @@ import torch
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.model.fingerprint import record_original_base
-from lorakit.core.model.index import AdapterIndex, state_of
+from lorakit.core.model.index import AdapterIndex
 from lorakit.core.operations.int8_base import quantize_base
-from lorakit.core.operations.int8_scales import int8_scales, quantize_with_scales
+from lorakit.core.operations.int8_scales import int8_scales, quantize_with_scales, record_original_base
 from lorakit.core.quantization.int8 import Int8Linear
 from lorakit.errors import ModelError
 
@@ -58,6 +57,6 @@ def test_scales_of_another_model_change_nothing(tiny_llama: Any, tiny_gpt2: Any)
 def test_the_fingerprint_is_that_of_the_original_weights(tiny_llama: Any) -> None:
     core.attach(tiny_llama, CONFIG)
     before = core.fingerprint(tiny_llama)
-    record_original_base(AdapterIndex.of(tiny_llama), state_of(tiny_llama))
+    record_original_base(tiny_llama)
     quantize_base(tiny_llama, BATCHES)
     assert core.fingerprint(tiny_llama) == before

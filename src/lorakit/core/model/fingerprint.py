@@ -213,19 +213,8 @@ def _recorded(index: AdapterIndex) -> Fingerprint | None:
     return _read(dict(recorded))
 
 
-def record_original_base(index: AdapterIndex, state: AdapterState) -> None:
-    """Record the fingerprint of a model's base, because its weights are about to be quantized for int8 matmuls.
-
-    Args:
-        index: The index of the model.
-        state: The state of the model's adapters, which holds the record.
-    """
-    if state.base is None:
-        state.base = fingerprint(index).as_dict()
-
-
 def _multiplies_in_int8(index: AdapterIndex) -> bool:
-    return any(isinstance(module, Int8Linear) for module in index.model.modules())
+    return any(isinstance(index.base(path), Int8Linear) for path in index.modules)
 
 
 def compare(known: Fingerprint | None, present: Fingerprint, whose: str = "the adapter's") -> BaseVerdict:

@@ -10,12 +10,24 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from lorakit.core.model.index import AdapterIndex
+from lorakit.core.model.fingerprint import fingerprint
+from lorakit.core.model.index import AdapterIndex, state_of
 from lorakit.core.operations.int8_base import copy_mapped, put_base
 from lorakit.core.quantization.int8 import Int8Linear, frozen_parameter, int8_matmul_linear
 from lorakit.errors import ModelError
 
 GAIN, KEPT = "gain", "kept"
+
+
+def record_original_base(model: nn.Module) -> None:
+    """Record the fingerprint of a model's base, because its weights are about to be quantized for int8 matmuls.
+
+    Args:
+        model: A model with adapters, whose state holds the record.
+    """
+    index, state = AdapterIndex.of(model), state_of(model)
+    if state.base is None:
+        state.base = fingerprint(index).as_dict()
 
 
 def int8_scales(model: nn.Module) -> dict[str, Tensor]:
