@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import lorakit
-from lorakit.core.model.fingerprint import weight_file_hashes
+from lorakit.core import weight_file_hashes
 from lorakit.data import Batch
 from lorakit.durable import is_sealed, read_json, sealed, write_json
 from lorakit.errors import AdapterFileError, DiskError

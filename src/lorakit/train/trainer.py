@@ -137,8 +137,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     int8 = quantized_run_base(model, spec, loader, progress)
     acceleration = _arranged(model, plan.recompute, settings, progress)
     snapshot = None if resumed_from is None else checkpoint.load(resumed_from)
-    before = None if snapshot is None else snapshot.environment
-    asked = (spec, plan.dtype, model, acceleration, loader, before, progress)
+    asked = (spec, plan.dtype, model, acceleration, loader, snapshot and snapshot.environment, progress)
     chosen = processes.from_first(lambda: autotuned_choices(*asked))
     spec, sharded = sharding.share_base(model, spec, parallel, progress)
     named, optimizer = _optimized(model, spec, plan)
