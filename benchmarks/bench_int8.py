@@ -65,7 +65,7 @@ def sides(job: Job, ablate: bool) -> tuple[dict[str, Step], dict[str, Any]]:
     steps: dict[str, Step] = {BF16_MATMULS: matmuls(dense, job, mm, torch.bfloat16)}
     base = quantize_base(quantized, [{"input_ids": token_ids(quantized, job, 0)}])
     steps[INT8_MATMULS] = matmuls(quantized, job, int_mm, torch.int32)
-    untuned = {"autotuning"}  # it chooses no other kernels on the machine of the published rows, and takes a minute
+    untuned = {"autotuning"}  # measuring kernels would take longer than all steps
     steps[BF16_STEP] = prepared(OURS, dense, job, untuned)[1]
     ours = steps[INT8_STEP] = prepared(OURS, quantized, job, untuned)[1]
     if ablate:
