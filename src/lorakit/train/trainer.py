@@ -125,7 +125,6 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     asked_data = (spec.data, spec.task, spec.tokenizer, spec.forecast.max_length)
     batches = make_batches(settings, *asked_data, progress, spec.tokenizer_sha256)
     _report_data(spec, batches, progress)
-    loader = batches.loader
     limits, plan = _planned(spec, batches, progress)
     parallel = sharding.choose_parallel(spec, plan.estimated)
     _seed_everything(settings.seed)  # a new head is initialized while the model is loaded
@@ -133,11 +132,13 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     check_same_base(model, processes)
     size = _base_bytes(model, spec)
     resumed_from, damaged = _newest_checkpoint(spec, progress)
+    loader = batches.loader
     notes = add_adapter(model, spec, loader, resumed_from, progress)
     int8 = quantized_run_base(model, spec, loader, progress)
     acceleration = _arranged(model, plan.recompute, settings, progress)
     snapshot = None if resumed_from is None else checkpoint.load(resumed_from)
-    asked = (spec, plan.dtype, model, acceleration, loader, snapshot and snapshot.environment, progress)
+    before = snapshot.environment if snapshot else None
+    asked = (spec, plan.dtype, model, acceleration, loader, before, progress)
     chosen = processes.from_first(lambda: autotuned_choices(*asked))
     spec, sharded = sharding.share_base(model, spec, parallel, progress)
     named, optimizer = _optimized(model, spec, plan)
@@ -145,8 +146,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
         longest = longest_rows(batches.parts, loader.batch_rows * limits.accumulation)
         probe = Probe(model, named, longest, loader.pad_id, chosen, spec.task)
         plan, acceleration = _fitted(spec, plan, probe, acceleration, progress)
-    rows = loader.batch_rows * limits.accumulation  # per step, which --fit does not change
-    limits, batches = limits.with_accumulation(-(-rows // plan.batch_rows)), batches.with_rows(plan.batch_rows)
+    limits, batches = _same_rows_per_step(limits, batches, plan)
     loader = batches.loader
     _seed_everything(seed_of(settings.seed, processes.rank))
     _load_optimizer(optimizer, named, spec, snapshot)
@@ -180,6 +180,12 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
         scaler=loss_scaler(spec.device, plan.dtype, None if snapshot is None else snapshot.scaler),
         seeded_at=seeded_at,
     )
+
+
+def _same_rows_per_step(limits: RunLimits, batches: RunBatches, plan: RunPlan) -> tuple[RunLimits, RunBatches]:
+    """Return the limits and batches of a plan; a step has as many rows as before, which --fit does not change."""
+    rows = batches.loader.batch_rows * limits.accumulation
+    return limits.with_accumulation(-(-rows // plan.batch_rows)), batches.with_rows(plan.batch_rows)
 
 
 def _optimized(model: nn.Module, spec: RunSpec, plan: RunPlan) -> tuple[Named, torch.optim.Optimizer]:
