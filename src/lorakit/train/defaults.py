@@ -393,8 +393,8 @@ DEFAULTS: dict[str, Default] = {
         "int8 is an approximation; on a CPU with VNNI or AMX it multiplies about twice as fast and halves the base",
     ),
     "int8_loss_bound": Default(
-        "With --base-matmul int8, stop before the first step if the loss on the calibration rows rises by more than "
-        "this and two standard errors, in nats per token; a larger value overrides the check",
+        "With --base-matmul int8, stop before the first step if the rise of the loss on the calibration rows exceeds "
+        "this bound, in nats per token, by two standard errors; a larger bound overrides the check",
         0.005,
         "differences between runs with other seeds are larger",
     ),
