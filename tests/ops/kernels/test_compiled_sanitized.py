@@ -28,7 +28,18 @@ PROPERTIES = [
     *(f"tests/ops/kernels/test_{name}.py" for name in ("compiled", "gateway")),
     *(
         f"tests/ops/test_{name}.py"
-        for name in ("activation", "attention", "cross_entropy", "dropout", "int8", "mlp", "norm", "rotary", "segments")
+        for name in (
+            "activation",
+            "attention",
+            "attention_compiled",
+            "cross_entropy",
+            "dropout",
+            "int8",
+            "mlp",
+            "norm",
+            "rotary",
+            "segments",
+        )
     ),
 ]
 
