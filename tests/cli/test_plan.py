@@ -144,7 +144,7 @@ def test_a_time_without_a_speed_is_measured(
     from lorakit import hub
 
     measured = hub.Calibration(8e11, 2e11, 2e10, 2.0, "cpu", 2)
-    monkeypatch.setattr(hub, "calibrate", lambda with_fp16: measured)
+    monkeypatch.setattr(hub, "calibrate", lambda with_fp16, with_int8: measured)
     monkeypatch.setattr(hub.calibration, "units_of", lambda device: hub.Units(None, "the units are unknown"))
     values = _json([*REFERENCE, "--max-steps", "10"], capsys)
     assert values["speed"]["flops_per_second"] == 8e11

@@ -110,6 +110,7 @@ WITHOUT_A_PLACE: Mapping[str, str] = {
         ("fp8 with block scales", "fp8 experts", "GPTQ", "AWQ", "compressed-tensors"),
         "peft has no layer for it that runs on a CPU; tests/core/quantization compares with a dense model",
     ),
+    "int8 matmul (W8A8)": "a format of lorakit; tests/core/quantization and tests/laws compare with a dense model",
 }
 """Entries of KINDS and WEIGHT_FORMATS without a `Place`, each with its reason."""
 

@@ -39,6 +39,7 @@ def spec(parallel: str = "fsdp", config: LoraConfig | None = None, **words: Any)
         "forecast": SimpleNamespace(config=config or LoraConfig()),
         "processes": ALONE,
         "quantization": None,
+        "base_matmul": "dtype",
         "task": SimpleNamespace(task=CAUSAL_LM),
         "device": CPU,
     }

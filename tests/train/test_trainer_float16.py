@@ -156,7 +156,7 @@ def test_auto_selects_float32_for_what_fp16_cannot_train(
     turing = hub.calibration.units_of_gpu((7, 5))
     monkeypatch.setattr(hub.calibration, "units_of", lambda device: turing)
     fast = hub.Calibration(1e11, 1e11, 1e10, 0.1, "cpu", 1)
-    monkeypatch.setattr(run_plan.hub, "calibrate", lambda device, with_fp16: fast)
+    monkeypatch.setattr(run_plan.hub, "calibrate", lambda device, with_fp16, with_int8: fast)
     result = _run(settings, dtype="auto", max_steps=1)
     assert result.dtype == "float16"
     record = json.loads((tmp_path / "run" / "run.json").read_text())["resolved"]
@@ -173,7 +173,7 @@ def test_the_reason_is_printed_and_kept_when_the_run_is_resumed(
     plain = hub.calibration.units_of_cpu(("avx2",))
     monkeypatch.setattr(hub.calibration, "units_of", lambda device: plain)
     fast = hub.Calibration(9e11, 1e11, 1e10, 0.1, "cpu", 1)
-    monkeypatch.setattr(run_plan.hub, "calibrate", lambda device, with_fp16: fast)
+    monkeypatch.setattr(run_plan.hub, "calibrate", lambda device, with_fp16, with_int8: fast)
     run(TrainSettings(**{**settings, "dtype": "auto", "max_steps": 1}), PlainProgress())
     said = capsys.readouterr().out
     assert "precision: float32: the processor has no bf16 units" in said

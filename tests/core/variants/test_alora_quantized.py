@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core import attach, disable, load_adapter, merge, route, save_adapter, trainable_parameters, use
-from lorakit.core.model.base_view import quantized_linear
 from lorakit.errors import MergeError
-from lorakit.plan.quantized import Quantization, Storage
+from lorakit.plan.quantized import Storage
 
-from ...laws.quantized import packed_bits, storages
+from ...laws.quantized import packed_bits, storages, stored_linear
 from ...laws.snapshots import same_bits
 from ...laws.tolerances import assert_close
 from ...laws.zoo import INVOCATION, Specimen, randomise, run
@@ -35,8 +34,7 @@ def specimen(storage: Storage) -> Specimen:
 
     def make() -> nn.Module:
         up, square = nn.Linear(64, 128), nn.Linear(128, 128, bias=False)
-        wanted = Quantization(storage.name)
-        made = [quantized_linear(up, wanted), nn.Tanh(), quantized_linear(square, wanted)]
+        made = [stored_linear(up, storage), nn.Tanh(), stored_linear(square, storage)]
         names = ("up", "act", "square")
         return nn.Sequential(
             OrderedDict(embed=nn.Embedding(50, 64), **dict(zip(names, made, strict=True)), out=nn.Linear(128, 7))
