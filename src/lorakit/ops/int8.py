@@ -307,9 +307,10 @@ def _quantized(x: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _integer_matmul(a: Tensor, b: Tensor) -> Tensor:
-    return (
-        torch._int_mm(a, b) if a.device.type != "cpu" or not why_no_int8_matmuls() else reference_integer_matmul(a, b)
-    )
+    # compiled code cannot contain the check of the processor
+    if a.device.type != "cpu" or torch.compiler.is_compiling() or not why_no_int8_matmuls():
+        return torch._int_mm(a, b)
+    return reference_integer_matmul(a, b)
 
 
 class _Int8Linear(torch.autograd.Function):
