@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -35,8 +35,13 @@ def kernel() -> SequenceAttention:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _one_thread() -> Iterator[None]:
+    """With more threads than sequences and heads of k, the kernel is not used."""
     torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def operands(batch: int, heads: int, kv: int, tokens: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Operands:

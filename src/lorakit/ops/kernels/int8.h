@@ -18,6 +18,10 @@ static inline float quantize_row(const number *x, const float *factors, int64_t 
     }
     union { uint32_t bits; float value; } largest = {most};
     float inverse = largest.value > SMALLEST ? LEVELS / largest.value : 0.0f;
+    if (inverse == 0.0f) { /* zeros, NaN or infinity: the scale keeps the latter two, and integers have none */
+        memset(q, 0, (size_t)d);
+        return largest.value / LEVELS;
+    }
 #pragma omp simd
     for (int64_t j = 0; j < d; j++) {
         float scaled = wide(x[j]) * factors[j];
