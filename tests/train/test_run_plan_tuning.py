@@ -15,22 +15,12 @@ from lorakit.ops import choices
 from lorakit.report import read_metrics
 from lorakit.speed import tuning as choosing
 from lorakit.train import checkpoint, run_plan
-from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
 from lorakit.train.trainer import run
 
+from .said import Said
+
 SLICE = 16
-
-
-class Said(Progress):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-    def detail(self, line: str) -> None:
-        self.lines.append(line)
 
 
 @pytest.fixture

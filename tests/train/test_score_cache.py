@@ -15,23 +15,13 @@ from lorakit.ops.int8 import why_no_int8_matmuls
 from lorakit.report import read_metrics
 from lorakit.train import loop, score_cache
 from lorakit.train.evaluation import Evaluation, evaluate
-from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
 from lorakit.train.trainer import run
 
+from .said import Said
+
 NEEDS_INT8 = pytest.mark.skipif(bool(why_no_int8_matmuls()), reason="the processor has no int8 matmuls")
 REUSED = "The evaluation at step 0 was read from the cache"
-
-
-class Said(Progress):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-    def detail(self, line: str) -> None:
-        self.lines.append(line)
 
 
 @pytest.fixture

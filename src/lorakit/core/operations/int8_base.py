@@ -86,7 +86,7 @@ class Int8Base:
         _check_unchanged(index)
         for path, module in self.originals.items():
             module.train(index.base(path).training)
-            put_base(index, path, module)
+            _put_base(index, path, module)
 
 
 def quantize_base(
@@ -136,7 +136,7 @@ def quantize_base(
     originals = {target.path: target.module for target in targets} if keep else {}
     paths = tuple(target.path for target in targets)
     for group, (gain, left_out) in zip(groups, scales, strict=True):
-        _replace(index, group, gain, left_out, keep)
+        replace_group(index, [target.path for target in group], gain, left_out, keep)
     if not keep:
         copy_mapped(model)
     after = base_bytes(AdapterIndex.of(model))
@@ -236,19 +236,19 @@ def _checked_scales(group: Sequence[Target], kept: int, smoothing: float) -> tup
     return input_scales(absmax, [target.weight for target in group], kept, smoothing)
 
 
-def _replace(index: AdapterIndex, group: Sequence[Target], gain: Tensor, kept: Tensor, keep: bool) -> None:
+def replace_group(index: AdapterIndex, paths: Sequence[str], gain: Tensor, kept: Tensor, keep: bool) -> None:
     """Replace the layers of a group, which share g (in,) and K (k,), and free each original unless it is kept."""
     shared_gain, shared_kept = frozen_parameter(gain), frozen_parameter(kept)
-    for target in group:
-        original = target.module
-        put_base(index, target.path, int8_matmul_linear(original, shared_gain, shared_kept))
+    for path in paths:
+        original = index.base(path)
+        _put_base(index, path, int8_matmul_linear(original, shared_gain, shared_kept))
         if not keep:  # other objects may refer to the module
             original._parameters.clear()
             original.__dict__.pop(RECORD, None)
 
 
 def copy_mapped(model: nn.Module) -> None:
-    """Copy the weights that lie in mapped files, so that the files, with the original weights, are unmapped."""
+    """Copy the weights that are in mapped files, so that the files, with the original weights, are unmapped."""
     ranges = file_mappings()
     copies: dict[tuple[int, torch.Size], Tensor] = {}
     for _, tensor, _ in base_tensors(model):
@@ -257,7 +257,7 @@ def copy_mapped(model: nn.Module) -> None:
             copies[key] = tensor.data = copies[key] if key in copies else tensor.data.clone()
 
 
-def put_base(index: AdapterIndex, path: str, module: nn.Module) -> None:
+def _put_base(index: AdapterIndex, path: str, module: nn.Module) -> None:
     """Replace the base module at a path, inside its adapter layers if there are any."""
     standing = index.modules[path]
     if not isinstance(standing, LoraLayer):

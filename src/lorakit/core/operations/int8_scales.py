@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lorakit.core.model.fingerprint import fingerprint
 from lorakit.core.model.index import AdapterIndex, state_of
-from lorakit.core.operations.int8_base import copy_mapped, put_base
-from lorakit.core.quantization.int8 import Int8Linear, frozen_parameter, int8_matmul_linear
+from lorakit.core.operations.int8_base import copy_mapped, replace_group
+from lorakit.core.quantization.int8 import Int8Linear
 from lorakit.errors import ModelError
 
 GAIN, KEPT = "gain", "kept"
@@ -69,16 +69,10 @@ def quantize_with_scales(model: nn.Module, scales: Mapping[str, Tensor], *, keep
     """
     index = AdapterIndex.of(model)
     groups = list(_checked(index, scales))
-    originals = {}
+    originals = dict[str, nn.Module]()
     for paths, gain, kept in groups:
-        shared_gain, shared_kept = frozen_parameter(gain), frozen_parameter(kept)
-        for path in paths:
-            original = index.base(path)
-            put_base(index, path, int8_matmul_linear(original, shared_gain, shared_kept))
-            if keep:
-                originals[path] = original
-            else:
-                original._parameters.clear()  # other objects may refer to the module
+        originals |= {path: index.base(path) for path in paths} if keep else {}
+        replace_group(index, paths, gain, kept, keep)
     if not keep:
         copy_mapped(model)
     return originals
