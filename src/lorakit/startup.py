@@ -21,7 +21,7 @@ RARELY = (50_000, 20, 100)
 def rare_collections() -> Iterator[None]:
     """Collect garbage rarely within a block that imports packages or builds a model.
 
-    A collector that is turned off, or collects even more rarely, is left as it is.
+    A collector that is turned off, or collects even more rarely, is left unchanged.
 
     Yields:
         Nothing.

@@ -180,7 +180,7 @@ def why_no_int8_matmuls() -> str:
     """Return why int8 matmuls are not fast or not exact on this machine's processor, or "" if they are both.
 
     Without int8 units, PyTorch multiplies in a loop that is slower than bf16 matmuls, and some older versions returned
-    wrong results. One product in each direction is therefore compared with its exact result, once per process.
+    wrong results. One matmul in each direction is therefore compared with its exact result, once per process.
     """
     units = [unit for unit in INT8_UNITS if unit in this_machine().features]
     if not units:

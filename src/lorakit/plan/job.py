@@ -30,7 +30,7 @@ that is not initialized to zero and trains the others with AdamW; or Muon for A 
 """
 
 BASE_MATMULS = ("dtype", "int8")
-"""How the linear layers of the base are multiplied: in the job's dtype, or in int8 (W8A8)."""
+"""Dtypes in which the linear layers of the base are multiplied: the job's dtype, or int8 (W8A8)."""
 
 RECOMPUTED = ("none", "feed-forward", "layers")
 """What the backward pass can recompute, cheapest first: only elementwise results ("none"); also the outputs of the

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from lorakit.core import Int8Base, quantize_base
 from lorakit.errors import ConfigError, ModelError
 from lorakit.ops.int8 import why_no_int8_matmuls
+from lorakit.plan.job import BASE_MATMULS
 from lorakit.speed.patching import is_replacement
 from lorakit.tables import format_bytes
 
-DTYPE, INT8 = "dtype", "int8"
+DTYPE, INT8 = BASE_MATMULS
 """Values of `base_matmul`: matmuls in the dtype of the weights, or in int8."""
 
 

@@ -1,6 +1,6 @@
 """Weights in int8 for int8 matmuls (W8A8), `lorakit.ops.int8`: activations are quantized too, in both directions.
 
-The other formats store a weight in fewer bits and multiply in the compute dtype. This one multiplies in int8, with a
+The other quantized formats multiply in the compute dtype. This one multiplies in int8, with a
 scale per output channel, a scale per input channel, and a few input channels in the dtype of the original weight.
 """
 

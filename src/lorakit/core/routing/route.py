@@ -166,7 +166,7 @@ class Kept(dict[Any, Any]):
         """Check all values at once and remove those that are not valid; `is_checked` is true within the block.
 
         Checking the values one after another takes less time than checking each one where it is used: between two
-        matmuls, the objects that have to be looked at are no longer in the processor's cache.
+        matmuls, the objects that the check reads are no longer in the processor's cache.
         """
         for key, value in self.copy().items():
             if not value.still(key[0]):
@@ -179,7 +179,7 @@ class Kept(dict[Any, Any]):
 
     @property
     def is_checked(self) -> bool:
-        """Whether the current thread has checked all values for this forward pass."""
+        """Return whether the current thread has checked all values for this forward pass."""
         return self.thread == threading.get_ident()
 
 
