@@ -4,10 +4,11 @@
 
 LoRA of rank 16 on all linear layers, 4 rows of 256 tokens, random weights, malloc set up as by `lorakit train`. The
 geometry "smollm2" is SmolLM2-135M's; "llama-1b" is a quarter of Llama-3.2-1B: 4 of 16 layers and a quarter of the
-vocabulary, so that the head is the same fraction of a step as in the model. All sides run in one process
-and take turns: the step of `lorakit train` in bf16 and with an int8 base, and the matmuls of a step alone (forward, input gradient, head), in bf16
-and in int8 (head in bf16). `--ablate` adds int8 steps with one part disabled: the input quantized once per weight
-instead of once for all weights that share it, or PyTorch operations instead of the C kernels around the int8 matmuls.
+vocabulary, so that the head is the same fraction of a step as in the model. All sides run in one process and take
+turns: the step of `lorakit train` in bf16 and with an int8 base, and the matmuls of a step alone (forward, input
+gradient, head), in bf16 and in int8 (head in bf16). `--ablate` adds int8 steps with one part disabled: the input
+quantized once per weight instead of once for all weights that share it, or PyTorch operations instead of the C kernels
+around the int8 matmuls.
 
 A row has seconds per step, ratios of medians, and bytes of the base. Rows are appended to results/int8.jsonl.
 """

@@ -2,8 +2,8 @@
 
 An evaluation is found by a hash of everything that its bits depend on: the base's weight files and config, the trained
 tensors, the evaluation batches, the precision, the kernels, the machine and the versions. Runs that differ only in, for
-example, the learning rate or the number of steps share an entry. A missing, damaged or unwritable file is ignored: the model
-is evaluated. If two processes write at the same time, the entry of one of them may be lost.
+example, the learning rate or the number of steps share an entry. A missing, damaged or unwritable file is ignored: the
+model is evaluated. If two processes write at the same time, the entry of one of them may be lost.
 """
 
 from __future__ import annotations
