@@ -32,12 +32,14 @@ from torch import Tensor
 from lorakit.allocator import set_up
 from lorakit.core import Int8Linear, quantize_base
 from lorakit.ops import int8, linear
+from lorakit.ops.kernels import compiled
 
 QUARTER = 4
 HEAD_ROWS = 256
 """Rows for which the head is computed at a time, in the matmuls alone."""
 BF16_STEP, INT8_STEP, BF16_MATMULS, INT8_MATMULS = "bf16 step", "int8 step", "bf16 matmuls", "int8 matmuls"
 APART, PLAIN = "int8 step, quantized per weight", "int8 step, PyTorch operations"
+SEPARATE = "int8 step, PyTorch matmuls"
 
 Step = Callable[[int], object]
 
@@ -71,6 +73,9 @@ def sides(job: Job, ablate: bool) -> tuple[dict[str, Step], dict[str, Any]]:
     ours = steps[INT8_STEP] = prepared(OURS, quantized, job, untuned)[1]
     if ablate:
         steps |= {APART: within(quantized_per_weight, ours), PLAIN: within(without_kernels, ours)}
+        found = compiled.kernels()
+        if found is not None and found.int8_matmuls is not None:
+            steps[SEPARATE] = within(lambda: mock.patch.object(found, "int8_matmuls", None), ours)
     return steps, {"bytes_before": base.bytes_before, "bytes_after": base.bytes_after}
 
 

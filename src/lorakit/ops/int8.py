@@ -12,7 +12,8 @@ g from the values of x moves outliers from x to W, which has a scale per row (Sm
 
 A fused operation quantizes an input once for all of its weights (`Int8Inputs`), and adds the bias and the low-rank
 result where it rounds (`output`, `input_gradient`). The integer matmuls are exact. The steps around them run in C if
-there are kernels, and in PyTorch's fp32 operations otherwise.
+there are kernels, and in PyTorch's fp32 operations otherwise. On processors with AMX, the matmul and the steps after it
+are one function in C.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from lorakit.machine import INT8_UNITS, this_machine
 from lorakit.ops.autograd import Context, rows
 from lorakit.ops.kernels import kernels_for
+from lorakit.ops.kernels.protocol import Int8Matmuls, Kernels
 
 LEVELS = 127
 """Largest absolute value of a quantized element; −128 is not used, so that the range is symmetric."""
@@ -42,6 +44,9 @@ SMOOTHING = 0.5
 
 SMALLEST = 2.0**-100
 """Rows whose largest absolute value is not above this are quantized to zeros: 127 divided by it must be finite."""
+
+TILED_SIZES = (192, 128), (70, 128), (70, 192)
+"""Shapes of a weight, of rows of an input and of rows of a gradient, to check kernels with."""
 
 IntegerMatmul = Callable[[Tensor, Tensor], Tensor]
 """int8 matrices (N, k) and (k, n) -> their exact product, int32 (N, n)."""
@@ -190,7 +195,23 @@ def why_no_int8_matmuls() -> str:
     for right in (b, b.t().contiguous().t()):
         if not torch.equal(torch._int_mm(a, right), reference_integer_matmul(a, right)):
             return f"PyTorch {torch.__version__} returns wrong int8 products on this processor"
-    return ""
+    return "" if _exact_tiles(g) else "the matrix unit of this processor returns wrong int8 products"
+
+
+def _exact_tiles(g: torch.Generator) -> bool:
+    """Return whether the kernels for int8 matmuls, if there are any, return exact products in both directions."""
+    Q, q, dq = (torch.randint(-LEVELS, LEVELS + 1, shape, generator=g).to(torch.int8) for shape in TILED_SIZES)
+    kernels = kernels_for(torch.empty(0, dtype=torch.bfloat16))
+    matmuls = None if kernels is None else kernels.int8_matmuls
+    if matmuls is None:
+        return True
+    rows, (out, width) = len(q), Q.shape
+    ones, none = torch.ones(max(rows, out, width)), torch.empty(rows, 0, dtype=torch.bfloat16)
+    y, dx = torch.empty(rows, out, dtype=torch.bfloat16), torch.empty(rows, width)
+    matmuls.int8_matmul_output(q, Q, (ones[:rows], ones[:out]), None, none, none.view(0, out, 2), y)
+    matmuls.int8_matmul_add(dq, Q, (ones[:rows], ones[:width]), None, dx)
+    forward, backward = (reference_integer_matmul(a, b).float() for a, b in ((q, Q.t()), (dq, Q)))
+    return torch.equal(y, forward.bfloat16()) and torch.equal(dx, backward)
 
 
 class Int8Inputs:
@@ -235,15 +256,33 @@ def output(
     columns = weight.columns.to(x.dtype)
     left, right = (kept, columns) if h is None or B is None else (torch.cat((h, kept), 1), torch.cat((B, columns), 1))
     bias = None if bias is None else bias.to(x.dtype)
-    sums, kernels = _integer_matmul(q, weight.q.t()), kernels_for(x, left, bias)
+    kernels, y = kernels_for(x, left, bias), x.new_empty(len(x), len(weight.q))
+    matmuls = _matmuls(kernels, x.dtype, q, weight)
+    if matmuls is not None:
+        left, right = _padded(left, right, matmuls.low_step)
+        matmuls.int8_matmul_output(q, weight.q, (t, weight.scale), bias, left, _paired(right), y)
+        return y
+    sums = _integer_matmul(q, weight.q.t())
     if kernels is None or kernels.int8 is None:
         y = sums.float() * t[:, None] * weight.scale + left.float() @ right.float().t()
         return (y if bias is None else y + bias.float()).to(x.dtype)
-    if left.shape[1] % 2:
-        left, right = (torch.nn.functional.pad(side, (0, 1)) for side in (left, right))
-    y = x.new_empty(sums.shape)
+    left, right = _padded(left, right, 2)
     kernels.int8.int8_output(sums, t, weight.scale, bias, left, _paired(right), y)
     return y
+
+
+def _matmuls(kernels: Kernels | None, dtype: torch.dtype, q: Tensor, weight: Int8Weight) -> Int8Matmuls | None:
+    """Return the kernels that multiply q (N, ·) with a weight and finish the result in a dtype, or None."""
+    matmuls = None if kernels is None or dtype != torch.bfloat16 else kernels.int8_matmuls
+    return matmuls if matmuls is not None and matmuls.supports(q, weight.q) else None
+
+
+def _padded(left: Tensor, right: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Append zero columns to matrices (·, k) with the same k, up to a multiple of `step`."""
+    missing = -left.shape[1] % step
+    if not missing:
+        return left, right
+    return torch.nn.functional.pad(left, (0, missing)), torch.nn.functional.pad(right, (0, missing))
 
 
 def _paired(right: Tensor) -> Tensor:
@@ -278,22 +317,52 @@ def _group_gradient(dys: Sequence[tuple[Tensor, Int8Weight]], plus: Tensor | Non
     columns = torch.stack([torch.mm(each, weight.columns.to(each.dtype)).float() for each, weight in dys]).sum(0)
     plus = dy.new_zeros(len(dy), shared.q.shape[1]) if plus is None else plus
     kernels = kernels_for(dy, plus)
-    steps = None if kernels is None else kernels.int8
     total: Tensor | None = None
-    for number, (each, weight) in enumerate(dys, 1):
+    for each, weight in dys[:-1]:
         q, u = _quantized(each, weight.scale)
+        total = _added(kernels, q, u, weight, total, dy.dtype)
+    each, weight = dys[-1]
+    q, u = _quantized(each, weight.scale)
+    return _finished(kernels, q, u, weight, columns, total, plus)
+
+
+def _added(
+    kernels: Kernels | None, q: Tensor, u: Tensor, weight: Int8Weight, partial: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Return u·(q·Q)·g plus `partial`, which may be overwritten, in fp32 (N, in)."""
+    matmuls = _matmuls(kernels, dtype, q, weight)
+    if matmuls is None and (kernels is None or kernels.int8 is None):
+        made = _integer_matmul(q, weight.q).float() * u[:, None] * weight.gain
+        return made if partial is None else partial + made
+    total = torch.empty(len(q), weight.q.shape[1]) if partial is None else partial
+    if matmuls is not None:
+        matmuls.int8_matmul_add(q, weight.q, (u, weight.gain), partial, total)
+    elif kernels is not None and kernels.int8 is not None:
+        kernels.int8.int8_add(_integer_matmul(q, weight.q), u, weight.gain, partial, total)
+    return total
+
+
+def _finished(
+    kernels: Kernels | None,
+    q: Tensor,
+    u: Tensor,
+    weight: Int8Weight,
+    columns: Tensor,
+    partial: Tensor | None,
+    plus: Tensor,
+) -> Tensor:
+    """Return u·(q·Q)·g + `partial` + `plus` in the dtype of `plus`; `columns` (N, k) are added at the kept channels."""
+    matmuls = _matmuls(kernels, plus.dtype, q, weight)
+    if matmuls is not None:
+        scales = u, weight.gain
+        matmuls.int8_matmul_input_gradient(q, weight.q, scales, columns, weight.kept, partial, plus)
+        return plus
+    if kernels is not None and kernels.int8 is not None:
         sums = _integer_matmul(q, weight.q)
-        if steps is None:
-            made = sums.float() * u[:, None] * weight.gain
-            total = made if total is None else total + made
-        elif number < len(dys):
-            partial, total = total, torch.empty(sums.shape) if total is None else total
-            steps.int8_add(sums, u, weight.gain, partial, total)
-        else:
-            steps.int8_input_gradient(sums, u, weight.gain, columns, weight.kept, total, plus)
-            return plus
-    assert total is not None
-    return (total.index_add(1, shared.kept, columns) + plus.float()).to(dy.dtype)
+        kernels.int8.int8_input_gradient(sums, u, weight.gain, columns, weight.kept, partial, plus)
+        return plus
+    total = _added(kernels, q, u, weight, partial, plus.dtype)
+    return (total.index_add(1, weight.kept, columns) + plus.float()).to(plus.dtype)
 
 
 def _quantized(x: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,7 @@ PROPERTIES = [
             "cross_entropy",
             "dropout",
             "int8",
+            "int8_tiles",
             "mlp",
             "norm",
             "rotary",

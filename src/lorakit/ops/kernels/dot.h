@@ -41,8 +41,8 @@ static inline __attribute__((always_inline)) void tile(const pair *a, int64_t a_
 }
 
 /* `tile` for any number of rows that is a multiple of TILE, and of columns that is a multiple of VECTOR */
-static void dots(const pair *a, int64_t a_row, const pair *b, int64_t b_row, int64_t n, float *c, int64_t c_row,
-                 int64_t rows, int64_t columns, int add) {
+static void dots_by_vectors(const pair *a, int64_t a_row, const pair *b, int64_t b_row, int64_t n, float *c,
+                            int64_t c_row, int64_t rows, int64_t columns, int add) {
     for (int64_t j = 0; j < columns; j += TILE * VECTOR) {
         int64_t vectors = shorter(TILE, (columns - j) / VECTOR);
         for (int64_t i = 0; i < rows;) {
@@ -62,6 +62,81 @@ static void dots(const pair *a, int64_t a_row, const pair *b, int64_t b_row, int
             i += TILE;
         }
     }
+}
+
+#ifdef TILES
+/* `tile` with tile registers, for 1 or 2 tiles of EDGE rows and of EDGE columns; n is a multiple of EDGE */
+static inline __attribute__((always_inline)) void dots_block(const pair *a, int64_t a_row, const pair *b, int64_t b_row,
+                                                             int64_t n, float *c, int64_t c_row, int add, const int tall,
+                                                             const int across) {
+    float *below = c + EDGE * c_row;
+    if (add) {
+        _tile_loadd(0, c, c_row * 4);
+        if (across == 2) _tile_loadd(1, c + EDGE, c_row * 4);
+        if (tall == 2) _tile_loadd(2, below, c_row * 4);
+        if (tall == 2 && across == 2) _tile_loadd(3, below + EDGE, c_row * 4);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t k = 0; k < n; k += EDGE) {
+        _tile_loadd(4, a + k, a_row * 4);
+        _tile_loadd(6, b + k * b_row, b_row * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        if (across == 2) {
+            _tile_loadd(7, b + k * b_row + EDGE, b_row * 4);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (tall == 2) {
+            _tile_loadd(5, a + EDGE * a_row + k, a_row * 4);
+            _tile_dpbf16ps(2, 5, 6);
+            if (across == 2) _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, c, c_row * 4);
+    if (across == 2) _tile_stored(1, c + EDGE, c_row * 4);
+    if (tall == 2) _tile_stored(2, below, c_row * 4);
+    if (tall == 2 && across == 2) _tile_stored(3, below + EDGE, c_row * 4);
+}
+
+/* `dots` for numbers of rows, columns and pairs that are multiples of EDGE */
+static void dots_by_tiles(const pair *a, int64_t a_row, const pair *b, int64_t b_row, int64_t n, float *c, int64_t c_row,
+                          int64_t rows, int64_t columns, int add) {
+    Tiles outside = begin_tiles();
+    for (int64_t i = 0; i < rows; i += 2 * EDGE)
+        for (int64_t j = 0; j < columns; j += 2 * EDGE) {
+            const pair *left = a + i * a_row, *right = b + j;
+            float *to = c + i * c_row + j;
+            int tall = rows - i > EDGE ? 2 : 1, across = columns - j > EDGE ? 2 : 1;
+            if (tall == 2 && across == 2)
+                dots_block(left, a_row, right, b_row, n, to, c_row, add, 2, 2);
+            else if (tall == 2)
+                dots_block(left, a_row, right, b_row, n, to, c_row, add, 2, 1);
+            else if (across == 2)
+                dots_block(left, a_row, right, b_row, n, to, c_row, add, 1, 2);
+            else
+                dots_block(left, a_row, right, b_row, n, to, c_row, add, 1, 1);
+        }
+    end_tiles(outside);
+}
+#endif
+
+/* c = a·b, or c += a·b if `add`, for numbers of rows that are multiples of TILE, and of columns that are multiples of
+ * VECTOR; with tile registers, as far as the numbers of rows and pairs are multiples of EDGE */
+static void dots(const pair *a, int64_t a_row, const pair *b, int64_t b_row, int64_t n, float *c, int64_t c_row,
+                 int64_t rows, int64_t columns, int add) {
+#ifdef TILES
+    int64_t tall = rows / EDGE * EDGE, whole = n / EDGE * EDGE;
+    if (permitted && tall && whole) {
+        dots_by_tiles(a, a_row, b, b_row, whole, c, c_row, tall, columns, add);
+        if (whole < n)
+            dots_by_vectors(a + whole, a_row, b + whole * b_row, b_row, n - whole, c, c_row, tall, columns, 1);
+        a += tall * a_row, c += tall * c_row, rows -= tall;
+    }
+#endif
+    dots_by_vectors(a, a_row, b, b_row, n, c, c_row, rows, columns, add);
 }
 
 /* rounds a vector to nearest, ties to even, like `narrow` */

@@ -49,6 +49,10 @@ DOT_SIGNATURES: dict[str, tuple[type, ...]] = {  # functions of libraries that h
     "attend": (*_H * 4, _P, _N, _N, _N, _N, _N, c_float, c_int),
     "attend_backward": (*_H * 7, _P, _N, _N, _N, _N, _N, c_float, c_int),
 }
+TILE_SIGNATURES: dict[str, tuple[type, ...]] = {  # functions of libraries that have matrix tiles
+    "int8_matmul_output": (*(_P,) * 7, _N, _N, _N, _N, _P),
+    "int8_matmul_input_gradient": (*(_P,) * 7, _N, _N, _N, _N, _P, _P),
+}
 
 _ALL_WITHIN = {torch.int32: "all_within_32", torch.int64: "all_within_64"}
 
@@ -60,6 +64,8 @@ class Gateway:
 
     Attributes:
         dots: Dtypes whose functions in DOT_SIGNATURES exist, because the processor has dot products for them.
+        tiles: Dtypes whose functions in TILE_SIGNATURES exist, because the processor has matrix tiles (AMX), and the
+            system permits their use.
     """
 
     def __init__(self, libraries: dict[torch.dtype, ctypes.CDLL]) -> None:
@@ -67,12 +73,20 @@ class Gateway:
             dtype: {name: _typed(library, name, (*types, c_int)) for name, types in SIGNATURES.items()}
             for dtype, library in libraries.items()
         }
-        self.dots = frozenset(dtype for dtype, library in libraries.items() if _typed(library, "has_dots", ())())
-        for dtype in self.dots:
-            functions = {name: _typed(libraries[dtype], name, (*t, c_int)) for name, t in DOT_SIGNATURES.items()}
-            self._functions[dtype].update(functions)
+        self.dots = self._add("has_dots", DOT_SIGNATURES, libraries)
+        self.tiles = self._add("has_tiles", TILE_SIGNATURES, libraries)
         library = next(iter(libraries.values()))
         self._all_within = {dtype: _typed(library, name, (_P, _N, _N, _N)) for dtype, name in _ALL_WITHIN.items()}
+
+    def _add(
+        self, has: str, signatures: dict[str, tuple[type, ...]], libraries: dict[torch.dtype, ctypes.CDLL]
+    ) -> frozenset[torch.dtype]:
+        """Add functions of the libraries whose function `has` returns 1; return the dtypes of these libraries."""
+        found = frozenset(dtype for dtype, library in libraries.items() if _typed(library, has, ())())
+        for dtype in found:
+            functions = {name: _typed(libraries[dtype], name, (*types, c_int)) for name, types in signatures.items()}
+            self._functions[dtype].update(functions)
+        return found
 
     def pointer(
         self,

@@ -25,6 +25,7 @@ class Kernels(Protocol):
         attention: Attention over separate sequences, or None if there is no such kernel.
         own: Matmuls with per-row LoRA factors, or None if there are no such kernels.
         int8: What precedes and follows an int8 matmul, or None if there are no such kernels.
+        int8_matmuls: Int8 matmuls together with what follows them, or None if there are no such kernels.
     """
 
     activations: frozenset[str]
@@ -33,6 +34,7 @@ class Kernels(Protocol):
     attention: SequenceAttention | None
     own: PerRowMatmuls | None
     int8: Int8Steps | None
+    int8_matmuls: Int8Matmuls | None
 
     def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
         """Write the RMS norm of x (N, d) to n (N, d), and 1/RMS of each row to rstd (N, 1). [docs/math.md (76)]
@@ -161,6 +163,48 @@ class Int8Steps(Protocol):
         Shapes: sums and partial (N, d), u (N,), g (d,), columns (N, k), kept int64 (k,). `columns` and `partial` are
         fp32.
         """
+
+
+class Int8Matmuls(Protocol):
+    """Int8 matmuls together with what follows them; the results are those of `Int8Steps` up to the order of additions.
+
+    The integer sums are exact. Q is the int8 weight (out, in).
+    """
+
+    low_step: int
+    """The number of columns of `left` must be a multiple of this."""
+
+    def supports(self, q: Tensor, Q: Tensor) -> bool:
+        """Return whether q (N, in) or (N, out) can be multiplied with Q (out, in), and whether this is fast."""
+
+    def int8_matmul_output(
+        self,
+        q: Tensor,
+        Q: Tensor,
+        scales: tuple[Tensor, Tensor],
+        bias: Tensor | None,
+        left: Tensor,
+        right: Tensor,
+        y: Tensor,
+    ) -> None:
+        """Write what `Int8Steps.int8_output` writes for the sums q·Qᵀ, given q (N, in) and (t, s)."""
+
+    def int8_matmul_add(
+        self, q: Tensor, Q: Tensor, scales: tuple[Tensor, Tensor], partial: Tensor | None, total: Tensor
+    ) -> None:
+        """Write what `Int8Steps.int8_add` writes for the sums q·Q, given q (N, out) and (u, g)."""
+
+    def int8_matmul_input_gradient(
+        self,
+        q: Tensor,
+        Q: Tensor,
+        scales: tuple[Tensor, Tensor],
+        columns: Tensor,
+        kept: Tensor,
+        partial: Tensor | None,
+        dx: Tensor,
+    ) -> None:
+        """Write what `Int8Steps.int8_input_gradient` writes for the sums q·Q, given q (N, out) and (u, g)."""
 
 
 class SequenceAttention(Protocol):

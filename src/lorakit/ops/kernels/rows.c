@@ -279,6 +279,10 @@ int cross_entropy(number *logits, const int64_t *labels, float scale, int gradie
 #include "own.h"
 #include "int8.h"
 
+#include "tiles.h"
+
 #include "dot.h"
 
 #include "attention.h"
+
+#include "int8_tiles.h"

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from lorakit.ops.kernels.protocol import DropoutMatmuls, Int8Steps, PerRowMatmuls, SequenceAttention
+from lorakit.ops.kernels.protocol import DropoutMatmuls, Int8Matmuls, Int8Steps, PerRowMatmuls, SequenceAttention
 from lorakit.ops.kernels.triton import programs
 
 OPTIONS = {"enable_fp_fusion": True}
@@ -37,6 +37,7 @@ class TritonKernels:
     attention: SequenceAttention | None = None
     own: PerRowMatmuls | None = None
     int8: Int8Steps | None = None
+    int8_matmuls: Int8Matmuls | None = None
 
     def __init__(self) -> None:
         self.dropping: DropoutMatmuls | None = self

@@ -1,0 +1,117 @@
+"""Call the int8 matmuls in tiles.h, which use the matrix unit AMX, passing tensors as pointers.
+
+`lorakit.ops.kernels.protocol` documents what each kernel computes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorakit.ops.kernels.gateway import Gateway
+
+DTYPE = torch.bfloat16
+"""The dtype of all floating-point operands that are not fp32; the unit multiplies no other."""
+
+STEP, LOW_STEP = 64, 32
+"""TILE_STEP and LOW_STEP in tiles.h. Both sizes of a weight must be multiples of the first."""
+
+FEWEST_ROWS = 33
+"""The smallest number of rows; with fewer, most of the time is that of reading the weight."""
+
+
+class CompiledInt8Matmuls:
+    """Int8 matmuls, from tiles.h."""
+
+    low_step = LOW_STEP
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    def supports(self, q: Tensor, Q: Tensor) -> bool:
+        """Implement `Int8Matmuls.supports`; q is (N, in) or (N, out), and Q is (out, in)."""
+        return len(q) >= FEWEST_ROWS and not any(size % STEP for size in Q.shape) and min(Q.shape) > 0
+
+    def int8_matmul_output(
+        self,
+        q: Tensor,
+        Q: Tensor,
+        scales: tuple[Tensor, Tensor],
+        bias: Tensor | None,
+        left: Tensor,
+        right: Tensor,
+        y: Tensor,
+    ) -> None:
+        """Implement `Int8Matmuls.int8_matmul_output`; y is (N, out).
+
+        Raises:
+            ValueError: A tensor is invalid, a size is not supported, or `left` has a wrong number of columns.
+        """
+        (out, width), rows, k, pointer = self._checked(Q), len(q), left.shape[-1], self._gateway.pointer
+        if k % LOW_STEP:
+            raise ValueError(f"left {tuple(left.shape)}: the number of columns must be a multiple of {LOW_STEP}")
+        given = (
+            pointer("q", q, torch.int8, (rows, width)),
+            pointer("Q", Q, torch.int8, (out, width)),
+            pointer("t", scales[0], torch.float32, (rows,)),
+            pointer("s", scales[1], torch.float32, (out,)),
+            self._gateway.optional("bias", bias, DTYPE, (out,)),
+            pointer("left", left, DTYPE, (rows, k)),
+            pointer("right", right, DTYPE, (k // 2, out, 2)),
+        )
+        made = pointer("y", y, DTYPE, (rows, out))
+        self._gateway.call("int8_matmul_output", DTYPE, rows * out, *given, rows, width, k, out, made)
+
+    def int8_matmul_add(
+        self, q: Tensor, Q: Tensor, scales: tuple[Tensor, Tensor], partial: Tensor | None, total: Tensor
+    ) -> None:
+        """Implement `Int8Matmuls.int8_matmul_add`; total is (N, in)."""
+        (out, d), rows = self._checked(Q), len(q)
+        given, more = self._gradient_operands(q, Q, scales), self._optional_partial(partial, (rows, d))
+        made = self._gateway.pointer("total", total, torch.float32, (rows, d))
+        sizes = rows, out, d, 0
+        self._gateway.call("int8_matmul_input_gradient", DTYPE, rows * d, *given, None, None, more, *sizes, made, None)
+
+    def int8_matmul_input_gradient(
+        self,
+        q: Tensor,
+        Q: Tensor,
+        scales: tuple[Tensor, Tensor],
+        columns: Tensor,
+        kept: Tensor,
+        partial: Tensor | None,
+        dx: Tensor,
+    ) -> None:
+        """Implement `Int8Matmuls.int8_matmul_input_gradient`; dx is (N, in)."""
+        (out, d), rows, (k,), pointer = self._checked(Q), len(q), kept.shape, self._gateway.pointer
+        given = (
+            *self._gradient_operands(q, Q, scales),
+            pointer("columns", columns, torch.float32, (rows, k)),
+            pointer("kept", kept, torch.int64, (k,), within=(0, d - 1)),
+            self._optional_partial(partial, (rows, d)),
+        )
+        made = pointer("dx", dx, DTYPE, (rows, d))
+        self._gateway.call("int8_matmul_input_gradient", DTYPE, rows * d, *given, rows, out, d, k, None, made)
+
+    def _gradient_operands(self, q: Tensor, Q: Tensor, scales: tuple[Tensor, Tensor]) -> tuple[int, ...]:
+        (out, d), rows, pointer = Q.shape, len(q), self._gateway.pointer
+        return (
+            pointer("q", q, torch.int8, (rows, out)),
+            pointer("Q", Q, torch.int8, (out, d)),
+            pointer("u", scales[0], torch.float32, (rows,)),
+            pointer("g", scales[1], torch.float32, (d,)),
+        )
+
+    def _optional_partial(self, partial: Tensor | None, shape: tuple[int, int]) -> int | None:
+        return self._gateway.optional("partial", partial, torch.float32, shape)
+
+    def _checked(self, Q: Tensor) -> tuple[int, int]:
+        """Return the sizes of Q (out, in).
+
+        Raises:
+            ValueError: A size is not a multiple of STEP.
+        """
+        out, width = Q.shape
+        if out % STEP or width % STEP:
+            raise ValueError(f"Q {tuple(Q.shape)}: both sizes must be multiples of {STEP}")
+        return out, width
