@@ -13,8 +13,8 @@ A scheme of `int8_schemes.SCHEMES` says how the linear modules of the blocks com
 the arithmetic of `lorakit.ops.int8`, calibrated on eight training rows; q/k/v and gate/up share their input scales.
 
 "before": the difference of the loss per evaluated token to bf16 without an adapter, paired by row, with its standard
-error; and the cosine of the gradients of A and B with those of an fp32 model, on one batch, at an adapter that was
-trained for five steps in bf16.
+error; and the cosine of the gradients of A and B with those of an fp32 model, mean of eight batches, at an adapter that
+was trained for five steps in bf16.
 "training": bf16 and each scheme train from the same adapter on the same batches; the difference of the loss after
 training, that of the two adapters on the bf16 base, and that after merging them into it.
 "merging": the same after merging into an fp32 copy of the base, evaluated in fp32.
@@ -26,6 +26,7 @@ results/int8_parity.jsonl.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -48,7 +49,8 @@ from lorakit.train.optimizer import build_adamw
 from lorakit.train.step import StepOptions, train_step
 
 LENGTH, ROWS, RANK, ALPHA, RATE = 256, 4, 16, 32, 3e-4
-CALIBRATED, FIRST_STEPS, PROBE = 8, 5, 17
+CALIBRATED, FIRST_STEPS, PROBE, PROBES = 8, 5, 17, 8
+"""Rows to calibrate on; bf16 steps before gradients are compared; the seed and the number of the batches for that."""
 BOUND_BEFORE, BOUND_AFTER, BOUND_COSINE = 0.005, 0.01, 0.99
 HELD_OUT = {"text": 80, "instructions": 105}
 """Task -> its evaluation rows."""
@@ -98,7 +100,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--evaluated", type=int, default=max(HELD_OUT.values()), help="evaluation rows at most")
     parser.add_argument("--quick", action="store_true", help="two steps, four evaluation rows, one seed, one task")
     options = parser.parse_args()
+    options.probes = PROBES
     if options.quick:
+        options.probes = 1
         options.steps, options.evaluated, options.seeds, options.tasks = 2, 4, options.seeds[:1], options.tasks[:1]
     return options
 
@@ -233,13 +237,14 @@ def before(name: str, task: Task, options: argparse.Namespace) -> None:
     """Compare the loss and the gradients of each scheme with bf16 and fp32, before training."""
     one = adapted(task, 0)
     train(one, task, 0, FIRST_STEPS)
-    probe = next(shuffled(task.trained, PROBE))
-    exact = gradients(in_fp32(core.trainable_parameters(one.model, "default")), probe)
+    probes = list(itertools.islice(shuffled(task.trained, PROBE), options.probes))
+    fp32 = in_fp32(core.trainable_parameters(one.model, "default"))
+    exact = [gradients(fp32, probe) for probe in probes]
     base = untrained(name, task, one, BF16, options)
     for scheme in [BF16, *options.schemes]:
         losses = untrained(name, task, one, scheme, options)
         use(one.sites, SCHEMES[scheme])
-        cosines = cosines_of(gradients(one.model, probe), exact)
+        cosines = [cosines_of(gradients(one.model, probe), true) for probe, true in zip(probes, exact, strict=True)]
         facts = {"what": "before training", "task": name, "scheme": scheme, "tokens": sum(base["counts"])}
         facts |= {"loss": per_token(losses), **difference(losses, base), "bound": BOUND_BEFORE}
         facts |= {"cosine": summary(cosines), "cosine_bound": BOUND_COSINE, "adapter_steps": FIRST_STEPS}
@@ -283,18 +288,23 @@ def fill(model: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def cosines_of(some: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """Return the cosine of each pair of gradients; the smallest first."""
-    found = {
+    """Return the cosine of each pair of gradients."""
+    return {
         path: float(nn.functional.cosine_similarity(some[path].flatten(), exact[path].flatten(), 0)) for path in exact
     }
-    return dict(sorted(found.items(), key=lambda one: one[1]))
 
 
-def summary(cosines: dict[str, float]) -> dict[str, Any]:
-    """Return the median, the 5% quantile and the five worst of ascending cosines."""
-    values = list(cosines.values())
-    worst = {path: round(value, 4) for path, value in list(cosines.items())[:5]}
-    return {"median": round(statistics.median(values), 5), "p05": round(values[len(values) // 20], 5), "worst": worst}
+def summary(cosines: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Return the median, the 5% quantile and the five worst of the tensors' mean cosines, and each batch's median."""
+    means = {path: statistics.fmean(one[path] for one in cosines) for path in cosines[0]}
+    ascending = dict(sorted(means.items(), key=lambda one: one[1]))
+    values = list(ascending.values())
+    return {
+        "median": round(statistics.median(values), 5),
+        "p05": round(values[len(values) // 20], 5),
+        "worst": {path: round(value, 4) for path, value in list(ascending.items())[:5]},
+        "batches": [round(statistics.median(one.values()), 5) for one in cosines],
+    }
 
 
 # --- training
