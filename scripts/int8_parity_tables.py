@@ -70,11 +70,18 @@ def before(rows: Sequence[Row]) -> list[str]:
             "0" if scheme == "bf16" else delta(row),
             *(f"{row['cosine'][name]:.4f}" for name in ("median", "p05")),
             f"{min(row['cosine']['worst'].values()):.3f}",
+            by_batch(row["cosine"].get("batches", ())),
         )
         for (task, scheme), row in newest(rows, BEFORE, "task", "scheme").items()
     ]
-    head = ("task", "scheme", "tokens", "ΔNLL ± SE (95% interval)", "cosine, median", "5% quantile", "worst")
+    cosines = "cosine, median", "5% quantile", "worst", "median by batch"
+    head = ("task", "scheme", "tokens", "ΔNLL ± SE (95% interval)", *cosines)
     return ["**Before training**", "", *table(head, lines)]
+
+
+def by_batch(medians: Sequence[float]) -> str:
+    """Return the range of the batches' median cosines; the first measurements have a single batch."""
+    return f"{min(medians):.4f} to {max(medians):.4f} ({len(medians)})" if medians else "(1)"
 
 
 def after(rows: Sequence[Row]) -> list[str]:
