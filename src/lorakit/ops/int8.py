@@ -12,7 +12,8 @@ g from the values of x moves outliers from x to W, which has a scale per row (Sm
 
 A fused operation quantizes an input once for all of its weights (`Int8Inputs`), and adds the bias and the low-rank
 result where it rounds (`output`, `input_gradient`). The integer matmuls are exact. The steps around them run in C if
-there are kernels, and in PyTorch's fp32 operations otherwise.
+there are kernels, and in PyTorch's fp32 operations otherwise. With few rows, as in decoding, one function in C does all
+steps (`few_rows`), and the results have the same bits.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from lorakit.machine import INT8_UNITS, this_machine
 from lorakit.ops.autograd import Context, rows
 from lorakit.ops.kernels import kernels_for
+from lorakit.ops.kernels.compiled import MOST_ROWS
 
 LEVELS = 127
 """Largest absolute value of a quantized element; −128 is not used, so that the range is symmetric."""
@@ -153,8 +155,32 @@ def reference_backward(dy: Tensor, weight: Int8Weight, plus: Tensor | None = Non
 
 def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
     """Return x·Wᵀ + b for x (…, in); gradients flow to x, through int8 matmuls too, and not to the bias (out,)."""
+    if not torch.is_grad_enabled():  # a call of an autograd function takes longer than the matmul with one row
+        few = few_rows(x, weight, bias)
+        if few is not None:
+            return few
     y: Tensor = _Int8Linear.apply(x, weight, bias)
     return y
+
+
+def few_rows(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor | None:
+    """Return x·Wᵀ + b (…, out) for x (…, in), without autograd, or None if there are too many rows for the kernel.
+
+    The result has the bits of `output`.
+
+    Args:
+        x: The input.
+        weight: W (out, in).
+        bias: b (out,), or None.
+    """
+    width = weight.q.shape[1]
+    if not 0 < x.numel() <= MOST_ROWS * width:
+        return None
+    kernels = kernels_for(x, weight.columns, bias)
+    steps = None if kernels is None else kernels.int8
+    if steps is None or x.numel() > steps.few_rows * width:
+        return None
+    return steps.int8_few_rows(x, weight.gain, weight.kept, weight.q, weight.scale, weight.columns, bias)
 
 
 def _forward(x: Tensor, weight: Int8Weight, plus: Tensor | None, matmul: IntegerMatmul) -> Tensor:
@@ -231,6 +257,8 @@ def output(
         h: Low-rank activation (N, r), with the scale, in the dtype of x; or None.
         B: Factor (out, r) in the dtype of x, or None.
     """
+    if h is None and (y := few_rows(inputs.x, weight, bias)) is not None:
+        return y
     x, (q, t, kept) = inputs.x, inputs.quantized(weight)
     columns = weight.columns.to(x.dtype)
     left, right = (kept, columns) if h is None or B is None else (torch.cat((h, kept), 1), torch.cat((B, columns), 1))
@@ -319,7 +347,7 @@ class _Int8Linear(torch.autograd.Function):
         ctx: Context[tuple[Int8Weight, torch.Size]], x: Tensor, weight: Int8Weight, bias: Tensor | None
     ) -> Tensor:
         ctx.state = weight, x.shape
-        return output(Int8Inputs(rows(x)), weight, bias).view(*x.shape[:-1], -1)
+        return output(Int8Inputs(rows(x)), weight, bias).view(*x.shape[:-1], len(weight.q))
 
     @staticmethod
     @once_differentiable

@@ -42,6 +42,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {  # parameters as in rows.c, except t
     "int8_output": (_P, _P, _P, _P, _P, _P, _N, _N, _N, _P),
     "int8_add": (_P, _P, _P, _P, _N, _N, _P),
     "int8_input_gradient": (_P, _P, _P, _P, _P, _P, _N, _N, _N, _P),
+    "int8_few_rows": (_P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _P),
 }
 
 _H = (_P, _N, _N, _N)  # heads: their address, and the distances between batch rows, heads and tokens
@@ -60,6 +61,7 @@ class Gateway:
 
     Attributes:
         dots: Dtypes whose functions in DOT_SIGNATURES exist, because the processor has dot products for them.
+        has_int8_dots: Whether the processor has dot products of int8 values.
     """
 
     def __init__(self, libraries: dict[torch.dtype, ctypes.CDLL]) -> None:
@@ -72,6 +74,7 @@ class Gateway:
             functions = {name: _typed(libraries[dtype], name, (*t, c_int)) for name, t in DOT_SIGNATURES.items()}
             self._functions[dtype].update(functions)
         library = next(iter(libraries.values()))
+        self.has_int8_dots = bool(_typed(library, "has_int8_dots", ())())
         self._all_within = {dtype: _typed(library, name, (_P, _N, _N, _N)) for dtype, name in _ALL_WITHIN.items()}
 
     def pointer(
