@@ -1,5 +1,5 @@
-"""Claims: decoding 32 rows with one adapter each takes at most 1.7 times as long as the base alone; decoding one row on an
-int8 base takes at most two thirds of the time of the bf16 base.
+"""Claims: decoding 32 rows with one adapter each takes at most 1.7 times as long as the base alone; decoding one row on
+an int8 base takes at most two thirds of the time of the bf16 base.
 
     python benchmarks/bench_decode.py [--adapters 1 8 32 128] [--rounds 5] [--tokens 6] [--rows 32] [--dtype bfloat16]
     python benchmarks/bench_decode.py --int8 --rows 1 4 16 32 [--model llama-1b --layers 4] [--rounds 5] [--tokens 6]
