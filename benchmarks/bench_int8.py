@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lorakit.allocator import set_up
 from lorakit.core import Int8Linear, quantize_base
-from lorakit.ops import int8, linear
+from lorakit.ops import int8, int8_weight, linear
 from lorakit.ops.kernels import compiled
 
 QUARTER = 4
@@ -133,7 +133,7 @@ def quantized_per_weight() -> Iterator[None]:
     """Quantize an input again for each weight."""
 
     class Apart(int8.Int8Inputs):
-        def quantized(self, weight: int8.Int8Weight) -> Any:
+        def quantized(self, weight: int8_weight.Int8Weight) -> Any:
             self._made.clear()
             return super().quantized(weight)
 

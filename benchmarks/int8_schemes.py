@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.data import Batch
-from lorakit.ops import int8
+from lorakit.ops import int8, int8_weight
 from lorakit.ops.autograd import rows
+from lorakit.ops.int8_weight import Int8Weight
 
 BLOCK = 64
 """Channels of a block of the Hadamard rotation."""
@@ -51,20 +52,20 @@ BF16, DEFAULT = "bf16", "smooth+split"
 SCHEMES: dict[str, Scheme | None] = {
     BF16: None,
     "naive": Scheme(),
-    "smooth": Scheme(int8.SMOOTHING),
-    "split": Scheme(kept=int8.KEPT_CHANNELS),
-    DEFAULT: Scheme(int8.SMOOTHING, int8.KEPT_CHANNELS),
+    "smooth": Scheme(int8_weight.SMOOTHING),
+    "split": Scheme(kept=int8_weight.KEPT_CHANNELS),
+    DEFAULT: Scheme(int8_weight.SMOOTHING, int8_weight.KEPT_CHANNELS),
     "hadamard": Scheme(rotated=True),
-    "hadamard+split": Scheme(kept=int8.KEPT_CHANNELS, rotated=True),
-    "smooth+split, forward only": Scheme(int8.SMOOTHING, int8.KEPT_CHANNELS, int8_backward=False),
-    "smooth+split, 16 outputs": Scheme(int8.SMOOTHING, int8.KEPT_CHANNELS, outputs=16),
+    "hadamard+split": Scheme(kept=int8_weight.KEPT_CHANNELS, rotated=True),
+    "smooth+split, forward only": Scheme(int8_weight.SMOOTHING, int8_weight.KEPT_CHANNELS, int8_backward=False),
+    "smooth+split, 16 outputs": Scheme(int8_weight.SMOOTHING, int8_weight.KEPT_CHANNELS, outputs=16),
     "naive, 2 sites in bf16": Scheme(worst=2),
-    "smooth, 2 sites in bf16": Scheme(int8.SMOOTHING, worst=2),
-    "smooth+split, 2 sites in bf16": Scheme(int8.SMOOTHING, int8.KEPT_CHANNELS, worst=2),
-    "smooth+split, kept 32": Scheme(int8.SMOOTHING, 32),
-    "smooth+split, kept 64": Scheme(int8.SMOOTHING, 64),
-    "smooth+split, smoothing 0.35": Scheme(0.35, int8.KEPT_CHANNELS),
-    "smooth+split, smoothing 0.65": Scheme(0.65, int8.KEPT_CHANNELS),
+    "smooth, 2 sites in bf16": Scheme(int8_weight.SMOOTHING, worst=2),
+    "smooth+split, 2 sites in bf16": Scheme(int8_weight.SMOOTHING, int8_weight.KEPT_CHANNELS, worst=2),
+    "smooth+split, kept 32": Scheme(int8_weight.SMOOTHING, 32),
+    "smooth+split, kept 64": Scheme(int8_weight.SMOOTHING, 64),
+    "smooth+split, smoothing 0.35": Scheme(0.35, int8_weight.KEPT_CHANNELS),
+    "smooth+split, smoothing 0.65": Scheme(0.65, int8_weight.KEPT_CHANNELS),
 }
 """Name -> scheme; None is the original matmul."""
 
@@ -73,7 +74,7 @@ class Site(nn.Linear):
     """A linear module that computes by its scheme, and as nn.Linear without one."""
 
     scheme: Scheme | None = None
-    quantized: int8.Int8Weight | None = None
+    quantized: Int8Weight | None = None
     absmax: dict[bool, Tensor]
     """Largest |x| of each input channel (in,), not rotated (False) and rotated (True)."""
 
@@ -100,7 +101,7 @@ class _OtherBackward(torch.autograd.Function):
     """The forward pass in int8; the backward pass in bf16, or in int8 with some output channels in bf16."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, quantized: int8.Int8Weight, W: Tensor, bias: Tensor | None, scheme: Scheme) -> Any:
+    def forward(ctx: Any, x: Tensor, quantized: Int8Weight, W: Tensor, bias: Tensor | None, scheme: Scheme) -> Any:
         ctx.state = quantized, W, scheme
         return int8.int8_linear(x.detach(), quantized, bias)
 
@@ -176,12 +177,12 @@ def _quantize(group: list[Site], scheme: Scheme | None) -> None:
     if scheme is None:
         return
     weights = [rotate(site.weight) if scheme.rotated else site.weight for site in group]
-    gain, kept = int8.input_scales(
+    gain, kept = int8_weight.input_scales(
         group[0].absmax[scheme.rotated],
         weights,
         scheme.kept,
-        int8.SMOOTHING if scheme.smoothing is None else scheme.smoothing,
+        int8_weight.SMOOTHING if scheme.smoothing is None else scheme.smoothing,
     )
     gain = torch.ones_like(gain) if scheme.smoothing is None else gain
     for site, W in zip(group, weights, strict=True):
-        site.quantized = int8.quantize_weight(W, gain, kept)
+        site.quantized = int8_weight.quantize_weight(W, gain, kept)

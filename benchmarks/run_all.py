@@ -43,6 +43,7 @@ COMMANDS: dict[str, str] = {
     "train": "bench_train.py",
     "job": "bench_job.py --steps 20",
     "decode": "bench_decode.py --rounds 1",
+    "decode in int8": "bench_decode.py --int8 --rows 1 4 16 32",
     "longest": "bench_longest.py --gib 1.5",
     "lengths": "bench_lengths.py --steps 30",
     "plan_memory": "bench_plan_memory.py --steps 3 --allocators pinned",

@@ -26,7 +26,14 @@ from lorakit.machine import this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("lorakit", "torch", "transformers", "safetensors", "peft", "numpy", "cyclopts", "triton")
-RELEVANT_ENVIRONMENT = ("OMP_NUM_THREADS", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")
+RELEVANT_ENVIRONMENT = (
+    "OMP_NUM_THREADS",
+    "GLIBC_TUNABLES",
+    "LD_PRELOAD",
+    "OMP_WAIT_POLICY",
+    "ONEDNN_MAX_CPU_ISA",
+    "CUDA_VISIBLE_DEVICES",
+)
 
 
 def seconds_of(work: Callable[[], object], *, repeats: int, warmup: int = 1) -> list[float]:

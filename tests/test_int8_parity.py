@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit.ops import int8
+from lorakit.ops import int8, int8_weight
 
 from .loading import load
 
@@ -90,8 +90,8 @@ def test_the_default_scheme_is_that_of_the_operations(schemes: Any, inputs: torc
     sites = sites_of(schemes, absmax)
     schemes.use(sites, schemes.SCHEMES[schemes.DEFAULT])
     q, k = sites["0.q_proj"], sites["0.k_proj"]
-    gain, kept = int8.input_scales(absmax, [q.weight, k.weight])
-    assert torch.equal(q(inputs), int8.int8_linear(inputs, int8.quantize_weight(q.weight, gain, kept)))
+    gain, kept = int8_weight.input_scales(absmax, [q.weight, k.weight])
+    assert torch.equal(q(inputs), int8.int8_linear(inputs, int8_weight.quantize_weight(q.weight, gain, kept)))
     assert q.quantized.gain is k.quantized.gain
     assert q.quantized.kept is k.quantized.kept
 

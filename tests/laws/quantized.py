@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.core.model.base_view import quantized_linear, quantized_weights
 from lorakit.core.quantization.int8 import int8_matmul_linear
-from lorakit.ops.int8 import input_scales
+from lorakit.ops.int8_weight import input_scales
 from lorakit.plan.quantized import STORAGES, Quantization, Storage
 from lorakit.targets.layer_types import DENSE as DENSE_KINDS
 

@@ -25,6 +25,7 @@ from lorakit.ops import (
     dropout,
     grouped_linear,
     int8,
+    int8_weight,
     linear,
     mlp,
     norm,
@@ -247,8 +248,8 @@ def an_int8_group(*ranks: int) -> Case:
     """Return modules with int8 weights that share an input: without ranks, one module without an adapter."""
     x = normal(2, 3, 12, trained=True).detach().float().requires_grad_()
     dense = [normal(out, 12, seed=out).float() for out in (6, 4)[: max(len(ranks), 1)]]
-    gain, kept = int8.input_scales(x.detach().abs().flatten(0, 1).amax(0), dense, 2)
-    weights = [int8.quantize_weight(W, gain, kept) for W in dense]
+    gain, kept = int8_weight.input_scales(x.detach().abs().flatten(0, 1).amax(0), dense, 2)
+    weights = [int8_weight.quantize_weight(W, gain, kept) for W in dense]
     if not ranks:
         return Case(lambda x: int8.int8_linear(x, weights[0]), lambda x: references.int8(x, weights[0]), (x,))
     group = []

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from lorakit.machine import Machine, this_machine
-from lorakit.ops import int8, reference
+from lorakit.ops import int8, int8_weight, reference
 from lorakit.ops.adapted import Adapted, LowRank, factors
-from lorakit.ops.int8 import Int8Inputs, Int8Weight, input_scales, quantize_rows, quantize_weight
+from lorakit.ops.int8 import Int8Inputs
+from lorakit.ops.int8_weight import Int8Weight, input_scales, quantize_rows, quantize_weight
 from lorakit.ops.kernels import building, compiled, kernels_for
 from lorakit.ops.linear import Group, linears
 from lorakit.ops.mlp import gated
@@ -194,7 +196,7 @@ def test_an_mlp_equals_its_reference(keep: bool) -> None:
 
 def test_dropout_drops_the_same_elements_as_with_dense_weights() -> None:
     group = sites([18, 7], 37, torch.float32, (2, 3), 0.4)
-    dense = [replace(site, W=int8.dequantize(site.W)) for site in group if isinstance(site.W, Int8Weight)]
+    dense = [replace(site, W=int8_weight.dequantize(site.W)) for site in group if isinstance(site.W, Int8Weight)]
     results = []
     for each in (group, dense):
         torch.manual_seed(4)
@@ -237,6 +239,105 @@ def test_without_exact_int8_matmuls_the_results_are_the_same(monkeypatch: pytest
     before = int8.output(Int8Inputs(x), W)
     monkeypatch.setattr(int8, "why_no_int8_matmuls", lambda: "no units")
     assert torch.equal(int8.output(Int8Inputs(x), W), before)
+
+
+def composed(x: Tensor, W: Int8Weight, bias: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """Return the output of the separate steps around an integer matmul."""
+    with monkeypatch.context() as patched:
+        patched.setattr(int8, "few_rows", lambda *_: None)
+        return int8.output(Int8Inputs(x), W, bias)
+
+
+FEW = pytest.mark.skipif(KERNELS is None or not KERNELS.few_rows, reason="no kernel for few rows on this processor")
+
+
+@FEW
+@dtypes
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 13, 32])
+@pytest.mark.parametrize("shape", [(1, 2), (18, 37), (33, 64), (70, 129)], ids=str)
+@pytest.mark.parametrize("kept", [0, 2, 3])
+def test_few_rows_have_the_bits_of_the_separate_steps(
+    rows: int, shape: tuple[int, int], kept: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, width = shape
+    (W,) = weights([out], width, dtype, kept)
+    for bias in (None, normal(out, seed=3).to(dtype)):
+        x = activations(rows, width, dtype, seed=1)
+        with torch.no_grad():
+            y = int8.int8_linear(x, W, bias)
+        assert torch.equal(y, composed(x, W, bias, monkeypatch))
+        expected = int8.reference_forward(x, W, bias)  # rounds a few elements of x·g to the next level
+        assert (y - expected).norm() <= max(1e-3, BOUND[dtype]) * expected.norm()
+
+
+@FEW
+@dtypes
+def test_few_rows_with_the_largest_integers_are_exact(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    W = Int8Weight(
+        torch.full((5, 1000), 127, dtype=torch.int8), torch.ones(5), torch.ones(1000), torch.tensor([], dtype=torch.int64),
+        torch.empty(5, 0, dtype=dtype),
+    )  # fmt: skip
+    x = torch.stack([torch.full((1000,), 127.0), torch.full((1000,), -127.0)]).to(dtype)
+    with torch.no_grad():
+        y = int8.int8_linear(x, W)
+    assert y[0].tolist() == (-y[1]).tolist() == [float(torch.tensor(127.0 * 127 * 1000, dtype=dtype))] * 5
+    assert torch.equal(y, composed(x, W, None, monkeypatch))
+
+
+@FEW
+@dtypes
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("column", [3, 1], ids=["a quantized channel", "a kept channel"])
+def test_few_rows_that_are_not_finite_stay_visible(
+    column: int, value: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (W,) = weights([21], 37, dtype)
+    assert 1 in W.kept and 3 not in W.kept
+    x = activations(3, 37, dtype)
+    x[1, column] = value
+    with torch.no_grad():
+        y = int8.int8_linear(x, W)
+    assert not y[1].isfinite().any()
+    assert torch.equal(y.nan_to_num(7), composed(x, W, None, monkeypatch).nan_to_num(7))
+    assert y[[0, 2]].isfinite().all()
+
+
+@FEW
+@dtypes
+def test_weights_that_share_an_input_with_few_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = sites([18, 7, 40], 37, dtype, (0, 0, 2))
+    x = activations(4, 37, dtype)
+    with torch.no_grad():
+        few = linears(x, group)
+        monkeypatch.setattr(int8, "few_rows", lambda *_: None)
+        assert all(torch.equal(one, other) for one, other in zip(few, linears(x, group), strict=True))
+
+
+@FEW
+def test_only_few_rows_that_need_no_gradient_skip_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    (W,) = weights([18], 37, torch.float32)
+    used = list[tuple[int, bool]]()
+    real = int8.few_rows
+
+    def counted(x: Tensor, *others: Any) -> Tensor | None:
+        y = real(x, *others)
+        used.append((x.numel() // 37, y is not None))
+        return y
+
+    monkeypatch.setattr(int8, "few_rows", counted)
+    assert KERNELS is not None
+    most = KERNELS.few_rows
+    with torch.no_grad():
+        assert int8.int8_linear(activations(2 * most, 37, torch.float32).view(2, most, 37), W).shape == (2, most, 18)
+        assert int8.int8_linear(activations(most, 37, torch.float32)[None], W).shape == (1, most, 18)
+        assert int8.int8_linear(torch.empty(0, 37), W).shape == (0, 18)
+        assert int8.int8_linear(normal(2, 37).t().contiguous().t(), W).shape == (2, 18)
+    assert (2 * most, True) not in used and (most, True) in used and (0, True) not in used
+    x = activations(2, 37, torch.float32).requires_grad_()
+    y = int8.int8_linear(x, W)
+    assert torch.equal(y, int8.output(Int8Inputs(x.detach()), W))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert gradient.abs().sum() > 0
 
 
 def test_kernels_are_used_here() -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.ops import int8, reference
+from lorakit.ops import int8, int8_weight, reference
 from lorakit.ops.adapted import Adapted, LowRank, factors
-from lorakit.ops.int8 import Int8Inputs, Int8Weight, input_scales, quantize_weight, reference_integer_matmul
+from lorakit.ops.int8 import Int8Inputs, reference_integer_matmul
+from lorakit.ops.int8_weight import Int8Weight, input_scales, quantize_weight
 from lorakit.ops.kernels import compiled, kernels_for
 from lorakit.ops.kernels.compiled_int8 import FEWEST_ROWS, CompiledInt8Matmuls
 from lorakit.ops.linear import linears
@@ -35,7 +36,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def integers(*shape: int) -> Tensor:
     g = torch.Generator().manual_seed(sum(shape))
-    return torch.randint(-int8.LEVELS, int8.LEVELS + 1, shape, generator=g).to(torch.int8)
+    return torch.randint(-int8_weight.LEVELS, int8_weight.LEVELS + 1, shape, generator=g).to(torch.int8)
 
 
 def weights(outs: Sequence[int], width: int, kept: int) -> list[Int8Weight]:

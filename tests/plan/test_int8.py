@@ -12,7 +12,7 @@ from lorakit.config import LoraConfig
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.operations.int8_base import base_bytes, quantize_base
 from lorakit.errors import ConfigError
-from lorakit.ops import int8 as arithmetic
+from lorakit.ops import int8_weight as arithmetic
 from lorakit.plan import Job, Speed, catalogue, count, estimate, flops
 from lorakit.plan.int8 import KEPT_CHANNELS, int8_base
 

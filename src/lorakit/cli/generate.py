@@ -15,7 +15,9 @@ from lorakit import allocator
 from lorakit.cli import adapters, console, early
 from lorakit.cli.answers import Answer, show
 from lorakit.cli.flag_groups import RevisionFlag
+from lorakit.cli.int8_base import DTYPE, INT8, quantize_for_int8
 from lorakit.errors import DataError, MergeError, UsageError
+from lorakit.plan.job import BASE_MATMULS
 from lorakit.plan.quantized import stored_as
 from lorakit.tables import format_bytes
 from lorakit.train.defaults import DEFAULTS
@@ -81,6 +83,14 @@ class Flags:
     device: Annotated[str, Parameter(help="cpu, cuda, cuda:N, mps or auto.")] = "auto"
     quantization: Annotated[str | None, Parameter(help=DEFAULTS["quantization"].help())] = None
     double_quantization: Annotated[bool, Parameter(help=DEFAULTS["double_quantization"].help())] = True
+    base_matmul: Annotated[
+        str,
+        Parameter(
+            help="Select how the frozen linear layers are multiplied: dtype, or int8, an approximation that is faster "
+            "on a CPU with int8 units. The input scales are those of the adapter's run (--base-matmul int8 of train), "
+            "or calibrated on the prompts."
+        ),
+    ] = DTYPE
 
 
 def run(
@@ -123,7 +133,9 @@ def run(
         names.insert(0, None)
     labels = dict(zip((name for name in names if name), found, strict=True))
     tokens = len(prompts) * flags.max_new_tokens
-    merged = write_into_base(model, names, labels, flags.merged, tokens, console.note if verbose else console.quiet)
+    wanted = flags.merged if flags.base_matmul == DTYPE else False
+    merged = write_into_base(model, names, labels, wanted, tokens, console.note if verbose else console.quiet)
+    matmul = DTYPE if flags.base_matmul == DTYPE else quantize_for_int8(model, files, encoded, device)
     routed = names if core.adapters(model) else None  # after a merge, no adapters are left
     ends, length = end_ids(model, tokenizer), flags.max_new_tokens
     stream = partial(generate_batch, model, max_new_tokens=length, sampling=sampling, eos_ids=ends, adapters=routed)
@@ -137,6 +149,7 @@ def run(
     if json:
         dtype = str(model.dtype).removeprefix("torch.")
         facts = {"model": flags.model, "dtype": dtype, "device": str(device), "chat": form == "chat", "merged": merged}
+        facts["base_matmul"] = matmul
         console.emit_json({**facts, "sampling": asdict(sampling), "results": results})
 
 
@@ -317,6 +330,11 @@ def _check(flags: Flags) -> str:
     if flags.system is not None and flags.chat is False:
         text = "--system needs the chat template, but --no-chat disables it; pass one of them."
         raise UsageError(text, field="system")
+    early.check_choice("base_matmul", flags.base_matmul, BASE_MATMULS)
+    other = "--quantization" if flags.quantization else "--merged" if flags.merged else ""
+    if flags.base_matmul == INT8 and other:
+        text = f"--base-matmul int8 cannot be combined with {other}, which also changes the base; omit one of them."
+        raise UsageError(text, field="base_matmul")
     if flags.merged and (flags.base or len(flags.adapter or ()) != 1):
         found = "there are several answers" if flags.adapter else "there is no adapter"
         text = f"--merged needs exactly one adapter and no other answer, but {found}; omit --merged."

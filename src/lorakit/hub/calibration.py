@@ -275,7 +275,8 @@ def _int8_rate(device: str | torch.device) -> float:
     """Return the rate of a linear layer in int8 on bf16 inputs, in FLOPs per second."""
     import torch
 
-    from lorakit.ops.int8 import input_scales, int8_linear, quantize_weight
+    from lorakit.ops.int8 import int8_linear
+    from lorakit.ops.int8_weight import input_scales, quantize_weight
 
     rows, inner, outer = SHAPE
     generator = torch.Generator().manual_seed(0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorakit.ops.int8 import Int8Weight
+from lorakit.ops.int8_weight import Int8Weight
 
 SLAB = 1 << 18
 """Number of elements to upcast to fp32 at a time: small enough that the copy fits in the cache."""

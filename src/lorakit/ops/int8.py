@@ -13,14 +13,14 @@ g from the values of x moves outliers from x to W, which has a scale per row (Sm
 A fused operation quantizes an input once for all of its weights (`Int8Inputs`), and adds the bias and the low-rank
 result where it rounds (`output`, `input_gradient`). The integer matmuls are exact. The steps around them run in C if
 there are kernels, and in PyTorch's fp32 operations otherwise. On processors with AMX, the matmul and the steps after it
-are one function in C.
+are one function in C. With few rows, as in decoding, one function in C does all steps (`few_rows`), and the results
+have the same bits.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,116 +29,16 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.machine import INT8_UNITS, this_machine
 from lorakit.ops.autograd import Context, rows
+from lorakit.ops.int8_weight import LEVELS, Int8Weight, quantize_rows
 from lorakit.ops.kernels import kernels_for
+from lorakit.ops.kernels.compiled import MOST_ROWS
 from lorakit.ops.kernels.protocol import Int8Matmuls, Kernels
-
-LEVELS = 127
-"""Largest absolute value of a quantized element; −128 is not used, so that the range is symmetric."""
-
-KEPT_CHANNELS = 16
-"""Default number of input channels of a weight that keep their dtype."""
-
-SMOOTHING = 0.5
-"""Default exponent of the activations' maximum in the input scales; 1 moves outliers to the weight entirely."""
-
-
-SMALLEST = 2.0**-100
-"""Rows whose largest absolute value is not above this are quantized to zeros: 127 divided by it must be finite."""
 
 TILED_SIZES = (192, 128), (70, 128), (70, 192)
 """Shapes of a weight, of rows of an input and of rows of a gradient, to check kernels with."""
 
 IntegerMatmul = Callable[[Tensor, Tensor], Tensor]
 """int8 matrices (N, k) and (k, n) -> their exact product, int32 (N, n)."""
-
-
-@dataclass(frozen=True, eq=False)
-class Int8Weight:
-    """A frozen weight (out, in), W ≈ diag(s)·Q·diag(g), except for columns that keep their dtype.
-
-    Attributes:
-        q: Q, int8 (out, in), contiguous; zero in the columns that are left out.
-        scale: s, fp32 (out,).
-        gain: g, fp32 (in,). Weights that share an input share this tensor.
-        kept: Positions K of the columns that keep their dtype, int64 (k,), ascending. Weights that share an input share
-            this tensor.
-        columns: W_K (out, k), in the dtype of the original weight.
-    """
-
-    q: Tensor
-    scale: Tensor
-    gain: Tensor
-    kept: Tensor
-    columns: Tensor
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return the dtype of the original weight, in which the outputs are."""
-        return self.columns.dtype
-
-    @property
-    def shape(self) -> torch.Size:
-        """Return the shape of the original weight, (out, in)."""
-        return self.q.shape
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the tensors."""
-        return self.q.device
-
-    @property
-    def requires_grad(self) -> bool:
-        """Return False: the weight is frozen."""
-        return False
-
-
-def input_scales(
-    absmax: Tensor, weights: Sequence[Tensor], kept: int = KEPT_CHANNELS, smoothing: float = SMOOTHING
-) -> tuple[Tensor, Tensor]:
-    """Return g (in,) and K (k,) for weights that share an input.
-
-    g_i = (w_i^(1−a) / c_i^a) with c_i = `absmax`, the largest |x_i| seen, w_i the largest |W_oi| of all weights, and a
-    = `smoothing`. After that, x·g and W/g have the same largest value in each channel if a is 0.5, (c_i·w_i)^½, and the
-    channels with the largest are left out. A channel without values, c_i = 0 or w_i = 0, gets g_i = 1.
-
-    Args:
-        absmax: Largest absolute value of each input channel, (in,).
-        weights: Weights (out, in), each with its own number of outputs.
-        kept: Number of channels to leave out.
-        smoothing: Exponent a, from 0 to 1.
-    """
-    seen = absmax.detach().float()
-    widest = torch.stack([W.detach().abs().amax(0).float() for W in weights]).amax(0)
-    has_values = (seen > 0) & (widest > 0)
-    gain = torch.where(has_values, widest ** (1 - smoothing) / seen**smoothing, 1.0)
-    left_out = torch.topk(seen * widest, min(kept, len(seen))).indices.sort().values
-    return gain, left_out
-
-
-def quantize_weight(W: Tensor, gain: Tensor, kept: Tensor) -> Int8Weight:
-    """Return the int8 form of a weight W (out, in), given g (in,) and K (k,) from `input_scales`."""
-    scaled = W.detach().float() / gain
-    scaled[:, kept] = 0
-    q, scale = quantize_rows(scaled)
-    return Int8Weight(q, scale, gain, kept, W.detach()[:, kept].contiguous())
-
-
-def dequantize(weight: Int8Weight) -> Tensor:
-    """Return diag(s)·Q·diag(g) with the columns that kept their dtype, in fp32 (out, in)."""
-    W = weight.q.float() * weight.scale[:, None] * weight.gain
-    W[:, weight.kept] = weight.columns.float()
-    return W
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize the rows of x (N, d), fp32, to the nearest of 255 levels.
-
-    Returns:
-        int8 values (N, d) and fp32 scales (N,): x ≈ scale·q. Both are zero for a row of zeros.
-    """
-    largest = x.abs().amax(1)
-    inverse = torch.where(largest > SMALLEST, LEVELS / largest, 0.0)
-    return (x * inverse[:, None]).round().to(torch.int8), largest / LEVELS
 
 
 def reference_integer_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -158,8 +58,32 @@ def reference_backward(dy: Tensor, weight: Int8Weight, plus: Tensor | None = Non
 
 def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
     """Return x·Wᵀ + b for x (…, in); gradients flow to x, through int8 matmuls too, and not to the bias (out,)."""
+    if not torch.is_grad_enabled():  # a call of an autograd function takes longer than the matmul with one row
+        few = few_rows(x, weight, bias)
+        if few is not None:
+            return few
     y: Tensor = _Int8Linear.apply(x, weight, bias)
     return y
+
+
+def few_rows(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor | None:
+    """Return x·Wᵀ + b (…, out) for x (…, in), without autograd, or None if there are too many rows for the kernel.
+
+    The result has the bits of `output`.
+
+    Args:
+        x: The input.
+        weight: W (out, in).
+        bias: b (out,), or None.
+    """
+    width = weight.q.shape[1]
+    if not 0 < x.numel() <= MOST_ROWS * width:
+        return None
+    kernels = kernels_for(x, weight.columns, bias)
+    steps = None if kernels is None else kernels.int8
+    if steps is None or x.numel() > steps.few_rows * width:
+        return None
+    return steps.int8_few_rows(x, weight.gain, weight.kept, weight.q, weight.scale, weight.columns, bias)
 
 
 def _forward(x: Tensor, weight: Int8Weight, plus: Tensor | None, matmul: IntegerMatmul) -> Tensor:
@@ -252,6 +176,8 @@ def output(
         h: Low-rank activation (N, r), with the scale, in the dtype of x; or None.
         B: Factor (out, r) in the dtype of x, or None.
     """
+    if h is None and (y := few_rows(inputs.x, weight, bias)) is not None:
+        return y
     x, (q, t, kept) = inputs.x, inputs.quantized(weight)
     columns = weight.columns.to(x.dtype)
     left, right = (kept, columns) if h is None or B is None else (torch.cat((h, kept), 1), torch.cat((B, columns), 1))
@@ -388,7 +314,7 @@ class _Int8Linear(torch.autograd.Function):
         ctx: Context[tuple[Int8Weight, torch.Size]], x: Tensor, weight: Int8Weight, bias: Tensor | None
     ) -> Tensor:
         ctx.state = weight, x.shape
-        return output(Int8Inputs(rows(x)), weight, bias).view(*x.shape[:-1], -1)
+        return output(Int8Inputs(rows(x)), weight, bias).view(*x.shape[:-1], len(weight.q))
 
     @staticmethod
     @once_differentiable

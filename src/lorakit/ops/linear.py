@@ -14,7 +14,8 @@ from lorakit.ops.adapted import Adapted, LowRank, check_frozen, factors
 from lorakit.ops.autograd import Context, autocast, needs_gradient, rows, unflat, without_autocast
 from lorakit.ops.choices import matmul, matmul_dtype
 from lorakit.ops.dropout import apply_dropout, draw, zero_
-from lorakit.ops.int8 import Int8Inputs, Int8Weight, input_gradient, output
+from lorakit.ops.int8 import Int8Inputs, input_gradient, output
+from lorakit.ops.int8_weight import Int8Weight
 from lorakit.ops.kernels import kernels_for
 from lorakit.ops.kernels.protocol import DropoutMatmuls
 

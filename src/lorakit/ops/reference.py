@@ -19,7 +19,8 @@ from lorakit.ops.attention_block import SelfAttention
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.cross_entropy import IGNORED, Head
 from lorakit.ops.grouped_linear import GroupedLinear, GroupedLowRank
-from lorakit.ops.int8 import Int8Weight, reference_backward, reference_forward
+from lorakit.ops.int8 import reference_backward, reference_forward
+from lorakit.ops.int8_weight import Int8Weight
 from lorakit.ops.mlp import Form
 from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary

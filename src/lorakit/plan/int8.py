@@ -13,7 +13,7 @@ from lorakit.plan.quantized import Storage, StoredBase, quantized_sites
 from lorakit.targets.layer_types import DENSE
 
 KEPT_CHANNELS = 16
-"""Value of `lorakit.ops.int8.KEPT_CHANNELS`, repeated here because that module imports torch."""
+"""Value of `lorakit.ops.int8_weight.KEPT_CHANNELS`, repeated here because that module imports torch."""
 
 _FP32, _INT64 = 4, 8
 

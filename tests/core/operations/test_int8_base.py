@@ -21,7 +21,7 @@ from lorakit.core.operations.int8_base import NOT_REACHED, TRAINED, Int8Base, qu
 from lorakit.core.operations.int8_calibration import base_losses
 from lorakit.core.quantization.int8 import Int8Linear
 from lorakit.errors import ConfigError, DataError, MergeError, NonFiniteError
-from lorakit.ops.int8 import input_scales
+from lorakit.ops.int8_weight import input_scales
 
 from ...train.processes import begin, end
 from . import int8_process

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lorakit.core.quantization import weight_format_of
 from lorakit.core.quantization.int8 import INT8, Int8Linear, int8_matmul_linear
-from lorakit.ops.int8 import dequantize, input_scales, int8_linear
+from lorakit.ops.int8 import int8_linear
+from lorakit.ops.int8_weight import dequantize, input_scales
 
 OUT, IN = 48, 64
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from lorakit.machine import this_machine
 from lorakit.ops.kernels import building
 from lorakit.ops.kernels.compiled import DTYPES, CompiledKernels
 
@@ -71,7 +72,7 @@ static void *no_memory(size_t bytes) {
 @needs_gcc
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=["fp32", "bf16"])
 @pytest.mark.parametrize("at_first", [0, 1], ids=["in no thread", "in one thread"])
-@pytest.mark.parametrize("name", ["softmax", "cross_entropy", "add_per_row"])
+@pytest.mark.parametrize("name", ["softmax", "cross_entropy", "add_per_row", "int8_few_rows"])
 def test_no_memory_for_scratch_is_a_memory_error(
     tmp_path: Path, cc: Any, name: str, dtype: torch.dtype, at_first: int
 ) -> None:
@@ -87,6 +88,7 @@ def test_no_memory_for_scratch_is_a_memory_error(
             x.flatten(0, 1), torch.zeros(128, dtype=torch.int64), 1.0, True, torch.empty(128)
         ),
         "add_per_row": lambda: kernels.own.add_per_row(x, stack, stack, torch.zeros(4, dtype=torch.int64), x),
+        "int8_few_rows": lambda: kernels.int8_few_rows(x[0], *int8_parts(256, dtype), None),
     }
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -95,6 +97,32 @@ def test_no_memory_for_scratch_is_a_memory_error(
             calls[name]()
     finally:
         torch.set_num_threads(before)
+
+
+def int8_parts(width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Return g, K, Q, s and W_K of an int8 weight (80, width) for `int8_few_rows`."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randint(-127, 128, (80, width), generator=g).to(torch.int8)
+    gain, scale, columns = (torch.rand(*shape, generator=g) for shape in ((width,), (80,), (80, 3)))
+    return gain, torch.tensor([0, 5, width - 1]), q, scale, columns.to(dtype)
+
+
+@needs_gcc
+@pytest.mark.skipif("avx512_vnni" not in this_machine().features, reason="no int8 dot products")
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=["fp32", "bf16"])
+def test_few_rows_without_int8_dot_products(cc: Any, dtype: torch.dtype) -> None:
+    """The plain loop computes the same, and is not used, because it is slow."""
+    parts, x = int8_parts(70, dtype), torch.rand(7, 70, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = []
+    for options in ((), ("-mno-avx512vnni",)):
+        cc(*options)
+        building.built.cache_clear()
+        library = building.built(DTYPES[dtype]).functions
+        assert library is not None
+        kernels = CompiledKernels({dtype: library})
+        found.append((kernels.few_rows > 0, kernels.int8_few_rows(x, *parts, None)))
+    assert [fast for fast, _ in found] == [True, False]
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def preloaded() -> str:

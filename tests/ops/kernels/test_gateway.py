@@ -127,6 +127,15 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
         "partial": of_ones(3, 8),
         "dx": of_ones(3, 8),
     },
+    "int8_few_rows": lambda: {
+        "x": of_ones(3, 8),
+        "g": of_ones(8),
+        "kept": integers(0, 3, 7),
+        "q": torch.ones(6, 8, dtype=torch.int8),
+        "s": of_ones(6),
+        "columns": of_ones(6, 3),
+        "bias": of_ones(6),
+    },
 }
 """Return a valid call of each kernel."""
 
@@ -146,6 +155,7 @@ FREE = {  # these determine the expected shapes of the others
     ("cross_entropy", "logits"): {"narrower"},
     ("int8_quantize", "x"): {"narrower"},
     ("int8_input_gradient", "dx"): {"narrower"},
+    ("int8_few_rows", "x"): {"shorter", "longer", "another number of axes"},
 }
 ARGUMENTS = [
     (name, key)
@@ -158,6 +168,7 @@ RANGES = [
     ("cross_entropy", "labels", (-1, 8, 2**40)),
     ("add_per_row", "index", (-2, 4, 2**40)),
     ("int8_input_gradient", "kept", (-1, 8, 2**40)),
+    ("int8_few_rows", "kept", (-1, 8, 2**40)),
     ("softmax", "low", (-1, 9)),
     ("softmax", "high", (-1, 9, 2**30)),
 ]
@@ -235,6 +246,8 @@ def test_what_only_makes_sense_together() -> None:
         call("gate_backward", dup=None)
     with pytest.raises(ValueError, match="even"):
         call("int8_output", left=of_ones(3, 3))
+    with pytest.raises(ValueError, match=f"at most {compiled.MOST_ROWS} rows"):
+        call("int8_few_rows", x=of_ones(compiled.MOST_ROWS + 1, 8))
     with pytest.raises(ValueError, match="p must"):
         call("drop", p=0.0)
     with pytest.raises(ValueError, match="p must"):

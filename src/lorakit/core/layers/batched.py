@@ -26,6 +26,7 @@ from lorakit.core.kinds.kind import first_axis
 from lorakit.core.kinds.linear import linear_down, linear_up
 from lorakit.core.layers.called_factors import called_factors
 from lorakit.core.layers.stored_weight import StoredWeight
+from lorakit.core.quantization.int8 import Int8Linear
 from lorakit.core.routing.route import Kept, Route
 from lorakit.core.variants import Factor
 from lorakit.ops.autograd import autocast, without_autocast
@@ -238,9 +239,9 @@ def add_stacked(layer: StoredWeight, segments: OfRows, route: Route, x: Tensor, 
 def _own(layer: StoredWeight, y0: Tensor) -> Tensor:
     """Return y0 (rows, …, out) for modification in place, or a copy if something else may refer to it."""
     base = layer._modules["base_layer"]
+    is_plain = type(base).forward is nn.Linear.forward and type(base._parameters.get("weight")) is nn.Parameter
     fresh = (
-        type(base).forward is nn.Linear.forward
-        and type(base._parameters.get("weight")) is nn.Parameter
+        (is_plain or type(base) is Int8Linear)
         and y0.is_contiguous()
         and not is_watched(base)
         and not of_modules._global_forward_hooks

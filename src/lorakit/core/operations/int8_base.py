@@ -26,7 +26,7 @@ from lorakit.core.quantization.int8 import frozen_parameter, int8_matmul_linear
 from lorakit.core.statistics.collecting import Forward
 from lorakit.errors import ConfigError, MergeError, NonFiniteError
 from lorakit.machine import file_mappings
-from lorakit.ops.int8 import KEPT_CHANNELS, SMOOTHING, input_scales
+from lorakit.ops.int8_weight import KEPT_CHANNELS, SMOOTHING, input_scales
 from lorakit.targets.layer_types import CONV1D, LINEAR
 
 WORST_SITES = 8

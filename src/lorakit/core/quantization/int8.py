@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lorakit.core.quantization.packed import Layout, PackedFormat, PackedLinear, PackedWeight, packed_linear
 from lorakit.core.quantization.weight_format import linear_with
-from lorakit.ops.int8 import Int8Weight, dequantize, int8_linear, quantize_weight
+from lorakit.ops.int8 import int8_linear
+from lorakit.ops.int8_weight import Int8Weight, dequantize, quantize_weight
 from lorakit.targets.layer_types import CONV1D
 
 _PARTS = ("q", "scale", "gain", "kept", "columns")
@@ -102,7 +103,8 @@ def int8_matmul_linear(linear: nn.Module, gain: Tensor, kept: Tensor) -> Int8Lin
 
     Args:
         linear: An `nn.Linear` or a `Conv1D` of transformers, which keeps its own weight.
-        gain: Scale of each input channel (in,), from `lorakit.ops.int8.input_scales`; an `nn.Parameter` is shared.
+        gain: Scale of each input channel (in,), from `input_scales` in `lorakit.ops.int8_weight`; an `nn.Parameter` is
+            shared.
         kept: Input channels that keep their dtype (k,), from the same function; an `nn.Parameter` is shared.
 
     Returns:

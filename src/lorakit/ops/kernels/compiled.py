@@ -26,6 +26,9 @@ ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "quick_gelu": 2, "relu": 3}
 LANES = 16
 """Number of fp32 values in a register of the attention kernel; head widths must be a multiple of it."""
 
+MOST_ROWS = 32
+"""Largest number of rows for `int8_few_rows`, as in int8_few.h; with more rows, int8 matmuls of PyTorch are faster."""
+
 
 @functools.cache
 def kernels() -> CompiledKernels | None:
@@ -74,6 +77,7 @@ class CompiledKernels:
         gateway = Gateway(libraries)
         self.attention: SequenceAttention | None = CompiledAttention(gateway) if gateway.dots else None
         self.int8_matmuls: Int8Matmuls | None = CompiledInt8Matmuls(gateway) if gateway.tiles else None
+        self.few_rows = MOST_ROWS if gateway.has_int8_dots else 0
         self._pointer, self._optional, self._call = gateway.pointer, gateway.optional, gateway.call
 
     def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
@@ -256,6 +260,40 @@ class CompiledKernels:
         )
         made = self._pointer("dx", dx, dtype, (rows, d))
         self._call("int8_input_gradient", dtype, rows * d, *given, rows, d, k, made)
+
+    def int8_few_rows(
+        self,
+        x: Tensor,
+        g: Tensor,
+        kept: Tensor,
+        q: Tensor,
+        s: Tensor,
+        columns: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Implement `Int8Steps.int8_few_rows`; x is (…, in), and the result is (…, out).
+
+        Raises:
+            ValueError: A tensor is invalid, or there are more than `MOST_ROWS` rows.
+        """
+        dtype, shape, (out, k), wide = x.dtype, x.shape, columns.shape, torch.float32
+        d = shape[-1]
+        rows = x.numel() // max(d, 1)
+        if rows > MOST_ROWS:
+            raise ValueError(f"x {tuple(shape)}: expected at most {MOST_ROWS} rows")
+        given = (
+            self._pointer("x", x, dtype, shape),
+            self._pointer("g", g, wide, (d,)),
+            self._pointer("kept", kept, torch.int64, (k,), within=(0, d - 1)),
+            self._pointer("q", q, torch.int8, (out, d)),
+            self._pointer("s", s, wide, (out,)),
+            self._pointer("columns", columns, dtype, (out, k)),
+            self._optional("bias", bias, dtype, (out,)),
+        )
+        y = x.new_empty((*shape[:-1], out))
+        made = self._pointer("y", y, dtype, y.shape)
+        self._call("int8_few_rows", dtype, out * d, *given, rows, d, k, out, made)
+        return y
 
 
 class CompiledAttention:

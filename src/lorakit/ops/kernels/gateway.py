@@ -42,6 +42,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {  # parameters as in rows.c, except t
     "int8_output": (_P, _P, _P, _P, _P, _P, _N, _N, _N, _P),
     "int8_add": (_P, _P, _P, _P, _N, _N, _P),
     "int8_input_gradient": (_P, _P, _P, _P, _P, _P, _N, _N, _N, _P),
+    "int8_few_rows": (_P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _P),
 }
 
 _H = (_P, _N, _N, _N)  # heads: their address, and the distances between batch rows, heads and tokens
@@ -66,6 +67,7 @@ class Gateway:
         dots: Dtypes whose functions in DOT_SIGNATURES exist, because the processor has dot products for them.
         tiles: Dtypes whose functions in TILE_SIGNATURES exist, because the processor has matrix tiles (AMX), and the
             system permits their use.
+        has_int8_dots: Whether the processor has dot products of int8 values.
     """
 
     def __init__(self, libraries: dict[torch.dtype, ctypes.CDLL]) -> None:
@@ -76,6 +78,7 @@ class Gateway:
         self.dots = self._add("has_dots", DOT_SIGNATURES, libraries)
         self.tiles = self._add("has_tiles", TILE_SIGNATURES, libraries)
         library = next(iter(libraries.values()))
+        self.has_int8_dots = bool(_typed(library, "has_int8_dots", ())())
         self._all_within = {dtype: _typed(library, name, (_P, _N, _N, _N)) for dtype, name in _ALL_WITHIN.items()}
 
     def _add(

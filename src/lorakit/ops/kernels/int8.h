@@ -2,7 +2,7 @@
  * pass. `lorakit.ops.int8` defines the arithmetic. */
 
 #define LEVELS 127.0f
-#define SMALLEST 0x1p-100f /* SMALLEST in ops/int8.py: 127 divided by a smaller value may overflow */
+#define SMALLEST 0x1p-100f /* SMALLEST in ops/int8_weight.py: 127 divided by a smaller value may overflow */
 
 static inline uint32_t magnitude(float v) { /* ordered like |v|, with NaN above all other values */
     union { float value; uint32_t bits; } u = {v};

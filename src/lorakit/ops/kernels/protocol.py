@@ -132,12 +132,17 @@ class Int8Steps(Protocol):
     """Quantization before an int8 matmul, and scales, additions and rounding after it; see `lorakit.ops.int8`.
 
     The integer results `sums` are int32, and scales and factors are fp32.
+
+    Attributes:
+        few_rows: Largest number of rows for which `int8_few_rows` is faster than the other steps, or 0.
     """
+
+    few_rows: int
 
     def int8_quantize(self, x: Tensor, factors: Tensor, q: Tensor, scale: Tensor) -> None:
         """Write the rows of x·factors in 255 levels to q, int8 (N, d), and their scales to `scale` (N,).
 
-        x is (N, d) and `factors` (d,). The results have the same bits as those of `lorakit.ops.int8.quantize_rows`.
+        x is (N, d) and `factors` (d,). The results have the bits of `lorakit.ops.int8_weight.quantize_rows`.
         """
 
     def int8_output(
@@ -162,6 +167,22 @@ class Int8Steps(Protocol):
 
         Shapes: sums and partial (N, d), u (N,), g (d,), columns (N, k), kept int64 (k,). `columns` and `partial` are
         fp32.
+        """
+
+    def int8_few_rows(
+        self,
+        x: Tensor,
+        g: Tensor,
+        kept: Tensor,
+        q: Tensor,
+        s: Tensor,
+        columns: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Return the output of an int8 linear layer, (…, out), with the bits of the other steps around a matmul.
+
+        Shapes: x (…, in), g (in,), kept int64 (k,), q int8 (out, in), s (out,), columns (out, k), bias (out,): the
+        parts of a `lorakit.ops.int8_weight.Int8Weight`.
         """
 
 
