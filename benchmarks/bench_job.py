@@ -1,6 +1,6 @@
 """Claim: an instruction-tuning job, from process start to the same evaluation loss, compared with `Trainer` + peft.
 
-    python benchmarks/bench_job.py [--steps 60] [--dropout 0.05] [--rounds 1] [--sides peft lorakit again]
+    python benchmarks/bench_job.py [--steps 60] [--dropout 0.05] [--rounds 1] [--sides peft lorakit again int8]
 
 SmolLM2-135M, bf16, r 16 on all linear layers. Prompts and completions are cut from Python's language reference, with
 skewed lengths (log-normal), 30% of the tokens labeled. Both sides start a new process, import, load, encode the same
@@ -8,7 +8,8 @@ files, take the same number of steps of 4 rows at the same constant rate, evalua
 save the adapter: `lorakit train`, and transformers' Trainer with peft, padding each batch to its longest row, with
 fused AdamW (its default). The wall time of the whole process counts. Both sides run with the default allocator and with
 one that keeps freed blocks: `lorakit train` configures it itself, the peft process gets it at its start. The first run
-of `lorakit train` finds no evaluation in its cache; the side "again" repeats it, and reads the one that it kept.
+of `lorakit train` finds no evaluation in its cache; the side "again" repeats it, and reads the one that it kept. The
+side "int8" multiplies the base in int8 (`--base-matmul int8`), also without an evaluation in its cache.
 Afterwards one function evaluates both saved adapters on the evaluation rows; if lorakit's loss is more than 1% above
 peft's, the row records it and the benchmark fails.
 """
@@ -29,7 +30,8 @@ from typing import Any
 from runner import append_row
 
 OURS, AGAIN, THEIRS = "lorakit train", "lorakit train, again", "Trainer + peft"
-SIDES = {"peft": THEIRS, "lorakit": OURS, "again": AGAIN}
+INT8 = "lorakit train --base-matmul int8"
+SIDES = {"peft": THEIRS, "lorakit": OURS, "again": AGAIN, "int8": INT8}
 ROWS, EVALUATED, MAX_LENGTH, RANK, ALPHA, RATE = 4, 32, 512, 16, 32, 3e-4
 CHARACTERS, SPREAD, TRAINED = 300, 0.9, 0.285  # median length of a row, std of its logarithm, fraction of the answer
 SLACK = 1.01
@@ -52,6 +54,8 @@ def main() -> None:
         folder = Path(name)
         write_rows(folder, options.steps)
         sides = [side for name, side in SIDES.items() if name in options.sides]
+        if AGAIN in sides and OURS not in sides:
+            parser.error('the side "again" repeats the side "lorakit"; add that to --sides')
         cases = [(side, allocator) for allocator in options.allocators for side in sides]
         seconds: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
         for number in range(options.rounds):
@@ -85,13 +89,15 @@ def run(side: str, allocator: str, folder: Path, options: argparse.Namespace) ->
     """Return the seconds of a whole process."""
     target = saved(side, allocator, folder)
     if side != THEIRS:
-        command = [sys.executable, "-m", "lorakit", "train", *flags(folder, target.parent, options)]
+        matmul = ["--base-matmul", "int8"] if side == INT8 else []
+        command = [sys.executable, "-m", "lorakit", "train", *flags(folder, target.parent, options), *matmul]
     else:
         asked = {"folder": str(folder), "saved": str(target), "steps": options.steps, "dropout": options.dropout}
         command = [sys.executable, __file__, "--child", json.dumps(asked)]
     environment = {**os.environ, "LORAKIT_ALLOCATOR": "stock" if allocator == "stock" else ""}
     if side != THEIRS:
-        environment["LORAKIT_CACHE"] = str(cache(folder, is_new=side == OURS))
+        kept = folder / f"cache-{allocator}-{'int8' if side == INT8 else 'dtype'}"
+        environment["LORAKIT_CACHE"] = str(cache(kept, is_new=side != AGAIN))
     began = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     taken = time.perf_counter() - began
@@ -106,14 +112,13 @@ def saved(side: str, allocator: str, folder: Path) -> Path:
     return folder / f"{name}-{allocator}" / "adapter"
 
 
-def cache(folder: Path, *, is_new: bool) -> Path:
+def cache(found: Path, *, is_new: bool) -> Path:
     """Return a cache directory with what this machine's has, except for evaluations; `is_new` removes those kept since.
 
     The converted model, the compiled kernels and the results of autotuning stay, as after any earlier run.
     """
     from lorakit.machine import cache_directory
 
-    found = folder / "cache"
     found.mkdir(exist_ok=True)
     for path in cache_directory().iterdir():
         if path.name != KEPT and not (found / path.name).exists():

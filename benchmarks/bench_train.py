@@ -3,11 +3,11 @@
     python benchmarks/bench_train.py [--steps 4] [--rounds 2] [--dropout 0 0.05]
 
 SmolLM2-135M, bf16 base, fp32 adapters and optimizer, r 16 on all linear layers, 4 rows of 256 tokens, all labeled.
-Three sides, interleaved in each round, each in a new process, on the same windows of the same text in the same order:
-`lorakit train` (the command's own run, seconds from its metrics.jsonl), peft with the model's own loss and fused AdamW,
-and lorakit.core in that same plain loop. The loops run with the C library's default allocator, the command with its
-own. A step's seconds run from fetching the batch to the end of the optimizer step; the first step of each process is
-not counted.
+Four sides, interleaved in each round, each in a new process, on the same windows of the same text in the same order:
+`lorakit train` (the command's own run, seconds from its metrics.jsonl), the same with `--base-matmul int8`, peft with
+the model's own loss and fused AdamW, and lorakit.core in that same plain loop. The loops run with the C library's
+default allocator, the command with its own. A step's seconds run from fetching the batch to the end of the optimizer
+step; the first step of each process is not counted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from typing import Any
 
 from runner import append_row
 
-SIDES = ("lorakit train", "peft, plain loop", "lorakit.core, plain loop")
+OURS, INT8, THEIRS, CORE = (
+    "lorakit train",
+    "lorakit train --base-matmul int8",
+    "peft, plain loop",
+    "lorakit.core, plain loop",
+)
+SIDES = {"lorakit": OURS, "int8": INT8, "peft": THEIRS, "core": CORE}
 LENGTH, ROWS, RANK, ALPHA, RATE = 256, 4, 16, 32, 3e-4
 
 
@@ -33,17 +39,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.05])
+    parser.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=list(SIDES))
     parser.add_argument("--child", nargs=3, metavar=("SIDE", "DROPOUT", "STEPS"))
     options = parser.parse_args()
     if options.child:
         side, dropout, steps = options.child
         print(json.dumps(measure(side, float(dropout), int(steps))))
         return
+    sides = [side for name, side in SIDES.items() if name in options.sides]
     for dropout in options.dropout:
-        samples: dict[str, list[float]] = {side: [] for side in SIDES}
+        samples: dict[str, list[float]] = {side: [] for side in sides}
         losses: dict[str, float] = {}
         for number in range(options.rounds):
-            for side in SIDES[number % 3 :] + SIDES[: number % 3]:  # each round starts with another side
+            first = number % len(sides)  # each round starts with another side
+            for side in sides[first:] + sides[:first]:
                 found = child(side, dropout, options.steps)
                 samples[side] += found["seconds"]
                 losses[side] = found["last_loss"]
@@ -52,11 +61,12 @@ def main() -> None:
 
 def report(dropout: float, samples: dict[str, list[float]], losses: dict[str, float]) -> None:
     """Append a row per side: seconds per step, tokens per second, and the ratio to peft's median."""
-    baseline = statistics.median(samples["peft, plain loop"])
+    theirs = samples.get(THEIRS)
     for side, seconds in samples.items():
         facts = {"what": side, "model": "smollm2", "dropout": dropout, "r": RANK, "rows": ROWS, "length": LENGTH}
         facts["last_loss"] = round(losses[side], 4)
-        facts["times_peft"] = round(baseline / statistics.median(seconds), 3)
+        if theirs is not None:
+            facts["times_peft"] = round(statistics.median(theirs) / statistics.median(seconds), 3)
         append_row("train", facts, {"seconds": seconds, "tokens_per_second": [ROWS * LENGTH / s for s in seconds]})
 
 
@@ -71,8 +81,8 @@ def child(side: str, dropout: float, steps: int) -> dict[str, Any]:
 
 def measure(side: str, dropout: float, steps: int) -> dict[str, Any]:
     """Return the seconds of each step except the first, and the last step's loss."""
-    if side == SIDES[0]:
-        return measure_command(dropout, steps)
+    if side in (OURS, INT8):
+        return measure_command(dropout, steps, "int8" if side == INT8 else "dtype")
     model = adapted(side, dropout)
     return plain_loop(model, steps)
 
@@ -88,7 +98,7 @@ def text_file(folder: Path, steps: int) -> Path:
     return path
 
 
-def measure_command(dropout: float, steps: int) -> dict[str, Any]:
+def measure_command(dropout: float, steps: int, base_matmul: str) -> dict[str, Any]:
     """Measure the command's own run; its metrics are what a user sees."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
@@ -97,6 +107,7 @@ def measure_command(dropout: float, steps: int) -> dict[str, Any]:
             "data": text_file(Path(folder), steps),
             "output-dir": run,
             "dtype": "bfloat16",
+            "base-matmul": base_matmul,
             "r": RANK,
             "lora-alpha": ALPHA,
             "lora-dropout": dropout,
@@ -129,7 +140,7 @@ def adapted(side: str, dropout: float) -> Any:
     torch.manual_seed(0)
     model = hub.load_model("smollm2", dtype="bfloat16")
     fields: dict[str, Any] = {"r": RANK, "lora_alpha": ALPHA, "lora_dropout": dropout, "target_modules": "all-linear"}
-    if side == SIDES[1]:
+    if side == THEIRS:
         import peft
 
         model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **fields))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lorakit.ops.int8 import why_no_int8_matmuls
 from lorakit.report import read_metrics
-from lorakit.train import loop, score_cache
+from lorakit.train import loop, score_cache, start_key
 from lorakit.train.evaluation import Evaluation, evaluate
 from lorakit.train.settings import TrainSettings
 from lorakit.train.trainer import run
@@ -148,7 +148,7 @@ def test_a_short_evaluation_is_not_kept(
 def test_a_base_whose_files_are_not_known_is_evaluated(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(score_cache, "weight_file_hashes", lambda model: {})
+    monkeypatch.setattr(start_key, "weight_file_hashes", lambda model: {})
     trained(settings)
     assert not trained(settings)[0]
 

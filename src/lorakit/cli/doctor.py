@@ -112,7 +112,7 @@ def run(
     """Check this machine and its packages; suggest fixes.
 
     Args:
-        quick: Skip the speed measurement, which takes about two seconds.
+        quick: Skip the speed measurement, which takes about a second.
         json: Print one JSON document instead of text.
         verbose: Also print all packages, the allocator, the cache and hints for your own scripts.
 

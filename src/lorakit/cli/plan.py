@@ -175,7 +175,7 @@ class JobFlags:
         bool | None,
         Parameter(
             negative="--no-calibrate",
-            help="Measure this machine (takes two seconds; loads torch). Default: only if --max-steps or --tokens "
+            help="Measure this machine (takes a second; loads torch). Default: only if --max-steps or --tokens "
             "requests a time estimate and neither --tokens-per-second nor --gpu is given.",
         ),
     ] = None
@@ -209,7 +209,7 @@ def run(
 
     MODEL is looked up as a path, then as a packaged model (smollm2), then as a name in the catalog (gpt2,
     meta-llama/Llama-3.2-1B, ...), and finally as a Hub id. --max-steps or --tokens adds a time estimate, based on
-    --tokens-per-second or on a measurement that takes about two seconds. --nproc and --gpu add what each process holds
+    --tokens-per-second or on a measurement that takes about a second. --nproc and --gpu add what each process holds
     and sends if the base is replicated (ddp) or sharded (fsdp, hsdp), and which of these fits. --verbose adds formulas,
     FLOPs, notes and the derivation of the counts.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from lorakit import core, durable
 from lorakit.errors import AdapterFileError, RunError, UsageError
 from lorakit.ops.int8 import why_no_int8_matmuls
 from lorakit.tables import format_bytes, format_count
+from lorakit.train import int8_cache
 from lorakit.train.run_folder import INT8_FILE
 
 if TYPE_CHECKING:
@@ -208,11 +210,35 @@ def quantized_base(
         made = _requantized(model, spec.folder, recorded, keep)
     else:
         progress.busy("calibrating int8 matmuls")
-        made = _calibrated(model, spec, calibration_rows(rows), loss)
+        made = _kept_or_calibrated(model, spec, calibration_rows(rows), loss, progress)
     for line in made.lines():
         progress.say(line)
     for path, ratio in made.record["worst"].items():
         progress.detail(f"int8: largest input channel of {path}: {ratio:,.0f} times the median channel")
+    return made
+
+
+def _kept_or_calibrated(
+    model: nn.Module,
+    spec: RunSpec,
+    rows: Sequence[Batch],
+    loss: Callable[[nn.Module, Batch], Tensor],
+    progress: Progress,
+) -> RunInt8:
+    """Quantize the base with the scales of an earlier run with the same start, or calibrate it and keep the scales."""
+    key, began = int8_cache.key_of(model, spec, rows), time.process_time()
+    kept = None if key is None else int8_cache.read(key)
+    if kept is not None:
+        record, scales = {**kept[0], "loss_bound": spec.settings.int8_loss_bound}, kept[1]
+        _check_loss(record)
+        progress.say("The int8 calibration was read from the cache: an earlier run had the same start.")
+        keep = spec.settings.keep_bf16_base
+        return RunInt8(record, scales, core.quantize_with_scales(model, tensors_from_bytes(scales), keep=keep))
+    made = _calibrated(model, spec, rows, loss)
+    if key is not None and time.process_time() - began >= int8_cache.LEAST_SECONDS:
+        problem = int8_cache.write(key, made.record, made.scales)
+        if problem:
+            progress.detail(f"The int8 calibration is not kept for later runs: {problem}.")
     return made
 
 
@@ -246,11 +272,11 @@ def _calibrated(
         "bytes_after": base.bytes_after,
         "worst": dict(base.worst),
     }
-    _check_loss(record, base)
+    _check_loss(record)
     return RunInt8(record, scales, base.originals)
 
 
-def _check_loss(record: Mapping[str, Any], base: core.Int8Base) -> None:
+def _check_loss(record: Mapping[str, Any]) -> None:
     """Check that the loss on the calibration rows has not risen by more than the bound; NaN is above any bound.
 
     There are few rows, so the rise must exceed the bound by two standard errors.
@@ -258,7 +284,7 @@ def _check_loss(record: Mapping[str, Any], base: core.Int8Base) -> None:
     rise, error, bound = record["int8_loss"] - record["loss"], record["loss_error"], record["loss_bound"]
     if rise - ERRORS * error <= bound:
         return
-    site, ratio = next(iter(base.worst.items()))
+    site, ratio = next(iter(record["worst"].items()))
     raise RunError(
         f"int8 matmuls raise the loss on the {record['tokens']:,} calibration tokens from {record['loss']:.4f} to "
         f"{record['int8_loss']:.4f} ({rise:+.4f} ± {error:.4f} nats per token; bound {bound:g}). The largest outliers "

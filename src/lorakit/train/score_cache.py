@@ -1,34 +1,21 @@
 """Keep the evaluation before the first step in a file, so that the next run with the same start need not repeat it.
 
-An evaluation is found by a hash of everything that its bits depend on: the base's weight files and config, the trained
-tensors, the evaluation batches, the precision, the kernels, the machine and the versions. Runs that differ only in, for
-example, the learning rate or the number of steps share an entry. A missing, damaged or unwritable file is ignored: the
+An evaluation is found by `start_key`, from the trained tensors and the evaluation batches. Runs that differ only in the
+learning rate or the number of steps, for example, share an entry. A missing, damaged or unwritable file is ignored: the
 model is evaluated. If two processes write at the same time, the entry of one of them may be lost.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-import lorakit
-from lorakit.core import weight_file_hashes
-from lorakit.data import Batch
 from lorakit.durable import is_sealed, read_json, sealed, write_json
 from lorakit.errors import AdapterFileError, DiskError
 from lorakit.machine import cache_directory
 from lorakit.ops import choices
-from lorakit.speed import tuning
-from lorakit.train.checkpoint import environment
 from lorakit.train.evaluation import Evaluation
 from lorakit.train.run_context import Run
-from lorakit.train.run_folder import versions
+from lorakit.train.start_key import start_key
 
 FILE = "scores.json"
 """Name of the file in lorakit's cache directory."""
@@ -88,66 +75,20 @@ def key_of(run: Run) -> str | None:
         run: A run with evaluation data.
 
     Returns:
-        64 hexadecimal digits; None if the cache is off, if several processes share the evaluation, if the weight files
-        of the base are not known, or if there is no evaluation data.
+        64 hexadecimal digits; None if there is no evaluation data, or for the reasons that `start_key` gives.
     """
     held_out = run.batches.held_out
-    if not run.spec.settings.token_cache or not run.spec.processes.is_alone or held_out is None:
+    if held_out is None:
         return None
-    files = weight_file_hashes(run.model)
-    if not files:
-        return None
-    found = hashlib.sha256(json.dumps([FORMAT, files, _facts(run)], sort_keys=True, default=str).encode())
-    _add_tensors(found, run.named)
-    _add_batches(found, held_out())
-    return found.hexdigest()
-
-
-def _facts(run: Run) -> dict[str, Any]:
-    """Return what affects the bits of an evaluation besides weights, trained tensors and data."""
-    spec, model = run.spec, run.model
-    config = getattr(model, "config", None)
-    return {
-        "class": type(model).__name__,
-        "config": config.to_dict() if config is not None else None,
-        "attention": getattr(config, "_attn_implementation", None),
-        "adapter": spec.forecast.config.to_dict(),
-        "task": spec.task.as_dict(),
-        "environment": environment(
-            spec.device, run.plan.dtype, spec.quantization_values, choices.to_strings(run.choices)
-        ),
-        "machine": tuning.machine(),
-        "versions": versions(),
-        "source": _source_files(),
-        "accelerated": spec.settings.accelerate,
+    facts = {
+        "format": FORMAT,
+        "of": "evaluation",
+        "accelerated": run.spec.settings.accelerate,
         "int8": None if run.int8 is None else run.int8.record["scales_sha256"],
         "packed": run.acceleration is not None and run.acceleration.packs,
     }
-
-
-def _source_files() -> list[tuple[str, int, int]]:
-    """Return size and modification time of lorakit's source, which changes between versions while it is developed."""
-    folder = Path(lorakit.__file__).parent
-    found = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.suffix in (".py", ".c", ".h"))
-    return [(path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns) for path, status in found]
-
-
-def _add_tensors(found: Any, named: Iterable[tuple[str, nn.Parameter | Tensor]]) -> None:
-    for name, tensor in named:
-        _add(found, name, tensor)
-
-
-def _add_batches(found: Any, batches: Iterable[Batch]) -> None:
-    for batch in batches:
-        parts = {"ids": batch.input_ids, "mask": batch.attention_mask, "labels": batch.labels, **batch.extra}
-        for name, tensor in parts.items():
-            _add(found, name, tensor)
-
-
-def _add(found: Any, name: str, tensor: Tensor) -> None:
-    """Add the name, the type, the shape and the bits of a tensor (any shape) to a hash."""
-    found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-    found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    kernels = choices.to_strings(run.choices)
+    return start_key(run.model, run.spec, run.plan.dtype, facts, run.named, held_out(), kernels)
 
 
 def _entries() -> dict[str, dict[str, Any]]:
