@@ -64,7 +64,7 @@ def close(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
 
 @needs_kernels
 @dtypes
-@pytest.mark.parametrize("shape", [(1, 2), (3, 7), (5, 64), (33, 577)])
+@pytest.mark.parametrize("shape", [(1, 2), (3, 7), (5, 64), (33, 577), (20000, 64)])
 def test_quantization_in_c_has_the_bits_of_the_plain_one(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x, factors = activations(*shape, dtype), normal(shape[1], seed=2).abs()
     factors[0] = 0

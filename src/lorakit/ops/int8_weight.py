@@ -110,5 +110,6 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         int8 values (N, d) and fp32 scales (N,): x ≈ scale·q. Both are zero for a row of zeros.
     """
     largest = x.abs().amax(1)
-    inverse = torch.where(largest > SMALLEST, LEVELS / largest, 0.0)
+    inverse = torch.full_like(largest, LEVELS) / largest  # a number divided by a tensor would be rounded twice
+    inverse = torch.where(largest > SMALLEST, inverse, 0.0)
     return (x * inverse[:, None]).round().to(torch.int8), largest / LEVELS
