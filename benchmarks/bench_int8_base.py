@@ -2,8 +2,10 @@
 
     python benchmarks/bench_int8_base.py [--repeats 3] [--rows 8] [--length 256]
 
-Each sample is a new process. The memory is that above the process before the model is loaded. The bf16 side runs the
-same rows without labels and quantizes nothing.
+Each sample is a new process, whose model is loaded in bf16: from a file in bf16, which is mapped, or from one in fp32,
+which is converted. The memory is that above the process before the model is loaded, from then on: all of it, and the
+part that is not pages of files, which the system cannot drop. The bf16 side runs the same rows without labels and
+quantizes nothing.
 """
 
 from __future__ import annotations
@@ -13,21 +15,24 @@ import gc
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from resident import status
+from resident import peaks, status
 from runner import append_row
 
 SIDES = ("bf16", "int8")
+FILES = ("bfloat16", "float32")
 
 
-def measured(side: str, rows: int, length: int) -> dict[str, float]:
-    """Return the seconds and the memory of this process for one side.
+def measured(side: str, source: str, rows: int, length: int) -> dict[str, float]:
+    """Return the seconds, the processor's seconds and the memory of this process for one side.
 
     Args:
         side: One of `SIDES`.
+        source: Name or folder of the model.
         rows: Calibration rows.
         length: Tokens per row.
     """
@@ -38,25 +43,39 @@ def measured(side: str, rows: int, length: int) -> dict[str, float]:
 
     load_model("smollm2", dtype="bfloat16")  # imports what loading needs
     gc.collect()
-    before = status("VmRSS")
-    model = load_model("smollm2", dtype="bfloat16").requires_grad_(False)
+    before = {name: status(name) for name in ("VmRSS", "RssAnon")}
+    with peaks() as loading:
+        model = load_model(source, dtype="bfloat16").requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     batches = [{"input_ids": torch.randint(0, 49_000, (1, length), generator=generator)} for _ in range(rows)]
-    began = time.perf_counter()
-    if side == "int8":
-        quantize_base(model, batches)
-    else:
-        base_losses(model, batches)
-    seconds = time.perf_counter() - began
+    with peaks() as found:
+        began, used = time.perf_counter(), time.process_time()
+        if side == "int8":
+            quantize_base(model, batches)
+        else:
+            base_losses(model, batches)
+        seconds = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - used}
     gc.collect()
-    memory = {"resident_mb": status("VmRSS") - before, "peak_mb": status("VmHWM") - before}
-    return {"seconds": seconds, **{name: size / 1e6 for name, size in memory.items()}}
+    memory = {
+        "resident_mb": status("VmRSS") - before["VmRSS"],
+        "loading_peak_mb": loading["VmHWM"] - before["VmRSS"],
+        "peak_mb": found["VmHWM"] - before["VmRSS"],
+        "anonymous_peak_mb": found["RssAnon"] - before["RssAnon"],
+    }
+    return {**seconds, **{name: size / 1e6 for name, size in memory.items()}}
 
 
-def samples_of(side: str, given: argparse.Namespace) -> Mapping[str, float]:
+def write_fp32(folder: str) -> None:
+    """Write the model in fp32 to a folder."""
+    from lorakit.hub import load_model
+
+    load_model("smollm2", dtype="float32").save_pretrained(folder)
+
+
+def samples_of(side: str, source: str, given: argparse.Namespace) -> Mapping[str, float]:
     """Return the values of one new process."""
-    command = [sys.executable, str(Path(__file__)), "--side", side, "--rows", str(given.rows)]
-    command += ["--length", str(given.length)]
+    command = [sys.executable, str(Path(__file__)), "--side", side, "--source", source]
+    command += ["--rows", str(given.rows), "--length", str(given.length)]
     found: Mapping[str, float] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     return found
 
@@ -68,14 +87,20 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--source", default="smollm2", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.side:
-        print(json.dumps(measured(given.side, given.rows, given.length)))
+        print(json.dumps(measured(given.side, given.source, given.rows, given.length)))
         return
-    rounds = [{side: samples_of(side, given) for side in SIDES} for _ in range(given.repeats)]
-    for side in SIDES:
-        samples = {name: [one[side][name] for one in rounds] for name in rounds[0][side]}
-        append_row("int8_base", {"side": side, "rows": given.rows, "length": given.length}, samples)
+    with tempfile.TemporaryDirectory() as folder:
+        write_fp32(folder)
+        sources = dict(zip(FILES, ("smollm2", folder), strict=True))
+        cases = [(file, side) for file in FILES for side in SIDES]
+        rounds = [{case: samples_of(case[1], sources[case[0]], given) for case in cases} for _ in range(given.repeats)]
+    for file, side in cases:
+        samples = {name: [one[file, side][name] for one in rounds] for name in rounds[0][file, side]}
+        labels = {"side": side, "file": file, "rows": given.rows, "length": given.length}
+        append_row("int8_base", labels, samples)
 
 
 if __name__ == "__main__":

@@ -197,13 +197,6 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def file_mappings() -> list[tuple[int, int]]:
-    """Return the ranges of addresses, (first, behind the last), to which files are mapped; empty if not on Linux."""
-    lines = (line.split(maxsplit=5) for line in _read("/proc/self/maps").splitlines())
-    ranges = (words[0].partition("-") for words in lines if len(words) > 4 and words[4] != "0")  # words[4]: the inode
-    return [(int(first, 16), int(last, 16)) for first, _, last in ranges]
-
-
 DEVICE_FORM = "auto, cpu, cuda, cuda:N or mps"
 """Allowed values of `--device`, as shown in messages."""
 

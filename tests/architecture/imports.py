@@ -28,6 +28,7 @@ FLOORS = {
     "durable": 0,
     "machine": 0,
     "hub_cache": 0,
+    "mapped_files": 0,
     "tables": 0,
     "config": 1,
     "architectures": 1,

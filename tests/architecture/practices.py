@@ -11,7 +11,7 @@ from .reading import Breach, Definition, Function, Sources, arguments_of, evalua
 WALKERS = {"core/model/index.py": "AdapterIndex: the one walk of a public call"}
 CONTEXT_VARIABLES = ("core/routing/state.py", "ops/choices.py")
 MODULE_TABLES = ("peft/paths.py",)  # may write to sys.modules and sys.meta_path
-FOREIGN_MEMORY = ("ops/kernels", "allocator", "durable")  # may import ctypes
+FOREIGN_MEMORY = ("ops/kernels", "allocator", "durable", "mapped_files")  # may import ctypes
 KERNELS, KERNELS_OF_TRITON = "ops/kernels", "ops/kernels/triton"
 GATEWAY = {"pointer", "_pointer", "optional", "_optional"}
 CHECKED = ("dtype", "shape", "is_contiguous")  # what the gateway compares before it takes an address

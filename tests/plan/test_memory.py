@@ -5,6 +5,7 @@ import dataclasses
 from lorakit.architectures.shapes import ModelShape
 from lorakit.config import LoraConfig
 from lorakit.plan import Job, catalogue, count, memory, process
+from lorakit.plan.int8 import int8_base
 from lorakit.plan.memory import Memory
 
 MB = 1_000_000
@@ -106,6 +107,18 @@ def test_memory_outside_of_steps() -> None:
     measured = _lora("SmolLM2-135M", dataclasses.replace(short, reserved_bytes=900 * MB))
     assert measured.peak_moment == process.MEASURING
     assert measured.bytes_of("temporary") == 900 * MB
+
+
+def test_an_int8_base_is_made_from_mapped_files_or_from_a_base_in_the_dtype() -> None:
+    short = Job(1, 8, accelerated=True, base_matmul="int8")
+    shape, counted = _shape("SmolLM2-135M"), count(_shape("SmolLM2-135M"), LoraConfig(r=4, target_modules="all-linear"))
+    found = {
+        dtype: process.temporary_bytes(shape, counted, dataclasses.replace(short, dtype=dtype))[process.LOADING]
+        for dtype in ("bfloat16", "float32")
+    }
+    base = int8_base(shape, 4)
+    assert found["bfloat16"] == 0  # the files are in bfloat16
+    assert found["float32"] == 2 * shape.parameters + 4 * base.elements - base.size_bytes
 
 
 def test_a_large_vocabulary_is_checked_in_fp64() -> None:

@@ -8,6 +8,13 @@ from lorakit.architectures.families import BERT, BERT_BLOCK, GPT2, GPT2_BLOCK, L
 from lorakit.architectures.layouts import Block, SublayerName
 from lorakit.architectures.shapes import ModelShape, block_of
 
+SHARED_INPUTS = (
+    ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+    ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert_gate"),
+    ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+)
+"""Modules that read the same tensor in blocks whose layout is not in the table: latent attention and shared experts."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -47,7 +54,8 @@ class Family:
             path: Dotted path of a module, or of its weight, in the model.
         """
         path = path.removesuffix(".weight")
-        return next((f"{block_of(path)}.{group[0]}" for group in self.block.inputs if _inside(path) in group), path)
+        groups = (*self.block.inputs, *SHARED_INPUTS)
+        return next((f"{block_of(path)}.{group[0]}" for group in groups if _inside(path) in group), path)
 
 
 def _inside(path: str) -> str:

@@ -8,6 +8,7 @@ the largest of these amounts and of the step's tensors counts.
 from __future__ import annotations
 
 from lorakit.architectures.shapes import ModelShape
+from lorakit.plan.int8 import int8_base
 from lorakit.plan.job import DTYPE_BYTES, MASTER_BYTES, Job
 from lorakit.plan.packed import packed_files
 from lorakit.plan.params import Count
@@ -53,8 +54,9 @@ def temporary_bytes(shape: ModelShape, counted: Count | None, job: Job) -> dict[
     """Return the temporary memory that a process needs outside of training steps. [docs/math.md (99)]
 
     If the files have the job's dtype, the mapped files are the weights, and loading needs nothing else. If weights are
-    converted, quantized or dequantized, the files stay mapped until all weights are loaded. A base that is
-    multiplied in int8 is quantized after it was loaded and calibrated.
+    converted, quantized or dequantized, the files stay mapped until all weights are loaded. A base that is multiplied
+    in int8 is quantized after it was loaded: from mapped files one weight after another, otherwise from a whole base
+    in the job's dtype.
 
     Args:
         shape: Shape of the base.
@@ -69,13 +71,20 @@ def temporary_bytes(shape: ModelShape, counted: Count | None, job: Job) -> dict[
     files = packed_files(shape)
     is_dequantized = files is not None and files.base is None
     is_converted = shape.dtype != job.dtype or job.quantization is not None or is_dequantized
-    is_converted |= job.base_matmul == "int8"
     size = DTYPE_BYTES.get(shape.dtype, MASTER_BYTES) * shape.parameters if files is None else files.file_bytes
     found = {MEASURING: job.reserved_bytes}
-    found[LOADING] = size if is_converted else 0
+    found[LOADING] = size + _replaced_bytes(shape, job) if is_converted else 0
     if counted is not None:
         moments = 2 * MASTER_BYTES * counted.trainable
         found[WRITING] = TEXT_BYTES + max(ENCODED_COPIES * MASTER_BYTES * counted.saved_parameters, 2 * moments)
         if job.accelerated:
             found[CHECKING] = PROBE_COPIES * 8 * PROBED_TOKENS * (0 if shape.head is None else shape.vocab)
     return found
+
+
+def _replaced_bytes(shape: ModelShape, job: Job) -> int:
+    """Return by how much a base in the job's dtype is larger than the base that is kept for int8 matmuls."""
+    if job.base_matmul != "int8":
+        return 0
+    base = int8_base(shape, job.dtype_bytes)
+    return job.dtype_bytes * base.elements - base.size_bytes

@@ -181,7 +181,7 @@ def test_a_failed_call_changes_nothing(case: str) -> None:
     with pytest.raises(wanted):
         quantize_base(model, given)
     assert bits(model) == before and all(module.training for module in model.modules())
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     assert not any(isinstance(module, Int8Linear) for module in model.modules())
 
 

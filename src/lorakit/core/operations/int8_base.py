@@ -1,18 +1,20 @@
 """Quantize a base for int8 matmuls (W8A8): calibrate its linear layers on data, and replace them.
 
 The calibration measures the largest input of each channel on the original model, without adapters. Nothing is changed
-until all batches have been run and all values have been checked. The weights are then quantized one after another.
+until all batches have been run and all values have been checked. The weights are then quantized one after another. Of
+weights in a mapped file, only those in use are in memory at any time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.allocator import trim
 from lorakit.core.clones import has_observers
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModulesToSave
@@ -20,12 +22,19 @@ from lorakit.core.model.base_view import base_tensors, quantized_weights
 from lorakit.core.model.checks import check_not_distributed
 from lorakit.core.model.frozen import RECORD
 from lorakit.core.model.index import AdapterIndex, embedding_of
-from lorakit.core.operations.int8_calibration import Calibration, Target, agree_on, run_batch, run_batches
+from lorakit.core.operations.int8_calibration import (
+    Calibration,
+    Target,
+    agree_on,
+    release_mapped,
+    run_batch,
+    run_batches,
+)
 from lorakit.core.quantization import is_computed
 from lorakit.core.quantization.int8 import frozen_parameter, int8_matmul_linear
 from lorakit.core.statistics.collecting import Forward
 from lorakit.errors import ConfigError, MergeError, NonFiniteError
-from lorakit.machine import file_mappings
+from lorakit.mapped_files import file_mappings
 from lorakit.ops.int8_weight import KEPT_CHANNELS, SMOOTHING, input_scales
 from lorakit.targets.layer_types import CONV1D, LINEAR
 
@@ -34,6 +43,9 @@ WORST_SITES = 8
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Config fields with the number of experts, which is the number of outputs of a router."""
+
+FREED_BYTES = 32 << 20
+"""Size of the freed weights after which free memory is returned to the system; each time takes about a millisecond."""
 
 NOT_REACHED = "not reached by the calibration batches"
 TRAINED = "requires gradients"
@@ -133,12 +145,9 @@ def quantize_base(
     groups = _grouped(targets)
     scales = [_checked_scales(group, kept, smoothing) for group in groups]
     worst, before = _worst(targets), base_bytes(index)
-    originals = {target.path: target.module for target in targets} if keep else {}
     paths = tuple(target.path for target in targets)
-    for group, (gain, left_out) in zip(groups, scales, strict=True):
-        replace_group(index, [target.path for target in group], gain, left_out, keep)
-    if not keep:
-        copy_mapped(model)
+    replaced = [([target.path for target in group], *found) for group, found in zip(groups, scales, strict=True)]
+    originals = replace_layers(index, replaced, keep)
     after = base_bytes(AdapterIndex.of(model))
     return Int8Base(model, paths, skipped, kept, smoothing, tokens, losses, worst, before, after, originals)
 
@@ -233,28 +242,68 @@ def _checked_scales(group: Sequence[Target], kept: int, smoothing: float) -> tup
                     where=target.path,
                 )
     absmax = torch.stack([target.absmax for target in group]).amax(0)
-    return input_scales(absmax, [target.weight for target in group], kept, smoothing)
+    found = input_scales(absmax, [target.weight for target in group], kept, smoothing)
+    for target in group:
+        target.release()
+    return found
 
 
-def replace_group(index: AdapterIndex, paths: Sequence[str], gain: Tensor, kept: Tensor, keep: bool) -> None:
-    """Replace the layers of a group, which share g (in,) and K (k,), and free each original unless it is kept."""
-    shared_gain, shared_kept = frozen_parameter(gain), frozen_parameter(kept)
-    for path in paths:
-        original = index.base(path)
-        _put_base(index, path, int8_matmul_linear(original, shared_gain, shared_kept))
-        if not keep:  # other objects may refer to the module
-            original._parameters.clear()
+def replace_layers(
+    index: AdapterIndex, groups: Sequence[tuple[Sequence[str], Tensor, Tensor]], keep: bool
+) -> dict[str, nn.Module]:
+    """Replace layers by int8 layers, one after another.
+
+    Args:
+        index: The model, changed in place.
+        groups: Paths of layers that share an input, and their g (in,) and K (k,).
+        keep: Whether to keep the original modules; otherwise each weight is freed before the next one is quantized.
+
+    Returns:
+        A dict from path to original module; empty if they are not kept.
+    """
+    if not keep:
+        _copy_mapped(index, [path for paths, _, _ in groups for path in paths])
+    originals, freed = dict[str, nn.Module](), 0
+    for paths, gain, kept in groups:
+        shared_gain, shared_kept = frozen_parameter(gain), frozen_parameter(kept)
+        for path in paths:
+            original = index.base(path)
+            _put_base(index, path, int8_matmul_linear(original, shared_gain, shared_kept))
+            is_mapped = release_mapped(cast(Tensor, original.weight))
+            if keep:
+                originals[path] = original
+                continue
+            freed += 0 if is_mapped else cast(Tensor, original.weight).nbytes
+            original._parameters.clear()  # other objects may refer to the module
             original.__dict__.pop(RECORD, None)
+            if freed > FREED_BYTES:
+                trim()  # malloc does not reuse blocks here that other threads allocated when they loaded the model
+                freed = 0
+    return originals
 
 
-def copy_mapped(model: nn.Module) -> None:
-    """Copy the weights that are in mapped files, so that the files, with the original weights, are unmapped."""
-    ranges = file_mappings()
+def _copy_mapped(index: AdapterIndex, paths: Collection[str]) -> None:
+    """Copy the weights that are in mapped files, except for those that are about to be quantized.
+
+    The file, with the original weights, is then unmapped when the last of them has been replaced. Before the int8
+    weights exist, there is room for a weight and its copy.
+
+    Args:
+        index: A model, whose values are unchanged.
+        paths: Paths of the layers that are quantized.
+    """
+    ranges, quantized = file_mappings(), {id(index.base(path)) for path in paths}
     copies: dict[tuple[int, torch.Size], Tensor] = {}
-    for _, tensor, _ in base_tensors(model):
-        if tensor.device.type == "cpu" and any(first <= tensor.data_ptr() < last for first, last in ranges):
-            key = tensor.data_ptr(), tensor.shape  # weights may be tied by their memory
-            copies[key] = tensor.data = copies[key] if key in copies else tensor.data.clone()
+    for name, tensor, module in base_tensors(index):
+        is_quantized = name.endswith(".weight") and id(module) in quantized
+        first = tensor.data_ptr() if tensor.device.type == "cpu" else 0
+        if is_quantized or not any(begin <= first < end for begin, end in ranges):
+            continue
+        key = first, tensor.shape  # weights may be tied by their memory
+        if key not in copies:
+            copies[key] = tensor.detach().clone()
+            release_mapped(tensor)
+        tensor.data = copies[key]
 
 
 def _put_base(index: AdapterIndex, path: str, module: nn.Module) -> None:

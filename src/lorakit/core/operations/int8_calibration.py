@@ -1,7 +1,8 @@
 """Measure the inputs of linear layers on calibration batches, for int8 matmuls.
 
-The batches run on the base, without adapters and in evaluation mode. The model is unchanged afterwards. Which layers
-are measured, and what is done with the result, is decided elsewhere.
+The batches run on the base, without adapters and in evaluation mode. The model is unchanged afterwards. The pages of a
+weight that is in a mapped file are given back after each use, so that the original weights are not all in memory at
+once. Which layers are measured, and what is done with the result, is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lorakit.core.model.activation import disable
 from lorakit.core.model.index import find_state
 from lorakit.core.statistics.collecting import Forward, in_mode
 from lorakit.errors import DataError
+from lorakit.mapped_files import release_pages
 from lorakit.targets.layer_types import CONV1D
 
 
@@ -44,6 +47,20 @@ class Target:
         """Return the weight (out, in)."""
         W = cast(Tensor, self.module.weight).detach()
         return W.t() if type(self.module).__name__ == CONV1D else W
+
+    def release(self) -> None:
+        """Give back the memory of the weight if it can be read from its file again."""
+        release_mapped(cast(Tensor, self.module.weight))
+
+
+def release_mapped(tensor: Tensor) -> bool:
+    """Give back the memory of a weight (out, in) if it is in a mapped file and unmodified; its values stay.
+
+    Returns:
+        Whether the memory was given back.
+    """
+    size = tensor.numel() * tensor.element_size()
+    return tensor.device.type == "cpu" and release_pages(tensor.data_ptr(), size)
 
 
 def base_losses(
@@ -83,9 +100,15 @@ class Calibration:
         self.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self.inputs.clear()
 
-    def hook(self, target: Target) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """Return the hook of one layer."""
+    def hooks(self) -> list[RemovableHandle]:
+        """Register hooks on all layers: one records the input, another gives back the memory of the weight."""
+        found = []
+        for target in self.targets:
+            found.append(target.module.register_forward_pre_hook(self._recorder(target)))
+            found.append(target.module.register_forward_hook(lambda *_, target=target: target.release()))
+        return found
 
+    def _recorder(self, target: Target) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach()
             if target.group < 0:
@@ -115,8 +138,7 @@ def run_batches(
     Raises:
         DataError: There are no batches.
     """
-    targets = [] if calibration is None else [(one, calibration.hook(one)) for one in calibration.targets]
-    handles = [target.module.register_forward_pre_hook(hook) for target, hook in targets]
+    handles = [] if calibration is None else calibration.hooks()
     losses, tokens, count = list[float](), 0, 0
     try:
         with torch.no_grad(), in_mode(model, False), _without_adapters(model):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorakit.core.model.fingerprint import fingerprint
 from lorakit.core.model.index import AdapterIndex, state_of
-from lorakit.core.operations.int8_base import copy_mapped, replace_group
+from lorakit.core.operations.int8_base import replace_layers
 from lorakit.core.quantization.int8 import Int8Linear
 from lorakit.errors import ModelError
 
@@ -68,14 +68,7 @@ def quantize_with_scales(model: nn.Module, scales: Mapping[str, Tensor], *, keep
         ModelError: The scales do not fit the model, which is unchanged then.
     """
     index = AdapterIndex.of(model)
-    groups = list(_checked(index, scales))
-    originals = dict[str, nn.Module]()
-    for paths, gain, kept in groups:
-        originals |= {path: index.base(path) for path in paths} if keep else {}
-        replace_group(index, paths, gain, kept, keep)
-    if not keep:
-        copy_mapped(model)
-    return originals
+    return replace_layers(index, list(_checked(index, scales)), keep)
 
 
 def _checked(index: AdapterIndex, scales: Mapping[str, Tensor]) -> Iterator[tuple[list[str], Tensor, Tensor]]:
