@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not Path(PAGEMAP).is_file(), reason="only Linux 
 
 @pytest.fixture
 def mapped(tmp_path: Path) -> Iterator[mmap.mmap]:
-    """A private, writable mapping of a file of `PAGES` pages, of which every page has been read."""
+    """A private, writable mapping of a file of `PAGES` pages; every page has been read."""
     path = tmp_path / "file"
     path.write_bytes(bytes(range(256)) * (PAGES * mmap.PAGESIZE // 256))
     with path.open("rb") as file:

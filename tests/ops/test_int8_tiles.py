@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -25,9 +25,9 @@ BOUND = 2**-6
 
 
 @pytest.fixture
-def matmuls() -> Iterator[CompiledInt8Matmuls]:
+def matmuls() -> CompiledInt8Matmuls:
     assert isinstance(MATMULS, CompiledInt8Matmuls)
-    yield MATMULS
+    return MATMULS
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -123,7 +123,7 @@ def why_no_int8_matmuls() -> str:
 
 
 def _exact_tiles(g: torch.Generator) -> bool:
-    """Return whether the kernels for int8 matmuls, if there are any, return exact products in both directions."""
+    """Return whether the kernels for int8 matmuls, if there are any, are exact in both directions."""
     Q, q, dq = (torch.randint(-LEVELS, LEVELS + 1, shape, generator=g).to(torch.int8) for shape in TILED_SIZES)
     kernels = kernels_for(torch.empty(0, dtype=torch.bfloat16))
     matmuls = None if kernels is None else kernels.int8_matmuls

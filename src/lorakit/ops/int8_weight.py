@@ -20,7 +20,6 @@ KEPT_CHANNELS = 16
 SMOOTHING = 0.5
 """Default exponent of the activations' maximum in the input scales; 1 moves outliers to the weight entirely."""
 
-
 SMALLEST = 2.0**-100
 """Rows whose largest absolute value is not above this are quantized to zeros: 127 divided by it must be finite."""
 

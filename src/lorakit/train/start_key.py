@@ -41,7 +41,7 @@ def start_key(
         model: The run's model.
         spec: The run's specification.
         dtype: Precision of the base.
-        facts: JSON values that the result depends on, besides those of the model, the run, and this process.
+        facts: JSON values that the result depends on, in addition to those of the model, the run, and this process.
         named: (name, tensor) pairs of tensors (any shape) of the model that are not in the base's files.
         batches: The batches from which the result is computed.
         kernels: Autotuned kernel choices.

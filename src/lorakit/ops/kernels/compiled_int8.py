@@ -1,4 +1,4 @@
-"""Call the int8 matmuls in tiles.h, which use the matrix unit AMX, passing tensors as pointers.
+"""Call the int8 matmuls in int8_tiles.h, which use the matrix unit AMX, passing tensors as pointers.
 
 `lorakit.ops.kernels.protocol` documents what each kernel computes.
 """
@@ -14,14 +14,14 @@ DTYPE = torch.bfloat16
 """The dtype of all floating-point operands that are not fp32; the unit multiplies no other."""
 
 STEP, LOW_STEP = 64, 32
-"""TILE_STEP and LOW_STEP in tiles.h. Both sizes of a weight must be multiples of the first."""
+"""TILE_STEP and LOW_STEP in int8_tiles.h. Both sizes of a weight must be multiples of the first."""
 
 FEWEST_ROWS = 33
 """The smallest number of rows; with fewer, most of the time is that of reading the weight."""
 
 
 class CompiledInt8Matmuls:
-    """Int8 matmuls, from tiles.h."""
+    """Int8 matmuls, from int8_tiles.h."""
 
     low_step = LOW_STEP
 

@@ -1,12 +1,13 @@
 /* Int8 matmuls with the matrix unit AMX, and what follows them, in one pass: integer sums stay in the cache until they
  * are scaled, added and rounded. int8.h has the same steps for sums that another library computes. A thread rearranges
  * the weights of some columns, in panels of PANEL columns, as the unit reads them, and uses them for all rows. All sizes
- * along the summed dimension are multiples of TILE_STEP, or LOW_STEP for bf16, and numbers of columns are multiples of PANEL. */
+ * along the summed dimension are multiples of TILE_STEP, or of LOW_STEP for bf16, and all numbers of columns are
+ * multiples of PANEL. */
 
 #ifdef TILES
-#define TILE_STEP 64        /* int8 values in a row of a tile */
-#define PANEL 32       /* columns of a panel, and rows of a block: two tiles each */
-#define LOW_STEP 32    /* bf16 values in a row of a tile */
+#define TILE_STEP 64 /* int8 values in a row of a tile */
+#define PANEL 32     /* columns of a panel, and rows of a block: two tiles each */
+#define LOW_STEP 32  /* bf16 values in a row of a tile */
 #define TILE_BYTES 1024
 #define PACKED_BYTES (1 << 19) /* bytes of weights that a thread keeps rearranged, so that they stay in its cache */
 
@@ -85,10 +86,6 @@ static inline __m512 scaled_sums(const int32_t *sums, float scale) {
     return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums)), _mm512_set1_ps(scale));
 }
 
-static inline __m512 wide_vector(const number *from) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
-}
-
 typedef struct { /* one thread's buffers */
     float *base;
     int8_t *panels, *rows;
@@ -159,10 +156,10 @@ static void output_block(Workroom room, const float *t, const float *s, const nu
                          int64_t out, number *y) {
     for (int64_t i = 0; i < count; i++)
         for (int j = 0; j < PANEL; j += EDGE) {
-            __m512 v = bias ? wide_vector(bias + j) : _mm512_setzero_ps();
+            __m512 v = bias ? wide16(0xffff, bias + j) : _mm512_setzero_ps();
             if (k) v = _mm512_add_ps(v, _mm512_loadu_ps(room.low + i * PANEL + j));
             v = _mm512_fmadd_ps(scaled_sums(room.sums + i * PANEL + j, t[i]), _mm512_loadu_ps(s + j), v);
-            _mm256_storeu_si256((__m256i *)(y + i * out + j), (__m256i)_mm512_cvtneps_pbh(v));
+            _mm256_storeu_si256((__m256i *)(y + i * out + j), narrow_vector(v));
         }
 }
 
@@ -190,8 +187,8 @@ static void gradient_block(Workroom room, const float *u, const float *g, const 
             for (int64_t i = 0; i < count; i++) room.low[i * PANEL + kept[j] - c] += columns[i * k + j];
     for (int64_t i = 0; dx && i < count; i++)
         for (int j = 0; j < PANEL; j += EDGE) {
-            __m512 v = _mm512_add_ps(wide_vector(dx + i * d + j), _mm512_loadu_ps(room.low + i * PANEL + j));
-            _mm256_storeu_si256((__m256i *)(dx + i * d + j), (__m256i)_mm512_cvtneps_pbh(v));
+            __m512 v = _mm512_add_ps(wide16(0xffff, dx + i * d + j), _mm512_loadu_ps(room.low + i * PANEL + j));
+            _mm256_storeu_si256((__m256i *)(dx + i * d + j), narrow_vector(v));
         }
 }
 
