@@ -268,7 +268,7 @@ def _probed(model: nn.Module, modules: Mapping[str, nn.Module], known: Known) ->
     if not isinstance(made, str):
         made = known.why_not_model(_inner(model)) or made
     fused, reason = (None, made) if isinstance(made, str) else (made, "")
-    packs = _may_pack(model, fast) and keeps_sequences_apart(model, logits)
+    packs = _may_pack(model, fast) and isinstance(logits, Tensor) and keeps_sequences_apart(model, logits)
     return _Probed(fast, skipped, fused, reason, found, output, packs)
 
 
@@ -287,7 +287,7 @@ def _probed_in_place(
         last = None
     if probed.head is not None and last is not None:
         probed.head.last = last_layer_for(probed.head, last, probed.calls[""], probed.output)
-    packs = probed.packs and keeps_sequences_apart(model, getattr(probed.output, "logits", None))
+    packs = probed.packs and keeps_sequences_apart(model)
     if probed.head is None:
         return packs, None
     inner = _inner(model)

@@ -37,16 +37,20 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tupl
     return {"input_ids": tokens, "position_ids": positions, **where}, wanted
 
 
-def keeps_sequences_apart(model: nn.Module, logits: Tensor | None) -> bool:
+def keeps_sequences_apart(model: nn.Module, logits: Tensor | None = None) -> bool:
     """Return whether a model computes the same logits for two packed sequences as for each sequence alone.
 
     Must be called inside `eval_mode`.
 
     Args:
-        model: An accelerated causal model from transformers.
-        logits: Logits (rows, tokens, V) of the unaccelerated model for `token_ids`.
+        model: A causal model from transformers.
+        logits: Its logits (rows, tokens, V) for `token_ids`; None computes them. They must be those of the same
+            forward methods: in bf16, the rounding errors of a deep model exceed the tolerance.
     """
     ids = token_ids(model)
+    if logits is None:
+        separate = attempt(lambda: model(input_ids=ids, use_cache=False).logits)
+        logits = None if isinstance(separate, Exception) else separate
     if not isinstance(logits, Tensor) or logits.shape[:2] != ids.shape:
         return False
     mask = torch.ones_like(ids)
