@@ -30,8 +30,8 @@ test-all: setup  ## run the tests including the slow ones
 prose: setup  ## report idioms and private terms in the prose of the repository, or of ARGS; problems do not fail it
 	@$(PY) scripts/prose_check.py $(ARGS) || [ $$? -eq 1 ]
 
-demo: setup  ## fine-tune a small language model on a text and compare it with the base
-	$(PY) scripts/demo.py
+demo: setup  ## fine-tune a small language model on a text and compare it with the base (ARGS="--base-matmul int8")
+	$(PY) scripts/demo.py $(ARGS)
 
 bench: setup  ## run the benchmarks, in less than an hour; each appends rows to benchmarks/results
 	$(PY) benchmarks/run_all.py $(ARGS)

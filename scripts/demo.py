@@ -1,11 +1,14 @@
 """`make demo`: fine-tune a small language model on a text on this machine, and compare it with the base.
 
+    python scripts/demo.py [--base-matmul int8]
+
 SmolLM2-135M-Instruct is adapted to Python's language reference. Topics are held out, base and adapter get the same
 prompts, and measured values are shown next to planned ones.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import os
 import shutil
@@ -13,6 +16,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +31,16 @@ PROMPTS = (
 )
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run the demo; return 0 on success, 1 with a message on failure, 130 after Ctrl-C."""
     from lorakit.errors import LorakitError
 
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base-matmul", choices=("dtype", "int8"), default="dtype")
+    options = parser.parse_args(words)
     began = time.perf_counter()
     try:
-        demo(began)
+        demo(began, options.base_matmul)
     except LorakitError as problem:
         print(f"demo: error: {problem}", file=sys.stderr)
         return problem.exit_code
@@ -43,7 +50,7 @@ def main() -> int:
     return 0
 
 
-def demo(began: float) -> None:
+def demo(began: float, base_matmul: str) -> None:
     """Prepare model and text, train, compare answers, and summarize."""
     from lorakit import allocator, data
 
@@ -76,6 +83,7 @@ def demo(began: float) -> None:
         max_steps=STEPS,
         eval_steps=STEPS,
         save_steps=STEPS,
+        base_matmul=base_matmul,
     )
     result = run(settings, progress_for(sys.stdout))
     if result.ending == "interrupted":
@@ -133,6 +141,7 @@ def summary(result: Any, directory: Path, program_bytes: int, seconds: float) ->
         ("evaluation perplexity", f"{before:.2f} → {after:.2f}", ""),
         ("trainable", f"{result.trainable_parameters:,} of {result.total_parameters:,}", f"{fraction:.2%}"),
         ("adapter file", megabytes(result.adapter_bytes), f"the model: {megabytes(model_bytes)}"),
+        ("base in memory", megabytes(result.base_bytes), "multiplied in int8" if result.base_matmul == "int8" else ""),
         ("training speed", f"{result.tokens_per_second:,.0f} tokens/s", planned_speed(planned)),
         ("peak memory", megabytes(result.peak_rss_bytes), memory_note(result, program_bytes)),
         ("time", f"{seconds:,.0f} s", "without set-up"),
