@@ -244,10 +244,13 @@ def before(name: str, task: Task, options: argparse.Namespace) -> None:
     for scheme in [BF16, *options.schemes]:
         losses = untrained(name, task, one, scheme, options)
         use(one.sites, SCHEMES[scheme])
-        cosines = [cosines_of(gradients(one.model, probe), true) for probe, true in zip(probes, exact, strict=True)]
+        pairs = list(zip([gradients(one.model, probe) for probe in probes], exact, strict=True))
+        cosines = [cosines_of(some, true) for some, true in pairs]
+        sites = [cosines_of(by_site(some), by_site(true)) for some, true in pairs]
         facts = {"what": "before training", "task": name, "scheme": scheme, "tokens": sum(base["counts"])}
         facts |= {"loss": per_token(losses), **difference(losses, base), "bound": BOUND_BEFORE}
-        facts |= {"cosine": summary(cosines), "cosine_bound": BOUND_COSINE, "adapter_steps": FIRST_STEPS}
+        facts |= {"cosine": summary(cosines), "cosine_sites": summary(sites)}
+        facts |= {"cosine_bound": BOUND_COSINE, "adapter_steps": FIRST_STEPS}
         record(facts, {"outliers": {path: round(x, 1) for path, x in list(outliers(one.sites).items())[:5]}})
 
 
@@ -285,6 +288,14 @@ def fill(model: nn.Module, values: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for path, parameter in core.trainable_parameters(model, "default"):
             parameter.copy_(values[path])
+
+
+def by_site(grads: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gradients of A and B of each module as one vector."""
+    parts: dict[str, list[Tensor]] = {}
+    for path, grad in grads.items():
+        parts.setdefault(path.partition(".lora_")[0], []).append(grad.flatten())
+    return {path: torch.cat(grad) for path, grad in parts.items()}
 
 
 def cosines_of(some: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
