@@ -68,13 +68,14 @@ def before(rows: Sequence[Row]) -> list[str]:
             scheme,
             f"{row['tokens']:,}",
             "0" if scheme == "bf16" else delta(row),
+            f"{row['cosine_sites']['median']:.4f}" if "cosine_sites" in row else NONE,
             *(f"{row['cosine'][name]:.4f}" for name in ("median", "p05")),
             f"{min(row['cosine']['worst'].values()):.3f}",
             by_batch(row["cosine"].get("batches", ())),
         )
         for (task, scheme), row in newest(rows, BEFORE, "task", "scheme").items()
     ]
-    cosines = "cosine, median", "5% quantile", "worst", "median by batch"
+    cosines = "cosine, median module", "median tensor", "5% quantile", "worst", "median tensor by batch"
     head = ("task", "scheme", "tokens", "ΔNLL ± SE (95% interval)", *cosines)
     return ["**Before training**", "", *table(head, lines)]
 
