@@ -52,6 +52,7 @@ COMMANDS: dict[str, str] = {
     "tasks": "bench_tasks.py --seeds 1 --steps 40",
     "streaming": "bench_streaming.py --gigabytes 2",
     "processes": "bench_processes.py --steps 5",
+    "int8_embeddings": "bench_int8_embeddings.py --tasks text --evaluated 16",
     "fused_quantization": "bench_fused_quantization.py",
     "int8_parity": "bench_int8_parity.py --quick --tasks text",
 }
