@@ -110,6 +110,9 @@ class Objective:
             computes the loss without it.
         loss: Function that returns the summed loss of a batch, given what `forward` returned.
         meter: Function that creates a meter, or None if only the loss is measured.
+        row_losses: Function that runs the model on a batch without gradients, and returns the summed loss of each row
+            (rows,), or None if rows are measured one at a time. It raises NotYetSupported if it cannot do so for a
+            model.
     """
 
     collate: Collate
@@ -117,6 +120,7 @@ class Objective:
     forward: Callable[[nn.Module, Batch, str | torch.device], Tensor] | None = None
     loss: Callable[[Tensor, Batch], Tensor] | None = None
     meter: Callable[[], Meter] | None = None
+    row_losses: Callable[[nn.Module, Batch, str | torch.device], Tensor] | None = None
 
 
 def objective(

@@ -102,6 +102,7 @@ class Calibration:
         self.mask: Tensor | None = None
         self.inputs: list[tuple[Tensor, int]] = []
         self.groups = 0
+        self.latest: tuple[Tensor, int, Tensor] | None = None
 
     def begin(self, batch: Mapping[str, Tensor]) -> None:
         """Use the attention mask (rows, length) of a batch, if it has padding."""
@@ -119,15 +120,22 @@ class Calibration:
 
     def _recorder(self, target: Target) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach()
             if target.group < 0:
                 target.group = self._group(args[0])
-            values = self._tokens(target, x)
-            if values.numel():
-                largest = values.reshape(-1, x.shape[-1]).abs().amax(0).float()
-                torch.maximum(target.absmax, largest.to(target.absmax.device), out=target.absmax)
+            largest = self._largest(target, args[0])
+            torch.maximum(target.absmax, largest.to(target.absmax.device), out=target.absmax)
 
         return record
+
+    def _largest(self, target: Target, x: Tensor) -> Tensor:
+        """Return the largest |x| of each channel, (in,), in fp32; layers in succession with one input share it."""
+        version = -1 if x.is_inference() else x._version
+        if self.latest is not None and self.latest[0] is x and self.latest[1] == version >= 0:
+            return self.latest[2]
+        values = self._tokens(target, x.detach()).reshape(-1, x.shape[-1])
+        largest = values.abs().amax(0).float() if len(values) else x.new_zeros(x.shape[-1], dtype=torch.float32)
+        self.latest = (x, version, largest)
+        return largest
 
     def _tokens(self, target: Target, x: Tensor) -> Tensor:
         """Return the input x (rows, length, …, in) or (rows · length, in) of a layer without padding.
@@ -186,6 +194,7 @@ def run_batches(
             handle.remove()
         if calibration is not None:
             calibration.inputs.clear()
+            calibration.latest = None
     if not count:
         raise DataError("`batches` is empty; pass at least one batch of calibration data.", field="batches")
     return tuple(losses), tokens
