@@ -51,7 +51,7 @@ class AttentionLayout:
         output_dropout: Dropout module after the output projection, or "".
         settings: Path of the module with the settings of attention, "" for the attention module itself.
         has_half_tables: Whether the tables for rotary position embeddings have half the width of a head, and apply to
-            both halves.
+            both parts of it.
         sinks: Parameter with one additional score per head, which takes part in the softmax only, or "".
         is_interleaved: Whether the output of a fused projection contains the q, k and v of one head, then those of the
             next, and so on.

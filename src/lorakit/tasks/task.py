@@ -63,7 +63,7 @@ class EncodedData(Protocol):
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How rows are encoded.
+    """Options for the encoding of rows.
 
     Attributes:
         max_length: Maximum length of a text in tokens.
@@ -101,7 +101,7 @@ LossSum: TypeAlias = Callable[[nn.Module, Batch, "str | torch.device", "Accelera
 
 @dataclass(frozen=True)
 class Objective:
-    """What a run minimizes and measures.
+    """Loss and metrics of a run.
 
     Attributes:
         collate: Function that combines sequences into a batch.
@@ -170,7 +170,7 @@ def without_cache(model: nn.Module) -> dict[str, bool]:
 
 @dataclass(frozen=True)
 class PredictContext:
-    """What a prediction needs besides the model and the rows.
+    """Inputs of a prediction besides the model and the rows.
 
     Attributes:
         device: The model's device.

@@ -103,7 +103,7 @@ class RunInt8:
 def chosen_matmul(
     settings: TrainSettings, device: torch.device, record: Mapping[str, Any] | None, say: Callable[[str], None]
 ) -> str:
-    """Return how the base of a run is multiplied: "int8", or "dtype" if the settings or the machine say so.
+    """Return how the base of a run is multiplied: "int8", or "dtype" because of the settings or the machine.
 
     Args:
         settings: The run's settings.

@@ -1,4 +1,4 @@
-"""How the calibration rows of an int8 base are measured: several rows per forward pass, or one row at a time.
+"""Measure the calibration rows of an int8 base: several rows per forward pass, or one row at a time.
 
 A forward pass of a short row takes almost as long as one of several rows, because each weight is read once per pass.
 Rows of similar lengths are padded to one batch. Padding is not measured, and each row has its own loss. If that is not
@@ -20,7 +20,7 @@ from lorakit.data.encoding import IGNORED
 from lorakit.errors import NotYetSupported
 
 MOST_TOKENS = 1024
-"""Maximum number of tokens in a batch of several rows, including padding; more take more memory and no less time."""
+"""Maximum number of tokens in a batch of several rows, including padding; more take more memory and hardly less time."""
 
 
 @dataclass(frozen=True)
