@@ -20,7 +20,7 @@ from lorakit.data.encoding import IGNORED
 from lorakit.errors import NotYetSupported
 
 MOST_TOKENS = 1024
-"""Maximum number of tokens in a batch of several rows, including padding; more take more memory and hardly less time."""
+"""Maximum number of tokens in a batch of several rows, with padding; more take more memory and hardly less time."""
 
 
 @dataclass(frozen=True)
