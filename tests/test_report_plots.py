@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,3 +39,19 @@ def test_without_matplotlib_the_pip_command_is_given(tmp_path: Path, monkeypatch
     with pytest.raises(MissingExtra, match=r'The loss plot needs matplotlib: pip install "lorakit\[report\]"'):
         loss_plot(Metrics(ROWS), tmp_path / "loss.svg")
     assert not (tmp_path / "loss.svg").exists()
+
+
+def test_the_plot_is_that_of_savefig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    def by_savefig(canvas: FigureCanvasSVG, buffer: Any, metadata: Any) -> None:
+        monkeypatch.undo()  # savefig calls print_svg
+        canvas.figure.savefig(buffer, format="svg", metadata=metadata)
+
+    with matplotlib.rc_context({"svg.hashsalt": "1"}):
+        loss_plot(Metrics(ROWS), tmp_path / "loss.svg", "title")
+        monkeypatch.setattr(FigureCanvasSVG, "print_svg", by_savefig)
+        loss_plot(Metrics(ROWS), tmp_path / "other.svg", "title")
+    assert FigureCanvasSVG.print_svg is not by_savefig
+    assert (tmp_path / "loss.svg").read_bytes() == (tmp_path / "other.svg").read_bytes()

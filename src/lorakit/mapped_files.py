@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
 from pathlib import Path
 
 PAGEMAP = "/proc/self/pagemap"
 """File with a 64-bit entry for each page of this process (kernel documentation, "pagemap")."""
 
 _ENTRY = 8
-_KIND = 61
-"""Position of the bit of an entry that is set if the page belongs to a file; above it: is swapped, is present."""
+_TOP = _ENTRY - 1 if sys.byteorder == "little" else 0
+"""Position of the byte of an entry with the highest bits."""
+_KIND = 5
+"""Position of the bit of this byte that is set if the page belongs to a file; above it: is swapped, is present."""
 
 
 def file_mappings() -> list[tuple[int, int]]:
@@ -48,9 +51,10 @@ def release_pages(first: int, size: int) -> bool:
     try:
         with Path(PAGEMAP).open("rb", buffering=0) as file:
             file.seek(begin * _ENTRY)
-            entries = memoryview(file.read(count * _ENTRY)).cast("Q")
+            entries = file.read(count * _ENTRY)
+        kinds = {byte >> _KIND for byte in set(entries[_TOP::_ENTRY])}  # a set has few elements, a weight many pages
         # a modified page of a private mapping is a copy, which belongs to no file
-        if len(entries) != count or not count or any(entry >> _KIND in (0b010, 0b100, 0b110) for entry in entries):
+        if len(entries) != count * _ENTRY or not count or kinds & {0b010, 0b100, 0b110}:
             return False
         arguments = ctypes.c_void_p(begin * mmap.PAGESIZE), ctypes.c_size_t(count * mmap.PAGESIZE)
         return not ctypes.CDLL(None).madvise(*arguments, mmap.MADV_DONTNEED)

@@ -96,6 +96,8 @@ def loss_plot(metrics: Metrics, path: str | Path, title: str = "") -> None:
     except ImportError as cause:
         text = 'The loss plot needs matplotlib: pip install "lorakit[report]".'
         raise MissingExtra(text, what="matplotlib") from cause
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     figure = Figure(figsize=(7.2, 4.0), layout="constrained")
     axes = figure.subplots()
     train, evaluations = metrics.train, metrics.evaluations
@@ -113,7 +115,7 @@ def loss_plot(metrics: Metrics, path: str | Path, title: str = "") -> None:
     if train or evaluations:
         axes.legend(frameon=False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})  # savefig would compute the layout twice
     durable.write_bytes(path, buffer.getvalue())
 
 

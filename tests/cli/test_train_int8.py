@@ -83,7 +83,10 @@ def losses_in(value: Any) -> list[float]:
 def test_a_bound_that_is_exceeded_ends_with_the_override(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorakit.core.base_losses", lambda _, batches, __: [9.0] * len(batches))
+    def worse(_: Any, batches: Any, __: Any) -> list[float]:
+        return [9.0 for batch in batches for _ in batch["input_ids"]]
+
+    monkeypatch.setattr("lorakit.core.base_losses", worse)
     assert main([word if word != "1" else "0.005" for word in flags]) == 1
     said = " ".join(capsys.readouterr().err.split())
     assert "--int8-loss-bound" in said and not (tmp_path / "run").exists()

@@ -96,7 +96,7 @@ def test_a_loss_above_the_bound_stops_before_the_first_step(
     int8_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def worse(*given: Any) -> tuple[float, ...]:
-        return tuple(9.0 for _ in given[1])
+        return tuple(9.0 for batch in given[1] for _ in batch["input_ids"])
 
     monkeypatch.setattr(int8_base.core, "base_losses", worse)
     with pytest.raises(RunError, match=r"bound 0\.005.*--int8-loss-bound") as found:

@@ -70,7 +70,11 @@ def test_a_run_with_the_same_start_reuses_the_calibration_bit_for_bit(
 
 
 @needs_units
-@pytest.mark.parametrize("other", [{"dtype": "bfloat16"}, {"max_length": 20}, {"seed": 1}, {"r": 3}], ids=str)
+@pytest.mark.parametrize(
+    "other",
+    [{"dtype": "bfloat16"}, {"max_length": 20}, {"seed": 1}, {"r": 3}, {"per_device_train_batch_size": 1}],
+    ids=str,
+)
 def test_another_start_is_calibrated(
     settings: dict[str, Any], calibrated: list[core.Int8Base], other: dict[str, Any]
 ) -> None:

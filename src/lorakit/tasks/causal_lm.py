@@ -15,6 +15,7 @@ from lorakit.data.encoding import IGNORED
 from lorakit.data.loader import padded
 from lorakit.speed import Acceleration, pack_rows
 from lorakit.tasks.labels import Target, no_target
+from lorakit.tasks.row_losses import row_losses
 from lorakit.tasks.task import EncodeOptions, Objective, Task
 
 
@@ -69,7 +70,7 @@ def loss_sum(
 
 
 def _objective(target: Target) -> Objective:
-    return Objective(padded, loss_sum)
+    return Objective(padded, loss_sum, row_losses=row_losses)
 
 
 CAUSAL_LM = Task(

@@ -63,7 +63,7 @@ class EncodedData(Protocol):
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How rows are encoded.
+    """Options for the encoding of rows.
 
     Attributes:
         max_length: Maximum length of a text in tokens.
@@ -101,7 +101,7 @@ LossSum: TypeAlias = Callable[[nn.Module, Batch, "str | torch.device", "Accelera
 
 @dataclass(frozen=True)
 class Objective:
-    """What a run minimizes and measures.
+    """Loss and metrics of a run.
 
     Attributes:
         collate: Function that combines sequences into a batch.
@@ -110,6 +110,9 @@ class Objective:
             computes the loss without it.
         loss: Function that returns the summed loss of a batch, given what `forward` returned.
         meter: Function that creates a meter, or None if only the loss is measured.
+        row_losses: Function that runs the model on a batch without gradients, and returns the summed loss of each row
+            (rows,), or None if rows are measured one at a time. It raises NotYetSupported if it cannot do so for a
+            model.
     """
 
     collate: Collate
@@ -117,6 +120,7 @@ class Objective:
     forward: Callable[[nn.Module, Batch, str | torch.device], Tensor] | None = None
     loss: Callable[[Tensor, Batch], Tensor] | None = None
     meter: Callable[[], Meter] | None = None
+    row_losses: Callable[[nn.Module, Batch, str | torch.device], Tensor] | None = None
 
 
 def objective(
@@ -166,7 +170,7 @@ def without_cache(model: nn.Module) -> dict[str, bool]:
 
 @dataclass(frozen=True)
 class PredictContext:
-    """What a prediction needs besides the model and the rows.
+    """Inputs of a prediction besides the model and the rows.
 
     Attributes:
         device: The model's device.

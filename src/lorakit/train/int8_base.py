@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit import core, durable
 from lorakit.errors import AdapterFileError, RunError, UsageError
 from lorakit.ops.int8 import why_no_int8_matmuls
 from lorakit.tables import format_bytes, format_count
 from lorakit.train import int8_cache
+from lorakit.train.int8_rows import CalibrationRows, measured
 from lorakit.train.run_folder import INT8_FILE
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class RunInt8:
 def chosen_matmul(
     settings: TrainSettings, device: torch.device, record: Mapping[str, Any] | None, say: Callable[[str], None]
 ) -> str:
-    """Return how the base of a run is multiplied: "int8", or "dtype" if the settings or the machine say so.
+    """Return how the base of a run is multiplied: "int8", or "dtype" because of the settings or the machine.
 
     Args:
         settings: The run's settings.
@@ -180,20 +181,13 @@ def calibration_rows(rows: Sequence[Batch]) -> list[Batch]:
     return found
 
 
-def quantized_base(
-    model: nn.Module,
-    spec: RunSpec,
-    rows: Sequence[Batch],
-    loss: Callable[[nn.Module, Batch], Tensor],
-    progress: Progress,
-) -> RunInt8:
+def quantized_base(model: nn.Module, spec: RunSpec, rows: CalibrationRows, progress: Progress) -> RunInt8:
     """Quantize the base of a run for int8 matmuls; a resumed run uses the input scales in its directory.
 
     Args:
         model: The model with its adapter, changed in place.
         spec: The run's specification.
-        rows: Batches of one row, in the run's data order, that contribute to the loss.
-        loss: Function of the model and a batch that returns the mean loss, a scalar.
+        rows: The calibration rows, and how their losses are computed.
         progress: Receives the report.
 
     Returns:
@@ -210,7 +204,7 @@ def quantized_base(
         made = _requantized(model, spec.folder, recorded, keep)
     else:
         progress.busy("calibrating int8 matmuls")
-        made = _kept_or_calibrated(model, spec, calibration_rows(rows), loss, progress)
+        made = _kept_or_calibrated(model, spec, rows, progress)
     for line in made.lines():
         progress.say(line)
     for path, ratio in made.record["worst"].items():
@@ -218,13 +212,7 @@ def quantized_base(
     return made
 
 
-def _kept_or_calibrated(
-    model: nn.Module,
-    spec: RunSpec,
-    rows: Sequence[Batch],
-    loss: Callable[[nn.Module, Batch], Tensor],
-    progress: Progress,
-) -> RunInt8:
+def _kept_or_calibrated(model: nn.Module, spec: RunSpec, rows: CalibrationRows, progress: Progress) -> RunInt8:
     """Quantize the base with the scales of an earlier run with the same start, or calibrate it and keep the scales."""
     key, began = int8_cache.key_of(model, spec, rows), time.process_time()
     kept = None if key is None else int8_cache.read(key)
@@ -234,7 +222,7 @@ def _kept_or_calibrated(
         progress.say("The int8 calibration was read from the cache: an earlier run had the same start.")
         keep = spec.settings.keep_bf16_base
         return RunInt8(record, scales, core.quantize_with_scales(model, tensors_from_bytes(scales), keep=keep))
-    made = _calibrated(model, spec, rows, loss)
+    made = _calibrated(model, spec, rows)
     if key is not None and time.process_time() - began >= int8_cache.LEAST_SECONDS:
         problem = int8_cache.write(key, made.record, made.scales)
         if problem:
@@ -242,19 +230,11 @@ def _kept_or_calibrated(
     return made
 
 
-def _calibrated(
-    model: nn.Module, spec: RunSpec, rows: Sequence[Batch], loss: Callable[[nn.Module, Batch], Tensor]
-) -> RunInt8:
-    inputs = [{"input_ids": row.input_ids, "attention_mask": row.attention_mask} for row in rows]
-    batches = dict(zip(map(id, inputs), rows, strict=True))
-
-    def forward(module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        return loss(module, batches[id(batch)])
-
-    base = core.quantize_base(model, inputs, keep=spec.settings.keep_bf16_base, forward=forward)
+def _calibrated(model: nn.Module, spec: RunSpec, calibration: CalibrationRows) -> RunInt8:
+    rows = calibration.rows
+    base, losses, int8_losses = measured(calibration, model, spec.settings.keep_bf16_base)
     weights = [row.trained_tokens for row in rows]
-    int8_losses = core.base_losses(model, inputs, forward)
-    before, after = (_mean(losses, weights) for losses in (base.losses, int8_losses))
+    before, after = (_mean(found, weights) for found in (losses, int8_losses))
     scales = tensors_to_bytes({name: scale.contiguous() for name, scale in core.int8_scales(model).items()})
     record = {
         "layers": len(base.paths),
@@ -265,7 +245,7 @@ def _calibrated(
         "rows_sha256": _digest(rows),
         "loss": before,
         "int8_loss": after,
-        "loss_error": _paired_error(base.losses, int8_losses, weights),
+        "loss_error": _paired_error(losses, int8_losses, weights),
         "loss_bound": spec.settings.int8_loss_bound,
         "scales_sha256": durable.sha256_bytes(scales),
         "bytes_before": base.bytes_before,

@@ -9,16 +9,16 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lorakit.data import Batch
 from lorakit.durable import is_sealed, read_json, sealed, sha256_bytes, write_json
 from lorakit.errors import AdapterFileError, DiskError
 from lorakit.machine import cache_directory
+from lorakit.train.int8_rows import CalibrationRows
 from lorakit.train.start_key import start_key
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FOLDER = "int8"
 """Name of the directory in lorakit's cache directory."""
 
-FORMAT = 1
+FORMAT = 2
 """Format of the files, and version of how a base is calibrated; increased when either changes."""
 
 MOST_KEPT = 20
@@ -39,17 +39,18 @@ LEAST_SECONDS = 1.0
 _MAX_BYTES = 256 << 20
 
 
-def key_of(model: nn.Module, spec: RunSpec, rows: Sequence[Batch]) -> str | None:
+def key_of(model: nn.Module, spec: RunSpec, rows: CalibrationRows) -> str | None:
     """Return the key of a calibration, or None if it is not to be kept.
 
     Args:
         model: The model with its adapter, before it is quantized.
         spec: The run's specification.
-        rows: The calibration rows.
+        rows: The calibration rows, and the size of their batches.
     """
     dtypes = sorted({str(parameter.dtype) for parameter in model.parameters()})
     named = [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad]
-    return start_key(model, spec, ", ".join(dtypes), {"format": FORMAT, "of": "int8"}, named, rows)
+    facts = {"format": FORMAT, "of": "int8", "batch_tokens": rows.batch_tokens}  # sizes of batches change roundings
+    return start_key(model, spec, ", ".join(dtypes), facts, named, rows.rows)
 
 
 def read(key: str) -> tuple[dict[str, Any], bytes] | None:

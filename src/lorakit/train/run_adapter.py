@@ -29,7 +29,8 @@ from lorakit.errors import AdapterFileError, DiskError, UsageError
 from lorakit.report import read_metrics
 from lorakit.tables import format_count
 from lorakit.train.forecast import SavedTokenizer
-from lorakit.train.int8_base import RunInt8, quantized_base
+from lorakit.train.int8_base import RunInt8, calibration_rows, quantized_base
+from lorakit.train.int8_rows import MOST_TOKENS, CalibrationRows
 from lorakit.train.progress import Progress
 from lorakit.train.run_context import Run
 from lorakit.train.run_spec import ADAPTER, RunSpec
@@ -193,7 +194,11 @@ def quantized_run_base(model: nn.Module, spec: RunSpec, loader: Loader, progress
     """
     if spec.base_matmul != "int8":
         return None
-    return quantized_base(model, spec, first_rows(spec, loader), row_loss(spec), progress)
+    batch_tokens = min(loader.batch_rows * spec.forecast.max_length, MOST_TOKENS)
+    found, losses, device = calibration_rows(first_rows(spec, loader)), spec.task.objective.row_losses, spec.device
+    by_row = None if losses is None else lambda model, batch: losses(model, batch, device)
+    rows = CalibrationRows(found, loader.pad_id, batch_tokens, row_loss(spec), by_row)
+    return quantized_base(model, spec, rows, progress)
 
 
 def row_loss(spec: RunSpec) -> Callable[[nn.Module, Batch], Tensor]:

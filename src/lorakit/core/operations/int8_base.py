@@ -62,7 +62,7 @@ class Int8Base:
         kept: Number of input channels per weight that keep their dtype.
         smoothing: Exponent of the activations' maximum in the input scales.
         tokens: Number of tokens of the calibration batches, without padding.
-        losses: Loss of the original model on each batch; empty if the batches have no labels.
+        losses: Loss of the original model on each batch, or on each row of it; empty if the batches have no labels.
         worst: Path of a site -> largest |x| of its input channels divided by the median channel's, largest first.
         bytes_before: Size of the base's weights before, in bytes.
         bytes_after: Size of the base's weights after, in bytes; weights that are kept for `restore` are not included.
@@ -109,6 +109,7 @@ def quantize_base(
     smoothing: float = SMOOTHING,
     keep: bool = False,
     forward: Forward | None = None,
+    needs_mask: bool = False,
 ) -> Int8Base:
     """Replace every frozen linear layer of the model's blocks by an `Int8Linear`, calibrated on batches.
 
@@ -124,19 +125,24 @@ def quantize_base(
         kept: Number of input channels per weight that keep their dtype.
         smoothing: Exponent of the activations' maximum in the input scales, from 0 to 1.
         keep: Whether to keep the original modules, for `restore`.
-        forward: Runs the model on one batch, and returns its loss, an output with a `loss`, or None.
+        forward: Runs the model on one batch, and returns its loss, the losses of its rows (rows,), an output with a
+            `loss`, or None.
+        needs_mask: Whether padding must be excluded from the inputs of all layers. Otherwise, it is used for a layer
+            whose input is neither (rows, length, …, in) nor (rows · length, in).
 
     Raises:
         ConfigError: A setting is not valid, the base is quantized already, or no layer can be quantized.
         DataError: There are no batches.
         NonFiniteError: An input or a weight is not finite.
         MergeError: Adapters are merged, or use a residual base.
+        NotYetSupported: `needs_mask` is true, and padding cannot be excluded from the input of a layer; or the weights
+            are distributed over processes.
     """
     _check_settings(kept, smoothing)
     index = AdapterIndex.of(model)
     _check_base(index)
     targets, skipped = _targets(index)
-    calibration = Calibration(targets)
+    calibration = Calibration(targets, needs_mask=needs_mask)
     losses, tokens = run_batches(model, batches, forward or run_batch, calibration)
     tokens = agree_on(targets, tokens)
     skipped |= {target.path: NOT_REACHED for target in targets if not bool(target.absmax.any())}
@@ -176,7 +182,7 @@ def _targets(index: AdapterIndex) -> tuple[list[Target], dict[str, str]]:
 
 
 def _blocks(index: AdapterIndex) -> tuple[str, ...]:
-    """Return the starts of the paths in the model's lists of blocks; ("",) if it has no such lists."""
+    """Return the first part of the paths in the model's lists of blocks; ("",) if it has no such lists."""
     found = tuple(f"{path}." for path, module in index.modules.items() if isinstance(module, nn.ModuleList))
     return found or ("",)
 
@@ -192,7 +198,7 @@ def _why_not(index: AdapterIndex, path: str, module: nn.Module, blocks: tuple[st
         "adapted through its weight": isinstance(standing, LoraLayer) and standing.kind.acts_on != "input",
         "its weight is computed": is_computed(module),
         "its class is not nn.Linear": not _is_plain(module),
-        "part of an adapter": any(word.startswith("lora_") for word in path.split(".")),
+        "inside an adapter": any(word.startswith("lora_") for word in path.split(".")),
         "an expert": ".experts." in f".{path}.",
         "a router": _is_router(index.model, module),
         "tied weight": any(len(index.shared.get(id(p), ())) > 1 for p in parameters),

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from lorakit.core.model.activation import disable
 from lorakit.core.model.index import find_state
 from lorakit.core.statistics.collecting import Forward, in_mode
-from lorakit.errors import DataError
+from lorakit.errors import DataError, NotYetSupported
 from lorakit.mapped_files import release_pages
 from lorakit.targets.layer_types import CONV1D
 
@@ -73,6 +73,9 @@ def base_losses(
         batches: As in `quantize_base`; a batch without labels has no loss.
         forward: As in `quantize_base`.
 
+    Returns:
+        The losses of all batches in their order; those of one batch are in the order of its rows.
+
     Raises:
         DataError: There are no batches.
     """
@@ -86,18 +89,25 @@ def run_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
 
 
 class Calibration:
-    """Hooks that record the largest input of each channel, and which layers get the same input."""
+    """Hooks that record the largest input of each channel, and which layers get the same input.
 
-    def __init__(self, targets: Sequence[Target]) -> None:
-        self.targets = targets
+    Args:
+        targets: The layers.
+        needs_mask: Whether a batch with padding whose positions cannot be told apart in the input of a layer is an
+            error; otherwise, all positions of that input are used.
+    """
+
+    def __init__(self, targets: Sequence[Target], *, needs_mask: bool = False) -> None:
+        self.targets, self.needs_mask = targets, needs_mask
         self.mask: Tensor | None = None
         self.inputs: list[tuple[Tensor, int]] = []
         self.groups = 0
+        self.latest: tuple[Tensor, int, Tensor] | None = None
 
     def begin(self, batch: Mapping[str, Tensor]) -> None:
-        """Use the attention mask (rows, length) of a batch."""
+        """Use the attention mask (rows, length) of a batch, if it has padding."""
         mask = batch.get("attention_mask")
-        self.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()) else None
         self.inputs.clear()
 
     def hooks(self) -> list[RemovableHandle]:
@@ -110,15 +120,44 @@ class Calibration:
 
     def _recorder(self, target: Target) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach()
             if target.group < 0:
                 target.group = self._group(args[0])
-            values = x[self.mask] if self.mask is not None and x.shape[:2] == self.mask.shape else x
-            if values.numel():
-                largest = values.reshape(-1, x.shape[-1]).abs().amax(0).float()
-                torch.maximum(target.absmax, largest.to(target.absmax.device), out=target.absmax)
+            largest = self._largest(target, args[0])
+            torch.maximum(target.absmax, largest.to(target.absmax.device), out=target.absmax)
 
         return record
+
+    def _largest(self, target: Target, x: Tensor) -> Tensor:
+        """Return the largest |x| of each channel, (in,), in fp32; layers in succession with one input share it."""
+        version = -1 if x.is_inference() else x._version
+        if self.latest is not None and self.latest[0] is x and self.latest[1] == version >= 0:
+            return self.latest[2]
+        values = self._tokens(target, x.detach()).reshape(-1, x.shape[-1])
+        largest = values.abs().amax(0).float() if len(values) else x.new_zeros(x.shape[-1], dtype=torch.float32)
+        self.latest = (x, version, largest)
+        return largest
+
+    def _tokens(self, target: Target, x: Tensor) -> Tensor:
+        """Return the input x (rows, length, …, in) or (rows · length, in) of a layer without padding.
+
+        Raises:
+            NotYetSupported: `needs_mask` is true, and x has another shape.
+        """
+        if self.mask is None:
+            return x
+        if x.shape[:2] == self.mask.shape:
+            return x[self.mask]
+        if x.ndim == 2 and len(x) == self.mask.numel():
+            return x[self.mask.flatten()]
+        if self.needs_mask:
+            raise NotYetSupported(
+                f"{target.path}: padding cannot be excluded from an input of shape {tuple(x.shape)}; pass batches "
+                "without padding.",
+                what=tuple(x.shape),
+                where=target.path,
+                field="batches",
+            )
+        return x
 
     def _group(self, x: Tensor) -> int:
         """Return the number of the group with the input x (…, in); the last inputs are held, so that ids are unique."""
@@ -146,8 +185,8 @@ def run_batches(
                 if calibration is not None:
                     calibration.begin(batch)
                 found = forward(model, batch)
-                loss = found if isinstance(found, Tensor) and found.ndim == 0 else getattr(found, "loss", None)
-                losses += [] if loss is None else [float(loss)]
+                loss = found if isinstance(found, Tensor) and found.ndim < 2 else getattr(found, "loss", None)
+                losses += [] if loss is None else loss.reshape(-1).tolist()
                 tokens, count = tokens + _tokens(batch), count + 1
                 del found, loss
     finally:
@@ -155,6 +194,7 @@ def run_batches(
             handle.remove()
         if calibration is not None:
             calibration.inputs.clear()
+            calibration.latest = None
     if not count:
         raise DataError("`batches` is empty; pass at least one batch of calibration data.", field="batches")
     return tuple(losses), tokens
