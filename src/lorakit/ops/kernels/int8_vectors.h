@@ -1,0 +1,57 @@
+/* Int8 products with the dot products of AVX-512 (VNNI), for int8_matmul.h. The instruction multiplies unsigned by
+ * signed values and adds four products to an int32 without saturation. The weights of a panel are therefore stored plus
+ * MIDDLE, and each sum starts at the correction of its row: minus MIDDLE times the sum of the row. */
+
+#ifdef INT8_MATMULS
+#define FOURS 4 /* elements of 4 bytes between two tests of the loop */
+
+/* corrections (PANEL,) of PANEL rows of a */
+static void correct_rows(const int8_t *a, int64_t n, int32_t *corrections) {
+    const __m512i middle = _mm512_set1_epi8((char)MIDDLE);
+    for (int i = 0; i < PANEL; i++, a += n) {
+        __m512i sum = _mm512_setzero_si512();
+        for (int64_t k = 0; k < n; k += TILE_STEP) sum = _mm512_dpbusd_epi32(sum, middle, _mm512_loadu_si512(a + k));
+        corrections[i] = -_mm512_reduce_add_epi32(sum);
+    }
+}
+
+/* sums (TALL, PANEL) = a·b for TALL rows of a, with n values each, and a packed panel b */
+static inline void multiply_rows(const int8_t *a, int64_t n, const int8_t *b, const int32_t *corrections,
+                                 int32_t *sums) {
+    __m512i sum[TALL][2];
+    const int8_t *row[TALL]; /* one pointer per row: addresses in the loop need no other instructions */
+#pragma GCC unroll 8
+    for (int i = 0; i < TALL; i++) sum[i][0] = sum[i][1] = _mm512_set1_epi32(corrections[i]), row[i] = a + i * n;
+    for (int64_t k = 0; k < n; b += TILE_BYTES)
+        for (const int8_t *end = b + TILE_BYTES; b < end; b += 64 * FOURS, k += 4 * FOURS)
+#pragma GCC unroll 4
+            for (int g = 0; g < FOURS; g++) {
+                __m512i first = _mm512_loadu_si512(b + 64 * g), second = _mm512_loadu_si512(b + TILE_BYTES + 64 * g);
+#pragma GCC unroll 8
+                for (int i = 0; i < TALL; i++) {
+                    int32_t four;
+                    memcpy(&four, row[i] + k + 4 * g, sizeof four);
+                    sum[i][0] = _mm512_dpbusd_epi32(sum[i][0], first, _mm512_set1_epi32(four));
+                    sum[i][1] = _mm512_dpbusd_epi32(sum[i][1], second, _mm512_set1_epi32(four));
+                }
+            }
+#pragma GCC unroll 8
+    for (int i = 0; i < TALL; i++) {
+        _mm512_storeu_si512(sums + i * PANEL, sum[i][0]);
+        _mm512_storeu_si512(sums + i * PANEL + EDGE, sum[i][1]);
+    }
+}
+
+/* sums (PANEL, PANEL) = a·b for the first `count` of PANEL rows */
+static void multiply_with_vectors(const int8_t *a, int64_t n, const int8_t *b, const int32_t *corrections,
+                                  int64_t count, int32_t *sums) {
+    for (int64_t i = 0; i < count; i += TALL) multiply_rows(a + i * n, n, b, corrections + i, sums + i * PANEL);
+}
+
+/* low (PANEL, PANEL) = left·right for the first `count` of PANEL rows, with n pairs each */
+static void low_rank_with_vectors(const pair *left, int64_t n, const pair *right, int64_t right_row, int64_t count,
+                                  float *low) {
+    for (int64_t i = 0; i < count; i += TALL)
+        tile(left + i * n, n, right, right_row, n, low + i * PANEL, PANEL, 0, TALL, 2);
+}
+#endif
