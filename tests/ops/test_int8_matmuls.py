@@ -215,9 +215,7 @@ class Inexact(CompiledInt8Matmuls):
         total[-1, -1] += 1
 
 
-def test_kernels_that_are_not_exact_are_not_used(
-    matmuls: CompiledInt8Matmuls, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_that_are_not_exact_are_not_used(matmuls: CompiledInt8Matmuls, monkeypatch: pytest.MonkeyPatch) -> None:
     assert int8.why_no_int8_matmuls.__wrapped__() == ""
     monkeypatch.setattr(compiled.kernels(), "int8_matmuls", Inexact(matmuls._gateway, matmuls.low_step > 2))
     reason = int8.why_no_int8_matmuls.__wrapped__()

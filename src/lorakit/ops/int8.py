@@ -13,8 +13,8 @@ g from the values of x moves outliers from x to W, which has a scale per row (Sm
 A fused operation quantizes an input once for all of its weights (`Int8Inputs`), and adds the bias and the low-rank
 result where it rounds (`output`, `input_gradient`). The integer matmuls are exact. The steps around them run in C if
 there are kernels, and in PyTorch's fp32 operations otherwise. On processors with AMX, or with VNNI and bf16 dot
-products, the matmul and the steps after it are one function in C. With few rows, as in decoding, one function in C does all steps (`few_rows`), and the results
-have the same bits.
+products, the matmul and the steps after it are one function in C. With few rows, as in decoding, one function in C does
+all steps (`few_rows`), and the results have the same bits.
 """
 
 from __future__ import annotations

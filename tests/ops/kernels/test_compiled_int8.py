@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.ops.kernels.compiled_int8 import DTYPE, LOW_STEP, LOW_STEP_OF_TILES, int8_matmuls
+from lorakit.ops.kernels.compiled_int8 import DTYPE, LOW_STEP, LOW_STEP_OF_TILES, CompiledInt8Matmuls, int8_matmuls
 
 HAS, LACKS = frozenset({DTYPE}), frozenset[torch.dtype]()
 
@@ -21,3 +21,9 @@ def test_tiles_are_used_if_they_are_permitted(matmuls: Any, tiles: Any, step: in
     gateway: Any = SimpleNamespace(int8_matmuls=matmuls, tiles=tiles)
     found = int8_matmuls(gateway)
     assert (None if found is None else found.low_step) == step
+
+
+def test_tiles_that_are_not_permitted_are_an_error() -> None:
+    gateway: Any = SimpleNamespace(int8_matmuls=HAS, tiles=LACKS)
+    with pytest.raises(ValueError, match="tiles"):
+        CompiledInt8Matmuls(gateway, tiles=True)

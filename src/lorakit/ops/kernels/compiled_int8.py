@@ -33,10 +33,15 @@ class CompiledInt8Matmuls:
 
     Args:
         gateway: Functions of a library that has int8 matmuls.
-        tiles: Whether to use matrix tiles; only if the library can use them.
+        tiles: Whether to use matrix tiles.
+
+    Raises:
+        ValueError: The library cannot use tiles.
     """
 
     def __init__(self, gateway: Gateway, tiles: bool) -> None:
+        if tiles and DTYPE not in gateway.tiles:
+            raise ValueError("tiles: this processor has none, or the system does not permit their use")
         self._gateway, self._tiles = gateway, tiles
         self.low_step = LOW_STEP_OF_TILES if tiles else LOW_STEP
 
