@@ -1,4 +1,4 @@
-"""Which int8 matmuls a library gets: with tiles if it can use them, and otherwise with dot products."""
+"""A library has int8 matmuls with tiles if it can use tiles, and otherwise with dot products."""
 
 from __future__ import annotations
 

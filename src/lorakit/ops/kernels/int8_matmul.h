@@ -1,9 +1,9 @@
 /* Int8 matmuls, and what follows them, in one pass: integer sums stay in the cache until they are scaled, added and
  * rounded. int8.h has the same steps for sums that another library computes. A thread rearranges the weights of some
- * columns, in panels (int8_panels.h), and uses them for all rows. The products are those of int8_tiles.h if the caller
- * asks for them (`tiles`) and this library has them, otherwise those of int8_vectors.h. All sizes along the summed
- * dimension are multiples of TILE_STEP, and all numbers of columns are multiples of PANEL. The number k of low-rank
- * columns is even, and with tiles it is a multiple of 2·EDGE. */
+ * columns, in panels (int8_panels.h), and uses them for all rows. int8_tiles.h multiplies the blocks if the caller sets
+ * `tiles` and this library has tiles, otherwise int8_vectors.h. All sizes along the summed dimension are multiples of
+ * TILE_STEP, and all numbers of columns are multiples of PANEL. The number k of low-rank columns is even, and with tiles
+ * it is a multiple of 2·EDGE. */
 
 #ifdef INT8_MATMULS
 #define PACKED_BYTES (1 << 19) /* bytes of weights that a thread keeps rearranged, so that they stay in its cache */

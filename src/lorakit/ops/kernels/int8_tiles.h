@@ -1,4 +1,4 @@
-/* Int8 products with the matrix unit AMX, for int8_matmul.h. */
+/* Int8 matmuls of blocks with the matrix unit AMX, for int8_matmul.h. */
 
 #if defined(INT8_MATMULS) && defined(TILES)
 /* sums (PANEL, PANEL) = a·b for PANEL rows of a, with n values each, and a packed panel b */

@@ -1,13 +1,14 @@
-/* Int8 products with the dot products of AVX-512 (VNNI), for int8_matmul.h. The instruction multiplies unsigned by
- * signed values and adds four products to an int32 without saturation. The weights of a panel are therefore stored plus
- * MIDDLE, and each sum starts at the correction of its row: minus MIDDLE times the sum of the row. */
+/* Int8 matmuls of blocks with AVX-512 (VNNI), for int8_matmul.h. The instruction multiplies unsigned by signed values
+ * and adds four products to an int32 without saturation. The weights of a panel are therefore stored plus MIDDLE, and
+ * each sum starts at the correction of its row: minus MIDDLE times the sum of the row. */
 
 #ifdef INT8_MATMULS
 #define TALLEST 11 /* rows that share a load of weights; a third of PANEL */
 #define FOURS 4    /* elements of 4 bytes between two tests of the loop */
+#define COMPILED_ONCE static __attribute__((noinline)) /* one copy of the long code, which takes long to compile */
 
 /* corrections (PANEL,) of PANEL rows of a */
-static void correct_rows(const int8_t *a, int64_t n, int32_t *corrections) {
+COMPILED_ONCE void correct_rows(const int8_t *a, int64_t n, int32_t *corrections) {
     const __m512i middle = _mm512_set1_epi8((char)MIDDLE);
     for (int i = 0; i < PANEL; i++, a += n) {
         __m512i sum = _mm512_setzero_si512();
@@ -45,8 +46,8 @@ static inline __attribute__((always_inline)) void multiply_rows(const int8_t *a,
 }
 
 /* sums (PANEL, PANEL) = a·b for the first `count` of PANEL rows */
-static void multiply_with_vectors(const int8_t *a, int64_t n, const int8_t *b, const int32_t *corrections,
-                                  int64_t count, int32_t *sums) {
+COMPILED_ONCE void multiply_with_vectors(const int8_t *a, int64_t n, const int8_t *b, const int32_t *corrections,
+                                         int64_t count, int32_t *sums) {
     const int i = TALLEST, j = 2 * TALLEST;
     multiply_rows(a, n, b, corrections, sums, TALLEST);
     if (count > i) multiply_rows(a + i * n, n, b, corrections + i, sums + i * PANEL, TALLEST);
@@ -54,8 +55,8 @@ static void multiply_with_vectors(const int8_t *a, int64_t n, const int8_t *b, c
 }
 
 /* low (PANEL, PANEL) = left·right for the first `count` of PANEL rows, with n pairs each */
-static void low_rank_with_vectors(const pair *left, int64_t n, const pair *right, int64_t right_row, int64_t count,
-                                  float *low) {
+COMPILED_ONCE void low_rank_with_vectors(const pair *left, int64_t n, const pair *right, int64_t right_row,
+                                         int64_t count, float *low) {
     for (int64_t i = 0; i < count; i += TALL)
         tile(left + i * n, n, right, right_row, n, low + i * PANEL, PANEL, 0, TALL, 2);
 }
