@@ -7,8 +7,9 @@ geometry "smollm2" is SmolLM2-135M's; "llama-1b" is a quarter of Llama-3.2-1B: 4
 vocabulary, so that the head is the same fraction of a step as in the model. All sides run in one process and take
 turns: the step of `lorakit train` in bf16 and with an int8 base, and the matmuls of a step alone (forward, input
 gradient, head), in bf16 and in int8 (head in bf16). `--ablate` adds int8 steps with one part disabled: the input
-quantized once per weight instead of once for all weights that share it, or PyTorch operations instead of the C kernels
-around the int8 matmuls.
+quantized once per weight instead of once for all weights that share it, PyTorch operations instead of the C kernels
+around the int8 matmuls, or PyTorch's int8 matmuls instead of those in C, with AMX or VNNI. To measure VNNI on a
+processor that has AMX, set CC="gcc -mno-amx-tile -mno-amx-int8 -mno-amx-bf16" and ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16.
 
 A row has seconds per step, ratios of medians, and bytes of the base. Rows are appended to results/int8.jsonl.
 """

@@ -12,9 +12,9 @@ g from the values of x moves outliers from x to W, which has a scale per row (Sm
 
 A fused operation quantizes an input once for all of its weights (`Int8Inputs`), and adds the bias and the low-rank
 result where it rounds (`output`, `input_gradient`). The integer matmuls are exact. The steps around them run in C if
-there are kernels, and in PyTorch's fp32 operations otherwise. On processors with AMX, the matmul and the steps after it
-are one function in C. With few rows, as in decoding, one function in C does all steps (`few_rows`), and the results
-have the same bits.
+there are kernels, and in PyTorch's fp32 operations otherwise. On processors with AMX, or with VNNI and bf16 dot
+products, the matmul and the steps after it are one function in C. With few rows, as in decoding, one function in C does
+all steps (`few_rows`), and the results have the same bits.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lorakit.ops.kernels import kernels_for
 from lorakit.ops.kernels.compiled import MOST_ROWS
 from lorakit.ops.kernels.protocol import Int8Matmuls, Kernels
 
-TILED_SIZES = (192, 128), (70, 128), (70, 192)
+KERNEL_SIZES = (192, 128), (70, 128), (70, 192)
 """Shapes of a weight, of rows of an input and of rows of a gradient, to check kernels with."""
 
 IntegerMatmul = Callable[[Tensor, Tensor], Tensor]
@@ -119,12 +119,12 @@ def why_no_int8_matmuls() -> str:
     for right in (b, b.t().contiguous().t()):
         if not torch.equal(torch._int_mm(a, right), reference_integer_matmul(a, right)):
             return f"PyTorch {torch.__version__} returns wrong int8 products on this processor"
-    return "" if _exact_tiles(g) else "the matrix unit of this processor returns wrong int8 products"
+    return "" if _exact_kernels(g) else "the CPU kernels return wrong int8 products on this processor"
 
 
-def _exact_tiles(g: torch.Generator) -> bool:
+def _exact_kernels(g: torch.Generator) -> bool:
     """Return whether the kernels for int8 matmuls, if there are any, are exact in both directions."""
-    Q, q, dq = (torch.randint(-LEVELS, LEVELS + 1, shape, generator=g).to(torch.int8) for shape in TILED_SIZES)
+    Q, q, dq = (torch.randint(-LEVELS, LEVELS + 1, shape, generator=g).to(torch.int8) for shape in KERNEL_SIZES)
     kernels = kernels_for(torch.empty(0, dtype=torch.bfloat16))
     matmuls = None if kernels is None else kernels.int8_matmuls
     if matmuls is None:
@@ -200,7 +200,9 @@ def output(
 def _matmuls(kernels: Kernels | None, dtype: torch.dtype, q: Tensor, weight: Int8Weight) -> Int8Matmuls | None:
     """Return the kernels that multiply q (N, ·) with a weight and finish the result in a dtype, or None."""
     matmuls = None if kernels is None or dtype != torch.bfloat16 else kernels.int8_matmuls
-    return matmuls if matmuls is not None and matmuls.supports(q, weight.q) else None
+    if matmuls is None or not matmuls.supports(q, weight.q):
+        return None
+    return None if why_no_int8_matmuls() else matmuls
 
 
 def _padded(left: Tensor, right: Tensor, step: int) -> tuple[Tensor, Tensor]:

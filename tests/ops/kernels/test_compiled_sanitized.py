@@ -20,6 +20,8 @@ import torch
 from lorakit.machine import this_machine
 from lorakit.ops.kernels import building
 from lorakit.ops.kernels.compiled import DTYPES, CompiledKernels
+from lorakit.ops.kernels.compiled_int8 import CompiledInt8Matmuls, int8_matmuls
+from lorakit.ops.kernels.gateway import Gateway
 
 ROOT = Path(__file__).resolve().parents[3]
 GCC = shutil.which("gcc")
@@ -36,7 +38,7 @@ PROPERTIES = [
             "cross_entropy",
             "dropout",
             "int8",
-            "int8_tiles",
+            "int8_matmuls",
             "mlp",
             "norm",
             "rotary",
@@ -123,6 +125,70 @@ def test_few_rows_without_int8_dot_products(cc: Any, dtype: torch.dtype) -> None
         found.append((kernels.few_rows > 0, kernels.int8_few_rows(x, *parts, None)))
     assert [fast for fast, _ in found] == [True, False]
     assert torch.equal(found[0][1], found[1][1])
+
+
+NO_TILES = "-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"
+HAS_INT8_MATMULS = {"avx512_vnni", "avx512_bf16"} <= set(this_machine().features)
+
+
+def gateway_of(cc: Any, *options: str) -> Gateway:
+    """Return the functions of a library for bf16 that is built with these options."""
+    cc(*options)
+    building.built.cache_clear()
+    library = building.built(DTYPES[torch.bfloat16]).functions
+    assert library is not None
+    return Gateway({torch.bfloat16: library})
+
+
+def int8_results(matmuls: CompiledInt8Matmuls) -> list[torch.Tensor]:
+    """Return an output and a gradient for random integers, scales and low-rank terms."""
+    g = torch.Generator().manual_seed(3)
+    q, dq, Q = (torch.randint(-127, 128, s, generator=g).to(torch.int8) for s in ((70, 128), (70, 64), (64, 128)))
+    t, s, gain = (torch.rand(n, generator=g) for n in (70, 64, 128))
+    left, right = (torch.randn(*s, generator=g).bfloat16() for s in ((70, 32), (16, 64, 2)))
+    y, dx = torch.empty(70, 64, dtype=torch.bfloat16), torch.ones(70, 128, dtype=torch.bfloat16)
+    matmuls.int8_matmul_output(q, Q, (t, s), None, left, right, y)
+    columns, kept = torch.rand(70, 2, generator=g), torch.tensor([0, 127])
+    matmuls.int8_matmul_input_gradient(dq, Q, (t, gain), columns, kept, None, dx)
+    return [y, dx]
+
+
+@needs_gcc
+@pytest.mark.skipif(not HAS_INT8_MATMULS, reason="no int8 or bf16 dot products")
+def test_int8_matmuls_of_a_library_without_tiles(cc: Any) -> None:
+    """A processor without AMX gets the bits that a library with AMX computes without tiles."""
+    usual = gateway_of(cc)
+    options = NO_TILES if "amx_int8" in this_machine().features else ()
+    without = gateway_of(cc, *options)
+    assert without.int8_matmuls and not without.tiles
+    chosen = int8_matmuls(without)
+    assert chosen is not None and chosen.low_step == 2
+    expected = int8_results(CompiledInt8Matmuls(usual, tiles=False))
+    assert all(torch.equal(one, other) for one, other in zip(int8_results(chosen), expected, strict=True))
+
+
+@needs_gcc
+@pytest.mark.skipif(not HAS_INT8_MATMULS, reason="no int8 or bf16 dot products")
+@pytest.mark.parametrize("option", ["-mno-avx512vnni", "-mno-avx512bf16"])
+def test_a_processor_without_dot_products_has_no_int8_matmuls(cc: Any, option: str) -> None:
+    assert int8_matmuls(gateway_of(cc, option)) is None
+
+
+@needs_gcc
+@pytest.mark.skipif(not HAS_INT8_MATMULS, reason="no int8 or bf16 dot products")
+@pytest.mark.parametrize("at_first", [0, 1], ids=["in no thread", "in one thread"])
+def test_no_memory_for_panels_is_a_memory_error(tmp_path: Path, cc: Any, at_first: int) -> None:
+    (tmp_path / "memory.h").write_text(NO_MEMORY)
+    gateway = gateway_of(cc, "-include", str(tmp_path / "memory.h"), f"-DAT_FIRST={at_first}")
+    q, Q = (torch.ones(*shape, dtype=torch.int8) for shape in ((192, 128), (128, 128)))
+    total, scales = torch.empty(192, 128), (torch.ones(192), torch.ones(128))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(MemoryError, match="int8_matmul_input_gradient"):
+            CompiledInt8Matmuls(gateway, tiles=False).int8_matmul_add(q, Q, scales, None, total)
+    finally:
+        torch.set_num_threads(before)
 
 
 def preloaded() -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorakit.ops.kernels.building import Built, built
-from lorakit.ops.kernels.compiled_int8 import CompiledInt8Matmuls
+from lorakit.ops.kernels.compiled_int8 import int8_matmuls
 from lorakit.ops.kernels.gateway import FARTHEST, Gateway
 from lorakit.ops.kernels.protocol import DropoutMatmuls, Int8Matmuls, Int8Steps, PerRowMatmuls, SequenceAttention
 
@@ -76,7 +76,7 @@ class CompiledKernels:
         self.int8: Int8Steps | None = self
         gateway = Gateway(libraries)
         self.attention: SequenceAttention | None = CompiledAttention(gateway) if gateway.dots else None
-        self.int8_matmuls: Int8Matmuls | None = CompiledInt8Matmuls(gateway) if gateway.tiles else None
+        self.int8_matmuls: Int8Matmuls | None = int8_matmuls(gateway)
         self.few_rows = MOST_ROWS if gateway.has_int8_dots else 0
         self._pointer, self._optional, self._call = gateway.pointer, gateway.optional, gateway.call
 

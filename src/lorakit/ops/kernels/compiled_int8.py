@@ -1,4 +1,4 @@
-"""Call the int8 matmuls in int8_tiles.h, which use the matrix unit AMX, passing tensors as pointers.
+"""Call the int8 matmuls in int8_matmul.h, with matrix tiles (AMX) or dot products (VNNI), passing tensors as pointers.
 
 `lorakit.ops.kernels.protocol` documents what each kernel computes.
 """
@@ -11,22 +11,39 @@ from torch import Tensor
 from lorakit.ops.kernels.gateway import Gateway
 
 DTYPE = torch.bfloat16
-"""The dtype of all floating-point operands that are not fp32; the unit multiplies no other."""
+"""The dtype of all floating-point operands that are not fp32; the instructions multiply no other."""
 
-STEP, LOW_STEP = 64, 32
-"""TILE_STEP and LOW_STEP in int8_tiles.h. Both sizes of a weight must be multiples of the first."""
+STEP = 64
+"""TILE_STEP in int8_panels.h. Both sizes of a weight must be multiples of this."""
+
+LOW_STEP, LOW_STEP_OF_TILES = 2, 32
+"""Without and with tiles, the number of low-rank columns must be a multiple of this."""
 
 FEWEST_ROWS = 33
 """The smallest number of rows; with fewer, most of the time is that of reading the weight."""
 
 
+def int8_matmuls(gateway: Gateway) -> CompiledInt8Matmuls | None:
+    """Return the int8 matmuls of a library, with tiles if it can use them, or None if it has none."""
+    return CompiledInt8Matmuls(gateway, DTYPE in gateway.tiles) if DTYPE in gateway.int8_matmuls else None
+
+
 class CompiledInt8Matmuls:
-    """Int8 matmuls, from int8_tiles.h."""
+    """Int8 matmuls, from int8_matmul.h.
 
-    low_step = LOW_STEP
+    Args:
+        gateway: Functions of a library that has int8 matmuls.
+        tiles: Whether to use matrix tiles.
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
+    Raises:
+        ValueError: The library cannot use tiles.
+    """
+
+    def __init__(self, gateway: Gateway, tiles: bool) -> None:
+        if tiles and DTYPE not in gateway.tiles:
+            raise ValueError("tiles: this processor has none, or the system does not permit their use")
+        self._gateway, self._tiles = gateway, tiles
+        self.low_step = LOW_STEP_OF_TILES if tiles else LOW_STEP
 
     def supports(self, q: Tensor, Q: Tensor) -> bool:
         """Implement `Int8Matmuls.supports`; q is (N, in) or (N, out), and Q is (out, in)."""
@@ -48,8 +65,8 @@ class CompiledInt8Matmuls:
             ValueError: A tensor is invalid, a size is not supported, or `left` has a wrong number of columns.
         """
         (out, width), rows, k, pointer = self._checked(Q), len(q), left.shape[-1], self._gateway.pointer
-        if k % LOW_STEP:
-            raise ValueError(f"left {tuple(left.shape)}: the number of columns must be a multiple of {LOW_STEP}")
+        if k % self.low_step:
+            raise ValueError(f"left {tuple(left.shape)}: the number of columns must be a multiple of {self.low_step}")
         given = (
             pointer("q", q, torch.int8, (rows, width)),
             pointer("Q", Q, torch.int8, (out, width)),
@@ -60,7 +77,7 @@ class CompiledInt8Matmuls:
             pointer("right", right, DTYPE, (k // 2, out, 2)),
         )
         made = pointer("y", y, DTYPE, (rows, out))
-        self._gateway.call("int8_matmul_output", DTYPE, rows * out, *given, rows, width, k, out, made)
+        self._gateway.call("int8_matmul_output", DTYPE, rows * out, *given, rows, width, k, out, made, self._tiles)
 
     def int8_matmul_add(
         self, q: Tensor, Q: Tensor, scales: tuple[Tensor, Tensor], partial: Tensor | None, total: Tensor
@@ -69,8 +86,7 @@ class CompiledInt8Matmuls:
         (out, d), rows = self._checked(Q), len(q)
         given, more = self._gradient_operands(q, Q, scales), self._optional_partial(partial, (rows, d))
         made = self._gateway.pointer("total", total, torch.float32, (rows, d))
-        sizes = rows, out, d, 0
-        self._gateway.call("int8_matmul_input_gradient", DTYPE, rows * d, *given, None, None, more, *sizes, made, None)
+        self._input_gradient((rows, out, d, 0), *given, None, None, more, made, None)
 
     def int8_matmul_input_gradient(
         self,
@@ -91,7 +107,14 @@ class CompiledInt8Matmuls:
             self._optional_partial(partial, (rows, d)),
         )
         made = pointer("dx", dx, DTYPE, (rows, d))
-        self._gateway.call("int8_matmul_input_gradient", DTYPE, rows * d, *given, rows, out, d, k, None, made)
+        self._input_gradient((rows, out, d, k), *given, None, made)
+
+    def _input_gradient(self, sizes: tuple[int, int, int, int], *pointers: int | None) -> None:
+        """Call the function; sizes are N, out, in and the number of kept columns, and the last two pointers outputs."""
+        rows, _, d, _ = sizes
+        given, made = pointers[:-2], pointers[-2:]
+        name = "int8_matmul_input_gradient"
+        self._gateway.call(name, DTYPE, rows * d, *given, *sizes, *made, self._tiles)
 
     def _gradient_operands(self, q: Tensor, Q: Tensor, scales: tuple[Tensor, Tensor]) -> tuple[int, ...]:
         (out, d), rows, pointer = Q.shape, len(q), self._gateway.pointer

@@ -50,9 +50,9 @@ DOT_SIGNATURES: dict[str, tuple[type, ...]] = {  # functions of libraries that h
     "attend": (*_H * 4, _P, _N, _N, _N, _N, _N, c_float, c_int),
     "attend_backward": (*_H * 7, _P, _N, _N, _N, _N, _N, c_float, c_int),
 }
-TILE_SIGNATURES: dict[str, tuple[type, ...]] = {  # functions of libraries that have matrix tiles
-    "int8_matmul_output": (*(_P,) * 7, _N, _N, _N, _N, _P),
-    "int8_matmul_input_gradient": (*(_P,) * 7, _N, _N, _N, _N, _P, _P),
+INT8_MATMUL_SIGNATURES: dict[str, tuple[type, ...]] = {  # functions of libraries that have int8 matmuls
+    "int8_matmul_output": (*(_P,) * 7, _N, _N, _N, _N, _P, c_int),
+    "int8_matmul_input_gradient": (*(_P,) * 7, _N, _N, _N, _N, _P, _P, c_int),
 }
 
 _ALL_WITHIN = {torch.int32: "all_within_32", torch.int64: "all_within_64"}
@@ -65,8 +65,10 @@ class Gateway:
 
     Attributes:
         dots: Dtypes whose functions in DOT_SIGNATURES exist, because the processor has dot products for them.
-        tiles: Dtypes whose functions in TILE_SIGNATURES exist, because the processor has matrix tiles (AMX), and the
-            system permits their use.
+        int8_matmuls: Dtypes whose functions in INT8_MATMUL_SIGNATURES exist, because the processor has dot products of
+            int8 values and of the dtype.
+        tiles: Dtypes whose functions can use matrix tiles, because the processor has them (AMX), and the system permits
+            their use.
         has_int8_dots: Whether the processor has dot products of int8 values.
     """
 
@@ -76,7 +78,8 @@ class Gateway:
             for dtype, library in libraries.items()
         }
         self.dots = self._add("has_dots", DOT_SIGNATURES, libraries)
-        self.tiles = self._add("has_tiles", TILE_SIGNATURES, libraries)
+        self.int8_matmuls = self._add("has_int8_matmuls", INT8_MATMUL_SIGNATURES, libraries)
+        self.tiles = self._add("has_tiles", {}, libraries)
         library = next(iter(libraries.values()))
         self.has_int8_dots = bool(_typed(library, "has_int8_dots", ())())
         self._all_within = {dtype: _typed(library, name, (_P, _N, _N, _N)) for dtype, name in _ALL_WITHIN.items()}

@@ -286,4 +286,8 @@ int cross_entropy(number *logits, const int64_t *labels, float scale, int gradie
 
 #include "attention.h"
 
+#include "int8_panels.h"
 #include "int8_tiles.h"
+#include "int8_vectors.h"
+
+#include "int8_matmul.h"

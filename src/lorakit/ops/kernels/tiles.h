@@ -1,21 +1,21 @@
 /* The tile registers of the matrix unit AMX. They are set up for the time of a function, because other libraries in the
- * process use them too. Without AMX, nothing here is compiled except has_tiles. */
-
-#if defined(BF16) && defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512VBMI__) && defined(__linux__)
-#define TILES 1
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+ * process use them too. Without AMX, no function here is compiled except has_tiles. */
 
 #define EDGE 16 /* rows of a tile, and 4-byte elements in each of its rows */
-
-static int permitted; /* whether the system permits the use of tiles; set by has_tiles */
 
 typedef struct { /* LDTILECFG */
     uint8_t palette, start, reserved[14];
     uint16_t bytes[16];
     uint8_t rows[16];
 } __attribute__((aligned(64))) Tiles;
+
+#if defined(BF16) && defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__linux__)
+#define TILES 1
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static int permitted; /* whether the system permits the use of tiles; set by has_tiles */
 
 /* sets up this thread's tile registers as EDGE rows of 64 bytes, and returns what they were before */
 static Tiles begin_tiles(void) {

@@ -1,4 +1,7 @@
-"""Int8 matmuls with matrix tiles (AMX): their integers are exact, and the results equal the separate steps."""
+"""Int8 matmuls with matrix tiles (AMX) and with dot products (VNNI).
+
+Their integers are exact, and the results equal the separate steps. A processor that has both runs all tests twice.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,30 @@ from lorakit.ops import int8, int8_weight, reference
 from lorakit.ops.adapted import Adapted, LowRank, factors
 from lorakit.ops.int8 import Int8Inputs, reference_integer_matmul
 from lorakit.ops.int8_weight import Int8Weight, input_scales, quantize_weight
-from lorakit.ops.kernels import compiled, kernels_for
-from lorakit.ops.kernels.compiled_int8 import FEWEST_ROWS, CompiledInt8Matmuls
+from lorakit.ops.kernels import building, compiled, kernels_for
+from lorakit.ops.kernels.compiled_int8 import FEWEST_ROWS, LOW_STEP_OF_TILES, CompiledInt8Matmuls
+from lorakit.ops.kernels.gateway import Gateway
 from lorakit.ops.linear import linears
 
 KERNELS = compiled.kernels()
 MATMULS = None if KERNELS is None else KERNELS.int8_matmuls
-pytestmark = pytest.mark.skipif(MATMULS is None, reason="no kernels, or the processor has no matrix tiles")
+pytestmark = pytest.mark.skipif(MATMULS is None, reason="no kernels, or the processor has no int8 units")
 BF16 = torch.bfloat16
 BOUND = 2**-6
 """Largest difference, relative to the largest value; the sums are rounded to bf16 in another order."""
 
 
-@pytest.fixture
-def matmuls() -> CompiledInt8Matmuls:
-    assert isinstance(MATMULS, CompiledInt8Matmuls)
-    return MATMULS
+@pytest.fixture(params=[True, False], ids=["tiles", "vectors"])
+def matmuls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CompiledInt8Matmuls:
+    """Return the int8 matmuls with one of the units, and use them in all operations."""
+    library = building.built(compiled.DTYPES[BF16]).functions
+    assert library is not None
+    gateway = Gateway({BF16: library})
+    if request.param and not gateway.tiles:
+        pytest.skip("the processor has no matrix tiles")
+    made = CompiledInt8Matmuls(gateway, request.param)
+    monkeypatch.setattr(compiled.kernels(), "int8_matmuls", made)
+    return made
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -67,9 +78,21 @@ def test_the_integers_are_exact(matmuls: CompiledInt8Matmuls, rows: int, width: 
     assert torch.equal(total, 2 * before)
 
 
+@pytest.mark.parametrize("left, right", [(127, 127), (127, -127), (-127, 127), (-127, -127), (-128, -128)])
+def test_the_largest_sums_do_not_saturate(matmuls: CompiledInt8Matmuls, left: int, right: int) -> None:
+    q, Q = torch.full((40, 1088), left, dtype=torch.int8), torch.full((64, 1088), right, dtype=torch.int8)
+    y, none, one = torch.empty(40, 64, dtype=BF16), torch.empty(40, 0, dtype=BF16), torch.ones
+    matmuls.int8_matmul_output(q, Q, (one(40), one(64)), None, none, none.view(0, 64, 2), y)
+    assert torch.equal(y, torch.full_like(y, 1088 * left * right))
+    total = torch.empty(40, 1088)
+    matmuls.int8_matmul_add(q[:, :64].contiguous(), Q, (one(40), one(1088)), None, total)
+    assert torch.equal(total, torch.full_like(total, 64 * left * right))
+
+
 @SIZES
 @pytest.mark.parametrize("kept", [0, 3, 16])
 @pytest.mark.parametrize("r", [0, 5, 16])
+@pytest.mark.usefixtures("matmuls")
 def test_outputs_and_gradients_equal_the_separate_steps(
     rows: int, width: int, out: int, kept: int, r: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,13 +106,12 @@ def test_outputs_and_gradients_equal_the_separate_steps(
         y = int8.output(Int8Inputs(x), group[0], bias if r else None, *low)
         return [y, int8.input_gradient(dys, plus.clone()), int8.input_gradient(dys[:1], None)]
 
-    with_tiles = both()
-    kernels = compiled.kernels()
-    assert kernels is not None
-    monkeypatch.setattr(kernels, "int8_matmuls", None)
-    assert all(close(one, other) for one, other in zip(with_tiles, both(), strict=True))
+    together = both()
+    monkeypatch.setattr(compiled.kernels(), "int8_matmuls", None)
+    assert all(close(one, other) for one, other in zip(together, both(), strict=True))
 
 
+@pytest.mark.usefixtures("matmuls")
 def test_a_group_equals_its_reference_in_value_and_gradient() -> None:
     group = []
     for number, (W, r) in enumerate(zip(weights([128, 64, 192], 192, 16), (2, 0, 16), strict=True)):
@@ -106,6 +128,7 @@ def test_a_group_equals_its_reference_in_value_and_gradient() -> None:
     assert all(close(one, other) for one, other in zip(*results, strict=True))
 
 
+@pytest.mark.usefixtures("matmuls")
 def test_the_number_of_threads_changes_no_bit() -> None:
     (W,) = weights([192], 576, 16)
     x, dy = normal(300, 576).to(BF16), normal(300, 192).to(BF16)
@@ -119,6 +142,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     assert all(torch.equal(one, other) for made in results[1:] for one, other in zip(results[0], made, strict=True))
 
 
+@pytest.mark.usefixtures("matmuls")
 def test_bf16_matmuls_of_pytorch_between_the_calls_stay_right() -> None:
     """PyTorch uses the same registers, and sets them up once per thread."""
     (W,) = weights([192], 576, 16)
@@ -129,6 +153,7 @@ def test_bf16_matmuls_of_pytorch_between_the_calls_stay_right() -> None:
         assert torch.equal(x @ dense, expected)
 
 
+@pytest.mark.usefixtures("matmuls")
 def test_a_row_with_a_nan_stays_visible_and_alone() -> None:
     (W,) = weights([128], 192, 3)
     x = normal(40, 192).to(BF16)
@@ -157,13 +182,44 @@ def test_wrong_tensors_are_rejected(matmuls: CompiledInt8Matmuls) -> None:
         matmuls.int8_matmul_output(q, Q[:100], (one(40), one(100)), None, none, right, y)
     with pytest.raises(ValueError, match="left"):
         matmuls.int8_matmul_output(
-            q, Q, (one(40), one(128)), None, torch.zeros(40, 16, dtype=BF16), torch.zeros(8, 128, 2, dtype=BF16), y
+            q, Q, (one(40), one(128)), None, torch.zeros(40, matmuls.low_step // 2, dtype=BF16), right, y
         )
     with pytest.raises(ValueError, match="kept"):
         matmuls.int8_matmul_input_gradient(integers(40, 128), Q, (one(40), one(64)), torch.zeros(40, 1), kept, None, dx)
 
 
-def test_tiles_are_used_here() -> None:
+def test_the_kernels_are_used_here(matmuls: CompiledInt8Matmuls) -> None:
     """Otherwise, the tests above would compare the separate steps with themselves."""
     found = kernels_for(torch.ones(2, 3, dtype=BF16))
-    assert found is not None and isinstance(found.int8_matmuls, CompiledInt8Matmuls)
+    (W,) = weights([64], 64, 16)
+    assert found is not None and int8._matmuls(found, BF16, integers(40, 64), W) is matmuls
+
+
+def test_any_even_number_of_low_rank_columns_is_taken_without_tiles(matmuls: CompiledInt8Matmuls) -> None:
+    q, Q, one = integers(40, 64), integers(64, 64), torch.ones
+    left, right = normal(40, matmuls.low_step).to(BF16), normal(matmuls.low_step // 2, 64, 2).to(BF16)
+    y = torch.empty(40, 64, dtype=BF16)
+    matmuls.int8_matmul_output(q, Q, (one(40), one(64)), None, left, right, y)
+    low = left.float() @ right.float().transpose(1, 2).reshape(-1, 64)
+    assert close(y, reference_integer_matmul(q, Q.t()) + low)
+    assert matmuls.low_step in (2, LOW_STEP_OF_TILES)
+
+
+class Inexact(CompiledInt8Matmuls):
+    """Int8 matmuls that are wrong in one direction."""
+
+    def int8_matmul_add(
+        self, q: Tensor, Q: Tensor, scales: tuple[Tensor, Tensor], partial: Tensor | None, total: Tensor
+    ) -> None:
+        super().int8_matmul_add(q, Q, scales, partial, total)
+        total[-1, -1] += 1
+
+
+def test_kernels_that_are_not_exact_are_not_used(matmuls: CompiledInt8Matmuls, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert int8.why_no_int8_matmuls.__wrapped__() == ""
+    monkeypatch.setattr(compiled.kernels(), "int8_matmuls", Inexact(matmuls._gateway, matmuls.low_step > 2))
+    reason = int8.why_no_int8_matmuls.__wrapped__()
+    assert "wrong" in reason
+    monkeypatch.setattr(int8, "why_no_int8_matmuls", lambda: reason)
+    (W,) = weights([64], 64, 16)
+    assert int8._matmuls(kernels_for(torch.ones(2, 3, dtype=BF16)), BF16, integers(40, 64), W) is None
