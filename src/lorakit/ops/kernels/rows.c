@@ -287,3 +287,5 @@ int cross_entropy(number *logits, const int64_t *labels, float scale, int gradie
 #include "attention.h"
 
 #include "int8_tiles.h"
+
+#include "low_rank.h"
