@@ -18,7 +18,7 @@ from lorakit.ops.int8 import Int8Inputs, input_gradient, output
 from lorakit.ops.int8_weight import Int8Weight
 from lorakit.ops.kernels import kernels_for
 from lorakit.ops.kernels.protocol import DropoutMatmuls
-from lorakit.ops.low_rank import LowRankProducts, low_rank_products
+from lorakit.ops.low_rank import LowRankMatmuls, low_rank_matmuls
 
 
 def linears(x: Tensor, group: Sequence[Adapted]) -> tuple[Tensor, ...]:
@@ -159,16 +159,16 @@ class Group:
         if self.inside != self.dtype:
             x, owned = None if x is None else x.to(self.inside), True
         live = {j: dy.to(self.inside) for j, dy in enumerate(dys) if dy is not None}
-        products = {j: self._products(j, dy, need_dx) for j, dy in live.items()}
-        dh = {j: each.dh for j, each in products.items() if each.dh is not None}
+        matmuls = {j: self._low_rank_matmuls(j, dy, need_dx) for j, dy in live.items()}
+        dh = {j: each.dh for j, each in matmuls.items() if each.dh is not None}
         stacked_dh = self._stacked_grads(dh)
         spare: list[Tensor] = []  # reusable buffers, shaped like x: allocating one takes as long as a low-rank matmul
         grads_a = {} if x is None else self._grads_a(x, dh, stacked_dh, owned, spare)
         spare += [x] if owned and x is not None else []
-        kept = [each.kept for each in products.values() if each.kept is not None]
+        kept = [each.kept for each in matmuls.values() if each.kept is not None]
         dx = self._grad_x(live, dh, stacked_dh, kept, spare) if need_dx else None
         dx = None if dx is None else dx.to(self.dtype)
-        return dx, [(grads_a.get(j), self._grad_b(j, products.get(j))) for j in range(len(dys))]
+        return dx, [(grads_a.get(j), self._grad_b(j, matmuls.get(j))) for j in range(len(dys))]
 
     def pack(self) -> tuple[Form, list[Tensor | None]]:
         """Return what the backward pass needs in addition to x: non-tensor state, and tensors to save."""
@@ -200,12 +200,12 @@ class Group:
         parts = [dh[j] if j in dh else first.new_zeros(len(first), len(self.low[j].A)) for j in self.plain]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def _products(self, j: int, dy: Tensor, need_dx: bool) -> LowRankProducts:
+    def _low_rank_matmuls(self, j: int, dy: Tensor, need_dx: bool) -> LowRankMatmuls:
         """Return the low-rank matmuls with the gradient dy (N, out) of output j that the backward pass needs."""
         W = self.sites[j].W
         B = self.B.get(j) if need_dx or self.trains[j][0] else None
         columns = W.columns.to(dy.dtype) if need_dx and isinstance(W, Int8Weight) else None
-        return low_rank_products(dy, B, columns, self.h[j])
+        return low_rank_matmuls(dy, B, columns, self.h[j])
 
     def _grad_x(
         self,
@@ -287,11 +287,11 @@ class Group:
         assert record is not None  # drawn in the forward pass
         return record
 
-    def _grad_b(self, j: int, products: LowRankProducts | None) -> Tensor | None:
+    def _grad_b(self, j: int, matmuls: LowRankMatmuls | None) -> Tensor | None:
         """Return the gradient of B in the dtype of B and contiguous."""
-        if products is None or products.grad_b is None:
+        if matmuls is None or matmuls.grad_b is None:
             return None
-        grad, B = products.grad_b, self.low[j].B
+        grad, B = matmuls.grad_b, self.low[j].B
         if grad.dtype == B.dtype and grad.is_contiguous():
             return grad
         return torch.empty(B.shape, dtype=B.dtype, device=B.device).copy_(grad)

@@ -14,8 +14,8 @@ from torch import Tensor
 from lorakit.ops.kernels import kernels_for
 
 
-class LowRankProducts(NamedTuple):
-    """Products with the gradient dy (N, out) of an output; each is None if its other factor was None.
+class LowRankMatmuls(NamedTuple):
+    """Results of matmuls with the gradient dy (N, out) of an output; each is None if its other operand was None.
 
     Attributes:
         dh: dy·B (N, r), in the dtype of dy: the gradient of the low-rank activation.
@@ -28,8 +28,8 @@ class LowRankProducts(NamedTuple):
     grad_b: Tensor | None
 
 
-def low_rank_products(dy: Tensor, B: Tensor | None, columns: Tensor | None, h: Tensor | None) -> LowRankProducts:
-    """Return the products of dy (N, out) that are asked for.
+def low_rank_matmuls(dy: Tensor, B: Tensor | None, columns: Tensor | None, h: Tensor | None) -> LowRankMatmuls:
+    """Return the matmuls of dy (N, out) with the operands that are not None.
 
     Args:
         dy: Gradient of an output.
@@ -38,12 +38,12 @@ def low_rank_products(dy: Tensor, B: Tensor | None, columns: Tensor | None, h: T
         h: Low-rank activation (N, r) in the dtype of dy, or None.
     """
     if B is None and columns is None and h is None:
-        return LowRankProducts(None, None, None)
+        return LowRankMatmuls(None, None, None)
     kernels = kernels_for(dy, B, columns)
     fused = None if kernels is None else kernels.low_rank
     if fused is not None and fused.supports(dy, h, max(each.shape[1] for each in (B, columns, h) if each is not None)):
-        return LowRankProducts(*fused.low_rank_gradients(dy, B, columns, h))
-    return LowRankProducts(
+        return LowRankMatmuls(*fused.low_rank_gradients(dy, B, columns, h))
+    return LowRankMatmuls(
         None if B is None else torch.mm(dy, B),
         None if columns is None else torch.mm(dy, columns).float(),
         None if h is None else torch.mm(h.t(), dy).t(),  # faster than dyᵀ·h for small r
