@@ -18,7 +18,6 @@ from lorakit.ops.int8 import Int8Inputs, input_gradient, output
 from lorakit.ops.int8_weight import Int8Weight
 from lorakit.ops.kernels import kernels_for
 from lorakit.ops.kernels.protocol import DropoutMatmuls
-from lorakit.ops.low_rank import LowRankMatmuls, low_rank_matmuls
 
 
 def linears(x: Tensor, group: Sequence[Adapted]) -> tuple[Tensor, ...]:
@@ -56,6 +55,44 @@ class Form(NamedTuple):
     def is_trained(self) -> bool:
         """Return whether any A or B requires a gradient."""
         return any(A or B for A, B in self.trains)
+
+
+class LowRankMatmuls(NamedTuple):
+    """Results of matmuls with the gradient dy (N, out) of an output; each is None if its other operand was None.
+
+    Attributes:
+        dh: dy·B (N, r), in the dtype of dy: the gradient of the low-rank activation.
+        kept: dy·W_K (N, k), in fp32.
+        grad_b: The gradient dyᵀ·h (out, r) of B. It is fp32 if a kernel computed it, otherwise in the dtype of dy.
+    """
+
+    dh: Tensor | None
+    kept: Tensor | None
+    grad_b: Tensor | None
+
+
+def low_rank_matmuls(dy: Tensor, B: Tensor | None, columns: Tensor | None, h: Tensor | None) -> LowRankMatmuls:
+    """Return the matmuls of dy (N, out) with the operands that are not None.
+
+    They are narrow, so most of their time is that of reading dy. A kernel, if there is one, reads dy once for all.
+
+    Args:
+        dy: Gradient of an output.
+        B: Factor (out, r) in the dtype of dy, or None.
+        columns: Columns W_K (out, k) of an int8 weight that keep their dtype, in the dtype of dy, or None.
+        h: Low-rank activation (N, r) in the dtype of dy, or None.
+    """
+    if B is None and columns is None and h is None:
+        return LowRankMatmuls(None, None, None)
+    kernels = kernels_for(dy, B, columns)
+    fused = None if kernels is None else kernels.low_rank
+    if fused is not None and fused.supports(dy, h, max(each.shape[1] for each in (B, columns, h) if each is not None)):
+        return LowRankMatmuls(*fused.low_rank_gradients(dy, B, columns, h))
+    return LowRankMatmuls(
+        None if B is None else torch.mm(dy, B),
+        None if columns is None else torch.mm(dy, columns).float(),
+        None if h is None else torch.mm(h.t(), dy).t(),  # faster than dyᵀ·h for small r
+    )
 
 
 class Group:

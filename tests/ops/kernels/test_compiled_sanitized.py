@@ -37,7 +37,7 @@ PROPERTIES = [
             "dropout",
             "int8",
             "int8_tiles",
-            "low_rank",
+            "linear_low_rank",
             "mlp",
             "norm",
             "rotary",

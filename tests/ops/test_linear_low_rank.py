@@ -12,8 +12,7 @@ from lorakit.ops.adapted import Adapted, LowRank, factors
 from lorakit.ops.int8_weight import Int8Weight, input_scales, quantize_weight
 from lorakit.ops.kernels import compiled
 from lorakit.ops.kernels.compiled_low_rank import WIDEST, CompiledLowRankGradients
-from lorakit.ops.linear import linears
-from lorakit.ops.low_rank import LowRankMatmuls, low_rank_matmuls
+from lorakit.ops.linear import LowRankMatmuls, linears, low_rank_matmuls
 
 KERNELS = compiled.kernels()
 KERNEL = None if KERNELS is None else KERNELS.low_rank
