@@ -55,6 +55,7 @@ OPTIMIZATIONS: dict[str, frozenset[str]] = {
     "autotuning": frozenset({"autotuning"}),
     "compiled kernels": frozenset({"compiled kernels"}),
     "attention kernel": frozenset({"attention kernel"}),
+    "low-rank kernel": frozenset({"low-rank kernel"}),
     "saved gate and up": frozenset({"saved gate and up"}),
     "skipped rows in the last layer": frozenset({"skipped rows in the last layer"}),
     "all fused forwards": frozenset({"decoder layer", "attention", "feed-forward", "norm", "loss without logits"}),
@@ -248,9 +249,10 @@ def _accelerated(model: Any, off: Collection[str]) -> Any:
 
     if "compiled kernels" in off:
         os.environ[SWITCH] = "off"  # before anything loads them
-    kernels = compiled.kernels() if "attention kernel" in off else None
-    if kernels is not None:  # the operations have no switch for it, and need none
-        kernels.attention = None
+    kernels = compiled.kernels()
+    if kernels is not None:  # the operations have no switch for these, and need none
+        kernels.attention = None if "attention kernel" in off else kernels.attention
+        kernels.low_rank = None if "low-rank kernel" in off else kernels.low_rank
     fast = accelerate(model, keep_feed_forward="saved gate and up" not in off)
     if "skipped rows in the last layer" in off and fast.head is not None:
         fast.head.last = None

@@ -221,7 +221,9 @@ def _paired(right: Tensor) -> Tensor:
     return pairs.t().contiguous().view(right.dtype).view(*pairs.shape[::-1], 2)
 
 
-def input_gradient(dys: Sequence[tuple[Tensor, Int8Weight]], plus: Tensor | None = None) -> Tensor:
+def input_gradient(
+    dys: Sequence[tuple[Tensor, Int8Weight]], plus: Tensor | None = None, kept: Sequence[Tensor] | None = None
+) -> Tensor:
     """Return the sum of dy·W (N, in) over several outputs, plus `plus` (N, in), which may be overwritten.
 
     The sum is in fp32 and is rounded once to the dtype of dy if all weights share their gain and kept channels,
@@ -230,19 +232,21 @@ def input_gradient(dys: Sequence[tuple[Tensor, Int8Weight]], plus: Tensor | None
     Args:
         dys: Gradient (N, out) of each output, and its weight (out, in).
         plus: Tensor to add.
+        kept: The products dy·W_K (N, k) of each output in fp32; None to compute them.
     """
-    groups: dict[tuple[int, int], list[tuple[Tensor, Int8Weight]]] = {}
-    for dy, weight in dys:
-        groups.setdefault((id(weight.gain), id(weight.kept)), []).append((dy, weight))
+    if kept is None:
+        kept = [torch.mm(dy, weight.columns.to(dy.dtype)).float() for dy, weight in dys]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for number, (_, weight) in enumerate(dys):
+        groups.setdefault((id(weight.gain), id(weight.kept)), []).append(number)
     for group in groups.values():
-        plus = _group_gradient(group, plus)
+        plus = _group_gradient([dys[i] for i in group], plus, functools.reduce(torch.add, [kept[i] for i in group]))
     assert plus is not None  # `dys` is not empty
     return plus
 
 
-def _group_gradient(dys: Sequence[tuple[Tensor, Int8Weight]], plus: Tensor | None) -> Tensor:
+def _group_gradient(dys: Sequence[tuple[Tensor, Int8Weight]], plus: Tensor | None, columns: Tensor) -> Tensor:
     dy, shared = dys[0]
-    columns = torch.stack([torch.mm(each, weight.columns.to(each.dtype)).float() for each, weight in dys]).sum(0)
     plus = dy.new_zeros(len(dy), shared.q.shape[1]) if plus is None else plus
     kernels = kernels_for(dy, plus)
     total: Tensor | None = None

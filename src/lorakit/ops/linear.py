@@ -57,6 +57,44 @@ class Form(NamedTuple):
         return any(A or B for A, B in self.trains)
 
 
+class LowRankMatmuls(NamedTuple):
+    """Results of matmuls with the gradient dy (N, out) of an output; each is None if its other operand was None.
+
+    Attributes:
+        dh: dy·B (N, r), in the dtype of dy: the gradient of the low-rank activation.
+        kept: dy·W_K (N, k), in fp32.
+        grad_b: The gradient dyᵀ·h (out, r) of B. It is fp32 if a kernel computed it, otherwise in the dtype of dy.
+    """
+
+    dh: Tensor | None
+    kept: Tensor | None
+    grad_b: Tensor | None
+
+
+def low_rank_matmuls(dy: Tensor, B: Tensor | None, columns: Tensor | None, h: Tensor | None) -> LowRankMatmuls:
+    """Return the matmuls of dy (N, out) with the operands that are not None.
+
+    They are narrow, so most of their time is that of reading dy. A kernel, if there is one, reads dy once for all.
+
+    Args:
+        dy: Gradient of an output.
+        B: Factor (out, r) in the dtype of dy, or None.
+        columns: Columns W_K (out, k) of an int8 weight that keep their dtype, in the dtype of dy, or None.
+        h: Low-rank activation (N, r) in the dtype of dy, or None.
+    """
+    if B is None and columns is None and h is None:
+        return LowRankMatmuls(None, None, None)
+    kernels = kernels_for(dy, B, columns)
+    fused = None if kernels is None else kernels.low_rank
+    if fused is not None and fused.supports(dy, h, max(each.shape[1] for each in (B, columns, h) if each is not None)):
+        return LowRankMatmuls(*fused.low_rank_gradients(dy, B, columns, h))
+    return LowRankMatmuls(
+        None if B is None else torch.mm(dy, B),
+        None if columns is None else torch.mm(dy, columns).float(),
+        None if h is None else torch.mm(h.t(), dy).t(),  # faster than dyᵀ·h for small r
+    )
+
+
 class Group:
     """Forward and backward computations of linear modules that share an input, without autograd.
 
@@ -158,14 +196,16 @@ class Group:
         if self.inside != self.dtype:
             x, owned = None if x is None else x.to(self.inside), True
         live = {j: dy.to(self.inside) for j, dy in enumerate(dys) if dy is not None}
-        dh = {j: torch.mm(live[j], self.B[j]) for j in self.low if j in live and (need_dx or self.trains[j][0])}
+        matmuls = {j: self._low_rank_matmuls(j, dy, need_dx) for j, dy in live.items()}
+        dh = {j: each.dh for j, each in matmuls.items() if each.dh is not None}
         stacked_dh = self._stacked_grads(dh)
         spare: list[Tensor] = []  # reusable buffers, shaped like x: allocating one takes as long as a low-rank matmul
         grads_a = {} if x is None else self._grads_a(x, dh, stacked_dh, owned, spare)
         spare += [x] if owned and x is not None else []
-        dx = self._grad_x(live, dh, stacked_dh, spare) if need_dx else None
+        kept = [each.kept for each in matmuls.values() if each.kept is not None]
+        dx = self._grad_x(live, dh, stacked_dh, kept, spare) if need_dx else None
         dx = None if dx is None else dx.to(self.dtype)
-        return dx, [(grads_a.get(j), self._grad_b(j, live.get(j))) for j in range(len(dys))]
+        return dx, [(grads_a.get(j), self._grad_b(j, matmuls.get(j))) for j in range(len(dys))]
 
     def pack(self) -> tuple[Form, list[Tensor | None]]:
         """Return what the backward pass needs in addition to x: non-tensor state, and tensors to save."""
@@ -197,8 +237,20 @@ class Group:
         parts = [dh[j] if j in dh else first.new_zeros(len(first), len(self.low[j].A)) for j in self.plain]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
+    def _low_rank_matmuls(self, j: int, dy: Tensor, need_dx: bool) -> LowRankMatmuls:
+        """Return the low-rank matmuls with the gradient dy (N, out) of output j that the backward pass needs."""
+        W = self.sites[j].W
+        B = self.B.get(j) if need_dx or self.trains[j][0] else None
+        columns = W.columns.to(dy.dtype) if need_dx and isinstance(W, Int8Weight) else None
+        return low_rank_matmuls(dy, B, columns, self.h[j])
+
     def _grad_x(
-        self, dys: dict[int, Tensor], dh: dict[int, Tensor], stacked_dh: Tensor | None, spare: list[Tensor]
+        self,
+        dys: dict[int, Tensor],
+        dh: dict[int, Tensor],
+        stacked_dh: Tensor | None,
+        kept: Sequence[Tensor],
+        spare: list[Tensor],
     ) -> Tensor | None:
         total: Tensor | None = None
         part: Tensor | None = None
@@ -219,7 +271,7 @@ class Group:
                 continue
             W = (W.t() if self.sites[j].transposed else W).to(self.dtype)
             total = matmul(dy, W, _taken(spare) if total is None else total, total)
-        total = input_gradient(int8, total) if int8 else total
+        total = input_gradient(int8, total, kept) if int8 else total
         if fused is not None and total is not None:
             for j in dropping:
                 fused.add_low_rank(dh[j], self.A[j], self.low[j].p, self._record(j), total)
@@ -272,13 +324,14 @@ class Group:
         assert record is not None  # drawn in the forward pass
         return record
 
-    def _grad_b(self, j: int, dy: Tensor | None) -> Tensor | None:
-        """Return the gradient of B, dyᵀ·h, computed as (hᵀ·dy)ᵀ, which is faster for small r."""
-        h = self.h[j]
-        if h is None or dy is None:
+    def _grad_b(self, j: int, matmuls: LowRankMatmuls | None) -> Tensor | None:
+        """Return the gradient of B in the dtype of B and contiguous."""
+        if matmuls is None or matmuls.grad_b is None:
             return None
-        B = self.low[j].B
-        return torch.empty(B.shape, dtype=B.dtype, device=B.device).copy_(torch.mm(h.t(), dy).t())
+        grad, B = matmuls.grad_b, self.low[j].B
+        if grad.dtype == B.dtype and grad.is_contiguous():
+            return grad
+        return torch.empty(B.shape, dtype=B.dtype, device=B.device).copy_(grad)
 
 
 class _Linears(torch.autograd.Function):

@@ -39,6 +39,7 @@ PROPERTIES = [
             "dropout",
             "int8",
             "int8_matmuls",
+            "linear_low_rank",
             "mlp",
             "norm",
             "rotary",
@@ -99,6 +100,48 @@ def test_no_memory_for_scratch_is_a_memory_error(
             calls[name]()
     finally:
         torch.set_num_threads(before)
+
+
+def low_rank_operands() -> tuple[torch.Tensor, ...]:
+    """Return dy, B, columns and h for `low_rank_gradients`."""
+    g = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(*shape, generator=g).bfloat16() for shape in ((300, 96), (96, 16), (96, 5), (300, 16)))
+
+
+@needs_gcc
+@pytest.mark.skipif("avx512_bf16" not in this_machine().features, reason="no bf16 dot products")
+@pytest.mark.parametrize("at_first", [0, 1, 2], ids=["at all", "in any thread", "in one thread"])
+def test_no_memory_for_low_rank_matmuls_is_a_memory_error(tmp_path: Path, cc: Any, at_first: int) -> None:
+    (tmp_path / "memory.h").write_text(NO_MEMORY)
+    cc("-include", str(tmp_path / "memory.h"), f"-DAT_FIRST={at_first}")
+    library = building.built("BF16").functions
+    assert library is not None
+    kernel, before = CompiledKernels({torch.bfloat16: library}).low_rank, torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(MemoryError, match="low_rank_gradients"):
+            kernel.low_rank_gradients(*low_rank_operands())
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_gcc
+@pytest.mark.skipif("avx512_bf16" not in this_machine().features, reason="no bf16 dot products")
+def test_low_rank_matmuls_without_tile_registers(cc: Any) -> None:
+    """Dot products of vectors compute the same, up to the order of additions, also for a rank that fills no tile."""
+    dy, B, columns, h = low_rank_operands()
+    found: list[list[torch.Tensor]] = []
+    for options in ((), ("-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8")):
+        cc(*options)
+        building.built.cache_clear()
+        library = building.built("BF16").functions
+        assert library is not None
+        kernel, made = CompiledKernels({torch.bfloat16: library}).low_rank, []
+        for r in (16, 5):
+            made += kernel.low_rank_gradients(dy, B[:, :r].contiguous(), columns, h[:, :r])
+        found.append(made)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=2**-7, atol=2**-12)
 
 
 def int8_parts(width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -14,8 +14,16 @@ from torch import Tensor
 
 from lorakit.ops.kernels.building import Built, built
 from lorakit.ops.kernels.compiled_int8 import int8_matmuls
+from lorakit.ops.kernels.compiled_low_rank import CompiledLowRankGradients
 from lorakit.ops.kernels.gateway import FARTHEST, Gateway
-from lorakit.ops.kernels.protocol import DropoutMatmuls, Int8Matmuls, Int8Steps, PerRowMatmuls, SequenceAttention
+from lorakit.ops.kernels.protocol import (
+    DropoutMatmuls,
+    Int8Matmuls,
+    Int8Steps,
+    LowRankGradients,
+    PerRowMatmuls,
+    SequenceAttention,
+)
 
 DTYPES = {torch.float32: "", torch.bfloat16: "BF16"}
 """Dict from dtype to the preprocessor macro that is defined when the kernels for that dtype are compiled."""
@@ -76,6 +84,7 @@ class CompiledKernels:
         self.int8: Int8Steps | None = self
         gateway = Gateway(libraries)
         self.attention: SequenceAttention | None = CompiledAttention(gateway) if gateway.dots else None
+        self.low_rank: LowRankGradients | None = CompiledLowRankGradients(gateway) if gateway.dots else None
         self.int8_matmuls: Int8Matmuls | None = int8_matmuls(gateway)
         self.few_rows = MOST_ROWS if gateway.has_int8_dots else 0
         self._pointer, self._optional, self._call = gateway.pointer, gateway.optional, gateway.call

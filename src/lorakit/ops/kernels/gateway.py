@@ -49,6 +49,7 @@ _H = (_P, _N, _N, _N)  # heads: their address, and the distances between batch r
 DOT_SIGNATURES: dict[str, tuple[type, ...]] = {  # functions of libraries that have dot products
     "attend": (*_H * 4, _P, _N, _N, _N, _N, _N, c_float, c_int),
     "attend_backward": (*_H * 7, _P, _N, _N, _N, _N, _N, c_float, c_int),
+    "low_rank_gradients": (_P, _P, _P, _P, _N, _N, _N, _N, _N, _P, _P, _P),
 }
 INT8_MATMUL_SIGNATURES: dict[str, tuple[type, ...]] = {  # functions of libraries that have int8 matmuls
     "int8_matmul_output": (*(_P,) * 7, _N, _N, _N, _N, _P, c_int),

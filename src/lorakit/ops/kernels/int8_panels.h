@@ -8,31 +8,6 @@
 #define TILE_BYTES 1024 /* EDGE rows of EDGE elements */
 #define PANEL 32        /* columns of a panel, and rows of a block: two tiles each */
 
-/* transposes EDGE rows of EDGE 4-byte elements, after a bitwise XOR with `flip` */
-static void transpose_tile(const int8_t *from, int64_t row, __m512i flip, int8_t *to) {
-    __m512i a[EDGE], b[EDGE];
-#pragma GCC unroll 16
-    for (int i = 0; i < EDGE; i++) a[i] = _mm512_xor_si512(_mm512_loadu_si512(from + i * row), flip);
-#pragma GCC unroll 8
-    for (int i = 0; i < EDGE; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < EDGE; i += 4) { /* a[i + c]: column 4·lane + c of rows i to i + 3 */
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]), a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]), a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; c++) { /* 4 × 4 blocks of lanes */
-        __m512i p = _mm512_shuffle_i32x4(a[c], a[c + 4], 0x44), q = _mm512_shuffle_i32x4(a[c], a[c + 4], 0xee);
-        __m512i r = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0x44), s = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0xee);
-        _mm512_storeu_si512(to + 64 * c, _mm512_shuffle_i32x4(p, r, 0x88));
-        _mm512_storeu_si512(to + 64 * (c + 4), _mm512_shuffle_i32x4(p, r, 0xdd));
-        _mm512_storeu_si512(to + 64 * (c + 8), _mm512_shuffle_i32x4(q, s, 0x88));
-        _mm512_storeu_si512(to + 64 * (c + 12), _mm512_shuffle_i32x4(q, s, 0xdd));
-    }
-}
-
 /* rearranges rows [at, at + PANEL) of Q (·, n), whose products with rows are sums over n */
 static void pack_rows(const int8_t *Q, int64_t at, int64_t n, int64_t unused, __m512i flip, int8_t *to) {
     (void)unused;

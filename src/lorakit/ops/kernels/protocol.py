@@ -26,6 +26,7 @@ class Kernels(Protocol):
         own: Matmuls with per-row LoRA factors, or None if there are no such kernels.
         int8: What precedes and follows an int8 matmul, or None if there are no such kernels.
         int8_matmuls: Int8 matmuls together with what follows them, or None if there are no such kernels.
+        low_rank: Low-rank matmuls of a backward pass in one pass, or None if there are no such kernels.
     """
 
     activations: frozenset[str]
@@ -35,6 +36,7 @@ class Kernels(Protocol):
     own: PerRowMatmuls | None
     int8: Int8Steps | None
     int8_matmuls: Int8Matmuls | None
+    low_rank: LowRankGradients | None
 
     def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
         """Write the RMS norm of x (N, d) to n (N, d), and 1/RMS of each row to rstd (N, 1). [docs/math.md (76)]
@@ -115,6 +117,27 @@ class DropoutMatmuls(Protocol):
 
     def outer(self, dh: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
         """Return dhᵀ·dropout(x) for dh (N, r) and x (N, n) as a new fp32 tensor (r, n)."""
+
+
+class LowRankGradients(Protocol):
+    """Low-rank matmuls with the gradient dy (N, out) of an output, which read dy once. Sums are fp32.
+
+    The number of threads changes no bit of a result.
+    """
+
+    def supports(self, dy: Tensor, h: Tensor | None, narrow: int) -> bool:
+        """Return whether dy (N, out) can be multiplied with h (N, r) and with matrices of up to `narrow` columns.
+
+        Rows of h need not be adjacent.
+        """
+
+    def low_rank_gradients(
+        self, dy: Tensor, B: Tensor | None, columns: Tensor | None, h: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return dy·B (N, r), rounded to the dtype of dy, and dy·columns (N, k) and dyᵀ·h (out, r) in fp32.
+
+        Shapes: dy (N, out), B (out, r), columns (out, k), h (N, r). A result is None if its factor is None.
+        """
 
 
 class PerRowMatmuls(Protocol):

@@ -291,3 +291,5 @@ int cross_entropy(number *logits, const int64_t *labels, float scale, int gradie
 #include "int8_vectors.h"
 
 #include "int8_matmul.h"
+
+#include "low_rank.h"

@@ -11,7 +11,14 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from lorakit.ops.kernels.protocol import DropoutMatmuls, Int8Matmuls, Int8Steps, PerRowMatmuls, SequenceAttention
+from lorakit.ops.kernels.protocol import (
+    DropoutMatmuls,
+    Int8Matmuls,
+    Int8Steps,
+    LowRankGradients,
+    PerRowMatmuls,
+    SequenceAttention,
+)
 from lorakit.ops.kernels.triton import programs
 
 OPTIONS = {"enable_fp_fusion": True}
@@ -38,6 +45,7 @@ class TritonKernels:
     own: PerRowMatmuls | None = None
     int8: Int8Steps | None = None
     int8_matmuls: Int8Matmuls | None = None
+    low_rank: LowRankGradients | None = None
 
     def __init__(self) -> None:
         self.dropping: DropoutMatmuls | None = self
