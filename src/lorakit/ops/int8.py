@@ -227,7 +227,8 @@ def input_gradient(
     """Return the sum of dy·W (N, in) over several outputs, plus `plus` (N, in), which may be overwritten.
 
     The sum is in fp32 and is rounded once to the dtype of dy if all weights share their gain and kept channels,
-    otherwise once for each such set. Products with columns that keep their dtype are rounded before they are added.
+    otherwise once for each such set. Products with columns that keep their dtype are rounded before they are added if
+    they are computed here.
 
     Args:
         dys: Gradient (N, out) of each output, and its weight (out, in).
