@@ -120,6 +120,27 @@ def test_a_group_equals_its_reference_in_value_and_gradient(
     assert all(close(one, other, dtype) for one, other in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_of_torch_changes_no_bit(default: torch.dtype) -> None:
+    group = sites([128, 64], 192, torch.bfloat16, (4, 0))
+    x = activations(70, 192, torch.bfloat16).requires_grad_()
+    dys = [normal(70, 128, seed=3).bfloat16(), normal(70, 64, seed=4).bfloat16()]
+
+    def results() -> list[Tensor]:
+        int8.why_no_int8_matmuls.cache_clear()
+        ys = linears(x, group)
+        inputs = [x, *(t for t in factors(group) if t is not None)]
+        return [*ys, *torch.autograd.grad(list(ys), inputs, dys)]
+
+    expected = results()
+    torch.set_default_dtype(default)
+    try:
+        found = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 @dtypes
 def test_the_kernels_equal_pytorch_operations(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     group = weights([18, 7], 37, dtype)

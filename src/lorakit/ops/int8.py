@@ -130,8 +130,9 @@ def _exact_kernels(g: torch.Generator) -> bool:
     if matmuls is None:
         return True
     rows, (out, width) = len(q), Q.shape
-    ones, none = torch.ones(max(rows, out, width)), torch.empty(rows, 0, dtype=torch.bfloat16)
-    y, dx = torch.empty(rows, out, dtype=torch.bfloat16), torch.empty(rows, width)
+    ones = torch.ones(max(rows, out, width), dtype=torch.float32)
+    none = torch.empty(rows, 0, dtype=torch.bfloat16)
+    y, dx = torch.empty(rows, out, dtype=torch.bfloat16), torch.empty(rows, width, dtype=torch.float32)
     matmuls.int8_matmul_output(q, Q, (ones[:rows], ones[:out]), None, none, none.view(0, out, 2), y)
     matmuls.int8_matmul_add(dq, Q, (ones[:rows], ones[:width]), None, dx)
     forward, backward = (reference_integer_matmul(a, b).float() for a, b in ((q, Q.t()), (dq, Q)))
@@ -267,7 +268,7 @@ def _added(
     if matmuls is None and (kernels is None or kernels.int8 is None):
         made = _integer_matmul(q, weight.q).float() * u[:, None] * weight.gain
         return made if partial is None else partial + made
-    total = torch.empty(len(q), weight.q.shape[1]) if partial is None else partial
+    total = torch.empty(len(q), weight.q.shape[1], dtype=torch.float32) if partial is None else partial
     if matmuls is not None:
         matmuls.int8_matmul_add(q, weight.q, (u, weight.gain), partial, total)
     elif kernels is not None and kernels.int8 is not None:
@@ -303,7 +304,7 @@ def _quantized(x: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     kernels = kernels_for(x)
     if kernels is None or kernels.int8 is None:
         return quantize_rows(x.float() * factors)
-    q, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
+    q, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), dtype=torch.float32)
     kernels.int8.int8_quantize(x, factors, q, scale)
     return q, scale
 

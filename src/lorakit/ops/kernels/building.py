@@ -63,7 +63,7 @@ class Built(NamedTuple):
 
 @functools.cache
 def built(define: str) -> Built:
-    """Return the library compiled from rows.c. If the library is missing, build it, which takes about a second.
+    """Return the library compiled from rows.c. If the library is missing, build it, which takes a few seconds.
 
     Args:
         define: A preprocessor macro to define, or "".

@@ -44,8 +44,8 @@ class CompiledLowRankGradients:
             raise ValueError(f"dy {tuple(dy.shape)}, r {r}, {k} kept columns: not supported")
         apart = 0 if h is None else h.stride(0)
         dh = None if B is None else dy.new_empty(rows, r)
-        kept = None if columns is None else torch.empty(rows, k)
-        grad = None if h is None else torch.empty(out, r)
+        kept = None if columns is None else torch.empty(rows, k, dtype=torch.float32)
+        grad = None if h is None else torch.empty(out, r, dtype=torch.float32)
         given = (
             gateway.pointer("dy", dy, dtype, (rows, out)),
             gateway.optional("B", B, dtype, (out, r)),
