@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 SublayerName = Literal["attention", "feed-forward"]
@@ -67,7 +66,7 @@ class AttentionLayout:
     sinks: str = ""
     is_interleaved: bool = False
 
-    @cached_property
+    @property
     def linears(self) -> tuple[str, ...]:
         """Return the names of the linear modules."""
         return (*self.inputs, self.output)
@@ -95,12 +94,12 @@ class FeedForwardLayout:
     is_gated: bool = False
     saved: int = 1
 
-    @cached_property
+    @property
     def linears(self) -> tuple[str, ...]:
         """Return the names of the linear modules."""
         return (*self.inner, self.down)
 
-    @cached_property
+    @property
     def children(self) -> tuple[str, ...]:
         """Return all names; a block has one of those of the activation."""
         return (*self.linears, *self.activation, self.inner_dropout, self.output_dropout)
@@ -132,7 +131,7 @@ class Sublayer:
     last: str = ""
     dropout_p: str = ""
 
-    @cached_property
+    @property
     def norms(self) -> tuple[str, ...]:
         """Return the paths of the norms."""
         return tuple(name for name in (self.before, self.after, self.last) if name)
@@ -172,18 +171,18 @@ class Block:
         """Return whether norms follow the residuals."""
         return bool(self.attention.last)
 
-    @cached_property
+    @property
     def norms(self) -> tuple[str, ...]:
         """Return the paths of the norms, without those of q and k."""
         return (*self.attention.norms, *self.feed_forward.norms)
 
-    @cached_property
+    @property
     def activations(self) -> tuple[str, ...]:
         """Return the possible paths of the activation."""
         modules = self.feed_forward_modules
         return () if modules is None else self.feed_forward.at(modules.activation)
 
-    @cached_property
+    @property
     def called(self) -> tuple[str, ...]:
         """Return the paths of the modules that compute the feed-forward sublayer, in the order of their calls."""
         modules = self.feed_forward_modules
@@ -191,28 +190,28 @@ class Block:
             return (self.feed_forward.inner,)
         return (*modules.inner, *self.activations, modules.down)
 
-    @cached_property
-    def children(self) -> frozenset[str]:
+    @property
+    def children(self) -> set[str]:
         """Return the names of the block's children, if the paths of its modules are those of children."""
         sublayers = (self.attention, self.feed_forward)
         around = {name for one in sublayers for name in (*one.norms, one.dropout)}
-        return frozenset({self.attention.inner, *self.called, *around} - {""})
+        return {self.attention.inner, *self.called, *around} - {""}
 
-    @cached_property
+    @property
     def linears(self) -> tuple[str, ...]:
         """Return the paths of the linear modules, in the order of their calls."""
         inputs, inner = self.inputs
         output, down = self.outputs
         return tuple(path for path in (*inputs, output, *inner, down) if path)
 
-    @cached_property
+    @property
     def inputs(self) -> tuple[tuple[str, ...], ...]:
         """Return groups of paths, relative to the block; the linear modules of a group read the same tensor."""
         modules = self.feed_forward_modules
         inner = () if modules is None else self.feed_forward.at(modules.inner)
         return self.attention.at(self.attention_modules.inputs), inner
 
-    @cached_property
+    @property
     def outputs(self) -> tuple[str, str]:
         """Return the paths, relative to the block, of the output projection and of the last feed-forward module."""
         modules = self.feed_forward_modules

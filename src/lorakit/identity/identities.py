@@ -223,8 +223,8 @@ def is_stored_function(found: Identity, name: str, value: object) -> bool:
         name: Name of the attribute.
         value: Its value.
     """
-    is_read = name in found.reads and name not in SET_FOR_CHECKPOINTING  # first, because few attributes are
-    return is_read and callable(value) and not isinstance(value, (nn.Module, type))
+    is_function = callable(value) and not isinstance(value, (nn.Module, type))
+    return is_function and name in found.reads and name not in SET_FOR_CHECKPOINTING
 
 
 def _digest(*parts: str) -> str:

@@ -35,13 +35,10 @@ def preserved(model: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    modules = list(model.modules())
-    held = [_Held(module) for module in modules]
-    every = {id(buffer): buffer for module in modules for buffer in module._buffers.values() if buffer is not None}
-    buffers = [buffer for buffer in every.values() if buffer.numel() <= COPIED and not buffer.is_inference()]
+    held = [_Held(module) for module in model.modules()]
+    buffers = [buffer for buffer in model.buffers() if buffer.numel() <= COPIED and not buffer.is_inference()]
     before = [(buffer, buffer.detach().clone(), buffer._version) for buffer in buffers]
-    parameters = (parameter for module in modules for parameter in module._parameters.values() if parameter is not None)
-    devices = {p.device.index for p in parameters if p.is_cuda and p.device.index is not None}
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
     try:
         with torch.random.fork_rng(sorted(devices)):
             yield
@@ -81,7 +78,7 @@ class _Held:
         self.now: dict[str, Any] = module.__dict__
         self.attributes = dict(self.now)
         tables = [value for name, value in self.now.items() if name[0] == "_" and isinstance(value, (dict, set))]
-        self.tables = [(table, table.copy() if table else None) for table in tables]  # most are empty
+        self.tables = [(table, table.copy()) for table in tables]
         for name, value in self.attributes.items():
             if isinstance(value, Forwards):
                 self.now[name] = Forwards()
@@ -94,7 +91,7 @@ class _Held:
         for table, before in self.tables:
             if table or before:
                 table.clear()
-                table.update(before or ())
+                table.update(before)
 
 
 Result = TypeVar("Result")
