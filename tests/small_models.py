@@ -18,6 +18,8 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 4,
 }
 GROUPED: dict[str, Any] = {**SMALL, "num_key_value_heads": 2}
+WIDER = GROUPED | {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128}
+"""Sizes of a model whose linear layers in the blocks have sizes that are multiples of 32."""
 ENCODER: dict[str, Any] = {**SMALL, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 

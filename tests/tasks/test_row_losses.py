@@ -15,14 +15,8 @@ from lorakit.errors import NotYetSupported
 from lorakit.tasks import CAUSAL_LM, Target, loss_sum
 from lorakit.tasks.row_losses import row_losses
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+from ..small_models import WIDER
+
 LENGTHS = (12, 5, 9)
 
 
@@ -31,7 +25,7 @@ def model_of(family: str, **fields: Any) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SIZES, initializer_range=0.2, **fields)
+    config = getattr(transformers, f"{family}Config")(**WIDER, initializer_range=0.2, **fields)
     return getattr(transformers, f"{family}ForCausalLM")(config).requires_grad_(False).eval()
 
 

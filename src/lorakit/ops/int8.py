@@ -228,13 +228,13 @@ def input_gradient(
     """Return the sum of dy·W (N, in) over several outputs, plus `plus` (N, in), which may be overwritten.
 
     The sum is in fp32 and is rounded once to the dtype of dy if all weights share their gain and kept channels,
-    otherwise once for each such set. Products with columns that keep their dtype are rounded before they are added if
-    they are computed here.
+    otherwise once for each such set. Without `kept`, the result of each matmul with columns that keep their dtype is
+    rounded before it is added.
 
     Args:
         dys: Gradient (N, out) of each output, and its weight (out, in).
         plus: Tensor to add.
-        kept: The products dy·W_K (N, k) of each output in fp32; None to compute them.
+        kept: The result of dy·W_K (N, k) for each output, in fp32; None to compute it.
     """
     if kept is None:
         kept = [torch.mm(dy, weight.columns.to(dy.dtype)).float() for dy, weight in dys]

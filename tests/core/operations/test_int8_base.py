@@ -23,17 +23,10 @@ from lorakit.core.quantization.int8 import Int8Linear
 from lorakit.errors import ConfigError, DataError, MergeError, NonFiniteError
 from lorakit.ops.int8_weight import input_scales
 
+from ...small_models import WIDER
 from ...train.processes import begin, end
 from . import int8_process
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -42,7 +35,7 @@ def llama(**fields: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **fields})).requires_grad_(False).eval()
+    return LlamaForCausalLM(LlamaConfig(**{**WIDER, **fields})).requires_grad_(False).eval()
 
 
 def batches(count: int = 2, length: int = 12, seed: int = 1) -> list[dict[str, Tensor]]:
@@ -360,7 +353,7 @@ def test_routers_and_experts_keep_their_dtype() -> None:
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     torch.manual_seed(0)
-    sizes = {**SIZES, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "num_experts": 4}
+    sizes = {**WIDER, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "num_experts": 4}
     model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, num_experts_per_tok=2)).requires_grad_(False).eval()
     report = quantize_base(model, batches())
     kept = {path.rpartition("layers.")[2] for path in report.skipped if path != "lm_head"}

@@ -14,14 +14,8 @@ from lorakit.core.operations.int8_calibration import Calibration, Target, base_l
 from lorakit.core.quantization.int8 import Int8Linear
 from lorakit.errors import NotYetSupported
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+from ...small_models import WIDER
+
 LENGTHS = (12, 5, 9)
 
 
@@ -30,7 +24,7 @@ def llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES)).requires_grad_(False).eval()
+    return LlamaForCausalLM(LlamaConfig(**WIDER)).requires_grad_(False).eval()
 
 
 def qwen_moe() -> Any:
@@ -38,7 +32,7 @@ def qwen_moe() -> Any:
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     torch.manual_seed(0)
-    sizes = {**SIZES, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "num_experts": 4}
+    sizes = {**WIDER, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "num_experts": 4}
     return Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, num_experts_per_tok=2)).requires_grad_(False).eval()
 
 
