@@ -45,7 +45,7 @@ def measured(side: str, source: str, rows: int, length: int) -> dict[str, float]
     gc.collect()
     before = {name: status(name) for name in ("VmRSS", "RssAnon")}
     with peaks() as loading:
-        model = load_model(source, dtype="bfloat16").requires_grad_(False)
+        model = load_model(source, dtype="bfloat16", convert_in_files=side == "int8").requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     batches = [{"input_ids": torch.randint(0, 49_000, (1, length), generator=generator)} for _ in range(rows)]
     with peaks() as found:

@@ -257,7 +257,7 @@ def test_a_task_is_planned_as_it_is_trained(tmp_path: Path, capsys: pytest.Captu
     saved = values["adapter"]["modules_to_save"]
     assert saved == {"bert.pooler": 32 * 32 + 32, "classifier": 5 * 32 + 5}
     labels = {"id2label": {str(n): f"LABEL_{n}" for n in range(5)}}
-    model = hub.load_for_task(hub.resolve(tmp_path), "float32", task="classification", config_values=labels).model
+    model = hub.load_for_task(tmp_path, hub.LoadOptions("float32"), "classification", labels).model
     config = LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["pooler"])
     core.attach(model, config)
     trained = sum(parameter.numel() for _, parameter in core.trainable_parameters(model))

@@ -137,7 +137,7 @@ def test_new_modules_are_not_quantized(base: str, task: str, quantization: str, 
     pytest.importorskip(package)
     source = hub.resolve(request.getfixturevalue(base))
     values = {"id2label": {0: "a", 1: "b"}} if task != "encoder" else {}
-    loaded = hub.load_for_task(source, "float32", task=task, quantization=quantization, config_values=values)
+    loaded = hub.load_for_task(source, hub.LoadOptions("float32", quantization=quantization), task, values)
     assert bool(loaded.new_modules) == (task != "encoder")
     for path in loaded.new_modules:
         parameters = list(loaded.model.get_submodule(path).parameters())

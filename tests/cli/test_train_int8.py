@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import torch
 
 from lorakit import core, data, hub
 from lorakit.cli import main
+from lorakit.core.operations import int8_base
+from lorakit.hub import converting
+from lorakit.mapped_files import file_mappings
 from lorakit.train.int8_base import unsupported
 
 needs_units = pytest.mark.skipif(bool(unsupported(torch.device("cpu"))), reason="the processor has no int8 units")
@@ -77,6 +81,28 @@ def losses_in(value: Any) -> list[float]:
         return []
     own = [value["loss"]] if isinstance(value.get("loss"), float) else []
     return own + [loss for one in value.values() for loss in losses_in(one)]
+
+
+@needs_units
+def test_weights_that_are_converted_in_files_train_the_same_adapter(
+    flags: list[str], tmp_path: Path, wide_model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, mapped = list[bytes](), list[bool]()
+
+    def note_where(index: Any, paths: list[str]) -> None:
+        address = index.base(paths[0]).weight.data_ptr()
+        mapped.append(any(first <= address < last for first, last in file_mappings()))
+
+    for is_linux in (True, False):
+        with monkeypatch.context() as patch:
+            if not is_linux:
+                patch.setattr(converting, "_converted", lambda *_: None)
+            patch.setattr(int8_base, "_copy_mapped", note_where)
+            flags[flags.index("--output-dir") + 1] = str(tmp_path / f"run-{is_linux}")
+            assert main(flags) == 0
+        made.append((tmp_path / f"run-{is_linux}" / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert made[0] == made[1]
+    assert mapped == [sys.platform == "linux", False]
 
 
 @needs_units

@@ -62,7 +62,7 @@ def test_the_report_after_loading_says_the_same(which: str, task: str, tmp_path:
         skeleton = hub.skeleton(source, task, values)
     except ValueError:
         pytest.skip("transformers has no class for this task")
-    loaded = hub.load_for_task(source, "float32", task=task, config_values=values)
+    loaded = hub.load_for_task(source, hub.LoadOptions("float32"), task, values)
     assert modules_with(skeleton, missing_names(skeleton, source)) == loaded.new_modules or task == "encoder"
     shape = hub.shape_for_task(source, task, values)
     assert set(loaded.new_modules) <= set(shape.full_modules)

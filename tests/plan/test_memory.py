@@ -109,16 +109,18 @@ def test_memory_outside_of_steps() -> None:
     assert measured.bytes_of("temporary") == 900 * MB
 
 
-def test_an_int8_base_is_made_from_mapped_files_or_from_a_base_in_the_dtype() -> None:
+def test_an_int8_base_is_made_from_mapped_files_in_any_dtype() -> None:
     short = Job(1, 8, accelerated=True, base_matmul="int8")
     shape, counted = _shape("SmolLM2-135M"), count(_shape("SmolLM2-135M"), LoraConfig(r=4, target_modules="all-linear"))
-    found = {
-        dtype: process.temporary_bytes(shape, counted, dataclasses.replace(short, dtype=dtype))[process.LOADING]
-        for dtype in ("bfloat16", "float32")
-    }
-    base = int8_base(shape, 4)
-    assert found["bfloat16"] == 0  # the files are in bfloat16
-    assert found["float32"] == 2 * shape.parameters + 4 * base.elements - base.size_bytes
+    for dtype in ("bfloat16", "float32"):  # the files are in bfloat16
+        job = dataclasses.replace(short, dtype=dtype)
+        assert process.temporary_bytes(shape, counted, job)[process.LOADING] == 0
+    packed = dataclasses.replace(shape, source="model.Q4_1.gguf", dtype="float32")
+    base = int8_base(shape, 2)
+    job = dataclasses.replace(short, dtype="bfloat16")
+    assert process.temporary_bytes(packed, counted, job)[process.LOADING] == (
+        4 * shape.parameters + 2 * base.elements - base.size_bytes
+    )
 
 
 def test_a_large_vocabulary_is_checked_in_fp64() -> None:

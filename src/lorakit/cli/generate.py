@@ -127,7 +127,8 @@ def run(
     tokenizer = adapters.tokenizer_for(source, files)
     form = prompt_format(tokenizer, [file.sidecar.facts for file in files], flags.chat)
     encoded = encode_prompts(prompts, tokenizer, form, flags.system)
-    model = hub.load_model(source, flags.dtype, device, quantization=quantization)
+    in_files = flags.base_matmul == INT8
+    model = hub.load_model(source, flags.dtype, device, quantization=quantization, convert_in_files=in_files)
     names: list[str | None] = list(adapters.load_adapters(model, files, adapters.overridden(asdict(allow))))
     if flags.base or len(names) != 1:
         names.insert(0, None)

@@ -80,7 +80,8 @@ class MergeRequest:
     ) -> hub.LoadedModel:
         """Load the base with the head that the task needs; a new head has random weights until the adapters load."""
         adapters = [files.folder for files in self.adapters]
-        return load_model_for(self.task, self.source, dtype, "cpu", quantization, tokenizer, adapters)
+        how = hub.LoadOptions(dtype, quantization=quantization)
+        return load_model_for(self.task, self.source, how, tokenizer, adapters)
 
 
 @dataclass(frozen=True)

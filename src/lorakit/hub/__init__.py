@@ -16,6 +16,7 @@ from lorakit.hub.model_config import (
 from lorakit.hub.models import (
     AddedTokens,
     LoadedModel,
+    LoadOptions,
     adapter_tokenizer,
     add_tokens,
     chat_template_hash,
@@ -42,6 +43,7 @@ __all__ = [
     "Calibration",
     "DtypeChoice",
     "Family",
+    "LoadOptions",
     "LoadedModel",
     "ModelFacts",
     "ModelSource",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lorakit.durable import JsonValue
 from lorakit.hub.quiet import quiet_transformers
-from lorakit.hub.sources import ModelSource, call_loader
+from lorakit.hub.sources import WEIGHT_INDEX, WEIGHTS, ModelSource, call_loader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -169,3 +169,16 @@ def file_of(source: ModelSource, name: str) -> Path | None:
 
     found = huggingface_hub.try_to_load_from_cache(source.path_or_id, name, revision=source.revision)
     return Path(found) if isinstance(found, str) else None
+
+
+def weight_files(source: ModelSource) -> list[Path] | None:
+    """Return a model's safetensors files, from its directory or the Hub's cache; None if some are not there."""
+    whole = file_of(source, WEIGHTS)
+    if whole is not None:
+        return [whole]
+    index = file_of(source, WEIGHT_INDEX)
+    if index is None:
+        return None
+    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    files = [file_of(source, name) for name in sorted(names)]
+    return [file for file in files if file is not None] if all(files) else None

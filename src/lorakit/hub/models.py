@@ -8,11 +8,12 @@ record to identify the tokenizer and the chat template they were trained with.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.durable import JsonValue
 from lorakit.errors import ConfigError, DiskError, ModelError
 from lorakit.hub import gguf_files
+from lorakit.hub.converting import converted_files, has_matrices_in
 from lorakit.hub.model_config import TASKS, WITH_NEW_HEADS, config_of
 from lorakit.hub.new_modules import full_modules, is_unused_pooler, modules_with
 from lorakit.hub.packaged import check_space, write_weights
@@ -40,7 +42,7 @@ from lorakit.plan.quantized import Quantization
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Dtype names that `load_model` accepts; "auto" keeps the dtype stored in the files."""
@@ -52,6 +54,7 @@ def load_model(
     device: str | torch.device = "cpu",
     task: str = "causal",
     quantization: str | Quantization | None = None,
+    convert_in_files: bool = False,
 ) -> PreTrainedModel:
     """Load a model with its weights.
 
@@ -63,6 +66,9 @@ def load_model(
         task: A key of `TASKS`. For "classification", a head that is missing from the files is newly initialized.
         quantization: Quantization of the linear layers: a `Quantization`, its name, or None. The weights of a GGUF file
             are dequantized and cannot be quantized again.
+        convert_in_files: Whether weights of another dtype are converted in temporary files in lorakit's cache
+            directory, and mapped into memory, so that they can be replaced one after another. The values are the same.
+            Only on Linux, and only if the disk has enough space.
 
     Returns:
         The model, in eval mode.
@@ -74,7 +80,17 @@ def load_model(
             the requested quantization.
         MissingExtra: The quantization package is not installed.
     """
-    return load_for_task(model, dtype, device, task, quantization).model
+    return load_for_task(model, LoadOptions(dtype, device, quantization, convert_in_files), task).model
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How the weights of a model are loaded; the attributes are arguments of `load_model`."""
+
+    dtype: str | torch.dtype = "auto"
+    device: str | torch.device = "cpu"
+    quantization: str | Quantization | None = None
+    convert_in_files: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,21 +109,17 @@ class LoadedModel:
 
 def load_for_task(
     model: str | os.PathLike[str] | ModelSource,
-    dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "cpu",
+    how: LoadOptions | None = None,
     task: str = "causal",
-    quantization: str | Quantization | None = None,
     config_values: Mapping[str, JsonValue] | None = None,
 ) -> LoadedModel:
     """Load a model with its weights and, if the task needs one, a head that the files do not contain.
 
     Args:
         model: A model name or path, or the result of `resolve`.
-        dtype: As in `load_model`.
-        device: Device for the weights.
+        how: Dtype, device and quantization; None for the defaults.
         task: A key of `TASKS`. A head for classification that is missing from the files, or has another size, is
             initialized with torch's random number generator.
-        quantization: As in `load_model`.
         config_values: Values of the model's config to replace, such as `id2label`.
 
     Returns:
@@ -116,12 +128,14 @@ def load_for_task(
     Raises:
         LorakitError: See `load_model`.
     """
+    how = LoadOptions() if how is None else how
+    quantization, device = how.quantization, how.device
     if task not in TASKS:
         raise ConfigError.of("task", task, allowed=TASKS)
     stored = Quantization(quantization) if isinstance(quantization, str) else quantization
     if stored is not None:
         require_quantizer(stored)
-    wanted = _dtype(dtype)
+    wanted = _dtype(how.dtype)
     source = resolve(model)
     require(source)
     import torch
@@ -140,7 +154,9 @@ def load_for_task(
         options |= {"use_safetensors": True} if source.header is None else gguf_files.dequantizing_options()
         if config_values:
             options |= {"config": config, "ignore_mismatched_sizes": task in WITH_NEW_HEADS}
-        loaded, report = call_loader(source, partial(getattr(transformers, TASKS[task]).from_pretrained, **options))
+        load = partial(getattr(transformers, TASKS[task]).from_pretrained, **options)
+        converted = _load_converted(source, load, config) if how.convert_in_files and stored is None else None
+        loaded, report = converted or call_loader(source, load)
         new = _new_modules(loaded, source, report, task)
         if source.header is not None:
             gguf_files.finish_model(loaded, source.header.path)
@@ -148,6 +164,28 @@ def load_for_task(
             loaded = loaded.to(device)
         finish_loading(loaded, stored, source, unquantized)
     return LoadedModel(loaded.eval(), new)
+
+
+def _load_converted(
+    source: ModelSource, load: partial[tuple[PreTrainedModel, dict[str, Any]]], config: PreTrainedConfig
+) -> tuple[PreTrainedModel, dict[str, Any]] | None:
+    """Return the result of a loader for files that were converted to its dtype, or None if it needs the originals."""
+    import torch
+
+    dtype, state = load.keywords["dtype"], torch.get_rng_state()
+    if not isinstance(dtype, torch.dtype):
+        return None
+    with converted_files(source, dtype) as folder:
+        if folder is None:
+            return None
+        here = replace(source, kind="directory", path_or_id=str(folder), revision=None)
+        with contextlib.suppress(ModelError):
+            loaded, report = call_loader(here, partial(load, config=config))
+            if has_matrices_in(loaded, dtype):
+                loaded.name_or_path = loaded.config.name_or_path = source.path_or_id
+                return loaded, report
+    torch.set_rng_state(state)  # new modules get the same values as without this attempt
+    return None
 
 
 def stored_as_files(

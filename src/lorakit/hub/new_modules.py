@@ -5,13 +5,12 @@ Names in the files are converted with transformers' own rules, so the result is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from lorakit.config import HEADS_BY_TASK, TaskType
-from lorakit.hub.model_config import file_of
+from lorakit.hub.model_config import weight_files
 from lorakit.hub.sources import ModelSource
 from lorakit.hub_cache import offline
 from lorakit.targets import names_path
@@ -140,15 +139,9 @@ def _stored(source: ModelSource) -> Sizes | None:
     """Return the tensors in a model's safetensors files, or None if they are unknown."""
     if source.kind in ("config", "gguf"):
         return None
-    whole = file_of(source, "model.safetensors")
-    if whole is not None:
-        return _sizes([whole])
-    index = file_of(source, "model.safetensors.index.json")
-    if index is not None:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        parts = [file_of(source, name) for name in sorted(names)]
-        if all(parts):
-            return _sizes(part for part in parts if part is not None)
+    files = weight_files(source)
+    if files is not None:
+        return _sizes(files)
     return _on_hub(source) if source.kind == "hub" else None
 
 

@@ -25,7 +25,9 @@ HUB_TIMEOUT_SECONDS = 10.0
 """Timeout, in seconds, for the request that checks whether the Hub has a model."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+WEIGHTS, WEIGHT_INDEX = "model.safetensors", "model.safetensors.index.json"
+"""Names of the file with all weights, and of the list of several such files."""
+
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -129,7 +131,7 @@ def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = Fals
             "the directory contains both a model and an adapter (adapter_config.json), and transformers would load "
             "both; move the adapter to its own directory."
         )
-    if weights and not any((folder / name).is_file() for name in _WEIGHTS):
+    if weights and not any((folder / name).is_file() for name in (WEIGHTS, WEIGHT_INDEX)):
         raise source.error(_no_weights(folder))
     if tokenizer and not any((folder / name).is_file() for name in _TOKENIZERS):
         raise source.error(
@@ -302,7 +304,7 @@ def _ask_hub(source: ModelSource, path: Path) -> None:
     files = {sibling.rfilename for sibling in info.siblings or ()}
     if "config.json" not in files:
         raise source.error("not a transformers model on the Hub (no config.json).")
-    if not files.intersection(_WEIGHTS):
+    if not files.intersection((WEIGHTS, WEIGHT_INDEX)):
         raise source.error("the Hub has no safetensors weights for this model; other formats are not loaded.")
 
 

@@ -55,8 +55,8 @@ def temporary_bytes(shape: ModelShape, counted: Count | None, job: Job) -> dict[
 
     If the files have the job's dtype, the mapped files are the weights, and loading needs nothing else. If weights are
     converted, quantized or dequantized, the files stay mapped until all weights are loaded. A base that is multiplied
-    in int8 is quantized after it was loaded: from mapped files one weight after another, otherwise from a whole base
-    in the job's dtype.
+    in int8 is converted in files and quantized from mapped files, one weight after another. Only from a GGUF file, all
+    of it exists in the job's dtype first.
 
     Args:
         shape: Shape of the base.
@@ -70,7 +70,8 @@ def temporary_bytes(shape: ModelShape, counted: Count | None, job: Job) -> dict[
         return {}
     files = packed_files(shape)
     is_dequantized = files is not None and files.base is None
-    is_converted = shape.dtype != job.dtype or job.quantization is not None or is_dequantized
+    is_in_files = job.base_matmul == "int8" and not shape.source.lower().endswith(".gguf")
+    is_converted = (shape.dtype != job.dtype and not is_in_files) or job.quantization is not None or is_dequantized
     size = DTYPE_BYTES.get(shape.dtype, MASTER_BYTES) * shape.parameters if files is None else files.file_bytes
     found = {MEASURING: job.reserved_bytes}
     found[LOADING] = size + _replaced_bytes(shape, job) if is_converted else 0

@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from lorakit import hub
 from lorakit.config import HEADS_BY_TASK, LoraConfig, adapter_directory, read_config
 from lorakit.data import Labeled, Record, Split, Tagged, Tokenizer, padding_id
 from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import AdapterFileError, UsageError
-from lorakit.plan.quantized import Quantization
 from lorakit.tasks.causal_lm import CAUSAL_LM
 from lorakit.tasks.classification import CLASSIFICATION
 from lorakit.tasks.embedding import EMBEDDING
@@ -165,9 +162,7 @@ def task_of_model(name: str | None, source: hub.ModelSource) -> TaskOnData:
 def load_model_for(
     task: TaskOnData,
     source: hub.ModelSource,
-    dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "cpu",
-    quantization: Quantization | None = None,
+    how: hub.LoadOptions | None = None,
     tokenizer: Tokenizer | None = None,
     adapters: Sequence[str | Path] | None = None,
 ) -> hub.LoadedModel:
@@ -176,9 +171,7 @@ def load_model_for(
     Args:
         task: The task, and what it predicts.
         source: The model.
-        dtype: As in `hub.load_model`.
-        device: Device for the weights.
-        quantization: Quantization of the linear layers, or None.
+        how: Dtype, device and quantization; None for the defaults.
         tokenizer: The model's tokenizer; its padding token is written to the config of a model with a head if the
             config has none, because such models read the last token before the padding.
         adapters: Directories of the adapters that will be loaded; None if the new modules will be trained.
@@ -191,7 +184,7 @@ def load_model_for(
     values = task.target.config_values()
     if values and tokenizer is not None and hub.ModelFacts.of(source).padding is None:
         values["pad_token_id"] = padding_id(tokenizer)
-    loaded = hub.load_for_task(source, dtype, device, task.task.loader, quantization, values)
+    loaded = hub.load_for_task(source, how, task.task.loader, values)
     for folder in adapters or ():
         _check_heads(loaded.new_modules, folder)
     if loaded.new_modules and adapters is not None and not adapters:

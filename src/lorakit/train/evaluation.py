@@ -247,7 +247,8 @@ def compare(
     choice = hub.choose_dtype(settings.dtype, where)
     detail(f"precision: {choice.reason}")
     folders = [files.folder for files in settings.adapters.values()]
-    base = load_model_for(task, source, choice.dtype, where, settings.quantization, tokenizer, folders)
+    how = hub.LoadOptions(choice.dtype, where, settings.quantization)
+    base = load_model_for(task, source, how, tokenizer, folders)
     loaded, name, alone, found = base.model, "adapter", list[tuple[str, Evaluation]](), dict[str, Evaluation]()
     if base.new_modules:
         say(f"The model has no weights for {', '.join(base.new_modules)}, so it is measured only with adapters.")

@@ -85,9 +85,9 @@ def predict(settings: PredictSettings, say: Callable[[str], None] = lambda _: No
     assert isinstance(encoded, EncodedRows)  # all tasks that predict rows return this type
     for line in encoded.report.lines()[1:]:
         say(line)
-    dtype = hub.choose_dtype(settings.dtype, where).dtype
+    how = hub.LoadOptions(hub.choose_dtype(settings.dtype, where).dtype, where, settings.quantization)
     folders = [] if adapter is None else [adapter.folder]
-    loaded = load_model_for(task, source, dtype, where, settings.quantization, tokenizer, folders)
+    loaded = load_model_for(task, source, how, tokenizer, folders)
     if adapter is not None:
         core.load_adapter(loaded.model, adapter, ADAPTER, allow=settings.allow)
     accelerate(loaded.model)

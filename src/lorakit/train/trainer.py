@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit import core
+from lorakit import core, hub
 from lorakit.data import lengths
 from lorakit.data.quality import marked, shown_tokens
 from lorakit.errors import DiskError, LorakitError, ModelError
@@ -219,7 +219,8 @@ def _loaded(spec: RunSpec, plan: RunPlan, progress: Progress) -> tuple[nn.Module
     """Load the model, and add the modules that its files lack to those that the adapter trains and saves in full."""
     stored = spec.settings.stored_as()
     start = None if spec.start is None else [spec.start.adapter.folder]
-    loaded = load_model_for(spec.task, spec.source, plan.dtype, spec.device, stored, spec.tokenizer, start)
+    how = hub.LoadOptions(plan.dtype, spec.device, stored, convert_in_files=spec.base_matmul == "int8")
+    loaded = load_model_for(spec.task, spec.source, how, spec.tokenizer, start)
     if start is not None:
         return loaded.model, spec
     if loaded.new_modules:
