@@ -172,7 +172,7 @@ def file_of(source: ModelSource, name: str) -> Path | None:
 
 
 def weight_files(source: ModelSource) -> list[Path] | None:
-    """Return a model's safetensors files, from its directory or the Hub's cache; None if some are not there."""
+    """Return a model's safetensors files, from its directory or the Hub's cache; None if some are missing."""
     whole = file_of(source, WEIGHTS)
     if whole is not None:
         return [whole]

@@ -85,7 +85,7 @@ def load_model(
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How the weights of a model are loaded; the attributes are arguments of `load_model`."""
+    """Options of `load_model`, which describes them, except for the model and the task."""
 
     dtype: str | torch.dtype = "auto"
     device: str | torch.device = "cpu"
