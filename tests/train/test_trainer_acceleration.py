@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -9,9 +12,10 @@ import transformers
 from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.ops.kernels import compiled
+from lorakit.plan import Job
 from lorakit.speed import Acceleration, accelerate
 from lorakit.speed.admission import Skipped
-from lorakit.train.trainer import acceleration_lines
+from lorakit.train.trainer import acceleration_lines, padding_line
 
 
 def model(kind: type[transformers.PretrainedConfig] = transformers.LlamaConfig, **more: int) -> torch.nn.Module:
@@ -50,3 +54,17 @@ def test_a_loss_from_logits_and_padded_rows_are_said() -> None:
     assert acceleration_lines(padded)[0] == (
         f"Acceleration: {len(fast.swaps)} fused modules, loss from logits (its head has a bias), padded sequences."
     )
+
+
+def test_rows_that_are_padded_although_the_plan_packs_them_are_reported() -> None:
+    fast = accelerate(model())
+    padded = dataclasses.replace(fast, packs=False)
+    job = Job(4, 32, accelerated=True, mean_tokens=20.0)
+    text = padding_line(padded, job)
+    assert "padded, not packed" in text and "memory and time" in text
+    assert not padding_line(fast, job)
+    same: dict[str, Any]
+    for same in ({"batch_rows": 1}, {"mean_tokens": None}):  # one row, or a plan that counts padding
+        assert not padding_line(padded, dataclasses.replace(job, **same))
+    nothing = Acceleration((), (), None, "its weights are sharded")
+    assert not padding_line(nothing, job)  # another message says that nothing was accelerated

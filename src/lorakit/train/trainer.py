@@ -26,7 +26,7 @@ from lorakit.data.quality import marked, shown_tokens
 from lorakit.errors import DiskError, LorakitError, ModelError
 from lorakit.ops import choices
 from lorakit.ops.kernels import compiled
-from lorakit.plan import Plan, bytes_of
+from lorakit.plan import Job, Plan, bytes_of
 from lorakit.plan.fitting import describe
 from lorakit.plan.params import with_full_modules
 from lorakit.plan.quantized import stored
@@ -95,6 +95,8 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
             current = prepare(spec, progress, started)
             if processes.is_first:
                 check_space(spec, current.space, progress)
+                if padded := padding_line(current.acceleration, current.plan.estimated.job):
+                    progress.say(padded)
         held.enter_context(choices.activate(current.choices))
         held.callback(lambda: current.trackers.close(current.status))
         with processes.together():
@@ -338,6 +340,27 @@ def _accelerated(model: nn.Module, recompute: str, progress: Progress) -> Accele
     for line in acceleration_lines(acceleration):
         show(line)
     return acceleration
+
+
+def padding_line(acceleration: Acceleration | None, job: Job) -> str:
+    """Return a message if batches have to be padded although their plan assumes that they are packed, otherwise "".
+
+    Args:
+        acceleration: Result of `accelerate`, or None.
+        job: The job of the plan.
+    """
+    if (
+        acceleration is None
+        or acceleration.packs
+        or not acceleration.swaps
+        or job.mean_tokens is None
+        or job.batch_rows == 1
+    ):
+        return ""
+    return (
+        "Rows are padded, not packed, because packed sequences would affect each other in this model, or some of its "
+        "attention layers are not fused. The plan does not include the memory and time that padding takes."
+    )
 
 
 def acceleration_lines(acceleration: Acceleration) -> list[str]:
