@@ -68,7 +68,9 @@ def close(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
 def test_quantization_in_c_has_the_bits_of_the_plain_one(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x, factors = activations(*shape, dtype), normal(shape[1], seed=2).abs()
     factors[0] = 0
-    q, scale = int8._quantized(x, factors)
+    kept = torch.tensor([shape[1] - 1, 0, 1])
+    q, scale, columns = int8._quantized(x, factors, kept)
+    assert torch.equal(columns, x[:, kept]) and not int8._quantized(x, factors).kept.numel()
     expected, of_rows = quantize_rows(x.float() * factors)
     assert torch.equal(q, expected)
     assert torch.equal(scale, of_rows)
@@ -85,7 +87,7 @@ def test_the_reciprocal_of_a_scale_is_rounded_once() -> None:
 def test_ties_are_rounded_to_even_and_rows_without_values_to_zero() -> None:
     levels = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -127.0])
     x = torch.stack([levels, torch.zeros(7), levels * 2.0**-140])
-    q, scale = int8._quantized(x, torch.ones(7))
+    q, scale, _ = int8._quantized(x, torch.ones(7))
     assert q[0].tolist() == [127, 0, 2, 2, 0, -2, -127]
     assert not q[1:].any()
     assert torch.equal(q, quantize_rows(x)[0])

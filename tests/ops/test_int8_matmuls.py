@@ -16,7 +16,7 @@ from lorakit.ops.adapted import Adapted, LowRank, factors
 from lorakit.ops.int8 import Int8Inputs, reference_integer_matmul
 from lorakit.ops.int8_weight import Int8Weight, input_scales, quantize_weight
 from lorakit.ops.kernels import building, compiled, kernels_for
-from lorakit.ops.kernels.compiled_int8 import FEWEST_ROWS, LOW_STEP_OF_TILES, CompiledInt8Matmuls
+from lorakit.ops.kernels.compiled_int8 import FEWEST_ROWS, CompiledInt8Matmuls
 from lorakit.ops.kernels.gateway import Gateway
 from lorakit.ops.linear import linears
 
@@ -57,6 +57,11 @@ def weights(outs: Sequence[int], width: int, kept: int) -> list[Int8Weight]:
     return [quantize_weight(W, gain, left_out) for W in dense]
 
 
+def nothing(rows: int, out: int) -> tuple[Tensor, Tensor]:
+    """The factors of a low-rank term of rank 0."""
+    return torch.empty(rows, 0, dtype=BF16), torch.empty(out, 0, dtype=BF16)
+
+
 def close(one: Tensor, other: Tensor) -> bool:
     return bool((one.double() - other.double()).abs().max() <= BOUND * other.abs().max())
 
@@ -68,8 +73,8 @@ SIZES = pytest.mark.parametrize("rows, width, out", [(33, 64, 64), (64, 128, 192
 def test_the_integers_are_exact(matmuls: CompiledInt8Matmuls, rows: int, width: int, out: int) -> None:
     q, dq, Q = integers(rows, width), integers(rows, out), integers(out, width)
     t, s, u, g = (2.0 ** torch.arange(n).remainder(5) for n in (rows, out, rows, width))
-    y, total, none = torch.empty(rows, out, dtype=BF16), torch.empty(rows, width), torch.empty(rows, 0, dtype=BF16)
-    matmuls.int8_matmul_output(q, Q, (t, s), None, none, none.view(0, out, 2), y)
+    y, total = torch.empty(rows, out, dtype=BF16), torch.empty(rows, width)
+    matmuls.int8_matmul_output(q, Q, (t, s), None, (nothing(rows, out),) * 2, y)
     matmuls.int8_matmul_add(dq, Q, (u, g), None, total)
     assert torch.equal(y, (reference_integer_matmul(q, Q.t()).float() * t[:, None] * s).to(BF16))
     assert torch.equal(total, reference_integer_matmul(dq, Q).float() * u[:, None] * g)
@@ -81,8 +86,8 @@ def test_the_integers_are_exact(matmuls: CompiledInt8Matmuls, rows: int, width: 
 @pytest.mark.parametrize("left, right", [(127, 127), (127, -127), (-127, 127), (-127, -127), (-128, -128)])
 def test_the_largest_sums_do_not_saturate(matmuls: CompiledInt8Matmuls, left: int, right: int) -> None:
     q, Q = torch.full((40, 1088), left, dtype=torch.int8), torch.full((64, 1088), right, dtype=torch.int8)
-    y, none, one = torch.empty(40, 64, dtype=BF16), torch.empty(40, 0, dtype=BF16), torch.ones
-    matmuls.int8_matmul_output(q, Q, (one(40), one(64)), None, none, none.view(0, 64, 2), y)
+    y, one = torch.empty(40, 64, dtype=BF16), torch.ones
+    matmuls.int8_matmul_output(q, Q, (one(40), one(64)), None, (nothing(40, 64),) * 2, y)
     assert torch.equal(y, torch.full_like(y, 1088 * left * right))
     total = torch.empty(40, 1088)
     matmuls.int8_matmul_add(q[:, :64].contiguous(), Q, (one(40), one(1088)), None, total)
@@ -174,16 +179,17 @@ def test_only_sizes_that_fill_tiles_are_supported(matmuls: CompiledInt8Matmuls) 
 
 def test_wrong_tensors_are_rejected(matmuls: CompiledInt8Matmuls) -> None:
     q, Q, one = integers(40, 64), integers(128, 64), torch.ones
-    none, y = torch.empty(40, 0, dtype=BF16), torch.empty(40, 128, dtype=BF16)
-    right, dx, kept = none.view(0, 128, 2), torch.zeros(40, 64, dtype=BF16), torch.tensor([64])
+    none, y = nothing(40, 128), torch.empty(40, 128, dtype=BF16)
+    dx, kept = torch.zeros(40, 64, dtype=BF16), torch.tensor([64])
     with pytest.raises(ValueError, match="q"):
-        matmuls.int8_matmul_output(q[:, :32], Q, (one(40), one(128)), None, none, right, y)
+        matmuls.int8_matmul_output(q[:, :32], Q, (one(40), one(128)), None, (none, none), y)
     with pytest.raises(ValueError, match="multiples"):
-        matmuls.int8_matmul_output(q, Q[:100], (one(40), one(100)), None, none, right, y)
-    with pytest.raises(ValueError, match="left"):
-        matmuls.int8_matmul_output(
-            q, Q, (one(40), one(128)), None, torch.zeros(40, matmuls.low_step // 2, dtype=BF16), right, y
-        )
+        matmuls.int8_matmul_output(q, Q[:100], (one(40), one(100)), None, (none, none), y)
+    for number, name in enumerate(("B", "columns")):
+        terms = [none, none]
+        terms[number] = normal(40, 4).to(BF16), normal(128, 3).to(BF16)
+        with pytest.raises(ValueError, match=name):
+            matmuls.int8_matmul_output(q, Q, (one(40), one(128)), None, (terms[0], terms[1]), y)
     with pytest.raises(ValueError, match="kept"):
         matmuls.int8_matmul_input_gradient(integers(40, 128), Q, (one(40), one(64)), torch.zeros(40, 1), kept, None, dx)
 
@@ -195,14 +201,21 @@ def test_the_kernels_are_used_here(matmuls: CompiledInt8Matmuls) -> None:
     assert found is not None and int8._matmuls(found, BF16, integers(40, 64), W) is matmuls
 
 
-def test_any_even_number_of_low_rank_columns_is_taken_without_tiles(matmuls: CompiledInt8Matmuls) -> None:
-    q, Q, one = integers(40, 64), integers(64, 64), torch.ones
-    left, right = normal(40, matmuls.low_step).to(BF16), normal(matmuls.low_step // 2, 64, 2).to(BF16)
-    y = torch.empty(40, 64, dtype=BF16)
-    matmuls.int8_matmul_output(q, Q, (one(40), one(64)), None, left, right, y)
-    low = left.float() @ right.float().transpose(1, 2).reshape(-1, 64)
-    assert close(y, reference_integer_matmul(q, Q.t()) + low)
-    assert matmuls.low_step in (2, LOW_STEP_OF_TILES)
+@pytest.mark.parametrize("rows", [40, 64])
+@pytest.mark.parametrize("r, k", [(0, 16), (16, 0), (3, 0), (0, 1), (8, 5), (16, 16), (17, 15), (40, 16)])
+def test_low_rank_terms_of_any_rank_are_added(matmuls: CompiledInt8Matmuls, rows: int, r: int, k: int) -> None:
+    q, Q, one = integers(rows, 64), integers(128, 64), torch.ones
+    h, B, kept, columns = (
+        normal(*size, seed=n).to(BF16) for n, size in enumerate(((rows, r), (128, r), (rows, k), (128, k)))
+    )
+    y, apart = torch.empty(rows, 128, dtype=BF16), torch.empty(rows, 128, dtype=BF16)
+    scales = one(rows), one(128) / 64
+    matmuls.int8_matmul_output(q, Q, scales, None, ((h, B), (kept, columns)), y)
+    low = h.float() @ B.float().t() + kept.float() @ columns.float().t()
+    assert close(y, reference_integer_matmul(q, Q.t()) / 64 + low)
+    wider = torch.cat((h, normal(rows, 5).to(BF16)), 1)[:, :r]  # rows at a distance
+    matmuls.int8_matmul_output(q, Q, scales, None, ((wider, B), (kept, columns)), apart)
+    assert torch.equal(apart, y)
 
 
 class Inexact(CompiledInt8Matmuls):
@@ -217,7 +230,7 @@ class Inexact(CompiledInt8Matmuls):
 
 def test_kernels_that_are_not_exact_are_not_used(matmuls: CompiledInt8Matmuls, monkeypatch: pytest.MonkeyPatch) -> None:
     assert int8.why_no_int8_matmuls.__wrapped__() == ""
-    monkeypatch.setattr(compiled.kernels(), "int8_matmuls", Inexact(matmuls._gateway, matmuls.low_step > 2))
+    monkeypatch.setattr(compiled.kernels(), "int8_matmuls", Inexact(matmuls._gateway, matmuls.tiles))
     reason = int8.why_no_int8_matmuls.__wrapped__()
     assert "wrong" in reason
     monkeypatch.setattr(int8, "why_no_int8_matmuls", lambda: reason)

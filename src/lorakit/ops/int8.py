@@ -131,9 +131,9 @@ def _exact_kernels(g: torch.Generator) -> bool:
         return True
     rows, (out, width) = len(q), Q.shape
     ones = torch.ones(max(rows, out, width), dtype=torch.float32)
-    none = torch.empty(rows, 0, dtype=torch.bfloat16)
+    none = torch.empty(rows, 0, dtype=torch.bfloat16), torch.empty(out, 0, dtype=torch.bfloat16)
     y, dx = torch.empty(rows, out, dtype=torch.bfloat16), torch.empty(rows, width, dtype=torch.float32)
-    matmuls.int8_matmul_output(q, Q, (ones[:rows], ones[:out]), None, none, none.view(0, out, 2), y)
+    matmuls.int8_matmul_output(q, Q, (ones[:rows], ones[:out]), None, (none, none), y)
     matmuls.int8_matmul_add(dq, Q, (ones[:rows], ones[:width]), None, dx)
     forward, backward = (reference_integer_matmul(a, b).float() for a, b in ((q, Q.t()), (dq, Q)))
     return torch.equal(y, forward.bfloat16()) and torch.equal(dx, backward)
@@ -150,15 +150,15 @@ class Int8Inputs:
         """Return x in the form in which `weight` (out, in) multiplies it."""
         key = id(weight.gain), id(weight.kept)
         if key not in self._made:
-            q, t = _quantized(self.x, weight.gain.index_fill(0, weight.kept, 0))
-            self._made[key] = _Quantized(q, t, self.x.index_select(1, weight.kept))
+            factors = weight.gain.index_fill(0, weight.kept, 0)
+            self._made[key] = _quantized(self.x, factors, weight.kept)
         return self._made[key]
 
 
 class _Quantized(NamedTuple):
-    q: Tensor  # int8 (N, in)
+    q: Tensor  # int8 (N, d)
     scale: Tensor  # fp32 (N,)
-    kept: Tensor  # columns of x that are left out, (N, k)
+    kept: Tensor  # the kept columns of the input, in its dtype (N, k)
 
 
 def output(
@@ -180,20 +180,19 @@ def output(
     if h is None and (y := few_rows(inputs.x, weight, bias)) is not None:
         return y
     x, (q, t, kept) = inputs.x, inputs.quantized(weight)
-    columns = weight.columns.to(x.dtype)
-    left, right = (kept, columns) if h is None or B is None else (torch.cat((h, kept), 1), torch.cat((B, columns), 1))
-    bias = None if bias is None else bias.to(x.dtype)
-    kernels, y = kernels_for(x, left, bias), x.new_empty(len(x), len(weight.q))
+    h, B = (x.new_empty(len(x), 0), x.new_empty(len(weight.q), 0)) if h is None or B is None else (h, B)
+    bias, columns = None if bias is None else bias.to(x.dtype), weight.columns.to(x.dtype)
+    kernels, y = kernels_for(x, h, bias), x.new_empty(len(x), len(weight.q))
     matmuls = _matmuls(kernels, x.dtype, q, weight)
     if matmuls is not None:
-        left, right = _padded(left, right, matmuls.low_step)
-        matmuls.int8_matmul_output(q, weight.q, (t, weight.scale), bias, left, _paired(right), y)
+        matmuls.int8_matmul_output(q, weight.q, (t, weight.scale), bias, ((h, B), (kept, columns)), y)
         return y
+    left, right = torch.cat((h, kept), 1), torch.cat((B, columns), 1)
     sums = _integer_matmul(q, weight.q.t())
     if kernels is None or kernels.int8 is None:
         y = sums.float() * t[:, None] * weight.scale + left.float() @ right.float().t()
         return (y if bias is None else y + bias.float()).to(x.dtype)
-    left, right = _padded(left, right, 2)
+    left, right = _even(left, right)
     kernels.int8.int8_output(sums, t, weight.scale, bias, left, _paired(right), y)
     return y
 
@@ -206,12 +205,11 @@ def _matmuls(kernels: Kernels | None, dtype: torch.dtype, q: Tensor, weight: Int
     return None if why_no_int8_matmuls() else matmuls
 
 
-def _padded(left: Tensor, right: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Append zero columns to matrices (·, k) with the same k, up to a multiple of `step`."""
-    missing = -left.shape[1] % step
-    if not missing:
+def _even(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Append a zero column to matrices (·, k) with the same k, if k is odd."""
+    if left.shape[1] % 2 == 0:
         return left, right
-    return torch.nn.functional.pad(left, (0, missing)), torch.nn.functional.pad(right, (0, missing))
+    return torch.nn.functional.pad(left, (0, 1)), torch.nn.functional.pad(right, (0, 1))
 
 
 def _paired(right: Tensor) -> Tensor:
@@ -253,10 +251,10 @@ def _group_gradient(dys: Sequence[tuple[Tensor, Int8Weight]], plus: Tensor | Non
     kernels = kernels_for(dy, plus)
     total: Tensor | None = None
     for each, weight in dys[:-1]:
-        q, u = _quantized(each, weight.scale)
+        q, u, _ = _quantized(each, weight.scale)
         total = _added(kernels, q, u, weight, total, dy.dtype)
     each, weight = dys[-1]
-    q, u = _quantized(each, weight.scale)
+    q, u, _ = _quantized(each, weight.scale)
     return _finished(kernels, q, u, weight, columns, total, plus)
 
 
@@ -299,14 +297,16 @@ def _finished(
     return (total.index_add(1, weight.kept, columns) + plus.float()).to(plus.dtype)
 
 
-def _quantized(x: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `quantize_rows` of x·factors for x (N, d) and fp32 factors (d,)."""
+def _quantized(x: Tensor, factors: Tensor, kept: Tensor | None = None) -> _Quantized:
+    """Return `quantize_rows` of x·factors for x (N, d) and fp32 factors (d,), and the columns `kept` (k,) of x."""
     kernels = kernels_for(x)
     if kernels is None or kernels.int8 is None:
-        return quantize_rows(x.float() * factors)
+        q, scale = quantize_rows(x.float() * factors)
+        return _Quantized(q, scale, x.new_empty(len(x), 0) if kept is None else x.index_select(1, kept))
     q, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), dtype=torch.float32)
-    kernels.int8.int8_quantize(x, factors, q, scale)
-    return q, scale
+    columns = x.new_empty(len(x), 0 if kept is None else len(kept))
+    kernels.int8.int8_quantize(x, factors, kept, q, scale, columns)
+    return _Quantized(q, scale, columns)
 
 
 def _integer_matmul(a: Tensor, b: Tensor) -> Tensor:

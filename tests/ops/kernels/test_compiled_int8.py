@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.ops.kernels.compiled_int8 import DTYPE, LOW_STEP, LOW_STEP_OF_TILES, CompiledInt8Matmuls, int8_matmuls
+from lorakit.ops.kernels.compiled_int8 import DTYPE, CompiledInt8Matmuls, int8_matmuls
 
 HAS, LACKS = frozenset({DTYPE}), frozenset[torch.dtype]()
 
 
 @pytest.mark.parametrize(
-    "matmuls, tiles, step",
-    [(HAS, HAS, LOW_STEP_OF_TILES), (HAS, LACKS, LOW_STEP), (LACKS, HAS, None), (LACKS, LACKS, None)],
+    "matmuls, tiles, expected",
+    [(HAS, HAS, True), (HAS, LACKS, False), (LACKS, HAS, None), (LACKS, LACKS, None)],
 )
-def test_tiles_are_used_if_they_are_permitted(matmuls: Any, tiles: Any, step: int | None) -> None:
+def test_tiles_are_used_if_they_are_permitted(matmuls: Any, tiles: Any, expected: bool | None) -> None:
     gateway: Any = SimpleNamespace(int8_matmuls=matmuls, tiles=tiles)
     found = int8_matmuls(gateway)
-    assert (None if found is None else found.low_step) == step
+    assert (None if found is None else found.tiles) is expected
 
 
 def test_tiles_that_are_not_permitted_are_an_error() -> None:

@@ -99,8 +99,10 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "int8_quantize": lambda: {
         "x": of_ones(3, 8),
         "factors": of_ones(8),
+        "kept": integers(0, 3, 7),
         "q": torch.ones(3, 8, dtype=torch.int8),
         "scale": of_ones(3),
+        "columns": of_ones(3, 3),
     },
     "int8_output": lambda: {
         "sums": torch.ones(3, 8, dtype=torch.int32),

@@ -218,12 +218,23 @@ class CompiledKernels:
             read = rows * r * (width + out)
             self._call("add_per_row", dtype, read, *pointers, rows // asked, rows, width, r, out, into)
 
-    def int8_quantize(self, x: Tensor, factors: Tensor, q: Tensor, scale: Tensor) -> None:
+    def int8_quantize(
+        self, x: Tensor, factors: Tensor, kept: Tensor | None, q: Tensor, scale: Tensor, columns: Tensor | None
+    ) -> None:
         """Implement `Int8Steps.int8_quantize`; x and q are (N, d)."""
         dtype, (rows, d), wide = x.dtype, x.shape, torch.float32
-        given = self._pointer("x", x, dtype, (rows, d)), self._pointer("factors", factors, wide, (d,))
-        made = self._pointer("q", q, torch.int8, (rows, d)), self._pointer("scale", scale, wide, (rows,))
-        self._call("int8_quantize", dtype, rows * d, *given, rows, d, *made)
+        k = 0 if columns is None else columns.shape[-1]
+        given = (
+            self._pointer("x", x, dtype, (rows, d)),
+            self._pointer("factors", factors, wide, (d,)),
+            None if kept is None else self._pointer("kept", kept, torch.int64, (k,), within=(0, d - 1)),
+        )
+        made = (
+            self._pointer("q", q, torch.int8, (rows, d)),
+            self._pointer("scale", scale, wide, (rows,)),
+            self._optional("columns", columns, dtype, (rows, k)),
+        )
+        self._call("int8_quantize", dtype, rows * d, *given, rows, d, k, *made)
 
     def int8_output(
         self, sums: Tensor, t: Tensor, s: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, y: Tensor

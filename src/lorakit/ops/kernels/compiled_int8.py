@@ -16,9 +16,6 @@ DTYPE = torch.bfloat16
 STEP = 64
 """TILE_STEP in int8_panels.h. Both sizes of a weight must be multiples of this."""
 
-LOW_STEP, LOW_STEP_OF_TILES = 2, 32
-"""Without and with tiles, the number of low-rank columns must be a multiple of this."""
-
 FEWEST_ROWS = 33
 """The smallest number of rows; with fewer, most of the time is that of reading the weight."""
 
@@ -42,8 +39,7 @@ class CompiledInt8Matmuls:
     def __init__(self, gateway: Gateway, tiles: bool) -> None:
         if tiles and DTYPE not in gateway.tiles:
             raise ValueError("tiles: this processor has none, or the system does not permit their use")
-        self._gateway, self._tiles = gateway, tiles
-        self.low_step = LOW_STEP_OF_TILES if tiles else LOW_STEP
+        self._gateway, self.tiles = gateway, tiles
 
     def supports(self, q: Tensor, Q: Tensor) -> bool:
         """Implement `Int8Matmuls.supports`; q is (N, in) or (N, out), and Q is (out, in)."""
@@ -55,29 +51,30 @@ class CompiledInt8Matmuls:
         Q: Tensor,
         scales: tuple[Tensor, Tensor],
         bias: Tensor | None,
-        left: Tensor,
-        right: Tensor,
+        terms: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
         y: Tensor,
     ) -> None:
         """Implement `Int8Matmuls.int8_matmul_output`; y is (N, out).
 
         Raises:
-            ValueError: A tensor is invalid, a size is not supported, or `left` has a wrong number of columns.
+            ValueError: A tensor is invalid, or a size is not supported.
         """
-        (out, width), rows, k, pointer = self._checked(Q), len(q), left.shape[-1], self._gateway.pointer
-        if k % self.low_step:
-            raise ValueError(f"left {tuple(left.shape)}: the number of columns must be a multiple of {self.low_step}")
+        (out, width), rows, pointer = self._checked(Q), len(q), self._gateway.pointer
+        (h, B), (kept, columns) = terms
+        r, k, apart = h.shape[-1], kept.shape[-1], h.stride(0)
         given = (
             pointer("q", q, torch.int8, (rows, width)),
             pointer("Q", Q, torch.int8, (out, width)),
             pointer("t", scales[0], torch.float32, (rows,)),
             pointer("s", scales[1], torch.float32, (out,)),
             self._gateway.optional("bias", bias, DTYPE, (out,)),
-            pointer("left", left, DTYPE, (rows, k)),
-            pointer("right", right, DTYPE, (k // 2, out, 2)),
+            pointer("h", h, DTYPE, (rows, r), (apart, 1)),
+            pointer("B", B, DTYPE, (out, r)),
+            pointer("kept", kept, DTYPE, (rows, k)),
+            pointer("columns", columns, DTYPE, (out, k)),
         )
-        made = pointer("y", y, DTYPE, (rows, out))
-        self._gateway.call("int8_matmul_output", DTYPE, rows * out, *given, rows, width, k, out, made, self._tiles)
+        sizes, made = (apart, rows, width, r, k, out), pointer("y", y, DTYPE, (rows, out))
+        self._gateway.call("int8_matmul_output", DTYPE, rows * out, *given, *sizes, made, self.tiles)
 
     def int8_matmul_add(
         self, q: Tensor, Q: Tensor, scales: tuple[Tensor, Tensor], partial: Tensor | None, total: Tensor
@@ -114,7 +111,7 @@ class CompiledInt8Matmuls:
         rows, _, d, _ = sizes
         given, made = pointers[:-2], pointers[-2:]
         name = "int8_matmul_input_gradient"
-        self._gateway.call(name, DTYPE, rows * d, *given, *sizes, *made, self._tiles)
+        self._gateway.call(name, DTYPE, rows * d, *given, *sizes, *made, self.tiles)
 
     def _gradient_operands(self, q: Tensor, Q: Tensor, scales: tuple[Tensor, Tensor]) -> tuple[int, ...]:
         (out, d), rows, pointer = Q.shape, len(q), self._gateway.pointer

@@ -38,7 +38,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {  # parameters as in rows.c, except t
     "softmax_backward": (_P, _N, _N, _P),
     "cross_entropy": (_P, _P, c_float, c_int, _N, _N, _P),
     "add_per_row": (_P, _P, _P, _P, _N, _N, _N, _N, _N, _P),
-    "int8_quantize": (_P, _P, _N, _N, _P, _P),
+    "int8_quantize": (_P, _P, _P, _N, _N, _N, _P, _P, _P),
     "int8_output": (_P, _P, _P, _P, _P, _P, _N, _N, _N, _P),
     "int8_add": (_P, _P, _P, _P, _N, _N, _P),
     "int8_input_gradient": (_P, _P, _P, _P, _P, _P, _N, _N, _N, _P),
@@ -52,7 +52,7 @@ DOT_SIGNATURES: dict[str, tuple[type, ...]] = {  # functions of libraries that h
     "low_rank_gradients": (_P, _P, _P, _P, _N, _N, _N, _N, _N, _P, _P, _P),
 }
 INT8_MATMUL_SIGNATURES: dict[str, tuple[type, ...]] = {  # functions of libraries that have int8 matmuls
-    "int8_matmul_output": (*(_P,) * 7, _N, _N, _N, _N, _P, c_int),
+    "int8_matmul_output": (*(_P,) * 9, *(_N,) * 6, _P, c_int),
     "int8_matmul_input_gradient": (*(_P,) * 7, _N, _N, _N, _N, _P, _P, c_int),
 }
 

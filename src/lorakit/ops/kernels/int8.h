@@ -30,9 +30,12 @@ static inline float quantize_row(const number *x, const float *factors, int64_t 
     return largest.value / LEVELS;
 }
 
-int int8_quantize(const number *x, const float *factors, int64_t rows, int64_t d, int8_t *q, float *scale,
-                  int threads) {
-    ROWS(i, rows) scale[i] = quantize_row(x + i * d, factors, d, q + i * d);
+int int8_quantize(const number *x, const float *factors, const int64_t *kept, int64_t rows, int64_t d, int64_t k,
+                  int8_t *q, float *scale, number *columns, int threads) {
+    ROWS(i, rows) {
+        scale[i] = quantize_row(x + i * d, factors, d, q + i * d);
+        for (int64_t j = 0; j < k; j++) columns[i * k + j] = x[i * d + kept[j]]; /* while the row is in the cache */
+    }
     return DONE;
 }
 

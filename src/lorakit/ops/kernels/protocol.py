@@ -162,10 +162,13 @@ class Int8Steps(Protocol):
 
     few_rows: int
 
-    def int8_quantize(self, x: Tensor, factors: Tensor, q: Tensor, scale: Tensor) -> None:
+    def int8_quantize(
+        self, x: Tensor, factors: Tensor, kept: Tensor | None, q: Tensor, scale: Tensor, columns: Tensor | None
+    ) -> None:
         """Write the rows of x·factors in 255 levels to q, int8 (N, d), and their scales to `scale` (N,).
 
         x is (N, d) and `factors` (d,). The results have the bits of `lorakit.ops.int8_weight.quantize_rows`.
+        If given, `columns` (N, k), in the dtype of x, is set to the columns `kept` (k,), int64, of x.
         """
 
     def int8_output(
@@ -215,9 +218,6 @@ class Int8Matmuls(Protocol):
     The integer sums are exact. Q is the int8 weight (out, in).
     """
 
-    low_step: int
-    """The number of columns of `left` must be a multiple of this."""
-
     def supports(self, q: Tensor, Q: Tensor) -> bool:
         """Return whether q (N, in) or (N, out) can be multiplied with Q (out, in), and whether this is fast."""
 
@@ -227,11 +227,14 @@ class Int8Matmuls(Protocol):
         Q: Tensor,
         scales: tuple[Tensor, Tensor],
         bias: Tensor | None,
-        left: Tensor,
-        right: Tensor,
+        terms: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
         y: Tensor,
     ) -> None:
-        """Write what `Int8Steps.int8_output` writes for the sums q·Qᵀ, given q (N, in) and (t, s)."""
+        """Write t·(q·Qᵀ)·s + bias + h·Bᵀ + kept·columnsᵀ to y (N, out), rounded once.
+
+        Shapes: q (N, in), scales (t, s) as in `Int8Steps.int8_output`, terms (h, B) and (kept, columns): (N, r) and
+        (out, r), (N, k) and (out, k), where r and k may be 0. h may have rows at a distance.
+        """
 
     def int8_matmul_add(
         self, q: Tensor, Q: Tensor, scales: tuple[Tensor, Tensor], partial: Tensor | None, total: Tensor
