@@ -21,6 +21,7 @@ from lorakit.machine import cache_directory
 from lorakit.mapped_files import file_mappings
 
 from .. import small_models
+from ..speed.architectures import Architecture, NotBuilt, architectures, small
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives back pages")
 
@@ -71,6 +72,26 @@ def test_the_values_are_those_of_the_usual_conversion(
     assert_equal(made, load_model(folder, dtype, task=task))
     linear = next(module for module in made.modules() if isinstance(module, nn.Linear))
     assert is_mapped(linear.weight) or (family.__name__ == "t5" and dtype == torch.float16)  # "wo" stays in fp32
+
+
+def task_of(name: str) -> str:
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "causal"
+    return "encoder" if name.endswith("ForMaskedLM") else "seq2seq"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("one", tuple(architectures()), ids=lambda one: one.name)
+def test_every_architecture_gets_the_values_of_the_usual_conversion(tmp_path: Path, one: Architecture) -> None:
+    task = task_of(one.name)
+    try:
+        small(one.kind, one.name).save_pretrained(tmp_path)
+        usual = load_model(tmp_path, "bfloat16", task=task)
+    except (NotBuilt, ModelError, RuntimeError) as cause:
+        pytest.skip(str(cause))
+    made = load_model(tmp_path, "bfloat16", task=task, convert_in_files=True)
+    assert_equal(made, usual)
+    assert any(is_mapped(parameter) for parameter in made.parameters())
 
 
 def test_shards_are_converted_where_they_need_it(tmp_path: Path) -> None:
