@@ -6,6 +6,7 @@ Their integers are exact, and the results equal the separate steps. A processor 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -216,6 +217,26 @@ def test_low_rank_terms_of_any_rank_are_added(matmuls: CompiledInt8Matmuls, rows
     wider = torch.cat((h, normal(rows, 5).to(BF16)), 1)[:, :r]  # rows at a distance
     matmuls.int8_matmul_output(q, Q, scales, None, ((wider, B), (kept, columns)), apart)
     assert torch.equal(apart, y)
+
+
+@pytest.mark.parametrize("r", [1, 5, 16])
+def test_an_activation_in_any_layout_takes_the_kernel(
+    matmuls: CompiledInt8Matmuls, r: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters without dropout share a matmul, so that each activation is a part of a wider matrix."""
+    calls, run = list[str](), matmuls.int8_matmul_output
+
+    def noted(*given: Any) -> None:
+        calls.append("output")
+        run(*given)
+
+    monkeypatch.setattr(matmuls, "int8_matmul_output", noted)
+    (W,), x = weights([128], 64, 16), normal(40, 64, seed=1).to(BF16)
+    h, B = normal(40, r, seed=2).to(BF16), normal(128, r, seed=3).to(BF16)
+    layouts = [(h, B), (torch.cat((h, h, h), 1)[:, r : 2 * r], B), (h.t().contiguous().t(), B.t().contiguous().t())]
+    found = [int8.output(Int8Inputs(x), W, None, *one) for one in layouts]
+    assert len(calls) == 3
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 class Inexact(CompiledInt8Matmuls):

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from lorakit.errors import DiskError
 from lorakit.hub.model_config import file_of, weight_files
 from lorakit.hub.sources import WEIGHT_INDEX, ModelSource
 from lorakit.machine import cache_directory
@@ -54,8 +53,8 @@ def converted_files(source: ModelSource, dtype: torch.dtype) -> Iterator[Path | 
     with contextlib.ExitStack() as stack:
         try:
             folder = _converted(source, dtype, stack)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, DiskError):
-            folder = None  # whatever is wrong with the files, the usual way of loading reports it
+        except Exception:  # noqa: BLE001 - whatever is wrong with the files, the usual way of loading reports it
+            folder = None
         yield folder
 
 

@@ -182,10 +182,11 @@ def output(
     x, (q, t, kept) = inputs.x, inputs.quantized(weight)
     h, B = (x.new_empty(len(x), 0), x.new_empty(len(weight.q), 0)) if h is None or B is None else (h, B)
     bias, columns = None if bias is None else bias.to(x.dtype), weight.columns.to(x.dtype)
-    kernels, y = kernels_for(x, h, bias), x.new_empty(len(x), len(weight.q))
+    kernels, y = kernels_for(h, x, bias, strided=True), x.new_empty(len(x), len(weight.q))
     matmuls = _matmuls(kernels, x.dtype, q, weight)
     if matmuls is not None:
-        matmuls.int8_matmul_output(q, weight.q, (t, weight.scale), bias, ((h, B), (kept, columns)), y)
+        h = h if h.stride(1) == 1 else h.clone(memory_format=torch.contiguous_format)
+        matmuls.int8_matmul_output(q, weight.q, (t, weight.scale), bias, ((h, B.contiguous()), (kept, columns)), y)
         return y
     left, right = torch.cat((h, kept), 1), torch.cat((B, columns), 1)
     sums = _integer_matmul(q, weight.q.t())
