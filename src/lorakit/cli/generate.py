@@ -15,7 +15,7 @@ from lorakit import allocator
 from lorakit.cli import adapters, console, early
 from lorakit.cli.answers import Answer, show
 from lorakit.cli.flag_groups import RevisionFlag
-from lorakit.cli.int8_base import DTYPE, INT8, quantize_for_int8
+from lorakit.cli.int8_base import DTYPE, INT8, is_multiplied_in_int8, quantize_for_int8
 from lorakit.errors import DataError, MergeError, UsageError
 from lorakit.plan.job import BASE_MATMULS
 from lorakit.plan.quantized import stored_as
@@ -127,7 +127,7 @@ def run(
     tokenizer = adapters.tokenizer_for(source, files)
     form = prompt_format(tokenizer, [file.sidecar.facts for file in files], flags.chat)
     encoded = encode_prompts(prompts, tokenizer, form, flags.system)
-    in_files = flags.base_matmul == INT8
+    in_files = is_multiplied_in_int8(flags.base_matmul, device)
     model = hub.load_model(source, flags.dtype, device, quantization=quantization, convert_in_files=in_files)
     names: list[str | None] = list(adapters.load_adapters(model, files, adapters.overridden(asdict(allow))))
     if flags.base or len(names) != 1:

@@ -25,6 +25,15 @@ DTYPE, INT8 = BASE_MATMULS
 _MAX_BYTES = 1 << 30
 
 
+def is_multiplied_in_int8(base_matmul: str, device: torch.device) -> bool:
+    """Return whether a base will be multiplied in int8: if the user asked for it, and the device supports it."""
+    if base_matmul != INT8:
+        return False
+    from lorakit.train.int8_base import unsupported
+
+    return not unsupported(device)
+
+
 def quantize_for_int8(
     model: nn.Module, adapters: Sequence[AdapterFiles], prompts: Sequence[Sequence[int]], device: torch.device
 ) -> str:

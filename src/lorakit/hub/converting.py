@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from lorakit.hub.model_config import file_of, weight_files
+from lorakit.hub.packaged import check_space
 from lorakit.hub.sources import WEIGHT_INDEX, ModelSource
 from lorakit.machine import cache_directory
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Dtype in the header of a safetensors file -> torch dtype, for the dtypes that are converted."""
+CONVERTED = "F32", "F16", "BF16"
+"""Names of the dtypes in safetensors files that are converted into each other."""
 
 BLOCK_BYTES = 16 << 20
 """Number of bytes that are read and converted at a time."""
@@ -53,7 +53,7 @@ def converted_files(source: ModelSource, dtype: torch.dtype) -> Iterator[Path | 
     with contextlib.ExitStack() as stack:
         try:
             folder = _converted(source, dtype, stack)
-        except Exception:  # noqa: BLE001 - whatever is wrong with the files, the usual way of loading reports it
+        except Exception:  # noqa: BLE001 - whatever is wrong with the files, loading the originals reports it
             folder = None
         yield folder
 
@@ -79,7 +79,7 @@ class _Tensor:
 
     def dtype_in(self, target: str) -> str:
         """Return the tensor's dtype after a conversion of all matrices."""
-        return target if len(self.shape) > 1 and self.dtype in DTYPES else self.dtype
+        return target if len(self.shape) > 1 and self.dtype in CONVERTED else self.dtype
 
 
 @dataclass(frozen=True)
@@ -137,31 +137,31 @@ class _File:
 
 
 def _torch_dtype(stored: str) -> torch.dtype:
-    import torch
+    from lorakit.hub.packed_modules import DTYPES  # imports torch
 
-    found: torch.dtype = getattr(torch, DTYPES[stored])
-    return found
+    return DTYPES[stored]
 
 
 def _converted(source: ModelSource, dtype: torch.dtype, stack: contextlib.ExitStack) -> Path | None:
-    target = next((stored for stored in DTYPES if _torch_dtype(stored) == dtype), None)
+    target = next((stored for stored in CONVERTED if _torch_dtype(stored) == dtype), None)
     paths = weight_files(source)
     if target is None or paths is None or sys.platform != "linux":
         return None
     files = [_File.read(path) for path in paths]
-    needed_bytes = sum(file.header(target)[1] for file in files if not file.is_in(target))
-    cache = cache_directory()
-    cache.mkdir(parents=True, exist_ok=True)
-    if not needed_bytes or shutil.disk_usage(cache).free < needed_bytes:
+    others = [file for file in files if not file.is_in(target)]
+    if not others:
         return None
+    cache = cache_directory()  # not /tmp, which may be in memory
+    cache.mkdir(parents=True, exist_ok=True)
+    check_space(cache, sum(file.header(target)[1] for file in others))
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     descriptions = [path for path in (file_of(source, name) for name in _DESCRIPTIONS) if path is not None]
-    for path in (*descriptions, *(file.path for file in files if file.is_in(target))):
-        (folder / path.name).symlink_to(path.absolute())
-    for file in files:
-        if not file.is_in(target):
-            unnamed = tempfile.TemporaryFile(dir=cache)  # noqa: SIM115 - the caller closes it; /tmp may be in memory
-            stack.callback(unnamed.close)
-            file.write_converted(target, unnamed)
-            (folder / file.path.name).symlink_to(f"/proc/self/fd/{unnamed.fileno()}")
+    links = {path.name: path.absolute() for path in (*descriptions, *paths)}
+    for file in others:
+        unnamed = tempfile.TemporaryFile(dir=cache)  # noqa: SIM115 - `stack` closes it
+        stack.callback(unnamed.close)
+        file.write_converted(target, unnamed)
+        links[file.path.name] = Path(f"/proc/self/fd/{unnamed.fileno()}")
+    for name, path in links.items():
+        (folder / name).symlink_to(path)
     return folder

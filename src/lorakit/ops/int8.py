@@ -182,6 +182,7 @@ def output(
     x, (q, t, kept) = inputs.x, inputs.quantized(weight)
     h, B = (x.new_empty(len(x), 0), x.new_empty(len(weight.q), 0)) if h is None or B is None else (h, B)
     bias, columns = None if bias is None else bias.to(x.dtype), weight.columns.to(x.dtype)
+    # h may be a part of a wider matrix, which adapters without dropout share
     kernels, y = kernels_for(h, x, bias, strided=True), x.new_empty(len(x), len(weight.q))
     matmuls = _matmuls(kernels, x.dtype, q, weight)
     if matmuls is not None:
