@@ -121,6 +121,8 @@ def _as_file_error(path: Path) -> Iterator[None]:
     """Return a context manager that raises errors of `datasets` and `pyarrow` as `DataError`."""
     try:
         yield
+    except DataError:  # about a row; it is a ValueError too
+        raise
     except LOADING_ERRORS as cause:
         kind = path.suffix.lower().removeprefix(".").capitalize()
         raise file_error(path, f"not a valid {kind} file ({_line(cause)}).") from cause
@@ -131,6 +133,8 @@ def _as_hub_error(source: HubSource) -> Iterator[None]:
     """Return a context manager that raises errors of `datasets` as `DataError`."""
     try:
         yield
+    except DataError:
+        raise
     except LOADING_ERRORS as cause:
         variable = offline("HF_DATASETS_OFFLINE")
         where = f"in the cache (network access is off: {variable} is set)" if variable else "on the Hub"

@@ -42,7 +42,7 @@ class Values:
         """Return the value of a required field that must be a string.
 
         Raises:
-            BadRow: The value is not a string, or contains an unpaired surrogate.
+            BadRow: The value is not a string.
         """
         return string_of(self.value(name), self.columns[name])
 
@@ -50,7 +50,7 @@ class Values:
         """Return the value of an optional field that must be a string; "" if the value is missing or null.
 
         Raises:
-            BadRow: The value is not a string, or contains an unpaired surrogate.
+            BadRow: The value is not a string.
         """
         return "" if self.value(name) is None else self.string(name)
 

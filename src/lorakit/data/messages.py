@@ -6,12 +6,12 @@ Two layouts are accepted: `role` and `content`, as chat templates expect, and `f
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lorakit.data.records import ROLES, Message
 from lorakit.durable import JsonObject, JsonValue, parse_json
-from lorakit.errors import did_you_mean
+from lorakit.errors import did_you_mean, printable
 
 TOOL_FIELDS = ("tool_calls", "tool_call_id", "name", "tool_plan", "reasoning_content", "reasoning", "thinking")
 """Fields of a message besides its role and content that are passed to the chat template."""
@@ -59,18 +59,64 @@ def string_of(value: JsonValue, name: str) -> str:
         name: The field's name, for messages.
 
     Raises:
-        BadRow: The value is not a string, or contains an unpaired surrogate.
+        BadRow: The value is not a string.
     """
     if not isinstance(value, str):
         raise BadRow(f"the field '{name}' is {named(value)}; it must be a string.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as cause:
-        raise BadRow(
-            f"the field '{name}' contains an unpaired surrogate (\\u{ord(value[cause.start]):04x}) at "
-            f"character {cause.start}; remove or replace it."
-        ) from None
     return value
+
+
+MOST_LEVELS = 100
+"""Maximum depth of lists and objects in a row; libraries that process a row recurse once per level."""
+
+
+def check_value(value: JsonValue, name: str, *, is_used: bool = True) -> None:
+    """Check a value where it enters, including every string and name in it, so that no later code has to.
+
+    Args:
+        value: The value of a column, or a value parsed from a string in it.
+        name: The field's name, for messages.
+        is_used: Whether a record is built from the value; other values may contain what JSON lacks, such as dates.
+
+    Raises:
+        BadRow: A string or a name contains an unpaired surrogate, the value is nested too deeply, or a value that is
+            used is not JSON.
+    """
+    found = _problem(value, is_used=is_used)
+    if found is not None:
+        raise BadRow(f"the field '{name}{found[0]}' {found[1]}.")
+
+
+def _problem(value: JsonValue, *, is_used: bool, level: int = 0) -> tuple[str, str] | None:
+    """Return the path in a value to its first problem, and a description of the problem, or None."""
+    if isinstance(value, str):
+        return None if value.isascii() else _surrogate(value)
+    if level == MOST_LEVELS:
+        return "", f"is nested more than {MOST_LEVELS} levels deep; flatten or remove it"
+    parts: Iterable[tuple[str, JsonValue]]
+    if isinstance(value, dict):
+        for key in value:
+            if isinstance(key, str) and not key.isascii() and (found := _surrogate(key)) is not None:
+                return f".{printable(key, one_line=True)}", f"has a name that {found[1]}"
+        parts = ((f".{key}", part) for key, part in value.items())
+    elif isinstance(value, list | tuple):
+        parts = ((f"[{at}]", part) for at, part in enumerate(value))
+    else:
+        is_json = value is None or isinstance(value, bool | int | float)
+        return None if is_json or not is_used else ("", f"is a {type(value).__name__}; it must be a JSON value")
+    for where, part in parts:
+        if (found := _problem(part, is_used=is_used, level=level + 1)) is not None:
+            return where + found[0], found[1]
+    return None
+
+
+def _surrogate(text: str) -> tuple[str, str] | None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as cause:
+        found = f"\\u{ord(text[cause.start]):04x}"
+        return "", f"contains an unpaired surrogate ({found}) at character {cause.start}; remove or replace it"
+    return None
 
 
 def messages_of(value: JsonValue, name: str, unused: Counter[str]) -> tuple[Message, ...]:
@@ -82,9 +128,9 @@ def messages_of(value: JsonValue, name: str, unused: Counter[str]) -> tuple[Mess
         unused: Counts of unused message fields, keyed by name; updated in place.
 
     Raises:
-        BadRow: The value is not such a list.
+        BadRow: The value is not such a list, or a string in it is not valid text.
     """
-    value = _parsed(value)
+    value = _parsed(value, name)
     if not isinstance(value, list) or not value:
         came = "an empty list" if value == [] else named(value)
         raise BadRow(f"the field '{name}' is {came}; it must be {_FORM}.")
@@ -99,9 +145,9 @@ def tools_of(value: JsonValue, name: str) -> tuple[JsonObject, ...]:
         name: The field's name, for messages.
 
     Raises:
-        BadRow: The value is not such a list.
+        BadRow: The value is not such a list, or a string in it is not valid text.
     """
-    value = _parsed(value)
+    value = _parsed(value, name)
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
@@ -109,13 +155,18 @@ def tools_of(value: JsonValue, name: str) -> tuple[JsonObject, ...]:
     return tuple(value)
 
 
-def _parsed(value: JsonValue) -> JsonValue:
-    """Parse a string that contains a JSON list or object; return any other value unchanged."""
+def _parsed(value: JsonValue, name: str) -> JsonValue:
+    """Parse a string that contains a JSON list or object; return any other value unchanged.
+
+    Raises:
+        BadRow: A string in the parsed value is not valid text.
+    """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return parse_json(value)
+            value = parse_json(value)
         except (ValueError, RecursionError):
             return value
+        check_value(value, name)
     return value
 
 
@@ -171,7 +222,7 @@ def _weight(value: JsonValue, where: str) -> bool:
 
 def _calls(value: JsonValue, where: str) -> list[JsonObject]:
     """Return tool calls whose arguments are objects; arguments in JSON text, as in OpenAI's files, are parsed."""
-    value = _parsed(value)
+    value = _parsed(value, where)
     if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
         raise BadRow(f"the field '{where}' is {named(value)}; it must be a list of objects.")
     calls = []
@@ -181,7 +232,7 @@ def _calls(value: JsonValue, where: str) -> list[JsonObject]:
             raise BadRow(f"the field '{where}[{number}]' has no function name; it must be an object with 'function'.")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            arguments = _parsed(arguments)
+            arguments = _parsed(arguments, f"{where}[{number}].function.arguments")
             if not isinstance(arguments, dict):
                 raise BadRow(f"the field '{where}[{number}].function.arguments' is not a JSON object.")
         function = {**function, "arguments": {} if arguments is None else arguments}
@@ -203,7 +254,7 @@ def _from_sharegpt(item: JsonObject, where: str, column: str, unused: Counter[st
         raise BadRow(f"the field '{where}.value' is missing; a message must have 'from' and 'value'.")
     weight = _weight(item.get("weight"), f"{where}.weight")
     if speaker.lower() == "function_call":
-        call = _parsed(item["value"])
+        call = _parsed(item["value"], f"{where}.value")
         return Message(
             role, None, {"tool_calls": _calls(call if isinstance(call, list) else [call], f"{where}.value")}, weight
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lorakit.data.fields import Values, class_name, label_of, strings_of
-from lorakit.data.messages import BadRow, named
+from lorakit.data.messages import BadRow, check_value, named
 from lorakit.data.records import Completion, Document, Labeled, Message, Record, Tagged
 from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import ConfigError, nearest
@@ -248,7 +248,7 @@ class Layout:
             unused: Counts of unused columns, keyed by name; updated in place.
 
         Raises:
-            BadRow: The row has other columns, or a value of the wrong type.
+            BadRow: The row has other columns, a value of the wrong type, or text that is not valid.
         """
         row = checked_row(row)
         lacking = [column for column in self.columns.values() if column not in row]
@@ -262,8 +262,11 @@ class Layout:
             column = next((column for column in candidates if column in row), None)
             if column is not None:
                 columns[name] = column
+        used = columns.values()
+        for name, value in row.items():
+            check_value(value, name, is_used=name in used)
         unused = Counter() if unused is None else unused
-        unused.update(name for name in row if name not in columns.values() and name not in self.shape.derived)
+        unused.update(name for name in row if name not in used and name not in self.shape.derived)
         assert self.shape.build is not None  # `recognize` rejects other shapes
         return self.shape.build(Values(row, columns, source, line, unused))
 
@@ -295,13 +298,14 @@ def common_layout(layouts: Iterable[Layout | None]) -> tuple[str | None, dict[st
 
 
 def checked_row(row: JsonValue) -> JsonObject:
-    """Return a row if it is a JSON object.
+    """Return a row if it is a JSON object with valid names; its values are checked when its record is built.
 
     Raises:
-        BadRow: The row is not a JSON object.
+        BadRow: The row is not a JSON object, or the name of a column contains an unpaired surrogate.
     """
     if not isinstance(row, dict):
         raise BadRow(f"a row must be a JSON object, not {named(row)}.")
+    check_value(list(row), "names of the columns")
     return row
 
 
