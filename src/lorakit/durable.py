@@ -25,11 +25,11 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
-from lorakit.errors import AdapterFileError, DiskError
+from lorakit.errors import AdapterFileError, DiskError, printable
 
 JsonObject: TypeAlias = dict[str, Any]
 """A JSON object as returned by `read_json`."""
@@ -157,7 +157,10 @@ def read_bytes(path: str | os.PathLike[str], max_bytes: int) -> bytes:
     with os.fdopen(descriptor, "rb") as file:
         if status.st_size > max_bytes:
             raise AdapterFileError(f"{path}: {status.st_size:,} bytes exceed the limit of {max_bytes:,}.", where=path)
-        return file.read()
+        data = file.read(status.st_size + 1)
+    if len(data) > status.st_size:  # a file of /proc, which has no size, or one that another process writes to
+        raise AdapterFileError(f"{path}: the file has more bytes than its size says; not read.", where=path)
+    return data
 
 
 def read_json(path: str | os.PathLike[str], max_bytes: int = 1 << 20) -> Any:
@@ -189,6 +192,51 @@ def parse_json(data: bytes | str) -> Any:
     """
     text = data if isinstance(data, str) else data.decode("utf-8")
     return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
+
+
+MOST_LEVELS = 100
+"""Maximum depth of lists and objects that `problem_in` accepts; libraries that process values recurse per level."""
+
+
+def problem_in(value: Any, *, is_json: bool = True, level: int = 0) -> tuple[str, str] | None:
+    """Find text that cannot be encoded, deep nesting, and values that JSON lacks, anywhere in a value.
+
+    Args:
+        value: The value, as a parser or a table returns it.
+        is_json: Whether to report values that JSON lacks, such as dates.
+        level: Depth of the value in the one that contains it.
+
+    Returns:
+        The path to the first problem, such as ".calls[0].name", and a description; None if there is none.
+    """
+    if isinstance(value, str):
+        return None if value.isascii() else _unpaired(value)
+    if level == MOST_LEVELS:
+        return "", f"is nested more than {MOST_LEVELS} levels deep; flatten or remove it"
+    parts: Iterable[tuple[str, Any]]
+    if isinstance(value, dict):
+        for key in value:
+            if isinstance(key, str) and not key.isascii() and (found := _unpaired(key)) is not None:
+                return f".{printable(key, one_line=True)}", f"has a name that {found[1]}"
+        parts = ((f".{key}", part) for key, part in value.items())
+    elif isinstance(value, list | tuple):
+        parts = ((f"[{at}]", part) for at, part in enumerate(value))
+    else:
+        is_plain = value is None or isinstance(value, bool | int | float)
+        return None if is_plain or not is_json else ("", f"is a {type(value).__name__}; it must be a JSON value")
+    for where, part in parts:
+        if (found := problem_in(part, is_json=is_json, level=level + 1)) is not None:
+            return where + found[0], found[1]
+    return None
+
+
+def _unpaired(text: str) -> tuple[str, str] | None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as cause:
+        found = f"\\u{ord(text[cause.start]):04x}"
+        return "", f"contains an unpaired surrogate ({found}) at character {cause.start}; remove or replace it"
+    return None
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def test_errors(text: str, word: str, tmp_path: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().err
     assert word in said and str(path) in said
     assert main(["convert-config", str(tmp_path / "gone.yaml")]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "no such file" in capsys.readouterr().err
     assert not out.exists()
 
 

@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import resource
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
 from lorakit.errors import ConfigError, RunError
+from lorakit.train.conversion.converting import convert_file
 from lorakit.train.run_folder import write_record
 from lorakit.train.settings import TrainSettings
-from lorakit.train.settings_sources import complete, gather, read_settings_file
+from lorakit.train.settings_sources import complete, gather, read_mapping, read_settings_file
 
 
 def _file(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def gather_file(path: Path) -> TrainSettings:
+    return gather({}, path)
+
+
+def _check_refused_soon(read: Callable[[Path], Any], path: Path) -> None:
+    """Read a file that must be rejected, with an alarm instead of an endless test, and within bounded memory."""
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"{path}: not rejected in time")
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    handler = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)  # far above the limits; an unlimited reader takes minutes or forever
+    try:
+        with pytest.raises(ConfigError) as caught:
+            read(path)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
+    assert len(str(caught.value)) < 1000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
 
 
 def test_a_rate_without_a_dot_is_a_number(tmp_path: Path) -> None:
@@ -52,12 +83,67 @@ def test_a_bad_file_is_refused_by_path(tmp_path: Path, text: str, message: str) 
 
 
 def test_a_missing_or_binary_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="the settings file cannot be read \\(No such file or directory\\)"):
+    with pytest.raises(ConfigError, match="no such file"):
         gather({}, tmp_path / "nope.yaml")
     path = tmp_path / "run.yaml"
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not valid YAML"):
         gather({}, path)
+
+
+LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in itertools.pairwise("abcdefghijkl")
+)
+MAPS = "a: &a {k: 1}\n" + "".join(
+    f"{name}: &{name} {{{', '.join(f'{at}: *{before}' for at in range(9))}}}\n"
+    for before, name in itertools.pairwise("abcdefghijkl")
+)
+HOSTILE = {
+    "aliases": LAUGHS,
+    "aliases of mappings": MAPS,
+    "an alias of itself": "a: &a [*a]\n",
+    "depth in one line": "a: " + "[" * 5000 + "]" * 5000,
+    "depth in blocks": "".join("  " * level + "a:\n" for level in range(500)),
+    "unclosed depth": "[" * 100_000,
+    "many nodes": "a: [" + "1," * 100_000 + "]",
+    "a number in base 60": "model: m\ndata: d\noutput_dir: o\nmax_steps: " + ":".join(["1"] * 400_000),
+    "a tagged number in base 60": "model: m\ndata: d\noutput_dir: o\nmax_steps: !!int " + ":".join(["1"] * 400_000),
+    "a tagged fraction in base 60": "model: m\ndata: d\noutput_dir: o\nmax_steps: !!float "
+    + ":".join(["1"] * 400_000)
+    + ".5",
+    "many keys": "base_model: x\n" + "".join(f"key_{at}: 1\n" for at in range(4_000)),
+    "size": "a: 1\n" + "#" * (2 << 20),
+    "a surrogate": 'model: "\\ud800"\n',
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("read", [gather_file, convert_file])
+def test_hostile_yaml_is_an_error_soon(read: Callable[[Path], Any], text: str, tmp_path: Path) -> None:
+    _check_refused_soon(read, _file(tmp_path, text))
+
+
+@pytest.mark.parametrize("read", [gather_file, convert_file])
+@pytest.mark.parametrize("text", ["[" * 900 + "]" * 900, '"\\ud800"', '"' + "a" * (2 << 20) + '"'])
+def test_hostile_json_is_an_error_soon(read: Callable[[Path], Any], text: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(f'{{"model": {text}}}')
+    _check_refused_soon(read, path)
+
+
+@pytest.mark.parametrize("read", [gather_file, convert_file])
+def test_only_regular_files_are_read(read: Callable[[Path], Any], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "link.yaml").symlink_to("/dev/zero")
+    for path in (tmp_path, tmp_path / "pipe.yaml", tmp_path / "link.yaml", Path("/dev/zero"), Path("/proc/self/maps")):
+        _check_refused_soon(read, path)
+
+
+def test_what_tools_write_is_within_the_limits(tmp_path: Path) -> None:
+    ids = list(range(32_000))
+    text = f"base: &base {{r: 8}}\nother: *base\nids: {ids}\nname: {'x' * 5000}\nat: 12:30:45\ndeep: {'[' * 50}{']' * 50}\n"
+    found = read_mapping(_file(tmp_path, text))
+    assert (found["ids"], found["other"], found["name"], found["at"]) == (ids, {"r": 8}, "x" * 5000, 45045)
 
 
 def test_an_empty_file_gives_nothing(tmp_path: Path) -> None:

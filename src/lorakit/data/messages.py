@@ -6,12 +6,12 @@ Two layouts are accepted: `role` and `content`, as chat templates expect, and `f
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lorakit.data.records import ROLES, Message
-from lorakit.durable import JsonObject, JsonValue, parse_json
-from lorakit.errors import did_you_mean, printable
+from lorakit.durable import JsonObject, JsonValue, parse_json, problem_in
+from lorakit.errors import did_you_mean
 
 TOOL_FIELDS = ("tool_calls", "tool_call_id", "name", "tool_plan", "reasoning_content", "reasoning", "thinking")
 """Fields of a message besides its role and content that are passed to the chat template."""
@@ -66,10 +66,6 @@ def string_of(value: JsonValue, name: str) -> str:
     return value
 
 
-MOST_LEVELS = 100
-"""Maximum depth of lists and objects in a row; libraries that process a row recurse once per level."""
-
-
 def check_value(value: JsonValue, name: str, *, is_used: bool = True) -> None:
     """Check a value where it enters, including every string and name in it, so that no later code has to.
 
@@ -82,41 +78,9 @@ def check_value(value: JsonValue, name: str, *, is_used: bool = True) -> None:
         BadRow: A string or a name contains an unpaired surrogate, the value is nested too deeply, or a value that is
             used is not JSON.
     """
-    found = _problem(value, is_used=is_used)
+    found = problem_in(value, is_json=is_used)
     if found is not None:
         raise BadRow(f"the field '{name}{found[0]}' {found[1]}.")
-
-
-def _problem(value: JsonValue, *, is_used: bool, level: int = 0) -> tuple[str, str] | None:
-    """Return the path in a value to its first problem, and a description of the problem, or None."""
-    if isinstance(value, str):
-        return None if value.isascii() else _surrogate(value)
-    if level == MOST_LEVELS:
-        return "", f"is nested more than {MOST_LEVELS} levels deep; flatten or remove it"
-    parts: Iterable[tuple[str, JsonValue]]
-    if isinstance(value, dict):
-        for key in value:
-            if isinstance(key, str) and not key.isascii() and (found := _surrogate(key)) is not None:
-                return f".{printable(key, one_line=True)}", f"has a name that {found[1]}"
-        parts = ((f".{key}", part) for key, part in value.items())
-    elif isinstance(value, list | tuple):
-        parts = ((f"[{at}]", part) for at, part in enumerate(value))
-    else:
-        is_json = value is None or isinstance(value, bool | int | float)
-        return None if is_json or not is_used else ("", f"is a {type(value).__name__}; it must be a JSON value")
-    for where, part in parts:
-        if (found := _problem(part, is_used=is_used, level=level + 1)) is not None:
-            return where + found[0], found[1]
-    return None
-
-
-def _surrogate(text: str) -> tuple[str, str] | None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as cause:
-        found = f"\\u{ord(text[cause.start]):04x}"
-        return "", f"contains an unpaired surrogate ({found}) at character {cause.start}; remove or replace it"
-    return None
 
 
 def messages_of(value: JsonValue, name: str, unused: Counter[str]) -> tuple[Message, ...]:

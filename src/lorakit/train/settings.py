@@ -346,22 +346,27 @@ _EXPECTED = {
 }
 
 
+MOST_SHOWN = 200
+"""Maximum number of characters of a value in an error message."""
+
+
 def _message(name: str, error: Mapping[str, Any]) -> str:
     kind, value = error["type"], error["input"]
+    shown = repr(value) if len(repr(value)) <= MOST_SHOWN else f"{repr(value)[:MOST_SHOWN]}..."
     if kind == "extra_forbidden":
         return _unknown(name)
     if value is ... or kind == "missing":
         return _missing(name)
     if kind == "literal_error":
         hint = did_you_mean(str(value), choices_of(name))
-        return f"{name} is {value!r}; it must be {error['ctx']['expected']}.{hint}"
+        return f"{name} is {shown}; it must be {error['ctx']['expected']}.{hint}"
     if kind == "value_error":
-        return f"{name} is {value!r}; {error['ctx']['error']}."
+        return f"{name} is {shown}; {error['ctx']['error']}."
     if kind in ("too_short", "string_too_short"):
-        return f"{name} is {value!r}; it must not be empty."
+        return f"{name} is {shown}; it must not be empty."
     if "than" in kind:
-        return f"{name} is {value!r}; it must be {_range(name)}."
-    return f"{name} is {value!r}; it must be {_EXPECTED.get(kind.split('_')[0], error['msg'])}."
+        return f"{name} is {shown}; it must be {_range(name)}."
+    return f"{name} is {shown}; it must be {_EXPECTED.get(kind.split('_')[0], error['msg'])}."
 
 
 def _missing(name: str) -> str:

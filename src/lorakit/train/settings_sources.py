@@ -7,12 +7,13 @@ the names of settings, not their meanings.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.durable import parse_json
-from lorakit.errors import ConfigError, RunError
+from lorakit.durable import MOST_LEVELS, parse_json, problem_in, read_bytes
+from lorakit.errors import AdapterFileError, ConfigError, RunError
 from lorakit.report import RUN_FILE
 from lorakit.train.defaults import ALIASES, CHANGEABLE_ON_RESUME
 from lorakit.train.run_folder import raise_run_exists, read_record
@@ -22,6 +23,19 @@ if TYPE_CHECKING:
     import yaml
 
 MAX_FILE_BYTES = 1 << 20
+"""Maximum size of a settings file."""
+
+MOST_NODES = 100_000
+"""Maximum number of values in a YAML file, where an alias counts as many as the value that it repeats."""
+
+MOST_KEYS = 1000
+"""Maximum number of settings in a file; each unknown one is compared with all known names."""
+
+MOST_SECONDS = 20.0
+"""Maximum time to parse a YAML file; `MOST_NODES` values take about 5 s."""
+
+MOST_NUMBER = 100
+"""Maximum number of characters of a YAML number or date; PyYAML's time for base 60 grows with the square."""
 
 
 def read_settings_file(path: str | Path) -> dict[str, Any]:
@@ -56,23 +70,28 @@ def read_mapping(path: Path) -> dict[str, Any]:
         A dict from key to unchecked value; empty if the file is empty.
 
     Raises:
-        ConfigError: The file is missing, too large or not a mapping, or contains a repeated key.
+        ConfigError: The file is missing, not a regular file or not a mapping, exceeds a limit, or contains a repeated
+            key or text that cannot be encoded.
     """
     import yaml
 
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{path}: the settings file is larger than {MAX_FILE_BYTES:,} bytes.", where=path)
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_bytes(path, MAX_FILE_BYTES).decode("utf-8-sig")
         content = parse_json(text) if path.suffix.lower() == ".json" else yaml.load(text, Loader=_loader())
-    except OSError as cause:
-        raise ConfigError(f"{path}: the settings file cannot be read ({cause.strerror}).", where=path) from None
+    except AdapterFileError as cause:
+        raise ConfigError(str(cause), **cause.fields) from None
     except (yaml.YAMLError, ValueError, RecursionError) as cause:
-        raise ConfigError(f"{path}: not valid YAML or JSON ({' '.join(str(cause).split())}).", where=path) from None
+        reason = " ".join(str(cause).split())[:500]
+        raise ConfigError(f"{path}: not valid YAML or JSON ({reason}).", where=path) from None
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"{path}: no settings found; expected lines such as `learning_rate: 3e-4`.", where=path)
+    if len(content) > MOST_KEYS:
+        raise ConfigError(f"{path}: {len(content):,} settings; at most {MOST_KEYS:,} are read.", where=path)
+    found = problem_in(content, is_json=False)
+    if found is not None:
+        raise ConfigError(f"{path}: {found[0].removeprefix('.')} {found[1]}.", where=path)
     return content
 
 
@@ -84,10 +103,31 @@ def settings_text(values: Mapping[str, Any]) -> str:
 
 
 def _loader() -> type[yaml.SafeLoader]:
-    """Return a safe loader that parses `1e-4` as a number, as YAML 1.2 does, and rejects duplicate keys."""
+    """Return a safe loader with limits that parses `1e-4` as a number, as YAML 1.2 does, and rejects duplicate keys."""
     import yaml
 
+    deadline = time.monotonic() + MOST_SECONDS
+
     class Loader(yaml.SafeLoader):
+        level = count = 0
+
+        def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+            event, before = self.peek_event(), self.count
+            self.sizes: dict[str, int] = getattr(self, "sizes", {})
+            is_alias = isinstance(event, yaml.AliasEvent)
+            self.count += self.sizes.get(event.anchor, 1) if is_alias else 1
+            self.level += 1
+            if self.level > MOST_LEVELS or self.count > MOST_NODES or time.monotonic() > deadline:
+                limits = f"{MOST_LEVELS} levels, {MOST_NODES:,} values with aliases, or {MOST_SECONDS:.0f} s"
+                raise yaml.composer.ComposerError(None, None, f"more than {limits}", event.start_mark)
+            node = super().compose_node(parent, index)
+            self.level -= 1
+            if isinstance(node, yaml.ScalarNode) and len(node.value) > MOST_NUMBER:
+                node.tag = "tag:yaml.org,2002:str"
+            if event.anchor is not None and not is_alias:
+                self.sizes[event.anchor] = self.count - before
+            return node
+
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             seen = set()
             for key_node, _ in node.value:
