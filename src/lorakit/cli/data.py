@@ -14,7 +14,9 @@ from lorakit.cli.flag_groups import ROWS, RevisionFlag, RowFlags
 from lorakit.train.defaults import DEFAULTS, TASK_NAMES
 
 if TYPE_CHECKING:
-    from lorakit.data.quality import Quality
+    from lorakit.data.quality import Quality, Visit
+    from lorakit.data.tokens import Tokenizer
+    from lorakit.tasks import EncodedData
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class Flags:
     label_type: Annotated[
         Literal["auto", "class", "classes", "score"], Parameter(help=DEFAULTS["label_type"].help(), show_choices=False)
     ] = "auto"
+    alora_invocation_tokens: Annotated[list[int] | None, Parameter(help=DEFAULTS["alora_invocation_tokens"].help())] = (
+        None
+    )
     overlong: Annotated[
         Literal["truncate", "drop", "split", "error"], Parameter(help=DEFAULTS["overlong"].help(), show_choices=False)
     ] = "truncate"
@@ -82,11 +87,17 @@ def run(
     shown = max(flags.rows, ROWS_ON_PAGE if flags.html else 0)
     task = task_for(flags.task, parts, source, flags.label_type, flags.eval_data is not None)
     options = EncodeOptions(flags.max_length, flags.overlong)
+
+    def encode(visit: Visit) -> EncodedData:
+        encoded = task.task.encode(parts.train, tokenizer, task.target, replace(options, visit=visit))
+        _count_inactive(encoded, tokenizer, flags)
+        return encoded
+
     found = measure(
         parts,
         tokenizer,
         flags.max_length,
-        lambda visit: task.task.encode(parts.train, tokenizer, task.target, replace(options, visit=visit)),
+        encode,
         shown,
         task.target.names if task.task.unit == "row" else (),
     )
@@ -104,6 +115,19 @@ def run(
 
 
 ROWS_ON_PAGE = 50
+
+
+def _count_inactive(encoded: EncodedData, tokenizer: Tokenizer, flags: Flags) -> None:
+    """Record how many sequences an adapter with the given invocation tokens would not learn from."""
+    if flags.alora_invocation_tokens is None:
+        return
+    from lorakit.config import LoraConfig
+    from lorakit.core import check_invocation
+    from lorakit.train.run_data import count_inactive
+
+    adapter = LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=flags.alora_invocation_tokens)
+    check_invocation(adapter, set(tokenizer.get_vocab().values()), "the tokenizer", flags.max_length)
+    encoded.report.inactive_sequences = count_inactive(adapter, encoded.sequences)
 
 
 def _print(found: Quality, note: str, flags: Flags) -> None:

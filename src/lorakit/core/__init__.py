@@ -58,7 +58,7 @@ from lorakit.core.quantization.int8 import Int8Linear
 from lorakit.core.quantization.packed import PackedLinear, packed_linear
 from lorakit.core.quantization.packed_integers import AwqLinear, GptqLinear
 from lorakit.core.statistics.moments import Statistics, load_statistics
-from lorakit.core.variants import moving_variant
+from lorakit.core.variants import check_invocation, invocations_of, moving_variant, variants_of
 
 __all__ = [
     "COMBINATION_TYPES",
@@ -93,6 +93,7 @@ __all__ = [
     "attach",
     "average",
     "base_losses",
+    "check_invocation",
     "checkpoint_contexts",
     "collect_for",
     "combine",
@@ -112,6 +113,7 @@ __all__ = [
     "inspect_adapter",
     "int8_scales",
     "invocation_offsets",
+    "invocations_of",
     "invoked",
     "kind_named",
     "load_adapter",
@@ -142,6 +144,7 @@ __all__ = [
     "trainable_parameters",
     "unmerge",
     "use",
+    "variants_of",
     "waits_for_tokens",
     "weight_file_hashes",
 ]

@@ -27,6 +27,8 @@ class Report(ABC):
         duplicate_rows: Number of rows with the same content as an earlier row; they are kept.
         overlong: What was done with rows that are longer than `max_length_tokens`.
         cut_rows: Number of these rows.
+        inactive_sequences: Number of sequences in which the adapter acts on no token that contributes to the loss,
+            because its invocation tokens do not precede such a token.
         shape: Name of the shape of all rows, such as "alpaca", or None if it is unknown or differs between files.
         columns: Required field -> column, or an empty dict.
         notes: Other messages for the user.
@@ -40,6 +42,7 @@ class Report(ABC):
     duplicate_rows: int = 0
     overlong: str = "truncate"
     cut_rows: int = 0
+    inactive_sequences: int = 0
     shape: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -65,7 +68,21 @@ class Report(ABC):
         """Return lines about rows: those left out because they are empty, the task's own lines, and duplicates."""
         empty = [f"{format_count(self.empty_rows, 'row')} left out: empty."] if self.empty_rows else []
         twice = [f"{format_count(self.duplicate_rows, 'duplicate row')} kept."] if self.duplicate_rows else []
-        return [*empty, *own, *twice]
+        return [*empty, *own, *twice, *self._inactive_lines()]
+
+    def _inactive_lines(self) -> list[str]:
+        """Return a line if the adapter would not learn from some sequences."""
+        if not self.inactive_sequences:
+            return []
+        count = f"{self.inactive_sequences:,} of {format_count(self.sequences, 'sequence')}"
+        if self.inactive_sequences == self.sequences:
+            count, verb = "any sequence", "the training changes nothing"
+        else:
+            verb = "nothing is learned from them"
+        return [
+            f"warning: the adapter does not act in {count}, because its invocation tokens do not precede a token that "
+            f"contributes to the loss; {verb}."
+        ]
 
 
 @dataclass(slots=True)

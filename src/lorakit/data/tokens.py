@@ -38,6 +38,9 @@ class Tokenizer(Protocol):
     def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any:
         """Render a conversation and return its text, or its token ids with masks."""
 
+    def get_vocab(self) -> dict[str, int]:
+        """Return a dict from each token to its id."""
+
     def get_added_vocab(self) -> dict[str, int]:
         """Return a dict from each special or added token to its id."""
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from lorakit import data, hub, plan
 from lorakit.config import LoraConfig
+from lorakit.core import check_invocation, invocations_of
 from lorakit.core.model.fingerprint import vocabulary_of
 from lorakit.core.model.vocabulary import check_growth, with_trained_rows
 from lorakit.errors import ConfigError, DataError, UsageError
@@ -159,7 +160,8 @@ def forecast(
     Raises:
         ModelError: The model's config cannot be read, or the model or the tokenizer does not support new tokens.
         TargetError: A target matches nothing.
-        ConfigError: A key in `learning_rate_pattern` matches no adapted module, or a new token already exists.
+        ConfigError: A key in `learning_rate_pattern` matches no adapted module, a new token already exists, or the
+            adapter waits for tokens that do not exist.
         UsageError: `max_length` is not the default and exceeds the model's limit.
     """
     shape = hub.shape_for_task(source, task.task.loader, task.target.config_values())
@@ -175,6 +177,8 @@ def forecast(
         config = with_trained_rows(config, base, new.rows)
         words = ", ".join(f"{token} ({number})" for token, number in new.added.ids.items())
         notes.append(f"New tokens: {words}; in the embedding and the head, only the rows of these tokens are trained.")
+    if invocations_of(config):
+        check_invocation(config, set(tokenizer.get_vocab().values()), "the tokenizer", length)
     counted = plan.count(shape, config, allow_partial=settings.allow_partial_targets)
     wrong = unfitting_keys(
         "learning_rate_pattern", settings.learning_rate_pattern, [*(site.path for site in counted.sites), *counted.rows]

@@ -8,6 +8,10 @@ from functools import partial
 from typing import Any
 
 from lorakit import data, hub
+from lorakit.config import LoraConfig
+from lorakit.core import variants_of
+from lorakit.data.encoding import IGNORED
+from lorakit.data.loader import padded_ids
 from lorakit.data.sources import weights_of
 from lorakit.errors import DataError, DiskError, UsageError
 from lorakit.machine import cache_directory
@@ -81,6 +85,10 @@ class RunBatches:
         mine = share_of(groups, processes.rank, processes.count, self.task.task.needs_batch)
         return [self.loader.batch_of(rows) for rows in mine]
 
+    def count_inactive(self, config: LoraConfig) -> None:
+        """Record in the report how many sequences the adapter would not learn from; see `count_inactive`."""
+        self.train_report.inactive_sequences = count_inactive(config, self.loader.sequences)
+
     def with_rows(self, batch_rows: int) -> RunBatches:
         """Return the same data, in the same order, in batches of another size, from the beginning.
 
@@ -90,6 +98,27 @@ class RunBatches:
         if batch_rows == self.loader.batch_rows:
             return self
         return replace(self, loader=replace(self.loader, batch_rows=batch_rows))
+
+
+def count_inactive(config: LoraConfig, sequences: Sequence[data.Sequence]) -> int:
+    """Return the number of sequences in which an adapter acts on no token that contributes to the loss.
+
+    Args:
+        config: The adapter's config; without invocation tokens, the result is 0.
+        sequences: The training data.
+    """
+    count, finders = 0, [variant.positions for variant in variants_of(config) if variant.positions is not None]
+    for find in finders:
+        for begin in range(0, len(sequences), _SEARCHED_AT_ONCE):
+            rows = [sequences[at] for at in range(begin, min(begin + _SEARCHED_AT_ONCE, len(sequences)))]
+            ids, mask = padded_ids([row.input_ids for row in rows], 0)
+            for row, back in zip(rows, find(ids, config, mask).tolist(), strict=True):
+                after = row.labels[ids.shape[1] - back + 1 :]  # the token at a position is predicted at the one before
+                count += back == 0 or all(label == IGNORED for label in after)
+    return count
+
+
+_SEARCHED_AT_ONCE = 256
 
 
 def read_data(

@@ -236,6 +236,7 @@ def _loaded(spec: RunSpec, plan: RunPlan, progress: Progress) -> tuple[nn.Module
 
 
 def _report_data(spec: RunSpec, batches: RunBatches, progress: Progress) -> None:
+    batches.count_inactive(spec.forecast.config)
     for note in spec.forecast.notes:
         progress.say(note)
     for line in batches.train_report.lines():

@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import copy
 import dataclasses
+import json
 import pickle
 import threading
 from pathlib import Path
@@ -49,6 +50,19 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning"),
 ]
 MODELS = pytest.mark.parametrize("specimen", [LLAMA, GPT2], ids=str)
+
+
+@pytest.mark.parametrize("tokens", [(999_999,), (1, -1), ()])
+def test_an_adapter_that_can_never_act_is_an_error(tokens: tuple[int, ...], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        waiting(tokens=tokens)
+    assert caught.value.field == "alora_invocation_tokens"
+    save_adapter(waiting(), tmp_path, "a")
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "alora_invocation_tokens": list(tokens)}))
+    (tmp_path / "lorakit.json").unlink()
+    with pytest.raises(ConfigError):
+        load_adapter(LLAMA.model(), tmp_path)
 
 
 def waiting(specimen: Specimen = LLAMA, *names: str, tokens: tuple[int, ...] = INVOCATION, **fields: Any) -> nn.Module:

@@ -105,6 +105,7 @@ def attach(
     checks.check_new_name(index.state, name)
     given, config = config, with_targets(config, index)
     checks.check_company(index.state, config)
+    checks.check_acts(index.model, config)
     if statistics is not None:
         statistics.check(config, index)
     with trainable_block(index), stacked_for(index, config) as index:

@@ -205,6 +205,7 @@ def place_adapter(
     files = with_fused_experts(files, index)
     config, tensors = files.config, files.file.tensors
     checks.check_company(index.state, config)
+    checks.check_acts(index.model, config)
     with trainable_block(index), stacked_for(index, config) as index:
         _check_kinds(files, index)
         fitted = _fitted(files, index)

@@ -8,9 +8,10 @@ from collections.abc import Collection, Iterable, Sequence
 from torch import nn
 
 from lorakit.config import LoraConfig
+from lorakit.core.model.fingerprint import vocabulary_of
 from lorakit.core.routing.state import AdapterState
 from lorakit.core.shards import is_dtensor
-from lorakit.core.variants import variants_of
+from lorakit.core.variants import check_invocation, variants_of
 from lorakit.errors import OVERRIDE, AdapterError, ConfigError, NotYetSupported, TargetError
 
 ALLOWANCES = ("partial_targets", "base_mismatch", "key_mismatch", "nonfinite", "odd_scale", "recompute_init")
@@ -126,6 +127,16 @@ def check_scales(scales: Sequence[tuple[str, float]], allow: Collection[str]) ->
             where=path,
             override="odd_scale",
         )
+
+
+def check_acts(model: nn.Module, config: LoraConfig) -> None:
+    """Check that the tokens for which an adapter waits are in the model's vocabulary.
+
+    Raises:
+        ConfigError: A token is not.
+    """
+    if vocabulary := vocabulary_of(model):
+        check_invocation(config, range(vocabulary), f"the model's vocabulary of {vocabulary:,}")
 
 
 def check_company(state: AdapterState | None, config: LoraConfig) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorakit.core.clones import HOOKS
 from lorakit.core.routing.route import Offsets, of_rows
 from lorakit.core.routing.state import AdapterState, Override
-from lorakit.core.variants import variants_of
+from lorakit.core.variants import invocations_of, variants_of
 from lorakit.errors import RouteError
 
 CACHES = ("cache", "past_key_values", "cache_params")
@@ -140,7 +140,7 @@ def _positions(state: AdapterState, name: str, ids: Tensor, visible: Tensor | No
 
 def _span(state: AdapterState, name: str) -> int:
     config = state.configs[name]
-    return max((variant.span(config) for variant in variants_of(config) if variant.span is not None), default=1)
+    return max((len(tokens) for _, tokens in invocations_of(config)), default=1)
 
 
 class _HookScope(Override):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 from lorakit.config import LoraConfig
@@ -33,6 +33,8 @@ __all__ = [
     "Start",
     "Variant",
     "asked_for",
+    "check_invocation",
+    "invocations_of",
     "is_kept",
     "last_invocation",
     "own_tensors",
@@ -72,6 +74,45 @@ def own_tensors() -> Iterator[OwnTensor]:
 def variants_of(config: LoraConfig) -> list[Variant]:
     """Return the variants other than LoRA itself that a config selects at one or more sites."""
     return [v for v in VARIANTS if v.field and getattr(config, v.field) not in (None, False)]
+
+
+def invocations_of(config: LoraConfig) -> list[tuple[Variant, Sequence[int]]]:
+    """Return the selected variants that wait for tokens, each with the ids of these tokens.
+
+    Raises:
+        ConfigError: The config does not specify the tokens.
+    """
+    return [(variant, variant.invocation(config)) for variant in variants_of(config) if variant.invocation is not None]
+
+
+def check_invocation(config: LoraConfig, known: Container[int], where: str, length: int | None = None) -> None:
+    """Check that the tokens for which an adapter waits can occur; otherwise, it would never act.
+
+    Args:
+        config: The adapter's config.
+        known: The ids of all tokens that can occur.
+        where: What has these tokens, for messages.
+        length: Maximum number of tokens of a row, or None.
+
+    Raises:
+        ConfigError: A token cannot occur, or all of them do not fit into a row.
+    """
+    for variant, tokens in invocations_of(config):
+        unknown = [token for token in tokens if token not in known]
+        if unknown:
+            raise ConfigError(
+                f"{variant.field} contains {', '.join(map(str, unknown))}, which {where} does not have, so the adapter "
+                "would never act; pass ids of its tokens.",
+                what=unknown[0],
+                field=variant.field,
+            )
+        if length is not None and len(tokens) >= length:
+            raise ConfigError(
+                f"{variant.field} has {len(tokens)} tokens, but rows have at most {length}, so the adapter would never "
+                "act; pass fewer tokens or a larger max_length.",
+                what=len(tokens),
+                field=variant.field,
+            )
 
 
 def moving_variant(config: LoraConfig) -> Variant | None:

@@ -47,10 +47,6 @@ def _positions(ids: Tensor, config: LoraConfig, visible: Tensor | None) -> Tenso
     return last_invocation(ids, _tokens(config), visible)
 
 
-def _span(config: LoraConfig) -> int:
-    return len(_tokens(config))
-
-
 def _tokens(config: LoraConfig) -> Sequence[int]:
     tokens = config.alora_invocation_tokens
     if not tokens:
@@ -89,6 +85,6 @@ ALORA = Variant(
     update=None,
     unmergeable_reason="its update depends on token positions",
     positions=_positions,
-    span=_span,
+    invocation=_tokens,
     must_agree="have different invocation tokens",
 )

@@ -237,8 +237,8 @@ class Variant:
         positions: Function that returns the number of active positions at the end of each row, (rows,) int64. Its
             arguments are the token ids (rows, length), the config, and a mask of visible tokens (rows, length) or None.
             The attribute is None if the adapter is always active.
-        span: For variants with `positions`, a function from a config to the number of tokens that are compared to find
-            a position.
+        invocation: For variants with `positions`, a function from a config to the ids of the tokens, in order, that are
+            compared to find a position.
         move: Function from a `Start` to the canonical weight that replaces the base weight while the adapter is
             attached. The replacement depends only on the base and the rank, so adapters of the same rank share it.
         uses_product: Whether the output depends on the factor's own A and B, so that zeros in them are suspicious.
@@ -274,7 +274,7 @@ class Variant:
     update: Callable[[Kind, WeightSpec, Tensor, Tensor, Factor], Tensor] | None = added
     unmergeable_reason: str = ""
     positions: Callable[[Tensor, LoraConfig, Tensor | None], Tensor] | None = None
-    span: Callable[[LoraConfig], int] | None = None
+    invocation: Callable[[LoraConfig], Sequence[int]] | None = None
     move: Callable[[Start], Tensor] | None = None
     uses_product: bool = True
     adds_product: bool = True
