@@ -47,10 +47,10 @@ def test_the_task_is_chosen_by_the_data_and_the_model(
     records: tuple[Any, ...], family: str, expected: str, model_directory: Callable[..., Path]
 ) -> None:
     source = hub.resolve(model_directory(family))
-    found = task_for(None, split(*records), source, "auto", False)
+    found = task_for(None, split(*records), source)
     assert found.task.name == expected
     assert expected in found.note
-    assert task_for(expected, split(*records), source, "auto", False).note == ""
+    assert task_for(expected, split(*records), source).note == ""
 
 
 def test_a_sentence_transformers_model_embeds_scored_pairs(model_directory: Callable[..., Path]) -> None:
@@ -58,16 +58,16 @@ def test_a_sentence_transformers_model_embeds_scored_pairs(model_directory: Call
     (folder / "modules.json").write_text("[]")
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
-    found = task_for(None, split(*SCORED), hub.resolve(folder), "auto", False)
+    found = task_for(None, split(*SCORED), hub.resolve(folder))
     assert (found.task.name, found.target) == ("embedding", Target("score", pooling="cls"))
     assert task_of_model(None, hub.resolve(folder)).task.name == "embedding"
 
 
 def test_text_needs_a_causal_model(model_directory: Callable[..., Path], tiny_model_directory: Path) -> None:
     with pytest.raises(UsageError, match="does not continue text") as caught:
-        task_for(None, split(Document("a")), hub.resolve(model_directory("Bert")), "auto", False)
+        task_for(None, split(Document("a")), hub.resolve(model_directory("Bert")))
     assert caught.value.field == "task"
-    assert task_for(None, split(Document("a")), hub.resolve(tiny_model_directory), "auto", False).task.generates
+    assert task_for(None, split(Document("a")), hub.resolve(tiny_model_directory)).task.generates
     with pytest.raises(UsageError, match="does not predict rows"):
         task_of_model(None, hub.resolve(tiny_model_directory))
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from lorakit.data import Labeled, Records, Tagged
+from lorakit.data.encoding import IGNORED
 from lorakit.errors import ConfigError, DataError
 from lorakit.tasks import TASKS, EncodeOptions, Target
-from lorakit.tasks.encoding import places_of
 
 CLASSES = Target("class", ("a", "b"))
 
@@ -41,9 +41,9 @@ def test_long_rows(tiny_tokenizer: Any) -> None:
 
 
 def test_rows_that_do_not_fit(tiny_tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"f:3.*label 'c' is not one of the model's: a, b") as caught:
+    with pytest.raises(DataError, match="the model has a, b; use `--label-map c=NAME`") as caught:
         encoded("classification", [Labeled(("x",), "c", "f", 3)], tiny_tokenizer)
-    assert caught.value.what == "c"
+    assert (caught.value.what, caught.value.where, caught.value.field) == ("c", "f:3", "label_map")
     with pytest.raises(DataError, match=r"f:1.*needs 'text' and 'label'"):
         encoded("classification", [Tagged(("x",), ("O",), "f", 1)], tiny_tokenizer)
     with pytest.raises(DataError, match="No row contributes"):
@@ -68,7 +68,9 @@ def test_each_word_is_tagged_at_its_first_token(words: list[str], tiny_tokenizer
     text = " ".join(words)
     offsets = tiny_tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     begin = 0
-    for word, place in zip(words, places_of(words, tiny_tokenizer), strict=True):
+    (row,) = encoded("token-classification", [Tagged(tuple(words))], tiny_tokenizer, is_labeled=False).sequences
+    places = {word: place for place, word in enumerate(row.labels) if word != IGNORED}
+    for word, place in zip(words, map(places.get, range(len(words))), strict=True):
         if word:
             assert place is not None
             first, last = offsets[place]
@@ -84,5 +86,6 @@ def test_tags_that_are_cut_off_are_counted(tiny_tokenizer: Any) -> None:
     row = Tagged(tuple("abcdefgh"), tuple("BOBOBOBO"), "f", 1)
     found = encoded("token-classification", [row], tiny_tokenizer, target, max_length=4)
     assert found.report.cut_words == 8 - found.report.trained_tokens > 0
-    with pytest.raises(DataError, match="tag 'X' is not one of the model's"):
+    with pytest.raises(DataError) as caught:
         encoded("token-classification", [Tagged(("a",), ("X",))], tiny_tokenizer, target)
+    assert (caught.value.what, caught.value.allowed) == ("X", ("B", "O"))

@@ -131,18 +131,22 @@ def task_of(adapters: Sequence[AdapterFiles]) -> TaskOnData:
     from lorakit.tasks import task_of_adapter
 
     first, *others = [
-        task_of_adapter(files.config, files.sidecar.facts.get("training"), _outputs(files)) for files in adapters
+        task_of_adapter(files.config, files.sidecar.facts.get("training"), files.head_outputs) for files in adapters
     ]
     for files, other in zip(adapters[1:], others, strict=True):
         if (other.task, other.target) != (first.task, first.target):
             raise UsageError(
-                f"{files.folder}: trained for {other.task.name} with {len(other.target.names)} classes, but "
-                f"{adapters[0].folder} for {first.task.name} with {len(first.target.names)}; pass adapters for the "
-                "same task.",
+                f"{files.folder}: trained for {_described(other)}, but {adapters[0].folder} for {_described(first)}; "
+                "pass adapters for the same task, with the same classes in the same order.",
                 where=files.folder,
                 field="adapter",
             )
     return first
+
+
+def _described(task: TaskOnData) -> str:
+    names = ", ".join(task.target.names[:10])
+    return f"{task.task.name} ({names})" if names else task.task.name
 
 
 def check_generates(adapters: Sequence[AdapterFiles]) -> None:
@@ -164,19 +168,6 @@ def check_generates(adapters: Sequence[AdapterFiles]) -> None:
             where=adapters[0].folder,
             field="adapter",
         )
-
-
-def _outputs(files: AdapterFiles) -> int | None:
-    """Return the number of outputs of the head saved in an adapter, or None if it has none."""
-    from lorakit.config import HEADS_BY_TASK
-
-    heads = HEADS_BY_TASK.get(files.config.task_type, ())
-    sizes = [
-        tensor.shape[0]
-        for name, tensor in files.file.tensors.items()
-        if tensor.ndim == 2 and name.endswith(".weight") and any(f".{head}." in name for head in heads)
-    ]
-    return min(sizes, default=None)
 
 
 LARGEST_TOKENIZER_BYTES = 256 << 20

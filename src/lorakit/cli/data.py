@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from lorakit.cli import console, early
-from lorakit.cli.flag_groups import ROWS, RevisionFlag, RowFlags
+from lorakit.cli.flag_groups import LABELS, ROWS, LabelFlags, RevisionFlag, RowFlags
 from lorakit.train.defaults import DEFAULTS, TASK_NAMES
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Flags:
     alora_invocation_tokens: Annotated[list[int] | None, Parameter(help=DEFAULTS["alora_invocation_tokens"].help())] = (
         None
     )
+    labels: Annotated[LabelFlags, Parameter(name="*")] = LABELS
     overlong: Annotated[
         Literal["truncate", "drop", "split", "error"], Parameter(help=DEFAULTS["overlong"].help(), show_choices=False)
     ] = "truncate"
@@ -66,6 +67,7 @@ def run(
     early.check_data([*files, *(flags.eval_data or ())])
     model = early.check_model(flags.model, flags.revision)
     flags.reading.check()
+    flags.labels.check()
     early.check_at_least("max_length", flags.max_length, 2)
     early.check_at_least("rows", flags.rows, 0)
     if flags.task is not None:
@@ -85,7 +87,8 @@ def run(
     if flags.chat_template is not None:
         tokenizer.chat_template = read_template(Path(flags.chat_template))
     shown = max(flags.rows, ROWS_ON_PAGE if flags.html else 0)
-    task = task_for(flags.task, parts, source, flags.label_type, flags.eval_data is not None)
+    labels = flags.labels.options(flags.label_type, is_evaluation_given=flags.eval_data is not None)
+    task = task_for(flags.task, parts, source, labels)
     options = EncodeOptions(flags.max_length, flags.overlong)
 
     def encode(visit: Visit) -> EncodedData:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from lorakit import allocator
 from lorakit.cli import adapters, console, early
-from lorakit.cli.flag_groups import BASE, ROWS, BaseFlags, RowFlags
+from lorakit.cli.flag_groups import BASE, LABELS, ROWS, BaseFlags, LabelFlags, RowFlags
 from lorakit.train.defaults import DEFAULTS
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class Flags:
     data: Annotated[list[str], Parameter(help=DEFAULTS["data"].help().replace("Training data", "Data"))]
     adapter: Annotated[list[str] | None, Parameter(help=f"{adapters.NAMES} to compare with the base.")] = None
     reading: Annotated[RowFlags, Parameter(name="*")] = ROWS
+    labels: Annotated[LabelFlags, Parameter(name="*")] = LABELS
     max_length: Annotated[int, Parameter(help="Maximum sequence length in tokens.")] = DEFAULTS["max_length"].value
     batch_size: Annotated[int, Parameter(help="Sequences per batch at --max-length; more if all are shorter.")] = (
         DEFAULTS["per_device_train_batch_size"].value
@@ -48,6 +49,7 @@ def run(
     early.check_at_least("max_length", flags.max_length, 1)
     early.check_data(flags.data)
     flags.reading.check()
+    flags.labels.check()
     model = early.check_model(flags.model, flags.base.revision)
     folders = early.adapter_folders(flags.adapter or ())
     allocator.set_up()  # before torch allocates any memory
@@ -68,6 +70,7 @@ def run(
             quantization=flags.base.stored_as(),
             request=flags.reading.request(() if task is None else task.task.formats),
             task=task,
+            labels=flags.labels.options(),
         ),
         console.note,
         console.note if verbose else console.quiet,
@@ -79,8 +82,9 @@ def run(
     console.say(_table(found))
 
 
-def _values(one: Evaluation) -> dict[str, float]:
-    return {"loss": one.loss, "tokens": one.tokens, **(one.metrics or {"perplexity": one.perplexity})}
+def _values(one: Evaluation) -> dict[str, Any]:
+    undefined = {"undefined": one.undefined} if one.undefined else {}
+    return {"loss": one.loss, "tokens": one.tokens, **(one.metrics or {"perplexity": one.perplexity}), **undefined}
 
 
 def _table(found: Sequence[tuple[str, Evaluation]]) -> str:
@@ -89,8 +93,9 @@ def _table(found: Sequence[tuple[str, Evaluation]]) -> str:
     if not found[0][1].metrics:
         rows = [[name, f"{one.loss:.4f}", f"{one.perplexity:.2f}", f"{one.tokens:,}"] for name, one in found]
         return console.table(["", "loss", "perplexity", "tokens"], rows)
-    rows = [[name, f"{one.loss:.4f}", *(f"{one.metrics[key]:.4f}" for key in metrics)] for name, one in found]
-    table = console.table(["", "loss", *metrics], rows)
+    rows = [[name, f"{one.loss:.4f}", *(_shown(one, key) for key in metrics)] for name, one in found]
+    reasons = {f"{key}: undefined, because {reason}." for _, one in found for key, reason in one.undefined.items()}
+    table = "\n".join([console.table(["", "loss", *metrics], rows), *sorted(reasons)])
     classes = [name for name in found[0][1].metrics if "/" in name]
     if not classes:
         return table
@@ -99,4 +104,5 @@ def _table(found: Sequence[tuple[str, Evaluation]]) -> str:
 
 
 def _shown(one: Evaluation, name: str) -> str:
-    return f"{one.metrics[name]:.4f}" if name in one.metrics else "-"
+    value = one.metrics.get(name)
+    return "-" if value is None else f"{value:.4f}"

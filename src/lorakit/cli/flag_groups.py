@@ -14,15 +14,20 @@ from cyclopts import Parameter
 from lorakit.cli import early
 from lorakit.errors import ConfigError
 from lorakit.plan.quantized import stored_as
-from lorakit.train.defaults import DEFAULTS
+from lorakit.train.defaults import DEFAULTS, TAG_SCHEMES
 
 if TYPE_CHECKING:
     from lorakit.data import Request
     from lorakit.plan.quantized import Quantization
+    from lorakit.tasks import LabelOptions
+    from lorakit.tasks.target import LabelType
 
 
 RevisionFlag = Annotated[str | None, Parameter(help=DEFAULTS["revision"].help())]
 """Flag for the revision of a base on the Hub."""
+
+TagSchemeFlag = Annotated[str, Parameter(help=DEFAULTS["tag_scheme"].help())]
+"""Flag for the scheme of tags."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +63,58 @@ class RowFlags:
         return Request(self.format, self._columns(), self.on_bad_row == "skip", group, allowed, needs_label)
 
     def _columns(self) -> dict[str, str]:
-        if not self.columns:
-            return {}
-        from lorakit.train.setting_types import columns_of  # imports pydantic
+        return _checked("columns", self.columns)
 
-        try:
-            return columns_of(self.columns)
-        except ValueError as cause:
-            raise ConfigError(f"columns is {self.columns}; {cause}.", what=self.columns, field="columns") from None
+
+@dataclass(frozen=True)
+class LabelFlags:
+    """Flags about how the labels of data are read."""
+
+    label_map: Annotated[list[str] | None, Parameter(help=DEFAULTS["label_map"].help())] = None
+    tag_scheme: TagSchemeFlag = "auto"
+
+    def check(self) -> None:
+        """Check the flags, except for the names in the label map, which the labels of the model determine.
+
+        Raises:
+            ConfigError: A flag has a value that is not allowed.
+        """
+        early.check_choice("tag_scheme", self.tag_scheme, ("auto", *TAG_SCHEMES))
+        self._label_map()
+
+    def options(self, label_type: LabelType = "auto", *, is_evaluation_given: bool = False) -> LabelOptions:
+        """Return the choices about how labels are read; this imports torch.
+
+        Args:
+            label_type: What a label is.
+            is_evaluation_given: See `LabelOptions`.
+
+        Raises:
+            ConfigError: A flag has a value that is not allowed.
+        """
+        from lorakit.tasks import LabelOptions
+
+        return LabelOptions(
+            label_type,
+            is_evaluation_given=is_evaluation_given,
+            label_map=self._label_map(),
+            tag_scheme=None if self.tag_scheme == "auto" else self.tag_scheme,
+        )
+
+    def _label_map(self) -> dict[str, str]:
+        return _checked("label_map", self.label_map)
+
+
+def _checked(name: str, given: list[str] | None) -> dict[str, str]:
+    """Return the pairs of a flag as a dict; an invalid one raises ConfigError."""
+    if not given:
+        return {}
+    from lorakit.train import setting_types  # imports pydantic
+
+    try:
+        return setting_types.PAIRS[name](given)
+    except ValueError as cause:
+        raise ConfigError(f"{name} is {given}; {cause}.", what=given, field=name) from None
 
 
 @dataclass(frozen=True)
@@ -105,5 +154,5 @@ class BaseFlags:
         return ("base_mismatch",) if self.allow_base_mismatch else ()
 
 
-ROWS, BASE = RowFlags(), BaseFlags()
+ROWS, LABELS, BASE = RowFlags(), LabelFlags(), BaseFlags()
 """The groups without any flag given."""

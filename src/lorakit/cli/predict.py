@@ -14,11 +14,11 @@ from cyclopts import Parameter
 
 from lorakit import allocator
 from lorakit.cli import adapters, console, early
-from lorakit.cli.flag_groups import BASE, ROWS, BaseFlags, RowFlags
+from lorakit.cli.flag_groups import BASE, ROWS, BaseFlags, RowFlags, TagSchemeFlag
 from lorakit.durable import temporary_name
 from lorakit.errors import DiskError, UsageError
 from lorakit.tables import format_count
-from lorakit.train.defaults import DEFAULTS, TASK_NAMES
+from lorakit.train.defaults import DEFAULTS, TAG_SCHEMES, TASK_NAMES
 
 if TYPE_CHECKING:
     from lorakit.tasks import TaskOnData
@@ -35,6 +35,7 @@ class Flags:
         str | None, Parameter(help="Task of a model without --adapter: classification, ... Default: from the model.")
     ] = None
     reading: Annotated[RowFlags, Parameter(name="*")] = ROWS
+    tag_scheme: TagSchemeFlag = "auto"
     max_length: Annotated[int, Parameter(help="Maximum length of a text in tokens.")] = DEFAULTS["max_length"].value
     max_new_tokens: Annotated[int, Parameter(help="Maximum length of a generated text in tokens (seq2seq).")] = 256
     batch_size: Annotated[int, Parameter(help="Rows per batch.")] = 16
@@ -63,6 +64,7 @@ def run(
     early.check_at_least("max_new_tokens", flags.max_new_tokens, 1)
     early.check_data(files)
     flags.reading.check()
+    early.check_choice("tag_scheme", flags.tag_scheme, ("auto", *TAG_SCHEMES))
     if flags.task is not None:
         early.check_choice("task", flags.task, TASK_NAMES)
     model = early.check_model(flags.model, flags.base.revision)
@@ -91,6 +93,7 @@ def run(
         quantization=flags.base.stored_as(),
         request=flags.reading.request(task.task.inputs or task.task.formats, needs_label=False),
         max_new_tokens=flags.max_new_tokens,
+        tag_scheme=None if flags.tag_scheme == "auto" else flags.tag_scheme,
     )
     rows = predict(settings, console.note)
     if flags.output_file is None and json:

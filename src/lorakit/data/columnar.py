@@ -14,8 +14,9 @@ import itertools
 import json
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from lorakit.errors import DataError, MissingExtra, UsageError
 from lorakit.hub_cache import offline
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features, IterableDataset
+    from datasets import ClassLabel, Dataset, Features, IterableDataset
     from pyarrow import RecordBatch
 
 _AT_ONCE = 1000
@@ -162,6 +163,8 @@ def _table(label: str, request: Request, *names: str | None, **options: Any) -> 
     with _quiet():
         data = datasets.load_dataset(*names, **options)
     data = data.remove_columns(_media(data.features))
+    if classes := _classes(data.features):
+        data = data.with_transform(partial(_named, classes=classes))
     found = collect(label, _rows(data), request, "row")
     return Table(label, data, found.layout, found.starts, int(data.data.nbytes), found.groups), found.notes
 
@@ -180,6 +183,30 @@ def _media(features: Features) -> list[str]:
     import datasets
 
     return [name for name, kind in features.items() if isinstance(kind, datasets.Image | datasets.Audio)]
+
+
+def _classes(features: Features | Mapping[str, Any]) -> dict[str, ClassLabel]:
+    """Return a dict from each column of class numbers, or of lists of them, to the feature that has their names."""
+    import datasets
+
+    found = dict[str, Any]()
+    for column, kind in features.items():
+        while not isinstance(kind, datasets.ClassLabel) and kind is not None:
+            kind = kind[0] if isinstance(kind, list) else getattr(kind, "feature", None)
+        if kind is not None:
+            found[column] = kind
+    return found
+
+
+def _named(columns: dict[str, Any], classes: Mapping[str, ClassLabel]) -> dict[str, Any]:
+    """Return columns of one row or of several, with the names of classes in place of their numbers."""
+    return {name: _name(value, classes[name]) if name in classes else value for name, value in columns.items()}
+
+
+def _name(value: Any, kind: ClassLabel) -> Any:
+    if isinstance(value, list):
+        return [_name(one, kind) for one in value]
+    return None if value is None or value < 0 else kind.int2str(value)  # -1 marks a row without a label
 
 
 def _rows(data: Dataset) -> Iterator[Parsed]:
@@ -231,15 +258,16 @@ class StreamedTable(LargeFile):
         import datasets
 
         with self.open() as file, _as_file_error(self.path):
-            features = None
+            features, classes = None, dict[str, Any]()
             for begin, batch in _batches(self.path, file, at.offset):
                 if features is None:
                     features = datasets.Features.from_arrow_schema(batch.schema)
+                    classes = _classes(features)
                     kept = [name for name in batch.schema.names if name not in _media(features)]
                 first = max(begin, at.offset)
                 rows = batch.select(kept).slice(first - begin).to_pylist()
                 for number, row in enumerate(rows, start=first):
-                    yield features.decode_example(row), Place(at.file, number, number + 1)
+                    yield _named(features.decode_example(row), classes), Place(at.file, number, number + 1)
 
 
 def stream_table(path: Path) -> StreamedTable:
@@ -349,8 +377,9 @@ class StreamedHub:
         """
         with _as_hub_error(self.source):
             rows = self.data.skip(at.offset) if at.offset else self.data
+            classes = _classes(self.data.features or {})
             for number, row in enumerate(rows, start=at.offset):
-                yield row, Place(at.file, number, number + 1)
+                yield _named(row, classes), Place(at.file, number, number + 1)
 
 
 def stream_hub(source: HubSource) -> StreamedHub:

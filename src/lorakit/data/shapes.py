@@ -32,6 +32,7 @@ class Shape:
         derived: Columns that repeat the other columns in rendered form and are ignored.
         remedy: What the user can do instead, if `build` is None.
         is_shown: Whether the shape is always shown to the user, because its fields are rendered as a conversation.
+        ignored: Columns that are not read.
     """
 
     name: str
@@ -41,12 +42,19 @@ class Shape:
     derived: tuple[str, ...] = ()
     remedy: str = ""
     is_shown: bool = False
+    ignored: tuple[str, ...] = ()
 
-    def without_label(self) -> Shape:
-        """Return the same shape, in which labels, tags and targets are optional."""
-        needed = {name: columns for name, columns in self.needed.items() if name not in LABELS}
-        moved = {name: columns for name, columns in self.needed.items() if name in LABELS}
-        return replace(self, needed=needed, optional={**self.optional, **moved})
+    def without_label(self, columns: Mapping[str, str]) -> Shape:
+        """Return the same shape, in which the columns of labels, tags and targets are ignored, whatever they hold.
+
+        Args:
+            columns: Field -> column, as given by the user.
+        """
+        needed = {name: names for name, names in self.needed.items() if name not in LABELS}
+        optional = {name: names for name, names in self.optional.items() if name not in LABELS}
+        fields = {**self.needed, **self.optional}
+        ignored = [name for key in LABELS for name in (*fields.get(key, ()), columns.get(key)) if name is not None]
+        return replace(self, needed=needed, optional=optional, ignored=tuple(ignored))
 
     def described(self) -> str:
         """Return the shape's required columns as text, such as "'prompt' and 'completion'"."""
@@ -192,7 +200,7 @@ class Request:
         skip_bad_rows: Whether to leave out rows that do not fit and count them, instead of raising an error.
         group: Column whose equal values keep rows together when rows are held out, or None.
         allowed: Names of the shapes that may be recognized, because the task supports them; empty allows all.
-        needs_label: Whether labels and tags are required; rows to predict do not have them.
+        needs_label: Whether labels and tags are required; those of rows to predict are not read.
 
     Raises:
         ConfigError: The shape is unknown or not allowed, or no shape has these fields.
@@ -209,19 +217,22 @@ class Request:
         names = self.allowed or tuple(shape.name for shape in SHAPES)
         if self.format is not None and self.format not in names:
             raise ConfigError.of("format", self.format, allowed=names)
-        known = {name for shape in self.shapes() for name in (*shape.needed, *shape.optional)}
+        known = {name for shape in self._allowed() for name in (*shape.needed, *shape.optional)}
         for name in self.columns:
             if name not in known:
                 raise ConfigError.of("columns", name, allowed=sorted(known))
 
     def shapes(self) -> tuple[Shape, ...]:
         """Return the shapes that may be recognized."""
-        found = tuple(
+        found = self._allowed()
+        return found if self.needs_label else tuple(shape.without_label(self.columns) for shape in found)
+
+    def _allowed(self) -> tuple[Shape, ...]:
+        return tuple(
             shape
             for shape in SHAPES
             if self.format in (None, shape.name) and (not self.allowed or shape.name in self.allowed)
         )
-        return found if self.needs_label else tuple(shape.without_label() for shape in found)
 
 
 @dataclass(frozen=True)
@@ -266,7 +277,8 @@ class Layout:
         for name, value in row.items():
             check_value(value, name, is_used=name in used)
         unused = Counter() if unused is None else unused
-        unused.update(name for name in row if name not in used and name not in self.shape.derived)
+        skipped = {*used, *self.shape.derived, *self.shape.ignored}
+        unused.update(name for name in row if name not in skipped)
         assert self.shape.build is not None  # `recognize` rejects other shapes
         return self.shape.build(Values(row, columns, source, line, unused))
 
@@ -341,7 +353,8 @@ def recognize(columns: Sequence[str], request: Request) -> Layout:
 
 def _bound(shape: Shape, columns: Sequence[str], request: Request) -> dict[str, str] | None:
     """Return the columns of a shape's required fields, or None if the shape does not fit."""
-    if not request.columns.keys() <= shape.needed.keys() | shape.optional.keys():
+    fields = {*shape.needed, *shape.optional, *(() if request.needs_label else LABELS)}
+    if not request.columns.keys() <= fields:
         return None
     found = {}
     for name, candidates in shape.needed.items():

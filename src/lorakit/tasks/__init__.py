@@ -6,8 +6,17 @@ A task is an entry of `TASKS`. Other code calls the entry's functions and does n
 from __future__ import annotations
 
 from lorakit.tasks.causal_lm import CAUSAL_LM, loss_sum
-from lorakit.tasks.choosing import TASKS, TaskOnData, load_model_for, task_for, task_of_adapter, task_of_model
-from lorakit.tasks.labels import LabelOptions, Target
+from lorakit.tasks.choosing import (
+    TASKS,
+    TaskOnData,
+    load_model_for,
+    named_as,
+    task_for,
+    task_of_adapter,
+    task_of_model,
+    task_to_measure,
+)
+from lorakit.tasks.target import LabelOptions, Target
 from lorakit.tasks.task import (
     EncodedData,
     EncodeOptions,
@@ -39,7 +48,9 @@ __all__ = [
     "evaluation_batches",
     "load_model_for",
     "loss_sum",
+    "named_as",
     "task_for",
     "task_of_adapter",
     "task_of_model",
+    "task_to_measure",
 ]

@@ -14,8 +14,9 @@ from lorakit.data import encode as encode_text
 from lorakit.data.encoding import IGNORED
 from lorakit.data.loader import padded
 from lorakit.speed import Acceleration, pack_rows
-from lorakit.tasks.labels import Target, no_target
+from lorakit.tasks.labels import no_target
 from lorakit.tasks.row_losses import row_losses
+from lorakit.tasks.target import Target
 from lorakit.tasks.task import EncodeOptions, Objective, Task
 
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from lorakit import hub
 from lorakit.config import HEADS_BY_TASK, LoraConfig, adapter_directory, read_config
-from lorakit.data import Labeled, Record, Split, Tagged, Tokenizer, padding_id
+from lorakit.data import AnyRecords, Labeled, Record, Records, Split, Tagged, Tokenizer, padding_id
 from lorakit.durable import JsonObject, JsonValue
-from lorakit.errors import AdapterFileError, UsageError
+from lorakit.errors import AdapterFileError, ModelError, UsageError
 from lorakit.tasks.causal_lm import CAUSAL_LM
 from lorakit.tasks.classification import CLASSIFICATION
 from lorakit.tasks.embedding import EMBEDDING
-from lorakit.tasks.labels import KIND_BY_PROBLEM, Kind, LabelOptions, LabelType, Target
 from lorakit.tasks.seq2seq import SEQ2SEQ
+from lorakit.tasks.target import KIND_BY_PROBLEM, Kind, LabelOptions, Target, default_names
 from lorakit.tasks.task import Objective, Task
 from lorakit.tasks.token_classification import TOKEN_CLASSIFICATION
 
@@ -50,23 +50,31 @@ class TaskOnData:
         return {"task": self.task.name, **({"labels": self.target.as_dict()} if self.target.kind != "none" else {})}
 
 
-def task_for(name: str | None, parts: Split, source: hub.ModelSource, label_type: LabelType, given: bool) -> TaskOnData:
-    """Choose the task, and read from the data what it predicts.
+def task_for(
+    name: str | None,
+    parts: Split,
+    source: hub.ModelSource,
+    options: LabelOptions | None = None,
+    saved: TaskOnData | None = None,
+) -> TaskOnData:
+    """Choose the task, and find what it predicts: as saved, or as read from the data.
 
     Args:
         name: Name of the task; None chooses it by the shape of the data and the family of the model.
         parts: Training and evaluation records.
         source: The model.
-        label_type: How labels are read; see `LabelOptions`.
-        given: Whether the user passed evaluation data.
+        options: How labels are read; the facts about the model are added.
+        saved: The task of an adapter or a run, whose classes the data must have; None for a new one.
 
     Raises:
         UsageError: No task fits both the data and the model.
-        DataError: The labels cannot be used.
+        DataError: The labels cannot be used, or are not among the saved ones.
+        ConfigError: The label map or the tag scheme does not fit the saved labels.
         ModelError: The model's config cannot be read.
     """
-    facts = hub.ModelFacts.of(source)
+    facts, options = hub.ModelFacts.of(source), options or LabelOptions()
     family = facts.family
+    name = name if saved is None else saved.task.name
     task = TASKS[name] if name is not None else _by_shape(parts.train[0], family)
     if task is CAUSAL_LM and family in ("encoder", "embedding"):
         raise UsageError(
@@ -83,10 +91,73 @@ def task_for(name: str | None, parts: Split, source: hub.ModelSource, label_type
             what=task.name,
             field="task",
         )
-    known = facts.named_labels if task.loader in hub.WITH_NEW_HEADS else ()
-    options = LabelOptions(label_type, given, known, facts.pooling)
+    own = Target() if saved is None else named_as(saved, facts).target
+    if task.has_head and own.kind != "none":
+        target = own.with_options(options)
+        target.check(parts.training_records())
+        target.check(parts.held_out)
+        return TaskOnData(task, target)
+    pooling = facts.pooling if saved is None else saved.target.pooling
+    options = replace(options, known=_known(task, facts), pooling=pooling)
     note = "" if name is not None else f"task: {task.name} (from the data and the model; see --task)"
     return TaskOnData(task, task.target(parts, options), note if task is not CAUSAL_LM else "")
+
+
+def task_to_measure(records: AnyRecords, source: hub.ModelSource, options: LabelOptions) -> TaskOnData:
+    """Choose the task of a model that is measured without adapters; its own head decides which classes there are.
+
+    Args:
+        records: The records to evaluate on.
+        source: The model.
+        options: How labels are read.
+
+    Raises:
+        LorakitError: See `task_for`.
+    """
+    facts = hub.ModelFacts.of(source)
+    task = _by_shape(records[0], facts.family)
+    own = TaskOnData(task, _own_head(task, facts)) if task.has_head else None
+    return task_for(None, Split(records, Records(), ""), source, options, own)
+
+
+def named_as(task: TaskOnData, facts: hub.ModelFacts) -> TaskOnData:
+    """Return the task of an adapter; if its files do not name the classes, they are those of the base's own head.
+
+    Args:
+        task: The task of the adapter.
+        facts: The facts about its base.
+    """
+    target = task.target
+    own = _own_head(task.task, facts) if target.kind == "none" or target.has_default_names else Target()
+    is_same = target.kind == "none" or len(own.names) == len(target.names)
+    return replace(task, target=own) if is_same and own.kind != "none" else task
+
+
+def _own_head(task: Task, facts: hub.ModelFacts) -> Target:
+    """Return what the model's own head predicts; nothing if the model has no head for the task.
+
+    Raises:
+        ModelError: Two classes have the same name.
+    """
+    if not task.has_head or task.loader != facts.loader:
+        return Target()
+    if len(set(facts.labels)) < len(facts.labels):
+        raise ModelError(
+            f"several classes of the model have the same name in its config (id2label: {', '.join(facts.labels[:10])});"
+            " give each class its own name.",
+            what=facts.labels[0],
+            field="id2label",
+        )
+    if task is TOKEN_CLASSIFICATION:
+        return Target("tags", facts.labels)
+    kind = KIND_BY_PROBLEM.get(facts.problem or "", "score" if len(facts.labels) == 1 else "class")
+    return Target(kind, () if kind == "score" else facts.labels)
+
+
+def _known(task: Task, facts: hub.ModelFacts) -> tuple[str, ...]:
+    """Return the names of the classes of the model's own head; numbers if it has no names."""
+    target = _own_head(task, facts)
+    return tuple(map(str, range(len(target.names)))) if target.has_default_names else target.names
 
 
 def _by_shape(record: Record, family: hub.Family) -> Task:
@@ -121,10 +192,9 @@ def task_of_adapter(config: LoraConfig, training: JsonValue, outputs: int | None
         )
     if target is None:
         target = Target()
-        if task.loader in hub.WITH_NEW_HEADS and outputs is not None:
-            names = tuple(f"LABEL_{number}" for number in range(outputs))
+        if task.has_head and outputs is not None:
             kind_of: Kind = "tags" if task is TOKEN_CLASSIFICATION else "class"
-            target = Target(kind_of, names) if outputs > 1 else Target("score")
+            target = Target(kind_of, default_names(outputs)) if outputs > 1 else Target("score")
     return TaskOnData(task, target)
 
 
@@ -148,15 +218,9 @@ def task_of_model(name: str | None, source: hub.ModelSource) -> TaskOnData:
             what=facts.family,
             field="adapter",
         )
-    names = facts.labels if found.loader in hub.WITH_NEW_HEADS else ()
-    kind: Kind = "none"
-    if found is TOKEN_CLASSIFICATION:
-        kind = "tags"
-    elif found is CLASSIFICATION:
-        kind = KIND_BY_PROBLEM.get(facts.problem or "", "score" if len(names) == 1 else "class")
-    elif found is EMBEDDING:
-        kind = "pairs"
-    return TaskOnData(found, Target(kind, () if kind == "score" else names, facts.pooling))
+    if not found.has_head:
+        return TaskOnData(found, Target("pairs" if found is EMBEDDING else "none", pooling=facts.pooling))
+    return TaskOnData(found, _own_head(found, replace(facts, loader=found.loader)))
 
 
 def load_model_for(

@@ -16,12 +16,14 @@ from torch.nn import functional
 
 from lorakit.config import TaskType
 from lorakit.data import AnyRecords, Batch, Record, Tokenizer
+from lorakit.data.encoding import IGNORED
 from lorakit.data.encoding import Sequence as Encoded
 from lorakit.data.loader import padded_ids
 from lorakit.durable import JsonObject
 from lorakit.tasks.encoding import LABELED, EncodedRows, encode_row, encode_rows
-from lorakit.tasks.labels import Target, class_target
-from lorakit.tasks.metrics import class_metrics, classes_metrics, score_metrics
+from lorakit.tasks.labels import class_target
+from lorakit.tasks.metrics import BASELINES, class_metrics, classes_metrics, score_metrics
+from lorakit.tasks.target import Target
 from lorakit.tasks.task import (
     EncodeOptions,
     Metrics,
@@ -73,7 +75,7 @@ def _labels(rows: list[Encoded], target: Target) -> Tensor:
         return labels
     if target.kind == "score":
         return torch.tensor([row.labels[0] if row.labels else float("nan") for row in rows])
-    return torch.tensor([row.labels[0] if row.labels else -100 for row in rows])
+    return torch.tensor([row.labels[0] if row.labels else IGNORED for row in rows])
 
 
 def forward(model: nn.Module, batch: Batch, device: str | torch.device) -> Tensor:
@@ -170,5 +172,5 @@ CLASSIFICATION = Task(
     encode_one=partial(encode_row, encoder=LABELED),
     objective=_objective,
     predict=predict,
-    summary=("accuracy", "f1_macro", "mse", "spearman"),
+    summary=("accuracy", BASELINES["accuracy"], "f1_macro", "mse", "spearman"),
 )

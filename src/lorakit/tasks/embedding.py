@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,7 +23,9 @@ from lorakit.data.loader import padded_ids
 from lorakit.durable import JsonObject
 from lorakit.errors import MissingExtra
 from lorakit.tasks.encoding import PAIRS, EncodedRows, encode_row, encode_rows
-from lorakit.tasks.labels import Target, pair_target
+from lorakit.tasks.labels import pair_target
+from lorakit.tasks.metrics import no_correlation
+from lorakit.tasks.target import Target
 from lorakit.tasks.task import EncodeOptions, Metrics, Objective, PredictContext, Task, objective, without_cache
 
 _DIGITS = 7  # of a number between -1 and 1 in float32
@@ -126,9 +129,12 @@ class EmbeddingMeter:
         self._texts += other._texts
 
     def result(self) -> Metrics:
-        """Return "spearman", or "ndcg@10"."""
+        """Return "spearman", or "ndcg@10"; see `Metrics`."""
         first, second = torch.cat(self._embeddings, dim=1)
         if self._target.kind == "score":
+            similarities = (first * second).sum(-1).numpy()
+            if reason := no_correlation(similarities, np.asarray(self._scores)):
+                return {"spearman": reason}
             found = _evaluated("EmbeddingSimilarityEvaluator", [first, second], scores=self._scores)
             return {"spearman": found["spearman_cosine"]}
         places: dict[tuple[int, ...], int] = {}  # of the first of equal texts

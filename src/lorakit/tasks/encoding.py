@@ -21,9 +21,9 @@ from lorakit.data.stored import sized
 from lorakit.data.token_cache import Buffers, Form
 from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import ConfigError, DataError, ModelError
-from lorakit.tasks.labels import Target, names_of, score_of
 from lorakit.tasks.row_report import RowReport
 from lorakit.tasks.stored_rows import StoredRows
+from lorakit.tasks.target import Target, score_of
 from lorakit.tasks.task import EncodeOptions
 
 _TYPE = "i"
@@ -148,7 +148,8 @@ def _encoded(
     report.sequences = len(rows)
     report.tokens = sum(len(ids) for row in rows for ids in (row.input_ids, *row.others))
     report.trained_tokens = sum(_targets(row, unit) for row in rows)
-    counts = Counter(label for row in rows for label in row.labels if label != IGNORED) if target.names else Counter()
+    is_named = bool(target.names) and options.is_labeled
+    counts = Counter(label for row in rows for label in row.labels if label != IGNORED) if is_named else Counter()
     report.labels = {target.names[number]: count for number, count in counts.most_common()}
     if not report.trained_tokens and options.is_labeled:
         raise DataError(
@@ -190,33 +191,18 @@ def encode_labeled(
     types = found.get("token_type_ids")
     return Encoded(
         array(_TYPE, found["input_ids"]),
-        labels_of(record, target),
+        labels_of(record, target) if options.is_labeled else array(_TYPE),
         types=array(_TYPE, types) if types and any(types) else None,
     )
 
 
 def labels_of(record: Labeled, target: Target) -> array[Any]:
-    """Return the labels of a row: the ids of its classes, or its score; empty if the row has no label.
+    """Return the labels of a row: the ids of its classes, or its score.
 
     Raises:
-        DataError: The label is not one of the target's classes, or not a number.
+        DataError: The row has no label, the label is not one of the target's classes, or it is not a number.
     """
-    if record.label is None:
-        return array(_TYPE)
-    if target.kind == "score":
-        return array("d", [score_of(record)])
-    ids = target.ids()
-    names = names_of(record, target.kind)
-    unknown = [name for name in names if name not in ids]
-    if unknown:
-        raise DataError(
-            f"{location(record)}: the label {unknown[0]!r} is not one of the model's: {', '.join(target.names[:10])}.",
-            what=unknown[0],
-            where=location(record),
-            field="data",
-            allowed=target.names,
-        )
-    return array(_TYPE, sorted(ids[name] for name in names))
+    return array("d", [score_of(record)]) if target.kind == "score" else array(_TYPE, target.ids_of(record))
 
 
 def encode_pair(
@@ -235,7 +221,7 @@ def encode_pair(
     first, *others = [None if one is None else array(_TYPE, one["input_ids"]) for one in found]
     if first is None or None in others:
         return None
-    scored = target.kind == "score" and record.label is not None
+    scored = target.kind == "score" and options.is_labeled
     score: array[Any] = array("d", [score_of(record)] if scored else [])
     return Encoded(first, score, others=tuple(ids for ids in others if ids is not None))
 
@@ -244,6 +230,8 @@ def encode_tagged(
     record: Record, tokenizer: Tokenizer, target: Target, options: EncodeOptions, report: RowReport
 ) -> Encoded | None:
     """Encode the words of a row, joined by spaces; the first token of each word has the word's tag.
+
+    In a row to predict, the first token of each word has the index of the word. A word that was truncated has no token.
 
     Raises:
         DataError: The record is of another kind, has an unknown tag, or is too long and `overlong` is "error".
@@ -254,30 +242,16 @@ def encode_tagged(
     found = _tokens(record, (" ".join(record.words),), tokenizer, options, report, offsets=True)
     if found is None:
         return None
-    ids = target.ids()
-    unknown = [tag for tag in record.tags if tag not in ids]
-    if unknown:
-        text = f"{location(record)}: the tag {unknown[0]!r} is not one of the model's: {', '.join(target.names[:10])}."
-        raise DataError(text, what=unknown[0], where=location(record), field="data", allowed=target.names)
+    tags = target.ids_of(record) if options.is_labeled else range(len(record.words))
     labels = array(_TYPE, [IGNORED]) * len(found["input_ids"])
     places = word_tokens(record.words, found["offset_mapping"])
-    for place, tag in zip(places, record.tags, strict=False):
+    for place, tag in zip(places, tags, strict=True):
         if place is not None:
-            labels[place] = ids[tag]
+            labels[place] = tag
     report.cut_words += places.count(None)
-    if record.tags and all(place is None for place in places):
+    if options.is_labeled and all(place is None for place in places):
         return None
     return Encoded(array(_TYPE, found["input_ids"]), labels)
-
-
-def places_of(words: Sequence[str], tokenizer: Tokenizer) -> list[int | None]:
-    """Return the index of the first token of each word, as in `encode_tagged`.
-
-    Args:
-        words: The words.
-        tokenizer: A transformers tokenizer that reports offsets.
-    """
-    return word_tokens(words, tokenizer(" ".join(words), return_offsets_mapping=True, verbose=False)["offset_mapping"])
 
 
 def word_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int | None]:

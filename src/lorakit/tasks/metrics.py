@@ -5,30 +5,27 @@ All functions take plain sequences or numpy arrays; none depends on models.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
+from lorakit.tasks.spans import SpanReader
+
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
+Score: TypeAlias = float | str
+"""The value of a metric, or the reason why the data does not define it."""
 
-OUTSIDE = "O"
-"""The tag of words that belong to no entity."""
+BASELINES: Mapping[str, str] = {"accuracy": "majority"}
+"""Name of a metric -> name of the metric with the value that a model reaches without reading the rows."""
 
 
-class Span(NamedTuple):
-    """A group of adjacent words with the same entity type.
-
-    Attributes:
-        kind: Entity type, such as "PER".
-        begin: Index of the first word.
-        end: Index after the last word.
-    """
-
-    kind: str
-    begin: int
-    end: int
+def majority(labels: Iterable[Hashable]) -> float:
+    """Return the accuracy of always predicting the most frequent label of these rows; 0 without rows."""
+    counts = Counter(labels)
+    return max(counts.values()) / counts.total() if counts else 0.0
 
 
 def f1(correct: int, predicted: int, actual: int) -> float:
@@ -47,8 +44,8 @@ def class_metrics(
         names: Names of the classes.
 
     Returns:
-        "accuracy"; "f1_macro", the mean over all classes that are predicted or true for a row; and "f1/NAME" for these
-        classes.
+        "accuracy" and its baseline; "f1_macro", the mean over all classes that are predicted or true for a row; and
+        "f1/NAME" for these classes.
     """
     guess, truth = np.asarray(predicted), np.asarray(actual)
     scores = {}
@@ -58,6 +55,7 @@ def class_metrics(
             scores[f"f1/{name}"] = f1(int((hits & (truth == number)).sum()), said, meant)
     return {
         "accuracy": float((guess == truth).mean()),
+        BASELINES["accuracy"]: majority(truth.tolist()),
         "f1_macro": float(np.mean(list(scores.values()))) if scores else 0.0,
         **scores,
     }
@@ -72,7 +70,8 @@ def classes_metrics(predicted: Array, actual: Array, names: Sequence[str]) -> di
         names: Names of the classes.
 
     Returns:
-        "accuracy", the fraction of rows in which all classes are right; "f1_micro", over all pairs of rows and classes;
+        "accuracy", the fraction of rows in which all classes are right, and its baseline; "f1_micro", over all pairs of
+        rows and classes;
         "f1_macro", the mean over classes; and "f1/NAME" for each class.
     """
     guess, truth = np.asarray(predicted, dtype=bool), np.asarray(actual, dtype=bool)
@@ -81,23 +80,35 @@ def classes_metrics(predicted: Array, actual: Array, names: Sequence[str]) -> di
     scores = {f"f1/{name}": f1(int(correct[at]), int(said[at]), int(meant[at])) for at, name in enumerate(names)}
     return {
         "accuracy": float((guess == truth).all(1).mean()),
+        BASELINES["accuracy"]: majority(map(tuple, truth.tolist())),
         "f1_micro": f1(int(correct.sum()), int(said.sum()), int(meant.sum())),
         "f1_macro": float(np.mean(list(scores.values()))),
         **scores,
     }
 
 
-def score_metrics(predicted: Sequence[float] | Array, actual: Sequence[float] | Array) -> dict[str, float]:
-    """Return the mean squared error and the correlations (Pearson, Spearman) of predicted numbers.
-
-    A correlation is left out if all predictions or all true numbers are equal.
-    """
+def score_metrics(predicted: Sequence[float] | Array, actual: Sequence[float] | Array) -> dict[str, Score]:
+    """Return the mean squared error and the correlations (Pearson, Spearman) of predicted numbers."""
     guess, truth = np.asarray(predicted, dtype=np.float64), np.asarray(actual, dtype=np.float64)
-    found = {"mse": float(((guess - truth) ** 2).mean())}
-    for name, values in (("pearson", (guess, truth)), ("spearman", (ranks(guess), ranks(truth)))):
-        if all(np.ptp(one) > 0 for one in values):
-            found[name] = float(np.corrcoef(*values)[0, 1])
-    return found
+    reason = no_correlation(guess, truth)
+    return {
+        "mse": float(((guess - truth) ** 2).mean()),
+        "pearson": reason or float(np.corrcoef(guess, truth)[0, 1]),
+        "spearman": reason or float(np.corrcoef(ranks(guess), ranks(truth))[0, 1]),
+    }
+
+
+def no_correlation(predicted: Array, actual: Array) -> str:
+    """Return why numbers have no correlation, or "".
+
+    Args:
+        predicted: Predicted number of each row.
+        actual: True number of each row.
+    """
+    if len(actual) < 2:
+        return f"a correlation needs at least 2 rows, but the evaluation data has {len(actual)}"
+    equal = [name for name, values in (("true", actual), ("predicted", predicted)) if np.ptp(values) == 0]
+    return f"all {equal[0]} scores are equal" if equal else ""
 
 
 def ranks(values: Array) -> Array:
@@ -107,61 +118,37 @@ def ranks(values: Array) -> Array:
     return (last - (counts - 1) / 2)[inverse]
 
 
-def spans(tags: Iterable[str]) -> list[Span]:
-    """Return the entities in the tags of a sentence, in the schemes IOB1, IOB2, IOE and IOBES.
-
-    A span begins at B or S, after E or S, when the type changes, and at the first I or E after O, as in the evaluation
-    script of CoNLL-2000. A tag without a prefix, such as "PER", is treated as I.
-
-    Args:
-        tags: The tag of each word, such as "B-PER", "I-PER" and "O".
-    """
-    found, begin, before = list[Span](), 0, ("O", "")
-    numbered = [_parts(tag) for tag in tags]
-    for at, (prefix, kind) in enumerate([*numbered, ("O", "")]):
-        if before[0] != "O" and (prefix in "OBS" or before[0] in "ES" or kind != before[1]):
-            found.append(Span(before[1], begin, at))
-            before = ("O", "")
-        if prefix != "O" and before[0] == "O":
-            begin = at
-        before = (prefix, kind)
-    return found
-
-
-def _parts(tag: str) -> tuple[str, str]:
-    if tag == OUTSIDE:
-        return OUTSIDE, ""
-    prefix, dash, kind = tag.partition("-")
-    return (prefix, kind) if dash and prefix in ("B", "I", "E", "S") else ("I", tag)
-
-
-def span_metrics(predicted: Sequence[Sequence[str]], actual: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return token accuracy and the exact F1 score of spans: a span counts only if its type and both ends are right.
+def span_metrics(
+    predicted: Sequence[Sequence[str]], actual: Sequence[Sequence[str]], reader: SpanReader
+) -> dict[str, float]:
+    """Return token accuracy and, if the tags form spans, the exact F1 score: type and both ends must be right.
 
     Args:
         predicted: Predicted tags of each sentence.
         actual: True tags of each sentence.
+        reader: Reads the spans in tags.
 
     Returns:
-        "accuracy" over words; "f1" over all spans; "precision" and "recall"; and "f1/TYPE" for each entity type.
+        "accuracy" over words, and its baseline; "f1" over all spans; "precision" and "recall"; and "f1/TYPE" for each
+        entity type.
     """
-    right = total = 0
-    hits, said, meant = dict[str, int](), dict[str, int](), dict[str, int]()
+    pairs = [pair for guess, truth in zip(predicted, actual, strict=True) for pair in zip(guess, truth, strict=True)]
+    right = {
+        "accuracy": sum(one == other for one, other in pairs) / len(pairs) if pairs else 0.0,
+        BASELINES["accuracy"]: majority(truth for _, truth in pairs),
+    }
+    if not reader.has_spans:
+        return right
+    hits, said, meant = Counter[str](), Counter[str](), Counter[str]()
     for guess, truth in zip(predicted, actual, strict=True):
-        right += sum(one == other for one, other in zip(guess, truth, strict=True))
-        total += len(truth)
-        found, wanted = set(spans(guess)), set(spans(truth))
+        found, wanted = set(reader.spans(guess)), set(reader.spans(truth))
         for counts, group in ((hits, found & wanted), (said, found), (meant, wanted)):
-            for span in group:
-                counts[span.kind] = counts.get(span.kind, 0) + 1
-    correct, claims, truths = sum(hits.values()), sum(said.values()), sum(meant.values())
+            counts.update(span.kind for span in group)
+    correct, claims, truths = hits.total(), said.total(), meant.total()
     return {
-        "accuracy": right / total if total else 0.0,
+        **right,
         "f1": f1(correct, claims, truths),
         "precision": correct / claims if claims else 0.0,
         "recall": correct / truths if truths else 0.0,
-        **{
-            f"f1/{kind}": f1(hits.get(kind, 0), said.get(kind, 0), meant.get(kind, 0))
-            for kind in sorted({*said, *meant})
-        },
+        **{f"f1/{kind}": f1(hits[kind], said[kind], meant[kind]) for kind in sorted({*said, *meant})},
     }

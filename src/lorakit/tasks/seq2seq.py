@@ -21,7 +21,8 @@ from lorakit.data.encoding import Sequence as Encoded
 from lorakit.data.loader import padded_ids
 from lorakit.durable import JsonObject
 from lorakit.tasks.encoding import TRANSLATIONS, EncodedRows, encode_row, encode_rows
-from lorakit.tasks.labels import Target, no_target
+from lorakit.tasks.labels import no_target
+from lorakit.tasks.target import Target
 from lorakit.tasks.task import EncodeOptions, Metrics, Objective, PredictContext, Task, inputs_on, objective
 
 

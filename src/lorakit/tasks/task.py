@@ -31,15 +31,17 @@ from lorakit.data import (
 from lorakit.data.encoding import Sequence
 from lorakit.data.loader import Collate
 from lorakit.durable import JsonObject
+from lorakit.hub import WITH_NEW_HEADS
 from lorakit.speed import Acceleration
-from lorakit.tasks.labels import LabelOptions, Target
+from lorakit.tasks.metrics import Score
 from lorakit.tasks.stored_rows import StoredRows
+from lorakit.tasks.target import LabelOptions, Target
 
 if TYPE_CHECKING:
     from typing import Self
 
-Metrics: TypeAlias = Mapping[str, float]
-"""Name of a metric -> value."""
+Metrics: TypeAlias = Mapping[str, Score]
+"""Name of a metric -> value, or the reason why it has none."""
 
 Texts: TypeAlias = "list[Sequence] | Sequences | StoredRows"
 """Encoded rows."""
@@ -224,3 +226,8 @@ class Task:
     summary: tuple[str, ...] = ()
     generates: bool = False
     needs_batch: bool = False
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model has an output for each class or tag, or one for a score."""
+        return self.loader in WITH_NEW_HEADS

@@ -18,9 +18,11 @@ from lorakit.data import AnyRecords, Batch, Record, Tagged, Tokenizer
 from lorakit.data.encoding import IGNORED
 from lorakit.data.loader import padded
 from lorakit.durable import JsonObject
-from lorakit.tasks.encoding import TAGGED, EncodedRows, encode_row, encode_rows, places_of
-from lorakit.tasks.labels import Target, tag_target
-from lorakit.tasks.metrics import OUTSIDE, span_metrics, spans
+from lorakit.tasks.encoding import TAGGED, EncodedRows, encode_row, encode_rows
+from lorakit.tasks.labels import tag_target
+from lorakit.tasks.metrics import BASELINES, span_metrics
+from lorakit.tasks.spans import SpanReader
+from lorakit.tasks.target import Target
 from lorakit.tasks.task import (
     EncodeOptions,
     Metrics,
@@ -57,7 +59,7 @@ class TagMeter:
     """
 
     def __init__(self, target: Target) -> None:
-        self._names = target.names
+        self._names, self._reader = target.names, SpanReader(target.names, target.scheme)
         self._guesses: list[list[str]] = []
         self._tags: list[list[str]] = []
 
@@ -75,22 +77,28 @@ class TagMeter:
 
     def result(self) -> Metrics:
         """Return the metrics over all batches; see `span_metrics`."""
-        return span_metrics(self._guesses, self._tags)
+        return span_metrics(self._guesses, self._tags, self._reader)
 
 
 def predict(model: nn.Module, batch: Batch, records: Sequence[Record], context: PredictContext) -> list[JsonObject]:
-    """Return the tag of each word, and the spans that the tags form; words without a token have the tag None."""
+    """Return the tag of each word, and the spans that the tags form, if the scheme has spans.
+
+    A word without a token, because it was truncated or because the tokenizer skips it, has the tag None.
+    """
     names, found = context.target.names, list[JsonObject]()
+    reader = SpanReader(names, context.target.scheme)
     guesses = forward(model, batch, context.device).argmax(-1).tolist()
-    for record, row, length in zip(records, guesses, batch.attention_mask.sum(1).tolist(), strict=True):
+    for record, row, words_of in zip(records, guesses, batch.labels.tolist(), strict=True):
         words = record.words if isinstance(record, Tagged) else ()
-        places = places_of(words, context.tokenizer)
-        tags = [None if place is None or place >= length else names[row[place]] for place in places]
+        tags: list[str | None] = [None] * len(words)
+        for guess, word in zip(row, words_of, strict=True):
+            if word != IGNORED:
+                tags[word] = names[guess]
         spanned = [
             {"type": span.kind, "text": " ".join(words[span.begin : span.end]), "begin": span.begin, "end": span.end}
-            for span in spans(tag or OUTSIDE for tag in tags)
+            for span in reader.spans(tags)
         ]
-        found.append({"tags": tags, "spans": spanned})
+        found.append({"tags": tags, **({"spans": spanned} if reader.has_spans else {})})
     return found
 
 
@@ -109,5 +117,5 @@ TOKEN_CLASSIFICATION = Task(
     encode_one=partial(encode_row, encoder=TAGGED),
     objective=_objective,
     predict=predict,
-    summary=("f1", "accuracy"),
+    summary=("f1", "accuracy", BASELINES["accuracy"]),
 )

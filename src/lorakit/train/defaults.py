@@ -31,6 +31,9 @@ TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 TASK_NAMES = ("causal-lm", "classification", "token-classification", "seq2seq", "embedding")
 """Names of the tasks in `lorakit.tasks.TASKS`, repeated here for the same reason."""
 
+TAG_SCHEMES = ("BIO", "IOB1", "IOE", "BIOES", "BILOU", "BMES", "IO", "none")
+"""Names of the tag schemes, the keys of `lorakit.tasks.spans.SCHEMES`, for the same reason."""
+
 
 @dataclass(frozen=True)
 class Default:
@@ -161,6 +164,19 @@ DEFAULTS: dict[str, Default] = {
         "Select what a label is: class, classes (any number per row), score (a number) or auto",
         "auto",
         "lists are classes, numbers with fractions are scores, everything else is a class",
+    ),
+    "label_map": Default(
+        "Rename labels of the data as NAME=NAME, such as Spam=spam 0=ham: the label in the data, and its name in the "
+        "model; saved with the adapter",
+        {},
+        "labels must have the names that the model has",
+        "none",
+        list[str],
+    ),
+    "tag_scheme": Default(
+        f"Select how tags mark the words of an entity: {', '.join(TAG_SCHEMES)} or auto; none compares single words",
+        "auto",
+        "the letters of the tags show the scheme",
     ),
     # adapter
     "from_adapter": Default(

@@ -23,6 +23,7 @@ from lorakit.speed import Acceleration, accelerate
 from lorakit.tasks import (
     CAUSAL_LM,
     EncodeOptions,
+    LabelOptions,
     Meter,
     Objective,
     Target,
@@ -30,7 +31,9 @@ from lorakit.tasks import (
     evaluation_batches,
     load_model_for,
     task_for,
+    task_to_measure,
 )
+from lorakit.tasks.metrics import Score
 from lorakit.train.forecast import SavedTokenizer, max_length_for, pick_device
 from lorakit.train.processes import ALONE, Processes
 from lorakit.train.step import oom_advice_for_evaluation, oom_as_run_error
@@ -44,12 +47,22 @@ class Evaluation:
         loss: Mean loss over the targets: for language models, cross entropy in nats over the tokens that contribute to
             the loss.
         tokens: Number of these targets: tokens, or rows for classification and embeddings.
-        metrics: Name of a metric of the task -> value.
+        scores: Name of a metric of the task -> value, or the reason why the data does not define it.
     """
 
     loss: float
     tokens: int
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    scores: Mapping[str, Score] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """Name of a metric of the task -> value; None if the data does not define it."""
+        return {name: None if isinstance(value, str) else value for name, value in self.scores.items()}
+
+    @property
+    def undefined(self) -> dict[str, str]:
+        """Name of a metric without a value -> reason."""
+        return {name: value for name, value in self.scores.items() if isinstance(value, str)}
 
     @property
     def perplexity(self) -> float:
@@ -152,7 +165,12 @@ def _combined(parts: Sequence[tuple[dict[int, float], int, dict[int, Meter], boo
     if not math.isfinite(total):
         text = f"the evaluation loss is {total}; the base or the adapter produces non-finite values."
         raise NonFiniteError(text, what="evaluation loss")
-    return Evaluation(total / tokens, tokens, ordered[0].result() if ordered else {})
+    scores = ordered[0].result() if ordered else {}
+    return Evaluation(total / tokens, tokens, {name: _finite(value) for name, value in scores.items()})
+
+
+def _finite(value: Score) -> Score:
+    return value if isinstance(value, str) or math.isfinite(value) else f"the value is {value}"
 
 
 @contextlib.contextmanager
@@ -183,6 +201,7 @@ class EvalSettings:
         quantization: How to quantize the base, or None.
         request: How the rows of the data are read.
         task: The task of the adapters; None chooses it by the data and the model.
+        labels: How the labels of the data are read.
     """
 
     model: str
@@ -196,6 +215,7 @@ class EvalSettings:
     quantization: Quantization | None
     request: Request = field(default_factory=Request)
     task: TaskOnData | None = None
+    labels: LabelOptions = field(default_factory=LabelOptions)
 
 
 def compare(
@@ -226,7 +246,11 @@ def compare(
     records = read_records(settings.data, settings.request)
     source = hub.resolve(settings.model, say)
     hub.require(source, tokenizer=True)
-    task = settings.task or task_for(None, Split(records, Records(), ""), source, "auto", False)
+    task = (
+        task_to_measure(records, source, settings.labels)
+        if settings.task is None
+        else task_for(None, Split(records, Records(), ""), source, settings.labels, settings.task)
+    )
     length = max_length_for(hub.shape_of(source), settings.max_length)
     tokenizer = hub.load_tokenizer(source)
     coding = _Coding(task, length, settings.batch_rows)

@@ -19,7 +19,7 @@ from lorakit.config import LoraConfig
 from lorakit.core import check_invocation, invocations_of
 from lorakit.core.model.fingerprint import vocabulary_of
 from lorakit.core.model.vocabulary import check_growth, with_trained_rows
-from lorakit.errors import ConfigError, DataError, UsageError
+from lorakit.errors import ConfigError, UsageError
 from lorakit.plan.params import with_full_modules
 from lorakit.tables import format_count
 from lorakit.targets import unfitting_keys
@@ -63,7 +63,7 @@ def chosen_task(
     settings: TrainSettings,
     records: data.Split,
     source: hub.ModelSource,
-    adapter: TaskOnData | None = None,
+    saved: TaskOnData | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> TaskOnData:
     """Choose the task of a run, and check that the settings apply to it.
@@ -72,7 +72,7 @@ def chosen_task(
         settings: The run's settings.
         records: Training and evaluation records.
         source: The model.
-        adapter: The task of the adapter that the run starts from, or None.
+        saved: The task of the adapter that the run starts from, or of the run that is resumed, or None.
         say: Function that receives a message before the labels of a stream are read, which may take minutes.
 
     Returns:
@@ -83,21 +83,17 @@ def chosen_task(
         DataError: The labels cannot be used.
     """
     name: str | None = settings.task
-    if adapter is not None:
-        if name not in (None, adapter.task.name):
-            text = f"task is {name}, but the adapter was trained for {adapter.task.name}; omit it."
-            raise UsageError(text, what=name, field="task")
-        name = adapter.task.name
+    if saved is not None and name not in (None, saved.task.name):
+        text = f"task is {name}, but the adapter was trained for {saved.task.name}; omit it."
+        raise UsageError(text, what=name, field="task")
     is_streamed = isinstance(records, data.StreamSplit)
     if is_streamed and isinstance(next(iter(records.train), None), data.Labeled | data.Tagged):
         say("Reading the labels of all rows, because they must be known before the first step.")
-    found = task_for(name, records, source, settings.label_type, settings.eval_data is not None)
-    if adapter is not None and adapter.target.kind != "none":
-        if is_streamed:  # otherwise, encoding rejects other classes before the first step
-            _check_names(found, adapter)
-        found = adapter  # its head has these classes
+    found = task_for(name, records, source, settings.label_options(), saved)
     unused = [] if found.task.generates else ["chat_template", "new_tokens"]
     unused += [] if found.task.loader == "classification" else ["label_type"]
+    unused += [] if found.task.has_head else ["label_map"]
+    unused += [] if found.task.loader == "token-classification" else ["tag_scheme"]
     for setting in unused:
         value = getattr(settings, setting)
         if value != DEFAULTS[setting].value:
@@ -117,21 +113,6 @@ def chosen_task(
             field="per_device_train_batch_size",
         )
     return found
-
-
-def _check_names(found: TaskOnData, adapter: TaskOnData) -> None:
-    """Check that the labels of the data are among those of an adapter."""
-    unknown = [name for name in found.target.names if name not in adapter.target.names]
-    if unknown or (found.target.kind == "score") != (adapter.target.kind == "score"):
-        listed = ", ".join(adapter.target.names[:10]) or adapter.target.kind
-        what = f"label {unknown[0]!r}" if unknown else f"kind of labels {found.target.kind!r}"
-        raise DataError(
-            f"the data has the {what}, but the adapter was trained for {listed}; remove these rows, or train without "
-            "--from-adapter.",
-            what=unknown[0] if unknown else found.target.kind,
-            field="data",
-            allowed=adapter.target.names,
-        )
 
 
 MINIMUM_ROWS = 2

@@ -114,6 +114,7 @@ class Loop:
             **({"eval_perplexity": found.perplexity} if run.spec.task.task.generates else {}),
             "eval_tokens": found.tokens,
             **{f"eval_{name}": value for name, value in found.metrics.items()},
+            **({"eval_undefined": found.undefined} if found.undefined else {}),
         }
         self._log(log, row)
         is_start = run.state.step == 0 and run.spec.start is not None

@@ -15,6 +15,7 @@ from lorakit import hub
 from lorakit.config import SIDECAR_FILE, LoraConfig, read_config
 from lorakit.durable import JsonObject, JsonValue, read_json
 from lorakit.tasks import CAUSAL_LM, task_of_adapter
+from lorakit.tasks.metrics import BASELINES
 
 FENCE = "---"
 MAX_SIDECAR_BYTES = 16 << 20
@@ -113,15 +114,26 @@ def evaluation_line(first: float | None, loss: float | None) -> str:
     return f"Evaluation perplexity: {before}{after}"
 
 
-def metrics_line(first: Mapping[str, float], adapter: Mapping[str, float]) -> str:
+def metrics_line(first: Mapping[str, float | None], adapter: Mapping[str, float | None]) -> str:
     """Return the metrics of a task before training and of the adapter as text, or "" if there are none.
 
     Args:
-        first: Name of a metric -> value before the first step.
-        adapter: Name of a metric -> value of the adapter.
+        first: Name of a metric -> value before the first step, None if it is undefined.
+        adapter: Name of a metric -> value of the adapter; that of a baseline follows its metric in parentheses.
     """
-    shown = [f"{name} {f'{first[name]:.4f} → ' if name in first else ''}{value:.4f}" for name, value in adapter.items()]
+    shown = []
+    for name, value in adapter.items():
+        if name in BASELINES.values():
+            continue
+        before = f"{_number(first[name])} → " if name in first else ""
+        baseline = BASELINES.get(name, "")
+        after = f" ({baseline} {_number(adapter[baseline])})" if baseline in adapter else ""
+        shown.append(f"{name} {before}{_number(value)}{after}")
     return f"Evaluation: {', '.join(shown)}" if shown else ""
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
 
 
 def _metadata(base: str | None) -> list[str]:

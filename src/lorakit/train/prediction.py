@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -13,7 +13,7 @@ from lorakit.durable import JsonObject
 from lorakit.errors import UsageError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import accelerate
-from lorakit.tasks import EncodeOptions, PredictContext, TaskOnData, load_model_for
+from lorakit.tasks import EncodeOptions, LabelOptions, PredictContext, TaskOnData, load_model_for, named_as
 from lorakit.tasks.encoding import EncodedRows
 from lorakit.train.evaluation import evaluating, own_tokenizer
 from lorakit.train.forecast import max_length_for, pick_device
@@ -39,6 +39,7 @@ class PredictSettings:
         quantization: How to quantize the base, or None.
         request: How the rows of the data are read.
         max_new_tokens: Maximum length of a generated text in tokens.
+        tag_scheme: The scheme of the tags; None for that of the adapter or the model.
     """
 
     model: str
@@ -53,6 +54,7 @@ class PredictSettings:
     quantization: Quantization | None = None
     request: Request = field(default_factory=Request)
     max_new_tokens: int = 256
+    tag_scheme: str | None = None
 
 
 def predict(settings: PredictSettings, say: Callable[[str], None] = lambda _: None) -> Iterator[JsonObject]:
@@ -70,13 +72,14 @@ def predict(settings: PredictSettings, say: Callable[[str], None] = lambda _: No
         AdapterFileError: The adapter does not match this base, or has no weights for a module that the base lacks.
         LorakitError: The data or the model cannot be used; the error class and message say why.
     """
-    task, adapter, where = settings.task, settings.adapter, pick_device(settings.device)
-    run = task.task.predict
+    adapter, where, run = settings.adapter, pick_device(settings.device), settings.task.task.predict
     if run is None:
-        raise UsageError(f"the task {task.task.name} generates text; use `lorakit generate`.", field="task")
+        raise UsageError(f"the task {settings.task.task.name} generates text; use `lorakit generate`.", field="task")
     records = read_records(settings.data, settings.request)
     source = hub.resolve(settings.model, say)
     hub.require(source, tokenizer=True)
+    named = named_as(settings.task, hub.ModelFacts.of(source))
+    task = replace(named, target=named.target.with_options(LabelOptions(tag_scheme=settings.tag_scheme)))
     length = max_length_for(hub.shape_of(source), settings.max_length)
     tokenizer = hub.load_tokenizer(source)
     own = None if adapter is None else own_tokenizer(str(adapter.folder), tokenizer)

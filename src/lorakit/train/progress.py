@@ -56,8 +56,13 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
         if "eval_perplexity" in row:
             more = f", perplexity {row['eval_perplexity']:.2f} over {row['eval_tokens']:,} tokens"
         else:
-            named = (key.removeprefix("eval_") for key in row if key.startswith("eval_") and "/" not in key)
-            more = "".join(f", {name} {row[f'eval_{name}']:.4f}" for name in named if name not in ("loss", "tokens"))
+            named = [key.removeprefix("eval_") for key in row if key.startswith("eval_") and "/" not in key]
+            reasons = row.get("eval_undefined", {})
+            more = "".join(
+                f", {name} undefined ({reasons[name]})" if name in reasons else f", {name} {row[f'eval_{name}']:.4f}"
+                for name in named
+                if name not in ("loss", "tokens", "undefined")
+            )
         self.say(f"evaluation at step {row['step']}{of}: loss {row['eval_loss']:.4f}{more}")
 
     def busy(self, what: str) -> None:

@@ -24,7 +24,7 @@ from lorakit.train import checkpoint, run_folder
 from lorakit.train.evaluation import evaluate
 from lorakit.train.int8_base import NAME, restore
 from lorakit.train.model_card import evaluation_line, metrics_line, model_card
-from lorakit.train.run_adapter import metrics_at, write_tokenizer
+from lorakit.train.run_adapter import metrics_at, undefined_at, write_tokenizer
 from lorakit.train.run_context import Run
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -57,8 +57,9 @@ class RunResult:
         plan: The plan, from `Plan.as_dict()`.
         notes: Messages for the user.
         checkpoint_step: The step from which `--resume` continues after an interruption, or None.
-        first_metrics: Metrics of the task before the first step; empty for language models.
-        adapter_metrics: Metrics of the task at `adapter_step`; empty for language models.
+        first_metrics: Metrics of the task before the first step; empty for language models. A value is None if the
+            evaluation data does not define the metric.
+        adapter_metrics: Metrics of the task at `adapter_step`, in the same form.
         base_matmul: How the base was multiplied: "dtype" or "int8".
         original_base_loss: With `keep_bf16_base`, evaluation loss of the last step on the original weights, or None.
     """
@@ -83,8 +84,8 @@ class RunResult:
     plan: dict[str, Any]
     notes: tuple[str, ...]
     checkpoint_step: int | None = None
-    first_metrics: Mapping[str, float] = field(default_factory=dict)
-    adapter_metrics: Mapping[str, float] = field(default_factory=dict)
+    first_metrics: Mapping[str, float | None] = field(default_factory=dict)
+    adapter_metrics: Mapping[str, float | None] = field(default_factory=dict)
     base_matmul: str = "dtype"
     original_base_loss: float | None = None
 
@@ -172,6 +173,7 @@ def finish(run: Run) -> RunResult:
             before = run.spec.before_training
             notes.append(f"The adapter is not better than {before} on the evaluation data; do not use it.")
     first_metrics, adapter_metrics = metrics_at(run, 0, step)
+    notes += [f"The metric {name} is undefined: {reason}." for name, reason in undefined_at(run, step).items()]
     result = RunResult(
         folder=folder,
         ending=run.status,

@@ -275,7 +275,7 @@ def write_tokenizer(tokenizer: SavedTokenizer, folder: Path) -> None:
         raise DiskError(f"The tokenizer cannot be written ({' '.join(str(cause).split())}).", where=folder) from cause
 
 
-def metrics_at(run: Run, *steps: int | None) -> list[dict[str, float]]:
+def metrics_at(run: Run, *steps: int | None) -> list[dict[str, float | None]]:
     """Return the metrics of the run's task at each step, as recorded in `metrics.jsonl`, which is read once.
 
     Args:
@@ -283,12 +283,24 @@ def metrics_at(run: Run, *steps: int | None) -> list[dict[str, float]]:
         steps: The steps; None for a step that does not exist.
 
     Returns:
-        A dict from metric to value for each step, the most important first; empty without an evaluation at that step.
+        A dict from metric to value for each step, the most important first; the value is None if the data does not
+            define the metric. Empty without an evaluation at that step.
     """
     names = run.spec.task.task.summary
     rows = {row["step"]: row for row in read_metrics(run.spec.folder).evaluations} if names else {}
     found = [rows.get(step, {}) for step in steps]
     return [{name: row[f"eval_{name}"] for name in names if f"eval_{name}" in row} for row in found]
+
+
+def undefined_at(run: Run, step: int | None) -> dict[str, str]:
+    """Return the metrics that the evaluation at a step does not define, each with the reason.
+
+    Args:
+        run: The run.
+        step: The step; None for a step that does not exist.
+    """
+    rows = {row["step"]: row for row in read_metrics(run.spec.folder).evaluations}
+    return dict(rows.get(step, {}).get("eval_undefined", {}))
 
 
 def adapter_metadata(run: Run) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -157,7 +157,7 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
             DiskError: Writing failed for a reason other than a full disk.
             ValueError: A value is NaN or infinite.
         """
-        self.waiting.append(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self.waiting.append(log_line(row))
         self._write()
 
     def _write(self) -> None:
@@ -218,7 +218,19 @@ def cut_metrics(folder: Path, step: int, evaluated_step: int) -> None:
         DiskError: The file cannot be written; the old one is unchanged.
     """
     kept = [row for row in read_metrics(folder).rows if row["step"] <= (evaluated_step if "eval_loss" in row else step)]
-    durable.write_text(folder / METRICS_FILE, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+    durable.write_bytes(folder / METRICS_FILE, b"".join(map(log_line, kept)))
+
+
+def log_line(row: Mapping[str, Any]) -> bytes:
+    """Return a row as a line of `metrics.jsonl`, which is always strict JSON.
+
+    Args:
+        row: Fields of a training step or an evaluation.
+
+    Raises:
+        ValueError: A value is NaN or infinite.
+    """
+    return json.dumps(row, allow_nan=False).encode() + b"\n"
 
 
 _ATTEMPTS = 3

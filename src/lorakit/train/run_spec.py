@@ -17,7 +17,7 @@ from lorakit import hub
 from lorakit.data import Split, read_template
 from lorakit.errors import AdapterFileError, ModelError, RunError, TargetError, UsageError
 from lorakit.plan.quantized import Quantization
-from lorakit.tasks import TaskOnData
+from lorakit.tasks import TASKS, Target, TaskOnData
 from lorakit.train import checkpoint, run_data, run_folder
 from lorakit.train.evaluation import own_tokenizer
 from lorakit.train.forecast import Forecast, SavedTokenizer, chosen_task, pick_device
@@ -122,7 +122,8 @@ class RunSpec:
         hub.require(source, tokenizer=True)
         quantization = hub.stored_as_files(source, quantization)
         tokenizer, is_own = _tokenizer(settings, source, start)
-        task = chosen_task(settings, data, source, None if start is None else start.task, progress.say)
+        saved = _saved_task(record) if start is None else start.task
+        task = chosen_task(settings, data, source, saved, progress.say)
         found = _forecast(settings, source, tokenizer, task, start)
         if start is not None and record is None:
             start.check_targets(given, found.shape)
@@ -169,6 +170,13 @@ class RunSpec:
     def quantization_values(self) -> dict[str, Any] | None:
         """The base's quantization as a dict of plain JSON values, or None."""
         return None if self.quantization is None else hub.quantization_metadata(self.quantization)
+
+
+def _saved_task(record: Mapping[str, Any] | None) -> TaskOnData | None:
+    """Return the task of the run that is resumed if it has labels, which then keep their order; else None."""
+    resolved = (record or {}).get("resolved") or {}
+    target = Target.from_dict(resolved.get("labels"))
+    return None if target is None else TaskOnData(TASKS[resolved["task"]], target)
 
 
 def _source(settings: TrainSettings, given: TrainSettings, progress: Progress) -> hub.ModelSource:

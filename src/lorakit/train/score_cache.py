@@ -20,7 +20,7 @@ from lorakit.train.start_key import start_key
 FILE = "scores.json"
 """Name of the file in lorakit's cache directory."""
 
-FORMAT = 1
+FORMAT = 2
 """Format of the file, and version of how an evaluation is computed; increased when either changes."""
 
 MOST_KEPT = 500
@@ -42,8 +42,8 @@ def read(key: str) -> Evaluation | None:
         entry = _entries().get(key)
         if entry is None:
             return None
-        metrics = {str(name): float(value) for name, value in entry["metrics"].items()}
-        return Evaluation(float(entry["loss"]), int(entry["tokens"]), metrics)
+        scores = {str(n): value if isinstance(value, str) else float(value) for n, value in entry["scores"].items()}
+        return Evaluation(float(entry["loss"]), int(entry["tokens"]), scores)
     except (KeyError, TypeError, ValueError, AttributeError, DiskError):
         return None
 
@@ -60,7 +60,7 @@ def write(key: str, found: Evaluation) -> str:
     """
     try:
         entries = {name: entry for name, entry in _entries().items() if name != key}
-        entries[key] = {"loss": found.loss, "tokens": found.tokens, "metrics": dict(found.metrics)}
+        entries[key] = {"loss": found.loss, "tokens": found.tokens, "scores": dict(found.scores)}
         newest = [{"key": name, **entry} for name, entry in entries.items()][-MOST_KEPT:]
         write_json(cache_directory() / FILE, sealed({"format": FORMAT, "scores": newest}))
     except (DiskError, OSError) as cause:
@@ -83,6 +83,7 @@ def key_of(run: Run) -> str | None:
     facts = {
         "format": FORMAT,
         "of": "evaluation",
+        "task": run.spec.task.as_dict(),
         "accelerated": run.spec.settings.accelerate,
         "int8": None if run.int8 is None else run.int8.record["scales_sha256"],
         "packed": run.acceleration is not None and run.acceleration.packs,

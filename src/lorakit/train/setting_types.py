@@ -35,6 +35,7 @@ TooLong = Literal["truncate", "drop", "split", "error"]
 Allocation = Literal["none", "gradients", "inputs"]
 TaskName = Literal["causal-lm", "classification", "token-classification", "seq2seq", "embedding"]
 LabelType = Literal["auto", "class", "classes", "score"]
+TagScheme = Literal["auto", "BIO", "IOB1", "IOE", "BIOES", "BILOU", "BMES", "IO", "none"]
 Recompute = Literal["none", "feed-forward", "layers"]
 BaseMatmul = Literal["dtype", "int8"]
 Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
@@ -131,6 +132,29 @@ def columns_of(value: Given) -> dict[str, str]:
     if not all(isinstance(part, str) and part for pair in pairs for part in pair):
         raise ValueError("each entry must be FIELD=COLUMN, such as prompt=question")
     return dict(pairs)
+
+
+def label_map_of(value: Given) -> dict[str, str]:
+    """Convert a mapping, or a list of NAME=NAME strings from flags, to a dict from a label in the data to its name.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
+    pairs = _entries(value, lambda word: str(word).rpartition("=")[::2], "it must map labels to names")
+    named = [(_name(name), _name(known)) for name, known in pairs]
+    if not all(part for pair in named for part in pair):
+        raise ValueError("each entry must be NAME=NAME: a label in the data, and its name in the model")
+    if len({name for name, _ in named}) < len(named):
+        raise ValueError("a label of the data occurs twice")
+    return dict(named)
+
+
+def _name(value: Any) -> str:
+    return str(value).strip() if type(value) in (str, int) else ""
+
+
+PAIRS: Mapping[str, Callable[[Given], dict[str, str]]] = {"columns": columns_of, "label_map": label_map_of}
+"""Name of a setting that maps names to names -> function that checks it."""
 
 
 def numbers_of(value: Given) -> Mapping[str, float]:

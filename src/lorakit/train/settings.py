@@ -33,6 +33,7 @@ from lorakit.train.setting_types import (
     Recompute,
     Scheduler,
     Streaming,
+    TagScheme,
     TaskName,
     Text,
     TooLong,
@@ -41,6 +42,7 @@ from lorakit.train.setting_types import (
     dtype_word,
     format_of,
     init_word,
+    label_map_of,
     numbers_of,
     ranges_of,
     rates_of,
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from lorakit.config import LoraConfig, TaskType
     from lorakit.data import Request
     from lorakit.plan.quantized import Quantization
+    from lorakit.tasks import LabelOptions
 
 
 def _setting(name: str, **limits: Any) -> Any:
@@ -92,6 +95,8 @@ class TrainSettings(BaseModel):
     chat_template: Text | None = _setting("chat_template")
     task: TaskName | None = _setting("task")
     label_type: LabelType = _setting("label_type")
+    label_map: Annotated[dict[str, str], BeforeValidator(label_map_of)] = _setting("label_map")
+    tag_scheme: TagScheme = _setting("tag_scheme")
     from_adapter: Text | None = _setting("from_adapter")
     from_optimizer: bool = _setting("from_optimizer")
     r: int = _setting("r", ge=1)
@@ -227,6 +232,17 @@ class TrainSettings(BaseModel):
 
         allowed = TASKS[self.task].formats if self.task is not None else ()
         return Request(self.format, self.columns, self.on_bad_row == "skip", self.group, allowed)
+
+    def label_options(self) -> LabelOptions:
+        """Return the choices about how labels are read."""
+        from lorakit.tasks import LabelOptions
+
+        return LabelOptions(
+            self.label_type,
+            is_evaluation_given=self.eval_data is not None,
+            label_map=self.label_map,
+            tag_scheme=None if self.tag_scheme == "auto" else self.tag_scheme,
+        )
 
     def stored_as(self) -> Quantization | None:
         """Return the requested quantization of the base, or None."""

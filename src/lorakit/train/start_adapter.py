@@ -53,7 +53,7 @@ class StartAdapter:
         Raises:
             UsageError: lorakit has no task for the adapter's `task_type`.
         """
-        return task_of_adapter(self.adapter.config, self.adapter.facts.get("training"))
+        return task_of_adapter(self.adapter.config, self.adapter.facts.get("training"), self.adapter.head_outputs)
 
     def completed(self, settings: TrainSettings) -> TrainSettings:
         """Return the settings with the structure of the adapter and, if it is missing, the base that the adapter names.

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit.errors import MissingExtra
 from lorakit.train.checkpoint import random_state, restore_random_state
@@ -259,7 +259,7 @@ class Trackers:
             if name in self._open:
                 self._say(f"metrics: {self._open[name].note}")
 
-    def log(self, row: Mapping[str, float]) -> None:
+    def log(self, row: Mapping[str, Any]) -> None:
         """Pass a row of `metrics.jsonl` to all trackers.
 
         Args:
@@ -269,7 +269,7 @@ class Trackers:
         values = {
             f"eval/{name.removeprefix('eval_')}" if is_evaluation else f"train/{name}": value
             for name, value in row.items()
-            if name != "step"
+            if name != "step" and isinstance(value, (int, float))
         }
         for name, tracker in list(self._open.items()):
             with self._guarded(name):

@@ -31,6 +31,7 @@ class TrainedAdapter:
         sites: Paths of the adapted modules, sorted; without those of `target_parameters`.
         weights_sha256: SHA-256 of the weights file.
         facts: Metadata in `lorakit.json`.
+        head_outputs: See `AdapterFiles.head_outputs`.
     """
 
     folder: Path
@@ -39,6 +40,7 @@ class TrainedAdapter:
     sites: tuple[str, ...]
     weights_sha256: str
     facts: JsonObject
+    head_outputs: int | None = None
 
 
 def read_for_training(folder: str | os.PathLike[str]) -> TrainedAdapter:
@@ -64,7 +66,9 @@ def read_for_training(folder: str | os.PathLike[str]) -> TrainedAdapter:
         alpha_pattern={exact_key(path, scaled): a for path, (_, a) in scaled.items() if a != past.config.lora_alpha},
     )
     facts = files.sidecar.facts
-    return TrainedAdapter(files.folder, past.config, literal, tuple(sorted(modules)), files.file.sha256, facts)
+    return TrainedAdapter(
+        files.folder, past.config, literal, tuple(sorted(modules)), files.file.sha256, facts, files.head_outputs
+    )
 
 
 def _sites(files: AdapterFiles, past: InitRecord) -> tuple[list[str], dict[str, tuple[int, float]]]:

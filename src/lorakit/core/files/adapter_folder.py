@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorakit import durable
-from lorakit.config import CONFIG_FILE, SIDECAR_FILE, LoraConfig, adapter_directory, read_config
+from lorakit.config import CONFIG_FILE, HEADS_BY_TASK, SIDECAR_FILE, LoraConfig, adapter_directory, read_config
 from lorakit.core.files.tensor_file import TensorFile, file_error, read_tensors
 from lorakit.core.model.fingerprint import Fingerprint
 from lorakit.core.model.index import INSIDE, without_wrappers
@@ -103,6 +103,17 @@ class AdapterFiles:
     def vocabulary(self) -> int:
         """Size of the vocabulary of the base that the adapter was made for, in rows; 0 if unknown."""
         return 0 if self.sidecar.base is None else self.sidecar.base.vocabulary
+
+    @property
+    def head_outputs(self) -> int | None:
+        """Number of outputs of the task's head that is saved with the adapter, or None if there is none."""
+        heads = HEADS_BY_TASK.get(self.config.task_type, ())
+        sizes = [
+            tensor.shape[0]
+            for name, tensor in self.file.tensors.items()
+            if tensor.ndim == 2 and name.endswith(".weight") and any(f".{head}." in name for head in heads)
+        ]
+        return min(sizes, default=None)
 
     @property
     def is_ours(self) -> bool:

@@ -1,0 +1,350 @@
+"""What a model predicts: classes, scores or tags, and the only mapping from the labels of data to its outputs.
+
+The names of the classes are written to the adapter's `lorakit.json` and to the config of a merged model. Data that is
+read later has the same names, or names that a label map translates; no other name gets an output.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from functools import cached_property
+from typing import Literal, TypeAlias, get_args
+
+from lorakit.data import Labeled, Record, Tagged
+from lorakit.data.records import location
+from lorakit.durable import JsonObject, JsonValue
+from lorakit.errors import ConfigError, DataError, nearest
+from lorakit.tasks.spans import SCHEMES, check_scheme, scheme_of
+
+LabelType = Literal["auto", "class", "classes", "score"]
+"""Values of the setting `label_type`: one class per row, any number of classes per row, or a number."""
+
+Label: TypeAlias = str | tuple[str, ...] | float | None
+"""The label of a record; see `Labeled.label`."""
+
+Kind = Literal["none", "class", "classes", "score", "tags", "pairs"]
+"""What is predicted for a row: text or nothing, one class, several classes, a number, a tag per word, or which of two
+texts belong together."""
+
+KIND_BY_PROBLEM: Mapping[str, Kind] = {
+    "single_label_classification": "class",
+    "multi_label_classification": "classes",
+    "regression": "score",
+}
+"""`problem_type` in the config of a transformers model -> what it predicts."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a model predicts.
+
+    Attributes:
+        kind: What is predicted for a row.
+        names: Names of the classes or tags, in the order of the model's outputs.
+        pooling: How a text's embedding is computed from those of its tokens: "mean" or "cls" (the first token).
+        scheme: The scheme of the tags, a key of `lorakit.tasks.spans.SCHEMES`; recognized by the tags if it is "".
+        label_map: Name of a label in the data -> its name in `names`, for labels that the data calls by another name.
+        note: Message about how the labels were read, or "".
+    """
+
+    kind: Kind = "none"
+    names: tuple[str, ...] = ()
+    pooling: str = "mean"
+    scheme: str = ""
+    label_map: Mapping[str, str] = field(default_factory=dict, compare=False)
+    note: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if self.kind == "tags" and not self.scheme:
+            object.__setattr__(self, "scheme", scheme_of(self.names)[0])
+
+    @property
+    def has_default_names(self) -> bool:
+        """Whether the classes have only the numbered names that transformers gives to classes without names."""
+        return bool(self.names) and self.names == default_names(len(self.names))
+
+    @cached_property
+    def ids(self) -> Mapping[str, int]:
+        """Name of each class -> its index; also its number, if the classes have only numbered names."""
+        numbers = {str(number): number for number in range(len(self.names))} if self.has_default_names else {}
+        return {**numbers, **{name: number for number, name in enumerate(self.names)}}
+
+    def ids_of(self, record: Record) -> list[int]:
+        """Return the classes of a row, in ascending order, or the tag of each of its words, as indices into `names`.
+
+        Raises:
+            DataError: The row has no label, a label of another type, or a name that the model lacks.
+        """
+        found = names_of(record, self.kind, self.label_map)
+        unknown = [name for name in found if name not in self.ids]
+        if unknown:
+            raise _unknown(unknown[0], self.names, location(record))
+        ids = [self.ids[name] for name in found]
+        return ids if self.kind == "tags" else sorted(set(ids))
+
+    def with_options(self, options: LabelOptions) -> Target:
+        """Return this target for other data.
+
+        Args:
+            options: How the labels of the data are read; its label map is added to this one.
+
+        Raises:
+            ConfigError: The label map leads to a name that the model lacks, or the tags do not follow the given scheme.
+        """
+        for name in options.label_map.values():
+            if name not in self.ids:
+                raise ConfigError.of("label_map", name, allowed=self.names)
+        scheme, note = self.scheme, self.note
+        if self.kind == "tags":
+            scheme, note = scheme_for(self.names, options.tag_scheme or scheme)
+        return replace(self, scheme=scheme, label_map={**self.label_map, **options.label_map}, note=note)
+
+    def check(self, records: Iterable[Record]) -> None:
+        """Check that the labels of all rows are among those of the model.
+
+        Raises:
+            DataError: A row has no label, a label of another type, or a name that the model lacks.
+        """
+        for record in records:
+            if self.kind == "score":
+                score_of(record)
+            else:
+                self.ids_of(record)
+
+    def config_values(self) -> JsonObject:
+        """Return the config values that give a transformers model the right head; empty if it needs none."""
+        if self.kind in ("none", "pairs"):
+            return {}
+        names: Sequence[str] = self.names or ("score",)
+        values: JsonObject = {
+            "id2label": {str(number): name for number, name in enumerate(names)},
+            "label2id": {name: number for number, name in enumerate(names)},
+        }
+        problems = [name for name, kind in KIND_BY_PROBLEM.items() if kind == self.kind]
+        if problems:
+            values["problem_type"] = problems[0]
+        return values
+
+    def as_dict(self) -> JsonObject:
+        """Return the target as plain JSON values, for `lorakit.json`."""
+        values: JsonObject = {"kind": self.kind, "names": list(self.names)}
+        if self.pooling != "mean":
+            values["pooling"] = self.pooling
+        if self.scheme:
+            values["scheme"] = self.scheme
+        if self.label_map:
+            values["label_map"] = dict(self.label_map)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: JsonValue) -> Target | None:
+        """Return the target that `as_dict` described, or None if the values are of another form."""
+        if not isinstance(values, dict):
+            return None
+        kind, names = values.get("kind"), values.get("names")
+        known = next((one for one in get_args(Kind) if one == kind), None)
+        if known is None or not isinstance(names, list):
+            return None
+        pooling, scheme, renamed = values.get("pooling"), values.get("scheme"), values.get("label_map")
+        return cls(
+            known,
+            tuple(map(str, names)),
+            "cls" if pooling == "cls" else "mean",
+            str(scheme) if isinstance(scheme, str) and scheme in SCHEMES else "",
+            {str(key): str(name) for key, name in renamed.items()} if isinstance(renamed, dict) else {},
+        )
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """Choices about how labels are read.
+
+    Attributes:
+        label_type: What a label is; "auto" decides by the values.
+        is_evaluation_given: Whether the user passed evaluation data, which may then not contain new labels.
+        known: Names of the classes of the model's own head, in order; empty if it has none.
+        pooling: How the model computes the embedding of a text; see `Target.pooling`.
+        label_map: Name of a label in the data -> its name in the model.
+        tag_scheme: The scheme of the tags; None to recognize it.
+    """
+
+    label_type: LabelType = "auto"
+    is_evaluation_given: bool = False
+    known: tuple[str, ...] = ()
+    pooling: str = "mean"
+    label_map: Mapping[str, str] = field(default_factory=dict)
+    tag_scheme: str | None = None
+
+
+def default_names(count: int) -> tuple[str, ...]:
+    """Return the names that transformers gives to classes without names."""
+    return tuple(f"LABEL_{number}" for number in range(count))
+
+
+def scheme_for(names: Sequence[str], given: str | None) -> tuple[str, str]:
+    """Return the scheme of tags, and a message if it is not known."""
+    if given is None:
+        return scheme_of(names)
+    check_scheme(given, names)
+    return given, ""
+
+
+def ordered(found: Iterable[str], known: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the names of classes in the order of the model's outputs, which depends only on the set of names.
+
+    Args:
+        found: The names in the data.
+        known: Names of the model's own classes; used if they include all names in the data.
+
+    Returns:
+        The model's own classes if they fit; else numbers by value, then other names by their characters. Names with
+        the same value, such as "1" and "01", are ordered by their characters.
+
+    Raises:
+        DataError: The names differ from the model's only in spelling, so a new order would permute its outputs.
+    """
+    names = set(found)
+    if names <= set(known):
+        return tuple(known)
+    if {_spelling(name) for name in names} <= {_spelling(name) for name in known}:
+        raise _unknown(min(names.difference(known), key=_place), known)
+    return tuple(sorted(names, key=_place))
+
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
+
+
+def _place(name: str) -> tuple[bool, Decimal, str]:
+    number = Decimal(name) if _NUMBER.fullmatch(name) else None
+    return number is None, number or Decimal(0), name
+
+
+def other_classes(names: Sequence[str], known: Sequence[str]) -> str:
+    """Return a message if the classes of the data replace those of the model's own head, or ""."""
+    if not known or tuple(names) == tuple(known):
+        return ""
+    return (
+        f"The model's head has the classes {', '.join(known[:10])}, but the data has others ({', '.join(names[:10])}), "
+        "so the head is trained for new classes."
+    )
+
+
+def _spelling(name: str) -> str:
+    """Return a name without case, spaces, hyphens and underscores; a number as it is."""
+    return name if _NUMBER.fullmatch(name) else re.sub(r"[\s_-]+", "", name.casefold()) or name
+
+
+def _unknown(name: str, known: Sequence[str], where: str = "") -> DataError:
+    """Return the error about a label that the model lacks, with the most similar name that it has."""
+    spelled = {_spelling(one): one for one in reversed(known)}
+    close = [spelled[found] for found in nearest(_spelling(name), list(spelled), 1)]
+    has = f"`{close[0]}`" if close else f"{', '.join(known[:10])}{' ...' if len(known) > 10 else ''}"
+    flag = shlex.quote(f"{name}={close[0] if close else 'NAME'}")
+    return DataError(
+        f"{where}{': ' if where else ''}`{name}`: the model has {has}; use `--label-map {flag}`.",
+        what=name,
+        where=where or None,
+        field="label_map",
+        allowed=tuple(known),
+    )
+
+
+def names_of(record: Record, kind: Kind, label_map: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the names of the classes of a row whose label is one class or several, or the tags of its words.
+
+    Args:
+        record: The row.
+        kind: "class", "classes" or "tags".
+        label_map: Name of a label in the data -> its name in the model.
+
+    Raises:
+        DataError: The row has another type of label.
+    """
+    if kind == "tags":
+        found = _tags(record)
+    else:
+        label = labeled(record).label
+        if problem := problem_of(label, kind):
+            raise unfit(record, problem)
+        found = _class_names(label, kind)
+    return tuple(label_map.get(name, name) for name in found)
+
+
+def _class_names(label: Label, kind: Kind) -> tuple[str, ...]:
+    if isinstance(label, tuple):
+        return label
+    if isinstance(label, float):
+        return (str(int(label)) if label.is_integer() else repr(label),)
+    if label is None:
+        return ()
+    return tuple(part.strip() for part in label.split(",") if part.strip()) if kind == "classes" else (label,)
+
+
+def score_of(record: Record) -> float:
+    """Return the score of a row.
+
+    Raises:
+        DataError: The label is not a finite number.
+    """
+    label = labeled(record).label
+    number = number_of(label)
+    if number is None:
+        raise unfit(record, _not_a_score(label))
+    return number
+
+
+def number_of(label: Label) -> float | None:
+    """Return the finite number that a label is, or None."""
+    try:
+        number = math.nan if label is None or isinstance(label, tuple) else float(label)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _not_a_score(label: Label) -> str:
+    return f"has the label {label!r}; a score must be a finite number"
+
+
+def problem_of(label: Label, kind: Kind) -> str:
+    """Return why a label is not of a kind, or ""."""
+    if label is None:
+        return "has no label"
+    if kind == "score":
+        return _not_a_score(label) if number_of(label) is None else ""
+    if kind == "class" and isinstance(label, tuple):
+        return "has a list of labels; pass --label-type classes if several classes may apply"
+    if kind == "classes" and isinstance(label, float):
+        return f"has the label {label:g}; it must be a list of class names"
+    return ""
+
+
+def labeled(record: Record) -> Labeled:
+    """Return a record that has a label.
+
+    Raises:
+        DataError: The record is of another kind.
+    """
+    if not isinstance(record, Labeled):
+        raise unfit(
+            record, "has no label; use rows with 'text' and 'label', or select them with --format and --columns"
+        )
+    return record
+
+
+def _tags(record: Record) -> tuple[str, ...]:
+    if not isinstance(record, Tagged):
+        raise unfit(record, "has no tags; use rows with 'tokens' and 'tags'")
+    if record.words and not record.tags:
+        raise unfit(record, "has no tags")
+    return record.tags
+
+
+def unfit(record: Record, problem: str) -> DataError:
+    """Return an error about a row."""
+    return DataError(f"{location(record)}: the row {problem}.", where=location(record), field="data")
