@@ -288,7 +288,7 @@ def test_an_adapter_is_trained_further(bert: Path, call: Callable[..., int], tmp
     other = jsonl(tmp_path / "o.jsonl", [{"text": "a", "label": "neutral"}, {"text": "b", "label": "positive"}])
     flags = ["--data", other, "--output-dir", tmp_path / "third", "--max-steps", 2]
     assert call("train", "--from-adapter", first, *flags) == 1
-    assert "o.jsonl:1: the label 'neutral' is not one of the model's: negative, positive" in capsys.readouterr().err
+    assert "o.jsonl:1: `neutral`: the model has negative, positive; use `--label-map" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", ["classification", "embedding"])

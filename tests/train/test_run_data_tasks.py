@@ -138,7 +138,7 @@ def test_a_streamed_run_from_an_adapter_checks_its_classes_first(
     )
     with pytest.raises(DataError) as caught:
         run(again)
-    assert caught.value.what == "class 7" and caught.value.field == "data"
+    assert caught.value.what == "class 7" and caught.value.field == "label_map"
     write(tmp_path / "b.jsonl", more[1:9])
     assert run(again).ending == "finished"
 
