@@ -27,7 +27,7 @@ import stat
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import IO, Any, NoReturn, TypeAlias
 
 from lorakit.errors import AdapterFileError, DiskError, printable
 
@@ -123,11 +123,16 @@ def sha256_bytes(data: bytes | memoryview) -> str:
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
-    """Return the hexadecimal SHA-256 digest of a file, reading it in blocks of 1 MiB."""
-    digest = hashlib.sha256()
+    """Return the hexadecimal SHA-256 digest of a file."""
     with Path(path).open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        return sha256_rest(file)
+
+
+def sha256_rest(file: IO[bytes]) -> str:
+    """Return the hexadecimal SHA-256 digest of the rest of an open file, reading it in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    while piece := file.read(1 << 20):
+        digest.update(piece)
     return digest.hexdigest()
 
 

@@ -30,7 +30,9 @@ FLOORS = {
     "hub_cache": 0,
     "mapped_files": 0,
     "tables": 0,
+    "caches": 1,
     "config": 1,
+    "file_hashes": 2,
     "architectures": 1,
     "targets": 2,
 }

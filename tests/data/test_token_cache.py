@@ -12,6 +12,8 @@ import pytest
 from lorakit.data import Loader, Records, encode, lengths, read_records, token_cache
 from lorakit.data.token_cache import TokenCache
 
+INPUTS = dict.fromkeys(("reading", "tokenizer", "template", "code"))
+
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
@@ -35,7 +37,7 @@ def entries(tmp_path: Path) -> list[Path]:
 def test_the_second_result_is_the_same_and_does_not_tokenize(
     rows: Path, tmp_path: Path, said: list[str], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, overlong: Any
 ) -> None:
-    cache = TokenCache(tmp_path / "cache", {"tokenizer": "x"}, said.append)
+    cache = TokenCache(tmp_path / "cache", {**INPUTS, "tokenizer": "x"}, said.append)
     plain = encode(read_records(rows), tiny_tokenizer, 12, overlong=overlong)
     first = cache.encode(read_records(rows), tiny_tokenizer, 12, overlong=overlong)
     assert len(entries(tmp_path)) == 1
@@ -54,9 +56,9 @@ def test_the_second_result_is_the_same_and_does_not_tokenize(
 
 def test_anything_else_is_another_entry(rows: Path, tmp_path: Path, said: list[str], tiny_tokenizer: Any) -> None:
     folder = tmp_path / "cache"
-    TokenCache(folder, {"tokenizer": "x"}, said.append).encode(read_records(rows), tiny_tokenizer, 60)
-    TokenCache(folder, {"tokenizer": "y"}, said.append).encode(read_records(rows), tiny_tokenizer, 60)
-    cache = TokenCache(folder, {"tokenizer": "x"}, said.append)
+    TokenCache(folder, {**INPUTS, "tokenizer": "x"}, said.append).encode(read_records(rows), tiny_tokenizer, 60)
+    TokenCache(folder, {**INPUTS, "tokenizer": "y"}, said.append).encode(read_records(rows), tiny_tokenizer, 60)
+    cache = TokenCache(folder, {**INPUTS, "tokenizer": "x"}, said.append)
     cache.encode(read_records(rows), tiny_tokenizer, 13)
     cache.encode(read_records(rows), tiny_tokenizer, 60, overlong="drop")
     cache.encode(read_records(rows).some(range(20)), tiny_tokenizer, 60)
@@ -75,7 +77,7 @@ def test_anything_else_is_another_entry(rows: Path, tmp_path: Path, said: list[s
 def test_a_damaged_entry_is_made_again(
     rows: Path, tmp_path: Path, said: list[str], tiny_tokenizer: Any, name: str, how: str
 ) -> None:
-    cache = TokenCache(tmp_path / "cache", {}, said.append)
+    cache = TokenCache(tmp_path / "cache", INPUTS, said.append)
     first = cache.encode(read_records(rows), tiny_tokenizer, 12)
     (entry,) = entries(tmp_path)
     raw = (entry / name).read_bytes()
@@ -95,9 +97,9 @@ def test_the_entries_unused_for_longest_are_removed(
     rows: Path, tmp_path: Path, said: list[str], tiny_tokenizer: Any
 ) -> None:
     folder = tmp_path / "cache"
-    TokenCache(folder, {}, said.append).encode(read_records(rows), tiny_tokenizer, 12)
+    TokenCache(folder, INPUTS, said.append).encode(read_records(rows), tiny_tokenizer, 12)
     size = sum(file.stat().st_size for file in entries(tmp_path)[0].iterdir())
-    cache = TokenCache(folder, {}, said.append, most_bytes=5 * size // 2)
+    cache = TokenCache(folder, INPUTS, said.append, most_bytes=5 * size // 2)
     (oldest,) = entries(tmp_path)
     cache.encode(read_records(rows), tiny_tokenizer, 13)
     (used,) = set(entries(tmp_path)) - {oldest}
@@ -116,9 +118,9 @@ def test_small_data_and_a_cache_that_cannot_be_written(
     rows: Path, tmp_path: Path, said: list[str], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    cache = TokenCache(tmp_path / "file", {}, said.append)
+    cache = TokenCache(tmp_path / "file", INPUTS, said.append)
     assert cache.encode(read_records(rows), tiny_tokenizer, 12).report.completions == 50
     assert len(said) == 1
     monkeypatch.setattr(token_cache, "LEAST_BYTES", 1 << 20)
-    TokenCache(tmp_path / "cache", {}, said.append).encode(read_records(rows), tiny_tokenizer, 12)
+    TokenCache(tmp_path / "cache", INPUTS, said.append).encode(read_records(rows), tiny_tokenizer, 12)
     assert entries(tmp_path) == [] and len(said) == 1

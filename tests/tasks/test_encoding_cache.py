@@ -34,6 +34,8 @@ ROWS: dict[str, tuple[list[dict[str, Any]], Target]] = {
     ),
 }
 
+INPUTS = dict.fromkeys(("reading", "tokenizer", "template", "code"))
+
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -57,7 +59,9 @@ def test_the_second_result_is_the_same_and_does_not_tokenize(
     names = [write(tmp_path / "a.jsonl", rows[:5]), write(tmp_path / "b.jsonl", rows[5:])]
     options = EncodeOptions(8)
     plain = task.encode(read_records(names), tiny_tokenizer, target, options)
-    options = dataclasses.replace(options, cache=TokenCache(tmp_path / "cache", {"task": task.name}, said.append))
+    options = dataclasses.replace(
+        options, cache=TokenCache(tmp_path / "cache", {**INPUTS, "reading": task.name}, said.append)
+    )
     first = task.encode(read_records(names), tiny_tokenizer, target, options)
     (entry,) = (tmp_path / "cache").iterdir()
 
@@ -79,7 +83,7 @@ def test_the_second_result_is_the_same_and_does_not_tokenize(
 
 
 def test_other_labels_and_other_tasks_are_other_entries(tmp_path: Path, said: list[str], tiny_tokenizer: Any) -> None:
-    cache = TokenCache(tmp_path / "cache", {}, said.append)
+    cache = TokenCache(tmp_path / "cache", INPUTS, said.append)
     rows, target = ROWS["classification of pairs"]
     path = write(tmp_path / "a.jsonl", [{**row, "label": "a"} for row in rows])
     options = EncodeOptions(32, cache=cache)
@@ -102,7 +106,7 @@ def test_other_labels_and_other_tasks_are_other_entries(tmp_path: Path, said: li
 
 def test_rows_without_labels_are_not_cached(tmp_path: Path, said: list[str], tiny_tokenizer: Any) -> None:
     rows, target = ROWS["classification"]
-    options = EncodeOptions(32, cache=TokenCache(tmp_path / "cache", {}, said.append), is_labeled=False)
+    options = EncodeOptions(32, cache=TokenCache(tmp_path / "cache", INPUTS, said.append), is_labeled=False)
     found = TASKS["classification"].encode(
         read_records(write(tmp_path / "a.jsonl", rows)), tiny_tokenizer, target, options
     )

@@ -39,7 +39,7 @@ from lorakit.core.model.activation import (
     waits_for_tokens,
 )
 from lorakit.core.model.base_view import dequantize
-from lorakit.core.model.fingerprint import Fingerprint, fingerprint, weight_file_hashes
+from lorakit.core.model.fingerprint import Fingerprint, fingerprint, weight_file_hashes, weight_file_inputs
 from lorakit.core.model.target_weights import Site, sites
 from lorakit.core.operations.combination_types import COMBINATION_TYPES, CombinationType
 from lorakit.core.operations.combining import average, combine, combine_folders, rescale, subtract
@@ -147,4 +147,5 @@ __all__ = [
     "variants_of",
     "waits_for_tokens",
     "weight_file_hashes",
+    "weight_file_inputs",
 ]

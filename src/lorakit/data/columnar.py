@@ -1,9 +1,9 @@
 """Read Parquet and Arrow files and Hub data sets with the packages `datasets` and `pyarrow`.
 
-`read_table` and `read_hub` map the data into memory. `stream_table` and `stream_hub` read it row by row, from any
-position: a Parquet file from the position's row group on, an Arrow file and a Hub data set from the beginning, without
-converting the rows before the position. The memory of a stream depends on the size of the batches of an Arrow file, and
-of the row groups of a Hub data set.
+`read_hub` maps a data set into memory. Files are read row by row, from any position, and so are streamed data sets: a
+Parquet file from the position's row group on, an Arrow file and a Hub data set from the beginning, without converting
+the rows before the position. The memory depends on the size of the batches of an Arrow file, and of the row groups of a
+Hub data set. The cache of `datasets` finds local files by path and modification time, so it is not used for them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -26,7 +27,9 @@ from lorakit.data.rows import Parsed, collect
 from lorakit.data.shapes import Layout, Request
 from lorakit.data.sources import HubSource
 from lorakit.data.stored import file_error
+from lorakit.durable import JsonObject
 from lorakit.errors import DataError, MissingExtra, UsageError
+from lorakit.file_hashes import FileStatus
 from lorakit.hub_cache import offline
 
 if TYPE_CHECKING:
@@ -39,12 +42,12 @@ _STREAM_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table whose rows are converted to records on access.
+class HubTable:
+    """A Hub data set whose rows are converted to records on access.
 
     Attributes:
-        label: Path or name to show in messages.
-        data: The table.
+        label: Name to show in messages.
+        data: The rows.
         layout: The shape of the rows and the columns that supply its fields.
         rows: Index of each row that fits the shape.
         size: Size of the table in bytes.
@@ -66,7 +69,7 @@ class Table:
         return self.size // max(1, len(self.rows))
 
     def digest(self) -> tuple[str, str]:
-        """Return the path or name, and the SHA-256 of the records' content keys."""
+        """Return the name, and the SHA-256 of the records' content keys."""
         digest = hashlib.sha256()
         for record, _ in self.records(range(len(self))):
             digest.update(content_key(record))
@@ -79,26 +82,7 @@ class Table:
             yield self.layout.record(self.data[row], self.label, row + 1), self.bytes_of(index)
 
 
-def read_table(path: Path, request: Request) -> tuple[Table, list[str]]:
-    """Read a Parquet or Arrow file.
-
-    Args:
-        path: The file.
-        request: The user's choices about columns and invalid rows.
-
-    Returns:
-        The table, and notes for the user.
-
-    Raises:
-        DataError: The file is damaged, or a row does not fit.
-        MissingExtra: The package `datasets` is not installed.
-    """
-    kind = path.suffix.lower().removeprefix(".")
-    with _as_file_error(path):
-        return _table(str(path), request, kind, data_files=str(path), split="train")
-
-
-def read_hub(source: HubSource, request: Request) -> tuple[Table, list[str]]:
+def read_hub(source: HubSource, request: Request) -> tuple[HubTable, list[str]]:
     """Read a data set from the Hub; network access can be disabled if the data set is in the cache.
 
     Args:
@@ -112,9 +96,20 @@ def read_hub(source: HubSource, request: Request) -> tuple[Table, list[str]]:
         DataError: The data set is not found or cannot be read, or a row does not fit.
         MissingExtra: The package `datasets` is not installed.
     """
+    label = str(source)
+    _check_installed(label)
+    import datasets
+
     options = {"split": source.split, "revision": source.revision}
-    with _as_hub_error(source):
-        return _table(str(source), request, source.name, source.config, **options)
+    with _as_hub_error(source), _quiet(), contextlib.ExitStack() as stack:
+        if Path(source.name).exists():  # a directory, whose rows stay mapped without their file
+            options["cache_dir"] = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        data = datasets.load_dataset(source.name, source.config, **options)
+        data = data.remove_columns(_media(data.features))
+        if classes := _classes(data.features):
+            data = data.with_transform(partial(_named, classes=classes))
+        found = collect(label, _rows(data), request, "row")
+        return HubTable(label, data, found.layout, found.starts, int(data.data.nbytes), found.groups), found.notes
 
 
 @contextlib.contextmanager
@@ -154,19 +149,6 @@ def _line(cause: Exception) -> str:
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError)
 """Base classes of the errors that `datasets` and `pyarrow` raise for missing or damaged data."""
-
-
-def _table(label: str, request: Request, *names: str | None, **options: Any) -> tuple[Table, list[str]]:
-    _check_installed(label)
-    import datasets
-
-    with _quiet():
-        data = datasets.load_dataset(*names, **options)
-    data = data.remove_columns(_media(data.features))
-    if classes := _classes(data.features):
-        data = data.with_transform(partial(_named, classes=classes))
-    found = collect(label, _rows(data), request, "row")
-    return Table(label, data, found.layout, found.starts, int(data.data.nbytes), found.groups), found.notes
 
 
 def _check_installed(label: str) -> None:
@@ -255,19 +237,84 @@ class StreamedTable(LargeFile):
         Raises:
             DataError: The file is damaged, or has changed since it was opened first.
         """
+        return ((row, Place(at.file, number, number + 1)) for number, row in self.rows_from(at.offset))
+
+    def rows_from(self, start: int) -> Iterator[tuple[int, JsonObject]]:
+        """Yield the index and the values of each row from a given index on.
+
+        Raises:
+            DataError: The file is damaged, or has changed since it was opened first.
+        """
         import datasets
 
         with self.open() as file, _as_file_error(self.path):
             features, classes = None, dict[str, Any]()
-            for begin, batch in _batches(self.path, file, at.offset):
+            for begin, batch in _batches(self.path, file, start):
                 if features is None:
                     features = datasets.Features.from_arrow_schema(batch.schema)
                     classes = _classes(features)
                     kept = [name for name in batch.schema.names if name not in _media(features)]
-                first = max(begin, at.offset)
-                rows = batch.select(kept).slice(first - begin).to_pylist()
-                for number, row in enumerate(rows, start=first):
-                    yield _named(features.decode_example(row), classes), Place(at.file, number, number + 1)
+                first = max(begin, start)
+                for number, row in enumerate(batch.select(kept).slice(first - begin).to_pylist(), start=first):
+                    yield number, _named(features.decode_example(row), classes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableFile(StreamedTable):
+    """A Parquet or Arrow file whose rows are read again on access.
+
+    Attributes:
+        layout: The shape of the rows and the columns that supply its fields.
+        rows: Index of each row that fits the shape.
+        groups: Key of each row's group, `KEY_BYTES` bytes per row, or empty.
+    """
+
+    layout: Layout
+    rows: array[int]
+    groups: bytes | bytearray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def bytes_of(self, index: int) -> int:
+        """Return the mean size of a row in bytes."""
+        return self.size // max(1, len(self.rows))
+
+    def records(self, indexes: Iterable[int]) -> Iterator[tuple[Record, int]]:
+        """Yield the records at the given indices, each with the mean size of a row in bytes.
+
+        Raises:
+            DataError: The file is damaged, or has changed since it was opened first.
+        """
+        found, following = self.rows_from(0), 0
+        for index in indexes:
+            row = self.rows[index]
+            if row < following or not following:
+                found = self.rows_from(row)
+            values = next(values for number, values in found if number == row)
+            following = row + 1
+            yield self.layout.record(values, self.label, row + 1), self.bytes_of(index)
+
+
+def read_table(path: Path, request: Request) -> tuple[TableFile, list[str]]:
+    """Read a Parquet or Arrow file.
+
+    Args:
+        path: The file.
+        request: The user's choices about columns and invalid rows.
+
+    Returns:
+        The table, and notes for the user.
+
+    Raises:
+        DataError: The file is damaged, or a row does not fit.
+        MissingExtra: The package `datasets` is not installed.
+    """
+    table = stream_table(path)
+    rows = ((number, number + 1, row) for number, row in table.rows_from(0))
+    found = collect(table.label, rows, request, "row")
+    file = TableFile(path, table.status, table.row_bytes, layout=found.layout, rows=found.starts, groups=found.groups)
+    return file, found.notes
 
 
 def stream_table(path: Path) -> StreamedTable:
@@ -282,10 +329,10 @@ def stream_table(path: Path) -> StreamedTable:
     """
     _check_installed(str(path))
     try:
-        status = path.stat()
+        status = FileStatus.of(path)
     except OSError as cause:
         raise file_error(path, f"the data file cannot be read ({cause.strerror}).") from cause
-    found = StreamedTable(path, status.st_size, status.st_mtime_ns)
+    found = StreamedTable(path, status)
     with found.open() as file, _as_file_error(path):
         return replace(found, row_bytes=_row_bytes(path, file))
 

@@ -72,7 +72,7 @@ class LargeFile(CheckedFile):
 
     def identity(self) -> str:
         """Return `PARTIAL` and a SHA-256 of the size, the modification time, and the first and last MiB of the file."""
-        digest = hashlib.sha256(f"{self.size} {self.changed_ns}\n".encode())
+        digest = hashlib.sha256(f"{self.size} {self.status.mtime_ns}\n".encode())
         with self.open() as file:
             digest.update(file.read(_ENDS_BYTES))
             file.seek(max(0, self.size - _ENDS_BYTES))

@@ -26,6 +26,7 @@ from lorakit.data.sources import HUB, SUFFIXES, TABLES, TEXT, HubSource, expand
 from lorakit.data.stored import READ_BYTES, DataFile, RecordFile, StoredRecords, check_kind, file_error
 from lorakit.durable import write_text
 from lorakit.errors import DataError, nearest
+from lorakit.file_hashes import FileStatus
 
 DEFAULT_HELD_OUT = 0.1
 """Default fraction of the Python language reference topics to hold out."""
@@ -90,19 +91,18 @@ def _read(source: Path | HubSource, request: Request) -> tuple[RecordFile, list[
         if source.suffix.lower() in TABLES:
             return columnar.read_table(source, request)
         with source.open("rb") as file:
-            status = os.fstat(file.fileno())
+            status = FileStatus.of(file.fileno())
             _check_text(source, file)
             if source.suffix.lower() in TEXT:
                 check_no_group(source, request)
-                return DataFile(source, status.st_size, status.st_mtime_ns), []
+                return DataFile(source, status), []
             file.seek(0)
             found, row = PARSERS[source.suffix.lower()](source, file, request)
     except FileNotFoundError:
         raise file_error(source, f"data file not found.{_neighbors(source)}") from None
     except OSError as cause:
         raise file_error(source, f"the data file cannot be read ({cause.strerror}).") from cause
-    size, changed_ns = status.st_size, status.st_mtime_ns
-    data = DataFile(source, size, changed_ns, row, found.starts, found.lines, found.layout, found.groups)
+    data = DataFile(source, status, row, found.starts, found.lines, found.layout, found.groups)
     return data, found.notes
 
 

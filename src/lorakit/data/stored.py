@@ -9,7 +9,6 @@ import codecs
 import hashlib
 import itertools
 import json
-import os
 import stat
 from array import array
 from bisect import bisect_right
@@ -23,8 +22,9 @@ import numpy as np
 from lorakit.data.records import Document, Record, Records, keys_of
 from lorakit.data.shapes import Layout, common_layout
 from lorakit.data.sources import SUFFIXES
-from lorakit.durable import sha256_file
+from lorakit.durable import sha256_rest
 from lorakit.errors import DataError
+from lorakit.file_hashes import FileStatus
 
 READ_BYTES = 1 << 17
 """Maximum number of bytes read from a file at a time."""
@@ -55,17 +55,20 @@ def check_kind(path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class CheckedFile:
-    """A data file, with the size and modification time that it had when it was checked.
+    """A data file, with the status that it had when it was checked.
 
     Attributes:
         path: The file.
-        size: Size in bytes.
-        changed_ns: Modification time in nanoseconds.
+        status: Its status.
     """
 
     path: Path
-    size: int
-    changed_ns: int
+    status: FileStatus
+
+    @property
+    def size(self) -> int:
+        """Size in bytes."""
+        return self.status.size
 
     def open(self) -> IO[bytes]:
         """Open the file for reading.
@@ -77,11 +80,27 @@ class CheckedFile:
             file = self.path.open("rb")
         except OSError as cause:
             raise file_error(self.path, f"the data file cannot be read ({cause.strerror}).") from cause
-        status = os.fstat(file.fileno())
-        if (status.st_size, status.st_mtime_ns) != (self.size, self.changed_ns):
+        try:
+            self._check(file)
+        except DataError:
             file.close()
-            raise file_error(self.path, "the data file changed while it was in use; read the data again.")
+            raise
         return file
+
+    def digest(self) -> tuple[str, str]:
+        """Return the path and the SHA-256 of the file.
+
+        Raises:
+            DataError: The file cannot be read, or has changed since it was checked.
+        """
+        with self.open() as file:
+            found = sha256_rest(file)
+            self._check(file)
+        return str(self.path), found
+
+    def _check(self, file: IO[bytes]) -> None:
+        if FileStatus.of(file.fileno()) != self.status:
+            raise file_error(self.path, "the data file changed while it was in use; read the data again.")
 
 
 class LongDocument(Document):
@@ -166,10 +185,6 @@ class DataFile(CheckedFile):
                 file.seek(self.starts[index])
                 text = line_of(file.read(self.bytes_of(index)), first=self.starts[index] == 0)
                 yield self.row(text, self.lines[index]), self.bytes_of(index)
-
-    def digest(self) -> tuple[str, str]:
-        """Return the path and the SHA-256 of the file."""
-        return str(self.path), sha256_file(self.path)
 
     def _document(self) -> Document:
         document = LongDocument(self)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from lorakit.data.sources import DELIMITED, LINES, TEXT
 from lorakit.data.stored import READ_BYTES, DocumentPart, file_error, line_of
 from lorakit.durable import JsonValue
 from lorakit.errors import DataError
+from lorakit.file_hashes import FileStatus
 
 PART_BYTES = 1 << 17
 """Maximum size in bytes of a part of a text file."""
@@ -77,7 +77,7 @@ def open_file(path: Path, request: Request) -> StreamedFile:
     """
     try:
         with path.open("rb") as file:
-            status = os.fstat(file.fileno())
+            status = FileStatus.of(file.fileno())
             if path.suffix.lower() in TEXT:
                 check_no_group(path, request)
             if not file.read(len(_BOM) + 1).removeprefix(_BOM):
@@ -86,7 +86,7 @@ def open_file(path: Path, request: Request) -> StreamedFile:
             reader = _reader(path, file)
     except OSError as cause:
         raise file_error(path, f"the data file cannot be read ({cause.strerror}).") from cause
-    return StreamedFile(path, status.st_size, status.st_mtime_ns, reader)
+    return StreamedFile(path, status, reader)
 
 
 def _reader(path: Path, file: IO[bytes]) -> FileReader:

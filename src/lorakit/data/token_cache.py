@@ -1,15 +1,12 @@
 """Keep the tokens of data in files, so that the next run on the same data maps them into memory.
 
-An entry is a directory whose name is a hash of everything that the tokens depend on: the contents of the files and the
-selected records, the tokenizer, the template, the settings, the task with its labels, and the versions. It contains the
-encoded rows as buffers and a sealed manifest with their sizes, types and hashes, the counts and the sources. Entries
-that were not used for the longest time are removed if all entries together exceed a limit.
+An entry is a directory whose name is a key of `lorakit.caches.TOKENS`, which lists everything that the tokens depend
+on. It contains the encoded rows as buffers and a sealed manifest with their sizes, types and hashes, the counts and the
+sources. Entries that were not used for the longest time are removed if all entries together exceed a limit.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -21,6 +18,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 
+from lorakit.caches import TOKENS
 from lorakit.data.encoding import Encoded, Overlong, Sequences, encode
 from lorakit.data.report import DataReport
 from lorakit.data.stored import AnyRecords, StoredRecords
@@ -38,9 +36,6 @@ from lorakit.durable import (
     write_json,
 )
 from lorakit.errors import LorakitError
-
-FORMAT = 2
-"""Format of the entries, and version of how records are turned into tokens; increased when either changes."""
 
 LEAST_BYTES = 1 << 20
 """Minimum size of the tokens in bytes for which an entry is written."""
@@ -78,7 +73,7 @@ class TokenCache:
 
     Args:
         folder: The directory; created when the first entry is written.
-        context: Everything that the tokens depend on, except the records, the maximum length and `overlong`.
+        inputs: The inputs "reading", "tokenizer", "template" and "code" of `TOKENS`.
         say: Function that receives messages.
         most_bytes: Maximum total size of all entries in bytes.
     """
@@ -86,12 +81,12 @@ class TokenCache:
     def __init__(
         self,
         folder: Path,
-        context: Mapping[str, JsonValue],
+        inputs: Mapping[str, JsonValue],
         say: Callable[[str], None],
         most_bytes: int = MOST_BYTES,
     ) -> None:
         self._folder = folder
-        self._context = dict(context)
+        self._inputs = dict(inputs)
         self._say = say
         self._most_bytes = most_bytes
 
@@ -126,21 +121,21 @@ class TokenCache:
             _TEXT,
         )
 
-    def fetch(self, records: AnyRecords, parts: Many[JsonValue], make: Callable[[], T], form: Form[T]) -> T:
+    def fetch(self, records: AnyRecords, encoding: Many[JsonValue], make: Callable[[], T], form: Form[T]) -> T:
         """Return encoded rows from an entry if there is one, or else encode them and write the entry.
 
         A damaged entry, or one that cannot be written, is reported in a message and is not an error.
 
         Args:
             records: The records; only those from files are cached.
-            parts: Everything that the rows depend on besides the records and the context.
+            encoding: How the records are encoded, the input "encoding" of `TOKENS`.
             make: Function that encodes the records.
             form: Way of storing the rows.
         """
         if not isinstance(records, StoredRecords):
             return make()
-        key = json.dumps([FORMAT, records.identity(), records.notes, *parts, self._context], sort_keys=True)
-        entry = self._folder / hashlib.sha256(key.encode()).hexdigest()
+        key = TOKENS.key(records=records.identity(), notes=records.notes, encoding=list(encoding), **self._inputs)
+        entry = self._folder / key
         found = self._read(entry, form)
         if found is None:
             found = make()
@@ -175,7 +170,7 @@ class TokenCache:
                     name: {"type": buffer.format, "bytes": buffer.nbytes, "sha256": sha256_file(temporary / name)}
                     for name, buffer in buffers.items()
                 }
-                write_json(temporary / _MANIFEST, sealed({"format": FORMAT, "files": files, "values": values}))
+                write_json(temporary / _MANIFEST, sealed({"format": TOKENS.format, "files": files, "values": values}))
         except (LorakitError, OSError) as cause:
             self._say(f"The tokens are not kept for later runs: {_line(cause)}")
 
@@ -208,7 +203,7 @@ def _loaded(entry: Path) -> tuple[Buffers, Mapping[str, Any]]:
         TypeError: The manifest has values of other types.
     """
     manifest = read_json(entry / _MANIFEST, _MAX_MANIFEST_BYTES)
-    if not isinstance(manifest, dict) or not is_sealed(manifest) or manifest["format"] != FORMAT:
+    if not isinstance(manifest, dict) or not is_sealed(manifest) or manifest["format"] != TOKENS.format:
         raise ValueError("the manifest is not valid")
     maps = dict[str, memoryview]()
     for name, about in manifest["files"].items():

@@ -27,6 +27,7 @@ from lorakit.hub.models import (
     stored_as_files,
     tokenizer_files,
     tokenizer_hash,
+    tokenizer_settings,
 )
 from lorakit.hub.packaged import PACKAGED, packaged_directory
 from lorakit.hub.quantizing import dequantize_files, quantization_metadata, require_quantizer
@@ -75,5 +76,6 @@ __all__ = [
     "stored_as_files",
     "tokenizer_files",
     "tokenizer_hash",
+    "tokenizer_settings",
     "units_of",
 ]

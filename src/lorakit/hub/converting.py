@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from lorakit.caches import scratch_directory
 from lorakit.hub.model_config import file_of, weight_files
 from lorakit.hub.packaged import check_space
 from lorakit.hub.sources import WEIGHT_INDEX, ModelSource
-from lorakit.machine import cache_directory
 
 if TYPE_CHECKING:
     import torch
@@ -151,7 +151,7 @@ def _converted(source: ModelSource, dtype: torch.dtype, stack: contextlib.ExitSt
     others = [file for file in files if not file.is_in(target)]
     if not others:
         return None
-    cache = cache_directory()  # not /tmp, which may be in memory
+    cache = scratch_directory()  # not /tmp, which may be in memory
     cache.mkdir(parents=True, exist_ok=True)
     check_space(cache, sum(file.header(target)[1] for file in others))
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

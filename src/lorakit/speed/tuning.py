@@ -24,18 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit import __version__, durable
+from lorakit import durable
+from lorakit.caches import AUTOTUNING, versions
 from lorakit.errors import AdapterFileError, DiskError
-from lorakit.machine import Machine, cache_directory, this_machine
+from lorakit.machine import Machine, this_machine
 from lorakit.ops import attention, choices
 from lorakit.ops.attention_pattern import Method, Pattern
 from lorakit.ops.kernels import compiled
 from lorakit.speed.linear import frozen_linear
 from lorakit.speed.loss import output_head
 from lorakit.tables import format_count, format_seconds
-
-FILE = "choices.json"
-FORMAT = 1
 
 
 def read(folder: Path | None = None) -> dict[str, int]:
@@ -67,7 +65,7 @@ def save(results: Mapping[str, int], folder: Path | None = None) -> str:
         path = _path(folder)
         machines = _machines(path)
         machines[machine()] = {**_of_machine(machines), **results}
-        durable.write_json(path, {"format": FORMAT, "machines": machines})
+        durable.write_json(path, {"format": AUTOTUNING.format, "machines": machines})
     except DiskError as cause:
         return str(cause).removesuffix(".")
     return ""
@@ -80,14 +78,17 @@ def machine() -> str:
     compiled kernels are available.
     """
     here, limit = this_machine(), os.environ.get("ONEDNN_MAX_CPU_ISA", "")
-    instructions = " ".join((*here.features, *([f"at most {limit}"] if limit else [])))
-    kernels = "compiled kernels" if compiled.kernels() is not None else "no kernels"
-    libraries = f"torch {torch.__version__}; lorakit {__version__}, {kernels}"
-    return f"{here.cpu}; {instructions}; {torch.get_num_threads()} threads; {libraries}"
+    return AUTOTUNING.key(
+        processor=here.cpu,
+        instructions=[*here.features, *([f"at most {limit}"] if limit else [])],
+        threads=torch.get_num_threads(),
+        kernels=compiled.kernels() is not None,
+        versions=versions(("torch",)),
+    )
 
 
 def _path(folder: Path | None) -> Path:
-    return (cache_directory() if folder is None else folder) / FILE
+    return AUTOTUNING.path() if folder is None else folder / AUTOTUNING.place
 
 
 def _machines(path: Path) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def _machines(path: Path) -> dict[str, Any]:
         content = durable.read_json(path)
     except AdapterFileError:
         return {}
-    known = isinstance(content, dict) and content.get("format") == FORMAT
+    known = isinstance(content, dict) and content.get("format") == AUTOTUNING.format
     machines = content.get("machines") if known else None
     return machines if isinstance(machines, dict) else {}
 

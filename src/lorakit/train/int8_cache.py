@@ -15,20 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lorakit.caches import INT8
 from lorakit.durable import is_sealed, read_json, sealed, sha256_bytes, write_json
 from lorakit.errors import AdapterFileError, DiskError
-from lorakit.machine import cache_directory
+from lorakit.train.checkpoint import environment
 from lorakit.train.int8_rows import CalibrationRows
 from lorakit.train.start_key import start_key
 
 if TYPE_CHECKING:
     from lorakit.train.run_spec import RunSpec
-
-FOLDER = "int8"
-"""Name of the directory in lorakit's cache directory."""
-
-FORMAT = 2
-"""Format of the files, and version of how a base is calibrated; increased when either changes."""
 
 MOST_KEPT = 20
 """Maximum number of files; the oldest are removed."""
@@ -49,8 +44,9 @@ def key_of(model: nn.Module, spec: RunSpec, rows: CalibrationRows) -> str | None
     """
     dtypes = sorted({str(parameter.dtype) for parameter in model.parameters()})
     named = [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad]
-    facts = {"format": FORMAT, "of": "int8", "batch_tokens": rows.batch_tokens}  # sizes of batches change roundings
-    return start_key(model, spec, ", ".join(dtypes), facts, named, rows.rows)
+    facts = {"batch_tokens": rows.batch_tokens}  # sizes of batches change roundings
+    here = environment(spec.device, ", ".join(dtypes), spec.quantization_values)
+    return start_key(INT8, model, spec, here, facts, named, rows.rows)
 
 
 def read(key: str) -> tuple[dict[str, Any], bytes] | None:
@@ -63,7 +59,7 @@ def read(key: str) -> tuple[dict[str, Any], bytes] | None:
         content = read_json(_path(key), _MAX_BYTES)
         if not isinstance(content, dict) or not is_sealed(content):
             return None
-        if (content.get("format"), content.get("key")) != (FORMAT, key):
+        if (content.get("format"), content.get("key")) != (INT8.format, key):
             return None
         record, scales = json.loads(content["record"]), base64.b64decode(content["scales"], validate=True)
     except (AdapterFileError, DiskError, OSError, KeyError, TypeError, ValueError, binascii.Error):
@@ -83,7 +79,7 @@ def write(key: str, record: Mapping[str, Any], scales: bytes) -> str:
         Reason why it could not be kept, or "".
     """
     text = json.dumps(dict(record))  # a string keeps the order of the entries
-    values = {"format": FORMAT, "key": key, "record": text, "scales": base64.b64encode(scales).decode()}
+    values = {"format": INT8.format, "key": key, "record": text, "scales": base64.b64encode(scales).decode()}
     try:
         path = _path(key)
         write_json(path, sealed(values))
@@ -96,4 +92,4 @@ def write(key: str, record: Mapping[str, Any], scales: bytes) -> str:
 
 
 def _path(key: str) -> Path:
-    return cache_directory() / FOLDER / f"{key}.json"
+    return INT8.path() / f"{key}.json"

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 from lorakit import data, hub
+from lorakit.caches import TOKENS, code
 from lorakit.config import LoraConfig
 from lorakit.core import variants_of
 from lorakit.data.encoding import IGNORED
 from lorakit.data.loader import padded_ids
 from lorakit.data.sources import weights_of
+from lorakit.durable import JsonValue
 from lorakit.errors import DataError, DiskError, UsageError
-from lorakit.machine import cache_directory
 from lorakit.tasks import EncodedData, EncodeOptions, TaskOnData, Texts, evaluation_batches
-from lorakit.train import run_folder
 from lorakit.train.processes import Processes
 from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
@@ -237,18 +237,17 @@ def _token_cache(
     if not settings.token_cache:
         return None
     try:
-        folder = cache_directory() / "tokens"
+        folder = TOKENS.path()
     except DiskError as cause:
         progress.detail(f"The tokens are not kept for later runs: {cause}")
         return None
-    installed = run_folder.versions()
-    context = {
-        "tokenizer": tokenizer_sha256 or hub.tokenizer_hash(tokenizer),
+    inputs: dict[str, JsonValue] = {
+        "reading": [asdict(settings.row_request()), settings.task],
+        "tokenizer": [tokenizer_sha256 or hub.tokenizer_hash(tokenizer), hub.tokenizer_settings(tokenizer)],
         "template": hub.chat_template_hash(tokenizer),
-        "rows": [settings.format, settings.columns, settings.on_bad_row, settings.group, settings.task],
-        "versions": {name: installed.get(name) for name in ("lorakit", "transformers", "tokenizers")},
+        "code": code(),
     }
-    return data.TokenCache(folder, context, progress.say)
+    return data.TokenCache(folder, inputs, progress.say)
 
 
 def _loader(

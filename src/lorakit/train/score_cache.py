@@ -9,19 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from lorakit.caches import EVALUATIONS
 from lorakit.durable import is_sealed, read_json, sealed, write_json
 from lorakit.errors import AdapterFileError, DiskError
-from lorakit.machine import cache_directory
 from lorakit.ops import choices
+from lorakit.train.checkpoint import environment
 from lorakit.train.evaluation import Evaluation
 from lorakit.train.run_context import Run
 from lorakit.train.start_key import start_key
-
-FILE = "scores.json"
-"""Name of the file in lorakit's cache directory."""
-
-FORMAT = 2
-"""Format of the file, and version of how an evaluation is computed; increased when either changes."""
 
 MOST_KEPT = 500
 """Maximum number of entries; the oldest are removed."""
@@ -62,7 +57,7 @@ def write(key: str, found: Evaluation) -> str:
         entries = {name: entry for name, entry in _entries().items() if name != key}
         entries[key] = {"loss": found.loss, "tokens": found.tokens, "scores": dict(found.scores)}
         newest = [{"key": name, **entry} for name, entry in entries.items()][-MOST_KEPT:]
-        write_json(cache_directory() / FILE, sealed({"format": FORMAT, "scores": newest}))
+        write_json(EVALUATIONS.path(), sealed({"format": EVALUATIONS.format, "scores": newest}))
     except (DiskError, OSError) as cause:
         return str(cause).removesuffix(".")
     return ""
@@ -81,15 +76,13 @@ def key_of(run: Run) -> str | None:
     if held_out is None:
         return None
     facts = {
-        "format": FORMAT,
-        "of": "evaluation",
-        "task": run.spec.task.as_dict(),
         "accelerated": run.spec.settings.accelerate,
-        "int8": None if run.int8 is None else run.int8.record["scales_sha256"],
+        "int8_scales": None if run.int8 is None else run.int8.record["scales_sha256"],
         "packed": run.acceleration is not None and run.acceleration.packs,
     }
-    kernels = choices.to_strings(run.choices)
-    return start_key(run.model, run.spec, run.plan.dtype, facts, run.named, held_out(), kernels)
+    quantization, kernels = run.spec.quantization_values, choices.to_strings(run.choices)
+    here = environment(run.spec.device, run.plan.dtype, quantization, kernels)
+    return start_key(EVALUATIONS, run.model, run.spec, here, facts, run.named, held_out())
 
 
 def _entries() -> dict[str, dict[str, Any]]:
@@ -99,9 +92,9 @@ def _entries() -> dict[str, dict[str, Any]]:
         DiskError: There is no cache directory.
     """
     try:
-        content = read_json(cache_directory() / FILE, _MAX_BYTES)
+        content = read_json(EVALUATIONS.path(), _MAX_BYTES)
     except (AdapterFileError, OSError):
         return {}
-    is_known = isinstance(content, dict) and is_sealed(content) and content.get("format") == FORMAT
+    is_known = isinstance(content, dict) and is_sealed(content) and content.get("format") == EVALUATIONS.format
     entries = content["scores"] if is_known and isinstance(content.get("scores"), list) else []
     return {entry.pop("key"): entry for entry in entries if isinstance(entry, dict) and "key" in entry}

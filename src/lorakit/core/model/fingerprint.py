@@ -14,8 +14,8 @@ saved and loaded with the weights.
 
 `weight_file_hashes` returns the SHA-256 of each file that a base was loaded from, if the files are known and small
 enough to hash. The hashes are evidence, not part of the identity: values in memory can change after loading, and the
-same base can be saved to different files. The hashes are cached together with the size, modification time and inode of
-each file. If a file cannot be found or read, no hashes are returned and no error is raised.
+same base can be saved to different files. The hashes are cached (`lorakit.file_hashes`). If a file cannot be found or
+read, no hashes are returned and no error is raised.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import hashlib
 import math
 import os
 import re
-import stat
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -54,9 +53,9 @@ from lorakit.core.model.index import AdapterIndex, embedding_of
 from lorakit.core.quantization.int8 import Int8Linear
 from lorakit.core.routing.state import AdapterState
 from lorakit.core.shards import has_several_processes, is_sharded
-from lorakit.durable import JsonObject, JsonValue, read_json, sha256_file, write_json
-from lorakit.errors import OVERRIDE, AdapterFileError, BaseMismatchError, DiskError
-from lorakit.machine import cache_directory
+from lorakit.durable import JsonObject, JsonValue, read_json
+from lorakit.errors import OVERRIDE, BaseMismatchError
+from lorakit.file_hashes import FileStatus, file_hashes
 
 SAME, OTHER_PRECISION, UNVERIFIABLE, DIFFERENT = "same", "same at other precision", "unverifiable", "different"
 
@@ -433,12 +432,6 @@ def check_not_merged_in(model: nn.Module, folder: Path, weights_sha256: str, all
         )
 
 
-FILE, FORMAT, MOST_KEPT = "weight_files.json", 1, 512
-"""Name of the cache file, its format version, and the maximum number of hashes in it."""
-
-LEAST_KEPT = 1 << 20
-"""Minimum size in bytes of files whose hashes are cached; smaller files can be hashed as fast as looked up."""
-
 MOST_BYTES = 1 << 30
 """Maximum total size in bytes of the files to hash; hashing this much takes about a second. Files with a cached hash do
 not count, nor do files that the Hub cache names by their hash. If the total is larger, no hashes are returned."""
@@ -497,63 +490,35 @@ def _hub_cache() -> Path:
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
 
 
-def _hashes(files: list[Path]) -> dict[str, str]:
-    known, unknown, fresh = {}, {}, {}
-    kept = _read_kept() if files else {}
-    for file in files:
-        real = Path(os.path.realpath(file))
-        status = _file_status(real)
-        entry = kept.get(str(real), {})
-        if _SHA256.fullmatch(real.name) and real.parent.name == "blobs":  # the Hub cache names blobs by their SHA-256
-            known[file.name] = real.name
-        elif entry and entry == {**status, "sha256": entry["sha256"]}:
-            known[file.name] = entry["sha256"]
-        else:
-            unknown[file.name] = real, status
-    if sum(status["size"] for _, status in unknown.values()) > MOST_BYTES:
-        return {}
-    for name, (real, status) in unknown.items():
-        known[name] = sha256_file(real)
-        if _file_status(real) != status:
-            return {}  # the file changed while it was being read
-        if status["size"] >= LEAST_KEPT:
-            fresh[str(real)] = {**status, "sha256": known[name]}
-    if fresh:
-        older = {path: entry for path, entry in kept.items() if path not in fresh}
-        _keep({**older, **fresh})
-    return dict(sorted(known.items()))
+def weight_file_inputs(model: nn.Module) -> dict[str, JsonValue]:
+    """Return what identifies the files that a model was loaded from in the keys of caches (`lorakit.caches`).
 
-
-def _file_status(file: Path) -> dict[str, int]:
-    """Return a file's size, modification time and inode, which show whether its content has changed.
-
-    Raises:
-        OSError: The path is not a regular file, or cannot be read.
+    Returns:
+        File name -> the SHA-256 of `weight_file_hashes`, with the file's status if the Hub cache gives the SHA-256,
+        which is then not computed. Empty if the hashes are not known.
     """
-    found = file.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(f"{file}: not a regular file")
-    return {"size": found.st_size, "mtime_ns": found.st_mtime_ns, "inode": found.st_ino}
-
-
-def _read_kept() -> JsonObject:
+    hashes = weight_file_hashes(model)
     try:
-        content = read_json(cache_directory() / FILE, 16 << 20)
-    except (AdapterFileError, OSError, RuntimeError):  # no cache file yet, a damaged one, or no directory
+        real = {file.name: Path(os.path.realpath(file)) for file in _files_of(model)} if hashes else {}
+        return {
+            name: [hashes[name], *(FileStatus.of(path) if _is_blob(path) else ())]
+            for name, path in real.items()
+            if name in hashes
+        }
+    except (OSError, RuntimeError, ValueError):
         return {}
-    known = isinstance(content, dict) and content.get("format") == FORMAT
-    files = content.get("files") if known else None
-    entries = files.items() if isinstance(files, dict) else ()
-    return {
-        path: entry
-        for path, entry in entries
-        if isinstance(entry, dict) and _SHA256.fullmatch(str(entry.get("sha256")))
-    }
 
 
-def _keep(kept: JsonObject) -> None:
-    newest = dict(list(kept.items())[-MOST_KEPT:])
-    try:
-        write_json(cache_directory() / FILE, {"format": FORMAT, "files": newest})
-    except (DiskError, OSError, RuntimeError):
-        return  # the files will be hashed again next time
+def _is_blob(real: Path) -> bool:
+    """Return whether a file is in the Hub cache under a name that is its SHA-256."""
+    return _SHA256.fullmatch(real.name) is not None and real.parent.name == "blobs"
+
+
+def _hashes(files: list[Path]) -> dict[str, str]:
+    real = {file.name: Path(os.path.realpath(file)) for file in files}
+    named = {name: path.name for name, path in real.items() if _is_blob(path) and FileStatus.of(path)}
+    others = [path for name, path in real.items() if name not in named]
+    found = file_hashes(others, MOST_BYTES)
+    if len(found) < len(set(others)):
+        return {}
+    return {name: named[name] if name in named else found[path] for name, path in sorted(real.items())}

@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import torch  # also loads torch's thread library, which must be loaded before a kernel uses it
 
-from lorakit.machine import cache_directory
+from lorakit.caches import KERNELS
 
 SWITCH = "LORAKIT_KERNELS"
 """Environment variable; "off" disables the compiled kernels."""
@@ -76,7 +76,7 @@ def built(define: str) -> Built:
         why = f"no C compiler ({asked or ', '.join(COMPILERS)}) found on PATH"
         return Built(None, why, lacks_compiler=True)
     try:
-        folder = private_directory(cache_directory() / "kernels")
+        folder = private_directory(KERNELS.path())
     except OSError as cause:
         return _without(f"{_short(cause)}; set LORAKIT_CACHE to a directory that only you can write to")
     try:
@@ -118,11 +118,16 @@ def _key(compiler: list[str], define: str) -> str:
     told = subprocess.run(
         [*compiler, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False
     ).stdout
-    machine = f"{platform.system()} {platform.machine()}"
-    flags = " ".join((*FLAGS, WIDEST, torch.__version__))
-    source = b"\0".join(path.read_bytes() for path in sorted(SOURCE.parent.glob("*.[ch]")))
-    words = (flags, shlex.join(compiler), _instructions(), machine, define)
-    return hashlib.sha256(b"\0".join((source, told, *map(os.fsencode, words)))).hexdigest()[:24]
+    sources = sorted(SOURCE.parent.glob("*.[ch]"))
+    return KERNELS.key(
+        source=[[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in sources],
+        flags=[*FLAGS, WIDEST],
+        compiler=[hashlib.sha256(told).hexdigest(), *compiler],
+        instructions=_instructions(),
+        system=f"{platform.system()} {platform.machine()}",
+        define=define,
+        torch=torch.__version__,
+    )[:24]
 
 
 def _instructions() -> str:

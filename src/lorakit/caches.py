@@ -1,0 +1,122 @@
+"""The table of everything that lorakit keeps below its cache directory, with all inputs that each entry depends on.
+
+An entry is found by a key, which hashes the cache's name, its format and the values of all inputs; a cache cannot be
+asked without one of them. Files enter keys by their content. This module is the only one that gives places in the cache
+directory.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import lorakit
+from lorakit.durable import JsonValue, sha256_bytes
+from lorakit.machine import cache_directory
+
+PACKAGES = (
+    *("torch", "transformers", "tokenizers", "safetensors", "numpy", "jinja2", "sentencepiece", "tiktoken"),
+    *("datasets", "pyarrow", "gguf", "sentence-transformers"),
+    *("bitsandbytes", "torchao", "hqq", "compressed-tensors", "triton"),
+)
+"""Packages whose code computes what is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """A cache.
+
+    Attributes:
+        place: Name of its file or directory in lorakit's cache directory.
+        format: Format of its entries, and version of how they are computed; increased when either changes.
+        inputs: Names of everything that an entry depends on.
+    """
+
+    place: str
+    format: int
+    inputs: tuple[str, ...]
+
+    def path(self) -> Path:
+        """Return the path of the file or directory, which need not exist.
+
+        Raises:
+            DiskError: There is no cache directory; see `cache_directory`.
+        """
+        return cache_directory() / self.place
+
+    def key(self, **values: JsonValue | Mapping[str, JsonValue]) -> str:
+        """Return the key of an entry.
+
+        Args:
+            values: The value of each of the cache's inputs.
+
+        Returns:
+            64 hexadecimal digits.
+
+        Raises:
+            TypeError: An input is missing, is not in `inputs`, or is not a JSON value.
+        """
+        if values.keys() != set(self.inputs):
+            raise TypeError(f"{self.place}: expected the inputs {sorted(self.inputs)}, got {sorted(values)}")
+        return sha256_bytes(json.dumps([self.place, self.format, values], sort_keys=True).encode())
+
+
+_START = (
+    *("weights", "new_tensors", "config", "model_class", "attention", "adapter", "task", "rows"),
+    *("environment", "machine", "code"),
+)
+
+TOKENS = Cache("tokens", 3, ("records", "notes", "reading", "encoding", "tokenizer", "template", "code"))
+"""Encoded rows; see `lorakit.data.token_cache`."""
+
+EVALUATIONS = Cache("scores.json", 3, (*_START, "accelerated", "int8_scales", "packed"))
+"""Evaluations before the first step; see `lorakit.train.score_cache`."""
+
+INT8 = Cache("int8", 3, (*_START, "batch_tokens"))
+"""Calibrations of int8 bases; see `lorakit.train.int8_cache`."""
+
+AUTOTUNING = Cache("choices.json", 2, ("processor", "instructions", "threads", "kernels", "versions"))
+"""Fastest kernels by shape, in one entry per machine; see `lorakit.speed.tuning`."""
+
+FILE_HASHES = Cache("weight_files.json", 2, ("path", "device", "inode", "size", "mtime_ns", "ctime_ns"))
+"""Hashes of large files; see `lorakit.file_hashes`."""
+
+KERNELS = Cache("kernels", 1, ("source", "flags", "compiler", "instructions", "system", "define", "torch"))
+"""Compiled kernels; see `lorakit.ops.kernels.building`."""
+
+MODELS = Cache("models", 2, ("source", "weights", "code"))
+"""Models converted from GGUF files; see `lorakit.hub.gguf_models`."""
+
+CACHES = (TOKENS, EVALUATIONS, INT8, AUTOTUNING, FILE_HASHES, KERNELS, MODELS)
+
+
+def scratch_directory() -> Path:
+    """Return the directory for files without names, which end with the process; it has room for a model's weights.
+
+    Raises:
+        DiskError: There is no cache directory; see `cache_directory`.
+    """
+    return cache_directory()
+
+
+def versions(names: tuple[str, ...] = PACKAGES) -> dict[str, JsonValue]:
+    """Return the version of Python and lorakit, and of each of some packages, None if it is not installed."""
+    found: dict[str, JsonValue] = {"python": platform.python_version(), "lorakit": lorakit.__version__}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def code() -> dict[str, JsonValue]:
+    """Return what identifies the code that computes results: `versions`, and a SHA-256 of lorakit's source."""
+    folder = Path(lorakit.__file__).parent
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".c", ".h"))
+    source = [[path.relative_to(folder).as_posix(), sha256_bytes(path.read_bytes())] for path in files]
+    return {**versions(), "source": sha256_bytes(json.dumps(source).encode())}
