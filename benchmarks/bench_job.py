@@ -35,7 +35,6 @@ SIDES = {"peft": THEIRS, "lorakit": OURS, "again": AGAIN, "int8": INT8}
 ROWS, EVALUATED, MAX_LENGTH, RANK, ALPHA, RATE = 4, 32, 512, 16, 32, 3e-4
 CHARACTERS, SPREAD, TRAINED = 300, 0.9, 0.285  # median length of a row, std of its logarithm, fraction of the answer
 SLACK = 1.01
-KEPT = "scores.json"  # lorakit.train.score_cache.FILE, whose import would load torch
 
 
 def main() -> None:
@@ -117,14 +116,14 @@ def cache(found: Path, *, is_new: bool) -> Path:
 
     The converted model, the compiled kernels and the results of autotuning stay, as after any earlier run.
     """
-    from lorakit.machine import cache_directory
+    from lorakit.caches import EVALUATIONS
 
     found.mkdir(exist_ok=True)
-    for path in cache_directory().iterdir():
-        if path.name != KEPT and not (found / path.name).exists():
+    for path in EVALUATIONS.path().parent.iterdir():
+        if path != EVALUATIONS.path() and not (found / path.name).exists():
             (found / path.name).symlink_to(path.absolute())
     if is_new:
-        (found / KEPT).unlink(missing_ok=True)
+        (found / EVALUATIONS.place).unlink(missing_ok=True)
     return found
 
 

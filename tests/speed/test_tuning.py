@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lorakit import durable
+from lorakit.caches import AUTOTUNING
 from lorakit.machine import this_machine
 from lorakit.ops import choices
 from lorakit.ops.kernels import compiled
@@ -141,10 +142,10 @@ def test_the_time_it_takes_is_bounded(
 
 @pytest.mark.parametrize(
     "content",
-    ["", "no json", "[]", '{"format": 2, "machines": {}}', '{"format": 1, "machines": 3}', "\x00" * 9, "{" * 3000],
+    ["", "no json", "[]", '{"format": 1, "machines": {}}', '{"format": 2, "machines": 3}', "\x00" * 9, "{" * 3000],
 )
 def test_a_damaged_file_costs_a_measurement(model: nn.Module, slices_win: Clock, tmp_path: Path, content: str) -> None:
-    (tmp_path / tuning.FILE).write_text(content)
+    (tmp_path / AUTOTUNING.place).write_text(content)
     found = choose(model, 1000, 0, folder=tmp_path, clock=slices_win)
     assert found.measured == 4
     assert found.save_error == ""
@@ -154,7 +155,7 @@ def test_a_damaged_file_costs_a_measurement(model: nn.Module, slices_win: Clock,
 @pytest.mark.parametrize("method", [-1, 3, 512.0, True, "512", None, [512]])
 def test_a_way_that_is_none_is_measured_again(model: nn.Module, slices_win: Clock, tmp_path: Path, method: Any) -> None:
     choose(model, 1000, 0, folder=tmp_path, clock=slices_win)
-    path = tmp_path / tuning.FILE
+    path = tmp_path / AUTOTUNING.place
     content = json.loads(path.read_text())
     (answers,) = content["machines"].values()
     answers.update(dict.fromkeys(answers, method))
@@ -199,7 +200,7 @@ def test_another_machine_and_other_threads_have_answers_of_their_own(
     model: nn.Module, slices_win: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     choose(model, 1000, 0, folder=tmp_path, clock=slices_win)
-    here = tuning.machine()
+    here, has_kernels = tuning.machine(), compiled.kernels() is not None
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
@@ -210,9 +211,9 @@ def test_another_machine_and_other_threads_have_answers_of_their_own(
     assert choose(model, 1000, 0, folder=tmp_path, clock=slices_win).measured == 4
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
     with monkeypatch.context() as without:
-        without.setattr(compiled, "kernels", lambda: None if "no kernels" not in here else object())
+        without.setattr(compiled, "kernels", lambda: None if has_kernels else object())
         assert choose(model, 1000, 0, folder=tmp_path, clock=slices_win).measured == 4
-    machines = durable.read_json(tmp_path / tuning.FILE)["machines"]
+    machines = durable.read_json(tmp_path / AUTOTUNING.place)["machines"]
     assert len(machines) == 4
     assert here in machines
     assert choose(model, 1000, 0, folder=tmp_path, clock=slices_win).measured == 0
@@ -229,11 +230,11 @@ def test_two_processes_that_write_leave_a_whole_file(tmp_path: Path) -> None:
     for writer in writers:
         writer.start()
     while any(writer.is_alive() for writer in writers):
-        if (tmp_path / tuning.FILE).exists():
-            durable.read_json(tmp_path / tuning.FILE)  # never a part
+        if (tmp_path / AUTOTUNING.place).exists():
+            durable.read_json(tmp_path / AUTOTUNING.place)  # never a part
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert tuning.read(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [tuning.FILE]
+    assert [path.name for path in tmp_path.iterdir()] == [AUTOTUNING.place]
 
 
 def test_only_frozen_weights_on_a_cpu_and_of_some_size_are_asked_about() -> None:
@@ -277,7 +278,7 @@ def test_fp32_is_asked_about_for_a_part_of_a_large_weight_and_from_few_rows() ->
 
 
 def test_small_models_read_no_file(tmp_path: Path) -> None:
-    tmp_path.joinpath(tuning.FILE).mkdir()  # which would raise an error
+    tmp_path.joinpath(AUTOTUNING.place).mkdir()  # which would raise an error
     assert choose(nn.Linear(8, 8).requires_grad_(False), 4096, 4096, folder=tmp_path).choices == {}
 
 

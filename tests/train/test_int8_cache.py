@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lorakit import core
+from lorakit.caches import INT8
 from lorakit.errors import RunError
 from lorakit.train import int8_base, int8_cache, run
 from lorakit.train.settings import TrainSettings
@@ -56,7 +57,7 @@ def trained(settings: dict[str, Any], **more: Any) -> tuple[dict[str, Any], str]
 
 
 def kept(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "cache" / int8_cache.FOLDER).glob("*"))
+    return sorted((tmp_path / "cache" / INT8.place).glob("*"))
 
 
 @needs_units

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorakit.caches import EVALUATIONS
 from lorakit.ops.int8 import why_no_int8_matmuls
 from lorakit.report import read_metrics
 from lorakit.train import loop, score_cache, start_key
@@ -121,10 +122,10 @@ def test_another_config_of_the_base_is_evaluated(settings: dict[str, Any]) -> No
     assert not trained(settings)[0]
 
 
-@pytest.mark.parametrize("damage", ["", "{", '{"format": 1, "scores": []}', "changed"], ids=str)
+@pytest.mark.parametrize("damage", ["", "{", '{"format": 2, "scores": []}', "changed"], ids=str)
 def test_a_damaged_file_is_ignored_and_replaced(settings: dict[str, Any], tmp_path: Path, damage: str) -> None:
     trained(settings)
-    path = tmp_path / "cache" / score_cache.FILE
+    path = tmp_path / "cache" / EVALUATIONS.place
     path.write_text(path.read_text().replace('"loss": ', '"loss": 1') if damage == "changed" else damage)
     assert not trained(settings)[0]
     assert trained(settings)[0]
@@ -132,7 +133,7 @@ def test_a_damaged_file_is_ignored_and_replaced(settings: dict[str, Any], tmp_pa
 
 def test_without_the_cache_nothing_is_kept_or_reused(settings: dict[str, Any], tmp_path: Path) -> None:
     trained(settings, token_cache=False)
-    assert not (tmp_path / "cache" / score_cache.FILE).exists()
+    assert not (tmp_path / "cache" / EVALUATIONS.place).exists()
     trained(settings)
     assert not trained(settings, token_cache=False)[0]
 
@@ -142,13 +143,13 @@ def test_a_short_evaluation_is_not_kept(
 ) -> None:
     monkeypatch.setattr(score_cache, "LEAST_SECONDS", 1e6)
     trained(settings)
-    assert not (tmp_path / "cache" / score_cache.FILE).exists()
+    assert not (tmp_path / "cache" / EVALUATIONS.place).exists()
 
 
 def test_a_base_whose_files_are_not_known_is_evaluated(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start_key, "weight_file_hashes", lambda model: {})
+    monkeypatch.setattr(start_key, "weight_file_inputs", lambda model: {})
     trained(settings)
     assert not trained(settings)[0]
 

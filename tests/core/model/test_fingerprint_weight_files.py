@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -17,23 +17,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorakit import LoraConfig, core
 from lorakit.core.model.fingerprint import (
     DIFFERENT,
-    FILE,
     MOST_BYTES,
     SAME,
     compare,
     fingerprint,
     sampled_positions,
     weight_file_hashes,
+    weight_file_inputs,
 )
 from lorakit.errors import BaseMismatchError
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("lorakit.core.model.fingerprint.LEAST_KEPT", 0)
-    return tmp_path / "cache" / FILE
 
 
 @pytest.fixture
@@ -45,7 +43,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(path.name)
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
-    monkeypatch.setattr("lorakit.core.model.fingerprint.sha256_file", counted)
+    monkeypatch.setattr("lorakit.file_hashes.sha256_file", counted)
     return names
 
 
@@ -103,67 +101,14 @@ def test_what_is_not_a_regular_file_is_not_opened(tmp_path: Path) -> None:
     assert weight_file_hashes(from_folder(folder)) == {}
 
 
-def test_a_hash_is_kept_while_size_time_and_inode_stay(tmp_path: Path, hashed: list[str]) -> None:
-    folder = written(tmp_path / "a", b"one")
-    file, model = folder / "model.safetensors", from_folder(folder)
-    for _ in range(3):
-        assert weight_file_hashes(model) == {"model.safetensors": sha256(b"one")}
-    assert len(hashed) == 1
-    before = file.stat()
-    file.write_bytes(b"four")  # another size
-    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert weight_file_hashes(model) == {"model.safetensors": sha256(b"four")} and len(hashed) == 2
-    file.write_bytes(b"five")  # another time
-    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    assert weight_file_hashes(model) == {"model.safetensors": sha256(b"five")} and len(hashed) == 3
-    written(folder, b"best", "new")
-    os.utime(folder / "new", ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    (folder / "new").replace(file)  # another inode
-    assert weight_file_hashes(model) == {"model.safetensors": sha256(b"best")} and len(hashed) == 4
-    assert weight_file_hashes(model) and len(hashed) == 4
-
-
-@pytest.mark.parametrize(
-    "content", [b"{", b"[]", b'{"format": 9, "files": {}}', b'{"format": 1, "files": []}', b"ENTRY"], ids=str
-)
-def test_a_damaged_cache_costs_a_hash(content: bytes, tmp_path: Path, cache: Path, hashed: list[str]) -> None:
-    model = from_folder(written(tmp_path / "a"))
-    assert weight_file_hashes(model)
-    damaged: dict[str, Any] = json.loads(cache.read_text(encoding="utf-8"))
-    for entry in damaged["files"].values():
-        entry["sha256"] = 5
-    cache.write_bytes(json.dumps(damaged).encode() if content == b"ENTRY" else content)
-    assert weight_file_hashes(model) == {"model.safetensors": sha256(b"one")} and len(hashed) == 2
-    assert weight_file_hashes(model) and len(hashed) == 2
-
-
-def test_a_cache_that_cannot_be_written_costs_a_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = from_folder(written(tmp_path / "a"))
-    written(tmp_path, b"", "file")
-    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "file" / "cache"))
-    assert weight_file_hashes(model) == {"model.safetensors": sha256(b"one")}
-
+def test_without_a_home_directory_no_files_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr("lorakit.core.model.fingerprint.cache_directory", homeless)
-    assert weight_file_hashes(model) == {"model.safetensors": sha256(b"one")}
-    monkeypatch.delenv("HF_HUB_CACHE")
-    monkeypatch.delenv("HF_HOME", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", homeless)
     assert weight_file_hashes(from_folder("owner/name")) == {}
-
-
-def test_hashes_of_small_files_are_not_kept_and_the_newest_is(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lorakit.core.model.fingerprint.LEAST_KEPT", 4)
-    monkeypatch.setattr("lorakit.core.model.fingerprint.MOST_KEPT", 2)
-    for name, content in (("c", b"four"), ("b", b"five"), ("a", b"seven"), ("d", b"one")):
-        weight_file_hashes(from_folder(written(tmp_path / name, content)))
-    kept = [Path(path).parent.name for path in json.loads(cache.read_text(encoding="utf-8"))["files"]]
-    assert len(kept) == 2 and "a" in kept and "d" not in kept
 
 
 def test_large_files_are_hashed_only_where_it_costs_nothing(tmp_path: Path, hashed: list[str]) -> None:
@@ -193,6 +138,18 @@ def test_a_blob_of_the_hub_is_named_by_its_sha256(by_id: bool, tmp_path: Path, h
     model = from_folder("owner/name" if by_id else snapshot)
     assert weight_file_hashes(model) == {"part0.safetensors": sha256(b"one"), "part1.safetensors": lfs}
     assert hashed == [git]
+
+
+def test_a_blob_that_is_not_hashed_enters_keys_with_its_status(tmp_path: Path) -> None:
+    blob = in_hub(tmp_path, "main", "d" * 64) / "part0.safetensors"
+    model, before = from_folder("owner/name"), blob.stat()
+    first = weight_file_inputs(model)
+    assert first["part0.safetensors"][0] == "d" * 64 and weight_file_inputs(model) == first
+    time.sleep(0.02)  # longer than a tick of the file system's clock
+    blob.write_bytes(b"two")
+    os.utime(blob, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert weight_file_hashes(model) == {"part0.safetensors": "d" * 64}
+    assert weight_file_inputs(model) != first
 
 
 def test_a_file_with_a_hash_for_a_name_outside_a_hub_is_hashed(tmp_path: Path) -> None:
