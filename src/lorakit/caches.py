@@ -88,8 +88,8 @@ FILE_HASHES = Cache("weight_files.json", 2, ("path", "device", "inode", "size", 
 KERNELS = Cache("kernels", 1, ("source", "flags", "compiler", "instructions", "system", "define", "torch"))
 """Compiled kernels; see `lorakit.ops.kernels.building`."""
 
-MODELS = Cache("models", 2, ("source", "weights", "code"))
-"""Models converted from GGUF files; see `lorakit.hub.gguf_models`."""
+MODELS = Cache("models", 1, ("source", "model", "versions"))
+"""Models of Python packages, converted; see `lorakit.hub.packaged`."""
 
 CACHES = (TOKENS, EVALUATIONS, INT8, AUTOTUNING, FILE_HASHES, KERNELS, MODELS)
 

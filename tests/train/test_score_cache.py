@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorakit.caches import EVALUATIONS
+from lorakit.caches import CACHES, EVALUATIONS
 from lorakit.ops.int8 import why_no_int8_matmuls
 from lorakit.report import read_metrics
 from lorakit.train import loop, score_cache, start_key
@@ -54,6 +54,12 @@ def trained(settings: dict[str, Any], **more: Any) -> tuple[bool, dict[str, torc
     result = run(TrainSettings(**{**settings, **more}), said)
     assert result.adapter is not None
     return any(REUSED in line for line in said.lines), load_file(result.adapter / "adapter_model.safetensors")
+
+
+def test_a_run_keeps_nothing_outside_the_table_of_caches(settings: dict[str, Any], tmp_path: Path) -> None:
+    trained(settings, tuning=True)
+    kept = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert EVALUATIONS.place in kept <= {cache.place for cache in CACHES}
 
 
 def rows(settings: dict[str, Any]) -> list[dict[str, Any]]:

@@ -24,9 +24,10 @@ from lorakit.durable import JsonValue, sha256_file
 from lorakit.errors import ConfigError, DiskError, ModelError
 from lorakit.hub import gguf_files
 from lorakit.hub.converting import converted_files, has_matrices_in
+from lorakit.hub.kept_models import check_space
 from lorakit.hub.model_config import TASKS, WITH_NEW_HEADS, config_of
 from lorakit.hub.new_modules import full_modules, is_unused_pooler, modules_with
-from lorakit.hub.packaged import check_space, write_weights
+from lorakit.hub.packaged import write_weights
 from lorakit.hub.quantizing import (
     check_quantized_once,
     finish_loading,

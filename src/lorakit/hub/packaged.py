@@ -1,9 +1,9 @@
 """Find models that ship in Python packages, convert them, and cache the results.
 
-Packages are found without being imported. Each model is converted once, published atomically, and checked against a
-manifest on every use. The conversion reads a GGUF file and writes a plain model directory: dense bf16 safetensors,
-tokenizer, chat template and model card. transformers can read GGUF files but cannot save the loaded model, because its
-config keeps a GGUF `quantization_config`; the weights are therefore moved to a new model whose config lacks that entry.
+Packages are found without being imported. Each model is converted once (`lorakit.hub.kept_models`). The conversion
+reads a GGUF file and writes a plain model directory: dense bf16 safetensors, tokenizer, chat template and model card.
+transformers can read GGUF files but cannot save the loaded model, because its config keeps a GGUF
+`quantization_config`; the weights are therefore moved to a new model whose config lacks that entry.
 torch and transformers are imported only when they are needed.
 """
 
@@ -15,17 +15,17 @@ import importlib.metadata
 import importlib.util
 import io
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.durable import JsonObject, publish_directory, read_json, sha256_file, sweep, write_json, write_text
-from lorakit.errors import AdapterFileError, DiskError, MissingExtra, ModelError, nearest
+from lorakit.caches import MODELS, versions
+from lorakit.durable import JsonObject, write_text
+from lorakit.errors import MissingExtra, ModelError, nearest
+from lorakit.file_hashes import file_hash
+from lorakit.hub.kept_models import is_whole, kept_directory
 from lorakit.hub.quiet import quiet_transformers
-from lorakit.machine import cache_directory
-from lorakit.tables import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -161,14 +161,11 @@ def _check(loaded: PreTrainedModel, target: Path) -> None:
         )
 
 
-MANIFEST = "lorakit-model.json"
-"""Name of the file in a converted directory that records its source and its files."""
-
 FORMAT = 1
-"""Version of the manifest and the conversion; models converted with a different version are converted again."""
+"""Version of the manifest."""
 
-HASHED_BYTES = 1 << 24
-"""Maximum size, in bytes, of files that are hashed on every use; larger files (the weights) are compared by size."""
+CONVERTED_BY = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "gguf")
+"""Packages that affect the converted files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +218,7 @@ def packaged_directory(
 
     Args:
         name: A key of `PACKAGED`.
-        cache: Cache directory, whose subdirectory "models" holds the converted models; None means `cache_directory()`.
+        cache: Cache directory, whose subdirectory "models" holds the converted models; None means lorakit's own.
         say: Function that is called with a message before the conversion starts, or None.
 
     Returns:
@@ -236,20 +233,25 @@ def packaged_directory(
         near = ", ".join(nearest(name, list(PACKAGED)) or PACKAGED)
         raise ModelError(f"packaged model {name!r} not found; try {near}.", what=name, allowed=PACKAGED)
     model = PACKAGED[name]
-    models = (Path(cache) if cache is not None else cache_directory()) / "models"
+    models = MODELS.path() if cache is None else Path(cache) / MODELS.place
     final = models / model.folder
-    if _whole(final):
+    try:
+        source = _find(model)
+    except ModelError:
+        if not is_whole(final, None):  # what was converted outlives the package
+            raise
         return final
-    source = _find(model)
-    require_packages(f"Converting {model.name!r}", "demo", ("gguf", "accelerate"))
-    _make(models, model)
-    with _locked(models / f"{model.folder}.lock"):
-        if not _whole(final):  # another process may have converted the model in the meantime
-            sweep(models)
-            if say:
-                say(f"Converting {model.name} ({model.title}) into {final}; this is done only once (about 20 seconds).")
-            _publish(model, source, final)
-    return final
+    key = MODELS.key(source=file_hash(source), model=asdict(model), versions=versions(CONVERTED_BY))
+    if not is_whole(final, key):
+        require_packages(f"Converting {model.name!r}", "demo", ("gguf", "accelerate"))
+
+    def write(folder: Path) -> JsonObject:
+        if say:
+            say(f"Converting {model.name} ({model.title}) into {final}; this is done only once (about 20 seconds).")
+        convert_gguf(model, source, folder)
+        return _about(model, source)
+
+    return kept_directory(final, key, model.needed_bytes, write)
 
 
 def _find(model: Packaged) -> Path:
@@ -288,83 +290,10 @@ def require_packages(what: str, extra: str, names: Iterable[str]) -> None:
         raise MissingExtra(f"{what} needs {' and '.join(missing)}; run pip install 'lorakit[{extra}]'", what=missing[0])
 
 
-def check_space(folder: Path, needed_bytes: int, advice: str = "free some space") -> None:
-    """Check that a disk has enough free space.
-
-    Args:
-        folder: A directory on the disk.
-        needed_bytes: The required space in bytes.
-        advice: Advice to the user, for the message.
-
-    Raises:
-        DiskError: The disk has too little free space.
-    """
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < needed_bytes:
-        raise DiskError(
-            f"{folder}: {format_bytes(needed_bytes)} needed, {format_bytes(free_bytes)} free; {advice}.", where=folder
-        )
-
-
-def _make(models: Path, model: Packaged) -> None:
+def _about(model: Packaged, source: Path) -> JsonObject:
     try:
-        models.mkdir(parents=True, exist_ok=True)
-    except OSError as cause:
-        raise _unwritable(models, cause) from cause
-    check_space(models, model.needed_bytes, "free some space, or set LORAKIT_CACHE to a directory on another disk")
-
-
-def _unwritable(path: Path, cause: OSError) -> DiskError:
-    message = f"{path}: the cache cannot be written ({cause.strerror}); set LORAKIT_CACHE to a writable directory."
-    return DiskError(message, where=path)
-
-
-def _publish(model: Packaged, source: Path, final: Path) -> None:
-    with publish_directory(final, replace=True) as folder:  # `final` is missing, damaged or in a different format
-        convert_gguf(model, source, folder)
-        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        files = {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in names
-        }
-        try:
-            version = importlib.metadata.version(model.package)
-        except importlib.metadata.PackageNotFoundError:
-            version = None
-        made_of = {"package": model.package, "version": version, "file": source.name, "sha256": sha256_file(source)}
-        manifest = {"format": FORMAT, "model": model.name, "title": model.title, "made_of": made_of, "files": files}
-        write_json(folder / MANIFEST, manifest)
-
-
-def _whole(folder: Path) -> bool:
-    """Return whether a converted directory matches its manifest."""
-    try:
-        manifest = read_json(folder / MANIFEST)
-    except AdapterFileError:
-        return False
-    files = manifest.get("files") if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
-    if not isinstance(files, dict) or not files:
-        return False
-    return all(isinstance(facts, dict) and _same(folder / name, facts) for name, facts in files.items())
-
-
-def _same(path: Path, facts: JsonObject) -> bool:
-    if not path.is_file() or path.stat().st_size != facts.get("bytes"):
-        return False
-    return path.stat().st_size > HASHED_BYTES or sha256_file(path) == facts.get("sha256")
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock on a file; the operating system releases the lock when the process ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no fcntl: two processes may do the same work, but renaming is still atomic
-        yield
-        return
-    try:
-        file = path.open("a")
-    except OSError as cause:
-        raise _unwritable(path, cause) from cause
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        version = importlib.metadata.version(model.package)
+    except importlib.metadata.PackageNotFoundError:
+        version = None
+    made_of = {"package": model.package, "version": version, "file": source.name, "sha256": file_hash(source)}
+    return {"format": FORMAT, "model": model.name, "title": model.title, "made_of": made_of}
