@@ -14,7 +14,7 @@ from lorakit import core, durable
 from lorakit.config import LoraConfig
 from lorakit.core.files import adapter_folder, tensor_file
 from lorakit.core.files.tensor_names import ENDINGS
-from lorakit.hub.packaged import MANIFEST
+from lorakit.hub.kept_models import MANIFEST
 from lorakit.train import checkpoint
 from lorakit.train import checkpoint as state
 
