@@ -30,6 +30,7 @@ text is for users and may change; programs should use the class and its fields: 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from os import PathLike
 from typing import Any, ClassVar
@@ -271,6 +272,10 @@ _SHOWN = {
 }
 _SHOWN_IN_TEXT = {code: shown for code, shown in _SHOWN.items() if chr(code) not in "\n\t"}
 
+_SURROGATES = "\ud800-\udfff"
+CONTROLS = re.compile(f"[{re.escape(''.join(map(chr, _SHOWN)))}{_SURROGATES}]")
+"""Pattern of the characters that can control a terminal or reorder text, or that cannot be encoded."""
+
 
 def printable(text: str, one_line: bool = False) -> str:
     """Return the text with control characters made visible; for example, the escape character becomes "\u241b".
@@ -281,6 +286,8 @@ def printable(text: str, one_line: bool = False) -> str:
         text: Any text.
         one_line: Whether to make line feeds and tabs visible too.
     """
+    if CONTROLS.search(text) is None:
+        return text
     encodable = text.encode("utf-8", "backslashreplace").decode()  # JSON can contain an unpaired surrogate
     return encodable.translate(_SHOWN if one_line else _SHOWN_IN_TEXT)
 

@@ -31,6 +31,7 @@ FLOORS = {
     "mapped_files": 0,
     "tables": 0,
     "caches": 1,
+    "terminal": 1,
     "config": 1,
     "file_hashes": 2,
     "architectures": 1,
@@ -76,7 +77,7 @@ DOORS = {  # third-party package -> the files or folders that may import it
     "wandb": ("train/trackers.py",),
     "mlflow": ("train/trackers.py",),
     "cyclopts": ("cli",),
-    "rich": ("train/progress.py", "cli"),
+    "rich": ("terminal.py", "train/progress.py", "cli"),
     "yaml": ("train/settings_sources.py", "cli"),
 }
 INNER = {  # folder or file of core -> its layer; its __init__ may import them all

@@ -14,6 +14,14 @@ MODULE_TABLES = ("peft/paths.py",)  # may write to sys.modules and sys.meta_path
 FOREIGN_MEMORY = ("ops/kernels", "allocator", "durable", "mapped_files")  # may import ctypes
 KERNELS, KERNELS_OF_TRITON = "ops/kernels", "ops/kernels/triton"
 GATEWAY = {"pointer", "_pointer", "optional", "_optional"}
+WRITERS = {
+    "terminal.py": "the one writer of text to terminals",
+    "startup.py": "flushes both streams when the process ends",
+    "peft/weighted.py": "print is PEFT's default for an argument",
+}
+READS_STREAM = {"flush", "fileno", "isatty", "encoding"}  # attributes of a stream that write nothing
+TAKES_STREAM = {"colored", "is_animated", "screen_width", "progress_for", "write_line", "redirect_stdout", "cast"}
+DRAWS = {"Live", "Status", "Console", "Bar"}  # of rich; all but Console must be given the console of terminal.py
 CHECKED = ("dtype", "shape", "is_contiguous")  # what the gateway compares before it takes an address
 INSPECTING = {"startswith", "endswith", "removeprefix", "find", "rfind", "index", "rindex", "partition", "rpartition"}
 MATCHING = {"search", "match", "fullmatch", "findall", "finditer", "sub", "subn"}
@@ -100,6 +108,38 @@ def foreign_memory(sources: Sources) -> Iterator[Breach]:
         if within(path, (KERNELS,)) and not within(path, (KERNELS_OF_TRITON,)):
             for function in (node for node in nodes(tree) if isinstance(node, Function)):
                 yield from _unchecked_addresses(path, function)
+
+
+def writers(sources: Sources) -> Iterator[Breach]:
+    """Find writers to terminals outside terminal.py: print, the streams of sys used otherwise, consoles of rich."""
+    for path, tree in parsed(sources):
+        if within(path, WRITERS):
+            continue
+        allowed = set[int]()
+        for node in nodes(tree):
+            if isinstance(node, ast.Attribute) and node.attr in READS_STREAM:
+                allowed.add(id(node.value))
+            elif isinstance(node, ast.Call) and last_name(node) in TAKES_STREAM:
+                given = [*node.args, *(keyword.value for keyword in node.keywords)]
+                allowed |= {id(part) for one in given for part in ast.walk(one)}
+        for node in nodes(tree):
+            what = _written(node)
+            if what and id(node) not in allowed:
+                message = f"{what} outside terminal.py; write with lorakit.terminal or lorakit.cli.console"
+                yield Breach(path, what, message, getattr(node, "lineno", 0))
+
+
+def _written(node: ast.AST) -> str:
+    """Return a name of what writes to a terminal, or ""."""
+    if isinstance(node, ast.Attribute) and node.attr.strip("_") in {"stdout", "stderr"}:
+        return f"sys.{node.attr}" if isinstance(node.value, ast.Name) and node.value.id == "sys" else ""
+    if isinstance(node, ast.Name) and node.id in {"print", "pprint"}:
+        return node.id
+    if not isinstance(node, ast.Call):
+        return ""
+    name = last_name(node)
+    has_console = any(keyword.arg == "console" for keyword in node.keywords)
+    return name if name == "Console" or (name in DRAWS and not has_console) else ""
 
 
 class _Texts:

@@ -13,7 +13,7 @@ from .imports import (
     inner_floor_breaches,
 )
 from .names import loosely_typed, misnamed, name_comparisons, row_names, variant_fields
-from .practices import exception_texts, fieldless, foreign_memory, incomplete_components, process_state, walks
+from .practices import exception_texts, fieldless, foreign_memory, incomplete_components, process_state, walks, writers
 from .reading import Rule
 from .sizes import long_files, many_modules, oversized, small_modules
 
@@ -36,6 +36,7 @@ RULES: list[Rule] = [
     process_state,
     incomplete_components,
     foreign_memory,
+    writers,
     oversized,
     small_modules,
     undocumented,

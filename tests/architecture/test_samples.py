@@ -18,7 +18,7 @@ from .imports import (
     inner_floor_breaches,
 )
 from .names import loosely_typed, misnamed, name_comparisons, row_names, variant_fields
-from .practices import exception_texts, fieldless, foreign_memory, incomplete_components, process_state, walks
+from .practices import exception_texts, fieldless, foreign_memory, incomplete_components, process_state, walks, writers
 from .reading import Breach, Rule, Sources
 from .rules import RULES, WARNINGS
 from .sizes import long_files, many_modules, oversized, small_modules
@@ -175,6 +175,13 @@ BAD: list[tuple[Rule, Sources, str]] = [
         },
         "C has available_adapters and lacks unload",
     ),
+    (writers, {"cli/a.py": "print(1)"}, "print outside terminal.py"),
+    (writers, {"cli/a.py": "f(say=print)"}, "print outside"),
+    (writers, {"cli/a.py": "import sys\nsys.stdout.write('a')"}, "sys.stdout outside"),
+    (writers, {"cli/a.py": "import sys\ndef f():\n    yield sys.stderr"}, "sys.stderr outside"),
+    (writers, {"cli/a.py": "import sys, json\njson.dump(1, sys.stdout)"}, "sys.stdout outside"),
+    (writers, {"cli/a.py": "from rich.console import Console\nConsole()"}, "Console outside"),
+    (writers, {"cli/a.py": "from rich.live import Live\nLive()"}, "Live outside"),
     (foreign_memory, {"train/a.py": "import ctypes"}, "ctypes outside"),
     (foreign_memory, {"core/a.py": "def f():\n    from ctypes.util import find_library"}, "ctypes outside"),
     (foreign_memory, {"ops/kernels/compiled.py": "def f(x):\n    return x.data_ptr()"}, "f reads data_ptr() before"),
@@ -227,6 +234,11 @@ BAD: list[tuple[Rule, Sources, str]] = [
     (many_modules, {f"a{n}.py": "" for n in range(236)}, "236 modules, aim for 235"),
 ]
 GOOD: list[tuple[Rule, Sources]] = [
+    (writers, {"terminal.py": "import sys\nprint(1, file=sys.stderr)"}),
+    (
+        writers,
+        {"cli/a.py": "import sys\nwrite_line('a', sys.stderr)\nsys.stdout.flush()\nLive(console=drawing_console())"},
+    ),
     (floor_breaches, {"train/a.py": "from lorakit import __version__, core\nfrom .loop import x"}),
     (floor_breaches, {"__init__.py": "import_module(f'lorakit.{x}')", "cli/a.py": "import_module('json')"}),
     (

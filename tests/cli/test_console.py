@@ -10,6 +10,7 @@ import pytest
 
 from lorakit.cli import console
 from lorakit.tables import screen_width
+from lorakit.terminal import colored
 
 
 class Terminal(io.StringIO):
@@ -28,7 +29,7 @@ def test_color_is_for_terminals_that_want_it(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "stderr", Terminal())
     console.error("x")
     assert sys.stderr.getvalue() == "\033[31merror:\033[0m x\n"
-    assert not console.colored(io.StringIO())
+    assert not colored(io.StringIO())
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(sys, "stderr", Terminal())
     console.error("x")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import os
+import pty
 import sys
+import threading
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from lorakit.cli import console, main
 from lorakit.errors import printable
+from lorakit.terminal import json_line
 from lorakit.train.progress import LiveProgress, PlainProgress
 
 Save = Callable[..., Path]
@@ -172,3 +177,68 @@ def test_printable() -> None:
     every = "".join(map(chr, range(0x3000)))
     assert not commands_the_terminal(printable(every))
     assert "\n" not in printable(every, one_line=True)
+
+
+@contextlib.contextmanager
+def _terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[bytearray]:
+    """Make both streams of this process a pseudo-terminal of 100 columns, and yield what it receives."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "dumb")
+    ours, theirs = pty.openpty()
+    shown = bytearray()
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # the other end is closed
+            while part := os.read(ours, 1 << 16):
+                shown.extend(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        with monkeypatch.context() as patch, os.fdopen(theirs, "w", encoding="utf-8") as stream:
+            patch.setattr(sys, "stdout", stream)
+            patch.setattr(sys, "stderr", stream)
+            yield shown
+    finally:
+        reader.join()
+        os.close(ours)
+
+
+NAME = "MARK\x1b]0;own\x07\x9b31m\x7f\r\u202egpj\u2066"
+"""Characters that the name of a file may have."""
+
+
+def test_names_of_files_and_labels_in_a_terminal(
+    tmp_path: Path, tiny_model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / NAME
+    folder.mkdir()
+    data = folder / f"{NAME}.jsonl"
+    rows = [{"text": f"one two {at}", "label": f"{NAME} {'ab'[at % 2]}"} for at in range(24)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common, run, small = ["--model", tiny_model_directory, "--device", "cpu"], folder / NAME, ["--max-length", "32"]
+    adapter = ["--adapter", run / "adapter"]
+    for code, *words in (
+        (0, "train", *common, *small, "--data", data, "--output-dir", run, "--max-steps", "1", "--r", "2"),
+        (0, "data", data, "--model", tiny_model_directory),
+        (0, "predict", data, *common, *adapter),
+        (0, "eval", *common, "--data", data, *adapter),
+        (0, "list", folder),
+        (2, "convert-config", data),
+        (1, "inspect", folder / "no"),
+        (1, "inspect", folder / "no", "--traceback"),
+    ):
+        with _terminal(monkeypatch) as shown:
+            found = main([str(word) for word in words])
+        text = shown.decode().replace("\r\n", "\n")  # the terminal adds the carriage returns
+        assert found == code, text
+        assert "MARK" in text
+        assert not commands_the_terminal(text), text
+
+
+def test_predictions_are_the_same_json_with_escaped_controls() -> None:
+    row = {"label": NAME, "text": "é狐🙂\ud800"}
+    line = json_line(row)
+    assert json.loads(line) == row and "é狐🙂" in line
+    assert not commands_the_terminal(line)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.cli import console
 from lorakit.errors import printable
-from lorakit.tables import display_width, encodable, format_count, format_rate, is_animated, screen_width, wrap
+from lorakit.tables import display_width, format_count, format_rate, is_animated, screen_width, wrap
+from lorakit.terminal import drawing_console, write_model_text
 
 if TYPE_CHECKING:
     from lorakit.generate import NewToken, Tokenizer
@@ -143,15 +144,9 @@ class _Lines:
         return out
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(encodable(text, sys.stdout.encoding or "utf-8"))
-    sys.stdout.flush()
-
-
 def _print_text(text: str) -> None:
     width = screen_width(sys.stdout)
-    text = _printable(text)
-    _write((text if width is None else wrap(text, width, hanging="")) + "\n")
+    write_model_text((text if width is None else wrap(printable(text), width, hanging="")) + "\n")
 
 
 def _fill(answers: Sequence[Answer], stream: Iterable[NewToken], started: float) -> None:
@@ -165,14 +160,14 @@ def _stream_one(answer: Answer, stream: Iterable[NewToken], started: float) -> N
     lines = None if width is None else _Lines(width)
     try:
         for new in stream:
-            piece = _printable(answer.add(new))
+            piece = answer.add(new)
             answer.seconds = time.perf_counter() - started
-            _write(piece if lines is None else lines.add(piece))
+            write_model_text(piece if lines is None else lines.add(printable(piece)))
     finally:
         if lines is not None:
-            _write(lines.end())
+            write_model_text(lines.end())
         if not answer.text.endswith("\n"):
-            sys.stdout.write("\n")
+            write_model_text("\n")
 
 
 def _live_columns(answers: Sequence[Answer], stream: Iterable[NewToken], started: float) -> None:
@@ -187,7 +182,7 @@ def _live_columns(answers: Sequence[Answer], stream: Iterable[NewToken], started
         drawn.add_row(*(Text(printable(answer.text.strip("\n"))) for answer in answers))
         return drawn
 
-    with Live(get_renderable=table, refresh_per_second=8):
+    with Live(get_renderable=table, console=drawing_console(), refresh_per_second=8):
         _fill(answers, stream, started)
 
 
@@ -200,8 +195,3 @@ def _sum_up(answers: Sequence[Answer], verbose: bool) -> None:
         if verbose and answer.seconds > 0:
             counts += f"{format_rate(answer.tokens / answer.seconds, 'tokens/s')}; "
         console.note(f"[{who}{counts}{_ENDINGS[answer.ended]}]")
-
-
-def _printable(text: str) -> str:
-    """Return model output, with control characters made visible if stdout is a terminal."""
-    return printable(text) if sys.stdout.isatty() else text

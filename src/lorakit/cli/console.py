@@ -2,23 +2,23 @@
 
 Results go to stdout; errors, warnings and notes go to stderr. With `--json`, stdout holds a single JSON document; after
 a failure, this document is `{"error": {"message", "code", "exit_code"}}`. Details are printed only with `--verbose`.
-Color is used only on a terminal, and never if NO_COLOR is set. Names and values from files pass through `printable`, so
-that no file can control the terminal. This module does not depend on models or commands.
+`lorakit.terminal` writes all of it and makes control characters visible. This module does not depend on models or
+commands.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import traceback as traceback_module
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from lorakit.errors import printable
-from lorakit.tables import NARROW, columns, fit
+from lorakit.tables import NARROW, columns
+from lorakit.terminal import write_line
 
 if TYPE_CHECKING:
     from lorakit.durable import JsonValue
@@ -29,17 +29,10 @@ JsonFlag = Annotated[bool, Parameter(negative=(), help="Print one JSON document 
 VerboseFlag = Annotated[bool, Parameter(negative=(), help="Print more details.")]
 """The type of a command's `verbose` parameter."""
 
-_RED, _YELLOW, _PLAIN = "\033[31m", "\033[33m", "\033[0m"
-
-
-def colored(stream: TextIO) -> bool:
-    """Return whether to color a stream: only if it is a terminal, NO_COLOR is unset, and TERM is not "dumb"."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
 
 def say(text: str = "") -> None:
     """Print result lines to stdout, adapted to its encoding and width."""
-    print(fit(printable(text), sys.stdout))
+    write_line(text)
 
 
 def inline(text: str) -> str:
@@ -49,7 +42,7 @@ def inline(text: str) -> str:
 
 def note(text: str) -> None:
     """Print a progress line to stderr."""
-    print(fit(printable(text), sys.stderr), file=sys.stderr)
+    write_line(text, sys.stderr)
 
 
 def quiet(text: str) -> None:
@@ -58,12 +51,12 @@ def quiet(text: str) -> None:
 
 def warning(text: str) -> None:
     """Print `warning: ...` to stderr."""
-    _labeled("warning:", _YELLOW, text)
+    write_line(text, sys.stderr, label="warning:", color="yellow")
 
 
 def error(text: str) -> None:
     """Print `error: ...` to stderr."""
-    _labeled("error:", _RED, text)
+    write_line(text, sys.stderr, label="error:", color="red")
 
 
 def failure(message: str, exit_code: int, *, code: str | None = None, as_json: bool = False) -> int:
@@ -86,12 +79,12 @@ def failure(message: str, exit_code: int, *, code: str | None = None, as_json: b
 
 def traceback(exception: Exception) -> None:
     """Print an exception's traceback to stderr."""
-    print(printable("".join(traceback_module.format_exception(exception))), file=sys.stderr, end="")
+    write_line("".join(traceback_module.format_exception(exception)).rstrip("\n"), sys.stderr, wraps=False)
 
 
 def emit_json(document: JsonValue) -> None:
     """Print one JSON document to stdout; NaN and infinity become null, since JSON supports neither."""
-    print(json.dumps(_finite(document), indent=2, ensure_ascii=True, allow_nan=False))
+    write_line(json.dumps(_finite(document), indent=2, ensure_ascii=True, allow_nan=False), wraps=False)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -105,13 +98,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         The lines of the table, joined by newlines.
     """
     return columns(header, [[inline(cell) for cell in row] for row in rows], width=NARROW)
-
-
-def _labeled(label: str, color: str, text: str) -> None:
-    line = fit(f"{label} {printable(text)}", sys.stderr)
-    if colored(sys.stderr):
-        line = f"{color}{label}{_PLAIN}{line.removeprefix(label)}"
-    print(line, file=sys.stderr)
 
 
 def _finite(value: JsonValue) -> JsonValue:

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from lorakit.cli import console, early
 from lorakit.cli.flag_groups import LABELS, ROWS, LabelFlags, RevisionFlag, RowFlags
+from lorakit.terminal import colored, write_pieces
 from lorakit.train.defaults import DEFAULTS, TASK_NAMES
 
 if TYPE_CHECKING:
@@ -145,9 +146,11 @@ def _print(found: Quality, note: str, flags: Flags) -> None:
     console.say()
     console.say(console.table(["tokens", "sequences", ""], rows))
     for number, tokens in enumerate(found.examples[: flags.rows], start=1):
-        console.say(
-            f"\nRow {number} ({'colored' if console.colored(sys.stdout) else 'in brackets'}: contributes to the loss)"
-        )
-        print(marked(tokens, *(("\033[32m", "\033[0m") if console.colored(sys.stdout) else ("[", "]"))))
+        is_colored = colored(sys.stdout)
+        console.say(f"\nRow {number} ({'colored' if is_colored else 'in brackets'}: contributes to the loss)")
+        if is_colored:
+            write_pieces((token.text, "green" if token.is_trained else "") for token in tokens)
+        else:
+            write_pieces([(marked(tokens), "")])
     if flags.html is not None:
         console.say(f"\nPage: {flags.html}")

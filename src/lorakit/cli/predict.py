@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -18,6 +16,7 @@ from lorakit.cli.flag_groups import BASE, ROWS, BaseFlags, RowFlags, TagSchemeFl
 from lorakit.durable import temporary_name
 from lorakit.errors import DiskError, UsageError
 from lorakit.tables import format_count
+from lorakit.terminal import json_line, write_line
 from lorakit.train.defaults import DEFAULTS, TAG_SCHEMES, TASK_NAMES
 
 if TYPE_CHECKING:
@@ -100,9 +99,9 @@ def run(
         console.emit_json({"predictions": list(rows)})
         return
     count = 0
-    with _opened(flags.output_file) as stream:
+    with _opened(flags.output_file) as write:
         for row in rows:
-            stream.write(dumps(row, ensure_ascii=False) + "\n")
+            write(row)
             count += 1
     if json:
         console.emit_json({"output_file": str(flags.output_file), "predictions": count})
@@ -118,15 +117,15 @@ def _task_of_model(task: str | None, model: str) -> TaskOnData:
 
 
 @contextmanager
-def _opened(path: Path | None) -> Iterator[TextIO]:
-    """Yield standard output, or a new file that is kept only if the block succeeds."""
+def _opened(path: Path | None) -> Iterator[Callable[[Mapping[str, Any]], Any]]:
+    """Yield a function that writes a row to standard output, or to a new file, kept only if the block succeeds."""
     if path is None:
-        yield sys.stdout
+        yield lambda row: write_line(json_line(row), wraps=False)
         return
     temporary = temporary_name(path)
     try:
         with temporary.open("x", encoding="utf-8") as stream:
-            yield stream
+            yield lambda row: stream.write(json_line(row) + "\n")
         temporary.replace(path)
     except OSError as cause:
         raise DiskError(f"{path}: the predictions cannot be written ({cause.strerror}).", where=path) from cause

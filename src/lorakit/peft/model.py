@@ -28,6 +28,7 @@ from lorakit.peft.mixed_batches import options_of_call
 from lorakit.peft.state_dicts import IncompatibleKeys, get_peft_model_state_dict
 from lorakit.peft.tuner import LoraModel, OverModel
 from lorakit.peft.utilities import checkpoints, take_gradients_at_the_input
+from lorakit.terminal import write_line
 
 
 class PeftModel(OverModel):
@@ -385,7 +386,8 @@ class PeftModel(OverModel):
         """Print PEFT's summary line; the percentage is relative to all parameters, including those of adapters."""
         trainable, total = self.get_nb_trainable_parameters()
         percent = 100 * trainable / total if total else 0.0
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}")
+        line = f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}"
+        write_line(line, wraps=False)
 
     def push_to_hub(
         self,

@@ -6,14 +6,14 @@ This is the only module in `train` that imports rich, and it depends on the fiel
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from lorakit.errors import printable
 from lorakit.tables import fit, format_bytes, format_percent, format_rate, format_seconds, is_animated
+from lorakit.terminal import drawing_console, write_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -118,8 +118,7 @@ class PlainProgress(Progress):
 
     def say(self, text: str) -> None:
         """Print a line and flush the stream, so that the line passes through a pipe immediately."""
-        stream = self._stream or sys.stdout
-        print(fit(printable(text), stream), file=stream, flush=True)
+        write_line(text, self._stream)
 
 
 class LiveProgress(Progress):
@@ -131,14 +130,12 @@ class LiveProgress(Progress):
     """
 
     def __init__(self, stream: TextIO | None = None, *, verbose: bool = False) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
         super().__init__(verbose=verbose)
-        self._stream = stream or sys.stdout
-        self._console = Console(file=self._stream, highlight=False)
+        self._console = drawing_console(stream)
         self._bar = self._bar_of(  # at most 80 columns
-            TextColumn("{task.description:<10}"),
+            TextColumn("{task.description:<10}", markup=False),
             BarColumn(bar_width=8),
             MofNCompleteColumn(),
             TextColumn("{task.fields[facts]}"),
@@ -167,7 +164,7 @@ class LiveProgress(Progress):
         if self._reading is None and LIVE_BYTES <= total != done:
             from rich.progress import BarColumn, DownloadColumn, TextColumn
 
-            text = TextColumn("{task.description}")
+            text = TextColumn("{task.description}", markup=False)
             self._reading = self._bar_of(text, BarColumn(bar_width=24), DownloadColumn(), transient=True)
             self._reading.add_task(f"tokenizing {what}", total=total)
             self._reading.start()
@@ -195,11 +192,11 @@ class LiveProgress(Progress):
     def busy(self, what: str) -> None:
         """Show the current operation to the left of the bar."""
         if self._task is not None:
-            self._bar.update(self._task, description=what)
+            self._bar.update(self._task, description=printable(what, one_line=True))
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._console.print(fit(printable(text), self._stream), markup=False, soft_wrap=True)
+        self._console.print(fit(printable(text), cast("TextIO", self._console.file)), soft_wrap=True)
 
 
 def progress_for(stream: TextIO, *, verbose: bool = False) -> Progress:
