@@ -53,7 +53,9 @@ def main(words: Sequence[str] | None = None) -> int:
 def demo(began: float, base_matmul: str) -> None:
     """Prepare model and text, train, compare answers, and summarize."""
     from lorakit import allocator, data
+    from lorakit.startup import limit_spinning
 
+    limit_spinning()  # as the command line does, before torch is imported
     allocator.set_up()  # as the command line does, before torch allocates any memory
 
     from lorakit.train import TrainSettings, run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.cli import COMMANDS
-from lorakit.startup import RARELY, rare_collections
+from lorakit.startup import RARELY, SPIN_VARIABLE, SPINS, WAITING, rare_collections
 
 HEAVY = {"torch", "transformers", "numpy", "matplotlib", "gguf", "safetensors", "huggingface_hub"}
 SHOW = "import sys, json; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})), file=sys.stderr)"
@@ -47,6 +48,14 @@ def test_wrong_usage_of_train_is_reported_before_plan_yaml_and_torch_are_loaded(
     words = ["train", "--model", "smollm2", "--data", str(tmp_path / "none.txt"), "--output-dir", str(tmp_path / "run")]
     code = f"from lorakit.cli import main; assert main({words}) == 1; assert 'lorakit.plan' not in sys.modules"
     assert not loaded_by(f"import sys; {code}") & (HEAVY | {"yaml"})
+
+
+@pytest.mark.parametrize("theirs", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}, {"KMP_BLOCKTIME": "0"}])
+def test_threads_spin_briefly_unless_the_user_says_how_they_wait(theirs: dict[str, str]) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING} | theirs
+    words = [sys.executable, "-m", "lorakit", "doctor", "--quick", "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    assert json.loads(done.stdout)["waiting"] == (theirs or {SPIN_VARIABLE: str(SPINS)})
 
 
 @pytest.fixture

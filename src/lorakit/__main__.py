@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from lorakit.startup import QuickExit
+from lorakit.startup import QuickExit, limit_spinning
 
 
 def start() -> int:
     """Run the command line of this process, and return its exit code."""
     ending = QuickExit()  # before other modules register functions with `atexit`
+    limit_spinning()
     from lorakit.cli import main
     from lorakit.train.launching import reported
 

@@ -1,7 +1,7 @@
-"""Shorten the start and the end of a process: fewer garbage collections, and an exit without taking objects apart.
+"""Settings of a process that change its speed but no result: waiting threads, garbage collections, and its exit.
 
 Importing torch and transformers creates 600,000 objects. Python's garbage collector visits them again and again while
-they are created, and the interpreter frees them one by one when it exits. Both take seconds and change no result.
+they are created, and the interpreter frees them one by one when it exits. Both take seconds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,24 @@ from collections.abc import Iterator
 
 RARELY = (50_000, 20, 100)
 """Thresholds of the garbage collector while a process starts; `gc.set_threshold` describes them."""
+
+SPIN_VARIABLE = "GOMP_SPINCOUNT"
+"""Environment variable that libgomp, PyTorch's thread library on Linux, reads when it is loaded."""
+
+SPINS = 20_000
+"""Number of times that a waiting thread checks for work before it gives its core away; libgomp's default is 300,000.
+
+On a busy machine, a spinning thread takes the core from the thread that it waits for (`benchmarks/bench_neighbour.py`).
+"""
+
+WAITING = ("OMP_WAIT_POLICY", SPIN_VARIABLE, "KMP_BLOCKTIME")
+"""Environment variables that say how threads wait; if the user sets one of them, lorakit sets none."""
+
+
+def limit_spinning() -> None:
+    """Limit how long the threads of this process spin while they wait; call it before torch is imported."""
+    if not any(name in os.environ for name in WAITING):
+        os.environ[SPIN_VARIABLE] = str(SPINS)
 
 
 @contextlib.contextmanager

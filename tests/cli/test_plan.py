@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 
 from lorakit import core
-from lorakit.cli import main
+from lorakit.cli import main, plan
 from lorakit.config import LoraConfig
+from lorakit.machine import this_machine
 
 from ..laws.zoo import MIXTRAL
 
@@ -42,6 +44,7 @@ def test_the_reference_project(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_nothing_is_wider_than_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--ranks", "4,8,16", "--max-steps", "9", "--tokens-per-second", "50", "--memory-budget", "4GB"]
+    words += ["--dtype", "bf16"]
     assert main(["plan", "SmolLM2-135M", *words, "--verbose"]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
@@ -54,7 +57,8 @@ def test_rows_longer_than_the_model_takes_are_a_warning(capsys: pytest.CaptureFi
 
 
 def test_json_is_the_same_content(capsys: pytest.CaptureFixture[str]) -> None:
-    values = _json([*REFERENCE, "--ranks", "4", "8", "--max-steps=10", "--tokens-per-second", "512"], capsys)
+    words = ["--ranks", "4", "8", "--max-steps=10", "--tokens-per-second", "512", "--dtype", "fp32"]
+    values = _json([*REFERENCE, *words], capsys)
     assert values["adapter"]["trainable"] == 811_008
     assert values["ranks"]["ranks"] == [4, 8]
     assert values["lora"]["run_seconds"] == 10 * 4 * 512 / 512
@@ -146,6 +150,7 @@ def test_a_time_without_a_speed_is_measured(
     measured = hub.Calibration(8e11, 2e11, 2e10, 2.0, "cpu", 2)
     monkeypatch.setattr(hub, "calibrate", lambda with_fp16, with_int8: measured)
     monkeypatch.setattr(hub.calibration, "units_of", lambda device: hub.Units(None, "the units are unknown"))
+    monkeypatch.setattr(plan, "this_machine", lambda: dataclasses.replace(this_machine(), features=()))
     values = _json([*REFERENCE, "--max-steps", "10"], capsys)
     assert values["speed"]["flops_per_second"] == 8e11
     own = _json([*REFERENCE, "--max-steps", "10", "--no-accelerate"], capsys)
@@ -159,6 +164,30 @@ def test_a_time_without_a_speed_is_measured(
     assert values["lora"]["run_seconds"] is None
     unmeasured = _json([*REFERENCE, "--max-steps", "10", "--no-calibrate"], capsys)
     assert unmeasured["speed"] is None and "as published" in unmeasured["machine"][0]
+    without_steps = _json(REFERENCE, capsys)  # the units do not tell which dtype a run chooses
+    assert without_steps["job"]["dtype"] == "bfloat16" and without_steps["speed"]["flops_per_second"] == 8e11
+
+
+@pytest.mark.parametrize(
+    ("features", "words", "dtype"),
+    [
+        (("avx512f", "avx512_bf16", "amx_bf16"), [], "bfloat16"),
+        (("avx2",), [], "float32"),
+        (("avx2",), ["--dtype", "bf16"], "bfloat16"),
+        (("amx_bf16",), ["--gpu", "24GB"], "float32"),  # as published: the GPU is not this machine
+        (("avx512_bf16",), ["--no-calibrate"], "float32"),
+        (("amx_bf16",), ["--tokens-per-second", "100", "--max-steps", "5"], "bfloat16"),
+    ],
+)
+def test_the_dtype_is_that_of_train(
+    features: tuple[str, ...],
+    words: list[str],
+    dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(plan, "this_machine", lambda: dataclasses.replace(this_machine(), features=features))
+    assert _json([*REFERENCE, *words], capsys)["job"]["dtype"] == dtype
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,13 @@ def test_an_epoch_gives_every_sequence_once_and_each_epoch_its_own_order(sequenc
     assert orders[0] != orders[1] != orders[2]
 
 
+@pytest.mark.parametrize("batches", [1, 2, 3, 4, 7])
+def test_the_largest_batch_is_known_before_the_rows_are_read(sequences: Any, batches: int) -> None:
+    loader = Loader(sequences, 4, seed=5)
+    most = loader.most_tokens(batches)
+    assert most == max(batch.tokens for batch in itertools.islice(loader, batches))
+
+
 def test_counts_are_those_of_the_causal_loss(sequences: Any) -> None:
     for batch in Loader(sequences, 4, seed=0, epochs=1):
         assert batch.tokens == int(batch.attention_mask.sum())

@@ -4,7 +4,7 @@ import dataclasses
 
 from lorakit.architectures.shapes import ModelShape
 from lorakit.config import LoraConfig
-from lorakit.plan import Job, catalogue, count, memory, process
+from lorakit.plan import Job, catalogue, count, estimate, memory, process
 from lorakit.plan.int8 import int8_base
 from lorakit.plan.memory import Memory
 
@@ -90,6 +90,27 @@ def test_a_process_holds_more_than_tensors() -> None:
     assert needs.bytes_of("process") == 700 * MB + process.LOADER_BYTES
     assert needs.peak_bytes == on_gpu.peak_bytes + needs.bytes_of("process")
     assert on_gpu.bytes_of("process") == on_gpu.bytes_of("temporary") == 0
+
+
+def test_malloc_keeps_a_share_of_the_tensors_of_a_step() -> None:
+    job = Job(4, 256, accelerated=True)
+    without, with_gaps = _lora("SmolLM2-135M", job), _lora("SmolLM2-135M", dataclasses.replace(job, malloc_share=0.5))
+    causes = ("activations", "logits", "gradients")
+    largest = max(sum(without.sizes_at(name)[cause] for cause in causes) for name in without.moments_of_step)
+    assert with_gaps.bytes_of("malloc") == with_gaps.step_bytes - without.step_bytes == round(0.5 * largest)
+    assert {line.cause for line in without.lines} == {line.cause for line in with_gaps.lines} - {"malloc"}
+    on_gpu = _lora("SmolLM2-135M", dataclasses.replace(job, malloc_share=0.5, process_bytes=None))
+    assert on_gpu.bytes_of("malloc") == 0
+
+
+def test_packed_rows_take_the_memory_of_the_largest_batch() -> None:
+    job = Job(4, 256, accelerated=True)
+    shape, config = _shape("SmolLM2-135M"), LoraConfig(r=8, target_modules="all-linear")
+    packed = dataclasses.replace(job, packed_tokens=512)
+    of = {kept: estimate(shape, config, kept).lora.memory for kept in (job, packed, Job(2, 256, accelerated=True))}
+    assert of[packed].bytes_of("activations") == of[Job(2, 256, accelerated=True)].bytes_of("activations")
+    padded = dataclasses.replace(packed, accelerated=False)  # rows are padded to the longest
+    assert estimate(shape, config, padded).job.batch_tokens == job.batch_tokens
 
 
 def test_memory_outside_of_steps() -> None:

@@ -10,7 +10,7 @@ import platform
 import shutil
 import textwrap
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +23,7 @@ from lorakit.architectures.known_forwards import known_forwards, unknown_release
 from lorakit.cli import console
 from lorakit.hub_cache import offline
 from lorakit.machine import Machine, home_directory, this_machine
+from lorakit.startup import WAITING
 from lorakit.tables import format_bytes, format_count, format_quantity
 
 REQUIRED = (
@@ -86,6 +87,7 @@ class Findings:
         acceleration: Releases of transformers whose source `lorakit.accelerate` knows.
         unknown_release: The installed version of transformers if it is not one of them, or "".
         kernels_lack: Missing requirements for faster kernels: "compiler" (a C compiler) or "triton".
+        waiting: Environment variables that say how waiting threads of torch give up their cores -> value.
     """
 
     machine: Machine
@@ -101,6 +103,7 @@ class Findings:
     acceleration: str
     unknown_release: str
     kernels_lack: tuple[str, ...] = ()
+    waiting: Mapping[str, str] = field(default_factory=dict)
 
 
 def run(
@@ -161,6 +164,7 @@ def examine(*, quick: bool) -> Findings:
         acceleration=forwards.span,
         unknown_release=unknown_release(forwards),
         kernels_lack=lack,
+        waiting={name: os.environ[name] for name in WAITING if name in os.environ},
     )
 
 
@@ -278,6 +282,7 @@ def _text(found: Findings, hints: list[str], verbose: bool) -> str:
         lines += [
             f"packages   {versions}",
             f"allocator  {machine.allocator}",
+            f"waiting    {' '.join(f'{name}={value}' for name, value in found.waiting.items()) or 'as torch sets it'}",
             f"hub        {'offline' if found.offline else 'online if a Hub id is given'}; models in {found.cache}, "
             f"{format_bytes(found.cache_free_bytes)} free",
         ]

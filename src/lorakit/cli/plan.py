@@ -17,7 +17,8 @@ from lorakit.cli.early import check_at_least, check_model
 from lorakit.cli.flag_groups import RevisionFlag
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError, UsageError
-from lorakit.plan import Cluster, Job, ModelShape, Plan, Speed, bytes_of, choose_parallel
+from lorakit.machine import this_machine
+from lorakit.plan import MALLOC_SHARES, Cluster, Job, ModelShape, Plan, Speed, bytes_of, choose_parallel
 from lorakit.plan.choosing import AUTO
 from lorakit.plan.job import PROCESS_BYTES, dtype_name, recomputed
 from lorakit.plan.network import LINK, LINKS, NETWORK, PER_NODE, link_named
@@ -283,6 +284,7 @@ def _job(job: JobFlags, shape: ModelShape) -> Job:
         base_matmul=job.base_matmul,
         accelerated=job.accelerate,
         process_bytes=job.process_bytes,
+        malloc_share=MALLOC_SHARES["equal"] if job.fit is None else 0,
     )
 
 
@@ -302,25 +304,31 @@ def _limited(planned: Plan, job: JobFlags) -> tuple[Plan, list[str]]:
 
 
 def _machine(job: JobFlags, dtype: str, steps: int | None) -> tuple[str, Speed | None, list[str]]:
-    """Return the dtype, the speed and notes; measure the speed only if requested or needed for a time estimate.
+    """Return the dtype, the speed and notes.
 
-    If the size of a GPU is given, this machine is not measured.
+    The speed is measured if requested, or needed for a time estimate or for the dtype that `lorakit train` would
+    choose. If the size of a GPU is given, this machine is not measured.
     """
-    if job.tokens_per_second is not None:
-        if job.calibrate:
-            text = "--calibrate and --tokens-per-second are mutually exclusive; pass one of them."
-            raise UsageError(text, field="calibrate")
-        given = Speed(tokens_per_second=job.tokens_per_second, source="given for LoRA training")
-        return dtype, given, _published(job, dtype)
+    if job.tokens_per_second is not None and job.calibrate:
+        text = "--calibrate and --tokens-per-second are mutually exclusive; pass one of them."
+        raise UsageError(text, field="calibrate")
     has_gpu = job.processes.gpu is not None
     if has_gpu and job.calibrate:
         text = "--calibrate measures this machine, not a GPU of the given size; pass --tokens-per-second instead."
         raise UsageError(text, field="calibrate")
-    measures = steps is not None and not has_gpu if job.calibrate is None else job.calibrate
-    if not measures:
-        return dtype, None, _published(job, dtype)
     from lorakit import hub
 
+    choice = None if has_gpu or job.dtype != "auto" else hub.expected_dtype(this_machine().features)
+    is_open = choice is None and job.dtype == "auto" and not has_gpu
+    needs_speed = steps is not None and job.tokens_per_second is None and not has_gpu
+    given = None
+    if job.tokens_per_second is not None:
+        given = Speed(tokens_per_second=job.tokens_per_second, source="given for LoRA training")
+    if not (is_open or needs_speed if job.calibrate is None else job.calibrate):
+        if job.dtype != "auto":
+            return dtype, given, []
+        choice = choice or hub.DtypeChoice(dtype, f"{dtype}, as published, because nothing was measured.")
+        return choice.dtype, given, [f"Precision: {choice.reason}"]
     measured = hub.calibrate(with_fp16=dtype_name(dtype) == "float16", with_int8=job.base_matmul == "int8")
     notes = [measured.line()]
     if job.dtype == "auto":
@@ -331,12 +339,7 @@ def _machine(job: JobFlags, dtype: str, steps: int | None) -> tuple[str, Speed |
     basis = f"measured, {format_quantity(rate, 'FLOP/s')}"
     int8_rate = measured.int8_flops_per_second
     speed = Speed(rate, source=basis, threads=measured.threads, int8_flops_per_second=int8_rate)
-    return dtype, speed, notes
-
-
-def _published(job: JobFlags, dtype: str) -> list[str]:
-    """Return a line about the precision if "auto" selects that of the published model."""
-    return [f"Precision: {dtype}, as published, because nothing was measured."] if job.dtype == "auto" else []
+    return dtype, given or speed, notes
 
 
 def _steps(job: JobFlags, step_tokens: int) -> int | None:

@@ -8,6 +8,7 @@ the loader's settings, the epoch and the batch number.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import random
 from array import array
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
     from lorakit.data.tokens import Tokenizer
 
+
+EPOCHS_READ = 10
+"""Number of epochs in which `Loader.most_tokens` looks for the largest batch."""
 
 DEFAULT_FRACTION = 0.05
 """Default fraction of the records to hold out."""
@@ -236,6 +240,20 @@ class Loader(Iterator[Batch]):
             rows: The rows, at least one.
         """
         return (self.collate or padded)(rows, self.pad_id, self.epoch)
+
+    def most_tokens(self, batches: int) -> int | None:
+        """Return the most tokens, without padding, of a batch among the first ones; None if that is not known.
+
+        Args:
+            batches: Number of batches, from the start of the first epoch; at most `EPOCHS_READ` epochs are looked at.
+        """
+        sizes, other, most = np.array(lengths(self.sequences)), copy.copy(self), 0
+        for epoch in range(min(EPOCHS_READ, -(-batches // self.batches_per_epoch))):
+            other._seek(epoch, 0)
+            order = np.array(other._order)[: (batches - epoch * self.batches_per_epoch) * self.batch_rows]
+            sums = np.add.reduceat(sizes[order], np.arange(0, len(order), self.batch_rows))
+            most = max(most, int(sums.max()))
+        return most
 
     def state(self) -> dict[str, Any]:
         """Return the loader's position, its settings and a digest of its data as plain JSON values."""

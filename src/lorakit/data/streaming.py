@@ -254,6 +254,10 @@ class StreamLoader(Loader):
         done = begin + (end - begin) * taken / max(1, len(self._block))
         return self._epoch + min(max(done / max(1, self.rows.stream.total_bytes), 1e-9), 1 - 1e-9)
 
+    def most_tokens(self, batches: int) -> int | None:
+        """Return None, because the rows are not known before they are read."""
+        return None
+
     def next_rows(self) -> list[Sequence]:
         """Return the rows of the next batch, and advance to the batch after it.
 

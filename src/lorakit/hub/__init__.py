@@ -5,7 +5,16 @@ Large packages are imported only when a function needs them. This package does n
 
 from __future__ import annotations
 
-from lorakit.hub.calibration import Calibration, DtypeChoice, Units, calibrate, choose_dtype, chosen_by_units, units_of
+from lorakit.hub.calibration import (
+    Calibration,
+    DtypeChoice,
+    Units,
+    calibrate,
+    choose_dtype,
+    chosen_by_units,
+    expected_dtype,
+    units_of,
+)
 from lorakit.hub.model_config import (
     TASKS,
     WITH_NEW_HEADS,
@@ -58,6 +67,7 @@ __all__ = [
     "chosen_by_units",
     "copy_embedding_files",
     "dequantize_files",
+    "expected_dtype",
     "is_hub_id",
     "load_for_task",
     "load_model",

@@ -240,6 +240,18 @@ def chosen_by_units(units: Units) -> DtypeChoice | None:
     return DtypeChoice(dtype, f"{dtype}: {units.text}.")
 
 
+def expected_dtype(features: Sequence[str]) -> DtypeChoice | None:
+    """Return the dtype that "auto" is expected to select on a processor; None if only a measurement can tell.
+
+    Args:
+        features: The processor's entries of `lorakit.machine.FEATURES`; empty if unknown.
+    """
+    units = units_of_cpu(features)
+    if BF16_UNITS[0] in features:
+        return DtypeChoice("bfloat16", f"bfloat16: {units.text}; a run measures them.")
+    return chosen_by_units(units)
+
+
 def chosen_by_speed(units: Units, factor: float) -> DtypeChoice:
     """Return the dtype that "auto" selects on a device whose units do not determine it.
 

@@ -11,13 +11,14 @@ from lorakit.plan.budget import bytes_of, with_job, within
 from lorakit.plan.choosing import ParallelPlan, choose_parallel
 from lorakit.plan.estimating import Method, Plan, estimate
 from lorakit.plan.flops import Flops
-from lorakit.plan.job import Job, Speed
+from lorakit.plan.job import MALLOC_SHARES, Job, Speed
 from lorakit.plan.memory import Line, Memory
 from lorakit.plan.network import Cluster
 from lorakit.plan.params import Count, RankTable, SiteCount, count, rank_table
 from lorakit.plan.text import details, render, render_parallel, summary
 
 __all__ = [
+    "MALLOC_SHARES",
     "Cluster",
     "Count",
     "Flops",

@@ -194,7 +194,8 @@ def estimate(
     """
     job = job or Job()
     # if rows are not packed, padding counts as well
-    job = job if activations.packs(shape) else dataclasses.replace(job, mean_tokens=None)
+    if not (job.accelerated and activations.packs(shape)):
+        job = dataclasses.replace(job, mean_tokens=None, packed_tokens=None)
     shape = replicated(shape, config.layer_replication)
     config = dataclasses.replace(config, layer_replication=None)
     counted = params.count(shape, config, allow_partial=allow_partial, optimizer=job.optimizer)

@@ -24,6 +24,11 @@ PROCESS_BYTES = 560_000_000
 lorakit's modules and their imports 60 MB, and transformers with a tokenizer and the model's class 275 MB.
 """
 
+MALLOC_SHARES = {"equal": 0.1, "varying": 0.8}
+"""Lengths of the rows -> `Job.malloc_share` of the command line's malloc (`benchmarks/bench_memory.py`). Kernels that
+oneDNN compiles for a new number of tokens stay in memory between the tensors of a step, so larger ones no longer fit.
+"""
+
 OPTIMIZERS = ("adamw", "adamw8bit", "lorafa", "muon")
 """The optimizers: AdamW for all trainable parameters; AdamW with 8-bit state; LoRA-FA, which freezes the factor
 that is not initialized to zero and trains the others with AdamW; or Muon for A and B, with AdamW for the rest.
@@ -67,6 +72,9 @@ class Job:
         process_bytes: Resident size of the process before weights are loaded; None if the job runs on an accelerator,
             whose memory does not contain the process.
         reserved_bytes: Memory that the process has freed and malloc keeps for later use.
+        packed_tokens: Number of tokens in the largest batch of packed rows; None for `batch_rows` × `length_tokens`.
+        malloc_share: Memory that malloc keeps in gaps between tensors, as a fraction of the tensors of a step; see
+            `MALLOC_SHARES`.
         upcasts: Whether matmuls of fused layers upcast their operands to fp32, which is faster on processors with slow
             matmuls in `dtype`.
 
@@ -89,11 +97,13 @@ class Job:
     mean_tokens: float | None = None
     process_bytes: int | None = PROCESS_BYTES
     reserved_bytes: int = 0
+    packed_tokens: int | None = None
+    malloc_share: float = 0.0
     upcasts: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        for name in ("batch_rows", "length_tokens", "accumulation", "steps"):
+        for name in ("batch_rows", "length_tokens", "accumulation", "steps", "packed_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError.of(name, value, "an integer >= 1")
@@ -125,7 +135,7 @@ class Job:
     @property
     def batch_tokens(self) -> int:
         """Return the number of tokens in a batch; all of them are in memory at once."""
-        return self.batch_rows * self.length_tokens
+        return self.packed_tokens or self.batch_rows * self.length_tokens
 
     @property
     def step_tokens(self) -> int:

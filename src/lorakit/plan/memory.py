@@ -36,10 +36,9 @@ OPTIMIZING = "the optimizer steps"
 """Moment of a step after its last backward pass."""
 
 ALLOCATOR_NOTE = (
-    "Memory estimates count tensors and libraries. `lorakit train` lets malloc keep freed blocks, so a process often "
-    "holds 10% more, or even more if row lengths vary. Set LORAKIT_ALLOCATOR=stock and "
-    "MALLOC_MMAP_THRESHOLD_=131072 in the environment to return each large block to the OS when it is freed, at some "
-    "cost in speed."
+    "`lorakit train` lets malloc keep freed blocks. The part that later tensors do not fit into (malloc) depends on "
+    "the lengths of the rows. Set LORAKIT_ALLOCATOR=stock and MALLOC_MMAP_THRESHOLD_=131072 in the environment to "
+    "return each large block to the OS when it is freed, at some cost in speed."
 )
 
 
@@ -49,7 +48,7 @@ class Line:
 
     Attributes:
         cause: The category: "weights", "adapter", "optimizer", "gradients", "activations", "logits", "temporary",
-            "runtime" or "process".
+            "runtime", "malloc" or "process".
         formula: How the size is computed, with the numbers filled in.
         equation: Number of the formula in docs/math.md.
         size_bytes: Largest size during a run, in bytes.
@@ -242,6 +241,8 @@ def _memory(lines: list[Line], outside: dict[str, int], kept: Activations, job: 
     ]
     sizes = {line.cause: line.size_bytes for line in lines}
     steps = _moments_of_step(sizes["gradients"], sizes["logits"], kept, job)
+    lines[-1:-1] = _malloc(max(sum(varying.values()) for varying in steps.values()), job)
+    sizes = {line.cause: line.size_bytes for line in lines}
     moments = steps | {name: _outside_of_steps(name, size, sizes["gradients"]) for name, size in outside.items()}
     totals = {name: sum((sizes | varying).values()) for name, varying in moments.items()}
     moment = max(totals, key=totals.__getitem__)
@@ -249,9 +250,17 @@ def _memory(lines: list[Line], outside: dict[str, int], kept: Activations, job: 
     return Memory(tuple(lines), totals[moment], moment, notes, max(totals[name] for name in steps), moments)
 
 
+def _malloc(step: int, job: Job) -> list[Line]:
+    """Return the memory that malloc keeps in gaps between the tensors of a step, if any. [docs/math.md (110)]"""
+    if job.process_bytes is None or not job.malloc_share:
+        return []
+    size = round(job.malloc_share * step)
+    return [_line("malloc", 110, f"{job.malloc_share:g} × {step:,} (tensors of a step)", size)]
+
+
 def _outside_of_steps(moment: str, size: int, gradients: int) -> dict[str, int]:
     """Return the sizes that differ from the largest ones at a moment outside of steps, by category."""
-    found = {"temporary": size, "activations": 0, "logits": 0, "gradients": 0}
+    found = {"temporary": size, "activations": 0, "logits": 0, "gradients": 0, "malloc": 0}
     if moment == process.WRITING:
         return found | {"gradients": gradients}
     found |= {"optimizer": 0}  # the moments are created in the first step

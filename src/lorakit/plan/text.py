@@ -57,10 +57,12 @@ def summary(plan: Plan) -> list[str]:
     Returns:
         Lines with the trainable parameters, the memory and, if a speed is known, the time.
     """
-    needs = plan.lora.memory
+    needs, gaps = plan.lora.memory, plan.lora.memory.bytes_of("malloc")
+    parts = [f"weights {format_bytes(needs.bytes_of('weights'))}"]
+    parts += [f"gaps of malloc {format_bytes(gaps)}"] if gaps else []
     lines = [
         f"trainable: {_trainable(plan)}",
-        f"estimated peak memory: {format_bytes(needs.peak_bytes)} (weights {format_bytes(needs.bytes_of('weights'))})",
+        f"estimated peak memory: {format_bytes(needs.peak_bytes)} ({', '.join(parts)})",
     ]
     if plan.lora.tokens_per_second is not None:
         lines.append(f"estimated time: {_times(plan)}")

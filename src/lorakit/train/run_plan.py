@@ -9,7 +9,7 @@ to different choices.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from lorakit.train.run_context import DiskSpace, RunLimits, RunPlan
 from lorakit.train.run_folder import checkpoints, run_files
 from lorakit.train.run_spec import RunSpec
 from lorakit.train.scaling import HALF, check_trained_in_fp32
+from lorakit.train.setting_types import SHARDED
 
 WORTH_MEASURING_FLOPS = 2e12
 """Runs of more FLOPs than this always benchmark the machine; smaller runs do so only to choose the precision."""
@@ -41,13 +42,13 @@ _HEADER_BYTES = 512  # per tensor: its entries in the safetensors header and in 
 _ROW_BYTES = 400  # per row of metrics.jsonl
 
 
-def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], progress: Progress) -> RunPlan:
+def plan_run(spec: RunSpec, limits: RunLimits, loader: Loader, progress: Progress) -> RunPlan:
     """Choose a run's precision (by benchmarking if it is "auto"), and estimate the run's memory use and duration.
 
     Args:
         spec: The run's specification; a resumed run keeps its precision.
         limits: Length of the run.
-        lengths: Number of tokens in each sequence.
+        loader: The loader of the training data.
         progress: Receives the plan as text.
 
     Returns:
@@ -61,10 +62,10 @@ def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], progress:
     recorded, automatic = resolved.get("dtype"), spec.settings.dtype == "auto"
     wanted = recorded or spec.settings.dtype
     calibration, details, held = None, [], rss_bytes()
-    if wanted == "auto" or _flops(spec, limits, lengths, wanted) > WORTH_MEASURING_FLOPS:
+    if wanted == "auto" or _flops(spec, limits, loader, wanted) > WORTH_MEASURING_FLOPS:
         calibration = hub.calibrate(spec.device, with_fp16=wanted == HALF, with_int8=spec.base_matmul == "int8")
         details.append(calibration.line())
-    choice = _precision(spec, limits, lengths, wanted, calibration)
+    choice = _precision(spec, limits, loader, wanted, calibration)
     reason = (
         str(resolved.get("dtype_reason") or f"{recorded}, as at the start of the run.") if recorded else choice.reason
     )
@@ -78,7 +79,7 @@ def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], progress:
         threads = calibration.threads if spec.device.type == "cpu" else None
         int8_rate = calibration.int8_flops_per_second
         speed = plan.Speed(rate, source="measured", threads=threads, int8_flops_per_second=int8_rate)
-    estimated = _estimate(spec, limits, lengths, choice.dtype, speed)
+    estimated = _estimate(spec, limits, loader, choice.dtype, speed)
     estimated = plan.with_job(estimated, upcasts=upcasts, **_process(spec, held))
     estimated, proposed, reasons = _limited(spec, estimated)
     lines += reasons
@@ -90,7 +91,7 @@ def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], progress:
 
 
 def _precision(
-    spec: RunSpec, limits: RunLimits, lengths: Sequence[int], wanted: str, calibration: hub.Calibration | None
+    spec: RunSpec, limits: RunLimits, loader: Loader, wanted: str, calibration: hub.Calibration | None
 ) -> hub.DtypeChoice:
     """Return the precision of a run and the reason; "auto" does not select float16 for what cannot be trained in it.
 
@@ -100,7 +101,7 @@ def _precision(
     choice = hub.choose_dtype(wanted, spec.device, calibration)
     if choice.dtype != HALF:
         return choice
-    counted = _estimate(spec, limits, lengths, choice.dtype, None).counted
+    counted = _estimate(spec, limits, loader, choice.dtype, None).counted
     narrow = counted.copied + counted.biases
     if wanted == "auto" and narrow:
         text = (
@@ -111,13 +112,15 @@ def _precision(
     return choice
 
 
-def _estimate(
-    spec: RunSpec, limits: RunLimits, lengths: Sequence[int], dtype: str, speed: plan.Speed | None
-) -> plan.Plan:
+def _estimate(spec: RunSpec, limits: RunLimits, loader: Loader, dtype: str, speed: plan.Speed | None) -> plan.Plan:
     settings, forecast, quantization = spec.settings, spec.forecast, spec.quantization
+    sizes = lengths(loader.sequences)
+    is_limited = settings.fit is not None or settings.memory_budget is not None  # then the longest rows have to fit
+    batches = limits.total_steps * limits.accumulation * spec.processes.count
+    returns = settings.fit is not None or settings.parallel in SHARDED  # malloc returns freed memory
     job = plan.Job(
         batch_rows=settings.per_device_train_batch_size,
-        length_tokens=max(lengths),
+        length_tokens=max(sizes),
         accumulation=limits.accumulation,
         steps=limits.total_steps,
         dtype=dtype,
@@ -127,7 +130,9 @@ def _estimate(
         double_quantization=quantization is not None and quantization.double,
         base_matmul=spec.base_matmul,
         accelerated=settings.accelerate,
-        mean_tokens=sum(lengths) / len(lengths),
+        mean_tokens=sum(sizes) / len(sizes),
+        packed_tokens=None if is_limited else loader.most_tokens(batches),
+        malloc_share=0 if returns else plan.MALLOC_SHARES["varying" if min(sizes) < max(sizes) else "equal"],
     )
     return plan.estimate(forecast.shape, forecast.config, job, speed, allow_partial=settings.allow_partial_targets)
 
@@ -168,8 +173,8 @@ def _process(spec: RunSpec, held_bytes: int) -> dict[str, int | None]:
     return {"process_bytes": held_bytes, "reserved_bytes": max(0, rss_bytes() - held_bytes)}
 
 
-def _flops(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], dtype: str) -> float:
-    estimated = _estimate(spec, limits, lengths, dtype, None)
+def _flops(spec: RunSpec, limits: RunLimits, loader: Loader, dtype: str) -> float:
+    estimated = _estimate(spec, limits, loader, dtype, None)
     return estimated.lora.flops.total * estimated.job.step_tokens * limits.total_steps
 
 

@@ -21,7 +21,6 @@ import torch
 from torch import nn
 
 from lorakit import core, hub
-from lorakit.data import lengths
 from lorakit.data.quality import marked, shown_tokens
 from lorakit.errors import DiskError, LorakitError, ModelError
 from lorakit.ops import choices
@@ -214,7 +213,7 @@ def _planned(spec: RunSpec, batches: RunBatches, progress: Progress) -> tuple[Ru
     check_rows(loader, processes)
     limits = RunLimits.of(spec.settings, loader, spec.initial_processes)
     own = limits.with_accumulation(-(-limits.accumulation // processes.count))
-    return limits, processes.from_first(lambda: plan_run(spec, own, lengths(loader.sequences), progress))
+    return limits, processes.from_first(lambda: plan_run(spec, own, loader, progress))
 
 
 def _loaded(spec: RunSpec, plan: RunPlan, progress: Progress) -> tuple[nn.Module, RunSpec]:
