@@ -239,12 +239,13 @@ def encode_tagged(
     """
     if not isinstance(record, Tagged):
         raise _unfit(record, "'tokens' and 'tags'")
+    before = report.cut_rows
     found = _tokens(record, (" ".join(record.words),), tokenizer, options, report, offsets=True)
     if found is None:
         return None
     tags = target.ids_of(record) if options.is_labeled else range(len(record.words))
     labels = array(_TYPE, [IGNORED]) * len(found["input_ids"])
-    places = word_tokens(record.words, found["offset_mapping"])
+    places = word_tokens(record.words, found["offset_mapping"], is_cut=report.cut_rows > before)
     for place, tag in zip(places, tags, strict=True):
         if place is not None:
             labels[place] = tag
@@ -254,23 +255,25 @@ def encode_tagged(
     return Encoded(array(_TYPE, found["input_ids"]), labels)
 
 
-def word_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int | None]:
+def word_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]], *, is_cut: bool = False) -> list[int | None]:
     """Return the index of the first token of each word in a text of words joined by spaces.
 
     Args:
         words: The words.
         offsets: First and last character of each token; equal for special tokens.
+        is_cut: Whether tokens at the beginning or the end of the text were truncated.
 
     Returns:
-        An index for each word; None if the word has no token.
+        An index for each word; None if the word has no token, or its first token was truncated.
     """
     found, at, begin = list[int | None](), 0, 0
+    first = next((first for first, last in offsets if first < last), 0) if is_cut else 0
     for word in words:
         end = begin + len(word)
         while at < len(offsets) and (offsets[at][1] <= begin or offsets[at][0] == offsets[at][1]):
             at += 1
         # a token may begin with the space before the word, so its end decides to which word it belongs
-        found.append(at if word and at < len(offsets) and offsets[at][0] < end else None)
+        found.append(at if word and at < len(offsets) and offsets[at][0] < end and begin >= first else None)
         begin = end + 1
     return found
 
