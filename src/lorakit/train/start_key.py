@@ -64,7 +64,7 @@ def start_key(
         config=config.to_json_string(use_diff=False) if config is not None else None,
         model_class=type(model).__name__,
         attention=getattr(config, "_attn_implementation", None),
-        adapter=spec.forecast.config.to_dict(),
+        adapter=spec.forecast.config.as_json(),
         task=spec.task.as_dict(),
         rows=rows.hexdigest(),
         environment=dict(environment),
