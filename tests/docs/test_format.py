@@ -17,6 +17,7 @@ from lorakit.core.files.tensor_names import ENDINGS
 from lorakit.hub.kept_models import MANIFEST
 from lorakit.train import checkpoint
 from lorakit.train import checkpoint as state
+from lorakit.train.train_state import TrainState
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
 
@@ -45,7 +46,7 @@ def test_fields_of_lorakit_json(tiny_llama: Any, tmp_path: Path) -> None:
 
 def test_rows_state_and_environment() -> None:
     assert listed("train")[0] == listed("eval")[0] == "step"  # tests/cli/test_train.py compares the rows of a run
-    assert listed("state") == [field.name for field in dataclasses.fields(state.TrainState)]
+    assert listed("state") == [field.name for field in dataclasses.fields(TrainState)]
     assert listed("environment") == list(state.environment(torch.device("cpu"), "float32"))
 
 

@@ -16,7 +16,8 @@ import torch
 from lorakit import durable
 from lorakit.errors import DiskError, RunError
 from lorakit.train import checkpoint, run_folder
-from lorakit.train.checkpoint import TrainState, random_state
+from lorakit.train.checkpoint import random_state
+from lorakit.train.train_state import TrainState
 
 FILES = ("adapter_model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json", "manifest.json")
 
@@ -204,7 +205,8 @@ import torch
 torch.set_num_threads(1)
 from lorakit import durable
 from lorakit.train import checkpoint
-from lorakit.train.checkpoint import TrainState, random_state
+from lorakit.train.checkpoint import random_state
+from lorakit.train.train_state import TrainState
 
 root, again = Path(sys.argv[1]), sys.argv[2] == "again"
 AUDITED = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}

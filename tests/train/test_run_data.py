@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,40 @@ def test_one_document_leaves_nothing_to_hold_out(tmp_path: Path, tiny_tokenizer:
     data = read_data(settings)
     assert "a single document" in data.note
     assert make_batches(settings, data, PLAIN, tiny_tokenizer, 16, Progress()).held_out is None
+
+
+def test_a_resumed_run_keeps_the_rule_of_its_split(tmp_path: Path) -> None:
+    rows = [{"text": f"text {at}", "label": "ab"[at % 2]} for at in range(60)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = _settings(tmp_path / "out", data=[str(path)])
+
+    def held(record: dict[str, Any] | None) -> list[int | None]:
+        return [row.line for row in read_data(settings, record).held_out]
+
+    first = read_data(settings)
+    assert (len(first.held_out), first.rule) == (12, "stratified")
+    assert held({"resolved": {"split": first.rule}}) == [row.line for row in first.held_out]
+    assert len(held({"resolved": {}})) == 3  # made before rules were recorded
+    with pytest.raises(DataError):
+        held({"resolved": {"split": "of a later version"}})
+
+
+def test_the_end_of_one_document_is_evaluated_and_no_token_of_it_is_trained(
+    tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    (tmp_path / "a.txt").write_text("".join(f"Line {at} has some words.\n" for at in range(200)), encoding="utf-8")
+    settings = _settings(tmp_path / "out", data=[str(tmp_path / "a.txt")], max_length=64)
+    batches = make_batches(settings, read_data(settings), PLAIN, tiny_tokenizer, 64, Progress())
+    assert batches.held_out_sequences is not None
+    trained, held = (
+        "".join(tiny_tokenizer.decode(ids[1 if at else 0 :]) for at, ids in enumerate(row.input_ids for row in part))
+        for part in batches.parts
+    )
+    end = tiny_tokenizer.eos_token
+    assert trained.endswith(end) and held.endswith(end)
+    text = (tmp_path / "a.txt").read_text(encoding="utf-8")
+    assert trained.removesuffix(end) + held.removesuffix(end) == text and held.startswith("Line ")
 
 
 def test_evaluation_rows_without_anything_to_train_say_so(tmp_path: Path, tiny_tokenizer: Any) -> None:

@@ -29,7 +29,7 @@ class Flags:
     ]
     revision: RevisionFlag = None
     eval_data: Annotated[list[str] | None, Parameter(help=DEFAULTS["eval_data"].help())] = None
-    eval_fraction: Annotated[float, Parameter(help=DEFAULTS["eval_fraction"].help())] = DEFAULTS["eval_fraction"].value
+    eval_fraction: Annotated[float | None, Parameter(help=DEFAULTS["eval_fraction"].help())] = None
     group: Annotated[str | None, Parameter(help=DEFAULTS["group"].help())] = None
     reading: Annotated[RowFlags, Parameter(name="*")] = ROWS
     chat_template: Annotated[str | None, Parameter(help=DEFAULTS["chat_template"].help())] = None

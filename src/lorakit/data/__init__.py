@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from lorakit.data.chat import read_template
 from lorakit.data.encoding import Encoded, Overlong, Sequence, Sequences, encode, encode_record, lengths
-from lorakit.data.loader import Batch, Loader, Split, by_length, padding_id, split
+from lorakit.data.loader import Batch, Loader, by_length, padding_id
 from lorakit.data.places import PARTIAL
 from lorakit.data.reading import python_reference, read_records, read_split, write_python_reference
 from lorakit.data.records import Completion, Conversation, Document, Labeled, Message, Record, Records, Tagged
 from lorakit.data.report import DataReport, Report
 from lorakit.data.row_stream import streamable_bytes
 from lorakit.data.shapes import SHAPES, Request
+from lorakit.data.splitting import STRATIFIED, Split, few_rows, rule_named, split
 from lorakit.data.stored import AnyRecords, StoredRecords
 from lorakit.data.streaming import StreamLoader, StreamSplit, read_stream
 from lorakit.data.token_cache import TokenCache
@@ -24,6 +25,7 @@ from lorakit.data.tokens import Tokenizer
 __all__ = [
     "PARTIAL",
     "SHAPES",
+    "STRATIFIED",
     "AnyRecords",
     "Batch",
     "Completion",
@@ -51,6 +53,7 @@ __all__ = [
     "by_length",
     "encode",
     "encode_record",
+    "few_rows",
     "lengths",
     "padding_id",
     "python_reference",
@@ -58,6 +61,7 @@ __all__ = [
     "read_split",
     "read_stream",
     "read_template",
+    "rule_named",
     "split",
     "streamable_bytes",
     "write_python_reference",

@@ -1,9 +1,7 @@
-"""Hold out records for evaluation, and group sequences into padded batches.
+"""Group sequences into padded batches.
 
-Whether a record is held out depends on its content and a seed, and only slightly on the other records. Identical
-records always end up in the same split, so no training text is also used for evaluation. A seed determines the order of
-the sequences, and a loader can resume at any batch. There are no background workers. A batch depends only on the data,
-the loader's settings, the epoch and the batch number.
+A seed determines the order of the sequences, and a loader can resume at any batch. There are no background workers. A
+batch depends only on the data, the loader's settings, the epoch and the batch number.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import copy
 import hashlib
 import random
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
@@ -21,10 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from lorakit.data.encoding import IGNORED, Sequence, lengths
-from lorakit.data.records import KEY_BYTES, Document, Record, Records, content_key, keys_of
-from lorakit.data.stored import AnyRecords, StoredRecords
 from lorakit.errors import ConfigError, DataError
-from lorakit.tables import format_count
 
 if TYPE_CHECKING:
     import torch
@@ -34,106 +29,6 @@ if TYPE_CHECKING:
 
 EPOCHS_READ = 10
 """Number of epochs in which `Loader.most_tokens` looks for the largest batch."""
-
-DEFAULT_FRACTION = 0.05
-"""Default fraction of the records to hold out."""
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """Records for training and records for evaluation.
-
-    Attributes:
-        train: Training records in input order, with any notes about the input.
-        held_out: Evaluation records in input order; may be empty.
-        note: Message that says how many records were held out, or why none were.
-    """
-
-    train: AnyRecords
-    held_out: AnyRecords
-    note: str
-
-    def training_records(self) -> Iterable[Record]:
-        """Return all training records; those of a stream are read from their files."""
-        return self.train
-
-    def digests(self) -> dict[str, str]:
-        """Return a dict from the path or name of each file to a SHA-256 of its content; records in memory have none."""
-        stored = [part for part in (self.train, self.held_out) if isinstance(part, StoredRecords)]
-        return {name: digest for part in stored for name, digest in part.digests().items()}
-
-
-def split(records: Iterable[Record], fraction: float = DEFAULT_FRACTION, seed: int = 0) -> Split:
-    """Hold out a fraction of the records for evaluation, but at least one if there are two or more distinct records.
-
-    Documents are never split. Which records are held out depends on the seed and on their content, not on their order;
-    when records are added, most of the existing records stay in the same split.
-
-    Args:
-        records: All records.
-        fraction: Fraction of the distinct records to hold out, in [0, 1).
-        seed: Seed that determines which records are held out.
-
-    Returns:
-        The training records, the evaluation records, and a message.
-
-    Raises:
-        ConfigError: The fraction is outside [0, 1).
-    """
-    if not 0 <= fraction < 1:
-        raise ConfigError.of("eval_fraction", fraction, f"in [0, 1), such as {DEFAULT_FRACTION}")
-    everything = records if isinstance(records, AnyRecords) else Records(records)
-    if fraction == 0:
-        return Split(everything, Records(), "No data is held out for evaluation (eval_fraction is 0).")
-    digests = keys_of(b"".join(content_key(record, salt=str(seed)) for record in everything))
-    groups = everything.group_keys() if isinstance(everything, StoredRecords) else None
-    if groups is not None:
-        digests = _group_digests(digests, groups, str(seed))
-    distinct = np.unique(digests)
-    noun = "document" if all(isinstance(record, Document) for record in everything) else "row"
-    if groups is not None:
-        noun = "row" if len(distinct) > 1 else "group of rows with the same value or the same content"
-    if len(distinct) < 2:
-        note = (
-            f"No data is held out for evaluation: the data is a single {noun}. Pass --eval-data to evaluate on other "
-            "data."
-        )
-        return Split(everything, Records(), note)
-    count = min(len(distinct) - 1, max(1, round(fraction * len(distinct))))
-    chosen = digests <= distinct[count - 1]  # the records with the smallest digests
-    train = everything.some(np.flatnonzero(~chosen), everything.notes)
-    held_out = everything.some(np.flatnonzero(chosen))
-    verb = "is" if len(held_out) == 1 else "are"
-    total = format_count(len(everything), noun)
-    if groups is not None:
-        total += f" ({count:,} of {format_count(len(distinct), 'group')})"
-    return Split(train, held_out, f"{len(held_out):,} of {total} {verb} held out for evaluation (seed {seed}).")
-
-
-def _group_digests(contents: np.ndarray[Any, Any], groups: np.ndarray[Any, Any], salt: str) -> np.ndarray[Any, Any]:
-    """Return a digest per record, equal for records that are connected by equal groups or equal contents.
-
-    Args:
-        contents: Content keys, shape (records,).
-        groups: Group keys, shape (records,).
-        salt: Text that determines the order of the digests.
-    """
-    names, number_of = np.unique(groups, return_inverse=True)
-    root = list(range(len(names)))
-
-    def find(number: int) -> int:
-        while root[number] != number:
-            root[number] = number = root[root[number]]
-        return number
-
-    first = dict[bytes, int]()
-    for content, number in zip(contents.tolist(), number_of.tolist(), strict=True):
-        root[find(number)] = find(first.setdefault(content, number))
-    digests = [hashlib.sha256(salt.encode() + name).digest()[:KEY_BYTES] for name in names.tolist()]
-    least = dict[int, bytes]()
-    for number, digest in enumerate(digests):
-        least[find(number)] = min(digest, least.get(find(number), digest))
-    return keys_of(b"".join(least[find(number)] for number in number_of.tolist()))
 
 
 @dataclass(frozen=True, slots=True)

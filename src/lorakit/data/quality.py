@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 from lorakit.data.encoding import IGNORED, Sequence, lengths
-from lorakit.data.loader import Split
 from lorakit.data.records import Document, Record, content_key, is_empty, location, text_of_record
 from lorakit.data.report import DataReport, Report
+from lorakit.data.splitting import Split
 from lorakit.data.tokens import Tokenizer, text_of
 from lorakit.durable import JsonObject
 from lorakit.errors import printable

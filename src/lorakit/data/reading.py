@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import IO
 
 from lorakit.data import columnar
-from lorakit.data.loader import Split, split
 from lorakit.data.records import Document, Records
 from lorakit.data.rows import PARSERS, check_no_group
 from lorakit.data.shapes import Request
 from lorakit.data.sources import HUB, SUFFIXES, TABLES, TEXT, HubSource, expand
+from lorakit.data.splitting import STRATIFIED, Split, SplitRule, split
 from lorakit.data.stored import READ_BYTES, DataFile, RecordFile, StoredRecords, check_kind, file_error
 from lorakit.durable import write_text
 from lorakit.errors import DataError, nearest
@@ -60,16 +60,22 @@ def read_records(
 
 
 def read_split(
-    train: Iterable[str], held_out: Iterable[str] | None, fraction: float, seed: int, request: Request
+    train: Iterable[str],
+    held_out: Iterable[str] | None,
+    fraction: float | None,
+    seed: int,
+    request: Request,
+    rule: SplitRule = STRATIFIED,
 ) -> Split:
     """Read training and evaluation data; without evaluation data, hold out some of the training data.
 
     Args:
         train: Names of the training data; see `read_records`.
         held_out: Names of the evaluation data, or None.
-        fraction: Fraction of the training data to hold out if `held_out` is None.
+        fraction: Fraction of the training data to hold out if `held_out` is None; see `split`.
         seed: Seed that determines which records are held out.
         request: The user's choices about columns and invalid rows.
+        rule: How records are selected.
 
     Raises:
         DataError: The data cannot be read; see `read_records`.
@@ -77,7 +83,7 @@ def read_split(
     """
     records = read_records(train, request)
     if held_out is None:
-        return split(records, fraction, seed)
+        return split(records, fraction, seed, rule)
     names = list(held_out)
     return Split(records, read_records(names, request), f"Evaluation data: {', '.join(names)}.")
 

@@ -179,6 +179,15 @@ class Records(list[Record]):
         """
         return Records((self[at] for at in positions), notes)
 
+    def cut(self, at: int, fraction: float) -> tuple[Records, Records]:
+        """Return all documents up to a character, and the rest of the first one; see `StoredRecords.cut`."""
+        heads, rests = Records(notes=self.notes), Records()
+        for record in self:
+            assert isinstance(record, Document)
+            heads.append(Document(record.text[:at], record.source, record.line))
+            rests.append(Document(record.text[at:], record.source, record.line))
+        return heads, Records(rests[:1])
+
 
 def location(record: Record) -> str:
     """Return a record's location as `file:line`, or as `file` if it has no line number."""

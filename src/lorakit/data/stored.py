@@ -191,6 +191,83 @@ class DataFile(CheckedFile):
         return document if self.size > READ_BYTES else Document(document.text, document.source)
 
 
+class DocumentRange(Document):
+    """The characters of a document from `begin` to `end`, which are a document of their own."""
+
+    __slots__ = ("_begin", "_end", "_whole")
+    _whole: Document
+    _begin: int
+    _end: int | None
+
+    def __init__(self, whole: Document, begin: int, end: int | None) -> None:
+        values = {"_whole": whole, "_begin": begin, "_end": end, "source": whole.source, "line": whole.line}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(self.pieces())
+
+    def pieces(self) -> Iterator[str]:
+        """Yield the text in pieces; see `Document.pieces`."""
+        at = 0
+        for piece in self._whole.pieces():
+            part = piece[max(0, self._begin - at) : None if self._end is None else max(0, self._end - at)]
+            at += len(piece)
+            if part:
+                yield part
+
+
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """A file of documents, of each of which only a range of characters is used.
+
+    Attributes:
+        file: The file.
+        begin: First character.
+        end: Character after the last one, or None for the end of the document.
+        fraction: Fraction of the characters that are used, for the size in bytes.
+    """
+
+    file: RecordFile
+    begin: int
+    end: int | None
+    fraction: float
+
+    @property
+    def size(self) -> int:
+        """Approximate size in bytes."""
+        return round(self.file.size * self.fraction)
+
+    @property
+    def layout(self) -> Layout | None:
+        """Shape and columns of the rows."""
+        return self.file.layout
+
+    @property
+    def groups(self) -> bytes | bytearray:
+        """Keys of the rows' groups."""
+        return self.file.groups
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def bytes_of(self, index: int) -> int:
+        """Return the approximate size of a range in bytes."""
+        return round(self.file.bytes_of(index) * self.fraction)
+
+    def records(self, indexes: Iterable[int]) -> Iterator[tuple[Record, int]]:
+        """Yield the ranges of the documents at the given indices, each with its approximate size in bytes."""
+        for record, size in self.file.records(indexes):
+            assert isinstance(record, Document)
+            yield DocumentRange(record, self.begin, self.end), round(size * self.fraction)
+
+    def digest(self) -> tuple[str, str]:
+        """Return the path or name, and the SHA-256 of the whole file."""
+        return self.file.digest()
+
+
 class RecordFile(Protocol):
     """A file or table whose records are read on access."""
 
@@ -282,6 +359,17 @@ class StoredRecords(Sequence[Record]):
         part._digests = self._digests
         return part
 
+    def cut(self, at: int, fraction: float) -> tuple[StoredRecords, StoredRecords]:
+        """Return all documents up to a character, and the rest of the first one.
+
+        Args:
+            at: Number of characters before the cut.
+            fraction: Fraction of the characters before the cut.
+        """
+        files = [FileRange(file, 0, at, fraction) for file in self._files]
+        rest = FileRange(self._files[0], at, None, 1 - fraction)
+        return StoredRecords(files, self.notes), StoredRecords([rest], chosen=array("q", [0]))
+
     def digests(self) -> dict[str, str]:
         """Return a dict from the path or name of each file to a SHA-256 of its content; each file is hashed once."""
         if not self._digests:
@@ -296,7 +384,8 @@ class StoredRecords(Sequence[Record]):
     def identity(self) -> str:
         """Return a SHA-256 of the names and contents of the files and of the selection of their records."""
         self.digests()
-        digest = hashlib.sha256(json.dumps([self._digests, self._begins]).encode())
+        ranges = [[file.begin, file.end] for file in self._files if isinstance(file, FileRange)]
+        digest = hashlib.sha256(json.dumps([self._digests, self._begins, ranges]).encode())
         digest.update(np.asarray(self._all(), dtype=np.int64).tobytes())
         return digest.hexdigest()
 

@@ -23,12 +23,13 @@ from functools import cached_property
 from typing import Any
 
 from lorakit.data.encoding import Sequence
-from lorakit.data.loader import Loader, Split
+from lorakit.data.loader import Loader
 from lorakit.data.places import Place
 from lorakit.data.reading import read_records
 from lorakit.data.records import Record, Records, content_key
 from lorakit.data.row_stream import RowStream, StreamedRow, open_stream
 from lorakit.data.shapes import Request, common_layout
+from lorakit.data.splitting import DEFAULT_FRACTION, Split
 from lorakit.data.stored import StoredRecords
 from lorakit.errors import ConfigError, DataError
 from lorakit.tables import format_bytes, format_count
@@ -107,7 +108,7 @@ class StreamSplit(Split):
 def read_stream(
     train: Iterable[str],
     held_out: Iterable[str] | None,
-    fraction: float,
+    fraction: float | None,
     seed: int,
     request: Request,
     skipped: Callable[[str, str], None] | None = None,
@@ -117,7 +118,7 @@ def read_stream(
     Args:
         train: Names of the training data; see `lorakit.data.row_stream.open_stream`.
         held_out: Names of the evaluation data, which is read as a whole, or None.
-        fraction: Fraction of the training rows to hold out if `held_out` is None.
+        fraction: Fraction of the training rows to hold out if `held_out` is None; None selects `DEFAULT_FRACTION`.
         seed: Seed that determines which rows are held out.
         request: The user's choices about columns and invalid rows.
         skipped: Function that receives the location of each skipped row after the first part, and the reason.
@@ -127,6 +128,7 @@ def read_stream(
         UsageError: A file cannot be read as a stream.
         ConfigError: The fraction is outside [0, 1).
     """
+    fraction = DEFAULT_FRACTION if fraction is None else fraction
     if not 0 <= fraction < 1:
         raise ConfigError.of("eval_fraction", fraction, "in [0, 1), such as 0.05")
     stream = open_stream(train, request, skipped)
@@ -145,7 +147,9 @@ def read_stream(
         kept = [at for at, record in enumerate(sample) if content_key(record) not in rows.excluded]
         sample = sample.some(kept, sample.notes)
     sample.shape, sample.columns = common_layout(source.layout for source in stream.sources)
-    held = f"{format_count(len(chosen), 'row')} of this part held out for evaluation (seed {seed})"
+    held = (
+        f"{format_count(len(chosen), 'row')} of this part held out for evaluation (by a hash of each row, seed {seed})"
+    )
     if not chosen:
         held = "no row of this part is held out for evaluation"
     return StreamSplit(sample, chosen, f"{_note(stream)}; {held}.", rows)

@@ -84,6 +84,28 @@ def linear_cross_entropy(
     Source: Hsu et al. 2024, arXiv:2410.10989, section 3.2. As in Liger's fused linear cross-entropy, rows are processed
     in chunks and gradients are computed in the forward pass; unlike in Liger, W is usually frozen.
     """
+    h, trained = _trained(h, head, labels, ignore_index, chunk)
+    if needs_gradient(h, trained.head.W):
+        loss = _LinearCrossEntropy.apply(trained.h, trained.head.W, trained)
+    else:
+        with without_autocast(h):
+            loss = trained.run(need_dh=False, need_dW=False)[0].sum()
+    return loss / (len(trained.labels) if total is None else total)
+
+
+def label_losses(h: Tensor, head: Head, labels: Tensor, ignore_index: int = IGNORED) -> Tensor:
+    """Compute the cross-entropy of each label, without gradients; see `linear_cross_entropy` for the arguments.
+
+    Returns:
+        The losses (n,) of the n labels other than `ignore_index`, in order, in fp32, or in float64 if h is float64.
+    """
+    h, trained = _trained(h, head, labels, ignore_index, None)
+    with torch.no_grad(), without_autocast(h):
+        return trained.run(need_dh=False, need_dW=False)[0]
+
+
+def _trained(h: Tensor, head: Head, labels: Tensor, ignore_index: int, chunk: int | None) -> tuple[Tensor, Trained]:
+    """Check the arguments of `linear_cross_entropy`; return h in the dtype of the matmuls, and the labeled rows."""
     if torch.is_autocast_enabled(h.device.type):
         bias = None if head.bias is None else autocast(head.bias)
         h, head = autocast(h), replace(head, W=autocast(head.W), bias=bias)
@@ -96,13 +118,7 @@ def linear_cross_entropy(
     if least < 0 or most >= len(head.W):
         raise ValueError(f"labels must be in 0..{len(head.W) - 1} or {ignore_index}; mask all other labels")
     targets, rows = (t.to(h.device, non_blocking=True) for t in (targets, rows))
-    trained = Trained(flat, head, targets, None if every else rows, chunk or chunk_rows(head.W))
-    if needs_gradient(h, head.W):
-        loss = _LinearCrossEntropy.apply(flat, head.W, trained)
-    else:
-        with without_autocast(h):
-            loss = trained.run(need_dh=False, need_dW=False)[0]
-    return loss / (count if total is None else total)
+    return h, Trained(flat, head, targets, None if every else rows, chunk or chunk_rows(head.W))
 
 
 def chunk_rows(W: Tensor) -> int:
@@ -129,7 +145,7 @@ class Trained(NamedTuple):
     chunk: int
 
     def run(self, need_dh: bool, need_dW: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the summed loss (scalar), and its gradients for the labeled rows of h (n, d) and for W (V, d).
+        """Return the losses (n,), and the gradients of their sum for the labeled rows of h (n, d) and for W (V, d).
 
         Neither gradient includes the factor `head.scale`. The gradient for W is in fp32 or wider.
         """
@@ -149,7 +165,7 @@ class Trained(NamedTuple):
                 matmul(z, W, dh[part])
             if dW is not None:
                 dW += torch.mm(z.t(), x, out=of_chunk)
-        return losses.sum(), dh, dW
+        return losses, dh, dW
 
 
 class _Softmax:
@@ -210,10 +226,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context[_State], h: Tensor, W: Tensor, trained: Trained) -> Tensor:
         with without_autocast(h):
-            loss, dh, dW = trained.run(*ctx.needs_input_grad[:2])
+            losses, dh, dW = trained.run(*ctx.needs_input_grad[:2])
         ctx.save_for_backward(dh, dW, trained.rows)
         ctx.state = trained.head.scale, len(h), W.dtype
-        return loss
+        return losses.sum()
 
     @staticmethod
     @once_differentiable

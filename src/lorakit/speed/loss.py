@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lorakit.errors import RunError
-from lorakit.ops.cross_entropy import IGNORED, linear_cross_entropy
+from lorakit.ops.cross_entropy import IGNORED, label_losses, linear_cross_entropy
 from lorakit.ops.cross_entropy import Head as Operands
 from lorakit.speed.admission import Known
 from lorakit.speed.last_layer import KEYWORD, LastLayer, Trained, agree, some
@@ -135,12 +135,33 @@ class Head:
         Returns:
             The summed loss, a scalar in fp32 or wider.
         """
+        hidden, targets = self._hidden(model, labels, inputs)
+        return self.loss(hidden, targets, 1.0, IGNORED)
+
+    def label_losses(self, model: nn.Module, labels: Tensor, **inputs: Tensor | int | None) -> Tensor:
+        """Compute the next-token cross-entropy of each labeled token, without gradients; see `loss_sum`.
+
+        Returns:
+            The losses (tokens,), in the order of the labels, in fp32 or wider.
+        """
+        hidden, targets = self._hidden(model, labels, inputs)
+        flat = targets.reshape(-1)
+        return label_losses(hidden.reshape(len(flat), -1), self._operands(), flat, IGNORED)
+
+    def _hidden(
+        self, model: nn.Module, labels: Tensor, inputs: Mapping[str, Tensor | int | None]
+    ) -> tuple[Tensor, Tensor]:
+        """Run a model; return the head's input (rows, length, d), and the targets (rows, length)."""
         targets = shifted(labels, IGNORED)
         options = {} if self.last is None else self.last.keyword(targets, IGNORED, inputs)
         with self.passing() as given:
             model(**inputs, **options)
         (hidden,) = given
-        return self.loss(hidden, targets, 1.0, IGNORED)
+        return hidden, targets
+
+    def _operands(self) -> Operands:
+        weight, bias = self.module.get_parameter("weight"), self.module._parameters.get("bias")
+        return Operands(weight, bias, self.scale, self.softcap)
 
     def loss(self, hidden: Tensor, targets: Tensor, total: float | Tensor | None, ignore_index: int) -> Tensor:
         """Compute the cross-entropy loss for targets that have already been shifted.
@@ -154,11 +175,9 @@ class Head:
         Returns:
             The loss, a scalar in fp32 or wider.
         """
-        weight, bias = self.module.get_parameter("weight"), self.module._parameters.get("bias")
-        operands = Operands(weight, bias, self.scale, self.softcap)
         flat = targets.reshape(-1)
         rows = hidden.reshape(len(flat), -1)
-        return linear_cross_entropy(rows, operands, flat, total=total, ignore_index=ignore_index)
+        return linear_cross_entropy(rows, self._operands(), flat, total=total, ignore_index=ignore_index)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the model's logits (…, V) for hidden states (…, d). The head is called as a module."""

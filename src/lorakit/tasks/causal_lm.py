@@ -49,6 +49,36 @@ def loss_sum(
         A float32 scalar (float64 for a float64 model). The mean loss of a step is the total of these scalars over the
         step's batches, divided by the number of tokens in the step that contribute to the loss.
     """
+    inputs, labels = _inputs(batch, device, acceleration)
+    if acceleration is not None and acceleration.head is not None and acceleration.head.applies():
+        return acceleration.head.loss_sum(model, labels, **inputs)
+    return functional.cross_entropy(*_logits(model, inputs, labels.to(device)), reduction="sum")
+
+
+def label_losses(
+    model: nn.Module, batch: Batch, device: str | torch.device, acceleration: Acceleration | None = None
+) -> torch.Tensor:
+    """Return the next-token cross entropy of each token that contributes to the loss, without gradients.
+
+    Args:
+        model: See `loss_sum`.
+        batch: See `loss_sum`.
+        device: The model's device.
+        acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
+
+    Returns:
+        The losses (tokens,), in the order of the batch's rows, in float32 or wider.
+    """
+    inputs, labels = _inputs(batch, device, acceleration)
+    if acceleration is not None and acceleration.head is not None and acceleration.head.applies():
+        return acceleration.head.label_losses(model, labels, **inputs)
+    return functional.cross_entropy(*_logits(model, inputs, labels.to(device)), reduction="none")
+
+
+def _inputs(
+    batch: Batch, device: str | torch.device, acceleration: Acceleration | None
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Return the model's arguments and the labels (rows, length), packed into one row if the acceleration allows it."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     labels = batch.labels
     if acceleration is not None and acceleration.packs and batch.tokens < batch.input_ids.numel():
@@ -56,10 +86,12 @@ def loss_sum(
     for name, value in inputs.items():  # sequence boundaries stay on the CPU, where reading them does not stall the GPU
         if isinstance(value, torch.Tensor) and not name.startswith("cu_seq_lens"):
             inputs[name] = value.to(device)
-    if acceleration is not None and acceleration.head is not None and acceleration.head.applies():
-        return acceleration.head.loss_sum(model, labels, **inputs, use_cache=False)
-    output = model(**inputs, use_cache=False)
-    labels = labels.to(device)
+    return {**inputs, "use_cache": False}, labels
+
+
+def _logits(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits (tokens, vocabulary) that predict labels, in float32 or wider, and these labels (tokens,)."""
+    output = model(**inputs)
     targets = labels[:, 1:].reshape(-1)
     logits = output.logits[:, :-1].reshape(targets.numel(), -1)  # (rows * (length - 1), vocabulary)
     kept = targets != IGNORED
@@ -67,11 +99,16 @@ def loss_sum(
         logits, targets = logits[kept], targets[kept]
     if logits.dtype != torch.float64:
         logits = logits.float()
-    return functional.cross_entropy(logits, targets, reduction="sum")
+    return logits, targets
+
+
+def target_counts(batch: Batch) -> torch.Tensor:
+    """Return the number of tokens of each row (rows,) that contribute to the loss; none precedes the first one."""
+    return (batch.labels[:, 1:] != IGNORED).sum(1)
 
 
 def _objective(target: Target) -> Objective:
-    return Objective(padded, loss_sum, row_losses=row_losses)
+    return Objective(padded, loss_sum, row_losses=row_losses, counts=target_counts, label_losses=label_losses)
 
 
 CAUSAL_LM = Task(

@@ -32,6 +32,7 @@ from lorakit.tasks.task import (
     Task,
     inputs_on,
     objective,
+    one_per_row,
     without_cache,
 )
 
@@ -157,7 +158,7 @@ def predict(model: nn.Module, batch: Batch, records: Sequence[Record], context: 
 
 def _objective(target: Target) -> Objective:
     return objective(
-        partial(collate, target=target), forward, partial(loss, target=target), partial(ClassMeter, target)
+        partial(collate, target=target), forward, partial(loss, target=target), partial(ClassMeter, target), one_per_row
     )
 
 

@@ -23,7 +23,16 @@ from lorakit.durable import JsonObject
 from lorakit.tasks.encoding import TRANSLATIONS, EncodedRows, encode_row, encode_rows
 from lorakit.tasks.labels import no_target
 from lorakit.tasks.target import Target
-from lorakit.tasks.task import EncodeOptions, Metrics, Objective, PredictContext, Task, inputs_on, objective
+from lorakit.tasks.task import (
+    EncodeOptions,
+    Metrics,
+    Objective,
+    PredictContext,
+    Task,
+    inputs_on,
+    label_counts,
+    objective,
+)
 
 
 def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> EncodedRows:
@@ -88,7 +97,7 @@ def predict(model: nn.Module, batch: Batch, records: Sequence[Record], context: 
 
 
 def _objective(target: Target) -> Objective:
-    return objective(collate, forward, loss, TokenMeter)
+    return objective(collate, forward, loss, TokenMeter, label_counts)
 
 
 SEQ2SEQ = Task(

@@ -28,7 +28,7 @@ from lorakit.data import (
     Tokenizer,
     by_length,
 )
-from lorakit.data.encoding import Sequence
+from lorakit.data.encoding import IGNORED, Sequence
 from lorakit.data.loader import Collate
 from lorakit.durable import JsonObject
 from lorakit.hub import WITH_NEW_HEADS
@@ -115,6 +115,10 @@ class Objective:
         row_losses: Function that runs the model on a batch without gradients, and returns the summed loss of each row
             (rows,), or None if rows are measured one at a time. It raises NotYetSupported if it cannot do so for a
             model.
+        counts: Function that returns the number of targets of each row of a batch (rows,); None if the loss compares
+            the rows of a batch, so that a row has no loss of its own.
+        label_losses: Function that runs the model on a batch without gradients, and returns the loss of each target
+            (targets,), in the order of the rows; None if `loss` is applied to the output of each row.
     """
 
     collate: Collate
@@ -123,6 +127,8 @@ class Objective:
     loss: Callable[[Tensor, Batch], Tensor] | None = None
     meter: Callable[[], Meter] | None = None
     row_losses: Callable[[nn.Module, Batch, str | torch.device], Tensor] | None = None
+    counts: Callable[[Batch], Tensor] | None = None
+    label_losses: LossSum | None = None
 
 
 def objective(
@@ -130,6 +136,7 @@ def objective(
     forward: Callable[[nn.Module, Batch, str | torch.device], Tensor],
     loss: Callable[[Tensor, Batch], Tensor],
     meter: Callable[[], Meter],
+    counts: Callable[[Batch], Tensor] | None = None,
 ) -> Objective:
     """Return an objective whose loss is a function of the model's output."""
 
@@ -138,7 +145,17 @@ def objective(
     ) -> Tensor:
         return loss(forward(model, batch, device), batch)
 
-    return Objective(collate, loss_sum, forward, loss, meter)
+    return Objective(collate, loss_sum, forward, loss, meter, counts=counts)
+
+
+def label_counts(batch: Batch) -> Tensor:
+    """Return the number of labels of each row (rows,) that contribute to the loss."""
+    return (batch.labels != IGNORED).sum(1)
+
+
+def one_per_row(batch: Batch) -> Tensor:
+    """Return 1 for each row (rows,), whose label is one target."""
+    return torch.ones(len(batch.input_ids), dtype=torch.long)
 
 
 def evaluation_batches(task: Task, collate: Collate, sequences: Texts, rows: int, pad_id: int) -> Iterable[Batch]:

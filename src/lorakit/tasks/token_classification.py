@@ -30,6 +30,7 @@ from lorakit.tasks.task import (
     PredictContext,
     Task,
     inputs_on,
+    label_counts,
     objective,
     without_cache,
 )
@@ -103,7 +104,7 @@ def predict(model: nn.Module, batch: Batch, records: Sequence[Record], context: 
 
 
 def _objective(target: Target) -> Objective:
-    return objective(padded, forward, loss, partial(TagMeter, target))
+    return objective(padded, forward, loss, partial(TagMeter, target), label_counts)
 
 
 TOKEN_CLASSIFICATION = Task(

@@ -6,9 +6,10 @@ The loss is averaged over all tokens that contribute to it. This module does not
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -48,11 +49,15 @@ class Evaluation:
             the loss.
         tokens: Number of these targets: tokens, or rows for classification and embeddings.
         scores: Name of a metric of the task -> value, or the reason why the data does not define it.
+        row_losses: Summed loss of each row (of each batch if the loss compares the rows of a batch); empty if unknown.
+        row_counts: Number of targets of each of them.
     """
 
     loss: float
     tokens: int
     scores: Mapping[str, Score] = field(default_factory=dict)
+    row_losses: tuple[float, ...] = field(default=(), compare=False, repr=False)
+    row_counts: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def metrics(self) -> dict[str, float | None]:
@@ -98,7 +103,7 @@ def evaluate(
         NonFiniteError: The loss is NaN or infinite.
         RunError: Memory ran out; the message describes the batch and suggests what to change.
     """
-    losses, meters, tokens, is_stopped = dict[int, float](), dict[int, Meter](), 0, False
+    parts, meters, is_stopped = dict[int, _Part](), dict[int, Meter](), False
     objective = objective or CAUSAL_LM.objective(Target())
     with evaluating(model), torch.inference_mode():
         for number, batch in own_batches(batches, processes, stop):
@@ -106,17 +111,54 @@ def evaluate(
             if batch is None:
                 break
             with oom_as_run_error(batch, " while evaluating", oom_advice_for_evaluation):
-                if objective.meter is None or objective.forward is None or objective.loss is None:
-                    losses[number] = objective.loss_sum(model, batch, device, acceleration).item()
-                else:
-                    output = objective.forward(model, batch, device)
-                    losses[number] = objective.loss(output, batch).item()
-                    if number >= 0:
-                        meters[number] = objective.meter()
-                        meters[number].add(batch, output)
-            tokens += batch.trained_tokens if number >= 0 else 0
-    losses.pop(IDLE, None)
-    return _combined(processes.exchange((losses, tokens, meters, is_stopped)))
+                parts[number], output = _measure(objective, model, batch, device, acceleration)
+                if output is not None and objective.meter is not None and number >= 0:
+                    meters[number] = objective.meter()
+                    meters[number].add(batch, output)
+    parts.pop(IDLE, None)
+    return _combined(processes.exchange((parts, meters, is_stopped)))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The evaluation of a batch: its summed loss and its number of targets, and those of its rows, if known."""
+
+    loss: float
+    tokens: int
+    row_losses: tuple[float, ...]
+    row_counts: tuple[int, ...]
+
+
+def _measure(
+    objective: Objective,
+    model: nn.Module,
+    batch: Batch,
+    device: str | torch.device,
+    acceleration: Acceleration | None,
+) -> tuple[_Part, torch.Tensor | None]:
+    """Evaluate a batch; also return the model's output if the objective reads it."""
+    counts = None if objective.counts is None else objective.counts(batch)
+    if objective.forward is not None and objective.loss is not None:
+        output = objective.forward(model, batch, device)
+        total = objective.loss(output, batch).item()
+        rows: tuple[float, ...] = (total,)
+        if counts is not None:
+            alone = (replace(batch, labels=batch.labels[at : at + 1]) for at in range(len(counts)))
+            rows = tuple(objective.loss(output[at : at + 1], row).item() for at, row in enumerate(alone))
+        return _part(total, batch, rows, counts), output
+    if objective.label_losses is None or counts is None:
+        return _part(objective.loss_sum(model, batch, device, acceleration).item(), batch, (), None), None
+    losses = objective.label_losses(model, batch, device, acceleration)
+    row_of = torch.repeat_interleave(counts).to(losses.device)
+    sums = torch.zeros(len(counts), dtype=torch.float64, device="cpu").index_add_(
+        0, row_of.cpu(), losses.double().cpu()
+    )
+    return _part(losses.sum().item(), batch, tuple(sums.tolist()), counts), None
+
+
+def _part(total: float, batch: Batch, rows: tuple[float, ...], counts: torch.Tensor | None) -> _Part:
+    several = (batch.trained_tokens,) if counts is None else tuple(counts.tolist())
+    return _Part(total, batch.trained_tokens, rows, several if rows else ())
 
 
 IDLE = -1
@@ -147,15 +189,16 @@ def own_batches(
         yield IDLE, batch
 
 
-def _combined(parts: Sequence[tuple[dict[int, float], int, dict[int, Meter], bool]]) -> Evaluation | None:
-    """Combine the parts of an evaluation: loss and meter of each batch, targets, and whether it was stopped."""
-    if any(is_stopped for *_, is_stopped in parts):
+def _combined(shares: Sequence[tuple[dict[int, _Part], dict[int, Meter], bool]]) -> Evaluation | None:
+    """Combine the shares of an evaluation: part and meter of each batch, and whether it was stopped."""
+    if any(is_stopped for *_, is_stopped in shares):
         return None
-    losses = {number: loss for found, *_ in parts for number, loss in found.items()}
-    meters = {number: meter for _, _, found, _ in parts for number, meter in found.items()}
-    total, tokens = 0.0, sum(tokens for _, tokens, *_ in parts)
-    for number in sorted(losses):  # in the order of a single process, which determines the rounding
-        total += losses[number]
+    by_number = {number: part for found, *_ in shares for number, part in found.items()}
+    meters = {number: meter for _, found, _ in shares for number, meter in found.items()}
+    parts = [by_number[number] for number in sorted(by_number)]  # in the order of one process, for equal rounding
+    total, tokens = 0.0, sum(part.tokens for part in parts)
+    for part in parts:
+        total += part.loss
     ordered = [meters[number] for number in sorted(meters)]
     for other in ordered[1:]:
         ordered[0].merge(other)
@@ -165,8 +208,10 @@ def _combined(parts: Sequence[tuple[dict[int, float], int, dict[int, Meter], boo
     if not math.isfinite(total):
         text = f"the evaluation loss is {total}; the base or the adapter produces non-finite values."
         raise NonFiniteError(text, what="evaluation loss")
-    scores = ordered[0].result() if ordered else {}
-    return Evaluation(total / tokens, tokens, {name: _finite(value) for name, value in scores.items()})
+    scores = {name: _finite(value) for name, value in (ordered[0].result() if ordered else {}).items()}
+    losses = tuple(itertools.chain.from_iterable(part.row_losses for part in parts))
+    counts = tuple(itertools.chain.from_iterable(part.row_counts for part in parts))
+    return Evaluation(total / tokens, tokens, scores, losses, counts)
 
 
 def _finite(value: Score) -> Score:

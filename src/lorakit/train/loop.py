@@ -107,7 +107,7 @@ class Loop:
             run.progress.say("The evaluation at step 0 was read from the cache: an earlier run had the same start.")
         elif key is not None and time.process_time() - began >= score_cache.LEAST_SECONDS:
             self._keep(key, found)
-        run.state.note_evaluation(found.loss)
+        self._note(found)
         row = {
             "step": run.state.step,
             "eval_loss": found.loss,
@@ -119,6 +119,15 @@ class Loop:
         self._log(log, row)
         is_start = run.state.step == 0 and run.spec.start is not None
         run.progress.eval_row(row, run.spec.before_training if is_start else "")
+
+    def _note(self, found: Evaluation) -> None:
+        state, measured = self._run.state, (found.loss, found.row_losses, found.row_counts)
+        gain = state.improvement(*measured)
+        if not state.note_evaluation(*measured) and gain is not None and gain.mean > 0:
+            self._run.progress.say(
+                f"step {state.step}: the evaluation loss is {gain.mean:.4f} lower than at step {state.best_step}, "
+                f"within one standard error ({gain.error:.4f}), so step {state.best_step} stays the best."
+            )
 
     def _measured(self, batches: Iterable[Batch], interrupts: Interrupts) -> Evaluation | None:
         """Evaluate the model; return None if a signal arrived."""

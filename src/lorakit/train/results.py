@@ -44,7 +44,7 @@ class RunResult:
         adapter_step: The step at which `adapter` was saved; None after an interruption.
         first_loss: Evaluation loss before the first step, of the base or of the adapter that the run starts from; None
             without evaluation data.
-        best_loss: Lowest evaluation loss after the first step, or None.
+        best_loss: Evaluation loss at the best step, or None.
         adapter_loss: Evaluation loss at `adapter_step`, or None; exceeds `best_loss` if the best checkpoint was lost.
         trainable_parameters: Number of trainable parameters.
         total_parameters: Number of parameters in the base.
@@ -224,7 +224,7 @@ def _on_original_weights(run: Run, notes: list[str]) -> float | None:
 
 
 def _chosen(run: Run, notes: list[str]) -> tuple[int, Path]:
-    """Return the step to publish (the best by evaluation loss, or else the last) and the directory of its adapter."""
+    """Return the step to publish (the best evaluated one, or else the last) and the directory of its adapter."""
     folder, state = run.spec.folder, run.state
     wanted = state.best_step or state.step
     whole = folder / f"checkpoint-{wanted}"

@@ -20,7 +20,6 @@ from lorakit.data import Loader
 from lorakit.plan.fitting import needed_bytes
 from lorakit.speed import Acceleration
 from lorakit.train import run_data, run_folder
-from lorakit.train.checkpoint import TrainState
 from lorakit.train.int8_base import RunInt8
 from lorakit.train.optimizer import Named
 from lorakit.train.progress import Progress
@@ -31,6 +30,7 @@ from lorakit.train.settings import TrainSettings
 from lorakit.train.sharding import ShardedBase
 from lorakit.train.step import StepOptions
 from lorakit.train.trackers import Trackers
+from lorakit.train.train_state import TrainState
 
 _EVALUATIONS = 10
 
@@ -265,6 +265,7 @@ class Run:
                 "base_matmul": spec.base_matmul,
                 "device": str(spec.device),
                 "max_length": spec.forecast.max_length,
+                "split": spec.data.rule or None,
                 "batch_rows": self.plan.batch_rows,
                 "recompute": self.plan.recompute,
                 **dataclasses.asdict(self.limits),

@@ -155,7 +155,9 @@ def read_data(
         )
     if record is None and settings.streaming == "auto" and data.streamable_bytes(settings.data) > STREAMED_BYTES:
         say("The training data is checked and tokenized as a whole; with --max-steps, it is read while training.")
-    return data.read_split(settings.data, settings.eval_data, settings.eval_fraction, settings.seed, request)
+    name = data.STRATIFIED.name if record is None else (record.get("resolved") or {}).get("split")
+    chosen = settings.data, settings.eval_data, settings.eval_fraction, settings.seed, request
+    return data.read_split(*chosen, data.rule_named(name))
 
 
 def is_streamed(settings: TrainSettings, record: Mapping[str, Any] | None) -> bool:

@@ -82,7 +82,7 @@ class TrainSettings(BaseModel):
     data: Paths = _setting("data")
     output_dir: Text = _setting("output_dir")
     eval_data: Paths | None = _setting("eval_data")
-    eval_fraction: float = _setting("eval_fraction", ge=0, lt=1)
+    eval_fraction: float | None = _setting("eval_fraction", ge=0, lt=1)
     group: Text | None = _setting("group")
     data_weights: Annotated[dict[str, float], BeforeValidator(weights_of)] = _setting("data_weights")
     streaming: Streaming = _setting("streaming")

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from lorakit import core, hub
+from lorakit.data import few_rows
 from lorakit.data.quality import marked, shown_tokens
 from lorakit.errors import DiskError, LorakitError, ModelError
 from lorakit.ops import choices
@@ -53,6 +54,7 @@ from lorakit.train.scaling import check_named_in_fp32, loss_scaler
 from lorakit.train.schedule import schedule
 from lorakit.train.settings import TrainSettings
 from lorakit.train.trackers import Trackers
+from lorakit.train.train_state import TrainState
 
 __all__ = ["RunResult", "run"]
 
@@ -151,7 +153,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     loader = batches.loader
     _seed_everything(seed_of(settings.seed, processes.rank))
     _load_optimizer(optimizer, named, spec, snapshot)
-    state, seeded_at = checkpoint.TrainState(), 0
+    state, seeded_at = TrainState(), 0
     if snapshot is not None:
         loader.load_state(snapshot.state.data)
         here = checkpoint.environment(spec.device, plan.dtype, spec.quantization_values, choices.to_strings(chosen))
@@ -249,6 +251,8 @@ def _report_data(spec: RunSpec, batches: RunBatches, progress: Progress) -> None
         progress.detail(f"evaluation data: {total}")
         for line in losses:
             progress.say(f"evaluation data: {line}")
+        if few := few_rows(batches.held_out_report.sequences, spec.task.target.kind == "class"):
+            progress.say(f"warning: {few}")
 
 
 def _base_bytes(model: nn.Module, spec: RunSpec) -> int:
@@ -391,7 +395,7 @@ def acceleration_lines(acceleration: Acceleration) -> list[str]:
 
 def _restore(
     snapshot: checkpoint.Snapshot, here: dict[str, Any], spec: RunSpec, progress: Progress
-) -> tuple[checkpoint.TrainState, int]:
+) -> tuple[TrainState, int]:
     """Restore the random number generators, or seed them if the checkpoint has those of another number of processes.
 
     Returns:

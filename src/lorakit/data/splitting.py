@@ -1,0 +1,408 @@
+"""Hold out data for evaluation: rows or groups of rows, or the end of a single document.
+
+Which rows are held out depends on their content and a seed, and not on their order. Rows with the same content always
+end up in the same part, so no training text is also used for evaluation. The labels of the evaluation rows have the
+proportions of all rows, as far as groups allow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from lorakit.data.records import KEY_BYTES, Document, Labeled, Record, Records, content_key, keys_of
+from lorakit.data.stored import AnyRecords, StoredRecords
+from lorakit.errors import ConfigError, DataError
+from lorakit.tables import format_count, format_percent
+
+DEFAULT_FRACTION = 0.05
+"""Fraction of the rows to hold out by default, unless that is fewer than `LEAST_ROWS`."""
+
+LEAST_ROWS = 20
+"""Number of rows to hold out by default from at least `LARGEST_FRACTION` times as many."""
+
+LARGEST_FRACTION = 0.2
+"""Largest fraction to hold out by default."""
+
+LEAST_CHARACTERS = 20_000
+"""Number of characters to hold out by default of a single document, within the same fractions."""
+
+SHORTEST_DOCUMENT = 1_000
+"""Minimum length of a single document whose end is held out, in characters."""
+
+
+Entry: TypeAlias = Mapping[Hashable, int]
+"""Label -> number of distinct rows with this label in a unit."""
+
+
+@dataclass(frozen=True, slots=True)
+class SplitRule:
+    """How rows are selected, which a resumed run must repeat.
+
+    Attributes:
+        name: Name in `run.json`.
+        by_label: Whether the labels of the evaluation rows have the proportions of all rows, and groups count by their
+            rows; else, each group counts as one row.
+        cuts_documents: Whether the end of a single document is held out.
+        least_rows: Number of rows to hold out by default from five times as many.
+    """
+
+    name: str
+    by_label: bool
+    cuts_documents: bool
+    least_rows: int
+
+
+STRATIFIED = SplitRule("stratified", by_label=True, cuts_documents=True, least_rows=LEAST_ROWS)
+HASHED = SplitRule("hashed", by_label=False, cuts_documents=False, least_rows=1)
+"""The rule of runs whose `run.json` names none: they were made before rules had names."""
+
+RULES = {rule.name: rule for rule in (STRATIFIED, HASHED)}
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Records for training and records for evaluation.
+
+    Attributes:
+        train: Training records in input order, with any notes about the input.
+        held_out: Evaluation records in input order; may be empty.
+        note: Message that says how many records were held out, or why none were.
+        rule: Name of the rule by which they were selected, or "" if none was used.
+    """
+
+    train: AnyRecords
+    held_out: AnyRecords
+    note: str
+    rule: str = field(default="", kw_only=True)
+
+    def training_records(self) -> Iterable[Record]:
+        """Return all training records; those of a stream are read from their files."""
+        return self.train
+
+    def digests(self) -> dict[str, str]:
+        """Return a dict from the path or name of each file to a SHA-256 of its content; records in memory have none."""
+        stored = [part for part in (self.train, self.held_out) if isinstance(part, StoredRecords)]
+        return {name: digest for part in stored for name, digest in part.digests().items()}
+
+
+def rule_named(name: str | None) -> SplitRule:
+    """Return the rule that a run was made with.
+
+    Args:
+        name: The name in its `run.json`, or None if that names no rule.
+
+    Raises:
+        DataError: This version of lorakit has no such rule.
+    """
+    found = RULES.get(HASHED.name if name is None else name)
+    if found is None:
+        raise DataError(
+            f"the run holds out rows by the rule {name!r}, which this version of lorakit lacks; resume it with the "
+            "version in its run.json, or start again with another --output-dir.",
+            what=name,
+            field="eval_fraction",
+            allowed=tuple(RULES),
+        )
+    return found
+
+
+def split(
+    records: Iterable[Record], fraction: float | None = None, seed: int = 0, rule: SplitRule = STRATIFIED
+) -> Split:
+    """Hold out rows for evaluation, or the end of a single document.
+
+    Which rows are held out depends on the seed and on their content, not on their order. At least one row is held out
+    if there are two or more distinct ones, and every label that occurs more than once stays in the training data.
+
+    Args:
+        records: All records.
+        fraction: Fraction of the distinct records, or of the characters of a single document, to hold out, in [0, 1).
+            None selects `DEFAULT_FRACTION`, or up to `LARGEST_FRACTION` of data that would otherwise give fewer than
+            `LEAST_ROWS` rows (`LEAST_CHARACTERS` characters).
+        seed: Seed that determines which records are held out.
+        rule: How they are selected.
+
+    Returns:
+        The training records, the evaluation records, and a message.
+
+    Raises:
+        ConfigError: The fraction is outside [0, 1).
+    """
+    if fraction is not None and not 0 <= fraction < 1:
+        raise ConfigError.of("eval_fraction", fraction, f"in [0, 1), such as {DEFAULT_FRACTION}")
+    everything = records if isinstance(records, AnyRecords) else Records(records)
+    if fraction == 0:
+        return Split(everything, Records(), "No data is held out for evaluation (eval_fraction is 0).")
+    rows = _Rows.of(everything, str(seed), rule)
+    if len(rows.entries) < 2:
+        return _cut(everything, fraction, rule) if rows.are_documents else _nothing(everything, rows.noun)
+    held, strata = rows.held_out(fraction, rule)
+    train = everything.some(np.flatnonzero(~held), everything.notes)
+    held_out = everything.some(np.flatnonzero(held))
+    verb = "is" if len(held_out) == 1 else "are"
+    total = format_count(len(everything), rows.noun)
+    if rows.has_groups:
+        count = len(np.unique(rows.unit_of[held]))
+        total += f" ({count:,} of {format_count(len(rows.entries), 'group')})"
+    how = ", stratified by label" if strata > 1 else ""
+    return Split(
+        train,
+        held_out,
+        f"{len(held_out):,} of {total} {verb} held out for evaluation (seed {seed}{how}).",
+        rule=rule.name,
+    )
+
+
+def _nothing(everything: AnyRecords, noun: str) -> Split:
+    return Split(
+        everything,
+        Records(),
+        f"No data is held out for evaluation: the data is a single {noun}. Pass --eval-data to evaluate on other data.",
+    )
+
+
+def few_rows(count: int, is_classified: bool) -> str:
+    """Return a warning about what few evaluation rows can show, or "" if there are at least `LEAST_ROWS`.
+
+    The standard error of the mean over n rows is s/√n, where s is the standard deviation of a row, and an interval of
+    95% reaches 1.96 standard errors to each side. Of right and wrong answers, s is at most 1/2.
+
+    Args:
+        count: Number of evaluation rows.
+        is_classified: Whether an accuracy is measured.
+    """
+    if count >= LEAST_ROWS or count < 1:
+        return ""
+    width = 1.96 / math.sqrt(count)
+    shown = "1 row shows" if count == 1 else f"{count} rows show"
+    what = f"an accuracy near 50% is known to ±{format_percent(min(width / 2, 0.5), 0)}"
+    if not is_classified:
+        what = f"the mean loss is known to ±{width:.1f} standard deviations of the loss of a row"
+    return (
+        f"{shown} little about the adapter: {what} (95% interval). Repeat the run with other seeds (--seed), or pass "
+        "more rows with --eval-data."
+    )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a data set, and the units that must not be divided: rows of one content or of one group.
+
+    Attributes:
+        unit_of: Number of the unit of each record, shape (records,).
+        entries: The labels of each unit, in the order in which units are held out, which the seed determines.
+        noun: What a record is, for messages.
+        are_documents: Whether all records are documents.
+        has_groups: Whether a group column was requested.
+    """
+
+    unit_of: np.ndarray[Any, Any]
+    entries: list[Entry]
+    noun: str
+    are_documents: bool
+    has_groups: bool
+
+    @classmethod
+    def of(cls, everything: AnyRecords, salt: str, rule: SplitRule) -> _Rows:
+        """Read the records once; units are numbered in the order of salted hashes of their content or group."""
+        keys, labels, are_documents = bytearray(), list[Hashable](), len(everything) > 0
+        for record in everything:
+            keys += content_key(record, salt=salt)
+            labels.append(record.label if isinstance(record, Labeled) and rule.by_label else None)
+            are_documents &= isinstance(record, Document)
+        contents = keys_of(bytes(keys))
+        groups = everything.group_keys() if isinstance(everything, StoredRecords) else None
+        digests = contents if groups is None else _group_digests(contents, groups, salt)
+        distinct, unit_of = np.unique(digests, return_inverse=True)
+        noun = "document" if are_documents or not len(everything) else "row"
+        if groups is not None:
+            noun = "row" if len(distinct) > 1 else "group of rows with the same value or the same content"
+        one: dict[Hashable, Entry] = {label: {label: 1} for label in {None, *labels}}  # shared, to save memory
+        entries: list[Entry] = [one[None]] * len(distinct)
+        _, first = np.unique(contents, return_index=True)
+        if groups is None:
+            entries = [one[labels[at]] for at in first.tolist()]
+        elif rule.by_label:
+            counted: list[Counter[Hashable]] = [Counter() for _ in distinct]
+            for at in first.tolist():
+                counted[unit_of[at]][labels[at]] += 1
+            entries = list(counted)
+        return cls(unit_of, entries, noun, are_documents, groups is not None)
+
+    def held_out(self, fraction: float | None, rule: SplitRule) -> tuple[np.ndarray[Any, Any], int]:
+        """Return whether each record is held out, shape (records,), and the number of strata."""
+        sizes = Counter[Hashable]()
+        for found in self.entries:
+            sizes.update(found)
+        rare = {label for label, size in sizes.items() if size == 1}  # one stratum, as for the values of scores
+        entries = [found if rare.isdisjoint(found) else _pooled(found, rare) for found in self.entries]
+        strata = Counter[Hashable]()
+        for found in entries:
+            strata.update(found)
+        total = strata.total()
+        count = min(total - 1, max(1, _count(total, fraction, rule.least_rows)))
+        wanted = _apportioned(strata, count)
+        return np.isin(self.unit_of, _closest(entries, wanted, strata)), len(strata)
+
+
+_POOL = object()
+"""Stratum of all labels that occur once."""
+
+
+def _pooled(found: Entry, rare: set[Hashable]) -> Entry:
+    pooled = Counter[Hashable]()
+    for label, count in found.items():
+        pooled[_POOL if label in rare else label] += count
+    return pooled
+
+
+def _count(total: int, fraction: float | None, least: int, largest: float = LARGEST_FRACTION) -> int:
+    """Return how much of a total to hold out; see `split`."""
+    if fraction is not None:
+        return round(fraction * total)
+    return max(round(DEFAULT_FRACTION * total), min(least, int(largest * total)))
+
+
+def _apportioned(strata: Counter[Hashable], count: int) -> Counter[Hashable]:
+    """Divide `count` rows among strata in proportion to their sizes, by largest remainders; one row of each stays."""
+    total, wanted = strata.total(), Counter[Hashable]()
+    quotas = {label: count * size / total for label, size in strata.items()}
+    for label, size in strata.items():
+        wanted[label] = min(int(quotas[label]), size - 1)
+    while wanted.total() < min(count, total - len(strata)):
+        free = (label for label, size in strata.items() if wanted[label] < size - 1)
+        # of equal remainders, the first one in the order of the units, which the seed determines
+        wanted[max(free, key=lambda label: quotas[label] - wanted[label])] += 1
+    return wanted
+
+
+_ATTEMPTS = 16
+"""Number of orders of the units that are tried, because large groups rarely fit at once."""
+
+
+def _closest(entries: Many[Entry], wanted: Counter[Hashable], strata: Counter[Hashable]) -> list[int]:
+    """Return the units whose rows come closest to those wanted; the order of the units decides first."""
+    best, least = list[int](), math.inf
+    for attempt in range(_ATTEMPTS):
+        first = attempt * len(entries) // _ATTEMPTS
+        chosen, off = _fitting([*range(first, len(entries)), *range(first)], entries, wanted, strata)
+        if chosen and off < least:
+            best, least = chosen, off
+        if not least:
+            break
+    if best:
+        return best
+    distances = [_change(found, wanted, Counter()) for found in entries]  # every unit is too large
+    return [distances.index(min(distances))]
+
+
+def _fitting(
+    order: Iterable[int], entries: Many[Entry], wanted: Counter[Hashable], strata: Counter[Hashable]
+) -> tuple[list[int], int]:
+    """Return the units that, in order, bring the held-out rows of the strata closer to those wanted.
+
+    Returns:
+        The units, and the squared distance that is left.
+    """
+    held, off, chosen = Counter[Hashable](), sum(count * count for count in wanted.values()), list[int]()
+    for unit in order:
+        if not off:
+            break
+        change = _change(entries[unit], wanted, held)
+        if change < 0 and all(held[label] + count < strata[label] for label, count in entries[unit].items()):
+            held.update(entries[unit])
+            off += change
+            chosen.append(unit)
+    return chosen, off
+
+
+def _change(found: Entry, wanted: Counter[Hashable], held: Counter[Hashable]) -> int:
+    """Return by how much a unit changes the squared distance between the held-out rows and those wanted."""
+    return sum(count * (count + 2 * (held[label] - wanted[label])) for label, count in found.items())
+
+
+def _group_digests(contents: np.ndarray[Any, Any], groups: np.ndarray[Any, Any], salt: str) -> np.ndarray[Any, Any]:
+    """Return a digest per record, equal for records that are connected by equal groups or equal contents.
+
+    Args:
+        contents: Content keys, shape (records,).
+        groups: Group keys, shape (records,).
+        salt: Text that determines the order of the digests.
+    """
+    names, number_of = np.unique(groups, return_inverse=True)
+    root = list(range(len(names)))
+
+    def find(number: int) -> int:
+        while root[number] != number:
+            root[number] = number = root[root[number]]
+        return number
+
+    first = dict[bytes, int]()
+    for content, number in zip(contents.tolist(), number_of.tolist(), strict=True):
+        root[find(number)] = find(first.setdefault(content, number))
+    digests = [hashlib.sha256(salt.encode() + name).digest()[:KEY_BYTES] for name in names.tolist()]
+    least = dict[int, bytes]()
+    for number, digest in enumerate(digests):
+        least[find(number)] = min(digest, least.get(find(number), digest))
+    return keys_of(b"".join(least[find(number)] for number in number_of.tolist()))
+
+
+_BORDERS = (
+    ("a blank line", re.compile(r"\n[^\S\n]*\n\s*")),
+    ("a line break", re.compile(r"\n\s*")),
+    ("the end of a sentence", re.compile(r"[.!?…。！？]['\")\]”’»」』]*\s+|[。！？][”’»」』]*")),
+    ("a space", re.compile(r"\s+")),
+)
+"""Where a document may be cut, best first: after each match."""
+
+_FARTHEST = 1 << 16
+"""Maximum distance of a cut from the wanted position, in characters."""
+
+
+def _cut(everything: AnyRecords, fraction: float | None, rule: SplitRule) -> Split:
+    """Hold out the end of a single document, which may occur several times."""
+    document = everything[0] if len(everything) else None
+    if not rule.cuts_documents or not isinstance(document, Document):
+        return _nothing(everything, "document")
+    size = sum(map(len, document.pieces()))
+    held = _count(size, fraction, LEAST_CHARACTERS)
+    at = _border(document, size - held, min(held // 2, _FARTHEST)) if size >= SHORTEST_DOCUMENT else None
+    if at is None:
+        found = _nothing(everything, "document")
+        return Split(
+            found.train, found.held_out, f"{found.note} It has no place to cut, or fewer than 1,000 characters."
+        )
+    train, held_out = everything.cut(at, at / size)
+    note = (
+        f"The last {size - at:,} of {size:,} characters of the document are held out for evaluation; pass "
+        "--eval-data to evaluate on other data."
+    )
+    return Split(train, held_out, note, rule=rule.name)
+
+
+def _border(document: Document, wanted: int, distance: int) -> int | None:
+    """Return the best place to cut a document near a position, or None if there is no space within the distance."""
+    begin, text, seen = wanted - distance, "", 0
+    for piece in document.pieces():
+        text += piece[max(0, begin - seen) : max(0, wanted + distance - seen)]
+        seen += len(piece)
+        if seen >= wanted + distance:
+            break
+    for _, border in _BORDERS:
+        ends = [
+            match.end()
+            for match in border.finditer(text)
+            if text[: match.start()].strip() and text[match.end() :].strip()
+        ]
+        if ends:
+            return begin + min(ends, key=lambda end: abs(begin + end - wanted))
+    return None
