@@ -28,6 +28,7 @@ _HOMES = {
     "disable": "core",
     "estimate": "plan",
     "get_peft_model": "peft",
+    "install_as_peft": "peft",
     "load_adapter": "core",
     "merge": "core",
     "merge_and_unload": "core",

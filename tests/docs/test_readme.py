@@ -25,7 +25,7 @@ def without_comments(code: str) -> list[str]:
     return [line.partition("#")[0].rstrip() for line in code.splitlines()]
 
 
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", [0, 2])
 def test_python_blocks_run(number: int, tmp_path: Path) -> None:
     code = blocks("README.md", "python")[number]
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -34,10 +34,24 @@ def test_python_blocks_run(number: int, tmp_path: Path) -> None:
         assert promised in done.stdout
 
 
-def test_there_are_two_python_blocks_and_every_command_is_shown() -> None:
+def test_the_trl_example_trains_with_sft_and_dpo(tmp_path: Path, tiny_model_directory: Path) -> None:
+    pytest.importorskip("trl")
+    code = blocks("README.md", "python")[1]
+    assert "install_as_peft()" in code and "SFTTrainer" in code and "DPOTrainer" in code
+    code = code.replace("HuggingFaceTB/SmolLM2-135M", str(tiny_model_directory))
+    for name in ("runs/sft", "runs/dpo"):
+        code = code.replace(f'"{name}"', f'"{name}", report_to=[], use_cpu=True, bf16=False, save_steps=2')
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("sft", "dpo"):
+        saved = tmp_path / "runs" / name / "checkpoint-2"
+        assert (saved / "lorakit.json").is_file() and not (saved / "model.safetensors").exists()
+
+
+def test_there_are_three_python_blocks_and_every_command_is_shown() -> None:
     from lorakit.cli import COMMANDS
 
-    assert len(blocks("README.md", "python")) == 2
+    assert len(blocks("README.md", "python")) == 3
     assert {arguments[0] for arguments in commands()} == set(COMMANDS)
 
 

@@ -187,6 +187,16 @@ def test_unmodified_trainers(peft: bool, tiny_model_directory: Any, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_trainers_of_trl_without_installing(tiny_model_directory: Any, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    assert run("without_installing", tiny_model_directory, tmp_path / "runs", peft=True, links=tmp_path / "links") == [
+        *(f"{name}, {given}" for name in ("SFTTrainer", "DPOTrainer") for given in ("config", "model")),
+        "the mixin trains",
+        "classes are as usual otherwise",
+    ]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("peft", [True, False], ids=["peft_installed", "peft_absent"])
 def test_adapters_of_bare_models(peft: bool, tiny_model_directory: Any, tmp_path: Path) -> None:
     files = tmp_path / "files"

@@ -6,17 +6,45 @@ Some messages start with PEFT's wording, because programs match on that wording.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from lorakit.config.nested import CordaConfig, EvaConfig, LoftQConfig
 from lorakit.config.types import BIAS_CHOICES, PeftType, TaskType, Value
-from lorakit.errors import ConfigError, ConfigTypeError, did_you_mean, warn_caller
+from lorakit.errors import ConfigError, ConfigTypeError, UsageError, did_you_mean, warn_caller
 
 if TYPE_CHECKING:
     from lorakit.config.lora import LoraConfig
 
 Number = TypeVar("Number", int, float)
+
+
+def checked_class(given: object) -> type:
+    """Return an object's class to whoever asks for it, except to a TRL trainer that uses another package named peft.
+
+    `isinstance` asks an object for `__class__` if the object is not an instance, so this is where a trainer that does
+    not know the object is noticed; it would fail later, with a message that does not name the cause.
+
+    Args:
+        given: A config or a model of `lorakit.peft`, whose `__class__` is being read.
+
+    Raises:
+        UsageError: The constructor of a TRL trainer asks.
+    """
+    frame = sys._getframe(2)
+    if frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("accelerate."):
+        frame = frame.f_back  # accelerate's `is_peft_model`
+    is_trainer = frame.f_code.co_name == "__init__" and frame.f_globals.get("__name__", "").startswith("trl.")
+    if is_trainer and getattr(sys.modules.get("peft"), "__name__", "") != "lorakit.peft":
+        kind, trainer = type(given).__name__, type(frame.f_locals.get("self")).__name__
+        raise UsageError(
+            f"{trainer} does not know this {kind} of lorakit.peft, because TRL was imported with another peft; call "
+            "lorakit.install_as_peft() before importing trl and transformers' trainer.",
+            what=kind,
+            field="peft_config",
+        )
+    return type(given)
 
 
 def task(value: TaskType | str | None) -> TaskType | None:

@@ -377,6 +377,11 @@ class LoraConfig(PeftConfig):
         checks.check_together(self)
         self.custom_modules: dict[type, type] | None = None
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The class; the constructor of a TRL trainer that uses another peft gets an error."""
+        return checks.checked_class(self)
+
     def own_numbers(self, path: str, rank: int, out_features: int, in_features: int) -> int:
         """Return how many more parameters the variant trains than plain LoRA at a dense site or embedding.
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, PeftConfig, PeftType, TaskType, read_config
+from lorakit.config.checks import checked_class
 from lorakit.config.types import Value
 from lorakit.core.shards import is_sharded
 from lorakit.errors import AdapterError, ConfigError, warn_caller
@@ -61,6 +62,15 @@ class PeftModel(OverModel):
             self.prepare_model_for_gradient_checkpointing(model)
 
     inner = "base_model"
+
+    @property
+    def __class__(self) -> type:
+        """The class; the constructor of a TRL trainer that uses another peft gets an error."""
+        return checked_class(self)
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        vars(object)["__class__"].__set__(self, kind)  # FSDP2 and parametrizations replace the class of a module
 
     @property
     def active_peft_config(self) -> LoraConfig:
