@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit import durable
-from lorakit.errors import MissingExtra, RunError
+from lorakit.errors import MissingExtra, RunError, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,13 +110,15 @@ def loss_plot(metrics: Metrics, path: str | Path, title: str = "") -> None:
         _mark_best(axes, steps, losses)
     axes.set_xlabel("optimizer step", color=_INK)
     axes.set_ylabel("loss (nats per token)", color=_INK)
-    axes.set_title(title, color=_INK, loc="left", fontsize=11)
+    axes.set_title(printable(title, one_line=True), color=_INK, loc="left", fontsize=11, parse_math=False)
     axes.grid(color=_GRID, linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     if train or evaluations:
         axes.legend(frameon=False)
     buffer = io.BytesIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})  # savefig would compute the layout twice
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the font may lack characters of the title
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})  # savefig would compute the layout twice
     durable.write_bytes(path, buffer.getvalue())
 
 

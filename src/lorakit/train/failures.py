@@ -24,6 +24,11 @@ _FAILED, _REPORTING = "lorakit/failed", "lorakit/reporting"  # keys in the store
 _REPORT_SECONDS = 10
 
 
+def describe(cause: BaseException) -> str:
+    """Return the class and the message of an exception that lorakit did not raise, in one line."""
+    return f"{type(cause).__name__}: {' '.join(str(cause).split()) or 'no message'}"
+
+
 @dataclass(frozen=True)
 class Failure:
     """An error of another process: its class in `lorakit.errors`, its message and its fields."""
@@ -42,8 +47,7 @@ class Failure:
         kind = type(cause).__name__
         if isinstance(cause, LorakitError) and hasattr(lorakit.errors, kind):
             return cls(kind, str(cause), cause.fields)
-        text = " ".join(str(cause).split()) or "no message"
-        return cls("RunError", f"unexpected {kind}: {text}", {"what": kind, "field": None})
+        return cls("RunError", f"unexpected {describe(cause)}", {"what": kind, "field": None})
 
     def error(self, rank: int) -> LorakitError:
         """Return the error, to be raised in another process.

@@ -1,6 +1,7 @@
 """The end of a run: publish the adapter with its tokenizer and model card, plot the loss, and write `run.json`.
 
-The adapter's files are copied byte for byte from the chosen checkpoint.
+The adapter's files are copied byte for byte from the chosen checkpoint. What the adapter does not need (plot, model
+card, the base's tokenizer) cannot fail the run: its errors become notes.
 """
 
 from __future__ import annotations
@@ -10,22 +11,25 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lorakit import durable
-from lorakit.errors import DiskError, MissingExtra, RunError
+from lorakit.errors import LorakitError, RunError
 from lorakit.machine import peak_rss_bytes
 from lorakit.report import loss_plot, read_metrics
 from lorakit.tables import format_bytes, format_percent, format_rate, format_seconds
 from lorakit.train import checkpoint, run_folder
 from lorakit.train.evaluation import evaluate
+from lorakit.train.failures import describe
 from lorakit.train.int8_base import NAME, restore
 from lorakit.train.model_card import evaluation_line, metrics_line, model_card
 from lorakit.train.run_adapter import metrics_at, undefined_at, write_tokenizer
 from lorakit.train.run_context import Run
+
+T = TypeVar("T")
 
 _WEIGHTS = "adapter_model.safetensors"
 _CHECKPOINT_ONLY = {checkpoint.MANIFEST, checkpoint.STATE, checkpoint.OPTIMIZER, checkpoint.RANDOM}
@@ -166,8 +170,8 @@ def finish(run: Run) -> RunResult:
                 f"{state.skipped_steps} of {state.step} steps were skipped, because gradients overflowed float16; the "
                 "loss scale was lowered, and these steps did not advance the learning rate schedule."
             )
-        original = _on_original_weights(run, notes)
-        notes.append(_plot_loss(folder, f"{run.spec.source.base_name}: loss by step"))
+        original = _attempt("the evaluation on the original weights", lambda: _on_original_weights(run, notes), notes)
+        _plot_loss(folder, f"{run.spec.source.base_name}: loss by step", notes)
         loss = state.loss_at(step)
         if loss is not None and state.first_loss is not None and loss >= state.first_loss:
             before = run.spec.before_training
@@ -200,11 +204,22 @@ def finish(run: Run) -> RunResult:
         base_matmul=run.spec.base_matmul,
         original_base_loss=original,
     )
+    unrecorded = list[str]()
+    write = run_folder.write_record
+    _attempt("run.json", lambda: write(folder, {**run.record(), "result": result.as_dict()}), unrecorded)
+    if not unrecorded:
+        return result
+    _attempt("run.json", lambda: write(folder, run.record()), [])  # at least the final status
+    return dataclasses.replace(result, notes=(*notes, *unrecorded, "The result of the run was not recorded."))
+
+
+def _attempt(what: str, work: Callable[[], T], notes: list[str]) -> T | None:
+    """Return the result of work that the adapter does not depend on; if it fails, add a note and return None."""
     try:
-        run_folder.write_record(folder, {**run.record(), "result": result.as_dict()})
-    except DiskError as cause:  # the adapter is complete regardless
-        return dataclasses.replace(result, notes=(*result.notes, f"{cause} The result of the run was not recorded."))
-    return result
+        return work()
+    except Exception as cause:  # noqa: BLE001 - plots and files of other packages may raise anything
+        notes.append(str(cause) if isinstance(cause, LorakitError) else f"{what} failed ({describe(cause)}).")
+        return None
 
 
 def _on_original_weights(run: Run, notes: list[str]) -> float | None:
@@ -245,18 +260,19 @@ def _chosen(run: Run, notes: list[str]) -> tuple[int, Path]:
 
 
 def _publish(run: Run, step: int, source: Path, notes: list[str]) -> Path:
-    """Publish the adapter; omit the base's tokenizer if the disk has no room for it."""
+    """Publish the adapter; omit the base's tokenizer if it cannot be written."""
     try:
-        return publish_adapter(run, step, source)
-    except DiskError as cause:
+        return publish_adapter(run, step, source, notes)
+    except Exception as cause:
         if run.spec.has_own_tokenizer:  # the base's differs from it
             raise
-        adapter = publish_adapter(run, step, source, with_tokenizer=False)
-        notes.append(f"{cause} {adapter} was saved without a tokenizer; use the base's.")
+        adapter = publish_adapter(run, step, source, notes, with_tokenizer=False)
+        reason = str(cause) if isinstance(cause, LorakitError) else f"Saving the tokenizer failed ({describe(cause)})."
+        notes.append(f"{reason} {adapter} was saved without a tokenizer; use the base's.")
         return adapter
 
 
-def publish_adapter(run: Run, step: int, source: Path, *, with_tokenizer: bool = True) -> Path:
+def publish_adapter(run: Run, step: int, source: Path, notes: list[str], *, with_tokenizer: bool = True) -> Path:
     """Atomically publish a checkpoint's adapter, together with a model card, in `adapter/`.
 
     Args:
@@ -264,6 +280,7 @@ def publish_adapter(run: Run, step: int, source: Path, *, with_tokenizer: bool =
         step: The step at which the adapter was saved.
         source: Directory of a verified checkpoint, or of an adapter saved without one; in the latter case, files are
             hard-linked instead of copied, because the disk was full.
+        notes: Receives a note if there is no model card.
         with_tokenizer: Whether to include the tokenizer.
 
     Returns:
@@ -280,7 +297,9 @@ def publish_adapter(run: Run, step: int, source: Path, *, with_tokenizer: bool =
                 _copy(path, temporary / path.name, linked=linked)
         if with_tokenizer:
             write_tokenizer(run.spec.tokenizer, temporary)
-        durable.write_text(temporary / "README.md", model_card(temporary, run.trainable_parameters, run.record()))
+        card = _attempt("the model card", lambda: model_card(temporary, run.trainable_parameters, run.record()), notes)
+        if card is not None:
+            durable.write_text(temporary / "README.md", card)
     return final
 
 
@@ -292,11 +311,8 @@ def _copy(path: Path, target: Path, *, linked: bool) -> None:
     shutil.copyfile(path, target)
 
 
-def _plot_loss(folder: Path, title: str) -> str:
-    """Draw `loss.svg` if matplotlib is installed; return a message with the file's path or the reason it is missing."""
-    path = folder / run_folder.PLOT_FILE
-    try:
-        loss_plot(read_metrics(folder), path, title)
-    except (MissingExtra, DiskError) as cause:
-        return str(cause)
-    return f"Loss by step: {path}"
+def _plot_loss(folder: Path, title: str, notes: list[str]) -> None:
+    """Draw `loss.svg` if matplotlib is installed; add a note with the file's path or the reason it is missing."""
+    path, failed = folder / run_folder.PLOT_FILE, list[str]()
+    _attempt(run_folder.PLOT_FILE, lambda: loss_plot(read_metrics(folder), path, title), failed)
+    notes += failed or [f"Loss by step: {path}"]

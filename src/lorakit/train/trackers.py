@@ -293,7 +293,7 @@ class Trackers:
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 yield
-        except Exception as cause:  # noqa: BLE001 - a tracker can raise anything, and the run does not depend on it
+        except (Exception, SystemExit) as cause:  # noqa: BLE001 - the run does not depend on a tracker
             self._open.pop(name, None)
             self._say(
                 f"warning: {name} failed and receives no more metrics ({type(cause).__name__}: {cause}); the run "

@@ -36,6 +36,7 @@ from lorakit.tables import format_count
 from lorakit.tasks import load_model_for
 from lorakit.train import checkpoint, sharding
 from lorakit.train.agreement import check_alike, check_rows, check_same_base, share_tensors
+from lorakit.train.failures import describe as described
 from lorakit.train.fitting import Probe, longest_rows, settle
 from lorakit.train.interrupts import stoppable
 from lorakit.train.loop import Loop
@@ -465,21 +466,26 @@ def _unchanged_on_failure(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _failure_recorded(current: Run) -> Iterator[None]:
-    """If the block raises a `LorakitError`, record it in `run.json`; for a `DiskError`, also list what was saved."""
+    """If the block raises any exception, record it in `run.json`; for a `DiskError`, also list what was saved."""
     folder = current.spec.folder
     try:
         yield
-    except LorakitError as cause:
+    except BaseException as cause:
+        raised = cause
         if isinstance(cause, DiskError):
             text = f"{cause} {checkpoint.describe_saved(folder)}"
-            cause = DiskError(text, **cause.fields).with_traceback(cause.__traceback__)
-        current.status = "failed"
-        if not current.spec.processes.is_first:
+            raised = DiskError(text, **cause.fields).with_traceback(cause.__traceback__)
+        current.status = "interrupted" if isinstance(cause, KeyboardInterrupt) else "failed"
+        if current.spec.processes.is_first:
+            known = raised if isinstance(raised, LorakitError) else None
+            error = (
+                {"code": known.code, "message": str(known)} if known else {"code": None, "message": described(cause)}
+            )
+            with contextlib.suppress(DiskError):
+                write_record(folder, {**current.record(), "error": error})
+        if raised is cause:
             raise
-        error = {"code": cause.code, "message": str(cause)}
-        with contextlib.suppress(DiskError):
-            write_record(folder, {**current.record(), "error": error})
-        raise cause
+        raise raised from cause
 
 
 @contextlib.contextmanager
