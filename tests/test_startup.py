@@ -38,7 +38,9 @@ def test_a_light_public_name_loads_no_torch() -> None:
     assert not loaded_by("from lorakit import LoraConfig, TaskType, LorakitError, estimate") & HEAVY
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
+@pytest.mark.parametrize(
+    "words", [[], ["--help"], ["--version"], ["train", "--help-all"], *([command, "--help"] for command in COMMANDS)]
+)
 def test_help_loads_no_torch(words: list[str]) -> None:
     found = loaded_by(f"from lorakit.cli import main; assert main({words}) == 0")
     assert not found & HEAVY

@@ -17,6 +17,7 @@ import torch
 from lorakit import cli, core, hub
 from lorakit.data import encoding
 from lorakit.train import checkpoint, loop, run_folder
+from lorakit.train.defaults import ALIASES, DEFAULTS
 from lorakit.train.evaluation import Evaluation
 
 from ..docs.test_format import listed
@@ -664,12 +665,28 @@ def test_random_generators_are_left_as_they_were(train: Train) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_help_gives_every_flag_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", "--help"]) == 0
-    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for flag in ("--learning-rate", "--early-stopping-patience", "--gradient-checkpointing", "--config", "--resume"):
-        assert flag in text
+def test_help_in_full_gives_every_flag_with_its_reason_by_group(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help-all"]) == 0
+    said = capsys.readouterr().out
+    text = " ".join(said.replace("│", " ").split())
+    for name in ("config", "nproc", *DEFAULTS):
+        assert f"--{name.replace('_', '-')} " in text
     assert "Default 16: enough to learn a new task" in text
+    titles = [line.split("─")[1].strip() for line in said.splitlines() if line.startswith("╭")]
+    assert titles == ["Parameters", *dict.fromkeys(row.group for row in DEFAULTS.values())]
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_shows_the_settings_that_people_change_on_one_screen(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", flag, "--r", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 80
+    shown = [line.split()[0] for line in lines if line.startswith("  --")]
+    known = {f"--{name.replace('_', '-')}" for name in (*DEFAULTS, *ALIASES)}
+    assert len(shown) == len(set(shown)) == 20 and set(shown) <= known
+    assert "--help-all" in " ".join(lines)
 
 
 def test_lorafa_and_rates_by_pattern_reach_the_run(train: Train, tmp_path: Path) -> None:

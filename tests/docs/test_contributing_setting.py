@@ -26,7 +26,7 @@ from lorakit.train.settings_sources import gather
 folder, file = Path(sys.argv[1]), Path(sys.argv[2])
 given = {"model": "m", "data": "a.txt", "output_dir": str(folder)}
 settings = gather(given, file)
-assert main(["train", "--help"]) == 0
+assert main(["train", "--help-all"]) == 0
 wrong = main(["train", "--model", "m", "--data", "a.txt", "--output-dir", "b", "--patience-margin", "-1"])
 (folder / "run.json").write_text(json.dumps({"format": 1, "settings": settings.as_dict()}))
 try:

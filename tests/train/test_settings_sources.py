@@ -66,7 +66,10 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rat: 1\n", "learning_rat is not a setting; see `lorakit train --help`. Did you mean learning_rate?"),
+        (
+            "learning_rat: 1\n",
+            "learning_rat is not a setting; see `lorakit train --help-all`. Did you mean learning_rate?",
+        ),
         ("r: 4\nr: 8\n", "duplicate key 'r'"),
         ("max-steps: 4\nmax_steps: 8\n", "a setting is given twice"),
         ("- r\n", "`learning_rate: 3e-4`"),

@@ -142,6 +142,13 @@ def _dispatch(tokens: list[str]) -> int:
     if tokens and not tokens[0].startswith("-") and tokens[0] not in COMMANDS:
         text = f"unknown command {tokens[0]!r}; choose from {', '.join(COMMANDS)}.{did_you_mean(tokens[0], COMMANDS)}"
         raise UsageError(text, what=tokens[0], allowed=COMMANDS)
+    words = tokens[: tokens.index("--")] if "--" in tokens else tokens
+    if words[:1] == ["train"] and {"--help", "-h"} & set(words):
+        from lorakit.cli.train import brief_help
+
+        console.say(brief_help())
+        return 0
+    tokens = ["--help" if number < len(words) and word == "--help-all" else word for number, word in enumerate(tokens)]
     result = application()(tokens, exit_on_error=False, print_error=False, verbose=False)
     return result if isinstance(result, int) else 0
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from lorakit import allocator
 from lorakit.cli import console
@@ -38,13 +38,44 @@ if TYPE_CHECKING:
     from lorakit.train.settings import TrainSettings
 
 
+_SHORT = {name: f"--{alias.replace('_', '-')}" for alias, name in ALIASES.items()}
+
+
+def brief_help() -> str:
+    """Return the help for the settings that people change most, by group, in lines of at most 80 characters."""
+    lines = ["Usage: lorakit train --model MODEL --data FILE... --output-dir DIR [OPTIONS]", "", _ABOUT]
+    group = ""
+    for name, row in DEFAULTS.items():
+        if not row.brief:
+            continue
+        lines += [f"{row.group}:"] if row.group != group else []
+        group = row.group
+        flag = _SHORT.get(name, f"--{name.replace('_', '-')}")
+        lines.append(f"  {flag:<30}{row.brief}{'' if row.value is ... else f' [{row.default}]'}")
+    return "\n".join([*lines, _MORE])
+
+
+_ABOUT = """Train an adapter and save it in a run directory. Press Ctrl-C once to finish the
+step and save a checkpoint for --resume.
+"""
+
+_MORE = """
+--config FILE reads settings from YAML; --nproc N starts N processes; --verbose
+and --json change the output. `lorakit train --help-all` explains all settings
+and the reason for each default."""
+
+
 def _flags() -> type:
     """Return a dataclass with one flag per setting; a flag that is not given is None and overrides nothing."""
-    short = {name: f"--{alias.replace('_', '-')}" for alias, name in ALIASES.items()}
+    titles = dict.fromkeys(row.group for row in DEFAULTS.values())
+    groups = {title: Group(title, sort_key=number) for number, title in enumerate(titles)}
     fields = [
         (
             name,
-            Annotated[(row.flag or type(row.value)) | None, Parameter(help=row.help(), alias=short.get(name))],
+            Annotated[
+                (row.flag or type(row.value)) | None,
+                Parameter(help=row.help(), alias=_SHORT.get(name), group=groups[row.group]),
+            ],
             field(default=None),
         )
         for name, row in DEFAULTS.items()

@@ -1,12 +1,13 @@
 """Training defaults: one table with the meaning of each setting, its default, and the reason for the default.
 
-`--help` prints this table, and `settings.py` takes its defaults from it; no other module defines training defaults.
+`--help` prints its most used rows and `--help-all` all of them, and `settings.py` takes its defaults from it; no other
+module defines training defaults.
 `LoraConfig` keeps PEFT's defaults, which suit code written for PEFT. This module neither checks nor reads settings.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 Stored = Literal["nf4", "fp4", "int8", "int8-torchao", "hqq4", "hqq8"]
@@ -40,11 +41,13 @@ class Default:
     """A training setting: its meaning, its default, and the reason for the default.
 
     Attributes:
-        meaning: What the setting does, as shown in `--help`.
+        meaning: What the setting does, as shown in `--help-all`.
         value: The default; `...` if the setting is required, None if it is off or depends on other settings.
-        reason: Reason for the default, as shown in `--help`; empty if the setting is required.
-        shown: Text that `--help` shows for the default; None means `str(value)`, or "off" for False.
+        reason: Reason for the default, as shown in `--help-all`; empty if the setting is required.
+        shown: Text that stands for the default; None means `str(value)`, or "off" for False.
         flag: Type of the flag, if it differs from the type of `value`.
+        brief: The meaning in a few words, for the settings that people change most; `--help` shows only these.
+        group: Title of the group that the setting belongs to.
     """
 
     meaning: str
@@ -52,23 +55,28 @@ class Default:
     reason: str = ""
     shown: str | None = None
     flag: type | None = None
+    brief: str = ""
+    group: str = ""
+
+    @property
+    def default(self) -> str:
+        """The text that stands for the default."""
+        return self.shown if self.shown is not None else "off" if self.value is False else str(self.value)
 
     def help(self) -> str:
         """Return the help text of the setting: its meaning, its default and the reason for the default."""
         if self.value is ...:
             return f"{self.meaning}."
-        plain = "off" if self.value is False else str(self.value)
-        shown = self.shown if self.shown is not None else plain
-        return f"{self.meaning}. Default {shown}: {self.reason}."
+        return f"{self.meaning}. Default {self.default}: {self.reason}."
 
 
-DEFAULTS: dict[str, Default] = {
-    # inputs and outputs
+_INPUTS: dict[str, Default] = {
     "model": Default(
         "Model directory, GGUF file, Hub id, or smollm2 (the packaged model); may be omitted if --from-adapter names "
         "its base",
         ...,
         flag=str,
+        brief="Model directory, GGUF file, Hub id, or smollm2",
     ),
     "revision": Default(
         "Branch, tag or commit of the base model, if it is on the Hub",
@@ -82,9 +90,22 @@ DEFAULTS: dict[str, Default] = {
         "Hub data sets such as hf:owner/name:train",
         ...,
         flag=list[str],
+        brief="Files, directories, patterns or Hub data sets",
     ),
-    "output_dir": Default("Run directory: run.json, metrics.jsonl, checkpoints, adapter", ..., flag=str),
-    "eval_data": Default("Evaluation files", None, "a fraction of the training data is held out", "none", list[str]),
+    "output_dir": Default(
+        "Run directory: run.json, metrics.jsonl, checkpoints, adapter",
+        ...,
+        flag=str,
+        brief="Run directory: records, checkpoints, adapter",
+    ),
+    "eval_data": Default(
+        "Evaluation files",
+        None,
+        "a fraction of the training data is held out",
+        "none",
+        list[str],
+        brief="Evaluation files",
+    ),
     "eval_fraction": Default(
         "Fraction of rows (or of the end of a single document) to hold out if --eval-data is not given; rows are "
         "stratified by label",
@@ -134,6 +155,7 @@ DEFAULTS: dict[str, Default] = {
         "columns with the usual names are recognized",
         "none",
         list[str],
+        brief="Columns of the data as FIELD=COLUMN",
     ),
     "overlong": Default(
         "Select what happens to rows with more than --max-length tokens: truncate, drop, split (into windows) or error",
@@ -155,13 +177,16 @@ DEFAULTS: dict[str, Default] = {
         "stop",
         "an invalid row usually means that the file is damaged or was misread",
     ),
-    # task
+}
+
+_TASK: dict[str, Default] = {
     "task": Default(
         f"Select the task: {', '.join(TASK_NAMES)}",
         None,
         "the shape of the data and the model determine it",
         "auto",
         str,
+        brief="causal-lm, classification, embedding, ...",
     ),
     "label_type": Default(
         "Select what a label is: class, classes (any number per row), score (a number) or auto",
@@ -181,7 +206,9 @@ DEFAULTS: dict[str, Default] = {
         "auto",
         "the letters of the tags show the scheme",
     ),
-    # adapter
+}
+
+_ADAPTER: dict[str, Default] = {
     "from_adapter": Default(
         "Train an existing adapter further: an adapter directory, a run directory, a checkpoint or a Hub id; the "
         "settings of the adapter, such as --r and --target-modules, are taken from it",
@@ -189,18 +216,25 @@ DEFAULTS: dict[str, Default] = {
         "a run trains a new adapter",
         "none",
         str,
+        brief="Adapter to train further",
     ),
     "from_optimizer": Default(
         "Also continue with the optimizer state of the run that trained --from-adapter",
         False,
         "moments from other data would steer the first steps; needs the checkpoint at the adapter's step",
     ),
-    "r": Default("Rank of the adapter", 16, "enough to learn a new task from a few MB of data; above 32 rarely helps"),
+    "r": Default(
+        "Rank of the adapter",
+        16,
+        "enough to learn a new task from a few MB of data; above 32 rarely helps",
+        brief="Rank of the adapter",
+    ),
     "lora_alpha": Default(
         "Numerator of the scale: the delta is (alpha / r) B A",
         32,
         "twice the default r, for the usual scale of 2",
         flag=float,
+        brief="Numerator of the scale alpha / r",
     ),
     "lora_dropout": Default(
         "Dropout rate applied to the adapter's input",
@@ -212,6 +246,7 @@ DEFAULTS: dict[str, Default] = {
         "all-linear",
         "adapting attention and MLP works better than adapting attention alone with the same number of parameters",
         flag=list[str],
+        brief="Modules to adapt",
     ),
     "new_tokens": Default(
         "Add tokens to the vocabulary, such as '<think>,</think>', and train only their rows in the embedding and the "
@@ -239,7 +274,9 @@ DEFAULTS: dict[str, Default] = {
         "none",
         "with the same rank everywhere, the size of the adapter is predictable",
     ),
-    # other fields of LoraConfig
+}
+
+_FIELDS: dict[str, Default] = {
     "target_parameters": Default(
         "Adapt parameters that are not the weight of a layer, such as mlp.experts.down_proj; without --target-modules, "
         "only these",
@@ -319,7 +356,9 @@ DEFAULTS: dict[str, Default] = {
     "eva_config": Default("Settings of the init eva as a JSON object", None, "PEFT's values", "none", str),
     "corda_config": Default("Settings of the init corda as a JSON object", None, "PEFT's values", "none", str),
     "lora_ga_config": Default("Settings of the init lora_ga as a JSON object", None, "PEFT's values", "none", str),
-    # optimizer
+}
+
+_OPTIMIZER: dict[str, Default] = {
     "optimizer": Default(
         "Select the optimizer: adamw; adamw8bit, with 8-bit state (bitsandbytes); lorafa, which freezes A and "
         "corrects B's gradient accordingly (LoRA-FA); or muon, which orthogonalizes the updates of A and B",
@@ -327,7 +366,11 @@ DEFAULTS: dict[str, Default] = {
         "lorafa saves memory, because only A's gradient needs the layer input, but learns slightly less",
     ),
     "learning_rate": Default(
-        "Peak learning rate", 3e-4, "ten times that of full fine-tuning, as is typical for LoRA with alpha = 2r", "3e-4"
+        "Peak learning rate",
+        3e-4,
+        "ten times that of full fine-tuning, as is typical for LoRA with alpha = 2r",
+        "3e-4",
+        brief="Peak learning rate",
     ),
     "loraplus_lr_ratio": Default(
         "Ratio of B's learning rate to A's (LoRA+)", None, "A and B share one rate; LoRA+ uses 4 to 16", "1", float
@@ -373,23 +416,44 @@ DEFAULTS: dict[str, Default] = {
     "max_grad_norm": Default(
         "Clip the gradient to this norm; 0 disables clipping", 1.0, "keeps a single unusual batch from ruining a run"
     ),
-    # length
-    "max_steps": Default("Stop after N optimizer steps", None, "--num-train-epochs sets the length", "none", int),
+}
+
+_LENGTH: dict[str, Default] = {
+    "max_steps": Default(
+        "Stop after N optimizer steps",
+        None,
+        "--num-train-epochs sets the length",
+        "none",
+        int,
+        brief="Stop after N optimizer steps",
+    ),
     "num_train_epochs": Default(
         "Passes over the data",
         3.0,
         "the step with the lowest evaluation loss is kept, so an extra pass costs only time",
+        brief="Passes over the data",
     ),
-    "per_device_train_batch_size": Default("Rows per batch", 4, "fits on a small machine at 512 tokens per row"),
+    "per_device_train_batch_size": Default(
+        "Rows per batch",
+        4,
+        "fits on a small machine at 512 tokens per row",
+        brief="Rows per batch",
+    ),
     "gradient_accumulation_steps": Default(
-        "Batches per optimizer step", 1, "with little data, many small steps learn faster than a few large ones"
+        "Batches per optimizer step",
+        1,
+        "with little data, many small steps learn faster than a few large ones",
+        brief="Batches per optimizer step",
     ),
     "max_length": Default(
         "Maximum sequence length in tokens (documents are split; chats and completions are truncated)",
         512,
         "about a page of text; memory use and attention cost grow with the length",
+        brief="Maximum sequence length in tokens",
     ),
-    # precision and machine
+}
+
+_MACHINE: dict[str, Default] = {
     "dtype": Default(
         "Precision of the base: auto, bfloat16, float16 or float32; adapter and optimizer are always float32",
         "auto",
@@ -401,6 +465,7 @@ DEFAULTS: dict[str, Default] = {
         "an unquantized base is exact; nf4 takes about a quarter of the memory of bf16 (QLoRA)",
         "none",
         str,
+        brief="Quantize the base: nf4, int8, ...",
     ),
     "double_quantization": Default(
         "Also quantize the scales of nf4 and fp4", True, "saves 0.37 bits per parameter and adds almost no error", "on"
@@ -423,7 +488,12 @@ DEFAULTS: dict[str, Default] = {
         False,
         "the memory of the base is then one and a half times that of a bf16 base",
     ),
-    "seed": Default("Seed for all randomness: initial A, dropout, data order and split", 0, "makes runs reproducible"),
+    "seed": Default(
+        "Seed for all randomness: initial A, dropout, data order and split",
+        0,
+        "makes runs reproducible",
+        brief="Seed for all randomness",
+    ),
     "device": Default("Select the device: cpu, cuda, cuda:N, mps or auto", "auto", "an accelerator if available"),
     "recompute": Default(
         "Recompute activations in the backward pass: none, feed-forward (the outputs of the gate and up projections) "
@@ -469,9 +539,16 @@ DEFAULTS: dict[str, Default] = {
         "on some processors, splitting some matmuls doubles their speed; results agree within rounding error",
         "on",
     ),
-    # evaluation and checkpoints
+}
+
+_EVALUATION: dict[str, Default] = {
     "eval_steps": Default(
-        "Evaluate every N steps", None, "ten evaluations show how the loss changes", "10% of the run", int
+        "Evaluate every N steps",
+        None,
+        "ten evaluations show how the loss changes",
+        "10% of the run",
+        int,
+        brief="Evaluate every N steps",
     ),
     "save_steps": Default(
         "Save a checkpoint every N steps", None, "limits how much work is lost in a crash", "same as --eval-steps", int
@@ -493,9 +570,26 @@ DEFAULTS: dict[str, Default] = {
         "Resume from the newest valid checkpoint in --output-dir, with the settings of that run",
         False,
         "a new run starts in a new directory",
+        brief="Resume the run in --output-dir",
     ),
     "overwrite": Default("Replace the run in --output-dir", False, "no run is deleted by accident"),
 }
+
+_GROUPS: dict[str, dict[str, Default]] = {
+    "Inputs and outputs": _INPUTS,
+    "Task": _TASK,
+    "Adapter": _ADAPTER,
+    "Other fields of LoraConfig": _FIELDS,
+    "Optimizer": _OPTIMIZER,
+    "Length": _LENGTH,
+    "Precision and machine": _MACHINE,
+    "Evaluation and checkpoints": _EVALUATION,
+}
+
+DEFAULTS: dict[str, Default] = {
+    name: replace(row, group=group) for group, rows in _GROUPS.items() for name, row in rows.items()
+}
+"""Name of a setting -> its row, in the order of `--help-all`."""
 
 CHANGEABLE_ON_RESUME = frozenset(
     {

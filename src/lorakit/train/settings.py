@@ -320,7 +320,7 @@ def check_names(values: dict[str, Any], where: str = "") -> None:
 def _unknown(name: str) -> str:
     here = NAMES_ELSEWHERE.get(name)
     hint = did_you_mean(name, TrainSettings.model_fields) if here is None else f" The corresponding setting is {here}."
-    return f"{name} is not a setting; see `lorakit train --help`.{hint}"
+    return f"{name} is not a setting; see `lorakit train --help-all`.{hint}"
 
 
 def _error(cause: ValidationError) -> ConfigError:

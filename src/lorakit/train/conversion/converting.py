@@ -84,7 +84,7 @@ class Conversion:
     Attributes:
         source: The converted file.
         tool: Name of the tool that the file was written for.
-        settings: Name of a setting -> value, in the order of `lorakit train --help`.
+        settings: Name of a setting -> value, in the order of `lorakit train --help-all`.
         changed: Keys whose meaning differs.
         dropped: Keys without a counterpart.
         written_out: Keys of the tool's defaults that are written out, because lorakit's defaults differ.

@@ -69,7 +69,7 @@ def _factory_bits(draft: Draft, key: str, value: JsonValue) -> None:
     hqq = str(method) == "hqq"
     found = {"4": "hqq4" if hqq else str(kind), "8": "hqq8" if hqq else "int8"}.get(str(value))
     if found is None or str(method) not in ("bitsandbytes", "bnb", "hqq"):
-        draft.drop(key, f"{value} bits with {method} are not available; see quantization in `lorakit train --help`")
+        draft.drop(key, f"{value} bits with {method} are not available; see quantization in `lorakit train --help-all`")
     else:
         draft.set(key, "quantization", found)
 
