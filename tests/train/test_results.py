@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from lorakit import durable
 from lorakit.errors import DiskError
-from lorakit.train import results, trainer
+from lorakit.train import results, run_adapter, trainer
 from lorakit.train.settings import TrainSettings
 from lorakit.train.trackers import TRACKERS, TrackerKind
 from lorakit.train.trainer import RunResult, run
@@ -62,7 +63,7 @@ def fails(*_: Any, **__: Any) -> Any:
     ("place", "name", "missing"),
     [
         (results, "loss_plot", "loss.svg"),
-        (results, "model_card", "adapter/README.md"),
+        (run_adapter, "model_card", "adapter/README.md"),
         (results, "read_metrics", "loss.svg"),
     ],
     ids=["plot", "card", "metrics"],
@@ -139,7 +140,7 @@ def test_a_result_that_is_no_json_leaves_a_final_state(
 
 
 def test_a_tokenizer_that_cannot_be_saved(short_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "write_tokenizer", fails)
+    monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", fails)
     result = finished({**short_run, "max_steps": 1})
     assert any("without a tokenizer" in note for note in result.notes)
     assert durable.read_json(result.adapter / "lorakit.json")  # type: ignore[operator]

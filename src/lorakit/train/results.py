@@ -1,12 +1,11 @@
-"""The end of a run: publish the adapter with its tokenizer and model card, plot the loss, and write `run.json`.
+"""The end of a run: publish the adapter, plot the loss, and write `run.json`.
 
-The adapter's files are copied byte for byte from the chosen checkpoint. What the adapter does not need (plot, model
-card, the base's tokenizer) cannot fail the run: its errors become notes.
+The adapter's files are copied byte for byte from the chosen checkpoint. What the adapter does not need (the plot)
+cannot fail the run: its errors become notes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import shutil
@@ -25,8 +24,8 @@ from lorakit.train import checkpoint, run_folder
 from lorakit.train.evaluation import evaluate
 from lorakit.train.failures import describe
 from lorakit.train.int8_base import NAME, restore
-from lorakit.train.model_card import evaluation_line, metrics_line, model_card
-from lorakit.train.run_adapter import metrics_at, undefined_at, write_tokenizer
+from lorakit.train.model_card import evaluation_line, metrics_line
+from lorakit.train.run_adapter import metrics_at, undefined_at
 from lorakit.train.run_context import Run
 
 T = TypeVar("T")
@@ -162,7 +161,7 @@ def finish(run: Run) -> RunResult:
         resumable = None if found is None else run_folder.step_of(found)
     else:
         step, source = _chosen(run, notes)
-        adapter = _publish(run, step, source, notes)
+        adapter = publish_adapter(folder, source)
         if source == run_folder.adapter_only_path(folder, step):
             shutil.rmtree(source, ignore_errors=True)
         if state.skipped_steps:
@@ -259,29 +258,13 @@ def _chosen(run: Run, notes: list[str]) -> tuple[int, Path]:
     return wanted, whole
 
 
-def _publish(run: Run, step: int, source: Path, notes: list[str]) -> Path:
-    """Publish the adapter; omit the base's tokenizer if it cannot be written."""
-    try:
-        return publish_adapter(run, step, source, notes)
-    except Exception as cause:
-        if run.spec.has_own_tokenizer:  # the base's differs from it
-            raise
-        adapter = publish_adapter(run, step, source, notes, with_tokenizer=False)
-        reason = str(cause) if isinstance(cause, LorakitError) else f"Saving the tokenizer failed ({describe(cause)})."
-        notes.append(f"{reason} {adapter} was saved without a tokenizer; use the base's.")
-        return adapter
-
-
-def publish_adapter(run: Run, step: int, source: Path, notes: list[str], *, with_tokenizer: bool = True) -> Path:
-    """Atomically publish a checkpoint's adapter, together with a model card, in `adapter/`.
+def publish_adapter(folder: Path, source: Path) -> Path:
+    """Atomically publish the adapter of a checkpoint, or one saved without a checkpoint, as `adapter/`.
 
     Args:
-        run: The run.
-        step: The step at which the adapter was saved.
-        source: Directory of a verified checkpoint, or of an adapter saved without one; in the latter case, files are
-            hard-linked instead of copied, because the disk was full.
-        notes: Receives a note if there is no model card.
-        with_tokenizer: Whether to include the tokenizer.
+        folder: The run directory.
+        source: Directory of the verified checkpoint or of the adapter. Files are hard-linked if the disk has no room
+            for copies, or had none for a checkpoint.
 
     Returns:
         The adapter's directory.
@@ -289,26 +272,22 @@ def publish_adapter(run: Run, step: int, source: Path, notes: list[str], *, with
     Raises:
         DiskError: A file cannot be written.
     """
-    folder = run.spec.folder
-    final, linked = folder / run_folder.ADAPTER_FOLDER, source == run_folder.adapter_only_path(folder, step)
+    final, is_full = folder / run_folder.ADAPTER_FOLDER, source in run_folder.adapters_only(folder)
     with durable.publish_directory(final, replace=True) as temporary:
         for path in sorted(source.iterdir()):
             if path.is_file() and path.name not in _CHECKPOINT_ONLY:
-                _copy(path, temporary / path.name, linked=linked)
-        if with_tokenizer:
-            write_tokenizer(run.spec.tokenizer, temporary)
-        card = _attempt("the model card", lambda: model_card(temporary, run.trainable_parameters, run.record()), notes)
-        if card is not None:
-            durable.write_text(temporary / "README.md", card)
+                _copy(path, temporary / path.name, is_full)
     return final
 
 
-def _copy(path: Path, target: Path, *, linked: bool) -> None:
-    if linked:
-        with contextlib.suppress(OSError):  # not all file systems support hard links
-            os.link(path, target)
-            return
-    shutil.copyfile(path, target)
+def _copy(path: Path, target: Path, is_full: bool) -> None:
+    """Copy a file, or hard-link it; which is tried first depends on whether the disk is known to be full."""
+    first, second = (os.link, shutil.copyfile) if is_full else (shutil.copyfile, os.link)
+    try:
+        first(path, target)
+    except OSError:  # not all file systems support hard links
+        target.unlink(missing_ok=True)
+        second(path, target)
 
 
 def _plot_loss(folder: Path, title: str, notes: list[str]) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lorakit import core, hub
+from lorakit import core, durable, hub
 from lorakit.config import LoraConfig
 from lorakit.core.attachment.saving import saved_form
 from lorakit.core.inits import init_named
@@ -28,9 +28,11 @@ from lorakit.data import Batch, Loader
 from lorakit.errors import AdapterFileError, DiskError, UsageError
 from lorakit.report import read_metrics
 from lorakit.tables import format_count
+from lorakit.train.failures import describe
 from lorakit.train.forecast import SavedTokenizer
 from lorakit.train.int8_base import RunInt8, calibration_rows, quantized_base
 from lorakit.train.int8_rows import MOST_TOKENS, CalibrationRows
+from lorakit.train.model_card import model_card
 from lorakit.train.progress import Progress
 from lorakit.train.run_context import Run
 from lorakit.train.run_spec import ADAPTER, RunSpec
@@ -243,32 +245,45 @@ def saved_sizes(model: nn.Module) -> list[int]:
 
 
 def save_adapter(run: Run, folder: Path) -> None:
-    """Write the run's adapter with the base's name and revision, and the tokenizer if it differs from the base's.
+    """Write the run's adapter, which names its base, with the tokenizer and a model card.
+
+    This is the only writer of an adapter's directory in a run: checkpoints call it, and `adapter/` is a copy.
 
     Args:
         run: The run, at the step to save.
         folder: An existing directory.
 
     Raises:
-        DiskError: A file cannot be written.
+        DiskError: A file cannot be written. The base's own tokenizer is omitted instead, because readers can use the
+            base's.
     """
     base = run.spec.source.recorded_name
     state_of(run.model).configs[ADAPTER].revision = run.spec.source.revision
     core.save_adapter(run.model, folder, ADAPTER, base_model_name_or_path=base, facts=adapter_metadata(run))
-    if run.spec.has_own_tokenizer:  # such as one with new tokens, which the base tokenizer lacks
-        write_tokenizer(run.spec.tokenizer, folder)
+    try:
+        _write_tokenizer(run.spec.tokenizer, folder)
+    except DiskError as cause:
+        if run.spec.has_own_tokenizer:  # such as one with new tokens or a template, which the base's tokenizer lacks
+            raise
+        for path in hub.tokenizer_files(folder):
+            path.unlink()
+        _note(run, f"{cause} The adapter was saved without a tokenizer; use the base's.")
+    card = folder / "README.md"
+    try:
+        durable.write_text(card, model_card(folder, run.trainable_parameters, run.record()))
+    except Exception as cause:  # noqa: BLE001 - the adapter does not need its card
+        card.unlink(missing_ok=True)
+        _note(run, f"The adapter was saved without a model card ({describe(cause)}).")
 
 
-def write_tokenizer(tokenizer: SavedTokenizer, folder: Path) -> None:
-    """Write a tokenizer's files to a directory.
+def _note(run: Run, text: str) -> None:
+    """Add a message to those shown at the end of a run, once."""
+    if text not in run.notes:
+        run.notes = (*run.notes, text)
 
-    Args:
-        tokenizer: A transformers tokenizer.
-        folder: An existing directory.
 
-    Raises:
-        DiskError: A file cannot be written.
-    """
+def _write_tokenizer(tokenizer: SavedTokenizer, folder: Path) -> None:
+    """Write a tokenizer's files to a directory; raise DiskError if one cannot be written."""
     try:
         tokenizer.save_pretrained(folder)
     except Exception as cause:  # the tokenizers library raises a plain Exception if the disk is full

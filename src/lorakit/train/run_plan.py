@@ -192,16 +192,15 @@ def disk_space(spec: RunSpec, limits: RunLimits, step: int, model: nn.Module, na
         The required disk space.
     """
     settings = spec.settings
-    adapter = sum(size + _HEADER_BYTES for size in saved_sizes(model))
+    adapter = sum(size + _HEADER_BYTES for size in saved_sizes(model)) + _tokenizer_bytes(spec)
     moments = sum(_MOMENT_BYTES * p.numel() + 3 * _HEADER_BYTES for _, p in named)
-    tokenizer = _tokenizer_bytes(spec)
     steps, evaluated = max(0, limits.total_steps - step), bool(spec.data.held_out)
     saves = -(-steps // min(limits.save_steps, limits.eval_steps if evaluated else limits.save_steps)) + 1
     present = len(checkpoints(spec.folder)) if settings.resume else 0
     limit = max(settings.save_total_limit, 2 if evaluated else 1)  # the best and newest checkpoints are always kept
     added = max(0, min(limit, saves + present) - present)
-    checkpoint = adapter + moments + _FOLDER_BYTES + (tokenizer if spec.has_own_tokenizer else 0)
-    published, log = adapter + tokenizer + _FOLDER_BYTES, _FOLDER_BYTES + 2 * _ROW_BYTES * steps
+    checkpoint, published = adapter + moments + _FOLDER_BYTES, adapter + _FOLDER_BYTES
+    log = _FOLDER_BYTES + 2 * _ROW_BYTES * steps
     replacing = checkpoint if saves + present > limit else 0  # each checkpoint is written before the oldest is removed
     return DiskSpace(checkpoint, published + log, added * checkpoint + max(replacing, published) + log)
 

@@ -55,7 +55,7 @@ class RunSpec:
         forecast: The base's shape, the adapter config, and the maximum sequence length.
         quantization: Quantization of the base, from the settings or the base's files, or None.
         start: The adapter that the run starts from, or None.
-        has_own_tokenizer: Whether the tokenizer differs from the base's and is saved in every checkpoint.
+        has_own_tokenizer: Whether the tokenizer or its chat template differs from the base's.
         base_matmul: How the base is multiplied: "dtype" or "int8", as the settings and the machine allow.
         processes: The processes of the run, of which only the first one locks the directory.
     """
@@ -193,13 +193,13 @@ def _source(settings: TrainSettings, given: TrainSettings, progress: Progress) -
 def _tokenizer(
     settings: TrainSettings, source: hub.ModelSource, start: StartAdapter | None
 ) -> tuple[SavedTokenizer, bool]:
-    """Return the run's tokenizer, with the given chat template, and whether it is one that the start adapter brings."""
+    """Return the run's tokenizer, with the given chat template, and whether it or its template is not the base's."""
     tokenizer = hub.load_tokenizer(source)
     own = None if start is None else own_tokenizer(str(start.adapter.folder), tokenizer)
-    chosen = tokenizer if own is None else own
+    chosen, template = tokenizer if own is None else own, hub.chat_template_hash(tokenizer)
     if settings.chat_template is not None:
         chosen.chat_template = read_template(Path(settings.chat_template))
-    return chosen, own is not None
+    return chosen, own is not None or hub.chat_template_hash(chosen) != template
 
 
 def _forecast(
