@@ -174,7 +174,7 @@ def test_the_real_model_by_two_processes_at_once_one_of_them_killed(
     _is_the_packaged_model(folder)
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
     source = resolve("smollm2")
-    assert (source.kind, source.recorded_name, source.base_name) == ("packaged", None, "smollm2")
+    assert (source.kind, source.recorded_name, source.base_name) == ("packaged", source.path_or_id, "smollm2")
 
 
 def _is_the_packaged_model(folder: Path) -> None:

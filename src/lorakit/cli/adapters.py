@@ -15,11 +15,13 @@ from cyclopts import Parameter
 
 from lorakit.cli import console
 from lorakit.errors import LorakitError
+from lorakit.train.defaults import DEFAULTS
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lorakit.core import AdapterFiles, OperationReport
+    from lorakit.durable import JsonObject
     from lorakit.hub import ModelSource
     from lorakit.plan.quantized import Quantization
     from lorakit.tasks import TaskOnData
@@ -30,6 +32,28 @@ Item = TypeVar("Item")
 NAME = "Adapter directory or Hub id (owner/name[@revision])"
 NAMES = "Adapter directories or Hub ids (owner/name[@revision])"
 """Beginning of the help texts of flags that take adapters."""
+
+ModelFlag = Annotated[
+    str | None,
+    Parameter(
+        help="Model directory, GGUF file, Hub id, or smollm2 (the packaged model). Default: the base that --adapter "
+        "names."
+    ),
+]
+"""Flag for the base, which adapters name."""
+
+LengthFlag = Annotated[
+    int | None,
+    Parameter(
+        help=f"Maximum sequence length in tokens. Default: that of the adapter's training, or "
+        f"{DEFAULTS['max_length'].value}."
+    ),
+]
+
+MERGED_FILE = "lorakit_merged.json"
+"""Name of the file that records the origin of a merged model."""
+
+MOST_MERGED_BYTES = 16 << 20
 
 WORST_SITES = 5
 """Maximum number of rows in a table of the worst sites."""
@@ -77,6 +101,80 @@ def read_adapters(folders: Sequence[str]) -> list[AdapterFiles]:
     from lorakit import core
 
     return [core.read_adapter(folder) for folder in folders]
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What adapters, or a model that was merged from them, record: their base, and how they were trained.
+
+    Attributes:
+        source: The base, or the merged model.
+        facts: Contents of each `lorakit.json`, or of `lorakit_merged.json`; empty if nothing is recorded.
+    """
+
+    source: ModelSource
+    facts: Sequence[Mapping[str, Any]]
+
+    @property
+    def trainings(self) -> list[JsonObject]:
+        """The metadata of each training."""
+        found = [one.get("training") for one in self.facts]
+        return [one for one in found if isinstance(one, dict)]
+
+    @property
+    def rows(self) -> JsonObject | None:
+        """The shape and the columns of the training data, or None if they are unknown or differ."""
+        found = [{name: one.get(name) for name in ("shape", "columns")} for one in self.trainings]
+        return found[0] if found and all(one == found[0] for one in found) else None
+
+    def max_length(self, given: int | None, default: int) -> int:
+        """Return the maximum sequence length: the given one, else the longest of the trainings, else the default."""
+        found = [length for one in self.trainings if isinstance(length := one.get("max_length"), int) and length > 1]
+        return given if given is not None else max(found, default=default)
+
+
+def remembered(model: str | None, adapters: Sequence[AdapterFiles], revision: str | None = None) -> Remembered:
+    """Resolve the base, which adapters name if the user does not, and return what the adapters record.
+
+    Args:
+        model: The value of `--model`, from `early.check_base`.
+        adapters: Files of the adapters.
+        revision: The value of `--revision`, for a base that only the adapters name.
+
+    Raises:
+        UsageError: The adapters name different bases, or none.
+        ModelError: The base was not found.
+    """
+    from lorakit.durable import read_json
+    from lorakit.train.start_adapter import resolve_base
+
+    source = resolve_base(model or _base_of(adapters, revision), model, _names(adapters), console.note)
+    if adapters:
+        return Remembered(source, [files.sidecar.facts for files in adapters])
+    record = Path(source.path_or_id) / MERGED_FILE
+    found = read_json(record, MOST_MERGED_BYTES) if source.kind == "directory" and record.is_file() else None
+    return Remembered(source, [found] if isinstance(found, dict) else [])
+
+
+def _base_of(adapters: Sequence[AdapterFiles], revision: str | None) -> str:
+    """Return the base that all adapters name, with the given revision, or else the one that they record."""
+    from lorakit.errors import UsageError
+    from lorakit.hub_cache import is_on_hub, with_revision
+    from lorakit.train.start_adapter import recorded_base
+
+    found = {}
+    for files in adapters:
+        base = recorded_base(files.folder, files.config, files.sidecar.facts)
+        recorded = files.config.revision if is_on_hub(base) else None
+        found[with_revision(base, revision or recorded)] = files.folder
+    if len(found) > 1:
+        named = " and ".join(f"{base} ({folder})" for base, folder in found.items())
+        raise UsageError(f"the adapters name different bases: {named}; pass --model.", field="model")
+    return next(iter(found))
+
+
+def _names(adapters: Sequence[AdapterFiles]) -> str:
+    return ", ".join(str(files.folder) for files in adapters)
 
 
 def load_adapters(model: nn.Module, adapters: Sequence[AdapterFiles], allow: Collection[str]) -> list[str]:

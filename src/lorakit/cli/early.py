@@ -42,6 +42,29 @@ def check_model(given: str, revision: str | None = None) -> str:
     return with_revision(given, revision)
 
 
+def check_base(given: str | None, revision: str | None, adapters: Sequence[str] | None) -> str | None:
+    """Check the name of a base, which may be omitted if there is an adapter, because adapters name their base.
+
+    Args:
+        given: The value of `--model`, or None.
+        revision: The value of `--revision`.
+        adapters: The value of `--adapter`.
+
+    Returns:
+        The name of the base, with its revision; None if the adapters name it.
+
+    Raises:
+        UsageError: Neither a model nor an adapter is given.
+        ConfigError: A revision is given for a path.
+        ModelError: The path does not exist.
+    """
+    if given is not None:
+        return check_model(given, revision)
+    if not adapters:
+        raise UsageError("model is missing; pass --model, or --adapter, which names its base.", field="model")
+    return None
+
+
 def check_start(given: str) -> None:
     """Check that an adapter given as a path exists; Hub ids are looked up later.
 

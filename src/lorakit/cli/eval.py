@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from lorakit.train.evaluation import Evaluation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Flags:
     """Flags of `lorakit eval`."""
 
-    model: Annotated[str, Parameter(help="Model directory, GGUF file, Hub id, or smollm2 (the packaged model).")]
+    model: adapters.ModelFlag = None
     data: Annotated[list[str], Parameter(help=DEFAULTS["data"].help().replace("Training data", "Data"))]
     adapter: Annotated[list[str] | None, Parameter(help=f"{adapters.NAMES} to compare with the base.")] = None
     reading: Annotated[RowFlags, Parameter(name="*")] = ROWS
     labels: Annotated[LabelFlags, Parameter(name="*")] = LABELS
-    max_length: Annotated[int, Parameter(help="Maximum sequence length in tokens.")] = DEFAULTS["max_length"].value
+    max_length: adapters.LengthFlag = None
     batch_size: Annotated[int, Parameter(help="Sequences per batch at --max-length; more if all are shorter.")] = (
         DEFAULTS["per_device_train_batch_size"].value
     )
@@ -46,29 +46,31 @@ def run(
     """
     flags.base.check()
     early.check_at_least("batch_size", flags.batch_size, 1)
-    early.check_at_least("max_length", flags.max_length, 1)
+    if flags.max_length is not None:
+        early.check_at_least("max_length", flags.max_length, 1)
     early.check_data(flags.data)
     flags.reading.check()
     flags.labels.check()
-    model = early.check_model(flags.model, flags.base.revision)
+    model = early.check_base(flags.model, flags.base.revision, flags.adapter)
     folders = early.adapter_folders(flags.adapter or ())
     allocator.set_up()  # before torch allocates any memory
     files = adapters.read_adapters([*folders.values()])
     task = adapters.task_of(files) if files else None
     from lorakit.train.evaluation import EvalSettings, compare
 
+    known = adapters.remembered(model, files, flags.base.revision)
     found = compare(
         EvalSettings(
-            model=model,
+            model=known.source,
             data=flags.data,
             adapters=dict(zip(folders, files, strict=True)),
-            max_length=flags.max_length,
+            max_length=known.max_length(flags.max_length, DEFAULTS["max_length"].value),
             batch_rows=flags.batch_size,
             dtype=flags.base.dtype,
             device=flags.base.device,
             allow=flags.base.allow,
             quantization=flags.base.stored_as(),
-            request=flags.reading.request(() if task is None else task.task.formats),
+            request=flags.reading.request(() if task is None else task.task.formats, trained=known.rows),
             task=task,
             labels=flags.labels.options(),
         ),
@@ -77,7 +79,7 @@ def run(
     )
     if json:
         results = [{"name": name, **_values(one)} for name, one in found]
-        console.emit_json({"model": flags.model, "data": flags.data, "results": results})
+        console.emit_json({"model": known.source.given, "data": flags.data, "results": results})
         return
     console.say(_table(found))
 

@@ -6,7 +6,8 @@ checks in `lorakit.cli.early`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -18,6 +19,7 @@ from lorakit.train.defaults import DEFAULTS, TAG_SCHEMES
 
 if TYPE_CHECKING:
     from lorakit.data import Request
+    from lorakit.durable import JsonObject
     from lorakit.plan.quantized import Quantization
     from lorakit.tasks import LabelOptions
     from lorakit.tasks.target import LabelType
@@ -47,20 +49,35 @@ class RowFlags:
         early.check_choice("on_bad_row", self.on_bad_row, ("stop", "skip"))
         self._columns()
 
-    def request(self, allowed: tuple[str, ...] = (), group: str | None = None, needs_label: bool = True) -> Request:
+    def request(
+        self,
+        allowed: tuple[str, ...] = (),
+        group: str | None = None,
+        needs_label: bool = True,
+        trained: JsonObject | None = None,
+    ) -> Request:
         """Return the choices about how rows are read; this imports torch.
 
         Args:
             allowed: Names of the shapes that may be recognized; empty allows all.
             group: Column whose equal values keep rows together, or None.
             needs_label: Whether labels and tags are required.
+            trained: Training metadata of the adapter, whose `shape` and `columns` apply to files that they fit; flags
+                win over them.
 
         Raises:
             ConfigError: The shape is unknown or not allowed, or no shape has these fields.
         """
         from lorakit.data import Request
 
-        return Request(self.format, self._columns(), self.on_bad_row == "skip", group, allowed, needs_label)
+        given = Request(self.format, self._columns(), self.on_bad_row == "skip", group, allowed, needs_label)
+        shape, columns = (trained or {}).get("shape"), (trained or {}).get("columns")
+        if not isinstance(shape, str) or not isinstance(columns, dict) or self.format not in (None, shape):
+            return given
+        with contextlib.suppress(ConfigError):  # a task that predicts other shapes than it was trained on
+            columns = {str(name): str(column) for name, column in columns.items()}
+            return replace(given, usual=replace(given, format=shape, columns={**columns, **given.columns}))
+        return given
 
     def _columns(self) -> dict[str, str]:
         return _checked("columns", self.columns)

@@ -39,7 +39,7 @@ itself after about a hundred tokens. Larger models need more tokens, because the
 class Flags:
     """Flags of `lorakit generate`."""
 
-    model: Annotated[str, Parameter(help="Model directory, GGUF file, Hub id, or smollm2 (the packaged model).")]
+    model: adapters.ModelFlag = None
     revision: RevisionFlag = None
     adapter: Annotated[
         list[str] | None,
@@ -93,9 +93,12 @@ class Flags:
     ] = DTYPE
 
 
+NO_FLAGS = Flags()
+
+
 def run(
     *,
-    flags: Annotated[Flags, Parameter(name="*")],
+    flags: Annotated[Flags, Parameter(name="*")] = NO_FLAGS,
     allow: Annotated[adapters.Allowances, Parameter(name="*")] = adapters.NONE_ALLOWED,
     json: console.JsonFlag = False,
     verbose: console.VerboseFlag = False,
@@ -122,10 +125,11 @@ def run(
     files = adapters.read_adapters([*found.values()])
     adapters.report_training_quantization(files, quantization)
     adapters.check_generates(files)
-    source = hub.resolve(base, console.note)
+    known = adapters.remembered(base, files, flags.revision)
+    source = known.source
     hub.require(source)
     tokenizer = adapters.tokenizer_for(source, files)
-    form = prompt_format(tokenizer, [file.sidecar.facts for file in files], flags.chat)
+    form = prompt_format(tokenizer, known.facts, flags.chat)
     encoded = encode_prompts(prompts, tokenizer, form, flags.system)
     in_files = is_multiplied_in_int8(flags.base_matmul, device)
     model = hub.load_model(source, flags.dtype, device, quantization=quantization, convert_in_files=in_files)
@@ -149,7 +153,7 @@ def run(
         results.append({"prompt": prompt, "answers": [answer.as_dict() for answer in answers]})
     if json:
         dtype = str(model.dtype).removeprefix("torch.")
-        facts = {"model": flags.model, "dtype": dtype, "device": str(device), "chat": form == "chat", "merged": merged}
+        facts = {"model": source.given, "dtype": dtype, "device": str(device), "chat": form == "chat", "merged": merged}
         facts["base_matmul"] = matmul
         console.emit_json({**facts, "sampling": asdict(sampling), "results": results})
 
@@ -321,13 +325,13 @@ def write_into_base(
     return reason is None
 
 
-def _check(flags: Flags) -> str:
-    """Check the flags, and return the name of the base, with its revision."""
+def _check(flags: Flags) -> str | None:
+    """Check the flags, and return the name of the base, with its revision, or None if the adapters name it."""
     early.check_sampling(flags.temperature, flags.top_p, flags.top_k, flags.seed)
     early.check_at_least("max_new_tokens", flags.max_new_tokens, 1)
     early.check_choice("dtype", flags.dtype, early.MODEL_DTYPES)
     early.check_device(flags.device)
-    base = early.check_model(flags.model, flags.revision)
+    base = early.check_base(flags.model, flags.revision, flags.adapter)
     if flags.system is not None and flags.chat is False:
         text = "--system needs the chat template, but --no-chat disables it; pass one of them."
         raise UsageError(text, field="system")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lorakit.cli import adapters, console
-from lorakit.cli.early import MODEL_DTYPES, adapter_folders, check_choice, check_model, check_new_directory
+from lorakit.cli.early import MODEL_DTYPES, adapter_folders, check_base, check_choice, check_new_directory
 from lorakit.cli.flag_groups import RevisionFlag
 from lorakit.errors import MergeError
 from lorakit.plan.quantized import Quantization, stored_as
@@ -23,11 +23,11 @@ LITTLE_RETAINED = 0.5
 LARGE_DIFFERENCE = 0.5  # as a fraction of the adapters' effect on the base
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Flags:
     """Flags of `lorakit merge`."""
 
-    model: Annotated[str, Parameter(help="Model directory, GGUF file, Hub id, or smollm2 (the packaged model).")]
+    model: adapters.ModelFlag = None
     adapter: Annotated[list[str], Parameter(help=f"{adapters.NAMES}; the updates of several adapters are summed.")]
     output_dir: Annotated[Path, Parameter(help="Model directory to create; must be new or empty.")]
     revision: RevisionFlag = None
@@ -70,7 +70,7 @@ def run(
     """
     check_choice("dtype", flags.dtype, MODEL_DTYPES)
     check_new_directory(flags.output_dir)
-    model = check_model(flags.model, flags.revision)
+    model = check_base(flags.model, flags.revision, flags.adapter)
     quantization = stored_as(flags.quantization, flags.double_quantization)
     folders = adapter_folders(flags.adapter)
     flags = replace(flags, adapter=[*folders])
@@ -81,9 +81,9 @@ def run(
         hub.require_quantizer(quantization)
     files = adapters.read_adapters([*folders.values()])
     adapters.report_training_quantization(files, quantization)
-    source = hub.resolve(model, console.note)
+    source = adapters.remembered(model, files, flags.revision).source
     hub.require(source)
-    _reject_quantized_files(flags.model, hub.stored_as_files(source, quantization), quantization)
+    _reject_quantized_files(source.given, hub.stored_as_files(source, quantization), quantization)
     allowed = adapters.overridden(asdict(allow))
     request = MergeRequest(
         source,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorakit import core, hub
-from lorakit.cli.adapters import load_adapters, tokenizer_for
+from lorakit.cli.adapters import MERGED_FILE, load_adapters, tokenizer_for
 from lorakit.core.merging.merging import tied_sites
 from lorakit.core.model.base_view import dequantize
 from lorakit.core.model.fingerprint import add_merge_record, vocabulary_of
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from lorakit.core import AdapterFiles
     from lorakit.train.forecast import SavedTokenizer
 
-RECORD_FILE = "lorakit_merged.json"
+TRAINING = ("task", "labels", "prompt_format", "shape", "columns", "max_length")
+"""Entries of an adapter's `training` that a merged model keeps."""
+
 PROBE_TOKENS, PROBE_ROWS = 48, 32
 ROUNDING = {"float32": 0.0, "float16": 0.05, "bfloat16": 0.3}
 """Dtype of the merged weights -> allowed change in a logit due to rounding, in standard deviations of the logits."""
@@ -153,10 +155,10 @@ def write_merged(request: MergeRequest, say: Callable[[str], None]) -> tuple[Mer
         say("Loading the merged model and comparing its logits.")
         loader = request.task.task.loader
         again = hub.load_model(
-            hub.ModelSource("directory", str(request.target), str(folder), None, ""), computing, task=loader
+            hub.ModelSource("directory", str(request.target), str(folder), str(folder), ""), computing, task=loader
         )
         probe = compare(expected, _outputs(again, _probe_ids(again, loader), []), done.dtype)
-        write_json(folder / RECORD_FILE, record(request, done, probe))
+        write_json(folder / MERGED_FILE, record(request, done, probe))
     return done, probe
 
 
@@ -234,10 +236,18 @@ def record(request: MergeRequest, done: Merged, probe: Probe) -> dict[str, Any]:
         "dtype": done.dtype,
         "quantization": None if request.quantization is None else hub.quantization_metadata(request.quantization),
         "untied": done.untied,
+        "training": _training(request.adapters),
         "probe": asdict(probe),
         "survived": {"mean": done.report.retained, "worst": min((site.retained for site in sites), default=1.0)},
         "sites": {site.path: {"survived": site.retained, "changed": site.changed} for site in sites},
     }
+
+
+def _training(adapters: Sequence[AdapterFiles]) -> dict[str, Any]:
+    """Return how the adapters were trained, as far as it matters for the use of the model and all of them agree."""
+    trainings = [files.sidecar.facts.get("training") for files in adapters]
+    first, *others = [one if isinstance(one, dict) else {} for one in trainings]
+    return {name: first[name] for name in TRAINING if name in first and all(o.get(name) == first[name] for o in others)}
 
 
 def _tokenizer(request: MergeRequest) -> SavedTokenizer | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -19,15 +19,12 @@ from lorakit.tables import format_count
 from lorakit.terminal import json_line, write_line
 from lorakit.train.defaults import DEFAULTS, TAG_SCHEMES, TASK_NAMES
 
-if TYPE_CHECKING:
-    from lorakit.tasks import TaskOnData
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Flags:
     """Flags of `lorakit predict`."""
 
-    model: Annotated[str, Parameter(help="Model directory or Hub id: the base of the adapter, or a merged model.")]
+    model: adapters.ModelFlag = None
     adapter: Annotated[str | None, Parameter(help=f"{adapters.NAME}; without it, the model's own head is used.")] = None
     output_file: Annotated[Path | None, Parameter(help="JSON Lines file to write. Default: standard output.")] = None
     task: Annotated[
@@ -35,17 +32,20 @@ class Flags:
     ] = None
     reading: Annotated[RowFlags, Parameter(name="*")] = ROWS
     tag_scheme: TagSchemeFlag = "auto"
-    max_length: Annotated[int, Parameter(help="Maximum length of a text in tokens.")] = DEFAULTS["max_length"].value
+    max_length: adapters.LengthFlag = None
     max_new_tokens: Annotated[int, Parameter(help="Maximum length of a generated text in tokens (seq2seq).")] = 256
     batch_size: Annotated[int, Parameter(help="Rows per batch.")] = 16
     base: Annotated[BaseFlags, Parameter(name="*")] = BASE
+
+
+NO_FLAGS = Flags()
 
 
 def run(
     files: Annotated[list[str], Parameter(help=DEFAULTS["data"].help().replace("Training data", "Data"))],
     /,
     *,
-    flags: Annotated[Flags, Parameter(name="*")],
+    flags: Annotated[Flags, Parameter(name="*")] = NO_FLAGS,
     json: console.JsonFlag = False,
 ) -> None:
     """Predict the rows of data files, and write one JSON object per row, in the order of the data.
@@ -59,14 +59,15 @@ def run(
     """
     flags.base.check()
     early.check_at_least("batch_size", flags.batch_size, 1)
-    early.check_at_least("max_length", flags.max_length, 2)
+    if flags.max_length is not None:
+        early.check_at_least("max_length", flags.max_length, 2)
     early.check_at_least("max_new_tokens", flags.max_new_tokens, 1)
     early.check_data(files)
     flags.reading.check()
     early.check_choice("tag_scheme", flags.tag_scheme, ("auto", *TAG_SCHEMES))
     if flags.task is not None:
         early.check_choice("task", flags.task, TASK_NAMES)
-    model = early.check_model(flags.model, flags.base.revision)
+    model = early.check_base(flags.model, flags.base.revision, flags.adapter)
     if flags.output_file is not None and flags.output_file.exists():
         raise UsageError(
             f"{flags.output_file}: the file exists and will not be overwritten; pass a new --output-file.",
@@ -75,22 +76,25 @@ def run(
         )
     folders = early.adapter_folders([flags.adapter] if flags.adapter is not None else [])
     allocator.set_up()  # before torch allocates any memory
+    from lorakit.tasks import task_of_model
     from lorakit.train.prediction import PredictSettings, predict
 
     adapter = adapters.read_adapters([*folders.values()])
-    task = adapters.task_of(adapter) if adapter else _task_of_model(flags.task, model)
+    known = adapters.remembered(model, adapter, flags.base.revision)
+    task = adapters.task_of(adapter) if adapter else task_of_model(flags.task, known.source)
+    shapes = task.task.inputs or task.task.formats
     settings = PredictSettings(
-        model=model,
+        model=known.source,
         data=files,
         adapter=adapter[0] if adapter else None,
         task=task,
-        max_length=flags.max_length,
+        max_length=known.max_length(flags.max_length, DEFAULTS["max_length"].value),
         batch_rows=flags.batch_size,
         dtype=flags.base.dtype,
         device=flags.base.device,
         allow=flags.base.allow,
         quantization=flags.base.stored_as(),
-        request=flags.reading.request(task.task.inputs or task.task.formats, needs_label=False),
+        request=flags.reading.request(shapes, needs_label=False, trained=known.rows),
         max_new_tokens=flags.max_new_tokens,
         tag_scheme=None if flags.tag_scheme == "auto" else flags.tag_scheme,
     )
@@ -107,13 +111,6 @@ def run(
         console.emit_json({"output_file": str(flags.output_file), "predictions": count})
     elif flags.output_file is not None:
         console.say(f"{flags.output_file}: {format_count(count, 'prediction')}")
-
-
-def _task_of_model(task: str | None, model: str) -> TaskOnData:
-    from lorakit import hub
-    from lorakit.tasks import task_of_model
-
-    return task_of_model(task, hub.resolve(model, console.note))
 
 
 @contextmanager

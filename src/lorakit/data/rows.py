@@ -88,7 +88,7 @@ def collect(source: str, rows: Iterable[Parsed], request: Request, noun: str = "
         raise DataError(_bad_rows_message(source, reason, bad, noun), where=f"{source}:{bad[0]}")
     if layout is None:
         raise file_error(Path(source), "the data file has no rows.")
-    notes = [f"{source}: {layout.text()} rows."] if layout.is_notable() else []
+    notes = [f"{source}: {layout.text()}."] if layout.is_notable() else []
     if bad:
         notes.append(f"{source}: {format_count(len(bad), 'row')} skipped; the first is {noun} {bad[0]}: {reason}")
     if request.group is not None:

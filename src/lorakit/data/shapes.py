@@ -6,6 +6,7 @@ with a mapping from fields to columns. This module does not depend on files or t
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -201,6 +202,7 @@ class Request:
         group: Column whose equal values keep rows together when rows are held out, or None.
         allowed: Names of the shapes that may be recognized, because the task supports them; empty allows all.
         needs_label: Whether labels and tags are required; those of rows to predict are not read.
+        usual: Choices that apply to files whose columns fit them, such as those of an adapter's training; or None.
 
     Raises:
         ConfigError: The shape is unknown or not allowed, or no shape has these fields.
@@ -212,6 +214,7 @@ class Request:
     group: str | None = None
     allowed: tuple[str, ...] = ()
     needs_label: bool = True
+    usual: Request | None = None
 
     def __post_init__(self) -> None:
         names = self.allowed or tuple(shape.name for shape in SHAPES)
@@ -243,11 +246,13 @@ class Layout:
         shape: The shape.
         columns: Required field -> column.
         optional: Optional field -> columns that can supply it; each row uses the first that it has.
+        is_unusual: Whether the columns do not fit the request's usual choices.
     """
 
     shape: Shape
     columns: Mapping[str, str]
     optional: Mapping[str, tuple[str, ...]]
+    is_unusual: bool = False
 
     def record(self, row: JsonValue, source: str, line: int, unused: Counter[str] | None = None) -> Record:
         """Build the record of a row.
@@ -284,12 +289,13 @@ class Layout:
 
     def is_notable(self) -> bool:
         """Return whether the shape or its columns were inferred, so that the user should see them."""
-        return self.shape.is_shown or any(name != column for name, column in self.columns.items())
+        return self.shape.is_shown or self.is_unusual or any(name != column for name, column in self.columns.items())
 
     def text(self) -> str:
-        """Return the shape, and the columns that supply fields of another name."""
+        """Return the shape, the columns that supply fields of another name, and whether they are unusual."""
         renamed = [f"{name} from '{column}'" for name, column in self.columns.items() if name != column]
-        return f"{self.shape.name} ({', '.join(renamed)})" if renamed else self.shape.name
+        found = f"{self.shape.name} ({', '.join(renamed)}) rows" if renamed else f"{self.shape.name} rows"
+        return f"{found}, unlike the adapter's training data" if self.is_unusual else found
 
 
 def common_layout(layouts: Iterable[Layout | None]) -> tuple[str | None, dict[str, str]]:
@@ -331,6 +337,10 @@ def recognize(columns: Sequence[str], request: Request) -> Layout:
     Raises:
         BadRow: The columns do not fit exactly one shape, or training does not support the shape.
     """
+    if request.usual is not None:
+        with contextlib.suppress(BadRow):
+            return recognize(columns, request.usual)
+        return replace(recognize(columns, replace(request, usual=None)), is_unusual=True)
     bound = [(shape, found) for shape in request.shapes() if (found := _bound(shape, columns, request)) is not None]
     if request.format is None:
         bound = [(shape, found) for shape, found in bound if not _is_covered(shape, found, bound)]

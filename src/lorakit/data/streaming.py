@@ -189,7 +189,7 @@ def _sample(rows: TrainingRows, request: Request) -> tuple[Records, Records]:
 def _notes(stream: RowStream, request: Request, skipped: Many[str]) -> list[str]:
     """Return messages about the shapes, the unused columns and the skipped rows of the first part."""
     layouts = [(source.content.label, source.layout) for source in stream.sources if source.layout is not None]
-    notes = [f"{label}: {layout.text()} rows." for label, layout in layouts if layout.is_notable()]
+    notes = [f"{label}: {layout.text()}." for label, layout in layouts if layout.is_notable()]
     names = [f"'{name}' ({count:,} rows)" for name, count in sorted(stream.unused.items()) if name != request.group]
     if names:
         notes.append(f"unused columns in the first part: {', '.join(names)}.")

@@ -41,7 +41,7 @@ from lorakit.hub.models import (
 from lorakit.hub.packaged import PACKAGED, packaged_directory
 from lorakit.hub.quantizing import dequantize_files, quantization_metadata, require_quantizer
 from lorakit.hub.shapes import shape_for_task, shape_of, shape_of_module, skeleton
-from lorakit.hub.sources import ModelSource, check_upload, is_hub_id, push_folder, require, resolve
+from lorakit.hub.sources import ModelSource, base_named, check_upload, is_hub_id, push_folder, require, resolve
 from lorakit.hub_cache import TOKENIZER_FILES
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "Units",
     "adapter_tokenizer",
     "add_tokens",
+    "base_named",
     "calibrate",
     "chat_template_hash",
     "check_upload",

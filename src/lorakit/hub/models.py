@@ -27,7 +27,7 @@ from lorakit.hub.converting import converted_files, has_matrices_in
 from lorakit.hub.kept_models import check_space
 from lorakit.hub.model_config import TASKS, WITH_NEW_HEADS, config_of
 from lorakit.hub.new_modules import full_modules, is_unused_pooler, modules_with
-from lorakit.hub.packaged import write_weights
+from lorakit.hub.packaged import PACKAGED, write_weights
 from lorakit.hub.quantizing import (
     check_quantized_once,
     finish_loading,
@@ -38,7 +38,7 @@ from lorakit.hub.quantizing import (
 )
 from lorakit.hub.quiet import quiet_transformers
 from lorakit.hub.shapes import skeleton
-from lorakit.hub.sources import ModelSource, call_loader, require, resolve
+from lorakit.hub.sources import ModelSource, base_named, call_loader, require, resolve
 from lorakit.hub_cache import TOKENIZER_FILES
 from lorakit.plan.quantized import Quantization
 
@@ -301,6 +301,9 @@ def load_base(
     """
     import transformers
 
+    named = base_named(name)
+    if named in PACKAGED:  # whose directory in the cache may be missing here
+        name = resolve(named).path_or_id
     library = transformers if task else import_module(written_class[0])
     kind = getattr(library, CLASSES[task] if task else written_class[1], None)
     if kind is None:
@@ -334,7 +337,7 @@ def adapter_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    return load_tokenizer(ModelSource("directory", str(folder), str(folder), None, str(folder)))
+    return load_tokenizer(ModelSource("directory", str(folder), str(folder), str(folder), str(folder)))
 
 
 def load_tokenizer(model: str | os.PathLike[str] | ModelSource) -> PreTrainedTokenizerBase:

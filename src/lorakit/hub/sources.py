@@ -42,8 +42,8 @@ class ModelSource:
         given: The model as given by the user.
         path_or_id: Argument for transformers: a directory, a config file (if `kind` is "config"), a GGUF file (if
             `kind` is "gguf"), or a Hub id.
-        recorded_name: Value of `base_model_name_or_path` in adapters: the model as given, or None for a packaged model,
-            which differs from the Hub model with the same name.
+        recorded_name: Value of `base_model_name_or_path` in adapters: the model as given, or the directory of a
+            packaged model in the cache, which any program can load.
         base_name: Display name, which is also written to `lorakit.json`.
         header: Header of the GGUF file if `kind` is "gguf", else None.
         revision: Branch, tag or commit if `kind` is "hub"; None selects the default branch.
@@ -52,7 +52,7 @@ class ModelSource:
     kind: Literal["directory", "config", "gguf", "packaged", "hub"]
     given: str
     path_or_id: str
-    recorded_name: str | None
+    recorded_name: str
     base_name: str
     header: GgufHeader | None = None
     revision: str | None = None
@@ -96,7 +96,8 @@ def resolve(model: str | os.PathLike[str] | ModelSource, say: Callable[[str], No
         text = f"{given!r}: {name} is a packaged model, which has no revisions; pass {name}."
         raise ModelError(text, what=revision, where=given, field="revision")
     if given in PACKAGED:
-        return ModelSource("packaged", given, str(packaged_directory(given, say=say)), None, given)
+        folder = str(packaged_directory(given, say=say))
+        return ModelSource("packaged", given, folder, folder, given)
     is_file = path.suffix.lower() == SUFFIX
     if is_file or not _HUB_ID.fullmatch(name) or (name.count("/") == 1 and path.parent.is_dir()):
         kind = "GGUF file" if is_file else "model directory"
@@ -177,6 +178,21 @@ def _brings_own_code(cause: Exception) -> bool:
     also load without that code.
     """
     return isinstance(cause, ValueError) and "trust_remote_code" in str(cause)
+
+
+def base_named(recorded: str | None, base_name: object = None) -> str | None:
+    """Return the base that an adapter names, as an argument for `resolve`, or None.
+
+    A packaged model is recorded as a directory of the cache; its own name also works where that directory is missing.
+
+    Args:
+        recorded: The adapter's `base_model_name_or_path`.
+        base_name: `base_name` in the adapter's `lorakit.json`; earlier versions record a packaged model only there.
+    """
+    for name, model in PACKAGED.items():
+        if Path(recorded).name == model.folder if recorded else base_name == name:
+            return name
+    return recorded or None
 
 
 def is_hub_id(name: str) -> bool:

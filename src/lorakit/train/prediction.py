@@ -27,7 +27,7 @@ class PredictSettings:
     """Settings for `predict`.
 
     Attributes:
-        model: Model directory, Hub id, or packaged model.
+        model: Model directory, Hub id, packaged model, or resolved source.
         data: Files, directories or Hub data sets to predict.
         adapter: The adapter's files, or None to use the model's own head.
         task: The task of the adapter or the model.
@@ -42,7 +42,7 @@ class PredictSettings:
         tag_scheme: The scheme of the tags; None for that of the adapter or the model.
     """
 
-    model: str
+    model: str | hub.ModelSource
     data: Sequence[str]
     adapter: core.AdapterFiles | None
     task: TaskOnData

@@ -15,7 +15,7 @@ import torch
 
 from lorakit import hub
 from lorakit.data import Split, read_template
-from lorakit.errors import AdapterFileError, ModelError, RunError, TargetError, UsageError
+from lorakit.errors import AdapterFileError, RunError, TargetError, UsageError
 from lorakit.plan.quantized import Quantization
 from lorakit.tasks import TASKS, Target, TaskOnData
 from lorakit.train import checkpoint, run_data, run_folder
@@ -29,7 +29,7 @@ from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
 from lorakit.train.settings_sources import complete
 from lorakit.train.sharding import check_sharding
-from lorakit.train.start_adapter import StartAdapter, start_adapter
+from lorakit.train.start_adapter import StartAdapter, resolve_base, start_adapter
 from lorakit.train.trackers import check_trackers
 
 ADAPTER = "default"
@@ -118,7 +118,7 @@ class RunSpec:
         if record is not None:
             _check_same_data(folder, record, hashes)
             _check_steps_left(folder, settings.max_steps)
-        source = _source(settings, given, progress)
+        source = resolve_base(settings.base, given.model, settings.from_adapter, progress.say)
         hub.require(source, tokenizer=True)
         quantization = hub.stored_as_files(source, quantization)
         tokenizer, is_own = _tokenizer(settings, source, start)
@@ -177,17 +177,6 @@ def _saved_task(record: Mapping[str, Any] | None) -> TaskOnData | None:
     resolved = (record or {}).get("resolved") or {}
     target = Target.from_dict(resolved.get("labels"))
     return None if target is None else TaskOnData(TASKS[resolved["task"]], target)
-
-
-def _source(settings: TrainSettings, given: TrainSettings, progress: Progress) -> hub.ModelSource:
-    """Return the base, which only the start adapter names if the user did not."""
-    try:
-        return hub.resolve(settings.base, progress.say)
-    except ModelError as cause:
-        if given.model is not None:
-            raise
-        text = f"{cause} The adapter {settings.from_adapter} names this base; pass --model if it is somewhere else."
-        raise ModelError(text, **{**cause.fields, "field": "model"}) from cause
 
 
 def _tokenizer(
