@@ -202,6 +202,8 @@ def test_token_classification(bert: Path, call: Callable[..., int], tmp_path: Pa
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["tags"] == ["B-PER", "O", "B-PER", "O"]
     assert row["spans"][1] == {"type": "PER", "text": "Bob", "begin": 2, "end": 3}
+    assert call("predict", "--text", "Ann met Bob 5", "--adapter", run) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["tags"] == row["tags"]
     assert call("merge", "--model", bert, "--adapter", run, "--output-dir", tmp_path / "merged", more=()) == 0
     capsys.readouterr()
     assert call("predict", new, "--model", tmp_path / "merged") == 0
@@ -218,7 +220,9 @@ def test_seq2seq(t5: Path, call: Callable[..., int], tmp_path: Path, capsys: Any
     assert "token_accuracy" in capsys.readouterr().out
     new = jsonl(tmp_path / "new.jsonl", [{"source": "say yes"}])
     assert call("predict", new, "--model", t5, "--adapter", run, "--max-new-tokens", 4) == 0
-    assert "text" in json.loads(capsys.readouterr().out.splitlines()[-1])
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert call("predict", "--text", "say yes", "--adapter", run, "--max-new-tokens", 4) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["text"] == row["text"]
     assert call("merge", "--model", t5, "--adapter", run, "--output-dir", tmp_path / "merged", more=()) == 0
 
 
@@ -232,6 +236,8 @@ def test_embeddings(bert: Path, call: Callable[..., int], tmp_path: Path, capsys
     assert call("predict", new, "--model", bert, "--adapter", run) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert sum(value * value for value in row["embedding"]) == pytest.approx(1, abs=1e-4)
+    assert call("predict", "--text", "question 1", "--adapter", run) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["embedding"] == row["embedding"]
     assert call("merge", "--model", bert, "--adapter", run, "--output-dir", tmp_path / "merged", more=()) == 0
 
 

@@ -26,6 +26,10 @@ class Flags:
 
     model: adapters.ModelFlag = None
     adapter: Annotated[str | None, Parameter(help=f"{adapters.NAME}; without it, the model's own head is used.")] = None
+    text: Annotated[
+        list[str] | None,
+        Parameter(help="Texts to predict instead of files; for tags, words are separated by spaces."),
+    ] = None
     output_file: Annotated[Path | None, Parameter(help="JSON Lines file to write. Default: standard output.")] = None
     task: Annotated[
         str | None, Parameter(help="Task of a model without --adapter: classification, ... Default: from the model.")
@@ -42,13 +46,13 @@ NO_FLAGS = Flags()
 
 
 def run(
-    files: Annotated[list[str], Parameter(help=DEFAULTS["data"].help().replace("Training data", "Data"))],
+    files: Annotated[list[str] | None, Parameter(help=DEFAULTS["data"].help().replace("Training data", "Data"))] = None,
     /,
     *,
     flags: Annotated[Flags, Parameter(name="*")] = NO_FLAGS,
     json: console.JsonFlag = False,
 ) -> None:
-    """Predict the rows of data files, and write one JSON object per row, in the order of the data.
+    """Predict the rows of data files, or --text, and write one JSON object per row, in the order of the data.
 
     Each object has the row's file and line, and the prediction of the adapter's task: `label` with the probability of
     each class (`scores`), `labels`, `score`, `tags` with the `spans` that they form, `text`, or `embedding`. Rows need
@@ -57,23 +61,7 @@ def run(
     Raises:
         UsageError: The output file exists, or the model and the adapter do not predict rows.
     """
-    flags.base.check()
-    early.check_at_least("batch_size", flags.batch_size, 1)
-    if flags.max_length is not None:
-        early.check_at_least("max_length", flags.max_length, 2)
-    early.check_at_least("max_new_tokens", flags.max_new_tokens, 1)
-    early.check_data(files)
-    flags.reading.check()
-    early.check_choice("tag_scheme", flags.tag_scheme, ("auto", *TAG_SCHEMES))
-    if flags.task is not None:
-        early.check_choice("task", flags.task, TASK_NAMES)
-    model = early.check_base(flags.model, flags.base.revision, flags.adapter)
-    if flags.output_file is not None and flags.output_file.exists():
-        raise UsageError(
-            f"{flags.output_file}: the file exists and will not be overwritten; pass a new --output-file.",
-            where=flags.output_file,
-            field="output_file",
-        )
+    model = _check(files or [], flags)
     folders = early.adapter_folders([flags.adapter] if flags.adapter is not None else [])
     allocator.set_up()  # before torch allocates any memory
     from lorakit.tasks import task_of_model
@@ -85,7 +73,8 @@ def run(
     shapes = task.task.inputs or task.task.formats
     settings = PredictSettings(
         model=known.source,
-        data=files,
+        data=files or [],
+        texts=flags.text or (),
         adapter=adapter[0] if adapter else None,
         task=task,
         max_length=known.max_length(flags.max_length, DEFAULTS["max_length"].value),
@@ -111,6 +100,30 @@ def run(
         console.emit_json({"output_file": str(flags.output_file), "predictions": count})
     elif flags.output_file is not None:
         console.say(f"{flags.output_file}: {format_count(count, 'prediction')}")
+
+
+def _check(files: list[str], flags: Flags) -> str | None:
+    """Check the arguments, and return the name of the base, with its revision, or None if the adapter names it."""
+    flags.base.check()
+    early.check_at_least("batch_size", flags.batch_size, 1)
+    if flags.max_length is not None:
+        early.check_at_least("max_length", flags.max_length, 2)
+    early.check_at_least("max_new_tokens", flags.max_new_tokens, 1)
+    if bool(files) == bool(flags.text):
+        raise UsageError("pass data files, or texts as --text, but not both.", field="text")
+    early.check_data(files)
+    flags.reading.check()
+    early.check_choice("tag_scheme", flags.tag_scheme, ("auto", *TAG_SCHEMES))
+    if flags.task is not None:
+        early.check_choice("task", flags.task, TASK_NAMES)
+    model = early.check_base(flags.model, flags.base.revision, [flags.adapter] if flags.adapter is not None else [])
+    if flags.output_file is not None and flags.output_file.exists():
+        raise UsageError(
+            f"{flags.output_file}: the file exists and will not be overwritten; pass a new --output-file.",
+            where=flags.output_file,
+            field="output_file",
+        )
+    return model
 
 
 @contextmanager

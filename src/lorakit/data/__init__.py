@@ -15,7 +15,7 @@ from lorakit.data.reading import python_reference, read_records, read_split, wri
 from lorakit.data.records import Completion, Conversation, Document, Labeled, Message, Record, Records, Tagged
 from lorakit.data.report import DataReport, Report
 from lorakit.data.row_stream import streamable_bytes
-from lorakit.data.shapes import SHAPES, Request
+from lorakit.data.shapes import SHAPES, Request, text_records
 from lorakit.data.splitting import STRATIFIED, Split, few_rows, rule_named, split
 from lorakit.data.stored import AnyRecords, StoredRecords
 from lorakit.data.streaming import StreamLoader, StreamSplit, read_stream
@@ -64,5 +64,6 @@ __all__ = [
     "rule_named",
     "split",
     "streamable_bytes",
+    "text_records",
     "write_python_reference",
 ]

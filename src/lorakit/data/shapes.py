@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from lorakit.data.fields import Values, class_name, label_of, strings_of
 from lorakit.data.messages import BadRow, check_value, named
-from lorakit.data.records import Completion, Document, Labeled, Message, Record, Tagged
+from lorakit.data.records import Completion, Document, Labeled, Message, Record, Records, Tagged
 from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import ConfigError, nearest
 
@@ -296,6 +296,25 @@ class Layout:
         renamed = [f"{name} from '{column}'" for name, column in self.columns.items() if name != column]
         found = f"{self.shape.name} ({', '.join(renamed)}) rows" if renamed else f"{self.shape.name} rows"
         return f"{found}, unlike the adapter's training data" if self.is_unusual else found
+
+
+def text_records(texts: Sequence[str], request: Request) -> Records:
+    """Return a record for each text, which supplies the only required field of a shape; words are split at spaces.
+
+    Args:
+        texts: The texts.
+        request: The user's choices, which say which shapes are allowed.
+
+    Raises:
+        ConfigError: No allowed shape consists of one text.
+    """
+    shape = next((shape for shape in request.shapes() if len(shape.needed) == 1), None)
+    if shape is None:
+        raise ConfigError("text: the rows of this task are more than one text; pass them in a file.", field="text")
+    (name,) = shape.needed
+    layout = Layout(shape, {name: name}, {})
+    rows = [{name: text.split() if name == "tokens" else text} for text in texts]
+    return Records(layout.record(row, "--text", at) for at, row in enumerate(rows, start=1))
 
 
 def common_layout(layouts: Iterable[Layout | None]) -> tuple[str | None, dict[str, str]]:

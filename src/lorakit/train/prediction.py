@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from lorakit import core, hub
-from lorakit.data import Request, padding_id, read_records
+from lorakit.data import AnyRecords, Request, padding_id, read_records, text_records
 from lorakit.durable import JsonObject
 from lorakit.errors import UsageError
 from lorakit.plan.quantized import Quantization
@@ -39,6 +39,7 @@ class PredictSettings:
         quantization: How to quantize the base, or None.
         request: How the rows of the data are read.
         max_new_tokens: Maximum length of a generated text in tokens.
+        texts: Texts to predict instead of `data`.
         tag_scheme: The scheme of the tags; None for that of the adapter or the model.
     """
 
@@ -54,6 +55,7 @@ class PredictSettings:
     quantization: Quantization | None = None
     request: Request = field(default_factory=Request)
     max_new_tokens: int = 256
+    texts: Sequence[str] = ()
     tag_scheme: str | None = None
 
 
@@ -75,7 +77,8 @@ def predict(settings: PredictSettings, say: Callable[[str], None] = lambda _: No
     adapter, where, run = settings.adapter, pick_device(settings.device), settings.task.task.predict
     if run is None:
         raise UsageError(f"the task {settings.task.task.name} generates text; use `lorakit generate`.", field="task")
-    records = read_records(settings.data, settings.request)
+    texts, request = settings.texts, settings.request
+    records: AnyRecords = text_records(texts, request) if texts else read_records(settings.data, request)
     source = hub.resolve(settings.model, say)
     hub.require(source, tokenizer=True)
     named = named_as(settings.task, hub.ModelFacts.of(source))

@@ -94,6 +94,14 @@ def test_columns_are_those_of_training(call: Call, bert: Path, tmp_path: Path, c
         assert call("predict", data, "--adapter", run, "--json", *more) == 0
         results.append(said(capsys)["predictions"])
     assert results[:2] == results[2:]
+    assert call("predict", "--text", "poor film 0", "fine film 1", "--adapter", run, "--json") == 0
+    texts = said(capsys)["predictions"]
+    assert [(row["source"], row["line"]) for row in texts] == [("--text", 1), ("--text", 2)]
+    for one, other in zip(texts, results[1], strict=False):
+        assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
+    assert call("predict", data, "--text", "a", "--adapter", run) == 2
+    assert call("predict", "--adapter", run) == 2
+    capsys.readouterr()
     usual = reviews(tmp_path / "u.csv", "text", "label")
     assert call("eval", "--adapter", run, "--data", usual, "--json") == 0
     captured = capsys.readouterr()
