@@ -120,6 +120,65 @@ def test_the_label_map_of_training_is_remembered(
     assert saved_names(again) == ["spam", "ham"]
 
 
+def test_adapters_that_rename_a_label_differently(
+    finished: Callable[..., Path], call: Callable[..., int], tmp_path: Path, capsys: Any
+) -> None:
+    model, found = finished(["spam", "ham"]), list[Path]()
+    rows = [{"text": f"mail {at}", "label": ["0", "spam", "ham"][at % 3]} for at in range(12)]
+    data = jsonl(tmp_path / "a.jsonl", rows)
+    for name in ("spam", "ham"):
+        found.append(tmp_path / name)
+        assert train(call, model, data, found[-1], "--label-map", f"0={name}") == 0
+        assert call("eval", "--model", model, "--data", data, "--adapter", found[-1]) == 0
+    capsys.readouterr()
+    assert call("eval", "--model", model, "--data", data, "--adapter", *found) == 2
+    assert "reads the label '0' as 'ham'" in capsys.readouterr().err
+
+
+def test_a_resumed_run_keeps_the_saved_order(finished: Callable[..., Path], tmp_path: Path) -> None:
+    from lorakit.train.progress import Progress
+    from lorakit.train.run_folder import unlock
+    from lorakit.train.run_spec import RunSpec
+    from lorakit.train.settings import TrainSettings
+
+    rows = [{"text": f"mail {at}", "label": ["1", "01"][at % 2]} for at in range(8)]
+    settings = TrainSettings(
+        model=str(finished(["x", "y"])),
+        data=str(jsonl(tmp_path / "a.jsonl", rows)),
+        output_dir=str(tmp_path / "run"),
+        device="cpu",
+    )
+    spec = RunSpec.of(settings, Progress())
+    unlock(spec.lock)
+    assert spec.task.target.names == ("01", "1")
+    before = {"task": "classification", "labels": {"kind": "class", "names": ["1", "01"]}}  # of an earlier version
+    record = {
+        "format": 1,
+        "status": "interrupted",
+        "settings": settings.as_dict(),
+        "resolved": before,
+        "data_sha256": dict(spec.hashes),
+    }
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    resumed = RunSpec.of(settings.model_copy(update={"resume": True}), Progress())
+    unlock(resumed.lock)
+    assert resumed.task.target.names == ("1", "01")
+
+
+def test_predictions_that_are_not_finite_are_an_error(
+    finished: Callable[..., Path], call: Callable[..., int], tmp_path: Path, capsys: Any
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for kind, row in [("SequenceClassification", {"text": "a"}), ("TokenClassification", {"tokens": ["a"]})]:
+        model = finished(["x", "y"], kind)
+        tensors = load_file(model / "model.safetensors")
+        tensors["classifier.bias"][1] = float("nan")
+        save_file(tensors, model / "model.safetensors", {"format": "pt"})
+        assert call("predict", jsonl(tmp_path / "a.jsonl", [row]), "--model", model) == 1
+        assert "non-finite" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("label", [-1, "unlabeled", {"a": 1}, ["x", "y"], None, 0.5])
 def test_rows_to_predict_may_have_any_label(
     label: Any, finished: Callable[..., Path], call: Callable[..., int], tmp_path: Path, capsys: Any

@@ -31,7 +31,7 @@ CASES = {
     "class": ("classification", Target("class", NAMES)),
     "classes": ("classification", Target("classes", NAMES)),
     "score": ("classification", Target("score")),
-    "tags": ("token-classification", Target("tag", ("O", "B-x", "I-x"))),
+    "tags": ("token-classification", Target("tags", ("O", "B-x", "I-x"))),
     "seq2seq": ("seq2seq", Target()),
     "scored pairs": ("embedding", Target("score")),
     "pairs": ("embedding", Target("pairs")),

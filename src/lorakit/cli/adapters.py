@@ -223,8 +223,11 @@ def task_of(adapters: Sequence[AdapterFiles]) -> TaskOnData:
         adapters: Files of the adapters, at least one.
 
     Raises:
-        UsageError: The adapters have different tasks or classes, or a task that lorakit lacks.
+        UsageError: The adapters have different tasks or classes, rename labels differently, or have a task that lorakit
+            lacks.
     """
+    from dataclasses import replace
+
     from lorakit.errors import UsageError
     from lorakit.tasks import task_of_adapter
 
@@ -239,7 +242,25 @@ def task_of(adapters: Sequence[AdapterFiles]) -> TaskOnData:
                 where=files.folder,
                 field="adapter",
             )
-    return first
+    return replace(first, target=replace(first.target, label_map=_label_map(adapters, [first, *others])))
+
+
+def _label_map(adapters: Sequence[AdapterFiles], tasks: Sequence[TaskOnData]) -> dict[str, str]:
+    """Return the label maps of adapters as one; a label that they rename differently is an error."""
+    from lorakit.errors import UsageError
+
+    found = dict[str, str]()
+    for files, task in zip(adapters, tasks, strict=True):
+        for name, known in task.target.label_map.items():
+            if found.setdefault(name, known) != known:
+                raise UsageError(
+                    f"{files.folder}: reads the label {name!r} as {known!r}, but another adapter as {found[name]!r}; "
+                    "measure them in separate calls.",
+                    what=name,
+                    where=files.folder,
+                    field="adapter",
+                )
+    return found
 
 
 def _described(task: TaskOnData) -> str:

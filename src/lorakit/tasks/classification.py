@@ -30,6 +30,7 @@ from lorakit.tasks.task import (
     Objective,
     PredictContext,
     Task,
+    finite,
     inputs_on,
     objective,
     one_per_row,
@@ -140,7 +141,7 @@ def predictions(logits: Tensor, target: Target) -> Tensor:
 def predict(model: nn.Module, batch: Batch, records: Sequence[Record], context: PredictContext) -> list[JsonObject]:
     """Return the label of each row, with the probability of each class, or the predicted number as `score`."""
     target = context.target
-    logits = forward(model, batch, context.device).cpu()
+    logits = finite(forward(model, batch, context.device).cpu())
     if target.kind == "score":
         return [{"score": score} for score in logits.squeeze(-1).tolist()]
     several = target.kind == "classes"

@@ -26,7 +26,7 @@ from lorakit.tasks.encoding import PAIRS, EncodedRows, encode_row, encode_rows
 from lorakit.tasks.labels import pair_target
 from lorakit.tasks.metrics import no_correlation
 from lorakit.tasks.target import Target
-from lorakit.tasks.task import EncodeOptions, Metrics, Objective, PredictContext, Task, objective, without_cache
+from lorakit.tasks.task import EncodeOptions, Metrics, Objective, PredictContext, Task, finite, objective, without_cache
 
 _DIGITS = 7  # of a number between -1 and 1 in float32
 
@@ -179,7 +179,7 @@ def _evaluated(name: str, embeddings: list[Tensor], **data: Any) -> dict[str, fl
 
 def predict(model: nn.Module, batch: Batch, records: Sequence[Record], context: PredictContext) -> list[JsonObject]:
     """Return the embedding of each text, or, for a pair of texts, their cosine similarity as `score`."""
-    embeddings = forward(model, batch, context.device, context.target.pooling).cpu()
+    embeddings = finite(forward(model, batch, context.device, context.target.pooling).cpu())
     if len(embeddings) == 1:
         return [{"embedding": [round(value, _DIGITS) for value in row]} for row in embeddings[0].tolist()]
     return [{"score": score} for score in (embeddings[0] * embeddings[1]).sum(-1).tolist()]

@@ -31,6 +31,7 @@ from lorakit.data import (
 from lorakit.data.encoding import IGNORED, Sequence
 from lorakit.data.loader import Collate
 from lorakit.durable import JsonObject
+from lorakit.errors import NonFiniteError
 from lorakit.hub import WITH_NEW_HEADS
 from lorakit.speed import Acceleration
 from lorakit.tasks.metrics import Score
@@ -177,6 +178,17 @@ def inputs_on(batch: Batch, device: str | torch.device) -> dict[str, Tensor]:
     """Return the model's inputs for a batch, on a device."""
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.extra}
     return {name: value.to(device) for name, value in inputs.items()}
+
+
+def finite(output: Tensor) -> Tensor:
+    """Return the output of a model for rows to predict, of any shape.
+
+    Raises:
+        NonFiniteError: It contains NaN or infinite values.
+    """
+    if not output.isfinite().all():
+        raise NonFiniteError("the base or the adapter produces non-finite values.", what="predictions")
+    return output
 
 
 def without_cache(model: nn.Module) -> dict[str, bool]:

@@ -29,6 +29,7 @@ from lorakit.tasks.task import (
     Objective,
     PredictContext,
     Task,
+    finite,
     inputs_on,
     label_counts,
     objective,
@@ -88,7 +89,7 @@ def predict(model: nn.Module, batch: Batch, records: Sequence[Record], context: 
     """
     names, found = context.target.names, list[JsonObject]()
     reader = SpanReader(names, context.target.scheme)
-    guesses = forward(model, batch, context.device).argmax(-1).tolist()
+    guesses = finite(forward(model, batch, context.device)).argmax(-1).tolist()
     for record, row, words_of in zip(records, guesses, batch.labels.tolist(), strict=True):
         words = record.words if isinstance(record, Tagged) else ()
         tags: list[str | None] = [None] * len(words)
