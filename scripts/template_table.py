@@ -20,6 +20,7 @@ COLUMNS = {
     "tool call with text": "call and text",
     "arguments as text": "call as text",
     "reasoning": "reasoning",
+    "reasoning in several turns": "reasoning in two turns",
     "reasoning and a call": "reasoning and a call",
 }
 """Column -> conversation of the tests."""
@@ -28,12 +29,13 @@ HEAD = """# Chat templates
 
 What can be trained with each chat template that TRL ships, without changes. `python scripts/template_table.py` writes
 this page. `tests/data/test_chat_templates.py` tests every cell: the ids equal those of `apply_chat_template`, and the
-tokens with loss decode to the assistant's text, reasoning and calls, and nothing else.
+tokens with loss decode to the assistant's text, reasoning and calls, and nothing else. `tests/data/test_chat_oracle.py`
+compares them, token by token, with the marks of TRL's training templates on generated conversations.
 
 - **yes**: trained.
 - **dropped**: the template leaves it out without saying so; lorakit raises an error before training.
 - **rejected**: the template itself raises an error.
-- \\*: an earlier turn is excluded from the loss, or loses its end marker; see [data](data.md#chats).
+- \\*: a turn is excluded from the loss and counted, or an earlier turn loses its end marker; see [data](data.md#chats).
 
 """
 
@@ -53,7 +55,7 @@ def page() -> str:
     from tests.data import test_chat_templates as tests
 
     rejected, dropped = tests.listed(tests.REFUSED), tests.listed(tests.DROPPED)
-    limited = {case for cases in tests.LIMITS.values() for case in cases}
+    limited = tests.listed(tests.EXCLUDED) | tests.OTHER_END
     rows = []
     for name in sorted(tests.FORMS):
         cells = []

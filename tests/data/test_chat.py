@@ -6,6 +6,8 @@ from lorakit.data import Conversation, Message, encode
 from lorakit.data.chat import conversation_tokens
 from lorakit.errors import DataError
 
+from ..conftest import CHAT_TEMPLATE
+
 TALK = Conversation(
     (
         Message("system", "Be brief."),
@@ -54,14 +56,15 @@ def test_what_is_trained_decodes_to_what_the_assistant_said(tiny_tokenizer: Any,
     turns = conversation_tokens(talk, tiny_tokenizer)
     whole = tiny_tokenizer.apply_chat_template(talk.as_dicts(), tokenize=False)
     assert tiny_tokenizer.decode(turns.ids) == whole
-    assert said(tiny_tokenizer, turns) == [f"{m.content}<|im_end|>" for m in talk.messages if m.role == "assistant"]
+    after = "" if marked else "\n"  # the template renders it for the turn, and the marks leave it out
+    answers = [message.content for message in talk.messages if message.role == "assistant"]
+    assert said(tiny_tokenizer, turns) == [f"{answer}<|im_end|>{after}" for answer in answers]
     assert turns.ended
     assert turns.untrained_turns == 0
 
 
 def test_an_answer_gets_the_tokens_that_generation_will_make(tiny_tokenizer: Any) -> None:
-    """The generation prompt ends in a line feed and the answer begins with one: no token may span both."""
-    talk = Conversation(TALK.messages[:3])
+    talk = Conversation((*TALK.messages[:2], Message("assistant", "It is four.")))
     turns = conversation_tokens(talk, tiny_tokenizer)
     prompt = tiny_tokenizer.apply_chat_template(talk.as_dicts()[:2], add_generation_prompt=True)["input_ids"]
     assert turns.ids[: len(prompt)] == list(prompt)
@@ -74,7 +77,7 @@ def test_marks_that_cover_nothing_give_way_to_the_prefixes(tiny_tokenizer: Any) 
         "{{ m['content'] + '<|im_end|>' }}{% generation %}{% endgeneration %}",
     )
     turns = conversation_tokens(TALK, tiny_tokenizer)
-    assert said(tiny_tokenizer, turns) == ["\n It is four.<|im_end|>", "wörld 🎉 <|im_end|>"]
+    assert said(tiny_tokenizer, turns) == ["\n It is four.<|im_end|>\n", "wörld 🎉 <|im_end|>\n"]
 
 
 def test_turns_that_the_template_rewrites_are_counted(tiny_tokenizer: Any) -> None:
@@ -82,7 +85,7 @@ def test_turns_that_the_template_rewrites_are_counted(tiny_tokenizer: Any) -> No
     encoded = encode([TALK], tiny_tokenizer, 256)
     assert encoded.report.untrained_turns == 1
     labels = [label for label in encoded.sequences[0].labels if label != -100]
-    assert tiny_tokenizer.decode(labels) == "(thought)wörld 🎉 <|im_end|>"
+    assert tiny_tokenizer.decode(labels) == "(thought)wörld 🎉 <|im_end|>\n"
     assert "1 assistant turn excluded from the loss: the chat template changes" in "\n".join(encoded.report.lines())
 
 
@@ -98,29 +101,75 @@ def test_long_conversations_are_cut_and_counted(tiny_tokenizer: Any) -> None:
     whole = len(conversation_tokens(TALK, tiny_tokenizer).ids)
     report = encode([TALK], tiny_tokenizer, whole - 4).report
     assert (report.cut_rows, report.cut_tokens, report.ended_rows) == (1, 4, 0)
-    assert report.cut_trained_tokens == 3  # the line feed after the end never contributes to the loss
+    assert report.cut_trained_tokens == 4
 
 
-def test_a_token_that_hides_the_space_before_an_answer_is_found_out(tiny_tokenizer: Any) -> None:
-    """Some tokenizers omit the space before a word from its offsets: tokens that decode to other text are not used."""
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_a_token_across_the_beginning_of_an_answer_is_trained_and_counted(tiny_tokenizer: Any, trimmed: bool) -> None:
+    """Some tokenizers omit the space before a word from its offsets."""
     from tokenizers import processors
 
-    tiny_tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tiny_tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trimmed)
     tiny_tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
-    turns = conversation_tokens(Conversation((Message("user", "hello"), Message("assistant", "world"))), tiny_tokenizer)
-    assert said(tiny_tokenizer, turns) == ["world<|im_end|>"]
+    talk = Conversation((Message("user", "hello"), Message("assistant", "world")))
+    turns = conversation_tokens(talk, tiny_tokenizer)
+    assert turns.ids == tiny_tokenizer.apply_chat_template(talk.as_dicts())["input_ids"]
+    assert said(tiny_tokenizer, turns) == [" world<|im_end|>"]
+    assert turns.joined_turns == 1
+    lines = encode([talk], tiny_tokenizer, 64).report.lines()
+    assert any("first token also contains the end of the generation prompt" in line for line in lines)
 
 
-def test_tokens_that_do_not_give_the_text_back_are_refused(
-    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    count = iter(range(10_000))
-    monkeypatch.setattr(tiny_tokenizer, "decode", lambda *_, **__: f"something else {next(count)}")
-    with pytest.raises(DataError, match=r"talk.jsonl:3: the tokens of the assistant's turns do not decode to the text"):
-        encode([TALK], tiny_tokenizer, 64)
+class Slow:
+    """A tokenizer that returns no offsets."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.fast = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return False if name == "is_fast" else getattr(self.fast, name)
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        if options.get("return_offsets_mapping"):
+            raise NotImplementedError
+        return self.fast(text, **options)
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED])
+def test_a_slow_tokenizer_gives_the_same_tokens(tiny_tokenizer: Any, template: str) -> None:
+    tiny_tokenizer.chat_template = template
+    talk = Conversation((*TALK.messages[:2], Message("assistant", "It is four."), *TALK.messages[3:]))
+    slow, fast = conversation_tokens(talk, Slow(tiny_tokenizer)), conversation_tokens(talk, tiny_tokenizer)
+    assert slow.ids == fast.ids
+    assert slow.trained == fast.trained or template == MARKED  # marks need offsets
+
+
+def test_a_slow_tokenizer_with_a_token_across_a_border_is_refused(tiny_tokenizer: Any) -> None:
+    tiny_tokenizer.name_or_path = "some/model"
+    tiny_tokenizer.chat_template = CHAT_TEMPLATE.replace("assistant\n", "assistant\n ").replace(
+        "message['content']", "(' ' if message['role'] == 'assistant' else '') + message['content']"
+    )
+    talk = Conversation((Message("user", "hello"), Message("assistant", "world")), "talk.jsonl", 3)
+    with pytest.raises(DataError, match=r"talk.jsonl:3: .*chat template of some/model") as found:
+        conversation_tokens(talk, Slow(tiny_tokenizer))
+    assert found.value.where == "talk.jsonl:3"
+
+
+@pytest.mark.parametrize("answer", ["a", "assistant", "hello", "e"])
+@pytest.mark.parametrize("condition", ["m['role'] != 'assistant'", "not m['tool_calls']"])
+def test_a_dropped_answer_that_other_text_contains_is_noticed(tiny_tokenizer: Any, answer: str, condition: str) -> None:
+    """The text of each conversation contains the answer, but not where it would be trained."""
+    tiny_tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if CONDITION %}{{ m['content'] }}{% endif %}"
+        "{% for call in m['tool_calls'] %}{{ call['function']['name'] }}{% endfor %}<|im_end|>\n{% endfor %}"
+    ).replace("CONDITION", condition)
+    call = {"tool_calls": [{"type": "function", "function": {"name": "lookup", "arguments": {}}}]}
+    talk = Conversation((Message("user", "hello assistant"), Message("assistant", answer, call)))
+    with pytest.raises(DataError, match="does not render the content of an assistant turn"):
+        conversation_tokens(talk, tiny_tokenizer)
 
 
 def test_no_template_and_a_template_that_refuses(tiny_tokenizer: Any) -> None:

@@ -10,11 +10,13 @@ import functools
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from lorakit.cli.generate import encode_prompts
 from lorakit.data import Conversation, Message, encode
 from lorakit.data.chat import TokenizedRow, conversation_tokens
 from lorakit.errors import DataError
@@ -304,12 +306,25 @@ def listed(table: dict[str, str]) -> set[tuple[str, str]]:
     return cases
 
 
-# Known limits of gpt-oss without marks: a turn that ended with <|return|> ends with <|end|> once others follow, which the
-# model must not learn; and the final answer after a call cannot be located, because it removes the call's reasoning.
-LIMITS: dict[str, set[tuple[str, str]]] = {
-    "end": {("gptoss", "two turns"), ("gptoss", "system")},
-    "located": {("gptoss", "reasoning and a call")},
+# A turn is excluded from the loss if the model would generate other text than the conversation contains, since the
+# template changes the turn, or the text before it, when other turns follow.
+EXCLUDED: dict[str, str] = {
+    "two turns": "qwen3 qwen3_5_nothink qwen3_5_think qwen3_6",
+    "system": "qwen3 qwen3_5_nothink qwen3_5_think qwen3_6",
+    "call, content empty": "qwen3",
+    "call, content None": "qwen3",
+    "call and text": "qwen3 diffusion_gemma gemma4 gemma4_v3 gemma4_v4 gemma4_v5",
+    "call without tools": "qwen3",
+    "call as text": "qwen3",
+    "reasoning in two turns": "diffusion_gemma gemma4_v5 glm4moe gptoss nemotron_3_5_lightning nemotron_3_nano "
+    "nemotron_3_super nemotron_3_ultra qwen3 qwen3_5_nothink qwen3_5_think qwen3_6",
+    "reasoning and a call": "gptoss",
 }
+# gpt-oss without marks: a turn that ended with <|return|> ends with <|end|> once others follow, after which the model
+# would not stop; the end is not trained.
+OTHER_END = {("gptoss", "two turns"), ("gptoss", "system")}
+# gpt-oss removes the reasoning of a call from the text before the answer.
+OTHER_HISTORY = {("gptoss", "reasoning and a call")}
 
 ALL = [(template, scenario) for template in FORMS for scenario in SCENARIOS]
 RENDERED = [case for case in ALL if case not in listed(REFUSED) | listed(DROPPED)]
@@ -354,7 +369,7 @@ def test_trained_are_whole_turns_of_the_assistant(made: Made, template: str, sce
     assert len(trained) + result.untrained_turns == len(wanted)
     assert bool(result.reason) == bool(result.untrained_turns)
     rest = iter(wanted)
-    ends = ("", "<|end|>") if (template, scenario) in LIMITS["end"] else ("",)
+    ends = ("", "<|end|>") if (template, scenario) in OTHER_END else ("",)
     for run in trained:  # in order; a turn may be left out
         assert any(run.strip() + end in turn.said for turn in rest for end in ends), (run, wanted)
 
@@ -395,13 +410,44 @@ def test_a_turn_is_left_out_only_if_the_template_rewrites_it(made: Made, templat
     wanted = [turn for turn in turns_of(tokenizer, template, record) if turn.message.is_trained]
     rewritten = 0 if "endgeneration" in tokenizer.chat_template else sum(turn.rewritten for turn in wanted)
     result = made.tokens(template, scenario)
-    assert result.untrained_turns <= rewritten + ((template, scenario) in LIMITS["located"]), result.reason
+    assert result.untrained_turns <= rewritten + ((template, scenario) in OTHER_HISTORY), result.reason
+
+
+def test_excluded_turns_are_those_of_the_list(made: Made) -> None:
+    assert {case for case in RENDERED if made.tokens(*case).untrained_turns} == listed(EXCLUDED)
 
 
 @cases
 def test_the_end_is_noticed(made: Made, template: str, scenario: str) -> None:
-    result = made.tokens(template, scenario)
-    assert result.ended == (any(result.trained) and template != "glm4moe")  # which writes no end marker
+    result, messages = made.tokens(template, scenario), SCENARIOS[scenario].messages
+    followed = any(message.role == "assistant" and message.is_trained for message in messages[:-1])
+    # glm4moe writes no end marker: the mark of the next turn ends a turn
+    assert result.ended == (
+        any(result.trained) and (template != "glm4moe" or (followed and result.untrained_turns == 0))
+    )
+
+
+@pytest.mark.parametrize("template", FORMS)
+def test_generation_continues_where_training_begins(made: Made, template: str) -> None:
+    """With a system prompt or without, the ids of `generate` are the ids before the first token with loss.
+
+    What the generation prompt has more is reported; the marks of some templates also cover the end of the prompt.
+    """
+    tokenizer = made.tokenizer(template)
+    for name in ("plain", "system"):
+        if (template, name) not in RENDERED:
+            continue
+        record = SCENARIOS[name]
+        system = SYSTEM.content if name == "system" else None
+        (prompt,) = encode_prompts([f"{record.messages[-2].content}"], tokenizer, "chat", system)
+        record = replace(record, messages=(*record.messages[: 1 if system else 0], *record.messages[-2:]))
+        result = conversation_tokens(record, tokenizer)
+        size = next((at for at, (a, b) in enumerate(zip(prompt, result.ids, strict=False)) if a != b), len(prompt))
+        if "endgeneration" not in tokenizer.chat_template:
+            assert tokenizer.decode(prompt[size:]) == result.prompt
+            assert result.trained.index(True) == size
+        assert not set(result.trained[size : size + 2]) - {True}
+        assert result.trained.index(True) <= size
 
 
 @pytest.mark.parametrize(("template", "scenario"), sorted(listed(REFUSED)), ids=lambda value: value)
@@ -464,7 +510,7 @@ def test_the_marks_of_the_training_variant_agree(tiny_tokenizer: Any, template: 
 
     assert len(found) + result.untrained_turns == len(said)
     rest = iter(said)
-    ends = ("", "<|end|>") if (template, scenario) in LIMITS["end"] else ("",)
+    ends = ("", "<|end|>") if (template, scenario) in OTHER_END else ("",)
     for run in found:
         assert any(agrees(run + end, mark) for _, mark in rest for end in ends), (run, judged)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorakit.data.chat_rendering import (
+    REASONING,
     absent,
     answer_parts,
     apply_template,
@@ -124,7 +125,8 @@ def _by_marks(record: Conversation, words: Conversation, tokenizer: Tokenizer) -
         return None
     said = text_of(tokenizer, list(itertools.compress(*_marks(words, tokenizer))))
     answers = [message for message in words.messages if message.role == "assistant"]
-    if not contains(said, [part for turn in answers for part in answer_parts(turn)]):
+    parts = [part for turn in answers for part in answer_parts(turn)]
+    if not contains(said, parts):
         return None
     ids, marks = _marks(record, tokenizer)
     if not all(turn.is_trained for turn in answers):
@@ -134,7 +136,7 @@ def _by_marks(record: Conversation, words: Conversation, tokenizer: Tokenizer) -
         for turn, run in zip(answers, runs, strict=True):
             for position in () if turn.is_trained else run:
                 marks[position] = False
-    tail = said.rpartition((answer_parts(answers[-1]) or [""])[-1])[2] if answers else ""
+    tail = said.rpartition(parts[-1])[2] if parts else ""
     ended = bool(tail.strip()) or any(_ends_specially(tokenizer, ids, run) for run in _runs(marks))
     return TokenizedRow(ids, marks, ended)
 
@@ -197,22 +199,32 @@ def _span(record: Conversation, words: Conversation, tokenizer: Tokenizer, index
         return "the chat template rejects the conversation without the turns that follow"
     if _is_empty(record, tokenizer, index, through):
         return _EMPTY
-    if through.startswith(before) and text.startswith(through):
+    is_usual = through.startswith(before)
+    if is_usual and text.startswith(through) and not _may_repeat(before, record.messages[index]):
         return _Span(len(before), len(through), False, "")
     one, other = (_with_turn(record, tokenizer, index, turns.messages[index]) for turns in _pair(record, words, text))
-    start, tail = len(before), _shared(one[::-1], other[::-1])
     if one == other:
-        raise row_error(
-            record, f"message {index + 1} cannot be located, because {template_name(tokenizer)} renders none of it."
-        )
-    if not through.startswith(before):  # the turn lacks text that ends the generation prompt, such as "<think>"
-        start = min(_shared(before, one), _shared(before, other))
-        history = rendered(record, tokenizer, index) if index else ""
-        if start < len(history) or before[:start] != through[:start]:
-            return _REWRITTEN
+        problem = f"message {index + 1} cannot be located, because {template_name(tokenizer)} renders none of it."
+        raise row_error(record, problem)
+    start = min(_shared(before, one), _shared(before, other))  # a turn may lack the end of the prompt, as "<think>"
+    history = "" if is_usual or not index else rendered(record, tokenizer, index)
+    if start < len(history) or before[:start] != through[:start]:
+        return _REWRITTEN
+    tail = _shared(one[::-1], other[::-1])
     body = len(through) - (tail if through.endswith(one[len(one) - tail :]) else 0)
     end = _shared(through, text)
-    return _REWRITTEN if end < body else _Span(start, end, end < len(through), before[start:])
+    return _REWRITTEN if end < body else _Span(start, end, end < len(through), "" if is_usual else before[start:])
+
+
+def _may_repeat(before: str, turn: Message) -> bool:
+    """Return whether a turn may begin with text that also ends the generation prompt, such as "<think>"."""
+    parts = [part for part in (turn.content, *map(turn.fields.get, REASONING)) if isinstance(part, str)]
+    begins = {part[:size] for one in parts for part in (one, one.lstrip()) for size in range(1, _LONGEST_TAG)}
+    return before.endswith(tuple(begins - {""}))
+
+
+_LONGEST_TAG = 64
+"""Number of characters within which a text that templates add to a generation prompt ends."""
 
 
 def _is_empty(record: Conversation, tokenizer: Tokenizer, index: int, through: str) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -76,7 +75,7 @@ def check_rendered(record: Conversation, tokenizer: Tokenizer, text: str) -> Non
         names.update(str(call["name"]) for call in _calls(turn))
         if any(text.count(name) < count for name, count in names.items()) or not contains(text, _arguments(turn)):
             raise _omitted("tool calls of an assistant turn", record, tokenizer)
-        content, reasoning = turn.content or "", [turn.fields.get(name) for name in _REASONING]
+        content, reasoning = turn.content or "", [turn.fields.get(name) for name in REASONING]
         if not contains(text, [content.rpartition("</think>")[2]]):
             raise _omitted("content of an assistant turn", record, tokenizer)
         said = [content, *reasoning]
@@ -84,7 +83,8 @@ def check_rendered(record: Conversation, tokenizer: Tokenizer, text: str) -> Non
             raise _omitted("reasoning of an assistant turn", record, tokenizer)
 
 
-_REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Fields of a message that contain its reasoning."""
 
 
 def contains(text: str, parts: Iterable[JsonValue]) -> bool:
@@ -159,7 +159,7 @@ def _renamed(function: JsonObject, names: dict[JsonValue, str], new: Iterator[st
 
 def _turn_in_words(turn: Message, names: dict[JsonValue, str], new: Iterator[str]) -> Message:
     fields, reasons = dict(turn.fields), dict[JsonValue, str]()
-    for key in _REASONING:
+    for key in REASONING:
         if str(fields.get(key) or "").strip():
             fields[key] = reasons.setdefault(fields[key], next(new))
     calls: list[JsonValue] = []
@@ -174,15 +174,12 @@ def _turn_in_words(turn: Message, names: dict[JsonValue, str], new: Iterator[str
     if calls:
         fields["tool_calls"] = calls
     content = turn.content or ""
-    if content.strip():
-        parts = re.split(r"(</?think>)", content)
-        content = "".join(next(new) if part.strip() and part not in _THINK else part for part in parts)
-    elif not fields:
-        content = content and next(new)
+    if content.strip() or not fields:  # a template may drop the white space of a turn that calls
+        reasoning, tag, answer = content.rpartition("</think>")
+        begin = "<think>" * reasoning.lstrip().startswith("<think>")
+        said = reasoning.strip().removeprefix(begin).strip() and next(new)
+        content = f"{begin}{said}{tag}" + (answer and next(new))
     return replace(turn, content=content, fields=fields)
-
-
-_THINK = ("<think>", "</think>")
 
 
 def answer_parts(turn: Message) -> list[str]:

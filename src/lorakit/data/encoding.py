@@ -361,6 +361,7 @@ class _Work:
         report.untrained_turns += row.untrained_turns
         report.untrained_reason = report.untrained_reason or row.reason
         report.prompt = report.prompt or row.prompt
+        report.joined_turns += row.joined_turns
         length = report.max_length_tokens
         if len(row.ids) > length:
             report.cut_rows += 1

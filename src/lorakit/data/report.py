@@ -103,6 +103,7 @@ class DataReport(Report):
             rewrites them when other turns follow.
         untrained_reason: Why the first of these turns was excluded, or "".
         prompt: Text with which the template begins answers in generation but not in the data, or "".
+        joined_turns: Number of assistant turns whose first token also contains the end of the generation prompt.
         ended_rows: Number of rows in which an end marker contributes to the loss: the end-of-text token, or the
             template's end-of-turn marker.
     """
@@ -118,6 +119,7 @@ class DataReport(Report):
     untrained_turns: int = 0
     untrained_reason: str = ""
     prompt: str = ""
+    joined_turns: int = 0
     ended_rows: int = 0
 
     @property
@@ -202,5 +204,10 @@ class DataReport(Report):
             lines.append(
                 f"In generation, the chat template begins answers with {self.prompt!r}, but answers in the data do not "
                 "begin with this text. Set the template's options (chat_template_kwargs) so that both agree."
+            )
+        if self.joined_turns:
+            lines.append(
+                f"{format_count(self.joined_turns, 'answer')}: the first token also contains the end of the generation "
+                "prompt, such as a line feed, so generation cannot begin with it. Remove white space before answers."
             )
         return lines
