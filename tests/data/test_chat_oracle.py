@@ -39,10 +39,10 @@ PROVIDED: dict[str, tuple[str, ...]] = {
     "deepseekv3": ("<｜Assistant｜>", "<｜tool▁outputs▁end｜>"),
     "gptoss": ("<|start|>assistant",),
     "muse_glimmer": ("<|start|>assistant",),
-    "nemotron_3_5_lightning": ("<think", "<think>"),  # a token may contain the end of it
-    "nemotron_3_nano": ("<think", "<think>"),
-    "nemotron_3_super": ("<think", "<think>"),
-    "nemotron_3_ultra": ("<think", "<think>"),
+    "nemotron_3_5_lightning": ("<think", "<think>", "<think>\n"),  # a token may contain the end of it
+    "nemotron_3_nano": ("<think", "<think>", "<think>\n"),
+    "nemotron_3_super": ("<think", "<think>", "<think>\n"),
+    "nemotron_3_ultra": ("<think", "<think>", "<think>\n"),
     "qwen2_5": ("\n",),
     "qwen3_5_nothink": ("<think>\n\n</think>\n\n", "<think>\n"),
     "qwen3_5_think": ("<think>\n", "<think>"),
@@ -238,7 +238,7 @@ def test_generated_conversations(pairs: Callable[[str], Pair], template: str) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("template", PAIRED)
 def test_many_generated_conversations(pairs: Callable[[str], Pair], template: str) -> None:
-    explore(pairs(template), template, 400, 9)
+    explore(pairs(template), template, 100, 9)
 
 
 def explore(pair: Pair, template: str, count: int, most: int) -> None:
