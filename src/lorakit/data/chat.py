@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import itertools
 import re
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 
 from lorakit.data.chat_rendering import (
@@ -169,7 +171,7 @@ def _by_prompts(record: Conversation, words: Conversation, tokenizer: Tokenizer,
     ids, offsets = _tokenized(record, tokenizer, text, spans)
     trained, ended, joined = [False] * len(ids), False, 0
     for span in spans:
-        run = [at for at, offset in enumerate(offsets) if _is_inside(offset, span)]
+        run = _run(offsets, span)
         if not run:
             continue
         if not _ends_specially(tokenizer, ids, run) and not span.is_cut:
@@ -277,8 +279,11 @@ def _tokenized(
     return ids, offsets
 
 
-def _is_inside(offset: tuple[int, int], span: _Span) -> bool:
-    return offset[0] < span.end and offset[1] > span.start and not (span.is_cut and offset[1] > span.end)
+def _run(offsets: list[tuple[int, int]], span: _Span) -> list[int]:
+    """Return the positions of the tokens of which a part is in a span."""
+    first = bisect_right(offsets, span.start, key=itemgetter(1))
+    last = bisect_left(offsets, span.end, key=itemgetter(0))
+    return [at for at in range(first, last) if not (span.is_cut and offsets[at][1] > span.end)]
 
 
 def _is_joined(offsets: list[tuple[int, int]], first: int, start: int) -> bool:
