@@ -37,6 +37,7 @@ from lorakit.tasks import (
 from lorakit.tasks.metrics import Score
 from lorakit.train.forecast import SavedTokenizer, max_length_for, pick_device
 from lorakit.train.processes import ALONE, Processes
+from lorakit.train.seen_rows import seen_note
 from lorakit.train.step import oom_advice_for_evaluation, oom_as_run_error
 
 
@@ -306,6 +307,9 @@ def compare(
         say(line)
     given = {}
     for folder, files in settings.adapters.items():
+        seen = seen_note(files.folder, files.sidecar.facts, records)
+        if seen is not None:
+            say(seen)
         own = own_tokenizer(str(files.folder), tokenizer)
         if own is not None:
             say(
