@@ -1,95 +1,169 @@
-"""`lorakit list`: list the adapters in a directory."""
+"""`lorakit list`: list the adapters and the runs in a directory."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from lorakit.cli import console
+from lorakit.cli import console, early
 from lorakit.config import CONFIG_FILE, SIDECAR_FILE, read_config
 from lorakit.durable import read_json
-from lorakit.errors import AdapterFileError, LorakitError
-from lorakit.tables import format_bytes
+from lorakit.errors import AdapterFileError, LorakitError, RunError
+from lorakit.report import RUN_FILE
 
 MAX_SIDECAR_BYTES = 64 << 20
+ADAPTER, FINISHED = "adapter", ("finished", "stopped early", None)
+
+SORTS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "name": lambda one: one["adapter"],
+    "date": lambda one: one["date"],
+    "base": lambda one: one.get("base_model"),
+    "rate": lambda one: one.get("learning_rate"),
+    "steps": lambda one: one.get("steps"),
+    "loss": lambda one: one.get("eval_loss"),
+}
+"""Value of `--sort` -> what is compared; entries without a value are last."""
 
 
 def run(
     folder: Annotated[Path, Parameter(help="Directory with adapters or runs; directories in it are searched too.")],
     *,
+    sort: Annotated[str, Parameter(help=f"Order of the lines: {', '.join(SORTS)}.")] = "name",
     json: console.JsonFlag = False,
 ) -> None:
-    """List the adapters in a directory: base model, task, rank, size, evaluation loss and date.
+    """List the adapters in a directory: base model, learning rate, steps, data, and loss of the base and the adapter.
 
-    Checkpoints of runs are left out. Weights are not read; `lorakit inspect` verifies them.
+    Runs without an adapter are listed with their status, such as failed or interrupted. Checkpoints of runs are left
+    out. Weights are not read; `lorakit inspect` verifies them. --json adds task, rank, size and date.
 
     Raises:
-        AdapterFileError: The directory does not exist, or contains no adapters.
+        AdapterFileError: The directory does not exist, or contains neither adapters nor runs.
     """
+    early.check_choice("sort", sort, tuple(SORTS))
     if not folder.is_dir():
         raise AdapterFileError(f"{folder}: directory not found.", where=folder)
-    found = [_described(folder, path) for path in sorted(_adapters(folder))]
+    found = [_described(folder, path) for path in sorted(set(_folders(folder)))]
     if not found:
         text = f"{folder}: no adapters found; an adapter's directory contains {CONFIG_FILE}."
         raise AdapterFileError(text, where=folder)
+    found.sort(key=lambda one: (SORTS[sort](one) is None, SORTS[sort](one) or 0))
     if json:
         console.emit_json(found)
         return
-    head = ["adapter", "base model", "task", "r", "size", "eval loss", "date"]
-    rows = [
-        [
-            one["adapter"],
-            one.get("base_model") or "",
-            one.get("task") or "",
-            str(one.get("r", "")),
-            format_bytes(one["size_bytes"]),
-            "" if one.get("eval_loss") is None else f"{one['eval_loss']:.4f}",
-            one["date"][:10],
-        ]
-        for one in found
-    ]
-    console.say(console.table(head, rows))
+    head = ["adapter", "base", "rate", "steps", "data", "loss: base → adapter"]
+    console.say(console.table(head, [_row(one) for one in found]))
     for one in found:
         if "error" in one:
             console.warning(f"{one['adapter']}: {one['error']}")
 
 
-def _adapters(folder: Path) -> Iterator[Path]:
-    """Yield the directories that contain an adapter, except for checkpoints and temporary directories."""
-    for config in folder.rglob(CONFIG_FILE):
-        inside = config.parent.relative_to(folder).parts
-        if not any(part.startswith((".", "checkpoint-", "adapter-only-")) for part in inside):
-            yield config.parent
+def _folders(folder: Path) -> Iterator[Path]:
+    """Yield the directories that contain an adapter, or a run without one; not checkpoints and temporary ones."""
+    for name in (CONFIG_FILE, RUN_FILE):
+        for file in folder.rglob(name):
+            inside = file.parent.relative_to(folder).parts
+            has_adapter = name == RUN_FILE and (file.parent / ADAPTER / CONFIG_FILE).is_file()
+            if not has_adapter and not any(part.startswith((".", "checkpoint-", "adapter-only-")) for part in inside):
+                yield file.parent
 
 
 def _described(root: Path, folder: Path) -> dict[str, Any]:
-    """Return what the files of an adapter say about it; "error" holds the reason if they cannot be read."""
+    """Return what the files of an adapter or a run say about it; "error" holds the reason if they cannot be read."""
+    is_adapter = (folder / CONFIG_FILE).is_file()
     sizes = [path.stat().st_size for path in folder.iterdir() if path.is_file()]
-    changed = datetime.fromtimestamp((folder / CONFIG_FILE).stat().st_mtime).astimezone()
+    changed = datetime.fromtimestamp((folder / (CONFIG_FILE if is_adapter else RUN_FILE)).stat().st_mtime).astimezone()
     found: dict[str, Any] = {
         "adapter": str(folder.relative_to(root)),
         "size_bytes": sum(sizes),
         "date": changed.isoformat(timespec="seconds"),
     }
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `lorakit inspect` shows them
-            config, _ = read_config(folder)
-        sidecar = folder / SIDECAR_FILE
-        facts = read_json(sidecar, MAX_SIDECAR_BYTES) if sidecar.is_file() else {}
+        own = _adapter(folder) if is_adapter else {}
+        of_run = _run(folder if not is_adapter else folder.parent) if not is_adapter or folder.name == ADAPTER else {}
+        return {**found, "data": own.pop("data", []), **of_run, **own}
     except (LorakitError, OSError, ValueError) as cause:
         return {**found, "error": " ".join(str(cause).split())}
-    training = facts.get("training") if isinstance(facts, dict) else None
-    task = config.task_type
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    """Return what the record of a run says, or an empty dict without a record."""
+    path = folder / RUN_FILE
+    record = _table(read_json(path, MAX_SIDECAR_BYTES)) if path.is_file() else {}
+    settings, resolved, result = (_table(record.get(name)) for name in ("settings", "resolved", "result"))
+    if not record:
+        return {}
     return {
-        **found,
-        "base_model": config.base_model_name_or_path,
+        "base_model": resolved.get("base") or settings.get("model"),
+        "learning_rate": settings.get("learning_rate"),
+        "data": settings.get("data") or [],
+        "steps": result.get("steps"),
+        "status": "interrupted"
+        if record.get("status") == "running" and not _is_active(folder)
+        else record.get("status"),
+        **({"failure": message} if (message := _table(record.get("error")).get("message")) else {}),
+    }
+
+
+def _is_active(folder: Path) -> bool:
+    """Return whether a process is training in a run directory."""
+    from lorakit.train.run_folder import check_unlocked
+
+    try:
+        check_unlocked(folder)
+    except RunError:
+        return True
+    return False
+
+
+def _adapter(folder: Path) -> dict[str, Any]:
+    """Return what an adapter's config and `lorakit.json` say; values that are unknown are left out, or None."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `lorakit inspect` shows them
+        config, _ = read_config(folder)
+    sidecar = folder / SIDECAR_FILE
+    facts = _table(read_json(sidecar, MAX_SIDECAR_BYTES)) if sidecar.is_file() else {}
+    training = _table(facts.get("training"))
+    task, start = config.task_type, _table(training.get("from_adapter"))
+    known = {
+        "base_model": facts.get("base_name") or config.base_model_name_or_path,
+        "steps": training.get("step"),
+        "data": [*_table(training.get("data_sha256"))],
+    }
+    return {
+        **{name: value for name, value in known.items() if value},
         "task": None if task is None else str(getattr(task, "value", task)),
         "r": config.r,
-        "eval_loss": training.get("eval_loss") if isinstance(training, dict) else None,
+        "base_loss": start.get("eval_loss") if start else training.get("base_eval_loss"),
+        "eval_loss": training.get("eval_loss"),
     }
+
+
+def _row(one: Mapping[str, Any]) -> list[str]:
+    """Return the cells of a line of at most 80 columns; long names lose their beginning."""
+    name, rate, data = one["adapter"].removesuffix(f"/{ADAPTER}"), one.get("learning_rate"), one.get("data") or []
+    more = f" +{len(data) - 1}" if len(data) > 1 else ""
+    losses, state = [one.get(key) for key in ("base_loss", "eval_loss")], one.get("status")
+    measured = " → ".join(f"{loss:.4f}" if isinstance(loss, int | float) else "–" for loss in losses)
+    found = [measured] if losses != [None, None] else []
+    shown = [*found, *([] if state in FINISHED else [f"({state})" if found else str(state)])]
+    return [
+        _end(name, 20),
+        _end(Path(str(one.get("base_model") or "")).name, 14),
+        f"{rate:g}" if isinstance(rate, int | float) else "",
+        str(one.get("steps") or ""),
+        _end(Path(str(data[0])).name, 13 - len(more)) + more if data else "",
+        " ".join(shown),
+    ]
+
+
+def _end(text: str, width: int) -> str:
+    return text if len(text) <= width else f"…{text[1 - width :]}"
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
