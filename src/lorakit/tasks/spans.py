@@ -38,7 +38,7 @@ _UNTYPED = "_"
 """Type of the entities of tags that are only a letter, as in seqeval."""
 
 _FORMS = (
-    re.compile(r"(?P<letter>[A-Z])[^A-Za-z0-9](?P<type>.+)", re.DOTALL),
+    re.compile(r"(?P<letter>[A-Z])[^A-Za-z0-9](?P<type>.*)", re.DOTALL),
     re.compile(r"(?P<type>.+)[^A-Za-z0-9](?P<letter>[A-Z])", re.DOTALL),
     re.compile(r"(?P<letter>[A-Z])(?P<type>)"),
 )
@@ -75,7 +75,8 @@ def scheme_of(names: Sequence[str]) -> tuple[str, str]:
             "The tags are numbers without names, so the metric is the accuracy per word, not the F1 of spans; name "
             "them, such as --label-map 0=O 1=B-PER."
         )
-    if len(tags) < len(names) and not any(form.fullmatch(tag) and tag[0] in "BI" for form in _FORMS for tag in tags):
+    marked = [match for form in _FORMS for tag in tags if (match := form.fullmatch(tag)) and match["letter"] in "BI"]
+    if len(tags) < len(names) and not marked:
         return PLAIN, ""
     return UNMARKED, (
         f"The tags ({', '.join(list(names)[:4])} ...) follow no known scheme, so the metric is the accuracy per word, "
