@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from lorakit import hub
 from lorakit.config import LoraConfig
 from lorakit.data import SHAPES, Completion, Document, Labeled, Records, Split, Tagged
 from lorakit.errors import UsageError
-from lorakit.tasks import TASKS, Target, task_for, task_of_adapter, task_of_model
+from lorakit.tasks import TASKS, task_for, task_of_adapter, task_of_model
 from lorakit.train.defaults import FORMATS, TASK_NAMES
 
 
@@ -54,12 +55,18 @@ def test_the_task_is_chosen_by_the_data_and_the_model(
 
 
 def test_a_sentence_transformers_model_embeds_scored_pairs(model_directory: Callable[..., Path]) -> None:
+    pytest.importorskip("sentence_transformers")
     folder = model_directory("Bert")
-    (folder / "modules.json").write_text("[]")
+    types = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    modules = [{"name": path, "path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in types]
+    (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    pooling = {"word_embedding_dimension": 32, "pooling_mode_cls_token": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     found = task_for(None, split(*SCORED), hub.resolve(folder))
-    assert (found.task.name, found.target) == ("embedding", Target("score", pooling="cls"))
+    assert (found.task.name, found.target.kind) == ("embedding", "score")
+    (module,) = found.target.embedding["modules"]  # type: ignore[misc,union-attr]
+    assert module["pooling_mode"] == "cls"  # type: ignore[index,call-overload]
     assert task_of_model(None, hub.resolve(folder)).task.name == "embedding"
 
 

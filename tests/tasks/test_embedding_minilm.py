@@ -12,7 +12,7 @@ import torch
 
 from lorakit import cli, hub
 from lorakit.data import Labeled, Records, padding_id, python_reference
-from lorakit.tasks import TASKS, EncodeOptions, Target
+from lorakit.tasks import TASKS, EncodeOptions, Target, TaskOnData, on_model
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +31,8 @@ def test_embeddings_are_those_of_sentence_transformers(minilm: Path) -> None:
     texts = ["A cat sat on the mat.", "The quick brown fox.", "LoRA trains two low-rank matrices.", "Hi"]
     source = hub.resolve(minilm)
     tokenizer, model = hub.load_tokenizer(source), hub.load_model(source, "float32", task="encoder")
-    task, target = TASKS["embedding"], Target("pairs", pooling=hub.ModelFacts.of(source).pooling)
+    task = TASKS["embedding"]
+    target = on_model(TaskOnData(task, Target("pairs")), source).target
     records = Records(Labeled((text,)) for text in texts)
     rows = list(task.encode(records, tokenizer, target, EncodeOptions(64, is_labeled=False)).sequences)
     objective = task.objective(target)

@@ -83,7 +83,7 @@ def test_tags() -> None:
 
 def test_pairs() -> None:
     pair, scored = Labeled(("a", "b"), None, "p", 1), Labeled(("a", "b"), 0.5, "p", 2)
-    assert pair_target(split([pair]), LabelOptions(pooling="cls")) == Target("pairs", pooling="cls")
+    assert pair_target(split([pair]), LabelOptions()) == Target("pairs")
     assert pair_target(split([scored]), LabelOptions()).kind == "score"
     with pytest.raises(DataError, match=r"p:2.*has a score, but other rows do not"):
         pair_target(split([pair, scored]), LabelOptions())
@@ -91,7 +91,9 @@ def test_pairs() -> None:
         pair_target(split([Labeled(("a",))]), LabelOptions())
 
 
-@pytest.mark.parametrize("target", [Target("class", ("a", "b")), Target("score"), Target("pairs", pooling="cls")])
+@pytest.mark.parametrize(
+    "target", [Target("class", ("a", "b")), Target("score"), Target("pairs", embedding={"prompt": "a"})]
+)
 def test_a_target_survives_json(target: Target, tmp_path: Path) -> None:
     assert Target.from_dict(target.as_dict()) == target
     assert Target.from_dict(None) is None

@@ -123,7 +123,7 @@ def test_embedding_losses_and_metrics_are_those_of_sentence_transformers(
     tokenizer = hub.load_tokenizer(source)
     records = [Labeled((word, word + " again"), at / 5 if scored else None) for at, word in enumerate(WORDS)]
     task = TASKS["embedding"]
-    target = task.target(Split(Records(records), Records(), ""), LabelOptions())
+    target = task.on_model(task.target(Split(Records(records), Records(), ""), LabelOptions()), source)
     model = hub.load_model(source, task="encoder")
     assert model.pooler is None  # files of masked language models have none
     encoded = task.encode(Records(records), tokenizer, target, EncodeOptions(64))
@@ -160,7 +160,8 @@ def test_a_triplet_has_a_third_text(model_directory: Callable[..., Path]) -> Non
     source = hub.resolve(model_directory("Bert"))
     tokenizer, model = hub.load_tokenizer(source), hub.load_model(source, task="encoder")
     records = Records(Labeled((word, word + " again", "something else")) for word in WORDS)
-    task, target = TASKS["embedding"], Target("pairs")
+    task = TASKS["embedding"]
+    target = task.on_model(Target("pairs"), source)
     encoded = task.encode(records, tokenizer, target, EncodeOptions(64))
     objective = task.objective(target)
     batch = next(Loader(list(encoded.sequences), 6, 0, pad_id=padding_id(tokenizer), collate=objective.collate))
@@ -174,7 +175,7 @@ def test_a_triplet_has_a_third_text(model_directory: Callable[..., Path]) -> Non
 
 
 @pytest.mark.parametrize("name", ["classification", "token-classification", "embedding"])
-def test_a_decoder_stores_no_keys_and_values(name: str, tiny_llama: Any) -> None:
+def test_a_decoder_stores_no_keys_and_values(name: str, tiny_llama: Any, tiny_model_directory: Path) -> None:
     """They take memory, and fused forward methods leave calls that store them to the model."""
     from transformers import LlamaForSequenceClassification, LlamaForTokenClassification, LlamaModel
 
@@ -187,7 +188,8 @@ def test_a_decoder_stores_no_keys_and_values(name: str, tiny_llama: Any) -> None
     inner.register_forward_hook(lambda module, inputs, output: returned.append(output.past_key_values))
     ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
     kind = {"token-classification": "tags", "embedding": "pairs"}.get(name, "class")
-    forward = TASKS[name].objective(Target(kind, () if kind == "pairs" else ("a", "b"))).forward  # type: ignore[arg-type]
+    target = Target(kind, () if kind == "pairs" else ("a", "b"))  # type: ignore[arg-type]
+    forward = TASKS[name].objective(TASKS[name].on_model(target, hub.resolve(tiny_model_directory))).forward
     assert forward is not None
     extra = {"input_ids_1": ids, "attention_mask_1": torch.ones_like(ids)} if name == "embedding" else {}
     forward(model, Batch(ids, torch.ones_like(ids), torch.zeros(2, dtype=torch.long), 0.0, 5, 2, extra), "cpu")

@@ -284,6 +284,25 @@ TUPLE_ROUTERS = (
 )
 """Subclasses of nn.Linear that return a tuple, to which the product of A and B cannot be added."""
 
+_DEPENDS_ON_PADDING: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("canine", "convbert", "cpmant", "fnet", "funnel", "mobilebert", "nystromformer"), ()),
+    **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4", "prophetnet", "reformer", "yoso"), ()),
+    **dict.fromkeys(("t5gemma", "t5gemma2", "xlnet"), ("classification",)),
+}
+"""Model types whose outputs for a row depend on the padding after it -> heads that do so; empty for all heads."""
+
+
+def depends_on_padding(model_type: str, head: str) -> bool:
+    """Return whether a model's outputs for a row depend on the padding after it, and so on the other rows of a batch.
+
+    Args:
+        model_type: `model_type` of the model's config.
+        head: A key of `lorakit.hub.TASKS`.
+    """
+    heads = _DEPENDS_ON_PADDING.get(model_type)
+    return heads is not None and (not heads or head in heads)
+
+
 BLOCKS: tuple[Block, ...] = tuple(dict.fromkeys(row.block for row in ARCHITECTURES if row.block is not None))
 """The different layouts of blocks."""
 

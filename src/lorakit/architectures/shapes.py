@@ -115,6 +115,7 @@ class ModelShape:
         quantization: The quantization config of the model's files; empty if they are not quantized.
         full_modules: Paths of modules that the model's task trains in full and that are not quantized: a head for
             classification, and modules that the model's files lack.
+        unused_modules: Paths of layers whose output the task does not use, such as BERT's pooler for embeddings.
     """
 
     name: str
@@ -140,6 +141,7 @@ class ModelShape:
     containers: tuple[str, ...] = ()
     experts_per_token: int = 0
     full_modules: tuple[str, ...] = ()
+    unused_modules: tuple[str, ...] = ()
     model_type: str = ""
     quantization: Mapping[str, JsonValue] = field(default_factory=dict)
 

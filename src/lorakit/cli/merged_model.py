@@ -293,8 +293,8 @@ def _merge_into(request: MergeRequest, folder: Path, tokenizer: SavedTokenizer |
         model.to(getattr(torch, request.dtype))
     add_merge_record(model, {f.file.sha256: given for f, given in zip(request.adapters, request.folders, strict=True)})
     hub.save_model(model, folder, tokenizer)
-    if request.task.task.loader == "encoder":
-        hub.copy_embedding_files(request.source, folder)
+    if request.task.task.loader == "encoder" and not hub.copy_embedding_files(request.source, folder):
+        hub.write_embedding_files(folder, request.task.target.embedding)
     return Merged(
         folder=request.target,
         dtype=_dtype_name(model),

@@ -22,7 +22,7 @@ from lorakit.plan import MALLOC_SHARES, Cluster, Job, ModelShape, Plan, Speed, b
 from lorakit.plan.choosing import AUTO
 from lorakit.plan.job import PROCESS_BYTES, dtype_name, recomputed
 from lorakit.plan.network import LINK, LINKS, NETWORK, PER_NODE, link_named
-from lorakit.plan.params import with_full_modules, with_new_tokens
+from lorakit.plan.params import for_task, with_new_tokens
 from lorakit.tables import format_quantity
 from lorakit.train.defaults import DEFAULTS, TASK_NAMES
 
@@ -262,7 +262,7 @@ def _for_task(model: str, config: LoraConfig, adapter: AdapterFlags) -> tuple[Mo
     task = TASKS[adapter.task]
     values = {"id2label": {str(n): f"LABEL_{n}" for n in range(adapter.labels)}}
     shape = hub.shape_for_task(model, task.loader, values if task.loader in hub.WITH_NEW_HEADS else {})
-    return shape, with_full_modules(config.with_fields(task_type=task.adapter_task), shape.full_modules)
+    return shape, for_task(config.with_fields(task_type=task.adapter_task), shape)
 
 
 def _job(job: JobFlags, shape: ModelShape) -> Job:

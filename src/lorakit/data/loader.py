@@ -286,8 +286,15 @@ def by_length(sequences: Many[Sequence], rows: int, pad_id: int = 0, collate: Co
 
 
 def padding_id(tokenizer: Tokenizer) -> int:
-    """Return the id to pad with: that of the tokenizer's padding token, else of its end-of-text token, else 0."""
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            return candidate
-    return 0
+    """Return the id to pad with.
+
+    Args:
+        tokenizer: A tokenizer on whose padding token the model agrees; see `lorakit.hub.agree_on_padding`.
+
+    Raises:
+        ConfigError: The tokenizer has no padding token.
+    """
+    if tokenizer.pad_token_id is None:
+        text = "the tokenizer has no padding token; call lorakit.hub.agree_on_padding, or set tokenizer.pad_token."
+        raise ConfigError(text, field="pad_token")
+    return tokenizer.pad_token_id

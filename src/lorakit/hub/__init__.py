@@ -16,11 +16,16 @@ from lorakit.hub.calibration import (
     units_of,
 )
 from lorakit.hub.model_config import (
+    EMBEDDING_LIST,
     TASKS,
     WITH_NEW_HEADS,
     Family,
     ModelFacts,
+    agree_on_padding,
+    config_of,
     copy_embedding_files,
+    embedding_folder,
+    write_embedding_files,
 )
 from lorakit.hub.models import (
     AddedTokens,
@@ -45,6 +50,7 @@ from lorakit.hub.sources import ModelSource, base_named, check_upload, is_hub_id
 from lorakit.hub_cache import TOKENIZER_FILES
 
 __all__ = [
+    "EMBEDDING_LIST",
     "PACKAGED",
     "TASKS",
     "TOKENIZER_FILES",
@@ -60,14 +66,17 @@ __all__ = [
     "Units",
     "adapter_tokenizer",
     "add_tokens",
+    "agree_on_padding",
     "base_named",
     "calibrate",
     "chat_template_hash",
     "check_upload",
     "choose_dtype",
     "chosen_by_units",
+    "config_of",
     "copy_embedding_files",
     "dequantize_files",
+    "embedding_folder",
     "expected_dtype",
     "is_hub_id",
     "load_for_task",
@@ -89,4 +98,5 @@ __all__ = [
     "tokenizer_hash",
     "tokenizer_settings",
     "units_of",
+    "write_embedding_files",
 ]

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Literal
 
-from lorakit.durable import JsonValue
+from lorakit.architectures.families import depends_on_padding
+from lorakit.durable import JsonObject, JsonValue, write_json
+from lorakit.errors import ModelError
 from lorakit.hub.quiet import quiet_transformers
 from lorakit.hub.sources import WEIGHT_INDEX, WEIGHTS, ModelSource, call_loader
+from lorakit.hub_cache import offline
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TASKS = {
     "causal": "AutoModelForCausalLM",
@@ -33,10 +38,10 @@ Family = Literal["causal", "seq2seq", "encoder", "embedding"]
 """Purpose of a model: to continue text, to map one text to another, to classify or fill in words, or to embed
 texts (a model saved by sentence-transformers)."""
 
-_POOLING = "1_Pooling/config.json"
-EMBEDDING_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", _POOLING)
-"""Files that sentence-transformers adds to a model's directory."""
+EMBEDDING_LIST = "modules.json"
+"""File in which sentence-transformers lists the modules of a model that embeds texts."""
 
+_POOLING = "1_Pooling"
 _DEFAULT_LABEL = re.compile(r"LABEL_\d+")
 
 
@@ -73,16 +78,12 @@ class ModelFacts:
         labels: Names of the classes of the head, in order, including names such as LABEL_0, which transformers adds to
             every config.
         problem: The config's `problem_type`, or None.
-        padding: Id of the padding token, or None.
-        pooling: How the model computes the embedding of a text: "cls" (that of the first token) or "mean".
     """
 
     family: Family
     loader: str | None
     labels: tuple[str, ...]
     problem: str | None
-    padding: int | None
-    pooling: str
 
     @property
     def named_labels(self) -> tuple[str, ...]:
@@ -100,15 +101,13 @@ class ModelFacts:
             ModelError: The config cannot be read.
         """
         config = config_of(source)
-        family = _family(config, is_embedding=file_of(source, "modules.json") is not None)
+        family = _family(config, is_embedding=_embeds(source))
         names = getattr(config, "id2label", None) or {}
         return cls(
             family=family,
             loader=_loader(config, family),
             labels=tuple(str(names[number]) for number in sorted(names)),
             problem=getattr(config, "problem_type", None),
-            padding=getattr(config, "pad_token_id", None),
-            pooling=_pooling(source),
         )
 
 
@@ -137,37 +136,202 @@ def _loader(config: PreTrainedConfig, family: Family) -> str | None:
     return found[0] if found else family if family in TASKS else None
 
 
-def _pooling(source: ModelSource) -> str:
-    path = file_of(source, _POOLING)
+def agree_on_padding(
+    source: ModelSource,
+    tokenizers: Sequence[PreTrainedTokenizerBase],
+    model: PreTrainedModel | None = None,
+    head: str = "causal",
+) -> int:
+    """Choose the id to pad with, and set it in the tokenizers and the model.
+
+    It is the first of these that is in the model's vocabulary and a special token of every tokenizer: the one in the
+    model's config, the padding token of a tokenizer, its end token, another special token. An ordinary token is not
+    used: a head that reads the last token before the padding would skip it in texts, and tokenizers would not write it.
+
+    Args:
+        source: The model.
+        tokenizers: Tokenizers whose rows are padded, at least one; their `pad_token` is set.
+        model: The loaded model, whose config and generation config are set, or None.
+        head: A key of `TASKS`.
+
+    Returns:
+        The id.
+
+    Raises:
+        ModelError: No token can be used, the head reads an id with which rows cannot be padded, or the model's outputs
+            depend on padding with any token.
+    """
+    config = config_of(source) if model is None else model.config
+    text = config.get_text_config()
+    size, own = getattr(text, "vocab_size", None), getattr(text, "pad_token_id", None)
+    special = set.intersection(*(_special_ids(tokenizer) for tokenizer in tokenizers))
+    known = [own, *(one.pad_token_id for one in tokenizers), *(one.eos_token_id for one in tokenizers)]
+    chosen = next((one for one in (*known, *sorted(special)) if one in special and _fits(one, size)), None)
+    is_read = head == "classification"
+    problem = None
+    if depends_on_padding(config.model_type, head):
+        raise ModelError(
+            f"{source.given}: the outputs of a {config.model_type} model for a row depend on the padding after it, and "
+            "so on the other rows of its batch; use a model of another type.",
+            what=config.model_type,
+            where=source.given,
+            field="model",
+        )
+    if chosen is None:
+        problem = "the tokenizer has no special token that is in the model's vocabulary"
+    elif is_read and _fits(own, size) and own != chosen:
+        problem = f"pad_token_id is {own} in config.json, which is not a special token of the tokenizer"
+    elif is_read and config.is_encoder_decoder and chosen == config.eos_token_id:
+        problem = f"the head reads the output at the end token (id {chosen}), which is also the padding token"
+    if chosen is None or problem is not None:
+        raise ModelError(
+            f"{source.given}: {problem}, so a row's output would depend on its padding. Set pad_token in "
+            "tokenizer_config.json to another special token, and pad_token_id in config.json to its id.",
+            what=own,
+            where=source.given,
+            field="pad_token_id",
+        )
+    for tokenizer in tokenizers:
+        if tokenizer.pad_token_id != chosen:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chosen)
+    for values in () if model is None else (config, text, getattr(model, "generation_config", None)):
+        if values is not None and getattr(values, "pad_token_id", None) != chosen:
+            values.pad_token_id = chosen
+    return chosen
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+
+
+def _fits(number: int | None, size: int | None) -> bool:
+    return isinstance(number, int) and number >= 0 and (size is None or number < size)
+
+
+def _embeds(source: ModelSource) -> bool:
+    """Return whether a model was saved by sentence-transformers to embed texts."""
+    settings = _json_of(source, "config_sentence_transformers.json")
+    kind = settings.get("model_type", "SentenceTransformer") if isinstance(settings, dict) else None
+    return kind == "SentenceTransformer" and _json_of(source, EMBEDDING_LIST) is not None
+
+
+def _json_of(source: ModelSource, name: str) -> JsonValue:
+    path = file_of(source, name, download=True)
+    if path is None:
+        return {} if name != EMBEDDING_LIST else None
     try:
-        values = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
-    except (OSError, ValueError):
-        values = {}
-    return "cls" if isinstance(values, dict) and values.get("pooling_mode_cls_token") is True else "mean"
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as cause:
+        raise ModelError(f"{path}: cannot be read as JSON ({cause}).", where=path) from cause
 
 
-def copy_embedding_files(source: ModelSource, folder: Path) -> None:
-    """Copy the files that tell sentence-transformers how a model embeds texts, if the model has them.
+def embedding_folder(source: ModelSource) -> Path | None:
+    """Return a local directory with the files that tell sentence-transformers how a model embeds texts.
+
+    Args:
+        source: The model; the files of a Hub model are downloaded.
+
+    Returns:
+        The directory; None if the model has no `modules.json`.
+
+    Raises:
+        ModelError: A file cannot be read, or `modules.json` names a directory outside the model's.
+    """
+    modules = _json_of(source, EMBEDDING_LIST)
+    if modules is None:
+        return None
+    paths = module_paths(source, modules)
+    if source.kind != "hub":
+        return Path(source.path_or_id)
+    import huggingface_hub
+
+    wanted = ["*.json", *(f"{path}/*" for path in paths)]
+    load = partial(huggingface_hub.snapshot_download, allow_patterns=wanted, ignore_patterns=["*.bin", "*.onnx"])
+    found = call_loader(source, lambda name, trust_remote_code, local_files_only, **pinned: load(name, **pinned))
+    return Path(found)
+
+
+def module_paths(source: ModelSource, modules: JsonValue) -> list[str]:
+    """Return the directories of the modules in `modules.json`, except the model's own.
+
+    Args:
+        source: The model, for messages.
+        modules: Contents of `modules.json`.
+
+    Raises:
+        ModelError: The contents have another form, or a directory is outside the model's.
+    """
+    known = [one.get("path") for one in modules if isinstance(one, dict)] if isinstance(modules, list) else []
+    paths = [path for path in known if isinstance(path, str)]
+    is_inside = not any(PureWindowsPath(path).anchor or ".." in PureWindowsPath(path).parts for path in paths)
+    if not paths or not isinstance(modules, list) or len(paths) != len(modules) or paths[0] or not is_inside:
+        raise ModelError(
+            f"{source.given}: {EMBEDDING_LIST} must list the transformer, whose path is empty, and directories inside "
+            "the model's; save the model again with SentenceTransformer.save.",
+            where=source.given,
+            field=EMBEDDING_LIST,
+        )
+    return [path for path in paths if path]
+
+
+def copy_embedding_files(source: ModelSource, folder: Path) -> bool:
+    """Copy the files that tell sentence-transformers how a model embeds texts: its settings, and every module.
 
     Args:
         source: The model.
         folder: Directory of another model with the same architecture.
+
+    Returns:
+        Whether the model has such files.
     """
-    for name in EMBEDDING_FILES:
-        path = file_of(source, name)
-        if path is not None:
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, folder / name)
+    found = embedding_folder(source)
+    if found is None:
+        return False
+    for path in module_paths(source, _json_of(source, EMBEDDING_LIST)):
+        shutil.copytree(found / path, folder / path, dirs_exist_ok=True)
+    for file in (found / EMBEDDING_LIST, *found.glob("*sentence_*.json")):
+        shutil.copyfile(file, folder / file.name)
+    return True
 
 
-def file_of(source: ModelSource, name: str) -> Path | None:
-    """Return a file of a model, from its directory or the Hub's cache, or None."""
+def write_embedding_files(folder: Path, embedding: JsonObject) -> None:
+    """Write the files from which sentence-transformers reads how a model that it did not save embeds texts.
+
+    Args:
+        folder: The model's directory.
+        embedding: `Target.embedding`: its only module is the pooling; nothing is written if it is another record.
+    """
+    modules = embedding.get("modules")
+    if not isinstance(modules, list) or len(modules) != 1 or not isinstance(modules[0], dict):
+        return
+    (folder / _POOLING).mkdir()
+    write_json(folder / _POOLING / "config.json", {key: value for key, value in modules[0].items() if key != "type"})
+    listed = (("", "Transformer"), (_POOLING, "Pooling"))
+    types = [(number, path, f"sentence_transformers.models.{kind}") for number, (path, kind) in enumerate(listed)]
+    write_json(
+        folder / EMBEDDING_LIST,
+        [{"idx": number, "name": str(number), "path": path, "type": kind} for number, path, kind in types],
+    )
+
+
+def file_of(source: ModelSource, name: str, *, download: bool = False) -> Path | None:
+    """Return a file of a model, from its directory or the Hub's cache, or None.
+
+    Args:
+        source: The model.
+        name: Name of the file.
+        download: Whether a file that is not in the cache is downloaded, unless network access is off.
+    """
     if source.kind != "hub":
         path = Path(source.path_or_id) / name
         return path if path.is_file() else None
     import huggingface_hub
 
     found = huggingface_hub.try_to_load_from_cache(source.path_or_id, name, revision=source.revision)
+    if found is None and download and not offline():
+        with contextlib.suppress(huggingface_hub.errors.EntryNotFoundError):
+            found = huggingface_hub.hf_hub_download(source.path_or_id, name, revision=source.revision)
     return Path(found) if isinstance(found, str) else None
 
 

@@ -5,6 +5,7 @@ Names in the files are converted with transformers' own rules, so the result is 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -66,6 +67,22 @@ def is_unused_pooler(task: str, missing: Collection[str]) -> bool:
         missing: Names of the missing parameters.
     """
     return task == "encoder" and bool(missing) and all(name.startswith("pooler.") for name in missing)
+
+
+def unused_modules(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the paths of layers on whose output the last hidden states do not depend, found by a backward pass.
+
+    Args:
+        model: A model on the meta device; the gradients of its parameters are set.
+    """
+    import torch
+
+    ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    with contextlib.suppress(Exception):  # some models read values, which meta tensors do not have
+        model.eval()(input_ids=ids).last_hidden_state.sum().backward()
+        weights = {path: getattr(module, "weight", None) for path, module in model.named_modules()}
+        return tuple(path for path, one in weights.items() if isinstance(one, torch.nn.Parameter) and one.grad is None)
+    return ()
 
 
 def modules_with(model: PreTrainedModel, missing: Collection[str]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from lorakit.architectures.shapes import ModelShape, PlainShape, SiteShape
 from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import ModelError
 from lorakit.hub.model_config import TASKS, config_of
-from lorakit.hub.new_modules import full_modules
+from lorakit.hub.new_modules import full_modules, unused_modules
 from lorakit.hub.quiet import quiet_transformers
 from lorakit.hub.sources import ModelSource, call_loader, resolve
 from lorakit.plan import catalogue
@@ -154,7 +154,11 @@ def shape_for_task(
     source = resolve(model)
     module = skeleton(source, task, config_values)
     full = full_modules(module, source, task)  # may remove a pooler, so it comes first
-    return dataclasses.replace(shape_of_module(module, _short_name(source), source.given), full_modules=full)
+    shape = dataclasses.replace(shape_of_module(module, _short_name(source), source.given), full_modules=full)
+    if task != "encoder":
+        return shape
+    unused = unused_modules(module)
+    return dataclasses.replace(shape, unused_modules=tuple(s.path for s in shape.sites if s.dense and s.path in unused))
 
 
 def skeleton(

@@ -16,6 +16,7 @@ from lorakit.architectures.shapes import ModelShape, SiteShape, is_inside, repli
 from lorakit.config import HEADS_BY_TASK, LoraConfig, scale
 from lorakit.errors import ConfigError, TargetError, UsageError
 from lorakit.targets import (
+    ALL_LINEAR,
     BareParameter,
     Candidate,
     Match,
@@ -93,6 +94,21 @@ def with_full_modules(config: LoraConfig, paths: Iterable[str]) -> LoraConfig:
     if not extra:
         return config
     return config.with_fields(modules_to_save=sorted({*(config.modules_to_save or ()), *extra}))
+
+
+def for_task(config: LoraConfig, shape: ModelShape) -> LoraConfig:
+    """Return a config that also trains what the task trains in full; "all-linear" leaves out layers without effect.
+
+    Args:
+        config: The adapter's config.
+        shape: Shape of the model as loaded for the task.
+    """
+    config = with_full_modules(config, shape.full_modules)
+    left_out = config.exclude_modules or []
+    is_all = isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
+    if not is_all or isinstance(left_out, str) or not shape.unused_modules:
+        return config
+    return config.with_fields(exclude_modules=sorted({*left_out, *shape.unused_modules}))
 
 
 def read_out(shape: ModelShape, rows: Mapping[str, int]) -> int:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from lorakit import hub
 from lorakit.config import HEADS_BY_TASK, LoraConfig, adapter_directory, read_config
-from lorakit.data import AnyRecords, Labeled, Record, Records, Split, Tagged, Tokenizer, padding_id
+from lorakit.data import AnyRecords, Labeled, Record, Records, Split, Tagged, Tokenizer
 from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import AdapterFileError, ModelError, UsageError
 from lorakit.tasks.causal_lm import CAUSAL_LM
@@ -97,10 +98,24 @@ def task_for(
         target.check(parts.training_records())
         target.check(parts.held_out)
         return TaskOnData(task, target)
-    pooling = facts.pooling if saved is None else saved.target.pooling
-    options = replace(options, known=_known(task, facts), pooling=pooling)
+    target = task.target(parts, replace(options, known=_known(task, facts)))
+    recorded = {} if saved is None else saved.target.embedding
     note = "" if name is not None else f"task: {task.name} (from the data and the model; see --task)"
-    return TaskOnData(task, task.target(parts, options), note if task is not CAUSAL_LM else "")
+    target = replace(target, embedding=recorded)
+    return on_model(TaskOnData(task, target, note if task is not CAUSAL_LM else ""), source)
+
+
+def on_model(task: TaskOnData, source: hub.ModelSource) -> TaskOnData:
+    """Return a task with what it reads from a model's files, such as how the model embeds texts.
+
+    Args:
+        task: The task, for example that of an adapter.
+        source: The model.
+
+    Raises:
+        LorakitError: The files do not fit the task, or the adapter was trained on another model.
+    """
+    return replace(task, target=task.task.on_model(task.target, source))
 
 
 def task_to_measure(records: AnyRecords, source: hub.ModelSource, options: LabelOptions) -> TaskOnData:
@@ -181,7 +196,8 @@ def task_of_adapter(config: LoraConfig, training: JsonValue, outputs: int | None
         UsageError: lorakit has no task for the adapter's `task_type`.
     """
     facts = training if isinstance(training, dict) else {}
-    target = Target.from_dict(facts.get("labels"))
+    labels = facts.get("labels")
+    target = Target.from_dict(labels)
     kind = config.task_type
     task = next((one for one in TASKS.values() if one.adapter_task == kind), CAUSAL_LM if kind is None else None)
     if task is None:
@@ -190,6 +206,8 @@ def task_of_adapter(config: LoraConfig, training: JsonValue, outputs: int | None
             what=kind,
             field="task_type",
         )
+    if target is not None and task.loader == "encoder" and not target.embedding and isinstance(labels, dict):
+        target = replace(target, embedding={"pooling": labels.get("pooling", "mean")})  # as recorded before
     if target is None:
         target = Target()
         if task.has_head and outputs is not None:
@@ -219,8 +237,20 @@ def task_of_model(name: str | None, source: hub.ModelSource) -> TaskOnData:
             field="adapter",
         )
     if not found.has_head:
-        return TaskOnData(found, Target("pairs" if found is EMBEDDING else "none", pooling=facts.pooling))
+        return on_model(TaskOnData(found, Target("pairs" if found is EMBEDDING else "none")), source)
     return TaskOnData(found, _own_head(found, replace(facts, loader=found.loader)))
+
+
+def agree_on_padding(
+    task: TaskOnData, source: hub.ModelSource, tokenizers: Sequence[Tokenizer], model: Any = None
+) -> int:
+    """Set the padding token of a task's rows in the tokenizers and the model; see `hub.agree_on_padding`.
+
+    Raises:
+        ModelError: A row's outputs would depend on its padding.
+    """
+    known: Any = tokenizers  # transformers tokenizers
+    return hub.agree_on_padding(source, known, model, task.task.loader)
 
 
 def load_model_for(
@@ -236,8 +266,7 @@ def load_model_for(
         task: The task, and what it predicts.
         source: The model.
         how: Dtype, device and quantization; None for the defaults.
-        tokenizer: The model's tokenizer; its padding token is written to the config of a model with a head if the
-            config has none, because such models read the last token before the padding.
+        tokenizer: The model's tokenizer, or None; see `agree_on_padding`.
         adapters: Directories of the adapters that will be loaded; None if the new modules will be trained.
 
     Raises:
@@ -245,10 +274,9 @@ def load_model_for(
         AdapterFileError: An adapter has no weights for a module that the model's files lack.
         LorakitError: The model cannot be loaded; see `hub.load_model`.
     """
-    values = task.target.config_values()
-    if values and tokenizer is not None and hub.ModelFacts.of(source).padding is None:
-        values["pad_token_id"] = padding_id(tokenizer)
-    loaded = hub.load_for_task(source, how, task.task.loader, values)
+    loaded = hub.load_for_task(source, how, task.task.loader, task.target.config_values())
+    if tokenizer is not None:
+        agree_on_padding(task, source, [tokenizer], loaded.model)
     for folder in adapters or ():
         _check_heads(loaded.new_modules, folder)
     if loaded.new_modules and adapters is not None and not adapters:

@@ -1,14 +1,20 @@
 """Embeddings of texts, trained on pairs with scores, or on pairs (or triplets) that belong together.
 
-The losses and the metrics are those of sentence-transformers: CoSENT for scores, and the multiple negatives ranking
-loss for pairs, in which the other rows of a batch serve as negatives. Both depend on the whole batch, so a larger batch
-is not the same as gradient accumulation.
+A text's embedding is that of `SentenceTransformer.encode`: sentence-transformers reads the modules after the
+transformer (pooling, dense layers, normalization) and the prompts, and computes them. The losses and the metrics are
+its own, too: CoSENT for scores, and the multiple negatives ranking loss for pairs, in which the other rows of a batch
+serve as negatives. Both depend on the whole batch, so a larger batch is not the same as gradient accumulation.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lorakit import hub
 from lorakit.config import TaskType
 from lorakit.data import AnyRecords, Batch, Record, Tokenizer
 from lorakit.data.encoding import Sequence as Encoded
 from lorakit.data.loader import padded_ids
-from lorakit.durable import JsonObject
-from lorakit.errors import MissingExtra
+from lorakit.durable import JsonObject, JsonValue, write_json
+from lorakit.errors import AdapterFileError, ConfigError, MissingExtra, ModelError
+from lorakit.hub.sources import WEIGHTS
 from lorakit.tasks.encoding import PAIRS, EncodedRows, encode_row, encode_rows
 from lorakit.tasks.labels import pair_target
 from lorakit.tasks.metrics import no_correlation
@@ -31,14 +39,199 @@ from lorakit.tasks.task import EncodeOptions, Metrics, Objective, PredictContext
 _DIGITS = 7  # of a number between -1 and 1 in float32
 
 
-def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> EncodedRows:
-    """Encode pairs of texts; see `encode_rows`.
+MODULES = ("Pooling", "Dense", "Normalize", "LayerNorm", "Dropout")
+"""Modules of sentence-transformers that may follow the transformer; the others need more than its hidden states."""
+
+PLAIN = {
+    "transformer_task": "feature-extraction",
+    "module_output_name": "token_embeddings",
+    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+}
+"""Settings of the transformer module that lorakit computes; empty values have no effect."""
+
+LONGEST = 1 << 30
+"""Smallest length of a tokenizer without a limit."""
+
+_READ = ("max_seq_length", "do_lower_case", "unpad_inputs")
+"""Settings that `Embedder` reads, or that do not change embeddings."""
+
+
+class Embedder:
+    """Turns hidden states into embeddings, as `SentenceTransformer.encode` does.
+
+    Args:
+        source: The model. Without files of sentence-transformers, its embeddings are those that sentence-transformers
+            gives such a model: the mean over the tokens or, for a causal language model, the last token.
+
+    Attributes:
+        prompt: Text that is put before each text, or "".
+        max_length: Maximum length of a text in tokens, or None.
 
     Raises:
         MissingExtra: The package `sentence-transformers` is not installed.
+        ModelError: The model has modules or settings that lorakit does not support, or they cannot be read.
     """
-    _losses()
-    return encode_rows(records, tokenizer, target, options, PAIRS)
+
+    def __init__(self, source: hub.ModelSource) -> None:
+        _check_installed()
+        self._pipeline, settings = _pipeline_of(source)
+        self._pipeline.requires_grad_(False)
+        tokenizer = hub.load_tokenizer(source)
+        if settings.get("do_lower_case") and tokenizer("A")["input_ids"] != tokenizer("a")["input_ids"]:
+            raise _unsupported(source, "do_lower_case, which its tokenizer does not apply")
+        self.max_length = settings.get("max_seq_length") or _longest(tokenizer, hub.config_of(source))
+        self.prompt: str = self._pipeline.prompts.get(self._pipeline.default_prompt_name) or ""
+        ids = tokenizer(self.prompt)["input_ids"] if self.prompt else []
+        # the end token follows the text
+        self._prompt_length = len(ids) - (ids[-1] in tokenizer.all_special_ids) if ids else 0
+
+    def as_dict(self) -> JsonObject:
+        """Return the modules and the settings as plain JSON values, for `lorakit.json`."""
+        modules: list[JsonValue] = []
+        for module in self._pipeline:
+            digest = hashlib.sha256()
+            for name, tensor in sorted(module.state_dict().items()):
+                digest.update(name.encode() + tensor.float().numpy().tobytes())
+            weights = {"weights_sha256": digest.hexdigest()} if module.state_dict() else {}
+            settings = json.loads(json.dumps(module.get_config_dict()))  # tuples become lists
+            modules.append({"type": type(module).__name__, **settings, **weights})
+        rest: JsonObject = {"prompt": self.prompt, "max_length": self.max_length, "width": self._pipeline.truncate_dim}
+        return {"modules": modules, **rest}
+
+    def limited(self, options: EncodeOptions) -> EncodeOptions:
+        """Return the options for the encoding of texts, with the model's prompt and within its length."""
+        length = options.max_length if self.max_length is None else min(options.max_length, self.max_length)
+        return replace(options, max_length=length, prompt=self.prompt)
+
+    def embed(self, hidden: Tensor, ids: Tensor, mask: Tensor, *, is_training: bool = False) -> Tensor:
+        """Return the embedding of each text, shape (rows, width), in float32.
+
+        Args:
+            hidden: Hidden states of the last layer, shape (rows, length, width).
+            ids: Token ids, shape (rows, length).
+            mask: Attention mask, shape (rows, length).
+            is_training: Whether dropout modules act.
+        """
+        features: dict[str, Any] = {"token_embeddings": hidden.float(), "input_ids": ids, "attention_mask": mask}
+        if self._prompt_length:
+            features["prompt_length"] = self._prompt_length
+        found = self._pipeline.to(hidden.device).train(is_training)(features)["sentence_embedding"]
+        return found[..., : self._pipeline.truncate_dim]
+
+
+def _longest(tokenizer: Any, config: Any) -> int | None:
+    """Return the length to which sentence-transformers truncates texts if its own files do not say it."""
+    context = getattr(config, "max_position_embeddings", -1)
+    length = min(tokenizer.model_max_length, context if context > 0 else tokenizer.model_max_length)
+    return length if length < LONGEST else None
+
+
+def _pipeline_of(source: hub.ModelSource) -> tuple[Any, dict[str, Any]]:
+    """Return a SentenceTransformer with the modules after the transformer, and the transformer's settings."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    config, folder = hub.config_of(source), hub.embedding_folder(source)
+    if config.is_encoder_decoder:
+        raise _unsupported(source, "an encoder and a decoder")
+    if folder is None:
+        name = (config.architectures or [""])[0]
+        mode = "lasttoken" if name.endswith("ForCausalLM") and getattr(config, "is_causal", True) else "mean"
+        return SentenceTransformer(modules=[Pooling(config.get_text_config().hidden_size, mode)], device="cpu"), {}
+    pickled = [path for path in folder.glob("*/*.bin") if not path.with_name(WEIGHTS).is_file()]
+    if pickled:
+        raise _unsupported(source, f"pickle weights ({pickled[0].relative_to(folder)}), which are not loaded")
+    try:
+        settings = Transformer.load_config(str(folder))
+        listed = json.loads((folder / hub.EMBEDDING_LIST).read_text(encoding="utf-8"))
+        with tempfile.TemporaryDirectory() as place:
+            for name in ("config_sentence_transformers.json", *(one["path"] for one in listed[1:])):
+                if (folder / name).exists():
+                    (Path(place) / name).parent.mkdir(parents=True, exist_ok=True)
+                    (Path(place) / name).symlink_to((folder / name).resolve())
+            write_json(Path(place) / hub.EMBEDDING_LIST, listed[1:])
+            pipeline = SentenceTransformer(place, device="cpu", local_files_only=True)
+    except Exception as cause:  # modules may raise anything
+        raise _unsupported(source, f"modules that cannot be loaded ({' '.join(str(cause).split())[:240]})") from cause
+    other = [key for key, value in settings.items() if value and value != PLAIN.get(key) and key not in _READ]
+    kinds = [listed[0]["type"].rpartition(".")[2], *(type(module).__name__ for module in pipeline)]
+    unknown = [kind for kind in kinds[1:] if kind not in MODULES]
+    if kinds[0] != "Transformer" or unknown or other:
+        raise _unsupported(source, [*other, *unknown, kinds[0]][0])
+    return pipeline, settings
+
+
+def _unsupported(source: hub.ModelSource, what: str) -> ModelError:
+    return ModelError(
+        f"{source.given}: embeds texts with {what}; lorakit supports one transformer followed by "
+        f"{', '.join(MODULES)}. If the model is in an older format, save it again with SentenceTransformer.save.",
+        what=what,
+        where=source.given,
+        field=hub.EMBEDDING_LIST,
+    )
+
+
+def embedder_of(target: Target) -> Embedder:
+    """Return the embedder of a target.
+
+    Raises:
+        ConfigError: `on_model` was not called for the target.
+    """
+    if target.embedder is None:
+        raise ConfigError("the target does not say how the model embeds texts; see lorakit.tasks.on_model.")
+    return target.embedder
+
+
+def on_model(target: Target, source: hub.ModelSource) -> Target:
+    """Return a target with the embedder of a model.
+
+    Args:
+        target: A new target, or that of an adapter, which records how its base embeds texts.
+        source: The model.
+
+    Raises:
+        AdapterFileError: The adapter was trained with other modules or settings.
+        LorakitError: The model's embeddings are not supported; see `Embedder`.
+    """
+    embedder = Embedder(source)
+    own = embedder.as_dict()
+    if target.embedding and not _is_same(target.embedding, own):
+        raise AdapterFileError(
+            f"{source.given}: embeds texts with {json.dumps(own)}, but the adapter was trained with "
+            f"{json.dumps(target.embedding)}; use the base that it was trained on, or train again.",
+            where=source.given,
+            field="embedding",
+        )
+    return replace(target, embedding=own, embedder=embedder)
+
+
+def _is_same(recorded: JsonObject, own: JsonObject) -> bool:
+    """Return whether a record describes the same embeddings, as far as both describe them."""
+    before, now = (_parts(one) for one in (recorded, own))
+    if "pooling" in recorded:  # earlier releases knew no other modules, and normalized always
+        is_simple = {one["type"] for one in now[1:]} <= {"Pooling", "Normalize"}
+        return is_simple and recorded["pooling"] == now[1].get("pooling_mode")
+    return len(before) == len(now) and all(
+        {key: value for key, value in one.items() if key in other} == {key: other[key] for key in one if key in other}
+        for one, other in zip(before, now, strict=True)
+    )
+
+
+def _parts(record: JsonObject) -> list[JsonObject]:
+    modules = record.get("modules")
+    rest: JsonObject = {key: value for key, value in record.items() if key != "modules"}
+    return [rest, *(one for one in (modules if isinstance(modules, list) else ()) if isinstance(one, dict))]
+
+
+def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> EncodedRows:
+    """Encode pairs of texts; see `encode_rows`."""
+    return encode_rows(records, tokenizer, target, embedder_of(target).limited(options), PAIRS)
+
+
+def encode_one(record: Record, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> list[Encoded]:
+    """Encode a pair of texts; see `encode_row`."""
+    return encode_row(record, tokenizer, target, embedder_of(target).limited(options), PAIRS)
 
 
 def collate(rows: list[Encoded], pad_id: int, epoch: float) -> Batch:
@@ -57,33 +250,15 @@ def collate(rows: list[Encoded], pad_id: int, epoch: float) -> Batch:
     return Batch(ids, mask, labels, epoch, tokens, len(rows), extra)
 
 
-def pooled(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """Return the embedding of each text, scaled to length 1.
-
-    Args:
-        hidden: Hidden states of the last layer, shape (rows, length, width).
-        mask: Attention mask, shape (rows, length).
-        pooling: "mean" over the tokens, or "cls" for the first token.
-
-    Returns:
-        Embeddings, shape (rows, width), in float32.
-    """
-    hidden = hidden.float()
-    if pooling == "cls":
-        return functional.normalize(hidden[:, 0], dim=-1)
-    weights = mask[..., None].to(hidden.dtype)
-    return functional.normalize((hidden * weights).sum(1) / weights.sum(1).clamp(min=1), dim=-1)
-
-
-def forward(model: nn.Module, batch: Batch, device: str | torch.device, pooling: str = "mean") -> Tensor:
-    """Return the embeddings of all texts of a batch, shape (texts per row, rows, width)."""
+def forward(model: nn.Module, batch: Batch, device: str | torch.device, target: Target) -> Tensor:
+    """Return the embeddings of all texts of a batch, shape (texts per row, rows, width), in float32."""
     names = ["", *(f"_{number}" for number in range(1, 1 + len(batch.extra) // 2))]
     texts = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.extra}
     found = []
     for name in names:
         ids, mask = texts[f"input_ids{name}"].to(device), texts[f"attention_mask{name}"].to(device)
         output = model(input_ids=ids, attention_mask=mask, **without_cache(model))
-        found.append(pooled(output.last_hidden_state, mask, pooling))
+        found.append(embedder_of(target).embed(output.last_hidden_state, ids, mask, is_training=model.training))
     return torch.stack(found)
 
 
@@ -179,30 +354,33 @@ def _evaluated(name: str, embeddings: list[Tensor], **data: Any) -> dict[str, fl
 
 def predict(model: nn.Module, batch: Batch, records: Sequence[Record], context: PredictContext) -> list[JsonObject]:
     """Return the embedding of each text, or, for a pair of texts, their cosine similarity as `score`."""
-    embeddings = finite(forward(model, batch, context.device, context.target.pooling).cpu())
+    embeddings = finite(forward(model, batch, context.device, context.target).cpu())
     if len(embeddings) == 1:
         return [{"embedding": [round(value, _DIGITS) for value in row]} for row in embeddings[0].tolist()]
-    return [{"score": score} for score in (embeddings[0] * embeddings[1]).sum(-1).tolist()]
+    return [{"score": score} for score in functional.cosine_similarity(embeddings[0], embeddings[1]).tolist()]
 
 
 def _losses() -> Any:
-    """Return the module with the losses of sentence-transformers.
+    """Return the module with the losses of sentence-transformers."""
+    _check_installed()
+    from sentence_transformers.sentence_transformer import losses
 
-    Raises:
-        MissingExtra: The package is not installed.
-    """
+    return losses
+
+
+def _check_installed() -> None:
+    """Raise MissingExtra if sentence-transformers is not installed."""
     try:
-        from sentence_transformers.sentence_transformer import losses
+        import sentence_transformers  # noqa: F401
     except ImportError as cause:
         raise MissingExtra(
             "the task embedding needs the package sentence-transformers: pip install 'lorakit[embedding]'",
             what="sentence-transformers",
         ) from cause
-    return losses
 
 
 def _objective(target: Target) -> Objective:
-    run: Callable[[nn.Module, Batch, str | torch.device], Tensor] = partial(forward, pooling=target.pooling)
+    run: Callable[[nn.Module, Batch, str | torch.device], Tensor] = partial(forward, target=target)
     return objective(collate, run, partial(loss, target=target), partial(EmbeddingMeter, target))
 
 
@@ -213,8 +391,9 @@ EMBEDDING = Task(
     formats=("text-pair",),
     unit="row",
     target=pair_target,
+    on_model=on_model,
     encode=encode,
-    encode_one=partial(encode_row, encoder=PAIRS),
+    encode_one=encode_one,
     objective=_objective,
     predict=predict,
     inputs=("classification", "text-pair"),

@@ -216,7 +216,7 @@ def encode_pair(
     if not isinstance(record, Labeled):
         raise _unfit(record, "'anchor' and 'positive', or 'sentence1', 'sentence2' and 'score'")
     before = report.cut_rows
-    found = [_tokens(record, (text,), tokenizer, options, report) for text in record.texts]
+    found = [_tokens(record, (options.prompt + text,), tokenizer, options, report) for text in record.texts]
     report.cut_rows = min(report.cut_rows, before + 1)
     first, *others = [None if one is None else array(_TYPE, one["input_ids"]) for one in found]
     if first is None or None in others:

@@ -123,7 +123,7 @@ def pair_target(parts: Split, options: LabelOptions) -> Target:
                     record,
                     "has no score, but other rows do" if record.label is None else "has a score, but other rows do not",
                 )
-    return Target("score" if scored else "pairs", pooling=options.pooling)
+    return Target("score" if scored else "pairs")
 
 
 _LABEL_KINDS: tuple[Kind, ...] = ("class", "classes", "score")

@@ -51,9 +51,11 @@ def collate(rows: list[Encoded], pad_id: int, epoch: float) -> Batch:
 
 def forward(model: nn.Module, batch: Batch, device: str | torch.device) -> Tensor:
     """Return the logits of a batch, shape (rows, target length, vocabulary)."""
-    prepare: Any = model.prepare_decoder_input_ids_from_labels  # all models for this task have it
-    shifted = prepare(labels=batch.labels.to(device))
-    return model(**inputs_on(batch, device), decoder_input_ids=shifted, use_cache=False).logits
+    prepare: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    labels = batch.labels.to(device, copy=True)  # FSMT replaces -100 in place
+    # models without the method, such as M2M100, shift the labels themselves, and compute a loss that is not used
+    given = {"labels": labels} if prepare is None else {"decoder_input_ids": prepare(labels=labels)}
+    return model(**inputs_on(batch, device), **given, use_cache=False).logits
 
 
 def loss(logits: Tensor, batch: Batch) -> Tensor:

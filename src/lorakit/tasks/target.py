@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import cached_property
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from lorakit.data import Labeled, Record, Tagged
 from lorakit.data.records import location
@@ -46,7 +46,8 @@ class Target:
     Attributes:
         kind: What is predicted for a row.
         names: Names of the classes or tags, in the order of the model's outputs.
-        pooling: How a text's embedding is computed from those of its tokens: "mean" or "cls" (the first token).
+        embedding: How the model embeds texts, as plain JSON values; empty if it is not known or the task does not.
+        embedder: What computes embeddings from hidden states, or None; see `lorakit.tasks.embedding.on_model`.
         scheme: The scheme of the tags, a key of `lorakit.tasks.spans.SCHEMES`; recognized by the tags if it is "".
         label_map: Name of a label in the data -> its name in `names`, for labels that the data calls by another name.
         note: Message about how the labels were read, or "".
@@ -54,7 +55,8 @@ class Target:
 
     kind: Kind = "none"
     names: tuple[str, ...] = ()
-    pooling: str = "mean"
+    embedding: JsonObject = field(default_factory=dict)
+    embedder: Any = field(default=None, compare=False, repr=False)
     scheme: str = ""
     label_map: Mapping[str, str] = field(default_factory=dict, compare=False)
     note: str = field(default="", compare=False)
@@ -133,8 +135,8 @@ class Target:
     def as_dict(self) -> JsonObject:
         """Return the target as plain JSON values, for `lorakit.json`."""
         values: JsonObject = {"kind": self.kind, "names": list(self.names)}
-        if self.pooling != "mean":
-            values["pooling"] = self.pooling
+        if self.embedding:
+            values["embedding"] = self.embedding
         if self.scheme:
             values["scheme"] = self.scheme
         if self.label_map:
@@ -150,13 +152,13 @@ class Target:
         known = next((one for one in get_args(Kind) if one == kind), None)
         if known is None or not isinstance(names, list):
             return None
-        pooling, scheme, renamed = values.get("pooling"), values.get("scheme"), values.get("label_map")
+        embedding, scheme, renamed = values.get("embedding"), values.get("scheme"), values.get("label_map")
         return cls(
             known,
             tuple(map(str, names)),
-            "cls" if pooling == "cls" else "mean",
-            str(scheme) if isinstance(scheme, str) and scheme in SCHEMES else "",
-            {str(key): str(name) for key, name in renamed.items()} if isinstance(renamed, dict) else {},
+            embedding if isinstance(embedding, dict) else {},
+            scheme=str(scheme) if isinstance(scheme, str) and scheme in SCHEMES else "",
+            label_map={str(key): str(name) for key, name in renamed.items()} if isinstance(renamed, dict) else {},
         )
 
 
@@ -168,7 +170,6 @@ class LabelOptions:
         label_type: What a label is; "auto" decides by the values.
         is_evaluation_given: Whether the user passed evaluation data, which may then not contain new labels.
         known: Names of the classes of the model's own head, in order; empty if it has none.
-        pooling: How the model computes the embedding of a text; see `Target.pooling`.
         label_map: Name of a label in the data -> its name in the model.
         tag_scheme: The scheme of the tags; None to recognize it.
     """
@@ -176,7 +177,6 @@ class LabelOptions:
     label_type: LabelType = "auto"
     is_evaluation_given: bool = False
     known: tuple[str, ...] = ()
-    pooling: str = "mean"
     label_map: Mapping[str, str] = field(default_factory=dict)
     tag_scheme: str | None = None
 

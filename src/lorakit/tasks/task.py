@@ -32,7 +32,7 @@ from lorakit.data.encoding import IGNORED, Sequence
 from lorakit.data.loader import Collate
 from lorakit.durable import JsonObject
 from lorakit.errors import NonFiniteError
-from lorakit.hub import WITH_NEW_HEADS
+from lorakit.hub import WITH_NEW_HEADS, ModelSource
 from lorakit.speed import Acceleration
 from lorakit.tasks.metrics import Score
 from lorakit.tasks.stored_rows import StoredRows
@@ -75,6 +75,7 @@ class EncodeOptions:
         cache: Where the tokens are kept for later runs, or None.
         visit: Function that is called with each record and its content key, or None.
         is_labeled: Whether rows must have labels; rows to predict do not have them.
+        prompt: Text that is put before each text of a pair.
     """
 
     max_length: int
@@ -83,6 +84,7 @@ class EncodeOptions:
     cache: TokenCache | None = None
     visit: Callable[[Record, bytes], None] | None = None
     is_labeled: bool = True
+    prompt: str = ""
 
 
 class Meter(Protocol):
@@ -239,6 +241,7 @@ class Task:
         summary: Names of the metrics that a result shows, most important first.
         generates: Whether the model continues text, so that chat templates and new tokens apply.
         needs_batch: Whether the loss compares the rows of a batch.
+        on_model: Function that adds to a target what the model's files say; raises LorakitError if they do not fit.
     """
 
     name: str
@@ -255,6 +258,7 @@ class Task:
     summary: tuple[str, ...] = ()
     generates: bool = False
     needs_batch: bool = False
+    on_model: Callable[[Target, ModelSource], Target] = lambda target, source: target
 
     @property
     def has_head(self) -> bool:

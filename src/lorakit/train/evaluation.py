@@ -29,6 +29,7 @@ from lorakit.tasks import (
     Objective,
     Target,
     TaskOnData,
+    agree_on_padding,
     evaluation_batches,
     load_model_for,
     task_for,
@@ -300,23 +301,26 @@ def compare(
     length = max_length_for(hub.shape_of(source), settings.max_length)
     tokenizer = hub.load_tokenizer(source)
     coding = _Coding(task, length, settings.batch_rows)
+    owned = {folder: own_tokenizer(str(files.folder), tokenizer) for folder, files in settings.adapters.items()}
+    tokenizers = [tokenizer, *(own for own in owned.values() if own is not None)]
+    agree_on_padding(task, source, tokenizers)
     batches, report = coding.batches(records, tokenizer)
     total, *losses = report.lines()
     detail(f"data: {total}")
     for line in losses:
         say(line)
-    given = {}
+    coded = {}
     for folder, files in settings.adapters.items():
         seen = seen_note(files.folder, files.sidecar.facts, records)
         if seen is not None:
             say(seen)
-        own = own_tokenizer(str(files.folder), tokenizer)
+        own = owned[folder]
         if own is not None:
             say(
                 f"{folder}: the adapter has its own tokenizer, so its loss is measured over different tokens than the "
                 "base's."
             )
-        given[folder] = batches if own is None else coding.batches(records, own)[0]
+        coded[folder] = batches if own is None else coding.batches(records, own)[0]
     choice = hub.choose_dtype(settings.dtype, where)
     detail(f"precision: {choice.reason}")
     folders = [files.folder for files in settings.adapters.values()]
@@ -332,7 +336,7 @@ def compare(
     for folder, files in sorted(settings.adapters.items(), key=lambda item: item[1].vocabulary):
         core.load_adapter(loaded, files, name, allow=settings.allow)
         with core.use(loaded, name):
-            found[folder] = _measured(loaded, given[folder], where, task)
+            found[folder] = _measured(loaded, coded[folder], where, task)
         core.detach(loaded, name)
     return [*alone, *((folder, found[folder]) for folder in settings.adapters)]
 

@@ -20,7 +20,7 @@ from lorakit.core import check_invocation, invocations_of
 from lorakit.core.model.fingerprint import vocabulary_of
 from lorakit.core.model.vocabulary import check_growth, with_trained_rows
 from lorakit.errors import ConfigError, UsageError
-from lorakit.plan.params import with_full_modules
+from lorakit.plan.params import for_task
 from lorakit.tables import format_count
 from lorakit.targets import unfitting_keys
 from lorakit.tasks import TaskOnData, task_for
@@ -146,9 +146,12 @@ def forecast(
         UsageError: `max_length` is not the default and exceeds the model's limit.
     """
     shape = hub.shape_for_task(source, task.task.loader, task.target.config_values())
-    if config is None:
-        config = with_full_modules(settings.lora_config(task.task.adapter_task), shape.full_modules)
     new, notes = None, [task.note] if task.note else []
+    if config is None:
+        given = settings.lora_config(task.task.adapter_task)
+        config = for_task(given, shape)
+        if config.exclude_modules != given.exclude_modules:
+            notes.append(f"not adapted, because the task does not use their output: {', '.join(shape.unused_modules)}")
     length = max_length_for(shape, settings.max_length)
     if length != settings.max_length:
         notes.append(f"maximum sequence length: {length:,} tokens (the model's limit)")

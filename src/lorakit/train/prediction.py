@@ -13,7 +13,16 @@ from lorakit.durable import JsonObject
 from lorakit.errors import UsageError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import accelerate
-from lorakit.tasks import EncodeOptions, LabelOptions, PredictContext, TaskOnData, load_model_for, named_as
+from lorakit.tasks import (
+    EncodeOptions,
+    LabelOptions,
+    PredictContext,
+    TaskOnData,
+    agree_on_padding,
+    load_model_for,
+    named_as,
+    on_model,
+)
 from lorakit.tasks.encoding import EncodedRows
 from lorakit.train.evaluation import evaluating, own_tokenizer
 from lorakit.train.forecast import max_length_for, pick_device
@@ -82,11 +91,13 @@ def predict(settings: PredictSettings, say: Callable[[str], None] = lambda _: No
     source = hub.resolve(settings.model, say)
     hub.require(source, tokenizer=True)
     named = named_as(settings.task, hub.ModelFacts.of(source))
-    task = replace(named, target=named.target.with_options(LabelOptions(tag_scheme=settings.tag_scheme)))
+    labeled = replace(named, target=named.target.with_options(LabelOptions(tag_scheme=settings.tag_scheme)))
+    task = on_model(labeled, source)
     length = max_length_for(hub.shape_of(source), settings.max_length)
     tokenizer = hub.load_tokenizer(source)
     own = None if adapter is None else own_tokenizer(str(adapter.folder), tokenizer)
     tokenizer = tokenizer if own is None else own
+    agree_on_padding(task, source, [tokenizer])
     encoded = task.task.encode(records, tokenizer, task.target, EncodeOptions(length, is_labeled=False))
     assert isinstance(encoded, EncodedRows)  # all tasks that predict rows return this type
     for line in encoded.report.lines()[1:]:

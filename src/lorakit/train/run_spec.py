@@ -17,7 +17,7 @@ from lorakit import hub
 from lorakit.data import Split, read_template
 from lorakit.errors import AdapterFileError, RunError, TargetError, UsageError
 from lorakit.plan.quantized import Quantization
-from lorakit.tasks import TASKS, Target, TaskOnData
+from lorakit.tasks import TASKS, Target, TaskOnData, agree_on_padding
 from lorakit.train import checkpoint, run_data, run_folder
 from lorakit.train.evaluation import own_tokenizer
 from lorakit.train.forecast import Forecast, SavedTokenizer, chosen_task, pick_device
@@ -151,6 +151,7 @@ class RunSpec:
             processes=processes,
         )
         check_sharding(spec)
+        agree_on_padding(task, source, [tokenizer])
         return dataclasses.replace(spec, lock=run_folder.lock_output_dir(folder)) if processes.is_first else spec
 
     @property
