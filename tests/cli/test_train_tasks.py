@@ -226,19 +226,56 @@ def test_seq2seq(t5: Path, call: Callable[..., int], tmp_path: Path, capsys: Any
     assert call("merge", "--model", t5, "--adapter", run, "--output-dir", tmp_path / "merged", more=()) == 0
 
 
-def test_embeddings(bert: Path, call: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
+def embedding_model(folder: Path) -> Path:
+    """Save a model as sentence-transformers does: the first token, a dense layer and a prompt."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+
+    (folder / "chat_template.jinja").unlink()  # texts would be rendered as messages
+    torch.manual_seed(3)
+    modules = [Transformer(str(folder)), Pooling(32, "cls"), Dense(32, 8), Normalize()]
+    prompts = {"prompts": {"search": "search: "}, "default_prompt_name": "search"}
+    SentenceTransformer(modules=modules, device="cpu", **prompts).save(str(folder.with_name("embeds")))
+    return folder.with_name("embeds")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of sentence-transformers about its own files
+@pytest.mark.parametrize("is_saved", [False, True], ids=["plain", "with modules"])
+def test_embeddings(is_saved: bool, bert: Path, call: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    base = embedding_model(bert) if is_saved else bert
     rows = [{"anchor": f"question {at}", "positive": f"answer {at}"} for at in range(12)]
     data, run = jsonl(tmp_path / "p.jsonl", rows), tmp_path / "run"
-    assert train(call, bert, data, run, "--eval-fraction", "0.3", steps=4) == 0
-    assert "task: embedding" in capsys.readouterr().out
+    assert train(call, base, data, run, "--eval-fraction", "0.3", steps=4) == 0
+    out = capsys.readouterr().out
+    assert "task: embedding" in out
+    assert ("not adapted, because the task does not use their output: pooler.dense" in out) == is_saved
     assert "ndcg@10" in record(run)["result"]["adapter_metrics"]
-    new = jsonl(tmp_path / "new.jsonl", [{"text": "question 1"}])
-    assert call("predict", new, "--model", bert, "--adapter", run) == 0
-    row = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert sum(value * value for value in row["embedding"]) == pytest.approx(1, abs=1e-4)
-    assert call("predict", "--text", "question 1", "--adapter", run) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["embedding"] == row["embedding"]
-    assert call("merge", "--model", bert, "--adapter", run, "--output-dir", tmp_path / "merged", more=()) == 0
+    files = json.loads((run / "adapter" / "lorakit.json").read_text())["training"]["labels"]["embedding"]
+    kinds = [module["type"] for module in files["modules"]]
+    assert kinds == (["Pooling", "Dense", "Normalize"] if is_saved else ["Pooling"])
+    texts = ["question 1", "a longer text, with several words", "x"]
+    new = jsonl(tmp_path / "new.jsonl", [{"text": text} for text in texts])
+    capsys.readouterr()
+    assert call("predict", new, "--model", base, "--adapter", run, "--batch-size", 2) == 0
+    found = [json.loads(line)["embedding"] for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert call("predict", "--text", texts[0], "--adapter", run) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["embedding"] == pytest.approx(found[0], abs=1e-5)
+    merged = tmp_path / "merged"
+    assert call("merge", "--model", base, "--adapter", run, "--output-dir", merged, more=()) == 0
+    expected = sentence_transformers.SentenceTransformer(str(merged), device="cpu").encode(texts)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-3, atol=1e-5)
+    before = sentence_transformers.SentenceTransformer(str(base), device="cpu").encode(texts)
+    assert abs(expected - before).max() > 1e-4
+    capsys.readouterr()
+    assert call("predict", new, "--model", merged) == 0
+    again = [json.loads(line)["embedding"] for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    torch.testing.assert_close(torch.tensor(again), torch.tensor(expected), rtol=1e-3, atol=1e-5)
+    pairs = jsonl(tmp_path / "pairs.jsonl", [{"sentence1": texts[0], "sentence2": texts[1]}])
+    assert call("predict", pairs, "--model", merged) == 0
+    score = json.loads(capsys.readouterr().out.splitlines()[-1])["score"]
+    assert score == pytest.approx(float(torch.cosine_similarity(*torch.tensor(expected[:2]), dim=0)), abs=1e-4)
+    assert call("eval", "--data", data, "--model", base, "--adapter", run) == 0
 
 
 def test_an_adapter_is_trained_further(bert: Path, call: Callable[..., int], tmp_path: Path, capsys: Any) -> None:

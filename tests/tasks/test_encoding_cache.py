@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lorakit import hub
 from lorakit.data import TokenCache, read_records, token_cache
 from lorakit.tasks import TASKS, EncodeOptions, Target
 
@@ -50,12 +51,13 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.mark.parametrize("case", ROWS)
 def test_the_second_result_is_the_same_and_does_not_tokenize(
-    case: str, tmp_path: Path, said: list[str], tiny_tokenizer: Any
+    case: str, tmp_path: Path, said: list[str], tiny_tokenizer: Any, tiny_model_directory: Path
 ) -> None:
     if case.startswith("embedding"):
         pytest.importorskip("sentence_transformers")
     rows, target = ROWS[case]
     task = TASKS[case.split()[0]]
+    target = task.on_model(target, hub.resolve(tiny_model_directory))
     names = [write(tmp_path / "a.jsonl", rows[:5]), write(tmp_path / "b.jsonl", rows[5:])]
     options = EncodeOptions(8)
     plain = task.encode(read_records(names), tiny_tokenizer, target, options)
@@ -82,7 +84,9 @@ def test_the_second_result_is_the_same_and_does_not_tokenize(
     assert len(said) == 1 and str(entry) in said[0]
 
 
-def test_other_labels_and_other_tasks_are_other_entries(tmp_path: Path, said: list[str], tiny_tokenizer: Any) -> None:
+def test_other_labels_and_other_tasks_are_other_entries(
+    tmp_path: Path, said: list[str], tiny_tokenizer: Any, tiny_model_directory: Path
+) -> None:
     cache = TokenCache(tmp_path / "cache", INPUTS, said.append)
     rows, target = ROWS["classification of pairs"]
     path = write(tmp_path / "a.jsonl", [{**row, "label": "a"} for row in rows])
@@ -97,7 +101,8 @@ def test_other_labels_and_other_tasks_are_other_entries(tmp_path: Path, said: li
     classification.encode(read_records(path), tiny_tokenizer, target, dataclasses.replace(options, overlong="drop"))
     assert len(list((tmp_path / "cache").iterdir())) == 6
     pytest.importorskip("sentence_transformers")
-    embedding.encode(read_records(path), tiny_tokenizer, Target("pairs"), options)
+    pairs = embedding.on_model(Target("pairs"), hub.resolve(tiny_model_directory))
+    embedding.encode(read_records(path), tiny_tokenizer, pairs, options)
     assert len(list((tmp_path / "cache").iterdir())) == 7
     write(path, [{**row, "label": "b"} for row in rows])
     assert classification.encode(read_records(path), tiny_tokenizer, target, options).sequences[0].labels[0] == 1

@@ -80,8 +80,8 @@ def unused_modules(model: PreTrainedModel) -> tuple[str, ...]:
     ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
     with contextlib.suppress(Exception):  # some models read values, which meta tensors do not have
         model.eval()(input_ids=ids).last_hidden_state.sum().backward()
-        weights = {path: getattr(module, "weight", None) for path, module in model.named_modules()}
-        return tuple(path for path, one in weights.items() if isinstance(one, torch.nn.Parameter) and one.grad is None)
+        without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+        return tuple(name.removesuffix(".weight") for name in without if name.endswith(".weight"))
     return ()
 
 

@@ -242,7 +242,10 @@ def task_of_model(name: str | None, source: hub.ModelSource) -> TaskOnData:
 
 
 def agree_on_padding(
-    task: TaskOnData, source: hub.ModelSource, tokenizers: Sequence[Tokenizer], model: Any = None
+    task: TaskOnData,
+    source: hub.ModelSource,
+    tokenizers: Sequence[Tokenizer],
+    loaded: hub.LoadedModel | None = None,
 ) -> int:
     """Set the padding token of a task's rows in the tokenizers and the model; see `hub.agree_on_padding`.
 
@@ -250,7 +253,7 @@ def agree_on_padding(
         ModelError: A row's outputs would depend on its padding.
     """
     known: Any = tokenizers  # transformers tokenizers
-    return hub.agree_on_padding(source, known, model, task.task.loader)
+    return hub.agree_on_padding(source, known, None if loaded is None else loaded.model, task.task.loader)
 
 
 def load_model_for(
@@ -276,7 +279,7 @@ def load_model_for(
     """
     loaded = hub.load_for_task(source, how, task.task.loader, task.target.config_values())
     if tokenizer is not None:
-        agree_on_padding(task, source, [tokenizer], loaded.model)
+        agree_on_padding(task, source, [tokenizer], loaded)
     for folder in adapters or ():
         _check_heads(loaded.new_modules, folder)
     if loaded.new_modules and adapters is not None and not adapters:

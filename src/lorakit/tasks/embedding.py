@@ -179,7 +179,8 @@ def embedder_of(target: Target) -> Embedder:
         ConfigError: `on_model` was not called for the target.
     """
     if target.embedder is None:
-        raise ConfigError("the target does not say how the model embeds texts; see lorakit.tasks.on_model.")
+        text = "the target does not say how the model embeds texts; see lorakit.tasks.on_model."
+        raise ConfigError(text, field="embedder")
     return target.embedder
 
 
