@@ -21,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*")
 
 TEXTS = ["the cat", "Zoë sat on a mat and slept all day long", " here ", "and", "no, the cat sat. " * 9]
 MODES = ["mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean", ["mean", "cls"]]
+SAMPLE = [("mean", "normalized"), ("cls", "three"), ("lasttoken", "dense"), ("max", "alone")]
 OLD_KEYS = {
     "cls": "pooling_mode_cls_token",
     "mean": "pooling_mode_mean_tokens",
@@ -80,8 +81,8 @@ def bound(folder: Path) -> TaskOnData:
     return on_model(TaskOnData(TASKS["embedding"], Target("pairs")), hub.resolve(folder))
 
 
-def embedded(folder: Path, texts: list[str], size: int) -> torch.Tensor:
-    """Return lorakit's embeddings in batches of a size, shape (texts, width)."""
+def embedded(folder: Path, texts: list[str], sizes: tuple[int, ...]) -> list[torch.Tensor]:
+    """Return lorakit's embeddings in batches of each size, shape (texts, width)."""
     source, task = hub.resolve(folder), bound(folder)
     tokenizer = hub.load_tokenizer(source)
     pad = agree_on_padding(task, source, [tokenizer])
@@ -89,12 +90,12 @@ def embedded(folder: Path, texts: list[str], size: int) -> torch.Tensor:
     records = Records(Labeled((text,)) for text in texts)
     rows = task.task.encode(records, tokenizer, task.target, EncodeOptions(512, is_labeled=False)).sequences
     found = []
-    for at in range(0, len(rows), size):
-        batch = task.objective.collate(rows[at : at + size], pad, 0.0)
+    for size in sizes:
+        batches = [task.objective.collate(rows[at : at + size], pad, 0.0) for at in range(0, len(rows), size)]
         assert task.objective.forward is not None
         with torch.no_grad():
-            found.append(task.objective.forward(model, batch, "cpu")[0])
-    return torch.cat(found)
+            found.append(torch.cat([task.objective.forward(model, batch, "cpu")[0] for batch in batches]))
+    return found
 
 
 def encoded(folder: Path, texts: list[str], size: int = 32) -> torch.Tensor:
@@ -105,8 +106,8 @@ def encoded(folder: Path, texts: list[str], size: int = 32) -> torch.Tensor:
 
 def assert_embeds_alike(folder: Path, texts: list[str] = TEXTS) -> None:
     expected = encoded(folder, texts)
-    for size in (1, 2, len(texts)):
-        torch.testing.assert_close(embedded(folder, texts, size), expected, rtol=1e-4, atol=1e-5)
+    for found in embedded(folder, texts, (1, 2, len(texts))):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture
@@ -121,21 +122,29 @@ def decoder(tmp_path: Path, tiny_llama: Any, tiny_tokenizer: Any) -> Callable[[s
     return make
 
 
-@pytest.mark.parametrize(
-    "further", [(), (normalize,), (dense,), (norm, dense, normalize)], ids=lambda one: str(len(one))
-)
-@pytest.mark.parametrize("mode", MODES, ids=str)
+def matrix() -> list[Any]:
+    """Return each pooling with each list of further modules; a sample is in the usual suite."""
+    further = {"alone": (), "normalized": (normalize,), "dense": (dense,), "three": (norm, dense, normalize)}
+    return [
+        pytest.param(mode, modules, id=f"{mode}-{name}", marks=() if (mode, name) in SAMPLE else pytest.mark.slow)
+        for mode in MODES
+        for name, modules in further.items()
+        if isinstance(mode, str) or dense not in modules  # its input has the size of one pooling
+    ]
+
+
+@pytest.mark.parametrize(("mode", "further"), matrix())
 def test_each_pooling_with_further_modules(
     mode: Any, further: tuple[Any, ...], model_directory: Callable[..., Path]
 ) -> None:
     """Defect 3: the mean was used for CLS and last-token models, and dense layers were ignored."""
-    if isinstance(mode, list) and further and further[0] is not normalize:
-        further = (normalize,)  # the sizes of the others are those of one pooling
     folder = saved(model_directory("Bert", initializer_range=0.5), mode, *further)
     assert_embeds_alike(folder)
 
 
-@pytest.mark.parametrize("mode", OLD_KEYS)
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=() if mode == "cls" else pytest.mark.slow) for mode in OLD_KEYS]
+)
 def test_the_keys_of_earlier_releases(mode: str, model_directory: Callable[..., Path]) -> None:
     folder = saved(model_directory("Bert", initializer_range=0.5), mode, normalize)
     config = {"word_embedding_dimension": 32, **{key: one == mode for one, key in OLD_KEYS.items()}}
@@ -148,7 +157,10 @@ def test_the_keys_of_earlier_releases(mode: str, model_directory: Callable[..., 
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("mode", ["mean", "cls", "lasttoken", "max", "weightedmean"])
+@pytest.mark.parametrize(
+    "mode",
+    ["lasttoken", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("mean", "cls", "max", "weightedmean"))],
+)
 def test_a_decoder_with_padding_on_either_side(mode: str, side: str, decoder: Callable[[str], Path]) -> None:
     assert_embeds_alike(saved(decoder(side), mode, dense, normalize))
 
@@ -169,7 +181,7 @@ def test_a_shorter_width(model_directory: Callable[..., Path]) -> None:
     config = folder / "config_sentence_transformers.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"truncate_dim": 5}))
     assert_embeds_alike(folder)
-    assert embedded(folder, TEXTS, 2).shape == (len(TEXTS), 5)
+    assert embedded(folder, TEXTS, (2,))[0].shape == (len(TEXTS), 5)
 
 
 def test_models_that_sentence_transformers_did_not_save(

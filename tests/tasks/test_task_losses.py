@@ -194,3 +194,29 @@ def test_a_decoder_stores_no_keys_and_values(name: str, tiny_llama: Any, tiny_mo
     extra = {"input_ids_1": ids, "attention_mask_1": torch.ones_like(ids)} if name == "embedding" else {}
     forward(model, Batch(ids, torch.ones_like(ids), torch.zeros(2, dtype=torch.long), 0.0, 5, 2, extra), "cpu")
     assert returned and all(cache is None for cache in returned)
+
+
+@pytest.mark.parametrize("family", ["M2M100", "FSMT"])
+def test_sequence_to_sequence_of_models_that_shift_labels_otherwise(family: str) -> None:
+    """M2M100 has no method for it, and FSMT's replaces -100 in the labels that it is given."""
+    import transformers
+
+    from lorakit.data import Batch
+
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+    sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 32}
+    words = (
+        {"vocab_size": 50} if family == "M2M100" else {"langs": ["a", "b"], "src_vocab_size": 50, "tgt_vocab_size": 50}
+    )
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**sizes, **words, decoder_start_token_id=2)
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
+    ids, labels = torch.tensor([[5, 6, 2], [7, 2, 1]]), torch.tensor([[8, 9, 2], [10, 2, -100]])
+    batch = Batch(ids, (ids != 1).long(), labels.clone(), 0.0, 10, 5)
+    task = TASKS["seq2seq"].objective(Target())
+    with torch.no_grad():
+        ours = task.loss_sum(model, batch, "cpu", None) / 5
+        theirs = model(input_ids=ids, attention_mask=batch.attention_mask, labels=labels.clone()).loss
+    assert torch.equal(batch.labels, labels)
+    if family == "M2M100":
+        torch.testing.assert_close(ours, theirs)
