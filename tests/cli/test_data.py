@@ -51,6 +51,14 @@ def test_an_end_that_is_never_trained_fails(
     assert "No end marker contributes to the loss" in captured.err
 
 
+def test_a_chat_template_by_name(rows: Path, tiny_model_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data", str(rows), "--model", str(tiny_model_directory), "--chat-template"]
+    assert main([*words, "plain"]) == 0
+    assert "Assistant:[ 0 of course" in capsys.readouterr().out
+    assert main([*words, "llama3"]) == 2
+    assert "--new-tokens '<|start_header_id|>'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -14,7 +14,9 @@ import torch
 
 from lorakit import core, hub
 from lorakit.cli import answers, main
-from lorakit.cli.generate import encode_prompts
+from lorakit.cli.prompts import encode_prompts, read_chats, read_tools
+from lorakit.data.named_templates import use_template
+from lorakit.errors import DataError
 from lorakit.generate import generate
 
 Save = Callable[..., Path]
@@ -301,3 +303,93 @@ def test_damaged_numbers_are_named(
     one = save_adapter("one", spread=float("nan"))
     common = ["--model", tiny_model_directory, "--prompt", "x", "--adapter", one]
     assert "pass --allow-nonfinite." in refusal(capsys, 1, *common)
+
+
+TIDE = {"type": "function", "function": {"name": "tide", "description": "Tells the tide.", "parameters": {}}}
+
+
+def test_messages_and_tools_are_rendered_as_in_training(
+    tiny_model_directory: Path, tiny_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The ids are those of apply_chat_template; the layouts are those of training data."""
+    use_template(tiny_tokenizer, "chatml", [])
+    tiny_tokenizer.save_pretrained(tiny_model_directory)
+    turns = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "hello world"},
+        {"role": "user", "content": "what is two?"},
+    ]
+    shared = [{"from": "human", "value": "hello"}]
+    files = [tmp_path / "a.json", tmp_path / "b.jsonl", tmp_path / "tools.json"]
+    files[0].write_text(json.dumps(turns, indent=1))
+    files[1].write_text(
+        json.dumps({"messages": turns, "tools": [TIDE]}) + "\n\n" + json.dumps({"conversations": shared})
+    )
+    files[2].write_text(json.dumps([TIDE]))
+    chats = read_chats(files[:2])
+    assert [len(chat.tools) for chat in chats] == [0, 1, 0]
+    tools = read_tools(files[2])
+    found = encode_prompts([*chats, "hello"], tiny_tokenizer, "chat", None, tools)
+    expected = [turns, turns, [{"role": "user", "content": "hello"}], [{"role": "user", "content": "hello"}]]
+    for ids, messages in zip(found, expected, strict=True):
+        whole = tiny_tokenizer.apply_chat_template(messages, tools=[TIDE], add_generation_prompt=True)
+        assert ids == list(whole["input_ids"])
+    config = tiny_model_directory / "config.json"
+    config.write_text(config.read_text().replace('"max_position_embeddings": 128', '"max_position_embeddings": 1024'))
+    words = ["--model", tiny_model_directory, "--max-new-tokens", 2, "--messages", *files[:2], "--tools", files[2]]
+    document = asked(capsys, *words)
+    assert [result["prompt"] for result in document["results"]] == ["what is two?", "what is two?", "hello"]
+    assert document["chat"] is True
+
+
+@pytest.mark.parametrize(
+    ("content", "where", "said"),
+    [
+        ("[", "m.json", "invalid JSON"),
+        ('[{"role": "user"}]', "m.json", "content"),
+        ('[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]', "m.json", "last message"),
+        ('{"role": "user", "content": "a"}\n{', "m.jsonl:2", "invalid JSON"),
+        ('{"tools": []}', "m.json", "messages"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": [1]}', "m.json", "tools"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": 1}',
+            "m.json",
+            "chat_template_kwargs",
+        ),
+    ],
+)
+def test_bad_messages_are_named(tmp_path: Path, content: str, where: str, said: str) -> None:
+    path = tmp_path / where.partition(":")[0]
+    path.write_text(content)
+    with pytest.raises(DataError, match=said) as found:
+        read_chats([path])
+    assert found.value.where == str(tmp_path / where)
+
+
+def test_tools_that_the_template_omits_are_an_error(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not render the tools"):
+        encode_prompts(["hello"], tiny_tokenizer, "chat", None, [TIDE])
+    (tmp_path / "t.json").write_text("[]")
+    with pytest.raises(DataError, match="no tools"):
+        read_tools(tmp_path / "t.json")
+
+
+def test_flags_that_contradict_messages(tiny_model_directory: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "m.json").write_text('[{"role": "user", "content": "a"}]')
+    words = ["--model", tiny_model_directory, "--messages", tmp_path / "m.json"]
+    assert "cannot be combined with --prompt;" in refusal(capsys, 2, *words, "--prompt", "x")
+    assert "cannot be combined with --system;" in refusal(capsys, 2, *words, "--system", "x")
+    assert "need the chat template" in refusal(capsys, 2, *words, "--no-chat")
+
+
+def test_a_line_is_read_from_a_terminal(
+    tiny_model_directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["generate", "--model", str(tiny_model_directory), "--max-new-tokens", "6"]
+    terminal = type("Terminal", (io.StringIO,), {"isatty": lambda self: True})("hello\nnot this\n")
+    monkeypatch.setattr("sys.stdin", terminal)
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert captured.out.rstrip("\n") == by_hand(tiny_model_directory, "hello").rstrip("\n")
+    assert "press Enter" in captured.err

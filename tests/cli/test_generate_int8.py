@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lorakit import core, hub
 from lorakit.cli import main
-from lorakit.cli.generate import encode_prompts
+from lorakit.cli.prompts import encode_prompts
 from lorakit.generate import generate
 from lorakit.train.int8_base import unsupported
 

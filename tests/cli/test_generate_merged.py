@@ -12,7 +12,8 @@ import torch
 
 from lorakit import core, hub
 from lorakit.cli import main
-from lorakit.cli.generate import WORTHWHILE_TOKENS, encode_prompts
+from lorakit.cli.generate import WORTHWHILE_TOKENS
+from lorakit.cli.prompts import encode_prompts
 from lorakit.generate import generate
 
 Save = Callable[..., Path]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lorakit import cli, hub
-from lorakit.cli.generate import encode_prompts, prompt_format
+from lorakit.cli.prompts import encode_prompts, prompt_format
 
 Train = Callable[..., int]
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from lorakit.cli.generate import encode_prompts
+from lorakit.cli.prompts import encode_prompts
 from lorakit.data import Conversation, Message, encode
 from lorakit.data.chat import TokenizedRow, conversation_tokens
 from lorakit.errors import DataError

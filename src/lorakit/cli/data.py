@@ -75,7 +75,8 @@ def run(
         early.check_choice("task", flags.task, TASK_NAMES)
 
     from lorakit import hub
-    from lorakit.data import read_split, read_template
+    from lorakit.data import read_split
+    from lorakit.data.named_templates import use_template
     from lorakit.data.quality import measure
     from lorakit.tasks import TASKS, EncodeOptions, task_for
 
@@ -86,7 +87,7 @@ def run(
     hub.require(source, tokenizer=True, weights=False)
     tokenizer = hub.load_tokenizer(source)
     if flags.chat_template is not None:
-        tokenizer.chat_template = read_template(Path(flags.chat_template))
+        use_template(tokenizer, flags.chat_template, [])
     shown = max(flags.rows, ROWS_ON_PAGE if flags.html else 0)
     labels = flags.labels.options(flags.label_type, is_evaluation_given=flags.eval_data is not None)
     task = task_for(flags.task, parts, source, labels)

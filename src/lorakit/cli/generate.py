@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -16,18 +15,16 @@ from lorakit.cli import adapters, console, early
 from lorakit.cli.answers import Answer, show
 from lorakit.cli.flag_groups import RevisionFlag
 from lorakit.cli.int8_base import DTYPE, INT8, is_multiplied_in_int8, quantize_for_int8
-from lorakit.errors import DataError, MergeError, UsageError
+from lorakit.cli.prompts import encode_prompts, first_line, prompt_format, read_chats, read_prompts, read_tools, summary
+from lorakit.errors import MergeError, UsageError
 from lorakit.plan.job import BASE_MATMULS
 from lorakit.plan.quantized import stored_as
-from lorakit.tables import format_bytes
 from lorakit.train.defaults import DEFAULTS
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from lorakit.data import Tokenizer
-
-MAX_PROMPT_BYTES = 64 << 20
+    from lorakit.data import Conversation, Tokenizer
 
 WORTHWHILE_TOKENS = 128
 """Minimum number of tokens for an automatic merge. For SmolLM2-135M with rank 16 on all linear layers, a merge pays for
@@ -47,9 +44,22 @@ class Flags:
     ] = None
     base: Annotated[bool, Parameter(negative=(), help="Show the base's answer next to a single adapter's.")] = False
     prompt: Annotated[
-        list[str] | None, Parameter(help="Prompts, answered one by one. Default: read one prompt from standard input.")
+        list[str] | None,
+        Parameter(
+            help="Prompts, answered one by one. Default: read a prompt from standard input; in a terminal, a line."
+        ),
     ] = None
     prompt_file: Annotated[list[Path] | None, Parameter(help="Files with one prompt each.")] = None
+    messages: Annotated[
+        list[Path] | None,
+        Parameter(
+            help="JSON or JSONL files with conversations to continue: lists of messages, or objects with messages, "
+            "tools and chat_template_kwargs, as in training data."
+        ),
+    ] = None
+    tools: Annotated[
+        Path | None, Parameter(help="JSON file with a list of functions (JSON schemas) that the model may call.")
+    ] = None
     chat: Annotated[
         bool | None,
         Parameter(
@@ -111,7 +121,10 @@ def run(
     found = early.adapter_folders(flags.adapter or ())
     flags = replace(flags, adapter=[*found])
     quantization = stored_as(flags.quantization, flags.double_quantization)
-    prompts = read_prompts(flags.prompt or (), flags.prompt_file or ())
+    tools = read_tools(flags.tools) if flags.tools else ()
+    prompts: list[str | Conversation] = [*read_chats(flags.messages or ())]
+    if not prompts:
+        prompts += read_prompts(flags.prompt or (), flags.prompt_file or ())
     allocator.limit_compiled_matmuls()  # every prompt length adds new matmul shapes
 
     from lorakit import core, hub
@@ -129,8 +142,8 @@ def run(
     source = known.source
     hub.require(source)
     tokenizer = adapters.tokenizer_for(source, files)
-    form = prompt_format(tokenizer, known.facts, flags.chat)
-    encoded = encode_prompts(prompts, tokenizer, form, flags.system)
+    form = prompt_format(tokenizer, known.facts, True if flags.messages or tools else flags.chat)
+    encoded = encode_prompts(prompts, tokenizer, form, flags.system, tools)
     in_files = is_multiplied_in_int8(flags.base_matmul, device)
     model = hub.load_model(source, flags.dtype, device, quantization=quantization, convert_in_files=in_files)
     names: list[str | None] = list(adapters.load_adapters(model, files, adapters.overridden(asdict(allow))))
@@ -148,120 +161,14 @@ def run(
     for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         answers = [Answer("base" if name is None else labels[name], tokenizer, ids) for name in names]
         if len(prompts) > 1 and not json:
-            console.say(("\n" if number else "") + f"> {_first_line(prompt)}\n")
+            console.say(("\n" if number else "") + f"> {first_line(summary(prompt))}\n")
         show(answers, stream([ids] * len(names)), quiet=json, verbose=verbose)
-        results.append({"prompt": prompt, "answers": [answer.as_dict() for answer in answers]})
+        results.append({"prompt": summary(prompt), "answers": [answer.as_dict() for answer in answers]})
     if json:
         dtype = str(model.dtype).removeprefix("torch.")
         facts = {"model": source.given, "dtype": dtype, "device": str(device), "chat": form == "chat", "merged": merged}
         facts["base_matmul"] = matmul
         console.emit_json({**facts, "sampling": asdict(sampling), "results": results})
-
-
-def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[str]:
-    """Return all prompts: the texts, then the contents of the files, or standard input if neither is given.
-
-    Args:
-        texts: Prompts given as text.
-        files: Files with one prompt each; "-" is standard input.
-
-    Returns:
-        At least one prompt; a file's final line break is removed.
-
-    Raises:
-        UsageError: There is no prompt, or a prompt is empty.
-        DataError: A file is missing, too large, or not UTF-8.
-    """
-    prompts = [(text, "--prompt") for text in texts]
-    if not texts and not files:
-        if sys.stdin is None or sys.stdin.isatty():
-            text = 'no prompt; pass --prompt "...", --prompt-file FILE, or pipe text to standard input.'
-            raise UsageError(text, field="prompt")
-        files = [Path("-")]
-    for path in files:
-        where = "standard input" if str(path) == "-" else str(path)
-        prompts.append((_read(path, where), where))
-    for text, where in prompts:
-        if not text.strip():
-            raise UsageError(f"{where}: the prompt is empty.", where=where)
-    return [text for text, _ in prompts]
-
-
-def prompt_format(tokenizer: Tokenizer, facts: Sequence[Mapping[str, Any]], chat: bool | None) -> str:
-    """Return how to format prompts: "chat", "instruction" or "text".
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        facts: Metadata of the adapters, which records how the prompts in their training data were formatted.
-        chat: Whether the user asks for the chat template; None follows the training data of the adapters, or uses the
-            chat template if there is one.
-
-    Raises:
-        UsageError: A chat template is requested, but there is none.
-    """
-    training = [one.get("training") for one in facts]
-    trained = {one.get("prompt_format") if isinstance(one, Mapping) else None for one in training}
-    form = next((name for name in _FORMATS if trained == {name}), None)  # files may contain anything
-    if chat is None:
-        usual = "chat" if tokenizer.chat_template else "text"
-        if form is None or (form == "chat" and usual == "text"):
-            return usual
-        if form != usual:
-            console.note(f"Prompts are formatted as in the adapter's training data ({_FORMATS[form]}); see --chat.")
-        return form
-    if chat and not tokenizer.chat_template:
-        text = "--chat needs a chat template, but the model's tokenizer has none; omit --chat."
-        raise UsageError(text, field="chat")
-    if form is not None and (form == "chat") != chat:
-        console.warning(f"the adapter was trained on prompts in another format ({_FORMATS[form]}).")
-    return "chat" if chat else "instruction" if form == "instruction" else "text"
-
-
-_FORMATS = {
-    "chat": "with the chat template",
-    "instruction": "followed by a blank line, without a chat template",
-    "text": "as plain text",
-}
-
-
-def encode_prompts(prompts: list[str], tokenizer: Tokenizer, form: str, system: str | None) -> list[list[int]]:
-    """Return the token ids of prompts.
-
-    Args:
-        prompts: The texts.
-        tokenizer: A transformers tokenizer.
-        form: Result of `prompt_format`.
-        system: System message, or None.
-
-    Returns:
-        A list of token ids for each prompt.
-
-    Raises:
-        UsageError: The system message cannot be used, or the chat template rejects the conversation.
-    """
-    from lorakit.data.tokens import beginning, token_ids
-
-    if form == "instruction":
-        start = "" if system is None else f"{system}\n\n"
-        prompts, system = [f"{start}{prompt}\n\n" for prompt in prompts], None
-    if form != "chat":
-        if system is not None:
-            text = "--system needs a chat template, but prompts are plain text here; omit --system."
-            raise UsageError(text, field="system")
-        return [beginning(tokenizer) + token_ids(tokenizer, prompt) for prompt in prompts]
-    before = [] if system is None else [{"role": "system", "content": system}]
-    encoded = []
-    for prompt in prompts:
-        try:
-            found = tokenizer.apply_chat_template(
-                [*before, {"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
-            )
-        except Exception as cause:  # a template is untrusted code and may raise anything
-            raise UsageError(
-                f"The chat template rejects this prompt ({cause}); try --no-chat.", field="chat"
-            ) from cause
-        encoded.append(list(found["input_ids"]))
-    return encoded
 
 
 def end_ids(model: nn.Module, tokenizer: Tokenizer) -> set[int]:
@@ -332,9 +239,7 @@ def _check(flags: Flags) -> str | None:
     early.check_choice("dtype", flags.dtype, early.MODEL_DTYPES)
     early.check_device(flags.device)
     base = early.check_base(flags.model, flags.revision, flags.adapter)
-    if flags.system is not None and flags.chat is False:
-        text = "--system needs the chat template, but --no-chat disables it; pass one of them."
-        raise UsageError(text, field="system")
+    _check_chat(flags)
     early.check_choice("base_matmul", flags.base_matmul, BASE_MATMULS)
     other = "--quantization" if flags.quantization else "--merged" if flags.merged else ""
     if flags.base_matmul == INT8 and other:
@@ -347,19 +252,16 @@ def _check(flags: Flags) -> str | None:
     return base
 
 
-def _first_line(prompt: str) -> str:
-    first, *rest = prompt.strip().splitlines()
-    return first[:120] + (" …" if rest or len(first) > 120 else "")
-
-
-def _read(path: Path, where: str) -> str:
-    try:
-        if str(path) == "-":
-            return sys.stdin.read().removesuffix("\n")
-        if path.stat().st_size > MAX_PROMPT_BYTES:
-            raise DataError(f"{where}: a prompt must not exceed {format_bytes(MAX_PROMPT_BYTES)}.", where=where)
-        return path.read_text(encoding="utf-8").removesuffix("\n")
-    except OSError as cause:
-        raise DataError(f"{where}: the prompt file cannot be read ({cause.strerror}).", where=where) from None
-    except UnicodeDecodeError as cause:
-        raise DataError(f"{where}: not UTF-8 ({cause.reason} at byte {cause.start}).", where=where) from None
+def _check_chat(flags: Flags) -> None:
+    """Check the flags that need the chat template."""
+    if flags.system is not None and flags.chat is False:
+        text = "--system needs the chat template, but --no-chat disables it; pass one of them."
+        raise UsageError(text, field="system")
+    texts = [name for name in ("prompt", "prompt_file", "system") if getattr(flags, name)]
+    if flags.messages and texts:
+        one = texts[0].replace("_", "-")
+        text = f"--messages contains whole conversations and cannot be combined with --{one}; omit one of them."
+        raise UsageError(text, field="messages")
+    if (flags.messages or flags.tools) and flags.chat is False:
+        text = "--messages and --tools need the chat template, but --no-chat disables it; omit one of them."
+        raise UsageError(text, field="chat")

@@ -7,7 +7,6 @@ Callers pass tokenizers as arguments (see the `tokens.Tokenizer` protocol); this
 
 from __future__ import annotations
 
-from lorakit.data.chat import read_template
 from lorakit.data.encoding import Encoded, Overlong, Sequence, Sequences, encode, encode_record, lengths
 from lorakit.data.loader import Batch, Loader, by_length, padding_id
 from lorakit.data.places import PARTIAL
@@ -60,7 +59,6 @@ __all__ = [
     "read_records",
     "read_split",
     "read_stream",
-    "read_template",
     "rule_named",
     "split",
     "streamable_bytes",

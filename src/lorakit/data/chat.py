@@ -14,7 +14,6 @@ import re
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from pathlib import Path
 
 from lorakit.data.chat_rendering import (
     REASONING,
@@ -30,7 +29,7 @@ from lorakit.data.chat_rendering import (
 )
 from lorakit.data.records import Conversation, Message
 from lorakit.data.tokens import Tokenizer, text_of, token_ids
-from lorakit.errors import ConfigError, DataError
+from lorakit.errors import DataError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -75,22 +74,6 @@ class _Span:
     end: int
     is_cut: bool
     prompt: str
-
-
-def read_template(path: Path) -> str:
-    """Read a chat template from a Jinja file.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ConfigError: The file cannot be read.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as cause:
-        text = f"chat_template: {path} cannot be read ({cause}); pass a Jinja file."
-        raise ConfigError(text, what=str(path), field="chat_template") from None
 
 
 def conversation_tokens(record: Conversation, tokenizer: Tokenizer) -> TokenizedRow:

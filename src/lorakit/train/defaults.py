@@ -166,7 +166,8 @@ _INPUTS: dict[str, Default] = {
         "Train even if no end marker contributes to the loss", False, "the model would not learn where to stop"
     ),
     "chat_template": Default(
-        "Jinja file to use instead of the model's chat template; the adapter is saved with it",
+        "Chat template to use instead of the model's: chatml, gemma, llama3, plain or a Jinja file; it is saved with "
+        "the adapter",
         None,
         "the model was trained with its own template",
         "none",

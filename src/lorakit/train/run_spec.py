@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from lorakit import hub
-from lorakit.data import Split, read_template
+from lorakit.data import Split
+from lorakit.data.named_templates import use_template
 from lorakit.errors import AdapterFileError, RunError, TargetError, UsageError
 from lorakit.plan.quantized import Quantization
 from lorakit.tasks import TASKS, Target, TaskOnData, agree_on_padding
@@ -188,7 +189,7 @@ def _tokenizer(
     own = None if start is None else own_tokenizer(str(start.adapter.folder), tokenizer)
     chosen, template = tokenizer if own is None else own, hub.chat_template_hash(tokenizer)
     if settings.chat_template is not None:
-        chosen.chat_template = read_template(Path(settings.chat_template))
+        use_template(chosen, settings.chat_template, settings.new_tokens or [])
     return chosen, own is not None or hub.chat_template_hash(chosen) != template
 
 

@@ -346,7 +346,9 @@ def existing_adapter(draft: Draft, key: str, value: JsonValue) -> None:
 def template(draft: Draft, key: str, value: JsonValue) -> None:
     """Note that a named chat template is not used."""
     if value not in ("tokenizer_default", "default", "", "empty"):
-        draft.drop(key, "the model's own chat template is used; for another, set chat_template to a Jinja file")
+        draft.drop(
+            key, "the model's own chat template is used; for another, set chat_template to its name or a Jinja file"
+        )
 
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
