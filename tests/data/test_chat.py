@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 
-from lorakit.data import Conversation, Message, encode
+from lorakit.cli.prompts import encode_prompts
+from lorakit.data import Completion, Conversation, Message, encode
 from lorakit.data.chat import conversation_tokens
 from lorakit.errors import DataError
 
@@ -170,6 +171,28 @@ def test_a_dropped_answer_that_other_text_contains_is_noticed(tiny_tokenizer: An
     talk = Conversation((Message("user", "hello assistant"), Message("assistant", answer, call)))
     with pytest.raises(DataError, match="does not render the content of an assistant turn"):
         conversation_tokens(talk, tiny_tokenizer)
+
+
+def test_fields_that_are_not_text_reach_the_template(tiny_tokenizer: Any) -> None:
+    tools: tuple[Any, ...] = ({"type": "function", "function": {"name": "lookup", "description": ["b"]}},)
+    fields: dict[str, Any] = {"reasoning": ["a"], "thinking": {"b": 1}}
+    tiny_tokenizer.chat_template = "{{ tools }}" + CHAT_TEMPLATE
+    talk = Conversation((Message("user", "hello"), Message("assistant", "a", fields)), tools=tools)
+    assert said(tiny_tokenizer, conversation_tokens(talk, tiny_tokenizer)) == ["a<|im_end|>\n"]
+
+
+@pytest.mark.parametrize("form", ["text", "instruction"])
+@pytest.mark.parametrize("prompt", ["hello", "what is", "a\n", "two plus ", " 🎉"])
+def test_without_a_chat_template_generation_starts_from_the_trained_tokens(
+    tiny_tokenizer: Any, form: str, prompt: str
+) -> None:
+    tiny_tokenizer.chat_template = None
+    turns = (Message("user", prompt), Message("assistant", " two\n"))
+    row = Conversation(turns, is_instruction=True) if form == "instruction" else Completion(prompt, " two\n")
+    sequence = encode([row], tiny_tokenizer, 64).sequences[0]
+    (ids,) = encode_prompts([prompt], tiny_tokenizer, form, None)
+    assert list(sequence.input_ids[: len(ids)]) == ids
+    assert [label != -100 for label in sequence.labels] == [at >= len(ids) for at in range(len(sequence.labels))]
 
 
 def test_no_template_and_a_template_that_refuses(tiny_tokenizer: Any) -> None:

@@ -138,7 +138,7 @@ def in_words(record: Conversation, stem: str, end: str) -> Conversation:
         function = tool.get("function", tool)
         if isinstance(function, dict):
             function = _renamed(function, names, new)
-            if str(function.get("description") or "").strip():
+            if _is_text(function.get("description")):
                 function["description"] = next(new)
         tools.append({**tool, "function": function} if "function" in tool else function)
     messages = [
@@ -148,6 +148,10 @@ def in_words(record: Conversation, stem: str, end: str) -> Conversation:
         for message in record.messages
     ]
     return replace(record, messages=tuple(messages), tools=tuple(tools))
+
+
+def _is_text(value: JsonValue) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _renamed(function: JsonObject, names: dict[JsonValue, str], new: Iterator[str]) -> JsonObject:
@@ -160,16 +164,14 @@ def _renamed(function: JsonObject, names: dict[JsonValue, str], new: Iterator[st
 def _turn_in_words(turn: Message, names: dict[JsonValue, str], new: Iterator[str]) -> Message:
     fields, reasons = dict(turn.fields), dict[JsonValue, str]()
     for key in REASONING:
-        if str(fields.get(key) or "").strip():
+        if _is_text(fields.get(key)):
             fields[key] = reasons.setdefault(fields[key], next(new))
     calls: list[JsonValue] = []
     given_calls: Any = fields.get("tool_calls") or ()
     for call in given_calls:
         function = _renamed(call["function"], names, new)
         if isinstance(given := function.get("arguments"), dict):
-            function["arguments"] = {
-                key: next(new) if isinstance(value, str) and value.strip() else value for key, value in given.items()
-            }
+            function["arguments"] = {key: next(new) if _is_text(value) else value for key, value in given.items()}
         calls.append({**call, "function": function})
     if calls:
         fields["tool_calls"] = calls
