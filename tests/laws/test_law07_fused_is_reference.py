@@ -299,11 +299,85 @@ def test_gradients_are_derivatives(name: str) -> None:
     assert torch.autograd.gradcheck(case.fused, case.inputs)
 
 
+def dropping(form: mlp.Form) -> Case:
+    x = normal(2, 2, 5, trained=True)
+
+    def fused(x: Tensor, *_: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return mlp.mlp(x, form)
+
+    return Case(fused, fused, (x, *trained(*form.inner, form.down)))
+
+
+def attending(pattern: Pattern, block: attention_block.SelfAttention, wanted: Tensor | None = None) -> Case:
+    x = normal(2, 5, 5, trained=True)
+
+    def fused(x: Tensor, *_: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return attention_block.attention_block(x, block, pattern, rotary.Rotary(*tables(5, 4)), True, wanted)
+
+    return Case(fused, fused, (x, *trained(*block.projections)))
+
+
+def a_bare_block(**words: Any) -> attention_block.SelfAttention:
+    inputs = tuple(site(8, 5, seed=i, p=0.3) for i in (0, 4, 8))
+    return attention_block.SelfAttention(inputs, site(5, 8, seed=9, p=0.3), 4, 2, **words)
+
+
+BARE = mlp.Form((site(6, 5), site(6, 5, seed=4)), site(5, 6, seed=8), activation.activation("silu"), None, True)
+RMS_OF_HEADS = {name: Norm("rms", normal(4)) for name in ("q_norm", "k_norm")}
+WITH_RECORDS: dict[str, Callable[[], Case]] = {
+    "mlp: dropout": lambda: dropping(BARE._replace(dropout=0.4, within=0.3)),
+    "mlp: recomputed": lambda: dropping(BARE._replace(norm=Norm("rms", normal(5)), keep=False)),
+    "mlp: fused": lambda: dropping(BARE._replace(inner=(site(12, 5, p=0.3),), fused=True)),
+    "block: dropout": lambda: attending(Pattern(dropout=0.3), a_bare_block(dropout=0.4)),
+    "block: norms of q and k": lambda: attending(Pattern(), a_bare_block(**RMS_OF_HEADS)),
+    "block: some rows": lambda: attending(
+        Pattern(), a_bare_block(norm=Norm("rms", normal(5)), dropout=0.4), torch.tensor([1, 2, 7])
+    ),
+}
+"""Operations that draw dropout or compute some rows only: their gradients are compared with differences alone."""
+
+FROZEN: dict[str, Callable[[int, int], bool]] = {
+    "nothing": lambda at, count: False,
+    "A": lambda at, count: at % 2 == 1,
+    "B": lambda at, count: at > 0 and at % 2 == 0,
+    "the factors": lambda at, count: at > 0,
+    "the input": lambda at, count: at == 0,
+    "all but the last factor": lambda at, count: at < count - 1,
+    "all but one factor before": lambda at, count: at != 2,
+}
+"""Which inputs (the first is x, then A and B in turn) are frozen: they decide what is saved for the backward pass."""
+
+HAVE_FACTORS = ("linear", "grouped_linear", "mlp", "block")
+AGAIN = [
+    (name, frozen)
+    for name in (*CASES, *WITH_RECORDS)
+    for frozen in (FROZEN if name.partition(":")[0] in HAVE_FACTORS else ["nothing"])
+]
+
+
+@pytest.mark.parametrize(("name", "frozen"), AGAIN)
+def test_gradients_can_be_differentiated_again(name: str, frozen: str) -> None:
+    """Compare the derivatives of gradients with finite differences; none of them is constant by mistake."""
+    case = {**CASES, **WITH_RECORDS}[name]()
+    states = [tensor.requires_grad for tensor in case.inputs]
+    try:
+        for at, tensor in enumerate(case.inputs):
+            tensor.requires_grad_(not FROZEN[frozen](at, len(case.inputs)))
+        assert torch.autograd.gradgradcheck(case.fused, case.inputs, fast_mode=True)
+    finally:
+        for tensor, state in zip(case.inputs, states, strict=True):
+            tensor.requires_grad_(state)
+
+
 def test_every_operation_with_a_reference_has_a_row() -> None:
     """Check that each module of `ops` with an autograd function has a reference and an entry in the table."""
     known = {name.partition(":")[0] for name in (*CASES, *INT8_CASES)}
     listed_as = {"attention_block": "block", "cross_entropy": "cross-entropy"}
-    paths = [path for path in Path(lorakit.ops.__file__).parent.glob("*.py") if path.stem != "reference"]
+    paths = [
+        path for path in Path(lorakit.ops.__file__).parent.glob("*.py") if path.stem not in ("reference", "autograd")
+    ]
     names = {path.stem for path in paths if "(torch.autograd.Function)" in path.read_text()}
     assert len(names) >= 9
     for name in names | {"activation"}:

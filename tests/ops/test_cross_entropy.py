@@ -160,9 +160,10 @@ def test_two_backwards_give_the_same() -> None:
 
 
 def test_what_is_saved() -> None:
-    """Return the gradient of the rows with loss and their positions; None if all rows have one."""
+    """The hidden states, the gradient of the rows with loss and their positions; no positions if all rows have one."""
     h, head, labels = made(20, torch.bfloat16)
-    for targets, expected in ((labels, 13 * WIDTH * 2 + 13 * 8), (labels.clamp_min(0), 20 * WIDTH * 2)):
+    of_h = 20 * WIDTH * 2
+    for targets, expected in ((labels, of_h + 13 * WIDTH * 2 + 13 * 8), (labels.clamp_min(0), 2 * of_h)):
         saved: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, to=saved: to.append(t.nbytes) or t, lambda t: t):  # type: ignore[misc]
             linear_cross_entropy(h, head, targets, total=1)

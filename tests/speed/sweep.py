@@ -206,7 +206,15 @@ def answer(subject: Subject, given: dict[str, Any]) -> Results:
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.grad = None
-    output = model(**given)
+    made, total = objective(subject, model(**given), given)
+    if total.requires_grad:
+        total.backward()
+    gradients = {f"gradient of {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {name: one.detach() for name, one in made.items()} | gradients
+
+
+def objective(subject: Subject, output: Any, given: dict[str, Any]) -> tuple[Results, Tensor]:
+    """Return the loss and the outputs of the tokens in a call's output, and a scalar that depends on all of them."""
     found = {name: one for name, one in output.items() if isinstance(one, Tensor) and one.is_floating_point()}
     mask = given.get("decoder_attention_mask", given.get("attention_mask"))
     made = {name: kept(one, mask) for name, one in found.items() if name in ("loss", "logits")}
@@ -217,10 +225,7 @@ def answer(subject: Subject, given: dict[str, Any]) -> Results:
             continue
         weights = torch.linspace(-1, 1, one.numel(), dtype=torch.float64).view(one.shape)
         total = total + ((one.double() * weights).sum() if one.ndim else one.double())
-    if total.requires_grad:
-        total.backward()
-    gradients = {f"gradient of {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {name: one.detach() for name, one in made.items()} | gradients
+    return made, total
 
 
 def kept(output: Tensor, mask: Any) -> Tensor:

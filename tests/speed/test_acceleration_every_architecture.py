@@ -18,6 +18,7 @@ from lorakit.speed.patching import is_replacement
 from .architectures import Architecture, NotBuilt, architectures, small, small_settings
 from .sweep import Sweep, check_calls, subject, swept
 from .sweep_changes import check_changes_afterwards, check_dropout, check_fields, check_implementations
+from .sweep_contexts import CONTEXTS, check_contexts
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # some models warn; the comparison decides
 
@@ -33,6 +34,9 @@ SAMPLE = (
     *("T5ForConditionalGeneration", "BartForConditionalGeneration", "SqueezeBertForMaskedLM"),
 )
 """Architectures of the usual suite: the fused forwards, and some of each kind that has none."""
+
+FEW = ("LlamaForCausalLM", "Gemma2ForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM", "T5ForConditionalGeneration")
+"""Architectures of the usual suite that are compared in all contexts of autograd: one of each fused layer."""
 
 SUPPORTED = 0.9
 """Minimum fraction of the registered classes that can be built small: less would mean that little is tested."""
@@ -81,12 +85,14 @@ FIRST_OF_KIND = {one.kind: one for one in reversed(EVERY)}
 def built(architecture: Architecture, *, whole: bool) -> list[Sweep]:
     """Return the sweeps with and without logits; skips architectures that cannot be built small."""
     checks = [check_undo, check_calls, check_dropout]
+    without = [check_undo, check_calls]
     if whole:
-        checks += [check_implementations, check_changes_afterwards]
+        checks += [check_contexts, check_implementations, check_changes_afterwards]
+        without += [check_contexts]
     if whole and FIRST_OF_KIND[architecture.kind] == architecture:  # the other classes of a config share its layers
         checks.append(check_fields)
     try:
-        return [swept(architecture, checks, logits=True), swept(architecture, (check_undo, check_calls), logits=False)]
+        return [swept(architecture, checks, logits=True), swept(architecture, without, logits=False)]
     except NotBuilt as failed:
         pytest.skip(str(failed))
 
@@ -95,6 +101,12 @@ def built(architecture: Architecture, *, whole: bool) -> list[Sweep]:
 def test_a_sample_of_architectures(architecture: Architecture) -> None:
     for sweep in built(architecture, whole=False):
         assert sweep.compared and not sweep.failures
+
+
+@pytest.mark.parametrize("architecture", [one for one in EVERY if one.name in FEW], ids=lambda one: one.name)
+def test_contexts_of_autograd(architecture: Architecture) -> None:
+    sweep = swept(architecture, [check_contexts], logits=False)
+    assert sweep.compared > len(CONTEXTS) / 2 and not sweep.failures
 
 
 @pytest.mark.slow

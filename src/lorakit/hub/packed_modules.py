@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lorakit.core import AwqLinear, CompressedLinear, GptqLinear, PackedLinear, packed_linear
 from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import ModelError
+from lorakit.hub.quantization_keys import check_keys, groups_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,10 +49,12 @@ class PackedKind:
     Attributes:
         module: Class of the layers.
         settings: Further attributes of the layers.
+        needed: Names of optional tensors without which the weights cannot be decoded.
     """
 
     module: type[PackedLinear]
     settings: Mapping[str, int | tuple[int, int] | None]
+    needed: frozenset[str] = frozenset()
 
 
 def packed_kind(values: JsonObject) -> PackedKind:
@@ -63,14 +66,17 @@ def packed_kind(values: JsonObject) -> PackedKind:
     Raises:
         ModelError: lorakit does not support one of the values.
     """
+    check_keys(values)
     return _KINDS[str(values["quant_method"])](values)
 
 
 def _gptq(values: JsonObject) -> PackedKind:
     bits = _allowed(values, "bits", values.get("bits"), GptqLinear.BITS)
-    layout = values.get("checkpoint_format") or "gptq"
+    layout = values.get("checkpoint_format") or values.get("format") or "gptq"
     _allowed(values, "checkpoint_format", layout, ("gptq", "gptq_v2"))
-    return PackedKind(GptqLinear, {"bits": bits, "offset": 1 if layout == "gptq" else 0})
+    is_ordered = values.get("desc_act") and values.get("group_size") != -1  # then groups are not consecutive
+    needed = frozenset({"g_idx"}) if is_ordered else frozenset[str]()
+    return PackedKind(GptqLinear, {"bits": bits, "offset": 1 if layout == "gptq" else 0}, needed)
 
 
 def _awq(values: JsonObject) -> PackedKind:
@@ -80,12 +86,12 @@ def _awq(values: JsonObject) -> PackedKind:
 
 
 def _compressed(values: JsonObject) -> PackedKind:
-    groups = values.get("config_groups")
     blocks: set[tuple[int, int] | None] = set()
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if not isinstance(group, dict) or not isinstance(weights, dict):
+    symmetric = set[bool]()
+    for _, group, weights in groups_of(values):
+        if weights is None:
             continue
+        symmetric.add(weights.get("symmetric") is not False)
         _allowed(values, "format", group.get("format") or values.get("format"), COMPRESSED_FORMATS)
         _allowed(values, "num_bits", weights.get("num_bits"), CompressedLinear.BITS)
         _allowed(values, "actorder", weights.get("actorder") or "none", ("none", "static", "weight"))
@@ -94,7 +100,8 @@ def _compressed(values: JsonObject) -> PackedKind:
         blocks.add((int(size[0]), int(size[1])) if is_block else None)  # type: ignore[index]
     if len(blocks) != 1:
         raise _unsupported("config_groups", len(blocks), ("one layout of weights",))
-    return PackedKind(CompressedLinear, {"block": blocks.pop()})
+    needed = frozenset({"weight_zero_point"}) if symmetric == {False} else frozenset[str]()
+    return PackedKind(CompressedLinear, {"block": blocks.pop()}, needed)
 
 
 _KINDS: Mapping[str, Callable[[JsonObject], PackedKind]] = {
@@ -144,7 +151,8 @@ def replace_linears(model: PreTrainedModel, files: Sequence[Path], values: JsonO
             field="quantization_config",
         )
     for path, parts in layers.items():
-        missing = [name for name in kind.module.PARTS if name not in parts and name not in kind.module.OPTIONAL]
+        optional = kind.module.OPTIONAL - kind.needed
+        missing = [name for name in kind.module.PARTS if name not in parts and name not in optional]
         if missing:
             raise ModelError(
                 f"{path}.{missing[0]} is missing from the files, so its weight cannot be dequantized. Download the "

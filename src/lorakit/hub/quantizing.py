@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.durable import JsonObject
 from lorakit.errors import ConfigError, ModelError
 from lorakit.hub.packaged import require_packages
+from lorakit.hub.quantization_keys import check_keys
 from lorakit.hub.shapes import quantization_values, shape_of_module
 from lorakit.hub.sources import ModelSource
 from lorakit.plan.quantized import BLOCK, Quantization, quantized_sites
@@ -179,13 +180,14 @@ def options_for_files(
 
     Raises:
         ConfigError: The files are quantized, and a quantization was requested.
-        ModelError: The method or the layout of the files is not supported.
+        ModelError: The method or the layout of the files is not supported, or a key may change what they mean.
     """
     if not check_quantized_once(config, wanted, source):
         return {}
     options: dict[str, Any] = {"device_map": {"": device}}
     values = quantization_values(config)
     _check_known_method(values, source)
+    check_keys(values)
     method = values["quant_method"]
     if method == "mxfp4":
         import transformers

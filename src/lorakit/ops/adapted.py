@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lorakit.ops.autograd import alias
 from lorakit.ops.int8_weight import Int8Weight
 
 SLAB = 1 << 18
@@ -69,6 +70,16 @@ class Adapted:
     low: LowRank | None = None
     transposed: bool = False
 
+    @property
+    def in_features(self) -> int:
+        """Return the input width."""
+        return self.W.shape[0 if self.transposed else 1]
+
+    @property
+    def out_features(self) -> int:
+        """Return the output width."""
+        return self.W.shape[1 if self.transposed else 0]
+
 
 def check_frozen(group: Sequence[Adapted]) -> None:
     """Check that all weights are frozen, because the fused operations compute no gradients for them.
@@ -88,3 +99,12 @@ def check_frozen(group: Sequence[Adapted]) -> None:
 def factors(group: Sequence[Adapted]) -> list[Tensor | None]:
     """Return A_0, B_0, A_1, B_1, … as inputs to an autograd function, with None for modules without an adapter."""
     return [t for module in group for t in ((module.low.A, module.low.B) if module.low else (None, None))]
+
+
+def aliased(group: Sequence[Adapted]) -> tuple[list[Adapted], list[Tensor | None]]:
+    """Return modules with aliases of their factors, and these factors in the order of `factors`; for a replay."""
+    sites = [
+        one if one.low is None else replace(one, low=replace(one.low, A=alias(one.low.A), B=alias(one.low.B)))
+        for one in group
+    ]
+    return sites, factors(sites)

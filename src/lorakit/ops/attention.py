@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lorakit.ops import attention_flash, attention_products, choices
+from lorakit.ops import attention_flash, attention_products, choices, reference
 from lorakit.ops.attention_pattern import Method, Operands, Pattern
-from lorakit.ops.autograd import Context, autocast, needs_gradient, without_autocast
+from lorakit.ops.autograd import Context, Replayed, alias, autocast, needs_gradient, with_replay, without_autocast
 from lorakit.ops.kernels import kernels_for
 from lorakit.ops.kernels.protocol import SequenceAttention
 
@@ -190,6 +190,28 @@ def _stored_by_token(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(batch, tokens, heads, width, dtype=dtype or x.dtype, device=x.device).transpose(1, 2)
 
 
+def kept_weights(q: Tensor, k: Tensor, v: Tensor, record: Tensor | None, pattern: Pattern) -> Tensor | None:
+    """Return a mask (B, H, T, T) that is 1 for the attention weights that a dropout record keeps; None without one.
+
+    Args:
+        q: Queries (B, H, T, D).
+        k: Keys (B, KV, T, D).
+        v: Values (B, KV, T, E).
+        record: The record that `forward` returned.
+        pattern: The pattern.
+    """
+    if record is None:
+        return None
+    upcast = chosen(q, v, pattern) == "matmul_fp32"
+    return attention_products.kept_weights(*((q.float(), k.float()) if upcast else (q, k)), pattern, record)
+
+
+def _replay(ctx: Context[Pattern], saved: Sequence[Tensor]) -> Replayed:
+    q, k, v = (alias(t) for t in saved[:3])
+    kept = kept_weights(q, k, v, saved[5], ctx.state)
+    return (q, k, v, None), (reference.attention(q, k, v, ctx.state, kept),)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context[Pattern], q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
@@ -199,7 +221,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @with_replay(_replay)
     def backward(ctx: Context[Pattern], dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *saved = ctx.saved_tensors
         grads = backward(dout, (q, k, v), tuple(saved), ctx.state)

@@ -14,14 +14,24 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lorakit.ops import attention as attending
-from lorakit.ops import linear, norm, rotary
-from lorakit.ops.adapted import Adapted, check_frozen, factors
+from lorakit.ops import linear, norm, reference, rotary
+from lorakit.ops.adapted import Adapted, aliased, check_frozen, factors
 from lorakit.ops.attention_pattern import Pattern
-from lorakit.ops.autograd import Context, is_cast_by_autocast, needs_gradient, rows, unflat, without_autocast
-from lorakit.ops.dropout import dropout_add, dropout_add_backward
+from lorakit.ops.autograd import (
+    Context,
+    Replayed,
+    edge_of,
+    entered,
+    is_cast_by_autocast,
+    needs_gradient,
+    rows,
+    unflat,
+    with_replay,
+    without_autocast,
+)
+from lorakit.ops.dropout import dropout_add, dropout_add_backward, kept_elements
 from lorakit.ops.linear import Group
 from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
@@ -58,7 +68,7 @@ class SelfAttention:
     def widths(self) -> tuple[int, int, int]:
         """Return the widths H·D, KV·D and KV·D of q, k and v for one token."""
         shared = self.kv_heads * self.head_dim
-        return _out(self.inputs[0]) - (0 if len(self.inputs) == 3 else 2 * shared), shared, shared
+        return self.inputs[0].out_features - (0 if len(self.inputs) == 3 else 2 * shared), shared, shared
 
     @property
     def projections(self) -> tuple[Adapted, ...]:
@@ -79,7 +89,7 @@ class SelfAttention:
             ValueError: Widths do not match, an option is out of range, or a base weight requires a gradient.
         """
         q, shared, _ = self.widths
-        widths = [_out(part) for part in self.inputs]
+        widths = [part.out_features for part in self.inputs]
         if widths[1:] not in ([], [shared, shared]) or q <= 0 or q % max(shared, 1):
             raise ValueError(
                 f"projections of widths {widths} do not match head_dim={self.head_dim} and kv_heads={self.kv_heads}: "
@@ -135,7 +145,8 @@ def attention_block(
         return _under_autocast(x, form)
     flat = factors(block.projections)
     if needs_gradient(x, *flat):
-        y = _AttentionBlock.apply(x, form, *flat)
+        edge = None if form.needs_x(x.requires_grad) else edge_of(x)
+        y = _AttentionBlock.apply(x, form, edge, *flat)
     else:
         with without_autocast(x):
             y = _forward(x, form)[0]
@@ -149,6 +160,11 @@ class _Form(NamedTuple):
     rope: Rotary | None
     residual: bool
     wanted: Tensor | None
+
+    def needs_x(self, needs_dx: bool) -> bool:
+        """Return whether the backward pass needs x."""
+        trains_a = any(one.low is not None and one.low.A.requires_grad for one in self.block.inputs)
+        return trains_a or (needs_dx and self.block.norm is not None)
 
     def picked(self, t: Tensor) -> Tensor:
         """Return only the `wanted` rows of t (N, width)."""
@@ -220,37 +236,66 @@ def _norm_width(own: Norm, block: SelfAttention) -> int:
     return block.head_dim if own.weight is None else own.weight.numel()
 
 
-def _out(part: Adapted) -> int:
-    return part.W.shape[1 if part.transposed else 0]
-
-
 _State = tuple[_Form, torch.Size, list[int], linear.Form, linear.Form]
 """The form, the shape of x, the number of saved tensors in each part, and the packed input and output groups."""
 
 
+def _replay(ctx: Context[_State], saved: Sequence[Tensor]) -> Replayed:
+    tensors, (form, shape, counts, ins_form, outs_form) = iter(saved), ctx.state
+    (edge, out, record), output, *through = ([next(tensors) for _ in range(count)] for count in counts)
+    block, dtype, (batch, tokens, _) = form.block, ins_form.dtype, shape
+    count = batch * tokens if form.wanted is None else len(form.wanted)
+    shape_of_y = count, block.output.out_features
+    drawn = reference.DrawnAttention(
+        last=Group.unpack(outs_form, output).drawn(count),
+        output=None if record is None else kept_elements(record, shape_of_y, block.dropout, dtype),
+    )
+    x: Tensor | None = None
+    attended: Tensor | None = out
+    if through:
+        (x, _, of_weights), heads, _, _, _, inputs = through
+        q, k, v = (part.transpose(1, 2) for part in heads)
+        drawn = drawn._replace(
+            inputs=Group.unpack(ins_form, inputs).drawn(batch * tokens),
+            heads=heads if x is None else None,
+            weights=attending.kept_weights(q, k, v, of_weights, form.pattern),
+        )
+    elif attended is not None:
+        drawn = drawn._replace(attended=attended)
+    else:  # nothing depends on the output of the attention, except a low-rank activation that is given
+        width = block.output.in_features
+        drawn = drawn._replace(attended=torch.zeros(count, width, dtype=dtype, device=block.output.W.device))
+    entering = entered(x, edge, shape, (dtype, block.output.W.device))
+    sites, inputs_of_factors = aliased(block.projections)
+    block = replace(block, inputs=tuple(sites[:-1]), output=sites[-1])
+    _, pattern, rope, residual, wanted = form
+    y = reference.attention_block(entering, block, pattern, rope, residual, wanted, drawn)
+    return (entering, None, None, *inputs_of_factors), (y.view(count, -1),)
+
+
 class _AttentionBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Context[_State], x: Tensor, form: _Form, *flat: Tensor | None) -> Tensor:
+    def forward(ctx: Context[_State], x: Tensor, form: _Form, edge: Tensor | None, *flat: Tensor | None) -> Tensor:
         with without_autocast(x):
             y, made = _forward(x, form)
         ins, outs = made.groups
         (ins_form, inputs), (outs_form, output) = ins.pack(), outs.pack()
         # if neither x nor any input projection needs a gradient, no gradient flows through the attention computation
         deep = ctx.needs_input_grad[0] or ins_form.is_trained
-        wants_x = ins.needs_x or (form.block.norm is not None and ctx.needs_input_grad[0])
+        wants_x = form.needs_x(ctx.needs_input_grad[0])
         whole = deep and made.saved[0] is not None  # the attention backward pass needs the full output
         out = made.out if whole else form.picked(made.out) if outs.needs_x else None
         through = [[x if wants_x else None, *made.saved], made.heads, made.stats, *made.own, inputs]
-        parts = [[out, made.record], output, *(through if deep else ())]
+        parts = [[edge, out, made.record], output, *(through if deep else ())]
         ctx.state = form, x.shape, [len(part) for part in parts], ins_form, outs_form
         ctx.save_for_backward(*(tensor for part in parts for tensor in part))
         return y
 
     @staticmethod
-    @once_differentiable
+    @with_replay(_replay)
     def backward(ctx: Context[_State], dy: Tensor) -> tuple[Tensor | None, ...]:
         tensors, (form, shape, counts, ins_form, outs_form) = iter(ctx.saved_tensors), ctx.state
-        (out, record), output, *through = ([next(tensors) for _ in range(count)] for count in counts)
+        (_, out, record), output, *through = ([next(tensors) for _ in range(count)] for count in counts)
         deep, wanted = ctx.needs_input_grad[0] or ins_form.is_trained, form.wanted
         with without_autocast(dy):
             dy = rows(dy)
@@ -258,7 +303,7 @@ class _AttentionBlock(torch.autograd.Function):
             read = None if out is None else form.picked(out)
             given, last = Group.unpack(outs_form, output).backward(read, [dlast], need_dx=deep)
             if given is None:
-                return (None, None, *(None for _ in form.block.inputs for _ in range(2)), *last[0])
+                return (None, None, None, *(None for _ in form.block.inputs for _ in range(2)), *last[0])
             (x, *saved), heads, stats, q_stats, k_stats, inputs = through
             if wanted is not None:
                 given = given.new_zeros(heads[0].shape[:2].numel(), given.shape[1]).index_copy_(0, wanted, given)
@@ -274,7 +319,7 @@ class _AttentionBlock(torch.autograd.Function):
                 if form.residual and wanted is not None:
                     dx.index_add_(0, wanted, dy)
                 dx = dx.view(shape)
-        return (dx, None, *(grad for pair in (*grads, *last) for grad in pair))
+        return (dx, None, None, *(grad for pair in (*grads, *last) for grad in pair))
 
 
 def _back_to_projections(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorakit.ops.attention_pattern import Operands, Pattern, Piece, pieces
-from lorakit.ops.dropout import apply_dropout, draw_record, zero_
+from lorakit.ops.dropout import apply_dropout, draw_record, kept_elements, zero_
 from lorakit.ops.kernels import kernels_for
 
 BLOCK = 64  # query rows per block: enough for efficient matmuls, but few enough to skip most masked scores
@@ -84,6 +84,20 @@ def backward(dout: Tensor, operands: Operands, into: Operands, pattern: Pattern,
             dk[:, seen].add_(_scaled(ds.transpose(1, 2), rows, scores.scale))
         for total, grad in ((dk, into[1]), (dv, into[2])):
             _cut(grad, piece).copy_(total.view(_cut(grad, piece).shape))
+
+
+def kept_weights(q: Tensor, k: Tensor, pattern: Pattern, record: Tensor) -> Tensor:
+    """Return a mask (B, H, T, T) that is 1 for each weight that a dropout record keeps, for q and k as in `forward`."""
+    made = q.new_ones(*q.shape[:3], q.shape[2])
+    scores = _Scores(q, k, pattern)
+    zeros = scores.by_block(record)
+    for piece in scores.pieces:
+        for block in scores.blocks(piece):
+            of_piece, zero = made[piece.batch, :, piece.tokens, piece.tokens], next(zeros)
+            at = of_piece[:, :, block.start : block.stop, block.low : block.high]
+            if zero is not None:
+                at.copy_(kept_elements(zero, at.shape, pattern.dropout, q.dtype))
+    return made
 
 
 class _Scores:

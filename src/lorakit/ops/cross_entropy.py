@@ -7,15 +7,16 @@ two matmuls between the labeled rows and the head weight, and memory for the log
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lorakit.ops import reference
 from lorakit.ops.adapted import upcast_dtype
-from lorakit.ops.autograd import Context, autocast, needs_gradient, without_autocast
+from lorakit.ops.autograd import Context, Replayed, alias, autocast, needs_gradient, with_replay, without_autocast
 from lorakit.ops.choices import matmul, slices
 from lorakit.ops.kernels import kernels_for
 
@@ -62,8 +63,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Compute the cross-entropy of the labels under the softmax of the head's logits. [docs/math.md (75)]
 
-    Matmuls run in the dtype of h, or in the autocast dtype. The gradient of the labeled rows and the indices of these
-    rows are saved for the backward pass.
+    Matmuls run in the dtype of h, or in the autocast dtype. Saved for the backward pass are the gradient of the labeled
+    rows, the indices of these rows, and h, from which a backward pass that is differentiated again computes the logits.
 
     Args:
         h: Hidden states (..., d), already shifted: row i predicts labels[i].
@@ -216,31 +217,40 @@ class _Softmax:
         z.copy_(p)
 
 
-_State = tuple[float, int, torch.dtype]
-"""Scale of the head, number of rows of h, and dtype of W."""
+_State = tuple[Head, Tensor]
+"""The head, and the labels of the labeled rows."""
+
+
+def _replay(ctx: Context[_State], saved: Sequence[Tensor]) -> Replayed:
+    head, labels = ctx.state
+    h, W, rows = alias(saved[0]), alias(head.W), saved[3]
+    labeled = h if rows is None else h.index_select(0, rows)
+    return (h, W, None), (reference.cross_entropy(labeled, replace(head, W=W), labels, total=1.0),)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Computes the summed loss from h (N, d) and W (V, d); saves the gradients for W and for the labeled rows of h."""
+    """Computes the summed loss from h (N, d) and W (V, d); saves h, and the gradients for W and for the labeled
+    rows of h.
+    """
 
     @staticmethod
     def forward(ctx: Context[_State], h: Tensor, W: Tensor, trained: Trained) -> Tensor:
         with without_autocast(h):
             losses, dh, dW = trained.run(*ctx.needs_input_grad[:2])
-        ctx.save_for_backward(dh, dW, trained.rows)
-        ctx.state = trained.head.scale, len(h), W.dtype
+        ctx.save_for_backward(h, dh, dW, trained.rows)
+        ctx.state = trained.head, trained.labels
         return losses.sum()
 
     @staticmethod
-    @once_differentiable
+    @with_replay(_replay)
     def backward(ctx: Context[_State], grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (dh, dW, rows), (scale, rows_of_h, dtype_of_W) = ctx.saved_tensors, ctx.state
-        factor = grad * scale
+        (h, dh, dW, rows), (head, _) = ctx.saved_tensors, ctx.state
+        factor = grad * head.scale
         if dh is not None:
             dh = dh * factor
             if rows is not None:
-                dh = dh.new_zeros(rows_of_h, dh.shape[1]).index_copy_(0, rows, dh)
-        return dh, None if dW is None else (dW * factor).to(dtype_of_W), None
+                dh = torch.zeros_like(h).index_copy_(0, rows, dh)
+        return dh, None if dW is None else (dW * factor).to(head.W.dtype), None
 
 
 def _check(h: Tensor, head: Head, labels: Tensor, ignore_index: int, chunk: int | None) -> None:

@@ -6,13 +6,13 @@ Only a seed is saved. The backward pass regenerates the positions from the seed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorakit.ops.autograd import Context
+from lorakit.ops.autograd import Context, Replayed, with_replay
 from lorakit.ops.kernels import kernels_for
 
 # Below this probability, gaps are computed in float64: fp32 is too coarse, and with few gaps, float64 costs little.
@@ -133,18 +133,34 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     return _Dropout.apply(x, p)
 
 
+def kept_elements(record: Tensor, shape: Sequence[int], p: float, dtype: torch.dtype) -> Tensor:
+    """Return a mask (any shape, as given): 1 for each element that a record keeps, 0 for the others."""
+    ones = torch.ones(tuple(shape), dtype=dtype, device=record.device)
+    kernels = kernels_for(ones, is_new=True) if record.dtype == torch.uint64 else None
+    if kernels is None:
+        return zero_(ones, record, p)
+    kernels.drop(ones, p, record, 1.0, ones)
+    return ones
+
+
+def _replay(ctx: Context[tuple[float, torch.Size, torch.dtype]], saved: Sequence[Tensor]) -> Replayed:
+    (record,), (p, shape, dtype) = saved, ctx.state
+    x = torch.zeros(shape, dtype=dtype, device=record.device, requires_grad=True)
+    return (x, None), (x * kept_elements(record, shape, p, dtype) / (1 - p),)
+
+
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Context[float], x: Tensor, p: float) -> Tensor:
+    def forward(ctx: Context[tuple[float, torch.Size, torch.dtype]], x: Tensor, p: float) -> Tensor:
         record = draw(x, p)
         ctx.save_for_backward(record)
-        ctx.state = p
+        ctx.state = p, x.shape, x.dtype
         return apply_dropout(x, record, p, 1 / (1 - p))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Context[float], dy: Tensor) -> tuple[Tensor, None]:
-        (record,), p = ctx.saved_tensors, ctx.state
+    @with_replay(_replay)
+    def backward(ctx: Context[tuple[float, torch.Size, torch.dtype]], dy: Tensor) -> tuple[Tensor, None]:
+        (record,), (p, *_) = ctx.saved_tensors, ctx.state
         return apply_dropout(dy, record, p, 1 / (1 - p)), None
 
 

@@ -18,9 +18,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lorakit.ops.autograd import Context, autocast, needs_gradient, without_autocast
+from lorakit.ops import reference
+from lorakit.ops.autograd import (
+    Context,
+    Replayed,
+    alias,
+    autocast,
+    edge_of,
+    entered,
+    is_traced,
+    needs_gradient,
+    with_replay,
+    without_autocast,
+)
 
 STEP = 16
 """Number of rows of which matmuls in narrow dtypes on a CPU process a multiple, except for the last group."""
@@ -127,8 +138,13 @@ def grouped_linear(
     form = _Form(linear, tuple(counts), tuple(adapter.scale for adapter in adapters))
     flat = [factor for adapter in adapters for factor in (adapter.A, adapter.B)]
     with without_autocast(x):
+        if is_traced():
+            return reference.grouped_linear(x, counts, linear, adapters)
         if needs_gradient(x, *flat):
-            return _GroupedLinear.apply(x, form, *flat)
+            trained = [factor.requires_grad for factor in flat]
+            # without gradients of A, x is not saved, but that of B depends on x
+            edge = edge_of(x) if any(trained) and not any(trained[::2]) else None
+            return _GroupedLinear.apply(x, form, edge, *flat)
         return _forward(x, form, [factor.to(_dtype_of_factors(x)) for factor in flat])[0]
 
 
@@ -180,35 +196,48 @@ def _add(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(left @ right)
 
 
+_State = tuple[_Form, tuple[Tensor, ...], torch.Size, torch.dtype]
+"""The form, the factors, and the shape and dtype of x."""
+
+
+def _replay(ctx: Context[_State], saved: Sequence[Tensor]) -> Replayed:
+    (form, flat, shape, dtype), (kept, edge, *rest) = ctx.state, saved
+    factors = [alias(factor) for factor in flat]
+    x = entered(kept, edge, shape, (dtype, saved[-1].device))
+    low = [GroupedLowRank(*pair) for pair in zip(factors[::2], factors[1::2], form.scales, strict=True)]
+    y = reference.grouped_linear(x, form.counts, form.linear, low, rest[: len(low)])
+    return (x, None, None, *factors), (y,)
+
+
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Context[tuple[_Form, list[torch.dtype]]], x: Tensor, form: _Form, *factors: Tensor) -> Tensor:
+    def forward(ctx: Context[_State], x: Tensor, form: _Form, edge: Tensor | None, *factors: Tensor) -> Tensor:
         flat = [factor.to(_dtype_of_factors(x)) for factor in factors]
         y, hidden = _forward(x, form, flat)
         needs = ctx.needs_input_grad
-        kept = x if any(needs[2::2]) else None
-        saved = [h if needed else None for h, needed in zip(hidden, needs[3::2], strict=True)]
-        ctx.state = form, [factor.dtype for factor in factors]
-        ctx.save_for_backward(kept, *saved, *flat)
+        kept = x if any(needs[3::2]) else None
+        saved = [h if needed else None for h, needed in zip(hidden, needs[4::2], strict=True)]
+        ctx.state = form, factors, x.shape, x.dtype
+        ctx.save_for_backward(kept, edge, *saved, *flat)
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Context[tuple[_Form, list[torch.dtype]]], dy: Tensor) -> tuple[Tensor | None, ...]:
+    @with_replay(_replay)
+    def backward(ctx: Context[_State], dy: Tensor) -> tuple[Tensor | None, ...]:
         with without_autocast(dy):
             return _backward(ctx, dy.contiguous())
 
 
-def _backward(ctx: Context[tuple[_Form, list[torch.dtype]]], dy: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Context[_State], dy: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of the arguments of `_GroupedLinear.forward`; dy is (N, out)."""
-    (form, dtypes), needs = ctx.state, ctx.needs_input_grad
-    x, *rest = ctx.saved_tensors
+    (form, factors, *_), needs = ctx.state, ctx.needs_input_grad
+    x, _, *rest = ctx.saved_tensors
     hidden, flat = rest[: len(form.scales)], rest[len(form.scales) :]
     linear = form.linear
     dx = dy.new_empty(len(dy), flat[0].shape[2] if linear is None else linear.in_features) if needs[0] else None
     grads = [
-        torch.zeros_like(factor, dtype=dtype) if needed else None
-        for factor, dtype, needed in zip(flat, dtypes, needs[2:], strict=True)
+        torch.zeros_like(factor, dtype=own.dtype) if needed else None
+        for factor, own, needed in zip(flat, factors, needs[3:], strict=True)
     ]
     for group, rows, more in _groups(dy, form.counts):
         if dx is not None and linear is not None:
@@ -231,7 +260,7 @@ def _backward(ctx: Context[tuple[_Form, list[torch.dtype]]], dy: Tensor) -> tupl
                 _multiply(dh.mT, entered, dA[group])
             if dx is not None:
                 _add(dx[rows], dh, A)
-    return dx, None, *grads
+    return dx, None, None, *grads
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:

@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lorakit.machine import INT8_UNITS, this_machine
 from lorakit.ops.autograd import Context, rows
@@ -62,7 +61,7 @@ def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Te
         few = few_rows(x, weight, bias)
         if few is not None:
             return few
-    y: Tensor = _Int8Linear.apply(x, weight, bias)
+    y: Tensor = Int8Linear.apply(x, weight, bias)
     return y
 
 
@@ -318,16 +317,44 @@ def _integer_matmul(a: Tensor, b: Tensor) -> Tensor:
     return reference_integer_matmul(a, b)
 
 
-class _Int8Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Context[tuple[Int8Weight, torch.Size]], x: Tensor, weight: Int8Weight, bias: Tensor | None
-    ) -> Tensor:
-        ctx.state = weight, x.shape
-        return output(Int8Inputs(rows(x)), weight, bias).view(*x.shape[:-1], len(weight.q))
+_State = tuple[Int8Weight, bool]
+"""The weight, and whether the reference functions run."""
+
+
+class Int8Linear(torch.autograd.Function):
+    """x·Wᵀ + b. Each direction is the derivative of the other, so that gradients can be differentiated again."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Context[tuple[Int8Weight, torch.Size]], dy: Tensor) -> tuple[Tensor, None, None]:
-        weight, shape = ctx.state
-        return input_gradient([(rows(dy), weight)]).view(shape), None, None
+    def forward(
+        ctx: Context[_State], x: Tensor, weight: Int8Weight, bias: Tensor | None, is_reference: bool = False
+    ) -> Tensor:
+        """Return x·Wᵀ + b (…, out) for x (…, in)."""
+        ctx.state, flat = (weight, is_reference), rows(x)
+        y = reference_forward(flat, weight, bias) if is_reference else output(Int8Inputs(flat), weight, bias)
+        return y.view(*x.shape[:-1], len(weight.q))
+
+    @staticmethod
+    def backward(ctx: Context[_State], dy: Tensor) -> tuple[Tensor, None, None, None]:
+        """Return the gradient of x, (…, in)."""
+        is_recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        dx = _Int8Gradient.apply(dy, *ctx.state) if is_recorded else _input_gradient(dy, *ctx.state)
+        return dx, None, None, None
+
+
+class _Int8Gradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Context[_State], dy: Tensor, weight: Int8Weight, is_reference: bool) -> Tensor:
+        ctx.state = weight, is_reference
+        return _input_gradient(dy, weight, is_reference)
+
+    @staticmethod
+    def backward(ctx: Context[_State], d: Tensor) -> tuple[Tensor, None, None]:
+        weight, is_reference = ctx.state
+        return Int8Linear.apply(d, weight, None, is_reference), None, None
+
+
+def _input_gradient(dy: Tensor, weight: Int8Weight, is_reference: bool) -> Tensor:
+    """Return the gradient (…, in) of the input for that of the output, dy (…, out)."""
+    flat = rows(dy)
+    dx = reference_backward(flat, weight) if is_reference else input_gradient([(flat, weight)])
+    return dx.view(*dy.shape[:-1], weight.q.shape[1])

@@ -8,12 +8,23 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lorakit.ops.adapted import Adapted, LowRank, check_frozen, factors
-from lorakit.ops.autograd import Context, autocast, needs_gradient, rows, unflat, without_autocast
+from lorakit.ops import reference
+from lorakit.ops.adapted import Adapted, LowRank, aliased, check_frozen, factors
+from lorakit.ops.autograd import (
+    Context,
+    Replayed,
+    autocast,
+    edge_of,
+    entered,
+    needs_gradient,
+    rows,
+    unflat,
+    with_replay,
+    without_autocast,
+)
 from lorakit.ops.choices import matmul, matmul_dtype
-from lorakit.ops.dropout import apply_dropout, draw, zero_
+from lorakit.ops.dropout import apply_dropout, draw, kept_elements, zero_
 from lorakit.ops.int8 import Int8Inputs, input_gradient, output
 from lorakit.ops.int8_weight import Int8Weight
 from lorakit.ops.kernels import kernels_for
@@ -34,7 +45,10 @@ def linears(x: Tensor, group: Sequence[Adapted]) -> tuple[Tensor, ...]:
         check_frozen(group)
     x, flat = autocast(x), factors(group)
     if needs_gradient(x, *flat):
-        ys = _Linears.apply(x, tuple(group), *flat)
+        trained = [t is not None and t.requires_grad for t in flat]
+        # without gradients of A, x is not saved, but that of B depends on x
+        edge = edge_of(x) if any(trained) and not any(trained[::2]) else None
+        ys = _Linears.apply(x, tuple(group), edge, *flat)
     else:
         with without_autocast(x):
             ys = Group.of(group, x).forward(rows(x))
@@ -229,6 +243,14 @@ class Group:
         group.trains, group.h, group.records = form.trains, list(tensors[3::5]), list(tensors[4::5])
         return group
 
+    def drawn(self, count: int) -> reference.Drawn:
+        """Return the dropout masks and the low-rank activations of the forward pass of `count` rows, for a replay."""
+        masks: list[Tensor | None] = [None] * len(self.sites)
+        for j in self.dropping:
+            shape = count, self.low[j].A.shape[1]
+            masks[j] = kept_elements(self._record(j), shape, self.low[j].p, self.inside)
+        return reference.Drawn(masks, self.h)
+
     def _stacked_grads(self, dh: dict[int, Tensor]) -> Tensor | None:
         """Concatenate the gradients dh (N, r) of all modules without dropout, in the order of the stacked A factors."""
         first = next((dh[j] for j in self.plain if j in dh), None)
@@ -334,29 +356,41 @@ class Group:
         return torch.empty(B.shape, dtype=B.dtype, device=B.device).copy_(grad)
 
 
+_State = tuple[Form, torch.Size, tuple[Adapted, ...]]
+"""The packed group, the shape of x, and the modules."""
+
+
+def _replay(ctx: Context[_State], saved: Sequence[Tensor]) -> Replayed:
+    (x, edge, *tensors), (form, shape, group) = saved, ctx.state
+    flat = entered(x, edge, shape, (form.dtype, group[0].W.device))
+    sites, inputs = aliased(group)
+    ys = reference.linear(rows(flat), sites, *Group.unpack(form, tensors).drawn(shape[:-1].numel()))
+    return (flat, None, None, *inputs), ys
+
+
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Context[tuple[Form, torch.Size]], x: Tensor, group: tuple[Adapted, ...], *flat: Tensor | None
+        ctx: Context[_State], x: Tensor, group: tuple[Adapted, ...], edge: Tensor | None, *flat: Tensor | None
     ) -> tuple[Tensor, ...]:
         parts = Group.of(group, x)
         with without_autocast(x):
             ys = parts.forward(rows(x))
         form, tensors = parts.pack()
-        ctx.state = form, x.shape
-        ctx.save_for_backward(x if parts.needs_x else None, *tensors)
+        ctx.state = form, x.shape, group
+        ctx.save_for_backward(x if parts.needs_x else None, edge, *tensors)
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Context[tuple[Form, torch.Size]], *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        (x, *tensors), (form, shape) = ctx.saved_tensors, ctx.state
+    @with_replay(_replay)
+    def backward(ctx: Context[_State], *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        (x, _, *tensors), (form, shape, _) = ctx.saved_tensors, ctx.state
         flat = [None if dy is None else rows(dy) for dy in dys]
         with without_autocast(next(t for t in (*dys, *tensors) if t is not None)):
             parts = Group.unpack(form, tensors)
             dx, grads = parts.backward(None if x is None else rows(x), flat, ctx.needs_input_grad[0])
-        return None if dx is None else dx.view(shape), None, *(grad for pair in grads for grad in pair)
+        return None if dx is None else dx.view(shape), None, None, *(grad for pair in grads for grad in pair)
 
 
 def _taken(spare: list[Tensor]) -> Tensor | None:

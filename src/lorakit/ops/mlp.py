@@ -12,13 +12,24 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lorakit.ops import linear
+from lorakit.ops import linear, reference
 from lorakit.ops.activation import Activation, activate, activate_backward, activation
-from lorakit.ops.adapted import Adapted, check_frozen, factors
-from lorakit.ops.autograd import Context, autocast, is_cast_by_autocast, needs_gradient, rows, unflat, without_autocast
-from lorakit.ops.dropout import dropout_add, dropout_add_backward
+from lorakit.ops.adapted import Adapted, aliased, check_frozen, factors
+from lorakit.ops.autograd import (
+    Context,
+    Replayed,
+    autocast,
+    edge_of,
+    entered,
+    is_cast_by_autocast,
+    needs_gradient,
+    rows,
+    unflat,
+    with_replay,
+    without_autocast,
+)
+from lorakit.ops.dropout import dropout_add, dropout_add_backward, kept_elements
 from lorakit.ops.linear import Group
 from lorakit.ops.norm import Norm, check_frozen_norm, norm_backward, norm_recompute, normalize
 
@@ -102,7 +113,8 @@ def mlp(x: Tensor, form: Form) -> Tensor:
         return _under_autocast(x, form)
     flat = factors(modules)
     if needs_gradient(x, *flat):
-        y = _Mlp.apply(x, form, *flat)
+        edge = None if _needs_x(form, x.requires_grad) else edge_of(x)
+        y = _Mlp.apply(x, form, edge, *flat)
     else:
         with without_autocast(x):
             y = _forward(x, form)[0]
@@ -151,9 +163,32 @@ _State = tuple[Form, torch.Size, list[int], linear.Form, linear.Form]
 """The form, the shape of x, the number of saved tensors in each part, and the packed inner and outer groups."""
 
 
+def _needs_x(form: Form, needs_dx: bool) -> bool:
+    """Return whether the backward pass needs x, also if the gate and up outputs are saved."""
+    trains_a = any(one.low is not None and one.low.A.requires_grad for one in form.inner)
+    return trains_a or (needs_dx and (form.norm is not None or not form.keep))
+
+
+def _replay(ctx: Context[_State], saved: Sequence[Tensor]) -> Replayed:
+    tensors, (form, shape, counts, inner_form, outer_form) = iter(saved), ctx.state
+    outside, hidden, _, (x, edge, record, within), inside = ([next(tensors) for _ in range(n)] for n in counts)
+    flat, dtype = entered(x, edge, shape, (inner_form.dtype, form.down.W.device)), inner_form.dtype
+    sites, factors_of_sites = aliased((*form.inner, form.down))
+    count = shape[:-1].numel()
+    drawn = reference.DrawnMlp(
+        linear.Group.unpack(inner_form, inside).drawn(count) if inside else reference.Drawn(),
+        linear.Group.unpack(outer_form, outside).drawn(count),
+        hidden if x is None else None,
+        None if record is None else kept_elements(record, (count, form.down.out_features), form.dropout, dtype),
+        None if within is None else kept_elements(within, (count, form.down.in_features), form.within, dtype),
+    )
+    y = reference.mlp(flat.flatten(0, -2), form._replace(inner=tuple(sites[:-1]), down=sites[-1]), drawn)
+    return (flat, None, None, *factors_of_sites), (y,)
+
+
 class _Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Context[_State], x: Tensor, form: Form, *flat: Tensor | None) -> Tensor:
+    def forward(ctx: Context[_State], x: Tensor, form: Form, edge: Tensor | None, *flat: Tensor | None) -> Tensor:
         y, made = _forward(x, form)
         inner, outer = made.groups
         (inner_form, inside), (outer_form, outside) = inner.pack(), outer.pack()
@@ -161,12 +196,12 @@ class _Mlp(torch.autograd.Function):
         deep = ctx.needs_input_grad[0] or inner_form.is_trained
         hidden = deep or outer.needs_x  # whether the gate and up outputs are needed
         recompute = hidden and not form.keep
-        wants_x = recompute or inner.needs_x or (form.norm is not None and ctx.needs_input_grad[0])
+        wants_x = recompute or _needs_x(form, ctx.needs_input_grad[0])
         parts = [
             outside,
             made.hidden if hidden and form.keep else (),
             made.stats if wants_x else (),
-            [x if wants_x else None, made.record, made.within],
+            [x if wants_x else None, edge, made.record, made.within],
             inside if deep or recompute else (),
         ]
         ctx.state = form, x.shape, [len(part) for part in parts], inner_form, outer_form
@@ -174,10 +209,10 @@ class _Mlp(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @with_replay(_replay)
     def backward(ctx: Context[_State], dy: Tensor) -> tuple[Tensor | None, ...]:
         tensors, (form, shape, counts, inner_form, outer_form) = iter(ctx.saved_tensors), ctx.state
-        outside, hidden, stats, (x, record, within), inside = ([next(tensors) for _ in range(n)] for n in counts)
+        outside, hidden, stats, (x, _, record, within), inside = ([next(tensors) for _ in range(n)] for n in counts)
         deep, norm = ctx.needs_input_grad[0] or inner_form.is_trained, form.norm
         with without_autocast(dy):
             dy = rows(dy)
@@ -189,7 +224,7 @@ class _Mlp(torch.autograd.Function):
             dhidden, last = _back_through_the_activation(dlast, (hidden, within), outer, form, deep)
             del hidden
             if not deep:
-                return (None, None, *(None for _ in form.inner for _ in range(2)), *last)
+                return (None, None, None, *(None for _ in form.inner for _ in range(2)), *last)
             inner = Group.unpack(inner_form, inside)
             n = norm_recompute(norm, flat, stats) if n is None and inner.needs_x else n
             dx, grads = inner.backward(n, dhidden, ctx.needs_input_grad[0], owned=norm is not None and inner.needs_x)
@@ -197,7 +232,7 @@ class _Mlp(torch.autograd.Function):
             if dx is not None:
                 add = dy if form.residual else None
                 dx = norm_backward(norm, dx, flat, stats, add).view(shape)
-        return (dx, None, *(grad for pair in grads for grad in pair), *last)
+        return (dx, None, None, *(grad for pair in grads for grad in pair), *last)
 
 
 def _back_through_the_activation(

@@ -11,10 +11,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lorakit.ops import reference
 from lorakit.ops.adapted import scratch_like, slabs, upcast_dtype, upcast_scratch
-from lorakit.ops.autograd import Context, unflat, without_autocast
+from lorakit.ops.autograd import Context, Replayed, alias, unflat, with_replay, without_autocast
 from lorakit.ops.autograd import rows as rows_of
 from lorakit.ops.kernels import kernels_for
 
@@ -234,6 +234,11 @@ def _dtype_of_parameters(x: Tensor) -> torch.dtype:
     return upcast_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
 
 
+def _replay(ctx: Context[Norm], saved: Sequence[Tensor]) -> Replayed:
+    x = alias(saved[0])
+    return (x, None), (reference.norm(rows_of(x), ctx.state),)
+
+
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context[Norm], x: Tensor, norm: Norm) -> Tensor:
@@ -244,7 +249,7 @@ class _Normalize(torch.autograd.Function):
         return n
 
     @staticmethod
-    @once_differentiable
+    @with_replay(_replay)
     def backward(ctx: Context[Norm], dn: Tensor) -> tuple[Tensor, None]:
         x, *stats = ctx.saved_tensors
         return ctx.state.backward(rows_of(dn), rows_of(x), stats).view(x.shape), None

@@ -1,13 +1,15 @@
-"""Reference implementations of the fused operations in plain PyTorch, used to test values and gradients.
+"""Reference implementations of the fused operations in plain PyTorch.
 
 Each function follows its formula directly and computes the same results as a fused operation. For example, `linear`
-is the reference for `lorakit.ops.linear.linears`.
+is the reference for `lorakit.ops.linear.linears`. Tests compare values and gradients with them, and fused operations
+run them if a backward pass is differentiated again; dropout and results that were saved instead of an input are then
+taken from the forward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,15 +17,17 @@ from torch.nn import functional as F
 
 from lorakit.ops.activation import QUICK
 from lorakit.ops.adapted import Adapted, upcast_dtype
-from lorakit.ops.attention_block import SelfAttention
 from lorakit.ops.attention_pattern import Pattern
-from lorakit.ops.cross_entropy import IGNORED, Head
-from lorakit.ops.grouped_linear import GroupedLinear, GroupedLowRank
-from lorakit.ops.int8 import reference_backward, reference_forward
+from lorakit.ops.int8 import Int8Linear
 from lorakit.ops.int8_weight import Int8Weight
-from lorakit.ops.mlp import Form
-from lorakit.ops.norm import Norm
-from lorakit.ops.rotary import Rotary
+
+if TYPE_CHECKING:
+    from lorakit.ops.attention_block import SelfAttention
+    from lorakit.ops.cross_entropy import Head
+    from lorakit.ops.grouped_linear import GroupedLinear, GroupedLowRank
+    from lorakit.ops.mlp import Form
+    from lorakit.ops.norm import Norm
+    from lorakit.ops.rotary import Rotary
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -34,20 +38,45 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def dropout(x: Tensor, p: float, keep: Tensor) -> Tensor:
-    """Apply dropout to x (any shape) with a given mask `keep` of the same shape: 1 keeps an element, 0 drops it."""
-    return x * keep / (1 - p) if p < 1 else x * 0
+class Drawn(NamedTuple):
+    """What a group of linear modules takes from a forward pass; None for what it computes itself.
+
+    Attributes:
+        masks: Dropout mask (…, in) of each module's adapter: 1 keeps an element, 0 drops it.
+        hidden: Low-rank activation (N, r) of each module, including the scale and the division by 1 − p.
+    """
+
+    masks: Sequence[Tensor | None] | None = None
+    hidden: Sequence[Tensor | None] | None = None
 
 
-def linear(x: Tensor, group: Sequence[Adapted], masks: Sequence[Tensor | None] | None = None) -> list[Tensor]:
-    """Compute `linears` for x (…, in); `masks` contains a dropout mask (…, in) or None for each module."""
+def dropout(x: Tensor, p: float, keep: Tensor | None) -> Tensor:
+    """Apply dropout to x (any shape) with a mask of as many elements: 1 keeps an element, 0 drops it; None is none."""
+    if keep is None:
+        return x
+    return x * keep.view(x.shape).to(x.dtype) / (1 - p) if p < 1 else x * 0
+
+
+def anchored(y: Tensor, value: Tensor | None) -> Tensor:
+    """Return the values of `value`, if given, with the gradient of y (any shape); both have as many elements."""
+    return y if value is None else y - y.detach() + value.detach().reshape(y.shape).to(y.dtype)
+
+
+def linear(
+    x: Tensor,
+    group: Sequence[Adapted],
+    masks: Sequence[Tensor | None] | None = None,
+    hidden: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:
+    """Compute `linears` for x (…, in); `masks` and `hidden` are as in `Drawn`."""
+    every = [None] * len(group)
     outputs = []
-    for module, mask in zip(group, masks or [None] * len(group), strict=True):
+    for module, mask, saved in zip(group, masks or every, hidden or every, strict=True):
         y = base(x, module)
         if module.low is not None:
             low = module.low
-            kept = x if mask is None else x * mask.to(x.dtype) / (1 - low.p)
-            y = y + low.scale * F.linear(F.linear(kept, low.A.to(x.dtype)), low.B.to(x.dtype))
+            h, B = F.linear(dropout(x, low.p, mask), low.A.to(x.dtype)), low.B.to(x.dtype)
+            y = y + (low.scale * F.linear(h, B) if saved is None else F.linear(anchored(low.scale * h, saved), B))
         outputs.append(y)
     return outputs
 
@@ -56,58 +85,61 @@ def base(x: Tensor, module: Adapted) -> Tensor:
     """Apply the frozen part of a module to x (…, in)."""
     if isinstance(module.W, Int8Weight):
         return int8(x, module.W, module.bias)
-    return F.linear(x, module.W.t() if module.transposed else module.W, module.bias)
+    W, bias = module.W.to(x.dtype), None if module.bias is None else module.bias.to(x.dtype)
+    return F.linear(x, W.t() if module.transposed else W, bias)
 
 
 def int8(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
-    """Compute `int8_linear` with `reference_forward` and `reference_backward`: x (…, in)."""
-    y: Tensor = _Int8Linear.apply(x, weight, bias)
+    """Compute `int8_linear` with exact matmuls in float64: x (…, in)."""
+    y: Tensor = Int8Linear.apply(x, weight, bias, True)
     return y
 
 
-class _Int8Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
-        ctx.state = weight, x.shape
-        return reference_forward(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        weight, shape = ctx.state
-        return reference_backward(dy.flatten(0, -2), weight).view(shape), None, None
-
-
 def grouped_linear(
-    x: Tensor, counts: Sequence[int], linear: GroupedLinear | None, adapters: Sequence[GroupedLowRank] = ()
+    x: Tensor,
+    counts: Sequence[int],
+    linear: GroupedLinear | None,
+    adapters: Sequence[GroupedLowRank] = (),
+    hidden: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    """Compute `grouped_linear` one row at a time: x (N, in) -> (N, out)."""
-    of_rows = [group for group, count in enumerate(counts) for _ in range(count)]
+    """Compute `grouped_linear` one group at a time: x (N, in) -> (N, out).
+
+    `hidden` has the low-rank activations (N, r) of the forward pass, including the scale, or None.
+    """
+    saved = hidden or [None] * len(adapters)
     outputs = []
-    for row, group in zip(x, of_rows, strict=True):
+    for group, (rows, *values) in enumerate(_split(counts, x, *saved)):
         y: Tensor | float = 0.0
         if linear is not None:
-            W = linear.W[group].t() if linear.in_first else linear.W[group]
-            y = F.linear(row, W, None if linear.bias is None else linear.bias[group])
-        for adapter in adapters:
+            bias = None if linear.bias is None else linear.bias[group].to(x.dtype)
+            y = F.linear(rows, linear.weight(group, x.dtype), bias)
+        for adapter, value in zip(adapters, values, strict=True):
             A, B = adapter.A[group].to(x.dtype), adapter.B[group].to(x.dtype)
-            y = y + adapter.scale * F.linear(F.linear(row, A), B)
+            y = y + F.linear(anchored(adapter.scale * F.linear(rows, A), value), B)
         outputs.append(torch.as_tensor(y))
-    return torch.stack(outputs)
+    return torch.cat(outputs)
 
 
-def segments(x: Tensor, A: Tensor, B: Tensor, scales: Tensor, index: Tensor) -> Tensor:
+def _split(counts: Sequence[int], *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Yield each group's rows of tensors (N, width); None stays None."""
+    parts = [[None] * len(counts) if t is None else t.split(list(counts)) for t in tensors]
+    return zip(*parts, strict=True)
+
+
+def segments(x: Tensor, A: Tensor, B: Tensor, scales: Tensor | None, index: Tensor) -> Tensor:
     """Compute `segmented` one row at a time: x (rows, …, in) -> (rows, …, out)."""
     rows = []
     for row, k in zip(x, index.tolist(), strict=True):
         if k < 0:
             rows.append(row.new_zeros(*row.shape[:-1], B.shape[1]))
         else:
-            rows.append(float(scales[k]) * F.linear(F.linear(row, A[k].to(x.dtype)), B[k].to(x.dtype)))
+            h = F.linear(row, A[k].to(x.dtype)) * (1.0 if scales is None else float(scales[k]))
+            rows.append(F.linear(h, B[k].to(x.dtype)))
     return torch.stack(rows)
 
 
 def cross_entropy(
-    h: Tensor, head: Head, labels: Tensor, *, total: float | Tensor | None = None, ignore_index: int = IGNORED
+    h: Tensor, head: Head, labels: Tensor, *, total: float | Tensor | None = None, ignore_index: int = -100
 ) -> Tensor:
     """Compute `linear_cross_entropy` for h (..., d) and labels (...), and return the scalar loss."""
     z = F.linear(h, head.W, head.bias).to(upcast_dtype(h.dtype)) * head.scale
@@ -128,12 +160,32 @@ def norm(x: Tensor, norm: Norm) -> Tensor:
     return n.to(x.dtype) if norm.weight is None else n.to(x.dtype) * norm.weight.to(x.dtype)
 
 
-def mlp(x: Tensor, form: Form) -> Tensor:
-    """Compute `lorakit.ops.mlp.mlp` without dropout: x (..., d) -> (..., d)."""
-    hidden = linear(x if form.norm is None else norm(x, form.norm), form.inner)
-    first, *up = hidden[0].chunk(2, -1) if form.fused else hidden
+class DrawnMlp(NamedTuple):
+    """What an MLP sublayer takes from a forward pass; None for what it computes itself.
+
+    Attributes:
+        inner, down: Of the projections before the activation, and of the down projection.
+        hidden: The gate and up outputs (N, f), if x was not saved.
+        output, within: Dropout masks for the output and for the input of the down projection.
+    """
+
+    inner: Drawn = Drawn()
+    down: Drawn = Drawn()
+    hidden: Sequence[Tensor] | None = None
+    output: Tensor | None = None
+    within: Tensor | None = None
+
+
+def mlp(x: Tensor, form: Form, drawn: DrawnMlp | None = None) -> Tensor:
+    """Compute `lorakit.ops.mlp.mlp`, without dropout unless it is given: x (..., d) -> (..., d)."""
+    of_inner, of_down, saved, output, within = drawn or DrawnMlp()
+    hidden = linear(x if form.norm is None else norm(x, form.norm), form.inner, *of_inner)
+    parts = list(hidden[0].chunk(2, -1)) if form.fused else hidden
+    values: Sequence[Tensor | None] = saved or [None] * len(parts)
+    first, *up = (anchored(part, value) for part, value in zip(parts, values, strict=True))
     a = ACTIVATIONS[form.act.name](first)
-    y = linear(a * up[0] if up else a, [form.down])[0]
+    a = dropout(a * up[0] if up else a, form.within, within)
+    y = dropout(linear(a, [form.down], *of_down)[0], form.dropout, output)
     return x + y if form.residual else y
 
 
@@ -184,21 +236,63 @@ def visible(pattern: Pattern, tokens: int, device: torch.device | str = "cpu") -
     return seen
 
 
+class DrawnAttention(NamedTuple):
+    """What an attention sublayer takes from a forward pass; None for what it computes itself.
+
+    Attributes:
+        inputs, last: Of the input projections and of the output projection.
+        heads: q, k and v (B, T, heads, D) as `attention_block` saves them, if x was not saved.
+        attended: Output of the attention (N, H·D), if no gradient flows through the attention.
+        weights, output: Dropout masks for the attention weights (B, H, T, T) and for the output.
+    """
+
+    inputs: Drawn = Drawn()
+    last: Drawn = Drawn()
+    heads: Sequence[Tensor] | None = None
+    attended: Tensor | None = None
+    weights: Tensor | None = None
+    output: Tensor | None = None
+
+
 def attention_block(
-    x: Tensor, block: SelfAttention, pattern: Pattern, rope: Rotary | None, residual: bool, wanted: Tensor | None = None
+    x: Tensor,
+    block: SelfAttention,
+    pattern: Pattern,
+    rope: Rotary | None,
+    residual: bool,
+    wanted: Tensor | None = None,
+    drawn: DrawnAttention | None = None,
 ) -> Tensor:
-    """Compute the attention sublayer without dropout: x (B, T, d) -> (B, T, d), or (n, d) if `wanted` is given."""
+    """Compute the attention sublayer, without dropout unless it is given: x (B, T, d) -> (B, T, d).
+
+    If `wanted` is given, the result is (n, d).
+    """
+    drawn = drawn or DrawnAttention()
+    if drawn.attended is None:
+        q, k, v = _heads(x, block, rope, drawn)
+        out = attention(q, k, v, pattern, drawn.weights).transpose(1, 2).flatten(2).flatten(0, 1)
+    else:
+        out = drawn.attended
+    flat = x.flatten(0, 1)
+    if wanted is not None:
+        flat, out = flat[wanted], out if len(out) == len(wanted) else out[wanted]
+    y = dropout(linear(out, [block.output], *drawn.last)[0], block.dropout, drawn.output)
+    y = flat + y if residual else y
+    return y.view(x.shape) if wanted is None else y
+
+
+def _heads(x: Tensor, block: SelfAttention, rope: Rotary | None, drawn: DrawnAttention) -> list[Tensor]:
+    """Return q, k and v (B, heads, T, D)."""
     n = x if block.norm is None else norm(x, block.norm)
-    parts = [part.flatten(0, 1) for part in linear(n, block.inputs)]
+    parts = [part.flatten(0, 1) for part in linear(n, block.inputs, *drawn.inputs)]
+    owns, saved = (block.q_norm, block.k_norm, None), drawn.heads or (None, None, None)
     heads = []
-    for part, own in zip(block.heads(parts, *x.shape[:2]), (block.q_norm, block.k_norm, None), strict=True):
+    for at, (part, own, value) in enumerate(zip(block.heads(parts, *x.shape[:2]), owns, saved, strict=True)):
         if own is not None:
+            part = anchored(part, value)
             width = block.head_dim if own.weight is None else own.weight.numel()
             part = norm(part.flatten(2).unflatten(-1, (-1, width)), own).view(part.shape)
-        heads.append(part.transpose(1, 2))
-    if rope is not None:
-        heads[:2] = (rotary(part, rope) for part in heads[:2])
-    out = attention(heads[0], heads[1], heads[2], pattern)
-    y = linear(out.transpose(1, 2).flatten(2), [block.output])[0]
-    y = x + y if residual else y
-    return y if wanted is None else y.flatten(0, 1)[wanted]
+        part = part.transpose(1, 2)
+        part = part if rope is None or at == 2 else rotary(part, rope)
+        heads.append(part if own is not None or value is None else anchored(part, value.transpose(1, 2)))
+    return heads

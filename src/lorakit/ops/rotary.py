@@ -10,14 +10,15 @@ the tables.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lorakit.ops.autograd import Context
+from lorakit.ops import reference
+from lorakit.ops.autograd import Context, Replayed, with_replay
 from lorakit.ops.kernels import kernels_for
 
 Pairs = Literal["half", "interleaved"]
@@ -126,20 +127,30 @@ def check(x: Tensor, rotary: Rotary) -> None:
         )
 
 
+_State = tuple[Rotary, torch.Size, torch.dtype]
+"""The tables, and the shape and dtype of x."""
+
+
+def _replay(ctx: Context[_State], saved: Sequence[Tensor]) -> Replayed:
+    rotary, shape, dtype = ctx.state
+    x = torch.zeros(shape, dtype=dtype, device=rotary.cos.device, requires_grad=True)
+    return (x, None), (reference.rotary(x, rotary),)
+
+
 class _Rotate(torch.autograd.Function):
     """`rotated` and `rotate_back_` as an autograd function, which saves only the tables."""
 
     @staticmethod
-    def forward(ctx: Context[Rotary], x: Tensor, rotary: Rotary) -> Tensor:
-        ctx.state = rotary
+    def forward(ctx: Context[_State], x: Tensor, rotary: Rotary) -> Tensor:
+        ctx.state = rotary, x.shape, x.dtype
         return rotated(x.transpose(1, 2), rotary).transpose(1, 2)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Context[Rotary], grad: Tensor) -> tuple[Tensor, None]:
+    @with_replay(_replay)
+    def backward(ctx: Context[_State], grad: Tensor) -> tuple[Tensor, None]:
         # copied, because autograd may also pass grad to other functions
         owned = grad.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-        return rotate_back_(owned, ctx.state).transpose(1, 2), None
+        return rotate_back_(owned, ctx.state[0]).transpose(1, 2), None
 
 
 def _with_head_axis(table: Tensor) -> Tensor:

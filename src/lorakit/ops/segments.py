@@ -18,16 +18,25 @@ which all give the same results:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lorakit.ops.autograd import Context, autocast, needs_gradient, without_autocast
+from lorakit.ops import reference
+from lorakit.ops.autograd import (
+    Context,
+    Replayed,
+    alias,
+    autocast,
+    entered,
+    needs_gradient,
+    with_replay,
+    without_autocast,
+)
 from lorakit.ops.kernels import kernels_for
 from lorakit.ops.kernels.protocol import PerRowMatmuls
 
@@ -379,6 +388,16 @@ _METHODS = {
 _State = tuple[Routed, Method, torch.dtype]
 """The routed rows, the method, and the dtype of the rows."""
 
+_Saved = tuple[_State, torch.Size]
+"""The arguments of `Segments` after the scales, and the shape of x."""
+
+
+def _replay(ctx: Context[_Saved], saved: Sequence[Tensor]) -> Replayed:
+    (x, _, A, B, scales), ((rows, _, dtype), shape) = saved, ctx.state
+    x, A, B = entered(x, None, shape, (dtype, A.device)), alias(A), alias(B)
+    into = x.new_zeros(*shape[:-1], B.shape[1], requires_grad=True)
+    return (into, x, A, B, None, None), (into + reference.segments(x, A, B, scales, rows.index),)
+
 
 class _Segmented(torch.autograd.Function):
     """Autograd function for `segmented`.
@@ -389,23 +408,23 @@ class _Segmented(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Context[_State], into: Tensor | None, x: Tensor, A: Tensor, B: Tensor, scales: Tensor | None, how: _State
+        ctx: Context[_Saved], into: Tensor | None, x: Tensor, A: Tensor, B: Tensor, scales: Tensor | None, how: _State
     ) -> Tensor:
         if into is not None:
             ctx.mark_dirty(into)
         with without_autocast(x):
             y, h = Segments(A, B, scales, *how).forward(x, into)
         _, _, of_A, of_B, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x if of_A else None, h if of_B else None, A, B, scales)
-        ctx.state = how
+        ctx.save_for_backward(x if of_A or of_B else None, h if of_B else None, A, B, scales)
+        ctx.state = how, x.shape
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Context[_State], dy: Tensor) -> tuple[Tensor | None, ...]:
+    @with_replay(_replay)
+    def backward(ctx: Context[_Saved], dy: Tensor) -> tuple[Tensor | None, ...]:
         x, h, A, B, scales = ctx.saved_tensors
-        of_into, of_x, *_ = ctx.needs_input_grad
+        of_into, of_x, of_A, *_ = ctx.needs_input_grad
         with without_autocast(dy):
-            dx, dA, dB = Segments(A, B, scales, *ctx.state).backward(x, h, dy, of_x)
+            dx, dA, dB = Segments(A, B, scales, *ctx.state[0]).backward(x if of_A else None, h, dy, of_x)
         dA, dB = (None if d is None else d.to(of.dtype).contiguous() for d, of in ((dA, A), (dB, B)))
         return dy if of_into else None, dx, dA, dB, None, None

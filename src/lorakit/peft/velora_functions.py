@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lorakit.core.variants.velora import CompressedLinear
+from lorakit.core.variants.velora import compressed_linear
 
 
 def reconstructed(compressed: Tensor, embed: Tensor, in_features: int, velora_scale: float) -> Tensor:
@@ -39,5 +39,5 @@ class VeloraFunction:
             num_groups: Number of groups.
             velora_scale: Factor σ of the weight's gradient.
         """
-        output: Tensor = CompressedLinear.apply(input, weight, embed, num_groups, velora_scale)
+        output = compressed_linear(input, weight, embed, num_groups, velora_scale)
         return output if bias is None else output + bias

@@ -194,13 +194,13 @@ def chunk_rows(shape: ModelShape, job: Job) -> int:
 def loss_bytes(shape: ModelShape, job: Job) -> int:
     """Return the number of bytes that the loss saves. [docs/math.md (35)]
 
-    The loss saves the gradient of the hidden states, and the indices of the tokens that contribute to the loss.
+    The loss saves the hidden states, their gradient, and the indices of the tokens that contribute to the loss.
 
     Args:
         shape: Shape of the model.
         job: The job; every token in a batch is assumed to contribute to the loss.
     """
-    return job.batch_tokens * (job.dtype_bytes * shape.hidden + _INDEX)
+    return job.batch_tokens * (2 * job.dtype_bytes * shape.hidden + _INDEX)
 
 
 def _inner(shape: ModelShape) -> int:

@@ -219,13 +219,12 @@ def _logits(shape: ModelShape, job: Job, without: bool) -> Line:
     size, tokens = logits_bytes(shape, job), job.batch_tokens
     if without:
         rows = accelerated.chunk_rows(shape, job)
-        hidden = tokens * job.dtype_bytes * shape.hidden
         formula = (
             f"{job.dtype_bytes} × ({rows:,} rows × {shape.vocab:,} + 2 × {tokens:,} tokens × {shape.hidden:,}) + "
             f"8 × {tokens:,}"
         )
         chunk = job.dtype_bytes * rows * shape.vocab
-        return _line("logits", 35, formula, chunk + hidden + accelerated.loss_bytes(shape, job))
+        return _line("logits", 35, formula, chunk + accelerated.loss_bytes(shape, job))
     formula = f"{LOSS_COPIES} × 4 × {tokens:,} tokens × {shape.vocab:,}" if size else "no head over the vocabulary"
     return _line("logits", 25, formula, size)
 

@@ -24,7 +24,7 @@ from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
 from lorakit.speed.admission import is_version, version_of
 from lorakit.speed.last_layer import KEYWORD
-from lorakit.speed.linear import active_operands, forwards_of
+from lorakit.speed.linear import active_operands
 from lorakit.speed.norm import BoundNorm, bound_norms, dropout_p, operands_of
 from lorakit.speed.patching import Options, modules_at
 from lorakit.speed.submodules import knows_all, unknown_attributes, unknown_implementation
@@ -243,7 +243,7 @@ def attention(
     pattern = None if dropouts is None else _pattern(bound, x, dropouts[0], options)
     if dropouts is None or pattern is None or (dropouts[1] and dropout):
         return None
-    acting = active_operands(modules_at(module, bound.layout.linears), forwards_of(module), x)
+    acting = active_operands(modules_at(module, bound.layout.linears), x)
     norms = operands_of(bound.norms)
     if acting is None or norms is None:
         return None

@@ -21,7 +21,7 @@ from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.mlp import Form, mlp
 from lorakit.ops.norm import Norm, normalize
 from lorakit.speed.attention import under
-from lorakit.speed.linear import ActiveOperands, active_operands, forwards_of
+from lorakit.speed.linear import ActiveOperands, active_operands
 from lorakit.speed.norm import BoundNorm, bound_norm, dropout_p, operands_of
 from lorakit.speed.patching import RECOMPUTES, Options, is_watched
 from lorakit.speed.probe import Calls, Pairs
@@ -141,7 +141,7 @@ class BoundEncoderLayer:
         if x.ndim != 3 or not self._is_plain(x):
             return None
         dropouts, norms = _dropouts(module, found, self.attention), self._current_norms(x)
-        acting = active_operands([_at(module, path) for path in self.linears], forwards_of(module), x)
+        acting = active_operands([_at(module, path) for path in self.linears], x)
         if dropouts is None or len(norms) != 2 or acting is None:
             return None
         q, k, v, o, up, down = acting.operands

@@ -12,7 +12,7 @@ from lorakit.architectures.layouts import FeedForwardLayout
 from lorakit.ops.activation import activation
 from lorakit.ops.mlp import Form, mlp
 from lorakit.ops.norm import Norm
-from lorakit.speed.linear import active_operands, forwards_of
+from lorakit.speed.linear import active_operands
 from lorakit.speed.norm import dropout_p
 from lorakit.speed.patching import RECOMPUTES, Options, children_of, modules_at
 from lorakit.speed.submodules import (
@@ -86,7 +86,7 @@ def feed_forward(
     dropouts = _probabilities(module, layout, dropout)
     if dropouts is None or is_activation_watched(_activation(module, layout)):
         return None
-    acting = active_operands(modules_at(module, layout.linears), forwards_of(module), x)
+    acting = active_operands(modules_at(module, layout.linears), x)
     if acting is None:
         return None
     *inner, down = acting.operands

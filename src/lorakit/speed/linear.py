@@ -28,7 +28,7 @@ from lorakit.core.routing.state import resolve
 from lorakit.ops.adapted import Adapted, LowRank, factors
 from lorakit.ops.linear import linears
 from lorakit.speed.adapter_layers import is_adapted, is_peft_linear
-from lorakit.speed.patching import FORWARDS, Forwards, Options, is_watched
+from lorakit.speed.patching import Forwards, Options, is_watched
 from lorakit.targets.layer_types import CONV1D
 
 
@@ -148,49 +148,47 @@ class ActiveOperands:
 
     Attributes:
         operands: Operands of each module.
-        forwards: Forward history of the modules as a whole.
+        forwards: Forward history of the first adapted module.
         route: The route of this call, or None if the model has no lorakit adapters.
         is_recomputed: Whether autograd is recomputing the call.
     """
 
     operands: list[Adapted]
-    forwards: Forwards
+    forwards: Forwards | None
     route: Route | None
     is_recomputed: bool
 
     def note(self, y: Tensor) -> None:
         """Record the output y (…, d) in the forward history, in case the backward pass recomputes the call."""
-        if self.route is not None:
+        if self.route is not None and self.forwards is not None:
             self.forwards.note(y, self.route, self.is_recomputed)
 
 
-def active_operands(modules: Sequence[nn.Module], forwards: Forwards, x: Tensor) -> ActiveOperands | None:
+def active_operands(modules: Sequence[nn.Module], x: Tensor) -> ActiveOperands | None:
     """Return the operands for one call to several modules, or None if any module has no operands.
+
+    The call is recorded in the history of the first adapted module, where its own `forward` records other calls: a
+    recomputed call finds its route whichever of the two ran first.
 
     Args:
         modules: Linear modules of one model, with or without adapters.
-        forwards: Forward history of the modules as a whole; it is used instead of the history of each layer.
         x: Input to the call, (…, in).
 
     Raises:
         RouteError: Autograd is recomputing a call, but the route of the original call cannot be determined.
     """
     layer = next((module for module in modules if isinstance(module, LoraLayer)), None)
-    route, is_recomputed = (None, False) if layer is None else resolve(layer.state, None, forwards)
+    forwards, route, is_recomputed = None, None, False
+    if layer is not None:
+        forwards = layer.forwards
+        route, is_recomputed = resolve(layer.state, layer.own_route, forwards)
     operands = []
     for module in modules:
         one = peft_operand(module) if is_peft_linear(module) else operand(module, route)
         if one is None or not _is_here(one, x):
-            if route is not None and not torch.is_grad_enabled():  # a reentrant checkpoint may need the route
-                forwards.note(None, route, is_recomputed)
             return None
         operands.append(one)
     return ActiveOperands(operands, forwards, route, is_recomputed)
-
-
-def forwards_of(module: nn.Module) -> Forwards:
-    """Return the forward history of a replaced module, creating it if it does not exist yet."""
-    return module.__dict__.setdefault(FORWARDS, Forwards())
 
 
 def _is_here(one: Adapted, x: Tensor) -> bool:
@@ -220,8 +218,7 @@ class BoundLinear:
 
     def run(self, x: Tensor, options: Options) -> Tensor | None:
         """Return the output (…, out) for x (…, in), or None if the layer's own `forward` must run."""
-        forwards = self.module.forwards if isinstance(self.module, LoraLayer) else Forwards()
-        acting = active_operands([self.module], forwards, x)
+        acting = active_operands([self.module], x)
         if acting is None or acting.operands[0].low is None:  # without an adapter, a fused `forward` gains nothing
             return None
         (y,) = linears(x, acting.operands)

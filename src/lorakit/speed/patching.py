@@ -20,15 +20,10 @@ from lorakit.core.clones import is_watched as is_watched  # re-exported, like Fo
 from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.routing.recompute import Forwards as Forwards
 from lorakit.identity.identities import MARK
-
-FORWARDS = "_forward_history"
-"""Attribute that contains the forward history of a replaced module. lorakit layers have a forward history too."""
+from lorakit.ops.autograd import is_traced
 
 RECOMPUTES = "_recomputes_matmuls"
 """Attribute of a replaced feed-forward block whose backward pass recomputes matmuls instead of using saved results."""
-
-OWN = (FORWARDS, RECOMPUTES)
-"""Attributes that a replacement adds to the shared state."""
 
 BOUND = "_bound"
 """Name of the `__slots__` entry in which a replacement stores its `Fused`, outside the shared state."""
@@ -120,8 +115,7 @@ class Swap:
 
     def undo(self) -> None:
         """Restore the original everywhere that the model contains the replacement."""
-        for name in OWN:
-            self.original.__dict__.pop(name, None)
+        self.original.__dict__.pop(RECOMPUTES, None)
         self._replace(self.replacement, self.original)
 
     def _replace(self, old: nn.Module, new: nn.Module) -> None:
@@ -169,7 +163,7 @@ def may_run(module: nn.Module) -> bool:
         module: Any module.
     """
     fused: Fused | None = getattr(module, BOUND, None)  # replicas that torch creates have none
-    return fused is not None and fused.holds()
+    return fused is not None and not is_traced() and fused.holds()
 
 
 def is_replacement(module: nn.Module) -> bool:
@@ -191,14 +185,15 @@ def _subclass(original: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         made = None
         fused: Fused | None = getattr(self, BOUND, None)  # replicas that torch creates have none
-        if fused is not None and not torch.compiler.is_compiling():  # a compiler fuses the plain `forward` itself
+        # a compiler fuses the plain `forward` itself, and `torch.func` transforms cannot enter a fused one
+        if fused is not None and not (torch.compiler.is_compiling() or is_traced()):
             x, options = split_call(names, args, kwargs)
             if isinstance(x, Tensor) and fused.accepts(options) and fused.holds():
                 made = fused.run(x, options)
         return original.forward(self, *args, **kwargs) if made is None else made
 
     def as_original(self: nn.Module, protocol: int) -> Reduced:  # a class created at runtime cannot be imported
-        return _blank, (original,), {name: value for name, value in vars(self).items() if name not in OWN}
+        return _blank, (original,), {name: value for name, value in vars(self).items() if name != RECOMPUTES}
 
     members: dict[str, Any] = {"forward": forward, "__reduce_ex__": as_original, "__slots__": (BOUND,)}
     members |= {"__module__": original.__module__, "__qualname__": original.__qualname__, MARK: original}

@@ -19,7 +19,7 @@ from lorakit.ops.attention_pattern import Pattern
 from lorakit.speed import feed_forward
 from lorakit.speed.attention import under
 from lorakit.speed.feed_forward import BoundFeedForward
-from lorakit.speed.linear import ActiveOperands, active_operands, forwards_of
+from lorakit.speed.linear import ActiveOperands, active_operands
 from lorakit.speed.norm import BoundNorm, bound_norm, dropout_p
 from lorakit.speed.patching import Options, children_of, is_watched, modules_at
 from lorakit.speed.probe import Calls, Pairs
@@ -109,7 +109,7 @@ class BoundSublayer:
         inner = self.inner
         linears = () if self.attention is None else self.attention.linears
         bias = _distances(inner, x, options.get("position_bias"))
-        acting = active_operands(modules_at(inner, linears), forwards_of(self.module), x)
+        acting = active_operands(modules_at(inner, linears), x)
         settings = vars(inner)
         dropped = settings["dropout"] if inner.training else 0.0
         if bias is None or acting is None or not 0 <= dropped < 1:
@@ -161,11 +161,13 @@ class _Ready(NamedTuple):
 def _distances(attention: nn.Module, x: Tensor, given: Tensor | None) -> Tensor | None:
     """Return the relative position bias (1 or B, H, T, T): `given` if it is not None, otherwise a newly computed bias.
 
-    Returns None if the bias is missing, has an unexpected shape, or is trainable.
+    Returns None if the bias is missing, has an unexpected shape, or is trainable. The first pass of a reentrant
+    checkpoint runs without gradients, so the parameters decide, and not the computed bias.
     """
     tokens = x.shape[1]
     if given is None:
-        if attention._modules.get(DISTANCES) is None:
+        table = attention._modules.get(DISTANCES)
+        if table is None or any(parameter.requires_grad for parameter in table.parameters()):
             return None
         given = getattr(attention, COMPUTE)(tokens, tokens, device=x.device).contiguous()
     wanted = (attention.n_heads, tokens, tokens)

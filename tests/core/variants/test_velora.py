@@ -44,9 +44,9 @@ def test_the_gradients_are_peft_s(groups: int) -> None:
     torch.manual_seed(0)
     x, A, v = torch.randn(2, 3, 12), torch.randn(4, 12), velora.unit(torch.randn(-(-12 // groups)))
     found, expected = [], []
-    for function, results in ((velora.CompressedLinear, found), (theirs.VeloraFunction, expected)):
+    for function, results in ((velora.compressed_linear, found), (theirs.VeloraFunction.apply, expected)):
         a, b = x.clone().requires_grad_(), A.clone().requires_grad_()
-        y = function.apply(a, b, v, groups, 0.5) if results is found else function.apply(a, b, None, v, groups, 0.5)
+        y = function(a, b, v, groups, 0.5) if results is found else function(a, b, None, v, groups, 0.5)
         y.square().sum().backward()
         results += [y, a.grad, b.grad]
     for one, other in zip(found, expected, strict=True):
@@ -132,7 +132,7 @@ def test_only_the_compressed_input_is_saved() -> None:
     sizes: list[int] = []
     x, A = torch.randn(64, 256), torch.randn(4, 256, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()) or tensor, lambda t: t):
-        velora.CompressedLinear.apply(x, A, velora.unit(torch.ones(32)), 8, 1.0)
+        velora.compressed_linear(x, A, velora.unit(torch.ones(32)), 8, 1.0)
     assert sorted(sizes) == [32, 64 * 8, 4 * 256]
 
 

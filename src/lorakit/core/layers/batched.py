@@ -29,8 +29,7 @@ from lorakit.core.layers.stored_weight import StoredWeight
 from lorakit.core.quantization.int8 import Int8Linear
 from lorakit.core.routing.route import Kept, Route
 from lorakit.core.variants import Factor
-from lorakit.ops.autograd import autocast, without_autocast
-from lorakit.ops.kernels import is_traced
+from lorakit.ops.autograd import autocast, is_traced, without_autocast
 from lorakit.ops.segments import Method, PerRowLora, Routed, Segments, are_few, compiled_method, method_for
 
 _VERSION, _TRAINING = attrgetter("_version"), attrgetter("training")

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lorakit.config import LoraConfig
@@ -58,18 +57,25 @@ def unit(direction: Tensor) -> Tensor:
     return wide / torch.linalg.vector_norm(wide)
 
 
+def compressed_linear(x: Tensor, A: Tensor, v: Tensor, groups: int, strength: float) -> Tensor:
+    """Return `CompressedLinear` of x (…, in), A (r, in) and v (d,), for n groups and the factor σ of A's gradient."""
+    y: Tensor = CompressedLinear.apply(x, A, v, compressed(x, v, groups), strength)
+    return y
+
+
 class CompressedLinear(torch.autograd.Function):
     """A·x (…, r), with a gradient of A that is computed from the compressed input.   [docs/math.md (101)]
 
     The gradient of x is exact. That of A is σ·gᵀ·x̂ with x̂ = (x·v)·vᵀ per group: its r × n sums over the rows are
-    multiplied by v only at the end, so x̂ is never formed. Saved for the backward pass are n values per row.
+    multiplied by v only at the end, so x̂ is never formed. Saved for the backward pass are n values per row. They are an
+    argument, so that the gradients can be differentiated again.
 
     Source:
         Miles et al. 2024, arXiv:2405.17991, section 3.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, v: Tensor, groups: int, strength: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, A: Tensor, v: Tensor, lengths: Tensor, strength: float) -> Tensor:
         """Return A·x, (…, r).
 
         Args:
@@ -77,15 +83,14 @@ class CompressedLinear(torch.autograd.Function):
             x: Input, (…, in).
             A: Down projection, (r, in), in the dtype of x.
             v: Projection of unit length, (d,).
-            groups: Number of groups n.
+            lengths: The compressed input, (rows, n).
             strength: The factor σ of A's gradient.
         """
-        ctx.save_for_backward(compressed(x, v, groups), A, v)
+        ctx.save_for_backward(lengths, A, v)
         ctx.strength = strength
         return F.linear(x, A)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """Return the gradients of x (…, in) and A (r, in) for the gradient g (…, r) of the output."""
         lengths, A, v = ctx.saved_tensors  # (rows, n), (r, in), (d,)
@@ -134,8 +139,7 @@ def _down(kind: Kind, module: nn.Module, x: Tensor, factor: Factor, training: bo
     if not training or not torch.is_grad_enabled():
         return kind.down(module, x, A)
     groups, strength = int(factor.setting["groups"]), float(factor.setting["scale"])
-    result: Tensor = CompressedLinear.apply(x, A, _projection(x, factor), groups, strength)
-    return result
+    return compressed_linear(x, A, _projection(x, factor), groups, strength)
 
 
 VELORA = Variant(

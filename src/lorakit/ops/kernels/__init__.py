@@ -5,20 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lorakit.ops.autograd import is_traced
 from lorakit.ops.kernels import compiled, triton
 from lorakit.ops.kernels.protocol import Kernels
 
 
-def kernels_for(x: Tensor, *others: Tensor | None, strided: bool = False) -> Kernels | None:
+def kernels_for(x: Tensor, *others: Tensor | None, strided: bool = False, is_new: bool = False) -> Kernels | None:
     """Return the compiled kernels for x (any shape), or None if PyTorch's operations must be used.
 
     Kernels are not used during compilation or tracing. They are also not used if the dtype of x is not supported, if
     another tensor has a different dtype or device, or if any tensor is not contiguous or has no ordinary storage (fake
-    tensors, shards). If `strided` is true, x need not be contiguous.
+    tensors, shards). If `strided` is true, x need not be contiguous. If `is_new` is true, the caller created all
+    tensors, so that they are ordinary ones in a `torch.func` transform too.
     """
     if type(x) not in _PLAIN or x.dtype not in _DTYPES.get(x.device.type, ()):
         return None
-    if torch.compiler.is_compiling() or is_traced() or not (strided or x.is_contiguous()):
+    if torch.compiler.is_compiling() or (is_traced() and not is_new) or not (strided or x.is_contiguous()):
         return None
     for other in others:
         if other is not None and (
@@ -30,8 +32,3 @@ def kernels_for(x: Tensor, *others: Tensor | None, strided: bool = False) -> Ker
 
 _DTYPES = {"cpu": tuple(compiled.DTYPES), "cuda": triton.DTYPES}
 _PLAIN = (Tensor, nn.Parameter)
-
-
-def is_traced() -> bool:
-    """Return whether tensors may be symbolic, as they are during tracing, export or a `torch.func` transform."""
-    return torch._C._get_tracing_state() is not None or torch._C._functorch.maybe_current_level() is not None
