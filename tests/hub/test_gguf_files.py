@@ -15,6 +15,8 @@ from lorakit import hub
 from lorakit.core.model.fingerprint import compare, fingerprint
 from lorakit.errors import ConfigError, MissingExtra, ModelError
 from lorakit.hub import packaged
+from lorakit.hub.gguf_files import readable_architectures
+from lorakit.hub.model_config import config_of
 from lorakit.hub.models import load_base
 
 from ..small_gguf import write_gguf
@@ -213,3 +215,56 @@ def test_the_packaged_file_has_the_weights_and_tokens_of_the_packaged_model() ->
     assert hub.tokenizer_hash(tokenizer) == hub.tokenizer_hash(known)
     assert hub.chat_template_hash(tokenizer) == hub.chat_template_hash(known)
     assert tokenizer.model_max_length == known.model_max_length
+
+
+def metadata_file(path: Path, architecture: str, *, states_vocabulary: bool) -> Path:
+    """Write a GGUF file of an architecture with metadata for every key that transformers reads, and a vocabulary."""
+    import gguf
+    import numpy
+    from transformers.modeling_gguf_pytorch_utils import GGUF_CONFIG_MAPPING
+
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("title")
+    floats = {"norm", "theta", "epsilon", "base", "scale", "softcapping", "eps"}
+    keys = GGUF_CONFIG_MAPPING.get(architecture.replace("-", "_"), GGUF_CONFIG_MAPPING["llama"])
+    for number, (key, name) in enumerate(keys.items(), start=1):
+        if name is None or name == -1 or key == "vocab_size":
+            continue
+        if architecture == "lfm2" and key == "attention.head_count_kv":
+            writer.add_array(f"{architecture}.{key}", [0, 2, 0])
+        elif any(part in key for part in floats):
+            writer.add_float32(f"{architecture}.{key}", 0.5)
+        else:
+            writer.add_uint32(f"{architecture}.{key}", 8 * number)
+    if states_vocabulary:
+        writer.add_vocab_size(99)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{number}" for number in range(37)])
+    writer.add_token_types([1] * 37)
+    writer.add_eos_token_id(5)
+    writer.add_tensor("token_embd.weight", numpy.zeros((37, 8), numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("states_vocabulary", [False, True])
+def test_the_config_is_the_one_that_transformers_reads_from_the_whole_file(
+    states_vocabulary: bool, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig
+
+    read = 0
+    for architecture in readable_architectures():
+        path = metadata_file(tmp_path / f"{architecture}.gguf", architecture, states_vocabulary=states_vocabulary)
+        try:
+            wanted = AutoConfig.from_pretrained(tmp_path, gguf_file=path.name)
+        except Exception:  # noqa: BLE001 - the metadata may not suit the architecture
+            continue
+        read += 1
+        found = config_of(hub.resolve(path))
+        found.name_or_path = wanted.name_or_path  # the directory of the file
+        assert found.to_dict() == wanted.to_dict(), architecture
+    assert read >= 10

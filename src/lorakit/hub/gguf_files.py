@@ -22,7 +22,7 @@ from lorakit.errors import ModelError
 from lorakit.hub.packaged import require_packages, split_digits
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SUFFIX = ".gguf"
 
@@ -32,6 +32,7 @@ _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Number of a type of metadata values -> its format in `struct`; strings and arrays are 8 and 9."""
 
+_TOKENS = "tokenizer.ggml.tokens"
 _MAX_DIMENSIONS = 8
 _ALIGNMENT = 32
 
@@ -49,14 +50,22 @@ class GgufHeader:
     Attributes:
         path: The file.
         values: Metadata key -> value; arrays are omitted.
-        arrays: Keys of the arrays in the metadata.
+        arrays: Key of each array in the metadata -> its number of elements.
         formats: Storage format of weights, such as "Q4_K" -> number of values stored in it.
+        entries: Positions of the first and last bytes of each entry of the metadata, without the tokenizer's arrays.
+        tensors: Number of tensors.
+        listing: Positions of the first and last bytes of the list of tensors.
+        size: Size of the file in bytes.
     """
 
     path: Path
     values: Mapping[str, Any]
-    arrays: frozenset[str]
+    arrays: Mapping[str, int]
     formats: Mapping[str, int]
+    entries: tuple[tuple[int, int], ...]
+    tensors: int
+    listing: tuple[int, int]
+    size: int
 
     @property
     def architecture(self) -> str:
@@ -66,7 +75,7 @@ class GgufHeader:
     @property
     def has_tokenizer(self) -> bool:
         """Return whether the file contains a vocabulary."""
-        return "tokenizer.ggml.tokens" in self.arrays
+        return _TOKENS in self.arrays
 
     @property
     def pre_tokenizer(self) -> str | None:
@@ -109,7 +118,7 @@ class _Reader:
         return self.data[self.position - length : self.position].decode("utf-8", "replace")
 
     def value(self, kind: int) -> Any:
-        """Return a metadata value; an array is skipped, and None is returned."""
+        """Return a metadata value; an array is skipped, and its number of elements is returned."""
         if kind in _SCALARS:
             return self.scalars(_SCALARS[kind])[0]
         if kind == _STRING:
@@ -124,7 +133,7 @@ class _Reader:
                 self.skip(*self.scalars("Q"))
         else:
             raise ValueError(f"an array of the unknown type {inner}")
-        return None
+        return count
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -162,25 +171,24 @@ def _parse(path: Path, reader: _Reader) -> GgufHeader:
     if version not in _VERSIONS:
         raise ValueError(f"version {version}, supported are {_VERSIONS[0]} and {_VERSIONS[1]}")
     tensors, entries = reader.scalars("QQ")
-    values, arrays = {}, set()
+    values, arrays, kept = dict[str, Any](), dict[str, int](), list[tuple[int, int]]()
     for _ in range(entries):
-        key = reader.text()
+        start, key = reader.position, reader.text()
         (kind,) = reader.scalars("I")
-        value = reader.value(kind)
-        if kind == _ARRAY:
-            arrays.add(key)
-        else:
-            values[key] = value
+        (arrays if kind == _ARRAY else values)[key] = reader.value(kind)
+        if kind != _ARRAY or not key.startswith("tokenizer."):
+            kept.append((start, reader.position))
     formats: Counter[str] = Counter()
-    end = 0
+    first, end = reader.position, 0
     for _ in range(tensors):
         name, numbers, tensor_end = _tensor(reader)
         formats[name] += numbers
         end = max(end, tensor_end)
+    listing = first, reader.position
     alignment = values.get("general.alignment", _ALIGNMENT)
     alignment = alignment if isinstance(alignment, int) and alignment > 0 else _ALIGNMENT
     reader.skip(-reader.position % alignment + end if tensors else 0)  # raises if the last weights are cut off
-    return GgufHeader(path, values, frozenset(arrays), formats)
+    return GgufHeader(path, values, arrays, formats, tuple(kept), tensors, listing, len(reader.data))
 
 
 def _tensor(reader: _Reader) -> tuple[str, int, int]:
@@ -254,16 +262,57 @@ def readable_architectures() -> list[str]:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def reading(header: GgufHeader, *, for_config: bool = False) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the location and the options with which transformers' loaders read a GGUF file, and hide progress bars.
 
     The location is an empty directory, so that loaders do not also read other files from the file's directory.
 
     Args:
-        path: The file.
+        header: Header of the file.
+        for_config: Whether only the config is read, which takes seconds less without the vocabulary; see
+            `finish_config`.
     """
-    with tempfile.TemporaryDirectory() as empty, contextlib.redirect_stderr(io.StringIO()):
-        yield empty, {"gguf_file": str(path.absolute())}
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        path = header.path.absolute()
+        if for_config and not _is_read_fast(header):
+            path = Path(folder) / "metadata.gguf"
+            _write_metadata(header, path)
+        yield folder, {"gguf_file": str(path)}
+
+
+def _is_read_fast(header: GgufHeader) -> bool:
+    """Return whether transformers reads the config of an architecture without reading the whole vocabulary."""
+    try:
+        from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+    except ImportError:  # transformers before 5.20
+        return False
+    return header.architecture in GGUF_CONFIG_ARCHS
+
+
+def _write_metadata(header: GgufHeader, target: Path) -> None:
+    """Write a copy of a GGUF file without the tokenizer's arrays and with a hole in place of the weights."""
+    with header.path.open("rb") as file, target.open("wb") as copy:
+        version = file.read(len(_MAGIC) + struct.calcsize("<I"))
+        copy.write(version + struct.pack("<QQ", header.tensors, len(header.entries)))
+        for first, last in (*header.entries, header.listing):
+            file.seek(first)
+            copy.write(file.read(last - first))
+        copy.truncate(copy.tell() + header.size)
+
+
+def finish_config(config: PreTrainedConfig, header: GgufHeader) -> None:
+    """Set the size of the vocabulary as transformers does, which `reading` for a config leaves out.
+
+    Args:
+        config: The config, modified in place.
+        header: Header of the file.
+    """
+    from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
+
+    known = GGUF_TO_TRANSFORMERS_MAPPING["config"].get(header.architecture, {"vocab_size": ""})
+    is_stated = f"{header.architecture}.vocab_size" in header.values and "vocab_size" in known
+    if header.has_tokenizer and not is_stated and not _is_read_fast(header):
+        config.vocab_size = header.arrays[_TOKENS]
 
 
 def dequantizing_options() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from lorakit.architectures.families import depends_on_padding
 from lorakit.durable import JsonObject, JsonValue, write_json
 from lorakit.errors import ModelError
+from lorakit.hub.gguf_files import finish_config
 from lorakit.hub.quiet import quiet_transformers
 from lorakit.hub.sources import WEIGHT_INDEX, WEIGHTS, ModelSource, call_loader
 from lorakit.hub_cache import offline
@@ -58,7 +59,9 @@ def config_of(source: ModelSource, values: Mapping[str, JsonValue] | None = None
     import transformers
 
     with quiet_transformers():
-        config = call_loader(source, transformers.AutoConfig.from_pretrained)
+        config = call_loader(source, transformers.AutoConfig.from_pretrained, for_config=True)
+    if source.header is not None:
+        finish_config(config, source.header)
     for name, value in (values or {}).items():
         setattr(config, name, _by_number(value) if name == "id2label" and isinstance(value, dict) else value)
     return config

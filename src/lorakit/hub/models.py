@@ -207,10 +207,7 @@ def stored_as_files(
         ModelError: The model was not found.
     """
     source = resolve(model)
-    import transformers
-
-    with quiet_transformers():
-        config = call_loader(source, transformers.AutoConfig.from_pretrained)
+    config = config_of(source)
     return quantization_of_files(config) if check_quantized_once(config, wanted, source) else wanted
 
 

@@ -141,12 +141,13 @@ def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = Fals
         )
 
 
-def call_loader(source: ModelSource, load: Callable[..., Loaded]) -> Loaded:
+def call_loader(source: ModelSource, load: Callable[..., Loaded], *, for_config: bool = False) -> Loaded:
     """Call a transformers loader without running custom code from the model's repository.
 
     Args:
         source: The source of the model.
         load: The loader, such as `AutoTokenizer.from_pretrained`.
+        for_config: Whether the loader reads only the config; `config_of` completes it.
 
     Raises:
         ModelError: The loader raised an exception, which the message gives on a single line, or transformers cannot
@@ -158,7 +159,7 @@ def call_loader(source: ModelSource, load: Callable[..., Loaded]) -> Loaded:
         if source.header is None:
             pinned = {} if source.revision is None else {"revision": source.revision}
             return load(source.path_or_id, trust_remote_code=False, local_files_only=source.kind != "hub", **pinned)
-        with reading(source.header.path) as (location, options):
+        with reading(source.header, for_config=for_config) as (location, options):
             return load(location, trust_remote_code=False, local_files_only=True, **options)
     except LorakitError:
         raise
