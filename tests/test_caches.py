@@ -20,7 +20,7 @@ import lorakit
 from lorakit import LoraConfig, caches, file_hashes, hub
 from lorakit.caches import CACHES, PACKAGES, Cache
 from lorakit.data import Batch, Split, read_records, token_cache
-from lorakit.hub import packaged
+from lorakit.hub import gguf_models, packaged
 from lorakit.machine import this_machine
 from lorakit.ops.kernels import building, compiled
 from lorakit.speed import tuning
@@ -245,6 +245,19 @@ def other_model(case: Package, patch: Patch) -> None:
     patch.setitem(packaged.PACKAGED, "smollm2", other)
 
 
+class Gguf:
+    """A GGUF file whose conversion is replaced."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.file, self.loader, self.dtype = tmp_path / "x.gguf", "AutoModel", "float32"
+        self.file.write_bytes(b"GGUF one")
+
+    def key(self) -> None:
+        source = hub.ModelSource("gguf", "x", str(self.file), "x", "x")
+        written = {"is_same": True}
+        gguf_models._kept(source, self.loader, self.dtype, 1, lambda folder: (folder / "a").touch() or written)
+
+
 CHANGES: dict[str, tuple[Callable[..., Any], dict[str, list[Callable[..., None]]]]] = {
     "tokens": (
         Tokens,
@@ -312,6 +325,15 @@ CHANGES: dict[str, tuple[Callable[..., Any], dict[str, list[Callable[..., None]]
             "source": [lambda case, _: same_size_and_time(case.file, "one", "two")],
             "model": [other_model],
             "versions": [version("gguf"), version("transformers")],
+        },
+    ),
+    "gguf": (
+        lambda path, _: Gguf(path),
+        {
+            "source": [lambda case, _: same_size_and_time(case.file, "one", "two")],
+            "loader": [set_on("loader", "AutoModelForCausalLM")],
+            "dtype": [set_on("dtype", "bfloat16")],
+            "versions": [version("gguf"), version("tokenizers")],
         },
     ),
 }

@@ -10,12 +10,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import lorakit
-from lorakit.durable import JsonValue, sha256_bytes
+from lorakit.durable import TEMPORARY, JsonValue, sha256_bytes
 from lorakit.machine import cache_directory
 
 PACKAGES = (
@@ -24,6 +26,10 @@ PACKAGES = (
     *("bitsandbytes", "torchao", "hqq", "compressed-tensors", "triton"),
 )
 """Packages whose code computes what is kept."""
+
+
+STALE_SECONDS = 24 * 3600
+"""Age at which an unfinished entry is left over from a killed process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,37 @@ KERNELS = Cache("kernels", 1, ("source", "flags", "compiler", "instructions", "s
 MODELS = Cache("models", 1, ("source", "model", "versions"))
 """Models of Python packages, converted; see `lorakit.hub.packaged`."""
 
-CACHES = (TOKENS, EVALUATIONS, INT8, AUTOTUNING, FILE_HASHES, KERNELS, MODELS)
+GGUF = Cache("gguf", 1, ("source", "loader", "dtype", "versions"))
+"""Models and tokenizers from GGUF files; see `lorakit.hub.gguf_models`."""
+
+CACHES = (TOKENS, EVALUATIONS, INT8, AUTOTUNING, FILE_HASHES, KERNELS, MODELS, GGUF)
+
+
+def remove_unused(folder: Path, needed_bytes: int, most_bytes: int) -> None:
+    """Remove what killed processes left, and the entries (directories) unused for longest until there is enough room.
+
+    Args:
+        folder: Directory of a cache, whose entries have the time of their last use.
+        needed_bytes: Size of a new entry in bytes.
+        most_bytes: Maximum total size of all entries in bytes.
+
+    Raises:
+        OSError: The directory cannot be read.
+    """
+    entries = []
+    for path in folder.iterdir():
+        used = path.stat().st_mtime
+        if path.name.startswith(TEMPORARY):
+            if time.time() - used > STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+        elif path.is_dir():
+            entries.append((used, sum(file.stat().st_size for file in path.rglob("*") if file.is_file()), path))
+    total = needed_bytes + sum(size for _, size, _ in entries)
+    for _, size, path in sorted(entries):
+        if total <= most_bytes:
+            return
+        shutil.rmtree(path, ignore_errors=True)
+        total -= size
 
 
 def scratch_directory() -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import asdict, dataclass
@@ -18,13 +17,12 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 
-from lorakit.caches import TOKENS
+from lorakit.caches import TOKENS, remove_unused
 from lorakit.data.encoding import Encoded, Overlong, Sequences, encode
 from lorakit.data.report import DataReport
 from lorakit.data.stored import AnyRecords, StoredRecords
 from lorakit.data.tokens import Tokenizer, beginning
 from lorakit.durable import (
-    TEMPORARY,
     JsonObject,
     JsonValue,
     is_sealed,
@@ -45,7 +43,6 @@ MOST_BYTES = 20 << 30
 
 _MANIFEST = "manifest.json"
 _MAX_MANIFEST_BYTES = 64 << 20
-_STALE_SECONDS = 24 * 3600
 
 
 Buffers: TypeAlias = Mapping[str, memoryview]
@@ -159,7 +156,7 @@ class TokenCache:
             return
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._make_room(size)
+            remove_unused(self._folder, size, self._most_bytes)
             if shutil.disk_usage(self._folder).free < 2 * size:
                 self._say(f"{self._folder}: too little free space, so the tokens are not kept for later runs.")
                 return
@@ -173,23 +170,6 @@ class TokenCache:
                 write_json(temporary / _MANIFEST, sealed({"format": TOKENS.format, "files": files, "values": values}))
         except (LorakitError, OSError) as cause:
             self._say(f"The tokens are not kept for later runs: {_line(cause)}")
-
-    def _make_room(self, needed_bytes: int) -> None:
-        """Remove files left over by killed processes, and the entries unused for longest until there is enough room."""
-        entries = []
-        for path in self._folder.iterdir():
-            changed = path.stat().st_mtime
-            if path.name.startswith(TEMPORARY):
-                if time.time() - changed > _STALE_SECONDS:
-                    shutil.rmtree(path, ignore_errors=True)
-            elif path.is_dir():
-                entries.append((changed, sum(file.stat().st_size for file in path.iterdir()), path))
-        total = needed_bytes + sum(size for _, size, _ in entries)
-        for _, size, path in sorted(entries):
-            if total <= self._most_bytes:
-                return
-            shutil.rmtree(path, ignore_errors=True)
-            total -= size
 
 
 def _loaded(entry: Path) -> tuple[Buffers, Mapping[str, Any]]:

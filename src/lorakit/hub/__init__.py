@@ -33,20 +33,18 @@ from lorakit.hub.models import (
     LoadOptions,
     adapter_tokenizer,
     add_tokens,
-    chat_template_hash,
     load_for_task,
     load_model,
     load_tokenizer,
     save_model,
     stored_as_files,
     tokenizer_files,
-    tokenizer_hash,
-    tokenizer_settings,
 )
 from lorakit.hub.packaged import PACKAGED, packaged_directory
 from lorakit.hub.quantizing import dequantize_files, quantization_metadata, require_quantizer
 from lorakit.hub.shapes import shape_for_task, shape_of, shape_of_module, skeleton
 from lorakit.hub.sources import ModelSource, base_named, check_upload, is_hub_id, push_folder, require, resolve
+from lorakit.hub.tokenizer_hashes import chat_template_hash, tokenizer_hash, tokenizer_settings
 from lorakit.hub_cache import TOKENIZER_FILES
 
 __all__ = [

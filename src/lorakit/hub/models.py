@@ -2,17 +2,13 @@
 
 Models are loaded in eval mode. The module `quantizing` handles quantized base models. `save_model` writes a directory
 that `from_pretrained` can load; `load_base` loads the base named in an adapter's config, with the caller's options.
-`add_tokens` adds tokens to a tokenizer. `tokenizer_hash` and `chat_template_hash` compute hashes that adapters
-record to identify the tokenizer and the chat template they were trained with.
+`add_tokens` adds tokens to a tokenizer.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,10 +16,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.durable import JsonValue, sha256_file
+from lorakit.durable import JsonValue
 from lorakit.errors import ConfigError, DiskError, ModelError
 from lorakit.hub import gguf_files
 from lorakit.hub.converting import converted_files, has_matrices_in
+from lorakit.hub.gguf_models import load_tokenizer as load_gguf_tokenizer
+from lorakit.hub.gguf_models import load_weights
 from lorakit.hub.kept_models import check_space
 from lorakit.hub.model_config import TASKS, WITH_NEW_HEADS, config_of
 from lorakit.hub.new_modules import full_modules, is_unused_pooler, modules_with
@@ -158,7 +156,9 @@ def load_for_task(
             options |= {"config": config, "ignore_mismatched_sizes": task in WITH_NEW_HEADS}
         load = partial(getattr(transformers, TASKS[task]).from_pretrained, **options)
         converted = _load_converted(source, load, config) if how.convert_in_files and stored is None else None
-        loaded, report = converted or call_loader(source, load)
+        if converted is None:
+            converted = call_loader(source, load) if source.header is None else load_weights(source, load, config)
+        loaded, report = converted
         new = _new_modules(loaded, source, report, task)
         if source.header is not None:
             gguf_files.finish_model(loaded, source.header.path)
@@ -353,94 +353,9 @@ def load_tokenizer(model: str | os.PathLike[str] | ModelSource) -> PreTrainedTok
     require(source, weights=False, tokenizer=True)
     import transformers
 
+    load = transformers.AutoTokenizer.from_pretrained
     with quiet_transformers(bars=source.kind == "hub"):
-        tokenizer = call_loader(source, transformers.AutoTokenizer.from_pretrained)
-    if source.header is not None:
-        gguf_files.finish_tokenizer(tokenizer, source.header)
-    return tokenizer
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the SHA-256 of everything in a tokenizer that affects how text is mapped to ids.
-
-    The chat template has its own hash; see `chat_template_hash`.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-
-    Returns:
-        64 hexadecimal digits; saving and reloading the tokenizer, or changing its padding and truncation settings, does
-        not change the hash.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        rules = json.loads(backend.to_str())
-        rules.pop("padding", None)  # padding and truncation settings are left over from the last call
-        rules.pop("truncation", None)
-    else:
-        rules = {"vocab": tokenizer.get_vocab()}
-    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
-    return _digest(json.dumps([rules, special], sort_keys=True))
-
-
-_WITHOUT_EFFECT = frozenset(
-    {"chat_template", "deprecation_warnings", "files_loaded", "init_inputs", "name_or_path", "verbose"}
-    | {"_in_target_context_manager", "_should_update_post_processor"}
-)
-"""Attributes of tokenizers that do not affect how text is mapped to ids, or that have their own hash."""
-
-
-def tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Return what may affect how a tokenizer maps text to ids and is not part of `tokenizer_hash`.
-
-    These are all attributes with plain values, such as `truncation_side` and `split_special_tokens`, and the files that
-    a tokenizer without a backend saves.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-
-    Returns:
-        Name -> value as text; saving and reloading the tokenizer does not change it.
-    """
-    found = {"class": type(tokenizer).__qualname__}
-    for name, value in vars(tokenizer).items():
-        if name == "init_kwargs":
-            value = {key: one for key, one in value.items() if key not in _WITHOUT_EFFECT and not key.endswith("_file")}
-        if name not in _WITHOUT_EFFECT:
-            with contextlib.suppress(TypeError):
-                found[name] = json.dumps(value, sort_keys=True, default=_added_token)
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(NotImplementedError):
-            tokenizer.save_vocabulary(folder)
-            found |= {path.name: sha256_file(path) for path in sorted(Path(folder).iterdir())}
-    return found
-
-
-def _added_token(value: Any) -> str:
-    from tokenizers import AddedToken
-
-    if isinstance(value, AddedToken):
-        return repr(value)
-    raise TypeError(type(value).__name__)
-
-
-def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the SHA-256 of a tokenizer's chat template.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-
-    Returns:
-        64 hexadecimal digits, or None if the tokenizer has no chat template.
-    """
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
-        return None
-    return _digest(template if isinstance(template, str) else json.dumps(template, sort_keys=True))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        return call_loader(source, load) if source.header is None else load_gguf_tokenizer(source, load)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from lorakit.hub.kept_models import is_whole, kept_directory
 from lorakit.hub.quiet import quiet_transformers
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -111,12 +112,13 @@ def _dense(loaded: PreTrainedModel) -> PreTrainedModel:
     return dense
 
 
-def write_weights(model: PreTrainedModel, folder: Path) -> None:
+def write_weights(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
     """Write a model's weights (safetensors), config and generation config.
 
     Args:
         model: The model.
         folder: An existing directory.
+        weights: Name -> tensor of any shape, if not all of the model's are to be written.
 
     Raises:
         OSError: The directory cannot be written.
@@ -124,7 +126,7 @@ def write_weights(model: PreTrainedModel, folder: Path) -> None:
     from safetensors import SafetensorError
 
     try:
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), state_dict=weights)
     except SafetensorError as cause:  # raised by the Rust writer on a full disk
         raise OSError(None, f"the weights could not be written: {cause}") from cause
     readable = (folder / "config.json").stat().st_mode

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -47,6 +47,7 @@ class ModelSource:
         base_name: Display name, which is also written to `lorakit.json`.
         header: Header of the GGUF file if `kind` is "gguf", else None.
         revision: Branch, tag or commit if `kind` is "hub"; None selects the default branch.
+        say: Function that is called with messages about a conversion.
     """
 
     kind: Literal["directory", "config", "gguf", "packaged", "hub"]
@@ -56,6 +57,7 @@ class ModelSource:
     base_name: str
     header: GgufHeader | None = None
     revision: str | None = None
+    say: Callable[[str], None] = field(default=lambda text: None, compare=False, repr=False)
 
     def error(self, problem: str) -> ModelError:
         """Return an error about this model.
@@ -223,7 +225,7 @@ def _local(given: str, path: Path, say: Callable[[str], None] | None) -> ModelSo
         for note in (header.describe(), tokenizer_warning(header)):
             if say and note:
                 say(note)
-        return ModelSource("gguf", given, str(path), given, given, header)
+        return ModelSource("gguf", given, str(path), given, given, header, say=say or (lambda text: None))
     source = ModelSource("config" if path.is_file() else "directory", given, str(path), given, given)
     if path.is_file() and path.suffix != ".json":
         raise source.error(

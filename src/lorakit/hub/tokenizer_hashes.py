@@ -1,0 +1,98 @@
+"""Hashes and settings that identify a tokenizer and its chat template."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.durable import sha256_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the SHA-256 of everything in a tokenizer that affects how text is mapped to ids.
+
+    The chat template has its own hash; see `chat_template_hash`.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+
+    Returns:
+        64 hexadecimal digits; saving and reloading the tokenizer, or changing its padding and truncation settings, does
+        not change the hash.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        rules.pop("padding", None)  # padding and truncation settings are left over from the last call
+        rules.pop("truncation", None)
+    else:
+        rules = {"vocab": tokenizer.get_vocab()}
+    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+    return _digest(json.dumps([rules, special], sort_keys=True))
+
+
+_WITHOUT_EFFECT = frozenset(
+    {"chat_template", "deprecation_warnings", "files_loaded", "init_inputs", "name_or_path", "verbose"}
+    | {"_in_target_context_manager", "_should_update_post_processor"}
+)
+"""Attributes of tokenizers that do not affect how text is mapped to ids, or that have their own hash."""
+
+
+def tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return what may affect how a tokenizer maps text to ids and is not part of `tokenizer_hash`.
+
+    These are all attributes with plain values, such as `truncation_side` and `split_special_tokens`, and the files that
+    a tokenizer without a backend saves.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+
+    Returns:
+        Name -> value as text; saving and reloading the tokenizer does not change it.
+    """
+    found = {"class": type(tokenizer).__qualname__}
+    for name, value in vars(tokenizer).items():
+        if name == "init_kwargs":
+            value = {key: one for key, one in value.items() if key not in _WITHOUT_EFFECT and not key.endswith("_file")}
+        if name not in _WITHOUT_EFFECT:
+            with contextlib.suppress(TypeError):
+                found[name] = json.dumps(value, sort_keys=True, default=_added_token)
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(NotImplementedError):
+            tokenizer.save_vocabulary(folder)
+            found |= {path.name: sha256_file(path) for path in sorted(Path(folder).iterdir())}
+    return found
+
+
+def _added_token(value: Any) -> str:
+    from tokenizers import AddedToken
+
+    if isinstance(value, AddedToken):
+        return repr(value)
+    raise TypeError(type(value).__name__)
+
+
+def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the SHA-256 of a tokenizer's chat template.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+
+    Returns:
+        64 hexadecimal digits, or None if the tokenizer has no chat template.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        return None
+    return _digest(template if isinstance(template, str) else json.dumps(template, sort_keys=True))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
