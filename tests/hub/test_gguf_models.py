@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import transformers
 
 from lorakit import hub
 from lorakit.caches import GGUF
-from lorakit.hub import gguf_models, sources
+from lorakit.hub import gguf_models, quiet, sources
 from lorakit.hub.kept_models import MANIFEST
 
 from ..small_gguf import write_gguf
@@ -160,10 +161,24 @@ def test_the_directories_unused_for_longest_are_removed(
     assert first not in entries(cache) and len(entries(cache)) == 2
 
 
-def test_a_long_conversion_is_not_silent(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_models, "SILENT_SECONDS", 0.01)
-    write = gguf_models.write_weights
-    monkeypatch.setattr(gguf_models, "write_weights", lambda *given: (time.sleep(0.2), write(*given)))
-    said = list[str]()
-    hub.load_model(hub.resolve(file, said.append))
-    assert sum(line.startswith("converting tiny.gguf (AutoModelForCausalLM): ") for line in said) > 3
+@pytest.mark.parametrize("part", ["weights", "tokenizer"])
+def test_a_long_conversion_is_not_silent_while_progress_bars_are_hidden(
+    part: str, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quiet, "SILENT_SECONDS", 0.01)
+    call = sources.call_loader
+
+    def slow(source: Any, load: Any, **options: Any) -> Any:
+        def loads(*given: Any, **more: Any) -> Any:
+            print("a progress bar", file=sys.stderr)
+            time.sleep(0.2)
+            return load(*given, **more)
+
+        return call(source, loads if source.header is not None else load, **options)
+
+    monkeypatch.setattr(gguf_models, "call_loader", slow)
+    source = hub.resolve(file, lambda text: print(text, file=sys.stderr))
+    hub.load_model(source) if part == "weights" else hub.load_tokenizer(source)
+    lines = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("converting tiny.gguf (") and line.endswith("s") for line in lines) > 3
+    assert not any("progress bar" in line for line in lines)

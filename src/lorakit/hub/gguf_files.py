@@ -8,7 +8,6 @@ file, and nothing in a file is evaluated.
 from __future__ import annotations
 
 import contextlib
-import io
 import mmap
 import struct
 import tempfile
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import ModelError
 from lorakit.hub.packaged import require_packages, split_digits
+from lorakit.hub.quiet import hidden_stderr
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -272,7 +272,7 @@ def reading(header: GgufHeader, *, for_config: bool = False) -> Iterator[tuple[s
         for_config: Whether only the config is read, which takes seconds less without the vocabulary; see
             `finish_config`.
     """
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder, hidden_stderr():
         path = header.path.absolute()
         if for_config and not _is_read_fast(header):
             path = Path(folder) / "metadata.gguf"

@@ -7,10 +7,7 @@ directories that were unused for longest are removed.
 
 from __future__ import annotations
 
-import contextlib
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,9 +20,9 @@ from lorakit.file_hashes import file_hash
 from lorakit.hub.gguf_files import finish_model, finish_tokenizer
 from lorakit.hub.kept_models import kept_directory, read_manifest
 from lorakit.hub.packaged import CONVERTED_BY, write_weights
+from lorakit.hub.quiet import saying
 from lorakit.hub.sources import ModelSource, call_loader
 from lorakit.hub.tokenizer_hashes import tokenizer_hash
-from lorakit.tables import format_seconds
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +30,6 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 50 << 30
 """Maximum total size of all directories in bytes."""
-
-SILENT_SECONDS = 4.0
-"""Time between two messages about a conversion, in seconds."""
 
 TOKENIZER_BYTES = 64 << 20
 """Disk space for a tokenizer, in bytes."""
@@ -146,30 +140,12 @@ def _kept(
             source.say(f"{what}, which is done once; kept in {folder.parent}")
             return write(folder)
 
-        with _said(source.say, what):
+        with saying(source.say, what):
             folder = kept_directory(GGUF.path() / key, key, needed_bytes, written)
     except (DiskError, OSError) as cause:
         source.say(f"{path}: the converted file is not kept for later runs ({str(cause).removesuffix('.')}).")
         return None
     return folder if read_manifest(folder).get("is_same") is True else None
-
-
-@contextlib.contextmanager
-def _said(say: Callable[[str], None], what: str) -> Iterator[None]:
-    """Say every `SILENT_SECONDS` seconds how long a block has been running."""
-    began, done = time.monotonic(), threading.Event()
-
-    def tell() -> None:
-        while not done.wait(SILENT_SECONDS):
-            say(f"{what}: {format_seconds(round(time.monotonic() - began))}")
-
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def _directory(source: ModelSource, folder: Path) -> ModelSource:

@@ -9,11 +9,9 @@ torch and transformers are imported only when they are needed.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib.metadata
 import importlib.util
-import io
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -25,7 +23,7 @@ from lorakit.durable import JsonObject, write_text
 from lorakit.errors import MissingExtra, ModelError, nearest
 from lorakit.file_hashes import file_hash
 from lorakit.hub.kept_models import is_whole, kept_directory
-from lorakit.hub.quiet import quiet_transformers
+from lorakit.hub.quiet import hidden_stderr, quiet_transformers, saying
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +60,7 @@ def convert_gguf(model: Packaged, source: Path, target: Path) -> None:
     """
     with quiet_transformers():
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's progress bar cannot be turned off
+            with hidden_stderr():  # the GGUF reader's progress bar cannot be turned off
                 loaded, tokenizer = _read(source)
         except OSError:
             raise
@@ -253,7 +251,8 @@ def packaged_directory(
         convert_gguf(model, source, folder)
         return _about(model, source)
 
-    return kept_directory(final, key, model.needed_bytes, write)
+    with saying(say or (lambda text: None), f"converting {model.name}"):
+        return kept_directory(final, key, model.needed_bytes, write)
 
 
 def _find(model: Packaged) -> Path:
