@@ -7,20 +7,29 @@ This module does not depend on what is written.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import sys
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from lorakit.errors import CONTROLS, printable
-from lorakit.tables import encodable, fit
+from lorakit.tables import encodable, fit, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 Color = Literal["", "red", "yellow", "green"]
 """Name of a color; "" is the terminal's own."""
+
+SILENT_SECONDS = 4.0
+"""Time between two messages about something that takes long, in seconds."""
+
+_MESSAGES = "lorakit-messages"  # name of the threads that write them
 
 _CODES: dict[Color, str] = {"red": "\033[31m", "yellow": "\033[33m", "green": "\033[32m"}
 _PLAIN = "\033[0m"
@@ -89,3 +98,53 @@ def drawing_console(stream: TextIO | None = None) -> Console:
     from rich.console import Console
 
     return Console(file=sys.stdout if stream is None else stream, highlight=False, markup=False, emoji=False)
+
+
+@contextlib.contextmanager
+def hidden_stderr() -> Iterator[None]:
+    """Discard what is written to stderr within a block, such as progress bars, except for messages of `saying`."""
+    with contextlib.redirect_stderr(_Messages(sys.stderr)):
+        yield
+
+
+class _Messages(io.TextIOBase):
+    """A stream that passes on what threads of `saying` write, and discards the rest."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(text) if threading.current_thread().name == _MESSAGES else len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+
+@contextlib.contextmanager
+def saying(say: Callable[[str], None], what: str) -> Iterator[None]:
+    """Say every `SILENT_SECONDS` seconds how long a block has been running.
+
+    Args:
+        say: Function that receives the messages, in another thread.
+        what: What the block does.
+    """
+    began, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not done.wait(SILENT_SECONDS):
+            say(f"{what}: {format_seconds(round(time.monotonic() - began))}")
+
+    thread = threading.Thread(target=tell, daemon=True, name=_MESSAGES)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -13,9 +13,9 @@ import pytest
 import torch
 import transformers
 
-from lorakit import hub
+from lorakit import hub, terminal
 from lorakit.caches import GGUF
-from lorakit.hub import gguf_models, quiet, sources
+from lorakit.hub import gguf_models, sources
 from lorakit.hub.kept_models import MANIFEST
 
 from ..small_gguf import write_gguf
@@ -165,7 +165,7 @@ def test_the_directories_unused_for_longest_are_removed(
 def test_a_long_conversion_is_not_silent_while_progress_bars_are_hidden(
     part: str, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(quiet, "SILENT_SECONDS", 0.01)
+    monkeypatch.setattr(terminal, "SILENT_SECONDS", 0.01)
     call = sources.call_loader
 
     def slow(source: Any, load: Any, **options: Any) -> Any:

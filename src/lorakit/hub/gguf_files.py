@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import ModelError
 from lorakit.hub.packaged import require_packages, split_digits
-from lorakit.hub.quiet import hidden_stderr
+from lorakit.terminal import hidden_stderr
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -20,9 +20,9 @@ from lorakit.file_hashes import file_hash
 from lorakit.hub.gguf_files import finish_model, finish_tokenizer
 from lorakit.hub.kept_models import kept_directory, read_manifest
 from lorakit.hub.packaged import CONVERTED_BY, write_weights
-from lorakit.hub.quiet import saying
 from lorakit.hub.sources import ModelSource, call_loader
 from lorakit.hub.tokenizer_hashes import tokenizer_hash
+from lorakit.terminal import saying
 
 if TYPE_CHECKING:
     import torch

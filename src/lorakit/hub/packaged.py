@@ -23,7 +23,8 @@ from lorakit.durable import JsonObject, write_text
 from lorakit.errors import MissingExtra, ModelError, nearest
 from lorakit.file_hashes import file_hash
 from lorakit.hub.kept_models import is_whole, kept_directory
-from lorakit.hub.quiet import hidden_stderr, quiet_transformers, saying
+from lorakit.hub.quiet import quiet_transformers
+from lorakit.terminal import hidden_stderr, saying
 
 if TYPE_CHECKING:
     import torch
