@@ -200,7 +200,7 @@ def test_long_completions_are_cut_and_counted(tiny_tokenizer: Any) -> None:
     rows = [Completion("hello world", " It is four."), Document("hello world")]
     report = encode(rows, tiny_tokenizer, total - 2).report
     assert (report.cut_rows, report.cut_tokens, report.cut_trained_tokens, report.dropped_rows) == (1, 2, 2, 0)
-    line = f"1 row truncated to {total - 2} tokens: 2 tokens removed (2 would have contributed to the loss, in 1 row);"
+    line = f"1 row (50.0%) truncated to {total - 2} tokens: 2 tokens removed (2 would have contributed to the loss, in 1 row);"
     assert line in "\n".join(report.lines())
     report = encode(rows, tiny_tokenizer, len(prompt)).report
     assert (report.cut_rows, report.cut_tokens, report.dropped_rows) == (1, len(answer) + 1, 1)
@@ -270,7 +270,7 @@ def test_rows_that_are_too_long(overlong: Any, tiny_tokenizer: Any) -> None:
     else:
         assert found == ([16] if overlong == "truncate" else []) + [short]
     assert (encoded.report.cut_answers, encoded.report.overlong) == (int(overlong == "truncate"), overlong)
-    words_of = {"drop": "1 row left out because", "truncate": "in 1 row)", "split": "1 row split"}
+    words_of = {"drop": "1 row (50.0%) left out because", "truncate": "in 1 row)", "split": "1 row (50.0%) split"}
     assert any(words_of[overlong] in line for line in encoded.report.lines())
 
 

@@ -15,7 +15,7 @@ from cyclopts import Parameter
 
 from lorakit.cli import console
 from lorakit.errors import LorakitError
-from lorakit.train.defaults import DEFAULTS
+from lorakit.train.defaults import ASSUMED_LENGTH
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,8 +45,8 @@ ModelFlag = Annotated[
 LengthFlag = Annotated[
     int | None,
     Parameter(
-        help=f"Maximum sequence length in tokens. Default: that of the adapter's training, or "
-        f"{DEFAULTS['max_length'].value}."
+        help="Maximum sequence length in tokens. Default: that of the adapter's training; else by the data (eval), or "
+        f"{ASSUMED_LENGTH} (predict)."
     ),
 ]
 
@@ -127,10 +127,10 @@ class Remembered:
         found = [{name: one.get(name) for name in ("shape", "columns")} for one in self.trainings]
         return found[0] if found and all(one == found[0] for one in found) else None
 
-    def max_length(self, given: int | None, default: int) -> int:
-        """Return the maximum sequence length: the given one, else the longest of the trainings, else the default."""
+    def max_length(self, given: int | None) -> int | None:
+        """Return the maximum sequence length: the given one, else the longest of the trainings, else None."""
         found = [length for one in self.trainings if isinstance(length := one.get("max_length"), int) and length > 1]
-        return given if given is not None else max(found, default=default)
+        return given if given is not None else max(found, default=None)
 
 
 def remembered(model: str | None, adapters: Sequence[AdapterFiles], revision: str | None = None) -> Remembered:

@@ -16,8 +16,10 @@ from lorakit.train.defaults import DEFAULTS, TASK_NAMES
 
 if TYPE_CHECKING:
     from lorakit.data.quality import Quality, Visit
+    from lorakit.data.splitting import Split
     from lorakit.data.tokens import Tokenizer
-    from lorakit.tasks import EncodedData
+    from lorakit.hub import ModelSource
+    from lorakit.tasks import EncodedData, TaskOnData
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Flags:
     overlong: Annotated[
         Literal["truncate", "drop", "split", "error"], Parameter(help=DEFAULTS["overlong"].help(), show_choices=False)
     ] = "truncate"
-    max_length: Annotated[int, Parameter(help=DEFAULTS["max_length"].help())] = DEFAULTS["max_length"].value
+    max_length: Annotated[int | None, Parameter(help=DEFAULTS["max_length"].help())] = None
     seed: Annotated[int, Parameter(help=DEFAULTS["seed"].help())] = DEFAULTS["seed"].value
     rows: Annotated[int, Parameter(help="Number of rows to show as tokens.")] = 1
     html: Annotated[Path | None, Parameter(help="Write a page with the first 50 rows, tokens colored by loss.")] = None
@@ -69,7 +71,8 @@ def run(
     model = early.check_model(flags.model, flags.revision)
     flags.reading.check()
     flags.labels.check()
-    early.check_at_least("max_length", flags.max_length, 2)
+    if flags.max_length is not None:
+        early.check_at_least("max_length", flags.max_length, 2)
     early.check_at_least("rows", flags.rows, 0)
     if flags.task is not None:
         early.check_choice("task", flags.task, TASK_NAMES)
@@ -91,17 +94,18 @@ def run(
     shown = max(flags.rows, ROWS_ON_PAGE if flags.html else 0)
     labels = flags.labels.options(flags.label_type, is_evaluation_given=flags.eval_data is not None)
     task = task_for(flags.task, parts, source, labels)
-    options = EncodeOptions(flags.max_length, flags.overlong)
+    length = _length(flags, parts, tokenizer, task, source)
+    options = EncodeOptions(length, flags.overlong)
 
     def encode(visit: Visit) -> EncodedData:
         encoded = task.task.encode(parts.train, tokenizer, task.target, replace(options, visit=visit))
-        _count_inactive(encoded, tokenizer, flags)
+        _count_inactive(encoded, tokenizer, flags, length)
         return encoded
 
     found = measure(
         parts,
         tokenizer,
-        flags.max_length,
+        length,
         encode,
         shown,
         task.target.names if task.task.unit == "row" else (),
@@ -122,7 +126,16 @@ def run(
 ROWS_ON_PAGE = 50
 
 
-def _count_inactive(encoded: EncodedData, tokenizer: Tokenizer, flags: Flags) -> None:
+def _length(flags: Flags, parts: Split, tokenizer: Tokenizer, task: TaskOnData, source: ModelSource) -> int:
+    """Return the maximum length, chosen by the data and the model's limit if none is given."""
+    from lorakit.hub import shape_of
+    from lorakit.train.forecast import max_length_for
+    from lorakit.train.row_length import usual_length
+
+    return max_length_for(shape_of(source), flags.max_length, lambda: usual_length(parts.train, tokenizer, task))
+
+
+def _count_inactive(encoded: EncodedData, tokenizer: Tokenizer, flags: Flags, length: int) -> None:
     """Record how many sequences an adapter with the given invocation tokens would not learn from."""
     if flags.alora_invocation_tokens is None:
         return
@@ -131,7 +144,7 @@ def _count_inactive(encoded: EncodedData, tokenizer: Tokenizer, flags: Flags) ->
     from lorakit.train.run_data import count_inactive
 
     adapter = LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=flags.alora_invocation_tokens)
-    check_invocation(adapter, set(tokenizer.get_vocab().values()), "the tokenizer", flags.max_length)
+    check_invocation(adapter, set(tokenizer.get_vocab().values()), "the tokenizer", length)
     encoded.report.inactive_sequences = count_inactive(adapter, encoded.sequences)
 
 

@@ -64,7 +64,7 @@ def run(
             model=known.source,
             data=flags.data,
             adapters=dict(zip(folders, files, strict=True)),
-            max_length=known.max_length(flags.max_length, DEFAULTS["max_length"].value),
+            max_length=known.max_length(flags.max_length),
             batch_rows=flags.batch_size,
             dtype=flags.base.dtype,
             device=flags.base.device,

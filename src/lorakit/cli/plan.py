@@ -24,7 +24,7 @@ from lorakit.plan.job import PROCESS_BYTES, dtype_name, recomputed
 from lorakit.plan.network import LINK, LINKS, NETWORK, PER_NODE, link_named
 from lorakit.plan.params import for_task, with_new_tokens
 from lorakit.tables import format_quantity
-from lorakit.train.defaults import DEFAULTS, TASK_NAMES
+from lorakit.train.defaults import ASSUMED_LENGTH, DEFAULTS, TASK_NAMES
 
 
 def _flag(name: str) -> Parameter:
@@ -144,7 +144,9 @@ class JobFlags:
     ] = DEFAULTS["per_device_train_batch_size"].value
     max_length: Annotated[
         int | None,
-        Parameter(help="Tokens per row. Default: 512, as in `lorakit train`, or the model's maximum if that is less."),
+        Parameter(
+            help="Tokens per row, which `lorakit train` chooses by the data. Default: 512, or the model's limit."
+        ),
     ] = None
     gradient_accumulation_steps: Annotated[int, _flag("gradient_accumulation_steps")] = DEFAULTS[
         "gradient_accumulation_steps"
@@ -271,7 +273,7 @@ def _job(job: JobFlags, shape: ModelShape) -> Job:
     Raises:
         ConfigError: A value is not allowed, or two of them are incompatible.
     """
-    length = job.max_length or min(DEFAULTS["max_length"].value, shape.positions or DEFAULTS["max_length"].value)
+    length = job.max_length or min(ASSUMED_LENGTH, shape.positions or ASSUMED_LENGTH)
     return Job(
         batch_rows=job.per_device_train_batch_size,
         length_tokens=length,

@@ -77,7 +77,7 @@ def run(
         texts=flags.text or (),
         adapter=adapter[0] if adapter else None,
         task=task,
-        max_length=known.max_length(flags.max_length, DEFAULTS["max_length"].value),
+        max_length=known.max_length(flags.max_length),
         batch_rows=flags.batch_size,
         dtype=flags.base.dtype,
         device=flags.base.device,

@@ -179,6 +179,9 @@ class DataReport(Report):
             lines.append("No end marker contributes to the loss, so the model will not learn where to stop.")
         return [*lines, *self.notes]
 
+    def _cut(self) -> str:
+        return f"{format_count(self.cut_rows, 'row')} ({format_percent(self.cut_rows / max(1, self.rows), 1)})"
+
     def _losses(self) -> list[str]:
         lines = []
         dropped = self.dropped_rows - (self.cut_rows if self.overlong == "drop" else 0)
@@ -186,15 +189,13 @@ class DataReport(Report):
             lines.append(f"{format_count(dropped, 'row')} left out: nothing to train on within the maximum length.")
         if self.cut_rows and self.overlong == "truncate":
             lines.append(
-                f"{format_count(self.cut_rows, 'row')} truncated to {self.max_length_tokens:,} tokens: "
+                f"{self._cut()} truncated to {self.max_length_tokens:,} tokens: "
                 f"{self.cut_tokens:,} tokens removed ({self.cut_trained_tokens:,} would have contributed "
                 f"to the loss, in {format_count(self.cut_answers, 'row')}); a larger --max-length keeps them."
             )
         elif self.cut_rows:
             done = "left out" if self.overlong == "drop" else "split"
-            lines.append(
-                f"{format_count(self.cut_rows, 'row')} {done} because of more than {self.max_length_tokens:,} tokens."
-            )
+            lines.append(f"{self._cut()} {done} because of more than {self.max_length_tokens:,} tokens.")
         if self.untrained_turns:
             lines.append(
                 f"{format_count(self.untrained_turns, 'assistant turn')} excluded from the loss: "

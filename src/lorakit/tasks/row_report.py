@@ -43,8 +43,8 @@ class RowReport(Report):
         if self.cut_rows:
             done = "left out because of more than" if self.overlong == "drop" else "truncated to"
             lines.append(
-                f"{format_count(self.cut_rows, 'row')} {done} {self.max_length_tokens:,} tokens; a larger --max-length "
-                "keeps them whole."
+                f"{format_count(self.cut_rows, 'row')} ({format_percent(self.cut_rows / max(1, self.rows), 1)}) {done} "
+                f"{self.max_length_tokens:,} tokens; a larger --max-length keeps them whole."
             )
         if self.cut_words:
             lines.append(

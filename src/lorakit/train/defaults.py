@@ -25,6 +25,12 @@ WARMUP_RATIO = 0.05
 DECAY_RATIO = 0.2
 """Value of `decay_ratio` if it is not given, as in Hägele et al. 2024, arXiv:2405.18392."""
 
+ASSUMED_LENGTH = 512
+"""Value of `max_length` for documents, which have no length of their own, and for plans without data."""
+
+SHORTEST_LENGTH = 16
+"""Smallest value of `max_length` that is chosen by the data."""
+
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 """Names of the trackers in `lorakit.train.trackers`, repeated here because that module imports torch."""
 
@@ -448,8 +454,10 @@ _LENGTH: dict[str, Default] = {
     ),
     "max_length": Default(
         "Maximum sequence length in tokens (documents are split; chats and completions are truncated)",
-        512,
-        "about a page of text; memory use and attention cost grow with the length",
+        None,
+        "longer rows are truncated, which is counted; documents are split at 512",
+        "the 99th percentile of the rows' lengths, within the model's context and the memory",
+        int,
         brief="Maximum sequence length in tokens",
     ),
 }

@@ -38,6 +38,7 @@ from lorakit.tasks import (
 from lorakit.tasks.metrics import Score
 from lorakit.train.forecast import SavedTokenizer, max_length_for, pick_device
 from lorakit.train.processes import ALONE, Processes
+from lorakit.train.row_length import usual_length
 from lorakit.train.seen_rows import seen_note
 from lorakit.train.step import oom_advice_for_evaluation, oom_as_run_error
 
@@ -240,7 +241,8 @@ class EvalSettings:
         model: Model directory, Hub id, packaged model, or resolved source.
         data: Files, directories or Hub data sets to evaluate on.
         adapters: Name of each adapter, such as its directory -> its files.
-        max_length: Maximum sequence length in tokens; the default is lowered to the model's limit if necessary.
+        max_length: Maximum sequence length in tokens; None selects the length that follows the data, within the model's
+            limit.
         batch_rows: Number of rows in a batch of the longest sequences; batches of shorter sequences have more rows.
         dtype: "auto", "bfloat16", "float16" or "float32".
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
@@ -254,7 +256,7 @@ class EvalSettings:
     model: str | hub.ModelSource
     data: Sequence[str]
     adapters: Mapping[str, core.AdapterFiles]
-    max_length: int
+    max_length: int | None
     batch_rows: int
     dtype: str
     device: str
@@ -298,8 +300,10 @@ def compare(
         if settings.task is None
         else task_for(None, Split(records, Records(), ""), source, settings.labels, settings.task)
     )
-    length = max_length_for(hub.shape_of(source), settings.max_length)
     tokenizer = hub.load_tokenizer(source)
+    length = max_length_for(
+        hub.shape_of(source), settings.max_length, lambda: usual_length(records, tokenizer, task)
+    )
     coding = _Coding(task, length, settings.batch_rows)
     owned = {folder: own_tokenizer(str(files.folder), tokenizer) for folder, files in settings.adapters.items()}
     tokenizers = [tokenizer, *(own for own in owned.values() if own is not None)]

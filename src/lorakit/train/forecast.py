@@ -24,8 +24,9 @@ from lorakit.plan.params import for_task
 from lorakit.tables import format_count
 from lorakit.targets import unfitting_keys
 from lorakit.tasks import TaskOnData, task_for
-from lorakit.train.defaults import DEFAULTS
+from lorakit.train.defaults import ASSUMED_LENGTH, DEFAULTS
 from lorakit.train.processes import ALONE, Processes
+from lorakit.train.row_length import fitting_length, usual_length
 from lorakit.train.settings import TrainSettings
 
 
@@ -46,8 +47,7 @@ class Forecast:
     Attributes:
         shape: Shape of the base model.
         config: The adapter's config.
-        max_length: Maximum sequence length: the setting, or the model's limit if the setting is the default and exceeds
-            the limit.
+        max_length: Maximum sequence length: the setting, or chosen by the data, the model's limit and the memory.
         notes: Messages to print.
         new_tokens: Tokens added to the vocabulary, or None.
     """
@@ -124,7 +124,9 @@ def forecast(
     source: hub.ModelSource,
     tokenizer: data.Tokenizer,
     task: TaskOnData,
+    records: data.Split,
     config: LoraConfig | None = None,
+    recorded: int | None = None,
 ) -> Forecast:
     """Read the model's shape and check the targets and the maximum length against it; no weights are loaded.
 
@@ -133,7 +135,9 @@ def forecast(
         source: The model.
         tokenizer: The model's tokenizer; new tokens are added to it in place.
         task: The run's task.
+        records: Training and evaluation records, by which the maximum length is chosen if none is given.
         config: The config of an existing adapter; None builds the config of a new adapter from the settings.
+        recorded: The maximum length of the run that is resumed, or None.
 
     Returns:
         The properties of the run that are known before the data is tokenized.
@@ -143,7 +147,7 @@ def forecast(
         TargetError: A target matches nothing.
         ConfigError: A key in `learning_rate_pattern` matches no adapted module, a new token already exists, or the
             adapter waits for tokens that do not exist.
-        UsageError: `max_length` is not the default and exceeds the model's limit.
+        UsageError: `max_length` exceeds the model's limit.
     """
     shape = hub.shape_for_task(source, task.task.loader, task.target.config_values())
     new, notes = None, [task.note] if task.note else []
@@ -152,15 +156,14 @@ def forecast(
         config = for_task(given, shape)
         if config.exclude_modules != given.exclude_modules:
             notes.append(f"not adapted, because the task does not use their output: {', '.join(shape.unused_modules)}")
-    length = max_length_for(shape, settings.max_length)
-    if length != settings.max_length:
-        notes.append(f"maximum sequence length: {length:,} tokens (the model's limit)")
     if settings.new_tokens:
         base = hub.skeleton(source)
         new = add_new_tokens(tokenizer, settings.new_tokens, base)
         config = with_trained_rows(config, base, new.rows)
         words = ", ".join(f"{token} ({number})" for token, number in new.added.ids.items())
         notes.append(f"New tokens: {words}; in the embedding and the head, only the rows of these tokens are trained.")
+    length, reason = _length(settings, shape, config, lambda: usual_length(records.train, tokenizer, task), recorded)
+    notes += [f"maximum sequence length: {length:,} tokens ({reason})"] if reason else []
     if invocations_of(config):
         check_invocation(config, set(tokenizer.get_vocab().values()), "the tokenizer", length)
     counted = plan.count(shape, config, allow_partial=settings.allow_partial_targets)
@@ -172,22 +175,41 @@ def forecast(
     return Forecast(shape, config, length, tuple(notes), new)
 
 
-def max_length_for(shape: plan.ModelShape, wanted: int) -> int:
+def _length(
+    settings: TrainSettings,
+    shape: plan.ModelShape,
+    config: LoraConfig,
+    usual: Callable[[], int],
+    recorded: int | None,
+) -> tuple[int, str]:
+    """Return the maximum sequence length, and the reason if it is chosen here; a resumed run keeps its recorded one."""
+    if recorded is not None or settings.max_length is not None:
+        return recorded or max_length_for(shape, settings.max_length, usual), ""
+    by_data = usual()
+    length = min(by_data, shape.positions or by_data)
+    fitting = fitting_length(length, shape, config, settings)
+    if fitting < length:
+        return fitting, f"{length:,} would exceed the memory"
+    if length < by_data:
+        return length, "the model's limit"
+    return length, "at least 99% of the rows are not longer" if length != ASSUMED_LENGTH else "documents are split"
+
+
+def max_length_for(shape: plan.ModelShape, wanted: int | None, usual: Callable[[], int]) -> int:
     """Return the maximum sequence length.
 
     Args:
         shape: The model's shape.
-        wanted: The `max_length` setting; a value above the model's limit is reduced only if it is the default.
-
-    Returns:
-        `wanted`, or the model's limit if `wanted` is the default and exceeds the limit.
+        wanted: The given length, or None.
+        usual: Function that returns the length to use if none is given; it is reduced to the model's limit.
 
     Raises:
-        UsageError: `wanted` is not the default and exceeds the model's limit.
+        UsageError: The given length exceeds the model's limit.
     """
-    if not 0 < shape.positions < wanted:
-        return wanted
-    if wanted != DEFAULTS["max_length"].value:
+    if wanted is None:
+        by_data = usual()
+        return min(by_data, shape.positions or by_data)
+    if 0 < shape.positions < wanted:
         raise UsageError(
             f"max_length is {wanted:,}, but {shape.name} supports at most {shape.positions:,} tokens; "
             f"pass --max-length {shape.positions} or less.",
@@ -195,7 +217,7 @@ def max_length_for(shape: plan.ModelShape, wanted: int) -> int:
             field="max_length",
             allowed=(str(shape.positions),),
         )
-    return shape.positions
+    return wanted
 
 
 def pick_device(word: str, processes: Processes = ALONE) -> torch.device:

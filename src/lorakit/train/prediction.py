@@ -24,6 +24,7 @@ from lorakit.tasks import (
     on_model,
 )
 from lorakit.tasks.encoding import EncodedRows
+from lorakit.train.defaults import ASSUMED_LENGTH
 from lorakit.train.evaluation import evaluating, own_tokenizer
 from lorakit.train.forecast import max_length_for, pick_device
 from lorakit.train.step import oom_advice_for_evaluation, oom_as_run_error
@@ -40,7 +41,7 @@ class PredictSettings:
         data: Files, directories or Hub data sets to predict.
         adapter: The adapter's files, or None to use the model's own head.
         task: The task of the adapter or the model.
-        max_length: Maximum length of a text in tokens; the default is lowered to the model's limit if necessary.
+        max_length: Maximum length of a text in tokens; None selects `ASSUMED_LENGTH`, within the model's limit.
         batch_rows: Number of rows per batch.
         dtype: "auto", "bfloat16", "float16" or "float32".
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
@@ -56,7 +57,7 @@ class PredictSettings:
     data: Sequence[str]
     adapter: core.AdapterFiles | None
     task: TaskOnData
-    max_length: int
+    max_length: int | None
     batch_rows: int
     dtype: str = "auto"
     device: str = "auto"
@@ -93,7 +94,7 @@ def predict(settings: PredictSettings, say: Callable[[str], None] = lambda _: No
     named = named_as(settings.task, hub.ModelFacts.of(source))
     labeled = replace(named, target=named.target.with_options(LabelOptions(tag_scheme=settings.tag_scheme)))
     task = on_model(labeled, source)
-    length = max_length_for(hub.shape_of(source), settings.max_length)
+    length = max_length_for(hub.shape_of(source), settings.max_length, lambda: ASSUMED_LENGTH)
     tokenizer = hub.load_tokenizer(source)
     own = None if adapter is None else own_tokenizer(str(adapter.folder), tokenizer)
     tokenizer = tokenizer if own is None else own

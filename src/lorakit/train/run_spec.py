@@ -125,7 +125,7 @@ class RunSpec:
         tokenizer, is_own = _tokenizer(settings, source, start)
         saved = _saved_task(record) if start is None else start.task
         task = chosen_task(settings, data, source, saved, progress.say)
-        found = _forecast(settings, source, tokenizer, task, start)
+        found = _forecast(settings, source, tokenizer, task, start, data, record)
         if start is not None and record is None:
             start.check_targets(given, found.shape)
         is_own = is_own or found.new_tokens is not None
@@ -199,13 +199,17 @@ def _forecast(
     tokenizer: SavedTokenizer,
     task: TaskOnData,
     start: StartAdapter | None,
+    records: Split,
+    record: Mapping[str, Any] | None,
 ) -> Forecast:
     """Return the forecast of the run; an adapter that does not fit the base is an error."""
-    if start is None:
-        return build_forecast(settings, source, tokenizer, task)
+    config = None if start is None else start.adapter.literal
+    recorded = ((record or {}).get("resolved") or {}).get("max_length")
     try:
-        return build_forecast(settings, source, tokenizer, task, start.adapter.literal)
+        return build_forecast(settings, source, tokenizer, task, records, config, recorded)
     except TargetError as cause:
+        if start is None:
+            raise
         folder = start.adapter.folder
         text = f"{folder}: the adapter does not match the base {source.base_name}: {cause}"
         raise AdapterFileError(text, **{**cause.fields, "where": folder, "override": None}) from cause

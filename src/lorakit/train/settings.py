@@ -148,7 +148,7 @@ class TrainSettings(BaseModel):
     num_train_epochs: float = _setting("num_train_epochs", gt=0)
     per_device_train_batch_size: int = _setting("per_device_train_batch_size", ge=1)
     gradient_accumulation_steps: int = _setting("gradient_accumulation_steps", ge=1)
-    max_length: int = _setting("max_length", ge=2)
+    max_length: int | None = _setting("max_length", ge=2)
     dtype: Annotated[Dtype, BeforeValidator(dtype_word)] = _setting("dtype")
     quantization: Stored | None = _setting("quantization")
     double_quantization: bool = _setting("double_quantization")
