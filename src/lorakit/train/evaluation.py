@@ -301,9 +301,7 @@ def compare(
         else task_for(None, Split(records, Records(), ""), source, settings.labels, settings.task)
     )
     tokenizer = hub.load_tokenizer(source)
-    length = max_length_for(
-        hub.shape_of(source), settings.max_length, lambda: usual_length(records, tokenizer, task)
-    )
+    length = max_length_for(hub.shape_of(source), settings.max_length, lambda: usual_length(records, tokenizer, task))
     coding = _Coding(task, length, settings.batch_rows)
     owned = {folder: own_tokenizer(str(files.folder), tokenizer) for folder, files in settings.adapters.items()}
     tokenizers = [tokenizer, *(own for own in owned.values() if own is not None)]
