@@ -455,8 +455,8 @@ _LENGTH: dict[str, Default] = {
     "max_length": Default(
         "Maximum sequence length in tokens (documents are split; chats and completions are truncated)",
         None,
-        "longer rows are truncated, which is counted; documents are split at 512",
-        "the 99th percentile of the rows' lengths, within the model's context and the memory",
+        "99% of the rows fit, within the model's context and the memory; documents are split at 512",
+        "by the data",
         int,
         brief="Maximum sequence length in tokens",
     ),
