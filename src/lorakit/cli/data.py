@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -95,21 +95,15 @@ def run(
     labels = flags.labels.options(flags.label_type, is_evaluation_given=flags.eval_data is not None)
     task = task_for(flags.task, parts, source, labels)
     length = _length(flags, parts, tokenizer, task, source)
-    options = EncodeOptions(length, flags.overlong)
 
     def encode(visit: Visit) -> EncodedData:
-        encoded = task.task.encode(parts.train, tokenizer, task.target, replace(options, visit=visit))
+        options = EncodeOptions(length, flags.overlong, visit=visit)
+        encoded = task.task.encode(parts.train, tokenizer, task.target, options)
         _count_inactive(encoded, tokenizer, flags, length)
         return encoded
 
-    found = measure(
-        parts,
-        tokenizer,
-        length,
-        encode,
-        shown,
-        task.target.names if task.task.unit == "row" else (),
-    )
+    names = task.target.names if task.task.unit == "row" else ()
+    found = measure(parts, tokenizer, length, encode, shown, names)
     if task.note:
         console.note(task.note)
     if flags.html is not None:
