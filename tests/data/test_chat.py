@@ -173,6 +173,17 @@ def test_a_dropped_answer_that_other_text_contains_is_noticed(tiny_tokenizer: An
         conversation_tokens(talk, tiny_tokenizer)
 
 
+@pytest.mark.parametrize("answer", ["<think></think>", "</think>", " ", ""])
+def test_an_answer_of_which_nothing_is_rendered_is_counted(tiny_tokenizer: Any, answer: str) -> None:
+    tiny_tokenizer.chat_template = CHAT_TEMPLATE.replace(
+        "message['content']", "'<think></think>' + message['content'].split('</think>')[-1].strip()"
+    ).replace("assistant\n", "assistant\n<think>\n")
+    turns = conversation_tokens(Conversation((*TALK.messages[:2], Message("assistant", answer))), tiny_tokenizer)
+    assert not any(turns.trained)
+    assert turns.untrained_turns == 1
+    assert turns.reason == "the turn is empty"
+
+
 def test_fields_that_are_not_text_reach_the_template(tiny_tokenizer: Any) -> None:
     tools: tuple[Any, ...] = ({"type": "function", "function": {"name": "lookup", "description": ["b"]}},)
     fields: dict[str, Any] = {"reasoning": ["a"], "thinking": {"b": 1}}

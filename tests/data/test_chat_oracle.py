@@ -54,6 +54,7 @@ BEYOND = {"diffusion_gemma": {"<|turn>", "model", "\n", "<|tool_response>"}}
 ENDS = {"deepseek_r1_distill": "<｜end▁of▁sentence｜>", "gemma": "<end_of_turn>", "gptoss": "<|return|>"}
 WORDS = ["a", "c", "e", "final", "message", "assistant", "user", "model", "think", "channel", "analysis", "function"]
 MARKS = ["<", "<a", "<answer>four</answer>", "<think", "<thinking>x", "<|", "<｜", "<think>\n", "</", "[", "{"]
+TAGS = ["x<tool_call>", "[gMASK]", "{{x}}", "<|endoftext|>", "quartz", "\x0b"]
 SPACES = [" ", "\n", "\n\n", "\t ", " x", "\nx", "x ", "x\n", "\n\nx\n\n"]
 OTHER = ["🎉", "שלום", "مرحبا\u200f", "é", "가", "x🎉", "0"]
 ANSWERS = st.one_of(
@@ -219,7 +220,7 @@ def ends_otherwise(template: str, record: Conversation, at: int) -> bool:
 def test_short_answers(pairs: Callable[[str], Pair], template: str) -> None:
     """The answers that a search in the text would find elsewhere."""
     pair = pairs(template)
-    for answer in [*WORDS, *MARKS, *SPACES, *OTHER, *(f"yes{end}" for end in ENDS.values()), "<|im_end|>"]:
+    for answer in [*WORDS, *MARKS, *TAGS, *SPACES, *OTHER, *(f"yes{end}" for end in ENDS.values()), "<|im_end|>"]:
         record = Conversation(
             (user("Userone?"), assistant(answer), user("b"), assistant("c"), user("d"), assistant(answer)),
             "talk.jsonl",

@@ -188,9 +188,8 @@ def _span(record: Conversation, words: Conversation, tokenizer: Tokenizer, index
     if is_usual and text.startswith(through) and not _may_repeat(before, record.messages[index]):
         return _Span(len(before), len(through), False, "")
     one, other = (_with_turn(record, tokenizer, index, turns.messages[index]) for turns in _pair(record, words, text))
-    if one == other:
-        problem = f"message {index + 1} cannot be located, because {template_name(tokenizer)} renders none of it."
-        raise row_error(record, problem)
+    if one == other:  # nothing of the turn is its own text, such as in "<think></think>"
+        return _EMPTY
     start = min(_shared(before, one), _shared(before, other))  # a turn may lack the end of the prompt, as "<think>"
     history = "" if is_usual or not index else rendered(record, tokenizer, index)
     if start < len(history) or before[:start] != through[:start]:
