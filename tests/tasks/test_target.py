@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lorakit import hub
 from lorakit.config import LoraConfig
 from lorakit.data import Labeled, Records, Split, Tagged
-from lorakit.errors import ConfigError, DataError, ModelError
+from lorakit.errors import ConfigError, DataError, ModelError, UsageError
 from lorakit.tasks import LabelOptions, Target, TaskOnData, named_as, task_for, task_of_adapter, task_to_measure
 from lorakit.tasks.labels import class_target, tag_target
 from lorakit.tasks.target import ordered
@@ -182,3 +182,22 @@ def test_saved_labels_decide(model_directory: Callable[..., Path]) -> None:
     for labels in (["Ham", "spam"], ["a", "b"], [("ham", "spam")], [None]):
         with pytest.raises(DataError):
             task_for(None, split(*rows(*labels)), source, LabelOptions(), saved)
+
+
+def test_options_that_do_not_apply(model_directory: Callable[..., Path]) -> None:
+    source = hub.resolve(model_directory("Bert"))
+    scores, classes = split(*rows(0.5, 0.25)), split(*rows("a", "b"))
+    for parts, options, field in [
+        (scores, LabelOptions(label_map={"a": "b"}), "label_map"),
+        (classes, LabelOptions(tag_scheme="BIO"), "tag_scheme"),
+    ]:
+        with pytest.raises(UsageError) as caught:
+            task_for("classification", parts, source, options)
+        assert caught.value.field == field
+    with pytest.raises(UsageError):
+        Target("score").with_options(LabelOptions(label_map={"a": "b"}))
+    with pytest.raises(UsageError):
+        SPAM.with_options(LabelOptions(tag_scheme="BIO"))
+    unmarked = Target("tags", ("NOUN", "VERB"))
+    assert "no known scheme" in unmarked.with_options(LabelOptions()).note
+    assert unmarked.with_options(LabelOptions(tag_scheme="none")).note == ""

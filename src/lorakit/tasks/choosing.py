@@ -68,7 +68,7 @@ def task_for(
         saved: The task of an adapter or a run, whose classes the data must have; None for a new one.
 
     Raises:
-        UsageError: No task fits both the data and the model.
+        UsageError: No task fits both the data and the model, or an option about labels does not apply.
         DataError: The labels cannot be used, or are not among the saved ones.
         ConfigError: The label map or the tag scheme does not fit the saved labels.
         ModelError: The model's config cannot be read.
@@ -99,6 +99,7 @@ def task_for(
         target.check(parts.held_out)
         return TaskOnData(task, target)
     target = task.target(parts, replace(options, known=_known(task, facts)))
+    options.check_kind(target.kind)
     recorded = {} if saved is None else saved.target.embedding
     note = "" if name is not None else f"task: {task.name} (from the data and the model; see --task)"
     target = replace(target, embedding=recorded)

@@ -18,8 +18,8 @@ from typing import Any, Literal, TypeAlias, get_args
 from lorakit.data import Labeled, Record, Tagged
 from lorakit.data.records import location
 from lorakit.durable import JsonObject, JsonValue
-from lorakit.errors import ConfigError, DataError, nearest
-from lorakit.tasks.spans import SCHEMES, check_scheme, scheme_of
+from lorakit.errors import ConfigError, DataError, UsageError, nearest
+from lorakit.tasks.spans import SCHEMES, UNMARKED, check_scheme, scheme_of
 
 LabelType = Literal["auto", "class", "classes", "score"]
 """Values of the setting `label_type`: one class per row, any number of classes per row, or a number."""
@@ -98,12 +98,14 @@ class Target:
         Raises:
             ConfigError: The label map leads to a name that the model lacks, or the tags do not follow the given scheme.
         """
+        options.check_kind(self.kind)
         for name in options.label_map.values():
             if name not in self.ids:
                 raise ConfigError.of("label_map", name, allowed=self.names)
         scheme, note = self.scheme, self.note
         if self.kind == "tags":
             scheme, note = scheme_for(self.names, options.tag_scheme or scheme)
+            note = scheme_of(self.names)[1] if scheme == UNMARKED and options.tag_scheme is None else note
         return replace(self, scheme=scheme, label_map={**self.label_map, **options.label_map}, note=note)
 
     def check(self, records: Iterable[Record]) -> None:
@@ -179,6 +181,19 @@ class LabelOptions:
     known: tuple[str, ...] = ()
     label_map: Mapping[str, str] = field(default_factory=dict)
     tag_scheme: str | None = None
+
+    def check_kind(self, kind: Kind) -> None:
+        """Check that the label map and the tag scheme apply to what is predicted.
+
+        Raises:
+            UsageError: One of them was given, but does not apply.
+        """
+        if self.label_map and kind not in ("class", "classes", "tags"):
+            text = "label_map renames classes and tags, but this task or data has none; omit it."
+            raise UsageError(text, what=dict(self.label_map), field="label_map")
+        if self.tag_scheme is not None and kind != "tags":
+            text = "tag_scheme does not apply, because no tags are predicted; omit it."
+            raise UsageError(text, what=self.tag_scheme, field="tag_scheme")
 
 
 def default_names(count: int) -> tuple[str, ...]:

@@ -92,8 +92,6 @@ def chosen_task(
     found = task_for(name, records, source, settings.label_options(), saved)
     unused = [] if found.task.generates else ["chat_template", "new_tokens"]
     unused += [] if found.task.loader == "classification" else ["label_type"]
-    unused += [] if found.task.has_head else ["label_map"]
-    unused += [] if found.task.loader == "token-classification" else ["tag_scheme"]
     for setting in unused:
         value = getattr(settings, setting)
         if value != DEFAULTS[setting].value:
