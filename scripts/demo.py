@@ -188,8 +188,11 @@ def resident_bytes() -> int:
     import torch
     import transformers
 
+    from lorakit.hub.quiet import quiet_imports
+
     torch.ones(256, 256) @ torch.ones(256, 256)
-    _ = transformers.LlamaForCausalLM, transformers.AutoTokenizer  # lazily loaded on access
+    with quiet_imports():
+        _ = transformers.LlamaForCausalLM, transformers.AutoTokenizer  # lazily loaded on access
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:

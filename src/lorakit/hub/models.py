@@ -34,7 +34,7 @@ from lorakit.hub.quantizing import (
     quantization_of_files,
     require_quantizer,
 )
-from lorakit.hub.quiet import quiet_transformers
+from lorakit.hub.quiet import quiet_imports, quiet_transformers
 from lorakit.hub.shapes import skeleton
 from lorakit.hub.sources import ModelSource, base_named, call_loader, require, resolve
 from lorakit.hub_cache import TOKENIZER_FILES
@@ -302,15 +302,18 @@ def load_base(
     if named in PACKAGED:  # whose directory in the cache may be missing here
         name = resolve(named).path_or_id
     library = transformers if task else import_module(written_class[0])
-    kind = getattr(library, CLASSES[task] if task else written_class[1], None)
-    if kind is None:
-        raise ModelError(f"class {'.'.join(written_class)} not found, so the base {name} cannot be loaded.", where=name)
-    if name.endswith(gguf_files.SUFFIX) and Path(name).is_file():
-        source = resolve(name)
-        model = call_loader(source, partial(kind.from_pretrained, **options, **gguf_files.dequantizing_options()))
-        gguf_files.finish_model(model, Path(name))
-    else:
-        model = kind.from_pretrained(name, **options)
+    with quiet_imports():
+        kind = getattr(library, CLASSES[task] if task else written_class[1], None)
+        if kind is None:
+            raise ModelError(
+                f"class {'.'.join(written_class)} not found, so the base {name} cannot be loaded.", where=name
+            )
+        if name.endswith(gguf_files.SUFFIX) and Path(name).is_file():
+            source = resolve(name)
+            model = call_loader(source, partial(kind.from_pretrained, **options, **gguf_files.dequantizing_options()))
+            gguf_files.finish_model(model, Path(name))
+        else:
+            model = kind.from_pretrained(name, **options)
     if (tokenizer_folder / "tokenizer_config.json").exists() and hasattr(model, "get_input_embeddings"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:

@@ -11,6 +11,20 @@ _CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 
 @contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Limit the quantization packages that transformers imports to errors within a block, then restore the settings.
+
+    Yields:
+        Nothing.
+    """
+    with contextlib.ExitStack() as restore:
+        for logger in map(logging.getLogger, _CHATTY):
+            restore.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        yield
+
+
+@contextlib.contextmanager
 def quiet_transformers(*, bars: bool = False) -> Iterator[None]:
     """Limit transformers' logging to errors and hide its progress bars within a block, then restore the settings.
 
@@ -20,10 +34,7 @@ def quiet_transformers(*, bars: bool = False) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    with contextlib.ExitStack() as restore:
-        for logger in map(logging.getLogger, _CHATTY):
-            restore.callback(logger.setLevel, logger.level)
-            logger.setLevel(logging.ERROR)
+    with quiet_imports(), contextlib.ExitStack() as restore:
         from transformers.utils import logging as own
 
         restore.callback(own.set_verbosity, own.get_verbosity())

@@ -29,6 +29,7 @@ from lorakit.data.encoding import Sequence as Encoded
 from lorakit.data.loader import padded_ids
 from lorakit.durable import JsonObject, JsonValue, write_json
 from lorakit.errors import AdapterFileError, ConfigError, MissingExtra, ModelError
+from lorakit.hub.quiet import quiet_imports
 from lorakit.hub.sources import WEIGHTS
 from lorakit.tasks.encoding import PAIRS, EncodedRows, encode_row, encode_rows
 from lorakit.tasks.labels import pair_target
@@ -372,7 +373,8 @@ def _losses() -> Any:
 def _check_installed() -> None:
     """Raise MissingExtra if sentence-transformers is not installed."""
     try:
-        import sentence_transformers  # noqa: F401
+        with quiet_imports():
+            import sentence_transformers  # noqa: F401
     except ImportError as cause:
         raise MissingExtra(
             "the task embedding needs the package sentence-transformers: pip install 'lorakit[embedding]'",
