@@ -101,7 +101,7 @@ def test_tokens_show_what_is_trained(tiny_tokenizer: Any) -> None:
 
 def test_a_character_that_never_ends_is_shown_as_it_decodes(tiny_tokenizer: Any) -> None:
     ids = tiny_tokenizer("🎉", add_special_tokens=False)["input_ids"][:1]
-    assert list(tokens_of(ids, [-100], tiny_tokenizer)) == [Token("\ufffd", False)]
+    assert list(tokens_of(ids, [-100], tiny_tokenizer)) == [Token("\ufffd", False, 1)]
 
 
 def test_nothing_to_train_is_an_error(tiny_tokenizer: Any) -> None:
@@ -141,3 +141,64 @@ def test_the_page_is_self_contained_and_escapes_the_data(tmp_path: Path, tiny_to
     assert page.loads == [] and "script" not in page.tags and "b" not in page.tags
     assert "a <script>alert(1)</script> & <b>\u241b[31m" in page.trained
     assert "Data: &lt;data&gt;.jsonl" in text and "nothing held out" in text and "\x1b" not in text
+
+
+def trained(model: Any, trainer: Any, pre: Any, decoder: Any) -> Any:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(model)
+    made.pre_tokenizer, made.decoder = pre, decoder
+    made.train_from_iterator(TEXTS * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+
+
+def tokenizer_of(kind: str) -> Any:
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    special = ["[UNK]", "[CLS]", "[SEP]"]
+    if kind == "WordPiece":
+        trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=special)
+        model = models.WordPiece(unk_token="[UNK]")
+        return trained(model, trainer, pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(cleanup=False))
+    if kind == "Unigram":
+        unigram = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="[UNK]")
+        return trained(models.Unigram(), unigram, pre_tokenizers.Metaspace(), decoders.Metaspace())
+    from lorakit import hub
+
+    return hub.load_tokenizer(hub.resolve("smollm2"))
+
+
+TEXTS = [
+    "realizing that the quick brown fox jumps over the lazy dog",
+    "words of several pieces are unrealizable and jumping",
+    "one two three four five six seven eight nine ten",
+]
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "Unigram", "smollm2"])
+@pytest.mark.parametrize("border", [None, 0, 3, 7])
+def test_words_are_not_glued(kind: str, border: int | None) -> None:
+    """Pieces joined are the text as the tokenizer decodes it as a whole, and here the text itself."""
+    tokenizer = tokenizer_of(kind)
+    for text in TEXTS:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        labels = [-100 if border is None or at < border else number for at, number in enumerate(ids)]
+        shown = list(tokens_of(ids, labels, tokenizer))
+        assert "".join(token.text for token in shown) == tokenizer.decode(ids) == text
+        assert sum(token.count for token in shown) == len(ids)
+        assert sum(token.count for token in shown if token.is_trained) == sum(label != -100 for label in labels)
+
+
+def test_the_page_numbers_rows_and_counts_tokens(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    rows = Records([Completion("hello ", "wörld 🎉"), Completion("a", " b")])
+    found = quality_of(Split(rows, Records(), ""), tiny_tokenizer, 64)
+    write_page(tmp_path / "page.html", ["a"], found, "")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    for number, row in enumerate(rows, start=1):
+        assert isinstance(row, Completion)
+        prompt, answer = (
+            tiny_tokenizer(text, add_special_tokens=False)["input_ids"] for text in (row.prompt, row.completion)
+        )
+        title = f"Row {number}: {len(prompt) + len(answer) + 1} tokens, {len(answer) + 1} with loss"
+        assert f"<h3>{title}</h3>" in page

@@ -143,7 +143,7 @@ def _count_inactive(encoded: EncodedData, tokenizer: Tokenizer, flags: Flags, le
 
 
 def _print(found: Quality, note: str, flags: Flags) -> None:
-    from lorakit.data.quality import marked
+    from lorakit.data.quality import marked, row_title
 
     for line in [*found.report.lines(), note, *found.notes]:
         console.say(line)
@@ -155,7 +155,8 @@ def _print(found: Quality, note: str, flags: Flags) -> None:
     console.say(console.table(["tokens", "sequences", ""], rows))
     for number, tokens in enumerate(found.examples[: flags.rows], start=1):
         is_colored = colored(sys.stdout)
-        console.say(f"\nRow {number} ({'colored' if is_colored else 'in brackets'}: contributes to the loss)")
+        how = "colored" if is_colored else "in brackets"
+        console.say(f"\n{row_title(number, tokens)} ({how}: contributes to the loss)")
         if is_colored:
             write_pieces((token.text, "green" if token.is_trained else "") for token in tokens)
         else:

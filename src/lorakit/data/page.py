@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from lorakit.data.quality import Quality, Token
+from lorakit.data.quality import Quality, Token, row_title
 from lorakit.durable import write_text
 from lorakit.errors import printable
 
@@ -18,6 +18,7 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; padding: 1rem;
   max-width: 60rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+h3 { font-size: .9rem; font-weight: 600; margin: 1rem 0 -.4rem }
 table { border-collapse: collapse; width: 100%; max-width: 36rem }
 td, th { padding: .15rem .75rem .15rem 0; text-align: right; white-space: nowrap }
 td:last-child { width: 100%; text-align: left }
@@ -56,7 +57,7 @@ def write_page(path: Path, files: Sequence[str], found: Quality, note: str) -> N
         _histogram(found),
         "<h2>Rows</h2>",
         '<p>Tokens on a <span class="loss">colored background</span> contribute to the loss.</p>',
-        *(_row(tokens) for tokens in found.examples),
+        *(_row(number, tokens) for number, tokens in enumerate(found.examples, start=1)),
         "</body></html>",
     ]
     write_text(path, "\n".join(parts) + "\n")
@@ -73,8 +74,8 @@ def _histogram(found: Quality) -> str:
     return f"<table>{head}{''.join(rows)}</table>"
 
 
-def _row(tokens: Sequence[Token]) -> str:
+def _row(number: int, tokens: Sequence[Token]) -> str:
     spans = (
         f"<span{' class=loss' if token.is_trained else ''}>{escape(printable(token.text))}</span>" for token in tokens
     )
-    return f'<div class="row">{"".join(spans)}</div>'
+    return f'<h3>{row_title(number, tokens)}</h3><div class="row">{"".join(spans)}</div>'

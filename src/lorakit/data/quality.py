@@ -41,12 +41,14 @@ class Token:
     """Adjacent tokens of a row that decode to whole characters.
 
     Attributes:
-        text: The text.
+        text: The text, with the space before it if there is one.
         is_trained: Whether the tokens contribute to the loss.
+        count: Number of tokens; 0 for other text.
     """
 
     text: str
     is_trained: bool
+    count: int = 0
 
 
 Visit: TypeAlias = Callable[[Record, bytes], None]
@@ -225,6 +227,13 @@ def shown_tokens(row: Sequence, tokenizer: Tokenizer, names: Many[str] = ()) -> 
         yield from tokens_of(found, found, tokenizer)
 
 
+def row_title(number: int, tokens: Iterable[Token]) -> str:
+    """Return the number of a row with its number of tokens and, if labels belong to tokens, of those with loss."""
+    counts = [(token.count, token.is_trained) for token in tokens]
+    total, trained = sum(count for count, _ in counts), sum(count for count, is_trained in counts if is_trained)
+    return f"Row {number}: {format_count(total, 'token')}" + (f", {trained:,} with loss" if trained else "")
+
+
 def marked(tokens: Iterable[Token], begin: str = "[", end: str = "]", most: int | None = None) -> str:
     """Return the text of a row, with marks around the parts that contribute to the loss.
 
@@ -251,16 +260,27 @@ def tokens_of(ids: Many[int], labels: Many[int], tokenizer: Tokenizer) -> Iterat
         labels: Labels of the same length; -100 at positions that do not contribute to the loss.
         tokenizer: The tokenizer that made them.
     """
-    for is_trained, group in itertools.groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED):
-        held: list[int] = []
-        for token, _ in group:
-            held.append(token)
-            text = text_of(tokenizer, held)
-            if "\ufffd" not in text:
-                yield Token(text, is_trained)
-                held = []
-        if held:
-            yield Token(text_of(tokenizer, held), is_trained)
+    before, held, is_trained = list[int](), list[int](), False
+    for token, label in zip(ids, labels, strict=True):
+        if held and is_trained != (label != IGNORED):  # an incomplete character that crosses the border
+            yield Token(_text_after(before, held, tokenizer), is_trained, len(held))
+            before, held = held, []
+        is_trained = label != IGNORED
+        held.append(token)
+        text = _text_after(before, held, tokenizer)
+        if not text.endswith("\ufffd"):
+            yield Token(text, is_trained, len(held))
+            before, held = held, []
+    if held:
+        yield Token(_text_after(before, held, tokenizer), is_trained, len(held))
+
+
+def _text_after(before: list[int], held: list[int], tokenizer: Tokenizer) -> str:
+    """Decode tokens in the context of the tokens before them, on which the spaces between words depend."""
+    if not before:
+        return text_of(tokenizer, held)
+    context, both = text_of(tokenizer, before), text_of(tokenizer, before + held)
+    return both[len(context) :] if both.startswith(context) else text_of(tokenizer, held)
 
 
 class _NearDuplicates:
