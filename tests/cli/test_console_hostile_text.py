@@ -233,7 +233,7 @@ def test_names_of_files_and_labels_in_a_terminal(
             found = main([str(word) for word in words])
         text = shown.decode().replace("\r\n", "\n")  # the terminal adds the carriage returns
         assert found == code, text
-        assert "MARK" in text
+        assert "u202e" in text
         assert not commands_the_terminal(text), text
 
 
