@@ -25,7 +25,7 @@ def test_the_report(rows: Path, tiny_model_directory: Path, tmp_path: Path, caps
     said = capsys.readouterr().out
     assert f"{rows}: question-answer rows." in said
     assert "6 conversations: 6 sequences" in said
-    assert "Row 1 (in brackets: contributes to the loss)" in said and "[0 of course" in said
+    assert " with loss (in brackets: contributes to the loss)" in said and "[0 of course" in said
     assert page.read_text().count('<div class="row">') == 6
 
 
