@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from lorakit.caches import GGUF
+from lorakit.hub import gguf_models
 
 NAMES = {
     "input_layernorm": "attn_norm",
@@ -17,6 +23,12 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+
+
+@pytest.fixture(autouse=True)
+def own_gguf_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep converted models in the test's directory; import this fixture to use it."""
+    monkeypatch.setattr(gguf_models, "GGUF", dataclasses.replace(GGUF, place=str(tmp_path / "gguf-cache")))
 
 
 def write_gguf(

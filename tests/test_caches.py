@@ -450,3 +450,19 @@ def test_nothing_else_gives_places_in_the_cache_directory() -> None:
     assert users == DIRECTORIES
     assert {cache.place for cache in CACHES} == {one.place for one in vars(caches).values() if isinstance(one, Cache)}
     assert len({cache.place for cache in CACHES}) == len(CACHES)
+
+
+def test_the_files_of_a_tokenizer_without_a_backend_are_part_of_its_settings(tmp_path: Path) -> None:
+    from transformers import CTRLTokenizer
+
+    found = []
+    for number, merges in enumerate(("a b\nab c\n", "b c\na bc\n", "a b\nab c\n")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "vocab.json").write_text(json.dumps({name: at for at, name in enumerate(("<unk>", "a", "b", "c"))}))
+        (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}")
+        tokenizer = CTRLTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+        assert getattr(tokenizer, "backend_tokenizer", None) is None
+        found.append((hub.tokenizer_hash(tokenizer), hub.tokenizer_settings(tokenizer)))
+    assert found[0] == found[2]
+    assert found[0][0] == found[1][0] and found[0][1] != found[1][1]

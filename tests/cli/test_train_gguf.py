@@ -11,6 +11,7 @@ import pytest
 from lorakit import hub
 from lorakit.cli import main
 
+from ..small_gguf import own_gguf_cache as own_gguf_cache
 from ..small_gguf import write_gguf
 
 pytest.importorskip("gguf")

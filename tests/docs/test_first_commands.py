@@ -14,6 +14,7 @@ import torch
 
 from lorakit import cli
 
+from ..small_gguf import own_gguf_cache as own_gguf_cache
 from ..small_gguf import write_gguf
 
 ROOT = Path(__file__).parents[2]

@@ -19,6 +19,7 @@ from lorakit.hub.gguf_files import readable_architectures
 from lorakit.hub.model_config import config_of
 from lorakit.hub.models import load_base
 
+from ..small_gguf import own_gguf_cache as own_gguf_cache
 from ..small_gguf import write_gguf
 
 pytest.importorskip("gguf")

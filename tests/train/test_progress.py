@@ -34,7 +34,7 @@ def test_plain_lines_are_few_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
             progress.train_row(_row(step))
         progress.eval_row(EVALUATION)
     lines = stream.getvalue().splitlines()
-    assert [line.split()[1] for line in lines[:-1]] == ["1/30", "11/30", "21/30", "30/30"]
+    assert [line.split()[1] for line in lines[:-1]] == [f"{step}/30" for step in (*range(1, 30, 4), 30)]
     assert lines[0] == "step 1/30  loss 2.5000  1,234 tokens/s  peak 1.50 GB  29 s left"
     assert lines[-1] == "evaluation at step 2: loss 1.5000, perplexity 4.48 over 12,345 tokens"
 
@@ -76,7 +76,10 @@ def test_tokenizing_is_told_from_time_to_time(monkeypatch: pytest.MonkeyPatch) -
         for done in range(25):
             progress.reading("training data", done * 10_000_000, 240_000_000)
     assert stream.getvalue().splitlines() == [
-        "tokenizing training data: 100 MB of 240 MB (42%)",
+        "tokenizing training data: 40.0 MB of 240 MB (17%)",
+        "tokenizing training data: 80.0 MB of 240 MB (33%)",
+        "tokenizing training data: 120 MB of 240 MB (50%)",
+        "tokenizing training data: 160 MB of 240 MB (67%)",
         "tokenizing training data: 200 MB of 240 MB (83%)",
     ]
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import ProgressColumn, TaskID
 
-PLAIN_SECONDS = 10.0
+PLAIN_SECONDS = 4.0
 """Minimum time between two plain lines, in seconds; evaluations and the first and last steps are always printed."""
 
 LIVE_BYTES = 1_000_000
