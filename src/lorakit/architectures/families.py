@@ -284,6 +284,9 @@ TUPLE_ROUTERS = (
 )
 """Subclasses of nn.Linear that return a tuple, to which the product of A and B cannot be added."""
 
+TUPLE_ROUTER_BY_TYPE: Mapping[str, str] = dict.fromkeys(("llama4", "llama4_text", "phimoe"), "router")
+"""`model_type` -> name of the modules of these classes, whose weights are adapted as parameters."""
+
 _DEPENDS_ON_PADDING: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("canine", "convbert", "cpmant", "fnet", "funnel", "mobilebert", "nystromformer"), ()),
     **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4", "prophetnet", "reformer", "yoso"), ()),

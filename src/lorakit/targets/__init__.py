@@ -7,6 +7,7 @@ from lorakit.targets.experts import (
     parts_at,
     with_current_names,
     with_fused_targets,
+    with_routers_as_parameters,
 )
 from lorakit.targets.resolving import (
     ALL_LINEAR,
@@ -56,4 +57,5 @@ __all__ = [
     "unfitting_keys",
     "with_current_names",
     "with_fused_targets",
+    "with_routers_as_parameters",
 ]

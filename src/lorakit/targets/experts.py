@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lorakit.architectures.families import EXPERTS_BY_TYPE
+from lorakit.architectures.families import EXPERTS_BY_TYPE, TUPLE_ROUTER_BY_TYPE
 from lorakit.architectures.layouts import BLOCK, ExpertsLayout
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError, TargetError
@@ -71,6 +71,7 @@ def with_current_names(
             a fused parameter and its parts.
         TargetError: An expert is named that the model does not have.
     """
+    config = with_routers_as_parameters(config, model_type, parameters)
     layout = EXPERTS_BY_TYPE.get(model_type)
     wanted = config.target_modules
     if layout is None or not wanted:
@@ -86,6 +87,28 @@ def with_current_names(
         return config
     _check(layout, config, found, {parameter.path: parameter for parameter in held})
     return _converted(layout, config, found, held)
+
+
+def with_routers_as_parameters(config: LoraConfig, model_type: str, parameters: Sequence[BareParameter]) -> LoraConfig:
+    """Return a config that targets the weights of routers that return tuples, instead of the modules.
+
+    The product of A and B cannot be added to a tuple.
+
+    Args:
+        config: The config; it is not modified.
+        model_type: The model's `model_type`.
+        parameters: Every named parameter of the model, in order.
+    """
+    name, wanted = TUPLE_ROUTER_BY_TYPE.get(model_type), config.target_modules
+    if name is None or not wanted or isinstance(wanted, str):
+        return config
+    routers = [p.path for p in parameters if p.name == "weight" and p.module.rpartition(".")[2] == name]
+    moved = {entry for entry in wanted if any(names_path(f"{entry}.weight", path) for path in routers)}
+    if not moved:
+        return config
+    named = [*(config.target_parameters or ()), *sorted(f"{entry}.weight" for entry in moved)]
+    rest = [entry for entry in wanted if entry not in moved]
+    return dataclasses.replace(config, target_modules=rest, target_parameters=list(dict.fromkeys(named)))
 
 
 def with_fused_targets(
@@ -323,7 +346,11 @@ def note_on_rest(
         sizes[label] = sizes.get(label, 0) + _size(modules, parameter)
     labels = ", ".join(sorted(sizes, key=lambda label: (-sizes[label], label)))
     fraction = sum(sizes.values()) / max(total, 1)
-    return Note(LEFT_OUT, f"The targets leave out {labels}: {fraction:.2%} of the model's parameters.")
+    text = (
+        f"The targets leave out {labels}: {fraction:.2%} of the model's parameters, which are not weights of plain "
+        "linear layers; name them in target_parameters to adapt them."
+    )
+    return Note(LEFT_OUT, text)
 
 
 def _is_left_out(given: LoraConfig, config: LoraConfig) -> Callable[[str], bool]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorakit.architectures.families import DEFAULT_TARGETS, EXPERTS_BY_TYPE
+from lorakit.architectures.families import DEFAULT_TARGETS, EXPERTS_BY_TYPE, TUPLE_ROUTER_BY_TYPE
 from lorakit.config import LoraConfig, scale
 from lorakit.core.attachment import build
 from lorakit.core.attachment.residual_base import give_base_back, mover_of, residual
@@ -252,7 +252,7 @@ def with_targets(config: LoraConfig, model: nn.Module | AdapterIndex) -> LoraCon
     """
     plain = model.model if isinstance(model, AdapterIndex) else model
     given, model_type = _unwrapped(_with_default(config, plain)), model_type_of(plain)
-    if model_type not in EXPERTS_BY_TYPE:
+    if model_type not in EXPERTS_BY_TYPE and model_type not in TUPLE_ROUTER_BY_TYPE:
         return given
     index = AdapterIndex.of(model)
     return with_current_names(given, model_type, index.candidates, bare_parameters(index))

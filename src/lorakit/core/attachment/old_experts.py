@@ -28,7 +28,15 @@ from lorakit.core.kinds.parameter import joined_A, joined_B
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.target_weights import bare_parameters, named_targets
 from lorakit.errors import AdapterFileError, ShapeMismatchError
-from lorakit.targets import BareParameter, current_path, literal_value, names_path, parts_at, with_fused_targets
+from lorakit.targets import (
+    BareParameter,
+    current_path,
+    literal_value,
+    names_path,
+    parts_at,
+    with_fused_targets,
+    with_routers_as_parameters,
+)
 
 _EXPERT = re.compile(r"(?P<around>(?:.+\.)?experts)\.(?P<number>\d{1,6})\.(?P<old>\w+)", re.ASCII)
 
@@ -50,7 +58,9 @@ class _OldSites:
 
 
 def with_fused_experts(files: AdapterFiles, index: AdapterIndex, *, rescales_B: bool = False) -> AdapterFiles:
-    """Return an adapter's files with the experts of each layer fused; other files are returned unchanged.
+    """Return an adapter's files with the experts of each layer fused; other tensors are returned unchanged.
+
+    Routers that return tuples become parameters in the config; their tensors have the same names.
 
     Args:
         files: The adapter's files.
@@ -63,7 +73,11 @@ def with_fused_experts(files: AdapterFiles, index: AdapterIndex, *, rescales_B: 
             another scale than the other part, or a site has tensors other than A and B.
         ShapeMismatchError: The experts of a layer have tensors of different shapes.
     """
-    layout = OLD_EXPERTS_BY_TYPE.get(model_type_of(index.model))
+    model_type = model_type_of(index.model)
+    files = dataclasses.replace(
+        files, config=with_routers_as_parameters(files.config, model_type, bare_parameters(index))
+    )
+    layout = OLD_EXPERTS_BY_TYPE.get(model_type)
     if layout is None:
         return files
     present = by_site({name: name for name in files.file.tensors})
