@@ -159,9 +159,11 @@ def check_marked(pair: Pair, record: Conversation) -> None:
 
 def check_original(template: str, pair: Pair, record: Conversation) -> bool:
     """A template without marks that renders the same text; return whether it does."""
-    if rendered(pair.marked, record) != rendered(pair.original, record):
+    text, after = rendered(pair.marked, record), "<|user|>" if template == "glm4moe" else ""
+    if text != rendered(pair.original, record) + after:  # TRL's GLM ends the last turn too
         return False
     ids, marks = marks_of(pair.marked, record)
+    ids, marks = (ids[:-1], marks[:-1]) if after else (ids, marks)
     result = conversation_tokens(record, pair.original)
     assert result.ids == ids
     runs = runs_of(marks)
@@ -219,7 +221,7 @@ def ends_otherwise(template: str, record: Conversation, at: int) -> bool:
 @pytest.mark.parametrize("template", PAIRED)
 def test_short_answers(pairs: Callable[[str], Pair], template: str) -> None:
     """The answers that a search in the text would find elsewhere."""
-    pair = pairs(template)
+    pair, compared = pairs(template), 0
     for answer in [*WORDS, *MARKS, *TAGS, *SPACES, *OTHER, *(f"yes{end}" for end in ENDS.values()), "<|im_end|>"]:
         record = Conversation(
             (user("Userone?"), assistant(answer), user("b"), assistant("c"), user("d"), assistant(answer)),
@@ -227,8 +229,9 @@ def test_short_answers(pairs: Callable[[str], Pair], template: str) -> None:
             7,
         )
         check_marked(pair, record)
-        check_original(template, pair, record)
-        check_original(template, pair, Conversation(record.messages[:2]))
+        compared += check_original(template, pair, record)
+        compared += check_original(template, pair, Conversation(record.messages[:2]))
+    assert compared > 40
 
 
 @pytest.mark.parametrize("template", PAIRED)

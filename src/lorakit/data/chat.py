@@ -122,7 +122,7 @@ def _by_marks(record: Conversation, words: Conversation, tokenizer: Tokenizer) -
             for position in () if turn.is_trained else run:
                 marks[position] = False
     tail = said.rpartition(parts[-1])[2] if parts else ""
-    ended = bool(tail.strip()) or any(_ends_specially(tokenizer, ids, run) for run in _runs(marks))
+    ended = bool(tail.strip()) or any(_special_end(tokenizer, ids, run) for run in _runs(marks))
     return TokenizedRow(ids, marks, ended)
 
 
@@ -157,13 +157,14 @@ def _by_prompts(record: Conversation, words: Conversation, tokenizer: Tokenizer,
         run = _run(offsets, span)
         if not run:
             continue
-        if not _ends_specially(tokenizer, ids, run) and not span.is_cut:
-            following = run[-1] + 1
+        last, following = _special_end(tokenizer, ids, run), run[-1] + 1
+        if not span.is_cut and (not last or any(last in (turn.content or "") for turn in record.messages)):
             if _end_marker(record, tokenizer):
                 ended = True
-            elif following < len(ids) and _ends_specially(tokenizer, ids, [following]):
-                run.append(following)  # without an end of its own, a turn is ended by the mark of the next one
-        ended = ended or _ends_specially(tokenizer, ids, run)
+            else:  # without an end of its own, a turn is ended by the special token that begins the next one
+                last = _special_end(tokenizer, ids, [following]) if following < len(ids) else ""
+                run += [following] if last else []
+        ended = ended or bool(last)
         joined += _is_joined(offsets, run[0], span.start)
         for position in run:
             trained[position] = True
@@ -273,8 +274,8 @@ def _is_joined(offsets: list[tuple[int, int]], first: int, start: int) -> bool:
     return offsets[first][0] < start or (first > 0 and offsets[first - 1][1] < start)
 
 
-def _ends_specially(tokenizer: Tokenizer, ids: list[int], run: list[int]) -> bool:
-    """Return whether the last token of a run that is not white space is a special token."""
+def _special_end(tokenizer: Tokenizer, ids: list[int], run: list[int]) -> str:
+    """Return the last token of a run that is not white space, if it is a special token, else ""."""
     texts = ((ids[at], text_of(tokenizer, [ids[at]])) for at in reversed(run))
-    token = next((token for token, text in texts if text.strip()), None)
-    return token is not None and not tokenizer.decode([token], skip_special_tokens=True)
+    token, text = next(((token, text) for token, text in texts if text.strip()), (None, ""))
+    return "" if token is None or tokenizer.decode([token], skip_special_tokens=True) else text
