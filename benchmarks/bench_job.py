@@ -167,11 +167,10 @@ def trainer(asked: dict[str, Any]) -> None:
     import peft
     import transformers
 
-    from lorakit import data, hub
+    from lorakit import hub
 
     folder = Path(asked["folder"])
     tokenizer, model = hub.load_tokenizer("smollm2"), hub.load_model("smollm2", dtype="bfloat16")
-    tokenizer.pad_token_id = data.padding_id(tokenizer)
     fields = {"r": RANK, "lora_alpha": ALPHA, "lora_dropout": asked["dropout"], "target_modules": "all-linear"}
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
     rows = {name: [_row(one) for one in sequences(folder, name)] for name in ("train", "eval")}

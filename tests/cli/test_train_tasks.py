@@ -236,6 +236,7 @@ def embedding_model(folder: Path) -> Path:
     modules = [Transformer(str(folder)), Pooling(32, "cls"), Dense(32, 8), Normalize()]
     prompts = {"prompts": {"search": "search: "}, "default_prompt_name": "search"}
     SentenceTransformer(modules=modules, device="cpu", **prompts).save(str(folder.with_name("embeds")))
+    shutil.rmtree(folder.with_name("embeds") / "3_Normalize")  # published models lack directories without settings
     return folder.with_name("embeds")
 
 

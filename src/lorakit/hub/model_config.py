@@ -292,7 +292,8 @@ def copy_embedding_files(source: ModelSource, folder: Path) -> bool:
     if found is None:
         return False
     for path in module_paths(source, _json_of(source, EMBEDDING_LIST)):
-        shutil.copytree(found / path, folder / path, dirs_exist_ok=True)
+        if (found / path).is_dir():  # published models lack directories without files, such as that of Normalize
+            shutil.copytree(found / path, folder / path, dirs_exist_ok=True)
     for file in (found / EMBEDDING_LIST, *found.glob("*sentence_*.json")):
         shutil.copyfile(file, folder / file.name)
     return True

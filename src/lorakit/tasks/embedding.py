@@ -80,6 +80,8 @@ class Embedder:
         tokenizer = hub.load_tokenizer(source)
         if settings.get("do_lower_case") and tokenizer("A")["input_ids"] != tokenizer("a")["input_ids"]:
             raise _unsupported(source, "do_lower_case, which its tokenizer does not apply")
+        if any(tokenizer("a").get("token_type_ids") or ()):
+            raise _unsupported(source, "token types, which lorakit gives to pairs only")
         self.max_length = settings.get("max_seq_length") or _longest(tokenizer, hub.config_of(source))
         self.prompt: str = self._pipeline.prompts.get(self._pipeline.default_prompt_name) or ""
         ids = tokenizer(self.prompt)["input_ids"] if self.prompt else []
