@@ -67,6 +67,7 @@ def test_a_chat_template_by_name(rows: Path, tiny_model_directory: Path, capsys:
         (["--on-bad-row", "drop"], "on_bad_row is 'drop'; it must be one of stop, skip"),
         (["--max-length", "1"], "max_length is 1; it must be at least 2"),
         (["--chat-template", "none.jinja"], "none.jinja cannot be read"),
+        (["--chat-template", "/dev/zero"], "/dev/zero cannot be read"),
     ],
 )
 def test_wrong_choices(

@@ -6,7 +6,11 @@ import re
 from pathlib import Path
 
 from lorakit.data.tokens import Tokenizer, token_ids
-from lorakit.errors import ConfigError, did_you_mean
+from lorakit.durable import read_bytes
+from lorakit.errors import AdapterFileError, ConfigError, did_you_mean
+
+MAX_BYTES = 1 << 20
+"""Maximum size of a chat template."""
 
 _FOLDER = Path(__file__).parent / "chat_templates"
 _MARKER = re.compile(r"<\|\w+\|>|<\w+_of_turn>")
@@ -31,8 +35,8 @@ def use_template(tokenizer: Tokenizer, choice: str, new_tokens: list[str]) -> No
     names = template_names()
     path = _FOLDER / f"{choice}.jinja" if choice in names else Path(choice)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as cause:
+        text = read_bytes(path, MAX_BYTES).decode("utf-8")
+    except (AdapterFileError, UnicodeDecodeError) as cause:
         known = f"pass a Jinja file or one of {', '.join(names)}.{did_you_mean(choice, names)}"
         raise ConfigError(
             f"chat_template: {path} cannot be read ({cause}); {known}", what=str(path), field="chat_template"
