@@ -116,3 +116,8 @@ def test_rows_without_labels_are_not_cached(tmp_path: Path, said: list[str], tin
         read_records(write(tmp_path / "a.jsonl", rows)), tiny_tokenizer, target, options
     )
     assert len(found.sequences) == 9 and not (tmp_path / "cache").exists()
+
+
+def test_every_option_that_may_change_tokens_is_an_input_of_their_key() -> None:
+    named = {one.name for one in dataclasses.fields(EncodeOptions)}
+    assert named - EncodeOptions(8).inputs().keys() == {"watch", "cache", "visit", "is_labeled"}

@@ -89,8 +89,7 @@ def encode_rows(
         encoder.name,
         target.as_dict(),
         target.note,
-        options.max_length,
-        options.overlong,
+        options.inputs(),
     ]
     return options.cache.fetch(
         records, parts, lambda: _encoded(records, tokenizer, target, options, encoder), Form(_pack, _unpack)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
@@ -85,6 +85,11 @@ class EncodeOptions:
     visit: Callable[[Record, bytes], None] | None = None
     is_labeled: bool = True
     prompt: str = ""
+
+    def inputs(self) -> JsonObject:
+        """Return the options that the tokens depend on, for the key of the token cache."""
+        others = ("watch", "cache", "visit", "is_labeled")
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in others}
 
 
 class Meter(Protocol):
