@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lorakit.data import SHAPES, Completion, Conversation, Document, Message, Record, Request, encode, read_records
-from lorakit.data.shapes import TRAINABLE
+from lorakit.data.shapes import TRAINABLE, text_records
 from lorakit.errors import ConfigError, DataError
 from lorakit.train.defaults import FORMATS
 
@@ -172,3 +172,13 @@ def test_an_instruction_needs_no_chat_template(tiny_tokenizer: Any) -> None:
 def test_the_names_of_formats_are_those_of_the_shapes() -> None:
     assert tuple(shape.name for shape in TRAINABLE) == FORMATS
     assert all(shape.remedy for shape in SHAPES if shape.build is None)
+
+
+def test_texts_as_rows() -> None:
+    words, text = (Request(allowed=(name,), needs_label=False) for name in ("token-classification", "classification"))
+    assert text_records(["Ann met  Bob"], words)[0].words == ("Ann", "met", "Bob")  # type: ignore[union-attr]
+    assert text_records(["a", "b"], text)[1].texts == ("b",)  # type: ignore[union-attr]
+    with pytest.raises(DataError):
+        text_records(["a\udcff"], text)
+    with pytest.raises(ConfigError):
+        text_records(["a"], Request(allowed=("text-pair",), needs_label=False))

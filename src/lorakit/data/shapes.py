@@ -15,7 +15,7 @@ from lorakit.data.fields import Values, class_name, label_of, strings_of
 from lorakit.data.messages import BadRow, check_value, named
 from lorakit.data.records import Completion, Document, Labeled, Message, Record, Records, Tagged
 from lorakit.durable import JsonObject, JsonValue
-from lorakit.errors import ConfigError, nearest
+from lorakit.errors import ConfigError, DataError, nearest
 
 LABELS = ("label", "tags", "target")
 """The fields that a model predicts."""
@@ -307,6 +307,7 @@ def text_records(texts: Sequence[str], request: Request) -> Records:
 
     Raises:
         ConfigError: No allowed shape consists of one text.
+        DataError: A text contains an unpaired surrogate.
     """
     shape = next((shape for shape in request.shapes() if len(shape.needed) == 1), None)
     if shape is None:
@@ -314,7 +315,10 @@ def text_records(texts: Sequence[str], request: Request) -> Records:
     (name,) = shape.needed
     layout = Layout(shape, {name: name}, {})
     rows = [{name: text.split() if name == "tokens" else text} for text in texts]
-    return Records(layout.record(row, "--text", at) for at, row in enumerate(rows, start=1))
+    try:
+        return Records(layout.record(row, "--text", at) for at, row in enumerate(rows, start=1))
+    except BadRow as cause:
+        raise DataError(f"--text: {cause}", field="text") from None
 
 
 def common_layout(layouts: Iterable[Layout | None]) -> tuple[str | None, dict[str, str]]:
