@@ -103,6 +103,8 @@ def saved(subject: Subject, folder: Path, **values: Any) -> Path:
     """Write a small model with random weights and a tokenizer."""
     settings = with_tokens(small_settings(subject.kind, subject.name), values)
     settings |= {"decoder_start_token_id": 0} if subject.task == "seq2seq" else {}
+    if "index_topk" in settings:  # at least the longest row, as in published models; see `families`
+        settings["index_topk"] = max(LENGTHS) + 1
     if subject.kind == "encoder-decoder":  # as `from_encoder_decoder_pretrained` sets them
         settings["decoder"] |= {"is_decoder": True, "add_cross_attention": True}
     model = build(subject.kind, subject.name, settings)

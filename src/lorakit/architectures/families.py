@@ -289,10 +289,14 @@ TUPLE_ROUTER_BY_TYPE: Mapping[str, str] = dict.fromkeys(("llama4", "llama4_text"
 
 _DEPENDS_ON_PADDING: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("canine", "convbert", "cpmant", "fnet", "funnel", "mobilebert", "nystromformer"), ()),
-    **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4", "prophetnet", "reformer", "yoso"), ()),
+    **dict.fromkeys(("prophetnet", "reformer", "yoso"), ()),
     **dict.fromkeys(("t5gemma", "t5gemma2", "xlnet"), ("classification",)),
 }
-"""Model types whose outputs for a row depend on the padding after it -> heads that do so; empty for all heads."""
+"""Model types whose outputs for a row depend on the padding after it -> heads that do so; empty for all heads.
+
+In rows longer than `index_topk`, sparse attention (`deepseek_v32`, `glm_moe_dsa`, ...) breaks ties between tokens of
+equal score by the length of the batch, also without padding; these models are not listed.
+"""
 
 
 def depends_on_padding(model_type: str, head: str) -> bool:
