@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from lorakit import core, hub
-from lorakit.cli import answers, main
+from lorakit.cli import answers, main, prompts
 from lorakit.cli.prompts import encode_prompts, read_chats, read_tools
+from lorakit.config import LoraConfig
 from lorakit.data.named_templates import use_template
 from lorakit.errors import DataError
 from lorakit.generate import generate
@@ -237,6 +238,54 @@ def test_a_prompt_file_that_is_no_text(
     (tmp_path / "p").write_bytes(b"ab\xff")
     said = refusal(capsys, 1, "--model", tiny_model_directory, "--prompt-file", tmp_path / "p")
     assert "p: not UTF-8 (invalid start byte at byte 2)." in said
+
+
+@pytest.mark.parametrize("flag", ["--prompt-file", "--messages", "--tools"])
+def test_a_file_without_an_end_is_an_error(
+    tiny_model_directory: Path, capsys: Any, monkeypatch: Any, flag: str
+) -> None:
+    monkeypatch.setattr(prompts, "MAX_PROMPT_BYTES", 4000)
+    words = ["--model", tiny_model_directory, flag, "/dev/zero", *(["--prompt", "x"] if flag == "--tools" else [])]
+    assert "/dev/zero: a prompt must not exceed 4.0 kB." in refusal(capsys, 1, *words)
+    with Path("/dev/zero").open(encoding="utf-8") as endless:
+        monkeypatch.setattr("sys.stdin", endless)
+        assert "standard input: a prompt must not exceed" in refusal(capsys, 1, "--model", tiny_model_directory)
+
+
+def test_an_answer_ends_where_turns_end_in_training(
+    tiny_model_directory: Path, tiny_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Judged by transformers: told where to end, before the merge; by itself, from the merged model's files."""
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.tensor(encode_prompts(["hello"], tiny_tokenizer, "chat", None))
+    end, model = tiny_tokenizer.convert_tokens_to_ids("<|im_end|>"), hub.load_model(tiny_model_directory)
+    model.config.tie_word_embeddings = False
+    head = torch.nn.Linear(*model.lm_head.weight.T.shape, bias=False)
+    torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
+    model.lm_head = head
+    usual = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :].tolist()
+    at = next(at for at in range(1, 8) if usual[at] not in usual[:at])
+    rows = torch.tensor([end, usual[at]])
+    with torch.no_grad():
+        head.weight[rows] = head.weight[rows.flip(0)]  # the model writes the end of a turn there
+    hub.save_model(model, base := tmp_path / "base", tiny_tokenizer)
+    told = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=[0, end])[0, ids.shape[1] :].tolist()
+    assert told == [*usual[:at], end]
+    core.attach(model := hub.load_model(base), LoraConfig(r=2, target_modules="all-linear"), "made")
+    for _, parameter in core.trainable_parameters(model, "made"):
+        parameter.data += 1e-6  # an adapter that changes no weight is reported
+    facts = {"base_name": "tiny", "training": {"prompt_format": "chat"}}
+    core.save_adapter(model, tmp_path / "a", "made", facts=facts)
+    words = ["--adapter", tmp_path / "a", "--prompt", "hello", "--max-new-tokens", 8]
+    (answer,) = asked(capsys, "--model", base, *words)["results"][0]["answers"]
+    assert (answer["tokens"], answer["ended"]) == (len(told), "eos")
+    assert (
+        main(["merge", "--model", str(base), "--adapter", str(tmp_path / "a"), "--output-dir", str(tmp_path / "m")])
+        == 0
+    )
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert merged.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :].tolist() == told
 
 
 def test_models_that_cannot_be_used(

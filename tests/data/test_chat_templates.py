@@ -18,7 +18,7 @@ import pytest
 
 from lorakit.cli.prompts import encode_prompts
 from lorakit.data import Conversation, Message, encode
-from lorakit.data.chat import TokenizedRow, conversation_tokens
+from lorakit.data.chat import TokenizedRow, conversation_tokens, end_tokens
 from lorakit.errors import DataError
 
 trl = pytest.importorskip("trl")
@@ -567,3 +567,27 @@ def test_keywords_reach_the_template(tiny_tokenizer: Any, template: str, options
     (run,) = runs(tokenizer, result.ids, result.trained)
     assert run.strip() in turn.said
     assert "Answerone." in run
+
+
+# The tokens at which the models of each family end an answer or a call, by their generation configs on the Hub.
+ENDS = {
+    CHATML: {"<|im_end|>"},
+    COHERE: {"<|END_OF_TURN_TOKEN|>"},
+    COHERE2: {"<|END_OF_TURN_TOKEN|>"},
+    DEEPSEEK: {"<|endoftext|>", "<｜end▁of▁sentence｜>"},
+    GEMMA: {"<end_of_turn>"},
+    GEMMA4: {"<turn|>", "<|tool_response>"},
+    GLM: {"<|user|>", "<|observation|>", "<|endoftext|>"},
+    HARMONY: {"<|return|>", "<|call|>", "<|endoftext|>"},
+    LLAMA3: {"<|eot_id|>", "<|eom_id|>"},
+    MUSE: {"<|eot|>", "<|eom|>"},
+    PHI3: {"<|end|>", "<|endoftext|>"},
+}
+
+
+@pytest.mark.parametrize("template", FORMS)
+def test_the_ends_are_those_of_the_models(made: Made, template: str) -> None:
+    tokenizer = made.tokenizer(template)
+    found = {tokenizer.decode([token]) for token in end_tokens(tokenizer)}
+    assert found, template
+    assert found <= ENDS[FORMS[template]]

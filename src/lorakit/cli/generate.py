@@ -15,7 +15,16 @@ from lorakit.cli import adapters, console, early
 from lorakit.cli.answers import Answer, show
 from lorakit.cli.flag_groups import RevisionFlag
 from lorakit.cli.int8_base import DTYPE, INT8, is_multiplied_in_int8, quantize_for_int8
-from lorakit.cli.prompts import encode_prompts, first_line, prompt_format, read_chats, read_prompts, read_tools, summary
+from lorakit.cli.prompts import (
+    encode_prompts,
+    end_ids,
+    first_line,
+    prompt_format,
+    read_chats,
+    read_prompts,
+    read_tools,
+    summary,
+)
 from lorakit.errors import MergeError, UsageError
 from lorakit.plan.job import BASE_MATMULS
 from lorakit.plan.quantized import stored_as
@@ -24,7 +33,7 @@ from lorakit.train.defaults import DEFAULTS
 if TYPE_CHECKING:
     from torch import nn
 
-    from lorakit.data import Conversation, Tokenizer
+    from lorakit.data import Conversation
 
 WORTHWHILE_TOKENS = 128
 """Minimum number of tokens for an automatic merge. For SmolLM2-135M with rank 16 on all linear layers, a merge pays for
@@ -155,7 +164,7 @@ def run(
     merged = write_into_base(model, names, labels, wanted, tokens, console.note if verbose else console.quiet)
     matmul = DTYPE if flags.base_matmul == DTYPE else quantize_for_int8(model, files, encoded, device)
     routed = names if core.adapters(model) else None  # after a merge, no adapters are left
-    ends, length = end_ids(model, tokenizer), flags.max_new_tokens
+    ends, length = end_ids(model, tokenizer, form), flags.max_new_tokens
     stream = partial(generate_batch, model, max_new_tokens=length, sampling=sampling, eos_ids=ends, adapters=routed)
     results = []
     for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
@@ -169,20 +178,6 @@ def run(
         facts = {"model": source.given, "dtype": dtype, "device": str(device), "chat": form == "chat", "merged": merged}
         facts["base_matmul"] = matmul
         console.emit_json({**facts, "sampling": asdict(sampling), "results": results})
-
-
-def end_ids(model: nn.Module, tokenizer: Tokenizer) -> set[int]:
-    """Return the ids of the end-of-text tokens in the model's config, its generation config and the tokenizer.
-
-    Args:
-        model: A transformers model.
-        tokenizer: The model's tokenizer.
-    """
-    found: set[int] = set()
-    for holder in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
-        ids = getattr(holder, "eos_token_id", None)
-        found |= set(ids) if isinstance(ids, (list, tuple)) else {ids} if isinstance(ids, int) else set()
-    return found
 
 
 def write_into_base(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lorakit import core, hub
 from lorakit.cli.adapters import MERGED_FILE, load_adapters, tokenizer_for
+from lorakit.cli.prompts import end_ids
 from lorakit.core.merging.merging import tied_sites
 from lorakit.core.model.base_view import dequantize
 from lorakit.core.model.fingerprint import add_merge_record, vocabulary_of
@@ -292,6 +293,7 @@ def _merge_into(request: MergeRequest, folder: Path, tokenizer: SavedTokenizer |
     if request.dtype != "auto":
         model.to(getattr(torch, request.dtype))
     add_merge_record(model, {f.file.sha256: given for f, given in zip(request.adapters, request.folders, strict=True)})
+    _end_as_trained(model, tokenizer, request.adapters)
     hub.save_model(model, folder, tokenizer)
     if request.task.task.loader == "encoder" and not hub.copy_embedding_files(request.source, folder):
         hub.write_embedding_files(folder, request.task.target.embedding)
@@ -304,6 +306,13 @@ def _merge_into(request: MergeRequest, folder: Path, tokenizer: SavedTokenizer |
         has_tokenizer=tokenizer is not None,
         report=report,
     )
+
+
+def _end_as_trained(model: torch.nn.Module, tokenizer: SavedTokenizer | None, adapters: Sequence[AdapterFiles]) -> None:
+    """Add the tokens that end turns in training to the generation config, so that any program ends answers there."""
+    generation = getattr(model, "generation_config", None)
+    if tokenizer is not None and generation is not None and _training(adapters).get("prompt_format") == "chat":
+        generation.eos_token_id = sorted(end_ids(model, tokenizer, "chat"))
 
 
 def _reject_tied(model: torch.nn.Module, names: Sequence[str]) -> None:

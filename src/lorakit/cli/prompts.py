@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from lorakit.errors import DataError, UsageError
 from lorakit.tables import format_bytes
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from lorakit.data import Conversation, Tokenizer
 
 MAX_PROMPT_BYTES = 64 << 20
@@ -150,6 +153,26 @@ def _chat_ids(chat: Conversation, tokenizer: Tokenizer) -> list[int]:
     return list(found["input_ids"])
 
 
+def end_ids(model: nn.Module, tokenizer: Tokenizer, form: str) -> set[int]:
+    """Return the ids of the tokens that end an answer.
+
+    These are the end-of-text tokens of the model's config, its generation config and the tokenizer, and in a chat also
+    the tokens with which the chat template ends a turn, because those were trained.
+
+    Args:
+        model: A transformers model.
+        tokenizer: The model's or the adapter's tokenizer.
+        form: Result of `prompt_format`.
+    """
+    from lorakit.data.chat import end_tokens
+
+    found: set[int] = set(end_tokens(tokenizer)) if form == "chat" else set()
+    for holder in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
+        ids = getattr(holder, "eos_token_id", None)
+        found |= set(ids) if isinstance(ids, (list, tuple)) else {ids} if isinstance(ids, int) else set()
+    return found
+
+
 def read_chats(files: Sequence[Path]) -> list[Conversation]:
     """Read conversations to continue, in the layouts of training data.
 
@@ -235,13 +258,15 @@ def first_line(prompt: str) -> str:
 
 
 def _read(path: Path, where: str) -> str:
+    """Read a file, a pipe or standard input, of which the size is unknown before, as text without its final break."""
     try:
-        if str(path) == "-":
-            return sys.stdin.read().removesuffix("\n")
-        if path.stat().st_size > MAX_PROMPT_BYTES:
+        with contextlib.nullcontext(sys.stdin) if str(path) == "-" else path.open("rb") as file:
+            given: str | bytes = file.read(MAX_PROMPT_BYTES + 1)
+        if len(given) > MAX_PROMPT_BYTES:
             raise DataError(f"{where}: a prompt must not exceed {format_bytes(MAX_PROMPT_BYTES)}.", where=where)
-        return path.read_text(encoding="utf-8").removesuffix("\n")
+        text = given if isinstance(given, str) else given.decode("utf-8")
     except OSError as cause:
         raise DataError(f"{where}: the prompt file cannot be read ({cause.strerror}).", where=where) from None
     except UnicodeDecodeError as cause:
         raise DataError(f"{where}: not UTF-8 ({cause.reason} at byte {cause.start}).", where=where) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")

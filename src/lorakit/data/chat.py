@@ -29,6 +29,7 @@ from lorakit.data.chat_rendering import (
 )
 from lorakit.data.records import Conversation, Message
 from lorakit.data.tokens import Tokenizer, text_of, token_ids
+from lorakit.durable import JsonObject
 from lorakit.errors import DataError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -101,6 +102,39 @@ def conversation_tokens(record: Conversation, tokenizer: Tokenizer) -> Tokenized
     words = in_words(record, absent("quartz", text), "k")
     check_rendered(words, tokenizer, rendered(words, tokenizer))  # short answers occur in any text, these words do not
     return _by_marks(record, words, tokenizer) or _by_prompts(record, words, tokenizer, text)
+
+
+def end_tokens(tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the ids of the special tokens that end answers and calls in training; empty without a chat template.
+
+    Args:
+        tokenizer: A tokenizer, whose end-of-text token may be another one.
+    """
+    function: JsonObject = {"name": "velvet", "description": "opal", "parameters": {"type": "object", "properties": {}}}
+    call: JsonObject = {"type": "function", "function": {"name": "velvet", "arguments": {"amber": "jade"}}}
+    tools: tuple[JsonObject, ...] = ({"type": "function", "function": function},)
+    calls = [Message("assistant", None, {"tool_calls": [call] * count}) for count in (2, 1)]  # some accept only one
+    user, result, found = Message("user", "opal"), Message("tool", "opal", {"name": "velvet"}), set[int]()
+    for turns, following, given in (([Message("assistant", "quartz")], user, ()), (calls, result, tools)):
+        for turn in turns:
+            try:
+                found |= _end_token(Conversation((user, turn, following), "the end of a turn", tools=given), tokenizer)
+            except DataError:
+                continue
+            break
+    return frozenset(found)
+
+
+def _end_token(talk: Conversation, tokenizer: Tokenizer) -> set[int]:
+    """Return the special token that ends the second turn, or else the one with which the third begins, if any."""
+    for count in (2, 3):
+        row = conversation_tokens(replace(talk, messages=talk.messages[:count]), tokenizer)
+        for run in _runs(row.trained)[:1]:
+            if _special_end(tokenizer, row.ids, run):
+                ids = [row.ids[at] for at in run]
+                end = next(token for token in reversed(ids) if text_of(tokenizer, [token]).strip())
+                return {end} if ids.count(end) == 1 else set()  # the end of each call is not that of the turn
+    return set()
 
 
 def _by_marks(record: Conversation, words: Conversation, tokenizer: Tokenizer) -> TokenizedRow | None:
