@@ -435,7 +435,9 @@ def test_the_source_is_part_of_the_code(tmp_path: Path, monkeypatch: Patch) -> N
         assert found[-1] != found[-2]
 
 
-@pytest.mark.parametrize("values", [{}, {"a": 1, "b": 2, "c": 3}, {"a": 1, "b": object()}], ids=["missing", "more", "not-json"])
+@pytest.mark.parametrize(
+    "values", [{}, {"a": 1, "b": 2, "c": 3}, {"a": 1, "b": object()}], ids=["missing", "more", "not-json"]
+)
 def test_a_key_needs_all_inputs_and_no_others_as_json(values: dict[str, Any]) -> None:
     cache = Cache("x", 1, ("a", "b"))
     with pytest.raises(TypeError):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Llama4TextConfig
 
 from lorakit import core
 from lorakit.cli import main, plan
@@ -258,6 +259,16 @@ def test_experts_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert {group["experts"] for group in found["adapter"]["groups"]} == ({3} if not words else {1, 3})
         assert main([*flags, "--verbose"]) == 0
         assert "3 experts in one parameter" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_plan_says_what_all_linear_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_local_experts": 4}
+    Llama4TextConfig(**sizes, architectures=["Llama4ForCausalLM"]).save_pretrained(tmp_path)
+    words = ["plan", str(tmp_path), "--target-modules", "all-linear"]
+    for more in ([], ["--verbose"]):
+        assert main([*words, *more]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert out.count("The targets leave out ") == 1 and "feed_forward.router" in out
 
 
 def test_fit_chooses_the_batch_size(capsys: pytest.CaptureFixture[str]) -> None:

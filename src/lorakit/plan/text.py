@@ -21,6 +21,7 @@ from lorakit.tables import (
     format_seconds,
     wrap,
 )
+from lorakit.targets import LEFT_OUT
 
 WIDTH = 80
 """Width in columns at which lines are wrapped."""
@@ -39,6 +40,8 @@ def render(plan: Plan, *, verbose: bool = False, notes: tuple[str, ...] = ()) ->
     """
     warnings = [f"warning: {message}" for message in (*_warnings(plan), *plan.counted.missing)]
     parts = [_paragraph(_head(plan)), _paragraph([*_summary(plan), *notes]), _paragraph(warnings), _sites(plan)]
+    if not verbose:  # otherwise they are among the reasons
+        parts.append(_paragraph([note.text for note in plan.counted.notes if note.kind == LEFT_OUT]))
     if plan.ranks is not None:
         parts.append(_ranks(plan.ranks))
     parts.append(_methods(plan))
