@@ -13,6 +13,8 @@ from lorakit import cli, core
 from lorakit.config import LoraConfig
 from lorakit.core.files import adapter_folder
 
+from ..conftest import CHAT_TEMPLATE
+
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
@@ -50,6 +52,41 @@ def test_side_by_side(
     assert [line.split()[0] for line in lines[2:]] == ["base", *map(str, folders)]
     assert cli.main(words) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+TOOLS_TEMPLATE = "{{ tools | tojson if tools else '' }}" + CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize("kind", ["template", "new tokens"])
+def test_data_that_only_the_adapters_template_renders(
+    tmp_path: Path, tiny_model_directory: Path, tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """What a run measured before training is what eval measures of the base, if both have the same tokens."""
+    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "It is four."}]
+    tools = [{"type": "function", "function": {"name": "lookup", "description": "tide"}}]
+    data, template, run = tmp_path / "talks.jsonl", tmp_path / "tools.jinja", tmp_path / "run"
+    rows = [{"messages": [{**talk[0], "content": f"hello {n}"}, talk[1]], "tools": tools} for n in range(2)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    template.write_text(TOOLS_TEMPLATE, encoding="utf-8")
+    common = ["--data", str(data), "--dtype", "float32", "--device", "cpu"]
+    words = [*common, "--eval-data", str(data), "--chat-template", str(template), "--max-steps", "1"]
+    more = ["--new-tokens", "<tide>"] if kind == "new tokens" else []
+    assert (
+        cli.main(
+            ["train", "--model", str(tiny_model_directory), *words, *more, "--output-dir", str(run), "--lr", "1e-2"]
+        )
+        == 0
+    )
+    first = json.loads((run / "run.json").read_text(encoding="utf-8"))["result"]["first_loss"]
+    capsys.readouterr()
+    assert cli.main(["eval", *common, "--adapter", str(run), "--json"]) == 0
+    captured = capsys.readouterr()
+    found = {row["name"]: row["loss"] for row in json.loads(captured.out)["results"]}
+    if kind == "template":
+        assert found.pop("base") == pytest.approx(first, rel=1e-5)
+    else:
+        assert "The base is not measured" in captured.err
+    assert list(found) == [str(run / "adapter")]
 
 
 def test_each_adapter_is_read_once(

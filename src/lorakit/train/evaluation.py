@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -273,8 +274,9 @@ def compare(
     """Measure a base model's loss and metrics, alone and with each adapter, on the same data.
 
     An adapter that was saved with its own tokenizer (for example, because it adds tokens) is an exception: for this
-    adapter, the same data is tokenized with the adapter's tokenizer. A base without a head for the task is not measured
-    alone.
+    adapter, the same data is tokenized with the adapter's tokenizer. If the adapters' tokenizers differ from the base's
+    only in the same chat template, the base is measured with it, as in training. A base without a head for the task, or
+    whose chat template does not render the data, is not measured alone.
 
     Args:
         settings: Model, data and adapters.
@@ -300,38 +302,26 @@ def compare(
         if settings.task is None
         else task_for(None, Split(records, Records(), ""), source, settings.labels, settings.task)
     )
-    tokenizer = hub.load_tokenizer(source)
+    tokenizer = _common_tokenizer(source, [files.folder for files in settings.adapters.values()])
     length = max_length_for(hub.shape_of(source), settings.max_length, lambda: usual_length(records, tokenizer, task))
     coding = _Coding(task, length, settings.batch_rows)
     owned = {folder: own_tokenizer(str(files.folder), tokenizer) for folder, files in settings.adapters.items()}
     tokenizers = [tokenizer, *(own for own in owned.values() if own is not None)]
     agree_on_padding(task, source, tokenizers)
-    batches, report = coding.batches(records, tokenizer)
-    total, *losses = report.lines()
-    detail(f"data: {total}")
-    for line in losses:
-        say(line)
-    coded = {}
-    for folder, files in settings.adapters.items():
+    batches, coded = coding.all_batches(records, tokenizer, owned, say, detail)
+    for files in settings.adapters.values():
         seen = seen_note(files.folder, files.sidecar.facts, records)
         if seen is not None:
             say(seen)
-        own = owned[folder]
-        if own is not None:
-            say(
-                f"{folder}: the adapter has its own tokenizer, so its loss is measured over different tokens than the "
-                "base's."
-            )
-        coded[folder] = batches if own is None else coding.batches(records, own)[0]
     choice = hub.choose_dtype(settings.dtype, where)
     detail(f"precision: {choice.reason}")
     folders = [files.folder for files in settings.adapters.values()]
     how = hub.LoadOptions(choice.dtype, where, settings.quantization)
     base = load_model_for(task, source, how, tokenizer, folders)
     loaded, name, alone, found = base.model, "adapter", list[tuple[str, Evaluation]](), dict[str, Evaluation]()
-    if base.new_modules:
+    if batches is not None and base.new_modules:
         say(f"The model has no weights for {', '.join(base.new_modules)}, so it is measured only with adapters.")
-    else:
+    elif batches is not None:
         alone = [("base", _measured(loaded, batches, where, task))]
     # embedding rows added for new tokens stay in the base and would change the losses of later adapters, so adapters
     # with smaller vocabularies go first
@@ -343,6 +333,18 @@ def compare(
     return [*alone, *((folder, found[folder]) for folder in settings.adapters)]
 
 
+def _common_tokenizer(source: hub.ModelSource, folders: Iterable[Path]) -> SavedTokenizer:
+    """Return the base's tokenizer, with the adapters' chat template if that alone differs and all have the same."""
+    tokenizer = hub.load_tokenizer(source)
+    found = [own_tokenizer(str(folder), tokenizer) for folder in folders]
+    owned = [own for own in found if own is not None and hub.tokenizer_hash(own) == hub.tokenizer_hash(tokenizer)]
+    templates = {hub.chat_template_hash(own) for own in owned}
+    return owned[0] if len(owned) == len(found) and len(templates) == 1 else tokenizer
+
+
+_Batches: TypeAlias = Callable[[], Iterable[Batch]]
+
+
 @dataclass(frozen=True)
 class _Coding:
     """How records become batches: the task, the maximum length, and the rows per batch of the longest sequences."""
@@ -351,7 +353,45 @@ class _Coding:
     length: int
     rows: int
 
-    def batches(self, records: AnyRecords, tokenizer: Tokenizer) -> tuple[Callable[[], Iterable[Batch]], Report]:
+    def all_batches(
+        self,
+        records: AnyRecords,
+        tokenizer: Tokenizer,
+        owned: Mapping[str, SavedTokenizer | None],
+        say: Callable[[str], None],
+        detail: Callable[[str], None],
+    ) -> tuple[_Batches | None, dict[str, _Batches]]:
+        """Return the batches of the base, or None if its tokenizer cannot render the data, and those of each adapter.
+
+        Args:
+            records: The data.
+            tokenizer: The base's tokenizer.
+            owned: Name of each adapter -> its own tokenizer, or None.
+            say: Function that receives messages.
+            detail: Function that receives the row and token counts.
+
+        Raises:
+            DataError: An adapter's tokenizer, or the base's if it is used, cannot render the data.
+        """
+        found = {name: self.batches(records, own) for name, own in owned.items() if own is not None}
+        try:
+            base = self.batches(records, tokenizer)
+        except DataError as cause:
+            if not found or len(found) < len(owned):
+                raise
+            base = None
+            say(f"The base is not measured, because only the adapter's tokenizer renders the data. {cause}")
+        total, *losses = (base or next(iter(found.values())))[1].lines()
+        detail(f"data: {total}")
+        for line in losses:
+            say(line)
+        for name in found if base is not None else ():
+            own = f"{name}: the adapter has its own tokenizer"
+            say(f"{own}, so its loss is measured over different tokens than the base's.")
+        shared = {} if base is None else dict.fromkeys(owned, base)
+        return base and base[0], {name: batches for name, (batches, _) in {**shared, **found}.items()}
+
+    def batches(self, records: AnyRecords, tokenizer: Tokenizer) -> tuple[_Batches, Report]:
         """Return a function that returns the batches, and the counts of the data."""
         encoded = self.task.task.encode(records, tokenizer, self.task.target, EncodeOptions(self.length))
         task, pad = self.task, padding_id(tokenizer)
@@ -359,9 +399,7 @@ class _Coding:
         return partial(evaluation_batches, task.task, collate, sequences, self.rows, pad), encoded.report
 
 
-def _measured(
-    model: nn.Module, batches: Callable[[], Iterable[Batch]], where: torch.device, task: TaskOnData
-) -> Evaluation:
+def _measured(model: nn.Module, batches: _Batches, where: torch.device, task: TaskOnData) -> Evaluation:
     acceleration = accelerate(model)
     try:
         found = evaluate(model, batches(), where, acceleration=acceleration, objective=task.objective)
