@@ -122,7 +122,8 @@ class RunSpec:
         source = resolve_base(settings.base, given.model, settings.from_adapter, progress.say)
         hub.require(source, tokenizer=True)
         quantization = hub.stored_as_files(source, quantization)
-        tokenizer, is_own = _tokenizer(settings, source, start)
+        before = _saved_tokenizer(folder, record)
+        tokenizer, is_own = _tokenizer(settings, source, start, before)
         saved = _saved_task(record) if start is None else start.task
         task = chosen_task(settings, data, source, saved, progress.say)
         found = _forecast(settings, source, tokenizer, task, start, data, record)
@@ -153,6 +154,7 @@ class RunSpec:
         )
         check_sharding(spec)
         agree_on_padding(task, source, [tokenizer])
+        _check_same_tokenizer(folder, tokenizer, before)
         return dataclasses.replace(spec, lock=run_folder.lock_output_dir(folder)) if processes.is_first else spec
 
     @property
@@ -181,14 +183,35 @@ def _saved_task(record: Mapping[str, Any] | None) -> TaskOnData | None:
     return None if target is None else TaskOnData(TASKS[resolved["task"]], target)
 
 
+def _saved_tokenizer(folder: Path, record: Mapping[str, Any] | None) -> SavedTokenizer | None:
+    """Return the tokenizer in the checkpoint from which a run is resumed, or None."""
+    found = None if record is None else checkpoint.newest_valid(folder)
+    return None if found is None else hub.adapter_tokenizer(found)
+
+
+def _check_same_tokenizer(folder: Path, tokenizer: SavedTokenizer, before: SavedTokenizer | None) -> None:
+    if before is not None and hub.tokenizer_hash(tokenizer) != hub.tokenizer_hash(before):
+        raise RunError(
+            f"cannot resume {folder}: the base's tokenizer changed; restore it, or use another --output-dir.",
+            what="tokenizer",
+            where=folder,
+            field="model",
+        )
+
+
 def _tokenizer(
-    settings: TrainSettings, source: hub.ModelSource, start: StartAdapter | None
+    settings: TrainSettings, source: hub.ModelSource, start: StartAdapter | None, before: SavedTokenizer | None
 ) -> tuple[SavedTokenizer, bool]:
-    """Return the run's tokenizer, with the given chat template, and whether it or its template is not the base's."""
+    """Return the run's tokenizer, with its chat template, and whether it or its template is not the base's.
+
+    A resumed run has the template of its checkpoint: files with templates may be changed or removed after a start.
+    """
     tokenizer = hub.load_tokenizer(source)
     own = None if start is None else own_tokenizer(str(start.adapter.folder), tokenizer)
     chosen, template = tokenizer if own is None else own, hub.chat_template_hash(tokenizer)
-    if settings.chat_template is not None:
+    if before is not None:
+        chosen.chat_template = before.chat_template
+    elif settings.chat_template is not None:
         use_template(chosen, settings.chat_template, settings.new_tokens or [])
     return chosen, own is not None or hub.chat_template_hash(chosen) != template
 
