@@ -13,6 +13,9 @@ import huggingface_hub
 import pytest
 
 from lorakit.cli import main
+from lorakit.core import read_for_training
+from lorakit.durable import sealed, sha256_file
+from lorakit.hub import base_named
 
 Save = Callable[..., Path]
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "lorakit.json", "README.md"}
@@ -120,6 +123,24 @@ def test_a_local_base_is_not_named_in_the_card(
     said = capsys.readouterr()
     assert "base_model:" not in said.out and "# LoRA adapter for tiny" in said.out
     assert "does not name a base on the Hub" in said.err
+
+
+def test_the_path_of_a_base_is_not_uploaded(save_adapter: Save, hub: Hub, tmp_path: Path) -> None:
+    adapter = save_adapter("one")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    packaged = "/home/me/.cache/lorakit/models/smollm2-135m-instruct-dequantized-q4_1"
+    config = {**config, "base_model_name_or_path": packaged}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    sidecar = json.loads((adapter / "lorakit.json").read_text())
+    sidecar["config"]["sha256"] = sha256_file(adapter / "adapter_config.json")
+    (adapter / "lorakit.json").write_text(json.dumps(sealed({**sidecar, "base_name": "smollm2"})))
+    assert main(["push", str(adapter), "me/notes"]) == 0
+    assert [name for name, content in hub.files.items() if b"/home/me" in content] == []
+    assert json.loads(hub.files["adapter_config.json"]) == {**config, "base_model_name_or_path": None}
+    for name, content in hub.files.items():
+        (tmp_path / name).write_bytes(content)
+    found = read_for_training(tmp_path)  # warns if the config does not match `lorakit.json`
+    assert base_named(found.config.base_model_name_or_path, found.facts["base_name"]) == "smollm2"
 
 
 @pytest.mark.parametrize("name", ["notes", "a/b/c", "me/", "me/no tes", "../notes"])

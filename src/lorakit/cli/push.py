@@ -58,9 +58,11 @@ def run(
     for problem in summary.findings:
         console.warning(problem)
     files, card = adapter_files(Path(adapter)), _card(summary)
-    said: dict[str, Any] = {"repository": repository, "revision": revision, "files": _sizes(files, card), "card": card}
+    written = {**_without_path(summary), CARD: card.encode()}
+    sizes = {**{path.name: path.stat().st_size for path in files}, **{name: len(new) for name, new in written.items()}}
+    said: dict[str, Any] = {"repository": repository, "revision": revision, "files": sizes, "card": card}
     if not dry_run:
-        said["url"] = _upload(files, card, repository, private=private, revision=revision)
+        said["url"] = _upload(files, written, repository, private=private, revision=revision)
     if json:
         console.emit_json(said)
     elif dry_run:
@@ -104,19 +106,40 @@ def _card(summary: AdapterSummary) -> str:
     return model_card(folder, summary.parameters, record)
 
 
-def _sizes(files: list[Path], card: str) -> dict[str, int]:
-    return {**{path.name: path.stat().st_size for path in files}, CARD: len(card.encode())}
+def _without_path(summary: AdapterSummary) -> dict[str, bytes]:
+    """Return the config and `lorakit.json` without the path of a base that is not on the Hub; empty if there is none.
+
+    `lorakit.json` still has the base's name, by which lorakit finds a packaged model.
+    """
+    from lorakit.config import CONFIG_FILE, SIDECAR_FILE
+    from lorakit.durable import json_bytes, read_json, sealed, sha256_bytes, sha256_file
+    from lorakit.train.model_card import published_base
+
+    folder = Path(summary.folder)
+    if not summary.config.base_model_name_or_path or published_base(summary.config) is not None:
+        return {}
+    config = json_bytes({**read_json(folder / CONFIG_FILE), "base_model_name_or_path": None})
+    sidecar = read_json(folder / SIDECAR_FILE) if (folder / SIDECAR_FILE).is_file() else {}
+    known = sidecar.get("config") or {}
+    if known.get("sha256") != sha256_file(folder / CONFIG_FILE):  # the config was edited, which must stay visible
+        return {CONFIG_FILE: config}
+    about = {**sidecar, "config": {**known, "sha256": sha256_bytes(config)}}
+    return {CONFIG_FILE: config, SIDECAR_FILE: json_bytes(sealed(about))}
 
 
-def _upload(files: list[Path], card: str, repository: str, *, private: bool, revision: str | None) -> str:
-    """Upload the files and the card in one commit, and return the commit's URL."""
+def _upload(
+    files: list[Path], written: dict[str, bytes], repository: str, *, private: bool, revision: str | None
+) -> str:
+    """Upload the files, and those that were written for the upload, in one commit; return the commit's URL."""
     from lorakit import hub
-    from lorakit.durable import write_text
+    from lorakit.durable import write_bytes
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for path in files:
-            (folder / path.name).symlink_to(path.resolve())
-        write_text(folder / CARD, card)
+            if path.name not in written:
+                (folder / path.name).symlink_to(path.resolve())
+        for name, content in written.items():
+            write_bytes(folder / name, content)
         message = "Upload adapter"
         return hub.push_folder(folder, repository, message=message, private=private or None, revision=revision)
