@@ -21,7 +21,7 @@ from lorakit import LoraConfig, caches, file_hashes, hub
 from lorakit.caches import CACHES, PACKAGES, Cache
 from lorakit.data import Batch, Split, read_records, token_cache
 from lorakit.hub import gguf_models, packaged
-from lorakit.machine import this_machine
+from lorakit.machine import LIBRARY_VARIABLES, this_machine
 from lorakit.ops.kernels import building, compiled
 from lorakit.speed import tuning
 from lorakit.tasks import TASKS, Target, TaskOnData
@@ -86,6 +86,10 @@ def setting(**values: Any) -> Callable[[Tokens, Patch], None]:
 
 def version(name: str) -> Callable[[Any, Patch], None]:
     return lambda _, patch: another_version(patch, name)
+
+
+def variable(name: str) -> Callable[[Any, Patch], None]:
+    return lambda _, patch: patch.setenv(name, "AVX2")
 
 
 def another_merge(case: Tokens, _: Patch) -> None:
@@ -166,7 +170,7 @@ STARTS: dict[str, list[Callable[..., None]]] = {
         with_batch(extra={"x": torch.zeros(1)}),
     ],
     "environment": [set_on("environment", {"dtype": "bfloat16"})],
-    "machine": [lambda _, patch: patch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")],
+    "machine": [variable("ONEDNN_MAX_CPU_ISA"), *map(variable, LIBRARY_VARIABLES)],
     "code": [version("safetensors"), version("jinja2")],
 }
 

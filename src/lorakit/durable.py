@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -477,7 +478,7 @@ def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str
         _raise_disk_error(folder, cause)
 
 
-def sweep(folder: str | os.PathLike[str]) -> list[str]:
+def sweep(folder: str | os.PathLike[str], name: str = "") -> list[str]:
     """Remove temporary files and directories that interrupted writers left in a directory.
 
     If a directory was set aside but not replaced, its original name is restored. Before a replaced directory is
@@ -485,12 +486,13 @@ def sweep(folder: str | os.PathLike[str]) -> list[str]:
 
     Args:
         folder: The directory; its subdirectories are not searched.
+        name: Name of the file or directory that the writers wrote, if others may be writing now.
 
     Returns:
         Names of the temporary files and directories that were found; all have been removed or renamed.
     """
     removed = []
-    for path in sorted(Path(folder).glob(f"{TEMPORARY}*")):
+    for path in sorted(Path(folder).glob(f"{TEMPORARY}*{glob.escape(name)}")):
         exchanged, aside = _EXCHANGED.fullmatch(path.name), _SET_ASIDE.fullmatch(path.name)
         if not path.is_dir():
             path.unlink(missing_ok=True)

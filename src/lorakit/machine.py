@@ -50,6 +50,19 @@ class Machine:
     load: float | None
 
 
+LIBRARY_VARIABLES = (
+    *("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DISABLE_FAST_MM", "MKL_NUM_STRIPES", "DNNL_MAX_CPU_ISA"),
+    *("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
+    *("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "TORCH_BLAS_PREFER_CUBLASLT"),
+)
+"""Environment variables with which libraries of PyTorch choose kernels, in addition to `ONEDNN_MAX_CPU_ISA`."""
+
+
+def library_variables() -> dict[str, str]:
+    """Return the variables of `LIBRARY_VARIABLES` that are set, which change the bits of results."""
+    return {name: os.environ[name] for name in LIBRARY_VARIABLES if name in os.environ}
+
+
 def this_machine() -> Machine:
     """Return the current properties of the machine that this process runs on."""
     cpuinfo, meminfo = _read("/proc/cpuinfo"), _read("/proc/meminfo")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -51,6 +52,20 @@ def test_the_second_result_is_the_same_and_does_not_tokenize(
     ours, theirs = Loader(second.sequences, 4, 0), Loader(plain.sequences, 4, 0)
     assert ours.state() == theirs.state()
     assert next(ours).input_ids.tolist() == next(theirs).input_ids.tolist()
+    assert said == []
+
+
+def test_a_cache_that_can_only_be_read_is_used(
+    rows: Path, tmp_path: Path, said: list[str], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    cache = TokenCache(tmp_path / "cache", INPUTS, said.append)
+    first = cache.encode(read_records(rows), tiny_tokenizer, 60)
+    monkeypatch.setattr(os, "utime", read_only)
+    monkeypatch.setattr(token_cache, "encode", None)
+    assert cache.encode(read_records(rows), tiny_tokenizer, 60).report == first.report
     assert said == []
 
 

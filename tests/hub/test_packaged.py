@@ -1,3 +1,4 @@
+import errno
 import importlib.util
 import os
 import subprocess
@@ -71,10 +72,24 @@ def test_a_damaged_directory_is_made_again(
 
 
 def test_what_a_killed_process_left_is_swept_away(stand_in: list[Path], tmp_path: Path) -> None:
-    left = tmp_path / "models" / f"{TEMPORARY}abc-smollm2"
+    name = packaged.PACKAGED["smollm2"].folder
+    left, other = (tmp_path / "models" / f"{TEMPORARY}abc-{one}" for one in (name, "other"))
     left.mkdir(parents=True)
+    other.mkdir()  # another process may be converting another model now
     packaged_directory(cache=tmp_path)
-    assert not left.exists()
+    assert other.exists() and not left.exists()
+
+
+def test_a_cache_that_can_only_be_read_is_used(
+    stand_in: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = packaged_directory(cache=tmp_path)
+    monkeypatch.setattr(os, "utime", raise_read_only)
+    assert packaged_directory(cache=tmp_path) == folder and len(stand_in) == 1
+
+
+def raise_read_only(*_: Any) -> None:
+    raise OSError(errno.EROFS, "Read-only file system")
 
 
 def test_a_conversion_that_fails_leaves_nothing(

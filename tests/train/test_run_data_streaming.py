@@ -17,6 +17,8 @@ from lorakit.train.progress import Progress
 from lorakit.train.run_data import is_streamed, make_batches, read_data
 from lorakit.train.settings import TrainSettings
 
+from .said import Said
+
 PLAIN = TaskOnData(CAUSAL_LM, Target())
 
 
@@ -91,6 +93,9 @@ def test_an_invalid_row_stops_with_a_checkpoint_and_can_be_skipped_on_resume(
 def test_streamed_data_that_changes_cannot_be_resumed(short_run: dict[str, Any], tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", 20)
     run(settings_of(short_run, data=path))
+    said = Said()
+    run(settings_of(short_run, data=path, resume=True, max_steps=4), progress=said)
+    assert any("last MiB" in text for text in said.lines)
     write(tmp_path / "a.jsonl", 21)
     with pytest.raises(RunError, match="the data changed"):
         run(settings_of(short_run, data=path, resume=True, max_steps=5))

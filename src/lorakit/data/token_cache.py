@@ -7,6 +7,7 @@ sources. Entries that were not used for the longest time are removed if all entr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -144,10 +145,11 @@ class TokenCache:
             return None
         try:
             found = form.unpack(*_loaded(entry))
-            os.utime(entry)
         except (LorakitError, OSError, ValueError, KeyError, TypeError) as cause:
             self._say(f"{entry}: the cached tokens are damaged ({_line(cause)}), so the data is tokenized again.")
             return None
+        with contextlib.suppress(OSError):  # a cache that can only be read
+            os.utime(entry)
         return found
 
     def _write(self, entry: Path, buffers: Buffers, values: JsonObject) -> None:

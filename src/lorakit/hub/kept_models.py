@@ -42,7 +42,7 @@ def kept_directory(final: Path, key: str, needed_bytes: int, write: Callable[[Pa
         raise _unwritable(final.parent, cause) from cause
     with _locked(final.with_name(f"{final.name}.lock")):
         if not is_whole(final, key):  # another process may have converted the model in the meantime
-            sweep(final.parent)
+            sweep(final.parent, final.name)  # other entries have other locks
             check_space(final.parent, needed_bytes, "free some space, or set LORAKIT_CACHE to a directory elsewhere")
             with publish_directory(final, replace=True) as folder:  # `final` is missing, damaged or has another key
                 about = write(folder)
@@ -63,9 +63,10 @@ def is_whole(folder: Path, key: str | None) -> bool:
         return False
     try:
         found = file_hashes([folder / name for name in files])
-        os.utime(folder)
     except OSError:
         return False
+    with contextlib.suppress(OSError):  # a cache that can only be read
+        os.utime(folder)
     return all(isinstance(about, dict) and found[folder / name] == about.get("sha256") for name, about in files.items())
 
 

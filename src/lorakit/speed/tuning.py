@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lorakit import durable
 from lorakit.caches import AUTOTUNING, versions
 from lorakit.errors import AdapterFileError, DiskError
-from lorakit.machine import Machine, this_machine
+from lorakit.machine import Machine, library_variables, this_machine
 from lorakit.ops import attention, choices
 from lorakit.ops.attention_pattern import Method, Pattern
 from lorakit.ops.kernels import compiled
@@ -78,9 +78,10 @@ def machine() -> str:
     compiled kernels are available.
     """
     here, limit = this_machine(), os.environ.get("ONEDNN_MAX_CPU_ISA", "")
+    libraries = library_variables().items()
     return AUTOTUNING.key(
         processor=here.cpu,
-        instructions=[*here.features, *([f"at most {limit}"] if limit else [])],
+        instructions=[*here.features, *([f"at most {limit}"] if limit else []), *map("=".join, libraries)],
         threads=torch.get_num_threads(),
         kernels=compiled.kernels() is not None,
         versions=versions(("torch",)),

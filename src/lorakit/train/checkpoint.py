@@ -32,6 +32,7 @@ from safetensors.torch import save as tensors_to_bytes
 
 from lorakit import __version__, durable
 from lorakit.errors import DiskError, LorakitError, RunError
+from lorakit.machine import library_variables
 from lorakit.ops.kernels import compiled
 from lorakit.train.run_folder import adapter_only_path, adapters_only, as_disk_error, checkpoints, step_of
 from lorakit.train.train_state import TrainState
@@ -106,6 +107,7 @@ def environment(
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "isa_limit": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
+        **library_variables(),
         "kernels": list(kernels),
         "compiled_kernels": compiled.kernels() is not None,
     }

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lorakit import hub
-from lorakit.data import Split
+from lorakit.data import PARTIAL, Split
 from lorakit.data.named_templates import use_template
 from lorakit.errors import AdapterFileError, RunError, TargetError, UsageError
 from lorakit.plan.quantized import Quantization
@@ -117,8 +117,7 @@ class RunSpec:
             )
         hashes = data.digests()
         if record is not None:
-            _check_same_data(folder, record, hashes)
-            _check_steps_left(folder, settings.max_steps)
+            _check_same_run(folder, record, hashes, settings.max_steps, progress)
         source = resolve_base(settings.base, given.model, settings.from_adapter, progress.say)
         hub.require(source, tokenizer=True)
         quantization = hub.stored_as_files(source, quantization)
@@ -153,8 +152,7 @@ class RunSpec:
             processes=processes,
         )
         check_sharding(spec)
-        agree_on_padding(task, source, [tokenizer])
-        _check_same_tokenizer(folder, tokenizer, before)
+        _finish_tokenizer(tokenizer, task, source, folder, before)
         return dataclasses.replace(spec, lock=run_folder.lock_output_dir(folder)) if processes.is_first else spec
 
     @property
@@ -189,7 +187,11 @@ def _saved_tokenizer(folder: Path, record: Mapping[str, Any] | None) -> SavedTok
     return None if found is None else hub.adapter_tokenizer(found)
 
 
-def _check_same_tokenizer(folder: Path, tokenizer: SavedTokenizer, before: SavedTokenizer | None) -> None:
+def _finish_tokenizer(
+    tokenizer: SavedTokenizer, task: TaskOnData, source: hub.ModelSource, folder: Path, before: SavedTokenizer | None
+) -> None:
+    """Set the padding token, and check that the tokenizer is that of the checkpoint from which a run is resumed."""
+    agree_on_padding(task, source, [tokenizer])
     if before is not None and hub.tokenizer_hash(tokenizer) != hub.tokenizer_hash(before):
         raise RunError(
             f"cannot resume {folder}: the base's tokenizer changed; restore it, or use another --output-dir.",
@@ -238,7 +240,10 @@ def _forecast(
         raise AdapterFileError(text, **{**cause.fields, "where": folder, "override": None}) from cause
 
 
-def _check_same_data(folder: Path, record: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
+def _check_same_run(
+    folder: Path, record: Mapping[str, Any], hashes: Mapping[str, str], max_steps: int | None, progress: Progress
+) -> None:
+    """Check that a run that is resumed has the same data and steps left, and say what was compared."""
     before = record.get("data_sha256", {})
     changed = [path for path in hashes if hashes[path] != before.get(path)]
     if changed:
@@ -248,6 +253,12 @@ def _check_same_data(folder: Path, record: Mapping[str, Any], hashes: Mapping[st
             where=folder,
             field="data",
         )
+    if any(value.startswith(PARTIAL) for value in hashes.values()):
+        progress.say(
+            "Streamed data was compared with that of the start by size, modification time, and the first and last MiB "
+            "(on the Hub, by revision); other changes are not noticed."
+        )
+    _check_steps_left(folder, max_steps)
 
 
 def _check_steps_left(folder: Path, max_steps: int | None) -> None:
