@@ -153,6 +153,10 @@ def test_a_finished_classifier_is_measured_by_its_own_head(classifier: Callable[
     with pytest.raises(ModelError) as wrong:
         task_to_measure(Records(rows("a")), classifier(["a", "a"]), LabelOptions())
     assert wrong.value.field == "id2label"
+    for ids in ({"1": "spam", "2": "ham"}, {"0": "spam", "2": "ham"}):  # no output has these positions
+        with pytest.raises(ModelError) as wrong:
+            task_to_measure(Records(rows("ham")), classifier(["spam", "ham"], id2label=ids), LabelOptions())
+        assert (wrong.value.field, wrong.value.what) == ("id2label", min(ids))
 
 
 def test_training_does_not_permute_a_finished_head(classifier: Callable[..., hub.ModelSource]) -> None:

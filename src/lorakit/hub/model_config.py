@@ -80,12 +80,14 @@ class ModelFacts:
         loader: Key of `TASKS` for the model class that the config names, or None.
         labels: Names of the classes of the head, in order, including names such as LABEL_0, which transformers adds to
             every config.
+        label_ids: Their ids in the config, in order; of a valid head, 0 to n-1.
         problem: The config's `problem_type`, or None.
     """
 
     family: Family
     loader: str | None
     labels: tuple[str, ...]
+    label_ids: tuple[int, ...]
     problem: str | None
 
     @property
@@ -110,6 +112,7 @@ class ModelFacts:
             family=family,
             loader=_loader(config, family),
             labels=tuple(str(names[number]) for number in sorted(names)),
+            label_ids=tuple(sorted(names)),
             problem=getattr(config, "problem_type", None),
         )
 

@@ -153,10 +153,17 @@ def _own_head(task: Task, facts: hub.ModelFacts) -> Target:
     """Return what the model's own head predicts; nothing if the model has no head for the task.
 
     Raises:
-        ModelError: Two classes have the same name.
+        ModelError: Two classes have the same name, or the ids of the classes are not 0 to n-1.
     """
     if not task.has_head or task.loader != facts.loader:
         return Target()
+    if facts.label_ids != tuple(range(len(facts.labels))):
+        raise ModelError(
+            f"the ids of the classes in the config (id2label: {', '.join(map(str, facts.label_ids[:10]))}) must "
+            f"be 0 to {len(facts.labels) - 1}, the positions of the model's outputs; name every output.",
+            what=str(facts.label_ids[0]),
+            field="id2label",
+        )
     if len(set(facts.labels)) < len(facts.labels):
         raise ModelError(
             f"several classes of the model have the same name in its config (id2label: {', '.join(facts.labels[:10])});"
