@@ -13,7 +13,7 @@ from lorakit.data import Completion, Document, Records, Split, encoding, quality
 from lorakit.data import records as records_module
 from lorakit.data.encoding import encode
 from lorakit.data.page import write_page
-from lorakit.data.quality import Quality, Token, measure, tokens_of
+from lorakit.data.quality import Quality, Token, marked, measure, tokens_of
 from lorakit.errors import DataError
 
 LONG = "the quick brown fox jumps over the lazy dogs and it is two plus two in the end of a long row of words"
@@ -97,6 +97,10 @@ def test_tokens_show_what_is_trained(tiny_tokenizer: Any) -> None:
     assert "".join(token.text for token in tokens if token.is_trained).startswith("wörld 🎉")
     assert "".join(token.text for token in tokens if not token.is_trained).endswith("hello ")
     assert not any("\ufffd" in token.text for token in tokens)
+
+
+def test_no_marks_around_nothing() -> None:
+    assert marked([Token("a", False, 1), Token("", True, 1)]) == "a"  # a pair of texts without a score
 
 
 def test_a_character_that_never_ends_is_shown_as_it_decodes(tiny_tokenizer: Any) -> None:

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from lorakit import hub
-from lorakit.data import Labeled, Records
+from lorakit.data import Batch, Labeled, Records
 from lorakit.errors import AdapterFileError, ConfigError, ModelError
 from lorakit.tasks import TASKS, EncodeOptions, Target, TaskOnData, agree_on_padding, load_model_for, on_model
+from lorakit.tasks.embedding import EmbeddingMeter
 
 pytest.importorskip("sentence_transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*")
@@ -252,6 +253,25 @@ def test_pickled_weights_are_not_loaded(model_directory: Callable[..., Path]) ->
 def test_an_encoder_decoder_is_rejected(model_directory: Callable[..., Path]) -> None:
     with pytest.raises(ModelError, match="an encoder and a decoder"):
         bound(model_directory("T5"))
+
+
+def test_a_ranking_needs_two_texts() -> None:
+    """Of one text, every ranking is perfect; of two, the metric is that of sentence-transformers."""
+
+    def found(*ids: int) -> dict[str, Any]:
+        meter, count = EmbeddingMeter(Target("pairs")), len(ids)
+        second = torch.tensor(ids)[:, None]
+        extra = {"input_ids_1": second, "attention_mask_1": torch.ones_like(second)}
+        vectors = torch.eye(2)[[n % 2 for n in range(count)]]
+        meter.add(
+            Batch(second, torch.ones_like(second), torch.tensor([]), 0.0, count, count, extra),
+            torch.stack([vectors, vectors]),
+        )
+        return dict(meter.result())
+
+    assert found(5, 6) == {"ndcg@10": 1.0}
+    for ids in ((5,), (5, 5)):
+        assert "at least 2 different" in str(found(*ids)["ndcg@10"])
 
 
 def test_a_target_without_a_model_is_an_error() -> None:

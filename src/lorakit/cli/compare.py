@@ -115,7 +115,7 @@ def _text(found: Comparison) -> str:
         if paths:
             lines.append(f"only in    {folder}: {format_count(len(paths), 'site')}, first {paths[0]}")
     lines = list(map(console.inline, lines))
-    header = ["module", "sites", "cosine min", "median", "max", "‖ΔW‖", "‖ΔW‖ second", "writes", "reads"]
+    header = ["module", "sites", "cosine min", "median", "max", "‖ΔW‖ 1", "‖ΔW‖ 2", "writes", "reads"]
     rows = [_row(group) for group in _groups(found)]
     lines += ["", console.table(header, rows) if rows else "no sites in common"]
     if rows:

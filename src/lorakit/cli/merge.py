@@ -141,11 +141,12 @@ def _reject_quantized_files(model: str, stored: Quantization | None, wanted: Qua
 
 def _text(request: MergeRequest, done: Merged, probe: Probe, verbose: bool) -> str:
     retained = format_percent(done.report.retained)
+    same = f"same top token as the unmerged model at {format_percent(probe.same_top, 0)} of positions; logits differ"
+    what = same if request.task.task.generates else "outputs differ from the unmerged model's"
     lines = [
         f"{done.folder}: {done.parameters:,} parameters, {format_bytes(done.weights_bytes)} in {done.dtype}",
         f"merged     {' + '.join(request.folders)} at {format_count(len(done.report.sites), 'site')}",
-        f"checked    same top token as the unmerged model at {format_percent(probe.same_top, 0)} of positions; "
-        f"logits differ by up to {probe.max_difference:.2g} (allowed {probe.tolerance:.2g}), adapters change them "
+        f"checked    {what} by up to {probe.max_difference:.2g} (allowed {probe.tolerance:.2g}), adapters change them "
         f"by up to {probe.effect:.2g}",
         f"retained   {retained} of the update on average, after rounding to {done.dtype}",
     ]

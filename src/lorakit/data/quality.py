@@ -248,7 +248,7 @@ def marked(tokens: Iterable[Token], begin: str = "[", end: str = "]", most: int 
         part = printable("".join(token.text for token in group))
         if most is not None and len(part) > most:
             part = f"{part[: most * 2 // 3]} … {part[-(most // 3) :]}"
-        text += f"{begin}{part}{end}" if is_trained else part
+        text += f"{begin}{part}{end}" if is_trained and part else part
     return text
 
 

@@ -319,6 +319,8 @@ class EmbeddingMeter:
         places: dict[tuple[int, ...], int] = {}  # of the first of equal texts
         for place, text in enumerate(self._texts):
             places.setdefault(text, place)
+        if len(places) < 2:
+            return {"ndcg@10": "a ranking needs at least 2 different second texts, but the evaluation data has 1"}
         numbers = {text: str(number) for number, text in enumerate(places)}
         queries = {str(number): str(number) for number in range(len(first))}
         relevant = {str(number): {numbers[text]} for number, text in enumerate(self._texts)}

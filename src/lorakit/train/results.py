@@ -172,8 +172,10 @@ def finish(run: Run) -> RunResult:
         original = _attempt("the evaluation on the original weights", lambda: _on_original_weights(run, notes), notes)
         _plot_loss(folder, f"{run.spec.source.base_name}: loss by step", notes)
         loss = state.loss_at(step)
-        if loss is not None and state.first_loss is not None and loss >= state.first_loss:
-            before = run.spec.before_training
+        before = run.spec.before_training
+        if loss is not None and loss == state.first_loss:
+            notes.append(f"The evaluation data does not tell the adapter from {before}: the loss is the same.")
+        elif loss is not None and state.first_loss is not None and loss > state.first_loss:
             notes.append(f"The adapter is not better than {before} on the evaluation data; do not use it.")
     first_metrics, adapter_metrics = metrics_at(run, 0, step)
     notes += [f"The metric {name} is undefined: {reason}." for name, reason in undefined_at(run, step).items()]
