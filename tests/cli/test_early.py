@@ -35,6 +35,8 @@ CASES = [
     ("eval --model smollm2 --data notes.md --quantization q4", "quantization is 'q4'"),
     ("generate --model smollm2 --prompt x --adapter no", "no: adapter directory not found"),
     ("generate --model smollm2 --prompt x --adapter empty", "empty: no adapter_config.json, so this is not an adapter"),
+    ("eval --data notes.md --adapter stopped", "directory. It contains adapters; pass stopped/checkpoint-2."),
+    ("generate --model smollm2 --prompt x --adapter .", "directory. It contains adapters; pass run."),
     ("generate --model smollm2 --prompt x --temperature -1", "temperature is -1.0"),
     ("generate --model smollm2 --prompt x --top-p 0", "top_p is 0.0"),
     ("generate --model smollm2 --prompt x --max-new-tokens 0", "max_new_tokens is 0"),
@@ -75,6 +77,8 @@ def test_wrong_arguments_load_no_torch_and_print_nothing_else(tmp_path: Path) ->
     (tmp_path / "missin.md").write_text("a note", encoding="utf-8")
     (tmp_path / "empty").mkdir()
     (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "stopped" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "stopped" / "checkpoint-2" / "adapter_config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "run" / "run.json").write_text("{}", encoding="utf-8")
     (tmp_path / "run" / "adapter" / "adapter_config.json").write_text("{}", encoding="utf-8")
     done = subprocess.run(

@@ -125,10 +125,23 @@ def adapter_folders(given: Sequence[str]) -> dict[str, str]:
                 f"{name}: adapter directory not found; it must contain {CONFIG_FILE}.{_similar(folder)}", where=name
             )
         if not is_on_hub(name) and not (folder / CONFIG_FILE).exists():
-            raise AdapterFileError(f"{name}: no {CONFIG_FILE}, so this is not an adapter directory.", where=name)
+            raise AdapterFileError(
+                f"{name}: no {CONFIG_FILE}, so this is not an adapter directory.{_contained(folder)}", where=name
+            )
         found[name if folder == Path(name) else str(folder)] = folder
     hub = {name: adapter_from_hub(name, has_tokenizer=True) for name in found if is_on_hub(name)}
     return {name: str(hub[name]) if name in hub else name for name in found}
+
+
+def _contained(folder: Path) -> str:
+    """Return a sentence with the adapters, checkpoints and runs in a directory, the newest first, or ""."""
+    from lorakit.config import CONFIG_FILE
+
+    found = [path for pattern in ("*", "*/adapter") for path in folder.glob(f"{pattern}/{CONFIG_FILE}")]
+    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    names = [str(path.parent.parent if path.parent.name == "adapter" else path.parent) for path in found[:3]]
+    more = f" or one of {len(found) - len(names)} more" if len(found) > len(names) else ""
+    return f" It contains adapters; pass {', '.join(names)}{more}." if names else ""
 
 
 def check_new_directory(target: Path) -> None:

@@ -47,7 +47,7 @@ def run(
     early.check_choice("sort", sort, tuple(SORTS))
     if not folder.is_dir():
         raise AdapterFileError(f"{folder}: directory not found.", where=folder)
-    found = [_described(folder, path) for path in sorted(set(_folders(folder)))]
+    found = [_described(folder, path) for path in sorted(set(_folders(folder)), key=_title)]
     if not found:
         text = f"{folder}: no adapters found; an adapter's directory contains {CONFIG_FILE}."
         raise AdapterFileError(text, where=folder)
@@ -70,6 +70,11 @@ def _folders(folder: Path) -> Iterator[Path]:
             has_adapter = name == RUN_FILE and (file.parent / ADAPTER / CONFIG_FILE).is_file()
             if not has_adapter and not any(part.startswith((".", "checkpoint-", "adapter-only-")) for part in inside):
                 yield file.parent
+
+
+def _title(folder: Path) -> Path:
+    """Return the directory under which an adapter is listed: of a run's adapter, that of the run."""
+    return folder.parent if folder.name == ADAPTER and folder.parent.name else folder
 
 
 def _described(root: Path, folder: Path) -> dict[str, Any]:
@@ -145,7 +150,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
 
 def _row(one: Mapping[str, Any]) -> list[str]:
     """Return the cells of a line of at most 80 columns; long names lose their beginning."""
-    name, rate, data = one["adapter"].removesuffix(f"/{ADAPTER}"), one.get("learning_rate"), one.get("data") or []
+    name, rate, data = str(_title(Path(one["adapter"]))), one.get("learning_rate"), one.get("data") or []
     more = f" +{len(data) - 1}" if len(data) > 1 else ""
     losses, state = [one.get(key) for key in ("base_loss", "eval_loss")], one.get("status")
     measured = " → ".join(f"{loss:.4f}" if isinstance(loss, int | float) else "–" for loss in losses)
