@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lorakit import hub
 from lorakit.cli import main
 from lorakit.cli.inspect import groups
 from lorakit.core import inspect_adapter
@@ -80,6 +81,17 @@ def test_findings_end_with_exit_code_1(
     assert out.startswith(f"{one}: 1 problem\n  - ")
     assert said in out
     assert "healthy" not in out
+
+
+def test_a_packaged_base_has_its_name_not_the_path_in_the_cache(
+    save_adapter: Save, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = save_adapter("one")
+    config = json.loads((one / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = f"/home/me/.cache/models/{hub.PACKAGED['smollm2'].folder}"
+    (one / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    main(["inspect", str(one)])
+    assert "base       smollm2 (" in capsys.readouterr().out
 
 
 def test_an_adapter_of_peft_without_our_file_is_no_finding(

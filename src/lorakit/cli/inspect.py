@@ -223,7 +223,10 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _base(summary: AdapterSummary) -> str:
-    named = summary.config.base_model_name_or_path or summary.facts.get("base_name") or "no name"
+    from lorakit.hub import base_named
+
+    base_name = summary.facts.get("base_name")
+    named = base_named(summary.config.base_model_name_or_path, base_name) or base_name or "no name"
     if summary.base is None:
         return f"{named}; no fingerprint, so another base with the same shapes would not be detected"
     known = summary.base

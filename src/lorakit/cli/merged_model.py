@@ -311,8 +311,11 @@ def _merge_into(request: MergeRequest, folder: Path, tokenizer: SavedTokenizer |
 def _end_as_trained(model: torch.nn.Module, tokenizer: SavedTokenizer | None, adapters: Sequence[AdapterFiles]) -> None:
     """Add the tokens that end turns in training to the generation config, so that any program ends answers there."""
     generation = getattr(model, "generation_config", None)
-    if tokenizer is not None and generation is not None and _training(adapters).get("prompt_format") == "chat":
-        generation.eos_token_id = sorted(end_ids(model, tokenizer, "chat"))
+    if tokenizer is None or generation is None or _training(adapters).get("prompt_format") != "chat":
+        return
+    ends = end_ids(model, tokenizer, "chat")
+    if ends - end_ids(model, tokenizer, "text"):
+        generation.eos_token_id = sorted(ends)
 
 
 def _reject_tied(model: torch.nn.Module, names: Sequence[str]) -> None:
