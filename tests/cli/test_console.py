@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from lorakit.cli import console
+from lorakit import terminal
+from lorakit.cli import console, main
 from lorakit.tables import screen_width
 from lorakit.terminal import colored
 
@@ -34,6 +37,34 @@ def test_color_is_for_terminals_that_want_it(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "stderr", Terminal())
     console.error("x")
     assert sys.stderr.getvalue() == "error: x\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("data TEXT --model MODEL", "tokenizing: "),
+        ("eval --data TEXT --model MODEL", "evaluating: "),
+        ("generate --model MODEL --adapter ADAPTER --prompt hello --max-new-tokens 1 --json", "loading: "),
+        ("merge --model MODEL --adapter ADAPTER --output-dir NEW", "merging: "),
+    ],
+)
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_long_work_is_not_silent_in_a_terminal(
+    words: str,
+    said: str,
+    stream: type[io.StringIO],
+    tiny_model_directory: Path,
+    save_adapter: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "text.txt").write_text("The quick brown fox. " * 40, encoding="utf-8")
+    names = {"TEXT": tmp_path / "text.txt", "MODEL": tiny_model_directory, "NEW": tmp_path / "new"}
+    names["ADAPTER"] = save_adapter("one")
+    monkeypatch.setattr(terminal, "SILENT_SECONDS", 0.001)
+    monkeypatch.setattr(sys, "stderr", stream())
+    assert main([str(names.get(word, word)) for word in words.split()]) == 0
+    assert (said in sys.stderr.getvalue()) is (stream is Terminal)  # type: ignore[attr-defined]
 
 
 def test_what_stdout_cannot_encode_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,8 @@ def run(
 
     allowed = TASKS[flags.task].formats if flags.task is not None else ()
     request = flags.reading.request(allowed, flags.group)
-    parts = read_split(files, flags.eval_data, flags.eval_fraction, flags.seed, request)
+    with console.working("reading"):
+        parts = read_split(files, flags.eval_data, flags.eval_fraction, flags.seed, request)
     source = hub.resolve(model, console.note)
     hub.require(source, tokenizer=True, weights=False)
     tokenizer = hub.load_tokenizer(source)
@@ -103,7 +104,8 @@ def run(
         return encoded
 
     names = task.target.names if task.task.unit == "row" else ()
-    found = measure(parts, tokenizer, length, encode, shown, names)
+    with console.working("tokenizing"):
+        found = measure(parts, tokenizer, length, encode, shown, names)
     if task.note:
         console.note(task.note)
     if flags.html is not None:

@@ -59,24 +59,25 @@ def run(
     from lorakit.train.evaluation import EvalSettings, compare
 
     known = adapters.remembered(model, files, flags.base.revision)
-    found = compare(
-        EvalSettings(
-            model=known.source,
-            data=flags.data,
-            adapters=dict(zip(folders, files, strict=True)),
-            max_length=known.max_length(flags.max_length),
-            batch_rows=flags.batch_size,
-            dtype=flags.base.dtype,
-            device=flags.base.device,
-            allow=flags.base.allow,
-            quantization=flags.base.stored_as(),
-            request=flags.reading.request(() if task is None else task.task.formats, trained=known.rows),
-            task=task,
-            labels=flags.labels.options(),
-        ),
-        console.note,
-        console.note if verbose else console.quiet,
-    )
+    with console.working("evaluating"):
+        found = compare(
+            EvalSettings(
+                model=known.source,
+                data=flags.data,
+                adapters=dict(zip(folders, files, strict=True)),
+                max_length=known.max_length(flags.max_length),
+                batch_rows=flags.batch_size,
+                dtype=flags.base.dtype,
+                device=flags.base.device,
+                allow=flags.base.allow,
+                quantization=flags.base.stored_as(),
+                request=flags.reading.request(() if task is None else task.task.formats, trained=known.rows),
+                task=task,
+                labels=flags.labels.options(),
+            ),
+            console.note,
+            console.note if verbose else console.quiet,
+        )
     if json:
         results = [{"name": name, **_values(one)} for name, one in found]
         console.emit_json({"model": known.source.given, "data": flags.data, "results": results})

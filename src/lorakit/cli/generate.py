@@ -154,8 +154,9 @@ def run(
     form = prompt_format(tokenizer, known.facts, True if flags.messages or tools else flags.chat)
     encoded = encode_prompts(prompts, tokenizer, form, flags.system, tools)
     in_files = is_multiplied_in_int8(flags.base_matmul, device)
-    model = hub.load_model(source, flags.dtype, device, quantization=quantization, convert_in_files=in_files)
-    names: list[str | None] = list(adapters.load_adapters(model, files, adapters.overridden(asdict(allow))))
+    with console.working("loading"):
+        model = hub.load_model(source, flags.dtype, device, quantization=quantization, convert_in_files=in_files)
+        names: list[str | None] = list(adapters.load_adapters(model, files, adapters.overridden(asdict(allow))))
     if flags.base or len(names) != 1:
         names.insert(0, None)
     labels = dict(zip((name for name in names if name), found, strict=True))

@@ -96,7 +96,8 @@ def run(
         quantization,
         adapters.task_of(files),
     )
-    done, probe = write_merged(request, console.note if verbose else console.quiet)
+    with console.working("merging"):
+        done, probe = write_merged(request, console.note if verbose else console.quiet)
     for text in merge_warnings(done, probe):
         console.warning(text)
     if json:

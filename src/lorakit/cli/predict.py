@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,11 +90,15 @@ def run(
     )
     rows = predict(settings, console.note)
     if flags.output_file is None and json:
-        console.emit_json({"predictions": list(rows)})
+        with console.working("predicting"):
+            found = list(rows)
+        console.emit_json({"predictions": found})
         return
+    with console.working("predicting"):
+        first = list(itertools.islice(rows, 1))
     count = 0
     with _opened(flags.output_file) as write:
-        for row in rows:
+        for row in itertools.chain(first, rows):
             write(row)
             count += 1
     if json:
