@@ -286,7 +286,7 @@ def _probed_in_place(
     if last is not None and any(known.why_not_model(one) for one in models_above(last)):
         last = None
     if probed.head is not None and last is not None:
-        probed.head.last = last_layer_for(probed.head, last, probed.calls[""], probed.output)
+        probed.head.last = last_layer_for(probed.head, last, probed.output)
     packs = probed.packs and keeps_sequences_apart(model)
     if probed.head is None:
         return packs, None

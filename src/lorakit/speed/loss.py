@@ -25,7 +25,7 @@ from lorakit.ops.cross_entropy import Head as Operands
 from lorakit.speed.admission import Known
 from lorakit.speed.last_layer import KEYWORD, LastLayer, Trained, agree, some
 from lorakit.speed.patching import Options, is_watched, may_run
-from lorakit.speed.probe import Call, ModelOutput, attempt, inputs_of
+from lorakit.speed.probe import ModelOutput, attempt, inputs_of
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -190,7 +190,7 @@ def shifted(labels: Tensor, ignored: int) -> Tensor:
     return nn.functional.pad(labels[..., 1:], (0, 1), value=ignored)
 
 
-def last_layer_for(head: Head, last: LastLayer, call: Call, output: ModelOutput | None) -> LastLayer | None:
+def last_layer_for(head: Head, last: LastLayer, output: ModelOutput | None) -> LastLayer | None:
     """Return the last layer if a probe shows that it can skip unlabeled rows; otherwise, return None.
 
     Must be called inside `eval_mode`.
@@ -198,8 +198,7 @@ def last_layer_for(head: Head, last: LastLayer, call: Call, output: ModelOutput 
     Args:
         head: The head of a model with all replacements in place.
         last: The model's last layer.
-        call: The call to the head in a probe of the unaccelerated model.
-        output: The output of the unaccelerated model in that probe.
+        output: The output of the unaccelerated model in a probe.
     """
     if not isinstance(output, Mapping):
         return None
@@ -208,17 +207,22 @@ def last_layer_for(head: Head, last: LastLayer, call: Call, output: ModelOutput 
         return None  # the model has other outputs, which may depend on the layer's output
     inputs = inputs_of(last.model)
     options = last.keyword(some(inputs["input_ids"], IGNORED), IGNORED, inputs)
-    with head.passing() as given:
-        ran = attempt(lambda: last.model(**inputs, **options))
-    if isinstance(ran, Exception):  # the model does not forward the keyword argument
-        return None
-    if not options or len(given) != 1 or given[0].shape != call.args[0].shape:
-        return None
-    ours, theirs = given[0].flatten(0, -2), call.args[0].flatten(0, -2)
+    # of the same forward methods: in bf16, the rounding errors of a deep model exceed the tolerance
+    ours, theirs = (_passed(head, last.model, {**inputs, **more}) for more in (options, {}))
+    if not options or ours is None or theirs is None or ours.shape != theirs.shape:
+        return None  # without `ours`, the model does not forward the keyword argument
+    ours, theirs = ours.flatten(0, -2), theirs.flatten(0, -2)
     rows = options[KEYWORD].rows
     others = torch.ones(len(ours), dtype=torch.bool, device=rows.device).index_fill_(0, rows, value=False)
     arrives = not agree(ours[others], theirs[others])
     return last if arrives and agree(ours[rows], theirs[rows]) else None
+
+
+def _passed(head: Head, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Return the input (…, d) that a model passes to its head, or None if it raises an exception."""
+    with head.passing() as given:
+        ran = attempt(lambda: model(**inputs))
+    return None if isinstance(ran, Exception) or len(given) != 1 else given[0]
 
 
 def head_for(head: nn.Module | None, given: Tensor | None, logits: Tensor | None, model: nn.Module) -> Head | str:
