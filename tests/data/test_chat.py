@@ -124,6 +124,30 @@ def test_a_token_across_the_beginning_of_an_answer_is_trained_and_counted(tiny_t
     assert any("first token also contains the end of the generation prompt" in line for line in lines)
 
 
+# marks the reasoning and the content of a turn, each on its own
+TWO_MARKS = MARKED.replace(
+    "{% generation %}",
+    "{% if m['reasoning_content'] %}<think>{% generation %}{{ m['reasoning_content'] }}{% endgeneration %}</think>"
+    "{% endif %}{% generation %}",
+)
+
+
+@pytest.mark.parametrize(
+    ("turns", "wanted"),
+    [
+        ([("", "", True), ("secret", "why", False)], []),
+        ([("secret", "why", False), ("one", "", True)], ["one<|im_end|>"]),
+        ([("one", "why", True), ("secret", "", False)], ["why", "one<|im_end|>"]),
+        ([("a", "b", True), ("b", "a", False), ("a", "", True)], ["b", "a<|im_end|>", "a<|im_end|>"]),
+    ],
+)
+def test_marks_belong_to_turns(tiny_tokenizer: Any, turns: list[tuple[str, str, bool]], wanted: list[str]) -> None:
+    tiny_tokenizer.chat_template = TWO_MARKS
+    answers = [Message("assistant", text, {"reasoning_content": why} if why else {}, on) for text, why, on in turns]
+    talk = Conversation(tuple(one for answer in answers for one in (Message("user", "hello"), answer)))
+    assert said(tiny_tokenizer, conversation_tokens(talk, tiny_tokenizer)) == wanted
+
+
 class Slow:
     """A tokenizer that returns no offsets."""
 

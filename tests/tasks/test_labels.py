@@ -70,6 +70,9 @@ def test_new_labels_in_evaluation_data() -> None:
 def test_the_classes_of_the_model_keep_their_order() -> None:
     assert ordered(["a", "b"], ["b", "a", "c"]) == ("b", "a", "c")
     assert ordered(["a", "x"], ["b", "a"]) == ("a", "x")
+    unnamed = [f"LABEL_{number}" for number in range(12)]
+    assert ordered(["LABEL_10", "LABEL_2"], unnamed) == tuple(unnamed)
+    assert ordered(["10", "2"], unnamed) == tuple(map(str, range(12)))
 
 
 def test_tags() -> None:

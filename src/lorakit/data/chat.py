@@ -142,22 +142,28 @@ def _by_marks(record: Conversation, words: Conversation, tokenizer: Tokenizer) -
     template = tokenizer.chat_template
     if not (isinstance(template, str) and _GENERATION.search(template) and getattr(tokenizer, "is_fast", False)):
         return None
-    said = text_of(tokenizer, list(itertools.compress(*_marks(words, tokenizer))))
+    word_ids, word_marks = _marks(words, tokenizer)
+    texts = [text_of(tokenizer, [word_ids[at] for at in run]) for run in _runs(word_marks)]
     answers = [message for message in words.messages if message.role == "assistant"]
-    parts = [part for turn in answers for part in answer_parts(turn)]
+    said, parts = "".join(texts), [part for turn in answers for part in answer_parts(turn)]
     if not contains(said, parts):
         return None
     ids, marks = _marks(record, tokenizer)
     if not all(turn.is_trained for turn in answers):
-        runs = _runs(marks)
-        if len(runs) != len(answers):
+        runs, turns = _runs(marks), [[turn for turn in answers if _has_word(text, turn)] for text in texts]
+        if len(runs) != len(turns) or any(len(found) != 1 for found in turns):
             return None
-        for turn, run in zip(answers, runs, strict=True):
-            for position in () if turn.is_trained else run:
-                marks[position] = False
+        for position in (at for run, [turn] in zip(runs, turns, strict=True) if not turn.is_trained for at in run):
+            marks[position] = False
     tail = said.rpartition(parts[-1])[2] if parts else ""
     ended = bool(tail.strip()) or any(_special_end(tokenizer, ids, run) for run in _runs(marks))
     return TokenizedRow(ids, marks, ended)
+
+
+def _has_word(text: str, turn: Message) -> bool:
+    """Return whether a text contains a part of a turn that is in words; a turn may have several marked parts."""
+    parts = [*answer_parts(turn), *map(turn.fields.get, REASONING), *(turn.content or "").split("</think>")]
+    return any(contains(text, [part.removeprefix("<think>")]) for part in parts if isinstance(part, str) and part)
 
 
 def _marks(record: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:

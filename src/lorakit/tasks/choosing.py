@@ -98,7 +98,7 @@ def task_for(
         target.check(parts.training_records())
         target.check(parts.held_out)
         return TaskOnData(task, target)
-    target = task.target(parts, replace(options, known=_known(task, facts)))
+    target = task.target(parts, replace(options, known=_own_head(task, facts).names))
     options.check_kind(target.kind)
     recorded = {} if saved is None else saved.target.embedding
     note = "" if name is not None else f"task: {task.name} (from the data and the model; see --task)"
@@ -175,12 +175,6 @@ def _own_head(task: Task, facts: hub.ModelFacts) -> Target:
         return Target("tags", facts.labels)
     kind = KIND_BY_PROBLEM.get(facts.problem or "", "score" if len(facts.labels) == 1 else "class")
     return Target(kind, () if kind == "score" else facts.labels)
-
-
-def _known(task: Task, facts: hub.ModelFacts) -> tuple[str, ...]:
-    """Return the names of the classes of the model's own head; numbers if it has no names."""
-    target = _own_head(task, facts)
-    return tuple(map(str, range(len(target.names)))) if target.has_default_names else target.names
 
 
 def _by_shape(record: Record, family: hub.Family) -> Task:

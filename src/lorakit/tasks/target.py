@@ -217,18 +217,25 @@ def ordered(found: Iterable[str], known: Sequence[str] = ()) -> tuple[str, ...]:
         known: Names of the model's own classes; used if they include all names in the data.
 
     Returns:
-        The model's own classes if they fit; else numbers by value, then other names by their characters. Names with
+        The model's own classes if they fit (also by number if they have no names); else numbers by value, then other names by their characters. Names with
         the same value, such as "1" and "01", are ordered by their characters.
 
     Raises:
         DataError: The names differ from the model's only in spelling, so a new order would permute its outputs.
     """
     names = set(found)
-    if names <= set(known):
-        return tuple(known)
+    for own in _own_names(known):
+        if names <= set(own):
+            return own
     if {_spelling(name) for name in names} <= {_spelling(name) for name in known}:
         raise _unknown(min(names.difference(known), key=_place), known)
     return tuple(sorted(names, key=_place))
+
+
+def _own_names(known: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the names under which data may have all classes of the model's own head."""
+    is_numbered = tuple(known) == default_names(len(known))
+    return [tuple(known), *([tuple(map(str, range(len(known))))] if is_numbered else [])]
 
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
@@ -241,7 +248,7 @@ def _place(name: str) -> tuple[bool, Decimal, str]:
 
 def other_classes(names: Sequence[str], known: Sequence[str]) -> str:
     """Return a message if the classes of the data replace those of the model's own head, or ""."""
-    if not known or tuple(names) == tuple(known):
+    if not known or tuple(names) in _own_names(known):
         return ""
     return (
         f"The model's head has the classes {', '.join(known[:10])}, but the data has others ({', '.join(names[:10])}), "
