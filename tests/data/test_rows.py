@@ -115,6 +115,14 @@ def test_tables(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) ->
     assert pairs(path, Request(skip_bad_rows=True)) == [(ROWS[0]["prompt"], "NA", 1), ("007", " b ", 2)]
 
 
+def test_the_mark_of_tokens_without_a_tag_is_not_a_tag(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"tokens": ["a"], "tags": [tag]}) + "\n" for tag in (1, -100)))
+    with pytest.raises(DataError, match=r"a.jsonl:2: the field 'tags' contains -100"):
+        read_records(path)
+    assert [record.line for record in read_records(path, Request(skip_bad_rows=True))] == [1]
+
+
 def test_a_damaged_table_and_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.parquet"
     assert "not a valid Parquet file" in refused(path, "no")

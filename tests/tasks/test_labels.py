@@ -31,6 +31,7 @@ def rows(*labels: Any) -> list[Labeled]:
         (["0.5", "2"], "score", ()),
         ([("a", "b"), ("b",), ()], "classes", ("a", "b")),
         ([("a",), "b"], "classes", ("a", "b")),
+        ([("a",), ()], "classes", ("a",)),  # one class that applies, or does not
     ],
 )
 def test_what_labels_are(labels: list[Any], kind: str, names: tuple[str, ...]) -> None:
@@ -65,6 +66,15 @@ def test_new_labels_in_evaluation_data() -> None:
     with pytest.raises(DataError, match=r"data.jsonl:1.*'c', which the training data lacks.*a, b") as caught:
         class_target(parts, LabelOptions(is_evaluation_given=True))
     assert caught.value.field == "eval_data"
+
+
+def test_a_label_map_with_a_label_that_no_row_has_is_reported() -> None:
+    options = LabelOptions(label_map={"Spam": "spam", "typo": "spam"})
+    found = class_target(split(rows("Spam", "ham")), options)
+    assert (found.names, "'typo'" in found.note, "'Spam'" in found.note) == (("ham", "spam"), True, False)
+    words = [Tagged(("x", "y"), ("O", "Spam"), "data.jsonl", 1)]
+    found = tag_target(split(words), options)
+    assert (found.names, "'typo'" in found.note, "'Spam'" in found.note) == (("O", "spam"), True, False)
 
 
 def test_the_classes_of_the_model_keep_their_order() -> None:

@@ -129,6 +129,10 @@ def _tagged(values: Values) -> Record:
             f"{f' of {len(tags)} tags' if isinstance(tags, list) else ''}; it must be a list with one tag for each of "
             f"the {len(words)} tokens."
         )
+    if -100 in tags:
+        raise BadRow(
+            f"the field '{values.columns['tags']}' contains -100, which marks tokens without a tag, not words."
+        )
     names = tuple(class_name(tag, values.columns["tags"]) for tag in tags)
     return Tagged(words, names, values.source, values.line)
 

@@ -43,7 +43,7 @@ def class_target(parts: Split, options: LabelOptions) -> Target:
         DataError: A row has no label or a label of another type, there is only one class, or the evaluation data has a
             class that the training data lacks.
     """
-    seen = _Labels(options.label_map)
+    seen = _Labels()
     seen.add(parts.training_records())
     trained = {kind: set(names) for kind, names in seen.names.items()}
     seen.add(parts.held_out)
@@ -52,7 +52,7 @@ def class_target(parts: Split, options: LabelOptions) -> Target:
         raise seen.problems[kind]
     if kind == "score":
         return Target(kind, note=note)
-    found = seen.names[kind]
+    found = _renamed(seen.names[kind], options.label_map)
     if len(found) > MOST_CLASSES:
         raise DataError(
             f"The labels have at least {len(found):,} different values, but at most {MOST_CLASSES:,} classes are "
@@ -61,8 +61,9 @@ def class_target(parts: Split, options: LabelOptions) -> Target:
             field="label_type",
         )
     if options.is_evaluation_given:
-        _check_evaluation(parts.held_out, kind, trained[kind], options.label_map)
-    if len(found) < 2:
+        known = _renamed(trained[kind], options.label_map)
+        _check_evaluation(parts.held_out, kind, known, options.label_map)
+    if len(found) < 2 and not (found and seen.has_empty):  # several classes may apply: one that does, or does not
         raise DataError(
             f"All rows have the same label{f', {next(iter(found))!r}' if found else ''}, so there is nothing to "
             "distinguish. Add rows with other labels.",
@@ -70,7 +71,19 @@ def class_target(parts: Split, options: LabelOptions) -> Target:
             field="data",
         )
     names = ordered(found, options.known)
-    return Target(kind, names, label_map=options.label_map, note=other_classes(names, options.known))
+    note = _note(seen.names[kind], names, options)
+    return Target(kind, names, label_map=options.label_map, note=note)
+
+
+def _renamed(names: Set[str], label_map: Mapping[str, str]) -> set[str]:
+    return {label_map.get(name, name) for name in names}
+
+
+def _note(found: Set[str], names: Sequence[str], options: LabelOptions) -> str:
+    """Return messages about a label map with labels that no row has, and about classes that replace the model's own."""
+    unused = [repr(name) for name in options.label_map if name not in found]
+    notes = [f"No row has these labels of --label-map: {', '.join(unused[:10])}."] if unused else []
+    return " ".join([*notes, *filter(None, [other_classes(names, options.known)])])
 
 
 def tag_target(parts: Split, options: LabelOptions) -> Target:
@@ -84,18 +97,20 @@ def tag_target(parts: Split, options: LabelOptions) -> Target:
         DataError: A row has no tags, there is only one tag, or the evaluation data has a tag that the training data
             lacks.
     """
-    renamed = options.label_map
-    trained = {tag for record in parts.training_records() for tag in names_of(record, "tags", renamed)}
-    held_out = dict.fromkeys(tag for record in parts.held_out for tag in names_of(record, "tags", renamed))
-    new = [tag for tag in held_out if tag not in trained]
+    trained = {tag for record in parts.training_records() for tag in names_of(record, "tags", {})}
+    held_out = dict.fromkeys(tag for record in parts.held_out for tag in names_of(record, "tags", {}))
+    known = _renamed(trained, options.label_map)
+    new = [tag for tag in held_out if options.label_map.get(tag, tag) not in known]
     if new and options.is_evaluation_given:
-        raise _new_labels("tag", new, trained)
-    found = {*trained, *held_out}
+        raise _new_labels("tag", new, known)
+    seen = {*trained, *held_out}
+    found = _renamed(seen, options.label_map)
     if len(found) < 2:
         raise DataError("All words have the same tag, so there is nothing to distinguish.", field="data")
     names = ordered(found, options.known)
     scheme, note = scheme_for(names, options.tag_scheme)
-    return Target("tags", names, scheme=scheme, label_map=renamed, note=note or other_classes(names, options.known))
+    note = " ".join(filter(None, [note, _note(seen, names, options)]))
+    return Target("tags", names, scheme=scheme, label_map=options.label_map, note=note)
 
 
 def pair_target(parts: Split, options: LabelOptions) -> Target:
@@ -132,18 +147,17 @@ _LABEL_KINDS: tuple[Kind, ...] = ("class", "classes", "score")
 class _Labels:
     """The labels of rows, which are read once; the rows are not kept.
 
-    Args:
-        label_map: Name of a label in the data -> its name in the model.
-
     Attributes:
-        names: Kind of the labels -> names of the classes if they are of this kind; none are added to too many.
+        names: Kind of the labels -> names of the classes in the data if they are of this kind; none are added to too
+            many.
+        has_empty: Whether a row has an empty list of classes.
         problems: Kind of the labels -> error about the first row whose label is not of this kind.
     """
 
-    def __init__(self, label_map: Mapping[str, str]) -> None:
+    def __init__(self) -> None:
         self.names: dict[Kind, set[str]] = {"class": set(), "classes": set()}
         self.problems: dict[Kind, DataError] = {}
-        self._label_map = label_map
+        self.has_empty = False
         self._has_lists = self._has_fractions = False
         self._has_numbers_only = True
 
@@ -157,6 +171,7 @@ class _Labels:
             row = labeled(record)
             number = number_of(row.label)
             self._has_lists |= isinstance(row.label, tuple)
+            self.has_empty |= row.label == ()
             self._has_numbers_only &= number is not None
             self._has_fractions |= number is not None and not number.is_integer()
             for kind in _LABEL_KINDS:
@@ -164,7 +179,7 @@ class _Labels:
                     self.problems[kind] = unfit(row, problem)
             for kind, names in self.names.items():
                 if len(names) <= MOST_CLASSES and not problem_of(row.label, kind):
-                    names.update(names_of(row, kind, self._label_map))
+                    names.update(names_of(row, kind, {}))
 
     def kind(self, label_type: LabelType) -> tuple[Kind, str]:
         """Return what the labels are, and a note if this was decided by their values."""

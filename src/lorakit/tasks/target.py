@@ -217,8 +217,8 @@ def ordered(found: Iterable[str], known: Sequence[str] = ()) -> tuple[str, ...]:
         known: Names of the model's own classes; used if they include all names in the data.
 
     Returns:
-        The model's own classes if they fit (also by number if they have no names); else numbers by value, then other names by their characters. Names with
-        the same value, such as "1" and "01", are ordered by their characters.
+        The model's own classes if they fit (also by number if they have no names); else numbers by value, then other
+        names by their characters. Names with the same value, such as "1" and "01", are ordered by their characters.
 
     Raises:
         DataError: The names differ from the model's only in spelling, so a new order would permute its outputs.
