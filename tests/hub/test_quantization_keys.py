@@ -195,3 +195,13 @@ def test_unsymmetric_weights_need_zero_points(wide_model_directory: Path) -> Non
     with pytest.raises(ModelError) as caught:
         hub.load_model(wide_model_directory)
     assert caught.value.field == "weight_zero_point"
+
+
+def test_dense_weights_with_a_config_of_bitsandbytes(tiny_model_directory: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    path = tiny_model_directory / "config.json"
+    config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": config}))
+    with pytest.raises(ModelError) as caught:
+        hub.load_model(tiny_model_directory)
+    assert caught.value.what == "bitsandbytes"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.quantization.weight_format import M, Packed, S, WeightFormat, exact_values, linear_with
-from lorakit.errors import MergeError
+from lorakit.errors import MergeError, ModelError
 from lorakit.targets.layer_types import CONV1D
 
 if TYPE_CHECKING:
@@ -200,10 +200,20 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
         Repacking rounds the scales to bf16 and blocks all later gradients, even in training mode; it fails if the width
         is not a multiple of the block size. Without repacking, the weight is bitwise identical in every mode and on
         every processor.
+
+        Raises:
+            ModelError: The weight was not quantized.
         """
         if not getattr(module, _REPACKS, False):
             return False
         setattr(module, _REPACKS, False)
+        if not hasattr(module.weight, "quant_state"):
+            raise ModelError(
+                "the files contain dense weights, although their quantization_config says bitsandbytes; remove it from "
+                "config.json, and pass --quantization to quantize them.",
+                what="bitsandbytes",
+                field="quantization_config",
+            )
         if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
             self.put_stored(module, "weight", _unpacked(module.weight))
         return True
