@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import pytest
@@ -122,6 +123,24 @@ def test_a_token_across_the_beginning_of_an_answer_is_trained_and_counted(tiny_t
     assert turns.joined_turns == 1
     lines = encode([talk], tiny_tokenizer, 64).report.lines()
     assert any("first token also contains the end of the generation prompt" in line for line in lines)
+
+
+@pytest.mark.parametrize("answer", ["  x  ", " ", "    return x", "x ", "\n  x", "é  🎉 "])
+def test_spaces_that_offsets_omit_do_not_change_what_is_trained(make_tiny_tokenizer: Any, answer: str) -> None:
+    from tokenizers import Tokenizer, processors
+
+    found = []
+    for is_trimmed in (False, True):
+        tokenizer = make_tiny_tokenizer()
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        number = max(backend["model"]["vocab"].values()) + 1
+        backend["model"]["vocab"]["\u010a\u0120"] = number  # a line feed and a space in one token, as indented code has
+        backend["model"]["merges"].insert(0, ["\u010a", "\u0120"])
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=is_trimmed)
+        turns = (Message("user", "hello"), Message("assistant", answer))
+        found.append(conversation_tokens(Conversation((*turns, *turns)), tokenizer))
+    assert found[0] == found[1]
 
 
 # marks the reasoning and the content of a turn, each on its own

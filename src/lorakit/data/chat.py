@@ -205,7 +205,7 @@ def _by_prompts(record: Conversation, words: Conversation, tokenizer: Tokenizer,
                 last = _special_end(tokenizer, ids, [following]) if following < len(ids) else ""
                 run += [following] if last else []
         ended = ended or bool(last)
-        joined += _is_joined(offsets, run[0], span.start)
+        joined += offsets[run[0]][0] < span.start
         for position in run:
             trained[position] = True
     prompt = next((span.prompt for span in spans if span.prompt), "")
@@ -289,7 +289,8 @@ def _tokenized(
     """Tokenize a text as a whole, and return the ids with their (start, end) offsets."""
     try:
         result = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return list(result["input_ids"]), list(result["offset_mapping"])
+        ids = list(result["input_ids"])
+        return ids, _with_spaces(tokenizer.convert_ids_to_tokens(ids), result["offset_mapping"])
     except NotImplementedError:  # slow tokenizers do not return offsets
         borders = [0, *(at for span in spans for at in (span.start, span.end)), len(text)]
     ids, offsets = list[int](), list[tuple[int, int]]()
@@ -302,16 +303,27 @@ def _tokenized(
     return ids, offsets
 
 
+def _with_spaces(tokens: list[str], offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return offsets that include the spaces of tokens, which some byte-level tokenizers leave out (trim_offsets)."""
+    found, end = list[tuple[int, int]](), 0
+    following = [start for start, _ in offsets[1:]] + [last for _, last in offsets[-1:]]
+    for token, (start, last), limit in zip(tokens, offsets, following, strict=True):
+        before = len(token) - len(token.lstrip(_SPACE))
+        after = len(token) - len(token.rstrip(_SPACE)) if before < len(token) else 0
+        end_before, end = end, max(last, min(last + after, limit))
+        found.append((max(end_before, start - before) if before else start, end))
+    return found
+
+
+_SPACE = "\u0120"
+"""The character that is a space in the tokens of byte-level tokenizers."""
+
+
 def _run(offsets: list[tuple[int, int]], span: _Span) -> list[int]:
     """Return the positions of the tokens of which a part is in a span."""
     first = bisect_right(offsets, span.start, key=itemgetter(1))
     last = bisect_left(offsets, span.end, key=itemgetter(0))
     return [at for at in range(first, last) if not (span.is_cut and offsets[at][1] > span.end)]
-
-
-def _is_joined(offsets: list[tuple[int, int]], first: int, start: int) -> bool:
-    """Return whether the first token of a turn contains text before the turn, also if its offset omits a space."""
-    return offsets[first][0] < start or (first > 0 and offsets[first - 1][1] < start)
 
 
 def _special_end(tokenizer: Tokenizer, ids: list[int], run: list[int]) -> str:
