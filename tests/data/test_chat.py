@@ -157,6 +157,7 @@ TWO_MARKS = MARKED.replace(
         ([("", "", True), ("secret", "why", False)], []),
         ([("secret", "why", False), ("one", "", True)], ["one<|im_end|>"]),
         ([("one", "why", True), ("secret", "", False)], ["why", "one<|im_end|>"]),
+        ([("</think>", "", True), ("secret", "", False)], ["</think><|im_end|>"]),
         ([("a", "b", True), ("b", "a", False), ("a", "", True)], ["b", "a<|im_end|>", "a<|im_end|>"]),
     ],
 )

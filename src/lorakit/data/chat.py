@@ -151,6 +151,10 @@ def _by_marks(record: Conversation, words: Conversation, tokenizer: Tokenizer) -
     ids, marks = _marks(record, tokenizer)
     if not all(turn.is_trained for turn in answers):
         runs, turns = _runs(marks), [[turn for turn in answers if _has_word(text, turn)] for text in texts]
+        if len(runs) == len(answers) and all(
+            found in ([], [turn]) for found, turn in zip(turns, answers, strict=False)
+        ):
+            turns = [[turn] for turn in answers]  # a part may be no word, such as "</think>"
         if len(runs) != len(turns) or any(len(found) != 1 for found in turns):
             return None
         for position in (at for run, [turn] in zip(runs, turns, strict=True) if not turn.is_trained for at in run):
