@@ -41,6 +41,7 @@ COMMANDS: dict[str, str] = {
     "int8, a quarter of Llama-3.2-1B": "bench_int8.py --model llama-1b --rounds 3",
     "picture": "picture_of_step.py --picture docs/performance.svg",
     "train": "bench_train.py",
+    "neighbour": "bench_neighbour.py --steps 8 --rounds 1",
     "job": "bench_job.py --steps 20",
     "decode": "bench_decode.py --rounds 1",
     "decode in int8": "bench_decode.py --int8 --rows 1 4 16 32",

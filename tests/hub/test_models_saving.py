@@ -46,7 +46,7 @@ def test_a_disk_without_room(tiny_llama: Any, tmp_path: Path, monkeypatch: pytes
 def test_what_transformers_raises_becomes_a_sentence(
     tiny_llama: Any, tmp_path: Path, raised: Exception, error: type[Exception], said: str
 ) -> None:
-    def refuse(folder: str) -> None:
+    def refuse(folder: str, **_: object) -> None:
         raise raised
 
     tiny_llama.save_pretrained = refuse

@@ -24,6 +24,14 @@ from lorakit.tasks import TASKS, Target, TaskOnData, evaluation_batches
 from lorakit.train.evaluation import evaluate
 from lorakit.train.processes import ALONE, Processes, joined
 
+
+class Mean:
+    """An embedder without modules of sentence-transformers."""
+
+    def embed(self, hidden: Tensor, ids: Tensor, mask: Tensor, *, is_training: bool) -> Tensor:
+        return nn.functional.normalize((hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True), dim=-1)
+
+
 VOCABULARY, ROWS = 40, 23
 NAMES = ("a", "b", "c")
 CASES = {
@@ -33,8 +41,8 @@ CASES = {
     "score": ("classification", Target("score")),
     "tags": ("token-classification", Target("tags", ("O", "B-x", "I-x"))),
     "seq2seq": ("seq2seq", Target()),
-    "scored pairs": ("embedding", Target("score")),
-    "pairs": ("embedding", Target("pairs")),
+    "scored pairs": ("embedding", Target("score", embedder=Mean())),
+    "pairs": ("embedding", Target("pairs", embedder=Mean())),
 }
 
 
