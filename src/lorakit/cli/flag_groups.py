@@ -115,7 +115,7 @@ class LabelFlags:
             label_type,
             is_evaluation_given=is_evaluation_given,
             label_map=self._label_map(),
-            tag_scheme=None if self.tag_scheme == "auto" else self.tag_scheme,
+            tag_scheme=self.tag_scheme,
         )
 
     def _label_map(self) -> dict[str, str]:

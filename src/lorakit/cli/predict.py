@@ -86,7 +86,7 @@ def run(
         quantization=flags.base.stored_as(),
         request=flags.reading.request(shapes, needs_label=False, trained=known.rows),
         max_new_tokens=flags.max_new_tokens,
-        tag_scheme=None if flags.tag_scheme == "auto" else flags.tag_scheme,
+        tag_scheme=flags.tag_scheme,
     )
     rows = predict(settings, console.note)
     if flags.output_file is None and json:

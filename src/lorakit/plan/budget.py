@@ -72,7 +72,7 @@ def within(plan: Plan, budget_bytes: int) -> tuple[Plan, str]:
     )
 
 
-def with_job(plan: Plan, **fields: int | str | None) -> Plan:
+def with_job(plan: Plan, **fields: float | str | None) -> Plan:
     """Return the plan of the same run with other values of some fields of its job.
 
     Args:

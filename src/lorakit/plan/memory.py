@@ -240,8 +240,9 @@ def _memory(lines: list[Line], outside: dict[str, int], kept: Activations, job: 
     ]
     sizes = {line.cause: line.size_bytes for line in lines}
     steps = _moments_of_step(sizes["gradients"], sizes["logits"], kept, job)
-    lines[-1:-1] = _malloc(max(sum(varying.values()) for varying in steps.values()), job)
-    sizes = {line.cause: line.size_bytes for line in lines}
+    gaps = _malloc(max(sum(varying.values()) for varying in steps.values()), job)
+    lines[-1:-1] = gaps
+    sizes |= {line.cause: line.size_bytes for line in gaps}
     moments = steps | {name: _outside_of_steps(name, size, sizes["gradients"]) for name, size in outside.items()}
     totals = {name: sum((sizes | varying).values()) for name, varying in moments.items()}
     moment = max(totals, key=totals.__getitem__)

@@ -108,7 +108,7 @@ def tag_target(parts: Split, options: LabelOptions) -> Target:
     if len(found) < 2:
         raise DataError("All words have the same tag, so there is nothing to distinguish.", field="data")
     names = ordered(found, options.known)
-    scheme, note = scheme_for(names, options.tag_scheme)
+    scheme, note = scheme_for(names, options.given_scheme)
     note = " ".join(filter(None, [note, _note(seen, names, options)]))
     return Target("tags", names, scheme=scheme, label_map=options.label_map, note=note)
 

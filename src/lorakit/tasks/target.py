@@ -104,8 +104,8 @@ class Target:
                 raise ConfigError.of("label_map", name, allowed=self.names)
         scheme, note = self.scheme, self.note
         if self.kind == "tags":
-            scheme, note = scheme_for(self.names, options.tag_scheme or scheme)
-            note = scheme_of(self.names)[1] if scheme == UNMARKED and options.tag_scheme is None else note
+            scheme, note = scheme_for(self.names, options.given_scheme or scheme)
+            note = scheme_of(self.names)[1] if scheme == UNMARKED and options.given_scheme is None else note
         return replace(self, scheme=scheme, label_map={**self.label_map, **options.label_map}, note=note)
 
     def check(self, records: Iterable[Record]) -> None:
@@ -173,14 +173,19 @@ class LabelOptions:
         is_evaluation_given: Whether the user passed evaluation data, which may then not contain new labels.
         known: Names of the classes of the model's own head, in order; empty if it has none.
         label_map: Name of a label in the data -> its name in the model.
-        tag_scheme: The scheme of the tags; None to recognize it.
+        tag_scheme: The scheme of the tags; "auto" recognizes it.
     """
 
     label_type: LabelType = "auto"
     is_evaluation_given: bool = False
     known: tuple[str, ...] = ()
     label_map: Mapping[str, str] = field(default_factory=dict)
-    tag_scheme: str | None = None
+    tag_scheme: str = "auto"
+
+    @property
+    def given_scheme(self) -> str | None:
+        """The given scheme of the tags, or None if it is to be recognized."""
+        return None if self.tag_scheme == "auto" else self.tag_scheme
 
     def check_kind(self, kind: Kind) -> None:
         """Check that the label map and the tag scheme apply to what is predicted.
@@ -191,7 +196,7 @@ class LabelOptions:
         if self.label_map and kind not in ("class", "classes", "tags"):
             text = "label_map renames classes and tags, but this task or data has none; omit it."
             raise UsageError(text, what=dict(self.label_map), field="label_map")
-        if self.tag_scheme is not None and kind != "tags":
+        if self.given_scheme is not None and kind != "tags":
             text = "tag_scheme does not apply, because no tags are predicted; omit it."
             raise UsageError(text, what=self.tag_scheme, field="tag_scheme")
 

@@ -153,10 +153,8 @@ def _measure(
     if objective.label_losses is None or counts is None:
         return _part(objective.loss_sum(model, batch, device, acceleration).item(), batch, (), None), None
     losses = objective.label_losses(model, batch, device, acceleration)
-    row_of = torch.repeat_interleave(counts).to(losses.device)
-    sums = torch.zeros(len(counts), dtype=torch.float64, device="cpu").index_add_(
-        0, row_of.cpu(), losses.double().cpu()
-    )
+    row_of = torch.repeat_interleave(counts).cpu()
+    sums = torch.zeros(len(counts), dtype=torch.float64, device="cpu").index_add_(0, row_of, losses.cpu().double())
     return _part(losses.sum().item(), batch, tuple(sums.tolist()), counts), None
 
 

@@ -50,7 +50,7 @@ class PredictSettings:
         request: How the rows of the data are read.
         max_new_tokens: Maximum length of a generated text in tokens.
         texts: Texts to predict instead of `data`.
-        tag_scheme: The scheme of the tags; None for that of the adapter or the model.
+        tag_scheme: The scheme of the tags; "auto" selects that of the adapter or the model.
     """
 
     model: str | hub.ModelSource
@@ -66,7 +66,7 @@ class PredictSettings:
     request: Request = field(default_factory=Request)
     max_new_tokens: int = 256
     texts: Sequence[str] = ()
-    tag_scheme: str | None = None
+    tag_scheme: str = "auto"
 
 
 def predict(settings: PredictSettings, say: Callable[[str], None] = lambda _: None) -> Iterator[JsonObject]:

@@ -9,7 +9,7 @@ to different choices.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,11 @@ def plan_run(spec: RunSpec, limits: RunLimits, loader: Loader, progress: Progres
     resolved = (spec.record or {}).get("resolved") or {}
     recorded, automatic = resolved.get("dtype"), spec.settings.dtype == "auto"
     wanted = recorded or spec.settings.dtype
-    calibration, details, held = None, [], rss_bytes()
-    if wanted == "auto" or _flops(spec, limits, loader, wanted) > WORTH_MEASURING_FLOPS:
+    calibration, details, held, sizes = None, [], rss_bytes(), lengths(loader.sequences)
+    if wanted == "auto" or _flops(spec, limits, sizes, wanted) > WORTH_MEASURING_FLOPS:
         calibration = hub.calibrate(spec.device, with_fp16=wanted == HALF, with_int8=spec.base_matmul == "int8")
         details.append(calibration.line())
-    choice = _precision(spec, limits, loader, wanted, calibration)
+    choice = _precision(spec, limits, sizes, wanted, calibration)
     reason = (
         str(resolved.get("dtype_reason") or f"{recorded}, as at the start of the run.") if recorded else choice.reason
     )
@@ -79,8 +79,9 @@ def plan_run(spec: RunSpec, limits: RunLimits, loader: Loader, progress: Progres
         threads = calibration.threads if spec.device.type == "cpu" else None
         int8_rate = calibration.int8_flops_per_second
         speed = plan.Speed(rate, source="measured", threads=threads, int8_flops_per_second=int8_rate)
-    estimated = _estimate(spec, limits, loader, choice.dtype, speed)
-    estimated = plan.with_job(estimated, upcasts=upcasts, **_process(spec, held))
+    estimated = _estimate(spec, limits, sizes, choice.dtype, speed)
+    batches = _batches(spec, limits, loader, sizes)
+    estimated = plan.with_job(estimated, upcasts=upcasts, **batches, **_process(spec, held))
     estimated, proposed, reasons = _limited(spec, estimated)
     lines += reasons
     for line in (*lines, *plan.summary(estimated)):
@@ -91,7 +92,7 @@ def plan_run(spec: RunSpec, limits: RunLimits, loader: Loader, progress: Progres
 
 
 def _precision(
-    spec: RunSpec, limits: RunLimits, loader: Loader, wanted: str, calibration: hub.Calibration | None
+    spec: RunSpec, limits: RunLimits, sizes: Sequence[int], wanted: str, calibration: hub.Calibration | None
 ) -> hub.DtypeChoice:
     """Return the precision of a run and the reason; "auto" does not select float16 for what cannot be trained in it.
 
@@ -101,7 +102,7 @@ def _precision(
     choice = hub.choose_dtype(wanted, spec.device, calibration)
     if choice.dtype != HALF:
         return choice
-    counted = _estimate(spec, limits, loader, choice.dtype, None).counted
+    counted = _estimate(spec, limits, sizes, choice.dtype, None).counted
     narrow = counted.copied + counted.biases
     if wanted == "auto" and narrow:
         text = (
@@ -112,12 +113,10 @@ def _precision(
     return choice
 
 
-def _estimate(spec: RunSpec, limits: RunLimits, loader: Loader, dtype: str, speed: plan.Speed | None) -> plan.Plan:
+def _estimate(
+    spec: RunSpec, limits: RunLimits, sizes: Sequence[int], dtype: str, speed: plan.Speed | None
+) -> plan.Plan:
     settings, forecast, quantization = spec.settings, spec.forecast, spec.quantization
-    sizes = lengths(loader.sequences)
-    is_limited = settings.fit is not None or settings.memory_budget is not None  # then the longest rows have to fit
-    batches = limits.total_steps * limits.accumulation * spec.processes.count
-    returns = settings.fit is not None or settings.parallel in SHARDED  # malloc returns freed memory
     job = plan.Job(
         batch_rows=settings.per_device_train_batch_size,
         length_tokens=max(sizes),
@@ -131,8 +130,6 @@ def _estimate(spec: RunSpec, limits: RunLimits, loader: Loader, dtype: str, spee
         base_matmul=spec.base_matmul,
         accelerated=settings.accelerate,
         mean_tokens=sum(sizes) / len(sizes),
-        packed_tokens=None if is_limited else loader.most_tokens(batches),
-        malloc_share=0 if returns else plan.MALLOC_SHARES["varying" if min(sizes) < max(sizes) else "equal"],
     )
     return plan.estimate(forecast.shape, forecast.config, job, speed, allow_partial=settings.allow_partial_targets)
 
@@ -159,6 +156,18 @@ def _limited(spec: RunSpec, estimated: plan.Plan) -> tuple[plan.Plan, list[plan.
     return made, [], [reason]
 
 
+def _batches(spec: RunSpec, limits: RunLimits, loader: Loader, sizes: Sequence[int]) -> dict[str, int | float | None]:
+    """Return the fields of a job that describe the batches that the loader yields, with the given lengths of rows."""
+    settings = spec.settings
+    is_limited = settings.fit is not None or settings.memory_budget is not None  # then the longest rows have to fit
+    returns = settings.fit is not None or settings.parallel in SHARDED  # malloc returns freed memory
+    count = limits.total_steps * limits.accumulation * spec.processes.count
+    return {
+        "packed_tokens": None if is_limited else loader.most_tokens(count),
+        "malloc_share": 0 if returns else plan.MALLOC_SHARES["varying" if min(sizes) < max(sizes) else "equal"],
+    }
+
+
 def _process(spec: RunSpec, held_bytes: int) -> dict[str, int | None]:
     """Return the fields of a job that describe this process.
 
@@ -173,8 +182,8 @@ def _process(spec: RunSpec, held_bytes: int) -> dict[str, int | None]:
     return {"process_bytes": held_bytes, "reserved_bytes": max(0, rss_bytes() - held_bytes)}
 
 
-def _flops(spec: RunSpec, limits: RunLimits, loader: Loader, dtype: str) -> float:
-    estimated = _estimate(spec, limits, loader, dtype, None)
+def _flops(spec: RunSpec, limits: RunLimits, sizes: Sequence[int], dtype: str) -> float:
+    estimated = _estimate(spec, limits, sizes, dtype, None)
     return estimated.lora.flops.total * estimated.job.step_tokens * limits.total_steps
 
 

@@ -241,7 +241,7 @@ class TrainSettings(BaseModel):
             self.label_type,
             is_evaluation_given=self.eval_data is not None,
             label_map=self.label_map,
-            tag_scheme=None if self.tag_scheme == "auto" else self.tag_scheme,
+            tag_scheme=self.tag_scheme,
         )
 
     def stored_as(self) -> Quantization | None:
