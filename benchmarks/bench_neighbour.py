@@ -1,10 +1,10 @@
-"""Claim: `lorakit train` costs at most 3% alone, and is three times as fast beside a busy process, by limited spinning.
+"""Claim: `lorakit train` costs at most 3% alone, and is three times as fast next to a busy process, if spins are few.
 
     python benchmarks/bench_neighbour.py [--spins 300000 20000 0] [--steps 12] [--rounds 3]
 
 Waiting threads of libgomp spin before they give their core away. Each run is `lorakit train` on the packaged SmolLM2
 in a new process, with two threads and a value of GOMP_SPINCOUNT (300,000 is libgomp's default; without --spins, that
-and the command line's), alone or beside one process that keeps a core busy. The sides take turns. Measured are the
+and the command line's), alone or next to one process that keeps a core busy. The sides take turns. Measured are the
 tokens per second of each step but the first two. Nothing else may run on the machine.
 """
 
