@@ -7,6 +7,7 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from lorakit.data import (
     Record,
     Records,
     Request,
+    encode,
     few_rows,
     read_records,
     read_split,
@@ -258,6 +260,19 @@ def test_a_document_that_is_repeated_is_cut_everywhere() -> None:
     parts = split([Document("Some words. " * 300)] * 3)
     assert (len(parts.train), len(parts.held_out)) == (3, 1)
     assert len({record.text for record in parts.train}) == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("length", [16, 100_000])
+def test_a_text_that_goes_on_has_no_end(tmp_path: Path, tiny_tokenizer: Any, length: int) -> None:
+    """The tokens of both parts are those of the text, and the end-of-text token is only where the text ends."""
+    text = "\n\n".join(PARAGRAPHS)
+    path = tmp_path / "notes.txt"
+    path.write_text(text, encoding="utf-8")
+    for records in (read_records([str(path)]), [Document(text)] * 2):
+        parts = split(records)
+        train, held = ([*encode(part, tiny_tokenizer, length).sequences] for part in (parts.train, parts.held_out))
+        ids = [token for row in [*train[: len(train) // len(parts.train)], *held] for token in row.labels if token >= 0]
+        assert ids.count(tiny_tokenizer.eos_token_id) == 1 and ids[-1] == tiny_tokenizer.eos_token_id
 
 
 def test_few_rows_are_described_by_the_width_of_an_interval() -> None:

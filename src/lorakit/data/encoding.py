@@ -28,7 +28,7 @@ from lorakit.data.records import (
     location,
 )
 from lorakit.data.report import DataReport
-from lorakit.data.stored import AnyRecords, DocumentPart, sized
+from lorakit.data.stored import AnyRecords, sized
 from lorakit.data.tokens import Tokenizer, beginning, token_ids, token_parts
 from lorakit.errors import ConfigError, DataError
 
@@ -171,9 +171,10 @@ def encode(
 ) -> Encoded:
     """Encode records as sequences of at most `max_length` tokens.
 
-    - A document starts with the beginning-of-text token if the tokenizer adds one, and ends with the end-of-text token.
-      It is split into consecutive windows. Each window after the first starts with the last token of the previous one
-      as context, so every token of the document except the first contributes to the loss exactly once.
+    - A document starts with the beginning-of-text token if the tokenizer adds one, and ends with the end-of-text token,
+      unless its text goes on in another part. It is split into consecutive windows. Each window after the first starts
+      with the last token of the previous one as context, so every token of the document except the first contributes to
+      the loss exactly once.
     - In a row with a prompt and a completion, the completion and the end-of-text token that follows contribute to the
       loss.
     - In a conversation, the assistant's turns and their end markers, as rendered by the chat template, contribute to
@@ -332,10 +333,9 @@ class _Work:
 
     def _tokens(self, record: Document) -> Iterator[array[int]]:
         """Yield the tokens of a document, including its start and end tokens, in chunks of limited size."""
-        is_first, is_last = (record.is_first, record.is_last) if isinstance(record, DocumentPart) else (True, True)
-        if is_first:
+        if record.is_first:
             yield array("q", beginning(self._tokenizer))
-        end, last = self._tokenizer.eos_token_id if is_last else None, None
+        end, last = self._tokenizer.eos_token_id if record.is_last else None, None
         for ids in token_parts(self._tokenizer, self._watched(record.pieces())):
             for at in range(0, len(ids), _TOKENS_AT_ONCE):
                 yield array("q", ids[at : at + _TOKENS_AT_ONCE])

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from lorakit.data.messages import BadRow
-from lorakit.data.stored import CheckedFile, DocumentPart
+from lorakit.data.records import Document
+from lorakit.data.stored import CheckedFile
 from lorakit.durable import JsonValue
 
 PARTIAL = "partial:"
@@ -32,7 +33,7 @@ class Place:
     line: int = 1
 
 
-Read: TypeAlias = Iterator[tuple[JsonValue | BadRow | DocumentPart, Place]]
+Read: TypeAlias = Iterator[tuple[JsonValue | BadRow | Document, Place]]
 """Rows, or the reasons why they cannot be parsed, each with its position."""
 
 

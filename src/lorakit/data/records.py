@@ -30,11 +30,15 @@ class Document:
         text: The text.
         source: Path of the file that contains the text, or another name to show in messages.
         line: Line number in the file, starting at 1; None if the document is the whole file.
+        is_first: Whether the text begins here, so that a beginning-of-text token precedes it.
+        is_last: Whether the text ends here, so that an end-of-text token follows it.
     """
 
     text: str
     source: str = "text"
     line: int | None = None
+    is_first: bool = True
+    is_last: bool = True
 
     def pieces(self) -> Iterator[str]:
         """Yield the text in pieces of at most `PIECE_CHARACTERS` characters."""
@@ -184,7 +188,7 @@ class Records(list[Record]):
         heads, rests = Records(notes=self.notes), Records()
         for record in self:
             assert isinstance(record, Document)
-            heads.append(Document(record.text[:at], record.source, record.line))
+            heads.append(Document(record.text[:at], record.source, record.line, is_last=False))
             rests.append(Document(record.text[at:], record.source, record.line))
         return heads, Records(rests[:1])
 

@@ -105,7 +105,7 @@ class DataReport(Report):
         prompt: Text with which the template begins answers in generation but not in the data, or "".
         joined_turns: Number of assistant turns whose first token also contains the end of the generation prompt.
         ended_rows: Number of rows in which an end marker contributes to the loss: the end-of-text token, or the
-            template's end-of-turn marker.
+            template's end-of-turn marker; and of documents whose end is in another part.
     """
 
     documents: int = 0

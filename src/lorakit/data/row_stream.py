@@ -14,11 +14,11 @@ from pathlib import Path
 from lorakit.data import columnar
 from lorakit.data.messages import BadRow
 from lorakit.data.places import Content, Place
-from lorakit.data.records import Record
+from lorakit.data.records import Document, Record
 from lorakit.data.rows import group_key
 from lorakit.data.shapes import Layout, Request, checked_row, recognize
 from lorakit.data.sources import TABLES, TEXT, HubSource, expand
-from lorakit.data.stored import DocumentPart, check_kind, file_error
+from lorakit.data.stored import check_kind, file_error
 from lorakit.data.stream_files import open_file
 from lorakit.errors import DataError
 
@@ -104,7 +104,7 @@ class RowStream:
             try:
                 if isinstance(row, BadRow):
                     raise row
-                if isinstance(row, DocumentPart):
+                if isinstance(row, Document):
                     yield StreamedRow(row, place)
                 elif source.layout is not None:
                     record = source.layout.record(row, label, place.line, self.unused)
@@ -170,7 +170,7 @@ def _layout(content: Content, request: Request) -> Layout:
         try:
             if isinstance(row, BadRow):
                 raise row
-            assert not isinstance(row, DocumentPart)  # text files have no layout
+            assert not isinstance(row, Document)  # text files have no layout
             layout = recognize(list(checked_row(row)), request)
             layout.record(row, content.label, place.line, Counter())
             return layout

@@ -110,9 +110,9 @@ class LongDocument(Document):
     _file: DataFile
 
     def __init__(self, file: DataFile) -> None:
-        object.__setattr__(self, "_file", file)
-        object.__setattr__(self, "source", str(file.path))
-        object.__setattr__(self, "line", None)
+        values = {"_file": file, "source": str(file.path), "line": None, "is_first": True, "is_last": True}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     @property
     def text(self) -> str:
@@ -127,19 +127,6 @@ class LongDocument(Document):
         """
         with self._file.open() as file:
             yield from decoded(file)
-
-
-@dataclass(frozen=True, slots=True)
-class DocumentPart(Document):
-    """Consecutive lines of a text file that is read in parts; only the ends of the file are marked with special tokens.
-
-    Attributes:
-        is_first: Whether the part is at the beginning of the file.
-        is_last: Whether the part is at the end of the file.
-    """
-
-    is_first: bool = True
-    is_last: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +179,7 @@ class DataFile(CheckedFile):
 
 
 class DocumentRange(Document):
-    """The characters of a document from `begin` to `end`, which are a document of their own."""
+    """The characters of a document from `begin` to `end`; after a cut, the text begins again, but it does not end."""
 
     __slots__ = ("_begin", "_end", "_whole")
     _whole: Document
@@ -201,6 +188,7 @@ class DocumentRange(Document):
 
     def __init__(self, whole: Document, begin: int, end: int | None) -> None:
         values = {"_whole": whole, "_begin": begin, "_end": end, "source": whole.source, "line": whole.line}
+        values |= {"is_first": True, "is_last": end is None}
         for name, value in values.items():
             object.__setattr__(self, name, value)
 

@@ -18,10 +18,11 @@ from typing import IO, TypeAlias
 
 from lorakit.data.messages import BadRow
 from lorakit.data.places import LargeFile, Place, Read
+from lorakit.data.records import Document
 from lorakit.data.rows import after, cells, check_no_group, header_of, named_cells, parse_row, skip_space
 from lorakit.data.shapes import Request
 from lorakit.data.sources import DELIMITED, LINES, TEXT
-from lorakit.data.stored import READ_BYTES, DocumentPart, file_error, line_of
+from lorakit.data.stored import READ_BYTES, file_error, line_of
 from lorakit.durable import JsonValue
 from lorakit.errors import DataError
 from lorakit.file_hashes import FileStatus
@@ -130,14 +131,14 @@ def _parts(source: StreamedFile, file: IO[bytes], at: Place) -> Read:
         at = Place(at.file, offset, at.line + raw.count(b"\n"))
 
 
-def _part(source: StreamedFile, raw: bytes, at: Place) -> BadRow | DocumentPart:
+def _part(source: StreamedFile, raw: bytes, at: Place) -> BadRow | Document:
     if b"\0" in raw:
         return BadRow("the data file looks binary (null byte); data files must be UTF-8 text.")
     try:
         text = raw.decode("utf-8-sig" if at.offset == 0 else "utf-8")
     except UnicodeDecodeError as cause:
         return BadRow(f"not valid UTF-8 (byte 0x{raw[cause.start]:02x}); convert the file first.")
-    return DocumentPart(text, str(source.path), at.line, at.offset == 0, at.offset + len(raw) >= source.size)
+    return Document(text, str(source.path), at.line, at.offset == 0, at.offset + len(raw) >= source.size)
 
 
 def _cut(raw: bytes) -> int:
