@@ -1,3 +1,4 @@
+import itertools
 import json
 from typing import Any
 
@@ -125,8 +126,13 @@ def test_a_token_across_the_beginning_of_an_answer_is_trained_and_counted(tiny_t
     assert any("first token also contains the end of the generation prompt" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    "template", [CHAT_TEMPLATE, MARKED, MARKED.replace("<|im_end|>' }}{% endgen", "' }}{% endgen")]
+)
 @pytest.mark.parametrize("answer", ["  x  ", " ", "    return x", "x ", "\n  x", "é  🎉 "])
-def test_spaces_that_offsets_omit_do_not_change_what_is_trained(make_tiny_tokenizer: Any, answer: str) -> None:
+def test_spaces_that_offsets_omit_do_not_change_what_is_trained(
+    make_tiny_tokenizer: Any, answer: str, template: str
+) -> None:
     from tokenizers import Tokenizer, processors
 
     found = []
@@ -138,6 +144,7 @@ def test_spaces_that_offsets_omit_do_not_change_what_is_trained(make_tiny_tokeni
         backend["model"]["merges"].insert(0, ["\u010a", "\u0120"])
         tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))
         tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=is_trimmed)
+        tokenizer.chat_template = template
         turns = (Message("user", "hello"), Message("assistant", answer))
         found.append(conversation_tokens(Conversation((*turns, *turns)), tokenizer))
     assert found[0] == found[1]
@@ -154,7 +161,7 @@ TWO_MARKS = MARKED.replace(
 @pytest.mark.parametrize(
     ("turns", "wanted"),
     [
-        ([("", "", True), ("secret", "why", False)], []),
+        ([("", "", True), ("secret", "why", False)], ["<|im_end|>"]),
         ([("secret", "why", False), ("one", "", True)], ["one<|im_end|>"]),
         ([("one", "why", True), ("secret", "", False)], ["why", "one<|im_end|>"]),
         ([("</think>", "", True), ("secret", "", False)], ["</think><|im_end|>"]),
@@ -166,6 +173,29 @@ def test_marks_belong_to_turns(tiny_tokenizer: Any, turns: list[tuple[str, str, 
     answers = [Message("assistant", text, {"reasoning_content": why} if why else {}, on) for text, why, on in turns]
     talk = Conversation(tuple(one for answer in answers for one in (Message("user", "hello"), answer)))
     assert said(tiny_tokenizer, conversation_tokens(talk, tiny_tokenizer)) == wanted
+
+
+@pytest.mark.parametrize("contents", [["", "a"], ["a", ""], ["", ""], ["", "b", ""], ["<|im_end|>", "", "</think>"]])
+@pytest.mark.parametrize(
+    ("template", "reason"), [(MARKED, ""), (TWO_MARKS, ""), (TWO_MARKS, "why"), (TWO_MARKS, "</think>")]
+)
+def test_a_weight_applies_to_its_turn(tiny_tokenizer: Any, template: str, contents: list[str], reason: str) -> None:
+    """The marks of all turns, which transformers returns, less those in the text of turns with weight 0."""
+    tiny_tokenizer.chat_template = template
+    for weights in itertools.product([True, False], repeat=len(contents)):
+        turns = list[Message]()
+        kept = list[bool]()
+        for content, weight in zip(contents, weights, strict=True):
+            turns += [
+                Message("user", "hello"),
+                Message("assistant", content, {"reasoning_content": reason} if reason and content else {}, weight),
+            ]
+            dicts = [turn.as_dict() for turn in turns]
+            found = tiny_tokenizer.apply_chat_template(dicts, return_assistant_tokens_mask=True, return_dict=True)
+            kept += [bool(mark) and weight for mark in found["assistant_masks"][len(kept) :]]
+        row = conversation_tokens(Conversation(tuple(turns)), tiny_tokenizer)
+        assert row.ids == found["input_ids"]
+        assert row.trained == kept, weights
 
 
 class Slow:

@@ -19,13 +19,13 @@ from lorakit.data.chat_rendering import (
     REASONING,
     absent,
     answer_parts,
-    apply_template,
     check_rendered,
     contains,
     in_words,
     rendered,
     row_error,
     template_name,
+    with_marks,
 )
 from lorakit.data.records import Conversation, Message
 from lorakit.data.tokens import Tokenizer, text_of, token_ids
@@ -142,39 +142,56 @@ def _by_marks(record: Conversation, words: Conversation, tokenizer: Tokenizer) -
     template = tokenizer.chat_template
     if not (isinstance(template, str) and _GENERATION.search(template) and getattr(tokenizer, "is_fast", False)):
         return None
-    word_ids, word_marks = _marks(words, tokenizer)
-    texts = [text_of(tokenizer, [word_ids[at] for at in run]) for run in _runs(word_marks)]
-    answers = [message for message in words.messages if message.role == "assistant"]
-    said, parts = "".join(texts), [part for turn in answers for part in answer_parts(turn)]
+    said, parts = "".join(_marked(words, tokenizer)), [part for turn in _answers(words) for part in answer_parts(turn)]
     if not contains(said, parts):
         return None
-    ids, marks = _marks(record, tokenizer)
-    if not all(turn.is_trained for turn in answers):
-        runs, turns = _runs(marks), [[turn for turn in answers if _has_word(text, turn)] for text in texts]
-        if len(runs) == len(answers) and all(
-            found in ([], [turn]) for found, turn in zip(turns, answers, strict=False)
-        ):
-            turns = [[turn] for turn in answers]  # a part may be no word, such as "</think>"
-        if len(runs) != len(turns) or any(len(found) != 1 for found in turns):
+    text, spans = with_marks(record, tokenizer)
+    if not all(turn.is_trained for turn in _answers(record)):
+        turns = _marked_turns(words, tokenizer)
+        if len(turns) != len(spans):
             return None
-        for position in (at for run, [turn] in zip(runs, turns, strict=True) if not turn.is_trained for at in run):
-            marks[position] = False
+        spans = [span for span, turn in zip(spans, turns, strict=True) if turn.is_trained]
+    ids, offsets = _tokenized(record, tokenizer, text, [])
+    marks = [False] * len(ids)
+    for position in (at for begin, end in spans for at in _run(offsets, _Span(begin, end, False, ""))):
+        marks[position] = True
     tail = said.rpartition(parts[-1])[2] if parts else ""
     ended = bool(tail.strip()) or any(_special_end(tokenizer, ids, run) for run in _runs(marks))
     return TokenizedRow(ids, marks, ended)
+
+
+def _answers(record: Conversation) -> list[Message]:
+    return [message for message in record.messages if message.role == "assistant"]
+
+
+def _marked(record: Conversation, tokenizer: Tokenizer) -> list[str]:
+    """Return the texts that the template marks."""
+    text, spans = with_marks(record, tokenizer)
+    return [text[begin:end] for begin, end in spans]
+
+
+def _marked_turns(words: Conversation, tokenizer: Tokenizer) -> list[Message]:
+    """Return the turn of each mark, by its words; nothing if a mark has words of several turns or none.
+
+    Args:
+        words: The conversation in words; an answer without words gets one.
+        tokenizer: A tokenizer whose chat template marks answers.
+    """
+    numbers, turns = itertools.count(), list[Message]()
+    stem = absent("velvet", "".join(map(str, words.messages)))
+    for turn in words.messages:
+        if turn.role == "assistant" and not answer_parts(turn):
+            turn = replace(turn, content=f"{turn.content or ''}{stem}{next(numbers):06}k")
+        turns.append(turn)
+    filled = replace(words, messages=tuple(turns))
+    found = [[turn for turn in _answers(filled) if _has_word(text, turn)] for text in _marked(filled, tokenizer)]
+    return [turn for [turn] in found] if all(len(owners) == 1 for owners in found) else []
 
 
 def _has_word(text: str, turn: Message) -> bool:
     """Return whether a text contains a part of a turn that is in words; a turn may have several marked parts."""
     parts = [*answer_parts(turn), *map(turn.fields.get, REASONING), *(turn.content or "").split("</think>")]
     return any(contains(text, [part.removeprefix("<think>")]) for part in parts if isinstance(part, str) and part)
-
-
-def _marks(record: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Return the token ids of a conversation, and whether each token is in the template's generation marks."""
-    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    result = apply_template(record, tokenizer, record.as_dicts(), **options)
-    return list(result["input_ids"]), [bool(mark) for mark in result["assistant_masks"]]
 
 
 def _runs(marks: list[bool]) -> list[list[int]]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from lorakit.data.records import Conversation, Message, location
@@ -22,17 +23,26 @@ from lorakit.errors import DataError
 
 def rendered(record: Conversation, tokenizer: Tokenizer, count: int | None = None, **options: bool) -> str:
     """Render the first `count` messages of a conversation, or all of them."""
-    return str(apply_template(record, tokenizer, record.as_dicts()[:count], tokenize=False, **options))
+    apply = partial(tokenizer.apply_chat_template, tokenize=False)
+    return str(_applied(apply, record, record.as_dicts()[:count], **options))
 
 
-def apply_template(record: Conversation, tokenizer: Tokenizer, messages: list[JsonObject], **options: bool) -> Any:
+def with_marks(record: Conversation, tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int]]]:
+    """Render a conversation, and return its text with the offsets of what the template marks; see `marked_text`."""
+    from lorakit.hub.tokenizer_hashes import marked_text
+
+    text, spans = _applied(partial(marked_text, tokenizer), record, record.as_dicts())
+    return text, spans
+
+
+def _applied(apply: Callable[..., Any], record: Conversation, messages: list[JsonObject], **options: bool) -> Any:
     """Apply the chat template to messages with the tools and template options of a conversation.
 
     Raises:
         DataError: The template rejects the messages.
     """
     try:
-        return tokenizer.apply_chat_template(messages, tools=list(record.tools) or None, **record.options, **options)
+        return apply(messages, tools=list(record.tools) or None, **record.options, **options)
     except Exception as cause:  # a template is untrusted code and may raise anything
         raise row_error(record, f"the chat template rejects this conversation ({cause}).") from cause
 

@@ -1,4 +1,4 @@
-"""Hashes and settings that identify a tokenizer and its chat template."""
+"""Hashes and settings that identify a tokenizer and its chat template; and what the template marks."""
 
 from __future__ import annotations
 
@@ -96,3 +96,25 @@ def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def marked_text(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> tuple[str, list[tuple[int, int]]]:
+    """Render a conversation, and return its text with the (start, end) offsets of each mark; a mark may be empty.
+
+    `apply_chat_template` returns marked tokens: without empty marks, and without spaces that some offsets omit.
+
+    Args:
+        tokenizer: A transformers tokenizer whose chat template is one text.
+        messages: The conversation in the format of `apply_chat_template`.
+        options: Its other options, such as `tools`.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    texts, spans = render_jinja_template(
+        conversations=[given],
+        chat_template=tokenizer.chat_template,
+        return_assistant_tokens_mask=True,
+        **{**tokenizer.special_tokens_map, **options},
+    )
+    return str(texts[0]), list(spans[0])
