@@ -296,9 +296,9 @@ def test_a_signal_while_data_is_read(
     before = _files(tmp_path)
     real = encoding.token_parts
 
-    def signalled(*arguments: Any) -> Any:
+    def signalled(*arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), number)
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(encoding, "token_parts", signalled)
     capsys.readouterr()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorakit.data import Completion, Document, Records, Split, encoding, quality, read_records, stored
+from lorakit.data import Completion, Document, Record, Records, Split, encoding, quality, read_records, stored
 from lorakit.data import records as records_module
-from lorakit.data.encoding import encode
+from lorakit.data.encoding import Sequence, encode, shown_rows
 from lorakit.data.page import write_page
 from lorakit.data.quality import Quality, Token, marked, measure, tokens_of
 from lorakit.errors import DataError
@@ -20,7 +22,12 @@ LONG = "the quick brown fox jumps over the lazy dogs and it is two plus two in t
 
 
 def quality_of(parts: Split, tokenizer: Any, length: int) -> Quality:
-    return measure(parts, tokenizer, length, lambda visit: encode(parts.train, tokenizer, length, visit=visit), 2)
+    def shown(record: Record, count: int) -> Iterator[Sequence]:
+        return itertools.islice(shown_rows(record, tokenizer, length, "truncate"), count)
+
+    return measure(
+        parts, tokenizer, length, lambda visit: encode(parts.train, tokenizer, length, visit=visit), shown, 2
+    )
 
 
 def test_duplicates_leaks_and_unusual_characters(tiny_tokenizer: Any) -> None:

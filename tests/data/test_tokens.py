@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -61,7 +62,10 @@ def test_parts_joined_are_the_whole(kind: Any, size: int, tiny_tokenizer: Any) -
     text = _text(4000, seed=size)[:size]
     whole = tokenizer.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     parts = list(tokens.token_parts(tokenizer, (text[at : at + 100] for at in range(0, size, 100))))
-    assert [token for part in parts for token in part] == whole
+    assert [token for part, _ in parts for token in part] == whole
+    written = tokens.token_parts(tokenizer.tokenizer, [text], with_text=True)
+    ids, pieces = zip(*written, strict=True)
+    assert [token for part in ids for token in part] == whole and "".join(itertools.chain(*pieces)) == text
     if size == 7000:
         assert len(parts) > 4
         assert max(tokenizer.lengths) < 3500  # one part may have been extended
@@ -73,7 +77,7 @@ def test_parts_joined_are_the_whole(kind: Any, size: int, tiny_tokenizer: Any) -
 def test_text_without_a_place_to_part_is_taken_as_long_as_it_is(odd: str, tiny_tokenizer: Any) -> None:
     text = _text(300) + odd + _text(900, seed=1)
     whole = tiny_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    assert [token for part in tokens.token_parts(tiny_tokenizer, [text]) for token in part] == whole
+    assert [token for part, _ in tokens.token_parts(tiny_tokenizer, [text]) for token in part] == whole
 
 
 def test_a_tokenizer_without_offsets_takes_the_whole_text() -> None:
@@ -85,7 +89,7 @@ def test_a_tokenizer_without_offsets_takes_the_whole_text() -> None:
             return {"input_ids": [ord(character) for character in text]}
 
     text = _text(2000)
-    (ids,) = tokens.token_parts(Slow(), [text])  # type: ignore[arg-type]
+    ((ids, _),) = tokens.token_parts(Slow(), [text])  # type: ignore[arg-type]
     assert ids == [ord(character) for character in text]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,6 +17,7 @@ from lorakit.terminal import colored, write_pieces
 from lorakit.train.defaults import DEFAULTS, TASK_NAMES
 
 if TYPE_CHECKING:
+    from lorakit.data import Record, Sequence
     from lorakit.data.quality import Quality, Visit
     from lorakit.data.splitting import Split
     from lorakit.data.tokens import Tokenizer
@@ -103,9 +106,12 @@ def run(
         _count_inactive(encoded, tokenizer, flags, length)
         return encoded
 
+    def show(record: Record, count: int) -> Iterable[Sequence]:
+        return task.task.encode_one(record, tokenizer, task.target, EncodeOptions(length, flags.overlong, shown=count))
+
     names = task.target.names if task.task.unit == "row" else ()
     with console.working("tokenizing"):
-        found = measure(parts, tokenizer, length, encode, shown, names)
+        found = measure(parts, tokenizer, length, encode, show, shown, names)
     if task.note:
         console.note(task.note)
     if flags.html is not None:
@@ -160,7 +166,10 @@ def _print(found: Quality, note: str, flags: Flags) -> None:
         how = "colored" if is_colored else "in brackets"
         console.say(f"\n{row_title(number, tokens)} ({how}: contributes to the loss)")
         if is_colored:
-            write_pieces((token.text, "green" if token.is_trained else "") for token in tokens)
+            runs = itertools.groupby(
+                tokens, key=lambda token: token.is_trained
+            )  # a color would part letters and accents
+            write_pieces(("".join(one.text for one in run), "green" if on else "") for on, run in runs)
         else:
             write_pieces([(marked(tokens), "")])
     if flags.html is not None:

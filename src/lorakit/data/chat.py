@@ -28,7 +28,7 @@ from lorakit.data.chat_rendering import (
     with_marks,
 )
 from lorakit.data.records import Conversation, Message
-from lorakit.data.tokens import Tokenizer, text_of, token_ids
+from lorakit.data.tokens import Span, Tokenizer, text_of, token_ids, with_spaces
 from lorakit.durable import JsonObject
 from lorakit.errors import DataError
 
@@ -49,6 +49,7 @@ class TokenizedRow:
         reason: Why the first of these turns is excluded, or "".
         prompt: Text that ends the generation prompt but does not precede the answer in the conversation, or "".
         joined_turns: Number of assistant turns whose first token also contains the end of the generation prompt.
+        texts: The texts whose tokens these are, in order, without special tokens around them.
     """
 
     ids: list[int]
@@ -58,6 +59,7 @@ class TokenizedRow:
     reason: str = ""
     prompt: str = ""
     joined_turns: int = 0
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,8 @@ def conversation_tokens(record: Conversation, tokenizer: Tokenizer) -> Tokenized
     check_rendered(record, tokenizer, text)
     words = in_words(record, absent("quartz", text), "k")
     check_rendered(words, tokenizer, rendered(words, tokenizer))  # short answers occur in any text, these words do not
-    return _by_marks(record, words, tokenizer) or _by_prompts(record, words, tokenizer, text)
+    row = _by_marks(record, words, tokenizer) or _by_prompts(record, words, tokenizer, text)
+    return replace(row, texts=(text,))
 
 
 def end_tokens(tokenizer: Tokenizer) -> frozenset[int]:
@@ -306,15 +309,15 @@ def _shared(one: str, other: str) -> int:
 
 def _tokenized(
     record: Conversation, tokenizer: Tokenizer, text: str, spans: list[_Span]
-) -> tuple[list[int], list[tuple[int, int]]]:
+) -> tuple[list[int], list[Span]]:
     """Tokenize a text as a whole, and return the ids with their (start, end) offsets."""
     try:
         result = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids = list(result["input_ids"])
-        return ids, _with_spaces(tokenizer.convert_ids_to_tokens(ids), result["offset_mapping"])
+        return ids, with_spaces(tokenizer.convert_ids_to_tokens(ids), result["offset_mapping"])
     except NotImplementedError:  # slow tokenizers do not return offsets
         borders = [0, *(at for span in spans for at in (span.start, span.end)), len(text)]
-    ids, offsets = list[int](), list[tuple[int, int]]()
+    ids, offsets = list[int](), list[Span]()
     for start, end in itertools.pairwise(borders):
         part = token_ids(tokenizer, text[start:end])
         ids, offsets = ids + part, offsets + [(start, end)] * len(part)
@@ -324,23 +327,7 @@ def _tokenized(
     return ids, offsets
 
 
-def _with_spaces(tokens: list[str], offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return offsets that include the spaces of tokens, which some byte-level tokenizers leave out (trim_offsets)."""
-    found, end = list[tuple[int, int]](), 0
-    following = [start for start, _ in offsets[1:]] + [last for _, last in offsets[-1:]]
-    for token, (start, last), limit in zip(tokens, offsets, following, strict=True):
-        before = len(token) - len(token.lstrip(_SPACE))
-        after = len(token) - len(token.rstrip(_SPACE)) if before < len(token) else 0
-        end_before, end = end, max(last, min(last + after, limit))
-        found.append((max(end_before, start - before) if before else start, end))
-    return found
-
-
-_SPACE = "\u0120"
-"""The character that is a space in the tokens of byte-level tokenizers."""
-
-
-def _run(offsets: list[tuple[int, int]], span: _Span) -> list[int]:
+def _run(offsets: list[Span], span: _Span) -> list[int]:
     """Return the positions of the tokens of which a part is in a span."""
     first = bisect_right(offsets, span.start, key=itemgetter(1))
     last = bisect_left(offsets, span.end, key=itemgetter(0))

@@ -9,8 +9,9 @@ from __future__ import annotations
 import collections.abc
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal, overload
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias, overload
 
 import numpy as np
 
@@ -29,7 +30,7 @@ from lorakit.data.records import (
 )
 from lorakit.data.report import DataReport
 from lorakit.data.stored import AnyRecords, sized
-from lorakit.data.tokens import Tokenizer, beginning, token_ids, token_parts
+from lorakit.data.tokens import Tokenizer, beginning, pieces_of, text_of, token_ids, token_parts
 from lorakit.errors import ConfigError, DataError
 
 IGNORED = -100
@@ -49,12 +50,15 @@ class Sequence:
             (length,); the first label is always -100. For other tasks, see `lorakit.tasks`.
         others: Token ids of the row's other texts, if the task embeds several.
         types: Number of the segment (0 or 1) of each token, if the model distinguishes segments.
+        pieces: Text of each token as it is written, in rows that are shown: of `input_ids`, of each of `others`, and of
+            `labels` if they are the tokens of another text. A text is empty if the tokenizer provides no offsets.
     """
 
     input_ids: array[int]
     labels: array[int]
     others: tuple[array[int], ...] = ()
     types: array[int] | None = None
+    pieces: tuple[Many[str], ...] = ()
 
     def __len__(self) -> int:
         return max(len(ids) for ids in (self.input_ids, self.labels, *self.others))
@@ -260,6 +264,21 @@ def encode_record(record: Record, tokenizer: Tokenizer, max_length: int, overlon
     return work.sequences
 
 
+def shown_rows(record: Record, tokenizer: Tokenizer, max_length: int, overlong: Overlong) -> Iterator[Sequence]:
+    """Yield the sequences of `encode_record` with the text of their tokens, if the tokenizer provides offsets."""
+    work = _Work(tokenizer, DataReport(max_length), lambda done: None, overlong)
+    work.with_text = getattr(tokenizer, "is_fast", False)
+    if not is_empty(record):
+        for ids, trained, pieces in work.rows(record):
+            one = Sequences()
+            one.add(ids, trained)
+            yield replace(one[0], pieces=(pieces,) if pieces else ())
+
+
+_Row: TypeAlias = "tuple[Many[int], Many[bool] | bytes, Many[str]]"
+"""Token ids, whether each token contributes to the loss, and the text of each token if it is shown."""
+
+
 def _nothing_left(report: DataReport, first: Record | None) -> str:
     if first is None:
         return "The data has no rows."
@@ -281,12 +300,14 @@ class _Work:
 
     Attributes:
         sequences: The sequences encoded so far.
+        with_text: Whether `rows` yields the text of tokens.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, report: DataReport, watch: Callable[[int], None], overlong: Overlong
     ) -> None:
         self.sequences = Sequences()
+        self.with_text = False
         self._overlong = overlong
         self._tokenizer = tokenizer
         self._report = report
@@ -300,6 +321,11 @@ class _Work:
 
     def add(self, record: Record) -> None:
         """Encode a nonempty record and append its sequences."""
+        for ids, trained, _ in self.rows(record):
+            self.sequences.add(ids, trained)
+
+    def rows(self, record: Record) -> Iterator[_Row]:
+        """Yield the sequences of a nonempty record, and count them."""
         if isinstance(record, Labeled | Tagged):
             raise DataError(
                 f"{location(record)}: rows with labels or tags cannot be used for causal language modeling; pass "
@@ -307,41 +333,47 @@ class _Work:
                 where=location(record),
                 field="task",
             )
+        rows: Iterable[_Row]
         if isinstance(record, Document):
-            made, ended = self._windows(record), self._tokenizer.eos_token_id is not None
+            rows, ended = self._windows(record), self._tokenizer.eos_token_id is not None
         else:
-            made, ended = self._cut(record)
+            rows, ended = self._cut(record)
+        made = False
+        for row in rows:
+            yield row
+            made = True
         if made:
             self._report.ended_rows += ended
         else:
             self._report.dropped_rows += 1
 
-    def _windows(self, record: Document) -> int:
-        """Append the windows of a document as its tokens become available; return the number of windows."""
-        length, made = self._report.max_length_tokens, 0
-        held = array("q")
-        for ids in self._tokens(record):
+    def _windows(self, record: Document) -> Iterator[_Row]:
+        """Yield the windows of a document as its tokens become available."""
+        length = self._report.max_length_tokens
+        held, pieces = array("q"), list[str]()
+        for ids, texts in self._tokens(record):
             held.extend(ids)
+            pieces += texts
             while len(held) > length:  # the tokens exceed one window, so at least one more window follows
-                self.sequences.add(held[:length], b"\1" * length)
-                del held[: length - 1]  # the last token of a window is the context of the next
-                made += 1
+                yield held[:length], b"\1" * length, pieces[:length]
+                del held[: length - 1], pieces[: length - 1]  # the last token of a window is the context of the next
         if len(held) > 1:
-            self.sequences.add(held, b"\1" * len(held))
-            made += 1
-        return made
+            yield held, b"\1" * len(held), pieces
 
-    def _tokens(self, record: Document) -> Iterator[array[int]]:
+    def _tokens(self, record: Document) -> Iterator[tuple[array[int], list[str]]]:
         """Yield the tokens of a document, including its start and end tokens, in chunks of limited size."""
         if record.is_first:
-            yield array("q", beginning(self._tokenizer))
+            yield self._special(beginning(self._tokenizer))
         end, last = self._tokenizer.eos_token_id if record.is_last else None, None
-        for ids in token_parts(self._tokenizer, self._watched(record.pieces())):
+        for ids, pieces in token_parts(self._tokenizer, self._watched(record.pieces()), with_text=self.with_text):
             for at in range(0, len(ids), _TOKENS_AT_ONCE):
-                yield array("q", ids[at : at + _TOKENS_AT_ONCE])
+                yield array("q", ids[at : at + _TOKENS_AT_ONCE]), pieces[at : at + _TOKENS_AT_ONCE]
             last = ids[-1] if ids else last
         if end is not None and last != end:
-            yield array("q", [end])
+            yield self._special([end])
+
+    def _special(self, ids: list[int]) -> tuple[array[int], list[str]]:
+        return array("q", ids), [text_of(self._tokenizer, [one]) for one in ids] if self.with_text else []
 
     def _watched(self, pieces: Iterable[str]) -> Iterator[str]:
         """Yield the pieces of a document; report each as processed when the next one is requested."""
@@ -351,11 +383,11 @@ class _Work:
             done += len(piece.encode())
             self._watch(done)
 
-    def _cut(self, record: Completion | Conversation) -> tuple[bool, bool]:
-        """Append a record, shortened or split if it exceeds the maximum length.
+    def _cut(self, record: Completion | Conversation) -> tuple[Iterable[_Row], bool]:
+        """Return the rows of a record, shortened or split if it exceeds the maximum length.
 
         Returns:
-            Whether the record was appended, and whether an end marker in it contributes to the loss.
+            The rows, and whether an end marker in them contributes to the loss.
         """
         report, row = self._report, _row(record, self._tokenizer)
         report.untrained_turns += row.untrained_turns
@@ -369,26 +401,27 @@ class _Work:
                 text = f"the row has {len(row.ids):,} tokens, but max_length is {length:,}; see --overlong."
                 raise DataError(f"{location(record)}: {text}", where=location(record), field="overlong")
             if self._overlong == "drop":
-                return False, False
+                return (), False
             if self._overlong == "split":
                 return self._split(row), row.ended
             report.cut_tokens += len(row.ids) - length
             report.cut_trained_tokens += sum(row.trained[length:])
             report.cut_answers += any(row.trained[length:])
         if not any(row.trained[1:length]):
-            return False, False
-        self.sequences.add(row.ids[:length], row.trained[:length])
-        return True, row.ended and len(row.ids) <= length
+            return (), False
+        return [self._window(row, 0)], row.ended and len(row.ids) <= length
 
-    def _split(self, row: TokenizedRow) -> bool:
-        """Append the windows of a row in which a token contributes to the loss; return whether there are any."""
-        length, made = self._report.max_length_tokens, 0
+    def _split(self, row: TokenizedRow) -> Iterator[_Row]:
+        """Yield the windows of a row in which a token contributes to the loss."""
+        length = self._report.max_length_tokens
         for start in range(0, len(row.ids) - 1, length - 1):  # the last token of a window is the context of the next
-            ids, trained = row.ids[start : start + length], row.trained[start : start + length]
-            if any(trained[1:]):
-                self.sequences.add(ids, trained)
-                made += 1
-        return made > 0
+            if any(row.trained[start + 1 : start + length]):
+                yield self._window(row, start)
+
+    def _window(self, row: TokenizedRow, start: int) -> _Row:
+        pieces = pieces_of(self._tokenizer, row.ids, row.texts) if self.with_text else []
+        part = slice(start, start + self._report.max_length_tokens)
+        return row.ids[part], row.trained[part], pieces[part]
 
 
 def is_plain_instruction(record: Record, tokenizer: Tokenizer) -> bool:
@@ -404,8 +437,10 @@ def _row(record: Completion | Conversation, tokenizer: Tokenizer) -> TokenizedRo
     prompt = token_ids(tokenizer, record.prompt) if record.prompt else []
     both = token_ids(tokenizer, record.prompt + record.completion)
     # if a token spans the boundary, tokenize prompt and completion separately: generation tokenizes the prompt alone
-    said = both[len(prompt) :] if both[: len(prompt)] == prompt else token_ids(tokenizer, record.completion)
+    is_whole = both[: len(prompt)] == prompt
+    texts = (record.prompt + record.completion,) if is_whole else (record.prompt, record.completion)
+    said = both[len(prompt) :] if is_whole else token_ids(tokenizer, record.completion)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     said += end if said[-1:] != end else []
     prompt = beginning(tokenizer) + prompt
-    return TokenizedRow(prompt + said, [False] * len(prompt) + [True] * len(said), bool(end))
+    return TokenizedRow(prompt + said, [False] * len(prompt) + [True] * len(said), bool(end), texts=texts)

@@ -8,7 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Many
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 from lorakit.data.encoding import IGNORED, Sequence, lengths
@@ -38,10 +38,10 @@ _REPLACEMENT = "replacement characters (U+FFFD)"
 
 @dataclass(frozen=True)
 class Token:
-    """Adjacent tokens of a row that decode to whole characters.
+    """Adjacent tokens of a row that are whole characters.
 
     Attributes:
-        text: The text, with the space before it if there is one.
+        text: The text as it is written, with the space before it if there is one.
         is_trained: Whether the tokens contribute to the loss.
         count: Number of tokens; 0 for other text.
     """
@@ -130,6 +130,7 @@ def measure(
     tokenizer: Tokenizer,
     max_length: int,
     encode: Callable[[Visit], EncodedRows],
+    show: Callable[[Record, int], Iterable[Sequence]],
     examples: int = 1,
     names: Many[str] = (),
 ) -> Quality:
@@ -140,15 +141,21 @@ def measure(
         tokenizer: A transformers tokenizer.
         max_length: Maximum sequence length in tokens.
         encode: Function that encodes the training records, and calls the given function with each record and its key.
+        show: Function that returns the first sequences of a record, at most the given number, with their text.
         examples: Number of sequences to return as tokens.
         names: Names of the classes, if rows are classified.
 
     Raises:
         DataError: No token contributes to the loss, or a record cannot be rendered or reread.
     """
-    scan = _Scan(parts)
-    encoded = encode(scan.add)
-    shown = [tuple(shown_tokens(row, tokenizer, names)) for row in encoded.sequences[:examples]]
+    scan, shown = _Scan(parts), list[Sequence]()
+
+    def visit(record: Record, key: bytes) -> None:
+        scan.add(record, key)
+        if len(shown) < examples:
+            shown.extend(show(record, examples - len(shown)))
+
+    encoded = encode(visit)
     near = scan.near
     return Quality(
         encoded.report,
@@ -158,7 +165,7 @@ def measure(
         near_leaks=() if near is None else tuple(near.leaks),
         leaks=tuple(scan.leaks),
         unusual=dict(scan.unusual),
-        examples=tuple(shown),
+        examples=tuple(tuple(shown_tokens(row, tokenizer, names)) for row in shown),
         notes=(_NO_DATASKETCH,) if near is None else (),
     )
 
@@ -211,12 +218,13 @@ def shown_tokens(row: Sequence, tokenizer: Tokenizer, names: Many[str] = ()) -> 
         tokenizer: The tokenizer that encoded it.
         names: Names of the classes, if rows are classified.
     """
-    ids = row.input_ids
-    if len(row.labels) == len(ids) and not row.others and not names:
-        yield from tokens_of(ids, row.labels, tokenizer)
+    ids, pieces = row.input_ids, iter(row.pieces)
+    is_target = len(row.pieces) > 1 + len(row.others)  # labels may have as many tokens as the text
+    if len(row.labels) == len(ids) and not (row.others or names or is_target):
+        yield from tokens_of(ids, row.labels, tokenizer, next(pieces, ()))
         return
     for part in (ids, *row.others):
-        yield from tokens_of(part, [IGNORED] * len(part), tokenizer)
+        yield from tokens_of(part, [IGNORED] * len(part), tokenizer, next(pieces, ()))
         yield Token(" ", False)
     found = [label for label in row.labels if label != IGNORED]
     if names:
@@ -224,7 +232,7 @@ def shown_tokens(row: Sequence, tokenizer: Tokenizer, names: Many[str] = ()) -> 
     elif row.labels.typecode == "d":
         yield Token(", ".join(f"{score:g}" for score in found), True)
     elif found:
-        yield from tokens_of(found, found, tokenizer)
+        yield from tokens_of(found, found, tokenizer, next(pieces, ()))
 
 
 def row_title(number: int, tokens: Iterable[Token]) -> str:
@@ -252,14 +260,18 @@ def marked(tokens: Iterable[Token], begin: str = "[", end: str = "]", most: int 
     return text
 
 
-def tokens_of(ids: Many[int], labels: Many[int], tokenizer: Tokenizer) -> Iterator[Token]:
+def tokens_of(ids: Many[int], labels: Many[int], tokenizer: Tokenizer, pieces: Many[str] = ()) -> Iterator[Token]:
     """Yield the tokens of a sequence; tokens that form one character together are joined.
 
     Args:
         ids: Token ids.
         labels: Labels of the same length; -100 at positions that do not contribute to the loss.
         tokenizer: The tokenizer that made them.
+        pieces: Text of each token as it is written; if there is none, tokens are decoded.
     """
+    if pieces:
+        yield from _joined(pieces, [label != IGNORED for label in labels])
+        return
     before, held, is_trained = list[int](), list[int](), False
     for token, label in zip(ids, labels, strict=True):
         if held and is_trained != (label != IGNORED):  # an incomplete character that crosses the border
@@ -273,6 +285,31 @@ def tokens_of(ids: Many[int], labels: Many[int], tokenizer: Tokenizer) -> Iterat
             before, held = held, []
     if held:
         yield Token(_text_after(before, held, tokenizer), is_trained, len(held))
+
+
+def _joined(pieces: Many[str], trained: Many[bool]) -> Iterator[Token]:
+    """Yield tokens with their texts; tokens within one character, such as an emoji of several, are joined."""
+    held: Token | None = None
+    for piece, is_trained in zip(pieces, trained, strict=True):
+        if held is not None and held.is_trained == is_trained and _continues(held.text, piece):
+            held = replace(held, text=held.text + piece, count=held.count + 1)
+            continue
+        if held is not None:
+            yield held
+        held = Token(piece, is_trained, 1)
+    if held is not None:
+        yield held
+
+
+_JOINER = "\u200d"
+_TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
+
+
+def _continues(before: str, piece: str) -> bool:
+    """Return whether a piece begins within a character that the text before it begins."""
+    begin = piece[:1]
+    is_joined = begin in _TONES or _JOINER in (begin, before[-1:])
+    return not begin or is_joined or unicodedata.category(begin).startswith("M")
 
 
 def _text_after(before: list[int], held: list[int], tokenizer: Tokenizer) -> str:

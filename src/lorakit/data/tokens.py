@@ -10,11 +10,12 @@ the tokens differ, the first part is extended, if necessary to the whole text.
 
 from __future__ import annotations
 
+import itertools
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 
 class Tokenizer(Protocol):
@@ -62,6 +63,63 @@ def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
+Span: TypeAlias = tuple[int, int]
+"""Offsets of the first character of a token and of the one after its last."""
+
+_SPACE = "\u0120"
+"""The character that is a space in the tokens of byte-level tokenizers."""
+
+
+def with_spaces(tokens: list[str], spans: list[Span]) -> list[Span]:
+    """Return spans that include the spaces of tokens, which some byte-level tokenizers leave out (trim_offsets)."""
+    found, end = list[Span](), 0
+    following = [start for start, _ in spans[1:]] + [last for _, last in spans[-1:]]
+    for token, (start, last), limit in zip(tokens, spans, following, strict=True):
+        before = len(token) - len(token.lstrip(_SPACE))
+        after = len(token) - len(token.rstrip(_SPACE)) if before < len(token) else 0
+        end_before, end = end, max(last, min(last + after, limit))
+        found.append((max(end_before, start - before) if before else start, end))
+    return found
+
+
+def cut(tokenizer: Tokenizer, text: str, ids: list[int], spans: list[Span]) -> list[str]:
+    """Cut a text into one piece per token; joined, the pieces are the text.
+
+    Text between two tokens belongs to the second one, text after the last token to that token, and a character of
+    several tokens to the first of them.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The text.
+        ids: Its tokens.
+        spans: Their offsets.
+    """
+    whole = with_spaces(tokenizer.convert_ids_to_tokens(ids), spans)
+    ends = [*itertools.accumulate((end for _, end in whole[:-1]), max, initial=0), len(text)]
+    return [text[begin:end] for begin, end in itertools.pairwise(ends)] if ids else []
+
+
+def pieces_of(tokenizer: Tokenizer, ids: list[int], texts: Iterable[str]) -> list[str]:
+    """Return the text of each token of a row as it is written; special tokens around the texts are decoded.
+
+    Args:
+        tokenizer: A tokenizer that returns offsets.
+        ids: The tokens of the row.
+        texts: The texts from which the row was made, in order.
+
+    Returns:
+        A piece for each token; nothing if the row has other tokens than the texts.
+    """
+    parts = [_part(tokenizer, text) for text in texts]
+    own = [token for part in parts for token in part.ids]
+    for at in range(len(ids) - len(own) + 1):
+        if ids[at : at + len(own)] == own:
+            before, after = ([text_of(tokenizer, [one]) for one in some] for some in (ids[:at], ids[at + len(own) :]))
+            pieces = (piece for part in parts for piece in cut(tokenizer, part.text, part.ids, part.spans))
+            return [*before, *pieces, *after]
+    return []
+
+
 def beginning(tokenizer: Tokenizer) -> list[int]:
     """Return `[bos]` if the tokenizer puts its beginning-of-text token before every text, else an empty list."""
     ids = list(tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"])
@@ -87,11 +145,19 @@ class _Part:
 
     text: str
     ids: list[int]
-    spans: list[tuple[int, int]]
+    spans: list[Span]
 
     def at(self, offset: int) -> int:
         """Return the index of the first token that starts at or after an offset."""
         return bisect_left(self.spans, (offset, 0))
+
+    def between(
+        self, begin: int, end: int | None = None, cutter: Tokenizer | None = None
+    ) -> tuple[list[int], list[str]]:
+        """Return the tokens between two offsets, and their pieces if a tokenizer is given; see `cut`."""
+        run = slice(self.at(begin), None if end is None else self.at(end))
+        spans = [(first - begin, last - begin) for first, last in self.spans[run]] if cutter else []
+        return self.ids[run], cut(cutter, self.text[begin:end], self.ids[run], spans) if cutter else []
 
 
 class _Source:
@@ -120,22 +186,26 @@ class _Source:
         return whole[:characters]
 
 
-def token_parts(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[list[int]]:
+def token_parts(
+    tokenizer: Tokenizer, pieces: Iterable[str], *, with_text: bool = False
+) -> Iterator[tuple[list[int], list[str]]]:
     """Yield the tokens of a text in parts, without special tokens.
 
     Args:
         tokenizer: The tokenizer; if it provides no offsets, the whole text is tokenized at once.
         pieces: Consecutive pieces of the text.
+        with_text: Whether to yield the text of each token, for which the tokenizer must provide offsets.
 
     Yields:
-        Lists of token ids; concatenated, they are the tokens of the whole text.
+        Lists of token ids, and of their texts; concatenated, they are the tokens of the whole text, and the text.
     """
+    cutter = tokenizer if with_text else None
     source = _Source(pieces)
     text = source.take(PART_CHARACTERS)
     if source.ended() or not getattr(tokenizer, "is_fast", False):
         while not source.ended():
             text += source.take(max(len(text), PART_CHARACTERS))
-        yield token_ids(tokenizer, text)
+        yield _part(tokenizer, text).between(0, None, cutter) if with_text else (token_ids(tokenizer, text), [])
         return
     part, begin = _part(tokenizer, text), 0
     while not source.ended():
@@ -145,9 +215,9 @@ def token_parts(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[list[in
             part = _part(tokenizer, part.text + more)
         else:
             following, end, next_begin = joined
-            yield part.ids[part.at(begin) : part.at(end)]
+            yield part.between(begin, end, cutter)
             part, begin = following, next_begin
-    yield part.ids[part.at(begin) :]
+    yield part.between(begin, None, cutter)
 
 
 def _joined(tokenizer: Tokenizer, part: _Part, more: str) -> tuple[_Part, int, int] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence as Many
 from typing import Any
 
 import torch
@@ -9,9 +11,9 @@ from torch import nn
 from torch.nn import functional
 
 from lorakit.config import TaskType
-from lorakit.data import AnyRecords, Batch, Encoded, Record, Sequences, Tokenizer, encode_record
+from lorakit.data import AnyRecords, Batch, Encoded, Record, Tokenizer, encode_record
 from lorakit.data import encode as encode_text
-from lorakit.data.encoding import IGNORED
+from lorakit.data.encoding import IGNORED, Sequence, shown_rows
 from lorakit.data.loader import padded
 from lorakit.speed import Acceleration, pack_rows
 from lorakit.tasks.labels import no_target
@@ -28,8 +30,11 @@ def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: E
     return encode_text(records, tokenizer, length, options.watch, overlong=overlong, visit=options.visit)
 
 
-def encode_one(record: Record, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> Sequences:
+def encode_one(record: Record, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> Many[Sequence]:
     """Encode one record; see `lorakit.data.encode_record`."""
+    if options.shown is not None:
+        rows = shown_rows(record, tokenizer, options.max_length, options.overlong)
+        return list(itertools.islice(rows, options.shown))
     return encode_record(record, tokenizer, options.max_length, options.overlong)
 
 

@@ -19,6 +19,7 @@ from lorakit.data.encoding import Sequence as Encoded
 from lorakit.data.records import Completion, content_key, is_empty, location, text_of_record
 from lorakit.data.stored import sized
 from lorakit.data.token_cache import Buffers, Form
+from lorakit.data.tokens import cut, text_of
 from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import ConfigError, DataError, ModelError
 from lorakit.tasks.row_report import RowReport
@@ -192,6 +193,7 @@ def encode_labeled(
         array(_TYPE, found["input_ids"]),
         labels_of(record, target) if options.is_labeled else array(_TYPE),
         types=array(_TYPE, types) if types and any(types) else None,
+        pieces=found["pieces"],
     )
 
 
@@ -222,7 +224,8 @@ def encode_pair(
         return None
     scored = target.kind == "score" and options.is_labeled
     score: array[Any] = array("d", [score_of(record)] if scored else [])
-    return Encoded(first, score, others=tuple(ids for ids in others if ids is not None))
+    pieces = tuple(part for one in found if one is not None for part in one["pieces"])
+    return Encoded(first, score, others=tuple(ids for ids in others if ids is not None), pieces=pieces)
 
 
 def encode_tagged(
@@ -251,7 +254,7 @@ def encode_tagged(
     report.cut_words += places.count(None)
     if options.is_labeled and all(place is None for place in places):
         return None
-    return Encoded(array(_TYPE, found["input_ids"]), labels)
+    return Encoded(array(_TYPE, found["input_ids"]), labels, pieces=found["pieces"])
 
 
 def word_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]], *, is_cut: bool = False) -> list[int | None]:
@@ -294,7 +297,8 @@ def encode_translation(
     if source is None or answer is None:
         return None
     report.cut_rows = min(report.cut_rows, before + 1)
-    return Encoded(array(_TYPE, source["input_ids"]), array(_TYPE, answer["input_ids"]))
+    pieces = (*source["pieces"], *answer["pieces"])
+    return Encoded(array(_TYPE, source["input_ids"]), array(_TYPE, answer["input_ids"]), pieces=pieces)
 
 
 def _tokens(
@@ -307,8 +311,13 @@ def _tokens(
     offsets: bool = False,
     is_target: bool = False,
 ) -> dict[str, Any] | None:
-    """Tokenize a text or a pair of texts, and count it if it is too long; None if it is to be left out."""
+    """Tokenize a text or a pair of texts, and count it if it is too long; None if it is to be left out.
+
+    The result has the text of each token in `pieces`, a tuple of one list, or of none if rows are not shown. The list
+    is empty if the tokenizer does not report offsets.
+    """
     call: Any = tokenizer
+    offsets = offsets or (options.shown is not None and getattr(tokenizer, "is_fast", False))
     given: dict[str, Any] = (
         {"text_target": texts[0]} if is_target else dict(zip(("text", "text_pair"), texts, strict=False))
     )
@@ -323,7 +332,7 @@ def _tokens(
         ) from cause
     count = len(found["input_ids"])
     if count <= options.max_length:
-        return dict(found)
+        return {**found, "pieces": () if options.shown is None else (_pieces(tokenizer, texts, found, found),)}
     report.cut_rows += 1
     if options.overlong == "error":
         raise DataError(
@@ -334,7 +343,29 @@ def _tokens(
         )
     if options.overlong == "drop":
         return None
-    return dict(call(**given, truncation=True, max_length=options.max_length))
+    kept = call(**given, truncation=True, max_length=options.max_length)
+    return {**kept, "pieces": () if options.shown is None else (_pieces(tokenizer, texts, found, kept),)}
+
+
+def _pieces(tokenizer: Any, texts: Sequence[str], found: Any, kept: Any) -> list[str]:
+    """Return the text of each token as it is written, or nothing without offsets; special tokens are decoded.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: The text, or a pair of texts.
+        found: All tokens with their offsets, as the tokenizer returns them.
+        kept: The tokens of a row, which may be truncated.
+    """
+    if "offset_mapping" not in found:
+        return []
+    remaining = []
+    for number, text in enumerate(texts):
+        own = [at for at, one in enumerate(found.sequence_ids()) if one == number]
+        ids, spans = ([found[name][at] for at in own] for name in ("input_ids", "offset_mapping"))
+        dropped = len(own) - kept.sequence_ids().count(number) if tokenizer.truncation_side == "left" else 0
+        remaining.append(iter(cut(tokenizer, text, ids, spans)[dropped:]))
+    rows = zip(kept["input_ids"], kept.sequence_ids(), strict=True)
+    return [text_of(tokenizer, [token]) if number is None else next(remaining[number]) for token, number in rows]
 
 
 def _unfit(record: Record, fields: str) -> DataError:

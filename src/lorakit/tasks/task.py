@@ -76,6 +76,8 @@ class EncodeOptions:
         visit: Function that is called with each record and its content key, or None.
         is_labeled: Whether rows must have labels; rows to predict do not have them.
         prompt: Text that is put before each text of a pair.
+        shown: Number of sequences of a record to encode with the text of their tokens, for `Task.encode_one`; None for
+            all, without text.
     """
 
     max_length: int
@@ -85,10 +87,11 @@ class EncodeOptions:
     visit: Callable[[Record, bytes], None] | None = None
     is_labeled: bool = True
     prompt: str = ""
+    shown: int | None = None
 
     def inputs(self) -> JsonObject:
         """Return the options that the tokens depend on, for the key of the token cache."""
-        others = ("watch", "cache", "visit", "is_labeled")
+        others = ("watch", "cache", "visit", "is_labeled", "shown")
         return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in others}
 
 

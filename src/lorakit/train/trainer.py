@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from lorakit import core, hub
-from lorakit.data import few_rows
+from lorakit.data import Sequence, few_rows
 from lorakit.data.quality import marked, shown_tokens
 from lorakit.errors import DiskError, LorakitError, ModelError
 from lorakit.ops import choices
@@ -33,7 +33,7 @@ from lorakit.plan.quantized import stored
 from lorakit.speed import Acceleration, accelerate
 from lorakit.startup import rare_collections
 from lorakit.tables import format_count
-from lorakit.tasks import load_model_for
+from lorakit.tasks import EncodeOptions, load_model_for
 from lorakit.train import checkpoint, sharding
 from lorakit.train.agreement import check_alike, check_rows, check_same_base, share_tensors
 from lorakit.train.failures import describe as described
@@ -244,7 +244,7 @@ def _report_data(spec: RunSpec, batches: RunBatches, progress: Progress) -> None
     for line in batches.train_report.lines():
         progress.say(f"training data: {line}")
     names = spec.task.target.names if spec.task.task.unit == "row" else ()
-    row = shown_tokens(batches.loader.sequences[0], spec.tokenizer, names)
+    row = shown_tokens(_first_row(spec), spec.tokenizer, names)
     progress.say(f"first row, with brackets around what contributes to the loss: {marked(row, most=SHOWN_CHARACTERS)}")
     progress.say(spec.data.note)
     if batches.held_out_report is not None:
@@ -254,6 +254,13 @@ def _report_data(spec: RunSpec, batches: RunBatches, progress: Progress) -> None
             progress.say(f"evaluation data: {line}")
         if few := few_rows(batches.held_out_report.sequences, spec.task.target.kind == "class"):
             progress.say(f"warning: {few}")
+
+
+def _first_row(spec: RunSpec) -> Sequence:
+    """Return the first row of the training data with the text of its tokens, which the token cache does not keep."""
+    options = EncodeOptions(spec.forecast.max_length, spec.settings.overlong, shown=1)
+    encode, given = spec.task.task.encode_one, (spec.tokenizer, spec.task.target, options)
+    return next(row for record in spec.data.train for row in encode(record, *given))
 
 
 def _base_bytes(model: nn.Module, spec: RunSpec) -> int:
