@@ -120,4 +120,4 @@ def test_rows_without_labels_are_not_cached(tmp_path: Path, said: list[str], tin
 
 def test_every_option_that_may_change_tokens_is_an_input_of_their_key() -> None:
     named = {one.name for one in dataclasses.fields(EncodeOptions)}
-    assert named - EncodeOptions(8).inputs().keys() == {"watch", "cache", "visit", "is_labeled"}
+    assert named - EncodeOptions(8).inputs().keys() == {"watch", "cache", "visit", "is_labeled", "shown"}
