@@ -23,6 +23,7 @@ from lorakit.data import (
     few_rows,
     read_records,
     read_split,
+    read_stream,
     rule_named,
     split,
 )
@@ -193,6 +194,42 @@ def test_two_large_groups_leave_one_to_train_on(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     parts = read_split([str(path)], None, None, 0, Request(group="user"))
     assert (len(parts.train), len(parts.held_out)) == (20, 20)
+
+
+def test_groups_that_each_have_every_row_of_a_label_leave_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": f"{at}", "label": "ab"[at % 2], "user": f"u{at % 2}"} for at in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for seed in range(5):
+        parts = read_split([str(path)], None, None, seed, Request(group="user"))
+        assert (len(parts.train), len(parts.held_out)) == (40, 0)
+        assert "label" in parts.note and "--eval-data" in parts.note
+
+
+def test_a_group_has_the_same_rows_in_every_format(tmp_path: Path) -> None:
+    """Numbers are text in CSV, and integers next to nulls are floats in tables that pandas wrote."""
+    values = {"a.csv": "7", "b.jsonl": 7, "c.jsonl": 7.0, "d.jsonl": "7"}
+    for at, (name, value) in enumerate(values.items()):
+        rows = [(f"{name} {row}", value if row % 2 else f"u{at} {row}") for row in range(8)]
+        text = "".join(f"{json.dumps({'text': text, 'user': user})}\n" for text, user in rows)
+        table = "text,user\n" + "".join(f"{text},{user}\n" for text, user in rows)
+        (tmp_path / name).write_text(table if name.endswith("csv") else text, encoding="utf-8")
+    for seed in range(10):
+        parts = read_split([str(tmp_path)], None, 0.4, seed, Request(group="user"))
+        sides = [
+            sum(int(row.text[-1]) % 2 for row in part if isinstance(row, Document))
+            for part in (parts.train, parts.held_out)
+        ]
+        assert sorted(sides) == [0, 16]
+
+
+def test_evaluation_data_needs_no_group(tmp_path: Path) -> None:
+    train, held_out = tmp_path / "train.jsonl", tmp_path / "eval.jsonl"
+    train.write_text('{"text": "a", "user": 1}\n{"text": "b", "user": 2}\n')
+    held_out.write_text('{"text": "c"}\n')
+    for read in (read_split, read_stream):
+        parts = read([str(train)], [str(held_out)], None, 0, Request(group="user"))
+        assert (len(parts.train), len(parts.held_out)) == (2, 1)
 
 
 def test_the_rule_of_runs_made_before_is_kept() -> None:

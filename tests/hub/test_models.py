@@ -90,6 +90,21 @@ def test_a_model_without_a_tokenizer(tiny_model_directory: Path) -> None:
         load_tokenizer(tiny_model_directory)
 
 
+def test_the_languages_of_a_tokenizer_are_part_of_its_hash() -> None:
+    from transformers import NllbTokenizer
+
+    words = {word: at for at, word in enumerate(("<s>", "<pad>", "</s>", "<unk>", "▁", "a"))}
+    made = [
+        NllbTokenizer(vocab=words, merges=[], src_lang="eng_Latn", tgt_lang=target)
+        for target in ("deu_Latn", "fra_Latn", "eng_Latn", None)
+    ]
+    german, french, english, none = (tokenizer_hash(tokenizer) for tokenizer in made)
+    assert len({german, french, english}) == 3 and english == none
+    for tokenizer in made:
+        tokenizer("a", text_target="a")  # sets the language that is missing
+    assert [tokenizer_hash(tokenizer) for tokenizer in made] == [german, french, english, none]
+
+
 def test_hashes_know_what_decides_and_nothing_else(tiny_model_directory: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny_model_directory)
     first, template = tokenizer_hash(tokenizer), chat_template_hash(tokenizer)
@@ -99,6 +114,11 @@ def test_hashes_know_what_decides_and_nothing_else(tiny_model_directory: Path, t
     again = load_tokenizer(tmp_path / "again")
     assert tokenizer_hash(tokenizer) == tokenizer_hash(again) == first
     assert chat_template_hash(again) == template
+    for name, other, usual in [("truncation_side", "left", "right"), ("split_special_tokens", True, False)]:
+        setattr(again, name, other)
+        assert tokenizer_hash(again) != first, name
+        setattr(again, name, usual)
+    assert tokenizer_hash(again) == first
     again.add_tokens(["<new>"])
     assert tokenizer_hash(again) != first
     again.chat_template += " "

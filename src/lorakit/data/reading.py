@@ -14,6 +14,7 @@ import codecs
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -85,7 +86,7 @@ def read_split(
     if held_out is None:
         return split(records, fraction, seed, rule)
     names = list(held_out)
-    return Split(records, read_records(names, request), f"Evaluation data: {', '.join(names)}.")
+    return Split(records, read_records(names, replace(request, group=None)), f"Evaluation data: {', '.join(names)}.")
 
 
 def _read(source: Path | HubSource, request: Request) -> tuple[RecordFile, list[str]]:

@@ -102,6 +102,8 @@ def collect(source: str, rows: Iterable[Parsed], request: Request, noun: str = "
 def group_key(row: JsonValue, request: Request) -> bytes:
     """Return a key of a row's group, `KEY_BYTES` bytes, or b"" if no group column was requested.
 
+    Numbers have the keys of their texts, so that a group has the same key in all formats.
+
     Raises:
         BadRow: The row does not have the column.
     """
@@ -112,7 +114,12 @@ def group_key(row: JsonValue, request: Request) -> bytes:
         raise BadRow(
             f"the column '{request.group}' for --group is missing; the columns are {', '.join(map(repr, columns))}."
         )
-    value = json.dumps(columns[request.group], sort_keys=True, default=str)
+    given = columns[request.group]
+    if isinstance(given, float) and given.is_integer():  # integers in a column with nulls
+        given = int(given)
+    if isinstance(given, int | float) and not isinstance(given, bool):  # text in CSV
+        given = str(given)
+    value = json.dumps(given, sort_keys=True, default=str)
     return hashlib.sha256(value.encode()).digest()[:KEY_BYTES]
 
 

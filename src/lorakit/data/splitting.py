@@ -144,8 +144,14 @@ def split(
         return Split(everything, Records(), "No data is held out for evaluation (eval_fraction is 0).")
     rows = _Rows.of(everything, str(seed), rule)
     if len(rows.entries) < 2:
-        return _cut(everything, fraction, rule) if rows.are_documents else _nothing(everything, rows.noun)
+        return (
+            _cut(everything, fraction, rule)
+            if rows.are_documents
+            else _nothing(everything, f"the data is a single {rows.noun}")
+        )
     held, strata = rows.held_out(fraction, rule)
+    if not held.any():
+        return _nothing(everything, "each group has all rows of a label, which would not be trained")
     train = everything.some(np.flatnonzero(~held), everything.notes)
     held_out = everything.some(np.flatnonzero(held))
     verb = "is" if len(held_out) == 1 else "are"
@@ -162,12 +168,9 @@ def split(
     )
 
 
-def _nothing(everything: AnyRecords, noun: str) -> Split:
-    return Split(
-        everything,
-        Records(),
-        f"No data is held out for evaluation: the data is a single {noun}. Pass --eval-data to evaluate on other data.",
-    )
+def _nothing(everything: AnyRecords, reason: str) -> Split:
+    note = f"No data is held out for evaluation: {reason}. Pass --eval-data to evaluate on other data."
+    return Split(everything, Records(), note)
 
 
 def few_rows(count: int, is_classified: bool) -> str:
@@ -290,7 +293,10 @@ _ATTEMPTS = 16
 
 
 def _closest(entries: Many[Entry], wanted: Counter[Hashable], strata: Counter[Hashable]) -> list[int]:
-    """Return the units whose rows come closest to those wanted; the order of the units decides first."""
+    """Return the units whose rows come closest to those wanted; the order of the units decides first.
+
+    None are returned if each of them has all rows of a label.
+    """
     best, least = list[int](), math.inf
     for attempt in range(_ATTEMPTS):
         first = attempt * len(entries) // _ATTEMPTS
@@ -301,8 +307,13 @@ def _closest(entries: Many[Entry], wanted: Counter[Hashable], strata: Counter[Ha
             break
     if best:
         return best
-    distances = [_change(found, wanted, Counter()) for found in entries]  # every unit is too large
-    return [distances.index(min(distances))]
+    free = [unit for unit, found in enumerate(entries) if _leaves_some(found, strata, Counter())]
+    return sorted(free, key=lambda unit: _change(entries[unit], wanted, Counter()))[:1]  # every unit is too large
+
+
+def _leaves_some(found: Entry, strata: Counter[Hashable], held: Counter[Hashable]) -> bool:
+    """Return whether rows of each label are left to train on if a unit is held out in addition to other rows."""
+    return all(held[label] + count < strata[label] for label, count in found.items())
 
 
 def _fitting(
@@ -318,7 +329,7 @@ def _fitting(
         if not off:
             break
         change = _change(entries[unit], wanted, held)
-        if change < 0 and all(held[label] + count < strata[label] for label, count in entries[unit].items()):
+        if change < 0 and _leaves_some(entries[unit], strata, held):
             held.update(entries[unit])
             off += change
             chosen.append(unit)
@@ -372,12 +383,12 @@ def _cut(everything: AnyRecords, fraction: float | None, rule: SplitRule) -> Spl
     """Hold out the end of a single document, which may occur several times."""
     document = everything[0] if len(everything) else None
     if not rule.cuts_documents or not isinstance(document, Document):
-        return _nothing(everything, "document")
+        return _nothing(everything, "the data is a single document")
     size = sum(map(len, document.pieces()))
     held = _count(size, fraction, LEAST_CHARACTERS)
     at = _border(document, size - held, min(held // 2, _FARTHEST)) if size >= SHORTEST_DOCUMENT else None
     if at is None:
-        found = _nothing(everything, "document")
+        found = _nothing(everything, "the data is a single document")
         return Split(
             found.train, found.held_out, f"{found.note} It has no place to cut, or fewer than 1,000 characters."
         )

@@ -134,7 +134,7 @@ def read_stream(
     stream = open_stream(train, request, skipped)
     if held_out is not None:
         names = list(held_out)
-        given = read_records(names, request)
+        given = read_records(names, dataclasses.replace(request, group=None))
         excluded = frozenset(map(content_key, given))
         rows = TrainingRows(stream, 0.0, seed, excluded)
         sample, _ = _sample(rows, request)

@@ -24,8 +24,8 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
         tokenizer: A transformers tokenizer.
 
     Returns:
-        64 hexadecimal digits; saving and reloading the tokenizer, or changing its padding and truncation settings, does
-        not change the hash.
+        64 hexadecimal digits; saving and reloading the tokenizer, or truncating and padding texts, does not change the
+        hash.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -35,8 +35,14 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         rules = {"vocab": tokenizer.get_vocab()}
     special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
-    return _digest(json.dumps([rules, special], sort_keys=True))
+    unusual = {name: value for name, usual in _USUAL.items() if (value := getattr(tokenizer, name, usual)) != usual}
+    if "src_lang" in unusual:  # the language of target texts, too, unless there is another
+        unusual = {"tgt_lang": unusual["src_lang"], **unusual}
+    return _digest(json.dumps([rules, special, *([unusual] if unusual else [])], sort_keys=True))
 
+
+_USUAL = {"truncation_side": "right", "split_special_tokens": False, "src_lang": None, "tgt_lang": None}
+"""Attributes of tokenizers that affect how text is mapped to ids -> their usual values."""
 
 _WITHOUT_EFFECT = frozenset(
     {"chat_template", "deprecation_warnings", "files_loaded", "init_inputs", "name_or_path", "verbose"}
