@@ -8,7 +8,8 @@ import pytest
 
 from lorakit.data import Labeled, Records, Tagged
 from lorakit.data.encoding import IGNORED
-from lorakit.errors import ConfigError, DataError
+from lorakit.data.records import Completion
+from lorakit.errors import ConfigError, DataError, ModelError
 from lorakit.tasks import TASKS, EncodeOptions, Target
 
 CLASSES = Target("class", ("a", "b"))
@@ -89,3 +90,36 @@ def test_tags_that_are_cut_off_are_counted(tiny_tokenizer: Any) -> None:
     with pytest.raises(DataError) as caught:
         encoded("token-classification", [Tagged(("a",), ("X",))], tiny_tokenizer, target)
     assert (caught.value.what, caught.value.allowed) == ("X", ("B", "O"))
+
+
+def translator(target: str | None) -> Any:
+    from transformers import NllbTokenizer
+
+    words = {word: at for at, word in enumerate(("<s>", "<pad>", "</s>", "<unk>", "▁", "a"))}
+    return NllbTokenizer(vocab=words, merges=[], src_lang="eng_Latn", tgt_lang=target)
+
+
+@pytest.mark.parametrize(("language", "is_told"), [("deu_Latn", False), ("eng_Latn", True), (None, True)])
+def test_targets_marked_with_the_language_of_the_sources_are_reported(language: str | None, is_told: bool) -> None:
+    tokenizer, twin = translator(language), translator(language)
+    report = encoded("seq2seq", [Completion("a a", "a")], tokenizer, Target()).report
+    assert any("eng_Latn" in line and "tgt_lang" in line for line in report.lines()) == is_told
+    found = twin("a a", text_target="a")
+    assert (
+        report.tokens == len(found["input_ids"]) + len(found["labels"]) > report.trained_tokens == len(found["labels"])
+    )
+
+
+def test_a_tokenizer_that_needs_a_target_language(monkeypatch: pytest.MonkeyPatch) -> None:
+    """M2M100's tokenizer, which needs the package sentencepiece, looks up the language that it lacks."""
+    tokenizer = translator(None)
+
+    def look_up() -> None:
+        raise KeyError(tokenizer.tgt_lang)
+
+    monkeypatch.setattr(tokenizer, "_switch_to_target_mode", look_up)
+    with pytest.raises(ModelError, match="tgt_lang") as caught:
+        encoded("seq2seq", [Completion("a a", "a")], tokenizer, Target())
+    assert caught.value.field == "tgt_lang"
+    (row,) = encoded("seq2seq", [Completion("a a", "")], tokenizer, Target(), is_labeled=False).sequences
+    assert list(row.input_ids) == translator(None)("a a")["input_ids"]

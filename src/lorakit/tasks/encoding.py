@@ -59,11 +59,13 @@ class RowEncoder:
         name: Name of this way of encoding, for the token cache.
         one: Function that encodes a record.
         unit: What contributes to the loss: "token" or "row".
+        has_target_text: Whether labels are the tokens of another text.
     """
 
     name: str
     one: Encode
     unit: str
+    has_target_text: bool = False
 
 
 def encode_rows(
@@ -148,6 +150,7 @@ def _encoded(
     report.sequences = len(rows)
     report.tokens = sum(len(ids) for row in rows for ids in (row.input_ids, *row.others))
     report.trained_tokens = sum(_targets(row, unit) for row in rows)
+    report.tokens += report.trained_tokens if encoder.has_target_text else 0
     is_named = bool(target.names) and options.is_labeled
     counts = Counter(label for row in rows for label in row.labels if label != IGNORED) if is_named else Counter()
     report.labels = {target.names[number]: count for number, count in counts.most_common()}
@@ -287,13 +290,16 @@ def encode_translation(
 
     Raises:
         DataError: The record is a document or has several turns, or is too long and `overlong` is "error".
+        ModelError: The tokenizer lacks the language of the target.
     """
     completion = record.as_completion() if isinstance(record, Conversation) and record.is_instruction else record
     if not isinstance(completion, Completion):
         raise _unfit(record, "'source' and 'target', or a prompt and its completion")
     source = _tokens(record, (completion.prompt.strip(),), tokenizer, options, report)
     before = report.cut_rows
-    answer = _tokens(record, (completion.completion,), tokenizer, options, report, is_target=True)
+    answer: dict[str, Any] | None = {"input_ids": []}
+    if options.is_labeled or completion.completion:
+        answer = _tokens(record, (completion.completion,), tokenizer, options, report, is_target=True)
     if source is None or answer is None:
         return None
     report.cut_rows = min(report.cut_rows, before + 1)
@@ -329,6 +335,15 @@ def _tokens(
             f"{type(tokenizer).__name__} does not report the positions of tokens in the text, which tags need; use a "
             "model with a fast tokenizer (tokenizer.json).",
             what=type(tokenizer).__name__,
+        ) from cause
+    except KeyError as cause:
+        if getattr(tokenizer, "tgt_lang", "") is not None:
+            raise
+        raise ModelError(
+            f"{type(tokenizer).__name__} marks each text with its language, but names no language of the targets; set "
+            '"src_lang" and "tgt_lang" in tokenizer_config.json.',
+            what=type(tokenizer).__name__,
+            field="tgt_lang",
         ) from cause
     count = len(found["input_ids"])
     if count <= options.max_length:
@@ -376,4 +391,4 @@ def _unfit(record: Record, fields: str) -> DataError:
 LABELED = RowEncoder("labeled", encode_labeled, "row")
 PAIRS = RowEncoder("pairs", encode_pair, "row")
 TAGGED = RowEncoder("tagged", encode_tagged, "token")
-TRANSLATIONS = RowEncoder("translations", encode_translation, "token")
+TRANSLATIONS = RowEncoder("translations", encode_translation, "token", has_target_text=True)

@@ -6,6 +6,7 @@ The loss is the cross entropy of the target's tokens, as in transformers' models
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,7 +38,19 @@ from lorakit.tasks.task import (
 
 def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> EncodedRows:
     """Encode sources and targets; see `encode_rows`."""
-    return encode_rows(records, tokenizer, target, options, TRANSLATIONS)
+    note = _language_note(tokenizer) if options.is_labeled else ""
+    return encode_rows(records, tokenizer, replace(target, note=note), options, TRANSLATIONS)
+
+
+def _language_note(tokenizer: Tokenizer) -> str:
+    """Return a message if a tokenizer that marks each text with its language gives targets that of the sources."""
+    source, target = (getattr(tokenizer, name, None) for name in ("src_lang", "tgt_lang"))
+    if source is None or target not in (None, source):
+        return ""
+    return (
+        f"The tokenizer marks targets with the language of the sources, {source}; for another language, set "
+        '"src_lang" and "tgt_lang" in tokenizer_config.json.'
+    )
 
 
 def collate(rows: list[Encoded], pad_id: int, epoch: float) -> Batch:
