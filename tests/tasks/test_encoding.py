@@ -123,3 +123,13 @@ def test_a_tokenizer_that_needs_a_target_language(monkeypatch: pytest.MonkeyPatc
     assert caught.value.field == "tgt_lang"
     (row,) = encoded("seq2seq", [Completion("a a", "")], tokenizer, Target(), is_labeled=False).sequences
     assert list(row.input_ids) == translator(None)("a a")["input_ids"]
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "drop"])
+@pytest.mark.parametrize(("source", "target"), [(50, 50), (50, 1), (1, 50)])
+def test_a_row_is_counted_once_if_source_and_target_are_too_long(
+    source: int, target: int, overlong: str, tiny_tokenizer: Any
+) -> None:
+    rows = [Completion("b " * source, "b " * target), Completion("b", "b")]
+    report = encoded("seq2seq", rows, tiny_tokenizer, Target(), max_length=8, overlong=overlong).report
+    assert (report.cut_rows, report.sequences) == (1, 2 if overlong == "truncate" else 1)

@@ -295,14 +295,14 @@ def encode_translation(
     completion = record.as_completion() if isinstance(record, Conversation) and record.is_instruction else record
     if not isinstance(completion, Completion):
         raise _unfit(record, "'source' and 'target', or a prompt and its completion")
-    source = _tokens(record, (completion.prompt.strip(),), tokenizer, options, report)
     before = report.cut_rows
-    answer: dict[str, Any] | None = {"input_ids": []}
+    source = _tokens(record, (completion.prompt.strip(),), tokenizer, options, report)
+    answer: dict[str, Any] | None = {"input_ids": [], "pieces": ()}
     if options.is_labeled or completion.completion:
         answer = _tokens(record, (completion.completion,), tokenizer, options, report, is_target=True)
+    report.cut_rows = min(report.cut_rows, before + 1)
     if source is None or answer is None:
         return None
-    report.cut_rows = min(report.cut_rows, before + 1)
     pieces = (*source["pieces"], *answer["pieces"])
     return Encoded(array(_TYPE, source["input_ids"]), array(_TYPE, answer["input_ids"]), pieces=pieces)
 
