@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 
 from lorakit.startup import QuickExit, limit_spinning
@@ -11,10 +13,14 @@ def start() -> int:
     """Run the command line of this process, and return its exit code."""
     ending = QuickExit()  # before other modules register functions with `atexit`
     limit_spinning()
-    from lorakit.cli import main
-    from lorakit.train.launching import reported
+    from lorakit.terminal import watched
+    from lorakit.train.launching import is_first, reported
 
-    return ending.set_code(reported(main()))
+    with watched(" ".join(["lorakit", *sys.argv[1:2]])) if is_first(os.environ) else contextlib.nullcontext():
+        from lorakit.cli import main
+
+        code = main()
+    return ending.set_code(reported(code))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 
 from lorakit.errors import CONTROLS, printable
 from lorakit.tables import encodable, fit, format_seconds
@@ -27,9 +29,7 @@ Color = Literal["", "red", "yellow", "green"]
 """Name of a color; "" is the terminal's own."""
 
 SILENT_SECONDS = 4.0
-"""Time between two messages about something that takes long, in seconds."""
-
-_MESSAGES = "lorakit-messages"  # name of the threads that write them
+"""Time without output after which `watched` writes a line, in seconds."""
 
 _CODES: dict[Color, str] = {"red": "\033[31m", "yellow": "\033[33m", "green": "\033[32m"}
 _PLAIN = "\033[0m"
@@ -102,49 +102,113 @@ def drawing_console(stream: TextIO | None = None) -> Console:
 
 @contextlib.contextmanager
 def hidden_stderr() -> Iterator[None]:
-    """Discard what is written to stderr within a block, such as progress bars, except for messages of `saying`."""
-    with contextlib.redirect_stderr(_Messages(sys.stderr)):
+    """Discard what is written to stderr within a block, such as progress bars, except for messages of `watched`."""
+    with contextlib.redirect_stderr(io.StringIO()):
         yield
-
-
-class _Messages(io.TextIOBase):
-    """A stream that passes on what threads of `saying` write, and discards the rest."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        return self._stream.write(text) if threading.current_thread().name == _MESSAGES else len(text)
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self._stream.encoding
 
 
 @contextlib.contextmanager
-def saying(say: Callable[[str], None], what: str) -> Iterator[None]:
-    """Say every `SILENT_SECONDS` seconds how long a block has been running.
+def watched(command: str, seconds: float = SILENT_SECONDS) -> Iterator[None]:
+    """Write a line to stderr, if it is a terminal, whenever a block has written nothing for some seconds.
+
+    The line says what is being done, by the innermost block of `working`, and for how long. Nothing is said after an
+    unfinished line, such as a progress bar.
 
     Args:
-        say: Function that receives the messages, in another thread.
-        what: What the block does.
+        command: What is being done outside of blocks of `working`, unless a module is being imported.
+        seconds: Time without output, in seconds.
+
+    Yields:
+        Nothing.
     """
-    began, done = time.monotonic(), threading.Event()
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield
+        return
+    watcher = _Watcher(command, seconds)
+    thread = threading.Thread(target=watcher.watch, daemon=True)
+    token = _WATCHER.set(watcher)
+    try:
+        with contextlib.redirect_stderr(watcher.stream), contextlib.redirect_stdout(watcher.noticed(sys.stdout)):
+            thread.start()
+            yield
+    finally:
+        watcher.ended.set()
+        thread.join()  # a thread that writes while the interpreter ends can abort the process
+        _WATCHER.reset(token)
 
-    def tell() -> None:
-        while not done.wait(SILENT_SECONDS):
-            say(f"{what}: {format_seconds(round(time.monotonic() - began))}")
 
-    thread = threading.Thread(target=tell, daemon=True, name=_MESSAGES)
-    thread.start()
+@contextlib.contextmanager
+def working(what: str | None) -> Iterator[None]:
+    """Name what a block does, for the messages of `watched`.
+
+    Args:
+        what: What the block does, such as "merging"; None if it waits for the user, or if another process writes.
+
+    Yields:
+        Nothing.
+    """
+    watcher = _WATCHER.get()
+    if watcher is None:
+        yield
+        return
+    watcher.blocks.append((what, time.monotonic()))
     try:
         yield
     finally:
-        done.set()
-        thread.join()
+        watcher.blocks.pop()
+
+
+class _Watcher:
+    """Writes a line to stderr after each silence."""
+
+    def __init__(self, command: str, seconds: float) -> None:
+        self.ended, self.stream = threading.Event(), self.noticed(sys.stderr)
+        self._seconds, self._thread, self._is_line_open = seconds, threading.get_ident(), False
+        self._written = time.monotonic()
+        self.blocks: list[tuple[str | None, float]] = [(command, self._written)]
+
+    def noticed(self, stream: TextIO) -> TextIO:
+        """Return a stream that writes to another one and tells this watcher; None, as of a closed stream, stays."""
+        return stream and cast("TextIO", _Noticed(stream, self._notice))
+
+    def _notice(self, text: str) -> None:
+        self._written = time.monotonic()
+        if shown := _SEQUENCES.sub("", text):
+            self._is_line_open = shown[-1] not in "\r\n"
+
+    def watch(self) -> None:
+        """Write lines until the block of `watched` ends."""
+        while not self.ended.wait(self._seconds / 8):
+            (what, began), now = self.blocks[-1], time.monotonic()
+            if what is None:
+                self._written = now
+            elif now - self._written >= self._seconds and not self._is_line_open:
+                if len(self.blocks) == 1 and self._is_importing():
+                    what = "loading libraries"
+                write_line(f"{what}: {format_seconds(round(now - began))}", self.stream)
+
+    def _is_importing(self) -> bool:
+        """Return whether the thread that is watched imports a module."""
+        frame = sys._current_frames().get(self._thread)
+        while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+            frame = frame.f_back
+        return frame is not None
+
+
+class _Noticed:
+    """A stream that also passes what is written to it to a function."""
+
+    def __init__(self, stream: TextIO, notice: Callable[[str], None]) -> None:
+        self._stream, self._notice = stream, notice
+
+    def write(self, text: str) -> int:
+        self._notice(text)
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+_WATCHER: ContextVar[_Watcher | None] = ContextVar("lorakit_watcher", default=None)
+_SEQUENCES = re.compile(r"\x1b\[[0-?]*[A-Za-z]")
+"""Pattern of the control sequences of a terminal, which move the cursor or set colors."""

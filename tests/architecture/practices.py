@@ -9,7 +9,7 @@ from types import MappingProxyType
 from .reading import Breach, Definition, Function, Sources, arguments_of, evaluated, last_name, nodes, parsed, within
 
 WALKERS = {"core/model/index.py": "AdapterIndex: the one walk of a public call"}
-CONTEXT_VARIABLES = ("core/routing/state.py", "ops/choices.py")
+CONTEXT_VARIABLES = ("core/routing/state.py", "ops/choices.py", "terminal.py")
 MODULE_TABLES = ("peft/paths.py",)  # may write to sys.modules and sys.meta_path
 FOREIGN_MEMORY = ("ops/kernels", "allocator", "durable", "mapped_files")  # may import ctypes
 KERNELS, KERNELS_OF_TRITON = "ops/kernels", "ops/kernels/triton"

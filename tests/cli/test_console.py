@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
+import pty
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from lorakit import terminal
 from lorakit.cli import console, main
 from lorakit.tables import screen_width
-from lorakit.terminal import colored
+from lorakit.terminal import colored, watched
 
 
 class Terminal(io.StringIO):
@@ -39,32 +43,70 @@ def test_color_is_for_terminals_that_want_it(monkeypatch: pytest.MonkeyPatch) ->
     assert sys.stderr.getvalue() == "error: x\n"
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("data TEXT --model MODEL", "tokenizing: "),
-        ("eval --data TEXT --model MODEL", "evaluating: "),
-        ("generate --model MODEL --adapter ADAPTER --prompt hello --max-new-tokens 1 --json", "loading: "),
-        ("merge --model MODEL --adapter ADAPTER --output-dir NEW", "merging: "),
-    ],
-)
-@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
-def test_long_work_is_not_silent_in_a_terminal(
-    words: str,
-    said: str,
-    stream: type[io.StringIO],
-    tiny_model_directory: Path,
-    save_adapter: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+COMMANDS = {
+    "data TEXT --model MODEL": "tokenizing: 0 s",
+    "eval --data TEXT --model MODEL": "evaluating: 0 s",
+    "generate --model MODEL --adapter ADAPTER --prompt hello --max-new-tokens 9 --json": "generating: 0 s",
+    "inspect ADAPTER": "lorakit: 0 s",
+    "merge --model MODEL --adapter ADAPTER --output-dir NEW": "merging: 0 s",
+    "plan MODEL": "lorakit: 0 s",
+    "predict --text hello --model MODEL --task embedding": "predicting: 0 s",
+    "train --model MODEL --data TEXT --output-dir NEW --max-steps 1": "lorakit: 0 s",
+}
+
+
+@pytest.fixture
+def command(
+    request: pytest.FixtureRequest, tiny_model_directory: Path, save_adapter: Callable[..., Path], tmp_path: Path
+) -> list[str]:
+    """The words of a command, with paths in place of names."""
     (tmp_path / "text.txt").write_text("The quick brown fox. " * 40, encoding="utf-8")
     names = {"TEXT": tmp_path / "text.txt", "MODEL": tiny_model_directory, "NEW": tmp_path / "new"}
     names["ADAPTER"] = save_adapter("one")
-    monkeypatch.setattr(terminal, "SILENT_SECONDS", 0.001)
-    monkeypatch.setattr(sys, "stderr", stream())
-    assert main([str(names.get(word, word)) for word in words.split()]) == 0
-    assert (said in sys.stderr.getvalue()) is (stream is Terminal)  # type: ignore[attr-defined]
+    return [str(names.get(word, word)) for word in request.param.split()]
+
+
+@pytest.mark.parametrize(("command", "said"), COMMANDS.items(), indirect=["command"])
+def test_no_command_is_silent_in_a_terminal(command: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with watched("lorakit", 1e-4):
+        assert main(command) == 0
+    assert said in terminal.getvalue()
+
+
+SLOW_IMPORT = """
+import sys, time
+class Slow:
+    def find_spec(self, name, *rest):
+        if name in ("torch", "transformers", "lorakit.hub", "lorakit.core"):
+            sys.meta_path.remove(self)
+            time.sleep(5)
+sys.meta_path.insert(0, Slow())
+"""
+
+
+def in_terminal(words: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Run the command line in a pseudo-terminal; return its exit code and what the terminal showed."""
+    own, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "lorakit", *words], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+    ) as process:
+        os.close(theirs)
+        shown = bytearray()
+        with contextlib.suppress(OSError):  # Linux raises EIO at the end
+            while piece := os.read(own, 4096):
+                shown += piece
+    os.close(own)
+    return process.returncode, shown.decode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS, indirect=True)
+def test_no_command_is_silent_while_it_imports_packages(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SLOW_IMPORT)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    code, shown = in_terminal(command, {**os.environ, "PYTHONPATH": path})
+    assert code == 0 and re.match(r"loading libraries: \d", shown)
 
 
 def test_what_stdout_cannot_encode_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:

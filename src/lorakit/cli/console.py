@@ -12,14 +12,13 @@ import json
 import sys
 import traceback as traceback_module
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from lorakit.errors import printable
 from lorakit.tables import NARROW, columns
-from lorakit.terminal import saying, write_line
+from lorakit.terminal import write_line
 
 if TYPE_CHECKING:
     from lorakit.durable import JsonValue
@@ -48,15 +47,6 @@ def note(text: str) -> None:
 
 def quiet(text: str) -> None:
     """Print nothing; used in place of `note` to suppress details if `--verbose` is not given."""
-
-
-def working(what: str) -> AbstractContextManager[None]:
-    """Return a context manager that tells the user of a terminal every few seconds how long a block has been running.
-
-    Args:
-        what: What the block does, such as "merging"; it prints nothing else and reads nothing from the terminal.
-    """
-    return saying(note if sys.stderr.isatty() else quiet, what)
 
 
 def warning(text: str) -> None:

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from lorakit.cli import console, early
 from lorakit.cli.flag_groups import LABELS, ROWS, LabelFlags, RevisionFlag, RowFlags
-from lorakit.terminal import colored, write_pieces
+from lorakit.terminal import colored, working, write_pieces
 from lorakit.train.defaults import DEFAULTS, TASK_NAMES
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ def run(
 
     allowed = TASKS[flags.task].formats if flags.task is not None else ()
     request = flags.reading.request(allowed, flags.group)
-    with console.working("reading"):
-        parts = read_split(files, flags.eval_data, flags.eval_fraction, flags.seed, request)
+    parts = read_split(files, flags.eval_data, flags.eval_fraction, flags.seed, request)
     source = hub.resolve(model, console.note)
     hub.require(source, tokenizer=True, weights=False)
     tokenizer = hub.load_tokenizer(source)
@@ -110,7 +109,7 @@ def run(
         return task.task.encode_one(record, tokenizer, task.target, EncodeOptions(length, flags.overlong, shown=count))
 
     names = task.target.names if task.task.unit == "row" else ()
-    with console.working("tokenizing"):
+    with working("tokenizing"):
         found = measure(parts, tokenizer, length, encode, show, shown, names)
     if task.note:
         console.note(task.note)

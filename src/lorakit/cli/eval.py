@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from lorakit import allocator
 from lorakit.cli import adapters, console, early
 from lorakit.cli.flag_groups import BASE, LABELS, ROWS, BaseFlags, LabelFlags, RowFlags
+from lorakit.terminal import working
 from lorakit.train.defaults import DEFAULTS
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def run(
     from lorakit.train.evaluation import EvalSettings, compare
 
     known = adapters.remembered(model, files, flags.base.revision)
-    with console.working("evaluating"):
+    with working("evaluating"):
         found = compare(
             EvalSettings(
                 model=known.source,

@@ -28,6 +28,7 @@ from lorakit.cli.prompts import (
 from lorakit.errors import MergeError, UsageError
 from lorakit.plan.job import BASE_MATMULS
 from lorakit.plan.quantized import stored_as
+from lorakit.terminal import working
 from lorakit.train.defaults import DEFAULTS
 
 if TYPE_CHECKING:
@@ -154,9 +155,8 @@ def run(
     form = prompt_format(tokenizer, known.facts, True if flags.messages or tools else flags.chat)
     encoded = encode_prompts(prompts, tokenizer, form, flags.system, tools)
     in_files = is_multiplied_in_int8(flags.base_matmul, device)
-    with console.working("loading"):
-        model = hub.load_model(source, flags.dtype, device, quantization=quantization, convert_in_files=in_files)
-        names: list[str | None] = list(adapters.load_adapters(model, files, adapters.overridden(asdict(allow))))
+    model = hub.load_model(source, flags.dtype, device, quantization=quantization, convert_in_files=in_files)
+    names: list[str | None] = list(adapters.load_adapters(model, files, adapters.overridden(asdict(allow))))
     if flags.base or len(names) != 1:
         names.insert(0, None)
     labels = dict(zip((name for name in names if name), found, strict=True))
@@ -172,7 +172,8 @@ def run(
         answers = [Answer("base" if name is None else labels[name], tokenizer, ids) for name in names]
         if len(prompts) > 1 and not json:
             console.say(("\n" if number else "") + f"> {first_line(summary(prompt))}\n")
-        show(answers, stream([ids] * len(names)), quiet=json, verbose=verbose)
+        with working("generating"):
+            show(answers, stream([ids] * len(names)), quiet=json, verbose=verbose)
         results.append({"prompt": summary(prompt), "answers": [answer.as_dict() for answer in answers]})
     if json:
         dtype = str(model.dtype).removeprefix("torch.")

@@ -14,6 +14,7 @@ from lorakit.cli.flag_groups import RevisionFlag
 from lorakit.errors import MergeError
 from lorakit.plan.quantized import Quantization, stored_as
 from lorakit.tables import format_bytes, format_count, format_percent
+from lorakit.terminal import working
 from lorakit.train.defaults import DEFAULTS
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def run(
         quantization,
         adapters.task_of(files),
     )
-    with console.working("merging"):
+    with working("merging"):
         done, probe = write_merged(request, console.note if verbose else console.quiet)
     for text in merge_warnings(done, probe):
         console.warning(text)

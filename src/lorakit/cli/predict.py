@@ -17,7 +17,7 @@ from lorakit.cli.flag_groups import BASE, ROWS, BaseFlags, RowFlags, TagSchemeFl
 from lorakit.durable import temporary_name
 from lorakit.errors import DiskError, UsageError
 from lorakit.tables import format_count
-from lorakit.terminal import json_line, write_line
+from lorakit.terminal import json_line, working, write_line
 from lorakit.train.defaults import DEFAULTS, TAG_SCHEMES, TASK_NAMES
 
 
@@ -90,17 +90,17 @@ def run(
     )
     rows = predict(settings, console.note)
     if flags.output_file is None and json:
-        with console.working("predicting"):
+        with working("predicting"):
             found = list(rows)
         console.emit_json({"predictions": found})
         return
-    with console.working("predicting"):
-        first = list(itertools.islice(rows, 1))
     count = 0
-    with _opened(flags.output_file) as write:
-        for row in itertools.chain(first, rows):
-            write(row)
-            count += 1
+    with working("predicting"):
+        first = list(itertools.islice(rows, 1))
+        with _opened(flags.output_file) as write:
+            for row in itertools.chain(first, rows):
+                write(row)
+                count += 1
     if json:
         console.emit_json({"output_file": str(flags.output_file), "predictions": count})
     elif flags.output_file is not None:

@@ -14,6 +14,7 @@ from lorakit.cli import console
 from lorakit.durable import JsonObject, JsonValue, parse_json
 from lorakit.errors import DataError, UsageError
 from lorakit.tables import format_bytes
+from lorakit.terminal import working
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,7 +42,8 @@ def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[str]:
     if not texts and not files:
         if sys.stdin is not None and sys.stdin.isatty():
             console.note("Type a prompt and press Enter (several lines: --prompt-file FILE).")
-            prompts = [(sys.stdin.readline().removesuffix("\n"), "standard input")]
+            with working(None):
+                prompts = [(sys.stdin.readline().removesuffix("\n"), "standard input")]
         elif sys.stdin is not None:
             files = [Path("-")]
         if not files and not any(text for text, _ in prompts):
@@ -260,8 +262,10 @@ def first_line(prompt: str) -> str:
 def _read(path: Path, where: str) -> str:
     """Read a file, a pipe or standard input, of which the size is unknown before, as text without its final break."""
     try:
-        with contextlib.nullcontext(sys.stdin) if str(path) == "-" else path.open("rb") as file:
-            given: str | bytes = file.read(MAX_PROMPT_BYTES + 1)
+        is_input = str(path) == "-"
+        with working(None if is_input else f"reading {path}"):
+            with contextlib.nullcontext(sys.stdin) if is_input else path.open("rb") as file:
+                given: str | bytes = file.read(MAX_PROMPT_BYTES + 1)
         if len(given) > MAX_PROMPT_BYTES:
             raise DataError(f"{where}: a prompt must not exceed {format_bytes(MAX_PROMPT_BYTES)}.", where=where)
         text = given if isinstance(given, str) else given.decode("utf-8")

@@ -28,11 +28,13 @@ from lorakit.data.stored import READ_BYTES, DataFile, RecordFile, StoredRecords,
 from lorakit.durable import write_text
 from lorakit.errors import DataError, nearest
 from lorakit.file_hashes import FileStatus
+from lorakit.terminal import working
 
 DEFAULT_HELD_OUT = 0.1
 """Default fraction of the Python language reference topics to hold out."""
 
 
+@working("reading data")
 def read_records(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], request: Request | None = None
 ) -> StoredRecords:

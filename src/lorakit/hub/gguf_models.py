@@ -22,7 +22,7 @@ from lorakit.hub.kept_models import kept_directory, read_manifest
 from lorakit.hub.packaged import CONVERTED_BY, write_weights
 from lorakit.hub.sources import ModelSource, call_loader
 from lorakit.hub.tokenizer_hashes import tokenizer_hash
-from lorakit.terminal import saying
+from lorakit.terminal import working
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +140,7 @@ def _kept(
             source.say(f"{what}, which is done once; kept in {folder.parent}")
             return write(folder)
 
-        with saying(source.say, what):
+        with working(what):
             folder = kept_directory(GGUF.path() / key, key, needed_bytes, written)
     except (DiskError, OSError) as cause:
         source.say(f"{path}: the converted file is not kept for later runs ({str(cause).removesuffix('.')}).")

@@ -39,6 +39,7 @@ from lorakit.hub.shapes import skeleton
 from lorakit.hub.sources import ModelSource, base_named, call_loader, require, resolve
 from lorakit.hub_cache import TOKENIZER_FILES
 from lorakit.plan.quantized import Quantization
+from lorakit.terminal import working
 
 if TYPE_CHECKING:
     import torch
@@ -141,7 +142,7 @@ def load_for_task(
     import torch
     import transformers
 
-    with quiet_transformers(bars=source.kind == "hub"):
+    with quiet_transformers(bars=source.kind == "hub"), working(f"loading {source.given}"):
         config = config_of(source, config_values)
         options = options_for_files(config, stored, source, device)
         unquantized: tuple[str, ...] = ()
@@ -357,7 +358,7 @@ def load_tokenizer(model: str | os.PathLike[str] | ModelSource) -> PreTrainedTok
     import transformers
 
     load = transformers.AutoTokenizer.from_pretrained
-    with quiet_transformers(bars=source.kind == "hub"):
+    with quiet_transformers(bars=source.kind == "hub"), working(f"loading {source.given}"):
         return call_loader(source, load) if source.header is None else load_gguf_tokenizer(source, load)
 
 

@@ -24,7 +24,7 @@ from lorakit.errors import MissingExtra, ModelError, nearest
 from lorakit.file_hashes import file_hash
 from lorakit.hub.kept_models import is_whole, kept_directory
 from lorakit.hub.quiet import quiet_transformers
-from lorakit.terminal import hidden_stderr, saying
+from lorakit.terminal import hidden_stderr, working
 
 if TYPE_CHECKING:
     import torch
@@ -252,7 +252,7 @@ def packaged_directory(
         convert_gguf(model, source, folder)
         return _about(model, source)
 
-    with saying(say or (lambda text: None), f"converting {model.name}"):
+    with working(f"converting {model.name}"):
         return kept_directory(final, key, model.needed_bytes, write)
 
 

@@ -23,6 +23,7 @@ from lorakit import core, durable
 from lorakit.errors import AdapterFileError, RunError, UsageError
 from lorakit.ops.int8 import why_no_int8_matmuls
 from lorakit.tables import format_bytes, format_count
+from lorakit.terminal import working
 from lorakit.train import int8_cache
 from lorakit.train.int8_rows import CalibrationRows, measured
 from lorakit.train.run_folder import INT8_FILE
@@ -203,8 +204,8 @@ def quantized_base(model: nn.Module, spec: RunSpec, rows: CalibrationRows, progr
     if recorded:
         made = _requantized(model, spec.folder, recorded, keep)
     else:
-        progress.busy("calibrating int8 matmuls")
-        made = _kept_or_calibrated(model, spec, rows, progress)
+        with working("calibrating int8 matmuls"):
+            made = _kept_or_calibrated(model, spec, rows, progress)
     for line in made.lines():
         progress.say(line)
     for path, ratio in made.record["worst"].items():

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorakit.errors import RunError, UsageError
+from lorakit.terminal import working
 
 LOST = 76
 """Exit code with which a process tells `launch` that another process ended."""
@@ -241,7 +242,7 @@ def launch(arguments: Sequence[str], count: int, max_restarts: int, saved: str) 
     with tempfile.TemporaryDirectory(prefix=_OWN) as folder:
         file = Path(folder, "exit_code")
         try:
-            with _variables({**threads, _CODE_FILE: str(file)}):
+            with _variables({**threads, _CODE_FILE: str(file)}), working(None):  # the first process says what it does
                 elastic_launch(config, sys.executable)("-m", "lorakit", *arguments)
         except SignalException:
             raise KeyboardInterrupt("interrupted") from None

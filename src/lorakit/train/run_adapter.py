@@ -28,6 +28,7 @@ from lorakit.data import Batch, Loader
 from lorakit.errors import AdapterFileError, DiskError, UsageError
 from lorakit.report import read_metrics
 from lorakit.tables import format_count
+from lorakit.terminal import working
 from lorakit.train.failures import describe
 from lorakit.train.forecast import SavedTokenizer
 from lorakit.train.int8_base import RunInt8, calibration_rows, quantized_base
@@ -117,8 +118,8 @@ def allocate_ranks(
         LorakitError: `lorakit.core.operations.rank_allocation.allocate` failed; the error class and message say why.
     """
     rows = first_rows(spec, loader)
-    progress.busy(f"allocating ranks from {format_count(len(rows), 'row')}")
-    found = allocate(model, spec.forecast.config, rows, row_loss(spec), by=by, allow=_allow(spec))
+    with working(f"allocating ranks from {format_count(len(rows), 'row')}"):
+        found = allocate(model, spec.forecast.config, rows, row_loss(spec), by=by, allow=_allow(spec))
     ranks = sorted(found.ranks.values())
     progress.say(
         f"Ranks allocated by {by} over {format_count(len(rows), 'row')}: {ranks[0]} to {ranks[-1]}, median "
@@ -158,9 +159,9 @@ def init_from_data(
     if not init.needs:
         return config, None
     rows = first_rows(spec, loader)
-    progress.busy(f"collecting statistics from {format_count(len(rows), 'row')} for {init.name}")
     keep = _positions_with_loss if init.name == "eva" else None
-    found = core.collect_for(model, config, rows, row_loss(spec), keep=keep, allow=_allow(spec))
+    with working(f"collecting statistics from {format_count(len(rows), 'row')} for {init.name}"):
+        found = core.collect_for(model, config, rows, row_loss(spec), keep=keep, allow=_allow(spec))
     ranks = sorted(set(found.config.rank_pattern.values()) | {found.config.r})
     spread = f", ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else ""
     progress.say(f"Adapter initialized by {init.name} from {format_count(len(rows), 'row')}{spread}.")

@@ -34,6 +34,7 @@ from lorakit.speed import Acceleration, accelerate
 from lorakit.startup import rare_collections
 from lorakit.tables import format_count
 from lorakit.tasks import EncodeOptions, load_model_for
+from lorakit.terminal import working
 from lorakit.train import checkpoint, sharding
 from lorakit.train.agreement import check_alike, check_rows, check_same_base, share_tensors
 from lorakit.train.failures import describe as described
@@ -339,9 +340,9 @@ def _fitted(
         peak = probe.peak_bytes(job.batch_rows, job.accumulation > 1, made.step_options(spec, current))
         return max(spec.processes.exchange(peak))
 
-    progress.busy("measuring memory")
     limit = bytes_of(spec.settings.fit or "")
-    found, used = settle(plan.proposed, limit, measure)
+    with working("measuring memory"):
+        found, used = settle(plan.proposed, limit, measure)
     progress.say(describe(found, limit, used))
     return RunPlan.of(found, spec.settings.fit, dtype_reason=plan.dtype_reason), current
 
