@@ -7,6 +7,8 @@ import importlib.metadata
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from lorakit import LoraConfig, caches, file_hashes, hub
 from lorakit.caches import CACHES, PACKAGES, Cache
 from lorakit.data import Batch, Split, read_records, token_cache
 from lorakit.hub import gguf_models, packaged
+from lorakit.hub.kept_models import kept_directory
 from lorakit.machine import LIBRARY_VARIABLES, this_machine
 from lorakit.ops.kernels import building, compiled
 from lorakit.speed import tuning
@@ -472,3 +475,29 @@ def test_the_files_of_a_tokenizer_without_a_backend_are_part_of_its_settings(tmp
         found.append((hub.tokenizer_hash(tokenizer), hub.tokenizer_settings(tokenizer)))
     assert found[0] == found[2]
     assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
+
+
+LOADING = """
+import sys
+from pathlib import Path
+from lorakit.hub.kept_models import kept_directory
+folder = kept_directory(Path(sys.argv[1]), "key", 1, None)
+print("found", flush=True)
+sys.stdin.readline()
+print((folder / "weights").read_text())
+"""
+
+
+def test_an_entry_that_another_process_loads_is_not_removed(tmp_path: Path) -> None:
+    for name in ("loaded", "unused"):
+        kept_directory(tmp_path / name, "key", 1, lambda folder: {"n": (folder / "weights").write_text("w" * 99)})
+        os.utime(tmp_path / name, (1, 1))
+    words = [sys.executable, "-c", LOADING, str(tmp_path / "loaded")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout and process.stdout.readline() == "found\n"
+        caches.remove_unused(tmp_path, 1, 50)
+        assert process.communicate("go\n")[0] == "w" * 99 + "\n"
+    assert not (tmp_path / "unused").exists()
+    os.utime(tmp_path / "loaded", (1, 1))
+    caches.remove_unused(tmp_path, 1, 50)
+    assert not (tmp_path / "loaded").exists()

@@ -7,7 +7,8 @@ import io
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,19 +50,19 @@ def test_the_innermost_block_names_what_is_done() -> None:
 
 
 def test_an_import_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "slow_to_import.py").write_text("import time; time.sleep(0.3)")
+    (tmp_path / "slow_to_import.py").write_text("import time; time.sleep(0.5)")
     monkeypatch.syspath_prepend(tmp_path)
     with watching("lorakit eval") as terminal:
         __import__("slow_to_import")
-    assert "loading libraries: 0 s\n" in terminal.getvalue() and "lorakit eval" not in terminal.getvalue()
+    assert "loading libraries: 0 s\n" in terminal.getvalue()
 
 
-@pytest.mark.parametrize("write", [write_line, lambda text: write_line(text, sys.stderr), write_model_text])
-def test_nothing_is_said_while_something_else_is_written(write: Callable[[str], None]) -> None:
-    with watching("lorakit eval", 0.5) as terminal:
-        for _ in range(20):
-            write("text\n")
-            time.sleep(0.05)
+def test_nothing_is_said_while_something_else_is_written() -> None:
+    with watching("lorakit eval", 1.5) as terminal:
+        for write in (write_line, partial(write_line, stream=sys.stderr), write_model_text):
+            for _ in range(12):
+                write("text\n")
+                time.sleep(0.05)
     assert "lorakit eval" not in terminal.getvalue()
 
 
@@ -71,7 +72,7 @@ def test_nothing_is_said_in_the_middle_of_a_line() -> None:
         time.sleep(0.2)
         write_model_text(" and the second.\n")
         assert terminal.has("lorakit generate: 0 s\n")
-    assert terminal.getvalue().startswith("The first half and the second.\nlorakit generate: 0 s\n")
+    assert "The first half and the second.\nlorakit generate: 0 s\n" in terminal.getvalue()
 
 
 def test_nothing_is_said_below_a_live_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,16 +82,19 @@ def test_nothing_is_said_below_a_live_drawing(monkeypatch: pytest.MonkeyPatch) -
     with watching("lorakit train") as terminal:
         with Progress(console=drawing_console(), transient=True) as bar:
             bar.add_task("training", total=9)
+            before = len(terminal.getvalue())
             time.sleep(0.3)
-            assert "lorakit train" not in terminal.getvalue()
+            assert "lorakit train" not in terminal.getvalue()[before:]
         assert terminal.has("lorakit train: 0 s\n")  # the drawing was removed: the line is not unfinished
 
 
 def test_nothing_is_said_while_the_user_is_asked() -> None:
     with watching("lorakit generate") as terminal:
         with working("reading"), working(None):
+            time.sleep(0.1)
+            before = terminal.getvalue()
             time.sleep(0.2)
-        assert terminal.getvalue() == ""
+            assert terminal.getvalue() == before
         assert terminal.has("lorakit generate: 0 s\n")
 
 
@@ -104,7 +108,7 @@ def test_nothing_is_left_behind(fails: bool) -> None:
     assert threading.active_count() == threads and (sys.stdout, sys.stderr) == streams
     with working("merging"):
         time.sleep(0.1)
-    assert terminal.getvalue() == ""
+    assert "merging" not in terminal.getvalue()
 
 
 def test_a_stream_that_is_no_terminal_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

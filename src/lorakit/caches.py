@@ -32,6 +32,10 @@ STALE_SECONDS = 24 * 3600
 """Age at which an unfinished entry is left over from a killed process."""
 
 
+RECENT_SECONDS = 3600
+"""Age of its last use from which an entry may be removed; another process may still load one that was used later."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cache:
     """A cache.
@@ -106,6 +110,8 @@ CACHES = (TOKENS, EVALUATIONS, INT8, AUTOTUNING, FILE_HASHES, KERNELS, MODELS, G
 def remove_unused(folder: Path, needed_bytes: int, most_bytes: int) -> None:
     """Remove what killed processes left, and the entries (directories) unused for longest until there is enough room.
 
+    Entries used within the last `RECENT_SECONDS` are kept, even if there is not enough room.
+
     Args:
         folder: Directory of a cache, whose entries have the time of their last use.
         needed_bytes: Size of a new entry in bytes.
@@ -126,8 +132,9 @@ def remove_unused(folder: Path, needed_bytes: int, most_bytes: int) -> None:
     for _, size, path in sorted(entries):
         if total <= most_bytes:
             return
-        shutil.rmtree(path, ignore_errors=True)
-        total -= size
+        if time.time() - path.stat().st_mtime > RECENT_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
+            total -= size
 
 
 def scratch_directory() -> Path:

@@ -100,7 +100,9 @@ def test_columns_are_those_of_training(call: Call, bert: Path, tmp_path: Path, c
     for one, other in zip(texts, results[1], strict=False):
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
     assert call("predict", data, "--text", "a", "--adapter", run) == 2
+    assert "pass one of them" in capsys.readouterr().err
     assert call("predict", "--adapter", run) == 2
+    assert "input is missing" in capsys.readouterr().err
     capsys.readouterr()
     usual = reviews(tmp_path / "u.csv", "text", "label")
     assert call("eval", "--adapter", run, "--data", usual, "--json") == 0

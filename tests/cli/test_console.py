@@ -69,7 +69,7 @@ def command(
 @pytest.mark.parametrize(("command", "said"), COMMANDS.items(), indirect=["command"])
 def test_no_command_is_silent_in_a_terminal(command: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    with watched("lorakit", 1e-4):
+    with watched("lorakit", 2e-3):
         assert main(command) == 0
     assert said in terminal.getvalue()
 

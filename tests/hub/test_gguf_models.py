@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 import time
@@ -13,10 +15,11 @@ import pytest
 import torch
 import transformers
 
-from lorakit import hub, terminal
+from lorakit import hub
 from lorakit.caches import GGUF
 from lorakit.hub import gguf_models, sources
 from lorakit.hub.kept_models import MANIFEST
+from lorakit.terminal import watched
 
 from ..small_gguf import write_gguf
 
@@ -163,9 +166,8 @@ def test_the_directories_unused_for_longest_are_removed(
 
 @pytest.mark.parametrize("part", ["weights", "tokenizer"])
 def test_a_long_conversion_is_not_silent_while_progress_bars_are_hidden(
-    part: str, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    part: str, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(terminal, "SILENT_SECONDS", 0.01)
     call = sources.call_loader
 
     def slow(source: Any, load: Any, **options: Any) -> Any:
@@ -177,8 +179,11 @@ def test_a_long_conversion_is_not_silent_while_progress_bars_are_hidden(
         return call(source, loads if source.header is not None else load, **options)
 
     monkeypatch.setattr(gguf_models, "call_loader", slow)
-    source = hub.resolve(file, lambda text: print(text, file=sys.stderr))
-    hub.load_model(source) if part == "weights" else hub.load_tokenizer(source)
-    lines = capsys.readouterr().err.splitlines()
+    source = hub.resolve(file)
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    with contextlib.redirect_stderr(terminal), watched("lorakit eval", 0.01):
+        hub.load_model(source) if part == "weights" else hub.load_tokenizer(source)
+    lines = terminal.getvalue().splitlines()
     assert sum(line.startswith("converting tiny.gguf (") and line.endswith("s") for line in lines) > 3
     assert not any("progress bar" in line for line in lines)

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from lorakit import machine
+from lorakit.data.chat_rendering import template_name
 from lorakit.durable import TEMPORARY
 from lorakit.errors import DiskError, MissingExtra, ModelError
-from lorakit.hub import packaged, packaged_directory, quiet, resolve
+from lorakit.hub import ModelSource, load_tokenizer, packaged, packaged_directory, quiet, resolve
 from lorakit.hub import packaged as conversion
 from lorakit.hub.kept_models import MANIFEST
 
@@ -48,6 +49,12 @@ def test_a_model_is_converted_once_and_said(stand_in: list[Path], tmp_path: Path
     assert len(sentences) == 1
     assert "Converting smollm2 (SmolLM2-135M-Instruct, dequantized from Q4_1)" in sentences[0]
     assert first == tmp_path / "cache" / "models" / "smollm2-135m-instruct-dequantized-q4_1"
+
+
+def test_messages_name_the_model_and_not_the_cache(tiny_model_directory: Path) -> None:
+    folder = str(tiny_model_directory)
+    tokenizer = load_tokenizer(ModelSource("packaged", "smollm2", folder, folder, "smollm2"))
+    assert template_name(tokenizer) == "the chat template of smollm2"
 
 
 @pytest.mark.parametrize("damage", ["shorter", "changed", "gone", "no manifest", "other key"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
@@ -14,10 +16,13 @@ from lorakit.cli import console, early
 from lorakit.config import CONFIG_FILE, SIDECAR_FILE, read_config
 from lorakit.durable import read_json
 from lorakit.errors import AdapterFileError, LorakitError, RunError
-from lorakit.report import RUN_FILE
+from lorakit.report import RUN_FILE, read_metrics
 
 MAX_SIDECAR_BYTES = 64 << 20
-ADAPTER, FINISHED = "adapter", ("finished", "stopped early", None)
+ADAPTER, FINISHED, RECORDS = "adapter", ("finished", "stopped early", None), (CONFIG_FILE, RUN_FILE)
+
+LEAST_RISE = 1.0
+"""Smallest rise of the loss, in nats per token, that is called divergence; it must also be half of the loss before."""
 
 SORTS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "name": lambda one: one["adapter"],
@@ -38,8 +43,10 @@ def run(
 ) -> None:
     """List the adapters in a directory: base model, learning rate, steps, data, and loss of the base and the adapter.
 
-    Runs without an adapter are listed with their status, such as failed or interrupted. Checkpoints of runs are left
-    out. Weights are not read; `lorakit inspect` verifies them. --json adds task, rank, size and date.
+    Runs without an adapter are listed with their status, such as failed or interrupted; a run that was killed before
+    its first step leaves an empty directory. An adapter is marked as diverged if its loss is far above that before
+    training. Checkpoints of runs are left out. Weights are not read; `lorakit inspect` verifies them. --json adds task,
+    rank, size and date.
 
     Raises:
         AdapterFileError: The directory does not exist, or contains neither adapters nor runs.
@@ -58,18 +65,19 @@ def run(
     head = ["adapter", "base", "rate", "steps", "data", "loss: base → adapter"]
     console.say(console.table(head, [_row(one) for one in found]))
     for one in found:
-        if "error" in one:
-            console.warning(f"{one['adapter']}: {one['error']}")
+        if reason := one.get("error") or one.get("failure"):
+            console.warning(f"{one['adapter']}: {reason}")
 
 
 def _folders(folder: Path) -> Iterator[Path]:
-    """Yield the directories that contain an adapter, or a run without one; not checkpoints and temporary ones."""
-    for name in (CONFIG_FILE, RUN_FILE):
-        for file in folder.rglob(name):
-            inside = file.parent.relative_to(folder).parts
-            has_adapter = name == RUN_FILE and (file.parent / ADAPTER / CONFIG_FILE).is_file()
-            if not has_adapter and not any(part.startswith((".", "checkpoint-", "adapter-only-")) for part in inside):
-                yield file.parent
+    """Yield the directories that contain an adapter, or a run without one, or nothing; not checkpoints."""
+    for path, folders, names in os.walk(folder):
+        here = Path(path)
+        is_empty = not folders and not names and not any((here.parent / name).is_file() for name in RECORDS)
+        folders[:] = [name for name in folders if not name.startswith((".", "checkpoint-", "adapter-only-"))]
+        has_run = RUN_FILE in names and not (here / ADAPTER / CONFIG_FILE).is_file()
+        if CONFIG_FILE in names or has_run or (is_empty and here != folder):
+            yield here
 
 
 def _title(folder: Path) -> Path:
@@ -79,9 +87,10 @@ def _title(folder: Path) -> Path:
 
 def _described(root: Path, folder: Path) -> dict[str, Any]:
     """Return what the files of an adapter or a run say about it; "error" holds the reason if they cannot be read."""
-    is_adapter = (folder / CONFIG_FILE).is_file()
+    record = next((folder / name for name in RECORDS if (folder / name).is_file()), folder)
+    is_adapter, of = record.name == CONFIG_FILE, folder.parent if folder.name == ADAPTER else folder
     sizes = [path.stat().st_size for path in folder.iterdir() if path.is_file()]
-    changed = datetime.fromtimestamp((folder / (CONFIG_FILE if is_adapter else RUN_FILE)).stat().st_mtime).astimezone()
+    changed = datetime.fromtimestamp(record.stat().st_mtime).astimezone()
     found: dict[str, Any] = {
         "adapter": str(folder.relative_to(root)),
         "size_bytes": sum(sizes),
@@ -89,8 +98,9 @@ def _described(root: Path, folder: Path) -> dict[str, Any]:
     }
     try:
         own = _adapter(folder) if is_adapter else {}
-        of_run = _run(folder if not is_adapter else folder.parent) if not is_adapter or folder.name == ADAPTER else {}
-        return {**found, "data": own.pop("data", []), **of_run, **own}
+        of_run = _run(of) if not is_adapter or of != folder else {}
+        found |= {"data": own.pop("data", []), **of_run, **own}
+        return {**found, **_divergence(found, of)}
     except (LorakitError, OSError, ValueError) as cause:
         return {**found, "error": " ".join(str(cause).split())}
 
@@ -100,6 +110,8 @@ def _run(folder: Path) -> dict[str, Any]:
     path = folder / RUN_FILE
     record = _table(read_json(path, MAX_SIDECAR_BYTES)) if path.is_file() else {}
     settings, resolved, result = (_table(record.get(name)) for name in ("settings", "resolved", "result"))
+    if not any(folder.iterdir()):
+        return {"status": "running" if _is_active(folder) else "not started"}
     if not record:
         return {}
     return {
@@ -112,6 +124,18 @@ def _run(folder: Path) -> dict[str, Any]:
         else record.get("status"),
         **({"failure": message} if (message := _table(record.get("error")).get("message")) else {}),
     }
+
+
+def _divergence(one: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the status and the reason if the loss of a finished run is far above that before training."""
+    losses = [one.get("base_loss"), one.get("eval_loss")]
+    if losses[1] is None:  # no data was held out; losses of single steps differ, so the lowest of the last ones counts
+        first, *rest = [row["loss"] for row in read_metrics(folder).train] or [None]
+        losses = [first, min(rest[-10:], default=None)]
+    before, after = (loss if isinstance(loss, int | float) else math.nan for loss in losses)
+    if one.get("status") not in FINISHED or not after > before + max(LEAST_RISE, before / 2):
+        return {}
+    return {"status": "diverged", "failure": f"the loss is {after:.4f}, and was {before:.4f} before training"}
 
 
 def _is_active(folder: Path) -> bool:

@@ -114,8 +114,10 @@ def _check(files: list[str], flags: Flags) -> str | None:
     if flags.max_length is not None:
         early.check_at_least("max_length", flags.max_length, 2)
     early.check_at_least("max_new_tokens", flags.max_new_tokens, 1)
-    if bool(files) == bool(flags.text):
-        raise UsageError("pass data files, or texts as --text, but not both.", field="text")
+    if files and flags.text:
+        raise UsageError("data files and --text were given; pass one of them.", field="text")
+    if not files and not flags.text:
+        raise UsageError("input is missing; pass data files, or texts as --text.", field="files")
     early.check_data(files)
     flags.reading.check()
     early.check_choice("tag_scheme", flags.tag_scheme, ("auto", *TAG_SCHEMES))

@@ -263,9 +263,9 @@ def _read(path: Path, where: str) -> str:
     """Read a file, a pipe or standard input, of which the size is unknown before, as text without its final break."""
     try:
         is_input = str(path) == "-"
-        with working(None if is_input else f"reading {path}"):
-            with contextlib.nullcontext(sys.stdin) if is_input else path.open("rb") as file:
-                given: str | bytes = file.read(MAX_PROMPT_BYTES + 1)
+        what = None if is_input else f"reading {path}"
+        with working(what), contextlib.nullcontext(sys.stdin) if is_input else path.open("rb") as file:
+            given: str | bytes = file.read(MAX_PROMPT_BYTES + 1)
         if len(given) > MAX_PROMPT_BYTES:
             raise DataError(f"{where}: a prompt must not exceed {format_bytes(MAX_PROMPT_BYTES)}.", where=where)
         text = given if isinstance(given, str) else given.decode("utf-8")

@@ -143,13 +143,13 @@ class TokenCache:
     def _read(self, entry: Path, form: Form[T]) -> T | None:
         if not entry.is_dir():
             return None
+        with contextlib.suppress(OSError):  # a cache that can only be read
+            os.utime(entry)  # before it is read: `remove_unused` leaves it
         try:
             found = form.unpack(*_loaded(entry))
         except (LorakitError, OSError, ValueError, KeyError, TypeError) as cause:
             self._say(f"{entry}: the cached tokens are damaged ({_line(cause)}), so the data is tokenized again.")
             return None
-        with contextlib.suppress(OSError):  # a cache that can only be read
-            os.utime(entry)
         return found
 
     def _write(self, entry: Path, buffers: Buffers, values: JsonObject) -> None:

@@ -359,7 +359,10 @@ def load_tokenizer(model: str | os.PathLike[str] | ModelSource) -> PreTrainedTok
 
     load = transformers.AutoTokenizer.from_pretrained
     with quiet_transformers(bars=source.kind == "hub"), working(f"loading {source.given}"):
-        return call_loader(source, load) if source.header is None else load_gguf_tokenizer(source, load)
+        tokenizer = call_loader(source, load) if source.header is None else load_gguf_tokenizer(source, load)
+    if source.kind == "packaged":
+        tokenizer.name_or_path = source.given  # messages name the model, not its directory in the cache
+    return tokenizer
 
 
 @dataclass(frozen=True)
