@@ -111,8 +111,8 @@ def hidden_stderr() -> Iterator[None]:
 def watched(command: str, seconds: float = SILENT_SECONDS) -> Iterator[None]:
     """Write a line to stderr, if it is a terminal, whenever a block has written nothing for some seconds.
 
-    The line says what is being done, by the innermost block of `working`, and for how long. Nothing is said after an
-    unfinished line, such as a progress bar.
+    The line says what is being done, by the innermost block of `working`, and for how long; outside of these blocks,
+    for how long nothing else was written. Nothing is said after an unfinished line, such as a progress bar.
 
     Args:
         command: What is being done outside of blocks of `working`, unless a module is being imported.
@@ -128,7 +128,8 @@ def watched(command: str, seconds: float = SILENT_SECONDS) -> Iterator[None]:
     thread = threading.Thread(target=watcher.watch, daemon=True)
     token = _WATCHER.set(watcher)
     try:
-        with contextlib.redirect_stderr(watcher.stream), contextlib.redirect_stdout(watcher.noticed(sys.stdout)):
+        heard_stderr, heard_stdout = watcher.heard(sys.stderr), watcher.heard(sys.stdout)
+        with contextlib.redirect_stderr(heard_stderr), contextlib.redirect_stdout(heard_stdout):
             thread.start()
             yield
     finally:
@@ -162,17 +163,17 @@ class _Watcher:
     """Writes a line to stderr after each silence."""
 
     def __init__(self, command: str, seconds: float) -> None:
-        self.ended, self.stream = threading.Event(), self.noticed(sys.stderr)
-        self._seconds, self._thread, self._is_line_open = seconds, threading.get_ident(), False
-        self._written = time.monotonic()
-        self.blocks: list[tuple[str | None, float]] = [(command, self._written)]
+        self.ended, self._stream, self._seconds = threading.Event(), sys.stderr, seconds
+        self._thread, self._is_line_open = threading.get_ident(), False
+        self._heard = self._told = time.monotonic()  # the last texts of others, and of this watcher
+        self.blocks: list[tuple[str | None, float]] = [(command, self._heard)]
 
-    def noticed(self, stream: TextIO) -> TextIO:
+    def heard(self, stream: TextIO) -> TextIO:
         """Return a stream that writes to another one and tells this watcher; None, as of a closed stream, stays."""
-        return stream and cast("TextIO", _Noticed(stream, self._notice))
+        return stream and cast("TextIO", _Heard(stream, self._hear))
 
-    def _notice(self, text: str) -> None:
-        self._written = time.monotonic()
+    def _hear(self, text: str) -> None:
+        self._heard = time.monotonic()
         if shown := _SEQUENCES.sub("", text):
             self._is_line_open = shown[-1] not in "\r\n"
 
@@ -181,11 +182,12 @@ class _Watcher:
         while not self.ended.wait(self._seconds / 8):
             (what, began), now = self.blocks[-1], time.monotonic()
             if what is None:
-                self._written = now
-            elif now - self._written >= self._seconds and not self._is_line_open:
-                if len(self.blocks) == 1 and self._is_importing():
-                    what = "loading libraries"
-                write_line(f"{what}: {format_seconds(round(now - began))}", self.stream)
+                self._heard = now
+            elif now - max(self._heard, self._told) >= self._seconds and not self._is_line_open:
+                if len(self.blocks) == 1:
+                    what, began = "loading libraries" if self._is_importing() else what, self._heard
+                write_line(f"{what}: {format_seconds(round(now - began))}", self._stream)
+                self._told = now
 
     def _is_importing(self) -> bool:
         """Return whether the thread that is watched imports a module."""
@@ -195,14 +197,14 @@ class _Watcher:
         return frame is not None
 
 
-class _Noticed:
+class _Heard:
     """A stream that also passes what is written to it to a function."""
 
-    def __init__(self, stream: TextIO, notice: Callable[[str], None]) -> None:
-        self._stream, self._notice = stream, notice
+    def __init__(self, stream: TextIO, hear: Callable[[str], None]) -> None:
+        self._stream, self._hear = stream, hear
 
     def write(self, text: str) -> int:
-        self._notice(text)
+        self._hear(text)
         return self._stream.write(text)
 
     def __getattr__(self, name: str) -> Any:
