@@ -14,9 +14,10 @@ def start() -> int:
     ending = QuickExit()  # before other modules register functions with `atexit`
     limit_spinning()
     from lorakit.terminal import watched
-    from lorakit.train.launching import is_first, reported
+    from lorakit.train.launching import is_first, reported, silent_seconds
 
-    with watched(" ".join(["lorakit", *sys.argv[1:2]])) if is_first(os.environ) else contextlib.nullcontext():
+    what = " ".join(["lorakit", *sys.argv[1:2]])
+    with watched(what, silent=silent_seconds()) if is_first(os.environ) else contextlib.nullcontext():
         from lorakit.cli import main
 
         code = main()

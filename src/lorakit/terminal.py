@@ -108,7 +108,7 @@ def hidden_stderr() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def watched(command: str, seconds: float = SILENT_SECONDS) -> Iterator[None]:
+def watched(command: str, seconds: float = SILENT_SECONDS, silent: float = 0.0) -> Iterator[None]:
     """Write a line to stderr, if it is a terminal, whenever a block has written nothing for some seconds.
 
     The line says what is being done, by the innermost block of `working`, and for how long; outside of these blocks,
@@ -117,6 +117,7 @@ def watched(command: str, seconds: float = SILENT_SECONDS) -> Iterator[None]:
     Args:
         command: What is being done outside of blocks of `working`, unless a module is being imported.
         seconds: Time without output, in seconds.
+        silent: Time without output before the block, in seconds.
 
     Yields:
         Nothing.
@@ -124,7 +125,7 @@ def watched(command: str, seconds: float = SILENT_SECONDS) -> Iterator[None]:
     if sys.stderr is None or not sys.stderr.isatty():
         yield
         return
-    watcher = _Watcher(command, seconds)
+    watcher = _Watcher(command, seconds, silent)
     thread = threading.Thread(target=watcher.watch, daemon=True)
     token = _WATCHER.set(watcher)
     try:
@@ -162,10 +163,10 @@ def working(what: str | None) -> Iterator[None]:
 class _Watcher:
     """Writes a line to stderr after each silence."""
 
-    def __init__(self, command: str, seconds: float) -> None:
+    def __init__(self, command: str, seconds: float, silent: float) -> None:
         self.ended, self._stream, self._seconds = threading.Event(), sys.stderr, seconds
         self._thread, self._is_line_open = threading.get_ident(), False
-        self._heard = self._told = time.monotonic()  # the last texts of others, and of this watcher
+        self._heard = self._told = time.monotonic() - silent  # the last texts of others, and of this watcher
         self.blocks: list[tuple[str | None, float]] = [(command, self._heard)]
 
     def heard(self, stream: TextIO) -> TextIO:

@@ -239,8 +239,6 @@ def _launch(nproc: int, settings: TrainSettings, command: Command) -> int:
         f"If {folder} has a checkpoint, continue from it with: lorakit train --nproc {nproc} --output-dir {folder} "
         "--resume"
     )
-    if sys.stderr.isatty():
-        console.note(f"starting {nproc} processes")  # from now on, the first one says what it does
     return launch(arguments, nproc, command.max_restarts, saved)
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorakit.errors import RunError, UsageError
-from lorakit.terminal import working
+from lorakit.terminal import working, write_line
 
 LOST = 76
 """Exit code with which a process tells `launch` that another process ended."""
@@ -131,6 +131,11 @@ def reported(code: int) -> int:
     if is_first(os.environ):
         Path(file).write_text(str(code), encoding="ascii")
     return 0
+
+
+def silent_seconds() -> float:
+    """Return how long nothing was written before this process started, in seconds: `launch` needs about three."""
+    return 3.0 if is_started_by_lorakit() else 0.0
 
 
 def quiet_torch() -> None:
@@ -239,6 +244,8 @@ def launch(arguments: Sequence[str], count: int, max_restarts: int, saved: str) 
     for name in ("torch.distributed.elastic", agent.__name__):  # the first process prints the reason
         logging.getLogger(name).setLevel(logging.CRITICAL)
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(_threads_of_each(count))}
+    if sys.stderr.isatty():
+        write_line(f"starting {count} processes", sys.stderr)
     with tempfile.TemporaryDirectory(prefix=_OWN) as folder:
         file = Path(folder, "exit_code")
         try:
