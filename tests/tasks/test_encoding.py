@@ -92,6 +92,20 @@ def test_tags_that_are_cut_off_are_counted(tiny_tokenizer: Any) -> None:
     assert (caught.value.what, caught.value.allowed) == ("X", ("B", "O"))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("length", range(1, 12))
+def test_truncation_leaves_out_words_and_moves_no_tag(side: str, length: int, tiny_tokenizer: Any) -> None:
+    """Several tokens have the offsets of one character, so the first of them may be the one that is left out."""
+    words = ("a", "\U0001f984", "naïve", "\u65e5\u672c", "x")
+    tiny_tokenizer.truncation_side = side
+    whole, cut = (
+        encoded("token-classification", [Tagged(words)], tiny_tokenizer, is_labeled=False, max_length=most).sequences[0]
+        for most in (99, length)
+    )
+    assert len(whole) > 12 and len(cut) == length
+    assert list(cut.labels) == list(whole.labels)[-length if side == "left" else 0 :][:length]
+
+
 def translator(target: str | None) -> Any:
     from transformers import NllbTokenizer
 

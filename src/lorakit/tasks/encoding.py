@@ -244,13 +244,14 @@ def encode_tagged(
     """
     if not isinstance(record, Tagged):
         raise _unfit(record, "'tokens' and 'tags'")
-    before = report.cut_rows
     found = _tokens(record, (" ".join(record.words),), tokenizer, options, report, offsets=True)
     if found is None:
         return None
     tags = target.ids_of(record) if options.is_labeled else range(len(record.words))
     labels = array(_TYPE, [IGNORED]) * len(found["input_ids"])
-    places = word_tokens(record.words, found["offset_mapping"], is_cut=report.cut_rows > before)
+    places = word_tokens(record.words, found["offset_mapping"])
+    if "kept" in found:
+        places = [found["kept"].get(place) for place in places]
     for place, tag in zip(places, tags, strict=True):
         if place is not None:
             labels[place] = tag
@@ -260,25 +261,23 @@ def encode_tagged(
     return Encoded(array(_TYPE, found["input_ids"]), labels, pieces=found["pieces"])
 
 
-def word_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]], *, is_cut: bool = False) -> list[int | None]:
+def word_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int | None]:
     """Return the index of the first token of each word in a text of words joined by spaces.
 
     Args:
         words: The words.
         offsets: First and last character of each token; equal for special tokens.
-        is_cut: Whether tokens at the beginning or the end of the text were truncated.
 
     Returns:
-        An index for each word; None if the word has no token, or its first token was truncated.
+        An index for each word; None if the word has no token.
     """
     found, at, begin = list[int | None](), 0, 0
-    first = next((first for first, last in offsets if first < last), 0) if is_cut else 0
     for word in words:
         end = begin + len(word)
         while at < len(offsets) and (offsets[at][1] <= begin or offsets[at][0] == offsets[at][1]):
             at += 1
         # a token may begin with the space before the word, so its end decides to which word it belongs
-        found.append(at if word and at < len(offsets) and offsets[at][0] < end and begin >= first else None)
+        found.append(at if word and at < len(offsets) and offsets[at][0] < end else None)
         begin = end + 1
     return found
 
@@ -319,8 +318,8 @@ def _tokens(
 ) -> dict[str, Any] | None:
     """Tokenize a text or a pair of texts, and count it if it is too long; None if it is to be left out.
 
-    The result has the text of each token in `pieces`, a tuple of one list, or of none if rows are not shown. The list
-    is empty if the tokenizer does not report offsets.
+    `pieces` has a list with the text of each token (empty without offsets), or none if rows are not shown. Offsets are
+    those before truncation; see `_kept`.
     """
     call: Any = tokenizer
     offsets = offsets or (options.shown is not None and getattr(tokenizer, "is_fast", False))
@@ -359,7 +358,15 @@ def _tokens(
     if options.overlong == "drop":
         return None
     kept = call(**given, truncation=True, max_length=options.max_length)
-    return {**kept, "pieces": () if options.shown is None else (_pieces(tokenizer, texts, found, kept),)}
+    whole = {"offset_mapping": found["offset_mapping"], "kept": _kept(tokenizer, found, kept)} if offsets else {}
+    return {**kept, **whole, "pieces": () if options.shown is None else (_pieces(tokenizer, texts, found, kept),)}
+
+
+def _kept(tokenizer: Any, found: Any, kept: Any) -> dict[int | None, int]:
+    """Return a dict from the position of a token of the text to its position after truncation, if it is left."""
+    before, after = ([at for at, one in enumerate(row.sequence_ids()) if one == 0] for row in (found, kept))
+    dropped = len(before) - len(after) if tokenizer.truncation_side == "left" else 0
+    return dict(zip(before[dropped:], after, strict=False))
 
 
 def _pieces(tokenizer: Any, texts: Sequence[str], found: Any, kept: Any) -> list[str]:
