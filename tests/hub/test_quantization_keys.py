@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from transformers.utils import quantization_config as theirs
 
 from lorakit import hub
 from lorakit.errors import ModelError
 from lorakit.hub.quantization_keys import FORMATS, GROUP, WEIGHTS, check_keys
 
-from .. import packed_models
+from .. import packed_models, small_models
 
 CLASSES = {
     "gptq": theirs.GPTQConfig,
@@ -24,6 +26,9 @@ CLASSES = {
     "fp8": theirs.FineGrainedFP8Config,
     "mxfp4": theirs.Mxfp4Config,
 }
+
+BY_TRANSFORMERS = {"bitsandbytes": theirs.BitsAndBytesConfig, "torchao": theirs.TorchAoConfig}
+"""Methods whose files transformers loads itself."""
 
 COMPRESSED = {
     "QuantizationConfig": (
@@ -150,8 +155,115 @@ def test_configs_of_published_models_are_accepted(values: dict[str, Any]) -> Non
     check_keys(values)
 
 
-def test_methods_that_transformers_loads_are_not_checked() -> None:
-    check_keys({"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0})
+@pytest.fixture(scope="module")
+def quantized_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories of one model, as each quantizer of transformers saves it."""
+    pytest.importorskip("bitsandbytes"), pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    dense = tmp_path_factory.mktemp("dense")
+    small_models.llama(hidden_size=64, intermediate_size=128).save_pretrained(dense)
+    folders = {}
+    for name in ("nf4", "int8", "int8-torchao"):
+        folders[name] = tmp_path_factory.mktemp(name)
+        hub.load_model(dense, "float32", quantization=name).save_pretrained(folders[name])
+    return folders
+
+
+def _changed(folder: Path, to: Path, changes: dict[str, Any]) -> Path:
+    """Copy a model with another quantization config; the value `None` removes a key."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text())
+    values = config["quantization_config"] | changes
+    config["quantization_config"] = {name: value for name, value in values.items() if value is not None}
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+def _logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(torch.tensor([[5, 17, 20, 3, 9]])).logits
+    return found
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8", "int8-torchao"])
+def test_every_key_that_transformers_writes_is_accepted_for_a_reason(
+    name: str, quantized_files: dict[str, Path]
+) -> None:
+    values = json.loads((quantized_files[name] / "config.json").read_text())["quantization_config"]
+    known = FORMATS[values["quant_method"]]
+    names = inspect.signature(BY_TRANSFORMERS[values["quant_method"]].__init__).parameters.keys() - {"self", "kwargs"}
+    assert len(values) >= 5 and values.keys() | names <= known.keys() and all(key.why for key in known.values())
+
+
+SAME: list[tuple[str, dict[str, Any]]] = [
+    ("nf4", {"bnb_4bit_quant_type": "fp4"}),
+    ("nf4", {"bnb_4bit_use_double_quant": False}),
+    ("nf4", {"bnb_4bit_quant_storage": "bfloat16"}),
+    ("nf4", {"quant_method": None, "_load_in_4bit": None, "_load_in_8bit": True}),
+    ("int8", {"quant_method": None, "_load_in_8bit": None, "_load_in_4bit": True}),
+    ("int8-torchao", {"modules_to_not_convert": ["up_proj"], "quant_type_kwargs": {}}),
+    ("int8-torchao", {"include_input_output_embeddings": True, "untie_embedding_weights": True}),
+    ("int8-torchao", {"quant_type": {"default": {"_type": "Int4WeightOnlyConfig", "_version": 2, "_data": {}}}}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), SAME, ids=[f"{a}-{next(iter(b))}" for a, b in SAME])
+def test_keys_that_the_tensors_repeat_change_nothing(
+    name: str, changes: dict[str, Any], quantized_files: dict[str, Path], tmp_path: Path
+) -> None:
+    plain = hub.load_model(quantized_files[name], "float32")
+    changed = hub.load_model(_changed(quantized_files[name], tmp_path / "model", changes), "float32")
+    assert torch.equal(_logits(changed), _logits(plain))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_keys_that_transformers_reads_have_its_meaning(
+    threshold: float, quantized_files: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = _changed(quantized_files["int8"], tmp_path / "model", {"llm_int8_threshold": threshold})
+    theirs_loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", device_map="cpu").eval()
+    assert torch.equal(_logits(hub.load_model(folder, "float32")), _logits(theirs_loaded))
+
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("int8", {"load_in_8bit": False}, "load_in_8bit"),
+    ("int8", {"load_in_8bit": None, "load_in_4bit": None}, "load_in_8bit"),
+    ("int8", {"load_in_8bit": False, "load_in_4bit": True}, "quantization_config"),
+    ("nf4", {"load_in_8bit": True, "load_in_4bit": False}, "quantization_config"),
+    ("int8", {"llm_int8_skip_modules": ["lm_head", "up_proj"]}, "quantization_config"),
+    ("int8", {"llm_int8_skip_modules": ["up_proj"]}, "quantization_config"),
+    ("int8", {"llm_int8_enable_fp32_cpu_offload": True}, "quantization_config"),
+    ("int8", {"llm_int8_has_fp16_weight": True}, "llm_int8_has_fp16_weight"),
+    ("int8", {"hadamard": True}, "hadamard"),
+    ("nf4", {"bnb_4bit_quant_type": "int4"}, "bnb_4bit_quant_type"),
+    ("int8-torchao", {"hadamard": True}, "hadamard"),
+    ("int8-torchao", {"quant_type": None}, "quant_type"),
+    ("int8-torchao", {"quant_type": "int8_weight_only"}, "quant_type"),
+    ("int8-torchao", {"quant_type": {"default": {"_type": "quantize_", "_data": {}}}}, "quant_type"),
+    ("int8-torchao", {"quant_type_kwargs": {"group_size": 32}}, "quant_type_kwargs"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "field"), WRONG, ids=[f"{a}-{'-'.join(b)}-{i}" for i, (a, b, _) in enumerate(WRONG)]
+)
+def test_configs_that_do_not_describe_their_files_are_rejected(
+    name: str, changes: dict[str, Any], field: str, quantized_files: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = _changed(quantized_files[name], tmp_path / "model", changes)
+    with pytest.raises(ModelError) as caught:
+        hub.load_model(folder, "float32")
+    assert caught.value.field == field
+
+
+def test_every_key_of_hqq_is_rejected() -> None:
+    pytest.importorskip("hqq")
+    written = theirs.HqqConfig(axis=1).to_dict()
+    assert written.keys() == FORMATS["hqq"].keys()
+    for name, value in written.items():
+        with pytest.raises(ModelError) as caught:
+            check_keys({name: value, "quant_method": "hqq"})
+        assert caught.value.field == name
 
 
 def _written(directory: Path, tensors: dict[str, Any], dense: Any, values: dict[str, Any]) -> Path:

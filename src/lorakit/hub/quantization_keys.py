@@ -2,7 +2,7 @@
 
 A key that is not listed here, or a value that is not supported, is rejected: quantizers add keys that change what a
 model computes, such as rotations of the input of each layer. The shapes, dtypes and names of the packed tensors come
-from the files. Activations are never quantized (docs/quantized.md).
+from the files. Activations of packed weights are never quantized (docs/quantized.md).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from lorakit.errors import ModelError
 READ = "lorakit decodes the weights accordingly, or rejects the value"
 TENSORS = "the names, shapes and values of the tensors in the files say the same"
 MAKING = "it describes how the files were made"
+COPIES = "it repeats the key without the underscore, and nothing reads it"
 KERNELS = "it selects kernels, batch sizes or fusions of another library"
 ACTIVATIONS = "activations are never quantized (docs/quantized.md)"
 LIBRARY = "transformers, which loads these files, reads it"
@@ -64,6 +65,11 @@ def _only_skips(value: JsonValue) -> bool:
     return not value or (isinstance(value, dict) and all(str(name).startswith("-:") for name in value))
 
 
+def _is_torchao_type(value: JsonValue) -> bool:
+    kind = value.get("default") if isinstance(value, dict) and len(value) == 1 else None
+    return isinstance(kind, dict) and str(kind.get("_type")).endswith("Config") and isinstance(kind.get("_data"), dict)
+
+
 _LAYERS = ("modules_to_not_convert", "modules_not_quantized", "modules_in_block_to_quantize", "block_name_to_quantize")
 _CALIBRATION = (
     *("damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "act_group_aware", "mse", "dataset"),
@@ -72,6 +78,10 @@ _CALIBRATION = (
 )
 _LOADING = ("batch_size", "max_input_length", "use_exllama", "disable_exllama", "exllama_config", "use_cuda_fp16")
 _GPTQ_BACKENDS = Key(KERNELS, lambda value: value not in ("llm-awq",), "not 'llm-awq', which packs weights differently")
+
+_NO_FILES = Key(
+    LIBRARY, lambda _: False, "no files of HQQ, only quantization='hqq4' or 'hqq8' of the unquantized model"
+)
 
 _INTEGERS: Keys = {
     **_keys(READ, "quant_method", "bits", "format"),
@@ -116,8 +126,28 @@ FORMATS: Mapping[str, Keys] = {
         "fmt": _one_of(READ, "e4m3", None),
     },
     "mxfp4": {**_keys(READ, "quant_method"), **_keys(LIBRARY, "modules_to_not_convert", "dequantize")},
+    "bitsandbytes": {
+        **_keys(
+            LIBRARY, "quant_method", "load_in_4bit", "load_in_8bit", "llm_int8_threshold", "bnb_4bit_compute_dtype"
+        ),
+        **_keys(LIBRARY, "llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload"),
+        **_keys(COPIES, "_load_in_4bit", "_load_in_8bit"),
+        **_keys(TENSORS, "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage"),
+        "bnb_4bit_quant_type": _one_of(TENSORS, "nf4", "fp4", None),
+        "llm_int8_has_fp16_weight": _off(LIBRARY),
+    },
+    "torchao": {
+        **_keys(LIBRARY, "quant_method", "untie_embedding_weights"),
+        **_keys(TENSORS, "modules_to_not_convert", "include_input_output_embeddings"),
+        "quant_type": Key(TENSORS, _is_torchao_type, "{'default': a config of torchao, with its type and data}"),
+        "quant_type_kwargs": _off(TENSORS),
+    },
+    "hqq": dict.fromkeys(("quant_method", "quant_config", "skip_modules"), _NO_FILES),
 }
 """Quantization method of files -> the keys of its config that lorakit accepts."""
+
+NEEDED: Mapping[str, tuple[str, ...]] = {"bitsandbytes": ("load_in_4bit", "load_in_8bit"), "torchao": ("quant_type",)}
+"""Quantization method of files -> keys, one of which has a value; without it, packed values load as the weights."""
 
 GROUP: Keys = {
     **_keys(READ, "weights", "format"),
@@ -143,13 +173,16 @@ def check_keys(values: JsonObject) -> None:
         values: The config; methods that are not in `FORMATS` are not checked.
 
     Raises:
-        ModelError: A key is unknown, or its value is not supported.
+        ModelError: A key is unknown, or its value is not supported; or no key says what the files contain.
     """
     method = str(values.get("quant_method"))
     known = FORMATS.get(method)
     if known is None:
         return
     _check(values, known, method, "")
+    needed = NEEDED.get(method, ())
+    if needed and not any(values.get(name) for name in needed):
+        raise _unsupported(method, needed[-1], values.get(needed[-1]), " or ".join(f"a value of {n}" for n in needed))
     for path, group, weights in groups_of(values):
         _check(group, GROUP, method, f"{path}.")
         if weights is not None:

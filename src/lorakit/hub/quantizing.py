@@ -232,7 +232,7 @@ def _check_known_method(values: JsonObject, source: ModelSource) -> None:
 
     known = {name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZATION_CONFIG_MAPPING}
     method = values.get("quant_method")
-    if method not in known and not (values.get("load_in_4bit") or values.get("load_in_8bit")):
+    if method not in known:
         raise ModelError(
             f"{source.given}: the weights are quantized with the unknown method {method!r}. Use files with another "
             "quantization, or the unquantized model.",

@@ -132,7 +132,8 @@ def quantization_values(config: PreTrainedConfig) -> JsonObject:
     """
     facts = getattr(config, "quantization_config", None)
     facts = facts if isinstance(facts, dict) else facts.to_dict() if facts is not None else {}
-    method = facts.get("quant_method")
+    in_bits = facts.get("load_in_4bit") or facts.get("load_in_8bit")  # read before quant_method, which older files lack
+    method = "bitsandbytes" if in_bits else facts.get("quant_method")
     return {**facts, "quant_method": str(getattr(method, "value", method))} if facts else {}
 
 

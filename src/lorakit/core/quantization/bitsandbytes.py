@@ -98,7 +98,28 @@ def _like(linear: nn.Linear, made: nn.Module) -> nn.Module:
 
 
 class _Format(WeightFormat[M, S]):
-    """Base class of the 4-bit and 8-bit formats; implements the conversion to a plain module."""
+    """Base class of the 4-bit and 8-bit formats; implements the conversion to a plain module.
+
+    Attributes:
+        mark: Attribute that only parameters of the format have.
+    """
+
+    mark = "quant_state"
+
+    def check(self, module: M, path: str) -> None:
+        """Check that a weight is of the format.
+
+        Raises:
+            ModelError: The weight was not quantized.
+        """
+        if not hasattr(module.weight, self.mark):
+            raise ModelError(
+                f"{path}: the files contain dense weights, although quantization_config says bitsandbytes; remove it "
+                "from config.json, and pass --quantization to quantize them.",
+                what="bitsandbytes",
+                where=path,
+                field="quantization_config",
+            )
 
     def dense(self, module: M, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
         """Return a plain module with a weight (out, in): a Conv1D if `module` replaced one, else an nn.Linear."""
@@ -206,14 +227,8 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
         """
         if not getattr(module, _REPACKS, False):
             return False
+        self.check(module, type(module).__name__)
         setattr(module, _REPACKS, False)
-        if not hasattr(module.weight, "quant_state"):
-            raise ModelError(
-                "the files contain dense weights, although their quantization_config says bitsandbytes; remove it from "
-                "config.json, and pass --quantization to quantize them.",
-                what="bitsandbytes",
-                field="quantization_config",
-            )
         if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
             self.put_stored(module, "weight", _unpacked(module.weight))
         return True
@@ -225,6 +240,8 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
 
 class EightBitFormat(_Format["Linear8bitLt", EightBit]):
     """Format of a parameter that holds int8 values with one scale per row."""
+
+    mark = "CB"
 
     def stored(self, module: Linear8bitLt, parameter: str) -> EightBit:
         """Return the parameter with its values and scales."""

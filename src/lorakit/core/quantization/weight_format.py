@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.clones import clone_with, is_pruned
-from lorakit.errors import MergeError
+from lorakit.errors import MergeError, ModelError
 
 NOT_WRITTEN = (
     "The parameter {parameter!r} of {type} is computed by torch.nn.utils.parametrize or prune, so it cannot be "
@@ -149,6 +149,22 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
     """Format of a floating-point tensor, either a parameter or the read-only result of a parametrization."""
 
     quantized = False
+
+    def check(self, module: nn.Module, path: str) -> None:
+        """Check that a module's weight is not packed.
+
+        Raises:
+            ModelError: The weight consists of integers, which only a quantized module could dequantize.
+        """
+        weight = module._parameters.get("weight")
+        if weight is not None and not (weight.is_floating_point() or weight.is_complex()):
+            raise ModelError(
+                f"{path}: the files contain integers ({weight.dtype}) for this layer, which their quantization_config "
+                "leaves unquantized. Load the model from files with the config that they were saved with.",
+                what=str(weight.dtype),
+                where=path,
+                field="quantization_config",
+            )
 
     def stored(self, module: nn.Module, parameter: str) -> Tensor:
         """Return the tensor, of any shape."""
