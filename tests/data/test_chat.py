@@ -295,3 +295,11 @@ def test_a_template_that_leaves_the_sandbox_is_an_error(tiny_tokenizer: Any) -> 
     tiny_tokenizer.chat_template = "{{ messages.__class__.__mro__[-1].__subclasses__() }}"
     with pytest.raises(DataError, match="unsafe"):
         conversation_tokens(TALK, tiny_tokenizer)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_templates_find_reasoning_under_each_name(name: str) -> None:
+    found = Message("assistant", None, {name: "Because."}).as_dict()
+    assert found == {"role": "assistant", "content": "", name: "Because."} | dict.fromkeys(
+        ("thinking", "reasoning_content"), "Because."
+    )

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from operator import itemgetter
 
 from lorakit.data.chat_rendering import (
-    REASONING,
     absent,
     answer_parts,
     check_rendered,
@@ -27,7 +26,7 @@ from lorakit.data.chat_rendering import (
     template_name,
     with_marks,
 )
-from lorakit.data.records import Conversation, Message
+from lorakit.data.records import REASONING, Conversation, Message
 from lorakit.data.tokens import Span, Tokenizer, text_of, token_ids, with_spaces
 from lorakit.durable import JsonObject
 from lorakit.errors import DataError

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from lorakit.data.records import Conversation, Message, location
+from lorakit.data.records import REASONING, Conversation, Message, location
 from lorakit.data.tokens import Tokenizer
 from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import DataError
@@ -91,10 +91,6 @@ def check_rendered(record: Conversation, tokenizer: Tokenizer, text: str) -> Non
         said = [content, *reasoning]
         if not contains(text, said) and not contains(rendered(record, tokenizer, index + 1), said):
             raise _omitted("reasoning of an assistant turn", record, tokenizer)
-
-
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Fields of a message that contain its reasoning."""
 
 
 def contains(text: str, parts: Iterable[JsonValue]) -> bool:

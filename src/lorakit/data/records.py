@@ -84,8 +84,17 @@ class Message:
         return Message(self.role, self.content, self.fields, False)
 
     def as_dict(self) -> JsonObject:
-        """Return the turn in the format that chat templates expect; many of them fail if the content is missing."""
-        return {"role": self.role, "content": self.content or "", **self.fields}
+        """Return the turn in the format that chat templates expect; many of them fail if the content is missing.
+
+        Reasoning has both names that templates read, which releases of transformers before 5.24 do not add.
+        """
+        reasons = next((self.fields[name] for name in REASONING if self.fields.get(name) is not None), None)
+        both = {} if reasons is None else {"thinking": reasons, "reasoning_content": reasons}
+        return {"role": self.role, "content": self.content or "", **both, **self.fields}
+
+
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Fields of a message that contain its reasoning."""
 
 
 @dataclass(frozen=True, slots=True)
