@@ -7,7 +7,8 @@ import huggingface_hub
 import pytest
 
 from lorakit.errors import ModelError
-from lorakit.hub import require, resolve
+from lorakit.hub import base_named, require, resolve
+from lorakit.hub.models import load_base
 from lorakit.hub_cache import offline
 
 
@@ -138,3 +139,23 @@ def test_a_name_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch, kind
 
     monkeypatch.setattr(huggingface_hub, "model_info", not_found)
     assert said in refused("some/modle")
+
+
+def test_a_relative_base_is_found_from_another_directory(
+    tmp_path: Path, tiny_model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
+    adapter = work / "runs" / "one" / "adapter"
+    for folder in (adapter, elsewhere):
+        folder.mkdir(parents=True)
+    tiny_model_directory.rename(work / "base")
+    monkeypatch.chdir(elsewhere)
+    assert base_named("./base", folder=adapter) == str(work / "base")
+    assert base_named("./base") == "./base"
+    assert base_named("owner/name", folder=adapter) == "owner/name"
+    work.rename(tmp_path / "moved")
+    moved = tmp_path / "moved" / "runs" / "one" / "adapter"
+    model = load_base("base", task="CAUSAL_LM", written_class=("", ""), tokenizer_folder=moved, options={})
+    assert model.name_or_path == str(tmp_path / "moved" / "base")
+    (elsewhere / "base").mkdir()
+    assert base_named("base", folder=moved) == "base"

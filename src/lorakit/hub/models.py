@@ -299,9 +299,9 @@ def load_base(
     """
     import transformers
 
-    named = base_named(name)
-    if named in PACKAGED:  # whose directory in the cache may be missing here
-        name = resolve(named).path_or_id
+    name = base_named(name, folder=tokenizer_folder) or name
+    if name in PACKAGED:  # whose directory in the cache may be missing here
+        name = resolve(name).path_or_id
     library = transformers if task else import_module(written_class[0])
     with quiet_imports():
         kind = getattr(library, CLASSES[task] if task else written_class[1], None)

@@ -183,18 +183,26 @@ def _brings_own_code(cause: Exception) -> bool:
     return isinstance(cause, ValueError) and "trust_remote_code" in str(cause)
 
 
-def base_named(recorded: str | None, base_name: object = None) -> str | None:
+def base_named(recorded: str | None, base_name: object = None, folder: Path | None = None) -> str | None:
     """Return the base that an adapter names, as an argument for `resolve`, or None.
 
     A packaged model is recorded as a directory of the cache; its own name also works where that directory is missing.
+    A relative path is that of the working directory of the run, which usually contains the adapter, also once both have
+    been moved.
 
     Args:
         recorded: The adapter's `base_model_name_or_path`.
         base_name: `base_name` in the adapter's `lorakit.json`; earlier versions record a packaged model only there.
+        folder: The adapter's directory, or None. A relative path that does not exist in the working directory is looked
+            up in this directory and those above it.
     """
     for name, model in PACKAGED.items():
         if Path(recorded).name == model.folder if recorded else base_name == name:
             return name
+    if recorded and folder is not None and not Path(recorded).exists():
+        here = folder.absolute()
+        found = (parent / recorded for parent in (here, *here.parents))
+        return next((str(path) for path in found if path.is_file() or (path / "config.json").is_file()), recorded)
     return recorded or None
 
 

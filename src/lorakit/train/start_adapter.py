@@ -120,7 +120,7 @@ def recorded_base(folder: Path, config: LoraConfig, facts: Mapping[str, Any]) ->
     Raises:
         UsageError: The adapter does not name its base.
     """
-    found = hub.base_named(config.base_model_name_or_path, facts.get("base_name"))
+    found = hub.base_named(config.base_model_name_or_path, facts.get("base_name"), folder)
     if found is None:
         raise UsageError(
             f"{folder}: the adapter does not name its base (base_model_name_or_path); pass --model.",
