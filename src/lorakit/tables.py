@@ -131,6 +131,11 @@ def format_count(number: int, singular: str, plural: str | None = None) -> str:
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
+def format_some(names: Sequence[str], most: int = 3) -> str:
+    """Join the first names of a list, and count the others, as in "a, b, c and 2 more"."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def columns(
     header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] | None = None, width: int | None = None
 ) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -17,6 +18,8 @@ from lorakit.train.results import RunResult
 from lorakit.train.run_context import RunLimits
 from lorakit.train.settings import TrainSettings
 from lorakit.train.trainer import run
+
+from .. import small_models
 
 
 @pytest.fixture
@@ -74,16 +77,62 @@ def test_a_signal_while_evaluating_abandons_it_and_resuming_catches_up(
     assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_tensors_without_gradient_are_told(
+def without_feed_forward(monkeypatch: pytest.MonkeyPatch, layers: list[int], factor: float | None) -> None:
+    """Make layers skip their feed-forward module, or multiply its output by a factor."""
+    real = trainer.load_model_for
+
+    def load(*arguments: Any, **named: Any) -> Any:
+        loaded = real(*arguments, **named)
+        for module in (loaded.model.model.layers[number].mlp for number in layers):
+            whole = module.forward
+            module.forward = torch.zeros_like if factor is None else lambda x, whole=whole: factor * whole(x)
+        return loaded
+
+    monkeypatch.setattr(trainer, "load_model_for", load)
+
+
+def test_modules_that_the_model_does_not_call_are_a_finding(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from lorakit.train.progress import PlainProgress
 
-    monkeypatch.setattr(loop, "without_gradient", lambda named: [name for name, _ in named][:5])
-    run(TrainSettings(**settings), PlainProgress())
-    out = capsys.readouterr().out
-    assert "warning: 5 of 28 trainable tensors received no gradient in the first step" in out
-    assert "model.layers.0." in out and "and 2 more" in out
+    without_feed_forward(monkeypatch, [1], None)
+    result = run(TrainSettings(**settings, accelerate=False), PlainProgress())
+    assert result.untrained_sites == 3
+    [note] = [note for note in result.notes if "received no gradient in any step" in note]
+    assert "3 of 14 sites" in note and all(f"model.layers.1.mlp.{name}_proj" in note for name in ("gate", "up", "down"))
+    assert "3 of 14 sites received no gradient in the first step" in capsys.readouterr().out
+    record = json.loads((result.folder / "run.json").read_text())["result"]
+    assert record["untrained_sites"] == 3 and note in record["notes"]
+    whole = _run(settings, output_dir=settings["output_dir"].with_name("more"), max_steps=1)
+    assert whole.untrained_sites == 3
+
+
+def test_an_adapter_without_any_gradient_is_not_to_be_used(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_feed_forward(monkeypatch, [0, 1], 0.0)
+    result = _run(settings, target_modules=["up_proj"], accelerate=False)
+    assert result.untrained_sites == 2
+    assert any("The adapter is untrained, do not use it" in note for note in result.notes)
+
+
+def test_experts_that_no_token_reached_are_a_finding(
+    settings: dict[str, Any], tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    torch.manual_seed(0)
+    model = small_models.mixtral(vocab_size=len(tiny_tokenizer), num_local_experts=5)
+    for layer in model.model.layers:  # of two opposite scores, one is positive, so that expert 3 is never in the top 2
+        first = layer.mlp.gate.weight.data[0]
+        layer.mlp.gate.weight.data = torch.stack([first, -first, 0.5 * first, 0 * first, -0.5 * first])
+    folder = tmp_path / "mixtral"
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    result = _run(settings, model=folder, **targets)
+    assert result.untrained_sites == 2
+    [note] = [note for note in result.notes if "received no gradient in any step" in note]
+    assert "2 of 12 sites" in note and all(f"model.layers.{n}.mlp.experts (expert 3)" in note for n in (0, 1))
 
 
 def test_two_processes_do_not_train_into_one_folder(settings: dict[str, Any], tmp_path: Path) -> None:

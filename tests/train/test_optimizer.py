@@ -6,17 +6,64 @@ import pytest
 import torch
 from torch import nn
 
+from lorakit import LoraConfig, core
 from lorakit.core.optimizers import LoraFA, Pair
 from lorakit.errors import RunError
 from lorakit.train.optimizer import (
     build_adamw,
+    build_optimizer,
     clipped_step,
     gradient_norm,
     load_state_tensors,
     parameter_groups,
+    received_gradients,
     set_rate,
     state_tensors,
 )
+from lorakit.train.settings import TrainSettings
+
+from .. import small_models
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "lorafa", "muon"])
+def test_received_gradients_are_those_that_hooks_see(optimizer: str) -> None:
+    if optimizer == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model = small_models.mixtral(hidden_size=64, num_local_experts=8)
+    model.model.layers[1].mlp.forward = torch.zeros_like
+    targets = {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["experts.gate_up_proj"]}
+    core.attach(model, LoraConfig(r=8, **targets), "x")
+    settings = TrainSettings(model="m", data="d", output_dir="o", optimizer=optimizer, learning_rate=1e-2)
+    named, made = build_optimizer(model, "x", settings)
+    seen = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in named}
+
+    def watch(name: str, parameter: nn.Parameter) -> None:
+        parameter.register_hook(lambda gradient: seen.__setitem__(name, seen[name] | (gradient != 0)))
+
+    for one in named:
+        watch(*one)
+    for ids in ([[3, 4]], [[3, 4]], [[5, 3]]):
+        model(torch.tensor(ids), labels=torch.tensor(ids)).loss.backward()
+        made.step()
+        made.zero_grad()
+    found = received_gradients(model, "x", made)
+    expected = dict.fromkeys(found, False)
+    for name, mark in seen.items():
+        site = name.partition(".lora_")[0]
+        if site.endswith("experts"):  # A (experts·r, in), B (out, r·experts)
+            by_expert = mark.view(8, 8, -1) if "lora_A" in name else mark.view(-1, 8, 8).permute(2, 0, 1)
+            for expert in range(8):
+                expected[site, expert] |= bool(by_expert[expert].any())
+        else:
+            expected[site, 0] |= bool(mark.any())
+    if optimizer == "adamw8bit":  # moves experts without a gradient too, because it stores their moments inexactly
+        sites = {site: any(one for (path, _), one in expected.items() if path == site) for site, _ in expected}
+        assert found == {key: sites[key[0]] for key in found}
+        return
+    assert found == expected
+    trained = [sum(found[f"model.layers.{n}.mlp.experts", expert] for expert in range(8)) for n in (0, 1)]
+    assert 2 <= trained[0] < 8 and trained[1] == 0
 
 
 def _named() -> list[tuple[str, nn.Parameter]]:

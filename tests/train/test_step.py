@@ -11,7 +11,7 @@ from torch import nn
 from lorakit.data import Batch
 from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.train.optimizer import build_adamw
-from lorakit.train.step import StepOptions, StepResult, train_step, without_gradient
+from lorakit.train.step import StepOptions, StepResult, train_step
 
 
 class Bigram(nn.Module):
@@ -58,13 +58,6 @@ def test_a_step_returns_the_mean_and_the_counts() -> None:
     assert result.loss == pytest.approx(expected, rel=1e-6)
     assert (result.tokens, result.trained_tokens) == (6, 3)
     assert result.grad_norm > 0
-
-
-def test_tensors_without_gradient_are_named() -> None:
-    model = Bigram()
-    whole = Stepper(model)
-    whole.step(batch([[1, 2, 3]]))
-    assert without_gradient(whole.named) == ["idle"]
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

@@ -243,15 +243,24 @@ class TrainedPart:
         parameter: The parameter.
         role: The parameter's role.
         site: Path of the site, or of the module that holds the parameter.
-        is_matrix: Whether the parameter is the A or B of one weight matrix: 2-D, not of an embedding or of several
-            experts.
+        experts: Number of experts in A (r·experts, in) or B (out, r·experts), whose index varies slowest in A and
+            fastest in B; 1 for other parameters.
     """
 
     name: str
     parameter: nn.Parameter
     role: Role
     site: str
-    is_matrix: bool = False
+    experts: int = 1
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the parameter is the A or B of one weight matrix: 2-D, not of an embedding or of several experts."""
+        return self.role in ("A", "B") and self.parameter.ndim == 2 and self.experts == 1
+
+    def by_expert(self, values: Tensor) -> Tensor:
+        """Return values of the parameter's shape as (experts, …)."""
+        return values.reshape(self.experts, -1) if self.role == "A" else values.reshape(-1, self.experts).T
 
 
 @dataclass(frozen=True)
@@ -299,20 +308,20 @@ def trained_parts(model: nn.Module, name: str | None = None) -> list[TrainedPart
     Raises:
         AdapterError: The model does not have the adapter.
     """
-    known, stacks = roles(model), _stacks(model)
+    known, experts = roles(model), _experts(model)
     parts = []
     for path, parameter in trainable_parameters(model, name):
         plain: Role = "vector" if parameter.ndim == 1 else "whole"
         role, site = known.get(id(parameter), (plain, _owner(path)))
-        is_matrix = role in ("A", "B") and parameter.ndim == 2 and id(parameter) not in stacks
-        parts.append(TrainedPart(path, parameter, role, site, is_matrix))
+        parts.append(TrainedPart(path, parameter, role, site, experts.get(id(parameter), 1)))
     return parts
 
 
-def _stacks(model: nn.Module) -> set[int]:
-    """Return the ids of the factors that hold those of several experts."""
+def _experts(model: nn.Module) -> dict[int, int]:
+    """Return a dict from tensor id to number of experts, for the factors that hold those of several experts."""
     stacked = [layer for _, layer in layers(model) if layer.spec.experts > 1]
-    return {id(factor) for layer in stacked for adapter in layer.r for factor in layer.parameters_of(adapter)[:2]}
+    factors = ((layer, factor) for layer in stacked for name in layer.r for factor in layer.parameters_of(name)[:2])
+    return {id(factor): layer.spec.experts for layer, factor in factors}
 
 
 def rates_by_name(parts: Sequence[TrainedPart], rates: Rates) -> dict[str, float]:

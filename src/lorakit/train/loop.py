@@ -17,16 +17,18 @@ from lorakit.data import Batch
 from lorakit.errors import DataError, DiskError, NonFiniteError, RunError
 from lorakit.machine import peak_rss_bytes
 from lorakit.ops import choices
+from lorakit.tables import format_some
 from lorakit.train import checkpoint, score_cache
 from lorakit.train.evaluation import Evaluation, evaluate
 from lorakit.train.interrupts import Interrupts, recording
-from lorakit.train.optimizer import state_tensors
+from lorakit.train.optimizer import received_gradients, state_tensors
 from lorakit.train.run_adapter import save_adapter
 from lorakit.train.run_context import Run
 from lorakit.train.run_folder import MetricsLog, UnwrittenLog
 from lorakit.train.run_plan import check_checkpoint_space
+from lorakit.train.run_spec import ADAPTER
 from lorakit.train.scaling import ADVICE, HALF, scaler_state
-from lorakit.train.step import StepResult, train_step, without_gradient
+from lorakit.train.step import StepResult, train_step
 
 
 class Loop:
@@ -249,12 +251,13 @@ class Loop:
         return ADVICE if self._run.plan.dtype == HALF else usual
 
     def _warn_without_gradient(self) -> None:
-        names = without_gradient(self._run.named)
-        if names:
-            listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        received = received_gradients(self._run.model, ADAPTER, self._run.optimizer)
+        sites, moved = dict.fromkeys(site for site, _ in received), {site for (site, _), one in received.items() if one}
+        idle = [site for site in sites if site not in moved]
+        if idle:
             self._run.progress.say(
-                f"warning: {len(names)} of {len(self._run.named)} trainable tensors received no gradient in the first "
-                f"step and will not be trained: {listed}."
+                f"warning: {len(idle)} of {len(sites)} sites received no gradient in the first step, first "
+                f"{format_some(idle)}."
             )
 
     def _located(self, cause: RunError, step: int, advice: str = "") -> RunError:

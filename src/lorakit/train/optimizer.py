@@ -12,6 +12,7 @@ from torch import nn
 from lorakit import core
 from lorakit.core.optimizers import LoraFA, Rates, freeze_factors, rates_by_name, trained_parts
 from lorakit.errors import ConfigError, RunError
+from lorakit.plan.optimizer_state import BLOCK_8BIT
 from lorakit.train.adamw8bit import adamw8bit, check_adamw8bit
 from lorakit.train.flat_adamw import FlatAdamW, is_packable
 from lorakit.train.muon import Muon, check_muon
@@ -245,6 +246,34 @@ def state_tensors(optimizer: torch.optim.Optimizer, named: Named) -> dict[str, t
             else:  # a file cannot contain one tensor twice, as all tensors of bitsandbytes share the tables of values
                 tensors[f"{key}/{name}"] = value.detach().to("cpu", copy=key.startswith("qmap")).contiguous()
     return tensors
+
+
+def received_gradients(model: nn.Module, adapter: str, optimizer: torch.optim.Optimizer) -> dict[tuple[str, int], bool]:
+    """Return whether each expert of each site received a gradient other than zero in any step, from the moments.
+
+    Args:
+        model: The adapted model.
+        adapter: Name of the adapter that is trained.
+        optimizer: Its optimizer, after one or more steps.
+
+    Returns:
+        A dict keyed by site and number of the expert, which is 0 at sites without experts.
+    """
+    found: dict[tuple[str, int], bool] = {}
+    for part in trained_parts(model, adapter):
+        moments = _moments(optimizer.state.get(part.parameter, {})) or [torch.zeros(part.experts)]
+        moved = torch.stack([part.by_expert(moment != 0).any(1) for moment in moments]).any(0)
+        for expert, one in enumerate(moved.tolist()):
+            found[part.site, expert] = found.get((part.site, expert), False) or one
+    return found
+
+
+def _moments(state: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Return the moments of a tensor, of its shape; of 8-bit moments the scales, because they store zeros inexactly."""
+    if "absmax1" not in state:
+        return [state[name] for name in LIKE_TENSOR if name in state]
+    codes, scales = state["state1"], state["absmax1"].repeat_interleave(BLOCK_8BIT)
+    return [scales[: codes.numel()].view_as(codes)]
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, named: Named, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -19,14 +19,16 @@ from lorakit import durable
 from lorakit.errors import LorakitError, RunError
 from lorakit.machine import peak_rss_bytes
 from lorakit.report import loss_plot, read_metrics
-from lorakit.tables import format_bytes, format_percent, format_rate, format_seconds
+from lorakit.tables import format_bytes, format_percent, format_rate, format_seconds, format_some
 from lorakit.train import checkpoint, run_folder
 from lorakit.train.evaluation import evaluate
 from lorakit.train.failures import describe
 from lorakit.train.int8_base import NAME, restore
 from lorakit.train.model_card import evaluation_line, metrics_line
+from lorakit.train.optimizer import received_gradients
 from lorakit.train.run_adapter import metrics_at, undefined_at
 from lorakit.train.run_context import Run
+from lorakit.train.run_spec import ADAPTER
 
 T = TypeVar("T")
 
@@ -65,6 +67,7 @@ class RunResult:
         adapter_metrics: Metrics of the task at `adapter_step`, in the same form.
         base_matmul: How the base was multiplied: "dtype" or "int8".
         original_base_loss: With `keep_bf16_base`, evaluation loss of the last step on the original weights, or None.
+        untrained_sites: Number of sites, with each expert counted, that received no gradient in any step.
     """
 
     folder: Path
@@ -91,6 +94,7 @@ class RunResult:
     adapter_metrics: Mapping[str, float | None] = field(default_factory=dict)
     base_matmul: str = "dtype"
     original_base_loss: float | None = None
+    untrained_sites: int = 0
 
     def lines(self, verbose: bool = False) -> list[str]:
         """Return the result as lines of text, most important first.
@@ -198,6 +202,7 @@ def finish(run: Run) -> RunResult:
         seconds=time.perf_counter() - run.started,
         dtype=run.plan.dtype,
         plan=dict(run.plan.values),
+        untrained_sites=0 if adapter is None else _untrained(run, notes),  # adds a note
         notes=tuple(notes),
         checkpoint_step=resumable,
         first_metrics=first_metrics,
@@ -221,6 +226,27 @@ def _attempt(what: str, work: Callable[[], T], notes: list[str]) -> T | None:
     except Exception as cause:  # noqa: BLE001 - plots and files of other packages may raise anything
         notes.append(str(cause) if isinstance(cause, LorakitError) else f"{what} failed ({describe(cause)}).")
         return None
+
+
+def _untrained(run: Run, notes: list[str]) -> int:
+    """Return the number of sites, with each expert counted, that received no gradient in any step, and note them."""
+    received = received_gradients(run.model, ADAPTER, run.optimizer)
+    idle = [
+        f"{site} (expert {expert})" if (site, 1) in received else site
+        for (site, expert), one in received.items()
+        if not one
+    ]
+    if len(idle) == len(received):
+        notes.append(
+            "The adapter is untrained, do not use it: no site received a gradient in any step, because the model does "
+            "not use the adapted modules on this data, or the loss does not depend on them."
+        )
+    elif idle:
+        notes.append(
+            f"{len(idle)} of {len(received)} sites received no gradient in any step, so they are untrained, first "
+            f"{format_some(idle)}; the model did not use them on this data, like experts that no token reached."
+        )
+    return len(idle)
 
 
 def _on_original_weights(run: Run, notes: list[str]) -> float | None:

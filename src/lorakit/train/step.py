@@ -317,11 +317,6 @@ def _finite(what: str, value: float, optimizer: torch.optim.Optimizer) -> float:
     return value
 
 
-def without_gradient(named: Named) -> list[str]:
-    """Return the names of trainable tensors that received no gradient in the last step."""
-    return [name for name, parameter in named if parameter.grad is None]
-
-
 def _check_not_replaced(model: nn.Module, named: Named) -> None:
     """Raise if a trainable tensor was replaced in the model, because the optimizer would never update the new one."""
     without = {id(parameter): name for name, parameter in named if parameter.grad is None}

@@ -25,6 +25,7 @@ from lorakit.core.model.fingerprint import Fingerprint
 from lorakit.core.variants import variants_of
 from lorakit.durable import JsonObject
 from lorakit.errors import OVERRIDE, AdapterFileError
+from lorakit.tables import format_some
 
 ZERO, PARTLY_ZERO, NONFINITE = "zero_update", "partly_zero", "nonfinite"
 VALUES, SCALE, ALPHA = "large_values", "large_scale", "alpha_not_positive"
@@ -47,9 +48,6 @@ ADVICE: Mapping[str, str] = {
     ALPHA: "at zero, the adapter has no effect; below zero, it has the opposite of the trained effect",
 }
 """Kind of a finding -> explanation or advice."""
-
-NAMED = 3
-"""Maximum number of sites or tensors that a finding names."""
 
 
 @dataclass(frozen=True)
@@ -202,10 +200,9 @@ def _init(config: LoraConfig) -> Finding | None:
 
 def _finding(kind: str, what: str, found: Sequence[tuple[str, float]]) -> Finding:
     """Return a finding that names the first few entries in `found`, which holds (site or tensor name, value) pairs."""
-    shown = [name if kind in (ZERO, PARTLY_ZERO) else f"{name} ({value:g})" for name, value in found[:NAMED]]
-    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    shown = [name if kind in (ZERO, PARTLY_ZERO) else f"{name} ({value:g})" for name, value in found]
     advice = f": {ADVICE[kind]}" if kind in ADVICE else ""
-    text = f"{what}, first {', '.join(shown)}{more}{advice}."
+    text = f"{what}, first {format_some(shown)}{advice}."
     return Finding(kind, tuple(name for name, _ in found), found[0][1], text)
 
 
