@@ -5,6 +5,7 @@ Steps over rows of varying lengths do not take more and more memory: compiled ma
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -180,3 +181,16 @@ def test_messages_match_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert allocator.set_up() == [allocator.MATMUL_MESSAGE]
     assert allocator.set_up(is_sharded=True) == [allocator.RETURNS_MESSAGE, allocator.MATMUL_MESSAGE]
     assert "the last 128" in allocator.MATMUL_MESSAGE
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallinfo2 is glibc's")
+def test_freed_memory_is_counted() -> None:
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+    size, count = 64 << 10, 100  # below the smallest threshold of mmap
+    blocks = [libc.malloc(ctypes.c_size_t(size)) for _ in range(count)]
+    before = allocator.free_bytes()
+    for block in blocks[:-1]:  # the last one keeps the others from being returned to the system
+        libc.free(block)
+    assert allocator.free_bytes() - before == pytest.approx(size * count, rel=0.05)
+    libc.free(blocks[-1])

@@ -95,6 +95,22 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+class _MallocInfo(ctypes.Structure):
+    """The result of glibc's `mallinfo2`, of which only the size of free blocks is read."""
+
+    _fields_ = (("others", ctypes.c_size_t * 8), ("fordblks", ctypes.c_size_t), ("keepcost", ctypes.c_size_t))
+
+
+def free_bytes() -> int:
+    """Return the memory that malloc keeps for later use, in bytes; 0 if malloc is not that of glibc 2.33 or newer."""
+    try:
+        info = ctypes.CDLL(None).mallinfo2
+    except (OSError, AttributeError):
+        return 0
+    info.restype = _MallocInfo
+    return int(info().fordblks)
+
+
 def limit_compiled_matmuls() -> bool:
     """Limit the number of compiled matmuls that this process caches.
 

@@ -15,6 +15,7 @@ from lorakit import hub
 from lorakit.cli import main
 from lorakit.cli.inspect import groups
 from lorakit.core import inspect_adapter
+from lorakit.tables import format_bytes
 
 Save = Callable[..., Path]
 
@@ -36,6 +37,14 @@ def test_a_healthy_adapter(save_adapter: Save, capsys: pytest.CaptureFixture[str
     out = capsys.readouterr().out
     assert "samples    fingerprint " in out and "weights    SHA-256 " in out
     assert "adapter_model.safetensors " in out
+
+
+def test_the_size_is_that_of_the_weights_as_in_training(save_adapter: Save, capsys: pytest.CaptureFixture[str]) -> None:
+    one = save_adapter("one")
+    (one / "tokenizer.json").write_bytes(b" " * 3_000_000)
+    assert main(["inspect", str(one)]) == 0
+    size = (one / "adapter_model.safetensors").stat().st_size
+    assert f"parameters at 14 sites, {format_bytes(size)}\n" in capsys.readouterr().out
 
 
 def test_json_says_the_same(save_adapter: Save, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,6 +57,13 @@ def test_rows_longer_than_the_model_takes_are_a_warning(capsys: pytest.CaptureFi
     assert "warning: gpt2 supports at most 1,024 tokens; the job's rows have 2,000." in capsys.readouterr().out
 
 
+def test_the_assumed_length_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "SmolLM2-135M", "--dtype", "bf16"]) == 0
+    assert "assumed      rows of 512 tokens; set --max-length" in capsys.readouterr().out
+    assert main(["plan", "SmolLM2-135M", "--dtype", "bf16", "--max-length", "512"]) == 0
+    assert "assumed" not in capsys.readouterr().out
+
+
 def test_json_is_the_same_content(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--ranks", "4", "8", "--max-steps=10", "--tokens-per-second", "512", "--dtype", "fp32"]
     values = _json([*REFERENCE, *words], capsys)

@@ -83,6 +83,20 @@ def test_a_run_trains_experts_and_routers_as_planned(
     assert " per token (2 of 4 experts)" in capsys.readouterr().out
 
 
+def test_what_the_targets_leave_out_is_said_once(
+    train: Train, mixtral: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_tokenizer: Any
+) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "intermediate_size_mlp": 32, "num_hidden_layers": 1}
+    more = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 2}
+    config = transformers.Llama4TextConfig(**sizes, **more, vocab_size=len(tiny_tokenizer), pad_token_id=None)
+    transformers.Llama4ForCausalLM(config).save_pretrained(mixtral)
+    assert train(max_steps=1) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("The targets leave out ")]
+    assert note in json.loads((tmp_path / "run" / "run.json").read_text())["result"]["notes"]
+
+
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(train: Train, tmp_path: Path) -> None:
     assert train("--save-steps", "2", output_dir=tmp_path / "whole") == 0
     assert train("--save-steps", "2", output_dir=tmp_path / "parts", max_steps=2) == 0

@@ -81,6 +81,18 @@ def test_a_model_is_converted_once_with_the_same_bits(file: Path, cache: Path, r
     assert sum("converting tiny.gguf" in line for line in said) == 1
 
 
+def test_a_plan_is_for_the_files_that_are_loaded(file: Path, cache: Path) -> None:
+    source, shape = hub.resolve(file), hub.shape_of(file)
+    assert hub.as_kept(shape, source, "causal", "bfloat16") == shape
+    hub.load_model(source, "bfloat16")
+    (folder,) = entries(cache)
+    kept = hub.as_kept(shape, source, "causal", "bfloat16")
+    assert (kept.source, kept.dtype, kept.parameters) == (str(folder), "bfloat16", shape.parameters)
+    assert hub.as_kept(shape, source, "causal", "float32") == hub.as_kept(shape, source, "encoder", "bfloat16") == shape
+    (folder / "config.json").write_text("{}")
+    assert hub.as_kept(shape, source, "causal", "bfloat16") == shape
+
+
 def test_new_heads_are_not_kept_and_are_drawn_as_from_the_file(file: Path, read: list[str]) -> None:
     weights = list[Any]()
     for labels in (3, 3, 4):

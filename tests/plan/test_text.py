@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
+
 from lorakit.config import LoraConfig
 from lorakit.plan import Job, Speed, catalogue, estimate, render, summary
 
@@ -14,7 +18,7 @@ def _text(speed: Speed | None = None, *, verbose: bool = True) -> str:
 def test_what_the_text_says() -> None:
     text = _text(Speed(tokens_per_second=512))
     assert "trainable    811,008 of 124,439,808 (0.65%)" in text
-    assert "time         3 min 20 s for 100 steps (512 tokens/s, 2.0 s per step)" in text
+    assert "time         3 min 20 s for 100 steps, without evaluations" in text
     for row in (
         "attn.c_proj  Conv1D    768 × 768     12  8      2  12,288    147,456",
         "c_attn             2,304 × 768     12   12,288   24,576     49,152     98,304",
@@ -41,6 +45,19 @@ def test_the_summary_is_short() -> None:
     lines = summary(estimate(shape, LoraConfig(target_modules="all-linear"), Job(), Speed(tokens_per_second=256)))
     assert len(lines) == 3
     assert lines[2] == "estimated time: 4.0 s per step (256 tokens/s)"
+
+
+def test_the_time_includes_the_evaluations() -> None:
+    shape = catalogue.published("SmolLM2-135M")
+    assert shape is not None
+    config, speed = LoraConfig(target_modules="all-linear"), Speed(tokens_per_second=256)
+    job = Job(steps=10, evaluations=3, evaluated_tokens=5120)
+    plan = estimate(shape, config, job, speed)
+    forward = plan.lora.flops.forward / (plan.lora.flops.forward + plan.lora.flops.backward)
+    assert plan.lora.run_seconds == pytest.approx(10 * 4 + 3 * (5120 / 256) * forward)
+    assert summary(plan)[2].endswith(" for 10 steps and 3 evaluations (256 tokens/s, 4.0 s per step)")
+    without = estimate(shape, config, dataclasses.replace(job, evaluations=0), speed)
+    assert summary(without)[2] == "estimated time: 40 s for 10 steps (256 tokens/s, 4.0 s per step)"
 
 
 def test_without_details_the_text_is_short_and_begins_with_the_answer() -> None:

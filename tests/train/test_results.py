@@ -14,6 +14,7 @@ import transformers
 
 from lorakit import durable
 from lorakit.errors import DiskError
+from lorakit.report import read_metrics
 from lorakit.train import results, run_adapter, trainer
 from lorakit.train.settings import TrainSettings
 from lorakit.train.trackers import TRACKERS, TrackerKind
@@ -53,6 +54,14 @@ def test_any_name_of_a_base(
     import xml.etree.ElementTree as xml
 
     xml.parse(result.folder / "loss.svg")
+
+
+def test_the_plan_counts_the_evaluations_of_the_run(steady_run: dict[str, Any]) -> None:
+    finished({**steady_run, "max_steps": 5})
+    record, found = record_of(steady_run), read_metrics(Path(steady_run["output_dir"])).evaluations
+    job = record["plan"]["job"]
+    assert [row["step"] for row in found] == [0, 2, 4, 5] and job["evaluations"] == len(found)
+    assert job["evaluated_tokens"] == record["evaluation_data"]["tokens"] > 0
 
 
 def fails(*_: Any, **__: Any) -> Any:

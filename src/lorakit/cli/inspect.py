@@ -175,7 +175,7 @@ def _text(summary: AdapterSummary, sizes: dict[str, int], verbose: bool) -> str:
     shown += [f"{n}={_value(getattr(config, n))}" for n in _CONFIG_IF_SET if getattr(config, n, None)]
     about = [
         f"adapter    {summary.parameters:,} parameters at {format_count(len(summary.sites), 'site')}, "
-        f"{format_bytes(sum(sizes.values()))}",
+        f"{format_bytes(summary.weights_bytes)}",
         f"config     {', '.join(shown)}",
         f"base       {_base(summary)}",
     ]

@@ -230,8 +230,11 @@ def run(
     steps = _steps(job, wanted.step_tokens * (1 if cluster is None else cluster.processes))
     dtype, speed, measured = _machine(job, wanted.dtype, steps)
     final = replace(wanted, dtype=dtype, steps=steps)
+    shape = _as_loaded(shape, model, adapter.task, final.dtype)
     planned = plan.estimate(shape, config, final, speed, ranks=columns, allow_partial=adapter.allow_partial_targets)
     planned, reasons = _limited(planned, job)
+    if job.max_length is None:
+        reasons.append(f"assumed      rows of {final.length_tokens:,} tokens; set --max-length to that of the data")
     way, limit = job.processes.parallel or AUTO, job.processes.limit_bytes
     together = None if cluster is None else choose_parallel(planned, cluster, way, limit)
     if json:
@@ -265,6 +268,16 @@ def _for_task(model: str, config: LoraConfig, adapter: AdapterFlags) -> tuple[Mo
     values = {"id2label": {str(n): f"LABEL_{n}" for n in range(adapter.labels)}}
     shape = hub.shape_for_task(model, task.loader, values if task.loader in hub.WITH_NEW_HEADS else {})
     return shape, for_task(config.with_fields(task_type=task.adapter_task), shape)
+
+
+def _as_loaded(shape: ModelShape, model: str, task: str | None, dtype: str) -> ModelShape:
+    """Return the shape with the source and dtype of the files from which a run would load the model."""
+    if not shape.source.lower().endswith(".gguf"):
+        return shape
+    from lorakit import hub
+    from lorakit.tasks import TASKS
+
+    return hub.as_kept(shape, hub.resolve(model), TASKS[task or "causal-lm"].loader, dtype)
 
 
 def _job(job: JobFlags, shape: ModelShape) -> Job:

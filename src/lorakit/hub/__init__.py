@@ -15,6 +15,7 @@ from lorakit.hub.calibration import (
     expected_dtype,
     units_of,
 )
+from lorakit.hub.gguf_models import as_kept
 from lorakit.hub.model_config import (
     EMBEDDING_LIST,
     TASKS,
@@ -65,6 +66,7 @@ __all__ = [
     "adapter_tokenizer",
     "add_tokens",
     "agree_on_padding",
+    "as_kept",
     "base_named",
     "calibrate",
     "chat_template_hash",

@@ -18,7 +18,8 @@ from lorakit.durable import JsonObject
 from lorakit.errors import DiskError
 from lorakit.file_hashes import file_hash
 from lorakit.hub.gguf_files import finish_model, finish_tokenizer
-from lorakit.hub.kept_models import kept_directory, read_manifest
+from lorakit.hub.kept_models import is_whole, kept_directory, read_manifest
+from lorakit.hub.model_config import TASKS
 from lorakit.hub.packaged import CONVERTED_BY, write_weights
 from lorakit.hub.sources import ModelSource, call_loader
 from lorakit.hub.tokenizer_hashes import tokenizer_hash
@@ -27,6 +28,8 @@ from lorakit.terminal import working
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from lorakit.architectures.shapes import ModelShape
 
 MOST_BYTES = 50 << 30
 """Maximum total size of all directories in bytes."""
@@ -133,7 +136,7 @@ def _kept(
         return None
     what = f"converting {path.name} ({loader})"
     try:
-        key = GGUF.key(source=file_hash(path), loader=loader, dtype=dtype, versions=versions(CONVERTED_BY))
+        entry, key = _entry(path, loader, dtype)
 
         def written(folder: Path) -> JsonObject:
             remove_unused(folder.parent, needed_bytes, MOST_BYTES)
@@ -141,11 +144,36 @@ def _kept(
             return write(folder)
 
         with working(what):
-            folder = kept_directory(GGUF.path() / key, key, needed_bytes, written)
+            folder = kept_directory(entry, key, needed_bytes, written)
     except (DiskError, OSError) as cause:
         source.say(f"{path}: the converted file is not kept for later runs ({str(cause).removesuffix('.')}).")
         return None
     return folder if read_manifest(folder).get("is_same") is True else None
+
+
+def _entry(path: Path, loader: str, dtype: str) -> tuple[Path, str]:
+    """Return the directory for what a loader reads from a file in a dtype, and the key of its cache."""
+    key = GGUF.key(source=file_hash(path), loader=loader, dtype=dtype, versions=versions(CONVERTED_BY))
+    return GGUF.path() / key, key
+
+
+def as_kept(shape: ModelShape, source: ModelSource, task: str, dtype: str) -> ModelShape:
+    """Return the shape with the source and dtype of the files that are loaded: those that keep a GGUF file, if any.
+
+    Args:
+        shape: The model's shape.
+        source: The model's source.
+        task: A key of `TASKS`.
+        dtype: Full name of the dtype in which the model is to be loaded.
+    """
+    if source.kind != "gguf":
+        return shape
+    try:
+        folder, key = _entry(Path(source.path_or_id), TASKS[task], f"torch.{dtype}")
+    except OSError:
+        return shape
+    is_used = is_whole(folder, key) and read_manifest(folder).get("is_same") is True
+    return replace(shape, source=str(folder), dtype=dtype) if is_used else shape
 
 
 def _directory(source: ModelSource, folder: Path) -> ModelSource:

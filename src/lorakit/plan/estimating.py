@@ -95,9 +95,14 @@ class Method:
 
     @property
     def run_seconds(self) -> float | None:
-        """Return the expected duration of the run in seconds, or None if the speed or step count is unknown."""
-        step = self.step_seconds
-        return None if step is None or self.job.steps is None else step * self.job.steps
+        """Return the expected duration of the run in seconds, or None if the speed or step count is unknown.
+
+        An evaluation takes the forward pass's fraction of the time of a step per token. [docs/math.md (112)]
+        """
+        if self.tokens_per_second is None or self.job.steps is None:
+            return None
+        evaluated = (self.job.evaluations or 0) * self.job.evaluated_tokens * self.flops.forward / self.flops.total
+        return (self.job.steps * self.job.step_tokens + evaluated) / self.tokens_per_second
 
 
 _MODEL_FIELDS = (

@@ -77,6 +77,8 @@ class Job:
             `MALLOC_SHARES`.
         upcasts: Whether matmuls of fused layers upcast their operands to fp32, which is faster on processors with slow
             matmuls in `dtype`.
+        evaluations: Number of evaluations during the run, or None if unknown.
+        evaluated_tokens: Number of tokens in each of them.
 
     Raises:
         ConfigError: A value is below 1, `mean_tokens` is above `length_tokens`, dtype, optimizer, recompute,
@@ -100,6 +102,8 @@ class Job:
     packed_tokens: int | None = None
     malloc_share: float = 0.0
     upcasts: bool = False
+    evaluations: int | None = None
+    evaluated_tokens: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))

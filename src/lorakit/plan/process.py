@@ -22,6 +22,9 @@ PROBED_TOKENS = 18
 PROBE_COPIES = 4
 """fp64 tensors of size tokens × vocabulary that exist at once in the comparison: both logits and two products."""
 
+GGUF_TOKEN_BYTES = 2_650
+"""Objects of the gguf package's reader per token of a vocabulary: its text, its score and its type (Gemma 3's file)."""
+
 ENCODED_COPIES = 4
 """Copies of an adapter while its file is built: the tensors, the encoded file, and two while its header is sorted."""
 
@@ -56,7 +59,7 @@ def temporary_bytes(shape: ModelShape, counted: Count | None, job: Job) -> dict[
     If the files have the job's dtype, the mapped files are the weights, and loading needs nothing else. If weights are
     converted, quantized or dequantized, the files stay mapped until all weights are loaded. A base that is multiplied
     in int8 is converted in files and quantized from mapped files, one weight after another. Only from a GGUF file, all
-    of it exists in the job's dtype first.
+    of it exists in the job's dtype first, next to the objects of the file's vocabulary.
 
     Args:
         shape: Shape of the base.
@@ -70,11 +73,13 @@ def temporary_bytes(shape: ModelShape, counted: Count | None, job: Job) -> dict[
         return {}
     files = packed_files(shape)
     is_dequantized = files is not None and files.base is None
-    is_in_files = job.base_matmul == "int8" and not shape.source.lower().endswith(".gguf")
-    is_converted = (shape.dtype != job.dtype and not is_in_files) or job.quantization is not None or is_dequantized
+    is_gguf = shape.source.lower().endswith(".gguf")
+    is_converted = is_gguf or (shape.dtype != job.dtype and job.base_matmul != "int8")
+    is_converted = is_converted or job.quantization is not None or is_dequantized
     size = DTYPE_BYTES.get(shape.dtype, MASTER_BYTES) * shape.parameters if files is None else files.file_bytes
     found = {MEASURING: job.reserved_bytes}
     found[LOADING] = size + _replaced_bytes(shape, job) if is_converted else 0
+    found[LOADING] += GGUF_TOKEN_BYTES * shape.vocab if is_gguf else 0
     if counted is not None:
         moments = 2 * MASTER_BYTES * counted.trainable
         found[WRITING] = TEXT_BYTES + max(ENCODED_COPIES * MASTER_BYTES * counted.saved_parameters, 2 * moments)

@@ -262,7 +262,12 @@ def _times(plan: Plan) -> str:
     speed = format_rate(method.tokens_per_second or 0, "tokens/s")
     if method.run_seconds is None:
         return f"{step} ({speed})"
-    return f"{format_seconds(method.run_seconds)} for {format_count(plan.job.steps or 0, 'step')} ({speed}, {step})"
+    run = f"{format_seconds(method.run_seconds)} for {format_count(plan.job.steps or 0, 'step')}"
+    if plan.job.evaluations:
+        run += f" and {format_count(plan.job.evaluations, 'evaluation')}"
+    elif plan.job.evaluations is None:
+        run += ", without evaluations"
+    return f"{run} ({speed}, {step})"
 
 
 def _paragraph(lines: Iterable[str]) -> str:

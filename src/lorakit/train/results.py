@@ -61,6 +61,7 @@ class RunResult:
         dtype: Precision of the base.
         plan: The plan, from `Plan.as_dict()`.
         notes: Messages for the user.
+        printed: Number of the first notes that were printed during the run.
         checkpoint_step: The step from which `--resume` continues after an interruption, or None.
         first_metrics: Metrics of the task before the first step; empty for language models. A value is None if the
             evaluation data does not define the metric.
@@ -89,6 +90,7 @@ class RunResult:
     dtype: str
     plan: dict[str, Any]
     notes: tuple[str, ...]
+    printed: int = 0
     checkpoint_step: int | None = None
     first_metrics: Mapping[str, float | None] = field(default_factory=dict)
     adapter_metrics: Mapping[str, float | None] = field(default_factory=dict)
@@ -124,7 +126,7 @@ class RunResult:
             )
         if self.base_matmul == "int8":
             lines.append(f"Base matmuls: {NAME}; merge the adapter into the original base.")
-        return [*lines, *self.notes]
+        return [*lines, *self.notes[self.printed :]]
 
     def _interrupted(self) -> list[str]:
         command = f"lorakit train --output-dir {self.folder} --resume"
@@ -142,6 +144,7 @@ class RunResult:
         values = dataclasses.asdict(self)
         values.update(folder=str(self.folder), adapter=str(self.adapter) if self.adapter else None)
         values["notes"] = list(self.notes)
+        del values["printed"]
         return values
 
 
@@ -204,6 +207,7 @@ def finish(run: Run) -> RunResult:
         plan=dict(run.plan.values),
         untrained_sites=0 if adapter is None else _untrained(run, notes),  # adds a note
         notes=tuple(notes),
+        printed=len(run.notes),
         checkpoint_step=resumable,
         first_metrics=first_metrics,
         adapter_metrics=adapter_metrics,

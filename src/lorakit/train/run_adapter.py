@@ -82,10 +82,7 @@ def add_adapter(
     report = core.attach(model, config, ADAPTER, allow=_allow(spec), seed=settings.seed, statistics=statistics)
     if new is not None:
         initialize_rows(model, ADAPTER, new.added.pieces)
-    notes = (*map(str, report.notes), *unseen)
-    for note in notes:
-        progress.say(note)
-    return notes
+    return (*map(str, report.notes), *unseen)
 
 
 def _load_start(model: nn.Module, start: StartAdapter, progress: Progress) -> tuple[str, ...]:
@@ -278,8 +275,9 @@ def save_adapter(run: Run, folder: Path) -> None:
 
 
 def _note(run: Run, text: str) -> None:
-    """Add a message to those shown at the end of a run, once."""
+    """Print a message and add it to those of the run, once."""
     if text not in run.notes:
+        run.progress.say(text)
         run.notes = (*run.notes, text)
 
 

@@ -197,7 +197,7 @@ class Run:
         damaged: Damaged checkpoints newer than `resumed_from`.
         trackers: The trackers that receive the metrics; none is open before the run starts.
         status: "running", "failed", "interrupted", "stopped early" or "finished".
-        notes: Messages for the user, repeated in the result.
+        notes: Messages that were printed, for the result.
         sharded: The base if it is sharded over processes, or None.
         scaler: Scaler of the loss if the base is in fp16, or None; its state is part of every checkpoint.
         int8: The int8 base, or None if the base is multiplied in its dtype.

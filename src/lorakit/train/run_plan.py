@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from lorakit import hub, plan
+from lorakit import allocator, hub, plan
 from lorakit.data import Loader, lengths
 from lorakit.errors import DiskError
 from lorakit.machine import rss_bytes
@@ -28,6 +28,7 @@ from lorakit.train.optimizer import Named
 from lorakit.train.progress import Progress
 from lorakit.train.run_adapter import saved_sizes
 from lorakit.train.run_context import DiskSpace, RunLimits, RunPlan
+from lorakit.train.run_data import RunBatches
 from lorakit.train.run_folder import checkpoints, run_files
 from lorakit.train.run_spec import RunSpec
 from lorakit.train.scaling import HALF, check_trained_in_fp32
@@ -42,13 +43,13 @@ _HEADER_BYTES = 512  # per tensor: its entries in the safetensors header and in 
 _ROW_BYTES = 400  # per row of metrics.jsonl
 
 
-def plan_run(spec: RunSpec, limits: RunLimits, loader: Loader, progress: Progress) -> RunPlan:
+def plan_run(spec: RunSpec, limits: RunLimits, data: RunBatches, progress: Progress) -> RunPlan:
     """Choose a run's precision (by benchmarking if it is "auto"), and estimate the run's memory use and duration.
 
     Args:
         spec: The run's specification; a resumed run keeps its precision.
         limits: Length of the run.
-        loader: The loader of the training data.
+        data: The training and evaluation data.
         progress: Receives the plan as text.
 
     Returns:
@@ -61,7 +62,8 @@ def plan_run(spec: RunSpec, limits: RunLimits, loader: Loader, progress: Progres
     resolved = (spec.record or {}).get("resolved") or {}
     recorded, automatic = resolved.get("dtype"), spec.settings.dtype == "auto"
     wanted = recorded or spec.settings.dtype
-    calibration, details, held, sizes = None, [], rss_bytes(), lengths(loader.sequences)
+    calibration, details, sizes = None, [], lengths(data.loader.sequences)
+    held = max(0, rss_bytes() - allocator.free_bytes())
     if wanted == "auto" or _flops(spec, limits, sizes, wanted) > WORTH_MEASURING_FLOPS:
         calibration = hub.calibrate(spec.device, with_fp16=wanted == HALF, with_int8=spec.base_matmul == "int8")
         details.append(calibration.line())
@@ -80,7 +82,7 @@ def plan_run(spec: RunSpec, limits: RunLimits, loader: Loader, progress: Progres
         int8_rate = calibration.int8_flops_per_second
         speed = plan.Speed(rate, source="measured", threads=threads, int8_flops_per_second=int8_rate)
     estimated = _estimate(spec, limits, sizes, choice.dtype, speed)
-    batches = _batches(spec, limits, loader, sizes)
+    batches = {**_batches(spec, limits, data.loader, sizes), **_evaluations(spec, limits, data)}
     estimated = plan.with_job(estimated, upcasts=upcasts, **batches, **_process(spec, held))
     estimated, proposed, reasons = _limited(spec, estimated)
     lines += reasons
@@ -131,7 +133,8 @@ def _estimate(
         accelerated=settings.accelerate,
         mean_tokens=sum(sizes) / len(sizes),
     )
-    return plan.estimate(forecast.shape, forecast.config, job, speed, allow_partial=settings.allow_partial_targets)
+    shape = hub.as_kept(forecast.shape, spec.source, spec.task.task.loader, dtype)
+    return plan.estimate(shape, forecast.config, job, speed, allow_partial=settings.allow_partial_targets)
 
 
 def _limited(spec: RunSpec, estimated: plan.Plan) -> tuple[plan.Plan, list[plan.Plan], list[str]]:
@@ -168,12 +171,21 @@ def _batches(spec: RunSpec, limits: RunLimits, loader: Loader, sizes: Sequence[i
     }
 
 
+def _evaluations(spec: RunSpec, limits: RunLimits, data: RunBatches) -> dict[str, int]:
+    """Return the fields of a job that describe the evaluations, among which one is before the first step."""
+    if data.held_out_sequences is None:
+        return {"evaluations": 0}
+    tokens = sum(lengths(data.held_out_sequences))
+    count = 1 + -(-limits.total_steps // limits.eval_steps)
+    return {"evaluations": count, "evaluated_tokens": -(-tokens // spec.processes.count)}
+
+
 def _process(spec: RunSpec, held_bytes: int) -> dict[str, int | None]:
     """Return the fields of a job that describe this process.
 
     Args:
         spec: The run's specification.
-        held_bytes: Resident size of this process before the machine was measured, or 0 if unknown.
+        held_bytes: Resident size of this process without freed memory, before the machine was measured; 0 if unknown.
     """
     if spec.device.type != "cpu":
         return {"process_bytes": None}

@@ -139,6 +139,8 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     resumed_from, damaged = _newest_checkpoint(spec, progress)
     loader = batches.loader
     notes = add_adapter(model, spec, loader, resumed_from, progress)
+    for note in notes:
+        progress.say(note)
     int8 = quantized_run_base(model, spec, loader, progress)
     acceleration = _arranged(model, plan.recompute, settings, progress)
     snapshot = None if resumed_from is None else checkpoint.load(resumed_from)
@@ -217,7 +219,7 @@ def _planned(spec: RunSpec, batches: RunBatches, progress: Progress) -> tuple[Ru
     check_rows(loader, processes)
     limits = RunLimits.of(spec.settings, loader, spec.initial_processes)
     own = limits.with_accumulation(-(-limits.accumulation // processes.count))
-    return limits, processes.from_first(lambda: plan_run(spec, own, loader, progress))
+    return limits, processes.from_first(lambda: plan_run(spec, own, batches, progress))
 
 
 def _loaded(spec: RunSpec, plan: RunPlan, progress: Progress) -> tuple[nn.Module, RunSpec]:
