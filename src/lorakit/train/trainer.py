@@ -138,9 +138,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     size = _base_bytes(model, spec)
     resumed_from, damaged = _newest_checkpoint(spec, progress)
     loader = batches.loader
-    notes = add_adapter(model, spec, loader, resumed_from, progress)
-    for note in notes:
-        progress.say(note)
+    notes = _said(add_adapter(model, spec, loader, resumed_from, progress), progress)
     int8 = quantized_run_base(model, spec, loader, progress)
     acceleration = _arranged(model, plan.recompute, settings, progress)
     snapshot = None if resumed_from is None else checkpoint.load(resumed_from)
@@ -187,6 +185,13 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
         scaler=loss_scaler(spec.device, plan.dtype, None if snapshot is None else snapshot.scaler),
         seeded_at=seeded_at,
     )
+
+
+def _said(notes: tuple[str, ...], progress: Progress) -> tuple[str, ...]:
+    """Print messages, and return them."""
+    for note in notes:
+        progress.say(note)
+    return notes
 
 
 def _same_rows_per_step(limits: RunLimits, batches: RunBatches, plan: RunPlan) -> tuple[RunLimits, RunBatches]:
