@@ -178,8 +178,7 @@ def finish(run: Run) -> RunResult:
             )
         original = _attempt("the evaluation on the original weights", lambda: _on_original_weights(run, notes), notes)
         _plot_loss(folder, f"{run.spec.source.base_name}: loss by step", notes)
-        loss = state.loss_at(step)
-        before = run.spec.before_training
+        loss, before = state.loss_at(step), run.spec.before_training
         if loss is not None and loss == state.first_loss:
             notes.append(f"The evaluation data does not tell the adapter from {before}: the loss is the same.")
         elif loss is not None and state.first_loss is not None and loss > state.first_loss:
