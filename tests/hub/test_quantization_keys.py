@@ -198,7 +198,6 @@ def test_every_key_that_transformers_writes_is_accepted_for_a_reason(
 SAME: list[tuple[str, dict[str, Any]]] = [
     ("nf4", {"bnb_4bit_quant_type": "fp4"}),
     ("nf4", {"bnb_4bit_use_double_quant": False}),
-    ("nf4", {"bnb_4bit_quant_storage": "bfloat16"}),
     ("nf4", {"quant_method": None, "_load_in_4bit": None, "_load_in_8bit": True}),
     ("int8", {"quant_method": None, "_load_in_8bit": None, "_load_in_4bit": True}),
     ("int8-torchao", {"modules_to_not_convert": ["up_proj"], "quant_type_kwargs": {}}),

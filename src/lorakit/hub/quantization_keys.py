@@ -130,9 +130,9 @@ FORMATS: Mapping[str, Keys] = {
         **_keys(
             LIBRARY, "quant_method", "load_in_4bit", "load_in_8bit", "llm_int8_threshold", "bnb_4bit_compute_dtype"
         ),
-        **_keys(LIBRARY, "llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload"),
+        **_keys(LIBRARY, "llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload", "bnb_4bit_quant_storage"),
         **_keys(COPIES, "_load_in_4bit", "_load_in_8bit"),
-        **_keys(TENSORS, "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage"),
+        **_keys(TENSORS, "bnb_4bit_use_double_quant"),
         "bnb_4bit_quant_type": _one_of(TENSORS, "nf4", "fp4", None),
         "llm_int8_has_fp16_weight": _off(LIBRARY),
     },
