@@ -120,6 +120,35 @@ def test_columns_are_those_of_training(call: Call, bert: Path, tmp_path: Path, c
     assert "text from 'body', label from 'stars'" in captured.err
 
 
+@pytest.mark.parametrize("streamed", [(), ("--streaming", "on")], ids=["whole", "streamed"])
+def test_an_adapter_is_trained_further_on_its_columns(
+    streamed: tuple[str, ...], call: Call, bert: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """A resumed run reads its data as it began, although the adapter that it started from is gone."""
+    data, run = reviews(tmp_path / "r.csv", "review", "stars"), tmp_path / "run"
+    columns = ["--columns", "text=review", "label=stars"]
+    assert call("train", "--model", bert, "--data", data, "--output-dir", run, *SMALL, *columns) == 0
+    usual = reviews(tmp_path / "u.csv", "text", "label")
+    small = [*(one for one in SMALL if one not in ("--r", 2)), "--save-steps", 2, *streamed]
+    for name, files, more in [("given", [data], columns), ("kept", [data], []), ("both", [data, usual], [])]:
+        capsys.readouterr()
+        further = ["--from-adapter", run, "--data", *files, "--output-dir", tmp_path / name, *small, *more]
+        assert call("train", *further) == 0
+        assert ("u.csv: classification rows, unlike the adapter's" in capsys.readouterr().out) == (name == "both")
+    weights = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("given", "kept")]
+    assert weights[0] == weights[1]
+    shutil.rmtree(run)
+    for name in ("kept", "both"):
+        final = tmp_path / name / "adapter"
+        before = (final / "adapter_model.safetensors").read_bytes()
+        shutil.rmtree(final)
+        for path in (tmp_path / name).glob("checkpoint-*"):
+            if path.name != "checkpoint-2":
+                shutil.rmtree(path)
+        assert call("train", "--output-dir", tmp_path / name, "--resume", more=()) == 0
+        assert (final / "adapter_model.safetensors").read_bytes() == before
+
+
 @pytest.mark.parametrize("template", ["", TEMPLATE], ids=["instruction", "template"])
 def test_a_merged_model_answers_as_the_adapter_does(
     template: str, call: Call, tiny_model_directory: Path, tmp_path: Path, capsys: Any

@@ -4,6 +4,7 @@ on the order of rows or names, or on the process."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -42,6 +43,7 @@ def finished(tmp_path: Path, tiny_tokenizer: Any) -> Callable[..., Path]:
         )
         model = getattr(transformers, f"BertFor{kind}")(config)
         model.save_pretrained(tmp_path / "finished")
+        tiny_tokenizer.chat_template = None
         tiny_tokenizer.save_pretrained(tmp_path / "finished")
         return tmp_path / "finished"
 
@@ -379,3 +381,63 @@ def test_the_same_bytes_for_any_seed_of_hashes_any_order_of_rows_and_any_number_
     jsonl(data, rows)
     subprocess.run([sys.executable, *flags(tmp_path / "permuted")], check=True, capture_output=True)
     assert saved_names(tmp_path / "permuted") == saved_names(tmp_path / "run0")
+
+
+@pytest.mark.parametrize("streamed", [(), ("--streaming", "on")], ids=["whole", "streamed"])
+def test_rows_without_a_label_are_skipped_by_every_command(
+    streamed: tuple[str, ...], finished: Callable[..., Path], call: Callable[..., int], tmp_path: Path, capsys: Any
+) -> None:
+    """The result is that of the same file without them."""
+    datasets = pytest.importorskip("datasets")
+    kind = datasets.ClassLabel(names=["spam", "ham"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": kind})
+    labels = [0, 1, -1, 0, 1, 0, None, 1, 1, 0]
+    rows = {"text": [f"mail {at}" for at in range(10)], "label": labels}
+    path, model = tmp_path / "a.parquet", finished(["spam", "ham"])
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(path))
+    known = [at for at, label in enumerate(labels) if label is not None and label >= 0]
+    plain = jsonl(tmp_path / "b.jsonl", [{"text": f"mail {at}", "label": kind.names[labels[at]]} for at in known])  # type: ignore[index]
+    commands: dict[str, list[object]] = {
+        "train": ["--output-dir", tmp_path / "run", "--max-steps", 2, "--r", 2, "--eval-fraction", 0, *streamed],
+        "eval": ["--json"],
+    }
+    for command, more in commands.items():
+        words = ["--model", model, "--max-length", 32, *more]
+        assert call(command, "--data", path, *words) == 1
+        assert f"{path}:3: the field 'label' is null" in capsys.readouterr().err
+        assert call(command, "--data", path, *words, "--on-bad-row", "skip") == 0
+        captured = capsys.readouterr()
+        assert f"{path}:3: row skipped" in captured.out or "2 rows skipped; the first is row 3" in (
+            captured.out + captured.err
+        )
+        if command == "train":
+            found = weights(tmp_path / "run")
+            assert call(command, "--data", plain, *words, "--overwrite") == 0
+            assert weights(tmp_path / "run") == found
+        else:
+            assert call(command, "--data", plain, *words) == 0
+            assert json.loads(capsys.readouterr().out)["results"] == json.loads(captured.out)["results"]
+    asked = ["data", str(path), "--model", str(model), "--max-length", "32"]
+    assert cli.main(asked) == 1
+    assert f"{path}:3: the field 'label' is null" in capsys.readouterr().err
+    assert cli.main([*asked, "--on-bad-row", "skip"]) == 0
+    assert "2 rows skipped; the first is row 3" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("count", [1, 8, 20])
+def test_few_rows_are_described_as_in_training(
+    count: int, finished: Callable[..., Path], call: Callable[..., int], tmp_path: Path, capsys: Any
+) -> None:
+    """Oracle: the interval of scipy for a share of n rows; from 20 rows on, nothing is said."""
+    stats = pytest.importorskip("scipy.stats")
+    model, run = finished(["x", "y"]), tmp_path / "run"
+    names = [{"text": f"a {at}", "label": "xy"[at % 2]} for at in range(max(count, 4))]
+    data, part = jsonl(tmp_path / "a.jsonl", names), jsonl(tmp_path / "b.jsonl", names[:count])
+    assert train(call, model, data, run, "--eval-data", part) == 0
+    trained = capsys.readouterr()
+    assert call("eval", "--model", model, "--adapter", run, "--data", part, "--json") == 0
+    said = capsys.readouterr().err
+    half = min(0.5, stats.norm.interval(0.95, 0.5, math.sqrt(0.25 / count))[1] - 0.5)
+    words = f"little: an accuracy near 50% is known to ±{100 * half:.0f}% (95% interval)."
+    assert (words in said) == (words in trained.out) == (count < 20)
+    assert ("95% interval" in said) == (count < 20)

@@ -115,6 +115,7 @@ def test_planned_parameters_are_those_trained(
     run, data = tmp_path / "run", reviews
     if "embedding" in more:
         pytest.importorskip("sentence_transformers")
+        (request.getfixturevalue(base) / "chat_template.jinja").unlink()
         data = tmp_path / "pairs.jsonl"
         data.write_text("".join(json.dumps({"anchor": f"q {at}", "positive": f"a {at}"}) + "\n" for at in range(24)))
     assert train(call, request.getfixturevalue(base), data, run, *more) == 0

@@ -245,6 +245,7 @@ def embedding_model(folder: Path) -> Path:
 def test_embeddings(is_saved: bool, bert: Path, call: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
     base = embedding_model(bert) if is_saved else bert
+    (bert / "chat_template.jinja").unlink(missing_ok=True)
     rows = [{"anchor": f"question {at}", "positive": f"answer {at}"} for at in range(12)]
     data, run = jsonl(tmp_path / "p.jsonl", rows), tmp_path / "run"
     assert train(call, base, data, run, "--eval-fraction", "0.3", steps=4) == 0
@@ -301,6 +302,7 @@ def test_an_interrupted_run_resumes_with_the_same_bits(
     if task == "classification":
         data = sentiment(tmp_path / "data.csv")
     else:
+        (bert / "chat_template.jinja").unlink()
         data = jsonl(tmp_path / "p.jsonl", [{"anchor": f"q {at}", "positive": f"a {at}"} for at in range(24)])
     more = ("--save-steps", 3, "--save-total-limit", 9, "--eval-fraction", "0.2", "--lora-dropout", "0.1")
     whole, part = tmp_path / "whole", tmp_path / "part"
@@ -320,7 +322,7 @@ def test_an_interrupted_run_resumes_with_the_same_bits(
     [
         ([{"text": "a", "label": "x"}] * 3, (), "same label, 'x'"),
         ([{"text": "a", "label": "x"}, {"text": "b"}], (), "the field 'label' is missing"),
-        ([{"text": "a", "label": "x"}, {"text": "b", "label": None}], (), "2: the row has no label"),
+        ([{"text": "a", "label": "x"}, {"text": "b", "label": None}], (), "2: the field 'label' is null"),
         ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], ("--task", "seq2seq"), "source"),
         (
             [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}],

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from lorakit.data import Request, read_records
+from lorakit.data.places import Place
+from lorakit.data.row_stream import open_stream
 from lorakit.errors import DataError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -83,3 +85,72 @@ def test_rows_in_any_order_are_those_of_the_file(suffix: str, tmp_path: Path) ->
     assert [record.line for record in records[700:2:-130]] == [row for row, _ in kept[700:2:-130]]
     part = records.some(range(5, len(kept), 50))
     assert [record.line for record in part] == [row for row, _ in kept[5::50]]
+
+
+BYTES = [
+    b"one",
+    "zwölf".encode(),
+    b"caf\xe9",
+    b"",
+    b"\xed\xa0\x80",
+    b"\xff\xfe",
+    "日本".encode(),
+    b"cut \xe6\x97",
+    b"end",
+]
+
+
+def is_text(value: bytes) -> bool:
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def as_strings(kind: str) -> Any:
+    """Return the bytes as an array of strings, which pyarrow does not check."""
+    plain = pyarrow.array(BYTES, pyarrow.binary()).view(pyarrow.string())
+    if kind == "list":
+        return pyarrow.ListArray.from_arrays(list(range(len(BYTES) + 1)), plain)
+    if kind == "struct":
+        return pyarrow.StructArray.from_arrays([plain], ["inner"])
+    wide = pyarrow.array(BYTES, pyarrow.large_binary()).view(pyarrow.large_string())
+    return {"string": plain, "large": wide, "dictionary": plain.dictionary_encode()}[kind]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow", "hub"])
+@pytest.mark.parametrize("kind", ["string", "large", "list", "struct", "dictionary"])
+def test_strings_that_are_not_text_are_bad_rows(
+    kind: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: `bytes.decode`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    path = tmp_path / "set" / f"train.{suffix if suffix != 'hub' else 'parquet'}"
+    bad = [at for at, value in enumerate(BYTES, start=1) if not is_text(value)]
+    columns = {"text": [f"row {at}" for at in range(1, 10)], "other": as_strings(kind)}
+    if kind == "string":
+        columns = {"text": columns["other"], "other": columns["text"]}
+    table = pyarrow.table(columns)
+    if path.suffix == ".parquet":
+        tables.write_table(table, path, row_group_size=4)
+    else:
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=4)
+    name = "hf:set" if suffix == "hub" else str(path)
+    found = read_records(name, Request(skip_bad_rows=True))
+    wanted = [(at, BYTES[at - 1].decode() if kind == "string" else f"row {at}") for at in range(1, 10) if at not in bad]
+    assert [(record.line, record.text) for record in found] == wanted  # type: ignore[union-attr]
+    assert [(found[at].line, found[at].text) for at in (3, 0, 4)] == [wanted[at] for at in (3, 0, 4)]  # type: ignore[union-attr]
+    column = "text" if kind == "string" else "other"
+    assert any(f"4 rows skipped; the first is row 3: the field '{column}'" in note for note in found.notes)
+    with pytest.raises(DataError) as caught:
+        read_records(name)
+    assert str(caught.value.where).endswith(":3") and "UTF-8 (byte 0xe9)" in str(caught.value)
+    if suffix == "hub":
+        return
+    places: list[str] = []
+    stream = open_stream([name], Request(skip_bad_rows=True), lambda where, _: places.append(where))
+    assert [row.record.text for row in stream.rows(Place())] == [text for _, text in wanted]  # type: ignore[union-attr]
+    assert places == [f"{path}:{at}" for at in bad]

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorakit.data import SHAPES, Completion, Conversation, Document, Message, Record, Request, encode, read_records
+from lorakit.data import (
+    SHAPES,
+    Completion,
+    Conversation,
+    Document,
+    Labeled,
+    Message,
+    Record,
+    Request,
+    encode,
+    read_records,
+)
 from lorakit.data.shapes import TRAINABLE, text_records
 from lorakit.errors import ConfigError, DataError
 from lorakit.train.defaults import FORMATS
@@ -127,6 +139,26 @@ def test_a_format_decides_between_shapes(tmp_path: Path) -> None:
     assert isinstance(record(tmp_path, row, Request("prompt-completion")), Completion)
     with pytest.raises(DataError, match="question-answer"):
         record(tmp_path, row, Request("question-answer"))
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"text": "a", "text_pair": "b", "label": 1}, Labeled(("a", "b"), "1")),
+        ({"text_pair": "b", "text": "a"}, Labeled(("a", "b"))),
+        ({"text": "a", "text_pair": "b", "score": 0.5}, Labeled(("a", "b"), 0.5)),
+        ({"sentence1": "a", "sentence2": "b", "labels": "x"}, Labeled(("a", "b"), "x")),
+        ({"text": "a", "hypothesis": 3, "positive": 4, "label": "x"}, Labeled(("a",), "x")),
+        ({"text": "a", "sentence2": "b"}, Document("a")),
+    ],
+)
+def test_pairs_of_texts(row: dict[str, Any], expected: Any, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    """The columns `text` and `text_pair` are those of a tokenizer's call; alone, `text` is no half of a pair."""
+    found: Any = record(tmp_path, row)
+    assert dataclasses.replace(found, source=expected.source, line=None) == expected
+    if "text_pair" in row:
+        texts = {name: row[name] for name in ("text", "text_pair")}
+        assert tiny_tokenizer(*found.texts)["input_ids"] == tiny_tokenizer(**texts)["input_ids"]
 
 
 def test_unknown_choices_are_named() -> None:

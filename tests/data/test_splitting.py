@@ -314,9 +314,11 @@ def test_a_text_that_goes_on_has_no_end(tmp_path: Path, tiny_tokenizer: Any, len
 
 def test_few_rows_are_described_by_the_width_of_an_interval() -> None:
     stats = pytest.importorskip("scipy.stats")
-    assert few_rows(20, True) == few_rows(0, True) == ""
+    assert few_rows(20, True, "") == few_rows(0, True, "") == ""
     for count in range(4, 20):
         half = stats.norm.ppf(0.975) * math.sqrt(0.25 / count)
-        assert f"±{100 * half:.0f}% " in few_rows(count, True)
-        assert f"±{stats.norm.ppf(0.975) / math.sqrt(count):.1f} standard deviations" in few_rows(count, False)
-    assert few_rows(1, True).startswith("1 row shows little about the adapter: an accuracy near 50% is known to ±50%")
+        assert f"±{100 * half:.0f}% " in few_rows(count, True, "")
+        assert f"±{stats.norm.ppf(0.975) / math.sqrt(count):.1f} standard deviations" in few_rows(count, False, "")
+    shown = few_rows(1, True, "More rows.")
+    assert shown.startswith("warning: 1 row shows little: an accuracy near 50% is known to ±50%")
+    assert shown.endswith("More rows.")

@@ -49,6 +49,7 @@ def models(tmp_path: Path, tiny_llama: Any, tiny_tokenizer: Any) -> dict[str, st
     torch.manual_seed(1)
     config = transformers.BertConfig(**sizes, vocab_size=len(tiny_tokenizer), pad_token_id=tiny_tokenizer.pad_token_id)
     bert = save(tmp_path / "bert", transformers.BertForMaskedLM(config), tiny_tokenizer)
+    (bert / "chat_template.jinja").unlink()
     tiny_llama.config.max_position_embeddings = 1024  # rotary positions need no weights
     llama = save(tmp_path / "llama", tiny_llama, tiny_tokenizer)
     gguf = write_gguf(tmp_path / "model.Q8_0.gguf", tiny_llama, tiny_tokenizer, "Q8_0")

@@ -13,7 +13,7 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 
 @pytest.fixture
 def model_directory(tmp_path: Path, tiny_tokenizer: Any) -> Callable[..., Path]:
-    """Save a small masked language model (or a T5) with random weights and the tokenizer."""
+    """Save a small masked language model (or a T5) with random weights and the tokenizer, without a chat template."""
     import torch
     import transformers
 
@@ -38,6 +38,7 @@ def model_directory(tmp_path: Path, tiny_tokenizer: Any) -> Callable[..., Path]:
                 model = getattr(transformers, f"{family}ForMaskedLM")(config)
         folder = tmp_path / family.lower()
         model.save_pretrained(folder)
+        tiny_tokenizer.chat_template = None
         tiny_tokenizer.save_pretrained(folder)
         return folder
 

@@ -17,6 +17,8 @@ from lorakit.errors import AdapterFileError, ConfigError, ModelError
 from lorakit.tasks import TASKS, EncodeOptions, Target, TaskOnData, agree_on_padding, load_model_for, on_model
 from lorakit.tasks.embedding import EmbeddingMeter
 
+from ..conftest import CHAT_TEMPLATE
+
 pytest.importorskip("sentence_transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*")
 
@@ -38,7 +40,7 @@ def saved(folder: Path, mode: Any = "mean", *modules: Any, **settings: Any) -> P
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-    first = Transformer(str(without_template(folder)))
+    first = Transformer(str(folder))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         rest = [module() for module in modules]
@@ -52,12 +54,6 @@ def saved(folder: Path, mode: Any = "mean", *modules: Any, **settings: Any) -> P
     shutil.rmtree(target, ignore_errors=True)
     model.save(str(target))
     return target
-
-
-def without_template(folder: Path) -> Path:
-    """Remove the chat template, with which sentence-transformers would render texts as messages."""
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    return folder
 
 
 def dense() -> Any:
@@ -189,9 +185,28 @@ def test_models_that_sentence_transformers_did_not_save(
     model_directory: Callable[..., Path], decoder: Callable[[str], Path]
 ) -> None:
     """Their embeddings are not normalized; a causal language model's is that of the last token."""
-    assert_embeds_alike(without_template(model_directory("Bert", initializer_range=0.5)))
+    assert_embeds_alike(model_directory("Bert", initializer_range=0.5))
     assert_embeds_alike(decoder("left"))
     assert bound(decoder("right")).target.embedding["modules"][0]["pooling_mode"] == "lasttoken"  # type: ignore[index,call-overload]
+
+
+@pytest.mark.parametrize("make", ["Bert", "decoder"])
+def test_a_chat_template_without_modules_is_rejected(
+    make: str, model_directory: Callable[..., Path], decoder: Callable[[str], Path]
+) -> None:
+    """SentenceTransformer renders texts as messages then, but not if older files of its own say nothing about them."""
+    folder = model_directory("Bert", initializer_range=0.5) if make == "Bert" else decoder("right")
+    assert_embeds_alike(folder)
+    plain, older = encoded(folder, TEXTS), saved(folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    messages = encoded(folder, TEXTS)
+    with pytest.raises(ModelError) as caught:
+        bound(folder)
+    assert caught.value.what == "chat_template"
+    assert (plain - messages).abs().max() > 1e-2
+    (older / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    _edit(older, "sentence_bert_config.json", lambda c: {"max_seq_length": 64})
+    assert_embeds_alike(older)
 
 
 def _edit(folder: Path, name: str, change: Callable[[Any], Any]) -> None:

@@ -55,6 +55,7 @@ def test_the_second_result_is_the_same_and_does_not_tokenize(
 ) -> None:
     if case.startswith("embedding"):
         pytest.importorskip("sentence_transformers")
+        (tiny_model_directory / "chat_template.jinja").unlink()
     rows, target = ROWS[case]
     task = TASKS[case.split()[0]]
     target = task.on_model(target, hub.resolve(tiny_model_directory))
@@ -87,6 +88,7 @@ def test_the_second_result_is_the_same_and_does_not_tokenize(
 def test_other_labels_and_other_tasks_are_other_entries(
     tmp_path: Path, said: list[str], tiny_tokenizer: Any, tiny_model_directory: Path
 ) -> None:
+    (tiny_model_directory / "chat_template.jinja").unlink()
     cache = TokenCache(tmp_path / "cache", INPUTS, said.append)
     rows, target = ROWS["classification of pairs"]
     path = write(tmp_path / "a.jsonl", [{**row, "label": "a"} for row in rows])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import unicodedata
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +207,52 @@ def test_options_that_do_not_apply(model_directory: Callable[..., Path]) -> None
     unmarked = Target("tags", ("NOUN", "VERB"))
     assert "no known scheme" in unmarked.with_options(LabelOptions()).note
     assert unmarked.with_options(LabelOptions(tag_scheme="none")).note == ""
+
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+@pytest.mark.parametrize("kind", ["class", "classes", "tags"])
+@pytest.mark.parametrize("own", [NFC, NFD])
+@pytest.mark.parametrize("given", [NFC, NFD])
+def test_a_name_is_found_however_its_characters_are_encoded(given: str, own: str, kind: Any) -> None:
+    target = Target(kind, ("O", own), scheme="none" if kind == "tags" else "")
+    row = (
+        Tagged(("a", "b"), (given, "O"))
+        if kind == "tags"
+        else Labeled(("a",), (given,) if kind == "classes" else given)
+    )
+    assert target.ids_of(row) == ([1, 0] if kind == "tags" else [1])
+    renamed = target.with_options(LabelOptions(label_map={given.title(): given}))
+    other = Tagged(("a",), (own.title(),)) if kind == "tags" else Labeled(("a",), own.title())
+    assert renamed.ids_of(other) == [1]
+
+
+def test_classes_that_a_model_distinguishes_stay_apart() -> None:
+    """Earlier versions trained them; unicodedata tells which names are the same."""
+    target = Target("class", (NFC, NFD))
+    assert [target.ids_of(Labeled(("a",), name)) for name in (NFC, NFD)] == [[0], [1]]
+
+
+@pytest.mark.parametrize("is_tagged", [False, True])
+@given(names=st.lists(st.text("ae\u00e9\u0301\u1100\u1161\uac00\u212b\u00c5", min_size=1, max_size=3), min_size=2))
+def test_names_of_the_same_characters_are_one_class(names: list[str], is_tagged: bool) -> None:
+    forms = {unicodedata.normalize("NFC", name) for name in names}
+    if len(forms) < 2:
+        return
+    make = tag_target if is_tagged else class_target
+    records = [Tagged(("a",), (name,)) for name in names] if is_tagged else rows(*names)
+    options = LabelOptions(tag_scheme="none") if is_tagged else LabelOptions()
+    target = make(Split(Records(records), Records(records), ""), options)
+    assert {unicodedata.normalize("NFC", name) for name in target.names} == forms and len(target.names) == len(forms)
+    for one, two in itertools.product(records, repeat=2):
+        same = unicodedata.normalize("NFC", names[records.index(one)]) == unicodedata.normalize(
+            "NFC", names[records.index(two)]
+        )
+        assert (target.ids_of(one) == target.ids_of(two)) == same
+    if len(set(names)) == len(forms):
+        assert set(target.names) == set(names)  # as the data spells them
+    shuffled = make(split(*reversed(records)), options)
+    assert shuffled.names == target.names
+    known = tuple(unicodedata.normalize("NFD", name) for name in target.names)
+    assert make(split(*records), replace(options, known=known)).names == known

@@ -177,6 +177,7 @@ def test_a_triplet_has_a_third_text(model_directory: Callable[..., Path]) -> Non
 @pytest.mark.parametrize("name", ["classification", "token-classification", "embedding"])
 def test_a_decoder_stores_no_keys_and_values(name: str, tiny_llama: Any, tiny_model_directory: Path) -> None:
     """They take memory, and fused forward methods leave calls that store them to the model."""
+    (tiny_model_directory / "chat_template.jinja").unlink()
     from transformers import LlamaForSequenceClassification, LlamaForTokenClassification, LlamaModel
 
     from lorakit.data import Batch

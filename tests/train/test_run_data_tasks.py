@@ -57,6 +57,7 @@ def model_for(tmp_path: Path, tiny_tokenizer: Any) -> Callable[[str], Path]:
             else:
                 model = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES, **vocabulary))
         model.save_pretrained(tmp_path / "model")
+        tiny_tokenizer.chat_template = None
         tiny_tokenizer.save_pretrained(tmp_path / "model")
         return tmp_path / "model"
 

@@ -6,8 +6,7 @@ checks in `lorakit.cli.early`.
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -62,8 +61,7 @@ class RowFlags:
             allowed: Names of the shapes that may be recognized; empty allows all.
             group: Column whose equal values keep rows together, or None.
             needs_label: Whether labels and tags are required.
-            trained: Training metadata of the adapter, whose `shape` and `columns` apply to files that they fit; flags
-                win over them.
+            trained: Shape and columns of an adapter's training data; see `Request.with_usual`.
 
         Raises:
             ConfigError: The shape is unknown or not allowed, or no shape has these fields.
@@ -71,13 +69,7 @@ class RowFlags:
         from lorakit.data import Request
 
         given = Request(self.format, self._columns(), self.on_bad_row == "skip", group, allowed, needs_label)
-        shape, columns = (trained or {}).get("shape"), (trained or {}).get("columns")
-        if not isinstance(shape, str) or not isinstance(columns, dict) or self.format not in (None, shape):
-            return given
-        with contextlib.suppress(ConfigError):  # a task that predicts other shapes than it was trained on
-            columns = {str(name): str(column) for name, column in columns.items()}
-            return replace(given, usual=replace(given, format=shape, columns={**columns, **given.columns}))
-        return given
+        return given.with_usual(trained)
 
     def _columns(self) -> dict[str, str]:
         return _checked("columns", self.columns)

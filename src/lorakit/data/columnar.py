@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from lorakit.data.messages import BadRow
 from lorakit.data.places import PARTIAL, LargeFile, Place, Read
 from lorakit.data.records import Record, content_key
 from lorakit.data.rows import Parsed, collect
@@ -106,9 +107,9 @@ def read_hub(source: HubSource, request: Request) -> tuple[HubTable, list[str]]:
             options["cache_dir"] = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         data = datasets.load_dataset(source.name, source.config, **options)
         data = data.remove_columns(_media(data.features))
+        found = collect(label, _rows(data), request, "row")
         if classes := _classes(data.features):
             data = data.with_transform(partial(_named, classes=classes))
-        found = collect(label, _rows(data), request, "row")
         return HubTable(label, data, found.layout, found.starts, int(data.data.nbytes), found.groups), found.notes
 
 
@@ -193,10 +194,32 @@ def _name(value: Any, kind: ClassLabel) -> Any:
 
 def _rows(data: Dataset) -> Iterator[Parsed]:
     at = 0
-    for batch in data.iter(batch_size=_AT_ONCE):
-        for cells in zip(*batch.values(), strict=True):
-            yield at, at + 1, dict(zip(batch, cells, strict=True))
-            at += 1
+    for table in data.with_format("arrow").iter(batch_size=_AT_ONCE):
+        for batch in table.to_batches():
+            for row in _values(batch, data.features):
+                yield at, at + 1, row
+                at += 1
+
+
+def _values(batch: RecordBatch, features: Features) -> Iterator[JsonObject | BadRow]:
+    """Yield the values of each row, with the names of classes, or the reason why they cannot be read."""
+    classes = _classes(features)
+    try:
+        rows: Iterable[JsonObject | BadRow] = batch.to_pylist()
+    except UnicodeDecodeError:  # neither format checks strings when it is read
+        rows = (_row(batch, at) for at in range(batch.num_rows))
+    for row in rows:
+        yield row if isinstance(row, BadRow) else _named(features.decode_example(row), classes)
+
+
+def _row(batch: RecordBatch, at: int) -> JsonObject | BadRow:
+    row: JsonObject = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[at].as_py()
+        except UnicodeDecodeError as cause:
+            return BadRow(f"the field '{name}' is not valid UTF-8 (byte 0x{cause.object[cause.start]:02x}).")
+    return row
 
 
 @contextlib.contextmanager
@@ -239,8 +262,8 @@ class StreamedTable(LargeFile):
         """
         return ((row, Place(at.file, number, number + 1)) for number, row in self.rows_from(at.offset))
 
-    def rows_from(self, start: int) -> Iterator[tuple[int, JsonObject]]:
-        """Yield the index and the values of each row from a given index on.
+    def rows_from(self, start: int) -> Iterator[tuple[int, JsonObject | BadRow]]:
+        """Yield the index and the values of each row from a given index on, or why they cannot be read.
 
         Raises:
             DataError: The file is damaged, or has changed since it was opened first.
@@ -248,15 +271,13 @@ class StreamedTable(LargeFile):
         import datasets
 
         with self.open() as file, _as_file_error(self.path):
-            features, classes = None, dict[str, Any]()
+            features = None
             for begin, batch in _batches(self.path, file, start):
                 if features is None:
                     features = datasets.Features.from_arrow_schema(batch.schema)
-                    classes = _classes(features)
                     kept = [name for name in batch.schema.names if name not in _media(features)]
                 first = max(begin, start)
-                for number, row in enumerate(batch.select(kept).slice(first - begin).to_pylist(), start=first):
-                    yield number, _named(features.decode_example(row), classes)
+                yield from enumerate(_values(batch.select(kept).slice(first - begin), features), start=first)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +314,7 @@ class TableFile(StreamedTable):
                 found = self.rows_from(row)
             values = next(values for number, values in found if number == row)
             following = row + 1
+            assert not isinstance(values, BadRow)  # it was read before, and the file has not changed
             yield self.layout.record(values, self.label, row + 1), self.bytes_of(index)
 
 

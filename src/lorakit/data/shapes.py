@@ -34,6 +34,7 @@ class Shape:
         remedy: What the user can do instead, if `build` is None.
         is_shown: Whether the shape is always shown to the user, because its fields are rendered as a conversation.
         ignored: Columns that are not read.
+        partners: Column -> the column without which it does not supply its field.
     """
 
     name: str
@@ -44,6 +45,11 @@ class Shape:
     remedy: str = ""
     is_shown: bool = False
     ignored: tuple[str, ...] = ()
+    partners: Mapping[str, str] = field(default_factory=dict)
+
+    def supplier(self, candidates: Iterable[str], columns: Sequence[str]) -> str | None:
+        """Return the first of the candidates for a field that is among the columns, or None."""
+        return next((one for one in candidates if one in columns and self.partners.get(one, one) in columns), None)
 
     def without_label(self, columns: Mapping[str, str]) -> Shape:
         """Return the same shape, in which the columns of labels, tags and targets are ignored, whatever they hold.
@@ -169,12 +175,13 @@ SHAPES: tuple[Shape, ...] = (
     Shape(
         "text-pair",
         {
-            "first": ("sentence1", "text1", "premise", "anchor", "query"),
-            "second": ("sentence2", "text2", "hypothesis", "positive"),
+            "first": ("sentence1", "text1", "premise", "anchor", "query", "text"),
+            "second": ("sentence2", "text2", "hypothesis", "positive", "text_pair"),
         },
         _text_pair,
         optional={"label": ("label", "labels", "score"), "negative": ("negative",)},
         is_shown=True,
+        partners={"text": "text_pair"},
     ),
     Shape(
         "token-classification", {"tokens": ("tokens", "words"), "tags": ("tags", "ner_tags")}, _tagged, is_shown=True
@@ -229,6 +236,21 @@ class Request:
             if name not in known:
                 raise ConfigError.of("columns", name, allowed=sorted(known))
 
+    def with_usual(self, trained: JsonValue) -> Request:
+        """Return these choices, and for files that they fit, those of an adapter's training, over which these win.
+
+        Args:
+            trained: A dict with the `shape` and the `columns` of the training data; another value has no effect.
+        """
+        facts = trained if isinstance(trained, dict) else {}
+        shape, columns = facts.get("shape"), facts.get("columns")
+        if not isinstance(shape, str) or not isinstance(columns, dict) or self.format not in (None, shape):
+            return self
+        with contextlib.suppress(ConfigError):  # a task that predicts other shapes than it was trained on
+            columns = {**{str(name): str(column) for name, column in columns.items()}, **self.columns}
+            return replace(self, usual=replace(self, format=shape, columns=columns))
+        return self
+
     def shapes(self) -> tuple[Shape, ...]:
         """Return the shapes that may be recognized."""
         found = self._allowed()
@@ -248,7 +270,7 @@ class Layout:
 
     Attributes:
         shape: The shape.
-        columns: Required field -> column.
+        columns: Field that every row has -> column: the required fields, and the label if the first row has one.
         optional: Optional field -> columns that can supply it; each row uses the first that it has.
         is_unusual: Whether the columns do not fit the request's usual choices.
     """
@@ -276,6 +298,12 @@ class Layout:
             raise BadRow(
                 f"the field '{lacking[0]}' is missing; the file's first row has "
                 f"{' and '.join(map(repr, self.columns.values()))}, and this one has {_listed(row)}."
+            )
+        unlabeled = [column for name, column in self.columns.items() if name in LABELS and row[column] is None]
+        if unlabeled:
+            raise BadRow(
+                f"the field '{unlabeled[0]}' is null (or -1, if it has class names), so the row has no label; label or "
+                "remove such rows, or remove the column if no row has a label."
             )
         columns = dict(self.columns)
         for name, candidates in self.optional.items():
@@ -384,24 +412,26 @@ def recognize(columns: Sequence[str], request: Request) -> Layout:
     optional = {
         name: (request.columns[name],) if name in request.columns else candidates
         for name, candidates in shape.optional.items()
+        if name not in found
     }
     return Layout(shape, found, optional)
 
 
 def _bound(shape: Shape, columns: Sequence[str], request: Request) -> dict[str, str] | None:
-    """Return the columns of a shape's required fields, or None if the shape does not fit."""
+    """Return the columns of a shape's required fields and of its label, or None if the shape does not fit."""
     fields = {*shape.needed, *shape.optional, *(() if request.needs_label else LABELS)}
     if not request.columns.keys() <= fields:
         return None
     found = {}
-    for name, candidates in shape.needed.items():
-        wanted = (request.columns[name],) if name in request.columns else candidates
-        if request.format == shape.name and name not in request.columns:
-            wanted = (*candidates, name)
-        column = next((column for column in wanted if column in columns), None)
-        if column is None:
+    labels = {name: candidates for name, candidates in shape.optional.items() if name in LABELS}
+    for name, candidates in {**shape.needed, **labels}.items():
+        own = (name,) if request.format == shape.name and name in shape.needed else ()
+        given = request.columns.get(name)
+        column = shape.supplier((*candidates, *own), columns) if given is None else given
+        if column is not None and column in columns:
+            found[name] = column
+        elif name in shape.needed:
             return None
-        found[name] = column
     return found
 
 
@@ -428,7 +458,7 @@ def _unrecognized(columns: Sequence[str], request: Request) -> str:
         (name, shape)
         for shape in shapes
         for name, candidates in shape.needed.items()
-        if len(shape.needed) > 1 and not set(candidates) & set(columns) and _some_present(shape, columns)
+        if len(shape.needed) > 1 and shape.supplier(candidates, columns) is None and _some_present(shape, columns)
     ]
     if len(halves) == 1:
         name, shape = halves[0]
@@ -446,4 +476,4 @@ def _unrecognized(columns: Sequence[str], request: Request) -> str:
 
 
 def _some_present(shape: Shape, columns: Sequence[str]) -> bool:
-    return any(set(candidates) & set(columns) for candidates in shape.needed.values())
+    return any(shape.supplier(candidates, columns) is not None for candidates in shape.needed.values())

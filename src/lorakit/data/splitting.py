@@ -173,7 +173,7 @@ def _nothing(everything: AnyRecords, reason: str) -> Split:
     return Split(everything, Records(), note)
 
 
-def few_rows(count: int, is_classified: bool) -> str:
+def few_rows(count: int, is_classified: bool, remedy: str) -> str:
     """Return a warning about what few evaluation rows can show, or "" if there are at least `LEAST_ROWS`.
 
     The standard error of the mean over n rows is s/√n, where s is the standard deviation of a row, and an interval of
@@ -182,6 +182,7 @@ def few_rows(count: int, is_classified: bool) -> str:
     Args:
         count: Number of evaluation rows.
         is_classified: Whether an accuracy is measured.
+        remedy: What the user can do.
     """
     if count >= LEAST_ROWS or count < 1:
         return ""
@@ -190,10 +191,7 @@ def few_rows(count: int, is_classified: bool) -> str:
     what = f"an accuracy near 50% is known to ±{format_percent(min(width / 2, 0.5), 0)}"
     if not is_classified:
         what = f"the mean loss is known to ±{width:.1f} standard deviations of the loss of a row"
-    return (
-        f"{shown} little about the adapter: {what} (95% interval). Repeat the run with other seeds (--seed), or pass "
-        "more rows with --eval-data."
-    )
+    return f"warning: {shown} little: {what} (95% interval). {remedy}"
 
 
 @dataclass(frozen=True)

@@ -370,10 +370,12 @@ class StoredRecords(Sequence[Record]):
         return keys_of(joined)[np.asarray(self._all(), dtype=np.int64)] if joined else None
 
     def identity(self) -> str:
-        """Return a SHA-256 of the names and contents of the files and of the selection of their records."""
+        """Return a SHA-256 of the names, contents and layouts of the files and of the selection of their records."""
         self.digests()
         ranges = [[file.begin, file.end] for file in self._files if isinstance(file, FileRange)]
-        digest = hashlib.sha256(json.dumps([self._digests, self._begins, ranges]).encode())
+        found = [file.layout for file in self._files]
+        layouts = [one and [one.shape.name, dict(one.columns), dict(one.optional)] for one in found]
+        digest = hashlib.sha256(json.dumps([self._digests, self._begins, ranges, layouts]).encode())
         digest.update(np.asarray(self._all(), dtype=np.int64).tobytes())
         return digest.hexdigest()
 

@@ -70,14 +70,15 @@ class Embedder:
 
     Raises:
         MissingExtra: The package `sentence-transformers` is not installed.
-        ModelError: The model has modules or settings that lorakit does not support, or they cannot be read.
+        ModelError: The model has modules, settings or a chat template that lorakit does not support, or they cannot be
+            read.
     """
 
     def __init__(self, source: hub.ModelSource) -> None:
         _check_installed()
-        self._pipeline, settings = _pipeline_of(source)
-        self._pipeline.requires_grad_(False)
         tokenizer = hub.load_tokenizer(source)
+        self._pipeline, settings = _pipeline_of(source, has_template=tokenizer.chat_template is not None)
+        self._pipeline.requires_grad_(False)
         if settings.get("do_lower_case") and tokenizer("A")["input_ids"] != tokenizer("a")["input_ids"]:
             raise _unsupported(source, "do_lower_case, which its tokenizer does not apply")
         if any(tokenizer("a").get("token_type_ids") or ()):
@@ -129,7 +130,7 @@ def _longest(tokenizer: Any, config: Any) -> int | None:
     return length if length < LONGEST else None
 
 
-def _pipeline_of(source: hub.ModelSource) -> tuple[Any, dict[str, Any]]:
+def _pipeline_of(source: hub.ModelSource, *, has_template: bool) -> tuple[Any, dict[str, Any]]:
     """Return a SentenceTransformer with the modules after the transformer, and the transformer's settings."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Transformer
@@ -138,6 +139,15 @@ def _pipeline_of(source: hub.ModelSource) -> tuple[Any, dict[str, Any]]:
     config, folder = hub.config_of(source), hub.embedding_folder(source)
     if config.is_encoder_decoder:
         raise _unsupported(source, "an encoder and a decoder")
+    if folder is None and has_template:
+        raise ModelError(
+            f"{source.given}: has a chat template, but no {hub.EMBEDDING_LIST}: SentenceTransformer would embed each "
+            "text as a chat message, which lorakit does not support. Use a copy of the model without the template "
+            "(chat_template.jinja, or chat_template in tokenizer_config.json).",
+            what="chat_template",
+            where=source.given,
+            field=hub.EMBEDDING_LIST,
+        )
     if folder is None:
         name = (config.architectures or [""])[0]
         mode = "lasttoken" if name.endswith("ForCausalLM") and getattr(config, "is_causal", True) else "mean"

@@ -12,14 +12,17 @@ from lorakit.tasks.target import (
     LabelOptions,
     LabelType,
     Target,
+    composed,
     labeled,
     names_of,
     number_of,
     ordered,
     other_classes,
     problem_of,
+    renamed,
     scheme_for,
     score_of,
+    spelled_once,
     unfit,
 )
 
@@ -76,12 +79,13 @@ def class_target(parts: Split, options: LabelOptions) -> Target:
 
 
 def _renamed(names: Set[str], label_map: Mapping[str, str]) -> set[str]:
-    return {label_map.get(name, name) for name in names}
+    return spelled_once(renamed(name, label_map) for name in names)
 
 
 def _note(found: Set[str], names: Sequence[str], options: LabelOptions) -> str:
     """Return messages about a label map with labels that no row has, and about classes that replace the model's own."""
-    unused = [repr(name) for name in options.label_map if name not in found]
+    seen = set(map(composed, found))
+    unused = [repr(name) for name in options.label_map if name not in seen]
     notes = [f"No row has these labels of --label-map: {', '.join(unused[:10])}."] if unused else []
     return " ".join([*notes, *filter(None, [other_classes(names, options.known)])])
 
@@ -100,7 +104,8 @@ def tag_target(parts: Split, options: LabelOptions) -> Target:
     trained = {tag for record in parts.training_records() for tag in names_of(record, "tags", {})}
     held_out = dict.fromkeys(tag for record in parts.held_out for tag in names_of(record, "tags", {}))
     known = _renamed(trained, options.label_map)
-    new = [tag for tag in held_out if options.label_map.get(tag, tag) not in known]
+    alike = set(map(composed, known))
+    new = [tag for tag in held_out if composed(renamed(tag, options.label_map)) not in alike]
     if new and options.is_evaluation_given:
         raise _new_labels("tag", new, known)
     seen = {*trained, *held_out}
@@ -192,9 +197,10 @@ class _Labels:
         return "class", ""
 
 
-def _check_evaluation(records: Iterable[Record], kind: Kind, trained: Set[str], label_map: Mapping[str, str]) -> None:
+def _check_evaluation(records: Iterable[Record], kind: Kind, known: Set[str], label_map: Mapping[str, str]) -> None:
+    trained = set(map(composed, known))
     for record in records:
-        new = [name for name in names_of(record, kind, label_map) if name not in trained]
+        new = [name for name in names_of(record, kind, label_map) if composed(name) not in trained]
         if new:
             raise _new_labels("label", new, trained, location(record))
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import re
 import shlex
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -72,9 +74,10 @@ class Target:
 
     @cached_property
     def ids(self) -> Mapping[str, int]:
-        """Name of each class -> its index; also its number, if the classes have only numbered names."""
+        """Name of each class, also composed, -> its index; also its number, if the classes have only numbered names."""
         numbers = {str(number): number for number in range(len(self.names))} if self.has_default_names else {}
-        return {**numbers, **{name: number for number, name in enumerate(self.names)}}
+        names = {name: number for number, name in enumerate(self.names)}
+        return {**numbers, **{composed(name): number for name, number in names.items()}, **names}
 
     def ids_of(self, record: Record) -> list[int]:
         """Return the classes of a row, in ascending order, or the tag of each of its words, as indices into `names`.
@@ -83,11 +86,15 @@ class Target:
             DataError: The row has no label, a label of another type, or a name that the model lacks.
         """
         found = names_of(record, self.kind, self.label_map)
-        unknown = [name for name in found if name not in self.ids]
-        if unknown:
-            raise _unknown(unknown[0], self.names, location(record))
-        ids = [self.ids[name] for name in found]
-        return ids if self.kind == "tags" else sorted(set(ids))
+        ids = [self.id_of(name) for name in found]
+        if None in ids:
+            raise _unknown(found[ids.index(None)], self.names, location(record))
+        known = [number for number in ids if number is not None]
+        return known if self.kind == "tags" else sorted(set(known))
+
+    def id_of(self, name: str) -> int | None:
+        """Return the index of a class, or None if the model lacks it; equal characters may have other code points."""
+        return self.ids.get(name, self.ids.get(composed(name)))
 
     def with_options(self, options: LabelOptions) -> Target:
         """Return this target for other data.
@@ -100,7 +107,7 @@ class Target:
         """
         options.check_kind(self.kind)
         for name in options.label_map.values():
-            if name not in self.ids:
+            if self.id_of(name) is None:
                 raise ConfigError.of("label_map", name, allowed=self.names)
         scheme, note = self.scheme, self.note
         if self.kind == "tags":
@@ -172,7 +179,7 @@ class LabelOptions:
         label_type: What a label is; "auto" decides by the values.
         is_evaluation_given: Whether the user passed evaluation data, which may then not contain new labels.
         known: Names of the classes of the model's own head, in order; empty if it has none.
-        label_map: Name of a label in the data -> its name in the model.
+        label_map: Name of a label in the data, which becomes composed, -> its name in the model.
         tag_scheme: The scheme of the tags; "auto" recognizes it.
     """
 
@@ -181,6 +188,9 @@ class LabelOptions:
     known: tuple[str, ...] = ()
     label_map: Mapping[str, str] = field(default_factory=dict)
     tag_scheme: str = "auto"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "label_map", {composed(name): known for name, known in self.label_map.items()})
 
     @property
     def given_scheme(self) -> str | None:
@@ -199,6 +209,18 @@ class LabelOptions:
         if self.given_scheme is not None and kind != "tags":
             text = "tag_scheme does not apply, because no tags are predicted; omit it."
             raise UsageError(text, what=self.tag_scheme, field="tag_scheme")
+
+
+def composed(name: str) -> str:
+    """Return the composed form (NFC) of a name, which is the same for all spellings of the same characters."""
+    return unicodedata.normalize("NFC", name)
+
+
+def spelled_once(names: Iterable[str]) -> set[str]:
+    """Return names as they are, except that different spellings of the same characters become one, the composed one."""
+    distinct = set(names)
+    count = Counter(map(composed, distinct))
+    return {name if count[composed(name)] == 1 else composed(name) for name in distinct}
 
 
 def default_names(count: int) -> tuple[str, ...]:
@@ -230,7 +252,7 @@ def ordered(found: Iterable[str], known: Sequence[str] = ()) -> tuple[str, ...]:
     """
     names = set(found)
     for own in _own_names(known):
-        if names <= set(own):
+        if set(map(composed, names)) <= set(map(composed, own)):
             return own
     if {_spelling(name) for name in names} <= {_spelling(name) for name in known}:
         raise _unknown(min(names.difference(known), key=_place), known)
@@ -263,7 +285,7 @@ def other_classes(names: Sequence[str], known: Sequence[str]) -> str:
 
 def _spelling(name: str) -> str:
     """Return a name without case, spaces, hyphens and underscores; a number as it is."""
-    return name if _NUMBER.fullmatch(name) else re.sub(r"[\s_-]+", "", name.casefold()) or name
+    return name if _NUMBER.fullmatch(name) else re.sub(r"[\s_-]+", "", composed(name).casefold()) or name
 
 
 def _unknown(name: str, known: Sequence[str], where: str = "") -> DataError:
@@ -299,7 +321,12 @@ def names_of(record: Record, kind: Kind, label_map: Mapping[str, str]) -> tuple[
         if problem := problem_of(label, kind):
             raise unfit(record, problem)
         found = _class_names(label, kind)
-    return tuple(label_map.get(name, name) for name in found)
+    return tuple(renamed(name, label_map) for name in found)
+
+
+def renamed(name: str, label_map: Mapping[str, str]) -> str:
+    """Return the name in the model of a label in the data; see `LabelOptions.label_map`."""
+    return label_map.get(name, label_map.get(composed(name), name))
 
 
 def _class_names(label: Label, kind: Kind) -> tuple[str, ...]:

@@ -18,7 +18,18 @@ import torch
 from torch import nn
 
 from lorakit import core, hub
-from lorakit.data import AnyRecords, Batch, Records, Report, Request, Split, Tokenizer, padding_id, read_records
+from lorakit.data import (
+    AnyRecords,
+    Batch,
+    Records,
+    Report,
+    Request,
+    Split,
+    Tokenizer,
+    few_rows,
+    padding_id,
+    read_records,
+)
 from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration, accelerate
@@ -379,9 +390,11 @@ class _Coding:
                 raise
             base = None
             say(f"The base is not measured, because only the adapter's tokenizer renders the data. {cause}")
-        total, *losses = (base or next(iter(found.values())))[1].lines()
+        report = (base or next(iter(found.values())))[1]
+        total, *losses = report.lines()
         detail(f"data: {total}")
-        for line in losses:
+        few = few_rows(report.sequences, self.task.target.kind == "class", "Measure more rows.")
+        for line in [*losses, *filter(None, [few])]:
             say(line)
         for name in found if base is not None else ():
             own = f"{name}: the adapter has its own tokenizer"

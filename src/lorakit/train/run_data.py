@@ -125,6 +125,7 @@ def read_data(
     settings: TrainSettings,
     record: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
+    trained: JsonValue = None,
 ) -> data.Split:
     """Read the training and evaluation files; if no evaluation files are given, hold out some training data.
 
@@ -132,6 +133,7 @@ def read_data(
         settings: The run's settings; only those about data and the seed are used.
         record: Contents of `run.json` if the run is resumed, or None.
         say: Function that receives a message about the first row that is skipped while streaming.
+        trained: Shape and columns of the training data of the adapter that a new run starts from, or None.
 
     Returns:
         The training and evaluation records.
@@ -141,7 +143,9 @@ def read_data(
         ConfigError: A name in `data_weights` is not one of the training data.
         UsageError: The data is to be streamed, but cannot be, or the number of steps is not given.
     """
-    request = settings.row_request()
+    if record is not None:
+        trained = (record.get("from_adapter") or {}).get("rows")
+    request = settings.row_request().with_usual(trained)
     weights_of(settings.data, settings.data_weights)
     if is_streamed(settings, record):
         if settings.max_steps is None:

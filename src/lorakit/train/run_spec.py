@@ -110,7 +110,7 @@ class RunSpec:
         start = start_adapter(settings, record)
         if start is not None and record is None:
             settings = start.completed(settings)
-        data = run_data.read_data(settings, record, progress.say)
+        data = run_data.read_data(settings, record, progress.say, None if start is None else start.origin.get("rows"))
         if settings.early_stopping_patience is not None and not data.held_out:
             raise UsageError(
                 f"early_stopping_patience requires evaluation data. {data.note}", field="early_stopping_patience"

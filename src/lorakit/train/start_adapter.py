@@ -38,7 +38,8 @@ class StartAdapter:
     Attributes:
         adapter: The adapter: the given one or, if the run is resumed, the one in the newest checkpoint.
         origin: Origin of the given adapter, as plain JSON values: `name` (as given), `sha256` (of its weights file),
-            `base_name`, and `steps` (number of optimizer steps that trained it); unknown values are None.
+            `base_name`, `steps` (number of optimizer steps that trained it), and `rows` (`shape` and `columns` of its
+            training data); unknown values are None.
         optimizer: Checkpoint with the optimizer state to continue with, or None.
     """
 
@@ -183,7 +184,8 @@ def start_adapter(settings: TrainSettings, record: Mapping[str, Any] | None) -> 
             field="overwrite",
         )
     origin = _origin(settings.from_adapter, found)
-    if record is not None and record.get("from_adapter") != origin:
+    before = None if record is None else record.get("from_adapter") or {}
+    if before is not None and {**before, "rows": None} != {**origin, "rows": None}:
         raise RunError(
             f"cannot resume {folder}: it has no valid checkpoint, and {settings.from_adapter} is not the adapter that "
             "the run started from; restore that adapter, or use another --output-dir.",
@@ -191,7 +193,8 @@ def start_adapter(settings: TrainSettings, record: Mapping[str, Any] | None) -> 
             where=folder,
             field="from_adapter",
         )
-    return StartAdapter(found, origin, _optimizer(found, settings) if settings.from_optimizer else None)
+    optimizer = _optimizer(found, settings) if settings.from_optimizer else None
+    return StartAdapter(found, origin if before is None else before, optimizer)
 
 
 def find_adapter(given: str) -> Path:
@@ -231,7 +234,8 @@ def _origin(given: str, found: core.TrainedAdapter) -> JsonObject:
         before = training["from_adapter"].get("steps")
         steps = steps + before if isinstance(before, int) else None
     base = found.facts.get("base_name") or found.config.base_model_name_or_path
-    return {"name": given, "sha256": found.weights_sha256, "base_name": base, "steps": steps}
+    rows = {name: training.get(name) for name in ("shape", "columns")} if isinstance(training, dict) else None
+    return {"name": given, "sha256": found.weights_sha256, "base_name": base, "steps": steps, "rows": rows}
 
 
 def _steps(training: JsonValue) -> int | None:

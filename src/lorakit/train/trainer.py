@@ -260,8 +260,9 @@ def _report_data(spec: RunSpec, batches: RunBatches, progress: Progress) -> None
         progress.detail(f"evaluation data: {total}")
         for line in losses:
             progress.say(f"evaluation data: {line}")
-        if few := few_rows(batches.held_out_report.sequences, spec.task.target.kind == "class"):
-            progress.say(f"warning: {few}")
+        remedy = "Repeat the run with other seeds (--seed), or pass more rows with --eval-data."
+        if few := few_rows(batches.held_out_report.sequences, spec.task.target.kind == "class", remedy):
+            progress.say(few)
 
 
 def _first_row(spec: RunSpec) -> Sequence:
