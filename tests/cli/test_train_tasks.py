@@ -360,6 +360,7 @@ def test_bad_input_is_rejected_before_the_weights(
         raise AssertionError("the weights were loaded")
 
     monkeypatch.setattr(hub, "load_for_task", no_weights)
+    (bert / "chat_template.jinja").unlink()
     run = tmp_path / "run"
     flags = ["--model", bert, "--data", jsonl(tmp_path / "d.jsonl", rows), "--output-dir", run]
     assert call("train", *flags, *more) != 0

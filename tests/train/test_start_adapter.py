@@ -134,7 +134,8 @@ def test_where_an_adapter_comes_from_is_recorded(run: Run, other: list[Path], tm
     origin = record(folder)["from_adapter"]
     sha256 = core.inspect_adapter(source / "adapter").weights_sha256
     base = record(source)["resolved"]["base"]
-    assert origin == {"name": str(source), "sha256": sha256, "base_name": base, "steps": 3}
+    rows = {"shape": "text", "columns": {}}
+    assert origin == {"name": str(source), "sha256": sha256, "base_name": base, "steps": 3, "rows": rows}
     result = record(folder)["result"]
     facts = core.inspect_adapter(folder / "adapter").facts["training"]
     assert facts["from_adapter"] == {**origin, "eval_loss": result["first_loss"]}
