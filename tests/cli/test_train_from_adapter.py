@@ -47,6 +47,21 @@ def test_the_flags_and_the_result(
     assert "model is missing; pass --model" in capsys.readouterr().err
 
 
+def test_rows_held_out_that_the_adapter_was_trained_on_are_reported(
+    train: Train, tmp_path: Path, tiny_model_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": f"row {at} of these"}) + "\n" for at in range(10)))
+    same = ("--data", str(data), "--eval-fraction", "0.5")
+    call = [*same, "--max-length", "32", "--max-steps", "1", "--device", "cpu", "--dtype", "float32"]
+    model, source = ("--model", str(tiny_model_directory), "--r", "2"), ("--from-adapter", str(tmp_path / "source"))
+    found = {}
+    for folder, more in {"source": model, "same": source, "other": (*source, "--seed", "5")}.items():
+        assert cli.main(["train", *call, "--output-dir", str(tmp_path / folder), *more]) == 0
+        found[folder] = "trained on" in capsys.readouterr().out
+    assert found == {"source": False, "same": False, "other": True}
+
+
 def test_an_adapter_on_the_hub(
     train: Train, tmp_path: Path, tiny_model_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

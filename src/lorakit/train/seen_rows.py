@@ -23,13 +23,16 @@ MOST_BYTES = 1 << 28
 """Maximum size of training data that is read again to compare rows."""
 
 
-def seen_note(adapter: Path, facts: Mapping[str, Any], records: data.StoredRecords) -> str | None:
+def seen_note(
+    adapter: Path, facts: Mapping[str, Any], records: data.StoredRecords, *, by_file: bool = True
+) -> str | None:
     """Return a message about rows that an adapter was trained on, or None if there are none or nothing is known.
 
     Args:
         adapter: The adapter's directory: `adapter/` or a checkpoint of a run, or a copy.
         facts: Contents of its `lorakit.json`.
         records: The rows to evaluate on.
+        by_file: Whether they are all rows of their files, so that data of its run is a reason to doubt.
     """
     training = facts.get("training")
     hashes = training.get("data_sha256") if isinstance(training, Mapping) else None
@@ -37,7 +40,7 @@ def seen_note(adapter: Path, facts: Mapping[str, Any], records: data.StoredRecor
         return None
     parts = _split_of(adapter.parent, hashes)
     if parts is None:
-        same = [path for path, digest in records.digests().items() if digest in hashes.values()]
+        same = [path for path, digest in records.digests().items() if by_file and digest in hashes.values()]
         return (
             f"{adapter}: {same[0]} was data of its training run (for training or evaluation); rows that it was trained "
             "on say little about new data."
@@ -49,6 +52,8 @@ def seen_note(adapter: Path, facts: Mapping[str, Any], records: data.StoredRecor
     if seen:
         total = format_count(len(records), "row")
         return f"{adapter}: trained on {seen:,} of these {total}, which say little about new data."
+    if not by_file:
+        return None
     texts = {record.source for record in parts.train if isinstance(record, data.Document)}
     part = [path for path, digest in records.digests().items() if path in texts and digest in hashes.values()]
     return f"{adapter}: trained on a part of {part[0]}, which says little about new data." if part else None

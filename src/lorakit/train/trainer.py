@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from lorakit import core, hub
-from lorakit.data import Sequence, few_rows
+from lorakit.data import Sequence, StoredRecords, few_rows
 from lorakit.data.quality import marked, shown_tokens
 from lorakit.errors import DiskError, LorakitError, ModelError
 from lorakit.ops import choices
@@ -54,6 +54,7 @@ from lorakit.train.run_plan import autotuned_choices, check_space, disk_space, p
 from lorakit.train.run_spec import ADAPTER, RunSpec
 from lorakit.train.scaling import check_named_in_fp32, loss_scaler
 from lorakit.train.schedule import schedule
+from lorakit.train.seen_rows import seen_note
 from lorakit.train.settings import TrainSettings
 from lorakit.train.trackers import Trackers
 from lorakit.train.train_state import TrainState
@@ -255,6 +256,11 @@ def _report_data(spec: RunSpec, batches: RunBatches, progress: Progress) -> None
     row = shown_tokens(_first_row(spec), spec.tokenizer, names)
     progress.say(f"first row, with brackets around what contributes to the loss: {marked(row, most=SHOWN_CHARACTERS)}")
     progress.say(spec.data.note)
+    held_out, start = spec.data.held_out, None if spec.start is None else spec.start.adapter
+    if start is not None and isinstance(held_out, StoredRecords):
+        seen = seen_note(start.folder, start.facts, held_out, by_file=False)
+        if seen is not None:
+            progress.say(f"warning: evaluation data: {seen}")
     if batches.held_out_report is not None:
         total, *losses = batches.held_out_report.lines()
         progress.detail(f"evaluation data: {total}")
