@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,46 @@ def test_once_is_remembered_twice_raises(number: int, capfd: pytest.CaptureFixtu
         assert "finishing this step and saving a checkpoint" in capfd.readouterr().err
         os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
+
+
+CLOSED = """
+import os, signal, sys
+from lorakit.train.interrupts import recording, stoppable
+with stoppable(), recording() as interrupts:
+    print("ready", flush=True)
+    while not interrupts.requested:
+        signal.pause()
+    os.kill(os.getpid(), signal.SIGHUP)  # shells send it again
+    print("the step is finished", flush=True)
+    print("so is the checkpoint", file=sys.stderr, flush=True)
+with open(sys.argv[1], "w") as file:
+    file.write("saved")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="terminals")
+def test_a_closed_terminal_lets_the_step_finish(tmp_path: Path) -> None:
+    import pty
+
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-c", CLOSED, str(tmp_path / "saved")])
+    assert os.read(terminal, 5) == b"ready"
+    os.close(terminal)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (tmp_path / "saved").read_text() == "saved"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_the_program_ignores_stays_ignored(number: int) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with stoppable(), recording() as interrupts:
+            os.kill(os.getpid(), number)
+            assert not interrupts.requested
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 def test_in_another_thread_it_does_nothing() -> None:

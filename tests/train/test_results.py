@@ -74,8 +74,10 @@ def fails(*_: Any, **__: Any) -> Any:
         (results, "loss_plot", "loss.svg"),
         (run_adapter, "model_card", "adapter/README.md"),
         (results, "read_metrics", "loss.svg"),
+        (results, "metrics_at", "none"),
+        (results, "undefined_at", "none"),
     ],
-    ids=["plot", "card", "metrics"],
+    ids=["plot", "card", "metrics", "summary", "undefined"],
 )
 def test_what_fails_after_training_is_a_note(
     place: Any, name: str, missing: str, short_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch

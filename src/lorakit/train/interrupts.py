@@ -1,4 +1,8 @@
-"""Signal handling during a run: the first signal lets the current step finish; the second stops the run at once."""
+"""Signal handling during a run: the first signal lets the current step finish; the second stops the run at once.
+
+When a terminal is closed, programs in it receive SIGHUP, often twice (from the system and from the shell), and can no
+longer write to it. Signals that the program ignores, such as SIGHUP under `nohup`, stay ignored.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,14 @@ import contextlib
 import ctypes
 import os
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import TypeAlias
 
-_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasattr(signal, name))
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_HANGUP = getattr(signal, "SIGHUP", None)
 
 _ANSWER = b"\ninterrupted: finishing this step and saving a checkpoint; interrupt again to stop at once.\n"
 
@@ -38,8 +44,12 @@ class Interrupts:
         """Record the first signal.
 
         Raises:
-            KeyboardInterrupt: A signal was already recorded.
+            KeyboardInterrupt: A signal was already recorded, and this one does not say again that a terminal is closed.
         """
+        if number == _HANGUP:
+            _leave_terminal()
+        if self.requested and number == _HANGUP:
+            return
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
@@ -69,9 +79,9 @@ def recording(is_answered: bool = True) -> Iterator[Interrupts]:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Return a context manager that makes SIGTERM raise `KeyboardInterrupt`, as Ctrl-C does.
+    """Return a context manager that makes SIGTERM and SIGHUP raise `KeyboardInterrupt`, as Ctrl-C does.
 
-    If SIGTERM already has a handler, that handler is kept.
+    If a signal already has a handler, that handler is kept.
     """
     numbers = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
     with _handled(numbers, _stop):
@@ -79,7 +89,19 @@ def stoppable() -> Iterator[None]:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    if number == _HANGUP:
+        _leave_terminal()
     raise KeyboardInterrupt
+
+
+def _leave_terminal() -> None:
+    """Discard what this process writes to a terminal from now on, because writing to a closed terminal is an error."""
+    with contextlib.suppress(OSError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(null, descriptor)
+        os.close(null)
 
 
 @contextlib.contextmanager
@@ -89,7 +111,7 @@ def _handled(numbers: Iterable[int], receive: Callable[[int, FrameType | None], 
     try:
         for number in numbers if threading.current_thread() is threading.main_thread() else ():
             handler, action = signal.getsignal(number), _action(number)
-            if handler is not None or action is not None:
+            if handler is not signal.SIG_IGN and (handler is not None or action is not None):
                 before[number] = (handler, action)
                 signal.signal(number, receive)
         yield

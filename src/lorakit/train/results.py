@@ -183,8 +183,9 @@ def finish(run: Run) -> RunResult:
             notes.append(f"The evaluation data does not tell the adapter from {before}: the loss is the same.")
         elif loss is not None and state.first_loss is not None and loss > state.first_loss:
             notes.append(f"The adapter is not better than {before} on the evaluation data; do not use it.")
-    first_metrics, adapter_metrics = metrics_at(run, 0, step)
-    notes += [f"The metric {name} is undefined: {reason}." for name, reason in undefined_at(run, step).items()]
+    first_metrics, adapter_metrics = _attempt("The metrics", lambda: metrics_at(run, 0, step), notes) or ({}, {})
+    undefined = _attempt("The metrics", lambda: undefined_at(run, step), notes) or {}
+    notes += [f"The metric {name} is undefined: {reason}." for name, reason in undefined.items()]
     result = RunResult(
         folder=folder,
         ending=run.status,
