@@ -125,15 +125,15 @@ def test_a_file_with_the_same_status_under_another_name_is_hashed(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "content", [b"{", b"[]", b'{"format": 9, "files": []}', b'{"format": 2, "files": {}}', b"ENTRY"], ids=str
+    "content", [b"{", b"[]", b'{"format": 9, "files": []}', b'{"format": 3, "files": {}}', b"DIGIT"], ids=str
 )
 def test_a_damaged_cache_costs_a_hash(content: bytes, tmp_path: Path, cache: Path, hashed: list[str]) -> None:
     path = written(tmp_path / "a", b"one")
     file_hash(path)
     values = json.loads(cache.read_text(encoding="utf-8"))
     for entry in values["files"]:
-        entry["sha256"] = 5
-    cache.write_bytes(json.dumps(values).encode() if content == b"ENTRY" else content)
+        entry["sha256"] = entry["sha256"].translate({ord("b"): "c"})
+    cache.write_bytes(json.dumps(values).encode() if content == b"DIGIT" else content)
     assert file_hash(path) == sha256(b"one") and len(hashed) == 2
     assert file_hash(path) and len(hashed) == 2
 

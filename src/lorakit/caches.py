@@ -92,10 +92,10 @@ INT8 = Cache("int8", 3, (*_START, "batch_tokens"))
 AUTOTUNING = Cache("choices.json", 2, ("processor", "instructions", "threads", "kernels", "versions"))
 """Fastest kernels by shape, in one entry per machine; see `lorakit.speed.tuning`."""
 
-FILE_HASHES = Cache("weight_files.json", 2, ("path", "device", "inode", "size", "mtime_ns", "ctime_ns"))
+FILE_HASHES = Cache("weight_files.json", 3, ("path", "device", "inode", "size", "mtime_ns", "ctime_ns"))
 """Hashes of large files; see `lorakit.file_hashes`."""
 
-KERNELS = Cache("kernels", 1, ("source", "flags", "compiler", "instructions", "system", "define", "torch"))
+KERNELS = Cache("kernels", 2, ("source", "flags", "compiler", "instructions", "system", "define", "torch"))
 """Compiled kernels; see `lorakit.ops.kernels.building`."""
 
 MODELS = Cache("models", 1, ("source", "model", "versions"))

@@ -15,7 +15,6 @@ On Windows, where `st_ctime` is the time of creation, nothing is kept.
 from __future__ import annotations
 
 import os
-import re
 import stat
 import time
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lorakit.caches import FILE_HASHES
-from lorakit.durable import JsonObject, read_json, sha256_file, write_json
+from lorakit.durable import JsonObject, is_sealed, read_json, sealed, sha256_file, write_json
 from lorakit.errors import AdapterFileError, DiskError
 
 MOST_KEPT = 512
@@ -34,8 +33,6 @@ LEAST_KEPT = 1 << 20
 
 SETTLED_SECONDS = 2.0
 """Minimum age of a file's last change when its hash is kept; the coarsest clocks of file systems tick every 2 s."""
-
-_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class FileStatus(NamedTuple):
@@ -122,19 +119,13 @@ def _kept() -> dict[str, str]:
         content = read_json(FILE_HASHES.path(), 16 << 20)
     except (AdapterFileError, DiskError, OSError):
         return {}
-    is_known = isinstance(content, dict) and content.get("format") == FILE_HASHES.format
-    entries = content.get("files") if is_known else None
-    pairs = entries if isinstance(entries, list) else []
-    return {
-        entry["key"]: entry["sha256"]
-        for entry in pairs
-        if isinstance(entry, dict) and all(_SHA256.fullmatch(str(entry.get(name))) for name in ("key", "sha256"))
-    }
+    is_whole = isinstance(content, dict) and is_sealed(content) and content["format"] == FILE_HASHES.format
+    return {entry["key"]: entry["sha256"] for entry in content["files"]} if is_whole else {}
 
 
 def _keep(kept: dict[str, str]) -> None:
     newest: list[JsonObject] = [{"key": key, "sha256": value} for key, value in kept.items()]
     try:
-        write_json(FILE_HASHES.path(), {"format": FILE_HASHES.format, "files": newest[-MOST_KEPT:]})
+        write_json(FILE_HASHES.path(), sealed({"format": FILE_HASHES.format, "files": newest[-MOST_KEPT:]}))
     except (DiskError, OSError):
         return  # the files will be hashed again next time

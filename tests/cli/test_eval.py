@@ -118,5 +118,6 @@ def test_what_is_refused(
     assert "supports at most 128 tokens" in refused("--data", str(text), "--max-length", "999")
     tiny_llama.model.embed_tokens.weight.data.mul_(-1.5)
     other = _adapter(tiny_llama, tmp_path / "other", 1)
-    assert "a different base" in refused("--data", str(text), "--adapter", str(other))
+    said = refused("--data", str(text), "--adapter", str(other))
+    assert "a different base" in said and "pass --allow-base-mismatch." in said
     assert cli.main([*words, "--data", str(text), "--adapter", str(other), "--allow-base-mismatch"]) == 0

@@ -83,6 +83,30 @@ def test_what_is_refused(
         assert not (tmp_path / "a").exists()
 
 
+def test_another_family_of_models(
+    tiny_model_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transformers
+
+    sizes = transformers.AutoConfig.from_pretrained(tiny_model_directory).to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = transformers.Qwen2Config(**{n: sizes[n] for n in (*names, "num_key_value_heads")})
+    transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "qwen")
+    words = [
+        "--base",
+        tiny_model_directory,
+        "--tuned",
+        tmp_path / "qwen",
+        "--output-dir",
+        tmp_path / "out",
+        "--rank",
+        4,
+    ]
+    assert main(["extract", *map(str, words)]) == 0
+    said = capsys.readouterr().err
+    assert "warning: " in said and all(name in said for name in ("qwen2", "llama", "--base"))
+
+
 def test_experts_that_lie_one_by_one_in_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """transformers saves fused experts one by one, so the models are loaded; changes are found per expert."""
     model = MIXTRAL.model()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -43,6 +44,13 @@ def test_defaults_are_those_of_the_issue() -> None:
     assert (settings.target_modules, settings.r, settings.lora_alpha, settings.dtype) == ("all-linear", 16, 32, "auto")
     config = settings.lora_config()
     assert (config.r, config.lora_alpha, config.target_modules, config.bias) == (16, 32, "all-linear", "none")
+
+
+@pytest.mark.parametrize("alpha", [32, 32.0, 0.5])
+def test_the_settings_in_a_record_give_the_same_config(alpha: float) -> None:
+    for settings in (TrainSettings(**GIVEN), TrainSettings(**GIVEN, lora_alpha=alpha)):
+        again = TrainSettings(**json.loads(json.dumps(settings.as_dict())))
+        assert repr(again.lora_config()) == repr(settings.lora_config())
 
 
 def test_rates_by_pattern_come_as_words_or_as_a_table() -> None:

@@ -201,8 +201,11 @@ def load_adapters(model: nn.Module, adapters: Sequence[AdapterFiles], allow: Col
 
 
 @contextlib.contextmanager
-def naming_flags() -> Iterator[None]:
+def naming_flags(flags: type | None = None) -> Iterator[None]:
     """Return a context manager that extends a failed check's error message with the flag that overrides the check.
+
+    Args:
+        flags: Dataclass of the command's flags; None means `Allowances`.
 
     Raises:
         LorakitError: The error raised within the context, with the flag in its message.
@@ -211,7 +214,7 @@ def naming_flags() -> Iterator[None]:
         yield
     except LorakitError as error:
         name = f"allow_{error.override}"
-        if error.advice is None or name not in {field.name for field in fields(Allowances)}:
+        if error.advice is None or name not in {field.name for field in fields(flags or Allowances)}:
             raise
         raise type(error)(error.text(f"pass --{name.replace('_', '-')}"), **error.fields) from error
 

@@ -60,7 +60,7 @@ def run(
     from lorakit.train.evaluation import EvalSettings, compare
 
     known = adapters.remembered(model, files, flags.base.revision)
-    with working("evaluating"):
+    with adapters.naming_flags(BaseFlags), working("evaluating"):
         found = compare(
             EvalSettings(
                 model=known.source,

@@ -66,6 +66,11 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
     sources = [hub.resolve(given, console.note) for given in (flags.base, flags.tuned)]
     for source in sources:
         hub.require(source)
+    families = [hub.config_of(source).model_type for source in sources]
+    if families[0] != families[1]:
+        console.warning(
+            f"{flags.tuned} is a model of the family {families[1]}, and {flags.base} of {families[0]}; check --base."
+        )
     model, base, tuned = _read(*sources)
     config = _config(flags, model, sources[0])
     with naming_flags():

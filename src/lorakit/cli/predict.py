@@ -90,12 +90,12 @@ def run(
     )
     rows = predict(settings, console.note)
     if flags.output_file is None and json:
-        with working("predicting"):
+        with adapters.naming_flags(BaseFlags), working("predicting"):
             found = list(rows)
         console.emit_json({"predictions": found})
         return
     count = 0
-    with working("predicting"):
+    with adapters.naming_flags(BaseFlags), working("predicting"):
         first = list(itertools.islice(rows, 1))
         with _opened(flags.output_file) as write:
             for row in itertools.chain(first, rows):

@@ -156,6 +156,8 @@ def read_header(path: Path) -> GgufHeader:
                 raise _error(path, "not a GGUF file (it does not begin with GGUF).")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 header = _parse(path, _Reader(data))
+    except ModelError:  # a ValueError, too
+        raise
     except OSError as cause:
         raise _error(path, f"the file cannot be read ({cause.strerror}).") from None
     except struct.error:

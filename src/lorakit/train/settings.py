@@ -272,7 +272,7 @@ class TrainSettings(BaseModel):
         return LoraConfig(
             task_type=task_type or TaskType.CAUSAL_LM,
             r=self.r,
-            lora_alpha=self.lora_alpha,
+            lora_alpha=self.lora_alpha if self.lora_alpha % 1 else int(self.lora_alpha),  # 32 and 32.0 are one config
             lora_dropout=self.lora_dropout,
             target_modules=self.target_modules,
             use_dora=self.use_dora,

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from lorakit.durable import sha256_file
 from lorakit.ops.kernels import building, compiled
 
 needs_a_compiler = pytest.mark.skipif(
@@ -128,6 +129,32 @@ def test_what_lies_in_the_shared_temporary_folder_is_not_looked_at(
     monkeypatch.setattr(building.ctypes, "CDLL", lambda *_, **__: pytest.fail("loaded"))
     assert building.built("").functions is None
     assert not list(planted.iterdir())
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("damage", ["truncated", "one bit"])
+def test_a_damaged_library_is_built_again_and_not_loaded(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader accepts both: the first ends the process when it is used, the second computes with another constant."""
+    assert building.built("").functions is not None
+    (made,) = (tmp_path / "cache" / "kernels").iterdir()
+    whole = made.read_bytes()
+    changed = bytearray(whole)
+    changed[len(whole) // 2] ^= 1
+    copy = made.with_name("copy")  # the loaded library is mapped
+    copy.write_bytes(whole[: len(whole) // 2] if damage == "truncated" else bytes(changed))
+    copy.replace(made)
+    made.chmod(0o700)
+    building.built.cache_clear()
+    load = building.ctypes.CDLL
+
+    def loaded(name: str, *more: Any, **words: Any) -> Any:
+        assert Path(name).name == "rows.so" or sha256_file(name)[:8] in Path(name).name
+        return load(name, *more, **words)
+
+    monkeypatch.setattr(building.ctypes, "CDLL", loaded)
+    assert building.built("").functions is not None
 
 
 @needs_a_compiler

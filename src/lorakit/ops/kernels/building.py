@@ -33,6 +33,7 @@ from typing import NamedTuple
 import torch  # also loads torch's thread library, which must be loaded before a kernel uses it
 
 from lorakit.caches import KERNELS
+from lorakit.durable import sha256_file
 
 SWITCH = "LORAKIT_KERNELS"
 """Environment variable; "off" disables the compiled kernels."""
@@ -104,13 +105,21 @@ def _compiler() -> list[str]:
 
 
 def _library(compiler: list[str], define: str, folder: Path) -> ctypes.CDLL:
-    """Load the library from `folder`. If the library is missing, damaged or writable by others, build it first."""
-    path = folder / f"rows-{_key(compiler, define)}.so"
-    if is_private_file(path):
+    """Load the library from `folder`. If the library is missing, damaged or writable by others, build it first.
+
+    Its name ends in its hash: a damaged library can compute wrong numbers, and loading a truncated one can end the
+    process.
+    """
+    name = f"rows-{_key(compiler, define)}"
+    for path in folder.glob(f"{name}-*.so"):
         with contextlib.suppress(OSError):
-            return ctypes.CDLL(str(path))
-    _build(compiler, define, path)
-    return ctypes.CDLL(str(path))
+            if is_private_file(path) and path.stem == f"{name}-{_hash(path)}":
+                return ctypes.CDLL(str(path))
+    return ctypes.CDLL(str(_build(compiler, define, folder, name)))
+
+
+def _hash(path: Path) -> str:
+    return sha256_file(path)[:24]
 
 
 def _key(compiler: list[str], define: str) -> str:
@@ -140,14 +149,14 @@ def _instructions() -> str:
     return " ".join(sorted(line.split())) or platform.node()
 
 
-def _build(compiler: list[str], define: str, path: Path) -> None:
-    """Compile rows.c into `path`, with threads if PyTorch's thread library can be shared.
+def _build(compiler: list[str], define: str, folder: Path, name: str) -> Path:
+    """Compile rows.c into `folder`, with threads if PyTorch's thread library can be shared.
 
     The compiled library must not load a second thread library, because two thread pools on the same cores wait for each
     other. It is therefore linked without a thread library and uses the one that PyTorch has loaded. If PyTorch's thread
     library lacks a required symbol, rows.c is compiled without threads.
     """
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made, whole = Path(scratch) / "rows.o", Path(scratch) / "rows.so"
         defines = [f"-D{define}"] if define else []
         for threads, width in (("-fopenmp", WIDEST), ("-fopenmp", ""), ("-fopenmp-simd", ""), ("", "")):
@@ -157,11 +166,8 @@ def _build(compiler: list[str], define: str, path: Path) -> None:
             if _runs([*compiler, "-shared", str(made), "-lm", "-o", str(whole)]) and _loads(whole):
                 whole.chmod(0o700)
                 _flush(whole)
-                whole.replace(path)
-                return
-    raise OSError(
-        f"{shlex.join(compiler)} could not compile {SOURCE.name}, or {path.parent} does not allow executables"
-    )
+                return whole.replace(folder / f"{name}-{_hash(whole)}.so")
+    raise OSError(f"{shlex.join(compiler)} could not compile {SOURCE.name}, or {folder} does not allow executables")
 
 
 def _runs(command: list[str]) -> bool:
