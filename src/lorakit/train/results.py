@@ -184,8 +184,7 @@ def finish(run: Run) -> RunResult:
         elif loss is not None and state.first_loss is not None and loss > state.first_loss:
             notes.append(f"The adapter is not better than {before} on the evaluation data; do not use it.")
     first_metrics, adapter_metrics = _attempt("The metrics", lambda: metrics_at(run, 0, step), notes) or ({}, {})
-    undefined = _attempt("The metrics", lambda: undefined_at(run, step), notes) or {}
-    notes += [f"The metric {name} is undefined: {reason}." for name, reason in undefined.items()]
+    notes += _attempt("The metrics", lambda: undefined_at(run, step), notes) or []
     result = RunResult(
         folder=folder,
         ending=run.status,

@@ -306,15 +306,16 @@ def metrics_at(run: Run, *steps: int | None) -> list[dict[str, float | None]]:
     return [{name: row[f"eval_{name}"] for name in names if f"eval_{name}" in row} for row in found]
 
 
-def undefined_at(run: Run, step: int | None) -> dict[str, str]:
-    """Return the metrics that the evaluation at a step does not define, each with the reason.
+def undefined_at(run: Run, step: int | None) -> list[str]:
+    """Return a sentence for each metric that the evaluation at a step does not define, with the reason.
 
     Args:
         run: The run.
         step: The step; None for a step that does not exist.
     """
     rows = {row["step"]: row for row in read_metrics(run.spec.folder).evaluations}
-    return dict(rows.get(step, {}).get("eval_undefined", {}))
+    found = rows.get(step, {}).get("eval_undefined", {})
+    return [f"The metric {name} is undefined: {reason}." for name, reason in found.items()]
 
 
 def adapter_metadata(run: Run) -> dict[str, Any]:
