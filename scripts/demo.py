@@ -111,23 +111,16 @@ def model_directory() -> Path:
 
 def ask(directory: Path, adapter: Path | None) -> None:
     """Print the base's and the adapter's continuations side by side."""
-    import torch
+    import lorakit
 
-    from lorakit import core, hub
-    from lorakit.generate import generate_batch
-
-    model, tokenizer = hub.load_model(directory), hub.load_tokenizer(directory)
-    if adapter is not None:
-        core.load_adapter(model, adapter, "reference")
-    rows = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS for _ in range(2)]
-    names = [None, "reference"] * len(PROMPTS)  # base and adapter in one batch
-    answers: list[list[int]] = [[] for _ in rows]
-    with torch.inference_mode():
-        for new in generate_batch(model, rows, max_new_tokens=40, eos_ids={tokenizer.eos_token_id}, adapters=names):
-            answers[new.row].append(new.token)
+    adapters = {} if adapter is None else {"reference": adapter}
+    names = [None, next(iter(adapters), None)] * len(PROMPTS)  # base and adapter in one batch
+    prompts = [prompt for prompt in PROMPTS for _ in range(2)]
+    with lorakit.open_session(str(directory), adapters) as session:
+        answers = session.generate_batch(prompts, names, chat=False, max_new_tokens=40)
     for number, prompt in enumerate(PROMPTS):
         print(f"\n{prompt} ...")
-        texts = [tokenizer.decode(answers[2 * number + side], skip_special_tokens=True) for side in (0, 1)]
+        texts = [answer.text for answer in answers[2 * number : 2 * number + 2]]
         print(side_by_side("base", "with the adapter", *texts))
 
 

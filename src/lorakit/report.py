@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
+INT8_FILE = "int8.safetensors"  # input scales of a base that is multiplied in int8
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ FLOORS |= {
     "generate": 6,
     "peft": 6,
 }
-FLOORS |= {"tasks": 7, "train": 8, "serve": 8, "cli": 9, "__main__": 10}
+FLOORS |= {"tasks": 7, "session": 8, "train": 9, "serve": 9, "cli": 10, "__main__": 11}
 LOWEST = {
     "torch": 0,
     "safetensors": 0,

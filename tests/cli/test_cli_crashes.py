@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from lorakit import core, hub
-from lorakit.cli import combine, merged_model
-from lorakit.cli.adapters import read_adapters
+from lorakit.cli import combine
 from lorakit.durable import TEMPORARY, sweep
+from lorakit.session import merging, session_spec
 
 from ..laws.crashing import How, at_every_operation
 from ..laws.snapshots import files
@@ -61,12 +61,10 @@ def test_a_crash_in_combine(how: How, save_adapter: Save, tiny_model_directory: 
 @pytest.mark.slow
 def test_a_crash_in_merge(save_adapter: Save, tiny_model_directory: Path, tmp_path: Path) -> None:
     adapter = str(save_adapter("one"))
-    source = hub.resolve(str(tiny_model_directory), lambda text: None)
 
     def work(root: Path) -> None:
-        given = read_adapters([adapter])
-        order = merged_model.MergeRequest(source, given, [adapter], root / "out", "auto", False, ())
-        merged_model.write_merged(order, lambda text: None)
+        spec = session_spec(str(tiny_model_directory), {adapter: core.read_adapter(adapter)})
+        merging.write_merged(merging.MergeRequest(spec, root / "out"), lambda text: None)
 
     judge = judge_of(work, tmp_path)
     (tmp_path / "template").mkdir()

@@ -13,6 +13,7 @@ from lorakit.cli.flag_groups import BASE, ROWS, BaseFlags, RowFlags
 from lorakit.data import Request
 from lorakit.errors import ConfigError
 from lorakit.plan.quantized import Quantization
+from lorakit.session import LoadOptions
 
 
 @pytest.fixture
@@ -84,6 +85,8 @@ def test_the_request_has_all_flags() -> None:
 
 
 def test_the_base_without_flags_and_with_all() -> None:
-    assert (BASE.stored_as(), BASE.allow) == (None, ())
+    assert BASE.options(None) == LoadOptions()
     flags = BaseFlags(quantization="nf4", double_quantization=False, allow_base_mismatch=True)
-    assert (flags.stored_as(), flags.allow) == (Quantization("nf4", False), ("base_mismatch",))
+    assert flags.options(None) == LoadOptions(quantization=Quantization("nf4", False), allow=("base_mismatch",))
+    assert BaseFlags("main").options("owner/name@main").revision is None  # the name has it
+    assert BaseFlags("main").options(None).revision == "main"

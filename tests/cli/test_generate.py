@@ -14,11 +14,13 @@ import torch
 
 from lorakit import core, hub
 from lorakit.cli import answers, main, prompts
-from lorakit.cli.prompts import encode_prompts, read_chats, read_tools
+from lorakit.cli.prompts import read_chats, read_tools
 from lorakit.config import LoraConfig
 from lorakit.data.named_templates import use_template
 from lorakit.errors import DataError
 from lorakit.generate import generate
+from lorakit.session import Answer
+from lorakit.session.prompts import encode_prompts
 
 Save = Callable[..., Path]
 
@@ -127,7 +129,7 @@ def test_columns_on_a_wide_terminal(tiny_tokenizer: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr("sys.stdout", screen)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERM", "xterm")
-    rows = [answers.Answer("base", tiny_tokenizer, [1]), answers.Answer("mine", tiny_tokenizer, [1])]
+    rows = [Answer("base", tiny_tokenizer, [1]), Answer("mine", tiny_tokenizer, [1])]
     ids = tiny_tokenizer("hello")["input_ids"]
     stream = [NewToken(row, token, "length" if token == ids[-1] else None) for token in ids for row in (0, 1)]
     answers.show(rows, stream)
@@ -147,7 +149,7 @@ def test_a_models_terminal_commands_are_not_obeyed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("sys.stdout", screen)
     monkeypatch.setenv("COLUMNS", "20")  # too narrow for columns side by side
     for labels in (["one"], ["one", "two"]):
-        rows = [answers.Answer(label, Tokenizer(), [1]) for label in labels]
+        rows = [Answer(label, Tokenizer(), [1]) for label in labels]
         answers.show(rows, [NewToken(row, 2, "length") for row in range(len(rows))])
     assert screen.getvalue().count("a␛[2Jb") == 3
     assert "\x1b[2J" not in screen.getvalue()

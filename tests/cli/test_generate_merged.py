@@ -13,8 +13,8 @@ import torch
 from lorakit import core, hub
 from lorakit.cli import main
 from lorakit.cli.generate import WORTHWHILE_TOKENS
-from lorakit.cli.prompts import encode_prompts
 from lorakit.generate import generate
+from lorakit.session.prompts import encode_prompts
 
 Save = Callable[..., Path]
 TOKENS = 8

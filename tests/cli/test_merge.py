@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from lorakit import core, durable, hub
-from lorakit.cli import main, merge, merged_model
+from lorakit.cli import main, merge
 from lorakit.errors import BaseMismatchError
+from lorakit.session import merging
 
 Save = Callable[..., Path]
 IDS = torch.tensor([[5, 17, 200, 3, 9, 44]])
@@ -191,8 +192,8 @@ def test_where_fp32_does_not_fit_the_models_own_precision_is_compared(
 ) -> None:
     import dataclasses
 
-    small = dataclasses.replace(merged_model.this_machine(), available_bytes=1000)
-    monkeypatch.setattr(merged_model, "this_machine", lambda: small)
+    small = dataclasses.replace(merging.this_machine(), available_bytes=1000)
+    monkeypatch.setattr(merging, "this_machine", lambda: small)
     tiny_llama.bfloat16().save_pretrained(tmp_path / "low")
     one = save_adapter("one", model=hub.load_model(tmp_path / "low"))
     merged("--model", tmp_path / "low", "--adapter", one, "--output-dir", tmp_path / "out")
@@ -271,8 +272,8 @@ def test_a_disk_that_refuses(
 
 
 def test_doubts_are_put_into_words() -> None:
-    probe = merged_model.Probe(0.4, 1.0, "float32", 0.5, 0.9)
-    done = merged_model.Merged(Path("out"), "bfloat16", 1, 2, False, True, core.MergeReport((), (), 0))
+    probe = merging.Probe(0.4, 1.0, "float32", 0.5, 0.9)
+    done = merging.Merged(Path("out"), "bfloat16", 1, 2, False, True, core.MergeReport((), (), 0))
     (sentence,) = merge.merge_warnings(done, probe)
     assert "by up to 0.4" in sentence and "by up to 0.5" in sentence
     assert sentence.endswith("--dtype float32 may preserve it.")

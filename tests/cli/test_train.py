@@ -16,9 +16,9 @@ import torch
 
 from lorakit import cli, core, hub
 from lorakit.data import encoding
+from lorakit.session import Evaluation
 from lorakit.train import checkpoint, loop, run_folder
 from lorakit.train.defaults import ALIASES, DEFAULTS
-from lorakit.train.evaluation import Evaluation
 
 from ..docs.test_format import listed
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lorakit import cli, hub
-from lorakit.cli.prompts import encode_prompts, prompt_format
+from lorakit.session.prompts import encode_prompts, prompt_format
 
 Train = Callable[..., int]
 
@@ -180,20 +180,22 @@ def test_short_names_and_names_of_other_tools(train: Train, tmp_path: Path, caps
     assert "lr and learning_rate are the same setting" in capsys.readouterr().err
 
 
-def test_prompts_are_formatted_as_in_training(tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompts_are_formatted_as_in_training(tiny_tokenizer: Any) -> None:
+    def form(trained: list[Any], chat: bool | None = None) -> tuple[str, str]:
+        found, remark = prompt_format(tiny_tokenizer, trained, chat)
+        return found, remark.text if remark else ""
+
     plain, chat, none = ({"training": {"prompt_format": form}} for form in ("text", "chat", None))
     instruction = {"training": {"prompt_format": "instruction"}}
-    assert prompt_format(tiny_tokenizer, [], None) == prompt_format(tiny_tokenizer, [none], None) == "chat"
-    assert prompt_format(tiny_tokenizer, [chat], None) == "chat"
+    assert form([]) == form([none]) == form([chat]) == ("chat", "")
     for odd in ({"training": None}, {"training": {"prompt_format": "verse"}}, {"training": [1]}, {}):
-        assert prompt_format(tiny_tokenizer, [odd], None) == "chat"
-    assert capsys.readouterr().err == ""
-    assert prompt_format(tiny_tokenizer, [plain], None) == "text"
-    assert "as in the adapter's training data (as plain text)" in capsys.readouterr().err
-    assert prompt_format(tiny_tokenizer, [plain, chat], None) == "chat"
-    assert prompt_format(tiny_tokenizer, [plain], True) == "chat"
-    assert "trained on prompts in another format (as plain text)" in capsys.readouterr().err
+        assert form([odd]) == ("chat", "")
+    followed, text = form([plain])
+    assert followed == "text" and "as in the adapter's training data (as plain text)" in text
+    assert form([plain, chat]) == ("chat", "")
+    asked, text = form([plain], chat=True)
+    assert asked == "chat" and "trained on prompts in another format (as plain text)" in text
     tiny_tokenizer.chat_template = None
-    assert prompt_format(tiny_tokenizer, [instruction], None) == "instruction"
+    assert form([instruction])[0] == "instruction"
     (ids,) = encode_prompts(["hello"], tiny_tokenizer, "instruction", "be brief")
     assert tiny_tokenizer.decode(ids) == "be brief\n\nhello\n\n"

@@ -17,7 +17,7 @@ from lorakit.cli import main
 from lorakit.core.operations import int8_base
 from lorakit.hub import converting
 from lorakit.mapped_files import file_mappings
-from lorakit.train.int8_base import unsupported
+from lorakit.session.int8 import unsupported
 
 needs_units = pytest.mark.skipif(bool(unsupported(torch.device("cpu"))), reason="the processor has no int8 units")
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from lorakit.cli.prompts import encode_prompts
 from lorakit.data import Completion, Conversation, Message, encode
 from lorakit.data.chat import conversation_tokens
 from lorakit.errors import DataError
+from lorakit.session.prompts import encode_prompts
 
 from ..conftest import CHAT_TEMPLATE
 

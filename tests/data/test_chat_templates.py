@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from lorakit.cli.prompts import encode_prompts
 from lorakit.data import Conversation, Message, encode
 from lorakit.data.chat import TokenizedRow, conversation_tokens, end_tokens
 from lorakit.errors import DataError
+from lorakit.session.prompts import encode_prompts
 
 trl = pytest.importorskip("trl")
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"

@@ -12,7 +12,8 @@ from torch import nn
 
 from lorakit.data import Batch
 from lorakit.errors import DataError, NonFiniteError, RunError
-from lorakit.train.evaluation import Evaluation, evaluate, evaluating
+from lorakit.session.measuring import Evaluation, evaluating
+from lorakit.train.evaluation import evaluate
 
 
 class Noisy(nn.Module):

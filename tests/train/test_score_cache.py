@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from lorakit.caches import CACHES, EVALUATIONS
 from lorakit.ops.int8 import why_no_int8_matmuls
 from lorakit.report import read_metrics
+from lorakit.session.measuring import Evaluation
 from lorakit.train import loop, score_cache, start_key
-from lorakit.train.evaluation import Evaluation, evaluate
+from lorakit.train.evaluation import evaluate
 from lorakit.train.settings import TrainSettings
 from lorakit.train.trainer import run
 

@@ -16,10 +16,11 @@ from lorakit.core.clones import has_observers, own_class
 from lorakit.core.model.index import AdapterIndex
 from lorakit.data import Batch
 from lorakit.errors import MergeError, NotYetSupported, UsageError
+from lorakit.session.measuring import IDLE
 from lorakit.tasks import CAUSAL_LM
 from lorakit.tasks.embedding import EMBEDDING
 from lorakit.train import sharding
-from lorakit.train.evaluation import IDLE, own_batches
+from lorakit.train.evaluation import own_batches
 from lorakit.train.processes import ALONE, Processes
 from lorakit.train.sharding import Parallel, blocks_of, choose_parallel, obstacle, shard_base
 from lorakit.train.step import idle_batches

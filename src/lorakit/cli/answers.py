@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorakit.cli import console
 from lorakit.errors import printable
@@ -17,7 +17,8 @@ from lorakit.tables import display_width, format_count, format_rate, is_animated
 from lorakit.terminal import drawing_console, write_model_text
 
 if TYPE_CHECKING:
-    from lorakit.generate import NewToken, Tokenizer
+    from lorakit.generate import NewToken
+    from lorakit.session import Answer
 
 MIN_COLUMN = 36  # characters; narrower columns are hard to read
 _ENDINGS = {
@@ -26,53 +27,6 @@ _ENDINGS = {
     "context": "stopped at the model's context length",
     None: "interrupted",
 }
-
-
-class Answer:
-    """An answer that is being generated.
-
-    Args:
-        label: Display name of the model or adapter.
-        tokenizer: Tokenizer that decodes the tokens.
-        prompt_ids: Token ids of the prompt.
-    """
-
-    def __init__(self, label: str, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
-        from lorakit.generate import TextStream
-
-        self.label = label
-        self.text = ""
-        self.tokens = 0
-        self.ended: str | None = None
-        self.seconds = 0.0
-        self._stream = TextStream(tokenizer, prompt_ids)
-
-    def add(self, new: NewToken) -> str:
-        """Add a token.
-
-        Args:
-            new: The generated token.
-
-        Returns:
-            The text that the token adds.
-        """
-        self.tokens += 1
-        self.ended = new.ended
-        piece = self._stream.push(new.token)
-        if new.ended is not None:
-            piece += self._stream.finish()
-        self.text += piece
-        return piece
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the answer as plain JSON values."""
-        return {
-            "name": self.label,
-            "text": self.text,
-            "tokens": self.tokens,
-            "ended": self.ended,
-            "seconds": self.seconds,
-        }
 
 
 def show(answers: Sequence[Answer], stream: Iterable[NewToken], *, quiet: bool = False, verbose: bool = False) -> None:
@@ -95,7 +49,7 @@ def show(answers: Sequence[Answer], stream: Iterable[NewToken], *, quiet: bool =
     else:
         _fill(answers, stream, started)
         for number, answer in enumerate(answers):
-            console.say(("\n" if number else "") + f"── {answer.label} " + "─" * max(4, 60 - len(answer.label)))
+            console.say(("\n" if number else "") + f"── {answer.name} " + "─" * max(4, 60 - len(answer.name)))
             _print_text(answer.text.strip("\n"))
     if not quiet:
         _sum_up(answers, verbose)
@@ -178,7 +132,7 @@ def _live_columns(answers: Sequence[Answer], stream: Iterable[NewToken], started
     def table() -> Table:
         drawn = Table(expand=True, show_lines=False)
         for answer in answers:
-            drawn.add_column(Text(console.inline(answer.label)), ratio=1, overflow="fold")
+            drawn.add_column(Text(console.inline(answer.name)), ratio=1, overflow="fold")
         drawn.add_row(*(Text(printable(answer.text.strip("\n"))) for answer in answers))
         return drawn
 
@@ -190,7 +144,7 @@ def _sum_up(answers: Sequence[Answer], verbose: bool) -> None:
     for answer in answers:
         if answer.ended == "eos" and not verbose:
             continue
-        who = f"{answer.label}: " if len(answers) > 1 else ""
+        who = f"{answer.name}: " if len(answers) > 1 else ""
         counts = f"{format_count(answer.tokens, 'token')}, " if verbose else ""
         if verbose and answer.seconds > 0:
             counts += f"{format_rate(answer.tokens / answer.seconds, 'tokens/s')}; "

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback as traceback_module
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -22,6 +22,7 @@ from lorakit.terminal import write_line
 
 if TYPE_CHECKING:
     from lorakit.durable import JsonValue
+    from lorakit.session import Remark
 
 JsonFlag = Annotated[bool, Parameter(negative=(), help="Print one JSON document instead of text.")]
 """The type of a command's `json` parameter."""
@@ -47,6 +48,12 @@ def note(text: str) -> None:
 
 def quiet(text: str) -> None:
     """Print nothing; used in place of `note` to suppress details if `--verbose` is not given."""
+
+
+def remarks(found: Iterable[Remark]) -> None:
+    """Print what the user should know about a session to stderr."""
+    for remark in found:
+        (warning if remark.is_warning else note)(remark.text)
 
 
 def warning(text: str) -> None:

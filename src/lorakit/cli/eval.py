@@ -15,7 +15,7 @@ from lorakit.terminal import working
 from lorakit.train.defaults import DEFAULTS
 
 if TYPE_CHECKING:
-    from lorakit.train.evaluation import Evaluation
+    from lorakit.session import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,32 +56,25 @@ def run(
     folders = early.adapter_folders(flags.adapter or ())
     allocator.set_up()  # before torch allocates any memory
     files = adapters.read_adapters([*folders.values()])
-    task = adapters.task_of(files) if files else None
-    from lorakit.train.evaluation import EvalSettings, compare
+    from lorakit.data import read_records
+    from lorakit.session import EvalRows, compare, session_spec
+    from lorakit.tasks import CAUSAL_LM
+    from lorakit.train.seen_rows import seen_note
 
-    known = adapters.remembered(model, files, flags.base.revision)
+    named = dict(zip(folders, files, strict=True))
+    spec = session_spec(model, named, flags.base.options(model), CAUSAL_LM.name, console.note)  # the data decides
+    allowed = spec.task.task.formats if named else ()
     with adapters.naming_flags(BaseFlags), working("evaluating"):
-        found = compare(
-            EvalSettings(
-                model=known.source,
-                data=flags.data,
-                adapters=dict(zip(folders, files, strict=True)),
-                max_length=known.max_length(flags.max_length),
-                batch_rows=flags.batch_size,
-                dtype=flags.base.dtype,
-                device=flags.base.device,
-                allow=flags.base.allow,
-                quantization=flags.base.stored_as(),
-                request=flags.reading.request(() if task is None else task.task.formats, trained=known.rows),
-                task=task,
-                labels=flags.labels.options(),
-            ),
-            console.note,
-            console.note if verbose else console.quiet,
-        )
+        records = read_records(flags.data, flags.reading.request(allowed).with_usual(spec.rows))
+        for one in files:
+            seen = seen_note(one.folder, one.sidecar.facts, records)
+            if seen is not None:
+                console.note(seen)
+        rows = EvalRows(records, flags.labels.options(), spec.max_length(flags.max_length), flags.batch_size)
+        found = compare(spec, rows, console.note, console.note if verbose else console.quiet)
     if json:
         results = [{"name": name, **_values(one)} for name, one in found]
-        console.emit_json({"model": known.source.given, "data": flags.data, "results": results})
+        console.emit_json({"model": spec.source.given, "data": flags.data, "results": results})
         return
     console.say(_table(found))
 

@@ -18,8 +18,8 @@ from lorakit.train.defaults import DEFAULTS, TAG_SCHEMES
 
 if TYPE_CHECKING:
     from lorakit.data import Request
-    from lorakit.durable import JsonObject
     from lorakit.plan.quantized import Quantization
+    from lorakit.session import LoadOptions
     from lorakit.tasks import LabelOptions
     from lorakit.tasks.target import LabelType
 
@@ -48,28 +48,20 @@ class RowFlags:
         early.check_choice("on_bad_row", self.on_bad_row, ("stop", "skip"))
         self._columns()
 
-    def request(
-        self,
-        allowed: tuple[str, ...] = (),
-        group: str | None = None,
-        needs_label: bool = True,
-        trained: JsonObject | None = None,
-    ) -> Request:
+    def request(self, allowed: tuple[str, ...] = (), group: str | None = None, needs_label: bool = True) -> Request:
         """Return the choices about how rows are read; this imports torch.
 
         Args:
             allowed: Names of the shapes that may be recognized; empty allows all.
             group: Column whose equal values keep rows together, or None.
             needs_label: Whether labels and tags are required.
-            trained: Shape and columns of an adapter's training data; see `Request.with_usual`.
 
         Raises:
             ConfigError: The shape is unknown or not allowed, or no shape has these fields.
         """
         from lorakit.data import Request
 
-        given = Request(self.format, self._columns(), self.on_bad_row == "skip", group, allowed, needs_label)
-        return given.with_usual(trained)
+        return Request(self.format, self._columns(), self.on_bad_row == "skip", group, allowed, needs_label)
 
     def _columns(self) -> dict[str, str]:
         return _checked("columns", self.columns)
@@ -157,10 +149,21 @@ class BaseFlags:
         """
         return stored_as(self.quantization, self.double_quantization)
 
-    @property
-    def allow(self) -> tuple[str, ...]:
-        """Names of the `core.load_adapter` checks to override."""
-        return ("base_mismatch",) if self.allow_base_mismatch else ()
+    def options(self, model: str | None) -> LoadOptions:
+        """Return how the base is loaded; this imports torch.
+
+        Args:
+            model: Name of the base with its revision, or None if the adapters name it.
+        """
+        from lorakit.session import LoadOptions
+
+        return LoadOptions(
+            self.dtype,
+            self.device,
+            self.stored_as(),
+            allow=("base_mismatch",) if self.allow_base_mismatch else (),
+            revision=self.revision if model is None else None,
+        )
 
 
 ROWS, LABELS, BASE = RowFlags(), LabelFlags(), BaseFlags()

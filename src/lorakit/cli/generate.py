@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,19 +12,9 @@ from cyclopts import Parameter
 
 from lorakit import allocator
 from lorakit.cli import adapters, console, early
-from lorakit.cli.answers import Answer, show
+from lorakit.cli.answers import show
 from lorakit.cli.flag_groups import RevisionFlag
-from lorakit.cli.int8_base import DTYPE, INT8, is_multiplied_in_int8, quantize_for_int8
-from lorakit.cli.prompts import (
-    encode_prompts,
-    end_ids,
-    first_line,
-    prompt_format,
-    read_chats,
-    read_prompts,
-    read_tools,
-    summary,
-)
+from lorakit.cli.prompts import first_line, read_chats, read_prompts, read_tools, summary
 from lorakit.errors import MergeError, UsageError
 from lorakit.plan.job import BASE_MATMULS
 from lorakit.plan.quantized import stored_as
@@ -32,9 +22,10 @@ from lorakit.terminal import working
 from lorakit.train.defaults import DEFAULTS
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from lorakit.data import Conversation
+    from lorakit.session import Session
+
+DTYPE, INT8 = BASE_MATMULS
 
 WORTHWHILE_TOKENS = 128
 """Minimum number of tokens for an automatic merge. For SmolLM2-135M with rank 16 on all linear layers, a merge pays for
@@ -137,96 +128,80 @@ def run(
         prompts += read_prompts(flags.prompt or (), flags.prompt_file or ())
     allocator.limit_compiled_matmuls()  # every prompt length adds new matmul shapes
 
-    from lorakit import core, hub
-    from lorakit.generate import Sampling, generate_batch
-    from lorakit.train.forecast import pick_device
+    from lorakit import hub
+    from lorakit.generate import Sampling
+    from lorakit.session import Answer, LoadOptions, Session, session_spec
+    from lorakit.session.prompts import encode_prompts, end_ids, prompt_format
+    from lorakit.tasks import CAUSAL_LM
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
-    device = pick_device(flags.device)
-    if quantization is not None:
-        hub.require_quantizer(quantization)
-    files = adapters.read_adapters([*found.values()])
-    adapters.report_training_quantization(files, quantization)
-    adapters.check_generates(files)
-    known = adapters.remembered(base, files, flags.revision)
-    source = known.source
-    hub.require(source)
-    tokenizer = adapters.tokenizer_for(source, files)
-    form = prompt_format(tokenizer, known.facts, True if flags.messages or tools else flags.chat)
-    encoded = encode_prompts(prompts, tokenizer, form, flags.system, tools)
-    in_files = is_multiplied_in_int8(flags.base_matmul, device)
-    model = hub.load_model(source, flags.dtype, device, quantization=quantization, convert_in_files=in_files)
-    names: list[str | None] = list(adapters.load_adapters(model, files, adapters.overridden(asdict(allow))))
+    allowed = adapters.overridden(asdict(allow))
+    revision = flags.revision if base is None else None  # the name of a given base has it
+    options = LoadOptions(flags.dtype, flags.device, quantization, flags.base_matmul, allowed, revision)
+    files = enumerate(adapters.read_adapters([*found.values()]), start=1)
+    numbered = {f"adapter_{number}": one for number, one in files}
+    spec = session_spec(base, numbered, options, CAUSAL_LM.name, console.note)
+    spec.check_generates()
+    hub.require(spec.source)
+    console.remarks(spec.remarks)
+    form, remark = prompt_format(spec.tokenizer, spec.facts, True if flags.messages or tools else flags.chat)
+    console.remarks([remark] if remark else [])
+    encoded = encode_prompts(prompts, spec.tokenizer, form, flags.system, tools)
+    with adapters.naming_flags():
+        session = Session.load(spec, encoded)
+    names: list[str | None] = [*numbered]
     if flags.base or len(names) != 1:
         names.insert(0, None)
-    labels = dict(zip((name for name in names if name), found, strict=True))
-    tokens = len(prompts) * flags.max_new_tokens
-    wanted = flags.merged if flags.base_matmul == DTYPE else False
-    merged = write_into_base(model, names, labels, wanted, tokens, console.note if verbose else console.quiet)
-    matmul = DTYPE if flags.base_matmul == DTYPE else quantize_for_int8(model, files, encoded, device)
-    routed = names if core.adapters(model) else None  # after a merge, no adapters are left
-    ends, length = end_ids(model, tokenizer, form), flags.max_new_tokens
-    stream = partial(generate_batch, model, max_new_tokens=length, sampling=sampling, eos_ids=ends, adapters=routed)
+    labels: dict[str | None, str] = {None: "base", **dict(zip(numbered, found, strict=True))}
+    if len(names) == 1:
+        _merge(session, flags, len(prompts), labels[names[0]], console.note if verbose else console.quiet)
+    console.remarks(session.remarks[len(spec.remarks) :])
+    ends = end_ids(session.model, spec.tokenizer, form)
+    stream = partial(session.stream, max_new_tokens=flags.max_new_tokens, sampling=sampling, eos_ids=ends)
     results = []
     for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
-        answers = [Answer("base" if name is None else labels[name], tokenizer, ids) for name in names]
+        answers = [Answer(labels[name], spec.tokenizer, ids) for name in names]
         if len(prompts) > 1 and not json:
             console.say(("\n" if number else "") + f"> {first_line(summary(prompt))}\n")
         with working("generating"):
-            show(answers, stream([ids] * len(names)), quiet=json, verbose=verbose)
+            show(answers, stream([ids] * len(names), names), quiet=json, verbose=verbose)
         results.append({"prompt": summary(prompt), "answers": [answer.as_dict() for answer in answers]})
     if json:
-        dtype = str(model.dtype).removeprefix("torch.")
-        facts = {"model": source.given, "dtype": dtype, "device": str(device), "chat": form == "chat", "merged": merged}
-        facts["base_matmul"] = matmul
+        dtype = str(session.model.dtype).removeprefix("torch.")
+        facts = {"model": spec.source.given, "dtype": dtype, "device": str(session.device), "chat": form == "chat"}
+        facts |= {"merged": bool(session.merged), "base_matmul": session.base_matmul}
         console.emit_json({**facts, "sampling": asdict(sampling), "results": results})
 
 
-def write_into_base(
-    model: nn.Module,
-    names: Sequence[str | None],
-    labels: Mapping[str, str],
-    wanted: bool | None,
-    tokens: int,
-    detail: Callable[[str], None],
-) -> bool:
-    """Merge an adapter into the base permanently if no other adapter is used and `wanted` allows the merge.
+def _merge(session: Session, flags: Flags, prompts: int, folder: str, detail: Callable[[str], None]) -> None:
+    """Merge the adapter into the base in memory if the flags ask for it, or if the merge is exact and saves time.
 
     Args:
-        model: The base with its adapters; must not be used elsewhere, since a merge turns it into a plain model.
-        names: Names of the adapters that generate text; None stands for the base.
-        labels: Adapter name -> its directory as given by the user.
-        wanted: True to merge, False not to merge, None to merge only if the merge is exact and saves time.
-        tokens: Maximum number of new tokens in total.
+        session: The session; it has one adapter, and the base itself does not answer.
+        flags: The flags.
+        prompts: Number of prompts.
+        folder: The adapter's directory as given by the user.
         detail: Called with a message if the adapter is merged.
-
-    Returns:
-        Whether the adapter was merged.
 
     Raises:
         MergeError: The requested merge is not exact or not possible. The model is unchanged.
     """
-    from lorakit import core
-
-    name = names[0] if len(names) == 1 else None
-    if name is None or wanted is False or (wanted is None and tokens < WORTHWHILE_TOKENS):
-        return False
-    folder = labels[name]
-    reason = core.explain_inexact_merge(model, name)
-    if reason is None:
-        try:
-            core.merge_and_unload(model, name)
-        except MergeError as refusal:  # some problems, such as NaN in the result, appear only during the merge
-            reason = str(refusal)
-    if reason is None:
-        dtype = str(model.dtype).removeprefix("torch.")
-        detail(f"{folder}: merged into the base in memory, which is exact in {dtype} (disable with --no-merged)")
-    elif wanted:
-        raise MergeError(
-            f"{folder}: --merged requires an exact merge, and this one is not exact. {reason} Omit --merged.",
-            where=folder,
-        )
-    return reason is None
+    wanted = flags.merged if flags.base_matmul == DTYPE else False
+    if not session.adapters or wanted is False:
+        return
+    if wanted is None and prompts * flags.max_new_tokens < WORTHWHILE_TOKENS:
+        return
+    try:
+        session.merge()
+    except MergeError as refusal:  # some problems, such as NaN in the result, appear only during the merge
+        if wanted:
+            raise MergeError(
+                f"{folder}: --merged requires an exact merge, and this one is not exact. {refusal} Omit --merged.",
+                where=folder,
+            ) from None
+        return
+    dtype = str(session.model.dtype).removeprefix("torch.")
+    detail(f"{folder}: merged into the base in memory, which is exact in {dtype} (disable with --no-merged)")
 
 
 def _check(flags: Flags) -> str | None:

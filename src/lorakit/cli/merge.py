@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +18,7 @@ from lorakit.terminal import working
 from lorakit.train.defaults import DEFAULTS
 
 if TYPE_CHECKING:
-    from lorakit.cli.merged_model import Merged, MergeRequest, Probe
+    from lorakit.session.merging import Merged, MergeRequest, Probe
 
 LITTLE_RETAINED = 0.5
 LARGE_DIFFERENCE = 0.5  # as a fraction of the adapters' effect on the base
@@ -74,30 +74,19 @@ def run(
     model = check_base(flags.model, flags.revision, flags.adapter)
     quantization = stored_as(flags.quantization, flags.double_quantization)
     folders = adapter_folders(flags.adapter)
-    flags = replace(flags, adapter=[*folders])
     from lorakit import hub
-    from lorakit.cli.merged_model import MergeRequest, record, write_merged
+    from lorakit.session import LoadOptions, session_spec
+    from lorakit.session.merging import MergeRequest, record, write_merged
 
-    if quantization is not None:
-        hub.require_quantizer(quantization)
     files = adapters.read_adapters([*folders.values()])
-    adapters.report_training_quantization(files, quantization)
-    source = adapters.remembered(model, files, flags.revision).source
-    hub.require(source)
-    _reject_quantized_files(source.given, hub.stored_as_files(source, quantization), quantization)
-    allowed = adapters.overridden(asdict(allow))
-    request = MergeRequest(
-        source,
-        files,
-        flags.adapter,
-        flags.output_dir,
-        flags.dtype,
-        flags.untie,
-        allowed,
-        quantization,
-        adapters.task_of(files),
-    )
-    with working("merging"):
+    allowed, revision = adapters.overridden(asdict(allow)), flags.revision if model is None else None
+    options = LoadOptions(quantization=quantization, allow=allowed, revision=revision)
+    spec = session_spec(model, dict(zip(folders, files, strict=True)), options, say=console.note)
+    hub.require(spec.source)
+    _reject_quantized_files(spec.source.given, hub.stored_as_files(spec.source, quantization), quantization)
+    console.remarks(spec.remarks)
+    request = MergeRequest(spec, flags.output_dir, flags.dtype, flags.untie)
+    with working("merging"), adapters.naming_flags():
         done, probe = write_merged(request, console.note if verbose else console.quiet)
     for text in merge_warnings(done, probe):
         console.warning(text)
@@ -144,10 +133,10 @@ def _reject_quantized_files(model: str, stored: Quantization | None, wanted: Qua
 def _text(request: MergeRequest, done: Merged, probe: Probe, verbose: bool) -> str:
     retained = format_percent(done.report.retained)
     same = f"same top token as the unmerged model at {format_percent(probe.same_top, 0)} of positions; logits differ"
-    what = same if request.task.task.generates else "outputs differ from the unmerged model's"
+    what = same if request.spec.task.task.generates else "outputs differ from the unmerged model's"
     lines = [
         f"{done.folder}: {done.parameters:,} parameters, {format_bytes(done.weights_bytes)} in {done.dtype}",
-        f"merged     {' + '.join(request.folders)} at {format_count(len(done.report.sites), 'site')}",
+        f"merged     {' + '.join(request.spec.adapters)} at {format_count(len(done.report.sites), 'site')}",
         f"checked    {what} by up to {probe.max_difference:.2g} (allowed {probe.tolerance:.2g}), adapters change them "
         f"by up to {probe.effect:.2g}",
         f"retained   {retained} of the update on average, after rounding to {done.dtype}",

@@ -20,11 +20,11 @@ from lorakit.errors import ConfigError, UsageError
 from lorakit.machine import this_machine
 from lorakit.plan import MALLOC_SHARES, Cluster, Job, ModelShape, Plan, Speed, bytes_of, choose_parallel
 from lorakit.plan.choosing import AUTO
-from lorakit.plan.job import PROCESS_BYTES, dtype_name, recomputed
+from lorakit.plan.job import ASSUMED_LENGTH, PROCESS_BYTES, dtype_name, recomputed
 from lorakit.plan.network import LINK, LINKS, NETWORK, PER_NODE, link_named
 from lorakit.plan.params import for_task, with_new_tokens
 from lorakit.tables import format_quantity
-from lorakit.train.defaults import ASSUMED_LENGTH, DEFAULTS, TASK_NAMES
+from lorakit.train.defaults import DEFAULTS, TASK_NAMES
 
 
 def _flag(name: str) -> Parameter:

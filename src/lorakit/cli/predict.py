@@ -44,6 +44,7 @@ class Flags:
 
 
 NO_FLAGS = Flags()
+ADAPTER = "adapter"
 
 
 def run(
@@ -65,37 +66,27 @@ def run(
     model = _check(files or [], flags)
     folders = early.adapter_folders([flags.adapter] if flags.adapter is not None else [])
     allocator.set_up()  # before torch allocates any memory
-    from lorakit.tasks import task_of_model
-    from lorakit.train.prediction import PredictSettings, predict
+    from lorakit.data import read_records, text_records
+    from lorakit.session import RowsToPredict, Session, session_spec, to_predict
 
-    adapter = adapters.read_adapters([*folders.values()])
-    known = adapters.remembered(model, adapter, flags.base.revision)
-    task = adapters.task_of(adapter) if adapter else task_of_model(flags.task, known.source)
-    shapes = task.task.inputs or task.task.formats
-    settings = PredictSettings(
-        model=known.source,
-        data=files or [],
-        texts=flags.text or (),
-        adapter=adapter[0] if adapter else None,
-        task=task,
-        max_length=known.max_length(flags.max_length),
-        batch_rows=flags.batch_size,
-        dtype=flags.base.dtype,
-        device=flags.base.device,
-        allow=flags.base.allow,
-        quantization=flags.base.stored_as(),
-        request=flags.reading.request(shapes, needs_label=False, trained=known.rows),
-        max_new_tokens=flags.max_new_tokens,
-        tag_scheme=flags.tag_scheme,
-    )
-    rows = predict(settings, console.note)
+    named = dict(zip([ADAPTER], adapters.read_adapters([*folders.values()]), strict=False))
+    spec = to_predict(session_spec(model, named, flags.base.options(model), flags.task, console.note), flags.tag_scheme)
+    given = flags.reading.request(spec.task.task.inputs or spec.task.task.formats, needs_label=False)
+    request = given.with_usual(spec.rows)
+    records = text_records(flags.text, request) if flags.text else read_records(files or [], request)
+    encoded = RowsToPredict.of(spec, records, spec.max_length(flags.max_length), flags.batch_size)
+    for text in encoded.notes:
+        console.note(text)
+    with adapters.naming_flags(BaseFlags):
+        session = Session.load(spec.on_machine())
+    rows = session.predictions(encoded, ADAPTER if named else None, flags.max_new_tokens)
     if flags.output_file is None and json:
-        with adapters.naming_flags(BaseFlags), working("predicting"):
+        with working("predicting"):
             found = list(rows)
         console.emit_json({"predictions": found})
         return
     count = 0
-    with adapters.naming_flags(BaseFlags), working("predicting"):
+    with working("predicting"):
         first = list(itertools.islice(rows, 1))
         with _opened(flags.output_file) as write:
             for row in itertools.chain(first, rows):

@@ -13,6 +13,7 @@ from lorakit.hub.calibration import (
     choose_dtype,
     chosen_by_units,
     expected_dtype,
+    pick_device,
     units_of,
 )
 from lorakit.hub.gguf_models import as_kept
@@ -83,6 +84,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "packaged_directory",
+    "pick_device",
     "push_folder",
     "quantization_metadata",
     "require",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorakit.errors import ConfigError
+from lorakit.errors import ConfigError, UsageError
 from lorakit.machine import BF16_UNITS, this_machine
 from lorakit.tables import format_bytes, format_count, format_quantity, format_seconds
 
@@ -325,3 +325,34 @@ def _fastest(work: Callable[[], torch.Tensor], device: str | torch.device) -> fl
             best = min(best, time.perf_counter() - start)
         runs += 1
     return best
+
+
+def pick_device(word: str) -> torch.device:
+    """Return the device that a name selects.
+
+    Args:
+        word: "auto", "cpu", "cuda", "cuda:N" or "mps".
+
+    Returns:
+        The device; for "auto", an accelerator if one is available.
+
+    Raises:
+        UsageError: The device is not available on this machine.
+    """
+    import torch
+
+    if word == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device, found = torch.device(word), ""
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        found = format_count(count, "CUDA device") if device.index >= count else ""
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        found = "no MPS device"
+    if found:
+        text = f"device is {word!r}, but torch {torch.__version__} finds {found}."
+        raise UsageError(text, what=word, field="device")
+    return device

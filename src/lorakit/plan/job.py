@@ -42,6 +42,9 @@ RECOMPUTED = ("none", "feed-forward", "layers")
 first matmuls in each fused feed-forward block ("feed-forward"); or everything except each layer's input ("layers").
 """
 
+ASSUMED_LENGTH = 512
+"""Value of `max_length` for documents, which have no length of their own, and for plans without data."""
+
 UTILIZATION = 0.4
 """Fraction of the measured matmul speed that a training step of an unmodified transformers model reaches on a CPU.
 

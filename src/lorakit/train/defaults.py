@@ -25,12 +25,6 @@ WARMUP_RATIO = 0.05
 DECAY_RATIO = 0.2
 """Value of `decay_ratio` if it is not given, as in Hägele et al. 2024, arXiv:2405.18392."""
 
-ASSUMED_LENGTH = 512
-"""Value of `max_length` for documents, which have no length of their own, and for plans without data."""
-
-SHORTEST_LENGTH = 16
-"""Smallest value of `max_length` that is chosen by the data."""
-
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 """Names of the trackers in `lorakit.train.trackers`, repeated here because that module imports torch."""
 

@@ -24,10 +24,11 @@ from lorakit.machine import peak_rss_bytes, rss_bytes
 from lorakit.ops import choices
 from lorakit.plan import Plan
 from lorakit.plan.fitting import does_not_fit, needed_bytes, smaller
+from lorakit.session.measuring import oom_as_run_error
 from lorakit.tasks import TaskOnData
 from lorakit.train.checkpoint import random_state, restore_random_state
 from lorakit.train.optimizer import Named
-from lorakit.train.step import StepOptions, oom_as_run_error
+from lorakit.train.step import StepOptions
 
 if TYPE_CHECKING:
     from lorakit.data import Sequence as Tokens

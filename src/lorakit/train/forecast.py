@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -20,24 +18,17 @@ from lorakit.core import check_invocation, invocations_of
 from lorakit.core.model.fingerprint import vocabulary_of
 from lorakit.core.model.vocabulary import check_growth, with_trained_rows
 from lorakit.errors import ConfigError, UsageError
+from lorakit.machine import this_machine
+from lorakit.plan.fitting import needed_bytes
+from lorakit.plan.job import ASSUMED_LENGTH
 from lorakit.plan.params import for_task
+from lorakit.session.lengths import max_length_for, usual_length
 from lorakit.tables import format_count
 from lorakit.targets import unfitting_keys
 from lorakit.tasks import TaskOnData, task_for
-from lorakit.train.defaults import ASSUMED_LENGTH, DEFAULTS
+from lorakit.train.defaults import DEFAULTS
 from lorakit.train.processes import ALONE, Processes
-from lorakit.train.row_length import fitting_length, usual_length
 from lorakit.train.settings import TrainSettings
-
-
-class SavedTokenizer(data.Tokenizer, Protocol):
-    """The part of the transformers tokenizer interface that training runs and commands use."""
-
-    def get_vocab(self) -> dict[str, int]:
-        """Return a dict from token to id."""
-
-    def save_pretrained(self, save_directory: Path) -> tuple[str, ...]:
-        """Write the tokenizer's files to a directory and return their names."""
 
 
 @dataclass(frozen=True)
@@ -193,29 +184,40 @@ def _length(
     return length, "at least 99% of the rows are not longer" if length != ASSUMED_LENGTH else "documents are split"
 
 
-def max_length_for(shape: plan.ModelShape, wanted: int | None, usual: Callable[[], int]) -> int:
-    """Return the maximum sequence length.
+def fitting_length(length: int, shape: plan.ModelShape, config: LoraConfig, settings: TrainSettings) -> int:
+    """Return a length whose planned memory fits: halved as often as needed, but not below `ASSUMED_LENGTH`.
 
     Args:
+        length: The wanted length in tokens.
         shape: The model's shape.
-        wanted: The given length, or None.
-        usual: Function that returns the length to use if none is given; it is reduced to the model's limit.
-
-    Raises:
-        UsageError: The given length exceeds the model's limit.
+        config: The adapter's config.
+        settings: The run's settings; a limit of memory selects the smallest batch and the most recomputation.
     """
-    if wanted is None:
-        by_data = usual()
-        return min(by_data, shape.positions or by_data)
-    if 0 < shape.positions < wanted:
-        raise UsageError(
-            f"max_length is {wanted:,}, but {shape.name} supports at most {shape.positions:,} tokens; "
-            f"pass --max-length {shape.positions} or less.",
-            what=wanted,
-            field="max_length",
-            allowed=(str(shape.positions),),
+    given = settings.fit or settings.memory_budget
+    limit = plan.bytes_of(given) if given else _memory_bytes(settings.device)
+    while limit is not None and length > ASSUMED_LENGTH:
+        job = plan.Job(
+            batch_rows=1 if settings.fit else settings.per_device_train_batch_size,
+            length_tokens=length,
+            dtype=shape.dtype if settings.dtype == "auto" else settings.dtype,
+            recompute="layers" if given else settings.recomputed,
+            optimizer=settings.optimizer,
+            quantization=settings.quantization,
+            double_quantization=settings.double_quantization,
+            base_matmul="dtype" if settings.quantization else settings.base_matmul,
+            accelerated=settings.accelerate,
         )
-    return wanted
+        if needed_bytes(plan.estimate(shape, config, job, allow_partial=settings.allow_partial_targets)) <= limit:
+            break
+        length = max(ASSUMED_LENGTH, length // 2)
+    return length
+
+
+def _memory_bytes(device: str) -> int | None:
+    """Return the memory of the device that the setting selects, in bytes; None if it is not known."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return this_machine().memory_bytes if device in ("auto", "cpu") else None
 
 
 def pick_device(word: str, processes: Processes = ALONE) -> torch.device:
@@ -225,29 +227,10 @@ def pick_device(word: str, processes: Processes = ALONE) -> torch.device:
         word: "auto", "cpu", "cuda", "cuda:N" or "mps".
         processes: The processes of the run.
 
-    Returns:
-        The device; for "auto", an accelerator if one is available.
-
     Raises:
         UsageError: The device is not available on this machine, or several processes would share it.
     """
-    if not processes.is_alone:
-        word = _word_of(word, processes)
-    if word == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    device, found = torch.device(word), ""
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        found = format_count(count, "CUDA device") if device.index >= count else ""
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        found = "no MPS device"
-    if found:
-        text = f"device is {word!r}, but torch {torch.__version__} finds {found}."
-        raise UsageError(text, what=word, field="device")
-    return device
+    return hub.pick_device(word if processes.is_alone else _word_of(word, processes))
 
 
 def gpu_of(processes: Processes, devices: int) -> int:

@@ -21,12 +21,12 @@ from torch import nn
 
 from lorakit import core, durable
 from lorakit.errors import AdapterFileError, RunError, UsageError
-from lorakit.ops.int8 import why_no_int8_matmuls
+from lorakit.report import INT8_FILE
+from lorakit.session.int8 import unsupported
 from lorakit.tables import format_bytes, format_count
 from lorakit.terminal import working
 from lorakit.train import int8_cache
 from lorakit.train.int8_rows import CalibrationRows, measured
-from lorakit.train.run_folder import INT8_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,17 +133,6 @@ def chosen_matmul(
         )
     say(f"Base matmuls: in the dtype of the base, not in int8, because {why}.")
     return "dtype"
-
-
-def unsupported(device: torch.device) -> str:
-    """Return why int8 matmuls cannot be used on a device, or "" if they can.
-
-    Args:
-        device: Device of this machine.
-    """
-    if device.type != "cpu":
-        return f"they run on a CPU only, and the device is {device}"
-    return why_no_int8_matmuls()
 
 
 def check_adapter(config: LoraConfig) -> None:

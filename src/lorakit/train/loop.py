@@ -17,9 +17,10 @@ from lorakit.data import Batch
 from lorakit.errors import DataError, DiskError, NonFiniteError, RunError
 from lorakit.machine import peak_rss_bytes
 from lorakit.ops import choices
+from lorakit.session.measuring import Evaluation
 from lorakit.tables import format_some
 from lorakit.train import checkpoint, score_cache
-from lorakit.train.evaluation import Evaluation, evaluate
+from lorakit.train.evaluation import evaluate
 from lorakit.train.interrupts import Interrupts, recording
 from lorakit.train.optimizer import received_gradients, state_tensors
 from lorakit.train.run_adapter import save_adapter

@@ -27,10 +27,10 @@ from lorakit.core.operations.rank_allocation import allocate
 from lorakit.data import Batch, Loader
 from lorakit.errors import AdapterFileError, DiskError, UsageError
 from lorakit.report import read_metrics
+from lorakit.session.tokenizers import SavedTokenizer
 from lorakit.tables import format_count
 from lorakit.terminal import working
 from lorakit.train.failures import describe
-from lorakit.train.forecast import SavedTokenizer
 from lorakit.train.int8_base import RunInt8, calibration_rows, quantized_base
 from lorakit.train.int8_rows import MOST_TOKENS, CalibrationRows
 from lorakit.train.model_card import model_card

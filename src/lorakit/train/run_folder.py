@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import lorakit
 from lorakit import durable
 from lorakit.errors import AdapterFileError, DiskError, RunError, UsageError
-from lorakit.report import METRICS_FILE, RUN_FILE, read_metrics
+from lorakit.report import INT8_FILE, METRICS_FILE, RUN_FILE, read_metrics
 
 if TYPE_CHECKING:
     from lorakit.train.settings import TrainSettings
@@ -324,8 +324,6 @@ def _owner(folder: Path) -> int | None:
 
 ADAPTER_FOLDER = "adapter"
 PLOT_FILE = "loss.svg"
-INT8_FILE = "int8.safetensors"
-"""Input scales of a base that is multiplied in int8."""
 TRACKER_FOLDERS = ("tensorboard", "wandb")
 _STEP_IN_NAME = re.compile(r"(?:checkpoint|adapter-only)-(\d{1,12})")
 

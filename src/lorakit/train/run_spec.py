@@ -18,10 +18,11 @@ from lorakit.data import PARTIAL, Split
 from lorakit.data.named_templates import use_template
 from lorakit.errors import AdapterFileError, RunError, TargetError, UsageError
 from lorakit.plan.quantized import Quantization
+from lorakit.session.remembered import resolve_base
+from lorakit.session.tokenizers import SavedTokenizer, own_tokenizer
 from lorakit.tasks import TASKS, Target, TaskOnData, agree_on_padding
 from lorakit.train import checkpoint, run_data, run_folder
-from lorakit.train.evaluation import own_tokenizer
-from lorakit.train.forecast import Forecast, SavedTokenizer, chosen_task, pick_device
+from lorakit.train.forecast import Forecast, chosen_task, pick_device
 from lorakit.train.forecast import forecast as build_forecast
 from lorakit.train.int8_base import check_adapter, chosen_matmul
 from lorakit.train.optimizer import check_optimizer
@@ -30,7 +31,7 @@ from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
 from lorakit.train.settings_sources import complete
 from lorakit.train.sharding import check_sharding
-from lorakit.train.start_adapter import StartAdapter, resolve_base, start_adapter
+from lorakit.train.start_adapter import StartAdapter, start_adapter
 from lorakit.train.trackers import check_trackers
 
 ADAPTER = "default"
@@ -209,7 +210,7 @@ def _tokenizer(
     A resumed run has the template of its checkpoint: files with templates may be changed or removed after a start.
     """
     tokenizer = hub.load_tokenizer(source)
-    own = None if start is None else own_tokenizer(str(start.adapter.folder), tokenizer)
+    own = None if start is None else own_tokenizer(start.adapter.folder, tokenizer)
     chosen, template = tokenizer if own is None else own, hub.chat_template_hash(tokenizer)
     if before is not None:
         chosen.chat_template = before.chat_template

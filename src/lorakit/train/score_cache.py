@@ -13,8 +13,8 @@ from lorakit.caches import EVALUATIONS
 from lorakit.durable import is_sealed, read_json, sealed, write_json
 from lorakit.errors import AdapterFileError, DiskError
 from lorakit.ops import choices
+from lorakit.session.measuring import Evaluation
 from lorakit.train.checkpoint import environment
-from lorakit.train.evaluation import Evaluation
 from lorakit.train.run_context import Run
 from lorakit.train.start_key import start_key
 

@@ -7,15 +7,16 @@ structure from its newest checkpoint instead, so that the original adapter is no
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit import core, hub, plan
+from lorakit import core, plan
 from lorakit.config import CONFIG_FILE, LoraConfig, adapter_directory
-from lorakit.errors import AdapterFileError, ConfigError, LorakitError, ModelError, RunError, TargetError, UsageError
+from lorakit.errors import AdapterFileError, ConfigError, LorakitError, RunError, TargetError, UsageError
 from lorakit.hub_cache import adapter_from_hub, is_on_hub
+from lorakit.session.remembered import recorded_base
 from lorakit.targets.layer_types import PARAMETER
 from lorakit.tasks import TaskOnData, task_of_adapter
 from lorakit.train import checkpoint, run_folder
@@ -108,48 +109,6 @@ class StartAdapter:
             found = ()
         if {site.path for site in found if site.kind != PARAMETER} != set(self.adapter.sites):
             raise _different(self.adapter.folder, {"target_modules": (given, own)})
-
-
-def recorded_base(folder: Path, config: LoraConfig, facts: Mapping[str, Any]) -> str:
-    """Return the name of the base that an adapter was trained on.
-
-    Args:
-        folder: The adapter's directory, for the message.
-        config: The adapter's config.
-        facts: Contents of its `lorakit.json`.
-
-    Raises:
-        UsageError: The adapter does not name its base.
-    """
-    found = hub.base_named(config.base_model_name_or_path, facts.get("base_name"), folder)
-    if found is None:
-        raise UsageError(
-            f"{folder}: the adapter does not name its base (base_model_name_or_path); pass --model.",
-            where=folder,
-            field="model",
-        )
-    return found
-
-
-def resolve_base(base: str, given: str | None, adapter: object, say: Callable[[str], None]) -> hub.ModelSource:
-    """Resolve the base of an adapter; if only the adapter names it, an error says so.
-
-    Args:
-        base: Name of the base.
-        given: The name that the user passed, or None.
-        adapter: The adapter, for the message.
-        say: Receives messages; see `lorakit.hub.resolve`.
-
-    Raises:
-        ModelError: The base was not found.
-    """
-    try:
-        return hub.resolve(base, say)
-    except ModelError as cause:
-        if given is not None:
-            raise
-        text = f"{cause} The adapter {adapter} names this base; pass --model if it is somewhere else."
-        raise ModelError(text, **{**cause.fields, "field": "model"}) from cause
 
 
 def start_adapter(settings: TrainSettings, record: Mapping[str, Any] | None) -> StartAdapter | None:

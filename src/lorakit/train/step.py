@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,57 +19,13 @@ from lorakit.core import penalties
 from lorakit.data import Batch
 from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.plan.job import RECOMPUTED
+from lorakit.session.measuring import oom_as_run_error
 from lorakit.speed import Acceleration
 from lorakit.tasks import LossSum, loss_sum
 from lorakit.train.gradient_sum import GradientSum
 from lorakit.train.optimizer import Named, clipped_step, gradient_norm, set_rate
 from lorakit.train.processes import ALONE, Processes
 from lorakit.train.scaling import check_scale
-
-
-@contextlib.contextmanager
-def oom_as_run_error(batch: Batch, where: str, advice: Callable[[int], str]) -> Iterator[None]:
-    """Convert an out-of-memory error raised in a block to a `RunError` that describes the batch and gives advice.
-
-    Args:
-        batch: The batch that the block processes.
-        where: Text to insert after "out of memory" in the message: "" or " while evaluating".
-        advice: Function that returns advice for a batch with the given number of rows.
-
-    Raises:
-        RunError: Memory ran out.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as cause:
-        if not _is_out_of_memory(cause):
-            raise
-        rows, length = batch.input_ids.shape
-        raise RunError(
-            f"out of memory{where}: batch of {rows} × {length} tokens. {advice(rows)}", what=(rows, length)
-        ) from cause
-
-
-def oom_advice_for_evaluation(rows: int) -> str:
-    """Return advice on reducing the memory use of an evaluation.
-
-    Args:
-        rows: Number of rows in the batch that did not fit in memory.
-    """
-    fewer = "fewer rows per batch (train: --per-device-train-batch-size, eval: --batch-size) or " if rows > 1 else ""
-    return f"Try {fewer}a smaller --max-length."
-
-
-def _is_out_of_memory(cause: BaseException) -> bool:
-    """Return whether an error means that memory ran out.
-
-    This is the only function that parses torch's error messages. Parsing is unavoidable, because torch's CPU allocator
-    and some libraries raise a plain RuntimeError without attributes; only the CUDA error has its own class.
-    """
-    if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(cause)
-    return "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,9 @@ import pytest
 from lorakit import hub
 from lorakit.data import Completion, Document, Labeled, Records
 from lorakit.errors import UsageError
+from lorakit.session import lengths
+from lorakit.session.lengths import max_length_for, percentile, usual_length
 from lorakit.tasks import CAUSAL_LM, Target, TaskOnData
-from lorakit.train import row_length
-from lorakit.train.forecast import max_length_for
-from lorakit.train.row_length import fitting_length, percentile, usual_length
-from lorakit.train.settings import TrainSettings
 
 PLAIN = TaskOnData(CAUSAL_LM, Target())
 
@@ -51,11 +48,11 @@ def test_the_lengths_are_those_of_whole_rows(tiny_tokenizer: Any) -> None:
 def test_long_data_is_sampled_at_equal_distances(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Records([Completion("say ", "a word " * (1 + number % 90)) for number in range(1000)])
     whole = usual_length(rows, tiny_tokenizer, PLAIN)
-    monkeypatch.setattr(row_length, "SAMPLED_ROWS", 100)
+    monkeypatch.setattr(lengths, "SAMPLED_ROWS", 100)
     assert abs(usual_length(rows, tiny_tokenizer, PLAIN) - whole) <= 0.2 * whole
 
 
-def test_the_models_limit_and_the_memory(tiny_model_directory: Path) -> None:
+def test_the_models_limit(tiny_model_directory: Path) -> None:
     shape = hub.shape_of(hub.resolve(str(tiny_model_directory)))
     limit = shape.positions
     assert limit > 0
@@ -63,46 +60,6 @@ def test_the_models_limit_and_the_memory(tiny_model_directory: Path) -> None:
     assert max_length_for(shape, None, lambda: 20) == max_length_for(shape, 20, lambda: 30) == 20
     with pytest.raises(UsageError):
         max_length_for(shape, limit + 1, lambda: 20)
-    settings = TrainSettings(model="m", data=["d"], output_dir="o")
-    config = settings.lora_config()
-    assert fitting_length(4096, shape, config, settings) == 4096
-    tight = settings.model_copy(update={"memory_budget": "300MB"})
-    found = [fitting_length(size, shape, config, tight) for size in (512, 1 << 14, 1 << 22)]
-    assert found[0] == 512 and 512 <= found[2] < 1 << 22
-    assert fitting_length(400, shape, config, settings.model_copy(update={"memory_budget": "1MB"})) == 400
-
-
-def test_a_run_records_its_length_and_resume_eval_and_predict_use_it_again(
-    short_run: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from lorakit import cli
-    from lorakit.train.trainer import run
-
-    rows = [{"prompt": "say ", "completion": "fox " * (1 + number)} for number in range(40)]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    del short_run["max_length"]
-    settings = {**short_run, "data": [str(path)], "max_steps": 2, "save_steps": 1, "tuning": False}
-    run(TrainSettings(**settings))
-    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
-    length = record["resolved"]["max_length"]
-    assert record["settings"]["max_length"] is None and 16 < length < 512
-    assert record["data"]["cut_rows"] == 0  # 1% of 32 rows is less than one row
-    run(
-        TrainSettings(
-            output_dir=settings["output_dir"], resume=True, data=[str(path)], model=short_run["model"], max_steps=3
-        )
-    )
-    again = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
-    assert again["resolved"]["max_length"] == length
-    longer = tmp_path / "longer.jsonl"
-    longer.write_text(json.dumps({"prompt": "say ", "completion": "fox " * 60}) + "\n", encoding="utf-8")
-    words = ["eval", "--model", str(short_run["model"]), "--data", str(longer), "--dtype", "float32"]
-    capsys.readouterr()
-    assert cli.main([*words, "--adapter", str(tmp_path / "run")]) == 0
-    assert f"1 row (100.0%) truncated to {length} tokens" in capsys.readouterr().err
-    assert cli.main(words) == 0
-    assert "truncated" not in capsys.readouterr().err
 
 
 def test_classes_are_measured_without_their_labels(tiny_tokenizer: Any) -> None:

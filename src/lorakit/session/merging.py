@@ -1,24 +1,23 @@
 """Merge adapters into a base and write a plain model directory, which is verified before it is published.
 
 Weights are merged site by site in fp32 or wider (`lorakit.core`). The written model is then loaded, and its logits must
-match those of the unmerged base and adapters. This module does not depend on flags or the terminal.
+match those of the unmerged base and adapters.
 """
 
 from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lorakit import core, hub
-from lorakit.cli.adapters import MERGED_FILE, load_adapters, tokenizer_for
-from lorakit.cli.prompts import end_ids
+from lorakit.core import AdapterFiles
 from lorakit.core.merging.merging import tied_sites
 from lorakit.core.model.base_view import dequantize
 from lorakit.core.model.fingerprint import add_merge_record, vocabulary_of
@@ -28,11 +27,9 @@ from lorakit.errors import MergeError, ModelError
 from lorakit.generate import context_tokens
 from lorakit.machine import this_machine
 from lorakit.plan.quantized import Quantization
-from lorakit.tasks import CAUSAL_LM, Target, TaskOnData, load_model_for
-
-if TYPE_CHECKING:
-    from lorakit.core import AdapterFiles
-    from lorakit.train.forecast import SavedTokenizer
+from lorakit.session.prompts import end_ids
+from lorakit.session.spec import MERGED_FILE, SessionSpec
+from lorakit.session.tokenizers import SavedTokenizer
 
 TRAINING = ("task", "labels", "prompt_format", "shape", "columns", "max_length")
 """Entries of an adapter's `training` that a merged model keeps."""
@@ -54,37 +51,39 @@ class MergeRequest:
     """Specification of a merge.
 
     Attributes:
-        source: The source of the base model.
-        adapters: The adapters' files, in order.
-        folders: Adapter directories or Hub ids as given by the user.
+        spec: The base and the adapters, by their directories or Hub ids as given by the user; the quantization of the
+            options is that of the base during training.
         target: The directory to create.
         dtype: A name in `hub.models.DTYPES`; "auto" keeps the dtype of the base.
         untie: Whether to give a site its own copy of a weight that it shares with another module.
-        allow: Checks of `core.load_adapter` to override.
-        quantization: Quantization of the base during training, or None.
-        task: The task of the adapters.
     """
 
-    source: hub.ModelSource
-    adapters: Sequence[AdapterFiles]
-    folders: Sequence[str]
+    spec: SessionSpec
     target: Path
-    dtype: str
-    untie: bool
-    allow: Collection[str]
-    quantization: Quantization | None = None
-    task: TaskOnData = field(default_factory=lambda: TaskOnData(CAUSAL_LM, Target()))
+    dtype: str = "auto"
+    untie: bool = False
+
+    @property
+    def loader(self) -> str:
+        """Which class loads the model; see `lorakit.hub.TASKS`."""
+        return self.spec.task.task.loader
 
     def load(
         self,
         tokenizer: SavedTokenizer | None,
         dtype: str | torch.dtype = "auto",
         quantization: Quantization | None = None,
-    ) -> hub.LoadedModel:
+    ) -> Any:
         """Load the base with the head that the task needs; a new head has random weights until the adapters load."""
-        adapters = [files.folder for files in self.adapters]
-        how = hub.LoadOptions(dtype, quantization=quantization)
-        return load_model_for(self.task, self.source, how, tokenizer, adapters)
+        options = replace(self.spec.options, dtype=dtype, quantization=quantization, device="cpu")
+        return replace(self.spec, options=options).load_base(tokenizer).model
+
+    def load_adapters(self, model: torch.nn.Module) -> list[str]:
+        """Load the adapters, largest vocabulary first, because only a base without adapters can be resized."""
+        names = {name: f"adapter_{number}" for number, name in enumerate(self.spec.adapters, start=1)}
+        for name, files in sorted(self.spec.adapters.items(), key=lambda item: -item[1].vocabulary):
+            core.load_adapter(model, files, names[name], allow=self.spec.options.allow)
+        return [*names.values()]
 
 
 @dataclass(frozen=True)
@@ -147,14 +146,14 @@ def write_merged(request: MergeRequest, say: Callable[[str], None]) -> tuple[Mer
     """
     with publish_directory(request.target) as folder:  # first, to detect an unwritable disk early
         tokenizer = _tokenizer(request)
-        computing = probe_dtype(request.source)
+        computing = probe_dtype(request.spec.source)
         say(f"Computing the logits of the base and adapters in {computing}.")
         expected = _expected_logits(request, computing, tokenizer)
         say("Merging.")
         done = _merge_into(request, folder, tokenizer)
         gc.collect()  # avoids holding both the merged and the reloaded model in memory
         say("Loading the merged model and comparing its logits.")
-        loader = request.task.task.loader
+        loader = request.loader
         again = hub.load_model(
             hub.ModelSource("directory", str(request.target), str(folder), str(folder), ""), computing, task=loader
         )
@@ -222,22 +221,21 @@ def record(request: MergeRequest, done: Merged, probe: Probe) -> dict[str, Any]:
         done: Result of the merge.
         probe: The comparison.
     """
-    sites = done.report.sites
+    sites, stored = done.report.sites, request.spec.options.stored
     return {
         "format_version": 1,
         "base": {
-            "name": request.source.base_name,
-            "name_or_path": request.source.recorded_name,
-            "revision": request.source.revision,
+            "name": request.spec.source.base_name,
+            "name_or_path": request.spec.source.recorded_name,
+            "revision": request.spec.source.revision,
         },
         "adapters": [
-            {"folder": given, "weights_sha256": files.file.sha256}
-            for given, files in zip(request.folders, request.adapters, strict=True)
+            {"folder": given, "weights_sha256": files.file.sha256} for given, files in request.spec.adapters.items()
         ],
         "dtype": done.dtype,
-        "quantization": None if request.quantization is None else hub.quantization_metadata(request.quantization),
+        "quantization": None if stored is None else hub.quantization_metadata(stored),
         "untied": done.untied,
-        "training": _training(request.adapters),
+        "training": _training(request.spec.files),
         "probe": asdict(probe),
         "survived": {"mean": done.report.retained, "worst": min((site.retained for site in sites), default=1.0)},
         "sites": {site.path: {"survived": site.retained, "changed": site.changed} for site in sites},
@@ -254,36 +252,37 @@ def _training(adapters: Sequence[AdapterFiles]) -> dict[str, Any]:
 def _tokenizer(request: MergeRequest) -> SavedTokenizer | None:
     """Return the tokenizer to write, or None if there is none; the weights can be merged without a tokenizer."""
     try:
-        return tokenizer_for(request.source, request.adapters)
+        return request.spec.tokenizer
     except ModelError:
-        if request.source.kind == "hub":
+        if request.spec.source.kind == "hub":
             raise
         return None
 
 
 def _expected_logits(request: MergeRequest, computing: str, tokenizer: SavedTokenizer | None) -> Expected:
-    model = request.load(tokenizer, computing, request.quantization).model
+    model = request.load(tokenizer, computing, request.spec.options.stored)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the merge loads the adapters again and issues the same warnings
-        names = load_adapters(model, request.adapters, request.allow)
+        names = request.load_adapters(model)
     if not request.untie:
         _reject_tied(model, names)
-    ids = _probe_ids(model, request.task.task.loader)
-    noise = ROUNDED_ACTIVATIONS if request.quantization is not None and request.quantization.name == "int8" else 0.0
+    ids = _probe_ids(model, request.loader)
+    stored = request.spec.options.stored
+    noise = ROUNDED_ACTIVATIONS if stored is not None and stored.name == "int8" else 0.0
     return Expected(_outputs(model, ids, []), _outputs(model, ids, names), _dtype_name(model), noise)
 
 
 def _merge_into(request: MergeRequest, folder: Path, tokenizer: SavedTokenizer | None) -> Merged:
     """Merge the adapters and save the model, without comparing its logits."""
-    model = request.load(tokenizer).model
+    model = request.load(tokenizer)
     rounds = request.dtype != "auto" and getattr(torch, request.dtype) != model.dtype
     hub.dequantize_files(model, torch.float32 if rounds else None)  # does nothing unless the files are quantized
     if rounds:
         model.to(torch.float32)  # merge in fp32, then round once, to the requested dtype
     stored = model
-    if request.quantization is not None:  # merge into the quantized base, then copy the merged weights to `model`
-        stored = request.load(tokenizer, model.dtype, request.quantization).model
-    names = load_adapters(stored, request.adapters, request.allow)
+    if request.spec.options.stored is not None:  # merge into the quantized base, then copy the weights to `model`
+        stored = request.load(tokenizer, model.dtype, request.spec.options.stored)
+    names = request.load_adapters(stored)
     report = core.merge_and_unload(stored, *names, untie=request.untie, dense=True)
     if stored is not model:
         dequantize(stored)
@@ -292,11 +291,11 @@ def _merge_into(request: MergeRequest, folder: Path, tokenizer: SavedTokenizer |
     untied = _untie_config(model)
     if request.dtype != "auto":
         model.to(getattr(torch, request.dtype))
-    add_merge_record(model, {f.file.sha256: given for f, given in zip(request.adapters, request.folders, strict=True)})
-    _end_as_trained(model, tokenizer, request.adapters)
+    add_merge_record(model, {files.file.sha256: given for given, files in request.spec.adapters.items()})
+    _end_as_trained(model, tokenizer, request.spec.files)
     hub.save_model(model, folder, tokenizer)
-    if request.task.task.loader == "encoder" and not hub.copy_embedding_files(request.source, folder):
-        hub.write_embedding_files(folder, request.task.target.embedding)
+    if request.loader == "encoder" and not hub.copy_embedding_files(request.spec.source, folder):
+        hub.write_embedding_files(folder, request.spec.task.target.embedding)
     return Merged(
         folder=request.target,
         dtype=_dtype_name(model),

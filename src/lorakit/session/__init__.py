@@ -1,0 +1,28 @@
+"""A loaded base model with its tokenizer and adapters, as one object: `open_session` and `Session`."""
+
+from __future__ import annotations
+
+from lorakit.session.answers import Answer
+from lorakit.session.coding import EvalRows
+from lorakit.session.comparing import compare
+from lorakit.session.measuring import Evaluation
+from lorakit.session.predicting import RowsToPredict, to_predict
+from lorakit.session.prompts import Remark
+from lorakit.session.session import Session, open_session
+from lorakit.session.spec import LoadOptions, SessionSpec, session_spec, task_of_base
+
+__all__ = [
+    "Answer",
+    "EvalRows",
+    "Evaluation",
+    "LoadOptions",
+    "Remark",
+    "RowsToPredict",
+    "Session",
+    "SessionSpec",
+    "compare",
+    "open_session",
+    "session_spec",
+    "task_of_base",
+    "to_predict",
+]

@@ -1,0 +1,111 @@
+"""Rows to measure a model on: their task, their length, and the batches that each tokenizer makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
+
+from lorakit import hub
+from lorakit.data import AnyRecords, Batch, Records, Report, Split, Tokenizer, few_rows, padding_id
+from lorakit.errors import DataError
+from lorakit.session.lengths import max_length_for, usual_length
+from lorakit.session.spec import SessionSpec
+from lorakit.session.tokenizers import SavedTokenizer
+from lorakit.tasks import EncodeOptions, LabelOptions, TaskOnData, evaluation_batches, task_for, task_to_measure
+
+Batches: TypeAlias = Callable[[], Iterable[Batch]]
+"""Function that returns the batches of an evaluation."""
+
+
+@dataclass(frozen=True)
+class EvalRows:
+    """Rows to measure a model on.
+
+    Attributes:
+        records: The rows.
+        labels: How their labels are read.
+        max_length: Maximum sequence length in tokens; None selects the length that follows the data, within the model's
+            limit.
+        batch_rows: Number of rows in a batch of the longest sequences; batches of shorter sequences have more rows.
+    """
+
+    records: AnyRecords
+    labels: LabelOptions = field(default_factory=LabelOptions)
+    max_length: int | None = None
+    batch_rows: int = 8
+
+    def coding(self, spec: SessionSpec, tokenizer: Tokenizer) -> Coding:
+        """Return how the rows become batches; without adapters, the data and the model determine the task.
+
+        Args:
+            spec: The session's spec.
+            tokenizer: The tokenizer of the base.
+
+        Raises:
+            LorakitError: No task fits the data and the model, or the labels or the length do not fit the task.
+        """
+        task = (
+            task_for(None, Split(self.records, Records(), ""), spec.source, self.labels, spec.task)
+            if spec.adapters
+            else task_to_measure(self.records, spec.source, self.labels)
+        )
+        usual = partial(usual_length, self.records, tokenizer, task)
+        length = max_length_for(hub.shape_of(spec.source), self.max_length, usual)
+        return Coding(self.records, task, length, self.batch_rows)
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How records become batches: the task, the maximum length, and the rows per batch of the longest sequences."""
+
+    records: AnyRecords
+    task: TaskOnData
+    length: int
+    rows: int
+
+    def all_batches(
+        self,
+        tokenizer: Tokenizer,
+        owned: Mapping[str, SavedTokenizer | None],
+        say: Callable[[str], None],
+        detail: Callable[[str], None],
+    ) -> tuple[Batches | None, dict[str, Batches]]:
+        """Return the batches of the base, or None if its tokenizer cannot render the data, and those of each adapter.
+
+        Args:
+            tokenizer: The base's tokenizer.
+            owned: Name of each adapter -> its own tokenizer, or None.
+            say: Function that receives messages.
+            detail: Function that receives the row and token counts.
+
+        Raises:
+            DataError: An adapter's tokenizer, or the base's if it is used, cannot render the data.
+        """
+        found = {name: self.batches(own) for name, own in owned.items() if own is not None}
+        try:
+            base = self.batches(tokenizer)
+        except DataError as cause:
+            if not found or len(found) < len(owned):
+                raise
+            base = None
+            say(f"The base is not measured, because only the adapter's tokenizer renders the data. {cause}")
+        report = (base or next(iter(found.values())))[1]
+        total, *losses = report.lines()
+        detail(f"data: {total}")
+        few = few_rows(report.sequences, self.task.target.kind == "class", "Measure more rows.")
+        for line in [*losses, *filter(None, [few])]:
+            say(line)
+        for name in found if base is not None else ():
+            own = f"{name}: the adapter has its own tokenizer"
+            say(f"{own}, so its loss is measured over different tokens than the base's.")
+        shared = {} if base is None else dict.fromkeys(owned, base)
+        return base and base[0], {name: batches for name, (batches, _) in {**shared, **found}.items()}
+
+    def batches(self, tokenizer: Tokenizer) -> tuple[Batches, Report]:
+        """Return a function that returns the batches, and the counts of the data."""
+        encoded = self.task.task.encode(self.records, tokenizer, self.task.target, EncodeOptions(self.length))
+        task, pad = self.task, padding_id(tokenizer)
+        collate, sequences = task.objective.collate, encoded.sequences
+        return partial(evaluation_batches, task.task, collate, sequences, self.rows, pad), encoded.report

@@ -1,0 +1,85 @@
+"""Rows without labels for a task that predicts rows: how they are encoded, before weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from lorakit import hub
+from lorakit.data import AnyRecords, Batch, Record, padding_id
+from lorakit.errors import UsageError
+from lorakit.plan.job import ASSUMED_LENGTH
+from lorakit.session.lengths import max_length_for
+from lorakit.session.spec import SessionSpec
+from lorakit.tasks import EncodeOptions, LabelOptions, agree_on_padding, named_as, on_model
+from lorakit.tasks.encoding import EncodedRows
+
+
+def to_predict(spec: SessionSpec, tag_scheme: str = "auto") -> SessionSpec:
+    """Return a session's spec with everything that its task needs to predict rows.
+
+    Args:
+        spec: The session.
+        tag_scheme: The scheme of the tags; "auto" selects that of the adapter or the model.
+
+    Raises:
+        UsageError: The task generates text, or the model has no head for it.
+        LorakitError: The files of the model or the adapter do not fit the task.
+    """
+    if spec.task.task.predict is None:
+        raise UsageError(f"the task {spec.task.task.name} generates text; use `lorakit generate`.", field="task")
+    hub.require(spec.source, tokenizer=True)
+    named = named_as(spec.task, hub.ModelFacts.of(spec.source))
+    labeled = replace(named, target=named.target.with_options(LabelOptions(tag_scheme=tag_scheme)))
+    return replace(spec, task=on_model(labeled, spec.source))
+
+
+@dataclass(frozen=True)
+class RowsToPredict:
+    """Encoded rows.
+
+    Attributes:
+        rows: The token ids of each row and the record that it was made from.
+        batch_rows: Number of rows per batch.
+        pad: Id of the padding token.
+    """
+
+    rows: EncodedRows
+    batch_rows: int
+    pad: int
+
+    @classmethod
+    def of(cls, spec: SessionSpec, records: AnyRecords, max_length: int | None, batch_rows: int) -> RowsToPredict:
+        """Encode rows.
+
+        Args:
+            spec: Result of `to_predict`.
+            records: The rows.
+            max_length: Maximum length of a text in tokens; None selects `ASSUMED_LENGTH`, within the model's limit.
+            batch_rows: Number of rows per batch.
+
+        Raises:
+            LorakitError: The rows cannot be encoded.
+        """
+        length = max_length_for(hub.shape_of(spec.source), max_length, lambda: ASSUMED_LENGTH)
+        agree_on_padding(spec.task, spec.source, [spec.tokenizer])
+        options = EncodeOptions(length, is_labeled=False)
+        encoded = spec.task.task.encode(records, spec.tokenizer, spec.task.target, options)
+        assert isinstance(encoded, EncodedRows)  # all tasks that predict rows return this type
+        return cls(encoded, batch_rows, padding_id(spec.tokenizer))
+
+    @property
+    def notes(self) -> list[str]:
+        """Messages, for example about truncated or empty rows."""
+        return self.rows.report.lines()[1:]
+
+    def batches(self, spec: SessionSpec) -> Iterator[tuple[Batch, Sequence[Record]]]:
+        """Yield batches with the records of their rows, in order.
+
+        Args:
+            spec: The session's spec.
+        """
+        collate = spec.task.objective.collate
+        for at in range(0, len(self.rows.sequences), self.batch_rows):
+            end = at + self.batch_rows
+            yield collate(self.rows.sequences[at:end], self.pad, 0.0), self.rows.records[at:end]

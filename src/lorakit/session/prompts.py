@@ -1,0 +1,172 @@
+"""Prompts: how they are formatted and tokenized, and which tokens end an answer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from lorakit.data import Conversation, Message, Tokenizer
+from lorakit.data.chat import end_tokens
+from lorakit.data.chat_rendering import check_rendered
+from lorakit.data.messages import BadRow, messages_of, tools_of
+from lorakit.data.records import location
+from lorakit.data.tokens import beginning, token_ids
+from lorakit.durable import JsonObject, JsonValue
+from lorakit.errors import DataError, UsageError
+
+
+@dataclass(frozen=True)
+class Remark:
+    """What a user should know.
+
+    Attributes:
+        text: The message.
+        is_warning: Whether results may differ from what the user expects.
+    """
+
+    text: str
+    is_warning: bool = False
+
+
+def prompt_format(
+    tokenizer: Tokenizer, facts: Sequence[Mapping[str, Any]], chat: bool | None
+) -> tuple[str, Remark | None]:
+    """Return how to format prompts, "chat", "instruction" or "text", and what the user should know about it.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        facts: Metadata of the adapters, which records how the prompts in their training data were formatted.
+        chat: Whether the user asks for the chat template; None follows the training data of the adapters, or uses the
+            chat template if there is one.
+
+    Raises:
+        UsageError: A chat template is requested, but there is none.
+    """
+    training = [one.get("training") for one in facts]
+    trained = {one.get("prompt_format") if isinstance(one, Mapping) else None for one in training}
+    form = next((name for name in _FORMATS if trained == {name}), None)  # files may contain anything
+    if chat is None:
+        usual = "chat" if tokenizer.chat_template else "text"
+        if form is None or (form == "chat" and usual == "text"):
+            return usual, None
+        text = f"Prompts are formatted as in the adapter's training data ({_FORMATS[form]}); see --chat."
+        return form, None if form == usual else Remark(text)
+    if chat and not tokenizer.chat_template:
+        text = "--chat needs a chat template, but the model's tokenizer has none; omit --chat."
+        raise UsageError(text, field="chat")
+    is_other = form is not None and (form == "chat") != chat
+    text = f"the adapter was trained on prompts in another format ({_FORMATS[form]})." if is_other and form else ""
+    wanted = "chat" if chat else "instruction" if form == "instruction" else "text"
+    return wanted, Remark(text, is_warning=True) if text else None
+
+
+_FORMATS = {
+    "chat": "with the chat template",
+    "instruction": "followed by a blank line, without a chat template",
+    "text": "as plain text",
+}
+
+
+def encode_prompts(
+    prompts: Sequence[str | Conversation],
+    tokenizer: Tokenizer,
+    form: str,
+    system: str | None,
+    tools: Sequence[JsonObject] = (),
+) -> list[list[int]]:
+    """Return the token ids of prompts.
+
+    Args:
+        prompts: Texts, and conversations to continue.
+        tokenizer: A transformers tokenizer.
+        form: Result of `prompt_format`; "chat" if there are conversations or tools.
+        system: System message for the texts, or None.
+        tools: JSON schemas of functions; of a conversation without its own, or of a text.
+
+    Returns:
+        A list of token ids for each prompt.
+
+    Raises:
+        UsageError: The system message cannot be used, or the chat template rejects a conversation.
+        DataError: The chat template omits tools or a part of a conversation.
+    """
+    encoded = []
+    for prompt in prompts:
+        if isinstance(prompt, Conversation):
+            chat = prompt if prompt.tools else replace(prompt, tools=tuple(tools))
+        elif form == "chat":
+            before = () if system is None else (Message("system", system),)
+            chat = Conversation((*before, Message("user", prompt)), "--prompt", tools=tuple(tools))
+        elif system is not None and form != "instruction":
+            text = "--system needs a chat template, but prompts are plain text here; omit --system."
+            raise UsageError(text, field="system")
+        else:
+            start = "" if system is None else f"{system}\n\n"
+            text = f"{start}{prompt}\n\n" if form == "instruction" else prompt
+            encoded.append(beginning(tokenizer) + token_ids(tokenizer, text))
+            continue
+        encoded.append(_chat_ids(chat, tokenizer))
+    return encoded
+
+
+def _chat_ids(chat: Conversation, tokenizer: Tokenizer) -> list[int]:
+    """Render a conversation with the generation prompt, as in training, and return its token ids."""
+    options: dict[str, Any] = {"tools": list(chat.tools) or None, "add_generation_prompt": True, **chat.options}
+    try:
+        found = tokenizer.apply_chat_template(chat.as_dicts(), return_dict=True, **options)
+        text = tokenizer.apply_chat_template(chat.as_dicts(), tokenize=False, **options)
+    except Exception as cause:  # a template is untrusted code and may raise anything
+        advice = "" if len(chat.messages) > 2 or chat.tools else "; try --no-chat"
+        raise UsageError(f"The chat template rejects this prompt ({cause}){advice}.", field="chat") from cause
+    check_rendered(chat, tokenizer, text)
+    return list(found["input_ids"])
+
+
+def end_ids(model: nn.Module, tokenizer: Tokenizer, form: str) -> set[int]:
+    """Return the ids of the tokens that end an answer.
+
+    These are the end-of-text tokens of the model's config, its generation config and the tokenizer, and in a chat also
+    the tokens with which the chat template ends a turn, because those were trained.
+
+    Args:
+        model: A transformers model.
+        tokenizer: The model's or the adapter's tokenizer.
+        form: Result of `prompt_format`.
+    """
+    found: set[int] = set(end_tokens(tokenizer)) if form == "chat" else set()
+    for holder in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
+        ids = getattr(holder, "eos_token_id", None)
+        found |= set(ids) if isinstance(ids, (list, tuple)) else {ids} if isinstance(ids, int) else set()
+    return found
+
+
+def conversation(value: JsonValue, source: str, line: int | None = None) -> Conversation:
+    """Return a conversation to continue.
+
+    Args:
+        value: A list of messages, or an object with `messages`, and optionally `tools` and `chat_template_kwargs`.
+        source: Where it is from, for messages.
+        line: Line number in a file, or None.
+
+    Raises:
+        DataError: The conversation is invalid or ends with the assistant's message.
+    """
+    row = value if isinstance(value, dict) else {"messages": value}
+    options = row.get("chat_template_kwargs") or {}
+    chat = Conversation((), source, line)
+    try:
+        messages = messages_of(row.get("messages", row.get("conversations")), "messages", Counter())
+        tools = tools_of(row.get("tools"), "tools")
+    except BadRow as cause:
+        raise DataError(f"{location(chat)}: {cause}", where=location(chat)) from None
+    if messages[-1].role == "assistant":
+        text = "the last message is the assistant's, which generate writes; remove it."
+        raise DataError(f"{location(chat)}: {text}", where=location(chat))
+    if not isinstance(options, dict):
+        text = "the field 'chat_template_kwargs' must be an object."
+        raise DataError(f"{location(chat)}: {text}", where=location(chat))
+    return replace(chat, messages=messages, tools=tools, options=options)

@@ -1,0 +1,250 @@
+"""What is known of a session before weights are loaded: its base and adapters, their task, tokenizer and options."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit import hub
+from lorakit.core import AdapterFiles
+from lorakit.data import Request
+from lorakit.durable import JsonObject, read_json
+from lorakit.errors import ModelError, UsageError
+from lorakit.hub_cache import is_on_hub, with_revision
+from lorakit.plan.quantized import Quantization
+from lorakit.session.int8 import INT8, unsupported
+from lorakit.session.prompts import Remark
+from lorakit.session.remembered import recorded_base, resolve_base, task_of
+from lorakit.session.tokenizers import SavedTokenizer, tokenizer_for
+from lorakit.tasks import CAUSAL_LM, TASKS, Target, TaskOnData, load_model_for, task_of_model
+
+MERGED_FILE = "lorakit_merged.json"
+"""Name of the file that records the origin of a merged model."""
+
+MOST_MERGED_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How the base of a session is loaded, and which checks of its adapters are overridden.
+
+    Attributes:
+        dtype: "auto" (as in its files), "bfloat16", "float16", "float32", or a torch dtype.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        quantization: How the base is quantized: a `Quantization`, its name, or None.
+        base_matmul: "dtype", or "int8" to multiply the frozen linear layers in int8.
+        allow: Names of the checks of `lorakit.load_adapter` to override.
+        revision: Revision of a base on the Hub.
+        accelerated: Whether rows are measured and predicted with fused forward methods.
+    """
+
+    dtype: str | torch.dtype = "auto"
+    device: str = "auto"
+    quantization: Quantization | str | None = None
+    base_matmul: str = "dtype"
+    allow: Collection[str] = ()
+    revision: str | None = None
+    accelerated: bool = True
+
+    @cached_property
+    def stored(self) -> Quantization | None:
+        """The quantization of the base."""
+        return Quantization(self.quantization) if isinstance(self.quantization, str) else self.quantization
+
+
+@dataclass(frozen=True)
+class SessionSpec:
+    """What is known of a session before weights are loaded.
+
+    Attributes:
+        source: The base, or a merged model.
+        adapters: Name -> files of an adapter that will be loaded.
+        facts: Contents of each adapter's `lorakit.json`, or of the merged model's `lorakit_merged.json`; empty if
+            nothing is recorded.
+        task: The task of the adapters, or of the base.
+        options: How the base is loaded.
+    """
+
+    source: hub.ModelSource
+    adapters: Mapping[str, AdapterFiles]
+    facts: Sequence[Mapping[str, Any]]
+    task: TaskOnData
+    options: LoadOptions = field(default_factory=LoadOptions)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return hub.pick_device(self.options.device)
+
+    @property
+    def files(self) -> list[AdapterFiles]:
+        """The files of the adapters, in order."""
+        return [*self.adapters.values()]
+
+    @property
+    def trainings(self) -> list[JsonObject]:
+        """The metadata of each training."""
+        recorded = [one.get("training") for one in self.facts]
+        return [one for one in recorded if isinstance(one, dict)]
+
+    @property
+    def rows(self) -> JsonObject | None:
+        """The shape and the columns of the training data, or None if they are unknown or differ."""
+        recorded = [{name: one.get(name) for name in ("shape", "columns")} for one in self.trainings]
+        return recorded[0] if recorded and all(one == recorded[0] for one in recorded) else None
+
+    def max_length(self, given: int | None) -> int | None:
+        """Return the maximum sequence length: the given one, else the longest of the trainings, else None."""
+        lengths = [length for one in self.trainings if isinstance(length := one.get("max_length"), int) and length > 1]
+        return given if given is not None else max(lengths, default=None)
+
+    @cached_property
+    def _tokenizer(self) -> tuple[SavedTokenizer, str]:
+        return tokenizer_for(self.source, self.files)
+
+    @property
+    def tokenizer(self) -> SavedTokenizer:
+        """The tokenizer of all rows; see `tokenizer_for`."""
+        return self._tokenizer[0]
+
+    @property
+    def remarks(self) -> tuple[Remark, ...]:
+        """What the user should know before the session is used; reads the tokenizer."""
+        wanted = self.options.stored
+        now = "not quantized" if wanted is None else f"quantized as {wanted.name}"
+        found = list[Remark]()
+        with contextlib.suppress(ModelError):  # whoever needs the tokenizer gets the error
+            found += [Remark(self._tokenizer[1], is_warning=True)] if self._tokenizer[1] else []
+        for files in self.files:
+            training = files.sidecar.facts.get("training")
+            stored = training.get("quantization") if isinstance(training, dict) else None
+            method = stored.get("method") if isinstance(stored, dict) else None
+            if method is not None and (wanted is None or method != wanted.name):
+                text = f"{files.folder}: trained on a base quantized as {method}, but this base is {now}; "
+                found.append(Remark(f"{text}pass --quantization {method} to use the same weights as in training."))
+        return tuple(found)
+
+    def on_machine(self, say: Callable[[str], None] = lambda text: None) -> SessionSpec:
+        """Return the spec with the dtype "auto" replaced by the one that suits the machine, as in training.
+
+        Args:
+            say: Receives the reason.
+        """
+        if isinstance(self.options.dtype, torch.dtype):
+            return self
+        choice = hub.choose_dtype(self.options.dtype, self.device)
+        say(f"precision: {choice.reason}")
+        return replace(self, options=replace(self.options, dtype=choice.dtype))
+
+    def check_generates(self) -> None:
+        """Check that the task continues text.
+
+        Raises:
+            UsageError: It does not.
+        """
+        if not self.task.task.generates:
+            where = self.files[0].folder if self.files else self.source.given
+            raise UsageError(
+                f"{where}: trained for {self.task.task.name}, which does not continue text; use `lorakit predict`.",
+                what=self.task.task.name,
+                where=where,
+                field="adapter",
+            )
+
+    def request(self, *, needs_label: bool = True) -> Request:
+        """Return how rows of the task are read; as in training, if a file fits.
+
+        Args:
+            needs_label: Whether labels and tags are required.
+        """
+        task = self.task.task
+        allowed = task.formats if needs_label else task.inputs or task.formats
+        return Request(allowed=allowed, needs_label=needs_label).with_usual(self.rows)
+
+    def load_base(self, tokenizer: SavedTokenizer | None = None) -> hub.LoadedModel:
+        """Load the base with the head that the task needs; a new head has random weights until an adapter is loaded.
+
+        Args:
+            tokenizer: The tokenizer with which the model must agree about padding; None if rows are not padded.
+
+        Raises:
+            LorakitError: The base cannot be loaded, or an adapter lacks the weights of a new head.
+        """
+        in_files = self.options.base_matmul == INT8 and not unsupported(self.device)
+        how = hub.LoadOptions(self.options.dtype, self.device, self.options.stored, in_files)
+        return load_model_for(self.task, self.source, how, tokenizer, [files.folder for files in self.files])
+
+
+def session_spec(
+    model: str | hub.ModelSource | None,
+    adapters: Mapping[str, AdapterFiles],
+    options: LoadOptions | None = None,
+    task: TaskOnData | str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> SessionSpec:
+    """Resolve the base, which adapters name if the user does not, and collect what its adapters record.
+
+    Args:
+        model: Model directory, GGUF file, Hub id, packaged model, or resolved source; None for the base that the
+            adapters name.
+        adapters: Name -> files of an adapter.
+        options: How the base is loaded.
+        task: The task of a model without adapters, or its name; None selects that of the model's own head.
+        say: Receives a message before a slow step, such as a download.
+
+    Raises:
+        UsageError: The adapters name different bases, or none, or have different tasks or classes.
+        ModelError: The base was not found.
+    """
+    options, files = options or LoadOptions(), [*adapters.values()]
+    if options.stored is not None:
+        hub.require_quantizer(options.stored)
+    if isinstance(model, hub.ModelSource):
+        source = model
+    else:
+        given = None if model is None else with_revision(model, options.revision)
+        names = ", ".join(str(one.folder) for one in files)
+        source = resolve_base(given or _base_of(files, options.revision), given, names, say)
+    if files:
+        return SessionSpec(source, adapters, [one.sidecar.facts for one in files], task_of(files), options)
+    own = task if isinstance(task, TaskOnData) else task_of_base(task, source)
+    record = Path(source.path_or_id) / MERGED_FILE
+    merged = read_json(record, MOST_MERGED_BYTES) if source.kind == "directory" and record.is_file() else None
+    return SessionSpec(source, {}, [merged] if isinstance(merged, dict) else [], own, options)
+
+
+def task_of_base(name: str | None, source: hub.ModelSource) -> TaskOnData:
+    """Return the task of a model without adapters.
+
+    Args:
+        name: Name of the task; None selects that of the model's own head.
+        source: The model.
+
+    Raises:
+        UsageError: The model neither continues text nor predicts rows.
+    """
+    task = TASKS[name] if name is not None else None
+    if task is CAUSAL_LM or (task is None and hub.ModelFacts.of(source).loader == CAUSAL_LM.loader):
+        return TaskOnData(CAUSAL_LM, Target())
+    return task_of_model(name, source)
+
+
+def _base_of(adapters: Sequence[AdapterFiles], revision: str | None) -> str:
+    """Return the base that all adapters name, with the given revision, or else the one that they record."""
+    folders = {}
+    for files in adapters:
+        base = recorded_base(files.folder, files.config, files.sidecar.facts)
+        recorded = files.config.revision if is_on_hub(base) else None
+        folders[with_revision(base, revision or recorded)] = files.folder
+    if len(folders) > 1:
+        named = " and ".join(f"{base} ({folder})" for base, folder in folders.items())
+        raise UsageError(f"the adapters name different bases: {named}; pass --model.", field="model")
+    if not folders:
+        raise UsageError("model is missing; pass a model, or adapters, which name their base.", field="model")
+    return next(iter(folders))

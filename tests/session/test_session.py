@@ -1,0 +1,221 @@
+"""lorakit.session: a session against transformers and PEFT on the same model, adapters, rows and threads."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+import lorakit
+from lorakit import core, hub
+from lorakit.cli import main
+from lorakit.errors import DataError, MergeError, UsageError
+from lorakit.generate import Sampling
+from lorakit.session import Session
+
+Save = Callable[..., Path]
+PROMPT = "hello world"
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft reads it
+
+
+@pytest.fixture
+def adapters(save_adapter: Save) -> dict[str, Path]:
+    return {name: save_adapter(name, seed, spread=0.5) for seed, name in enumerate(("one", "two", "three"), start=1)}
+
+
+@pytest.fixture
+def session(tiny_model_directory: Path, adapters: dict[str, Path]) -> Session:
+    return lorakit.open_session(str(tiny_model_directory), adapters)
+
+
+def of_peft(base: Path, adapter: Path | None) -> Any:
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    return (model if adapter is None else peft.PeftModel.from_pretrained(model, str(adapter))).eval()
+
+
+def continued(model: Any, tokenizer: Any, ids: list[int], tokens: int) -> str:
+    inputs = torch.tensor([ids])
+    found = model.generate(
+        input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=tokens, do_sample=False, pad_token_id=0
+    )
+    return tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True)
+
+
+def test_texts_are_those_of_peft(session: Session, tiny_model_directory: Path, adapters: dict[str, Path]) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model_directory)
+    ids = tokenizer(PROMPT)["input_ids"]
+    texts = set()
+    for name, folder in {**adapters, None: None}.items():
+        answer = session.generate(PROMPT, adapter=name, chat=False, max_new_tokens=12)
+        assert answer.text == continued(of_peft(tiny_model_directory, folder), tokenizer, ids, 12)
+        texts.add(answer.text)
+    assert len(texts) == 4  # the adapters act
+    names = [None, "three", "one"]
+    together = session.generate_batch([PROMPT] * 3, names, chat=False, max_new_tokens=12)
+    assert [answer.text for answer in together] == [
+        session.generate(PROMPT, adapter=name, chat=False, max_new_tokens=12).text for name in names
+    ]
+
+
+def test_chats_are_rendered_by_the_template(
+    session: Session, tiny_model_directory: Path, adapters: dict[str, Path]
+) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model_directory)
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": PROMPT}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    expected = continued(of_peft(tiny_model_directory, adapters["two"]), tokenizer, ids, 8)
+    assert session.chat(messages, adapter="two", max_new_tokens=8).text == expected
+    assert session.generate(PROMPT, system="be brief", adapter="two", max_new_tokens=8).text == expected
+    with pytest.raises(DataError):
+        session.chat([*messages, {"role": "assistant", "content": "hi"}], adapter="two")
+
+
+def test_the_loss_is_that_of_peft(
+    session: Session, tiny_model_directory: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    rows = [{"prompt": "say", "completion": f" hello {'world ' * n}"} for n in range(1, 6)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model_directory)
+    for name, folder in {"one": adapters["one"], None: None}.items():
+        model, total, count = of_peft(tiny_model_directory, folder), 0.0, 0
+        for row in rows:
+            prompt = tokenizer(row["prompt"])["input_ids"]
+            whole = [*tokenizer(row["prompt"] + row["completion"])["input_ids"], tokenizer.eos_token_id]
+            labels = torch.tensor([[-100] * len(prompt) + whole[len(prompt) :]])
+            with torch.no_grad():
+                mean = model(input_ids=torch.tensor([whole]), labels=labels).loss.item()
+            total, count = total + mean * (len(whole) - len(prompt)), count + len(whole) - len(prompt)
+        found = session.evaluate(path, adapter=name)
+        assert found.tokens == count and found.loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_the_commands_say_the_same(
+    session: Session, tiny_model_directory: Path, adapters: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", tiny_model_directory, "--adapter", adapters["one"], adapters["two"], "--prompt", PROMPT]
+    assert main(["generate", *map(str, flags), "--max-new-tokens", "6", "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    ours = [session.generate(PROMPT, adapter=name, max_new_tokens=6).text for name in (None, "one", "two")]
+    assert [answer["text"] for answer in result["answers"]] == ours
+
+
+def test_a_merge_in_memory_is_that_of_peft(tiny_model_directory: Path, adapters: dict[str, Path]) -> None:
+    model = of_peft(tiny_model_directory, adapters["one"]).merge_and_unload()
+    ids = torch.arange(4, 20)[None]
+    with lorakit.open_session(str(tiny_model_directory), {"one": adapters["one"]}) as session:
+        text = session.generate(PROMPT, max_new_tokens=6).text
+        session.merge()
+        assert not session.adapters and not core.adapters(session.model) and session.merged == (str(adapters["one"]),)
+        with torch.no_grad():
+            torch.testing.assert_close(session.model(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+        assert session.generate(PROMPT, max_new_tokens=6).text == text
+
+
+def test_a_merge_that_rounds_is_refused_and_changes_nothing(
+    tiny_model_directory: Path, adapters: dict[str, Path]
+) -> None:
+    with lorakit.open_session(str(tiny_model_directory), {"one": adapters["one"]}, dtype="bfloat16") as session:
+        before = {name: value.clone() for name, value in session.model.state_dict().items()}
+        with pytest.raises(MergeError):
+            session.merge()
+        after = session.model.state_dict()
+        assert [*session.adapters] == ["one"] and all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_adapters_come_and_go(session: Session, adapters: dict[str, Path]) -> None:
+    text = session.generate(PROMPT, adapter="two", max_new_tokens=6).text
+    session.unload_adapter("one")
+    assert [*session.adapters] == ["two", "three"]
+    assert session.generate(PROMPT, adapter="two", max_new_tokens=6).text == text
+    session.load_adapter("again", adapters["two"])
+    assert session.generate(PROMPT, adapter="again", max_new_tokens=6).text == text
+    for name in ("one", "four"):
+        with pytest.raises(UsageError) as caught:
+            session.generate(PROMPT, adapter=name)
+        assert caught.value.fields["what"] == name
+        with pytest.raises(UsageError):
+            session.unload_adapter(name)
+    with pytest.raises(UsageError):  # which of the three?
+        session.generate(PROMPT)
+
+
+def test_a_failed_load_changes_nothing(session: Session, tmp_path: Path, save_adapter: Save) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    other = save_adapter("other", model=transformers.LlamaForCausalLM(config))
+    text = session.generate(PROMPT, adapter="one", max_new_tokens=6).text
+    for bad in (other, tmp_path / "nothing"):
+        with pytest.raises(lorakit.LorakitError):
+            session.load_adapter("bad", bad)
+    assert [*session.adapters] == ["one", "two", "three"]
+    assert session.generate(PROMPT, adapter="one", max_new_tokens=6).text == text
+
+
+def test_threads_get_their_own_adapters(session: Session) -> None:
+    alone = {name: session.generate(PROMPT, adapter=name, max_new_tokens=10).text for name in session.adapters}
+    found: list[tuple[str, str]] = []
+
+    def ask(name: str) -> None:
+        found.extend((name, session.generate(PROMPT, adapter=name, max_new_tokens=10).text) for _ in range(3))
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in alone]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 9 and all(text == alone[name] for name, text in found)
+
+
+def test_sampling_repeats_with_its_seed(session: Session) -> None:
+    first, again, other = (
+        session.generate(PROMPT, adapter=None, max_new_tokens=10, sampling=Sampling(2.0, seed=seed)).text
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_a_closed_session_says_so(session: Session) -> None:
+    session.close()
+    with pytest.raises(UsageError):
+        session.generate(PROMPT, adapter=None)
+
+
+def test_adapters_name_their_base(tiny_model_directory: Path, tmp_path: Path) -> None:
+    model = hub.load_model(tiny_model_directory)
+    config = lorakit.LoraConfig(
+        r=2, target_modules="all-linear", base_model_name_or_path=str(tiny_model_directory), init_lora_weights=False
+    )
+    core.attach(model, config, "made")
+    core.save_adapter(model, tmp_path / "named", "made")
+    with lorakit.open_session(adapters={"named": tmp_path / "named"}) as session:
+        assert session.spec.source.given == str(tiny_model_directory)
+    with pytest.raises(UsageError):
+        lorakit.open_session()
+
+
+def test_the_models_own_head_predicts_as_in_transformers(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    names = {0: "ham", 1: "spam"}
+    config = transformers.BertConfig(vocab_size=512, pad_token_id=0, id2label=names, **sizes)
+    transformers.BertForSequenceClassification(config).eval().save_pretrained(tmp_path / "bert")
+    tiny_tokenizer.save_pretrained(tmp_path / "bert")
+    texts = ["hello", "hello world hello world", "a"]
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert").eval()
+    with lorakit.open_session(str(tmp_path / "bert")) as session:
+        found = list(session.predict(texts=texts, batch_rows=2))
+        with pytest.raises(UsageError):
+            session.generate("hello")
+    for text, row in zip(texts, found, strict=True):
+        with torch.no_grad():
+            scores = model(**tiny_tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
+        assert row["label"] == names[int(scores.argmax())]
+        assert [row["scores"][name] for name in names.values()] == pytest.approx(scores.tolist(), abs=1e-5)
