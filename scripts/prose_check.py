@@ -8,8 +8,8 @@ Each finding is printed as `file:line: [rule] phrase -> suggestion`; rules marke
 fine. The exit status is 1 if there are problems (hints do not count), and 2 if a path does not exist.
 
 Not checked: code, `backticked` text, expressions in f-strings, fenced blocks, URLs and link targets; strings without a
-space, which are taken for identifiers; dated entries of a journal.md and released sections of a CHANGELOG.md, which are
-history; and lines that contain `prose-check: ok`, for text that must match PEFT word for word.
+space, which are taken for identifiers; released sections of a CHANGELOG.md, which are history; and lines that contain
+`prose-check: ok`, for text that must match PEFT word for word.
 """
 
 from __future__ import annotations
@@ -27,10 +27,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 RULES = ROOT / "scripts" / "prose_rules.tsv"
 SKIPPED = {".git", ".venv", "venv", "node_modules", "__pycache__", "build", "dist", "results", "runs"}
-HISTORY = {
-    "journal.md": re.compile(r"## \d{4}-\d\d-\d\d\b"),
-    "CHANGELOG.md": re.compile(r"## \[?v?\d"),
-}
+HISTORY = {"CHANGELOG.md": re.compile(r"## \[?v?\d")}
 """File name -> headings of the sections in it that record the past and are not rewritten."""
 
 LEXER = re.compile(

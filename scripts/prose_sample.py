@@ -48,10 +48,8 @@ def python_passages(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def markdown_passages(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the line and text of each paragraph that is neither code nor a table; a journal is history and has none."""
+    """Yield the line and text of each paragraph that is neither code nor a table."""
     text = path.read_text(encoding="utf-8")
-    if path.name == "journal.md":
-        return
     text = re.sub(r"^```.*?^```", lambda code: "\n" * code.group().count("\n"), text, flags=re.DOTALL | re.MULTILINE)
     line = 1
     for paragraph in text.split("\n\n"):

@@ -86,26 +86,6 @@ one more WORD, before `code`.
     assert found(checker, "a.md", text) == [(1, "beside", "beside"), (11, "beside", "beside")]
 
 
-JOURNAL = """# Journal
-
-What is WORD.
-
-## 2026-11-25 · a day
-
-WORD.
-
-### WORD
-
-```sh
-# WORD
-```
-
-WORD.
-
-## Undated
-
-WORD.
-""".replace("WORD", "anew")
 CHANGELOG = """# Changelog
 
 ## [Unreleased]
@@ -122,9 +102,6 @@ WORD.
 @pytest.mark.parametrize(
     ("path", "text", "lines"),
     [
-        ("docs/journal.md", JOURNAL, [3, 19]),
-        ("journal.md", JOURNAL, [3, 19]),
-        ("other.md", JOURNAL, [3, 7, 9, 15, 19]),
         ("CHANGELOG.md", CHANGELOG, [5]),
         ("docs/x.md", CHANGELOG, [5, 10]),
     ],

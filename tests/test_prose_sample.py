@@ -28,7 +28,6 @@ def test_passages_and_their_lines(tmp_path: Path) -> None:
     sampler = load("scripts/prose_sample.py")
     (tmp_path / "a.py").write_text(SOURCE)
     (tmp_path / "b.md").write_text(MARKDOWN)
-    (tmp_path / "journal.md").write_text(MARKDOWN)
     found = [text.removeprefix(f"{tmp_path}/").split("\n", 1) for text in sampler.passages([tmp_path])]
     assert sorted(found) == [
         ["a.py:1", "Module docstring, which is long enough to be a passage."],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -37,6 +38,20 @@ def test_doors_are_those_of_the_rules() -> None:
     assert doors == DOORS
 
 
+def test_arrows_of_the_packages_are_imports() -> None:
+    diagram = re.sub(r"\[([^\]]*)\]", "", PAGE.split("```mermaid\n")[1].split("```")[0])
+    basis = re.findall(r"(\w+)(?:\.py|/)", PAGE.split("basis[")[1].split("]")[0])
+    package, arrows = ROOT / "src" / "lorakit", re.findall(r"^ +(.+) --> (.+)$", diagram, re.MULTILINE)
+    assert len(arrows) > 8
+    for importers, imported in arrows:
+        for importer, other in itertools.product(re.findall(r"\w+", importers), re.findall(r"\w+", imported)):
+            text = "".join(path.read_text(encoding="utf-8") for path in (package / importer).rglob("*.py"))
+            parts = "|".join(basis if other == "basis" else [other])
+            assert re.search(rf"^ *(from|import) lorakit(\.| import .*\b)({parts})\b", text, re.MULTILINE), (
+                f"{importer} does not import {other}"
+            )
+
+
 def test_every_folder_of_the_core_is_named() -> None:
     core = ROOT / "src/lorakit/core"
     modules = {path.stem for path in core.glob("*.py") if path.name != "__init__.py"}
@@ -57,5 +72,5 @@ def test_rows_are_those_of_the_tables() -> None:
 
 
 def test_page_is_short() -> None:
-    assert PAGE.count("\n") <= 155
+    assert PAGE.count("\n") <= 150
     assert (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").count("\n") <= 130  # six recipes
