@@ -72,7 +72,7 @@ def test_each_formula_names_code_that_cites_it_and_a_test() -> None:
 
 
 def pages() -> list[Path]:
-    return [*sorted((ROOT / "docs").glob("*.md")), *(p for p in sorted(ROOT.glob("*.md")) if p.name != "CHANGELOG.md")]
+    return [*sorted((ROOT / "docs").rglob("*.md")), *(p for p in sorted(ROOT.glob("*.md")) if p.name != "CHANGELOG.md")]
 
 
 def find(symbol: str) -> tuple[ast.Module, ast.AST]:
