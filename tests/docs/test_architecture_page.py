@@ -15,10 +15,10 @@ PAGE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 def test_every_part_stands_on_its_floor() -> None:
     on_page = {
         part: int(floor.replace("−", "-"))
-        for floor, cell in re.findall(r"^\| (−?\d) \| ([^|]+) \|", PAGE, re.MULTILINE)
+        for floor, cell in re.findall(r"^\| (−?\d+) \| ([^|]+) \|", PAGE, re.MULTILINE)
         for part in re.findall(r"`(\w+)(?:\.py|/)`", cell)
     }
-    reserved = {part: int(n) for part, n in re.findall(r"`(\w+)(?:\.py|/)` \((\d)\)", PAGE)}
+    reserved = {part: int(n) for part, n in re.findall(r"`(\w+)(?:\.py|/)` \((\d+)\)", PAGE)}
     assert {**on_page, **reserved} == {p: n for p, n in FLOORS.items() if not p.startswith("__")}
     package = ROOT / "src" / "lorakit"
     assert set(on_page) == {

@@ -15,7 +15,8 @@ from lorakit import cli
 from lorakit.generate import Sampling
 from lorakit.session import Session
 
-PAGE = (Path(__file__).parents[2] / "docs" / "python-api.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE, README = ((ROOT / page).read_text(encoding="utf-8") for page in ("docs/python-api.md", "README.md"))
 
 
 def train(*words: object) -> None:
@@ -24,7 +25,7 @@ def train(*words: object) -> None:
 
 
 def test_the_calls_run_in_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_directory: Path, tiny_tokenizer: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_directory: Path, tiny_tokenizer: Any, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -42,6 +43,9 @@ def test_the_calls_run_in_order(
         exec(call.replace('"smollm2"', repr(str(tiny_model_directory))), names)
     assert len(names["answers"]) == 2 and len(names["tokens"]) == 4 and names["result"].perplexity > 1
     assert names["rows"][0]["label"] in ("good", "bad")
+    (code,) = re.findall(r"```python\n(import lorakit\n\nwith .*?)```", README, flags=re.DOTALL)
+    exec(code, {})
+    assert len(capsys.readouterr().out.splitlines()) >= 2
 
 
 def test_every_public_method_is_named() -> None:
