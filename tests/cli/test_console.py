@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -50,7 +51,7 @@ COMMANDS = {
     "inspect ADAPTER": "lorakit: 0 s",
     "merge --model MODEL --adapter ADAPTER --output-dir NEW": "merging: 0 s",
     "plan MODEL": "lorakit: 0 s",
-    "predict --text hello --model MODEL --task embedding": "predicting: 0 s",
+    "predict --text hello --model PLAIN --task embedding": "predicting: 0 s",
     "train --model MODEL --data TEXT --output-dir NEW --max-steps 1": "lorakit: 0 s",
 }
 
@@ -63,6 +64,8 @@ def command(
     (tmp_path / "text.txt").write_text("The quick brown fox. " * 40, encoding="utf-8")
     names = {"TEXT": tmp_path / "text.txt", "MODEL": tiny_model_directory, "NEW": tmp_path / "new"}
     names["ADAPTER"] = save_adapter("one")
+    names["PLAIN"] = tmp_path / "plain"  # without a chat template, which embeddings of plain texts must not have
+    shutil.copytree(tiny_model_directory, names["PLAIN"], ignore=shutil.ignore_patterns("chat_template.jinja"))
     return [str(names.get(word, word)) for word in request.param.split()]
 
 

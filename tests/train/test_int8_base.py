@@ -118,7 +118,7 @@ def test_what_changes_the_base_is_rejected(int8_run: dict[str, Any], fields: dic
 def test_a_processor_without_int8_units_uses_the_dtype(
     int8_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8_base, "why_no_int8_matmuls", lambda: "the processor has no int8 units")
+    monkeypatch.setattr("lorakit.session.int8.why_no_int8_matmuls", lambda: "the processor has no int8 units")
     result = run(TrainSettings(**{**int8_run, "max_steps": 2}))
     record = read(tmp_path / "run" / "run.json")
     assert result.base_matmul == "dtype" == record["resolved"]["base_matmul"]
