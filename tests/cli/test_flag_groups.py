@@ -13,7 +13,7 @@ from lorakit.cli.flag_groups import BASE, ROWS, BaseFlags, RowFlags
 from lorakit.data import Request
 from lorakit.errors import ConfigError
 from lorakit.plan.quantized import Quantization
-from lorakit.session import LoadOptions
+from lorakit.session import SessionOptions
 
 
 @pytest.fixture
@@ -85,8 +85,8 @@ def test_the_request_has_all_flags() -> None:
 
 
 def test_the_base_without_flags_and_with_all() -> None:
-    assert BASE.options(None) == LoadOptions()
+    assert BASE.options(None) == SessionOptions()
     flags = BaseFlags(quantization="nf4", double_quantization=False, allow_base_mismatch=True)
-    assert flags.options(None) == LoadOptions(quantization=Quantization("nf4", False), allow=("base_mismatch",))
+    assert flags.options(None) == SessionOptions(quantization=Quantization("nf4", False), allow=("base_mismatch",))
     assert BaseFlags("main").options("owner/name@main").revision is None  # the name has it
     assert BaseFlags("main").options(None).revision == "main"

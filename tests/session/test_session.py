@@ -147,6 +147,25 @@ def test_adapters_come_and_go(session: Session, adapters: dict[str, Path]) -> No
         session.generate(PROMPT)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # rows were appended; the adapter is new
+def test_a_base_that_has_grown_measures_only_the_adapter_with_its_tokens(
+    tiny_model_directory: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    model = hub.load_model(tiny_model_directory)
+    model.resize_token_embeddings(len(model.get_input_embeddings().weight) + 3)
+    core.attach(
+        model, lorakit.LoraConfig(r=2, target_modules="all-linear", trainable_token_indices=[512, 513, 514]), "made"
+    )
+    core.save_adapter(model, tmp_path / "grown", "made")
+    (tmp_path / "rows.txt").write_text("hello world " * 20)
+    alone = lorakit.open_session(str(tiny_model_directory), {"one": adapters["one"]}).evaluate(tmp_path / "rows.txt")
+    with lorakit.open_session(str(tiny_model_directory), {"one": adapters["one"], "grown": tmp_path / "grown"}) as both:
+        for name in ("one", None):
+            with pytest.raises(UsageError):
+                both.evaluate(tmp_path / "rows.txt", adapter=name)
+        assert both.evaluate(tmp_path / "rows.txt", adapter="grown").tokens == alone.tokens
+
+
 def test_a_failed_load_changes_nothing(session: Session, tmp_path: Path, save_adapter: Save) -> None:
     config = transformers.LlamaConfig(
         vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4

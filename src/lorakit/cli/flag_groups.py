@@ -19,7 +19,7 @@ from lorakit.train.defaults import DEFAULTS, TAG_SCHEMES
 if TYPE_CHECKING:
     from lorakit.data import Request
     from lorakit.plan.quantized import Quantization
-    from lorakit.session import LoadOptions
+    from lorakit.session import SessionOptions
     from lorakit.tasks import LabelOptions
     from lorakit.tasks.target import LabelType
 
@@ -149,15 +149,15 @@ class BaseFlags:
         """
         return stored_as(self.quantization, self.double_quantization)
 
-    def options(self, model: str | None) -> LoadOptions:
+    def options(self, model: str | None) -> SessionOptions:
         """Return how the base is loaded; this imports torch.
 
         Args:
             model: Name of the base with its revision, or None if the adapters name it.
         """
-        from lorakit.session import LoadOptions
+        from lorakit.session import SessionOptions
 
-        return LoadOptions(
+        return SessionOptions(
             self.dtype,
             self.device,
             self.stored_as(),

@@ -130,14 +130,14 @@ def run(
 
     from lorakit import hub
     from lorakit.generate import Sampling
-    from lorakit.session import Answer, LoadOptions, Session, session_spec
+    from lorakit.session import Answer, Session, SessionOptions, session_spec
     from lorakit.session.prompts import encode_prompts, end_ids, prompt_format
     from lorakit.tasks import CAUSAL_LM
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     allowed = adapters.overridden(asdict(allow))
     revision = flags.revision if base is None else None  # the name of a given base has it
-    options = LoadOptions(flags.dtype, flags.device, quantization, flags.base_matmul, allowed, revision)
+    options = SessionOptions(flags.dtype, flags.device, quantization, flags.base_matmul, allowed, revision)
     files = enumerate(adapters.read_adapters([*found.values()]), start=1)
     numbered = {f"adapter_{number}": one for number, one in files}
     spec = session_spec(base, numbered, options, CAUSAL_LM.name, console.note)

@@ -75,12 +75,12 @@ def run(
     quantization = stored_as(flags.quantization, flags.double_quantization)
     folders = adapter_folders(flags.adapter)
     from lorakit import hub
-    from lorakit.session import LoadOptions, session_spec
+    from lorakit.session import SessionOptions, session_spec
     from lorakit.session.merging import MergeRequest, record, write_merged
 
     files = adapters.read_adapters([*folders.values()])
     allowed, revision = adapters.overridden(asdict(allow)), flags.revision if model is None else None
-    options = LoadOptions(quantization=quantization, allow=allowed, revision=revision)
+    options = SessionOptions(quantization=quantization, allow=allowed, revision=revision)
     spec = session_spec(model, dict(zip(folders, files, strict=True)), options, say=console.note)
     hub.require(spec.source)
     _reject_quantized_files(spec.source.given, hub.stored_as_files(spec.source, quantization), quantization)

@@ -6,7 +6,7 @@ key-value cache.
 """
 
 from lorakit.generate.detokenizing import TextStream, Tokenizer
-from lorakit.generate.engine import Ending, NewToken, context_tokens, generate, generate_batch
+from lorakit.generate.engine import Ending, NewToken, context_tokens, embedding_weight, generate, generate_batch
 from lorakit.generate.prefixes import Prefix, read_prefix
 from lorakit.generate.sampling import Sampler, Sampling
 
@@ -19,6 +19,7 @@ __all__ = [
     "TextStream",
     "Tokenizer",
     "context_tokens",
+    "embedding_weight",
     "generate",
     "generate_batch",
     "read_prefix",

@@ -135,7 +135,7 @@ def generate_batch(
         )
     rows = [[int(token) for token in prompt] for prompt in prompts]
     limit = context_tokens(model)
-    weight = _embedding_weight(model)
+    weight = embedding_weight(model)
     _check_prompts(rows, None if weight is None else weight.shape[0], limit)
     samplings = [sampling] * len(rows) if isinstance(sampling, Sampling) else list(sampling)
     if len(samplings) != len(rows):
@@ -240,7 +240,7 @@ class _Forward:
         self._cache_name = cache_name
         self._last_alone = "logits_to_keep" in takes
         self._positioned = "position_ids" in takes
-        weight = _embedding_weight(model)
+        weight = embedding_weight(model)
         device = next(model.parameters()).device if weight is None else weight.device
         longest = max(len(ids) for ids in prompts)
         # masked positions are never attended to, so any valid id works as padding
@@ -349,7 +349,12 @@ def _names(model: nn.Module, adapters: Sequence[str | None] | None, rows: int) -
     return [() if name is None else (name,) for name in adapters]
 
 
-def _embedding_weight(model: nn.Module) -> Tensor | None:
+def embedding_weight(model: nn.Module) -> Tensor | None:
+    """Return the weight of a model's input embedding, (vocabulary, width), or None if it has none.
+
+    Args:
+        model: A transformers model.
+    """
     getter = getattr(model, "get_input_embeddings", None)
     weight = getattr(getter(), "weight", None) if getter is not None else None
     return weight if isinstance(weight, Tensor) else None

@@ -9,16 +9,16 @@ from lorakit.session.measuring import Evaluation
 from lorakit.session.predicting import RowsToPredict, to_predict
 from lorakit.session.prompts import Remark
 from lorakit.session.session import Session, open_session
-from lorakit.session.spec import LoadOptions, SessionSpec, session_spec, task_of_base
+from lorakit.session.spec import SessionOptions, SessionSpec, session_spec, task_of_base
 
 __all__ = [
     "Answer",
     "EvalRows",
     "Evaluation",
-    "LoadOptions",
     "Remark",
     "RowsToPredict",
     "Session",
+    "SessionOptions",
     "SessionSpec",
     "compare",
     "open_session",

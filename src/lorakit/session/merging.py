@@ -81,7 +81,7 @@ class MergeRequest:
     def load_adapters(self, model: torch.nn.Module) -> list[str]:
         """Load the adapters, largest vocabulary first, because only a base without adapters can be resized."""
         names = {name: f"adapter_{number}" for number, name in enumerate(self.spec.adapters, start=1)}
-        for name, files in sorted(self.spec.adapters.items(), key=lambda item: -item[1].vocabulary):
+        for name, files in self.spec.largest_first:
             core.load_adapter(model, files, names[name], allow=self.spec.options.allow)
         return [*names.values()]
 

@@ -11,6 +11,7 @@ from lorakit.errors import UsageError
 from lorakit.plan.job import ASSUMED_LENGTH
 from lorakit.session.lengths import max_length_for
 from lorakit.session.spec import SessionSpec
+from lorakit.session.tokenizers import SavedTokenizer
 from lorakit.tasks import EncodeOptions, LabelOptions, agree_on_padding, named_as, on_model
 from lorakit.tasks.encoding import EncodedRows
 
@@ -41,15 +42,22 @@ class RowsToPredict:
     Attributes:
         rows: The token ids of each row and the record that it was made from.
         batch_rows: Number of rows per batch.
-        pad: Id of the padding token.
+        tokenizer: The tokenizer that encoded them.
     """
 
     rows: EncodedRows
     batch_rows: int
-    pad: int
+    tokenizer: SavedTokenizer
 
     @classmethod
-    def of(cls, spec: SessionSpec, records: AnyRecords, max_length: int | None, batch_rows: int) -> RowsToPredict:
+    def of(
+        cls,
+        spec: SessionSpec,
+        records: AnyRecords,
+        max_length: int | None,
+        batch_rows: int,
+        tokenizer: SavedTokenizer | None = None,
+    ) -> RowsToPredict:
         """Encode rows.
 
         Args:
@@ -57,16 +65,18 @@ class RowsToPredict:
             records: The rows.
             max_length: Maximum length of a text in tokens; None selects `ASSUMED_LENGTH`, within the model's limit.
             batch_rows: Number of rows per batch.
+            tokenizer: The tokenizer of the adapter; None selects that of the spec.
 
         Raises:
             LorakitError: The rows cannot be encoded.
         """
         length = max_length_for(hub.shape_of(spec.source), max_length, lambda: ASSUMED_LENGTH)
-        agree_on_padding(spec.task, spec.source, [spec.tokenizer])
+        tokenizer = tokenizer or spec.tokenizer
+        agree_on_padding(spec.task, spec.source, [tokenizer])
         options = EncodeOptions(length, is_labeled=False)
-        encoded = spec.task.task.encode(records, spec.tokenizer, spec.task.target, options)
+        encoded = spec.task.task.encode(records, tokenizer, spec.task.target, options)
         assert isinstance(encoded, EncodedRows)  # all tasks that predict rows return this type
-        return cls(encoded, batch_rows, padding_id(spec.tokenizer))
+        return cls(encoded, batch_rows, tokenizer)
 
     @property
     def notes(self) -> list[str]:
@@ -79,7 +89,7 @@ class RowsToPredict:
         Args:
             spec: The session's spec.
         """
-        collate = spec.task.objective.collate
+        collate, pad = spec.task.objective.collate, padding_id(self.tokenizer)
         for at in range(0, len(self.rows.sequences), self.batch_rows):
             end = at + self.batch_rows
-            yield collate(self.rows.sequences[at:end], self.pad, 0.0), self.rows.records[at:end]
+            yield collate(self.rows.sequences[at:end], pad, 0.0), self.rows.records[at:end]

@@ -19,7 +19,7 @@ from lorakit.data import Batch, Conversation, Request, read_records, text_record
 from lorakit.data.tokens import beginning, token_ids
 from lorakit.durable import JsonObject
 from lorakit.errors import MergeError, RunError, UsageError
-from lorakit.generate import NewToken, Sampling, generate_batch
+from lorakit.generate import NewToken, Sampling, embedding_weight, generate_batch
 from lorakit.hub_cache import adapter_from_hub, is_on_hub
 from lorakit.session.answers import Answer
 from lorakit.session.coding import EvalRows
@@ -34,7 +34,7 @@ from lorakit.session.measuring import (
 )
 from lorakit.session.predicting import RowsToPredict, to_predict
 from lorakit.session.prompts import Remark, conversation, encode_prompts, end_ids, prompt_format
-from lorakit.session.spec import LoadOptions, SessionSpec, session_spec
+from lorakit.session.spec import SessionOptions, SessionSpec, session_spec
 from lorakit.session.tokenizers import SavedTokenizer
 from lorakit.speed import accelerate
 from lorakit.tasks import PredictContext, agree_on_padding
@@ -74,7 +74,8 @@ class Session:
         self.merged: tuple[str, ...] = ()
         self.remarks = spec.remarks
         self.base_matmul = DTYPE
-        self._rows_of: dict[str | None, int] = {None: _vocabulary(loaded.model)}
+        self._base_rows = _vocabulary(loaded.model)
+        self._tokenizers: dict[str, SavedTokenizer] = {}
         self._lock = threading.RLock()
 
     @classmethod
@@ -90,7 +91,7 @@ class Session:
             LorakitError: The base or an adapter cannot be loaded, or the base cannot be quantized.
         """
         session = cls(spec, None if spec.task.task.generates else spec.tokenizer)
-        for name, files in sorted(spec.adapters.items(), key=lambda item: -item[1].vocabulary):
+        for name, files in spec.largest_first:
             session.load_adapter(name, files)
         if spec.options.base_matmul == INT8:
             session.base_matmul, text = quantize_for_int8(session.model, spec.files, calibration, session.device)
@@ -144,7 +145,6 @@ class Session:
         with self._lock:
             core.load_adapter(self.model, files, name, allow=self.spec.options.allow)
             self.adapters[name] = files
-            self._rows_of[name] = _vocabulary(self.model)
 
     def unload_adapter(self, name: str) -> None:
         """Remove an adapter; the base keeps rows that were added for its new tokens.
@@ -158,7 +158,8 @@ class Session:
         with self._lock:
             self._chosen(name)
             core.detach(self.model, name)
-            del self.adapters[name], self._rows_of[name]
+            del self.adapters[name]
+            self._tokenizers.pop(name, None)
 
     def _chosen(self, adapter: AdapterChoice) -> str | None:
         """Return the name of the chosen adapter, or None for the base."""
@@ -326,8 +327,12 @@ class Session:
 
     def _tokenizer_of(self, name: str | None) -> SavedTokenizer:
         """Return the tokenizer that an adapter was saved with, else that of the session."""
-        own = None if name is None else hub.adapter_tokenizer(self.adapters[name].folder)
-        return self.spec.tokenizer if own is None else own
+        if name is None:
+            return self.spec.tokenizer
+        if name not in self._tokenizers:
+            own = hub.adapter_tokenizer(self.adapters[name].folder)
+            self._tokenizers[name] = self.spec.tokenizer if own is None else own
+        return self._tokenizers[name]
 
     # rows
 
@@ -377,7 +382,8 @@ class Session:
             LorakitError: The data cannot be read or does not fit the task.
         """
         name = self._chosen(adapter)
-        if self._rows_of[name] != _vocabulary(self.model):
+        own_rows = 0 if name is None else self.adapters[name].vocabulary
+        if _vocabulary(self.model) > max(self._base_rows, own_rows):
             raise UsageError(
                 "the base has rows for new tokens of another adapter, so the loss would differ from that in a session "
                 "without it; evaluate in such a session.",
@@ -423,8 +429,9 @@ class Session:
         """
         chosen = request or self.spec.request(needs_label=False)
         records = text_records(texts, chosen) if texts else read_records(data, chosen)
-        rows = RowsToPredict.of(self.spec, records, self.spec.max_length(max_length), batch_rows)
-        return self.predictions(rows, self._chosen(adapter))
+        name, length = self._chosen(adapter), self.spec.max_length(max_length)
+        rows = RowsToPredict.of(self.spec, records, length, batch_rows, self._tokenizer_of(name))
+        return self.predictions(rows, name)
 
     def predictions(self, rows: RowsToPredict, adapter: str | None, max_new_tokens: int = 256) -> Iterator[JsonObject]:
         """Predict encoded rows.
@@ -443,7 +450,7 @@ class Session:
         task = self.spec.task
         run = task.task.predict
         assert run is not None  # checked by `to_predict`
-        context = PredictContext(self.device, task.target, self.spec.tokenizer, max_new_tokens)
+        context = PredictContext(self.device, task.target, rows.tokenizer, max_new_tokens)
         acceleration = accelerate(self.model)
         try:
             for batch, records in rows.batches(self.spec):
@@ -499,7 +506,7 @@ def open_session(
         adapters: Name -> directory of an adapter or a run, or Hub id ("owner/name[@revision]").
         task: Name of the task of a model without adapters; None selects that of the model's own head.
         calibration: Texts by which the input scales of `base_matmul="int8"` are chosen, if no run directory has them.
-        options: Fields of `lorakit.session.LoadOptions`, such as `dtype`, `device` and `quantization`.
+        options: Fields of `lorakit.session.SessionOptions`, such as `dtype`, `device` and `quantization`.
 
     Raises:
         UsageError: The adapters name different bases, or none, or have different tasks or classes.
@@ -507,13 +514,12 @@ def open_session(
     """
     folders = {name: str(given) for name, given in (adapters or {}).items()}
     files = {name: core.read_adapter(adapter_from_hub(at) if is_on_hub(at) else at) for name, at in folders.items()}
-    spec = session_spec(model, files, LoadOptions(**options), task)
+    spec = session_spec(model, files, SessionOptions(**options), task)
     ids = [beginning(spec.tokenizer) + token_ids(spec.tokenizer, text) for text in calibration]
     return Session.load(spec if spec.task.task.generates else to_predict(spec), ids)
 
 
 def _vocabulary(model: nn.Module) -> int:
     """Return the number of rows of a model's embedding, or 0 if it has none."""
-    getter = getattr(model, "get_input_embeddings", None)
-    weight = getattr(getter(), "weight", None) if getter is not None else None
+    weight = embedding_weight(model)
     return 0 if weight is None else len(weight)

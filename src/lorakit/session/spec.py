@@ -31,7 +31,7 @@ MOST_MERGED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
-class LoadOptions:
+class SessionOptions:
     """How the base of a session is loaded, and which checks of its adapters are overridden.
 
     Attributes:
@@ -75,7 +75,7 @@ class SessionSpec:
     adapters: Mapping[str, AdapterFiles]
     facts: Sequence[Mapping[str, Any]]
     task: TaskOnData
-    options: LoadOptions = field(default_factory=LoadOptions)
+    options: SessionOptions = field(default_factory=SessionOptions)
 
     @cached_property
     def device(self) -> torch.device:
@@ -86,6 +86,11 @@ class SessionSpec:
     def files(self) -> list[AdapterFiles]:
         """The files of the adapters, in order."""
         return [*self.adapters.values()]
+
+    @property
+    def largest_first(self) -> list[tuple[str, AdapterFiles]]:
+        """The adapters in the order of loading: only a base without adapters can grow for new tokens."""
+        return sorted(self.adapters.items(), key=lambda item: -item[1].vocabulary)
 
     @property
     def trainings(self) -> list[JsonObject]:
@@ -184,7 +189,7 @@ class SessionSpec:
 def session_spec(
     model: str | hub.ModelSource | None,
     adapters: Mapping[str, AdapterFiles],
-    options: LoadOptions | None = None,
+    options: SessionOptions | None = None,
     task: TaskOnData | str | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> SessionSpec:
@@ -202,7 +207,7 @@ def session_spec(
         UsageError: The adapters name different bases, or none, or have different tasks or classes.
         ModelError: The base was not found.
     """
-    options, files = options or LoadOptions(), [*adapters.values()]
+    options, files = options or SessionOptions(), [*adapters.values()]
     if options.stored is not None:
         hub.require_quantizer(options.stored)
     if isinstance(model, hub.ModelSource):
