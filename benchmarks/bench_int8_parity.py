@@ -45,8 +45,8 @@ from lorakit.allocator import keep_large_blocks
 from lorakit.config import LoraConfig
 from lorakit.data import Batch
 from lorakit.speed import accelerate
-from lorakit.train.optimizer import build_adamw
-from lorakit.train.step import StepOptions, train_step
+from lorakit.train.loop.optimizer import build_adamw
+from lorakit.train.loop.step import StepOptions, train_step
 
 LENGTH, ROWS, RANK, ALPHA, RATE = 256, 4, 16, 32, 3e-4
 CALIBRATED, FIRST_STEPS, PROBE, PROBES = 8, 5, 17, 8

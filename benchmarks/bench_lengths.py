@@ -94,8 +94,8 @@ def _step(layers: int) -> tuple[Any, Callable[[list[Any]], object]]:
     from lorakit import core
     from lorakit.config import LoraConfig
     from lorakit.speed import accelerate
-    from lorakit.train.optimizer import build_adamw
-    from lorakit.train.step import StepOptions, train_step
+    from lorakit.train.loop.optimizer import build_adamw
+    from lorakit.train.loop.step import StepOptions, train_step
 
     widths = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": layers, "vocab_size": VOCABULARY}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}

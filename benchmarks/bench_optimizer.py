@@ -21,7 +21,7 @@ from torch import nn
 from lorakit.allocator import keep_large_blocks
 from lorakit.ops.adapted import Adapted, LowRank
 from lorakit.ops.linear import Group
-from lorakit.train.optimizer import build_adamw, clipped_step, gradient_norm
+from lorakit.train.loop.optimizer import build_adamw, clipped_step, gradient_norm
 
 GROUPS = ((576, (576, 192, 192)), (576, (576,)), (576, (1536, 1536)), (1536, (576,)))
 """(in, outs) of the modules of a block that share an input."""

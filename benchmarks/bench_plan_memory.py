@@ -74,8 +74,8 @@ def child(case: dict[str, Any], steps: int) -> list[int]:
     from lorakit.allocator import keep_large_blocks
     from lorakit.data.loader import Batch
     from lorakit.speed import accelerate
-    from lorakit.train.optimizer import build_adamw
-    from lorakit.train.step import StepOptions, train_step
+    from lorakit.train.loop.optimizer import build_adamw
+    from lorakit.train.loop.step import StepOptions, train_step
 
     if case["kept"] and not keep_large_blocks():
         raise SystemExit("malloc of this C library cannot be configured to keep freed memory")

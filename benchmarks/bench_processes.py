@@ -186,7 +186,7 @@ def child_of_speed(asked: dict[str, Any]) -> None:
     from lorakit.allocator import keep_large_blocks
 
     keep_large_blocks()  # as in `lorakit train`; before torch allocates memory
-    from lorakit.train.processes import joined
+    from lorakit.train.processes.processes import joined
 
     with joined() as processes:
         step = prepared(Job(**asked["job"]), processes)
@@ -205,8 +205,8 @@ def prepared(job: Job, processes: Any) -> Callable[[int], float]:
     from lorakit.data import Batch
     from lorakit.ops.choices import activate
     from lorakit.speed import accelerate, choose
-    from lorakit.train.optimizer import build_adamw
-    from lorakit.train.step import StepOptions, train_step
+    from lorakit.train.loop.optimizer import build_adamw
+    from lorakit.train.loop.step import StepOptions, train_step
 
     torch.manual_seed(0)
     model = geometry(job).train()
@@ -296,7 +296,7 @@ def planned_rank(values: dict[str, Any], parallel: str) -> Any:
     from lorakit import hub, plan
     from lorakit.config import LoraConfig
     from lorakit.plan.parallel import rank_plan
-    from lorakit.train.defaults import DEFAULTS
+    from lorakit.train.settings.defaults import DEFAULTS
 
     given = {one.name: values["job"][one.name] for one in fields(plan.Job)}
     names = ("r", "lora_alpha", "lora_dropout")
@@ -308,12 +308,12 @@ def planned_rank(values: dict[str, Any], parallel: str) -> Any:
 def child_of_memory(case: dict[str, Any]) -> dict[str, Any]:
     """Train as the command does, and return what this process has held and sent, and the seconds of each step."""
     from lorakit import allocator
-    from lorakit.train.setting_types import SHARDED
+    from lorakit.train.settings.types import SHARDED
 
     allocator.set_up(is_sharded=case["parallel"] in SHARDED)
     from lorakit.errors import NotYetSupported
     from lorakit.train import TrainSettings, run
-    from lorakit.train.progress import Progress
+    from lorakit.train.loop.progress import Progress
 
     folder, sent, found = Path(case["folder"]), counted(), dict[str, Any](seconds=[])
 

@@ -214,8 +214,8 @@ def _ours(model: Any, job: Job, off: Collection[str]) -> Step:
     from lorakit.data import Batch
     from lorakit.ops.choices import activate
     from lorakit.speed import choose
-    from lorakit.train.optimizer import build_adamw
-    from lorakit.train.step import StepOptions, train_step
+    from lorakit.train.loop.optimizer import build_adamw
+    from lorakit.train.loop.step import StepOptions, train_step
 
     config = LoraConfig(**adapter_fields(job))
     core.attach(model, config, TRAINED)

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYOUT = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 Location = tuple[str, int]
 VARIANTS = "core/variants/"
-HOMES = re.compile(r"core/variants/__init__\.py|(?:config|peft|cli)/.*|train/(?:settings\w*|defaults)\.py")
+HOMES = re.compile(r"core/variants/__init__\.py|(?:config|peft|cli)/.*|train/settings/.*")
 """Modules that may name any variant: the table VARIANTS, configs, the PEFT-compatible API, flags and settings."""
 
 

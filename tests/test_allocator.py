@@ -25,8 +25,8 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.data.loader import Batch
 from lorakit.speed import accelerate
-from lorakit.train.optimizer import build_adamw
-from lorakit.train.step import StepOptions, train_step
+from lorakit.train.loop.optimizer import build_adamw
+from lorakit.train.loop.step import StepOptions, train_step
 
 torch.set_num_threads(1)
 random.seed(0)

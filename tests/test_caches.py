@@ -28,10 +28,10 @@ from lorakit.machine import LIBRARY_VARIABLES, this_machine
 from lorakit.ops.kernels import building, compiled
 from lorakit.speed import tuning
 from lorakit.tasks import TASKS, Target, TaskOnData
-from lorakit.train import start_key
-from lorakit.train.progress import Progress
-from lorakit.train.run_data import make_batches
-from lorakit.train.settings import TrainSettings
+from lorakit.train.loop.progress import Progress
+from lorakit.train.settings.settings import TrainSettings
+from lorakit.train.setup import start_key
+from lorakit.train.setup.run_data import make_batches
 
 from .small_models import llama
 

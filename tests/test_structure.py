@@ -142,8 +142,10 @@ an aLoRA adapter
 """
 config.invocations
 '''
-    homes = dict.fromkeys(("config/a.py", "peft/b/c.py", "cli/a.py", "train/settings_x.py", "train/defaults.py"), used)
-    rows = measured(structure, {**ROWS, **homes, "core/a.py": used, "train/loop.py": "plain = 'lora'"})
+    homes = dict.fromkeys(
+        ("config/a.py", "peft/b/c.py", "cli/a.py", "train/settings/x.py", "train/settings/defaults.py"), used
+    )
+    rows = measured(structure, {**ROWS, **homes, "core/a.py": used, "train/loop/loop.py": "plain = 'lora'"})
     assert rows["variants"] == (
         5,
         ["core/a.py:3", "core/a.py:4", "core/a.py:7", "core/a.py:9", "core/variants/alora.py:2"],

@@ -14,7 +14,7 @@ def start() -> int:
     ending = QuickExit()  # before other modules register functions with `atexit`
     limit_spinning()
     from lorakit.terminal import watched
-    from lorakit.train.launching import is_first, reported, silent_seconds
+    from lorakit.train.processes.launching import is_first, reported, silent_seconds
 
     what = " ".join(["lorakit", *sys.argv[1:2]])
     with watched(what, silent=silent_seconds()) if is_first(os.environ) else contextlib.nullcontext():

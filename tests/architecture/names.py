@@ -30,7 +30,14 @@ VARIANT_FIELDS = {  # field of the config -> the file of its variant; rows that 
     "alora_invocation_tokens": "core/variants/alora.py",
 }
 NAME_HOMES = ("targets/layer_types.py", "config", "peft")
-FIELD_HOMES = ("config", "peft", "cli", "train/settings.py", "train/settings_sources.py", "train/defaults.py")
+FIELD_HOMES = (
+    "config",
+    "peft",
+    "cli",
+    "train/settings/settings.py",
+    "train/settings/sources.py",
+    "train/settings/defaults.py",
+)
 ROW_NAMES = ("name", "kind_name", "variant")
 BANNED_STEMS = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "base"}
 

@@ -34,7 +34,7 @@ WHOLE_SUBJECTS = (  # files that one subject needs whole
     "peft/matching.py",
     "peft/model.py",
     "peft/tuner.py",
-    "train/checkpoint.py",
+    "train/files/checkpoint.py",
     "train/trainer.py",
 )
 

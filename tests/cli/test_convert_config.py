@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.cli import main
-from lorakit.train.settings_sources import read_settings_file
+from lorakit.train.settings.sources import read_settings_file
 
 AXOLOTL = """base_model: owner/model
 adapter: lora

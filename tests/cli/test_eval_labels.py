@@ -138,10 +138,10 @@ def test_adapters_that_rename_a_label_differently(
 
 
 def test_a_resumed_run_keeps_the_saved_order(finished: Callable[..., Path], tmp_path: Path) -> None:
-    from lorakit.train.progress import Progress
-    from lorakit.train.run_folder import unlock
-    from lorakit.train.run_spec import RunSpec
-    from lorakit.train.settings import TrainSettings
+    from lorakit.train.files.run_folder import unlock
+    from lorakit.train.loop.progress import Progress
+    from lorakit.train.settings.settings import TrainSettings
+    from lorakit.train.setup.run_spec import RunSpec
 
     rows = [{"text": f"mail {at}", "label": ["1", "01"][at % 2]} for at in range(8)]
     settings = TrainSettings(
@@ -353,7 +353,7 @@ def test_rows_of_a_feature_without_a_label(
 def test_the_same_bytes_for_any_seed_of_hashes_any_order_of_rows_and_any_number_of_processes(
     finished: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from tests.train.processes import begin, end
+    from tests.train.processes.processes import begin, end
 
     model = finished(["x", "y"])
     labels = ["1", "01", "b", "001", "a", "10", "9"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lorakit.cli import main
-from lorakit.train import run_folder
+from lorakit.train.files import run_folder
 
 Save = Callable[[str], Path]
 

@@ -17,8 +17,9 @@ import torch
 from lorakit import cli, core, hub
 from lorakit.data import encoding
 from lorakit.session import Evaluation
-from lorakit.train import checkpoint, loop, run_folder
-from lorakit.train.defaults import ALIASES, DEFAULTS
+from lorakit.train.files import checkpoint, run_folder
+from lorakit.train.loop import loop
+from lorakit.train.settings.defaults import ALIASES, DEFAULTS
 
 from ..docs.test_format import listed
 
@@ -588,7 +589,7 @@ def test_a_tokenizer_that_does_not_fit_costs_only_itself(
 def test_no_checkpoint_takes_the_room_of_the_result(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lorakit.train import run_plan
+    from lorakit.train.setup import run_plan
 
     monkeypatch.setattr(run_plan.shutil, "disk_usage", lambda _: SimpleNamespace(total=0, used=0, free=300_000))
     assert train(r=4) == 0
@@ -620,7 +621,7 @@ def test_free_space_is_looked_at_before_the_first_step(
     free: int,
     code: int,
 ) -> None:
-    from lorakit.train import run_plan
+    from lorakit.train.setup import run_plan
 
     monkeypatch.setattr(run_plan.shutil, "disk_usage", lambda _: SimpleNamespace(total=0, used=0, free=free))
     assert train(r=16) == code

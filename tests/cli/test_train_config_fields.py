@@ -15,7 +15,7 @@ from lorakit import cli
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError
 from lorakit.train import TrainSettings
-from lorakit.train.defaults import DEFAULTS
+from lorakit.train.settings.defaults import DEFAULTS
 
 Train = Callable[..., int]
 

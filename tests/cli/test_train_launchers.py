@@ -14,7 +14,7 @@ import torch
 
 from lorakit.report import read_metrics
 
-from ..train.processes import FAULTS, SOURCES, free_port
+from ..train.processes.processes import FAULTS, SOURCES, free_port
 
 pytestmark = [
     pytest.mark.slow,

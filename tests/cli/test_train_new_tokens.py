@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lorakit import cli, core, hub
 from lorakit.config import LoraConfig
-from lorakit.train import checkpoint
-from lorakit.train.settings_sources import gather
+from lorakit.train.files import checkpoint
+from lorakit.train.settings.sources import gather
 
 TOKENS = ["<think>", "</think>"]
 

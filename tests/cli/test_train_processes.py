@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lorakit
-from lorakit.train import checkpoint
+from lorakit.train.files import checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 

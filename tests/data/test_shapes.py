@@ -23,7 +23,7 @@ from lorakit.data import (
 )
 from lorakit.data.shapes import TRAINABLE, text_records
 from lorakit.errors import ConfigError, DataError
-from lorakit.train.defaults import FORMATS
+from lorakit.train.settings.defaults import FORMATS
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}

@@ -21,7 +21,7 @@ import json, sys
 from pathlib import Path
 from lorakit.cli import main
 from lorakit.errors import LorakitError
-from lorakit.train.settings_sources import gather
+from lorakit.train.settings.sources import gather
 
 folder, file = Path(sys.argv[1]), Path(sys.argv[2])
 given = {"model": "m", "data": "a.txt", "output_dir": str(folder)}
@@ -55,7 +55,7 @@ def test_a_setting_added_as_described_is_a_flag_a_yaml_key_and_part_of_the_recor
         ("defaults.py", '    "resume": Default(', ENTRY),
         ("settings.py", "    resume: bool", FIELD),
     ):
-        path = tmp_path / "src" / "lorakit" / "train" / file
+        path = tmp_path / "src" / "lorakit" / "train" / "settings" / file
         text = path.read_text(encoding="utf-8")
         assert text.count(before) == 1
         path.write_text(text.replace(before, line + before), encoding="utf-8")

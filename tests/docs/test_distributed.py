@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lorakit.train.launching import PATIENCE
+from lorakit.train.processes.launching import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
 
 
 def test_each_fault_has_tests() -> None:
-    files = [ROOT / name for name in re.findall(r"`(tests/\w+/\w+\.py)`", PAGE)]
+    files = [ROOT / name for name in re.findall(r"`(tests/[\w/]+\.py)`", PAGE)]
     known = {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), flags=re.MULTILINE)}
     table = PAGE.partition("<!-- faults -->")[2].strip().partition("\n\n")[0].splitlines()[2:]
     assert len(table) >= 14

@@ -15,9 +15,9 @@ from lorakit.config import LoraConfig
 from lorakit.core.files import adapter_folder, tensor_file
 from lorakit.core.files.tensor_names import ENDINGS
 from lorakit.hub.kept_models import MANIFEST
-from lorakit.train import checkpoint
-from lorakit.train import checkpoint as state
-from lorakit.train.train_state import TrainState
+from lorakit.train.files import checkpoint
+from lorakit.train.files import checkpoint as state
+from lorakit.train.files.train_state import TrainState
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
 

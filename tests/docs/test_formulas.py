@@ -22,9 +22,9 @@ from lorakit.core.variants.monteclora import CONCENTRATION, WEIGHTS
 from lorakit.data import Batch
 from lorakit.plan import catalogue, count
 from lorakit.plan.params import factor_parameters
-from lorakit.train.evaluation import evaluate
-from lorakit.train.optimizer import build_adamw
-from lorakit.train.step import loss_sum
+from lorakit.train.loop.evaluation import evaluate
+from lorakit.train.loop.optimizer import build_adamw
+from lorakit.train.loop.step import loss_sum
 
 OUT, IN, R, ALPHA = 6, 5, 3, 12.0
 

@@ -13,8 +13,8 @@ from lorakit.config import LoraConfig
 from lorakit.core.operations.rank_allocation import allocate
 from lorakit.core.optimizers import Pair, Rates, corrected_gradient, inverse_gram, rates_by_name, trained_parts
 from lorakit.core.riemannian import Factors, precondition
-from lorakit.train.muon import Muon
-from lorakit.train.schedule import Schedule
+from lorakit.train.loop.muon import Muon
+from lorakit.train.loop.schedule import Schedule
 
 
 def two_layers() -> nn.Module:

@@ -19,7 +19,7 @@ from lorakit.plan import Job, ModelShape, Plan, Speed, accelerated, activations,
 from lorakit.plan import flops as timing
 from lorakit.plan.quantized import Quantization, storage_named
 from lorakit.speed import accelerate
-from lorakit.train.optimizer import build_adamw, state_tensors
+from lorakit.train.loop.optimizer import build_adamw, state_tensors
 
 CONFIG = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
 JOB = Job(batch_rows=2, length_tokens=16)

@@ -297,7 +297,8 @@ def write_run() -> None:
     """Train for four of eight steps in `format-1/run`, as a run that a signal stopped after its checkpoint."""
     import signal
 
-    from lorakit.train import TrainSettings, checkpoint, trainer
+    from lorakit.train import TrainSettings, trainer
+    from lorakit.train.files import checkpoint
 
     shutil.rmtree(RUN, ignore_errors=True)
     RUN.mkdir(parents=True)

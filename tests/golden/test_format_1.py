@@ -133,7 +133,7 @@ def test_the_checkpoint_is_an_adapter() -> None:
 
 def test_the_run_is_read_for_its_report() -> None:
     from lorakit.report import read_metrics
-    from lorakit.train.run_folder import read_record
+    from lorakit.train.files.run_folder import read_record
 
     record = read_record(RUN / "run")
     assert record is not None

@@ -28,8 +28,10 @@ torch.set_num_threads(1)
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # once, not in each fork
 from lorakit import core
 from lorakit.errors import LorakitError
-from lorakit.train import checkpoint, evaluation, loop, run_folder, trainer
-from lorakit.train.settings import TrainSettings
+from lorakit.train import trainer
+from lorakit.train.files import checkpoint, run_folder
+from lorakit.train.loop import evaluation, loop
+from lorakit.train.settings.settings import TrainSettings
 
 sys.modules["matplotlib.figure"] = None  # no plot: it costs more than the run
 root, job = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -68,7 +70,7 @@ def killer(place, step):
     elif place == "while evaluating":
         loop.evaluate = around(loop.evaluate, is_step, True)
     elif place == "while publishing":
-        from lorakit.train import results
+        from lorakit.train.files import results
         results.publish_adapter = around(results.publish_adapter, lambda *_, **__: True, False)
 
 def run(folder, kill=None, **more):

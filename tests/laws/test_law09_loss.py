@@ -17,9 +17,9 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.data import Loader
 from lorakit.data.encoding import IGNORED, Sequence
-from lorakit.train.evaluation import evaluate
-from lorakit.train.optimizer import build_adamw
-from lorakit.train.step import StepOptions, StepResult, train_step
+from lorakit.train.loop.evaluation import evaluate
+from lorakit.train.loop.optimizer import build_adamw
+from lorakit.train.loop.step import StepOptions, StepResult, train_step
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 """Largest difference of a gradient, relative to its largest value. bf16: the base's activations round."""

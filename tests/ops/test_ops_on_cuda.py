@@ -275,7 +275,7 @@ def test_a_step_of_a_whole_model(target: Place, tiny_llama: Any, packed: bool) -
     from lorakit import LoraConfig, core
     from lorakit.data import Batch
     from lorakit.speed import accelerate
-    from lorakit.train.step import loss_sum
+    from lorakit.train.loop.step import loss_sum
 
     model = tiny_llama.to(target.device, target.dtype).train()
     core.attach(model, LoraConfig(r=4, target_modules="all-linear"))

@@ -13,8 +13,8 @@ from lorakit.hub import shape_of_module
 from lorakit.plan import Job, count, estimate
 from lorakit.plan.job import OPTIMIZERS
 from lorakit.plan.optimizer_state import optimizer_state
-from lorakit.train import optimizer as built
-from lorakit.train.settings import Optimizer, TrainSettings
+from lorakit.train.loop import optimizer as built
+from lorakit.train.settings.settings import Optimizer, TrainSettings
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "small": {"r": 4, "target_modules": "all-linear"},

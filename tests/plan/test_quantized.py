@@ -12,7 +12,7 @@ from lorakit.errors import ConfigError
 from lorakit.plan import Job, activations, catalogue, count, estimate
 from lorakit.plan.memory import logits_bytes
 from lorakit.plan.quantized import STORAGES, Quantization, quantized_sites, storage_named, stored, stored_as
-from lorakit.train.defaults import Stored
+from lorakit.train.settings.defaults import Stored
 
 CONFIG = LoraConfig(r=16, target_modules="all-linear")
 

@@ -14,7 +14,7 @@ from lorakit.config import LoraConfig
 from lorakit.data import SHAPES, Completion, Document, Labeled, Records, Split, Tagged
 from lorakit.errors import UsageError
 from lorakit.tasks import TASKS, task_for, task_of_adapter, task_of_model
-from lorakit.train.defaults import FORMATS, TASK_NAMES
+from lorakit.train.settings.defaults import FORMATS, TASK_NAMES
 
 
 def test_names_in_defaults() -> None:

@@ -13,7 +13,7 @@ from lorakit.errors import ConfigError
 from lorakit.tasks import Target
 from lorakit.tasks.metrics import span_metrics
 from lorakit.tasks.spans import SCHEMES, SpanReader, check_scheme, scheme_of
-from lorakit.train.defaults import TAG_SCHEMES
+from lorakit.train.settings.defaults import TAG_SCHEMES
 
 WRITTEN = {
     "IOB1": ("IOB1", "BIO"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from .processes import start
+from .processes.processes import start
 
 
 @pytest.fixture

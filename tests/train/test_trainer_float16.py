@@ -12,9 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from lorakit.errors import ConfigError, NonFiniteError
 from lorakit.report import read_metrics
-from lorakit.train import checkpoint, loop, run_plan, scaling, trainer
-from lorakit.train.progress import PlainProgress
-from lorakit.train.settings import TrainSettings
+from lorakit.train import trainer
+from lorakit.train.files import checkpoint
+from lorakit.train.loop import loop, scaling
+from lorakit.train.loop.progress import PlainProgress
+from lorakit.train.settings.settings import TrainSettings
+from lorakit.train.setup import run_plan
 from lorakit.train.trainer import run
 
 ADAPTER = "adapter/adapter_model.safetensors"

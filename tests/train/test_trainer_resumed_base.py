@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lorakit.durable import sha256_file
 from lorakit.errors import BaseMismatchError, RunError
-from lorakit.train.settings import TrainSettings
+from lorakit.train.settings.settings import TrainSettings
 from lorakit.train.trainer import run
 
 NORM = "model.layers.1.input_layernorm.weight"

@@ -35,7 +35,7 @@ def run(
     if output is not None and output.exists():
         raise UsageError(f"{output}: exists and will not be overwritten; pass a new file as --output.", where=output)
     from lorakit.durable import write_text
-    from lorakit.train.conversion.converting import convert_file  # imports pydantic
+    from lorakit.train.settings.conversion.converting import convert_file  # imports pydantic
 
     found = convert_file(file)
     if output is not None:

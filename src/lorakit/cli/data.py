@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from lorakit.cli import console, early
 from lorakit.cli.flag_groups import LABELS, ROWS, LabelFlags, RevisionFlag, RowFlags
 from lorakit.terminal import colored, working, write_pieces
-from lorakit.train.defaults import DEFAULTS, TASK_NAMES
+from lorakit.train.settings.defaults import DEFAULTS, TASK_NAMES
 
 if TYPE_CHECKING:
     from lorakit.data import Record, Sequence
@@ -141,7 +141,7 @@ def _count_inactive(encoded: EncodedData, tokenizer: Tokenizer, flags: Flags, le
         return
     from lorakit.config import LoraConfig
     from lorakit.core import check_invocation
-    from lorakit.train.run_data import count_inactive
+    from lorakit.train.setup.run_data import count_inactive
 
     adapter = LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=flags.alora_invocation_tokens)
     check_invocation(adapter, set(tokenizer.get_vocab().values()), "the tokenizer", length)

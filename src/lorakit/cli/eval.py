@@ -12,7 +12,7 @@ from lorakit import allocator
 from lorakit.cli import adapters, console, early
 from lorakit.cli.flag_groups import BASE, LABELS, ROWS, BaseFlags, LabelFlags, RowFlags
 from lorakit.terminal import working
-from lorakit.train.defaults import DEFAULTS
+from lorakit.train.settings.defaults import DEFAULTS
 
 if TYPE_CHECKING:
     from lorakit.session import Evaluation
@@ -59,7 +59,7 @@ def run(
     from lorakit.data import read_records
     from lorakit.session import EvalRows, compare, session_spec
     from lorakit.tasks import CAUSAL_LM
-    from lorakit.train.seen_rows import seen_note
+    from lorakit.train.setup.seen_rows import seen_note
 
     named = dict(zip(folders, files, strict=True))
     spec = session_spec(model, named, flags.base.options(model), CAUSAL_LM.name, console.note)  # the data decides

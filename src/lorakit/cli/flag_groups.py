@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from lorakit.cli import early
 from lorakit.errors import ConfigError
 from lorakit.plan.quantized import stored_as
-from lorakit.train.defaults import DEFAULTS, TAG_SCHEMES
+from lorakit.train.settings.defaults import DEFAULTS, TAG_SCHEMES
 
 if TYPE_CHECKING:
     from lorakit.data import Request
@@ -110,7 +110,7 @@ def _checked(name: str, given: list[str] | None) -> dict[str, str]:
     """Return the pairs of a flag as a dict; an invalid one raises ConfigError."""
     if not given:
         return {}
-    from lorakit.train import setting_types  # imports pydantic
+    from lorakit.train.settings import types as setting_types  # imports pydantic
 
     try:
         return setting_types.PAIRS[name](given)

@@ -19,7 +19,7 @@ from lorakit.errors import MergeError, UsageError
 from lorakit.plan.job import BASE_MATMULS
 from lorakit.plan.quantized import stored_as
 from lorakit.terminal import working
-from lorakit.train.defaults import DEFAULTS
+from lorakit.train.settings.defaults import DEFAULTS
 
 if TYPE_CHECKING:
     from lorakit.data import Conversation

@@ -140,7 +140,7 @@ def _divergence(one: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def _is_active(folder: Path) -> bool:
     """Return whether a process is training in a run directory."""
-    from lorakit.train.run_folder import check_unlocked
+    from lorakit.train.files.run_folder import check_unlocked
 
     try:
         check_unlocked(folder)

@@ -15,7 +15,7 @@ from lorakit.errors import MergeError
 from lorakit.plan.quantized import Quantization, stored_as
 from lorakit.tables import format_bytes, format_count, format_percent
 from lorakit.terminal import working
-from lorakit.train.defaults import DEFAULTS
+from lorakit.train.settings.defaults import DEFAULTS
 
 if TYPE_CHECKING:
     from lorakit.session.merging import Merged, MergeRequest, Probe

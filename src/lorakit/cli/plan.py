@@ -24,7 +24,7 @@ from lorakit.plan.job import ASSUMED_LENGTH, PROCESS_BYTES, dtype_name, recomput
 from lorakit.plan.network import LINK, LINKS, NETWORK, PER_NODE, link_named
 from lorakit.plan.params import for_task, with_new_tokens
 from lorakit.tables import format_quantity
-from lorakit.train.defaults import DEFAULTS, TASK_NAMES
+from lorakit.train.settings.defaults import DEFAULTS, TASK_NAMES
 
 
 def _flag(name: str) -> Parameter:

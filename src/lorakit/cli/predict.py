@@ -18,7 +18,7 @@ from lorakit.durable import temporary_name
 from lorakit.errors import DiskError, UsageError
 from lorakit.tables import format_count
 from lorakit.terminal import json_line, working, write_line
-from lorakit.train.defaults import DEFAULTS, TAG_SCHEMES, TASK_NAMES
+from lorakit.train.settings.defaults import DEFAULTS, TAG_SCHEMES, TASK_NAMES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,8 +89,8 @@ def adapter_files(folder: Path) -> list[Path]:
 def _card(summary: AdapterSummary) -> str:
     """Return the adapter's README with the metadata that the Hub reads; it is written if there is none."""
     from lorakit.durable import read_bytes
-    from lorakit.train.model_card import model_card, published_base, updated_card
-    from lorakit.train.run_folder import read_record
+    from lorakit.train.files.model_card import model_card, published_base, updated_card
+    from lorakit.train.files.run_folder import read_record
 
     folder = Path(summary.folder)
     if published_base(summary.config) is None:
@@ -113,7 +113,7 @@ def _without_path(summary: AdapterSummary) -> dict[str, bytes]:
     """
     from lorakit.config import CONFIG_FILE, SIDECAR_FILE
     from lorakit.durable import json_bytes, read_json, sealed, sha256_bytes, sha256_file
-    from lorakit.train.model_card import published_base
+    from lorakit.train.files.model_card import published_base
 
     folder = Path(summary.folder)
     if not summary.config.base_model_name_or_path or published_base(summary.config) is not None:

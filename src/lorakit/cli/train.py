@@ -21,8 +21,7 @@ from lorakit import allocator
 from lorakit.cli import console
 from lorakit.cli.early import check_data, check_model, check_start
 from lorakit.startup import rare_collections
-from lorakit.train.defaults import ALIASES, DEFAULTS
-from lorakit.train.launching import (
+from lorakit.train.processes.launching import (
     LOST,
     PATIENCE,
     PROCESS_ENDED,
@@ -33,9 +32,10 @@ from lorakit.train.launching import (
     quiet_torch,
     restarts_of,
 )
+from lorakit.train.settings.defaults import ALIASES, DEFAULTS
 
 if TYPE_CHECKING:
-    from lorakit.train.settings import TrainSettings
+    from lorakit.train.settings.settings import TrainSettings
 
 
 _SHORT = {name: f"--{alias.replace('_', '-')}" for alias, name in ALIASES.items()}
@@ -183,7 +183,7 @@ def _settings(given: Mapping[str, Any], config: Path | None, *, is_restarted: bo
     """Return the settings after checking paths, before other settings if there is no file."""
     if config is None:
         _check(given, is_restarted=is_restarted)
-    from lorakit.train.settings_sources import gather  # imports pydantic
+    from lorakit.train.settings.sources import gather  # imports pydantic
 
     settings = gather(given, config)
     _check(settings.as_dict(), is_restarted=is_restarted)
@@ -198,8 +198,8 @@ def _run_together(command: Command) -> int:
     """
     quiet_torch()
     from lorakit.errors import LorakitError, RunError
-    from lorakit.train.connecting import BROKEN, UNREACHABLE
-    from lorakit.train.processes import joined
+    from lorakit.train.processes.connecting import BROKEN, UNREACHABLE
+    from lorakit.train.processes.processes import joined
 
     is_silent = not is_first(os.environ)
     if is_silent:
@@ -256,13 +256,13 @@ def _arguments(given: Mapping[str, Any]) -> list[str]:
 
 def _train(settings: TrainSettings, *, json: bool, verbose: bool, is_silent: bool = False) -> int:
     """Train, print the result unless `is_silent` is set, and return the exit code."""
-    from lorakit.train.setting_types import SHARDED
+    from lorakit.train.settings.types import SHARDED
 
     notes = allocator.set_up(is_sharded=settings.parallel in SHARDED)  # before torch allocates any memory
 
     with rare_collections():
         from lorakit.train import run as train  # imports torch and transformers
-        from lorakit.train.progress import Progress, progress_for
+        from lorakit.train.loop.progress import Progress, progress_for
 
     progress = Progress() if is_silent else progress_for(sys.stderr if json else sys.stdout, verbose=verbose)
     for sentence in notes:
@@ -282,7 +282,7 @@ def _check(settings: Mapping[str, Any], *, is_restarted: bool = False) -> None:
     is_new = not settings["resume"] and not settings["overwrite"] and not is_restarted
     if settings["output_dir"] is not None and folder.is_dir() and is_new:
         from lorakit.report import RUN_FILE
-        from lorakit.train.run_folder import raise_run_exists
+        from lorakit.train.files.run_folder import raise_run_exists
 
         if (folder / RUN_FILE).exists():
             raise_run_exists(folder)

@@ -1,8 +1,8 @@
 """Fit a run into a memory limit: choose the rows per batch, the batches per step and what is recomputed.
 
 The number of rows per optimizer step stays the same, so the result of the run does not change. Settings are tried from
-the fastest to the slowest. This module does not depend on the machine; `lorakit.train.fitting` checks the choice with a
-measurement.
+the fastest to the slowest. This module does not depend on the machine; `lorakit.train.setup.fitting` checks the choice
+with a measurement.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The int8 matmuls of a session's base: with the input scales of the run that trained an adapter, or calibrated.
 
-This module does not depend on training; a run's own base is in `lorakit.train.int8_base`.
+This module does not depend on training; a run's own base is in `lorakit.train.setup.int8_base`.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "Evaluation": "evaluation",
+    "Evaluation": "loop.evaluation",
     "RunResult": "trainer",
-    "TrainSettings": "settings",
-    "evaluate": "evaluation",
+    "TrainSettings": "settings.settings",
+    "evaluate": "loop.evaluation",
     "run": "trainer",
 }
 

@@ -35,29 +35,30 @@ from lorakit.startup import rare_collections
 from lorakit.tables import format_count
 from lorakit.tasks import EncodeOptions, load_model_for
 from lorakit.terminal import working
-from lorakit.train import checkpoint, sharding
-from lorakit.train.agreement import check_alike, check_rows, check_same_base, share_tensors
-from lorakit.train.failures import describe as described
-from lorakit.train.fitting import Probe, longest_rows, settle
-from lorakit.train.interrupts import stoppable
-from lorakit.train.loop import Loop
-from lorakit.train.optimizer import Named, build_optimizer, load_state_tensors
-from lorakit.train.processes import joined
-from lorakit.train.progress import Progress
-from lorakit.train.restarting import continued
-from lorakit.train.results import RunResult, finish
-from lorakit.train.run_adapter import add_adapter, quantized_run_base
-from lorakit.train.run_context import Run, RunLimits, RunPlan, seed_of
-from lorakit.train.run_data import RunBatches, make_batches
-from lorakit.train.run_folder import cut_metrics, remove_run, unlock, write_record
-from lorakit.train.run_plan import autotuned_choices, check_space, disk_space, plan_run
-from lorakit.train.run_spec import ADAPTER, RunSpec
-from lorakit.train.scaling import check_named_in_fp32, loss_scaler
-from lorakit.train.schedule import schedule
-from lorakit.train.seen_rows import seen_note
-from lorakit.train.settings import TrainSettings
-from lorakit.train.trackers import Trackers
-from lorakit.train.train_state import TrainState
+from lorakit.train.files import checkpoint
+from lorakit.train.files.results import RunResult, finish
+from lorakit.train.files.run_folder import cut_metrics, remove_run, unlock, write_record
+from lorakit.train.files.trackers import Trackers
+from lorakit.train.files.train_state import TrainState
+from lorakit.train.loop.interrupts import stoppable
+from lorakit.train.loop.loop import Loop
+from lorakit.train.loop.optimizer import Named, build_optimizer, load_state_tensors
+from lorakit.train.loop.progress import Progress
+from lorakit.train.loop.scaling import check_named_in_fp32, loss_scaler
+from lorakit.train.loop.schedule import schedule
+from lorakit.train.processes import sharding
+from lorakit.train.processes.agreement import check_alike, check_rows, check_same_base, share_tensors
+from lorakit.train.processes.failures import describe as described
+from lorakit.train.processes.processes import joined
+from lorakit.train.processes.restarting import continued
+from lorakit.train.settings.settings import TrainSettings
+from lorakit.train.setup.fitting import Probe, longest_rows, settle
+from lorakit.train.setup.run_adapter import add_adapter, quantized_run_base
+from lorakit.train.setup.run_context import Run, RunLimits, RunPlan, seed_of
+from lorakit.train.setup.run_data import RunBatches, make_batches
+from lorakit.train.setup.run_plan import autotuned_choices, check_space, disk_space, plan_run
+from lorakit.train.setup.run_spec import ADAPTER, RunSpec
+from lorakit.train.setup.seen_rows import seen_note
 
 __all__ = ["RunResult", "run"]
 

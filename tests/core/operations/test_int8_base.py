@@ -24,7 +24,7 @@ from lorakit.errors import ConfigError, DataError, MergeError, NonFiniteError
 from lorakit.ops.int8_weight import input_scales
 
 from ...small_models import WIDER
-from ...train.processes import begin, end
+from ...train.processes.processes import begin, end
 from . import int8_process
 
 LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

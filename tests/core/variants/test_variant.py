@@ -24,8 +24,8 @@ from lorakit.core.variants import NO_SETTING, At, Factor, OwnTensor, Setting, St
 from lorakit.data import Batch
 from lorakit.errors import AdapterError, AdapterFileError, ConfigError, MergeError
 from lorakit.peft import tuner
-from lorakit.train.optimizer import build_adamw
-from lorakit.train.step import StepOptions, train_step
+from lorakit.train.loop.optimizer import build_adamw
+from lorakit.train.loop.step import StepOptions, train_step
 
 from ...laws.snapshots import same_bits, snapshot
 from ...laws.zoo import LINEARS, randomise, run

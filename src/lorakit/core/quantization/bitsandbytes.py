@@ -1,7 +1,7 @@
 """Weights quantized by bitsandbytes, to 4 bits (nf4, fp4) or 8 bits (one scale per row).
 
-Only this file and `lorakit.train.adamw8bit` import bitsandbytes. A stored 4-bit weight is the parameter itself, which
-carries its `quant_state`. A stored 8-bit weight is the parameter together with the values and scales, because a
+Only this file and `lorakit.train.loop.adamw8bit` import bitsandbytes. A stored 4-bit weight is the parameter itself,
+which carries its `quant_state`. A stored 8-bit weight is the parameter together with the values and scales, because a
 `Linear8bitLt` moves the values and scales between its parameter and its `state`.
 """
 

@@ -1,0 +1,1 @@
+"""Several processes on one run: start, connection, exchange, failures and shards."""

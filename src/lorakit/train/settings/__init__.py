@@ -1,0 +1,1 @@
+"""Settings of a run: their table, types, sources and checks, without torch."""

@@ -1,0 +1,307 @@
+"""Types of settings: allowed words, and functions that convert a value from a flag or a file to the type of a setting.
+
+A function raises ValueError with a message that says what the value must be; `TrainSettings` adds the setting's name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
+
+from pydantic import BeforeValidator, Field
+
+from lorakit.durable import parse_json
+from lorakit.errors import ConfigError, did_you_mean, nearest
+from lorakit.machine import DEVICE_FORM, is_device_name
+from lorakit.train.settings.defaults import FORMATS, TRACKERS
+
+if TYPE_CHECKING:
+    from lorakit.durable import JsonValue
+
+Given: TypeAlias = "JsonValue | Path | Sequence[str | Path] | Mapping[str, float]"
+"""An unchecked value from a flag, a file or calling code."""
+
+Value = TypeVar("Value")
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Scheduler = Literal["cosine", "linear", "constant", "wsd"]
+Optimizer = Literal["adamw", "adamw8bit", "lorafa", "muon"]
+Bias = Literal["none", "all", "lora_only"]
+OnBadRow = Literal["stop", "skip"]
+Streaming = Literal["auto", "on", "off"]
+TooLong = Literal["truncate", "drop", "split", "error"]
+Allocation = Literal["none", "gradients", "inputs"]
+TaskName = Literal["causal-lm", "classification", "token-classification", "seq2seq", "embedding"]
+LabelType = Literal["auto", "class", "classes", "score"]
+TagScheme = Literal["auto", "BIO", "IOB1", "IOE", "BIOES", "BILOU", "BMES", "IO", "none"]
+Recompute = Literal["none", "feed-forward", "layers"]
+BaseMatmul = Literal["dtype", "int8"]
+Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
+
+SHARDED = ("fsdp", "hsdp")
+"""Values of the setting `parallel` for which the base is sharded."""
+
+INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "mica")
+"""Values of `init_lora_weights`, except `pissa_niter_N`; LoftQ is excluded because it needs the unquantized base."""
+
+_DTYPE_WORDS = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+
+
+def one_or_many(value: Value) -> Value | list[Any]:
+    """Wrap a single path in a list, and convert paths to strings."""
+    if isinstance(value, (str, Path)):
+        return [str(value)]
+    return [path_text(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def path_text(value: Value) -> Value | str:
+    """Convert a path to a string; return other values unchanged."""
+    return str(value) if isinstance(value, Path) else value
+
+
+def targets_of(value: Value) -> Value | str | list[Any]:
+    """Unwrap a list that contains only "all-linear" or only a pattern, because flags always pass lists."""
+    if not isinstance(value, (list, tuple, set)):
+        return value
+    names = list(value)
+    alone = names[0] if len(names) == 1 and isinstance(names[0], str) else ""
+    return alone if alone == "all-linear" or set(alone) & set(r"*+?^$|()[]{}\\") else names
+
+
+def rates_of(value: Given) -> dict[str, float]:
+    """Convert a mapping, or a list of PATTERN=RATE strings from flags, to a dict from pattern to rate.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
+    table = {}
+    for pattern, rate in _entries(value, _split_rate, "it must map patterns to rates"):
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf or not pattern:
+            raise ValueError("each entry must be PATTERN=RATE with a rate above 0, such as down_proj=1e-4")
+        try:
+            re.compile(pattern)
+        except re.error as cause:
+            raise ValueError(f"{pattern!r} is not a valid regular expression ({cause})") from None
+        table[pattern] = float(rate)
+    return table
+
+
+def tokens_of(value: Given) -> list[str]:
+    """Validate a list of tokens, or a comma-separated string from a flag, and return it as a list.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
+    if isinstance(value, str):
+        value = [token.strip() for token in value.split(",")]
+    if not isinstance(value, (list, tuple)) or not all(isinstance(token, str) for token in value):
+        raise ValueError("it must be a list of strings")
+    if not all(value):
+        raise ValueError("a token must not be empty")
+    twice = [token for number, token in enumerate(value) if token in value[:number]]
+    if twice:
+        raise ValueError(f"{twice[0]!r} occurs twice")
+    return list(value)
+
+
+def trackers_of(value: Given) -> list[str]:
+    """Validate a list of trackers, also as comma-separated words; "none" means an empty list.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
+    words = one_or_many(value)
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"it must be a list of {', '.join(TRACKERS)}")
+    names = [name.strip() for word in words for name in word.split(",")]
+    for name in names:
+        if name not in (*TRACKERS, "none"):
+            raise ValueError(f"it must be a list of {', '.join(TRACKERS)}, or none.{did_you_mean(name, TRACKERS)}")
+    return [name for name in dict.fromkeys(names) if name != "none"]
+
+
+def columns_of(value: Given) -> dict[str, str]:
+    """Convert a mapping, or a list of FIELD=COLUMN strings from flags, to a dict from field to column.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
+    pairs = _entries(value, lambda word: str(word).partition("=")[::2], "it must map fields to columns")
+    if not all(isinstance(part, str) and part for pair in pairs for part in pair):
+        raise ValueError("each entry must be FIELD=COLUMN, such as prompt=question")
+    return dict(pairs)
+
+
+def label_map_of(value: Given) -> dict[str, str]:
+    """Convert a mapping, or a list of NAME=NAME strings from flags, to a dict from a label in the data to its name.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
+    pairs = _entries(value, lambda word: str(word).rpartition("=")[::2], "it must map labels to names")
+    named = [(_name(name), _name(known)) for name, known in pairs]
+    if not all(part for pair in named for part in pair):
+        raise ValueError("each entry must be NAME=NAME: a label in the data, and its name in the model")
+    if len({name for name, _ in named}) < len(named):
+        raise ValueError("a label of the data occurs twice")
+    return dict(named)
+
+
+def _name(value: Any) -> str:
+    return str(value).strip() if type(value) in (str, int) else ""
+
+
+PAIRS: Mapping[str, Callable[[Given], dict[str, str]]] = {"columns": columns_of, "label_map": label_map_of}
+"""Name of a setting that maps names to names -> function that checks it."""
+
+
+def numbers_of(value: Given) -> Mapping[str, float]:
+    """Convert a mapping, or a list of PATTERN=NUMBER strings from flags, to a dict from pattern to number.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
+    if isinstance(value, Mapping):
+        return value
+    words = one_or_many(value)
+    pairs = [_split_rate(word) for word in words] if isinstance(words, list) else [("", None)]
+    if not all(pattern and number is not None for pattern, number in pairs):
+        raise ValueError("each entry must be PATTERN=NUMBER, such as down_proj=32")
+    return {
+        pattern: int(number) if number == int(number) else number for pattern, number in pairs if number is not None
+    }
+
+
+def weights_of(value: Given) -> dict[str, float]:
+    """Convert a mapping, or a list of NAME=WEIGHT strings from flags, to a dict from name to weight.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
+    entries = _entries(value, _split_rate, "it must map names to weights")
+    table = {name: weight for name, weight in entries if not isinstance(weight, bool)}
+    if len(table) < len(entries) or not all(
+        name and isinstance(weight, (int, float)) and 0 < weight < math.inf for name, weight in table.items()
+    ):
+        raise ValueError("each entry must be NAME=WEIGHT with a weight above 0, such as a.jsonl=2; each name once")
+    return {name: float(weight) for name, weight in table.items() if weight is not None}
+
+
+def ranges_of(value: Given) -> list[Any]:
+    """Convert a list of FIRST:END strings from flags to a list of pairs; other lists are returned unchanged.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
+    words = one_or_many(value)
+    if not isinstance(words, list):
+        raise ValueError("it must be a list of ranges, such as 0:16 8:24")
+    found = [word.split(":") if isinstance(word, str) else list(word) for word in words]
+    if not all(len(pair) == 2 and all(isinstance(one, int) or str(one).isdigit() for one in pair) for pair in found):
+        raise ValueError("each range must be FIRST:END, such as 0:16")
+    return [[int(first), int(end)] for first, end in found]
+
+
+def part_of(value: Given) -> Given:
+    """Parse a JSON object that was given as text, as flags are.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value)
+    except (ValueError, RecursionError) as cause:
+        raise ValueError(f"it must be a JSON object ({cause})") from None
+
+
+def format_of(value: str) -> str:
+    """Check the name of a shape.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
+    if value not in FORMATS:
+        raise ValueError(f"it must be one of {', '.join(FORMATS)}.{did_you_mean(value, FORMATS)}")
+    return value
+
+
+def _entries(value: Given, split: Callable[[Given], tuple[str, Any]], expected: str) -> list[tuple[str, Any]]:
+    """Return the entries of a mapping, or of a list of strings that `split` divides.
+
+    Args:
+        value: The value.
+        split: Function that divides a string from a flag.
+        expected: Message if the value is of another type.
+
+    Raises:
+        ValueError: The value is neither a mapping nor a list.
+    """
+    if isinstance(value, Mapping):
+        return list(value.items())
+    words = one_or_many(value)
+    if not isinstance(words, list):
+        raise ValueError(expected)
+    return [split(word) for word in words]
+
+
+def _split_rate(entry: Given) -> tuple[str, float | None]:
+    """Split PATTERN=NUMBER; the number is None if it cannot be read."""
+    pattern, _, rate = str(entry).rpartition("=")
+    try:
+        return pattern, float(rate)
+    except ValueError:
+        return pattern, None
+
+
+def dtype_word(value: Value) -> Value | str:
+    """Return the full name of a dtype."""
+    return _DTYPE_WORDS.get(value, value) if isinstance(value, str) else value
+
+
+def device_word(value: str) -> str:
+    """Check the name of a device.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
+    if not is_device_name(value):
+        raise ValueError(f"it must be {DEVICE_FORM}")
+    return value
+
+
+def size_of(value: str) -> str:
+    """Check a size in memory, such as 4GiB.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
+    from lorakit.plan.budget import SIZE_FORM, bytes_of
+
+    try:
+        bytes_of(value)
+    except ConfigError:
+        raise ValueError(SIZE_FORM) from None
+    return value
+
+
+def init_word(value: str) -> str:
+    """Check the name of an initialization.
+
+    Raises:
+        ValueError: The value is of another form; the message says which one is expected.
+    """
+    if value not in INITS and not re.fullmatch(r"pissa_niter_\d{1,3}", value):
+        close = nearest(value, list(INITS), 1)
+        hint = f" (nearest: {close[0]})" if close else ""
+        raise ValueError(f"it must be one of {', '.join(INITS)}, or pissa_niter_N{hint}")
+    return value
+
+
+Names = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(one_or_many)]
+Part = Annotated[dict[str, Any] | None, BeforeValidator(part_of)]
+Text = Annotated[str, BeforeValidator(path_text), Field(min_length=1)]
+Paths = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(one_or_many), Field(min_length=1)]

@@ -1,0 +1,357 @@
+"""The adapter of a run: attach or load it, compute ranks and initial weights from the first training rows, and save it.
+
+`lorakit.core.operations` defines how ranks and initial weights are computed from data. This module supplies the data:
+training rows in the order of the run's first epoch, one at a time, so that less memory is used than in a training step.
+Supplying these rows draws no random numbers and does not advance the run's data loader. A resumed run instead loads
+its adapter from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lorakit import core, durable, hub
+from lorakit.config import LoraConfig
+from lorakit.core.attachment.saving import saved_form
+from lorakit.core.inits import init_named
+from lorakit.core.model.index import state_of
+from lorakit.core.model.vocabulary import grow_vocabulary, initialize_rows, with_trained_rows
+from lorakit.core.operations.rank_allocation import allocate
+from lorakit.data import Batch, Loader
+from lorakit.errors import AdapterFileError, DiskError, UsageError
+from lorakit.report import read_metrics
+from lorakit.session.tokenizers import SavedTokenizer
+from lorakit.tables import format_count
+from lorakit.terminal import working
+from lorakit.train.files.model_card import model_card
+from lorakit.train.loop.progress import Progress
+from lorakit.train.processes.failures import describe
+from lorakit.train.setup.int8_base import RunInt8, calibration_rows, quantized_base
+from lorakit.train.setup.int8_rows import MOST_TOKENS, CalibrationRows
+from lorakit.train.setup.run_context import Run
+from lorakit.train.setup.run_spec import ADAPTER, RunSpec
+from lorakit.train.setup.start_adapter import StartAdapter
+
+ROWS = 32
+"""Number of training rows from which ranks and initial weights are computed."""
+
+
+def add_adapter(
+    model: nn.Module, spec: RunSpec, loader: Loader, checkpoint: Path | None, progress: Progress
+) -> tuple[str, ...]:
+    """Add embedding rows for new tokens to the base, then attach a new adapter or load an existing one.
+
+    An existing adapter is the one in the checkpoint, or else the one that the run starts from.
+
+    Args:
+        model: The base, on the run's device; changed in place.
+        spec: The run's specification, including the adapter config, the rank allocation and the seed.
+        loader: The run's data loader, which is not advanced.
+        checkpoint: The checkpoint to resume from, or None.
+        progress: Receives messages about the work done.
+
+    Returns:
+        Messages for the user.
+
+    Raises:
+        LorakitError: The adapter cannot be attached or loaded; the error class and message say why.
+    """
+    settings, config, new = spec.settings, spec.forecast.config, spec.forecast.new_tokens
+    unseen = () if new is None else new.unseen(loader)
+    if new is not None:
+        grow_vocabulary(model, new.vocabulary)
+    if checkpoint is not None:
+        progress.say(f"Resuming from {checkpoint}.")
+        return core.load_adapter(model, checkpoint, ADAPTER, trainable=True).warnings + unseen
+    if settings.resume:
+        progress.say(f"{spec.folder}: no valid checkpoint; the run starts from the beginning.")
+    if spec.start is not None:
+        return _load_start(model, spec.start, progress)
+    if settings.allocate_ranks != "none":
+        config = allocate_ranks(model, spec, settings.allocate_ranks, loader, progress)
+    if new is not None:
+        config = with_trained_rows(config, model, new.rows)
+    config, statistics = init_from_data(model, config, spec, loader, progress)
+    report = core.attach(model, config, ADAPTER, allow=_allow(spec), seed=settings.seed, statistics=statistics)
+    if new is not None:
+        initialize_rows(model, ADAPTER, new.added.pieces)
+    return (*map(str, report.notes), *unseen)
+
+
+def _load_start(model: nn.Module, start: StartAdapter, progress: Progress) -> tuple[str, ...]:
+    """Load the adapter that a run starts from, and return messages for the user."""
+    steps = start.origin["steps"]
+    trained = "" if steps is None else f" (trained for {format_count(steps, 'step')})"
+    progress.say(f"Training the adapter in {start.adapter.folder} further{trained}.")
+    try:
+        return core.load_adapter(model, start.adapter.folder, ADAPTER, trainable=True).warnings
+    except AdapterFileError as cause:  # a run has no setting that overrides the check
+        raise type(cause)(cause.message, **{**cause.fields, "override": None}) from cause
+
+
+def allocate_ranks(
+    model: nn.Module, spec: RunSpec, by: Literal["gradients", "inputs"], loader: Loader, progress: Progress
+) -> LoraConfig:
+    """Return the run's adapter config with ranks computed from the base and the first training rows.
+
+    Args:
+        model: The base, on the run's device.
+        spec: The run's specification, including the adapter config and the seed.
+        by: Quantity from which the ranks are computed: "gradients" or "inputs".
+        loader: The run's data loader, which is not advanced.
+        progress: Receives a message about the ranks.
+
+    Returns:
+        A config with the new ranks, which give the adapter no more trainable parameters than the run's config does.
+
+    Raises:
+        LorakitError: `lorakit.core.operations.rank_allocation.allocate` failed; the error class and message say why.
+    """
+    rows = first_rows(spec, loader)
+    with working(f"allocating ranks from {format_count(len(rows), 'row')}"):
+        found = allocate(model, spec.forecast.config, rows, row_loss(spec), by=by, allow=_allow(spec))
+    ranks = sorted(found.ranks.values())
+    progress.say(
+        f"Ranks allocated by {by} over {format_count(len(rows), 'row')}: {ranks[0]} to {ranks[-1]}, median "
+        f"{ranks[len(ranks) // 2]}; {found.parameters:,} parameters in A and B (budget {found.budget:,}, "
+        f"from r = {spec.settings.r})."
+    )
+    return found.config
+
+
+def init_from_data(
+    model: nn.Module, config: LoraConfig, spec: RunSpec, loader: Loader, progress: Progress
+) -> tuple[LoraConfig, core.Statistics | None]:
+    """Return the adapter's config and, if the initialization needs them, statistics of the first training rows.
+
+    Args:
+        model: The base, on the run's device.
+        config: The adapter's config.
+        spec: The run's specification, including the seed, the device and the quantization.
+        loader: The run's data loader, which is not advanced.
+        progress: Receives a message about the initialization.
+
+    Returns:
+        The config (for EVA, with the computed ranks), and the statistics (or None).
+
+    Raises:
+        UsageError: The initialization would change a quantized base.
+        LorakitError: `lorakit.core.collect_for` failed; the error class and message say why.
+    """
+    init = init_named(config.init_lora_weights)
+    if init.changes_base and spec.quantization is not None:
+        raise UsageError(
+            f"init_lora_weights={init.name!r} changes the base weights, but this base is quantized, so the changed "
+            "weights would have to be requantized; omit --quantization or use another initialization.",
+            what=init.name,
+            field="init_lora_weights",
+        )
+    if not init.needs:
+        return config, None
+    rows = first_rows(spec, loader)
+    keep = _positions_with_loss if init.name == "eva" else None
+    with working(f"collecting statistics from {format_count(len(rows), 'row')} for {init.name}"):
+        found = core.collect_for(model, config, rows, row_loss(spec), keep=keep, allow=_allow(spec))
+    ranks = sorted(set(found.config.rank_pattern.values()) | {found.config.r})
+    spread = f", ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else ""
+    progress.say(f"Adapter initialized by {init.name} from {format_count(len(rows), 'row')}{spread}.")
+    return found.config, found
+
+
+def first_rows(spec: RunSpec, loader: Loader) -> list[Batch]:
+    """Return the first training rows that contribute to the loss, one per batch, in the order of the run's first epoch.
+
+    Args:
+        spec: The run's specification, including the seed.
+        loader: The run's data loader, which is not advanced.
+    """
+    collate, pad, seed = spec.task.objective.collate, loader.pad_id, spec.settings.seed
+    own = Loader(loader.sequences, 1, seed, epochs=1, pad_id=pad, weights=loader.weights, collate=collate)
+    return [batch for batch in islice(own, ROWS) if batch.trained_tokens]
+
+
+def quantized_run_base(model: nn.Module, spec: RunSpec, loader: Loader, progress: Progress) -> RunInt8 | None:
+    """Quantize the base of a run if it is to be multiplied in int8.
+
+    Args:
+        model: The model with its adapter, on the run's device; changed in place.
+        spec: The run's specification.
+        loader: The run's data loader, which is not advanced.
+        progress: Receives the report.
+
+    Returns:
+        The int8 base, or None.
+
+    Raises:
+        LorakitError: `lorakit.train.setup.int8_base.quantized_base` failed; the error class and message say why.
+    """
+    if spec.base_matmul != "int8":
+        return None
+    batch_tokens = min(loader.batch_rows * spec.forecast.max_length, MOST_TOKENS)
+    found, losses, device = calibration_rows(first_rows(spec, loader)), spec.task.objective.row_losses, spec.device
+    by_row = None if losses is None else lambda model, batch: losses(model, batch, device)
+    rows = CalibrationRows(found, loader.pad_id, batch_tokens, row_loss(spec), by_row)
+    return quantized_base(model, spec, rows, progress)
+
+
+def row_loss(spec: RunSpec) -> Callable[[nn.Module, Batch], Tensor]:
+    """Return a function that computes a model's mean loss on a batch, a scalar.
+
+    Args:
+        spec: The run's specification, including the device and the task.
+    """
+    device, loss_sum = spec.device, spec.task.objective.loss_sum
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        held = next(model.parameters()).dtype
+        is_wide = device.type == "cpu" or held == torch.float32
+        dtype = torch.float16 if held == torch.float16 else torch.bfloat16
+        with contextlib.nullcontext() if is_wide else torch.autocast(device.type, dtype=dtype):
+            return loss_sum(model, batch, device, None) / batch.trained_tokens
+
+    return loss
+
+
+def _positions_with_loss(batch: Batch) -> Tensor:
+    """Return a (rows, length) mask of the positions that contribute to the loss (`use_label_mask` in PEFT's EVA).
+
+    If the labels belong to rows, these are all positions with a token.
+    """
+    mask = batch.attention_mask.bool()
+    return (batch.labels != -100) & mask if batch.labels.shape == mask.shape else mask
+
+
+def _allow(spec: RunSpec) -> tuple[str, ...]:
+    return ("partial_targets",) if spec.settings.allow_partial_targets else ()
+
+
+def saved_sizes(model: nn.Module) -> list[int]:
+    """Return the size in bytes of each tensor in the adapter's weights file.
+
+    Args:
+        model: The adapted model.
+    """
+    tensors = saved_form(model, ADAPTER).tensors
+    return [tensor.numel() * tensor.element_size() for tensor in tensors.values()]
+
+
+def save_adapter(run: Run, folder: Path) -> None:
+    """Write the run's adapter, which names its base, with the tokenizer and a model card.
+
+    This is the only writer of an adapter's directory in a run: checkpoints call it, and `adapter/` is a copy.
+
+    Args:
+        run: The run, at the step to save.
+        folder: An existing directory.
+
+    Raises:
+        DiskError: A file cannot be written. The base's own tokenizer is omitted instead, because readers can use the
+            base's.
+    """
+    base = run.spec.source.recorded_name
+    state_of(run.model).configs[ADAPTER].revision = run.spec.source.revision
+    core.save_adapter(run.model, folder, ADAPTER, base_model_name_or_path=base, facts=adapter_metadata(run))
+    try:
+        _write_tokenizer(run.spec.tokenizer, folder)
+    except DiskError as cause:
+        if run.spec.has_own_tokenizer:  # such as one with new tokens or a template, which the base's tokenizer lacks
+            raise
+        for path in hub.tokenizer_files(folder):
+            path.unlink()
+        _note(run, f"{cause} The adapter was saved without a tokenizer; use the base's.")
+    card = folder / "README.md"
+    try:
+        durable.write_text(card, model_card(folder, run.trainable_parameters, run.record()))
+    except Exception as cause:  # noqa: BLE001 - the adapter does not need its card
+        card.unlink(missing_ok=True)
+        _note(run, f"The adapter was saved without a model card ({describe(cause)}).")
+
+
+def _note(run: Run, text: str) -> None:
+    """Print a message and add it to those of the run, once."""
+    if text not in run.notes:
+        run.progress.say(text)
+        run.notes = (*run.notes, text)
+
+
+def _write_tokenizer(tokenizer: SavedTokenizer, folder: Path) -> None:
+    """Write a tokenizer's files to a directory; raise DiskError if one cannot be written."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as cause:  # the tokenizers library raises a plain Exception if the disk is full
+        raise DiskError(f"The tokenizer cannot be written ({' '.join(str(cause).split())}).", where=folder) from cause
+
+
+def metrics_at(run: Run, *steps: int | None) -> list[dict[str, float | None]]:
+    """Return the metrics of the run's task at each step, as recorded in `metrics.jsonl`, which is read once.
+
+    Args:
+        run: The run.
+        steps: The steps; None for a step that does not exist.
+
+    Returns:
+        A dict from metric to value for each step, the most important first; the value is None if the data does not
+            define the metric. Empty without an evaluation at that step.
+    """
+    names = run.spec.task.task.summary
+    rows = {row["step"]: row for row in read_metrics(run.spec.folder).evaluations} if names else {}
+    found = [rows.get(step, {}) for step in steps]
+    return [{name: row[f"eval_{name}"] for name in names if f"eval_{name}" in row} for row in found]
+
+
+def undefined_at(run: Run, step: int | None) -> list[str]:
+    """Return a sentence for each metric that the evaluation at a step does not define, with the reason.
+
+    Args:
+        run: The run.
+        step: The step; None for a step that does not exist.
+    """
+    rows = {row["step"]: row for row in read_metrics(run.spec.folder).evaluations}
+    found = rows.get(step, {}).get("eval_undefined", {})
+    return [f"The metric {name} is undefined: {reason}." for name, reason in found.items()]
+
+
+def adapter_metadata(run: Run) -> dict[str, Any]:
+    """Return the run's entries for `lorakit.json` (base, tokenizer and training) as plain JSON values.
+
+    Args:
+        run: The run, at the step to save.
+    """
+    spec, state = run.spec, run.state
+    evaluated = state.evaluated_step == state.step
+    origin: dict[str, Any] = {}
+    if spec.start is not None:
+        origin["from_adapter"] = {**spec.start.origin, "eval_loss": state.first_loss}
+    now, first = metrics_at(run, state.step, 0)
+    metrics = {"metrics": now, "first_metrics": first} if spec.task.task.summary else {}
+    return {
+        "base_name": spec.source.base_name,
+        "tokenizer_sha256": spec.tokenizer_sha256,
+        "chat_template_sha256": hub.chat_template_hash(spec.tokenizer),
+        "training": {
+            "step": state.step,
+            "total_steps": run.limits.total_steps,
+            "eval_loss": state.last_loss if evaluated and state.step else None,
+            "base_eval_loss": state.first_loss if spec.start is None else None,
+            "trained_tokens": state.trained_tokens,
+            "data_sha256": dict(spec.hashes),
+            **spec.task.as_dict(),
+            **metrics,
+            "prompt_format": run.batches.train_report.prompt_format,
+            "shape": run.batches.train_report.shape or spec.settings.format,
+            "columns": {**spec.settings.columns, **run.batches.train_report.columns},
+            "max_length": spec.forecast.max_length,
+            "seed": spec.settings.seed,
+            "dtype": run.plan.dtype,
+            "quantization": spec.quantization_values,
+            **({} if run.int8 is None else {"base_matmul": {"name": spec.base_matmul, **run.int8.record}}),
+            **origin,
+        },
+    }

@@ -1,0 +1,331 @@
+"""Estimates and choices made before a run's first step: time and memory, disk space, and autotuned kernels.
+
+`lorakit.plan` computes the costs, `lorakit.hub` measures the speed of the machine, and `lorakit.speed` tunes kernels.
+Autotuned choices stay the same for the whole run and are saved in every checkpoint. A resumed run reuses the choices in
+its checkpoint if the environment has not changed, so that results are bit-identical even if new measurements would lead
+to different choices.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lorakit import allocator, hub, plan
+from lorakit.data import Loader, lengths
+from lorakit.errors import DiskError
+from lorakit.machine import rss_bytes
+from lorakit.ops import choices
+from lorakit.plan.fitting import describe, fitting
+from lorakit.speed import Acceleration, choose
+from lorakit.tables import format_bytes
+from lorakit.train.files.checkpoint import differences, environment
+from lorakit.train.files.run_folder import checkpoints, run_files
+from lorakit.train.loop.optimizer import Named
+from lorakit.train.loop.progress import Progress
+from lorakit.train.loop.scaling import HALF, check_trained_in_fp32
+from lorakit.train.settings.types import SHARDED
+from lorakit.train.setup.run_adapter import saved_sizes
+from lorakit.train.setup.run_context import DiskSpace, RunLimits, RunPlan
+from lorakit.train.setup.run_data import RunBatches
+from lorakit.train.setup.run_spec import RunSpec
+
+WORTH_MEASURING_FLOPS = 2e12
+"""Runs of more FLOPs than this always benchmark the machine; smaller runs do so only to choose the precision."""
+
+_MOMENT_BYTES = 2 * 4
+_FOLDER_BYTES = 64 << 10  # configs, manifests, random number generator states, model card
+_HEADER_BYTES = 512  # per tensor: its entries in the safetensors header and in JSON files
+_ROW_BYTES = 400  # per row of metrics.jsonl
+
+
+def plan_run(spec: RunSpec, limits: RunLimits, data: RunBatches, progress: Progress) -> RunPlan:
+    """Choose a run's precision (by benchmarking if it is "auto"), and estimate the run's memory use and duration.
+
+    Args:
+        spec: The run's specification; a resumed run keeps its precision.
+        limits: Length of the run.
+        data: The training and evaluation data.
+        progress: Receives the plan as text.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: No setting fits within the memory budget or the limit of `fit`, or float16 was requested for a run
+            that trains parameters in the dtype of the base.
+    """
+    resolved = (spec.record or {}).get("resolved") or {}
+    recorded, automatic = resolved.get("dtype"), spec.settings.dtype == "auto"
+    wanted = recorded or spec.settings.dtype
+    calibration, details, sizes = None, [], lengths(data.loader.sequences)
+    held = max(0, rss_bytes() - allocator.free_bytes())
+    if wanted == "auto" or _flops(spec, limits, sizes, wanted) > WORTH_MEASURING_FLOPS:
+        calibration = hub.calibrate(spec.device, with_fp16=wanted == HALF, with_int8=spec.base_matmul == "int8")
+        details.append(calibration.line())
+    choice = _precision(spec, limits, sizes, wanted, calibration)
+    reason = (
+        str(resolved.get("dtype_reason") or f"{recorded}, as at the start of the run.") if recorded else choice.reason
+    )
+    lines = [f"model: {spec.source.base_name} in {choice.dtype}"]
+    (lines if automatic else details).append(f"precision: {reason}")
+    speed, upcasts = None, False
+    if calibration is not None:
+        tuned = spec.settings.accelerate and spec.settings.tuning
+        rate = calibration.flops_per_second(choice.dtype, tuned=tuned)
+        upcasts = calibration.upcasts(choice.dtype, tuned=tuned)
+        threads = calibration.threads if spec.device.type == "cpu" else None
+        int8_rate = calibration.int8_flops_per_second
+        speed = plan.Speed(rate, source="measured", threads=threads, int8_flops_per_second=int8_rate)
+    estimated = _estimate(spec, limits, sizes, choice.dtype, speed)
+    batches = {**_batches(spec, limits, data.loader, sizes), **_evaluations(spec, limits, data)}
+    estimated = plan.with_job(estimated, upcasts=upcasts, **batches, **_process(spec, held))
+    estimated, proposed, reasons = _limited(spec, estimated)
+    lines += reasons
+    for line in (*lines, *plan.summary(estimated)):
+        progress.say(line)
+    for line in (*details, *plan.details(estimated)):
+        progress.detail(line)
+    return RunPlan.of(estimated, spec.settings.fit, proposed, reason)
+
+
+def _precision(
+    spec: RunSpec, limits: RunLimits, sizes: Sequence[int], wanted: str, calibration: hub.Calibration | None
+) -> hub.DtypeChoice:
+    """Return the precision of a run and the reason; "auto" does not select float16 for what cannot be trained in it.
+
+    Raises:
+        ConfigError: float16 was requested for a run that trains parameters in the dtype of the base.
+    """
+    choice = hub.choose_dtype(wanted, spec.device, calibration)
+    if choice.dtype != HALF:
+        return choice
+    counted = _estimate(spec, limits, sizes, choice.dtype, None).counted
+    narrow = counted.copied + counted.biases
+    if wanted == "auto" and narrow:
+        text = (
+            f"float32: saved modules, heads or biases are trained too, which float16 does not allow ({choice.reason})"
+        )
+        return hub.DtypeChoice("float32", text)
+    check_trained_in_fp32(choice.dtype, narrow)
+    return choice
+
+
+def _estimate(
+    spec: RunSpec, limits: RunLimits, sizes: Sequence[int], dtype: str, speed: plan.Speed | None
+) -> plan.Plan:
+    settings, forecast, quantization = spec.settings, spec.forecast, spec.quantization
+    job = plan.Job(
+        batch_rows=settings.per_device_train_batch_size,
+        length_tokens=max(sizes),
+        accumulation=limits.accumulation,
+        steps=limits.total_steps,
+        dtype=dtype,
+        recompute=settings.recomputed,
+        optimizer=settings.optimizer,
+        quantization=None if quantization is None else quantization.name,
+        double_quantization=quantization is not None and quantization.double,
+        base_matmul=spec.base_matmul,
+        accelerated=settings.accelerate,
+        mean_tokens=sum(sizes) / len(sizes),
+    )
+    shape = hub.as_kept(forecast.shape, spec.source, spec.task.task.loader, dtype)
+    return plan.estimate(shape, forecast.config, job, speed, allow_partial=settings.allow_partial_targets)
+
+
+def _limited(spec: RunSpec, estimated: plan.Plan) -> tuple[plan.Plan, list[plan.Plan], list[str]]:
+    """Choose what a memory limit leaves open; a resumed run keeps its recorded choice.
+
+    Returns:
+        The plan with the choice, the plans that a measurement may choose from, and lines that describe the choice.
+    """
+    settings, recorded = spec.settings, (spec.record or {}).get("resolved") or {}
+    limit, budget = settings.fit, settings.memory_budget
+    if limit is None and budget is None:
+        return estimated, [], []
+    chosen = {name: recorded[name] for name in ("batch_rows", "accumulation", "recompute") if name in recorded}
+    if len(chosen) == 3:  # an older run has recorded only some of them
+        chosen["accumulation"] = -(-chosen["accumulation"] // spec.processes.count)
+        made = plan.with_job(estimated, **chosen)
+        return made, [], [] if limit is None else [describe(made, plan.bytes_of(limit))]
+    if limit is not None:
+        proposed = fitting(estimated, plan.bytes_of(limit))
+        return proposed[0], proposed, []
+    made, reason = plan.within(estimated, plan.bytes_of(budget or ""))
+    return made, [], [reason]
+
+
+def _batches(spec: RunSpec, limits: RunLimits, loader: Loader, sizes: Sequence[int]) -> dict[str, int | float | None]:
+    """Return the fields of a job that describe the batches that the loader yields, with the given lengths of rows."""
+    settings = spec.settings
+    is_limited = settings.fit is not None or settings.memory_budget is not None  # then the longest rows have to fit
+    returns = settings.fit is not None or settings.parallel in SHARDED  # malloc returns freed memory
+    count = limits.total_steps * limits.accumulation * spec.processes.count
+    return {
+        "packed_tokens": None if is_limited else loader.most_tokens(count),
+        "malloc_share": 0 if returns else plan.MALLOC_SHARES["varying" if min(sizes) < max(sizes) else "equal"],
+    }
+
+
+def _evaluations(spec: RunSpec, limits: RunLimits, data: RunBatches) -> dict[str, int]:
+    """Return the fields of a job that describe the evaluations, among which one is before the first step."""
+    if data.held_out_sequences is None:
+        return {"evaluations": 0}
+    tokens = sum(lengths(data.held_out_sequences))
+    count = 1 + -(-limits.total_steps // limits.eval_steps)
+    return {"evaluations": count, "evaluated_tokens": -(-tokens // spec.processes.count)}
+
+
+def _process(spec: RunSpec, held_bytes: int) -> dict[str, int | None]:
+    """Return the fields of a job that describe this process.
+
+    Args:
+        spec: The run's specification.
+        held_bytes: Resident size of this process without freed memory, before the machine was measured; 0 if unknown.
+    """
+    if spec.device.type != "cpu":
+        return {"process_bytes": None}
+    if not held_bytes:
+        return {}
+    return {"process_bytes": held_bytes, "reserved_bytes": max(0, rss_bytes() - held_bytes)}
+
+
+def _flops(spec: RunSpec, limits: RunLimits, sizes: Sequence[int], dtype: str) -> float:
+    estimated = _estimate(spec, limits, sizes, dtype, None)
+    return estimated.lora.flops.total * estimated.job.step_tokens * limits.total_steps
+
+
+def disk_space(spec: RunSpec, limits: RunLimits, step: int, model: nn.Module, named: Named) -> DiskSpace:
+    """Compute the disk space that a run needs from a given step to its end; nothing is written.
+
+    Args:
+        spec: The run's specification.
+        limits: Length of the run, and its evaluation and checkpoint intervals.
+        step: Number of steps already taken.
+        model: The adapted model.
+        named: (name, tensor) pairs for the trainable tensors (any shape).
+
+    Returns:
+        The required disk space.
+    """
+    settings = spec.settings
+    adapter = sum(size + _HEADER_BYTES for size in saved_sizes(model)) + _tokenizer_bytes(spec)
+    moments = sum(_MOMENT_BYTES * p.numel() + 3 * _HEADER_BYTES for _, p in named)
+    steps, evaluated = max(0, limits.total_steps - step), bool(spec.data.held_out)
+    saves = -(-steps // min(limits.save_steps, limits.eval_steps if evaluated else limits.save_steps)) + 1
+    present = len(checkpoints(spec.folder)) if settings.resume else 0
+    limit = max(settings.save_total_limit, 2 if evaluated else 1)  # the best and newest checkpoints are always kept
+    added = max(0, min(limit, saves + present) - present)
+    checkpoint, published = adapter + moments + _FOLDER_BYTES, adapter + _FOLDER_BYTES
+    log = _FOLDER_BYTES + 2 * _ROW_BYTES * steps
+    replacing = checkpoint if saves + present > limit else 0  # each checkpoint is written before the oldest is removed
+    return DiskSpace(checkpoint, published + log, added * checkpoint + max(replacing, published) + log)
+
+
+def check_space(spec: RunSpec, space: DiskSpace, progress: Progress) -> None:
+    """Check that the disk has enough free space for a run.
+
+    Args:
+        spec: The run's specification.
+        space: Result of `disk_space`.
+        progress: Receives a warning if the disk does not have room for all checkpoints.
+
+    Raises:
+        DiskError: Not even the adapter fits on the disk.
+    """
+    folder = spec.folder
+    free = shutil.disk_usage(folder).free
+    if spec.settings.overwrite:
+        free += _bytes_of(run_files(folder))
+    if free < space.least:
+        raise DiskError(
+            f"{folder}: not enough disk space for this run: the adapter alone needs {format_bytes(space.least)}, but "
+            f"only {format_bytes(free)} is free. Free up space, or pass an --output-dir on another disk.",
+            where=folder,
+        )
+    if free < space.whole:
+        progress.say(
+            f"warning: {folder}: the disk may be too small for all checkpoints: {format_bytes(space.whole)} needed "
+            f"({format_bytes(space.checkpoint)} each), {format_bytes(free)} free. If a checkpoint does not fit, only "
+            "the adapter is saved."
+        )
+
+
+def check_checkpoint_space(folder: Path, space: DiskSpace) -> None:
+    """Check that saving a checkpoint would leave enough disk space for the result of the run.
+
+    Args:
+        folder: The run directory.
+        space: Result of `disk_space`.
+
+    Raises:
+        DiskError: The checkpoint would leave too little space.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < space.checkpoint + space.least:
+        raise DiskError(
+            f"{folder}: a checkpoint of {format_bytes(space.checkpoint)} would leave no room for the final adapter "
+            f"({format_bytes(space.least)}): only {format_bytes(free)} is free.",
+            where=folder,
+        )
+
+
+def _bytes_of(paths: Iterable[Path]) -> int:
+    """Return the total size of files and directories, in bytes."""
+    files = (inner for path in paths for inner in (path, *path.rglob("*")) if inner.is_file())
+    return sum(file.stat().st_size for file in files)
+
+
+def _tokenizer_bytes(spec: RunSpec) -> int:
+    """Return the size in bytes of the model directory's tokenizer files, or else of the serialized tokenizer."""
+    source = Path(spec.source.path_or_id)
+    if source.is_dir():
+        return _bytes_of(hub.tokenizer_files(source))
+    backend = getattr(spec.tokenizer, "backend_tokenizer", None)
+    return 0 if backend is None else len(backend.to_str(pretty=True).encode())
+
+
+def autotuned_choices(
+    spec: RunSpec,
+    dtype: str,
+    model: nn.Module,
+    acceleration: Acceleration | None,
+    loader: Loader,
+    before: Mapping[str, Any] | None,
+    progress: Progress,
+) -> dict[str, int]:
+    """Return a run's autotuned kernel choices for `lorakit.ops.choices.activate`, and report any measurements.
+
+    Args:
+        spec: The run's specification; if the setting `tuning` is off, the result is empty.
+        dtype: Precision of the base.
+        model: The adapted model.
+        acceleration: Result of `lorakit.speed.accelerate` on the model; if None, the result is empty.
+        loader: The loader of the training data.
+        before: Environment stored in the checkpoint to resume from, or None.
+        progress: Receives the results of any measurements.
+    """
+    if not spec.settings.tuning or acceleration is None or spec.device.type != "cpu":
+        return {}
+    here = environment(spec.device, dtype, spec.quantization_values)
+    if before is not None and not differences({**before, "kernels": here["kernels"]}, here):
+        return choices.from_strings(before.get("kernels"))
+    found = choose(model, most_tokens(loader, acceleration.packs), max(lengths(loader.sequences)))
+    if str(found):
+        progress.detail(str(found))
+    return dict(found.choices)
+
+
+def most_tokens(loader: Loader, packs: bool) -> int:
+    """Return the number of tokens in the largest batch that a loader can yield.
+
+    Args:
+        loader: The loader of the training data.
+        packs: Whether sequences are packed without padding.
+    """
+    longest = sorted(lengths(loader.sequences), reverse=True)[: loader.batch_rows]
+    return sum(longest) if packs else longest[0] * len(longest)

@@ -1,0 +1,260 @@
+"""The adapter that a run starts from (`from_adapter`): find it, check the settings against it, and record its origin.
+
+The structure of the adapter comes from its config: a given setting must be equal to it. A resumed run reads the
+structure from its newest checkpoint instead, so that the original adapter is not needed anymore.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit import core, plan
+from lorakit.config import CONFIG_FILE, LoraConfig, adapter_directory
+from lorakit.errors import AdapterFileError, ConfigError, LorakitError, RunError, TargetError, UsageError
+from lorakit.hub_cache import adapter_from_hub, is_on_hub
+from lorakit.session.remembered import recorded_base
+from lorakit.targets.layer_types import PARAMETER
+from lorakit.tasks import TaskOnData, task_of_adapter
+from lorakit.train.files import checkpoint, run_folder
+from lorakit.train.settings.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from lorakit.durable import JsonObject, JsonValue
+
+OF_THE_BASE = frozenset({"revision"})
+"""Settings that belong to the base, although adapter configs record them."""
+
+FOR_NEW = ("init_lora_weights", "allocate_ranks", "new_tokens", "eva_config", "corda_config", "lora_ga_config")
+"""Settings that apply only to a new adapter."""
+
+
+@dataclass(frozen=True)
+class StartAdapter:
+    """The adapter that a run starts from.
+
+    Attributes:
+        adapter: The adapter: the given one or, if the run is resumed, the one in the newest checkpoint.
+        origin: Origin of the given adapter, as plain JSON values: `name` (as given), `sha256` (of its weights file),
+            `base_name`, `steps` (number of optimizer steps that trained it), and `rows` (`shape` and `columns` of its
+            training data); unknown values are None.
+        optimizer: Checkpoint with the optimizer state to continue with, or None.
+    """
+
+    adapter: core.TrainedAdapter
+    origin: JsonObject
+    optimizer: Path | None = None
+
+    @property
+    def task(self) -> TaskOnData:
+        """The task that the adapter was trained for.
+
+        Raises:
+            UsageError: lorakit has no task for the adapter's `task_type`.
+        """
+        return task_of_adapter(self.adapter.config, self.adapter.facts.get("training"), self.adapter.head_outputs)
+
+    def completed(self, settings: TrainSettings) -> TrainSettings:
+        """Return the settings with the structure of the adapter and, if it is missing, the base that the adapter names.
+
+        Args:
+            settings: The run's settings; explicitly given ones are compared with the adapter.
+
+        Raises:
+            UsageError: A given setting differs from the adapter, or applies only to a new adapter; or the adapter does
+                not name its base.
+        """
+        given = settings.model_fields_set
+        folder, structure = self.adapter.folder, _structure(self.adapter.config)
+        wanted = _structure(settings.lora_config())
+        for name in FOR_NEW:
+            if name in given and getattr(settings, name) != TrainSettings.model_fields[name].default:
+                raise UsageError(
+                    f"{name} is {getattr(settings, name)!r}, but {folder} is an existing adapter, and this setting "
+                    "applies only to a new one; omit it, or omit --from-adapter.",
+                    what=getattr(settings, name),
+                    where=folder,
+                    field=name,
+                )
+        wrong = [n for n in structure if n in given and n != "target_modules" and wanted[n] != structure[n]]
+        if wrong:
+            raise _different(folder, {name: (wanted[name], structure[name]) for name in wrong})
+        values = {**settings.as_dict(), **structure}
+        if settings.model is None:
+            values["model"] = base = recorded_base(self.adapter.folder, self.adapter.config, self.adapter.facts)
+            if settings.revision is None and is_on_hub(base):
+                values["revision"] = self.adapter.config.revision
+        return TrainSettings(**values)
+
+    def check_targets(self, settings: TrainSettings, shape: plan.ModelShape) -> None:
+        """Check that the given `target_modules`, if any, select the sites of the adapter.
+
+        Args:
+            settings: The settings as given.
+            shape: Shape of the base.
+
+        Raises:
+            UsageError: They select other modules.
+        """
+        wanted = settings.lora_config()
+        given, own = (_structure(config)["target_modules"] for config in (wanted, self.adapter.config))
+        if "target_modules" not in settings.model_fields_set or given == own:
+            return
+        try:
+            found = plan.count(shape, wanted.with_fields(rank_pattern={}, trainable_token_indices=None)).sites
+        except (TargetError, ConfigError):
+            found = ()
+        if {site.path for site in found if site.kind != PARAMETER} != set(self.adapter.sites):
+            raise _different(self.adapter.folder, {"target_modules": (given, own)})
+
+
+def start_adapter(settings: TrainSettings, record: Mapping[str, Any] | None) -> StartAdapter | None:
+    """Read the adapter that a run starts from.
+
+    Args:
+        settings: The run's settings.
+        record: Contents of `run.json` if the run is resumed, or None.
+
+    Returns:
+        The adapter, or None if the run trains a new one.
+
+    Raises:
+        AdapterFileError: The adapter is missing, damaged or not supported.
+        ModelError: The adapter is on the Hub and cannot be downloaded.
+        UsageError: `overwrite` would remove the adapter.
+        RunError: The optimizer state cannot be used; or the run is resumed without a valid checkpoint, and the adapter
+            has changed.
+    """
+    if settings.from_adapter is None:
+        return None
+    folder = Path(settings.output_dir)
+    saved = checkpoint.newest_valid(folder) if record is not None else None
+    if record is not None and saved is not None:
+        return StartAdapter(core.read_for_training(saved), dict(record.get("from_adapter") or {}))
+    found = core.read_for_training(find_adapter(settings.from_adapter))
+    if settings.overwrite and folder.resolve() in found.folder.resolve().parents:
+        raise UsageError(
+            f"{settings.from_adapter} is in {folder}, and --overwrite would remove it; use another --output-dir.",
+            what=settings.from_adapter,
+            where=folder,
+            field="overwrite",
+        )
+    origin = _origin(settings.from_adapter, found)
+    before = None if record is None else record.get("from_adapter") or {}
+    if before is not None and {**before, "rows": None} != {**origin, "rows": None}:
+        raise RunError(
+            f"cannot resume {folder}: it has no valid checkpoint, and {settings.from_adapter} is not the adapter that "
+            "the run started from; restore that adapter, or use another --output-dir.",
+            what=settings.from_adapter,
+            where=folder,
+            field="from_adapter",
+        )
+    optimizer = _optimizer(found, settings) if settings.from_optimizer else None
+    return StartAdapter(found, origin if before is None else before, optimizer)
+
+
+def find_adapter(given: str) -> Path:
+    """Return the directory of an adapter, after downloading it if it is on the Hub.
+
+    Args:
+        given: An adapter directory, a run directory, a checkpoint directory, or a Hub id ("owner/name" or
+            "owner/name@revision").
+
+    Raises:
+        AdapterFileError: No adapter has this name.
+        ModelError: The adapter is on the Hub and cannot be downloaded.
+    """
+    path = adapter_directory(Path(given).expanduser())
+    if path.is_dir():
+        if (path / CONFIG_FILE).is_file():
+            return path
+        steps = [*run_folder.checkpoints(path), *run_folder.adapters_only(path)]
+        hint = f" Pass one of its checkpoints: {', '.join(str(step) for step in steps)}." if steps else ""
+        raise AdapterFileError(
+            f"{given}: no {CONFIG_FILE}, so this is not an adapter directory.{hint}", where=given, field="from_adapter"
+        )
+    if not is_on_hub(given):
+        raise AdapterFileError(
+            f"{given}: adapter directory not found; pass a directory with {CONFIG_FILE}, a run directory or a Hub id "
+            "(owner/name).",
+            where=given,
+            field="from_adapter",
+        )
+    return adapter_from_hub(given, has_tokenizer=True)
+
+
+def _origin(given: str, found: core.TrainedAdapter) -> JsonObject:
+    training = found.facts.get("training")
+    steps = _steps(training)
+    if steps is not None and isinstance(training, dict) and isinstance(training.get("from_adapter"), dict):
+        before = training["from_adapter"].get("steps")
+        steps = steps + before if isinstance(before, int) else None
+    base = found.facts.get("base_name") or found.config.base_model_name_or_path
+    rows = {name: training.get(name) for name in ("shape", "columns")} if isinstance(training, dict) else None
+    return {"name": given, "sha256": found.weights_sha256, "base_name": base, "steps": steps, "rows": rows}
+
+
+def _steps(training: JsonValue) -> int | None:
+    """Return the step of an adapter within its own run, from its training metadata."""
+    step = training.get("step") if isinstance(training, dict) else None
+    return step if isinstance(step, int) else None
+
+
+def _optimizer(found: core.TrainedAdapter, settings: TrainSettings) -> Path:
+    """Return the checkpoint with the optimizer state at the adapter's step, after verifying it."""
+    folder, step = found.folder, _steps(found.facts.get("training"))
+    path = folder if (folder / checkpoint.MANIFEST).is_file() else folder.parent / f"checkpoint-{step}"
+    try:
+        checkpoint.verify(path)
+        same = core.read_for_training(path).weights_sha256 == found.weights_sha256
+        record = run_folder.read_record(path.parent)
+    except LorakitError as cause:
+        raise _no_optimizer(folder, f"{path} is not a valid checkpoint ({cause})") from cause
+    if not same:
+        raise _no_optimizer(folder, f"{path} contains another adapter")
+    before = (record or {}).get("settings", {}).get("optimizer")
+    if before != settings.optimizer:
+        raise _no_optimizer(folder, f"optimizer is {settings.optimizer!r}, but its run used {before!r}")
+    return path
+
+
+def _no_optimizer(folder: Path, reason: str) -> RunError:
+    return RunError(
+        f"{folder}: the optimizer state cannot be restored: {reason}; omit --from-optimizer to start with a new "
+        "optimizer, or pass a checkpoint of the run as --from-adapter.",
+        what=reason,
+        where=folder,
+        field="from_optimizer",
+    )
+
+
+def _different(folder: Path, pairs: Mapping[str, tuple[JsonValue, JsonValue]]) -> UsageError:
+    name, (given, _) = next(iter(pairs.items()))
+    listed = "; ".join(f"{name} is {given!r}, but the adapter has {own!r}" for name, (given, own) in pairs.items())
+    return UsageError(
+        f"{folder} cannot be trained further with other settings: {listed}; omit them to keep those of the adapter.",
+        what=given,
+        where=folder,
+        field=name,
+    )
+
+
+def _structure(config: LoraConfig) -> JsonObject:
+    """Return the fields that an existing adapter determines, as values of settings in a form that can be compared."""
+    names = {field.name for field in dataclasses.fields(config)}.difference(FOR_NEW, OF_THE_BASE)
+    return {name: _plain(name, getattr(config, name)) for name in TrainSettings.model_fields if name in names}
+
+
+def _plain(name: str, value: Any) -> JsonValue:
+    if isinstance(TrainSettings.model_fields[name].default, bool):
+        return bool(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if name in ("layers_to_transform", "layers_pattern") and isinstance(value, (int, str)):
+        return [value]
+    return None if value == [] else value
