@@ -55,10 +55,6 @@ def install_as_peft() -> None:
     _clear_lookups()
 
 
-stand_in = install_as_peft
-"""Former name of `install_as_peft`; it will be removed in the next version."""
-
-
 class _Finder(importlib.metadata.DistributionFinder, importlib.abc.MetaPathFinder):
     """Finder for `peft`, its submodules and its distribution; it ignores all other names."""
 

@@ -119,7 +119,7 @@ HOMES: Mapping[str, str] = {
         prepare_model_for_compiled_hotswap
     """,
     "lorakit.peft.incremental_pca": "IncrementalPCA",
-    "lorakit.peft.installing": "install_as_peft stand_in",
+    "lorakit.peft.installing": "install_as_peft",
     "lorakit.peft.loaded": "load_peft_weights",
     "lorakit.peft.mapping": """
         get_peft_config get_peft_model inject_adapter_in_model PEFT_TYPE_TO_CONFIG_MAPPING
