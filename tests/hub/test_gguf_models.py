@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,14 +84,19 @@ def test_a_model_is_converted_once_with_the_same_bits(file: Path, cache: Path, r
 
 def test_a_plan_is_for_the_files_that_are_loaded(file: Path, cache: Path) -> None:
     source, shape = hub.resolve(file), hub.shape_of(file)
-    assert hub.as_kept(shape, source, "causal", "bfloat16") == shape
+    converted = replace(shape, converted_bytes=file.stat().st_size)
+    assert hub.as_kept(shape, source, "causal", "bfloat16") == converted
     hub.load_model(source, "bfloat16")
     (folder,) = entries(cache)
     kept = hub.as_kept(shape, source, "causal", "bfloat16")
     assert (kept.source, kept.dtype, kept.parameters) == (str(folder), "bfloat16", shape.parameters)
-    assert hub.as_kept(shape, source, "causal", "float32") == hub.as_kept(shape, source, "encoder", "bfloat16") == shape
+    assert (
+        hub.as_kept(shape, source, "causal", "float32")
+        == hub.as_kept(shape, source, "encoder", "bfloat16")
+        == converted
+    )
     (folder / "config.json").write_text("{}")
-    assert hub.as_kept(shape, source, "causal", "bfloat16") == shape
+    assert hub.as_kept(shape, source, "causal", "bfloat16") == converted
 
 
 def test_new_heads_are_not_kept_and_are_drawn_as_from_the_file(file: Path, read: list[str]) -> None:

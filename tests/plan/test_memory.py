@@ -136,19 +136,19 @@ def test_an_int8_base_is_made_from_mapped_files_in_any_dtype() -> None:
     for dtype in ("bfloat16", "float32"):  # the files are in bfloat16
         job = dataclasses.replace(short, dtype=dtype)
         assert process.temporary_bytes(shape, counted, job)[process.LOADING] == 0
-    packed = dataclasses.replace(shape, source="model.Q4_1.gguf", dtype="float32")
+    packed = dataclasses.replace(shape, converted_bytes=90_000_000, dtype="float32")
     base = int8_base(shape, 2)
     job = dataclasses.replace(short, dtype="bfloat16")
     assert process.temporary_bytes(packed, counted, job)[process.LOADING] == (
-        4 * shape.parameters + 2 * base.elements - base.size_bytes + process.GGUF_TOKEN_BYTES * shape.vocab
+        4 * shape.parameters + 2 * base.elements - base.size_bytes + 90_000_000 + process.GGUF_TOKEN_BYTES * shape.vocab
     )
 
 
 def test_a_gguf_file_is_read_in_fp32_with_its_vocabulary() -> None:
-    shape = dataclasses.replace(_shape("SmolLM2-135M"), source="model.GGUF", dtype="float32")
+    shape = dataclasses.replace(_shape("SmolLM2-135M"), converted_bytes=90_000_000, dtype="float32")
     for dtype in ("bfloat16", "float32"):
         found = process.temporary_bytes(shape, None, Job(dtype=dtype))
-        assert found[process.LOADING] == 4 * shape.parameters + process.GGUF_TOKEN_BYTES * shape.vocab
+        assert found[process.LOADING] == 4 * shape.parameters + 90_000_000 + process.GGUF_TOKEN_BYTES * shape.vocab
 
 
 def test_a_large_vocabulary_is_checked_in_fp64() -> None:

@@ -116,6 +116,7 @@ class ModelShape:
         full_modules: Paths of modules that the model's task trains in full and that are not quantized: a head for
             classification, and modules that the model's files lack.
         unused_modules: Paths of layers whose output the task does not use, such as BERT's pooler for embeddings.
+        converted_bytes: Size of a GGUF file that is converted before the model is loaded; 0 for other models.
     """
 
     name: str
@@ -144,6 +145,7 @@ class ModelShape:
     unused_modules: tuple[str, ...] = ()
     model_type: str = ""
     quantization: Mapping[str, JsonValue] = field(default_factory=dict)
+    converted_bytes: int = 0
 
     @property
     def fused(self) -> tuple[tuple[int, int], ...]:

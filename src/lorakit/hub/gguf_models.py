@@ -158,7 +158,7 @@ def _entry(path: Path, loader: str, dtype: str) -> tuple[Path, str]:
 
 
 def as_kept(shape: ModelShape, source: ModelSource, task: str, dtype: str) -> ModelShape:
-    """Return the shape with the source and dtype of the files that are loaded: those that keep a GGUF file, if any.
+    """Return the shape with the source and dtype of the files that keep a GGUF file, or with the size of that file.
 
     Args:
         shape: The model's shape.
@@ -166,14 +166,15 @@ def as_kept(shape: ModelShape, source: ModelSource, task: str, dtype: str) -> Mo
         task: A key of `TASKS`.
         dtype: Full name of the dtype in which the model is to be loaded.
     """
-    if source.kind != "gguf":
+    if source.header is None:
         return shape
+    converted = replace(shape, converted_bytes=source.header.size)
     try:
         folder, key = _entry(Path(source.path_or_id), TASKS[task], f"torch.{dtype}")
     except OSError:
-        return shape
+        return converted
     is_used = is_whole(folder, key) and read_manifest(folder).get("is_same") is True
-    return replace(shape, source=str(folder), dtype=dtype) if is_used else shape
+    return replace(shape, source=str(folder), dtype=dtype) if is_used else converted
 
 
 def _directory(source: ModelSource, folder: Path) -> ModelSource:

@@ -59,7 +59,7 @@ def temporary_bytes(shape: ModelShape, counted: Count | None, job: Job) -> dict[
     If the files have the job's dtype, the mapped files are the weights, and loading needs nothing else. If weights are
     converted, quantized or dequantized, the files stay mapped until all weights are loaded. A base that is multiplied
     in int8 is converted in files and quantized from mapped files, one weight after another. Only from a GGUF file, all
-    of it exists in the job's dtype first, next to the objects of the file's vocabulary.
+    of it exists in the job's dtype first, next to the mapped file and the objects of its vocabulary.
 
     Args:
         shape: Shape of the base.
@@ -73,13 +73,13 @@ def temporary_bytes(shape: ModelShape, counted: Count | None, job: Job) -> dict[
         return {}
     files = packed_files(shape)
     is_dequantized = files is not None and files.base is None
-    is_gguf = shape.source.lower().endswith(".gguf")
-    is_converted = is_gguf or (shape.dtype != job.dtype and job.base_matmul != "int8")
+    is_converted = shape.converted_bytes > 0 or (shape.dtype != job.dtype and job.base_matmul != "int8")
     is_converted = is_converted or job.quantization is not None or is_dequantized
     size = DTYPE_BYTES.get(shape.dtype, MASTER_BYTES) * shape.parameters if files is None else files.file_bytes
     found = {MEASURING: job.reserved_bytes}
     found[LOADING] = size + _replaced_bytes(shape, job) if is_converted else 0
-    found[LOADING] += GGUF_TOKEN_BYTES * shape.vocab if is_gguf else 0
+    if shape.converted_bytes:
+        found[LOADING] += shape.converted_bytes + GGUF_TOKEN_BYTES * shape.vocab
     if counted is not None:
         moments = 2 * MASTER_BYTES * counted.trainable
         found[WRITING] = TEXT_BYTES + max(ENCODED_COPIES * MASTER_BYTES * counted.saved_parameters, 2 * moments)
