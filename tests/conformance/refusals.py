@@ -86,7 +86,7 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     ),
     Refusal(
         "BD-LoRA's blocks and QA-LoRA's A have other shapes than A and B that are made of the base or the data",
-        lambda cell: variant_named(cell.variant).shapes is not None and not cell.rules.takes_any_shape,
+        lambda cell: variant_named(cell.variant).parts.shapes is not None and not cell.rules.takes_any_shape,
         "needs A and B in their standard shapes, and (BD-LoRA|QA-LoRA) uses other shapes",
     ),
     Refusal(

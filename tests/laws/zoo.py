@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lorakit.config import BdLoraConfig, KasaConfig, LoraConfig, MontecloraConfig, VeloraConfig
 from lorakit.core import attach, collect_for, trainable_parameters
+from lorakit.core.attachment.build import conflict
 from lorakit.core.inits import INITS, init_named
 from lorakit.core.kinds import KINDS, kind_named
 from lorakit.core.variants import VARIANTS, variant_named
@@ -380,13 +381,7 @@ def _allowed(case: Case) -> bool:
     variant = variant_named(case.variant)
     if not init.fits(kind_named(case.kind)):
         return False
-    if init.changes_base and (variant.move is not None or not variant.is_mergeable):
-        return False
-    if init.changes_base and not variant.adds_product:
-        return False
-    if init.changes_base and any(tensor.depends_on_rank for tensor in variant.tensors):
-        return False
-    if variant.shapes is not None and not init.takes_any_shape:
+    if conflict(init, variant) is not None:
         return False
     if case.variant not in OF_VARIANT:
         return False  # Arrow needs several adapters at each site: tests/core/variants/test_arrow.py

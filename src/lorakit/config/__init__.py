@@ -28,6 +28,7 @@ from lorakit.config.nested import (
     VeloraConfig,
 )
 from lorakit.config.types import API_LEVEL, HEADS_BY_TASK, SIDECAR_FILE, PeftType, TaskType, scale
+from lorakit.config.variants import VARIANT_COSTS, VariantCosts, costs_of
 from lorakit.hub_cache import CONFIG_FILE, looks_like_a_hub_id
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "NOT_BUILT",
     "PEFT_TABLES_OF_VARIANTS",
     "SIDECAR_FILE",
+    "VARIANT_COSTS",
     "ArrowConfig",
     "BdLoraConfig",
     "CordaConfig",
@@ -51,9 +53,11 @@ __all__ = [
     "PeftConfigMixin",
     "PeftType",
     "TaskType",
+    "VariantCosts",
     "VeloraConfig",
     "adapter_directory",
     "check_built",
+    "costs_of",
     "looks_like_a_hub_id",
     "read_config",
     "scale",

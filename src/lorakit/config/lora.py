@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from lorakit.config import checks, nested
 from lorakit.config.types import API_LEVEL, PeftType, TaskType, Value, check_types, plain
+from lorakit.config.variants import costs_of
 from lorakit.durable import JsonObject, read_json, write_json
 from lorakit.errors import AdapterFileError, ConfigError, ConfigTypeError, NotYetSupported, warn_caller
 from lorakit.hub_cache import CONFIG_FILE, NO_OPTIONS, HubOptions, adapter_from_hub, looks_like_a_hub_id
@@ -382,76 +383,15 @@ class LoraConfig(PeftConfig):
         """The class; the constructor of a TRL trainer that uses another peft gets an error."""
         return checks.checked_class(self)
 
-    def own_numbers(self, path: str, rank: int, out_features: int, in_features: int) -> int:
-        """Return how many more parameters the variant trains than plain LoRA at a dense site or embedding.
-
-        The result is negative if the variant trains fewer parameters than plain LoRA.
-
-        Args:
-            path: Path of the site.
-            rank: Rank at the site.
-            out_features: Number of rows of the weight.
-            in_features: Number of columns of the weight.
-        """
-        if self.use_bdlora is not None:
-            return self.use_bdlora.numbers_saved(path, rank, out_features, in_features)
-        if self.use_qalora:
-            return rank * (in_features // self.qalora_group_size - in_features)
-        if self.monteclora_config is not None:
-            return rank + self.monteclora_config.num_samples
-        return (out_features if self.use_dora else 0) + (rank if self.kasa_config is not None else 0)
-
-    def random_numbers(self, rank: int, in_features: int) -> int:
-        """Return how many values the variant draws for A in a training forward pass and saves for the backward pass.
-
-        Args:
-            rank: Rank at the site.
-            in_features: Number of columns of the weight.
-        """
-        if self.monteclora_config is None:
-            return 0
-        return (self.monteclora_config.num_samples + 1) * rank * in_features  # the samples and their mean
-
-    @property
-    def reads_weight(self) -> bool:
-        """Return whether every forward pass must read the base weight, as DoRA does to compute one norm per output."""
-        return self.use_dora
-
     @property
     def is_plain_lora(self) -> bool:
         """Return whether the adapter is plain LoRA without a bias on B, as fused forward passes require."""
-        variants = (
-            self.use_dora,
-            self.alora_invocation_tokens,
-            self.use_bdlora,
-            self.kasa_config,
-            self.velora_config,
-            self.use_qalora,
-            self.monteclora_config,
-            self.arrow_config,
-        )
-        return not self.lora_bias and not any(variants)
+        return not self.lora_bias and costs_of(self) is None
 
     @property
     def trains_only_a(self) -> bool:
         """Return whether only A is trained while B keeps its initial value (MiCA)."""
         return str(self.init_lora_weights).lower() == "mica"
-
-    def notes_on_own_numbers(self, total: int) -> list[str]:
-        """Return notes, shown in plans, that compare the variant's number of parameters with that of plain LoRA.
-
-        Args:
-            total: Number of additional parameters, summed over all sites; negative if there are fewer.
-        """
-        if self.use_bdlora is not None:
-            return [f"BD-LoRA's block-diagonal factors hold {-total:,} fewer values than LoRA's."]
-        if self.use_qalora:
-            return [f"QA-LoRA's A, which reads means of groups of inputs, holds {-total:,} fewer values than LoRA's."]
-        if self.kasa_config is not None:
-            return [f"KaSA adds r singular values per site: {total:,} in total."]
-        if self.monteclora_config is not None:
-            return [f"MonteCLoRA adds r spreads and one weight per sample at each site: {total:,} in total."]
-        return [f"DoRA adds one magnitude per output of each site: {total:,} in total."] if self.use_dora else []
 
     def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
         """Register the layer classes that `core` uses for custom module types; PEFT has the same private method.

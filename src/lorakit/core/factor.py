@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from lorakit.core.quantization import is_computed
 
+BOTH = frozenset({"A", "B"})
+"""The factors of a site that an init or a variant trains, unless it freezes one of them."""
+
 HOLDERS: Mapping[str, type[nn.ModuleDict | nn.ParameterDict]] = {
     "lora_dropout": nn.ModuleDict,
     "lora_A": nn.ModuleDict,

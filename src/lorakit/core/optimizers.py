@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from lorakit.core.linalg import damped_inverse
 from lorakit.core.model.activation import trainable_parameters
 from lorakit.core.model.index import layers
 from lorakit.core.quantization import at_least_fp32
+from lorakit.core.variants import Role, variant_named
 from lorakit.errors import ConfigError
 from lorakit.targets import first_match, unfitting_keys
 
@@ -230,10 +231,6 @@ class LoraFA(torch.optim.Optimizer):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
 
 
-Role = Literal["A", "B", "embedding", "vector", "whole"]
-"""A site's A or B; an embedding's factor; a magnitude, bias or other vector; or any other matrix (saved modules)."""
-
-
 @dataclass(frozen=True)
 class TrainedPart:
     """One trainable parameter of an adapter.
@@ -282,7 +279,7 @@ class Rates:
 
 
 def roles(model: nn.Module) -> dict[int, tuple[Role, str]]:
-    """Return a dict from tensor id to role and site path, for every factor and magnitude in a model.
+    """Return a dict from tensor id to role and site path, for every factor and extra tensor in a model.
 
     Args:
         model: Any model.
@@ -295,6 +292,10 @@ def roles(model: nn.Module) -> dict[int, tuple[Role, str]]:
             own = layer.parameters_of(adapter)  # empty if the layer uses the factors of a tied layer
             found.update((id(vector), ("vector", site)) for vector in own[2:])
             found.update((id(factor), (role, site)) for factor, role in zip(own, factors, strict=False))
+            matrices = [extra for extra in variant_named(layer.variant[adapter]).parts.extras if extra.role != "vector"]
+            if own and matrices:
+                tensors = layer.factor(adapter).own
+                found.update((id(tensors[extra.held_as]), (extra.role, site)) for extra in matrices)
     return found
 
 

@@ -257,10 +257,10 @@ def _check(here: Mapping[str, LoraLayer], found: Mapping[str, Tensor], name: str
     for path in here.keys() & found.keys():
         A, width = found[path], here[path].spec.in_features
         variant = here[path].factor(name).variant
-        if variant.shapes is not None:
+        if variant.parts.shapes or variant.parts.start:
             text = (
-                f"{path}: EVA needs A and B in their standard shapes, and {variant.title} uses other shapes. "
-                "Use another init."
+                f"{path}: EVA needs A and B in their standard shapes, and {variant.title} uses other shapes or its own "
+                "values. Use another init."
             )
             raise ConfigError(text, what="eva", where=path, field=variant.field)
         if A.ndim != 2 or A.shape[1] != width:
@@ -395,10 +395,10 @@ def _name(source: TensorSource, path: str, layer: LoraLayer) -> str:
 def _write(layer: LoraLayer, name: str, path: str, W: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Replace a layer's factors, given the original W, (out, in); return each changed tensor with its previous data."""
     factor, kind = layer.factor(name), layer.kind
-    if factor.variant.shapes is not None or factor.variant.move is not None:
-        title, field = factor.variant.title, factor.variant.field
-        text = f"{path}: adapter {name!r} uses {title}, whose A and B cannot represent a quantization error."
-        raise ConfigError(text, what=name, where=path, field=field)
+    variant = factor.variant
+    if variant.parts.shapes or variant.parts.start or variant.move:
+        text = f"{path}: adapter {name!r} uses {variant.title}, whose A and B cannot represent a quantization error."
+        raise ConfigError(text, what=name, where=path, field=variant.field)
     with torch.no_grad():
         now = layer.read(name)
         shapes = (tuple(factor.A.shape), tuple(factor.B.shape))
@@ -411,7 +411,7 @@ def _write(layer: LoraLayer, name: str, path: str, W: Tensor) -> list[tuple[Tens
         A, B = blank.in_layout(*residual_factors(blank, (W.to(now) - now)[None]))
         new = [(factor.A, A), (factor.B, B)]
         start = Start(kind, layer.spec, A, B, factor.scale, lambda: now, path, factor.setting)
-        begins = factor.variant.starts(start)
+        begins = factor.variant.parts.extra_tensors(start)
         new += [(tensor, begins[held].to(tensor)) for held, tensor in factor.own.items()]
         before = [(tensor, tensor.data) for tensor, _ in new]
         _put(new)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorakit.architectures.shapes import ModelShape, replicated
-from lorakit.config import LoraConfig
+from lorakit.config import LoraConfig, costs_of
 from lorakit.plan import activations, flops, memory, params
 from lorakit.plan.flops import Flops
 from lorakit.plan.job import DTYPE_BYTES, MASTER_BYTES, Job, Speed
@@ -321,9 +321,11 @@ def reasons(counted: Count, config: LoraConfig) -> list[str]:
     messages = [_entry(entry, groups) for entry, groups in sorted(by_entry.items())]
     dropout = "Dropout has no parameters" if config.lora_dropout else "Dropout, if set, has no parameters"
     idle = dropout + (', and bias "none" adds none.' if config.bias == "none" else ".")
-    messages += [_sum(counted), idle, *config.notes_on_own_numbers(counted.own_numbers)]
+    messages += [_sum(counted), idle, *_notes_on_variant(config, counted)]
     if counted.frozen:
-        messages.append(f"One factor of each site is frozen; its {counted.frozen:,} parameters are not included.")
+        which = "A and B of each site are" if _both_frozen(counted) else "One factor of each site is"
+        whose = "their" if _both_frozen(counted) else "its"
+        messages.append(f"{which} frozen; {whose} {counted.frozen:,} parameters are not included.")
     for path, count in counted.saved.items():
         messages.append(f"{path} is a saved module with {count:,} parameters.")
     for path, count in counted.rows.items():
@@ -354,6 +356,15 @@ def _kinds(group: Group) -> str:
     return f"{group.sites} × {group.kind}" if group.sites > 1 else f"one {group.kind}"
 
 
+def _both_frozen(counted: Count) -> bool:
+    return any(len(site.frozen_factors) > 1 for site in counted.sites)
+
+
+def _notes_on_variant(config: LoraConfig, counted: Count) -> list[str]:
+    costs = costs_of(config)
+    return [costs.note.format(total=abs(counted.own_numbers))] if costs is not None and costs.note else []
+
+
 def _sum(counted: Count) -> str:
     groups = counted.groups()
     by_sites: dict[int, list[Group]] = {}
@@ -366,7 +377,9 @@ def _sum(counted: Count) -> str:
     for count, members in by_sites.items():
         inner = " + ".join(f"{group.each:,}" for group in members)
         terms.append(f"{count} × ({inner})" if len(members) > 1 else f"{count} × {inner}")
-    frozen = {site.frozen_factor for site in counted.sites}
+    if _both_frozen(counted):
+        return f"{' + '.join(terms)} = {total:,}."
+    frozen = {factor for site in counted.sites for factor in site.frozen_factors}
     each = "out (in for an embedding)" if "A" in frozen else "in" if "B" in frozen else "(in + out)"
     each += " for each expert" if any(group.experts > 1 for group in groups) else ""
     if counted.own_numbers:

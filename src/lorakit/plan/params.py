@@ -10,10 +10,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from lorakit.architectures.shapes import ModelShape, SiteShape, is_inside, replicated, role, short_roles
-from lorakit.config import HEADS_BY_TASK, LoraConfig, scale
+from lorakit.config import HEADS_BY_TASK, LoraConfig, costs_of, scale
 from lorakit.errors import ConfigError, TargetError, UsageError
 from lorakit.targets import (
     ALL_LINEAR,
@@ -163,8 +162,8 @@ class SiteCount:
             are smaller than those of plain LoRA.
         reads_weight: Whether the variant trains one value per output feature and reads the weight in each forward pass,
             as DoRA does.
-        frozen_factor: The factor that is not trained: "A" with LoRA-FA ("B" for an embedding), "B" if the
-            initialization method freezes B (MiCA), else "".
+        frozen_factors: The factors that are not trained: A with LoRA-FA (B of an embedding), B if the init freezes B
+            (MiCA), and those that the variant freezes.
         experts: Number of matrices in the parameter, each with its own factors.
         is_plain: Whether the site's forward pass is plain LoRA, without a variant or bias.
         bias: Number of elements in the bias of B (`lora_bias`).
@@ -181,7 +180,7 @@ class SiteCount:
     factors: int
     own_numbers: int = 0
     reads_weight: bool = False
-    frozen_factor: Literal["", "A", "B"] = ""
+    frozen_factors: frozenset[str] = frozenset()
     experts: int = 1
     is_plain: bool = True
     bias: int = 0
@@ -200,13 +199,13 @@ class SiteCount:
     @property
     def needs_input(self) -> bool:
         """Return whether the backward pass needs the input of A, that is, whether A is trained."""
-        return self.frozen_factor != "A"
+        return "A" not in self.frozen_factors
 
     @property
     def frozen(self) -> int:
-        """Return the number of elements in the frozen factor, over all experts."""
-        columns = {"": 0, "A": self.in_features, "B": self.out_features}[self.frozen_factor]
-        return self.experts * self.rank * columns
+        """Return the number of elements in the frozen factors, over all experts."""
+        columns = {"A": self.in_features, "B": self.out_features}
+        return self.experts * self.rank * sum(columns[factor] for factor in self.frozen_factors)
 
     @property
     def trainable(self) -> int:
@@ -422,7 +421,8 @@ def candidates(shape: ModelShape) -> list[Candidate]:
 def _site_count(match: Match, size: tuple[int, int, int], config: LoraConfig, optimizer: str) -> SiteCount:
     """Count a site's parameters, given its size (experts, out, in); a single matrix counts as one expert."""
     experts, out_features, in_features = size
-    own = 0 if match.parameter else config.own_numbers(match_path(match), match.rank, out_features, in_features)
+    costs = None if match.parameter else costs_of(config)
+    where = (config, match_path(match), match.rank, out_features, in_features)
     return SiteCount(
         path=match_path(match),
         kind=match.kind,
@@ -432,22 +432,24 @@ def _site_count(match: Match, size: tuple[int, int, int], config: LoraConfig, op
         scale=scale(match.rank, match.alpha, config.use_rslora),
         entry=match.entry,
         factors=experts * factor_parameters(match.rank, in_features, out_features),
-        own_numbers=own,
-        reads_weight=config.reads_weight and not match.parameter,
-        frozen_factor=_frozen_factor(match.kind, config, optimizer),
+        own_numbers=0 if costs is None else costs.trained(*where),
+        reads_weight=costs is not None and costs.reads_weight,
+        frozen_factors=_frozen_factors(match.kind, config, optimizer)
+        | (frozenset() if costs is None else costs.frozen),
         experts=experts,
         is_plain=config.is_plain_lora,
         bias=out_features if config.lora_bias and not match.parameter else 0,
-        random_numbers=0 if match.parameter else config.random_numbers(match.rank, in_features),
+        random_numbers=0 if costs is None else costs.drawn(*where),
     )
 
 
-def _frozen_factor(kind: str, config: LoraConfig, optimizer: str) -> Literal["", "A", "B"]:
+def _frozen_factors(kind: str, config: LoraConfig, optimizer: str) -> frozenset[str]:
+    """Return the factors that the init or the optimizer freezes."""
     if config.trains_only_a:
-        return "B"
+        return frozenset({"B"})
     if optimizer != "lorafa":
-        return ""
-    return "B" if kind == EMBEDDING else "A"
+        return frozenset()
+    return frozenset({"B" if kind == EMBEDDING else "A"})
 
 
 def _bare_parameters(shape: ModelShape) -> list[BareParameter]:

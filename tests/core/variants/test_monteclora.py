@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lorakit.peft as ours
 from lorakit import core
-from lorakit.config import LoraConfig, MontecloraConfig
+from lorakit.config import LoraConfig, MontecloraConfig, costs_of
 from lorakit.core.variants import monteclora
 from lorakit.errors import ConfigError
 
@@ -236,7 +236,8 @@ def test_a_plan_counts_its_parameters() -> None:
     model = adapted("a")
     number = sum(4 * (site.in_features + site.out_features) + 4 + 3 for site in core.sites(model))
     assert sum(p.numel() for _, p in core.trainable_parameters(model, "a")) == number
-    assert LoraConfig(monteclora_config=MontecloraConfig(num_samples=3)).own_numbers("up", 4, 8, 12) == 7
+    config = LoraConfig(monteclora_config=MontecloraConfig(num_samples=3))
+    assert costs_of(config).trained(config, "up", 4, 8, 12) == 7
 
 
 @pytest.mark.parametrize("storage", storages())

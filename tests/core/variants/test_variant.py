@@ -18,9 +18,11 @@ from torch.nn import functional as F
 from lorakit import core, peft
 from lorakit.config import LoraConfig, lora
 from lorakit.core import variants
+from lorakit.core.attachment.one_layer import reset_factor
 from lorakit.core.kinds import Kind, WeightSpec, kind_named
 from lorakit.core.kinds.kind import Shape
-from lorakit.core.variants import NO_SETTING, At, Factor, OwnTensor, Setting, Start, Variant
+from lorakit.core.optimizers import Rates, rates_by_name, trained_parts
+from lorakit.core.variants import NO_SETTING, At, Factor, OwnTensor, Parts, Setting, Start, Variant
 from lorakit.data import Batch
 from lorakit.errors import AdapterError, AdapterFileError, ConfigError, MergeError
 from lorakit.peft import tuner
@@ -71,16 +73,20 @@ TOY = Variant(
     field=FIELD,
     setting=_asked,
     fits=_is_dense,
-    tensors=(
-        OwnTensor(DIAGONAL, "parameter", (f".{DIAGONAL}",), _per_rank, lambda start: torch.full((start.rank,), 0.5)),
-        OwnTensor(
-            GATE,
-            "module",
-            (f".{GATE}", f".{GATE}.weight"),
-            _per_output,
-            lambda start: start.B.new_zeros(start.spec.out_features),
-            trained=False,
-        ),
+    parts=Parts(
+        extras=(
+            OwnTensor(
+                DIAGONAL, "parameter", (f".{DIAGONAL}",), _per_rank, lambda start: torch.full((start.rank,), 0.5)
+            ),
+            OwnTensor(
+                GATE,
+                "module",
+                (f".{GATE}", f".{GATE}.weight"),
+                _per_output,
+                lambda start: start.B.new_zeros(start.spec.out_features),
+                trained=False,
+            ),
+        )
     ),
     factors=_scaled,
     penalty=_energy,
@@ -242,10 +248,9 @@ def _pooled_down(kind: Kind, module: nn.Module, x: Tensor, factor: Factor, train
 def test_pooled_inputs_need_factors_of_another_shape(put: Callable[[Variant], None], tmp_path: Path) -> None:
     pooled = dataclasses.replace(
         TOY,
-        tensors=(),
+        parts=Parts(shapes=_pooled_shapes),
         factors=None,
         penalty=None,
-        shapes=_pooled_shapes,
         down=_pooled_down,
         update=None,
         unmergeable_reason="its input is pooled",
@@ -286,7 +291,7 @@ def test_a_buffer_is_saved_and_never_trained(put: Callable[[Variant], None], tmp
         trained=False,
         depends_on_rank=False,
     )
-    put(dataclasses.replace(TOY, tensors=(count,), factors=None, penalty=None, down=_counted_down))
+    put(dataclasses.replace(TOY, parts=Parts(extras=(count,)), factors=None, penalty=None, down=_counted_down))
     model, given = adapted("a", "b"), LINEARS.given()
     core.activate(model, "a")
     run(model.train(), given)
@@ -385,7 +390,7 @@ def test_one_that_moves_the_base_is_no_plain_lora_on_disk(put: Callable[[Variant
 
 
 def test_an_init_subtracts_nothing_that_it_does_not_add(put: Callable[[Variant], None]) -> None:
-    put(dataclasses.replace(TOY, tensors=(), factors=None, penalty=None, adds_product=False))
+    put(dataclasses.replace(TOY, parts=Parts(), factors=None, penalty=None, adds_product=False))
     model = LINEARS.model()
     before = snapshot(model)
     with pytest.raises(ConfigError, match="and Toy does not add back what the init subtracts from it") as refused:
@@ -399,7 +404,7 @@ def test_an_init_that_changes_the_base_needs_tensors_that_do_not_depend_on_the_r
 ) -> None:
     """The adapter would be saved as plain LoRA with twice the rank, which these tensors do not fit."""
     put(TOY)
-    assert any(tensor.depends_on_rank for tensor in TOY.tensors)
+    assert any(tensor.depends_on_rank for tensor in TOY.parts.extras)
     model = LINEARS.model()
     with pytest.raises(ConfigError, match=r"pissa.* Toy has tensors whose shape depends on the rank") as refused:
         core.attach(model, LINEARS.config(init_lora_weights="pissa", **{FIELD: ON}), "a")
@@ -439,7 +444,7 @@ def _repeated(factor: Factor, training: bool) -> tuple[Tensor, Tensor]:
 def test_factors_in_other_shapes_are_combined_as_they_are_multiplied(
     put: Callable[[Variant], None], way: str, tmp_path: Path
 ) -> None:
-    put(dataclasses.replace(TOY, tensors=(), factors=_repeated, shapes=_narrow_shapes, penalty=None))
+    put(dataclasses.replace(TOY, parts=Parts(shapes=_narrow_shapes), factors=_repeated, penalty=None))
     with pytest.raises(
         ConfigError, match="needs A and B in their standard shapes, and Toy uses other shapes"
     ) as refused:
@@ -480,7 +485,7 @@ def test_it_may_see_the_other_adapters_of_its_site(put: Callable[[Variant], None
         others = [F.linear(F.linear(at.x, one.A), one.B) * one.scale for one in at.siblings().values()]
         return at.z + sum(others)
 
-    put(dataclasses.replace(TOY, tensors=(), factors=None, penalty=None, output=routed, update=None))
+    put(dataclasses.replace(TOY, parts=Parts(), factors=None, penalty=None, output=routed, update=None))
     model, given = LINEARS.model(), LINEARS.given()
     core.attach(model, LINEARS.config(**{FIELD: ON}), "router")
     for index, name in enumerate(("a", "b")):
@@ -500,3 +505,95 @@ def test_what_it_does_not_fit_is_refused(put: Callable[[Variant], None]) -> None
         variants.variant_for(LoraConfig(**{FIELD: ON}), kind_named("Embedding"), "e")
     with pytest.raises(ConfigError, match=f"kasa_config and {FIELD} at p: these variants are mutually exclusive"):
         variants.variant_at(LoraConfig(kasa_config={}, **{FIELD: ON}), "p")
+
+
+CORE = "lora_toy_core"
+
+
+def _of_the_base(start: Start) -> tuple[Tensor, Tensor]:
+    W = start.read().detach()
+    return W[: start.rank].clone(), W[:, : start.rank].clone()
+
+
+BETWEEN = dataclasses.replace(
+    TOY,
+    parts=Parts(
+        start=_of_the_base,
+        trains=frozenset(),
+        extras=(
+            OwnTensor(
+                CORE,
+                "parameter",
+                (f".{CORE}",),
+                lambda kind, spec, r, setting: (r, r),
+                lambda start: torch.zeros(start.rank, start.rank),
+                role="whole",
+            ),
+        ),
+    ),
+    factors=lambda factor, training: (factor.A, factor.B @ factor.own[CORE]),
+    penalty=None,
+)
+"""A variant whose A and B are parts of W that stay, and whose one trained tensor is a matrix between them."""
+
+
+def test_it_says_how_its_factors_start_and_which_are_trained(put: Callable[[Variant], None], tmp_path: Path) -> None:
+    put(BETWEEN)
+    model, given = LINEARS.model(), LINEARS.given()
+    before = run(model, given)
+    core.attach(model, LINEARS.config(**{FIELD: ON}), "a")
+    assert torch.equal(run(model, given), before)
+    layer = core.sites(model)[0].layer
+    W, factor = layer.read(), layer.factor("a")
+    assert torch.equal(factor.A, W[:4]) and torch.equal(factor.B, W[:, :4])
+    core.set_trained(model, {"a": False})
+    core.set_trained(model, {"a": True})
+    assert all(CORE in name for name, _ in core.trainable_parameters(model))
+    randomise(model, "a", seed=3)
+    acting = run(model, given)
+    core.save_adapter(model, tmp_path / "a", "a")
+    again = LINEARS.model()
+    core.load_adapter(again, tmp_path / "a", "a", trainable=True)
+    assert torch.equal(run(again, given), acting)
+    assert all(CORE in name for name, _ in core.trainable_parameters(again))
+
+
+def test_a_reset_gives_back_what_its_factors_start_with(put: Callable[[Variant], None]) -> None:
+    put(BETWEEN)
+    model, given = LINEARS.model(), LINEARS.given()
+    before = run(model, given)
+    core.attach(model, LINEARS.config(**{FIELD: ON}), "a")
+    randomise(model, "a", seed=3)
+    assert not torch.equal(run(model, given), before)
+    for site in core.sites(model):
+        reset_factor(site.layer, "a", True)
+        assert torch.equal(site.layer.factor("a").B, site.layer.read()[:, :4])
+    assert torch.equal(run(model, given), before)
+    with pytest.raises(ConfigError):
+        reset_factor(core.sites(model)[0].layer, "a", "gaussian")
+
+
+@pytest.mark.parametrize("init", ["gaussian", False, "pissa", "mica"])
+def test_factors_that_it_starts_take_no_other_init(put: Callable[[Variant], None], init: Any) -> None:
+    put(BETWEEN)
+    model = LINEARS.model()
+    bits = snapshot(model)
+    with pytest.raises(ConfigError) as refused:
+        core.attach(model, LINEARS.config(init_lora_weights=init, **{FIELD: ON}), "a")
+    assert (refused.value.where, refused.value.field) == ("up", "init_lora_weights")
+    assert snapshot(model) == bits
+
+
+def test_the_role_of_its_tensor_gives_its_rate(put: Callable[[Variant], None]) -> None:
+    put(BETWEEN)
+    model = LINEARS.model()
+    core.attach(model, LINEARS.config(**{FIELD: ON}), "a")
+    parts = trained_parts(model)
+    assert {part.role for part in parts} == {"whole"}
+    assert set(rates_by_name(parts, Rates(1.0, b_ratio=16.0)).values()) == {1.0}
+
+
+def test_a_vector_gets_the_rate_of_B(put: Callable[[Variant], None]) -> None:
+    put(TOY)
+    rates = rates_by_name(trained_parts(adapted("a")), Rates(1.0, b_ratio=16.0))
+    assert {rate for name, rate in rates.items() if DIAGONAL in name} == {16.0}

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit.config import LoraConfig
+from lorakit.config import VARIANT_COSTS, LoraConfig
+from lorakit.core.factor import BOTH
 from lorakit.core.kinds import WeightSpec, kind_named
-from lorakit.core.variants import VARIANTS, At, Factor, Start, variant_for, variant_named
+from lorakit.core.variants import VARIANTS, At, Factor, Start, asked_for, variant_for, variant_named
 from lorakit.core.variants.dora import row_norms
 from lorakit.errors import ConfigError
 
@@ -57,7 +58,7 @@ def test_output_and_update_agree_with_the_formula(name: str, numbers: tuple[Tens
 def test_doras_magnitude_begins_as_the_norm_so_that_nothing_changes(numbers: tuple[Tensor, ...]) -> None:
     W, A, _, bias, x = numbers
     B, row = torch.zeros(3, 2, dtype=torch.float64), variant_named("dora")
-    begins = row.starts(Start(KIND, SLOT, A, B, SCALE, lambda: W))
+    begins = row.parts.extra_tensors(Start(KIND, SLOT, A, B, SCALE, lambda: W))
     held = factor(A, B, "dora", begins[MAGNITUDE])
     y0 = F.linear(x, W, bias)
     assert not output(y0, bias, torch.zeros_like(y0), held, W).any()
@@ -105,6 +106,14 @@ def test_a_replaced_factor_leaves_the_first_as_it_is(numbers: tuple[Tensor, ...]
 
 
 def test_each_extra_tensor_belongs_to_one_variant() -> None:
-    tensors = [tensor for variant in VARIANTS for tensor in variant.tensors]
+    tensors = [tensor for variant in VARIANTS for tensor in variant.parts.extras]
     keys = [key for tensor in tensors for key in tensor.keys]
     assert len({tensor.held_as for tensor in tensors}) == len(tensors) and len(set(keys)) == len(keys)
+
+
+def test_each_variant_has_one_row_of_costs_that_freezes_what_it_does_not_train() -> None:
+    rows = {costs.field: costs for costs in VARIANT_COSTS}
+    assert len(rows) == len(VARIANT_COSTS)
+    assert {field: row.frozen for field, row in rows.items()} == {
+        variant.field: BOTH - variant.parts.trains for variant in asked_for()
+    }

@@ -151,7 +151,7 @@ def new_factor(
         match: Path, rank and alpha of the site.
         context: The initialization context: the adapter's config, the scale, the random generator and so on.
         start: The initial tensors.
-        trains: Which of "A" and "B" are trainable.
+        trains: Which of "A" and "B" the init trains.
 
     Raises:
         ConfigError: The variant or dropout is not supported at the site; or the variant must replace a base weight
@@ -168,48 +168,62 @@ def new_factor(
     new = Start(
         target.kind, target.spec, start.A, start.B, context.scale, read, target.path, setting, context.generator
     )
-    moved = _moved_by(variant, index, target, new)
+    moved, trains = _moved_by(variant, index, target, new), trains & variant.parts.trains
     stored = stored if moved is None else moved
-    own = _started(variant, new, config) if start.own is None else start.own
+    A, B, own = start.A, start.B, start.own
+    if own is None:  # a new adapter
+        A, B = variant.parts.factors(new)
+        own = _extras(variant, dataclasses.replace(new, A=A, B=B), config)
     factor = Factor(
-        A=nn.Parameter(start.A, "A" in trains),
-        B=nn.Parameter(start.B, "B" in trains),
+        A=nn.Parameter(A, "A" in trains),
+        B=nn.Parameter(B, "B" in trains),
         scale=context.scale,
         dropout=make_dropout(dropout_at(config, target, module)),
         variant=variant,
-        own={t.held_as: nn.Parameter(own[t.held_as], t.trained) for t in variant.tensors},
+        own={t.held_as: nn.Parameter(own[t.held_as], t.trained) for t in variant.parts.extras},
         bias=None if start.bias is None else nn.Parameter(start.bias),
         setting=setting,
     )
     return NewFactor(target, factor, match, trains, stored, start.initial)
 
 
-def _started(variant: Variant, new: Start, config: LoraConfig) -> Mapping[str, Tensor]:
+def _extras(variant: Variant, new: Start, config: LoraConfig) -> Mapping[str, Tensor]:
     """Return a variant's initial extra tensors (…), computed on a GPU if there is one and the config offloads."""
     here = new.A.device
     wanted = config.runtime_config.ephemeral_gpu_offload and here.type == "cpu" and new.generator is None
     if not wanted or not torch.cuda.is_available():
-        return variant.starts(new)
+        return variant.parts.extra_tensors(new)
     A, B = new.A.to("cuda"), new.B.to("cuda")
     there = dataclasses.replace(new, A=A, B=B, read=lambda: new.read().to("cuda"))
-    return {name: tensor.to(here) for name, tensor in variant.starts(there).items()}
+    return {name: tensor.to(here) for name, tensor in variant.parts.extra_tensors(there).items()}
+
+
+def conflict(init: Init, variant: Variant) -> tuple[str, str] | None:
+    """Return what an init does and what a variant needs instead, as parts of a message; None if they fit together."""
+    if variant.parts.start is not None and init.name is not True:
+        return "fills A and B", "computes them from the base weight"
+    if variant.parts.shapes is not None and not init.takes_any_shape:
+        return "needs A and B in their standard shapes", "uses other shapes"
+    if not init.changes_base:
+        return None
+    needs = ""
+    if variant.move is not None:
+        needs = "changes it too"
+    elif not variant.is_mergeable:
+        needs = "needs it unchanged wherever the adapter is inactive"
+    elif not variant.adds_product:
+        needs = "does not add back what the init subtracts from it"
+    elif any(tensor.depends_on_rank for tensor in variant.parts.extras):
+        needs = "has tensors whose shape depends on the rank, which doubles when the adapter is saved"
+    return ("changes the base weight", needs) if needs else None
 
 
 def _check_together(init: Init, variant: Variant, target: TargetWeight) -> None:
     """Check that an init and a variant make compatible assumptions about the base weight and the shapes of A and B."""
-    what = "changes the base weight"
-    if init.changes_base and variant.move is not None:
-        needs = "changes it too"
-    elif init.changes_base and not variant.is_mergeable:
-        needs = "needs it unchanged wherever the adapter is inactive"
-    elif init.changes_base and not variant.adds_product:
-        needs = "does not add back what the init subtracts from it"
-    elif init.changes_base and any(tensor.depends_on_rank for tensor in variant.tensors):
-        needs = "has tensors whose shape depends on the rank, which doubles when the adapter is saved"
-    elif variant.shapes is not None and not init.takes_any_shape:
-        what, needs = "needs A and B in their standard shapes", "uses other shapes"
-    else:
+    found = conflict(init, variant)
+    if found is None:
         return
+    what, needs = found
     raise ConfigError(
         f"{target.path}: init_lora_weights={init.name!r} {what}, and {variant.title} {needs}. Use another init.",
         what=init.name,

@@ -139,7 +139,7 @@ def fit(
 
 def _possible_parts(config: LoraConfig, path: str) -> set[str]:
     """Return every `Key.part` that a site can have: A, B, the bias of B, and the extra tensors of its variant."""
-    return {"A", "B", "bias"} | {tensor.held_as for tensor in variant_at(config, path)[0].tensors}
+    return {"A", "B", "bias"} | {tensor.held_as for tensor in variant_at(config, path)[0].parts.extras}
 
 
 def _expected(config: LoraConfig, index: AdapterIndex) -> tuple[set[str] | None, tuple[str, ...]]:
@@ -257,7 +257,7 @@ def _check_parts(tensors: Mapping[str, Tensor], config: LoraConfig, path: str, r
     rank = _rank(config, target, kind.rank(spec, tuple(tensors[parts["A"]].shape)))
     shapes = dict(zip(("A", "B"), variant.shapes_of(kind, spec, rank, setting, path), strict=True))
     shapes |= {"bias": (spec.out_features,)}
-    shapes |= {tensor.held_as: tensor.shape(kind, spec, rank, setting) for tensor in variant.tensors}
+    shapes |= {tensor.held_as: tensor.shape(kind, spec, rank, setting) for tensor in variant.parts.extras}
     for part in sorted(wanted):
         result.check_shape(f"{path}.{names[part]}", tensors[parts[part]], shapes[part])
 

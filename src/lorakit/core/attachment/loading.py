@@ -22,10 +22,10 @@ from lorakit.core.attachment import build
 from lorakit.core.attachment.fitting import SHAPE, Fit, Problem, copied_tensors, fit, out_of_range
 from lorakit.core.attachment.old_experts import with_fused_experts
 from lorakit.core.attachment.residual_base import InitRecord, init_context_for, init_record_of
+from lorakit.core.factor import BOTH
 from lorakit.core.files.adapter_folder import KINDS_KEY, AdapterFiles, alpha_at, read_adapter
 from lorakit.core.files.inspecting import Site, implausible, judge, largest_values, nonfinite, not_finite
 from lorakit.core.inits import known_init
-from lorakit.core.inits.init import BOTH
 from lorakit.core.kinds import Kind
 from lorakit.core.model import checks
 from lorakit.core.model.fingerprint import DIFFERENT, check_not_merged_in, compare

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.attachment.build import fresh_factor
+from lorakit.core.attachment.build import conflict, fresh_factor
 from lorakit.core.attachment.residual_base import give_base_back
 from lorakit.core.inits import InitContext, init_for
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.checks import check_new_name
 from lorakit.core.model.index import AdapterIndex, TargetWeight
-from lorakit.core.variants import variant_for
+from lorakit.core.variants import Start, variant_for
 from lorakit.errors import ConfigError
 from lorakit.targets import Match
 
@@ -75,7 +77,7 @@ def _check_alone(layer: LoraLayer, config: LoraConfig, path: str) -> None:
 def reset_factor(layer: LoraLayer, name: str, init_lora_weights: bool | str) -> None:
     """Initialize an adapter's A and B, and the bias of B, again; the tensors keep their shapes and dtypes.
 
-    A variant's extra tensors do not change.
+    A variant's extra tensors change only if the variant, not the init, defines how A and B start.
 
     Args:
         layer: The adapted layer.
@@ -89,10 +91,10 @@ def reset_factor(layer: LoraLayer, name: str, init_lora_weights: bool | str) -> 
     if init_lora_weights is False or name not in layer.r:
         return
     init = init_for(init_lora_weights, layer.kind, layer.kind_name)
-    if not init.takes_any_shape:
+    factor, config = layer.factor(name), layer.state.configs[name]
+    if not init.takes_any_shape or conflict(init, factor.variant):
         raise ConfigError.of("init_lora_weights", init_lora_weights, "True, False or 'gaussian' for a single layer")
     layer.check_not_merged(layer.kind_name, [name])
-    factor = layer.factor(name)
     context = InitContext(
         kind=layer.kind,
         spec=layer.spec,
@@ -104,11 +106,18 @@ def reset_factor(layer: LoraLayer, name: str, init_lora_weights: bool | str) -> 
         dtype=factor.A.dtype,
         path=layer.kind_name,
         read=layer.read,
-        config=layer.state.configs[name],
+        config=config,
     )
     with torch.no_grad():
-        result = init.fill(context)
-        factor.A.copy_(result.A)
-        factor.B.copy_(result.B)
+        result, parts = init.fill(context), factor.variant.parts
+        start = Start(
+            layer.kind, layer.spec, result.A, result.B, factor.scale, layer.read, layer.kind_name, factor.setting
+        )
+        A, B = parts.factors(start)
+        factor.A.copy_(A)
+        factor.B.copy_(B)
+        if parts.start is not None:
+            for held, tensor in parts.extra_tensors(dataclasses.replace(start, A=A, B=B)).items():
+                factor.own[held].copy_(tensor)
         if factor.bias is not None:
             factor.bias.zero_()

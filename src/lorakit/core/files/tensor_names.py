@@ -74,7 +74,7 @@ def endings_of(kind: Kind) -> tuple[str, str]:
 def part_names(kind: Kind, variant: Variant) -> dict[str, str]:
     """Return a dict from each `Key.part` of a site to the tensor's name relative to the site's path."""
     A, B = kind.names
-    own = {tensor.held_as: tensor.keys[0].removeprefix(".") for tensor in variant.tensors}
+    own = {tensor.held_as: tensor.keys[0].removeprefix(".") for tensor in variant.parts.extras}
     return {"A": A + kind.on_disk, "B": B + kind.on_disk, "bias": f"{B}.bias", **own}
 
 

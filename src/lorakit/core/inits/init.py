@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from lorakit.config import LoraConfig
+from lorakit.core.factor import BOTH
 from lorakit.core.kinds.kind import Fits, Kind, Shape, WeightSpec, every_kind_of_the_table
 from lorakit.errors import ConfigError
-
-BOTH = frozenset({"A", "B"})
 
 
 @dataclass(frozen=True)

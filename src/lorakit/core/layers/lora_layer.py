@@ -60,7 +60,7 @@ def _new_holder(name: str) -> nn.Module | None:
 
 def _weight_holders(factor: Factor, A: nn.Parameter, B: nn.Parameter) -> tuple[nn.Module, nn.Module]:
     """Return the modules that hold A (r, in) and B (out, r): those of the variant, or else the usual ones."""
-    own = factor.variant.holder or (lambda *_: None)
+    own = factor.variant.parts.holder or (lambda *_: None)
     first, second = own("A", A, factor.setting), own("B", B, factor.setting)
     return first or weight_holder(A), second or weight_holder(B, factor.bias)
 
@@ -143,7 +143,7 @@ class LoraLayer(BaseWeight, TunerLayer):
         super().set_trained(name, trained)
         if not trained or name not in self.r:
             return
-        for own in variant_named(self.variant[name]).tensors:
+        for own in variant_named(self.variant[name]).parts.extras:
             if not own.trained:
                 self._own(name, own).requires_grad_(False)
         if len(self.trains[name]) < 2:
@@ -167,9 +167,9 @@ class LoraLayer(BaseWeight, TunerLayer):
         self.memory.clear()  # may depend on the site's other adapters
         down[name], up[name] = _weight_holders(factor, A, B) if kind.on_disk else (A, B)
         self.lora_dropout[name] = factor.dropout
-        for own in factor.variant.tensors:
+        for own in factor.variant.parts.extras:
             put_own(getattr(self, own.container), name, own.member, own.carried, factor.own[own.held_as])
-        for held in map(self._modules.get, (*HOLDERS, *{own.container for own in factor.variant.tensors})):
+        for held in map(self._modules.get, (*HOLDERS, *{own.container for own in factor.variant.parts.extras})):
             for new in () if held is None else (held, held._modules.get(name)):
                 if new is not None and new.training is not self.training:  # new modules get the layer's mode
                     new.train(self.training)
@@ -213,7 +213,7 @@ class LoraLayer(BaseWeight, TunerLayer):
         variant, own, setting = variant_named(self.variant[name]), NO_TENSORS, NO_SETTING
         if variant.is_lora:
             return Factor(A, B, self.scaling[name], self.lora_dropout[name], variant, own, bias, setting)
-        own = {tensor.held_as: self._own(name, tensor) for tensor in variant.tensors}
+        own = {tensor.held_as: self._own(name, tensor) for tensor in variant.parts.extras}
         setting, memory = self.settings.get(name, NO_SETTING), self.memory.setdefault(name, {})
         return Factor(A, B, self.scaling[name], self.lora_dropout[name], variant, own, bias, setting, memory)
 
@@ -239,7 +239,7 @@ class LoraLayer(BaseWeight, TunerLayer):
         found = {f"{first}{kind.on_disk}": factor.A, f"{second}{kind.on_disk}": factor.B}
         if factor.bias is not None:
             found[f"{second}.bias"] = factor.bias
-        for own in factor.variant.tensors:
+        for own in factor.variant.parts.extras:
             shape = own.shape(kind, self.spec, self.r[adapter], factor.setting)
             found[own.keys[0].removeprefix(".")] = factor.own[own.held_as].view(shape)
         return found
@@ -248,7 +248,7 @@ class LoraLayer(BaseWeight, TunerLayer):
         """Return a list of an adapter's parameters in this layer, A and B first; empty if the adapter has none."""
         if adapter not in self.r:
             return []
-        own, found = variant_named(self.variant[adapter]).tensors, []
+        own, found = variant_named(self.variant[adapter]).parts.extras, []
         for holder in map(
             self._modules.get, (*TRAINED, *{tensor.container: None for tensor in own}) if own else TRAINED
         ):

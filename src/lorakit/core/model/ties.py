@@ -141,12 +141,12 @@ def _tied_matches(
     index: AdapterIndex, config: LoraConfig, matches: Sequence[Match], leader: str, partners: Sequence[str]
 ) -> list[Match]:
     """Extend the matches so that every module in a tied group matches, with the same rank and alpha throughout."""
-    own = next((variant for variant in variants_of(config) if variant.tensors), None)
+    own = next((variant for variant in variants_of(config) if variant.parts.extras), None)
     if own is not None:
         raise ConfigError(
             f"ensure_weight_tying ties the factors of {leader} and {partners[0]}, but {own.field} gives each module a "
-            f"separate tensor ({own.tensors[0].held_as}). Turn off one of the two options, or adapt only one of the "
-            "modules, without ensure_weight_tying.",
+            f"separate tensor ({own.parts.extras[0].held_as}). Turn off one of the two options, or adapt only one of "
+            "the modules, without ensure_weight_tying.",
             where=leader,
             field=own.field,
         )

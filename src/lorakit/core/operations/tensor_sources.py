@@ -242,7 +242,7 @@ class AdapterWeights:
         for path, factor in self.factors.items():
             stem, (end_A, end_B) = PREFIX + path, factor.endings
             found |= {stem + end_A: factor.A, stem + end_B: factor.B}
-            found |= {stem + tensor.keys[0]: factor.own[tensor.held_as] for tensor in factor.variant.tensors}
+            found |= {stem + tensor.keys[0]: factor.own[tensor.held_as] for tensor in factor.variant.parts.extras}
             if factor.bias is not None:
                 found[stem + end_B.removesuffix(".weight") + ".bias"] = factor.bias
         return dict(sorted(found.items()))
@@ -396,13 +396,15 @@ def _by_site(
     factors = {}
     for path, named in sorted(by_site({name: (name, tensor) for name, tensor in tensors.items()}).items()):
         variant, setting = variant_at(config, path)
-        lacking = [part for part in ("A", "B", *(tensor.held_as for tensor in variant.tensors)) if part not in named]
+        lacking = [
+            part for part in ("A", "B", *(tensor.held_as for tensor in variant.parts.extras)) if part not in named
+        ]
         if lacking:
             raise AdapterFileError(
                 f"The adapter's site {path} has no {' and '.join(lacking)}.", what=lacking[0], where=path
             )
         (name_A, A), (name_B, B) = named["A"], named["B"]
-        own = {tensor.held_as: named[tensor.held_as][1] for tensor in variant.tensors}
+        own = {tensor.held_as: named[tensor.held_as][1] for tensor in variant.parts.extras}
         bias = named["bias"][1] if "bias" in named else None
         factor_scale, bare = site(path, A)
         endings = name_A.removeprefix(PREFIX + path), name_B.removeprefix(PREFIX + path)

@@ -16,7 +16,19 @@ from lorakit.core.variants.kasa import KASA
 from lorakit.core.variants.lora import PLAIN
 from lorakit.core.variants.monteclora import MONTECLORA
 from lorakit.core.variants.qalora import QALORA
-from lorakit.core.variants.variant import NO_SETTING, NO_TENSORS, Addend, At, Factor, OwnTensor, Setting, Start, Variant
+from lorakit.core.variants.variant import (
+    NO_SETTING,
+    NO_TENSORS,
+    Addend,
+    At,
+    Factor,
+    OwnTensor,
+    Parts,
+    Role,
+    Setting,
+    Start,
+    Variant,
+)
 from lorakit.core.variants.velora import VELORA
 from lorakit.errors import ConfigError
 
@@ -29,6 +41,8 @@ __all__ = [
     "At",
     "Factor",
     "OwnTensor",
+    "Parts",
+    "Role",
     "Setting",
     "Start",
     "Variant",
@@ -68,7 +82,7 @@ def asked_for() -> tuple[Variant, ...]:
 def own_tensors() -> Iterator[OwnTensor]:
     """Yield the description of each extra tensor that a variant stores in addition to A and B."""
     for variant in VARIANTS:
-        yield from variant.tensors
+        yield from variant.parts.extras
 
 
 def variants_of(config: LoraConfig) -> list[Variant]:

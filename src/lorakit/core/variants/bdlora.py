@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.kinds.kind import Kind, Shape, WeightSpec, only_linear
-from lorakit.core.variants.variant import Factor, Setting, Variant
+from lorakit.core.variants.variant import Factor, Parts, Setting, Variant
 from lorakit.errors import ConfigError
 
 
@@ -135,7 +135,6 @@ BDLORA = Variant(
     field="use_bdlora",
     setting=_setting,
     fits=only_linear,
-    shapes=_shapes,
+    parts=Parts(shapes=_shapes, holder=_holder),
     factors=_factors,
-    holder=_holder,
 )

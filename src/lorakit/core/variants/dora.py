@@ -17,7 +17,7 @@ from torch import Tensor
 from lorakit.core.kinds.kind import Kind, Shape, WeightSpec, spread, takes_input
 from lorakit.core.linalg import Product, Reading, factors_of
 from lorakit.core.quantization import at_least_fp32
-from lorakit.core.variants.variant import Addend, At, Factor, OwnTensor, Setting, Start, Sum, Variant
+from lorakit.core.variants.variant import Addend, At, Factor, OwnTensor, Parts, Setting, Start, Sum, Variant
 from lorakit.errors import AdapterError
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -144,15 +144,17 @@ DORA = Variant(
     title="DoRA",
     field="use_dora",
     fits=takes_input,
-    tensors=(
-        OwnTensor(
-            held_as=MAGNITUDE,
-            carried="module",
-            keys=(f".{MAGNITUDE}", f".{MAGNITUDE}.weight"),  # older versions of PEFT wrote the second name
-            shape=_shape,
-            start=_start,
-            depends_on_rank=False,
-        ),
+    parts=Parts(
+        extras=(
+            OwnTensor(
+                held_as=MAGNITUDE,
+                carried="module",
+                keys=(f".{MAGNITUDE}", f".{MAGNITUDE}.weight"),  # older versions of PEFT wrote the second name
+                shape=_shape,
+                start=_start,
+                depends_on_rank=False,
+            ),
+        )
     ),
     output=_output,
     update=_update,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.kinds.kind import Kind, Shape, WeightSpec
 from lorakit.core.quantization import at_least_fp32
-from lorakit.core.variants.variant import Factor, OwnTensor, Setting, Start, Variant
+from lorakit.core.variants.variant import Factor, OwnTensor, Parts, Setting, Start, Variant
 
 SAMPLER = "lora_monteclora_sampler"
 """PEFT's name for the module that holds the extra tensors of an adapter, on a layer and on disk."""
@@ -176,31 +176,33 @@ MONTECLORA = Variant(
     field="monteclora_config",
     setting=_setting,
     fits=_fits,
-    tensors=(
-        OwnTensor(SPREAD, "parameter", (f".{SPREAD}",), _per_rank, lambda start: _uniform(start, start.rank)),
-        OwnTensor(
-            CONCENTRATION,
-            "parameter",
-            (f".{CONCENTRATION}",),
-            _per_sample,
-            lambda start: _uniform(start, _number(start)),
-        ),
-        OwnTensor(
-            VARIANCE,
-            "buffer",
-            (f".{VARIANCE}",),
-            _matrix,
-            lambda start: torch.eye(start.rank, dtype=start.A.dtype, device=start.A.device),
-            trained=False,
-        ),
-        OwnTensor(
-            WEIGHTS,
-            "buffer",
-            (f".{WEIGHTS}",),
-            _per_sample,
-            lambda start: start.A.new_full((_number(start),), 1 / _number(start)),
-            trained=False,
-        ),
+    parts=Parts(
+        extras=(
+            OwnTensor(SPREAD, "parameter", (f".{SPREAD}",), _per_rank, lambda start: _uniform(start, start.rank)),
+            OwnTensor(
+                CONCENTRATION,
+                "parameter",
+                (f".{CONCENTRATION}",),
+                _per_sample,
+                lambda start: _uniform(start, _number(start)),
+            ),
+            OwnTensor(
+                VARIANCE,
+                "buffer",
+                (f".{VARIANCE}",),
+                _matrix,
+                lambda start: torch.eye(start.rank, dtype=start.A.dtype, device=start.A.device),
+                trained=False,
+            ),
+            OwnTensor(
+                WEIGHTS,
+                "buffer",
+                (f".{WEIGHTS}",),
+                _per_sample,
+                lambda start: start.A.new_full((_number(start),), 1 / _number(start)),
+                trained=False,
+            ),
+        )
     ),
     down=_down,
     penalty=penalty,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorakit.config import LoraConfig
 from lorakit.core.kinds.kind import Kind, Shape, WeightSpec
-from lorakit.core.variants.variant import Factor, Setting, Variant
+from lorakit.core.variants.variant import Factor, Parts, Setting, Variant
 from lorakit.errors import ConfigError
 
 
@@ -62,6 +62,6 @@ QALORA = Variant(
     field="use_qalora",
     setting=_setting,
     fits=_fits,
-    shapes=_shapes,
+    parts=Parts(shapes=_shapes),
     factors=_factors,
 )

@@ -18,12 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
+from lorakit.core.factor import BOTH
 from lorakit.core.kinds.kind import Kind, Shape, WeightSpec
 from lorakit.core.linalg import Product, Reading
 from lorakit.errors import ConfigError
 
 Setting = Mapping[str, "str | int | float | bool"]
 """A variant's settings at one site."""
+
+Role = Literal["A", "B", "embedding", "vector", "whole"]
+"""A site's A or B; an embedding's factor; a magnitude, bias or other vector; or any other matrix (saved modules)."""
 
 NO_SETTING: Setting = MappingProxyType({})
 NO_TENSORS: Mapping[str, Tensor] = MappingProxyType({})
@@ -120,6 +124,7 @@ class OwnTensor:
         start: Function from a `Start` to the initial tensor, which is then reshaped to `shape`.
         trained: Whether the tensor is trainable.
         depends_on_rank: Whether the tensor depends on the rank, so that a compressed adapter cannot keep the tensor.
+        role: The tensor's role in an optimizer; a vector gets B's rate (LoRA+), and a whole matrix gets A's.
     """
 
     held_as: str
@@ -129,6 +134,7 @@ class OwnTensor:
     start: Callable[[Start], Tensor]
     trained: bool = True
     depends_on_rank: bool = True
+    role: Role = "vector"
 
     @property
     def container(self) -> str:
@@ -139,6 +145,36 @@ class OwnTensor:
     def member(self) -> str:
         """Name of the tensor in the module that is the adapter's entry; "" if the entry holds only this tensor."""
         return self.held_as.partition(".")[2]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The tensors that a variant stores for each adapter and site, and how they are initialized and trained.
+
+    Attributes:
+        shapes: Function from kind, weight spec, rank and setting to the shapes of A and B; None for the kind's shapes.
+        start: Function from a `Start`, which has the init's A and B, to the A and B that replace them; None if the init
+            fills A and B. It may read the base weight.
+        trains: Which of "A" and "B" are trainable; an init may freeze one more.
+        holder: Function from "A" or "B", the parameter and the variant's settings to the module that holds the
+            parameter, or to None for the usual module; None if the usual module holds both.
+        extras: The tensors in addition to A and B.
+    """
+
+    shapes: Callable[[Kind, WeightSpec, int, Setting], tuple[Shape, Shape]] | None = None
+    start: Callable[[Start], tuple[Tensor, Tensor]] | None = None
+    trains: frozenset[str] = BOTH
+    holder: Callable[[str, nn.Parameter, Setting], nn.Module | None] | None = None
+    extras: tuple[OwnTensor, ...] = ()
+
+    def factors(self, start: Start) -> tuple[Tensor, Tensor]:
+        """Return the A (r, in) and B (out, r) of a new factor, given those of the init."""
+        return (start.A, start.B) if self.start is None else self.start(start)
+
+    def extra_tensors(self, start: Start) -> dict[str, Tensor]:
+        """Return a new factor's extra tensors, shaped as `OwnTensor.shape` specifies, keyed by `OwnTensor.held_as`."""
+        shaped = ((t, t.shape(start.kind, start.spec, start.rank, start.setting)) for t in self.extras)
+        return {tensor.held_as: tensor.start(start).reshape(shape) for tensor, shape in shaped}
 
 
 @dataclass(eq=False)  # not frozen, for the same reason as `Factor`
@@ -221,12 +257,9 @@ class Variant:
             user-defined kinds.
         setting: Function from a config and a site's path to the variant's settings there, or to None if the site does
             not use the variant. For a variant without settings, the attribute is None.
-        tensors: The variant's extra tensors, in addition to A and B.
-        shapes: Function from kind, weight spec, rank and setting to the shapes of A and B; None for the kind's shapes.
+        parts: A, B and the variant's extra tensors.
         factors: Function from a factor and a training flag to the A and B to multiply; None to multiply A and B as
             stored.
-        holder: Function from "A" or "B", the parameter and the variant's settings to the module that holds the
-            parameter, or to None for the usual module; None if the usual module holds both.
         down: Function from kind, module, input, factor and a training flag to the unscaled input of B; None for the
             kind's A·x. It may write to the factor's buffers and memory.
         output: Function from an `At` to the addition to y₀, shaped like y₀; None if the addition is z. It may write to
@@ -265,10 +298,8 @@ class Variant:
     field: str
     fits: Callable[[Kind], bool]
     setting: Callable[[LoraConfig, str], Setting | None] | None = None
-    tensors: tuple[OwnTensor, ...] = ()
-    shapes: Callable[[Kind, WeightSpec, int, Setting], tuple[Shape, Shape]] | None = None
+    parts: Parts = Parts()
     factors: Callable[[Factor, bool], tuple[Tensor, Tensor]] | None = None
-    holder: Callable[[str, nn.Parameter, Setting], nn.Module | None] | None = None
     down: Callable[[Kind, nn.Module, Tensor, Factor, bool], Tensor] | None = None
     output: Callable[[At], Tensor] | None = None
     update: Callable[[Kind, WeightSpec, Tensor, Tensor, Factor], Tensor] | None = added
@@ -288,7 +319,7 @@ class Variant:
     is_held_as_lora: bool = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        held = not self.tensors and self.shapes is None
+        held = not self.parts.extras and self.parts.shapes is None
         alone = self.factors is None and self.down is None and self.output is None
         object.__setattr__(self, "is_held_as_lora", held)
         object.__setattr__(self, "is_lora", held and alone)
@@ -296,12 +327,12 @@ class Variant:
     @property
     def outlasts_a_cut(self) -> bool:
         """True if a truncated adapter keeps the variant; False if truncation turns it into plain LoRA."""
-        return self.factors is None and not any(tensor.depends_on_rank for tensor in self.tensors)
+        return self.factors is None and not any(tensor.depends_on_rank for tensor in self.parts.extras)
 
     @property
     def is_lora_once_multiplied(self) -> bool:
         """True if A and B are stored in shapes other than LoRA's, but `factors` turns them into plain LoRA factors."""
-        return self.shapes is not None and self.factors is not None and self.down is None and self.is_low_rank
+        return self.parts.shapes is not None and self.factors is not None and self.down is None and self.is_low_rank
 
     @property
     def is_mergeable(self) -> bool:
@@ -328,14 +359,9 @@ class Variant:
         Raises:
             ConfigError: The site does not support this rank.
         """
-        if self.shapes is None or not self.fits(kind):
+        if self.parts.shapes is None or not self.fits(kind):
             try:
                 return kind.shapes(spec, r)
             except ConfigError as error:
                 raise ConfigError(f"{path}: {error}", **{**error.fields, "where": path}) from error
-        return self.shapes(kind, spec, r, setting)
-
-    def starts(self, start: Start) -> dict[str, Tensor]:
-        """Return a new factor's extra tensors, shaped as `OwnTensor.shape` specifies, keyed by `OwnTensor.held_as`."""
-        shaped = ((t, t.shape(start.kind, start.spec, start.rank, start.setting)) for t in self.tensors)
-        return {tensor.held_as: tensor.start(start).reshape(shape) for tensor, shape in shaped}
+        return self.parts.shapes(kind, spec, r, setting)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lorakit.config import LoraConfig
 from lorakit.core.kinds.kind import Kind, Shape, WeightSpec
 from lorakit.core.quantization import at_least_fp32
-from lorakit.core.variants.variant import Factor, OwnTensor, Setting, Start, Variant
+from lorakit.core.variants.variant import Factor, OwnTensor, Parts, Setting, Start, Variant
 
 PROJECTION = "lora_velora_embed"
 """PEFT's name for the projection, on a layer and on disk."""
@@ -148,16 +148,18 @@ VELORA = Variant(
     field="velora_config",
     setting=_setting,
     fits=_fits,
-    tensors=(
-        OwnTensor(
-            held_as=PROJECTION,
-            carried="buffer",
-            keys=(f".{PROJECTION}",),
-            shape=_shape,
-            start=_start,
-            trained=False,
-            depends_on_rank=False,
-        ),
+    parts=Parts(
+        extras=(
+            OwnTensor(
+                held_as=PROJECTION,
+                carried="buffer",
+                keys=(f".{PROJECTION}",),
+                shape=_shape,
+                start=_start,
+                trained=False,
+                depends_on_rank=False,
+            ),
+        )
     ),
     down=_down,
     peft_names={"lora_velora_initialized": lambda factor: bool(factor.own[PROJECTION].any())},

@@ -1,0 +1,86 @@
+"""What each variant trains, freezes, draws and reads, so that plans need no torch.
+
+`lorakit.core.variants` has the arithmetic; its entries and these have the same config fields, which a test compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lorakit.config.lora import LoraConfig
+
+
+def _none(config: LoraConfig, path: str, rank: int, out_features: int, in_features: int) -> int:
+    return 0
+
+
+@dataclass(frozen=True)
+class VariantCosts:
+    """Costs of a variant at a dense site or embedding, in comparison with plain LoRA.
+
+    Attributes:
+        field: Config field that selects the variant.
+        trained: Function from config, path, rank, out_features and in_features to the number of values that the variant
+            trains in addition to A and B; negative if its A and B are smaller than those of LoRA.
+        drawn: Function of the same arguments to the number of values that a training forward pass draws for A and saves
+            for the backward pass.
+        frozen: Which of "A" and "B" are never trained.
+        reads_weight: Whether the variant trains one value per output and reads the base weight in each forward pass.
+        note: Note in plans, to be formatted with `total`, the absolute number of additional or saved values.
+    """
+
+    field: str
+    trained: Callable[[LoraConfig, str, int, int, int], int] = _none
+    drawn: Callable[[LoraConfig, str, int, int, int], int] = _none
+    frozen: frozenset[str] = frozenset()
+    reads_weight: bool = False
+    note: str = ""
+
+
+def _blocks(config: LoraConfig, path: str, rank: int, out_features: int, in_features: int) -> int:
+    asked = config.use_bdlora
+    return 0 if asked is None else asked.numbers_saved(path, rank, out_features, in_features)
+
+
+def _samples(config: LoraConfig) -> int:
+    return 0 if config.monteclora_config is None else config.monteclora_config.num_samples
+
+
+VARIANT_COSTS = (
+    VariantCosts(
+        "use_bdlora", _blocks, note="BD-LoRA's block-diagonal factors hold {total:,} fewer values than LoRA's."
+    ),
+    VariantCosts(
+        "use_qalora",
+        lambda config, path, rank, out, width: rank * (width // config.qalora_group_size - width),
+        note="QA-LoRA's A, which reads means of groups of inputs, holds {total:,} fewer values than LoRA's.",
+    ),
+    VariantCosts(
+        "kasa_config",
+        lambda config, path, rank, out, width: rank,
+        note="KaSA adds r singular values per site: {total:,} in total.",
+    ),
+    VariantCosts(
+        "monteclora_config",
+        lambda config, path, rank, out, width: rank + _samples(config),
+        lambda config, path, rank, out, width: (_samples(config) + 1) * rank * width,  # the samples and their mean
+        note="MonteCLoRA adds r spreads and one weight per sample at each site: {total:,} in total.",
+    ),
+    VariantCosts(
+        "use_dora",
+        lambda config, path, rank, out, width: out,
+        reads_weight=True,
+        note="DoRA adds one magnitude per output of each site: {total:,} in total.",
+    ),
+    VariantCosts("alora_invocation_tokens"),
+    VariantCosts("velora_config"),
+    VariantCosts("arrow_config"),
+)
+
+
+def costs_of(config: LoraConfig) -> VariantCosts | None:
+    """Return the costs of the variant that a config selects, or None for plain LoRA."""
+    return next((costs for costs in VARIANT_COSTS if getattr(config, costs.field)), None)
