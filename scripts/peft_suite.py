@@ -92,6 +92,8 @@ REASONS = {
     "layers and variants are registry entries, not subclasses": r"target_layer_without_in_features|TestLoraVariants::",
     "the recorded version of PEFT is never a development version": r"test_peft_version_(is_dev_version|warn_when)",
     "an adapter that does not exist cannot be made active": r"transient_attribute_access_non_existing",
+    "internals that only PEFT's own code and tests use": r"test_incremental_pca::|velora_grouping_pads|"
+    r"reshape_to_grouped_subtokens_pads|velora_backward_matches_manual",
 }
 """Reason that a case does not pass -> pattern of its name and message; the first that matches counts."""
 

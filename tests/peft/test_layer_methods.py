@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import pickle
 from typing import Any
 
@@ -56,7 +57,7 @@ def test_what_only_peft_has_is_answered_on_models_that_it_has_met() -> None:
         "b": True,
         "c": False,
     }
-    assert layer.lora_bias == {"a": False, "b": False, "c": False} and layer.frozen_peft_weight_names == {}
+    assert layer.lora_bias == {"a": False, "b": False, "c": False}
     assert layer._all_available_adapter_names() == ["a", "b", "c"] and layer.supports_lora_conversion("a")
     assert layer._cast_input_dtype(X, torch.float64).dtype == torch.float64
     layer.cast_input_dtype_enabled = False
@@ -223,7 +224,26 @@ def test_the_output_projection_of_an_attention_module_is_the_plain_one() -> None
     assert layer.out_proj is plain and layer.base_layer.out_proj is not plain
 
 
-def test_bf16_support_is_reported() -> None:
-    from lorakit.peft.optimizers.lorafa import is_bf16_available
+@pytest.mark.parametrize("groups", [2, 3, 7])
+def test_compressed_inputs_of_velora_are_pefts(groups: int) -> None:
+    theirs = pytest.importorskip("peft.tuners.lora.velora")
+    ours = importlib.import_module("lorakit.peft.tuners.lora.velora")
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 10)
+    assert ours._reshape_to_grouped_subtokens(x, num_groups=groups).equal(
+        theirs._reshape_to_grouped_subtokens(x, num_groups=groups)
+    )
+    v = ours._normalize_projection(torch.randn(-(-10 // groups)))
+    torch.testing.assert_close(theirs._normalize_projection(v * 3), v)
+    lengths = ours._compress_activations(x, v, num_groups=groups)
+    torch.testing.assert_close(theirs._compress_activations(x, v, num_groups=groups), lengths)
 
-    assert is_bf16_available() in (True, False)
+
+@pytest.mark.parametrize(("init", "before"), [("random", True), ("batch_average_once", False)])
+def test_a_layer_shows_whether_its_projection_is_set(init: str, before: bool) -> None:
+    config: dict[str, Any] = {"init_type": init, "num_groups": 2}
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"], velora_config=config))
+    layer = model.base_model.model[0]
+    assert layer.lora_velora_initialized == {"default": before}
+    model(torch.randn(2, 4)).sum().backward()
+    assert layer.lora_velora_initialized == {"default": True}

@@ -53,8 +53,6 @@ def test_pruning(method: str, rescale: bool, density: float) -> None:
         torch.manual_seed(4)
         found.append(library.prune(tensor, density, method, rescale=rescale))
     torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
-    pruned = [library.magnitude_based_pruning(tensor, density) for library in (theirs, ours)]
-    assert torch.equal(*pruned)
 
 
 @pytest.mark.parametrize("method", ["total", "frequency"])
@@ -64,7 +62,6 @@ def test_election(method: str) -> None:
     masks = [library.calculate_majority_sign_mask(stack, method) for library in (theirs, ours)]
     assert torch.equal(*masks)
     assert torch.equal(*(library.disjoint_merge(stack, masks[0]) for library in (theirs, ours)))
-    assert torch.equal(*(library.reshape_weight_task_tensors(stack, torch.arange(4)) for library in (theirs, ours)))
 
 
 def test_a_density_of_1_keeps_everything_with_a_warning() -> None:

@@ -13,11 +13,10 @@ from lorakit.config import LoraConfig
 from lorakit.config.types import Value
 from lorakit.core.attachment.one_layer import put_fresh_factor, reset_factor
 from lorakit.core.factor import TRAINED
-from lorakit.core.kinds import fits
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.index import find_state
-from lorakit.core.variants import Variant, asked_for, own_tensors, variant_for, variant_named
-from lorakit.errors import ConfigError, MergeError, warn_caller
+from lorakit.core.variants import Variant, asked_for, own_tensors, variant_named
+from lorakit.errors import warn_caller
 from lorakit.peft.placeholders import PeftWarning
 from lorakit.peft.utilities import resolve_quantization_backend
 
@@ -34,16 +33,6 @@ def _of_variants(layer: LoraLayer, word: str) -> dict[str, object]:
 def _use_rslora(layer: LoraLayer) -> dict[str, bool]:
     configs = layer.state.configs
     return {name: name in configs and configs[name].use_rslora for name in layer.r}
-
-
-def _frozen(layer: LoraLayer) -> dict[str, tuple[str, ...]]:
-    """Return a dict from adapter to the names of the factors frozen by its init (MiCA); empty entries are omitted."""
-    parts = list(zip("AB", layer.kind.names, strict=True))
-    return {
-        name: tuple(held for part, held in parts if part not in trains)
-        for name, trains in layer.trains.items()
-        if len(trains) < len(parts)
-    }
 
 
 def supports_conversion(layer: LoraLayer, adapter_name: str = "default") -> bool:
@@ -63,10 +52,6 @@ def _variants_of(layer: LoraLayer) -> dict[str, Variant]:
     """Return a dict from adapter to variant; adapters that are plain LoRA have no entry."""
     found = {name: variant_named(variant) for name, variant in layer.variant.items()}
     return {name: variant for name, variant in found.items() if variant.field}
-
-
-def _is_offloading(layer: LoraLayer) -> bool:
-    return any(config.runtime_config.ephemeral_gpu_offload for config in layer.state.configs.values())
 
 
 def reset_lora_parameters(layer: LoraLayer, adapter_name: str, init_lora_weights: bool | str) -> None:
@@ -102,49 +87,6 @@ def update_layer(
         )
 
 
-def resolve_lora_variant(layer: LoraLayer, *, config: LoraConfig, **_: Value) -> Variant | None:
-    """Return the variant that a config selects in a layer, an entry in `lorakit.core.variants`, or None for plain LoRA.
-
-    Args:
-        layer: The adapted layer.
-        config: A config.
-
-    Raises:
-        ConfigError: The config selects two variants, or the layer does not support the variant.
-    """
-    variant = variant_for(config, layer.kind, layer.kind_name)[0]
-    return variant if variant.field else None
-
-
-def set_base_weight(layer: LoraLayer, weight_data: Tensor) -> None:
-    """Replace the base weight of a layer; a quantized weight is quantized again with its settings.
-
-    Args:
-        layer: The adapted layer.
-        weight_data: The new weight, (out, in) or in the shape that `get_base_weight` returns.
-
-    Raises:
-        ConfigError: The shape differs from that of the current weight.
-        MergeError: An adapter is merged into the weight or uses a changed base weight, so the original is kept
-            elsewhere; or the weight cannot be written.
-    """
-    base, owner = layer.storage
-    stored = base.stored(owner, layer.spec.parameter)
-    now = tuple(layer.get_base_weight().shape)
-    if tuple(weight_data.shape) != now:
-        raise ConfigError.of("weight_data", tuple(weight_data.shape), f"of shape {now}")
-    name = next(iter((*layer.merged_adapters, *layer.moved_by)), None)
-    if name is not None:
-        raise MergeError(
-            f"The base weight cannot be set while adapter {name!r} is merged into it or uses a changed weight: the "
-            "original weight would be restored later. Unmerge or delete the adapter first.",
-            what=name,
-        )
-    with torch.no_grad():
-        new = base.write(owner, stored, weight_data) if base.quantized else weight_data.detach()
-    base.put_stored(owner, layer.spec.parameter, new)
-
-
 def _to_base(layer: LoraLayer, adapter_name: str, device: torch.device | None = None) -> None:
     """Move an adapter's tensors here to a device, by default that of the base weight, and to the base's float dtype."""
     stored = layer.base.tensors(layer.original())[0]
@@ -164,12 +106,9 @@ def _adapter_layer_names(layer: LoraLayer) -> tuple[str, ...]:
 VALUES: Mapping[str, Callable[[LoraLayer], object]] = {
     "use_rslora": _use_rslora,
     "lora_bias": lambda layer: {name: layer.bias_of(name) is not None for name in layer.r},
-    "frozen_peft_weight_names": _frozen,
     "adapter_layer_names": _adapter_layer_names,
     "other_param_names": lambda _: ("r", "lora_alpha", "scaling", "lora_dropout"),
-    "ephemeral_gpu_offload": _is_offloading,
     "lora_variant": _variants_of,
-    "lora_variants": lambda layer: {(): None} | {(v.field,): v for v in asked_for() if fits(v.fits, layer.kind)},
     "quantization_backend": lambda layer: resolve_quantization_backend(layer.owner),
 }
 """Functions that compute a layer's PEFT attributes, keyed by name; a value set on the layer itself takes precedence."""
@@ -177,8 +116,6 @@ VALUES: Mapping[str, Callable[[LoraLayer], object]] = {
 METHODS: Mapping[str, Callable[..., object]] = {
     "supports_lora_conversion": supports_conversion,
     "reset_lora_parameters": reset_lora_parameters,
-    "resolve_lora_variant": resolve_lora_variant,
-    "set_base_weight": set_base_weight,
     "update_layer": update_layer,
     "_all_available_adapter_names": lambda layer: sorted(layer.available_adapters()),
     "_cast_input_dtype": _cast_input,

@@ -451,12 +451,3 @@ def adapter_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[s
     if adapter_name is None:
         return set(held)
     return {f"{path}.{adapter_name}" for path, holder in held.items() if adapter_name in holder}
-
-
-def in_out_features(module: nn.Module) -> tuple[int | None, int | None]:
-    """Return the input and output widths of a module; a width is None if the module does not define it."""
-    if isinstance(module, nn.Embedding):
-        return module.num_embeddings, module.embedding_dim
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return module.in_channels, module.out_channels
-    return getattr(module, "in_features", None), getattr(module, "out_features", None)

@@ -25,32 +25,6 @@ METHODS = ("magnitude", "random")
 """Ways to select the values that pruning keeps."""
 
 
-def reshape_weight_task_tensors(task_tensors: Tensor, weights: Tensor) -> Tensor:
-    """Return weights (n,) with trailing axes of size 1, (n, 1, …), to multiply stacked task tensors (n, …) by."""
-    return weights.view(*weights.shape, *[1] * (task_tensors.ndim - weights.ndim))
-
-
-def magnitude_based_pruning(tensor: Tensor, density: float) -> Tensor:
-    """Return a tensor (any shape) with only its largest values; the others are zero.
-
-    Args:
-        tensor: The tensor, of any shape.
-        density: Fraction of the values to keep, in [0, 1].
-    """
-    return keep_largest(tensor, density)
-
-
-def random_pruning(tensor: Tensor, density: float, rescale: bool) -> Tensor:
-    """Return a tensor (any shape) with a random part of its values; the others are zero.
-
-    Args:
-        tensor: The tensor, of any shape.
-        density: Probability with which each value is kept, in [0, 1].
-        rescale: Whether to divide the kept values by the density, which preserves the mean.
-    """
-    return keep_random(tensor, density, rescale=rescale)
-
-
 def prune(tensor: Tensor, density: float, method: str, rescale: bool = False) -> Tensor:
     """Return a pruned tensor, or the tensor itself, with a warning, if the density is 1 or more.
 

@@ -93,8 +93,8 @@ _AVAILABILITY = """
 """
 
 _BACKENDS = """
-    Bnb4bitBackend Bnb8bitBackend ForwardOnlyQuantizationBackend get_quantization_kwargs GptqBackend HqqBackend
-    quantization_extra_repr QuantizationBackend resolve_quantization_backend TorchaoBackend
+    Bnb4bitBackend Bnb8bitBackend ForwardOnlyQuantizationBackend GptqBackend HqqBackend QuantizationBackend
+    resolve_quantization_backend TorchaoBackend
 """
 
 HOMES: Mapping[str, str] = {
@@ -118,7 +118,6 @@ HOMES: Mapping[str, str] = {
         check_hotswap_configs_compatible CONFIG_KEYS_TO_CHECK hotswap_adapter hotswap_adapter_from_state_dict
         prepare_model_for_compiled_hotswap
     """,
-    "lorakit.peft.incremental_pca": "IncrementalPCA",
     "lorakit.peft.installing": "install_as_peft",
     "lorakit.peft.loaded": "load_peft_weights",
     "lorakit.peft.mapping": """
@@ -128,7 +127,7 @@ HOMES: Mapping[str, str] = {
     "lorakit.peft.matching": """
         check_adapters_to_merge check_target_module_exists ExcludedModule _ExcludedModule=ExcludedModule
         _filter_state_dict_by_key_prefixes=filter_state_dict _find_minimal_target_modules=find_minimal_target_modules
-        _get_in_out_features=in_out_features _get_tuner_state_dict_key_prefixes=adapter_prefixes inspect_matched_modules
+        _get_tuner_state_dict_key_prefixes=adapter_prefixes inspect_matched_modules
         _maybe_include_all_linear_layers=maybe_include_all_linear_layers
     """,
     "lorakit.peft.mixed_batches": """
@@ -141,8 +140,7 @@ HOMES: Mapping[str, str] = {
         PeftMixedModel
     """,
     "lorakit.peft.merge_utils": """
-        calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_based_pruning magnitude_prune prune
-        random_pruning reshape_weight_task_tensors task_arithmetic ties
+        calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_prune prune task_arithmetic ties
     """,
     "lorakit.peft.optimizer_factories": """
         _collect_lora_pairs=lora_pairs create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer
@@ -155,19 +153,11 @@ HOMES: Mapping[str, str] = {
     "lorakit.peft.trainer_mixin": "LoraTrainerMixin MontecloraTrainerMixin",
     "lorakit.peft.tuner": "BaseTuner delete_adapter LoraModel set_adapter",
     "lorakit.peft.utilities": f"""
-        {_AVAILABILITY} {_BACKENDS} {_CONSTANTS} cast_mixed_precision_params
-        check_deepspeed_zero3_enabled dequantize_module_weight
-        find_parameter_name_by_module _freeze_adapter=unused
-        fsdp_auto_wrap_policy gather_params_ctx=empty_context _get_batch_size=get_batch_size get_bnb_param_type
-        get_device_map get_gptqmodel_quant_linear=unused _get_input_embeddings_name=input_embeddings_name
-        get_layer_device_map=unused
+        {_AVAILABILITY} {_BACKENDS} {_CONSTANTS} cast_mixed_precision_params dequantize_module_weight
+        fsdp_auto_wrap_policy gather_params_ctx=empty_context
         _get_module_names_tied_with_embedding=names_tied_with_embedding _get_no_split_modules=no_split_modules
-        get_pattern_key get_quantization_config _get_submodules=get_submodules id_tensor_storage infer_device
-        init_empty_weights is_bf16_available _is_valid_match=is_valid_match
-        map_cache_to_layer_device_map=unused match_target_against_key
-        onload_layer=empty_context prepare_model_for_kbit_training _set_adapter=unused
-        set_additional_trainable_modules=unused _set_trainable=unused shift_tokens_right skip_init_on_device
-        str_to_bool transpose
+        get_pattern_key get_quantization_config _get_submodules=get_submodules infer_device init_empty_weights
+        onload_layer=empty_context prepare_model_for_kbit_training shift_tokens_right skip_init_on_device transpose
     """,
     "lorakit.peft.weight_conversion": """
         build_peft_weight_mapping convert_peft_adapter_state_dict_for_transformers convert_peft_config_for_transformers
@@ -182,12 +172,11 @@ HOMES: Mapping[str, str] = {
         DoraEmbeddingVariant DoraLinearVariant KasaLinearVariant MontecloraLinearVariant QALoraLinearVariant
         VeloraLinearVariant
     """,
-    "lorakit.peft.velora_functions": "_reconstruct_activations=reconstructed VeloraFunction",
     "lorakit.peft.weighted": "convert_to_lora reduce_intruder_dimension save_as_lora",
 }
 """Names that each module defines; `alias=name` means that the module's `name` is exported as `alias`.
 
-All other PEFT names are placeholders.
+All other PEFT names are placeholders, including those of internals that only PEFT's own code and tests use.
 """
 
 PATHS: Mapping[str, str] = {
@@ -297,7 +286,7 @@ PATHS: Mapping[str, str] = {
         {_OTHER} {_TABLES} _prepare_prompt_learning_config starcoder_model_postprocess_past_key_value
     """,
     "utils.peft_types": "PeftType register_peft_method TaskType",
-    "utils.quantization_utils": _BACKENDS,
+    "utils.quantization_utils": f"{_BACKENDS} get_quantization_kwargs quantization_extra_repr",
     "utils.save_and_load": f"""
         {HOMES["lorakit.peft.state_dicts"]} EMBEDDING_LAYER_NAMES load_peft_weights PEFT_TYPE_TO_TUNER_MAPPING
         SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME

@@ -1,4 +1,4 @@
-"""Placeholders for PEFT names that lorakit does not implement: classes of other methods and variants, and functions.
+"""Placeholders for PEFT names that lorakit does not implement: other methods and variants, and PEFT's internals.
 
 Other programs import these classes and pass them to `isinstance`. Creating an instance or calling a function raises
 `NotYetSupported`, since lorakit implements only LoRA. This module also defines PEFT's error names, as aliases of
@@ -38,7 +38,10 @@ class PartialTargetsWarning(PeftWarning, RuntimeWarning):
 
 def _refusing(name: str) -> Callable[..., NoReturn]:
     def refuse(*_: Any, **__: Any) -> NoReturn:
-        text = f"{name} belongs to another PEFT method; lorakit implements only LoRA. Use LoraConfig."
+        text = (
+            f"{name} belongs to another PEFT method or to PEFT's internals; lorakit implements LoRA with PEFT's "
+            "documented API. Use LoraConfig."
+        )
         raise NotYetSupported(text, what=name)
 
     refuse.__name__ = name
@@ -100,5 +103,5 @@ def placeholder(name: str) -> Any:
     base: type = object
     if name.endswith("Config"):
         base = PromptLearningConfig if name in PROMPTS.split() else PeftConfig
-    about = f"Placeholder for PEFT's {name}, which belongs to another method and cannot be instantiated here."
+    about = f"Placeholder for PEFT's {name}, which lorakit does not implement and which cannot be instantiated."
     return type(name, (base,), {"__init__": _refusing(name), "__doc__": about, "__module__": __name__})

@@ -23,7 +23,7 @@ from lorakit.architectures.families import DEFAULT_TARGETS
 from lorakit.config import CONFIG_FILE as CONFIG_NAME
 from lorakit.core.model.index import walk
 from lorakit.core.quantization import weight_format_of
-from lorakit.errors import ConfigError, ConfigTypeError
+from lorakit.errors import ConfigTypeError
 from lorakit.peft.model_adapters import user_model
 from lorakit.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
 
@@ -60,36 +60,9 @@ def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, st
     return model.get_submodule(parent), model.get_submodule(key), name
 
 
-def get_batch_size(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
-    """Return the number of rows in a batch.
-
-    Args:
-        input_ids: Token ids, (rows, tokens), or None.
-        inputs_embeds: Embeddings, (rows, tokens, width), or None.
-
-    Raises:
-        ConfigError: Both arguments are None.
-    """
-    given = input_ids if input_ids is not None else inputs_embeds
-    if given is None:
-        raise ConfigError("You have to provide either input_ids or inputs_embeds", field="input_ids")
-    return int(given.shape[0])
-
-
 def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
     """Return the first pattern that matches the end of a path, or the path itself if none does."""
     return next((key for key in pattern_keys if re.match(rf".*\.?({key})$", key_to_match)), key_to_match)
-
-
-def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | None:
-    """Match a regular expression against an entire path."""
-    return re.fullmatch(target_pattern, key)
-
-
-def input_embeddings_name(model: nn.Module, default: str | None = None) -> str | None:
-    """Return the path of a model's input embedding, or `default` if the model has no input embedding."""
-    embedding = _input_embedding(model)
-    return default if embedding is None else next((name for name, m in walk(model) if m is embedding), default)
 
 
 def _input_embedding(model: nn.Module) -> nn.Module | None:
@@ -139,16 +112,6 @@ def _is_trained_leaf(module: nn.Module) -> bool:
     return not list(module.children()) and weight is not None and bool(weight.requires_grad)
 
 
-def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
-    """Return the identity of a tensor's storage: device, address and size in bytes.
-
-    Args:
-        tensor: A tensor of any shape.
-    """
-    storage = tensor.untyped_storage()
-    return tensor.device, storage.data_ptr(), storage.nbytes()
-
-
 def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
     """Return a weight, (a, b), transposed to (b, a) if `fan_in_fan_out` is true."""
     if not fan_in_fan_out:
@@ -156,32 +119,10 @@ def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
     return nn.Parameter(weight.T) if isinstance(weight, nn.Parameter) else weight.T
 
 
-def str_to_bool(value: str) -> int:
-    """Return 1 for a string such as "yes" and 0 for a string such as "no".
-
-    Raises:
-        ConfigError: `value` is not a recognized truth value.
-    """
-    yes, no = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")
-    if value.lower() not in (*yes, *no):
-        raise ConfigError(f"invalid truth value {value}", what=value, allowed=(*yes, *no))
-    return int(value.lower() in yes)
-
-
 def get_quantization_config(model: nn.Module, method: str) -> Any:
     """Return a model's quantization config if the model is quantized with the given method, else None."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     return config if getattr(model, "quantization_method", None) == method else None
-
-
-def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module) -> str:
-    """Return the path of a module in a model, or "" if the model does not contain the module."""
-    return next((name for name, module in model.named_modules() if module is reference_module), "")
-
-
-def get_device_map(model: nn.Module) -> dict[str, Any]:
-    """Return a model's device map, a dict from module path to device."""
-    return getattr(model, "hf_device_map", None) or {"": next(model.parameters()).device}
 
 
 @contextlib.contextmanager
@@ -194,11 +135,6 @@ def dequantize_module_weight(module: nn.Module) -> Tensor:
     """Return a module's dequantized weight, (out, in)."""
     base = weight_format_of(module)
     return base.read(module, base.stored(module, "weight"))
-
-
-def check_deepspeed_zero3_enabled() -> bool:
-    """Return False, since sharding with DeepSpeed is not supported."""
-    return False
 
 
 def init_empty_weights(include_buffers: bool | None = None) -> torch.device:
@@ -223,24 +159,6 @@ def skip_init_on_device(func: Function) -> Function:
             return func(*args, **kwargs)
 
     return on_device  # type: ignore[return-value]
-
-
-def unused(*_: Ignored, **__: Ignored) -> None:
-    """Do nothing; this function replaces internal PEFT functions that have no counterpart in lorakit."""
-
-
-def is_valid_match(key: str, target_key: str) -> bool:
-    """Return whether a path equals `target_key` or ends with a dot followed by `target_key`."""
-    return key == target_key or key.endswith(f".{target_key}")
-
-
-def get_bnb_param_type(parameter: Tensor) -> str | bool:
-    """Return "4bit" or "8bit" for a bitsandbytes parameter, and False for any other parameter.
-
-    Args:
-        parameter: A tensor of any shape.
-    """
-    return {"Params4bit": "4bit", "Int8Params": "8bit"}.get(type(parameter).__name__, False)
 
 
 HALF = (torch.float16, torch.bfloat16)
@@ -392,16 +310,6 @@ class ForwardOnlyQuantizationBackend(QuantizationBackend):
 GptqBackend = ForwardOnlyQuantizationBackend
 
 
-def get_quantization_kwargs(model: nn.Module) -> dict[str, Any]:
-    """Return an empty dictionary, since layers of a quantized model need no extra arguments in lorakit."""
-    return {}
-
-
-def quantization_extra_repr(module: nn.Module) -> str:
-    """Return an empty string, since nothing is added to the `repr` of a quantized layer."""
-    return ""
-
-
 def resolve_quantization_backend(module: nn.Module, **_: Ignored) -> QuantizationBackend | None:
     """Return the quantization backend of a module, or None if its weight is not quantized."""
     kinds = {"Linear4bit": Bnb4bitBackend, "Linear8bitLt": Bnb8bitBackend, "HQQLinear": HqqBackend}
@@ -436,15 +344,6 @@ def is_xpu_available(check_device: bool = False) -> bool:
         check_device: Ignored; the device is always checked.
     """
     return hasattr(torch, "xpu") and torch.xpu.is_available()
-
-
-def is_bf16_available(ignore_tpu: bool = False) -> bool:
-    """Return whether the available device computes in bf16, as the function of accelerate that PEFT exports.
-
-    Args:
-        ignore_tpu: Ignored; TPUs are not checked.
-    """
-    return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else True
 
 
 def is_torchao_ge_v0_18_0() -> bool:
