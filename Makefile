@@ -17,8 +17,9 @@ check: setup  ## check lint, format, types and architecture: required for a comm
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
+	.venv/bin/lint-imports --no-cache --no-logo
 	$(PY) -m pytest -q -n 0 tests/test_architecture.py tests/architecture
-	$(PY) -m tests.architecture.report
+	$(PY) scripts/structure.py
 	@printf 'prose: '; $(PY) scripts/prose_check.py -s | sed -n 1p
 
 test: setup  ## run the tests except those that are slow or need a GPU

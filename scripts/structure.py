@@ -1,417 +1,209 @@
 #!/usr/bin/env python3
-"""Measure the structure of a source tree: sizes, cycles, types, variants, imports and walks.
+"""Measure a source tree: modules, lines of code, docstrings and tests, long files, and calls between files.
 
-    python scripts/structure.py                        # a Markdown table for src/lorakit
-    python scripts/structure.py --src ../old/src/lorakit --json
-    python scripts/structure.py --list any             # file:line of each `Any` in an annotation
-    python scripts/structure.py --runtime              # adds walks and modules entered per public call
-
-The measurements of the source need only the standard library and import nothing of the measured tree. `--runtime`
-imports it, with torch and transformers (scripts/structure_runtime.py).
+python scripts/structure.py                        # a Markdown table for src/lorakit, with the standard library only
+python scripts/structure.py --src ../old/src/lorakit
+python scripts/structure.py --runtime              # also walks: the calls into other files of a load, a merge, a set-up
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import dataclasses
+import contextlib
 import io
-import json
-import re
-import statistics
+import os
 import sys
+import tempfile
+import threading
 import tokenize
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYOUT = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-Location = tuple[str, int]
-VARIANTS = "core/variants/"
-HOMES = re.compile(r"core/variants/__init__\.py|(?:config|peft|cli)/.*|train/settings/.*")
-"""Modules that may name any variant: the table VARIANTS, configs, the PEFT-compatible API, flags and settings."""
+LAYOUT = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER, tokenize.COMMENT}
+MAX_FILE_LINES = 400
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """One module.
-
-    Attributes:
-        path: Path below the tree's root, such as "core/kinds/kind.py".
-        text: Source text.
-        tree: Syntax tree.
-        tokens: Tokens of the code: neither layout, comments nor docstrings.
-        comments: Comments.
-    """
-
-    path: str
-    text: str
-    tree: ast.Module
-    tokens: tuple[tokenize.TokenInfo, ...]
-    comments: tuple[tokenize.TokenInfo, ...]
-
-    @property
-    def is_package(self) -> bool:
-        """Return whether the module is an `__init__.py`."""
-        return self.path.rpartition("/")[2] == "__init__.py"
-
-
-@dataclasses.dataclass(frozen=True)
-class Measurement:
-    """One figure of the table, with the locations that it counts."""
-
-    label: str
-    value: float
-    locations: tuple[str, ...] = ()
-
-
-def read_tree(root: Path) -> list[Source]:
-    """Read every module below a directory, sorted by path."""
-    paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    return [read_source(path, (root / path).read_text(encoding="utf-8")) for path in paths]
-
-
-def read_source(path: str, text: str) -> Source:
-    """Parse one module; any string that is a statement counts as a docstring."""
-    tree = ast.parse(text, path)
-    strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr) and _text(node.value)]
+def line_counts(text: str) -> tuple[int, int]:
+    """Return the lines of code (not blank, comment or docstring) and of docstrings; any string statement is one."""
+    strings = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Expr) and _is_text(node.value)]
     spans = [(node.lineno, node.col_offset, node.end_lineno or 0, node.end_col_offset or 0) for node in strings]
-    tokens, comments = [], []
+    code = set[int]()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT:
-            comments.append(token)
-        elif token.type not in LAYOUT and not (
-            token.type == tokenize.STRING and any(span[:2] <= token.start < span[2:] for span in spans)
-        ):
-            tokens.append(token)
-    return Source(path, text, tree, tuple(tokens), tuple(comments))
+        is_docstring = any(span[:2] <= token.start < span[2:] for span in spans)
+        if token.type not in LAYOUT and not is_docstring:
+            code |= set(range(token.start[0], token.end[0] + 1))
+    lines = text.split("\n")
+    documented = {number for first, _, last, _ in spans for number in range(first, last + 1)} - code
+    return sum(bool(lines[number - 1].strip()) for number in code), len(documented)
 
 
-# --- sizes ------------------------------------------------------------------------------------------------------
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
-def code_lines(source: Source) -> int:
-    """Count lines that hold code: no blank lines, comments or docstrings."""
-    numbers = {number for token in source.tokens for number in range(token.start[0], token.end[0] + 1)}
-    lines = source.text.split("\n")
-    return sum(bool(lines[number - 1].strip()) for number in numbers)
-
-
-def sizes(sources: Sequence[Source]) -> dict[str, Measurement]:
-    """Measure the number of modules, their lines of code, and the median and largest file."""
-    lines = {source.path: source.text.count("\n") for source in sources}
-    code = {source.path: code_lines(source) for source in sources}
-    largest = max(lines, key=lambda path: lines[path])
+def sizes(root: Path) -> dict[str, int | str]:
+    """Return the measurements of the package below a directory, by label; its tests are in ../../tests, if anywhere."""
+    texts = {path.relative_to(root).as_posix(): path.read_text("utf-8") for path in sorted(root.rglob("*.py"))}
+    counts = [line_counts(text) for text in texts.values()]
+    tests = (path.read_text("utf-8") for path in (root.parent.parent / "tests").rglob("*.py"))
+    long = [f"{path} {text.count(chr(10))}" for path, text in texts.items() if text.count("\n") > MAX_FILE_LINES]
     return {
-        "modules": Measurement("modules", len(sources)),
-        "code_lines": Measurement("code lines", sum(code.values())),
-        "median_file": Measurement("median file, lines", statistics.median(lines.values())),
-        "median_code": Measurement("median file, code lines", statistics.median(code.values())),
-        "largest_file": Measurement("largest file, lines", lines[largest], (largest,)),
-        "over_400": _count("files above 400 lines", [f"{path}: {n}" for path, n in lines.items() if n > 400]),
+        "modules": len(texts),
+        "code lines": sum(code for code, _ in counts),
+        "docstring lines": sum(docstring for _, docstring in counts),
+        "test lines": sum(text.count("\n") for text in tests),
+        f"files above {MAX_FILE_LINES} lines": ", ".join(long) or 0,
     }
 
 
-# --- imports ----------------------------------------------------------------------------------------------------
+class Walk:
+    """The functions of a package that are called from another file, in order of their first calls, in any thread."""
+
+    def __init__(self, root: Path) -> None:
+        self.calls: dict[str, None] = {}
+        self._prefix = f"{root}{os.sep}"
+
+    @property
+    def files(self) -> list[str]:
+        """Return the files that were entered."""
+        return list(dict.fromkeys(call.partition(":")[0] for call in self.calls))
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record for the duration of a block, or until `stop`."""
+        threading.setprofile(self._see)
+        sys.setprofile(self._see)
+        try:
+            yield
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """End the recording."""
+        sys.setprofile(None)
+        threading.setprofile(None)
+
+    def _see(self, frame: FrameType, event: str, _: Any) -> None:
+        code, caller = frame.f_code, frame.f_back
+        name = getattr(code, "co_qualname", code.co_name)
+        if event != "call" or code.co_name.startswith("<") or not code.co_filename.startswith(self._prefix):
+            return
+        while caller and not caller.f_code.co_filename.startswith(self._prefix):
+            caller = caller.f_back
+        if caller is None or caller.f_code.co_filename != code.co_filename:
+            self.calls[f"{code.co_filename.removeprefix(self._prefix)}:{name}"] = None
 
 
-def imports(sources: Sequence[Source], package: str) -> dict[str, set[str]]:
-    """Map each module's path to the paths of the modules it imports, wherever the import is in the file.
+def walks_of_a_model(root: Path) -> dict[str, Walk]:
+    """Return the walks of `load_adapter` and `merge` on a small model."""
+    import lorakit
 
-    Counted are import statements, also those for type checkers alone, and tables of lazy names: strings with a dot that
-    name a module, with or without the package, and in a file that calls `import_module(f"lorakit.{home}")` strings that
-    complete the prefix to a module's name.
-    """
-    paths = {_dotted(source.path, package): source.path for source in sources}
-    found = {}
-    for source in sources:
-        names = {*_imported(source, package, paths), *_imported_by_name(source, package)}
-        found[source.path] = {paths[name] for name in names if name in paths} - {source.path}
+    for _ in range(2):  # the first round imports what is needed, so that the second sees no import
+        found = {"load_adapter": Walk(root), "merge": Walk(root)}
+        with tempfile.TemporaryDirectory() as folder:
+            model = _llama()
+            lorakit.attach(model, lorakit.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+            lorakit.save_adapter(model, folder)
+            lorakit.detach(model)
+            with found["load_adapter"].recording():
+                lorakit.load_adapter(model, folder)
+            with found["merge"].recording():
+                lorakit.merge(model)
     return found
 
 
-def _dotted(path: str, package: str) -> str:
-    return ".".join([package, *path.removesuffix(".py").removesuffix("__init__").strip("/").split("/")]).rstrip(".")
+def _llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=512, bos_token_id=0, eos_token_id=0, **sizes)).eval()
 
 
-def _imported(source: Source, package: str, paths: Mapping[str, str]) -> Iterator[str]:
-    own = _dotted(source.path, package)
-    parent = own if source.is_package else own.rpartition(".")[0]
-    for node in ast.walk(source.tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = parent.split(".")[: len(parent.split(".")) + 1 - node.level] if node.level else []
-            module = ".".join([*above, *([node.module] if node.module else [])])
-            for alias in node.names:
-                inner = f"{module}.{alias.name}"
-                yield inner if inner in paths else module
+def walk_of_set_up(root: Path) -> Walk:
+    """Return the walk of a training run, from `lorakit.train.run` to the call that reports that the loop starts."""
+    for _ in range(2):
+        walk = Walk(root)
+        with tempfile.TemporaryDirectory() as folder:
+            _train(Path(folder), walk)
+    return walk
 
 
-def _imported_by_name(source: Source, package: str) -> Iterator[str]:
-    texts = {_text(node) for node in ast.walk(source.tree)} - {""}
-    yield from (name for text in texts if "." in text for name in (text, f"{package}.{text}"))
-    for call in ast.walk(source.tree):
-        if isinstance(call, ast.Call) and _last(call.func) == "import_module" and call.args:
-            name = call.args[0]
-            if isinstance(name, ast.JoinedStr) and _text(name.values[0]):
-                yield from (_text(name.values[0]) + text for text in texts)
+def _train(folder: Path, walk: Walk) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    from lorakit.train import TrainSettings, run
+
+    logging.disable_progress_bar()
+    tokenizer = Tokenizer(
+        models.BPE(
+            {letter: n for n, letter in enumerate(["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}, []
+        )
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    fast.save_pretrained(folder / "model")
+    _llama().save_pretrained(folder / "model")
+    (folder / "data.txt").write_text("The quick fox jumps over the lazy dogs. " * 40, encoding="utf-8")
+    files = {"model": str(folder / "model"), "data": [str(folder / "data.txt")], "output_dir": str(folder / "run")}
+    settings = TrainSettings(**files, max_length=16, max_steps=1, device="cpu", r=2)
+    with warnings.catch_warnings(), walk.recording():
+        warnings.simplefilter("ignore")
+        run(settings, _UntilTheLoop(walk))
 
 
-def one_importer(sources: Sequence[Source], edges: Mapping[str, set[str]]) -> Measurement:
-    """Count modules that exactly one other module imports; `__init__.py` files are left out."""
-    importers: dict[str, list[str]] = {source.path: [] for source in sources if not source.is_package}
-    for path, targets in edges.items():
-        for target in targets & importers.keys():
-            importers[target].append(path)
-    single = [f"{path} <- {users[0]}" for path, users in importers.items() if len(users) == 1]
-    return _count("modules with one importer", single)
+class _UntilTheLoop:
+    """A run's progress that reports nothing, and ends a recording when the training loop starts (`begin`)."""
+
+    def __init__(self, walk: Walk) -> None:
+        self.walk = walk
+
+    def __enter__(self) -> _UntilTheLoop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: self.walk.stop() if name == "begin" else None
 
 
-def folder_cycles(edges: Mapping[str, set[str]]) -> dict[str, Measurement]:
-    """Count the folders inside packages that import each other in a cycle, and the edges within those cycles.
-
-    Nodes are the children of each directory below the root: folders, and files next to them. A cycle counts if a
-    folder is part of it; its files are listed, but not counted as folders.
-    """
-    folders, links, modules = [], [], 0
-    for parent in sorted({path.rpartition("/")[0] for path in edges} - {""}):
-        graph: dict[str, set[str]] = {}
-        for path, targets in edges.items():
-            node = _child(path, parent)
-            if node:
-                graph.setdefault(node, set()).update({_child(target, parent) for target in targets} - {"", node})
-        for ring in _components(graph):
-            inside = [node for node in ring if not node.endswith(".py")]
-            if len(ring) > 1 and inside:
-                folders += inside
-                modules += sum(path.startswith(f"{folder}/") for folder in inside for path in edges)
-                links += [f"{node} -> {other}" for node in sorted(ring) for other in sorted(graph[node] & ring)]
-    return {
-        "cyclic_folders": _count("folders in cycles inside packages", sorted(folders)),
-        "cyclic_edges": _count("edges within those cycles", links),
-        "cyclic_modules": Measurement("modules of those folders", modules),
-    }
-
-
-def _child(path: str, parent: str) -> str:
-    """Return the child of `parent` that holds the module, or "" if none does."""
-    if not path.startswith(f"{parent}/"):
-        return ""
-    return f"{parent}/{path.removeprefix(f'{parent}/').split('/')[0]}"
-
-
-def _components(graph: Mapping[str, set[str]]) -> list[set[str]]:
-    """Return the strongly connected components, by reachability: the graphs are small."""
-    reached: dict[str, set[str]] = {}
-    for start in graph:
-        seen: set[str] = set()
-        waiting = [start]
-        while waiting:
-            new = graph.get(waiting.pop(), set()) - seen
-            seen |= new
-            waiting += new
-        reached[start] = seen
-    rings: list[set[str]] = []
-    for node in graph:
-        if not any(node in ring for ring in rings):
-            rings.append({node, *(other for other in reached[node] if node in reached.get(other, set()))})
-    return rings
-
-
-# --- types ------------------------------------------------------------------------------------------------------
-
-
-def types(sources: Sequence[Source]) -> dict[str, Measurement]:
-    """Count `Any` and `object` in annotations, calls of `typing.cast`, and `type: ignore` comments."""
-    used: dict[str, list[Location]] = {"Any": [], "object": []}
-    alone, casts, ignored = [], [], []
-    for source in sources:
-        cast = _cast_names(source.tree)
-        for node in ast.walk(source.tree):
-            location = source.path, getattr(node, "lineno", 0)
-            annotation = _annotation(node)
-            for name in _names_of(annotation):
-                if name in used:
-                    used[name].append(location)
-            if annotation is not None and ast.unparse(annotation).strip("'\"") in ("Any", "typing.Any"):
-                alone.append(location)
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in cast:
-                casts.append(location)
-        marked = [token for token in source.comments if re.search(r"#\s*type:\s*ignore", token.string)]
-        ignored += [(source.path, token.start[0]) for token in marked]
-    return {
-        "any": _count("`Any` in annotations", _sorted(used["Any"])),
-        "any_alone": _count("annotations that are `Any` alone", _sorted(alone)),
-        "object": _count("`object` in annotations", _sorted(used["object"])),
-        "cast": _count("calls of `cast`", _sorted(casts)),
-        "type_ignore": _count("`type: ignore` comments", _sorted(ignored)),
-    }
-
-
-def _annotation(node: ast.AST) -> ast.expr | None:
-    if isinstance(node, (ast.arg, ast.AnnAssign)):
-        return node.annotation
-    return node.returns if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) else None
-
-
-def _names_of(node: ast.AST | None) -> Iterator[str]:
-    """Yield each name of an annotation, also inside quotes; values of Literal and notes of Annotated are not types."""
-    if node is None:
-        return
-    if _text(node):
-        try:
-            yield from _names_of(ast.parse(_text(node), mode="eval").body)
-        except SyntaxError:
-            return
-    elif isinstance(node, (ast.Name, ast.Attribute)):
-        yield _last(node)
-    elif isinstance(node, ast.Subscript) and _last(node.value) == "Literal":
-        yield "Literal"
-    elif isinstance(node, ast.Subscript) and _last(node.value) == "Annotated" and isinstance(node.slice, ast.Tuple):
-        yield from _names_of(node.slice.elts[0])
-    else:
-        for child in ast.iter_child_nodes(node):
-            yield from _names_of(child)
-
-
-def _cast_names(tree: ast.Module) -> set[str]:
-    names = {"typing.cast"}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module in ("typing", "typing_extensions"):
-            names |= {alias.asname or alias.name for alias in node.names if alias.name == "cast"}
-        elif isinstance(node, ast.Import):
-            names |= {f"{alias.asname}.cast" for alias in node.names if alias.name == "typing" and alias.asname}
-    return names
-
-
-# --- variants and walks -----------------------------------------------------------------------------------------
-
-
-def variant_rows(sources: Sequence[Source]) -> dict[str, tuple[str, ...]]:
-    """Map the file of each row of VARIANTS to the names to look for: the row's name and its config field.
-
-    The row of LoRA itself is left out, because every part of the package is about LoRA.
-    """
-    rows: dict[str, tuple[str, ...]] = {}
-    for source in sources:
-        if not source.path.startswith(VARIANTS):
-            continue
-        for node in ast.walk(source.tree):
-            if isinstance(node, ast.Call) and _last(node.func) == "Variant":
-                given = {word.arg: _text(word.value) for word in node.keywords}
-                texts = tuple(given[key] for key in ("name", "field") if given.get(key))
-                if texts and texts[0] not in ("plain", "lora"):
-                    rows[source.path] = (*rows.get(source.path, ()), *texts)
-    return rows
-
-
-def variant_lines(sources: Sequence[Source]) -> dict[str, Measurement]:
-    """Count lines whose identifiers or strings name a variant outside the modules that may."""
-    locations = []
-    for path, names in variant_rows(sources).items():
-        # a name has to start a part of an identifier: "use_dora", "DoraLayer", "isDora", but not "alora" in "datalora"
-        text = "|".join(re.escape(name) for name in names)
-        capital = "|".join(re.escape(name.capitalize()) for name in names)
-        pattern = re.compile(rf"(?<![A-Za-z])(?i:{text})|(?<=[a-z])(?:{capital})")
-        for source in sources:
-            if source.path == path or HOMES.fullmatch(source.path):
-                continue
-            for token in source.tokens:
-                lines = token.string.split("\n")
-                locations += [(source.path, token.start[0] + n) for n, line in enumerate(lines) if pattern.search(line)]
-    return {
-        "variants": _count("lines that name a variant outside its home", _sorted(set(locations))),
-        "variant_files": _count("files with such lines", sorted({path for path, _ in locations})),
-    }
-
-
-def walks(sources: Sequence[Source]) -> dict[str, Measurement]:
-    """Count calls that walk a model: `named_modules(…)`, `.modules()` and `_modules.items()`."""
-    locations = []
-    for source in sources:
-        for node in ast.walk(source.tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                of_modules = _last(node.func.value) == "_modules" and node.func.attr in ("items", "values")
-                if of_modules or node.func.attr == "named_modules" or (node.func.attr == "modules" and not node.args):
-                    locations.append((source.path, node.lineno))
-    return {
-        "walks": _count("calls that walk a model", _sorted(locations)),
-        "walk_files": _count("files with such calls", sorted({path for path, _ in locations})),
-    }
-
-
-# --- the table --------------------------------------------------------------------------------------------------
-
-
-def measure(sources: Sequence[Source], package: str) -> dict[str, Measurement]:
-    """Return every measurement of the source, by key, in the order of the table."""
-    edges = imports(sources, package)
-    return {
-        **sizes(sources),
-        **folder_cycles(edges),
-        **types(sources),
-        **variant_lines(sources),
-        "one_importer": one_importer(sources, edges),
-        **walks(sources),
-    }
-
-
-def table(rows: Mapping[str, Measurement]) -> str:
-    """Return a Markdown table of two columns."""
-    lines = ["| measurement | value |", "|---|---:|"]
-    for key, row in rows.items():
-        note = f" (`{row.locations[0]}`)" if key == "largest_file" else ""
-        lines.append(f"| {row.label}{note} | {row.value:,} |")
-    return "\n".join(lines)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the measurements; return 0, or 2 for a mistake in the arguments."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the measurements."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--src", type=Path, default=ROOT / "src" / "lorakit", help="package directory to measure")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--list", metavar="KEY", help="list the locations that a measurement counts, by its JSON key")
-    parser.add_argument("--runtime", action="store_true", help="also run public calls on small models (needs torch)")
+    parser.add_argument("--runtime", action="store_true", help="also list the calls of three walks (needs torch)")
     options = parser.parse_args(arguments)
     root = options.src.resolve()
     if not (root / "__init__.py").is_file():
         parser.error(f"{options.src} is not a package: it has no __init__.py")
-    rows = measure(read_tree(root), root.name)
-    if options.list is not None:
-        if options.list not in rows:
-            parser.error(f"unknown measurement {options.list!r}; choose from {', '.join(rows)}")
-        print("\n".join(rows[options.list].locations))
-        return 0
-    values: dict[str, object] = {key: row.value for key, row in rows.items()}
-    tables = [table(rows)]
+    rows: dict[str, int | str] = sizes(root)
+    found: dict[str, Walk] = {}
     if options.runtime:
-        import structure_runtime
-
-        calls = structure_runtime.measure(root)
-        values |= {name: call.counts() for name, call in calls.items()}
-        tables.append(structure_runtime.table(calls))
-    print(json.dumps(values, indent=2) if options.json else "\n\n".join(tables))
-    return 0
-
-
-def _sorted(locations: Iterable[Location]) -> list[str]:
-    return [f"{path}:{line}" for path, line in sorted(locations)]
-
-
-def _count(label: str, locations: Sequence[str]) -> Measurement:
-    return Measurement(label, len(locations), tuple(locations))
-
-
-def _text(node: ast.AST) -> str:
-    """Return the value of a string, or "" for any other node."""
-    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
-
-
-def _last(node: ast.expr) -> str:
-    """Return the last part of a dotted name, or "" for any other expression."""
-    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+        sys.path.insert(0, str(root.parent))
+        found = {**walks_of_a_model(root), "training set-up": walk_of_set_up(root)}
+        if not all(walk.calls for walk in found.values()):
+            parser.error(f"lorakit was imported from elsewhere, not from {root}")
+    for name, walk in found.items():
+        rows |= {f"{name}: calls into other files": len(walk.calls), f"{name}: files entered": len(walk.files)}
+        own = "train/" if name.startswith("training") else "core/"
+        rows[f"{name}: files entered in {own}"] = sum(file.startswith(own) for file in walk.files)
+    print("| measurement | value |\n|---|---:|")
+    print(
+        "\n".join(
+            f"| {label} | {value:,} |" if isinstance(value, int) else f"| {label} | {value} |"
+            for label, value in rows.items()
+        )
+    )
+    for name, walk in found.items():
+        print("\n".join([f"\n{name}:", *(f"{number:4d}  {call}" for number, call in enumerate(walk.calls, 1))]))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -70,7 +70,7 @@ def write_pieces(pieces: Iterable[tuple[str, Color]]) -> None:
     line = "".join(
         f"{codes[color]}{printable(text)}{_PLAIN}" if color in codes else printable(text) for text, color in pieces
     )
-    print(encodable(line, sys.stdout.encoding or "utf-8"), flush=True)
+    print(encodable(line, sys.stdout.encoding or "utf-8"), flush=True)  # noqa: T201  the one writer
 
 
 def write_model_text(text: str) -> None:

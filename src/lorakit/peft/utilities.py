@@ -94,7 +94,11 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     Raises:
         ConfigTypeError: One of the block classes does not occur in the model.
     """
-    from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
+    from torch.distributed.fsdp.wrap import (
+        _or_policy,  # noqa: PLC2701  torch has no public one
+        lambda_auto_wrap_policy,
+        transformer_auto_wrap_policy,
+    )
 
     names = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(sorted(no_split_modules(model))))
     classes = {type(module).__name__: type(module) for _, module in walk(model)}
