@@ -1,8 +1,7 @@
-"""Findings, exceptions and exit status of `scripts/prose_check.py`."""
+"""Findings, what is not checked, and exit status of `scripts/prose_check.py`."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +20,7 @@ def checker() -> ModuleType:
 
 
 def found(checker: ModuleType, path: str, text: str) -> list[tuple[int, str, str]]:
-    findings = checker.check(path, text, checker.read_rules())
-    return [(finding.line, finding.rule.name, finding.phrase) for finding in findings]
+    return [(line, rule.name, phrase) for line, rule, phrase in checker.check(path, text, checker.read_rules())]
 
 
 @pytest.mark.parametrize(
@@ -86,50 +84,17 @@ one more WORD, before `code`.
     assert found(checker, "a.md", text) == [(1, "beside", "beside"), (11, "beside", "beside")]
 
 
-CHANGELOG = """# Changelog
-
-## [Unreleased]
-
-WORD.
-
-## [0.1.0] - 2026-11-25
-
-### Added
-- WORD.
-""".replace("WORD", "anew")
-
-
-@pytest.mark.parametrize(
-    ("path", "text", "lines"),
-    [
-        ("CHANGELOG.md", CHANGELOG, [5]),
-        ("docs/x.md", CHANGELOG, [5, 10]),
-    ],
-)
-def test_history_is_not_counted(checker: ModuleType, path: str, text: str, lines: list[int]) -> None:
-    assert [line for line, _, _ in found(checker, path, text)] == lines
-
-
 def test_every_rule_is_well_formed(checker: ModuleType) -> None:
     rules = checker.read_rules()
     assert len({rule.name for rule in rules}) == len(rules) > 80
-    lines = [line for line in checker.RULES.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    for rule, line in zip(rules, lines, strict=True):
-        _, kind, where, *_ = line.split("\t")
-        assert kind in ("problem", "hint")
-        assert where in ("prose", "cased", "raw", "raw-cased")
+    for rule in rules:
+        assert rule.kind in ("problem", "hint")
+        assert rule.where in ("prose", "cased", "raw", "raw-cased")
         assert all(text and text == text.lower() for text in rule.literals)
 
 
 def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, SCRIPT, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=folder,
-        env=dict(os.environ),
-    )
+    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False, cwd=folder)
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -145,7 +110,7 @@ def test_the_command(tmp_path: Path) -> None:
         "bad.md:2: [refuse?] refused -> reject, raise; check",  # prose-check: ok
         "bad.md:2: [anew] anew -> again",  # prose-check: ok
         "good.py:1: [refuse?] refuses -> reject, raise; check",  # prose-check: ok
-        "2 problems and 2 hints in 2 files (Markdown 3, Python 1)",
+        "2 problems and 2 hints in 2 files",
         "     2  refuse (hint)",  # prose-check: ok
         "     1  beside",  # prose-check: ok
         "     1  anew",  # prose-check: ok
@@ -153,6 +118,7 @@ def test_the_command(tmp_path: Path) -> None:
     short = run("-s", ".", folder=tmp_path)
     assert (short.returncode, short.stdout.splitlines()) == (1, done.stdout.splitlines()[4:])
     hints = run("good.py", folder=tmp_path)
-    assert (hints.returncode, hints.stdout.splitlines()[1]) == (0, "0 problems and 1 hints in 1 files (Python 1)")
+    assert (hints.returncode, hints.stdout.splitlines()[1]) == (0, "0 problems and 1 hints in 1 files")
     missing = run("gone.md", folder=tmp_path)
-    assert (missing.returncode, missing.stderr) == (2, "prose_check: error: gone.md does not exist\n")
+    assert missing.returncode == 2
+    assert "gone.md does not exist" in missing.stderr
