@@ -190,7 +190,7 @@ GOOD: list[tuple[Rule, Sources]] = [
     (entry_names, KINDS | {"cli/a.py": "x = {'dora': 1}", "train/settings/defaults.py": "x = {'kasa': 1}"}),
     (entry_names, KINDS | {"plan/a.py": "__all__ = ['Linear']\nf('Linear')\nx == 'linear'\nisinstance(x, Linear)"}),
     (variant_fields, KINDS | {"config/a.py": "self.use_dora", "peft/b.py": "x.use_kasa", "cli/c.py": "f(use_dora=1)"}),
-    (variant_fields, {"train/settings/sources.py": "{'use_dora': 1}", "plan/a.py": "'Doc on use_dora.'\nx.use_doras"}),
+    (variant_fields, {"train/settings/defaults.py": "{'use_dora': 1}", "plan/a.py": "'Doc on use_dora.'\nx.use_doras"}),
     (
         entry_names,
         {"core/model/a.py": "x.name == y\ninit.name == 'eva'\nf(kind.name)\nkind.names == y\nA.name == y"},

@@ -11,8 +11,6 @@ import pytest
 from lorakit.cli import early
 from lorakit.errors import ConfigError
 from lorakit.generate import Sampling
-from lorakit.hub.calibration import CHOICES
-from lorakit.hub.models import DTYPES
 
 CASES = [
     ("plan gpt2 --rr 8", "Unknown option"),
@@ -95,15 +93,6 @@ def test_wrong_arguments_load_no_torch_and_print_nothing_else(tmp_path: Path) ->
         assert not torch_is_loaded, line
 
 
-def test_the_words_are_those_of_the_checks_further_down() -> None:
-    assert early.MODEL_DTYPES == DTYPES
-    assert early.RUN_DTYPES == CHOICES
-
-
-@pytest.mark.parametrize(
-    "values", [(-1.0, 1.0, 0, 0), (float("nan"), 1.0, 0, 0), (0.0, 0.0, 0, 0), (0.0, 1.1, 0, 0), (0.0, 1.0, -1, 0),
-               (0.0, 1.0, 0, -1), (0.0, 1.0, 0, 2**63)],
-)  # fmt: skip
 def test_sampling_is_rejected_with_the_same_words(values: tuple[float, float, int, int]) -> None:
     temperature, top_p, top_k, seed = values
     with pytest.raises(ConfigError) as first:

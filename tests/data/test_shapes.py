@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lorakit.choices import FORMATS
 from lorakit.data import (
     SHAPES,
     Completion,
@@ -23,7 +24,6 @@ from lorakit.data import (
 )
 from lorakit.data.shapes import TRAINABLE, text_records
 from lorakit.errors import ConfigError, DataError
-from lorakit.train.settings.defaults import FORMATS
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}

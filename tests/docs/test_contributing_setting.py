@@ -1,4 +1,4 @@
-"""The steps for adding a training setting in CONTRIBUTING.md: the files exist, and two entries are enough."""
+"""The steps for adding a training setting in CONTRIBUTING.md: the files exist, and one entry is enough."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 RECIPE = PAGE[PAGE.index("**A training setting**") :].split("\n\nIf an entry")[0]
-ENTRY = '    "patience_margin": Default("Smallest improvement that counts", 0.5, "noise is smaller"),\n'
-FIELD = '    patience_margin: float = _setting("patience_margin", ge=0)\n'
+ENTRY = '    patience_margin: float = _evaluation("Smallest improvement that counts", 0.5, "noise is smaller", ge=0)\n'
 CODE = """
 import json, sys
 from pathlib import Path
@@ -42,23 +41,19 @@ def test_every_file_of_the_recipe_exists_and_has_what_is_named() -> None:
     files = {
         name: (ROOT / name).read_text(encoding="utf-8") for name in re.findall(r"`((?:src|tests)/[\w/.]+)`", RECIPE)
     }
-    assert len(files) == 4
+    assert len(files) == 3
     source = "".join(files.values())
-    for name in ("DEFAULTS", "CHANGEABLE_ON_RESUME", "TrainSettings", "flag", "lora_config"):
+    for name in ("SettingFields", "Setting", "is_changeable", "Conflict", "TrainSettings"):
         assert f"`{name}`" in RECIPE or f".{name}`" in RECIPE
         assert name in source
 
 
 def test_a_setting_added_as_described_is_a_flag_a_yaml_key_and_part_of_the_record(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
-    for file, before, line in (
-        ("defaults.py", '    "resume": Default(', ENTRY),
-        ("settings.py", "    resume: bool", FIELD),
-    ):
-        path = tmp_path / "src" / "lorakit" / "train" / "settings" / file
-        text = path.read_text(encoding="utf-8")
-        assert text.count(before) == 1
-        path.write_text(text.replace(before, line + before), encoding="utf-8")
+    path = tmp_path / "src/lorakit/train/settings/defaults.py"
+    text, before = path.read_text(encoding="utf-8"), "    resume: bool = "
+    assert text.count(before) == 1
+    path.write_text(text.replace(before, ENTRY + before), encoding="utf-8")
     (tmp_path / "run").mkdir()
     (tmp_path / "a.txt").write_text("some text\n")
     (tmp_path / "run.yaml").write_text("patience-margin: 0.25\n")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
+from lorakit.choices import STORED
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError
 from lorakit.plan import Job, activations, catalogue, count, estimate
 from lorakit.plan.memory import logits_bytes
 from lorakit.plan.quantized import STORAGES, Quantization, quantized_sites, storage_named, stored, stored_as
-from lorakit.train.settings.defaults import Stored
 
 CONFIG = LoraConfig(r=16, target_modules="all-linear")
 
@@ -24,7 +24,7 @@ def shape_of(name: str) -> Any:
 
 
 def test_the_words_are_those_of_the_settings() -> None:
-    assert tuple(storage.name for storage in STORAGES) == get_args(Stored)
+    assert tuple(storage.name for storage in STORAGES) == STORED
     with pytest.raises(ConfigError, match=r"quantization is 'nf5'; it must be one of .* Did you mean nf4\?"):
         storage_named("nf5")
     with pytest.raises(ConfigError, match="quantization is 'q'"):

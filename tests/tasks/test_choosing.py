@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from lorakit import hub
+from lorakit.choices import FORMATS, TASK_NAMES
 from lorakit.config import LoraConfig
 from lorakit.data import SHAPES, Completion, Document, Labeled, Records, Split, Tagged
 from lorakit.errors import UsageError
 from lorakit.tasks import TASKS, task_for, task_of_adapter, task_of_model
-from lorakit.train.settings.defaults import FORMATS, TASK_NAMES
 
 
 def test_names_in_defaults() -> None:

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorakit.choices import TAG_SCHEMES
 from lorakit.errors import ConfigError
 from lorakit.tasks import Target
 from lorakit.tasks.metrics import span_metrics
 from lorakit.tasks.spans import SCHEMES, SpanReader, check_scheme, scheme_of
-from lorakit.train.settings.defaults import TAG_SCHEMES
 
 WRITTEN = {
     "IOB1": ("IOB1", "BIO"),

@@ -7,14 +7,16 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from lorakit.choices import TASK_NAMES, LabelType
 from lorakit.cli import console, early
 from lorakit.cli.flag_groups import LABELS, ROWS, LabelFlags, RevisionFlag, RowFlags
 from lorakit.terminal import colored, working, write_pieces
-from lorakit.train.settings.defaults import DEFAULTS, TASK_NAMES
+from lorakit.train.settings.defaults import DEFAULTS
+from lorakit.train.settings.types import TooLong
 
 if TYPE_CHECKING:
     from lorakit.data import Record, Sequence
@@ -39,16 +41,12 @@ class Flags:
     reading: Annotated[RowFlags, Parameter(name="*")] = ROWS
     chat_template: Annotated[str | None, Parameter(help=DEFAULTS["chat_template"].help())] = None
     task: Annotated[str | None, Parameter(help=DEFAULTS["task"].help())] = None
-    label_type: Annotated[
-        Literal["auto", "class", "classes", "score"], Parameter(help=DEFAULTS["label_type"].help(), show_choices=False)
-    ] = "auto"
+    label_type: Annotated[LabelType, Parameter(help=DEFAULTS["label_type"].help(), show_choices=False)] = "auto"
     alora_invocation_tokens: Annotated[list[int] | None, Parameter(help=DEFAULTS["alora_invocation_tokens"].help())] = (
         None
     )
     labels: Annotated[LabelFlags, Parameter(name="*")] = LABELS
-    overlong: Annotated[
-        Literal["truncate", "drop", "split", "error"], Parameter(help=DEFAULTS["overlong"].help(), show_choices=False)
-    ] = "truncate"
+    overlong: Annotated[TooLong, Parameter(help=DEFAULTS["overlong"].help(), show_choices=False)] = "truncate"
     max_length: Annotated[int | None, Parameter(help=DEFAULTS["max_length"].help())] = None
     seed: Annotated[int, Parameter(help=DEFAULTS["seed"].help())] = DEFAULTS["seed"].value
     rows: Annotated[int, Parameter(help="Number of rows to show as tokens.")] = 1

@@ -15,12 +15,6 @@ from lorakit.errors import AdapterFileError, ConfigError, DataError, ModelError,
 from lorakit.hub_cache import adapter_from_hub, is_on_hub, with_revision
 from lorakit.machine import DEVICE_FORM, is_device_name
 
-RUN_DTYPES = ("auto", "bfloat16", "float16", "float32")
-"""Values of `--dtype` for training and evaluation."""
-
-MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""Values of `--dtype` for loading and writing a model."""
-
 
 def check_model(given: str, revision: str | None = None) -> str:
     """Check that a model given as a path exists; other names are looked up later.

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from lorakit.choices import DTYPES, LabelType
 from lorakit.cli import early
 from lorakit.errors import ConfigError
 from lorakit.plan.quantized import stored_as
-from lorakit.train.settings.defaults import DEFAULTS, TAG_SCHEMES
+from lorakit.train.settings.defaults import DEFAULTS, choices_of
+from lorakit.train.settings.types import PAIRS
 
 if TYPE_CHECKING:
     from lorakit.data import Request
     from lorakit.plan.quantized import Quantization
     from lorakit.session import SessionOptions
     from lorakit.tasks import LabelOptions
-    from lorakit.tasks.target import LabelType
 
 
 RevisionFlag = Annotated[str | None, Parameter(help=DEFAULTS["revision"].help())]
@@ -45,7 +46,7 @@ class RowFlags:
         Raises:
             ConfigError: A flag has a value that is not allowed.
         """
-        early.check_choice("on_bad_row", self.on_bad_row, ("stop", "skip"))
+        early.check_choice("on_bad_row", self.on_bad_row, choices_of("on_bad_row"))
         self._columns()
 
     def request(self, allowed: tuple[str, ...] = (), group: str | None = None, needs_label: bool = True) -> Request:
@@ -80,7 +81,7 @@ class LabelFlags:
         Raises:
             ConfigError: A flag has a value that is not allowed.
         """
-        early.check_choice("tag_scheme", self.tag_scheme, ("auto", *TAG_SCHEMES))
+        early.check_choice("tag_scheme", self.tag_scheme, choices_of("tag_scheme"))
         self._label_map()
 
     def options(self, label_type: LabelType = "auto", *, is_evaluation_given: bool = False) -> LabelOptions:
@@ -110,10 +111,8 @@ def _checked(name: str, given: list[str] | None) -> dict[str, str]:
     """Return the pairs of a flag as a dict; an invalid one raises ConfigError."""
     if not given:
         return {}
-    from lorakit.train.settings import types as setting_types  # imports pydantic
-
     try:
-        return setting_types.PAIRS[name](given)
+        return PAIRS[name](given)
     except ValueError as cause:
         raise ConfigError(f"{name} is {given}; {cause}.", what=given, field=name) from None
 
@@ -138,7 +137,7 @@ class BaseFlags:
             ConfigError: A flag has a value that is not allowed.
         """
         self.stored_as()
-        early.check_choice("dtype", self.dtype, early.RUN_DTYPES)
+        early.check_choice("dtype", self.dtype, DTYPES)
         early.check_device(self.device)
 
     def stored_as(self) -> Quantization | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lorakit import allocator
+from lorakit.choices import DTYPES
 from lorakit.cli import adapters, console, early
 from lorakit.cli.answers import show
 from lorakit.cli.flag_groups import RevisionFlag
@@ -208,7 +209,7 @@ def _check(flags: Flags) -> str | None:
     """Check the flags, and return the name of the base, with its revision, or None if the adapters name it."""
     early.check_sampling(flags.temperature, flags.top_p, flags.top_k, flags.seed)
     early.check_at_least("max_new_tokens", flags.max_new_tokens, 1)
-    early.check_choice("dtype", flags.dtype, early.MODEL_DTYPES)
+    early.check_choice("dtype", flags.dtype, DTYPES)
     early.check_device(flags.device)
     base = early.check_base(flags.model, flags.revision, flags.adapter)
     _check_chat(flags)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from lorakit.choices import DTYPES
 from lorakit.cli import adapters, console
-from lorakit.cli.early import MODEL_DTYPES, adapter_folders, check_base, check_choice, check_new_directory
+from lorakit.cli.early import adapter_folders, check_base, check_choice, check_new_directory
 from lorakit.cli.flag_groups import RevisionFlag
 from lorakit.errors import MergeError
 from lorakit.plan.quantized import Quantization, stored_as
@@ -69,7 +70,7 @@ def run(
     The output directory records the merged adapters, so that lorakit does not apply them twice. --verbose also
     prints each step, and the sites with the largest rounding loss.
     """
-    check_choice("dtype", flags.dtype, MODEL_DTYPES)
+    check_choice("dtype", flags.dtype, DTYPES)
     check_new_directory(flags.output_dir)
     model = check_base(flags.model, flags.revision, flags.adapter)
     quantization = stored_as(flags.quantization, flags.double_quantization)

@@ -12,6 +12,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from lorakit.choices import TASK_NAMES
 from lorakit.cli import console
 from lorakit.cli.early import check_at_least, check_model
 from lorakit.cli.flag_groups import RevisionFlag
@@ -24,7 +25,7 @@ from lorakit.plan.job import ASSUMED_LENGTH, PROCESS_BYTES, dtype_name, recomput
 from lorakit.plan.network import LINK, LINKS, NETWORK, PER_NODE, link_named
 from lorakit.plan.params import for_task, with_new_tokens
 from lorakit.tables import format_quantity
-from lorakit.train.settings.defaults import DEFAULTS, TASK_NAMES
+from lorakit.train.settings.defaults import DEFAULTS
 
 
 def _flag(name: str) -> Parameter:

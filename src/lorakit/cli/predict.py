@@ -12,13 +12,14 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from lorakit import allocator
+from lorakit.choices import TASK_NAMES
 from lorakit.cli import adapters, console, early
 from lorakit.cli.flag_groups import BASE, ROWS, BaseFlags, RowFlags, TagSchemeFlag
 from lorakit.durable import temporary_name
 from lorakit.errors import DiskError, UsageError
 from lorakit.tables import format_count
 from lorakit.terminal import json_line, working, write_line
-from lorakit.train.settings.defaults import DEFAULTS, TAG_SCHEMES, TASK_NAMES
+from lorakit.train.settings.defaults import DEFAULTS, choices_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ def _check(files: list[str], flags: Flags) -> str | None:
         raise UsageError("input is missing; pass data files, or texts as --text.", field="files")
     early.check_data(files)
     flags.reading.check()
-    early.check_choice("tag_scheme", flags.tag_scheme, ("auto", *TAG_SCHEMES))
+    early.check_choice("tag_scheme", flags.tag_scheme, choices_of("tag_scheme"))
     if flags.task is not None:
         early.check_choice("task", flags.task, TASK_NAMES)
     model = early.check_base(flags.model, flags.base.revision, [flags.adapter] if flags.adapter is not None else [])

@@ -32,13 +32,15 @@ from lorakit.train.processes.launching import (
     quiet_torch,
     restarts_of,
 )
-from lorakit.train.settings.defaults import ALIASES, DEFAULTS
+from lorakit.train.settings.defaults import DEFAULTS, flag_type, types_of_settings
 
 if TYPE_CHECKING:
+    from lorakit.train.settings.entry import Setting
     from lorakit.train.settings.settings import TrainSettings
 
 
-_SHORT = {name: f"--{alias.replace('_', '-')}" for alias, name in ALIASES.items()}
+def _short(row: Setting) -> str | None:
+    return f"--{row.alias.replace('_', '-')}" if row.alias else None
 
 
 def brief_help() -> str:
@@ -50,7 +52,7 @@ def brief_help() -> str:
             continue
         lines += [f"{row.group}:"] if row.group != group else []
         group = row.group
-        flag = _SHORT.get(name, f"--{name.replace('_', '-')}")
+        flag = _short(row) or f"--{name.replace('_', '-')}"
         lines.append(f"  {flag:<30}{row.brief}{'' if row.value is ... else f' [{row.default}]'}")
     return "\n".join([*lines, _MORE])
 
@@ -68,13 +70,14 @@ and the reason for each default."""
 def _flags() -> type:
     """Return a dataclass with one flag per setting; a flag that is not given is None and overrides nothing."""
     titles = dict.fromkeys(row.group for row in DEFAULTS.values())
+    types = types_of_settings()
     groups = {title: Group(title, sort_key=number) for number, title in enumerate(titles)}
     fields = [
         (
             name,
             Annotated[
-                (row.flag or type(row.value)) | None,
-                Parameter(help=row.help(), alias=_SHORT.get(name), group=groups[row.group]),
+                flag_type(types[name]) | None,
+                Parameter(help=row.help(), alias=_short(row), group=groups[row.group]),
             ],
             field(default=None),
         )

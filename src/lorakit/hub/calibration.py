@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorakit.choices import DTYPES
 from lorakit.errors import ConfigError, UsageError
 from lorakit.machine import BF16_UNITS, this_machine
 from lorakit.tables import format_bytes, format_count, format_quantity, format_seconds
@@ -30,9 +31,6 @@ NEEDED_FACTOR = 1.2
 
 THROUGH_FP32 = 0.85
 """Fraction of the fp32 rate reached if 16-bit operands are upcast to fp32 (`benchmarks/bench_products.py`)."""
-
-CHOICES = ("auto", "bfloat16", "float16", "float32")
-"""Allowed values of the training dtype."""
 
 BF16_CAPABILITY = (8, 0)
 """Compute capability from which CUDA GPUs have bf16 units."""
@@ -207,7 +205,7 @@ def choose_dtype(
     """Choose the dtype for the base's weights and computation.
 
     Args:
-        requested: A value in `CHOICES`.
+        requested: A value in `lorakit.choices.DTYPES`.
         device: Device on which the base will run.
         measured: Result of `calibrate` for this device; if None, it is measured if "auto" needs it.
 
@@ -215,10 +213,10 @@ def choose_dtype(
         The dtype and the reason for it.
 
     Raises:
-        ConfigError: `requested` is not in `CHOICES`.
+        ConfigError: `requested` is not in `lorakit.choices.DTYPES`.
     """
-    if requested not in CHOICES:
-        raise ConfigError.of("dtype", requested, allowed=CHOICES)
+    if requested not in DTYPES:
+        raise ConfigError.of("dtype", requested, allowed=DTYPES)
     if requested != "auto":
         return DtypeChoice(requested, f"{requested}, as requested.")
     units = units_of(device)

@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit.choices import DTYPES
 from lorakit.durable import JsonValue
 from lorakit.errors import ConfigError, DiskError, ModelError
 from lorakit.hub import gguf_files
@@ -44,9 +45,6 @@ from lorakit.terminal import working
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""Dtype names that `load_model` accepts; "auto" keeps the dtype stored in the files."""
 
 
 def load_model(

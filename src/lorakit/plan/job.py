@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lorakit.choices import DTYPE_NAMES
 from lorakit.errors import ConfigError
 from lorakit.plan.quantized import storage_named
 
@@ -15,9 +16,6 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 MASTER_BYTES = 4
 """Bytes per trainable parameter: adapters are stored in fp32, both in memory and on disk."""
-
-DTYPE_NAMES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
-"""Short name of a dtype -> full name."""
 
 PROCESS_BYTES = 560_000_000
 """Resident size of a process before weights are loaded, on Linux with torch 2.13 for CPU: Python and torch take 225 MB,

@@ -54,7 +54,7 @@ class MergeRequest:
         spec: The base and the adapters, by their directories or Hub ids as given by the user; the quantization of the
             options is that of the base during training.
         target: The directory to create.
-        dtype: A name in `hub.models.DTYPES`; "auto" keeps the dtype of the base.
+        dtype: A name in `lorakit.choices.DTYPES`; "auto" keeps the dtype of the base.
         untie: Whether to give a site its own copy of a weight that it shares with another module.
     """
 

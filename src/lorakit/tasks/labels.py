@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 
+from lorakit.choices import LabelType
 from lorakit.data import Labeled, Record, Split
 from lorakit.data.records import location
 from lorakit.errors import DataError
 from lorakit.tasks.target import (
     Kind,
     LabelOptions,
-    LabelType,
     Target,
     composed,
     labeled,

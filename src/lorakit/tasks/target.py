@@ -17,14 +17,12 @@ from decimal import Decimal
 from functools import cached_property
 from typing import Any, Literal, TypeAlias, get_args
 
+from lorakit.choices import LabelType
 from lorakit.data import Labeled, Record, Tagged
 from lorakit.data.records import location
 from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import ConfigError, DataError, UsageError, nearest
 from lorakit.tasks.spans import SCHEMES, UNMARKED, check_scheme, scheme_of
-
-LabelType = Literal["auto", "class", "classes", "score"]
-"""Values of the setting `label_type`: one class per row, any number of classes per row, or a number."""
 
 Label: TypeAlias = str | tuple[str, ...] | float | None
 """The label of a record; see `Labeled.label`."""

@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 
 import pytest
 
+from lorakit import choices
 from lorakit.errors import ConfigError, MissingExtra
 from lorakit.train import TrainSettings, run
 from lorakit.train.files import trackers
 from lorakit.train.files.trackers import TRACKERS, TrackedRun
 from lorakit.train.loop.progress import Progress
-from lorakit.train.settings import defaults
 
 SHORT = {"max_steps": 3, "eval_steps": 2, "save_steps": 1, "num_train_epochs": 1.0, "eval_fraction": 0.2}
 
@@ -81,7 +81,7 @@ def record(folder: Path) -> dict[str, Any]:
 
 
 def test_settings_and_trackers_name_the_same() -> None:
-    assert tuple(TRACKERS) == defaults.TRACKERS
+    assert tuple(TRACKERS) == choices.TRACKERS
 
 
 @pytest.mark.parametrize(

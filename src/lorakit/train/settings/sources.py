@@ -16,7 +16,7 @@ from lorakit.durable import MOST_LEVELS, parse_json, problem_in, read_bytes
 from lorakit.errors import AdapterFileError, ConfigError, RunError
 from lorakit.report import RUN_FILE
 from lorakit.train.files.run_folder import raise_run_exists, read_record
-from lorakit.train.settings.defaults import ALIASES, CHANGEABLE_ON_RESUME
+from lorakit.train.settings.defaults import ALIASES, DEFAULTS
 from lorakit.train.settings.settings import TrainSettings, check_names
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def resumed(values: Mapping[str, Any]) -> TrainSettings:
     settings = TrainSettings(**{**saved, **values})
     before = TrainSettings(**{**saved, "resume": True}).as_dict()
     now = settings.as_dict()
-    changed = [n for n in now if now[n] != before[n] and n not in CHANGEABLE_ON_RESUME]
+    changed = [n for n in now if now[n] != before[n] and not DEFAULTS[n].is_changeable]
     if changed:
         listed = "; ".join(f"{name} is {now[name]!r} and was {before[name]!r}" for name in changed)
         raise RunError(

@@ -1,6 +1,7 @@
 """Types of settings: allowed words, and functions that convert a value from a flag or a file to the type of a setting.
 
 A function raises ValueError with a message that says what the value must be; `TrainSettings` adds the setting's name.
+This module imports neither pydantic nor torch, because the flags of commands are made from these types.
 """
 
 from __future__ import annotations
@@ -8,24 +9,59 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BeforeValidator, Field
-
-from lorakit.durable import parse_json
+from lorakit.choices import DTYPE_NAMES, FORMATS, TRACKERS
 from lorakit.errors import ConfigError, did_you_mean, nearest
 from lorakit.machine import DEVICE_FORM, is_device_name
-from lorakit.train.settings.defaults import FORMATS, TRACKERS
 
 if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler
+    from pydantic_core import CoreSchema
+
     from lorakit.durable import JsonValue
 
 Given: TypeAlias = "JsonValue | Path | Sequence[str | Path] | Mapping[str, float]"
 """An unchecked value from a flag, a file or calling code."""
 
 Value = TypeVar("Value")
-Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True)
+class Before:
+    """Marks a type whose values a function converts before pydantic checks them."""
+
+    convert: Callable[[Any], Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        from pydantic_core.core_schema import no_info_before_validator_function
+
+        return no_info_before_validator_function(self.convert, handler(source))
+
+
+@dataclass(frozen=True)
+class After:
+    """Marks a type whose values a function checks or converts after pydantic has checked them."""
+
+    check: Callable[[Any], Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        from pydantic_core.core_schema import no_info_after_validator_function
+
+        return no_info_after_validator_function(self.check, handler(source))
+
+
+class NotEmpty:
+    """Marks a type whose values must not be empty; it is the first mark of the type."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        from pydantic import Field
+
+        return handler.generate_schema(Annotated[source, Field(min_length=1)])
+
+
 Scheduler = Literal["cosine", "linear", "constant", "wsd"]
 Optimizer = Literal["adamw", "adamw8bit", "lorafa", "muon"]
 Bias = Literal["none", "all", "lora_only"]
@@ -33,9 +69,6 @@ OnBadRow = Literal["stop", "skip"]
 Streaming = Literal["auto", "on", "off"]
 TooLong = Literal["truncate", "drop", "split", "error"]
 Allocation = Literal["none", "gradients", "inputs"]
-TaskName = Literal["causal-lm", "classification", "token-classification", "seq2seq", "embedding"]
-LabelType = Literal["auto", "class", "classes", "score"]
-TagScheme = Literal["auto", "BIO", "IOB1", "IOE", "BIOES", "BILOU", "BMES", "IO", "none"]
 Recompute = Literal["none", "feed-forward", "layers"]
 BaseMatmul = Literal["dtype", "int8"]
 Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
@@ -45,8 +78,6 @@ SHARDED = ("fsdp", "hsdp")
 
 INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "mica")
 """Values of `init_lora_weights`, except `pissa_niter_N`; LoftQ is excluded because it needs the unquantized base."""
-
-_DTYPE_WORDS = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 
 
 def one_or_many(value: Value) -> Value | list[Any]:
@@ -212,6 +243,8 @@ def part_of(value: Given) -> Given:
     """
     if not isinstance(value, str):
         return value
+    from lorakit.durable import parse_json
+
     try:
         return parse_json(value)
     except (ValueError, RecursionError) as cause:
@@ -259,7 +292,7 @@ def _split_rate(entry: Given) -> tuple[str, float | None]:
 
 def dtype_word(value: Value) -> Value | str:
     """Return the full name of a dtype."""
-    return _DTYPE_WORDS.get(value, value) if isinstance(value, str) else value
+    return DTYPE_NAMES.get(value, value) if isinstance(value, str) else value
 
 
 def device_word(value: str) -> str:
@@ -301,7 +334,8 @@ def init_word(value: str) -> str:
     return value
 
 
-Names = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(one_or_many)]
-Part = Annotated[dict[str, Any] | None, BeforeValidator(part_of)]
-Text = Annotated[str, BeforeValidator(path_text), Field(min_length=1)]
-Paths = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(one_or_many), Field(min_length=1)]
+Word = Annotated[str, NotEmpty()]
+Names = Annotated[list[Word], Before(one_or_many)]
+Part = Annotated[dict[str, Any] | None, Before(part_of)]
+Text = Annotated[str, NotEmpty(), Before(path_text)]
+Paths = Annotated[list[Word], NotEmpty(), Before(one_or_many)]

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorakit.choices import TASK_NAMES
 from lorakit.errors import ConfigError, did_you_mean, printable
 from lorakit.train.settings.conversion.axolotl import AXOLOTL
 from lorakit.train.settings.conversion.llama_factory import LLAMA_FACTORY
 from lorakit.train.settings.conversion.mlx_lm import MLX
+from lorakit.train.settings.conversion.names import NAMES_ELSEWHERE
 from lorakit.train.settings.conversion.rules import (
     Draft,
     Note,
@@ -26,7 +28,7 @@ from lorakit.train.settings.conversion.rules import (
     nothing,
     only,
 )
-from lorakit.train.settings.defaults import ALIASES, DEFAULTS, NAMES_ELSEWHERE, TASK_NAMES
+from lorakit.train.settings.defaults import ALIASES, DEFAULTS
 from lorakit.train.settings.settings import TrainSettings
 from lorakit.train.settings.sources import read_mapping, settings_text
 

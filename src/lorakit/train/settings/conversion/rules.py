@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from lorakit.errors import ConfigError
-from lorakit.train.settings.settings import TrainSettings, choices_of
+from lorakit.train.settings.defaults import choices_of
+from lorakit.train.settings.settings import TrainSettings
 
 if TYPE_CHECKING:
     from lorakit.durable import JsonValue

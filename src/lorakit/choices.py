@@ -1,0 +1,41 @@
+"""Names that flags and settings may have: tasks, shapes of rows, tag schemes, dtypes, quantizations, trackers.
+
+Modules that implement them import torch, and flags are checked before torch is loaded; so each list is here, and
+a test compares it with the registry that implements its names.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+TaskName = Literal["causal-lm", "classification", "token-classification", "seq2seq", "embedding"]
+LabelType = Literal["auto", "class", "classes", "score"]
+"""One class per row, any number of classes per row, or a number."""
+
+TagScheme = Literal["auto", "BIO", "IOB1", "IOE", "BIOES", "BILOU", "BMES", "IO", "none"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Stored = Literal["nf4", "fp4", "int8", "int8-torchao", "hqq4", "hqq8"]
+
+TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)
+"""Names in `lorakit.tasks.TASKS`."""
+
+FORMATS = (
+    *("text", "prompt-completion", "messages", "alpaca", "sharegpt", "question-answer"),
+    *("classification", "text-pair", "token-classification", "source-target"),
+)
+"""Names of the shapes in `lorakit.data.shapes` that training supports."""
+
+TAG_SCHEMES: tuple[TagScheme, ...] = get_args(TagScheme)[1:]
+"""Keys of `lorakit.tasks.spans.SCHEMES`."""
+
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+"""Values of `--dtype`."""
+
+DTYPE_NAMES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+"""Short name of a dtype -> its name."""
+
+STORED: tuple[Stored, ...] = get_args(Stored)
+"""Names in `lorakit.plan.quantized.STORAGES`."""
+
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
+"""Names in `lorakit.train.files.trackers.TRACKERS`."""
