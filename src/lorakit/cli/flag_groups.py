@@ -87,10 +87,6 @@ class LabelFlags:
     def options(self, label_type: LabelType = "auto", *, is_evaluation_given: bool = False) -> LabelOptions:
         """Return the choices about how labels are read; this imports torch.
 
-        Args:
-            label_type: What a label is.
-            is_evaluation_given: See `LabelOptions`.
-
         Raises:
             ConfigError: A flag has a value that is not allowed.
         """
@@ -149,11 +145,7 @@ class BaseFlags:
         return stored_as(self.quantization, self.double_quantization)
 
     def options(self, model: str | None) -> SessionOptions:
-        """Return how the base is loaded; this imports torch.
-
-        Args:
-            model: Name of the base with its revision, or None if the adapters name it.
-        """
+        """Return how the base is loaded; `model` is None if the adapters name it. This imports torch."""
         from lorakit.session import SessionOptions
 
         return SessionOptions(

@@ -67,15 +67,7 @@ class Setting:
         return {name: bound for name, bound in bounds.items() if bound is not None}
 
     def check_conflict(self, name: str, given: Mapping[str, Any]) -> None:
-        """Check that the other settings do not exclude this one.
-
-        Args:
-            name: Name of this setting.
-            given: Name of a setting -> its value.
-
-        Raises:
-            ConfigError: The value of another setting excludes this one, which does not have its default.
-        """
+        """Raise ConfigError if another one of the `given` settings excludes this one, which does not have its default."""
         conflict = self.conflict
         if conflict is None or given[name] == self.value or not conflict.excludes(given[conflict.other]):
             return

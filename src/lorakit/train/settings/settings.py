@@ -113,13 +113,7 @@ class TrainSettings(_Checked):
         return stored_as(self.quantization, self.double_quantization)
 
     def lora_config(self, task_type: TaskType | None = None) -> LoraConfig:
-        """Build the adapter's config.
-
-        Args:
-            task_type: The kind of model; None selects causal language models.
-
-        Returns:
-            A new config.
+        """Build the adapter's config; without `task_type`, for a causal language model.
 
         Raises:
             ConfigError: `LoraConfig` rejects a value.
@@ -145,11 +139,7 @@ class TrainSettings(_Checked):
 
 
 def check_names(values: dict[str, Any], where: str = "") -> None:
-    """Check that every key is the name of a setting.
-
-    Args:
-        values: Settings, keyed by name.
-        where: Prefix for each message, such as the path of the settings file.
+    """Check that every key is the name of a setting; `where` is a prefix for each message.
 
     Raises:
         ConfigError: A name is not a setting; the message suggests the setting with the most similar name.

@@ -39,13 +39,7 @@ MOST_NUMBER = 100
 
 
 def read_settings_file(path: str | Path) -> dict[str, Any]:
-    """Read settings from a YAML file; `-` and `_` in names are equivalent.
-
-    Args:
-        path: The file; paths in it are relative to the working directory.
-
-    Returns:
-        A dict from field name to unchecked value.
+    """Read unchecked settings by name from a YAML file; `-` and `_` in names are equivalent.
 
     Raises:
         ConfigError: The file is missing, too large or not a YAML mapping, or contains an unknown or repeated setting.
@@ -61,13 +55,7 @@ def read_settings_file(path: str | Path) -> dict[str, Any]:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Read a YAML or JSON file that contains a mapping; nothing in it is evaluated.
-
-    Args:
-        path: The file; JSON is read as JSON if the name ends in `.json`.
-
-    Returns:
-        A dict from key to unchecked value; empty if the file is empty.
+    """Read a YAML file, or JSON if its name ends in `.json`, that is empty or contains a mapping; nothing is evaluated.
 
     Raises:
         ConfigError: The file is missing, not a regular file or not a mapping, exceeds a limit, or contains a repeated
@@ -145,12 +133,7 @@ def _loader() -> type[yaml.SafeLoader]:
 def gather(given: Mapping[str, Any], file: str | Path | None = None) -> TrainSettings:
     """Combine settings: flags override the file, and both override the defaults or the settings of a resumed run.
 
-    Args:
-        given: Settings from flags or calling code, keyed by field name; settings with the value None are ignored.
-        file: A YAML file of settings, or None.
-
-    Returns:
-        The checked settings.
+    Values of `given` that are None are ignored.
 
     Raises:
         ConfigError: The file cannot be read, or a setting is missing, unknown or invalid.
@@ -182,12 +165,6 @@ def _without_aliases(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 def complete(settings: TrainSettings) -> TrainSettings:
     """Fill in missing settings from the run to resume, if any; a second call has no effect.
 
-    Args:
-        settings: Settings from `gather` or calling code.
-
-    Returns:
-        The given settings, or the result of `resumed` if `resume` is set.
-
     Raises:
         ConfigError: A given value is not allowed.
         RunError: The run cannot be resumed with these settings; see `resumed`.
@@ -201,13 +178,9 @@ def complete(settings: TrainSettings) -> TrainSettings:
 
 
 def resumed(values: Mapping[str, Any]) -> TrainSettings:
-    """Return the settings of the run in `output_dir`, overridden by the given values where a change is allowed.
+    """Return the settings of the run in `output_dir`, overridden by the given values if a change is allowed.
 
-    Args:
-        values: The given settings, including `output_dir`.
-
-    Returns:
-        The settings to resume with; if the directory contains no run yet, the given settings plus the defaults.
+    If the directory contains no run yet, the result is the given settings plus the defaults.
 
     Raises:
         ConfigError: A given value is not allowed.

@@ -19,7 +19,6 @@ from lorakit.machine import DEVICE_FORM, is_device_name
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler
-    from pydantic_core import CoreSchema
 
     from lorakit.durable import JsonValue
 
@@ -35,10 +34,10 @@ class Before:
 
     convert: Callable[[Any], Any]
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        from pydantic_core.core_schema import no_info_before_validator_function
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        from pydantic import BeforeValidator
 
-        return no_info_before_validator_function(self.convert, handler(source))
+        return BeforeValidator(self.convert).__get_pydantic_core_schema__(source, handler)
 
 
 @dataclass(frozen=True)
@@ -47,16 +46,16 @@ class After:
 
     check: Callable[[Any], Any]
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        from pydantic_core.core_schema import no_info_after_validator_function
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        from pydantic import AfterValidator
 
-        return no_info_after_validator_function(self.check, handler(source))
+        return AfterValidator(self.check).__get_pydantic_core_schema__(source, handler)
 
 
 class NotEmpty:
     """Marks a type whose values must not be empty; it is the first mark of the type."""
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
         from pydantic import Field
 
         return handler.generate_schema(Annotated[source, Field(min_length=1)])
@@ -263,16 +262,7 @@ def format_of(value: str) -> str:
 
 
 def _entries(value: Given, split: Callable[[Given], tuple[str, Any]], expected: str) -> list[tuple[str, Any]]:
-    """Return the entries of a mapping, or of a list of strings that `split` divides.
-
-    Args:
-        value: The value.
-        split: Function that divides a string from a flag.
-        expected: Message if the value is of another type.
-
-    Raises:
-        ValueError: The value is neither a mapping nor a list.
-    """
+    """Return the entries of a mapping, or of a list of strings that `split` divides; else raise ValueError(expected)."""
     if isinstance(value, Mapping):
         return list(value.items())
     words = one_or_many(value)
