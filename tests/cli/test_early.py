@@ -93,6 +93,10 @@ def test_wrong_arguments_load_no_torch_and_print_nothing_else(tmp_path: Path) ->
         assert not torch_is_loaded, line
 
 
+@pytest.mark.parametrize(
+    "values", [(-1.0, 1.0, 0, 0), (float("nan"), 1.0, 0, 0), (0.0, 0.0, 0, 0), (0.0, 1.1, 0, 0), (0.0, 1.0, -1, 0),
+               (0.0, 1.0, 0, -1), (0.0, 1.0, 0, 2**63)],
+)  # fmt: skip
 def test_sampling_is_rejected_with_the_same_words(values: tuple[float, float, int, int]) -> None:
     temperature, top_p, top_k, seed = values
     with pytest.raises(ConfigError) as first:

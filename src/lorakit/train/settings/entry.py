@@ -67,7 +67,11 @@ class Setting:
         return {name: bound for name, bound in bounds.items() if bound is not None}
 
     def check_conflict(self, name: str, given: Mapping[str, Any]) -> None:
-        """Raise ConfigError if another one of the `given` settings excludes this one, which does not have its default."""
+        """Check the value of a setting with this entry against the `given` settings, which include it.
+
+        Raises:
+            ConfigError: The value of another setting excludes this one, which does not have its default.
+        """
         conflict = self.conflict
         if conflict is None or given[name] == self.value or not conflict.excludes(given[conflict.other]):
             return

@@ -262,7 +262,7 @@ def format_of(value: str) -> str:
 
 
 def _entries(value: Given, split: Callable[[Given], tuple[str, Any]], expected: str) -> list[tuple[str, Any]]:
-    """Return the entries of a mapping, or of a list of strings that `split` divides; else raise ValueError(expected)."""
+    """Return the entries of a mapping, or of a list that `split` divides; else raise ValueError(expected)."""
     if isinstance(value, Mapping):
         return list(value.items())
     words = one_or_many(value)
