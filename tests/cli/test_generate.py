@@ -207,7 +207,7 @@ def test_an_adapters_own_tokenizer_is_used(
         (
             ["--prompt", "x", "--dtype", "int8"],
             2,
-            "dtype is 'int8'; it must be one of auto, float32, bfloat16, float16.",
+            "dtype is 'int8'; it must be one of auto, bfloat16, float16, float32.",
         ),
         (["--prompt", "x", "--adapter", "nowhere"], 1, "nowhere: adapter directory not found; it must contain"),
         (

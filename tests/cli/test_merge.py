@@ -220,7 +220,7 @@ def test_bad_input(
     words = ["--model", tiny_model_directory, "--output-dir", out, "--adapter"]
     assert "adapter directory not found" in error(capsys, 1, *words, tmp_path / "no")
     assert f"--adapter lists {one} twice" in error(capsys, 2, *words, one, one)
-    assert "dtype is 'int8'; it must be one of auto, float32" in error(capsys, 2, *words, one, "--dtype", "int8")
+    assert "dtype is 'int8'; it must be one of auto, bfloat16" in error(capsys, 2, *words, one, "--dtype", "int8")
     assert "parameter --adapter requires an argument" in error(capsys, 2, *words[:-1])
     other = hub.load_model(tiny_model_directory)
     with torch.no_grad():
