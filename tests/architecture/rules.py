@@ -18,6 +18,8 @@ import grimp
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "lorakit"
 Sources = dict[str, str]
+Tree = tuple[ast.AST, ...]  # every node of a file
+Found = Iterator[tuple[ast.AST, str, str]]  # a node, what breaks the rule there, and a message
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Definition = Function | ast.ClassDef
 
@@ -45,7 +47,7 @@ def package_sources() -> Sources:
 
 
 @functools.cache
-def nodes(path: str, source: str) -> tuple[ast.AST, ...]:
+def nodes(path: str, source: str) -> Tree:
     """Return every node of a file; the rules share the result."""
     return tuple(ast.walk(ast.parse(source, path)))
 
@@ -55,24 +57,17 @@ def within(path: str, homes: Iterable[str]) -> bool:
     return path in homes or path.startswith(tuple(f"{home}/" for home in homes))
 
 
-def of_nodes(rule: Callable[..., Iterator[tuple[ast.AST, str, str]]]) -> Rule:
-    """Make a rule from a function that yields (node, subject, message) for the nodes of one file."""
+def of_nodes(rule: Callable[..., Found]) -> Rule:
+    """Make a rule from a function of one file."""
 
     @functools.wraps(rule)
     def of_files(sources: Sources) -> Iterator[Breach]:
-        context = rule.__annotations__.get("sources") and (sources,)
         for path in sorted(path for path in sources if not path.startswith("tests/")):
-            for node, subject, message in rule(path, nodes(path, sources[path]), *(context or ())):
+            for node, subject, message in rule(path, nodes(path, sources[path]), sources):
                 yield Breach(path, subject, getattr(node, "lineno", 1), message)
 
     RULES.append(of_files)
     return of_files
-
-
-def of_sources(rule: Rule) -> Rule:
-    """Add a rule that compares several files."""
-    RULES.append(rule)
-    return rule
 
 
 def last_name(node: ast.AST | None) -> str:
@@ -100,7 +95,7 @@ NAME_TABLES = ("__init__.py", "train/__init__.py", "peft/paths.py")  # lazy publ
 
 
 @of_nodes
-def imports_by_name(path: str, tree: tuple[ast.AST, ...]) -> Iterator[tuple[ast.AST, str, str]]:
+def imports_by_name(path: str, tree: Tree, sources: Sources) -> Found:
     """Find modules of lorakit imported by a string, which import-linter does not see."""
     texts = {last_name(n.targets[0]): string(n.value) for n in tree if isinstance(n, ast.Assign) and string(n.value)}
     for node in tree:
@@ -114,7 +109,7 @@ def imports_by_name(path: str, tree: tuple[ast.AST, ...]) -> Iterator[tuple[ast.
 
 
 @of_nodes
-def lazy_names(path: str, tree: tuple[ast.AST, ...], sources: Sources) -> Iterator[tuple[ast.AST, str, str]]:
+def lazy_names(path: str, tree: Tree, sources: Sources) -> Found:
     """Find public names imported from lorakit's lazy table instead of from their module."""
     for node in tree:
         for name in (
@@ -135,7 +130,7 @@ BANNED_STEMS = {"utils", "util", "helpers", "helper", "common", "misc", "manager
 
 
 @of_nodes
-def loosely_typed(path: str, tree: tuple[ast.AST, ...]) -> Iterator[tuple[ast.AST, str, str]]:
+def loosely_typed(path: str, tree: Tree, sources: Sources) -> Found:
     """Find parameters and attributes with a central name (layer, model, state …) that are annotated as Any.
 
     ruff's ANN401 rejects every parameter that is Any, of which there are good ones.
@@ -177,7 +172,7 @@ def decisive(node: ast.AST) -> list[ast.expr]:
 
 
 @of_nodes
-def entry_names(path: str, tree: tuple[ast.AST, ...], sources: Sources) -> Iterator[tuple[ast.AST, str, str]]:
+def entry_names(path: str, tree: Tree, sources: Sources) -> Found:
     """Find code that decides by the name of a kind or variant: ==, in, sets, tuples, keys; it reads attributes."""
     public = {id(n.value) for n in tree if isinstance(n, ast.Assign) and last_name(n.targets[0]) == "__all__"}
     names = entries(sources, "name") if not within(path, NAME_HOMES) else {}
@@ -194,7 +189,7 @@ def entry_names(path: str, tree: tuple[ast.AST, ...], sources: Sources) -> Itera
 
 
 @of_nodes
-def variant_fields(path: str, tree: tuple[ast.AST, ...], sources: Sources) -> Iterator[tuple[ast.AST, str, str]]:
+def variant_fields(path: str, tree: Tree, sources: Sources) -> Found:
     """Find fields of a variant used outside its file, as an attribute, keyword argument or string."""
     homes = FIELDS | {field: min(paths) for field, paths in entries(sources, "field").items()}
     for node in tree if not within(path, FIELD_HOMES) else ():
@@ -205,7 +200,7 @@ def variant_fields(path: str, tree: tuple[ast.AST, ...], sources: Sources) -> It
 
 
 @of_nodes
-def misnamed(path: str, tree: tuple[ast.AST, ...], sources: Sources) -> Iterator[tuple[ast.AST, str, str]]:
+def misnamed(path: str, tree: Tree, sources: Sources) -> Found:
     """Find files whose name says nothing, and public names of a package that are also the name of a module in it."""
     if Path(path).stem in BANNED_STEMS:
         yield tree[0], "file name", "a file's name says what is in it"
@@ -229,7 +224,7 @@ GATEWAY = {"pointer", "_pointer", "optional", "_optional"}
 
 
 @of_nodes
-def exception_texts(path: str, tree: tuple[ast.AST, ...]) -> Iterator[tuple[ast.AST, str, str]]:
+def exception_texts(path: str, tree: Tree, sources: Sources) -> Found:
     """Find code that decides by the text of an exception (`except … as`, or a parameter); it has classes and fields."""
     functions = [node for node in tree if isinstance(node, Function)]
     inner = {id(node) for function in functions for node in ast.walk(function)}
@@ -278,7 +273,7 @@ def _has_text(tree: ast.AST, caught: set[str], texts: set[str]) -> bool:
 
 
 @of_nodes
-def fieldless(path: str, tree: tuple[ast.AST, ...], sources: Sources) -> Iterator[tuple[ast.AST, str, str]]:
+def fieldless(path: str, tree: Tree, sources: Sources) -> Found:
     """Find errors of lorakit that are raised with a message alone, without a field such as `what` or `where`."""
     errors = {n.name for n in nodes("errors.py", sources.get("errors.py", "")) if isinstance(n, ast.ClassDef)}
     for call in (node.exc for node in tree if isinstance(node, ast.Raise)):
@@ -287,7 +282,7 @@ def fieldless(path: str, tree: tuple[ast.AST, ...], sources: Sources) -> Iterato
 
 
 @of_nodes
-def walks(path: str, tree: tuple[ast.AST, ...]) -> Iterator[tuple[ast.AST, str, str]]:
+def walks(path: str, tree: Tree, sources: Sources) -> Found:
     """Find walks over a model; AdapterIndex is the one walk of a public call."""
     for node in tree if path != "core/model/index.py" else ():
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
@@ -299,7 +294,7 @@ def walks(path: str, tree: tuple[ast.AST, ...]) -> Iterator[tuple[ast.AST, str, 
 
 
 @of_nodes
-def module_table(path: str, tree: tuple[ast.AST, ...]) -> Iterator[tuple[ast.AST, str, str]]:
+def module_table(path: str, tree: Tree, sources: Sources) -> Found:
     """Find writes to sys.modules; ruff could only forbid reading it too."""
     for node in tree if path != "peft/paths.py" else ():
         writes = isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del)
@@ -309,7 +304,7 @@ def module_table(path: str, tree: tuple[ast.AST, ...]) -> Iterator[tuple[ast.AST
 
 
 @of_nodes
-def unchecked_addresses(path: str, tree: tuple[ast.AST, ...]) -> Iterator[tuple[ast.AST, str, str]]:
+def unchecked_addresses(path: str, tree: Tree, sources: Sources) -> Found:
     """Find addresses of tensors in the C kernels that the gateway has not checked."""
     in_c = within(path, ["ops/kernels"]) and not within(path, ["ops/kernels/triton"])
     for function in (node for node in tree if in_c and isinstance(node, Function)):
@@ -323,7 +318,7 @@ def unchecked_addresses(path: str, tree: tuple[ast.AST, ...]) -> Iterator[tuple[
 
 
 @of_nodes
-def writers(path: str, tree: tuple[ast.AST, ...]) -> Iterator[tuple[ast.AST, str, str]]:
+def writers(path: str, tree: Tree, sources: Sources) -> Found:
     """Find streams of sys and consoles of rich outside terminal.py, the one writer to terminals; T20 finds print."""
     allowed = {id(node.value) for node in tree if isinstance(node, ast.Attribute) and node.attr in READS_STREAM}
     for node in (node for node in tree if isinstance(node, ast.Call) and last_name(node) in TAKES_STREAM):
@@ -343,7 +338,7 @@ MAX_FUNCTION_LINES, MIN_MODULE_LINES = 60, 60
 
 
 @of_nodes
-def long_functions(path: str, tree: tuple[ast.AST, ...]) -> Iterator[tuple[ast.AST, str, str]]:
+def long_functions(path: str, tree: Tree, sources: Sources) -> Found:
     """Find functions with more lines of code than the limit; ruff counts statements and branches only."""
     for node in (node for node in tree if isinstance(node, Function)):
         docstring = node.body[:1] if ast.get_docstring(node) else []
@@ -375,7 +370,7 @@ DOTTED = re.compile(r"(?<![\w./])lorakit(?:\.\w+)+")
 FILE = re.compile(r"(?<![\w./<*-])(?:\w+/)+\w+\.py\b")
 
 
-def public_functions(tree: tuple[ast.AST, ...]) -> Iterator[Function]:
+def public_functions(tree: Tree) -> Iterator[Function]:
     """Yield the public functions and methods of public classes of a file."""
     waiting = [tree[0]]
     while waiting:
@@ -399,7 +394,7 @@ def _is_tensor(annotation: ast.AST | None) -> bool:
 
 
 @of_nodes
-def shapeless(path: str, tree: tuple[ast.AST, ...]) -> Iterator[tuple[ast.AST, str, str]]:
+def shapeless(path: str, tree: Tree, sources: Sources) -> Found:
     """Find public functions over tensors whose docstring states no shape such as (tokens, rank)."""
     for node in public_functions(tree):
         taken = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
@@ -410,7 +405,7 @@ def shapeless(path: str, tree: tuple[ast.AST, ...]) -> Iterator[tuple[ast.AST, s
 
 
 @of_nodes
-def unnamed_errors(path: str, tree: tuple[ast.AST, ...]) -> Iterator[tuple[ast.AST, str, str]]:
+def unnamed_errors(path: str, tree: Tree, sources: Sources) -> Found:
     """Find public functions that raise and whose `Raises:` does not name the exception; DOC501 wants private ones too."""
     for node in public_functions(tree):
         inner = {id(one) for child in ast.walk(node) if isinstance(child, Definition) and child is not node
@@ -433,7 +428,7 @@ def names_of(path: str, source: str) -> frozenset[str]:
 
 
 @of_nodes
-def dangling_references(path: str, tree: tuple[ast.AST, ...], sources: Sources) -> Iterator[tuple[ast.AST, str, str]]:
+def dangling_references(path: str, tree: Tree, sources: Sources) -> Found:
     """Find docstrings that name a module or name of lorakit, or a file of it or its tests, that does not exist."""
     modules = {module_of(one): one for one in sources if not one.startswith("tests/")}
     parts = {"tests", *(one.split("/")[0] for one in sources)}
@@ -451,7 +446,6 @@ def dangling_references(path: str, tree: tuple[ast.AST, ...], sources: Sources) 
                 yield node, name, f"a docstring names {name}, which does not exist"
 
 
-@of_sources
 def misplaced_tests(sources: Sources) -> Iterator[Breach]:
     """Find files tests/<part>/test_x.py without a module x of that part; test_x_<aspect>.py and folders count too."""
     targets = {path.removesuffix("/__init__.py").removesuffix(".py") for path in sources}
@@ -462,3 +456,6 @@ def misplaced_tests(sources: Sources) -> Iterator[Breach]:
         tested = {(folder if stem == folder.name else folder / stem).as_posix() for stem in stems}
         if words[0] == "test" and folder.parts[:1] and folder.parts[0] in parts and not targets & tested:
             yield Breach(path, "no module", 1, f"{folder}/{stems[-1]}.py does not exist; name tests after their module")
+
+
+RULES.append(misplaced_tests)
