@@ -14,6 +14,11 @@ LabelType = Literal["auto", "class", "classes", "score"]
 
 TagScheme = Literal["auto", "BIO", "IOB1", "IOE", "BIOES", "BILOU", "BMES", "IO", "none"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Overlong = Literal["truncate", "drop", "split", "error"]
+"""Treatment of rows that are longer than the maximum length."""
+
+Recompute = Literal["none", "feed-forward", "layers"]
+BaseMatmul = Literal["dtype", "int8"]
 Stored = Literal["nf4", "fp4", "int8", "int8-torchao", "hqq4", "hqq8"]
 
 TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)

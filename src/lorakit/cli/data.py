@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lorakit.choices import TASK_NAMES, LabelType
+from lorakit.choices import TASK_NAMES, LabelType, Overlong
 from lorakit.cli import console, early
 from lorakit.cli.flag_groups import LABELS, ROWS, LabelFlags, RevisionFlag, RowFlags
 from lorakit.terminal import colored, working, write_pieces
 from lorakit.train.settings.defaults import DEFAULTS
-from lorakit.train.settings.types import TooLong
 
 if TYPE_CHECKING:
     from lorakit.data import Record, Sequence
@@ -46,7 +45,7 @@ class Flags:
         None
     )
     labels: Annotated[LabelFlags, Parameter(name="*")] = LABELS
-    overlong: Annotated[TooLong, Parameter(help=DEFAULTS["overlong"].help(), show_choices=False)] = "truncate"
+    overlong: Annotated[Overlong, Parameter(help=DEFAULTS["overlong"].help(), show_choices=False)] = "truncate"
     max_length: Annotated[int | None, Parameter(help=DEFAULTS["max_length"].help())] = None
     seed: Annotated[int, Parameter(help=DEFAULTS["seed"].help())] = DEFAULTS["seed"].value
     rows: Annotated[int, Parameter(help="Number of rows to show as tokens.")] = 1

@@ -7,7 +7,8 @@ Callers pass tokenizers as arguments (see the `tokens.Tokenizer` protocol); this
 
 from __future__ import annotations
 
-from lorakit.data.encoding import Encoded, Overlong, Sequence, Sequences, encode, encode_record, lengths
+from lorakit.choices import Overlong
+from lorakit.data.encoding import Encoded, Sequence, Sequences, encode, encode_record, lengths
 from lorakit.data.loader import Batch, Loader, by_length, padding_id
 from lorakit.data.places import PARTIAL
 from lorakit.data.reading import python_reference, read_records, read_split, write_python_reference

@@ -11,10 +11,11 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias, overload
+from typing import TypeAlias, overload
 
 import numpy as np
 
+from lorakit.choices import Overlong
 from lorakit.data.chat import TokenizedRow, conversation_tokens
 from lorakit.data.records import (
     Completion,
@@ -144,9 +145,6 @@ def lengths(sequences: Iterable[Sequence]) -> array[int]:
 
 
 _TOKENS_AT_ONCE = 1 << 14
-
-Overlong = Literal["truncate", "drop", "split", "error"]
-"""Treatment of completions and conversations that are longer than the maximum length."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import numpy as np
 
 from lorakit.caches import TOKENS, remove_unused
-from lorakit.data.encoding import Encoded, Overlong, Sequences, encode
+from lorakit.choices import Overlong
+from lorakit.data.encoding import Encoded, Sequences, encode
 from lorakit.data.report import DataReport
 from lorakit.data.stored import AnyRecords, StoredRecords
 from lorakit.data.tokens import Tokenizer, beginning

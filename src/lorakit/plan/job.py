@@ -6,8 +6,9 @@ This module does not depend on models and does not measure anything.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
-from lorakit.choices import DTYPE_NAMES
+from lorakit.choices import DTYPE_NAMES, BaseMatmul, Recompute
 from lorakit.errors import ConfigError
 from lorakit.plan.quantized import storage_named
 
@@ -32,10 +33,10 @@ OPTIMIZERS = ("adamw", "adamw8bit", "lorafa", "muon")
 that is not initialized to zero and trains the others with AdamW; or Muon for A and B, with AdamW for the rest.
 """
 
-BASE_MATMULS = ("dtype", "int8")
+BASE_MATMULS: tuple[str, ...] = get_args(BaseMatmul)
 """Dtypes in which the linear layers of the base are multiplied: the job's dtype, or int8 (W8A8)."""
 
-RECOMPUTED = ("none", "feed-forward", "layers")
+RECOMPUTED: tuple[str, ...] = get_args(Recompute)
 """What the backward pass can recompute, cheapest first: only elementwise results ("none"); also the outputs of the
 first matmuls in each fused feed-forward block ("feed-forward"); or everything except each layer's input ("layers").
 """

@@ -18,8 +18,11 @@ from lorakit.choices import (
     TAG_SCHEMES,
     TASK_NAMES,
     TRACKERS,
+    BaseMatmul,
     Dtype,
     LabelType,
+    Overlong,
+    Recompute,
     Stored,
     TagScheme,
     TaskName,
@@ -28,7 +31,6 @@ from lorakit.train.settings.entry import Conflict, Setting
 from lorakit.train.settings.types import (
     After,
     Allocation,
-    BaseMatmul,
     Before,
     Bias,
     Names,
@@ -38,11 +40,9 @@ from lorakit.train.settings.types import (
     Parallel,
     Part,
     Paths,
-    Recompute,
     Scheduler,
     Streaming,
     Text,
-    TooLong,
     columns_of,
     device_word,
     dtype_word,
@@ -162,7 +162,7 @@ class SettingFields:
         "none",
         brief="Columns of the data as FIELD=COLUMN",
     )
-    overlong: TooLong = _input(
+    overlong: Overlong = _input(
         "Select what happens to rows with more than --max-length tokens: truncate, drop, split (into windows) or error",
         "truncate",
         "the beginning of a long answer is still worth learning; truncated rows are counted",

@@ -66,10 +66,7 @@ Optimizer = Literal["adamw", "adamw8bit", "lorafa", "muon"]
 Bias = Literal["none", "all", "lora_only"]
 OnBadRow = Literal["stop", "skip"]
 Streaming = Literal["auto", "on", "off"]
-TooLong = Literal["truncate", "drop", "split", "error"]
 Allocation = Literal["none", "gradients", "inputs"]
-Recompute = Literal["none", "feed-forward", "layers"]
-BaseMatmul = Literal["dtype", "int8"]
 Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
 
 SHARDED = ("fsdp", "hsdp")
