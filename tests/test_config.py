@@ -232,7 +232,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "lora_bias": (NUMBER, 1, TEXT, LIST, TABLE), "target_parameters": (NUMBER, TEXT, LIST, TABLE, True),
     "use_bdlora": (NUMBER, TEXT, LIST, {"target_modules_bd_a": 1}, {"nblocks": TEXT}),
     "arrow_config": (NUMBER, TEXT, LIST, {"top_k": TEXT}), "kasa_config": (NUMBER, TEXT, LIST, {"beta": TEXT}),
-    "ensure_weight_tying": (NUMBER, 1, TEXT, LIST, TABLE),
+    "ensure_weight_tying": (NUMBER, 1, TEXT, LIST, TABLE), "use_lora_xs": (NUMBER, 1, TEXT, LIST, TABLE),
 }  # fmt: skip
 
 

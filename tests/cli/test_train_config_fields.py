@@ -106,6 +106,7 @@ FIELDS = {
     "aLoRA": ["--target-modules", "q_proj", "--alora-invocation-tokens", "{ids}"],
     "KaSA": ["--target-modules", "q_proj", "--kasa-config", '{"beta": 0.01}'],
     "VeLoRA": ["--velora-config", '{"num_groups": 4, "init_type": "batch_average_once"}'],
+    "LoRA-XS": ["--target-modules", "q_proj", "--use-lora-xs"],
     "MonteCLoRA": ["--target-modules", "q_proj", "--monteclora-config", '{"num_samples": 2, "kl_loss_weight": 0.01}'],
 }
 
@@ -127,6 +128,8 @@ def test_a_run_resumes_with_the_same_bits(case: str, train: Train, tmp_path: Pat
         assert config["alora_invocation_tokens"] == list(map(int, ids))
     elif case == "KaSA":
         assert config["kasa_config"]["beta"] == 0.01
+    elif case == "LoRA-XS":
+        assert config["use_lora_xs"] and all(tensor.any() for tensor in wanted.values())
     elif case == "VeLoRA":
         assert config["velora_config"]["num_groups"] == 4
         assert all(tensor.any() for name, tensor in wanted.items() if "velora" in name)

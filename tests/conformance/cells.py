@@ -115,11 +115,16 @@ WITHOUT_A_PLACE: Mapping[str, str] = {
 """Entries of KINDS and WEIGHT_FORMATS without a `Place`, each with its reason."""
 
 
-OUTSIDE_THE_PRODUCT: Mapping[str, str] = {"arrow-router": "a router needs several adapters at each site: test_arrow.py"}
+OUTSIDE_THE_PRODUCT: Mapping[str, str] = {
+    "arrow-router": "a router needs several adapters at each site: test_arrow.py",
+    "lora-xs": "peft lacks it: tests/core/variants/test_lora_xs.py compares with numpy",
+}
 """Variants without cells, each with its reason."""
 
 OF_VARIANT: Mapping[str, dict[str, Any]] = {
+    "plain": {},
     "dora": {"use_dora": True},
+    "alora": {"alora_invocation_tokens": list(INVOCATION)},
     "kasa": {"kasa_config": {"beta": 0.5, "gamma": 0.25}},
     "qalora": {"use_qalora": True, "qalora_group_size": 4},
     "velora": {"velora_config": {"num_groups": 5, "scale": 0.5}},
@@ -160,14 +165,12 @@ class Cell:
             "lora_alpha": 3,
             "target_modules": list(self.place.targets),
             "init_lora_weights": self.init,
-            **OF_VARIANT.get(self.variant, {}),
+            **OF_VARIANT[self.variant],
         }
         if self.place.parameters:
             fields["target_parameters"] = list(self.place.parameters)
         if self.place.is_causal:
             fields["task_type"] = "CAUSAL_LM"
-        if self.variant == "alora":
-            fields["alora_invocation_tokens"] = list(INVOCATION)
         return Row(str(self), self.place.model, fields)
 
     @property

@@ -18,6 +18,7 @@ from lorakit.core.variants.arrow import prototype, without_general
 from lorakit.core.variants.bdlora import block_diagonal
 from lorakit.core.variants.dora import row_norms
 from lorakit.core.variants.kasa import truncated
+from lorakit.core.variants.lora_xs import directions
 from lorakit.core.variants.monteclora import CONCENTRATION, WEIGHTS
 from lorakit.data import Batch
 from lorakit.plan import catalogue, count
@@ -76,6 +77,21 @@ def test_kasa_scales_the_rank_by_its_diagonal() -> None:
     factor, bias, x = layer.factor("default"), layer.original_bias(), torch.randn(4, IN, dtype=torch.float64)
     update = ALPHA / R * factor.B @ torch.diag(factor.own["lora_diag"]) @ factor.A
     torch.testing.assert_close(model(x), x @ (layer.read("default") + update).T + bias)
+
+
+def test_lora_xs_trains_a_matrix_between_singular_directions() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(IN, OUT)).double()
+    core.attach(model, LoraConfig(r=R, lora_alpha=ALPHA, target_modules=["0"], use_lora_xs=True))
+    layer: Any = model[0]
+    W, bias, A, B = parts(layer)
+    U, S, Vh = torch.linalg.svd(W)
+    torch.testing.assert_close(B @ A, U[:, :R] @ torch.diag(S[:R]) @ Vh[:R])
+    torch.testing.assert_close((A, B), directions(W, R))
+    x, matrix = torch.randn(4, IN, dtype=torch.float64), torch.randn(R, R, dtype=torch.float64)
+    with torch.no_grad():
+        layer.factor("default").own["lora_R"].copy_(matrix)
+    torch.testing.assert_close(model(x), x @ (W + ALPHA / R * B @ matrix @ A).T + bias)
 
 
 def test_kasas_penalty() -> None:

@@ -11,13 +11,14 @@ from torch import nn
 from lorakit.config import LoraConfig
 from lorakit.core import attach, merge, trainable_parameters
 from lorakit.core.optimizers import LoraFA, freeze_factors
+from lorakit.core.variants import VARIANTS
 from lorakit.errors import ConfigError
 from lorakit.hub.shapes import shape_of_module
 from lorakit.plan import Job, catalogue, count, estimate
 from lorakit.plan.flops import matmuls
 from lorakit.targets import SEVERAL_MODULES, match_path
 
-from .zoo import BERT, GPT2, LLAMA, MIXTRAL, T5, TIED, Specimen
+from .zoo import BERT, GPT2, LLAMA, MIXTRAL, OF_VARIANT, T5, TIED, WITHOUT_A_CASE, Specimen, cased
 
 FIELDS: dict[str, dict[str, Any]] = {
     "mica": {"init_lora_weights": "mica"},
@@ -65,6 +66,23 @@ def test_variants_of_linear_layers_are_counted(specimen: Specimen, which: str) -
     assert attach(model, config).trainable_parameters == plan.counted.trainable == trained(model)
     assert sum(group.trainable for group in plan.counted.groups()) == plan.counted.trainable
     assert plan.ranks is not None and plan.ranks.totals == (plan.counted.trainable,)
+
+
+OF_VARIANT_HERE = {"bdlora": ON_LINEAR["bdlora"], "qalora": ON_LINEAR["qalora"]}
+"""Variant -> config fields, where those of the zoo name other modules or do not divide these models' sizes."""
+
+
+@pytest.mark.parametrize("variant", cased(VARIANTS, OF_VARIANT, WITHOUT_A_CASE))
+@pytest.mark.parametrize("optimizer", ["adamw", "lorafa"])
+def test_each_variant_is_counted(variant: str, optimizer: str) -> None:
+    model, config = LLAMA.model(), LLAMA.config(**OF_VARIANT_HERE.get(variant, OF_VARIANT[variant]))
+    shape = shape_of_module(model, "llama", "here")
+    plan = estimate(shape, config, Job(optimizer=optimizer, dtype="float32"))
+    attach(model, config)
+    if optimizer == "lorafa":
+        freeze_factors(model)
+    assert plan.counted.trainable == trained(model)
+    assert plan.lora.memory.bytes_of("gradients") == 4 * trained(model)
 
 
 @pytest.mark.parametrize("specimen", [GPT2, LLAMA, TIED, BERT, T5], ids=str)

@@ -40,6 +40,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "qalora": {"use_qalora": True, "qalora_group_size": 4},
     "velora": {"velora_config": VeloraConfig(num_groups=5)},
     "monteclora": {"monteclora_config": MontecloraConfig(num_samples=3)},
+    "lora-xs": {"use_lora_xs": True},
 }
 """Every variant that has an update of the weight, and options that can be combined with one."""
 

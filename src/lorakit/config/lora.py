@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from lorakit.config import checks, nested
 from lorakit.config.types import API_LEVEL, PeftType, TaskType, Value, check_types, plain
-from lorakit.config.variants import costs_of
+from lorakit.config.variants import VARIANT_COSTS, check_method, costs_of
 from lorakit.durable import JsonObject, read_json, write_json
 from lorakit.errors import AdapterFileError, ConfigError, ConfigTypeError, NotYetSupported, warn_caller
 from lorakit.hub_cache import CONFIG_FILE, NO_OPTIONS, HubOptions, adapter_from_hub, looks_like_a_hub_id
@@ -43,7 +43,7 @@ CHECKED_BY_VALUE = frozenset(
 )
 """Fields that `check_types` skips, because `lorakit.config.checks` has specific checks and messages for them."""
 
-NOT_IN_PEFT: frozenset[str] = frozenset()
+NOT_IN_PEFT = frozenset({"use_lora_xs"})
 """Fields that PEFT's config lacks. They are written only if they are set, because PEFT warns about unknown fields."""
 
 
@@ -313,6 +313,8 @@ class LoraConfig(PeftConfig):
         kasa_config: Settings for the KaSA variant (arXiv:2412.06071), which truncates the base weights; None turns the
             variant off.
         ensure_weight_tying: Whether an adapter on one of two tied weights applies to both.
+        use_lora_xs: Whether to use the LoRA-XS variant (arXiv:2405.17604), in which A and B are frozen and an r × r
+            matrix between them is trained. PEFT does not have it.
 
     Raises:
         ConfigError: A value is not allowed; the message names the field, the value and what is allowed.
@@ -354,9 +356,11 @@ class LoraConfig(PeftConfig):
     arrow_config: nested.ArrowConfig | None = None
     kasa_config: nested.KasaConfig | None = None
     ensure_weight_tying: bool = False
+    use_lora_xs: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_method(self, self.peft_type)
         self.peft_type = checks.lora(self.peft_type)
         for each in dataclasses.fields(LoraConfig):
             setattr(self, each.name, plain(getattr(self, each.name)))
@@ -377,6 +381,11 @@ class LoraConfig(PeftConfig):
         checks.check_inits(self)
         checks.check_together(self)
         self.custom_modules: dict[type, type] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the config as saved in `adapter_config.json`; a variant that PEFT lacks has its own `peft_type`."""
+        costs = costs_of(self)
+        return super().as_json() | ({"peft_type": costs.peft_type} if costs is not None and costs.peft_type else {})
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -477,7 +486,7 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[LoraConfig, list[str]]:
         )
     values = _values(path)
     method = values.get("peft_type", PeftType.LORA.value)
-    if method != PeftType.LORA.value:
+    if method not in (PeftType.LORA.value, *(costs.peft_type for costs in VARIANT_COSTS if costs.peft_type)):
         raise AdapterFileError(
             f"{path}: peft_type is {method!r}; only LORA adapters are supported.",
             what=method,

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorakit.errors import ConfigError
+
 if TYPE_CHECKING:
     from lorakit.config.lora import LoraConfig
 
@@ -25,24 +27,33 @@ class VariantCosts:
         field: Config field that selects the variant.
         trained: Function from config, path, rank, out_features and in_features to the number of values that the variant
             trains in addition to A and B; negative if its A and B are smaller than those of LoRA.
+        smaller: Function from config and path to the factor, "A" or "B", that is smaller if `trained` is negative.
         drawn: Function of the same arguments to the number of values that a training forward pass draws for A and saves
             for the backward pass.
         frozen: Which of "A" and "B" are never trained.
         reads_weight: Whether the variant trains one value per output and reads the base weight in each forward pass.
         note: Note in plans, to be formatted with `total`, the absolute number of additional or saved values.
+        peft_type: The `peft_type` on disk of a variant that PEFT lacks and would load as plain LoRA: PEFT rejects files
+            of a type that it does not know. "" for LORA.
     """
 
     field: str
     trained: Callable[[LoraConfig, str, int, int, int], int] = _none
+    smaller: Callable[[LoraConfig, str], str] = lambda config, path: ""
     drawn: Callable[[LoraConfig, str, int, int, int], int] = _none
     frozen: frozenset[str] = frozenset()
     reads_weight: bool = False
     note: str = ""
+    peft_type: str = ""
 
 
 def _blocks(config: LoraConfig, path: str, rank: int, out_features: int, in_features: int) -> int:
     asked = config.use_bdlora
     return 0 if asked is None else asked.numbers_saved(path, rank, out_features, in_features)
+
+
+def _side(config: LoraConfig, path: str) -> str:
+    return "" if config.use_bdlora is None else config.use_bdlora.side_of(path)
 
 
 def _samples(config: LoraConfig) -> int:
@@ -51,11 +62,12 @@ def _samples(config: LoraConfig) -> int:
 
 VARIANT_COSTS = (
     VariantCosts(
-        "use_bdlora", _blocks, note="BD-LoRA's block-diagonal factors hold {total:,} fewer values than LoRA's."
+        "use_bdlora", _blocks, _side, note="BD-LoRA's block-diagonal factors hold {total:,} fewer values than LoRA's."
     ),
     VariantCosts(
         "use_qalora",
         lambda config, path, rank, out, width: rank * (width // config.qalora_group_size - width),
+        lambda config, path: "A",
         note="QA-LoRA's A, which reads means of groups of inputs, holds {total:,} fewer values than LoRA's.",
     ),
     VariantCosts(
@@ -66,7 +78,9 @@ VARIANT_COSTS = (
     VariantCosts(
         "monteclora_config",
         lambda config, path, rank, out, width: rank + _samples(config),
-        lambda config, path, rank, out, width: (_samples(config) + 1) * rank * width,  # the samples and their mean
+        drawn=lambda config, path, rank, out, width: (
+            (_samples(config) + 1) * rank * width
+        ),  # the samples and their mean
         note="MonteCLoRA adds r spreads and one weight per sample at each site: {total:,} in total.",
     ),
     VariantCosts(
@@ -78,7 +92,29 @@ VARIANT_COSTS = (
     VariantCosts("alora_invocation_tokens"),
     VariantCosts("velora_config"),
     VariantCosts("arrow_config"),
+    VariantCosts(
+        "use_lora_xs",
+        lambda config, path, rank, out, width: rank * rank,
+        frozen=frozenset({"A", "B"}),
+        note="LoRA-XS trains one r × r matrix at each site: {total:,} values in total.",
+        peft_type="LORA_XS",
+    ),
 )
+
+
+def check_method(config: LoraConfig, asked: str | None) -> None:
+    """Check that a config selects the variant whose `peft_type` it has.
+
+    Raises:
+        ConfigError: It does not, so its tensors would be read as those of another variant.
+    """
+    costs = next((costs for costs in VARIANT_COSTS if costs.peft_type and costs.peft_type == asked), None)
+    if costs is not None and not getattr(config, costs.field):
+        raise ConfigError(
+            f"peft_type is {asked!r}, but {costs.field} is not set. Set it, or use an unmodified config.",
+            what=asked,
+            field="peft_type",
+        )
 
 
 def costs_of(config: LoraConfig) -> VariantCosts | None:

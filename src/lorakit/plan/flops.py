@@ -104,7 +104,7 @@ def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
     base, within = matmuls(shape), attention(shape, job.length_tokens)
     copied = sum(2 * count for count in counted.saved.values())  # dW of saved modules
     copied += sum(2 * site.out_features * site.in_features for site in bare)
-    frozen = sum(2 * s.frozen * n / s.experts for s, n in parallel)  # Frozen factors get no gradient.
+    frozen = sum(2 * s.frozen_products * n / s.experts for s, n in parallel)  # Frozen factors get no gradient.
     per_batch = norms / job.batch_tokens  # DoRA's norm of W + ΔW is computed once per forward pass.
     forward = base + within + added + per_batch + dense
     backward = base + 2 * within + 2 * added - frozen + copied + 2 * dense

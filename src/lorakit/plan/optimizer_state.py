@@ -56,11 +56,11 @@ def _tensors(counted: Count, itemsize: int) -> Iterator[TrainedTensor]:
 
 def _factors(site: SiteCount) -> Iterator[TrainedTensor]:
     """Yield the trained factors of a site, the variant's own tensors as one tensor, and the bias of B."""
-    is_matrix, missing = site.kind != EMBEDDING and site.experts == 1, min(0, site.own_numbers)
+    is_matrix = site.kind != EMBEDDING and site.experts == 1
     for name, features in (("A", site.in_features), ("B", site.out_features)):
         if name not in site.frozen_factors:
+            missing = min(0, site.own_numbers) if name == site.smaller_factor else 0
             yield TrainedTensor(site.experts * site.rank * features + missing, _MASTER_BYTES, is_matrix)
-            missing = 0
     yield TrainedTensor(max(0, site.own_numbers), _MASTER_BYTES)
     yield TrainedTensor(site.bias, _MASTER_BYTES)
 

@@ -164,6 +164,7 @@ class SiteCount:
             as DoRA does.
         frozen_factors: The factors that are not trained: A with LoRA-FA (B of an embedding), B if the init freezes B
             (MiCA), and those that the variant freezes.
+        smaller_factor: The factor that is smaller if `own_numbers` is negative; "" if none is.
         experts: Number of matrices in the parameter, each with its own factors.
         is_plain: Whether the site's forward pass is plain LoRA, without a variant or bias.
         bias: Number of elements in the bias of B (`lora_bias`).
@@ -181,6 +182,7 @@ class SiteCount:
     own_numbers: int = 0
     reads_weight: bool = False
     frozen_factors: frozenset[str] = frozenset()
+    smaller_factor: str = ""
     experts: int = 1
     is_plain: bool = True
     bias: int = 0
@@ -204,6 +206,11 @@ class SiteCount:
     @property
     def frozen(self) -> int:
         """Return the number of elements in the frozen factors, over all experts."""
+        return self.frozen_products + (self.own_numbers if self.smaller_factor in self.frozen_factors else 0)
+
+    @property
+    def frozen_products(self) -> int:
+        """Return the number of elements in the matrices that are multiplied in place of the frozen factors."""
         columns = {"A": self.in_features, "B": self.out_features}
         return self.experts * self.rank * sum(columns[factor] for factor in self.frozen_factors)
 
@@ -436,6 +443,7 @@ def _site_count(match: Match, size: tuple[int, int, int], config: LoraConfig, op
         reads_weight=costs is not None and costs.reads_weight,
         frozen_factors=_frozen_factors(match.kind, config, optimizer)
         | (frozenset() if costs is None else costs.frozen),
+        smaller_factor="" if costs is None else costs.smaller(config, match_path(match)),
         experts=experts,
         is_plain=config.is_plain_lora,
         bias=out_features if config.lora_bias and not match.parameter else 0,

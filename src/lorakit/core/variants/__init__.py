@@ -14,6 +14,7 @@ from lorakit.core.variants.bdlora import BDLORA
 from lorakit.core.variants.dora import DORA
 from lorakit.core.variants.kasa import KASA
 from lorakit.core.variants.lora import PLAIN
+from lorakit.core.variants.lora_xs import LORA_XS
 from lorakit.core.variants.monteclora import MONTECLORA
 from lorakit.core.variants.qalora import QALORA
 from lorakit.core.variants.variant import (
@@ -59,7 +60,7 @@ __all__ = [
     "without",
 ]
 
-VARIANTS: tuple[Variant, ...] = (PLAIN, DORA, ALORA, KASA, BDLORA, VELORA, QALORA, MONTECLORA, ARROW)
+VARIANTS: tuple[Variant, ...] = (PLAIN, DORA, ALORA, KASA, BDLORA, VELORA, QALORA, MONTECLORA, ARROW, LORA_XS)
 
 
 def variant_named(name: str) -> Variant:

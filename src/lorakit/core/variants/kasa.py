@@ -79,12 +79,7 @@ def _move(start: Start) -> Tensor:
             where=start.path,
             field="r",
         )
-    W = start.read()
-    if not bool(torch.isfinite(W).all()):
-        raise ConfigError(
-            f"{start.path}: the base weight contains NaN or infinite values and cannot be decomposed.", where=start.path
-        )
-    return truncated(W, start.rank)
+    return truncated(start.finite_weight(), start.rank)
 
 
 KASA = Variant(

@@ -109,6 +109,20 @@ class Start:
         """Rank of the new factor."""
         return self.kind.rank(self.spec, tuple(self.A.shape))
 
+    def finite_weight(self) -> Tensor:
+        """Return the canonical base weight, (out, in) at a dense site, to be decomposed.
+
+        Raises:
+            ConfigError: The weight contains NaN or infinite values.
+        """
+        W = self.read().detach()
+        if W.device.type != "meta" and not bool(torch.isfinite(W).all()):
+            raise ConfigError(
+                f"{self.path}: the base weight contains NaN or infinite values and cannot be decomposed.",
+                where=self.path,
+            )
+        return W
+
 
 @dataclass(frozen=True)
 class OwnTensor:

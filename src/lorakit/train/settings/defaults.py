@@ -337,6 +337,11 @@ class SettingFields:
     kasa_config: Part = _field("Settings of KaSA as a JSON object", None, "the base keeps its weights", "none")
     use_qalora: bool = _field("Let A read means of groups of inputs (QA-LoRA)", False, "A reads each input")
     qalora_group_size: int = _field("Number of inputs per group in QA-LoRA", 16, "PEFT's value", ge=1)
+    use_lora_xs: bool = _field(
+        "Freeze A and B at singular directions of W, and train an r × r matrix between them (LoRA-XS)",
+        False,
+        "A and B are trained",
+    )
     velora_config: Part = _field(
         "Settings of VeLoRA as a JSON object", None, "A's gradient is computed from the whole input", "none"
     )
