@@ -99,14 +99,14 @@ class Walk:
             self.calls[f"{code.co_filename.removeprefix(self._prefix)}:{name}"] = None
 
 
-def walks_of_a_model(root: Path) -> dict[str, Walk]:
-    """Return the walks of `load_adapter` and `merge` on a small model."""
+def walks_of_a_model(root: Path, make_model: Callable[[], Any]) -> dict[str, Walk]:
+    """Return the walks of `load_adapter` and `merge` on a model."""
     import lorakit
 
     for _ in range(2):  # the first round imports what is needed, so that the second sees no import
         found = {"load_adapter": Walk(root), "merge": Walk(root)}
         with tempfile.TemporaryDirectory() as folder:
-            model = _llama()
+            model = make_model()
             lorakit.attach(model, lorakit.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
             lorakit.save_adapter(model, folder)
             lorakit.detach(model)
@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found: dict[str, Walk] = {}
     if options.runtime:
         sys.path.insert(0, str(root.parent))
-        found = {**walks_of_a_model(root), "training set-up": walk_of_set_up(root)}
+        found = {**walks_of_a_model(root, _llama), "training set-up": walk_of_set_up(root)}
         if not all(walk.calls for walk in found.values()):
             parser.error(f"lorakit was imported from elsewhere, not from {root}")
     for name, walk in found.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from torch import nn
 
 import lorakit
 
@@ -88,7 +89,9 @@ def test_a_walk_lists_calls_into_other_files(
 
 
 def test_walks_of_lorakit(structure: ModuleType) -> None:
-    walks = structure.walks_of_a_model(Path(lorakit.__file__).parent)
+    walks = structure.walks_of_a_model(
+        Path(lorakit.__file__).parent, lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    )
     assert "core/attachment/loading.py:load_adapter" in walks["load_adapter"].calls
     assert next(iter(walks["merge"].calls)) in ("__init__.py:__getattr__", "core/merging/merging.py:merge")
 
