@@ -176,7 +176,7 @@ def test_a_text_is_the_same_whole_and_in_parts(tmp_path: Path, content: Content)
     written(path, content)
     text = path.read_bytes().removesuffix(content.invalid).decode("utf-8-sig")
     request = Request()
-    if not text.strip() and not content.bom or content.invalid:
+    if (not text.strip() and not content.bom) or content.invalid:
         with pytest.raises(DataError):
             read_records(path, request)
         return

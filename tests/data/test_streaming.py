@@ -14,8 +14,8 @@ from lorakit.data.encoding import encode_record
 from lorakit.data.places import Place
 from lorakit.data.records import content_key
 from lorakit.data.row_stream import open_stream, streamable_bytes
-from lorakit.data.stream_files import PART_BYTES
 from lorakit.data.streaming import StreamLoader, read_stream
+from lorakit.data.text_files import PART_BYTES
 from lorakit.errors import ConfigError, DataError
 
 LENGTH = 16

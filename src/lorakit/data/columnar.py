@@ -1,9 +1,9 @@
 """Read Parquet and Arrow files and Hub data sets with the packages `datasets` and `pyarrow`.
 
-`read_hub` maps a data set into memory. Files are read row by row, from any position, and so are streamed data sets: a
-Parquet file from the position's row group on, an Arrow file and a Hub data set from the beginning, without converting
-the rows before the position. The memory depends on the size of the batches of an Arrow file, and of the row groups of a
-Hub data set. The cache of `datasets` finds local files by path and modification time, so it is not used for them.
+Rows are read one after another, from any position: of a Parquet file from the position's row group on, of an Arrow file
+and a streamed Hub data set from the beginning, without converting the rows before the position. The memory depends on
+the size of the batches of an Arrow file, and of the row groups of a Hub data set; a Hub data set that is read as a
+whole is mapped. The cache of `datasets` finds local files by path and modification time, so it is not used for them.
 """
 
 from __future__ import annotations
@@ -14,20 +14,14 @@ import itertools
 import json
 import os
 import tempfile
-from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 from lorakit.data.messages import BadRow
-from lorakit.data.places import PARTIAL, LargeFile, Place, Read
-from lorakit.data.records import Record, content_key
-from lorakit.data.rows import Parsed, collect
-from lorakit.data.shapes import Layout, Request
+from lorakit.data.places import PARTIAL, CheckedFile, Place, Read, file_error
 from lorakit.data.sources import HubSource
-from lorakit.data.stored import file_error
 from lorakit.durable import JsonObject
 from lorakit.errors import DataError, MissingExtra, UsageError
 from lorakit.file_hashes import FileStatus
@@ -43,62 +37,51 @@ _STREAM_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class HubTable:
-    """A Hub data set whose rows are converted to records on access.
+class MappedHub:
+    """A Hub data set that is mapped into memory; an offset is a number of rows.
 
     Attributes:
-        label: Name to show in messages.
-        data: The rows.
-        layout: The shape of the rows and the columns that supply its fields.
-        rows: Index of each row that fits the shape.
-        size: Size of the table in bytes.
-        groups: Key of each row's group, `KEY_BYTES` bytes per row, or empty.
+        source: The data set.
+        data: Its rows.
     """
 
-    label: str
+    source: HubSource
     data: Dataset
-    layout: Layout
-    rows: array[int]
-    size: int
-    groups: bytes | bytearray = b""
+    counts_rows: ClassVar[bool] = True
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    @property
+    def label(self) -> str:
+        """The name."""
+        return str(self.source)
 
-    def bytes_of(self, index: int) -> int:
-        """Return the mean size of a row in bytes."""
-        return self.size // max(1, len(self.rows))
+    @property
+    def size(self) -> int:
+        """Size of the table in bytes."""
+        return int(self.data.data.nbytes)
 
-    def digest(self) -> tuple[str, str]:
-        """Return the name, and the SHA-256 of the records' content keys."""
-        digest = hashlib.sha256()
-        for record, _ in self.records(range(len(self))):
-            digest.update(content_key(record))
-        return self.label, digest.hexdigest()
+    def read(self, at: Place) -> Read:
+        """Yield the rows from a position to the end of the data set.
 
-    def records(self, indexes: Iterable[int]) -> Iterator[tuple[Record, int]]:
-        """Yield the records at the given indices, each with the mean size of a row in bytes."""
-        for index in indexes:
-            row = self.rows[index]
-            yield self.layout.record(self.data[row], self.label, row + 1), self.bytes_of(index)
+        Raises:
+            DataError: The data set cannot be read.
+        """
+        number, features = at.offset, self.data.features
+        with _as_hub_error(self.source), _quiet():
+            for table in self.data.skip(number).with_format("arrow").iter(batch_size=_AT_ONCE):
+                for batch in table.to_batches():
+                    for row in _values(batch, features):
+                        yield row, Place(at.file, number, number + 1)
+                        number += 1
 
 
-def read_hub(source: HubSource, request: Request) -> tuple[HubTable, list[str]]:
-    """Read a data set from the Hub; network access can be disabled if the data set is in the cache.
-
-    Args:
-        source: The data set.
-        request: The user's choices about columns and invalid rows.
-
-    Returns:
-        The table, and notes for the user.
+def map_hub(source: HubSource) -> MappedHub:
+    """Load a data set from the Hub; network access can be disabled if the data set is in the cache.
 
     Raises:
-        DataError: The data set is not found or cannot be read, or a row does not fit.
+        DataError: The data set is not found or cannot be read.
         MissingExtra: The package `datasets` is not installed.
     """
-    label = str(source)
-    _check_installed(label)
+    _check_installed(str(source))
     import datasets
 
     options = {"split": source.split, "revision": source.revision}
@@ -106,11 +89,7 @@ def read_hub(source: HubSource, request: Request) -> tuple[HubTable, list[str]]:
         if Path(source.name).exists():  # a directory, whose rows stay mapped without their file
             options["cache_dir"] = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         data = datasets.load_dataset(source.name, source.config, **options)
-        data = data.remove_columns(_media(data.features))
-        found = collect(label, _rows(data), request, "row")
-        if classes := _classes(data.features):
-            data = data.with_transform(partial(_named, classes=classes))
-        return HubTable(label, data, found.layout, found.starts, int(data.data.nbytes), found.groups), found.notes
+        return MappedHub(source, data.remove_columns(_media(data.features)))
 
 
 @contextlib.contextmanager
@@ -192,15 +171,6 @@ def _name(value: Any, kind: ClassLabel) -> Any:
     return None if value is None or value < 0 else kind.int2str(value)  # -1 marks a row without a label
 
 
-def _rows(data: Dataset) -> Iterator[Parsed]:
-    at = 0
-    for table in data.with_format("arrow").iter(batch_size=_AT_ONCE):
-        for batch in table.to_batches():
-            for row in _values(batch, data.features):
-                yield at, at + 1, row
-                at += 1
-
-
 def _values(batch: RecordBatch, features: Features) -> Iterator[JsonObject | BadRow]:
     """Yield the values of each row, with the names of classes, or the reason why they cannot be read."""
     classes = _classes(features)
@@ -241,7 +211,7 @@ def _quiet() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class StreamedTable(LargeFile):
+class TableFile(CheckedFile):
     """A Parquet or Arrow file that is read row by row; an offset is a number of rows.
 
     Attributes:
@@ -249,6 +219,7 @@ class StreamedTable(LargeFile):
     """
 
     row_bytes: float = 0.0
+    counts_rows: ClassVar[bool] = True
 
     def bytes_before(self, offset: int) -> int:
         """Return the estimated number of bytes before a row."""
@@ -260,103 +231,31 @@ class StreamedTable(LargeFile):
         Raises:
             DataError: The file is damaged, or has changed since it was opened first.
         """
-        return ((row, Place(at.file, number, number + 1)) for number, row in self.rows_from(at.offset))
-
-    def rows_from(self, start: int) -> Iterator[tuple[int, JsonObject | BadRow]]:
-        """Yield the index and the values of each row from a given index on, or why they cannot be read.
-
-        Raises:
-            DataError: The file is damaged, or has changed since it was opened first.
-        """
         import datasets
 
         with self.open() as file, _as_file_error(self.path):
             features = None
-            for begin, batch in _batches(self.path, file, start):
+            for begin, batch in _batches(self.path, file, at.offset):
                 if features is None:
                     features = datasets.Features.from_arrow_schema(batch.schema)
                     kept = [name for name in batch.schema.names if name not in _media(features)]
-                first = max(begin, start)
-                yield from enumerate(_values(batch.select(kept).slice(first - begin), features), start=first)
+                first = max(begin, at.offset)
+                rows = _values(batch.select(kept).slice(first - begin), features)
+                yield from ((row, Place(at.file, number, number + 1)) for number, row in enumerate(rows, start=first))
 
 
-@dataclass(frozen=True, kw_only=True)
-class TableFile(StreamedTable):
-    """A Parquet or Arrow file whose rows are read again on access.
-
-    Attributes:
-        layout: The shape of the rows and the columns that supply its fields.
-        rows: Index of each row that fits the shape.
-        groups: Key of each row's group, `KEY_BYTES` bytes per row, or empty.
-    """
-
-    layout: Layout
-    rows: array[int]
-    groups: bytes | bytearray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def bytes_of(self, index: int) -> int:
-        """Return the mean size of a row in bytes."""
-        return self.size // max(1, len(self.rows))
-
-    def records(self, indexes: Iterable[int]) -> Iterator[tuple[Record, int]]:
-        """Yield the records at the given indices, each with the mean size of a row in bytes.
-
-        Raises:
-            DataError: The file is damaged, or has changed since it was opened first.
-        """
-        found, following = self.rows_from(0), 0
-        for index in indexes:
-            row = self.rows[index]
-            if row < following or not following:
-                found = self.rows_from(row)
-            values = next(values for number, values in found if number == row)
-            following = row + 1
-            assert not isinstance(values, BadRow)  # it was read before, and the file has not changed
-            yield self.layout.record(values, self.label, row + 1), self.bytes_of(index)
-
-
-def read_table(path: Path, request: Request) -> tuple[TableFile, list[str]]:
-    """Read a Parquet or Arrow file.
-
-    Args:
-        path: The file.
-        request: The user's choices about columns and invalid rows.
-
-    Returns:
-        The table, and notes for the user.
+def open_table(path: Path) -> TableFile:
+    """Open a Parquet or Arrow file.
 
     Raises:
-        DataError: The file is damaged, or a row does not fit.
-        MissingExtra: The package `datasets` is not installed.
-    """
-    table = stream_table(path)
-    rows = ((number, number + 1, row) for number, row in table.rows_from(0))
-    found = collect(table.label, rows, request, "row")
-    file = TableFile(path, table.status, table.row_bytes, layout=found.layout, rows=found.starts, groups=found.groups)
-    return file, found.notes
-
-
-def stream_table(path: Path) -> StreamedTable:
-    """Open a Parquet or Arrow file as a stream.
-
-    Args:
-        path: The file.
-
-    Raises:
-        DataError: The file is missing, damaged or has no rows.
+        DataError: The file is damaged.
+        OSError: The file cannot be read.
         MissingExtra: The package `datasets` is not installed.
     """
     _check_installed(str(path))
-    try:
-        status = FileStatus.of(path)
-    except OSError as cause:
-        raise file_error(path, f"the data file cannot be read ({cause.strerror}).") from cause
-    found = StreamedTable(path, status)
-    with found.open() as file, _as_file_error(path):
-        return replace(found, row_bytes=_row_bytes(path, file))
+    table = TableFile(path, FileStatus.of(path))
+    with table.open() as file, _as_file_error(path):
+        return replace(table, row_bytes=_row_bytes(path, file))
 
 
 def _row_bytes(path: Path, file: IO[bytes]) -> float:
@@ -424,6 +323,7 @@ class StreamedHub:
     version: str
     row_bytes: float
     size: int
+    counts_rows: ClassVar[bool] = True
 
     @property
     def label(self) -> str:

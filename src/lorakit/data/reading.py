@@ -1,8 +1,8 @@
-"""Read data files with strict checks, each in one pass that keeps only the positions of its rows.
+"""Open data files and Hub data sets, and read them as a whole, keeping only the positions of their rows.
 
-Text and Markdown files are one document each. The other formats contain rows: `lorakit.data.rows` parses JSON Lines,
-JSON, CSV and TSV, and `lorakit.data.columnar` reads Parquet, Arrow and Hub data sets. Error messages give the file,
-line and field, the invalid value, and the allowed values. This module does not depend on tokenizers.
+`lorakit.data.text_files` reads text, JSON Lines, JSON, CSV and TSV, and `lorakit.data.columnar` Parquet, Arrow and Hub
+data sets. Error messages give the file, line and field, the invalid value, and the allowed values. This module does not
+depend on tokenizers.
 
 Python's language reference serves as training text that needs no download. The standard library includes it for
 `help()` as `pydoc_data.topics`, with about 80 topics and half a million characters of prose.
@@ -10,24 +10,24 @@ Python's language reference serves as training text that needs no download. The 
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import Literal, overload
 
 from lorakit.data import columnar
+from lorakit.data.places import Content, StreamedContent, check_kind, file_error, unreadable
 from lorakit.data.records import Document, Records
-from lorakit.data.rows import PARSERS, check_no_group
+from lorakit.data.rows import collect
 from lorakit.data.shapes import Request
-from lorakit.data.sources import HUB, SUFFIXES, TABLES, TEXT, HubSource, expand
+from lorakit.data.sources import HUB, SUFFIXES, TABLES, HubSource, expand
 from lorakit.data.splitting import STRATIFIED, Split, SplitRule, split
-from lorakit.data.stored import READ_BYTES, DataFile, RecordFile, StoredRecords, check_kind, file_error
+from lorakit.data.stored import RecordFile, StoredRecords, WholeText
+from lorakit.data.text_files import open_text
 from lorakit.durable import write_text
 from lorakit.errors import DataError, nearest
-from lorakit.file_hashes import FileStatus
 from lorakit.terminal import working
 
 DEFAULT_HELD_OUT = 0.1
@@ -92,27 +92,35 @@ def read_split(
 
 
 def _read(source: Path | HubSource, request: Request) -> tuple[RecordFile, list[str]]:
-    """Check a source without keeping its text in memory; return the source and notes about it."""
+    """Check a source without keeping its text in memory; return its records and notes about it."""
+    content = open_source(source, request, whole=True)
+    return (content, []) if isinstance(content, WholeText) else collect(content, request)
+
+
+@overload
+def open_source(source: Path | HubSource, request: Request, *, whole: Literal[True]) -> Content | WholeText: ...
+@overload
+def open_source(source: Path | HubSource, request: Request, *, whole: Literal[False]) -> StreamedContent: ...
+def open_source(source: Path | HubSource, request: Request, *, whole: bool) -> Content | WholeText:
+    """Open a source, to be read as a whole or as a stream.
+
+    Raises:
+        DataError: The source is missing, empty, damaged or of an unknown format.
+        UsageError: A Hub data set cannot be read as a stream.
+        MissingExtra: A format needs the package `datasets`.
+    """
     if isinstance(source, HubSource):
-        return columnar.read_hub(source, request)
+        return columnar.map_hub(source) if whole else columnar.stream_hub(source)
     try:
         check_kind(source)
         if source.suffix.lower() in TABLES:
-            return columnar.read_table(source, request)
+            return columnar.open_table(source)
         with source.open("rb") as file:
-            status = FileStatus.of(file.fileno())
-            _check_text(source, file)
-            if source.suffix.lower() in TEXT:
-                check_no_group(source, request)
-                return DataFile(source, status), []
-            file.seek(0)
-            found, row = PARSERS[source.suffix.lower()](source, file, request)
+            return open_text(source, file, request, whole=whole)
     except FileNotFoundError:
         raise file_error(source, f"data file not found.{_neighbors(source)}") from None
     except OSError as cause:
-        raise file_error(source, f"the data file cannot be read ({cause.strerror}).") from cause
-    data = DataFile(source, status, row, found.starts, found.lines, found.layout, found.groups)
-    return data, found.notes
+        raise unreadable(source, cause) from cause
 
 
 def _neighbors(path: Path) -> str:
@@ -123,59 +131,6 @@ def _neighbors(path: Path) -> str:
     names = [entry.name for entry in path.parent.iterdir() if entry.suffix.lower() in SUFFIXES]
     near = nearest(path.name, names)
     return f" Similar: {', '.join(near)}." if near else ""
-
-
-def _check_text(path: Path, file: IO[bytes]) -> None:
-    """Check in one pass that a file contains text, is not binary, and is valid UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    at = lines = 0
-    empty, piece = True, b" "
-    while piece:
-        piece = file.read(READ_BYTES)
-        if at == 0:
-            _check_beginning(path, piece)
-        zero = piece.find(b"\0")
-        if zero >= 0:
-            raise file_error(
-                path, f"the data file looks binary (null byte at offset {at + zero}); data files must be UTF-8 text."
-            )
-        held = len(decoder.getstate()[0])  # the first bytes of a character that is split across pieces
-        try:
-            decoder.decode(piece, final=not piece)
-        except UnicodeDecodeError as cause:
-            line = 1 + lines + cause.object[: cause.start].count(b"\n")
-            raise file_error(
-                path,
-                f"not valid UTF-8: invalid byte 0x{cause.object[cause.start]:02x} at offset {at - held + cause.start} "
-                f"(line {line}). Convert the file to UTF-8 first.",
-            ) from None
-        empty = empty and not piece.strip()
-        at, lines = at + len(piece), lines + piece.count(b"\n")
-    if empty:
-        raise file_error(path, "the data file is empty.")
-
-
-_SIGNATURES = {
-    codecs.BOM_UTF16_LE: "UTF-16; save it as UTF-8",
-    codecs.BOM_UTF16_BE: "UTF-16; save it as UTF-8",
-    b"\x89PNG": "a PNG image; training data must be text",
-    b"\xff\xd8\xff": "a JPEG image; training data must be text",
-    b"GIF8": "a GIF image; training data must be text",
-    b"%PDF": "a PDF; save its text as UTF-8",
-    b"PK\x03\x04": "a ZIP archive or an Office document; unpack it, or save it as CSV",
-    b"\x1f\x8b": "compressed with gzip; unpack it",
-    b"\x28\xb5\x2f\xfd": "compressed with Zstandard; unpack it",
-    b"PAR1": "a Parquet file; give it the suffix .parquet",
-    b"ARROW1": "an Arrow file; give it the suffix .arrow",
-}
-"""First bytes of a file -> what it is and what to do about it."""
-
-
-def _check_beginning(path: Path, piece: bytes) -> None:
-    """Reject a file whose first bytes are those of another format."""
-    for signature, problem in _SIGNATURES.items():
-        if piece.startswith(signature):
-            raise file_error(path, f"the data file is {problem}.")
 
 
 def python_reference() -> Records:

@@ -1,8 +1,4 @@
-"""Read the rows of large data one after another, from any position; nothing is indexed and no row is read twice.
-
-`lorakit.data.stream_files` reads text files, JSON Lines, JSON, CSV and TSV, and `lorakit.data.columnar` reads Parquet,
-Arrow and Hub data sets.
-"""
+"""Read the rows of large data one after another, from any position; nothing is indexed and no row is read twice."""
 
 from __future__ import annotations
 
@@ -11,15 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorakit.data import columnar
 from lorakit.data.messages import BadRow
-from lorakit.data.places import Content, Place
+from lorakit.data.places import Place, StreamedContent, file_error
+from lorakit.data.reading import open_source
 from lorakit.data.records import Document, Record
 from lorakit.data.rows import group_key
 from lorakit.data.shapes import Layout, Request, checked_row, recognize
-from lorakit.data.sources import TABLES, TEXT, HubSource, expand
-from lorakit.data.stored import check_kind, file_error
-from lorakit.data.stream_files import open_file
+from lorakit.data.sources import TEXT, HubSource, expand
 from lorakit.errors import DataError
 
 
@@ -47,7 +41,7 @@ class StreamedSource:
         layout: Shape and columns of the rows; None for a text file.
     """
 
-    content: Content
+    content: StreamedContent
     layout: Layout | None = None
 
 
@@ -144,28 +138,12 @@ def streamable_bytes(names: Iterable[str]) -> int:
 
 
 def _opened(source: Path | HubSource, request: Request) -> StreamedSource:
-    content: Content
-    if isinstance(source, HubSource):
-        content = columnar.stream_hub(source)
-    else:
-        suffix = _suffix(source)
-        content = columnar.stream_table(source) if suffix in TABLES else open_file(source, request)
-        if suffix in TEXT:
-            return StreamedSource(content)
-    return StreamedSource(content, _layout(content, request))
+    content = open_source(source, request, whole=False)
+    is_text = isinstance(source, Path) and source.suffix.lower() in TEXT
+    return StreamedSource(content, None if is_text else _layout(content, request))
 
 
-def _suffix(path: Path) -> str:
-    try:
-        check_kind(path)
-    except OSError as cause:
-        is_missing = isinstance(cause, FileNotFoundError)
-        problem = "data file not found." if is_missing else f"the data file cannot be read ({cause.strerror})."
-        raise file_error(path, problem) from None
-    return path.suffix.lower()
-
-
-def _layout(content: Content, request: Request) -> Layout:
+def _layout(content: StreamedContent, request: Request) -> Layout:
     for row, place in content.read(Place()):
         try:
             if isinstance(row, BadRow):

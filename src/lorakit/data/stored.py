@@ -1,6 +1,6 @@
 """Records that are read from their files on access; only each record's position is kept in memory.
 
-This module handles files and positions; callers parse the rows. It does not depend on tokenizers.
+`lorakit.data.rows` finds the positions. This module does not depend on file formats or tokenizers.
 """
 
 from __future__ import annotations
@@ -9,107 +9,30 @@ import codecs
 import hashlib
 import itertools
 import json
-import stat
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol, overload
+from typing import IO, Any, ClassVar, Protocol, overload
 
 import numpy as np
 
-from lorakit.data.records import Document, Record, Records, keys_of
+from lorakit.data.places import CHANGED, CheckedFile, Content, Place, file_error
+from lorakit.data.records import Document, Record, Records, content_key, keys_of
 from lorakit.data.shapes import Layout, common_layout
-from lorakit.data.sources import SUFFIXES
-from lorakit.durable import sha256_rest
-from lorakit.errors import DataError
-from lorakit.file_hashes import FileStatus
 
 READ_BYTES = 1 << 17
 """Maximum number of bytes read from a file at a time."""
-
-
-def file_error(path: Path, problem: str) -> DataError:
-    """Return an error about a data file.
-
-    Args:
-        path: The file.
-        problem: Text that says what is wrong and what to do about it.
-    """
-    return DataError(f"{path}: {problem}", where=path)
-
-
-def check_kind(path: Path) -> None:
-    """Check that a path is a regular file whose suffix is one of `SUFFIXES`.
-
-    Raises:
-        DataError: It is not.
-        OSError: The file does not exist or cannot be examined.
-    """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise file_error(path, "not a regular file; write the data to a regular file first.")
-    if path.suffix.lower() not in SUFFIXES:
-        raise file_error(path, f"data files must end in {', '.join(SUFFIXES)}, not '{path.suffix}'.")
-
-
-@dataclass(frozen=True, slots=True)
-class CheckedFile:
-    """A data file, with the status that it had when it was checked.
-
-    Attributes:
-        path: The file.
-        status: Its status.
-    """
-
-    path: Path
-    status: FileStatus
-
-    @property
-    def size(self) -> int:
-        """Size in bytes."""
-        return self.status.size
-
-    def open(self) -> IO[bytes]:
-        """Open the file for reading.
-
-        Raises:
-            DataError: The file cannot be read, or has changed since it was checked.
-        """
-        try:
-            file = self.path.open("rb")
-        except OSError as cause:
-            raise file_error(self.path, f"the data file cannot be read ({cause.strerror}).") from cause
-        try:
-            self._check(file)
-        except DataError:
-            file.close()
-            raise
-        return file
-
-    def digest(self) -> tuple[str, str]:
-        """Return the path and the SHA-256 of the file.
-
-        Raises:
-            DataError: The file cannot be read, or has changed since it was checked.
-        """
-        with self.open() as file:
-            found = sha256_rest(file)
-            self._check(file)
-        return str(self.path), found
-
-    def _check(self, file: IO[bytes]) -> None:
-        if FileStatus.of(file.fileno()) != self.status:
-            raise file_error(self.path, "the data file changed while it was in use; read the data again.")
 
 
 class LongDocument(Document):
     """A text file that is read in pieces; the `text` property reads the whole file."""
 
     __slots__ = ("_file",)
-    _file: DataFile
+    _file: WholeText
 
-    def __init__(self, file: DataFile) -> None:
+    def __init__(self, file: WholeText) -> None:
         values = {"_file": file, "source": str(file.path), "line": None, "is_first": True, "is_last": True}
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -129,53 +52,89 @@ class LongDocument(Document):
             yield from decoded(file)
 
 
-@dataclass(frozen=True, slots=True)
-class DataFile(CheckedFile):
-    """A data file whose records are read by their offsets.
+@dataclass(frozen=True)
+class WholeText(CheckedFile):
+    """A text file, which is a single document."""
 
-    Attributes:
-        row: Function that parses a row, given its text and line number; None if the file is one document.
-        starts: Byte offset of each row.
-        lines: Line number of each row.
-        layout: Shape and columns of the rows; None if the file is one document.
-        groups: Key of each row's group, `KEY_BYTES` bytes per row, or empty.
-    """
-
-    row: Callable[[str, int], Record] | None = None
-    starts: array[int] = field(default_factory=lambda: array("q"))
-    lines: array[int] = field(default_factory=lambda: array("q"))
-    layout: Layout | None = None
-    groups: bytes | bytearray = b""
+    layout: ClassVar[None] = None
+    groups: ClassVar[bytes] = b""
 
     def __len__(self) -> int:
-        return 1 if self.row is None else len(self.starts)
+        return 1
 
     def bytes_of(self, index: int) -> int:
-        """Return a record's size on disk in bytes, from its start to the start of the next record."""
-        if self.row is None:
-            return self.size
-        following = self.starts[index + 1] if index + 1 < len(self.starts) else self.size
+        """Return the size of the file in bytes."""
+        return self.size
+
+    def records(self, indexes: Iterable[int]) -> Iterator[tuple[Record, int]]:
+        """Yield the document once for each index, with its size in bytes.
+
+        Raises:
+            DataError: The file cannot be read, or has changed since it was checked.
+        """
+        for _ in indexes:
+            document = LongDocument(self)
+            yield document if self.size > READ_BYTES else Document(document.text, document.source), self.size
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """The rows of a file, table or Hub data set that fit its shape; only their positions are kept.
+
+    Attributes:
+        content: All rows.
+        layout: Shape and columns of the rows.
+        starts: Offset of each row.
+        lines: Line or row number of each row.
+        groups: Key of each row's group, `KEY_BYTES` bytes per row; empty if no group column was requested.
+    """
+
+    content: Content
+    layout: Layout
+    starts: array[int]
+    lines: array[int]
+    groups: bytes | bytearray
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def size(self) -> int:
+        """Size in bytes."""
+        return self.content.size
+
+    def bytes_of(self, index: int) -> int:
+        """Return the bytes from a row's start to that of the next row; in a table, the mean size of a row."""
+        if self.content.counts_rows:
+            return self.size // len(self)
+        following = self.starts[index + 1] if index + 1 < len(self) else self.size
         return following - self.starts[index]
 
     def records(self, indexes: Iterable[int]) -> Iterator[tuple[Record, int]]:
         """Yield the records at the given indices, each with its size on disk in bytes.
 
         Raises:
-            DataError: The file cannot be read, or has changed since it was checked.
+            DataError: The data cannot be read, or has changed since it was checked.
         """
-        if self.row is None:
-            for _ in indexes:
-                yield self._document(), self.size
-            return
-        with self.open() as file:
-            for index in indexes:
-                file.seek(self.starts[index])
-                text = line_of(file.read(self.bytes_of(index)), first=self.starts[index] == 0)
-                yield self.row(text, self.lines[index]), self.bytes_of(index)
+        rows, following = self.content.read(Place()), 0
+        for index in indexes:
+            place = Place(0, self.starts[index], self.lines[index])
+            if index != following and not (self.content.counts_rows and 0 < following < index):
+                rows = self.content.read(place)
+            row = next((row for row, at in rows if at.offset == place.offset), None)
+            if not isinstance(row, dict):  # as it was when it was checked
+                raise file_error(Path(self.content.label), CHANGED)
+            following = index + 1
+            yield self.layout.record(row, self.content.label, place.line), self.bytes_of(index)
 
-    def _document(self) -> Document:
-        document = LongDocument(self)
-        return document if self.size > READ_BYTES else Document(document.text, document.source)
+    def digest(self) -> tuple[str, str]:
+        """Return the path or name, and a SHA-256 of the file, or of the content keys of a data set's records."""
+        if isinstance(self.content, CheckedFile):
+            return self.content.digest()
+        digest = hashlib.sha256()
+        for record, _ in self.records(range(len(self))):
+            digest.update(content_key(record))
+        return self.content.label, digest.hexdigest()
 
 
 class DocumentRange(Document):
@@ -395,19 +354,6 @@ class StoredRecords(Sequence[Record]):
         targets = map(self._place, positions)
         for number, group in itertools.groupby(targets, key=lambda target: target[0]):
             yield from self._files[number].records(index for _, index in group)
-
-
-def line_of(raw: bytes, *, first: bool) -> str:
-    """Decode a line of a file and remove its trailing newline.
-
-    Args:
-        raw: The bytes of the line.
-        first: Whether this is the first line of the file, which may start with a byte order mark.
-
-    Raises:
-        UnicodeDecodeError: The line is not UTF-8.
-    """
-    return raw.decode("utf-8-sig" if first else "utf-8").removesuffix("\n")
 
 
 def decoded(file: IO[bytes]) -> Iterator[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.data import Document, Request, rows, stream_files
+from lorakit.data import Document, Request, json_list, text_files
 from lorakit.data.places import Place
 from lorakit.data.row_stream import open_stream
 from lorakit.errors import DataError
@@ -39,7 +39,7 @@ def test_invalid_rows_of_a_csv_file(tmp_path: Path) -> None:
 def test_a_quote_that_is_not_closed_does_not_read_the_whole_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "STREAMED_CELL", 1000)
+    monkeypatch.setattr(text_files, "STREAMED_CELL", 1000)
     path = tmp_path / "a.csv"
     path.write_text('text\na\n"b\n' + "x" * 98 + "\n" + ("y" * 98 + "\n") * 100)
     skipped = list[tuple[str, str]]()
@@ -73,7 +73,7 @@ def test_invalid_json_lists(tmp_path: Path, text: str, line: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64])
 def test_json_lists_in_pieces_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(stream_files, "READ_BYTES", size)
+    monkeypatch.setattr(json_list, "READ_BYTES", size)
     path = tmp_path / "a.json"
     path.write_text(' [ {"text": "狐 ] \\" }"} ,\n{"text":"b"}\n, {"text": "😀"}] \n', encoding="utf-8")
     stream = open_stream([str(path)], Request())
@@ -89,8 +89,8 @@ def test_json_lists_in_pieces_of_any_size(tmp_path: Path, monkeypatch: pytest.Mo
 def test_an_element_that_does_not_end_does_not_read_the_whole_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_files, "MOST_CHARACTERS", 1000)
-    monkeypatch.setattr(stream_files, "READ_BYTES", 100)
+    monkeypatch.setattr(text_files, "MOST_CHARACTERS", 1000)
+    monkeypatch.setattr(json_list, "READ_BYTES", 100)
     path = tmp_path / "a.json"
     error = failure(path, '[{"text": "a"},\n{"text": "b\n' + "x" * 10_000 + '"}]')
     assert error.where == f"{path}:2"
