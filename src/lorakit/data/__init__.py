@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from lorakit.choices import Overlong
 from lorakit.data.encoding import Encoded, Sequence, Sequences, encode, encode_record, lengths
-from lorakit.data.loader import Batch, Loader, by_length, padding_id
+from lorakit.data.loader import Batch, BatchLoader, Loader, by_length, padding_id
 from lorakit.data.places import PARTIAL
 from lorakit.data.reading import python_reference, read_records, read_split, write_python_reference
 from lorakit.data.records import Completion, Conversation, Document, Labeled, Message, Record, Records, Tagged
@@ -28,6 +28,7 @@ __all__ = [
     "STRATIFIED",
     "AnyRecords",
     "Batch",
+    "BatchLoader",
     "Completion",
     "Conversation",
     "DataReport",

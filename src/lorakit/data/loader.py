@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import random
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Many
@@ -60,17 +61,90 @@ Collate: TypeAlias = Callable[[list[Sequence], int, float], Batch]
 
 
 @dataclass(eq=False, repr=False)
-class Loader(Iterator[Batch]):
+class BatchLoader(Iterator[Batch], ABC):
+    """Iterator over batches that can resume at any of them.
+
+    Attributes:
+        sequences: Sequences from `encode`; of a stream, those of the first part of the data.
+        batch_rows: Rows per batch.
+        seed: Seed that, together with the epoch number, determines the order of the sequences.
+        pad_id: Id of the padding token, which the attention mask hides; see `padding_id`.
+        collate: Function that combines sequences into a batch; None selects `padded`.
+
+    Raises:
+        ConfigError: `batch_rows` is below 1.
+    """
+
+    sequences: Many[Sequence]
+    batch_rows: int
+    seed: int
+    _: KW_ONLY
+    pad_id: int = 0
+    collate: Collate | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_rows < 1:
+            raise ConfigError.of("batch_rows", self.batch_rows, "at least 1")
+
+    @property
+    @abstractmethod
+    def batches_per_epoch(self) -> int:
+        """The (estimated) number of batches per epoch, including a smaller last batch."""
+
+    @property
+    @abstractmethod
+    def epoch(self) -> float:
+        """Progress through the data in epochs; an integer exactly at the end of an epoch."""
+
+    @abstractmethod
+    def most_tokens(self, batches: int) -> int | None:
+        """Return the most tokens, without padding, of a batch among the first ones; None if that is not known."""
+
+    @abstractmethod
+    def next_rows(self) -> list[Sequence]:
+        """Return the rows of the next batch, and advance to the batch after it."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Return the position, the settings and the identity of the data as plain JSON values."""
+
+    @abstractmethod
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Resume at the saved position of another loader; the next batches are those that it would have yielded.
+
+        Args:
+            state: The value that `state` returned for the other loader.
+
+        Raises:
+            DataError: The state is invalid, or comes from a loader with other data or settings.
+        """
+
+    def __next__(self) -> Batch:
+        return self.batch_of(self.next_rows())
+
+    def batch_of(self, rows: list[Sequence]) -> Batch:
+        """Combine rows from `next_rows`, at least one, into a batch."""
+        return (self.collate or padded)(rows, self.pad_id, self.epoch)
+
+    def _check_state(self, state: dict[str, Any], data: str, *settings: str) -> None:
+        """Check that a state has the same data, under the key `data`, and the same settings as this loader's."""
+        mine = self.state()
+        different = [key for key in (data, *settings) if state.get(key) != mine.get(key)]
+        if different:
+            shown = ", ".join("the data" if key == data else key for key in different)
+            raise DataError(
+                f"The position in the data cannot be restored: {shown} changed after the position was saved.",
+                what=shown,
+            )
+
+
+@dataclass(eq=False, repr=False)
+class Loader(BatchLoader):
     """Iterator over the batches of successive epochs; each epoch has its own order and may end with a smaller batch.
 
     Attributes:
-        sequences: Sequences from `encode`; at least one.
-        batch_rows: Rows per batch.
-        seed: Seed that, together with the epoch number, determines the order of the sequences.
         shuffle: Whether to shuffle the sequences; False keeps their order.
         epochs: Number of epochs; None means unlimited.
-        pad_id: Id of the padding token, which the attention mask hides; see `padding_id`.
-        collate: Function that combines sequences into a batch; None selects `padded`.
         weights: (sequences, weight) pairs for consecutive sequences: how often each of them occurs per epoch. The
             fractional part of a weight is the fraction of the sequences that occur once more; each epoch has its own
             choice. Empty means that each sequence occurs once.
@@ -80,19 +154,13 @@ class Loader(Iterator[Batch]):
         DataError: There are no sequences, or the weights leave none.
     """
 
-    sequences: Many[Sequence]
-    batch_rows: int
-    seed: int
     _: KW_ONLY
     shuffle: bool = True
     epochs: int | None = None
-    pad_id: int = 0
-    collate: Collate | None = None
     weights: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.batch_rows < 1:
-            raise ConfigError.of("batch_rows", self.batch_rows, "at least 1")
+        super().__post_init__()
         if not self.sequences:
             raise DataError("The data has no sequences to make batches from.", field="data")
         self._seek(0, 0)
@@ -110,9 +178,6 @@ class Loader(Iterator[Batch]):
         """Progress through the data, in epochs."""
         return self._epoch + self._batch / self.batches_per_epoch
 
-    def __next__(self) -> Batch:
-        return self.batch_of(self.next_rows())
-
     def next_rows(self) -> list[Sequence]:
         """Return the rows of the next batch, and advance to the batch after it.
 
@@ -128,20 +193,8 @@ class Loader(Iterator[Batch]):
         self._batch += 1
         return rows
 
-    def batch_of(self, rows: list[Sequence]) -> Batch:
-        """Combine rows from `next_rows` into a batch.
-
-        Args:
-            rows: The rows, at least one.
-        """
-        return (self.collate or padded)(rows, self.pad_id, self.epoch)
-
     def most_tokens(self, batches: int) -> int | None:
-        """Return the most tokens, without padding, of a batch among the first ones; None if that is not known.
-
-        Args:
-            batches: Number of batches, from the start of the first epoch; at most `EPOCHS_READ` epochs are looked at.
-        """
+        """Return the most tokens, without padding, of a batch among the first ones, in at most `EPOCHS_READ` epochs."""
         sizes, other, most = np.array(lengths(self.sequences)), copy.copy(self), 0
         for epoch in range(min(EPOCHS_READ, -(-batches // self.batches_per_epoch))):
             other._seek(epoch, 0)
@@ -163,24 +216,12 @@ class Loader(Iterator[Batch]):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Resume at the saved position of another loader; the next batches are those that it would have yielded.
-
-        Args:
-            state: The value that `state` returned for the other loader.
+        """Resume at the saved position of another loader; see `BatchLoader.load_state`.
 
         Raises:
-            DataError: The state is invalid, or comes from a loader with different data or a different seed, batch size
-                or `shuffle` setting.
+            DataError: The state is invalid, or comes from a loader with other data or settings.
         """
-        mine = self.state()
-        fixed = ("data_sha256", "seed", "batch_rows", "shuffle", "weights")
-        different = [key for key in fixed if state.get(key) != mine.get(key)]
-        if different:
-            shown = ", ".join("the data" if key == "data_sha256" else key for key in different)
-            raise DataError(
-                f"The position in the data cannot be restored: {shown} changed after the position was saved.",
-                what=shown,
-            )
+        self._check_state(state, "data_sha256", "seed", "batch_rows", "shuffle", "weights")
         epoch, batch = state.get("epoch"), state.get("batch")
         if isinstance(epoch, int) and isinstance(batch, int) and epoch >= 0 and 0 <= batch <= self.batches_per_epoch:
             self._seek(epoch, batch)

@@ -23,7 +23,7 @@ from functools import cached_property
 from typing import Any
 
 from lorakit.data.encoding import Sequence
-from lorakit.data.loader import Loader
+from lorakit.data.loader import BatchLoader
 from lorakit.data.places import Place
 from lorakit.data.reading import read_records
 from lorakit.data.records import Record, Records, content_key
@@ -210,11 +210,10 @@ class _Point:
 
 
 @dataclass(eq=False, repr=False)
-class StreamLoader(Loader):
+class StreamLoader(BatchLoader):
     """Iterator over the batches of a stream; rows are read and tokenized when they are needed.
 
     Attributes:
-        sequences: Sequences of the first part of the data, for estimates and for initial weights from data.
         rows: The training rows.
         encode: Function that returns the sequences of a record.
         source_weights: Source of a record -> how often its sequences occur per epoch; 1 for other sources. For a
@@ -235,8 +234,7 @@ class StreamLoader(Loader):
     _held: tuple[_Point, Sequence] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        if self.batch_rows < 1:
-            raise ConfigError.of("batch_rows", self.batch_rows, "at least 1")
+        super().__post_init__()
         self._go_to(0, _Point(Place()))
 
     @property
@@ -292,21 +290,10 @@ class StreamLoader(Loader):
     def load_state(self, state: dict[str, Any]) -> None:
         """Resume at the saved position of another loader; the current block is read again.
 
-        Args:
-            state: The value that `state` returned for the other loader.
-
         Raises:
             DataError: The state is invalid, or comes from a loader with other data or settings.
         """
-        mine = self.state()
-        fixed = ("stream_sha256", "seed", "batch_rows", "buffer")
-        different = [key for key in fixed if state.get(key) != mine[key]]
-        if different:
-            shown = ", ".join("the data" if key == "stream_sha256" else key for key in different)
-            raise DataError(
-                f"The position in the data cannot be restored: {shown} changed after the position was saved.",
-                what=shown,
-            )
+        self._check_state(state, "stream_sha256", "seed", "batch_rows", "buffer")
         epoch, batch, at = state.get("epoch"), state.get("batch"), state.get("block")
         numbers = [epoch, batch, *(at if isinstance(at, list) else [])]
         is_valid = len(numbers) == 6 and all(isinstance(one, int) and one >= 0 for one in numbers)

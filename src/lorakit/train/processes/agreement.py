@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from lorakit import core, durable, hub
-from lorakit.data import Loader
+from lorakit.data import BatchLoader
 from lorakit.errors import DataError, RunError
 from lorakit.train.files import run_folder
 from lorakit.train.loop.optimizer import Named
@@ -86,7 +86,7 @@ def check_same_base(model: nn.Module, processes: Processes) -> None:
         processes.check_equal({"fingerprint of the base": durable.sha256_bytes(values)})
 
 
-def check_rows(loader: Loader, processes: Processes) -> None:
+def check_rows(loader: BatchLoader, processes: Processes) -> None:
     """Check that there is a row for each process.
 
     Args:

@@ -287,7 +287,7 @@ class NewTokens:
     vocabulary: int
     rows: tuple[int, ...]
 
-    def unseen(self, loader: data.Loader) -> tuple[str, ...]:
+    def unseen(self, loader: data.BatchLoader) -> tuple[str, ...]:
         """Return a tuple with a warning if any new tokens do not occur in the training data, or else an empty tuple.
 
         Args:

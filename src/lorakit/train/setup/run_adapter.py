@@ -24,7 +24,7 @@ from lorakit.core.inits import init_named
 from lorakit.core.model.index import state_of
 from lorakit.core.model.vocabulary import grow_vocabulary, initialize_rows, with_trained_rows
 from lorakit.core.operations.rank_allocation import allocate
-from lorakit.data import Batch, Loader
+from lorakit.data import Batch, BatchLoader, Loader
 from lorakit.errors import AdapterFileError, DiskError, UsageError
 from lorakit.report import read_metrics
 from lorakit.session.tokenizers import SavedTokenizer
@@ -44,7 +44,7 @@ ROWS = 32
 
 
 def add_adapter(
-    model: nn.Module, spec: RunSpec, loader: Loader, checkpoint: Path | None, progress: Progress
+    model: nn.Module, spec: RunSpec, loader: BatchLoader, checkpoint: Path | None, progress: Progress
 ) -> tuple[str, ...]:
     """Add embedding rows for new tokens to the base, then attach a new adapter or load an existing one.
 
@@ -97,7 +97,7 @@ def _load_start(model: nn.Module, start: StartAdapter, progress: Progress) -> tu
 
 
 def allocate_ranks(
-    model: nn.Module, spec: RunSpec, by: Literal["gradients", "inputs"], loader: Loader, progress: Progress
+    model: nn.Module, spec: RunSpec, by: Literal["gradients", "inputs"], loader: BatchLoader, progress: Progress
 ) -> LoraConfig:
     """Return the run's adapter config with ranks computed from the base and the first training rows.
 
@@ -127,7 +127,7 @@ def allocate_ranks(
 
 
 def init_from_data(
-    model: nn.Module, config: LoraConfig, spec: RunSpec, loader: Loader, progress: Progress
+    model: nn.Module, config: LoraConfig, spec: RunSpec, loader: BatchLoader, progress: Progress
 ) -> tuple[LoraConfig, core.Statistics | None]:
     """Return the adapter's config and, if the initialization needs them, statistics of the first training rows.
 
@@ -165,7 +165,7 @@ def init_from_data(
     return found.config, found
 
 
-def first_rows(spec: RunSpec, loader: Loader) -> list[Batch]:
+def first_rows(spec: RunSpec, loader: BatchLoader) -> list[Batch]:
     """Return the first training rows that contribute to the loss, one per batch, in the order of the run's first epoch.
 
     Args:
@@ -173,11 +173,12 @@ def first_rows(spec: RunSpec, loader: Loader) -> list[Batch]:
         loader: The run's data loader, which is not advanced.
     """
     collate, pad, seed = spec.task.objective.collate, loader.pad_id, spec.settings.seed
-    own = Loader(loader.sequences, 1, seed, epochs=1, pad_id=pad, weights=loader.weights, collate=collate)
-    return [batch for batch in islice(own, ROWS) if batch.trained_tokens]
+    weights = loader.weights if isinstance(loader, Loader) else ()
+    singles = Loader(loader.sequences, 1, seed, epochs=1, pad_id=pad, weights=weights, collate=collate)
+    return [batch for batch in islice(singles, ROWS) if batch.trained_tokens]
 
 
-def quantized_run_base(model: nn.Module, spec: RunSpec, loader: Loader, progress: Progress) -> RunInt8 | None:
+def quantized_run_base(model: nn.Module, spec: RunSpec, loader: BatchLoader, progress: Progress) -> RunInt8 | None:
     """Quantize the base of a run if it is to be multiplied in int8.
 
     Args:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lorakit import plan
-from lorakit.data import Loader
+from lorakit.data import BatchLoader
 from lorakit.plan.fitting import needed_bytes
 from lorakit.speed import Acceleration
 from lorakit.train.files import run_folder
@@ -72,7 +72,7 @@ class RunLimits:
     patience: int | None
 
     @classmethod
-    def of(cls, settings: TrainSettings, loader: Loader, processes: int = 1) -> RunLimits:
+    def of(cls, settings: TrainSettings, loader: BatchLoader, processes: int = 1) -> RunLimits:
         """Compute the limits; by default, the adapter is evaluated and saved after every 10% of the steps.
 
         Args:

@@ -37,7 +37,7 @@ class RunBatches:
         task: The run's task.
     """
 
-    loader: data.Loader
+    loader: data.BatchLoader
     held_out_sequences: Texts | None
     train_report: data.Report
     held_out_report: data.Report | None
@@ -263,7 +263,7 @@ def _loader(
     task: TaskOnData,
     tokenizer: data.Tokenizer,
     max_length: int,
-) -> data.Loader:
+) -> data.BatchLoader:
     """Return the loader of the training data; of a stream, only the first part has been encoded."""
     rows, pad = settings.per_device_train_batch_size, data.padding_id(tokenizer)
     weights = weights_of(settings.data, settings.data_weights)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from lorakit import allocator, hub, plan
-from lorakit.data import Loader, lengths
+from lorakit.data import BatchLoader, lengths
 from lorakit.errors import DiskError
 from lorakit.machine import rss_bytes
 from lorakit.ops import choices
@@ -159,7 +159,9 @@ def _limited(spec: RunSpec, estimated: plan.Plan) -> tuple[plan.Plan, list[plan.
     return made, [], [reason]
 
 
-def _batches(spec: RunSpec, limits: RunLimits, loader: Loader, sizes: Sequence[int]) -> dict[str, int | float | None]:
+def _batches(
+    spec: RunSpec, limits: RunLimits, loader: BatchLoader, sizes: Sequence[int]
+) -> dict[str, int | float | None]:
     """Return the fields of a job that describe the batches that the loader yields, with the given lengths of rows."""
     settings = spec.settings
     is_limited = settings.fit is not None or settings.memory_budget is not None  # then the longest rows have to fit
@@ -294,7 +296,7 @@ def autotuned_choices(
     dtype: str,
     model: nn.Module,
     acceleration: Acceleration | None,
-    loader: Loader,
+    loader: BatchLoader,
     before: Mapping[str, Any] | None,
     progress: Progress,
 ) -> dict[str, int]:
@@ -320,7 +322,7 @@ def autotuned_choices(
     return dict(found.choices)
 
 
-def most_tokens(loader: Loader, packs: bool) -> int:
+def most_tokens(loader: BatchLoader, packs: bool) -> int:
     """Return the number of tokens in the largest batch that a loader can yield.
 
     Args:
