@@ -116,15 +116,15 @@ def end_tokens(tokenizer: Tokenizer) -> frozenset[int]:
     call: JsonObject = {"type": "function", "function": {"name": "velvet", "arguments": {"amber": "jade"}}}
     tools: tuple[JsonObject, ...] = ({"type": "function", "function": function},)
     calls = [Message("assistant", None, {"tool_calls": [call] * count}) for count in (2, 1)]  # some accept only one
-    user, result, found = Message("user", "opal"), Message("tool", "opal", {"name": "velvet"}), set[int]()
+    user, result, ends = Message("user", "opal"), Message("tool", "opal", {"name": "velvet"}), set[int]()
     for turns, following, given in (([Message("assistant", "quartz")], user, ()), (calls, result, tools)):
         for turn in turns:
             try:
-                found |= _end_token(Conversation((user, turn, following), "the end of a turn", tools=given), tokenizer)
+                ends |= _end_token(Conversation((user, turn, following), "the end of a turn", tools=given), tokenizer)
             except DataError:
                 continue
             break
-    return frozenset(found)
+    return frozenset(ends)
 
 
 def _end_token(talk: Conversation, tokenizer: Tokenizer) -> set[int]:
@@ -186,8 +186,8 @@ def _marked_turns(words: Conversation, tokenizer: Tokenizer) -> list[Message]:
             turn = replace(turn, content=f"{turn.content or ''}{stem}{next(numbers):06}k")
         turns.append(turn)
     filled = replace(words, messages=tuple(turns))
-    found = [[turn for turn in _answers(filled) if _has_word(text, turn)] for text in _marked(filled, tokenizer)]
-    return [turn for [turn] in found] if all(len(owners) == 1 for owners in found) else []
+    matches = [[turn for turn in _answers(filled) if _has_word(text, turn)] for text in _marked(filled, tokenizer)]
+    return [turn for [turn] in matches] if all(len(owners) == 1 for owners in matches) else []
 
 
 def _has_word(text: str, turn: Message) -> bool:

@@ -151,13 +151,13 @@ def _classes(features: Features | Mapping[str, Any]) -> dict[str, ClassLabel]:
     """Return a dict from each column of class numbers, or of lists of them, to the feature that has their names."""
     import datasets
 
-    found = dict[str, Any]()
+    class_features = dict[str, Any]()
     for column, kind in features.items():
         while not isinstance(kind, datasets.ClassLabel) and kind is not None:
             kind = kind[0] if isinstance(kind, list) else getattr(kind, "feature", None)
         if kind is not None:
-            found[column] = kind
-    return found
+            class_features[column] = kind
+    return class_features
 
 
 def _named(columns: dict[str, Any], classes: Mapping[str, ClassLabel]) -> dict[str, Any]:

@@ -84,9 +84,9 @@ class Sequences(collections.abc.Sequence[Sequence]):
     @classmethod
     def of(cls, ids: memoryview[int], trained: memoryview[int], ends: memoryview[int]) -> Sequences:
         """Return read-only sequences that use the memory of the results of `buffers`."""
-        found = cls()
-        found._ids, found._trained, found._ends = ids, trained, ends
-        return found
+        sequences = cls()
+        sequences._ids, sequences._trained, sequences._ends = ids, trained, ends
+        return sequences
 
     def buffers(self) -> dict[str, memoryview[int]]:
         """Return the token ids (two or four bytes each), the loss flags (one byte each), and the ends (eight bytes)."""
@@ -336,11 +336,11 @@ class _Work:
             rows, ended = self._windows(record), self._tokenizer.eos_token_id is not None
         else:
             rows, ended = self._cut(record)
-        made = False
+        has_rows = False
         for row in rows:
             yield row
-            made = True
-        if made:
+            has_rows = True
+        if has_rows:
             self._report.ended_rows += ended
         else:
             self._report.dropped_rows += 1
@@ -348,15 +348,15 @@ class _Work:
     def _windows(self, record: Document) -> Iterator[_Row]:
         """Yield the windows of a document as its tokens become available."""
         length = self._report.max_length_tokens
-        held, pieces = array("q"), list[str]()
+        rest, pieces = array("q"), list[str]()
         for ids, texts in self._tokens(record):
-            held.extend(ids)
+            rest.extend(ids)
             pieces += texts
-            while len(held) > length:  # the tokens exceed one window, so at least one more window follows
-                yield held[:length], b"\1" * length, pieces[:length]
-                del held[: length - 1], pieces[: length - 1]  # the last token of a window is the context of the next
-        if len(held) > 1:
-            yield held, b"\1" * len(held), pieces
+            while len(rest) > length:  # the tokens exceed one window, so at least one more window follows
+                yield rest[:length], b"\1" * length, pieces[:length]
+                del rest[: length - 1], pieces[: length - 1]  # the last token of a window is the context of the next
+        if len(rest) > 1:
+            yield rest, b"\1" * len(rest), pieces
 
     def _tokens(self, record: Document) -> Iterator[tuple[array[int], list[str]]]:
         """Yield the tokens of a document, including its start and end tokens, in chunks of limited size."""

@@ -78,9 +78,9 @@ def check_value(value: JsonValue, name: str, *, is_used: bool = True) -> None:
         BadRow: A string or a name contains an unpaired surrogate, the value is nested too deeply, or a value that is
             used is not JSON.
     """
-    found = problem_in(value, is_json=is_used)
-    if found is not None:
-        raise BadRow(f"the field '{name}{found[0]}' {found[1]}.")
+    problem = problem_in(value, is_json=is_used)
+    if problem is not None:
+        raise BadRow(f"the field '{name}{problem[0]}' {problem[1]}.")
 
 
 def messages_of(value: JsonValue, name: str, unused: Counter[str]) -> tuple[Message, ...]:

@@ -32,13 +32,13 @@ td { font-variant-numeric: tabular-nums }
 """
 
 
-def write_page(path: Path, files: Sequence[str], found: Quality, note: str) -> None:
+def write_page(path: Path, files: Sequence[str], quality: Quality, note: str) -> None:
     """Write the page; it makes no network requests and needs no scripts.
 
     Args:
         path: The HTML file.
         files: Names of the data, for the title.
-        found: What the page shows.
+        quality: What the page shows.
         note: Which rows are held out.
 
     Raises:
@@ -51,24 +51,24 @@ def write_page(path: Path, files: Sequence[str], found: Quality, note: str) -> N
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>Data: {title}</title><style>{_STYLE}</style></head><body>",
         f"<h1>Data: {title}</h1>",
-        *(f"<p>{escape(printable(line))}</p>" for line in [*found.report.lines(), note, *found.notes]),
-        *(f'<p class="warning">{escape(printable(line))}</p>' for line in found.warnings()),
+        *(f"<p>{escape(printable(line))}</p>" for line in [*quality.report.lines(), note, *quality.notes]),
+        *(f'<p class="warning">{escape(printable(line))}</p>' for line in quality.warnings()),
         "<h2>Lengths</h2>",
-        _histogram(found),
+        _histogram(quality),
         "<h2>Rows</h2>",
         '<p>Tokens on a <span class="loss">colored background</span> contribute to the loss.</p>',
-        *(_row(number, tokens) for number, tokens in enumerate(found.examples, start=1)),
+        *(_row(number, tokens) for number, tokens in enumerate(quality.examples, start=1)),
         "</body></html>",
     ]
     write_text(path, "\n".join(parts) + "\n")
 
 
-def _histogram(found: Quality) -> str:
-    most = max((count for _, count in found.histogram), default=1)
+def _histogram(quality: Quality) -> str:
+    most = max((count for _, count in quality.histogram), default=1)
     rows = [
         f"<tr><td>{size:,}</td><td>{count:,}</td>"
         f'<td><span class="bar" style="width: {100 * count / most:.1f}%"></span></td></tr>'
-        for size, count in found.histogram
+        for size, count in quality.histogram
     ]
     head = "<tr><th>up to (tokens)</th><th>sequences</th><th></th></tr>"
     return f"<table>{head}{''.join(rows)}</table>"

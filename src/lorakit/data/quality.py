@@ -226,13 +226,13 @@ def shown_tokens(row: Sequence, tokenizer: Tokenizer, names: Many[str] = ()) -> 
     for part in (ids, *row.others):
         yield from tokens_of(part, [IGNORED] * len(part), tokenizer, next(pieces, ()))
         yield Token(" ", False)
-    found = [label for label in row.labels if label != IGNORED]
+    values = [label for label in row.labels if label != IGNORED]
     if names:
-        yield Token(", ".join(names[label] for label in found), True)
+        yield Token(", ".join(names[label] for label in values), True)
     elif row.labels.typecode == "d":
-        yield Token(", ".join(f"{score:g}" for score in found), True)
-    elif found:
-        yield from tokens_of(found, found, tokenizer, next(pieces, ()))
+        yield Token(", ".join(f"{score:g}" for score in values), True)
+    elif values:
+        yield from tokens_of(values, values, tokenizer, next(pieces, ()))
 
 
 def row_title(number: int, tokens: Iterable[Token]) -> str:
@@ -272,33 +272,33 @@ def tokens_of(ids: Many[int], labels: Many[int], tokenizer: Tokenizer, pieces: M
     if pieces:
         yield from _joined(pieces, [label != IGNORED for label in labels])
         return
-    before, held, is_trained = list[int](), list[int](), False
+    before, pending, is_trained = list[int](), list[int](), False
     for token, label in zip(ids, labels, strict=True):
-        if held and is_trained != (label != IGNORED):  # an incomplete character that crosses the border
-            yield Token(_text_after(before, held, tokenizer), is_trained, len(held))
-            before, held = held, []
+        if pending and is_trained != (label != IGNORED):  # an incomplete character that crosses the border
+            yield Token(_text_after(before, pending, tokenizer), is_trained, len(pending))
+            before, pending = pending, []
         is_trained = label != IGNORED
-        held.append(token)
-        text = _text_after(before, held, tokenizer)
+        pending.append(token)
+        text = _text_after(before, pending, tokenizer)
         if not text.endswith("\ufffd"):
-            yield Token(text, is_trained, len(held))
-            before, held = held, []
-    if held:
-        yield Token(_text_after(before, held, tokenizer), is_trained, len(held))
+            yield Token(text, is_trained, len(pending))
+            before, pending = pending, []
+    if pending:
+        yield Token(_text_after(before, pending, tokenizer), is_trained, len(pending))
 
 
 def _joined(pieces: Many[str], trained: Many[bool]) -> Iterator[Token]:
     """Yield tokens with their texts; tokens within one character, such as an emoji of several, are joined."""
-    held: Token | None = None
+    merged: Token | None = None
     for piece, is_trained in zip(pieces, trained, strict=True):
-        if held is not None and held.is_trained == is_trained and _continues(held.text, piece):
-            held = replace(held, text=held.text + piece, count=held.count + 1)
+        if merged is not None and merged.is_trained == is_trained and _continues(merged.text, piece):
+            merged = replace(merged, text=merged.text + piece, count=merged.count + 1)
             continue
-        if held is not None:
-            yield held
-        held = Token(piece, is_trained, 1)
-    if held is not None:
-        yield held
+        if merged is not None:
+            yield merged
+        merged = Token(piece, is_trained, 1)
+    if merged is not None:
+        yield merged
 
 
 _JOINER = "\u200d"
@@ -312,12 +312,12 @@ def _continues(before: str, piece: str) -> bool:
     return not begin or is_joined or unicodedata.category(begin).startswith("M")
 
 
-def _text_after(before: list[int], held: list[int], tokenizer: Tokenizer) -> str:
+def _text_after(before: list[int], tokens: list[int], tokenizer: Tokenizer) -> str:
     """Decode tokens in the context of the tokens before them, on which the spaces between words depend."""
     if not before:
-        return text_of(tokenizer, held)
-    context, both = text_of(tokenizer, before), text_of(tokenizer, before + held)
-    return both[len(context) :] if both.startswith(context) else text_of(tokenizer, held)
+        return text_of(tokenizer, tokens)
+    context, both = text_of(tokenizer, before), text_of(tokenizer, before + tokens)
+    return both[len(context) :] if both.startswith(context) else text_of(tokenizer, tokens)
 
 
 class _NearDuplicates:

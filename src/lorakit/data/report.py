@@ -64,11 +64,11 @@ class Report(ABC):
         """Return all counts and notes as plain JSON values."""
         return asdict(self)
 
-    def _row_lines(self, own: Iterable[str]) -> list[str]:
+    def _row_lines(self, task_lines: Iterable[str]) -> list[str]:
         """Return lines about rows: those left out because they are empty, the task's own lines, and duplicates."""
         empty = [f"{format_count(self.empty_rows, 'row')} left out: empty."] if self.empty_rows else []
         twice = [f"{format_count(self.duplicate_rows, 'duplicate row')} kept."] if self.duplicate_rows else []
-        return [*empty, *own, *twice, *self._inactive_lines()]
+        return [*empty, *task_lines, *twice, *self._inactive_lines()]
 
     def _inactive_lines(self) -> list[str]:
         """Return a line if the adapter would not learn from some sequences."""

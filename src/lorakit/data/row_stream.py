@@ -132,9 +132,9 @@ def open_stream(names: Iterable[str], request: Request, skipped: Callable[[str, 
 
 def streamable_bytes(names: Iterable[str]) -> int:
     """Return the total size of the data in bytes, or 0 if it is not known without the network or a file is missing."""
-    found = expand(names)
-    paths = [source for source in found if isinstance(source, Path) and source.is_file()]
-    return sum(path.stat().st_size for path in paths) if len(paths) == len(found) else 0
+    sources = expand(names)
+    paths = [source for source in sources if isinstance(source, Path) and source.is_file()]
+    return sum(path.stat().st_size for path in paths) if len(paths) == len(sources) else 0
 
 
 def _opened(source: Path | HubSource, request: Request) -> StreamedSource:

@@ -253,8 +253,8 @@ class Request:
 
     def shapes(self) -> tuple[Shape, ...]:
         """Return the shapes that may be recognized."""
-        found = self._allowed()
-        return found if self.needs_label else tuple(shape.without_label(self.columns) for shape in found)
+        shapes = self._allowed()
+        return shapes if self.needs_label else tuple(shape.without_label(self.columns) for shape in shapes)
 
     def _allowed(self) -> tuple[Shape, ...]:
         return tuple(
@@ -326,8 +326,8 @@ class Layout:
     def text(self) -> str:
         """Return the shape, the columns that supply fields of another name, and whether they are unusual."""
         renamed = [f"{name} from '{column}'" for name, column in self.columns.items() if name != column]
-        found = f"{self.shape.name} ({', '.join(renamed)}) rows" if renamed else f"{self.shape.name} rows"
-        return f"{found}, unlike the adapter's training data" if self.is_unusual else found
+        text = f"{self.shape.name} ({', '.join(renamed)}) rows" if renamed else f"{self.shape.name} rows"
+        return f"{text}, unlike the adapter's training data" if self.is_unusual else text
 
 
 def text_records(texts: Sequence[str], request: Request) -> Records:
@@ -363,9 +363,9 @@ def common_layout(layouts: Iterable[Layout | None]) -> tuple[str | None, dict[st
         The name of the shape, or None if it differs between files; and a dict from required field to column, which is
         empty if the columns differ.
     """
-    found = list(layouts)
-    names = {"text" if layout is None else layout.shape.name for layout in found}
-    columns = [dict(layout.columns) for layout in found if layout is not None]
+    all_layouts = list(layouts)
+    names = {"text" if layout is None else layout.shape.name for layout in all_layouts}
+    columns = [dict(layout.columns) for layout in all_layouts if layout is not None]
     same = len(names) == 1 and all(one == columns[0] for one in columns)
     return (names.pop() if len(names) == 1 else None), (columns[0] if same and columns else {})
 
@@ -396,15 +396,15 @@ def recognize(columns: Sequence[str], request: Request) -> Layout:
         with contextlib.suppress(BadRow):
             return recognize(columns, request.usual)
         return replace(recognize(columns, replace(request, usual=None)), is_unusual=True)
-    bound = [(shape, found) for shape in request.shapes() if (found := _bound(shape, columns, request)) is not None]
+    bound = [(shape, binding) for shape in request.shapes() if (binding := _bound(shape, columns, request)) is not None]
     if request.format is None:
-        bound = [(shape, found) for shape, found in bound if not _is_covered(shape, found, bound)]
+        bound = [(shape, binding) for shape, binding in bound if not _is_covered(shape, binding, bound)]
     if len(bound) > 1:
         names = " and ".join(shape.name for shape, _ in bound)
         raise BadRow(f"the columns {_listed(columns)} fit several shapes, {names}; select one with --format.")
     if not bound:
         raise BadRow(_unrecognized(columns, request))
-    shape, found = bound[0]
+    shape, binding = bound[0]
     if shape.build is None:
         raise BadRow(
             f"these are {shape.name} rows ({_listed(columns)}), which cannot be trained on yet. {shape.remedy}."
@@ -412,9 +412,9 @@ def recognize(columns: Sequence[str], request: Request) -> Layout:
     optional = {
         name: (request.columns[name],) if name in request.columns else candidates
         for name, candidates in shape.optional.items()
-        if name not in found
+        if name not in binding
     }
-    return Layout(shape, found, optional)
+    return Layout(shape, binding, optional)
 
 
 def _bound(shape: Shape, columns: Sequence[str], request: Request) -> dict[str, str] | None:
@@ -422,22 +422,22 @@ def _bound(shape: Shape, columns: Sequence[str], request: Request) -> dict[str, 
     fields = {*shape.needed, *shape.optional, *(() if request.needs_label else LABELS)}
     if not request.columns.keys() <= fields:
         return None
-    found = {}
+    binding = {}
     labels = {name: candidates for name, candidates in shape.optional.items() if name in LABELS}
     for name, candidates in {**shape.needed, **labels}.items():
-        own = (name,) if request.format == shape.name and name in shape.needed else ()
+        same_name = (name,) if request.format == shape.name and name in shape.needed else ()
         given = request.columns.get(name)
-        column = shape.supplier((*candidates, *own), columns) if given is None else given
+        column = shape.supplier((*candidates, *same_name), columns) if given is None else given
         if column is not None and column in columns:
-            found[name] = column
+            binding[name] = column
         elif name in shape.needed:
             return None
-    return found
+    return binding
 
 
-def _is_covered(shape: Shape, found: Mapping[str, str], bound: Sequence[tuple[Shape, Mapping[str, str]]]) -> bool:
+def _is_covered(shape: Shape, binding: Mapping[str, str], bound: Sequence[tuple[Shape, Mapping[str, str]]]) -> bool:
     """Return whether another shape explains the same columns and more."""
-    used = set(found.values())
+    used = set(binding.values())
     return any(
         other is not shape and (used < set(theirs.values()) or used <= {*theirs.values(), *other.derived} > used)
         for other, theirs in bound
@@ -466,7 +466,7 @@ def _unrecognized(columns: Sequence[str], request: Request) -> str:
             f"the field '{name}' is missing; {shape.name} rows have {shape.described()}. Use --columns {name}=COLUMN."
         )
     fields = sorted({column for shape in shapes for candidates in shape.needed.values() for column in candidates})
-    close = [f"'{found}' instead of '{name}'" for name in columns for found in nearest(name.lower(), fields, 1)]
+    close = [f"'{near}' instead of '{name}'" for name in columns for near in nearest(name.lower(), fields, 1)]
     hint = (
         f" Did you mean {', '.join(close[:2])}?"
         if close

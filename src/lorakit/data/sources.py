@@ -72,10 +72,10 @@ def expand(names: Iterable[str | os.PathLike[str]]) -> list[Path | HubSource]:
     Raises:
         DataError: There are no names, or a directory or pattern contains no data files.
     """
-    found = [source for name in names for source in _expanded(os.fspath(name))]
-    if not found:
+    sources = [source for name in names for source in _expanded(os.fspath(name))]
+    if not sources:
         raise DataError("No data was given; pass at least one file, directory or Hub data set.", field="data")
-    return found
+    return sources
 
 
 def weights_of(names: Iterable[str], weights: Mapping[str, float]) -> dict[str, float]:
@@ -96,14 +96,14 @@ def weights_of(names: Iterable[str], weights: Mapping[str, float]) -> dict[str, 
     for name in weights:
         if name not in known:
             raise ConfigError.of("data_weights", name, allowed=known)
-    found = dict[str, float]()
+    weight_of = dict[str, float]()
     for name in known if weights else ():
         weight = weights.get(name, 1.0)
         for source in map(str, _expanded(name)):
-            if found.setdefault(source, weight) != weight:
+            if weight_of.setdefault(source, weight) != weight:
                 text = f"{source}: two names in --data with different weights stand for this file; omit one of them."
                 raise DataError(text, where=source, field="data_weights")
-    return found
+    return weight_of
 
 
 def _expanded(name: str) -> list[Path | HubSource]:

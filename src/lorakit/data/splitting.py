@@ -103,8 +103,8 @@ def rule_named(name: str | None) -> SplitRule:
     Raises:
         DataError: This version of lorakit has no such rule.
     """
-    found = RULES.get(HASHED.name if name is None else name)
-    if found is None:
+    rule = RULES.get(HASHED.name if name is None else name)
+    if rule is None:
         raise DataError(
             f"the run holds out rows by the rule {name!r}, which this version of lorakit lacks; resume it with the "
             "version in its run.json, or start again with another --output-dir.",
@@ -112,7 +112,7 @@ def rule_named(name: str | None) -> SplitRule:
             field="eval_fraction",
             allowed=tuple(RULES),
         )
-    return found
+    return rule
 
 
 def split(
@@ -149,15 +149,15 @@ def split(
             if rows.are_documents
             else _nothing(everything, f"the data is a single {rows.noun}")
         )
-    held, strata = rows.held_out(fraction, rule)
-    if not held.any():
+    is_held, strata = rows.held_out(fraction, rule)
+    if not is_held.any():
         return _nothing(everything, "each group has all rows of a label, which would not be trained")
-    train = everything.some(np.flatnonzero(~held), everything.notes)
-    held_out = everything.some(np.flatnonzero(held))
+    train = everything.some(np.flatnonzero(~is_held), everything.notes)
+    held_out = everything.some(np.flatnonzero(is_held))
     verb = "is" if len(held_out) == 1 else "are"
     total = format_count(len(everything), rows.noun)
     if rows.has_groups:
-        count = len(np.unique(rows.unit_of[held]))
+        count = len(np.unique(rows.unit_of[is_held]))
         total += f" ({count:,} of {format_count(len(rows.entries), 'group')})"
     how = ", stratified by label" if strata > 1 else ""
     return Split(
@@ -242,13 +242,13 @@ class _Rows:
     def held_out(self, fraction: float | None, rule: SplitRule) -> tuple[np.ndarray[Any, Any], int]:
         """Return whether each record is held out, shape (records,), and the number of strata."""
         sizes = Counter[Hashable]()
-        for found in self.entries:
-            sizes.update(found)
+        for entry in self.entries:
+            sizes.update(entry)
         rare = {label for label, size in sizes.items() if size == 1}  # one stratum, as for the values of scores
-        entries = [found if rare.isdisjoint(found) else _pooled(found, rare) for found in self.entries]
+        entries = [entry if rare.isdisjoint(entry) else _pooled(entry, rare) for entry in self.entries]
         strata = Counter[Hashable]()
-        for found in entries:
-            strata.update(found)
+        for entry in entries:
+            strata.update(entry)
         total = strata.total()
         count = min(total - 1, max(1, _count(total, fraction, rule.least_rows)))
         wanted = _apportioned(strata, count)
@@ -259,9 +259,9 @@ _POOL = object()
 """Stratum of all labels that occur once."""
 
 
-def _pooled(found: Entry, rare: set[Hashable]) -> Entry:
+def _pooled(entry: Entry, rare: set[Hashable]) -> Entry:
     pooled = Counter[Hashable]()
-    for label, count in found.items():
+    for label, count in entry.items():
         pooled[_POOL if label in rare else label] += count
     return pooled
 
@@ -305,13 +305,13 @@ def _closest(entries: Many[Entry], wanted: Counter[Hashable], strata: Counter[Ha
             break
     if best:
         return best
-    free = [unit for unit, found in enumerate(entries) if _leaves_some(found, strata, Counter())]
+    free = [unit for unit, entry in enumerate(entries) if _leaves_some(entry, strata, Counter())]
     return sorted(free, key=lambda unit: _change(entries[unit], wanted, Counter()))[:1]  # every unit is too large
 
 
-def _leaves_some(found: Entry, strata: Counter[Hashable], held: Counter[Hashable]) -> bool:
+def _leaves_some(entry: Entry, strata: Counter[Hashable], held_out: Counter[Hashable]) -> bool:
     """Return whether rows of each label are left to train on if a unit is held out in addition to other rows."""
-    return all(held[label] + count < strata[label] for label, count in found.items())
+    return all(held_out[label] + count < strata[label] for label, count in entry.items())
 
 
 def _fitting(
@@ -322,21 +322,21 @@ def _fitting(
     Returns:
         The units, and the squared distance that is left.
     """
-    held, off, chosen = Counter[Hashable](), sum(count * count for count in wanted.values()), list[int]()
+    held_out, off, chosen = Counter[Hashable](), sum(count * count for count in wanted.values()), list[int]()
     for unit in order:
         if not off:
             break
-        change = _change(entries[unit], wanted, held)
-        if change < 0 and _leaves_some(entries[unit], strata, held):
-            held.update(entries[unit])
+        change = _change(entries[unit], wanted, held_out)
+        if change < 0 and _leaves_some(entries[unit], strata, held_out):
+            held_out.update(entries[unit])
             off += change
             chosen.append(unit)
     return chosen, off
 
 
-def _change(found: Entry, wanted: Counter[Hashable], held: Counter[Hashable]) -> int:
+def _change(entry: Entry, wanted: Counter[Hashable], held_out: Counter[Hashable]) -> int:
     """Return by how much a unit changes the squared distance between the held-out rows and those wanted."""
-    return sum(count * (count + 2 * (held[label] - wanted[label])) for label, count in found.items())
+    return sum(count * (count + 2 * (held_out[label] - wanted[label])) for label, count in entry.items())
 
 
 def _group_digests(contents: np.ndarray[Any, Any], groups: np.ndarray[Any, Any], salt: str) -> np.ndarray[Any, Any]:
@@ -383,12 +383,12 @@ def _cut(everything: AnyRecords, fraction: float | None, rule: SplitRule) -> Spl
     if not rule.cuts_documents or not isinstance(document, Document):
         return _nothing(everything, "the data is a single document")
     size = sum(map(len, document.pieces()))
-    held = _count(size, fraction, LEAST_CHARACTERS)
-    at = _border(document, size - held, min(held // 2, _FARTHEST)) if size >= SHORTEST_DOCUMENT else None
+    count = _count(size, fraction, LEAST_CHARACTERS)
+    at = _border(document, size - count, min(count // 2, _FARTHEST)) if size >= SHORTEST_DOCUMENT else None
     if at is None:
-        found = _nothing(everything, "the data is a single document")
+        uncut = _nothing(everything, "the data is a single document")
         return Split(
-            found.train, found.held_out, f"{found.note} It has no place to cut, or fewer than 1,000 characters."
+            uncut.train, uncut.held_out, f"{uncut.note} It has no place to cut, or fewer than 1,000 characters."
         )
     train, held_out = everything.cut(at, at / size)
     note = (

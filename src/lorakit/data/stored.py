@@ -276,8 +276,8 @@ class StoredRecords(Sequence[Record]):
     def __getitem__(self, index: slice) -> list[Record]: ...
     def __getitem__(self, index: int | slice) -> Record | list[Record]:
         chosen = self._all()
-        found = self._read(chosen[index] if isinstance(index, slice) else [chosen[index]])
-        return [record for record, _ in found] if isinstance(index, slice) else next(found)[0]
+        sized = self._read(chosen[index] if isinstance(index, slice) else [chosen[index]])
+        return [record for record, _ in sized] if isinstance(index, slice) else next(sized)[0]
 
     def __iter__(self) -> Iterator[Record]:
         return (record for record, _ in self.sized())

@@ -100,9 +100,9 @@ class StreamSplit(Split):
 
     def digests(self) -> dict[str, str]:
         """Return a dict from the path or name of each file or data set to its identity, partial if it is streamed."""
-        found = self.held_out.digests() if isinstance(self.held_out, StoredRecords) else {}
+        held_out = self.held_out.digests() if isinstance(self.held_out, StoredRecords) else {}
         contents = [source.content for source in self.rows.stream.sources]
-        return {**found, **{content.label: content.identity() for content in contents}}
+        return {**held_out, **{content.label: content.identity() for content in contents}}
 
 
 def read_stream(
@@ -147,12 +147,12 @@ def read_stream(
         kept = [at for at, record in enumerate(sample) if content_key(record) not in rows.excluded]
         sample = sample.some(kept, sample.notes)
     sample.shape, sample.columns = common_layout(source.layout for source in stream.sources)
-    held = (
+    note = (
         f"{format_count(len(chosen), 'row')} of this part held out for evaluation (by a hash of each row, seed {seed})"
     )
     if not chosen:
-        held = "no row of this part is held out for evaluation"
-    return StreamSplit(sample, chosen, f"{_note(stream)}; {held}.", rows)
+        note = "no row of this part is held out for evaluation"
+    return StreamSplit(sample, chosen, f"{_note(stream)}; {note}.", rows)
 
 
 def _note(stream: RowStream) -> str:
@@ -231,7 +231,7 @@ class StreamLoader(BatchLoader):
     source_weights: Mapping[str, float] = field(default_factory=dict)
     sample_bytes: int = SAMPLE_BYTES
     _block: list[Sequence] = field(init=False, default_factory=list)
-    _held: tuple[_Point, Sequence] | None = field(init=False, default=None)
+    _following: tuple[_Point, Sequence] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -249,10 +249,10 @@ class StreamLoader(BatchLoader):
         taken = self._batch * self.batch_rows
         if taken == 0 and self._point == _Point(Place()):
             return float(self._epoch)
-        if self._held is None and self._block and taken >= len(self._block):
+        if self._following is None and self._block and taken >= len(self._block):
             return self._epoch + 1.0
         begin = self._bytes(self._point)
-        end = self._bytes(None if self._held is None else self._held[0])
+        end = self._bytes(None if self._following is None else self._following[0])
         done = begin + (end - begin) * taken / max(1, len(self._block))
         return self._epoch + min(max(done / max(1, self.rows.stream.total_bytes), 1e-9), 1 - 1e-9)
 
@@ -306,27 +306,27 @@ class StreamLoader(BatchLoader):
 
     def _go_to(self, epoch: int, point: _Point) -> None:
         self._epoch, self._point, self._batch = epoch, point, 0
-        self._block, self._held = [], None
+        self._block, self._following = [], None
         self._source = self._sequences(point)
 
     def _advance(self) -> None:
         """Go to the start of the next block, or of the next epoch."""
-        if self._held is None:
+        if self._following is None:
             self._go_to(self._epoch + 1, _Point(Place()))
         else:
-            self._point, self._batch, self._block = self._held[0], 0, []
+            self._point, self._batch, self._block = self._following[0], 0, []
 
     def _fill(self) -> None:
         """Read and shuffle the block that starts at the current point; the first sequence after it is read too."""
         size = -(-BUFFER // self.batch_rows) * self.batch_rows
-        first = [] if self._held is None else [self._held]
-        block, held = list[Sequence](), None
+        first = [] if self._following is None else [self._following]
+        block, following = list[Sequence](), None
         try:
-            for found in itertools.chain(first, self._source):
+            for pair in itertools.chain(first, self._source):
                 if len(block) == size:
-                    held = found
+                    following = pair
                     break
-                block.append(found[1])
+                block.append(pair[1])
         except DataError:
             self._go_to(self._epoch, self._point)
             raise
@@ -334,24 +334,24 @@ class StreamLoader(BatchLoader):
             raise DataError("The data has no sequences to make batches from.", field="data")
         key = ":".join(map(str, [self.seed, self._epoch, *self._point.values()]))
         random.Random(key).shuffle(block)
-        self._block, self._held = block, held
+        self._block, self._following = block, following
 
     def _sequences(self, start: _Point) -> Iterator[tuple[_Point, Sequence]]:
         """Yield the sequences of the training rows from a point on, each with its own point."""
         skip = start.skip
         for row in self.rows.rows(start.place):
-            made = self._repeated(row)
-            for number in range(skip, len(made)):
-                yield _Point(row.start, number), made[number]
+            sequences = self._repeated(row)
+            for number in range(skip, len(sequences)):
+                yield _Point(row.start, number), sequences[number]
             skip = 0
 
     def _repeated(self, row: StreamedRow) -> Many[Sequence]:
         """Return the sequences of a row, each as often as the weight of its source says."""
-        made, weight = self.encode(row.record), self.source_weights.get(row.record.source, 1.0)
+        sequences, weight = self.encode(row.record), self.source_weights.get(row.record.source, 1.0)
         if weight == 1:
-            return made
+            return sequences
         drawn = random.Random(f"{self.seed}:{self._epoch}:{row.start.file}:{row.start.offset}:weights")
-        return [one for one in made for _ in range(int(weight) + (drawn.random() < weight % 1))]
+        return [one for one in sequences for _ in range(int(weight) + (drawn.random() < weight % 1))]
 
     def _bytes(self, point: _Point | None) -> int:
         stream = self.rows.stream

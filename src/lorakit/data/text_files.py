@@ -132,14 +132,14 @@ def _check_text(path: Path, file: IO[bytes]) -> None:
             raise file_error(
                 path, f"the data file looks binary (null byte at offset {at + zero}); data files must be UTF-8 text."
             )
-        held = len(decoder.getstate()[0])  # the first bytes of a character that is split across pieces
+        rest = len(decoder.getstate()[0])  # the first bytes of a character that is split across pieces
         try:
             decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as cause:
             line = 1 + lines + cause.object[: cause.start].count(b"\n")
             raise file_error(
                 path,
-                f"not valid UTF-8: invalid byte 0x{cause.object[cause.start]:02x} at offset {at - held + cause.start} "
+                f"not valid UTF-8: invalid byte 0x{cause.object[cause.start]:02x} at offset {at - rest + cause.start} "
                 f"(line {line}). Convert the file to UTF-8 first.",
             ) from None
         empty = empty and not piece.strip()
@@ -323,8 +323,8 @@ class _DecodedLines(Iterator[str]):
 
     def problem(self) -> BadRow | None:
         """Return the problem of the lines read since the last call, or None."""
-        found, self._problem = self._problem, None
-        return found
+        problem, self._problem = self._problem, None
+        return problem
 
 
 def _next_row(reader: Iterator[list[str]], longest: int) -> list[str] | None:

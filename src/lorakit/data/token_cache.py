@@ -135,11 +135,11 @@ class TokenCache:
             return make()
         key = TOKENS.key(records=records.identity(), notes=records.notes, encoding=list(encoding), **self._inputs)
         entry = self._folder / key
-        found = self._read(entry, form)
-        if found is None:
-            found = make()
-            self._write(entry, *form.pack(found))
-        return found
+        encoded = self._read(entry, form)
+        if encoded is None:
+            encoded = make()
+            self._write(entry, *form.pack(encoded))
+        return encoded
 
     def _read(self, entry: Path, form: Form[T]) -> T | None:
         if not entry.is_dir():
@@ -147,11 +147,11 @@ class TokenCache:
         with contextlib.suppress(OSError):  # a cache that can only be read
             os.utime(entry)  # before it is read: `remove_unused` leaves it
         try:
-            found = form.unpack(*_loaded(entry))
+            encoded = form.unpack(*_loaded(entry))
         except (LorakitError, OSError, ValueError, KeyError, TypeError) as cause:
             self._say(f"{entry}: the cached tokens are damaged ({_line(cause)}), so the data is tokenized again.")
             return None
-        return found
+        return encoded
 
     def _write(self, entry: Path, buffers: Buffers, values: JsonObject) -> None:
         size = sum(buffer.nbytes for buffer in buffers.values())
@@ -197,9 +197,9 @@ def _loaded(entry: Path) -> tuple[Buffers, Mapping[str, Any]]:
     return maps, manifest["values"]
 
 
-def _pack(found: Encoded) -> tuple[Buffers, JsonObject]:
-    values = {"report": asdict(found.report), "sources": [list(pair) for pair in found.sources]}
-    return found.sequences.buffers(), values
+def _pack(encoded: Encoded) -> tuple[Buffers, JsonObject]:
+    values = {"report": asdict(encoded.report), "sources": [list(pair) for pair in encoded.sources]}
+    return encoded.sequences.buffers(), values
 
 
 def _unpack(maps: Buffers, values: Mapping[str, Any]) -> Encoded:

@@ -72,14 +72,14 @@ _SPACE = "\u0120"
 
 def with_spaces(tokens: list[str], spans: list[Span]) -> list[Span]:
     """Return spans that include the spaces of tokens, which some byte-level tokenizers leave out (trim_offsets)."""
-    found, end = list[Span](), 0
+    edges, end = list[Span](), 0
     following = [start for start, _ in spans[1:]] + [last for _, last in spans[-1:]]
     for token, (start, last), limit in zip(tokens, spans, following, strict=True):
         before = len(token) - len(token.lstrip(_SPACE))
         after = len(token) - len(token.rstrip(_SPACE)) if before < len(token) else 0
         end_before, end = end, max(last, min(last + after, limit))
-        found.append((max(end_before, start - before) if before else start, end))
-    return found
+        edges.append((max(end_before, start - before) if before else start, end))
+    return edges
 
 
 def cut(tokenizer: Tokenizer, text: str, ids: list[int], spans: list[Span]) -> list[str]:
@@ -111,10 +111,10 @@ def pieces_of(tokenizer: Tokenizer, ids: list[int], texts: Iterable[str]) -> lis
         A piece for each token; nothing if the row has other tokens than the texts.
     """
     parts = [_part(tokenizer, text) for text in texts]
-    own = [token for part in parts for token in part.ids]
-    for at in range(len(ids) - len(own) + 1):
-        if ids[at : at + len(own)] == own:
-            before, after = ([text_of(tokenizer, [one]) for one in some] for some in (ids[:at], ids[at + len(own) :]))
+    run = [token for part in parts for token in part.ids]
+    for at in range(len(ids) - len(run) + 1):
+        if ids[at : at + len(run)] == run:
+            before, after = ([text_of(tokenizer, [one]) for one in some] for some in (ids[:at], ids[at + len(run) :]))
             pieces = (piece for part in parts for piece in cut(tokenizer, part.text, part.ids, part.spans))
             return [*before, *pieces, *after]
     return []
@@ -165,24 +165,24 @@ class _Source:
 
     def __init__(self, pieces: Iterable[str]) -> None:
         self._pieces = iter(pieces)
-        self._held = ""
+        self._rest = ""
         self._more = True
 
     def ended(self) -> bool:
         """Return whether the text is exhausted."""
-        return not self._more and not self._held
+        return not self._more and not self._rest
 
     def take(self, characters: int) -> str:
         """Return the next `characters` characters, or fewer at the end of the text."""
-        held = [self._held]
-        have = len(self._held)
+        chunks = [self._rest]
+        have = len(self._rest)
         while self._more and have <= characters:  # reads one extra character to detect the end of the text
             piece = next(self._pieces, None)
             self._more = piece is not None
-            held.append(piece or "")
-            have += len(held[-1])
-        whole = "".join(held)
-        self._held = whole[characters:]
+            chunks.append(piece or "")
+            have += len(chunks[-1])
+        whole = "".join(chunks)
+        self._rest = whole[characters:]
         return whole[:characters]
 
 
@@ -255,7 +255,7 @@ def _joint(part: _Part, following: _Part, at: int) -> int | None:
 
 
 def _part(tokenizer: Tokenizer, text: str) -> _Part:
-    found = tokenizer(
+    encoding = tokenizer(
         text, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False
     )
-    return _Part(text, list(found["input_ids"]), list(found["offset_mapping"]))
+    return _Part(text, list(encoding["input_ids"]), list(encoding["offset_mapping"]))
