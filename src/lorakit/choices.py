@@ -1,4 +1,4 @@
-"""Names that flags and settings may have: tasks, shapes of rows, tag schemes, dtypes, quantizations, trackers.
+"""Names that flags and settings may have: tasks, shapes of rows, tag schemes, dtypes, optimizers and others.
 
 Modules that implement them import torch, and flags are checked before torch is loaded; so each list is here, and
 a test compares it with the registry that implements its names.
@@ -19,6 +19,7 @@ Overlong = Literal["truncate", "drop", "split", "error"]
 
 Recompute = Literal["none", "feed-forward", "layers"]
 BaseMatmul = Literal["dtype", "int8"]
+Optimizer = Literal["adamw", "adamw8bit", "lorafa", "muon"]
 Stored = Literal["nf4", "fp4", "int8", "int8-torchao", "hqq4", "hqq8"]
 
 TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)
@@ -38,6 +39,9 @@ DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 DTYPE_NAMES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 """Short name of a dtype -> its name."""
+
+OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
+"""Names in `lorakit.plan.optimizer_state.OPTIMIZERS` and `lorakit.train.loop.optimizer.OPTIMIZERS`."""
 
 STORED: tuple[Stored, ...] = get_args(Stored)
 """Names in `lorakit.plan.quantized.STORAGES`."""

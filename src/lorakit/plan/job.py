@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from lorakit.choices import DTYPE_NAMES, BaseMatmul, Recompute
+from lorakit.choices import DTYPE_NAMES, OPTIMIZERS, BaseMatmul, Recompute
 from lorakit.errors import ConfigError
 from lorakit.plan.quantized import storage_named
 
@@ -26,11 +26,6 @@ lorakit's modules and their imports 60 MB, and transformers with a tokenizer and
 MALLOC_SHARES = {"equal": 0.1, "varying": 0.8}
 """Lengths of the rows -> `Job.malloc_share` of the command line's malloc (`benchmarks/bench_memory.py`). Kernels that
 oneDNN compiles for a new number of tokens stay in memory between the tensors of a step, so larger ones no longer fit.
-"""
-
-OPTIMIZERS = ("adamw", "adamw8bit", "lorafa", "muon")
-"""The optimizers: AdamW for all trainable parameters; AdamW with 8-bit state; LoRA-FA, which freezes the factor
-that is not initialized to zero and trains the others with AdamW; or Muon for A and B, with AdamW for the rest.
 """
 
 BASE_MATMULS: tuple[str, ...] = get_args(BaseMatmul)
@@ -62,7 +57,7 @@ class Job:
         accumulation: Number of batches per optimizer step.
         steps: Number of optimizer steps, or None if unknown.
         dtype: Dtype of the base and of the computation.
-        optimizer: One of `OPTIMIZERS`; `lorakit.plan.optimizer_state` computes the size of its state.
+        optimizer: A key of `lorakit.plan.optimizer_state.OPTIMIZERS`, which says what it stores and freezes.
         recompute: What the backward pass recomputes, one of `RECOMPUTED`.
         quantization: A name in `plan.quantized.STORAGES`, or None for a base in `dtype`.
         double_quantization: Whether to quantize the scales too, if the storage format supports it.

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lorakit.plan.params import Count, SiteCount
 from lorakit.targets.layer_types import EMBEDDING
+
+if TYPE_CHECKING:
+    from lorakit.plan.params import Count, SiteCount
 
 SMALLEST_8BIT = 4096
 """Number of elements from which bitsandbytes uses 8-bit state for a tensor; below, the state is fp32."""
@@ -38,10 +41,10 @@ def optimizer_state(counted: Count, optimizer: str, itemsize: int) -> tuple[str,
 
     Args:
         counted: The adapter's parameter counts.
-        optimizer: A value in `lorakit.plan.job.OPTIMIZERS`.
+        optimizer: A key of `OPTIMIZERS`.
         itemsize: Bytes per element of saved modules and of trained biases of the base, which have the base's dtype.
     """
-    return _STATES[optimizer](list(_tensors(counted, itemsize)))
+    return OPTIMIZERS[optimizer].state(list(_tensors(counted, itemsize)))
 
 
 def _tensors(counted: Count, itemsize: int) -> Iterator[TrainedTensor]:
@@ -93,9 +96,23 @@ def _muon(tensors: Sequence[TrainedTensor]) -> tuple[str, int]:
     return f"4 × {matrices:,}" + (f" + {formula}" if formula else ""), _MASTER_BYTES * matrices + size
 
 
-_STATES: dict[str, Callable[[Sequence[TrainedTensor]], tuple[str, int]]] = {
-    "adamw": _moments,
-    "adamw8bit": _eight_bit,
-    "lorafa": _moments,  # the frozen factors are not among the trained tensors
-    "muon": _muon,
+@dataclass(frozen=True)
+class OptimizerCosts:
+    """What an optimizer stores and freezes.
+
+    Attributes:
+        state: Function from the trained tensors to the formula and the size in bytes of the optimizer's state.
+        freezes_factor: Whether the factor of each site that is not initialized to zero is frozen.
+    """
+
+    state: Callable[[Sequence[TrainedTensor]], tuple[str, int]]
+    freezes_factor: bool = False
+
+
+OPTIMIZERS: dict[str, OptimizerCosts] = {
+    "adamw": OptimizerCosts(_moments),
+    "adamw8bit": OptimizerCosts(_eight_bit),
+    "lorafa": OptimizerCosts(_moments, freezes_factor=True),
+    "muon": OptimizerCosts(_muon),
 }
+"""Name of an optimizer -> its costs; LoRA-FA and Muon (for A and B) train all other tensors with AdamW."""

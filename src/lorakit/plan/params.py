@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from lorakit.architectures.shapes import ModelShape, SiteShape, is_inside, replicated, role, short_roles
 from lorakit.config import HEADS_BY_TASK, LoraConfig, costs_of, scale
 from lorakit.errors import ConfigError, TargetError, UsageError
+from lorakit.plan.optimizer_state import OPTIMIZERS
 from lorakit.targets import (
     ALL_LINEAR,
     BareParameter,
@@ -371,7 +372,7 @@ def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False,
         shape: Shape of the model.
         config: The adapter's config.
         allow_partial: Whether entries that match nothing are reported in the notes instead of raising an error.
-        optimizer: Value of `Job.optimizer`; "lorafa" freezes one factor of each site.
+        optimizer: Value of `Job.optimizer`, which may freeze one factor of each site.
 
     Returns:
         The counts.
@@ -455,7 +456,7 @@ def _frozen_factors(kind: str, config: LoraConfig, optimizer: str) -> frozenset[
     """Return the factors that the init or the optimizer freezes."""
     if config.trains_only_a:
         return frozenset({"B"})
-    if optimizer != "lorafa":
+    if not OPTIMIZERS[optimizer].freezes_factor:
         return frozenset()
     return frozenset({"B" if kind == EMBEDDING else "A"})
 

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.autograd.graph import increment_version
 
+from lorakit.choices import OPTIMIZERS
 from lorakit.errors import MissingExtra, UsageError
 from lorakit.plan.optimizer_state import SMALLEST_8BIT
 
-INSTEAD = ("adamw", "lorafa", "muon")
+INSTEAD = tuple(name for name in OPTIMIZERS if name != "adamw8bit")
 """The optimizers that need neither bitsandbytes nor a device that it supports."""
 
 

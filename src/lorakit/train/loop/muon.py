@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from lorakit.choices import OPTIMIZERS
 from lorakit.errors import UsageError
 
-INSTEAD = ("adamw", "adamw8bit", "lorafa")
+INSTEAD = tuple(name for name in OPTIMIZERS if name != "muon")
 """The optimizers that do not need torch 2.9."""
 
 

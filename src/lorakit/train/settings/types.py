@@ -62,7 +62,6 @@ class NotEmpty:
 
 
 Scheduler = Literal["cosine", "linear", "constant", "wsd"]
-Optimizer = Literal["adamw", "adamw8bit", "lorafa", "muon"]
 Bias = Literal["none", "all", "lora_only"]
 OnBadRow = Literal["stop", "skip"]
 Streaming = Literal["auto", "on", "off"]
