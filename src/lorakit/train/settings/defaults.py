@@ -260,6 +260,7 @@ class SettingFields:
         [],
         "the base's vocabulary is sufficient for most tasks",
         "none",
+        is_for_new=True,
     )
     use_dora: bool = _adapter(
         "Also train one magnitude per output (DoRA)", False, "slower, and rarely better at r = 16"
@@ -274,6 +275,7 @@ class SettingFields:
         "default",
         "A is random and B is zero, as in PEFT; pissa, olora, corda and lora_ga keep a second copy of each adapted "
         "weight in memory, and their adapters are saved as LoRA with twice the rank",
+        is_for_new=True,
     )
     allocate_ranks: Allocation = _adapter(
         "Select how ranks are allocated to modules within the parameter budget set by --r: none, gradients (GoRA) or "
@@ -285,6 +287,7 @@ class SettingFields:
             lambda value: value == "eva",
             "cannot be combined with init_lora_weights eva, which allocates ranks itself; omit one of them.",
         ),
+        is_for_new=True,
     )
 
     target_parameters: Names | None = _field(
@@ -346,9 +349,15 @@ class SettingFields:
         "Settings of VeLoRA as a JSON object", None, "A's gradient is computed from the whole input", "none"
     )
     monteclora_config: Part = _field("Settings of MonteCLoRA as a JSON object", None, "A is not sampled", "none")
-    eva_config: Part = _field("Settings of the init eva as a JSON object", None, "PEFT's values", "none")
-    corda_config: Part = _field("Settings of the init corda as a JSON object", None, "PEFT's values", "none")
-    lora_ga_config: Part = _field("Settings of the init lora_ga as a JSON object", None, "PEFT's values", "none")
+    eva_config: Part = _field(
+        "Settings of the init eva as a JSON object", None, "PEFT's values", "none", is_for_new=True
+    )
+    corda_config: Part = _field(
+        "Settings of the init corda as a JSON object", None, "PEFT's values", "none", is_for_new=True
+    )
+    lora_ga_config: Part = _field(
+        "Settings of the init lora_ga as a JSON object", None, "PEFT's values", "none", is_for_new=True
+    )
 
     optimizer: Optimizer = _optimizer(
         "Select the optimizer: adamw; adamw8bit, with 8-bit state (bitsandbytes); lorafa, which freezes A and "

@@ -37,6 +37,7 @@ class Setting:
         group: Title of the group that the setting belongs to.
         alias: A shorter name, or "".
         is_changeable: Whether a resumed run may change the setting.
+        is_for_new: Whether it applies only to a new adapter, not to one that is trained further.
         conflict: Another setting that excludes it, or None.
         ge, gt, le, lt: Bounds of the value, as in pydantic; None if there is none.
     """
@@ -49,6 +50,7 @@ class Setting:
     group: str = ""
     alias: str = ""
     is_changeable: bool = False
+    is_for_new: bool = False
     conflict: Conflict | None = None
     ge: float | None = None
     gt: float | None = None

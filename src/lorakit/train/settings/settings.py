@@ -121,9 +121,7 @@ class TrainSettings(_Checked):
         from lorakit.config import CordaConfig, EvaConfig, LoraConfig, LoraGAConfig, TaskType
 
         usual = {"eva_config": EvaConfig, "corda_config": CordaConfig, "lora_ga_config": LoraGAConfig}
-        known = {field.name for field in fields(LoraConfig)}
-        own = {name for name, entry in DEFAULTS.items() if entry.group in OF_CONFIG}
-        parts = {name: getattr(self, name) for name in known & own}
+        parts = {name: getattr(self, name) for name in names_in_config(LoraConfig)}
         for name, make in usual.items():
             if parts[name] is None and self.init_lora_weights == name.removesuffix("_config"):
                 parts[name] = make()
@@ -136,6 +134,12 @@ class TrainSettings(_Checked):
     def as_dict(self) -> dict[str, Any]:
         """Return a dict from field name to value, with all settings as plain JSON values."""
         return self.model_dump(mode="json")
+
+
+def names_in_config(config: LoraConfig | type[LoraConfig]) -> list[str]:
+    """Return the names of the settings that are passed to the fields of `LoraConfig` with the same names."""
+    known = {field.name for field in fields(config)}
+    return [name for name, entry in DEFAULTS.items() if entry.group in OF_CONFIG and name in known]
 
 
 def check_names(values: dict[str, Any], where: str = "") -> None:

@@ -20,16 +20,11 @@ from lorakit.session.remembered import recorded_base
 from lorakit.targets.layer_types import PARAMETER
 from lorakit.tasks import TaskOnData, task_of_adapter
 from lorakit.train.files import checkpoint, run_folder
-from lorakit.train.settings.settings import TrainSettings
+from lorakit.train.settings.defaults import DEFAULTS
+from lorakit.train.settings.settings import TrainSettings, names_in_config
 
 if TYPE_CHECKING:
     from lorakit.durable import JsonObject, JsonValue
-
-OF_THE_BASE = frozenset({"revision"})
-"""Settings that belong to the base, although adapter configs record them."""
-
-FOR_NEW = ("init_lora_weights", "allocate_ranks", "new_tokens", "eva_config", "corda_config", "lora_ga_config")
-"""Settings that apply only to a new adapter."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +65,8 @@ class StartAdapter:
         given = settings.model_fields_set
         folder, structure = self.adapter.folder, _structure(self.adapter.config)
         wanted = _structure(settings.lora_config())
-        for name in FOR_NEW:
-            if name in given and getattr(settings, name) != TrainSettings.model_fields[name].default:
+        for name, entry in DEFAULTS.items():
+            if entry.is_for_new and name in given and getattr(settings, name) != entry.value:
                 raise UsageError(
                     f"{name} is {getattr(settings, name)!r}, but {folder} is an existing adapter, and this setting "
                     "applies only to a new one; omit it, or omit --from-adapter.",
@@ -244,12 +239,12 @@ def _different(folder: Path, pairs: Mapping[str, tuple[JsonValue, JsonValue]]) -
 
 def _structure(config: LoraConfig) -> JsonObject:
     """Return the fields that an existing adapter determines, as values of settings in a form that can be compared."""
-    names = {field.name for field in dataclasses.fields(config)}.difference(FOR_NEW, OF_THE_BASE)
-    return {name: _plain(name, getattr(config, name)) for name in TrainSettings.model_fields if name in names}
+    names = [name for name in names_in_config(config) if not DEFAULTS[name].is_for_new]
+    return {name: _plain(name, getattr(config, name)) for name in names}
 
 
 def _plain(name: str, value: Any) -> JsonValue:
-    if isinstance(TrainSettings.model_fields[name].default, bool):
+    if isinstance(DEFAULTS[name].value, bool):
         return bool(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
