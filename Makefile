@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 BOOT := $(or $(PYTHON),python3)
 # Two workers with one thread each use both cores of a small machine; more threads than cores stall torch.
-PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q -n 2 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n 2 --dist worksteal -m "not gpu and not net"
 .DEFAULT_GOAL := help
 .PHONY: help setup check test test-all prose demo bench bench-gpu peft-suite hook clean
 
@@ -22,11 +22,11 @@ check: setup  ## check lint, format, types and architecture: required for a comm
 	$(PY) scripts/structure.py
 	@printf 'prose: '; $(PY) scripts/prose_check.py -s | sed -n 1p
 
-test: setup  ## run the tests except those that are slow or need a GPU
-	$(PYTEST) -m "not slow and not gpu and not net"
+test: setup  ## run today's sample of the tests (CASES=sample+rest:3 adds a tenth of the others; SEED=20261202 repeats a day)
+	$(PYTEST) --cases $(or $(CASES),sample) $(SEED:%=--cases-seed %)
 
-test-all: setup  ## run the tests including the slow ones
-	$(PYTEST) -m "not gpu and not net"
+test-all: setup  ## run all tests that need no GPU, including the slow ones
+	$(PYTEST)
 
 prose: setup  ## report idioms and private terms in the prose of the repository, or of ARGS; problems do not fail it
 	@$(PY) scripts/prose_check.py $(ARGS) || [ $$? -eq 1 ]

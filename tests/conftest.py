@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from . import sampling
+
 if not Path("/proc/driver/nvidia/version").exists():  # before anything imports triton, which asks only then
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -31,6 +33,10 @@ _TEXT = [
     "def add(a, b):\n    return a + b\n\nfor i in range(10):\n    print(i, add(i, 1))\n",
     "Low-rank adaptation freezes the weights and trains two small matrices, A and B.",
 ]
+
+
+def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.register(sampling, "sampling")
 
 
 @pytest.fixture(scope="session")

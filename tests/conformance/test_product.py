@@ -1,11 +1,10 @@
 """The product kinds x inits x variants x bases over small models: what both libraries have is the same in each cell.
 
-By default: every pair of entries that both have, and one cell for every rule; the rest of the product is slow.
+The sample of the cells that both have has every pair of entries; that of the others has one cell for every rule.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
 import warnings
 from collections.abc import Iterator
@@ -39,20 +38,6 @@ pytestmark = [
 ]
 
 
-def _pairs(cell: Cell) -> set[tuple[Any, ...]]:
-    rows = (("kind", cell.kind), ("init", cell.init), ("variant", cell.variant), ("base", cell.base))
-    return {*itertools.combinations(rows, 2), (("model", cell.place.model), ("kind", cell.kind))}
-
-
-def _covering(cells: list[Cell]) -> list[Cell]:
-    """Few cells with every pair of rows that any of the cells has."""
-    left, chosen = set().union(*map(_pairs, cells)), []
-    while left:
-        chosen.append(max(cells, key=lambda cell: len(left & _pairs(cell))))
-        left -= _pairs(chosen[-1])
-    return chosen
-
-
 def _alone(refusal: Refusal, table: tuple[Refusal, ...], cells: list[Cell]) -> Iterator[Cell]:
     """Return the cells that exactly one rule covers."""
     return (cell for cell in cells if refusals(cell, table) == [refusal])
@@ -62,13 +47,8 @@ CELLS = every_cell()
 COMPARED = [cell for cell in CELLS if is_compared(cell)]
 REFUSED = [cell for cell in CELLS if not is_compared(cell)]
 RULES = [(refusal, table) for table in (BY_LORAKIT, BY_PEFT) for refusal in table]
-USUAL = _covering(COMPARED)
 EXAMPLES = [next(_alone(refusal, table, CELLS)) for refusal, table in RULES]
 """One for each rule; StopIteration here means that a rule says nothing that the others do not say."""
-
-
-def _parameters(cells: list[Cell], usual: list[Cell]) -> list[Any]:
-    return [pytest.param(c, id=str(c), marks=() if c in usual else pytest.mark.slow) for c in cells]
 
 
 def test_every_row_has_a_place() -> None:
@@ -96,7 +76,9 @@ def test_a_place_is_what_it_says(place: Place) -> None:
         assert weight_format_of(module, target.rpartition(".")[2]).name == place.base
 
 
-@pytest.mark.parametrize("cell", _parameters(REFUSED, EXAMPLES))
+@pytest.mark.parametrize(
+    "cell", [pytest.param(c, id=str(c), marks=() if c in EXAMPLES else pytest.mark.slow) for c in REFUSED]
+)
 def test_what_is_not_compared_is_refused(cell: Cell) -> None:
     pytest.importorskip(cell.place.needs)
     for library, table in ((ours, BY_LORAKIT), (theirs, BY_PEFT)):
@@ -127,7 +109,8 @@ def _assert_default(cell: Cell, model: nn.Module) -> None:
             assert torch.equal(parameter, plain[path])
 
 
-@pytest.mark.parametrize("cell", _parameters(COMPARED, USUAL))
+@pytest.mark.axes("cell.kind", "cell.init", "cell.variant", "cell.base", alone=("cell.place",))
+@pytest.mark.parametrize("cell", COMPARED, ids=str)
 def test_a_cell(cell: Cell, tmp_path: Path) -> None:
     pytest.importorskip(cell.place.needs)
     peft_model, our_model = _added_once(cell.made(theirs)), cell.made(ours)

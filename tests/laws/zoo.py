@@ -414,29 +414,10 @@ def every_case() -> tuple[Case, ...]:
     return tuple(case for case in itertools.starmap(Case, itertools.product(*axes)) if _allowed(case))
 
 
-@functools.cache
-def usual_cases() -> tuple[Case, ...]:
-    """Return cases with every pair of table entries at least once, and all of plain × Linear."""
-    chosen = [case for case in every_case() if case.kind == "Linear" and case.variant == "plain"]
-    open_pairs = set().union(*map(_pairs, every_case())) - set().union(*map(_pairs, chosen))
-    while open_pairs:
-        best = max(every_case(), key=lambda case: len(open_pairs & _pairs(case)))
-        open_pairs -= _pairs(best)
-        chosen.append(best)
-    return tuple(chosen)
-
-
-def _pairs(case: Case) -> set[tuple[Any, ...]]:
-    rows = (("kind", case.kind), ("variant", case.variant), ("init", case.init), ("dtype", str(case.dtype)))
-    return set(itertools.combinations(rows, 2))
-
-
 def cases(mergeable: bool = False) -> list[Any]:
-    """Return parameters for pytest: the usual cases, and the other combinations marked slow; or those that can be merged."""
-    usual = usual_cases()
-    rest = [case for case in every_case() if case not in usual]
-    both = [(case, ()) for case in usual] + [(case, pytest.mark.slow) for case in rest]
-    return [pytest.param(c, id=str(c), marks=marks) for c, marks in both if c.mergeable or not mergeable]
+    """Return parameters for pytest: all combinations of the tables, or those that can be merged."""
+    axes = pytest.mark.axes("case.kind", "case.variant", "case.init", "case.dtype")
+    return [pytest.param(case, id=str(case), marks=axes) for case in every_case() if case.mergeable or not mergeable]
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
