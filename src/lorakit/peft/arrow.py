@@ -16,7 +16,6 @@ from lorakit.core.variants.arrow import GENERAL_PREFIX
 from lorakit.errors import AdapterFileError, ConfigError, ConfigTypeError
 from lorakit.peft import model_adapters
 from lorakit.peft.model import PeftModel
-from lorakit.peft.tuner import CONFIGS
 
 TASK_PREFIX = "task_"
 """Start of the names of the adapters for tasks, as in PEFT; a number follows."""
@@ -93,7 +92,7 @@ def _unchanged_on_error(user: nn.Module) -> Iterator[None]:
     except BaseException:
         for name in tuple(model_adapters.configs_of(user)):
             core.detach(user, name)
-        user.__dict__.pop(CONFIGS, None)
+        user.__dict__.pop(model_adapters.CONFIGS, None)
         user.train(training)  # loading an adapter selects the eval mode
         raise
 

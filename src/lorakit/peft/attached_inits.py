@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,9 @@ from lorakit.errors import AdapterError, ConfigError, ConfigTypeError, DataError
 from lorakit.peft import model_adapters
 from lorakit.peft.data_inits import dense_sites
 from lorakit.peft.matching import find_minimal_target_modules
+from lorakit.peft.model import PeftModel
 from lorakit.peft.state_dicts import WRAPPED
 from lorakit.targets import Match
-
-if TYPE_CHECKING:
-    from lorakit.peft.model import PeftModel
 
 CONDENSED_FROM = 20
 """Minimum number of targets for condensing their paths to the fewest suffixes that match them, as in PEFT."""
@@ -209,7 +207,7 @@ def initialize_lora_eva_weights(
             unchanged.
         AdapterError: The adapter does not exist.
     """
-    if not model_adapters.is_wrapper(model):
+    if not isinstance(model, PeftModel):
         raise ConfigError("model must be a PeftModel", field="model")
     if len(model.active_adapters) > 1:
         raise ConfigError(
@@ -341,7 +339,7 @@ def replace_lora_weights_loftq(
     Source:
         Li et al. 2023 (arXiv:2310.08659), one step of Algorithm 1 for a given quantized weight.
     """
-    if not isinstance(peft_model, nn.Module) or not model_adapters.is_wrapper(peft_model):
+    if not isinstance(peft_model, PeftModel):
         raise ConfigTypeError(
             "The passed model does not appear to be a valid PeftModel; create one with get_peft_model.",
             field="peft_model",

@@ -7,9 +7,9 @@ import os
 import re
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
@@ -22,15 +22,11 @@ from lorakit.core.model.checks import ALLOWANCES
 from lorakit.core.model.index import AdapterIndex
 from lorakit.errors import NotYetSupported, ShapeMismatchError, did_you_mean, warn_caller
 from lorakit.hub_cache import HubOptions, local_adapter
-from lorakit.peft import model_adapters
 from lorakit.peft.layer_methods import answer_as_peft
+from lorakit.peft.model_adapters import CONFIGS, configs_of, user_model
 from lorakit.peft.state_dicts import WRAPPED, IncompatibleKeys, StateDictError, names_of, put_tensors
-from lorakit.peft.tuner import CONFIGS, kinds_of
+from lorakit.peft.tuner import kinds_of
 from lorakit.peft.weight_conversion import TARGETS
-
-if TYPE_CHECKING:
-    from lorakit.peft.model import PeftModel
-
 
 WITHOUT_EFFECT = (
     *("low_cpu_mem_usage", "ephemeral_gpu_offload"),  # factors are created once, on their final device
@@ -80,7 +76,7 @@ LENIENT = tuple(word for word in ALLOWANCES if word != "nonfinite")
 
 
 def load_whole(
-    model: PeftModel, folder: Path, name: str, *, trainable: bool, config: LoraConfig | None = None
+    model: nn.Module, folder: Path, name: str, *, trainable: bool, config: LoraConfig | None = None
 ) -> IncompatibleKeys:
     """Load a saved adapter into a model as a new adapter.
 
@@ -112,10 +108,10 @@ def load_whole(
 
 
 def _load(
-    model: PeftModel, folder: Path, name: str, trainable: bool, config: LoraConfig | None
+    model: nn.Module, folder: Path, name: str, trainable: bool, config: LoraConfig | None
 ) -> tuple[Sequence[str], frozenset[str]]:
     """Load an adapter; return any warnings, and the names of the tensors in its files with fused experts."""
-    user = model.get_base_model()
+    user = user_model(model)
     if config is None:
         report = core.load_adapter(user, folder, name, trainable=trainable, allow=LENIENT)
         warnings, held = report.warnings, report.tensors
@@ -125,58 +121,58 @@ def _load(
         files = dataclasses.replace(files, config=config, config_is_ours=False, warnings=found)
         _, warnings, held = place_adapter(user, files, name, trainable, LENIENT, kinds_of(config))
         config.inference_mode = not trainable
-        loaded = model.peft_config[name]
+        configs = configs_of(user)
+        loaded = configs[name]
         if loaded.target_parameters != config.target_parameters:  # experts of transformers 4 were fused
             for field in TARGETS:
                 setattr(config, field, getattr(loaded, field))
-        model.peft_config[name] = config
-    setattr(user, CONFIGS, model.peft_config)
+        configs[name] = config
+    setattr(user, CONFIGS, configs_of(user))
     answer_as_peft(user)
     return warnings, held
 
 
-def load_by_names(
-    model: PeftModel,
-    folder: Path,
-    name: str,
-    *,
-    trainable: bool,
-    key_mapping: Mapping[str, str] | None = None,
-    ignore_sizes: bool = False,
-) -> IncompatibleKeys:
-    """Load a saved adapter's tensors by name, into an existing adapter or a new one.
+def read_by_names(
+    model: nn.Module, folder: Path, key_mapping: Mapping[str, str] | None, *, may_be_zero: bool
+) -> AdapterFiles:
+    """Read an adapter's files, with renamed tensors and fused experts, and warn of implausible values.
 
     Args:
         model: The `PeftModel`.
         folder: The adapter's directory.
-        name: Name of the existing adapter or, if there is none, of the new one.
-        trainable: Whether to make the adapter trainable if it is new.
         key_mapping: Dict from regular expression to replacement; the first expression that matches a name is applied.
+        may_be_zero: See `warn_of_problems`.
+
+    Raises:
+        AdapterFileError: Files are missing or damaged.
+    """
+    files = read_adapter(folder)
+    tensors = {renamed(key, key_mapping or {}): tensor for key, tensor in files.file.tensors.items()}
+    files = dataclasses.replace(files, file=dataclasses.replace(files.file, tensors=tensors))
+    files = with_fused_experts(files, AdapterIndex.of(user_model(model)))
+    warn_of_problems(model, files, LENIENT, may_be_zero=may_be_zero)
+    return files
+
+
+def put_by_names(model: nn.Module, files: AdapterFiles, name: str, ignore_sizes: bool) -> IncompatibleKeys:
+    """Copy an adapter's tensors by name into an existing adapter.
+
+    Args:
+        model: The `PeftModel`.
+        files: Contents of the adapter's files.
+        name: Name of the existing adapter.
         ignore_sizes: Whether to warn about tensors of a different shape and skip them.
 
     Raises:
-        AdapterFileError: Files are missing or damaged, or shapes do not match.
-        AdapterError: `name` is not a valid adapter name.
+        StateDictError: Shapes do not match.
     """
-    files = _with_current_names(model, read_adapter(folder), key_mapping or {})
-    warn_of_problems(model, files, LENIENT, may_be_zero=trainable)
-    if name not in model.peft_config:
-        model.add_adapter(name, files.config.with_fields(inference_mode=not trainable))
-        model_adapters.set_requires_grad(model, name, trainable)
     result = put_tensors(model, files.file.tensors, name, ignore_sizes)
     own = {key for _, key in names_of(model, name)}
     return IncompatibleKeys([key for key in result.missing_keys if key in own], result.unexpected_keys)
 
 
-def _with_current_names(model: PeftModel, files: AdapterFiles, key_mapping: Mapping[str, str]) -> AdapterFiles:
-    """Return an adapter's files with renamed tensors and fused experts."""
-    tensors = {renamed(key, key_mapping): tensor for key, tensor in files.file.tensors.items()}
-    files = dataclasses.replace(files, file=dataclasses.replace(files.file, tensors=tensors))
-    return with_fused_experts(files, AdapterIndex.of(model.get_base_model()))
-
-
 def warn_of_problems(
-    model: PeftModel, files: AdapterFiles, allow: Collection[str], *, may_be_zero: bool = False
+    model: nn.Module, files: AdapterFiles, allow: Collection[str], *, may_be_zero: bool = False
 ) -> None:
     """Warn if an adapter was trained on a different base model or has implausible values.
 
@@ -190,7 +186,7 @@ def warn_of_problems(
         BaseMismatchError: The adapter was trained on a different base, and `allow` does not contain "base_mismatch".
         AdapterFileError: A tensor contains NaN or infinite values.
     """
-    of_base = check_base(model.get_base_model(), files, allow)[1]
+    of_base = check_base(user_model(model), files, allow)[1]
     for message in (*of_base, *implausible(files.folder, judge_files(files), may_be_zero)):
         warn_caller(message)
 
@@ -213,7 +209,7 @@ def load_peft_weights(
     Args:
         model_id: A directory or a Hub id.
         device: Device for the tensors; None keeps them on the CPU.
-        key_mapping: See `load_by_names`.
+        key_mapping: See `read_by_names`.
         kwargs: The arguments of `HubOptions`, such as `subfolder`, `revision` and `token`.
 
     Returns:

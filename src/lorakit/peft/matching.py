@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -18,17 +17,13 @@ from lorakit.config import LoraConfig, TaskType
 from lorakit.core.attachment.attaching import AttachReport, model_type_of, with_targets
 from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.lora_layer import LoraLayer, not_yet_merged
-from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.named_layers import LAYERS
-from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.merging.merging import tied_sites
 from lorakit.core.model.index import AdapterIndex, layers, walk, without_wrappers
 from lorakit.core.model.target_weights import bare_parameters, matched
-from lorakit.errors import ConfigError, NoTargetError, RouteError, TargetError, warn_caller
+from lorakit.errors import ConfigError, NoTargetError, TargetError, warn_caller
+from lorakit.peft.model_adapters import configs_of, user_model
 from lorakit.targets import ALL_LINEAR, Candidate, key_fits, match_path, names_path, resolve, targeted_parameters
-
-if TYPE_CHECKING:
-    from lorakit.peft.tuner import BaseTuner
 
 SEQ_CLS_HEADS = ("score", "classifier")
 
@@ -76,16 +71,17 @@ def _excluded(config: LoraConfig, key: str) -> bool:
     )
 
 
-def inspect_matched_modules(tuner: BaseTuner, adapter_name: str = "default") -> dict[str, list[str]]:
+def inspect_matched_modules(tuner: nn.Module, adapter_name: str = "default") -> dict[str, list[str]]:
     """Return a dict that lists the modules targeted by an adapter's config ("matched") and all others ("unmatched").
 
     Args:
         tuner: The `base_model` of a `PeftModel`.
         adapter_name: Name of the adapter.
     """
-    config = tuner.peft_config[adapter_name]
+    model = user_model(tuner)
+    config = configs_of(model)[adapter_name]
     found: dict[str, list[str]] = {"matched": [], "unmatched": []}
-    for key, _ in tuner.model.named_modules():
+    for key, _ in model.named_modules():
         found["matched" if check_target_module_exists(config, key) else "unmatched"].append(key)
     return found
 
@@ -365,32 +361,6 @@ def check_name(model: nn.Module, name: str, config: LoraConfig) -> None:
         what=name,
         field=field,
     )
-
-
-ALONE = "Only one adapter can be set at a time for {wrapper}, got {names}: {why}"
-
-
-def check_together(modules: Iterable[AdapterModule], names: Sequence[str]) -> None:
-    """Check that no two adapters replace the same module or embedding row.
-
-    Args:
-        modules: The adapted modules of a model.
-        names: Names of the adapters to activate together.
-
-    Raises:
-        ConfigError: Two of the adapters save the same module or train the same token.
-    """
-    for module in modules:
-        if isinstance(module, ModulesToSave) and len(set(names) & set(module.available_adapters())) > 1:
-            why = "each has its own copy of the module."
-            text = ALONE.format(wrapper="ModulesToSaveWrapper", names=list(names), why=why)
-            raise ConfigError(text, field="modules_to_save")
-        if isinstance(module, TrainableTokens):
-            try:
-                module.token_adapter.replacements(names)
-            except RouteError as error:
-                text = ALONE.format(wrapper="TrainableTokensWrapper", names=list(names), why=error)
-                raise ConfigError(text, field="trainable_token_indices") from error
 
 
 def warn_of_ties(model: nn.Module, names: Sequence[str]) -> tuple[bool, bool]:

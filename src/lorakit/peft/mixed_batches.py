@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.layers.named_layers import LAYERS
-from lorakit.errors import MixedRowsError, RouteError, RowCountError, warn_caller
+from lorakit.core.model.index import find_state
+from lorakit.errors import ConfigError, MixedRowsError, RouteError, RowCountError, warn_caller
 from lorakit.peft import model_adapters
-
-if TYPE_CHECKING:
-    from lorakit.peft.model import PeftModel
 
 Offsets = Sequence[int | None]
 """Number of tokens from each row's invocation to the end of the row; None if the row does not invoke its adapter."""
@@ -98,7 +96,7 @@ def calculate_alora_offsets(
     return found
 
 
-def is_alora_relevant_in_batch(model: PeftModel, adapter_names: Sequence[str] | None = None) -> bool:
+def is_alora_relevant_in_batch(model: nn.Module, adapter_names: Sequence[str] | None = None) -> bool:
     """Return whether any active adapter or any adapter in `adapter_names` has invocation tokens.
 
     Args:
@@ -106,12 +104,12 @@ def is_alora_relevant_in_batch(model: PeftModel, adapter_names: Sequence[str] | 
         adapter_names: One adapter name per row, or None.
     """
     configs = model_adapters.configs_of(model)
-    names = {*model.active_adapters, *(adapter_names or ())}
+    names = {*model_adapters.active_adapters(model), *(adapter_names or ())}
     return any(getattr(configs.get(name), "alora_invocation_tokens", None) for name in names)
 
 
 def get_alora_offsets_for_forward(
-    model: PeftModel, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any
+    model: nn.Module, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any
 ) -> dict[str, Any]:
     """Return the keyword arguments of a forward pass, with `alora_offsets` added if an aLoRA adapter is used.
 
@@ -124,7 +122,7 @@ def get_alora_offsets_for_forward(
     return _with_offsets(model, input_ids, kwargs, _ONLY_EMBEDDINGS if inputs_embeds is not None else "")
 
 
-def get_alora_offsets_for_generate(model: PeftModel, *args: Any, **kwargs: Any) -> dict[str, Any]:
+def get_alora_offsets_for_generate(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Return the keyword arguments of `generate`, with `alora_offsets` added if an aLoRA adapter is used.
 
     Args:
@@ -135,20 +133,53 @@ def get_alora_offsets_for_generate(model: PeftModel, *args: Any, **kwargs: Any) 
     return _with_offsets(model, _prompts(args, kwargs), kwargs, _NO_TOKENS)
 
 
-def _with_offsets(model: PeftModel, ids: Tensor | None, options: dict[str, Any], warning: str) -> dict[str, Any]:
+def _with_offsets(model: nn.Module, ids: Tensor | None, options: dict[str, Any], warning: str) -> dict[str, Any]:
     names = options.get("adapter_names")
     if not is_alora_relevant_in_batch(model, names) or options.get("alora_offsets") is not None:
         return options
     if ids is None and warning:
         warn_caller(warning)
     configs = model_adapters.configs_of(model)
-    offsets = None if ids is None else calculate_alora_offsets(configs, model.active_adapter, ids, names)
+    offsets = (
+        None if ids is None else calculate_alora_offsets(configs, model_adapters.active_adapters(model), ids, names)
+    )
     return {**options, "alora_offsets": offsets}
+
+
+def rows(
+    tuner: nn.Module, adapter_names: Sequence[str] | None, copies: int = 0
+) -> contextlib.AbstractContextManager[None]:
+    """Return a context manager that assigns an adapter to each row; it does nothing if `adapter_names` is None.
+
+    Args:
+        tuner: The `LoraModel`.
+        adapter_names: One adapter name per row of the batch; "__base__" selects the base model alone.
+        copies: Maximum number of consecutive copies of each row in `generate`, such as beams; 0 for a forward pass.
+
+    Raises:
+        ConfigError: An adapter does not exist, or the model is in training mode, in which PEFT also rejects mixed
+            batches.
+    """
+    if adapter_names is None:
+        return contextlib.nullcontext()
+    if tuner.training:
+        raise ConfigError("Cannot pass `adapter_names` when the model is in training mode.", field="adapter_names")
+    model = model_adapters.user_model(tuner)
+    configs = model_adapters.configs_of(model)
+    unknown = sorted(set(adapter_names) - set(configs) - {BASE_NAME})
+    if unknown:
+        text = f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}"
+        raise ConfigError(text, what=unknown[0], field="adapter_names", allowed=configs)
+    state = find_state(model)
+    if state is not None and state.chosen.names and not state.active().mentions:
+        return contextlib.nullcontext()  # as in PEFT, disabled adapters override `adapter_names`
+    rows = [None if name == BASE_NAME else name for name in adapter_names]
+    return core.route(model, rows, copies=copies or 1, keep=copies > 0)
 
 
 @contextlib.contextmanager
 def options_of_call(
-    model: PeftModel,
+    model: nn.Module,
     names: Sequence[str] | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -177,7 +208,7 @@ def options_of_call(
             number of rows in the first tensor, (rows, …), among the arguments.
         MixedBatchError: A module cannot run a mixed batch.
     """
-    user = model.get_base_model()
+    user = model_adapters.user_model(model)
     copies = _rows_per_prompt(kwargs, user) if generates else 0
     given = () if generates else (*args, *kwargs.values())
     batch = next((tensor for tensor in given if isinstance(tensor, Tensor) and tensor.ndim), None)
@@ -186,7 +217,11 @@ def options_of_call(
         raise RowCountError(
             text, what=len(names), field="adapter_names"
         )  # if all rows use the base alone, no layer checks the batch size
-    with _with_peft_messages(names), model.base_model.rows(names, copies), contextlib.ExitStack() as stack:
+    with (
+        _with_peft_messages(names),
+        rows(model.get_submodule("base_model"), names, copies),
+        contextlib.ExitStack() as stack,
+    ):
         offsets, embedded = kwargs.pop("alora_offsets", None), kwargs.get("inputs_embeds")
         if is_alora_relevant_in_batch(model, names):
             ids = _prompts(args, kwargs)

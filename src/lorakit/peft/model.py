@@ -24,7 +24,7 @@ from lorakit.core.shards import is_sharded
 from lorakit.errors import AdapterError, ConfigError, warn_caller
 from lorakit.hub_cache import HubOptions
 from lorakit.peft import model_adapters, saving, status
-from lorakit.peft.loaded import adapter_folder, check_options, load_by_names, load_whole
+from lorakit.peft.loaded import adapter_folder, check_options, load_whole, put_by_names, read_by_names
 from lorakit.peft.mixed_batches import options_of_call
 from lorakit.peft.state_dicts import IncompatibleKeys, get_peft_model_state_dict
 from lorakit.peft.tuner import LoraModel, OverModel
@@ -182,9 +182,11 @@ class PeftModel(OverModel):
         ignore_sizes = bool(kwargs.pop("ignore_mismatched_sizes", False))
         check_options("load_adapter", kwargs)
         if key_mapping or ignore_sizes or adapter_name in self.peft_config:
-            result = load_by_names(
-                self, folder, adapter_name, trainable=is_trainable, key_mapping=key_mapping, ignore_sizes=ignore_sizes
-            )
+            files = read_by_names(self, folder, key_mapping, may_be_zero=is_trainable)
+            if adapter_name not in self.peft_config:
+                self.add_adapter(adapter_name, files.config.with_fields(inference_mode=not is_trainable))
+                self.set_requires_grad(adapter_name, is_trainable)
+            result = put_by_names(self, files, adapter_name, ignore_sizes)
         else:
             result = load_whole(self, folder, adapter_name, trainable=is_trainable, config=config)
         if not autocast_adapter_dtype:
@@ -338,7 +340,10 @@ class PeftModel(OverModel):
     prepare_model_for_gradient_checkpointing = staticmethod(take_gradients_at_the_input)
     get_layer_status = status.get_layer_status
     get_model_status = status.get_model_status
-    create_or_update_model_card = saving.write_card
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write a model card (`README.md`), or add missing header fields to an existing one."""
+        saving.write_card(self.get_base_model(), output_dir, self.task)
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Call the model.

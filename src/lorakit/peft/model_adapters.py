@@ -1,10 +1,9 @@
-"""Helpers that query a model's adapters, cast their parameters, and make them trainable or freeze them."""
+"""Functions on a model with adapters, wrapped or not: query, activate, delete, cast, train and freeze adapters."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +13,17 @@ from lorakit.config import LoraConfig
 from lorakit.core.factor import BufferDict
 from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.layers.modules_to_save import ModulesToSave
+from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.index import AdapterIndex, find_state, walk
-from lorakit.errors import AdapterError
+from lorakit.core.routing.state import AdapterState
+from lorakit.errors import AdapterError, ConfigError, RouteError, warn_caller
 
-if TYPE_CHECKING:
-    from lorakit.peft.model import PeftModel
+CONFIGS = "peft_config"
+"""Attribute of the user's model in which other programs look for the adapters' configs."""
 
 
-def is_wrapper(model: nn.Module) -> TypeGuard[PeftModel]:
+def is_wrapper(model: nn.Module) -> bool:
     """Return whether a model is a `PeftModel`, that is, whether it contains a tuner around the user's model."""
     inner = model._modules.get("base_model")
     return inner is not None and hasattr(inner, "tuner_layer_cls")
@@ -30,7 +32,7 @@ def is_wrapper(model: nn.Module) -> TypeGuard[PeftModel]:
 def user_model(model: nn.Module) -> nn.Module:
     """Return the user's model inside a wrapper or a tuner; any other model is returned unchanged."""
     if is_wrapper(model):
-        return model.get_base_model()
+        return model.get_submodule("base_model.model")
     return model.get_submodule("model") if hasattr(type(model), "tuner_layer_cls") else model
 
 
@@ -43,6 +45,12 @@ def configs_of(model: nn.Module) -> dict[str, LoraConfig]:
     """Return the model's dict from adapter name to config (not a copy), or an empty dict if there are no adapters."""
     state = find_state(model)
     return {} if state is None else state.configs
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Return the names of the adapters that are active by default, also while adapters are disabled."""
+    state = find_state(model)
+    return [] if state is None else list(state.chosen.names)
 
 
 def as_names(adapter_names: str | Iterable[str]) -> list[str]:
@@ -67,6 +75,104 @@ def check_exist(
         if name not in configs:
             text = f"Adapter {name} {problem}. Available: {', '.join(configs) or 'none'}."
             raise AdapterError(text, what=name, allowed=configs)
+
+
+def set_adapter(
+    model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: type | None = None
+) -> None:
+    """Activate adapters, make them trainable, and freeze all others.
+
+    Args:
+        model: A model with adapters.
+        adapter_name: Name of an adapter, or several names.
+        inference_mode: Whether to freeze the activated adapters as well.
+        layer_cls: Ignored; in lorakit, all adapted layers have the same class.
+
+    Raises:
+        RouteError: An adapter does not exist.
+        ConfigError: Two of the adapters save the same module or train the same token.
+    """
+    names, state = as_names(adapter_name), find_state(model) or AdapterState()
+    state.check(names)
+    if not state.configs:
+        return
+    members = state.members()
+    check_together(members, names)
+    if any(module.merged_adapters for module in members):
+        warn_caller("Adapter cannot be set when the model is merged. Unmerging the model first.")
+        core.unmerge(model)
+    core.activate(model, *names)
+    core.set_trained(model, {} if inference_mode else dict.fromkeys(names, True), others=False)
+
+
+def delete_adapter(
+    model: nn.Module, adapter_name: str, prefix: str = "lora_", layer_cls: type[nn.Module] | None = None
+) -> list[str] | None:
+    """Remove an adapter; if it was the only active one, the alphabetically first remaining adapter becomes active.
+
+    Args:
+        model: A model with adapters.
+        adapter_name: Name of the adapter; if the adapter does not exist, nothing happens, as in PEFT.
+        prefix: Ignored, since LoRA is lorakit's only method.
+        layer_cls: Ignored; in lorakit, all adapted layers have the same class.
+
+    Returns:
+        Names of the adapters that are now active, or None if there are none.
+
+    Raises:
+        AdapterError: The adapter is merged.
+    """
+    if adapter_name in configs_of(model):
+        remove_adapter(model, adapter_name)
+        if not configs_of(model):
+            setattr(model, CONFIGS, {})  # as in PEFT, since transformers reads this attribute and then removes it
+    return active_adapters(model) or None
+
+
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Remove an adapter; if it was the only active one, the alphabetically first remaining adapter becomes active.
+
+    Raises:
+        AdapterError: The adapter does not exist or is merged.
+    """
+    check_exist(configs_of(model), name, "does not exist")
+    if name in AdapterIndex.of(model).merged_adapters():
+        text = f"Cannot delete adapter(s) {[name]} while they are merged. Please unmerge them first."
+        raise AdapterError(text, what=name)
+    active = active_adapters(model)
+    core.detach(model, name)
+    left = sorted(configs_of(model))
+    if not left:
+        model.__dict__.pop(CONFIGS, None)
+    elif active == [name]:
+        warn_caller(f"Adapter {name} was active which is now deleted. Setting active adapter to {left[0]}.")
+        set_adapter(model, left[0])
+
+
+ALONE = "Only one adapter can be set at a time for {wrapper}, got {names}: {why}"
+
+
+def check_together(modules: Iterable[AdapterModule], names: Sequence[str]) -> None:
+    """Check that no two adapters replace the same module or embedding row.
+
+    Args:
+        modules: The adapted modules of a model.
+        names: Names of the adapters to activate together.
+
+    Raises:
+        ConfigError: Two of the adapters save the same module or train the same token.
+    """
+    for module in modules:
+        if isinstance(module, ModulesToSave) and len(set(names) & set(module.available_adapters())) > 1:
+            why = "each has its own copy of the module."
+            text = ALONE.format(wrapper="ModulesToSaveWrapper", names=list(names), why=why)
+            raise ConfigError(text, field="modules_to_save")
+        if isinstance(module, TrainableTokens):
+            try:
+                module.token_adapter.replacements(names)
+            except RouteError as error:
+                text = ALONE.format(wrapper="TrainableTokensWrapper", names=list(names), why=error)
+                raise ConfigError(text, field="trainable_token_indices") from error
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

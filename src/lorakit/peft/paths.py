@@ -134,7 +134,7 @@ HOMES: Mapping[str, str] = {
         calculate_alora_offsets get_alora_offsets_for_forward get_alora_offsets_for_generate is_alora_relevant_in_batch
     """,
     "lorakit.peft.model": f"{TASK_CLASSES} PeftModel",
-    "lorakit.peft.model_adapters": "cast_adapter_dtype set_requires_grad",
+    "lorakit.peft.model_adapters": "cast_adapter_dtype delete_adapter set_adapter set_requires_grad",
     "lorakit.peft.model_classes": f"""
         {AUTO_CLASSES} check_import_allowlist get_default_import_allowlist MODEL_TYPE_TO_PEFT_MODEL_MAPPING
         PeftMixedModel
@@ -151,7 +151,7 @@ HOMES: Mapping[str, str] = {
     """,
     "lorakit.peft.status": "get_layer_status get_model_status TunerLayerStatus TunerModelStatus",
     "lorakit.peft.trainer_mixin": "LoraTrainerMixin MontecloraTrainerMixin",
-    "lorakit.peft.tuner": "BaseTuner delete_adapter LoraModel set_adapter",
+    "lorakit.peft.tuner": "BaseTuner LoraModel",
     "lorakit.peft.utilities": f"""
         {_AVAILABILITY} {_BACKENDS} {_CONSTANTS} cast_mixed_precision_params dequantize_module_weight
         fsdp_auto_wrap_policy gather_params_ctx=empty_context
@@ -186,8 +186,8 @@ PATHS: Mapping[str, str] = {
     """,
     "config": "CONFIG_NAME __version__ PeftConfig PeftConfigMixin PromptLearningConfig",
     "functional": f"""
-        {HOMES["lorakit.peft.model_adapters"]} delete_adapter get_peft_model_state_dict inject_adapter_in_model
-        set_adapter set_peft_model_state_dict
+        {HOMES["lorakit.peft.model_adapters"]} get_peft_model_state_dict inject_adapter_in_model
+        set_peft_model_state_dict
     """,
     "helpers": f"{HOMES['lorakit.peft.adjusting']} MontecloraTrainerMixin",
     "import_utils": _AVAILABILITY,

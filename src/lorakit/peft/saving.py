@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakit import core
 from lorakit.config import API_LEVEL, TaskType
@@ -22,11 +21,9 @@ from lorakit.core.shards import is_shard
 from lorakit.core.variants import moving_variant
 from lorakit.durable import write_text
 from lorakit.errors import AdapterError, ConfigError, warn_caller
+from lorakit.peft.model_adapters import configs_of, user_model
 from lorakit.peft.placeholders import PeftWarning
 from lorakit.peft.state_dicts import flat_factors, tensors_of
-
-if TYPE_CHECKING:
-    from lorakit.peft.model import PeftModel
 
 FENCE = "---"
 
@@ -56,34 +53,34 @@ model = model.merge_and_unload()  # optional: merge it into the base permanently
 """Body of a new model card; it remains valid if the adapter is trained further."""
 
 
-def write_card(model: PeftModel, output_dir: str | PathLike[str]) -> None:
+def write_card(base: nn.Module, output_dir: str | PathLike[str], task: TaskType | None) -> None:
     """Write an adapter's model card, or add missing header fields to an existing one.
 
     Args:
-        model: The `PeftModel`.
+        base: The base model.
         output_dir: The adapter's directory.
+        task: The wrapper's task.
     """
     path = Path(output_dir) / "README.md"
     header, text = _parts(path.read_text("utf-8") if path.is_file() else "")
     given = {line.partition(":")[0] for line in header}
-    for field, lines in _metadata(model):
+    for field, lines in _metadata(base, task):
         if field not in given:
             header += lines
     if not text.strip():
-        text = BODY.format(base=getattr(model.get_base_model(), "name_or_path", None) or "its base model")
+        text = BODY.format(base=getattr(base, "name_or_path", None) or "its base model")
     if f"- PEFT {API_LEVEL}" not in text.splitlines():
         text = f"{text.rstrip()}\n\n### Framework versions\n\n- PEFT {API_LEVEL}\n".lstrip()
     write_text(path, "\n".join([FENCE, *header, FENCE, "", text]))
 
 
-def _metadata(model: PeftModel) -> Iterator[tuple[str, list[str]]]:
+def _metadata(base: nn.Module, task: TaskType | None) -> Iterator[tuple[str, list[str]]]:
     """Iterate over the card's header fields, yielding each field's name and lines."""
-    base = model.get_base_model()
     name = getattr(base, "name_or_path", None)
     if name:
         yield "base_model", [f"base_model: {_quoted(name)}"]
     yield "library_name", ["library_name: peft"]
-    if model.task == TaskType.CAUSAL_LM:
+    if task == TaskType.CAUSAL_LM:
         yield "pipeline_tag", ["pipeline_tag: text-generation"]
     tags = {"lora", *(getattr(base, "model_tags", None) or ())}
     if hasattr(base, "get_output_embeddings"):
@@ -112,7 +109,7 @@ MOVE_THE_BASE = ("pissa", "corda", "olora", "lora_ga")
 
 
 def save(
-    model: PeftModel,
+    model: nn.Module,
     folder: Path,
     name: str,
     tensors: Mapping[str, Tensor] | None = None,
@@ -136,7 +133,8 @@ def save(
         AdapterError: `initial_folder` contains a different adapter; or the adapter is distributed over processes, and
             `tensors` lacks one of its tensors or has only a part of it.
     """
-    user, config = model.get_base_model(), model.peft_config[name]
+    user = user_model(model)
+    config = configs_of(user)[name]
     flat = flat_factors(model, name, tensors)
     own = {on_disk: tensor for on_disk, _, tensor in tensors_of(model, name)}
     if any(map(is_shard, own.values())):

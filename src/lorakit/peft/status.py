@@ -163,7 +163,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     trained, total = model_adapters.count_parameters(model)
     return TunerModelStatus(
         base_model_type=type(user).__name__ if known else "other",
-        adapter_model_type=type(model.base_model).__name__ if wrapped else "None",
+        adapter_model_type=type(model.get_submodule("base_model")).__name__ if wrapped else "None",
         peft_types=dict.fromkeys(model_adapters.configs_of(user), "LORA") if wrapped else {},
         trainable_params=trained,
         total_params=total,

@@ -1,7 +1,4 @@
-"""`LoraModel`, the `base_model` of a `PeftModel`: operations on the adapters in the user's model.
-
-The functions `set_adapter` and `delete_adapter` work on unwrapped models.
-"""
+"""`LoraModel`, the `base_model` of a `PeftModel`: operations on the adapters in the user's model."""
 
 from __future__ import annotations
 
@@ -25,13 +22,12 @@ from lorakit.core.model.activation import parameters_by_adapter
 from lorakit.core.model.checks import ALLOWANCES
 from lorakit.core.model.index import AdapterIndex, find_state
 from lorakit.core.model.ties import LEFT_ALONE, NOTHING_TIED
-from lorakit.core.routing.state import AdapterState
 from lorakit.core.variants import moving_variant
 from lorakit.errors import AdapterError, ConfigError, MergeError, NotYetSupported, warn_caller
-from lorakit.peft import matching, model_adapters, weighted
+from lorakit.peft import matching, mixed_batches, model_adapters, weighted
 from lorakit.peft.data_inits import for_attaching
 from lorakit.peft.layer_methods import answer_as_peft
-from lorakit.peft.mixed_batches import BASE_NAME, Offsets
+from lorakit.peft.mixed_batches import Offsets
 from lorakit.peft.paths import PENALTY_METHODS
 from lorakit.peft.placeholders import PartialTargetsWarning, PeftWarning
 from lorakit.peft.utilities import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, names_tied_with_embedding
@@ -63,52 +59,6 @@ def kinds_of(config: LoraConfig | None) -> list[Kind]:
     return found
 
 
-def set_adapter(
-    model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: type | None = None
-) -> None:
-    """Activate adapters, make them trainable, and freeze all others.
-
-    Args:
-        model: A model with adapters.
-        adapter_name: Name of an adapter, or several names.
-        inference_mode: Whether to freeze the activated adapters as well.
-        layer_cls: Ignored; in lorakit, all adapted layers have the same class.
-
-    Raises:
-        RouteError: An adapter does not exist.
-    """
-    BaseTuner(model).set_adapter(adapter_name, inference_mode)
-
-
-def delete_adapter(
-    model: nn.Module, adapter_name: str, prefix: str = "lora_", layer_cls: type[nn.Module] | None = None
-) -> list[str] | None:
-    """Remove an adapter; if it was the only active one, the alphabetically first remaining adapter becomes active.
-
-    Args:
-        model: A model with adapters.
-        adapter_name: Name of the adapter; if the adapter does not exist, nothing happens, as in PEFT.
-        prefix: Ignored, since LoRA is lorakit's only method.
-        layer_cls: Ignored; in lorakit, all adapted layers have the same class.
-
-    Returns:
-        Names of the adapters that are now active, or None if there are none.
-
-    Raises:
-        AdapterError: The adapter is merged.
-    """
-    tuner = BaseTuner(model)
-    if adapter_name in model_adapters.configs_of(model):
-        tuner.delete_adapter(adapter_name)
-        if not model_adapters.configs_of(model):
-            setattr(model, CONFIGS, {})  # as in PEFT, since transformers reads this attribute and then removes it
-    return tuner.active_adapters or None
-
-
-CONFIGS = "peft_config"
-"""Attribute of the user's model in which other programs look for the adapters' configs."""
-
-
 class OverModel(nn.Module):
     """Base class of the tuner and the wrapper, with methods that query and select a model's adapters.
 
@@ -136,8 +86,7 @@ class OverModel(nn.Module):
     @property
     def active_adapters(self) -> list[str]:
         """Names of the adapters that are active by default; the list does not change while adapters are disabled."""
-        state = find_state(self.model)
-        return [] if state is None else list(state.chosen.names)
+        return model_adapters.active_adapters(self.model)
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -176,17 +125,7 @@ class OverModel(nn.Module):
             RouteError: An adapter does not exist.
             ConfigError: Two of the adapters save the same module or train the same token.
         """
-        names, state = model_adapters.as_names(adapter_name), find_state(self.model) or AdapterState()
-        state.check(names)
-        if not state.configs:
-            return
-        members = state.members()
-        matching.check_together(members, names)
-        if any(module.merged_adapters for module in members):
-            warn_caller("Adapter cannot be set when the model is merged. Unmerging the model first.")
-            core.unmerge(self.model)
-        core.activate(self.model, *names)
-        core.set_trained(self.model, {} if inference_mode else dict.fromkeys(names, True), others=False)
+        model_adapters.set_adapter(self.model, adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was the only active one, the alphabetically first remaining adapter becomes active.
@@ -197,20 +136,7 @@ class OverModel(nn.Module):
         Raises:
             AdapterError: The adapter does not exist or is merged.
         """
-        model_adapters.check_exist(self.peft_config, adapter_name, "does not exist")
-        if adapter_name in AdapterIndex.of(self.model).merged_adapters():
-            raise AdapterError(
-                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first.",
-                what=adapter_name,
-            )
-        active = self.active_adapters
-        core.detach(self.model, adapter_name)
-        left = sorted(self.peft_config)
-        if not left:
-            self.model.__dict__.pop(CONFIGS, None)
-        elif active == [adapter_name]:
-            warn_caller(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.")
-            self.set_adapter(left[0])
+        model_adapters.remove_adapter(self.model, adapter_name)
 
 
 class BaseTuner(OverModel):
@@ -333,7 +259,7 @@ class BaseTuner(OverModel):
                 warn_caller(note.text)
         if state_dict is not None:
             self.peft_config[name].target_modules = config.target_modules
-        setattr(self.model, CONFIGS, self.peft_config)
+        setattr(self.model, model_adapters.CONFIGS, self.peft_config)
         core.set_trained(self.model, {name: not active and not config.inference_mode})
         if not autocast_adapter_dtype:
             model_adapters.cast_to_base(self.model, name)
@@ -417,40 +343,19 @@ class BaseTuner(OverModel):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(
-        self, *_: Any, adapter_names: Sequence[str] | None = None, alora_offsets: Offsets | None = None, **__: Any
+        self,
+        *_: Any,
+        adapter_names: Sequence[str] | None = None,
+        alora_offsets: Offsets | None = None,
+        **__: Any,
     ) -> Iterator[None]:
         """Return a context manager that assigns an adapter to each batch row.
 
         Programs that use a tuner without a wrapper call this method.
         """
         starts = contextlib.nullcontext() if alora_offsets is None else core.invoked(self.model, offsets=alora_offsets)
-        with self.rows(adapter_names), starts:
+        with mixed_batches.rows(self, adapter_names), starts:
             yield
-
-    def rows(self, adapter_names: Sequence[str] | None, copies: int = 0) -> contextlib.AbstractContextManager[None]:
-        """Return a context manager that assigns an adapter to each row; it does nothing if `adapter_names` is None.
-
-        Args:
-            adapter_names: One adapter name per row of the batch; "__base__" selects the base model alone.
-            copies: Maximum number of consecutive copies of each row in `generate`, such as beams; 0 for a forward pass.
-
-        Raises:
-            ConfigError: An adapter does not exist, or the model is in training mode, in which PEFT also rejects mixed
-                batches.
-        """
-        if adapter_names is None:
-            return contextlib.nullcontext()
-        if self.training:
-            raise ConfigError("Cannot pass `adapter_names` when the model is in training mode.", field="adapter_names")
-        unknown = sorted(set(adapter_names) - set(self.peft_config) - {BASE_NAME})
-        if unknown:
-            text = f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}"
-            raise ConfigError(text, what=unknown[0], field="adapter_names", allowed=self.peft_config)
-        state = find_state(self.model)
-        if state is not None and state.chosen.names and not state.active().mentions:
-            return contextlib.nullcontext()  # as in PEFT, disabled adapters override `adapter_names`
-        rows = [None if name == BASE_NAME else name for name in adapter_names]
-        return core.route(self.model, rows, copies=copies or 1, keep=copies > 0)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base weights; `unmerge_adapter` restores the original weights exactly.
@@ -521,7 +426,7 @@ class BaseTuner(OverModel):
             core.merge_and_unload(self.model, *fresh, untie=untie)
         elif self.peft_config:
             core.detach(self.model)
-        self.model.__dict__.pop(CONFIGS, None)
+        self.model.__dict__.pop(model_adapters.CONFIGS, None)
         return self.model
 
     def unload(self) -> nn.Module:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,10 +21,7 @@ from lorakit.core.operations.compressing import plain_weights
 from lorakit.core.operations.tensor_sources import AdapterWeights, weights_of_model
 from lorakit.core.operations.writing import reader_of, write
 from lorakit.errors import ConfigError, warn_caller
-from lorakit.peft.model_adapters import check_exist, configs_of, user_model
-
-if TYPE_CHECKING:
-    from lorakit.peft.model import PeftModel
+from lorakit.peft.model_adapters import check_exist, configs_of, set_adapter, user_model
 
 
 def add_weighted_adapter(
@@ -88,7 +85,7 @@ def add_weighted_adapter(
 
 
 def reduce_intruder_dimension(
-    peft_model: PeftModel,
+    peft_model: nn.Module,
     old_adapter_name: str = "default",
     new_adapter_name: str = "intruder_reduced",
     top_k: int = 10,
@@ -125,7 +122,7 @@ def reduce_intruder_dimension(
         where = site.path if site.expert is None else f"{site.path}[{site.expert}]"
         log(f"{where}: Intruders: {len(site.indices)}" if site.indices else f"{where}: No intruders")
     log(f"Enabling new adapter {new_adapter_name}")
-    peft_model.set_adapter(new_adapter_name)
+    set_adapter(model, new_adapter_name)
 
 
 def convert_to_lora(
