@@ -29,13 +29,6 @@ if TYPE_CHECKING:
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
     """Return a context manager that multiplies all adapters' scales on entry and restores them on exit.
 
-    Args:
-        model: A model with adapters.
-        multiplier: Number by which to multiply every scale.
-
-    Yields:
-        Nothing.
-
     Raises:
         ConfigTypeError: `multiplier` is not a number.
         AdapterError: The model has no adapters.
@@ -59,13 +52,6 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
     """Return a context manager in which inputs are not cast to the dtype of A, for hooks on `lora_A` that cast A.
 
     Inputs are cast only where `lora_A` is called as a module, because the user put a hook on it or on `lora_B`.
-
-    Args:
-        model: A model with adapters.
-        active: Whether to disable casting; if false, nothing changes.
-
-    Yields:
-        Nothing.
     """
     before = [(layer, layer.cast_input_dtype_enabled) for _, layer in layers(model)] if active else []
     try:
@@ -96,11 +82,7 @@ class DoraCaching(contextlib.AbstractContextManager["DoraCaching"]):
 
 
 def check_if_peft_model(model_name_or_path: str) -> bool:
-    """Return whether a directory or a repository on the Hub contains an adapter.
-
-    Args:
-        model_name_or_path: A directory or a Hub id.
-    """
+    """Return whether a directory or a repository on the Hub contains an adapter."""
     try:
         PeftConfig.from_pretrained(model_name_or_path)
     except (LorakitError, OSError):
@@ -109,30 +91,18 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
 
 
 def update_forward_signature(model: PeftModel) -> None:
-    """Give a wrapper's `forward` the inner model's signature if the wrapper's own signature is generic.
-
-    Args:
-        model: A wrapper, modified in place.
-    """
+    """Give a wrapper's `forward` the inner model's signature if the wrapper's own signature is generic."""
     _show(model, "forward", ({"args", "kwargs"},))
 
 
 def update_generate_signature(model: PeftModel) -> None:
-    """Give a wrapper's `generate` the inner model's signature if the wrapper's own signature is generic.
-
-    Args:
-        model: A wrapper, modified in place.
-    """
+    """Give a wrapper's `generate` the inner model's signature if the wrapper's own signature is generic."""
     if hasattr(model, "generate"):
         _show(model, "generate", ({"args", "kwargs"}, {"kwargs"}))
 
 
 def update_signature(model: PeftModel, method: str = "all") -> None:
     """Call `update_forward_signature`, `update_generate_signature`, or both.
-
-    Args:
-        model: A wrapper, modified in place.
-        method: "forward", "generate" or "all".
 
     Raises:
         ConfigError: `method` is not one of the allowed values.
@@ -174,6 +144,8 @@ def condition_number(weight: Tensor) -> float:
 class KappaTuneSelector:
     """Selector for the targets with the lowest condition numbers; each condition number is computed only once.
 
+    The number of targets overrides their fraction, which overrides the largest condition number.
+
     Attributes:
         model: The model; it is not modified.
     """
@@ -211,25 +183,13 @@ class KappaTuneSelector:
     def get_best_targets(
         self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
     ) -> list[str]:
-        """Return the paths of dense modules in ascending order of condition number.
-
-        Args:
-            top_p: Fraction of the modules to return (at least one module).
-            num_modules: Number of modules to return; overrides `top_p`.
-            threshold: Maximum condition number; ignored if `top_p` or `num_modules` is given.
-        """
+        """Return the paths of dense modules in ascending order of condition number."""
         return _lowest(self._of_modules, top_p, num_modules, threshold)
 
     def get_best_target_parameters(
         self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
     ) -> list[str]:
-        """Return the names of fused expert weights in ascending order of mean condition number.
-
-        Args:
-            top_p: Fraction of the weights to return (at least one weight).
-            num_modules: Number of weights to return; overrides `top_p`.
-            threshold: Maximum mean condition number; ignored if `top_p` or `num_modules` is given.
-        """
+        """Return the names of fused expert weights in ascending order of mean condition number."""
         return _lowest(self._of_parameters, top_p, num_modules, threshold)
 
 

@@ -45,9 +45,6 @@ def create_arrow_model(
             not loaded otherwise.
         adapter_kwargs: Passed to `PeftModel.from_pretrained` and `load_adapter`.
 
-    Returns:
-        The wrapped model, with the router active and trainable.
-
     Raises:
         ConfigError: An argument is missing, `top_k` exceeds the number of experts, the model already has adapters, or
             the adapters have different ranks or sites, or updates other than s·B·A. The model is unchanged.

@@ -57,9 +57,6 @@ class Cache:
     def of(cls, path: Given) -> Cache | None:
         """Read a cache file; return None if the file is missing or is an empty placeholder.
 
-        Args:
-            path: Path of the cache file, or None.
-
         Raises:
             AdapterFileError: The file is damaged or is a pickle, as written by PEFT.
         """
@@ -74,10 +71,6 @@ class Cache:
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """Return a tensor from the cache, for example the left singular vectors, (out, r).
-
-        Args:
-            name: Name of the tensor.
-            shape: Required shape, or None for any.
 
         Raises:
             ConfigError: The tensor is missing, has the wrong shape, or is not finite.
@@ -116,13 +109,6 @@ def for_attaching(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, cor
 
     With "eva", the adapter is attached as if init_lora_weights were True; `initialize_lora_eva_weights` then
     reinitializes the adapter.
-
-    Args:
-        model: The base model.
-        config: The user's config.
-
-    Returns:
-        The config and the statistics (or None) to pass to `core.attach`.
 
     Raises:
         ConfigError: The preprocessing step was not run, or `lora_ga_config` is missing.
@@ -362,12 +348,6 @@ def _only_trained(model: nn.Module, modules: Collection[nn.Module]) -> Iterator[
 
 def dense_sites(model: nn.Module, config: LoraConfig, init: str, paths: Collection[str] | None = None) -> DataSites:
     """Find the dense modules that a config targets; PEFT's data-driven inits skip all other modules.
-
-    Args:
-        model: The user's model.
-        config: Config with targets and ranks.
-        init: Name of the initialization method.
-        paths: Paths of the modules to keep; None keeps all.
 
     Raises:
         ConfigError: The config uses `target_parameters`.

@@ -30,11 +30,7 @@ def parts(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 
 def flat_names(own: Own) -> set[str]:
-    """Return the names on disk of tensors that this process holds only in part; empty within `summon_full_params`.
-
-    Args:
-        own: The adapter's tensors.
-    """
+    """Return the names on disk of tensors that this process holds only in part; empty within `summon_full_params`."""
     flat = {name: tensor for name, _, tensor in own() if is_flat(tensor)}
     # a vector looks the same when it is whole
     is_gathered = not any(name.endswith(MATRICES) or hasattr(tensor, "_is_flat_param") for name, tensor in flat.items())
@@ -42,12 +38,7 @@ def flat_names(own: Own) -> set[str]:
 
 
 def read(model: nn.Module, own: Own) -> dict[str, Tensor]:
-    """Return copies of the whole tensors (…) in the units of a model, keyed by name on disk.
-
-    Args:
-        model: A model that contains units, or is one.
-        own: The adapter's tensors.
-    """
+    """Return copies of the whole tensors (…) in the units of a model, keyed by name on disk."""
     found: dict[str, Tensor] = {}
 
     def note(name: str, tensor: Tensor) -> None:
@@ -58,13 +49,7 @@ def read(model: nn.Module, own: Own) -> dict[str, Tensor]:
 
 
 def write(model: nn.Module, own: Own, values: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into the units of a model.
-
-    Args:
-        model: A model that contains units, or is one.
-        own: The adapter's tensors.
-        values: Name on disk -> tensor (…); the same in every process.
-    """
+    """Copy whole tensors (…), keyed by name on disk and the same in every process, into the units of a model."""
 
     def copy(name: str, tensor: Tensor) -> None:
         if name in values:

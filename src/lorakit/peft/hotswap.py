@@ -40,10 +40,6 @@ CONFIG_KEYS_TO_CHECK: dict[PeftType, list[str]] = {
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
     """Check that two configs differ only in ways that a hot swap can handle.
 
-    Args:
-        config0: Config of the existing adapter.
-        config1: Config of the new adapter.
-
     Raises:
         ConfigError: The configs differ in a field that must be the same, or are not those of a LoRA adapter.
     """
@@ -82,7 +78,7 @@ def hotswap_adapter(
     user = model_adapters.user_model(getattr(model, COMPILED, model))
     files = with_fused_experts(read_adapter(folder), AdapterIndex.of(user))
     check_hotswap_configs_compatible(model.active_peft_config, files.config)
-    warn_of_problems(model, files, ALLOWANCES)
+    warn_of_problems(user, files, ALLOWANCES)
     named = {in_memory_name(key, adapter_name): tensor for key, tensor in files.file.tensors.items()}
     hotswap_adapter_from_state_dict(model, named, adapter_name, files.config)
 

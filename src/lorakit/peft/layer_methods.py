@@ -134,12 +134,7 @@ class PeftLayerMethods:
     names: ClassVar[frozenset[str]] = frozenset((*VALUES, *METHODS, *NAMES_OF_VARIANTS))
 
     def answer(self, layer: nn.Module, word: str) -> object:
-        """Return a PEFT-only attribute or method of a layer.
-
-        Args:
-            layer: An adapted layer.
-            word: Name of the attribute or method, one of those in `names`.
-        """
+        """Return a PEFT-only attribute or method of a layer."""
         assert isinstance(layer, LoraLayer)  # only adapted layers call this
         if word in VALUES:
             return VALUES[word](layer)

@@ -43,10 +43,6 @@ NOT_BUILT = "push_to_hub"
 def check_options(call: str, options: Mapping[str, Any]) -> None:
     """Check the options that a call accepts but does not use.
 
-    Args:
-        call: Name of the called method, for use in messages.
-        options: Options passed to the method through `**kwargs`.
-
     Raises:
         NotYetSupported: An unsupported option would change the result.
     """
@@ -61,10 +57,6 @@ def check_options(call: str, options: Mapping[str, Any]) -> None:
 def adapter_folder(model_id: str | os.PathLike[str], options: MutableMapping[str, Any]) -> Path:
     """Return the local directory of an adapter; an adapter on the Hub is downloaded to the Hub cache.
 
-    Args:
-        model_id: A directory or a Hub id.
-        options: The caller's options; those in `HubOptions` are removed from the mapping.
-
     Raises:
         ModelError: The Hub id was not found, or the Hub cannot be reached.
     """
@@ -78,18 +70,7 @@ LENIENT = tuple(word for word in ALLOWANCES if word != "nonfinite")
 def load_whole(
     model: nn.Module, folder: Path, name: str, *, trainable: bool, config: LoraConfig | None = None
 ) -> IncompatibleKeys:
-    """Load a saved adapter into a model as a new adapter.
-
-    Args:
-        model: The `PeftModel`.
-        folder: The adapter's directory.
-        name: Name to give the adapter.
-        trainable: Whether to make the adapter trainable.
-        config: Config to use instead of the saved one; `config.inference_mode` is set to match `trainable`.
-
-    Returns:
-        Names of the adapter's tensors that are missing from the file, and names in the file that are missing from the
-        model.
+    """Load a saved adapter into a model as a new adapter; return its names that only the model or only the file has.
 
     Raises:
         AdapterFileError: Files are missing or damaged.
@@ -137,31 +118,20 @@ def read_by_names(
 ) -> AdapterFiles:
     """Read an adapter's files, with renamed tensors and fused experts, and warn of implausible values.
 
-    Args:
-        model: The `PeftModel`.
-        folder: The adapter's directory.
-        key_mapping: Dict from regular expression to replacement; the first expression that matches a name is applied.
-        may_be_zero: See `warn_of_problems`.
-
     Raises:
         AdapterFileError: Files are missing or damaged.
     """
     files = read_adapter(folder)
     tensors = {renamed(key, key_mapping or {}): tensor for key, tensor in files.file.tensors.items()}
     files = dataclasses.replace(files, file=dataclasses.replace(files.file, tensors=tensors))
-    files = with_fused_experts(files, AdapterIndex.of(user_model(model)))
-    warn_of_problems(model, files, LENIENT, may_be_zero=may_be_zero)
+    user = user_model(model)
+    files = with_fused_experts(files, AdapterIndex.of(user))
+    warn_of_problems(user, files, LENIENT, may_be_zero=may_be_zero)
     return files
 
 
 def put_by_names(model: nn.Module, files: AdapterFiles, name: str, ignore_sizes: bool) -> IncompatibleKeys:
     """Copy an adapter's tensors by name into an existing adapter.
-
-    Args:
-        model: The `PeftModel`.
-        files: Contents of the adapter's files.
-        name: Name of the existing adapter.
-        ignore_sizes: Whether to warn about tensors of a different shape and skip them.
 
     Raises:
         StateDictError: Shapes do not match.
@@ -172,21 +142,15 @@ def put_by_names(model: nn.Module, files: AdapterFiles, name: str, ignore_sizes:
 
 
 def warn_of_problems(
-    model: nn.Module, files: AdapterFiles, allow: Collection[str], *, may_be_zero: bool = False
+    user: nn.Module, files: AdapterFiles, allow: Collection[str], *, may_be_zero: bool = False
 ) -> None:
     """Warn if an adapter was trained on a different base model or has implausible values.
-
-    Args:
-        model: The `PeftModel`.
-        files: Contents of the adapter's files.
-        allow: Checks to override, such as "base_mismatch".
-        may_be_zero: Whether to accept an adapter that has no effect, such as one that has not been trained yet.
 
     Raises:
         BaseMismatchError: The adapter was trained on a different base, and `allow` does not contain "base_mismatch".
         AdapterFileError: A tensor contains NaN or infinite values.
     """
-    of_base = check_base(user_model(model), files, allow)[1]
+    of_base = check_base(user, files, allow)[1]
     for message in (*of_base, *implausible(files.folder, judge_files(files), may_be_zero)):
         warn_caller(message)
 

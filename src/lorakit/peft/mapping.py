@@ -40,9 +40,6 @@ def get_peft_model(
         revision: Revision of the base model to record in the adapter's config.
         low_cpu_mem_usage: Ignored; factors are created on their site's device.
 
-    Returns:
-        The wrapper for the config's task.
-
     Raises:
         ConfigError: `peft_config` is not a LoraConfig or is not valid for the model.
         TargetError: Nothing in the model matches the targets.
@@ -119,9 +116,6 @@ PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {PeftType.LORA: LoraModel.pre
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfigMixin:
     """Create a config from a dictionary whose `peft_type` specifies the method.
-
-    Args:
-        config_dict: Dict from field name to value, including `peft_type`.
 
     Raises:
         ConfigError: `peft_type` is missing or not LORA, or a value is invalid.

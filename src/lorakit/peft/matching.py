@@ -36,14 +36,7 @@ class ExcludedModule:
 
 
 def check_target_module_exists(config: LoraConfig, key: str) -> bool | ExcludedModule:
-    """Check whether a config targets a module.
-
-    Args:
-        config: The config.
-        key: Dotted path of the module.
-
-    Returns:
-        Whether the module is targeted, or an `ExcludedModule` (which is falsy) if the module is explicitly excluded.
+    """Return whether a config targets a module; for one that it excludes, return an `ExcludedModule`, which is falsy.
 
     Raises:
         ConfigError: A pattern is not a valid regular expression.
@@ -72,12 +65,7 @@ def _excluded(config: LoraConfig, key: str) -> bool:
 
 
 def inspect_matched_modules(tuner: nn.Module, adapter_name: str = "default") -> dict[str, list[str]]:
-    """Return a dict that lists the modules targeted by an adapter's config ("matched") and all others ("unmatched").
-
-    Args:
-        tuner: The `base_model` of a `PeftModel`.
-        adapter_name: Name of the adapter.
-    """
+    """Return a dict that lists the modules targeted by an adapter's config ("matched") and all others ("unmatched")."""
     model = user_model(tuner)
     config = configs_of(model)[adapter_name]
     found: dict[str, list[str]] = {"matched": [], "unmatched": []}
@@ -87,12 +75,7 @@ def inspect_matched_modules(tuner: nn.Module, adapter_name: str = "default") -> 
 
 
 def maybe_include_all_linear_layers(peft_config: LoraConfig, model: nn.Module) -> LoraConfig:
-    """Replace "all-linear" in a config with the matching modules; as in PEFT, the config is changed in place.
-
-    Args:
-        peft_config: The config; it is changed and returned.
-        model: The model.
-    """
+    """Replace "all-linear" in a config with the matching modules; as in PEFT, the config is changed in place."""
     targets = peft_config.target_modules
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
         return peft_config
@@ -108,10 +91,6 @@ def maybe_include_all_linear_layers(peft_config: LoraConfig, model: nn.Module) -
 
 def find_minimal_target_modules(target_modules: Collection[str], other_module_names: Collection[str]) -> set[str]:
     """Return the smallest set of dotted suffixes that match the target modules and no other modules.
-
-    Args:
-        target_modules: Paths to match.
-        other_module_names: Paths that must not match.
 
     Raises:
         ConfigError: `target_modules` is empty or contains an empty path, or a path is in both collections.
@@ -166,13 +145,6 @@ NONE_LEFT = (
 def with_no_target_message(model: nn.Module, config: LoraConfig) -> Iterator[None]:
     """Return a context manager that, if any modules are excluded, prepends PEFT's message to a `NoTargetError`.
 
-    Args:
-        model: The model.
-        config: The adapter's config.
-
-    Yields:
-        Nothing.
-
     Raises:
         NoTargetError: Nothing matches the targets; the message lists the config entries and the most similar modules.
     """
@@ -188,13 +160,7 @@ def with_no_target_message(model: nn.Module, config: LoraConfig) -> Iterator[Non
 
 
 def with_own_targets(model: nn.Module, config: LoraConfig, table: Mapping[str, str | Collection[str]]) -> LoraConfig:
-    """Return the config, with default targets filled in if it specifies none.
-
-    Args:
-        model: The model.
-        config: The adapter's config.
-        table: PEFT's default targets, keyed by model type; programs may add entries.
-    """
+    """Return the config, with default targets filled in if it specifies none."""
     targets = table.get(model_type_of(model))
     if targets is None or config.target_modules is not None or config.target_parameters:
         return config
@@ -217,12 +183,7 @@ def with_paths_inside(config: LoraConfig) -> LoraConfig:
 
 
 def messages_of_missing(config: LoraConfig, report: AttachReport) -> list[str]:
-    """Return warnings about config entries that match nothing; a warning starts with PEFT's message if PEFT has one.
-
-    Args:
-        config: The config.
-        report: Report created when the adapter was attached.
-    """
+    """Return warnings about config entries that match nothing; a warning starts with PEFT's message if PEFT has one."""
     entries = [unmatched for unmatched in report.missing if unmatched.field not in PATTERNS]
     messages = [unmatched.text for unmatched in entries]
     for field, message in NOTHING_MATCHED.items():
@@ -242,12 +203,7 @@ def messages_of_missing(config: LoraConfig, report: AttachReport) -> list[str]:
 
 
 def messages_of_own_biases(model: nn.Module, adapter: str) -> list[str]:
-    """Return PEFT's warnings about layers where B's bias cannot be merged because the base layer has no bias.
-
-    Args:
-        model: A model with adapters.
-        adapter: Name of the adapter.
-    """
+    """Return PEFT's warnings about layers where B's bias cannot be merged because the base layer has no bias."""
     found: dict[str, list[str]] = {}
     for path, layer in layers(model):
         if layer.bias_of(adapter) is not None and layer.original_bias() is None:
@@ -261,11 +217,6 @@ def messages_of_own_biases(model: nn.Module, adapter: str) -> list[str]:
 
 def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -> LoraConfig:
     """Return a config that targets exactly the modules named in a state dict, and warn if the targets change.
-
-    Args:
-        model: The base model.
-        config: The config that came with the tensors.
-        keys: Tensor names, such as "layers.0.q_proj.lora_A.weight".
 
     Raises:
         ConfigError: The config uses `target_parameters`, but tensor names do not identify individual parameters.
@@ -303,11 +254,6 @@ def check_parameters(model: nn.Module, configs: Mapping[str, LoraConfig], config
     Such adapters cannot coexist because PEFT's tensor names, in memory and on disk, identify modules but not
     parameters. `lorakit.core.attach` does not have this restriction.
 
-    Args:
-        model: The user's model.
-        configs: Configs of the existing adapters.
-        config: Config of the new adapter.
-
     Raises:
         ConfigError: The adapters target different parameters of a module; the message lists both sets of parameters.
     """
@@ -335,11 +281,6 @@ def check_name(model: nn.Module, name: str, config: LoraConfig) -> None:
 
     In the paths of the adapter's own modules, such as `lora_A.head`, PEFT would take the adapter for the module.
 
-    Args:
-        model: The user's model.
-        name: Name of the new adapter.
-        config: Its config.
-
     Raises:
         ConfigError: The name is in `modules_to_save` or `trainable_token_indices`.
         TargetError: Nothing in the model matches the targets.
@@ -364,15 +305,7 @@ def check_name(model: nn.Module, name: str, config: LoraConfig) -> None:
 
 
 def warn_of_ties(model: nn.Module, names: Sequence[str]) -> tuple[bool, bool]:
-    """Warn about weights that a merge must untie.
-
-    Args:
-        model: An adapted model.
-        names: Names of the adapters to merge.
-
-    Returns:
-        Whether any weight must be untied, and whether `tie_word_embeddings` must become False as a result.
-    """
+    """Warn about weights that a merge must untie."""
     found = tied_sites(model, names)
     stacked = [pair for pair in found if _without_numbers(pair[0]) == _without_numbers(pair[1].rpartition(".")[0])]
     tied = [pair for pair in found if pair not in stacked]
@@ -392,10 +325,6 @@ def _without_numbers(path: str) -> str:
 
 def check_adapters_to_merge(module: AdapterModule, adapter_names: list[str] | None = None) -> list[str]:
     """Return the requested adapters that are not merged into a layer yet.
-
-    Args:
-        module: An adapted layer.
-        adapter_names: The adapters to merge; None means the active ones.
 
     Raises:
         ConfigTypeError: `adapter_names` is a string.

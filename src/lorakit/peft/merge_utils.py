@@ -1,7 +1,9 @@
 """PEFT's functions for combining task tensors (`peft.utils.merge_utils`), composed of the core's combination steps.
 
-`add_weighted_adapter` does not call these functions. They differ from it in one respect, as in PEFT: signs are elected
-before the weights are applied, so a negative weight does not change a tensor's vote.
+Task tensors are n tensors of one shape (…), stacked as (n, …), with weights (n,). `density` is the fraction of the
+values to keep or, in the random methods, the probability of keeping a value. `add_weighted_adapter` does not call these
+functions. They differ from it in one respect, as in PEFT: signs are elected before the weights are applied, so a
+negative weight does not change a tensor's vote.
 """
 
 from __future__ import annotations
@@ -28,12 +30,6 @@ METHODS = ("magnitude", "random")
 def prune(tensor: Tensor, density: float, method: str, rescale: bool = False) -> Tensor:
     """Return a pruned tensor, or the tensor itself, with a warning, if the density is 1 or more.
 
-    Args:
-        tensor: The tensor, of any shape.
-        density: Fraction of the values to keep.
-        method: "magnitude" or "random".
-        rescale: Whether random pruning divides the kept values by the density.
-
     Raises:
         ConfigError: The density is negative, or the method is unknown.
     """
@@ -50,13 +46,6 @@ def prune(tensor: Tensor, density: float, method: str, rescale: bool = False) ->
 def calculate_majority_sign_mask(tensor: Tensor, method: str = "total") -> Tensor:
     """Return which values of stacked task tensors have the sign that is elected at their position.
 
-    Args:
-        tensor: The stacked task tensors, (n, …).
-        method: "total" elects the sign of the sum, "frequency" the sign that most values have.
-
-    Returns:
-        Booleans, (n, …).
-
     Raises:
         ConfigError: The method is unknown.
     """
@@ -71,22 +60,12 @@ def disjoint_merge(task_tensors: Tensor, majority_sign_mask: Tensor) -> Tensor:
 
 
 def task_arithmetic(task_tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Return the weighted sum of task tensors.
-
-    Args:
-        task_tensors: n tensors of the same shape.
-        weights: One weight per tensor, (n,).
-    """
+    """Return the weighted sum of task tensors."""
     return weighted(torch.stack(list(task_tensors)), weights).sum(0)
 
 
 def magnitude_prune(task_tensors: Sequence[Tensor], weights: Tensor, density: float) -> Tensor:
     """Return the weighted sum of the largest values of task tensors.
-
-    Args:
-        task_tensors: n tensors of the same shape.
-        weights: One weight per tensor, (n,).
-        density: Fraction of the values to keep.
 
     Raises:
         ConfigError: The density is negative.
@@ -96,11 +75,6 @@ def magnitude_prune(task_tensors: Sequence[Tensor], weights: Tensor, density: fl
 
 def dare_linear(task_tensors: Sequence[Tensor], weights: Tensor, density: float) -> Tensor:
     """Return the weighted sum of randomly pruned and rescaled task tensors.
-
-    Args:
-        task_tensors: n tensors of the same shape.
-        weights: One weight per tensor, (n,).
-        density: Probability with which each value is kept.
 
     Raises:
         ConfigError: The density is negative.
@@ -113,12 +87,6 @@ def ties(
 ) -> Tensor:
     """Return the mean of the largest values of task tensors that have the elected signs, after weighting them.
 
-    Args:
-        task_tensors: n tensors of the same shape.
-        weights: One weight per tensor, (n,).
-        density: Fraction of the values to keep.
-        majority_sign_method: As in `calculate_majority_sign_mask`.
-
     Raises:
         ConfigError: The density is negative, or the method is unknown.
     """
@@ -129,12 +97,6 @@ def dare_ties(
     task_tensors: Sequence[Tensor], weights: Tensor, density: float, majority_sign_method: str = "total"
 ) -> Tensor:
     """Return the mean of randomly pruned and rescaled values that have the elected signs, after weighting them.
-
-    Args:
-        task_tensors: n tensors of the same shape.
-        weights: One weight per tensor, (n,).
-        density: Probability with which each value is kept.
-        majority_sign_method: As in `calculate_majority_sign_mask`.
 
     Raises:
         ConfigError: The density is negative, or the method is unknown.

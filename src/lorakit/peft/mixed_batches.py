@@ -97,12 +97,7 @@ def calculate_alora_offsets(
 
 
 def is_alora_relevant_in_batch(model: nn.Module, adapter_names: Sequence[str] | None = None) -> bool:
-    """Return whether any active adapter or any adapter in `adapter_names` has invocation tokens.
-
-    Args:
-        model: A `PeftModel`.
-        adapter_names: One adapter name per row, or None.
-    """
+    """Return whether any active adapter or any adapter in `adapter_names` has invocation tokens."""
     configs = model_adapters.configs_of(model)
     names = {*model_adapters.active_adapters(model), *(adapter_names or ())}
     return any(getattr(configs.get(name), "alora_invocation_tokens", None) for name in names)
@@ -111,25 +106,12 @@ def is_alora_relevant_in_batch(model: nn.Module, adapter_names: Sequence[str] | 
 def get_alora_offsets_for_forward(
     model: nn.Module, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any
 ) -> dict[str, Any]:
-    """Return the keyword arguments of a forward pass, with `alora_offsets` added if an aLoRA adapter is used.
-
-    Args:
-        model: A `PeftModel`.
-        input_ids: Token ids, (rows, length), or None.
-        inputs_embeds: Embeddings, (rows, length, width), or None.
-        kwargs: Keyword arguments of the forward pass.
-    """
+    """Return the keyword arguments of a forward pass, with `alora_offsets` added if an aLoRA adapter is used."""
     return _with_offsets(model, input_ids, kwargs, _ONLY_EMBEDDINGS if inputs_embeds is not None else "")
 
 
 def get_alora_offsets_for_generate(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Return the keyword arguments of `generate`, with `alora_offsets` added if an aLoRA adapter is used.
-
-    Args:
-        model: A `PeftModel`.
-        args: Positional arguments of `generate`, beginning with the prompts, (rows, length) or (length,).
-        kwargs: Keyword arguments of `generate`.
-    """
+    """Return the keyword arguments of `generate`, with `alora_offsets` added if an aLoRA adapter is used."""
     return _with_offsets(model, _prompts(args, kwargs), kwargs, _NO_TOKENS)
 
 
@@ -151,10 +133,8 @@ def rows(
 ) -> contextlib.AbstractContextManager[None]:
     """Return a context manager that assigns an adapter to each row; it does nothing if `adapter_names` is None.
 
-    Args:
-        tuner: The `LoraModel`.
-        adapter_names: One adapter name per row of the batch; "__base__" selects the base model alone.
-        copies: Maximum number of consecutive copies of each row in `generate`, such as beams; 0 for a forward pass.
+    A row named "__base__" uses the base model alone. `copies` is the maximum number of consecutive copies of each row
+    in `generate`, such as beams, or 0 for a forward pass.
 
     Raises:
         ConfigError: An adapter does not exist, or the model is in training mode, in which PEFT also rejects mixed
@@ -192,16 +172,6 @@ def options_of_call(
     missing, invocation tokens are located in the `input_ids` of a forward pass or in the prompts of `generate`,
     whether or not a KV cache is used. If only embeddings are given, aLoRA adapters stay inactive, and a warning is
     issued.
-
-    Args:
-        model: A `PeftModel`.
-        names: One adapter name per row, or None.
-        args: Positional arguments of the call.
-        kwargs: Keyword arguments of the call.
-        generates: Whether the call is a `generate` call, which may run several rows per prompt.
-
-    Yields:
-        Nothing.
 
     Raises:
         RowCountError: The number of names differs from the batch size. For a forward pass, the batch size is the

@@ -115,9 +115,6 @@ class PeftModel(OverModel):
             kwargs: `key_mapping` and the arguments of `HubOptions`, such as `subfolder`, `revision` and `token`; for
                 other options, see `loaded.WITHOUT_EFFECT`.
 
-        Returns:
-            A wrapper of the class that matches the adapter's task.
-
         Raises:
             ConfigError: `config` is not a PeftConfig.
             AdapterFileError: Files are missing or damaged, or tensors do not match the model.
@@ -231,10 +228,6 @@ class PeftModel(OverModel):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate adapters, make them trainable, and freeze all others.
 
-        Args:
-            adapter_name: Name of an adapter, or several names.
-            inference_mode: Whether to freeze the activated adapters as well.
-
         Raises:
             AdapterError: An adapter does not exist.
         """
@@ -246,11 +239,7 @@ class PeftModel(OverModel):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Return a context manager that disables the adapters in the current thread; see `model_adapters.paused`.
-
-        Yields:
-            Nothing.
-        """
+        """Return a context manager that disables the adapters in the current thread; see `model_adapters.paused`."""
         irregular = self.base_model.is_partly_disabled()
         if irregular:
             warn_caller(
@@ -346,15 +335,7 @@ class PeftModel(OverModel):
         saving.write_card(self.get_base_model(), output_dir, self.task)
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Call the model.
-
-        Args:
-            args: Positional arguments for the model.
-            adapter_names: One adapter name per row of the batch; "__base__" selects the base model alone.
-            kwargs: Keyword arguments for the model.
-
-        Returns:
-            The model's output.
+        """Call the model; `adapter_names` names an adapter for each row, or "__base__" for the base model alone.
 
         Raises:
             ConfigError: `adapter_names` contains an unknown adapter or is given while the model is in training mode.
@@ -364,17 +345,7 @@ class PeftModel(OverModel):
             return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Call the model's `generate` method.
-
-        This method can be called from any thread, since an argument selects the adapters for each call.
-
-        Args:
-            args: Positional arguments for `generate`.
-            adapter_names: One adapter name per row of the batch; "__base__" selects the base model alone.
-            kwargs: Keyword arguments for `generate`.
-
-        Returns:
-            The output of `generate`.
+        """Call the model's `generate` method; see `forward` for `adapter_names`, which also works with several threads.
 
         Raises:
             ConfigError: `adapter_names` contains an unknown adapter or is given while the model is in training mode.
@@ -425,9 +396,6 @@ class PeftModel(OverModel):
             revision: Branch to commit to.
             create_pr: Whether to open a pull request instead of committing directly.
             kwargs: Options for `save_pretrained`.
-
-        Returns:
-            URL of the commit.
 
         Raises:
             ModelError: The Hub rejects the upload or cannot be reached.

@@ -63,11 +63,6 @@ def check_exist(
 ) -> None:
     """Check that adapters exist.
 
-    Args:
-        configs: Configs of all existing adapters, keyed by name.
-        adapter_names: Name of an adapter, or several names.
-        problem: PEFT's wording for a missing adapter, used in the error message.
-
     Raises:
         AdapterError: An adapter does not exist; the error's `what` field contains the adapter's name.
     """
@@ -81,12 +76,6 @@ def set_adapter(
     model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: type | None = None
 ) -> None:
     """Activate adapters, make them trainable, and freeze all others.
-
-    Args:
-        model: A model with adapters.
-        adapter_name: Name of an adapter, or several names.
-        inference_mode: Whether to freeze the activated adapters as well.
-        layer_cls: Ignored; in lorakit, all adapted layers have the same class.
 
     Raises:
         RouteError: An adapter does not exist.
@@ -110,14 +99,7 @@ def delete_adapter(
 ) -> list[str] | None:
     """Remove an adapter; if it was the only active one, the alphabetically first remaining adapter becomes active.
 
-    Args:
-        model: A model with adapters.
-        adapter_name: Name of the adapter; if the adapter does not exist, nothing happens, as in PEFT.
-        prefix: Ignored, since LoRA is lorakit's only method.
-        layer_cls: Ignored; in lorakit, all adapted layers have the same class.
-
-    Returns:
-        Names of the adapters that are now active, or None if there are none.
+    As in PEFT, nothing happens if the adapter does not exist.
 
     Raises:
         AdapterError: The adapter is merged.
@@ -155,10 +137,6 @@ ALONE = "Only one adapter can be set at a time for {wrapper}, got {names}: {why}
 def check_together(modules: Iterable[AdapterModule], names: Sequence[str]) -> None:
     """Check that no two adapters replace the same module or embedding row.
 
-    Args:
-        modules: The adapted modules of a model.
-        names: Names of the adapters to activate together.
-
     Raises:
         ConfigError: Two of the adapters save the same module or train the same token.
     """
@@ -185,13 +163,7 @@ NARROW = (torch.float16, torch.bfloat16)
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-    """Upcast an adapter's 16-bit and 8-bit factors to fp32.
-
-    Args:
-        model: A model with adapters.
-        adapter_name: Name of the adapter.
-        autocast_adapter_dtype: If false, do nothing.
-    """
+    """Upcast an adapter's 16-bit and 8-bit factors to fp32."""
     if autocast_adapter_dtype:
         for _, parameter in _factors(model, adapter_name):
             if parameter.dtype in NARROW or parameter.element_size() == 1:
@@ -199,12 +171,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 
 
 def cast_to_base(model: nn.Module, adapter_name: str) -> None:
-    """Cast an adapter's factors to the dtype of their base weight if that dtype is floating-point.
-
-    Args:
-        model: A model with adapters.
-        adapter_name: Name of the adapter.
-    """
+    """Cast an adapter's factors to the dtype of their base weight if that dtype is floating-point."""
     for layer, parameter in _factors(model, adapter_name):
         weight = layer.owner._parameters.get(layer.spec.parameter)
         if weight is not None and weight.is_floating_point():
@@ -212,12 +179,7 @@ def cast_to_base(model: nn.Module, adapter_name: str) -> None:
 
 
 def empty(model: nn.Module, adapter_name: str) -> None:
-    """Move an adapter's factors to torch's meta device, which frees their memory.
-
-    Args:
-        model: A model with adapters.
-        adapter_name: Name of the adapter.
-    """
+    """Move an adapter's factors to torch's meta device, which frees their memory."""
     for _, layer in AdapterIndex.of(model).layers(adapter_name):
         for holder in layer.children():
             if isinstance(holder, nn.ModuleDict) and adapter_name in holder:
@@ -230,12 +192,7 @@ def empty(model: nn.Module, adapter_name: str) -> None:
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Replace factors on the meta device with copies of the given tensors, placed on the base weight's device.
-
-    Args:
-        model: A model with adapters.
-        tensors: Tensors of any shape, keyed by the factor's name in the model.
-    """
+    """Replace factors on the meta device with copies of the given tensors, placed on the base weight's device."""
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
@@ -252,25 +209,12 @@ def _factors(model: nn.Module, adapter: str) -> Iterator[tuple[LoraLayer, nn.Par
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-    """Make adapters trainable or freeze them, whether or not they are active.
-
-    Args:
-        model: A model with adapters.
-        adapter_names: Name of an adapter, or several names; missing adapters are ignored, as in PEFT.
-        requires_grad: Whether to make the adapters trainable; if false, they are frozen.
-    """
+    """Make adapters trainable or freeze them, whether or not they are active."""
     core.set_trained(model, dict.fromkeys(as_names(adapter_names), requires_grad))
 
 
 def pause(model: nn.Module) -> list[nn.Parameter]:
-    """Freeze every adapter.
-
-    Args:
-        model: A model with adapters.
-
-    Returns:
-        The parameters that were trainable before the call.
-    """
+    """Freeze every adapter."""
     state = find_state(model)
     trained = [
         parameter
@@ -291,12 +235,6 @@ def paused(model: nn.Module) -> Iterator[None]:
     All threads share the `requires_grad` flags, so the flags are changed only if the calling thread records gradients.
     Threads that run inference therefore do not affect a training thread. If an adapter is deactivated within the
     context, the flags are not restored.
-
-    Args:
-        model: A model; if it has no adapters, nothing happens.
-
-    Yields:
-        Nothing.
     """
     state = find_state(model)
     if state is None:

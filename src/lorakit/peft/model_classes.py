@@ -32,12 +32,7 @@ def get_default_import_allowlist() -> list[str]:
 
 
 def check_import_allowlist(allowlist: Collection[str], parent_name: str) -> bool:
-    """Return whether a module may be imported: it is one of the given packages or a module inside one of them.
-
-    Args:
-        allowlist: Names of packages.
-        parent_name: Dotted name of the module.
-    """
+    """Return whether a module may be imported: it is one of the given packages or a module inside one of them."""
     return parent_name in allowlist or parent_name.startswith(tuple(f"{allowed}." for allowed in allowlist))
 
 
@@ -75,9 +70,6 @@ class _BaseAutoPeftModel:
             import_allowlist: Packages from which the base model's class may be imported.
             kwargs: Other arguments of `HubOptions`, and options for loading the base model. `subfolder` is that of the
                 adapter; `token`, `cache_dir`, `local_files_only` and `force_download` apply to the base too.
-
-        Returns:
-            The wrapper for the adapter's task.
 
         Raises:
             ConfigError: The class does not match the adapter's task, or the base model's package is not on the
@@ -203,9 +195,6 @@ class PeftMixedModel(PeftModel):
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Remove adapters.
-
-        Args:
-            adapter_name: Name of an adapter, or several names.
 
         Raises:
             AdapterError: An adapter does not exist.

@@ -37,9 +37,6 @@ def create_loraplus_optimizer(
         lr: Learning rate for A.
         loraplus_lr_ratio: Ratio of B's learning rate to A's.
         kwargs: `loraplus_weight_decay` (default 0.0), `loraplus_lr_embedding` (default 1e-6), and optimizer options.
-
-    Returns:
-        The optimizer.
     """
     decay = kwargs.pop("loraplus_weight_decay", 0.0)
     of_embedding = kwargs.pop("loraplus_lr_embedding", 1e-6)
@@ -113,14 +110,7 @@ class LoraFAOptimizer(LoraFA):
         self._warned = False
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Perform one optimization step.
-
-        Args:
-            closure: Function that recomputes the loss, or None.
-
-        Returns:
-            The closure's result.
-        """
+        """Perform one optimization step."""
         if not self._warned and any("scaling_factors" not in g and "scaling_factor" in g for g in self.param_groups):
             self._warned = True
             warnings.warn(
@@ -146,9 +136,6 @@ def create_lorafa_optimizer(
         lr: Learning rate.
         weight_decay: See `torch.optim.AdamW`.
         use_rslora: Deprecated; must be None or equal the value in the active adapters' configs.
-
-    Returns:
-        The optimizer.
 
     Raises:
         ConfigError: `use_rslora` differs from an active adapter's config.
@@ -184,9 +171,6 @@ def create_riemannian_optimizer(
         lr: Learning rate.
         reg: Damping, which is added to the diagonals of Bᵀ·B and A·Aᵀ before they are inverted.
         kwargs: Further arguments of the optimizer class.
-
-    Returns:
-        The optimizer, an instance of `optimizer_cls`.
 
     Raises:
         ConfigTypeError: `optimizer_cls` is not an optimizer class.
@@ -234,11 +218,7 @@ class _StateByName(defaultdict[Any, Any]):
 
 
 def named_b(named: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
-    """Return the pairs whose parameter is a B factor.
-
-    Args:
-        named: (name, parameter) pairs.
-    """
+    """Return the pairs whose parameter is a B factor."""
     return [(name, p) for name, p in named if ".lora_B." in name and p.ndim > 1]
 
 

@@ -301,15 +301,7 @@ _PACKAGES = {path.rpartition(".")[0] for path in PATHS}
 
 
 def lazy_names(module: str, names: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Create `__getattr__` and `__dir__` for a module that imports its names on first use.
-
-    Args:
-        module: The module's full name.
-        names: Space-separated names; `HOMES` specifies the module that defines each name.
-
-    Returns:
-        The two functions.
-    """
+    """Create `__getattr__` and `__dir__` for a module that imports its names on first use."""
     known = frozenset(names.split())
     return lambda name: _find(module, known, name), lambda: sorted(known)
 

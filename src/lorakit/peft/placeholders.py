@@ -72,9 +72,6 @@ PromptEncoderReparameterizationType = _text_enum("PromptEncoderReparameterizatio
 def register_peft_method(*, name: str, **_: type | str | bool | None) -> NoReturn:
     """Raise an error, since lorakit implements only LoRA and does not accept additional methods.
 
-    Args:
-        name: Name of the method.
-
     Raises:
         NotYetSupported: Always.
     """
@@ -90,9 +87,6 @@ def placeholder(name: str) -> Any:
     """Return the object that this module defines under a PEFT name or, if there is none, a placeholder.
 
     Repeated calls return the same object.
-
-    Args:
-        name: A name that exists in PEFT; the caller has already checked that `lorakit.peft.paths` lists it.
     """
     if name in globals() and not name.startswith("_"):
         return globals()[name]

@@ -54,13 +54,7 @@ model = model.merge_and_unload()  # optional: merge it into the base permanently
 
 
 def write_card(base: nn.Module, output_dir: str | PathLike[str], task: TaskType | None) -> None:
-    """Write an adapter's model card, or add missing header fields to an existing one.
-
-    Args:
-        base: The base model.
-        output_dir: The adapter's directory.
-        task: The wrapper's task.
-    """
+    """Write an adapter's model card, or add missing header fields to an existing one."""
     path = Path(output_dir) / "README.md"
     header, text = _parts(path.read_text("utf-8") if path.is_file() else "")
     given = {line.partition(":")[0] for line in header}
@@ -115,18 +109,10 @@ def save(
     tensors: Mapping[str, Tensor] | None = None,
     initial_folder: str | PathLike[str] | None = None,
 ) -> core.SavedAdapter:
-    """Save one adapter as PEFT does.
+    """Save one adapter as PEFT does, with `tensors` (…), keyed by name on disk, instead of its own if they are given.
 
-    Args:
-        model: The `PeftModel`.
-        folder: Directory to write to.
-        name: Name of the adapter.
-        tensors: Tensors of any shape, keyed by name on disk, to save instead of the model's own tensors.
-        initial_folder: Directory of the adapter as it was saved before training; if given, the adapter is converted
-            to plain LoRA for the original base, with twice the rank.
-
-    Returns:
-        The saved adapter.
+    With `initial_folder`, the directory of the adapter before training, the adapter is converted to plain LoRA for the
+    original base, with twice the rank.
 
     Raises:
         ConfigError: The conversion would not preserve the scale that PEFT uses.
@@ -176,12 +162,6 @@ def save(
 
 def _check_complete(name: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor], flat: Sequence[str]) -> None:
     """Check that whole tensors were given for an adapter whose tensors are distributed over processes.
-
-    Args:
-        name: Name of the adapter.
-        own: The model's own tensors (…), keyed by name on disk.
-        given: The tensors to save.
-        flat: Names of given tensors that lack dimensions.
 
     Raises:
         AdapterError: A tensor is missing or incomplete.

@@ -106,10 +106,6 @@ def _without_wrappers(key: str) -> str:
 def names_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str]]:
     """Iterate over the names of an adapter's tensors.
 
-    Args:
-        model: A wrapped model, or an unwrapped model with adapters.
-        adapter: Name of the adapter.
-
     Yields:
         Each tensor's name on disk, and its name in the model's state dict.
     """
@@ -118,10 +114,6 @@ def names_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str]]:
 
 def tensors_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
     """Iterate over the tensors of an adapter.
-
-    Args:
-        model: A wrapped model, or an unwrapped model with adapters.
-        adapter: Name of the adapter.
 
     Yields:
         Each tensor's name on disk, its name in the model's state dict, and the tensor itself, of any shape.
@@ -161,13 +153,7 @@ def _saved_in_full(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def flat_factors(model: nn.Module, adapter: str, given: Mapping[str, Tensor] | None = None) -> list[str]:
-    """Return the names of A and B tensors that have fewer than two dimensions, as ungathered shards do.
-
-    Args:
-        model: A wrapped model, or an unwrapped model with adapters.
-        adapter: Name of the adapter.
-        given: Tensors of any shape, keyed by name on disk, to check instead of the model's own tensors.
-    """
+    """Return the names of A and B tensors that have fewer than two dimensions, as ungathered shards do."""
     own = {on_disk: tensor for on_disk, _, tensor in tensors_of(model, adapter)} if given is None else given
     return [key for key, held in own.items() if key.endswith(FACTORS) and held.ndim < 2]
 
@@ -227,13 +213,6 @@ def set_peft_model_state_dict(
 ) -> IncompatibleKeys:
     """Copy tensors into a model's adapter, and warn about implausible values, as `PeftModel.load_adapter` does.
 
-    Args:
-        model: A wrapped model, or an unwrapped model with adapters.
-        peft_model_state_dict: Tensors of any shape, keyed by name on disk, with or without a wrapped model's prefix.
-        adapter_name: Name of the adapter.
-        ignore_mismatched_sizes: Whether to warn about tensors of a different shape and skip them.
-        low_cpu_mem_usage: Ignored; factors are already on their final device.
-
     Returns:
         Names in the model that have no tensor in the state dict, and unexpected names; the latter also cause a warning.
 
@@ -271,12 +250,6 @@ def put_tensors(
     model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str, ignore_mismatched_sizes: bool = False
 ) -> IncompatibleKeys:
     """Copy tensors into an existing adapter without checking their values; see `set_peft_model_state_dict`.
-
-    Args:
-        model: A wrapped model, or an unwrapped model with adapters.
-        tensors: Tensors of any shape, keyed by name on disk.
-        adapter_name: Name of the adapter.
-        ignore_mismatched_sizes: Whether to warn about tensors of a different shape and skip them.
 
     Raises:
         StateDictError: A tensor's shape does not match the model.
@@ -329,11 +302,7 @@ def _bare(key: str) -> str:
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of the unmerged base model, keyed by their names in the model without adapters.
-
-    Args:
-        model: A wrapped model, or an unwrapped model with adapters.
-    """
+    """Return the tensors of the unmerged base model, keyed by their names in the model without adapters."""
     return {name: tensor.detach() for name, tensor, _ in base_tensors(model_adapters.user_model(model))}
 
 
@@ -341,14 +310,6 @@ def set_base_model_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
 ) -> IncompatibleKeys:
     """Copy tensors into the base model, matching them by their names in the model without adapters.
-
-    Args:
-        model: A wrapped model, or an unwrapped model with adapters.
-        state_dict: Tensors of any shape, keyed by name in the model without adapters.
-        strict: Whether missing and unexpected names raise an error.
-
-    Returns:
-        Missing and unexpected names.
 
     Raises:
         StateDictError: `strict` is true and a name is missing or unexpected, or a shape does not match.

@@ -94,9 +94,6 @@ BACKENDS = {"bnb-4bit": "bnb 4bit", "bnb-8bit": "bnb 8bit"}
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """Return the status of every adapted layer and saved module.
 
-    Args:
-        model: A wrapped model, or an unwrapped model with adapters.
-
     Raises:
         AdapterError: The model has no adapters.
     """
@@ -148,9 +145,6 @@ def _flags_and_devices(modules: Iterable[AdapterModule]) -> tuple[dict[str, bool
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
     """Return the status of a model.
-
-    Args:
-        model: A wrapped model, or an unwrapped model with adapters.
 
     Raises:
         AdapterError: The model has no adapters.

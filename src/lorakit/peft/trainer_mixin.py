@@ -123,12 +123,6 @@ class LoraTrainerMixin:
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Call the parent's `model_init`, wrap the resulting model if necessary, and return the model to train.
 
-        Args:
-            trial: Passed to the parent unchanged.
-
-        Returns:
-            The model that the parent trains.
-
         Raises:
             ConfigError: The model has no adapter.
         """
@@ -136,10 +130,6 @@ class LoraTrainerMixin:
 
     def create_optimizer(self, *args: nn.Module | None, **kwargs: nn.Module | None) -> Optimizer:
         """Create the parent's optimizer after checking that at least one parameter is trainable.
-
-        Args:
-            args: The parent's positional arguments.
-            kwargs: The parent's keyword arguments.
 
         Raises:
             ConfigError: No parameters are trainable, for example because an adapter was loaded without `is_trainable`.
@@ -263,12 +253,6 @@ class MontecloraTrainerMixin:
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Tensor | tuple[Tensor, Any]:
         """Return the parent's loss of a batch plus the penalty of the active adapters.
-
-        Args:
-            model: The model to train.
-            inputs: The batch.
-            return_outputs: Whether to return the model's outputs, too.
-            kwargs: Passed to the parent.
 
         Returns:
             The loss, a scalar; if `return_outputs` is set, a tuple of the loss and the outputs.

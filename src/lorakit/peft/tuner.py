@@ -37,9 +37,6 @@ from lorakit.targets import LEFT_OUT
 def kinds_of(config: LoraConfig | None) -> list[Kind]:
     """Return a `Kind` for each of a config's custom modules, and warn about module types that are not supported.
 
-    Args:
-        config: The config, or None.
-
     Raises:
         NotYetSupported: A custom layer class is not a subclass of one of lorakit's layers.
     """
@@ -95,31 +92,19 @@ class OverModel(nn.Module):
         return names[0] if len(names) == 1 else names
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Make adapters trainable or freeze them, whether or not they are active.
-
-        Args:
-            adapter_names: Name of an adapter, or several names; missing adapters are ignored.
-            requires_grad: Whether to make the adapters trainable; if false, they are frozen.
-        """
+        """Make adapters trainable or freeze them, whether or not they are active."""
         model_adapters.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return whether an adapter can be converted to plain LoRA.
 
         Adapters that depend on token positions or change the base weights cannot be converted.
-
-        Args:
-            adapter_name: Name of the adapter.
         """
         config = self.peft_config.get(adapter_name)
         return config is not None and config.alora_invocation_tokens is None and moving_variant(config) is None
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate adapters, make them trainable, and freeze all others.
-
-        Args:
-            adapter_name: Name of an adapter, or several names.
-            inference_mode: Whether to freeze the activated adapters as well.
 
         Raises:
             RouteError: An adapter does not exist.
@@ -129,9 +114,6 @@ class OverModel(nn.Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was the only active one, the alphabetically first remaining adapter becomes active.
-
-        Args:
-            adapter_name: Name of the adapter.
 
         Raises:
             AdapterError: The adapter does not exist or is merged.
@@ -285,13 +267,6 @@ class BaseTuner(OverModel):
     ) -> None:
         """Attach the adapter whose config has been put into `peft_config`.
 
-        Args:
-            model: The user's model.
-            adapter_name: Name of the adapter, which has no factors on the model yet.
-            autocast_adapter_dtype: If false, the factors are cast to the dtype of their base weight.
-            low_cpu_mem_usage: Whether to leave the factors on the meta device; see `inject_adapter_in_model`.
-            state_dict: See `inject_adapter_in_model`.
-
         Raises:
             AdapterError: `peft_config` has no config of this name, the name is not valid, or the model has such an
                 adapter already.
@@ -410,9 +385,6 @@ class BaseTuner(OverModel):
             safe_merge: Ignored; the result is always checked for non-finite values.
             adapter_names: Adapters to merge; None means the active ones.
 
-        Returns:
-            The user's model.
-
         Raises:
             MergeError: An adapter cannot be merged.
             AdapterError: An adapter does not exist.
@@ -449,11 +421,7 @@ class LoraModel(BaseTuner):
 
 @contextlib.contextmanager
 def garbage_collector_paused() -> Iterator[None]:
-    """Return a context manager that pauses Python's garbage collector while thousands of objects are created.
-
-    Yields:
-        Nothing.
-    """
+    """Return a context manager that pauses Python's garbage collector while thousands of objects are created."""
     running = gc.isenabled()
     gc.disable()
     try:

@@ -50,12 +50,7 @@ TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = dict(DEFAULT_TARGETS)
 
 
 def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
-    """Return a module's parent, the module itself, and its name in the parent.
-
-    Args:
-        model: The model.
-        key: Dotted path.
-    """
+    """Return a module's parent, the module itself, and its name in the parent."""
     parent, _, name = key.rpartition(".")
     return model.get_submodule(parent), model.get_submodule(key), name
 
@@ -87,9 +82,6 @@ def no_split_modules(model: nn.Module) -> set[str]:
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     """Return an FSDP policy that wraps transformer blocks and, separately, each trainable leaf module.
-
-    Args:
-        model: The model. The environment variable FSDP_TRANSFORMER_CLS_TO_WRAP may specify the model's block classes.
 
     Raises:
         ConfigTypeError: One of the block classes does not occur in the model.
@@ -142,20 +134,12 @@ def dequantize_module_weight(module: nn.Module) -> Tensor:
 
 
 def init_empty_weights(include_buffers: bool | None = None) -> torch.device:
-    """Return a context manager that creates modules on torch's meta device, where they use no memory.
-
-    Args:
-        include_buffers: Ignored; buffers are also created on the meta device.
-    """
+    """Return a context manager that creates modules on torch's meta device, where they use no memory."""
     return torch.device("meta")
 
 
 def skip_init_on_device(func: Function) -> Function:
-    """Return a function that creates modules on the CPU even if it is called within `init_empty_weights`.
-
-    Args:
-        func: A function that creates modules.
-    """
+    """Return a function that creates modules on the CPU even if it is called within `init_empty_weights`."""
 
     @wraps(func)
     def on_device(*args: Any, **kwargs: Any) -> Any:
@@ -177,11 +161,7 @@ def checkpoints(model: nn.Module) -> bool:
 
 
 def take_gradients_at_the_input(model: nn.Module) -> None:
-    """Make the input embedding's output require gradients, as reentrant gradient checkpointing needs.
-
-    Args:
-        model: A model; quantized models are skipped, since `prepare_model_for_kbit_training` handles them.
-    """
+    """Make the input embedding's output require gradients, as reentrant gradient checkpointing needs."""
     quantized = any(getattr(model, f"is_{name}", False) for name in ("loaded_in_8bit", "loaded_in_4bit", "quantized"))
     if not quantized:
         _require_input_gradients(model)
@@ -204,15 +184,6 @@ def prepare_model_for_kbit_training(
     """Freeze a quantized base, upcast its unquantized tensors to fp32, and enable gradient checkpointing.
 
     If the base is quantized with one of `DENSE_METHODS`, no tensors are upcast.
-
-    Args:
-        model: The base model, modified in place.
-        use_gradient_checkpointing: Whether to enable gradient checkpointing if the base is quantized.
-        gradient_checkpointing_kwargs: Options for gradient checkpointing.
-        auto_clear_cache: Whether to release cached GPU memory.
-
-    Returns:
-        The model passed in.
     """
     method = getattr(model, "quantization_method", None)
     method = getattr(method, "value", method)
@@ -233,12 +204,7 @@ def prepare_model_for_kbit_training(
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast frozen parameters to a half-precision dtype, and trainable ones to fp32.
-
-    Args:
-        model: The model, modified in place.
-        dtype: Dtype for frozen parameters.
-    """
+    """Cast frozen parameters to a half-precision dtype, and trainable ones to fp32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
@@ -342,11 +308,7 @@ is_transformers_le_4_53 = False
 
 
 def is_xpu_available(check_device: bool = False) -> bool:
-    """Return whether an Intel GPU is available.
-
-    Args:
-        check_device: Ignored; the device is always checked.
-    """
+    """Return whether an Intel GPU is available."""
     return hasattr(torch, "xpu") and torch.xpu.is_available()
 
 

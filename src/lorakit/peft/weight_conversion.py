@@ -62,12 +62,6 @@ def convert_peft_adapter_state_dict_for_transformers(
 
     With rsLoRA, B is divided by √parts, so that the updates are those of the separate experts; see `fused_B`.
 
-    Args:
-        model: The base model, adapted or not.
-        peft_config: The adapter's config.
-        adapter_state_dict: Tensors (…), keyed by name on disk.
-        adapter_name: Name of the adapter, for error messages.
-
     Raises:
         AdapterFileError: Experts or parts are missing, or have different scales.
         ShapeMismatchError: The experts of a layer have tensors of different shapes.
@@ -79,11 +73,7 @@ def convert_peft_adapter_state_dict_for_transformers(
 
 
 def get_model_conversion_mapping(model: nn.Module) -> list[Rule]:
-    """Return the rules that transformers applies to the weight files of a base model.
-
-    Args:
-        model: A transformers model.
-    """
+    """Return the rules that transformers applies to the weight files of a base model."""
     from lorakit.hub.loading_rules import rules_of
 
     return rules_of(model)
@@ -144,14 +134,7 @@ def _old_names(rule: Rule) -> set[str]:
 
 
 def _rules_of_experts(rule: Rule, adapter: str, config: LoraConfig | None, outer: set[str]) -> Iterator[Rule]:
-    """Yield the rules for A and B of a fused parameter.
-
-    Args:
-        rule: The rule for the parameter's weight.
-        adapter: Name of the adapter.
-        config: The adapter's config.
-        outer: Old names of the parts of the other parameter, whose layer is around that of the first if it is targeted.
-    """
+    """Yield the rules for A and B of a fused parameter."""
     from lorakit.hub.loading_rules import joining
 
     _check_alike(config, _old_names(rule))

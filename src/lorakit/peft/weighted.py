@@ -165,14 +165,6 @@ def save_as_lora(
 ) -> None:
     """Convert an adapter with `convert_to_lora` and save it.
 
-    Args:
-        path: Directory to write to; an existing adapter in this directory is replaced.
-        model: See `convert_to_lora`.
-        rank: See `convert_to_lora`.
-        adapter_name: See `convert_to_lora`.
-        progressbar: Ignored; no progress is shown.
-        compile_kwargs: Ignored; nothing is compiled.
-
     Raises:
         TypeError: See `convert_to_lora`.
         ConfigError: See `convert_to_lora`.
