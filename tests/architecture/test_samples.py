@@ -320,6 +320,8 @@ IMPORTS = [
     ("core-names", "core.operations.combining", "lorakit.core"),
     ("train", "train.settings.types", "lorakit.train.loop.schedule"),
     ("train", "train.loop.step", "lorakit.train.setup.run_data"),
+    ("peft", "peft.loaded", "lorakit.peft.model"),
+    ("peft", "peft.matching", "lorakit.peft.tuner"),
     ("core-modules", "cli.merge", "lorakit.core.linalg"),
     ("core-modules", "tasks.task", "lorakit.core.kinds"),
     ("lazy", "", "lorakit.errors"),

@@ -1,6 +1,6 @@
 """PEFT's functions for combining task tensors (`peft.utils.merge_utils`), composed of the core's combination steps.
 
-Task tensors are n tensors of one shape (…), stacked as (n, …), with weights (n,). `density` is the fraction of the
+Task tensors are n tensors of one shape (…). `density` is the fraction of the
 values to keep or, in the random methods, the probability of keeping a value. `add_weighted_adapter` does not call these
 functions. They differ from it in one respect, as in PEFT: signs are elected before the weights are applied, so a
 negative weight does not change a tensor's vote.
@@ -28,7 +28,7 @@ METHODS = ("magnitude", "random")
 
 
 def prune(tensor: Tensor, density: float, method: str, rescale: bool = False) -> Tensor:
-    """Return a pruned tensor, or the tensor itself, with a warning, if the density is 1 or more.
+    """Return a pruned tensor of any shape, or the tensor itself, with a warning, if the density is 1 or more.
 
     Raises:
         ConfigError: The density is negative, or the method is unknown.
@@ -44,7 +44,7 @@ def prune(tensor: Tensor, density: float, method: str, rescale: bool = False) ->
 
 
 def calculate_majority_sign_mask(tensor: Tensor, method: str = "total") -> Tensor:
-    """Return which values of stacked task tensors have the sign that is elected at their position.
+    """Return which values of stacked task tensors (n, …) have the sign that is elected at their position, (n, …).
 
     Raises:
         ConfigError: The method is unknown.
@@ -60,12 +60,12 @@ def disjoint_merge(task_tensors: Tensor, majority_sign_mask: Tensor) -> Tensor:
 
 
 def task_arithmetic(task_tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Return the weighted sum of task tensors."""
+    """Return the weighted sum (…) of n task tensors; the weights are (n,)."""
     return weighted(torch.stack(list(task_tensors)), weights).sum(0)
 
 
 def magnitude_prune(task_tensors: Sequence[Tensor], weights: Tensor, density: float) -> Tensor:
-    """Return the weighted sum of the largest values of task tensors.
+    """Return the weighted sum (…) of the largest values of n task tensors; the weights are (n,).
 
     Raises:
         ConfigError: The density is negative.
@@ -74,7 +74,7 @@ def magnitude_prune(task_tensors: Sequence[Tensor], weights: Tensor, density: fl
 
 
 def dare_linear(task_tensors: Sequence[Tensor], weights: Tensor, density: float) -> Tensor:
-    """Return the weighted sum of randomly pruned and rescaled task tensors.
+    """Return the weighted sum (…) of n randomly pruned and rescaled task tensors; the weights are (n,).
 
     Raises:
         ConfigError: The density is negative.
@@ -85,7 +85,7 @@ def dare_linear(task_tensors: Sequence[Tensor], weights: Tensor, density: float)
 def ties(
     task_tensors: Sequence[Tensor], weights: Tensor, density: float, majority_sign_method: str = "total"
 ) -> Tensor:
-    """Return the mean of the largest values of task tensors that have the elected signs, after weighting them.
+    """Return the mean (…) of the largest values of n task tensors that have the elected signs, weighted by (n,).
 
     Raises:
         ConfigError: The density is negative, or the method is unknown.
@@ -96,7 +96,7 @@ def ties(
 def dare_ties(
     task_tensors: Sequence[Tensor], weights: Tensor, density: float, majority_sign_method: str = "total"
 ) -> Tensor:
-    """Return the mean of randomly pruned and rescaled values that have the elected signs, after weighting them.
+    """Return the mean (…) of randomly pruned and rescaled values that have the elected signs, weighted by (n,).
 
     Raises:
         ConfigError: The density is negative, or the method is unknown.

@@ -106,7 +106,7 @@ def is_alora_relevant_in_batch(model: nn.Module, adapter_names: Sequence[str] | 
 def get_alora_offsets_for_forward(
     model: nn.Module, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any
 ) -> dict[str, Any]:
-    """Return the keyword arguments of a forward pass, with `alora_offsets` added if an aLoRA adapter is used."""
+    """Return the arguments of a forward pass of `input_ids`, (rows, length), with `alora_offsets` if aLoRA is used."""
     return _with_offsets(model, input_ids, kwargs, _ONLY_EMBEDDINGS if inputs_embeds is not None else "")
 
 
