@@ -63,8 +63,9 @@ class TrainSettings(_Checked):
             raise _error(cause) from None
         if self.from_adapter is None:
             _ = self.base  # raises if there is no model
+        given = dict(self)
         for name, entry in DEFAULTS.items():
-            entry.check_conflict(name, dict(self))
+            entry.check_conflict(name, given)
         if self.recompute != "none" or self.gradient_checkpointing or self.fit is not None:
             _ = self.recomputed  # raises if the options conflict with each other or with the memory budget
 
