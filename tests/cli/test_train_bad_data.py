@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lorakit import cli
-from lorakit.train import trainer
+from lorakit.train.setup import prepare
 
 Fails = Callable[..., str]
 Train = Callable[..., int]
@@ -47,7 +47,7 @@ def fails(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         assert sorted(tmp_path.rglob("*")) == before
         return said.replace(f"{tmp_path}/", "")
 
-    monkeypatch.setattr(trainer, "load_model_for", no_weights)
+    monkeypatch.setattr(prepare, "load_model_for", no_weights)
     return call
 
 

@@ -13,11 +13,11 @@ import torch
 
 from lorakit.errors import RunError
 from lorakit.report import read_metrics
-from lorakit.train import trainer
 from lorakit.train.files import checkpoint
 from lorakit.train.files.results import RunResult
 from lorakit.train.loop import loop
 from lorakit.train.settings.settings import TrainSettings
+from lorakit.train.setup import prepare
 from lorakit.train.setup.run_context import RunLimits
 from lorakit.train.trainer import run
 
@@ -81,7 +81,7 @@ def test_a_signal_while_evaluating_abandons_it_and_resuming_catches_up(
 
 def without_feed_forward(monkeypatch: pytest.MonkeyPatch, layers: list[int], factor: float | None) -> None:
     """Make layers skip their feed-forward module, or multiply its output by a factor."""
-    real = trainer.load_model_for
+    real = prepare.load_model_for
 
     def load(*arguments: Any, **named: Any) -> Any:
         loaded = real(*arguments, **named)
@@ -90,7 +90,7 @@ def without_feed_forward(monkeypatch: pytest.MonkeyPatch, layers: list[int], fac
             module.forward = torch.zeros_like if factor is None else lambda x, whole=whole: factor * whole(x)
         return loaded
 
-    monkeypatch.setattr(trainer, "load_model_for", load)
+    monkeypatch.setattr(prepare, "load_model_for", load)
 
 
 def test_modules_that_the_model_does_not_call_are_a_finding(
@@ -154,7 +154,7 @@ def test_two_processes_do_not_train_into_one_folder(settings: dict[str, Any], tm
 
 def test_the_base_does_not_move(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
-    real = trainer.load_model_for
+    real = prepare.load_model_for
 
     def load(*arguments: Any, **named: Any) -> Any:
         loaded = real(*arguments, **named)
@@ -162,7 +162,7 @@ def test_the_base_does_not_move(settings: dict[str, Any], monkeypatch: pytest.Mo
         seen["before"] = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
         return loaded
 
-    monkeypatch.setattr(trainer, "load_model_for", load)
+    monkeypatch.setattr(prepare, "load_model_for", load)
     _run(settings, lora_dropout=0.1, gradient_checkpointing=True)
     from lorakit import core
 

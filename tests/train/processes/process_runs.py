@@ -28,9 +28,10 @@ from lorakit.train.loop.loop import save_checkpoint
 from lorakit.train.loop.progress import Progress
 from lorakit.train.processes.processes import Processes, joined
 from lorakit.train.settings.settings import TrainSettings
+from lorakit.train.setup.prepare import prepare
 from lorakit.train.setup.run_data import RunBatches
 from lorakit.train.setup.run_spec import RunSpec
-from lorakit.train.trainer import prepare, run
+from lorakit.train.trainer import run
 
 
 class Said(Progress):

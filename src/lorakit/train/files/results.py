@@ -198,10 +198,10 @@ def finish(run: Run) -> RunResult:
         trainable_parameters=run.trainable_parameters,
         total_parameters=run.total_parameters,
         adapter_bytes=(adapter / _WEIGHTS).stat().st_size if adapter else 0,
-        base_bytes=run.base_bytes,
+        base_bytes=run.loaded.base_bytes,
         tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
         peak_rss_bytes=peak_rss_bytes(),
-        seconds=time.perf_counter() - run.started,
+        seconds=time.perf_counter() - run.start.started,
         dtype=run.plan.dtype,
         plan=dict(run.plan.values),
         untrained_sites=0 if adapter is None else _untrained(run, notes),  # adds a note
@@ -233,7 +233,7 @@ def _attempt(what: str, work: Callable[[], T], notes: list[str]) -> T | None:
 
 def _untrained(run: Run, notes: list[str]) -> int:
     """Return the number of sites, with each expert counted, that received no gradient in any step, and note them."""
-    received = received_gradients(run.model, ADAPTER, run.optimizer)
+    received = received_gradients(run.loaded.model, ADAPTER, run.updates.optimizer)
     idle = [
         f"{site} (expert {expert})" if (site, 1) in received else site
         for (site, expert), one in received.items()
@@ -254,12 +254,12 @@ def _untrained(run: Run, notes: list[str]) -> int:
 
 def _on_original_weights(run: Run, notes: list[str]) -> float | None:
     """Evaluate the adapter of the last step on the original weights of an int8 base, if they were kept."""
-    if run.int8 is None or not run.int8.originals or run.batches.held_out is None:
+    if run.loaded.int8 is None or not run.loaded.int8.originals or run.batches.held_out is None:
         return None
-    if run.acceleration is not None:
-        run.acceleration.undo()
-    restore(run.model, run.int8)
-    found = evaluate(run.model, run.batches.held_out(), run.spec.device, objective=run.spec.task.objective)
+    if run.loaded.acceleration is not None:
+        run.loaded.acceleration.undo()
+    restore(run.loaded.model, run.loaded.int8)
+    found = evaluate(run.loaded.model, run.batches.held_out(), run.spec.device, objective=run.spec.task.objective)
     if found is None:  # for the type checker only: nothing stops this evaluation
         return None
     state = run.state

@@ -45,8 +45,8 @@ class Loop:
         self._run = run
         self._folder = run.spec.folder
         self._options = run.step_options
-        self._processes = run.spec.processes
-        self._saved = (run.state.step, run.state.evaluated_step) if run.resumed_from else (-1, -1)
+        self._processes = run.processes
+        self._saved = (run.state.step, run.state.evaluated_step) if run.start.resumed_from else (-1, -1)
         self._is_interrupted = False
 
     def steps(self) -> None:
@@ -64,7 +64,7 @@ class Loop:
         run = self._run
         first = run.state.step
         run.progress.begin(first, run.limits.total_steps)
-        run.model.train()
+        run.loaded.model.train()
         kind = MetricsLog if self._processes.is_first else UnwrittenLog
         # one of several processes may receive a signal because another one has ended
         with recording(is_answered=self._processes.is_alone) as interrupts, kind(self._folder) as log:
@@ -140,7 +140,13 @@ class Loop:
         try:
             with self._options.computing():
                 return evaluate(
-                    run.model, batches, self._options.device, stop, run.acceleration, objective, self._processes
+                    run.loaded.model,
+                    batches,
+                    self._options.device,
+                    stop,
+                    run.loaded.acceleration,
+                    objective,
+                    self._processes,
                 )
         except RunError as cause:
             raise self._located(cause, run.state.step, self._advice(cause, "")) from cause
@@ -173,9 +179,11 @@ class Loop:
 
     def _step(self, log: MetricsLog) -> None:
         run, state, started = self._run, self._run.state, time.perf_counter()
-        rate = run.schedule.rate(state.step - state.skipped_steps)
+        rate = run.updates.schedule.rate(state.step - state.skipped_steps)
         try:
-            result = train_step(run.model, run.named, run.optimizer, self._batches(log), rate, self._options)
+            result = train_step(
+                run.loaded.model, run.updates.named, run.updates.optimizer, self._batches(log), rate, self._options
+            )
         except RunError as cause:
             raise self._located(
                 cause, state.step + 1, self._advice(cause, " Try a lower --learning-rate, or --dtype float32.")
@@ -212,7 +220,7 @@ class Loop:
             raise DataError(text, **cause.fields) from cause
 
     def _row(self, result: StepResult, rate: float, seconds: float) -> dict[str, float | int]:
-        scaler, skipped = self._run.scaler, self._run.state.skipped_steps
+        scaler, skipped = self._run.updates.scaler, self._run.state.skipped_steps
         return {
             "step": self._run.state.step,
             "epoch": self._run.batches.loader.epoch,
@@ -229,7 +237,7 @@ class Loop:
 
     def _say_skipped(self) -> None:
         run = self._run
-        scale = 0.0 if run.scaler is None else run.scaler.get_scale()
+        scale = 0.0 if run.updates.scaler is None else run.updates.scaler.get_scale()
         run.progress.say(
             f"step {run.state.step} was skipped, because a gradient overflowed float16; the loss scale is now "
             f"{scale:,g}."
@@ -253,7 +261,7 @@ class Loop:
         return ADVICE if self._run.plan.dtype == HALF else usual
 
     def _warn_without_gradient(self) -> None:
-        received = received_gradients(self._run.model, ADAPTER, self._run.optimizer)
+        received = received_gradients(self._run.loaded.model, ADAPTER, self._run.updates.optimizer)
         sites, moved = dict.fromkeys(site for site, _ in received), {site for (site, _), one in received.items() if one}
         idle = [site for site in sites if site not in moved]
         if idle:
@@ -284,7 +292,7 @@ def save_checkpoint(run: Run) -> Path | None:
     Raises:
         DiskError: Not even the adapter can be written.
     """
-    processes = run.spec.processes
+    processes = run.processes
     random = processes.exchange(checkpoint.random_state())
     return processes.from_first(lambda: _write_checkpoint(run, random))
 
@@ -295,19 +303,19 @@ def _write_checkpoint(run: Run, random: Sequence[checkpoint.RandomState]) -> Pat
     (tensors, plain), *others = random
     snapshot = checkpoint.Snapshot(
         state=state,
-        optimizer=state_tensors(run.optimizer, run.named),
+        optimizer=state_tensors(run.updates.optimizer, run.updates.named),
         random=tensors,
         random_plain=plain,
         environment=checkpoint.environment(
-            spec.device, run.plan.dtype, spec.quantization_values, choices.to_strings(run.choices)
+            spec.device, run.plan.dtype, spec.quantization_values, choices.to_strings(run.loaded.choices)
         ),
-        schedule=dataclasses.asdict(run.schedule),
-        scaler=scaler_state(run.scaler),
+        schedule=dataclasses.asdict(run.updates.schedule),
+        scaler=scaler_state(run.updates.scaler),
         others=others,
     )
     write_adapter, folder = partial(save_adapter, run), spec.folder
     try:
-        check_checkpoint_space(folder, run.space)
+        check_checkpoint_space(folder, run.start.space)
         path = checkpoint.save(folder, snapshot, write_adapter)
     except DiskError as cause:
         checkpoint.save_adapter_only(folder, state.step, state.best_step, write_adapter)

@@ -77,12 +77,12 @@ def key_of(run: Run) -> str | None:
         return None
     facts = {
         "accelerated": run.spec.settings.accelerate,
-        "int8_scales": None if run.int8 is None else run.int8.record["scales_sha256"],
-        "packed": run.acceleration is not None and run.acceleration.packs,
+        "int8_scales": None if run.loaded.int8 is None else run.loaded.int8.record["scales_sha256"],
+        "packed": run.loaded.acceleration is not None and run.loaded.acceleration.packs,
     }
-    quantization, kernels = run.spec.quantization_values, choices.to_strings(run.choices)
+    quantization, kernels = run.spec.quantization_values, choices.to_strings(run.loaded.choices)
     here = environment(run.spec.device, run.plan.dtype, quantization, kernels)
-    return start_key(EVALUATIONS, run.model, run.spec, here, facts, run.named, held_out())
+    return start_key(EVALUATIONS, run.loaded.model, run.spec, here, facts, run.updates.named, held_out())
 
 
 def _entries() -> dict[str, dict[str, Any]]:

@@ -30,7 +30,6 @@ from lorakit.core.variants import moving_variant
 from lorakit.errors import LorakitError, NotYetSupported, UsageError
 from lorakit.tables import format_bytes, format_count
 from lorakit.train.loop.progress import Progress
-from lorakit.train.processes.processes import Processes
 from lorakit.train.settings.types import SHARDED
 
 if TYPE_CHECKING:
@@ -67,24 +66,13 @@ class Parallel:
         """Whether the base is sharded."""
         return self.method in SHARDED
 
-    def spec_to_load(self, spec: RunSpec) -> RunSpec:
-        """Return the specification with which the base is loaded: one that is to be sharded goes to main memory first.
+    @property
+    def loading_device(self) -> torch.device:
+        """The device onto which the base is loaded: one that is to be sharded is loaded into main memory.
 
         There, the processes of a machine share the pages of the weight files. `shard_base` moves one block at a time.
-
-        Args:
-            spec: The run's specification.
         """
-        return dataclasses.replace(spec, device=torch.device("cpu")) if self.is_sharded else spec
-
-    def spec_to_train(self, spec: RunSpec) -> RunSpec:
-        """Return the specification for training: processes that share a base run the model equally often.
-
-        Args:
-            spec: The specification from `spec_to_load`.
-        """
-        processes: Processes = dataclasses.replace(spec.processes, in_lockstep=self.is_sharded)
-        return dataclasses.replace(spec, processes=processes, device=self.device)
+        return torch.device("cpu") if self.is_sharded else self.device
 
 
 @dataclass(frozen=True)
@@ -243,31 +231,25 @@ def _hybrid(ranks: Sequence[int], device: torch.device, reason: str) -> Parallel
     return Parallel("hsdp", (machines, local), device, reason)
 
 
-def share_base(
-    model: nn.Module, spec: RunSpec, parallel: Parallel, progress: Progress
-) -> tuple[RunSpec, ShardedBase | None]:
+def share_base(model: nn.Module, spec: RunSpec, parallel: Parallel, progress: Progress) -> ShardedBase | None:
     """Shard the base of a run if it is to be sharded, and report how the processes share it.
 
     Args:
         model: The adapted model, after everything that reads whole weights outside of forward passes.
-        spec: The specification from `Parallel.spec_to_load`.
+        spec: The run's specification.
         parallel: How the processes share the base.
         progress: Receives the report.
-
-    Returns:
-        The specification for training, and the sharded base or None.
 
     Raises:
         NotYetSupported: The model has no known blocks, or blocks that share weights.
     """
-    trained = parallel.spec_to_train(spec)
     if not parallel.is_sharded:
         if not spec.processes.is_alone:
             progress.detail(f"parallel: {parallel.method}, because {parallel.reason}")
-        return trained, None
+        return None
     made = shard_base(model, parallel)
     progress.say(made.line())
-    return trained, made
+    return made
 
 
 def shard_base(model: nn.Module, parallel: Parallel) -> ShardedBase:

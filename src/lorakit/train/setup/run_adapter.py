@@ -44,15 +44,16 @@ ROWS = 32
 
 
 def add_adapter(
-    model: nn.Module, spec: RunSpec, loader: BatchLoader, checkpoint: Path | None, progress: Progress
+    model: nn.Module, config: LoraConfig, spec: RunSpec, loader: BatchLoader, checkpoint: Path | None, progress: Progress
 ) -> tuple[str, ...]:
     """Add embedding rows for new tokens to the base, then attach a new adapter or load an existing one.
 
     An existing adapter is the one in the checkpoint, or else the one that the run starts from.
 
     Args:
-        model: The base, on the run's device; changed in place.
-        spec: The run's specification, including the adapter config, the rank allocation and the seed.
+        model: The base, on the device onto which it was loaded; changed in place.
+        config: Config of a new adapter, with the new modules of the base.
+        spec: The run's specification, including the rank allocation and the seed.
         loader: The run's data loader, which is not advanced.
         checkpoint: The checkpoint to resume from, or None.
         progress: Receives messages about the work done.
@@ -63,7 +64,7 @@ def add_adapter(
     Raises:
         LorakitError: The adapter cannot be attached or loaded; the error class and message say why.
     """
-    settings, config, new = spec.settings, spec.forecast.config, spec.forecast.new_tokens
+    settings, new = spec.settings, spec.forecast.new_tokens
     unseen = () if new is None else new.unseen(loader)
     if new is not None:
         grow_vocabulary(model, new.vocabulary)
@@ -75,7 +76,7 @@ def add_adapter(
     if spec.start is not None:
         return _load_start(model, spec.start, progress)
     if settings.allocate_ranks != "none":
-        config = allocate_ranks(model, spec, settings.allocate_ranks, loader, progress)
+        config = allocate_ranks(model, config, spec, settings.allocate_ranks, loader, progress)
     if new is not None:
         config = with_trained_rows(config, model, new.rows)
     config, statistics = init_from_data(model, config, spec, loader, progress)
@@ -97,26 +98,32 @@ def _load_start(model: nn.Module, start: StartAdapter, progress: Progress) -> tu
 
 
 def allocate_ranks(
-    model: nn.Module, spec: RunSpec, by: Literal["gradients", "inputs"], loader: BatchLoader, progress: Progress
+    model: nn.Module,
+    config: LoraConfig,
+    spec: RunSpec,
+    by: Literal["gradients", "inputs"],
+    loader: BatchLoader,
+    progress: Progress,
 ) -> LoraConfig:
-    """Return the run's adapter config with ranks computed from the base and the first training rows.
+    """Return an adapter config with ranks computed from the base and the first training rows.
 
     Args:
-        model: The base, on the run's device.
-        spec: The run's specification, including the adapter config and the seed.
+        model: The base.
+        config: The run's adapter config.
+        spec: The run's specification, including the seed.
         by: Quantity from which the ranks are computed: "gradients" or "inputs".
         loader: The run's data loader, which is not advanced.
         progress: Receives a message about the ranks.
 
     Returns:
-        A config with the new ranks, which give the adapter no more trainable parameters than the run's config does.
+        A config with the new ranks, which give the adapter no more trainable parameters than the given config does.
 
     Raises:
         LorakitError: `lorakit.core.operations.rank_allocation.allocate` failed; the error class and message say why.
     """
     rows = first_rows(spec, loader)
     with working(f"allocating ranks from {format_count(len(rows), 'row')}"):
-        found = allocate(model, spec.forecast.config, rows, row_loss(spec), by=by, allow=_allow(spec))
+        found = allocate(model, config, rows, row_loss(spec), by=by, allow=_allow(spec))
     ranks = sorted(found.ranks.values())
     progress.say(
         f"Ranks allocated by {by} over {format_count(len(rows), 'row')}: {ranks[0]} to {ranks[-1]}, median "
@@ -206,14 +213,14 @@ def row_loss(spec: RunSpec) -> Callable[[nn.Module, Batch], Tensor]:
     """Return a function that computes a model's mean loss on a batch, a scalar.
 
     Args:
-        spec: The run's specification, including the device and the task.
+        spec: The run's specification, including the task.
     """
-    device, loss_sum = spec.device, spec.task.objective.loss_sum
+    loss_sum = spec.task.objective.loss_sum
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        held = next(model.parameters()).dtype
-        is_wide = device.type == "cpu" or held == torch.float32
-        dtype = torch.float16 if held == torch.float16 else torch.bfloat16
+        held = next(model.parameters())
+        device, is_wide = held.device, held.device.type == "cpu" or held.dtype == torch.float32
+        dtype = torch.float16 if held.dtype == torch.float16 else torch.bfloat16
         with contextlib.nullcontext() if is_wide else torch.autocast(device.type, dtype=dtype):
             return loss_sum(model, batch, device, None) / batch.trained_tokens
 
@@ -257,8 +264,8 @@ def save_adapter(run: Run, folder: Path) -> None:
             base's.
     """
     base = run.spec.source.recorded_name
-    state_of(run.model).configs[ADAPTER].revision = run.spec.source.revision
-    core.save_adapter(run.model, folder, ADAPTER, base_model_name_or_path=base, facts=adapter_metadata(run))
+    state_of(run.loaded.model).configs[ADAPTER].revision = run.spec.source.revision
+    core.save_adapter(run.loaded.model, folder, ADAPTER, base_model_name_or_path=base, facts=adapter_metadata(run))
     try:
         _write_tokenizer(run.spec.tokenizer, folder)
     except DiskError as cause:
@@ -352,7 +359,9 @@ def adapter_metadata(run: Run) -> dict[str, Any]:
             "seed": spec.settings.seed,
             "dtype": run.plan.dtype,
             "quantization": spec.quantization_values,
-            **({} if run.int8 is None else {"base_matmul": {"name": spec.base_matmul, **run.int8.record}}),
+            **(
+                {} if run.loaded.int8 is None else {"base_matmul": {"name": spec.base_matmul, **run.loaded.int8.record}}
+            ),
             **origin,
         },
     }

@@ -1,6 +1,6 @@
 """The context of a run once its weights are loaded: `Run`, with its limits, its plan and the disk space it needs.
 
-`run_plan.py` computes `RunPlan` and `DiskSpace`, and `trainer.prepare` computes the rest of `Run`.
+`run_plan.py` computes `RunPlan` and `DiskSpace`, and `prepare.py` the rest of `Run`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lorakit.train.loop.optimizer import Named
 from lorakit.train.loop.progress import Progress
 from lorakit.train.loop.schedule import Schedule
 from lorakit.train.loop.step import StepOptions
+from lorakit.train.processes.processes import Processes
 from lorakit.train.processes.restarting import LAUNCH, launch_record
 from lorakit.train.processes.sharding import ShardedBase
 from lorakit.train.settings.settings import TrainSettings
@@ -174,6 +175,64 @@ class DiskSpace:
     whole: int
 
 
+@dataclass(frozen=True)
+class LoadedModel:
+    """The model of a run with its adapter, and how it computes.
+
+    Attributes:
+        model: The adapted model.
+        base_bytes: Size of the base's weights in memory.
+        choices: Autotuned choices to pass to `lorakit.ops.choices.activate`.
+        acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
+        int8: The int8 base, or None if the base is multiplied in its dtype.
+        sharded: The base if it is sharded over processes, or None.
+    """
+
+    model: nn.Module
+    base_bytes: int
+    choices: Mapping[str, int]
+    acceleration: Acceleration | None = None
+    int8: RunInt8 | None = None
+    sharded: ShardedBase | None = None
+
+
+@dataclass(frozen=True)
+class Updates:
+    """What an optimizer step changes, and by how much.
+
+    Attributes:
+        named: (name, tensor) pairs for the model's trainable tensors (any shape).
+        optimizer: The optimizer for the trainable tensors.
+        schedule: Learning rate schedule.
+        scaler: Scaler of the loss if the base is in fp16, or None; its state is part of every checkpoint.
+    """
+
+    named: Named
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    scaler: torch.amp.GradScaler | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """When and from where a run starts or continues, and the disk space that it needs from there.
+
+    Attributes:
+        started: Value of `time.perf_counter()` when `run` was called.
+        space: Disk space that the run needs.
+        resumed_from: The checkpoint from which the run was resumed, or None.
+        damaged: Damaged checkpoints newer than `resumed_from`.
+        seeded_at: Step at which the random number generators were seeded: 0, or that from which the run was resumed
+            with another number of processes.
+    """
+
+    started: float
+    space: DiskSpace
+    resumed_from: Path | None = None
+    damaged: tuple[Path, ...] = ()
+    seeded_at: int = 0
+
+
 @dataclass
 class Run:
     """The context of a run once the weights are loaded.
@@ -183,58 +242,38 @@ class Run:
         plan: Precision, recomputation and estimated cost.
         batches: Training and evaluation data.
         limits: Length of the run, and evaluation and checkpoint intervals.
-        schedule: Learning rate schedule.
-        model: The adapted model.
-        named: (name, tensor) pairs for the model's trainable tensors (any shape).
-        optimizer: The optimizer for the trainable tensors.
-        acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
+        loaded: The adapted model.
+        updates: The trainable tensors and their optimizer.
+        start: Where the run starts.
         state: Training state, which the loop updates.
-        choices: Autotuned choices to pass to `lorakit.ops.choices.activate`.
-        space: Disk space that the run needs.
-        base_bytes: Size of the base's weights in memory.
         progress: Receiver of progress reports and messages.
-        started: Value of `time.perf_counter()` when `run` was called.
-        resumed_from: The checkpoint from which the run was resumed, or None.
-        damaged: Damaged checkpoints newer than `resumed_from`.
         trackers: The trackers that receive the metrics; none is open before the run starts.
-        status: "running", "failed", "interrupted", "stopped early" or "finished".
         notes: Messages that were printed, for the result.
-        sharded: The base if it is sharded over processes, or None.
-        scaler: Scaler of the loss if the base is in fp16, or None; its state is part of every checkpoint.
-        int8: The int8 base, or None if the base is multiplied in its dtype.
-        seeded_at: Step at which the random number generators were seeded: 0, or that from which the run was resumed
-            with another number of processes.
+        status: "running", "failed", "interrupted", "stopped early" or "finished".
     """
 
     spec: RunSpec
     plan: RunPlan
     batches: run_data.RunBatches
     limits: RunLimits
-    schedule: Schedule
-    model: nn.Module
-    named: Named
-    optimizer: torch.optim.Optimizer
-    acceleration: Acceleration | None
+    loaded: LoadedModel
+    updates: Updates
+    start: Start
     state: TrainState
-    choices: Mapping[str, int]
-    space: DiskSpace
-    base_bytes: int
     progress: Progress
-    started: float
     trackers: Trackers
-    resumed_from: Path | None = None
-    damaged: tuple[Path, ...] = ()
-    status: str = "running"
     notes: tuple[str, ...] = ()
-    sharded: ShardedBase | None = None
-    scaler: torch.amp.GradScaler | None = None
-    int8: RunInt8 | None = None
-    seeded_at: int = 0
+    status: str = "running"
+
+    @property
+    def processes(self) -> Processes:
+        """The processes of the run; those that share a base run the model equally often."""
+        return dataclasses.replace(self.spec.processes, in_lockstep=self.loaded.sharded is not None)
 
     @property
     def trainable_parameters(self) -> int:
         """Number of trainable parameters."""
-        return sum(parameter.numel() for _, parameter in self.named)
+        return sum(parameter.numel() for _, parameter in self.updates.named)
 
     @property
     def total_parameters(self) -> int:
@@ -244,12 +283,15 @@ class Run:
     @property
     def step_options(self) -> StepOptions:
         """Options for `train_step`."""
-        return dataclasses.replace(self.plan.step_options(self.spec, self.acceleration), scaler=self.scaler)
+        options = self.plan.step_options(self.spec, self.loaded.acceleration)
+        return dataclasses.replace(options, scaler=self.updates.scaler, processes=self.processes)
 
     @property
     def seeds(self) -> list[int]:
         """Seed of the random number generators of each process, which draw dropout, at the step `seeded_at`."""
-        return [seed_of(self.spec.settings.seed, rank, self.seeded_at) for rank in range(self.spec.processes.count)]
+        return [
+            seed_of(self.spec.settings.seed, rank, self.start.seeded_at) for rank in range(self.spec.processes.count)
+        ]
 
     def record(self) -> dict[str, Any]:
         """Return the contents of `run.json`, except for the result, as plain JSON values."""
@@ -281,8 +323,8 @@ class Run:
             "evaluation_data": held_out.as_dict() if held_out else None,
             "plan": dict(self.plan.values),
             "trackers": dict(self.trackers.ids),
-            "processes": {"count": spec.processes.count, "seeds": self.seeds, "seeded_at": self.seeded_at},
+            "processes": {"count": spec.processes.count, "seeds": self.seeds, "seeded_at": self.start.seeded_at},
             LAUNCH: launch_record(spec.processes),
-            "int8": None if self.int8 is None else dict(self.int8.record),
-            "sharding": None if self.sharded is None else self.sharded.as_dict(),
+            "int8": None if self.loaded.int8 is None else dict(self.loaded.int8.record),
+            "sharding": None if self.loaded.sharded is None else self.loaded.sharded.as_dict(),
         }

@@ -17,7 +17,7 @@ from lorakit.report import read_metrics
 from lorakit.train import TrainSettings, run
 from lorakit.train.loop.progress import PlainProgress
 
-from ..small_models import llama
+from ...small_models import llama
 
 SCRIPT = """
 import json, sys

@@ -12,12 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from lorakit.errors import ConfigError, NonFiniteError
 from lorakit.report import read_metrics
-from lorakit.train import trainer
 from lorakit.train.files import checkpoint
 from lorakit.train.loop import loop, scaling
 from lorakit.train.loop.progress import PlainProgress
 from lorakit.train.settings.settings import TrainSettings
-from lorakit.train.setup import run_plan
+from lorakit.train.setup import prepare, run_plan
 from lorakit.train.trainer import run
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -42,7 +41,7 @@ def _scaled(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
             made.load_state_dict({**made.state_dict(), "scale": scale})
         return made
 
-    monkeypatch.setattr(trainer, "loss_scaler", loss_scaler)
+    monkeypatch.setattr(prepare, "loss_scaler", loss_scaler)
 
 
 def test_a_run_in_fp16_learns_what_the_run_in_fp32_learns(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -91,7 +90,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     )
     assert rows[-1]["skipped_steps"] == len(skipped) and any("steps were skipped" in note for note in whole.notes)
     taken = [row["learning_rate"] for row in rows if "grad_norm" in row]
-    schedule = [trainer.schedule(TrainSettings(**settings), 24).rate(step) for step in range(len(taken))]
+    schedule = [prepare.schedule(TrainSettings(**settings), 24).rate(step) for step in range(len(taken))]
     assert taken == schedule  # skipped steps do not advance the schedule
     real = loop.save_checkpoint
 
@@ -144,7 +143,7 @@ def test_activations_that_overflow_are_an_error_that_names_the_remedy(
 def test_what_is_trained_in_the_dtype_of_the_base_is_rejected_before_weights_are_loaded(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "load_model_for", None)
+    monkeypatch.setattr(prepare, "load_model_for", None)
     with pytest.raises(ConfigError) as caught:
         _run(settings, modules_to_save=["norm"])
     assert (caught.value.field, caught.value.what) == ("dtype", "float16")

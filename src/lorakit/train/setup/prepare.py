@@ -1,0 +1,415 @@
+"""Set up a run, in order: data, plan, model, adapter, acceleration, optimizer, and the state to continue from."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lorakit import core, hub
+from lorakit.config import LoraConfig
+from lorakit.data import BatchLoader, Sequence, StoredRecords, few_rows
+from lorakit.data.quality import marked, shown_tokens
+from lorakit.errors import ModelError
+from lorakit.ops import choices
+from lorakit.ops.kernels import compiled
+from lorakit.plan import Job, Plan, bytes_of
+from lorakit.plan.fitting import describe
+from lorakit.plan.params import with_full_modules
+from lorakit.plan.quantized import stored
+from lorakit.speed import Acceleration, accelerate
+from lorakit.tables import format_count
+from lorakit.tasks import EncodeOptions, load_model_for
+from lorakit.terminal import working
+from lorakit.train.files import checkpoint
+from lorakit.train.files.trackers import Trackers
+from lorakit.train.files.train_state import TrainState
+from lorakit.train.loop.optimizer import build_optimizer, load_state_tensors
+from lorakit.train.loop.progress import Progress
+from lorakit.train.loop.scaling import check_named_in_fp32, loss_scaler
+from lorakit.train.loop.schedule import schedule
+from lorakit.train.processes import sharding
+from lorakit.train.processes.agreement import check_rows, check_same_base, share_tensors
+from lorakit.train.settings.settings import TrainSettings
+from lorakit.train.setup.fitting import Probe, longest_rows, settle
+from lorakit.train.setup.run_adapter import add_adapter, quantized_run_base
+from lorakit.train.setup.run_context import LoadedModel, Run, RunLimits, RunPlan, Start, Updates, seed_of
+from lorakit.train.setup.run_data import RunBatches, make_batches
+from lorakit.train.setup.run_plan import autotuned_choices, disk_space, plan_run
+from lorakit.train.setup.run_spec import ADAPTER, RunSpec
+from lorakit.train.setup.seen_rows import seen_note
+
+SHOWN_CHARACTERS = 120
+"""Maximum number of characters of a part of the first row, which is shown before training."""
+
+
+def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
+    """Load the data, the model and the checkpoint without changing any files in the run directory.
+
+    The random number generators are seeded, or restored from the checkpoint.
+
+    Args:
+        spec: The run's specification.
+        progress: Receives messages about the data, the plan, and the checkpoint to resume from.
+        started: Value of `time.perf_counter()` when `run` was called.
+
+    Returns:
+        The run, ready for its next step.
+
+    Raises:
+        LorakitError: The data, the model or the checkpoint cannot be used; the error class and message say why.
+    """
+    batches = _read(spec, progress)
+    limits, plan = _planned(spec, batches, progress)
+    parallel = sharding.choose_parallel(spec, plan.estimated)
+    found = _newest_checkpoint(spec, progress)
+    model, base_bytes, notes = _adapted(spec, plan, parallel.loading_device, batches.loader, found.path, progress)
+    loaded = _computing(model, base_bytes, spec, plan, batches.loader, found, progress)
+    loaded = dataclasses.replace(loaded, sharded=sharding.share_base(model, spec, parallel, progress))
+    updates = _updates(model, spec, plan, limits, found.snapshot)
+    plan, loaded = _fitted(spec, plan, limits, batches, loaded, updates, progress)
+    limits, batches = _same_rows_per_step(limits, batches, plan)
+    state, seeded_at = _restored(spec, plan, loaded, updates, batches, found, progress)
+    space = disk_space(spec, limits, state.step, model, updates.named)
+    start = Start(started, space, found.path, found.damaged, seeded_at)
+    return Run(spec, plan, batches, limits, loaded, updates, start, state, progress, Trackers(progress.say), notes)
+
+
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """The newest valid checkpoint of a run, its contents, and all newer checkpoints, which are damaged."""
+
+    path: Path | None
+    damaged: tuple[Path, ...]
+
+    @cached_property
+    def snapshot(self) -> checkpoint.Snapshot | None:
+        """The contents of the checkpoint, without the adapter; None without a checkpoint."""
+        return None if self.path is None else checkpoint.load(self.path)
+
+
+def _read(spec: RunSpec, progress: Progress) -> RunBatches:
+    """Read and encode the data of a run, and report what it contains."""
+    given = (spec.data, spec.task, spec.tokenizer, spec.forecast.max_length)
+    batches = make_batches(spec.settings, *given, progress, spec.tokenizer_sha256)
+    _report_data(spec, batches, progress)
+    return batches
+
+
+def _adapted(
+    spec: RunSpec, plan: RunPlan, device: torch.device, loader: BatchLoader, resumed_from: Path | None, progress: Progress
+) -> tuple[nn.Module, int, tuple[str, ...]]:
+    """Load the base onto a device and put the adapter on it; return also the base's size in bytes, and messages."""
+    _seed_everything(spec.settings.seed)  # a new head is initialized while the model is loaded
+    model, config = _loaded(spec, plan, device, progress)
+    check_same_base(model, spec.processes)
+    size = _base_bytes(model, spec)
+    notes = add_adapter(model, config, spec, loader, resumed_from, progress)
+    for note in notes:
+        progress.say(note)
+    return model, size, notes
+
+
+def _computing(
+    model: nn.Module,
+    base_bytes: int,
+    spec: RunSpec,
+    plan: RunPlan,
+    loader: BatchLoader,
+    found: FoundCheckpoint,
+    progress: Progress,
+) -> LoadedModel:
+    """Choose how an adapted model computes: int8 matmuls, recomputation, fused modules and autotuned kernels."""
+    int8 = quantized_run_base(model, spec, loader, progress)
+    acceleration = _arranged(model, plan.recompute, spec.settings, progress)
+    before = found.snapshot.environment if found.snapshot else None
+    asked = (spec, plan.dtype, model, acceleration, loader, before, progress)
+    chosen = spec.processes.from_first(lambda: autotuned_choices(*asked))
+    return LoadedModel(model, base_bytes if int8 is None else int8.bytes_after, chosen, acceleration, int8)
+
+
+def _same_rows_per_step(limits: RunLimits, batches: RunBatches, plan: RunPlan) -> tuple[RunLimits, RunBatches]:
+    """Return the limits and batches of a plan; a step has as many rows as before, which --fit does not change."""
+    rows = batches.loader.batch_rows * limits.accumulation
+    return limits.with_accumulation(-(-rows // plan.batch_rows)), batches.with_rows(plan.batch_rows)
+
+
+def _updates(
+    model: nn.Module, spec: RunSpec, plan: RunPlan, limits: RunLimits, snapshot: checkpoint.Snapshot | None
+) -> Updates:
+    """Return the trainable tensors, which are those of the first process, with their optimizer and schedule."""
+    named, optimizer = build_optimizer(model, ADAPTER, spec.settings)
+    check_named_in_fp32(named, plan.dtype)
+    share_tensors(named, spec.processes)
+    scaler = loss_scaler(spec.device, plan.dtype, None if snapshot is None else snapshot.scaler)
+    return Updates(named, optimizer, schedule(spec.settings, limits.total_steps), scaler)
+
+
+def _load_optimizer(updates: Updates, spec: RunSpec, snapshot: checkpoint.Snapshot | None) -> None:
+    """Load the optimizer's state from the checkpoint, or from the one that the run's start adapter comes from."""
+    if snapshot is not None:
+        load_state_tensors(updates.optimizer, updates.named, snapshot.optimizer)
+    elif spec.start is not None and spec.start.optimizer is not None:
+        load_state_tensors(updates.optimizer, updates.named, checkpoint.load(spec.start.optimizer).optimizer)
+
+
+def _planned(spec: RunSpec, batches: RunBatches, progress: Progress) -> tuple[RunLimits, RunPlan]:
+    """Return the length of a run, and the plan for one of its processes, which the first process makes."""
+    loader, processes = batches.loader, spec.processes
+    check_rows(loader, processes)
+    limits = RunLimits.of(spec.settings, loader, spec.initial_processes)
+    own = limits.with_accumulation(-(-limits.accumulation // processes.count))
+    return limits, processes.from_first(lambda: plan_run(spec, own, batches, progress))
+
+
+def _loaded(spec: RunSpec, plan: RunPlan, device: torch.device, progress: Progress) -> tuple[nn.Module, LoraConfig]:
+    """Load the model, and add the modules that its files lack to those that the adapter trains and saves in full."""
+    stored = spec.settings.stored_as()
+    start = None if spec.start is None else [spec.start.adapter.folder]
+    how = hub.LoadOptions(plan.dtype, device, stored, convert_in_files=spec.base_matmul == "int8")
+    loaded = load_model_for(spec.task, spec.source, how, spec.tokenizer, start)
+    if start is not None:
+        return loaded.model, spec.forecast.config
+    if loaded.new_modules:
+        progress.say(
+            f"New modules, because the model's files lack them: {', '.join(loaded.new_modules)}; they are trained and "
+            "saved with the adapter."
+        )
+    return loaded.model, with_full_modules(spec.forecast.config, loaded.new_modules)
+
+
+def _report_data(spec: RunSpec, batches: RunBatches, progress: Progress) -> None:
+    batches.count_inactive(spec.forecast.config)
+    for note in spec.forecast.notes:
+        progress.say(note)
+    for line in batches.train_report.lines():
+        progress.say(f"training data: {line}")
+    names = spec.task.target.names if spec.task.task.unit == "row" else ()
+    row = shown_tokens(_first_row(spec), spec.tokenizer, names)
+    progress.say(f"first row, with brackets around what contributes to the loss: {marked(row, most=SHOWN_CHARACTERS)}")
+    progress.say(spec.data.note)
+    held_out, start = spec.data.held_out, None if spec.start is None else spec.start.adapter
+    if start is not None and isinstance(held_out, StoredRecords):
+        seen = seen_note(start.folder, start.facts, held_out, by_file=False)
+        if seen is not None:
+            progress.say(f"warning: evaluation data: {seen}")
+    if batches.held_out_report is not None:
+        total, *losses = batches.held_out_report.lines()
+        progress.detail(f"evaluation data: {total}")
+        for line in losses:
+            progress.say(f"evaluation data: {line}")
+        remedy = "Repeat the run with other seeds (--seed), or pass more rows with --eval-data."
+        if few := few_rows(batches.held_out_report.sequences, spec.task.target.kind == "class", remedy):
+            progress.say(few)
+
+
+def _first_row(spec: RunSpec) -> Sequence:
+    """Return the first row of the training data with the text of its tokens, which the token cache does not keep."""
+    options = EncodeOptions(spec.forecast.max_length, spec.settings.overlong, shown=1)
+    encode, given = spec.task.task.encode_one, (spec.tokenizer, spec.task.target, options)
+    return next(row for record in spec.data.train for row in encode(record, *given))
+
+
+def _base_bytes(model: nn.Module, spec: RunSpec) -> int:
+    """Return the size of the base model's weights in memory, in bytes.
+
+    The size of a quantized base is computed from a formula, because its quantization scales are not parameters.
+    """
+    quantization = spec.quantization
+    if quantization is None:
+        return sum(p.numel() * p.element_size() for p in model.parameters())
+    element = next(p.element_size() for p in model.parameters() if p.is_floating_point())
+    base = stored(spec.forecast.shape, quantization.name, element, quantization.double)
+    return element * base.rest + base.size_bytes
+
+
+def _newest_checkpoint(spec: RunSpec, progress: Progress) -> FoundCheckpoint:
+    """Find the checkpoint to resume from, which is the same in all processes."""
+    newest, damaged = None, list[Path]()
+    for path, fault in checkpoint.verified(spec.folder) if spec.settings.resume else ():
+        if fault is None:
+            newest = path
+            break
+        progress.say(f"{path}: skipped, because {fault}.")
+        damaged.append(path)
+    spec.processes.check_equal({"checkpoint": newest})
+    return FoundCheckpoint(newest, tuple(damaged))
+
+
+def _enable_checkpointing(model: nn.Module) -> None:
+    """Enable non-reentrant gradient checkpointing; recomputation uses the same adapter routing as the forward pass."""
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # newest name first
+    enable = next(getattr(model, name) for name in names if hasattr(model, name))
+    try:
+        enable({"use_reentrant": False, "context_fn": core.checkpoint_contexts(model)})
+    except ValueError as cause:
+        raise ModelError(
+            f"{type(model).__name__} does not support gradient checkpointing; omit --recompute layers (or "
+            "--gradient-checkpointing).",
+            what=type(model).__name__,
+            field="recompute",
+        ) from cause
+
+
+def _disable_checkpointing(model: nn.Module) -> None:
+    names = ("activation_checkpointing_disable", "gradient_checkpointing_disable")  # newest name first
+    next(getattr(model, name) for name in names if hasattr(model, name))()
+
+
+def _arranged(model: nn.Module, recompute: str, settings: TrainSettings, progress: Progress) -> Acceleration | None:
+    """Make a model recompute what a plan says, and accelerate it if the settings allow that."""
+    if recompute == "layers":
+        _enable_checkpointing(model)
+    return _accelerated(model, recompute, progress) if settings.accelerate else None
+
+
+def _fitted(
+    spec: RunSpec,
+    plan: RunPlan,
+    limits: RunLimits,
+    batches: RunBatches,
+    loaded: LoadedModel,
+    updates: Updates,
+    progress: Progress,
+) -> tuple[RunPlan, LoadedModel]:
+    """Return the fastest proposed plan that fits into the limit of `--fit` in each process, according to a probe."""
+    if not plan.proposed:
+        return plan, loaded
+    loader = batches.loader
+    longest = longest_rows(batches.parts, loader.batch_rows * limits.accumulation)
+    probe = Probe(loaded.model, updates.named, longest, loader.pad_id, loaded.choices, spec.task)
+    now, current = plan.recompute, loaded.acceleration
+
+    def measure(candidate: Plan) -> int:
+        nonlocal now, current
+        if candidate.job.recompute != now:
+            if current is not None:
+                current.undo()
+            if now == "layers":
+                _disable_checkpointing(probe.model)
+            now = candidate.job.recompute
+            current = _arranged(probe.model, now, spec.settings, progress)
+        job, made = candidate.job, RunPlan.of(candidate, spec.settings.fit)
+        peak = probe.peak_bytes(job.batch_rows, job.accumulation > 1, made.step_options(spec, current))
+        return max(spec.processes.exchange(peak))
+
+    limit = bytes_of(spec.settings.fit or "")
+    with working("measuring memory"):
+        found, used = settle(plan.proposed, limit, measure)
+    progress.say(describe(found, limit, used))
+    plan = RunPlan.of(found, spec.settings.fit, dtype_reason=plan.dtype_reason)
+    return plan, dataclasses.replace(loaded, acceleration=current)
+
+
+def _accelerated(model: nn.Module, recompute: str, progress: Progress) -> Acceleration:
+    acceleration = accelerate(model, keep_feed_forward=recompute != "feed-forward")
+    show = progress.detail if acceleration.swaps or acceleration.head or acceleration.packs else progress.say
+    for line in acceleration_lines(acceleration):
+        show(line)
+    return acceleration
+
+
+def padding_line(acceleration: Acceleration | None, job: Job) -> str:
+    """Return a message if batches have to be padded although their plan assumes that they are packed, otherwise "".
+
+    Args:
+        acceleration: Result of `accelerate`, or None.
+        job: The job of the plan.
+    """
+    if (
+        acceleration is None
+        or acceleration.packs
+        or not acceleration.swaps
+        or job.mean_tokens is None
+        or job.batch_rows == 1
+    ):
+        return ""
+    return (
+        "Rows are padded, not packed, because packed sequences would affect each other in this model, or some of its "
+        "attention layers are not fused. The plan does not include the memory and time that padding takes."
+    )
+
+
+def acceleration_lines(acceleration: Acceleration) -> list[str]:
+    """Summarize in a few lines what was accelerated; `str(acceleration)` lists every fused module.
+
+    Args:
+        acceleration: Result of `accelerate`.
+
+    Returns:
+        Up to three lines: what is accelerated, which CPU kernels are used, and what is not accelerated.
+    """
+    left = Counter((part.kind, part.why) for part in acceleration.skipped)
+    if not (acceleration.swaps or acceleration.head or acceleration.packs):
+        reasons = dict.fromkeys(why for _, why in left)
+        return [f"Not accelerated: {'; '.join(reasons) or acceleration.head_skipped}."]
+    loss = f"loss from logits ({acceleration.head_skipped})" if acceleration.head_skipped else "loss without logits"
+    rows = "packed sequences" if acceleration.packs else "padded sequences"
+    lines = [f"Acceleration: {format_count(len(acceleration.swaps), 'fused module')}, {loss}, {rows}."]
+    lines += [f"{acceleration.release}."] if acceleration.release else []
+    if acceleration.swaps:
+        lines.append(f"CPU kernels: {compiled.describe()}.")
+    if left:
+        lines.append(
+            f"Not accelerated: {'; '.join(f'{count} × {kind} ({why})' for (kind, why), count in left.items())}."
+        )
+    return lines
+
+
+def _restored(
+    spec: RunSpec,
+    plan: RunPlan,
+    loaded: LoadedModel,
+    updates: Updates,
+    batches: RunBatches,
+    found: FoundCheckpoint,
+    progress: Progress,
+) -> tuple[TrainState, int]:
+    """Seed everything and load the state of the optimizer; a resumed run continues with its data and random numbers.
+
+    Returns:
+        The state of training, and the step at which the random number generators were seeded.
+    """
+    rank, count, snapshot = spec.processes.rank, spec.processes.count, found.snapshot
+    _seed_everything(seed_of(spec.settings.seed, rank))
+    _load_optimizer(updates, spec, snapshot)
+    if snapshot is None:
+        return TrainState(), 0
+    batches.loader.load_state(snapshot.state.data)
+    kernels = choices.to_strings(loaded.choices)
+    here = checkpoint.environment(spec.device, plan.dtype, spec.quantization_values, kernels)
+    changed = checkpoint.differences(snapshot.environment, here)
+    if changed:
+        progress.say(
+            f"This environment differs from the checkpoint's ({'; '.join(changed)}): the results will agree within "
+            "rounding error, but not bit for bit."
+        )
+    random = snapshot.random_of(rank, count)
+    if random is not None:
+        checkpoint.restore_random_state(*random)
+        recorded = (spec.record or {}).get("processes") or {}
+        return snapshot.state, int(recorded.get("seeded_at") or 0)
+    step = snapshot.state.step
+    _seed_everything(seed_of(spec.settings.seed, rank, step))
+    saved = format_count(len(snapshot.others) + 1, "process", "processes")
+    progress.say(
+        f"The checkpoint was saved by {saved}, and the run continues with {count}: the rows of each step stay the "
+        "same, but the random number generators, which draw dropout, are seeded again."
+    )
+    return snapshot.state, step
+
+
+def _seed_everything(seed: int) -> None:
+    """Seed every global random number generator that training may use."""
+    random.seed(seed)
+    torch.manual_seed(seed)  # also seeds accelerators
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed % 2**32)
