@@ -104,7 +104,12 @@ def _read(spec: RunSpec, progress: Progress) -> RunBatches:
 
 
 def _adapted(
-    spec: RunSpec, plan: RunPlan, device: torch.device, loader: BatchLoader, resumed_from: Path | None, progress: Progress
+    spec: RunSpec,
+    plan: RunPlan,
+    device: torch.device,
+    loader: BatchLoader,
+    resumed_from: Path | None,
+    progress: Progress,
 ) -> tuple[nn.Module, int, tuple[str, ...]]:
     """Load the base onto a device and put the adapter on it; return also the base's size in bytes, and messages."""
     _seed_everything(spec.settings.seed)  # a new head is initialized while the model is loaded

@@ -44,7 +44,12 @@ ROWS = 32
 
 
 def add_adapter(
-    model: nn.Module, config: LoraConfig, spec: RunSpec, loader: BatchLoader, checkpoint: Path | None, progress: Progress
+    model: nn.Module,
+    config: LoraConfig,
+    spec: RunSpec,
+    loader: BatchLoader,
+    checkpoint: Path | None,
+    progress: Progress,
 ) -> tuple[str, ...]:
     """Add embedding rows for new tokens to the base, then attach a new adapter or load an existing one.
 
