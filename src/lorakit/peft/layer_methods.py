@@ -1,10 +1,14 @@
-"""Layer attributes and methods from PEFT's API that lorakit's layers do not define themselves."""
+"""Layer attributes and methods from PEFT's API that lorakit's layers do not define themselves.
+
+PEFT's classes of variants, such as `DoraLinearVariant`, are here for `isinstance` checks of a layer's `lora_variant`:
+in lorakit, a variant is an entry of `lorakit.core.variants`, which is an instance of the classes that have its name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +20,7 @@ from lorakit.core.factor import TRAINED
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.index import find_state
 from lorakit.core.variants import Variant, asked_for, own_tensors, variant_named
-from lorakit.errors import warn_caller
+from lorakit.errors import NotYetSupported, warn_caller
 from lorakit.peft.placeholders import PeftWarning
 from lorakit.peft.utilities import resolve_quantization_backend
 
@@ -146,3 +150,35 @@ def answer_as_peft(model: nn.Module) -> None:
     state = find_state(model)
     if state is not None and state.peft_methods is None:
         state.peft_methods = PeftLayerMethods()
+
+
+class _VariantType(type):
+    """Metaclass whose classes have the entry of one variant as their only instance."""
+
+    variant: ClassVar[str]
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, Variant) and value.name == cls.variant
+
+    def __call__(cls, *_: Any, **__: Any) -> NoReturn:
+        text = f"{cls.__name__} cannot be instantiated; select the variant with a field of LoraConfig."
+        raise NotYetSupported(text, what=cls.__name__)
+
+
+def _type(name: str, variant: str) -> _VariantType:
+    about = f"PEFT's class of the variant {variant!r}; the variant's entry is its only instance."
+    return _VariantType(name, (), {"variant": variant, "__doc__": about, "__module__": __name__})
+
+
+ALoraLinearVariant = _type("ALoraLinearVariant", "alora")
+ArrowLinearVariant = _type("ArrowLinearVariant", "arrow-router")
+BdLoraLinearVariant = _type("BdLoraLinearVariant", "bdlora")
+DoraConv1dVariant = _type("DoraConv1dVariant", "dora")
+DoraConv2dVariant = _type("DoraConv2dVariant", "dora")
+DoraConv3dVariant = _type("DoraConv3dVariant", "dora")
+DoraEmbeddingVariant = _type("DoraEmbeddingVariant", "dora")
+DoraLinearVariant = _type("DoraLinearVariant", "dora")
+KasaLinearVariant = _type("KasaLinearVariant", "kasa")
+MontecloraLinearVariant = _type("MontecloraLinearVariant", "monteclora")
+QALoraLinearVariant = _type("QALoraLinearVariant", "qalora")
+VeloraLinearVariant = _type("VeloraLinearVariant", "velora")

@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig, PeftConfig, PeftType, TaskType, read_config
 from lorakit.config.checks import checked_class
 from lorakit.config.types import Value
-from lorakit.core.shards import is_sharded
 from lorakit.errors import AdapterError, ConfigError, warn_caller
 from lorakit.hub_cache import HubOptions
 from lorakit.peft import model_adapters, saving, status
 from lorakit.peft.loaded import adapter_folder, check_options, load_whole, put_by_names, read_by_names
 from lorakit.peft.mixed_batches import options_of_call
-from lorakit.peft.state_dicts import IncompatibleKeys, get_peft_model_state_dict
+from lorakit.peft.state_dicts import IncompatibleKeys
 from lorakit.peft.tuner import LoraModel, OverModel
 from lorakit.peft.utilities import checkpoints, take_gradients_at_the_input
 from lorakit.terminal import write_line
@@ -303,26 +302,17 @@ class PeftModel(OverModel):
         check_options("save_pretrained", kwargs)
         if Path(save_directory).is_file():
             raise ConfigError(f"{save_directory} is a file; pass a directory.", where=save_directory)
-        chosen = list(self.peft_config if selected_adapters is None else selected_adapters)
-        if any(name not in self.peft_config for name in chosen):
-            raise ConfigError(
-                "You passed an invalid `selected_adapters` arguments, current supported adapter names are "
-                f"{list(self.peft_config)} - got {selected_adapters}.",
-                field="selected_adapters",
-                allowed=self.peft_config,
-            )
         if state_dict is None and "state_dict" in vars(self):  # programs replace the method of their model
             state_dict = self.state_dict()
-        whole = save_embedding_layers is True
-        gathers = state_dict is None and is_sharded(self)
-        for name in chosen if is_main_process or gathers else ():
-            folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-            tensors = None
-            if state_dict is not None or whole or gathers:
-                tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=whole)
-            if not is_main_process:
-                continue
-            saving.save(self, folder, name, tensors, path_initial_model_for_weight_conversion)
+        saving.save_selected(
+            self,
+            Path(save_directory),
+            selected_adapters,
+            state_dict,
+            with_embeddings=save_embedding_layers is True,
+            is_main_process=is_main_process,
+            initial_folder=path_initial_model_for_weight_conversion,
+        )
         if is_main_process:
             self.create_or_update_model_card(save_directory)
 

@@ -159,14 +159,14 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
 
 
-NARROW = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
     """Upcast an adapter's 16-bit and 8-bit factors to fp32."""
     if autocast_adapter_dtype:
         for _, parameter in _factors(model, adapter_name):
-            if parameter.dtype in NARROW or parameter.element_size() == 1:
+            if parameter.dtype in HALF or parameter.element_size() == 1:
                 parameter.data = parameter.data.float()
 
 

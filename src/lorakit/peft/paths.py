@@ -167,7 +167,7 @@ HOMES: Mapping[str, str] = {
     "lorakit.core.variants.velora": """
         _compress_activations=compressed _normalize_projection=unit _reshape_to_grouped_subtokens=grouped
     """,
-    "lorakit.peft.variant_classes": """
+    "lorakit.peft.layer_methods": """
         ALoraLinearVariant ArrowLinearVariant BdLoraLinearVariant DoraConv1dVariant DoraConv2dVariant DoraConv3dVariant
         DoraEmbeddingVariant DoraLinearVariant KasaLinearVariant MontecloraLinearVariant QALoraLinearVariant
         VeloraLinearVariant

@@ -17,13 +17,13 @@ from lorakit.config import API_LEVEL, TaskType
 from lorakit.core.attachment.saving import converted_form, save_form, saved_form
 from lorakit.core.files.adapter_folder import read_adapter
 from lorakit.core.model.index import layers
-from lorakit.core.shards import is_shard
+from lorakit.core.shards import is_shard, is_sharded
 from lorakit.core.variants import moving_variant
 from lorakit.durable import write_text
 from lorakit.errors import AdapterError, ConfigError, warn_caller
 from lorakit.peft.model_adapters import configs_of, user_model
 from lorakit.peft.placeholders import PeftWarning
-from lorakit.peft.state_dicts import flat_factors, tensors_of
+from lorakit.peft.state_dicts import flat_factors, get_peft_model_state_dict, tensors_of
 
 FENCE = "---"
 
@@ -97,6 +97,39 @@ def _parts(text: str) -> tuple[list[str], str]:
         return [], text
     end = next(number for number, line in enumerate(lines[1:], 1) if line.strip() == FENCE)
     return lines[1:end], "\n".join(lines[end + 1 :]).strip() + "\n"
+
+
+def save_selected(
+    model: nn.Module,
+    directory: Path,
+    selected: Sequence[str] | None,
+    state_dict: Mapping[str, Tensor] | None,
+    *,
+    with_embeddings: bool,
+    is_main_process: bool,
+    initial_folder: str | PathLike[str] | None,
+) -> None:
+    """Save the selected adapters, by default all, with tensors (…) of `state_dict`; see `PeftModel.save_pretrained`.
+
+    Raises:
+        ConfigError: An adapter does not exist.
+    """
+    configs = configs_of(model)
+    chosen = list(configs if selected is None else selected)
+    if any(name not in configs for name in chosen):
+        raise ConfigError(
+            "You passed an invalid `selected_adapters` arguments, current supported adapter names are "
+            f"{list(configs)} - got {selected}.",
+            field="selected_adapters",
+            allowed=configs,
+        )
+    gathers = state_dict is None and is_sharded(model)
+    for name in chosen if is_main_process or gathers else ():
+        tensors = None
+        if state_dict is not None or with_embeddings or gathers:
+            tensors = get_peft_model_state_dict(model, state_dict, name, save_embedding_layers=with_embeddings)
+        if is_main_process:
+            save(model, directory if name == "default" else directory / name, name, tensors, initial_folder)
 
 
 MOVE_THE_BASE = ("pissa", "corda", "olora", "lora_ga")

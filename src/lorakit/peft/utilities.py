@@ -24,7 +24,7 @@ from lorakit.config import CONFIG_FILE as CONFIG_NAME
 from lorakit.core.model.index import walk
 from lorakit.core.quantization import weight_format_of
 from lorakit.errors import ConfigTypeError
-from lorakit.peft.model_adapters import user_model
+from lorakit.peft.model_adapters import HALF, user_model
 from lorakit.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 __all__ = ["CONFIG_NAME", "INCLUDE_LINEAR_LAYERS_SHORTHAND"]
@@ -149,7 +149,6 @@ def skip_init_on_device(func: Function) -> Function:
     return on_device  # type: ignore[return-value]
 
 
-HALF = (torch.float16, torch.bfloat16)
 DENSE_METHODS = ("gptq", "aqlm", "eetq", "torchao", "hqq")
 """Quantization methods for which the unquantized tensors stay in half precision."""
 
