@@ -19,7 +19,8 @@ from lorakit.core.attachment.one_layer import put_fresh_factor, reset_factor
 from lorakit.core.factor import TRAINED
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.index import find_state
-from lorakit.core.variants import Variant, asked_for, own_tensors, variant_named
+from lorakit.core.variants import Factor, Variant, own_tensors, variant_named
+from lorakit.core.variants.velora import PROJECTION
 from lorakit.errors import NotYetSupported, warn_caller
 from lorakit.peft.placeholders import PeftWarning
 from lorakit.peft.utilities import resolve_quantization_backend
@@ -29,8 +30,8 @@ def _of_variants(layer: LoraLayer, word: str) -> dict[str, object]:
     """Return a dict from adapter to a variant-specific value, which is False if the adapter uses another variant."""
     found: dict[str, object] = {}
     for name, variant in layer.variant.items():
-        value = variant_named(variant).peft_names.get(word)
-        found[name] = value is not None and value(layer.factor(name))
+        of, value = TABLES_OF_VARIANTS[word]
+        found[name] = variant == of and value(layer.factor(name))
     return found
 
 
@@ -44,7 +45,7 @@ def supports_conversion(layer: LoraLayer, adapter_name: str = "default") -> bool
     if adapter_name not in layer.r:
         return True
     variant = variant_named(layer.variant[adapter_name])
-    return variant.update is not None and variant.move is None
+    return variant.is_mergeable and variant.move is None
 
 
 def _cast_input(layer: LoraLayer, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -128,14 +129,19 @@ METHODS: Mapping[str, Callable[..., object]] = {
 """Implementations of PEFT's methods, keyed by name; each takes the layer as its first argument."""
 
 
-NAMES_OF_VARIANTS = frozenset(word for variant in asked_for() for word in variant.peft_names)
-"""PEFT's names for the dictionaries that show which variant each adapter uses."""
+TABLES_OF_VARIANTS: dict[str, tuple[str, Callable[[Factor], bool]]] = {
+    "use_dora": ("dora", lambda factor: True),
+    "lora_velora_initialized": ("velora", lambda factor: bool(factor.own[PROJECTION].any())),
+}
+"""Name of a dict by adapter on PEFT's layers -> its variant, and a function from a factor to the entry;
+for adapters of other variants, the entry is False.
+"""
 
 
 class PeftLayerMethods:
     """Stateless lookup of PEFT-only layer attributes and methods."""
 
-    names: ClassVar[frozenset[str]] = frozenset((*VALUES, *METHODS, *NAMES_OF_VARIANTS))
+    names: ClassVar[frozenset[str]] = frozenset((*VALUES, *METHODS, *TABLES_OF_VARIANTS))
 
     def answer(self, layer: nn.Module, word: str) -> object:
         """Return a PEFT-only attribute or method of a layer."""

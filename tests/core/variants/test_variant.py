@@ -22,7 +22,7 @@ from lorakit.core.attachment.one_layer import reset_factor
 from lorakit.core.kinds import Kind, WeightSpec, kind_named
 from lorakit.core.kinds.kind import Shape
 from lorakit.core.optimizers import Rates, rates_by_name, trained_parts
-from lorakit.core.variants import NO_SETTING, At, Factor, OwnTensor, Parts, Setting, Start, Variant
+from lorakit.core.variants import NO_SETTING, At, Factor, Move, OwnTensor, Parts, Penalty, Setting, Start, Variant
 from lorakit.data import Batch
 from lorakit.errors import AdapterError, AdapterFileError, ConfigError, MergeError
 from lorakit.peft import tuner
@@ -89,7 +89,7 @@ TOY = Variant(
         )
     ),
     factors=_scaled,
-    penalty=_energy,
+    penalty=Penalty(_energy),
 )
 
 
@@ -252,8 +252,7 @@ def test_pooled_inputs_need_factors_of_another_shape(put: Callable[[Variant], No
         factors=None,
         penalty=None,
         down=_pooled_down,
-        update=None,
-        unmergeable_reason="its input is pooled",
+        update="its input is pooled",
     )
     put(pooled)
     model, given = adapted("a"), LINEARS.given()
@@ -318,7 +317,7 @@ def _without_the_last_direction(start: Start) -> Tensor:
 
 
 def test_it_may_move_the_base_while_it_is_attached(put: Callable[[Variant], None], tmp_path: Path) -> None:
-    put(dataclasses.replace(TOY, move=_without_the_last_direction))
+    put(dataclasses.replace(TOY, move=Move(_without_the_last_direction)))
     model, given = LINEARS.model(), LINEARS.given()
     bits, plain = snapshot(model)["tensors"], run(model, given)
     core.attach(model, LINEARS.config(**{FIELD: ON}), "a")
@@ -343,7 +342,7 @@ def test_it_may_move_the_base_while_it_is_attached(put: Callable[[Variant], None
 
 
 def test_adapters_of_one_rank_share_the_base_that_they_moved(put: Callable[[Variant], None]) -> None:
-    put(dataclasses.replace(TOY, move=_without_the_last_direction))
+    put(dataclasses.replace(TOY, move=Move(_without_the_last_direction)))
     model, given = LINEARS.model(), LINEARS.given()
     bits, plain = snapshot(model)["tensors"], run(model, given)
     for name in ("a", "b"):
@@ -382,7 +381,7 @@ def test_adapters_of_one_rank_share_the_base_that_they_moved(put: Callable[[Vari
 
 
 def test_one_that_moves_the_base_is_no_plain_lora_on_disk(put: Callable[[Variant], None], tmp_path: Path) -> None:
-    put(dataclasses.replace(TOY, move=_without_the_last_direction))
+    put(dataclasses.replace(TOY, move=Move(_without_the_last_direction)))
     core.save_adapter(adapted("a"), tmp_path / "a", "a")
     with pytest.raises(AdapterFileError, match="Toy changed the base by more than a low-rank product") as refused:
         core.compress_folder(tmp_path / "a", tmp_path / "small", rank=1)
@@ -390,7 +389,9 @@ def test_one_that_moves_the_base_is_no_plain_lora_on_disk(put: Callable[[Variant
 
 
 def test_an_init_subtracts_nothing_that_it_does_not_add(put: Callable[[Variant], None]) -> None:
-    put(dataclasses.replace(TOY, parts=Parts(), factors=None, penalty=None, adds_product=False))
+    put(
+        dataclasses.replace(TOY, parts=Parts(), factors=lambda factor, training: (factor.A, 2 * factor.B), penalty=None)
+    )
     model = LINEARS.model()
     before = snapshot(model)
     with pytest.raises(ConfigError, match="and Toy does not add back what the init subtracts from it") as refused:
@@ -413,7 +414,7 @@ def test_an_init_that_changes_the_base_needs_tensors_that_do_not_depend_on_the_r
 
 
 def test_it_may_exclude_others_from_its_model(put: Callable[[Variant], None], tmp_path: Path) -> None:
-    put(dataclasses.replace(TOY, excludes_others="it needs its own base"))
+    put(dataclasses.replace(TOY, move=Move(_without_the_last_direction, "it needs its own base")))
     core.save_adapter(adapted("a"), tmp_path / "a", "a")
     for fields, others in (({}, {FIELD: ON}), ({FIELD: ON}, {})):
         model = LINEARS.model()
@@ -485,7 +486,11 @@ def test_it_may_see_the_other_adapters_of_its_site(put: Callable[[Variant], None
         others = [F.linear(F.linear(at.x, one.A), one.B) * one.scale for one in at.siblings().values()]
         return at.z + sum(others)
 
-    put(dataclasses.replace(TOY, parts=Parts(), factors=None, penalty=None, output=routed, update=None))
+    put(
+        dataclasses.replace(
+            TOY, parts=Parts(), factors=None, penalty=None, output=routed, update="it depends on the other adapters"
+        )
+    )
     model, given = LINEARS.model(), LINEARS.given()
     core.attach(model, LINEARS.config(**{FIELD: ON}), "router")
     for index, name in enumerate(("a", "b")):

@@ -211,10 +211,10 @@ def conflict(init: Init, variant: Variant) -> tuple[str, str] | None:
         needs = "changes it too"
     elif not variant.is_mergeable:
         needs = "needs it unchanged wherever the adapter is inactive"
-    elif not variant.adds_product:
-        needs = "does not add back what the init subtracts from it"
     elif any(tensor.depends_on_rank for tensor in variant.parts.extras):
         needs = "has tensors whose shape depends on the rank, which doubles when the adapter is saved"
+    elif not variant.adds_product:
+        needs = "does not add back what the init subtracts from it"
     return ("changes the base weight", needs) if needs else None
 
 
@@ -249,7 +249,7 @@ def _moved_by(variant: Variant, index: AdapterIndex, target: TargetWeight, start
             return layer.moved
     check_can_move(index, target, variant=variant)
     with torch.no_grad():
-        return in_stored_form(index, target, variant.move(start))
+        return in_stored_form(index, target, variant.move.weight(start))
 
 
 def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) -> None:
@@ -402,7 +402,7 @@ def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
     _put_extras(index, built, state)
     if not built.trainable:
         _freeze(built, state)
-    if any(variant.positions is not None for variant in variants_of(built.config)):
+    if any(variant.invocation is not None for variant in variants_of(built.config)):
         state.waiting |= {name}
         install(index.model, state)
     if state.biased:

@@ -61,7 +61,7 @@ def put_fresh_factor(layer: LoraLayer, name: str, config: LoraConfig, rank: int,
 def _check_alone(layer: LoraLayer, config: LoraConfig, path: str) -> None:
     """Check that a config's init and variant need no more than one layer."""
     init, (variant, _) = init_for(config.init_lora_weights, layer.kind, path), variant_for(config, layer.kind, path)
-    is_variant = bool(variant.move or variant.positions or variant.excludes_others)
+    is_variant = bool(variant.move or variant.invocation)
     if not (init.changes_base or init.needs or is_variant):
         return
     what = variant.title if is_variant else f"init_lora_weights={init.name!r}"

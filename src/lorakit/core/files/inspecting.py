@@ -99,7 +99,7 @@ def judge(config: LoraConfig, sites: Sequence[Site], largest: Mapping[str, float
         The findings; empty for a plausible adapter.
     """
     found = [
-        _zero(sites, largest) if all(variant.uses_product for variant in variants_of(config)) else None,
+        _zero(sites, largest) if all(variant.parts.uses_factors for variant in variants_of(config)) else None,
         nonfinite(largest),
         _of_tensors(VALUES, "Implausibly large values", largest, lambda v: LARGEST_USUAL_VALUE <= v < math.inf),
         *_scales(config, sites),

@@ -54,10 +54,10 @@ class BaseWeight(StoredWeight):
         """
         for name in adapters:
             variant = variant_named(self.variant[name]) if name in self.r else None
-            if variant is not None and not variant.is_mergeable:
+            if variant is not None and isinstance(variant.update, str):
                 raise MergeError(
                     f"Adapter {name!r} at {path} is {variant.title}, which cannot be merged: "
-                    f"{variant.unmergeable_reason}. Keep it unmerged.",
+                    f"{variant.update}. Keep it unmerged.",
                     what=name,
                     where=path,
                 )
@@ -360,13 +360,14 @@ def in_one_group(layer: StoredWeight, names: Sequence[str]) -> Merged:
     total = torch.zeros_like(W)
     for name in names:
         factor = layer.factor(name)
-        if factor.variant.update is None:
+        update = factor.variant.update
+        if isinstance(update, str):
             continue  # already rejected before the merge
         A, B = (half.to(W.dtype) for half in factor.multiplied())
         A, B = kind.flat(layer.spec, A, B)
         wide = dataclasses.replace(factor, A=A.view(-1, *shape[1:]), B=B.view(*B.shape, *[1] * len(spec.kernel)))
         delta = (B @ A).view(shape) * factor.scale
-        total += factor.variant.update(kind, spec, W, delta, wide)
+        total += update(kind, spec, W, delta, wide)
     source: Convolution = layer.source  # type: ignore[assignment]  # only convolutions have groups
     return _convolution(source, W + total), W, total
 

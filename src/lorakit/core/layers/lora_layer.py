@@ -405,14 +405,13 @@ class LoraLayer(BaseWeight, TunerLayer):
             MergeError: The variant cannot be merged, or the weight cannot hold the delta.
         """
         factor = self.factor(name)
-        if factor.variant.update is None:
-            raise MergeError(
-                f"{factor.variant.title} cannot be added to a weight: {factor.variant.unmergeable_reason}.", what=name
-            )
+        update = factor.variant.update
+        if isinstance(update, str):
+            raise MergeError(f"{factor.variant.title} cannot be added to a weight: {update}.", what=name)
         seen = self.read(name) if name in self.moved_by else W
         A, B = factor.multiplied(training)
         delta = self.kind.delta(self.spec, A.to(W.dtype), B.to(W.dtype)) * factor.scale
-        return factor.variant.update(self.kind, self.spec, seen, delta, factor)
+        return update(self.kind, self.spec, seen, delta, factor)
 
     @property
     def in_features(self) -> int:

@@ -218,7 +218,7 @@ def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | Non
 def penalties(model: nn.Module, field: str | None = None) -> Tensor | None:
     """Return the penalty that the variants of active adapters add to a training loss.
 
-    Each variant's terms are summed over its sites, or averaged if `averages_penalty` is set.
+    Each variant's terms are summed over its sites, or averaged if `Penalty.is_mean` is set.
 
     A custom training loop should add the result to the loss once per optimizer step, as `lorakit train` does. If no
     variant has a penalty (plain LoRA has none), the result is None, and no layers are visited.
@@ -247,12 +247,12 @@ def penalties(model: nn.Module, field: str | None = None) -> Tensor | None:
             acting = (state.active() if layer.own_route is None else layer.own_route).mentions
             for factor in (layer.factor(name) for name in layer.r if name in acting):
                 if factor.variant.penalty is not None and counts(factor.variant):
-                    term = factor.variant.penalty(factor, layer.training)
+                    term = factor.variant.penalty.term(factor, layer.training)
                     found.setdefault(factor.variant, []).append(term)
     totals = []
     for variant, terms in found.items():
         stacked = torch.stack([term.to(terms[0].device) for term in terms])
-        totals.append(stacked.mean() if variant.averages_penalty else stacked.sum())
+        totals.append(stacked.mean() if variant.penalty is not None and variant.penalty.is_mean else stacked.sum())
     return torch.stack([total.to(totals[0].device) for total in totals]).sum() if totals else None
 
 

@@ -157,10 +157,11 @@ def check_company(state: AdapterState | None, config: LoraConfig) -> None:
             )
         present = variants_of(other)
         for variant in (*new, *present):
-            if variant.excludes_others and (variant in new) != (variant in present):
+            why = "" if variant.move is None else variant.move.excludes_others
+            if why and (variant in new) != (variant in present):
                 raise ConfigError(
                     f"{variant.title} cannot be combined with adapters that don't use {variant.title}, and this model "
-                    f"already has adapter {name!r}: {variant.excludes_others}. Detach {name!r} first, or load the base "
+                    f"already has adapter {name!r}: {why}. Detach {name!r} first, or load the base "
                     "a second time.",
                     what=name,
                     field=variant.field,

@@ -203,7 +203,7 @@ def _site(
     first = here[0][0]
     active = [(factor, weight) for factor, weight in here if weight != 0] or [(first, 0.0)]
     whole, products = None, [factor.product() for factor, _ in active]
-    if summed is not None and summed[0].combine is not None:
+    if summed is not None and callable(summed[0].combine):
         pairs = zip(active, products, strict=True)
         addends = [Addend(factor, weight, product, factor.experts) for (factor, weight), product in pairs]
         whole = summed[0].combine(path, addends, summed[1])
@@ -323,7 +323,7 @@ def _summed_variant(adapters: Sequence[AdapterWeights], way: CombinationType, ha
     found: dict[Variant, str] = {}
     for adapter in adapters:
         for variant in variants_of(adapter.config):
-            if variant.combine is not None:
+            if callable(variant.combine):
                 found.setdefault(variant, adapter.label)
     if len(found) > 1:
         (one, other), (label, second, *_) = list(found)[:2], found.values()

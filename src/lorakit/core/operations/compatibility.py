@@ -99,7 +99,7 @@ def check_joinable(adapters: Sequence[AdapterWeights]) -> None:
         raise AdapterError("No adapters were given; pass at least one.", field="adapters")
     for adapter in adapters:
         check_no_base_biases(adapter)
-    must_agree = {variant.field: variant.must_agree for variant in asked_for() if variant.must_agree}
+    must_agree = {variant.field: variant.combine for variant in asked_for() if isinstance(variant.combine, str)}
     for field, reason in {**must_agree, "layer_replication": "were trained on differently replicated layers"}.items():
         if len({str(getattr(adapter.config, field)) for adapter in adapters}) > 1:
             raise AdapterError(f"The adapters {reason} ({field}), so they cannot be combined.", field=field)

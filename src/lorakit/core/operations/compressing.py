@@ -140,7 +140,7 @@ def reduced_weights(
 def _dense_update(path: str, factor: SiteFactors, reading: Callable[[str], Reading]) -> Tensor | None:
     """Return the full weight update of a site, (out, n), or None if the update is a low-rank product."""
     variant = factor.variant
-    if variant.update is None or variant.is_low_rank:
+    if isinstance(variant.update, str) or variant.is_low_rank:
         return None
     product = factor.product()
     if product.A.shape[0] > 1:

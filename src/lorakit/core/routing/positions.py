@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorakit.core.clones import HOOKS
 from lorakit.core.routing.route import Offsets, of_rows
 from lorakit.core.routing.state import AdapterState, Override
-from lorakit.core.variants import invocations_of, variants_of
+from lorakit.core.variants import invocations_of, last_invocation
 from lorakit.errors import RouteError
 
 CACHES = ("cache", "past_key_values", "cache_params")
@@ -134,8 +134,7 @@ def prompt_offsets(
 
 def _positions(state: AdapterState, name: str, ids: Tensor, visible: Tensor | None) -> Tensor:
     config = state.configs[name]
-    find = next(variant.positions for variant in variants_of(config) if variant.positions is not None)
-    return find(ids, config, visible)
+    return last_invocation(ids, next(tokens for _, tokens in invocations_of(config)), visible)
 
 
 def _span(state: AdapterState, name: str) -> int:

@@ -23,8 +23,10 @@ from lorakit.core.variants.variant import (
     Addend,
     At,
     Factor,
+    Move,
     OwnTensor,
     Parts,
+    Penalty,
     Role,
     Setting,
     Start,
@@ -41,8 +43,10 @@ __all__ = [
     "Addend",
     "At",
     "Factor",
+    "Move",
     "OwnTensor",
     "Parts",
+    "Penalty",
     "Role",
     "Setting",
     "Start",
@@ -137,7 +141,7 @@ def moving_variant(config: LoraConfig) -> Variant | None:
 
 def is_kept(variant: Variant) -> bool:
     """Return whether combining adapters of a variant yields an adapter of the same variant instead of plain LoRA."""
-    return variant.combine is not None or bool(variant.must_agree)
+    return variant.combine is not None
 
 
 def without(config: LoraConfig, *variants: Variant) -> LoraConfig:

@@ -42,11 +42,6 @@ def last_invocation(input_ids: Tensor, tokens: Sequence[int], visible: Tensor | 
     return torch.where(last > 0, length + 1 - last, 0)
 
 
-def _positions(ids: Tensor, config: LoraConfig, visible: Tensor | None) -> Tensor:
-    """Return the number of active positions at the end of each row, (rows,) int64."""
-    return last_invocation(ids, _tokens(config), visible)
-
-
 def _tokens(config: LoraConfig) -> Sequence[int]:
     tokens = config.alora_invocation_tokens
     if not tokens:
@@ -82,9 +77,7 @@ ALORA = Variant(
     field="alora_invocation_tokens",
     fits=_fits,
     output=_output,
-    update=None,
-    unmergeable_reason="its update depends on token positions",
-    positions=_positions,
+    update="its update depends on token positions",
     invocation=_tokens,
-    must_agree="have different invocation tokens",
+    combine="have different invocation tokens",
 )

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lorakit.config import LoraConfig
 from lorakit.core.kinds import Kind
 from lorakit.core.quantization import at_least_fp32
-from lorakit.core.variants.variant import At, Factor, Setting, Variant
+from lorakit.core.variants.variant import At, Factor, Parts, Setting, Variant
 from lorakit.errors import AdapterError, ConfigError
 
 GENERAL_PREFIX = "gks_"
@@ -94,7 +94,7 @@ def _product(name: str, factor: Factor) -> Pair:
     Raises:
         AdapterError: The adapter's update is not s·B·A.
     """
-    if factor.variant.update is None or not factor.variant.is_low_rank or factor.bias is not None:
+    if not factor.variant.is_mergeable or not factor.variant.is_low_rank or factor.bias is not None:
         kind = "a bias of B" if factor.bias is not None else factor.variant.title
         raise AdapterError(f"Arrow cannot route to adapter {name!r}: its update is not s·B·A ({kind}).", what=name)
     return factor.multiplied()
@@ -200,8 +200,7 @@ ARROW = Variant(
     setting=_setting,
     fits=_fits,
     output=_output,
-    update=None,
-    unmergeable_reason="its update depends on the input, because it routes each token to other adapters",
-    must_agree="have different settings of Arrow",
-    uses_product=False,
+    parts=Parts(uses_factors=False),
+    update="its update depends on the input, because it routes each token to other adapters",
+    combine="have different settings of Arrow",
 )

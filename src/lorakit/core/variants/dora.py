@@ -159,5 +159,4 @@ DORA = Variant(
     output=_output,
     update=_update,
     combine=combined,
-    peft_names={"use_dora": lambda factor: True},
 )

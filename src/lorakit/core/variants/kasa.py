@@ -13,7 +13,7 @@ from torch import Tensor
 from lorakit.config import LoraConfig
 from lorakit.core.kinds.kind import Kind, Shape, WeightSpec, only_linear
 from lorakit.core.quantization import at_least_fp32
-from lorakit.core.variants.variant import Factor, OwnTensor, Parts, Setting, Start, Variant
+from lorakit.core.variants.variant import Factor, Move, OwnTensor, Parts, Penalty, Setting, Start, Variant
 from lorakit.errors import ConfigError
 
 DIAGONAL = "lora_diag"
@@ -90,7 +90,8 @@ KASA = Variant(
     fits=only_linear,
     parts=Parts(extras=(OwnTensor(DIAGONAL, "parameter", (f".{DIAGONAL}",), _shape, _start),)),
     factors=_factors,
-    move=_move,
-    excludes_others="KaSA adapters need a base without its smallest singular values, but others need the original one",
-    penalty=penalty,
+    move=Move(
+        _move, "KaSA adapters need a base without its smallest singular values, but others need the original one"
+    ),
+    penalty=Penalty(penalty),
 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.kinds.kind import Kind, Shape, WeightSpec
 from lorakit.core.quantization import at_least_fp32
-from lorakit.core.variants.variant import Factor, OwnTensor, Parts, Setting, Start, Variant
+from lorakit.core.variants.variant import Factor, OwnTensor, Parts, Penalty, Setting, Start, Variant
 
 SAMPLER = "lora_monteclora_sampler"
 """PEFT's name for the module that holds the extra tensors of an adapter, on a layer and on disk."""
@@ -205,6 +205,5 @@ MONTECLORA = Variant(
         )
     ),
     down=_down,
-    penalty=penalty,
-    averages_penalty=True,
+    penalty=Penalty(penalty, is_mean=True),
 )

@@ -173,6 +173,7 @@ class Parts:
         holder: Function from "A" or "B", the parameter and the variant's settings to the module that holds the
             parameter, or to None for the usual module; None if the usual module holds both.
         extras: The tensors in addition to A and B.
+        uses_factors: Whether the output depends on the factor's own A and B, so that zeros in them are suspicious.
     """
 
     shapes: Callable[[Kind, WeightSpec, int, Setting], tuple[Shape, Shape]] | None = None
@@ -180,6 +181,7 @@ class Parts:
     trains: frozenset[str] = BOTH
     holder: Callable[[str, nn.Parameter, Setting], nn.Module | None] | None = None
     extras: tuple[OwnTensor, ...] = ()
+    uses_factors: bool = True
 
     def factors(self, start: Start) -> tuple[Tensor, Tensor]:
         """Return the A (r, in) and B (out, r) of a new factor, given those of the init."""
@@ -259,6 +261,34 @@ def added(kind: Kind, spec: WeightSpec, W: Tensor, delta: Tensor, factor: Factor
     return delta
 
 
+@dataclass(frozen=True)
+class Move:
+    """A weight that replaces the base weight.
+
+    Attributes:
+        weight: Function from a `Start` to the canonical weight. It depends only on the base and the rank, so adapters
+            of the same rank share it.
+        excludes_others: Why the model cannot have adapters of other variants at the same time, phrased as the end of a
+            message; "" if other variants are allowed.
+    """
+
+    weight: Callable[[Start], Tensor]
+    excludes_others: str = ""
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """A term that a variant adds to the training loss.
+
+    Attributes:
+        term: Function from a factor and a training flag to the factor's term, a scalar.
+        is_mean: Whether the penalty of a model is the mean of the terms instead of their sum.
+    """
+
+    term: Callable[[Factor, bool], Tensor]
+    is_mean: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Variant:
     """A LoRA variant: one way to combine A, B and the base weight.
@@ -279,29 +309,14 @@ class Variant:
         output: Function from an `At` to the addition to y₀, shaped like y₀; None if the addition is z. It may write to
             the factor's memory.
         update: Function from kind, weight spec, canonical W, scaled delta (shaped like W) and factor to the addition to
-            W; None if the variant is not mergeable.
-        unmergeable_reason: Why the variant is not mergeable, phrased as the end of a message.
-        positions: Function that returns the number of active positions at the end of each row, (rows,) int64. Its
-            arguments are the token ids (rows, length), the config, and a mask of visible tokens (rows, length) or None.
-            The attribute is None if the adapter is always active.
-        invocation: For variants with `positions`, a function from a config to the ids of the tokens, in order, that are
-            compared to find a position.
-        move: Function from a `Start` to the canonical weight that replaces the base weight while the adapter is
-            attached. The replacement depends only on the base and the rank, so adapters of the same rank share it.
-        uses_product: Whether the output depends on the factor's own A and B, so that zeros in them are suspicious.
-        adds_product: Whether the update of a new factor is s·B·A, so that an initialization method may subtract it from
-            the base weight.
-        excludes_others: Why the model cannot have adapters of other variants at the same time, phrased as the end of a
-            message; "" if other variants are allowed.
-        penalty: Function from a factor and a training flag to the factor's penalty term in the loss, a scalar; None if
-            there is no penalty.
-        averages_penalty: Whether the penalty of a model is the mean of the terms instead of their sum.
+            W; or why the variant is not mergeable, phrased as the end of a message.
+        invocation: Function from a config to the ids of the tokens, in order, from whose last occurrence the adapter is
+            active; None if the adapter is always active.
+        move: The weight that replaces the base weight while the adapter is attached; None if the base is used as it is.
+        penalty: A term that is added to the training loss; None if there is none.
         combine: Function that takes a site's path, addends and base weight, and returns the sum as one factor of this
-            variant; None if the sum is plain LoRA.
-        must_agree: Why adapters with different values of `field` cannot be combined, such as "have different invocation
-            tokens"; if the values are equal, the result has the same value. "" if the value does not matter.
-        peft_names: Names of the per-adapter dicts on PEFT's layers, each mapped to a function that returns a factor's
-            entry in that dict; for adapters of other variants, the entry is False.
+            variant; None if the sum is plain LoRA; or why adapters with different values of `field` cannot be combined,
+            such as "have different invocation tokens": if the values are equal, the result has the same value.
         is_lora: Whether the variant differs from LoRA at most in its scale, so that stacked adapters and fused
             operations support the variant.
         is_held_as_lora: Whether the variant stores only A and B, in the kind's shapes.
@@ -316,19 +331,11 @@ class Variant:
     factors: Callable[[Factor, bool], tuple[Tensor, Tensor]] | None = None
     down: Callable[[Kind, nn.Module, Tensor, Factor, bool], Tensor] | None = None
     output: Callable[[At], Tensor] | None = None
-    update: Callable[[Kind, WeightSpec, Tensor, Tensor, Factor], Tensor] | None = added
-    unmergeable_reason: str = ""
-    positions: Callable[[Tensor, LoraConfig, Tensor | None], Tensor] | None = None
+    update: Callable[[Kind, WeightSpec, Tensor, Tensor, Factor], Tensor] | str = added
     invocation: Callable[[LoraConfig], Sequence[int]] | None = None
-    move: Callable[[Start], Tensor] | None = None
-    uses_product: bool = True
-    adds_product: bool = True
-    excludes_others: str = ""
-    penalty: Callable[[Factor, bool], Tensor] | None = None
-    averages_penalty: bool = False
-    combine: Callable[[str, Sequence[Addend], Reading], Sum] | None = None
-    must_agree: str = ""
-    peft_names: Mapping[str, Callable[[Factor], object]] = dataclasses.field(default_factory=dict)
+    move: Move | None = None
+    penalty: Penalty | None = None
+    combine: Callable[[str, Sequence[Addend], Reading], Sum] | str | None = None
     is_lora: bool = dataclasses.field(init=False)
     is_held_as_lora: bool = dataclasses.field(init=False)
 
@@ -351,12 +358,17 @@ class Variant:
     @property
     def is_mergeable(self) -> bool:
         """True if the update can be merged into the weight."""
-        return self.update is not None
+        return not isinstance(self.update, str)
+
+    @property
+    def adds_product(self) -> bool:
+        """True if the update of a new factor is s·B·A, so that an init may subtract it from the base weight."""
+        return self.factors is None
 
     @property
     def is_low_rank(self) -> bool:
         """True if the update is B·A wherever the adapter is active."""
-        return self.update is None or self.update is added
+        return not self.is_mergeable or self.update is added
 
     def shapes_of(self, kind: Kind, spec: WeightSpec, r: int, setting: Setting, path: str) -> tuple[Shape, Shape]:
         """Return the shapes of A and B at a site: (r, in) and (out, r) at a dense site.

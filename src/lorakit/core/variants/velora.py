@@ -162,5 +162,4 @@ VELORA = Variant(
         )
     ),
     down=_down,
-    peft_names={"lora_velora_initialized": lambda factor: bool(factor.own[PROJECTION].any())},
 )

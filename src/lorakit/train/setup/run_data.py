@@ -10,7 +10,7 @@ from typing import Any
 from lorakit import data, hub
 from lorakit.caches import TOKENS, code
 from lorakit.config import LoraConfig
-from lorakit.core import variants_of
+from lorakit.core import invocation_offsets, invocations_of
 from lorakit.data.encoding import IGNORED
 from lorakit.data.loader import padded_ids
 from lorakit.data.sources import weights_of
@@ -107,14 +107,15 @@ def count_inactive(config: LoraConfig, sequences: Sequence[data.Sequence]) -> in
         config: The adapter's config; without invocation tokens, the result is 0.
         sequences: The training data.
     """
-    count, finders = 0, [variant.positions for variant in variants_of(config) if variant.positions is not None]
-    for find in finders:
+    count = 0
+    for _, tokens in invocations_of(config):
         for begin in range(0, len(sequences), _SEARCHED_AT_ONCE):
             rows = [sequences[at] for at in range(begin, min(begin + _SEARCHED_AT_ONCE, len(sequences)))]
             ids, mask = padded_ids([row.input_ids for row in rows], 0)
-            for row, back in zip(rows, find(ids, config, mask).tolist(), strict=True):
-                after = row.labels[ids.shape[1] - back + 1 :]  # the token at a position is predicted at the one before
-                count += back == 0 or all(label == IGNORED for label in after)
+            for row, back in zip(rows, invocation_offsets(ids, tokens, mask), strict=True):
+                # the token at a position is predicted at the one before
+                after = [] if back is None else row.labels[ids.shape[1] - back + 1 :]
+                count += all(label == IGNORED for label in after)
     return count
 
 
