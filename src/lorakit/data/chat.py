@@ -79,14 +79,7 @@ class _Span:
 
 
 def conversation_tokens(record: Conversation, tokenizer: Tokenizer) -> TokenizedRow:
-    """Render and tokenize a conversation, and mark the tokens of the assistant's turns and their end markers.
-
-    Args:
-        record: The conversation.
-        tokenizer: A tokenizer with a chat template.
-
-    Returns:
-        The tokens of the whole rendered text and their marks. A token that lies partly in a turn is marked.
+    """Render and tokenize a conversation, and mark the tokens that overlap the assistant's turns and end markers.
 
     Raises:
         DataError: The tokenizer has no chat template, the template rejects the conversation or omits tools, tool calls,
@@ -107,11 +100,7 @@ def conversation_tokens(record: Conversation, tokenizer: Tokenizer) -> Tokenized
 
 
 def end_tokens(tokenizer: Tokenizer) -> frozenset[int]:
-    """Return the ids of the special tokens that end answers and calls in training; empty without a chat template.
-
-    Args:
-        tokenizer: A tokenizer, whose end-of-text token may be another one.
-    """
+    """Return the ids of the special tokens that end answers and calls in training; empty without a chat template."""
     function: JsonObject = {"name": "velvet", "description": "opal", "parameters": {"type": "object", "properties": {}}}
     call: JsonObject = {"type": "function", "function": {"name": "velvet", "arguments": {"amber": "jade"}}}
     tools: tuple[JsonObject, ...] = ({"type": "function", "function": function},)
@@ -173,12 +162,7 @@ def _marked(record: Conversation, tokenizer: Tokenizer) -> list[str]:
 
 
 def _marked_turns(words: Conversation, tokenizer: Tokenizer) -> list[Message]:
-    """Return the turn of each mark, by its words; nothing if a mark has words of several turns or none.
-
-    Args:
-        words: The conversation in words; an answer without words gets one.
-        tokenizer: A tokenizer whose chat template marks answers.
-    """
+    """Return the turn of each mark, by its words; nothing if a mark has words of several turns or none."""
     numbers, turns = itertools.count(), list[Message]()
     stem = absent("velvet", "".join(map(str, words.messages)))
     for turn in words.messages:

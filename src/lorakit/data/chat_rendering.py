@@ -126,16 +126,7 @@ def absent(stem: str, text: str) -> str:
 
 
 def in_words(record: Conversation, stem: str, end: str) -> Conversation:
-    """Replace each part that `check_rendered` checks by a word of its own, which no other text contains.
-
-    Args:
-        record: The conversation.
-        stem: Beginning of the words.
-        end: Their last letter.
-
-    Returns:
-        The conversation with other text in its tools and assistant turns; names of functions still agree.
-    """
+    """Replace each part that `check_rendered` checks by a word from `stem` to `end` that no other text contains."""
     numbers = itertools.product("abcdefghij", repeat=6)
     new = (f"{stem}{''.join(number)}{end}" for number in numbers)
     names: dict[JsonValue, str] = {}

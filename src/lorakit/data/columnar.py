@@ -354,9 +354,6 @@ class StreamedHub:
 def stream_hub(source: HubSource) -> StreamedHub:
     """Open a data set on the Hub as a stream; its rows are loaded when they are needed.
 
-    Args:
-        source: The data set.
-
     Raises:
         UsageError: The name contains a slice of a split.
         DataError: The data set is not found or cannot be read.

@@ -93,12 +93,7 @@ class Sequences(collections.abc.Sequence[Sequence]):
         return {"ids": memoryview(self._ids), "trained": memoryview(self._trained), "ends": memoryview(self._ends)}
 
     def add(self, ids: collections.abc.Sequence[int], trained: collections.abc.Sequence[bool] | bytes) -> None:
-        """Append a row; the first token never contributes to the loss, because no token precedes it.
-
-        Args:
-            ids: Token ids, at least one.
-            trained: Whether each token contributes to the loss.
-        """
+        """Append a row; the first token never contributes to the loss, because no token precedes it."""
         assert isinstance(self._ids, array) and isinstance(self._ends, array) and isinstance(self._trained, bytearray)
         if self._ids.typecode == _NARROW and max(ids) >= _NARROW_IDS:
             self._ids = array(_WIDE, self._ids)
@@ -242,16 +237,7 @@ def encode(
 
 
 def encode_record(record: Record, tokenizer: Tokenizer, max_length: int, overlong: Overlong) -> Sequences:
-    """Encode one record as `encode` does; nothing is counted.
-
-    Args:
-        record: The record.
-        tokenizer: Any transformers tokenizer.
-        max_length: Maximum sequence length in tokens, at least 2.
-        overlong: What to do with rows that are too long; see `encode`.
-
-    Returns:
-        The sequences; none if no token of the record contributes to the loss.
+    """Encode one record as `encode` does, uncounted; no sequences result if no token contributes to the loss.
 
     Raises:
         DataError: The record cannot be rendered, or is too long and `overlong` is "error".
@@ -382,11 +368,7 @@ class _Work:
             self._watch(done)
 
     def _cut(self, record: Completion | Conversation) -> tuple[Iterable[_Row], bool]:
-        """Return the rows of a record, shortened or split if it exceeds the maximum length.
-
-        Returns:
-            The rows, and whether an end marker in them contributes to the loss.
-        """
+        """Return a record's rows, truncated or split if too long, and whether an end marker contributes to the loss."""
         report, row = self._report, _row(record, self._tokenizer)
         report.untrained_turns += row.untrained_turns
         report.untrained_reason = report.untrained_reason or row.reason

@@ -35,10 +35,7 @@ class ListText:
         self._text, self._at, self._counted, self._is_whole = "", 0, 0, False
 
     def element(self, following: str) -> str | None:
-        """Return the text of the next element, or None at the end of the list.
-
-        Args:
-            following: Character that must precede the element, or "".
+        """Return the text of the next element, which `following` (or "") must precede, or None at the end of the list.
 
         Raises:
             DataError: The text is not a JSON list, or an element is too long.

@@ -112,9 +112,6 @@ class BatchLoader(Iterator[Batch], ABC):
     def load_state(self, state: dict[str, Any]) -> None:
         """Resume at the saved position of another loader; the next batches are those that it would have yielded.
 
-        Args:
-            state: The value that `state` returned for the other loader.
-
         Raises:
             DataError: The state is invalid, or comes from a loader with other data or settings.
         """
@@ -260,13 +257,7 @@ class Loader(BatchLoader):
 
 
 def padded(rows: list[Sequence], pad_id: int, epoch: float) -> Batch:
-    """Combine sequences into a padded batch.
-
-    Args:
-        rows: The sequences, at least one.
-        pad_id: Id of the padding token.
-        epoch: Value for `Batch.epoch`.
-    """
+    """Combine sequences into a padded batch."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -283,12 +274,7 @@ def padded(rows: list[Sequence], pad_id: int, epoch: float) -> Batch:
 
 
 def padded_ids(rows: list[array[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the ids of several texts, padded on the right, and the attention mask, both of shape (rows, length).
-
-    Args:
-        rows: Token ids of each text.
-        pad_id: Id of the padding token.
-    """
+    """Return the ids of several texts, padded on the right, and the attention mask, both of shape (rows, length)."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -327,10 +313,7 @@ def by_length(sequences: Many[Sequence], rows: int, pad_id: int = 0, collate: Co
 
 
 def padding_id(tokenizer: Tokenizer) -> int:
-    """Return the id to pad with.
-
-    Args:
-        tokenizer: A tokenizer on whose padding token the model agrees; see `lorakit.hub.agree_on_padding`.
+    """Return the id to pad with, of a tokenizer on which the model agrees; see `lorakit.hub.agree_on_padding`.
 
     Raises:
         ConfigError: The tokenizer has no padding token.

@@ -1,15 +1,18 @@
-"""Messages of conversations, as data files contain them: roles, tool calls, reasoning, and tools.
+"""Values of data rows, read by field with checks of their types; most are messages of conversations, and tools.
 
-Two layouts are accepted: `role` and `content`, as chat templates expect, and `from` and `value`, as in ShareGPT files.
+Two layouts of messages are accepted: `role` and `content`, as chat templates expect, and `from` and `value`, as in
+ShareGPT files.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from lorakit.data.records import ROLES, Message
+from lorakit.data.records import ROLES, Conversation, Message
 from lorakit.durable import JsonObject, JsonValue, parse_json, problem_in
 from lorakit.errors import did_you_mean
 
@@ -54,10 +57,6 @@ def named(value: JsonValue) -> str:
 def string_of(value: JsonValue, name: str) -> str:
     """Return a value that must be a string.
 
-    Args:
-        value: The value.
-        name: The field's name, for messages.
-
     Raises:
         BadRow: The value is not a string.
     """
@@ -86,11 +85,6 @@ def check_value(value: JsonValue, name: str, *, is_used: bool = True) -> None:
 def messages_of(value: JsonValue, name: str, unused: Counter[str]) -> tuple[Message, ...]:
     """Return a value that must be a nonempty list of messages; a string is parsed as JSON first.
 
-    Args:
-        value: The value.
-        name: The field's name, for messages.
-        unused: Counts of unused message fields, keyed by name; updated in place.
-
     Raises:
         BadRow: The value is not such a list, or a string in it is not valid text.
     """
@@ -103,10 +97,6 @@ def messages_of(value: JsonValue, name: str, unused: Counter[str]) -> tuple[Mess
 
 def tools_of(value: JsonValue, name: str) -> tuple[JsonObject, ...]:
     """Return a value that must be None or a list of tools (JSON schemas of functions); a string is parsed as JSON.
-
-    Args:
-        value: The value.
-        name: The field's name, for messages.
 
     Raises:
         BadRow: The value is not such a list, or a string in it is not valid text.
@@ -223,3 +213,116 @@ def _from_sharegpt(item: JsonObject, where: str, column: str, unused: Counter[st
             role, None, {"tool_calls": _calls(call if isinstance(call, list) else [call], f"{where}.value")}, weight
         )
     return Message(role, _content(item["value"], f"{where}.value"), {}, weight)
+
+
+Row = Mapping[str, JsonValue]
+"""A row of a data file: column -> value."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """The values of one row, keyed by field.
+
+    Attributes:
+        row: The row.
+        columns: Field -> column.
+        source: Path of the file, or another name to show in messages.
+        line: Line or row number, starting at 1.
+        unused: Counts of unused message fields, keyed by name; updated in place.
+    """
+
+    row: Row
+    columns: Mapping[str, str]
+    source: str
+    line: int
+    unused: Counter[str]
+
+    def value(self, name: str) -> JsonValue:
+        """Return the value of a field, or None if the row does not have it."""
+        column = self.columns.get(name)
+        return None if column is None else self.row.get(column)
+
+    def string(self, name: str) -> str:
+        """Return the value of a required field that must be a string.
+
+        Raises:
+            BadRow: The value is not a string.
+        """
+        return string_of(self.value(name), self.columns[name])
+
+    def text(self, name: str) -> str:
+        """Return the value of an optional field that must be a string; "" if the value is missing or null.
+
+        Raises:
+            BadRow: The value is not a string.
+        """
+        return "" if self.value(name) is None else self.string(name)
+
+    def messages(self, name: str) -> tuple[Message, ...]:
+        """Return the value of a field that must be a list of messages.
+
+        Raises:
+            BadRow: The value is not a list of messages.
+        """
+        return messages_of(self.value(name), self.columns[name], self.unused)
+
+    def conversation(self, messages: Iterable[Message], *, is_instruction: bool = False) -> Conversation:
+        """Return a conversation with these messages and with the row's tools and template options.
+
+        Raises:
+            BadRow: The tools or the template options are not valid.
+        """
+        options = self.value("chat_template_kwargs")
+        if options is not None and not isinstance(options, dict):
+            raise BadRow(
+                f"the field '{self.columns['chat_template_kwargs']}' is {named(options)}; it must be an object."
+            )
+        tools = tools_of(self.value("tools"), self.columns.get("tools", "tools"))
+        return Conversation(tuple(messages), self.source, self.line, tools, options or {}, is_instruction)
+
+
+def label_of(values: Values, name: str) -> str | tuple[str, ...] | float | None:
+    """Return the label of a row: a class name, class names, a score, or None if the row has no label.
+
+    Raises:
+        BadRow: The value is of another type.
+    """
+    value = values.value(name)
+    if value is None:
+        return None
+    if isinstance(value, list):
+        return tuple(class_name(one, values.columns[name]) for one in value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise BadRow(f"the field '{values.columns[name]}' is {value}; a score must be finite.")
+        return value
+    return class_name(value, values.columns[name])
+
+
+def class_name(value: JsonValue, column: str) -> str:
+    """Return the name of a class, given as a string, an integer or a boolean.
+
+    Raises:
+        BadRow: The value is of another type, or empty.
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return str(value)
+    if not isinstance(value, str):
+        raise BadRow(f"the field '{column}' contains {named(value)}; a label must be a string or an integer.")
+    text = string_of(value, column).strip()
+    if not text:
+        raise BadRow(f"the field '{column}' is empty; a label must not be empty.")
+    return text
+
+
+def strings_of(value: JsonValue, column: str) -> tuple[str, ...]:
+    """Return a value that must be a list of strings.
+
+    Raises:
+        BadRow: The value is not a list, or contains another type.
+    """
+    if not isinstance(value, list):
+        raise BadRow(f"the field '{column}' is {named(value)}; it must be a list of strings.")
+    return tuple(string_of(one, column) for one in value)

@@ -22,12 +22,7 @@ def template_names() -> list[str]:
 
 
 def use_template(tokenizer: Tokenizer, choice: str, new_tokens: list[str]) -> None:
-    """Set a tokenizer's chat template.
-
-    Args:
-        tokenizer: The tokenizer.
-        choice: Name of one of lorakit's templates, or the path of a Jinja file, which must not be a bare name.
-        new_tokens: Tokens that are added to the tokenizer later.
+    """Set a tokenizer's chat template by name, or from a Jinja file, whose path must not be a bare name.
 
     Raises:
         ConfigError: The file cannot be read, or the tokenizer lacks a token of the named template.

@@ -35,12 +35,6 @@ td { font-variant-numeric: tabular-nums }
 def write_page(path: Path, files: Sequence[str], quality: Quality, note: str) -> None:
     """Write the page; it makes no network requests and needs no scripts.
 
-    Args:
-        path: The HTML file.
-        files: Names of the data, for the title.
-        quality: What the page shows.
-        note: Which rows are held out.
-
     Raises:
         DiskError: The file cannot be written.
     """

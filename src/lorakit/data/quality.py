@@ -196,12 +196,7 @@ class _Scan:
             self._held_out.add(key)
 
     def add(self, record: Record, key: bytes) -> None:
-        """Update the counts.
-
-        Args:
-            record: The next training row.
-            key: Its content key.
-        """
+        """Update the counts."""
         if key in self._held_out:
             self.leaks.append(location(record))
         if self.near is not None and self._rows % self._step == 0:
@@ -211,13 +206,7 @@ class _Scan:
 
 
 def shown_tokens(row: Sequence, tokenizer: Tokenizer, names: Many[str] = ()) -> Iterator[Token]:
-    """Yield the tokens of a row; labels that do not belong to single tokens follow as text.
-
-    Args:
-        row: The row.
-        tokenizer: The tokenizer that encoded it.
-        names: Names of the classes, if rows are classified.
-    """
+    """Yield the tokens of a row; labels that do not belong to single tokens follow as text."""
     ids, pieces = row.input_ids, iter(row.pieces)
     is_target = len(row.pieces) > 1 + len(row.others)  # labels may have as many tokens as the text
     if len(row.labels) == len(ids) and not (row.others or names or is_target):
@@ -243,14 +232,7 @@ def row_title(number: int, tokens: Iterable[Token]) -> str:
 
 
 def marked(tokens: Iterable[Token], begin: str = "[", end: str = "]", most: int | None = None) -> str:
-    """Return the text of a row, with marks around the parts that contribute to the loss.
-
-    Args:
-        tokens: The row's tokens.
-        begin: Mark before such a part.
-        end: Mark after such a part.
-        most: Maximum number of characters of a part; the middle of longer parts is left out. None means no limit.
-    """
+    """Return the text of a row with marks around the parts with loss, each shortened to `most` characters."""
     text = ""
     for is_trained, group in itertools.groupby(tokens, key=lambda token: token.is_trained):
         part = printable("".join(token.text for token in group))

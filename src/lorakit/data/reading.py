@@ -72,14 +72,6 @@ def read_split(
 ) -> Split:
     """Read training and evaluation data; without evaluation data, hold out some of the training data.
 
-    Args:
-        train: Names of the training data; see `read_records`.
-        held_out: Names of the evaluation data, or None.
-        fraction: Fraction of the training data to hold out if `held_out` is None; see `split`.
-        seed: Seed that determines which records are held out.
-        request: The user's choices about columns and invalid rows.
-        rule: How records are selected.
-
     Raises:
         DataError: The data cannot be read; see `read_records`.
         ConfigError: The fraction is outside [0, 1).
@@ -134,10 +126,7 @@ def _neighbors(path: Path) -> str:
 
 
 def python_reference() -> Records:
-    """Return Python's language reference as one document per topic, sorted by topic name.
-
-    Returns:
-        The documents; each has the source `python-reference/<topic>`.
+    """Return Python's language reference as one document per topic, `python-reference/<topic>`, sorted by topic.
 
     Raises:
         DataError: This Python installation does not include the language reference.
@@ -156,15 +145,7 @@ def python_reference() -> Records:
 def write_python_reference(
     directory: str | os.PathLike[str], held_out_fraction: float = DEFAULT_HELD_OUT, seed: int = 0
 ) -> tuple[Path, Path]:
-    """Write Python's language reference to two JSON Lines files: one for training, and one with the held-out topics.
-
-    Args:
-        directory: Directory for `train.jsonl` and `eval.jsonl`; created if it does not exist.
-        held_out_fraction: Fraction of the topics to write to `eval.jsonl`.
-        seed: Seed that determines which topics are held out.
-
-    Returns:
-        The paths of `train.jsonl` and `eval.jsonl`.
+    """Write Python's language reference to `train.jsonl` and `eval.jsonl` in a directory, and return their paths.
 
     Raises:
         ConfigError: The fraction is outside [0, 1).

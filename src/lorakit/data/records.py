@@ -184,12 +184,7 @@ class Records(list[Record]):
         self.columns: dict[str, str] = {}
 
     def some(self, positions: Iterable[int], notes: Iterable[str] = ()) -> Records:
-        """Return the records at the given positions.
-
-        Args:
-            positions: Positions in this list.
-            notes: Notes for the new list.
-        """
+        """Return the records at the given positions."""
         return Records((self[at] for at in positions), notes)
 
     def cut(self, at: int, fraction: float) -> tuple[Records, Records]:

@@ -117,11 +117,6 @@ def _bad_row(label: str, place: Place, cause: BadRow) -> DataError:
 def open_stream(names: Iterable[str], request: Request, skipped: Callable[[str, str], None] | None = None) -> RowStream:
     """Open data as a stream; the shape of each file or data set is found in its first valid row.
 
-    Args:
-        names: Files, directories, glob patterns or Hub data sets.
-        request: The user's choices about columns and invalid rows.
-        skipped: Function that receives the location of each invalid row that is left out, and the reason.
-
     Raises:
         UsageError: A Hub data set cannot be read as a stream.
         DataError: A file is missing or empty, or its first row does not fit any shape.

@@ -20,10 +20,7 @@ from lorakit.tables import format_count
 
 
 def collect(content: Content, request: Request) -> tuple[DataFile, list[str]]:
-    """Check every row of a source, and find the shape from the first row that is valid.
-
-    Returns:
-        The positions of the rows that fit, and messages for the user.
+    """Check every row of a source, find the shape from the first valid row, and return the positions and messages.
 
     Raises:
         DataError: A row does not fit and is not to be skipped, or no row fits.

@@ -11,8 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lorakit.data.fields import Values, class_name, label_of, strings_of
-from lorakit.data.messages import BadRow, check_value, named
+from lorakit.data.messages import BadRow, Values, check_value, class_name, label_of, named, strings_of
 from lorakit.data.records import Completion, Document, Labeled, Message, Record, Records, Tagged
 from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import ConfigError, DataError, nearest
@@ -52,11 +51,7 @@ class Shape:
         return next((one for one in candidates if one in columns and self.partners.get(one, one) in columns), None)
 
     def without_label(self, columns: Mapping[str, str]) -> Shape:
-        """Return the same shape, in which the columns of labels, tags and targets are ignored, whatever they hold.
-
-        Args:
-            columns: Field -> column, as given by the user.
-        """
+        """Return the same shape, in which the columns of labels, tags and targets are ignored, whatever they hold."""
         needed = {name: names for name, names in self.needed.items() if name not in LABELS}
         optional = {name: names for name, names in self.optional.items() if name not in LABELS}
         fields = {**self.needed, **self.optional}
@@ -237,11 +232,7 @@ class Request:
                 raise ConfigError.of("columns", name, allowed=sorted(known))
 
     def with_usual(self, trained: JsonValue) -> Request:
-        """Return these choices, and for files that they fit, those of an adapter's training, over which these win.
-
-        Args:
-            trained: A dict with the `shape` and the `columns` of the training data; another value has no effect.
-        """
+        """Return these choices, and for files that they fit, those of an adapter's training, over which these win."""
         facts = trained if isinstance(trained, dict) else {}
         shape, columns = facts.get("shape"), facts.get("columns")
         if not isinstance(shape, str) or not isinstance(columns, dict) or self.format not in (None, shape):
@@ -281,13 +272,7 @@ class Layout:
     is_unusual: bool = False
 
     def record(self, row: JsonValue, source: str, line: int, unused: Counter[str] | None = None) -> Record:
-        """Build the record of a row.
-
-        Args:
-            row: The row, a dict from column to value.
-            source: Path of the file, or another name to show in messages.
-            line: Line or row number, starting at 1.
-            unused: Counts of unused columns, keyed by name; updated in place.
+        """Build the record of a row, and count its unused columns in place.
 
         Raises:
             BadRow: The row has other columns, a value of the wrong type, or text that is not valid.
@@ -333,10 +318,6 @@ class Layout:
 def text_records(texts: Sequence[str], request: Request) -> Records:
     """Return a record for each text, which supplies the only required field of a shape; words are split at spaces.
 
-    Args:
-        texts: The texts.
-        request: The user's choices, which say which shapes are allowed.
-
     Raises:
         ConfigError: No allowed shape consists of one text.
         DataError: A text contains an unpaired surrogate.
@@ -354,15 +335,7 @@ def text_records(texts: Sequence[str], request: Request) -> Records:
 
 
 def common_layout(layouts: Iterable[Layout | None]) -> tuple[str | None, dict[str, str]]:
-    """Return the shape and the columns that all files have in common.
-
-    Args:
-        layouts: Layout of each file; None for a text file.
-
-    Returns:
-        The name of the shape, or None if it differs between files; and a dict from required field to column, which is
-        empty if the columns differ.
-    """
+    """Return the shape and the columns that all files share, or None and {}; the layout None is a text file's."""
     all_layouts = list(layouts)
     names = {"text" if layout is None else layout.shape.name for layout in all_layouts}
     columns = [dict(layout.columns) for layout in all_layouts if layout is not None]
@@ -383,11 +356,7 @@ def checked_row(row: JsonValue) -> JsonObject:
 
 
 def recognize(columns: Sequence[str], request: Request) -> Layout:
-    """Find the shape of a file's rows.
-
-    Args:
-        columns: The file's columns, or those of its first row.
-        request: The user's choices.
+    """Find the shape of a file's rows, given its columns or those of its first row.
 
     Raises:
         BadRow: The columns do not fit exactly one shape, or training does not support the shape.

@@ -66,9 +66,6 @@ class HubSource:
 def expand(names: Iterable[str | os.PathLike[str]]) -> list[Path | HubSource]:
     """Return the files and Hub data sets that names stand for, in order.
 
-    Args:
-        names: Files, directories, glob patterns or Hub data sets.
-
     Raises:
         DataError: There are no names, or a directory or pattern contains no data files.
     """

@@ -95,10 +95,7 @@ class Split:
 
 
 def rule_named(name: str | None) -> SplitRule:
-    """Return the rule that a run was made with.
-
-    Args:
-        name: The name in its `run.json`, or None if that names no rule.
+    """Return the rule that a run was made with, by the name in its `run.json`, or None if that names no rule.
 
     Raises:
         DataError: This version of lorakit has no such rule.
@@ -178,11 +175,6 @@ def few_rows(count: int, is_classified: bool, remedy: str) -> str:
 
     The standard error of the mean over n rows is s/√n, where s is the standard deviation of a row, and an interval of
     95% reaches 1.96 standard errors to each side. Of right and wrong answers, s is at most 1/2.
-
-    Args:
-        count: Number of evaluation rows.
-        is_classified: Whether an accuracy is measured.
-        remedy: What the user can do.
     """
     if count >= LEAST_ROWS or count < 1:
         return ""
@@ -317,11 +309,7 @@ def _leaves_some(entry: Entry, strata: Counter[Hashable], held_out: Counter[Hash
 def _fitting(
     order: Iterable[int], entries: Many[Entry], wanted: Counter[Hashable], strata: Counter[Hashable]
 ) -> tuple[list[int], int]:
-    """Return the units that, in order, bring the held-out rows of the strata closer to those wanted.
-
-    Returns:
-        The units, and the squared distance that is left.
-    """
+    """Return the units that, in order, bring the rows closer to those wanted, and the squared distance left."""
     held_out, off, chosen = Counter[Hashable](), sum(count * count for count in wanted.values()), list[int]()
     for unit in order:
         if not off:
@@ -340,13 +328,7 @@ def _change(entry: Entry, wanted: Counter[Hashable], held_out: Counter[Hashable]
 
 
 def _group_digests(contents: np.ndarray[Any, Any], groups: np.ndarray[Any, Any], salt: str) -> np.ndarray[Any, Any]:
-    """Return a digest per record, equal for records that are connected by equal groups or equal contents.
-
-    Args:
-        contents: Content keys, shape (records,).
-        groups: Group keys, shape (records,).
-        salt: Text that determines the order of the digests.
-    """
+    """Return a salted digest per record, shape (records,), equal for records with equal groups or contents."""
     names, number_of = np.unique(groups, return_inverse=True)
     root = list(range(len(names)))
 

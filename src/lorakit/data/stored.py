@@ -26,14 +26,13 @@ READ_BYTES = 1 << 17
 """Maximum number of bytes read from a file at a time."""
 
 
-class LongDocument(Document):
-    """A text file that is read in pieces; the `text` property reads the whole file."""
+class PiecewiseDocument(Document):
+    """A document that is read in pieces; the `text` property joins them."""
 
-    __slots__ = ("_file",)
-    _file: WholeText
+    __slots__ = ()
 
-    def __init__(self, file: WholeText) -> None:
-        values = {"_file": file, "source": str(file.path), "line": None, "is_first": True, "is_last": True}
+    def __init__(self, source: str, line: int | None, *, is_last: bool, **values: object) -> None:
+        values |= {"source": source, "line": line, "is_first": True, "is_last": is_last}
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -41,6 +40,16 @@ class LongDocument(Document):
     def text(self) -> str:
         """The whole text."""
         return "".join(self.pieces())
+
+
+class LongDocument(PiecewiseDocument):
+    """A text file as one document."""
+
+    __slots__ = ("_file",)
+    _file: WholeText
+
+    def __init__(self, file: WholeText) -> None:
+        super().__init__(file.label, None, is_last=True, _file=file)
 
     def pieces(self) -> Iterator[str]:
         """Yield the text in pieces.
@@ -137,7 +146,7 @@ class DataFile:
         return self.content.label, digest.hexdigest()
 
 
-class DocumentRange(Document):
+class DocumentRange(PiecewiseDocument):
     """The characters of a document from `begin` to `end`; after a cut, the text begins again, but it does not end."""
 
     __slots__ = ("_begin", "_end", "_whole")
@@ -146,15 +155,7 @@ class DocumentRange(Document):
     _end: int | None
 
     def __init__(self, whole: Document, begin: int, end: int | None) -> None:
-        values = {"_whole": whole, "_begin": begin, "_end": end, "source": whole.source, "line": whole.line}
-        values |= {"is_first": True, "is_last": end is None}
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def text(self) -> str:
-        """The whole text."""
-        return "".join(self.pieces())
+        super().__init__(whole.source, whole.line, is_last=end is None, _whole=whole, _begin=begin, _end=end)
 
     def pieces(self) -> Iterator[str]:
         """Yield the text in pieces; see `Document.pieces`."""
@@ -295,24 +296,14 @@ class StoredRecords(Sequence[Record]):
         return self._read(self._all())
 
     def some(self, positions: Iterable[int], notes: Iterable[str] = ()) -> StoredRecords:
-        """Return the records at the given positions.
-
-        Args:
-            positions: Positions in this sequence, in ascending order.
-            notes: Notes for the selection.
-        """
+        """Return the records at the given positions, which are in ascending order."""
         chosen = self._all()
         part = StoredRecords(self._files, notes, array("q", (chosen[at] for at in positions)))
         part._digests = self._digests
         return part
 
     def cut(self, at: int, fraction: float) -> tuple[StoredRecords, StoredRecords]:
-        """Return all documents up to a character, and the rest of the first one.
-
-        Args:
-            at: Number of characters before the cut.
-            fraction: Fraction of the characters before the cut.
-        """
+        """Return all documents up to a character, and the rest of the first one."""
         files = [FileRange(file, 0, at, fraction) for file in self._files]
         rest = FileRange(self._files[0], at, None, 1 - fraction)
         return StoredRecords(files, self.notes), StoredRecords([rest], chosen=array("q", [0]))

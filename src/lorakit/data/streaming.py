@@ -113,15 +113,7 @@ def read_stream(
     request: Request,
     skipped: Callable[[str, str], None] | None = None,
 ) -> StreamSplit:
-    """Open training data as a stream, and read the first part of it.
-
-    Args:
-        train: Names of the training data; see `lorakit.data.row_stream.open_stream`.
-        held_out: Names of the evaluation data, which is read as a whole, or None.
-        fraction: Fraction of the training rows to hold out if `held_out` is None; None selects `DEFAULT_FRACTION`.
-        seed: Seed that determines which rows are held out.
-        request: The user's choices about columns and invalid rows.
-        skipped: Function that receives the location of each skipped row after the first part, and the reason.
+    """Open training data as a stream, and read its first part; `held_out` is read as a whole.
 
     Raises:
         DataError: The data cannot be read, or a row in the first part does not fit and is not to be skipped.

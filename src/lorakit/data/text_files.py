@@ -74,13 +74,7 @@ Reader: TypeAlias = Callable[[TextFile, IO[bytes], Place], Read]
 
 
 def open_text(path: Path, file: IO[bytes], request: Request, *, whole: bool) -> TextFile | WholeText:
-    """Open a text file, whose suffix decides how it is read.
-
-    Args:
-        path: The file.
-        file: The open file, at its beginning.
-        request: The user's choices about columns and invalid rows.
-        whole: Whether to check the whole text first, so that rows may have any size; a text file is then one document.
+    """Open a text file by its suffix; `whole` checks all text, allows rows of any size, and makes a text one document.
 
     Raises:
         DataError: The file is empty or not text, or the first row of a CSV file does not name the columns.
@@ -254,10 +248,6 @@ _DELIMITERS = ",;\t|"
 def _header(path: Path, file: IO[bytes]) -> tuple[list[str], str]:
     """Return the names of the columns of a CSV or TSV file, and the delimiter.
 
-    Args:
-        path: The file.
-        file: The open file, at its beginning.
-
     Raises:
         DataError: The first row does not contain a distinct name for each column.
     """
@@ -275,14 +265,7 @@ def _header(path: Path, file: IO[bytes]) -> tuple[list[str], str]:
 
 
 def _cells(file: IO[bytes], delimiter: str, longest: int, at: Place) -> Iterator[tuple[list[str] | BadRow, Place]]:
-    """Yield the cells of each row that is not blank, or why it has none, from the row at a position on.
-
-    Args:
-        file: The open file, at the beginning of the row.
-        delimiter: Character between cells.
-        longest: Maximum number of characters of a cell.
-        at: Position of the row.
-    """
+    """Yield the cells of each row that is not blank, or why it has none, from the row at a position on."""
     source = _DecodedLines(file, at.offset)
     reader = csv.reader(source, delimiter=delimiter, strict=True)
     while True:

@@ -102,13 +102,6 @@ class TokenCache:
 
         A damaged entry, or one that cannot be written, is reported in a message and is not an error.
 
-        Args:
-            records: The records; only those from files are cached.
-            tokenizer: Any transformers tokenizer.
-            max_length: Maximum sequence length in tokens, at least 2.
-            watch: Function that is called repeatedly with the number of bytes read from disk so far, or None.
-            overlong: What to do with rows that are too long; see `encode`.
-
         Raises:
             ConfigError: See `encode`.
             DataError: See `encode`.
@@ -124,12 +117,6 @@ class TokenCache:
         """Return encoded rows from an entry if there is one, or else encode them and write the entry.
 
         A damaged entry, or one that cannot be written, is reported in a message and is not an error.
-
-        Args:
-            records: The records; only those from files are cached.
-            encoding: How the records are encoded, the input "encoding" of `TOKENS`.
-            make: Function that encodes the records.
-            form: Way of storing the rows.
         """
         if not isinstance(records, StoredRecords):
             return make()

@@ -87,12 +87,6 @@ def cut(tokenizer: Tokenizer, text: str, ids: list[int], spans: list[Span]) -> l
 
     Text between two tokens belongs to the second one, text after the last token to that token, and a character of
     several tokens to the first of them.
-
-    Args:
-        tokenizer: The tokenizer.
-        text: The text.
-        ids: Its tokens.
-        spans: Their offsets.
     """
     whole = with_spaces(tokenizer.convert_ids_to_tokens(ids), spans)
     ends = [*itertools.accumulate((end for _, end in whole[:-1]), max, initial=0), len(text)]
@@ -100,16 +94,7 @@ def cut(tokenizer: Tokenizer, text: str, ids: list[int], spans: list[Span]) -> l
 
 
 def pieces_of(tokenizer: Tokenizer, ids: list[int], texts: Iterable[str]) -> list[str]:
-    """Return the text of each token of a row as it is written; special tokens around the texts are decoded.
-
-    Args:
-        tokenizer: A tokenizer that returns offsets.
-        ids: The tokens of the row.
-        texts: The texts from which the row was made, in order.
-
-    Returns:
-        A piece for each token; nothing if the row has other tokens than the texts.
-    """
+    """Return the text of each token of a row as it is written, or nothing if it has other tokens than the texts."""
     parts = [_part(tokenizer, text) for text in texts]
     run = [token for part in parts for token in part.ids]
     for at in range(len(ids) - len(run) + 1):
@@ -233,13 +218,7 @@ def _joined(tokenizer: Tokenizer, part: _Part, more: str) -> tuple[_Part, int, i
 
 
 def _joint(part: _Part, following: _Part, at: int) -> int | None:
-    """Return an offset in the first part's text at which the tokens of both parts can be joined, or None.
-
-    Args:
-        part: The first part.
-        following: The second part, which starts inside the first part.
-        at: Offset in the first part's text at which the second part starts.
-    """
+    """Return an offset after `at` in the first part at which the tokens of both parts can be joined, or None."""
     low, high = len(part.text) - SHARED_CHARACTERS * 5 // 8, len(part.text) - SHARED_CHARACTERS // 8
     mine = slice(part.at(low), part.at(high))
     theirs = slice(following.at(low - at), following.at(high - at))
