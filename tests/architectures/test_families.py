@@ -73,6 +73,7 @@ def gradients(model: Any, call: dict[str, Tensor]) -> list[Tensor]:
     return [out, *torch.autograd.grad(out.square().mean(), trained, materialize_grads=True)]
 
 
+@pytest.mark.axes("row")
 @pytest.mark.parametrize(("row", "name"), WITH_BLOCKS, ids=named)
 def test_every_block_is_fused_and_equal(row: Architecture, name: str) -> None:
     model = made(name)
@@ -100,6 +101,7 @@ def planned_ways() -> list[Any]:
     return found
 
 
+@pytest.mark.axes("row", "is_accelerated", "dtype")
 @pytest.mark.parametrize(("row", "name", "is_accelerated", "dtype"), planned_ways())
 def test_a_plan_counts_what_autograd_saves(row: Architecture, name: str, is_accelerated: bool, dtype: str) -> None:
     model = made(name, LAYERS).to(getattr(torch, dtype))
@@ -118,6 +120,7 @@ def test_a_plan_counts_what_autograd_saves(row: Architecture, name: str, is_acce
     assert planned.blocks + planned.outside + head == pytest.approx(saved, rel=0.03)
 
 
+@pytest.mark.axes("row")
 @pytest.mark.parametrize(("row", "name"), WITH_BLOCKS, ids=named)
 def test_default_targets_are_found(row: Architecture, name: str) -> None:
     model = made(name)

@@ -161,6 +161,7 @@ def test_lone_surrogates(fails: Fails, write: Write) -> None:
     assert f"{path.name}:2" in said and "surrogate" in said
 
 
+@pytest.mark.axes(alone=("name", "end", "begin"))
 @pytest.mark.parametrize("begin", [b"\xef\xbb\xbf", b""], ids=["byte order mark", "none"])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["lf", "crlf"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv"])

@@ -33,6 +33,12 @@ class Row:
     model: str
     fields: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def settings(self) -> tuple[tuple[str, Any], ...]:
+        """Return the names of the fields, with the values of switches and choices."""
+        choices = {key: value for key, value in self.fields.items() if key != "target_modules"}
+        return tuple((key, value if isinstance(value, (bool, str)) else "") for key, value in choices.items())
+
     def config(self, library: Any, **more: Any) -> Any:
         """The config, as a class of that library."""
         fields = {"r": 4, "lora_alpha": 6, **self.fields, **more}

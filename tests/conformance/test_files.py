@@ -42,11 +42,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return of
 
 
+@pytest.mark.axes(alone=("row.model", "row.settings"))
 @pytest.mark.parametrize("row", ROWS_COMPARED, ids=str)
 def test_same_files(row: Row, saved: Any) -> None:
     compare_folders(row, saved(row).theirs, saved(row).ours)
 
 
+@pytest.mark.axes(alone=("row.model", "row.settings"))
 @pytest.mark.parametrize("row", ROWS_COMPARED, ids=str)
 def test_lorakit_reads_what_peft_wrote(row: Row, saved: Any) -> None:
     base = model_named(row.model)
@@ -56,6 +58,7 @@ def test_lorakit_reads_what_peft_wrote(row: Row, saved: Any) -> None:
     assert_differs(expected, plain)
 
 
+@pytest.mark.axes(alone=("row.model", "row.settings"))
 @pytest.mark.parametrize("row", ROWS_COMPARED, ids=str)
 def test_peft_reads_what_lorakit_wrote(row: Row, saved: Any) -> None:
     with warnings.catch_warnings(record=True) as said:
@@ -66,6 +69,7 @@ def test_peft_reads_what_lorakit_wrote(row: Row, saved: Any) -> None:
     assert_close(outputs_of(model(**row.inputs)), saved(row).outputs)
 
 
+@pytest.mark.axes(alone=("row.model", "row.settings"))
 @pytest.mark.parametrize("row", ROWS_COMPARED, ids=str)
 def test_what_peft_saved_again_is_unverified_once(row: Row, saved: Any, tmp_path: Path) -> None:
     ours_again = ours.PeftModel.from_pretrained(model_named(row.model), saved(row).ours)

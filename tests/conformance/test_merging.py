@@ -13,6 +13,7 @@ MERGED = [row for row in ROWS_COMPARED if "in-groups" not in row.name and "stack
 their weights peft adds all updates to the one weight (tests/core/model/test_replication.py has ours)."""
 
 
+@pytest.mark.axes(alone=("row.model", "row.settings"))
 @pytest.mark.parametrize("row", MERGED, ids=str)
 def test_merge_and_unload(row: Row) -> None:
     peft_model, our_model = row.pair()
@@ -30,6 +31,7 @@ def test_merge_and_unload(row: Row) -> None:
     }
 
 
+@pytest.mark.axes(alone=("row.model", "row.settings"))
 @pytest.mark.parametrize("row", MERGED, ids=str)
 def test_merge_adapter_and_back(row: Row) -> None:
     peft_model, our_model = row.pair()
@@ -42,6 +44,7 @@ def test_merge_adapter_and_back(row: Row) -> None:
     assert_same_bits(our_model.state_dict(), before)  # peft's unmerging subtracts, and rounds
 
 
+@pytest.mark.axes(alone=("row.model", "row.settings"))
 @pytest.mark.parametrize("row", ROWS_COMPARED, ids=str)
 def test_unload(row: Row) -> None:
     _, our_model = row.pair()

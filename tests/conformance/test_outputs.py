@@ -10,6 +10,7 @@ from .closeness import assert_close, assert_differs
 from .rows import ROWS_COMPARED, Row
 
 
+@pytest.mark.axes(alone=("row.model", "row.settings"))
 @pytest.mark.parametrize("row", ROWS_COMPARED, ids=str)
 def test_same_names_and_shapes_in_memory(row: Row) -> None:
     peft_model, our_model = row.pair()
@@ -18,12 +19,14 @@ def test_same_names_and_shapes_in_memory(row: Row) -> None:
     assert our_model.get_nb_trainable_parameters() == peft_model.get_nb_trainable_parameters()
 
 
+@pytest.mark.axes(alone=("row.model", "row.settings"))
 @pytest.mark.parametrize("row", ROWS_COMPARED, ids=str)
 def test_same_parameters_are_trained(row: Row) -> None:
     peft_model, our_model = row.pair()
     assert _trained(our_model) == _trained(peft_model)
 
 
+@pytest.mark.axes(alone=("row.model", "row.settings"))
 @pytest.mark.parametrize("row", ROWS_COMPARED, ids=str)
 def test_same_outputs_and_gradients(row: Row) -> None:
     peft_model, our_model = row.pair()

@@ -330,7 +330,10 @@ ALL = [(template, scenario) for template in FORMS for scenario in SCENARIOS]
 RENDERED = [case for case in ALL if case not in listed(REFUSED) | listed(DROPPED)]
 # Gemma 4 puts the text of a turn that calls after the result of the call: not one stretch of text.
 SPLIT = {(name, "call and text") for name, form in FORMS.items() if form is GEMMA4}
-cases = pytest.mark.parametrize(("template", "scenario"), RENDERED, ids=[f"{t}-{s}" for t, s in RENDERED])
+APART = pytest.mark.axes(alone=("template", "scenario"))
+cases = pytest.mark.parametrize(
+    ("template", "scenario"), [pytest.param(*case, id="-".join(case), marks=APART) for case in RENDERED]
+)
 
 
 def left_out_words(tokenizer: Any, record: Conversation) -> list[str]:
