@@ -8,12 +8,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from lorakit import core, durable
-from lorakit.config import LoraConfig
+from lorakit.config import VARIANT_COSTS, LoraConfig, VariantCosts
 from lorakit.core.files import adapter_folder, tensor_file
 from lorakit.core.files.tensor_names import ENDINGS
+from lorakit.core.variants import OwnTensor, own_tensors
 from lorakit.hub.kept_models import MANIFEST
 from lorakit.train.files import checkpoint
 from lorakit.train.files import checkpoint as state
@@ -60,3 +62,13 @@ def test_names_and_caps() -> None:
     assert durable.MOST_ENTRIES == 10_000
     assert adapter_folder.MAX_BYTES == 16 << 20
     assert adapter_folder.FORMAT_VERSION == 2
+
+
+@pytest.mark.parametrize("tensor", list(own_tensors()), ids=lambda tensor: tensor.held_as)
+def test_each_variants_tensor_is_listed(tensor: OwnTensor) -> None:
+    assert f"`{tensor.keys[0]}`" in PAGE
+
+
+@pytest.mark.parametrize("costs", VARIANT_COSTS, ids=lambda costs: costs.field)
+def test_each_type_that_peft_lacks_is_listed(costs: VariantCosts) -> None:
+    assert f'`"{costs.peft_type or "LORA"}"`' in PAGE
