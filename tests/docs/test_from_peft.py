@@ -63,17 +63,6 @@ def test_every_field_of_the_config_has_its_place() -> None:
 
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
-PREPARE = """
-import torch
-from datasets import Dataset
-from transformers import AutoModelForCausalLM
-from trl import SFTConfig
-model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype=torch.float32)
-model.config._name_or_path = {folder!r}
-args = SFTConfig(output_dir={runs!r}, max_steps=1, save_steps=1, report_to=[], use_cpu=True, bf16=False, max_length=16)
-rows = Dataset.from_list([{{"prompt": "what is", "completion": " it"}}] * 8)
-"""
-
 
 def test_the_mixin_as_the_page_shows_it(tiny_llama: Any, tmp_path: Path) -> None:
     from transformers import TrainingArguments
@@ -90,8 +79,10 @@ def test_the_mixin_as_the_page_shows_it(tiny_llama: Any, tmp_path: Path) -> None
 def test_the_stand_in_as_the_page_shows_it(tiny_model_directory: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     runs, program = tmp_path / "runs", tmp_path / "program.py"
-    prepare = PREPARE.format(folder=str(tiny_model_directory), runs=str(runs))
-    program.write_text(BLOCKS[1].replace("\nSFTTrainer(", f"\n{prepare}\nSFTTrainer("), encoding="utf-8")
+    text = BLOCKS[1].replace("HuggingFaceTB/SmolLM2-135M", str(tiny_model_directory)).replace('"runs/', f'"{runs}/')
+    on_cpu = "max_steps=2, max_length=16, report_to=[], use_cpu=True, bf16=False"
+    program.write_text(text.replace("max_steps=2", on_cpu), encoding="utf-8")
     run(program, peft=False, links=tmp_path / "links")
-    assert (runs / "checkpoint-1" / "adapter_model.safetensors").exists()
-    assert not (runs / "checkpoint-1" / "model.safetensors").exists()
+    for kind in ("sft", "dpo"):
+        assert (runs / kind / "checkpoint-2" / "adapter_model.safetensors").exists()
+        assert not (runs / kind / "checkpoint-2" / "model.safetensors").exists()
