@@ -90,7 +90,7 @@ def test_every_block_is_fused_and_equal(row: Architecture, name: str) -> None:
 
 
 def planned_ways() -> list[Any]:
-    """Return every class with every way; those that are not in the usual suite are slow."""
+    """Return every class with every way; those that are not in `make test` are slow."""
     found = []
     for row, name in PLANNED:
         for dtype, is_accelerated in WAYS:

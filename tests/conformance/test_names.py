@@ -61,6 +61,9 @@ LEFT_OUT = {
         cache_decorator clone_module replicate_layers dequantize_bnb_weight is_gptqmodel_quant_linear
         is_gptqmodel_awq_layer starcoder_model_postprocess_past_key_value
     """,
+    "steps of a combination; no program or page calls them": """
+        magnitude_based_pruning random_pruning reshape_weight_task_tensors
+    """,
 }
 """Reason -> names of functions and classes."""
 
@@ -71,7 +74,10 @@ WITHOUT_COUNTERPART = {
         corda_init loftq_init lora_ga_init mica_init olora_init orthogonal_init pissa_init
     """,
     "attributes in which PEFT's layers keep settings": """
-        conv_fn device_mesh input_fns is_target_conv_1d_layer kwargs output_fns tp_layer
+        conv_fn device_mesh ephemeral_gpu_offload input_fns is_target_conv_1d_layer kwargs output_fns tp_layer
+    """,
+    "internals that only PEFT's own code and tests use": """
+        frozen_peft_weight_names lora_variants resolve_lora_variant set_base_weight
     """,
 }
 """Reason -> names of attributes and methods of wrappers, tuners and layers."""

@@ -78,7 +78,7 @@ WITH_TUPLES = (Family("llama4_text", "Llama4ForCausalLM"), Family("phimoe", "Phi
 
 BY_KIND = {family.kind: family for family in (*FAMILIES, *WITH_TUPLES)}
 SAMPLE = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
-"""Families in the usual suite."""
+"""Families in `make test`."""
 
 
 def each(families: tuple[Family, ...]) -> list[Any]:

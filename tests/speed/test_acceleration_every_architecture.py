@@ -33,10 +33,10 @@ SAMPLE = (
     *("DebertaV2ForSequenceClassification", "BertForSequenceClassification", "LlamaForSequenceClassification"),
     *("T5ForConditionalGeneration", "BartForConditionalGeneration", "SqueezeBertForMaskedLM"),
 )
-"""Architectures of the usual suite: the fused forwards, and some of each kind that has none."""
+"""Architectures of `make test`: the fused forwards, and some of each kind that has none."""
 
 FEW = ("LlamaForCausalLM", "Gemma2ForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM", "T5ForConditionalGeneration")
-"""Architectures of the usual suite that are compared in all contexts of autograd: one of each fused layer."""
+"""Architectures of `make test` that are compared in all contexts of autograd: one of each fused layer."""
 
 SUPPORTED = 0.9
 """Minimum fraction of the registered classes that can be built small: less would mean that little is tested."""

@@ -28,7 +28,7 @@ SOURCE, SETTINGS = 8, 3
 
 LEAST = 300
 SAMPLE = ("llama", "gemma3", "gpt2", "bert", "t5")
-"""Families in the usual suite."""
+"""Families in `make test`."""
 
 One = TypeVar("One")
 

@@ -62,7 +62,7 @@ def build_release(family: str, edit: Edit, folder: Path, check: Callable[[Any, M
 
 
 SAMPLE = ("llama", "gemma2", "bert", "t5")
-"""Models of the usual suite."""
+"""Models of `make test`."""
 
 
 @pytest.mark.parametrize("edit", [wider, commented])

@@ -120,7 +120,7 @@ def decoder(tmp_path: Path, tiny_llama: Any, tiny_tokenizer: Any) -> Callable[[s
 
 
 def matrix() -> list[Any]:
-    """Return each pooling with each list of further modules; a sample is in the usual suite."""
+    """Return each pooling with each list of further modules; a sample is in `make test`."""
     further = {"alone": (), "normalized": (normalize,), "dense": (dense,), "three": (norm, dense, normalize)}
     return [
         pytest.param(mode, modules, id=f"{mode}-{name}", marks=() if (mode, name) in SAMPLE else pytest.mark.slow)
