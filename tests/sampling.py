@@ -86,7 +86,7 @@ def tenth_of(function: str, index: int) -> int:
 
 
 def chosen(items: Sequence[pytest.Item], cases: str, seed: int) -> list[pytest.Item]:
-    """Return the items that a value of `--cases` asks for, in their order.
+    """Return the items that a value of `--cases` selects, in their order.
 
     Raises:
         pytest.UsageError: If the value is unknown.
@@ -143,7 +143,7 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what `--cases` does not ask for, unless cases are given by `-k` or by their ids."""
+    """Deselect what `--cases` does not select, unless cases are given by `-k` or by their ids."""
     if config.option.keyword or any("[" in word for word in config.args):
         return
     kept = chosen(items, config.option.cases, config.option.cases_seed)

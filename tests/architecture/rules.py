@@ -133,7 +133,7 @@ BANNED_STEMS = {"utils", "util", "helpers", "helper", "common", "misc", "manager
 def loosely_typed(path: str, tree: Tree, sources: Sources) -> Found:
     """Find parameters and attributes with a central name (layer, model, state …) that are annotated as Any.
 
-    ruff's ANN401 rejects every parameter that is Any, of which there are good ones.
+    ruff's ANN401 rejects every parameter that is Any, also where Any is right.
     """
     attributes = {id(n) for c in tree if isinstance(c, ast.ClassDef) for n in c.body if isinstance(n, ast.AnnAssign)}
     for node in tree:

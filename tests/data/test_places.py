@@ -27,7 +27,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 
 @dataclass(frozen=True)
 class Content:
-    """What a file contains: texts, lines between them that are not rows, and how it is written."""
+    """The contents of a file: texts, lines between them that are not rows, and how it is written."""
 
     texts: list[str]
     between: list[str]

@@ -1,4 +1,4 @@
-"""What each variant trains, freezes, draws and reads, so that plans need no torch.
+"""The costs of each variant: what it trains, freezes, draws and reads, so that plans need no torch.
 
 `lorakit.core.variants` has the arithmetic; its entries and these have the same config fields, which a test compares.
 """

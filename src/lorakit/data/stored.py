@@ -131,7 +131,7 @@ class DataFile:
             if index != following and not (self.content.counts_rows and 0 < following < index):
                 rows = self.content.read(place)
             row = next((row for row, at in rows if at.offset == place.offset), None)
-            if not isinstance(row, dict):  # as it was when it was checked
+            if not isinstance(row, dict):  # it was one when it was checked
                 raise file_error(Path(self.content.label), CHANGED)
             following = index + 1
             yield self.layout.record(row, self.content.label, place.line), self.bytes_of(index)

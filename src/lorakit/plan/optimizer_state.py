@@ -98,7 +98,7 @@ def _muon(tensors: Sequence[TrainedTensor]) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class OptimizerCosts:
-    """What an optimizer stores and freezes.
+    """The state of an optimizer: what it stores and freezes.
 
     Attributes:
         state: Function from the trained tensors to the formula and the size in bytes of the optimizer's state.

@@ -312,7 +312,7 @@ class Variant:
             W; or why the variant is not mergeable, phrased as the end of a message.
         invocation: Function from a config to the ids of the tokens, in order, from whose last occurrence the adapter is
             active; None if the adapter is always active.
-        move: The weight that replaces the base weight while the adapter is attached; None if the base is used as it is.
+        move: The weight that replaces the base weight while the adapter is attached; None if the base is unchanged.
         penalty: A term that is added to the training loss; None if there is none.
         combine: Function that takes a site's path, addends and base weight, and returns the sum as one factor of this
             variant; None if the sum is plain LoRA; or why adapters with different values of `field` cannot be combined,

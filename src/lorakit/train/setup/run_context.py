@@ -198,7 +198,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Updates:
-    """What an optimizer step changes, and by how much.
+    """The trainable tensors, and how an optimizer step changes them.
 
     Attributes:
         named: (name, tensor) pairs for the model's trainable tensors (any shape).
