@@ -1,7 +1,4 @@
-"""Load models and tokenizers with transformers, read layer shapes, quantize models, and benchmark the machine.
-
-Large packages are imported only when a function needs them. This package does not depend on `lorakit.train`.
-"""
+"""Load models and tokenizers with transformers, read layer shapes, quantize models, and benchmark the machine."""
 
 from __future__ import annotations
 

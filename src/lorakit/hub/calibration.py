@@ -2,7 +2,7 @@
 
 The units of a device determine the dtype where they can: a GPU runs bf16 or fp16 on units for it, and a processor
 without bf16 units runs fp32. On other processors, bf16 matmuls may be six times as fast as fp32 matmuls, twice as fast,
-or slower, so a measurement decides. Time estimates in plans are based on the same measurement.
+or slower, so a measurement decides.
 """
 
 from __future__ import annotations
@@ -45,14 +45,11 @@ class Calibration:
 
     Attributes:
         bf16_flops_per_second: Rate of a bf16 matmul; one multiply-add counts as two FLOPs.
-        fp32_flops_per_second: Rate of an fp32 matmul.
         copy_bytes_per_second: Bytes read plus bytes written per second.
         seconds: Duration of the measurement.
-        device: The measured device.
         threads: Number of CPU threads that torch uses.
         fp16_flops_per_second: Rate of an fp16 matmul, or None if it was not measured.
-        int8_flops_per_second: Rate of a linear layer in int8, with the quantization of its input, or None if it was not
-            measured.
+        int8_flops_per_second: Rate of a linear layer in int8, with the quantization of its input, or None.
     """
 
     bf16_flops_per_second: float
@@ -70,12 +67,11 @@ class Calibration:
         return self.bf16_flops_per_second / self.fp32_flops_per_second
 
     def flops_per_second(self, dtype: str, *, tuned: bool) -> float:
-        """Return the matmul rate to expect in a run.
+        """Return the matmul rate to expect in a run; that of fp32 for "float16" without a measurement.
 
         Args:
-            dtype: Name of the dtype; for "float16" without a measurement, the rate of fp32 is returned, and any name
-                other than "float32", "fp32" and "float16" means bf16.
-            tuned: Whether kernels are autotuned by shape (`lorakit.speed.choose`). If so, 16-bit operands are upcast
+            dtype: Any name other than "float32", "fp32" and "float16" means bf16.
+            tuned: Whether kernels are autotuned by shape (`lorakit.speed.choose`), so that 16-bit operands are upcast
                 to fp32 on a CPU when that is faster.
         """
         if dtype in ("float32", "fp32"):
@@ -85,12 +81,7 @@ class Calibration:
         return max(rates.get(dtype, self.bf16_flops_per_second), widened)
 
     def upcasts(self, dtype: str, *, tuned: bool) -> bool:
-        """Return whether a run upcasts the operands of its matmuls to fp32, because that is faster.
-
-        Args:
-            dtype: As in `flops_per_second`.
-            tuned: As in `flops_per_second`.
-        """
+        """Return whether a run upcasts the operands of its matmuls to fp32, because that is faster."""
         return self.flops_per_second(dtype, tuned=tuned) > self.flops_per_second(dtype, tuned=False)
 
     def line(self) -> str:
@@ -107,27 +98,17 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class DtypeChoice:
-    """A dtype and the reason for choosing it.
-
-    Attributes:
-        dtype: "bfloat16", "float16" or "float32".
-        reason: Message that explains the choice.
-    """
+    """ "bfloat16", "float16" or "float32", and a message that explains the choice."""
 
     dtype: str
     reason: str
 
 
 def calibrate(device: str | torch.device = "cpu", *, with_fp16: bool = False, with_int8: bool = False) -> Calibration:
-    """Measure how fast a device runs bf16 and fp32 matmuls of a typical training shape, and how fast it copies memory.
+    """Measure how fast a device runs matmuls of a typical training shape in bf16 and fp32, and how fast it copies
+    memory.
 
-    Args:
-        device: Device to measure.
-        with_fp16: Whether to measure fp16 matmuls too; they are always measured on a GPU.
-        with_int8: Whether to measure linear layers in int8 too.
-
-    Returns:
-        The rates, each computed from the fastest of several runs to limit the effect of other load on the machine.
+    Each rate is that of the fastest of several runs. fp16 is always measured on a GPU.
     """
     import torch
 
@@ -147,12 +128,9 @@ def calibrate(device: str | torch.device = "cpu", *, with_fp16: bool = False, wi
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """The units of a device that multiply matrices in 16 bits.
+    """The units of a device that multiply matrices in 16 bits, and a clause that names them.
 
-    Attributes:
-        has_bf16: Whether the device has units for bf16, or None if that is unknown.
-        text: Clause that says which units there are.
-        is_gpu: Whether the device is a CUDA GPU, on which fp16 is at least as fast as fp32.
+    `has_bf16` is None if unknown; on a CUDA GPU (`is_gpu`), fp16 is at least as fast as fp32.
     """
 
     has_bf16: bool | None
@@ -161,11 +139,7 @@ class Units:
 
 
 def units_of(device: str | torch.device) -> Units:
-    """Return the 16-bit units of a device.
-
-    Args:
-        device: Device of this machine.
-    """
+    """Return the 16-bit units of a device."""
     import torch
 
     where = torch.device(device)
@@ -175,22 +149,14 @@ def units_of(device: str | torch.device) -> Units:
 
 
 def units_of_gpu(capability: tuple[int, int]) -> Units:
-    """Return the 16-bit units of a CUDA GPU.
-
-    Args:
-        capability: The compute capability, such as (8, 0).
-    """
+    """Return the 16-bit units of a CUDA GPU, from its compute capability such as (8, 0)."""
     has_bf16 = capability >= BF16_CAPABILITY
     needed = "" if has_bf16 else f"; bf16 units need {_version(BF16_CAPABILITY)}"
     return Units(has_bf16, f"the GPU has compute capability {_version(capability)}{needed}", is_gpu=True)
 
 
 def units_of_cpu(features: Sequence[str]) -> Units:
-    """Return the 16-bit units of a processor.
-
-    Args:
-        features: The processor's entries of `lorakit.machine.FEATURES`; empty if unknown.
-    """
+    """Return the 16-bit units of a processor, from its entries of `lorakit.machine.FEATURES`; empty if unknown."""
     if not features:
         return Units(None, "the processor's units are unknown")
     found = [name for name in BF16_UNITS if name in features]
@@ -202,15 +168,7 @@ def units_of_cpu(features: Sequence[str]) -> Units:
 def choose_dtype(
     requested: str, device: str | torch.device = "cpu", measured: Calibration | None = None
 ) -> DtypeChoice:
-    """Choose the dtype for the base's weights and computation.
-
-    Args:
-        requested: A value in `lorakit.choices.DTYPES`.
-        device: Device on which the base will run.
-        measured: Result of `calibrate` for this device; if None, it is measured if "auto" needs it.
-
-    Returns:
-        The dtype and the reason for it.
+    """Return the dtype for the base on a device; "auto" uses or makes a measurement if the units do not decide.
 
     Raises:
         ConfigError: `requested` is not in `lorakit.choices.DTYPES`.
@@ -224,11 +182,7 @@ def choose_dtype(
 
 
 def chosen_by_units(units: Units) -> DtypeChoice | None:
-    """Return the dtype that "auto" selects if the units of a device alone determine it, else None.
-
-    Args:
-        units: The device's units.
-    """
+    """Return the dtype that "auto" selects if the units of a device alone determine it, else None."""
     if units.is_gpu:
         dtype = "bfloat16" if units.has_bf16 else "float16"
     elif units.has_bf16 is False:
@@ -239,11 +193,7 @@ def chosen_by_units(units: Units) -> DtypeChoice | None:
 
 
 def expected_dtype(features: Sequence[str]) -> DtypeChoice | None:
-    """Return the dtype that "auto" is expected to select on a processor; None if only a measurement can tell.
-
-    Args:
-        features: The processor's entries of `lorakit.machine.FEATURES`; empty if unknown.
-    """
+    """Return the dtype that "auto" should select on a processor with these features; None if it must be measured."""
     units = units_of_cpu(features)
     if BF16_UNITS[0] in features:
         return DtypeChoice("bfloat16", f"bfloat16: {units.text}; a run measures them.")
@@ -251,14 +201,9 @@ def expected_dtype(features: Sequence[str]) -> DtypeChoice | None:
 
 
 def chosen_by_speed(units: Units, factor: float) -> DtypeChoice:
-    """Return the dtype that "auto" selects on a device whose units do not determine it.
+    """Return the dtype that "auto" selects by `Calibration.factor`, the speed of bf16 matmuls relative to fp32.
 
-    Processors with bf16 dot products but no matrix units (avx512_bf16 without amx_bf16) often run bf16 matmuls more
-    slowly than fp32 matmuls, so a measurement decides.
-
-    Args:
-        units: The device's units.
-        factor: Speed of bf16 matmuls relative to fp32 matmuls, as in `Calibration.factor`.
+    Processors with bf16 dot products but no matrix units (avx512_bf16 without amx_bf16) often run bf16 more slowly.
     """
     dtype = "bfloat16" if factor >= NEEDED_FACTOR else "float32"
     times = f"bf16 matmuls are {factor:.1f}x as fast as fp32 (needed for bfloat16: {NEEDED_FACTOR}x)"
@@ -326,13 +271,7 @@ def _fastest(work: Callable[[], torch.Tensor], device: str | torch.device) -> fl
 
 
 def pick_device(word: str) -> torch.device:
-    """Return the device that a name selects.
-
-    Args:
-        word: "auto", "cpu", "cuda", "cuda:N" or "mps".
-
-    Returns:
-        The device; for "auto", an accelerator if one is available.
+    """Return the device that "auto" (an accelerator if there is one), "cpu", "cuda", "cuda:N" or "mps" selects.
 
     Raises:
         UsageError: The device is not available on this machine.

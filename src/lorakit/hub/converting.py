@@ -1,8 +1,8 @@
 """Convert the weights of a model to another dtype in temporary files, so that they need not all be in memory at once.
 
-transformers maps weights that are stored in the wanted dtype, and converts others into memory. If the matrices are
-converted in files first, they are mapped too, and their pages can be given back (`lorakit.mapped_files`). The files
-have no names: they disappear with the last tensor that uses them, or with the process.
+transformers maps weights that are stored in the wanted dtype, and converts others into memory. Matrices that are
+converted in files first are mapped too, and their pages can be given back (`lorakit.mapped_files`). The files have no
+names: they disappear with the last tensor that uses them, or with the process.
 """
 
 from __future__ import annotations
@@ -38,17 +38,11 @@ _DESCRIPTIONS = "config.json", "generation_config.json", WEIGHT_INDEX
 
 @contextlib.contextmanager
 def converted_files(source: ModelSource, dtype: torch.dtype) -> Iterator[Path | None]:
-    """Yield a directory with a model's files in which all matrices have a dtype, until the end of the context.
+    """Yield a directory for `from_pretrained` with a model's files, whose matrices all have a dtype, in a context.
 
-    Tensors with fewer than two dimensions are not converted, because transformers keeps some of them in fp32.
-
-    Args:
-        source: Source of the model.
-        dtype: Dtype of the matrices.
-
-    Yields:
-        A directory for `from_pretrained`, without a tokenizer. None if there is nothing to convert, if the files are
-        not in the Hub's cache, if the disk of lorakit's cache has too little space, or if the system is not Linux.
+    Tensors with fewer than two dimensions are not converted, because transformers keeps some in fp32. Yields None if
+    there is nothing to convert, if the files are not in the Hub's cache, if the disk has too little space, or if the
+    system is not Linux.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -59,10 +53,7 @@ def converted_files(source: ModelSource, dtype: torch.dtype) -> Iterator[Path | 
 
 
 def has_matrices_in(model: PreTrainedModel, dtype: torch.dtype) -> bool:
-    """Return whether all floating-point matrices of a model have a dtype, so that none was rounded by mistake.
-
-    transformers keeps some weights in fp32, depending on the architecture.
-    """
+    """Return whether all floating-point matrices of a model have a dtype, so that none was rounded by mistake."""
     tensors = (tensor for tensor in model.state_dict().values() if tensor.ndim > 1 and tensor.is_floating_point())
     return all(tensor.dtype == dtype for tensor in tensors)
 

@@ -1,8 +1,7 @@
 """Read the header of a GGUF file, and load models and tokenizers from GGUF files with transformers.
 
-The header is read and checked before weights are loaded: format, completeness, architecture and tokenizer. transformers
-dequantizes the weights while it loads them. Files are treated as data: sizes are checked against the length of the
-file, and nothing in a file is evaluated.
+Format, completeness, architecture and tokenizer are checked before weights are loaded. Files are treated as data: sizes
+are checked against the length of the file, and nothing in a file is evaluated.
 """
 
 from __future__ import annotations
@@ -48,12 +47,10 @@ class GgufHeader:
     """Metadata of a GGUF file.
 
     Attributes:
-        path: The file.
         values: Metadata key -> value; arrays are omitted.
         arrays: Key of each array in the metadata -> its number of elements.
         formats: Storage format of weights, such as "Q4_K" -> number of values stored in it.
         entries: Positions of the first and last bytes of each entry of the metadata, without the tokenizer's arrays.
-        tensors: Number of tensors.
         listing: Positions of the first and last bytes of the list of tensors.
         size: Size of the file in bytes.
     """
@@ -92,12 +89,7 @@ class GgufHeader:
 
 
 class _Reader:
-    """Reads values from a memory-mapped file at an increasing position.
-
-    Raises:
-        struct.error: A value extends past the end of the file.
-        ValueError: A type is unknown.
-    """
+    """Reads values from a memory-mapped file; a struct.error past its end, a ValueError for an unknown type."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.position = data, len(_MAGIC)
@@ -137,13 +129,7 @@ class _Reader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read and check the header of a GGUF file without reading its weights.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The header; all weights that it lists are inside the file.
+    """Read and check the header of a GGUF file without its weights, all of which are inside the file.
 
     Raises:
         ModelError: The file cannot be read, is not a GGUF file with a whole model, or is truncated.
@@ -211,11 +197,7 @@ def _tensor(reader: _Reader) -> tuple[str, int, int]:
 
 
 def _check_kind(header: GgufHeader) -> None:
-    """Check that a GGUF file contains a whole model.
-
-    Raises:
-        ModelError: The file is one part of a split model, is not a model, or has no architecture or weights.
-    """
+    """Raise a ModelError for a part of a split model, another kind of file, or one without architecture or weights."""
     parts, kind = header.values.get("split.count", 1), header.values.get("general.type", "model")
     if isinstance(parts, int) and parts > 1:
         raise _error(
@@ -234,11 +216,7 @@ def _error(path: Path, problem: str) -> ModelError:
 
 
 def check_architecture(header: GgufHeader) -> None:
-    """Check that transformers can read the architecture of a GGUF file.
-
-    Raises:
-        ModelError: It cannot; the message lists the architectures that it can read.
-    """
+    """Raise a ModelError if transformers cannot read the architecture of a GGUF file."""
     known = readable_architectures()
     plain = {name.replace("-", "").replace("_", "") for name in known}
     if header.architecture.replace("-", "").replace("_", "") not in plain:
@@ -265,14 +243,10 @@ def readable_architectures() -> list[str]:
 
 @contextlib.contextmanager
 def reading(header: GgufHeader, *, for_config: bool = False) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the location and the options with which transformers' loaders read a GGUF file, and hide progress bars.
+    """Yield the location and options with which transformers' loaders read a GGUF file, and hide progress bars.
 
-    The location is an empty directory, so that loaders do not also read other files from the file's directory.
-
-    Args:
-        header: Header of the file.
-        for_config: Whether only the config is read, which takes seconds less without the vocabulary; see
-            `finish_config`.
+    The location is an empty directory, so that loaders do not read other files of the file's directory. A config is
+    read without the vocabulary, which saves seconds; see `finish_config`.
     """
     with tempfile.TemporaryDirectory() as folder, hidden_stderr():
         path = header.path.absolute()
@@ -303,12 +277,7 @@ def _write_metadata(header: GgufHeader, target: Path) -> None:
 
 
 def finish_config(config: PreTrainedConfig, header: GgufHeader) -> None:
-    """Set the size of the vocabulary as transformers does, which `reading` for a config leaves out.
-
-    Args:
-        config: The config, modified in place.
-        header: Header of the file.
-    """
+    """Set the size of the vocabulary as transformers does, which `reading` for a config leaves out."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
 
     known = GGUF_TO_TRANSFORMERS_MAPPING["config"].get(header.architecture, {"vocab_size": ""})
@@ -327,12 +296,7 @@ def dequantizing_options() -> dict[str, Any]:
 
 
 def finish_model(model: PreTrainedModel, path: Path) -> None:
-    """Remove all traces of the GGUF format from a loaded model, so that it can be saved and trained like any other.
-
-    Args:
-        model: The loaded model, whose weights are dequantized; modified in place.
-        path: The file, which is recorded as the source of the weights.
-    """
+    """Remove all traces of the GGUF format from a loaded model, and record `path` as the source of its weights."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
@@ -343,12 +307,7 @@ def finish_model(model: PreTrainedModel, path: Path) -> None:
 
 
 def finish_tokenizer(tokenizer: PreTrainedTokenizerBase, header: GgufHeader) -> None:
-    """Restore what transformers omits: a rule that splits off digits, and the maximum length.
-
-    Args:
-        tokenizer: The loaded tokenizer, modified in place.
-        header: Header of the file.
-    """
+    """Restore in a tokenizer what transformers omits: a rule that splits off digits, and the maximum length."""
     if header.pre_tokenizer in _DIGITS_FIRST:
         split_digits(tokenizer)
     length = header.values.get(f"{header.architecture}.context_length")

@@ -1,8 +1,7 @@
 """Keep models and tokenizers from GGUF files as plain directories, because reading a GGUF file again takes long.
 
 A directory contains what a loader of transformers reads from the file, in one dtype. It is used only if loading it
-gives the same as the file, bit for bit; otherwise, and if the disk has no room for it, the file is read each time. The
-directories that were unused for longest are removed.
+gives the same as the file, bit for bit; otherwise, and if the disk has no room for it, the file is read each time.
 """
 
 from __future__ import annotations
@@ -50,15 +49,12 @@ _COMPARED = (
 def load_weights(
     source: ModelSource, load: partial[tuple[PreTrainedModel, dict[str, Any]]], config: PreTrainedConfig
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load a model from a GGUF file, or from the directory that keeps it.
+    """Load a model from a GGUF file, or from the directory that keeps it; returns the result of `load`.
 
     Args:
         source: Source of the model, a GGUF file.
         load: `from_pretrained` of a class, with its options for the file, which include the dtype.
         config: The model's config, with the caller's changes.
-
-    Returns:
-        The result of `load`.
 
     Raises:
         ModelError: The file cannot be read as a model.
@@ -96,11 +92,7 @@ def load_weights(
 
 
 def load_tokenizer(source: ModelSource, load: Callable[..., PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a GGUF file, or from the directory that keeps it.
-
-    Args:
-        source: Source of the model, a GGUF file.
-        load: `from_pretrained` of the tokenizer's class.
+    """Load a tokenizer with `load` from a GGUF file, or from the directory that keeps it.
 
     Raises:
         ModelError: The file has no tokenizer that transformers can read.
@@ -158,14 +150,7 @@ def _entry(path: Path, loader: str, dtype: str) -> tuple[Path, str]:
 
 
 def as_kept(shape: ModelShape, source: ModelSource, task: str, dtype: str) -> ModelShape:
-    """Return the shape with the source and dtype of the files that keep a GGUF file, or with the size of that file.
-
-    Args:
-        shape: The model's shape.
-        source: The model's source.
-        task: A key of `TASKS`.
-        dtype: Full name of the dtype in which the model is to be loaded.
-    """
+    """Return the shape with the source and dtype of the files that keep a GGUF file, or with the size of that file."""
     if source.header is None:
         return shape
     converted = replace(shape, converted_bytes=source.header.size)

@@ -1,8 +1,7 @@
 """Keep converted models as directories: written once, published atomically, and verified at each use.
 
-A directory has a manifest with the key of its cache (`lorakit.caches`) and the size and SHA-256 of each file. It is
-written again if the key differs or a file does not match. Of several processes that need a model, one converts it; what
-a killed process left is removed by the next conversion.
+A directory has a manifest with the key of its cache (`lorakit.caches`) and the size and SHA-256 of each file. Of
+several processes that need a model, one converts it; what a killed process left is removed by the next conversion.
 """
 
 from __future__ import annotations
@@ -23,13 +22,9 @@ MANIFEST = "lorakit-model.json"
 
 
 def kept_directory(final: Path, key: str, needed_bytes: int, write: Callable[[Path], JsonObject]) -> Path:
-    """Return a directory of converted files, writing it first if there is none with this key, or a damaged one.
+    """Return a directory of converted files, written first if there is none with this key, or a damaged one.
 
-    Args:
-        final: The directory.
-        key: Key of the cache.
-        needed_bytes: Disk space that the files need, in bytes.
-        write: Function that writes the files into an empty directory, and returns more fields for the manifest.
+    `write` fills an empty directory and returns more fields for the manifest.
 
     Raises:
         DiskError: The cache cannot be written, or its disk has too little free space.
@@ -80,16 +75,7 @@ def read_manifest(folder: Path) -> JsonObject:
 
 
 def check_space(folder: Path, needed_bytes: int, advice: str = "free some space") -> None:
-    """Check that a disk has enough free space.
-
-    Args:
-        folder: A directory on the disk.
-        needed_bytes: The required space in bytes.
-        advice: Advice to the user, for the message.
-
-    Raises:
-        DiskError: The disk has too little free space.
-    """
+    """Raise a DiskError, with advice, if the disk of a directory has too little free space."""
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise DiskError(

@@ -1,7 +1,4 @@
-"""Rules with which transformers' loader renames and joins the tensors of a file.
-
-Import this module inside functions only, because it imports transformers.
-"""
+"""Rules with which transformers' loader renames and joins the tensors of a file; import it inside functions only."""
 
 from __future__ import annotations
 
@@ -25,11 +22,7 @@ SCOPE = ("scope_prefix", "base_model_prefix")
 
 
 class JoinTensors(ConversionOps):
-    """An operation that joins all tensors of a rule in one call.
-
-    Attributes:
-        join: The function.
-    """
+    """An operation that joins all tensors of a rule in one call of `join`."""
 
     def __init__(self, join: Join) -> None:
         self.join = join
@@ -41,12 +34,9 @@ class JoinTensors(ConversionOps):
         target_patterns: list[str],
         **_: Any,
     ) -> dict[str, Tensor]:
-        """Return the joined tensor, keyed by the rule's target pattern.
+        """Return the joined tensor, keyed by the rule's only target pattern.
 
-        Args:
-            input_dict: Dict from source pattern to tensors (…), in natural order of their names.
-            source_patterns: The rule's source patterns.
-            target_patterns: The rule's target pattern.
+        The tensors (…) of each source pattern come in natural order of their names.
 
         Raises:
             AdapterFileError: The file has no tensors for a pattern.
@@ -60,24 +50,12 @@ class JoinTensors(ConversionOps):
 
 
 def renaming(source: str, target: str) -> WeightRenaming:
-    """Return a rule that renames tensors.
-
-    Args:
-        source: Pattern to find in tensor names.
-        target: Replacement.
-    """
+    """Return a rule that replaces a pattern in tensor names."""
     return WeightRenaming(source_patterns=source, target_patterns=target)
 
 
 def joining(sources: Sequence[str], target: str, join: Join, like: Rule) -> Rule:
-    """Return a rule that joins the tensors whose names match any of several patterns.
-
-    Args:
-        sources: The patterns.
-        target: Name of the joined tensor.
-        join: The function that joins them.
-        like: A rule with the scope of the new one.
-    """
+    """Return a rule, with the scope of `like`, that joins the tensors whose names match any of several patterns."""
     made = WeightConverter(source_patterns=list(sources), target_patterns=target, operations=[JoinTensors(join)])
     for name in SCOPE:
         if hasattr(like, name):
@@ -91,10 +69,6 @@ def is_renaming(rule: Rule) -> bool:
 
 
 def rules_of(model: nn.Module) -> list[Rule]:
-    """Return the rules that transformers applies to the files of a model.
-
-    Args:
-        model: A transformers model; other models have no rules.
-    """
+    """Return the rules that transformers applies to the files of a model; models of others have none."""
     found: list[Rule] = get_model_conversion_mapping(model)
     return found

@@ -47,11 +47,7 @@ _DEFAULT_LABEL = re.compile(r"LABEL_\d+")
 
 
 def config_of(source: ModelSource, values: Mapping[str, JsonValue] | None = None) -> PreTrainedConfig:
-    """Return a model's config.
-
-    Args:
-        source: Result of `resolve`.
-        values: Values to replace, such as `id2label`, whose keys may be strings.
+    """Return a model's config, with other `values` such as `id2label`, whose keys may be strings.
 
     Raises:
         ModelError: The config cannot be read.
@@ -76,10 +72,8 @@ class ModelFacts:
     """Facts about a model, read once from its config.
 
     Attributes:
-        family: Purpose of the model.
         loader: Key of `TASKS` for the model class that the config names, or None.
-        labels: Names of the classes of the head, in order, including names such as LABEL_0, which transformers adds to
-            every config.
+        labels: Names of the classes of the head, in order, including those like LABEL_0, which transformers adds.
         label_ids: Their ids in the config, in order; of a valid head, 0 to n-1.
         problem: The config's `problem_type`, or None.
     """
@@ -97,10 +91,7 @@ class ModelFacts:
 
     @classmethod
     def of(cls, source: ModelSource) -> ModelFacts:
-        """Read the facts about a model.
-
-        Args:
-            source: Result of `resolve`; a directory saved by sentence-transformers says how it embeds texts.
+        """Read the facts about a model; a directory saved by sentence-transformers says how it embeds texts.
 
         Raises:
             ModelError: The config cannot be read.
@@ -148,24 +139,15 @@ def agree_on_padding(
     model: PreTrainedModel | None = None,
     head: str = "causal",
 ) -> int:
-    """Choose the id to pad with, and set it in the tokenizers and the model.
+    """Choose the id to pad with, and set it in the tokenizers (at least one), and in the config of a loaded model.
 
     It is the first of these that is in the model's vocabulary and a special token of every tokenizer: the one in the
     model's config, the padding token of a tokenizer, its end token, another special token. An ordinary token is not
     used: a head that reads the last token before the padding would skip it in texts, and tokenizers would not write it.
 
-    Args:
-        source: The model.
-        tokenizers: Tokenizers whose rows are padded, at least one; their `pad_token` is set.
-        model: The loaded model, whose config and generation config are set, or None.
-        head: A key of `TASKS`.
-
-    Returns:
-        The id.
-
     Raises:
-        ModelError: No token can be used, the head reads an id with which rows cannot be padded, or the model's outputs
-            depend on padding with any token.
+        ModelError: No token can be used, the head (a key of `TASKS`) reads an id with which rows cannot be padded, or
+            the model's outputs depend on padding with any token.
     """
     config = config_of(source) if model is None else model.config
     text = config.get_text_config()
@@ -233,16 +215,10 @@ def _json_of(source: ModelSource, name: str) -> JsonValue:
 
 
 def embedding_folder(source: ModelSource) -> Path | None:
-    """Return a local directory with the files that tell sentence-transformers how a model embeds texts.
-
-    Args:
-        source: The model; the files of a Hub model are downloaded.
-
-    Returns:
-        The directory; None if the model has no `modules.json`.
+    """Return a local directory with a model's files for sentence-transformers, or None without `modules.json`.
 
     Raises:
-        ModelError: A file cannot be read, or `modules.json` names a directory outside the model's.
+        ModelError: A file cannot be read or downloaded, or `modules.json` names a directory outside the model's.
     """
     modules = _json_of(source, EMBEDDING_LIST)
     if modules is None:
@@ -259,11 +235,7 @@ def embedding_folder(source: ModelSource) -> Path | None:
 
 
 def module_paths(source: ModelSource, modules: JsonValue) -> list[str]:
-    """Return the directories of the modules in `modules.json`, except the model's own.
-
-    Args:
-        source: The model, for messages.
-        modules: Contents of `modules.json`.
+    """Return the directories of the modules in the contents of `modules.json`, except the model's own.
 
     Raises:
         ModelError: The contents have another form, or a directory is outside the model's.
@@ -282,15 +254,7 @@ def module_paths(source: ModelSource, modules: JsonValue) -> list[str]:
 
 
 def copy_embedding_files(source: ModelSource, folder: Path) -> bool:
-    """Copy the files that tell sentence-transformers how a model embeds texts: its settings, and every module.
-
-    Args:
-        source: The model.
-        folder: Directory of another model with the same architecture.
-
-    Returns:
-        Whether the model has such files.
-    """
+    """Copy a model's files for sentence-transformers, settings and modules, if it has any; returns whether it has."""
     found = embedding_folder(source)
     if found is None:
         return False
@@ -305,9 +269,7 @@ def copy_embedding_files(source: ModelSource, folder: Path) -> bool:
 def write_embedding_files(folder: Path, embedding: JsonObject) -> None:
     """Write the files from which sentence-transformers reads how a model that it did not save embeds texts.
 
-    Args:
-        folder: The model's directory.
-        embedding: `Target.embedding`: its only module is the pooling; nothing is written if it is another record.
+    `embedding` is `Target.embedding`, whose only module is the pooling; nothing is written if it is another record.
     """
     modules = embedding.get("modules")
     if not isinstance(modules, list) or len(modules) != 1 or not isinstance(modules[0], dict):
@@ -325,10 +287,7 @@ def write_embedding_files(folder: Path, embedding: JsonObject) -> None:
 def file_of(source: ModelSource, name: str, *, download: bool = False) -> Path | None:
     """Return a file of a model, from its directory or the Hub's cache, or None.
 
-    Args:
-        source: The model.
-        name: Name of the file.
-        download: Whether a file that is not in the cache is downloaded, unless network access is off.
+    With `download`, a file that is not in the cache is downloaded, unless network access is off.
     """
     if source.kind != "hub":
         path = Path(source.path_or_id) / name

@@ -1,8 +1,6 @@
 """Load and save models and tokenizers: safetensors only, no code from a model's directory, no random weights.
 
-Models are loaded in eval mode. The module `quantizing` handles quantized base models. `save_model` writes a directory
-that `from_pretrained` can load; `load_base` loads the base named in an adapter's config, with the caller's options.
-`add_tokens` adds tokens to a tokenizer.
+Models are loaded in eval mode. `load_base` loads the base named in an adapter's config, with the caller's options.
 """
 
 from __future__ import annotations
@@ -55,7 +53,7 @@ def load_model(
     quantization: str | Quantization | None = None,
     convert_in_files: bool = False,
 ) -> PreTrainedModel:
-    """Load a model with its weights.
+    """Load a model with its weights, in eval mode.
 
     Args:
         model: A model name or path, or the result of `resolve`.
@@ -65,16 +63,13 @@ def load_model(
         task: A key of `TASKS`. For "classification", a head that is missing from the files is newly initialized.
         quantization: Quantization of the linear layers: a `Quantization`, its name, or None. The weights of a GGUF file
             are dequantized and cannot be quantized again.
-        convert_in_files: Whether weights of another dtype are converted in temporary files in lorakit's cache
-            directory, and mapped into memory, so that they can be replaced one after another. The values are the same.
-            Only on Linux, and only if the disk has enough space.
-
-    Returns:
-        The model, in eval mode.
+        convert_in_files: Whether weights of another dtype are converted in temporary files in lorakit's cache, and
+            mapped, so that they can be replaced one after another. The values are the same. Only on Linux, and only
+            with enough disk space.
 
     Raises:
-        ConfigError: The dtype, task or quantization is unknown, or a quantization was requested although the files are
-            already quantized.
+        ConfigError: The dtype, task or quantization is unknown, or the files are already quantized and a quantization
+            was requested.
         ModelError: The model was not found, has no safetensors weights, is damaged or incomplete, or does not support
             the requested quantization.
         MissingExtra: The quantization package is not installed.
@@ -94,13 +89,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that was loaded for a task.
-
-    Attributes:
-        model: The model, in eval mode.
-        new_modules: Paths of modules that are not in the model's files, such as a classification head; their weights
-            are random.
-    """
+    """A model in eval mode, and the paths of modules with random weights, such as a new classification head."""
 
     model: PreTrainedModel
     new_modules: tuple[str, ...]
@@ -120,9 +109,6 @@ def load_for_task(
         task: A key of `TASKS`. A head for classification that is missing from the files, or has another size, is
             initialized with torch's random number generator.
         config_values: Values of the model's config to replace, such as `id2label`.
-
-    Returns:
-        The model, and the paths of the modules with random weights.
 
     Raises:
         LorakitError: See `load_model`.
@@ -192,14 +178,7 @@ def _load_converted(
 def stored_as_files(
     model: str | os.PathLike[str] | ModelSource, wanted: Quantization | None = None
 ) -> Quantization | None:
-    """Return the quantization that a model will have once it is loaded, without loading any weights.
-
-    Args:
-        model: A model name or path, or the result of `resolve`.
-        wanted: The requested quantization, or None.
-
-    Returns:
-        The quantization; None if the model is not quantized or `Quantization` does not support its format.
+    """Return the quantization of a model once it is loaded, or None if dense or in a format without a name.
 
     Raises:
         ConfigError: The files are already quantized, and a quantization was requested.
@@ -241,12 +220,7 @@ def _new_modules(model: PreTrainedModel, source: ModelSource, report: dict[str, 
 
 
 def save_model(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Write a model's weights (safetensors), config, generation config and, if given, tokenizer.
-
-    Args:
-        model: A transformers model without adapters.
-        folder: An existing, empty directory.
-        tokenizer: A transformers tokenizer, or None.
+    """Write a model's weights (safetensors), config, generation config and tokenizer, if any, to an empty directory.
 
     Raises:
         DiskError: The disk is full, or writing failed.
@@ -326,14 +300,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def adapter_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer that was saved with an adapter, or None.
-
-    Args:
-        folder: The adapter's directory.
-
-    Raises:
-        ModelError: The tokenizer cannot be read.
-    """
+    """Return the tokenizer that was saved in an adapter's directory, or None; a ModelError if it is damaged."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
     return load_tokenizer(ModelSource("directory", str(folder), str(folder), str(folder), str(folder)))
@@ -341,12 +308,6 @@ def adapter_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 def load_tokenizer(model: str | os.PathLike[str] | ModelSource) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer.
-
-    Args:
-        model: A model name or path, or the result of `resolve`.
-
-    Returns:
-        A transformers tokenizer.
 
     Raises:
         ModelError: The model was not found, or its tokenizer is missing or cannot be read.
@@ -368,7 +329,6 @@ class AddedTokens:
     """Tokens added to a tokenizer.
 
     Attributes:
-        ids: Token -> id.
         pieces: New id -> ids of the tokens that previously encoded the same text, in order, omitting the unknown token.
         vocabulary: Largest id in the tokenizer plus 1.
     """
@@ -379,14 +339,7 @@ class AddedTokens:
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> AddedTokens:
-    """Add tokens to a tokenizer; each token matches its literal text everywhere in the input and decodes to that text.
-
-    Args:
-        tokenizer: A transformers tokenizer, modified in place.
-        tokens: Texts of the tokens, without duplicates.
-
-    Returns:
-        The added tokens.
+    """Add tokens (without duplicates) to a tokenizer; each matches its literal text everywhere and decodes to it.
 
     Raises:
         ConfigError: The tokenizer already has one of the tokens.

@@ -1,7 +1,4 @@
-"""Find the modules of a model that its files have no weights for, such as a new head; no weights are loaded.
-
-Names in the files are converted with transformers' own rules, so the result is that of the report after loading.
-"""
+"""Find the modules of a model that its files have no weights for, such as a new head; no weights are loaded."""
 
 from __future__ import annotations
 
@@ -33,11 +30,6 @@ def full_modules(model: PreTrainedModel, source: ModelSource, task: str) -> tupl
     """Return the paths of the modules that a task trains in full: its head, and modules that the files lack.
 
     The pooler of a model that computes embeddings is set to None if the files lack it, as when the model is loaded.
-
-    Args:
-        model: The model for the task, on any device.
-        source: Source of the model.
-        task: A key of `lorakit.hub.model_config.TASKS`.
     """
     missing = missing_names(model, source)
     if is_unused_pooler(task, missing):
@@ -58,22 +50,14 @@ def _above(path: str) -> list[str]:
 
 
 def is_unused_pooler(task: str, missing: Collection[str]) -> bool:
-    """Return whether only the pooler of a model that computes embeddings is missing; embeddings do not use it.
-
-    Files of masked language models lack it.
-
-    Args:
-        task: A key of `lorakit.hub.model_config.TASKS`.
-        missing: Names of the missing parameters.
-    """
+    """Return whether only the pooler is missing, as in files of masked language models; embeddings do not use it."""
     return task == "encoder" and bool(missing) and all(name.startswith("pooler.") for name in missing)
 
 
 def unused_modules(model: PreTrainedModel) -> tuple[str, ...]:
-    """Return the paths of layers on whose output the last hidden states do not depend, found by a backward pass.
+    """Return the paths of layers on whose output the last hidden states do not depend.
 
-    Args:
-        model: A model on the meta device; the gradients of its parameters are set.
+    They are found by a backward pass on the meta device, which sets the gradients of the model's parameters.
     """
     import torch
 
@@ -86,12 +70,7 @@ def unused_modules(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def modules_with(model: PreTrainedModel, missing: Collection[str]) -> tuple[str, ...]:
-    """Return the paths of the largest modules all of whose parameters are missing.
-
-    Args:
-        model: The model.
-        missing: Names of the missing parameters.
-    """
+    """Return the paths of the largest modules all of whose parameters are missing."""
     present = {name for name, _ in model.named_parameters()} - set(missing)
     found = set()
     for name in missing:
@@ -106,15 +85,10 @@ def modules_with(model: PreTrainedModel, missing: Collection[str]) -> tuple[str,
 
 
 def missing_names(model: PreTrainedModel, source: ModelSource) -> frozenset[str]:
-    """Return the names of the parameters of a model that its files lack, or have with another shape.
+    """Return the names of parameters that a model's files lack, or have with another shape.
 
-    Args:
-        model: The model, on any device.
-        source: Source of the model.
-
-    Returns:
-        The names; empty if the files cannot be read without downloading the weights, or if all weights are missing, so
-            that the files are not those of this model.
+    The result is empty if the files would have to be downloaded, or if all weights are missing, so that the files are
+    not those of this model.
     """
     stored = _stored(source)
     if stored is None:

@@ -1,10 +1,8 @@
 """Find models that ship in Python packages, convert them, and cache the results.
 
-Packages are found without being imported. Each model is converted once (`lorakit.hub.kept_models`). The conversion
-reads a GGUF file and writes a plain model directory: dense bf16 safetensors, tokenizer, chat template and model card.
-transformers can read GGUF files but cannot save the loaded model, because its config keeps a GGUF
-`quantization_config`; the weights are therefore moved to a new model whose config lacks that entry.
-torch and transformers are imported only when they are needed.
+Packages are found without being imported. The conversion reads a GGUF file and writes a plain model directory: dense
+bf16 safetensors, tokenizer, chat template and model card. transformers cannot save a model that it loaded from a GGUF
+file, because the config keeps its `quantization_config`; the weights are therefore moved to a new model.
 """
 
 from __future__ import annotations
@@ -48,12 +46,7 @@ The directory is a cache; lorakit recreates it if it is missing or damaged.
 
 
 def convert_gguf(model: Packaged, source: Path, target: Path) -> None:
-    """Write a packaged model as a directory that `from_pretrained` loads without options.
-
-    Args:
-        model: The packaged model.
-        source: The GGUF file.
-        target: An existing, empty directory.
+    """Write a packaged model's GGUF file as a directory that `from_pretrained` loads without options.
 
     Raises:
         ModelError: The file cannot be read as a model, or the written weights differ from those that were read.
@@ -112,12 +105,7 @@ def _dense(loaded: PreTrainedModel) -> PreTrainedModel:
 
 
 def write_weights(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-    """Write a model's weights (safetensors), config and generation config.
-
-    Args:
-        model: The model.
-        folder: An existing directory.
-        weights: Name -> tensor of any shape, if not all of the model's are to be written.
+    """Write a model's weights (safetensors; only `weights` if given), config and generation config.
 
     Raises:
         OSError: The directory cannot be written.
@@ -181,7 +169,7 @@ class Packaged:
         file: Name of the GGUF file.
         folder: Name of the converted model's directory in the cache.
         positions: Maximum input length in tokens.
-        needed_bytes: Disk space that the conversion needs, in bytes.
+        needed_bytes: Disk space that the conversion needs.
     """
 
     name: str
@@ -212,18 +200,10 @@ PACKAGED = {
 def packaged_directory(
     name: str = "smollm2", *, cache: str | os.PathLike[str] | None = None, say: Callable[[str], None] | None = None
 ) -> Path:
-    """Return the directory of a packaged model, converting the model on first use.
+    """Return a directory that `from_pretrained` can load, converting the packaged model on first use.
 
-    If several processes need the model, only one converts it. Files left over by a killed process are removed by the
-    next conversion.
-
-    Args:
-        name: A key of `PACKAGED`.
-        cache: Cache directory, whose subdirectory "models" holds the converted models; None means lorakit's own.
-        say: Function that is called with a message before the conversion starts, or None.
-
-    Returns:
-        A directory that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` can load.
+    The subdirectory "models" of the cache, lorakit's own by default, holds the converted models; `say` is called before
+    a conversion starts.
 
     Raises:
         ModelError: The packaged model is unknown, the package is not installed, or the GGUF file is damaged.
@@ -277,16 +257,7 @@ def _find(model: Packaged) -> Path:
 
 
 def require_packages(what: str, extra: str, names: Iterable[str]) -> None:
-    """Check that packages are installed, without importing them.
-
-    Args:
-        what: The feature that needs the packages, for the message.
-        extra: The lorakit extra that installs the packages.
-        names: Names of the packages.
-
-    Raises:
-        MissingExtra: A package is missing; the message gives the pip command.
-    """
+    """Raise a MissingExtra error that gives the pip command if a package is missing; nothing is imported."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingExtra(f"{what} needs {' and '.join(missing)}; run pip install 'lorakit[{extra}]'", what=missing[0])

@@ -44,13 +44,7 @@ COMPRESSED_FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
 
 @dataclass(frozen=True)
 class PackedKind:
-    """Storage of the packed linear layers in the files of a model.
-
-    Attributes:
-        module: Class of the layers.
-        settings: Further attributes of the layers.
-        needed: Names of optional tensors without which the weights cannot be decoded.
-    """
+    """Class and settings of packed layers, and the optional tensors without which they cannot be decoded."""
 
     module: type[PackedLinear]
     settings: Mapping[str, int | tuple[int, int] | None]
@@ -58,10 +52,7 @@ class PackedKind:
 
 
 def packed_kind(values: JsonObject) -> PackedKind:
-    """Return how a quantization config says that linear layers are stored.
-
-    Args:
-        values: The config, whose method is "gptq", "awq" or "compressed-tensors".
+    """Return how a "gptq", "awq" or "compressed-tensors" config says that linear layers are stored.
 
     Raises:
         ModelError: lorakit does not support one of the values.
@@ -130,12 +121,7 @@ def _unsupported(name: str, value: JsonValue, allowed: Iterable[int | str]) -> M
 
 
 def replace_linears(model: PreTrainedModel, files: Sequence[Path], values: JsonObject) -> None:
-    """Replace the linear layers whose weights are packed in a model's files.
-
-    Args:
-        model: A model on the meta device, changed in place.
-        files: The model's safetensors files; only their headers are read.
-        values: The quantization config of the files.
+    """Replace the linear layers of a model on the meta device whose weights are packed in its safetensors files.
 
     Raises:
         ModelError: lorakit does not support the layout, the files have no packed layer, a layer lacks a tensor, or the

@@ -1,9 +1,8 @@
 """Quantizers for transformers' `from_pretrained` that keep the weights of quantized files packed, on every device.
 
 The quantizers of transformers need packages or kernels that many machines lack, or dequantize all weights while loading
-them. The ones in this file create the modules of `lorakit.core.quantization`, which dequantize one weight at a time.
-They are registered under separate names, through the extension point of transformers, so other callers of
-`from_pretrained` are not affected.
+them. These create the modules of `lorakit.core.quantization`, which dequantize one weight at a time. They are
+registered under separate names, so other callers of `from_pretrained` are not affected.
 
 Import this module inside functions only, because it imports transformers.
 """
@@ -37,12 +36,7 @@ _EXPERTS = (".gate_up_proj", ".up_proj", ".down_proj")
 
 
 class PackedConfig(QuantizationConfigMixin):
-    """The quantization config of files, with all of its values.
-
-    Attributes:
-        quant_method: Name of the method, as registered with transformers.
-        values: All values, as in the files' config.
-    """
+    """The quantization config of files, with all of its values and the method as registered with transformers."""
 
     def __init__(self, quant_method: str, **values: JsonValue) -> None:
         self.quant_method = quant_method
@@ -74,10 +68,7 @@ class PackedQuantizer(HfQuantizer):
 
 
 class Fp8Quantizer(FineGrainedFP8HfQuantizer):
-    """Loads fp8 weights with block scales without dequantizing them, on devices without kernels too.
-
-    A model with fused experts is dequantized, because lorakit has no forward pass for fp8 experts.
-    """
+    """Loads fp8 weights with block scales without dequantizing them; a model with fused experts is dequantized."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Accept every device: `lorakit.core.quantization.fp8` provides a forward pass that needs no kernels."""
@@ -105,10 +96,7 @@ QUANTIZERS: dict[str, tuple[type[QuantizationConfigMixin], type[HfQuantizer]]] =
 
 
 def kept_packed(values: JsonObject) -> JsonObject:
-    """Return a quantization config with which `from_pretrained` keeps the weights packed.
-
-    Args:
-        values: The quantization config of the files, whose method is a key of `QUANTIZERS`.
+    """Return a quantization config with which `from_pretrained` keeps weights of a method in `QUANTIZERS` packed.
 
     Raises:
         ModelError: lorakit does not support the layout of the packed weights.

@@ -1,8 +1,8 @@
 """The keys of the quantization configs of files: which of them lorakit reads, and which cannot change a result.
 
-A key that is not listed here, or a value that is not supported, is rejected: quantizers add keys that change what a
-model computes, such as rotations of the input of each layer. The shapes, dtypes and names of the packed tensors come
-from the files. Activations of packed weights are never quantized (docs/quantized.md).
+Any other key or value is rejected: quantizers add keys that change what a model computes, such as rotations of the
+input of each layer. The shapes, dtypes and names of the packed tensors come from the files. Activations of packed
+weights are never quantized (docs/quantized.md).
 """
 
 from __future__ import annotations
@@ -25,13 +25,7 @@ LIBRARY = "transformers, which loads these files, reads it"
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a quantization config that lorakit accepts.
-
-    Attributes:
-        why: Reason why lorakit accepts the key.
-        allowed: Function that returns whether a value is supported; None accepts every value.
-        values: Description of the supported values, for messages.
-    """
+    """A key that lorakit accepts, and why; `allowed` tests a value (None: all), `values` describes those allowed."""
 
     why: str
     allowed: Callable[[JsonValue], bool] | None = None
@@ -167,10 +161,7 @@ WEIGHTS: Keys = {
 
 
 def check_keys(values: JsonObject) -> None:
-    """Check that lorakit supports every key of a quantization config.
-
-    Args:
-        values: The config; methods that are not in `FORMATS` are not checked.
+    """Check that lorakit supports every key of a config whose method is in `FORMATS`.
 
     Raises:
         ModelError: A key is unknown, or its value is not supported; or no key says what the files contain.
@@ -191,9 +182,6 @@ def check_keys(values: JsonObject) -> None:
 
 def groups_of(values: JsonObject) -> Iterator[tuple[str, JsonObject, JsonObject | None]]:
     """Yield the path, the settings and the settings of the weights of each group of compressed-tensors.
-
-    Args:
-        values: The config.
 
     Raises:
         ModelError: A group is the name of a preset.

@@ -1,8 +1,4 @@
-"""Quantize a base while transformers loads it or, for formats that transformers does not support, after loading.
-
-`lorakit.plan.quantized` defines the names of the formats and the modules to which they apply;
-`lorakit.core.quantization` handles quantized weights once they are loaded.
-"""
+"""Quantize a base while transformers loads it or, for formats that transformers does not support, after loading."""
 
 from __future__ import annotations
 
@@ -36,25 +32,14 @@ _NEEDS = {
 
 
 def quantization_metadata(wanted: Quantization) -> dict[str, Any]:
-    """Return JSON values that, together with a base's files, uniquely determine its quantized weights.
-
-    Args:
-        wanted: The quantization.
-
-    Returns:
-        A dict with "method", "double_quantization" and "package" (name and version).
-    """
+    """Return "method", "double_quantization" and "package" (name and version), which determine quantized weights."""
     package = wanted.storage.package
     version = metadata.version(package) if importlib.util.find_spec(package) else "not installed"
     return {"method": wanted.name, "double_quantization": wanted.double, "package": f"{package} {version}"}
 
 
 def require_quantizer(wanted: Quantization) -> None:
-    """Check that the packages that a quantization needs are installed.
-
-    Raises:
-        MissingExtra: A package is missing; the message gives the pip command.
-    """
+    """Raise a MissingExtra error if the packages that a quantization needs are not installed."""
     extra, *needed = _NEEDS[wanted.storage.package]
     require_packages(f"quantization {wanted.name!r}", extra, needed)
 
@@ -64,15 +49,8 @@ def loading_options(
 ) -> dict[str, Any]:
     """Return options that make `from_pretrained` quantize each weight as it is read.
 
-    Args:
-        wanted: The quantization.
-        dtype: The compute dtype.
-        device: Device for the weights.
-        unquantized: Paths of modules to leave out; if empty, transformers leaves out the output head.
-
-    Returns:
-        Keyword arguments; empty if transformers does not support the format, because `finish_loading` then
-            quantizes the model.
+    They are empty if transformers does not support the format, because `finish_loading` then quantizes the model.
+    `unquantized` are paths of modules to leave out; if empty, transformers leaves out the output head.
     """
     import transformers
 
@@ -100,17 +78,10 @@ def loading_options(
 def finish_loading(
     model: nn.Module, wanted: Quantization | None, source: ModelSource, unquantized: Sequence[str] = ()
 ) -> None:
-    """Finish loading a model: quantize it if transformers could not, block weight repacking, and check dequantization.
-
-    Args:
-        model: The loaded model, modified in place.
-        wanted: The quantization, or None to keep the files' quantization.
-        source: Source of the model, for messages.
-        unquantized: Paths of modules that are not quantized.
+    """Quantize a loaded model if transformers could not, block weight repacking, and check dequantization.
 
     Raises:
-        ModelError: A module cannot be quantized, or the quantization package does not dequantize it correctly on this
-            device.
+        ModelError: A module cannot be quantized, or the package does not dequantize it correctly on this device.
     """
     if wanted is not None and wanted.storage.package == "hqq":
         _quantize_with_hqq(model, wanted, source, unquantized)
@@ -128,15 +99,7 @@ def finish_loading(
 
 
 def check_quantized_once(config: PreTrainedConfig, wanted: Quantization | None, source: ModelSource) -> bool:
-    """Check that no quantization is requested for a model whose files are already quantized.
-
-    Args:
-        config: The model's config.
-        wanted: The requested quantization, or None.
-        source: Source of the model, for messages.
-
-    Returns:
-        Whether the files are quantized; False for a GGUF file, whose weights are dequantized.
+    """Return whether a model's files are quantized; False for a GGUF file, whose weights are dequantized.
 
     Raises:
         ConfigError: The files are quantized or are a GGUF file, and a quantization was requested.
@@ -169,14 +132,8 @@ def options_for_files(
 ) -> dict[str, Any]:
     """Return options with which `from_pretrained` loads quantized files; empty if the files are not quantized.
 
-    Weights in one of `PACKED_METHODS` stay packed. Weights in MXFP4 are dequantized, because the kernels that
-    transformers has for them cannot train adapters.
-
-    Args:
-        config: The model's config, which is changed if weights stay packed.
-        wanted: The requested quantization, or None.
-        source: Source of the model, for messages.
-        device: Device for the weights.
+    Weights in one of `PACKED_METHODS` stay packed, for which `config` is changed. Weights in MXFP4 are dequantized,
+    because the kernels that transformers has for them cannot train adapters.
 
     Raises:
         ConfigError: The files are quantized, and a quantization was requested.
@@ -202,14 +159,9 @@ def options_for_files(
 
 
 def dequantize_files(model: PreTrainedModel, dtype: torch.dtype | None = None) -> int:
-    """Dequantize a model that was loaded from quantized files, and remove the quantization from its config.
+    """Dequantize a model loaded from quantized files, also in its config; returns the number of replaced modules.
 
-    Args:
-        model: A model without adapters, changed in place.
-        dtype: Dtype of the dequantized weights; None means the dtype of the other weights.
-
-    Returns:
-        The number of modules replaced.
+    Without a dtype, the weights get that of the other weights.
 
     Raises:
         MergeError: A weight cannot be read.
@@ -244,14 +196,7 @@ def _check_known_method(values: JsonObject, source: ModelSource) -> None:
 
 
 def quantization_of_files(config: PreTrainedConfig) -> Quantization | None:
-    """Return the quantization of a model's files, as recorded in its config.
-
-    Args:
-        config: The model's config.
-
-    Returns:
-        The quantization; None if the files are not quantized or their format is not supported by `Quantization`.
-    """
+    """Return the quantization in a model's config; None if there is none, or one that has no name in `STORAGES`."""
     facts: dict[str, Any] = quantization_values(config)
     method = facts.get("quant_method")
     if method == "bitsandbytes" and facts.get("load_in_8bit"):

@@ -12,11 +12,7 @@ _CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 @contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Limit the quantization packages that transformers imports to errors within a block, then restore the settings.
-
-    Yields:
-        Nothing.
-    """
+    """Limit the quantization packages that transformers imports to errors in a context, then restore the settings."""
     with contextlib.ExitStack() as restore:
         for logger in map(logging.getLogger, _CHATTY):
             restore.callback(logger.setLevel, logger.level)
@@ -26,14 +22,7 @@ def quiet_imports() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_transformers(*, bars: bool = False) -> Iterator[None]:
-    """Limit transformers' logging to errors and hide its progress bars within a block, then restore the settings.
-
-    Args:
-        bars: Whether to keep the progress bars, for example for a long download.
-
-    Yields:
-        Nothing.
-    """
+    """Limit transformers' logging to errors in a context, and hide its progress bars unless `bars` is true."""
     with quiet_imports(), contextlib.ExitStack() as restore:
         from transformers.utils import logging as own
 

@@ -57,13 +57,6 @@ _DROPOUTS = {
 def shape_of(model: str | os.PathLike[str] | ModelSource) -> ModelShape:
     """Return the names and sizes of a model's modules, looked up by path, then in the catalog, then on the Hub.
 
-    Args:
-        model: A directory, a `config.json`, a GGUF file, a packaged or catalog name, a Hub id, or the result of
-            `resolve`.
-
-    Returns:
-        Names and sizes of all modules.
-
     Raises:
         ModelError: The model was not found, or no model can be built from its config.
     """
@@ -78,16 +71,7 @@ def shape_of(model: str | os.PathLike[str] | ModelSource) -> ModelShape:
 
 
 def shape_of_module(module: PreTrainedModel, name: str, source: str) -> ModelShape:
-    """Return the names and sizes of the modules in an existing transformers model on any device.
-
-    Args:
-        module: The model; it must have a `config`.
-        name: Display name.
-        source: Origin of the model, for display.
-
-    Returns:
-        Names and sizes of all modules.
-    """
+    """Return the names and sizes of the modules in an existing transformers model on any device."""
     config = module.config
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     sites, others, containers, unused = _parts(module)
@@ -125,11 +109,7 @@ def shape_of_module(module: PreTrainedModel, name: str, source: str) -> ModelSha
 
 
 def quantization_values(config: PreTrainedConfig) -> JsonObject:
-    """Return the quantization config of a model's files as JSON values; empty if they are not quantized.
-
-    Args:
-        config: The model's config.
-    """
+    """Return the quantization config of a model's files as JSON values; empty if they are not quantized."""
     facts = getattr(config, "quantization_config", None)
     facts = facts if isinstance(facts, dict) else facts.to_dict() if facts is not None else {}
     in_bits = facts.get("load_in_4bit") or facts.get("load_in_8bit")  # read before quant_method, which older files lack
@@ -142,10 +122,7 @@ def shape_for_task(
 ) -> ModelShape:
     """Return the names and sizes of the modules of a model as it is loaded for a task, including its head.
 
-    Args:
-        model: As in `shape_of`; for a task other than "causal", a catalog name is looked up on the Hub.
-        task: A key of `lorakit.hub.model_config.TASKS`.
-        config_values: Values of the model's config to replace, such as `id2label`.
+    For a task other than "causal", a catalog name is looked up on the Hub.
 
     Raises:
         ModelError: The model was not found, or no model for this task can be built from the config.
@@ -167,10 +144,7 @@ def skeleton(
 ) -> PreTrainedModel:
     """Build a model on the meta device from its config, without weights.
 
-    Args:
-        source: Result of `resolve`.
-        task: A key of `lorakit.hub.model_config.TASKS`; for "causal", the class that the config names.
-        config_values: Values of the config to replace, such as `id2label`.
+    For the task "causal", it has the class that the config names. `config_values` replace values such as `id2label`.
 
     Raises:
         ModelError: No model can be built from the config.
@@ -207,11 +181,7 @@ def _model_class(config: PreTrainedConfig) -> Callable[[PreTrainedConfig], PreTr
 
 
 def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[str], int]:
-    """Return the possible sites, the other modules with parameters, the paths of pure container modules, and the number
-    of position embeddings that no token uses.
-
-    The number and layout of fused experts are read from attributes that transformers sets.
-    """
+    """Return sites, other modules with parameters, containers, and the number of unused position embeddings."""
     sites: list[SiteShape] = []
     others: list[PlainShape] = []
     containers: list[str] = []

@@ -1,7 +1,7 @@
 """Resolve a model name to a path, a packaged model or a Hub model, reporting errors early; upload folders to the Hub.
 
-`resolve` reads files and the Hub's cache, contacts the Hub only for a Hub id, and loads weights and torch only to
-convert a packaged model. Folders are uploaded only on explicit request.
+`resolve` contacts the Hub only for a Hub id, and loads weights and torch only to convert a packaged model. Folders are
+uploaded only on explicit request.
 """
 
 from __future__ import annotations
@@ -37,16 +37,14 @@ class ModelSource:
     """The source of a model.
 
     Attributes:
-        kind: "directory", "config" (only a config.json, which gives shapes but no weights), "gguf" (a GGUF file),
-            "packaged" or "hub".
+        kind: "config" is only a config.json, which gives shapes but no weights.
         given: The model as given by the user.
-        path_or_id: Argument for transformers: a directory, a config file (if `kind` is "config"), a GGUF file (if
-            `kind` is "gguf"), or a Hub id.
+        path_or_id: Argument for transformers: a directory, a config file, a GGUF file or a Hub id.
         recorded_name: Value of `base_model_name_or_path` in adapters: the model as given, or the directory of a
             packaged model in the cache, which any program can load.
         base_name: Display name, which is also written to `lorakit.json`.
-        header: Header of the GGUF file if `kind` is "gguf", else None.
-        revision: Branch, tag or commit if `kind` is "hub"; None selects the default branch.
+        header: Header of a GGUF file, else None.
+        revision: Branch, tag or commit on the Hub; None selects the default branch.
         say: Function that is called with messages about a conversion.
     """
 
@@ -60,11 +58,7 @@ class ModelSource:
     say: Callable[[str], None] = field(default=lambda text: None, compare=False, repr=False)
 
     def error(self, problem: str) -> ModelError:
-        """Return an error about this model.
-
-        Args:
-            problem: Text that says what is wrong and what to do about it.
-        """
+        """Return an error about this model, with what is wrong and what to do about it."""
         return ModelError(f"{self.given}: {problem}", where=self.given)
 
 
@@ -74,12 +68,9 @@ def resolve(model: str | os.PathLike[str] | ModelSource, say: Callable[[str], No
     On first use, a packaged model is converted into the user's cache; the conversion takes about 20 seconds.
 
     Args:
-        model: A directory, a `config.json`, a GGUF file, a packaged name such as "smollm2", or a Hub id. The
-            Hub id may include a revision, "owner/name@revision". A `ModelSource` is returned unchanged.
+        model: A directory, a `config.json`, a GGUF file, a packaged name such as "smollm2", or a Hub id. The Hub id may
+            include a revision, "owner/name@revision". A `ModelSource` is returned unchanged.
         say: Function that is called with messages about a conversion or a GGUF file, or None.
-
-    Returns:
-        The source of the model; its path exists, or its id was found in the Hub's cache or on the Hub.
 
     Raises:
         ModelError: The model was not found, the path does not contain a model, the GGUF file cannot be used, or the Hub
@@ -110,12 +101,7 @@ def resolve(model: str | os.PathLike[str] | ModelSource, say: Callable[[str], No
 
 
 def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = False) -> None:
-    """Check by file name, without network access, that a model has all the files needed to load it.
-
-    Args:
-        source: Result of `resolve`.
-        weights: Whether safetensors weights are required.
-        tokenizer: Whether a tokenizer is required.
+    """Check by file name, without network access, that a model has the files needed to load it.
 
     Raises:
         ModelError: A required file is missing; the message names the model and the files that are accepted.
@@ -144,12 +130,7 @@ def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = Fals
 
 
 def call_loader(source: ModelSource, load: Callable[..., Loaded], *, for_config: bool = False) -> Loaded:
-    """Call a transformers loader without running custom code from the model's repository.
-
-    Args:
-        source: The source of the model.
-        load: The loader, such as `AutoTokenizer.from_pretrained`.
-        for_config: Whether the loader reads only the config; `config_of` completes it.
+    """Call a transformers loader without running custom code; `config_of` completes what it loads `for_config`.
 
     Raises:
         ModelError: The loader raised an exception, which the message gives on a single line, or transformers cannot
@@ -176,25 +157,18 @@ def call_loader(source: ModelSource, load: Callable[..., Loaded], *, for_config:
 def _brings_own_code(cause: Exception) -> bool:
     """Return whether transformers rejected a model because it would have to run the model's custom code.
 
-    This is the only function that parses an error message from transformers. Parsing is necessary, because the error is
-    a plain ValueError without attributes, and because checking the config is not enough: a model with custom code may
-    also load without that code.
+    The message is parsed because the error is a plain ValueError without attributes, and checking the config is not
+    enough: a model with custom code may also load without that code.
     """
     return isinstance(cause, ValueError) and "trust_remote_code" in str(cause)
 
 
 def base_named(recorded: str | None, base_name: object = None, folder: Path | None = None) -> str | None:
-    """Return the base that an adapter names, as an argument for `resolve`, or None.
+    """Return the base that an adapter in `folder` names, as an argument for `resolve`, or None.
 
-    A packaged model is recorded as a directory of the cache; its own name also works where that directory is missing.
-    A relative path is that of the working directory of the run, which usually contains the adapter, also once both have
-    been moved.
-
-    Args:
-        recorded: The adapter's `base_model_name_or_path`.
-        base_name: `base_name` in the adapter's `lorakit.json`; earlier versions record a packaged model only there.
-        folder: The adapter's directory, or None. A relative path that does not exist in the working directory is looked
-            up in this directory and those above it.
+    A packaged model is recorded as a directory of the cache, and by earlier versions only as `base_name`; its own name
+    also works where that directory is missing. A relative path is that of the working directory of the run; if it does
+    not exist, it is looked up in the adapter's directory and those above it.
     """
     for name, model in PACKAGED.items():
         if Path(recorded).name == model.folder if recorded else base_name == name:
@@ -212,11 +186,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def downloaded(model_id: str) -> Path | None:
-    """Return a model's directory in the Hub's cache, or None if it is not cached; the network is not used.
-
-    Args:
-        model_id: Hub id of the model, "owner/name".
-    """
+    """Return the directory of "owner/name" in the Hub's cache, or None; the network is not used."""
     import huggingface_hub
 
     if not _HUB_ID.fullmatch(model_id):
@@ -336,11 +306,7 @@ def _ask_hub(source: ModelSource, path: Path) -> None:
 
 
 def check_upload() -> None:
-    """Check that uploading is possible: network access is allowed, and there is a Hub token.
-
-    Raises:
-        ModelError: Network access is off, or there is no token.
-    """
+    """Raise a ModelError if network access is off, or if there is no Hub token."""
     import huggingface_hub
 
     variable = offline()
@@ -365,19 +331,9 @@ def push_folder(
     revision: str | None = None,
     as_pull_request: bool = False,
 ) -> str:
-    """Upload a folder to a Hub repository; the repository is created if it does not exist.
+    """Upload a folder to a Hub repository, created if it does not exist, and return the URL of the commit.
 
-    Args:
-        folder: Folder to upload.
-        repository: Id of the repository, "owner/name".
-        message: Commit message.
-        private: Whether a newly created repository is private; None uses the Hub's default.
-        token: Hub token; None uses the stored token.
-        revision: Branch to commit to, which is created if it does not exist; None uses the default branch.
-        as_pull_request: Whether to open a pull request instead of committing directly.
-
-    Returns:
-        URL of the commit.
+    None selects the Hub's default for `private`, the stored token and the default branch; another branch is created.
 
     Raises:
         ModelError: The Hub rejects the upload, or cannot be reached.

@@ -16,16 +16,9 @@ if TYPE_CHECKING:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the SHA-256 of everything in a tokenizer that affects how text is mapped to ids.
+    """Return the SHA-256 of all in a tokenizer that affects how text maps to ids, except for its chat template.
 
-    The chat template has its own hash; see `chat_template_hash`.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-
-    Returns:
-        64 hexadecimal digits; saving and reloading the tokenizer, or truncating and padding texts, does not change the
-        hash.
+    Saving and reloading the tokenizer, or truncating and padding texts, does not change it.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -55,13 +48,7 @@ def tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Return what may affect how a tokenizer maps text to ids and is not part of `tokenizer_hash`.
 
     These are all attributes with plain values, such as `truncation_side` and `split_special_tokens`, and the files that
-    a tokenizer without a backend saves.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-
-    Returns:
-        Name -> value as text; saving and reloading the tokenizer does not change it.
+    a tokenizer without a backend saves. Saving and reloading the tokenizer does not change them.
     """
     found = {"class": type(tokenizer).__qualname__}
     for name, value in vars(tokenizer).items():
@@ -86,14 +73,7 @@ def _added_token(value: Any) -> str:
 
 
 def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the SHA-256 of a tokenizer's chat template.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-
-    Returns:
-        64 hexadecimal digits, or None if the tokenizer has no chat template.
-    """
+    """Return the SHA-256 of a tokenizer's chat template, or None if it has none."""
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         return None
@@ -108,11 +88,6 @@ def marked_text(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) 
     """Render a conversation, and return its text with the (start, end) offsets of each mark; a mark may be empty.
 
     `apply_chat_template` returns marked tokens: without empty marks, and without spaces that some offsets omit.
-
-    Args:
-        tokenizer: A transformers tokenizer whose chat template is one text.
-        messages: The conversation in the format of `apply_chat_template`.
-        options: Its other options, such as `tools`.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -1,8 +1,6 @@
-"""Estimate the cost of a run before it starts, from the model's shape alone.
+"""Estimate the cost of a run before it starts, from the model's shape alone: parameters, memory, FLOPs, time, sizes.
 
-A plan gives the exact number of trainable parameters and its derivation, memory use by category, FLOPs, time and file
-sizes, and compares the costs with those of full fine-tuning. Shapes come from `catalogue` or from `lorakit.hub`. This
-package does not import torch, load models or measure speed.
+This package does not import torch, load models or measure speed. Shapes come from `catalogue` or `lorakit.hub`.
 """
 
 from lorakit.architectures.shapes import ModelShape, PlainShape, SiteShape

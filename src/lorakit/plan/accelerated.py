@@ -1,9 +1,8 @@
 """Activation memory of layers accelerated by `lorakit.speed.accelerate`.
 
 A decoder layer has two sublayers, attention and feed-forward, each with a norm before it and a residual connection. A
-sublayer whose matmuls are all plain (see `fused`) runs as one autograd function. Any other sublayer runs the model's
-own forward pass, and `activations` computes the size of the tensors that this pass saves. This module does not depend
-on model families.
+sublayer whose matmuls are all plain (see `fused`) runs as one autograd function; any other runs the model's own forward
+pass, whose saved tensors `activations` counts.
 """
 
 from __future__ import annotations
@@ -28,16 +27,11 @@ CHUNK_ROWS, CHUNK_BYTES = 256, 48 << 20
 
 
 def fused(shape: ModelShape, counted: Count, quantized: bool) -> frozenset[tuple[str, str]]:
-    """Return all (block, sublayer) pairs that are fused.
+    """Return all (block, sublayer) pairs that are fused; the shape's family must be known.
 
     A sublayer is fused if its matmuls are plain: no variants such as DoRA, no bias on B, no `target_parameters`, no
     saved modules, no trainable biases and no quantized weights. If norms follow the residuals, one function computes
     both sublayers, so either both are fused or neither.
-
-    Args:
-        shape: Shape of the base, whose family must be known.
-        counted: The adapter's parameter counts.
-        quantized: Whether the base is quantized.
     """
     if quantized or counted.biases:
         return frozenset()
@@ -54,28 +48,12 @@ def fused(shape: ModelShape, counted: Count, quantized: bool) -> frozenset[tuple
 
 
 def norm(shape: ModelShape, block: Block, job: Job) -> int:
-    """Return the number of bytes that a norm saves per token. [docs/math.md (29)]
-
-    A norm saves its input and its statistics: rms, or mean and std.
-
-    Args:
-        shape: Shape of the model.
-        block: Layout of its blocks.
-        job: The job, which sets the dtype.
-    """
+    """Return the bytes per token that a norm saves: its input, and rms or mean and std. [docs/math.md (29)]"""
     return job.dtype_bytes * shape.hidden + (_FP32 if block.norm == "rms" else 2 * _FP32)
 
 
 def sublayer_bytes(shape: ModelShape, sites: Sequence[SiteCount], name: str, dropout: float, job: Job) -> int:
-    """Return the number of bytes that a fused sublayer saves, excluding its norm. [docs/math.md (29)]
-
-    Args:
-        shape: Shape of the model.
-        sites: The adapter's sites in this sublayer of one block.
-        name: "attention" or "feed-forward".
-        dropout: Value of `lora_dropout`.
-        job: The job, which sets the batch size, row length and dtype.
-    """
+    """Return the bytes that a fused sublayer with these sites saves, excluding its norm. [docs/math.md (29)]"""
     itemsize, tokens, family = job.dtype_bytes, job.batch_tokens, family_of(shape)
     if name == "attention":
         elements = shape.query_width + 2 * shape.kv_width
@@ -95,15 +73,9 @@ def sublayer_bytes(shape: ModelShape, sites: Sequence[SiteCount], name: str, dro
 
 
 def separate_input(shape: ModelShape, sites: Sequence[SiteCount], name: str, job: Job) -> int:
-    """Return the size in bytes of the input that a fused sublayer saves if no norm before it is fused with it.
+    """Return the bytes of the input that a fused sublayer saves if no norm before it is fused with it.
 
     The size is 0 if neither a factor A nor a recomputed matmul needs the input.
-
-    Args:
-        shape: Shape of the model.
-        sites: The adapter's sites in this sublayer of one block.
-        name: "attention" or "feed-forward".
-        job: The job, which sets the batch size, row length and dtype.
     """
     family = family_of(shape)
     needed = job.recompute == name or any(family.reads_norm(site.path) and site.needs_input for site in sites)
@@ -113,14 +85,9 @@ def separate_input(shape: ModelShape, sites: Sequence[SiteCount], name: str, job
 def transient(shape: ModelShape, job: Job) -> int:
     """Return the peak size in bytes of the gradients in a fused layer's backward pass. [docs/math.md (29)]
 
-    The size includes the gradients of the norm's output and of the residual stream before and after the sublayer. It
-    also includes the larger of two groups: the gradients of gate and up, or those of q, k, v and the attention output.
-    If matmuls upcast their operands, copies of the gradients of gate and up, and of the input and its gradient, exist
-    in fp32.
-
-    Args:
-        shape: Shape of the model.
-        job: The job, which sets the batch size, row length and dtype.
+    Included are the gradients of the norm's output and of the residual stream before and after the sublayer, and the
+    larger of those of gate and up, or of q, k, v and the attention output. If matmuls upcast their operands, copies of
+    the gradients of gate and up, and of the input and its gradient, exist in fp32.
     """
     inner = _inner(shape)
     heads = 2 * shape.query_width + 2 * shape.kv_width
@@ -129,28 +96,13 @@ def transient(shape: ModelShape, job: Job) -> int:
 
 
 def recomputed_bytes(shape: ModelShape, fused: frozenset[tuple[str, str]], job: Job) -> int:
-    """Return the size in bytes of the gate and up outputs that a layer's backward pass recomputes. [docs/math.md (85)]
-
-    Args:
-        shape: Shape of the model.
-        fused: All fused (block, sublayer) pairs.
-        job: The job, which sets the batch size, row length, dtype and recomputation.
-    """
+    """Return the bytes of the gate and up outputs that a layer's backward pass recomputes. [docs/math.md (85)]"""
     any_is = job.recompute == "feed-forward" and any(sublayer == "feed-forward" for _, sublayer in fused)
     return job.dtype_bytes * job.batch_tokens * _inner(shape) if any_is else 0
 
 
 def recomputed_flops(shape: ModelShape, counted: Count, fused: frozenset[tuple[str, str]], job: Job) -> float:
-    """Return the FLOPs per token needed to recompute gate and up in the backward pass. [docs/math.md (85)]
-
-    The results of matmuls with A are saved; matmuls with B are recomputed.
-
-    Args:
-        shape: Shape of the model.
-        counted: The adapter's parameter counts.
-        fused: All fused (block, sublayer) pairs.
-        job: The job, which sets what is recomputed.
-    """
+    """Return the FLOPs per token that recompute gate and up; results of A are saved. [docs/math.md (85)]"""
     if job.recompute != "feed-forward":
         return 0.0
 
@@ -165,14 +117,7 @@ def recomputed_flops(shape: ModelShape, counted: Count, fused: frozenset[tuple[s
 
 
 def skips_logits(shape: ModelShape, counted: Count) -> bool:
-    """Return whether the loss is computed without storing all logits.
-
-    The head must not be trained, adapted, or tied to a trained embedding.
-
-    Args:
-        shape: Shape of the model.
-        counted: The adapter's parameter counts.
-    """
+    """Return whether the loss needs no logits: the head is not trained, adapted or tied to a trained embedding."""
     head = shape.head
     if head is None:
         return False
@@ -181,24 +126,15 @@ def skips_logits(shape: ModelShape, counted: Count) -> bool:
 
 
 def chunk_rows(shape: ModelShape, job: Job) -> int:
-    """Return the number of rows per chunk of logits: a multiple of 16, at most 256 rows and 48 MiB. [docs/math.md (35)]
-
-    Args:
-        shape: Shape of the model.
-        job: The job, which sets the dtype and batch size.
-    """
+    """Return the rows per chunk of logits: a multiple of 16, at most 256 rows and 48 MiB. [docs/math.md (35)]"""
     fitting = CHUNK_BYTES // (shape.vocab * job.dtype_bytes) // 16 * 16
     return min(max(fitting, 16), CHUNK_ROWS, job.batch_tokens)
 
 
 def loss_bytes(shape: ModelShape, job: Job) -> int:
-    """Return the number of bytes that the loss saves. [docs/math.md (35)]
+    """Return the bytes that the loss saves, if every token contributes to it. [docs/math.md (35)]
 
-    The loss saves the hidden states, their gradient, and the indices of the tokens that contribute to the loss.
-
-    Args:
-        shape: Shape of the model.
-        job: The job; every token in a batch is assumed to contribute to the loss.
+    The loss saves the hidden states, their gradient, and the indices of the tokens that contribute.
     """
     return job.batch_tokens * (2 * job.dtype_bytes * shape.hidden + _INDEX)
 

@@ -1,10 +1,7 @@
 """Activation memory: the tensors that the forward pass saves for the backward pass, derived block by block.
 
-The values are exact for the architectures with `is_planned` in the table (`lorakit.architectures.families`): the tests
-count saved tensors with `torch.autograd.graph.saved_tensors_hooks`. Any other architecture is estimated as if it
-belonged to the most similar family, and a note in the plan says so. A frozen linear layer does not save its input; a
-trainable factor A does.
-`memory` handles vocabulary-sized tensors.
+The values are exact for the architectures with `is_planned` in `lorakit.architectures.families`; any other is estimated
+as the most similar family, and a note in the plan says so. `memory` handles vocabulary-sized tensors.
 """
 
 from __future__ import annotations
@@ -29,17 +26,15 @@ _FP32, _INDEX = 4, 8
 
 @dataclass(frozen=True)
 class Activations:
-    """Activation memory of one batch: everything that its forward pass saves for the backward pass.
+    """Activation memory of one batch, in bytes: everything that its forward pass saves for the backward pass.
 
     Attributes:
-        family: The family used for the estimate.
         is_known: Whether the architecture belongs to the family; if not, the values are only approximate.
-        blocks: Total size in bytes of the tensors that the blocks save.
-        largest_block: Largest size in bytes of the tensors that a single block saves.
-        outside: Size in bytes of the tensors saved before the first block and after the last one.
-        boundary: Size of one block's input in bytes.
+        blocks: Size of the tensors that the blocks save.
+        outside: Size of the tensors saved before the first block and after the last one.
+        boundary: Size of one block's input.
         blocks_kept: Number of blocks that save anything: the first adapted block and all later ones.
-        transient: Size in bytes of the gradients that exist at once during one block's backward pass.
+        transient: Size of the gradients that exist at once during one block's backward pass.
         fused: Number of fused sublayers, out of `of_blocks`.
         of_blocks: Number of sublayers that save anything, or 0 if none can be fused.
     """
@@ -59,8 +54,7 @@ class Activations:
 def _norm(block: Block, width: int, itemsize: int) -> int:
     """Return how many bytes per token a norm of the model's own forward pass saves.
 
-    An RMSNorm saves its input in fp32 (a copy if the model is in bf16) and rstd in fp32. A layer norm saves its input,
-    mean and rstd, all in the model's dtype.
+    An RMSNorm saves its input and rstd in fp32; a layer norm saves its input, mean and rstd in the model's dtype.
     """
     return _FP32 * (width + 1) if block.norm == "rms" else itemsize * (width + 2)
 
@@ -98,33 +92,17 @@ def _noise(shape: ModelShape, job: Job) -> int:
 
 
 def is_fast(shape: ModelShape) -> bool:
-    """Return whether `lorakit.speed.accelerate` has fused forward passes for the blocks of this model.
-
-    Args:
-        shape: Shape of the model.
-    """
+    """Return whether `lorakit.speed.accelerate` has fused forward passes for the blocks of this model."""
     return family_of(shape).is_known
 
 
 def packs(shape: ModelShape) -> bool:
-    """Return whether batches can be packed when this model is accelerated. [docs/math.md (36)]
-
-    Rows that are classified are padded.
-
-    Args:
-        shape: Shape of the model.
-    """
+    """Return whether an accelerated model packs batches; rows that are classified are padded. [docs/math.md (36)]"""
     return is_fast(shape) and shape.causal and shape.head is not None
 
 
 def fused_sublayers(shape: ModelShape, counted: Count, job: Job) -> frozenset[tuple[str, str]]:
-    """Return all (block, sublayer) pairs that are fused in a job.
-
-    Args:
-        shape: Shape of the base.
-        counted: The adapter's parameter counts.
-        job: The job, which sets acceleration and quantization.
-    """
+    """Return all (block, sublayer) pairs that are fused in a job."""
     if not (job.accelerated and is_fast(shape)):
         return frozenset()
     files = packed_files(shape)
@@ -133,16 +111,9 @@ def fused_sublayers(shape: ModelShape, counted: Count, job: Job) -> frozenset[tu
 
 
 def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: StoredBase | None = None) -> Activations:
-    """Return the activation memory of LoRA training on a frozen base. [docs/math.md (24)]
+    """Return the activation memory of LoRA training. [docs/math.md (24); (29) for accelerated layers]
 
-    For accelerated layers, see [docs/math.md (29)].
-
-    Args:
-        shape: Shape of the base.
-        counted: The adapter's parameter counts.
-        dropout: Value of `lora_dropout`. If above 0, each site saves its input after dropout and the dropout mask.
-        job: The job, which sets the batch size, row length and dtype.
-        base: The quantized base, or None if the base is not quantized.
+    With `dropout` above 0, each site saves its input after dropout and the mask. `base` is None if it is not quantized.
     """
     family = family_of(shape)
     inner = _inner(shape, counted)
@@ -193,12 +164,7 @@ def _of_sublayers(
 
 
 def of_full(shape: ModelShape, job: Job) -> Activations:
-    """Return the activation memory of full fine-tuning, which also saves matmul inputs and normalized activations.
-
-    Args:
-        shape: Shape of the model.
-        job: The job, which sets the batch size, row length and dtype.
-    """
+    """Return the activation memory of full fine-tuning, which also saves matmul inputs and normalized activations."""
     block = family_of(shape).block
     itemsize, tokens = job.dtype_bytes, job.batch_tokens
     norm = _norm(block, shape.hidden, itemsize)
@@ -230,10 +196,9 @@ def _of_sites(
 ) -> Iterable[tuple[str | None, int]]:
     """Yield (block, bytes) for everything that the given sites save.
 
-    The inputs of the A factors come first, followed by each site's activation between A and B, and by the casts of A
-    and B. If A is frozen by LoRA-FA, only the dropout mask is saved, not the input of A. An expert's A receives only
-    the tokens routed to that expert. For a single matrix in `target_parameters`, each forward pass materializes
-    W₀ + s·B·A and saves both this sum and the input.
+    Inputs of the A factors, each site's activation between A and B, and casts of A and B. If A is frozen (LoRA-FA),
+    only the dropout mask is saved. An expert's A receives only the tokens routed to it. For a single matrix in
+    `target_parameters`, each forward pass materializes W₀ + s·B·A and saves both this sum and the input.
     """
     tokens, itemsize = job.batch_tokens, job.dtype_bytes
     dense = [site for site in sites if site.kind != EMBEDDING]
@@ -258,7 +223,7 @@ def _of_sites(
 def _of_base(
     shape: ModelShape, counted: Count, dropout: float, job: Job, base: StoredBase | None
 ) -> Iterable[tuple[str | None, int]]:
-    """Yield (block, bytes) for what the matmuls of a quantized base save: their dequantized weights or their inputs.
+    """Yield (block, bytes) for the dequantized weights or inputs that a quantized base's matmuls save.
 
     An input that a factor A also saves is counted only once, unless dropout is applied before A.
     """
@@ -278,10 +243,7 @@ def _of_base(
 
 
 def _dequantized(counted: Count, job: Job, base: StoredBase) -> int:
-    """Return the size in bytes of the largest dequantized weight, which is in fp32 if DoRA computes its norm.
-
-    Matmuls in int8 dequantize no weight, but need a quantized input and an integer product for a short time.
-    """
+    """Return the size in bytes of the largest dequantized weight, or of what an int8 matmul needs for a short time."""
     if base.storage is W8A8 and not counted.magnitudes:
         return product_bytes(base, job)
     if counted.magnitudes:
@@ -305,10 +267,9 @@ def _distinct_inputs(
 
 
 def _transient(shape: ModelShape, job: Job) -> int:
-    """Return the size in bytes of the gradients that exist at the same time in the backward pass of an unfused block.
+    """Return the size in bytes of the gradients that exist at once in an unfused block's backward pass.
 
-    The total covers the gradients of the residual stream, of the residual branch, and of the output and operands of a
-    matmul in the branch. Attention dropout adds the gradients of two attention maps.
+    Those of the residual stream and branch, of a matmul's output and operands, and of two attention maps with dropout.
     """
     gradients = job.dtype_bytes * job.batch_tokens * (2 * shape.hidden + 3 * shape.inner_width)
     if shape.dropouts.get("attention"):

@@ -1,7 +1,6 @@
 """Memory budgets: parse sizes, and find the cheapest recomputation setting that fits within a budget.
 
-Settings are tried from the cheapest to the most expensive; the batch size, the row length and everything else that
-affects the result stay fixed. This module does not depend on the machine.
+The batch size, the row length and everything else that affects the result stay fixed.
 """
 
 from __future__ import annotations
@@ -26,12 +25,8 @@ SIZE_FORM = "write a number and a unit, such as 4GiB or 800MB"
 def bytes_of(text: str, field: str | None = None) -> int:
     """Parse a size such as "4GiB", "1.5 GB" or "800MB" into bytes; a number without a unit is in bytes.
 
-    Args:
-        text: The number and its unit; the unit is not case-sensitive.
-        field: Setting that an error names, or None.
-
     Raises:
-        ConfigError: `text` is not a size of at least one byte.
+        ConfigError: `text` is not a size of at least one byte; it names `field`.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     size = UNITS.get(found[2].lower()) if found else None
@@ -42,14 +37,7 @@ def bytes_of(text: str, field: str | None = None) -> int:
 
 
 def within(plan: Plan, budget_bytes: int) -> tuple[Plan, str]:
-    """Return the plan with the cheapest recomputation setting that fits within a memory budget.
-
-    Args:
-        plan: The plan of a job; its recomputation setting is replaced.
-        budget_bytes: Limit of the planned peak in bytes.
-
-    Returns:
-        The plan of the same job with that setting, and a message that gives the setting and the reason for it.
+    """Return the plan with the cheapest recomputation whose planned peak fits, and a message with the reason.
 
     Raises:
         ConfigError: No setting fits; the message suggests changes.
@@ -73,12 +61,7 @@ def within(plan: Plan, budget_bytes: int) -> tuple[Plan, str]:
 
 
 def with_job(plan: Plan, **fields: float | str | None) -> Plan:
-    """Return the plan of the same run with other values of some fields of its job.
-
-    Args:
-        plan: The plan.
-        fields: Fields of `Job`.
-    """
+    """Return the plan of the same run with other values of some fields of its job."""
     made = estimate(plan.shape, plan.config, replace(plan.job, **fields), plan.speed, allow_partial=True)  # type: ignore[arg-type]
     return replace(made, ranks=plan.ranks)
 

@@ -1,7 +1,7 @@
 """Catalog of published models: sizes, exact parameter counts, and their sources.
 
 Sizes come from each model's config.json; tied weights are counted once. The tests build every entry with transformers
-on the meta device and compare the counts and sites. This module does not handle costs, adapters or files.
+on the meta device and compare the counts and sites.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ class Entry(Generic[S]):
         names: Accepted names, which are not case-sensitive; the first is the display name.
         family: Function in `lorakit.architectures.shapes` or `expert_shapes` that builds the shape.
         parameters: Exact number of parameters; tied weights count once.
-        sizes: Sizes in the model's config.json.
         paper: Publication that gives the sizes, cited along with the config.json of the first Hub id in `names`.
-        dtype: Dtype of the published weights.
     """
 
     names: tuple[str, ...]
@@ -202,14 +200,7 @@ def aliases() -> list[str]:
 
 
 def published(name: str) -> ModelShape | None:
-    """Return the shape of a published model.
-
-    Args:
-        name: A common name or a Hub id, such as "gpt2" or "meta-llama/Llama-3.2-1B"; not case-sensitive.
-
-    Returns:
-        The model's shape, or None if the model is not in the catalog.
-    """
+    """Return the shape of a published model by name or Hub id (not case-sensitive), or None if it is not listed."""
     wanted = name.casefold()
     for entry in _ENTRIES:
         if any(wanted == known.casefold() for known in entry.names):

@@ -1,7 +1,4 @@
-"""Choose how the processes of a run share the base, given the memory of each GPU, and say why or what would fit.
-
-This module does not depend on the machine; `lorakit plan` passes sizes that the user gives.
-"""
+"""Choose how the processes of a run share the base, given the memory of each GPU, and say why or what would fit."""
 
 from __future__ import annotations
 
@@ -31,9 +28,6 @@ class ParallelPlan:
     """Way in which the processes of a run share the base.
 
     Attributes:
-        way: The chosen one of `WAYS`.
-        reason: Message that says why it was chosen.
-        cluster: The processes.
         limit_bytes: Memory of each GPU in bytes, or None if it is unknown.
         ranks: Plan of a process for each way that is possible; all processes hold and send the same.
         step_seconds: Time in which a process that is alone takes its part of a step, or None if no speed is known.
@@ -127,12 +121,7 @@ def choose_parallel(
 
 
 def possible_ways(cluster: Cluster, parallel: str = AUTO, obstacle: str | None = None) -> list[str]:
-    """Return the ways in which processes can share a base, in the order of `WAYS`.
-
-    Args:
-        cluster: The processes.
-        parallel: The requested one of `WAYS`, which is checked, or `AUTO`.
-        obstacle: Clause that says why the base cannot be sharded, or None.
+    """Return the possible ones of `WAYS`, unless `obstacle` says why the base cannot be sharded; checks `parallel`.
 
     Raises:
         ConfigError: The way is unknown.

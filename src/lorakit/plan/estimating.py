@@ -1,8 +1,4 @@
-"""Plan a run from a model's shape, a config, a job and, optionally, the speed of the machine.
-
-`estimate` combines file sizes with parameter counts, memory, FLOPs and time, which other modules compute. This module
-does not print plans, build shapes or measure speed.
-"""
+"""Plan a run from a model's shape, a config, a job and, optionally, the speed of the machine."""
 
 from __future__ import annotations
 
@@ -26,13 +22,7 @@ from lorakit.targets import SEVERAL_MODULES
 
 @dataclass(frozen=True)
 class FileSize:
-    """Size of one file.
-
-    Attributes:
-        what: Description of the file.
-        formula: How the size is computed, with the numbers filled in.
-        size_bytes: Size in bytes.
-    """
+    """Size of one file, with the formula that computes it, numbers filled in."""
 
     what: str
     formula: str
@@ -42,14 +32,8 @@ class FileSize:
 def sizes(shape: ModelShape, counted: Count, optimizer: str = "adamw") -> list[FileSize]:
     """Return the sizes on disk for LoRA and for full fine-tuning. [docs/math.md (40)-(43)]
 
-    Args:
-        shape: Shape of the base.
-        counted: The adapter's parameter counts.
-        optimizer: Value of `Job.optimizer`.
-
-    Returns:
-        Sizes of the adapter, the adapter with the state of its optimizer (Adam's two moments), the model, and a full
-            fine-tuning checkpoint (fp32 with two moments).
+    Sizes of the adapter, the adapter with the state of its optimizer (Adam's two moments), the model, and a full
+    fine-tuning checkpoint (fp32 with two moments).
     """
     trained, held, base = counted.trainable, counted.saved_parameters, shape.parameters
     formula, state = optimizer_state(counted, optimizer, MASTER_BYTES)
@@ -71,13 +55,9 @@ class Method:
     """Cost of one training method: LoRA, or full fine-tuning.
 
     Attributes:
-        job: The job.
-        trainable: Number of trainable parameters.
-        memory: Memory use of a training step.
-        flops: FLOPs per token.
         tokens_per_second: Expected training speed, or None if no speed is known.
-        saved_bytes: Size on disk of the trained adapter or model, in bytes.
-        resumable_bytes: Size on disk of a checkpoint with optimizer state, in bytes.
+        saved_bytes: Size on disk of the trained adapter or model.
+        resumable_bytes: Size on disk of a checkpoint with optimizer state.
     """
 
     job: Job
@@ -116,21 +96,7 @@ _METHOD_FIELDS = ("tokens_per_second", "step_seconds", "run_seconds", "saved_byt
 
 @dataclass(frozen=True)
 class Plan:
-    """Estimated cost of a run.
-
-    Attributes:
-        shape: Shape of the base.
-        config: The adapter's config.
-        job: The job.
-        speed: The machine's speed, or None.
-        counted: Counts of trainable parameters.
-        reasons: Messages that explain the counts.
-        lora: Cost of training the adapter.
-        full: Cost of fully fine-tuning the same model with the same job.
-        files: Sizes on disk.
-        ranks: The rank table, or None if no ranks were given.
-        notes: Further remarks for the user.
-    """
+    """Estimated cost of a run; `reasons` explain the counts, and `full` is full fine-tuning with the same job."""
 
     shape: ModelShape
     config: LoraConfig
@@ -190,9 +156,6 @@ def estimate(
         ranks: Ranks for the columns of the rank table; without ranks, the plan has no rank table.
         allow_partial: Whether targets that match nothing are reported in the notes instead of raising an error.
 
-    Returns:
-        The plan.
-
     Raises:
         TargetError: A target matches nothing, or matches a module that does not support LoRA.
         ConfigError: The config has no targets or contains an invalid pattern.
@@ -236,8 +199,7 @@ def _token_seconds(shape: ModelShape, counted: Count, costs: Flops, job: Job, sp
 def _rates(speed: Speed | None, lora: Flops, full: Flops, seconds: float | None) -> tuple[float | None, float | None]:
     """Return the throughput of LoRA and of full fine-tuning in tokens per second.
 
-    Full fine-tuning is never accelerated. If the machine's speed is given in tokens per second, it is taken as the
-    speed of LoRA, and the ratio of the FLOPs gives the speed of full fine-tuning.
+    A speed in tokens per second is that of LoRA; the ratio of the FLOPs gives that of full fine-tuning.
     """
     if speed is None:
         return None, None
@@ -306,15 +268,7 @@ _MANY_GROUPS = 8
 
 
 def reasons(counted: Count, config: LoraConfig) -> list[str]:
-    """Explain which modules each target matches and how the total is computed.
-
-    Args:
-        counted: The counts.
-        config: The adapter's config.
-
-    Returns:
-        Self-contained messages.
-    """
+    """Explain in messages which modules each target matches and how the total is computed."""
     by_entry: dict[str, list[Group]] = {}
     for group in counted.groups():
         by_entry.setdefault(group.entry, []).append(group)

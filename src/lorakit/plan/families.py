@@ -18,41 +18,23 @@ SHARED_INPUTS = (
 
 @dataclass(frozen=True)
 class Family:
-    """Layout of a model's blocks.
-
-    Attributes:
-        title: What a plan calls the family.
-        block: The layout.
-        is_known: Whether the bytes that its blocks save are exact. Otherwise they are estimated.
-    """
+    """Layout of a model's blocks; `is_known` if the bytes that they save are exact, not estimated."""
 
     title: str
     block: Block
     is_known: bool
 
     def sublayer_of(self, path: str) -> SublayerName | None:
-        """Return the sublayer that a module belongs to, or None.
-
-        Args:
-            path: Dotted path of the module in the model.
-        """
+        """Return the sublayer that the module at this path belongs to, or None."""
         block = block_of(path)
         return None if block is None else self.block.sublayer_of(_inside(path))
 
     def reads_norm(self, path: str) -> bool:
-        """Return whether the input of a linear module comes from a norm, rather than from attention or the activation.
-
-        Args:
-            path: Dotted path of the module in the model.
-        """
+        """Return whether the input of a linear module comes from a norm, not from attention or the activation."""
         return any(_inside(path) in group for group in self.block.inputs)
 
     def group_of(self, path: str) -> str:
-        """Return a key that all linear modules share that read the same tensor.
-
-        Args:
-            path: Dotted path of a module, or of its weight, in the model.
-        """
+        """Return a key that all linear modules (or their weights) share that read the same tensor."""
         path = path.removesuffix(".weight")
         groups = (*self.block.inputs, *SHARED_INPUTS)
         return next((f"{block_of(path)}.{group[0]}" for group in groups if _inside(path) in group), path)
@@ -66,9 +48,7 @@ def _inside(path: str) -> str:
 def family_of(shape: ModelShape) -> Family:
     """Return the family used for a model.
 
-    Args:
-        shape: Shape of the model. An unknown architecture counts as Llama-like if its MLP is gated, otherwise as
-            GPT-2-like if it is causal, and otherwise as BERT-like.
+    An unknown architecture counts as Llama-like if its MLP is gated, else GPT-2-like if causal, else BERT-like.
     """
     nearest, block = (LLAMA, PRE_NORM) if shape.gated else (GPT2, GPT2_BLOCK) if shape.causal else (BERT, BERT_BLOCK)
     found = architecture_of(shape.architecture)

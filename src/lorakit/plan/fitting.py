@@ -1,8 +1,7 @@
 """Fit a run into a memory limit: choose the rows per batch, the batches per step and what is recomputed.
 
-The number of rows per optimizer step stays the same, so the result of the run does not change. Settings are tried from
-the fastest to the slowest. This module does not depend on the machine; `lorakit.train.setup.fitting` checks the choice
-with a measurement.
+The number of rows per optimizer step stays the same, so the result of the run does not change.
+`lorakit.train.setup.fitting` checks the choice with a measurement.
 """
 
 from __future__ import annotations
@@ -28,11 +27,7 @@ def needed_bytes(plan: Plan) -> int:
 
 
 def by_cost(plan: Plan) -> list[Plan]:
-    """Return plans of the same run for all batch sizes and recomputation settings, fastest first. [docs/math.md (100)]
-
-    Args:
-        plan: The plan of a run. Batch sizes are the divisors of its number of rows per step.
-    """
+    """Return plans for all batch sizes that divide a step and all recomputations, by cost. [docs/math.md (100)]"""
     rows = plan.job.batch_rows * plan.job.accumulation
     sizes = [size for size in range(1, rows + 1) if rows % size == 0]
     ways = [way for way in RECOMPUTED if plan.job.accelerated or way != "feed-forward"]
@@ -47,11 +42,7 @@ def _cost(plan: Plan) -> tuple[float, int]:
 
 
 def fitting(plan: Plan, limit_bytes: int) -> list[Plan]:
-    """Return the plans from `by_cost` that fit into a memory limit, fastest first.
-
-    Args:
-        plan: The plan of a run.
-        limit_bytes: Memory limit of the process or, on an accelerator, of its memory, in bytes.
+    """Return the plans from `by_cost` that fit into the memory of the process or accelerator, fastest first.
 
     Raises:
         ConfigError: No setting fits; the message gives the smallest need.
@@ -64,13 +55,7 @@ def fitting(plan: Plan, limit_bytes: int) -> list[Plan]:
 
 
 def does_not_fit(limit_bytes: int, smallest: Plan, measured_bytes: int | None = None) -> ConfigError:
-    """Return the error for a limit that no setting fits into.
-
-    Args:
-        limit_bytes: The limit.
-        smallest: The plan with the smallest need.
-        measured_bytes: What this setting needs according to a measurement, or None.
-    """
+    """Return the error for a limit that no setting fits into, with the smallest need, planned or measured."""
     job, memory = smallest.job, smallest.lora.memory
     least = format_bytes(needed_bytes(smallest) if measured_bytes is None else measured_bytes)
     found = (
@@ -86,13 +71,7 @@ def does_not_fit(limit_bytes: int, smallest: Plan, measured_bytes: int | None = 
 
 
 def describe(plan: Plan, limit_bytes: int, measured_bytes: int | None = None) -> str:
-    """Return one line with the settings of a plan that fits.
-
-    Args:
-        plan: The plan.
-        limit_bytes: The limit.
-        measured_bytes: Measured memory use with these settings, or None.
-    """
+    """Return one line with the settings of a plan that fits, and its planned or measured need."""
     job = plan.job
     measured = "" if measured_bytes is None else f", measured {format_bytes(measured_bytes)}"
     return (

@@ -1,11 +1,8 @@
 """FLOPs and time per token, forward and backward, for LoRA and for full fine-tuning.
 
-One multiply-add counts as two FLOPs. Matmuls and attention are counted; norms, softmax and activations are not, because
-they take time but require hardly any FLOPs.
-
-In an accelerated step, matmuls run at nearly the measured matmul rate. Norms, activations, rotary embeddings and the
-softmax in attention and in the loss take a fixed time per element read or written, no matter how fast the matmuls are.
-This module does not measure speed; the matmul rate and the number of threads are inputs.
+One multiply-add counts as two FLOPs. Matmuls and attention are counted; norms, softmax and activations are not. In an
+accelerated step, matmuls run at nearly the measured matmul rate, and everything else takes a fixed time per element
+read or written, no matter how fast the matmuls are.
 """
 
 from __future__ import annotations
@@ -25,7 +22,6 @@ class Flops:
     """FLOPs per token of one training method.
 
     Attributes:
-        forward: FLOPs of the forward pass.
         backward: FLOPs of the backward pass, without recomputation.
         recomputed: FLOPs of recomputing blocks, or parts of blocks, in the backward pass.
         int8: FLOPs, included in the others, of matmuls in int8.
@@ -42,11 +38,7 @@ class Flops:
         return self.forward + self.backward + self.recomputed
 
     def at_dtype_rate(self, speed: Speed) -> float:
-        """Return the FLOPs per token that take, at the matmul rate of the dtype, as long as these. [docs/math.md (109)]
-
-        Args:
-            speed: Speed of the machine; without its rate in int8, all FLOPs count equally.
-        """
+        """Return the FLOPs per token that take as long at the matmul rate of the dtype. [docs/math.md (109)]"""
         if not self.int8 or speed.int8_flops_per_second is None or speed.flops_per_second is None:
             return self.total
         return self.total - self.int8 * (1 - speed.flops_per_second / speed.int8_flops_per_second)
@@ -56,9 +48,6 @@ def matmuls(shape: ModelShape) -> int:
     """Return the FLOPs per token of the base's dense matmuls in a forward pass, including the head. [docs/math.md (30)]
 
     Each Linear and Conv1D, and each expert that a token passes through, adds 2 × out × in; an embedding lookup is free.
-
-    Args:
-        shape: Shape of the model.
     """
     dense = sum(2 * site.weight_parameters for site in shape.sites if site.kind != EMBEDDING)
     return dense + sum(2 * shape.passed(experts) * elements for experts, elements in shape.fused)
@@ -69,10 +58,6 @@ def attention(shape: ModelShape, length_tokens: int) -> float:
 
     Each query attends to T̄ keys and values: 4 × blocks × heads × head_dim × T̄, with T̄ = (T + 1) / 2 in a causal
     model (the mean over positions, because sdpa skips masked keys) and T̄ = T otherwise.
-
-    Args:
-        shape: Shape of the model.
-        length_tokens: T, the number of tokens in a row.
     """
     mean_length = (length_tokens + 1) / 2 if shape.causal else float(length_tokens)
     return 4.0 * len(shape.blocks) * shape.query_width * mean_length
@@ -85,13 +70,7 @@ def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
     add 2r(in + out) FLOPs in the forward pass and twice that in the backward pass, for each expert that a token passes
     through. Each trainable token row of a head adds 2·in FLOPs in the forward pass and twice that in the backward pass.
     For a single matrix in `target_parameters`, B·A is added once per batch, and the gradient of the whole matrix is
-    computed. The result is slightly too high, because it includes dX below the first adapted site, where dX is not
-    computed.
-
-    Args:
-        shape: Shape of the base.
-        counted: The adapter's parameter counts.
-        job: The job, which sets the row length and checkpointing.
+    computed. The result is slightly too high: it includes dX below the first adapted site, where dX is not computed.
     """
     bare = [site for site in counted.sites if site.is_bare_matrix]
     parallel = [(site, shape.passed(site.experts)) for site in counted.sites if not site.is_bare_matrix]
@@ -114,14 +93,7 @@ def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
 
 
 def full(shape: ModelShape, job: Job) -> Flops:
-    """Return the FLOPs per token of full fine-tuning. [docs/math.md (33)]
-
-    Computing dX and dW takes twice as many FLOPs as the forward pass.
-
-    Args:
-        shape: Shape of the model.
-        job: The job, which sets the row length and checkpointing.
-    """
+    """Return the FLOPs per token of full fine-tuning; dX and dW take twice the forward pass. [docs/math.md (33)]"""
     forward = matmuls(shape) + attention(shape, job.length_tokens)
     return Flops(forward, 2 * forward, _recomputation(shape, forward, job))
 
@@ -135,9 +107,7 @@ def _recomputation(shape: ModelShape, forward: float, job: Job) -> float:
 
 
 MATMUL_UTILIZATION = 0.88
-"""Fraction of the calibrated rate that matmuls reach in a full training step. The value is from the "GEMM baseline" row
-of `benchmarks/bench_step.py`.
-"""
+"""Fraction of the calibrated rate that matmuls reach in a step ("GEMM baseline" of `benchmarks/bench_step.py`)."""
 
 SECONDS_PER_ELEMENT = 0.9e-9
 """Thread-seconds per element read or written outside matmuls, including Python overhead and memory allocation.
@@ -153,12 +123,7 @@ LOGITS = 6
 def elements(shape: ModelShape, job: Job) -> float:
     """Return how many elements per token an accelerated step reads or writes outside matmuls. [docs/math.md (37)]
 
-    The result is slightly too high if the model has no rotary embeddings, or if some tokens do not contribute to the
-    loss.
-
-    Args:
-        shape: Shape of the model.
-        job: The job, which sets the row length and checkpointing.
+    Slightly too high without rotary embeddings, or if some tokens do not contribute to the loss.
     """
     seen = (job.length_tokens + 1) / 2 if shape.causal else float(job.length_tokens)
     scores, keys = shape.heads * seen, shape.query_width + shape.kv_width
@@ -171,11 +136,7 @@ def elements(shape: ModelShape, job: Job) -> float:
 def token_seconds(shape: ModelShape, costs: Flops, job: Job, speed: Speed) -> float | None:
     """Return the seconds per token of an accelerated step, or None if `speed` is incomplete. [docs/math.md (37)]
 
-    Args:
-        shape: Shape of the model.
-        costs: FLOPs per token.
-        job: The job, which sets the row length and checkpointing.
-        speed: Speed of the machine; its matmul rate and its number of threads are needed.
+    The speed must have a matmul rate and a number of threads.
     """
     if speed.flops_per_second is None or speed.threads is None or speed.tokens_per_second is not None:
         return None

@@ -1,7 +1,4 @@
-"""Sizes and FLOPs of a base whose linear layers are multiplied in int8 (W8A8, `--base-matmul int8`).
-
-This module does not depend on torch; `lorakit.ops.int8` has the arithmetic.
-"""
+"""Sizes and FLOPs of a base whose linear layers are multiplied in int8 (W8A8, `--base-matmul int8`)."""
 
 from __future__ import annotations
 
@@ -39,9 +36,6 @@ W8A8 = Storage(
 def int8_sites(shape: ModelShape) -> tuple[SiteShape, ...]:
     """Return the modules that are multiplied in int8: the linear layers of the model's blocks, except for experts.
 
-    Args:
-        shape: Shape of the base.
-
     Raises:
         ConfigError: The model has none.
     """
@@ -61,9 +55,7 @@ def int8_sites(shape: ModelShape) -> tuple[SiteShape, ...]:
 def int8_base(shape: ModelShape, itemsize: int) -> StoredBase:
     """Return the size of a base whose linear layers are stored for int8 matmuls. [docs/math.md (108)]
 
-    Args:
-        shape: Shape of the base.
-        itemsize: Bytes per element of the other weights and of the columns that are not quantized.
+    `itemsize` is that of the other weights and of the columns that are not quantized.
 
     Raises:
         ConfigError: The model has no layer that can be multiplied in int8.
@@ -79,12 +71,8 @@ def int8_base(shape: ModelShape, itemsize: int) -> StoredBase:
 def int8_flops(shape: ModelShape, job: Job) -> float:
     """Return the FLOPs per token that a training step computes in int8. [docs/math.md (109)]
 
-    These are the matmuls of the base's linear layers in the forward pass, those of the gradient of their inputs, and
-    those that the backward pass recomputes. What `recompute=feed-forward` recomputes is not included.
-
-    Args:
-        shape: Shape of the base.
-        job: The job.
+    These are the matmuls of the base's linear layers in the forward pass, for the gradient of their inputs, and in
+    recomputed layers. What `recompute=feed-forward` recomputes is not included.
     """
     if job.base_matmul != "int8":
         return 0.0
@@ -93,12 +81,5 @@ def int8_flops(shape: ModelShape, job: Job) -> float:
 
 
 def product_bytes(base: StoredBase, job: Job) -> int:
-    """Return the size in bytes of the tensors that an int8 matmul needs for a short time.
-
-    These are the quantized input, and the product in int32, of the widest layer.
-
-    Args:
-        base: The base, from `int8_base`.
-        job: The job.
-    """
+    """Return the size in bytes of an int8 matmul's quantized input and int32 product, in the widest layer."""
     return job.batch_tokens * max(site.in_features + _FP32 * site.out_features for site in base.sites)

@@ -1,7 +1,4 @@
-"""Inputs to a plan other than the model and the adapter: the training job and the machine's speed.
-
-This module does not depend on models and does not measure anything.
-"""
+"""Inputs to a plan other than the model and the adapter: the training job and the machine's speed."""
 
 from __future__ import annotations
 
@@ -52,10 +49,8 @@ class Job:
     """A training job.
 
     Attributes:
-        batch_rows: Number of rows per batch.
         length_tokens: Number of tokens per row.
         accumulation: Number of batches per optimizer step.
-        steps: Number of optimizer steps, or None if unknown.
         dtype: Dtype of the base and of the computation.
         optimizer: A key of `lorakit.plan.optimizer_state.OPTIMIZERS`, which says what it stores and freezes.
         recompute: What the backward pass recomputes, one of `RECOMPUTED`.
@@ -70,12 +65,10 @@ class Job:
             whose memory does not contain the process.
         reserved_bytes: Memory that the process has freed and malloc keeps for later use.
         packed_tokens: Number of tokens in the largest batch of packed rows; None for `batch_rows` × `length_tokens`.
-        malloc_share: Memory that malloc keeps in gaps between tensors, as a fraction of the tensors of a step; see
-            `MALLOC_SHARES`.
-        upcasts: Whether matmuls of fused layers upcast their operands to fp32, which is faster on processors with slow
-            matmuls in `dtype`.
-        evaluations: Number of evaluations during the run, or None if unknown.
-        evaluated_tokens: Number of tokens in each of them.
+        malloc_share: Memory that malloc keeps in gaps between tensors, as a fraction of the tensors of a step
+            (`MALLOC_SHARES`).
+        upcasts: Whether matmuls of fused layers upcast their operands to fp32, which is faster on some processors.
+        evaluated_tokens: Number of tokens in each evaluation.
 
     Raises:
         ConfigError: A value is below 1, `mean_tokens` is above `length_tokens`, dtype, optimizer, recompute,
@@ -161,11 +154,11 @@ class Speed:
 
     Attributes:
         flops_per_second: Matmul FLOPs per second in the job's dtype; one multiply-add counts as two FLOPs.
-        tokens_per_second: Training speed in tokens per second, as printed by a run.
+        tokens_per_second: Training speed, as printed by a run.
         source: Where the rate comes from, such as "measured".
         utilisation: Fraction of `flops_per_second` that a step with transformers' own forward passes reaches.
-        threads: Number of CPU threads used to measure `flops_per_second`; None if unknown, or if a GPU was measured.
-            `flops.token_seconds` needs it to compute the time of an accelerated step.
+        threads: Number of CPU threads used to measure `flops_per_second`, which `flops.token_seconds` needs; None if
+            unknown, or if a GPU was measured.
         int8_flops_per_second: FLOPs per second of linear layers in int8; None if unknown.
 
     Raises:
@@ -188,11 +181,7 @@ class Speed:
             )
 
     def tokens_at(self, flops_per_token: float) -> float:
-        """Return the training speed, in tokens per second, at a given cost per token. [docs/math.md (34)]
-
-        Args:
-            flops_per_token: FLOPs per token of the forward pass, the backward pass and recomputation.
-        """
+        """Return the training speed in tokens per second for a step of these FLOPs per token. [docs/math.md (34)]"""
         if self.tokens_per_second is not None:
             return self.tokens_per_second
         return (self.flops_per_second or 0.0) * self.utilisation / flops_per_token
@@ -205,17 +194,10 @@ def recomputed(
     accelerated: bool,
     fit: str | None = None,
 ) -> str:
-    """Return what the backward pass recomputes, given all settings that affect it.
+    """Return which of `RECOMPUTED` the backward pass recomputes, given all settings that affect it.
 
-    Args:
-        recompute: One of `RECOMPUTED`.
-        gradient_checkpointing: Whether to recompute whole layers; equivalent to `recompute="layers"`.
-        memory_budget: Memory limit of a step, or None; with a limit, `budget.within` chooses what is recomputed.
-        accelerated: Whether to use the fused forward passes of `lorakit.speed.accelerate`.
-        fit: Memory limit of the run, or None; with a limit, `fitting.fitting` chooses what is recomputed.
-
-    Returns:
-        One of `RECOMPUTED`.
+    Gradient checkpointing equals `recompute="layers"`; with a limit, of a step (`memory_budget`) or of the run (`fit`),
+    `budget` chooses later.
 
     Raises:
         ConfigError: Two settings are incompatible.
@@ -254,17 +236,7 @@ def recomputed(
 
 
 def dtype_name(word: str) -> str:
-    """Return the full name of a dtype.
-
-    Args:
-        word: A name such as "bf16" or "bfloat16".
-
-    Returns:
-        The full name, such as "bfloat16".
-
-    Raises:
-        ConfigError: The dtype is unknown.
-    """
+    """Return the full name of a dtype, "bfloat16" for "bf16"; a ConfigError if it is unknown."""
     name = DTYPE_NAMES.get(word, word)
     if name not in DTYPE_BYTES:
         raise ConfigError.of("dtype", word, allowed=(*DTYPE_BYTES, *DTYPE_NAMES))

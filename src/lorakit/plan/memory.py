@@ -1,9 +1,7 @@
 """Estimate the memory use of a run by category, with formulas, and find when it peaks.
 
-The estimate covers the tensors of a training step and the process that holds them (`process`). Sizes of tensors are
-exact to the byte wherever the formula is exact. The allocator may hold more memory: glibc, as configured by lorakit's
-command-line interface, keeps freed blocks, including gaps that are too small for later blocks (`ALLOCATOR_NOTE`). This
-module does not handle time or files.
+Sizes of tensors are exact to the byte wherever the formula is exact. The allocator may hold more memory: glibc, as
+configured by lorakit's command line, keeps freed blocks, including gaps too small for later blocks (`ALLOCATOR_NOTE`).
 """
 
 from __future__ import annotations
@@ -47,12 +45,12 @@ class Line:
     """Memory use of one category.
 
     Attributes:
-        cause: The category: "weights", "adapter", "optimizer", "gradients", "activations", "logits", "temporary",
-            "runtime", "malloc" or "process".
+        cause: "weights", "adapter", "optimizer", "gradients", "activations", "logits", "temporary", "runtime", "malloc"
+            or "process".
         formula: How the size is computed, with the numbers filled in.
         equation: Number of the formula in docs/math.md.
-        size_bytes: Largest size during a run, in bytes.
-        at_peak_bytes: Size when the total memory use peaks, in bytes.
+        size_bytes: Largest size during a run.
+        at_peak_bytes: Size when the total memory use peaks.
     """
 
     cause: str
@@ -67,11 +65,9 @@ class Memory:
     """Memory use of a run: of its process or, for a job on an accelerator, of the accelerator.
 
     Attributes:
-        lines: One line per category.
-        peak_bytes: Largest total over all categories at any moment of the run, in bytes.
+        peak_bytes: Largest total over all categories at any moment of the run.
         peak_moment: Clause that says when memory use peaks, such as "the optimizer steps".
-        notes: Assumptions of the estimate.
-        step_bytes: Largest total at any moment of a training step, in bytes; at most `peak_bytes`.
+        step_bytes: Largest total at any moment of a training step.
         moments: Moment of the run -> the categories whose size differs from the largest one then, and their sizes.
     """
 
@@ -88,19 +84,11 @@ class Memory:
         return tuple(name for name in self.moments if name not in process.OUTSIDE)
 
     def sizes_at(self, moment: str) -> dict[str, int]:
-        """Return the size of each category at a moment of the run, in bytes.
-
-        Args:
-            moment: A key of `moments`.
-        """
+        """Return the size in bytes of each category at a moment, a key of `moments`."""
         return {line.cause: line.size_bytes for line in self.lines} | dict(self.moments[moment])
 
     def bytes_of(self, cause: str) -> int:
-        """Return the largest memory use of a category during a run, in bytes.
-
-        Args:
-            cause: The category, as in `Line.cause`.
-        """
+        """Return the largest memory use of a category (`Line.cause`) during a run, in bytes."""
         return sum(line.size_bytes for line in self.lines if line.cause == cause)
 
     @property
@@ -114,16 +102,7 @@ def _line(cause: str, equation: int, formula: str, size: int) -> Line:
 
 
 def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memory:
-    """Return the memory use of a run with LoRA. [docs/math.md (20)-(29)]
-
-    The base is frozen, and the factors are in fp32.
-
-    Args:
-        shape: Shape of the base.
-        counted: The adapter's parameter counts.
-        dropout: Value of `lora_dropout`.
-        job: The job, which sets the batch size, row length, dtype, accumulation, checkpointing and acceleration.
-    """
+    """Return the memory use of a run with LoRA: a frozen base, and factors in fp32. [docs/math.md (20)-(29)]"""
     itemsize = job.dtype_bytes
     factors = counted.factors + counted.own_numbers + counted.factor_biases + counted.row_parameters
     trained = factors - counted.frozen  # Frozen factors have neither gradients nor moments.
@@ -146,10 +125,6 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memo
 
 def base_of(shape: ModelShape, job: Job) -> StoredBase | None:
     """Return the size of the base if it is not stored in the job's dtype, or None.
-
-    Args:
-        shape: Shape of the base.
-        job: The job, which sets the dtype, the quantization and how the base is multiplied.
 
     Raises:
         ConfigError: No module of this model can be stored in this way, or the files are already quantized.
@@ -180,10 +155,6 @@ def of_full(shape: ModelShape, job: Job) -> Memory:
     In fp32, a weight, its gradient and two moments take 4 bytes each. In bf16 or fp16, the weight and its gradient take
     2 bytes each, and the fp32 master copy and two moments of mixed-precision training take 4 bytes each.
 
-    Args:
-        shape: Shape of the model.
-        job: The job, which sets the batch size, row length, dtype, accumulation and checkpointing.
-
     Source:
         Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1.
     """
@@ -204,12 +175,8 @@ def of_full(shape: ModelShape, job: Job) -> Memory:
 def logits_bytes(shape: ModelShape, job: Job) -> int:
     """Return the size in bytes of the vocabulary-sized tensors when the backward pass begins. [docs/math.md (25)]
 
-    The size is 3 × 4 × tokens × vocabulary. The logits in the base's dtype have been freed by then, because nothing
-    references them after the upcast. A model without a language modeling head has no such tensors.
-
-    Args:
-        shape: Shape of the model.
-        job: The job; every token in a batch is assumed to contribute to the loss.
+    The size is 3 × 4 × tokens × vocabulary, as if every token contributed to the loss. The logits in the base's dtype
+    have been freed by then. A model without a language modeling head has no such tensors.
     """
     return LOSS_COPIES * 4 * job.batch_tokens * shape.vocab if shape.head is not None else 0
 

@@ -1,11 +1,11 @@
 """Bytes and seconds of the communication between the processes of a run, and the scaling to expect.
 
-Collectives are planned as rings, in which every process sends and receives the same number of bytes, and links at
-their nominal rate; latency is not included. This module does not depend on models and does not measure anything.
+Collectives are planned as rings, in which every process sends and receives the same number of bytes, and links at their
+nominal rate; latency is not included.
 
 Sources:
     Patarasuk and Yuan 2009, Bandwidth Optimal All-reduce Algorithms for Clusters of Workstations, J. Parallel Distrib.
-    Comput. 69(2), for rings; Zhao et al. 2023, arXiv:2304.11277, for all-gathers that overlap with computation.
+        Comput. 69(2), for rings; Zhao et al. 2023, arXiv:2304.11277, for all-gathers that overlap with computation.
 """
 
 from __future__ import annotations
@@ -18,13 +18,7 @@ from lorakit.plan.budget import bytes_of
 
 @dataclass(frozen=True)
 class Link:
-    """A connection between GPUs of one node, or between nodes.
-
-    Attributes:
-        name: Value of `--link` or `--network`.
-        bytes_per_second: Nominal rate in one direction, in bytes per second.
-        source: Where the rate comes from.
-    """
+    """A connection between GPUs of one node or between nodes, with its nominal rate in one direction and its source."""
 
     name: str
     bytes_per_second: float
@@ -69,15 +63,7 @@ PER_NODE = 8
 
 
 def link_named(text: str, field: str) -> Link:
-    """Return the link of this name, or one with this rate.
-
-    Args:
-        text: A key of `LINKS`, or a rate such as "25GB/s".
-        field: Setting that an error names.
-
-    Raises:
-        ConfigError: It is neither.
-    """
+    """Return the link of a key of `LINKS`, or one with a rate such as "25GB/s"; a ConfigError names `field`."""
     if text.lower() in LINKS:
         return LINKS[text.lower()]
     try:
@@ -90,13 +76,7 @@ def link_named(text: str, field: str) -> Link:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The processes of a run, with one GPU for each.
-
-    Attributes:
-        processes: Number of processes.
-        per_node: Number of GPUs of a node.
-        link: Connection between the GPUs of a node.
-        network: Connection between nodes.
+    """The processes of a run, with one GPU for each, `per_node` of them in a node.
 
     Raises:
         ConfigError: A number is below 1, or the processes do not fill whole nodes.
@@ -137,25 +117,12 @@ class Cluster:
 
 
 def all_reduce_bytes(size: int, processes: int) -> int:
-    """Return how many bytes each process sends to sum tensors over all processes.
-
-    Args:
-        size: Size of the tensors in bytes.
-        processes: Number of processes.
-
-    Source:
-        Patarasuk and Yuan 2009, theorem 1.
-    """
+    """Return how many bytes each process sends to sum tensors of `size` bytes. [Patarasuk and Yuan 2009, theorem 1]"""
     return round(2 * (processes - 1) / processes * size)
 
 
 def all_gather_bytes(part: int, processes: int) -> int:
-    """Return how many bytes each process sends so that all processes have the parts of all.
-
-    Args:
-        part: Size of a process's part in bytes.
-        processes: Number of processes.
-    """
+    """Return how many bytes each process sends so that all have the parts (`part` bytes each) of all."""
     return (processes - 1) * part
 
 
@@ -163,11 +130,6 @@ def hiding_tokens(itemsize: int, flops_per_second: float, bytes_per_second: floa
     """Return the tokens per batch from which a block's matmuls take longer than gathering the next block.
 
     A weight of `itemsize` bytes is used for two FLOPs per token, in the forward pass and again in the backward pass.
-
-    Args:
-        itemsize: Bytes per element of the base.
-        flops_per_second: FLOPs per second that the matmuls reach.
-        bytes_per_second: Rate of the links.
     """
     return itemsize * flops_per_second / (2 * bytes_per_second)
 
@@ -179,9 +141,7 @@ class Traffic:
     Attributes:
         gathered_bytes: Parts of the base that are sent to the other processes.
         reduced_bytes: Gradients.
-        gather_seconds: Time of the all-gathers.
         first_seconds: Part of `gather_seconds` that precedes the first block of a batch.
-        reduce_seconds: Time of the sum of the gradients.
         last_seconds: Part of `reduce_seconds` that follows the last backward pass.
         backward: The step's last backward pass as a fraction of its computation.
     """
@@ -219,28 +179,16 @@ class Traffic:
         return self.reduce_seconds - self.last_seconds
 
     def exposed_seconds(self, compute_seconds: float) -> float:
-        """Return the time of a step in which a process only waits.
-
-        Args:
-            compute_seconds: Time of the step's computation.
-        """
+        """Return the time of a step, which computes for `compute_seconds`, in which a process only waits."""
         beyond = max(self._hidden - compute_seconds, self._hidden_sum - self.backward * compute_seconds)
         return self._never_hidden + max(0.0, beyond)
 
     def scaling(self, compute_seconds: float) -> float:
-        """Return the expected speed of each process, as a fraction of the speed of one that is alone.
-
-        Args:
-            compute_seconds: Time of the step's computation.
-        """
+        """Return the expected speed of each process, as a fraction of the speed of one that is alone."""
         return compute_seconds / (compute_seconds + self.exposed_seconds(compute_seconds))
 
     def seconds_for(self, scaling: float) -> float:
-        """Return the shortest computation of a step with which the scaling is at least a given fraction.
-
-        Args:
-            scaling: The fraction, above 0 and below 1.
-        """
+        """Return the shortest computation of a step with which the scaling is at least a fraction (0 to 1)."""
         waiting = (1 - scaling) / scaling  # seconds in which a process may wait per second of computation
         always = self._never_hidden
         return max(

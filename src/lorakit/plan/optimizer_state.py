@@ -23,13 +23,7 @@ _MASTER_BYTES = 4
 
 @dataclass(frozen=True)
 class TrainedTensor:
-    """A trained tensor.
-
-    Attributes:
-        elements: Number of elements.
-        itemsize: Bytes per element.
-        is_matrix: Whether the tensor is the A or B of one weight matrix, which Muon orthogonalizes.
-    """
+    """A trained tensor; `is_matrix` says whether it is the A or B of one weight, which Muon orthogonalizes."""
 
     elements: int
     itemsize: int
@@ -37,12 +31,9 @@ class TrainedTensor:
 
 
 def optimizer_state(counted: Count, optimizer: str, itemsize: int) -> tuple[str, int]:
-    """Return the formula and the size in bytes of the optimizer state.   [docs/math.md (23)]
+    """Return the formula and the size in bytes of the optimizer state. [docs/math.md (23)]
 
-    Args:
-        counted: The adapter's parameter counts.
-        optimizer: A key of `OPTIMIZERS`.
-        itemsize: Bytes per element of saved modules and of trained biases of the base, which have the base's dtype.
+    `itemsize` is that of saved modules and of trained biases of the base, which have the base's dtype.
     """
     return OPTIMIZERS[optimizer].state(list(_tensors(counted, itemsize)))
 
@@ -98,11 +89,9 @@ def _muon(tensors: Sequence[TrainedTensor]) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class OptimizerCosts:
-    """The state of an optimizer: what it stores and freezes.
+    """What an optimizer stores for trained tensors (formula, bytes), and whether it freezes a factor.
 
-    Attributes:
-        state: Function from the trained tensors to the formula and the size in bytes of the optimizer's state.
-        freezes_factor: Whether the factor of each site that is not initialized to zero is frozen.
+    The frozen factor of each site is the one that is not initialized to zero.
     """
 
     state: Callable[[Sequence[TrainedTensor]], tuple[str, int]]

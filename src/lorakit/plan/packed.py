@@ -1,9 +1,8 @@
-"""Sizes of models whose files are quantized, from the quantization config of the files.
+"""Sizes of models whose files are quantized, from the quantization config of the files and the model's shape.
 
-`lorakit.hub` keeps the linear layers of files in some formats packed, and dequantizes the weights of other files while
-they are loaded. The config gives the bits, the groups and the layers that are left out; the sizes of the layers come
-from the model's shape. No file with weights is needed. Expressions in a config are not evaluated: names with the
-wildcard `.*` are compared, and any other pattern is reported in a note.
+`lorakit.hub` keeps the linear layers of files in some formats packed, and dequantizes other weights while they are
+loaded. Expressions in a config are not evaluated: names with the wildcard `.*` are compared, and any other pattern is
+reported in a note.
 """
 
 from __future__ import annotations
@@ -33,15 +32,13 @@ class PackedFormat:
     """The way in which the files of one quantization method store weights.
 
     Attributes:
-        size: Function of the quantization config and the bytes per element of unquantized weights that returns the size
-            of a weight.
+        size: (quantization config, bytes per element of unquantized weights) -> function that returns a weight's size.
         decode_bytes: Largest number of bytes per element that exist at once while a weight is dequantized in fp32, with
             its scales.
         left_out: Key of the config that lists the modules that are not quantized.
         bits: Bits per element, without scales, or None if the config gives them.
         is_kept: Whether the weights of linear layers stay packed in memory.
         has_experts: Whether fused experts are quantized too; a model with them is dequantized while it is loaded.
-        has_linears: Whether linear layers are quantized.
         spanning_bytes: Like `decode_bytes`, for codes that can span two words.
     """
 
@@ -129,10 +126,7 @@ class PackedFiles:
     """The quantized files of a model.
 
     Attributes:
-        base: Sizes of the quantized linear layers in memory, or None if the weights are dequantized while they are
-            loaded.
-        file_bytes: Size of the files with weights in bytes.
-        method: Name of the quantization method.
+        base: Sizes of the linear layers that stay quantized in memory, or None if they are dequantized while loaded.
         unread: Patterns of the config that were not evaluated.
     """
 
@@ -153,13 +147,7 @@ class PackedFiles:
 
 
 def stored_base(shape: ModelShape, name: str | None, itemsize: int, double: bool) -> StoredBase | None:
-    """Return the size of a quantized base, or None if all of its weights are dense.
-
-    Args:
-        shape: Shape of the base.
-        name: A name in `plan.quantized.STORAGES` if the base is quantized while it is loaded, or None.
-        itemsize: Bytes per element in unquantized weights and in the computation.
-        double: Whether to quantize the scales too, if the format supports it.
+    """Return the size of a base quantized while it is loaded, by `name` in `STORAGES`, or in its files; None if dense.
 
     Raises:
         ConfigError: The name is unknown, no module of this model can be stored in this format, or the files are already
@@ -179,14 +167,7 @@ def stored_base(shape: ModelShape, name: str | None, itemsize: int, double: bool
 
 
 def packed_files(shape: ModelShape) -> PackedFiles | None:
-    """Return the sizes of a model's quantized files. [docs/math.md (28)]
-
-    Args:
-        shape: Shape of the model, with the quantization config of its files.
-
-    Returns:
-        The sizes, or None if the files are not quantized in one of `FORMATS`.
-    """
+    """Return the sizes of a model's quantized files, or None if `FORMATS` lacks their method. [docs/math.md (28)]"""
     values = dict(shape.quantization)
     method = str(values.get("quant_method"))
     if method not in FORMATS:

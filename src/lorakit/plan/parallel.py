@@ -42,9 +42,6 @@ def tensors_of_base(shape: ModelShape) -> Iterator[tuple[str | None, int, int]]:
     """Yield the tensors of a base as (block or None, rows, elements per row); rows are what FSDP2 divides.
 
     The tensors of a norm are known only by their size, so each element counts as a row.
-
-    Args:
-        shape: Shape of the base.
     """
     for site in shape.sites:
         if site.tied_to is None:
@@ -71,10 +68,7 @@ def _stored(site: SiteShape) -> tuple[int, int]:
 def parts_of_base(shape: ModelShape, itemsize: int, processes: int) -> dict[str | None, int]:
     """Return the bytes that a process holds of each unit that is gathered at once: block, or None for the others.
 
-    Args:
-        shape: Shape of the base.
-        itemsize: Bytes per element.
-        processes: Number of processes over which the base is sharded; parts are padded to the same number of rows.
+    The parts of all processes are padded to the same number of rows.
     """
     found: dict[str | None, int] = {None: 0}
     for block, rows, columns in tensors_of_base(shape):
@@ -88,11 +82,10 @@ class RankPlan:
 
     Attributes:
         way: One of `WAYS`.
-        held: Category of memory -> size in bytes when the total peaks. There are two more than in `memory.Line`: blocks
-            "gathered" from all processes, and the "buffer" in which gradients are summed.
-        base_bytes: Size of the process's part of the base, without gathered blocks, in bytes.
-        peak_bytes: Largest total at any moment, in bytes.
-        peak_moment: That moment.
+        held: Category -> bytes when the total peaks; those of `memory.Line`, blocks "gathered" from all processes, and
+            the "buffer" in which gradients are summed.
+        base_bytes: Size of the process's part of the base, without gathered blocks.
+        peak_bytes: Largest total at any moment.
         traffic: What the process sends during a step.
     """
 
@@ -115,13 +108,7 @@ class RankPlan:
 
 
 def rank_plan(plan: Plan, cluster: Cluster, way: str) -> RankPlan:
-    """Return what each process of a run holds and sends.
-
-    Args:
-        plan: The plan of one process that is alone, with the batch of one process.
-        cluster: The processes.
-        way: One of `WAYS`.
-    """
+    """Return what each process holds and sends in one of `WAYS`, given the plan of one process that is alone."""
     memory, itemsize = plan.lora.memory, plan.job.dtype_bytes
     group = {DDP: 1, HSDP: cluster.local, FSDP: cluster.processes}[way]
     parts = parts_of_base(plan.shape, itemsize, group)

@@ -1,8 +1,6 @@
-"""Count trainable parameters exactly, by site, shape, kind and rank.
+"""Count trainable parameters exactly, by site, shape, kind and rank; `lorakit.targets` selects the sites.
 
-`lorakit.targets` selects the sites that a config names, just as when an adapter is attached; this module only counts
-parameters. Trainable token rows (`trainable_token_indices`) of embeddings and output heads are included; the rows of
-tied weights are counted only once. This module does not handle bytes, time or files.
+Trainable token rows are included; those of tied weights are counted once. This module does not handle bytes or time.
 """
 
 from __future__ import annotations
@@ -32,18 +30,11 @@ from lorakit.targets.layer_types import EMBEDDING, LINEAR, PARAMETER
 
 
 def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]) -> dict[str, int]:
-    """Return the number of parameters in the token rows that a config trains, for each embedding or output head.
-
-    Args:
-        shape: Shape of the model.
-        config: The adapter's config.
-        adapted: Paths of the sites with factors.
-
-    Returns:
-        A dict from the path of each embedding or head to rows × width.
+    """Return the number of parameters in the token rows that a config trains, by path of the embedding or output head.
 
     Raises:
-        TargetError: A name matches no embedding or head, or a matching module also has LoRA factors.
+        TargetError: A name matches no embedding or head, or a matching module is one of `adapted`, the sites with
+            factors.
     """
     named = _named(shape, config.trainable_token_indices)
     found: dict[str, int] = {}
@@ -64,12 +55,7 @@ def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]
 
 
 def with_new_tokens(shape: ModelShape, config: LoraConfig, tokens: int) -> LoraConfig:
-    """Return a copy of a config, extended to train the rows of added tokens, as with `lorakit train --new-tokens`.
-
-    Args:
-        shape: Shape of the model before the tokens are added.
-        config: The adapter's config.
-        tokens: Number of added tokens.
+    """Return a config that also trains the rows of tokens that are added to a model of this shape (`--new-tokens`).
 
     Raises:
         TargetError: The model has no embedding.
@@ -83,12 +69,7 @@ def with_new_tokens(shape: ModelShape, config: LoraConfig, tokens: int) -> LoraC
 
 
 def with_full_modules(config: LoraConfig, paths: Iterable[str]) -> LoraConfig:
-    """Return a config that trains and saves modules in full, in addition to those that it names.
-
-    Args:
-        config: The adapter's config.
-        paths: Paths of modules; the heads that the config's task type selects need not be named.
-    """
+    """Return a config that also trains these modules in full, except for the heads that its task type selects."""
     heads = HEADS_BY_TASK.get(config.task_type, ())
     extra = [path for path in paths if not any(names_path(head, path) for head in heads)]
     if not extra:
@@ -97,12 +78,7 @@ def with_full_modules(config: LoraConfig, paths: Iterable[str]) -> LoraConfig:
 
 
 def for_task(config: LoraConfig, shape: ModelShape) -> LoraConfig:
-    """Return a config that also trains what the task trains in full; "all-linear" leaves out layers without effect.
-
-    Args:
-        config: The adapter's config.
-        shape: Shape of the model as loaded for the task.
-    """
+    """Return a config that also trains what the task trains in full; "all-linear" leaves out layers without effect."""
     config = with_full_modules(config, shape.full_modules)
     left_out = config.exclude_modules or []
     is_all = isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
@@ -112,14 +88,7 @@ def for_task(config: LoraConfig, shape: ModelShape) -> LoraConfig:
 
 
 def read_out(shape: ModelShape, rows: Mapping[str, int]) -> int:
-    """Return the number of parameters in token rows that are multiplied by every hidden state.
-
-    These are the trainable rows of heads and of embeddings tied to a head.
-
-    Args:
-        shape: Shape of the model.
-        rows: Path of an embedding or head -> number of parameters in its trainable token rows.
-    """
+    """Return the number of parameters in token rows of heads and of embeddings tied to one, which all states meet."""
     heads = {path for s in shape.sites if s.kind != EMBEDDING for path in (s.path, s.tied_to)}
     return sum(count for path, count in rows.items() if path in heads)
 
@@ -151,23 +120,19 @@ class SiteCount:
     """Trainable parameters of one site.
 
     Attributes:
-        path: Dotted path of the site.
         kind: "Linear", "Conv1D", "Embedding", or "Parameter" for a parameter named in `target_parameters`.
         out_features: Number of rows of the (out, in) weight, or of each expert's weight.
-        in_features: Number of columns of the (out, in) weight, or of each expert's weight.
-        rank: Rank at this site.
         scale: Scale of B·A at this site.
         entry: The target entry that matched the site.
         factors: Number of elements in A and B: experts × rank × (in + out).
-        own_numbers: Number of values that the variant trains in addition to A and B; negative if the variant's A and B
-            are smaller than those of plain LoRA.
+        own_numbers: Number of values that the variant trains in addition to A and B; negative if its A and B are
+            smaller than those of plain LoRA.
         reads_weight: Whether the variant trains one value per output feature and reads the weight in each forward pass,
             as DoRA does.
-        frozen_factors: The factors that are not trained: A with LoRA-FA (B of an embedding), B if the init freezes B
-            (MiCA), and those that the variant freezes.
+        frozen_factors: A with LoRA-FA (B of an embedding), B if the init freezes B (MiCA), and those that the variant
+            freezes.
         smaller_factor: The factor that is smaller if `own_numbers` is negative; "" if none is.
         experts: Number of matrices in the parameter, each with its own factors.
-        is_plain: Whether the site's forward pass is plain LoRA, without a variant or bias.
         bias: Number of elements in the bias of B (`lora_bias`).
         random_numbers: Number of fp32 values that the variant draws in a forward pass and saves for the backward pass.
     """
@@ -227,19 +192,9 @@ _SHARED = ("kind", "out_features", "in_features", "rank", "scale", "entry", "exp
 
 @dataclass(frozen=True)
 class Group:
-    """Sites that differ only in the layer they belong to.
+    """Sites that differ only in the layer they belong to; `label` is the shortest unambiguous suffix of their paths.
 
-    Attributes:
-        label: Shortest unambiguous suffix of the path, such as "attn.c_attn".
-        kind: Kind of the sites.
-        out_features: Number of rows of each weight.
-        in_features: Number of columns of each weight.
-        rank: Rank at the sites.
-        scale: Scale of B·A at the sites.
-        entry: The target entry that matched the sites.
-        sites: Number of sites.
-        each: Number of trainable parameters per site.
-        experts: Number of matrices per site.
+    `each` is the number of trainable parameters per site, `experts` the number of matrices per site.
     """
 
     label: str
@@ -271,13 +226,11 @@ class Count:
 
     Attributes:
         base: Number of parameters in the base; shared parameters count once.
-        sites: The sites, in model order.
         saved: Path -> number of parameters, for each saved module (`modules_to_save`).
         biases: Number of parameters in trainable biases of the base.
-        rows: Path -> number of parameters in trainable token rows (`trainable_token_indices`), for each embedding or
-            output head; tied rows count once.
+        rows: Path of an embedding or output head -> number of parameters in its trainable token rows; tied rows count
+            once.
         missing: Target entries that match nothing, if `count` was called with `allow_partial`.
-        notes: Notes from `lorakit.targets` for the user.
     """
 
     base: int
@@ -320,10 +273,7 @@ class Count:
 
     @property
     def trainable(self) -> int:
-        """Return the number of trainable parameters. [docs/math.md (10)]
-
-        Saved modules, biases and token rows are included.
-        """
+        """Return the number of trainable parameters, with saved modules, biases and token rows. [docs/math.md (10)]"""
         return sum(site.trainable for site in self.sites) + self.copied + self.biases + self.row_parameters
 
     @property
@@ -354,11 +304,6 @@ class Count:
 def factor_parameters(rank: int, in_features: int, out_features: int) -> int:
     """Return the number of parameters in A (rank, in) and B (out, rank): rank × (in + out). [docs/math.md (10)]
 
-    Args:
-        rank: Rank of the factors.
-        in_features: Number of columns of the weight.
-        out_features: Number of rows of the weight.
-
     Source:
         Hu et al. 2021, arXiv:2106.09685, section 4.2.
     """
@@ -366,19 +311,10 @@ def factor_parameters(rank: int, in_features: int, out_features: int) -> int:
 
 
 def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False, optimizer: str = "adamw") -> Count:
-    """Count exactly how many parameters an adapter trains in a model.
-
-    Args:
-        shape: Shape of the model.
-        config: The adapter's config.
-        allow_partial: Whether entries that match nothing are reported in the notes instead of raising an error.
-        optimizer: Value of `Job.optimizer`, which may freeze one factor of each site.
-
-    Returns:
-        The counts.
+    """Count exactly how many parameters an adapter trains in a model, if this optimizer (`Job.optimizer`) trains it.
 
     Raises:
-        TargetError: A target matches nothing, or matches a module that does not support LoRA.
+        TargetError: A target matches nothing (without `allow_partial`), or a module that does not support LoRA.
         ConfigError: A pattern is invalid, there are no targets, or dropout is not possible at a target.
     """
     shape = replicated(shape, config.layer_replication)
@@ -412,14 +348,7 @@ def _check_dropout(config: LoraConfig, sites: Sequence[SiteCount]) -> None:
 
 
 def candidates(shape: ModelShape) -> list[Candidate]:
-    """Return everything in a model that a target entry may name, including unsupported modules (for error messages).
-
-    Args:
-        shape: Shape of the model.
-
-    Returns:
-        Sites first, in model order, then modules that do not support LoRA.
-    """
+    """Return what a target entry may name: sites in model order, then unsupported modules, for error messages."""
     found = [Candidate(s.path, s.kind, s.kind, s.dense, s.out_features, s.in_features) for s in shape.sites]
     found += [Candidate(other.path, None, "module without a weight matrix") for other in shape.others]
     found += [Candidate(path, None, "container of modules") for path in shape.containers]
@@ -496,16 +425,7 @@ def _biases(shape: ModelShape, choice: str, adapted: Collection[str], saved: Col
 
 @dataclass(frozen=True)
 class RankRow:
-    """Row of a rank table: all sites with the same shape.
-
-    Attributes:
-        labels: Names of the modules with this shape.
-        kind: Kind of the modules.
-        out_features: Number of rows of the weight.
-        in_features: Number of columns of the weight.
-        sites: Number of sites with this shape.
-        each: Number of trainable parameters per site, for each rank.
-    """
+    """Row of a rank table: all sites with the same shape; `each` has the parameters per site, by rank."""
 
     labels: tuple[str, ...]
     kind: str
@@ -517,14 +437,7 @@ class RankRow:
 
 @dataclass(frozen=True)
 class RankTable:
-    """Number of trainable parameters by rank.
-
-    Attributes:
-        ranks: Ranks of the columns.
-        rows: One row per distinct site shape.
-        totals: Total number of trainable parameters at each rank, including saved modules, token rows and biases.
-        shares: The totals as fractions of the base's parameters.
-    """
+    """Number of trainable parameters by rank; totals include saved modules, token rows and biases."""
 
     ranks: tuple[int, ...]
     rows: tuple[RankRow, ...]
@@ -533,16 +446,7 @@ class RankTable:
 
 
 def rank_table(shape: ModelShape, config: LoraConfig, ranks: Sequence[int], optimizer: str = "adamw") -> RankTable:
-    """Return the number of trainable parameters by rank: one row per distinct site shape, and one column per rank.
-
-    Args:
-        shape: Shape of the model.
-        config: The adapter's config; each column's rank overrides `r` and `rank_pattern`.
-        ranks: Ranks of the columns.
-        optimizer: Value of `Job.optimizer`.
-
-    Returns:
-        The table.
+    """Return the number of trainable parameters for each rank, which overrides `r` and `rank_pattern` of the config.
 
     Raises:
         UsageError: A rank is below 1, or `ranks` is empty.

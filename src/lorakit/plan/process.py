@@ -1,8 +1,7 @@
 """Memory of the process that runs a job, apart from the tensors of a training step.
 
-A process holds its libraries, tokenizer and data before any weights are loaded. Loading the weights, checking the
-accelerated model and writing files also need memory for a short time. malloc keeps that memory for later use, so only
-the largest of these amounts and of the step's tensors counts.
+Loading the weights, checking the accelerated model and writing files need memory for a short time. malloc keeps it for
+later use, so only the largest of these amounts and of the step's tensors counts.
 """
 
 from __future__ import annotations
@@ -43,31 +42,18 @@ OUTSIDE = (LOADING, CHECKING, WRITING, MEASURING)
 
 
 def process_bytes(job: Job) -> int:
-    """Return the size of the process without weights and tensors, in bytes. [docs/math.md (98)]
-
-    The size is 0 if the memory of an accelerator is planned.
-
-    Args:
-        job: The job.
-    """
+    """Return the size of the process without weights and tensors in bytes; 0 on an accelerator. [docs/math.md (98)]"""
     return 0 if job.process_bytes is None else job.process_bytes + LOADER_BYTES
 
 
 def temporary_bytes(shape: ModelShape, counted: Count | None, job: Job) -> dict[str, int]:
-    """Return the temporary memory that a process needs outside of training steps. [docs/math.md (99)]
+    """Return the temporary memory that a process needs outside of training steps, by moment. [docs/math.md (99)]
 
     If the files have the job's dtype, the mapped files are the weights, and loading needs nothing else. If weights are
     converted, quantized or dequantized, the files stay mapped until all weights are loaded. A base that is multiplied
     in int8 is converted in files and quantized from mapped files, one weight after another. Only from a GGUF file, all
-    of it exists in the job's dtype first, next to the mapped file and the objects of its vocabulary.
-
-    Args:
-        shape: Shape of the base.
-        counted: The adapter's parameter counts; None for full fine-tuning.
-        job: The job.
-
-    Returns:
-        A dict from the moment to its size in bytes; empty if an accelerator's memory is planned.
+    of it exists in the job's dtype first, next to the mapped file and the objects of its vocabulary. On an accelerator,
+    the result is empty.
     """
     if job.process_bytes is None:
         return {}

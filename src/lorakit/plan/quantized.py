@@ -1,8 +1,4 @@
-"""Storage formats of a quantized base, and the exact size of each weight.
-
-`STORAGES` defines the values of `--quantization`. This module does not depend on the packages that implement the
-formats; it only lists their names.
-"""
+"""Storage formats of a quantized base, and the exact size of each weight; `STORAGES` defines `--quantization`."""
 
 from __future__ import annotations
 
@@ -25,17 +21,15 @@ class Storage:
     """A storage format of quantized weights.
 
     Attributes:
-        name: Value of `--quantization`.
         package: Package that implements the format.
-        meaning: Short description.
         bits: Bits per element, without scales.
         kinds: Kinds of modules that the format supports.
         doubles: Whether the scales can be quantized too (double quantization).
         keeps: What the matmul saves for the backward pass: "nothing", its "input", or the "weight" in the compute
             dtype.
         size: (rows, columns, bytes per element in the compute dtype, double quantization) -> size in bytes.
-        decode_bytes: Bytes per element that exist at once while a weight is dequantized; 0 if it is dequantized
-            directly to the compute dtype.
+        decode_bytes: Bytes per element that exist at once while a weight is dequantized; 0 if directly to the compute
+            dtype.
     """
 
     name: str
@@ -108,11 +102,7 @@ _NAMED = {storage.name: storage for storage in STORAGES}
 
 
 def storage_named(name: str) -> Storage:
-    """Return the storage format with the given name.
-
-    Raises:
-        ConfigError: The name is unknown; the message suggests the closest one.
-    """
+    """Return the storage format with this name; the ConfigError for another one suggests the closest."""
     if name not in _NAMED:
         raise ConfigError.of("quantization", name, allowed=_NAMED)
     return _NAMED[name]
@@ -120,15 +110,7 @@ def storage_named(name: str) -> Storage:
 
 @dataclass(frozen=True)
 class Quantization:
-    """Quantization of a base.
-
-    Attributes:
-        name: A name in `STORAGES`.
-        double: Whether to quantize the scales too; always False if the format does not support that.
-
-    Raises:
-        ConfigError: The name is unknown.
-    """
+    """Quantization of a base by a name in `STORAGES` (a ConfigError otherwise); `double` only where supported."""
 
     name: str
     double: bool = True
@@ -147,15 +129,7 @@ class Quantization:
 
 
 def stored_as(name: str | None, double: bool = True) -> Quantization | None:
-    """Return the quantization specified by two settings, or None for an unquantized base.
-
-    Args:
-        name: A name in `STORAGES`, or None for an unquantized base.
-        double: Whether to quantize the scales too, if the format supports it.
-
-    Raises:
-        ConfigError: The name is unknown.
-    """
+    """Return the quantization specified by two settings, or None for an unquantized base."""
     return None if name is None else Quantization(name, double)
 
 
@@ -163,10 +137,6 @@ def quantized_sites(shape: ModelShape, storage: Storage) -> tuple[SiteShape, ...
     """Return the modules that are quantized: those that "all-linear" selects and that the format supports.
 
     Modules that the model's task trains in full are not quantized.
-
-    Args:
-        shape: Shape of the model.
-        storage: The storage format.
     """
     possible = (s for s in shape.sites if s.dense and s.kind in storage.kinds and s.tied_to is None)
     return tuple(site for site in possible if not is_inside(site.path, shape.full_modules))
@@ -174,15 +144,7 @@ def quantized_sites(shape: ModelShape, storage: Storage) -> tuple[SiteShape, ...
 
 @dataclass(frozen=True)
 class StoredBase:
-    """Size of a quantized base.
-
-    Attributes:
-        storage: The storage format.
-        sites: Sites with quantized weights.
-        elements: Number of elements in the quantized weights.
-        size_bytes: Size of the quantized weights in bytes.
-        rest: Number of unquantized parameters of the base.
-    """
+    """Size of a quantized base: its quantized sites, their elements and bytes, and the `rest` of its parameters."""
 
     storage: Storage
     sites: tuple[SiteShape, ...]
@@ -197,13 +159,7 @@ class StoredBase:
 
 
 def stored(shape: ModelShape, name: str, itemsize: int, double: bool) -> StoredBase:
-    """Return the size of a quantized base. [docs/math.md (28)]
-
-    Args:
-        shape: Shape of the base.
-        name: A name in `STORAGES`.
-        itemsize: Bytes per element in unquantized weights and in the computation.
-        double: Whether to quantize the scales too, if the format supports it.
+    """Return the size of a base in a format; the other weights have `itemsize` bytes per element. [docs/math.md (28)]
 
     Raises:
         ConfigError: The name is unknown, or no module of this model can be stored in this format.

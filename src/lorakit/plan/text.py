@@ -1,7 +1,4 @@
-"""Format a plan as plain text: the summary first, then tables, at most 80 columns wide.
-
-Values are those of `Plan`, rounded for readability. This module does not depend on terminals.
-"""
+"""Format a plan as plain text: the summary first, then tables, at most 80 columns wide."""
 
 from __future__ import annotations
 
@@ -28,15 +25,9 @@ WIDTH = 80
 
 
 def render(plan: Plan, *, verbose: bool = False, notes: tuple[str, ...] = ()) -> str:
-    """Return a plan as text: parameters, memory, sizes and time, then the sites, then memory use by category.
+    """Return a plan as text: summary and sites, then memory use by category.
 
-    Args:
-        plan: The plan.
-        verbose: Whether to add formulas, FLOPs, notes and the derivation of the counts.
-        notes: Additional lines for the summary, such as the setting chosen for a memory budget.
-
-    Returns:
-        Lines joined by newlines, without a trailing newline.
+    `verbose` adds formulas, FLOPs, notes and the derivation of the counts; `notes` are further lines of the summary.
     """
     warnings = [f"warning: {message}" for message in (*_warnings(plan), *plan.counted.missing)]
     parts = [_paragraph(_head(plan)), _paragraph([*_summary(plan), *notes]), _paragraph(warnings), _sites(plan)]
@@ -52,14 +43,7 @@ def render(plan: Plan, *, verbose: bool = False, notes: tuple[str, ...] = ()) ->
 
 
 def summary(plan: Plan) -> list[str]:
-    """Summarize a plan in a few lines, to be printed at the start of a run.
-
-    Args:
-        plan: The plan.
-
-    Returns:
-        Lines with the trainable parameters, the memory and, if a speed is known, the time.
-    """
+    """Return a few lines for the start of a run: trainable parameters, memory and, if a speed is known, the time."""
     needs, gaps = plan.lora.memory, plan.lora.memory.bytes_of("malloc")
     parts = [f"weights {format_bytes(needs.bytes_of('weights'))}"]
     parts += [f"gaps of malloc {format_bytes(gaps)}"] if gaps else []
@@ -73,14 +57,7 @@ def summary(plan: Plan) -> list[str]:
 
 
 def details(plan: Plan) -> list[str]:
-    """Return the lines that a run prints with `--verbose` in addition to `summary`.
-
-    Args:
-        plan: The plan.
-
-    Returns:
-        Lines with the memory of full fine-tuning and the sizes on disk.
-    """
+    """Return the lines that a run prints with `--verbose` in addition to `summary`."""
     return [
         f"full fine-tuning: estimated peak memory {format_bytes(plan.full.memory.peak_bytes)}",
         f"adapter on disk: {format_bytes(plan.lora.saved_bytes)} (full model {format_bytes(plan.full.saved_bytes)})",
@@ -92,14 +69,7 @@ GOOD_SCALING = 0.9
 
 
 def render_parallel(found: ParallelPlan) -> str:
-    """Return a plan of several processes as text: the choice, then what a process holds and sends in each way.
-
-    Args:
-        found: The plan.
-
-    Returns:
-        Lines joined by newlines, without a trailing newline.
-    """
+    """Return a plan of several processes as text: the choice, then what a process holds and sends in each way."""
     cluster, ranks = found.cluster, found.ranks
     within = f" ({cluster.link.name})" if cluster.local > 1 else ""
     between = f", {cluster.nodes} nodes ({cluster.network.name})" if cluster.nodes > 1 else ""
