@@ -1,8 +1,6 @@
 """Prepare training data, from files on disk to padded batches, and count everything that is left out or truncated.
 
-    files --read_records--> records --split--> records --encode--> sequences --Loader--> batches
-
-Callers pass tokenizers as arguments (see the `tokens.Tokenizer` protocol); this package does not import transformers.
+`read_records` makes records, `split` parts of them, `encode` sequences, and `Loader` batches.
 """
 
 from __future__ import annotations

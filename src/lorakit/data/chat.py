@@ -1,9 +1,9 @@
 """Render conversations with a chat template, and find the assistant's tokens, which contribute to the loss.
 
 If the template marks the assistant's text with `{% generation %}`, those marks are used. Otherwise, the conversation is
-rendered up to each assistant turn, with the generation prompt, and including the turn: what the second text adds to
-the first is what the model would have to generate. No answer is searched in a text. If a template begins or ends a turn
-in another way than the generation prompt or the whole conversation does, the answer is replaced by words that occur
+rendered up to each assistant turn, with the generation prompt, and including the turn: what the second text adds to the
+first is what the model would have to generate. No answer is searched in a text. If a template begins or ends a turn in
+another way than the generation prompt or the whole conversation does, the answer is replaced by words that occur
 nowhere else, and two such renderings show which text is the template's. The tokens are those of the whole text.
 """
 
@@ -39,12 +39,10 @@ class TokenizedRow:
     """A tokenized conversation or completion.
 
     Attributes:
-        ids: Token ids.
         trained: Whether each token contributes to the loss; True in assistant turns and in completions.
         ended: Whether an end marker contributes to the loss: the template's end-of-turn marker, or the end-of-text
             token.
-        untrained_turns: Number of assistant turns excluded from the loss because the model would generate other text
-            than the conversation contains.
+        untrained_turns: Number of assistant turns excluded from the loss because the model would generate other text.
         reason: Why the first of these turns is excluded, or "".
         prompt: Text that ends the generation prompt but does not precede the answer in the conversation, or "".
         joined_turns: Number of assistant turns whose first token also contains the end of the generation prompt.
@@ -66,8 +64,6 @@ class _Span:
     """The text of an assistant turn in the rendered conversation.
 
     Attributes:
-        start: Offset at which the model begins to write.
-        end: Offset at which the turn ends.
         is_cut: Whether other text follows the end than in generation; a token across the end is then not the model's.
         prompt: Text that ends the generation prompt but does not precede this turn.
     """

@@ -1,8 +1,7 @@
 """Render conversations with a chat template, and check that the template renders all that is to be trained.
 
-A template may omit tools, calls, reasoning or content without saying so. Whether it does cannot be seen from a short
-answer, which other text contains too. The check is therefore also made on the same conversation in words that occur
-nowhere else.
+A template may omit tools, calls, reasoning or content without saying so. A short answer occurs in other text too, so
+the check is also made on the same conversation in words that occur nowhere else.
 """
 
 from __future__ import annotations
@@ -36,11 +35,7 @@ def with_marks(record: Conversation, tokenizer: Tokenizer) -> tuple[str, list[tu
 
 
 def _applied(apply: Callable[..., Any], record: Conversation, messages: list[JsonObject], **options: bool) -> Any:
-    """Apply the chat template to messages with the tools and template options of a conversation.
-
-    Raises:
-        DataError: The template rejects the messages.
-    """
+    """Apply the chat template with a conversation's tools and options; a DataError if it rejects the messages."""
     try:
         return apply(messages, tools=list(record.tools) or None, **record.options, **options)
     except Exception as cause:  # a template is untrusted code and may raise anything

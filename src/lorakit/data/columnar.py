@@ -1,9 +1,9 @@
 """Read Parquet and Arrow files and Hub data sets with the packages `datasets` and `pyarrow`.
 
 Rows are read one after another, from any position: of a Parquet file from the position's row group on, of an Arrow file
-and a streamed Hub data set from the beginning, without converting the rows before the position. The memory depends on
-the size of the batches of an Arrow file, and of the row groups of a Hub data set; a Hub data set that is read as a
-whole is mapped. The cache of `datasets` finds local files by path and modification time, so it is not used for them.
+and a streamed Hub data set from the beginning, without converting the rows before the position. A Hub data set that is
+read as a whole is mapped. The cache of `datasets` finds local files by path and modification time, so it is not used
+for them.
 """
 
 from __future__ import annotations
@@ -38,12 +38,7 @@ _STREAM_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class MappedHub:
-    """A Hub data set that is mapped into memory; an offset is a number of rows.
-
-    Attributes:
-        source: The data set.
-        data: Its rows.
-    """
+    """A Hub data set that is mapped into memory; an offset is a number of rows."""
 
     source: HubSource
     data: Dataset
@@ -60,11 +55,7 @@ class MappedHub:
         return int(self.data.data.nbytes)
 
     def read(self, at: Place) -> Read:
-        """Yield the rows from a position to the end of the data set.
-
-        Raises:
-            DataError: The data set cannot be read.
-        """
+        """Yield the rows from a position to the end; a DataError if the data set cannot be read."""
         number, features = at.offset, self.data.features
         with _as_hub_error(self.source), _quiet():
             for table in self.data.skip(number).with_format("arrow").iter(batch_size=_AT_ONCE):
@@ -214,8 +205,7 @@ def _quiet() -> Iterator[None]:
 class TableFile(CheckedFile):
     """A Parquet or Arrow file that is read row by row; an offset is a number of rows.
 
-    Attributes:
-        row_bytes: Mean size of a row in the file, in bytes; for an Arrow file, of a row in its first batch.
+    `row_bytes` is the mean size of a row in the file; for an Arrow file, of a row in its first batch.
     """
 
     row_bytes: float = 0.0
@@ -226,11 +216,7 @@ class TableFile(CheckedFile):
         return min(self.size, int(offset * self.row_bytes))
 
     def read(self, at: Place) -> Read:
-        """Yield the rows from a position to the end of the file.
-
-        Raises:
-            DataError: The file is damaged, or has changed since it was opened first.
-        """
+        """Yield the rows from a position to the end; a DataError if the file is damaged or has changed."""
         import datasets
 
         with self.open() as file, _as_file_error(self.path):
@@ -311,10 +297,8 @@ class StreamedHub:
     """A Hub data set that is read row by row; an offset is a number of rows.
 
     Attributes:
-        source: The data set.
-        data: Its rows.
         version: Hash of the revision and the names of its files.
-        row_bytes: Mean size of one of its first rows as JSON, in bytes.
+        row_bytes: Mean size of one of its first rows as JSON.
         size: Estimated size of the split in bytes, or 0 if the data set does not record its number of rows.
     """
 
@@ -339,11 +323,7 @@ class StreamedHub:
         return int(offset * self.row_bytes)
 
     def read(self, at: Place) -> Read:
-        """Yield the rows from a position to the end of the split.
-
-        Raises:
-            DataError: The data set cannot be read, for example because the network fails.
-        """
+        """Yield the rows from a position to the end of the split; a DataError if they cannot be read."""
         with _as_hub_error(self.source):
             rows = self.data.skip(at.offset) if at.offset else self.data
             classes = _classes(self.data.features or {})

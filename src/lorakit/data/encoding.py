@@ -144,13 +144,7 @@ _TOKENS_AT_ONCE = 1 << 14
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The result of `encode`.
-
-    Attributes:
-        sequences: The encoded rows, in the order of the records.
-        report: Counts of rows and tokens.
-        sources: (source, sequences) pairs: the number of sequences of consecutive records with the same source.
-    """
+    """The encoded rows in the order of the records, with counts, and (source, sequences) pairs of adjacent records."""
 
     sequences: Sequences
     report: DataReport

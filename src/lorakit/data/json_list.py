@@ -13,18 +13,14 @@ from lorakit.errors import DataError
 
 
 class ListText:
-    """The text of a JSON list; only the part around the current element is kept.
+    """The text of a JSON list in an open file; only the part around the current element is kept.
 
     Args:
         path: The file, for messages.
         file: The open file, at an element or at the beginning of the list.
-        offset: Byte offset of this position.
+        offset: Byte offset of this position; then that of the element that was returned last.
         line: Its line number.
         longest: Maximum number of characters that are read to find the end of an element, or None.
-
-    Attributes:
-        offset: Byte offset of the element that was returned last.
-        line: Its line number.
     """
 
     def __init__(self, path: Path, file: IO[bytes], offset: int, line: int, longest: int | None) -> None:

@@ -1,7 +1,6 @@
-"""Group sequences into padded batches.
+"""Group sequences into padded batches, in an order that a seed determines; a loader can resume at any batch.
 
-A seed determines the order of the sequences, and a loader can resume at any batch. There are no background workers. A
-batch depends only on the data, the loader's settings, the epoch and the batch number.
+A batch depends only on the data, the loader's settings, the epoch and the batch number.
 """
 
 from __future__ import annotations
@@ -42,8 +41,7 @@ class Batch:
         labels: Token ids at positions that contribute to the loss, -100 elsewhere, shape (rows, length), int64.
         epoch: Progress through the data after this batch, in epochs.
         tokens: Number of tokens, excluding padding.
-        trained_tokens: Number of targets that contribute to the loss: for language models, positions whose label is not
-            -100; for classification and embeddings, rows.
+        trained_tokens: Number of targets that contribute to the loss: positions whose label is not -100, or rows.
         extra: Other inputs of the model, such as `token_type_ids`, keyed by name.
     """
 
@@ -66,8 +64,6 @@ class BatchLoader(Iterator[Batch], ABC):
 
     Attributes:
         sequences: Sequences from `encode`; of a stream, those of the first part of the data.
-        batch_rows: Rows per batch.
-        seed: Seed that, together with the epoch number, determines the order of the sequences.
         pad_id: Id of the padding token, which the attention mask hides; see `padding_id`.
         collate: Function that combines sequences into a batch; None selects `padded`.
 
@@ -176,11 +172,7 @@ class Loader(BatchLoader):
         return self._epoch + self._batch / self.batches_per_epoch
 
     def next_rows(self) -> list[Sequence]:
-        """Return the rows of the next batch, and advance to the batch after it.
-
-        Raises:
-            StopIteration: The last epoch is over.
-        """
+        """Return the rows of the next batch, and advance to the batch after it; StopIteration after the last epoch."""
         if self._batch == self.batches_per_epoch:
             self._seek(self._epoch + 1, 0)
         if self.epochs is not None and self._epoch >= self.epochs:
@@ -213,11 +205,7 @@ class Loader(BatchLoader):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Resume at the saved position of another loader; see `BatchLoader.load_state`.
-
-        Raises:
-            DataError: The state is invalid, or comes from a loader with other data or settings.
-        """
+        """Resume at the saved position of another loader; a DataError for an invalid state or other data."""
         self._check_state(state, "data_sha256", "seed", "batch_rows", "shuffle", "weights")
         epoch, batch = state.get("epoch"), state.get("batch")
         if isinstance(epoch, int) and isinstance(batch, int) and epoch >= 0 and 0 <= batch <= self.batches_per_epoch:
@@ -287,14 +275,8 @@ def padded_ids(rows: list[array[int]], pad_id: int) -> tuple[torch.Tensor, torch
 def by_length(sequences: Many[Sequence], rows: int, pad_id: int = 0, collate: Collate | None = None) -> Iterator[Batch]:
     """Yield batches that cover each sequence exactly once, shortest first; batches of short sequences have more rows.
 
-    Including padding, no batch contains more than `rows` × (length of the longest sequence) tokens. This limit bounds
-    memory use, and short sequences take less time than they would in batches of `rows` rows.
-
-    Args:
-        sequences: The sequences, at least one.
-        rows: Number of rows in a batch of the longest sequences.
-        pad_id: Id of the padding token.
-        collate: Function that combines sequences into a batch; None selects `padded`.
+    Including padding, no batch contains more than `rows` × (length of the longest sequence) tokens, which bounds
+    memory.
 
     Raises:
         ConfigError: `rows` is below 1.
@@ -313,11 +295,7 @@ def by_length(sequences: Many[Sequence], rows: int, pad_id: int = 0, collate: Co
 
 
 def padding_id(tokenizer: Tokenizer) -> int:
-    """Return the id to pad with, of a tokenizer on which the model agrees; see `lorakit.hub.agree_on_padding`.
-
-    Raises:
-        ConfigError: The tokenizer has no padding token.
-    """
+    """Return a tokenizer's padding token (see `lorakit.hub.agree_on_padding`); a ConfigError if it has none."""
     if tokenizer.pad_token_id is None:
         text = "the tokenizer has no padding token; call lorakit.hub.agree_on_padding, or set tokenizer.pad_token."
         raise ConfigError(text, field="pad_token")

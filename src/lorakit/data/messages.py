@@ -1,7 +1,6 @@
 """Values of data rows, read by field with checks of their types; most are messages of conversations, and tools.
 
-Two layouts of messages are accepted: `role` and `content`, as chat templates expect, and `from` and `value`, as in
-ShareGPT files.
+Two layouts of messages are accepted: `role` and `content`, or `from` and `value`, as in ShareGPT files.
 """
 
 from __future__ import annotations
@@ -55,11 +54,7 @@ def named(value: JsonValue) -> str:
 
 
 def string_of(value: JsonValue, name: str) -> str:
-    """Return a value that must be a string.
-
-    Raises:
-        BadRow: The value is not a string.
-    """
+    """Return a value that must be a string; a BadRow if it is not."""
     if not isinstance(value, str):
         raise BadRow(f"the field '{name}' is {named(value)}; it must be a string.")
     return value
@@ -68,10 +63,7 @@ def string_of(value: JsonValue, name: str) -> str:
 def check_value(value: JsonValue, name: str, *, is_used: bool = True) -> None:
     """Check a value where it enters, including every string and name in it, so that no later code has to.
 
-    Args:
-        value: The value of a column, or a value parsed from a string in it.
-        name: The field's name, for messages.
-        is_used: Whether a record is built from the value; other values may contain what JSON lacks, such as dates.
+    A value from which no record is built may contain what JSON lacks, such as dates.
 
     Raises:
         BadRow: A string or a name contains an unpaired surrogate, the value is nested too deeply, or a value that is
@@ -110,11 +102,7 @@ def tools_of(value: JsonValue, name: str) -> tuple[JsonObject, ...]:
 
 
 def _parsed(value: JsonValue, name: str) -> JsonValue:
-    """Parse a string that contains a JSON list or object; return any other value unchanged.
-
-    Raises:
-        BadRow: A string in the parsed value is not valid text.
-    """
+    """Parse a string that contains a JSON list or object; return any other value unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             value = parse_json(value)
@@ -221,14 +209,9 @@ Row = Mapping[str, JsonValue]
 
 @dataclass(frozen=True)
 class Values:
-    """The values of one row, keyed by field.
+    """The values of one row, keyed by field; `columns` maps a field to its column.
 
-    Attributes:
-        row: The row.
-        columns: Field -> column.
-        source: Path of the file, or another name to show in messages.
-        line: Line or row number, starting at 1.
-        unused: Counts of unused message fields, keyed by name; updated in place.
+    `source` and `line` (starting at 1) are for messages; counts of unused message fields are added to `unused`.
     """
 
     row: Row
@@ -243,35 +226,19 @@ class Values:
         return None if column is None else self.row.get(column)
 
     def string(self, name: str) -> str:
-        """Return the value of a required field that must be a string.
-
-        Raises:
-            BadRow: The value is not a string.
-        """
+        """Return the value of a required field that must be a string; a BadRow if it is not."""
         return string_of(self.value(name), self.columns[name])
 
     def text(self, name: str) -> str:
-        """Return the value of an optional field that must be a string; "" if the value is missing or null.
-
-        Raises:
-            BadRow: The value is not a string.
-        """
+        """Return the value of an optional string field, "" if it is missing or null; a BadRow for another type."""
         return "" if self.value(name) is None else self.string(name)
 
     def messages(self, name: str) -> tuple[Message, ...]:
-        """Return the value of a field that must be a list of messages.
-
-        Raises:
-            BadRow: The value is not a list of messages.
-        """
+        """Return the value of a field that must be a list of messages; a BadRow if it is not."""
         return messages_of(self.value(name), self.columns[name], self.unused)
 
     def conversation(self, messages: Iterable[Message], *, is_instruction: bool = False) -> Conversation:
-        """Return a conversation with these messages and with the row's tools and template options.
-
-        Raises:
-            BadRow: The tools or the template options are not valid.
-        """
+        """Return a conversation with the row's tools and template options; a BadRow if these are not valid."""
         options = self.value("chat_template_kwargs")
         if options is not None and not isinstance(options, dict):
             raise BadRow(
@@ -282,11 +249,7 @@ class Values:
 
 
 def label_of(values: Values, name: str) -> str | tuple[str, ...] | float | None:
-    """Return the label of a row: a class name, class names, a score, or None if the row has no label.
-
-    Raises:
-        BadRow: The value is of another type.
-    """
+    """Return a row's label: class name or names, a score, or None without one; a BadRow for another type."""
     value = values.value(name)
     if value is None:
         return None
@@ -300,11 +263,7 @@ def label_of(values: Values, name: str) -> str | tuple[str, ...] | float | None:
 
 
 def class_name(value: JsonValue, column: str) -> str:
-    """Return the name of a class, given as a string, an integer or a boolean.
-
-    Raises:
-        BadRow: The value is of another type, or empty.
-    """
+    """Return the name of a class, given as a string, an integer or a boolean; a BadRow if empty or another type."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int):
@@ -318,11 +277,7 @@ def class_name(value: JsonValue, column: str) -> str:
 
 
 def strings_of(value: JsonValue, column: str) -> tuple[str, ...]:
-    """Return a value that must be a list of strings.
-
-    Raises:
-        BadRow: The value is not a list, or contains another type.
-    """
+    """Return a value that must be a list of strings; a BadRow if it is not."""
     if not isinstance(value, list):
         raise BadRow(f"the field '{column}' is {named(value)}; it must be a list of strings.")
     return tuple(string_of(one, column) for one in value)

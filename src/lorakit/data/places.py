@@ -26,12 +26,9 @@ _ENDS_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True, order=True)
 class Place:
-    """The position of a row.
+    """The position of a row: the file's index, a byte offset in it, and a line number, starting at 1.
 
-    Attributes:
-        file: Index of the file or data set.
-        offset: Byte offset of the row in the file; in a table or a Hub data set, the number of rows before it.
-        line: Line number of the row, starting at 1; in a table or a Hub data set, its row number.
+    In a table or a Hub data set, the offset is the number of rows before the row, and the line its row number.
     """
 
     file: int = 0
@@ -46,8 +43,7 @@ Read: TypeAlias = Iterator[tuple[JsonValue | BadRow | Document, Place]]
 class Content(Protocol):
     """Rows that can be read from the position of any of them.
 
-    Attributes:
-        counts_rows: Whether an offset is a number of rows, whose search reads rows before them, and not of bytes.
+    If `counts_rows`, an offset is a number of rows, whose search reads the rows before them, and not of bytes.
     """
 
     counts_rows: ClassVar[bool]
@@ -61,11 +57,7 @@ class Content(Protocol):
         """Size in bytes, or 0 if it is unknown."""
 
     def read(self, at: Place) -> Read:
-        """Yield the rows from a position to the end.
-
-        Raises:
-            DataError: The data cannot be read, or has changed since it was opened first.
-        """
+        """Yield the rows from a position to the end; a DataError if they cannot be read or have changed."""
 
 
 class StreamedContent(Content, Protocol):
@@ -119,11 +111,7 @@ class CheckedFile:
         return self.status.size
 
     def open(self) -> IO[bytes]:
-        """Open the file for reading.
-
-        Raises:
-            DataError: The file cannot be read, or has changed since it was checked.
-        """
+        """Open the file for reading; a DataError if it cannot be read, or has changed since it was checked."""
         try:
             file = self.path.open("rb")
         except OSError as cause:
@@ -136,11 +124,7 @@ class CheckedFile:
         return file
 
     def digest(self) -> tuple[str, str]:
-        """Return the path and the SHA-256 of the file.
-
-        Raises:
-            DataError: The file cannot be read, or has changed since it was checked.
-        """
+        """Return the path and the SHA-256 of the file; a DataError if it cannot be read, or has changed."""
         with self.open() as file:
             sha256 = sha256_rest(file)
             self._check(file)

@@ -38,13 +38,7 @@ _REPLACEMENT = "replacement characters (U+FFFD)"
 
 @dataclass(frozen=True)
 class Token:
-    """Adjacent tokens of a row that are whole characters.
-
-    Attributes:
-        text: The text as it is written, with the space before it if there is one.
-        is_trained: Whether the tokens contribute to the loss.
-        count: Number of tokens; 0 for other text.
-    """
+    """Adjacent tokens of a row that are whole characters, as they are written; `count` is 0 for other text."""
 
     text: str
     is_trained: bool
@@ -72,7 +66,6 @@ class Quality:
     """The result of `measure`.
 
     Attributes:
-        report: Row and token counts.
         histogram: (length, rows) pairs: the number of sequences with at most `length` tokens and more than in the
             previous pair.
         compared: Number of distinct, nonempty rows that were compared for near duplicates.
@@ -171,15 +164,9 @@ def measure(
 
 
 class _Scan:
-    """Counts of what training rows contain, updated row by row.
+    """Counts of what training rows contain, updated row by row, as in `Quality`; evaluation rows are read first.
 
-    Args:
-        parts: The training rows, which are only counted, and the evaluation rows, which are read.
-
-    Attributes:
-        near: The comparison for near duplicates, or None if the package `datasketch` is not installed.
-        leaks: Locations of training rows whose content is also in the evaluation data.
-        unusual: Kind of unusual character -> number of rows that contain such characters.
+    `near` is the comparison for near duplicates, or None if the package `datasketch` is not installed.
     """
 
     def __init__(self, parts: Split) -> None:
@@ -245,11 +232,7 @@ def marked(tokens: Iterable[Token], begin: str = "[", end: str = "]", most: int 
 def tokens_of(ids: Many[int], labels: Many[int], tokenizer: Tokenizer, pieces: Many[str] = ()) -> Iterator[Token]:
     """Yield the tokens of a sequence; tokens that form one character together are joined.
 
-    Args:
-        ids: Token ids.
-        labels: Labels of the same length; -100 at positions that do not contribute to the loss.
-        tokenizer: The tokenizer that made them.
-        pieces: Text of each token as it is written; if there is none, tokens are decoded.
+    `pieces` has the text of each token as it is written; if it is empty, tokens are decoded.
     """
     if pieces:
         yield from _joined(pieces, [label != IGNORED for label in labels])
@@ -303,13 +286,7 @@ def _text_after(before: list[int], tokens: list[int], tokenizer: Tokenizer) -> s
 
 
 class _NearDuplicates:
-    """A comparison of rows by MinHash; identical and empty rows are not compared, because they are counted elsewhere.
-
-    Attributes:
-        compared: Number of compared training rows.
-        duplicates: Number of them that are similar to an earlier one.
-        leaks: Locations of those that are similar to an evaluation row.
-    """
+    """A comparison of rows by MinHash; identical and empty rows, which are counted elsewhere, are not compared."""
 
     def __init__(self) -> None:
         from datasketch import MinHash, MinHashLSH

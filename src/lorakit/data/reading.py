@@ -1,10 +1,8 @@
 """Open data files and Hub data sets, and read them as a whole, keeping only the positions of their rows.
 
-`lorakit.data.text_files` reads text, JSON Lines, JSON, CSV and TSV, and `lorakit.data.columnar` Parquet, Arrow and Hub
-data sets. Error messages give the file, line and field, the invalid value, and the allowed values. This module does not
-depend on tokenizers.
+Error messages give the file, line and field, the invalid value, and the allowed values.
 
-Python's language reference serves as training text that needs no download. The standard library includes it for
+Python's language reference serves as training text that needs no download: the standard library includes it for
 `help()` as `pydoc_data.topics`, with about 80 topics and half a million characters of prose.
 """
 
@@ -38,14 +36,9 @@ DEFAULT_HELD_OUT = 0.1
 def read_records(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], request: Request | None = None
 ) -> StoredRecords:
-    """Read data in the given order; formats may be mixed.
+    """Read files, directories, glob patterns or Hub data sets (`lorakit.data.sources`) in the given order.
 
-    Args:
-        paths: Files, directories, glob patterns or Hub data sets (see `lorakit.data.sources`).
-        request: The user's choices about columns and invalid rows.
-
-    Returns:
-        The records in order, with notes about columns and skipped rows. Each record is reread from its file on access.
+    Formats may be mixed. Each record is reread from its file on access.
 
     Raises:
         DataError: A file is missing, empty, binary or not UTF-8, or a row does not fit the file's shape.

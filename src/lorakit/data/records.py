@@ -1,6 +1,7 @@
 """The kinds of training records, and a list of records with notes for the user.
 
-This module does not depend on files, tokens or tensors.
+Each record has a `source`, the path of its file or another name to show in messages, and a `line`, starting at 1, or
+None without one.
 """
 
 from __future__ import annotations
@@ -27,9 +28,6 @@ class Document:
     """A text in which every token except the first contributes to the loss.
 
     Attributes:
-        text: The text.
-        source: Path of the file that contains the text, or another name to show in messages.
-        line: Line number in the file, starting at 1; None if the document is the whole file.
         is_first: Whether the text begins here, so that a beginning-of-text token precedes it.
         is_last: Whether the text ends here, so that an end-of-text token follows it.
     """
@@ -48,14 +46,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A prompt and its completion; only the completion contributes to the loss.
-
-    Attributes:
-        prompt: The input.
-        completion: The text that follows the prompt.
-        source: Path of the file that contains the row, or another name to show in messages.
-        line: Line number in the file, starting at 1; None if the row is not from a file.
-    """
+    """A prompt and its completion; only the completion contributes to the loss."""
 
     prompt: str
     completion: str
@@ -65,13 +56,12 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation.
+    """One turn of a conversation; only turns of the assistant with `is_trained` contribute to the loss.
 
     Attributes:
         role: Role of the speaker, one of `ROLES`.
         content: Text of the turn; None if the turn has only tool calls or reasoning.
         fields: Other fields for the chat template, such as `tool_calls` and `reasoning_content`.
-        is_trained: Whether an assistant turn contributes to the loss.
     """
 
     role: str
@@ -102,13 +92,10 @@ class Conversation:
     """A chat in which only assistant turns contribute to the loss.
 
     Attributes:
-        messages: The turns in order.
-        source: Path of the file that contains the row, or another name to show in messages.
-        line: Line number in the file, starting at 1; None if the row is not from a file.
         tools: JSON schemas of the functions that the assistant may call.
         options: Options for the chat template, such as `enable_thinking`.
-        is_instruction: Whether the row is a single request with its answer. If the tokenizer has no chat template, such
-            a row is rendered as a prompt and a completion.
+        is_instruction: Whether the row is a single request with its answer; without a chat template, such a row is
+            rendered as a prompt and a completion.
     """
 
     messages: tuple[Message, ...]
@@ -135,8 +122,6 @@ class Labeled:
     Attributes:
         texts: The text; or a pair of texts; or an anchor, a positive and a negative text.
         label: Name of the class, names of all classes that apply, or a score; None if the row has no label.
-        source: Path of the file that contains the row, or another name to show in messages.
-        line: Line number in the file, starting at 1; None if the row is not from a file.
     """
 
     texts: tuple[str, ...]
@@ -147,14 +132,7 @@ class Labeled:
 
 @dataclass(frozen=True, slots=True)
 class Tagged:
-    """Words with one tag each, for token classification.
-
-    Attributes:
-        words: The words.
-        tags: Names of the tags, as many as words; empty if the row has no tags.
-        source: Path of the file that contains the row, or another name to show in messages.
-        line: Line number in the file, starting at 1; None if the row is not from a file.
-    """
+    """Words with the name of one tag each, or with no tags, for token classification."""
 
     words: tuple[str, ...]
     tags: tuple[str, ...] = ()
@@ -169,12 +147,9 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class Records(list[Record]):
-    """A list of records with notes for the user.
+    """A list of records with notes for the user, and the name of the shape of the rows that they were built from.
 
-    Attributes:
-        notes: Messages for the user, for example about unused columns.
-        shape: Name of the shape of the rows from which the records were built, or None.
-        columns: Required field -> column, or an empty dict.
+    `columns` maps required fields to columns, or is empty.
     """
 
     def __init__(self, records: Iterable[Record] = (), notes: Iterable[str] = ()) -> None:
@@ -203,14 +178,9 @@ def location(record: Record) -> str:
 
 
 def content_key(record: Record, salt: str = "") -> bytes:
-    """Return a key that identifies and orders records by their content, regardless of file and line.
+    """Return a key that identifies and orders records by kind and content, regardless of file and line.
 
-    Args:
-        record: The record.
-        salt: Text that is hashed before the content, so that different salts order records differently.
-
-    Returns:
-        The first `KEY_BYTES` bytes of a SHA-256 digest, which is the same for records of the same kind and content.
+    It is the first `KEY_BYTES` bytes of a SHA-256 digest; different salts order records differently.
     """
     if isinstance(record, Document):  # hashes the JSON `[salt, "document", text]` piece by piece
         digest = hashlib.sha256(json.dumps([salt, "document", ""])[:-2].encode())

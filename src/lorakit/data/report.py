@@ -1,7 +1,4 @@
-"""Counts of the rows and tokens in the data, and lines of text that describe them.
-
-This module does not depend on files or tokenizers; `encode` sets the counts.
-"""
+"""Counts of the rows and tokens in the data, which `encode` sets, and lines of text that describe them."""
 
 from __future__ import annotations
 
@@ -20,13 +17,10 @@ class Report(ABC):
 
     Attributes:
         max_length_tokens: Maximum length of a sequence or a text in tokens.
-        sequences: Number of sequences.
         tokens: Number of tokens in all sequences, excluding padding.
         trained_tokens: Number of targets that contribute to the loss: tokens, or rows.
-        empty_rows: Number of rows left out because they are empty.
         duplicate_rows: Number of rows with the same content as an earlier row; they are kept.
-        overlong: What was done with rows that are longer than `max_length_tokens`.
-        cut_rows: Number of these rows.
+        overlong: What was done with rows that are longer than `max_length_tokens`, of which there are `cut_rows`.
         inactive_sequences: Number of sequences in which the adapter acts on no token that contributes to the loss,
             because its invocation tokens do not precede such a token.
         shape: Name of the shape of all rows, such as "alpaca", or None if it is unknown or differs between files.
@@ -91,10 +85,7 @@ class DataReport(Report):
 
     Attributes:
         documents: Number of text files, plus the number of rows with a `text` field.
-        completions: Number of rows with a prompt and a completion.
-        conversations: Number of rows with messages.
-        instructions: Number of these rows that were rendered as a prompt and a completion, because the tokenizer has no
-            chat template.
+        instructions: Number of conversations rendered as a prompt and a completion, without a chat template.
         cut_answers: Number of truncated rows in which a token that would have contributed to the loss was removed.
         cut_tokens: Number of tokens removed by truncation.
         cut_trained_tokens: Number of removed tokens that would have contributed to the loss.
@@ -144,11 +135,7 @@ class DataReport(Report):
         return self.trained_tokens / self.tokens if self.tokens else 0.0
 
     def check_end(self) -> None:
-        """Check that an end marker contributes to the loss, because a model learns from it where to stop.
-
-        Raises:
-            DataError: No end marker does, although there are sequences.
-        """
+        """Raise a DataError if no end marker contributes to the loss, from which a model learns where to stop."""
         if self.sequences and not self.ended_rows:
             raise DataError(
                 "No end marker contributes to the loss, so the model would not learn where to stop. Use a tokenizer "

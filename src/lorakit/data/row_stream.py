@@ -19,13 +19,7 @@ from lorakit.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class StreamedRow:
-    """A row and its position.
-
-    Attributes:
-        record: The row's record.
-        start: Position from which the row is read.
-        group: Key of the row's group, or b"" if no group column was requested.
-    """
+    """A row and the position from which it is read; `group` is b"" if no group column was requested."""
 
     record: Record
     start: Place
@@ -34,12 +28,7 @@ class StreamedRow:
 
 @dataclass(frozen=True)
 class StreamedSource:
-    """Data that is read as a stream.
-
-    Attributes:
-        content: The file, table or Hub data set.
-        layout: Shape and columns of the rows; None for a text file.
-    """
+    """A file, table or Hub data set that is read as a stream; a text file has no layout."""
 
     content: StreamedContent
     layout: Layout | None = None
@@ -48,14 +37,8 @@ class StreamedSource:
 class RowStream:
     """The rows of several files and data sets, in order.
 
-    Args:
-        sources: The files and data sets, at least one.
-        request: The user's choices about columns and invalid rows.
-        skipped: Function that receives the location of each invalid row that is left out, and the reason.
-
-    Attributes:
-        sources: The files and data sets.
-        unused: Counts of unused columns in the rows read so far, keyed by name.
+    `skipped` receives the location of each invalid row that is left out, and the reason; counts of unused columns in
+    the rows read so far are in `unused`.
     """
 
     def __init__(
@@ -79,11 +62,7 @@ class RowStream:
         return self._before[place.file] + min(content.size, content.bytes_before(place.offset))
 
     def rows(self, start: Place, last_source: int | None = None) -> Iterator[StreamedRow]:
-        """Yield the rows from a position to the end of the last file or data set.
-
-        Args:
-            start: The position, from `StreamedRow` or `Place()`.
-            last_source: Index of the last file or data set to read; None means all.
+        """Yield the rows from a position to the end of `last_source`, or of all files and data sets.
 
         Raises:
             DataError: The data cannot be read or has changed, or a row does not fit and is not to be skipped.

@@ -61,10 +61,7 @@ def collect(content: Content, request: Request) -> tuple[DataFile, list[str]]:
 def group_key(row: JsonValue, request: Request) -> bytes:
     """Return a key of a row's group, `KEY_BYTES` bytes, or b"" if no group column was requested.
 
-    Numbers have the keys of their texts, so that a group has the same key in all formats.
-
-    Raises:
-        BadRow: The row does not have the column.
+    Numbers have the keys of their texts, so that a group has the same key in all formats. Without the column: BadRow.
     """
     if request.group is None:
         return b""
@@ -83,11 +80,7 @@ def group_key(row: JsonValue, request: Request) -> bytes:
 
 
 def check_no_group(path: Path, request: Request) -> None:
-    """Check that no group column was requested for a text file, which has no columns.
-
-    Raises:
-        DataError: A column was requested.
-    """
+    """Raise a DataError if a group column was requested for a text file, which has no columns."""
     if request.group is not None:
         raise DataError(
             f"{path}: a text file has no column '{request.group}'; omit --group.",

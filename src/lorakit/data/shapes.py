@@ -1,7 +1,7 @@
 """The shapes of data rows: the columns that a row has, and the record that is built from them.
 
-All rows of a file have the same shape. It is recognized by the file's columns, or selected by the user with a name or
-with a mapping from fields to columns. This module does not depend on files or tokenizers.
+All rows of a file have the same shape, recognized by its columns, or selected by name or a mapping of fields to
+columns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ class Shape:
     """A set of fields that together describe a training example.
 
     Attributes:
-        name: Name of the shape.
         needed: Required field -> names of the columns that can supply it, in order of preference.
         optional: Optional field -> names of the columns that can supply it.
         build: Function that builds the record from the fields' values, or None if training does not support the shape.
@@ -260,7 +259,6 @@ class Layout:
     """The shape of a file's rows, and the columns that supply its fields.
 
     Attributes:
-        shape: The shape.
         columns: Field that every row has -> column: the required fields, and the label if the first row has one.
         optional: Optional field -> columns that can supply it; each row uses the first that it has.
         is_unusual: Whether the columns do not fit the request's usual choices.

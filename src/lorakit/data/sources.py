@@ -44,14 +44,7 @@ _ABOUT_DATA = ("dataset_info.json", "dataset_dict.json", "state.json")
 
 @dataclass(frozen=True)
 class HubSource:
-    """A data set on the Hugging Face Hub.
-
-    Attributes:
-        name: Hub id of the data set, such as "owner/name".
-        split: Name of the split, or a slice of it.
-        revision: Branch, tag or commit, or None for the default branch.
-        config: Name of the data set's configuration, or None for its default.
-    """
+    """A data set on the Hub, such as "owner/name"; the split may be a slice, and None selects the default."""
 
     name: str
     split: str = "train"
@@ -76,14 +69,9 @@ def expand(names: Iterable[str | os.PathLike[str]]) -> list[Path | HubSource]:
 
 
 def weights_of(names: Iterable[str], weights: Mapping[str, float]) -> dict[str, float]:
-    """Return the weight of each file or Hub data set.
+    """Return the weight of each file or Hub data set, by `Record.source`; empty if no weights were given.
 
-    Args:
-        names: Names of the training data.
-        weights: Name in `names` -> weight; other names have the weight 1.
-
-    Returns:
-        A dict from the path or name, as in `Record.source`, to its weight; empty if no weights were given.
+    Names that `weights` does not have get the weight 1.
 
     Raises:
         ConfigError: A name in `weights` is not one of `names`.

@@ -70,13 +70,9 @@ RULES = {rule.name: rule for rule in (STRATIFIED, HASHED)}
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Records for training and records for evaluation.
+    """Records for training and for evaluation, in input order, and the rule by which they were selected, or "".
 
-    Attributes:
-        train: Training records in input order, with any notes about the input.
-        held_out: Evaluation records in input order; may be empty.
-        note: Message that says how many records were held out, or why none were.
-        rule: Name of the rule by which they were selected, or "" if none was used.
+    The note says how many records were held out, or why none were.
     """
 
     train: AnyRecords
@@ -95,11 +91,7 @@ class Split:
 
 
 def rule_named(name: str | None) -> SplitRule:
-    """Return the rule that a run was made with, by the name in its `run.json`, or None if that names no rule.
-
-    Raises:
-        DataError: This version of lorakit has no such rule.
-    """
+    """Return the rule that a run was made with, by the name in its `run.json`; a DataError if there is none."""
     rule = RULES.get(HASHED.name if name is None else name)
     if rule is None:
         raise DataError(
@@ -117,19 +109,10 @@ def split(
 ) -> Split:
     """Hold out rows for evaluation, or the end of a single document.
 
-    Which rows are held out depends on the seed and on their content, not on their order. At least one row is held out
-    if there are two or more distinct ones, and every label that occurs more than once stays in the training data.
-
-    Args:
-        records: All records.
-        fraction: Fraction of the distinct records, or of the characters of a single document, to hold out, in [0, 1).
-            None selects `DEFAULT_FRACTION`, or up to `LARGEST_FRACTION` of data that would otherwise give fewer than
-            `LEAST_ROWS` rows (`LEAST_CHARACTERS` characters).
-        seed: Seed that determines which records are held out.
-        rule: How they are selected.
-
-    Returns:
-        The training records, the evaluation records, and a message.
+    At least one row is held out if there are two or more distinct ones, and every label that occurs more than once
+    stays in the training data. `fraction`, in [0, 1), is that of the distinct records, or of the characters of a single
+    document. None selects `DEFAULT_FRACTION`, or up to `LARGEST_FRACTION` of data that would otherwise give fewer than
+    `LEAST_ROWS` rows (`LEAST_CHARACTERS` characters).
 
     Raises:
         ConfigError: The fraction is outside [0, 1).
@@ -194,8 +177,6 @@ class _Rows:
         unit_of: Number of the unit of each record, shape (records,).
         entries: The labels of each unit, in the order in which units are held out, which the seed determines.
         noun: What a record is, for messages.
-        are_documents: Whether all records are documents.
-        has_groups: Whether a group column was requested.
     """
 
     unit_of: np.ndarray[Any, Any]
@@ -283,10 +264,7 @@ _ATTEMPTS = 16
 
 
 def _closest(entries: Many[Entry], wanted: Counter[Hashable], strata: Counter[Hashable]) -> list[int]:
-    """Return the units whose rows come closest to those wanted; the order of the units decides first.
-
-    None are returned if each of them has all rows of a label.
-    """
+    """Return the units whose rows come closest to those wanted, unless each of them has all rows of a label."""
     best, least = list[int](), math.inf
     for attempt in range(_ATTEMPTS):
         first = attempt * len(entries) // _ATTEMPTS

@@ -1,7 +1,4 @@
-"""Records that are read from their files on access; only each record's position is kept in memory.
-
-`lorakit.data.rows` finds the positions. This module does not depend on file formats or tokenizers.
-"""
+"""Records that are read from their files on access; only each record's position is kept in memory."""
 
 from __future__ import annotations
 
@@ -52,11 +49,7 @@ class LongDocument(PiecewiseDocument):
         super().__init__(file.label, None, is_last=True, _file=file)
 
     def pieces(self) -> Iterator[str]:
-        """Yield the text in pieces.
-
-        Raises:
-            DataError: The file cannot be read, or has changed since it was checked.
-        """
+        """Yield the text in pieces; a DataError if the file cannot be read, or has changed."""
         with self._file.open() as file:
             yield from decoded(file)
 
@@ -76,11 +69,7 @@ class WholeText(CheckedFile):
         return self.size
 
     def records(self, indexes: Iterable[int]) -> Iterator[tuple[Record, int]]:
-        """Yield the document once for each index, with its size in bytes.
-
-        Raises:
-            DataError: The file cannot be read, or has changed since it was checked.
-        """
+        """Yield the document once for each index, with its size in bytes; a DataError if it has changed."""
         for _ in indexes:
             document = LongDocument(self)
             yield document if self.size > READ_BYTES else Document(document.text, document.source), self.size
@@ -90,12 +79,8 @@ class WholeText(CheckedFile):
 class DataFile:
     """The rows of a file, table or Hub data set that fit its shape; only their positions are kept.
 
-    Attributes:
-        content: All rows.
-        layout: Shape and columns of the rows.
-        starts: Offset of each row.
-        lines: Line or row number of each row.
-        groups: Key of each row's group, `KEY_BYTES` bytes per row; empty if no group column was requested.
+    `starts` and `lines` have the offset and the line or row number of each row, `groups` the key of its group,
+    `KEY_BYTES` bytes each, or nothing without a group column.
     """
 
     content: Content
@@ -120,11 +105,7 @@ class DataFile:
         return following - self.starts[index]
 
     def records(self, indexes: Iterable[int]) -> Iterator[tuple[Record, int]]:
-        """Yield the records at the given indices, each with its size on disk in bytes.
-
-        Raises:
-            DataError: The data cannot be read, or has changed since it was checked.
-        """
+        """Yield the records at the given indices with their size on disk in bytes; a DataError if they changed."""
         rows, following = self.content.read(Place()), 0
         for index in indexes:
             place = Place(0, self.starts[index], self.lines[index])
@@ -169,13 +150,9 @@ class DocumentRange(PiecewiseDocument):
 
 @dataclass(frozen=True, slots=True)
 class FileRange:
-    """A file of documents, of each of which only a range of characters is used.
+    """A file of documents, of each of which only a range of characters is used: `begin` to `end`, or None for all.
 
-    Attributes:
-        file: The file.
-        begin: First character.
-        end: Character after the last one, or None for the end of the document.
-        fraction: Fraction of the characters that are used, for the size in bytes.
+    `fraction` is that of the characters that are used, for the size in bytes.
     """
 
     file: RecordFile
@@ -246,16 +223,8 @@ class RecordFile(Protocol):
 class StoredRecords(Sequence[Record]):
     """A sequence of all or some of the records in a list of files; each access rereads the record from its file.
 
-    Args:
-        files: The files, in order.
-        notes: Messages for the user.
-        chosen: Positions of the selected records within the records of all files combined, in ascending order; None
-            selects all.
-
-    Attributes:
-        notes: Messages for the user.
-        shape: Name of the shape of all rows, or None if it differs between files.
-        columns: Required field -> column, or an empty dict if the columns differ between files.
+    `chosen` are the ascending positions of the selected records within the records of all files combined; None selects
+    all. The shape is None, and `columns` empty, if they differ between files.
     """
 
     def __init__(
@@ -288,11 +257,7 @@ class StoredRecords(Sequence[Record]):
         return range(self._begins[-1]) if self._chosen is None else self._chosen
 
     def sized(self) -> Iterator[tuple[Record, int]]:
-        """Yield the records, each with its size on disk in bytes.
-
-        Raises:
-            DataError: A file cannot be read, or has changed since it was checked.
-        """
+        """Yield the records, each with its size on disk in bytes; a DataError if a file has changed."""
         return self._read(self._all())
 
     def some(self, positions: Iterable[int], notes: Iterable[str] = ()) -> StoredRecords:
@@ -348,11 +313,7 @@ class StoredRecords(Sequence[Record]):
 
 
 def decoded(file: IO[bytes]) -> Iterator[str]:
-    """Decode a UTF-8 file and yield its text in pieces, without the byte order mark.
-
-    Raises:
-        UnicodeDecodeError: The file is not UTF-8.
-    """
+    """Decode a UTF-8 file and yield its text in pieces, without the byte order mark."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     while raw := file.read(READ_BYTES):
         yield decoder.decode(raw)

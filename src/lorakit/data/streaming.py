@@ -45,14 +45,7 @@ _LEAST_BYTES = 1 << 16  # of each file, if there are many
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """The rows of a stream that are not held out.
-
-    Attributes:
-        stream: All rows.
-        fraction: Fraction of the rows to hold out.
-        seed: Seed that determines which rows are held out.
-        excluded: Content keys of the evaluation rows.
-    """
+    """The rows of a stream that are not held out: neither among a fraction of the rows nor of excluded content."""
 
     stream: RowStream
     fraction: float = 0.0
@@ -60,11 +53,7 @@ class TrainingRows:
     excluded: frozenset[bytes] = frozenset()
 
     def rows(self, start: Place) -> Iterator[StreamedRow]:
-        """Yield the training rows from a position to the end of the last file.
-
-        Raises:
-            DataError: A file cannot be read or has changed, or a row does not fit and is not to be skipped.
-        """
+        """Yield the training rows from a position to the end of the last file."""
         return (
             row
             for row in self.stream.rows(start)
@@ -82,20 +71,12 @@ class TrainingRows:
 
 @dataclass(frozen=True, slots=True)
 class StreamSplit(Split):
-    """Training and evaluation rows of a stream; `train` contains the training rows of the first part of the data.
-
-    Attributes:
-        rows: All training rows.
-    """
+    """Training and evaluation rows of a stream; `train` contains the training rows of the first part of the data."""
 
     rows: TrainingRows
 
     def training_records(self) -> Iterable[Record]:
-        """Return all training records, which are read one after another.
-
-        Raises:
-            DataError: The data cannot be read or has changed, or a row does not fit and is not to be skipped.
-        """
+        """Return all training records, which are read one after another."""
         return (row.record for row in self.rows.rows(Place()))
 
     def digests(self) -> dict[str, str]:
@@ -206,12 +187,10 @@ class StreamLoader(BatchLoader):
     """Iterator over the batches of a stream; rows are read and tokenized when they are needed.
 
     Attributes:
-        rows: The training rows.
-        encode: Function that returns the sequences of a record.
-        source_weights: Source of a record -> how often its sequences occur per epoch; 1 for other sources. For a
-            weight with a fractional part, the seed, the epoch and the position of a sequence determine whether it
-            occurs once more.
-        sample_bytes: Size of the part that `sequences` covers, in bytes.
+        source_weights: Source of a record -> how often its sequences occur per epoch; 1 for other sources. For a weight
+            with a fractional part, the seed, the epoch and the position of a sequence determine whether it occurs once
+            more.
+        sample_bytes: Size of the part that `sequences` covers.
 
     Raises:
         ConfigError: `batch_rows` is below 1.
@@ -253,11 +232,7 @@ class StreamLoader(BatchLoader):
         return None
 
     def next_rows(self) -> list[Sequence]:
-        """Return the rows of the next batch, and advance to the batch after it.
-
-        Raises:
-            DataError: The data cannot be read or has changed, or a row does not fit and is not to be skipped.
-        """
+        """Return the rows of the next batch, and advance to the batch after it."""
         while not self._block or self._batch * self.batch_rows >= len(self._block):
             if self._block:
                 self._advance()
@@ -280,7 +255,7 @@ class StreamLoader(BatchLoader):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Resume at the saved position of another loader; the current block is read again.
+        """Resume at the saved position of another loader (see `BatchLoader`); the current block is read again.
 
         Raises:
             DataError: The state is invalid, or comes from a loader with other data or settings.

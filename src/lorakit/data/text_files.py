@@ -1,9 +1,9 @@
 """Read the rows of text files one after another, from any position, in memory that does not depend on the file's size.
 
-JSON Lines files contain one row per line. CSV and TSV files, and JSON files that contain a list, are read row by row; a
-row may extend over several lines. A stream divides a text file into parts of at most `PART_BYTES` bytes that end at a
-line break, so that reading can resume in the middle of a large file. Each part is tokenized on its own, but only the
-beginning and the end of the file are marked with special tokens.
+JSON Lines files contain one row per line. A row of a CSV or TSV file, or of a JSON file with a list, may extend over
+several lines. A stream divides a text file into parts of at most `PART_BYTES` bytes that end at a line break, so that
+reading can resume in the middle. Each part is tokenized on its own, but only the beginning and the end of the file are
+marked with special tokens.
 """
 
 from __future__ import annotations
@@ -42,11 +42,7 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class TextFile(CheckedFile):
-    """A text, JSON or CSV file that is read from any position; an offset is a number of bytes.
-
-    Attributes:
-        reader: Function that reads the rows of the open file from a position, to which the file has been moved.
-    """
+    """A text, JSON or CSV file whose `reader` reads the rows from a position; an offset is a number of bytes."""
 
     counts_rows: ClassVar[bool] = False
     reader: Reader
@@ -59,8 +55,7 @@ class TextFile(CheckedFile):
         """Yield the rows from a position to the end of the file.
 
         Raises:
-            DataError: The file cannot be read, has changed since it was opened first, or has an error after which the
-                next row cannot be found.
+            DataError: The file cannot be read, has changed, or has an error after which the next row cannot be found.
         """
         with self.open() as file:
             file.seek(at.offset)
@@ -246,11 +241,7 @@ _DELIMITERS = ",;\t|"
 
 
 def _header(path: Path, file: IO[bytes]) -> tuple[list[str], str]:
-    """Return the names of the columns of a CSV or TSV file, and the delimiter.
-
-    Raises:
-        DataError: The first row does not contain a distinct name for each column.
-    """
+    """Return the distinct names of the columns of a CSV or TSV file, or a DataError, and the delimiter."""
     first = file.readline(STREAMED_CELL).decode("utf-8-sig", "replace")
     delimiter = "\t" if path.suffix.lower() == ".tsv" else max(_DELIMITERS, key=first.count)
     file.seek(0)
@@ -283,11 +274,7 @@ def _cells(file: IO[bytes], delimiter: str, longest: int, at: Place) -> Iterator
 
 
 class _DecodedLines(Iterator[str]):
-    """The lines of a file; a line that is not UTF-8 is decoded with replacements, and the problem is kept.
-
-    Attributes:
-        offset: Byte offset of the next line.
-    """
+    """The lines of a file; a line that is not UTF-8 is decoded with replacements, and the problem is kept."""
 
     def __init__(self, file: IO[bytes], offset: int) -> None:
         self.offset = offset

@@ -59,7 +59,7 @@ class Form(Generic[T]):
 
     Attributes:
         pack: Function that returns the rows as buffers, and everything else as plain JSON values.
-        unpack: Function that returns what `pack` was called with, given its results. The buffers are read-only. Raises
+        unpack: Function that returns what `pack` was called with, given its results, with read-only buffers. Raises
             ValueError, KeyError or TypeError if a value is missing or of another type.
     """
 
@@ -68,13 +68,9 @@ class Form(Generic[T]):
 
 
 class TokenCache:
-    """A directory of tokenized data.
+    """A directory of tokenized data, created when the first entry is written, with a limit of `most_bytes`.
 
-    Args:
-        folder: The directory; created when the first entry is written.
-        inputs: The inputs "reading", "tokenizer", "template" and "code" of `TOKENS`.
-        say: Function that receives messages.
-        most_bytes: Maximum total size of all entries in bytes.
+    `inputs` are "reading", "tokenizer", "template" and "code" of `TOKENS`.
     """
 
     def __init__(
@@ -98,14 +94,7 @@ class TokenCache:
         *,
         overlong: Overlong = "truncate",
     ) -> Encoded:
-        """Return the result of `lorakit.data.encoding.encode`, from an entry if there is one.
-
-        A damaged entry, or one that cannot be written, is reported in a message and is not an error.
-
-        Raises:
-            ConfigError: See `encode`.
-            DataError: See `encode`.
-        """
+        """Return the result of `lorakit.data.encoding.encode`, from an entry if there is one; see `fetch`."""
         return self.fetch(
             records,
             [max_length, overlong, beginning(tokenizer)],
@@ -163,7 +152,7 @@ class TokenCache:
 
 
 def _loaded(entry: Path) -> tuple[Buffers, Mapping[str, Any]]:
-    """Read and verify an entry; return its buffers and its values.
+    """Read and verify an entry, and return its buffers and its values.
 
     Raises:
         LorakitError: The manifest cannot be read.

@@ -1,6 +1,4 @@
-"""The tokenizer protocol, and tokenization of texts of any length.
-
-Any transformers tokenizer implements the protocol; this module does not import transformers.
+"""The tokenizer protocol, which any transformers tokenizer implements, and tokenization of texts of any length.
 
 To limit memory use, a long text is tokenized in overlapping parts; the result is the same as if the whole text were
 tokenized at once. If two parts have the same tokens in a long middle section of their overlap, the tokens that follow
@@ -19,14 +17,7 @@ from typing import Any, Protocol, TypeAlias
 
 
 class Tokenizer(Protocol):
-    """The methods and attributes of a transformers tokenizer that data preparation uses.
-
-    Attributes:
-        eos_token_id: Id of the end-of-text token, or None.
-        bos_token_id: Id of the beginning-of-text token, or None.
-        pad_token_id: Id of the padding token, or None.
-        chat_template: Jinja template, a dict of named templates, or None.
-    """
+    """The methods and attributes of a transformers tokenizer that data preparation uses."""
 
     eos_token_id: int | None
     bos_token_id: int | None
@@ -174,15 +165,9 @@ class _Source:
 def token_parts(
     tokenizer: Tokenizer, pieces: Iterable[str], *, with_text: bool = False
 ) -> Iterator[tuple[list[int], list[str]]]:
-    """Yield the tokens of a text in parts, without special tokens.
+    """Yield the tokens of a text, given in consecutive pieces, in parts: ids, and their texts if `with_text`.
 
-    Args:
-        tokenizer: The tokenizer; if it provides no offsets, the whole text is tokenized at once.
-        pieces: Consecutive pieces of the text.
-        with_text: Whether to yield the text of each token, for which the tokenizer must provide offsets.
-
-    Yields:
-        Lists of token ids, and of their texts; concatenated, they are the tokens of the whole text, and the text.
+    Without offsets, which `with_text` requires, the whole text is tokenized at once. There are no special tokens.
     """
     cutter = tokenizer if with_text else None
     source = _Source(pieces)

@@ -98,7 +98,7 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class DtypeChoice:
-    """ "bfloat16", "float16" or "float32", and a message that explains the choice."""
+    """A dtype ("bfloat16", "float16" or "float32"), and a message that explains the choice."""
 
     dtype: str
     reason: str

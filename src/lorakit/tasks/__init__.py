@@ -1,7 +1,4 @@
-"""Tasks that a model can be trained for: what the data must have, how it is encoded, the loss, and the metrics.
-
-A task is an entry of `TASKS`. Other code calls the entry's functions and does not test its name.
-"""
+"""Tasks that a model can be trained for: what the data must have, how it is encoded, the loss, and the metrics."""
 
 from __future__ import annotations
 

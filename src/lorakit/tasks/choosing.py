@@ -29,13 +29,7 @@ TASKS: dict[str, Task] = {
 
 @dataclass(frozen=True)
 class TaskOnData:
-    """A task, and what it predicts for particular data.
-
-    Attributes:
-        task: The task.
-        target: What is predicted.
-        note: Message that says why this task was chosen, or "" if the user selected it.
-    """
+    """A task, what it predicts for particular data, and a note why it was chosen ("" if the user selected it)."""
 
     task: Task
     target: Target
@@ -109,10 +103,6 @@ def task_for(
 def on_model(task: TaskOnData, source: hub.ModelSource) -> TaskOnData:
     """Return a task with what it reads from a model's files, such as how the model embeds texts.
 
-    Args:
-        task: The task, for example that of an adapter.
-        source: The model.
-
     Raises:
         LorakitError: The files do not fit the task, or the adapter was trained on another model.
     """
@@ -121,11 +111,6 @@ def on_model(task: TaskOnData, source: hub.ModelSource) -> TaskOnData:
 
 def task_to_measure(records: AnyRecords, source: hub.ModelSource, options: LabelOptions) -> TaskOnData:
     """Choose the task of a model that is measured without adapters; its own head decides which classes there are.
-
-    Args:
-        records: The records to evaluate on.
-        source: The model.
-        options: How labels are read.
 
     Raises:
         LorakitError: See `task_for`.
@@ -137,12 +122,7 @@ def task_to_measure(records: AnyRecords, source: hub.ModelSource, options: Label
 
 
 def named_as(task: TaskOnData, facts: hub.ModelFacts) -> TaskOnData:
-    """Return the task of an adapter; if its files do not name the classes, they are those of the base's own head.
-
-    Args:
-        task: The task of the adapter.
-        facts: The facts about its base.
-    """
+    """Return the task of an adapter; if its files do not name the classes, they are those of the base's own head."""
     target = task.target
     own = _own_head(task.task, facts) if target.kind == "none" or target.has_default_names else Target()
     is_same = target.kind == "none" or len(own.names) == len(target.names)
@@ -187,12 +167,9 @@ def _by_shape(record: Record, family: hub.Family) -> Task:
 
 
 def task_of_adapter(config: LoraConfig, training: JsonValue, outputs: int | None = None) -> TaskOnData:
-    """Return the task that an adapter was trained for.
+    """Return the task that an adapter was trained for, from its config and `training` of its `lorakit.json`.
 
-    Args:
-        config: The adapter's config.
-        training: The entry `training` of its `lorakit.json`, or None.
-        outputs: Number of outputs of the head saved in the adapter, or None; used if no classes are recorded.
+    The number of outputs of its saved head is used if no classes are recorded.
 
     Raises:
         UsageError: lorakit has no task for the adapter's `task_type`.
@@ -219,11 +196,7 @@ def task_of_adapter(config: LoraConfig, training: JsonValue, outputs: int | None
 
 
 def task_of_model(name: str | None, source: hub.ModelSource) -> TaskOnData:
-    """Return the task of a model that has its own head, such as a merged model.
-
-    Args:
-        name: Name of the task; None reads it from the model's config.
-        source: The model.
+    """Return the task of a model that has its own head, such as a merged model; by name, or as in its config.
 
     Raises:
         UsageError: The model has no task that predicts rows.
@@ -265,14 +238,7 @@ def load_model_for(
     tokenizer: Tokenizer | None = None,
     adapters: Sequence[str | Path] | None = None,
 ) -> hub.LoadedModel:
-    """Load a model with the head that a task needs.
-
-    Args:
-        task: The task, and what it predicts.
-        source: The model.
-        how: Dtype, device and quantization; None for the defaults.
-        tokenizer: The model's tokenizer, or None; see `agree_on_padding`.
-        adapters: Directories of the adapters that will be loaded; None if the new modules will be trained.
+    """Load a model with the head that a task needs; `adapters` will be loaded, or None if new modules are trained.
 
     Raises:
         UsageError: The model has no head, and no adapter will be loaded.

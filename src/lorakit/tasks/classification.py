@@ -47,17 +47,7 @@ def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: E
 
 
 def collate(rows: list[Encoded], pad_id: int, epoch: float, target: Target) -> Batch:
-    """Combine sequences into a padded batch.
-
-    Args:
-        rows: The sequences, at least one.
-        pad_id: Id of the padding token.
-        epoch: Value for `Batch.epoch`.
-        target: What is predicted.
-
-    Returns:
-        A batch whose labels have shape (rows,), or (rows, classes) if several classes may apply.
-    """
+    """Combine sequences into a padded batch with labels (rows,), or (rows, classes) if several classes may apply."""
     ids, mask = padded_ids([row.input_ids for row in rows], pad_id)
     extra = {}
     if any(row.types is not None for row in rows):
@@ -96,11 +86,7 @@ def loss(logits: Tensor, batch: Batch, target: Target) -> Tensor:
 
 
 class ClassMeter:
-    """Collects the predicted and the true labels of an evaluation.
-
-    Args:
-        target: What is predicted.
-    """
+    """Collects the predicted and the true labels of an evaluation."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -127,12 +113,7 @@ class ClassMeter:
 
 
 def predictions(logits: Tensor, target: Target) -> Tensor:
-    """Return what the logits of shape (rows, classes) predict.
-
-    Returns:
-        The class of each row, shape (rows,); the numbers, shape (rows,); or whether each class applies, shape
-        (rows, classes).
-    """
+    """Return the class or number of each row (rows,), or whether each class applies, as logits (rows, classes)."""
     if target.kind == "score":
         return logits.squeeze(-1)
     return logits.sigmoid() >= THRESHOLD if target.kind == "classes" else logits.argmax(-1)

@@ -60,18 +60,12 @@ _READ = ("max_seq_length", "do_lower_case", "unpad_inputs")
 class Embedder:
     """Turns hidden states into embeddings, as `SentenceTransformer.encode` does.
 
-    Args:
-        source: The model. Without files of sentence-transformers, its embeddings are those that sentence-transformers
-            gives such a model: the mean over the tokens or, for a causal language model, the last token.
-
-    Attributes:
-        prompt: Text that is put before each text, or "".
-        max_length: Maximum length of a text in tokens, or None.
+    A model without files of sentence-transformers gets the mean over the tokens or, if causal, the last token. `prompt`
+    is put before each text; `max_length` is the maximum length of a text in tokens, or None.
 
     Raises:
         MissingExtra: The package `sentence-transformers` is not installed.
-        ModelError: The model has modules, settings or a chat template that lorakit does not support, or they cannot be
-            read.
+        ModelError: The model has modules, settings or a chat template that lorakit does not support or cannot read.
     """
 
     def __init__(self, source: hub.ModelSource) -> None:
@@ -108,14 +102,7 @@ class Embedder:
         return replace(options, max_length=length, prompt=self.prompt)
 
     def embed(self, hidden: Tensor, ids: Tensor, mask: Tensor, *, is_training: bool = False) -> Tensor:
-        """Return the embedding of each text, shape (rows, width), in float32.
-
-        Args:
-            hidden: Hidden states of the last layer, shape (rows, length, width).
-            ids: Token ids, shape (rows, length).
-            mask: Attention mask, shape (rows, length).
-            is_training: Whether dropout modules act.
-        """
+        """Return the embedding of each text (rows, width) in float32, from hidden states (rows, length, width)."""
         features: dict[str, Any] = {"token_embeddings": hidden.float(), "input_ids": ids, "attention_mask": mask}
         if self._prompt_length:
             features["prompt_length"] = self._prompt_length
@@ -186,11 +173,7 @@ def _unsupported(source: hub.ModelSource, what: str) -> ModelError:
 
 
 def embedder_of(target: Target) -> Embedder:
-    """Return the embedder of a target.
-
-    Raises:
-        ConfigError: `on_model` was not called for the target.
-    """
+    """Return the embedder of a target; a ConfigError if `on_model` was not called for it."""
     if target.embedder is None:
         text = "the target does not say how the model embeds texts; see lorakit.tasks.on_model."
         raise ConfigError(text, field="embedder")
@@ -198,11 +181,7 @@ def embedder_of(target: Target) -> Embedder:
 
 
 def on_model(target: Target, source: hub.ModelSource) -> Target:
-    """Return a target with the embedder of a model.
-
-    Args:
-        target: A new target, or that of an adapter, which records how its base embeds texts.
-        source: The model.
+    """Return a target, which records how its base embeds texts if it is that of an adapter, with a model's embedder.
 
     Raises:
         AdapterFileError: The adapter was trained with other modules or settings.
@@ -277,12 +256,9 @@ def forward(model: nn.Module, batch: Batch, device: str | torch.device, target: 
 
 
 def loss(embeddings: Tensor, batch: Batch, target: Target) -> Tensor:
-    """Return the loss of a batch times its number of rows, a scalar.
+    """Return the loss of embeddings (texts per row, rows, width) times the number of rows, a scalar.
 
-    Args:
-        embeddings: Embeddings, shape (texts per row, rows, width).
-        batch: The batch.
-        target: "score" for CoSENT, or "pairs" for the multiple negatives ranking loss.
+    It is CoSENT for scores, and the multiple negatives ranking loss for pairs.
     """
     losses = _losses()
     kind = losses.CoSENTLoss if target.kind == "score" else losses.MultipleNegativesRankingLoss
@@ -293,9 +269,8 @@ def loss(embeddings: Tensor, batch: Batch, target: Target) -> Tensor:
 class EmbeddingMeter:
     """Collects the embeddings of an evaluation.
 
-    Args:
-        target: "score" for the rank correlation of the scores and the cosine similarities, or "pairs" for NDCG@10 of
-            the second texts, among those of all rows, as results of a search for the first text.
+    Scores give their rank correlation with the cosine similarities; pairs NDCG@10 of the second texts, among those of
+    all rows, as results of a search for the first text.
     """
 
     def __init__(self, target: Target) -> None:

@@ -32,13 +32,9 @@ _TYPE = "i"
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """Encoded rows with their counts.
+    """Encoded rows with their counts; `sources` are (source, number of rows) pairs for consecutive rows.
 
-    Attributes:
-        sequences: The rows.
-        report: Counts.
-        sources: (source, number of rows) pairs for consecutive rows.
-        records: The record of each sequence, in the same order; empty if the rows come from the token cache.
+    `records` has the record of each sequence, or nothing if the rows come from the token cache.
     """
 
     sequences: list[Encoded] | StoredRows
@@ -53,11 +49,9 @@ Encode = Callable[[Record, Tokenizer, Target, EncodeOptions, RowReport], "Encode
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """A way of encoding the rows of a task.
+    """A way of encoding the rows of a task, with a name for the token cache.
 
     Attributes:
-        name: Name of this way of encoding, for the token cache.
-        one: Function that encodes a record.
         unit: What contributes to the loss: "token" or "row".
         has_target_text: Whether labels are the tokens of another text.
     """
@@ -72,13 +66,6 @@ def encode_rows(
     records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions, encoder: RowEncoder
 ) -> EncodedRows:
     """Encode records one by one, or take them from the token cache.
-
-    Args:
-        records: The records.
-        tokenizer: A transformers tokenizer.
-        target: What is predicted.
-        options: Maximum length, what happens to longer rows, and the cache.
-        encoder: How a record is encoded.
 
     Raises:
         ConfigError: `overlong` is "split", which these tasks do not support.
@@ -102,17 +89,7 @@ def encode_rows(
 def encode_row(
     record: Record, tokenizer: Tokenizer, target: Target, options: EncodeOptions, encoder: RowEncoder
 ) -> list[Encoded]:
-    """Encode one record as `encode_rows` does; nothing is counted.
-
-    Args:
-        record: The record.
-        tokenizer: A transformers tokenizer.
-        target: What is predicted.
-        options: Maximum length, and what happens to longer rows.
-        encoder: How a record is encoded.
-
-    Returns:
-        The encoded row, or an empty list if it is left out.
+    """Encode one record as `encode_rows` does, uncounted; an empty list if it is left out.
 
     Raises:
         DataError: The record does not fit the task.
@@ -262,14 +239,9 @@ def encode_tagged(
 
 
 def word_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int | None]:
-    """Return the index of the first token of each word in a text of words joined by spaces.
+    """Return the index of the first token of each word in words joined by spaces; None if the word has no token.
 
-    Args:
-        words: The words.
-        offsets: First and last character of each token; equal for special tokens.
-
-    Returns:
-        An index for each word; None if the word has no token.
+    `offsets` are the first and last character of each token; equal for special tokens.
     """
     found, at, begin = list[int | None](), 0, 0
     for word in words:
@@ -370,14 +342,7 @@ def _kept(tokenizer: Any, found: Any, kept: Any) -> dict[int | None, int]:
 
 
 def _pieces(tokenizer: Any, texts: Sequence[str], found: Any, kept: Any) -> list[str]:
-    """Return the text of each token as it is written, or nothing without offsets; special tokens are decoded.
-
-    Args:
-        tokenizer: The tokenizer.
-        texts: The text, or a pair of texts.
-        found: All tokens with their offsets, as the tokenizer returns them.
-        kept: The tokens of a row, which may be truncated.
-    """
+    """Return the text of each token of `kept` as it is written, or nothing without offsets, which `found` has."""
     if "offset_mapping" not in found:
         return []
     remaining = []

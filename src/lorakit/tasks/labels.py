@@ -38,10 +38,6 @@ def no_target(parts: Split, options: LabelOptions) -> Target:
 def class_target(parts: Split, options: LabelOptions) -> Target:
     """Read the labels of rows, and return the classes, or the fact that labels are scores.
 
-    Args:
-        parts: Training and evaluation records.
-        options: How labels are read.
-
     Raises:
         DataError: A row has no label or a label of another type, there is only one class, or the evaluation data has a
             class that the training data lacks.
@@ -93,10 +89,6 @@ def _note(found: Set[str], names: Sequence[str], options: LabelOptions) -> str:
 def tag_target(parts: Split, options: LabelOptions) -> Target:
     """Read the tags of words.
 
-    Args:
-        parts: Training and evaluation records.
-        options: How labels are read.
-
     Raises:
         DataError: A row has no tags, there is only one tag, or the evaluation data has a tag that the training data
             lacks.
@@ -120,10 +112,6 @@ def tag_target(parts: Split, options: LabelOptions) -> Target:
 
 def pair_target(parts: Split, options: LabelOptions) -> Target:
     """Read pairs of texts: with scores, or without, if the two texts of each row belong together.
-
-    Args:
-        parts: Training and evaluation records.
-        options: How labels are read.
 
     Raises:
         DataError: A row has a single text, or some rows have a score and others do not.
@@ -153,8 +141,7 @@ class _Labels:
     """The labels of rows, which are read once; the rows are not kept.
 
     Attributes:
-        names: Kind of the labels -> names of the classes in the data if they are of this kind; none are added to too
-            many.
+        names: Kind of the labels -> names of the classes if they are of this kind; none are added to too many.
         has_empty: Whether a row has an empty list of classes.
         problems: Kind of the labels -> error about the first row whose label is not of this kind.
     """
@@ -167,11 +154,7 @@ class _Labels:
         self._has_numbers_only = True
 
     def add(self, records: Iterable[Record]) -> None:
-        """Add the labels of records.
-
-        Raises:
-            DataError: A record has no label because of its shape.
-        """
+        """Add the labels of records; a DataError if one has no label because of its shape."""
         for record in records:
             row = labeled(record)
             number = number_of(row.label)

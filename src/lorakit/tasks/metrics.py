@@ -1,7 +1,4 @@
-"""Metrics of predictions: accuracy, F1, exact F1 of tagged spans, correlations.
-
-All functions take plain sequences or numpy arrays; none depends on models.
-"""
+"""Metrics of predictions: accuracy, F1, exact F1 of tagged spans, correlations."""
 
 from __future__ import annotations
 
@@ -36,16 +33,10 @@ def f1(correct: int, predicted: int, actual: int) -> float:
 def class_metrics(
     predicted: Sequence[int] | Array, actual: Sequence[int] | Array, names: Sequence[str]
 ) -> dict[str, float]:
-    """Return accuracy, macro F1 and the F1 score of each class.
+    """Return accuracy, macro F1 and the F1 score of each class; classes of rows are indices into `names`.
 
-    Args:
-        predicted: Predicted class of each row, an index into `names`.
-        actual: True class of each row.
-        names: Names of the classes.
-
-    Returns:
-        "accuracy" and its baseline; "f1_macro", the mean over all classes that are predicted or true for a row; and
-        "f1/NAME" for these classes.
+    The keys are "accuracy" and its baseline; "f1_macro", the mean over all classes that are predicted or true for a
+    row; and "f1/NAME" for these classes.
     """
     guess, truth = np.asarray(predicted), np.asarray(actual)
     scores = {}
@@ -62,17 +53,10 @@ def class_metrics(
 
 
 def classes_metrics(predicted: Array, actual: Array, names: Sequence[str]) -> dict[str, float]:
-    """Return metrics for rows to which any number of classes may apply.
+    """Return metrics for rows to which any number of classes may apply, as booleans (rows, classes).
 
-    Args:
-        predicted: Whether each class is predicted for each row, shape (rows, classes).
-        actual: Whether each class applies to each row, shape (rows, classes).
-        names: Names of the classes.
-
-    Returns:
-        "accuracy", the fraction of rows in which all classes are right, and its baseline; "f1_micro", over all pairs of
-        rows and classes;
-        "f1_macro", the mean over classes; and "f1/NAME" for each class.
+    The keys are "accuracy", the fraction of rows in which all classes are right, and its baseline; "f1_micro", over all
+    pairs of rows and classes; "f1_macro", the mean over classes; and "f1/NAME" for each class.
     """
     guess, truth = np.asarray(predicted, dtype=bool), np.asarray(actual, dtype=bool)
     correct = (guess & truth).sum(0)
@@ -99,12 +83,7 @@ def score_metrics(predicted: Sequence[float] | Array, actual: Sequence[float] | 
 
 
 def no_correlation(predicted: Array, actual: Array) -> str:
-    """Return why numbers have no correlation, or "".
-
-    Args:
-        predicted: Predicted number of each row.
-        actual: True number of each row.
-    """
+    """Return why predicted and actual numbers have no correlation, or ""."""
     if len(actual) < 2:
         return f"a correlation needs at least 2 rows, but the evaluation data has {len(actual)}"
     equal = [name for name, values in (("true", actual), ("predicted", predicted)) if np.ptp(values) == 0]
@@ -123,14 +102,8 @@ def span_metrics(
 ) -> dict[str, float]:
     """Return token accuracy and, if the tags form spans, the exact F1 score: type and both ends must be right.
 
-    Args:
-        predicted: Predicted tags of each sentence.
-        actual: True tags of each sentence.
-        reader: Reads the spans in tags.
-
-    Returns:
-        "accuracy" over words, and its baseline; "f1" over all spans; "precision" and "recall"; and "f1/TYPE" for each
-        entity type.
+    The keys are "accuracy" over words, and its baseline; "f1" over all spans; "precision" and "recall"; and "f1/TYPE"
+    for each entity type.
     """
     pairs = [pair for guess, truth in zip(predicted, actual, strict=True) for pair in zip(guess, truth, strict=True)]
     right = {

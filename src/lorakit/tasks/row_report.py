@@ -16,7 +16,6 @@ class RowReport(Report):
 
     Attributes:
         unit: What contributes to the loss: "token" or "row".
-        rows: Number of input rows.
         cut_words: Number of tagged words without a token, because of truncation or because the tokenizer skips them.
         labels: Number of rows (for tags: of words) with each label, most frequent first; empty for scores and texts.
     """

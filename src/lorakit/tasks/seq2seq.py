@@ -1,7 +1,4 @@
-"""Sequence to sequence: a target text for each source text, with encoder-decoder models such as T5.
-
-The loss is the cross entropy of the target's tokens, as in transformers' models for conditional generation.
-"""
+"""Sequence to sequence: a target text for each source text, with encoder-decoder models such as T5."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Entities in the tags of words: the tag schemes, which of them the names of tags follow, and the spans that tags form.
 
-A scheme marks the words of an entity by a letter. Its name has one meaning in all schemes, so one rule reads them all,
-that of the evaluation script of CoNLL-2000, which also says what tags out of order mean. This module does not depend on
-models.
+A scheme marks the words of an entity by a letter, which has one meaning in all schemes, so one rule reads them all:
+that of the evaluation script of CoNLL-2000, which also says what tags out of order mean.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ SCHEMES: Mapping[str, str] = {
     PLAIN: "",
     UNMARKED: "",
 }
-"""Name of a tag scheme -> its letters. The tags of IO are the types of entities, without a letter. With "none", there
-are no entities, and only the tags of single words are compared."""
+"""Name of a tag scheme -> its letters; tags of IO are types without a letter, "none" compares single words only."""
 
 _MEANING = {"M": "I", "L": "E", "U": "S", "W": "S"}
 """Letter -> the letter of BIOES with the same meaning, if it is another one."""
@@ -46,13 +44,7 @@ _FORMS = (
 
 
 class Span(NamedTuple):
-    """A group of adjacent words with the same entity type.
-
-    Attributes:
-        kind: Entity type, such as "PER".
-        begin: Index of the first word.
-        end: Index after the last word.
-    """
+    """A group of adjacent words, from `begin` up to `end`, with the same entity type, such as "PER"."""
 
     kind: str
     begin: int
@@ -60,11 +52,7 @@ class Span(NamedTuple):
 
 
 def scheme_of(names: Sequence[str]) -> tuple[str, str]:
-    """Return the scheme that tags follow, and a message if it is "none".
-
-    Args:
-        names: All tags of the data or the model.
-    """
+    """Return the scheme that all tags of the data or the model follow, and a message if it is "none"."""
     for scheme, letters in SCHEMES.items():
         parts = _parts(names, letters) if letters else None
         if parts and {"B", "I"} & {letter for letter, _ in parts.values()}:
@@ -85,14 +73,10 @@ def scheme_of(names: Sequence[str]) -> tuple[str, str]:
 
 
 def check_scheme(scheme: str, names: Sequence[str]) -> None:
-    """Check that tags can be read in a scheme.
-
-    Args:
-        scheme: A key of `SCHEMES`.
-        names: All tags.
+    """Check that all tags can be read in a scheme.
 
     Raises:
-        ConfigError: The scheme is unknown, or a tag does not have one of its letters.
+        ConfigError: The scheme is not a key of `SCHEMES`, or a tag does not have one of its letters.
     """
     if scheme not in SCHEMES:
         raise ConfigError.of("tag_scheme", scheme, allowed=SCHEMES)
@@ -124,16 +108,9 @@ def _parts(names: Iterable[str], letters: str) -> dict[str, tuple[str, str]] | N
 
 
 class SpanReader:
-    """Reads the entities in tags, in one scheme.
+    """Reads the entities in tags, in one scheme in which all tags can be read.
 
     A span begins at B or S, after E or S, when the type changes, and at the first I or E after O.
-
-    Args:
-        names: All tags.
-        scheme: A key of `SCHEMES` in which all tags can be read.
-
-    Attributes:
-        has_spans: Whether the scheme has entities.
     """
 
     def __init__(self, names: Sequence[str], scheme: str) -> None:
@@ -143,11 +120,7 @@ class SpanReader:
         self._parts = ((_parts(names, letters) if letters else None) or plain) if self.has_spans else {}
 
     def spans(self, tags: Iterable[str | None]) -> list[Span]:
-        """Return the entities in the tags of a sentence.
-
-        Args:
-            tags: The tag of each word; None for a word without a tag, which belongs to no entity.
-        """
+        """Return the entities in the tags of a sentence; a word whose tag is None belongs to no entity."""
         found, begin, before = list[Span](), 0, (OUTSIDE, "")
         for at, tag in enumerate([*tags, None]):
             letter, kind = self._parts.get(tag or OUTSIDE, (OUTSIDE, ""))

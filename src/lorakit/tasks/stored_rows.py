@@ -18,15 +18,12 @@ class StoredRows(collections.abc.Sequence[Sequence]):
     """Rows in flat buffers; a `Sequence` is created when a row is read.
 
     Args:
-        buffers: Flat values and the end of each row in them: `ids`, `labels`, `types` (no values if a row has none)
-            and `others` with `ids_ends`, `labels_ends`, `types_ends` and `others_ends`. Each text in `others` has an
-            end of its own, and `others_rows` is the number of these texts up to the end of each row.
+        buffers: Flat values and the end of each row in them: `ids`, `labels`, `types` (no values if a row has none) and
+            `others` with `ids_ends`, `labels_ends`, `types_ends` and `others_ends`. Each text in `others` has an end of
+            its own, and `others_rows` is the number of these texts up to the end of each row.
 
     Raises:
         KeyError: A buffer is missing.
-
-    Attributes:
-        buffers: The buffers.
     """
 
     def __init__(self, buffers: Buffers) -> None:

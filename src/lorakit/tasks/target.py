@@ -44,7 +44,6 @@ class Target:
     """What a model predicts.
 
     Attributes:
-        kind: What is predicted for a row.
         names: Names of the classes or tags, in the order of the model's outputs.
         embedding: How the model embeds texts, as plain JSON values; empty if it is not known or the task does not.
         embedder: What computes embeddings from hidden states, or None; see `lorakit.tasks.embedding.on_model`.
@@ -95,10 +94,7 @@ class Target:
         return self.ids.get(name, self.ids.get(composed(name)))
 
     def with_options(self, options: LabelOptions) -> Target:
-        """Return this target for other data.
-
-        Args:
-            options: How the labels of the data are read; its label map is added to this one.
+        """Return this target for other data, whose label map is added to this one.
 
         Raises:
             ConfigError: The label map leads to a name that the model lacks, or the tags do not follow the given scheme.
@@ -114,11 +110,7 @@ class Target:
         return replace(self, scheme=scheme, label_map={**self.label_map, **options.label_map}, note=note)
 
     def check(self, records: Iterable[Record]) -> None:
-        """Check that the labels of all rows are among those of the model.
-
-        Raises:
-            DataError: A row has no label, a label of another type, or a name that the model lacks.
-        """
+        """Raise the DataError of `ids_of` for the first row whose labels are not among those of the model."""
         for record in records:
             if self.kind == "score":
                 score_of(record)
@@ -178,7 +170,6 @@ class LabelOptions:
         is_evaluation_given: Whether the user passed evaluation data, which may then not contain new labels.
         known: Names of the classes of the model's own head, in order; empty if it has none.
         label_map: Name of a label in the data, which becomes composed, -> its name in the model.
-        tag_scheme: The scheme of the tags; "auto" recognizes it.
     """
 
     label_type: LabelType = "auto"
@@ -196,11 +187,7 @@ class LabelOptions:
         return None if self.tag_scheme == "auto" else self.tag_scheme
 
     def check_kind(self, kind: Kind) -> None:
-        """Check that the label map and the tag scheme apply to what is predicted.
-
-        Raises:
-            UsageError: One of them was given, but does not apply.
-        """
+        """Raise a UsageError if the label map or the tag scheme was given, but does not apply to what is predicted."""
         if self.label_map and kind not in ("class", "classes", "tags"):
             text = "label_map renames classes and tags, but this task or data has none; omit it."
             raise UsageError(text, what=dict(self.label_map), field="label_map")
@@ -237,13 +224,9 @@ def scheme_for(names: Sequence[str], given: str | None) -> tuple[str, str]:
 def ordered(found: Iterable[str], known: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the names of classes in the order of the model's outputs, which depends only on the set of names.
 
-    Args:
-        found: The names in the data.
-        known: Names of the model's own classes; used if they include all names in the data.
-
-    Returns:
-        The model's own classes if they fit (also by number if they have no names); else numbers by value, then other
-        names by their characters. Names with the same value, such as "1" and "01", are ordered by their characters.
+    They are the model's own classes (`known`) if they include all names in the data (also by number if they have no
+    names); else numbers by value, then other names by their characters. Names with the same value, such as "1" and
+    "01", are ordered by their characters.
 
     Raises:
         DataError: The names differ from the model's only in spelling, so a new order would permute its outputs.
@@ -302,12 +285,7 @@ def _unknown(name: str, known: Sequence[str], where: str = "") -> DataError:
 
 
 def names_of(record: Record, kind: Kind, label_map: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the names of the classes of a row whose label is one class or several, or the tags of its words.
-
-    Args:
-        record: The row.
-        kind: "class", "classes" or "tags".
-        label_map: Name of a label in the data -> its name in the model.
+    """Return the names of a row's class or classes, or the tags of its words, translated by the label map.
 
     Raises:
         DataError: The row has another type of label.
@@ -338,11 +316,7 @@ def _class_names(label: Label, kind: Kind) -> tuple[str, ...]:
 
 
 def score_of(record: Record) -> float:
-    """Return the score of a row.
-
-    Raises:
-        DataError: The label is not a finite number.
-    """
+    """Return the score of a row; a DataError if the label is not a finite number."""
     label = labeled(record).label
     number = number_of(label)
     if number is None:
@@ -377,11 +351,7 @@ def problem_of(label: Label, kind: Kind) -> str:
 
 
 def labeled(record: Record) -> Labeled:
-    """Return a record that has a label.
-
-    Raises:
-        DataError: The record is of another kind.
-    """
+    """Return a record that has a label; a DataError if it is of another kind."""
     if not isinstance(record, Labeled):
         raise unfit(
             record, "has no label; use rows with 'text' and 'label', or select them with --format and --columns"

@@ -1,8 +1,4 @@
-"""The interface of a task: how records become batches, what the loss is, and how predictions are scored.
-
-A task is a registry entry of functions (`lorakit.tasks.TASKS`); the training loop, the evaluation and the commands call
-them and do not test a task's name.
-"""
+"""The interface of a task: how records become batches, what the loss is, and how predictions are scored."""
 
 from __future__ import annotations
 
@@ -76,8 +72,7 @@ class EncodeOptions:
         visit: Function that is called with each record and its content key, or None.
         is_labeled: Whether rows must have labels; rows to predict do not have them.
         prompt: Text that is put before each text of a pair.
-        shown: Number of sequences of a record to encode with the text of their tokens, for `Task.encode_one`; None for
-            all, without text.
+        shown: Number of sequences of a record to encode with the text of their tokens; None for all, without text.
     """
 
     max_length: int
@@ -117,15 +112,13 @@ class Objective:
     """Loss and metrics of a run.
 
     Attributes:
-        collate: Function that combines sequences into a batch.
         loss_sum: Function that runs the model and returns the summed loss.
         forward: Function that runs the model on a batch and returns what `loss` and the meter read; None if `loss_sum`
             computes the loss without it.
         loss: Function that returns the summed loss of a batch, given what `forward` returned.
         meter: Function that creates a meter, or None if only the loss is measured.
         row_losses: Function that runs the model on a batch without gradients, and returns the summed loss of each row
-            (rows,), or None if rows are measured one at a time. It raises NotYetSupported if it cannot do so for a
-            model.
+            (rows,), or None if rows are measured one at a time. Raises NotYetSupported if it cannot do so for a model.
         counts: Function that returns the number of targets of each row of a batch (rows,); None if the loss compares
             the rows of a batch, so that a row has no loss of its own.
         label_losses: Function that runs the model on a batch without gradients, and returns the loss of each target
@@ -170,15 +163,7 @@ def one_per_row(batch: Batch) -> Tensor:
 
 
 def evaluation_batches(task: Task, collate: Collate, sequences: Texts, rows: int, pad_id: int) -> Iterable[Batch]:
-    """Return the batches of an evaluation.
-
-    Args:
-        task: The task.
-        collate: Function that combines sequences into a batch.
-        sequences: Encoded rows.
-        rows: Number of rows per batch; batches of short rows have more, unless the loss compares the rows of a batch.
-        pad_id: Id of the padding token.
-    """
+    """Return the batches of an evaluation; those of short rows have more, unless the loss compares a batch's rows."""
     if task.needs_batch:
         return Loader(sequences, rows, 0, shuffle=False, epochs=1, pad_id=pad_id, collate=collate)
     return by_length(sequences, rows, pad_id, collate)
@@ -191,34 +176,20 @@ def inputs_on(batch: Batch, device: str | torch.device) -> dict[str, Tensor]:
 
 
 def finite(output: Tensor) -> Tensor:
-    """Return the output of a model for rows to predict, of any shape.
-
-    Raises:
-        NonFiniteError: It contains NaN or infinite values.
-    """
+    """Return a model's output, of any shape, for rows to predict; a NonFiniteError for NaN or infinite values."""
     if not output.isfinite().all():
         raise NonFiniteError("the base or the adapter produces non-finite values.", what="predictions")
     return output
 
 
 def without_cache(model: nn.Module) -> dict[str, bool]:
-    """Return the argument that keeps a model from storing keys and values, if it can store them.
-
-    A decoder stores them by default. Training does not read them, and fused forward methods do not support them.
-    """
+    """Return the argument that keeps a decoder from storing keys and values, which training does not read."""
     return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
 
 
 @dataclass(frozen=True)
 class PredictContext:
-    """Inputs of a prediction besides the model and the rows.
-
-    Attributes:
-        device: The model's device.
-        target: What is predicted.
-        tokenizer: The tokenizer that encoded the rows.
-        max_new_tokens: Maximum length of a generated text in tokens.
-    """
+    """Inputs of a prediction besides the model and the rows; `max_new_tokens` limits a generated text."""
 
     device: torch.device
     target: Target

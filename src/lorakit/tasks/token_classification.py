@@ -1,7 +1,6 @@
 """Token classification: a tag for each word, such as the entity that the word belongs to.
 
-Only the first token of each word has a label; the loss is the cross entropy of the words' tags, as in transformers'
-`ForTokenClassification` models.
+Only the first token of each word has a label; the loss is the cross entropy of the words' tags.
 """
 
 from __future__ import annotations
@@ -54,11 +53,7 @@ def loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 class TagMeter:
-    """Collects the predicted and the true tags of an evaluation.
-
-    Args:
-        target: The tags.
-    """
+    """Collects the predicted and the true tags of an evaluation."""
 
     def __init__(self, target: Target) -> None:
         self._names, self._reader = target.names, SpanReader(target.names, target.scheme)
@@ -83,10 +78,7 @@ class TagMeter:
 
 
 def predict(model: nn.Module, batch: Batch, records: Sequence[Record], context: PredictContext) -> list[JsonObject]:
-    """Return the tag of each word, and the spans that the tags form, if the scheme has spans.
-
-    A word without a token, because it was truncated or because the tokenizer skips it, has the tag None.
-    """
+    """Return the tag of each word (None without a token), and the spans that the tags form, if the scheme has spans."""
     names, found = context.target.names, list[JsonObject]()
     reader = SpanReader(names, context.target.scheme)
     guesses = finite(forward(model, batch, context.device)).argmax(-1).tolist()
