@@ -7,7 +7,7 @@ from collections.abc import Sequence as Many
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from lorakit.config import TaskType
@@ -15,9 +15,10 @@ from lorakit.data import AnyRecords, Batch, Encoded, Record, Tokenizer, encode_r
 from lorakit.data import encode as encode_text
 from lorakit.data.encoding import IGNORED, Sequence, shown_rows
 from lorakit.data.loader import padded
+from lorakit.errors import NotYetSupported
 from lorakit.speed import Acceleration, pack_rows
+from lorakit.speed.loss import Head, head_for, output_head, shifted
 from lorakit.tasks.labels import no_target
-from lorakit.tasks.row_losses import row_losses
 from lorakit.tasks.target import Target
 from lorakit.tasks.task import EncodeOptions, Objective, Task
 
@@ -40,19 +41,12 @@ def encode_one(record: Record, tokenizer: Tokenizer, target: Target, options: En
 
 def loss_sum(
     model: nn.Module, batch: Batch, device: str | torch.device, acceleration: Acceleration | None = None
-) -> torch.Tensor:
+) -> Tensor:
     """Return the next-token cross entropy, summed over the tokens in a batch that contribute to the loss.
 
-    Args:
-        model: A causal language model whose output has `logits` of shape (rows, length, vocabulary).
-        batch: Batch of (rows, length) tensors on the CPU; each label other than -100 is compared with the logits at the
-            previous position.
-        device: The model's device.
-        acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
-
-    Returns:
-        A float32 scalar (float64 for a float64 model). The mean loss of a step is the total of these scalars over the
-        step's batches, divided by the number of tokens in the step that contribute to the loss.
+    Each label other than -100 is compared with the logits (rows, length, vocabulary) at the previous position. The
+    result is a float32 scalar (float64 for a float64 model). The mean loss of a step is the total of these scalars over
+    the step's batches, divided by the number of tokens in the step that contribute to the loss.
     """
     inputs, labels = _inputs(batch, device, acceleration)
     if acceleration is not None and acceleration.head is not None and acceleration.head.applies():
@@ -62,39 +56,73 @@ def loss_sum(
 
 def label_losses(
     model: nn.Module, batch: Batch, device: str | torch.device, acceleration: Acceleration | None = None
-) -> torch.Tensor:
-    """Return the next-token cross entropy of each token that contributes to the loss, without gradients.
-
-    Args:
-        model: See `loss_sum`.
-        batch: See `loss_sum`.
-        device: The model's device.
-        acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
-
-    Returns:
-        The losses (tokens,), in the order of the batch's rows, in float32 or wider.
-    """
+) -> Tensor:
+    """Return the next-token cross entropy of each token with loss (tokens,), in float32 or wider, in row order."""
     inputs, labels = _inputs(batch, device, acceleration)
     if acceleration is not None and acceleration.head is not None and acceleration.head.applies():
         return acceleration.head.label_losses(model, labels, **inputs)
     return functional.cross_entropy(*_logits(model, inputs, labels.to(device)), reduction="none")
 
 
+def row_losses(model: nn.Module, batch: Batch, device: str | torch.device) -> Tensor:
+    """Return the next-token cross entropy of each row (rows,), summed over its tokens with loss, in float32 or wider.
+
+    Up to rounding, this is `loss_sum` of each row alone, without the logits of the whole batch: the head gets only the
+    last position of each row, and its input, the hidden states, is multiplied by its weight row by row. This requires
+    that the logits are the output of the head, possibly scaled or soft-capped, which is checked with the logits of the
+    last positions. Rows are padded on the right.
+
+    Raises:
+        NotYetSupported: The logits are not a function of the output of a frozen linear head.
+    """
+    head = output_head(model)
+    if head is None or type(head).forward is not nn.Linear.forward:
+        raise _unsupported("its head is not a plain linear module")
+    hidden, given = list[Tensor](), list[Tensor]()
+
+    def shorten(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if not args or args[0].shape[:-1] != batch.input_ids.shape:
+            return args
+        hidden.append(args[0])
+        return (args[0][:, -1:].contiguous(), *args[1:])  # strides between the rows would copy the weight for each row
+
+    def keep(_: nn.Module, args: object, output: Tensor) -> None:
+        given.append(output)
+
+    handles = [head.register_forward_pre_hook(shorten), head.register_forward_hook(keep)]
+    try:
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        output = model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    is_known = len(given) == len(hidden) == 1
+    made = head_for(head, given[0] if is_known else None, getattr(output, "logits", None), model)
+    if not isinstance(made, Head):
+        raise _unsupported(made)
+    targets = shifted(batch.labels, IGNORED)
+    return torch.stack([made.loss(row, wanted, 1.0, IGNORED) for row, wanted in zip(hidden[0], targets, strict=True)])
+
+
+def _unsupported(reason: str) -> NotYetSupported:
+    return NotYetSupported(f"the losses of rows are computed one row at a time: {reason}.", what=reason, field="batch")
+
+
 def _inputs(
     batch: Batch, device: str | torch.device, acceleration: Acceleration | None
-) -> tuple[dict[str, Any], torch.Tensor]:
+) -> tuple[dict[str, Any], Tensor]:
     """Return the model's arguments and the labels (rows, length), packed into one row if the acceleration allows it."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     labels = batch.labels
     if acceleration is not None and acceleration.packs and batch.tokens < batch.input_ids.numel():
         inputs, labels = pack_rows(batch.input_ids, batch.attention_mask, labels)
     for name, value in inputs.items():  # sequence boundaries stay on the CPU, where reading them does not stall the GPU
-        if isinstance(value, torch.Tensor) and not name.startswith("cu_seq_lens"):
+        if isinstance(value, Tensor) and not name.startswith("cu_seq_lens"):
             inputs[name] = value.to(device)
     return {**inputs, "use_cache": False}, labels
 
 
-def _logits(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _logits(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the logits (tokens, vocabulary) that predict labels, in float32 or wider, and these labels (tokens,)."""
     output = model(**inputs)
     targets = labels[:, 1:].reshape(-1)
@@ -107,7 +135,7 @@ def _logits(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor) -> t
     return logits, targets
 
 
-def target_counts(batch: Batch) -> torch.Tensor:
+def target_counts(batch: Batch) -> Tensor:
     """Return the number of tokens of each row (rows,) that contribute to the loss; none precedes the first one."""
     return (batch.labels[:, 1:] != IGNORED).sum(1)
 

@@ -15,7 +15,7 @@ from lorakit import core
 from lorakit.data import Batch
 from lorakit.errors import NonFiniteError, NotYetSupported
 from lorakit.tasks import loss_sum
-from lorakit.tasks.row_losses import row_losses
+from lorakit.tasks.causal_lm import row_losses
 from lorakit.train import run
 from lorakit.train.settings.settings import TrainSettings
 from lorakit.train.setup import int8_base

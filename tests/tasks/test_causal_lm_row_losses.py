@@ -13,7 +13,7 @@ from lorakit.config import LoraConfig
 from lorakit.data import Batch
 from lorakit.errors import NotYetSupported
 from lorakit.tasks import CAUSAL_LM, Target, loss_sum
-from lorakit.tasks.row_losses import row_losses
+from lorakit.tasks.causal_lm import row_losses
 
 from ..small_models import WIDER
 
