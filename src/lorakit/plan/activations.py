@@ -111,9 +111,10 @@ def fused_sublayers(shape: ModelShape, counted: Count, job: Job) -> frozenset[tu
 
 
 def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: StoredBase | None = None) -> Activations:
-    """Return the activation memory of LoRA training. [docs/math.md (24); (29) for accelerated layers]
+    """Return the activation memory of LoRA training. [docs/math.md (24)]
 
-    With `dropout` above 0, each site saves its input after dropout and the mask. `base` is None if it is not quantized.
+    For accelerated layers, see [docs/math.md (29)]. With `dropout` above 0, each site saves its input after dropout and
+    the mask. `base` is None if it is not quantized.
     """
     family = family_of(shape)
     inner = _inner(shape, counted)
