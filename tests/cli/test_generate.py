@@ -16,11 +16,11 @@ from lorakit import core, hub
 from lorakit.cli import answers, main, prompts
 from lorakit.cli.prompts import read_chats, read_tools
 from lorakit.config import LoraConfig
-from lorakit.data.named_templates import use_template
 from lorakit.errors import DataError
 from lorakit.generate import generate
 from lorakit.session import Answer
 from lorakit.session.prompts import encode_prompts
+from lorakit.session.tokenizers import use_template
 
 Save = Callable[..., Path]
 

@@ -105,6 +105,7 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         ({}, "the columns no columns are not recognized"),
         ({"Promt": "a", "out": "b"}, "the columns 'Promt', 'out' are not recognized; rows must have 'text' (text), "),
         ({"Promt": "a", "out": "b"}, "Did you mean 'prompt' instead of 'Promt'"),
+        ({"Promt": "a", "out": "b"}, "with --columns, such as prompt=COLUMN"),
         (
             {"chosen": "a", "rejected": "b"},
             "these are preference rows ('chosen', 'rejected'), which cannot be trained on",

@@ -79,8 +79,8 @@ def run(
 
     from lorakit import hub
     from lorakit.data import read_split
-    from lorakit.data.named_templates import use_template
     from lorakit.data.quality import measure
+    from lorakit.session.tokenizers import training_tokenizer
     from lorakit.tasks import TASKS, EncodeOptions, task_for
 
     allowed = TASKS[flags.task].formats if flags.task is not None else ()
@@ -88,9 +88,7 @@ def run(
     parts = read_split(files, flags.eval_data, flags.eval_fraction, flags.seed, request)
     source = hub.resolve(model, console.note)
     hub.require(source, tokenizer=True, weights=False)
-    tokenizer = hub.load_tokenizer(source)
-    if flags.chat_template is not None:
-        use_template(tokenizer, flags.chat_template, [])
+    tokenizer, _ = training_tokenizer(source, flags.chat_template)
     shown = max(flags.rows, ROWS_ON_PAGE if flags.html else 0)
     labels = flags.labels.options(flags.label_type, is_evaluation_given=flags.eval_data is not None)
     task = task_for(flags.task, parts, source, labels)

@@ -434,12 +434,9 @@ def _unrecognized(columns: Sequence[str], request: Request) -> str:
         )
     fields = sorted({column for shape in shapes for candidates in shape.needed.values() for column in candidates})
     close = [f"'{near}' instead of '{name}'" for name in columns for near in nearest(name.lower(), fields, 1)]
-    hint = (
-        f" Did you mean {', '.join(close[:2])}?"
-        if close
-        else " Name the columns with --columns, such as prompt=COLUMN."
-    )
-    return f"the columns {_listed(columns)} are not recognized; rows must have {allowed}.{hint}"
+    hint = f" Did you mean {', '.join(close[:2])}?" if close else ""
+    advice = "Name the columns with --columns, such as prompt=COLUMN."
+    return f"the columns {_listed(columns)} are not recognized; rows must have {allowed}.{hint} {advice}"
 
 
 def _some_present(shape: Shape, columns: Sequence[str]) -> bool:

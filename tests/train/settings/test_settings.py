@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -129,6 +130,14 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         TrainSettings(model="m", r=0, max_steps=-1)
     for part in ("data is missing; pass --data", "output_dir is missing", "r is 0", "max_steps is -1"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["label_map", "columns", "output_dir", "data"])
+def test_bytes_that_are_not_utf8_are_rejected_at_once(field: str) -> None:
+    word = os.fsdecode(b"\xff\xfe")  # as Python decodes a flag
+    with pytest.raises(ConfigError, match=r"surrogate|string") as found:
+        TrainSettings(**{**GIVEN, field: {"data": [word], "output_dir": word}.get(field, {"x": word})})
+    assert found.value.field == field
 
 
 def test_words_people_use_are_taken() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from lorakit.durable import problem_in
 from lorakit.errors import ConfigError, did_you_mean
 from lorakit.hub_cache import with_revision
 from lorakit.train.settings.conversion.names import CONVERT_ADVICE, NAMES_ELSEWHERE
@@ -65,6 +66,8 @@ class TrainSettings(_Checked):
             _ = self.base  # raises if there is no model
         given = dict(self)
         for name, entry in DEFAULTS.items():
+            if (problem := problem_in(given[name])) is not None:  # such as bytes of a flag that are not UTF-8
+                raise ConfigError(f"{name}{problem[0]} {problem[1]}.", field=name)
             entry.check_conflict(name, given)
         if self.recompute != "none" or self.gradient_checkpointing or self.fit is not None:
             _ = self.recomputed  # raises if the options conflict with each other or with the memory budget

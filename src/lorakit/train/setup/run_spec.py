@@ -15,11 +15,10 @@ import torch
 
 from lorakit import hub
 from lorakit.data import PARTIAL, Split
-from lorakit.data.named_templates import use_template
 from lorakit.errors import AdapterFileError, RunError, TargetError, UsageError
 from lorakit.plan.quantized import Quantization
 from lorakit.session.remembered import resolve_base
-from lorakit.session.tokenizers import SavedTokenizer, own_tokenizer
+from lorakit.session.tokenizers import SavedTokenizer, training_tokenizer
 from lorakit.tasks import TASKS, Target, TaskOnData, agree_on_padding
 from lorakit.train.files import checkpoint, run_folder
 from lorakit.train.files.trackers import check_trackers
@@ -124,13 +123,13 @@ class RunSpec:
         hub.require(source, tokenizer=True)
         quantization = hub.stored_as_files(source, quantization)
         before = _saved_tokenizer(folder, record)
-        tokenizer, is_own = _tokenizer(settings, source, start, before)
+        adapter, template = None if start is None else start.adapter.folder, settings.chat_template
+        tokenizer, is_own = training_tokenizer(source, template, settings.new_tokens, adapter=adapter, resumed=before)
         saved = _saved_task(record) if start is None else start.task
         task = chosen_task(settings, data, source, saved, progress.say)
         found = _forecast(settings, source, tokenizer, task, start, data, record)
         if start is not None and record is None:
             start.check_targets(given, found.shape)
-        is_own = is_own or found.new_tokens is not None
         matmul = chosen_matmul(settings, device, record, progress.say)
         if matmul == "int8":
             check_adapter(found.config)
@@ -149,7 +148,7 @@ class RunSpec:
             forecast=found,
             quantization=quantization,
             start=start,
-            has_own_tokenizer=is_own,
+            has_own_tokenizer=is_own or found.new_tokens is not None,
             base_matmul=matmul,
             processes=processes,
         )
@@ -201,23 +200,6 @@ def _finish_tokenizer(
             where=folder,
             field="model",
         )
-
-
-def _tokenizer(
-    settings: TrainSettings, source: hub.ModelSource, start: StartAdapter | None, before: SavedTokenizer | None
-) -> tuple[SavedTokenizer, bool]:
-    """Return the run's tokenizer, with its chat template, and whether it or its template is not the base's.
-
-    A resumed run has the template of its checkpoint: files with templates may be changed or removed after a start.
-    """
-    tokenizer = hub.load_tokenizer(source)
-    own = None if start is None else own_tokenizer(start.adapter.folder, tokenizer)
-    chosen, template = tokenizer if own is None else own, hub.chat_template_hash(tokenizer)
-    if before is not None:
-        chosen.chat_template = before.chat_template
-    elif settings.chat_template is not None:
-        use_template(chosen, settings.chat_template, settings.new_tokens or [])
-    return chosen, own is not None or hub.chat_template_hash(chosen) != template
 
 
 def _forecast(

@@ -11,8 +11,8 @@ import pytest
 
 from lorakit.data import Conversation, Message
 from lorakit.data.chat import conversation_tokens
-from lorakit.data.named_templates import template_names, use_template
 from lorakit.errors import ConfigError
+from lorakit.session.tokenizers import template_names, use_template
 
 from ..conftest import CHAT_TEMPLATE
 
