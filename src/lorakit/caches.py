@@ -87,7 +87,7 @@ EVALUATIONS = Cache("scores.json", 3, (*_START, "accelerated", "int8_scales", "p
 """Evaluations before the first step; see `lorakit.train.loop.score_cache`."""
 
 INT8 = Cache("int8", 3, (*_START, "batch_tokens"))
-"""Calibrations of int8 bases; see `lorakit.train.setup.int8_cache`."""
+"""Calibrations of int8 bases; see `lorakit.train.setup.run_int8`."""
 
 AUTOTUNING = Cache("choices.json", 2, ("processor", "instructions", "threads", "kernels", "versions"))
 """Fastest kernels by shape, in one entry per machine; see `lorakit.speed.tuning`."""

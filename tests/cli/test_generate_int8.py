@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lorakit import core, hub
 from lorakit.cli import main
 from lorakit.generate import generate
-from lorakit.session.int8 import unsupported
+from lorakit.session.base_matmul import unsupported
 from lorakit.session.prompts import encode_prompts
 
 needs_units = pytest.mark.skipif(bool(unsupported(torch.device("cpu"))), reason="the processor has no int8 units")
@@ -78,7 +78,7 @@ def test_without_a_run_the_prompts_are_the_calibration_data(
 def test_without_int8_units_the_base_keeps_its_dtype(
     wide_model_directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorakit.session.int8.unsupported", lambda _: "there are no units")
+    monkeypatch.setattr("lorakit.session.base_matmul.unsupported", lambda _: "there are no units")
     found, said = asked(capsys, wide_model_directory, *INT8)
     assert found["base_matmul"] == "dtype" and "there are no units" in said
 

@@ -14,10 +14,10 @@ import torch
 
 from lorakit import core, data, hub
 from lorakit.cli import main
-from lorakit.core.operations import int8_base
+from lorakit.core.int8 import quantized_base
 from lorakit.hub import converting
 from lorakit.mapped_files import file_mappings
-from lorakit.session.int8 import unsupported
+from lorakit.session.base_matmul import unsupported
 
 needs_units = pytest.mark.skipif(bool(unsupported(torch.device("cpu"))), reason="the processor has no int8 units")
 
@@ -97,7 +97,7 @@ def test_weights_that_are_converted_in_files_train_the_same_adapter(
         with monkeypatch.context() as patch:
             if not is_linux:
                 patch.setattr(converting, "_converted", lambda *_: None)
-            patch.setattr(int8_base, "_copy_mapped", note_where)
+            patch.setattr(quantized_base, "_copy_mapped", note_where)
             flags[flags.index("--output-dir") + 1] = str(tmp_path / f"run-{is_linux}")
             assert main(flags) == 0
         made.append((tmp_path / f"run-{is_linux}" / "adapter" / "adapter_model.safetensors").read_bytes())

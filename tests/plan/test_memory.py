@@ -5,7 +5,7 @@ import dataclasses
 from lorakit.architectures.shapes import ModelShape
 from lorakit.config import LoraConfig
 from lorakit.plan import Job, catalogue, count, estimate, memory, process
-from lorakit.plan.int8 import int8_base
+from lorakit.plan.int8_costs import int8_base
 from lorakit.plan.memory import Memory
 
 MB = 1_000_000

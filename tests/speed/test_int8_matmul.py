@@ -16,7 +16,7 @@ from lorakit.ops.int8 import why_no_int8_matmuls
 from lorakit.speed import accelerate, int8_matmul
 
 from .. import small_models
-from ..core.operations.test_int8_base import batches, bits, llama, logits
+from ..core.int8.test_quantized_base import batches, bits, llama, logits
 
 NEEDS_INT8 = pytest.mark.skipif(why_no_int8_matmuls() != "", reason="the processor has no int8 units")
 

@@ -11,6 +11,14 @@ from lorakit.core.attachment.saving import save_adapter, save_as_trained
 from lorakit.core.files.adapter_folder import AdapterFiles, SavedAdapter, read_adapter
 from lorakit.core.files.inspecting import AdapterSummary, inspect_adapter
 from lorakit.core.inits import init_named
+from lorakit.core.int8.calibrating import base_losses
+from lorakit.core.int8.quantized_base import (
+    Int8Base,
+    int8_scales,
+    quantize_base,
+    quantize_with_scales,
+    record_original_base,
+)
 from lorakit.core.kinds import Kind, WeightSpec, kind_named
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.linalg import RankLimit
@@ -47,14 +55,11 @@ from lorakit.core.operations.comparing import Comparison, compare_adapters, comp
 from lorakit.core.operations.compressing import compress, compress_folder
 from lorakit.core.operations.data_init import collect_for
 from lorakit.core.operations.extracting import ExtractReport, extract, extract_to_folder
-from lorakit.core.operations.int8_base import Int8Base, quantize_base
-from lorakit.core.operations.int8_calibration import base_losses
-from lorakit.core.operations.int8_scales import int8_scales, quantize_with_scales, record_original_base
 from lorakit.core.operations.intruders import SiteIntruders, reduce_intruders
 from lorakit.core.operations.tensor_sources import TensorSource, source_of_folder, source_of_model
 from lorakit.core.operations.writing import OperationReport
 from lorakit.core.quantization.compressed import CompressedLinear
-from lorakit.core.quantization.int8 import Int8Linear
+from lorakit.core.quantization.int8_linear import Int8Linear
 from lorakit.core.quantization.packed import PackedLinear, packed_linear
 from lorakit.core.quantization.packed_integers import AwqLinear, GptqLinear
 from lorakit.core.statistics.moments import Statistics, load_statistics

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lorakit.architectures.shapes import ModelShape
 from lorakit.plan import accelerated, activations
-from lorakit.plan.int8 import int8_flops
+from lorakit.plan.int8_costs import int8_flops
 from lorakit.plan.job import Job, Speed
 from lorakit.plan.params import Count, read_out
 from lorakit.targets.layer_types import EMBEDDING

@@ -13,7 +13,7 @@ from lorakit.architectures.shapes import ModelShape
 from lorakit.errors import ConfigError
 from lorakit.plan import accelerated, activations, process
 from lorakit.plan.activations import Activations
-from lorakit.plan.int8 import W8A8, int8_base
+from lorakit.plan.int8_costs import W8A8, int8_base
 from lorakit.plan.job import MASTER_BYTES, Job
 from lorakit.plan.optimizer_state import optimizer_state
 from lorakit.plan.packed import packed_files, stored_base

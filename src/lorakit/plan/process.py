@@ -7,7 +7,7 @@ later use, so only the largest of these amounts and of the step's tensors counts
 from __future__ import annotations
 
 from lorakit.architectures.shapes import ModelShape
-from lorakit.plan.int8 import int8_base
+from lorakit.plan.int8_costs import int8_base
 from lorakit.plan.job import DTYPE_BYTES, MASTER_BYTES, Job
 from lorakit.plan.packed import packed_files
 from lorakit.plan.params import Count

@@ -22,8 +22,8 @@ from lorakit.errors import MergeError, RunError, UsageError
 from lorakit.generate import NewToken, Sampling, embedding_weight, generate_batch
 from lorakit.hub_cache import adapter_from_hub, is_on_hub
 from lorakit.session.answers import Answer
+from lorakit.session.base_matmul import DTYPE, INT8, quantize_for_int8
 from lorakit.session.coding import EvalRows
-from lorakit.session.int8 import DTYPE, INT8, quantize_for_int8
 from lorakit.session.measuring import (
     Evaluation,
     combined,

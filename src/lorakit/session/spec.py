@@ -18,7 +18,7 @@ from lorakit.durable import JsonObject, read_json
 from lorakit.errors import ModelError, UsageError
 from lorakit.hub_cache import is_on_hub, with_revision
 from lorakit.plan.quantized import Quantization
-from lorakit.session.int8 import INT8, unsupported
+from lorakit.session.base_matmul import INT8, unsupported
 from lorakit.session.prompts import Remark
 from lorakit.session.remembered import recorded_base, resolve_base, task_of
 from lorakit.session.tokenizers import SavedTokenizer, tokenizer_for

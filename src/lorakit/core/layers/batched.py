@@ -26,7 +26,7 @@ from lorakit.core.kinds.kind import first_axis
 from lorakit.core.kinds.linear import linear_down, linear_up
 from lorakit.core.layers.called_factors import called_factors
 from lorakit.core.layers.stored_weight import StoredWeight
-from lorakit.core.quantization.int8 import Int8Linear
+from lorakit.core.quantization.int8_linear import Int8Linear
 from lorakit.core.routing.route import Kept, Route
 from lorakit.core.variants import Factor
 from lorakit.ops.autograd import autocast, is_traced, without_autocast

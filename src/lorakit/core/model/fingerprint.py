@@ -50,7 +50,7 @@ from lorakit.core.model.base_samples import (
     tensors_of_base,
 )
 from lorakit.core.model.index import AdapterIndex, embedding_of
-from lorakit.core.quantization.int8 import Int8Linear
+from lorakit.core.quantization.int8_linear import Int8Linear
 from lorakit.core.routing.state import AdapterState
 from lorakit.core.shards import has_several_processes, is_sharded
 from lorakit.durable import JsonObject, JsonValue, read_json

@@ -25,9 +25,9 @@ from lorakit.train.files.model_card import evaluation_line, metrics_line
 from lorakit.train.loop.evaluation import evaluate
 from lorakit.train.loop.optimizer import received_gradients
 from lorakit.train.processes.failures import describe
-from lorakit.train.setup.int8_base import NAME, restore
 from lorakit.train.setup.run_adapter import metrics_at, undefined_at
 from lorakit.train.setup.run_context import Run
+from lorakit.train.setup.run_int8 import NAME
 from lorakit.train.setup.run_spec import ADAPTER
 
 T = TypeVar("T")
@@ -258,7 +258,7 @@ def _on_original_weights(run: Run, notes: list[str]) -> float | None:
         return None
     if run.loaded.acceleration is not None:
         run.loaded.acceleration.undo()
-    restore(run.loaded.model, run.loaded.int8)
+    run.loaded.int8.restore(run.loaded.model)
     found = evaluate(run.loaded.model, run.batches.held_out(), run.spec.device, objective=run.spec.task.objective)
     if found is None:  # for the type checker only: nothing stops this evaluation
         return None

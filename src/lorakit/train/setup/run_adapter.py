@@ -33,9 +33,8 @@ from lorakit.terminal import working
 from lorakit.train.files.model_card import model_card
 from lorakit.train.loop.progress import Progress
 from lorakit.train.processes.failures import describe
-from lorakit.train.setup.int8_base import RunInt8, calibration_rows, quantized_base
-from lorakit.train.setup.int8_rows import MOST_TOKENS, CalibrationRows
 from lorakit.train.setup.run_context import Run
+from lorakit.train.setup.run_int8 import MOST_TOKENS, CalibrationRows, RunInt8, calibration_rows, quantized_base
 from lorakit.train.setup.run_spec import ADAPTER, RunSpec
 from lorakit.train.setup.start_adapter import StartAdapter
 
@@ -203,7 +202,7 @@ def quantized_run_base(model: nn.Module, spec: RunSpec, loader: BatchLoader, pro
         The int8 base, or None.
 
     Raises:
-        LorakitError: `lorakit.train.setup.int8_base.quantized_base` failed; the error class and message say why.
+        LorakitError: `lorakit.train.setup.run_int8.quantized_base` failed; the error class and message say why.
     """
     if spec.base_matmul != "int8":
         return None

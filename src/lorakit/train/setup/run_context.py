@@ -31,7 +31,7 @@ from lorakit.train.processes.restarting import LAUNCH, launch_record
 from lorakit.train.processes.sharding import ShardedBase
 from lorakit.train.settings.settings import TrainSettings
 from lorakit.train.setup import run_data
-from lorakit.train.setup.int8_base import RunInt8
+from lorakit.train.setup.run_int8 import RunInt8
 from lorakit.train.setup.run_spec import RunSpec
 
 _EVALUATIONS = 10

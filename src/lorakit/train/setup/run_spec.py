@@ -31,7 +31,7 @@ from lorakit.train.settings.sources import complete
 from lorakit.train.setup import run_data
 from lorakit.train.setup.forecast import Forecast, chosen_task, pick_device
 from lorakit.train.setup.forecast import forecast as build_forecast
-from lorakit.train.setup.int8_base import check_adapter, chosen_matmul
+from lorakit.train.setup.run_int8 import check_adapter, chosen_matmul
 from lorakit.train.setup.start_adapter import StartAdapter, start_adapter
 
 ADAPTER = "default"

@@ -1,6 +1,6 @@
-"""The key of a result that is kept for later runs: a hash of everything that its bits depend on.
+"""Results that are kept for later runs: their key, a hash of everything that their bits depend on, and their files.
 
-The inputs are those of the result's cache in `lorakit.caches`.
+The inputs of a key are those of the result's cache in `lorakit.caches`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ from torch import Tensor, nn
 from lorakit.caches import Cache, code
 from lorakit.core import weight_file_inputs
 from lorakit.data import Batch
+from lorakit.durable import is_sealed, read_json, sealed, write_json
+from lorakit.errors import AdapterFileError, DiskError
 from lorakit.speed import tuning
 
 if TYPE_CHECKING:
     from lorakit.train.setup.run_spec import RunSpec
+
+_MAX_BYTES = 256 << 20
 
 
 def start_key(
@@ -72,6 +76,29 @@ def start_key(
         code=code(),
         **facts,
     )
+
+
+def read_kept(cache: Cache, key: str) -> dict[str, Any] | None:
+    """Return the contents of the file that was kept under a key, or None if it is missing or damaged."""
+    try:
+        content = read_json(cache.path() / f"{key}.json", _MAX_BYTES)
+    except (AdapterFileError, DiskError, OSError):
+        return None
+    is_whole = isinstance(content, dict) and is_sealed(content)
+    return content if is_whole and (content.get("format"), content.get("key")) == (cache.format, key) else None
+
+
+def write_kept(cache: Cache, key: str, values: Mapping[str, Any], most: int) -> str:
+    """Keep JSON values in a file, and at most this number of files; return why they could not be kept, or ""."""
+    try:
+        path = cache.path() / f"{key}.json"
+        write_json(path, sealed({"format": cache.format, "key": key, **values}))
+        files = sorted(path.parent.glob("*.json"), key=lambda one: one.stat().st_mtime_ns)
+        for old in files[:-most]:
+            old.unlink(missing_ok=True)
+    except (DiskError, OSError) as cause:
+        return str(cause).removesuffix(".")
+    return ""
 
 
 def _add(found: Any, name: str, tensor: Tensor) -> None:

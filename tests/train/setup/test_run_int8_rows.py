@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from lorakit.tasks import loss_sum
 from lorakit.tasks.causal_lm import row_losses
 from lorakit.train import run
 from lorakit.train.settings.settings import TrainSettings
-from lorakit.train.setup import int8_base
-from lorakit.train.setup.int8_rows import CalibrationRows, Layout, by_length, measured, together
+from lorakit.train.setup import run_int8
+from lorakit.train.setup.run_int8 import CalibrationRows, by_length, together
 
-PROCESSOR = int8_base.unsupported(torch.device("cpu"))
+PROCESSOR = run_int8.unsupported(torch.device("cpu"))
 needs_units = pytest.mark.skipif(bool(PROCESSOR), reason=PROCESSOR)
 LENGTHS = (9, 4, 12, 5)
 
@@ -77,8 +77,8 @@ def test_a_batch_of_several_rows_is_padded_on_the_right() -> None:
 def test_the_values_are_those_of_single_rows_in_their_order() -> None:
     together_calls, alone_calls = list[tuple[int, ...]](), list[tuple[int, ...]]()
     one, other = llama(), llama()
-    base, before, after = measured(rows_with(together_calls, 24, losses_of_rows), one, False)
-    wanted, wanted_before, wanted_after = measured(rows_with(alone_calls, 24, None), other, False)
+    base, before, after = rows_with(together_calls, 24, losses_of_rows).measured(one, False)
+    wanted, wanted_before, wanted_after = rows_with(alone_calls, 24, None).measured(other, False)
     assert together_calls == [(2, 5), (2, 12)] * 2
     assert alone_calls == [(1, length) for length in LENGTHS] * 2
     assert before == pytest.approx(wanted_before, rel=1e-5) and before != after
@@ -97,9 +97,9 @@ def impossible(calls: list[tuple[int, ...]], model: nn.Module, batch: Batch) -> 
 def test_a_model_that_does_not_support_batches_is_measured_row_by_row_with_the_same_bits() -> None:
     calls = list[tuple[int, ...]]()
     one, other = llama(), llama()
-    _, before, after = measured(rows_with(calls, 24, impossible), one, False)
+    _, before, after = rows_with(calls, 24, impossible).measured(one, False)
     assert calls == [(2, 5), *[(1, length) for length in LENGTHS] * 2]
-    _, wanted_before, wanted_after = measured(rows_with([], 24, None), other, False)
+    _, wanted_before, wanted_after = rows_with([], 24, None).measured(other, False)
     assert (before, after) == (wanted_before, wanted_after)
     found, scales = core.int8_scales(one), core.int8_scales(other)
     assert all(torch.equal(found[name], scales[name]) for name in scales)
@@ -113,7 +113,7 @@ def test_a_batch_that_can_be_measured_only_before_quantization() -> None:
             raise NotYetSupported("one row at a time")
         return losses_of_rows(seen, model, batch)
 
-    _, before, after = measured(rows_with(calls, 24, only_before), llama(), False)
+    _, before, after = rows_with(calls, 24, only_before).measured(llama(), False)
     assert calls == [(2, 5), (2, 12), *[(1, length) for length in LENGTHS]]
     assert after == pytest.approx(before, abs=0.05)
 
@@ -122,25 +122,25 @@ def test_other_errors_are_raised() -> None:
     model = llama()
     model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
     with pytest.raises(NonFiniteError):
-        measured(rows_with([], 24, losses_of_rows), model, False)
+        rows_with([], 24, losses_of_rows).measured(model, False)
 
 
 @needs_units
 def test_a_run_measures_several_rows_at_a_time(
     steady_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = list[Layout]()
-    losses = Layout.losses
+    calls = list[tuple[CalibrationRows, Sequence[Sequence[int]]]]()
+    losses = CalibrationRows.losses
 
-    def counted(layout: Layout, model: nn.Module) -> list[float]:
-        found.append(layout)
-        return losses(layout, model)
+    def counted(rows: CalibrationRows, groups: Sequence[Sequence[int]], model: nn.Module) -> list[float]:
+        calls.append((rows, groups))
+        return losses(rows, groups, model)
 
-    monkeypatch.setattr(Layout, "losses", counted)
+    monkeypatch.setattr(CalibrationRows, "losses", counted)
     settings = {**steady_run, "base_matmul": "int8", "int8_loss_bound": 10.0, "max_steps": 1}
     run(TrainSettings(**settings, per_device_train_batch_size=3))
-    (layout,) = found
-    assert layout.of.batch_tokens == 3 * steady_run["max_length"]
-    sizes = [[layout.of.rows[number].input_ids.numel() for number in group] for group in layout.groups]
-    assert all(len(group) * max(group) <= layout.of.batch_tokens for group in sizes) and max(map(len, sizes)) > 1
-    assert sorted(number for group in layout.groups for number in group) == list(range(len(layout.of.rows)))
+    ((rows, groups),) = calls
+    assert rows.batch_tokens == 3 * steady_run["max_length"]
+    sizes = [[rows.rows[number].input_ids.numel() for number in group] for group in groups]
+    assert all(len(group) * max(group) <= rows.batch_tokens for group in sizes) and max(map(len, sizes)) > 1
+    assert sorted(number for group in groups for number in group) == list(range(len(rows.rows)))

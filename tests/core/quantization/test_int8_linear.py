@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.quantization import weight_format_of
-from lorakit.core.quantization.int8 import INT8, Int8Linear, int8_matmul_linear
+from lorakit.core.quantization.int8_linear import INT8, Int8Linear, int8_matmul_linear
 from lorakit.ops.int8 import int8_linear
 from lorakit.ops.int8_weight import dequantize, input_scales
 

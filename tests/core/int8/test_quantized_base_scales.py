@@ -9,10 +9,9 @@ import torch
 
 from lorakit import core
 from lorakit.config import LoraConfig
+from lorakit.core.int8.quantized_base import int8_scales, quantize_base, quantize_with_scales, record_original_base
 from lorakit.core.model.index import AdapterIndex
-from lorakit.core.operations.int8_base import quantize_base
-from lorakit.core.operations.int8_scales import int8_scales, quantize_with_scales, record_original_base
-from lorakit.core.quantization.int8 import Int8Linear
+from lorakit.core.quantization.int8_linear import Int8Linear
 from lorakit.errors import ModelError
 
 BATCHES = [{"input_ids": torch.arange(40).reshape(2, 20)}]

@@ -1,13 +1,14 @@
-"""Quantize a base for int8 matmuls (W8A8): calibrate its linear layers on data, and replace them.
+"""Quantize a base for int8 matmuls (W8A8): calibrate its linear layers on data, or use known input scales.
 
-The calibration measures the largest input of each channel on the original model, without adapters. Nothing is changed
-until all batches have been run and all values have been checked. The weights are then quantized one after another. Of
-weights in a mapped file, only those in use are in memory at any time.
+Nothing is changed until all batches have been run and all values have been checked. The weights are then quantized one
+after another; of weights in a mapped file, only those in use are in memory. The int8 weights follow from the original
+weights, the input scales and the positions of the channels that keep their dtype, so the same base gets the same int8
+weights from the last two, which are small.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -15,40 +16,36 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.allocator import trim
-from lorakit.core.clones import has_observers
-from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModulesToSave
-from lorakit.core.model.base_view import base_tensors, quantized_weights
-from lorakit.core.model.checks import check_not_distributed
-from lorakit.core.model.frozen import RECORD
-from lorakit.core.model.index import AdapterIndex, embedding_of
-from lorakit.core.operations.int8_calibration import (
+from lorakit.core.int8.calibrating import (
+    TRAINED,
     Calibration,
     Target,
     agree_on,
+    choose_targets,
     release_mapped,
     run_batch,
     run_batches,
 )
-from lorakit.core.quantization import is_computed
-from lorakit.core.quantization.int8 import frozen_parameter, int8_matmul_linear
+from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.model.base_view import base_tensors, quantized_weights
+from lorakit.core.model.checks import check_not_distributed
+from lorakit.core.model.fingerprint import fingerprint
+from lorakit.core.model.frozen import RECORD
+from lorakit.core.model.index import AdapterIndex, state_of
+from lorakit.core.quantization.int8_linear import Int8Linear, frozen_parameter, int8_matmul_linear
 from lorakit.core.statistics.collecting import Forward
-from lorakit.errors import ConfigError, MergeError, NonFiniteError
+from lorakit.errors import ConfigError, MergeError, ModelError, NonFiniteError
 from lorakit.mapped_files import file_mappings
 from lorakit.ops.int8_weight import KEPT_CHANNELS, SMOOTHING, input_scales
-from lorakit.targets.layer_types import CONV1D, LINEAR
 
 WORST_SITES = 8
 """Number of sites with the largest outliers that a report lists."""
-
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
-"""Config fields with the number of experts, which is the number of outputs of a router."""
 
 FREED_BYTES = 32 << 20
 """Size of the freed weights after which free memory is returned to the system; each time takes about a millisecond."""
 
 NOT_REACHED = "not reached by the calibration batches"
-TRAINED = "requires gradients"
+GAIN, KEPT = "gain", "kept"
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,6 @@ class Int8Base:
     """A base that was quantized for int8 matmuls.
 
     Attributes:
-        model: The model.
         paths: Paths of the quantized modules.
         skipped: Path of a linear layer that keeps its dtype -> the reason.
         kept: Number of input channels per weight that keep their dtype.
@@ -64,8 +60,8 @@ class Int8Base:
         tokens: Number of tokens of the calibration batches, without padding.
         losses: Loss of the original model on each batch, or on each row of it; empty if the batches have no labels.
         worst: Path of a site -> largest |x| of its input channels divided by the median channel's, largest first.
-        bytes_before: Size of the base's weights before, in bytes.
-        bytes_after: Size of the base's weights after, in bytes; weights that are kept for `restore` are not included.
+        bytes_before: Size of the base's weights before.
+        bytes_after: Size of the base's weights after; weights that are kept for `restore` are not included.
         originals: Path -> the original module, if it was kept.
     """
 
@@ -141,7 +137,7 @@ def quantize_base(
     _check_settings(kept, smoothing)
     index = AdapterIndex.of(model)
     _check_base(index)
-    targets, skipped = _targets(index)
+    targets, skipped = choose_targets(index)
     calibration = Calibration(targets, needs_mask=needs_mask)
     losses, tokens = run_batches(model, batches, forward or run_batch, calibration)
     tokens = agree_on(targets, tokens)
@@ -152,76 +148,56 @@ def quantize_base(
     scales = [_checked_scales(group, kept, smoothing) for group in groups]
     worst, before = _worst(targets), base_bytes(index)
     paths = tuple(target.path for target in targets)
-    replaced = [([target.path for target in group], *found) for group, found in zip(groups, scales, strict=True)]
-    originals = replace_layers(index, replaced, keep)
+    scaled = [([target.path for target in group], *pair) for group, pair in zip(groups, scales, strict=True)]
+    originals = _replace_layers(index, scaled, keep)
     after = base_bytes(AdapterIndex.of(model))
     return Int8Base(model, paths, skipped, kept, smoothing, tokens, losses, worst, before, after, originals)
+
+
+def record_original_base(model: nn.Module) -> None:
+    """Record the fingerprint of a base in the state of its adapters, because its weights are about to be quantized."""
+    index, state = AdapterIndex.of(model), state_of(model)
+    if state.base is None:
+        state.base = fingerprint(index).as_dict()
+
+
+def int8_scales(model: nn.Module) -> dict[str, Tensor]:
+    """Return the input scales and the kept channels of all int8 layers of a model.
+
+    Returns:
+        Two tensors for each group of layers that share an input: "<paths>.gain", fp32 (in,), and "<paths>.kept", int64
+        (k,), where <paths> are the paths of the layers, separated by commas.
+    """
+    index = AdapterIndex.of(model)
+    groups: dict[int, tuple[list[str], Int8Linear]] = {}
+    for path in index.modules:
+        layer = index.base(path)
+        if isinstance(layer, Int8Linear):
+            groups.setdefault(id(layer.gain), ([], layer))[0].append(path)
+    scales = {}
+    for paths, layer in groups.values():
+        name = ",".join(paths)
+        scales[f"{name}.{GAIN}"], scales[f"{name}.{KEPT}"] = layer.gain.detach(), layer.kept.detach()
+    return scales
+
+
+def quantize_with_scales(model: nn.Module, scales: Mapping[str, Tensor], *, keep: bool = False) -> dict[str, nn.Module]:
+    """Replace linear layers of a base by int8 layers with known scales, the result of `int8_scales`, in place.
+
+    Returns:
+        A dict from path to original module if `keep` is true; otherwise it is empty, and the originals are freed.
+
+    Raises:
+        ModelError: The scales do not fit the model, which is unchanged then.
+    """
+    index = AdapterIndex.of(model)
+    return _replace_layers(index, list(_checked_groups(index, scales)), keep)
 
 
 def base_bytes(index: AdapterIndex) -> int:
     """Return the size in bytes of the base's parameters and buffers; shared tensors are counted once."""
     sizes = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for _, tensor, _ in base_tensors(index)}
     return sum(sizes.values())
-
-
-def _targets(index: AdapterIndex) -> tuple[list[Target], dict[str, str]]:
-    """Return the layers to quantize, and the linear layers that keep their dtype with the reasons."""
-    found, skipped = [], {}
-    blocks = _blocks(index)
-    for candidate in index.candidates:
-        if candidate.kind not in (LINEAR, CONV1D):
-            continue
-        module = index.base(candidate.path)
-        why = _why_not(index, candidate.path, module, blocks)
-        if why:
-            skipped[candidate.path] = why
-        else:
-            weight = cast(Tensor, module.weight)
-            found.append(Target(candidate.path, module, torch.zeros(candidate.in_features, device=weight.device)))
-    return found, skipped
-
-
-def _blocks(index: AdapterIndex) -> tuple[str, ...]:
-    """Return the first part of the paths in the model's lists of blocks; ("",) if it has no such lists."""
-    found = tuple(f"{path}." for path, module in index.modules.items() if isinstance(module, nn.ModuleList))
-    return found or ("",)
-
-
-def _why_not(index: AdapterIndex, path: str, module: nn.Module, blocks: tuple[str, ...]) -> str:
-    """Return why a linear layer keeps its dtype, or ""."""
-    standing = index.modules[path]
-    parameters = [p for p in module._parameters.values() if p is not None]
-    reasons = {
-        "output head": module is embedding_of(index.model, "output"),
-        "outside the model's blocks": not path.startswith(blocks),
-        "a saved module": _is_inside_copy(index, path),
-        "adapted through its weight": isinstance(standing, LoraLayer) and standing.kind.acts_on != "input",
-        "its weight is computed": is_computed(module),
-        "its class is not nn.Linear": not _is_plain(module),
-        "inside an adapter": any(word.startswith("lora_") for word in path.split(".")),
-        "an expert": ".experts." in f".{path}.",
-        "a router": _is_router(index.model, module),
-        "tied weight": any(len(index.shared.get(id(p), ())) > 1 for p in parameters),
-        TRAINED: any(p.requires_grad for p in parameters),
-        "it has hooks": has_observers(module),
-    }
-    return next((why for why, is_true in reasons.items() if is_true), "")
-
-
-def _is_plain(module: nn.Module) -> bool:
-    kind = type(module)
-    return kind is nn.Linear or (kind.__name__ == CONV1D and kind.__module__ == "transformers.pytorch_utils")
-
-
-def _is_inside_copy(index: AdapterIndex, path: str) -> bool:
-    copies = [at for at, _ in index.every(ModulesToSave)]
-    return any(f"{path}.".startswith(f"{at}.") for at in copies)
-
-
-def _is_router(model: nn.Module, module: nn.Module) -> bool:
-    config = getattr(model, "config", None)
-    counts = {getattr(config, name, None) for name in EXPERT_COUNTS} - {None}
-    return getattr(module, "out_features", None) in counts
 
 
 def _grouped(targets: Sequence[Target]) -> list[list[Target]]:
@@ -233,11 +209,7 @@ def _grouped(targets: Sequence[Target]) -> list[list[Target]]:
 
 
 def _checked_scales(group: Sequence[Target], kept: int, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Return g (in,) and K (k,) of a group.
-
-    Raises:
-        NonFiniteError: An input or a weight has NaN or infinite values.
-    """
+    """Return g (in,) and K (k,) of a group, after a check that its inputs and weights are finite."""
     for target in group:
         for what, tensor in (("input", target.absmax), ("weight", target.weight.abs().amax(0))):
             if not bool(torch.isfinite(tensor).all()):
@@ -248,24 +220,19 @@ def _checked_scales(group: Sequence[Target], kept: int, smoothing: float) -> tup
                     where=target.path,
                 )
     absmax = torch.stack([target.absmax for target in group]).amax(0)
-    found = input_scales(absmax, [target.weight for target in group], kept, smoothing)
+    scales = input_scales(absmax, [target.weight for target in group], kept, smoothing)
     for target in group:
         target.release()
-    return found
+    return scales
 
 
-def replace_layers(
+def _replace_layers(
     index: AdapterIndex, groups: Sequence[tuple[Sequence[str], Tensor, Tensor]], keep: bool
 ) -> dict[str, nn.Module]:
-    """Replace layers by int8 layers, one after another.
+    """Replace groups of layers by int8 layers, given the paths, g (in,) and K (k,) of each group.
 
-    Args:
-        index: The model, changed in place.
-        groups: Paths of layers that share an input, and their g (in,) and K (k,).
-        keep: Whether to keep the original modules; otherwise each weight is freed before the next one is quantized.
-
-    Returns:
-        A dict from path to original module; empty if they are not kept.
+    Return a dict from path to original module; if they are not kept, each weight is freed before the next one is
+    quantized, and the dict is empty.
     """
     if not keep:
         _copy_mapped(index, [path for paths, _, _ in groups for path in paths])
@@ -289,14 +256,10 @@ def replace_layers(
 
 
 def _copy_mapped(index: AdapterIndex, paths: Collection[str]) -> None:
-    """Copy the weights that are in mapped files, except for those that are about to be quantized.
+    """Copy the weights that are in mapped files, except for those of the layers that are about to be quantized.
 
-    The file, with the original weights, is then unmapped when the last of them has been replaced. Before the int8
-    weights exist, there is room for a weight and its copy.
-
-    Args:
-        index: A model, whose values are unchanged.
-        paths: Paths of the layers that are quantized.
+    The file is then unmapped when the last of them has been replaced. Before the int8 weights exist, there is room for
+    a weight and its copy.
     """
     ranges, quantized = file_mappings(), {id(index.base(path)) for path in paths}
     copies: dict[tuple[int, torch.Size], Tensor] = {}
@@ -314,14 +277,14 @@ def _copy_mapped(index: AdapterIndex, paths: Collection[str]) -> None:
 
 def _put_base(index: AdapterIndex, path: str, module: nn.Module) -> None:
     """Replace the base module at a path, inside its adapter layers if there are any."""
-    standing = index.modules[path]
-    if not isinstance(standing, LoraLayer):
-        index.replace(standing, module)
+    layer = index.modules[path]
+    if not isinstance(layer, LoraLayer):
+        index.replace(layer, module)
         index.modules[path] = module
         return
-    while isinstance(standing.base_layer, LoraLayer):
-        standing = standing.base_layer
-    standing.base_layer = module
+    while isinstance(layer.base_layer, LoraLayer):
+        layer = layer.base_layer
+    layer.base_layer = module
 
 
 def _worst(targets: Sequence[Target]) -> dict[str, float]:
@@ -339,13 +302,7 @@ def _check_settings(kept: int, smoothing: float) -> None:
 
 
 def _check_base(index: AdapterIndex) -> None:
-    """Check that a base is not quantized, sharded or changed by adapters.
-
-    Raises:
-        ConfigError: The base is quantized.
-        MergeError: Adapters are merged, or use a residual base.
-        NotYetSupported: The weights are distributed over processes.
-    """
+    """Check that a base is not quantized, sharded or changed by adapters."""
     quantized = next(iter(quantized_weights(index)), None)
     if quantized is not None:
         raise ConfigError(
@@ -387,3 +344,23 @@ def _check_some(targets: Sequence[Target], skipped: Mapping[str, str]) -> None:
         where=trained,
         field="base_matmul",
     )
+
+
+def _checked_groups(index: AdapterIndex, scales: Mapping[str, Tensor]) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+    """Yield the paths, the input scales (in,) and the kept channels (k,) of each group, on the device of its layers."""
+    for name, gain in scales.items():
+        names, _, part = name.rpartition(".")
+        if part != GAIN:
+            continue
+        kept, paths = scales.get(f"{names}.{KEPT}", gain), names.split(",")
+        for path in paths:
+            weight = index.base(path)._parameters.get("weight") if path in index.modules else None
+            if weight is None or kept is gain or gain.numel() not in weight.shape:
+                raise ModelError(
+                    f"the input scales of int8 matmuls do not fit this model: {path} is missing, or is not a linear "
+                    f"layer with {gain.numel():,} inputs in its original dtype; use the base that they were made for.",
+                    what=path,
+                    field="base_matmul",
+                )
+            gain, kept = gain.to(weight.device), kept.to(weight.device)
+        yield paths, gain, kept

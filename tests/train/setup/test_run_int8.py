@@ -16,9 +16,9 @@ from lorakit.durable import sha256_file
 from lorakit.errors import LorakitError, RunError, UsageError
 from lorakit.train import run
 from lorakit.train.settings.settings import TrainSettings
-from lorakit.train.setup import int8_base
+from lorakit.train.setup import run_int8
 
-PROCESSOR = int8_base.unsupported(torch.device("cpu"))
+PROCESSOR = run_int8.unsupported(torch.device("cpu"))
 needs_units = pytest.mark.skipif(bool(PROCESSOR), reason=PROCESSOR)
 
 
@@ -99,7 +99,7 @@ def test_a_loss_above_the_bound_stops_before_the_first_step(
     def worse(*given: Any) -> tuple[float, ...]:
         return tuple(9.0 for batch in given[1] for _ in batch["input_ids"])
 
-    monkeypatch.setattr(int8_base.core, "base_losses", worse)
+    monkeypatch.setattr(run_int8.core, "base_losses", worse)
     with pytest.raises(RunError, match=r"bound 0\.005.*--int8-loss-bound") as found:
         run(TrainSettings(**{**int8_run, "int8_loss_bound": 0.005}))
     assert found.value.field == "int8_loss_bound"
@@ -119,22 +119,22 @@ def test_what_changes_the_base_is_rejected(int8_run: dict[str, Any], fields: dic
 def test_a_processor_without_int8_units_uses_the_dtype(
     int8_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorakit.session.int8.why_no_int8_matmuls", lambda: "the processor has no int8 units")
+    monkeypatch.setattr("lorakit.session.base_matmul.why_no_int8_matmuls", lambda: "the processor has no int8 units")
     result = run(TrainSettings(**{**int8_run, "max_steps": 2}))
     record = read(tmp_path / "run" / "run.json")
     assert result.base_matmul == "dtype" == record["resolved"]["base_matmul"]
     assert record["int8"] is None and not (tmp_path / "run" / "int8.safetensors").exists()
     said: list[str] = []
-    assert int8_base.chosen_matmul(TrainSettings(**int8_run), torch.device("cpu"), None, said.append) == "dtype"
+    assert run_int8.chosen_matmul(TrainSettings(**int8_run), torch.device("cpu"), None, said.append) == "dtype"
     assert "no int8 units" in said[0]
     with pytest.raises(RunError, match="multiplied in int8"):
-        int8_base.chosen_matmul(
+        run_int8.chosen_matmul(
             TrainSettings(**int8_run), torch.device("cpu"), {"resolved": {"base_matmul": "int8"}}, said.append
         )
 
 
 def test_an_accelerator_uses_the_dtype() -> None:
-    assert "CPU only" in int8_base.unsupported(torch.device("meta"))
+    assert "CPU only" in run_int8.unsupported(torch.device("meta"))
 
 
 @needs_units
@@ -170,8 +170,8 @@ def test_other_settings_work_with_int8(int8_run: dict[str, Any], fields: dict[st
 
 def test_the_calibration_rows_are_the_first_with_enough_tokens() -> None:
     rows: Any = [type("Row", (), {"tokens": 600})() for _ in range(8)]
-    assert int8_base.calibration_rows(rows) == rows[:4]
-    assert int8_base.calibration_rows(rows[:2]) == rows[:2]
+    assert run_int8.calibration_rows(rows) == rows[:4]
+    assert run_int8.calibration_rows(rows[:2]) == rows[:2]
 
 
 @needs_units

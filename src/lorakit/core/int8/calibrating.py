@@ -1,8 +1,8 @@
-"""Measure the inputs of linear layers on calibration batches, for int8 matmuls.
+"""Choose the linear layers to multiply in int8, and measure their inputs on calibration batches.
 
 The batches run on the base, without adapters and in evaluation mode. The model is unchanged afterwards. The pages of a
 weight that is in a mapped file are given back after each use, so that the original weights are not all in memory at
-once. Which layers are measured, and what is done with the result, is decided elsewhere.
+once.
 """
 
 from __future__ import annotations
@@ -18,12 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lorakit.core.clones import has_observers
+from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.model.activation import disable
-from lorakit.core.model.index import find_state
+from lorakit.core.model.index import AdapterIndex, embedding_of, find_state
+from lorakit.core.quantization import is_computed
 from lorakit.core.statistics.collecting import Forward, in_mode
 from lorakit.errors import DataError, NotYetSupported
 from lorakit.mapped_files import release_pages
-from lorakit.targets.layer_types import CONV1D
+from lorakit.targets.layer_types import CONV1D, LINEAR
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Config fields with the number of experts, which is the number of outputs of a router."""
+
+TRAINED = "requires gradients"
 
 
 @dataclass
@@ -31,7 +40,6 @@ class Target:
     """A linear layer to quantize.
 
     Attributes:
-        path: Path of the module.
         module: The `nn.Linear` or `Conv1D`.
         absmax: Largest |x| of each input channel, (in,), fp32.
         group: Number of the group of layers that share an input; -1 until the layer has run.
@@ -54,27 +62,74 @@ class Target:
 
 
 def release_mapped(tensor: Tensor) -> bool:
-    """Give back the memory of a weight (out, in) if it is in a mapped file and unmodified; its values stay.
-
-    Returns:
-        Whether the memory was given back.
-    """
+    """Give back the memory of a weight (out, in) if it is in a mapped file and unmodified; return whether it is."""
     size = tensor.numel() * tensor.element_size()
     return tensor.device.type == "cpu" and release_pages(tensor.data_ptr(), size)
+
+
+def choose_targets(index: AdapterIndex) -> tuple[list[Target], dict[str, str]]:
+    """Return the layers to quantize, and the linear layers that keep their dtype with the reasons."""
+    targets, skipped = [], {}
+    blocks = _blocks(index)
+    for candidate in index.candidates:
+        if candidate.kind not in (LINEAR, CONV1D):
+            continue
+        module = index.base(candidate.path)
+        why = _why_not(index, candidate.path, module, blocks)
+        if why:
+            skipped[candidate.path] = why
+        else:
+            weight = cast(Tensor, module.weight)
+            targets.append(Target(candidate.path, module, torch.zeros(candidate.in_features, device=weight.device)))
+    return targets, skipped
+
+
+def _blocks(index: AdapterIndex) -> tuple[str, ...]:
+    """Return the first part of the paths in the model's lists of blocks; ("",) if it has no such lists."""
+    return tuple(f"{path}." for path, module in index.modules.items() if isinstance(module, nn.ModuleList)) or ("",)
+
+
+def _why_not(index: AdapterIndex, path: str, module: nn.Module, blocks: tuple[str, ...]) -> str:
+    """Return why a linear layer keeps its dtype, or ""."""
+    layer = index.modules[path]
+    parameters = [p for p in module._parameters.values() if p is not None]
+    reasons = {
+        "output head": module is embedding_of(index.model, "output"),
+        "outside the model's blocks": not path.startswith(blocks),
+        "a saved module": _is_inside_copy(index, path),
+        "adapted through its weight": isinstance(layer, LoraLayer) and layer.kind.acts_on != "input",
+        "its weight is computed": is_computed(module),
+        "its class is not nn.Linear": not _is_plain(module),
+        "inside an adapter": any(word.startswith("lora_") for word in path.split(".")),
+        "an expert": ".experts." in f".{path}.",
+        "a router": _is_router(index.model, module),
+        "tied weight": any(len(index.shared.get(id(p), ())) > 1 for p in parameters),
+        TRAINED: any(p.requires_grad for p in parameters),
+        "it has hooks": has_observers(module),
+    }
+    return next((why for why, is_true in reasons.items() if is_true), "")
+
+
+def _is_plain(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind is nn.Linear or (kind.__name__ == CONV1D and kind.__module__ == "transformers.pytorch_utils")
+
+
+def _is_inside_copy(index: AdapterIndex, path: str) -> bool:
+    copies = [at for at, _ in index.every(ModulesToSave)]
+    return any(f"{path}.".startswith(f"{at}.") for at in copies)
+
+
+def _is_router(model: nn.Module, module: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    counts = {getattr(config, name, None) for name in EXPERT_COUNTS} - {None}
+    return getattr(module, "out_features", None) in counts
 
 
 def base_losses(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward: Forward | None = None
 ) -> tuple[float, ...]:
-    """Return the loss of the base, without adapters, on each batch, as `quantize_base` measures it.
-
-    Args:
-        model: A model with or without adapters; unchanged.
-        batches: As in `quantize_base`; a batch without labels has no loss.
-        forward: As in `quantize_base`.
-
-    Returns:
-        The losses of all batches in their order; those of one batch are in the order of its rows.
+    """Return the losses of the base, without adapters, on all batches in order, as `quantize_base` measures them.
 
     Raises:
         DataError: There are no batches.
@@ -91,10 +146,8 @@ def run_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
 class Calibration:
     """Hooks that record the largest input of each channel, and which layers get the same input.
 
-    Args:
-        targets: The layers.
-        needs_mask: Whether a batch with padding whose positions cannot be told apart in the input of a layer is an
-            error; otherwise, all positions of that input are used.
+    If padding cannot be told apart in the input of a layer, `needs_mask` makes this an error; otherwise, all positions
+    of that input are used.
     """
 
     def __init__(self, targets: Sequence[Target], *, needs_mask: bool = False) -> None:
@@ -112,11 +165,11 @@ class Calibration:
 
     def hooks(self) -> list[RemovableHandle]:
         """Register hooks on all layers: one records the input, another gives back the memory of the weight."""
-        found = []
+        handles = []
         for target in self.targets:
-            found.append(target.module.register_forward_pre_hook(self._recorder(target)))
-            found.append(target.module.register_forward_hook(lambda *_, target=target: target.release()))
-        return found
+            handles.append(target.module.register_forward_pre_hook(self._recorder(target)))
+            handles.append(target.module.register_forward_hook(lambda *_, target=target: target.release()))
+        return handles
 
     def _recorder(self, target: Target) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -138,11 +191,7 @@ class Calibration:
         return largest
 
     def _tokens(self, target: Target, x: Tensor) -> Tensor:
-        """Return the input x (rows, length, …, in) or (rows · length, in) of a layer without padding.
-
-        Raises:
-            NotYetSupported: `needs_mask` is true, and x has another shape.
-        """
+        """Return the input x (rows, length, …, in) or (rows · length, in) of a layer without padding."""
         if self.mask is None:
             return x
         if x.shape[:2] == self.mask.shape:
@@ -161,8 +210,8 @@ class Calibration:
 
     def _group(self, x: Tensor) -> int:
         """Return the number of the group with the input x (…, in); the last inputs are held, so that ids are unique."""
-        for held, group in self.inputs:
-            if held is x:
+        for recent, group in self.inputs:
+            if recent is x:
                 return group
         self.groups += 1
         self.inputs = [*self.inputs[-1:], (x, self.groups)]
@@ -184,11 +233,11 @@ def run_batches(
             for batch in batches:
                 if calibration is not None:
                     calibration.begin(batch)
-                found = forward(model, batch)
-                loss = found if isinstance(found, Tensor) and found.ndim < 2 else getattr(found, "loss", None)
+                output = forward(model, batch)
+                loss = output if isinstance(output, Tensor) and output.ndim < 2 else getattr(output, "loss", None)
                 losses += [] if loss is None else loss.reshape(-1).tolist()
                 tokens, count = tokens + _tokens(batch), count + 1
-                del found, loss
+                del output, loss
     finally:
         for handle in handles:
             handle.remove()

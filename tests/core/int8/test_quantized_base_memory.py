@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.operations.int8_base import quantize_base
-from lorakit.core.operations.int8_scales import int8_scales, quantize_with_scales
-from lorakit.core.quantization.int8 import Int8Linear
+from lorakit.core.int8.quantized_base import int8_scales, quantize_base, quantize_with_scales
+from lorakit.core.quantization.int8_linear import Int8Linear
 from lorakit.mapped_files import PAGEMAP
 
 SMAPS = Path("/proc/self/smaps")

@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.operations.int8_base import NOT_REACHED, TRAINED, Int8Base, quantize_base
-from lorakit.core.operations.int8_calibration import base_losses
-from lorakit.core.quantization.int8 import Int8Linear
+from lorakit.core.int8.calibrating import TRAINED, base_losses
+from lorakit.core.int8.quantized_base import NOT_REACHED, Int8Base, quantize_base
+from lorakit.core.quantization.int8_linear import Int8Linear
 from lorakit.errors import ConfigError, DataError, MergeError, NonFiniteError
 from lorakit.ops.int8_weight import input_scales
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.operations.int8_base import quantize_base
-from lorakit.core.operations.int8_calibration import Calibration, Target, base_losses
-from lorakit.core.quantization.int8 import Int8Linear
+from lorakit.core.int8.calibrating import Calibration, Target, base_losses
+from lorakit.core.int8.quantized_base import quantize_base
+from lorakit.core.quantization.int8_linear import Int8Linear
 from lorakit.errors import NotYetSupported
 
 from ...small_models import WIDER

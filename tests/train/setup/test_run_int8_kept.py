@@ -11,12 +11,13 @@ import torch
 
 from lorakit import core
 from lorakit.caches import INT8
+from lorakit.durable import sha256_bytes
 from lorakit.errors import RunError
 from lorakit.train import run
 from lorakit.train.settings.settings import TrainSettings
-from lorakit.train.setup import int8_base, int8_cache
+from lorakit.train.setup import run_int8
 
-PROCESSOR = int8_base.unsupported(torch.device("cpu"))
+PROCESSOR = run_int8.unsupported(torch.device("cpu"))
 needs_units = pytest.mark.skipif(bool(PROCESSOR), reason=PROCESSOR)
 KEY = "0" * 64
 
@@ -25,7 +26,7 @@ KEY = "0" * 64
 def settings(short_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Settings of a run with int8 matmuls and two steps; any calibration is kept."""
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(int8_cache, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(run_int8, "LEAST_SECONDS", 0.0)
     return {
         **short_run,
         "base_matmul": "int8",
@@ -45,7 +46,7 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> list[core.Int8Base]:
         found.append(quantize(*given, **more))
         return found[-1]
 
-    monkeypatch.setattr(int8_base.core, "quantize_base", counted)
+    monkeypatch.setattr(run_int8.core, "quantize_base", counted)
     return found
 
 
@@ -108,10 +109,13 @@ def test_a_damaged_file_is_ignored_and_replaced(
 def test_the_bound_of_the_loss_is_that_of_the_run(settings: dict[str, Any], tmp_path: Path) -> None:
     trained(settings)
     (path,) = kept(tmp_path)
-    found = int8_cache.read(path.stem)
+    found = run_int8.calibration_kept(path.stem)
     assert found is not None
     record, scales = found
-    assert int8_cache.write(path.stem, {**record, "int8_loss": record["loss"] + 9, "loss_error": 0.0}, scales) == ""
+    assert (
+        run_int8.keep_calibration(path.stem, {**record, "int8_loss": record["loss"] + 9, "loss_error": 0.0}, scales)
+        == ""
+    )
     with pytest.raises(RunError, match=r"bound 5.*--int8-loss-bound") as caught:
         run(TrainSettings(**{**settings, "int8_loss_bound": 5.0}))
     assert caught.value.field == "int8_loss_bound"
@@ -132,7 +136,7 @@ def test_without_the_cache_nothing_is_kept_or_reused(
 def test_a_short_calibration_is_not_kept(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(int8_cache, "LEAST_SECONDS", 1e6)
+    monkeypatch.setattr(run_int8, "LEAST_SECONDS", 1e6)
     trained(settings)
     assert kept(tmp_path) == []
 
@@ -141,30 +145,30 @@ def test_what_is_read_is_what_was_written_and_the_oldest_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(int8_cache, "MOST_KEPT", 2)
+    monkeypatch.setattr(run_int8, "MOST_KEPT", 2)
     scales = bytes(range(256))
-    record = {"worst": {"b": 3.0, "a": 1.0}, "scales_sha256": int8_cache.sha256_bytes(scales)}
+    record = {"worst": {"b": 3.0, "a": 1.0}, "scales_sha256": sha256_bytes(scales)}
     for key in "abc":
-        assert int8_cache.write(key, record, scales) == ""
-    found = int8_cache.read("c")
+        assert run_int8.keep_calibration(key, record, scales) == ""
+    found = run_int8.calibration_kept("c")
     assert found is not None and found == (record, scales) and list(found[0]["worst"]) == ["b", "a"]
-    assert int8_cache.read("a") is None and len(kept(tmp_path)) == 2
+    assert run_int8.calibration_kept("a") is None and len(kept(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("place", ["another key", "scales of another record"])
 def test_what_belongs_to_another_run_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
-    record = {"scales_sha256": int8_cache.sha256_bytes(b"scales" if place == "another key" else b"others")}
-    assert int8_cache.write(KEY, record, b"scales") == ""
+    record = {"scales_sha256": sha256_bytes(b"scales" if place == "another key" else b"others")}
+    assert run_int8.keep_calibration(KEY, record, b"scales") == ""
     if place == "another key":
-        assert int8_cache.read(KEY) is not None
+        assert run_int8.calibration_kept(KEY) is not None
         (path,) = kept(tmp_path)
         path.rename(path.with_name("1.json"))
-    assert int8_cache.read("1" if place == "another key" else KEY) is None
+    assert run_int8.calibration_kept("1" if place == "another key" else KEY) is None
 
 
 def test_an_unwritable_directory_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cache").write_text("a file")
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
-    assert int8_cache.write(KEY, {}, b"") != ""
-    assert int8_cache.read(KEY) is None
+    assert run_int8.keep_calibration(KEY, {}, b"") != ""
+    assert run_int8.calibration_kept(KEY) is None

@@ -1,6 +1,6 @@
 """The int8 matmuls of a session's base: with the input scales of the run that trained an adapter, or calibrated.
 
-This module does not depend on training; a run's own base is in `lorakit.train.setup.int8_base`.
+This module does not depend on training; a run's own base is in `lorakit.train.setup.run_int8`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,7 @@ _MAX_BYTES = 1 << 30
 
 
 def unsupported(device: torch.device) -> str:
-    """Return why int8 matmuls cannot be used on a device, or "" if they can.
-
-    Args:
-        device: Device of this machine.
-    """
+    """Return why int8 matmuls cannot be used on a device of this machine, or "" if they can."""
     if device.type != "cpu":
         return f"they run on a CPU only, and the device is {device}"
     return why_no_int8_matmuls()
@@ -39,14 +35,8 @@ def quantize_for_int8(
 ) -> tuple[str, str]:
     """Quantize a base for int8 matmuls, if the device supports them.
 
-    Args:
-        model: The model with its adapters, changed in place.
-        adapters: Files of the adapters.
-        calibration: Token ids of texts such as the prompts, used if no run directory has input scales.
-        device: Device of the model.
-
-    Returns:
-        How the base is multiplied, "int8" or "dtype", and a message that says so.
+    `calibration` has the token ids of texts such as the prompts, used if no run directory has input scales. Return how
+    the base is multiplied, "int8" or "dtype", and a message that says so.
 
     Raises:
         LorakitError: The base cannot be quantized, or the input scales are for another base.

@@ -155,4 +155,4 @@ class Int8Format(PackedFormat):
         return made
 
 
-INT8 = Int8Format("int8 matmul (W8A8)", ("lorakit.core.quantization.int8.Int8Linear",))
+INT8 = Int8Format("int8 matmul (W8A8)", ("lorakit.core.quantization.int8_linear.Int8Linear",))

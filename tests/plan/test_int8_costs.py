@@ -9,12 +9,12 @@ import torch
 
 from lorakit import core, hub
 from lorakit.config import LoraConfig
+from lorakit.core.int8.quantized_base import base_bytes, quantize_base
 from lorakit.core.model.index import AdapterIndex
-from lorakit.core.operations.int8_base import base_bytes, quantize_base
 from lorakit.errors import ConfigError
 from lorakit.ops import int8_weight as arithmetic
 from lorakit.plan import Job, Speed, catalogue, count, estimate, flops
-from lorakit.plan.int8 import KEPT_CHANNELS, int8_base
+from lorakit.plan.int8_costs import KEPT_CHANNELS, int8_base
 
 CONFIG = LoraConfig(r=4, target_modules="all-linear")
 BATCHES = [{"input_ids": torch.arange(40).reshape(2, 20)}]
