@@ -352,7 +352,7 @@ def counted() -> dict[str, int]:
     """Return the bytes that this process sends, by collective; they grow while the collectives are called."""
     from torch import distributed
 
-    from lorakit.plan.network import all_gather_bytes, all_reduce_bytes
+    from lorakit.plan.parallel import all_gather_bytes, all_reduce_bytes
 
     sent = {"all_reduce": 0, **dict.fromkeys(GATHERS, 0)}
 

@@ -17,8 +17,7 @@ import pytest
 from lorakit.cli import main
 from lorakit.config import LoraConfig
 from lorakit.plan import Cluster, Job, Plan, catalogue, estimate
-from lorakit.plan.network import LINKS, hiding_tokens
-from lorakit.plan.parallel import WAYS, rank_plan
+from lorakit.plan.parallel import LINKS, WAYS, hiding_tokens, rank_plan
 from lorakit.tables import format_bytes, format_percent, format_quantity
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "distributed-arithmetic.md"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lorakit.config import LoraConfig
-from lorakit.plan import Job, activations, catalogue, count, families
+from lorakit.plan import Job, accelerated, activations, catalogue, count
 from lorakit.plan.memory import logits_bytes
 
 ROWS, LENGTH, LAYERS = 2, 48, 12
@@ -201,9 +201,9 @@ def test_an_unknown_architecture_is_reckoned_as_the_nearest_and_says_so() -> Non
     shape = catalogue.published("SmolLM2-135M")
     assert shape is not None
     strange = dataclasses.replace(shape, architecture="StrangeForCausalLM")
-    family = families.family_of(strange)
+    family = accelerated.family_of(strange)
     assert (family.title[:5], family.is_known) == ("Llama", False)
-    family = families.family_of(dataclasses.replace(strange, gated=False))
+    family = accelerated.family_of(dataclasses.replace(strange, gated=False))
     assert (family.title[:5], family.is_known) == ("GPT-2", False)
-    family = families.family_of(dataclasses.replace(strange, gated=False, causal=False))
+    family = accelerated.family_of(dataclasses.replace(strange, gated=False, causal=False))
     assert (family.title[:4], family.is_known) == ("BERT", False)

@@ -9,8 +9,7 @@ import pytest
 from lorakit.errors import ConfigError, NotYetSupported, UsageError
 from lorakit.plan import Job, Speed, catalogue, choose_parallel, estimate
 from lorakit.plan.choosing import AUTO
-from lorakit.plan.network import Cluster
-from lorakit.plan.parallel import DDP, FSDP, HSDP, WAYS
+from lorakit.plan.parallel import DDP, FSDP, HSDP, WAYS, Cluster
 
 from .test_parallel import CONFIG, planned, ranks
 

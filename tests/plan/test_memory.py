@@ -4,7 +4,7 @@ import dataclasses
 
 from lorakit.architectures.shapes import ModelShape
 from lorakit.config import LoraConfig
-from lorakit.plan import Job, catalogue, count, estimate, memory, process
+from lorakit.plan import Job, catalogue, count, estimate, memory
 from lorakit.plan.int8_costs import int8_base
 from lorakit.plan.memory import Memory
 
@@ -87,7 +87,7 @@ def test_above_the_weights() -> None:
 def test_a_process_holds_more_than_tensors() -> None:
     job = Job(4, 256, process_bytes=700 * MB)
     needs, on_gpu = _lora("gpt2", job), _lora("gpt2", dataclasses.replace(job, process_bytes=None))
-    assert needs.bytes_of("process") == 700 * MB + process.LOADER_BYTES
+    assert needs.bytes_of("process") == 700 * MB + memory.LOADER_BYTES
     assert needs.peak_bytes == on_gpu.peak_bytes + needs.bytes_of("process")
     assert on_gpu.bytes_of("process") == on_gpu.bytes_of("temporary") == 0
 
@@ -117,16 +117,16 @@ def test_memory_outside_of_steps() -> None:
     short = Job(1, 8, dtype="bfloat16", accelerated=True)
     needs = _lora("SmolLM2-135M", short)
     trained = 4_884_480
-    assert needs.peak_moment == process.WRITING
-    assert needs.bytes_of("temporary") == process.TEXT_BYTES + 4 * 4 * trained
+    assert needs.peak_moment == memory.WRITING
+    assert needs.bytes_of("temporary") == memory.TEXT_BYTES + 4 * 4 * trained
     assert needs.step_bytes < needs.peak_bytes
     converted = _lora("SmolLM2-135M", dataclasses.replace(short, dtype="float32"))
-    assert converted.peak_moment == process.LOADING
+    assert converted.peak_moment == memory.LOADING
     assert converted.bytes_of("temporary") == 2 * 134_515_008  # the files are in bfloat16
     at_peak = {line.cause: line.at_peak_bytes for line in converted.lines}
     assert at_peak["adapter"] == at_peak["optimizer"] == at_peak["activations"] == 0
     measured = _lora("SmolLM2-135M", dataclasses.replace(short, reserved_bytes=900 * MB))
-    assert measured.peak_moment == process.MEASURING
+    assert measured.peak_moment == memory.MEASURING
     assert measured.bytes_of("temporary") == 900 * MB
 
 
@@ -135,20 +135,20 @@ def test_an_int8_base_is_made_from_mapped_files_in_any_dtype() -> None:
     shape, counted = _shape("SmolLM2-135M"), count(_shape("SmolLM2-135M"), LoraConfig(r=4, target_modules="all-linear"))
     for dtype in ("bfloat16", "float32"):  # the files are in bfloat16
         job = dataclasses.replace(short, dtype=dtype)
-        assert process.temporary_bytes(shape, counted, job)[process.LOADING] == 0
+        assert memory.temporary_bytes(shape, counted, job)[memory.LOADING] == 0
     packed = dataclasses.replace(shape, converted_bytes=90_000_000, dtype="float32")
     base = int8_base(shape, 2)
     job = dataclasses.replace(short, dtype="bfloat16")
-    assert process.temporary_bytes(packed, counted, job)[process.LOADING] == (
-        4 * shape.parameters + 2 * base.elements - base.size_bytes + 90_000_000 + process.GGUF_TOKEN_BYTES * shape.vocab
+    assert memory.temporary_bytes(packed, counted, job)[memory.LOADING] == (
+        4 * shape.parameters + 2 * base.elements - base.size_bytes + 90_000_000 + memory.GGUF_TOKEN_BYTES * shape.vocab
     )
 
 
 def test_a_gguf_file_is_read_in_fp32_with_its_vocabulary() -> None:
     shape = dataclasses.replace(_shape("SmolLM2-135M"), converted_bytes=90_000_000, dtype="float32")
     for dtype in ("bfloat16", "float32"):
-        found = process.temporary_bytes(shape, None, Job(dtype=dtype))
-        assert found[process.LOADING] == 4 * shape.parameters + 90_000_000 + process.GGUF_TOKEN_BYTES * shape.vocab
+        found = memory.temporary_bytes(shape, None, Job(dtype=dtype))
+        assert found[memory.LOADING] == 4 * shape.parameters + 90_000_000 + memory.GGUF_TOKEN_BYTES * shape.vocab
 
 
 def test_a_large_vocabulary_is_checked_in_fp64() -> None:
@@ -157,5 +157,5 @@ def test_a_large_vocabulary_is_checked_in_fp64() -> None:
     shape = dataclasses.replace(shape, vocab=262_144, sites=sites)
     counted = count(shape, LoraConfig(r=1, target_modules=["q_proj"]))
     needs = memory.of_lora(shape, counted, 0.0, Job(1, 8, accelerated=True))
-    assert needs.peak_moment == process.CHECKING
-    assert needs.bytes_of("temporary") == 4 * 8 * process.PROBED_TOKENS * 262_144
+    assert needs.peak_moment == memory.CHECKING
+    assert needs.bytes_of("temporary") == 4 * 8 * memory.PROBED_TOKENS * 262_144

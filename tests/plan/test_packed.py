@@ -16,7 +16,7 @@ from lorakit import hub, plan
 from lorakit.config import LoraConfig
 from lorakit.core import AwqLinear, CompressedLinear, GptqLinear, packed_linear
 from lorakit.errors import ConfigError
-from lorakit.plan import Job, process
+from lorakit.plan import Job, memory
 from lorakit.plan.packed import packed_files, stored_base
 from lorakit.plan.quantized import StoredBase
 
@@ -115,7 +115,7 @@ def test_mxfp4_files_are_mapped_while_they_are_dequantized(tmp_path: Path) -> No
     assert files.file_bytes == in_experts // 2 + in_experts // 32 + 4 * (shape.parameters - in_experts)
     planned = plan.estimate(shape, LoraConfig(r=2, target_modules=["q_proj"]), Job(dtype="float32"))
     assert planned.lora.memory.bytes_of("weights") == 4 * shape.parameters
-    assert process.temporary_bytes(shape, None, Job(dtype="float32"))[process.LOADING] == files.file_bytes
+    assert memory.temporary_bytes(shape, None, Job(dtype="float32"))[memory.LOADING] == files.file_bytes
     assert any("dequantized while they are loaded" in note for note in planned.notes)
 
 

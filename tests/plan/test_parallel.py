@@ -8,12 +8,22 @@ import pytest
 
 from lorakit.config import LoraConfig
 from lorakit.plan import Job, Plan, catalogue, estimate
-from lorakit.plan.memory import OPTIMIZING
-from lorakit.plan.network import BUCKET_BYTES, LINKS, Cluster
-from lorakit.plan.parallel import DDP, FSDP, HSDP, SUMMING, WAYS, RankPlan, parts_of_base, rank_plan
+from lorakit.plan.memory import LOADING, OPTIMIZING
+from lorakit.plan.parallel import (
+    BUCKET_BYTES,
+    DDP,
+    FSDP,
+    HSDP,
+    LINKS,
+    SUMMING,
+    WAYS,
+    Cluster,
+    RankPlan,
+    parts_of_base,
+    rank_plan,
+)
 from lorakit.plan.parallel import tensors_of_base as tensors
 from lorakit.plan.params import with_full_modules
-from lorakit.plan.process import LOADING
 
 CONFIG = LoraConfig(r=16, target_modules="all-linear")
 

@@ -22,7 +22,7 @@ from lorakit.machine import this_machine
 from lorakit.plan import MALLOC_SHARES, Cluster, Job, ModelShape, Plan, Speed, bytes_of, choose_parallel
 from lorakit.plan.choosing import AUTO
 from lorakit.plan.job import ASSUMED_LENGTH, PROCESS_BYTES, dtype_name, recomputed
-from lorakit.plan.network import LINK, LINKS, NETWORK, PER_NODE, link_named
+from lorakit.plan.parallel import LINK, LINKS, NETWORK, PER_NODE, link_named
 from lorakit.plan.params import for_task, with_new_tokens
 from lorakit.tables import format_quantity
 from lorakit.train.settings.defaults import DEFAULTS
@@ -307,7 +307,7 @@ def _job(job: JobFlags, shape: ModelShape) -> Job:
 def _limited(planned: Plan, job: JobFlags) -> tuple[Plan, list[str]]:
     """Return the plan with what a memory limit selects, and a line that describes the choice."""
     from lorakit.plan import within
-    from lorakit.plan.fitting import describe, fitting
+    from lorakit.plan.budget import describe, fitting
 
     if job.fit is not None:
         limit = bytes_of(job.fit)

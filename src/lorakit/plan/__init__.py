@@ -11,7 +11,7 @@ from lorakit.plan.estimating import Method, Plan, estimate
 from lorakit.plan.flops import Flops
 from lorakit.plan.job import MALLOC_SHARES, Job, Speed
 from lorakit.plan.memory import Line, Memory
-from lorakit.plan.network import Cluster
+from lorakit.plan.parallel import Cluster
 from lorakit.plan.params import Count, RankTable, SiteCount, count, rank_table
 from lorakit.plan.text import details, render, render_parallel, summary
 

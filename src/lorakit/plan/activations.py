@@ -13,7 +13,7 @@ from lorakit.architectures.families import GATED
 from lorakit.architectures.layouts import Block
 from lorakit.architectures.shapes import ModelShape, SiteShape, block_of
 from lorakit.plan import accelerated
-from lorakit.plan.families import family_of
+from lorakit.plan.accelerated import family_of
 from lorakit.plan.int8_costs import W8A8, product_bytes
 from lorakit.plan.job import Job
 from lorakit.plan.packed import packed_files

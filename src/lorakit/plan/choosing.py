@@ -7,13 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lorakit.errors import ConfigError, NotYetSupported, UsageError
-from lorakit.plan.budget import with_job
+from lorakit.plan.budget import MARGIN, with_job
 from lorakit.plan.estimating import Plan
-from lorakit.plan.fitting import MARGIN
 from lorakit.plan.job import RECOMPUTED
 from lorakit.plan.memory import base_of
-from lorakit.plan.network import Cluster
-from lorakit.plan.parallel import DDP, FSDP, HSDP, WAYS, RankPlan, rank_plan
+from lorakit.plan.parallel import DDP, FSDP, HSDP, WAYS, Cluster, RankPlan, rank_plan
 from lorakit.tables import format_bytes, format_count
 
 AUTO = "auto"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorakit.architectures.shapes import ModelShape, SiteShape, block_of
 from lorakit.errors import ConfigError
-from lorakit.plan.families import family_of
+from lorakit.plan.accelerated import family_of
 from lorakit.plan.job import Job
 from lorakit.plan.quantized import Storage, StoredBase, quantized_sites
 from lorakit.targets.layer_types import DENSE

@@ -12,7 +12,7 @@ from lorakit.config import LoraConfig
 from lorakit.data import Sequences
 from lorakit.errors import ConfigError
 from lorakit.plan import Job, Plan, catalogue, estimate
-from lorakit.plan.fitting import by_cost
+from lorakit.plan.budget import by_cost
 from lorakit.tasks import CAUSAL_LM, Target, TaskOnData
 from lorakit.train.loop.step import StepOptions
 from lorakit.train.setup.fitting import GROWTH, Probe, longest_rows, settle

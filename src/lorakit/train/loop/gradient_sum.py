@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lorakit.errors import RunError
-from lorakit.plan.network import BUCKET_BYTES
+from lorakit.plan.parallel import BUCKET_BYTES
 from lorakit.train.loop.optimizer import Named
 from lorakit.train.processes.processes import Processes, flat_parts
 

@@ -1,6 +1,6 @@
 """Check with a measurement that a run fits into the limit of `--fit`, and otherwise choose a smaller setting.
 
-`lorakit.plan.fitting` proposes settings. A probe then runs the forward and backward passes of the longest rows, which
+`lorakit.plan.budget` proposes settings. A probe then runs the forward and backward passes of the longest rows, which
 need the most memory, while placeholders take the room of the optimizer's moments. Nothing that affects the run's result
 changes: the order of the data, the random number generators and the gradients stay as they were.
 """
@@ -23,7 +23,7 @@ from lorakit.errors import RunError
 from lorakit.machine import peak_rss_bytes, rss_bytes
 from lorakit.ops import choices
 from lorakit.plan import Plan
-from lorakit.plan.fitting import does_not_fit, needed_bytes, smaller
+from lorakit.plan.budget import does_not_fit, needed_bytes, smaller
 from lorakit.session.measuring import oom_as_run_error
 from lorakit.tasks import TaskOnData
 from lorakit.train.files.checkpoint import random_state, restore_random_state

@@ -19,7 +19,7 @@ from lorakit.core.model.fingerprint import vocabulary_of
 from lorakit.core.model.vocabulary import check_growth, with_trained_rows
 from lorakit.errors import ConfigError, UsageError
 from lorakit.machine import this_machine
-from lorakit.plan.fitting import needed_bytes
+from lorakit.plan.budget import needed_bytes
 from lorakit.plan.job import ASSUMED_LENGTH
 from lorakit.plan.params import for_task
 from lorakit.session.lengths import max_length_for, usual_length

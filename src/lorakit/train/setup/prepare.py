@@ -21,7 +21,7 @@ from lorakit.errors import ModelError
 from lorakit.ops import choices
 from lorakit.ops.kernels import compiled
 from lorakit.plan import Job, Plan, bytes_of
-from lorakit.plan.fitting import describe
+from lorakit.plan.budget import describe
 from lorakit.plan.params import with_full_modules
 from lorakit.plan.quantized import stored
 from lorakit.speed import Acceleration, accelerate

@@ -17,7 +17,7 @@ from torch import nn
 
 from lorakit import plan
 from lorakit.data import BatchLoader
-from lorakit.plan.fitting import needed_bytes
+from lorakit.plan.budget import needed_bytes
 from lorakit.speed import Acceleration
 from lorakit.train.files import run_folder
 from lorakit.train.files.trackers import Trackers

@@ -20,7 +20,7 @@ from lorakit.data import BatchLoader, lengths
 from lorakit.errors import DiskError
 from lorakit.machine import rss_bytes
 from lorakit.ops import choices
-from lorakit.plan.fitting import describe, fitting
+from lorakit.plan.budget import describe, fitting
 from lorakit.speed import Acceleration, choose
 from lorakit.tables import format_bytes
 from lorakit.train.files.checkpoint import differences, environment

@@ -7,7 +7,7 @@ import pytest
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError
 from lorakit.plan import Job, Plan, catalogue, estimate
-from lorakit.plan.fitting import by_cost, describe, fitting, needed_bytes, smaller
+from lorakit.plan.budget import by_cost, describe, fitting, needed_bytes, smaller
 
 
 def planned(accelerated: bool = True) -> Plan:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 
 from lorakit.errors import ConfigError
-from lorakit.plan.network import (
+from lorakit.plan.parallel import (
     LINKS,
     Cluster,
     Traffic,
