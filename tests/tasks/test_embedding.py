@@ -15,7 +15,6 @@ from lorakit import hub
 from lorakit.data import Batch, Labeled, Records
 from lorakit.errors import AdapterFileError, ConfigError, ModelError
 from lorakit.tasks import TASKS, EncodeOptions, Target, TaskOnData, agree_on_padding, load_model_for, on_model
-from lorakit.tasks.embedding import EmbeddingMeter
 
 from ..conftest import CHAT_TEMPLATE
 
@@ -274,7 +273,9 @@ def test_a_ranking_needs_two_texts() -> None:
     """Of one text, every ranking is perfect; of two, the metric is that of sentence-transformers."""
 
     def found(*ids: int) -> dict[str, Any]:
-        meter, count = EmbeddingMeter(Target("pairs")), len(ids)
+        make, count = TASKS["embedding"].objective(Target("pairs")).meter, len(ids)
+        assert make is not None
+        meter = make()
         second = torch.tensor(ids)[:, None]
         extra = {"input_ids_1": second, "attention_mask_1": torch.ones_like(second)}
         vectors = torch.eye(2)[[n % 2 for n in range(count)]]

@@ -13,7 +13,7 @@ from lorakit.session.lengths import max_length_for
 from lorakit.session.spec import SessionSpec
 from lorakit.session.tokenizers import SavedTokenizer
 from lorakit.tasks import EncodeOptions, LabelOptions, agree_on_padding, named_as, on_model
-from lorakit.tasks.encoding import EncodedRows
+from lorakit.tasks.encoded_rows import EncodedRows
 
 
 def to_predict(spec: SessionSpec, tag_scheme: str = "auto") -> SessionSpec:

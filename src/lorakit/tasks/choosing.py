@@ -14,12 +14,11 @@ from lorakit.data import AnyRecords, Labeled, Record, Records, Split, Tagged, To
 from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import AdapterFileError, ModelError, UsageError
 from lorakit.tasks.causal_lm import CAUSAL_LM
-from lorakit.tasks.classification import CLASSIFICATION
+from lorakit.tasks.classification import CLASSIFICATION, TOKEN_CLASSIFICATION
 from lorakit.tasks.embedding import EMBEDDING
 from lorakit.tasks.seq2seq import SEQ2SEQ
 from lorakit.tasks.target import KIND_BY_PROBLEM, Kind, LabelOptions, Target, default_names
 from lorakit.tasks.task import Objective, Task
-from lorakit.tasks.token_classification import TOKEN_CLASSIFICATION
 
 TASKS: dict[str, Task] = {
     task.name: task for task in (CAUSAL_LM, CLASSIFICATION, TOKEN_CLASSIFICATION, SEQ2SEQ, EMBEDDING)

@@ -1,7 +1,8 @@
-"""Classification of texts and pairs of texts: one class, several classes, or a number for each row.
+"""Classification of texts and pairs of texts (one class, several classes, or a number for each row), and of words.
 
 The loss of a row is the cross entropy of its class; for several classes, the mean of the binary cross entropies; for a
-number, the squared error. All three equal the losses of transformers' `ForSequenceClassification` models.
+number, the squared error; that of a word, whose first token has its tag as the label, is the cross entropy of the tag.
+All equal the losses of transformers' `ForSequenceClassification` and `ForTokenClassification` models.
 """
 
 from __future__ import annotations
@@ -15,23 +16,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lorakit.config import TaskType
-from lorakit.data import AnyRecords, Batch, Record, Tokenizer
+from lorakit.data import Batch, Record, Tagged
 from lorakit.data.encoding import IGNORED
 from lorakit.data.encoding import Sequence as Encoded
-from lorakit.data.loader import padded_ids
+from lorakit.data.loader import padded, padded_ids
 from lorakit.durable import JsonObject
-from lorakit.tasks.encoding import LABELED, EncodedRows, encode_row, encode_rows
-from lorakit.tasks.labels import class_target
-from lorakit.tasks.metrics import BASELINES, class_metrics, classes_metrics, score_metrics
+from lorakit.tasks.encoding import LABELED, TAGGED, encode_row, encode_rows
+from lorakit.tasks.labels import class_target, tag_target
+from lorakit.tasks.metrics import BASELINES, Array, class_metrics, classes_metrics, score_metrics, span_metrics
+from lorakit.tasks.spans import SpanReader
 from lorakit.tasks.target import Target
 from lorakit.tasks.task import (
-    EncodeOptions,
+    Meter,
     Metrics,
     Objective,
     PredictContext,
     Task,
     finite,
     inputs_on,
+    label_counts,
     objective,
     one_per_row,
     without_cache,
@@ -39,11 +42,6 @@ from lorakit.tasks.task import (
 
 THRESHOLD = 0.5
 """Probability from which a class is predicted, if several classes may apply."""
-
-
-def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> EncodedRows:
-    """Encode labeled texts; see `encode_rows`."""
-    return encode_rows(records, tokenizer, target, options, LABELED)
 
 
 def collate(rows: list[Encoded], pad_id: int, epoch: float, target: Target) -> Batch:
@@ -71,45 +69,29 @@ def _labels(rows: list[Encoded], target: Target) -> Tensor:
 
 
 def forward(model: nn.Module, batch: Batch, device: str | torch.device) -> Tensor:
-    """Return the logits of a batch, shape (rows, classes), in float32."""
+    """Return the logits of a batch, shape (rows, classes) or (rows, length, tags), in float32."""
     return model(**inputs_on(batch, device), **without_cache(model)).logits.float()
 
 
 def loss(logits: Tensor, batch: Batch, target: Target) -> Tensor:
-    """Return the summed loss of a batch, a scalar."""
+    """Return the summed loss of a batch of rows or words, a scalar."""
     labels = batch.labels.to(logits.device)
     if target.kind == "score":
         return functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype), reduction="sum")
     if target.kind == "classes":
         return functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / len(target.names)
-    return functional.cross_entropy(logits, labels, reduction="sum")
+    return functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-class ClassMeter:
-    """Collects the predicted and the true labels of an evaluation."""
+def _guesses(batch: Batch, logits: Tensor, target: Target) -> tuple[Array, Array]:
+    return predictions(logits, target).cpu().numpy(), batch.labels.cpu().numpy()
 
-    def __init__(self, target: Target) -> None:
-        self._target = target
-        self._guesses: list[np.ndarray] = []
-        self._labels: list[np.ndarray] = []
 
-    def add(self, batch: Batch, output: Tensor) -> None:
-        """Add the logits of a batch, shape (rows, classes)."""
-        self._guesses.append(predictions(output, self._target).cpu().numpy())
-        self._labels.append(batch.labels.cpu().numpy())
-
-    def merge(self, other: ClassMeter) -> None:
-        """Add everything that another meter has collected."""
-        self._guesses += other._guesses
-        self._labels += other._labels
-
-    def result(self) -> Metrics:
-        """Return the metrics over all batches; see `lorakit.tasks.metrics`."""
-        guesses, labels = np.concatenate(self._guesses), np.concatenate(self._labels)
-        if self._target.kind == "score":
-            return score_metrics(guesses, labels)
-        measure = classes_metrics if self._target.kind == "classes" else class_metrics
-        return measure(guesses, labels, self._target.names)
+def _row_metrics(batches: Sequence[tuple[Array, Array]], target: Target) -> Metrics:
+    guesses, labels = (np.concatenate(part) for part in zip(*batches, strict=True))
+    if target.kind == "score":
+        return score_metrics(guesses, labels)
+    return (classes_metrics if target.kind == "classes" else class_metrics)(guesses, labels, target.names)
 
 
 def predictions(logits: Tensor, target: Target) -> Tensor:
@@ -127,21 +109,61 @@ def predict(model: nn.Module, batch: Batch, records: Sequence[Record], context: 
         return [{"score": score} for score in logits.squeeze(-1).tolist()]
     several = target.kind == "classes"
     probabilities = (logits.sigmoid() if several else logits.softmax(-1)).tolist()
-    found = list[JsonObject]()
+    rows = list[JsonObject]()
     for guess, row in zip(predictions(logits, target).tolist(), probabilities, strict=True):
         scores = {name: round(value, 6) for name, value in zip(target.names, row, strict=True)}
         if several:
             labels = [name for name, applies in zip(target.names, guess, strict=True) if applies]
-            found.append({"labels": labels, "scores": scores})
+            rows.append({"labels": labels, "scores": scores})
         else:
-            found.append({"label": target.names[guess], "scores": scores})
-    return found
+            rows.append({"label": target.names[guess], "scores": scores})
+    return rows
 
 
-def _objective(target: Target) -> Objective:
-    return objective(
-        partial(collate, target=target), forward, partial(loss, target=target), partial(ClassMeter, target), one_per_row
-    )
+def _tags(batch: Batch, logits: Tensor, target: Target) -> list[tuple[list[str], list[str]]]:
+    """Return the predicted and the true tags of each row, given logits (rows, length, tags)."""
+    rows = []
+    for guesses, labels in zip(logits.argmax(-1).tolist(), batch.labels.tolist(), strict=True):
+        kept = [(guess, label) for guess, label in zip(guesses, labels, strict=True) if label != IGNORED]
+        rows.append(([target.names[guess] for guess, _ in kept], [target.names[label] for _, label in kept]))
+    return rows
+
+
+def _word_metrics(batches: Sequence[list[tuple[list[str], list[str]]]], target: Target) -> Metrics:
+    rows = [row for batch in batches for row in batch]
+    reader = SpanReader(target.names, target.scheme)
+    return span_metrics([guesses for guesses, _ in rows], [tags for _, tags in rows], reader)
+
+
+def predict_tags(
+    model: nn.Module, batch: Batch, records: Sequence[Record], context: PredictContext
+) -> list[JsonObject]:
+    """Return the tag of each word (None without a token), and the spans that the tags form, if the scheme has spans."""
+    names, rows = context.target.names, list[JsonObject]()
+    reader = SpanReader(names, context.target.scheme)
+    guesses = finite(forward(model, batch, context.device)).argmax(-1).tolist()
+    for record, row, words_of in zip(records, guesses, batch.labels.tolist(), strict=True):
+        words = record.words if isinstance(record, Tagged) else ()
+        tags: list[str | None] = [None] * len(words)
+        for guess, word in zip(row, words_of, strict=True):
+            if word != IGNORED:
+                tags[word] = names[guess]
+        spanned = [
+            {"type": span.kind, "text": " ".join(words[span.begin : span.end]), "begin": span.begin, "end": span.end}
+            for span in reader.spans(tags)
+        ]
+        rows.append({"tags": tags, **({"spans": spanned} if reader.has_spans else {})})
+    return rows
+
+
+def _objective_of_rows(target: Target) -> Objective:
+    meter = partial(Meter, partial(_guesses, target=target), partial(_row_metrics, target=target))
+    return objective(partial(collate, target=target), forward, partial(loss, target=target), meter, one_per_row)
+
+
+def _objective_of_words(target: Target) -> Objective:
+    meter = partial(Meter, partial(_tags, target=target), partial(_word_metrics, target=target))
+    return objective(padded, forward, partial(loss, target=target), meter, label_counts)
 
 
 CLASSIFICATION = Task(
@@ -151,9 +173,23 @@ CLASSIFICATION = Task(
     formats=("classification", "text-pair"),
     unit="row",
     target=class_target,
-    encode=encode,
+    encode=partial(encode_rows, encoder=LABELED),
     encode_one=partial(encode_row, encoder=LABELED),
-    objective=_objective,
+    objective=_objective_of_rows,
     predict=predict,
     summary=("accuracy", BASELINES["accuracy"], "f1_macro", "mse", "spearman"),
+)
+
+TOKEN_CLASSIFICATION = Task(
+    name="token-classification",
+    adapter_task=TaskType.TOKEN_CLS,
+    loader="token-classification",
+    formats=("token-classification",),
+    unit="token",
+    target=tag_target,
+    encode=partial(encode_rows, encoder=TAGGED),
+    encode_one=partial(encode_row, encoder=TAGGED),
+    objective=_objective_of_words,
+    predict=predict_tags,
+    summary=("f1", "accuracy", BASELINES["accuracy"]),
 )

@@ -31,11 +31,22 @@ from lorakit.durable import JsonObject, JsonValue, write_json
 from lorakit.errors import AdapterFileError, ConfigError, MissingExtra, ModelError
 from lorakit.hub.quiet import quiet_imports
 from lorakit.hub.sources import WEIGHTS
-from lorakit.tasks.encoding import PAIRS, EncodedRows, encode_row, encode_rows
+from lorakit.tasks.encoded_rows import EncodedRows
+from lorakit.tasks.encoding import PAIRS, encode_row, encode_rows
 from lorakit.tasks.labels import pair_target
 from lorakit.tasks.metrics import no_correlation
 from lorakit.tasks.target import Target
-from lorakit.tasks.task import EncodeOptions, Metrics, Objective, PredictContext, Task, finite, objective, without_cache
+from lorakit.tasks.task import (
+    EncodeOptions,
+    Meter,
+    Metrics,
+    Objective,
+    PredictContext,
+    Task,
+    finite,
+    objective,
+    without_cache,
+)
 
 _DIGITS = 7  # of a number between -1 and 1 in float32
 
@@ -266,58 +277,42 @@ def loss(embeddings: Tensor, batch: Batch, target: Target) -> Tensor:
     return kind(nn.Identity()).compute_loss_from_embeddings(list(embeddings), labels) * len(batch.input_ids)
 
 
-class EmbeddingMeter:
-    """Collects the embeddings of an evaluation.
+def _embedded(batch: Batch, embeddings: Tensor) -> tuple[Tensor, list[float], list[tuple[int, ...]]]:
+    """Return the embeddings (2, rows, width) of a batch's first two texts, the scores, and the second texts' tokens."""
+    ids, mask = batch.extra["input_ids_1"], batch.extra["attention_mask_1"].bool()
+    texts = [tuple(row[kept].tolist()) for row, kept in zip(ids, mask, strict=True)]
+    return embeddings[:2].cpu(), batch.labels.tolist(), texts
 
-    Scores give their rank correlation with the cosine similarities; pairs NDCG@10 of the second texts, among those of
-    all rows, as results of a search for the first text.
+
+def _metrics(batches: list[tuple[Tensor, list[float], list[tuple[int, ...]]]], target: Target) -> Metrics:
+    """Return "spearman" of scores and cosine similarities, or "ndcg@10" of pairs.
+
+    The latter ranks the second texts of all rows as results of a search for the first text of each row.
     """
-
-    def __init__(self, target: Target) -> None:
-        self._target = target
-        self._embeddings: list[Tensor] = []
-        self._scores: list[float] = []
-        self._texts: list[tuple[int, ...]] = []
-
-    def add(self, batch: Batch, output: Tensor) -> None:
-        """Add the embeddings of a batch, shape (texts per row, rows, width)."""
-        self._embeddings.append(output[:2].cpu())
-        self._scores += batch.labels.tolist()
-        ids, mask = batch.extra["input_ids_1"], batch.extra["attention_mask_1"].bool()
-        self._texts += [tuple(row[kept].tolist()) for row, kept in zip(ids, mask, strict=True)]
-
-    def merge(self, other: EmbeddingMeter) -> None:
-        """Add everything that another meter has collected."""
-        self._embeddings += other._embeddings
-        self._scores += other._scores
-        self._texts += other._texts
-
-    def result(self) -> Metrics:
-        """Return "spearman", or "ndcg@10"; see `Metrics`."""
-        first, second = torch.cat(self._embeddings, dim=1)
-        if self._target.kind == "score":
-            similarities = (first * second).sum(-1).numpy()
-            if reason := no_correlation(similarities, np.asarray(self._scores)):
-                return {"spearman": reason}
-            found = _evaluated("EmbeddingSimilarityEvaluator", [first, second], scores=self._scores)
-            return {"spearman": found["spearman_cosine"]}
-        places: dict[tuple[int, ...], int] = {}  # of the first of equal texts
-        for place, text in enumerate(self._texts):
-            places.setdefault(text, place)
-        if len(places) < 2:
-            return {"ndcg@10": "a ranking needs at least 2 different second texts, but the evaluation data has 1"}
-        numbers = {text: str(number) for number, text in enumerate(places)}
-        queries = {str(number): str(number) for number in range(len(first))}
-        relevant = {str(number): {numbers[text]} for number, text in enumerate(self._texts)}
-        corpus = {name: name for name in numbers.values()}
-        found = _evaluated(
-            "InformationRetrievalEvaluator",
-            [first, second[list(places.values())]],
-            queries=queries,
-            corpus=corpus,
-            relevant_docs=relevant,
-        )
-        return {"ndcg@10": found["cosine_ndcg@10"]}
+    first, second = torch.cat([embeddings for embeddings, _, _ in batches], dim=1)
+    if target.kind == "score":
+        scores = [score for _, part, _ in batches for score in part]
+        similarities = (first * second).sum(-1).numpy()
+        if reason := no_correlation(similarities, np.asarray(scores)):
+            return {"spearman": reason}
+        return {
+            "spearman": _evaluated("EmbeddingSimilarityEvaluator", [first, second], scores=scores)["spearman_cosine"]
+        }
+    texts = [text for _, _, part in batches for text in part]
+    places: dict[tuple[int, ...], int] = {}  # of the first of equal texts
+    for place, text in enumerate(texts):
+        places.setdefault(text, place)
+    if len(places) < 2:
+        return {"ndcg@10": "a ranking needs at least 2 different second texts, but the evaluation data has 1"}
+    numbers = {text: str(number) for number, text in enumerate(places)}
+    ranking = _evaluated(
+        "InformationRetrievalEvaluator",
+        [first, second[list(places.values())]],
+        queries={str(number): str(number) for number in range(len(first))},
+        corpus={name: name for name in numbers.values()},
+        relevant_docs={str(number): {numbers[text]} for number, text in enumerate(texts)},
+    )
+    return {"ndcg@10": ranking["cosine_ndcg@10"]}
 
 
 def _evaluated(name: str, embeddings: list[Tensor], **data: Any) -> dict[str, float]:
@@ -373,7 +368,9 @@ def _check_installed() -> None:
 
 def _objective(target: Target) -> Objective:
     run: Callable[[nn.Module, Batch, str | torch.device], Tensor] = partial(forward, target=target)
-    return objective(collate, run, partial(loss, target=target), partial(EmbeddingMeter, target))
+    return objective(
+        collate, run, partial(loss, target=target), partial(Meter, _embedded, partial(_metrics, target=target))
+    )
 
 
 EMBEDDING = Task(

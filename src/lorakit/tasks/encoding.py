@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lorakit.data import AnyRecords, Conversation, Labeled, Record, Tagged, Tokenizer
@@ -18,29 +18,15 @@ from lorakit.data.encoding import IGNORED
 from lorakit.data.encoding import Sequence as Encoded
 from lorakit.data.records import Completion, content_key, is_empty, location, text_of_record
 from lorakit.data.stored import sized
-from lorakit.data.token_cache import Buffers, Form
+from lorakit.data.token_cache import Form
 from lorakit.data.tokens import cut, text_of
-from lorakit.durable import JsonObject, JsonValue
+from lorakit.durable import JsonValue
 from lorakit.errors import ConfigError, DataError, ModelError
-from lorakit.tasks.row_report import RowReport
-from lorakit.tasks.stored_rows import StoredRows
+from lorakit.tasks.encoded_rows import EncodedRows, RowReport
 from lorakit.tasks.target import Target, score_of
 from lorakit.tasks.task import EncodeOptions
 
 _TYPE = "i"
-
-
-@dataclass(frozen=True)
-class EncodedRows:
-    """Encoded rows with their counts; `sources` are (source, number of rows) pairs for consecutive rows.
-
-    `records` has the record of each sequence, or nothing if the rows come from the token cache.
-    """
-
-    sequences: list[Encoded] | StoredRows
-    report: RowReport
-    sources: tuple[tuple[str, int], ...] = ()
-    records: list[Record] = field(default_factory=list)
 
 
 Encode = Callable[[Record, Tokenizer, Target, EncodeOptions, RowReport], "Encoded | None"]
@@ -75,15 +61,9 @@ def encode_rows(
         raise ConfigError.of("overlong", "split", "truncate, drop or error, because labels belong to whole rows")
     if options.cache is None or options.visit is not None or not options.is_labeled:
         return _encoded(records, tokenizer, target, options, encoder)
-    parts: list[JsonValue] = [
-        encoder.name,
-        target.as_dict(),
-        target.note,
-        options.inputs(),
-    ]
-    return options.cache.fetch(
-        records, parts, lambda: _encoded(records, tokenizer, target, options, encoder), Form(_pack, _unpack)
-    )
+    parts: list[JsonValue] = [encoder.name, target.as_dict(), target.note, options.inputs()]
+    form = Form(EncodedRows.pack, EncodedRows.unpack)
+    return options.cache.fetch(records, parts, lambda: _encoded(records, tokenizer, target, options, encoder), form)
 
 
 def encode_row(
@@ -139,16 +119,6 @@ def _encoded(
         )
     groups = itertools.groupby(kept, key=lambda record: record.source)
     return EncodedRows(rows, report, tuple((source, sum(1 for _ in group)) for source, group in groups), kept)
-
-
-def _pack(found: EncodedRows) -> tuple[Buffers, JsonObject]:
-    values = {"report": asdict(found.report), "sources": [list(pair) for pair in found.sources]}
-    return StoredRows.of(found.sequences).buffers, values
-
-
-def _unpack(buffers: Buffers, values: Mapping[str, Any]) -> EncodedRows:
-    sources = tuple((str(source), int(count)) for source, count in values["sources"])
-    return EncodedRows(StoredRows(buffers), RowReport(**values["report"]), sources)
 
 
 def _targets(row: Encoded, unit: str) -> int:

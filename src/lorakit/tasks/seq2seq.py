@@ -18,11 +18,13 @@ from lorakit.data.encoding import IGNORED
 from lorakit.data.encoding import Sequence as Encoded
 from lorakit.data.loader import padded_ids
 from lorakit.durable import JsonObject
-from lorakit.tasks.encoding import TRANSLATIONS, EncodedRows, encode_row, encode_rows
+from lorakit.tasks.encoded_rows import EncodedRows
+from lorakit.tasks.encoding import TRANSLATIONS, encode_row, encode_rows
 from lorakit.tasks.labels import no_target
 from lorakit.tasks.target import Target
 from lorakit.tasks.task import (
     EncodeOptions,
+    Meter,
     Metrics,
     Objective,
     PredictContext,
@@ -75,27 +77,19 @@ def loss(logits: Tensor, batch: Batch) -> Tensor:
     return functional.cross_entropy(logits.flatten(0, 1)[kept].float(), labels[kept], reduction="sum")
 
 
-class TokenMeter:
-    """Counts the target tokens that the model predicts, given the tokens before them."""
+def _right_tokens(batch: Batch, logits: Tensor) -> tuple[int, int]:
+    """Return how many target tokens the model predicts, given the tokens before them, and how many there are.
 
-    def __init__(self) -> None:
-        self._right = self._total = 0
+    The logits have shape (rows, target length, vocabulary).
+    """
+    labels = batch.labels.to(logits.device)
+    kept = labels != IGNORED
+    return int((logits.argmax(-1)[kept] == labels[kept]).sum()), int(kept.sum())
 
-    def add(self, batch: Batch, output: Tensor) -> None:
-        """Add the logits of a batch, shape (rows, target length, vocabulary)."""
-        labels = batch.labels.to(output.device)
-        kept = labels != IGNORED
-        self._right += int((output.argmax(-1)[kept] == labels[kept]).sum())
-        self._total += int(kept.sum())
 
-    def merge(self, other: TokenMeter) -> None:
-        """Add everything that another meter has collected."""
-        self._right += other._right
-        self._total += other._total
-
-    def result(self) -> Metrics:
-        """Return the fraction of target tokens that were predicted, as "token_accuracy"."""
-        return {"token_accuracy": self._right / max(1, self._total)}
+def _token_accuracy(batches: list[tuple[int, int]]) -> Metrics:
+    right, total = (sum(part) for part in zip(*batches, strict=True))
+    return {"token_accuracy": right / max(1, total)}
 
 
 def predict(model: nn.Module, batch: Batch, records: Sequence[Record], context: PredictContext) -> list[JsonObject]:
@@ -109,7 +103,7 @@ def predict(model: nn.Module, batch: Batch, records: Sequence[Record], context: 
 
 
 def _objective(target: Target) -> Objective:
-    return objective(collate, forward, loss, TokenMeter, label_counts)
+    return objective(collate, forward, loss, partial(Meter, _right_tokens, _token_accuracy), label_counts)
 
 
 SEQ2SEQ = Task(

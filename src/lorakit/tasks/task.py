@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,9 @@ from lorakit.durable import JsonObject
 from lorakit.errors import NonFiniteError
 from lorakit.hub import WITH_NEW_HEADS, ModelSource
 from lorakit.speed import Acceleration
+from lorakit.tasks.encoded_rows import StoredRows
 from lorakit.tasks.metrics import Score
-from lorakit.tasks.stored_rows import StoredRows
 from lorakit.tasks.target import LabelOptions, Target
-
-if TYPE_CHECKING:
-    from typing import Self
 
 Metrics: TypeAlias = Mapping[str, Score]
 """Name of a metric -> value, or the reason why it has none."""
@@ -90,17 +87,31 @@ class EncodeOptions:
         return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in others}
 
 
-class Meter(Protocol):
-    """Collects predictions of an evaluation and computes metrics."""
+@dataclass
+class Meter:
+    """Collects predictions of an evaluation and computes metrics; meters of several processes are merged.
+
+    Attributes:
+        read: Function of a batch and the model's output for it, shape (rows, ...) or (texts per row, rows, width), that
+            returns what the metrics need.
+        measure: Function that returns the metrics over what was read of all batches.
+    """
+
+    read: Callable[[Batch, Tensor], Any]
+    measure: Callable[[list[Any]], Metrics]
+    batches: list[Any] = field(default_factory=list)
 
     def add(self, batch: Batch, output: Tensor) -> None:
-        """Add the output of the model for a batch, shape (rows, ...) or (texts per row, rows, width)."""
+        """Add the output of the model for a batch, of any shape that `read` takes."""
+        self.batches.append(self.read(batch, output))
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: Meter) -> None:
         """Add everything that another meter of the same kind has collected."""
+        self.batches += other.batches
 
     def result(self) -> Metrics:
         """Return the metrics over all batches."""
+        return self.measure(self.batches)
 
 
 LossSum: TypeAlias = Callable[[nn.Module, Batch, "str | torch.device", "Acceleration | None"], Tensor]

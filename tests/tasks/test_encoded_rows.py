@@ -7,7 +7,7 @@ from array import array
 import pytest
 
 from lorakit.data.encoding import Sequence
-from lorakit.tasks.stored_rows import StoredRows
+from lorakit.tasks.encoded_rows import StoredRows
 
 IDS = array("i", [5, 6, 7])
 
