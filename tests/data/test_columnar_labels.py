@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from lorakit.data import Request, read_records
-from lorakit.data.places import Place
-from lorakit.data.row_stream import open_stream
+from lorakit.data.reading import open_stream
+from lorakit.data.sources import Place
 from lorakit.errors import DataError
 
 datasets = pytest.importorskip("datasets")

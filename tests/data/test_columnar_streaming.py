@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lorakit.data import Request
-from lorakit.data.places import Place
-from lorakit.data.row_stream import open_stream
+from lorakit.data.reading import open_stream
+from lorakit.data.sources import Place
 from lorakit.data.streaming import read_stream
 from lorakit.errors import DataError, MissingExtra, UsageError
 

@@ -64,8 +64,8 @@ def test_memory_per_byte_of_text(suffix: str, megabytes: tuple[int, int], tmp_pa
 STREAM_PEAK = """
 import resource, sys
 from lorakit.data import Request
-from lorakit.data.places import Place
-from lorakit.data.row_stream import open_stream
+from lorakit.data.sources import Place
+from lorakit.data.reading import open_stream
 stream = open_stream([sys.argv[1]], Request())
 size = sum(len(row.record.text) for row in stream.rows(Place()))
 print(size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))

@@ -11,9 +11,9 @@ import pytest
 
 from lorakit.data import Request, encode, streaming
 from lorakit.data.encoding import encode_record
-from lorakit.data.places import Place
+from lorakit.data.reading import open_stream, streamable_bytes
 from lorakit.data.records import content_key
-from lorakit.data.row_stream import open_stream, streamable_bytes
+from lorakit.data.sources import Place
 from lorakit.data.streaming import StreamLoader, read_stream
 from lorakit.data.text_files import PART_BYTES
 from lorakit.errors import ConfigError, DataError

@@ -13,9 +13,9 @@ import pytest
 
 from lorakit.data import Request, encode, read_records, streaming
 from lorakit.data.encoding import encode_record
-from lorakit.data.places import Place
+from lorakit.data.reading import open_stream
 from lorakit.data.records import content_key
-from lorakit.data.row_stream import open_stream
+from lorakit.data.sources import Place
 from lorakit.data.streaming import StreamLoader, read_stream
 from lorakit.errors import DataError
 

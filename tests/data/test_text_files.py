@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lorakit.data import Document, Request, json_list, text_files
-from lorakit.data.places import Place
-from lorakit.data.row_stream import open_stream
+from lorakit.data.reading import open_stream
+from lorakit.data.sources import Place
 from lorakit.errors import DataError
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from lorakit.data import Loader, Records, encode, lengths, read_records, token_cache
 from lorakit.data.token_cache import TokenCache
+from lorakit.durable import SEAL, sealed
 
 INPUTS = dict.fromkeys(("reading", "tokenizer", "template", "code"))
 
@@ -106,6 +107,20 @@ def test_a_damaged_entry_is_made_again(
     assert (entry / name).read_bytes() == raw
     cache.encode(read_records(rows), tiny_tokenizer, 12)
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("field", ["files", "values"])
+@pytest.mark.parametrize("value", [[], None, "text", {"ids": 1}])
+def test_a_manifest_with_values_of_other_types_is_a_miss(
+    rows: Path, tmp_path: Path, said: list[str], tiny_tokenizer: Any, field: str, value: Any
+) -> None:
+    cache = TokenCache(tmp_path / "cache", INPUTS, said.append)
+    first = cache.encode(read_records(rows), tiny_tokenizer, 12)
+    path = entries(tmp_path)[0] / "manifest.json"
+    manifest = {name: part for name, part in json.loads(path.read_text()).items() if name != SEAL}
+    path.write_text(json.dumps(sealed({**manifest, field: value})))
+    assert list(cache.encode(read_records(rows), tiny_tokenizer, 12).sequences) == list(first.sequences)
+    assert len(said) == 1 and str(path.parent) in said[0]
 
 
 def test_the_entries_unused_for_longest_are_removed(

@@ -8,12 +8,11 @@ from __future__ import annotations
 from lorakit.choices import Overlong
 from lorakit.data.encoding import Encoded, Sequence, Sequences, encode, encode_record, lengths
 from lorakit.data.loader import Batch, BatchLoader, Loader, by_length, padding_id
-from lorakit.data.places import PARTIAL
-from lorakit.data.reading import python_reference, read_records, read_split, write_python_reference
+from lorakit.data.reading import python_reference, read_records, read_split, streamable_bytes, write_python_reference
 from lorakit.data.records import Completion, Conversation, Document, Labeled, Message, Record, Records, Tagged
 from lorakit.data.report import DataReport, Report
-from lorakit.data.row_stream import streamable_bytes
 from lorakit.data.shapes import SHAPES, Request, text_records
+from lorakit.data.sources import PARTIAL
 from lorakit.data.splitting import STRATIFIED, Split, few_rows, rule_named, split
 from lorakit.data.stored import AnyRecords, StoredRecords
 from lorakit.data.streaming import StreamLoader, StreamSplit, read_stream

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 from lorakit.data.messages import BadRow
-from lorakit.data.places import PARTIAL, CheckedFile, Place, Read, file_error
-from lorakit.data.sources import HubSource
+from lorakit.data.sources import PARTIAL, CheckedFile, HubSource, Place, Read, file_error
 from lorakit.durable import JsonObject
 from lorakit.errors import DataError, MissingExtra, UsageError
 from lorakit.file_hashes import FileStatus
@@ -37,11 +36,20 @@ _STREAM_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class MappedHub:
-    """A Hub data set that is mapped into memory; an offset is a number of rows."""
+class HubRows:
+    """The rows of a Hub data set, mapped into memory or streamed; an offset is a number of rows.
+
+    Attributes:
+        size: Size in bytes; of a stream, estimated, or 0 if the data set does not record its number of rows.
+        version: Hash of the revision and the names of its files, of a stream.
+        row_bytes: Mean size of one of its first rows as JSON, of a stream.
+    """
 
     source: HubSource
-    data: Dataset
+    data: Dataset | IterableDataset
+    size: int = 0
+    version: str = ""
+    row_bytes: float = 0.0
     counts_rows: ClassVar[bool] = True
 
     @property
@@ -49,23 +57,27 @@ class MappedHub:
         """The name."""
         return str(self.source)
 
-    @property
-    def size(self) -> int:
-        """Size of the table in bytes."""
-        return int(self.data.data.nbytes)
+    def identity(self) -> str:
+        """Return `PARTIAL` and a SHA-256 of the name and the version."""
+        return PARTIAL + hashlib.sha256(f"{self.label}\n{self.version}".encode()).hexdigest()
+
+    def bytes_before(self, offset: int) -> int:
+        """Return the estimated number of bytes before a row."""
+        return int(offset * self.row_bytes)
 
     def read(self, at: Place) -> Read:
         """Yield the rows from a position to the end; a DataError if the data set cannot be read."""
-        number, features = at.offset, self.data.features
         with _as_hub_error(self.source), _quiet():
-            for table in self.data.skip(number).with_format("arrow").iter(batch_size=_AT_ONCE):
-                for batch in table.to_batches():
-                    for row in _values(batch, features):
-                        yield row, Place(at.file, number, number + 1)
-                        number += 1
+            data = self.data.skip(at.offset) if at.offset else self.data
+            rows: Iterable[JsonObject | BadRow] = data  # without features, the types of a column may differ
+            if data.features is not None:
+                tables = data.with_format("arrow").iter(batch_size=_AT_ONCE)
+                rows = (row for table in tables for one in table.to_batches() for row in _values(one, data.features))
+            for number, row in enumerate(rows, start=at.offset):
+                yield row, Place(at.file, number, number + 1)
 
 
-def map_hub(source: HubSource) -> MappedHub:
+def map_hub(source: HubSource) -> HubRows:
     """Load a data set from the Hub; network access can be disabled if the data set is in the cache.
 
     Raises:
@@ -80,7 +92,8 @@ def map_hub(source: HubSource) -> MappedHub:
         if Path(source.name).exists():  # a directory, whose rows stay mapped without their file
             options["cache_dir"] = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         data = datasets.load_dataset(source.name, source.config, **options)
-        return MappedHub(source, data.remove_columns(_media(data.features)))
+        data = data.select_columns(_kept(data.features))
+        return HubRows(source, data, int(data.data.nbytes))
 
 
 @contextlib.contextmanager
@@ -131,14 +144,14 @@ def _check_installed(label: str) -> None:
         ) from cause
 
 
-def _media(features: Features) -> list[str]:
-    """Return the columns with images or sound; decoding them is slow, and no shape uses them."""
+def _kept(features: Features) -> list[str]:
+    """Return the columns without images and sound, whose decoding is slow, and which no shape uses."""
     import datasets
 
-    return [name for name, kind in features.items() if isinstance(kind, datasets.Image | datasets.Audio)]
+    return [name for name, kind in features.items() if not isinstance(kind, datasets.Image | datasets.Audio)]
 
 
-def _classes(features: Features | Mapping[str, Any]) -> dict[str, ClassLabel]:
+def _classes(features: Features) -> dict[str, ClassLabel]:
     """Return a dict from each column of class numbers, or of lists of them, to the feature that has their names."""
     import datasets
 
@@ -224,7 +237,7 @@ class TableFile(CheckedFile):
             for begin, batch in _batches(self.path, file, at.offset):
                 if features is None:
                     features = datasets.Features.from_arrow_schema(batch.schema)
-                    kept = [name for name in batch.schema.names if name not in _media(features)]
+                    kept = _kept(features)
                 first = max(begin, at.offset)
                 rows = _values(batch.select(kept).slice(first - begin), features)
                 yield from ((row, Place(at.file, number, number + 1)) for number, row in enumerate(rows, start=first))
@@ -292,46 +305,7 @@ def _arrow_batches(file: IO[bytes]) -> Iterator[RecordBatch]:
     yield from reader
 
 
-@dataclass(frozen=True)
-class StreamedHub:
-    """A Hub data set that is read row by row; an offset is a number of rows.
-
-    Attributes:
-        version: Hash of the revision and the names of its files.
-        row_bytes: Mean size of one of its first rows as JSON.
-        size: Estimated size of the split in bytes, or 0 if the data set does not record its number of rows.
-    """
-
-    source: HubSource
-    data: IterableDataset
-    version: str
-    row_bytes: float
-    size: int
-    counts_rows: ClassVar[bool] = True
-
-    @property
-    def label(self) -> str:
-        """The name."""
-        return str(self.source)
-
-    def identity(self) -> str:
-        """Return `PARTIAL` and a SHA-256 of the name and the version."""
-        return PARTIAL + hashlib.sha256(f"{self.label}\n{self.version}".encode()).hexdigest()
-
-    def bytes_before(self, offset: int) -> int:
-        """Return the estimated number of bytes before a row."""
-        return int(offset * self.row_bytes)
-
-    def read(self, at: Place) -> Read:
-        """Yield the rows from a position to the end of the split; a DataError if they cannot be read."""
-        with _as_hub_error(self.source):
-            rows = self.data.skip(at.offset) if at.offset else self.data
-            classes = _classes(self.data.features or {})
-            for number, row in enumerate(rows, start=at.offset):
-                yield _named(row, classes), Place(at.file, number, number + 1)
-
-
-def stream_hub(source: HubSource) -> StreamedHub:
+def stream_hub(source: HubSource) -> HubRows:
     """Open a data set on the Hub as a stream; its rows are loaded when they are needed.
 
     Raises:
@@ -353,10 +327,11 @@ def stream_hub(source: HubSource) -> StreamedHub:
         builder = datasets.load_dataset_builder(source.name, source.config, revision=source.revision)
         data = builder.as_streaming_dataset(split=source.split)
         if data.features is not None:
-            data = data.remove_columns(_media(data.features))
-        first = [len(json.dumps(row, default=str)) for row in itertools.islice(data, _STREAMED_AT_ONCE)]
+            data = data.select_columns(_kept(data.features))
+    rows = HubRows(source, data, version=builder.hash or "")
+    first = [len(json.dumps(row, default=str)) for row, _ in itertools.islice(rows.read(Place()), _STREAMED_AT_ONCE)]
     row_bytes = sum(first) / max(1, len(first))
     splits = builder.info.splits or {}
     counts = [splits[name].num_examples if name in splits else None for name in source.split.split("+")]
     known = sum(count for count in counts if count) if all(counts) else 0
-    return StreamedHub(source, data, builder.hash or "", row_bytes, int(known * row_bytes))
+    return replace(rows, size=int(known * row_bytes), row_bytes=row_bytes)

@@ -1,6 +1,8 @@
-"""Open data files and Hub data sets, and read them as a whole, keeping only the positions of their rows.
+"""Open data files and Hub data sets, and read them as a whole, keeping only the positions of their rows, or as a
+stream.
 
-Error messages give the file, line and field, the invalid value, and the allowed values.
+A stream indexes nothing and reads no row twice. Error messages give the file, line and field, the invalid value, and
+the allowed values.
 
 Python's language reference serves as training text that needs no download: the standard library includes it for
 `help()` as `pydoc_data.topics`, with about 80 topics and half a million characters of prose.
@@ -8,24 +10,40 @@ Python's language reference serves as training text that needs no download: the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import replace
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, overload
 
 from lorakit.data import columnar
-from lorakit.data.places import Content, StreamedContent, check_kind, file_error, unreadable
-from lorakit.data.records import Document, Records
-from lorakit.data.rows import collect
-from lorakit.data.shapes import Request
-from lorakit.data.sources import HUB, SUFFIXES, TABLES, HubSource, expand
+from lorakit.data.messages import BadRow
+from lorakit.data.records import KEY_BYTES, Document, Record, Records
+from lorakit.data.shapes import Layout, Request, checked_row, recognize
+from lorakit.data.sources import (
+    HUB,
+    SUFFIXES,
+    TABLES,
+    TEXT,
+    Content,
+    HubSource,
+    Place,
+    StreamedContent,
+    check_kind,
+    expand,
+    file_error,
+    unreadable,
+)
 from lorakit.data.splitting import STRATIFIED, Split, SplitRule, split
-from lorakit.data.stored import RecordFile, StoredRecords, WholeText
+from lorakit.data.stored import DataFile, RecordFile, StoredRecords, WholeText
 from lorakit.data.text_files import open_text
-from lorakit.durable import write_text
+from lorakit.durable import JsonValue, write_text
 from lorakit.errors import DataError, nearest
+from lorakit.tables import format_count
 from lorakit.terminal import working
 
 DEFAULT_HELD_OUT = 0.1
@@ -151,3 +169,188 @@ def write_python_reference(
         rows = [record for record in records if isinstance(record, Document)]
         write_text(path, "".join(json.dumps({"text": row.text}) + "\n" for row in rows))
     return paths
+
+
+def collect(content: Content, request: Request) -> tuple[DataFile, list[str]]:
+    """Check every row of a source, find the shape from the first valid row, and return the positions and messages.
+
+    Raises:
+        DataError: A row does not fit and is not to be skipped, or no row fits.
+    """
+    source, noun = content.label, "row" if content.counts_rows else "line"
+    starts, lines, bad = array("q"), array("q"), array("q")
+    layout, reason, groups = None, "", bytearray()
+    unused = Counter[str]()
+    for row, place in content.read(Place()):
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            assert not isinstance(row, Document)  # a whole text file has no rows
+            layout = layout or recognize(list(checked_row(row)), request)
+            layout.record(row, source, place.line, unused)
+            groups += group_key(row, request)
+        except BadRow as cause:
+            bad.append(place.line)
+            reason = reason or str(cause)
+        else:
+            starts.append(place.offset)
+            lines.append(place.line)
+    if bad and not (request.skip_bad_rows and lines):
+        raise DataError(_bad_rows_message(source, reason, bad, noun), where=f"{source}:{bad[0]}")
+    if layout is None:
+        raise file_error(Path(source), "the data file has no rows.")
+    notes = [f"{source}: {layout.text()}."] if layout.is_notable() else []
+    if bad:
+        notes.append(f"{source}: {format_count(len(bad), 'row')} skipped; the first is {noun} {bad[0]}: {reason}")
+    if request.group is not None:
+        del unused[request.group]
+    if unused:
+        names = ", ".join(f"'{name}' ({count:,} of {len(lines):,} rows)" for name, count in sorted(unused.items()))
+        notes.append(f"{source}: unused columns: {names}.")
+    return DataFile(content, layout, starts, lines, groups), notes
+
+
+def group_key(row: JsonValue, request: Request) -> bytes:
+    """Return a key of a row's group, `KEY_BYTES` bytes, or b"" if no group column was requested.
+
+    Numbers have the keys of their texts, so that a group has the same key in all formats. Without the column: BadRow.
+    """
+    if request.group is None:
+        return b""
+    columns = checked_row(row)
+    if request.group not in columns:
+        raise BadRow(
+            f"the column '{request.group}' for --group is missing; the columns are {', '.join(map(repr, columns))}."
+        )
+    given = columns[request.group]
+    if isinstance(given, float) and given.is_integer():  # integers in a column with nulls
+        given = int(given)
+    if isinstance(given, int | float) and not isinstance(given, bool):  # text in CSV
+        given = str(given)
+    value = json.dumps(given, sort_keys=True, default=str)
+    return hashlib.sha256(value.encode()).digest()[:KEY_BYTES]
+
+
+def _bad_rows_message(source: str, reason: str, lines: Sequence[int], noun: str) -> str:
+    """Return a message that describes the first invalid row of a file and lists the lines of the others."""
+    first, *rest = lines
+    message = f"{source}:{first}: {reason}"
+    if not rest:
+        return message
+    listed = ", ".join(map(str, rest[:5])) + (", ..." if len(rest) > 5 else "")
+    return f"{message} Other invalid rows in this file: {len(rest)} ({noun}s {listed})."
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedRow:
+    """A row and the position from which it is read; `group` is b"" if no group column was requested."""
+
+    record: Record
+    start: Place
+    group: bytes = b""
+
+
+@dataclass(frozen=True)
+class StreamedSource:
+    """A file, table or Hub data set that is read as a stream; a text file has no layout."""
+
+    content: StreamedContent
+    layout: Layout | None = None
+
+
+class RowStream:
+    """The rows of several files and data sets, in order.
+
+    `skipped` receives the location of each invalid row that is left out, and the reason; counts of unused columns in
+    the rows read so far are in `unused`.
+    """
+
+    def __init__(
+        self, sources: Iterable[StreamedSource], request: Request, skipped: Callable[[str, str], None] | None = None
+    ) -> None:
+        self.sources = tuple(sources)
+        self.unused = Counter[str]()
+        self._request = request
+        self._skipped = skipped or (lambda where, reason: None)
+        sizes = [source.content.size for source in self.sources]
+        self._before = [sum(sizes[:number]) for number in range(len(sizes))]
+
+    @property
+    def total_bytes(self) -> int:
+        """The total size in bytes, without data sets of unknown size."""
+        return sum(source.content.size for source in self.sources)
+
+    def bytes_before(self, place: Place) -> int:
+        """Return the (estimated) number of bytes before a position, without data sets of unknown size."""
+        content = self.sources[place.file].content
+        return self._before[place.file] + min(content.size, content.bytes_before(place.offset))
+
+    def rows(self, start: Place, last_source: int | None = None) -> Iterator[StreamedRow]:
+        """Yield the rows from a position to the end of `last_source`, or of all files and data sets.
+
+        Raises:
+            DataError: The data cannot be read or has changed, or a row does not fit and is not to be skipped.
+        """
+        end = len(self.sources) if last_source is None else last_source + 1
+        for number in range(start.file, end):
+            yield from self._rows(self.sources[number], start if number == start.file else Place(number))
+
+    def _rows(self, source: StreamedSource, at: Place) -> Iterator[StreamedRow]:
+        label = source.content.label
+        for row, place in source.content.read(at):
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                if isinstance(row, Document):
+                    yield StreamedRow(row, place)
+                elif source.layout is not None:
+                    record = source.layout.record(row, label, place.line, self.unused)
+                    yield StreamedRow(record, place, group_key(row, self._request))
+            except BadRow as cause:
+                if not self._request.skip_bad_rows:
+                    raise _bad_row(label, place, cause) from None
+                self._skipped(f"{label}:{place.line}", str(cause))
+
+
+def _bad_row(label: str, place: Place, cause: BadRow) -> DataError:
+    where = f"{label}:{place.line}"
+    return DataError(f"{where}: {cause}", where=where, field="on_bad_row")
+
+
+def open_stream(names: Iterable[str], request: Request, skipped: Callable[[str, str], None] | None = None) -> RowStream:
+    """Open data as a stream; the shape of each file or data set is found in its first valid row.
+
+    Raises:
+        UsageError: A Hub data set cannot be read as a stream.
+        DataError: A file is missing or empty, or its first row does not fit any shape.
+        MissingExtra: A format needs the package `datasets`.
+    """
+    return RowStream([_opened(source, request) for source in expand(names)], request, skipped)
+
+
+def streamable_bytes(names: Iterable[str]) -> int:
+    """Return the total size of the data in bytes, or 0 if it is not known without the network or a file is missing."""
+    sources = expand(names)
+    paths = [source for source in sources if isinstance(source, Path) and source.is_file()]
+    return sum(path.stat().st_size for path in paths) if len(paths) == len(sources) else 0
+
+
+def _opened(source: Path | HubSource, request: Request) -> StreamedSource:
+    content = open_source(source, request, whole=False)
+    is_text = isinstance(source, Path) and source.suffix.lower() in TEXT
+    return StreamedSource(content, None if is_text else _layout(content, request))
+
+
+def _layout(content: StreamedContent, request: Request) -> Layout:
+    for row, place in content.read(Place()):
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            assert not isinstance(row, Document)  # text files have no layout
+            layout = recognize(list(checked_row(row)), request)
+            layout.record(row, content.label, place.line, Counter())
+            return layout
+        except BadRow as cause:
+            if not request.skip_bad_rows:
+                raise _bad_row(content.label, place, cause) from None
+    raise file_error(Path(content.label), "the data has no rows that fit.")

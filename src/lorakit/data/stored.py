@@ -15,9 +15,9 @@ from typing import IO, Any, ClassVar, Protocol, overload
 
 import numpy as np
 
-from lorakit.data.places import CHANGED, CheckedFile, Content, Place, file_error
 from lorakit.data.records import Document, Record, Records, content_key, keys_of
 from lorakit.data.shapes import Layout, common_layout
+from lorakit.data.sources import CHANGED, CheckedFile, Content, Place, file_error
 
 READ_BYTES = 1 << 17
 """Maximum number of bytes read from a file at a time."""

@@ -24,11 +24,10 @@ from typing import Any
 
 from lorakit.data.encoding import Sequence
 from lorakit.data.loader import BatchLoader
-from lorakit.data.places import Place
-from lorakit.data.reading import read_records
+from lorakit.data.reading import RowStream, StreamedRow, open_stream, read_records
 from lorakit.data.records import Record, Records, content_key
-from lorakit.data.row_stream import RowStream, StreamedRow, open_stream
 from lorakit.data.shapes import Request, common_layout
+from lorakit.data.sources import Place
 from lorakit.data.splitting import DEFAULT_FRACTION, Split
 from lorakit.data.stored import StoredRecords
 from lorakit.errors import ConfigError, DataError

@@ -20,11 +20,9 @@ from typing import IO, ClassVar, TypeAlias
 
 from lorakit.data.json_list import ListText
 from lorakit.data.messages import BadRow
-from lorakit.data.places import CheckedFile, Place, Read, file_error, unreadable
 from lorakit.data.records import Document
-from lorakit.data.rows import check_no_group
 from lorakit.data.shapes import Request
-from lorakit.data.sources import DELIMITED, LINES, TEXT
+from lorakit.data.sources import DELIMITED, LINES, TEXT, CheckedFile, Place, Read, file_error, unreadable
 from lorakit.data.stored import READ_BYTES, WholeText
 from lorakit.durable import JsonValue, parse_json
 from lorakit.errors import DataError
@@ -76,7 +74,7 @@ def open_text(path: Path, file: IO[bytes], request: Request, *, whole: bool) -> 
     """
     suffix, status = path.suffix.lower(), FileStatus.of(file.fileno())
     if suffix in TEXT:
-        check_no_group(path, request)
+        _check_no_group(path, request)
     if whole:
         _check_text(path, file)
     elif not file.read(len(_BOM) + 1).removeprefix(_BOM):
@@ -85,6 +83,17 @@ def open_text(path: Path, file: IO[bytes], request: Request, *, whole: bool) -> 
         return WholeText(path, status) if whole else TextFile(path, status, _parts)
     file.seek(0)
     return TextFile(path, status, _reader(path, file, whole=whole))
+
+
+def _check_no_group(path: Path, request: Request) -> None:
+    """Raise a DataError if a group column was requested for a text file, which has no columns."""
+    if request.group is not None:
+        raise DataError(
+            f"{path}: a text file has no column '{request.group}'; omit --group.",
+            what=request.group,
+            where=path,
+            field="group",
+        )
 
 
 def _reader(path: Path, file: IO[bytes], *, whole: bool) -> Reader:

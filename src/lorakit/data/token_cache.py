@@ -124,7 +124,7 @@ class TokenCache:
             os.utime(entry)  # before it is read: `remove_unused` leaves it
         try:
             encoded = form.unpack(*_loaded(entry))
-        except (LorakitError, OSError, ValueError, KeyError, TypeError) as cause:
+        except (LorakitError, OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
             self._say(f"{entry}: the cached tokens are damaged ({_line(cause)}), so the data is tokenized again.")
             return None
         return encoded
@@ -159,7 +159,7 @@ def _loaded(entry: Path) -> tuple[Buffers, Mapping[str, Any]]:
         OSError: A file cannot be read.
         ValueError: A file or the manifest does not have the recorded hash.
         KeyError: The manifest is incomplete.
-        TypeError: The manifest has values of other types.
+        TypeError, AttributeError: The manifest has values of other types.
     """
     manifest = read_json(entry / _MANIFEST, _MAX_MANIFEST_BYTES)
     if not isinstance(manifest, dict) or not is_sealed(manifest) or manifest["format"] != TOKENS.format:

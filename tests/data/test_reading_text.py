@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from lorakit.data import Record, Request, read_records
-from lorakit.data.places import Place
+from lorakit.data.reading import open_stream
 from lorakit.data.records import content_key
-from lorakit.data.row_stream import open_stream
 from lorakit.data.shapes import TRAINABLE
+from lorakit.data.sources import Place
 from lorakit.errors import DataError
 
 SURROGATE = "\ud8a0"

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lorakit.data import Document, Request, read_records
-from lorakit.data.places import Place
-from lorakit.data.row_stream import open_stream
+from lorakit.data.reading import open_stream
+from lorakit.data.sources import Place
 from lorakit.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt")
