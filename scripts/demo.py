@@ -181,7 +181,7 @@ def resident_bytes() -> int:
     import torch
     import transformers
 
-    from lorakit.hub.quiet import quiet_imports
+    from lorakit.hub.packaged import quiet_imports
 
     torch.ones(256, 256) @ torch.ones(256, 256)
     with quiet_imports():

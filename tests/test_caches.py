@@ -23,7 +23,7 @@ from lorakit import LoraConfig, caches, file_hashes, hub
 from lorakit.caches import CACHES, PACKAGES, Cache
 from lorakit.data import Batch, Split, read_records, token_cache
 from lorakit.hub import gguf_models, packaged
-from lorakit.hub.kept_models import kept_directory
+from lorakit.hub.packaged import kept_directory
 from lorakit.machine import LIBRARY_VARIABLES, this_machine
 from lorakit.ops.kernels import building, compiled
 from lorakit.speed import tuning
@@ -480,7 +480,7 @@ def test_the_files_of_a_tokenizer_without_a_backend_are_part_of_its_settings(tmp
 LOADING = """
 import sys
 from pathlib import Path
-from lorakit.hub.kept_models import kept_directory
+from lorakit.hub.packaged import kept_directory
 folder = kept_directory(Path(sys.argv[1]), "key", 1, None)
 print("found", flush=True)
 sys.stdin.readline()

@@ -16,7 +16,7 @@ from lorakit.config import VARIANT_COSTS, LoraConfig, VariantCosts
 from lorakit.core.files import adapter_folder, tensor_file
 from lorakit.core.files.tensor_names import ENDINGS
 from lorakit.core.variants import OwnTensor, own_tensors
-from lorakit.hub.kept_models import MANIFEST
+from lorakit.hub.packaged import MANIFEST
 from lorakit.train.files import checkpoint
 from lorakit.train.files import checkpoint as state
 from lorakit.train.files.train_state import TrainState

@@ -19,7 +19,7 @@ import transformers
 from lorakit import hub
 from lorakit.caches import GGUF
 from lorakit.hub import gguf_models, sources
-from lorakit.hub.kept_models import MANIFEST
+from lorakit.hub.packaged import MANIFEST
 from lorakit.terminal import watched
 
 from ..small_gguf import write_gguf

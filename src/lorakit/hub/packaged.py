@@ -1,4 +1,8 @@
-"""Find models that ship in Python packages, convert them, and cache the results.
+"""Find models that ship in Python packages, convert them, and keep converted models as directories.
+
+A directory is written once, published atomically, and verified at each use: its manifest has the key of its cache
+(`lorakit.caches`) and the size and SHA-256 of each file. Of several processes that need a model, one converts it; what
+a killed process left is removed by the next conversion.
 
 Packages are found without being imported. The conversion reads a GGUF file and writes a plain model directory: dense
 bf16 safetensors, tokenizer, chat template and model card. transformers cannot save a model that it loaded from a GGUF
@@ -7,26 +11,143 @@ file, because the config keeps its `quantization_config`; the weights are theref
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.metadata
 import importlib.util
+import logging
 import os
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.caches import MODELS, versions
-from lorakit.durable import JsonObject, write_text
-from lorakit.errors import MissingExtra, ModelError, nearest
-from lorakit.file_hashes import file_hash
-from lorakit.hub.kept_models import is_whole, kept_directory
-from lorakit.hub.quiet import quiet_transformers
+from lorakit.durable import JsonObject, publish_directory, read_json, sha256_file, sweep, write_json, write_text
+from lorakit.errors import AdapterFileError, DiskError, MissingExtra, ModelError, nearest
+from lorakit.file_hashes import file_hash, file_hashes
+from lorakit.tables import format_bytes
 from lorakit.terminal import hidden_stderr, working
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes")
+"""Loggers that emit messages when transformers imports an installed quantization package."""
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Limit the quantization packages that transformers imports to errors in a context, then restore the settings."""
+    with contextlib.ExitStack() as restore:
+        for logger in map(logging.getLogger, _CHATTY):
+            restore.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        yield
+
+
+@contextlib.contextmanager
+def quiet_transformers(*, bars: bool = False) -> Iterator[None]:
+    """Limit transformers' logging to errors in a context, and hide its progress bars unless `bars` is true."""
+    with quiet_imports(), contextlib.ExitStack() as restore:
+        from transformers.utils import logging as own
+
+        restore.callback(own.set_verbosity, own.get_verbosity())
+        own.set_verbosity_error()
+        if not bars and own.is_progress_bar_enabled():
+            restore.callback(own.enable_progress_bar)
+            own.disable_progress_bar()
+        yield
+
+
+MANIFEST = "lorakit-model.json"
+"""Name of the file in a converted directory that records its source and its files."""
+
+
+def kept_directory(final: Path, key: str, needed_bytes: int, write: Callable[[Path], JsonObject]) -> Path:
+    """Return a directory of converted files, written first if there is none with this key, or a damaged one.
+
+    `write` fills an empty directory and returns more fields for the manifest.
+
+    Raises:
+        DiskError: The cache cannot be written, or its disk has too little free space.
+    """
+    if is_whole(final, key):
+        return final
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise _unwritable(final.parent, cause) from cause
+    with _locked(final.with_name(f"{final.name}.lock")):
+        if not is_whole(final, key):  # another process may have converted the model in the meantime
+            sweep(final.parent, final.name)  # other entries have other locks
+            check_space(final.parent, needed_bytes, "free some space, or set LORAKIT_CACHE to a directory elsewhere")
+            with publish_directory(final, replace=True) as folder:  # `final` is missing, damaged or has another key
+                about = write(folder)
+                names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+                files = {
+                    name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
+                    for name in names
+                }
+                write_json(folder / MANIFEST, {**about, "key": key, "files": files})
+    return final
+
+
+def is_whole(folder: Path, key: str | None) -> bool:
+    """Return whether a converted directory has a key, or any key if it is None, and files that match its manifest."""
+    manifest = read_manifest(folder)
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files or key not in (None, manifest.get("key")):
+        return False
+    try:
+        found = file_hashes([folder / name for name in files])
+    except OSError:
+        return False
+    with contextlib.suppress(OSError):  # a cache that can only be read
+        os.utime(folder)
+    return all(isinstance(about, dict) and found[folder / name] == about.get("sha256") for name, about in files.items())
+
+
+def read_manifest(folder: Path) -> JsonObject:
+    """Return the manifest of a converted directory; empty if there is none, or a damaged one."""
+    try:
+        found = read_json(folder / MANIFEST)
+    except AdapterFileError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def check_space(folder: Path, needed_bytes: int, advice: str = "free some space") -> None:
+    """Raise a DiskError, with advice, if the disk of a directory has too little free space."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise DiskError(
+            f"{folder}: {format_bytes(needed_bytes)} needed, {format_bytes(free_bytes)} free; {advice}.", where=folder
+        )
+
+
+def _unwritable(path: Path, cause: OSError) -> DiskError:
+    message = f"{path}: the cache cannot be written ({cause.strerror}); set LORAKIT_CACHE to a writable directory."
+    return DiskError(message, where=path)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock on a file; the operating system releases the lock when the process ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no fcntl: two processes may do the same work, but renaming is still atomic
+        yield
+        return
+    try:
+        file = path.open("a")
+    except OSError as cause:
+        raise _unwritable(path, cause) from cause
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 _CARD = """---

@@ -124,7 +124,7 @@ def check_quantized_once(config: PreTrainedConfig, wanted: Quantization | None, 
 
 
 PACKED_METHODS = frozenset({"fp8", "gptq", "awq", "compressed-tensors"})
-"""Quantization methods of files whose weights lorakit keeps packed; see `lorakit.hub.packed_quantizer`."""
+"""Quantization methods of files whose weights lorakit keeps packed; see `lorakit.hub.loader_extensions`."""
 
 
 def options_for_files(
@@ -151,7 +151,7 @@ def options_for_files(
 
         options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
     elif method in PACKED_METHODS and not values.get("dequantize"):
-        from lorakit.hub.packed_quantizer import kept_packed
+        from lorakit.hub.loader_extensions import kept_packed
 
         config.quantization_config = kept_packed(values)
         options["config"] = config

@@ -23,7 +23,7 @@ from lorakit.peft import model_adapters
 from lorakit.targets import with_current_names
 
 if TYPE_CHECKING:
-    from lorakit.hub.loading_rules import Rule
+    from lorakit.hub.loader_extensions import Rule
 
 TARGETS = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
 """Fields of a config that change if experts of transformers 4 are fused."""
@@ -74,7 +74,7 @@ def convert_peft_adapter_state_dict_for_transformers(
 
 def get_model_conversion_mapping(model: nn.Module) -> list[Rule]:
     """Return the rules that transformers applies to the weight files of a base model."""
-    from lorakit.hub.loading_rules import rules_of
+    from lorakit.hub.loader_extensions import rules_of
 
     return rules_of(model)
 
@@ -99,7 +99,7 @@ def build_peft_weight_mapping(
     """
     if not weight_conversions:
         return []
-    from lorakit.hub.loading_rules import is_renaming, renaming
+    from lorakit.hub.loader_extensions import is_renaming, renaming
 
     prefixes = (("base_model.model.model.", "model."), ("base_model.model.", ""))
     found = [renaming(*pair) for pair in (*prefixes, (r"(lora_[^\.]*)", rf"\1.{adapter_name}"))]
@@ -135,7 +135,7 @@ def _old_names(rule: Rule) -> set[str]:
 
 def _rules_of_experts(rule: Rule, adapter: str, config: LoraConfig | None, outer: set[str]) -> Iterator[Rule]:
     """Yield the rules for A and B of a fused parameter."""
-    from lorakit.hub.loading_rules import joining
+    from lorakit.hub.loader_extensions import joining
 
     _check_alike(config, _old_names(rule))
     owner, _, parameter = rule.target_patterns[0].rpartition(".")

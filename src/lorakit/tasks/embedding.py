@@ -29,7 +29,7 @@ from lorakit.data.encoding import Sequence as Encoded
 from lorakit.data.loader import padded_ids
 from lorakit.durable import JsonObject, JsonValue, write_json
 from lorakit.errors import AdapterFileError, ConfigError, MissingExtra, ModelError
-from lorakit.hub.quiet import quiet_imports
+from lorakit.hub.packaged import quiet_imports
 from lorakit.hub.sources import WEIGHTS
 from lorakit.tasks.encoded_rows import EncodedRows
 from lorakit.tasks.encoding import PAIRS, encode_row, encode_rows

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from lorakit import hub
-from lorakit.hub.new_modules import full_modules, missing_names, modules_with
+from lorakit.hub.shapes import full_modules, missing_names, modules_with
 
 from .. import small_models
 
