@@ -2,8 +2,8 @@
 
 The axes of a test function are its `parametrize` marks, so a hand-written table is one axis and stays whole. If one
 mark holds a product, the mark `axes` names the axes instead, as paths of attributes. The sample has each value of each
-axis and each pair of values that occurs. It has no case marked slow, and is drawn again each day; `--cases-seed` repeats
-the sample of a day. The tenths do not depend on the seed, so the sample of any day and the ten tenths are all cases.
+axis and each pair of values that occurs, but of a function marked costly, whose cases take seconds, only a few. It has no
+case marked slow, and is drawn again each day; `--cases-seed` repeats the sample of a day. The tenths do not depend on the seed, so the sample of any day and the ten tenths are all cases.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import pytest
 
 WHOLE = 8
 """A function with at most this many cases is not sampled."""
+COSTLY = 2
+"""A function marked costly has this many cases in the sample, unless the mark says how many."""
 TENTHS = 10
 _DESELECTED = pytest.StashKey[int]()
 
@@ -114,6 +116,8 @@ def chosen(items: Sequence[pytest.Item], cases: str, seed: int) -> list[pytest.I
 
 def _sample(items: Sequence[pytest.Item], seed: str) -> set[pytest.Item]:
     fast = [item for item in items if item.get_closest_marker("slow") is None]
+    if fast and (mark := fast[0].get_closest_marker("costly")):
+        return set(random.Random(seed).sample(fast, min(len(fast), mark.kwargs.get("cases", COSTLY))))
     if len(fast) <= WHOLE:
         return set(fast)
     mark = fast[0].get_closest_marker("axes")

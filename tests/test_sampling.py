@@ -46,9 +46,17 @@ def test_slow_ones(x): ...
 @pytest.mark.slow
 def test_slow(): ...
 
+@pytest.mark.costly
+@pytest.mark.parametrize("x", range(6))
+def test_costly(x): ...
+
+@pytest.mark.costly(cases=1)
+@pytest.mark.parametrize("x", [0, pytest.param(1, marks=pytest.mark.slow), 2])
+def test_costly_and_slow(x): ...
+
 def test_alone(): ...
 """
-ALL = 60 + 60 + 16 + 20 + 40 + 1 + 1
+ALL = 60 + 60 + 16 + 20 + 40 + 1 + 6 + 3 + 1
 
 
 def product(draw: random.Random) -> list[dict[str, Hashable]]:
@@ -90,7 +98,7 @@ PLUGIN = ("-p", "tests.sampling", "-p", "no:cacheprovider")
 @pytest.fixture
 def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # each run would import all plugins again
-    pytester.makeini("[pytest]\nmarkers =\n  slow\n  axes\n")
+    pytester.makeini("[pytest]\nmarkers =\n  slow\n  axes\n  costly\n")
     pytester.makepyfile(test_made=SUITE)
     return pytester
 
@@ -133,6 +141,17 @@ def test_what_is_sampled(choose: Choose) -> None:
     assert len(of("test_table", sample)) == 16 and len(of("test_values_without_a_hash", sample)) == 20
     assert of("test_slow_ones", sample) == [f"test_slow_ones[{number}]" for number in range(4)]
     assert "test_alone" in sample and "test_slow" not in sample
+
+
+def test_a_costly_function_has_a_few_cases_each_day(choose: Choose) -> None:
+    days = [choose("sample", seed) for seed in range(40)]
+    assert {len(of("test_costly", day)) for day in days} == {2}
+    assert {case for day in days for case in of("test_costly", day)} == {
+        f"test_costly[{number}]" for number in range(6)
+    }
+    assert {tuple(of("test_costly_and_slow", day)) for day in days} == {
+        (f"test_costly_and_slow[{number}]",) for number in (0, 2)
+    }
 
 
 @pytest.mark.parametrize("wrong", ["some", "rest:10", "rest", "sample+", ""])

@@ -52,6 +52,7 @@ def test_wrong_usage_of_train_is_reported_before_plan_yaml_and_torch_are_loaded(
     assert not loaded_by(f"import sys; {code}") & (HEAVY | {"yaml"})
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("theirs", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}, {"KMP_BLOCKTIME": "0"}])
 def test_threads_spin_briefly_unless_the_user_says_how_they_wait(theirs: dict[str, str]) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in WAITING} | theirs

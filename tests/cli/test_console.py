@@ -69,6 +69,7 @@ def command(
     return [str(names.get(word, word)) for word in request.param.split()]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("command", "said"), COMMANDS.items(), indirect=["command"])
 def test_no_command_is_silent_in_a_terminal(command: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())

@@ -104,6 +104,7 @@ def test_inspect(hostile: Any, foreign: Path, run: Run) -> None:
         assert code == 1 and not any(line.startswith("healthy") for line in text.splitlines())
 
 
+@pytest.mark.costly
 @pytest.mark.axes(alone=("verb", "as_json"))
 @pytest.mark.parametrize("verb", ["inspect", "compare", "combine", "compress", "merge", "generate", "eval"])
 @pytest.mark.parametrize("as_json", [False, True])

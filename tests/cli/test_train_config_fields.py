@@ -111,6 +111,7 @@ FIELDS = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", FIELDS)
 def test_a_run_resumes_with_the_same_bits(case: str, train: Train, tmp_path: Path, tiny_tokenizer: Any) -> None:
     ids = [str(token) for token in tiny_tokenizer(" plus", add_special_tokens=False)["input_ids"]]

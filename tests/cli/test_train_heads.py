@@ -85,6 +85,7 @@ QUANTIZED_BASES = [
 """Every format on every base; each format is in `make test` with one of them."""
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("base", "quantization", "package"), QUANTIZED_BASES)
 def test_a_new_head_on_a_quantized_base(
     base: str, quantization: str, package: str, reviews: Path, call: Call, tmp_path: Path, capsys: Any, request: Any
@@ -106,6 +107,7 @@ def test_a_new_head_on_a_quantized_base(
     assert row["loss"] == pytest.approx(found["adapter_loss"], abs=2e-2 if quantization == "int8" else 1e-3)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("base", ["wide_model_directory", "wide_bert_directory"])
 @pytest.mark.parametrize("more", [(), ("--lora-bias",), ("--bias", "all"), ("--task", "embedding")], ids=str)
 def test_planned_parameters_are_those_trained(

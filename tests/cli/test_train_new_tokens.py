@@ -87,6 +87,7 @@ def _adapted(model: Path, adapter: Path) -> Any:
     return loaded
 
 
+@pytest.mark.costly
 @pytest.mark.filterwarnings("ignore:.*rows were appended")
 @pytest.mark.parametrize(("tied", "spare"), [(True, 0), (False, 0), (True, 1), (False, 8)])
 def test_from_training_to_a_merged_model(

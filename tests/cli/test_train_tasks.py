@@ -121,6 +121,7 @@ def test_peft_computes_the_same_from_a_classification_adapter(
     assert list(row["scores"].values()) == pytest.approx(scores.tolist(), abs=1e-5)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("family", ["Roberta", "DistilBert", "ModernBert", "Electra", "Albert", "T5", "Llama"])
 def test_classification_with_other_models(
     family: str, tiny_tokenizer: Any, tiny_llama: Any, call: Callable[..., int], tmp_path: Path, capsys: Any

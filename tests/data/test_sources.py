@@ -138,6 +138,7 @@ def cells_of(text: str, mark: int) -> Iterator[tuple[str, int, int]]:
         begin = reader.line_num
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("suffix", SUFFIXES[:-1])
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())

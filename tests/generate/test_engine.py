@@ -139,6 +139,7 @@ def test_the_head_gets_rows_that_lie_side_by_side(tiny_llama: Any) -> None:
     assert seen == [((4, 1), True)] * 3
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("given", [True, False])
 def test_factors_of_mixed_rows_are_stacked_once_and_go_with_the_stream(
     model: Any, given: bool, monkeypatch: pytest.MonkeyPatch

@@ -169,8 +169,21 @@ def _check(whole: dict[str, Any], outcomes: list[dict[str, Any]]) -> None:
         assert found["left"] == [], where
 
 
+@pytest.mark.costly(cases=1)
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_killed_once_at_every_step(tmp_path: Path, tiny_model_directory: Path, accumulation: int) -> None:
+@pytest.mark.parametrize(
+    "kills",
+    [
+        [(PLACES[step % 3], step) for step in range(1, 7)],
+        [(PLACES[step % 3], step) for step in range(7, 12)],
+        [("while saving", 1), ("while saving", 3), ("while saving", 5), ("after saving", 2), ("after saving", 11)],
+        [("while evaluating", 1), ("while evaluating", 2), ("while evaluating", 4), ("while publishing", 0)],
+    ],
+    ids=["early steps", "late steps", "saving", "evaluating"],
+)
+def test_killed_once_at_every_step(
+    tmp_path: Path, tiny_model_directory: Path, kills: list[tuple[str, int]], accumulation: int
+) -> None:
     """Kill at every step of more than two epochs, cycling through the operations; saving every second step repeats steps."""
     settings = _settings(
         tiny_model_directory,
@@ -181,14 +194,12 @@ def test_killed_once_at_every_step(tmp_path: Path, tiny_model_directory: Path, a
         eval_steps=3,
         save_steps=2,
     )
-    kills = [[(PLACES[step % 3], step)] for step in range(1, 12)]
-    kills += [[("while saving", n)] for n in (1, 3, 5)] + [[("after saving", n)] for n in (2, 11)]
-    kills += [[("while evaluating", n)] for n in (1, 2, 4)] + [[("while publishing", 0)]]
-    whole, *outcomes = _drive(tmp_path, settings, kills)
+    whole, *outcomes = _drive(tmp_path, settings, [[kill] for kill in kills])
     assert len({row["epoch"] // 1 for row in whole["whole"]["rows"] if "loss" in row}) >= 2  # an epoch ends on the way
     _check(whole["whole"], outcomes)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(tmp_path: Path, tiny_model_directory: Path) -> None:
     """A kill after each step of each resumed run, until the end is reached; checkpoints are kept one by one."""
     settings = _settings(
@@ -208,6 +219,7 @@ def test_killed_again_and_again(tmp_path: Path, tiny_model_directory: Path) -> N
     _check(whole["whole"], outcomes)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "more",
     [
@@ -248,6 +260,7 @@ def test_killed_with_other_settings(tmp_path: Path, tiny_model_directory: Path, 
     _check(whole["whole"], outcomes)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])
 def test_killed_while_streaming_a_table(tmp_path: Path, tiny_model_directory: Path, suffix: str) -> None:
     """Several epochs of a file of rows; the position is a byte offset in the middle of a file, or a row number."""

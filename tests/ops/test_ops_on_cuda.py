@@ -173,6 +173,7 @@ PATTERNS = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize(("heads", "kv"), [(4, 4), (4, 2)])
 def test_attention(target: Place, name: str, heads: int, kv: int) -> None:
@@ -197,6 +198,7 @@ def test_flash_is_taken_on_a_device(target: Place, pattern: Pattern) -> None:
     assert attention.chosen(q, q, pattern) == ("flash" if target.dtype == torch.bfloat16 else "matmul")
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["causal", "packed, window"])
 @pytest.mark.parametrize("fused", [True, False], ids=["one projection", "three"])
 def test_attention_block(target: Place, name: str, fused: bool) -> None:

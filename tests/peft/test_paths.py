@@ -160,6 +160,7 @@ def test_classes_and_functions_are_pickled_by_reference(taken: Any) -> None:
     assert pickle.loads(pickle.dumps(value)) is value
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("path", "name"),
     [

@@ -43,6 +43,7 @@ def imported(tree: ast.AST) -> set[tuple[str, str]]:
     return found
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_import_resolves(program: str) -> None:
     wanted = sorted(set().union(*(imported(tree) for _, tree in sources(program))))

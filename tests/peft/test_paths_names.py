@@ -130,6 +130,7 @@ def test_which_packages_are_there_is_asked_without_importing_them() -> None:
     assert import_utils.is_xpu_available() in (True, False)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "name", ["tuners.lora.layer.Linear", "utils.other", "tuners.tuners_utils", "mapping", "config"]
 )

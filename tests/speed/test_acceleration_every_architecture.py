@@ -97,12 +97,14 @@ def built(architecture: Architecture, *, whole: bool) -> list[Sweep]:
         pytest.skip(str(failed))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("architecture", [one for one in EVERY if one.name in SAMPLE], ids=lambda one: one.name)
 def test_a_sample_of_architectures(architecture: Architecture) -> None:
     for sweep in built(architecture, whole=False):
         assert sweep.compared and not sweep.failures
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("architecture", [one for one in EVERY if one.name in FEW], ids=lambda one: one.name)
 def test_contexts_of_autograd(architecture: Architecture) -> None:
     sweep = swept(architecture, [check_contexts], logits=False)

@@ -59,6 +59,7 @@ def missed_in_settings(family: str, way: str, count: int) -> str:
     return missed(found, lambda setting: mutant_settings.unseen(family, way, setting), count)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("way", mutant_checks.WAYS)
 @pytest.mark.parametrize("family", SAMPLE)
 def test_a_sample_of_mutants(family: str, way: str, tmp_path: Path) -> None:
@@ -66,6 +67,7 @@ def test_a_sample_of_mutants(family: str, way: str, tmp_path: Path) -> None:
     assert not wrong, wrong
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("way", mutant_settings.WAYS)
 @pytest.mark.parametrize("family", SAMPLE[:3])
 def test_a_sample_of_settings(family: str, way: str) -> None:

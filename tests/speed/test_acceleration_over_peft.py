@@ -170,6 +170,7 @@ CHANGES: dict[str, Callable[[Any, Path], Any]] = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_peft_does_afterwards_is_as_without(change: str, tmp_path: Path) -> None:
     answers = []

@@ -45,6 +45,7 @@ def losses(model: Any, kind: Any, folder: Path) -> list[float]:
     return [entry.get("loss", entry.get("eval_loss")) for entry in trainer.state.log_history[:4]]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("logits", [True, False])
 @pytest.mark.parametrize("beside_peft", [True, False])
 def test_the_trainer_has_the_same_losses(beside_peft: bool, logits: bool, tmp_path: Path) -> None:

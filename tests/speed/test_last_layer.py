@@ -220,6 +220,7 @@ def test_only_the_thread_of_the_call_is_concerned(rows_seen: list[int | None]) -
     assert rows_seen[-1] == 8
 
 
+@pytest.mark.costly
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("part", ["layers", "model", "around"])
 def test_what_a_compiler_runs_gets_no_rows(part: str, rows_seen: list[int | None]) -> None:

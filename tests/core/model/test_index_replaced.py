@@ -43,6 +43,7 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("is_kept", [True, False])
 @pytest.mark.parametrize("call", CALLS)
 def test_a_replaced_module_is_an_error_that_names_it(call: str, is_kept: bool, tiny_llama: Any, tmp_path: Path) -> None:

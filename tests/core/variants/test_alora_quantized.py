@@ -116,6 +116,7 @@ def test_saved_and_loaded_and_never_merged(storage: Storage, tmp_path: Path) -> 
     assert packed_bits(model) == before
 
 
+@pytest.mark.costly
 @EVERY
 @torch.no_grad()
 def test_compiled(storage: Storage) -> None:

@@ -157,6 +157,7 @@ def test_a_damaged_library_is_built_again_and_not_loaded(
     assert building.built("").functions is not None
 
 
+@pytest.mark.costly
 @needs_a_compiler
 @pytest.mark.parametrize("mode", [0o777, 0o775, 0o757])
 @pytest.mark.parametrize("which", ["kernels", ".", ".."])
@@ -174,6 +175,7 @@ def test_a_directory_that_others_may_write_to_is_not_used(
     assert str(folder.resolve()) in found.why
 
 
+@pytest.mark.costly
 @needs_a_compiler
 @needs_root
 @pytest.mark.parametrize("which", ["kernels", ".", ".."])
@@ -200,6 +202,7 @@ def test_the_mode_of_our_own_directory_is_put_right(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o755
 
 
+@pytest.mark.costly
 @needs_a_compiler
 @pytest.mark.parametrize("spoil", ["mode", "link", "text", "cut", "directory"])
 def test_a_library_that_is_not_ours_or_not_whole_is_built_again(
@@ -261,6 +264,7 @@ print("none" if compiled.kernels() is None else "some", flush=True)
 """
 
 
+@pytest.mark.costly
 @needs_a_compiler
 @needs_root
 @pytest.mark.parametrize("variable", ["X=", "HOME=/", "HOME=/root", "HOME=/nowhere", "LORAKIT_CACHE=~strange/x"])

@@ -72,6 +72,7 @@ static void *no_memory(size_t bytes) {
 """
 
 
+@pytest.mark.costly
 @needs_gcc
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=["fp32", "bf16"])
 @pytest.mark.parametrize("at_first", [0, 1], ids=["in no thread", "in one thread"])
@@ -108,6 +109,7 @@ def low_rank_operands() -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(*shape, generator=g).bfloat16() for shape in ((300, 96), (96, 16), (96, 5), (300, 16)))
 
 
+@pytest.mark.costly
 @needs_gcc
 @pytest.mark.skipif("avx512_bf16" not in this_machine().features, reason="no bf16 dot products")
 @pytest.mark.parametrize("at_first", [0, 1, 2], ids=["at all", "in any thread", "in one thread"])

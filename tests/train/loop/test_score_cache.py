@@ -85,6 +85,7 @@ def test_the_learning_rate_and_the_number_of_steps_do_not_matter(settings: dict[
     assert trained(settings, learning_rate=5e-4, max_steps=3)[0]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "other",
     [

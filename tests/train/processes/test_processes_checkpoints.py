@@ -66,6 +66,7 @@ def check_same_bytes(first: Path, second: Path, count: int) -> None:
     assert states[0] == states[1]
 
 
+@pytest.mark.slow
 def test_one_and_two_processes_save_the_same_and_continue_each_other(
     settings: dict[str, Any], outcomes: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -62,8 +62,12 @@ def test_a_run_equals_that_of_one_process_and_resumes(
     assert json.loads((tmp_path / "whole" / "run.json").read_text())["resolved"]["accumulation"] == 2
 
 
+@pytest.mark.costly(cases=1)
+@pytest.mark.parametrize(
+    "names", [("seed", "data"), ("output_dir", "fit"), ("model", "rows"), ("base", "nan")], ids="-".join
+)
 def test_errors_that_end_all_processes(
-    steady_run: dict[str, Any], outcomes: Callable[..., Any], tmp_path: Path
+    names: tuple[str, ...], steady_run: dict[str, Any], outcomes: Callable[..., Any], tmp_path: Path
 ) -> None:
     settings = steady_run
     other = tmp_path / "other.txt"
@@ -96,19 +100,22 @@ def test_errors_that_end_all_processes(
             "by_rank": {str(rank): {"cwd": str(folder.parent)} for rank, folder in enumerate(bases)},
         },
     }
-    first, second = outcomes(list(cases.values()))
-    kinds = dict(zip(cases, first, strict=True))
-    assert kinds["seed"]["field"] == "seed"
-    assert "5 in process 1" in kinds["seed"]["message"]
-    assert kinds["data"]["field"] == "data"
-    assert kinds["output_dir"]["field"] == "output_dir"
-    assert kinds["output_dir"]["message"].startswith("process 1: ")
-    assert (kinds["fit"]["kind"], kinds["fit"]["field"]) == ("ConfigError", "fit")
-    assert kinds["model"]["message"].startswith("process 1: ")
-    assert (kinds["rows"]["kind"], kinds["rows"]["field"]) == ("DataError", "data")
-    assert (kinds["base"]["kind"], kinds["base"]["field"]) == ("UsageError", "fingerprint of the base")
-    assert kinds["nan"]["kind"] == "NonFiniteError"
-    assert checkpoint.newest_valid(tmp_path / "nan") == tmp_path / "nan" / "checkpoint-1"
+    first, second = outcomes([cases[name] for name in names])
+    expected = {
+        "seed": ("UsageError", "seed", "5 in process 1"),
+        "data": ("UsageError", "data", ""),
+        "output_dir": ("RunError", "output_dir", "process 1: "),
+        "fit": ("ConfigError", "fit", ""),
+        "model": ("ModelError", None, "process 1: "),
+        "rows": ("DataError", "data", ""),
+        "base": ("UsageError", "fingerprint of the base", ""),
+        "nan": ("NonFiniteError", None, ""),
+    }
+    for name, error in zip(names, first, strict=True):
+        kind, field, words = expected[name]
+        assert (error["kind"], error["field"]) == (kind, field)
+        assert words in error["message"]
+    assert "nan" not in names or checkpoint.newest_valid(tmp_path / "nan") == tmp_path / "nan" / "checkpoint-1"
     assert [one["kind"] for one in first] == [one["kind"] for one in second]
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "cwd" / "here").exists()

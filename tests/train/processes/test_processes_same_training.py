@@ -47,6 +47,7 @@ def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) 
     return (apart / sum(float(tensor.square().sum()) for tensor in first.values())) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "losses", "deltas"), [("float64", 1e-9, 1e-9), ("float32", 1e-5, 1e-3)])
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_fifty_steps_with_accumulation_and_packing(

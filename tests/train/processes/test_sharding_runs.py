@@ -35,6 +35,7 @@ def base_of(adapter: Path) -> Any:
     return json.loads((adapter / "lorakit.json").read_text())["base"]
 
 
+@pytest.mark.slow
 def test_a_run_has_the_files_of_one_without_sharding_and_resumes(
     settings: dict[str, Any], outcomes: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -48,6 +48,7 @@ def check(made: list[dict[str, Any]], mesh: tuple[int, ...]) -> None:
         assert whole["whole"] > sharded["whole"] == 0, name
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path: Path) -> None:
     made = trained(tmp_path, 2, "uneven", "dora")
     assert made[0]["uneven"]["sharded"]["calls"]

@@ -63,6 +63,7 @@ def test_a_run_in_fp16_learns_what_the_run_in_fp32_learns(settings: dict[str, An
     assert record["resolved"]["dtype"] == "float16" and "as requested" in record["resolved"]["dtype_reason"]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("accelerate", [True, False])
 @pytest.mark.parametrize("optimizer", ["adamw", "lorafa", "muon"])
 def test_every_optimizer_steps_on_unscaled_gradients(

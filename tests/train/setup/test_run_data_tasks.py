@@ -78,6 +78,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("task", TASKS)
 def test_a_streamed_run_that_is_resumed_gives_the_same_bits(
     task: str, settings: Callable[..., TrainSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -151,6 +152,7 @@ def test_overlong_rows_of_a_stream(settings: Callable[..., TrainSettings], tmp_p
     assert caught.value.field == "overlong"
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("task", TASKS)
 def test_a_second_run_reads_its_tokens_from_the_cache(
     task: str, settings: Callable[..., TrainSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -174,6 +174,7 @@ def test_the_calibration_rows_are_the_first_with_enough_tokens() -> None:
     assert run_int8.calibration_rows(rows[:2]) == rows[:2]
 
 
+@pytest.mark.slow
 @needs_units
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_two_processes_calibrate_as_one_does(

@@ -72,6 +72,7 @@ def test_a_run_with_the_same_start_reuses_the_calibration_bit_for_bit(
     assert len(calibrated) == 1
 
 
+@pytest.mark.costly
 @needs_units
 @pytest.mark.parametrize(
     "other",
@@ -86,6 +87,7 @@ def test_another_start_is_calibrated(
     assert len(calibrated) == 2
 
 
+@pytest.mark.costly
 @needs_units
 @pytest.mark.parametrize("damage", ["", "{", "scales", "record"])
 def test_a_damaged_file_is_ignored_and_replaced(

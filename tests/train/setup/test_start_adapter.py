@@ -95,6 +95,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.costly
 @pytest.mark.filterwarnings("ignore:.*rows were appended")
 @pytest.mark.parametrize("case", CASES)
 def test_the_start_is_the_end_of_the_source(
