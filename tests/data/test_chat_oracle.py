@@ -218,6 +218,7 @@ def ends_otherwise(template: str, record: Conversation, at: int) -> bool:
     return template == "gptoss" and at + 1 < len(record.messages) and "tool_calls" not in record.messages[at].fields
 
 
+@pytest.mark.costly(cases=10)
 @pytest.mark.parametrize("template", PAIRED)
 def test_short_answers(pairs: Callable[[str], Pair], template: str) -> None:
     """The answers that a search in the text would find elsewhere."""

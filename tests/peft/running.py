@@ -41,6 +41,7 @@ def run(program: str | Path, *arguments: object, peft: bool, links: Path, proces
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONFAULTHANDLER": "1",  # a process that a signal ends says where it was
     }
     file = program if isinstance(program, Path) else PROGRAMS / f"{program}.py"
     together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

@@ -68,6 +68,7 @@ CASES = [
 ]
 
 
+@pytest.mark.costly(cases=4)
 @pytest.mark.parametrize("lora_dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("name", "targets"), CASES, ids=str)
@@ -79,6 +80,7 @@ def test_what_autograd_saves(name: str, targets: Any, dtype: str, lora_dropout: 
     assert reckoned == pytest.approx(saved, rel=0.005)
 
 
+@pytest.mark.costly(cases=3)
 @pytest.mark.parametrize("lora_dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("name", "targets"), [CASES[0], CASES[4]], ids=str)
@@ -90,6 +92,7 @@ def test_checkpointing_keeps_the_inputs_of_the_layers(name: str, targets: Any, d
     assert planned.largest_block * LAYERS == planned.blocks
 
 
+@pytest.mark.costly(cases=4)
 @pytest.mark.parametrize("lora_dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("name", "targets"), CASES, ids=str)
@@ -105,6 +108,7 @@ def test_what_gate_and_up_gave_is_not_kept(name: str, targets: Any, dtype: str, 
     assert planned.transient - more.transient == each  # one layer at a time recomputes them
 
 
+@pytest.mark.costly(cases=4)
 @pytest.mark.parametrize(
     ("name", "targets", "words", "fused"),
     [

@@ -95,6 +95,7 @@ def test_enough_mutants_count() -> None:
     assert len(FAMILIES) * (len(mutant_checks.WAYS) * SOURCE + len(mutant_settings.WAYS) * SETTINGS) >= LEAST
 
 
+@pytest.mark.costly(cases=6)
 @pytest.mark.parametrize("logits", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_a_mutant_the_results_agree(family: str, logits: bool) -> None:

@@ -106,6 +106,7 @@ def operators(family: str, function: str) -> list[Mutant]:
     return [one for one in found if one.function == function and one.operator in ("operator", "sign", "dropped term")]
 
 
+@pytest.mark.costly(cases=6)
 @pytest.mark.parametrize("is_hidden", [False, True])
 @pytest.mark.parametrize(("family", "function", "kind"), OPERATORS)
 def test_an_operator_runs_the_own_forward(

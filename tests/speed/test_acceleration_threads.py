@@ -185,6 +185,7 @@ PLACES = (
 )
 
 
+@pytest.mark.costly(cases=4)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("other", ["second", None])
 def test_a_switch_in_the_middle_of_a_pass_acts_as_without_acceleration(place: str, other: str | None) -> None:

@@ -463,6 +463,7 @@ HOOKS: dict[str, Callable[[nn.Module], Any]] = {
 SEEN = [*PARTS, "q_proj", "o_proj", "down_proj", "base_layer"]
 
 
+@pytest.mark.costly(cases=8)
 @pytest.mark.filterwarnings(
     "ignore:Full backward hook is firing:UserWarning"
 )  # attention is called with keyword arguments

@@ -171,4 +171,5 @@ for make in (hub_trainer, trl_trainer):
         save_file(chosen, runs / f"{label}-best.safetensors")
         print(f"ok: {label}: saved, resumed and loaded whole; fused modules: {fused[0] if fused else 'none'}")
 if whole.args.world_size > 1:
+    torch.distributed.barrier()  # one that leaves early takes its connections from the other
     torch.distributed.destroy_process_group()

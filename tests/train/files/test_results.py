@@ -117,6 +117,7 @@ def raises(error: BaseException) -> Callable[..., Any]:
     return fail
 
 
+@pytest.mark.costly(cases=3)
 @pytest.mark.parametrize(
     ("error", "status"),
     [
