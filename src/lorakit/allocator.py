@@ -59,20 +59,12 @@ raises to 32 MB when blocks are freed."""
 
 
 def keep_large_blocks() -> bool:
-    """Configure this process's malloc to keep freed memory, except that of blocks of `KEPT_BYTES` or more.
-
-    Returns:
-        Whether the setting took effect; False if malloc is not glibc's or if `LORAKIT_ALLOCATOR=stock` is set.
-    """
+    """Make this process's malloc keep freed memory, except blocks of `KEPT_BYTES` or more, if it can."""
     return _set((M_MMAP_THRESHOLD, KEPT_BYTES), (M_TRIM_THRESHOLD, LARGEST))
 
 
 def return_large_blocks() -> bool:
-    """Configure this process's malloc to return freed blocks of `RETURNED_BYTES` or more to the kernel.
-
-    Returns:
-        Whether the setting took effect, as for `keep_large_blocks`.
-    """
+    """Make this process's malloc return freed blocks of `RETURNED_BYTES` or more to the kernel, if it can."""
     return _set((M_MMAP_THRESHOLD, RETURNED_BYTES))
 
 
@@ -112,13 +104,10 @@ def free_bytes() -> int:
 
 
 def limit_compiled_matmuls() -> bool:
-    """Limit the number of compiled matmuls that this process caches.
+    """Limit the number of compiled matmuls that this process caches, and return whether any limit was set.
 
-    The limit takes effect only if it is set before the first matmul. Results do not change: an evicted matmul is
-    recompiled in about 0.3 ms.
-
-    Returns:
-        Whether any limit was set; limits that the user has already set are kept.
+    Limits that the user has set are kept. The limit takes effect only before the first matmul. Results do not change:
+    an evicted matmul is recompiled in about 0.3 ms.
     """
     theirs = set(os.environ)
     if "DNNL_PRIMITIVE_CACHE_CAPACITY" in theirs:  # the variable's former name, which oneDNN still reads
@@ -129,13 +118,9 @@ def limit_compiled_matmuls() -> bool:
 
 
 def set_up(*, is_sharded: bool = False) -> list[str]:
-    """Apply both memory settings, for a command that trains or evaluates.
+    """Apply both memory settings, for a command that trains or evaluates; return a message for each that took effect.
 
-    Args:
-        is_sharded: Whether the base is sharded over processes, so that its weights are gathered and freed in each pass.
-
-    Returns:
-        A message for each setting that took effect.
+    `is_sharded` says that weights of the base are gathered and freed in each pass.
     """
     malloc, message = (return_large_blocks, RETURNS_MESSAGE) if is_sharded else (keep_large_blocks, MALLOC_MESSAGE)
     changed, few = malloc(), limit_compiled_matmuls()

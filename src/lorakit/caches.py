@@ -1,8 +1,7 @@
 """The table of everything that lorakit keeps below its cache directory, with all inputs that each entry depends on.
 
-An entry is found by a key, which hashes the cache's name, its format and the values of all inputs; a cache cannot be
-asked without one of them. Files enter keys by their content. This module is the only one that gives places in the cache
-directory.
+An entry is found by a key, which hashes the cache's name, its format and the values of all inputs. Files enter keys by
+their content. This module is the only one that gives places in the cache directory.
 """
 
 from __future__ import annotations
@@ -51,25 +50,11 @@ class Cache:
     inputs: tuple[str, ...]
 
     def path(self) -> Path:
-        """Return the path of the file or directory, which need not exist.
-
-        Raises:
-            DiskError: There is no cache directory; see `cache_directory`.
-        """
+        """Return the path of the file or directory, which need not exist."""
         return cache_directory() / self.place
 
     def key(self, **values: JsonValue | Mapping[str, JsonValue]) -> str:
-        """Return the key of an entry.
-
-        Args:
-            values: The value of each of the cache's inputs.
-
-        Returns:
-            64 hexadecimal digits.
-
-        Raises:
-            TypeError: An input is missing, is not in `inputs`, or is not a JSON value.
-        """
+        """Return the key of an entry, 64 hexadecimal digits, from all inputs; a TypeError for any others."""
         if values.keys() != set(self.inputs):
             raise TypeError(f"{self.place}: expected the inputs {sorted(self.inputs)}, got {sorted(values)}")
         return sha256_bytes(json.dumps([self.place, self.format, values], sort_keys=True).encode())
@@ -111,14 +96,6 @@ def remove_unused(folder: Path, needed_bytes: int, most_bytes: int) -> None:
     """Remove what killed processes left, and the entries (directories) unused for longest until there is enough room.
 
     Entries used within the last `RECENT_SECONDS` are kept, even if there is not enough room.
-
-    Args:
-        folder: Directory of a cache, whose entries have the time of their last use.
-        needed_bytes: Size of a new entry in bytes.
-        most_bytes: Maximum total size of all entries in bytes.
-
-    Raises:
-        OSError: The directory cannot be read.
     """
     entries = []
     for path in folder.iterdir():
@@ -138,11 +115,7 @@ def remove_unused(folder: Path, needed_bytes: int, most_bytes: int) -> None:
 
 
 def scratch_directory() -> Path:
-    """Return the directory for files without names, which end with the process; it has room for a model's weights.
-
-    Raises:
-        DiskError: There is no cache directory; see `cache_directory`.
-    """
+    """Return the directory for files without names, which end with the process; it has room for a model's weights."""
     return cache_directory()
 
 

@@ -4,12 +4,10 @@ A crash at any point leaves a file with either its old content or its new conten
 
 - A file is written under a temporary name in the same directory, flushed to disk and renamed into place; then the
   directory is flushed too. A file that replaces another keeps the old file's mode; any other new file gets the default
-  mode (umask). Only regular files of bounded size are read, and JSON is validated strictly.
+  mode (umask).
 - A directory is published as a whole, replaced as a whole, or updated file by file in an order that lets readers detect
   an incomplete update. To replace several files together, a complete new directory is built next to the old one, and
   the two are exchanged.
-
-This module uses only the standard library and `lorakit.errors`.
 """
 
 from __future__ import annotations
@@ -46,15 +44,7 @@ SEAL = "seal"
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
-    """Write a file atomically: a crash leaves either the old or the new content.
-
-    Args:
-        path: The file; missing parent directories are created.
-        data: The content.
-
-    Raises:
-        DiskError: Writing or flushing fails; the message says whether the content was replaced.
-    """
+    """Write a file atomically, with its parent directories; a DiskError says whether the content was replaced."""
     path = Path(path)
     temporary = temporary_name(path)
     try:
@@ -69,42 +59,22 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write text to a file atomically, encoded as UTF-8.
-
-    Raises:
-        DiskError: Writing or flushing fails; see `write_bytes`.
-    """
+    """Write text to a file atomically, encoded as UTF-8; see `write_bytes`."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: str | os.PathLike[str], value: JsonValue) -> None:
-    """Write a value to a file atomically, as JSON with sorted keys and an indentation of two spaces.
-
-    Raises:
-        DiskError: Writing or flushing fails; see `write_bytes`.
-        ValueError: `value` contains NaN or infinity, which JSON does not support.
-    """
+    """Write a value to a file atomically, as JSON with sorted keys, indented by two spaces; see `json_bytes`."""
     write_bytes(path, json_bytes(value))
 
 
 def json_bytes(value: JsonValue) -> bytes:
-    """Return the bytes that `write_json` would write, for example to hash them first.
-
-    Raises:
-        ValueError: `value` contains NaN or infinity, which JSON does not support.
-    """
+    """Return the bytes that `write_json` would write; a ValueError for NaN or infinity, which JSON does not support."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a dictionary with a seal: the SHA-256 digest of its entries, which reveals later changes.
-
-    Args:
-        values: JSON values by key; an existing seal is replaced.
-
-    Raises:
-        ValueError: A value is NaN or infinite, which JSON does not support.
-    """
+    """Return a copy of a dictionary of JSON values with a new seal: the SHA-256 digest of its other entries."""
     return {**values, SEAL: _seal(parse_json(json_bytes(dict(values))))}
 
 
@@ -138,14 +108,7 @@ def sha256_rest(file: IO[bytes]) -> str:
 
 
 def read_bytes(path: str | os.PathLike[str], max_bytes: int) -> bytes:
-    """Read a regular file of bounded size into memory.
-
-    Args:
-        path: The file; a symbolic link is followed, and its target must be a regular file.
-        max_bytes: Maximum size in bytes.
-
-    Returns:
-        The contents of the file.
+    """Read a regular file of bounded size into memory; a symbolic link is followed.
 
     Raises:
         AdapterFileError: The file is missing, not a regular file, too large, or unreadable.
@@ -170,18 +133,7 @@ def read_bytes(path: str | os.PathLike[str], max_bytes: int) -> bytes:
 
 
 def read_json(path: str | os.PathLike[str], max_bytes: int = 1 << 20) -> Any:
-    """Read a JSON file strictly: UTF-8, bounded size and depth, no duplicate keys, no NaN.
-
-    Args:
-        path: The file.
-        max_bytes: Maximum size in bytes.
-
-    Returns:
-        The parsed value.
-
-    Raises:
-        AdapterFileError: The file is missing, too large, or not valid JSON; the message gives the path and the reason.
-    """
+    """Read a JSON file strictly: UTF-8, bounded size and depth, no duplicate keys, no NaN (AdapterFileError)."""
     data = read_bytes(path, max_bytes)
     try:
         return parse_json(data)
@@ -191,11 +143,7 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = 1 << 20) -> Any:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Parse JSON and reject duplicate keys, NaN and infinity, which Python's own parser accepts.
-
-    Raises:
-        ValueError: `data` is not valid JSON, is not UTF-8, or contains a duplicate key, NaN or infinity.
-    """
+    """Parse JSON in UTF-8; a ValueError for duplicate keys, NaN and infinity too, which Python's own parser accepts."""
     text = data if isinstance(data, str) else data.decode("utf-8")
     return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
 
@@ -205,15 +153,9 @@ MOST_LEVELS = 100
 
 
 def problem_in(value: Any, *, is_json: bool = True, level: int = 0) -> tuple[str, str] | None:
-    """Find text that cannot be encoded, deep nesting, and values that JSON lacks, anywhere in a value.
+    """Find text that cannot be encoded, deep nesting, and values that JSON lacks (if `is_json`), anywhere in a value.
 
-    Args:
-        value: The value, as a parser or a table returns it.
-        is_json: Whether to report values that JSON lacks, such as dates.
-        level: Depth of the value in the one that contains it.
-
-    Returns:
-        The path to the first problem, such as ".calls[0].name", and a description; None if there is none.
+    The result is the path to the first problem, such as ".calls[0].name", and a description; None if there is none.
     """
     if isinstance(value, str):
         return None if value.isascii() else _unpaired(value)
@@ -264,17 +206,7 @@ def temporary_name(path: Path) -> Path:
 
 
 def _write_new(path: Path, data: bytes | memoryview, replaced: Path) -> None:
-    """Write and flush a new file, and give it the owner and mode of the regular file that it will replace.
-
-    Args:
-        path: The new file; its directory exists.
-        data: The content.
-        replaced: The file that `path` will replace; may be missing. The owner and mode of a symbolic link are not
-            copied.
-
-    Raises:
-        OSError: Writing or flushing fails.
-    """
+    """Write and flush a new file, with the owner and mode of the regular file, if any, that it will replace."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags, 0o666)
     try:
@@ -294,11 +226,7 @@ def _write_new(path: Path, data: bytes | memoryview, replaced: Path) -> None:
 
 
 def _sync_name(path: Path) -> None:
-    """Flush the directory that contains a newly written file or directory.
-
-    Raises:
-        DiskError: The directory cannot be flushed; a power failure may then lose the new content.
-    """
+    """Flush the directory that contains a newly written file or directory, or raise a `DiskError`."""
     try:
         _flush(path.parent)
     except OSError as cause:
@@ -309,11 +237,7 @@ def _sync_name(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Flush a file, or the entries of a directory, to disk.
-
-    Raises:
-        OSError: Flushing fails.
-    """
+    """Flush a file, or the entries of a directory, to disk."""
     if os.name == "nt" and path.is_dir():
         return  # Windows cannot flush a directory
     descriptor = os.open(path, os.O_RDONLY)
@@ -324,11 +248,7 @@ def _flush(path: Path) -> None:
 
 
 def _raise_disk_error(path: Path, cause: OSError) -> NoReturn:
-    """Raise the `DiskError` for a failed write.
-
-    Raises:
-        DiskError: Always.
-    """
+    """Raise the `DiskError` for a failed write."""
     reason = cause.strerror or str(cause)
     text = f"{path}: cannot be written ({reason}); the previous content is unchanged."
     raise DiskError(text, what=reason, where=path) from cause
@@ -355,19 +275,10 @@ _CANNOT = frozenset(
 
 @contextlib.contextmanager
 def publish_directory(final: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
-    """Build a directory under a temporary name, then rename it into place if the `with` block succeeds.
+    """Yield a new directory next to `final` to write to, and rename it into place if the `with` block succeeds.
 
-    Args:
-        final: The final name; a symbolic link to a directory is followed.
-        replace: Whether to replace an existing directory and its contents; if false, an existing directory must be
-            empty.
-
-    Yields:
-        A new directory to write to, next to `final` and on the same disk.
-
-    Raises:
-        DiskError: Writing fails, or `final` is a nonempty directory and `replace` is false. In both cases, the
-            temporary directory is removed.
+    `final` may be a symbolic link to a directory; unless `replace`, it must be empty. If there is any error, such as a
+    DiskError, the new directory is removed.
     """
     final = Path(os.path.realpath(final))
     temporary = temporary_name(final)
@@ -394,22 +305,13 @@ def publish_directory(final: str | os.PathLike[str], *, replace: bool = False) -
 
 
 def replace_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes | None]) -> bool:
-    """Replace several files in a directory together: a crash leaves either all old files or all new ones.
+    """Replace files in a directory together, and return whether they were; a crash leaves all old or all new files.
 
-    A complete new directory is built next to the existing one and exchanged with it. Other files are hard-linked, and
-    subdirectories are recreated. The directory keeps its owner and mode, and a symbolic link to it stays a link. A
-    directory is not exchanged if it contains the working directory of this process, is a mount point, is not writable,
-    or has more than `MOST_ENTRIES` entries.
-
-    Args:
-        folder: The directory; created if missing.
-        contents: File name -> new content, or None to remove the file.
-
-    Returns:
-        Whether the files were replaced; if false, nothing has changed.
-
-    Raises:
-        DiskError: Writing or flushing fails; the message says whether the files were replaced.
+    `contents` has the new content of each file, None to remove it. A complete new directory is built next to the
+    existing one and exchanged with it. Other files are hard-linked, and subdirectories are recreated. The directory
+    keeps its owner and mode, and a symbolic link to it stays a link. A directory is not exchanged if it contains the
+    working directory of this process, is a mount point, is not writable, or has more than `MOST_ENTRIES` entries. A
+    DiskError says whether the files were replaced.
     """
     final = Path(os.path.realpath(folder))
     if not _can_be_exchanged(final):
@@ -438,15 +340,9 @@ def replace_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes |
 def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str, bytes | None]]) -> None:
     """Replace files in a directory step by step; each step is flushed to disk before the next one begins.
 
-    All contents are written under temporary names and flushed before the first file is replaced, so a full disk leaves
-    the directory unchanged.
-
-    Args:
-        folder: The directory; created if missing.
-        steps: The steps in order. Each step maps file names to new contents, or to None to remove a file.
-
-    Raises:
-        DiskError: Writing or flushing fails; the message says whether files were replaced.
+    A step has the new content of each file, None to remove it. All contents are written under temporary names and
+    flushed before the first file is replaced, so a full disk leaves the directory unchanged. A DiskError says whether
+    files were replaced.
     """
     folder = Path(folder)
     staged: list[list[tuple[Path, Path | None]]] = []
@@ -479,17 +375,11 @@ def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str
 
 
 def sweep(folder: str | os.PathLike[str], name: str = "") -> list[str]:
-    """Remove temporary files and directories that interrupted writers left in a directory.
+    """Remove and return temporary files and directories that interrupted writers of `name`, or of any, left behind.
 
     If a directory was set aside but not replaced, its original name is restored. Before a replaced directory is
-    removed, any of its entries that are missing from the new directory are moved to the new directory.
-
-    Args:
-        folder: The directory; its subdirectories are not searched.
-        name: Name of the file or directory that the writers wrote, if others may be writing now.
-
-    Returns:
-        Names of the temporary files and directories that were found; all have been removed or renamed.
+    removed, any of its entries that are missing from the new directory are moved there. Subdirectories are not
+    searched.
     """
     removed = []
     for path in sorted(Path(folder).glob(f"{TEMPORARY}*{glob.escape(name)}")):
@@ -568,11 +458,7 @@ def _clear(temporary: Path, final: Path, old: int, replaced: Collection[str] | N
 def _retire(old: Path, new: Path, replaced: Collection[str] | None) -> None:
     """Remove an old directory, first moving entries that are missing or out of date in the new directory.
 
-    Args:
-        old: The directory to remove.
-        new: The directory that replaced it.
-        replaced: Names of the entries that were replaced on purpose, or None if they are unknown. With None, all
-            existing entries of `new` are kept.
+    `replaced` are the entries that were replaced on purpose; if they are unknown, all entries of `new` are kept.
     """
     with os.scandir(old) as entries:
         for entry in list(entries):
@@ -591,11 +477,7 @@ def _retire(old: Path, new: Path, replaced: Collection[str] | None) -> None:
 
 
 def _put_in_place_of(new: Path, old: Path) -> None:
-    """Exchange two directories; if that is not supported, rename both.
-
-    If both are renamed, the old directory first gets a name that `sweep` recognizes; the new directory then takes the
-    old directory's original name.
-    """
+    """Exchange two directories; if that is not supported, first give the old one a name that `sweep` recognizes."""
     try:
         _exchange(new, old)
     except OSError as cause:

@@ -88,12 +88,7 @@ class LorakitError(Exception):
         return {name: getattr(self, name) for name in ("what", "where", "field", "allowed", "override")}
 
     def text(self, how: str | None = None) -> str:
-        """Return the message and the advice.
-
-        Args:
-            how: Instructions for overriding the check, such as "pass --allow-nonfinite"; by default, instructions for
-                Python.
-        """
+        """Return the message and the advice; `how` replaces its "pass allow=[…]", e.g. by "pass --allow-nonfinite"."""
         if self.advice is None:
             return self.message
         return f"{self.message} {self.advice.replace(OVERRIDE, how or f'allow {self.override!r}')}"
@@ -109,11 +104,7 @@ class ConfigError(LorakitError, ValueError):
     def of(cls, field: str, value: object, rule: str = "", *, allowed: Iterable[str] = ()) -> ConfigError:
         """Return an error about an invalid value, with a message such as "r is 0; it must be an integer >= 1.".
 
-        Args:
-            field: The config field or setting.
-            value: The invalid value.
-            rule: What the value must be; by default, one of `allowed`.
-            allowed: The allowed values; the message suggests one that is spelled similarly.
+        By default, the rule is "one of `allowed`"; the message suggests an allowed value that is spelled similarly.
         """
         names = tuple(allowed)
         message = f"{field} is {value!r}; it must be {rule or 'one of ' + ', '.join(names)}."
@@ -248,12 +239,7 @@ class NotYetSupported(LorakitError, NotImplementedError):
 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
-    """Issue a warning that is attributed to the nearest caller outside lorakit.
-
-    Args:
-        message: Text of the warning.
-        category: Class of the warning.
-    """
+    """Issue a warning that is attributed to the nearest caller outside lorakit."""
     import sys
     import warnings
 
@@ -278,13 +264,9 @@ CONTROLS = re.compile(f"[{re.escape(''.join(map(chr, _SHOWN)))}{_SURROGATES}]")
 
 
 def printable(text: str, one_line: bool = False) -> str:
-    """Return the text with control characters made visible; for example, the escape character becomes "\u241b".
+    """Return the text with control characters made visible: the escape character becomes "\u241b".
 
-    Names and values from files can contain any character. All output of the command line passes through this function.
-
-    Args:
-        text: Any text.
-        one_line: Whether to make line feeds and tabs visible too.
+    Names and values from files can contain any. `one_line` makes line feeds and tabs visible too.
     """
     if CONTROLS.search(text) is None:
         return text
@@ -293,27 +275,13 @@ def printable(text: str, one_line: bool = False) -> str:
 
 
 def nearest(word: str, candidates: list[str], count: int = 3) -> list[str]:
-    """Return the candidates closest in spelling to a word, best match first, to suggest in a message.
-
-    Args:
-        word: The word as entered by the user.
-        candidates: The allowed names.
-        count: Maximum number of results.
-
-    Returns:
-        Up to `count` candidates, possibly none.
-    """
+    """Return up to `count` candidates that are close in spelling to a word, best match first."""
     import difflib
 
     return difflib.get_close_matches(word, candidates, n=count, cutoff=0.5)
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """Return " Did you mean x?", where x is the candidate closest in spelling, or "" if none is close.
-
-    Args:
-        word: The word as entered by the user.
-        candidates: The allowed names.
-    """
+    """Return " Did you mean x?", where x is the candidate closest in spelling, or "" if none is close."""
     close = nearest(word, list(candidates), 1)
     return f" Did you mean {close[0]}?" if close else ""

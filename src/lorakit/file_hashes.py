@@ -46,11 +46,7 @@ class FileStatus(NamedTuple):
 
     @classmethod
     def of(cls, file: str | os.PathLike[str] | int) -> FileStatus:
-        """Return the status of a file, given its path or descriptor.
-
-        Raises:
-            OSError: The file is not a regular file, or cannot be examined.
-        """
+        """Return the status of a regular file, given its path or descriptor; an OSError for any other."""
         found = os.fstat(file) if isinstance(file, int) else Path(file).stat()
         if not stat.S_ISREG(found.st_mode):
             raise OSError(f"{file}: not a regular file")
@@ -64,26 +60,16 @@ class FileStatus(NamedTuple):
 
 
 def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file, which is kept while the file does not change.
-
-    Raises:
-        OSError: The file is not a regular file, cannot be read, or changes while it is read.
-    """
+    """Return the SHA-256 of a file, which is kept while the file does not change."""
     return file_hashes([path])[path]
 
 
 def file_hashes(paths: Iterable[Path], most_bytes: int | None = None) -> dict[Path, str]:
-    """Return the SHA-256 of each of several files; hashes of large files are kept while the files do not change.
+    """Return the SHA-256 of each file, 64 hexadecimal digits; those of large files are kept while the files do not
+    change.
 
-    Args:
-        paths: The files.
-        most_bytes: Maximum total size of the files without a kept hash; if it is exceeded, nothing is hashed.
-
-    Returns:
-        Path -> 64 hexadecimal digits; empty if `most_bytes` is exceeded.
-
-    Raises:
-        OSError: A file is not a regular file, cannot be read, or changes while it is read.
+    Nothing is hashed or returned if the files without a kept hash exceed `most_bytes` in total. An OSError if a file is
+    not a regular file, cannot be read, or changes while it is read.
     """
     kept, found = _kept(), dict[Path, str]()
     unknown = dict[Path, tuple[str, FileStatus]]()

@@ -1,7 +1,6 @@
 """Download adapters from the Hugging Face Hub to the local cache; if network access is disabled, use only the cache.
 
 This module is separate from `lorakit.hub` so that `lorakit.config` and `lorakit.core` can read an adapter by Hub id.
-All arguments of a download are in `HubOptions`; functions with keyword arguments collect them with `taken_from`.
 """
 
 from __future__ import annotations
@@ -30,11 +29,7 @@ CHAT_TEMPLATES = "additional_chat_templates/*"
 
 
 def offline(*more: str) -> str | None:
-    """Return the name of the environment variable that forbids network access, or None if access is allowed.
-
-    Args:
-        more: Names of variables to check besides `OFFLINE_VARIABLES`.
-    """
+    """Return the environment variable, of `OFFLINE_VARIABLES` and others, that forbids network access, or None."""
     for name in (*OFFLINE_VARIABLES, *more):
         if os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on"):
             return name
@@ -63,11 +58,7 @@ class HubOptions:
 
     @classmethod
     def taken_from(cls, options: MutableMapping[str, Any]) -> HubOptions:
-        """Return the arguments in a call's options, and remove them from the options.
-
-        Args:
-            options: Options by name; `use_auth_token`, the former name of `token`, is removed too.
-        """
+        """Remove the arguments from a call's options, and return them; `token` was once called `use_auth_token`."""
         former = options.pop("use_auth_token", None)
         given = {each.name: value for each in fields(cls) if (value := options.pop(each.name, None)) is not None}
         return cls(**{"token": former, **given})
@@ -78,11 +69,7 @@ class HubOptions:
         return {each.name: value for each, value in given.items() if value != each.default}
 
     def for_base(self, revision: str | None) -> dict[str, Any]:
-        """Return the arguments for loading the adapter's base: the same, except that the base has its own revision.
-
-        Args:
-            revision: Revision of the base.
-        """
+        """Return the arguments for loading the adapter's base, which has its own revision."""
         return {**self.for_client(), "revision": revision}
 
 
@@ -102,12 +89,9 @@ def looks_like_a_hub_id(name: str | os.PathLike[str]) -> bool:
 
 
 def is_on_hub(name: str | os.PathLike[str]) -> bool:
-    """Return whether a name is a Hub id rather than a path.
+    """Return whether a name is a Hub id, "owner/name" or "owner/name@revision", rather than a path.
 
     A name is a path if it exists, or if it is in a directory that exists and thus is likely to be misspelled.
-
-    Args:
-        name: A path, or a Hub id, "owner/name" or "owner/name@revision".
     """
     path = Path(name)
     return looks_like_a_hub_id(name) and not path.exists() and not path.parent.is_dir()
@@ -122,14 +106,8 @@ def adapter_from_hub(
 ) -> Path:
     """Return the local folder of an adapter on the Hub, after downloading any files that are not cached.
 
-    Args:
-        repository: Hub id of the repository, "owner/name" or "owner/name@revision".
-        options: Arguments of the download.
-        files: Names of the adapter's files.
-        has_tokenizer: Whether to download the tokenizer and its chat templates too, if the repository has them.
-
-    Returns:
-        The adapter's folder in the local cache, which is below the repository's folder if `subfolder` is given.
+    The repository is "owner/name" or "owner/name@revision". `has_tokenizer` downloads the tokenizer and its chat
+    templates too, if there are any. The folder is below the repository's if the options have a subfolder.
 
     Raises:
         ConfigError: The name and the options have different revisions.
@@ -176,12 +154,7 @@ def _not_found(given: str, arguments: Mapping[str, Any], variable: str | None, c
 
 
 def tokenizer_folder(folder: Path, options: HubOptions = NO_OPTIONS) -> Path:
-    """Return the directory with an adapter's tokenizer: the adapter's own or, if that has none, the repository's root.
-
-    Args:
-        folder: The adapter's directory.
-        options: Arguments of the download.
-    """
+    """Return the directory with an adapter's tokenizer: the adapter's own, else the repository's root."""
     if options.subfolder and not (folder / "tokenizer_config.json").is_file():
         return folder.parents[len(Path(options.subfolder).parts) - 1]
     return folder
@@ -190,31 +163,14 @@ def tokenizer_folder(folder: Path, options: HubOptions = NO_OPTIONS) -> Path:
 def local_adapter(
     name: str | os.PathLike[str], options: HubOptions = NO_OPTIONS, *, has_tokenizer: bool = False
 ) -> Path:
-    """Return an adapter's directory, after downloading the adapter if the name is a Hub id.
-
-    Args:
-        name: A directory, or a Hub id, "owner/name" or "owner/name@revision".
-        options: Arguments of the download; `subfolder` applies to directories too.
-        has_tokenizer: As in `adapter_from_hub`.
-
-    Raises:
-        ModelError: The Hub id was not found, or the Hub cannot be reached.
-    """
+    """Return an adapter's directory, given or downloaded by its Hub id; the options' subfolder applies to both."""
     if looks_like_a_hub_id(name) and not Path(name).exists():
         return adapter_from_hub(str(name), options, has_tokenizer=has_tokenizer)
     return Path(name) / (options.subfolder or "")
 
 
 def with_revision(model: str, revision: str | None) -> str:
-    """Return a model's name with a revision, "owner/name@revision".
-
-    Args:
-        model: A Hub id; any other name is allowed only without a revision.
-        revision: Branch, tag or commit, or None.
-
-    Raises:
-        ConfigError: The model is a path or already names a revision.
-    """
+    """Return a Hub id with a revision, "owner/name@revision"; a ConfigError for a path, or if it already names one."""
     if revision is None:
         return model
     if Path(model).expanduser().exists() or "@" in model:

@@ -1,7 +1,6 @@
 """Properties of this machine: processor, usable cores, memory, allocator, and the cache directory.
 
-This module uses only the standard library and lorakit's errors. On systems other than Linux, most properties are
-unknown and reported as such. This module does not measure speed.
+On systems other than Linux, most properties are unknown and reported as such.
 """
 
 from __future__ import annotations
@@ -30,8 +29,6 @@ class Machine:
     """Resources of the machine that are available to this process.
 
     Attributes:
-        system: Operating system and architecture.
-        cpu: Name of the processor.
         cores: Number of cores that this process may use, limited by its container's quota.
         features: Entries of `FEATURES` that the processor supports.
         memory_bytes: Total memory in bytes, or the container's limit if that is lower; None if unknown.
@@ -97,15 +94,7 @@ def cpu_features(cpuinfo: str) -> tuple[str, ...]:
 
 
 def usable_cores(cpu_max: str = "") -> int:
-    """Return the number of cores that this process may use.
-
-    Args:
-        cpu_max: Contents of the control group's `cpu.max` file, in the form "<quota> <period>"; a quota of "max" or an
-            empty string means no limit.
-
-    Returns:
-        The number of cores, at least 1.
-    """
+    """Return the number of cores that this process may use; `cpu.max` of its control group is "<quota> <period>"."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _number(cpu_max)
     period = _number(cpu_max.partition(" ")[2]) or 100_000
@@ -113,15 +102,7 @@ def usable_cores(cpu_max: str = "") -> int:
 
 
 def allocator(maps: str, environment: os._Environ[str] | dict[str, str]) -> str:
-    """Return the name of the malloc implementation that the process uses.
-
-    Args:
-        maps: Contents of /proc/self/maps, which lists the libraries of the process.
-        environment: The process's environment variables.
-
-    Returns:
-        "jemalloc", "tcmalloc", "mimalloc", "glibc", "glibc, tuned" or "unknown".
-    """
+    """Return "jemalloc", "tcmalloc", "mimalloc", "glibc", "glibc, tuned" or "unknown", by /proc/self/maps."""
     for name in ("jemalloc", "tcmalloc", "mimalloc"):
         if name in maps:
             return name
@@ -168,9 +149,7 @@ def home_directory() -> Path | None:
 def cache_directory() -> Path:
     """Return lorakit's cache directory: `LORAKIT_CACHE` if set, else `lorakit` in `XDG_CACHE_HOME` or in ~/.cache.
 
-    Raises:
-        DiskError: Neither variable is set and the user has no home directory, or `LORAKIT_CACHE` refers to an
-            unknown home directory.
+    A DiskError if there is no home directory to find it.
     """
     own, shared = os.environ.get("LORAKIT_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:

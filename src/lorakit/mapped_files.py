@@ -1,8 +1,7 @@
 """Files that are mapped into this process: where they are, and giving back pages that can be read again.
 
 Pages of a mapped file count as memory of the process from the first access. The kernel drops unmodified ones when
-memory is short; `release_pages` drops them at once. This module uses only the standard library. On systems other than
-Linux, the lists are empty and nothing is released.
+memory is short; `release_pages` drops them at once. On systems other than Linux, nothing is released.
 """
 
 from __future__ import annotations
@@ -34,17 +33,11 @@ def file_mappings() -> list[tuple[int, int]]:
 
 
 def release_pages(first: int, size: int) -> bool:
-    """Remove unmodified pages of a mapped file from this process; the next access reads them again.
+    """Remove unmodified pages of a mapped file, by address and bytes, from this process; return whether they were
+    removed.
 
-    The contents do not change: nothing is removed if any of the pages has been modified or is not a page of a file.
-    The file stays in the system's page cache. Other threads must not write to these pages during the call.
-
-    Args:
-        first: Address of the first byte.
-        size: Number of bytes; all pages that contain one of them are removed.
-
-    Returns:
-        Whether they were removed.
+    The contents do not change: nothing is removed if any of the pages has been modified or is not a page of a file. The
+    file stays in the system's page cache. Other threads must not write to these pages during the call.
     """
     begin = first // mmap.PAGESIZE
     count = -(-(first + size) // mmap.PAGESIZE) - begin

@@ -1,8 +1,7 @@
 """Read the metrics (`metrics.jsonl`) from a run directory and plot them as SVG.
 
-This module reads only the run's files and imports no training code. If a crash truncated the last line, that line is
-dropped; any other invalid line raises an error with its line number. Only this module imports matplotlib; it
-uses figure objects instead of pyplot, so that matplotlib's global state does not change.
+If a crash truncated the last line, that line is dropped; any other invalid line raises an error with its line number.
+Figure objects are used instead of pyplot, so that matplotlib's global state does not change.
 """
 
 from __future__ import annotations
@@ -27,11 +26,7 @@ INT8_FILE = "int8.safetensors"  # input scales of a base that is multiplied in i
 
 @dataclass(frozen=True)
 class Metrics:
-    """Metrics of a run, in the order in which they were written.
-
-    Attributes:
-        rows: One dictionary per line of `metrics.jsonl`.
-    """
+    """Metrics of a run: one dictionary per line of `metrics.jsonl`, in order."""
 
     rows: tuple[dict[str, Any], ...]
 
@@ -47,17 +42,7 @@ class Metrics:
 
 
 def read_metrics(folder: str | Path) -> Metrics:
-    """Read a run's `metrics.jsonl`.
-
-    Args:
-        folder: The run directory.
-
-    Returns:
-        The metrics; `rows` is empty if the file is missing.
-
-    Raises:
-        RunError: The file cannot be read, or a complete line is not a metrics row; the message gives the line number.
-    """
+    """Read a run's `metrics.jsonl`, if there is one; a RunError for a complete line that is not a metrics row."""
     path = Path(folder) / METRICS_FILE
     try:
         lines = path.read_bytes().split(b"\n")
@@ -82,16 +67,9 @@ _TRAIN, _EVAL, _INK, _GRID = "#8aa4c8", "#c2410c", "#333333", "#e5e5e5"
 
 
 def loss_plot(metrics: Metrics, path: str | Path, title: str = "") -> None:
-    """Plot training and evaluation loss by optimizer step, and write the plot as an SVG file.
+    """Plot training and evaluation loss by optimizer step, of at least one row, and write the plot as an SVG file.
 
-    Args:
-        metrics: Metrics with at least one row.
-        path: The SVG file to write.
-        title: Title of the plot.
-
-    Raises:
-        MissingExtra: matplotlib is not installed; the message gives the pip command.
-        DiskError: The file cannot be written.
+    A MissingExtra, with the pip command, if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure

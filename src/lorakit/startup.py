@@ -37,13 +37,7 @@ def limit_spinning() -> None:
 
 @contextlib.contextmanager
 def rare_collections() -> Iterator[None]:
-    """Collect garbage rarely within a block that imports packages or builds a model.
-
-    A collector that is turned off, or collects even more rarely, is left unchanged.
-
-    Yields:
-        Nothing.
-    """
+    """Collect garbage rarely within a block that imports packages or builds a model, unless that is set already."""
     before = gc.get_threshold()
     if before[0] == 0 or before[0] >= RARELY[0]:
         yield
@@ -69,11 +63,7 @@ class QuickExit:
         atexit.register(self._end)
 
     def set_code(self, code: int) -> int:
-        """Set the exit code of the process, and return it.
-
-        Args:
-            code: The code.
-        """
+        """Set the exit code of the process, and return it."""
         self._code = code
         return code
 

@@ -33,11 +33,7 @@ _UNITS = ("", "k", "M", "G", "T", "P")
 
 
 def format_bytes(count: float) -> str:
-    """Format a size in decimal units, such as "999 B", "3.2 MB", "735 MB" or "1.49 GB".
-
-    Args:
-        count: Size in bytes.
-    """
+    """Format a size in bytes in decimal units, such as "999 B", "3.2 MB", "735 MB" or "1.49 GB"."""
     if not math.isfinite(count):
         return UNKNOWN
     if abs(count) < 999.5:
@@ -48,12 +44,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_quantity(value: float, unit: str) -> str:
-    """Format a quantity with three significant digits and a decimal prefix, such as "409 GFLOP/s".
-
-    Args:
-        value: The quantity, in `unit`.
-        unit: Unit of the quantity without a prefix, such as "FLOP/s".
-    """
+    """Format a quantity with three significant digits and a decimal prefix of its unit, such as "409 GFLOP/s"."""
     if not math.isfinite(value):
         return UNKNOWN
     if abs(value) < 999.5:
@@ -63,23 +54,14 @@ def format_quantity(value: float, unit: str) -> str:
 
 
 def format_rate(value: float, unit: str) -> str:
-    """Format a rate, such as "3,100 tokens/s" or "4.2 tokens/s"; rates below 10 have one decimal place.
-
-    Args:
-        value: The rate, in `unit`.
-        unit: Unit of the rate, such as "tokens/s".
-    """
+    """Format a rate, such as "3,100 tokens/s" or "4.2 tokens/s"; rates below 10 have one decimal place."""
     if not math.isfinite(value):
         return UNKNOWN
     return f"{value:,.1f} {unit}" if abs(value) < 9.95 else f"{value:,.0f} {unit}"
 
 
 def format_seconds(seconds: float) -> str:
-    """Format a duration, such as "40 ms", "0.4 s", "42 s", "3 min 20 s", "2 h 5 min" or "11 d 14 h".
-
-    Args:
-        seconds: The duration in seconds.
-    """
+    """Format a duration, such as "40 ms", "0.4 s", "42 s", "3 min 20 s", "2 h 5 min" or "11 d 14 h"."""
     if not math.isfinite(seconds):
         return UNKNOWN
     if seconds < 0:
@@ -100,14 +82,10 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_percent(fraction: float, digits: int = 2) -> str:
-    """Format a fraction as a percentage, such as "1.82%".
+    """Format a fraction, usually in [0, 1], as a percentage with some decimal places, such as "1.82%".
 
-    Values close to 0 and 1 become "<0.01%" and ">99.99%" instead of "0.00%" and "100.00%", unless the difference from
-    0 or 1 is less than a millionth and may therefore be a float32 rounding error.
-
-    Args:
-        fraction: The fraction, usually in [0, 1].
-        digits: Number of decimal places.
+    Values close to 0 and 1 become "<0.01%" and ">99.99%", unless the difference is less than a millionth and may
+    therefore be a float32 rounding error.
     """
     if not math.isfinite(fraction):
         return UNKNOWN
@@ -121,13 +99,7 @@ def format_percent(fraction: float, digits: int = 2) -> str:
 
 
 def format_count(number: int, singular: str, plural: str | None = None) -> str:
-    """Format a count with its noun, such as "1 row", "3,000 rows" or "2 entries".
-
-    Args:
-        number: The count.
-        singular: The noun for a count of 1.
-        plural: The noun for other counts; by default, `singular` with an "s".
-    """
+    """Format a count with its noun, such as "1 row", "3,000 rows" or "2 entries"; by default, the plural has an "s"."""
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
@@ -141,15 +113,8 @@ def columns(
 ) -> str:
     """Format a table with aligned columns and a rule below the header.
 
-    Args:
-        header: Column titles.
-        rows: Rows with one cell per column.
-        left: Indices of left-aligned columns; the others are right-aligned. By default, a column is right-aligned if
-            all of its cells are numbers or empty.
-        width: Screen width in columns; a left-aligned last column that would exceed the width is wrapped between words.
-
-    Returns:
-        The lines, joined by newlines.
+    Columns are left-aligned if they are in `left` or, by default, have cells that are not numbers. A left-aligned last
+    column that would exceed `width` is wrapped between words.
     """
     cells = [list(column) for column in zip(header, *rows, strict=True)]
     widths = [max(map(display_width, column)) for column in cells]
@@ -169,24 +134,14 @@ def columns(
 def wrap(text: str, width: int, *, hanging: str | None = None) -> str:
     """Wrap long lines between words; a word longer than a line, such as a path, is not broken.
 
-    Args:
-        text: One or more lines of text.
-        width: Screen width in columns.
-        hanging: Prefix of continuation lines. By default, continuation lines are indented to align with the text of a
-            list item or of a `label  text` line, and by two columns otherwise.
-
-    Returns:
-        The wrapped text.
+    Continuation lines begin with `hanging`, by default an indent that aligns with the text of a list item or of a
+    `label  text` line, or two columns more.
     """
     return "\n".join(_wrapped(line, width, hanging) for line in text.split("\n"))
 
 
 def display_width(text: str) -> int:
-    """Return the width of text in screen columns: 2 per wide East Asian character, 0 per combining character.
-
-    Args:
-        text: One line.
-    """
+    """Return the width of a line in screen columns: 2 per wide East Asian character, 0 per combining character."""
     if text.isascii():
         return len(text)
     return sum(map(_character_width, text))
@@ -195,10 +150,7 @@ def display_width(text: str) -> int:
 def encodable(text: str, encoding: str, *, ascii_signs: bool = False) -> str:
     """Replace characters that an encoding lacks: symbols such as "→" become "->", and other characters are escaped.
 
-    Args:
-        text: Any text.
-        encoding: The stream's encoding.
-        ascii_signs: Whether to replace symbols even if the encoding can represent them.
+    `ascii_signs` replaces symbols even if the encoding can represent them.
     """
     if not ascii_signs:
         try:
@@ -211,23 +163,14 @@ def encodable(text: str, encoding: str, *, ascii_signs: bool = False) -> str:
 
 
 def fit(text: str, stream: TextIO) -> str:
-    """Adapt text to a stream: replace characters that its encoding lacks, and wrap lines to the width of its terminal.
-
-    Args:
-        text: Any text.
-        stream: The stream to which the text will be written.
-    """
+    """Replace characters that a stream's encoding lacks, and wrap lines to the width of its terminal."""
     text = encodable(text, getattr(stream, "encoding", None) or "utf-8", ascii_signs=in_c_locale())
     width = screen_width(stream)
     return text if width is None else wrap(text, width)
 
 
 def screen_width(stream: TextIO) -> int | None:
-    """Return a terminal's width in columns (`COLUMNS` if set), or None for a file or pipe, which has no limit.
-
-    Args:
-        stream: Any stream.
-    """
+    """Return a terminal's width in columns (`COLUMNS` if set), or None for a file or pipe, which has no limit."""
     if not stream.isatty():
         return None
     wanted = os.environ.get("COLUMNS", "")
@@ -240,11 +183,7 @@ def screen_width(stream: TextIO) -> int | None:
 
 
 def is_animated(stream: TextIO) -> bool:
-    """Return whether a stream is a terminal that can redraw lines and show the symbols of progress bars and boxes.
-
-    Args:
-        stream: Any stream.
-    """
+    """Return whether a stream is a terminal that can redraw lines and show the symbols of progress bars and boxes."""
     return stream.isatty() and os.environ.get("TERM") != "dumb" and not in_c_locale()
 
 

@@ -2,7 +2,6 @@
 
 Names and values from files, messages of errors and the text of models can contain any character. No other module prints
 or writes to `sys.stdout` and `sys.stderr`, which `tests/architecture` checks, so that no file can control a terminal.
-This module does not depend on what is written.
 """
 
 from __future__ import annotations
@@ -43,14 +42,10 @@ def colored(stream: TextIO) -> bool:
 def write_line(
     text: str, stream: TextIO | None = None, *, label: str = "", color: Color = "", wraps: bool = True
 ) -> None:
-    """Write lines of text, adapted to the stream's encoding and, unless `wraps` is false, to the terminal's width.
+    """Write lines of text, adapted to the encoding of a stream (standard output) and, if it `wraps`, to the terminal's
+    width.
 
-    Args:
-        text: One or more lines.
-        stream: The stream; None means standard output.
-        label: Text before the first line, such as "error:".
-        color: Color of the label.
-        wraps: Whether to wrap lines to the width of a terminal.
+    The first line begins with the label, such as "error:", in the color.
     """
     stream = sys.stdout if stream is None else stream
     line = f"{label} {printable(text)}" if label else printable(text)
@@ -61,11 +56,7 @@ def write_line(
 
 
 def write_pieces(pieces: Iterable[tuple[str, Color]]) -> None:
-    """Write a line of pieces of text, each in its color, to standard output.
-
-    Args:
-        pieces: Text and color of each piece.
-    """
+    """Write a line of pieces of text, each in its color, to standard output."""
     codes = _CODES if colored(sys.stdout) else {}
     line = "".join(
         f"{codes[color]}{printable(text)}{_PLAIN}" if color in codes else printable(text) for text, color in pieces
@@ -74,11 +65,7 @@ def write_pieces(pieces: Iterable[tuple[str, Color]]) -> None:
 
 
 def write_model_text(text: str) -> None:
-    """Write text of a model to standard output as it is generated; a pipe gets exactly this text.
-
-    Args:
-        text: The text, without a line feed at its end.
-    """
+    """Write generated text, without its last line feed, to standard output; a pipe gets exactly this text."""
     text = printable(text) if sys.stdout.isatty() else text
     sys.stdout.write(encodable(text, sys.stdout.encoding or "utf-8"))
     sys.stdout.flush()
@@ -90,11 +77,7 @@ def json_line(value: Any) -> str:
 
 
 def drawing_console(stream: TextIO | None = None) -> Console:
-    """Return a console for drawings that are updated in place; pass only text from `printable` to it.
-
-    Args:
-        stream: The terminal; None means standard output.
-    """
+    """Return a console for drawings that are updated in place; pass only text from `printable` to it."""
     from rich.console import Console
 
     return Console(file=sys.stdout if stream is None else stream, highlight=False, markup=False, emoji=False)
@@ -112,15 +95,8 @@ def watched(command: str, seconds: float = SILENT_SECONDS, silent: float = 0.0) 
     """Write a line to stderr, if it is a terminal, whenever a block has written nothing for some seconds.
 
     The line says what is being done, by the innermost block of `working`, and for how long; outside of these blocks,
-    for how long nothing else was written. Nothing is said after an unfinished line, such as a progress bar.
-
-    Args:
-        command: What is being done outside of blocks of `working`, unless a module is being imported.
-        seconds: Time without output, in seconds.
-        silent: Time without output before the block, in seconds.
-
-    Yields:
-        Nothing.
+    for how long nothing else was written, by the command. Nothing is said after an unfinished line, such as a progress
+    bar. `silent` is the time without output before the block, in seconds.
     """
     if sys.stderr is None or not sys.stderr.isatty():
         yield
@@ -141,14 +117,7 @@ def watched(command: str, seconds: float = SILENT_SECONDS, silent: float = 0.0) 
 
 @contextlib.contextmanager
 def working(what: str | None) -> Iterator[None]:
-    """Name what a block does, for the messages of `watched`.
-
-    Args:
-        what: What the block does, such as "merging"; None if it waits for the user, or if another process writes.
-
-    Yields:
-        Nothing.
-    """
+    """Name what a block does, for `watched`; None if it waits for the user, or another process writes."""
     watcher = _WATCHER.get()
     if watcher is None:
         yield

@@ -1,7 +1,7 @@
 """Shapes of models with experts, built from the sizes in config.json, for the catalog of published models.
 
 The experts of a layer share the parameters `gate_up_proj` and `down_proj`, as in transformers 5; the router is a module
-with one matrix. The tests compare each entry of the catalog with its transformers class on the meta device.
+with one matrix.
 """
 
 from __future__ import annotations
@@ -105,13 +105,9 @@ def _shape(
 ) -> ModelShape:
     """Return the shape of a model with experts.
 
-    Args:
-        sizes: Sizes from the model's config.json.
-        architecture: Class of the model in transformers.
-        model_type: The `model_type` of its config.
-        parts: Modules of a block with parameters, other than linear modules and the norms before its sublayers; dense
-            blocks lack those of the experts and the router.
-        biased: Paths, in a block, of linear modules with a bias.
+    `parts` are the modules of a block with parameters, other than linear modules and the norms before its sublayers;
+    dense blocks lack those of the experts and the router. `biased` are paths, in a block, of linear modules with a
+    bias.
     """
     d, found = sizes.hidden, linears(PRE_NORM, sizes)
     attention = {path: found[path] for path in (*_QKV, _OUTPUT)}

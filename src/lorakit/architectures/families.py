@@ -1,7 +1,6 @@
 """The table of architectures: layouts of blocks, classes that have them, and default target modules.
 
-`lorakit.speed` finds modules to fuse by these layouts, `lorakit.plan` and `lorakit.architectures.shapes` count by them,
-and `lorakit.core` and `lorakit.peft` read the default targets. A new architecture is one row; the tests in
+`lorakit.speed`, `lorakit.plan`, `lorakit.core` and `lorakit.peft` read it. A new architecture is one row; the tests in
 `tests/architectures/test_families.py` run for each model of each row.
 """
 
@@ -300,12 +299,7 @@ equal score by the length of the batch, also without padding; these models are n
 
 
 def depends_on_padding(model_type: str, head: str) -> bool:
-    """Return whether a model's outputs for a row depend on the padding after it, and so on the other rows of a batch.
-
-    Args:
-        model_type: `model_type` of the model's config.
-        head: A key of `lorakit.hub.TASKS`.
-    """
+    """Return whether a model's outputs for a row depend on the padding after it, with a key of `lorakit.hub.TASKS`."""
     heads = _DEPENDS_ON_PADDING.get(model_type)
     return heads is not None and (not heads or head in heads)
 
@@ -335,9 +329,5 @@ _BY_MODEL: Mapping[str, Architecture] = {model: row for row in ARCHITECTURES for
 
 
 def architecture_of(model: str) -> Architecture | None:
-    """Return the row of a model, or None if the table has no such class.
-
-    Args:
-        model: Name of a class in transformers, such as "LlamaForCausalLM".
-    """
+    """Return the row of a class in transformers, such as "LlamaForCausalLM", or None if the table has no such class."""
     return _BY_MODEL.get(model)

@@ -1,7 +1,7 @@
 """The forward methods in transformers that fused ones are known to equal, from `known_forwards.json`.
 
-`python scripts/known_forwards.py` generates the file from wheels of transformers. Every entry was compared with the
-fused `forward`. Changes to the file are reviewed: each new digest is new source.
+`python scripts/known_forwards.py` generates the file from wheels of transformers. Changes to the file are reviewed:
+each new digest is new source.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ FILE = "known_forwards.json"
 
 @dataclass(frozen=True)
 class KnownForwards:
-    """Source that is known.
+    """Source that is known, in `releases` of transformers, oldest first.
 
     Attributes:
-        releases: Releases of transformers, oldest first.
         roles: Dict from the digest of a class (`lorakit.identity.identities`) to its roles: names of fused `forward`
             methods, or "part", "model", "loss" or "experts …".
     """
@@ -29,21 +28,12 @@ class KnownForwards:
     roles: Mapping[str, frozenset[str]]
 
     def knows(self, digest: str, role: str) -> bool:
-        """Return whether a class with a digest may have a role.
-
-        Args:
-            digest: Digest of the class, or "".
-            role: Name of a fused `forward`, or "part".
-        """
+        """Return whether a class with a digest, or "", has a role: the name of a fused `forward`, or "part"."""
         roles = self.roles.get(digest, frozenset())
         return bool(roles) if role == PART else role in roles
 
     def covers(self, release: str) -> bool:
-        """Return whether the table was generated from a release with the same first two numbers.
-
-        Args:
-            release: Version of transformers, such as "5.24.0".
-        """
+        """Return whether the table was generated from a release, such as "5.24.0", with the same first two numbers."""
         return release.split(".")[:2] in [one.split(".")[:2] for one in self.releases]
 
     @property
@@ -84,11 +74,7 @@ def _read() -> tuple[list[str], dict[str, Row]]:
 
 
 def unknown_release(forwards: KnownForwards) -> str:
-    """Return the installed version of transformers if the table was not generated from such a release, or "".
-
-    Args:
-        forwards: The table.
-    """
+    """Return the installed version of transformers if the table was not generated from such a release, or ""."""
     try:
         installed = metadata.version("transformers")
     except metadata.PackageNotFoundError:

@@ -4,7 +4,7 @@ A block has two sublayers, attention and feed-forward. Each adds to the residual
 
     last(x + dropout(after(inner(before(x)))))
 
-Norms and dropout that an architecture lacks are left out. The table itself is in `lorakit.architectures.families`.
+Norms and dropout that an architecture lacks are left out.
 """
 
 from __future__ import annotations
@@ -29,12 +29,7 @@ SHARED = ".shared_expert"
 
 
 def is_within(path: str, module: str) -> bool:
-    """Return whether a module is another one or is inside it.
-
-    Args:
-        path: Dotted path of the module.
-        module: Dotted path of the other module.
-    """
+    """Return whether a module is another one or is inside it, by their dotted paths."""
     return path == module or path.startswith(f"{module}.")
 
 
@@ -44,7 +39,6 @@ class AttentionLayout:
 
     Attributes:
         inputs: Projections to q, k and v, or one module that computes all three.
-        output: Output projection.
         norms: Norms of q and k before rotation; a module may lack them.
         weights_dropout: Dropout module whose p applies to the attention weights, or "".
         output_dropout: Dropout module after the output projection, or "".
@@ -137,11 +131,7 @@ class Sublayer:
         return tuple(name for name in (self.before, self.after, self.last) if name)
 
     def at(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Return the paths, relative to the block, of modules inside `inner`.
-
-        Args:
-            names: Paths relative to `inner`.
-        """
+        """Return the paths, relative to the block, of modules inside `inner`, whose names are relative to `inner`."""
         return tuple(f"{self.inner}.{name}" if self.inner else name for name in names)
 
 
@@ -150,9 +140,6 @@ class Block:
     """Layout of a block.
 
     Attributes:
-        attention: Sublayer with the attention module.
-        feed_forward: Sublayer with the feed-forward block.
-        attention_modules: Names of the modules in the attention module.
         feed_forward_modules: Names of the modules in the feed-forward block, or None if it consists of experts.
         norm: Kind of the norms.
         is_split: Whether each sublayer is a separate module, which contains its norm and dropout; paths are then
@@ -219,11 +206,7 @@ class Block:
         return self.attention.at([self.attention_modules.output])[0], last[0]
 
     def sublayer_of(self, path: str) -> SublayerName | None:
-        """Return the sublayer that a module belongs to, or None.
-
-        Args:
-            path: Path of the module relative to the block.
-        """
+        """Return the sublayer that a module, by its path relative to the block, belongs to, or None."""
         sublayers: dict[SublayerName, Sublayer] = {"attention": self.attention, "feed-forward": self.feed_forward}
         for name, sublayer in sublayers.items():
             modules = self.feed_forward_modules if name == "feed-forward" else self.attention_modules
@@ -261,11 +244,7 @@ class ExpertsLayout:
         return {self.router: router, **dict.fromkeys(self.inner, FUSED), self.down: DOWN}
 
     def parts(self, parameter: str) -> tuple[str, ...]:
-        """Return the old names of the modules that a parameter consists of.
-
-        Args:
-            parameter: One of the values of `parameters`.
-        """
+        """Return the old names of the modules that a parameter, a value of `parameters`, consists of."""
         return tuple(old for old, new in self.parameters.items() if new == parameter)
 
 
@@ -274,7 +253,6 @@ class Architecture:
     """One row of the table: models that have the same blocks.
 
     Attributes:
-        name: Short name, such as "llama".
         title: What is shown in a plan, such as "Llama-like block (RMSNorm, rotary, SwiGLU, sdpa)".
         models: Names of transformers classes whose blocks have this layout; each of them is tested.
         block: Layout of the blocks, or None if `accelerate` has no fused forward methods for them.

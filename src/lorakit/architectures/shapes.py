@@ -1,11 +1,8 @@
 """Model shapes: names and sizes of a model's modules, from which `plan` estimates costs.
 
 A `ModelShape` comes from `lorakit.plan.catalogue` (published models) or from `lorakit.hub`, which creates the model of
-any model directory on the meta device. For each model family (GPT-2, BERT, Llama, Qwen2 and Qwen3; SmolLM2 counts as
-Llama), one function builds the full list of sites from a few published sizes, in the same module order as the
-`transformers` class. Names of modules in blocks come from `lorakit.architectures.families`. The tests compare this list
-with a model of that class on the meta device. This module does not import torch and does not handle files, adapters or
-costs.
+any model directory on the meta device. For each model family (GPT-2, BERT, Llama with SmolLM2, Qwen2 and Qwen3), one
+function builds the full list of sites from a few published sizes, in the module order of the `transformers` class.
 """
 
 from __future__ import annotations
@@ -27,7 +24,6 @@ class SiteShape:
     """A module that an adapter can be attached to.
 
     Attributes:
-        path: Dotted path of the module, as in `named_modules()`.
         kind: "Linear", "Conv1D" or "Embedding".
         out_features: Number of rows of the weight in nn.Linear's orientation; for an Embedding, the embedding
             dimension.
@@ -66,7 +62,6 @@ class PlainShape:
     """A module that has parameters but is not a Linear, Conv1D or Embedding, such as a norm.
 
     Attributes:
-        path: Dotted path of the module.
         parameters: Number of elements in the module's parameters, excluding submodules; shared storage counts once.
         biases: Number of these elements that belong to parameters with "bias" in their names.
         matrices: Name and shape of each parameter that has two or three axes, such as a tensor of fused experts.
@@ -87,15 +82,9 @@ class ModelShape:
     """Names and sizes of a model's modules, from which plans are computed.
 
     Attributes:
-        name: Common name of the model.
         source: Origin of the shape: a paper, a config file or a path.
         architecture: Class of the model in transformers, such as "GPT2LMHeadModel".
         parameters: Exact number of parameters; tied weights count once.
-        hidden: Width of the residual stream.
-        layers: Number of blocks.
-        heads: Number of query heads per block.
-        kv_heads: Number of key and value heads per block.
-        head_dim: Width of a head.
         intermediate: Inner width of the MLP, or of each expert.
         vocab: Size of the vocabulary, which is also the width of the logits.
         positions: Maximum input length in tokens.
@@ -204,50 +193,24 @@ class ModelShape:
 
 
 def role(path: str) -> str:
-    """Return the path of a site with "*" in place of layer numbers, such as "transformer.h.*.attn.c_attn".
-
-    Args:
-        path: Dotted path of a module.
-
-    Returns:
-        The path with every all-digit part replaced by "*".
-    """
+    """Return the path of a site with "*" in place of layer numbers, such as "transformer.h.*.attn.c_attn"."""
     return ".".join("*" if part.isdigit() else part for part in path.split("."))
 
 
 def block_of(path: str) -> str | None:
-    """Return the path of the block that contains a module: the module's path up to and including the first number.
-
-    Args:
-        path: Dotted path of a module.
-
-    Returns:
-        The block's path, such as "transformer.h.11", or None for a module outside any block.
-    """
+    """Return the path of the block that contains a module, such as "transformer.h.11", or None."""
     parts = path.split(".")
     end = next((index for index, part in enumerate(parts) if part.isdigit()), None)
     return None if end is None else ".".join(parts[: end + 1])
 
 
 def is_inside(path: str, modules: Collection[str]) -> bool:
-    """Return whether a module is one of the given modules or inside one of them.
-
-    Args:
-        path: Dotted path of the module.
-        modules: Dotted paths of modules.
-    """
+    """Return whether a module is one of the given modules or inside one of them, by their dotted paths."""
     return any(is_within(path, module) for module in modules)
 
 
 def short_roles(paths: Iterable[str]) -> dict[str, str]:
-    """Return a short name for each role (see `role`), for display in tables.
-
-    Args:
-        paths: Dotted paths of modules.
-
-    Returns:
-        Dict from each role to its shortest unambiguous dotted suffix without layer numbers, such as "attn.c_proj".
-    """
+    """Return the shortest unambiguous dotted suffix, such as "attn.c_proj", of each role (see `role`), for tables."""
     roles = list(dict.fromkeys(role(path) for path in paths))
     parts = {r: [p for p in r.split(".") if p != "*"] for r in roles}
     short = {}
@@ -263,15 +226,9 @@ class Sizes:
     """Sizes from a model's config.json.
 
     Attributes:
-        hidden: Width of the residual stream.
-        layers: Number of blocks.
-        heads: Number of query heads.
-        vocab: Size of the vocabulary.
-        positions: Maximum input length in tokens.
         intermediate: Inner width of the MLP; 0 means 4 × hidden.
         kv_heads: Number of key and value heads; 0 means as many as query heads.
         head_dim: Width of a head; 0 means hidden / heads.
-        tied: Whether the output head shares its weight with the input embedding.
     """
 
     hidden: int
@@ -291,14 +248,7 @@ class Sizes:
 
 
 def gpt2(sizes: Sizes) -> ModelShape:
-    """Return the shape of a `GPT2LMHeadModel` (Radford et al. 2019), with Conv1D sites and a tied head.
-
-    Args:
-        sizes: Sizes from the model's config.json.
-
-    Returns:
-        The shape.
-    """
+    """Return the shape of a `GPT2LMHeadModel` (Radford et al. 2019), with Conv1D sites and a tied head."""
     d, inside = sizes.hidden, linears(GPT2_BLOCK, sizes)
     sites = [
         *embeddings(d, {"transformer.wte": sizes.vocab, "transformer.wpe": sizes.positions}),
@@ -311,14 +261,7 @@ def gpt2(sizes: Sizes) -> ModelShape:
 
 
 def bert(sizes: Sizes) -> ModelShape:
-    """Return the shape of a `BertModel` (Devlin et al. 2019): encoder and pooler, without task heads.
-
-    Args:
-        sizes: Sizes from the model's config.json.
-
-    Returns:
-        The shape.
-    """
+    """Return the shape of a `BertModel` (Devlin et al. 2019): encoder and pooler, without task heads."""
     d, inside = sizes.hidden, linears(BERT_BLOCK, sizes)
     tables = {"word": sizes.vocab, "position": sizes.positions, "token_type": 2}
     sites = [
@@ -332,38 +275,17 @@ def bert(sizes: Sizes) -> ModelShape:
 
 
 def llama(sizes: Sizes) -> ModelShape:
-    """Return the shape of a `LlamaForCausalLM` (Llama 3.x, SmolLM2): RMSNorm, rotary embeddings, SwiGLU, and no biases.
-
-    Args:
-        sizes: Sizes from the model's config.json.
-
-    Returns:
-        The shape.
-    """
+    """Return the shape of a `LlamaForCausalLM` (Llama 3.x, SmolLM2): RMSNorm, rotary, SwiGLU, no biases."""
     return _llama_like(sizes, "LlamaForCausalLM")
 
 
 def qwen2(sizes: Sizes) -> ModelShape:
-    """Return the shape of a `Qwen2ForCausalLM` (Qwen2.5): like Llama, with biases in the query, key and value layers.
-
-    Args:
-        sizes: Sizes from the model's config.json.
-
-    Returns:
-        The shape.
-    """
+    """Return the shape of a `Qwen2ForCausalLM` (Qwen2.5): like Llama, with biases of query, key and value."""
     return _llama_like(sizes, "Qwen2ForCausalLM", biased=PRE_NORM.inputs[0])
 
 
 def qwen3(sizes: Sizes) -> ModelShape:
-    """Return the shape of a `Qwen3ForCausalLM`: like Llama, with a norm on each query and key head.
-
-    Args:
-        sizes: Sizes from the model's config.json.
-
-    Returns:
-        The shape.
-    """
+    """Return the shape of a `Qwen3ForCausalLM`: like Llama, with a norm on each query and key head."""
     return _llama_like(sizes, "Qwen3ForCausalLM", head_norms=True)
 
 
@@ -385,12 +307,7 @@ def _llama_like(
 
 
 def linears(block: Block, sizes: Sizes) -> dict[str, tuple[int, int]]:
-    """Return (out, in) for each linear module of a block, by its path in the block, in the order of the calls.
-
-    Args:
-        block: Layout of the block.
-        sizes: Sizes from the model's config.json.
-    """
+    """Return (out, in) for each linear module of a block, by its path in the block, in the order of the calls."""
     d, f = sizes.hidden, sizes.intermediate
     q, kv = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     inputs, inner = block.inputs
@@ -401,12 +318,7 @@ def linears(block: Block, sizes: Sizes) -> dict[str, tuple[int, int]]:
 
 
 def embeddings(width: int, tables: Mapping[str, int]) -> list[SiteShape]:
-    """Return embedding sites.
-
-    Args:
-        width: Width of the embeddings.
-        tables: Path of each site -> number of embeddings.
-    """
+    """Return embedding sites of a width, by a dict from path to number of embeddings."""
     return [SiteShape(path, "Embedding", width, rows, dense=False) for path, rows in tables.items()]
 
 
@@ -435,16 +347,7 @@ def shape_from(
     gated: bool = False,
     dropouts: dict[str, float] | None = None,
 ) -> ModelShape:
-    """Return a shape from its sites and other modules; containers and the number of parameters follow from them.
-
-    Args:
-        sizes: Sizes from the model's config.json.
-        architecture: Class of the model in transformers.
-        sites: Linear modules and embeddings, in model order.
-        others: Other modules with parameters, in model order.
-        gated: Whether the MLP is gated.
-        dropouts: Dropout rates, as in `ModelShape`.
-    """
+    """Return a shape from its sites and other modules; containers and the number of parameters follow from them."""
     owners = [s.path for s in sites] + [o.path for o in others]
     parents = {p.rsplit(".", n)[0] for p in owners for n in range(1, p.count(".") + 1)}
     return ModelShape(
@@ -469,16 +372,8 @@ LISTS = ("layers", "layer", "h")
 def replicated(shape: ModelShape, ranges: Sequence[tuple[int, int]] | None) -> ModelShape:
     """Return a model shape with replicated layers (`layer_replication`), which add sites but no weights.
 
-    Args:
-        shape: Shape of the model without replication.
-        ranges: Half-open ranges of original layers, which are concatenated to form the new layer list; if None or
-            empty, the shape is returned unchanged.
-
-    Returns:
-        The shape with the resulting layers; repeated layers share their weights.
-
-    Raises:
-        ConfigError: The shape has no supported layer list, or a range is out of bounds.
+    The layers of the half-open ranges follow each other; without ranges, the shape is returned unchanged. A ConfigError
+    if the shape has no supported layer list, or a range is out of bounds.
     """
     if not ranges:
         return shape

@@ -1,8 +1,7 @@
 """`LoraConfig` and its helper types. Field defaults and the scale formula are defined only here.
 
-Field names, defaults and the format of `adapter_config.json` follow PEFT, so configs are interchangeable with
-PEFT's. The constructor is strict; `read_config` is lenient and reports unknown keys. This package does not depend on
-models, target matching or tensors.
+Names, defaults and `adapter_config.json` follow PEFT. The constructor is strict; `read_config` is lenient and reports
+unknown keys.
 """
 
 from lorakit.config.lora import (

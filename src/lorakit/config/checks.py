@@ -21,16 +21,11 @@ Number = TypeVar("Number", int, float)
 
 
 def checked_class(given: object) -> type:
-    """Return an object's class to whoever asks for it, except to a TRL trainer that uses another package named peft.
+    """Return an object's class, except to the constructor of a TRL trainer that uses another peft: it gets a
+    UsageError.
 
     `isinstance` asks an object for `__class__` if the object is not an instance, so this is where a trainer that does
     not know the object is noticed; it would fail later, with a message that does not name the cause.
-
-    Args:
-        given: A config or a model of `lorakit.peft`, whose `__class__` is being read.
-
-    Raises:
-        UsageError: The constructor of a TRL trainer asks.
     """
     frame = sys._getframe(2)
     if frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("accelerate."):
@@ -48,11 +43,7 @@ def checked_class(given: object) -> type:
 
 
 def task(value: TaskType | str | None) -> TaskType | None:
-    """Return the task type with the given name; None stays None.
-
-    Raises:
-        ConfigError: The task type is unknown.
-    """
+    """Return the task type with the given name, None for None; a ConfigError suggests the most similar name."""
     try:
         return None if value is None else TaskType(value)
     except ValueError:
@@ -67,11 +58,7 @@ def task(value: TaskType | str | None) -> TaskType | None:
 
 
 def lora(value: Value) -> PeftType:
-    """Return `PeftType.LORA`, as PEFT does, but reject a value that names another method.
-
-    Raises:
-        ConfigError: The value names another method.
-    """
+    """Return `PeftType.LORA`, as PEFT does; a ConfigError for a value that names another method."""
     if value != PeftType.LORA and value in list(PeftType):
         raise ConfigError(
             f"peft_type is {value!r}; only LORA is supported.",
@@ -83,22 +70,14 @@ def lora(value: Value) -> PeftType:
 
 
 def names(field: str, value: Value) -> set[str] | str | None:
-    """Return a list of names as a set; a pattern or None is returned unchanged.
-
-    Raises:
-        ConfigError: The value is neither a list nor a pattern, or an entry is empty or not a string.
-    """
+    """Return a list of names as a set; a pattern or None is returned unchanged, and anything else is a ConfigError."""
     if value is None or (isinstance(value, str) and value):
         return value
     return set(_entries(field, value, "a list of names or one non-empty pattern"))
 
 
 def plain_list(field: str, value: Value) -> list[str] | None:
-    """Return a copy of a list of names.
-
-    Raises:
-        ConfigError: The value is a single string, or an entry is not a name.
-    """
+    """Return a copy of a list of names, or None; anything else is a ConfigError."""
     return None if value is None else _entries(field, value, f"a list of names, such as [{value!r}]")
 
 
@@ -114,12 +93,7 @@ def _entries(field: str, value: Value, rule: str) -> list[str]:
 
 
 def parameters(value: Value) -> list[str] | None:
-    """Return a copy of a list of parameter names.
-
-    Raises:
-        ConfigTypeError: The value is a single string.
-        ConfigError: An entry is not a name.
-    """
+    """Return a copy of a list of parameter names; a ConfigTypeError for a single string."""
     if isinstance(value, str):
         raise ConfigTypeError(
             f"`target_parameters` must be a list of strings or None. {value!r} was given.",
@@ -130,11 +104,7 @@ def parameters(value: Value) -> list[str] | None:
 
 
 def table(field: str, value: Mapping[str, Number] | None) -> dict[str, Number]:
-    """Return a copy of a mapping from patterns to numbers.
-
-    Raises:
-        ConfigError: The value is not a mapping, or a key is not a pattern.
-    """
+    """Return a copy of a mapping from patterns to numbers; a ConfigError for anything else."""
     if value is not None and not isinstance(value, Mapping):
         raise ConfigError.of(field, value, "a mapping from name patterns to numbers")
     for key in value or {}:
@@ -151,11 +121,7 @@ def init(value: bool | str | None) -> bool | str:
 
 
 def check_values(config: LoraConfig) -> None:
-    """Check each field on its own: ranks, alphas, dropout, and fields with a fixed set of values.
-
-    Raises:
-        ConfigError: A value is not a number, is out of range, or is not one of the allowed values.
-    """
+    """Raise a ConfigError if a rank, alpha or dropout is out of range, or a field has none of its allowed values."""
     for field, rank in {"r": config.r, **_by_key("rank_pattern", config.rank_pattern)}.items():
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ConfigError.of(field, rank, "an integer >= 1")
@@ -180,9 +146,7 @@ def _by_key(field: str, pattern: Mapping[str, float]) -> dict[str, float]:
 def check_inits(config: LoraConfig) -> None:
     """Check that the init has the settings that it needs, and warn about settings for other inits, which are ignored.
 
-    Raises:
-        ConfigError: The init is "loftq", but `loftq_config` is not set.
-        ConfigTypeError: `loftq_config` is neither a dict nor a `LoftQConfig`.
+    A ConfigError if "loftq" has no `loftq_config`, a ConfigTypeError if that is neither a dict nor a `LoftQConfig`.
     """
     settings = config.loftq_config
     if settings is not None and not isinstance(settings, (dict, LoftQConfig)):
@@ -215,11 +179,7 @@ def check_inits(config: LoraConfig) -> None:
 
 
 def check_together(config: LoraConfig) -> None:
-    """Check combinations of fields that require or exclude each other.
-
-    Raises:
-        ConfigError: A field is set without another field that it requires, or together with a field that it excludes.
-    """
+    """Raise a ConfigError if a field is set without another that it requires, or together with one that it excludes."""
     of_layers = [name for name in ("layers_to_transform", "layers_pattern") if getattr(config, name) is not None]
     if isinstance(config.target_modules, str) and of_layers:
         raise ConfigError(

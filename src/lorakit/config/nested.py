@@ -1,8 +1,4 @@
-"""Nested configs of `LoraConfig`: settings for inits and variants, with PEFT's names, defaults and checks.
-
-The classes only hold settings; `lorakit.core` applies the settings. `check_built` rejects unsupported features when a
-config is used.
-"""
+"""Nested configs of `LoraConfig`: settings for inits and variants, with PEFT's names, defaults and checks."""
 
 from __future__ import annotations
 
@@ -22,14 +18,8 @@ VELORA_STARTS = ("batch_average_once", "batch_average", "random")
 def restored(field: str, value: Part | Value, part: type[Part]) -> Part | None:
     """Return a nested config as an instance of its class; unknown keys in a dict are dropped.
 
-    Args:
-        field: The field that holds the nested config.
-        value: None, an instance, or a dict of its fields.
-        part: Class of the nested config.
-
-    Raises:
-        ConfigTypeError: The value has the wrong type.
-        ConfigError: A field of the nested config has a value that is not allowed.
+    A ConfigTypeError for a value that is neither None, an instance nor a dict of the fields, and the errors of the
+    class.
     """
     if value is None or isinstance(value, part):
         return value
@@ -243,13 +233,9 @@ class BdLoraConfig(_Typed):
         _at_least("nblocks", self.nblocks, 1, "must be at least 1")
 
     def side_of(self, path: str) -> str:
-        """Return which factor is block-diagonal at a site: "A", "B", or "" for neither.
+        """Return which factor is block-diagonal at a site: "A", "B", or "" for neither; a ConfigError for both.
 
-        Args:
-            path: Path of the site.
-
-        Raises:
-            ConfigError: The site matches both lists, or it matches neither and `match_strict` is set.
+        Neither is a ConfigError too if `match_strict` is set.
         """
         lists = {"A": self.target_modules_bd_a, "B": self.target_modules_bd_b}
         sides = [side for side, names in lists.items() if any(name in path for name in names or ())]
@@ -266,14 +252,7 @@ class BdLoraConfig(_Typed):
         return "".join(sides)
 
     def numbers_saved(self, path: str, rank: int, out_features: int, in_features: int) -> int:
-        """Return the number of elements of A and B at a site minus the number in plain LoRA; it is never positive.
-
-        Args:
-            path: Path of the site.
-            rank: Rank at the site.
-            out_features: Number of rows of the weight.
-            in_features: Number of columns of the weight.
-        """
+        """Return the number of elements of A and B at a site minus the number in plain LoRA; it is never positive."""
         side = self.side_of(path)
         whole, cut = {"A": (rank, in_features), "B": (out_features, rank)}.get(side, (0, 0))
         return whole * (cut // self.nblocks - cut)

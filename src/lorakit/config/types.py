@@ -111,14 +111,6 @@ HEADS_BY_TASK: Mapping[TaskType | str | None, tuple[str, ...]] = {
 def scale(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
     """Return the factor that multiplies B·A: alpha / r, or alpha / √r for rsLoRA.   [docs/math.md (3), (4)]
 
-    Args:
-        r: Rank, at least 1.
-        lora_alpha: Alpha at this site.
-        use_rslora: Whether to divide by the square root of the rank.
-
-    Returns:
-        The scale, a dimensionless number.
-
     Source:
         Hu et al. 2021, arXiv:2106.09685, section 4.1; Kalajdzievski 2023, arXiv:2312.03732, eq. (4).
     """
@@ -136,16 +128,7 @@ _PLAIN: Mapping[Hint, tuple[type | tuple[type, ...], str, str]] = {
 
 
 def check_types(config: Dataclass, leave: Collection[str] = ()) -> None:
-    """Check the fields of a dataclass against their annotations.
-
-    Args:
-        config: An instance of the dataclass.
-        leave: Names of fields to skip.
-
-    Raises:
-        ConfigTypeError: A field has the wrong type; the message gives the first such field, its value and the expected
-            type.
-    """
+    """Check the fields of a dataclass, except those to `leave`, against annotations, or raise a ConfigTypeError."""
     for name, hint in _hints(config.__class__).items():
         value = getattr(config, name)
         if name not in leave and not _fits(value, hint):
@@ -160,11 +143,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def plain(value: Value) -> Value:
-    """Convert a value for storage: numbers become Python ints or floats; ranges, arrays and generators become lists.
-
-    Args:
-        value: A field's value; lists, tuples, sets and dicts are copied, and their entries are converted.
-    """
+    """Copy a value for storage: numbers become Python ints or floats; ranges, arrays and generators become lists."""
     if value is None or isinstance(value, (bool, str, bytes)):
         return value
     if isinstance(value, (numbers.Integral, numbers.Real)):

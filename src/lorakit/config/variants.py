@@ -103,11 +103,7 @@ VARIANT_COSTS = (
 
 
 def check_method(config: LoraConfig, asked: str | None) -> None:
-    """Check that a config selects the variant whose `peft_type` it has.
-
-    Raises:
-        ConfigError: It does not, so its tensors would be read as those of another variant.
-    """
+    """Raise a ConfigError if a config has the `peft_type` of another variant, as which its tensors would be read."""
     costs = next((costs for costs in VARIANT_COSTS if costs.peft_type and costs.peft_type == asked), None)
     if costs is not None and not getattr(config, costs.field):
         raise ConfigError(

@@ -1,8 +1,4 @@
-"""Contracts: what the fast path of a module assumes, compared before each call.
-
-A contract lists dictionary entries, functions and variables of enclosing functions whose values were seen when the
-fast path was admitted. This Python module does not depend on any particular fast path.
-"""
+"""Contracts: what the fast path of a module assumes, compared before each call."""
 
 from __future__ import annotations
 
@@ -38,9 +34,7 @@ CONTENTS = operator.attrgetter("cell_contents")
 
 @dataclass(frozen=True, eq=False)
 class Contract:
-    """Values that a fused `forward` relies on.
-
-    Settings are compared by type and value; all other values are compared by identity.
+    """Values that a fused `forward` relies on: settings are compared by type and value, all others by identity.
 
     Attributes:
         present: Dictionary entries that must not change, by dictionary.
@@ -86,12 +80,7 @@ class Contract:
 
 
 def contract_of(facts: Sequence[Fact], functions: Sequence[FunctionType]) -> Contract:
-    """Group facts by dictionary; of equal keys, the last counts.
-
-    Args:
-        facts: Dictionary entries that must not change.
-        functions: Functions whose code, defaults and closures must not change.
-    """
+    """Group facts by dictionary, of equal keys the last, and keep the code, defaults and closures of functions."""
     tables: dict[int, tuple[Mapping[str, object], dict[str, object]]] = {}
     for table, name, value in facts:
         tables.setdefault(id(table), (table, {}))[1][name] = value
@@ -109,12 +98,7 @@ def contract_of(facts: Sequence[Fact], functions: Sequence[FunctionType]) -> Con
 
 
 def facts_of(module: nn.Module, identities: Identities) -> Iterator[Fact]:
-    """Yield the dictionary entries that a module's own `forward` depends on, apart from its children.
-
-    Args:
-        module: A module that is not an adapter layer.
-        identities: What each module computes.
-    """
+    """Yield the dictionary entries that a module's own `forward` depends on, apart from its children."""
     found, own = identities.of(module), vars(module)
     yield from found.facts
     for name, value in own.items():

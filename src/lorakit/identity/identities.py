@@ -1,8 +1,7 @@
 """Identify what a module class computes: a digest of its `forward` and of everything that `forward` resolves.
 
-Two classes with the same digest run the same code, whatever their names are. transformers copies the code of many
-models from others, so one digest often covers several architectures and releases. A fused `forward` runs only for
-classes whose digests are listed in `lorakit.architectures.known_forwards`.
+Two classes with the same digest run the same code, whatever their names are; transformers copies the code of many
+models from others. A fused `forward` runs only for classes whose digests `lorakit.architectures.known_forwards` lists.
 
 The digest covers the `forward` of a class, the methods that it calls on the module, and the functions, constants and
 attention implementations in transformers that these read as globals or closures. It covers neither torch nor child
@@ -72,11 +71,7 @@ KNOWN = (
 
 
 class Unknown(Exception):
-    """The source that a class runs cannot be determined.
-
-    Attributes:
-        why: Short reason.
-    """
+    """The source that a class runs cannot be determined, for the short reason `why`."""
 
     def __init__(self, why: str) -> None:
         super().__init__(why)
@@ -99,12 +94,10 @@ class Identity:
 
     Attributes:
         digest: 16 hexadecimal digits, or "" if the class cannot be identified.
-        why: Short reason if there is no digest.
         functions: Dict from the qualified name of each function in transformers to the hash of its source.
         reads: Attributes and string constants in these functions: among them are all attributes that they read.
         fields: Config fields that these functions read.
         facts: Dictionary entries that these functions were resolved from.
-        live: The functions.
     """
 
     digest: str = ""
@@ -117,33 +110,21 @@ class Identity:
 
 
 class Identities:
-    """Identities of the modules of one model.
-
-    Attributes:
-        tables: Dict from a class to a view of its attributes.
-    """
+    """Identities of the modules of one model; `tables` has a view of each class's attributes."""
 
     def __init__(self) -> None:
         self.tables: dict[type, Mapping[str, Any]] = {}
         self._known: dict[tuple[type[nn.Module], tuple[tuple[str, object], ...]], Identity] = {}
 
     def of(self, module: nn.Module) -> Identity:
-        """Return what a module computes: that of its class, and of the functions that it stores as attributes.
-
-        Args:
-            module: Any module; for a replacement, the result is that of the original.
-        """
+        """Return what a module, or a replacement's original, computes: its class, and functions in its attributes."""
         kind = original_class(module)
         base = self.of_class(kind)
         stored = [(name, value) for name, value in vars(module).items() if is_stored_function(base, name, value)]
         return self._of(kind, tuple(sorted(stored))) if stored else base
 
     def of_forward(self, kind: type[nn.Module]) -> Identity:
-        """Return what the `forward` of a model class computes itself, apart from the functions that it calls.
-
-        Args:
-            kind: A class whose `forward` always runs, and of whose code only the last part is bypassed.
-        """
+        """Return what a model class's `forward`, of which only the end is bypassed, computes apart from its calls."""
         found = Identity()
         owner = next(owner for owner in kind.__mro__ if "forward" in vars(owner))
         found.facts.append(self.fact(owner, "forward"))
@@ -161,21 +142,12 @@ class Identities:
         return found
 
     def fact(self, owner: type, name: str) -> Fact:
-        """Return the entry of an attribute in the dictionary of a class.
-
-        Args:
-            owner: The class.
-            name: Name of the attribute.
-        """
+        """Return the entry of an attribute in the dictionary of a class."""
         table = self.tables.setdefault(owner, vars(owner))  # each call of vars returns a new view of a class
         return table, name, table[name]
 
     def of_function(self, function: object) -> Identity:
-        """Return what a function computes.
-
-        Args:
-            function: A function from transformers.
-        """
+        """Return what a function from transformers computes."""
         found = Identity()
         try:
             found.digest = _digest(_Resolver(nn.Module, found, self).value("function", function))
@@ -184,11 +156,7 @@ class Identities:
         return found
 
     def of_class(self, kind: type[nn.Module]) -> Identity:
-        """Return what a module class computes.
-
-        Args:
-            kind: A module class; not the class of a replacement.
-        """
+        """Return what a module class, not that of a replacement, computes."""
         return self._of(kind, ())
 
     def _of(self, kind: type[nn.Module], stored: tuple[tuple[str, object], ...]) -> Identity:
@@ -207,22 +175,12 @@ class Identities:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class of a module or, if the module is a replacement, the class of the original.
-
-    Args:
-        module: Any module.
-    """
+    """Return the class of a module or, if the module is a replacement, the class of the original."""
     return getattr(type(module), MARK, type(module))
 
 
 def is_stored_function(found: Identity, name: str, value: object) -> bool:
-    """Return whether an attribute of a module is a function that the module's source may call.
-
-    Args:
-        found: Identity of the module's class.
-        name: Name of the attribute.
-        value: Its value.
-    """
+    """Return whether an attribute of a module is a function that its class's source may call."""
     is_function = callable(value) and not isinstance(value, (nn.Module, type))
     return is_function and name in found.reads and name not in SET_FOR_CHECKPOINTING
 
@@ -235,9 +193,6 @@ class _Resolver:
     """Follow the functions that a class runs.
 
     Attributes:
-        kind: The class.
-        found: Record of what was followed.
-        cache: The identities of the model.
         digests: Dict from the id of a function to its digest; "…" while the function is being followed.
     """
 
@@ -264,16 +219,7 @@ class _Resolver:
         return ";".join(made)
 
     def value(self, name: str, value: Any, attributes: frozenset[str] = frozenset()) -> str:
-        """Return a text that identifies a value.
-
-        Args:
-            name: Name under which a function reads the value.
-            value: The value.
-            attributes: Attributes that the function reads from the value.
-
-        Raises:
-            Unknown: The value cannot be identified.
-        """
+        """Return a text that identifies a value read as `name`, of which `attributes` are read, or raise `Unknown`."""
         if isinstance(value, (staticmethod, classmethod, MethodType)):
             value = value.__func__
         if isinstance(value, FunctionType):
@@ -396,10 +342,7 @@ def _dicts_of(registry: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _resolved(function: FunctionType, names: frozenset[str]) -> Iterator[tuple[str, Any, Mapping[str, Any] | None]]:
-    """Yield (name, value, dictionary) for each closure and global that a function reads.
-
-    The dictionary of a closure is None.
-    """
+    """Yield (name, value, dictionary) for each closure, whose dictionary is None, and global that a function reads."""
     code = function.__code__
     closure = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
     for name in names - {*code.co_varnames, *code.co_cellvars}:
@@ -411,11 +354,7 @@ def _resolved(function: FunctionType, names: frozenset[str]) -> Iterator[tuple[s
 
 
 def contents_of(cell: CellType) -> object:
-    """Return the value of a variable that a function refers to in an enclosing one, or MISSING if it has none.
-
-    Args:
-        cell: Item of the function's `__closure__`.
-    """
+    """Return the value of a variable of an enclosing function, an item of `__closure__`, or MISSING if it has none."""
     try:
         return cell.cell_contents
     except ValueError:
@@ -431,11 +370,7 @@ def _name_of(function: FunctionType) -> str:
 def package_of(value: type | Callable[..., Any]) -> str:
     """Return the top-level package in which a class or function was defined, or "" if unknown.
 
-    A function's globals are used instead of its `__module__`, because a decorator copies the `__module__` of the
-    function that it wraps.
-
-    Args:
-        value: A class, or any callable.
+    A function's globals are used instead of its `__module__`, which a decorator copies from the function that it wraps.
     """
     if isinstance(value, type):
         return value.__module__.partition(".")[0]

@@ -1,12 +1,10 @@
 """Read the source of a live function: its syntax tree, a hash of the tree, and the names that the tree reads.
 
-The hash covers everything that affects what a function computes when it is called. It does not cover comments,
-docstrings, annotations, decorators, or the function's own name. (A decorator's effect is visible in the live object: a
-wrapper is a function of its own, with its own source.) The hash is the same in every Python version.
+The hash covers what a call computes, not comments, docstrings, annotations, decorators or the function's own name; a
+decorator's wrapper is a function of its own. It is the same in every Python version.
 
 Source that does not match the live code is rejected: the source is compiled again, and the two code objects are
-compared. A function that was assembled at runtime, or whose file has changed since it was imported, therefore has no
-readable source.
+compared. A function that was assembled at runtime, or whose file has changed since its import, has no readable source.
 """
 
 from __future__ import annotations
@@ -47,7 +45,6 @@ class Source:
     """Source of a function.
 
     Attributes:
-        hash: Hash of what a call computes.
         variables: Names of the variables that are read.
         attributes: The attributes that are read from variables, as (variable, attribute); `super()` is a variable.
         words: All attributes and string constants. Among them are the names of all attributes that the function reads,
@@ -63,11 +60,7 @@ class Source:
 
 
 def source_of(function: FunctionType) -> Source | None:
-    """Return the source of a function, or None if it is not available or does not match the live code.
-
-    Args:
-        function: A function written in Python.
-    """
+    """Return the source of a Python function, or None if it is not available or does not match the live code."""
     imported = frozenset(name for name in function.__code__.co_names if _is_imported(function.__globals__, name))
     code = function.__code__
     return _source(code, code.co_filename, code.co_firstlineno, function.__qualname__, imported)
@@ -88,11 +81,7 @@ def _source(code: CodeType, file: str, line: int, qualified: str, imported: froz
 
 
 def hash_of(definition: Definition) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 hash of a function's parameters and body.
-
-    Args:
-        definition: Syntax tree of the function.
-    """
+    """Return the first 16 hexadecimal digits of the SHA-256 hash of a function's parameters and body."""
     text = _text(definition.args) + _text(_without_docstring(definition.body))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -158,8 +147,8 @@ def _is_super(node: ast.expr) -> bool:
 def _is_compiled_from(code: CodeType, definition: Definition, qualified: str, imported: frozenset[str]) -> bool:
     """Return whether compiling a definition, in scopes like the original ones, gives the code of a live function.
 
-    A compiler may treat names that the file imports differently from others, so a few lines are not enough if it is not
-    clear which names are imported. If the code differs, the whole file is therefore compiled.
+    A compiler may treat imported names differently from others. If the code differs, the whole file is therefore
+    compiled.
     """
     outside = qualified.split(".")[-2:-1]
     holder = outside[0] if outside and outside[0].isidentifier() else "Holder"  # private names contain the class's name

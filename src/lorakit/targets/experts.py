@@ -55,16 +55,7 @@ class _Found:
 def with_current_names(
     config: LoraConfig, model_type: str, candidates: Sequence[Candidate], parameters: Sequence[BareParameter]
 ) -> LoraConfig:
-    """Return a config whose targets are modules and parameters of transformers 5.
-
-    Args:
-        config: The config; it is not modified.
-        model_type: The model's `model_type`.
-        candidates: Every named module of the model, in order.
-        parameters: Every named parameter of the model, in order.
-
-    Returns:
-        The config itself if it needs no conversion.
+    """Return a config whose targets are modules and parameters of transformers 5: itself if it needs no conversion.
 
     Raises:
         ConfigError: Only one of the parts of a fused parameter is named, or only some experts; or the config names both
@@ -90,15 +81,7 @@ def with_current_names(
 
 
 def with_routers_as_parameters(config: LoraConfig, model_type: str, parameters: Sequence[BareParameter]) -> LoraConfig:
-    """Return a config that targets the weights of routers that return tuples, instead of the modules.
-
-    The product of A and B cannot be added to a tuple.
-
-    Args:
-        config: The config; it is not modified.
-        model_type: The model's `model_type`.
-        parameters: Every named parameter of the model, in order.
-    """
+    """Return a config that targets the weights, not the modules, of routers that return tuples, which take no B·A."""
     name, wanted = TUPLE_ROUTER_BY_TYPE.get(model_type), config.target_modules
     if name is None or not wanted or isinstance(wanted, str):
         return config
@@ -118,15 +101,7 @@ def with_fused_targets(
     modules: Collection[str],
     parameters: Sequence[BareParameter],
 ) -> LoraConfig:
-    """Return a config that targets given parameters and modules; no pattern of the config is evaluated.
-
-    Args:
-        config: The config; it is not modified.
-        layout: Names of transformers 4 in the model's architecture.
-        parts: Path of a parameter -> old names of its parts.
-        modules: The new `target_modules`.
-        parameters: Every named parameter of the model, in order.
-    """
+    """Return a config that targets parameters, by their old names, and modules; no pattern is evaluated."""
     plain = dataclasses.replace(config, exclude_modules=None, layers_to_transform=None, layers_pattern=None)
     made = _converted(layout, plain, _Found(dict(parts), modules=set(modules)), _held(layout, parameters))
     return dataclasses.replace(
@@ -266,12 +241,7 @@ def _check_numbers(path: str, old: str, numbers: Collection[int], experts: int) 
 
 
 def parts_at(layout: ExpertsLayout, path: str) -> tuple[str, ...]:
-    """Return the old names of the modules that a parameter consists of, in the order of its rows.
-
-    Args:
-        layout: Names in the model's architecture.
-        path: Dotted path of the parameter, which must be one of experts or of a router.
-    """
+    """Return the old names of the modules in a parameter of experts or a router, in the order of its rows."""
     return next(layout.parts(new) for new in layout.parameters.values() if names_path(new, path))
 
 
@@ -315,14 +285,8 @@ def note_on_rest(
 
     With default targets or "all-linear", these are all other matrices except embeddings and the output head, which
     "all-linear" never selects. With names, they are the modules that still have a name that now stands for experts.
-
-    Args:
-        given: The config as given.
-        config: The config with the targets that apply.
-        candidates: Every named module of the model.
-        parameters: Every named parameter of the model that has two or three axes.
-        found: The resolution of `config`.
-        total: Number of parameters of the model.
+    `given` are the original targets; `parameters` are those with two or three axes, and `total` is the size of the
+    model.
     """
     if not any(len(p.shape) == 3 and (p.experts or p.name != "weight") for p in parameters):
         return None

@@ -1,8 +1,4 @@
-"""Names of the layer types that LoRA supports, for code that handles shapes without torch.
-
-The entries in `lorakit.core.kinds.KINDS` have the same names. Code that has a `Kind` object uses the attributes of that
-object instead of these names.
-"""
+"""Names of the layer types in `lorakit.core.kinds.KINDS`, for code that handles shapes without torch."""
 
 from __future__ import annotations
 

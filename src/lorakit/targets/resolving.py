@@ -2,12 +2,11 @@ r"""Match a config's targets against the module and parameter paths of a model o
 
 The rules are PEFT's. A list entry is a path or a dotted suffix of one; a string is a regular expression that must match
 the whole path; "all-linear" selects every dense layer except the output head. `exclude_modules` takes precedence.
-`target_parameters` takes paths or dotted suffixes, never a pattern. This module works only with names, kinds and sizes
-and does not import torch.
+`target_parameters` takes paths or dotted suffixes, never a pattern.
 
-In PEFT's files, the keys of `rank_pattern` and `alpha_pattern` are regular expressions. Evaluating a regular expression
-from an untrusted file could take hours, so lorakit never evaluates one. In files, only plain names are supported: a
-path, a dotted suffix of a path, `^` followed by a full path, or `.*\.` followed by a dotted suffix of a path.
+In PEFT's files, the keys of `rank_pattern` and `alpha_pattern` are regular expressions. Evaluating one from an
+untrusted file could take hours, so only plain names are supported in files: a path, a dotted suffix of a path, `^`
+followed by a full path, or `.*\.` followed by a dotted suffix of a path.
 """
 
 from __future__ import annotations
@@ -34,9 +33,7 @@ class Candidate:
     """A module that a target entry may name.
 
     Attributes:
-        path: Dotted path in the model.
         kind: Kind of site ("Linear", "Conv1D", "Embedding", ...), or None if LoRA does not support the module.
-        type_name: Class name of the module, for messages.
         dense: Whether "all-linear" selects the module (a dense layer that is not the output head).
         out_features: Output width, or 0 if the module has none.
         in_features: Input width (for an embedding, the number of embeddings), or 0 if the module has none.
@@ -56,8 +53,6 @@ class BareParameter:
 
     Attributes:
         module: Path of the module that holds the parameter; "" for the model itself.
-        name: Name of the parameter in that module.
-        shape: Shape of the parameter.
         experts: Number of experts of the module, as transformers sets it; 0 if there are none.
     """
 
@@ -77,8 +72,6 @@ class Match:
     """A module or parameter that the config targets, with its rank and alpha.
 
     Attributes:
-        path: Dotted path of the module.
-        kind: The kind of site.
         rank: Rank at this site, after applying `rank_pattern`.
         alpha: Alpha at this site, after applying `alpha_pattern`.
         entry: The config entry that matches the module or parameter.
@@ -98,8 +91,6 @@ class Unmatched:
     """A config entry that matches nothing.
 
     Attributes:
-        field: The config field that contains the entry, such as "target_modules".
-        entry: The entry, as given in the config.
         text: Message about the entry, which suggests similar names.
     """
 
@@ -113,12 +104,7 @@ class Unmatched:
 
 @dataclass(frozen=True)
 class Note:
-    """A remark for the user.
-
-    Attributes:
-        kind: Subject of the remark: "several_modules", "large_rank", or a subject that another package defines.
-        text: Text of the remark.
-    """
+    """A remark for the user; its kind is "several_modules", "large_rank", or a subject that another package defines."""
 
     kind: str
     text: str
@@ -135,7 +121,6 @@ class Resolution:
         matches: The targeted sites, in model order.
         saved: Paths of the modules that `modules_to_save` or the task type selects.
         missing: Config entries that match nothing; empty unless partial matches are allowed.
-        notes: Remarks for the user, for example about a name that matches different modules.
     """
 
     matches: tuple[Match, ...]
@@ -151,16 +136,10 @@ def resolve(
     allow_partial: bool = False,
     parameters: Sequence[BareParameter] | None = None,
 ) -> Resolution:
-    """Find the sites that a config targets.
+    """Find the sites that a config targets, at least one.
 
-    Args:
-        candidates: Every named module of the model, in order, including containers.
-        config: The config; it is not modified.
-        allow_partial: Whether to return unmatched entries in `missing` instead of raising an error.
-        parameters: Every named parameter of the model, in order; if None, `target_parameters` is ignored.
-
-    Returns:
-        The resolution; `matches` is never empty.
+    The candidates and parameters are all named ones of the model, in order, with containers. Without parameters,
+    `target_parameters` is ignored. `allow_partial` returns unmatched entries in `missing` instead of raising an error.
 
     Raises:
         NoTargetError: No target modules were found in the model.
@@ -214,12 +193,7 @@ def _matcher(name: str, value: Collection[str] | str) -> Callable[[Candidate], s
 
 
 def saved_modules(candidates: Sequence[Candidate], config: LoraConfig) -> tuple[list[str], list[Unmatched]]:
-    """Return the paths that `modules_to_save` or the task type selects, and the unmatched entries of `modules_to_save`.
-
-    Args:
-        candidates: As in `resolve`.
-        config: The config.
-    """
+    """Return the paths that `modules_to_save` or the task type selects, and the entries that match nothing."""
     heads = HEADS_BY_TASK.get(config.task_type, ())
     asked = [entry for entry in config.modules_to_save or [] if entry not in heads]
     paths = [c.path for c in candidates if any(names_path(entry, c.path) for entry in (*asked, *heads))]
@@ -235,15 +209,9 @@ def saved_modules(candidates: Sequence[Candidate], config: LoraConfig) -> tuple[
 def targeted_parameters(
     parameters: Sequence[BareParameter], config: LoraConfig, saved: Collection[str] = ()
 ) -> list[Match]:
-    """Return the parameters that `target_parameters` names by a path or a dotted suffix.
+    """Return the parameters that `target_parameters` names by a path or a dotted suffix, except those in saved modules.
 
-    Args:
-        parameters: Every named parameter of the model, in the order of definition.
-        config: The config; it is not modified.
-        saved: Paths of modules saved in full; parameters inside them are skipped.
-
-    Raises:
-        TargetError: A targeted parameter belongs to the top-level module, or does not have two or three axes.
+    A TargetError if one belongs to the top-level module, or does not have two or three axes.
     """
     inside = tuple(path + "." for path in saved)
     matches = []
@@ -308,14 +276,7 @@ def _targeted(candidates: Sequence[Candidate], config: LoraConfig, saved: Sequen
 
 
 def selects(config: LoraConfig) -> Callable[[Candidate], bool]:
-    """Return a function that tells whether a module is in the selected layers and not excluded.
-
-    Args:
-        config: The config; only `exclude_modules`, `layers_to_transform` and `layers_pattern` are used.
-
-    Raises:
-        ConfigError: `exclude_modules` or an entry of `layers_pattern` is not a valid regular expression.
-    """
+    """Return a function that tells whether a module is in the selected layers and not excluded."""
     excluded = _matcher("exclude_modules", config.exclude_modules) if config.exclude_modules else lambda _: None
     in_layer = _layer_filter(config)
     return lambda candidate: excluded(candidate) is None and in_layer(candidate.path)
@@ -358,16 +319,7 @@ def _unmatched(
 
 
 def unfitting_keys(field: str, keys: Collection[str], paths: Sequence[str]) -> list[Unmatched]:
-    """Return the patterns that match none of the adapted modules, with similar names as suggestions.
-
-    Args:
-        field: Field that holds the patterns, such as "rank_pattern".
-        keys: The patterns.
-        paths: Dotted paths of the adapted modules.
-
-    Raises:
-        ConfigError: A key is not a valid regular expression.
-    """
+    """Return the patterns of a field that match none of the adapted modules, with similar names as suggestions."""
     unmatched = []
     for key in keys:
         if not any(key_fits(key, path) for path in paths):
@@ -468,51 +420,24 @@ def names_path(entry: str, path: str) -> bool:
 
 
 def first_match(pattern: Mapping[str, T], path: str, default: T) -> T:
-    """Return the value of the first pattern that matches a path or a dotted suffix of the path.
-
-    Args:
-        pattern: Dict from regular expressions to values; the regular expressions are tried in order.
-        path: Dotted path of a site.
-        default: The value to return if no pattern matches.
-
-    Raises:
-        ConfigError: A key is not a valid regular expression.
-    """
+    """Return the value of the first pattern, a regular expression, that matches a path or a dotted suffix of it."""
     return next((value for key, value in pattern.items() if key_fits(key, path)), default)
 
 
 def key_fits(key: str, path: str) -> bool:
-    """Return whether a key of `rank_pattern` or `alpha_pattern` matches a path.
-
-    Raises:
-        ConfigError: The key is not a valid regular expression.
-    """
+    """Return whether a key of `rank_pattern` or `alpha_pattern` matches a path."""
     return compiled(rf"(.*\.)?({key})", "rank_pattern or alpha_pattern", key).fullmatch(path) is not None
 
 
 def exact_key(path: str, paths: Iterable[str]) -> str:
-    """Return a key for `rank_pattern` that matches this path and no other, without special characters if possible.
-
-    Args:
-        path: One of the paths.
-        paths: Paths of all sites.
-    """
+    """Return a key for `rank_pattern` that matches only this one of the paths, if possible a plain one."""
     escaped = re.escape(path).replace("\\-", "-")  # names in files must not contain escaped hyphens
     plain = escaped.replace("\\.", ".") == path and all(p == path or not key_fits(path, p) for p in paths)
     return path if plain else f"^{escaped}"
 
 
 def compiled(pattern: str, where: str, given: str | None = None) -> re.Pattern[str]:
-    """Compile a pattern.
-
-    Args:
-        pattern: A regular expression.
-        where: The field that holds the pattern.
-        given: The pattern as the user wrote it, if it differs from `pattern`.
-
-    Raises:
-        ConfigError: The pattern is not a valid regular expression.
-    """
+    """Compile a pattern of the field `where`, written by the user as `given`; a ConfigError if it is not valid."""
     try:
         return re.compile(pattern)
     except re.error as cause:
@@ -530,25 +455,12 @@ _PLAIN = re.compile(r"(?:\^|\.\*\\\.)?(?:[A-Za-z0-9_\-]|\\?\.)+\$?")
 
 
 def literal_value(patterns: Mapping[str, float], path: str, default: float) -> float:
-    """Return the value of the first pattern that names a path.
-
-    Args:
-        patterns: Dict from patterns, which must be plain names, to values; the patterns are tried in order.
-        path: Path of a site.
-        default: The value to return if no pattern names the path.
-
-    Raises:
-        PatternError: A pattern is not a plain name.
-    """
+    """Return the value of the first pattern, a plain name, that names a path; otherwise the default."""
     return next((value for pattern, value in patterns.items() if names(pattern, path)), default)
 
 
 def names(pattern: str, path: str) -> bool:
-    """Return whether a plain-name pattern matches a path.
-
-    Raises:
-        PatternError: The pattern is not a plain name.
-    """
+    """Return whether a plain-name pattern matches a path; a PatternError if it is not a plain name."""
     if not _PLAIN.fullmatch(pattern):
         raise PatternError(
             f"{pattern!r} is a regular expression, and regular expressions from files are never evaluated. Use names "

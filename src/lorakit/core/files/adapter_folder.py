@@ -55,10 +55,8 @@ class Sidecar:
     """Contents of `lorakit.json`; the fields keep their defaults if there is no such file.
 
     Attributes:
-        present: Whether the file exists.
         weights_sha256: SHA-256 of the weights file and, in format 1, also of the weights file that it replaced.
         config_sha256: SHA-256 of the config file.
-        base: Fingerprint of the base, or None.
         sites: Dict from site path to the site's rank and alpha, with the keys "r" and "lora_alpha".
         facts: All other values, such as training metadata.
         began: The initial state of an adapter whose init modified the base; empty for other adapters.
@@ -82,10 +80,6 @@ class AdapterFiles:
     """The contents of an adapter's directory.
 
     Attributes:
-        folder: The directory.
-        config: The config.
-        file: The contents of the weights file.
-        sidecar: The contents of `lorakit.json`.
         config_is_ours: Whether the config file is byte for byte the one written with the weights.
         warnings: Messages for the user.
         made: Whether the adapter was built in memory rather than read from disk; if so, an all-zero update is accepted.
@@ -122,10 +116,7 @@ class AdapterFiles:
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
-    """Read and verify the files of an adapter; no model is needed.
-
-    Args:
-        folder: A directory written by PEFT or lorakit, or a run directory.
+    """Read and verify the files of an adapter, in its directory or a run directory; no model is needed.
 
     Raises:
         AdapterFileError: A file is missing, damaged, or in a format that is never loaded, such as pickle.
@@ -187,13 +178,8 @@ def _unwrapped(file: TensorFile) -> TensorFile:
 def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) -> float:
     """Return a site's alpha: from `lorakit.json` if that file describes this config, otherwise from the config.
 
-    Args:
-        files: The adapter's files.
-        path: The site's path on disk.
-        pattern_path: The path to match against `alpha_pattern`, if different from `path`.
-
-    Raises:
-        AdapterFileError: Alpha depends on a regular expression; regular expressions are not evaluated.
+    The config's pattern is matched with `pattern_path`, by default the path on disk, and raises an AdapterFileError if
+    it is a regular expression.
     """
     if files.config_is_ours and path in files.sidecar.sites:
         return float(files.sidecar.sites[path]["lora_alpha"])
@@ -208,12 +194,7 @@ def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) ->
 def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
     """Return the targeted parameters that a site on disk may refer to, sorted; empty if the module itself is a target.
 
-    The files name modules, not individual parameters. Only the model shows which parameter a tensor belongs to, because
-    that depends on the order in which the module defines its parameters.
-
-    Args:
-        config: The adapter's config.
-        path: The site's path on disk.
+    Only the model shows which of them a tensor belongs to: the order in which the module defines them decides.
     """
     module, targets = path.partition(INSIDE)[0], config.target_modules
     if not isinstance(targets, str) and any(names_path(entry, module) for entry in targets or ()):
@@ -224,15 +205,10 @@ def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
 
 
 def rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, float | None]:
-    """Return a site's rank and alpha, or `rows` and None if the rank and alpha are unknown.
+    """Return a site's rank and alpha, or `rows` and None if they are unknown, for A with `rows` rows.
 
-    In an adapter that PEFT wrote, the rank and alpha of a directly targeted parameter are known only if
-    `rank_pattern` and `alpha_pattern` give the same values for all parameters that the site may refer to.
-
-    Args:
-        files: The adapter's files.
-        path: The site's path on disk.
-        rows: Number of rows in the site's A: the rank, or the rank times the number of experts.
+    In an adapter that PEFT wrote, those of a directly targeted parameter are known only if the patterns give the same
+    values for all parameters that the site may refer to.
     """
     config = files.config
     known = files.sidecar.sites.get(path) if files.config_is_ours else None
@@ -256,9 +232,6 @@ class SavedAdapter:
     """Result of saving an adapter.
 
     Attributes:
-        folder: The adapter's directory.
-        files: Names of the files written.
-        weights_bytes: Size of the weights file in bytes.
         weights_sha256: SHA-256 of the weights file, which identifies the adapter regardless of its name.
     """
 
@@ -273,22 +246,9 @@ def write_files(
 ) -> SavedAdapter:
     """Write an adapter's files; a crash leaves the old adapter, the new one, or a directory that cannot be loaded.
 
-    The directory is swapped with a complete new one, so that old and new files never mix. If the directory cannot be
-    swapped, the files are replaced one by one, in an order such that `lorakit.json` always shows which files belong
-    together.
-
-    Args:
-        folder: The directory; created if missing. Other files in it are kept.
-        config: Content of `adapter_config.json`.
-        weights: Content of `adapter_model.safetensors`.
-        about: Additional values for `lorakit.json`: base, sites and metadata.
-        initial: Content of `lorakit_initial.safetensors`; None removes the file.
-
-    Returns:
-        A description of the files written.
-
-    Raises:
-        DiskError: The disk is full, or writing fails.
+    The directory is swapped with a complete new one, so that old and new files never mix. If that cannot be done, the
+    files are replaced one by one, such that `lorakit.json` always shows which files belong together. Other files are
+    kept. Without `initial`, `lorakit_initial.safetensors` is removed.
     """
     files = {CONFIG_FILE: config, WEIGHTS_FILE: weights, **({} if initial is None else {INITIAL_FILE: initial})}
     last = {SIDECAR_FILE: sidecar_bytes(about, config, weights), **({INITIAL_FILE: None} if initial is None else {})}
@@ -302,14 +262,7 @@ def write_files(
 def sidecar_bytes(
     about: Mapping[str, JsonValue], config: bytes, weights: bytes, replaces: JsonObject | None = None
 ) -> bytes:
-    """Return the content of `lorakit.json`.
-
-    Args:
-        about: Additional values: base, sites and metadata.
-        config: Content of `adapter_config.json`.
-        weights: Content of `adapter_model.safetensors`.
-        replaces: The result of `replaced_files` if files are being replaced one by one, otherwise None.
-    """
+    """Return the content of `lorakit.json`, with the result of `replaced_files` if files are replaced one by one."""
     values: JsonObject = {
         **about,
         "format_version": FORMAT_VERSION,
@@ -321,11 +274,7 @@ def sidecar_bytes(
 
 
 def replaced_files(folder: Path) -> JsonObject:
-    """Return a record of the files about to be replaced: the SHA-256 of each, and the old `lorakit.json`.
-
-    Args:
-        folder: The directory; `files` in the result is empty if the directory does not contain a complete adapter.
-    """
+    """Return a record of the files to be replaced: the SHA-256 of each (none if incomplete), and `lorakit.json`."""
     try:
         values, _ = _valid_values(folder)
         before = {name: durable.sha256_file(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
@@ -389,11 +338,7 @@ def _first_factors(values: JsonObject) -> dict[str, str]:
 
 
 def _checked(path: Path, value: JsonValue) -> JsonObject:
-    """Check that a value is a JSON object in a known format, with a valid seal if the format has one.
-
-    Raises:
-        AdapterFileError: The value fails a check, or its format is newer than this version of lorakit can read.
-    """
+    """Check that a value is a JSON object in a known format, with a valid seal if the format has one."""
     values = _table(value)
     version = values.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -438,12 +383,7 @@ def _parsed(path: Path, values: JsonObject, interrupted: bool) -> Sidecar:
 
 
 def _doubt(sidecar: Sidecar, file: TensorFile, path: Path) -> str | None:
-    """Return the reason why the weights cannot be verified, or None if lorakit wrote them and they are unchanged.
-
-    Raises:
-        AdapterFileError: lorakit wrote the weights, but they were changed later or do not belong to this
-            `lorakit.json`.
-    """
+    """Return why the weights cannot be verified, or None if lorakit wrote them and they are unchanged."""
     written = file.metadata.get(METADATA_KEY, "")
     if sidecar.present and written.isdecimal() and int(written) > sidecar.format_version:
         raise file_error(

@@ -1,7 +1,6 @@
 """Inspect an adapter's files without a model, and report the config, the sites with their norms, and any findings.
 
-A finding is a property that is valid but implausible, or a value that is not finite. Loading an adapter reports
-findings as warnings or errors; inspecting an adapter lists the same messages.
+A finding is a property that is valid but implausible, or a value that is not finite; loading warns of it or rejects it.
 """
 
 from __future__ import annotations
@@ -60,7 +59,6 @@ class Finding:
         where: Affected sites, or tensor names for "nonfinite" and "large_values"; empty if the finding concerns the
             whole adapter.
         value: The value at the first entry in `where`, the name of an unknown initialization method, or None.
-        text: The message for the user.
     """
 
     kind: str
@@ -74,13 +72,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Site:
-    """The properties of a site that are known without a model.
-
-    Attributes:
-        path: The site's path on disk.
-        alpha: The site's alpha, or None if unknown.
-        scale: The site's effective scale, or None if unknown.
-    """
+    """The properties of a site on disk that are known without a model; alpha and scale are None if unknown."""
 
     path: str
     alpha: float | None
@@ -88,16 +80,7 @@ class Site:
 
 
 def judge(config: LoraConfig, sites: Sequence[Site], largest: Mapping[str, float]) -> tuple[Finding, ...]:
-    """Return a finding for each implausible property of an adapter.
-
-    Args:
-        config: The adapter's config.
-        sites: The adapter's sites.
-        largest: Name on disk -> largest magnitude in that tensor, as returned by `largest_values`.
-
-    Returns:
-        The findings; empty for a plausible adapter.
-    """
+    """Return a finding for each implausible property of an adapter, given the result of `largest_values`."""
     found = [
         _zero(sites, largest) if all(variant.parts.uses_factors for variant in variants_of(config)) else None,
         nonfinite(largest),
@@ -127,13 +110,8 @@ def not_finite(folder: Path, finding: Finding) -> AdapterFileError:
 def implausible(folder: str | Path, findings: Sequence[Finding], may_be_zero: bool = False) -> tuple[str, ...]:
     """Return a tuple with one message that lists all findings, or an empty tuple if there are no findings.
 
-    Zero updates at only some sites do not cause a warning: they are normal for experts that no token reached, and for
-    adapters extracted from a model in which only some weights changed. `inspect_adapter` still lists them.
-
-    Args:
-        folder: The adapter's directory.
-        findings: The result of `judge`.
-        may_be_zero: Whether a zero update is plausible, for example because the adapter will be trained.
+    A zero update is plausible if `may_be_zero`, and at only some sites: experts that no token reached, or weights that
+    did not change before an extraction. `inspect_adapter` still lists them.
     """
     ignored = {PARTLY_ZERO, ZERO} if may_be_zero else {PARTLY_ZERO}
     messages = [str(finding) for finding in findings if finding.kind not in ignored]
@@ -211,12 +189,9 @@ class SiteSummary:
     """One site of an adapter on disk.
 
     Attributes:
-        path: The site's path on disk.
         r: Rank; for several experts in one parameter, the rank of each expert.
         lora_alpha: Alpha, or None if it depends on a regular expression.
         scale: Effective scale, or None if alpha is None.
-        in_features: Number of columns in A.
-        out_features: Number of rows in B.
         norm: Frobenius norm of scale·B·A (of B·A if the scale is unknown).
         experts: Number of experts whose factors are in A and B; 0 for a single matrix.
     """
@@ -236,14 +211,7 @@ class AdapterSummary:
     """An adapter on disk.
 
     Attributes:
-        folder: The adapter's directory.
-        config: The adapter's config.
-        sites: The adapter's sites, sorted by path.
         parameters: Number of elements in all tensors.
-        weights_bytes: Size of the weights file in bytes.
-        weights_sha256: SHA-256 of the weights file.
-        base: Fingerprint of the base, or None.
-        facts: Metadata in `lorakit.json`.
         findings: Messages about what looks wrong; empty for a healthy adapter.
         judged: Findings about values, scales and the initialization method; `findings` includes their messages.
     """
@@ -261,13 +229,7 @@ class AdapterSummary:
 
 
 def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
-    """Read an adapter's files and check the adapter's health.
-
-    Args:
-        folder: A directory written by PEFT or lorakit.
-
-    Returns:
-        The summary; `findings` reports zero updates, NaN values, implausible scales and changed files.
+    """Read an adapter's files and report zero updates, NaN values, implausible scales and changed files.
 
     Raises:
         AdapterFileError: A file is missing or damaged.
@@ -294,18 +256,7 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
 
 
 def judge_files(files: AdapterFiles, allow: Collection[str] = ()) -> tuple[Finding, ...]:
-    """Return findings about an adapter whose tensors are used without `load_adapter`.
-
-    Args:
-        files: The adapter's files.
-        allow: Checks to override; only "nonfinite" is recognized.
-
-    Returns:
-        The findings that `AdapterSummary.judged` would contain.
-
-    Raises:
-        AdapterFileError: The adapter contains NaN or infinite values, and "nonfinite" is not allowed.
-    """
+    """Return the findings of `AdapterSummary.judged`; an AdapterFileError for NaN or infinity, unless allowed."""
     pairs, _ = _pairs(files.file.tensors)
     sites = [_known_site(files, path, A)[1] for path, (A, _) in pairs.items()]
     found = judge(files.config, sites, largest_values(files.file.tensors))
@@ -316,12 +267,7 @@ def judge_files(files: AdapterFiles, allow: Collection[str] = ()) -> tuple[Findi
 
 
 def delta_norm(A: Tensor, B: Tensor) -> float:
-    """Return the Frobenius norm of B·A without computing the product: √ trace((BᵀB)(AAᵀ)).   [docs/math.md (9)]
-
-    Args:
-        A: (r, in).
-        B: (out, r).
-    """
+    """Return the Frobenius norm of B (out, r) · A (r, in), which is √ trace((BᵀB)(AAᵀ)).   [docs/math.md (9)]"""
     A, B = A.double().flatten(1), B.double().flatten(1)
     return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
 

@@ -1,8 +1,7 @@
 """Read and write safetensors files; a file is checked completely before tensors are created.
 
-The checks cover the header: its size and the number of tensors must be within limits, names must be unique, dtypes must
-be supported, and the tensors must fill the file exactly. Files are read into memory and never memory-mapped, so that
-later changes to a file have no effect.
+The checks cover the header: size, number of tensors, unique names, dtypes, and that the tensors fill the file exactly.
+Files are never memory-mapped, so that later changes have no effect.
 """
 
 from __future__ import annotations
@@ -35,8 +34,6 @@ class TensorFile:
     Attributes:
         tensors: Name -> tensor (…) on the CPU.
         metadata: The strings in the header's `__metadata__`.
-        sha256: SHA-256 of the whole file.
-        size_bytes: Size of the whole file in bytes.
     """
 
     tensors: dict[str, Tensor]
@@ -51,15 +48,7 @@ def file_error(path: str | os.PathLike[str], problem: str) -> AdapterFileError:
 
 
 def encode(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """Encode tensors as a safetensors file; the same content always gives the same bytes.
-
-    Args:
-        tensors: Name -> tensor (…) on any device.
-        metadata: The strings to store in the header.
-
-    Returns:
-        The contents of the whole file, as bytes.
-    """
+    """Encode tensors, on any device, as a safetensors file; the same content always gives the same bytes."""
     own = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
     return _in_order(safetensors.torch.save(own, metadata))
 
@@ -76,19 +65,7 @@ def _in_order(data: bytes) -> bytes:
 
 
 def read_tensors(path: str | os.PathLike[str], max_bytes: int = MAX_FILE_BYTES) -> TensorFile:
-    """Read an adapter's safetensors file.
-
-    Args:
-        path: The file.
-        max_bytes: Maximum accepted file size in bytes.
-
-    Returns:
-        The file's tensors, metadata and SHA-256.
-
-    Raises:
-        AdapterFileError: The file is missing or not a regular file, or its content is damaged or implausible; the
-            message says what is wrong and where.
-    """
+    """Read an adapter's safetensors file; an AdapterFileError says what is missing or damaged, and where."""
     data = read_bytes(path, max_bytes)
     header, start = _header(path, data)
     metadata = header.pop("__metadata__", {})

@@ -1,7 +1,4 @@
-"""Build and parse the names of an adapter's tensors on disk: `base_model.model.` + site path + ending.
-
-The names are the same as PEFT's. Only this module builds names (for saving) and parses them (for loading).
-"""
+"""Build and parse the names of an adapter's tensors on disk, which are PEFT's: `base_model.model.` + path + ending."""
 
 from __future__ import annotations
 
@@ -33,12 +30,7 @@ T = TypeVar("T")
 
 
 class Key(NamedTuple):
-    """A parsed tensor name.
-
-    Attributes:
-        path: Path of the site on disk.
-        part: "A", "B", "bias", or the `held_as` name of one of the variant's extra tensors.
-    """
+    """A parsed tensor name; `part` is "A", "B", "bias", or the `held_as` name of one of the variant's extra tensors."""
 
     path: str
     part: str
@@ -79,15 +71,7 @@ def part_names(kind: Kind, variant: Variant) -> dict[str, str]:
 
 
 def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, Tensor]:
-    """Return all tensors that an adapter trains, keyed by name on disk.
-
-    Args:
-        model: The adapted model, or its index.
-        adapter: The adapter's name.
-
-    Returns:
-        A dict from name to tensor (…), sorted by name. The tensors are the model's, not copies.
-    """
+    """Return all tensors (…) that an adapter trains, not copied, keyed by and sorted by name on disk."""
     index = AdapterIndex.of(model)
     found: dict[str, Tensor] = {}
     on_disk = paths_on_disk(index, adapter)
@@ -99,12 +83,7 @@ def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, 
 
 
 def inside(path: str, depths: Mapping[str, int]) -> str:
-    """Convert a path in the plain base to PEFT's form, which adds `.base_layer` for each layer that wraps a module.
-
-    Args:
-        path: The path in the plain base.
-        depths: Path of each adapted module -> number of layers that wrap it.
-    """
+    """Convert a path in the plain base to PEFT's form, which adds `.base_layer` for each layer that wraps a module."""
     words, where = path.split("."), ""
     for end, word in enumerate(words, 1):
         where += ("." if where else "") + word + INSIDE * depths.get(".".join(words[:end]), 0)

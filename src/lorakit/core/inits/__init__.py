@@ -1,9 +1,8 @@
 """`INITS`, the table of initializations for a new adapter's factors.
 
-Each entry has a function that computes A and B from an `InitContext`. Most entries fill one factor and leave the other
-(the kind's `zero_side`) at zero, so that a new adapter does not change the output. Others move part of the base weight
-into A and B and leave the residual in the base; in that case, the layer also keeps the original weight. Factors are
-created on the device of their site, in fp32 or wider.
+Most entries fill one factor and leave the other (the kind's `zero_side`) at zero, so that a new adapter does not change
+the output. Others move part of the base weight into A and B; the layer then keeps the original weight and the residual.
+Factors are created on the device of their site, in fp32 or wider.
 """
 
 from __future__ import annotations
@@ -49,11 +48,7 @@ INITS: tuple[Init, ...] = (
 
 
 def init_named(name: bool | str) -> Init:
-    """Return the entry for a value of `init_lora_weights`.
-
-    Raises:
-        ConfigError: No init has this name; the message suggests the most similar name.
-    """
+    """Return the entry for a value of `init_lora_weights`; a ConfigError suggests the most similar name."""
     for init in INITS:
         if init.name is name or (isinstance(name, str) and init.name == name.lower()):
             return init
@@ -78,16 +73,7 @@ def known_init(config: LoraConfig) -> Init | None:
 
 
 def init_for(name: bool | str, kind: Kind, path: str) -> Init:
-    """Return the entry for a value of `init_lora_weights` at a site.
-
-    Args:
-        name: The value of `init_lora_weights`.
-        kind: The kind of the site.
-        path: Path of the site, for error messages.
-
-    Raises:
-        ConfigError: No init has this name, or the init does not support this kind.
-    """
+    """Return the entry for a value of `init_lora_weights` at a site; a ConfigError if it does not support the kind."""
     init = init_named(name)
     what, field = f"init_lora_weights={name!r}", "init_lora_weights"
     check_fits(init.fits, kind, path, what=what, field=field, advice=f"set {field} to True")

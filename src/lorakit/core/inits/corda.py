@@ -1,7 +1,4 @@
-"""CorDA: initialize A and B from the decomposition of W·C, where C is the covariance of the inputs.
-
-The adapter starts from the singular vectors of W·C with the largest or the smallest singular values.
-"""
+"""CorDA: initialize A and B by the largest or smallest singular directions of W·C, with the inputs' covariance C."""
 
 from __future__ import annotations
 
@@ -26,9 +23,6 @@ def _digest(context: InitContext, statistics: InputMoments) -> dict[str, Tensor]
     """Return the r directions that the config's method selects: U (out, r), S (r,) and Vh = Vᵀ·C⁻¹ (r, n).
 
     The covariance C (n, n) is Σ x·xᵀ over the inputs of one call, averaged over all calls.
-
-    Raises:
-        ConfigError: `corda_method` is unknown.
     """
     C = statistics.second_moment() * (statistics.rows / statistics.calls)
     method = (context.config.corda_config or CordaConfig()).corda_method
@@ -46,14 +40,9 @@ def _digest(context: InitContext, statistics: InputMoments) -> dict[str, Tensor]
 
 
 def decomposed(W: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Decompose W·C = U·S·Vᵀ, so that W = U·S·(Vᵀ·C⁻¹); C is damped until it is invertible.
+    """Decompose W·C = U·S·Vᵀ into U (out, k), S (k,) and Vᵀ·C⁻¹ (k, n), largest singular values first.
 
-    Args:
-        W: (out, n).
-        C: (n, n), symmetric, positive semidefinite.
-
-    Returns:
-        U (out, k), S (k,) and Vᵀ·C⁻¹ (k, n), sorted by singular value, largest first.
+    C (n, n), symmetric and positive semidefinite, is damped until it is invertible.
     """
     wide = torch.float64 if C.device.type != "mps" else torch.float32  # MPS has no float64
     C = C.to(wide)

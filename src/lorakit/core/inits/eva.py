@@ -1,7 +1,4 @@
-"""EVA initializes A with principal directions of the site's inputs.
-
-Ranks are redistributed across sites, in favor of sites whose directions explain the most variance.
-"""
+"""EVA: initialize A with principal directions of the inputs, and move ranks to sites where they explain the most."""
 
 from __future__ import annotations
 
@@ -17,12 +14,7 @@ from lorakit.core.linalg import Principal
 
 
 class InputMoments(Protocol):
-    """Moments of a site's inputs, collected by `lorakit.core.statistics`.
-
-    Attributes:
-        rows: Number of input rows.
-        calls: Number of module calls that supplied the rows.
-    """
+    """Moments of a site's inputs, collected by `lorakit.core.statistics`: `rows` inputs of `calls` calls."""
 
     rows: int
     calls: int

@@ -21,18 +21,9 @@ class InitContext:
     """The site whose factors an init creates, and the data that the init may use.
 
     Attributes:
-        kind: The kind of the site.
-        spec: Shape and layout of the site's weight.
-        r: Rank.
         scale: alpha / r, or alpha / √r for rsLoRA.
-        A_shape: Shape of A, (r, in) at a dense site.
-        B_shape: Shape of B, (out, r) at a dense site.
-        device: Device of A and B.
-        dtype: dtype of A and B.
-        path: Path of the site, for messages.
         read: Function that returns the canonical base weight.
         config: The adapter's config, which contains the settings of the init.
-        generator: Random generator, or None for torch's default generator.
         statistics: Dict from names to tensors (…) that `Init.digest` computed for this site; None if there is no data.
     """
 
@@ -53,12 +44,8 @@ class InitContext:
     def matrices(self, requirement: str = "") -> Tensor:
         """Return the base weight as g matrices, (g, out, n): one matrix, or one per expert; n includes the kernel size.
 
-        Args:
-            requirement: See `check_rank`.
-
-        Raises:
-            ConfigError: The weight belongs to a grouped convolution, contains NaN or infinite values, or has fewer
-                singular directions than the rank.
+        A ConfigError if the weight belongs to a grouped convolution, is not finite, or has fewer directions than the
+        rank.
         """
         self.check_ungrouped()
         W = self.read()
@@ -70,11 +57,7 @@ class InitContext:
         return W
 
     def check_ungrouped(self) -> None:
-        """Reject a grouped convolution.
-
-        Raises:
-            ConfigError: The site is a grouped convolution.
-        """
+        """Raise a ConfigError if the site is a grouped convolution."""
         if self.spec.groups > 1:
             raise self.error(
                 f"init_lora_weights={self.config.init_lora_weights!r} does not support a convolution with "
@@ -84,15 +67,7 @@ class InitContext:
             )
 
     def check_rank(self, most: int, requirement: str = "") -> None:
-        """Reject a rank that is larger than the number of available directions.
-
-        Args:
-            most: The largest possible rank.
-            requirement: First part of the error message, stating what the init requires; "" selects a default text.
-
-        Raises:
-            ConfigError: r is larger than `most`.
-        """
+        """Raise a ConfigError, which begins with `requirement`, if the rank exceeds the number of directions."""
         if self.r > most:
             needs = requirement or f"init_lora_weights={self.config.init_lora_weights!r} needs at least r directions"
             raise self.error(
@@ -103,14 +78,7 @@ class InitContext:
             )
 
     def check_collected(self, rank: float) -> None:
-        """Reject statistics that were collected for another rank.
-
-        Args:
-            rank: The rank for which the statistics were collected.
-
-        Raises:
-            ConfigError: r differs from `rank`.
-        """
+        """Raise a ConfigError if statistics were collected for another rank."""
         if rank != self.r:
             raise self.error(
                 f"the statistics were collected for rank {rank:g}, but r is {self.r}. Collect the statistics "
@@ -120,15 +88,7 @@ class InitContext:
             )
 
     def in_layout(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Convert the factors of the g matrices (see `matrices`) to the site's layout and dtype.
-
-        Args:
-            A: (g, r, n).
-            B: (g, out, r).
-
-        Returns:
-            A (r, in) and B (out, r) at a dense site; convolutions and experts use the layout of their kind.
-        """
+        """Convert the factors A (g, r, n) and B (g, out, r) of the g `matrices` to the site's layout and dtype."""
         if self.spec.experts:
             B = B.permute(1, 2, 0)
         return (
@@ -137,11 +97,7 @@ class InitContext:
         )
 
     def collected(self) -> Mapping[str, Tensor]:
-        """Return this site's statistics as a dict from name to tensor (…) on the site's device.
-
-        Raises:
-            ConfigError: No statistics were collected for this site.
-        """
+        """Return this site's statistics as a dict from name to tensor (…) on its device, or raise a ConfigError."""
         if self.statistics is None:
             raise self.error(
                 f"init_lora_weights={self.config.init_lora_weights!r} needs data, but nothing was collected for this "
@@ -151,23 +107,15 @@ class InitContext:
         return {name: tensor.to(self.device) for name, tensor in self.statistics.items()}
 
     def error(self, message: str, *, what: str | int | None = None, field: str | None = None) -> ConfigError:
-        """Return an error about this site.
-
-        Args:
-            message: The problem; the site's path is prepended.
-            what: The invalid value.
-            field: The config field.
-        """
+        """Return an error about this site, whose path is prepended to the message."""
         return ConfigError(f"{self.path}: {message}", what=what, where=self.path, field=field)
 
 
 @dataclass(frozen=True)
 class InitResult:
-    """The initial factors, and a new base weight if the init computes one.
+    """The initial A, (r, in) at a dense site, and B, (out, r), and a new base weight if the init computes one.
 
     Attributes:
-        A: (r, in) at a dense site.
-        B: (out, r) at a dense site.
         W: The canonical weight that replaces the base weight. If it is None and the init changes the base, s·B·A is
             subtracted from the base weight instead.
     """
@@ -183,7 +131,6 @@ class Init:
 
     Attributes:
         name: The value of `init_lora_weights` that selects the init.
-        fill: Function that creates A and B.
         fits: Function that returns whether the init supports a kind. Only `every_kind` accepts user-defined kinds.
         changes_base: Whether the init replaces the base weight W. The new weight is W − s·B·A, unless `fill` returns
             another weight.
@@ -225,32 +172,17 @@ def normal(context: InitContext, shape: Shape, std: float) -> Tensor:
 
 
 def uniform(context: InitContext, shape: Shape, fan_in: int | None = None) -> Tensor:
-    """Return a tensor of the given shape, such as (r, in), with values drawn uniformly within ±1/√fan_in.
-
-    Args:
-        context: The site.
-        shape: Shape of the tensor.
-        fan_in: Number of inputs; by default, the product of all axes except the first.
-    """
+    """Return a tensor such as (r, in), uniform within ±1/√fan_in; by default, the product of all axes but the first."""
     bound = 1.0 / math.sqrt(fan_in or math.prod(shape[1:]))
     values = torch.empty(shape, device=context.device, dtype=context.dtype)
     return values.uniform_(-bound, bound, generator=context.generator)
 
 
 def balanced(context: InitContext, U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A = √(S/|s|)·Vh and B = ±U·√(S/|s|) for the first r directions, so that s·B·A = U·S·Vh.
+    """Return A = √(S/|s|)·Vh (g, r, n) and B = ±U·√(S/|s|) (g, out, r) for the first r directions, so that s·B·A =
+    U·S·Vh.
 
-    Args:
-        context: The site; s is its scale.
-        U: (g, out, k), with k at least r.
-        S: Nonnegative, (g, k).
-        Vh: (g, k, n).
-
-    Returns:
-        A (g, r, n) and B (g, out, r).
-
-    Raises:
-        ConfigError: The scale is zero.
+    U is (g, out, k), S (g, k), nonnegative, and Vh (g, k, n), with k at least r. A ConfigError if the scale s is zero.
     """
     if context.scale == 0:
         raise context.error("the scale is 0, so B·A cannot represent part of the base. Set a nonzero lora_alpha.")
@@ -260,11 +192,6 @@ def balanced(context: InitContext, U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Te
 
 
 def fresh_bias(context: InitContext, random: bool) -> Tensor:
-    """Return the initial bias of B, (out,): zeros, or random values as in a dense layer with r inputs.
-
-    Args:
-        context: The site.
-        random: Whether to draw random values, for an init that changes the output.
-    """
+    """Return the initial bias of B, (out,): zeros, or random values as in a dense layer with r inputs."""
     shape = (context.spec.out_features,)
     return uniform(context, shape, context.r) if random else zeros(context, shape)

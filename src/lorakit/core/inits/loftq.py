@@ -1,7 +1,6 @@
 """LoftQ: the base is rounded to a quantization grid, and the adapter starts as an approximation of the rounding error.
 
-Two grids are supported: QLoRA's NF4 grid, and int8 with one scale per row. Both are computed from formulas, and rounded
-weights stay dense, so no quantization package is needed.
+The grids are QLoRA's NF4 grid, and int8 with one scale per row. Rounded weights stay dense.
 """
 
 from __future__ import annotations
@@ -22,13 +21,7 @@ OFFSET = 0.9677083
 
 
 def normal_float(device: torch.device | None = None) -> Tensor:
-    """Return the 16 NF4 levels: normal quantiles scaled to [−1, 1], including 0.   [docs/math.md (66)]
-
-    Args:
-        device: Device of the result.
-
-    Returns:
-        (16,), ascending, fp32.
+    """Return the 16 NF4 levels (16,): ascending normal quantiles scaled to [−1, 1], including 0.   [docs/math.md (66)]
 
     Source:
         Dettmers et al. 2023, arXiv:2305.14314, eq. (4) and appendix E: 8 levels above zero, 7 below.
@@ -40,14 +33,7 @@ def normal_float(device: torch.device | None = None) -> Tensor:
 
 
 def on_normal_float(W: Tensor) -> Tensor:
-    """Round W to the NF4 grid; each block of 64 values, in row-major order, is scaled by its largest magnitude.
-
-    Args:
-        W: (…, n), fp32 or wider.
-
-    Returns:
-        The rounded weight, with the shape and dtype of W.
-    """
+    """Round W (…, n) to the NF4 grid; each 64 values, in row-major order, are scaled by their largest magnitude."""
     flat = W.flatten()
     lack = -len(flat) % BLOCK
     blocks = torch.nn.functional.pad(flat, (0, lack)).view(-1, BLOCK)
@@ -59,14 +45,7 @@ def on_normal_float(W: Tensor) -> Tensor:
 
 
 def on_int8(W: Tensor) -> Tensor:
-    """Round W to int8; each row is scaled by its largest magnitude and rounded to 255 evenly spaced levels.
-
-    Args:
-        W: (…, n), fp32 or wider.
-
-    Returns:
-        The rounded weight, with the shape and dtype of W.
-    """
+    """Round W (…, n) to int8; each row is scaled by its largest magnitude and rounded to 255 evenly spaced levels."""
     scales = W.abs().amax(-1, keepdim=True)
     return (W * (127 / scales.clamp_min(torch.finfo(W.dtype).tiny))).round() * scales / 127
 
@@ -94,21 +73,12 @@ def _loftq(context: InitContext) -> InitResult:
 
 
 def residual_factors(context: InitContext, lost: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A (g, r, n) and B (g, out, r) such that s·B·A best approximates a quantization error.
-
-    Args:
-        context: The site.
-        lost: The quantization error, (g, out, n).
-    """
+    """Return A (g, r, n) and B (g, out, r) such that s·B·A best approximates a quantization error (g, out, n)."""
     return balanced(context, *torch.linalg.svd(lost, full_matrices=False))
 
 
 def _settings(context: InitContext) -> tuple[int, int]:
-    """Return the number of bits and the number of iterations from `loftq_config`.
-
-    Raises:
-        ConfigError: `loftq_bits` is neither 4 nor 8, or `loftq_iter` is not an integer >= 1.
-    """
+    """Return the number of bits and the number of iterations from `loftq_config`."""
     config = context.config.loftq_config
     given = config if isinstance(config, dict) else vars(config)
     bits, steps = given.get("loftq_bits", 4), given.get("loftq_iter", 1)

@@ -25,11 +25,7 @@ class GradientMoments(Protocol):
 
 
 def settings_of(context: InitContext) -> LoraGAConfig:
-    """Return the config's LoRA-GA settings, or PEFT's defaults if it has none.
-
-    Raises:
-        ConfigError: A setting has an invalid value.
-    """
+    """Return the config's LoRA-GA settings, or PEFT's defaults; a ConfigError if a setting is invalid."""
     settings = context.config.lora_ga_config or LoraGAConfig()
     for field, value, known in (("direction", settings.direction, DIRECTIONS), ("scale", settings.scale, SCALES)):
         if value not in known:
@@ -38,12 +34,7 @@ def settings_of(context: InitContext) -> LoraGAConfig:
 
 
 def _digest(context: InitContext, statistics: GradientMoments) -> dict[str, Tensor]:
-    """Return U (out, 2r), S (2r,) and Vh (2r, n): the top 2r singular vectors and values of the mean gradient.
-
-    Raises:
-        ConfigError: The gradient has fewer than 2r singular values, a setting has an invalid value, or the site is a
-            grouped convolution.
-    """
+    """Return U (out, 2r), S (2r,) and Vh (2r, n): the top 2r singular vectors and values of the mean gradient."""
     settings_of(context)
     context.check_ungrouped()
     G = context.kind.flat_weight(context.spec, statistics.mean())

@@ -1,10 +1,7 @@
 """Inits that use a decomposition of W: PiSSA, OLoRA, and MiCA.
 
-PiSSA: the adapter starts as the best rank-r approximation of W, and the base becomes the residual.
-
-OLoRA: the adapter starts from the QR decomposition of W, and the base becomes the residual.
-
-MiCA: B is frozen at the left singular vectors of W with the smallest singular values, and only A is trained.
+PiSSA and OLoRA start at the best rank-r approximation and the QR decomposition of W; the base becomes the residual.
+MiCA freezes B at the left singular vectors of W with the smallest singular values.
 """
 
 from __future__ import annotations
@@ -32,15 +29,8 @@ def _pissa(context: InitContext) -> InitResult:
 
 
 def sketched(context: InitContext, W: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the leading singular vectors and values with a random sketch and power iterations.
-
-    Args:
-        context: The site, which supplies the rank and the random generator.
-        W: (g, out, n).
-        iterations: Number of power iterations; each improves the accuracy.
-
-    Returns:
-        U (g, out, k), S (g, k), Vh (g, k, n), with k slightly larger than the rank.
+    """Return about r leading singular directions of W (g, out, n) by a random sketch: U (g, out, k), S (g, k), Vh
+    (g, k, n).
 
     Source:
         Halko et al. 2011, arXiv:0909.4061, algorithms 4.4 and 5.1.

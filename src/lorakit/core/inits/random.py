@@ -1,7 +1,4 @@
-"""Inits that use neither data nor the base weight: Kaiming, Gaussian, fully random, and orthogonal.
-
-In the orthogonal init, both factors are random, but their product is zero.
-"""
+"""Inits that use neither data nor the base weight: Kaiming, Gaussian, fully random, and orthogonal (B·A is zero)."""
 
 from __future__ import annotations
 
@@ -48,10 +45,7 @@ RANDOM = Init(False, _random, fits=every_kind, is_identity=False, takes_any_shap
 
 
 def discard_first_draws(context: InitContext) -> None:
-    """Draw the values that PEFT's modules of A and B receive before they are initialized (see `Init.draws_again`).
-
-    Nothing is drawn if the factors are not on the CPU, where PEFT draws all its values.
-    """
+    """Draw the values that PEFT's modules, on the CPU, get for A and B before initialization (`Init.draws_again`)."""
     if context.device.type == "cpu":
         _random(context)
         if context.config.lora_bias:

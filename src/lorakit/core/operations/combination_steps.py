@@ -1,7 +1,4 @@
-"""The steps of the combination types: prune a tensor, weight tensors, elect signs, and average the values that agree.
-
-`combination_types` composes these steps; `lorakit.peft.utils.merge_utils` offers them one by one.
-"""
+"""The steps of the combination types: prune a tensor, weight tensors, elect signs, average the values that agree."""
 
 from __future__ import annotations
 
@@ -10,12 +7,7 @@ from torch import Tensor
 
 
 def keep_largest(tensor: Tensor, density: float) -> Tensor:
-    """Return a tensor (any shape) whose smallest values are set to zero.
-
-    Args:
-        tensor: The tensor, of any shape.
-        density: Fraction of the values to keep, in [0, 1].
-    """
+    """Return a tensor (any shape) in which only the fraction `density` of the values, the largest, is not zero."""
     largest = tensor.abs().flatten().topk(int(density * tensor.numel()), sorted=False).indices
     kept = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device).index_fill(0, largest, True)
     return tensor * kept.view(tensor.shape)
@@ -24,13 +16,9 @@ def keep_largest(tensor: Tensor, density: float) -> Tensor:
 def keep_random(
     tensor: Tensor, density: float, *, rescale: bool = True, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Return a copy of a tensor (any shape) with a random part of its values set to zero.
+    """Return a tensor (any shape) in which each value is kept with the probability `density`, and others are zero.
 
-    Args:
-        tensor: The tensor, of any shape.
-        density: Probability with which each value is kept, in [0, 1].
-        rescale: Whether to divide the kept values by the density, which preserves the mean.
-        generator: Random generator, or None for torch's default generator on the CPU.
+    `rescale` divides the kept values by the density, which preserves the mean. The generator is one of the CPU.
     """
     chances = torch.full(tensor.shape, density, dtype=tensor.dtype)
     kept = tensor * torch.bernoulli(chances, generator=generator).to(tensor.device)
@@ -43,22 +31,15 @@ def weighted(stack: Tensor, weights: Tensor) -> Tensor:
 
 
 def has_elected_sign(stack: Tensor, majority: str) -> Tensor:
-    """Return which values of stacked tensors (n, …) have the sign that is elected at their position.
+    """Return which values of stacked tensors (n, …) have the sign that is elected at their position, as booleans (n,
+    …).
 
-    Args:
-        stack: The stacked tensors, (n, …).
-        majority: "total" elects the sign of the sum, "frequency" the sign that most values have; a tie elects +.
-
-    Returns:
-        Booleans, (n, …).
+    "total" elects the sign of the sum, "frequency" the sign that most values have; a tie elects +.
     """
     votes = (stack if majority == "total" else stack.sign()).sum(0)
     return stack.sign() == torch.where(votes >= 0, 1.0, -1.0).to(stack.dtype)
 
 
 def mean_of_agreeing(stack: Tensor, agreeing: Tensor) -> Tensor:
-    """Return the sum (…) of the values in stacked tensors (n, …) that agree, divided by their number or by 1.
-
-    The division is in fp32 or wider.
-    """
+    """Return the sum (…) of the agreeing values in (n, …), divided by their number or by 1, in fp32 or wider."""
     return (stack * agreeing).sum(0) / agreeing.sum(0).clamp(min=1.0)

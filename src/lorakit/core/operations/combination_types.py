@@ -1,11 +1,8 @@
 """The eleven combination types, under PEFT's names, with their options and their arithmetic.
 
-A type consists of up to three steps: prune each tensor, elect signs, and add the tensors up. Types without "svd" in
-their names apply the steps to A and B separately; types with "svd" apply them to the update B·A and decompose the
-result.
-
-For trainable tokens, the changes to the base embedding rows are combined. A trained row replaces the base row, so the
-change is the difference between the two rows.
+A type has up to three steps: prune each tensor, elect signs, and add the tensors up. Types with "svd" apply them to the
+update B·A and decompose the result, others to A and B separately. Of trainable tokens, which replace base rows, the
+differences from the base rows are combined.
 """
 
 from __future__ import annotations
@@ -117,18 +114,9 @@ class CombinationType:
 def added_up(
     tensors: Sequence[Tensor], weights: Sequence[float], way: CombinationType, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Prune tensors of the same shape, elect signs, and add the tensors up.   [docs/math.md (55), (56)]
+    """Prune tensors of the same shape (any shape), elect signs, and add the tensors up.   [docs/math.md (55), (56)]
 
     A negative weight negates its tensor before the election, so a subtracted tensor votes for the opposite sign.
-
-    Args:
-        tensors: One tensor per adapter, of any shape; all must have the same shape.
-        weights: One weight per adapter.
-        way: The combination type.
-        generator: Random generator for pruning, or None for torch's default generator.
-
-    Returns:
-        One tensor with the shape of the inputs.
 
     Source:
         Ilharco et al. 2022, arXiv:2212.04089 (task arithmetic); Yadav et al. 2023, arXiv:2306.01708 (TIES);
@@ -165,11 +153,7 @@ RowReading = Callable[[str, Sequence[int]], Tensor]
 
 
 def check_same_rows(adapters: Sequence[AdapterWeights]) -> None:
-    """Check that all adapters with trainable tokens train the same tokens.
-
-    Raises:
-        AdapterError: Two adapters train different tokens.
-    """
+    """Raise an AdapterError if two adapters train different tokens."""
     rows = {
         a.label: a.config.as_json()["trainable_token_indices"] for a in adapters if a.config.trainable_token_indices
     }
@@ -183,11 +167,7 @@ def check_same_rows(adapters: Sequence[AdapterWeights]) -> None:
 
 
 def row_reader(model: nn.Module | AdapterIndex) -> RowReading:
-    """Return a function that reads base embeddings from a model with or without adapters.
-
-    Args:
-        model: The model, or its index; it is not modified.
-    """
+    """Return a function that reads base embeddings from a model with or without adapters."""
     index = AdapterIndex.of(model)
 
     def at(path: str, indices: Sequence[int]) -> Tensor:
@@ -210,16 +190,9 @@ def row_reader(model: nn.Module | AdapterIndex) -> RowReading:
 def combined_rows(
     adapters: Sequence[AdapterWeights], weights: Sequence[float], reading: RowReading | None
 ) -> dict[str, Tensor]:
-    """Combine the embedding rows of adapters that train the same tokens.   [docs/math.md (59)]
+    """Combine the embedding rows (n, d) of adapters that train the same tokens, by name on disk.   [docs/math.md (59)]
 
-    Args:
-        adapters: Adapters that `check_same_rows` accepts; some may train no tokens.
-        weights: One weight per adapter.
-        reading: Function that reads base embeddings, or None. The base embeddings are needed only if the weights of the
-            adapters that train the same embedding module do not add up to 1.
-
-    Returns:
-        Dict from name on disk to combined rows, (n, d), for each embedding module that several adapters train.
+    The base embeddings are read only if the weights of the adapters that train a module do not add up to 1.
 
     Raises:
         AdapterError: The base rows are needed, but `reading` is None.

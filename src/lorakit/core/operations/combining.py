@@ -1,11 +1,9 @@
 """Combine adapters into one: weighted sums, differences and means, with PEFT's eleven combination types.
 
-At each site, the adapters' effects, weight · scale · B·A, are combined. The result has scale 1 everywhere, so that its
-effect is exactly the combination, whatever the adapters' ranks, alphas and rsLoRA settings. Dense products are formed
-only if the factors do not suffice. If a variant's update is more than B·A, the variant defines how such updates are
-added (`Variant.combine`), and the base model is required. Adapters of other variants are first reduced to A and B
-(`Variant.factors`), and their sum is plain LoRA. If one parameter holds several experts, each expert is combined as if
-it were a separate site.
+At each site, the effects weight · scale · B·A are combined, for experts separately. The result has scale 1 everywhere,
+so its effect is exactly the combination, whatever the ranks, alphas and rsLoRA settings. A variant whose update is more
+than B·A defines how such updates are added (`Variant.combine`), which needs the base model. Other variants are first
+reduced to A and B (`Variant.factors`), and their sum is plain LoRA.
 """
 
 from __future__ import annotations
@@ -54,17 +52,10 @@ def combine(
     *,
     way: CombinationType | str = "svd",
 ) -> OperationReport:
-    """Combine adapters of a model into a new adapter, which is frozen and inactive.
+    """Combine adapters of a model into a frozen, inactive one, and report each site's deviation from the exact weighted
+    sum.
 
-    Args:
-        model: The adapted model.
-        adapters: Names of the adapters.
-        weights: One weight per adapter; a negative weight subtracts the adapter, and a weight of 0 leaves it out.
-        name: The new adapter's name.
-        way: The combination type; a name selects the type with its default options.
-
-    Returns:
-        A report on the new adapter, with each site's deviation from the exact weighted sum.
+    A negative weight subtracts an adapter, and a weight of 0 leaves it out. The name of a type stands for its defaults.
 
     Raises:
         AdapterError: An adapter does not exist, the new name is taken, or the adapters cannot be combined.
@@ -86,18 +77,10 @@ def combine_folders(
     model: nn.Module | None = None,
     allow: Collection[str] = (),
 ) -> OperationReport:
-    """Combine adapters on disk, and write the result to a new directory.
+    """Combine adapters on disk, write the result to a new directory, and report as `combine` does.
 
-    Args:
-        folders: Directories of the adapters.
-        weights: One weight per adapter.
-        output: The directory to create; it must be new or empty.
-        way: As in `combine`.
-        model: The base model, or None; needed only for trainable tokens and for variants whose sum depends on the base.
-        allow: Checks to override: "base_mismatch", "key_mismatch" (no sites in common), "nonfinite".
-
-    Returns:
-        A report on the new adapter, with each site's deviation from the exact weighted sum.
+    The base model is needed only for trainable tokens and for variants whose sum depends on it. `allow` can hold
+    "base_mismatch", "key_mismatch" (no sites in common) and "nonfinite".
 
     Raises:
         AdapterFileError: A directory does not contain an adapter, or a file is damaged.
@@ -120,49 +103,26 @@ def combine_folders(
 def average(
     model: nn.Module, adapters: Sequence[str], name: str = "average", *, way: CombinationType | str = "svd"
 ) -> OperationReport:
-    """Average adapters by calling `combine` with equal weights that add up to 1.
-
-    Raises:
-        AdapterError: As in `combine`, or no adapters are given.
-    """
+    """Average adapters by calling `combine` with equal weights that add up to 1."""
     return combine(model, adapters, [1 / max(1, len(adapters))] * len(adapters), name, way=way)
 
 
 def subtract(model: nn.Module, adapter: str, other: str, name: str = "difference") -> OperationReport:
-    """Subtract `other` from `adapter` exactly; the rank of the difference is the sum of the two ranks.
-
-    Raises:
-        AdapterError: As in `combine`.
-    """
+    """Subtract `other` from `adapter` exactly; the rank of the difference is the sum of the two ranks."""
     return combine(model, [adapter, other], [1.0, -1.0], name, way="cat")
 
 
 def rescale(model: nn.Module, adapter: str, weight: float, name: str = "rescaled") -> OperationReport:
-    """Multiply the effect of an adapter by a weight, without approximation.
-
-    Raises:
-        AdapterError: As in `combine`.
-    """
+    """Multiply the effect of an adapter by a weight, without approximation."""
     return combine(model, [adapter], [weight], name, way="cat")
 
 
 def combine_weights(
     adapters: Sequence[AdapterWeights], weights: Sequence[float], way: CombinationType, model: nn.Module | None = None
 ) -> tuple[AdapterWeights, tuple[SiteOperation, ...]]:
-    """Combine adapters, from a model or from files.
+    """Combine adapters of the same base model, and return each site's deviation from the exact weighted sum too.
 
-    Args:
-        adapters: Adapters of the same base model.
-        weights: One weight per adapter.
-        way: The combination type.
-        model: The base model, or None; needed only for trainable tokens and for variants whose sum depends on the base.
-
-    Returns:
-        The combined adapter, and each site's deviation from the exact weighted sum.
-
-    Raises:
-        AdapterError: The adapters cannot be combined, or the numbers of weights and adapters differ.
-        ConfigError: The combination type does not support the adapters' ranks.
+    The base model is needed only for trainable tokens and for variants whose sum depends on it.
     """
     check_joinable(adapters)
     check_same_rows(adapters)
@@ -297,10 +257,7 @@ def _separate(
 
 
 def _with_bias(made: SiteFactors, here: Weighted) -> SiteFactors:
-    """Return a combined factor with the weighted sum of the biases at its site.
-
-    If none of the adapters has a bias, the result gets a zero bias, because `lora_bias` requires one at every site.
-    """
+    """Return a combined factor with the weighted sum of the biases at its site; zeros if there are none to add."""
     scaled = [f.bias * (weight * f.scale) for f, weight in here if weight != 0 and f.bias is not None]
     return dataclasses.replace(made, bias=torch.stack(scaled).sum(0) if scaled else made.B.new_zeros(made.B.shape[0]))
 

@@ -1,7 +1,6 @@
-"""Compare two adapters site by site: the direction, strength, input space and output space of their updates.
+"""Compare two adapters site by site from their factors: direction, strength, input space and output space of updates.
 
-Everything is computed from the factors, without forming dense products or reading the base. If a variant's update is
-more than a low-rank product, only the low-rank product is compared.
+If a variant's update is more than a low-rank product, only the low-rank product is compared.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ class SiteComparison:
     """Comparison of two updates to the same weight.
 
     Attributes:
-        path: Path of the site.
         ranks: Numerical rank of each update; for experts, the largest rank over all experts.
         norms: Frobenius norm of each update, including the scale.
         cosine: Cosine similarity of the two updates, treated as vectors, in [−1, 1]; 0 if either update is zero.
@@ -51,9 +49,6 @@ class Comparison:
 
     Attributes:
         names: Names or directories of the two adapters.
-        sites: Sites that both adapters adapt.
-        only_first: Sites that only the first adapter adapts.
-        only_second: Sites that only the second adapter adapts.
         norms: Frobenius norm of each adapter's updates over all its sites.
         cosine: Cosine similarity of the two adapters, each treated as one vector over all sites; a missing site counts
             as zero.
@@ -72,44 +67,17 @@ class Comparison:
 
 
 def compare_adapters(model: nn.Module, first: str, second: str) -> Comparison:
-    """Compare two adapters of a model.
-
-    Args:
-        model: The adapted model; it is not modified.
-        first: Name of the first adapter.
-        second: Name of the second adapter.
-
-    Raises:
-        AdapterError: One of the adapters is not on the model.
-    """
+    """Compare two adapters of a model."""
     return compare_weights(weights_of_model(model, first), weights_of_model(model, second))
 
 
 def compare_folders(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Comparison:
-    """Compare two adapters on disk.
-
-    Args:
-        first: Directory of the first adapter.
-        second: Directory of the second adapter.
-
-    Raises:
-        AdapterFileError: A directory does not contain an adapter, or a file is damaged.
-        AdapterError: The weights that the adapters change at a site have different shapes.
-    """
+    """Compare two adapters on disk."""
     return compare_weights(weights_of_folder(first, ["nonfinite"]), weights_of_folder(second, ["nonfinite"]))
 
 
 def compare_weights(first: AdapterWeights, second: AdapterWeights) -> Comparison:
-    """Compare two adapters, from a model or from files.
-
-    Args:
-        first: The first adapter.
-        second: The second adapter.
-
-    Raises:
-        AdapterError: The adapters change weights of different shapes at a site, or the files do not show which bare
-            parameters correspond to each other.
-    """
+    """Compare two adapters; an AdapterError if they change weights of different shapes at a site."""
     with torch.no_grad():
         both = aligned([first, second])
         pairs = {p: (a.scaled_product(), b.scaled_product()) for p, (a, b) in both.items() if a and b}

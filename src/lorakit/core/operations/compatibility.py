@@ -1,7 +1,4 @@
-"""Check that adapters can be combined into one, and determine the config and metadata of the result.
-
-This module handles configs, names and fingerprints; tensors are combined elsewhere.
-"""
+"""Check by configs and fingerprints that adapters can be combined, and determine the result's config and metadata."""
 
 from __future__ import annotations
 
@@ -26,9 +23,7 @@ SHOWN = 4
 def check_one_base(adapters: Sequence[AdapterWeights], allow: Collection[str] = ()) -> None:
     """Check that adapters have the same base model and task, and that each shares a site with at least one other.
 
-    Args:
-        adapters: The adapters.
-        allow: Checks to override: "base_mismatch" for the base model and the task, "key_mismatch" for the sites.
+    `allow` can hold "base_mismatch", for the base model and the task, and "key_mismatch", for the sites.
 
     Raises:
         BaseMismatchError: Two adapters were trained on different base models or for different tasks.
@@ -154,11 +149,7 @@ def _check_saved_modules(adapters: Sequence[AdapterWeights]) -> None:
 
 
 def check_no_base_biases(adapter: AdapterWeights) -> None:
-    """Reject an adapter that trains biases of the base.
-
-    Raises:
-        ConfigError: The adapter trains biases of the base.
-    """
+    """Raise a ConfigError if an adapter trains biases of the base."""
     if adapter.config.bias != "none":
         raise ConfigError(
             f"{adapter.label} trains biases of the base (bias={adapter.config.bias!r}), which cannot be transferred "
@@ -169,11 +160,7 @@ def check_no_base_biases(adapter: AdapterWeights) -> None:
 
 
 def joined_config(configs: Sequence[LoraConfig]) -> LoraConfig:
-    """Return a copy of the first config, extended with the variants, `lora_bias` and saved modules of the others.
-
-    Args:
-        configs: Configs of one or more adapters; ranks, scales and targets are ignored.
-    """
+    """Return a copy of the first config, extended with the variants, `lora_bias` and saved modules of the others."""
     task = next((config.task_type for config in configs if config.task_type), None)
     saved = [
         name

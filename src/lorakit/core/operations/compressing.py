@@ -1,7 +1,7 @@
 """Compress an adapter to a lower rank, or convert any variant to plain LoRA, as closely as the rank allows.
 
-Compression uses only the factors, not dense weights. The energy lost at each site is computed exactly and reported.
-Several experts in one parameter are truncated separately, but to a common rank that depends on their total energy.
+Only the factors are used, and the energy lost at each site is exact. Experts in one parameter are truncated separately,
+to a common rank that depends on their total energy.
 """
 
 from __future__ import annotations
@@ -25,17 +25,10 @@ from lorakit.errors import NotYetSupported
 def compress(
     model: nn.Module, adapter: str, name: str = "compressed", *, rank: int | None = None, energy: float | None = None
 ) -> OperationReport:
-    """Compress an adapter, and add the result to the model as a frozen, inactive adapter.
+    """Compress an adapter to a frozen, inactive adapter; the report states the energy lost at each site.
 
-    Args:
-        model: The adapted model.
-        adapter: Name of the adapter to compress; it stays on the model.
-        name: The new adapter's name.
-        rank: Maximum rank of a site.
-        energy: Alternative to `rank`: the fraction of each site's energy to keep, in (0, 1].
-
-    Returns:
-        A report with the energy lost at each site.
+    `rank` is the maximum rank of a site; `energy`, its alternative, the fraction of each site's energy to keep, in (0,
+    1].
 
     Raises:
         AdapterError: The adapter does not exist, or the new name is taken.
@@ -54,17 +47,9 @@ def compress_folder(
     energy: float | None = None,
     allow: Collection[str] = (),
 ) -> OperationReport:
-    """Compress an adapter on disk, and write the result to a new directory; the base model is not needed.
+    """Compress an adapter on disk to a new directory, as `compress` does; the base model is not needed.
 
-    Args:
-        folder: The adapter's directory.
-        output: The directory to create; it must be new or empty.
-        rank: As in `compress`.
-        energy: As in `compress`.
-        allow: Checks to override: "nonfinite".
-
-    Returns:
-        A report with the energy lost at each site.
+    `allow` can hold "nonfinite".
 
     Raises:
         AdapterFileError: The directory does not contain an adapter, or a file is damaged.
@@ -82,15 +67,9 @@ def compress_folder(
 def plain_weights(
     adapter: AdapterWeights, to: RankLimit, reading: Callable[[str], Reading]
 ) -> tuple[AdapterWeights, tuple[SiteOperation, ...]]:
-    """Convert an adapter of any variant to plain LoRA with scale 1; full-rank updates are decomposed.
+    """Convert an adapter of any variant to plain LoRA with scale 1, and return the energy lost at each site too.
 
-    Args:
-        adapter: The adapter.
-        to: Maximum rank, or fraction of the energy to keep; also applied to sites that are already plain LoRA.
-        reading: Function from a path to the base weight at that path; used only if an update is not a low-rank product.
-
-    Returns:
-        The plain adapter, and the energy lost at each site.
+    Full-rank updates are decomposed, and read the base. `to` limits the rank of sites that are plain LoRA too.
 
     Raises:
         ConfigError: The adapter trains biases of the base.
@@ -103,19 +82,10 @@ def plain_weights(
 def reduced_weights(
     adapter: AdapterWeights, to: RankLimit, reading: Callable[[str], Reading] | None = None
 ) -> tuple[AdapterWeights, tuple[SiteOperation, ...]]:
-    """Reduce the rank of an adapter, keeping a variant's extra tensors if they do not depend on the rank.
+    """Reduce the rank of an adapter, and return the result, with scale 1, and the energy lost at each site.
 
-    Args:
-        adapter: The adapter.
-        to: Maximum rank, or fraction of the energy to keep.
-        reading: Function from a path to the base weight at that path, used to convert every update to plain LoRA; if
-            None, only A and B are compressed.
-
-    Returns:
-        The new adapter, with scale 1, and the energy lost at each site.
-
-    Raises:
-        NotYetSupported: As in `plain_weights`.
+    A variant's extra tensors are kept if they do not depend on the rank. With `reading`, every update is converted to
+    plain LoRA, as by `plain_weights`.
     """
     found: dict[str, SiteFactors] = {}
     sites = []

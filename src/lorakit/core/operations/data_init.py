@@ -1,7 +1,7 @@
 """Collect the data that inits need: site inputs for EVA and CorDA, and weight gradients for LoRA-GA.
 
-Sites are processed in groups. The statistics of a group are immediately reduced to the small tensors that the init
-needs, so that memory use stays bounded regardless of the model size. All batches are run once for each group.
+To bound memory, sites are processed in groups, whose statistics are immediately reduced to the small tensors that the
+init needs. All batches are run once for each group.
 """
 
 from __future__ import annotations
@@ -38,10 +38,7 @@ class DataSites:
     """The sites targeted by a config whose init depends on data.
 
     Attributes:
-        init: The config's init.
         config: The config, with the architecture's default targets if no targets were specified.
-        index: Index of the base model.
-        matches: The targeted sites, with their ranks.
     """
 
     init: Init
@@ -57,13 +54,9 @@ class DataSites:
         allow: Collection[str] = (),
         only: Callable[[Match], bool] = lambda _: True,
     ) -> DataSites:
-        """Resolve the targets of a config and check that its init supports them.
+        """Resolve the targets of a config, of those that `only` accepts, and check that its init supports them.
 
-        Args:
-            model: The base model; it is not modified.
-            config: Targets, ranks and init; it is not modified.
-            allow: "partial_targets" allows entries of the config that match nothing.
-            only: Function that returns whether to include a match.
+        `allow` can hold "partial_targets", for entries of the config that match nothing.
 
         Raises:
             ConfigError: The init uses no data, or does not support a site.
@@ -97,11 +90,8 @@ class DataSites:
     ) -> dict[str, dict[str, Tensor]]:
         """Collect the data that the init needs, one group of sites at a time, with all adapters inactive.
 
-        Args:
-            model: The base model; it is not changed.
-            batches: Batches for `forward`; must be a list, not an iterator, if there are several groups of sites.
-            forward: Runs the model on a batch; for "lora_ga" it returns the loss, a scalar.
-            keep: As in `collect_inputs`; ignored for "lora_ga".
+        The batches must be a list if there are several groups of sites. `forward` returns the loss, a scalar, for
+        "lora_ga", which ignores `keep` (see `collect_inputs`).
 
         Returns:
             Dict from path to a dict from name to tensor (…), as returned by `Init.digest`.
@@ -131,11 +121,7 @@ class DataSites:
         return sites
 
     def reduce(self, model: nn.Module, collected: Mapping[str, InputStatistics | GradientStatistics]) -> Statistics:
-        """Reduce data that was collected elsewhere to statistics for `attach`.
-
-        Args:
-            model: The base model; it is not modified.
-            collected: Dict from path to collected data; sites without data are left out.
+        """Reduce data that was collected elsewhere to statistics for `attach`; sites without data are left out.
 
         Raises:
             ConfigError: The init cannot change the base, or a rank is too large.
@@ -179,11 +165,10 @@ def collect_for(
     keep: Callable[[Any], Tensor | None] | None = None,
     allow: Collection[str] = (),
 ) -> Statistics:
-    """Collect the statistics that a config's init needs; pass the result and its config to `attach`.
+    """Collect the statistics that a config's init needs; pass them to `attach` with their config, `found.config`.
 
-    If `found` is the result, call `attach(model, found.config, statistics=found)`. Adapters on the model are inactive
-    during collection. For "eva" with rho above 1, the config's ranks are redistributed, and sites that get rank 0 are
-    left out.
+    Adapters on the model are inactive during collection. For "eva" with rho above 1, the config's ranks are
+    redistributed, and sites that get rank 0 are left out.
 
     Args:
         model: The base model; it is not changed.
@@ -192,9 +177,6 @@ def collect_for(
         forward: Runs the model on a batch; for "lora_ga" it returns the loss, a scalar.
         keep: Function from a batch to a mask (rows, length) of the positions to use; ignored for "lora_ga".
         allow: "partial_targets" allows entries of the config that match nothing.
-
-    Returns:
-        The statistics, with the config to attach.
 
     Raises:
         ConfigError: The init needs no data, or does not support a site.
@@ -218,14 +200,8 @@ def ranks_by_variance(
 ) -> dict[str, int]:
     """Return EVA's ranks: each of the largest variance fractions adds 1 to its site's rank, up to the config's total.
 
-    Args:
-        settings: The EVA settings; if rho is 1, the ranks stay the same.
-        ranks: Dict from path to rank in the config.
-        ratios: Dict from path to the fractions of the variance that the site's directions explain, in descending order,
-            with one fraction for each possible rank.
-
-    Returns:
-        Dict from path to rank, which may be 0.
+    `ratios` are the fractions of the variance that a site's directions explain, in descending order, one per possible
+    rank.
 
     Source:
         Paischer et al. 2024, arXiv:2410.07170, section 3.3.
@@ -236,13 +212,7 @@ def ranks_by_variance(
 
 
 def redistributed(config: LoraConfig, matches: Sequence[Match], ranks: Mapping[str, int]) -> LoraConfig:
-    """Return a copy of a config with the new ranks, dropping sites whose rank is 0.   [docs/math.md (64)]
-
-    Args:
-        config: The original config; its `eva_config` determines whether the scales stay the same.
-        matches: The targeted sites, with their original ranks.
-        ranks: Dict from path to new rank.
-    """
+    """Return a copy of a config with the new ranks, dropping sites whose rank is 0.   [docs/math.md (64)]"""
     left = [match for match in matches if ranks[match.path]]
     found = with_ranks(config, left, ranks)
     if not (config.eva_config or EvaConfig()).adjust_scaling_factors:

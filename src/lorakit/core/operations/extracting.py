@@ -1,8 +1,7 @@
 """Extract an adapter from a fully fine-tuned model and its base: the nearest low-rank update at each site.
 
-Weights are read one pair at a time; if a parameter holds several experts, they are read one expert at a time. The
-report covers whatever the adapter does not contain: the energy beyond each site's rank, and every change outside the
-sites.
+Weights, and experts in a parameter, are read one pair at a time. The report covers what the adapter does not contain:
+the energy beyond each site's rank, and every change outside the sites.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ class OutsideChange:
     """A tensor that differs between the two models and is not in the adapter.
 
     Attributes:
-        name: Name of the tensor in the model.
         norm: Frobenius norm of the change, or None if the tensors cannot be compared.
         why: "changed", or a message saying that the shapes differ or that only one of the models has the tensor.
     """
@@ -82,19 +80,11 @@ def extract(
     rank: int | None = None,
     energy: float | None = None,
 ) -> ExtractReport:
-    """Extract the low-rank part of a fine-tuned model's changes, and add it to the base as a frozen adapter.
+    """Extract the low-rank part of a fine-tuned model's changes into a frozen adapter on the base, and report what is
+    left out.
 
-    Args:
-        model: The base model, with or without adapters; the new adapter is added to this model.
-        tuned: The fine-tuned model.
-        config: Selects the sites (`target_modules`, `target_parameters`) and the modules to copy in full
-            (`modules_to_save`).
-        name: The new adapter's name.
-        rank: Maximum rank of a site.
-        energy: Alternative to `rank`: the fraction of each site's energy to keep, in (0, 1].
-
-    Returns:
-        A report on what the adapter contains and what it leaves out.
+    `config` selects the sites and the modules to copy in full (`modules_to_save`). `rank` is the maximum rank of a
+    site; `energy`, its alternative, the fraction of each site's energy to keep, in (0, 1].
 
     Raises:
         ModelError: The two models have different architectures.
@@ -120,25 +110,9 @@ def extract_to_folder(
     cut: RankLimit,
     allow: Collection[str] = (),
 ) -> ExtractReport:
-    """Extract the low-rank part of a fine-tuned model's changes, and write it to a directory as an adapter.
+    """Extract the low-rank part of a fine-tuned model's changes as `extract` does, and write it to a new directory.
 
-    Args:
-        model: The base model; only its structure is needed, so it may be on the meta device.
-        base: Tensors of the base.
-        tuned: Tensors of the fine-tuned model.
-        config: As in `extract`.
-        output: The directory to create; it must be new or empty.
-        cut: Maximum rank of each site, or the fraction of each site's energy to keep.
-        allow: Checks to override: "nonfinite".
-
-    Returns:
-        A report on what the adapter contains and what it leaves out.
-
-    Raises:
-        ModelError: As in `extract`.
-        ConfigError: As in `extract`.
-        TargetError: As in `extract`.
-        DiskError: The directory cannot be written to.
+    Only the structure of the model is needed, so it may be on the meta device. `allow` can hold "nonfinite".
     """
     check_allowances(allow)
     found, report = extract_weights(model, base, tuned, config, cut)
@@ -149,17 +123,7 @@ def extract_to_folder(
 def extract_weights(
     model: nn.Module, base: TensorSource, tuned: TensorSource, config: LoraConfig, cut: RankLimit
 ) -> tuple[AdapterWeights, ExtractReport]:
-    """Extract an adapter from the tensors of two models.
-
-    Args:
-        model: The base model; only its structure is needed.
-        base: Tensors of the base.
-        tuned: Tensors of the fine-tuned model.
-        config: As in `extract`.
-        cut: Maximum rank of each site, or the fraction of each site's energy to keep.
-
-    Returns:
-        The adapter with scale 1, and the report.
+    """Extract an adapter with scale 1 from the tensors of two models; only the structure of `model` is needed.
 
     Raises:
         ModelError: The two models have different architectures.
@@ -278,10 +242,7 @@ def _weight(source: TensorSource, names: Sequence[str]) -> Tensor:
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """Return a dict from each tensor name to all of that tensor's names, with the key first.
-
-    Files store a shared tensor under only one of its names.
-    """
+    """Return a dict from each tensor name to all names of that tensor, first the key; files store one of them."""
     ids = {name: id(tensor) for name, tensor, _ in base_tensors(model)}
     names: dict[int, list[str]] = {}
     for name, tensor in ids.items():

@@ -1,8 +1,6 @@
-"""Find and weaken intruder dimensions: strong directions of W + ΔW that resemble no direction of the base.
+"""Find and weaken intruder dimensions: strong directions of W + ΔW that are nearly orthogonal to every direction of W.
 
-After LoRA fine-tuning, the adapted weight has some singular vectors that are nearly orthogonal to every singular vector
-of the base. These intruder dimensions are associated with forgetting. Weakening the intruders restores part of what was
-forgotten, at some cost in task performance.
+They are associated with forgetting; weakening them restores part of what was forgotten, at some cost in the task.
 
 Source: Shuttleworth et al. 2024, arXiv:2410.21228.
 """
@@ -28,7 +26,6 @@ class SiteIntruders:
     """Intruder dimensions of one site, or of one of several experts in a parameter.
 
     Attributes:
-        path: Path of the site.
         indices: Indices of the singular vectors of W + ΔW that are intruders, strongest first.
         cosines: For each intruder, the largest absolute cosine with a singular vector of W.
         energy_lost: Fraction of the weakened update's energy that truncation to the adapter's rank removes.
@@ -51,19 +48,10 @@ def reduce_intruders(
     threshold: float = 0.5,
     keep: float = 0.75,
 ) -> tuple[SiteIntruders, ...]:
-    """Add a frozen, inactive copy of an adapter to the model, and weaken the intruder dimensions of the copy.
+    """Add a frozen, inactive copy of an adapter to the model, and return the intruder dimensions that the copy weakens.
 
-    Args:
-        model: The adapted model.
-        adapter: Name of the adapter; it stays on the model.
-        name: Name of the new adapter, which has the same ranks and scales.
-        top: How many of the strongest directions to check.
-        threshold: A direction is an intruder if its absolute cosine with every direction of the base is below
-            this value.
-        keep: Fraction of each intruder to keep: 1 changes nothing, 0 removes the intruder.
-
-    Returns:
-        The intruders of each site, or of each expert.
+    Of the `top` strongest directions, those are intruders whose absolute cosine with each direction of the base is
+    below `threshold`; the fraction `keep` of each is kept.
 
     Raises:
         AdapterError: The adapter does not exist, its update is not a low-rank product, or the new name is taken.

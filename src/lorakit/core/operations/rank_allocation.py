@@ -1,8 +1,6 @@
-"""Allocate ranks to sites within a fixed number of trainable parameters, based on gradients or inputs.
+"""Allocate ranks to sites within a fixed number of trainable parameters, by gradients or inputs of the base model.
 
-This module applies two published criteria to data from `lorakit.core.statistics.collecting`. It stores the resulting
-ranks in a config's patterns, with alphas that preserve the scale of every site. Both criteria use only the base model
-and the batches, and nothing is trained.
+The ranks are stored in a config's patterns, with alphas that preserve the scale of every site.
 """
 
 from __future__ import annotations
@@ -39,8 +37,6 @@ class Allocation:
     """The result of a rank allocation.
 
     Attributes:
-        ranks: Dict from site path to rank.
-        config: The config with these ranks in `rank_pattern` and matching alphas in `alpha_pattern`.
         parameters: Total number of elements in the factors of all sites at these ranks.
         budget: Total number of elements in the factors of all sites at the ranks in the original config.
         evidence: Dict from path to the value of the criterion: the sensitivity of the weight, or the fraction of the
@@ -67,19 +63,10 @@ def allocate(
 ) -> Allocation:
     """Propose new ranks for a config's sites without exceeding the number of parameters that the config requires.
 
-    Args:
-        model: The base model; it is not changed.
-        config: Targets and original ranks; it is not modified.
-        batches: Batches to pass to `forward`. Sites are divided into groups whose statistics fit in `MAX_BYTES`, and
-            all batches are run once for each group.
-        forward: Runs the model on a batch and returns the loss, a scalar; for "inputs", the result is ignored.
-        by: "gradients" uses `by_sensitivity` and supports dense sites and embeddings; "inputs" uses
-            `by_explained_variance` and supports dense sites. Other sites keep their rank.
-        keep: As in `collect_inputs`; only used for "inputs".
-        allow: "partial_targets" allows entries of the config that match nothing.
-
-    Returns:
-        The ranks, and a config that contains them.
+    "gradients" uses `by_sensitivity` and supports dense sites and embeddings; "inputs" uses `by_explained_variance` and
+    supports dense sites. Other sites keep their rank. All batches are run once for each group of sites whose statistics
+    fit in `MAX_BYTES`. `forward` returns the loss, a scalar; `keep` is that of `collect_inputs`, for "inputs". `allow`
+    can hold "partial_targets", for entries of the config that match nothing.
 
     Raises:
         TargetError: A target matches nothing.
@@ -131,9 +118,7 @@ RANKED: Mapping[str, Fits] = {"inputs": lambda kind: kind.is_dense, "gradients":
 def sensitivity(module: nn.Module, gradient: Tensor) -> float:
     """Return I = mean |W ∘ G|, the mean first-order change in the loss if an element is zeroed.   [docs/math.md (19)]
 
-    Args:
-        module: A dense layer or an embedding of the base model.
-        gradient: Gradient of the loss with respect to the module's canonical weight, (out, in).
+    W is the weight of a dense layer or an embedding, and G (out, in) the gradient of the loss for its canonical form.
 
     Source:
         He et al. 2025, arXiv:2502.12171 (GoRA), section 3.
@@ -148,17 +133,14 @@ def by_sensitivity(
     """Return clipped ranks proportional to I/√(in + out) that need no more parameters than the given ranks.
 
     This is GoRA's rule with a strict budget: the proportionality factor is the largest one for which the clipped ranks
-    stay within the budget. The rule uses only I, the mean magnitude of W ∘ G, and not the number of directions in
-    W ∘ G.
+    stay within the budget. The rule uses only I, the mean magnitude of W ∘ G, and not the number of directions in W ∘
+    G.
 
     Args:
         sensitivities: Dict from path to the sensitivity I of the site's weight.
         costs: Dict from path to in + out, the number of parameters per unit of rank.
         ranks: Dict from path to rank in the config; new ranks are between `LEAST` and `MOST` times these ranks.
         limits: Dict from path to the smaller dimension of the weight, an upper bound on the rank.
-
-    Returns:
-        Dict from path to rank.
 
     Raises:
         DataError: Every sensitivity is zero.
@@ -195,8 +177,8 @@ def by_explained_variance(
 ) -> dict[str, int]:
     """Allocate ranks to the sites whose input directions explain the most variance, within a budget.
 
-    The fractions of all sites are pooled and sorted; each selected fraction adds 1 to its site's rank. If all
-    costs are 1 and `least` is 0, this is EVA's redistribution. The criterion does not depend on the loss.
+    The fractions of all sites are pooled and sorted; each selected fraction adds 1 to its site's rank. If all costs are
+    1 and `least` is 0, this is EVA's redistribution.
 
     Args:
         ratios: Dict from path to the fractions of the variance that the site's principal directions explain, in
@@ -204,9 +186,6 @@ def by_explained_variance(
         costs: Dict from path to the cost of increasing the rank by 1: in + out parameters, or 1.
         budget: Maximum total cost.
         least: Minimum rank of each site; its cost is subtracted from the budget first.
-
-    Returns:
-        Dict from path to rank.
 
     Source:
         Paischer et al. 2024, arXiv:2410.07170 (EVA), section 3.3.
@@ -224,13 +203,7 @@ def by_explained_variance(
 def with_ranks(config: LoraConfig, matches: Sequence[Match], ranks: Mapping[str, int]) -> LoraConfig:
     """Return a copy of a config with patterns that set each site's new rank and an alpha that preserves the scale.
 
-    Args:
-        config: The config that targets the sites.
-        matches: The sites, with their rank and alpha in `config`.
-        ranks: Dict from path to new rank, at least 1.
-
-    Returns:
-        The copy; the keys of its patterns are full paths.
+    The keys of the patterns are full paths.
     """
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
@@ -247,12 +220,7 @@ def with_ranks(config: LoraConfig, matches: Sequence[Match], ranks: Mapping[str,
 
 
 def in_groups(paths: Sequence[str], size_bytes: Callable[[str], int]) -> list[list[str]]:
-    """Divide paths into groups whose statistics fit in `MAX_BYTES`, with at least one path in each group.
-
-    Args:
-        paths: Paths of sites.
-        size_bytes: Function from a path to the size of the site's statistics in bytes.
-    """
+    """Divide paths into groups whose statistics fit in `MAX_BYTES`, with at least one path in each group."""
     groups: list[list[str]] = []
     room = 0
     for path in paths:

@@ -1,7 +1,6 @@
 """Adapters and base weights as plain tensors, read from a model in memory or from safetensors files.
 
-`TensorSource` reads the tensors of a base one at a time. `AdapterWeights` is the input and output of all operations on
-adapters: it holds factors and scales, keyed by site, and all other trained tensors, keyed by their names on disk.
+`AdapterWeights` is the input and output of all operations on adapters.
 """
 
 from __future__ import annotations
@@ -38,8 +37,6 @@ class TensorSource:
     """Named tensors that are read on demand.
 
     Attributes:
-        label: Name used in messages.
-        shapes: Dict from tensor name to shape.
         read: Function from a name to the tensor (…).
         read_one: Function from a name and an index to the slice (…) at that index along the first axis.
     """
@@ -50,35 +47,25 @@ class TensorSource:
     read_one: Callable[[str, int], Tensor]
 
     def under(self, names: Sequence[str]) -> str | None:
-        """Return the first of a tensor's names that this source contains, or None.
+        """Return the first of a tensor's names in the model that this source contains, or None.
 
-        Args:
-            names: Names in the model. Each name is also tried without its first part, such as `transformer.`, because
-                files often omit that part.
+        Each name is also tried without its first part, such as `transformer.`, because files often omit that part.
         """
         candidates = [*names, *(name.partition(".")[2] for name in names)]
         return next((candidate for candidate in candidates if candidate in self.shapes), None)
 
 
 def source_of_model(model: nn.Module, label: str = "the model") -> TensorSource:
-    """Return a source for the parameters and buffers of a base model, without merged adapters.
-
-    Args:
-        model: A model with or without adapters; it is not modified.
-        label: Name used in messages.
-    """
+    """Return a source for the parameters and buffers of a base model, without merged adapters."""
     tensors = {name: tensor.detach() for name, tensor, _ in base_tensors(model)}
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     return TensorSource(label, shapes, tensors.__getitem__, lambda name, number: tensors[name][number])
 
 
 def source_of_folder(folder: str | os.PathLike[str]) -> TensorSource:
-    """Return a source that reads tensors on demand from the safetensors files in a model directory.
+    """Return a source that reads tensors from a safetensors file, or those of a model's directory.
 
     If the directory contains a `model.safetensors`, that file holds the whole model, and no other files are read.
-
-    Args:
-        folder: The directory, or a single safetensors file.
 
     Raises:
         ModelError: The directory does not exist or has no safetensors files, or a file is damaged.
@@ -131,13 +118,7 @@ class BareSite:
 
     @classmethod
     def of(cls, module: nn.Module, path: str, spec: WeightSpec) -> BareSite:
-        """Return the `BareSite` for a known parameter.
-
-        Args:
-            module: The base module that defines the parameter.
-            path: Path of that module.
-            spec: The parameter's spec.
-        """
+        """Return the `BareSite` for a known parameter, given its module and that module's path."""
         order = defined_parameters(module).index(spec.parameter)
         return cls((f"{path}.{spec.parameter}",), order, max(1, spec.experts))
 
@@ -189,12 +170,7 @@ class SiteFactors(Factor):
         return f"{self.experts} experts of {one}" if self.experts > 1 else one
 
     def of_variant(self, variant: Variant, own: Mapping[str, Tensor]) -> SiteFactors:
-        """Return a factor of another variant with the same A and B.
-
-        Args:
-            variant: The variant.
-            own: The variant's extra tensors (…), keyed by `OwnTensor.held_as`.
-        """
+        """Return a factor of another variant with the same A and B, and extra tensors (…) by `OwnTensor.held_as`."""
         return dataclasses.replace(self, variant=variant, own=own, setting=NO_SETTING)
 
     def holding(self, product: Product, scale: float = 1.0) -> SiteFactors:
@@ -213,13 +189,9 @@ class AdapterWeights:
 
     Attributes:
         label: Name used in messages: the adapter's name on the model, or its directory.
-        config: Config of the adapter.
         factors: Dict from path on disk to factor, sorted by path.
         others: Dict from name on disk to tensor (…) for everything else: saved modules, biases, and trainable tokens.
-        base: Fingerprint of the base, or None if it is unknown.
         facts: Metadata from `lorakit.json`.
-        sha256: SHA-256 of the weights file, or "".
-        findings: Implausible values in the files.
     """
 
     label: str
@@ -262,15 +234,7 @@ class AdapterWeights:
 
 
 def weights_of_model(model: nn.Module, name: str) -> AdapterWeights:
-    """Return the weights of an adapter on a model; the adapter stays on the model.
-
-    Args:
-        model: The adapted model; it is not modified.
-        name: The adapter.
-
-    Raises:
-        AdapterError: The adapter does not exist, or cannot be expressed relative to the original base (LoftQ).
-    """
+    """Return the weights of an adapter, which stays on the model; an AdapterError if the base has changed (LoftQ)."""
     index = AdapterIndex.of(model)
     found = saved_form(index, name)
     check_plain(index, name)
@@ -287,11 +251,7 @@ def weights_of_model(model: nn.Module, name: str) -> AdapterWeights:
 
 
 def weights_of_folder(folder: str | os.PathLike[str], allow: Collection[str] = ()) -> AdapterWeights:
-    """Read an adapter from disk; no model is needed.
-
-    Args:
-        folder: A directory written by PEFT or lorakit.
-        allow: Checks to override: "nonfinite".
+    """Read an adapter from disk without a model; `allow` can hold "nonfinite".
 
     Raises:
         AdapterFileError: A file is missing or damaged, values are not finite, A and B have incompatible shapes, a scale
@@ -323,19 +283,12 @@ def weights_of_folder(folder: str | os.PathLike[str], allow: Collection[str] = (
 
 
 def _in_usual_shapes(config: LoraConfig) -> LoraConfig:
-    """Return a copy of a config, leaving out variants that differ from LoRA only in how A and B are stored.
-
-    `_by_site` converts the factors of these variants to plain LoRA factors.
-    """
+    """Return a config without variants that only store A and B differently, which `_by_site` converts to LoRA's."""
     return without(config, *(variant for variant in variants_of(config) if variant.is_lora_once_multiplied))
 
 
 def outer_modules(factors: Mapping[str, SiteFactors]) -> set[str]:
-    """Return the modules that a config must target to adapt these sites; targeting a module covers all its weights.
-
-    Args:
-        factors: Dict from path on disk to factor; factors of bare parameters are ignored.
-    """
+    """Return the modules that a config must target to adapt these sites; targeting a module covers all its weights."""
     return {path.partition(INSIDE)[0] for path, factor in factors.items() if not factor.names}
 
 
@@ -351,10 +304,7 @@ def _sites_in(index: AdapterIndex, name: str) -> dict[str, tuple[float, BareSite
 
 
 def _site_on_disk(files: AdapterFiles, path: str, A: Tensor) -> tuple[float, BareSite | None]:
-    """Determine the scale and bare parameter of a site from the files alone.
-
-    If a module has several bare parameters, the one that is defined last has the outermost path.
-    """
+    """Determine the scale and bare parameter of a site from the files alone."""
     config, names = files.config, parameters_meant(files.config, path)
     rows = int(A.shape[0]) if A.ndim else 0
     if not names:

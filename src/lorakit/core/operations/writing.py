@@ -1,8 +1,7 @@
 """Turn results of operations into reports and configs, add results to a model, and write them to a directory.
 
-On disk, a bare parameter has the path of its module; if a module has several bare parameters, the last one defined has
-the outermost path. The same path can therefore refer to different parameters in two adapters; `aligned` matches sites
-by parameter instead. A result that is added to a model goes through the same checks and code as a loaded adapter.
+On disk, a bare parameter has the path of its module; if a module has several, the last one defined has the outermost
+path. As the same path can refer to different parameters in two adapters, `aligned` matches sites by parameter.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ class SiteOperation:
     """One site of the resulting adapter.
 
     Attributes:
-        path: Path of the site.
         r: Rank of the site; for experts in one parameter, the rank of each expert.
         r_before: Rank of the update Δ that the site approximates: the sum of the adapters' ranks, the rank of the
             original adapter, or the rank of the full change in the weight.
@@ -63,9 +61,6 @@ class OperationReport:
     """Report on an adapter that was combined, compressed or extracted.
 
     Attributes:
-        name: Name of the new adapter, or its directory.
-        config: Config of the new adapter.
-        sites: Sites of the new adapter.
         facts: Origin of the new adapter, as metadata to pass to `save_adapter`; `lorakit.json` stores this metadata.
     """
 
@@ -101,14 +96,7 @@ _Parameter = tuple[int, tuple[str, ...]]
 
 
 def aligned(adapters: Sequence[AdapterWeights]) -> dict[str, list[SiteFactors | None]]:
-    """Match the sites of several adapters to each other.
-
-    Args:
-        adapters: Adapters of the same base model.
-
-    Returns:
-        Dict from site path to a list of the adapters' factors, with None for adapters without the site. The paths
-        are those that an adapter with all these sites would have on disk.
+    """Return each adapter's factor at each site of any of them, by the path that an adapter with all sites has on disk.
 
     Raises:
         AdapterError: The adapters change weights of different shapes at a site; they adapt different parameters of a
@@ -157,10 +145,7 @@ def described(
 ) -> tuple[LoraConfig, dict[str, SiteFactors]]:
     """Return a config for factors with scale 1, including the rank of every site.
 
-    Args:
-        config: Source of all fields except ranks, scales and targets.
-        factors: Dict from path on disk to factor.
-        targets: Value of `target_modules`, or None to use full paths.
+    Only ranks, scales and targets of `config` are replaced; without `targets`, full paths are targeted.
 
     Returns:
         The config and the factors. The config does not use rsLoRA, and alpha equals the rank everywhere, so that every
@@ -186,11 +171,7 @@ def described(
 
 
 def common_targets(adapters: Sequence[AdapterWeights]) -> set[str] | str | None:
-    """Return targets that match exactly the modules that the adapters adapt, or None if only full paths can do so.
-
-    Args:
-        adapters: Adapters of the same base model.
-    """
+    """Return targets that match exactly the modules that the adapters adapt, or None if only full paths can do so."""
     first, *rest = (adapter.config for adapter in adapters)
     said = ("target_modules", *PLAIN_TARGETS)
     if all(getattr(first, name) == getattr(config, name) for config in rest for name in said):
@@ -242,11 +223,6 @@ def _evened(factors: Mapping[str, SiteFactors]) -> dict[str, SiteFactors]:
 def put(model: nn.Module, adapter: AdapterWeights, name: str) -> None:
     """Add a frozen adapter to a model; it becomes active only if the model has no other adapters.
 
-    Args:
-        model: The base model, or a model that already has adapters.
-        adapter: The adapter.
-        name: The adapter's name on the model.
-
     Raises:
         AdapterError: The name is taken or not valid, or the adapter's values are not finite.
         AdapterFileError: The adapter does not match the model.
@@ -263,17 +239,8 @@ def write(
 ) -> None:
     """Write an adapter to a directory, in PEFT's format plus `lorakit.json`.
 
-    Args:
-        adapter: The adapter.
-        folder: The directory. Unless `replace` is set, the directory must be new or empty, and is removed if an error
-            occurs.
-        replace: Whether to replace an adapter that the directory already contains, file by file.
-        allow: Checks to override: "nonfinite".
-
-    Raises:
-        UsageError: The directory is not empty, and `replace` is not set.
-        AdapterError: The values are not finite.
-        DiskError: The directory cannot be written to.
+    Unless `replace` is set, which replaces an adapter file by file, the directory must be new or empty (a UsageError
+    otherwise), and is removed if an error occurs. `allow` can hold "nonfinite".
     """
     folder = Path(folder)
     if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -290,14 +257,10 @@ def write(
 
 
 def reader_of(model: nn.Module | AdapterIndex) -> Callable[[str], Reading]:
-    """Return a function that reads base weights from a model with or without adapters.
+    """Return a function from the path of a site or bare parameter to its base weight, (out, in, …), without merged
+    adapters.
 
-    Args:
-        model: The model, or its index; it is not modified.
-
-    Returns:
-        A function from the path of a site or bare parameter to its base weight, (out, in, …), without merged adapters.
-        The function raises AdapterError if the model has no such site.
+    The function raises AdapterError if the model has no such site.
     """
     site_map = AdapterIndex.of(model)
     kinds = {candidate.path: candidate.kind for candidate in site_map.candidates if candidate.kind}

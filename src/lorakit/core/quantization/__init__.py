@@ -59,10 +59,7 @@ WEIGHT_FORMATS: tuple[WeightFormat[Any, Any], ...] = (
 def weight_format_of(module: nn.Module, parameter: str = "weight", as_stored: bool = False) -> WeightFormat[Any, Any]:
     """Return the storage format of a module's parameter; the parameter's type takes precedence over the module's.
 
-    Args:
-        module: A module of the base model.
-        parameter: Name of the parameter.
-        as_stored: Whether to use the stored weight without transposing it, even if the module stores it as (in, out).
+    `as_stored` uses the stored weight without transposing it, even if the module stores it as (in, out).
     """
     found = _registered(module, parameter)
     found = DENSE if as_stored and found.transposed else found
@@ -72,12 +69,7 @@ def weight_format_of(module: nn.Module, parameter: str = "weight", as_stored: bo
 
 
 def is_computed(module: nn.Module, parameter: str = "weight") -> bool:
-    """Return whether a parameter is computed by a parametrization or by pruning (torch.nn.utils.parametrize, prune).
-
-    Args:
-        module: A module of the base model.
-        parameter: Name of the parameter.
-    """
+    """Return whether a parameter is computed by a parametrization or by pruning (torch.nn.utils.parametrize, prune)."""
     if parameter in module._parameters:
         return False
     return PARAMETRISED in module._modules or is_pruned(module, parameter)
@@ -94,14 +86,7 @@ def _registered(module: nn.Module, parameter: str) -> WeightFormat[Any, Any]:
 
 
 def disable_repacking(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Keep modules from repacking their weights in a forward pass, as some quantized modules do in eval mode.
-
-    Args:
-        modules: All modules of a model. The values of their weights do not change.
-
-    Returns:
-        The modules that would have repacked their weights, to be passed to `allow_repacking`.
-    """
+    """Keep modules from repacking their weights in a forward pass, and return those that would have done so."""
     formats: dict[type[nn.Module], WeightFormat[Any, Any]] = {}
     found = []
     for module in modules:
@@ -113,10 +98,6 @@ def disable_repacking(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def allow_repacking(modules: Iterable[nn.Module]) -> None:
-    """Undo `disable_repacking`.
-
-    Args:
-        modules: The modules that `disable_repacking` returned.
-    """
+    """Undo `disable_repacking` for the modules that it returned."""
     for module in modules:
         weight_format_of(module).allow_repacking(module)

@@ -1,8 +1,7 @@
 """Weights quantized by bitsandbytes, to 4 bits (nf4, fp4) or 8 bits (one scale per row).
 
-Only this file and `lorakit.train.loop.adamw8bit` import bitsandbytes. A stored 4-bit weight is the parameter itself,
-which carries its `quant_state`. A stored 8-bit weight is the parameter together with the values and scales, because a
-`Linear8bitLt` moves the values and scales between its parameter and its `state`.
+A stored 4-bit weight is the parameter itself, which carries its `quant_state`. A stored 8-bit weight is the parameter
+together with the values and scales, because a `Linear8bitLt` moves them between its parameter and its `state`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,8 @@ _REPACKS = "support_avx512bf16_for_cpu"
 
 _HALF_STEP = {"nf4": 0.153, "fp4": 0.18}
 """Bounds on the rounding error: half of the widest gap between adjacent code values in [−1, 1]. The bound for fp4 is
-slightly larger, because fp4 does not round at the exact midpoints."""
+slightly larger, because fp4 does not round at the exact midpoints.
+"""
 
 _UNQUANTIZED = "This {bits}-bit layer has not been quantized yet. Move the model to its device first."
 
@@ -40,7 +40,6 @@ class EightBit(Packed):
     """An 8-bit weight.
 
     Attributes:
-        parameter: The module's `Int8Params`.
         values: Weight values (out, in), in int8, or in floating point before quantization.
         scales: Largest magnitude in each row, (out,), in fp32; None before quantization.
     """
@@ -51,15 +50,10 @@ class EightBit(Packed):
 
 
 def four_bit_linear(linear: nn.Linear, quant_type: str, double: bool) -> nn.Module:
-    """Return a 4-bit copy of a dense layer. The copy never repacks its weight and computes in the dense weight's dtype.
+    """Return a `Linear4bit` copy ("nf4" or "fp4") of a dense layer, which never repacks and computes in the layer's
+    dtype.
 
-    Args:
-        linear: The dense layer, which keeps its own weight.
-        quant_type: "nf4" or "fp4".
-        double: Whether to quantize the scales too.
-
-    Returns:
-        A `Linear4bit` in the same mode (training or eval) as the dense layer.
+    `double` quantizes the scales too.
     """
     import bitsandbytes as package
 
@@ -74,14 +68,7 @@ def four_bit_linear(linear: nn.Linear, quant_type: str, double: bool) -> nn.Modu
 
 
 def eight_bit_linear(linear: nn.Linear) -> nn.Module:
-    """Return an 8-bit version of a dense layer.
-
-    Args:
-        linear: The dense layer, which keeps its own weight.
-
-    Returns:
-        A `Linear8bitLt` in the same mode (training or eval) as the dense layer.
-    """
+    """Return a `Linear8bitLt` copy of a dense layer."""
     import bitsandbytes as package
 
     weight = linear.weight.detach()
@@ -107,11 +94,7 @@ class _Format(WeightFormat[M, S]):
     mark = "quant_state"
 
     def check(self, module: M, path: str) -> None:
-        """Check that a weight is of the format.
-
-        Raises:
-            ModelError: The weight was not quantized.
-        """
+        """Raise a ModelError if a weight was not quantized."""
         if not hasattr(module.weight, self.mark):
             raise ModelError(
                 f"{path}: the files contain dense weights, although quantization_config says bitsandbytes; remove it "
@@ -152,11 +135,7 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
         return package.dequantize_4bit(plain.data, state)
 
     def write(self, module: Linear4bit, like: Params4bit, canonical: Tensor) -> Params4bit:
-        """Quantize a weight (out, in) with the settings of the stored weight `like`.
-
-        Raises:
-            MergeError: `like` has not been quantized yet.
-        """
+        """Quantize a weight (out, in) with the settings of a stored weight; a MergeError if that is not quantized."""
         import bitsandbytes.functional as package
 
         state = like.quant_state
@@ -186,10 +165,9 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
         return (stored.data, state.absmax, state.code, *inner)
 
     def values(self, stored: Params4bit, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return weight elements (n,) and bounds on their errors (n,).
+        """Return weight elements (n,), decoded value · scale of the block, and bounds on their errors (n,).
 
-        Each element is a decoded value times its block's scale. Each byte holds two codes, with the earlier code in
-        the upper four bits.
+        Each byte holds two codes, with the earlier code in the upper four bits.
         """
         if stored.quant_state is None:
             return exact_values(stored.data, positions)
@@ -215,15 +193,12 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
         return super().dense(module, canonical, module.compute_dtype or fallback)
 
     def disable_repacking(self, module: Linear4bit) -> bool:
-        """Keep a 4-bit layer from repacking its weight, and unpack the weight if it was already repacked.
+        """Keep a 4-bit layer from repacking its weight, and unpack a repacked weight; a ModelError if it was not
+        quantized.
 
-        On processors with AVX512-BF16, `Linear4bit` repacks its weight in the first forward pass in eval mode.
-        Repacking rounds the scales to bf16 and blocks all later gradients, even in training mode; it fails if the width
-        is not a multiple of the block size. Without repacking, the weight is bitwise identical in every mode and on
-        every processor.
-
-        Raises:
-            ModelError: The weight was not quantized.
+        On processors with AVX512-BF16, `Linear4bit` repacks its weight in the first forward pass in eval mode. That
+        rounds the scales to bf16 and blocks all later gradients, even in training mode; it fails if the width is not a
+        multiple of the block size.
         """
         if not getattr(module, _REPACKS, False):
             return False
@@ -256,11 +231,7 @@ class EightBitFormat(_Format["Linear8bitLt", EightBit]):
         return stored.values.float() * (stored.scales.float() / 127).unsqueeze(1)
 
     def write(self, module: Linear8bitLt, like: EightBit, canonical: Tensor) -> EightBit:
-        """Quantize a weight (out, in).
-
-        Raises:
-            MergeError: The stored weight `like` has not been quantized yet.
-        """
+        """Quantize a weight (out, in); a MergeError if the stored weight has not been quantized yet."""
         import bitsandbytes as package
 
         if like.scales is None:
@@ -315,9 +286,8 @@ def _plain(weight: Params4bit) -> Params4bit:
 def _unpacked(weight: Params4bit) -> Params4bit:
     """Return the plain form of a weight that was repacked for a CPU, with bitwise identical values.
 
-    The repacked form interleaves rows in groups of 32 and stores the scales as (in/block, out) in bf16. The inverse
-    conversion in bitsandbytes quantizes the scales again, which changes their values; this function instead converts
-    the scales to fp32, without double quantization.
+    The repacked form interleaves rows in groups of 32 and stores the scales as (in/block, out) in bf16. They are
+    converted to fp32; the inverse conversion in bitsandbytes would quantize them again.
     """
     state = weight.quant_state
     rows, columns = state.shape

@@ -1,7 +1,7 @@
 """Weights in the layouts of compressed-tensors: int8 or fp8 values with scales per tensor, row, group or block.
 
-lorakit reads the tensors itself: W = (value − zero) · scale. Activations are not quantized, so scales of activations in
-the files have no effect. The layouts were compared with those of compressed-tensors 0.20.
+W = (value − zero) · scale. Activations are not quantized, so scales of activations in the files have no effect. The
+layouts were compared with those of compressed-tensors 0.20.
 """
 
 from __future__ import annotations
@@ -17,22 +17,15 @@ from lorakit.errors import ModelError
 
 @dataclass(frozen=True)
 class CompressedLayout(Layout):
-    """Values (out, in) with one scale, and optionally one zero point, for each block.
+    """Values (out, in) with one scale, and optionally one zero point, for each block of (rows, columns).
 
-    Attributes:
-        block: Rows and columns that share a scale, or None if the sizes of the scales determine them: one value for the
-            tensor, one per row, or one per group of a row.
+    If the block is None, the sizes of the scales determine it: the tensor, a row, or a group of a row.
     """
 
     block: tuple[int, int] | None
 
     def decode(self, parts: tuple[Tensor, ...]) -> Tensor:
-        """Return the weight (out, in) in fp32.
-
-        Args:
-            parts: Values (out, in) in int8 or float8_e4m3fn, scales, and optionally zero points in the shape of the
-                scales.
-        """
+        """Return the weight (out, in) in fp32, from values in int8 or float8_e4m3fn, scales and perhaps zero points."""
         values, scales, *zeros = parts
         weight = values.float()
         if zeros:
@@ -72,11 +65,7 @@ class CompressedFormat(PackedFormat):
     """Format of a weight in a layout of compressed-tensors."""
 
     def check(self, module: PackedLinear, path: str) -> None:
-        """Check that the values and scales are present and have the right shapes, and that the scales are finite.
-
-        Raises:
-            ModelError: A tensor is missing, has the wrong shape, or has values that cannot be used.
-        """
+        """Check that the values and scales are present and finite and have the right shapes; a ModelError otherwise."""
         super().check(module, path)
         rows, columns = module.out_features, module.in_features
         block: tuple[int, int] | None = module.block  # type: ignore[assignment]

@@ -1,8 +1,8 @@
 """Weights in fp8 (float8_e4m3fn) with one scale per block, as DeepSeek publishes them.
 
-transformers stores such a weight in an `FP8Linear`, whose forward pass needs kernels for accelerators. lorakit reads
-that class by its attributes, and does not import it. Where the kernels cannot run, `disable_repacking` gives the module
-the class `Fp8Linear`, whose forward pass dequantizes the weight; `allow_repacking` restores the original class.
+transformers' `FP8Linear`, which lorakit does not import, needs kernels for accelerators. Where they cannot run,
+`disable_repacking` gives the module the class `Fp8Linear`, whose forward pass dequantizes the weight; `allow_repacking`
+restores the original class.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ LARGEST = 448.0
 """The largest finite value of float8_e4m3fn."""
 
 _HALF_STEP, _SMALLEST_HALF_STEP = 2.0**-4, 2.0**-10
-"""Bounds on the rounding error of float8_e4m3fn: relative to the value, and for subnormal values relative to the
-scale."""
+"""Bounds on the rounding error of float8_e4m3fn, relative to the value, and for subnormals relative to the scale."""
 
 _ACCELERATORS = frozenset({"cuda", "xpu"})
 _ORIGINAL = "_class_without_kernels"
@@ -52,11 +51,9 @@ class Fp8Layout(Layout):
         return values.float() * self._spread(scales)
 
     def encode(self, weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantize a weight (out, in), with the largest magnitude of each block at the largest fp8 value.
+        """Quantize a weight (out, in) in fp32, with the largest magnitude of each block at the largest fp8 value.
 
-        Args:
-            weight: The weight in fp32.
-            scales: Scales in the shape and dtype to use; in float8_e8m0fnu, scales are rounded up to powers of two.
+        The new scales have the shape and dtype of `scales`; in float8_e8m0fnu, they are rounded up to powers of two.
         """
         if self.block is None:
             largest = weight.abs().amax().reshape(scales.shape)
@@ -119,15 +116,7 @@ def layout_of(module: Fp8Linear) -> Fp8Layout:
 
 
 def fp8_linear(linear: nn.Linear, block: tuple[int, int] | None = (128, 128)) -> PackedLinear:
-    """Return an fp8 copy of a dense layer.
-
-    Args:
-        linear: The dense layer, which keeps its own weight.
-        block: Rows and columns that share a scale, or None for one scale.
-
-    Returns:
-        The frozen copy, in the same mode (training or eval) as the dense layer.
-    """
+    """Return a frozen fp8 copy of a dense layer, with a scale per block (rows, columns); None is one scale for all."""
     weight = linear.weight.detach().float()
     rows, columns = weight.shape
     shape = () if block is None else (-(-rows // block[0]), -(-columns // block[1]))
@@ -155,11 +144,7 @@ class Fp8Format(PackedFormat):
         return _PARTS
 
     def check(self, module: PackedLinear, path: str) -> None:
-        """Check that the scales are present and finite.
-
-        Raises:
-            ModelError: The scales are missing, or have NaN or infinite values.
-        """
+        """Check that the scales are present and finite."""
         check_parts(module, _PARTS, frozenset(), path, self.name)
 
     def disable_repacking(self, module: PackedLinear) -> bool:
@@ -182,11 +167,7 @@ class Fp8ExpertsFormat(PackedFormat):
         """Check nothing: a site with this format is rejected anyway."""
 
     def stored(self, module: PackedLinear, parameter: str) -> PackedWeight:
-        """Reject the weight.
-
-        Raises:
-            MergeError: Always.
-        """
+        """Raise a MergeError."""
         raise MergeError(
             f"lorakit does not read {self.name} ({parameter}). Load a dense copy of the model: "
             "lorakit.hub.load_model dequantizes models with such experts.",

@@ -23,27 +23,17 @@ PARAMETER = "W_q"
 
 @dataclass(frozen=True)
 class HQQWeight(Packed):
-    """A weight quantized by HQQ.
-
-    Attributes:
-        packed: The packed values.
-        meta: The module's metadata for these values: "scale", "zero", "shape", "nbits", "group_size", …
-    """
+    """A weight quantized by HQQ, and the module's metadata: "scale", "zero", "shape", "nbits", "group_size", …"""
 
     packed: Tensor
     meta: dict[str, Any]
 
 
 def hqq_linear(linear: nn.Linear, bits: int, group_size: int) -> nn.Module:
-    """Return an HQQ version of a dense layer, and remove the weight from the dense layer.
+    """Return an `HQQLinear` with 8 or 4 bits, computing in the dense layer's dtype, and take the weight from the dense
+    layer.
 
-    Args:
-        linear: The dense layer, which this call freezes; the dtype of its weight becomes the compute dtype.
-        bits: Number of bits per value, 8 or 4.
-        group_size: Number of values that share a scale; it must divide the number of elements evenly.
-
-    Returns:
-        An `HQQLinear` in the same mode (training or eval) as the dense layer.
+    `group_size` values share a scale; it must divide the number of elements evenly.
     """
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
@@ -92,8 +82,8 @@ class HQQFormat(WeightFormat["HQQLinear", HQQWeight]):
     def values(self, stored: HQQWeight, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return weight elements (n,), each equal to (code − zero) · scale, and bounds on their errors (n,).
 
-        With 4 bits, the upper nibbles hold the codes of the first half of the groups. HQQ does not minimize the
-        largest error, but no error exceeds one quantization step, which is returned as the bound.
+        With 4 bits, the upper nibbles hold the codes of the first half of the groups. No error exceeds one quantization
+        step.
         """
         meta = stored.meta
         bits, group = meta["nbits"], meta["group_size"]

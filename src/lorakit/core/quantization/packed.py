@@ -1,10 +1,7 @@
 """`PackedLinear`: a frozen linear layer that stores its weight in packed tensors and dequantizes it in each pass.
 
-A `Layout` decodes the tensors of one layer. The forward pass dequantizes the weight, multiplies, and drops it; the
-backward pass dequantizes it again, so autograd keeps only the packed tensors. The weight is decoded in fp32 and then
-rounded to the dtype of the input. Activations are never quantized.
-
-This file depends on torch only. The files next to it define the layouts.
+The backward pass dequantizes the weight again, so autograd keeps only the packed tensors. The weight is decoded in fp32
+and then rounded to the dtype of the input. The files next to this one define the layouts.
 """
 
 from __future__ import annotations
@@ -28,45 +25,29 @@ Setting = int | tuple[int, int] | None
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of a packed weight.
-
-    Attributes:
-        rows: Output features.
-        columns: Input features.
-    """
+    """The layout of a packed weight with the size (rows, columns), (out, in)."""
 
     rows: int
     columns: int
 
     @abstractmethod
     def decode(self, parts: tuple[Tensor, ...]) -> Tensor:
-        """Return the weight (out, in) in fp32.
-
-        Args:
-            parts: The packed tensors, in the order of `PackedLinear.PARTS`.
-        """
+        """Return the weight (out, in) in fp32, from the tensors in the order of `PackedLinear.PARTS`."""
 
     def values(self, parts: tuple[Tensor, ...], positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return weight elements (n,), and bounds (n,) on their quantization errors.
+        """Return weight elements (n,), and bounds (n,) on their quantization errors, for positions (n,) in the
+        flattened weight.
 
         The default bound is infinite, because methods such as GPTQ do not round to the nearest value.
-
-        Args:
-            parts: The packed tensors.
-            positions: Positions (n,) in the flattened weight.
         """
         values = self.decode(parts).reshape(-1)[positions.to(parts[0].device)]
         return values, torch.full_like(values, torch.inf)
 
 
 def spread(scales: Tensor, block: tuple[int, int], rows: int, columns: int) -> Tensor:
-    """Return scales in fp32, repeated for every value that shares them, (rows, columns).
+    """Return scales (rows/block, columns/block) in fp32, repeated for every value that shares them, (rows, columns).
 
-    Args:
-        scales: Scales (rows/block, columns/block).
-        block: Rows and columns that share a scale; the last block of a row or column may be smaller.
-        rows: Rows of the weight.
-        columns: Columns of the weight.
+    The last block of a row or column may be smaller.
     """
     wide = scales.float().repeat_interleave(block[0], 0)[:rows]
     return wide.repeat_interleave(block[1], 1)[:, :columns]
@@ -74,12 +55,7 @@ def spread(scales: Tensor, block: tuple[int, int], rows: int, columns: int) -> T
 
 @dataclass(frozen=True)
 class PackedWeight(Packed):
-    """A packed weight.
-
-    Attributes:
-        parts: The packed tensors, in the order of `PackedLinear.PARTS`.
-        layout: How to decode them.
-    """
+    """A packed weight: its tensors, in the order of `PackedLinear.PARTS`, and their layout."""
 
     parts: tuple[Tensor, ...]
     layout: Layout
@@ -96,8 +72,6 @@ class PackedLinear(nn.Module):
         PARTS: Names of the parameters that make up the weight; the first holds the values. An optional parameter may
             be None.
         OPTIONAL: Names in `PARTS` whose parameters may be None.
-        in_features: Input features.
-        out_features: Output features.
         bias: Bias (out,), or None.
         BITS: Numbers of bits per value that the layout supports.
     """
@@ -133,11 +107,7 @@ def packed_linear(
 ) -> PackedLinear:
     """Return a packed layer with the sizes, the bias and the mode (training or eval) of a dense layer.
 
-    Args:
-        kind: Class of the packed layer.
-        linear: The dense layer, on any device; its weight is not used.
-        parts: Name of a parameter in `kind.PARTS` -> tensor; parameters that are not listed are None.
-        settings: Further attributes of the layer, such as `bits`.
+    `parts` are the parameters in `kind.PARTS` that are not None; `settings` are further attributes, such as `bits`.
     """
     made = kind()
     made.in_features, made.out_features = linear.in_features, linear.out_features
@@ -151,13 +121,7 @@ def packed_linear(
 
 
 def packed_product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """Return x·Wᵀ plus a bias, (…, out), without keeping the dequantized weight for the backward pass.
-
-    Args:
-        x: Input (…, in).
-        weight: The packed weight, which gets no gradient.
-        bias: Bias (out,), or None.
-    """
+    """Return x·Wᵀ plus a bias (out,), (…, out), for x (…, in), without keeping W for the backward pass."""
     if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
         y: Tensor = _Product.apply(x, weight.layout, *weight.parts)
         return y if bias is None else y + bias.to(y.dtype)
@@ -195,11 +159,7 @@ class PackedFormat(WeightFormat[PackedLinear, PackedWeight]):
         return stored.decoded()
 
     def write(self, module: PackedLinear, like: PackedWeight, canonical: Tensor) -> PackedWeight:
-        """Reject a new weight (out, in).
-
-        Raises:
-            MergeError: Always.
-        """
+        """Raise a MergeError, instead of writing a new weight (out, in)."""
         raise MergeError(
             f"lorakit reads {self.name} weights but does not write them. Merge into a dense copy: "
             "merge(model, dense=True), or dequantize the base first.",
@@ -225,11 +185,7 @@ class PackedFormat(WeightFormat[PackedLinear, PackedWeight]):
         return stored.layout.values(tuple(part.detach() for part in stored.parts), positions)
 
     def check(self, module: PackedLinear, path: str) -> None:
-        """Check that all packed tensors are present, and that the scales are finite.
-
-        Raises:
-            ModelError: A tensor is missing, or has NaN or infinite values.
-        """
+        """Check that all packed tensors are present, and that the scales are finite."""
         check_parts(module, module.PARTS, module.OPTIONAL, path, self.name)
 
 
@@ -237,13 +193,6 @@ def check_parts(
     module: nn.Module, names: tuple[str, ...], optional: frozenset[str], path: str, format_name: str
 ) -> None:
     """Check that a module has the tensors of a packed weight, and that the floating-point ones are finite.
-
-    Args:
-        module: The module.
-        names: Names of the parameters.
-        optional: Names of parameters that may be missing.
-        path: Path of the module, for messages.
-        format_name: Name of the format, for messages.
 
     Raises:
         ModelError: A tensor is missing, or has NaN or infinite values.

@@ -1,8 +1,7 @@
 """Weights in the layouts of GPTQ and AWQ: integers packed into int32 words, with scales and zero points per group.
 
 Both store W = (code − zero) · scale, where a group of input features shares a scale and a zero point for each output.
-They differ in the axis and the order in which codes are packed. lorakit reads the tensors itself, because the packages
-that implement these formats need accelerators.
+They differ in the axis and the order in which codes are packed.
 
 Sources:
     Frantar et al. 2022, arXiv:2210.17323, and the files that AutoGPTQ and GPTQModel write;
@@ -31,10 +30,6 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     """Return the codes in packed words, as integers (n·32/bits, …), for words (n, …) in int32.
 
     Codes form a stream of bits along the first axis, lowest bits first; with 3 bits, a code can span two words.
-
-    Args:
-        words: The packed words.
-        bits: Bits per code.
     """
     mask = (1 << bits) - 1
     if WORD % bits == 0:
@@ -150,11 +145,7 @@ class _IntegerFormat(PackedFormat):
     """Format of integers that are packed into words."""
 
     def check(self, module: PackedLinear, path: str) -> None:
-        """Check that all packed tensors are present and have the right shapes, and that the scales are finite.
-
-        Raises:
-            ModelError: A tensor is missing, has the wrong shape, or has values that cannot be used.
-        """
+        """Check that all packed tensors are present and fit; a ModelError also for infinite scales."""
         super().check(module, path)
         rows, columns = module.out_features, module.in_features
         bits = module.bits if isinstance(module, GptqLinear) else AWQ_BITS

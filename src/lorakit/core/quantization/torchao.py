@@ -1,7 +1,7 @@
 """Weights quantized by torchao, which stores them as tensor subclasses that dequantize themselves.
 
-This is the only module that imports torchao. lorakit reads every format that torchao can dequantize. It writes only
-int8 with one scale per row, which is also the only torchao format that supports training.
+lorakit reads every format that torchao can dequantize. It writes only int8 with one scale per row, the only torchao
+format that supports training.
 """
 
 from __future__ import annotations
@@ -29,14 +29,7 @@ def int8_config() -> Int8WeightOnlyConfig:
 
 
 def int8_linear(linear: nn.Linear) -> nn.Module:
-    """Return a copy of a dense layer with an int8 weight.
-
-    Args:
-        linear: The dense layer, which keeps its own weight.
-
-    Returns:
-        An `nn.Linear` in the same mode (training or eval) as the dense layer.
-    """
+    """Return a copy of a dense layer with an int8 weight."""
     made = linear_with(linear, linear.weight.detach(), linear.weight.dtype)
     made.weight = _quantized(made.weight.detach())
     return made
@@ -62,19 +55,11 @@ class TorchaoFormat(PlainFormat):
         return module._parameters[parameter]
 
     def read(self, module: nn.Module, stored: TorchAOBaseTensor) -> Tensor:
-        """Return the dequantized weight, (out, in), in fp32.
-
-        Raises:
-            MergeError: torchao cannot dequantize the weight.
-        """
+        """Return the dequantized weight, (out, in), in fp32."""
         return _dequantized(stored)
 
     def write(self, module: nn.Module, like: TorchAOBaseTensor, canonical: Tensor) -> Tensor:
-        """Quantize a weight (out, in) to int8.
-
-        Raises:
-            MergeError: The stored weight `like` is not int8 with one scale per row.
-        """
+        """Quantize a weight (out, in) to int8; a MergeError if the stored weight is not int8 with one scale per row."""
         if type(like).__name__ != _INT8 or like.act_quant_kwargs is not None or like.block_size[0] != 1:
             raise MergeError(
                 f"lorakit cannot write this torchao weight ({type(like).__name__}); it can write only int8 weights "

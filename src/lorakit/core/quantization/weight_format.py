@@ -1,10 +1,7 @@
 """`WeightFormat`: conversion between a weight's stored form and its canonical form.
 
-A canonical weight is in fp32 or wider, and its leading axis is the output axis. Only a format knows how a module stores
-its weight (as one tensor or as several packed tensors), so only formats get, read, create and replace stored weights.
-Formats do not depend on adapters or their factors A and B.
-
-The formats in this file store weights as plain floating-point tensors, transposed or not.
+A canonical weight is in fp32 or wider, and its leading axis is the output axis. Only formats get, read, create and
+replace stored weights. Those in this file store plain floating-point tensors, transposed or not.
 """
 
 from __future__ import annotations
@@ -42,12 +39,7 @@ def at_least_fp32(tensor: Tensor) -> Tensor:
 
 
 def exact_values(stored: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return elements (n,) of a plain weight, in fp32 or wider, and their errors (n,), which are zero.
-
-    Args:
-        stored: The weight, of any shape.
-        positions: Positions in the flattened weight, (n,).
-    """
+    """Return elements (n,) of a plain weight (any shape), in fp32 or wider, and their errors (n,), which are zero."""
     values = at_least_fp32(stored.detach()[torch.unravel_index(positions, stored.shape)])
     return values, torch.zeros_like(values)
 
@@ -68,10 +60,8 @@ class WeightFormat(Generic[M, S]):
     """A way to store a weight. M is the type of the module that holds the weight; S is the type of the stored weight.
 
     Attributes:
-        name: Name of the format in messages.
         types: Dotted names of the weight types or module types that use this format.
         transposed: Whether the stored weight is (in, out), both in memory and in weight files.
-        written: Whether a new weight can be written to the module.
         parameters: Names of the parameters that use this format; empty means all.
         quantized: Whether writing a weight loses more precision than rounding it to a floating-point dtype.
     """
@@ -105,19 +95,15 @@ class WeightFormat(Generic[M, S]):
 
     @abstractmethod
     def values(self, stored: S, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return elements (n,) of a stored weight, and bounds (n,) on their quantization errors.
+        """Return elements (n,) of a stored weight, and bounds (n,) on their quantization errors; only they are
+        dequantized.
 
-        Args:
-            stored: The stored weight; only the requested elements are dequantized.
-            positions: Positions (n,) of the elements in the flattened canonical weight, or in the flattened stored
-                weight if the weight is plain.
+        The positions (n,) are those in the flattened canonical weight, or in the flattened stored weight if that is
+        plain.
         """
 
     def part_names(self, module: M) -> tuple[str, ...]:
-        """Return the names of the parameters that make up a weight, in the order of `tensors`.
-
-        The result is empty if the weight is a single parameter, together with tensors that are not parameters.
-        """
+        """Return the names of the parameters of a weight, in the order of `tensors`; empty if it is one parameter."""
         return ()
 
     def check(self, module: M, path: str) -> None:
@@ -151,11 +137,7 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
     quantized = False
 
     def check(self, module: nn.Module, path: str) -> None:
-        """Check that a module's weight is not packed.
-
-        Raises:
-            ModelError: The weight consists of integers, which only a quantized module could dequantize.
-        """
+        """Raise a ModelError if a weight consists of integers, which only a quantized module could dequantize."""
         weight = module._parameters.get("weight")
         if weight is not None and not (weight.is_floating_point() or weight.is_complex()):
             raise ModelError(
@@ -188,11 +170,7 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
         return (canonical.transpose(0, 1) if self.transposed else canonical).to(like.dtype).contiguous()
 
     def put_stored(self, module: nn.Module, parameter: str, stored: Tensor) -> None:
-        """Make the parameter use the memory of a tensor of any shape.
-
-        Raises:
-            MergeError: A parametrization or a pruning mask computes the parameter.
-        """
+        """Make the parameter use the memory of a tensor of any shape; a MergeError if it is computed."""
         if not self.written:
             raise MergeError(
                 NOT_WRITTEN.format(parameter=parameter, type=type(module).__name__),

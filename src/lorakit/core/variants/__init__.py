@@ -68,11 +68,7 @@ VARIANTS: tuple[Variant, ...] = (PLAIN, DORA, ALORA, KASA, BDLORA, VELORA, QALOR
 
 
 def variant_named(name: str) -> Variant:
-    """Return the variant with the given name.
-
-    Raises:
-        KeyError: No variant has this name. This indicates a bug in lorakit, because users never pass variant names.
-    """
+    """Return the variant with the given name; a KeyError is a bug in lorakit, because users never pass such names."""
     for variant in VARIANTS:
         if variant.name == name:
             return variant
@@ -96,25 +92,15 @@ def variants_of(config: LoraConfig) -> list[Variant]:
 
 
 def invocations_of(config: LoraConfig) -> list[tuple[Variant, Sequence[int]]]:
-    """Return the selected variants that wait for tokens, each with the ids of these tokens.
-
-    Raises:
-        ConfigError: The config does not specify the tokens.
-    """
+    """Return the selected variants that wait for tokens, each with the ids of these tokens."""
     return [(variant, variant.invocation(config)) for variant in variants_of(config) if variant.invocation is not None]
 
 
 def check_invocation(config: LoraConfig, known: Container[int], where: str, length: int | None = None) -> None:
     """Check that the tokens for which an adapter waits can occur; otherwise, it would never act.
 
-    Args:
-        config: The adapter's config.
-        known: The ids of all tokens that can occur.
-        where: What has these tokens, for messages.
-        length: Maximum number of tokens of a row, or None.
-
-    Raises:
-        ConfigError: A token cannot occur, or all of them do not fit into a row.
+    A ConfigError if one is not among the `known` ids that `where` has, or if all do not fit into a row of `length`
+    tokens.
     """
     for variant, tokens in invocations_of(config):
         unknown = [token for token in tokens if token not in known]
@@ -151,15 +137,7 @@ def without(config: LoraConfig, *variants: Variant) -> LoraConfig:
 
 
 def variant_at(config: LoraConfig, path: str) -> tuple[Variant, Setting]:
-    """Return the variant that a config selects at a site, and the variant's settings at that site.
-
-    Args:
-        config: The adapter's config.
-        path: Path of the site.
-
-    Raises:
-        ConfigError: The config selects two variants at the site.
-    """
+    """Return the variant that a config selects at a site, and its settings there; a ConfigError if it selects two."""
     selected = variants_of(config)
     if not selected:
         return PLAIN, NO_SETTING
@@ -177,16 +155,7 @@ def variant_at(config: LoraConfig, path: str) -> tuple[Variant, Setting]:
 
 
 def variant_for(config: LoraConfig, kind: Kind, path: str) -> tuple[Variant, Setting]:
-    """Return the variant that a config selects at a site of a given kind, and the variant's settings at that site.
-
-    Args:
-        config: The adapter's config.
-        kind: The kind of the site.
-        path: Path of the site, for error messages.
-
-    Raises:
-        ConfigError: The config selects two variants at the site, or the variant does not support this kind.
-    """
+    """Return the variant that a config selects at a site, and its settings; a ConfigError if the kind has none."""
     variant, setting = variant_at(config, path)
     off = next((f.default for f in dataclasses.fields(LoraConfig) if f.name == variant.field), None)
     advice = f"set {variant.field} to {off}"

@@ -17,17 +17,10 @@ from lorakit.errors import ConfigError, RouteError
 
 
 def last_invocation(input_ids: Tensor, tokens: Sequence[int], visible: Tensor | None = None) -> Tensor:
-    """Locate the last occurrence of the invocation tokens in each row.   [docs/math.md (90)]
+    """Return the distance of the last invocation tokens from the end of each row, (rows,).   [docs/math.md (90)]
 
-    Args:
-        input_ids: Token ids, (rows, length), integers.
-        tokens: The invocation tokens, in order.
-        visible: Mask, (rows, length), true for tokens and false for padding; an occurrence that contains padding does
-            not count.
-
-    Returns:
-        (rows,) int64: number of positions from the first token of the last occurrence to the end of the row; 0 if the
-        row does not contain the invocation tokens.
+    The distance, from the first of these tokens, is 0 for rows of `input_ids` (rows, length) without them. An
+    occurrence with padding, false in the mask `visible` (rows, length), does not count.
     """
     rows, length = input_ids.shape
     size = len(tokens)

@@ -33,10 +33,7 @@ Pair = tuple[Tensor, Tensor]
 def prototype(A: Tensor, B: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Approximate the strongest right singular vector of B·A, (in,), by power iteration.   [docs/math.md (105)]
 
-    Args:
-        A: Down projection, (r, in).
-        B: Up projection, (out, r).
-        generator: Random generator for the first vector, on A's device; None for torch's default generator.
+    A is (r, in), B is (out, r), and the generator, for the first vector, is on A's device.
 
     Source:
         Ostapenko et al. 2024, arXiv:2405.11157; the number of iterations is PEFT's.
@@ -54,11 +51,7 @@ def prototype(A: Tensor, B: Tensor, generator: torch.Generator | None = None) ->
 def coefficients(x: Tensor, prototypes: Tensor, top_k: int, temperature: float) -> Tensor:
     """Return the weight of each expert for each token, (…, E): 0 except for the k best.   [docs/math.md (106)]
 
-    Args:
-        x: Tokens, (…, in), in the dtype of the prototypes.
-        prototypes: One vector per expert, (E, in).
-        top_k: Number of experts per token, k.
-        temperature: Temperature of the softmax.
+    The tokens x (…, in) have the dtype of the prototypes (E, in); `temperature` is that of the softmax.
 
     Source:
         Ostapenko et al. 2024, arXiv:2405.11157.
@@ -76,10 +69,6 @@ def is_general(name: str) -> bool:
 def without_general(experts: Sequence[Pair], general: Sequence[Pair]) -> list[Pair]:
     """Subtract the mean A and the mean B of the general adapters from each expert's A and B.   [docs/math.md (107)]
 
-    Args:
-        experts: A (r, in) and B (out, r) of each expert.
-        general: A (r, in) and B (out, r) of each general adapter, in the same shapes.
-
     Source:
         Bagherifard et al. 2025, arXiv:2505.10939; PEFT takes the means of A and B separately.
     """
@@ -89,11 +78,7 @@ def without_general(experts: Sequence[Pair], general: Sequence[Pair]) -> list[Pa
 
 
 def _product(name: str, factor: Factor) -> Pair:
-    """Return A (r, in) and B (out, r) of an expert.
-
-    Raises:
-        AdapterError: The adapter's update is not s·B·A.
-    """
+    """Return A (r, in) and B (out, r) of an expert, whose update must be s·B·A."""
     if not factor.variant.is_mergeable or not factor.variant.is_low_rank or factor.bias is not None:
         kind = "a bias of B" if factor.bias is not None else factor.variant.title
         raise AdapterError(f"Arrow cannot route to adapter {name!r}: its update is not s·B·A ({kind}).", what=name)
@@ -101,11 +86,7 @@ def _product(name: str, factor: Factor) -> Pair:
 
 
 def _experts(at: At) -> tuple[list[Factor], list[Pair]]:
-    """Return the experts' factors, and A (r, in) and B (out, r) of each, after the subtraction.
-
-    Raises:
-        AdapterError: There are fewer than top_k experts, or an adapter cannot be an expert.
-    """
+    """Return the experts' factors, and A (r, in) and B (out, r) of each, after the subtraction."""
     setting, others = at.factor.setting, at.siblings()
     general = {name: factor for name, factor in others.items() if is_general(name)}
     experts = {

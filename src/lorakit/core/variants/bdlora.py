@@ -1,7 +1,6 @@
 """BD-LoRA: A or B is block-diagonal, so that each device can multiply by its blocks without inter-device communication.
 
-Only the blocks are stored and saved, stacked along the first axis. Before a multiplication, the blocks are
-placed on the diagonal of a matrix that has the shape of LoRA's A or B; everything else works as in LoRA.
+Only the blocks are stored and saved, stacked along the first axis.
 """
 
 from __future__ import annotations
@@ -16,11 +15,7 @@ from lorakit.errors import ConfigError
 
 
 def block_diagonal(blocks: Tensor, number: int) -> Tensor:
-    """Return a matrix (m, n·number) with the blocks on its diagonal and zeros elsewhere.   [docs/math.md (97)]
-
-    Args:
-        blocks: The stacked blocks, (m, n).
-        number: Number of blocks; must divide m.
+    """Return a matrix (m, n·number) with blocks (m, n) on its diagonal and zeros elsewhere.   [docs/math.md (97)]
 
     Source:
         Wang et al. 2025, arXiv:2510.23346, section 3.
@@ -29,14 +24,7 @@ def block_diagonal(blocks: Tensor, number: int) -> Tensor:
 
 
 class BlockDiagonalLinear(nn.Module):
-    """A linear layer without a bias whose weight is block-diagonal; as PEFT's class of this name.
-
-    Attributes:
-        in_features: Number of inputs.
-        out_features: Number of outputs.
-        nblocks: Number of blocks.
-        weight: The stacked blocks, (out, in / blocks).
-    """
+    """A linear layer without a bias whose block-diagonal weight is stored as (out, in / blocks), like PEFT's."""
 
     def __init__(
         self,
@@ -59,12 +47,7 @@ class BlockDiagonalLinear(nn.Module):
 
     @classmethod
     def of(cls, weight: nn.Parameter, nblocks: int) -> BlockDiagonalLinear:
-        """Return a module that holds existing blocks.
-
-        Args:
-            weight: The stacked blocks, (out, in / blocks).
-            nblocks: Number of blocks.
-        """
+        """Return a module that holds existing blocks, stacked as (out, in / blocks)."""
         found = cls.__new__(cls)
         nn.Module.__init__(found)
         found.out_features, found.in_features = weight.shape[0], weight.shape[1] * nblocks

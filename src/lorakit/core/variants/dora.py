@@ -32,12 +32,6 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
     ‖w + s·bA‖² = ‖w‖² + 2s·(w Aᵀ)·b + s²·b (A Aᵀ) bᵀ for each row w of W and the corresponding row b of B.
 
-    Args:
-        W: Weight as a matrix, (out, in).
-        A: Down projection, (r, in).
-        B: Up projection, (out, r).
-        scale: The factor's scale.
-
     Returns:
         (out,), fp32 or wider. Cost: 2·out·in·r FLOPs; the largest temporary is (out, r).
     """
@@ -90,11 +84,6 @@ def _gain(kind: Kind, spec: WeightSpec, W: Tensor, factor: Factor) -> Tensor:
 
 def combined(path: str, addends: Sequence[Addend], reading: Reading) -> Sum:
     """Combine DoRA adapters, and possibly plain LoRA adapters, into a DoRA adapter.   [docs/math.md (57)]
-
-    Args:
-        path: Path of the site, for error messages.
-        addends: The factors to add up, with their weights.
-        reading: The base weight.
 
     Returns:
         The products g ⊙ B·A, each as A (groups, r, in) and B (groups, out, r), and a function that takes the sum of the

@@ -1,8 +1,7 @@
 """KaSA removes the smallest singular values of the base weight and trains the singular values of the update.
 
-While the adapter is attached, the base is W without its r smallest singular values, and the update is s·B·diag(d)·A,
-where d is trained. The layer keeps the original weight, which is restored bit for bit when the adapter is disabled or
-detached.
+The base is W without its r smallest singular values, and the update is s·B·diag(d)·A, where d is trained. The layer
+keeps the original weight, which is restored bit for bit when the adapter is disabled or detached.
 """
 
 from __future__ import annotations
@@ -21,11 +20,7 @@ DIAGONAL = "lora_diag"
 
 
 def truncated(W: Tensor, r: int) -> Tensor:
-    """Return W (out, in) without its r smallest singular values.   [docs/math.md (94)]
-
-    Args:
-        W: Weight as a matrix, (out, in), fp32 or wider.
-        r: Number of singular values to remove; must be less than both dimensions.
+    """Return W (out, in) without its r smallest singular values, r less than both dimensions.   [docs/math.md (94)]
 
     Source:
         Wang et al. 2024, arXiv:2412.06071, section 3.
@@ -36,10 +31,6 @@ def truncated(W: Tensor, r: int) -> Tensor:
 
 def penalty(factor: Factor, training: bool) -> Tensor:
     """Return β·‖d‖² + γ·(‖Bᵀ·B − I‖ + ‖A·Aᵀ − I‖), a scalar in fp32 or wider.   [docs/math.md (96)]
-
-    Args:
-        factor: A factor with A (r, in), B (out, r) and the diagonal (r,); its settings include β and γ.
-        training: Ignored.
 
     Source:
         Wang et al. 2024, arXiv:2412.06071, eqs. (9) to (11).

@@ -22,10 +22,6 @@ MATRIX = "lora_R"
 def directions(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """Return A = Σ_r·V_rᵀ (r, in) and B = U_r (out, r), with W = U·Σ·Vᵀ.   [docs/math.md (113)]
 
-    Args:
-        W: Weight as a matrix, (out, in), fp32 or wider.
-        r: Number of singular directions.
-
     Source:
         Bałazy et al. 2024, arXiv:2405.17604, section 3. There W multiplies a row x from the right, so Σ is next to x.
     """

@@ -30,9 +30,7 @@ TINY = 1e-6
 def variances(spread: Tensor, wishart: Tensor) -> Tensor:
     """Return the variance of each row of A, (r,): e^(2·spread) times a Wishart diagonal.   [docs/math.md (103)]
 
-    Args:
-        spread: Logarithms of the standard deviations, (r,).
-        wishart: Diagonal of a Wishart matrix with r degrees of freedom, (r,).
+    Both arguments are (r,); `spread` are logarithms of the standard deviations.
 
     Source:
         Sengupta et al. 2024, arXiv:2411.04358.
@@ -43,11 +41,8 @@ def variances(spread: Tensor, wishart: Tensor) -> Tensor:
 def sample_weights(concentration: Tensor, z: Tensor) -> Tensor:
     """Return the weights of the samples, (n,), approximately Dirichlet-distributed.   [docs/math.md (103)]
 
-    The distribution is the Laplace approximation of the Dirichlet distribution in the basis of the softmax.
-
-    Args:
-        concentration: Logarithms of the concentrations, (n,).
-        z: Normal values, (n,).
+    The distribution is the Laplace approximation in the basis of the softmax, for logarithms of concentrations (n,) and
+    normal values z (n,).
     """
     number, alpha = len(concentration), concentration.exp().clamp(min=TINY)
     mean = alpha.log() - alpha.log().mean()
@@ -59,10 +54,6 @@ def wishart_diagonal(r: int, device: torch.device) -> Tensor:
     """Draw the diagonal of a Wishart matrix with r degrees of freedom and the identity as scale, (r,) in fp32.
 
     With Bartlett's decomposition, entry i is a chi-squared value with r − i degrees of freedom plus i squared normals.
-
-    Args:
-        r: Size of the matrix.
-        device: The device; its default generator is used.
     """
     degrees = torch.arange(r, 0, -1, dtype=torch.float32, device=device)
     chi = torch.distributions.Chi2(degrees, validate_args=False).rsample()
@@ -75,8 +66,7 @@ def wishart_diagonal(r: int, device: torch.device) -> Tensor:
 def sampled(factor: Factor) -> Tensor:
     """Return A (r, in) plus the mean of n noise matrices, and store what `penalty` needs.   [docs/math.md (103)]
 
-    Args:
-        factor: A factor with A (r, in); its buffers and memory are overwritten.
+    The buffers and memory of the factor are overwritten.
 
     Source:
         Sengupta et al. 2024, arXiv:2411.04358.
@@ -100,10 +90,6 @@ def penalty(factor: Factor, training: bool) -> Tensor:
 
     The variances and weights are those of the last training forward pass; the gradients with respect to their
     parameters are computed without that pass's graph.
-
-    Args:
-        factor: A factor with its extra tensors.
-        training: Whether the layer is in training mode.
 
     Source:
         Sengupta et al. 2024, arXiv:2411.04358; the sign of the terms ln Γ(α) is PEFT's.

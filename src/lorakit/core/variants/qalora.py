@@ -1,8 +1,7 @@
-"""QA-LoRA: A reads the mean of each group of inputs, so all inputs of a group share one column of A.
+"""QA-LoRA: A reads the mean of each group of inputs, so all inputs of a group share one column of A, stored once.
 
-Only the shared columns are stored and saved. Before a multiplication, each column is repeated for the inputs of its
-group; everything else works as in LoRA. An update that is constant within groups can be absorbed by the zero points of
-a weight that is quantized in such groups, which is the purpose of the method.
+An update that is constant within groups can be absorbed by the zero points of a weight that is quantized in such
+groups, which is the purpose of the method.
 """
 
 from __future__ import annotations
@@ -16,13 +15,9 @@ from lorakit.errors import ConfigError
 
 
 def repeated(A: Tensor, group: int) -> Tensor:
-    """Return A (r, in): each stored column, repeated g times and multiplied by in / g².   [docs/math.md (102)]
+    """Return A (r, in): its stored columns (r, in / g), each repeated g times, times in / g².   [docs/math.md (102)]
 
     Each mean over a group has the factor 1 / g, and PEFT multiplies the means by their number, in / g.
-
-    Args:
-        A: The stored columns, (r, in / g).
-        group: Number of inputs per group, g.
 
     Source:
         Xu et al. 2023, arXiv:2309.14717, section 3; the factor in / g is PEFT's.

@@ -1,9 +1,7 @@
 """`Variant`, the type of the entries in VARIANTS, and the argument and result types of its functions.
 
 Every variant computes an *addition* to the base output and to the base weight, so that several adapters can be applied
-in any order and the rows of a batch can use different adapters. A variant works with tensors and with the shapes that a
-kind defines; it does not depend on adapter names, routes or files. If one of a variant's functions is None, its only
-cost in a forward pass is a check for None.
+in any order and the rows of a batch can use different adapters. It does not depend on adapter names, routes or files.
 """
 
 from __future__ import annotations
@@ -41,11 +39,8 @@ class Factor:
         A: Down projection, (r, in).
         B: Up projection, (out, r).
         scale: alpha / r, or alpha / √r for rsLoRA.
-        dropout: The dropout applied before A.
-        variant: The factor's variant, an entry in VARIANTS.
         own: The variant's extra tensors, in the shapes used by the layer, keyed by `OwnTensor.held_as`.
         bias: Bias of B (`lora_bias`), (out,), which is scaled like B·A; None if B has no bias.
-        setting: The variant's settings at this site.
         memory: Tensors that the variant keeps from one forward pass to the next; they are neither saved nor moved.
     """
 
@@ -60,19 +55,11 @@ class Factor:
     memory: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def multiplied(self, training: bool = False) -> tuple[Tensor, Tensor]:
-        """Return A (r, in) and B (out, r), transformed by the variant's `factors` function and ready to be multiplied.
-
-        Args:
-            training: Whether the variant may perturb A and B, as during training.
-        """
+        """Return A (r, in) and B (out, r) from the variant's `factors` function, which may perturb them in training."""
         return (self.A, self.B) if self.variant.factors is None else self.variant.factors(self, training)
 
     def plain(self, training: bool = False) -> Factor:
-        """Return this factor with A (r, in) and B (out, r) transformed by the variant's `factors` function.
-
-        Args:
-            training: Whether the variant may perturb A and B, as during training.
-        """
+        """Return this factor with A (r, in) and B (out, r) transformed by the variant's `factors` function."""
         A, B = self.multiplied(training)
         return self if self.variant.factors is None else dataclasses.replace(self, A=A, B=B)
 
@@ -82,16 +69,10 @@ class Start:
     """A new factor and its site, from which the variant's extra tensors are initialized.
 
     Attributes:
-        kind: The kind of the site.
-        spec: The site's weight spec.
         A: Initial down projection, (r, in).
         B: Initial up projection, (out, r).
-        scale: The factor's scale.
         read: Function that returns the canonical base weight that the adapter uses: (out, in), or the shape that the
             kind defines.
-        path: Path of the site, for messages.
-        setting: The variant's settings at this site.
-        generator: Random generator, or None for torch's default generator.
     """
 
     kind: Kind
@@ -110,11 +91,7 @@ class Start:
         return self.kind.rank(self.spec, tuple(self.A.shape))
 
     def finite_weight(self) -> Tensor:
-        """Return the canonical base weight, (out, in) at a dense site, to be decomposed.
-
-        Raises:
-            ConfigError: The weight contains NaN or infinite values.
-        """
+        """Return the canonical base weight, (out, in) at a dense site; a ConfigError if it is not finite."""
         W = self.read().detach()
         if W.device.type != "meta" and not bool(torch.isfinite(W).all()):
             raise ConfigError(
@@ -201,9 +178,6 @@ class At:
         y0: The base output, (…, out), or (N, out, …) for a convolution.
         bias: The bias that `y0` includes, (out,), or None.
         z: The scaled low-rank output s·B(A x), shaped like `y0`.
-        factor: The factor.
-        kind: The kind of the site.
-        spec: The site's weight spec.
         read: Function that returns the canonical base weight: (out, in), or the shape that the kind defines.
         mask: For variants with `positions`, a function from z to a boolean mask of the active positions, broadcastable
             to z; None if the positions are unknown.
@@ -229,8 +203,6 @@ class Addend:
     """One adapter's update in a sum of updates at one site.
 
     Attributes:
-        factor: The adapter's factor at the site.
-        weight: The weight of the update in the sum.
         product: Unscaled A (groups, r, in) and B (groups, out, r), as returned by the variant's `factors` function.
         experts: The number of experts, each with its own part of A and B; 1 for a single matrix.
     """
@@ -294,14 +266,11 @@ class Variant:
     """A LoRA variant: one way to combine A, B and the base weight.
 
     Attributes:
-        name: Name used in layers and tests.
-        title: Name used in messages.
         field: Config field that selects the variant; "" for LoRA itself.
         fits: Function that returns whether the variant supports a kind. Only the function `every_kind` accepts
             user-defined kinds.
         setting: Function from a config and a site's path to the variant's settings there, or to None if the site does
             not use the variant. For a variant without settings, the attribute is None.
-        parts: A, B and the variant's extra tensors.
         factors: Function from a factor and a training flag to the A and B to multiply; None to multiply A and B as
             stored.
         down: Function from kind, module, input, factor and a training flag to the unscaled input of B; None for the
@@ -313,7 +282,6 @@ class Variant:
         invocation: Function from a config to the ids of the tokens, in order, from whose last occurrence the adapter is
             active; None if the adapter is always active.
         move: The weight that replaces the base weight while the adapter is attached; None if the base is unchanged.
-        penalty: A term that is added to the training loss; None if there is none.
         combine: Function that takes a site's path, addends and base weight, and returns the sum as one factor of this
             variant; None if the sum is plain LoRA; or why adapters with different values of `field` cannot be combined,
             such as "have different invocation tokens": if the values are equal, the result has the same value.
@@ -374,13 +342,6 @@ class Variant:
         """Return the shapes of A and B at a site: (r, in) and (out, r) at a dense site.
 
         If the variant does not support the kind, LoRA's shapes are returned; `variant_for` rejects such a site.
-
-        Args:
-            kind: The kind of the site.
-            spec: The site's weight spec.
-            r: The rank.
-            setting: The variant's settings at the site.
-            path: Path of the site, for error messages.
 
         Raises:
             ConfigError: The site does not support this rank.

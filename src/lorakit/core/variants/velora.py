@@ -23,30 +23,13 @@ PROJECTION = "lora_velora_embed"
 
 
 def grouped(x: Tensor, num_groups: int) -> Tensor:
-    """Split each row into groups of equal width, padding the last group with zeros.
-
-    Args:
-        x: Input rows, (…, in).
-        num_groups: Number of groups n.
-
-    Returns:
-        (rows, n, d) with d = ⌈in / n⌉.
-    """
+    """Split each row of x (…, in) into n groups of width d = ⌈in / n⌉, (rows, n, d), padded with zeros at the end."""
     missing = -x.shape[-1] % num_groups
     return (F.pad(x, (0, missing)) if missing else x).reshape(-1, num_groups, (x.shape[-1] + missing) // num_groups)
 
 
 def compressed(x: Tensor, v: Tensor, num_groups: int) -> Tensor:
-    """Return the length of each group along a direction.
-
-    Args:
-        x: Input rows, (…, in).
-        v: Direction of unit length, (d,).
-        num_groups: Number of groups n.
-
-    Returns:
-        (rows, n), in the dtype of x.
-    """
+    """Return the length of each group of x (…, in) along the direction v (d,) of length 1, (rows, n), in x's dtype."""
     return grouped(x, num_groups) @ v.to(x.dtype)
 
 
@@ -67,8 +50,8 @@ class CompressedLinear(torch.autograd.Function):
     """A·x (…, r), with a gradient of A that is computed from the compressed input.   [docs/math.md (101)]
 
     The gradient of x is exact. That of A is σ·gᵀ·x̂ with x̂ = (x·v)·vᵀ per group: its r × n sums over the rows are
-    multiplied by v only at the end, so x̂ is never formed. Saved for the backward pass are n values per row. They are an
-    argument, so that the gradients can be differentiated again.
+    multiplied by v only at the end, so x̂ is never formed. The n values per row that are saved are an argument, so that
+    the gradients can be differentiated again.
 
     Source:
         Miles et al. 2024, arXiv:2405.17991, section 3.
@@ -76,16 +59,7 @@ class CompressedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, v: Tensor, lengths: Tensor, strength: float) -> Tensor:
-        """Return A·x, (…, r).
-
-        Args:
-            ctx: Context of autograd.
-            x: Input, (…, in).
-            A: Down projection, (r, in), in the dtype of x.
-            v: Projection of unit length, (d,).
-            lengths: The compressed input, (rows, n).
-            strength: The factor σ of A's gradient.
-        """
+        """Return A·x, (…, r), for A (r, in), v (d,), the compressed input `lengths` (rows, n), and σ as `strength`."""
         ctx.save_for_backward(lengths, A, v)
         ctx.strength = strength
         return F.linear(x, A)
