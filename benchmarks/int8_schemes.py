@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lorakit.choices import KEPT_CHANNELS
 from lorakit.data import Batch
 from lorakit.ops import int8, int8_weight
 from lorakit.ops.autograd import rows
@@ -53,19 +54,19 @@ SCHEMES: dict[str, Scheme | None] = {
     BF16: None,
     "naive": Scheme(),
     "smooth": Scheme(int8_weight.SMOOTHING),
-    "split": Scheme(kept=int8_weight.KEPT_CHANNELS),
-    DEFAULT: Scheme(int8_weight.SMOOTHING, int8_weight.KEPT_CHANNELS),
+    "split": Scheme(kept=KEPT_CHANNELS),
+    DEFAULT: Scheme(int8_weight.SMOOTHING, KEPT_CHANNELS),
     "hadamard": Scheme(rotated=True),
-    "hadamard+split": Scheme(kept=int8_weight.KEPT_CHANNELS, rotated=True),
-    "smooth+split, forward only": Scheme(int8_weight.SMOOTHING, int8_weight.KEPT_CHANNELS, int8_backward=False),
-    "smooth+split, 16 outputs": Scheme(int8_weight.SMOOTHING, int8_weight.KEPT_CHANNELS, outputs=16),
+    "hadamard+split": Scheme(kept=KEPT_CHANNELS, rotated=True),
+    "smooth+split, forward only": Scheme(int8_weight.SMOOTHING, KEPT_CHANNELS, int8_backward=False),
+    "smooth+split, 16 outputs": Scheme(int8_weight.SMOOTHING, KEPT_CHANNELS, outputs=16),
     "naive, 2 sites in bf16": Scheme(worst=2),
     "smooth, 2 sites in bf16": Scheme(int8_weight.SMOOTHING, worst=2),
-    "smooth+split, 2 sites in bf16": Scheme(int8_weight.SMOOTHING, int8_weight.KEPT_CHANNELS, worst=2),
+    "smooth+split, 2 sites in bf16": Scheme(int8_weight.SMOOTHING, KEPT_CHANNELS, worst=2),
     "smooth+split, kept 32": Scheme(int8_weight.SMOOTHING, 32),
     "smooth+split, kept 64": Scheme(int8_weight.SMOOTHING, 64),
-    "smooth+split, smoothing 0.35": Scheme(0.35, int8_weight.KEPT_CHANNELS),
-    "smooth+split, smoothing 0.65": Scheme(0.65, int8_weight.KEPT_CHANNELS),
+    "smooth+split, smoothing 0.35": Scheme(0.35, KEPT_CHANNELS),
+    "smooth+split, smoothing 0.65": Scheme(0.65, KEPT_CHANNELS),
 }
 """Name -> scheme; None is the original matmul."""
 

@@ -1,7 +1,7 @@
-"""Names that flags and settings may have: tasks, shapes of rows, tag schemes, dtypes, optimizers and others.
+"""Names that flags and settings may have, and numbers that plans share with code that needs torch.
 
-Modules that implement them import torch, and flags are checked before torch is loaded; so each list is here, and
-a test compares it with the registry that implements its names.
+Flags are checked and plans are made before torch is loaded; so each list is here, and a test compares it with the
+registry that implements its names.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Overlong = Literal["truncate", "drop", "split", "error"]
 """Treatment of rows that are longer than the maximum length."""
 
+Bias = Literal["none", "all", "lora_only"]
 Recompute = Literal["none", "feed-forward", "layers"]
 BaseMatmul = Literal["dtype", "int8"]
 Optimizer = Literal["adamw", "adamw8bit", "lorafa", "muon"]
@@ -39,6 +40,23 @@ DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 DTYPE_NAMES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 """Short name of a dtype -> its name."""
+
+BIASES: tuple[Bias, ...] = get_args(Bias)
+"""Values of `bias` in a config."""
+
+INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "mica")
+"""Names in `lorakit.core.inits.INITS` that training supports, except `pissa_niter_N`; "default" is True.
+
+LoftQ needs the unquantized base.
+"""
+
+BASE_MATMULS: tuple[BaseMatmul, ...] = get_args(BaseMatmul)
+"""Dtypes in which the linear layers of the base are multiplied: the job's dtype, or int8 (W8A8)."""
+
+MATMUL_IN_DTYPE, MATMUL_IN_INT8 = BASE_MATMULS
+
+KEPT_CHANNELS = 16
+"""Default number of input channels of an int8 weight that keep their dtype."""
 
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 """Names in `lorakit.plan.optimizer_state.OPTIMIZERS` and `lorakit.train.loop.optimizer.OPTIMIZERS`."""

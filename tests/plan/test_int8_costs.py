@@ -12,16 +12,11 @@ from lorakit.config import LoraConfig
 from lorakit.core.int8.quantized_base import base_bytes, quantize_base
 from lorakit.core.model.index import AdapterIndex
 from lorakit.errors import ConfigError
-from lorakit.ops import int8_weight as arithmetic
 from lorakit.plan import Job, Speed, catalogue, count, estimate, flops
-from lorakit.plan.int8_costs import KEPT_CHANNELS, int8_base
+from lorakit.plan.int8_costs import int8_base
 
 CONFIG = LoraConfig(r=4, target_modules="all-linear")
 BATCHES = [{"input_ids": torch.arange(40).reshape(2, 20)}]
-
-
-def test_the_number_of_kept_channels_is_that_of_the_arithmetic() -> None:
-    assert KEPT_CHANNELS == arithmetic.KEPT_CHANNELS
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])

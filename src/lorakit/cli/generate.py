@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lorakit import allocator
-from lorakit.choices import DTYPES
+from lorakit.choices import BASE_MATMULS, DTYPES, MATMUL_IN_DTYPE, MATMUL_IN_INT8
 from lorakit.cli import adapters, console, early
 from lorakit.cli.answers import show
 from lorakit.cli.flag_groups import RevisionFlag
 from lorakit.cli.prompts import first_line, read_chats, read_prompts, read_tools, summary
 from lorakit.errors import MergeError, UsageError
-from lorakit.plan.job import BASE_MATMULS
 from lorakit.plan.quantized import stored_as
 from lorakit.terminal import working
 from lorakit.train.settings.defaults import DEFAULTS
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from lorakit.data import Conversation
     from lorakit.session import Session
 
-DTYPE, INT8 = BASE_MATMULS
 
 WORTHWHILE_TOKENS = 128
 """Minimum number of tokens for an automatic merge. For SmolLM2-135M with rank 16 on all linear layers, a merge pays for
@@ -102,7 +100,7 @@ class Flags:
             "on a CPU with int8 units. The input scales are those of the adapter's run (--base-matmul int8 of train), "
             "or calibrated on the prompts."
         ),
-    ] = DTYPE
+    ] = MATMUL_IN_DTYPE
 
 
 NO_FLAGS = Flags()
@@ -187,7 +185,7 @@ def _merge(session: Session, flags: Flags, prompts: int, folder: str, detail: Ca
     Raises:
         MergeError: The requested merge is not exact or not possible. The model is unchanged.
     """
-    wanted = flags.merged if flags.base_matmul == DTYPE else False
+    wanted = flags.merged if flags.base_matmul == MATMUL_IN_DTYPE else False
     if not session.adapters or wanted is False:
         return
     if wanted is None and prompts * flags.max_new_tokens < WORTHWHILE_TOKENS:
@@ -215,7 +213,7 @@ def _check(flags: Flags) -> str | None:
     _check_chat(flags)
     early.check_choice("base_matmul", flags.base_matmul, BASE_MATMULS)
     other = "--quantization" if flags.quantization else "--merged" if flags.merged else ""
-    if flags.base_matmul == INT8 and other:
+    if flags.base_matmul == MATMUL_IN_INT8 and other:
         text = f"--base-matmul int8 cannot be combined with {other}, which also changes the base; omit one of them."
         raise UsageError(text, field="base_matmul")
     if flags.merged and (flags.base or len(flags.adapter or ()) != 1):

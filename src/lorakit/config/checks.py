@@ -10,8 +10,9 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
+from lorakit.choices import BIASES
 from lorakit.config.nested import CordaConfig, EvaConfig, LoftQConfig
-from lorakit.config.types import BIAS_CHOICES, PeftType, TaskType, Value
+from lorakit.config.types import PeftType, TaskType, Value
 from lorakit.errors import ConfigError, ConfigTypeError, UsageError, did_you_mean, warn_caller
 
 if TYPE_CHECKING:
@@ -133,8 +134,8 @@ def check_values(config: LoraConfig) -> None:
         raise ConfigError.of("lora_dropout", config.lora_dropout, "in [0, 1)")
     if config.qalora_group_size < 1:
         raise ConfigError.of("qalora_group_size", config.qalora_group_size, "an integer >= 1")
-    if config.bias not in BIAS_CHOICES:
-        raise ConfigError.of("bias", config.bias, f"one of {str(BIAS_CHOICES)[1:-1]}", allowed=BIAS_CHOICES)
+    if config.bias not in BIASES:
+        raise ConfigError.of("bias", config.bias, f"one of {str(BIASES)[1:-1]}", allowed=BIASES)
     if not isinstance(config.init_lora_weights, (bool, str)):
         raise ConfigError.of("init_lora_weights", config.init_lora_weights, "True, False or a name")
 

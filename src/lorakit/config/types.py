@@ -36,7 +36,6 @@ API_LEVEL = "0.22.0"
 """Version of PEFT whose interface and file format lorakit follows."""
 
 SIDECAR_FILE = "lorakit.json"
-BIAS_CHOICES = ("none", "all", "lora_only")
 
 
 class TaskType(str, enum.Enum):

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorakit.choices import KEPT_CHANNELS
+
 LEVELS = 127
 """Largest absolute value of a quantized element; −128 is not used, so that the range is symmetric."""
-
-KEPT_CHANNELS = 16
-"""Default number of input channels of a weight that keep their dtype."""
 
 SMOOTHING = 0.5
 """Default exponent of the activations' maximum in the input scales; 1 moves outliers to the weight entirely."""

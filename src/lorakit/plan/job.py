@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from lorakit.choices import DTYPE_NAMES, OPTIMIZERS, BaseMatmul, Recompute
+from lorakit.choices import BASE_MATMULS, DTYPE_NAMES, OPTIMIZERS, Recompute
 from lorakit.errors import ConfigError
 from lorakit.plan.quantized import storage_named
 
@@ -24,9 +24,6 @@ MALLOC_SHARES = {"equal": 0.1, "varying": 0.8}
 """Lengths of the rows -> `Job.malloc_share` of the command line's malloc (`benchmarks/bench_memory.py`). Kernels that
 oneDNN compiles for a new number of tokens stay in memory between the tensors of a step, so larger ones no longer fit.
 """
-
-BASE_MATMULS: tuple[str, ...] = get_args(BaseMatmul)
-"""Dtypes in which the linear layers of the base are multiplied: the job's dtype, or int8 (W8A8)."""
 
 RECOMPUTED: tuple[str, ...] = get_args(Recompute)
 """What the backward pass can recompute, cheapest first: only elementwise results ("none"); also the outputs of the

@@ -13,12 +13,10 @@ from safetensors.torch import load as tensors_from_bytes
 from torch import Tensor, nn
 
 from lorakit import core, durable
+from lorakit.choices import MATMUL_IN_DTYPE, MATMUL_IN_INT8
 from lorakit.ops.int8 import why_no_int8_matmuls
-from lorakit.plan.job import BASE_MATMULS
 from lorakit.report import INT8_FILE
 from lorakit.tables import format_bytes, format_count
-
-DTYPE, INT8 = BASE_MATMULS
 
 _MAX_BYTES = 1 << 30
 
@@ -43,7 +41,7 @@ def quantize_for_int8(
     """
     why = unsupported(device)
     if why:
-        return DTYPE, f"Base matmuls: in the dtype of the base, not in int8, because {why}."
+        return MATMUL_IN_DTYPE, f"Base matmuls: in the dtype of the base, not in int8, because {why}."
     recorded = next(filter(None, map(_scales_of_run, adapters)), None)
     if recorded is None:
         model.requires_grad_(False)
@@ -54,7 +52,7 @@ def quantize_for_int8(
         path, scales = recorded
         core.quantize_with_scales(model, scales)
         layers, source = _layers(scales), f"with the input scales in {path}"
-    return INT8, f"Base matmuls: int8 in {format_count(layers, 'layer')}, {source}."
+    return MATMUL_IN_INT8, f"Base matmuls: int8 in {format_count(layers, 'layer')}, {source}."
 
 
 def _scales_of_run(adapter: core.AdapterFiles) -> tuple[Path, dict[str, Tensor]] | None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lorakit import core, hub
+from lorakit.choices import MATMUL_IN_DTYPE, MATMUL_IN_INT8
 from lorakit.core import AdapterFiles
 from lorakit.data import Batch, Conversation, Request, read_records, text_records
 from lorakit.data.tokens import beginning, token_ids
@@ -22,7 +23,7 @@ from lorakit.errors import MergeError, RunError, UsageError
 from lorakit.generate import NewToken, Sampling, embedding_weight, generate_batch
 from lorakit.hub_cache import adapter_from_hub, is_on_hub
 from lorakit.session.answers import Answer
-from lorakit.session.base_matmul import DTYPE, INT8, quantize_for_int8
+from lorakit.session.base_matmul import quantize_for_int8
 from lorakit.session.coding import EvalRows
 from lorakit.session.measuring import (
     Evaluation,
@@ -73,7 +74,7 @@ class Session:
         self.adapters: dict[str, AdapterFiles] = {}
         self.merged: tuple[str, ...] = ()
         self.remarks = spec.remarks
-        self.base_matmul = DTYPE
+        self.base_matmul: str = MATMUL_IN_DTYPE
         self._base_rows = _vocabulary(loaded.model)
         self._tokenizers: dict[str, SavedTokenizer] = {}
         self._lock = threading.RLock()
@@ -93,7 +94,7 @@ class Session:
         session = cls(spec, None if spec.task.task.generates else spec.tokenizer)
         for name, files in spec.largest_first:
             session.load_adapter(name, files)
-        if spec.options.base_matmul == INT8:
+        if spec.options.base_matmul == MATMUL_IN_INT8:
             session.base_matmul, text = quantize_for_int8(session.model, spec.files, calibration, session.device)
             session.remarks = (*session.remarks, Remark(text))
         return session

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from lorakit import hub
+from lorakit.choices import MATMUL_IN_INT8
 from lorakit.core import AdapterFiles
 from lorakit.data import Request
 from lorakit.durable import JsonObject, read_json
 from lorakit.errors import ModelError, UsageError
 from lorakit.hub_cache import is_on_hub, with_revision
 from lorakit.plan.quantized import Quantization
-from lorakit.session.base_matmul import INT8, unsupported
+from lorakit.session.base_matmul import unsupported
 from lorakit.session.prompts import Remark
 from lorakit.session.remembered import recorded_base, resolve_base, task_of
 from lorakit.session.tokenizers import SavedTokenizer, tokenizer_for
@@ -181,7 +182,7 @@ class SessionSpec:
         Raises:
             LorakitError: The base cannot be loaded, or an adapter lacks the weights of a new head.
         """
-        in_files = self.options.base_matmul == INT8 and not unsupported(self.device)
+        in_files = self.options.base_matmul == MATMUL_IN_INT8 and not unsupported(self.device)
         how = hub.LoadOptions(self.options.dtype, self.device, self.options.stored, in_files)
         return load_model_for(self.task, self.source, how, tokenizer, [files.folder for files in self.files])
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lorakit.architectures.known_forwards import known_forwards
+from lorakit.choices import MATMUL_IN_DTYPE
 from lorakit.core import Int8Base
 from lorakit.errors import ModelError
 from lorakit.identity.identities import Fact, Identities, original_class
@@ -29,7 +30,7 @@ from lorakit.speed.contract import contract_for, contract_of_model
 from lorakit.speed.decoder import BoundLayer
 from lorakit.speed.encoder import BoundEncoderLayer
 from lorakit.speed.feed_forward import BoundFeedForward
-from lorakit.speed.int8_matmul import DTYPE, describe_int8, int8_base
+from lorakit.speed.int8_matmul import describe_int8, int8_base
 from lorakit.speed.last_layer import LastLayer
 from lorakit.speed.loss import Head, LossWithoutLogits, head_for, last_layer_for, loss_for, output_head
 from lorakit.speed.packing import keeps_sequences_apart, pack_rows
@@ -139,7 +140,7 @@ def accelerate(
     *,
     logits: bool = True,
     keep_feed_forward: bool = True,
-    base_matmul: str = DTYPE,
+    base_matmul: str = MATMUL_IN_DTYPE,
     calibration: Iterable[Mapping[str, Tensor]] | None = None,
     keep: bool = False,
 ) -> Acceleration:

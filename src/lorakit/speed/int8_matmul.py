@@ -6,14 +6,13 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from lorakit.choices import BASE_MATMULS, MATMUL_IN_DTYPE, MATMUL_IN_INT8
 from lorakit.core import Int8Base, quantize_base
 from lorakit.errors import ConfigError, ModelError
 from lorakit.ops.int8 import why_no_int8_matmuls
-from lorakit.plan.job import BASE_MATMULS
 from lorakit.speed.patching import is_replacement
 from lorakit.tables import format_bytes
 
-DTYPE, INT8 = BASE_MATMULS
 """Values of `base_matmul`: matmuls in the dtype of the weights, or in int8."""
 
 
@@ -40,8 +39,8 @@ def int8_base(
 
     Args:
         model: The model, changed in place.
-        base_matmul: `DTYPE` or `INT8`.
-        calibration: Calibration batches, which `INT8` needs.
+        base_matmul: one of `BASE_MATMULS`.
+        calibration: Calibration batches, which int8 needs.
         keep: Whether to keep the original modules.
 
     Returns:
@@ -51,16 +50,16 @@ def int8_base(
         ConfigError: `base_matmul` is unknown, there is no calibration data, or the base is quantized or trained.
         ModelError: All or part of the model is already accelerated.
     """
-    if base_matmul not in (DTYPE, INT8):
-        raise ConfigError.of("base_matmul", base_matmul, allowed=(DTYPE, INT8))
-    if base_matmul == DTYPE:
+    if base_matmul not in BASE_MATMULS:
+        raise ConfigError.of("base_matmul", base_matmul, allowed=BASE_MATMULS)
+    if base_matmul == MATMUL_IN_DTYPE:
         return None, ""
     check_not_accelerated(model)
     if calibration is None:
         raise ConfigError(
             "base_matmul 'int8' needs calibration batches: pass calibration=[...], each with the arguments of the "
             "model, such as input_ids and attention_mask.",
-            what=INT8,
+            what=MATMUL_IN_INT8,
             field="calibration",
         )
     why = why_no_int8_matmuls()

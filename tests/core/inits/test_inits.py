@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from lorakit import choices
 from lorakit.config import LoraConfig
 from lorakit.core import attach, collect_for
 from lorakit.core.inits import INITS, Init, init_named
@@ -133,6 +134,11 @@ def test_dora_begins_with_the_norm_of_each_output() -> None:
         magnitude = model[0].lora_magnitude_vector["default"].weight
         assert magnitude.shape == (OUT,) and magnitude.requires_grad
         torch.testing.assert_close(magnitude, W.norm(dim=1))
+
+
+def test_the_names_that_training_supports_are_those_of_the_table() -> None:
+    names = {"default" if init.name is True else init.name for init in INITS}
+    assert set(choices.INITS) == names - {False, "loftq"}
 
 
 def test_names_that_are_not_there() -> None:

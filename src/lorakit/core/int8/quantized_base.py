@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.allocator import trim
+from lorakit.choices import KEPT_CHANNELS
 from lorakit.core.int8.calibrating import (
     TRAINED,
     Calibration,
@@ -36,7 +37,7 @@ from lorakit.core.quantization.int8_linear import Int8Linear, frozen_parameter, 
 from lorakit.core.statistics.collecting import Forward
 from lorakit.errors import ConfigError, MergeError, ModelError, NonFiniteError
 from lorakit.mapped_files import file_mappings
-from lorakit.ops.int8_weight import KEPT_CHANNELS, SMOOTHING, input_scales
+from lorakit.ops.int8_weight import SMOOTHING, input_scales
 
 WORST_SITES = 8
 """Number of sites with the largest outliers that a report lists."""

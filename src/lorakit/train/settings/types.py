@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
-from lorakit.choices import DTYPE_NAMES, FORMATS, TRACKERS
+from lorakit.choices import DTYPE_NAMES, FORMATS, INITS, TRACKERS
 from lorakit.errors import ConfigError, did_you_mean, nearest
 from lorakit.machine import DEVICE_FORM, is_device_name
 
@@ -62,7 +62,6 @@ class NotEmpty:
 
 
 Scheduler = Literal["cosine", "linear", "constant", "wsd"]
-Bias = Literal["none", "all", "lora_only"]
 OnBadRow = Literal["stop", "skip"]
 Streaming = Literal["auto", "on", "off"]
 Allocation = Literal["none", "gradients", "inputs"]
@@ -70,9 +69,6 @@ Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
 
 SHARDED = ("fsdp", "hsdp")
 """Values of the setting `parallel` for which the base is sharded."""
-
-INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "mica")
-"""Values of `init_lora_weights`, except `pissa_niter_N`; LoftQ is excluded because it needs the unquantized base."""
 
 
 def one_or_many(value: Value) -> Value | list[Any]:
