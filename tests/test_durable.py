@@ -18,16 +18,15 @@ from lorakit import durable
 from lorakit.durable import (
     TEMPORARY,
     parse_json,
-    publish_directory,
     read_bytes,
     read_json,
     sha256_bytes,
     sha256_file,
-    sweep,
     write_bytes,
     write_json,
     write_text,
 )
+from lorakit.durable_folders import publish_directory, sweep
 from lorakit.errors import AdapterFileError, DiskError
 
 
@@ -165,18 +164,6 @@ durable.write_bytes({str(tmp_path / "file")!r}, b"new")
     assert sweep(tmp_path) == sorted([*left, TEMPORARY + "folder"])
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert sweep(tmp_path / "nowhere") == []
-
-
-def test_publishing_is_refused_over_content_and_forgets_what_failed(tmp_path: Path) -> None:
-    with publish_directory(tmp_path / "a") as folder:
-        (folder / "sub").mkdir()
-        (folder / "sub" / "x").write_text("x")
-    with pytest.raises(DiskError, match=r"a: cannot be written"), publish_directory(tmp_path / "a") as folder:
-        (folder / "y").write_text("y")
-    assert [p.name for p in (tmp_path / "a").rglob("*")] == ["sub", "x"]
-    with pytest.raises(KeyError), publish_directory(tmp_path / "b"):
-        raise KeyError
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from lorakit import durable
-from lorakit.durable import TEMPORARY, publish_directory, replace_files, replace_in_order, sweep
+from lorakit import durable, durable_folders
+from lorakit.durable import TEMPORARY
+from lorakit.durable_folders import publish_directory, replace_files, replace_in_order, sweep
 from lorakit.errors import DiskError
 
 from .laws.crashing import How, Operations, at_every_operation
@@ -40,7 +41,7 @@ def needs_exchange(tmp_path: Path) -> None:
     for name in ("probe-a", "probe-b"):
         (tmp_path / name).mkdir()
     try:
-        durable._exchange(tmp_path / "probe-a", tmp_path / "probe-b")
+        durable_folders._exchange(tmp_path / "probe-a", tmp_path / "probe-b")
     except OSError as cause:
         pytest.skip(f"this file system cannot exchange folders: {cause}")
 
@@ -77,7 +78,7 @@ def test_a_link_to_the_folder_stays_and_a_link_among_the_files_is_replaced(folde
 
 @pytest.mark.parametrize("standing", [None, "empty"])
 def test_a_new_folder_needs_no_exchange(standing: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(durable, "_exchange", None)
+    monkeypatch.setattr(durable_folders, "_exchange", None)
     final = tmp_path / "a" / "b"
     if standing:
         final.mkdir(parents=True)
@@ -95,17 +96,17 @@ def fail(code: int) -> Callable[..., Any]:
 
 
 CANNOT: dict[str, Callable[[Path, pytest.MonkeyPatch], object]] = {
-    "no system call": lambda f, patch: patch.setattr(durable, "_exchange", fail(errno.ENOSYS)),
-    "no such rename here": lambda f, patch: patch.setattr(durable, "_exchange", fail(errno.EINVAL)),
+    "no system call": lambda f, patch: patch.setattr(durable_folders, "_exchange", fail(errno.ENOSYS)),
+    "no such rename here": lambda f, patch: patch.setattr(durable_folders, "_exchange", fail(errno.EINVAL)),
     "no hard links": lambda f, patch: patch.setattr(os, "link", fail(errno.EPERM)),
     "another disk below": lambda f, patch: patch.setattr(os, "link", fail(errno.EXDEV)),
-    "another owner": lambda f, patch: patch.setattr(durable, "_take_owner_and_mode", fail(errno.EPERM)),
+    "another owner": lambda f, patch: patch.setattr(durable_folders, "_take_owner_and_mode", fail(errno.EPERM)),
     "the parent is closed": lambda f, patch: patch.setattr(durable.Path, "mkdir", fail(errno.EACCES)),
     "mount point": lambda f, patch: patch.setattr(os.path, "ismount", lambda path: True),
     "not writable": lambda f, patch: patch.setattr(os, "access", lambda *_: False),
     "working directory": lambda f, patch: patch.chdir(f),
     "working directory below": lambda f, patch: patch.chdir(f / "sub"),
-    "too many entries": lambda f, patch: patch.setattr(durable, "MOST_ENTRIES", 4),
+    "too many entries": lambda f, patch: patch.setattr(durable_folders, "MOST_ENTRIES", 4),
     "a folder in the way": lambda f, patch: (f / "three").mkdir(),
 }
 
@@ -135,7 +136,7 @@ def test_a_disk_that_is_full_or_fails_ends_the_write(
 def test_what_others_write_meanwhile_is_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between hard links and exchange: new files, a newer one, one deeper down."""
     needs_exchange(tmp_path)
-    real = durable._exchange
+    real = durable_folders._exchange
 
     def late(new: Path, old: Path) -> None:
         (old / "late").write_text("late")
@@ -146,7 +147,7 @@ def test_what_others_write_meanwhile_is_kept(folder: Path, tmp_path: Path, monke
         os.utime(old / "other", ns=(1 << 62, 1 << 62))
         real(new, old)
 
-    monkeypatch.setattr(durable, "_exchange", late)
+    monkeypatch.setattr(durable_folders, "_exchange", late)
     assert replace_files(folder, NEW)
     late_ones = {"late": b"late", "sub/late": b"late", "other": b"newer"}
     assert files(folder) == {**AFTER, **late_ones}
@@ -170,15 +171,15 @@ def test_all_is_flushed_before_the_exchange_and_that_before_the_old_files_go(fol
 def test_two_writers_of_one_folder_lose_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second exchanges first, and a file is added to its directory before the first exchanges that one."""
     needs_exchange(tmp_path)
-    real = durable._exchange
+    real = durable_folders._exchange
 
     def late(new: Path, old: Path) -> None:
-        monkeypatch.setattr(durable, "_exchange", real)
+        monkeypatch.setattr(durable_folders, "_exchange", real)
         assert replace_files(folder, {"one": b"second", "two": None, "three": None})
         (folder / "late").write_text("late")
         real(new, old)
 
-    monkeypatch.setattr(durable, "_exchange", late)
+    monkeypatch.setattr(durable_folders, "_exchange", late)
     assert replace_files(folder, NEW)
     assert files(folder) == {**AFTER, "late": b"late"}
 
@@ -188,7 +189,7 @@ def test_a_sweep_after_the_exchange_loses_nothing(
 ) -> None:
     needs_exchange(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(durable, "_retire", fail(errno.EIO))  # as if the process had been killed here
+        patch.setattr(durable_folders, "_retire", fail(errno.EIO))  # as if the process had been killed here
         assert replace_files(folder, NEW)
     (left,) = tmp_path.glob(f"{TEMPORARY}*")
     assert (left / "one").read_text() == "old one"
@@ -250,3 +251,15 @@ def test_files_in_order_say_when_some_were_replaced(folder: Path) -> None:
     (folder / "three").mkdir()
     with pytest.raises(DiskError, match=r"some of its files were replaced.*Save again"):
         replace_in_order(folder, [{"one": b"1"}, {"three": b"3"}])
+
+
+def test_publishing_is_refused_over_content_and_forgets_what_failed(tmp_path: Path) -> None:
+    with publish_directory(tmp_path / "a") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "x").write_text("x")
+    with pytest.raises(DiskError, match=r"a: cannot be written"), publish_directory(tmp_path / "a") as folder:
+        (folder / "y").write_text("y")
+    assert [p.name for p in (tmp_path / "a").rglob("*")] == ["sub", "x"]
+    with pytest.raises(KeyError), publish_directory(tmp_path / "b"):
+        raise KeyError
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]

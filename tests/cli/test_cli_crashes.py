@@ -10,7 +10,8 @@ import pytest
 
 from lorakit import core, hub
 from lorakit.cli import combine
-from lorakit.durable import TEMPORARY, sweep
+from lorakit.durable import TEMPORARY
+from lorakit.durable_folders import sweep
 from lorakit.session import merging, session_spec
 
 from ..laws.crashing import How, at_every_operation

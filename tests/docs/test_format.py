@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit import core, durable
+from lorakit import core, durable_folders
 from lorakit.config import VARIANT_COSTS, LoraConfig, VariantCosts
 from lorakit.core.files import adapter_folder, tensor_file
 from lorakit.core.files.tensor_names import ENDINGS
@@ -59,7 +59,7 @@ def test_names_and_caps() -> None:
     assert tensor_file.MAX_FILE_BYTES == 64 << 30
     assert tensor_file.MAX_HEADER_BYTES == 8 << 20
     assert tensor_file.MAX_TENSORS == 100_000
-    assert durable.MOST_ENTRIES == 10_000
+    assert durable_folders.MOST_ENTRIES == 10_000
     assert adapter_folder.MAX_BYTES == 16 << 20
     assert adapter_folder.FORMAT_VERSION == 2
 

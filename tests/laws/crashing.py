@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import pytest
 
-from lorakit import durable
+from lorakit import durable_folders
 from lorakit.errors import LorakitError
 
 How = Literal["error", "full", "kill"]
@@ -62,8 +62,8 @@ class Operations:
             opened = self._opening(io.open)
             patch.setattr(io, "open", opened)
             patch.setattr(builtins, "open", opened)
-            swap = durable._exchange if exchange else _no_exchange
-            patch.setattr(durable, "_exchange", self._around("exchange", swap))
+            swap = durable_folders._exchange if exchange else _no_exchange
+            patch.setattr(durable_folders, "_exchange", self._around("exchange", swap))
             yield
 
     def _around(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,8 @@ import pytest
 
 from lorakit.core import load_adapter
 from lorakit.core.model.index import layers
-from lorakit.durable import TEMPORARY, sweep
+from lorakit.durable import TEMPORARY
+from lorakit.durable_folders import sweep
 from lorakit.errors import AdapterFileError
 from lorakit.peft import LoraConfig, get_peft_model
 

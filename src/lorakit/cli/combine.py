@@ -21,7 +21,7 @@ from lorakit.cli.adapters import (
 )
 from lorakit.cli.early import adapter_folders, check_model, check_new_directory
 from lorakit.cli.flag_groups import RevisionFlag
-from lorakit.durable import publish_directory
+from lorakit.durable_folders import publish_directory
 from lorakit.errors import UsageError
 from lorakit.tables import format_count, format_percent
 

@@ -19,7 +19,7 @@ from lorakit.cli.adapters import (
     read_adapters,
 )
 from lorakit.cli.early import adapter_folders, check_new_directory
-from lorakit.durable import publish_directory
+from lorakit.durable_folders import publish_directory
 from lorakit.tables import format_count, format_percent
 
 if TYPE_CHECKING:

@@ -24,17 +24,8 @@ from lorakit.data.encoding import Encoded, Sequences, encode
 from lorakit.data.report import DataReport
 from lorakit.data.stored import AnyRecords, StoredRecords
 from lorakit.data.tokens import Tokenizer, beginning
-from lorakit.durable import (
-    JsonObject,
-    JsonValue,
-    is_sealed,
-    publish_directory,
-    read_json,
-    sealed,
-    sha256_file,
-    write_bytes,
-    write_json,
-)
+from lorakit.durable import JsonObject, JsonValue, is_sealed, read_json, sealed, sha256_file, write_bytes, write_json
+from lorakit.durable_folders import publish_directory
 from lorakit.errors import LorakitError
 
 LEAST_BYTES = 1 << 20

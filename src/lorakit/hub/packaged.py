@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.caches import MODELS, versions
-from lorakit.durable import JsonObject, publish_directory, read_json, sha256_file, sweep, write_json, write_text
+from lorakit.durable import JsonObject, read_json, sha256_file, write_json, write_text
+from lorakit.durable_folders import publish_directory, sweep
 from lorakit.errors import AdapterFileError, DiskError, MissingExtra, ModelError, nearest
 from lorakit.file_hashes import file_hash, file_hashes
 from lorakit.tables import format_bytes

@@ -22,7 +22,8 @@ from lorakit.core.merging.merging import tied_sites
 from lorakit.core.model.base_view import dequantize
 from lorakit.core.model.fingerprint import add_merge_record, vocabulary_of
 from lorakit.core.model.vocabulary import grow_vocabulary
-from lorakit.durable import publish_directory, write_json
+from lorakit.durable import write_json
+from lorakit.durable_folders import publish_directory
 from lorakit.errors import MergeError, ModelError
 from lorakit.generate import context_tokens
 from lorakit.machine import this_machine

@@ -18,7 +18,8 @@ from lorakit.core import adapters, inspect_adapter, load_adapter, save_adapter, 
 from lorakit.core.files import adapter_folder
 from lorakit.core.files.adapter_folder import REPLACES, SIDECAR_FILE, WEIGHTS_FILE, replaced_files, sidecar_bytes
 from lorakit.core.model.index import layers
-from lorakit.durable import TEMPORARY, sweep
+from lorakit.durable import TEMPORARY
+from lorakit.durable_folders import sweep
 from lorakit.errors import AdapterFileError
 
 from ...laws.crashing import How, Operations, at_every_operation

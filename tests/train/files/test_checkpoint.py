@@ -286,7 +286,7 @@ while True:
     newest, *_ = checkpoint.verified(folder)
     found = checkpoint.newest_valid(folder)
     loaded = checkpoint.load(found)
-    durable.sweep(folder)
+    durable_folders.sweep(folder)
     save(folder, 3, 4)
     outcomes.append({
         "code": code,

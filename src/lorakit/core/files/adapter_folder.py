@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lorakit import durable
+from lorakit import durable, durable_folders
 from lorakit.config import CONFIG_FILE, HEADS_BY_TASK, SIDECAR_FILE, LoraConfig, adapter_directory, read_config
 from lorakit.core.files.tensor_file import TensorFile, file_error, read_tensors
 from lorakit.core.model.fingerprint import Fingerprint
@@ -252,9 +252,9 @@ def write_files(
     """
     files = {CONFIG_FILE: config, WEIGHTS_FILE: weights, **({} if initial is None else {INITIAL_FILE: initial})}
     last = {SIDECAR_FILE: sidecar_bytes(about, config, weights), **({INITIAL_FILE: None} if initial is None else {})}
-    if not durable.replace_files(folder, {**files, **last}):
+    if not durable_folders.replace_files(folder, {**files, **last}):
         first = {SIDECAR_FILE: sidecar_bytes(about, config, weights, replaced_files(folder))}
-        durable.replace_in_order(folder, [first, files, last])
+        durable_folders.replace_in_order(folder, [first, files, last])
     names = (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE, *(() if initial is None else (INITIAL_FILE,)))
     return SavedAdapter(folder, names, len(weights), durable.sha256_bytes(weights))
 

@@ -26,7 +26,8 @@ from lorakit.core.linalg import Reading, padded
 from lorakit.core.model.index import INSIDE, AdapterIndex, TargetWeight, defined_parameters
 from lorakit.core.operations.tensor_sources import PLAIN_TARGETS, AdapterWeights, SiteFactors, outer_modules
 from lorakit.core.quantization import weight_format_of
-from lorakit.durable import JsonObject, json_bytes, publish_directory
+from lorakit.durable import JsonObject, json_bytes
+from lorakit.durable_folders import publish_directory
 from lorakit.errors import AdapterError, UsageError
 from lorakit.targets import exact_key
 

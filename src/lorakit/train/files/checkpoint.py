@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 
-from lorakit import __version__, durable
+from lorakit import __version__, durable, durable_folders
 from lorakit.errors import DiskError, LorakitError, RunError
 from lorakit.machine import library_variables
 from lorakit.ops.kernels import compiled
@@ -203,7 +203,7 @@ def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], objec
     for rank, (tensors, _) in enumerate(snapshot.others, start=1):
         random.update({f"{_OTHER}{rank}/{name}": tensor for name, tensor in tensors.items()})
     try:
-        with durable.publish_directory(final, replace=True) as temporary:  # saved again after an evaluation
+        with durable_folders.publish_directory(final, replace=True) as temporary:  # saved again after an evaluation
             write_adapter(temporary)
             durable.write_bytes(temporary / OPTIMIZER, tensors_to_bytes(dict(snapshot.optimizer)))
             durable.write_bytes(temporary / RANDOM, tensors_to_bytes(random))
@@ -381,7 +381,7 @@ def save_adapter_only(folder: Path, step: int, best_step: int | None, write_adap
     """
     final = adapter_only_path(folder, step)
     try:
-        with durable.publish_directory(final, replace=True) as temporary:
+        with durable_folders.publish_directory(final, replace=True) as temporary:
             write_adapter(temporary)
     except DiskError as cause:
         raise _unwritable(final, cause) from cause

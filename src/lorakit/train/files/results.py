@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lorakit import durable
+from lorakit import durable_folders
 from lorakit.errors import LorakitError, RunError
 from lorakit.machine import peak_rss_bytes
 from lorakit.report import loss_plot, read_metrics
@@ -304,7 +304,7 @@ def publish_adapter(folder: Path, source: Path) -> Path:
         DiskError: A file cannot be written.
     """
     final, is_full = folder / run_folder.ADAPTER_FOLDER, source in run_folder.adapters_only(folder)
-    with durable.publish_directory(final, replace=True) as temporary:
+    with durable_folders.publish_directory(final, replace=True) as temporary:
         for path in sorted(source.iterdir()):
             if path.is_file() and path.name not in _CHECKPOINT_ONLY:
                 _copy(path, temporary / path.name, is_full)

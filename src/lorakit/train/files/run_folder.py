@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import lorakit
-from lorakit import durable
+from lorakit import durable, durable_folders
 from lorakit.errors import AdapterFileError, DiskError, RunError, UsageError
 from lorakit.report import INT8_FILE, METRICS_FILE, RUN_FILE, read_metrics
 
@@ -374,7 +374,7 @@ def lock_output_dir(folder: Path) -> int:
     except DiskError:
         unlock(descriptor)
         raise
-    durable.sweep(folder)
+    durable_folders.sweep(folder)
     return descriptor
 
 
