@@ -129,8 +129,9 @@ def _by_marks(record: Conversation, words: Conversation, tokenizer: Tokenizer) -
     template = tokenizer.chat_template
     if not (isinstance(template, str) and _GENERATION.search(template) and getattr(tokenizer, "is_fast", False)):
         return None
-    said, parts = "".join(_marked(words, tokenizer)), [part for turn in _answers(words) for part in answer_parts(turn)]
-    if not contains(said, parts):
+    marked = "".join(_marked(words, tokenizer))
+    parts = [part for turn in _answers(words) for part in answer_parts(turn)]
+    if not contains(marked, parts):
         return None
     text, spans = with_marks(record, tokenizer)
     if not all(turn.is_trained for turn in _answers(record)):
@@ -142,7 +143,7 @@ def _by_marks(record: Conversation, words: Conversation, tokenizer: Tokenizer) -
     marks = [False] * len(ids)
     for position in (at for begin, end in spans for at in _run(offsets, _Span(begin, end, False, ""))):
         marks[position] = True
-    tail = said.rpartition(parts[-1])[2] if parts else ""
+    tail = marked.rpartition(parts[-1])[2] if parts else ""
     ended = bool(tail.strip()) or any(_special_end(tokenizer, ids, run) for run in _runs(marks))
     return TokenizedRow(ids, marks, ended)
 

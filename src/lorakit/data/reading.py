@@ -63,10 +63,10 @@ def read_records(
         ConfigError: `request` maps a column that the data does not have.
         MissingExtra: A format needs the package `datasets`.
     """
-    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    names = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     request = request or Request()
     files, notes = list[RecordFile](), list[str]()
-    for source in expand(given):
+    for source in expand(names):
         file, noted = _read(source, request)
         files.append(file)
         notes += noted
@@ -222,12 +222,12 @@ def group_key(row: JsonValue, request: Request) -> bytes:
         raise BadRow(
             f"the column '{request.group}' for --group is missing; the columns are {', '.join(map(repr, columns))}."
         )
-    given = columns[request.group]
-    if isinstance(given, float) and given.is_integer():  # integers in a column with nulls
-        given = int(given)
-    if isinstance(given, int | float) and not isinstance(given, bool):  # text in CSV
-        given = str(given)
-    value = json.dumps(given, sort_keys=True, default=str)
+    group = columns[request.group]
+    if isinstance(group, float) and group.is_integer():  # integers in a column with nulls
+        group = int(group)
+    if isinstance(group, int | float) and not isinstance(group, bool):  # text in CSV
+        group = str(group)
+    value = json.dumps(group, sort_keys=True, default=str)
     return hashlib.sha256(value.encode()).digest()[:KEY_BYTES]
 
 

@@ -288,8 +288,8 @@ class StoredRecords(Sequence[Record]):
         """Return a SHA-256 of the names, contents and layouts of the files and of the selection of their records."""
         self.digests()
         ranges = [[file.begin, file.end] for file in self._files if isinstance(file, FileRange)]
-        given = [file.layout for file in self._files]
-        layouts = [one and [one.shape.name, dict(one.columns), dict(one.optional)] for one in given]
+        all_layouts = [file.layout for file in self._files]
+        layouts = [one and [one.shape.name, dict(one.columns), dict(one.optional)] for one in all_layouts]
         digest = hashlib.sha256(json.dumps([self._digests, self._begins, ranges, layouts]).encode())
         digest.update(np.asarray(self._all(), dtype=np.int64).tobytes())
         return digest.hexdigest()

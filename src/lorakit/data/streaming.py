@@ -106,12 +106,12 @@ def read_stream(
     stream = open_stream(train, request, skipped)
     if held_out is not None:
         names = list(held_out)
-        given = read_records(names, dataclasses.replace(request, group=None))
-        excluded = frozenset(map(content_key, given))
+        evaluation = read_records(names, dataclasses.replace(request, group=None))
+        excluded = frozenset(map(content_key, evaluation))
         rows = TrainingRows(stream, 0.0, seed, excluded)
         sample, _ = _sample(rows, request)
         sample.shape, sample.columns = common_layout(source.layout for source in stream.sources)
-        return StreamSplit(sample, given, f"Evaluation data: {', '.join(names)}. {_note(stream)}", rows)
+        return StreamSplit(sample, evaluation, f"Evaluation data: {', '.join(names)}. {_note(stream)}", rows)
     rows = TrainingRows(stream, fraction, seed)
     sample, chosen = _sample(rows, request)
     if request.group is not None:  # otherwise, rows with the same content are all held out or none of them is

@@ -159,9 +159,9 @@ def units_of_cpu(features: Sequence[str]) -> Units:
     """Return the 16-bit units of a processor, from its entries of `lorakit.machine.FEATURES`; empty if unknown."""
     if not features:
         return Units(None, "the processor's units are unknown")
-    found = [name for name in BF16_UNITS if name in features]
-    if found:
-        return Units(True, f"the processor has bf16 units ({', '.join(found)})")
+    present = [name for name in BF16_UNITS if name in features]
+    if present:
+        return Units(True, f"the processor has bf16 units ({', '.join(present)})")
     return Units(False, f"the processor has no bf16 units ({', '.join(BF16_UNITS)})")
 
 
@@ -282,14 +282,14 @@ def pick_device(word: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    device, found = torch.device(word), ""
+    device, problem = torch.device(word), ""
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        found = format_count(count, "CUDA device") if device.index >= count else ""
+        problem = format_count(count, "CUDA device") if device.index >= count else ""
     elif device.type == "mps" and not torch.backends.mps.is_available():
-        found = "no MPS device"
-    if found:
-        text = f"device is {word!r}, but torch {torch.__version__} finds {found}."
+        problem = "no MPS device"
+    if problem:
+        text = f"device is {word!r}, but torch {torch.__version__} finds {problem}."
         raise UsageError(text, what=word, field="device")
     return device

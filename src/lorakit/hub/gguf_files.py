@@ -233,12 +233,12 @@ def readable_architectures() -> list[str]:
     """Return the names of the architectures that transformers reads from GGUF files, sorted."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
-    found = {*GGUF_SUPPORTED_ARCHITECTURES, "t5encoder"} - {"general", "tokenizer"}  # not architectures
+    names = {*GGUF_SUPPORTED_ARCHITECTURES, "t5encoder"} - {"general", "tokenizer"}  # not architectures
     try:
         from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
     except ImportError:  # transformers before 5.20
-        return sorted(found)
-    return sorted(found.union(GGUF_CONFIG_ARCHS))
+        return sorted(names)
+    return sorted(names.union(GGUF_CONFIG_ARCHS))
 
 
 @contextlib.contextmanager

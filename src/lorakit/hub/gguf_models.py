@@ -85,9 +85,9 @@ def load_weights(
         return {"dtype": dtype, "is_same": is_same}
 
     state = torch.get_rng_state()
-    found = _kept(source, load.func.__self__.__name__, str(wanted), needed_bytes, write)  # type: ignore[attr-defined]
+    kept = _kept(source, load.func.__self__.__name__, str(wanted), needed_bytes, write)  # type: ignore[attr-defined]
     torch.set_rng_state(state)  # new modules get the same values whether or not the model was converted
-    return call_loader(source, load) if found is None else plain(found, read_manifest(found)["dtype"], config)
+    return call_loader(source, load) if kept is None else plain(kept, read_manifest(kept)["dtype"], config)
 
 
 def load_tokenizer(source: ModelSource, load: Callable[..., PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
@@ -110,10 +110,10 @@ def load_tokenizer(source: ModelSource, load: Callable[..., PreTrainedTokenizerB
         again = call_loader(_directory(source, folder), load)
         return {"is_same": all(facts(again) == facts(tokenizer) for facts in (tokenizer_hash, _settings))}
 
-    found = _kept(source, "tokenizer", "", TOKENIZER_BYTES, write)
-    if found is None:
+    kept = _kept(source, "tokenizer", "", TOKENIZER_BYTES, write)
+    if kept is None:
         return read()
-    tokenizer = call_loader(_directory(source, found), load)
+    tokenizer = call_loader(_directory(source, kept), load)
     tokenizer.name_or_path = str(header.path)
     return tokenizer
 

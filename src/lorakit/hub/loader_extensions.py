@@ -161,11 +161,11 @@ def renaming(source: str, target: str) -> WeightRenaming:
 
 def joining(sources: Sequence[str], target: str, join: Join, like: Rule) -> Rule:
     """Return a rule, with the scope of `like`, that joins the tensors whose names match any of several patterns."""
-    made = WeightConverter(source_patterns=list(sources), target_patterns=target, operations=[JoinTensors(join)])
+    rule = WeightConverter(source_patterns=list(sources), target_patterns=target, operations=[JoinTensors(join)])
     for name in SCOPE:
         if hasattr(like, name):
-            setattr(made, name, getattr(like, name))
-    return made
+            setattr(rule, name, getattr(like, name))
+    return rule
 
 
 def is_renaming(rule: Rule) -> bool:
@@ -175,5 +175,5 @@ def is_renaming(rule: Rule) -> bool:
 
 def rules_of(model: nn.Module) -> list[Rule]:
     """Return the rules that transformers applies to the files of a model; models of others have none."""
-    found: list[Rule] = get_model_conversion_mapping(model)
-    return found
+    rules: list[Rule] = get_model_conversion_mapping(model)
+    return rules

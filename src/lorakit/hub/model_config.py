@@ -129,8 +129,8 @@ def _loader(config: PreTrainedConfig, family: Family) -> str | None:
     if family == "embedding":
         return "encoder"
     endings = {"ForSequenceClassification": "classification", "ForTokenClassification": "token-classification"}
-    found = [task for name in _architectures(config) for ending, task in endings.items() if name.endswith(ending)]
-    return found[0] if found else family if family in TASKS else None
+    named = [task for name in _architectures(config) for ending, task in endings.items() if name.endswith(ending)]
+    return named[0] if named else family if family in TASKS else None
 
 
 def agree_on_padding(
@@ -151,9 +151,9 @@ def agree_on_padding(
     """
     config = config_of(source) if model is None else model.config
     text = config.get_text_config()
-    size, own = getattr(text, "vocab_size", None), getattr(text, "pad_token_id", None)
+    size, configured = getattr(text, "vocab_size", None), getattr(text, "pad_token_id", None)
     special = set.intersection(*(_special_ids(tokenizer) for tokenizer in tokenizers))
-    known = [own, *(one.pad_token_id for one in tokenizers), *(one.eos_token_id for one in tokenizers)]
+    known = [configured, *(one.pad_token_id for one in tokenizers), *(one.eos_token_id for one in tokenizers)]
     chosen = next((one for one in (*known, *sorted(special)) if one in special and _fits(one, size)), None)
     is_read = head == "classification"
     problem = None
@@ -167,15 +167,15 @@ def agree_on_padding(
         )
     if chosen is None:
         problem = "the tokenizer has no special token that is in the model's vocabulary"
-    elif is_read and _fits(own, size) and own != chosen:
-        problem = f"pad_token_id is {own} in config.json, which is not a special token of the tokenizer"
+    elif is_read and _fits(configured, size) and configured != chosen:
+        problem = f"pad_token_id is {configured} in config.json, which is not a special token of the tokenizer"
     elif is_read and config.is_encoder_decoder and chosen == config.eos_token_id:
         problem = f"the head reads the output at the end token (id {chosen}), which is also the padding token"
     if chosen is None or problem is not None:
         raise ModelError(
             f"{source.given}: {problem}, so a row's output would depend on its padding. Set pad_token in "
             "tokenizer_config.json to another special token, and pad_token_id in config.json to its id.",
-            what=own,
+            what=configured,
             where=source.given,
             field="pad_token_id",
         )
@@ -255,13 +255,13 @@ def module_paths(source: ModelSource, modules: JsonValue) -> list[str]:
 
 def copy_embedding_files(source: ModelSource, folder: Path) -> bool:
     """Copy a model's files for sentence-transformers, settings and modules, if it has any; returns whether it has."""
-    found = embedding_folder(source)
-    if found is None:
+    original = embedding_folder(source)
+    if original is None:
         return False
     for path in module_paths(source, _json_of(source, EMBEDDING_LIST)):
-        if (found / path).is_dir():  # published models lack directories without files, such as that of Normalize
-            shutil.copytree(found / path, folder / path, dirs_exist_ok=True)
-    for file in (found / EMBEDDING_LIST, *found.glob("*sentence_*.json")):
+        if (original / path).is_dir():  # published models lack directories without files, such as that of Normalize
+            shutil.copytree(original / path, folder / path, dirs_exist_ok=True)
+    for file in (original / EMBEDDING_LIST, *original.glob("*sentence_*.json")):
         shutil.copyfile(file, folder / file.name)
     return True
 
@@ -294,11 +294,11 @@ def file_of(source: ModelSource, name: str, *, download: bool = False) -> Path |
         return path if path.is_file() else None
     import huggingface_hub
 
-    found = huggingface_hub.try_to_load_from_cache(source.path_or_id, name, revision=source.revision)
-    if found is None and download and not offline():
+    cached = huggingface_hub.try_to_load_from_cache(source.path_or_id, name, revision=source.revision)
+    if cached is None and download and not offline():
         with contextlib.suppress(huggingface_hub.errors.EntryNotFoundError):
-            found = huggingface_hub.hf_hub_download(source.path_or_id, name, revision=source.revision)
-    return Path(found) if isinstance(found, str) else None
+            cached = huggingface_hub.hf_hub_download(source.path_or_id, name, revision=source.revision)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def weight_files(source: ModelSource) -> list[Path] | None:

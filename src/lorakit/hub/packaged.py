@@ -53,13 +53,13 @@ def quiet_imports() -> Iterator[None]:
 def quiet_transformers(*, bars: bool = False) -> Iterator[None]:
     """Limit transformers' logging to errors in a context, and hide its progress bars unless `bars` is true."""
     with quiet_imports(), contextlib.ExitStack() as restore:
-        from transformers.utils import logging as own
+        from transformers.utils import logging as library
 
-        restore.callback(own.set_verbosity, own.get_verbosity())
-        own.set_verbosity_error()
-        if not bars and own.is_progress_bar_enabled():
-            restore.callback(own.enable_progress_bar)
-            own.disable_progress_bar()
+        restore.callback(library.set_verbosity, library.get_verbosity())
+        library.set_verbosity_error()
+        if not bars and library.is_progress_bar_enabled():
+            restore.callback(library.enable_progress_bar)
+            library.disable_progress_bar()
         yield
 
 
@@ -103,21 +103,23 @@ def is_whole(folder: Path, key: str | None) -> bool:
     if not isinstance(files, dict) or not files or key not in (None, manifest.get("key")):
         return False
     try:
-        found = file_hashes([folder / name for name in files])
+        hashes = file_hashes([folder / name for name in files])
     except OSError:
         return False
     with contextlib.suppress(OSError):  # a cache that can only be read
         os.utime(folder)
-    return all(isinstance(about, dict) and found[folder / name] == about.get("sha256") for name, about in files.items())
+    return all(
+        isinstance(about, dict) and hashes[folder / name] == about.get("sha256") for name, about in files.items()
+    )
 
 
 def read_manifest(folder: Path) -> JsonObject:
     """Return the manifest of a converted directory; empty if there is none, or a damaged one."""
     try:
-        found = read_json(folder / MANIFEST)
+        manifest = read_json(folder / MANIFEST)
     except AdapterFileError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def check_space(folder: Path, needed_bytes: int, advice: str = "free some space") -> None:

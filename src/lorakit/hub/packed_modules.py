@@ -169,16 +169,16 @@ def _packed_layers(
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    found: dict[str, dict[str, Tensor]] = {}
+    layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in _tensors(files):
         path, _, leaf = name.rpartition(".")
         if leaf in module.PARTS:
-            found.setdefault(path, {})[leaf] = tensor
+            layers.setdefault(path, {})[leaf] = tensor
     renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
     expected, prefix = model.state_dict(), model.base_model_prefix
     return {
         rename_source_key(f"{path}.weight", renamings, [], prefix, expected)[0].removesuffix(".weight"): parts
-        for path, parts in found.items()
+        for path, parts in layers.items()
         if set(parts) - {"weight"} or parts["weight"].dtype in CODES
     }
 

@@ -65,12 +65,12 @@ def shape_of(model: str | os.PathLike[str] | ModelSource) -> ModelShape:
         ModelError: The model was not found, or no model can be built from its config.
     """
     if not isinstance(model, ModelSource):
-        given = os.fspath(model)
-        if not Path(given).expanduser().exists():
-            known = catalogue.published(_PACKAGED_AS.get(given, given))
+        name = os.fspath(model)
+        if not Path(name).expanduser().exists():
+            known = catalogue.published(_PACKAGED_AS.get(name, name))
             if known is not None:
-                return dataclasses.replace(known, name=given) if given in _PACKAGED_AS else known
-        model = resolve(given)
+                return dataclasses.replace(known, name=name) if name in _PACKAGED_AS else known
+        model = resolve(name)
     return shape_of_module(skeleton(model), _short_name(model), model.given)
 
 
@@ -176,9 +176,9 @@ def _model_class(config: PreTrainedConfig) -> Callable[[PreTrainedConfig], PreTr
         if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
             return named
     for auto in _AUTO_CLASSES:
-        found = getattr(transformers, auto)
-        if type(config) in found._model_mapping:
-            return found.from_config
+        auto_class = getattr(transformers, auto)
+        if type(config) in auto_class._model_mapping:
+            return auto_class.from_config
     raise ModelError(
         f"transformers has no model class for the config {type(config).__name__}", what=type(config).__name__
     )
@@ -193,9 +193,9 @@ def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[s
     head = getattr(module, "get_output_embeddings", lambda: None)()  # "all-linear" excludes the head
     owners: dict[int, str] = {}
     for path, part in module.named_modules():
-        own = dict(part.named_parameters(recurse=False))
+        parameters = dict(part.named_parameters(recurse=False))
         unused += _unused_positions(path, part)
-        if not own:
+        if not parameters:
             if path and next(part.children(), None) is not None:
                 containers.append(path)
             continue
@@ -203,9 +203,9 @@ def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[s
         if site is not None:
             sites.append(site)
         else:
-            fresh = {name: p for name, p in own.items() if owners.setdefault(id(p), path) == path}
+            fresh = {name: p for name, p in parameters.items() if owners.setdefault(id(p), path) == path}
             biases = sum(p.numel() for name, p in fresh.items() if "bias" in name)
-            matrices = tuple((name, tuple(p.shape)) for name, p in own.items() if p.ndim in {2, 3})
+            matrices = tuple((name, tuple(p.shape)) for name, p in parameters.items() if p.ndim in {2, 3})
             numbers = sum(p.numel() for p in fresh.values())
             marks = int(getattr(part, "num_experts", 0)), bool(getattr(part, "is_transposed", False))
             others.append(PlainShape(path, numbers, biases, matrices, *marks))
@@ -314,7 +314,7 @@ def unused_modules(model: PreTrainedModel) -> tuple[str, ...]:
 def modules_with(model: PreTrainedModel, missing: Collection[str]) -> tuple[str, ...]:
     """Return the paths of the largest modules all of whose parameters are missing."""
     present = {name for name, _ in model.named_parameters()} - set(missing)
-    found = set()
+    paths = set()
     for name in missing:
         path = name.rpartition(".")[0]
         while path and not any(other.startswith(f"{path.rpartition('.')[0]}.") for other in present):
@@ -322,8 +322,8 @@ def modules_with(model: PreTrainedModel, missing: Collection[str]) -> tuple[str,
             if not above:
                 break
             path = above
-        found.add(path)
-    return tuple(sorted(found))
+        paths.add(path)
+    return tuple(sorted(paths))
 
 
 def missing_names(model: PreTrainedModel, source: ModelSource) -> frozenset[str]:
@@ -355,17 +355,17 @@ def _renamed(model: PreTrainedModel, stored: Sizes) -> dict[str, tuple[int, ...]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     expected, prefix = model.state_dict(), model.base_model_prefix
-    found: dict[str, tuple[int, ...] | None] = {}
+    renamed_sizes: dict[str, tuple[int, ...] | None] = {}
     for name, size in stored.items():
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, expected)
         if renamed not in expected and name in expected:
             renamed, pattern = rename_source_key(name, [], [], prefix, expected)
         if pattern is None:
-            found[renamed] = size
+            renamed_sizes[renamed] = size
         else:
             first, *_ = targets = by_pattern[pattern].target_patterns
-            found |= {renamed.replace(first, target): None for target in targets}
-    return found
+            renamed_sizes |= {renamed.replace(first, target): None for target in targets}
+    return renamed_sizes
 
 
 def _stored(source: ModelSource) -> Sizes | None:

@@ -175,8 +175,8 @@ def base_named(recorded: str | None, base_name: object = None, folder: Path | No
             return name
     if recorded and folder is not None and not Path(recorded).exists():
         here = folder.absolute()
-        found = (parent / recorded for parent in (here, *here.parents))
-        return next((str(path) for path in found if path.is_file() or (path / "config.json").is_file()), recorded)
+        places = (parent / recorded for parent in (here, *here.parents))
+        return next((str(path) for path in places if path.is_file() or (path / "config.json").is_file()), recorded)
     return recorded or None
 
 

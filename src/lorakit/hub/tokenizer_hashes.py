@@ -50,18 +50,18 @@ def tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     These are all attributes with plain values, such as `truncation_side` and `split_special_tokens`, and the files that
     a tokenizer without a backend saves. Saving and reloading the tokenizer does not change them.
     """
-    found = {"class": type(tokenizer).__qualname__}
+    settings = {"class": type(tokenizer).__qualname__}
     for name, value in vars(tokenizer).items():
         if name == "init_kwargs":
             value = {key: one for key, one in value.items() if key not in _WITHOUT_EFFECT and not key.endswith("_file")}
         if name not in _WITHOUT_EFFECT:
             with contextlib.suppress(TypeError):
-                found[name] = json.dumps(value, sort_keys=True, default=_added_token)
+                settings[name] = json.dumps(value, sort_keys=True, default=_added_token)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         with tempfile.TemporaryDirectory() as folder, contextlib.suppress(NotImplementedError):
             tokenizer.save_vocabulary(folder)
-            found |= {path.name: sha256_file(path) for path in sorted(Path(folder).iterdir())}
-    return found
+            settings |= {path.name: sha256_file(path) for path in sorted(Path(folder).iterdir())}
+    return settings
 
 
 def _added_token(value: Any) -> str:
@@ -91,9 +91,9 @@ def marked_text(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) 
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    turns = [{key: value for key, value in message.items() if value is not None} for message in messages]
     texts, spans = render_jinja_template(
-        conversations=[given],
+        conversations=[turns],
         chat_template=tokenizer.chat_template,
         return_assistant_tokens_mask=True,
         **{**tokenizer.special_tokens_map, **options},

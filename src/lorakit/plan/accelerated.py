@@ -59,10 +59,10 @@ def family_of(shape: ModelShape) -> Family:
     An unknown architecture counts as Llama-like if its MLP is gated, else GPT-2-like if causal, else BERT-like.
     """
     nearest, block = (LLAMA, PRE_NORM) if shape.gated else (GPT2, GPT2_BLOCK) if shape.causal else (BERT, BERT_BLOCK)
-    found = architecture_of(shape.architecture)
-    if found is None or found.block is None:
+    row = architecture_of(shape.architecture)
+    if row is None or row.block is None:
         return Family(nearest.title, block, False)
-    return Family(found.title or nearest.title, found.block, found.is_planned)
+    return Family(row.title or nearest.title, row.block, row.is_planned)
 
 
 _FP32, _INDEX, _SEED = 4, 8, 8

@@ -136,11 +136,11 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: S
             outside += kept
     here = sum(block in by_block for block, _ in fused)
     whole = fast and here == 2 * len(inner)
-    found = _gathered(shape, job, by_block, outside)
-    transient = accelerated.transient(shape, job) if whole else found.transient
+    gathered = _gathered(shape, job, by_block, outside)
+    transient = accelerated.transient(shape, job) if whole else gathered.transient
     transient += accelerated.recomputed_bytes(shape, fused, job)
     transient += 0 if base is None else _dequantized(counted, job, base)
-    return replace(found, transient=transient, fused=here, of_blocks=2 * len(inner) if fast else 0)
+    return replace(gathered, transient=transient, fused=here, of_blocks=2 * len(inner) if fast else 0)
 
 
 def _of_sublayers(
@@ -259,12 +259,12 @@ def _distinct_inputs(
     """Return one site per distinct input tensor; attention without dropout saves its output anyway."""
     family = family_of(shape)
     output = "" if shape.dropouts.get("attention") else family.block.outputs[0]
-    found: dict[str, SiteCount | SiteShape] = {}
+    by_input: dict[str, SiteCount | SiteShape] = {}
     for site in sites:
         path = site.path.removesuffix(".weight")
         if not output or path != f"{block_of(path)}.{output}":
-            found.setdefault(family.group_of(path), site)
-    return list(found.values())
+            by_input.setdefault(family.group_of(path), site)
+    return list(by_input.values())
 
 
 def _transient(shape: ModelShape, job: Job) -> int:

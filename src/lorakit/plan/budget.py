@@ -31,12 +31,12 @@ def bytes_of(text: str, field: str | None = None) -> int:
     Raises:
         ConfigError: `text` is not a size of at least one byte; it names `field`.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    size = UNITS.get(found[2].lower()) if found else None
-    if found is None or size is None or not float(found[1]) * size >= 1:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    size = UNITS.get(match[2].lower()) if match else None
+    if match is None or size is None or not float(match[1]) * size >= 1:
         named = "" if field is None else f"{field}: "
         raise ConfigError(f"{named}{text!r} is not a size; {SIZE_FORM}.", what=text, field=field)
-    return int(float(found[1]) * size)
+    return int(float(match[1]) * size)
 
 
 def within(plan: Plan, budget_bytes: int) -> tuple[Plan, str]:
@@ -47,12 +47,12 @@ def within(plan: Plan, budget_bytes: int) -> tuple[Plan, str]:
     """
     tried: list[tuple[str, int]] = []
     for recompute in RECOMPUTED:
-        made = with_job(plan, recompute=recompute)
-        peak = made.lora.memory.peak_bytes
+        variant = with_job(plan, recompute=recompute)
+        peak = variant.lora.memory.peak_bytes
         if peak <= budget_bytes:
             without = "".join(f"; --recompute {other} needs {format_bytes(size)}" for other, size in reversed(tried))
             reason = f"--recompute {recompute} is the cheapest setting that fits ({format_bytes(peak)}){without}"
-            return made, f"memory budget {format_bytes(budget_bytes)}: {reason}"
+            return variant, f"memory budget {format_bytes(budget_bytes)}: {reason}"
         tried.append((recompute, peak))
     recompute, least = min(tried, key=lambda pair: pair[1])
     raise ConfigError(
@@ -65,8 +65,8 @@ def within(plan: Plan, budget_bytes: int) -> tuple[Plan, str]:
 
 def with_job(plan: Plan, **fields: float | str | None) -> Plan:
     """Return the plan of the same run with other values of some fields of its job."""
-    made = estimate(plan.shape, plan.config, replace(plan.job, **fields), plan.speed, allow_partial=True)  # type: ignore[arg-type]
-    return replace(made, ranks=plan.ranks)
+    estimated = estimate(plan.shape, plan.config, replace(plan.job, **fields), plan.speed, allow_partial=True)  # type: ignore[arg-type]
+    return replace(estimated, ranks=plan.ranks)
 
 
 def _what_would(plan: Plan, budget: int) -> str:
@@ -104,8 +104,10 @@ def by_cost(plan: Plan) -> list[Plan]:
     rows = plan.job.batch_rows * plan.job.accumulation
     sizes = [size for size in range(1, rows + 1) if rows % size == 0]
     ways = [way for way in RECOMPUTED if plan.job.accelerated or way != "feed-forward"]
-    made = [with_job(plan, batch_rows=size, accumulation=rows // size, recompute=way) for size in sizes for way in ways]
-    return sorted(made, key=_cost)
+    plans = [
+        with_job(plan, batch_rows=size, accumulation=rows // size, recompute=way) for size in sizes for way in ways
+    ]
+    return sorted(plans, key=_cost)
 
 
 def _cost(plan: Plan) -> tuple[float, int]:
@@ -120,22 +122,22 @@ def fitting(plan: Plan, limit_bytes: int) -> list[Plan]:
     Raises:
         ConfigError: No setting fits; the message gives the smallest need.
     """
-    made = by_cost(plan)
-    found = [one for one in made if needed_bytes(one) <= limit_bytes]
-    if not found:
-        raise does_not_fit(limit_bytes, min(made, key=needed_bytes))
-    return found
+    plans = by_cost(plan)
+    small = [one for one in plans if needed_bytes(one) <= limit_bytes]
+    if not small:
+        raise does_not_fit(limit_bytes, min(plans, key=needed_bytes))
+    return small
 
 
 def does_not_fit(limit_bytes: int, smallest: Plan, measured_bytes: int | None = None) -> ConfigError:
     """Return the error for a limit that no setting fits into, with the smallest need, planned or measured."""
     job, memory = smallest.job, smallest.lora.memory
     least = format_bytes(needed_bytes(smallest) if measured_bytes is None else measured_bytes)
-    found = (
+    cause = (
         f"planned peak {format_bytes(memory.peak_bytes)} plus {MARGIN:.0%}" if measured_bytes is None else "measured"
     )
     return ConfigError(
-        f"the run does not fit into {format_bytes(limit_bytes)}: it needs at least {least} ({found}; weights "
+        f"the run does not fit into {format_bytes(limit_bytes)}: it needs at least {least} ({cause}; weights "
         f"{format_bytes(memory.bytes_of('weights'))}), with {job.batch_rows} × {job.length_tokens:,} tokens per batch "
         f"and --recompute {job.recompute}. Raise --fit, or use a smaller --max-length or model, or --quantization.",
         what=format_bytes(limit_bytes),

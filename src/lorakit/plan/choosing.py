@@ -172,9 +172,9 @@ def _does_not_fit(
     smaller = _fitting(list(_variants(plan)), cluster, parallel, limit_bytes, obstacle)
     options = [smaller] if smaller else []
     for more in _more(cluster) if obstacle is None else ():
-        found = _fitting([plan] if smaller else list(_variants(plan)), more, parallel, limit_bytes, obstacle)
-        if found is not None:
-            options.append(f"--nproc {more.processes} {found}")
+        flags = _fitting([plan] if smaller else list(_variants(plan)), more, parallel, limit_bytes, obstacle)
+        if flags is not None:
+            options.append(f"--nproc {more.processes} {flags}")
             break
     advice = f"What would fit: {'; or '.join(options)}." if options else "Use a smaller --max-length or model."
     quantization = "" if _is_quantized(plan) else " --quantization nf4 makes the base smaller."

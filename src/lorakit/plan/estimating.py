@@ -35,16 +35,16 @@ def sizes(shape: ModelShape, counted: Count, optimizer: str = "adamw") -> list[F
     Sizes of the adapter, the adapter with the state of its optimizer (Adam's two moments), the model, and a full
     fine-tuning checkpoint (fp32 with two moments).
     """
-    trained, held, base = counted.trainable, counted.saved_parameters, shape.parameters
+    trained, stored, base = counted.trainable, counted.saved_parameters, shape.parameters
     formula, state = optimizer_state(counted, optimizer, MASTER_BYTES)
-    whole, what = f"4 × {held:,} + {formula}", "adapter with the state of its optimizer"
+    whole, what = f"4 × {stored:,} + {formula}", "adapter with the state of its optimizer"
     if state == 2 * MASTER_BYTES * trained:
-        whole = f"3 × 4 × {trained:,}" if held == trained else f"4 × {held:,} + 2 × 4 × {trained:,}"
+        whole = f"3 × 4 × {trained:,}" if stored == trained else f"4 × {stored:,} + 2 × 4 × {trained:,}"
         what = "adapter with Adam's two moments"
     published = DTYPE_BYTES.get(shape.dtype, MASTER_BYTES)
     return [
-        FileSize("adapter, fp32", f"4 × {held:,}", MASTER_BYTES * held),
-        FileSize(what, whole, MASTER_BYTES * held + state),
+        FileSize("adapter, fp32", f"4 × {stored:,}", MASTER_BYTES * stored),
+        FileSize(what, whole, MASTER_BYTES * stored + state),
         FileSize(f"full model, {shape.dtype}", f"{published} × {base:,}", published * base),
         FileSize("full checkpoint with Adam's two moments", f"3 × 4 × {base:,}", 3 * MASTER_BYTES * base),
     ]
@@ -203,8 +203,8 @@ def _rates(speed: Speed | None, lora: Flops, full: Flops, seconds: float | None)
     """
     if speed is None:
         return None, None
-    given = speed.tokens_per_second is not None
-    of_full = speed.tokens_at(full.total) * (lora.total / full.total if given else 1.0)
+    is_measured = speed.tokens_per_second is not None
+    of_full = speed.tokens_at(full.total) * (lora.total / full.total if is_measured else 1.0)
     return speed.tokens_at(lora.at_dtype_rate(speed)) if seconds is None else 1 / seconds, of_full
 
 

@@ -37,8 +37,8 @@ def int8_sites(shape: ModelShape) -> tuple[SiteShape, ...]:
     Raises:
         ConfigError: The model has none.
     """
-    found = (site for site in quantized_sites(shape, W8A8) if block_of(site.path) is not None)
-    sites = tuple(site for site in found if ".experts." not in site.path)
+    in_blocks = (site for site in quantized_sites(shape, W8A8) if block_of(site.path) is not None)
+    sites = tuple(site for site in in_blocks if ".experts." not in site.path)
     if not sites:
         raise ConfigError(
             f"{shape.name}: base_matmul int8 supports {' and '.join(DENSE)} modules, and the blocks of this "

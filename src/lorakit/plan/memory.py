@@ -200,12 +200,12 @@ def _logits(shape: ModelShape, job: Job, without: bool) -> Line:
 
 def _memory(lines: list[Line], outside: dict[str, int], kept: Activations, job: Job, notes: tuple[str, ...]) -> Memory:
     """Return the memory use, given the lines of a step and the temporary memory of moments outside of steps."""
-    held = process_bytes(job)
+    process = process_bytes(job)
     lines = [
         *lines,
         _line("temporary", 99, "the largest of loading, checking and writing", max(outside.values(), default=0)),
         _line("runtime", 26, "measured: library pages, kernels, threads", RUNTIME_BYTES),
-        _line("process", 98, f"{held:,} (libraries, tokenizer, data)" if held else "not on this device", held),
+        _line("process", 98, f"{process:,} (libraries, tokenizer, data)" if process else "not on this device", process),
     ]
     sizes = {line.cause: line.size_bytes for line in lines}
     steps = _moments_of_step(sizes["gradients"], sizes["logits"], kept, job)
@@ -229,11 +229,11 @@ def _malloc(step: int, job: Job) -> list[Line]:
 
 def _outside_of_steps(moment: str, size: int, gradients: int) -> dict[str, int]:
     """Return the sizes that differ from the largest ones at a moment outside of steps, by category."""
-    found = {"temporary": size, "activations": 0, "logits": 0, "gradients": 0, "malloc": 0}
+    sizes = {"temporary": size, "activations": 0, "logits": 0, "gradients": 0, "malloc": 0}
     if moment == WRITING:
-        return found | {"gradients": gradients}
-    found |= {"optimizer": 0}  # the moments are created in the first step
-    return found if moment == CHECKING else found | {"adapter": 0}
+        return sizes | {"gradients": gradients}
+    sizes |= {"optimizer": 0}  # the moments are created in the first step
+    return sizes if moment == CHECKING else sizes | {"adapter": 0}
 
 
 def _activations(kept: Activations, job: Job) -> Line:
@@ -290,10 +290,10 @@ def _how(shape: ModelShape, kept: Activations, job: Job) -> str:
             "the estimate assumes the model's own forward passes, and a run may need less memory."
         )
     reason = "Assumes accelerated forward passes (disable with train --no-accelerate)"
-    own = kept.of_blocks - kept.fused
-    if own:
+    unfused = kept.of_blocks - kept.fused
+    if unfused:
         reason += (
-            f"; {own} of {kept.of_blocks} sublayers run unfused, because a LoRA variant, a saved module, a "
+            f"; {unfused} of {kept.of_blocks} sublayers run unfused, because a LoRA variant, a saved module, a "
             "trained bias or a quantized weight has no accelerated version"
         )
     if activations.packs(shape):
@@ -354,16 +354,16 @@ def temporary_bytes(shape: ModelShape, counted: Count | None, job: Job) -> dict[
     is_converted = shape.converted_bytes > 0 or (shape.dtype != job.dtype and job.base_matmul != "int8")
     is_converted = is_converted or job.quantization is not None or is_dequantized
     size = DTYPE_BYTES.get(shape.dtype, MASTER_BYTES) * shape.parameters if files is None else files.file_bytes
-    found = {MEASURING: job.reserved_bytes}
-    found[LOADING] = size + _replaced_bytes(shape, job) if is_converted else 0
+    sizes = {MEASURING: job.reserved_bytes}
+    sizes[LOADING] = size + _replaced_bytes(shape, job) if is_converted else 0
     if shape.converted_bytes:
-        found[LOADING] += shape.converted_bytes + GGUF_TOKEN_BYTES * shape.vocab
+        sizes[LOADING] += shape.converted_bytes + GGUF_TOKEN_BYTES * shape.vocab
     if counted is not None:
         moments = 2 * MASTER_BYTES * counted.trainable
-        found[WRITING] = TEXT_BYTES + max(ENCODED_COPIES * MASTER_BYTES * counted.saved_parameters, 2 * moments)
+        sizes[WRITING] = TEXT_BYTES + max(ENCODED_COPIES * MASTER_BYTES * counted.saved_parameters, 2 * moments)
         if job.accelerated:
-            found[CHECKING] = PROBE_COPIES * 8 * PROBED_TOKENS * (0 if shape.head is None else shape.vocab)
-    return found
+            sizes[CHECKING] = PROBE_COPIES * 8 * PROBED_TOKENS * (0 if shape.head is None else shape.vocab)
+    return sizes
 
 
 def _replaced_bytes(shape: ModelShape, job: Job) -> int:

@@ -192,13 +192,13 @@ def packed_files(shape: ModelShape) -> PackedFiles | None:
         tuple(s for s in quantized_sites(shape, storage) if not _is_left_out(s, left_out)) if kind.has_linears else ()
     )
     experts = shape.expert_matrices if kind.has_experts else ()
-    held = sum(size(site.out_features, site.in_features) for site in sites)
+    linear_bytes = sum(size(site.out_features, site.in_features) for site in sites)
     elements = sum(site.weight_parameters for site in sites)
     in_experts = sum(count * rows * columns for count, rows, columns in experts)
-    packed = held + sum(count * size(rows, columns) for count, rows, columns in experts)
+    packed = linear_bytes + sum(count * size(rows, columns) for count, rows, columns in experts)
     file_bytes = packed + itemsize * (shape.parameters - elements - in_experts)
     is_kept = kind.is_kept and not experts and not values.get("dequantize") and bool(sites)
-    base = StoredBase(storage, sites, elements, held, shape.parameters - elements) if is_kept else None
+    base = StoredBase(storage, sites, elements, linear_bytes, shape.parameters - elements) if is_kept else None
     return PackedFiles(base, file_bytes, method, unread)
 
 

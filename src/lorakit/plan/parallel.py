@@ -256,10 +256,10 @@ def parts_of_base(shape: ModelShape, itemsize: int, processes: int) -> dict[str 
 
     The parts of all processes are padded to the same number of rows.
     """
-    found: dict[str | None, int] = {None: 0}
+    parts: dict[str | None, int] = {None: 0}
     for block, rows, columns in tensors_of_base(shape):
-        found[block] = found.get(block, 0) + itemsize * -(-rows // processes) * columns
-    return found
+        parts[block] = parts.get(block, 0) + itemsize * -(-rows // processes) * columns
+    return parts
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]
             factors.
     """
     named = _named(shape, config.trainable_token_indices)
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     leaders: dict[str, Sequence[int]] = {}
     for site, indices in sorted(named, key=lambda pair: pair[0].kind != EMBEDDING):
         weight = site.tied_to or site.path
@@ -50,8 +50,8 @@ def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]
             )
         if leaders.get(weight) != indices:
             leaders.setdefault(weight, indices)
-            found[site.path] = len(indices) * (site.out_features if site.kind == EMBEDDING else site.in_features)
-    return found
+            counts[site.path] = len(indices) * (site.out_features if site.kind == EMBEDDING else site.in_features)
+    return counts
 
 
 def with_new_tokens(shape: ModelShape, config: LoraConfig, tokens: int) -> LoraConfig:
@@ -319,10 +319,10 @@ def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False,
     """
     shape = replicated(shape, config.layer_replication)
     bare, in_first = _bare_parameters(shape), {other.path for other in shape.others if other.in_first}
-    modules, given = candidates(shape), config
+    modules, original = candidates(shape), config
     config = with_current_names(config, shape.model_type, modules, bare)
     resolution = resolve(modules, config, allow_partial=allow_partial, parameters=bare)
-    rest = note_on_rest(given, config, modules, bare, resolution, shape.parameters)
+    rest = note_on_rest(original, config, modules, bare, resolution, shape.parameters)
     notes = resolution.notes if rest is None else (*resolution.notes, rest)
     sizes = {parameter.path: _canonical(parameter.shape, parameter.module in in_first) for parameter in bare}
     sizes |= {site.path: (1, site.out_features, site.in_features) for site in shape.sites}
@@ -349,10 +349,10 @@ def _check_dropout(config: LoraConfig, sites: Sequence[SiteCount]) -> None:
 
 def candidates(shape: ModelShape) -> list[Candidate]:
     """Return what a target entry may name: sites in model order, then unsupported modules, for error messages."""
-    found = [Candidate(s.path, s.kind, s.kind, s.dense, s.out_features, s.in_features) for s in shape.sites]
-    found += [Candidate(other.path, None, "module without a weight matrix") for other in shape.others]
-    found += [Candidate(path, None, "container of modules") for path in shape.containers]
-    return found
+    nameable = [Candidate(s.path, s.kind, s.kind, s.dense, s.out_features, s.in_features) for s in shape.sites]
+    nameable += [Candidate(other.path, None, "module without a weight matrix") for other in shape.others]
+    nameable += [Candidate(path, None, "container of modules") for path in shape.containers]
+    return nameable
 
 
 def _site_count(match: Match, size: tuple[int, int, int], config: LoraConfig, optimizer: str) -> SiteCount:
@@ -392,14 +392,14 @@ def _frozen_factors(kind: str, config: LoraConfig, optimizer: str) -> frozenset[
 
 def _bare_parameters(shape: ModelShape) -> list[BareParameter]:
     """Return what `target_parameters` may name: weights of sites, with their stored shapes, and other matrices."""
-    found = []
+    matrices = []
     for site in shape.sites:
         rows = (site.out_features, site.in_features)
-        found.append(BareParameter(site.path, "weight", rows if site.kind == LINEAR else rows[::-1]))
-    found += [
+        matrices.append(BareParameter(site.path, "weight", rows if site.kind == LINEAR else rows[::-1]))
+    matrices += [
         BareParameter(other.path, name, size, other.experts) for other in shape.others for name, size in other.matrices
     ]
-    return found
+    return matrices
 
 
 def _canonical(size: tuple[int, ...], in_first: bool) -> tuple[int, int, int]:
@@ -410,8 +410,8 @@ def _canonical(size: tuple[int, ...], in_first: bool) -> tuple[int, int, int]:
 
 def _whole(shape: ModelShape, path: str) -> int:
     """Count the parameters of a saved module and its submodules; a tied weight counts too, since it is also copied."""
-    own = sum(s.weight_parameters + s.bias_parameters for s in shape.sites if is_inside(s.path, [path]))
-    return own + sum(o.parameters for o in shape.others if is_inside(o.path, [path]))
+    in_sites = sum(s.weight_parameters + s.bias_parameters for s in shape.sites if is_inside(s.path, [path]))
+    return in_sites + sum(o.parameters for o in shape.others if is_inside(o.path, [path]))
 
 
 def _biases(shape: ModelShape, choice: str, adapted: Collection[str], saved: Collection[str]) -> int:

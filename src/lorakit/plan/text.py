@@ -68,41 +68,41 @@ GOOD_SCALING = 0.9
 """Scaling for which the time of a step is printed if no speed is known."""
 
 
-def render_parallel(found: ParallelPlan) -> str:
+def render_parallel(plan: ParallelPlan) -> str:
     """Return a plan of several processes as text: the choice, then what a process holds and sends in each way."""
-    cluster, ranks = found.cluster, found.ranks
+    cluster, ranks = plan.cluster, plan.ranks
     within = f" ({cluster.link.name})" if cluster.local > 1 else ""
     between = f", {cluster.nodes} nodes ({cluster.network.name})" if cluster.nodes > 1 else ""
-    memory = "" if found.limit_bytes is None else f", {format_bytes(found.limit_bytes)} each"
+    memory = "" if plan.limit_bytes is None else f", {format_bytes(plan.limit_bytes)} each"
     head = [
         f"processes    {cluster.processes}: {cluster.local} per node{within}{between}{memory}",
-        f"parallel     {found.reason}",
+        f"parallel     {plan.reason}",
     ]
     causes = [cause for cause in ranks[0].held if any(rank.held[cause] for rank in ranks)]
-    held = [[cause, *(format_bytes(rank.held[cause]) for rank in ranks)] for cause in causes]
-    held.append(["peak", *(format_bytes(rank.peak_bytes) for rank in ranks)])
-    if found.limit_bytes is not None:
-        held.append(["fits with a margin", *("yes" if found.fits(rank) else "no" for rank in ranks)])
+    rows = [[cause, *(format_bytes(rank.held[cause]) for rank in ranks)] for cause in causes]
+    rows.append(["peak", *(format_bytes(rank.peak_bytes) for rank in ranks)])
+    if plan.limit_bytes is not None:
+        rows.append(["fits with a margin", *("yes" if plan.fits(rank) else "no" for rank in ranks)])
     ways = [rank.way for rank in ranks]
-    parts = [_paragraph(head), columns(["each process holds at the peak", *ways], held, left=(0,))]
+    parts = [_paragraph(head), columns(["each process holds at the peak", *ways], rows, left=(0,))]
     if cluster.processes > 1:
-        parts.append(columns(["each process sends per step", *ways], list(_sent(found, ranks)), left=(0,)))
+        parts.append(columns(["each process sends per step", *ways], list(_sent(plan, ranks)), left=(0,)))
         parts.append("Times and scaling are estimates from the links' nominal rates, not measured.")
     return "\n\n".join(parts)
 
 
-def _sent(found: ParallelPlan, ranks: Iterable[RankPlan]) -> Iterable[list[str]]:
+def _sent(plan: ParallelPlan, ranks: Iterable[RankPlan]) -> Iterable[list[str]]:
     """Yield the rows of the table of communication: bytes, times and the expected scaling."""
     traffic = [rank.traffic for rank in ranks]
     yield ["blocks of the base", *(format_bytes(each.gathered_bytes) for each in traffic)]
     yield ["gradients", *(format_bytes(each.reduced_bytes) for each in traffic)]
     yield ["time, if nothing is hidden", *(format_seconds(each.seconds) for each in traffic)]
-    if found.step_seconds is None:
+    if plan.step_seconds is None:
         label = f"{format_percent(GOOD_SCALING, 0)} scaling if a step computes for"
         yield [label, *(format_seconds(each.seconds_for(GOOD_SCALING)) for each in traffic)]
         return
-    yield ["expected scaling", *(format_percent(found.scaling(rank) or 0, 1) for rank in ranks)]
-    rates = (format_rate(found.tokens_per_second(rank) or 0, "tokens/s") for rank in ranks)
+    yield ["expected scaling", *(format_percent(plan.scaling(rank) or 0, 1) for rank in ranks)]
+    rates = (format_rate(plan.tokens_per_second(rank) or 0, "tokens/s") for rank in ranks)
     yield ["expected speed of all", *rates]
 
 

@@ -78,7 +78,7 @@ def row_losses(model: nn.Module, batch: Batch, device: str | torch.device) -> Te
     head = output_head(model)
     if head is None or type(head).forward is not nn.Linear.forward:
         raise _unsupported("its head is not a plain linear module")
-    hidden, given = list[Tensor](), list[Tensor]()
+    hidden, outputs = list[Tensor](), list[Tensor]()
 
     def shorten(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if not args or args[0].shape[:-1] != batch.input_ids.shape:
@@ -87,7 +87,7 @@ def row_losses(model: nn.Module, batch: Batch, device: str | torch.device) -> Te
         return (args[0][:, -1:].contiguous(), *args[1:])  # strides between the rows would copy the weight for each row
 
     def keep(_: nn.Module, args: object, output: Tensor) -> None:
-        given.append(output)
+        outputs.append(output)
 
     handles = [head.register_forward_pre_hook(shorten), head.register_forward_hook(keep)]
     try:
@@ -96,12 +96,12 @@ def row_losses(model: nn.Module, batch: Batch, device: str | torch.device) -> Te
     finally:
         for handle in handles:
             handle.remove()
-    is_known = len(given) == len(hidden) == 1
-    made = head_for(head, given[0] if is_known else None, getattr(output, "logits", None), model)
-    if not isinstance(made, Head):
-        raise _unsupported(made)
+    is_known = len(outputs) == len(hidden) == 1
+    known = head_for(head, outputs[0] if is_known else None, getattr(output, "logits", None), model)
+    if not isinstance(known, Head):
+        raise _unsupported(known)
     targets = shifted(batch.labels, IGNORED)
-    return torch.stack([made.loss(row, wanted, 1.0, IGNORED) for row, wanted in zip(hidden[0], targets, strict=True)])
+    return torch.stack([known.loss(row, wanted, 1.0, IGNORED) for row, wanted in zip(hidden[0], targets, strict=True)])
 
 
 def _unsupported(reason: str) -> NotYetSupported:

@@ -85,9 +85,9 @@ def task_for(
             what=task.name,
             field="task",
         )
-    own = Target() if saved is None else named_as(saved, facts).target
-    if task.has_head and own.kind != "none":
-        target = own.with_options(options)
+    recorded_target = Target() if saved is None else named_as(saved, facts).target
+    if task.has_head and recorded_target.kind != "none":
+        target = recorded_target.with_options(options)
         target.check(parts.training_records())
         target.check(parts.held_out)
         return TaskOnData(task, target)
@@ -116,16 +116,16 @@ def task_to_measure(records: AnyRecords, source: hub.ModelSource, options: Label
     """
     facts = hub.ModelFacts.of(source)
     task = _by_shape(records[0], facts.family)
-    own = TaskOnData(task, _own_head(task, facts)) if task.has_head else None
-    return task_for(None, Split(records, Records(), ""), source, options, own)
+    with_head = TaskOnData(task, _own_head(task, facts)) if task.has_head else None
+    return task_for(None, Split(records, Records(), ""), source, options, with_head)
 
 
 def named_as(task: TaskOnData, facts: hub.ModelFacts) -> TaskOnData:
     """Return the task of an adapter; if its files do not name the classes, they are those of the base's own head."""
     target = task.target
-    own = _own_head(task.task, facts) if target.kind == "none" or target.has_default_names else Target()
-    is_same = target.kind == "none" or len(own.names) == len(target.names)
-    return replace(task, target=own) if is_same and own.kind != "none" else task
+    head = _own_head(task.task, facts) if target.kind == "none" or target.has_default_names else Target()
+    is_same = target.kind == "none" or len(head.names) == len(target.names)
+    return replace(task, target=head) if is_same and head.kind != "none" else task
 
 
 def _own_head(task: Task, facts: hub.ModelFacts) -> Target:
@@ -202,17 +202,17 @@ def task_of_model(name: str | None, source: hub.ModelSource) -> TaskOnData:
         ModelError: The model's config cannot be read.
     """
     facts = hub.ModelFacts.of(source)
-    found = TASKS.get(name or "") or next((task for task in TASKS.values() if task.loader == facts.loader), None)
-    if found is None or found.predict is None:
+    chosen = TASKS.get(name or "") or next((task for task in TASKS.values() if task.loader == facts.loader), None)
+    if chosen is None or chosen.predict is None:
         raise UsageError(
             f"{source.given}: this model does not predict rows; pass the adapter that does as --adapter, or use "
             "`lorakit generate` for a causal language model.",
             what=facts.family,
             field="adapter",
         )
-    if not found.has_head:
-        return on_model(TaskOnData(found, Target("pairs" if found is EMBEDDING else "none")), source)
-    return TaskOnData(found, _own_head(found, replace(facts, loader=found.loader)))
+    if not chosen.has_head:
+        return on_model(TaskOnData(chosen, Target("pairs" if chosen is EMBEDDING else "none")), source)
+    return TaskOnData(chosen, _own_head(chosen, replace(facts, loader=chosen.loader)))
 
 
 def agree_on_padding(

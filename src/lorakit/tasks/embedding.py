@@ -117,8 +117,8 @@ class Embedder:
         features: dict[str, Any] = {"token_embeddings": hidden.float(), "input_ids": ids, "attention_mask": mask}
         if self._prompt_length:
             features["prompt_length"] = self._prompt_length
-        found = self._pipeline.to(hidden.device).train(is_training)(features)["sentence_embedding"]
-        return found[..., : self._pipeline.truncate_dim]
+        embedding = self._pipeline.to(hidden.device).train(is_training)(features)["sentence_embedding"]
+        return embedding[..., : self._pipeline.truncate_dim]
 
 
 def _longest(tokenizer: Any, config: Any) -> int | None:
@@ -199,20 +199,20 @@ def on_model(target: Target, source: hub.ModelSource) -> Target:
         LorakitError: The model's embeddings are not supported; see `Embedder`.
     """
     embedder = Embedder(source)
-    own = embedder.as_dict()
-    if target.embedding and not _is_same(target.embedding, own):
+    current = embedder.as_dict()
+    if target.embedding and not _is_same(target.embedding, current):
         raise AdapterFileError(
-            f"{source.given}: embeds texts with {json.dumps(own)}, but the adapter was trained with "
+            f"{source.given}: embeds texts with {json.dumps(current)}, but the adapter was trained with "
             f"{json.dumps(target.embedding)}; use the base that it was trained on, or train again.",
             where=source.given,
             field="embedding",
         )
-    return replace(target, embedding=own, embedder=embedder)
+    return replace(target, embedding=current, embedder=embedder)
 
 
-def _is_same(recorded: JsonObject, own: JsonObject) -> bool:
+def _is_same(recorded: JsonObject, current: JsonObject) -> bool:
     """Return whether a record describes the same embeddings, as far as both describe them."""
-    before, now = (_parts(one) for one in (recorded, own))
+    before, now = (_parts(one) for one in (recorded, current))
     if "pooling" in recorded:  # earlier releases knew no other modules, and normalized always
         is_simple = {one["type"] for one in now[1:]} <= {"Pooling", "Normalize"}
         return is_simple and recorded["pooling"] == now[1].get("pooling_mode")
@@ -258,12 +258,12 @@ def forward(model: nn.Module, batch: Batch, device: str | torch.device, target: 
     """Return the embeddings of all texts of a batch, shape (texts per row, rows, width), in float32."""
     names = ["", *(f"_{number}" for number in range(1, 1 + len(batch.extra) // 2))]
     texts = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.extra}
-    found = []
+    embeddings = []
     for name in names:
         ids, mask = texts[f"input_ids{name}"].to(device), texts[f"attention_mask{name}"].to(device)
         output = model(input_ids=ids, attention_mask=mask, **without_cache(model))
-        found.append(embedder_of(target).embed(output.last_hidden_state, ids, mask, is_training=model.training))
-    return torch.stack(found)
+        embeddings.append(embedder_of(target).embed(output.last_hidden_state, ids, mask, is_training=model.training))
+    return torch.stack(embeddings)
 
 
 def loss(embeddings: Tensor, batch: Batch, target: Target) -> Tensor:

@@ -105,18 +105,18 @@ class StoredRows(collections.abc.Sequence[Sequence]):
     @classmethod
     def of(cls, rows: Iterable[Sequence]) -> StoredRows:
         """Return rows as buffers, in the same order."""
-        given = list(rows)
-        others = [ids for row in given for ids in row.others]
-        kind = _SCORES if any(row.labels.typecode == _SCORES for row in given) else _IDS
+        all_rows = list(rows)
+        others = [ids for row in all_rows for ids in row.others]
+        kind = _SCORES if any(row.labels.typecode == _SCORES for row in all_rows) else _IDS
         empty = array(_IDS)
-        found = {
-            **_flat("ids", [row.input_ids for row in given]),
-            **_flat("labels", [row.labels for row in given], kind),
-            **_flat("types", [empty if row.types is None else row.types for row in given]),
+        buffers = {
+            **_flat("ids", [row.input_ids for row in all_rows]),
+            **_flat("labels", [row.labels for row in all_rows], kind),
+            **_flat("types", [empty if row.types is None else row.types for row in all_rows]),
             **_flat("others", others),
-            "others_rows": _ends(len(row.others) for row in given),
+            "others_rows": _ends(len(row.others) for row in all_rows),
         }
-        return cls({name: memoryview(values) for name, values in found.items()})
+        return cls({name: memoryview(values) for name, values in buffers.items()})
 
     def __len__(self) -> int:
         return len(self.buffers["ids_ends"])

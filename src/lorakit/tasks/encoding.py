@@ -135,15 +135,15 @@ def encode_labeled(
     """
     if not isinstance(record, Labeled):
         raise _unfit(record, "'text' and 'label'")
-    found = _tokens(record, record.texts[:2], tokenizer, options, report)
-    if found is None:
+    tokens = _tokens(record, record.texts[:2], tokenizer, options, report)
+    if tokens is None:
         return None
-    types = found.get("token_type_ids")
+    types = tokens.get("token_type_ids")
     return Encoded(
-        array(_TYPE, found["input_ids"]),
+        array(_TYPE, tokens["input_ids"]),
         labels_of(record, target) if options.is_labeled else array(_TYPE),
         types=array(_TYPE, types) if types and any(types) else None,
-        pieces=found["pieces"],
+        pieces=tokens["pieces"],
     )
 
 
@@ -167,14 +167,14 @@ def encode_pair(
     if not isinstance(record, Labeled):
         raise _unfit(record, "'anchor' and 'positive', or 'sentence1', 'sentence2' and 'score'")
     before = report.cut_rows
-    found = [_tokens(record, (options.prompt + text,), tokenizer, options, report) for text in record.texts]
+    texts = [_tokens(record, (options.prompt + text,), tokenizer, options, report) for text in record.texts]
     report.cut_rows = min(report.cut_rows, before + 1)
-    first, *others = [None if one is None else array(_TYPE, one["input_ids"]) for one in found]
+    first, *others = [None if one is None else array(_TYPE, one["input_ids"]) for one in texts]
     if first is None or None in others:
         return None
     scored = target.kind == "score" and options.is_labeled
     score: array[Any] = array("d", [score_of(record)] if scored else [])
-    pieces = tuple(part for one in found if one is not None for part in one["pieces"])
+    pieces = tuple(part for one in texts if one is not None for part in one["pieces"])
     return Encoded(first, score, others=tuple(ids for ids in others if ids is not None), pieces=pieces)
 
 
@@ -191,21 +191,21 @@ def encode_tagged(
     """
     if not isinstance(record, Tagged):
         raise _unfit(record, "'tokens' and 'tags'")
-    found = _tokens(record, (" ".join(record.words),), tokenizer, options, report, offsets=True)
-    if found is None:
+    tokens = _tokens(record, (" ".join(record.words),), tokenizer, options, report, offsets=True)
+    if tokens is None:
         return None
     tags = target.ids_of(record) if options.is_labeled else range(len(record.words))
-    labels = array(_TYPE, [IGNORED]) * len(found["input_ids"])
-    places = word_tokens(record.words, found["offset_mapping"])
-    if "kept" in found:
-        places = [found["kept"].get(place) for place in places]
+    labels = array(_TYPE, [IGNORED]) * len(tokens["input_ids"])
+    places = word_tokens(record.words, tokens["offset_mapping"])
+    if "kept" in tokens:
+        places = [tokens["kept"].get(place) for place in places]
     for place, tag in zip(places, tags, strict=True):
         if place is not None:
             labels[place] = tag
     report.cut_words += places.count(None)
     if options.is_labeled and all(place is None for place in places):
         return None
-    return Encoded(array(_TYPE, found["input_ids"]), labels, pieces=found["pieces"])
+    return Encoded(array(_TYPE, tokens["input_ids"]), labels, pieces=tokens["pieces"])
 
 
 def word_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int | None]:
@@ -213,15 +213,15 @@ def word_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> lis
 
     `offsets` are the first and last character of each token; equal for special tokens.
     """
-    found, at, begin = list[int | None](), 0, 0
+    places, at, begin = list[int | None](), 0, 0
     for word in words:
         end = begin + len(word)
         while at < len(offsets) and (offsets[at][1] <= begin or offsets[at][0] == offsets[at][1]):
             at += 1
         # a token may begin with the space before the word, so its end decides to which word it belongs
-        found.append(at if word and at < len(offsets) and offsets[at][0] < end else None)
+        places.append(at if word and at < len(offsets) and offsets[at][0] < end else None)
         begin = end + 1
-    return found
+    return places
 
 
 def encode_translation(
@@ -265,12 +265,12 @@ def _tokens(
     """
     call: Any = tokenizer
     offsets = offsets or (options.shown is not None and getattr(tokenizer, "is_fast", False))
-    given: dict[str, Any] = (
+    arguments: dict[str, Any] = (
         {"text_target": texts[0]} if is_target else dict(zip(("text", "text_pair"), texts, strict=False))
     )
-    given |= {"verbose": False} | ({"return_offsets_mapping": True} if offsets else {})
+    arguments |= {"verbose": False} | ({"return_offsets_mapping": True} if offsets else {})
     try:
-        found = call(**given)
+        tokens = call(**arguments)
     except NotImplementedError as cause:
         raise ModelError(
             f"{type(tokenizer).__name__} does not report the positions of tokens in the text, which tags need; use a "
@@ -286,9 +286,9 @@ def _tokens(
             what=type(tokenizer).__name__,
             field="tgt_lang",
         ) from cause
-    count = len(found["input_ids"])
+    count = len(tokens["input_ids"])
     if count <= options.max_length:
-        return {**found, "pieces": () if options.shown is None else (_pieces(tokenizer, texts, found, found),)}
+        return {**tokens, "pieces": () if options.shown is None else (_pieces(tokenizer, texts, tokens, tokens),)}
     report.cut_rows += 1
     if options.overlong == "error":
         raise DataError(
@@ -299,27 +299,27 @@ def _tokens(
         )
     if options.overlong == "drop":
         return None
-    kept = call(**given, truncation=True, max_length=options.max_length)
-    whole = {"offset_mapping": found["offset_mapping"], "kept": _kept(tokenizer, found, kept)} if offsets else {}
-    return {**kept, **whole, "pieces": () if options.shown is None else (_pieces(tokenizer, texts, found, kept),)}
+    kept = call(**arguments, truncation=True, max_length=options.max_length)
+    whole = {"offset_mapping": tokens["offset_mapping"], "kept": _kept(tokenizer, tokens, kept)} if offsets else {}
+    return {**kept, **whole, "pieces": () if options.shown is None else (_pieces(tokenizer, texts, tokens, kept),)}
 
 
-def _kept(tokenizer: Any, found: Any, kept: Any) -> dict[int | None, int]:
+def _kept(tokenizer: Any, whole: Any, kept: Any) -> dict[int | None, int]:
     """Return a dict from the position of a token of the text to its position after truncation, if it is left."""
-    before, after = ([at for at, one in enumerate(row.sequence_ids()) if one == 0] for row in (found, kept))
+    before, after = ([at for at, one in enumerate(row.sequence_ids()) if one == 0] for row in (whole, kept))
     dropped = len(before) - len(after) if tokenizer.truncation_side == "left" else 0
     return dict(zip(before[dropped:], after, strict=False))
 
 
-def _pieces(tokenizer: Any, texts: Sequence[str], found: Any, kept: Any) -> list[str]:
+def _pieces(tokenizer: Any, texts: Sequence[str], whole: Any, kept: Any) -> list[str]:
     """Return the text of each token of `kept` as it is written, or nothing without offsets, which `found` has."""
-    if "offset_mapping" not in found:
+    if "offset_mapping" not in whole:
         return []
     remaining = []
     for number, text in enumerate(texts):
-        own = [at for at, one in enumerate(found.sequence_ids()) if one == number]
-        ids, spans = ([found[name][at] for at in own] for name in ("input_ids", "offset_mapping"))
-        dropped = len(own) - kept.sequence_ids().count(number) if tokenizer.truncation_side == "left" else 0
+        positions = [at for at, one in enumerate(whole.sequence_ids()) if one == number]
+        ids, spans = ([whole[name][at] for at in positions] for name in ("input_ids", "offset_mapping"))
+        dropped = len(positions) - kept.sequence_ids().count(number) if tokenizer.truncation_side == "left" else 0
         remaining.append(iter(cut(tokenizer, text, ids, spans)[dropped:]))
     rows = zip(kept["input_ids"], kept.sequence_ids(), strict=True)
     return [text_of(tokenizer, [token]) if number is None else next(remaining[number]) for token, number in rows]

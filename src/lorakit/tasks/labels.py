@@ -51,25 +51,25 @@ def class_target(parts: Split, options: LabelOptions) -> Target:
         raise seen.problems[kind]
     if kind == "score":
         return Target(kind, note=note)
-    found = _renamed(seen.names[kind], options.label_map)
-    if len(found) > MOST_CLASSES:
+    classes = _renamed(seen.names[kind], options.label_map)
+    if len(classes) > MOST_CLASSES:
         raise DataError(
-            f"The labels have at least {len(found):,} different values, but at most {MOST_CLASSES:,} classes are "
+            f"The labels have at least {len(classes):,} different values, but at most {MOST_CLASSES:,} classes are "
             "supported. Check --columns label=COLUMN, or pass --label-type score if the labels are numbers.",
-            what=len(found),
+            what=len(classes),
             field="label_type",
         )
     if options.is_evaluation_given:
         known = _renamed(trained[kind], options.label_map)
         _check_evaluation(parts.held_out, kind, known, options.label_map)
-    if len(found) < 2 and not (found and seen.has_empty):  # several classes may apply: one that does, or does not
+    if len(classes) < 2 and not (classes and seen.has_empty):  # several classes may apply: one that does, or does not
         raise DataError(
-            f"All rows have the same label{f', {next(iter(found))!r}' if found else ''}, so there is nothing to "
+            f"All rows have the same label{f', {next(iter(classes))!r}' if classes else ''}, so there is nothing to "
             "distinguish. Add rows with other labels.",
-            what=next(iter(found), None),
+            what=next(iter(classes), None),
             field="data",
         )
-    names = ordered(found, options.known)
+    names = ordered(classes, options.known)
     note = _note(seen.names[kind], names, options)
     return Target(kind, names, label_map=options.label_map, note=note)
 
@@ -78,9 +78,9 @@ def _renamed(names: Set[str], label_map: Mapping[str, str]) -> set[str]:
     return spelled_once(renamed(name, label_map) for name in names)
 
 
-def _note(found: Set[str], names: Sequence[str], options: LabelOptions) -> str:
+def _note(data_names: Set[str], names: Sequence[str], options: LabelOptions) -> str:
     """Return messages about a label map with labels that no row has, and about classes that replace the model's own."""
-    seen = set(map(composed, found))
+    seen = set(map(composed, data_names))
     unused = [repr(name) for name in options.label_map if name not in seen]
     notes = [f"No row has these labels of --label-map: {', '.join(unused[:10])}."] if unused else []
     return " ".join([*notes, *filter(None, [other_classes(names, options.known)])])
@@ -101,10 +101,10 @@ def tag_target(parts: Split, options: LabelOptions) -> Target:
     if new and options.is_evaluation_given:
         raise _new_labels("tag", new, known)
     seen = {*trained, *held_out}
-    found = _renamed(seen, options.label_map)
-    if len(found) < 2:
+    tags = _renamed(seen, options.label_map)
+    if len(tags) < 2:
         raise DataError("All words have the same tag, so there is nothing to distinguish.", field="data")
-    names = ordered(found, options.known)
+    names = ordered(tags, options.known)
     scheme, note = scheme_for(names, options.given_scheme)
     note = " ".join(filter(None, [note, _note(seen, names, options)]))
     return Target("tags", names, scheme=scheme, label_map=options.label_map, note=note)

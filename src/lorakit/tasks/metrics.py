@@ -41,9 +41,9 @@ def class_metrics(
     guess, truth = np.asarray(predicted), np.asarray(actual)
     scores = {}
     for number, name in enumerate(names):
-        hits, said, meant = guess == number, int((guess == number).sum()), int((truth == number).sum())
-        if said or meant:
-            scores[f"f1/{name}"] = f1(int((hits & (truth == number)).sum()), said, meant)
+        hits, predictions, meant = guess == number, int((guess == number).sum()), int((truth == number).sum())
+        if predictions or meant:
+            scores[f"f1/{name}"] = f1(int((hits & (truth == number)).sum()), predictions, meant)
     return {
         "accuracy": float((guess == truth).mean()),
         BASELINES["accuracy"]: majority(truth.tolist()),
@@ -60,12 +60,12 @@ def classes_metrics(predicted: Array, actual: Array, names: Sequence[str]) -> di
     """
     guess, truth = np.asarray(predicted, dtype=bool), np.asarray(actual, dtype=bool)
     correct = (guess & truth).sum(0)
-    said, meant = guess.sum(0), truth.sum(0)
-    scores = {f"f1/{name}": f1(int(correct[at]), int(said[at]), int(meant[at])) for at, name in enumerate(names)}
+    predictions, meant = guess.sum(0), truth.sum(0)
+    scores = {f"f1/{name}": f1(int(correct[at]), int(predictions[at]), int(meant[at])) for at, name in enumerate(names)}
     return {
         "accuracy": float((guess == truth).all(1).mean()),
         BASELINES["accuracy"]: majority(map(tuple, truth.tolist())),
-        "f1_micro": f1(int(correct.sum()), int(said.sum()), int(meant.sum())),
+        "f1_micro": f1(int(correct.sum()), int(predictions.sum()), int(meant.sum())),
         "f1_macro": float(np.mean(list(scores.values()))),
         **scores,
     }
@@ -112,16 +112,16 @@ def span_metrics(
     }
     if not reader.has_spans:
         return right
-    hits, said, meant = Counter[str](), Counter[str](), Counter[str]()
+    hits, predictions, meant = Counter[str](), Counter[str](), Counter[str]()
     for guess, truth in zip(predicted, actual, strict=True):
-        found, wanted = set(reader.spans(guess)), set(reader.spans(truth))
-        for counts, group in ((hits, found & wanted), (said, found), (meant, wanted)):
+        guessed, wanted = set(reader.spans(guess)), set(reader.spans(truth))
+        for counts, group in ((hits, guessed & wanted), (predictions, guessed), (meant, wanted)):
             counts.update(span.kind for span in group)
-    correct, claims, truths = hits.total(), said.total(), meant.total()
+    correct, claims, truths = hits.total(), predictions.total(), meant.total()
     return {
         **right,
         "f1": f1(correct, claims, truths),
         "precision": correct / claims if claims else 0.0,
         "recall": correct / truths if truths else 0.0,
-        **{f"f1/{kind}": f1(hits[kind], said[kind], meant[kind]) for kind in sorted({*said, *meant})},
+        **{f"f1/{kind}": f1(hits[kind], predictions[kind], meant[kind]) for kind in sorted({*predictions, *meant})},
     }

@@ -66,8 +66,8 @@ def forward(model: nn.Module, batch: Batch, device: str | torch.device) -> Tenso
     prepare: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     labels = batch.labels.to(device, copy=True)  # FSMT replaces -100 in place
     # models without the method, such as M2M100, shift the labels themselves, and compute a loss that is not used
-    given = {"labels": labels} if prepare is None else {"decoder_input_ids": prepare(labels=labels)}
-    return model(**inputs_on(batch, device), **given, use_cache=False).logits
+    targets = {"labels": labels} if prepare is None else {"decoder_input_ids": prepare(labels=labels)}
+    return model(**inputs_on(batch, device), **targets, use_cache=False).logits
 
 
 def loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -94,8 +94,8 @@ def _token_accuracy(batches: list[tuple[int, int]]) -> Metrics:
 
 def predict(model: nn.Module, batch: Batch, records: Sequence[Record], context: PredictContext) -> list[JsonObject]:
     """Return the text that the model generates for each row, always choosing the most likely token."""
-    made: Any = model
-    ids = made.generate(
+    generator: Any = model
+    ids = generator.generate(
         **inputs_on(batch, context.device), max_new_tokens=context.max_new_tokens, do_sample=False, num_beams=1
     )
     decode: Any = context.tokenizer

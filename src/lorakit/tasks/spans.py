@@ -97,11 +97,11 @@ def _parts(names: Iterable[str], letters: str) -> dict[str, tuple[str, str]] | N
     """Return a dict from each tag to its letter in BIOES and its type; None if a tag has none of the letters."""
     tags = [name for name in names if name != OUTSIDE]
     for form in _FORMS:
-        found = [form.fullmatch(tag) for tag in tags]
-        if all(match is not None and match["letter"] in letters for match in found):
+        matches = [form.fullmatch(tag) for tag in tags]
+        if all(match is not None and match["letter"] in letters for match in matches):
             return {
                 tag: (_MEANING.get(match["letter"], match["letter"]), match["type"] or _UNTYPED)
-                for tag, match in zip(tags, found, strict=True)
+                for tag, match in zip(tags, matches, strict=True)
                 if match is not None
             }
     return None
@@ -121,13 +121,13 @@ class SpanReader:
 
     def spans(self, tags: Iterable[str | None]) -> list[Span]:
         """Return the entities in the tags of a sentence; a word whose tag is None belongs to no entity."""
-        found, begin, before = list[Span](), 0, (OUTSIDE, "")
+        entities, begin, before = list[Span](), 0, (OUTSIDE, "")
         for at, tag in enumerate([*tags, None]):
             letter, kind = self._parts.get(tag or OUTSIDE, (OUTSIDE, ""))
             if before[0] != OUTSIDE and (letter in "OBS" or before[0] in "ES" or kind != before[1]):
-                found.append(Span(before[1], begin, at))
+                entities.append(Span(before[1], begin, at))
                 before = (OUTSIDE, "")
             if letter != OUTSIDE and before[0] == OUTSIDE:
                 begin = at
             before = (letter, kind)
-        return found
+        return entities

@@ -213,12 +213,12 @@ def default_names(count: int) -> tuple[str, ...]:
     return tuple(f"LABEL_{number}" for number in range(count))
 
 
-def scheme_for(names: Sequence[str], given: str | None) -> tuple[str, str]:
+def scheme_for(names: Sequence[str], chosen: str | None) -> tuple[str, str]:
     """Return the scheme of tags, and a message if it is not known."""
-    if given is None:
+    if chosen is None:
         return scheme_of(names)
-    check_scheme(given, names)
-    return given, ""
+    check_scheme(chosen, names)
+    return chosen, ""
 
 
 def ordered(found: Iterable[str], known: Sequence[str] = ()) -> tuple[str, ...]:
