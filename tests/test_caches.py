@@ -28,9 +28,9 @@ from lorakit.machine import LIBRARY_VARIABLES, this_machine
 from lorakit.ops.kernels import building, compiled
 from lorakit.speed import tuning
 from lorakit.tasks import TASKS, Target, TaskOnData
+from lorakit.train.loop import score_cache
 from lorakit.train.loop.progress import Progress
 from lorakit.train.settings.settings import TrainSettings
-from lorakit.train.setup import start_key
 from lorakit.train.setup.run_data import make_batches
 
 from .small_models import llama
@@ -128,7 +128,7 @@ class Start:
             task=SimpleNamespace(as_dict=lambda: self.task),
         )
         batches = [self.batch]
-        start_key.start_key(self.cache, self.model, spec, self.environment, self.facts, self.named, batches)
+        score_cache.start_key(self.cache, self.model, spec, self.environment, self.facts, self.named, batches)
 
 
 def other_weights(case: Start, _: Patch) -> None:

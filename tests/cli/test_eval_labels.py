@@ -141,7 +141,7 @@ def test_a_resumed_run_keeps_the_saved_order(finished: Callable[..., Path], tmp_
     from lorakit.train.files.run_folder import unlock
     from lorakit.train.loop.progress import Progress
     from lorakit.train.settings.settings import TrainSettings
-    from lorakit.train.setup.run_spec import RunSpec
+    from lorakit.train.setup.run_spec import build_spec
 
     rows = [{"text": f"mail {at}", "label": ["1", "01"][at % 2]} for at in range(8)]
     settings = TrainSettings(
@@ -150,7 +150,7 @@ def test_a_resumed_run_keeps_the_saved_order(finished: Callable[..., Path], tmp_
         output_dir=str(tmp_path / "run"),
         device="cpu",
     )
-    spec = RunSpec.of(settings, Progress())
+    spec = build_spec(settings, Progress())
     unlock(spec.lock)
     assert spec.task.target.names == ("01", "1")
     before = {"task": "classification", "labels": {"kind": "class", "names": ["1", "01"]}}  # of an earlier version
@@ -162,7 +162,7 @@ def test_a_resumed_run_keeps_the_saved_order(finished: Callable[..., Path], tmp_
         "data_sha256": dict(spec.hashes),
     }
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
-    resumed = RunSpec.of(settings.model_copy(update={"resume": True}), Progress())
+    resumed = build_spec(settings.model_copy(update={"resume": True}), Progress())
     unlock(resumed.lock)
     assert resumed.task.target.names == ("1", "01")
 

@@ -59,7 +59,7 @@ def run(
     from lorakit.data import read_records
     from lorakit.session import EvalRows, compare, session_spec
     from lorakit.tasks import CAUSAL_LM
-    from lorakit.train.setup.seen_rows import seen_note
+    from lorakit.train.setup.run_data import seen_note
 
     named = dict(zip(folders, files, strict=True))
     spec = session_spec(model, named, flags.base.options(model), CAUSAL_LM.name, console.note)  # the data decides

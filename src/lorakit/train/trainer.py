@@ -1,8 +1,7 @@
 """Train an adapter: `run` takes the settings, trains, and publishes the result.
 
-Every error that can be detected without weights is raised before any weights are loaded (`RunSpec.of`), and the files
-of an earlier run are not modified until the new run is fully prepared (`prepare`). The training loop is in `loop.py`,
-and the computation of a step is in `step.py`.
+Every error that can be detected without weights is raised before any weights are loaded (`build_spec`), and the files
+of an earlier run are not modified until the new run is fully prepared (`prepare`).
 """
 
 from __future__ import annotations
@@ -15,22 +14,23 @@ from pathlib import Path
 from lorakit.errors import DiskError, LorakitError
 from lorakit.ops import choices
 from lorakit.startup import rare_collections
+from lorakit.tables import format_count
 from lorakit.train.files import checkpoint
-from lorakit.train.files.results import RunResult, finish
-from lorakit.train.files.run_folder import cut_metrics, remove_run, unlock, write_record
+from lorakit.train.files.run_folder import cut_metrics, read_record, remove_run, unlock, write_record
 from lorakit.train.loop.interrupts import stoppable
 from lorakit.train.loop.loop import Loop
 from lorakit.train.loop.progress import Progress
-from lorakit.train.processes import sharding
-from lorakit.train.processes.agreement import check_alike
+from lorakit.train.loop.run import LAUNCH, Run
 from lorakit.train.processes.failures import describe as described
-from lorakit.train.processes.processes import joined
-from lorakit.train.processes.restarting import continued
+from lorakit.train.processes.processes import Processes, joined
+from lorakit.train.processes.sharding import without_hints
+from lorakit.train.results import RunResult, finish
 from lorakit.train.settings.settings import TrainSettings
-from lorakit.train.setup.prepare import padding_line, prepare
-from lorakit.train.setup.run_context import Run
+from lorakit.train.setup.agreement import check_alike
+from lorakit.train.setup.fitting import padding_line
+from lorakit.train.setup.prepare import prepare
 from lorakit.train.setup.run_plan import check_space
-from lorakit.train.setup.run_spec import RunSpec
+from lorakit.train.setup.run_spec import build_spec
 
 __all__ = ["RunResult", "run"]
 
@@ -63,7 +63,9 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
         held.enter_context(stoppable())
         held.enter_context(_restored_random_state())
         with _unchanged_on_failure(Path(settings.output_dir)), processes.together(), rare_collections():
-            spec = RunSpec.of(continued(settings, processes, progress), progress, processes)
+            if processes.restarts:
+                settings = _continued(settings, processes, progress)
+            spec = build_spec(settings, progress, processes)
             held.callback(unlock, spec.lock)
             check_alike(spec)
             current = prepare(spec, progress, started)
@@ -75,10 +77,35 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
         held.callback(lambda: current.trackers.close(current.status))
         with processes.together():
             processes.from_first(lambda: _start(current))
-        with _failure_recorded(current), sharding.without_hints(current.loaded.sharded), current.processes.together():
+        hints = contextlib.nullcontext() if current.loaded.sharded is None else without_hints()
+        with _failure_recorded(current), hints, current.processes.together():
             Loop(current).steps()
             with rare_collections():  # imports matplotlib
                 return current.processes.from_first(lambda: finish(current))
+
+
+def _continued(settings: TrainSettings, processes: Processes, progress: Progress) -> TrainSettings:
+    """Return the settings with which processes go on that a launcher has started again, because one of them ended.
+
+    Only a run that the same job of the launcher has begun is continued, with `resume`: another run in the same
+    directory is what the settings say about it.
+
+    Raises:
+        RunError: The record of the run cannot be read.
+    """
+    has_begun = processes.from_first(lambda: _is_of_job(Path(settings.output_dir), processes.job))
+    times = format_count(processes.restarts, "time")
+    how = "the run goes on from its newest checkpoint" if has_begun else "the run starts at its first step"
+    progress.say(f"The processes were started again ({times} so far), because one of them ended; {how}.")
+    if not has_begun or settings.resume:
+        return settings
+    given = {name: getattr(settings, name) for name in settings.model_fields_set}
+    return TrainSettings(**{**given, "resume": True, "overwrite": False})
+
+
+def _is_of_job(folder: Path, job: str) -> bool:
+    """Return whether a directory contains a run that a job of a launcher has begun."""
+    return bool(job) and ((read_record(folder) or {}).get(LAUNCH) or {}).get("job") == job
 
 
 def _start(current: Run) -> None:

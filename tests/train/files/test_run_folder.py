@@ -10,45 +10,40 @@ import pytest
 
 from lorakit.errors import DiskError, RunError, UsageError
 from lorakit.train.files.run_folder import check_output_dir, lock_output_dir, remove_run, unlock
-from lorakit.train.settings.settings import TrainSettings
-
-
-def _settings(folder: Path, **values: Any) -> TrainSettings:
-    return TrainSettings(**{"model": "m", "data": ["a.txt"], "output_dir": str(folder), **values})
 
 
 def test_a_folder_that_holds_a_run(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UsageError) as caught:
-        check_output_dir(_settings(tmp_path))
+        check_output_dir(tmp_path)
     error = caught.value
     assert (error.where, error.field, error.override) == (str(tmp_path), "output_dir", "overwrite")
     assert error.allowed == ("resume", "overwrite")
     for word in ("a run exists", "--resume", "--overwrite", "--output-dir"):
         assert word in str(error)
-    check_output_dir(_settings(tmp_path, resume=True))
-    check_output_dir(_settings(tmp_path, overwrite=True))
+    check_output_dir(tmp_path, resume=True)
+    check_output_dir(tmp_path, overwrite=True)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "adapter", "checkpoint-3"])
 def test_what_is_left_of_a_run_counts_as_one(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(UsageError, match="a run exists in"):
-        check_output_dir(_settings(tmp_path))
+        check_output_dir(tmp_path)
 
 
 def test_a_folder_with_other_things_is_fine(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
-    check_output_dir(_settings(tmp_path))
+    check_output_dir(tmp_path)
 
 
 def test_nothing_to_resume_and_no_folder(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no run to resume.*--resume") as caught:
-        check_output_dir(_settings(tmp_path / "nope", resume=True))
+        check_output_dir(tmp_path / "nope", resume=True)
     assert (caught.value.where, caught.value.field) == (str(tmp_path / "nope"), "resume")
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(RunError, match=r"not a directory.*--output-dir") as caught:
-        check_output_dir(_settings(tmp_path / "file"))
+        check_output_dir(tmp_path / "file")
     assert (caught.value.where, caught.value.field) == (str(tmp_path / "file"), "output_dir")
 
 

@@ -14,7 +14,6 @@ from lorakit import cli
 from lorakit.errors import RunError
 from lorakit.train.files import run_folder
 from lorakit.train.files.run_folder import check_output_dir
-from lorakit.train.settings.settings import TrainSettings
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="flock")
 
@@ -41,9 +40,8 @@ def _check_message(message: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("more", [{}, {"resume": True}, {"overwrite": True}])
 def test_a_live_run_is_not_to_be_resumed_or_overwritten(live: Path, more: dict[str, Any]) -> None:
-    settings = TrainSettings(model="m", data=["a.txt"], output_dir=str(live), **more)
     with pytest.raises(RunError) as caught:
-        check_output_dir(settings)
+        check_output_dir(live, **more)
     _check_message(str(caught.value), live)
 
 

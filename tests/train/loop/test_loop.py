@@ -14,11 +14,11 @@ import torch
 from lorakit.errors import RunError
 from lorakit.report import read_metrics
 from lorakit.train.files import checkpoint
-from lorakit.train.files.results import RunResult
 from lorakit.train.loop import loop
+from lorakit.train.results import RunResult
 from lorakit.train.settings.settings import TrainSettings
 from lorakit.train.setup import prepare
-from lorakit.train.setup.run_context import RunLimits
+from lorakit.train.spec import RunLimits
 from lorakit.train.trainer import run
 
 from ... import small_models

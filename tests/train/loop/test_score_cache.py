@@ -18,7 +18,6 @@ from lorakit.session.measuring import Evaluation
 from lorakit.train.loop import loop, score_cache
 from lorakit.train.loop.evaluation import evaluate
 from lorakit.train.settings.settings import TrainSettings
-from lorakit.train.setup import start_key
 from lorakit.train.trainer import run
 
 from ..said import Said
@@ -158,7 +157,7 @@ def test_a_short_evaluation_is_not_kept(
 def test_a_base_whose_files_are_not_known_is_evaluated(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start_key, "weight_file_inputs", lambda model: {})
+    monkeypatch.setattr(score_cache, "weight_file_inputs", lambda model: {})
     trained(settings)
     assert not trained(settings)[0]
 

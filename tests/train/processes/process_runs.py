@@ -26,11 +26,11 @@ from lorakit.errors import LorakitError
 from lorakit.train.files.run_folder import unlock
 from lorakit.train.loop.loop import save_checkpoint
 from lorakit.train.loop.progress import Progress
+from lorakit.train.loop.run import RunBatches
 from lorakit.train.processes.processes import Processes, joined
 from lorakit.train.settings.settings import TrainSettings
 from lorakit.train.setup.prepare import prepare
-from lorakit.train.setup.run_data import RunBatches
-from lorakit.train.setup.run_spec import RunSpec
+from lorakit.train.setup.run_spec import build_spec
 from lorakit.train.trainer import run
 
 
@@ -73,7 +73,7 @@ def observed(signal_at: int) -> Iterator[tuple[list[list[int]], list[int]]]:
 def save_again(settings: TrainSettings) -> None:
     """Resume a run, and save its state without a step."""
     with joined() as processes:
-        spec = RunSpec.of(settings, Progress(), processes)
+        spec = build_spec(settings, Progress(), processes)
         try:
             save_checkpoint(prepare(spec, Progress(), 0.0))
         finally:

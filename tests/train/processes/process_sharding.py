@@ -31,10 +31,11 @@ from lorakit.speed.patching import BOUND, Fused
 from lorakit.tasks import CAUSAL_LM, Target, TaskOnData
 from lorakit.train.loop.evaluation import evaluate
 from lorakit.train.loop.optimizer import build_adamw
+from lorakit.train.loop.run import RunBatches
 from lorakit.train.loop.step import StepOptions, train_step
 from lorakit.train.processes.processes import ALONE, Processes, joined
-from lorakit.train.processes.sharding import ShardedBase, _hybrid, shard_base, without_hints
-from lorakit.train.setup.run_data import RunBatches
+from lorakit.train.processes.sharding import ShardedBase, shard_base, without_hints
+from lorakit.train.setup.agreement import _hybrid
 
 STEPS = 3
 
@@ -118,7 +119,7 @@ def train(case: Case, processes: Processes, way: str) -> dict[str, Any]:
     batches = RunBatches(data.Loader(rows(37), 3, 0), None, data.DataReport(64), None, TaskOnData(CAUSAL_LM, Target()))
     held_out = list(data.Loader(rows(7), 2, 0, epochs=1))
     found = {"losses": [], "tokens": []}
-    with without_hints(sharded):
+    with without_hints():
         for _ in range(2):
             result = evaluate(model, held_out, "cpu", acceleration=acceleration, processes=processes)
             assert result is not None

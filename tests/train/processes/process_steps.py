@@ -23,9 +23,9 @@ from lorakit.data.encoding import Sequence
 from lorakit.speed import accelerate
 from lorakit.tasks import CAUSAL_LM, Target, TaskOnData
 from lorakit.train.loop.optimizer import Named, build_adamw
+from lorakit.train.loop.run import RunBatches
 from lorakit.train.loop.step import StepOptions, train_step
 from lorakit.train.processes.processes import Processes, joined
-from lorakit.train.setup.run_data import RunBatches
 
 STEPS, BATCHES_PER_STEP = 50, 4
 

@@ -21,9 +21,10 @@ from lorakit.tasks import CAUSAL_LM
 from lorakit.tasks.embedding import EMBEDDING
 from lorakit.train.loop.evaluation import own_batches
 from lorakit.train.loop.step import idle_batches
-from lorakit.train.processes import sharding
 from lorakit.train.processes.processes import ALONE, Processes
-from lorakit.train.processes.sharding import Parallel, blocks_of, choose_parallel, obstacle, shard_base
+from lorakit.train.processes.sharding import Parallel, blocks_of, shard_base
+from lorakit.train.setup import agreement
+from lorakit.train.setup.agreement import choose_parallel, obstacle
 
 from ... import small_models
 
@@ -56,7 +57,7 @@ class Told(Processes):
 
 def test_how_processes_share_a_base() -> None:
     plan: Any = None
-    assert choose_parallel(spec(), plan).method == "ddp"  # one process
+    assert choose_parallel(spec(), plan) is None  # one process
     four = Told(0, 4)
     assert choose_parallel(spec("fsdp", processes=four), plan).shape == (4,)
     hybrid = choose_parallel(spec("hsdp", processes=four), plan)
@@ -69,7 +70,7 @@ def test_how_processes_share_a_base() -> None:
 @pytest.mark.parametrize("ranks", [[0, 0], [0, 1, 0], [0, 1, 1, 0]])
 def test_machines_with_unequal_processes(ranks: list[int]) -> None:
     with pytest.raises(UsageError) as found:
-        sharding._hybrid(ranks, CPU, "asked")
+        agreement._hybrid(ranks, CPU, "asked")
     assert (found.value.field, found.value.what) == ("parallel", str(tuple(ranks)))
 
 

@@ -1,4 +1,4 @@
-"""`RunSpec.of`: its content, and that it locks the run directory only after every check."""
+"""`build_spec`: its content, and that it locks the run directory only after every check."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lorakit.errors import RunError, TargetError, UsageError
 from lorakit.train.files import run_folder
 from lorakit.train.loop.progress import Progress
 from lorakit.train.settings.settings import TrainSettings
-from lorakit.train.setup.run_spec import RunSpec
+from lorakit.train.setup.run_spec import build_spec
 from lorakit.train.trainer import run
 
 
 def test_everything_before_the_weights_is_known(short_run: dict[str, Any], tmp_path: Path) -> None:
-    spec = RunSpec.of(TrainSettings(**short_run), Progress())
+    spec = build_spec(TrainSettings(**short_run), Progress())
     try:
         assert spec.folder == tmp_path / "run" and list(spec.folder.iterdir()) == []
         assert (spec.forecast.config.r, spec.forecast.max_length, spec.device.type) == (2, 24, "cpu")
@@ -38,7 +38,7 @@ def test_a_rejected_run_makes_no_directory(
     short_run: dict[str, Any], tmp_path: Path, more: dict[str, Any], error: type[Exception]
 ) -> None:
     with pytest.raises(error):
-        RunSpec.of(TrainSettings(**{**short_run, **more}), Progress())
+        build_spec(TrainSettings(**{**short_run, **more}), Progress())
     assert not (tmp_path / "run").exists()
 
 

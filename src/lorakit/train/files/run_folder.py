@@ -19,15 +19,12 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import lorakit
 from lorakit import durable, durable_folders
 from lorakit.errors import AdapterFileError, DiskError, RunError, UsageError
 from lorakit.report import INT8_FILE, METRICS_FILE, RUN_FILE, read_metrics
-
-if TYPE_CHECKING:
-    from lorakit.train.settings.settings import TrainSettings
 
 FORMAT = 1
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
@@ -328,18 +325,14 @@ TRACKER_FOLDERS = ("tensorboard", "wandb")
 _STEP_IN_NAME = re.compile(r"(?:checkpoint|adapter-only)-(\d{1,12})")
 
 
-def check_output_dir(settings: TrainSettings) -> None:
+def check_output_dir(folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
     """Check that a run can use its directory; nothing is written.
-
-    Args:
-        settings: The run's settings; only `output_dir`, `resume` and `overwrite` are used.
 
     Raises:
         UsageError: The directory contains a run, and neither `resume` nor `overwrite` is set.
         RunError: The path is not a directory, another process is training in it, or `resume` is set but the directory
             does not exist.
     """
-    folder = Path(settings.output_dir)
     if folder.exists() and not folder.is_dir():
         raise RunError(
             f"{folder}: not a directory; pass a directory, or a path that does not exist yet, as --output-dir.",
@@ -347,9 +340,9 @@ def check_output_dir(settings: TrainSettings) -> None:
             field="output_dir",
         )
     check_unlocked(folder)
-    if settings.resume and not folder.exists():
+    if resume and not folder.exists():
         raise RunError(f"{folder}: no run to resume; omit --resume to start one.", where=folder, field="resume")
-    if holds_run(folder) and not (settings.resume or settings.overwrite):
+    if holds_run(folder) and not (resume or overwrite):
         raise_run_exists(folder)
 
 

@@ -8,29 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 from lorakit.data import Batch
-from lorakit.errors import DataError, DiskError, NonFiniteError, RunError
+from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.machine import peak_rss_bytes
-from lorakit.ops import choices
 from lorakit.session.measuring import Evaluation
 from lorakit.tables import format_some
-from lorakit.train.files import checkpoint
 from lorakit.train.files.run_folder import MetricsLog, UnwrittenLog
 from lorakit.train.loop import score_cache
 from lorakit.train.loop.evaluation import evaluate
 from lorakit.train.loop.interrupts import Interrupts, recording
-from lorakit.train.loop.optimizer import received_gradients, state_tensors
-from lorakit.train.loop.scaling import ADVICE, HALF, scaler_state
+from lorakit.train.loop.optimizer import received_gradients
+from lorakit.train.loop.run import Run
+from lorakit.train.loop.saving import save_checkpoint
+from lorakit.train.loop.scaling import ADVICE, HALF
 from lorakit.train.loop.step import StepResult, train_step
-from lorakit.train.setup.run_adapter import save_adapter
-from lorakit.train.setup.run_context import Run
-from lorakit.train.setup.run_plan import check_checkpoint_space
-from lorakit.train.setup.run_spec import ADAPTER
+from lorakit.train.spec import ADAPTER
 
 
 class Loop:
@@ -276,52 +271,3 @@ class Loop:
         last = f"Last valid checkpoint: checkpoint-{saved}." if saved >= 0 else "No checkpoint was saved."
         text = f"{self._folder}: step {step}: {cause}{advice} {last}"
         return type(cause)(text, **{**cause.fields, "where": self._folder})
-
-
-def save_checkpoint(run: Run) -> Path | None:
-    """Save a checkpoint and remove old ones; if the checkpoint does not fit on the disk, save only the adapter.
-
-    All processes of the run take part, and the first one writes.
-
-    Args:
-        run: The run; its state must contain the current position of the data loader.
-
-    Returns:
-        The checkpoint's directory, or None if only the adapter was saved.
-
-    Raises:
-        DiskError: Not even the adapter can be written.
-    """
-    processes = run.processes
-    random = processes.exchange(checkpoint.random_state())
-    return processes.from_first(lambda: _write_checkpoint(run, random))
-
-
-def _write_checkpoint(run: Run, random: Sequence[checkpoint.RandomState]) -> Path | None:
-    """Write a checkpoint, given the random number generator states of each process; see `save_checkpoint`."""
-    spec, state = run.spec, run.state
-    (tensors, plain), *others = random
-    snapshot = checkpoint.Snapshot(
-        state=state,
-        optimizer=state_tensors(run.updates.optimizer, run.updates.named),
-        random=tensors,
-        random_plain=plain,
-        environment=checkpoint.environment(
-            spec.device, run.plan.dtype, spec.quantization_values, choices.to_strings(run.loaded.choices)
-        ),
-        schedule=dataclasses.asdict(run.updates.schedule),
-        scaler=scaler_state(run.updates.scaler),
-        others=others,
-    )
-    write_adapter, folder = partial(save_adapter, run), spec.folder
-    try:
-        check_checkpoint_space(folder, run.start.space)
-        path = checkpoint.save(folder, snapshot, write_adapter)
-    except DiskError as cause:
-        checkpoint.save_adapter_only(folder, state.step, state.best_step, write_adapter)
-        saved = checkpoint.describe_saved(folder)
-        run.progress.say(f"warning: {cause} The adapter was saved without a checkpoint. {saved}")
-        return None
-    checkpoint.prune(folder, spec.settings.save_total_limit, state.best_step)
-    checkpoint.prune_adapters_only(folder, state.step, state.best_step)
-    return path

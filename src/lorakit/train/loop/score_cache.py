@@ -1,22 +1,31 @@
-"""Keep the evaluation before the first step in a file, so that the next run with the same start need not repeat it.
+"""Results at the start of a run that are kept for later runs with the same start, such as its first evaluation.
 
-An evaluation is found by `start_key`, from the trained tensors and the evaluation batches. Runs that differ only in the
-learning rate or the number of steps, for example, share an entry. A missing, damaged or unwritable file is ignored: the
-model is evaluated. If two processes write at the same time, the entry of one of them may be lost.
+`start_key` is a hash of everything that the bits of a result depend on: the inputs of its cache in `lorakit.caches`.
+Runs that differ only in the learning rate or the number of steps, for example, share an entry. A missing, damaged or
+unwritable file is ignored. If two processes write at the same time, the entry of one of them may be lost.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lorakit.caches import EVALUATIONS
+import torch
+from torch import Tensor, nn
+
+from lorakit.caches import EVALUATIONS, Cache, code
+from lorakit.core import weight_file_inputs
+from lorakit.data import Batch
 from lorakit.durable import is_sealed, read_json, sealed, write_json
 from lorakit.errors import AdapterFileError, DiskError
 from lorakit.ops import choices
 from lorakit.session.measuring import Evaluation
+from lorakit.speed import tuning
 from lorakit.train.files.checkpoint import environment
-from lorakit.train.setup.run_context import Run
-from lorakit.train.setup.start_key import start_key
+from lorakit.train.loop.run import Run
+from lorakit.train.spec import RunSpec
 
 MOST_KEPT = 500
 """Maximum number of entries; the oldest are removed."""
@@ -24,7 +33,7 @@ MOST_KEPT = 500
 LEAST_SECONDS = 1.0
 """Minimum processor time of an evaluation that is kept; a shorter one is not worth a file."""
 
-_MAX_BYTES = 4 << 20
+_MAX_BYTES, _MAX_KEPT_BYTES = 4 << 20, 256 << 20
 
 
 def read(key: str) -> Evaluation | None:
@@ -83,6 +92,87 @@ def key_of(run: Run) -> str | None:
     quantization, kernels = run.spec.quantization_values, choices.to_strings(run.loaded.choices)
     here = environment(run.spec.device, run.plan.dtype, quantization, kernels)
     return start_key(EVALUATIONS, run.loaded.model, run.spec, here, facts, run.updates.named, held_out())
+
+
+def start_key(
+    cache: Cache,
+    model: nn.Module,
+    spec: RunSpec,
+    environment: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    named: Iterable[tuple[str, Tensor]],
+    batches: Iterable[Batch],
+) -> str | None:
+    """Return a key of a result that was computed at the start of a run.
+
+    Args:
+        cache: Cache of the result.
+        model: The run's model.
+        spec: The run's specification.
+        environment: Result of `checkpoint.environment`.
+        facts: The cache's inputs in addition to those of the model, the run, and this process.
+        named: (name, tensor) pairs of tensors (any shape) of the model that are not in the base's files.
+        batches: The batches from which the result is computed.
+
+    Returns:
+        64 hexadecimal digits; None if the cache is off, if several processes share the computation, or if the weight
+        files of the base are not known.
+    """
+    files = weight_file_inputs(model)
+    if not spec.settings.token_cache or not spec.processes.is_alone or not files:
+        return None
+    config = getattr(model, "config", None)
+    rows = hashlib.sha256()
+    for batch in batches:
+        parts = {"ids": batch.input_ids, "mask": batch.attention_mask, "labels": batch.labels, **batch.extra}
+        for name, tensor in parts.items():
+            _add(rows, name, tensor)
+    tensors = hashlib.sha256()
+    for name, tensor in named:
+        _add(tensors, name, tensor)
+    return cache.key(
+        weights=files,
+        new_tensors=tensors.hexdigest(),
+        config=config.to_json_string(use_diff=False) if config is not None else None,
+        model_class=type(model).__name__,
+        attention=getattr(config, "_attn_implementation", None),
+        adapter=spec.forecast.config.as_json(),
+        task=spec.task.as_dict(),
+        rows=rows.hexdigest(),
+        environment=dict(environment),
+        machine=tuning.machine(),
+        code=code(),
+        **facts,
+    )
+
+
+def read_kept(cache: Cache, key: str) -> dict[str, Any] | None:
+    """Return the contents of the file that was kept under a key, or None if it is missing or damaged."""
+    try:
+        content = read_json(cache.path() / f"{key}.json", _MAX_KEPT_BYTES)
+    except (AdapterFileError, DiskError, OSError):
+        return None
+    is_whole = isinstance(content, dict) and is_sealed(content)
+    return content if is_whole and (content.get("format"), content.get("key")) == (cache.format, key) else None
+
+
+def write_kept(cache: Cache, key: str, values: Mapping[str, Any], most: int) -> str:
+    """Keep JSON values in a file, and at most this number of files; return why they could not be kept, or ""."""
+    try:
+        path = cache.path() / f"{key}.json"
+        write_json(path, sealed({"format": cache.format, "key": key, **values}))
+        files = sorted(path.parent.glob("*.json"), key=lambda one: one.stat().st_mtime_ns)
+        for old in files[:-most]:
+            old.unlink(missing_ok=True)
+    except (DiskError, OSError) as cause:
+        return str(cause).removesuffix(".")
+    return ""
+
+
+def _add(found: Any, name: str, tensor: Tensor) -> None:
+    """Add the name, the type, the shape and the bits of a tensor (any shape) to a hash."""
+    found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+    found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _entries() -> dict[str, dict[str, Any]]:

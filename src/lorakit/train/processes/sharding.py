@@ -18,22 +18,16 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from lorakit import allocator, plan
+from lorakit import allocator
 from lorakit.core.model import frozen
 from lorakit.core.model.index import AdapterIndex
-from lorakit.core.variants import moving_variant
-from lorakit.errors import LorakitError, NotYetSupported, UsageError
+from lorakit.errors import NotYetSupported
 from lorakit.tables import format_bytes, format_count
-from lorakit.train.loop.progress import Progress
-from lorakit.train.settings.types import SHARDED
-
-if TYPE_CHECKING:
-    from lorakit.train.setup.run_spec import RunSpec
 
 IGNORED, SINCE = "ignored_params", "2.7"
 """The parameter of `fully_shard` that excludes what is trained, and the first release of torch that has it."""
@@ -64,7 +58,7 @@ class Parallel:
     @property
     def is_sharded(self) -> bool:
         """Whether the base is sharded."""
-        return self.method in SHARDED
+        return self.method != "ddp"
 
     @property
     def loading_device(self) -> torch.device:
@@ -111,145 +105,12 @@ class ShardedBase:
         )
 
 
-def check_sharding(spec: RunSpec) -> None:
-    """Check, before weights are loaded, that the base can be sharded if the settings ask for it.
-
-    Args:
-        spec: The run's specification.
-
-    Raises:
-        NotYetSupported: The base cannot be sharded together with another setting, which the message names.
-        UsageError: This release of torch cannot do it.
-    """
-    found = obstacle(spec) if spec.settings.parallel in SHARDED and not spec.processes.is_alone else None
-    if found is not None:
-        raise found
-
-
-def obstacle(spec: RunSpec) -> LorakitError | None:
-    """Return the error that tells why the base of a run cannot be sharded, or None if it can.
-
-    Args:
-        spec: The run's specification.
-    """
-    config, asked = spec.forecast.config, f"parallel is {spec.settings.parallel!r}, but"
-    if not _can_ignore():
-        text = (
-            f"{asked} torch {torch.__version__} cannot exclude tensors from sharding; it takes torch {SINCE} or newer."
-        )
-        return UsageError(text, what=torch.__version__, field="parallel", allowed=("ddp",))
-    if spec.settings.fit is not None:
-        text = f"{asked} --fit cannot measure a run whose base is sharded; omit it, or use --parallel ddp."
-        return NotYetSupported(text, what=spec.settings.fit, field="fit")
-    if spec.quantization is not None:
-        name = spec.quantization.name
-        text = f"{asked} a base quantized by {name} cannot be sharded; use --parallel ddp, or omit --quantization."
-        return NotYetSupported(text, what=name, field="quantization")
-    if spec.base_matmul == "int8":
-        text = f"{asked} a base that is multiplied in int8 cannot be sharded; use --parallel ddp."
-        return NotYetSupported(text, what="int8", field="base_matmul")
-    variant = moving_variant(config)
-    if variant is not None:
-        text = f"{asked} {variant.title} changes the base's weights, which cannot be sharded then; use --parallel ddp."
-        return NotYetSupported(text, what=variant.title, field=variant.field)
-    if config.layer_replication:
-        text = f"{asked} replicated layers share their weights, which cannot be sharded then; use --parallel ddp."
-        return NotYetSupported(text, what=config.layer_replication, field="layer_replication")
-    if spec.task.task.needs_batch:
-        text = f"{asked} batches of task {spec.task.task.name} may run the model unequally often; use --parallel ddp."
-        return NotYetSupported(text, what=spec.task.task.name, field="task")
-    return None
-
-
-def _can_ignore() -> bool:
+def can_ignore() -> bool:
     """Return whether `fully_shard` exists and can exclude parameters."""
     from torch.distributed import fsdp
 
     shard = getattr(fsdp, "fully_shard", None)
     return shard is not None and IGNORED in inspect.signature(shard).parameters
-
-
-def choose_parallel(spec: RunSpec, estimated: plan.Plan) -> Parallel:
-    """Choose how the processes of a run share the base; `auto` shards it only if it does not fit otherwise.
-
-    Args:
-        spec: The run's specification.
-        estimated: The plan of one process.
-
-    Returns:
-        The choice of the first process, with its reason.
-
-    Raises:
-        UsageError: The numbers of processes on the machines do not allow the method.
-    """
-    processes, asked = spec.processes, spec.settings.parallel
-    whole, ranks = (processes.count,), processes.exchange(processes.local_rank)
-    if processes.is_alone:
-        return Parallel("ddp", whole, spec.device, "there is one process")
-    if asked == "hsdp":
-        return _hybrid(ranks, spec.device, f"parallel is {asked!r}")
-    if asked != "auto":
-        return Parallel(asked, whole, spec.device, f"parallel is {asked!r}")
-    found = processes.from_first(lambda: _automatic(spec, estimated, ranks))
-    return dataclasses.replace(found, device=spec.device)
-
-
-def _automatic(spec: RunSpec, estimated: plan.Plan, ranks: Sequence[int]) -> Parallel:
-    """Return the first way in which the planned memory fits into the device, as `lorakit plan --nproc` chooses it."""
-    whole, local = (len(ranks),), len(ranks) // max(1, ranks.count(0))
-    if spec.device.type != "cuda":
-        return Parallel("ddp", whole, spec.device, f"the processes share the memory of the {spec.device.type}")
-    limit = torch.cuda.get_device_properties(spec.device).total_memory
-    found = obstacle(spec)
-    chosen = plan.choose_parallel(
-        estimated,
-        plan.Cluster(len(ranks), local),
-        limit_bytes=limit,
-        obstacle=None if found is None else f"the base cannot be sharded: {found.message}",
-        must_fit=False,
-    )
-    if chosen.way == "hsdp":
-        return _hybrid(ranks, spec.device, chosen.reason)
-    return Parallel(chosen.way, whole, spec.device, chosen.reason)
-
-
-def _hybrid(ranks: Sequence[int], device: torch.device, reason: str) -> Parallel:
-    """Return how to shard the base over the processes of each machine, given the local rank of each process."""
-    machines = max(1, ranks.count(0))
-    local = len(ranks) // machines
-    if list(ranks) != list(range(local)) * machines or local == 1:
-        raise UsageError(
-            f"parallel is 'hsdp', which shards the base over the processes of each machine, but these have the local "
-            f"ranks {', '.join(map(str, ranks))}; start the same number of processes, at least 2, on each machine, or "
-            "use --parallel fsdp.",
-            what=tuple(ranks),
-            field="parallel",
-            allowed=("ddp", "fsdp"),
-        )
-    if machines == 1:
-        return Parallel("fsdp", (local,), device, f"{reason}; on one machine, hsdp is the same as fsdp")
-    return Parallel("hsdp", (machines, local), device, reason)
-
-
-def share_base(model: nn.Module, spec: RunSpec, parallel: Parallel, progress: Progress) -> ShardedBase | None:
-    """Shard the base of a run if it is to be sharded, and report how the processes share it.
-
-    Args:
-        model: The adapted model, after everything that reads whole weights outside of forward passes.
-        spec: The run's specification.
-        parallel: How the processes share the base.
-        progress: Receives the report.
-
-    Raises:
-        NotYetSupported: The model has no known blocks, or blocks that share weights.
-    """
-    if not parallel.is_sharded:
-        if not spec.processes.is_alone:
-            progress.detail(f"parallel: {parallel.method}, because {parallel.reason}")
-        return None
-    made = shard_base(model, parallel)
-    progress.say(made.line())
-    return made
 
 
 def shard_base(model: nn.Module, parallel: Parallel) -> ShardedBase:
@@ -361,13 +222,8 @@ def local_bytes(model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def without_hints(base: ShardedBase | None) -> Iterator[None]:
-    """Hide FSDP2's hint about outputs that are views; it matters only if they are changed in place.
-
-    Args:
-        base: The sharded base, or None, for which nothing is hidden.
-    """
+def without_hints() -> Iterator[None]:
+    """Hide FSDP2's hint about outputs that are views; it matters only if they are changed in place."""
     with warnings.catch_warnings():
-        if base is not None:
-            warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\.fsdp\.")
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\.fsdp\.")
         yield

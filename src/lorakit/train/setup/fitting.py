@@ -1,40 +1,165 @@
-"""Check with a measurement that a run fits into the limit of `--fit`, and otherwise choose a smaller setting.
+"""Choose how the model of a run computes: recomputation, fused modules, and what fits into the limit of `--fit`.
 
-`lorakit.plan.budget` proposes settings. A probe then runs the forward and backward passes of the longest rows, which
-need the most memory, while placeholders take the room of the optimizer's moments. Nothing that affects the run's result
-changes: the order of the data, the random number generators and the gradients stay as they were.
+`lorakit.plan.budget` proposes settings for `--fit`. A probe then runs the forward and backward passes of the longest
+rows, which need the most memory, while placeholders take the room of the optimizer's moments. Nothing that affects the
+run's result changes: the order of the data, the random number generators and the gradients stay as they were.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from lorakit import allocator
+from lorakit import allocator, core
 from lorakit.data import Batch, lengths
+from lorakit.data import Sequence as Tokens
 from lorakit.data.encoding import IGNORED
-from lorakit.errors import RunError
+from lorakit.errors import ModelError, RunError
 from lorakit.machine import peak_rss_bytes, rss_bytes
 from lorakit.ops import choices
-from lorakit.plan import Plan
-from lorakit.plan.budget import does_not_fit, needed_bytes, smaller
+from lorakit.ops.kernels import compiled
+from lorakit.plan import Job, Plan, bytes_of
+from lorakit.plan.budget import describe, does_not_fit, needed_bytes, smaller
 from lorakit.session.measuring import oom_as_run_error
+from lorakit.speed import Acceleration, accelerate
+from lorakit.tables import format_count
 from lorakit.tasks import TaskOnData
+from lorakit.terminal import working
 from lorakit.train.files.checkpoint import random_state, restore_random_state
 from lorakit.train.loop.optimizer import Named
+from lorakit.train.loop.progress import Progress
+from lorakit.train.loop.run import LoadedModel, RunBatches, Updates, step_options
 from lorakit.train.loop.step import StepOptions
-
-if TYPE_CHECKING:
-    from lorakit.data import Sequence as Tokens
+from lorakit.train.settings.settings import TrainSettings
+from lorakit.train.spec import RunLimits, RunPlan, RunSpec
 
 GROWTH = 0.05
 """Fraction of the limit that the probe leaves free: malloc's gaps grow a little when the lengths of rows vary."""
+
+
+def arrange(model: nn.Module, recompute: str, settings: TrainSettings, progress: Progress) -> Acceleration | None:
+    """Make a model recompute what a plan says, and accelerate it if the settings allow that."""
+    if recompute == "layers":
+        _enable_checkpointing(model)
+    return _accelerated(model, recompute, progress) if settings.accelerate else None
+
+
+def _accelerated(model: nn.Module, recompute: str, progress: Progress) -> Acceleration:
+    acceleration = accelerate(model, keep_feed_forward=recompute != "feed-forward")
+    show = progress.detail if acceleration.swaps or acceleration.head or acceleration.packs else progress.say
+    for line in acceleration_lines(acceleration):
+        show(line)
+    return acceleration
+
+
+def _enable_checkpointing(model: nn.Module) -> None:
+    """Enable non-reentrant gradient checkpointing; recomputation uses the same adapter routing as the forward pass."""
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # newest name first
+    enable = next(getattr(model, name) for name in names if hasattr(model, name))
+    try:
+        enable({"use_reentrant": False, "context_fn": core.checkpoint_contexts(model)})
+    except ValueError as cause:
+        raise ModelError(
+            f"{type(model).__name__} does not support gradient checkpointing; omit --recompute layers (or "
+            "--gradient-checkpointing).",
+            what=type(model).__name__,
+            field="recompute",
+        ) from cause
+
+
+def _disable_checkpointing(model: nn.Module) -> None:
+    names = ("activation_checkpointing_disable", "gradient_checkpointing_disable")  # newest name first
+    next(getattr(model, name) for name in names if hasattr(model, name))()
+
+
+def acceleration_lines(acceleration: Acceleration) -> list[str]:
+    """Summarize in a few lines what was accelerated; `str(acceleration)` lists every fused module.
+
+    Args:
+        acceleration: Result of `accelerate`.
+
+    Returns:
+        Up to three lines: what is accelerated, which CPU kernels are used, and what is not accelerated.
+    """
+    left = Counter((part.kind, part.why) for part in acceleration.skipped)
+    if not (acceleration.swaps or acceleration.head or acceleration.packs):
+        reasons = dict.fromkeys(why for _, why in left)
+        return [f"Not accelerated: {'; '.join(reasons) or acceleration.head_skipped}."]
+    loss = f"loss from logits ({acceleration.head_skipped})" if acceleration.head_skipped else "loss without logits"
+    rows = "packed sequences" if acceleration.packs else "padded sequences"
+    lines = [f"Acceleration: {format_count(len(acceleration.swaps), 'fused module')}, {loss}, {rows}."]
+    lines += [f"{acceleration.release}."] if acceleration.release else []
+    if acceleration.swaps:
+        lines.append(f"CPU kernels: {compiled.describe()}.")
+    if left:
+        lines.append(
+            f"Not accelerated: {'; '.join(f'{count} × {kind} ({why})' for (kind, why), count in left.items())}."
+        )
+    return lines
+
+
+def padding_line(acceleration: Acceleration | None, job: Job) -> str:
+    """Return a message if batches have to be padded although their plan assumes that they are packed, otherwise "".
+
+    Args:
+        acceleration: Result of `accelerate`, or None.
+        job: The job of the plan.
+    """
+    if (
+        acceleration is None
+        or acceleration.packs
+        or not acceleration.swaps
+        or job.mean_tokens is None
+        or job.batch_rows == 1
+    ):
+        return ""
+    return (
+        "Rows are padded, not packed, because packed sequences would affect each other in this model, or some of its "
+        "attention layers are not fused. The plan does not include the memory and time that padding takes."
+    )
+
+
+def fit_plan(
+    spec: RunSpec,
+    plan: RunPlan,
+    limits: RunLimits,
+    batches: RunBatches,
+    loaded: LoadedModel,
+    updates: Updates,
+    progress: Progress,
+) -> tuple[RunPlan, LoadedModel]:
+    """Return the fastest proposed plan that fits into the limit of `--fit` in each process, according to a probe."""
+    if not plan.proposed:
+        return plan, loaded
+    loader = batches.loader
+    longest = longest_rows(batches.parts, loader.batch_rows * limits.accumulation)
+    probe = Probe(loaded.model, updates.named, longest, loader.pad_id, loaded.choices, spec.task)
+    now, current = plan.recompute, loaded.acceleration
+
+    def measure(candidate: Plan) -> int:
+        nonlocal now, current
+        if candidate.job.recompute != now:
+            if current is not None:
+                current.undo()
+            if now == "layers":
+                _disable_checkpointing(probe.model)
+            now = candidate.job.recompute
+            current = arrange(probe.model, now, spec.settings, progress)
+        job, made = candidate.job, RunPlan.of(candidate, spec.settings.fit)
+        peak = probe.peak_bytes(job.batch_rows, job.accumulation > 1, step_options(spec, made, current))
+        return max(spec.processes.exchange(peak))
+
+    limit = bytes_of(spec.settings.fit or "")
+    with working("measuring memory"):
+        fitting_plan, used = settle(plan.proposed, limit, measure)
+    progress.say(describe(fitting_plan, limit, used))
+    plan = RunPlan.of(fitting_plan, spec.settings.fit, dtype_reason=plan.dtype_reason)
+    return plan, replace(loaded, acceleration=current)
 
 
 @dataclass(frozen=True)
@@ -127,7 +252,7 @@ def _longest(rows: Sequence[Tokens], pad_id: int, task: TaskOnData) -> Batch:
     if not task.task.generates:
         return batch
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, IGNORED)
-    return dataclasses.replace(batch, labels=labels, trained_tokens=max(1, batch.tokens - len(labels)))
+    return replace(batch, labels=labels, trained_tokens=max(1, batch.tokens - len(labels)))
 
 
 @contextmanager

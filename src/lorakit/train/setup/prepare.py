@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import random
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,38 +12,29 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lorakit import core, hub
+from lorakit import hub
 from lorakit.config import LoraConfig
 from lorakit.data import BatchLoader, Sequence, StoredRecords, few_rows
 from lorakit.data.quality import marked, shown_tokens
-from lorakit.errors import ModelError
 from lorakit.ops import choices
-from lorakit.ops.kernels import compiled
-from lorakit.plan import Job, Plan, bytes_of
-from lorakit.plan.budget import describe
 from lorakit.plan.params import with_full_modules
 from lorakit.plan.quantized import stored
-from lorakit.speed import Acceleration, accelerate
 from lorakit.tables import format_count
 from lorakit.tasks import EncodeOptions, load_model_for
-from lorakit.terminal import working
 from lorakit.train.files import checkpoint
 from lorakit.train.files.trackers import Trackers
 from lorakit.train.files.train_state import TrainState
 from lorakit.train.loop.optimizer import build_optimizer, load_state_tensors
 from lorakit.train.loop.progress import Progress
-from lorakit.train.loop.scaling import check_named_in_fp32, loss_scaler
+from lorakit.train.loop.run import LoadedModel, Run, RunBatches, Start, Updates
+from lorakit.train.loop.scaling import HALF, check_named_in_fp32, loss_scaler
 from lorakit.train.loop.schedule import schedule
-from lorakit.train.processes import sharding
-from lorakit.train.processes.agreement import check_rows, check_same_base, share_tensors
-from lorakit.train.settings.settings import TrainSettings
-from lorakit.train.setup.fitting import Probe, longest_rows, settle
+from lorakit.train.setup.agreement import check_rows, check_same_base, choose_parallel, share_base, share_tensors
+from lorakit.train.setup.fitting import arrange, fit_plan
 from lorakit.train.setup.run_adapter import add_adapter, quantized_run_base
-from lorakit.train.setup.run_context import LoadedModel, Run, RunLimits, RunPlan, Start, Updates, seed_of
-from lorakit.train.setup.run_data import RunBatches, make_batches
+from lorakit.train.setup.run_data import count_inactive, make_batches, seen_note
 from lorakit.train.setup.run_plan import autotuned_choices, disk_space, plan_run
-from lorakit.train.setup.run_spec import ADAPTER, RunSpec
-from lorakit.train.setup.seen_rows import seen_note
+from lorakit.train.spec import ADAPTER, RunLimits, RunPlan, RunSpec
 
 SHOWN_CHARACTERS = 120
 """Maximum number of characters of a part of the first row, which is shown before training."""
@@ -68,13 +58,14 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     """
     batches = _read(spec, progress)
     limits, plan = _planned(spec, batches, progress)
-    parallel = sharding.choose_parallel(spec, plan.estimated)
+    parallel = choose_parallel(spec, plan.estimated)
+    device = spec.device if parallel is None else parallel.loading_device
     found = _newest_checkpoint(spec, progress)
-    model, base_bytes, notes = _adapted(spec, plan, parallel.loading_device, batches.loader, found.path, progress)
+    model, base_bytes, notes = _adapted(spec, plan, device, batches.loader, found.path, progress)
     loaded = _computing(model, base_bytes, spec, plan, batches.loader, found, progress)
-    loaded = dataclasses.replace(loaded, sharded=sharding.share_base(model, spec, parallel, progress))
+    loaded = dataclasses.replace(loaded, sharded=share_base(model, parallel, progress))
     updates = _updates(model, spec, plan, limits, found.snapshot)
-    plan, loaded = _fitted(spec, plan, limits, batches, loaded, updates, progress)
+    plan, loaded = fit_plan(spec, plan, limits, batches, loaded, updates, progress)
     limits, batches = _same_rows_per_step(limits, batches, plan)
     state, seeded_at = _restored(spec, plan, loaded, updates, batches, found, progress)
     space = disk_space(spec, limits, state.step, model, updates.named)
@@ -133,7 +124,7 @@ def _computing(
 ) -> LoadedModel:
     """Choose how an adapted model computes: int8 matmuls, recomputation, fused modules and autotuned kernels."""
     int8 = quantized_run_base(model, spec, loader, progress)
-    acceleration = _arranged(model, plan.recompute, spec.settings, progress)
+    acceleration = arrange(model, plan.recompute, spec.settings, progress)
     before = found.snapshot.environment if found.snapshot else None
     asked = (spec, plan.dtype, model, acceleration, loader, before, progress)
     chosen = spec.processes.from_first(lambda: autotuned_choices(*asked))
@@ -151,9 +142,11 @@ def _updates(
 ) -> Updates:
     """Return the trainable tensors, which are those of the first process, with their optimizer and schedule."""
     named, optimizer = build_optimizer(model, ADAPTER, spec.settings)
-    check_named_in_fp32(named, plan.dtype)
     share_tensors(named, spec.processes)
-    scaler = loss_scaler(spec.device, plan.dtype, None if snapshot is None else snapshot.scaler)
+    scaler = None
+    if plan.dtype == HALF:
+        check_named_in_fp32(named, plan.dtype)
+        scaler = loss_scaler(spec.device, plan.dtype, None if snapshot is None else snapshot.scaler)
     return Updates(named, optimizer, schedule(spec.settings, limits.total_steps), scaler)
 
 
@@ -191,10 +184,11 @@ def _loaded(spec: RunSpec, plan: RunPlan, device: torch.device, progress: Progre
 
 
 def _report_data(spec: RunSpec, batches: RunBatches, progress: Progress) -> None:
-    batches.count_inactive(spec.forecast.config)
+    report = batches.train_report
+    report.inactive_sequences = count_inactive(spec.forecast.config, batches.loader.sequences)
     for note in spec.forecast.notes:
         progress.say(note)
-    for line in batches.train_report.lines():
+    for line in report.lines():
         progress.say(f"training data: {line}")
     names = spec.task.target.names if spec.task.task.unit == "row" else ()
     row = shown_tokens(_first_row(spec), spec.tokenizer, names)
@@ -248,126 +242,6 @@ def _newest_checkpoint(spec: RunSpec, progress: Progress) -> FoundCheckpoint:
     return FoundCheckpoint(newest, tuple(damaged))
 
 
-def _enable_checkpointing(model: nn.Module) -> None:
-    """Enable non-reentrant gradient checkpointing; recomputation uses the same adapter routing as the forward pass."""
-    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # newest name first
-    enable = next(getattr(model, name) for name in names if hasattr(model, name))
-    try:
-        enable({"use_reentrant": False, "context_fn": core.checkpoint_contexts(model)})
-    except ValueError as cause:
-        raise ModelError(
-            f"{type(model).__name__} does not support gradient checkpointing; omit --recompute layers (or "
-            "--gradient-checkpointing).",
-            what=type(model).__name__,
-            field="recompute",
-        ) from cause
-
-
-def _disable_checkpointing(model: nn.Module) -> None:
-    names = ("activation_checkpointing_disable", "gradient_checkpointing_disable")  # newest name first
-    next(getattr(model, name) for name in names if hasattr(model, name))()
-
-
-def _arranged(model: nn.Module, recompute: str, settings: TrainSettings, progress: Progress) -> Acceleration | None:
-    """Make a model recompute what a plan says, and accelerate it if the settings allow that."""
-    if recompute == "layers":
-        _enable_checkpointing(model)
-    return _accelerated(model, recompute, progress) if settings.accelerate else None
-
-
-def _fitted(
-    spec: RunSpec,
-    plan: RunPlan,
-    limits: RunLimits,
-    batches: RunBatches,
-    loaded: LoadedModel,
-    updates: Updates,
-    progress: Progress,
-) -> tuple[RunPlan, LoadedModel]:
-    """Return the fastest proposed plan that fits into the limit of `--fit` in each process, according to a probe."""
-    if not plan.proposed:
-        return plan, loaded
-    loader = batches.loader
-    longest = longest_rows(batches.parts, loader.batch_rows * limits.accumulation)
-    probe = Probe(loaded.model, updates.named, longest, loader.pad_id, loaded.choices, spec.task)
-    now, current = plan.recompute, loaded.acceleration
-
-    def measure(candidate: Plan) -> int:
-        nonlocal now, current
-        if candidate.job.recompute != now:
-            if current is not None:
-                current.undo()
-            if now == "layers":
-                _disable_checkpointing(probe.model)
-            now = candidate.job.recompute
-            current = _arranged(probe.model, now, spec.settings, progress)
-        job, made = candidate.job, RunPlan.of(candidate, spec.settings.fit)
-        peak = probe.peak_bytes(job.batch_rows, job.accumulation > 1, made.step_options(spec, current))
-        return max(spec.processes.exchange(peak))
-
-    limit = bytes_of(spec.settings.fit or "")
-    with working("measuring memory"):
-        found, used = settle(plan.proposed, limit, measure)
-    progress.say(describe(found, limit, used))
-    plan = RunPlan.of(found, spec.settings.fit, dtype_reason=plan.dtype_reason)
-    return plan, dataclasses.replace(loaded, acceleration=current)
-
-
-def _accelerated(model: nn.Module, recompute: str, progress: Progress) -> Acceleration:
-    acceleration = accelerate(model, keep_feed_forward=recompute != "feed-forward")
-    show = progress.detail if acceleration.swaps or acceleration.head or acceleration.packs else progress.say
-    for line in acceleration_lines(acceleration):
-        show(line)
-    return acceleration
-
-
-def padding_line(acceleration: Acceleration | None, job: Job) -> str:
-    """Return a message if batches have to be padded although their plan assumes that they are packed, otherwise "".
-
-    Args:
-        acceleration: Result of `accelerate`, or None.
-        job: The job of the plan.
-    """
-    if (
-        acceleration is None
-        or acceleration.packs
-        or not acceleration.swaps
-        or job.mean_tokens is None
-        or job.batch_rows == 1
-    ):
-        return ""
-    return (
-        "Rows are padded, not packed, because packed sequences would affect each other in this model, or some of its "
-        "attention layers are not fused. The plan does not include the memory and time that padding takes."
-    )
-
-
-def acceleration_lines(acceleration: Acceleration) -> list[str]:
-    """Summarize in a few lines what was accelerated; `str(acceleration)` lists every fused module.
-
-    Args:
-        acceleration: Result of `accelerate`.
-
-    Returns:
-        Up to three lines: what is accelerated, which CPU kernels are used, and what is not accelerated.
-    """
-    left = Counter((part.kind, part.why) for part in acceleration.skipped)
-    if not (acceleration.swaps or acceleration.head or acceleration.packs):
-        reasons = dict.fromkeys(why for _, why in left)
-        return [f"Not accelerated: {'; '.join(reasons) or acceleration.head_skipped}."]
-    loss = f"loss from logits ({acceleration.head_skipped})" if acceleration.head_skipped else "loss without logits"
-    rows = "packed sequences" if acceleration.packs else "padded sequences"
-    lines = [f"Acceleration: {format_count(len(acceleration.swaps), 'fused module')}, {loss}, {rows}."]
-    lines += [f"{acceleration.release}."] if acceleration.release else []
-    if acceleration.swaps:
-        lines.append(f"CPU kernels: {compiled.describe()}.")
-    if left:
-        lines.append(
-            f"Not accelerated: {'; '.join(f'{count} × {kind} ({why})' for (kind, why), count in left.items())}."
-        )
-    return lines
-
-
 def _restored(
     spec: RunSpec,
     plan: RunPlan,
@@ -383,7 +257,7 @@ def _restored(
         The state of training, and the step at which the random number generators were seeded.
     """
     rank, count, snapshot = spec.processes.rank, spec.processes.count, found.snapshot
-    _seed_everything(seed_of(spec.settings.seed, rank))
+    _seed_everything(spec.seed_of(rank))
     _load_optimizer(updates, spec, snapshot)
     if snapshot is None:
         return TrainState(), 0
@@ -402,7 +276,7 @@ def _restored(
         recorded = (spec.record or {}).get("processes") or {}
         return snapshot.state, int(recorded.get("seeded_at") or 0)
     step = snapshot.state.step
-    _seed_everything(seed_of(spec.settings.seed, rank, step))
+    _seed_everything(spec.seed_of(rank, step))
     saved = format_count(len(snapshot.others) + 1, "process", "processes")
     progress.say(
         f"The checkpoint was saved by {saved}, and the run continues with {count}: the rows of each step stay the "

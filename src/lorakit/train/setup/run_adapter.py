@@ -9,34 +9,28 @@ its adapter from the checkpoint.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lorakit import core, durable, hub
+from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.attachment.saving import saved_form
 from lorakit.core.inits import init_named
-from lorakit.core.model.index import state_of
 from lorakit.core.model.vocabulary import grow_vocabulary, initialize_rows, with_trained_rows
 from lorakit.core.operations.rank_allocation import allocate
-from lorakit.data import Batch, BatchLoader, Loader
-from lorakit.errors import AdapterFileError, DiskError, UsageError
-from lorakit.report import read_metrics
-from lorakit.session.tokenizers import SavedTokenizer
+from lorakit.data import Batch, BatchLoader, Loader, StreamLoader
+from lorakit.errors import AdapterFileError, UsageError
 from lorakit.tables import format_count
 from lorakit.terminal import working
-from lorakit.train.files.model_card import model_card
 from lorakit.train.loop.progress import Progress
-from lorakit.train.processes.failures import describe
-from lorakit.train.setup.run_context import Run
-from lorakit.train.setup.run_int8 import MOST_TOKENS, CalibrationRows, RunInt8, calibration_rows, quantized_base
-from lorakit.train.setup.run_spec import ADAPTER, RunSpec
-from lorakit.train.setup.start_adapter import StartAdapter
+from lorakit.train.loop.run import RunInt8
+from lorakit.train.setup.run_int8 import MOST_TOKENS, CalibrationRows, calibration_rows, quantized_base
+from lorakit.train.spec import ADAPTER, NewTokens, RunSpec, StartAdapter
 
 ROWS = 32
 """Number of training rows from which ranks and initial weights are computed."""
@@ -69,7 +63,7 @@ def add_adapter(
         LorakitError: The adapter cannot be attached or loaded; the error class and message say why.
     """
     settings, new = spec.settings, spec.forecast.new_tokens
-    unseen = () if new is None else new.unseen(loader)
+    unseen = () if new is None else _unseen(new, loader)
     if new is not None:
         grow_vocabulary(model, new.vocabulary)
     if checkpoint is not None:
@@ -88,6 +82,17 @@ def add_adapter(
     if new is not None:
         initialize_rows(model, ADAPTER, new.added.pieces)
     return (*map(str, report.notes), *unseen)
+
+
+def _unseen(new: NewTokens, loader: BatchLoader) -> tuple[str, ...]:
+    """Return a tuple with a warning if any new tokens do not occur in the training data, or else an empty tuple."""
+    seen = Counter(number for sequence in loader.sequences for number in sequence.input_ids)
+    never = ", ".join(token for token, number in new.added.ids.items() if not seen[number])
+    if not never:
+        return ()
+    if isinstance(loader, StreamLoader):
+        return (f"These new tokens are not in the first part of the training data: {never}.",)
+    return (f"These new tokens are not in the training data, so their rows stay untrained: {never}.",)
 
 
 def _load_start(model: nn.Module, start: StartAdapter, progress: Progress) -> tuple[str, ...]:
@@ -242,130 +247,3 @@ def _positions_with_loss(batch: Batch) -> Tensor:
 
 def _allow(spec: RunSpec) -> tuple[str, ...]:
     return ("partial_targets",) if spec.settings.allow_partial_targets else ()
-
-
-def saved_sizes(model: nn.Module) -> list[int]:
-    """Return the size in bytes of each tensor in the adapter's weights file.
-
-    Args:
-        model: The adapted model.
-    """
-    tensors = saved_form(model, ADAPTER).tensors
-    return [tensor.numel() * tensor.element_size() for tensor in tensors.values()]
-
-
-def save_adapter(run: Run, folder: Path) -> None:
-    """Write the run's adapter, which names its base, with the tokenizer and a model card.
-
-    This is the only writer of an adapter's directory in a run: checkpoints call it, and `adapter/` is a copy.
-
-    Args:
-        run: The run, at the step to save.
-        folder: An existing directory.
-
-    Raises:
-        DiskError: A file cannot be written. The base's own tokenizer is omitted instead, because readers can use the
-            base's.
-    """
-    base = run.spec.source.recorded_name
-    state_of(run.loaded.model).configs[ADAPTER].revision = run.spec.source.revision
-    core.save_adapter(run.loaded.model, folder, ADAPTER, base_model_name_or_path=base, facts=adapter_metadata(run))
-    try:
-        _write_tokenizer(run.spec.tokenizer, folder)
-    except DiskError as cause:
-        if run.spec.has_own_tokenizer:  # such as one with new tokens or a template, which the base's tokenizer lacks
-            raise
-        for path in hub.tokenizer_files(folder):
-            path.unlink()
-        _note(run, f"{cause} The adapter was saved without a tokenizer; use the base's.")
-    card = folder / "README.md"
-    try:
-        durable.write_text(card, model_card(folder, run.trainable_parameters, run.record()))
-    except Exception as cause:  # noqa: BLE001 - the adapter does not need its card
-        card.unlink(missing_ok=True)
-        _note(run, f"The adapter was saved without a model card ({describe(cause)}).")
-
-
-def _note(run: Run, text: str) -> None:
-    """Print a message and add it to those of the run, once."""
-    if text not in run.notes:
-        run.progress.say(text)
-        run.notes = (*run.notes, text)
-
-
-def _write_tokenizer(tokenizer: SavedTokenizer, folder: Path) -> None:
-    """Write a tokenizer's files to a directory; raise DiskError if one cannot be written."""
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as cause:  # the tokenizers library raises a plain Exception if the disk is full
-        raise DiskError(f"The tokenizer cannot be written ({' '.join(str(cause).split())}).", where=folder) from cause
-
-
-def metrics_at(run: Run, *steps: int | None) -> list[dict[str, float | None]]:
-    """Return the metrics of the run's task at each step, as recorded in `metrics.jsonl`, which is read once.
-
-    Args:
-        run: The run.
-        steps: The steps; None for a step that does not exist.
-
-    Returns:
-        A dict from metric to value for each step, the most important first; the value is None if the data does not
-            define the metric. Empty without an evaluation at that step.
-    """
-    names = run.spec.task.task.summary
-    rows = {row["step"]: row for row in read_metrics(run.spec.folder).evaluations} if names else {}
-    found = [rows.get(step, {}) for step in steps]
-    return [{name: row[f"eval_{name}"] for name in names if f"eval_{name}" in row} for row in found]
-
-
-def undefined_at(run: Run, step: int | None) -> list[str]:
-    """Return a sentence for each metric that the evaluation at a step does not define, with the reason.
-
-    Args:
-        run: The run.
-        step: The step; None for a step that does not exist.
-    """
-    rows = {row["step"]: row for row in read_metrics(run.spec.folder).evaluations}
-    found = rows.get(step, {}).get("eval_undefined", {})
-    return [f"The metric {name} is undefined: {reason}." for name, reason in found.items()]
-
-
-def adapter_metadata(run: Run) -> dict[str, Any]:
-    """Return the run's entries for `lorakit.json` (base, tokenizer and training) as plain JSON values.
-
-    Args:
-        run: The run, at the step to save.
-    """
-    spec, state = run.spec, run.state
-    evaluated = state.evaluated_step == state.step
-    origin: dict[str, Any] = {}
-    if spec.start is not None:
-        origin["from_adapter"] = {**spec.start.origin, "eval_loss": state.first_loss}
-    now, first = metrics_at(run, state.step, 0)
-    metrics = {"metrics": now, "first_metrics": first} if spec.task.task.summary else {}
-    return {
-        "base_name": spec.source.base_name,
-        "tokenizer_sha256": spec.tokenizer_sha256,
-        "chat_template_sha256": hub.chat_template_hash(spec.tokenizer),
-        "training": {
-            "step": state.step,
-            "total_steps": run.limits.total_steps,
-            "eval_loss": state.last_loss if evaluated and state.step else None,
-            "base_eval_loss": state.first_loss if spec.start is None else None,
-            "trained_tokens": state.trained_tokens,
-            "data_sha256": dict(spec.hashes),
-            **spec.task.as_dict(),
-            **metrics,
-            "prompt_format": run.batches.train_report.prompt_format,
-            "shape": run.batches.train_report.shape or spec.settings.format,
-            "columns": {**spec.settings.columns, **run.batches.train_report.columns},
-            "max_length": spec.forecast.max_length,
-            "seed": spec.settings.seed,
-            "dtype": run.plan.dtype,
-            "quantization": spec.quantization_values,
-            **(
-                {} if run.loaded.int8 is None else {"base_matmul": {"name": spec.base_matmul, **run.loaded.int8.record}}
-            ),
-            **origin,
-        },
-    }

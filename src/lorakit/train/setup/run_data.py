@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from lorakit import data, hub
@@ -13,91 +14,22 @@ from lorakit.config import LoraConfig
 from lorakit.core import invocation_offsets, invocations_of
 from lorakit.data.encoding import IGNORED
 from lorakit.data.loader import padded_ids
+from lorakit.data.records import content_key
 from lorakit.data.sources import weights_of
 from lorakit.durable import JsonValue
-from lorakit.errors import DataError, DiskError, UsageError
-from lorakit.tasks import EncodedData, EncodeOptions, TaskOnData, Texts, evaluation_batches
+from lorakit.errors import DataError, DiskError, LorakitError, UsageError
+from lorakit.tables import format_count
+from lorakit.tasks import EncodedData, EncodeOptions, TaskOnData
+from lorakit.train.files import run_folder
 from lorakit.train.loop.progress import Progress
-from lorakit.train.processes.processes import Processes
+from lorakit.train.loop.run import RunBatches
 from lorakit.train.settings.settings import TrainSettings
+
+MOST_COMPARED_BYTES = 1 << 28
+"""Maximum size of training data that is read again to compare rows."""
 
 STREAMED_BYTES = 1 << 30
 """Size of the training data above which `--streaming auto` reads it while training."""
-
-
-@dataclass(frozen=True)
-class RunBatches:
-    """The data of a run, split into batches.
-
-    Attributes:
-        loader: Endless iterator over the training batches, in a seeded order.
-        held_out_sequences: The evaluation data, or None if there is none.
-        train_report: Row and token counts for the training data.
-        held_out_report: Row and token counts for the evaluation data, or None.
-        task: The run's task.
-    """
-
-    loader: data.BatchLoader
-    held_out_sequences: Texts | None
-    train_report: data.Report
-    held_out_report: data.Report | None
-    task: TaskOnData
-
-    @property
-    def held_out(self) -> Callable[[], Iterable[data.Batch]] | None:
-        """Function that returns the evaluation batches, or None if there is no evaluation data."""
-        if self.held_out_sequences is None:
-            return None
-        loader, collate = self.loader, self.task.objective.collate
-        rows, pad = loader.batch_rows, loader.pad_id
-        return partial(evaluation_batches, self.task.task, collate, self.held_out_sequences, rows, pad)
-
-    @property
-    def parts(self) -> list[Sequence[data.Sequence]]:
-        """The training data and, if there is any, the evaluation data."""
-        return (
-            [self.loader.sequences]
-            if self.held_out_sequences is None
-            else [self.loader.sequences, self.held_out_sequences]
-        )
-
-    def next_share(self, accumulation: int, processes: Processes) -> list[data.Batch]:
-        """Return this process's batches of the next step; a step never mixes rows from two epochs.
-
-        Every process advances its loader over all batches of the step, so the order of the data does not depend on the
-        number of processes.
-
-        Args:
-            accumulation: Number of batches per step in all processes together.
-            processes: The processes of the run.
-
-        Returns:
-            The batches, which may be none if the step has fewer rows than there are processes.
-
-        Raises:
-            DataError: A row of streamed data does not fit.
-        """
-        groups = list[list[data.Sequence]]()
-        while len(groups) < accumulation:
-            groups.append(self.loader.next_rows())
-            if self.loader.epoch.is_integer():  # that was the last batch of the epoch
-                break
-        mine = share_of(groups, processes.rank, processes.count, self.task.task.needs_batch)
-        return [self.loader.batch_of(rows) for rows in mine]
-
-    def count_inactive(self, config: LoraConfig) -> None:
-        """Record in the report how many sequences the adapter would not learn from; see `count_inactive`."""
-        self.train_report.inactive_sequences = count_inactive(config, self.loader.sequences)
-
-    def with_rows(self, batch_rows: int) -> RunBatches:
-        """Return the same data, in the same order, in batches of another size, from the beginning.
-
-        Args:
-            batch_rows: Number of rows per batch.
-        """
-        if batch_rows == self.loader.batch_rows:
-            return self
-        return replace(self, loader=replace(self.loader, batch_rows=batch_rows))
 
 
 def count_inactive(config: LoraConfig, sequences: Sequence[data.Sequence]) -> int:
@@ -293,41 +225,51 @@ def _listener(progress: Progress, what: str, records: data.AnyRecords) -> Callab
     return lambda done: progress.reading(what, done, total)
 
 
-def share_of(
-    groups: Sequence[list[data.Sequence]], rank: int, processes: int, is_whole: bool = False
-) -> list[list[data.Sequence]]:
-    """Return the part of a step's batches that one process computes; the parts together contain each row once.
-
-    Rows are given out in order of length, longest first, each to the process that has the fewest tokens so far. No
-    process gets more batches than it would if whole batches were given out, and no batch has more rows than before.
+def seen_note(
+    adapter: Path, facts: Mapping[str, Any], records: data.StoredRecords, *, by_file: bool = True
+) -> str | None:
+    """Return a message about rows that an adapter was trained on, or None if there are none or nothing is known.
 
     Args:
-        groups: The rows of each batch of the step, as one process would compute them; at least one.
-        rank: Number of the process, from 0.
-        processes: Number of processes.
-        is_whole: Whether batches must stay whole, because the loss compares the rows of a batch.
-
-    Returns:
-        The rows of each batch of the process; empty if the step has fewer rows than there are processes.
+        adapter: The adapter's directory: `adapter/` or a checkpoint of a run, or a copy.
+        facts: Contents of its `lorakit.json`.
+        records: The rows to evaluate on.
+        by_file: Whether they are all rows of their files, so that data of its run is a reason to doubt.
     """
-    if processes == 1:
-        return list(groups)
-    if is_whole:
-        sizes = [sum(map(len, group)) for group in groups]
-        return [groups[index] for index in _shares(sizes, processes, -(-len(groups) // processes))[rank]]
-    batch_rows = max(map(len, groups))
-    rows = [row for group in groups for row in group]
-    most = -(-len(groups) // processes) * batch_rows
-    mine = [rows[index] for index in _shares(list(map(len, rows)), processes, most)[rank]]
-    return [mine[at : at + batch_rows] for at in range(0, len(mine), batch_rows)]
+    training = facts.get("training")
+    hashes = training.get("data_sha256") if isinstance(training, Mapping) else None
+    if not isinstance(hashes, Mapping) or not hashes:
+        return None
+    parts = _split_of(adapter.parent, hashes)
+    if parts is None:
+        same = [path for path, digest in records.digests().items() if by_file and digest in hashes.values()]
+        return (
+            f"{adapter}: {same[0]} was data of its training run (for training or evaluation); rows that it was trained "
+            "on say little about new data."
+            if same
+            else None
+        )
+    trained = {content_key(record) for record in parts.training_records()}
+    seen = sum(content_key(record) in trained for record in records)
+    if seen:
+        total = format_count(len(records), "row")
+        return f"{adapter}: trained on {seen:,} of these {total}, which say little about new data."
+    if not by_file:
+        return None
+    texts = {record.source for record in parts.train if isinstance(record, data.Document)}
+    part = [path for path, digest in records.digests().items() if path in texts and digest in hashes.values()]
+    return f"{adapter}: trained on a part of {part[0]}, which says little about new data." if part else None
 
 
-def _shares(sizes: Sequence[int], processes: int, most: int) -> list[list[int]]:
-    """Divide items by size among processes, at most `most` each; return the items of each, in ascending order."""
-    shares, totals = [list[int]() for _ in range(processes)], [0] * processes
-    for index in sorted(range(len(sizes)), key=lambda one: (-sizes[one], one)):
-        free = (rank for rank in range(processes) if len(shares[rank]) < most)
-        least = min(free, key=lambda rank: (totals[rank], rank))
-        shares[least].append(index)
-        totals[least] += sizes[index]
-    return [sorted(share) for share in shares]
+def _split_of(run: Path, hashes: Mapping[str, Any]) -> data.Split | None:
+    """Return the training and evaluation rows of a run, or None if they cannot be read again or have changed."""
+    with contextlib.suppress(LorakitError, OSError):
+        record = run_folder.read_record(run)
+        if record is None or record.get("data_sha256") != hashes:
+            return None
+        settings = TrainSettings(**record["settings"])
+        if is_streamed(settings, record) or data.streamable_bytes(settings.data) > MOST_COMPARED_BYTES:
+            return None
+        parts = read_data(settings, record)
+        return parts if parts.digests() == hashes else None
+    return None

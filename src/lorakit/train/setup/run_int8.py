@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +30,10 @@ from lorakit.data.encoding import IGNORED
 from lorakit.errors import AdapterFileError, NotYetSupported, RunError, UsageError
 from lorakit.report import INT8_FILE
 from lorakit.session.base_matmul import unsupported
-from lorakit.tables import format_bytes, format_count
 from lorakit.terminal import working
 from lorakit.train.files.checkpoint import environment
-from lorakit.train.setup.start_key import read_kept, start_key, write_kept
+from lorakit.train.loop.run import RunInt8
+from lorakit.train.loop.score_cache import read_kept, start_key, write_kept
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from lorakit.config import LoraConfig
     from lorakit.train.loop.progress import Progress
     from lorakit.train.settings.settings import TrainSettings
-    from lorakit.train.setup.run_spec import RunSpec
+    from lorakit.train.spec import RunSpec
 
 CALIBRATION_TOKENS = 2048
 """Number of tokens from which on no further calibration row is used."""
@@ -52,8 +52,6 @@ MOST_TOKENS = 1024
 ERRORS = 2
 """Number of standard errors by which the loss must exceed the bound."""
 
-NAME = "int8 (W8A8)"  # in reports
-
 MOST_KEPT = 20
 """Maximum number of calibrations that are kept for later runs; the oldest are removed."""
 
@@ -62,53 +60,6 @@ LEAST_SECONDS = 1.0
 
 _Groups = Sequence[Sequence[int]]  # indices of the rows of each batch
 _MAX_BYTES = 1 << 30
-
-
-@dataclass(frozen=True)
-class RunInt8:
-    """The int8 base of a run.
-
-    Attributes:
-        record: JSON values for `run.json` and `lorakit.json`, which docs/format.md describes.
-        scales: Contents of the file with the input scales.
-        originals: Path -> original module, if they are kept.
-    """
-
-    record: Mapping[str, Any]
-    scales: bytes = field(repr=False)
-    originals: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
-
-    @property
-    def bytes_after(self) -> int:
-        """Size of the base's weights in memory, in bytes."""
-        return int(self.record["bytes_after"]) + sum(
-            tensor.numel() * tensor.element_size()
-            for module in self.originals.values()
-            for name, tensor in module.named_parameters()
-            if name != "bias"  # the int8 layer holds it too
-        )
-
-    def lines(self) -> list[str]:
-        """Return a report in two lines: what is multiplied in int8, and the losses on the calibration rows."""
-        values = self.record
-        loss, in_int8 = values["loss"], values["int8_loss"]
-        return [
-            f"Base matmuls: {NAME} in {format_count(values['layers'], 'layer')}, calibrated on "
-            f"{format_count(values['rows'], 'row')} ({values['tokens']:,} tokens); base "
-            f"{format_bytes(values['bytes_before'])} → {format_bytes(values['bytes_after'])}.",
-            f"Loss on the calibration rows: {loss:.4f} → {in_int8:.4f} in int8 ({in_int8 - loss:+.4f} ± "
-            f"{values['loss_error']:.4f}; bound {values['loss_bound']:g}).",
-        ]
-
-    def write(self, folder: Path) -> None:
-        """Write the input scales to the run directory."""
-        durable.write_bytes(folder / INT8_FILE, self.scales)
-
-    def restore(self, model: nn.Module) -> None:
-        """Put the original modules back, to evaluate the adapter on them."""
-        paths, values, originals = tuple(self.originals), self.record, dict(self.originals)
-        sizes = values["bytes_before"], values["bytes_after"]
-        core.Int8Base(model, paths, {}, values["kept"], values["smoothing"], 0, (), {}, *sizes, originals).restore()
 
 
 def chosen_matmul(

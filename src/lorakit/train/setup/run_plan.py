@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from lorakit import allocator, hub, plan
+from lorakit.core.attachment.saving import saved_form
 from lorakit.data import BatchLoader, lengths
 from lorakit.errors import DiskError
 from lorakit.machine import rss_bytes
@@ -27,12 +28,10 @@ from lorakit.train.files.checkpoint import differences, environment
 from lorakit.train.files.run_folder import checkpoints, run_files
 from lorakit.train.loop.optimizer import Named
 from lorakit.train.loop.progress import Progress
+from lorakit.train.loop.run import RunBatches
 from lorakit.train.loop.scaling import HALF, check_trained_in_fp32
 from lorakit.train.settings.types import SHARDED
-from lorakit.train.setup.run_adapter import saved_sizes
-from lorakit.train.setup.run_context import DiskSpace, RunLimits, RunPlan
-from lorakit.train.setup.run_data import RunBatches
-from lorakit.train.setup.run_spec import RunSpec
+from lorakit.train.spec import ADAPTER, DiskSpace, RunLimits, RunPlan, RunSpec
 
 WORTH_MEASURING_FLOPS = 2e12
 """Runs of more FLOPs than this always benchmark the machine; smaller runs do so only to choose the precision."""
@@ -59,7 +58,7 @@ def plan_run(spec: RunSpec, limits: RunLimits, data: RunBatches, progress: Progr
         ConfigError: No setting fits within the memory budget or the limit of `fit`, or float16 was requested for a run
             that trains parameters in the dtype of the base.
     """
-    resolved = (spec.record or {}).get("resolved") or {}
+    resolved = spec.resolved
     recorded, automatic = resolved.get("dtype"), spec.settings.dtype == "auto"
     wanted = recorded or spec.settings.dtype
     calibration, details, sizes = None, [], lengths(data.loader.sequences)
@@ -143,7 +142,7 @@ def _limited(spec: RunSpec, estimated: plan.Plan) -> tuple[plan.Plan, list[plan.
     Returns:
         The plan with the choice, the plans that a measurement may choose from, and lines that describe the choice.
     """
-    settings, recorded = spec.settings, (spec.record or {}).get("resolved") or {}
+    settings, recorded = spec.settings, spec.resolved
     limit, budget = settings.fit, settings.memory_budget
     if limit is None and budget is None:
         return estimated, [], []
@@ -215,7 +214,8 @@ def disk_space(spec: RunSpec, limits: RunLimits, step: int, model: nn.Module, na
         The required disk space.
     """
     settings = spec.settings
-    adapter = sum(size + _HEADER_BYTES for size in saved_sizes(model)) + _tokenizer_bytes(spec)
+    tensors = saved_form(model, ADAPTER).tensors.values()
+    adapter = sum(one.numel() * one.element_size() + _HEADER_BYTES for one in tensors) + _tokenizer_bytes(spec)
     moments = sum(_MOMENT_BYTES * p.numel() + 3 * _HEADER_BYTES for _, p in named)
     steps, evaluated = max(0, limits.total_steps - step), bool(spec.data.held_out)
     saves = -(-steps // min(limits.save_steps, limits.eval_steps if evaluated else limits.save_steps)) + 1
@@ -254,25 +254,6 @@ def check_space(spec: RunSpec, space: DiskSpace, progress: Progress) -> None:
             f"warning: {folder}: the disk may be too small for all checkpoints: {format_bytes(space.whole)} needed "
             f"({format_bytes(space.checkpoint)} each), {format_bytes(free)} free. If a checkpoint does not fit, only "
             "the adapter is saved."
-        )
-
-
-def check_checkpoint_space(folder: Path, space: DiskSpace) -> None:
-    """Check that saving a checkpoint would leave enough disk space for the result of the run.
-
-    Args:
-        folder: The run directory.
-        space: Result of `disk_space`.
-
-    Raises:
-        DiskError: The checkpoint would leave too little space.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < space.checkpoint + space.least:
-        raise DiskError(
-            f"{folder}: a checkpoint of {format_bytes(space.checkpoint)} would leave no room for the final adapter "
-            f"({format_bytes(space.least)}): only {format_bytes(free)} is free.",
-            where=folder,
         )
 
 

@@ -1,178 +1,133 @@
-"""The specification of a run, created before any weights are loaded: `RunSpec`.
-
-`RunSpec.of` raises every error that can be detected without weights. What is known later is in `run_context.py`.
-"""
+"""Specify a run before any weights are loaded: `build_spec` raises every error that can be detected without weights."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from lorakit import hub
-from lorakit.data import PARTIAL, Split
-from lorakit.errors import AdapterFileError, RunError, TargetError, UsageError
-from lorakit.plan.quantized import Quantization
+from lorakit import data, hub, plan
+from lorakit.config import LoraConfig
+from lorakit.core import check_invocation, invocations_of
+from lorakit.core.model.fingerprint import vocabulary_of
+from lorakit.core.model.vocabulary import check_growth, with_trained_rows
+from lorakit.errors import AdapterFileError, ConfigError, RunError, TargetError, UsageError
+from lorakit.machine import this_machine
+from lorakit.plan.budget import needed_bytes
+from lorakit.plan.job import ASSUMED_LENGTH
+from lorakit.plan.params import for_task
+from lorakit.session.lengths import max_length_for, usual_length
 from lorakit.session.remembered import resolve_base
 from lorakit.session.tokenizers import SavedTokenizer, training_tokenizer
-from lorakit.tasks import TASKS, Target, TaskOnData, agree_on_padding
+from lorakit.targets import unfitting_keys
+from lorakit.tasks import TASKS, Target, TaskOnData, agree_on_padding, task_for
 from lorakit.train.files import checkpoint, run_folder
 from lorakit.train.files.trackers import check_trackers
 from lorakit.train.loop.optimizer import check_optimizer
 from lorakit.train.loop.progress import Progress
 from lorakit.train.processes.processes import ALONE, Processes
-from lorakit.train.processes.sharding import check_sharding
+from lorakit.train.settings.defaults import DEFAULTS
 from lorakit.train.settings.settings import TrainSettings
 from lorakit.train.settings.sources import complete
-from lorakit.train.setup import run_data
-from lorakit.train.setup.forecast import Forecast, chosen_task, pick_device
-from lorakit.train.setup.forecast import forecast as build_forecast
+from lorakit.train.setup.agreement import check_sharding, pick_device
+from lorakit.train.setup.run_data import read_data
 from lorakit.train.setup.run_int8 import check_adapter, chosen_matmul
-from lorakit.train.setup.start_adapter import StartAdapter, start_adapter
+from lorakit.train.setup.start_adapter import check_targets, completed, start_adapter
+from lorakit.train.spec import Forecast, NewTokens, RunSpec, StartAdapter
 
-ADAPTER = "default"
-"""Name under which the run's adapter is attached to the model."""
+MINIMUM_ROWS = 2
+"""Smallest batch of a task that compares the rows of a batch."""
 
 
-@dataclass(frozen=True)
-class RunSpec:
-    """The specification of a run: everything that is known before weights are loaded.
+def build_spec(given: TrainSettings, progress: Progress, processes: Processes = ALONE) -> RunSpec:
+    """Check the settings, machine, data, model and run directory, and finally lock the directory.
 
-    Attributes:
-        settings: All settings, including those taken from the run being resumed.
-        folder: The run directory, which exists and is writable.
-        lock: File descriptor that holds the lock on the run directory; -1 if locks are not supported.
-        device: The run's device.
-        source: The base model.
-        data: Records for training and evaluation.
-        hashes: Dict from the path of each data file to the file's SHA-256, or to its identity if it is streamed.
-        record: Contents of `run.json` if the run is resumed, or None.
-        tokenizer: The tokenizer of the base or the start adapter, with the run's new tokens.
-        tokenizer_sha256: SHA-256 of the tokenizer, computed once, because that takes a third of a second.
-        task: The task, and what it predicts for this data.
-        forecast: The base's shape, the adapter config, and the maximum sequence length.
-        quantization: Quantization of the base, from the settings or the base's files, or None.
-        start: The adapter that the run starts from, or None.
-        has_own_tokenizer: Whether the tokenizer or its chat template differs from the base's.
-        base_matmul: How the base is multiplied: "dtype" or "int8", as the settings and the machine allow.
-        processes: The processes of the run, of which only the first one locks the directory.
+    Nothing is written, except that the run directory may be created.
+
+    Args:
+        given: The given settings; missing ones are taken from the run being resumed.
+        progress: Receives messages about slow operations.
+        processes: The processes of the run.
+
+    Raises:
+        UsageError: The settings are incompatible with the data, this machine or the run directory.
+        LorakitError: The data, the model or the run directory cannot be used; the error class and message say why.
     """
+    given = complete(given) if given.resume else given
+    device, folder = _machine(given, processes), Path(given.output_dir)
+    if processes.is_first:
+        run_folder.check_output_dir(folder, resume=given.resume, overwrite=given.overwrite)
+    record = run_folder.read_record(folder) if given.resume else None
+    start = None if given.from_adapter is None else start_adapter(given, given.from_adapter, record)
+    settings = given if start is None or record is not None else completed(start, given)
+    records, hashes = _records(settings, start, record, progress)
+    source = resolve_base(settings.base, given.model, settings.from_adapter, progress.say)
+    hub.require(source, tokenizer=True)
+    quantization = hub.stored_as_files(source, settings.stored_as())
+    before = _saved_tokenizer(folder, record)
+    adapter, template = None if start is None else start.adapter.folder, settings.chat_template
+    tokenizer, is_own = training_tokenizer(source, template, settings.new_tokens, adapter=adapter, resumed=before)
+    saved = _saved_task(record) if start is None else start.task
+    task = chosen_task(settings, records, source, saved, progress.say)
+    forecast = _forecast(settings, source, tokenizer, task, start, records, record)
+    if start is not None and record is None:
+        check_targets(start, given, forecast.shape)
+    wants_int8 = settings.base_matmul == "int8"
+    matmul = chosen_matmul(settings, device, record, progress.say) if wants_int8 else "dtype"
+    if matmul == "int8":
+        check_adapter(forecast.config)
+    spec = RunSpec(
+        settings=settings,
+        folder=folder,
+        lock=-1,
+        device=device,
+        source=source,
+        data=records,
+        hashes=hashes,
+        record=record,
+        tokenizer=tokenizer,
+        tokenizer_sha256=hub.tokenizer_hash(tokenizer),
+        task=task,
+        forecast=forecast,
+        quantization=quantization,
+        start=start,
+        has_own_tokenizer=is_own or forecast.new_tokens is not None,
+        base_matmul=matmul,
+        processes=processes,
+    )
+    check_sharding(spec)
+    _finish_tokenizer(spec, before)
+    return dataclasses.replace(spec, lock=run_folder.lock_output_dir(folder)) if processes.is_first else spec
 
-    settings: TrainSettings
-    folder: Path
-    lock: int
-    device: torch.device
-    source: hub.ModelSource
-    data: Split
-    hashes: Mapping[str, str]
-    record: Mapping[str, Any] | None
-    tokenizer: SavedTokenizer
-    tokenizer_sha256: str
-    task: TaskOnData
-    forecast: Forecast
-    quantization: Quantization | None = None
-    start: StartAdapter | None = None
-    has_own_tokenizer: bool = False
-    base_matmul: str = "dtype"
-    processes: Processes = ALONE
 
-    @classmethod
-    def of(cls, settings: TrainSettings, progress: Progress, processes: Processes = ALONE) -> RunSpec:
-        """Check the settings, machine, data, model and run directory, and finally lock the directory.
+def _machine(settings: TrainSettings, processes: Processes) -> torch.device:
+    """Return the device, after checking what the settings need of this machine and its packages."""
+    settings.lora_config()
+    quantization = settings.stored_as()
+    if quantization is not None:
+        hub.require_quantizer(quantization)
+    device = pick_device(settings.device, processes)
+    check_optimizer(settings.optimizer, device)
+    check_trackers(settings.report_to)
+    return device
 
-        Args:
-            settings: The given settings; missing ones are taken from the run being resumed.
-            progress: Receives messages about slow operations.
-            processes: The processes of the run.
 
-        Returns:
-            The specification; nothing has been written yet, except that the run directory may have been created.
-
-        Raises:
-            UsageError: The settings are incompatible with the data, this machine or the run directory.
-            LorakitError: The data, the model or the run directory cannot be used; the error class and message say why.
-        """
-        settings = given = complete(settings)
-        settings.lora_config()
-        quantization = settings.stored_as()
-        if quantization is not None:
-            hub.require_quantizer(quantization)
-        device = pick_device(settings.device, processes)
-        check_optimizer(settings.optimizer, device)
-        check_trackers(settings.report_to)
-        if processes.is_first:
-            run_folder.check_output_dir(settings)
-        folder = Path(settings.output_dir)
-        record = run_folder.read_record(folder) if settings.resume else None
-        start = start_adapter(settings, record)
-        if start is not None and record is None:
-            settings = start.completed(settings)
-        data = run_data.read_data(settings, record, progress.say, None if start is None else start.origin.get("rows"))
-        if settings.early_stopping_patience is not None and not data.held_out:
-            raise UsageError(
-                f"early_stopping_patience requires evaluation data. {data.note}", field="early_stopping_patience"
-            )
-        hashes = data.digests()
-        if record is not None:
-            _check_same_run(folder, record, hashes, settings.max_steps, progress)
-        source = resolve_base(settings.base, given.model, settings.from_adapter, progress.say)
-        hub.require(source, tokenizer=True)
-        quantization = hub.stored_as_files(source, quantization)
-        before = _saved_tokenizer(folder, record)
-        adapter, template = None if start is None else start.adapter.folder, settings.chat_template
-        tokenizer, is_own = training_tokenizer(source, template, settings.new_tokens, adapter=adapter, resumed=before)
-        saved = _saved_task(record) if start is None else start.task
-        task = chosen_task(settings, data, source, saved, progress.say)
-        found = _forecast(settings, source, tokenizer, task, start, data, record)
-        if start is not None and record is None:
-            start.check_targets(given, found.shape)
-        matmul = chosen_matmul(settings, device, record, progress.say)
-        if matmul == "int8":
-            check_adapter(found.config)
-        spec = cls(
-            settings=settings,
-            folder=folder,
-            lock=-1,
-            device=device,
-            source=source,
-            data=data,
-            hashes=hashes,
-            record=record,
-            tokenizer=tokenizer,
-            tokenizer_sha256=hub.tokenizer_hash(tokenizer),
-            task=task,
-            forecast=found,
-            quantization=quantization,
-            start=start,
-            has_own_tokenizer=is_own or found.new_tokens is not None,
-            base_matmul=matmul,
-            processes=processes,
-        )
-        check_sharding(spec)
-        _finish_tokenizer(tokenizer, task, source, folder, before)
-        return dataclasses.replace(spec, lock=run_folder.lock_output_dir(folder)) if processes.is_first else spec
-
-    @property
-    def initial_processes(self) -> int:
-        """Number of processes with which the run was started, which determines the number of rows per step."""
-        resolved = (self.record or {}).get("resolved") or {}
-        return int(resolved.get("processes") or 1) if resolved else self.processes.count
-
-    @property
-    def before_training(self) -> str:
-        """Name of the model that is evaluated before the first step, for messages."""
-        if self.start is not None:
-            return "the adapter before training"
-        return "the base" if self.task.task.loader not in hub.WITH_NEW_HEADS else "before training"
-
-    @property
-    def quantization_values(self) -> dict[str, Any] | None:
-        """The base's quantization as a dict of plain JSON values, or None."""
-        return None if self.quantization is None else hub.quantization_metadata(self.quantization)
+def _records(
+    settings: TrainSettings, start: StartAdapter | None, record: Mapping[str, Any] | None, progress: Progress
+) -> tuple[data.Split, Mapping[str, str]]:
+    """Read the records; return them with the hash of each file, which is that of the run that is resumed."""
+    records = read_data(settings, record, progress.say, None if start is None else start.origin.get("rows"))
+    if settings.early_stopping_patience is not None and not records.held_out:
+        text = f"early_stopping_patience requires evaluation data. {records.note}"
+        raise UsageError(text, field="early_stopping_patience")
+    hashes = records.digests()
+    if record is not None:
+        _check_same_run(Path(settings.output_dir), record, hashes, settings.max_steps, progress)
+    return records, hashes
 
 
 def _saved_task(record: Mapping[str, Any] | None) -> TaskOnData | None:
@@ -184,20 +139,18 @@ def _saved_task(record: Mapping[str, Any] | None) -> TaskOnData | None:
 
 def _saved_tokenizer(folder: Path, record: Mapping[str, Any] | None) -> SavedTokenizer | None:
     """Return the tokenizer in the checkpoint from which a run is resumed, or None."""
-    found = None if record is None else checkpoint.newest_valid(folder)
-    return None if found is None else hub.adapter_tokenizer(found)
+    newest = None if record is None else checkpoint.newest_valid(folder)
+    return None if newest is None else hub.adapter_tokenizer(newest)
 
 
-def _finish_tokenizer(
-    tokenizer: SavedTokenizer, task: TaskOnData, source: hub.ModelSource, folder: Path, before: SavedTokenizer | None
-) -> None:
+def _finish_tokenizer(spec: RunSpec, before: SavedTokenizer | None) -> None:
     """Set the padding token, and check that the tokenizer is that of the checkpoint from which a run is resumed."""
-    agree_on_padding(task, source, [tokenizer])
-    if before is not None and hub.tokenizer_hash(tokenizer) != hub.tokenizer_hash(before):
+    agree_on_padding(spec.task, spec.source, [spec.tokenizer])
+    if before is not None and hub.tokenizer_hash(spec.tokenizer) != hub.tokenizer_hash(before):
         raise RunError(
-            f"cannot resume {folder}: the base's tokenizer changed; restore it, or use another --output-dir.",
+            f"cannot resume {spec.folder}: the base's tokenizer changed; restore it, or use another --output-dir.",
             what="tokenizer",
-            where=folder,
+            where=spec.folder,
             field="model",
         )
 
@@ -208,14 +161,14 @@ def _forecast(
     tokenizer: SavedTokenizer,
     task: TaskOnData,
     start: StartAdapter | None,
-    records: Split,
+    records: data.Split,
     record: Mapping[str, Any] | None,
 ) -> Forecast:
     """Return the forecast of the run; an adapter that does not fit the base is an error."""
     config = None if start is None else start.adapter.literal
     recorded = ((record or {}).get("resolved") or {}).get("max_length")
     try:
-        return build_forecast(settings, source, tokenizer, task, records, config, recorded)
+        return forecast_of(settings, source, tokenizer, task, records, config, recorded)
     except TargetError as cause:
         if start is None:
             raise
@@ -237,7 +190,7 @@ def _check_same_run(
             where=folder,
             field="data",
         )
-    if any(value.startswith(PARTIAL) for value in hashes.values()):
+    if any(value.startswith(data.PARTIAL) for value in hashes.values()):
         progress.say(
             "Streamed data was compared with that of the start by size, modification time, and the first and last MiB "
             "(on the Hub, by revision); other changes are not noticed."
@@ -249,12 +202,182 @@ def _check_steps_left(folder: Path, max_steps: int | None) -> None:
     """Raise if the newest valid checkpoint is past `max_steps`; verify checkpoints only if at least one is past it."""
     if max_steps is None or all(run_folder.step_of(path) <= max_steps for path in run_folder.checkpoints(folder)):
         return
-    found = checkpoint.newest_valid(folder)
-    if found is not None and run_folder.step_of(found) > max_steps:
+    newest = checkpoint.newest_valid(folder)
+    if newest is not None and run_folder.step_of(newest) > max_steps:
         raise UsageError(
-            f"cannot resume {folder}: max_steps is {max_steps}, but the run is already at {found.name}; pass a larger "
+            f"cannot resume {folder}: max_steps is {max_steps}, but the run is already at {newest.name}; pass a larger "
             "--max-steps, or use another --output-dir.",
             what=max_steps,
             where=folder,
             field="max_steps",
         )
+
+
+def chosen_task(
+    settings: TrainSettings,
+    records: data.Split,
+    source: hub.ModelSource,
+    saved: TaskOnData | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> TaskOnData:
+    """Choose the task of a run, and check that the settings apply to it.
+
+    Args:
+        settings: The run's settings.
+        records: Training and evaluation records.
+        source: The model.
+        saved: The task of the adapter that the run starts from, or of the run that is resumed, or None.
+        say: Receives a message before the labels of a stream are read, which may take minutes.
+
+    Raises:
+        UsageError: No task fits the data and the model, or a setting does not apply to the task.
+        DataError: The labels cannot be used.
+    """
+    name: str | None = settings.task
+    if saved is not None and name not in (None, saved.task.name):
+        text = f"task is {name}, but the adapter was trained for {saved.task.name}; omit it."
+        raise UsageError(text, what=name, field="task")
+    is_streamed = isinstance(records, data.StreamSplit)
+    if is_streamed and isinstance(next(iter(records.train), None), data.Labeled | data.Tagged):
+        say("Reading the labels of all rows, because they must be known before the first step.")
+    task = task_for(name, records, source, settings.label_options(), saved)
+    unused = [] if task.task.generates else ["chat_template", "new_tokens"]
+    unused += [] if task.task.loader == "classification" else ["label_type"]
+    for setting in unused:
+        value = getattr(settings, setting)
+        if value != DEFAULTS[setting].value:
+            text = f"{setting} does not apply to the task {task.task.name}; omit it."
+            raise UsageError(text, what=value, field=setting)
+    if task.task.needs_batch and settings.fit is not None:
+        raise UsageError(
+            f"fit would change the batches, which the task {task.task.name} compares row by row; omit it.",
+            what=settings.fit,
+            field="fit",
+        )
+    if task.task.needs_batch and settings.per_device_train_batch_size < MINIMUM_ROWS:
+        raise UsageError(
+            f"per_device_train_batch_size is {settings.per_device_train_batch_size}, but the task {task.task.name} "
+            f"compares the rows of a batch; pass at least {MINIMUM_ROWS}, better 16 or more.",
+            what=settings.per_device_train_batch_size,
+            field="per_device_train_batch_size",
+        )
+    return task
+
+
+def forecast_of(
+    settings: TrainSettings,
+    source: hub.ModelSource,
+    tokenizer: data.Tokenizer,
+    task: TaskOnData,
+    records: data.Split,
+    config: LoraConfig | None = None,
+    recorded: int | None = None,
+) -> Forecast:
+    """Read the model's shape and check the targets and the maximum length against it; no weights are loaded.
+
+    Args:
+        settings: Settings for the adapter and the maximum length.
+        source: The model.
+        tokenizer: The model's tokenizer; new tokens are added to it in place.
+        task: The run's task.
+        records: Training and evaluation records, by which the maximum length is chosen if none is given.
+        config: The config of an existing adapter; None builds the config of a new adapter from the settings.
+        recorded: The maximum length of the run that is resumed, or None.
+
+    Raises:
+        ModelError: The model's config cannot be read, or the model or the tokenizer does not support new tokens.
+        TargetError: A target matches nothing.
+        ConfigError: A key in `learning_rate_pattern` matches no adapted module, a new token already exists, or the
+            adapter waits for tokens that do not exist.
+        UsageError: `max_length` exceeds the model's limit.
+    """
+    shape = hub.shape_for_task(source, task.task.loader, task.target.config_values())
+    new, notes = None, [task.note] if task.note else []
+    if config is None:
+        given = settings.lora_config(task.task.adapter_task)
+        config = for_task(given, shape)
+        if config.exclude_modules != given.exclude_modules:
+            notes.append(f"not adapted, because the task does not use their output: {', '.join(shape.unused_modules)}")
+    if settings.new_tokens:
+        base = hub.skeleton(source)
+        new = add_new_tokens(tokenizer, settings.new_tokens, base)
+        config = with_trained_rows(config, base, new.rows)
+        words = ", ".join(f"{token} ({number})" for token, number in new.added.ids.items())
+        notes.append(f"New tokens: {words}; in the embedding and the head, only the rows of these tokens are trained.")
+    length, reason = _length(settings, shape, config, lambda: usual_length(records.train, tokenizer, task), recorded)
+    notes += [f"maximum sequence length: {length:,} tokens ({reason})"] if reason else []
+    if invocations_of(config):
+        check_invocation(config, set(tokenizer.get_vocab().values()), "the tokenizer", length)
+    counted = plan.count(shape, config, allow_partial=settings.allow_partial_targets)
+    wrong = unfitting_keys(
+        "learning_rate_pattern", settings.learning_rate_pattern, [*(site.path for site in counted.sites), *counted.rows]
+    )
+    if wrong:
+        raise ConfigError(" ".join(map(str, wrong)), what=wrong[0].entry, field="learning_rate_pattern")
+    return Forecast(shape, config, length, tuple(notes), new)
+
+
+def _length(
+    settings: TrainSettings,
+    shape: plan.ModelShape,
+    config: LoraConfig,
+    usual: Callable[[], int],
+    recorded: int | None,
+) -> tuple[int, str]:
+    """Return the maximum sequence length, and the reason if it is chosen here; a resumed run keeps its recorded one."""
+    if recorded is not None or settings.max_length is not None:
+        return recorded or max_length_for(shape, settings.max_length, usual), ""
+    by_data = usual()
+    length = min(by_data, shape.positions or by_data)
+    fitting = fitting_length(length, shape, config, settings)
+    if fitting < length:
+        return fitting, f"{length:,} would exceed the memory"
+    if length < by_data:
+        return length, "the model's limit"
+    return length, "at least 99% of the rows are not longer" if length != ASSUMED_LENGTH else "documents are split"
+
+
+def fitting_length(length: int, shape: plan.ModelShape, config: LoraConfig, settings: TrainSettings) -> int:
+    """Return a length in tokens whose planned memory fits: halved as often as needed, down to `ASSUMED_LENGTH`.
+
+    A limit of memory in the settings selects the smallest batch and the most recomputation.
+    """
+    given = settings.fit or settings.memory_budget
+    limit = plan.bytes_of(given) if given else _memory_bytes(settings.device)
+    while limit is not None and length > ASSUMED_LENGTH:
+        job = plan.Job(
+            batch_rows=1 if settings.fit else settings.per_device_train_batch_size,
+            length_tokens=length,
+            dtype=shape.dtype if settings.dtype == "auto" else settings.dtype,
+            recompute="layers" if given else settings.recomputed,
+            optimizer=settings.optimizer,
+            quantization=settings.quantization,
+            double_quantization=settings.double_quantization,
+            base_matmul="dtype" if settings.quantization else settings.base_matmul,
+            accelerated=settings.accelerate,
+        )
+        if needed_bytes(plan.estimate(shape, config, job, allow_partial=settings.allow_partial_targets)) <= limit:
+            break
+        length = max(ASSUMED_LENGTH, length // 2)
+    return length
+
+
+def _memory_bytes(device: str) -> int | None:
+    """Return the memory of the device that the setting selects, in bytes; None if it is not known."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return this_machine().memory_bytes if device in ("auto", "cpu") else None
+
+
+def add_new_tokens(tokenizer: data.Tokenizer, tokens: list[str], base: nn.Module) -> NewTokens:
+    """Add tokens to a run's tokenizer in place; return them with the embedding rows that the base needs for them.
+
+    Raises:
+        ConfigError: A token is already in the vocabulary.
+        ModelError: The tokenizer or the base does not support new tokens.
+    """
+    added = hub.add_tokens(tokenizer, tokens)
+    present = vocabulary_of(base)
+    check_growth(base, added.vocabulary)
+    rows = sorted({*added.ids.values(), *range(present, added.vocabulary)})
+    return NewTokens(added, max(present, added.vocabulary), tuple(rows))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,103 +17,22 @@ from lorakit.errors import AdapterFileError, ConfigError, LorakitError, RunError
 from lorakit.hub_cache import adapter_from_hub, is_on_hub
 from lorakit.session.remembered import recorded_base
 from lorakit.targets.layer_types import PARAMETER
-from lorakit.tasks import TaskOnData, task_of_adapter
 from lorakit.train.files import checkpoint, run_folder
 from lorakit.train.settings.defaults import DEFAULTS
 from lorakit.train.settings.settings import TrainSettings, names_in_config
+from lorakit.train.spec import StartAdapter
 
 if TYPE_CHECKING:
     from lorakit.durable import JsonObject, JsonValue
 
 
-@dataclass(frozen=True)
-class StartAdapter:
-    """The adapter that a run starts from.
-
-    Attributes:
-        adapter: The adapter: the given one or, if the run is resumed, the one in the newest checkpoint.
-        origin: Origin of the given adapter, as plain JSON values: `name` (as given), `sha256` (of its weights file),
-            `base_name`, `steps` (number of optimizer steps that trained it), and `rows` (`shape` and `columns` of its
-            training data); unknown values are None.
-        optimizer: Checkpoint with the optimizer state to continue with, or None.
-    """
-
-    adapter: core.TrainedAdapter
-    origin: JsonObject
-    optimizer: Path | None = None
-
-    @property
-    def task(self) -> TaskOnData:
-        """The task that the adapter was trained for.
-
-        Raises:
-            UsageError: lorakit has no task for the adapter's `task_type`.
-        """
-        return task_of_adapter(self.adapter.config, self.adapter.facts.get("training"), self.adapter.head_outputs)
-
-    def completed(self, settings: TrainSettings) -> TrainSettings:
-        """Return the settings with the structure of the adapter and, if it is missing, the base that the adapter names.
-
-        Args:
-            settings: The run's settings; explicitly given ones are compared with the adapter.
-
-        Raises:
-            UsageError: A given setting differs from the adapter, or applies only to a new adapter; or the adapter does
-                not name its base.
-        """
-        given = settings.model_fields_set
-        folder, structure = self.adapter.folder, _structure(self.adapter.config)
-        wanted = _structure(settings.lora_config())
-        for name, entry in DEFAULTS.items():
-            if entry.is_for_new and name in given and getattr(settings, name) != entry.value:
-                raise UsageError(
-                    f"{name} is {getattr(settings, name)!r}, but {folder} is an existing adapter, and this setting "
-                    "applies only to a new one; omit it, or omit --from-adapter.",
-                    what=getattr(settings, name),
-                    where=folder,
-                    field=name,
-                )
-        wrong = [n for n in structure if n in given and n != "target_modules" and wanted[n] != structure[n]]
-        if wrong:
-            raise _different(folder, {name: (wanted[name], structure[name]) for name in wrong})
-        values = {**settings.as_dict(), **structure}
-        if settings.model is None:
-            values["model"] = base = recorded_base(self.adapter.folder, self.adapter.config, self.adapter.facts)
-            if settings.revision is None and is_on_hub(base):
-                values["revision"] = self.adapter.config.revision
-        return TrainSettings(**values)
-
-    def check_targets(self, settings: TrainSettings, shape: plan.ModelShape) -> None:
-        """Check that the given `target_modules`, if any, select the sites of the adapter.
-
-        Args:
-            settings: The settings as given.
-            shape: Shape of the base.
-
-        Raises:
-            UsageError: They select other modules.
-        """
-        wanted = settings.lora_config()
-        given, own = (_structure(config)["target_modules"] for config in (wanted, self.adapter.config))
-        if "target_modules" not in settings.model_fields_set or given == own:
-            return
-        try:
-            found = plan.count(shape, wanted.with_fields(rank_pattern={}, trainable_token_indices=None)).sites
-        except (TargetError, ConfigError):
-            found = ()
-        if {site.path for site in found if site.kind != PARAMETER} != set(self.adapter.sites):
-            raise _different(self.adapter.folder, {"target_modules": (given, own)})
-
-
-def start_adapter(settings: TrainSettings, record: Mapping[str, Any] | None) -> StartAdapter | None:
+def start_adapter(settings: TrainSettings, name: str, record: Mapping[str, Any] | None) -> StartAdapter:
     """Read the adapter that a run starts from.
 
     Args:
         settings: The run's settings.
+        name: The setting `from_adapter`.
         record: Contents of `run.json` if the run is resumed, or None.
-
-    Returns:
-        The adapter, or None if the run trains a new one.
 
     Raises:
         AdapterFileError: The adapter is missing, damaged or not supported.
@@ -123,32 +41,80 @@ def start_adapter(settings: TrainSettings, record: Mapping[str, Any] | None) -> 
         RunError: The optimizer state cannot be used; or the run is resumed without a valid checkpoint, and the adapter
             has changed.
     """
-    if settings.from_adapter is None:
-        return None
     folder = Path(settings.output_dir)
     saved = checkpoint.newest_valid(folder) if record is not None else None
     if record is not None and saved is not None:
         return StartAdapter(core.read_for_training(saved), dict(record.get("from_adapter") or {}))
-    found = core.read_for_training(find_adapter(settings.from_adapter))
-    if settings.overwrite and folder.resolve() in found.folder.resolve().parents:
+    adapter = core.read_for_training(find_adapter(name))
+    if settings.overwrite and folder.resolve() in adapter.folder.resolve().parents:
         raise UsageError(
-            f"{settings.from_adapter} is in {folder}, and --overwrite would remove it; use another --output-dir.",
-            what=settings.from_adapter,
+            f"{name} is in {folder}, and --overwrite would remove it; use another --output-dir.",
+            what=name,
             where=folder,
             field="overwrite",
         )
-    origin = _origin(settings.from_adapter, found)
+    origin = _origin(name, adapter)
     before = None if record is None else record.get("from_adapter") or {}
     if before is not None and {**before, "rows": None} != {**origin, "rows": None}:
         raise RunError(
-            f"cannot resume {folder}: it has no valid checkpoint, and {settings.from_adapter} is not the adapter that "
+            f"cannot resume {folder}: it has no valid checkpoint, and {name} is not the adapter that "
             "the run started from; restore that adapter, or use another --output-dir.",
-            what=settings.from_adapter,
+            what=name,
             where=folder,
             field="from_adapter",
         )
-    optimizer = _optimizer(found, settings) if settings.from_optimizer else None
-    return StartAdapter(found, origin if before is None else before, optimizer)
+    optimizer = _optimizer(adapter, settings) if settings.from_optimizer else None
+    return StartAdapter(adapter, origin if before is None else before, optimizer)
+
+
+def completed(start: StartAdapter, settings: TrainSettings) -> TrainSettings:
+    """Return the settings with the structure of the adapter and, if it is missing, the base that the adapter names.
+
+    Explicitly given settings are compared with the adapter.
+
+    Raises:
+        UsageError: A given setting differs from the adapter, or applies only to a new adapter; or the adapter does
+            not name its base.
+    """
+    given = settings.model_fields_set
+    folder, structure = start.adapter.folder, _structure(start.adapter.config)
+    wanted = _structure(settings.lora_config())
+    for name, entry in DEFAULTS.items():
+        if entry.is_for_new and name in given and getattr(settings, name) != entry.value:
+            raise UsageError(
+                f"{name} is {getattr(settings, name)!r}, but {folder} is an existing adapter, and this setting "
+                "applies only to a new one; omit it, or omit --from-adapter.",
+                what=getattr(settings, name),
+                where=folder,
+                field=name,
+            )
+    wrong = [n for n in structure if n in given and n != "target_modules" and wanted[n] != structure[n]]
+    if wrong:
+        raise _different(folder, {name: (wanted[name], structure[name]) for name in wrong})
+    values = {**settings.as_dict(), **structure}
+    if settings.model is None:
+        values["model"] = base = recorded_base(start.adapter.folder, start.adapter.config, start.adapter.facts)
+        if settings.revision is None and is_on_hub(base):
+            values["revision"] = start.adapter.config.revision
+    return TrainSettings(**values)
+
+
+def check_targets(start: StartAdapter, settings: TrainSettings, shape: plan.ModelShape) -> None:
+    """Check that the given `target_modules`, if any, select the sites of the adapter.
+
+    Raises:
+        UsageError: They select other modules.
+    """
+    wanted = settings.lora_config()
+    given, own = (_structure(config)["target_modules"] for config in (wanted, start.adapter.config))
+    if "target_modules" not in settings.model_fields_set or given == own:
+        return
+    try:
+        found = plan.count(shape, wanted.with_fields(rank_pattern={}, trainable_token_indices=None)).sites
+    except (TargetError, ConfigError):
+        found = ()
+    if {site.path for site in found if site.kind != PARAMETER} != set(start.adapter.sites):
+        raise _different(start.adapter.folder, {"target_modules": (given, own)})
 
 
 def find_adapter(given: str) -> Path:

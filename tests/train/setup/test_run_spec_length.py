@@ -13,7 +13,8 @@ from lorakit import hub
 from lorakit.errors import UsageError
 from lorakit.train.processes.processes import Processes
 from lorakit.train.settings.settings import TrainSettings
-from lorakit.train.setup.forecast import fitting_length, gpu_of, pick_device
+from lorakit.train.setup.agreement import gpu_of, pick_device
+from lorakit.train.setup.run_spec import fitting_length
 
 
 def test_devices_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,10 @@ import transformers
 from lorakit import durable
 from lorakit.errors import DiskError
 from lorakit.report import read_metrics
-from lorakit.train import trainer
-from lorakit.train.files import results
+from lorakit.train import results, trainer
 from lorakit.train.files.trackers import TRACKERS, TrackerKind
+from lorakit.train.loop import saving
 from lorakit.train.settings.settings import TrainSettings
-from lorakit.train.setup import run_adapter
 from lorakit.train.trainer import RunResult, run
 
 
@@ -74,7 +73,7 @@ def fails(*_: Any, **__: Any) -> Any:
     ("place", "name", "missing"),
     [
         (results, "loss_plot", "loss.svg"),
-        (run_adapter, "model_card", "adapter/README.md"),
+        (saving, "model_card", "adapter/README.md"),
         (results, "read_metrics", "loss.svg"),
         (results, "metrics_at", "none"),
         (results, "undefined_at", "none"),

@@ -15,7 +15,7 @@ from lorakit.ops.kernels import compiled
 from lorakit.plan import Job
 from lorakit.speed import Acceleration, accelerate
 from lorakit.speed.admission import Skipped
-from lorakit.train.setup.prepare import acceleration_lines, padding_line
+from lorakit.train.setup.fitting import acceleration_lines, padding_line
 
 
 def model(kind: type[transformers.PretrainedConfig] = transformers.LlamaConfig, **more: int) -> torch.nn.Module:

@@ -8,7 +8,7 @@ from array import array
 import pytest
 
 from lorakit.data import Sequence
-from lorakit.train.setup.run_data import share_of
+from lorakit.train.loop.run import share_of
 
 
 def row(length: int) -> Sequence:

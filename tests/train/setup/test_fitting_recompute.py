@@ -12,7 +12,7 @@ from lorakit.errors import ConfigError
 from lorakit.report import read_metrics
 from lorakit.train import TrainSettings, run
 from lorakit.train.loop.progress import PlainProgress
-from lorakit.train.setup import prepare
+from lorakit.train.setup import fitting
 
 
 @pytest.fixture
@@ -31,13 +31,13 @@ def test_every_way_has_the_same_losses(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[bool] = []
-    real = prepare.accelerate
+    real = fitting.accelerate
 
     def listening(model: Any, *, keep_feed_forward: bool) -> Any:
         kept.append(keep_feed_forward)
         return real(model, keep_feed_forward=keep_feed_forward)
 
-    monkeypatch.setattr(prepare, "accelerate", listening)
+    monkeypatch.setattr(fitting, "accelerate", listening)
     found = {way: losses(settings, tmp_path / way, recompute=way) for way in ("none", "feed-forward", "layers")}
     found["flag"] = losses(settings, tmp_path / "flag", gradient_checkpointing=True)
     assert len({tuple(values) for values, _ in found.values()}) == 1

@@ -24,11 +24,10 @@ from lorakit.train.files import checkpoint, run_folder
 from lorakit.train.files.model_card import evaluation_line, metrics_line
 from lorakit.train.loop.evaluation import evaluate
 from lorakit.train.loop.optimizer import received_gradients
+from lorakit.train.loop.run import INT8_NAME, Run
+from lorakit.train.loop.saving import metrics_at, undefined_at
 from lorakit.train.processes.failures import describe
-from lorakit.train.setup.run_adapter import metrics_at, undefined_at
-from lorakit.train.setup.run_context import Run
-from lorakit.train.setup.run_int8 import NAME
-from lorakit.train.setup.run_spec import ADAPTER
+from lorakit.train.spec import ADAPTER
 
 T = TypeVar("T")
 
@@ -125,7 +124,7 @@ class RunResult:
                 f"base's weights take {format_bytes(self.base_bytes)}."
             )
         if self.base_matmul == "int8":
-            lines.append(f"Base matmuls: {NAME}; merge the adapter into the original base.")
+            lines.append(f"Base matmuls: {INT8_NAME}; merge the adapter into the original base.")
         return [*lines, *self.notes[self.printed :]]
 
     def _interrupted(self) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.train.setup import run_adapter
+from lorakit.train.loop import saving
 
 ROWS = (
     {"step": 0, "eval_loss": 1.0, "eval_f1": 0.2, "eval_accuracy": 0.3, "eval_f1/cat": 0.1},
@@ -28,14 +28,14 @@ def run_in(folder: Path, summary: tuple[str, ...]) -> Any:
 
 def test_the_metrics_of_several_steps_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, read = run_in(tmp_path, ("accuracy", "f1")), []
-    real = run_adapter.read_metrics
-    monkeypatch.setattr(run_adapter, "read_metrics", lambda folder: read.append(folder) or real(folder))
-    found = run_adapter.metrics_at(run, 2, 0, 5, None)
+    real = saving.read_metrics
+    monkeypatch.setattr(saving, "read_metrics", lambda folder: read.append(folder) or real(folder))
+    found = saving.metrics_at(run, 2, 0, 5, None)
     assert found == [{"accuracy": 0.6, "f1": 0.5}, {"accuracy": 0.3, "f1": 0.2}, {}, {}]
     assert [list(one) for one in found[:2]] == [["accuracy", "f1"]] * 2
     assert read == [tmp_path]
 
 
 def test_nothing_is_read_for_a_task_without_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_adapter, "read_metrics", lambda _: pytest.fail("read"))
-    assert run_adapter.metrics_at(run_in(tmp_path, ()), 0, 2) == [{}, {}]
+    monkeypatch.setattr(saving, "read_metrics", lambda _: pytest.fail("read"))
+    assert saving.metrics_at(run_in(tmp_path, ()), 0, 2) == [{}, {}]

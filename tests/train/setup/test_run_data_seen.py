@@ -12,7 +12,7 @@ import pytest
 from lorakit import core
 from lorakit.data import Request, read_records
 from lorakit.train.settings.settings import TrainSettings
-from lorakit.train.setup.seen_rows import seen_note
+from lorakit.train.setup.run_data import seen_note
 from lorakit.train.trainer import run
 
 

@@ -13,10 +13,11 @@ from lorakit.errors import UsageError
 from lorakit.tasks import Target
 from lorakit.train.files.run_folder import unlock
 from lorakit.train.loop.progress import Progress
-from lorakit.train.processes.agreement import check_alike
 from lorakit.train.processes.processes import Processes
 from lorakit.train.settings.settings import TrainSettings
-from lorakit.train.setup.run_spec import RunSpec
+from lorakit.train.setup.agreement import check_alike
+from lorakit.train.setup.run_spec import build_spec
+from lorakit.train.spec import RunSpec
 
 
 class Pair(Processes):
@@ -39,7 +40,7 @@ def spec(short_run: dict[str, Any], tmp_path: Path) -> Any:
     rows = [{"text": f"a fox {at}", "label": ["1", "01"][at % 2]} for at in range(6)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = RunSpec.of(TrainSettings(**{**short_run, "data": path, "task": "classification"}), Progress())
+    found = build_spec(TrainSettings(**{**short_run, "data": path, "task": "classification"}), Progress())
     yield found
     unlock(found.lock)
 

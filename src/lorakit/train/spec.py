@@ -1,0 +1,254 @@
+"""What is known of a run before weights are loaded: its specification, its length, its plan, the disk space it needs.
+
+`lorakit.train.setup` makes these values, and `lorakit.train.loop` uses them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit import core, hub, plan
+from lorakit.config import LoraConfig
+from lorakit.data import BatchLoader, Split
+from lorakit.durable import JsonObject
+from lorakit.plan.budget import needed_bytes
+from lorakit.plan.quantized import Quantization
+from lorakit.session.tokenizers import SavedTokenizer
+from lorakit.tasks import TaskOnData, task_of_adapter
+from lorakit.train.processes.processes import ALONE, Processes
+from lorakit.train.settings.settings import TrainSettings
+
+ADAPTER = "default"
+"""Name under which the run's adapter is attached to the model."""
+
+ROOMY = 0.5
+"""Fraction of the limit of `--fit` below which freed memory may be kept: gaps add up to 36% (docs/memory.md)."""
+
+_EVALUATIONS = 10
+
+
+@dataclass(frozen=True)
+class StartAdapter:
+    """The adapter that a run starts from.
+
+    Attributes:
+        adapter: The adapter: the given one or, if the run is resumed, the one in the newest checkpoint.
+        origin: Origin of the given adapter, as plain JSON values: `name` (as given), `sha256` (of its weights file),
+            `base_name`, `steps` (number of optimizer steps that trained it), and `rows` (`shape` and `columns` of its
+            training data); unknown values are None.
+        optimizer: Checkpoint with the optimizer state to continue with, or None.
+    """
+
+    adapter: core.TrainedAdapter
+    origin: JsonObject
+    optimizer: Path | None = None
+
+    @property
+    def task(self) -> TaskOnData:
+        """The task that the adapter was trained for; raises UsageError if lorakit has none for its `task_type`."""
+        return task_of_adapter(self.adapter.config, self.adapter.facts.get("training"), self.adapter.head_outputs)
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """The tokens that a run adds to the tokenizer and the base.
+
+    Attributes:
+        added: Ids of the new tokens, and how the tokenizer encoded their text before they were added.
+        vocabulary: Number of rows that the base's embedding needs.
+        rows: Embedding rows to train: those of the new tokens, and those of existing tokens that have no row in the
+            base.
+    """
+
+    added: hub.AddedTokens
+    vocabulary: int
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Properties of a run that are known from the settings and the model config, before the data is tokenized.
+
+    Attributes:
+        shape: Shape of the base model.
+        config: The adapter's config.
+        max_length: Maximum sequence length: the setting, or chosen by the data, the model's limit and the memory.
+        notes: Messages to print.
+        new_tokens: Tokens added to the vocabulary, or None.
+    """
+
+    shape: plan.ModelShape
+    config: LoraConfig
+    max_length: int
+    notes: tuple[str, ...]
+    new_tokens: NewTokens | None = None
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """The specification of a run: everything that is known before weights are loaded.
+
+    Attributes:
+        settings: All settings, including those taken from the run being resumed.
+        folder: The run directory, which exists and is writable.
+        lock: File descriptor that holds the lock on the run directory; -1 if locks are not supported.
+        device: The run's device.
+        source: The base model.
+        data: Records for training and evaluation.
+        hashes: Dict from the path of each data file to the file's SHA-256, or to its identity if it is streamed.
+        record: Contents of `run.json` if the run is resumed, or None.
+        tokenizer: The tokenizer of the base or the start adapter, with the run's new tokens.
+        tokenizer_sha256: SHA-256 of the tokenizer, computed once, because that takes a third of a second.
+        task: The task, and what it predicts for this data.
+        forecast: The base's shape, the adapter config, and the maximum sequence length.
+        quantization: Quantization of the base, from the settings or the base's files, or None.
+        start: The adapter that the run starts from, or None.
+        has_own_tokenizer: Whether the tokenizer or its chat template differs from the base's.
+        base_matmul: How the base is multiplied: "dtype" or "int8", as the settings and the machine allow.
+        processes: The processes of the run, of which only the first one locks the directory.
+    """
+
+    settings: TrainSettings
+    folder: Path
+    lock: int
+    device: torch.device
+    source: hub.ModelSource
+    data: Split
+    hashes: Mapping[str, str]
+    record: Mapping[str, Any] | None
+    tokenizer: SavedTokenizer
+    tokenizer_sha256: str
+    task: TaskOnData
+    forecast: Forecast
+    quantization: Quantization | None = None
+    start: StartAdapter | None = None
+    has_own_tokenizer: bool = False
+    base_matmul: str = "dtype"
+    processes: Processes = ALONE
+
+    @property
+    def resolved(self) -> Mapping[str, Any]:
+        """The values that the settings resolved to when the resumed run was started; empty if it is not resumed."""
+        return (self.record or {}).get("resolved") or {}
+
+    @property
+    def initial_processes(self) -> int:
+        """Number of processes with which the run was started, which determines the number of rows per step."""
+        return int(self.resolved.get("processes") or 1) if self.resolved else self.processes.count
+
+    @property
+    def before_training(self) -> str:
+        """Name of the model that is evaluated before the first step, for messages."""
+        if self.start is not None:
+            return "the adapter before training"
+        return "the base" if self.task.task.loader not in hub.WITH_NEW_HEADS else "before training"
+
+    @property
+    def quantization_values(self) -> dict[str, Any] | None:
+        """The base's quantization as a dict of plain JSON values, or None."""
+        return None if self.quantization is None else hub.quantization_metadata(self.quantization)
+
+    def seed_of(self, rank: int, step: int = 0) -> int:
+        """Return the seed of the random number generators of process `rank`; that of process 0 is the run's.
+
+        If the run is resumed with another number of processes, `step` is the step from which it is resumed.
+        """
+        return (self.settings.seed + rank + (step << 32)) % 2**63
+
+
+@dataclass(frozen=True)
+class RunLimits:
+    """The length of a run and the intervals between evaluations and between checkpoints.
+
+    Attributes:
+        total_steps: Number of optimizer steps in the run.
+        accumulation: Number of batches per step in all processes together; the last step of an epoch may have fewer.
+        eval_steps: Number of steps between evaluations.
+        save_steps: Number of steps between checkpoints.
+        patience: Number of consecutive evaluations without improvement after which the run stops, or None.
+    """
+
+    total_steps: int
+    accumulation: int
+    eval_steps: int
+    save_steps: int
+    patience: int | None
+
+    @classmethod
+    def of(cls, settings: TrainSettings, loader: BatchLoader, processes: int = 1) -> RunLimits:
+        """Compute the limits of a run that was started with several processes.
+
+        By default, the adapter is evaluated and saved after every 10% of the steps.
+        """
+        accumulation = settings.gradient_accumulation_steps * processes
+        epoch = math.ceil(loader.batches_per_epoch / accumulation)  # the last step takes the remaining batches
+        total = settings.max_steps or max(1, math.ceil(settings.num_train_epochs * epoch))
+        eval_steps = settings.eval_steps or max(1, math.ceil(total / _EVALUATIONS))
+        return cls(total, accumulation, eval_steps, settings.save_steps or eval_steps, settings.early_stopping_patience)
+
+    def with_accumulation(self, accumulation: int) -> RunLimits:
+        """Return the same limits with another number of batches per step."""
+        return dataclasses.replace(self, accumulation=accumulation)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Precision, batch size, recomputation and estimated cost of a run.
+
+    Attributes:
+        dtype: Precision of the base: "bfloat16", "float16" or "float32".
+        recompute: What the backward pass recomputes: a value in `lorakit.plan.job.RECOMPUTED`.
+        batch_rows: Number of rows per batch.
+        accumulation: Number of batches per step.
+        estimated: The plan.
+        values: The plan as plain JSON values.
+        proposed: Plans that should fit into the limit of `--fit`, fastest first; empty if nothing is left to choose.
+        is_tight: Whether the planned peak is so close to the limit of `--fit` that freed memory must not be kept.
+        dtype_reason: Message that says why this precision was chosen.
+    """
+
+    dtype: str
+    recompute: str
+    batch_rows: int
+    accumulation: int
+    estimated: plan.Plan
+    values: Mapping[str, Any]
+    proposed: tuple[plan.Plan, ...] = ()
+    is_tight: bool = False
+    dtype_reason: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        estimated: plan.Plan,
+        limit: str | None = None,
+        proposed: Sequence[plan.Plan] = (),
+        dtype_reason: str = "",
+    ) -> RunPlan:
+        """Return what a run needs of a plan; `limit` is the setting `fit`."""
+        job = estimated.job
+        is_tight = limit is not None and needed_bytes(estimated) > ROOMY * plan.bytes_of(limit)
+        sizes = job.dtype, job.recompute, job.batch_rows, job.accumulation
+        return cls(*sizes, estimated, estimated.as_dict(), tuple(proposed), is_tight, dtype_reason)
+
+
+@dataclass(frozen=True)
+class DiskSpace:
+    """Disk space that a run needs, in bytes.
+
+    Attributes:
+        checkpoint: Size of one checkpoint.
+        least: Size of the result alone: the published adapter with its tokenizer, `metrics.jsonl` and `run.json`.
+        whole: Peak total size of all files during the run.
+    """
+
+    checkpoint: int
+    least: int
+    whole: int
