@@ -318,7 +318,7 @@ IMPORTS = [
     ("core", "core.merging.merging", "lorakit.core.attachment"),
     ("core", "core.attic", "lorakit.errors"),
     ("core-names", "core.operations.combining", "lorakit.core"),
-    ("train", "train.settings.types", "lorakit.train.loop.schedule"),
+    ("train", "train.settings.types", "lorakit.train.spec"),
     ("train", "train.loop.step", "lorakit.train.setup.run_data"),
     ("peft", "peft.loaded", "lorakit.peft.model"),
     ("peft", "peft.matching", "lorakit.peft.tuner"),

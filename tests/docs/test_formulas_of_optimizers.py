@@ -14,7 +14,7 @@ from lorakit.core.operations.rank_allocation import allocate
 from lorakit.core.optimizers import Pair, Rates, corrected_gradient, inverse_gram, rates_by_name, trained_parts
 from lorakit.core.riemannian import Factors, precondition
 from lorakit.train.loop.muon import Muon
-from lorakit.train.loop.schedule import Schedule
+from lorakit.train.spec import Schedule
 
 
 def two_layers() -> nn.Module:

@@ -1,4 +1,4 @@
-"""What is known of a run before weights are loaded: its specification, its length, its plan, the disk space it needs.
+"""What is known of a run before weights are loaded: its specification, length, learning rates, plan, disk space.
 
 `lorakit.train.setup` makes these values, and `lorakit.train.loop` uses them.
 """
@@ -18,12 +18,15 @@ from lorakit import core, hub, plan
 from lorakit.config import LoraConfig
 from lorakit.data import BatchLoader, Split
 from lorakit.durable import JsonObject
+from lorakit.errors import UsageError
 from lorakit.plan.budget import needed_bytes
 from lorakit.plan.quantized import Quantization
 from lorakit.session.tokenizers import SavedTokenizer
 from lorakit.tasks import TaskOnData, task_of_adapter
 from lorakit.train.processes.processes import ALONE, Processes
+from lorakit.train.settings.defaults import DECAY_RATIO, WARMUP_RATIO
 from lorakit.train.settings.settings import TrainSettings
+from lorakit.train.settings.types import Scheduler
 
 ADAPTER = "default"
 """Name under which the run's adapter is attached to the model."""
@@ -196,6 +199,66 @@ class RunLimits:
     def with_accumulation(self, accumulation: int) -> RunLimits:
         """Return the same limits with another number of batches per step."""
         return dataclasses.replace(self, accumulation=accumulation)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Stateless learning rate schedule: a warm-up, then a decay or a constant rate.   [docs/math.md (44)]
+
+    Attributes:
+        peak: Learning rate at the end of the warm-up.
+        total_steps: Number of optimizer steps in the run.
+        warmup_steps: Number of steps over which the rate rises linearly; the first step already has a rate above 0.
+        kind: Shape after the warm-up: "cosine" or "linear" decay toward zero at `total_steps`; "constant"; or "wsd",
+            a constant rate that decays toward zero over the last `decay_steps`.
+        decay_steps: Number of steps over which "wsd" decays, at least 1; other kinds ignore it.
+    """
+
+    peak: float
+    total_steps: int
+    warmup_steps: int
+    kind: Scheduler
+    decay_steps: int = 1
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate for a step, from 0: at most `peak`, and above 0 for every step of the run.
+
+        Source:
+            "wsd": Hu et al. 2024, arXiv:2404.06395; its decay, 1 − √x: Hägele et al. 2024, arXiv:2405.18392,
+            section 3.
+        """
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        if self.kind == "constant":
+            return self.peak
+        # the first step of a decay has the peak rate; a step after the last one would have a rate of zero
+        first = max(self.warmup_steps, self.total_steps - self.decay_steps) if self.kind == "wsd" else self.warmup_steps
+        done = min(1.0, max(0.0, (step - first) / max(1, self.total_steps - first)))
+        if self.kind == "wsd":
+            return self.peak * (1 - math.sqrt(done))
+        return self.peak * (1 - done if self.kind == "linear" else (1 - math.cos(math.pi * (1 - done))) / 2)
+
+
+def schedule(settings: TrainSettings, total_steps: int) -> Schedule:
+    """Return the schedule of a run with at least one step; fractions of steps are rounded up.
+
+    Raises:
+        UsageError: The warm-up is longer than the run, so the rate would never reach its peak.
+    """
+    warmup = settings.warmup_steps
+    if warmup is None:
+        ratio = WARMUP_RATIO if settings.warmup_ratio is None else settings.warmup_ratio
+        warmup = math.ceil(ratio * total_steps)
+    if warmup > total_steps:
+        raise UsageError(
+            f"warmup_steps is {warmup}, but the run has only {total_steps} steps; pass a smaller --warmup-steps, or "
+            "use --warmup-ratio.",
+            what=warmup,
+            field="warmup_steps",
+        )
+    ratio = DECAY_RATIO if settings.decay_ratio is None else settings.decay_ratio
+    decay = max(1, math.ceil(ratio * total_steps))
+    return Schedule(settings.learning_rate, total_steps, warmup, settings.lr_scheduler_type, decay)
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,10 @@ from lorakit.train.files.trackers import Trackers
 from lorakit.train.files.train_state import TrainState
 from lorakit.train.loop.optimizer import Named
 from lorakit.train.loop.progress import Progress
-from lorakit.train.loop.schedule import Schedule
 from lorakit.train.loop.step import StepOptions
 from lorakit.train.processes.processes import Processes
 from lorakit.train.processes.sharding import ShardedBase
-from lorakit.train.spec import DiskSpace, RunLimits, RunPlan, RunSpec
+from lorakit.train.spec import DiskSpace, RunLimits, RunPlan, RunSpec, Schedule
 
 NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 """Name of a 16-bit dtype -> the dtype."""

@@ -28,13 +28,12 @@ from lorakit.train.loop.optimizer import build_optimizer, load_state_tensors
 from lorakit.train.loop.progress import Progress
 from lorakit.train.loop.run import LoadedModel, Run, RunBatches, Start, Updates
 from lorakit.train.loop.scaling import HALF, check_named_in_fp32, loss_scaler
-from lorakit.train.loop.schedule import schedule
 from lorakit.train.setup.agreement import check_rows, check_same_base, choose_parallel, share_base, share_tensors
 from lorakit.train.setup.fitting import arrange, fit_plan
 from lorakit.train.setup.run_adapter import add_adapter, quantized_run_base
 from lorakit.train.setup.run_data import count_inactive, make_batches, seen_note
 from lorakit.train.setup.run_plan import autotuned_choices, disk_space, plan_run
-from lorakit.train.spec import ADAPTER, RunLimits, RunPlan, RunSpec
+from lorakit.train.spec import ADAPTER, RunLimits, RunPlan, RunSpec, schedule
 
 SHOWN_CHARACTERS = 120
 """Maximum number of characters of a part of the first row, which is shown before training."""

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lorakit.errors import ConfigError, UsageError
-from lorakit.train.loop.schedule import Schedule, schedule
 from lorakit.train.settings.settings import TrainSettings
+from lorakit.train.spec import Schedule, schedule
 
 
 def made(peak: float, total: int, **more: Any) -> Schedule:
