@@ -222,7 +222,7 @@ def test_the_core_writes_what_peft_reads_onto_the_original_base(tmp_path: Path) 
 
 def test_the_grid_of_loftq_is_bitsandbytes_own() -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
-    from lorakit.core.inits.loftq import normal_float, on_normal_float
+    from lorakit.core.inits.from_weight import normal_float, on_normal_float
 
     torch.testing.assert_close(normal_float(), functional.get_4bit_type("nf4", device="cpu"), atol=5e-7, rtol=0)
     W = torch.randn(48, 64, generator=torch.Generator().manual_seed(3))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorakit import core
 from lorakit.config import EvaConfig, LoraConfig
 from lorakit.core.inits import InitContext
-from lorakit.core.inits.loftq import residual_factors
+from lorakit.core.inits.from_weight import residual_factors
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.operations.data_init import ranks_by_variance, redistributed

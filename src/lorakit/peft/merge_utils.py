@@ -13,14 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorakit.core.operations.combination_steps import (
+from lorakit.core.operations.combination_types import (
+    MAJORITIES,
     has_elected_sign,
     keep_largest,
     keep_random,
     mean_of_agreeing,
     weighted,
 )
-from lorakit.core.operations.combination_types import MAJORITIES
 from lorakit.errors import ConfigError, warn_caller
 
 METHODS = ("magnitude", "random")

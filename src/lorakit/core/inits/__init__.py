@@ -10,12 +10,9 @@ from __future__ import annotations
 import re
 
 from lorakit.config import LoraConfig
-from lorakit.core.inits.corda import CORDA
-from lorakit.core.inits.eva import EVA
+from lorakit.core.inits.from_data import CORDA, EVA, LORA_GA
+from lorakit.core.inits.from_weight import LOFTQ, MICA, OLORA, PISSA
 from lorakit.core.inits.init import Init, InitContext, InitResult, fresh_bias
-from lorakit.core.inits.loftq import LOFTQ
-from lorakit.core.inits.lora_ga import LORA_GA
-from lorakit.core.inits.pissa import MICA, OLORA, PISSA
 from lorakit.core.inits.random import GAUSSIAN, KAIMING, ORTHOGONAL, RANDOM, discard_first_draws
 from lorakit.core.kinds import Kind, check_fits
 from lorakit.errors import ConfigError, did_you_mean

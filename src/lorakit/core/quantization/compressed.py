@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorakit.core.quantization.packed import Layout, PackedFormat, PackedLinear, spread
+from lorakit.core.quantization.packed import PackedFormat, PackedLayout, PackedLinear, spread
 from lorakit.errors import ModelError
 
 
 @dataclass(frozen=True)
-class CompressedLayout(Layout):
+class CompressedLayout(PackedLayout):
     """Values (out, in) with one scale, and optionally one zero point, for each block of (rows, columns).
 
     If the block is None, the sizes of the scales determine it: the tensor, a row, or a group of a row.

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.quantization.packed import (
-    Layout,
     PackedFormat,
+    PackedLayout,
     PackedLinear,
     PackedWeight,
     check_parts,
@@ -36,7 +36,7 @@ _PARTS = ("weight", "weight_scale_inv")
 
 
 @dataclass(frozen=True)
-class Fp8Layout(Layout):
+class Fp8Layout(PackedLayout):
     """An fp8 weight (out, in) and its scales: the weight is value · scale.
 
     Attributes:

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.quantization.packed import Layout, PackedFormat, PackedLinear, PackedWeight, packed_linear
+from lorakit.core.quantization.packed import PackedFormat, PackedLayout, PackedLinear, PackedWeight, packed_linear
 from lorakit.core.quantization.weight_format import linear_with
 from lorakit.ops.int8 import int8_linear
 from lorakit.ops.int8_weight import Int8Weight, dequantize, quantize_weight
@@ -26,7 +26,7 @@ _SOURCE = "source_cls"
 
 
 @dataclass(frozen=True)
-class Int8Layout(Layout):
+class Int8Layout(PackedLayout):
     """The layout of an int8 weight (out, in): diag(scale)·q·diag(gain), except for the columns `kept`."""
 
     def decode(self, parts: tuple[Tensor, ...]) -> Tensor:

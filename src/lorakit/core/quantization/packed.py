@@ -24,7 +24,7 @@ Setting = int | tuple[int, int] | None
 
 
 @dataclass(frozen=True)
-class Layout:
+class PackedLayout:
     """The layout of a packed weight with the size (rows, columns), (out, in)."""
 
     rows: int
@@ -58,7 +58,7 @@ class PackedWeight(Packed):
     """A packed weight: its tensors, in the order of `PackedLinear.PARTS`, and their layout."""
 
     parts: tuple[Tensor, ...]
-    layout: Layout
+    layout: PackedLayout
 
     def decoded(self) -> Tensor:
         """Return the dequantized weight, (out, in), in fp32, without an autograd graph."""
@@ -85,7 +85,7 @@ class PackedLinear(nn.Module):
 
     @property
     @abstractmethod
-    def layout(self) -> Layout:
+    def layout(self) -> PackedLayout:
         """Return the layout of the packed tensors."""
 
     def packed(self) -> PackedWeight:
@@ -132,7 +132,7 @@ class _Product(torch.autograd.Function):
     """x·Wᵀ for a packed weight W; only the packed tensors are saved for the backward pass."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, layout: Layout, *parts: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, layout: PackedLayout, *parts: Tensor) -> Tensor:
         """Return x·Wᵀ, (…, out), for x (…, in)."""
         ctx.layout, ctx.dtype = layout, x.dtype  # type: ignore[attr-defined]
         ctx.save_for_backward(*parts)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorakit.core.quantization.packed import Layout, PackedFormat, PackedLinear
+from lorakit.core.quantization.packed import PackedFormat, PackedLayout, PackedLinear
 from lorakit.errors import ModelError
 
 WORD = 32
@@ -44,7 +44,7 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class GptqLayout(Layout):
+class GptqLayout(PackedLayout):
     """A weight packed as GPTQ does: codes along the input features, zero points along the output features.
 
     Attributes:
@@ -71,7 +71,7 @@ class GptqLayout(Layout):
 
 
 @dataclass(frozen=True)
-class AwqLayout(Layout):
+class AwqLayout(PackedLayout):
     """A weight packed as AWQ does ("gemm"): codes and zero points along the output features, interleaved."""
 
     def decode(self, parts: tuple[Tensor, ...]) -> Tensor:

@@ -13,13 +13,13 @@ from lorakit.core.variants.arrow import ARROW
 from lorakit.core.variants.bdlora import BDLORA
 from lorakit.core.variants.dora import DORA
 from lorakit.core.variants.kasa import KASA
-from lorakit.core.variants.lora import PLAIN
 from lorakit.core.variants.lora_xs import LORA_XS
 from lorakit.core.variants.monteclora import MONTECLORA
 from lorakit.core.variants.qalora import QALORA
 from lorakit.core.variants.variant import (
     NO_SETTING,
     NO_TENSORS,
+    PLAIN,
     Addend,
     At,
     Factor,

@@ -1,4 +1,4 @@
-"""`Variant`, the type of the entries in VARIANTS, and the argument and result types of its functions.
+"""`Variant`, the type of the entries in VARIANTS, with the types of its functions, and LoRA, the entry without any.
 
 Every variant computes an *addition* to the base output and to the base weight, so that several adapters can be applied
 in any order and the rows of a batch can use different adapters. It does not depend on adapter names, routes or files.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.factor import BOTH
-from lorakit.core.kinds.kind import Kind, Shape, WeightSpec
+from lorakit.core.kinds.kind import Kind, Shape, WeightSpec, every_kind
 from lorakit.core.linalg import Product, Reading
 from lorakit.errors import ConfigError
 
@@ -352,3 +352,10 @@ class Variant:
             except ConfigError as error:
                 raise ConfigError(f"{path}: {error}", **{**error.fields, "where": path}) from error
         return self.parts.shapes(kind, spec, r, setting)
+
+
+PLAIN = Variant(name="plain", title="LoRA", field="", fits=every_kind)
+"""LoRA, and rsLoRA, which differs only in the scale: h = W x + s·B(A x), so W gets s·B·A.   [docs/math.md (2)]
+
+Source: Hu et al. 2021, arXiv:2106.09685, eq. (3).
+"""

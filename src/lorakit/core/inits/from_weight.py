@@ -1,6 +1,8 @@
-"""LoftQ: the base is rounded to a quantization grid, and the adapter starts as an approximation of the rounding error.
+"""Inits from a decomposition of the base weight: PiSSA, OLoRA, MiCA and LoftQ.
 
-The grids are QLoRA's NF4 grid, and int8 with one scale per row. Rounded weights stay dense.
+PiSSA and OLoRA start at the best rank-r approximation and the QR decomposition of W; the base becomes the residual.
+MiCA freezes B at the left singular vectors of W with the smallest singular values. LoftQ rounds the base to QLoRA's NF4
+grid, or to int8 with one scale per row, and starts as an approximation of the rounding error; the base stays dense.
 """
 
 from __future__ import annotations
@@ -10,8 +12,72 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from lorakit.core.inits.init import Init, InitContext, InitResult, balanced
+from lorakit.core.inits.init import Init, InitContext, InitResult, balanced, zeros
+from lorakit.core.linalg import SPARE, sketched_spectrum
 from lorakit.errors import ConfigError
+
+FAST = "pissa_niter_"
+
+
+def _pissa(context: InitContext) -> InitResult:
+    """With W = U·S·Vᵀ, set A = √(S_r/s)·V_rᵀ and B = U_r·√(S_r/s); the base becomes W − s·B·A.   [docs/math.md (60)]
+
+    Source:
+        Meng et al. 2024, arXiv:2404.02948, eqs. (2) to (4); "pissa_niter_N" uses the fast SVD of Halko et al. 2011.
+    """
+    W = context.matrices()
+    name = str(context.config.init_lora_weights).lower()
+    iterations = int(name.removeprefix(FAST)) if name.startswith(FAST) else None
+    found = torch.linalg.svd(W, full_matrices=False) if iterations is None else sketched(context, W, iterations)
+    return InitResult(*context.in_layout(*balanced(context, *found)))
+
+
+def sketched(context: InitContext, W: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return about r leading singular directions of W (g, out, n) by a random sketch: U (g, out, k), S (g, k), Vh
+    (g, k, n).
+
+    Source:
+        Halko et al. 2011, arXiv:0909.4061, algorithms 4.4 and 5.1.
+    """
+    width = min(context.r + SPARE, *W.shape[1:])
+    probe = torch.empty(W.shape[0], W.shape[2], width, dtype=W.dtype, device=W.device)
+    found = sketched_spectrum(W, probe.normal_(generator=context.generator), iterations)
+    return found.U, found.S, found.Vh
+
+
+PISSA = Init("pissa", _pissa, changes_base=True, is_exact=False, family=r"pissa_niter_\d{1,3}")
+
+
+def _olora(context: InitContext) -> InitResult:
+    """With W = Q·R, set A to the first r rows of R and B to the first r columns of Q.   [docs/math.md (61)]
+
+    The base becomes W − s·B·A.
+
+    Source:
+        Büyükakyüz 2024, arXiv:2406.01775, algorithm 1.
+    """
+    W = context.matrices()
+    Q, R = torch.linalg.qr(W)
+    return InitResult(*context.in_layout(R[:, : context.r], Q[..., : context.r]))
+
+
+OLORA = Init("olora", _olora, changes_base=True, is_exact=False, requantizes=True)
+
+
+def _mica(context: InitContext) -> InitResult:
+    """With W = U·S·Vᵀ, set A to zero and B to the last r columns of U.   [docs/math.md (68)]
+
+    Source:
+        arXiv:2604.01694 (MiCA), as in PEFT: the adapter updates only the output directions that the base uses least.
+    """
+    W = context.matrices("MiCA requires `r` <= min(in_features, out_features)")
+    U = torch.linalg.svd(W, full_matrices=False).U
+    A, B = zeros(context, context.A_shape), U[..., -context.r :]
+    return InitResult(A, context.in_layout(A.reshape(W.shape[0], context.r, -1), B)[1])
+
+
+MICA = Init("mica", _mica, trains=frozenset({"A"}))
+
 
 BLOCK = 64
 """Number of values that share one scale on the NF4 grid."""
@@ -62,7 +128,7 @@ def _loftq(context: InitContext) -> InitResult:
     Source:
         Li et al. 2023, arXiv:2310.08659, algorithm 1.
     """
-    bits, steps = _settings(context)
+    bits, steps = _loftq_settings(context)
     W = context.matrices()
     Q = ROUNDED[bits](W)
     A, B = residual_factors(context, W - Q)
@@ -77,7 +143,7 @@ def residual_factors(context: InitContext, lost: Tensor) -> tuple[Tensor, Tensor
     return balanced(context, *torch.linalg.svd(lost, full_matrices=False))
 
 
-def _settings(context: InitContext) -> tuple[int, int]:
+def _loftq_settings(context: InitContext) -> tuple[int, int]:
     """Return the number of bits and the number of iterations from `loftq_config`."""
     config = context.config.loftq_config
     given = config if isinstance(config, dict) else vars(config)
