@@ -2,8 +2,7 @@
 
 Operations on a whole model (merge, unmerge, detach, save) call the protocol's methods on each component. In a merge or
 unmerge, every component first stages its change; the changes are committed only after all components have staged
-theirs. `AdapterModule` also has PEFT's methods, for programs that switch adapters module by module. This file does not
-import the modules that implement factors and weights.
+theirs. `AdapterModule` also has PEFT's methods, for programs that switch adapters module by module.
 """
 
 from __future__ import annotations
@@ -30,11 +29,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def trainable_tensors(function: Callable[Concatenate[Model, P], R]) -> Callable[Concatenate[Model, P], R]:
-    """Wrap a function so that the tensors it creates are trainable even if it is called in inference mode.
-
-    Args:
-        function: A function whose first argument is the model or a layer.
-    """
+    """Wrap a function of a model or a layer so that its new tensors are trainable even in inference mode."""
 
     @wraps(function)
     def called(model: Model, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -47,15 +42,8 @@ def trainable_tensors(function: Callable[Concatenate[Model, P], R]) -> Callable[
 def trainable(model: nn.Module, first: nn.Parameter | None) -> AbstractContextManager[object]:
     """Return a context in which new tensors are trainable, even within `torch.inference_mode`.
 
-    If the model was created outside of inference mode, the context turns inference mode off. A model that was created
-    in inference mode can only be used in inference mode.
-
-    Args:
-        model: The model, or a layer.
-        first: A parameter (any shape) of the model, or None if the model has none.
-
-    Raises:
-        ModelError: The model was created in inference mode, but inference mode is now off.
+    `first` is any parameter (any shape) of the model, or None if it has none. If the model was created outside of
+    inference mode, the context turns inference mode off; otherwise, a ModelError is raised unless inference mode is on.
     """
     inside = torch.is_inference_mode_enabled()
     if (first is not None and first.is_inference()) == inside:
@@ -78,8 +66,8 @@ class MergeOptions:
 
     Attributes:
         keep_base: Keep each original weight on its device (True) or in main memory ("cpu"), or discard it (False).
-        in_place: Whether the adapters stay on the model. If so, and if a site has a residual base, adapters are merged
-            into that base, because unmerged adapters may use it.
+        in_place: Whether the adapters stay on the model; if so, they are merged into a residual base if there is one,
+            because unmerged adapters may use it.
         dense: If set, quantized modules and grouped convolutions are replaced with plain modules. The value is the
             dtype of the new weight if a quantized module does not record its original dtype.
         apart: Ids of the components that must get a separate parameter because they share one with other modules.
@@ -96,7 +84,6 @@ class SiteMerge:
     """The effect of a merge on the weight of one site.   [docs/math.md (12)]
 
     Attributes:
-        path: Path of the site.
         retained: Fraction of the delta that the stored weight W' retains: 1 − ‖W' − (W₀ + Δ)‖ / ‖Δ‖, but at least 0.
         changed: Fraction of the weight's elements that changed.
         error: Relative error of the stored weight: ‖W' − (W₀ + Δ)‖ / ‖W₀ + Δ‖.
@@ -110,12 +97,7 @@ class SiteMerge:
 
 @dataclass(frozen=True)
 class StagedMerge:
-    """A staged change to one component, ready to be committed.
-
-    Attributes:
-        report: The merge's effect on the weight; None for an unmerge, and for components other than layers.
-        commit: Function that applies the change; it checks nothing, because all checks are done during staging.
-    """
+    """A staged change to one component: its effect on a weight, or None, and `commit`, which cannot fail."""
 
     report: SiteMerge | None
     commit: Callable[[], None]
@@ -124,8 +106,7 @@ class StagedMerge:
 class AdapterComponent:
     """Protocol for everything that carries adapters: layers, saved modules, trainable tokens and trained biases.
 
-    Attributes:
-        state: The state shared by all adapted modules of the model.
+    All adapted modules of a model share one `state`.
     """
 
     state: AdapterState
@@ -156,9 +137,7 @@ class AdapterComponent:
 
     @abstractmethod
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
-        """Prepare to unmerge adapters; return None if none of them is merged here.
-
-        Committing the change restores the original values bit for bit.
+        """Prepare to restore the original values bit for bit; return None if none of the adapters is merged here.
 
         Raises:
             MergeError: The base values were not kept.
@@ -174,12 +153,7 @@ class AdapterComponent:
 
 
 def base_not_kept(merged: Sequence[str], path: str | None = None) -> MergeError:
-    """Return the error to raise if a call needs the base values but a merge did not keep them.
-
-    Args:
-        merged: The adapters that are merged.
-        path: Path of the module into which the adapters are merged, if known.
-    """
+    """Return the error for a call that needs the base values of a module at `path`, which a merge did not keep."""
     names = ", ".join(merged)
     return MergeError(
         f"The merge of {names} into the base{f' at {path}' if path else ''} did not keep the base's values "
@@ -198,8 +172,6 @@ class AdapterModule(nn.Module, AdapterComponent):
     """A module in which adapters can be active.
 
     Attributes:
-        state: The state shared by all adapted modules of the model.
-        merged_adapters: The adapters that are currently merged into this module.
         own_route: This module's override of the model's default route, or None.
         aside: A one-element tuple with the override that applied before this module's adapters were disabled; empty
             while the adapters are enabled.
@@ -215,15 +187,7 @@ class AdapterModule(nn.Module, AdapterComponent):
         self.state.join(self)  # a copy joins the copied state
 
     def check_not_merged(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject adapters that are already merged here.
-
-        Args:
-            path: This module's path, for messages.
-            adapters: The adapters to check.
-
-        Raises:
-            MergeError: An adapter is already merged.
-        """
+        """Raise a MergeError if any of these adapters is already merged here."""
         twice = next((name for name in adapters if name in self.merged_adapters), None)
         if twice is not None:
             raise MergeError(f"Adapter {twice!r} is already merged. Unmerge it first.", what=twice, where=path)
@@ -233,39 +197,14 @@ class AdapterModule(nn.Module, AdapterComponent):
         return 0
 
     def check_mergeable(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject adapters that can never be merged here, regardless of what is currently merged; nothing is computed.
-
-        Args:
-            path: This module's path, for messages.
-            adapters: The adapters; those without parameters here are ignored.
-
-        Raises:
-            MergeError: An adapter cannot be merged here.
-        """
+        """Raise a MergeError if an adapter can never be merged here, whatever is merged now; nothing is computed."""
 
     def check_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> None:
-        """Reject a merge that is currently impossible here; nothing is computed.
-
-        Args:
-            path: This module's path, for messages.
-            adapters: The adapters; those without parameters here are ignored.
-            options: Merge options.
-
-        Raises:
-            MergeError: An adapter cannot be merged here, or is already merged.
-        """
+        """Raise a MergeError if a merge is impossible here now; nothing is computed."""
         self.check_mergeable(path, adapters)
 
     def check_unmerge(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject adapters that cannot be unmerged because the base values were not kept.
-
-        Args:
-            path: This module's path, for messages.
-            adapters: The adapters; those that are not merged here are ignored.
-
-        Raises:
-            MergeError: The values were not kept; the message names the adapter and the path.
-        """
+        """Raise a MergeError if an adapter that is merged here cannot be unmerged: the base values were not kept."""
 
     def drop_override(self, name: str) -> None:
         """Drop this module's override of the default route if it names an adapter that is being removed."""
@@ -275,12 +214,7 @@ class AdapterModule(nn.Module, AdapterComponent):
             self.aside = (None,)
 
     def set_trained(self, name: str, trained: bool) -> None:
-        """Unfreeze or freeze an adapter's parameters here.
-
-        Args:
-            name: The adapter; ignored if it has no parameters here.
-            trained: True to unfreeze the parameters, False to freeze them.
-        """
+        """Unfreeze or freeze an adapter's parameters here, if it has any."""
         for parameter in self.parameters_of(name):
             if parameter.requires_grad is not trained:
                 parameter.requires_grad_(trained and parameter.is_floating_point())
@@ -303,7 +237,7 @@ class AdapterModule(nn.Module, AdapterComponent):
 
     @property
     def _active_adapter(self) -> str | list[str]:
-        """The same as `active_adapter`; PEFT's name for the attribute that programs set directly."""
+        """Override the model's default route in this module; neither `requires_grad` nor `disable_adapters` changes."""
         return self.active_adapter
 
     @_active_adapter.setter
@@ -328,26 +262,17 @@ class AdapterModule(nn.Module, AdapterComponent):
         return not self.state.active().mentions and bool(self.state.chosen.names)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Enable or disable this module's adapters; `requires_grad` does not change.
-
-        Args:
-            enabled: Whether to enable the adapters.
-        """
+        """Enable or disable this module's adapters; `requires_grad` does not change."""
         if not enabled and not self.aside:
             self.aside, self.own_route = (self.own_route,), BASE
         elif enabled and self.aside:
             self.own_route, self.aside = self.aside[0], ()
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Override the model's default route in this module; calling `activate` on the model ends the override.
+        """Override the model's default route in this module until `activate` is called; freeze all other adapters here.
 
-        Args:
-            adapter_names: One or more adapters; an empty list selects the base alone. All other adapters are frozen
-                here.
-            inference_mode: Whether to freeze the named adapters too.
-
-        Raises:
-            RouteError: One of the adapters is not on the model.
+        An empty list selects the base alone. In `inference_mode`, the named adapters are frozen too. A RouteError is
+        raised if one of them is not on the model.
         """
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         self.state.check(names)
@@ -356,23 +281,14 @@ class AdapterModule(nn.Module, AdapterComponent):
             self.set_trained(name, name in names and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Unfreeze or freeze adapters here, whether they are active or not.
-
-        Args:
-            adapter_names: One or more adapters.
-            requires_grad: True to unfreeze the adapters, False to freeze them.
-        """
+        """Unfreeze or freeze adapters here, whether they are active or not."""
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             self.set_trained(name, requires_grad)
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None = None) -> None:
-        """Remove an adapter's parameters here.
+        """Remove an adapter's parameters here; `new_active_adapters` is ignored, and present for PEFT compatibility.
 
         If it was the only active adapter, the remaining adapter that comes first alphabetically becomes active.
-
-        Args:
-            adapter_name: The adapter; ignored if it has no parameters here.
-            new_active_adapters: Ignored; present only for PEFT compatibility. Other active adapters stay active.
         """
         active = self.active_adapters
         self.remove(adapter_name)
@@ -392,10 +308,7 @@ class AdapterModule(nn.Module, AdapterComponent):
 class ReplacingModule(AdapterModule):
     """Base class for adapted modules whose active adapter replaces the whole base module or some rows of its weight.
 
-    Attributes:
-        _what: Description of this type of module, for error messages.
-        _field: Config field that selects modules of this type.
-        forwards: The module's forward history, used when autograd recomputes a forward pass.
+    `_what` describes this type of module in messages, and `_field` is the config field that selects such modules.
     """
 
     _what: ClassVar[str]  # leading underscores, so as not to hide attributes of the module
@@ -424,11 +337,6 @@ class ReplacingModule(AdapterModule):
     def run_alike(self, route: Route, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
         """Return the module's output for a route that is the same for all rows.
 
-        Args:
-            route: The route.
-            args: Passed to the module.
-            kwargs: Passed to the module.
-
         Raises:
             RouteError: Two active adapters cannot be combined here.
         """
@@ -436,13 +344,10 @@ class ReplacingModule(AdapterModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's output for the active adapters; in a mixed batch, each adapter processes its own rows.
 
-        Args:
-            args: Passed to the base module; in a mixed batch, the first axis of every tensor must be the batch axis.
-            kwargs: Passed to the base module; the same requirement applies.
+        In a mixed batch, the first axis of every tensor must be the batch axis.
 
         Raises:
-            RouteError: The route cannot be determined or does not match the batch, or active adapters cannot be
-                combined.
+            RouteError: The route cannot be determined or does not match the batch, or adapters cannot be combined.
         """
         route, again = resolve(self.state, self.own_route, self.forwards)
         output = self.run_alike(route, args, kwargs) if route.rows is None else self._mixed(route, args, kwargs)
@@ -450,12 +355,7 @@ class ReplacingModule(AdapterModule):
         return output
 
     def _mixed(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """Run each adapter's rows of a mixed batch separately and return the outputs in row order, (rows, …).
-
-        Raises:
-            RowCountError: The route does not match the batch.
-            MixedRowsError: An output is not a tensor.
-        """
+        """Run each adapter's rows of a mixed batch separately and return the outputs in row order, (rows, …)."""
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         rows = None if x is None else route.rows_of(x.shape[0])
         if x is None or rows is None:

@@ -1,11 +1,8 @@
 """`BaseWeight`: how the base weight of a layer changes when adapters are merged, unmerged or unloaded.
 
-A merge is first staged (computed and checked) and then committed. A layer handles only its own weight; `merging`
-decides which layers change, and in which order.
-
-`sum_of_updates` computes the merged weight from the original, in the same storage format, without changing the layer.
-`merged_weight` also measures how far the stored weight deviates from the exact sum. The deviation is a rounding error
-for a plain weight, and much larger for a quantized weight.
+A layer handles only its own weight; `merging` decides which layers change, and in which order. `merged_weight` also
+measures how far the stored weight deviates from the exact sum. The deviation is a rounding error for a plain weight,
+and much larger for a quantized weight.
 
 The weight of a grouped convolution cannot hold an update, because the update covers all input channels for every output
 channel. Instead, the update is merged into a convolution with one group, whose weight is `groups` times as large.
@@ -43,15 +40,7 @@ class BaseWeight(StoredWeight):
     """A wrapper around a base module that can merge adapters into one of the module's weights."""
 
     def check_mergeable(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject adapters that can never be merged here, or whose bias cannot be stored; nothing is computed.
-
-        Args:
-            path: This layer's path, for messages.
-            adapters: The adapters; those without factors in this layer are ignored.
-
-        Raises:
-            MergeError: An adapter cannot be merged; the message names the adapter and the path.
-        """
+        """Raise a MergeError if an adapter can never be merged here, or if its bias cannot be stored."""
         for name in adapters:
             variant = variant_named(self.variant[name]) if name in self.r else None
             if variant is not None and isinstance(variant.update, str):
@@ -86,16 +75,7 @@ class BaseWeight(StoredWeight):
             )
 
     def check_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> None:
-        """Reject a merge that is currently impossible here; nothing is computed.
-
-        Args:
-            path: This layer's path, for messages.
-            adapters: The adapters; those without factors in this layer are ignored.
-            options: Merge options.
-
-        Raises:
-            MergeError: An adapter is already merged or cannot be merged, or the weight cannot be written.
-        """
+        """Raise a MergeError if an adapter is merged or cannot be merged, or if the weight cannot be written."""
         here = [name for name in adapters if name in self.r]
         if not here:
             return
@@ -116,15 +96,7 @@ class BaseWeight(StoredWeight):
             )
 
     def check_unmerge(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject adapters that cannot be unmerged because the base values were not kept or cannot be written.
-
-        Args:
-            path: This layer's path, for messages.
-            adapters: The adapters; those that are not merged here are ignored.
-
-        Raises:
-            MergeError: The values were not kept, or something computes the weight; the message names the path.
-        """
+        """Raise a MergeError if a merged adapter cannot be unmerged: base values were not kept or cannot be written."""
         lost = [name for name in adapters if name in self.merged_adapters]
         if lost and not self.keeps_base:
             raise base_not_kept(lost, path)
@@ -132,14 +104,7 @@ class BaseWeight(StoredWeight):
             self.check_written(path)
 
     def check_written(self, path: str) -> None:
-        """Reject a weight that is computed in each forward pass, so that a merged weight cannot be stored.
-
-        Args:
-            path: This layer's path, for messages.
-
-        Raises:
-            MergeError: A parametrization or pruning computes the weight, or this process has only a part of it.
-        """
+        """Raise a MergeError if a weight is computed in each forward pass, or if this process has only a part of it."""
         held = self.source._parameters.get(self.spec.parameter)
         if held is not None and is_shard(held):
             raise MergeError(
@@ -159,11 +124,6 @@ class BaseWeight(StoredWeight):
         With `keep_base=False`, the merged weight is discarded after its error has been measured, and is recomputed on
         commit. This avoids holding a second copy of the model in memory.
 
-        Args:
-            path: This layer's path, for the report and for messages.
-            adapters: The adapters; those without factors in this layer are ignored.
-            options: Merge options.
-
         Raises:
             MergeError: The result is not finite.
         """
@@ -182,12 +142,7 @@ class BaseWeight(StoredWeight):
         return StagedMerge(report, functools.partial(self._put_merged, stored, kept, bias, new, options))
 
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
-        """Compute the weight without the given adapters.
-
-        If no other adapters are merged, the result is bitwise identical to the original weight.
-
-        Args:
-            adapters: The adapters; those that are not merged here are ignored.
+        """Compute the weight without the given adapters, bitwise identical to the original if no others are merged.
 
         Raises:
             MergeError: The base values were not kept.
@@ -199,14 +154,9 @@ class BaseWeight(StoredWeight):
         return StagedMerge(None, functools.partial(self._put_unmerged, stored, bias, left))
 
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
-        """Return the weight with adapters merged, and the bias if an adapter has one; the layer is not changed.
+        """Return parameter name -> tensor (any shape) with adapters merged: the weight, and the bias if one has a bias.
 
-        Args:
-            adapters: The adapters; those without factors in this layer are ignored.
-            options: Merge options; with `dense`, quantized weights are returned dequantized.
-
-        Returns:
-            A dict from parameter name to tensor; empty if no adapter has factors in this layer.
+        The layer is not changed. The result is empty if no adapter has factors here; with `dense`, it is dequantized.
 
         Raises:
             MergeError: An adapter cannot be merged into the weight, or the merged bias is not finite.
@@ -224,9 +174,6 @@ class BaseWeight(StoredWeight):
     def merged_bias(self, adapters: Sequence[str]) -> Tensor | None:
         """Return the sum of the base bias and the adapters' biases, (out,), or None if no merge affects the bias.
 
-        Args:
-            adapters: The adapters; those without factors in this layer are ignored.
-
         Raises:
             MergeError: The sum is not finite.
         """
@@ -241,11 +188,7 @@ class BaseWeight(StoredWeight):
         return self.owner
 
     def follow(self, tied: BaseWeight) -> None:
-        """Update this layer's records after a tied layer merged adapters into the shared weight, or unmerged them.
-
-        Args:
-            tied: The tied layer, whose factors this layer uses.
-        """
+        """Update the records after a merge or unmerge in the tied layer whose factors and weight this layer uses."""
         self.merged_adapters = list(tied.merged_adapters)
         if self.merged_adapters or not self.moved_by:
             self.kept = tied.kept if self.merged_adapters else None
@@ -257,12 +200,7 @@ class BaseWeight(StoredWeight):
         return self.original(moved=bool(self.moved_by))
 
     def with_updates(self, names: Sequence[str], options: MergeOptions) -> Merged:
-        """Return the result of `sum_of_updates`, as a plain module if an earlier merge installed a plain module.
-
-        Args:
-            names: The adapters, including those already merged.
-            options: Merge options.
-        """
+        """Return `sum_of_updates` of these adapters, as a plain module if an earlier merge installed a plain module."""
         if self.replaced:
             options = dataclasses.replace(options, dense=self.owner.get_parameter("weight").dtype)
         return sum_of_updates(self, names, options)
@@ -308,11 +246,7 @@ class BaseWeight(StoredWeight):
             self.kept = self.kept if self.moved_by else None
 
     def _staged_bias(self, adapters: Sequence[str]) -> StagedBias | None:
-        """Return the bias to store and the original bias to keep, or None if no merge affects the bias.
-
-        Raises:
-            MergeError: The sum is not finite.
-        """
+        """Return the bias to store and the original bias to keep, or None if no merge affects the bias."""
         bringing = [name for name in adapters if self.bias_of(name) is not None]
         old = self.original_bias()
         if old is None or not (bringing or self.kept_bias is not None):
@@ -343,11 +277,7 @@ class BaseWeight(StoredWeight):
 
 
 def in_one_group(layer: StoredWeight, names: Sequence[str]) -> Merged:
-    """Merge adapters into a grouped convolution, and express the result as a convolution with one group.
-
-    Args:
-        layer: The layer that wraps the grouped convolution.
-        names: The adapters.
+    """Merge adapters into a grouped convolution, as a convolution with one group.
 
     Returns:
         The new convolution, the base weight, and the exact sum of updates; both tensors are expanded to one group,
@@ -389,11 +319,6 @@ def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOpti
     If the site has a residual base, the sum starts from that base in two cases: if one of the given adapters uses it,
     or if the adapters stay on the model, because unmerged adapters may use it. The sum is rounded only once. With
     `options.dense`, the stored form is a plain module that replaces a quantized module or a grouped convolution.
-
-    Args:
-        layer: The site's layer.
-        names: One or more adapters.
-        options: Merge options.
     """
     with torch.no_grad():
         if options.dense is not None and layer.spec.groups > 1:
@@ -413,13 +338,7 @@ def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOpti
 def merged_weight(
     path: str, layer: BaseWeight, new: Sequence[str], options: MergeOptions
 ) -> tuple[Replacement, SiteMerge]:
-    """Return the weight or module to store at a site after merging additional adapters, and the effect of the merge.
-
-    Args:
-        path: Path of the site.
-        layer: The site's layer.
-        new: Adapters to merge in addition to those already merged.
-        options: Merge options.
+    """Return what to store at a site after merging the adapters in `new` too, and the effect of the merge.
 
     Raises:
         MergeError: The result is not finite.

@@ -40,10 +40,6 @@ _ADDRESS = Tensor.__base__.data_ptr  # type: ignore[union-attr]  # the C method 
 class FactorVersions:
     """The versions of adapters' factors in a layer; the tensors are kept alive so that their ids cannot be reused.
 
-    Args:
-        layer: The site's `LoraLayer`.
-        names: The adapters, which must all have factors at the site.
-
     Raises:
         KeyError: A factor belongs to another layer.
         RuntimeError: A factor's tensors were created in inference mode and therefore have no versions.
@@ -111,7 +107,6 @@ class Stack:
     """The stacked factors of a group of adapters at one site.
 
     Attributes:
-        names: The adapters, in the stack's order.
         A: The adapters' A factors, (K, r, in), each multiplied by the adapter's scale.
         B: The adapters' B factors, (K, out, r), as a transposed view of a (K, r, out) tensor.
         ready: Input shape -> the prepared matmuls. Each stack belongs to one route, so the key omits the route.
@@ -145,7 +140,6 @@ class Stacks:
     """The stacks for a set of adapters at one site.
 
     Attributes:
-        stacks: The stacks of all adapters that can be stacked.
         rest: Adapters that cannot be stacked.
         names: All adapters in the set, stacked or not.
         absent: Adapters that some rows use but that have no factors at the site.
@@ -164,18 +158,10 @@ class Stacks:
 
 
 def add_kept(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
-    """Add a route's adapters to the base output, using cached stacks.
+    """Add the adapters of a route with a cache to the base output y₀ (rows, …, out), given the input x (rows, …, in).
 
-    If all rows use the same adapter and it has no valid stack yet, a stack is created.
-
-    Args:
-        layer: The site's `LoraLayer`, which has no merged adapters.
-        route: The route, which must have a cache.
-        x: The input, (rows, …, in).
-        y0: The base output, (rows, …, out).
-
-    Returns:
-        y₀ with the additions, or None if nothing was added and y₀ is unchanged.
+    Cached stacks are used; if all rows use the same adapter and it has no valid stack yet, a stack is created. The
+    `LoraLayer` must have no merged adapters. Return None if nothing was added and y₀ is unchanged.
     """
     y = _again(layer, route, x, y0)
     if y is not None or route.rows is not None:

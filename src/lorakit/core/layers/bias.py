@@ -25,15 +25,9 @@ R = TypeVar("R")
 class BiasPatch(AdapterComponent):
     """A forward hook for a module whose biases an adapter trains in place; other routes get the original biases.
 
-    If the adapter is not active, a shallow clone of the module repeats the forward pass with the original biases. The
+    If the adapter is not active, a shallow clone of the module repeats the forward pass with the `originals`. The
     output is bitwise identical to the base output, and other threads are not affected. The hook runs before all other
     hooks of the module, so those hooks see the corrected output.
-
-    Attributes:
-        module: The base module, which holds the trained biases as parameters.
-        adapter: The adapter that trains the biases.
-        originals: Name of each bias -> its value before training.
-        state: The state shared by all adapted modules of the model.
     """
 
     part_of_module = True  # clones that drop other hooks keep this one
@@ -77,11 +71,7 @@ class BiasPatch(AdapterComponent):
         return torch.where(ours.view(-1, *[1] * (output.ndim - 1)), output, old)
 
     def old(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return the original biases, keyed by name, on a module's current device and in its current dtype.
-
-        Args:
-            module: The base module, or a clone of it.
-        """
+        """Return the original biases by name, on the device and in the dtype of the base module, or a clone of it."""
         now = {name: getattr(module, name) for name in self.originals}  # FSDP can move parameters out of _parameters
         return {name: old.to(now[name].device, now[name].dtype) for name, old in self.originals.items()}
 
@@ -160,9 +150,6 @@ class BiasPatch(AdapterComponent):
 
 
 def out_projection(attention: nn.MultiheadAttention) -> nn.Module:
-    """Return the output projection of an attention module; if a `LoraLayer` wraps it, return the base module.
-
-    The attention module reads the projection's weight and bias but never calls the projection.
-    """
+    """Return the base module of an attention's output projection, whose weight and bias it reads without calling it."""
     inside = attention.get_submodule("out_proj")
     return inside.owner if isinstance(inside, LoraLayer) else inside

@@ -19,12 +19,7 @@ from lorakit.core.variants import variant_named
 
 
 def called_factors(layer: StoredWeight, name: str) -> tuple[nn.Module, nn.Module] | None:
-    """Return the modules that hold A and B if they must be called because one of them has a hook, else None.
-
-    Args:
-        layer: The site's `LoraLayer`.
-        name: An adapter that has factors in this layer.
-    """
+    """Return the modules that hold A and B of an adapter if they must be called because one of them has a hook."""
     kind = layer.kind
     if kind.down is not linear_down:
         return None
@@ -38,15 +33,9 @@ def called_factors(layer: StoredWeight, name: str) -> tuple[nn.Module, nn.Module
 
 
 def called_product(layer: StoredWeight, name: str, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return s·B(A(x)), (…, out), including the bias of B, if A and B must be called, else None.
+    """Return s·B(A(x)), (…, out), including the bias of B, for x (…, in), if A and B must be called, else None.
 
     As in PEFT, x is cast to the dtype of A first, unless `layer.cast_input_dtype_enabled` is false.
-
-    Args:
-        layer: The site's `LoraLayer`.
-        name: An adapter that has factors in this layer.
-        x: The input, (…, in).
-        dtype: Dtype of the result.
     """
     called = called_factors(layer, name)
     if called is None:

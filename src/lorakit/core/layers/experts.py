@@ -34,20 +34,12 @@ PARALLEL = "_is_expert_parallel"
 
 
 def role_of(module: nn.Module) -> str:
-    """Return the role in the table of known source that an experts module needs: EXPERTS and the marks that are true.
-
-    Args:
-        module: A module with the attributes of fused experts.
-    """
+    """Return the role in the table of known source that fused experts need: EXPERTS and the marks that are true."""
     return " ".join((EXPERTS, *(mark for mark in MARKS if getattr(module, mark, False))))
 
 
 def has_marks(module: nn.Module) -> bool:
-    """Return whether a module has the attributes and parameters of fused experts.
-
-    Args:
-        module: A module of the base model.
-    """
+    """Return whether a module of the base has the attributes and parameters of fused experts."""
     if not all(hasattr(module, name) for name in ("is_transposed", "has_bias", "_apply_gate")):
         return False
     held = [module._parameters.get(name) for name in _names(module)]
@@ -55,13 +47,7 @@ def has_marks(module: nn.Module) -> bool:
 
 
 def why_not(module: nn.Module, identities: Identities, known: KnownForwards) -> str:
-    """Return why `experts_forward` must not replace the `forward` of a module, or "".
-
-    Args:
-        module: A module of the base model.
-        identities: What each module computes.
-        known: Table of known source.
-    """
+    """Return why `experts_forward` must not replace the `forward` of a module of the base, or ""."""
     kind = type(module).__name__
     if not has_marks(module):
         return f"{kind} does not have the attributes of fused experts"
@@ -84,12 +70,7 @@ def _unknown(module: nn.Module, role: str, identities: Identities, known: KnownF
 
 
 def shows_tokens(module: nn.Module, parameter: str) -> bool:
-    """Return whether factors of a parameter can be applied to the tokens of each expert.
-
-    Args:
-        module: A module of the base model.
-        parameter: Name of the adapted parameter.
-    """
+    """Return whether factors of a parameter of a module can be applied to the tokens of each expert."""
     return parameter in PROJECTIONS and not why_not(module, Identities(), known_forwards())
 
 
@@ -108,11 +89,7 @@ class KnownExperts:
         return KnownExperts, ()
 
     def runs(self, module: nn.Module) -> bool:
-        """Return whether the source of a module is known, nothing has changed since, and it has no hooks.
-
-        Args:
-            module: The module.
-        """
+        """Return whether the source of a module is known, nothing has changed since, and it has no hooks."""
         if torch.compiler.is_compiling():
             return self._contract is not None
         if self._module is not module:
@@ -160,8 +137,7 @@ def experts_forward(
         top_k_weights: Routing weights of these experts, (tokens, k).
 
     Returns:
-        The output, (tokens, d). Extra cost: 2·r·(in + out) FLOPs per token, expert and projection; no dense weight is
-        formed.
+        The output, (tokens, d). Extra cost: 2·r·(in + out) FLOPs per token, expert and projection; no dense weight.
     """
     activation: Callable[[Tensor], Tensor] = getattr(module, "_apply_gate" if _is_gated(module) else "act_fn")
     (first, up), (last, down) = projections(module).items()
@@ -178,11 +154,7 @@ def experts_forward(
 
 
 def projections(module: nn.Module) -> dict[str, GroupedLinear]:
-    """Return the frozen projections of an experts module by the name of their weight, the first one first.
-
-    Args:
-        module: A module with the attributes of fused experts.
-    """
+    """Return the frozen projections of fused experts by the name of their weight, the first one first."""
     biases = {name: getattr(module, f"{name}_bias") if module.has_bias else None for name in _names(module)}
     return {
         name: GroupedLinear(getattr(module, name), bias, bool(module.is_transposed)) for name, bias in biases.items()

@@ -5,8 +5,7 @@ determines which adapters are active, the kind applies A and B, the variant comp
 reads W. A forward pass never writes to the base; only `BaseWeight` does, when adapters are merged.
 
 A forward pass reads the weight only once, even if several adapters need it, because reading a quantized weight
-dequantizes all of it. Nothing is cached across forward passes: writes to a weight through `.data` cannot be detected,
-so a cached norm could silently become stale.
+dequantizes all of it. Nothing is cached across forward passes: writes through `.data` cannot be detected.
 """
 
 from __future__ import annotations
@@ -81,14 +80,11 @@ class LoraLayer(BaseWeight, TunerLayer):
         lora_B: Adapter -> module with B, (out, r), as its weight.
         lora_embedding_A: Adapter -> A of an embedding, (r, V).
         lora_embedding_B: Adapter -> B of an embedding, (d, r).
-        lora_dropout: Adapter -> dropout module applied before A.
-        lora_alpha: Adapter -> alpha.
         variant: Adapter -> name of its entry in VARIANTS. Further attributes hold the variants' extra tensors
             (`OwnTensor.held_as`).
         settings: Adapter -> the variant's settings for this layer; adapters without settings have no entry.
         trains: Adapter -> which of its factors, "A" and "B", are trainable.
         memory: Adapter -> tensors that its variant keeps from one forward pass to the next.
-        own_route: This layer's override of the model's default route, or None.
         forwards: The layer's forward history, used when autograd recomputes a forward pass.
     """
 
@@ -134,12 +130,7 @@ class LoraLayer(BaseWeight, TunerLayer):
         return list(self.r)
 
     def set_trained(self, name: str, trained: bool) -> None:
-        """Unfreeze or freeze an adapter's tensors, except for tensors that its initialization or variant keeps frozen.
-
-        Args:
-            name: The adapter; ignored if it has no factors in this layer.
-            trained: True to unfreeze the tensors, False to freeze them.
-        """
+        """Unfreeze or freeze an adapter's tensors, except for those that its init or variant keeps frozen."""
         super().set_trained(name, trained)
         if not trained or name not in self.r:
             return
@@ -152,14 +143,9 @@ class LoraLayer(BaseWeight, TunerLayer):
                     tensor.requires_grad_(False)
 
     def put(self, name: str, factor: Factor, r: int, lora_alpha: float, trains: frozenset[str]) -> None:
-        """Add an adapter's factors to this layer.
+        """Add an adapter's A (r, in), B (out, r) and extra tensors, which become parameters, except for buffers.
 
-        Args:
-            name: The adapter.
-            factor: A (r, in), B (out, r) and the variant's extra tensors; they become parameters, except for buffers.
-            r: Rank of the factors.
-            lora_alpha: The adapter's alpha in this layer.
-            trains: Which of "A" and "B" are trained.
+        `trains` is which of "A" and "B" are trained.
         """
         kind = self.kind
         A, B = parameter(factor.A), parameter(factor.B)
@@ -196,14 +182,7 @@ class LoraLayer(BaseWeight, TunerLayer):
         return self._holder(kind.names[1])[adapter].bias if kind.on_disk and adapter in self.r else None
 
     def factor(self, name: str) -> Factor:
-        """Return an adapter's factors; all reads of A and B go through this method.
-
-        Args:
-            name: An adapter that has factors in this layer.
-
-        Returns:
-            A `Factor` with A (r, in) and B (out, r).
-        """
+        """Return an adapter's factors, A (r, in) and B (out, r); all reads of A and B go through this method."""
         kind = self.kind
         first, second = (self._holder(attribute)[name] for attribute in kind.names)
         A, B, bias = (first, second, None)
@@ -263,14 +242,9 @@ class LoraLayer(BaseWeight, TunerLayer):
         return found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the base output plus the additions of the active adapters.
+        """Return the base output plus the additions of the active adapters, (…, out), in the dtype of the base output.
 
-        Args:
-            args: Passed to the base module; the first is x (…, in), or indices (…) for an embedding.
-            kwargs: Passed to the base module.
-
-        Returns:
-            The output, (…, out), in the dtype of the base module's output.
+        The first argument is x (…, in), or indices (…) for an embedding.
 
         Raises:
             RouteError: The active route cannot be determined, or does not match this batch.
@@ -285,12 +259,7 @@ class LoraLayer(BaseWeight, TunerLayer):
         return y
 
     def adapted(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """Return the base output y₀ (…, out) plus the additions of a route's adapters.
-
-        Args:
-            route: The active adapters.
-            args: Passed to the base module; the first is x (…, in).
-            kwargs: Passed to the base module.
+        """Return the base output y₀ (…, out) plus the additions of a route's adapters; the first argument is x (…, in).
 
         Raises:
             RouteError: The route does not match this batch.
@@ -391,15 +360,10 @@ class LoraLayer(BaseWeight, TunerLayer):
         return y
 
     def addition(self, name: str, W: Tensor, training: bool = False) -> Tensor:
-        """Return the tensor that merging an adapter adds to the weight.   [docs/math.md (11)]
+        """Return what merging an adapter adds to W (out, in) from `read`, in its shape.   [docs/math.md (11)]
 
-        Args:
-            name: An adapter that has factors in this layer.
-            W: The base weight from `read`, (out, in); an adapter with a residual base uses the residual base instead.
-            training: Whether the variant may perturb A and B, as in training.
-
-        Returns:
-            The addition, of the same shape as W, with an autograd graph if gradients are enabled.
+        An adapter with a residual base uses that base instead of W. The result has an autograd graph if gradients are
+        enabled. `training` is whether the variant may perturb A and B.
 
         Raises:
             MergeError: The variant cannot be merged, or the weight cannot hold the delta.
@@ -444,31 +408,18 @@ class LoraLayer(BaseWeight, TunerLayer):
         return base.read(owner, stored) if base.quantized else stored
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set an adapter's scale to a multiple of the scale in its config.
-
-        Args:
-            adapter: The adapter; ignored if it has no factors in this layer.
-            scale: The multiplier.
-        """
+        """Set an adapter's scale, if it has factors here, to a multiple of the scale in its config."""
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self._own_scale(adapter)
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the scales of the active adapters.
-
-        Args:
-            scale: The multiplier.
-        """
+        """Multiply the scales of the active adapters."""
         for name in self.active_adapters if scale != 1 else ():
             if name in self.scaling:
                 self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Undo `scale_layer`, or reset the scales of the active adapters to those in their configs.
-
-        Args:
-            scale: The multiplier given to `scale_layer`; None resets the scales.
-        """
+        """Undo `scale_layer` with the same factor or, without one, reset the scales to those of the configs."""
         for name in self.active_adapters:
             if name in self.scaling:
                 self.scaling[name] = self._own_scale(name) if scale is None else self.scaling[name] / scale
@@ -478,14 +429,7 @@ class LoraLayer(BaseWeight, TunerLayer):
         return scale(self.r[adapter], self.lora_alpha[adapter], config is not None and config.use_rslora)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return s·B·A for an adapter, in the layout of the stored base weight.
-
-        Args:
-            adapter: An adapter that has factors in this layer.
-
-        Returns:
-            A tensor of shape (out, in), or (in, out) if the weight is stored transposed. The tensor has an autograd
-            graph if gradients are enabled.
+        """Return s·B·A of an adapter, with an autograd graph, as the weight is stored: (out, in) or (in, out).
 
         Raises:
             MergeError: The weight cannot hold the delta.
@@ -496,11 +440,9 @@ class LoraLayer(BaseWeight, TunerLayer):
 
     @trainable_tensors
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Merge adapters into the weight of this layer alone; the original weight is kept.
+        """Merge adapters, by default the active ones, into the weight of this layer alone; the original weight is kept.
 
-        Args:
-            safe_merge: Ignored; present only for PEFT compatibility. A non-finite result always raises an error.
-            adapter_names: The adapters; None means the active ones.
+        `safe_merge` is ignored, and present for PEFT compatibility: a non-finite result always raises an error.
 
         Raises:
             ConfigTypeError: `adapter_names` is a string.
@@ -548,11 +490,7 @@ class LoraLayer(BaseWeight, TunerLayer):
             layer.merged_adapters, layer.kept = [], layer.kept if layer.moved_by else None
 
     def leader_of(self, adapters: Sequence[str]) -> LoraLayer | None:
-        """Return the tied layer whose weight and (transposed) factors this layer uses, or None if there is none.
-
-        Args:
-            adapters: The adapters; those without factors in this layer are ignored.
-        """
+        """Return the tied layer whose weight and (transposed) factors this layer uses for these adapters, or None."""
         here = [name for name in adapters if name in self.r]
         held = getattr(self, self.kind.names[0])
         leading = {leader for name in here for leader in getattr(held[name], "leader", (None,))}
@@ -560,12 +498,7 @@ class LoraLayer(BaseWeight, TunerLayer):
         return leader if leader is not None and self.is_one_with(leader, adapters) else None
 
     def is_one_with(self, tied: LoraLayer, adapters: Collection[str]) -> bool:
-        """Return whether another layer shares this layer's weight and has factors for the same adapters.
-
-        Args:
-            tied: The other layer.
-            adapters: The adapters to check; all others are ignored.
-        """
+        """Return whether another layer shares this layer's weight and has factors for the same of these adapters."""
         if any((name in self.r) != (name in tied.r) for name in adapters):
             return False
         mine, its = (one.source._parameters.get(one.spec.parameter) for one in (self, tied))
@@ -586,12 +519,7 @@ class LoraLayer(BaseWeight, TunerLayer):
 
 
 def not_yet_merged(names: Sequence[str], merged: Sequence[str], quiet: bool = False) -> list[str]:
-    """Return the adapters that are not merged yet, and warn about merged ones as PEFT does.
-
-    Args:
-        names: The adapters to merge.
-        merged: The adapters that are already merged.
-        quiet: Whether to omit the warning.
+    """Return the adapters in `names` that are not merged yet, and warn about the others as PEFT does, unless `quiet`.
 
     Raises:
         ConfigTypeError: `names` is a string.

@@ -30,12 +30,9 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 class ModulesToSave(ReplacingModule):
-    """A module with a trainable copy for each adapter that lists it in `modules_to_save`.
+    """A module with a trainable copy for each adapter that lists it in `modules_to_save`; the original is frozen.
 
-    Attributes:
-        original_module: The original module, frozen.
-        modules_to_save: Adapter -> its copy.
-        merged_adapters: The adapter whose copy replaces the original, as a list; empty if there is none.
+    `merged_adapters` lists the adapter whose copy replaces the original, if there is one.
     """
 
     _what, _field = "a saved module", "modules_to_save"
@@ -77,11 +74,7 @@ class ModulesToSave(ReplacingModule):
         return self if len(self.modules_to_save) else self.original_module
 
     def check_mergeable(self, path: str, adapters: Sequence[str]) -> None:
-        """Reject the merge if several adapters have a copy here, because only one copy can replace the original.
-
-        Raises:
-            MergeError: Several adapters have a copy; the message names two of them and the path.
-        """
+        """Raise a MergeError if several adapters have a copy here, because only one copy can replace the original."""
         here = [name for name in adapters if name in self.modules_to_save]
         if len(here) > 1:
             raise MergeError(
@@ -93,11 +86,7 @@ class ModulesToSave(ReplacingModule):
             )
 
     def check_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> None:
-        """Reject the merge if another copy already replaces the original.
-
-        Raises:
-            MergeError: A copy is already merged; the message names its adapter.
-        """
+        """Raise a MergeError if another copy already replaces the original."""
         self.check_not_merged(path, adapters)
         self.check_mergeable(path, [*self.merged_adapters, *adapters])
 
@@ -123,12 +112,7 @@ class ModulesToSave(ReplacingModule):
         return self.modules_to_save[self.merged_adapters[0]] if self.merged_adapters else self.original_module
 
     def run_alike(self, route: Route, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Return the output of the module that a route selects.
-
-        Args:
-            route: The route, which is the same for all rows.
-            args: Passed to the module.
-            kwargs: Passed to the module.
+        """Return the output of the module that a route, the same for all rows, selects.
 
         Raises:
             RouteError: Several copies of this module are active at once.
@@ -154,8 +138,8 @@ class Extras:
 
     Attributes:
         copies: Path -> trainable copy of the module at that path.
-        biases: Base modules, each with a dict of its current biases, keyed by name. The dict of an attention module is
-            empty if only the output projection has trained biases.
+        biases: Base modules, each with its current biases by name; empty for an attention module if only its output
+            projection has trained biases.
         rows: Trainable token embeddings: the chosen rows of each embedding or head, and their values, (n, d).
         leaders: Path of a module -> path of the module to which it is tied.
     """
@@ -169,14 +153,13 @@ class Extras:
 def build_extras(modules: Mapping[str, nn.Module], sites: Collection[str], saved: Sequence[str], bias: str) -> Extras:
     """Build everything that an adapter trains in addition to its factors, without changing the model.
 
+    A bias in a saved module is trained only in the module's copy.
+
     Args:
         modules: Path -> the base module, or the adapted or saved module that replaces it.
         sites: Paths of the adapter's sites.
         saved: Paths of the adapter's saved modules.
         bias: The config's `bias`: "none", "all", or "lora_only" (only the biases of the sites).
-
-    Returns:
-        The saved modules and biases. A bias in a saved module is trained only in the module's copy.
 
     Raises:
         TargetError: A module to save contains sites or saved modules of another adapter.
@@ -219,11 +202,7 @@ def biased_modules(
 ) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
     """Yield the base modules whose biases an adapter trains, excluding saved modules and everything inside them.
 
-    Args:
-        modules: Path -> module, as in `build_extras`.
-        sites: Paths of the adapter's sites.
-        saved: Paths of the adapter's saved modules.
-        bias: The config's `bias`.
+    The arguments are those of `build_extras`.
 
     Yields:
         The module's path in the plain base model, the module, and the names of its bias parameters.
@@ -270,13 +249,7 @@ def _base_modules(current: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def trainable_copy(path: str, current: nn.Module) -> nn.Module:
-    """Return a trainable copy of a module, without adapters and in the same mode (training or evaluation).
-
-    Quantized modules are dequantized in the copy, because they cannot be trained.
-
-    Args:
-        path: Path of the module, for messages.
-        current: The module, or the `ModulesToSave` around it.
+    """Return a trainable, dequantized copy of a module or of that in a `ModulesToSave`, without adapters.
 
     Raises:
         TargetError: The module contains sites or saved modules of another adapter.

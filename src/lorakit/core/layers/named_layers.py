@@ -91,9 +91,6 @@ LAYERS: Mapping[str, type[LoraLayer]] = {
 def layer_class(kind: Kind) -> type[LoraLayer]:
     """Return the layer class for a kind: the kind's `layer`, its entry in LAYERS, or else a generic class.
 
-    Args:
-        kind: A built-in or user-defined kind.
-
     Raises:
         ConfigError: The kind's `layer` is not a subclass of `LoraLayer`.
     """

@@ -38,7 +38,6 @@ class StoredWeight(AdapterModule):
         scaling: Adapter -> scale.
         variant: Adapter -> the name of its variant.
         cast_input_dtype_enabled: Whether the input is cast to the dtype of an A that is called as a module.
-        merged_adapters: Adapters that are currently merged into the base weight.
         kept: The stored base weight from before the first change, or None if that weight was not kept.
         moved_by: The adapters that use a residual base: either the one whose init (such as PiSSA) created it, or all
             adapters whose variants require it. Empty if the base is unchanged.
@@ -125,20 +124,14 @@ class StoredWeight(AdapterModule):
     def read(self, adapter: str | None = None) -> Tensor:
         """Return the base weight without merged adapters, in canonical shape (out, in) and in fp32 or wider.
 
-        Args:
-            adapter: The adapter whose base weight to read: the residual base if the adapter uses one, else the original
-                weight. None reads the original weight.
+        If an adapter is given and uses a residual base, that base is returned.
         """
         base, source = self.storage
         kept = self._kept_for(adapter in self.moved_by)
         return base.read(source, _as_now(base, source, self.spec.parameter, kept))
 
     def original(self, moved: bool = False) -> Stored:
-        """Return the stored weight without merged adapters, on the base's device and in its dtype.
-
-        Args:
-            moved: Whether to return the residual base instead of the original weight.
-        """
+        """Return the stored weight, or the residual base if `moved`, without merged adapters, on the base's device."""
         return _as_now(*self.storage, self.spec.parameter, self._kept_for(moved))
 
     def _kept_for(self, moved: bool) -> Stored | None:
@@ -160,10 +153,9 @@ class StoredWeight(AdapterModule):
         return bias if isinstance(bias, Tensor) else None
 
     def inside(self) -> frozenset[str]:
-        """Return the adapters that the stored weight reflects: those merged and those that use the residual base.
+        """Return the adapters that the stored weight reflects: those merged, or else those that use the residual base.
 
-        If an adapter that uses the residual base is merged, the module no longer holds the unmerged residual base that
-        other adapters need, so only the merged adapters are returned.
+        If an adapter that uses the residual base is merged, the module no longer holds the base that others need.
         """
         merged = frozenset(self.merged_adapters)
         return merged if merged.intersection(self.moved_by) else merged.union(self.moved_by)
@@ -180,12 +172,9 @@ class StoredWeight(AdapterModule):
         return clone
 
     def move_base(self, adapter: str, stored: Stored, initial: tuple[Tensor, Tensor] | None) -> None:
-        """Store the residual base that an adapter uses; the original is kept.
+        """Store the residual base that an adapter uses, unless another adapter uses it already; the original is kept.
 
-        Args:
-            adapter: The adapter.
-            stored: The residual base in stored form; ignored if another adapter already uses the same base.
-            initial: The adapter's initial A (r, in) and B (out, r) if the base became W − s·B·A, else None.
+        `initial` is A (r, in) and B (out, r) if the base became W − s·B·A, else None.
         """
         if self.moved_by:
             self.moved_by = (*self.moved_by, adapter)
@@ -203,11 +192,7 @@ class StoredWeight(AdapterModule):
         self.kept = self.moved = None
 
     def check_kept(self) -> None:
-        """Check that the original base weight, without merged adapters, is available.
-
-        Raises:
-            MergeError: Adapters are merged, but the original weight was not kept.
-        """
+        """Raise a MergeError if adapters are merged, but the original weight was not kept."""
         if self.merged_adapters and not self.keeps_base:
             raise base_not_kept(self.merged_adapters)
 
@@ -240,14 +225,9 @@ def _as_now(base: WeightFormat[Any, Any], source: nn.Module, parameter: str, sto
 
 
 def give_back(owner: nn.Module, parameter: str, held: nn.Parameter, stored: Tensor) -> None:
-    """Restore the parameter that a module shared before a merge untied it.
+    """Restore the parameter that a module shared before a merge untied it, with the values `stored` (any shape).
 
-    Args:
-        owner: The module.
-        parameter: Name of the parameter in the module.
-        held: The shared parameter, of any shape; an earlier merge may have written to it, and its device and dtype may
-            differ from the model's.
-        stored: The values to restore, of the same shape, on the model's current device.
+    A merge may have written to `held`, and its device and dtype may differ from the model's, which `stored` has.
     """
     same = (held.device, held.dtype) == (stored.device, stored.dtype) and torch.equal(held.detach(), stored)
     if not same:

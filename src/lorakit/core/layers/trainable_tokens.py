@@ -32,7 +32,6 @@ class ChosenRows:
 
     Attributes:
         path: The module's path in the plain base model.
-        indices: Indices of the rows.
         tied: Paths of modules tied to this module; they share its weight and therefore the trainable token embeddings.
     """
 
@@ -45,7 +44,6 @@ class TokenAdapter(nn.Module, TunerLayer):
     """An embedding or head with each adapter's trainable token embeddings; the attributes have PEFT's names.
 
     Attributes:
-        base_layer: The embedding, or the head.
         trainable_tokens_delta: Adapter -> its rows, (n, d).
         token_indices: Adapter -> the indices of its rows in the weight.
         kept: Merged adapter -> the original base rows, (n, d), or None if they were not kept.
@@ -143,11 +141,8 @@ class TokenAdapter(nn.Module, TunerLayer):
     def original(self, strict: bool = True) -> Tensor:
         """Return the base weight, (V, d), without merged rows; the base parameter itself if nothing is merged.
 
-        Args:
-            strict: Whether to raise an error if the base rows were not kept; if False, merged rows stay in the weight.
-
         Raises:
-            MergeError: An adapter is merged, and the base rows were not kept.
+            MergeError: The rows of a merged adapter were not kept; if not `strict`, they stay in the weight instead.
         """
         table: Tensor = self.base_layer.weight  # type: ignore[assignment]
         for name in [name for name, rows in self.kept.items() if strict or rows is not None]:
@@ -166,9 +161,6 @@ class TokenAdapter(nn.Module, TunerLayer):
 
     def replacements(self, names: Sequence[str]) -> list[Replacement]:
         """Return the active adapters' rows that are not in the weight yet, in the order of the adapters.
-
-        Args:
-            names: The active adapters; adapters that have no rows in this module or are already merged are skipped.
 
         Raises:
             RouteError: Two of the adapters train the same row.
@@ -231,9 +223,7 @@ class _OriginalRows(Mapping[str, Tensor]):
 class TrainableTokens(ReplacingModule):
     """An embedding, or a head tied to one, with trainable token embeddings (`trainable_token_indices`).
 
-    Attributes:
-        token_adapter: The embedding or head, and the rows of each adapter.
-        follows: Whether this module is tied to an embedding that holds the trainable rows of both modules.
+    `follows` is whether this module is tied to an embedding that holds the trainable rows of both modules.
     """
 
     _what, _field = "a module with trainable tokens", "trainable_token_indices"
@@ -276,13 +266,7 @@ class TrainableTokens(ReplacingModule):
             super().__setattr__(name, value)
 
     def put(self, name: str, indices: Sequence[int], rows: nn.Parameter) -> None:
-        """Add an adapter's rows.
-
-        Args:
-            name: The adapter.
-            indices: Indices of the rows in the weight.
-            rows: Values of the rows, (n, d).
-        """
+        """Add an adapter's rows (n, d), given their indices in the weight."""
         self.token_adapter.token_indices[name] = list(indices)
         self.token_adapter.trainable_tokens_delta[name] = rows
 
@@ -311,11 +295,7 @@ class TrainableTokens(ReplacingModule):
         return dict(zip(["token_adapter.trainable_tokens_delta"], self.parameters_of(adapter), strict=False))
 
     def check_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> None:
-        """Reject rows that are already merged, that two adapters train, or that are not finite.
-
-        Raises:
-            MergeError: An adapter's rows are rejected; the message names the adapter.
-        """
+        """Raise a MergeError if rows are already merged, are trained by two of the adapters, or are not finite."""
         table = self.token_adapter
         new = [name for name in adapters if name in self and not self.follows]
         self.check_not_merged(path, new)
@@ -338,13 +318,7 @@ class TrainableTokens(ReplacingModule):
                 )
 
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
-        """Build a weight with the adapters' rows; return None if there are none or a tied module holds them.
-
-        Args:
-            path: Not used.
-            adapters: The adapters.
-            options: Whether to keep the base rows, and whether to untie the weight from modules that share it.
-        """
+        """Build a weight with the adapters' rows; return None if there are none or a tied module holds them."""
         here = [name for name in adapters if name in self]
         if not here or self.follows:
             return None
@@ -359,11 +333,7 @@ class TrainableTokens(ReplacingModule):
         return StagedMerge(None, partial(self._put_merged, weight, kept, own))
 
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
-        """Prepare to restore the base rows; return None if none of the given adapters is merged here.
-
-        Raises:
-            MergeError: The base rows were not kept.
-        """
+        """Prepare to restore the base rows; return None if none of the given adapters is merged here."""
         table = self.token_adapter
         old = {name: table.given_back(name) for name in table.kept if name in adapters and not self.follows}
         return StagedMerge(None, partial(self._put_unmerged, old)) if old else None
@@ -380,9 +350,7 @@ class TrainableTokens(ReplacingModule):
     def follow(self, tied: TrainableTokens, apart: bool) -> None:
         """Update this module after a merge or unmerge in the tied module that holds its trainable rows.
 
-        Args:
-            tied: The tied module.
-            apart: Whether the merge gave the tied module a separate parameter, which this module then uses too.
+        `apart` is whether the merge gave the tied module a separate parameter, which this module then uses too.
         """
         mine, its = self.token_adapter, tied.token_adapter
         if not mine.kept:
@@ -431,14 +399,8 @@ class TrainableTokens(ReplacingModule):
     def run_alike(self, route: Route, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         """Return the output of the embedding or head with the active adapters' rows substituted.   [docs/math.md (91)]
 
-        Args:
-            route: The route, which is the same for all rows of the batch.
-            args: Passed to the base module; the first is indices (…) for an embedding, which returns (…, d), or
-                hidden states (…, d) for a head, which returns (…, V).
-            kwargs: Passed to the base module.
-
-        Raises:
-            RouteError: Two active adapters train the same row.
+        The first argument is indices (…) for an embedding, which returns (…, d), or hidden states (…, d) for a head,
+        which returns (…, V). A RouteError is raised if two active adapters train the same row.
         """
         names, adapter, table = route.names, self.token_adapter, self.original_module
         if adapter.is_stale(names):  # a clone with the original weight yields the exact base output
@@ -456,17 +418,14 @@ class TrainableTokens(ReplacingModule):
 
 
 def looked_up(table: nn.Embedding, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """Return the output of an embedding with some rows of its weight replaced.
+    """Return the output of an embedding with some rows of its weight replaced, (…, d).
 
     Args:
         table: The embedding.
         x: Indices, (…).
         y: Output of the embedding, (…, d).
-        index: Indices of the replaced rows, (n,).
+        index: Indices of the replaced rows, (n,); cost: a binary search among them for each element of `x`.
         rows: New values of these rows, (n, d).
-
-    Returns:
-        The output, (…, d). Cost: a binary search among n indices for each element of `x`; the weight is not copied.
     """
     numbers, order = index.sort()
     position = torch.searchsorted(numbers, x.contiguous()).clamp_max(len(numbers) - 1)
@@ -485,7 +444,7 @@ def looked_up(table: nn.Embedding, x: Tensor, y: Tensor, index: Tensor, rows: Te
 
 
 def read_out(W: Tensor, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """Return the output of a head with some rows of its weight replaced.
+    """Return the output of a head with some rows of its weight replaced, (…, V), in 2·n·d FLOPs for each position.
 
     Args:
         W: Weight of the head, (V, d).
@@ -493,9 +452,6 @@ def read_out(W: Tensor, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> Te
         y: Output of the head, (…, V).
         index: Indices of the replaced rows, (n,).
         rows: New values of these rows, (n, d).
-
-    Returns:
-        The output, (…, V). Cost: 2·n·d FLOPs for each position.
     """
     change = (rows - W[index].to(rows)).to(y.dtype)  # exactly zero if the rows equal the base rows
     return y.index_add(-1, index, F.linear(x.to(y.dtype), change))

@@ -39,11 +39,6 @@ class WeightLayer(LoraLayer):
     def adapted(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a clone of the owner, in which the adapted weights include the updates, and return its output.
 
-        Args:
-            route: The active adapters.
-            args: Passed to the owner.
-            kwargs: Passed to the owner.
-
         Raises:
             MixedRowsError: Rows of the batch use different adapters.
             RouteError: The route does not match the batch.
@@ -72,9 +67,6 @@ class WeightLayer(LoraLayer):
     def without_rows(self, route: Route) -> Route:
         """Return a route with the same adapters for the whole batch.
 
-        Args:
-            route: A route, which may have one adapter per row.
-
         Raises:
             MixedRowsError: Rows of the batch use different adapters.
         """
@@ -102,14 +94,9 @@ class WeightLayer(LoraLayer):
             layer = layer.base_layer
 
     def effective(self, route: Route) -> Tensor | None:
-        """Return the weight with a route's adapters applied, in its stored layout.
+        """Return the weight with a route's adapters applied, in its stored layout such as (out, in).
 
-        Args:
-            route: The adapters that are active on all rows.
-
-        Returns:
-            The weight in its stored layout, such as (out, in), or None if the module already holds it. Gradients flow
-            to A and B.
+        None means that the module already holds it. Gradients flow to A and B.
         """
         names = [name for name in route.names if name in self.r]
         if frozenset(names) == self.inside() == frozenset(self.merged_adapters):
@@ -127,11 +114,7 @@ class WeightLayer(LoraLayer):
     def beside_tokens(self, route: Route) -> tuple[Tensor | None, list[Factor]]:
         """Return the weight to use, and the factors that must be applied separately to each expert's tokens.
 
-        Args:
-            route: The adapters that are active on all rows.
-
-        Returns:
-            The weight, (experts, …, …), or None if the module already holds it; and a possibly empty list of factors.
+        The weight is (experts, …, …), or None if the module already holds it.
 
         Raises:
             ModelError: An adapter has dropout, and the input of its weight is not accessible anymore.
