@@ -34,13 +34,7 @@ def is_pruned(module: nn.Module, parameter: str) -> bool:
 
 
 def clone_with(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Return a shallow clone of a module with some of its parameters replaced.
-
-    Args:
-        module: Any module.
-        tensors: Replacement tensors, keyed by the name of a parameter that the module holds directly; each must have
-            that parameter's shape (…) and may require gradients.
-    """
+    """Return a shallow clone of a module with some of its own parameters replaced by tensors of their shape (…)."""
     parametrised = module._modules.get(PARAMETRISED)
     if parametrised is None or tensors.keys().isdisjoint(parametrised._modules):
         return _shallow(module, type(module), tensors, dict(module._modules))
@@ -53,14 +47,7 @@ def clone_with(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def bare(module: nn.Module) -> nn.Module:
-    """Return a shallow clone of a module without the user's hooks, for an additional forward pass.
-
-    Args:
-        module: Any module.
-
-    Returns:
-        The clone, which keeps only the hooks that are part of the module's computation (`part_of_module`).
-    """
+    """Return a shallow clone of a module with only the hooks that are part of its computation (`part_of_module`)."""
     clone = clone_with(module, {})
     clone.__dict__.update((table, OrderedDict()) for table in HOOKS)
     _keep_hooks(clone, module, parts=True)
@@ -68,11 +55,9 @@ def bare(module: nn.Module) -> nn.Module:
 
 
 def with_forward(module: nn.Module, forward: Callable[..., Tensor]) -> nn.Module:
-    """Return a shallow clone of a module with a new `forward`; the user's hooks run once, around that `forward`.
+    """Return a shallow clone of a module with a new `forward`, around which the user's hooks run once.
 
-    Args:
-        module: Any module.
-        forward: The clone's forward function, which calls several `bare` clones and returns a tensor (…).
+    This forward calls several `bare` clones and returns a tensor (…).
     """
     clone = clone_with(module, {})
     _keep_hooks(clone, module, parts=False)
@@ -117,11 +102,7 @@ SHARDING = "torch.distributed.fsdp"
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class of a module, or the class that it had before FSDP2 sharded the module.
-
-    Args:
-        module: Any module.
-    """
+    """Return the class of a module, or the class that it had before FSDP2 sharded the module."""
     return next(kind for kind in type(module).__mro__ if not kind.__module__.startswith(SHARDING))
 
 
@@ -132,11 +113,7 @@ CAPTURING = "transformers.utils.output_capturing"
 def is_watched(module: nn.Module, *, captures: bool = True) -> bool:
     """Return whether using a module's weight without calling the module would skip a hook or a custom `forward`.
 
-    Device maps, for example, replace `forward` on the module instance.
-
-    Args:
-        module: Any module.
-        captures: Whether to count output-collecting hooks; pass False if the forward pass does not collect outputs.
+    Device maps, for example, replace `forward` on the module. `captures` says whether output-collecting hooks count.
     """
     after = module._forward_hooks.values()
     return bool(
@@ -152,9 +129,6 @@ def has_observers(module: nn.Module) -> bool:
     """Return whether a module has hooks or a custom `forward` that may depend on the values of its output.
 
     Hooks of FSDP2 on the module itself do not: they gather its weights before the call, and free them after it.
-
-    Args:
-        module: Any module.
     """
     if not is_watched(module, captures=False):
         return False
@@ -164,13 +138,10 @@ def has_observers(module: nn.Module) -> bool:
 
 
 def share_dropped(dropout: nn.Module) -> float | None:
-    """Return the fraction of values that a dropout module zeroes in its current mode; None for unsupported modules.
+    """Return the fraction of values that the dropout before A zeroes in its current mode; None for unsupported modules.
 
     The supported modules are nn.Identity and nn.Dropout without hooks; a dropout with p = 1 is supported only in eval
     mode.
-
-    Args:
-        dropout: The dropout module applied before A.
     """
     if isinstance(dropout, nn.Identity):
         return 0.0

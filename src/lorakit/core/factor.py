@@ -78,11 +78,7 @@ class OwnTensors(nn.Module):
 
 
 class BufferDict(nn.Module, MutableMapping[str, Tensor]):
-    """Dictionary of buffers that move with the parent module; as PEFT's class of this name does.
-
-    Attributes:
-        persistent: Whether the buffers are part of the state dict.
-    """
+    """Dictionary of buffers, perhaps `persistent`, that move with the parent module, as PEFT's class of this name."""
 
     __eq__, __hash__ = nn.Module.__eq__, nn.Module.__hash__
 
@@ -130,37 +126,19 @@ OF_OWN_TENSORS: Mapping[str, Callable[[], nn.Module]] = {
 
 
 def own_entry(carried: str, tensor: Tensor) -> nn.Module | Tensor:
-    """Return the entry that holds one of a variant's extra tensors (…), in a container from `OF_OWN_TENSORS`.
-
-    Args:
-        carried: A key of `OF_OWN_TENSORS`.
-        tensor: The tensor, such as a diagonal (r,).
-    """
+    """Return the entry for an extra tensor of a variant, such as a diagonal (r,), by a key of `OF_OWN_TENSORS`."""
     if carried == "buffer":
         return tensor.detach()
     return OwnWeight(parameter(tensor)) if carried == "module" else parameter(tensor)
 
 
 def own_container(carried: str, member: str) -> nn.Module:
-    """Return an empty container for a variant's extra tensors, with one entry per adapter.
-
-    Args:
-        carried: A key of `OF_OWN_TENSORS`.
-        member: `OwnTensor.member`.
-    """
+    """Return an empty container for a variant's extra tensors, one per adapter, by a key of `OF_OWN_TENSORS`."""
     return nn.ModuleDict() if member else OF_OWN_TENSORS[carried]()
 
 
 def put_own(holder: Any, adapter: str, member: str, carried: str, tensor: Tensor) -> None:
-    """Add one of a variant's extra tensors (…) to its container.
-
-    Args:
-        holder: The container from `own_container`.
-        adapter: The adapter.
-        member: `OwnTensor.member`.
-        carried: A key of `OF_OWN_TENSORS`.
-        tensor: The tensor, such as a diagonal (r,).
-    """
+    """Add an adapter's extra tensor (…), such as a diagonal (r,), to its container from `own_container`."""
     entry = own_entry(carried, tensor)
     if not member:
         holder[adapter] = entry
@@ -174,12 +152,7 @@ def put_own(holder: Any, adapter: str, member: str, carried: str, tensor: Tensor
 
 
 def weight_holder(weight: nn.Parameter, bias: Tensor | None = None) -> nn.Module:
-    """Return a module that holds A or B.
-
-    Args:
-        weight: A or B, (…), with at least two dimensions.
-        bias: Bias of B, (out,), or None.
-    """
+    """Return a module that holds A or B (…), with at least two dimensions, and the bias (out,) of B if there is one."""
     own = None if bias is None else parameter(bias)
     return FactorWeight(weight, own) if weight.ndim == 2 else OwnWeight(weight, own)
 
@@ -190,12 +163,7 @@ def make_dropout(p: float) -> nn.Module:
 
 
 def factor_dtype(module: nn.Module, parameter: str) -> torch.dtype:
-    """Return the dtype of A and B for a base weight: fp32, or the weight's dtype if that is wider.
-
-    Args:
-        module: The module that holds the weight.
-        parameter: The weight's name in the module.
-    """
+    """Return the dtype of A and B for a base weight: fp32, or the weight's dtype if that is wider."""
     weight = getattr(module, parameter) if is_computed(module, parameter) else module._parameters.get(parameter)
     is_wide = weight is not None and weight.is_floating_point() and weight.dtype.itemsize > torch.float32.itemsize
     return weight.dtype if is_wide else torch.float32  # type: ignore[union-attr]

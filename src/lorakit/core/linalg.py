@@ -26,12 +26,7 @@ A sketch is used only if SKETCH times its number of columns is less than the sma
 
 @dataclass(frozen=True)
 class Product:
-    """The factors of B·A.
-
-    Attributes:
-        A: (g, r, in).
-        B: (g, out, r).
-    """
+    """The factors of B·A: A (g, r, in) and B (g, out, r)."""
 
     A: Tensor
     B: Tensor
@@ -44,12 +39,9 @@ class Product:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The singular value decomposition of B·A.
+    """The singular value decomposition of B·A, largest values first.
 
-    Attributes:
-        U: Left singular vectors, (g, out, k), with k = min(r, out, in).
-        S: Singular values, largest first, (g, k).
-        Vh: Right singular vectors, (g, k, in).
+    U is (g, out, k), S (g, k) and Vh (g, k, in), with k = min(r, out, in).
     """
 
     U: Tensor
@@ -77,10 +69,7 @@ class Principal:
 class Reading:
     """The base weight of a site, and the site's geometry.
 
-    Attributes:
-        W: Canonical weight in float64, (out, in, …); for experts, the tensor as the base stores it, (experts, …, …).
-        kind: The kind of the site.
-        spec: The site's weight spec.
+    W is canonical, in float64, (out, in, …); for experts, it is the tensor as the base stores it, (experts, …, …).
     """
 
     W: Tensor
@@ -88,11 +77,7 @@ class Reading:
     spec: WeightSpec
 
     def matrix(self, expert: int = 0) -> Tensor:
-        """Return the weight as a float64 matrix, (out, n); to save memory, only one expert's matrix is converted.
-
-        Args:
-            expert: The index of the expert.
-        """
+        """Return the weight as a float64 matrix, (out, n); to save memory, only one expert's matrix is converted."""
         if not self.spec.experts:
             return self.kind.flat_weight(self.spec, self.W)
         W = self.W[expert].double()
@@ -100,15 +85,10 @@ class Reading:
 
 
 def product_of(A: Tensor, B: Tensor, experts: int = 1) -> Product:
-    """Return the factors of one site as a `Product`.
+    """Return the factors of one site as a `Product`, in float64; kernels are flattened into the columns of A.
 
-    Args:
-        A: The site's A, (r, in, …), or (experts·r, in) for experts.
-        B: The site's B, (out, r / g, …), with g > 1 for a grouped convolution, or (out, r·experts) for experts.
-        experts: The number of experts, each with its own part of A and B.
-
-    Returns:
-        The factors, in float64; kernels are flattened into the columns of A.
+    A is (r, in, …), or (experts·r, in) for experts; B is (out, r / g, …), with g > 1 for a grouped convolution, or
+    (out, r·experts) for experts.
     """
     wide = torch.float64 if A.device.type != "mps" else torch.float32  # MPS has no float64
     A, B = A.detach().to(wide).flatten(1), B.detach().to(wide).flatten(1)
@@ -119,15 +99,10 @@ def product_of(A: Tensor, B: Tensor, experts: int = 1) -> Product:
 
 
 def factors_of(product: Product, A_like: Tensor, B_like: Tensor, experts: int = 1) -> tuple[Tensor, Tensor]:
-    """Convert a product back to a site's A (r, in, …) and B (out, r / g, …), in fp32 or wider.
+    """Convert a product of any rank back to a site's A (r, in, …) and B (out, r / g, …), in fp32 or wider.
 
-    This is the inverse of `product_of`.
-
-    Args:
-        product: The factors, of any rank.
-        A_like: Tensor with the layout and dtype of the site's A, (r, in, …); its rank may differ.
-        B_like: Tensor with the layout and dtype of the site's B, (out, r / g, …); its rank may differ.
-        experts: As in `product_of`.
+    This is the inverse of `product_of`. `A_like` and `B_like` have the layout and dtype of the site's factors; their
+    rank may differ.
     """
     A, B = side_by_side(product.A, product.B) if experts > 1 else (product.A, product.B)
     A = A.reshape(-1, *A_like.shape[1:])
@@ -136,12 +111,7 @@ def factors_of(product: Product, A_like: Tensor, B_like: Tensor, experts: int = 
 
 
 def stacked(products: Sequence[Product], weights: Sequence[float]) -> Product:
-    """Return Σ w·B·A as one product whose rank is the sum of the ranks.   [docs/math.md (50)]
-
-    Args:
-        products: Products for the same site.
-        weights: One weight per product; it multiplies B.
-    """
+    """Return Σ w·B·A of products for one site as one product with the sum of their ranks.   [docs/math.md (50)]"""
     A = torch.cat([product.A for product in products], dim=1)
     B = torch.cat([product.B * weight for product, weight in zip(products, weights, strict=True)], dim=2)
     return Product(A, B)
@@ -152,9 +122,6 @@ def spectrum(product: Product) -> Spectrum:
 
     With the QR decompositions B = Q·R and Aᵀ = P·T, the product is B·A = Q·(R·Tᵀ)·Pᵀ, so only the small matrix R·Tᵀ
     needs a singular value decomposition. Cost: O((in + out)·r²).
-
-    Args:
-        product: The factors.
     """
     Q, R = torch.linalg.qr(product.B)
     P, T = torch.linalg.qr(product.A.mT)
@@ -163,27 +130,15 @@ def spectrum(product: Product) -> Spectrum:
 
 
 def truncated(found: Spectrum, rank: int) -> Product:
-    """Return a product's best approximation of a given rank.   [docs/math.md (52)]
+    """Return a product's best approximation of at most this rank in each group.   [docs/math.md (52)]
 
-    The factors are B = U·S and A = Vᵀ, with the largest singular values first.
-
-    Args:
-        found: The product's singular value decomposition.
-        rank: Maximum rank of each group.
-
-    Source:
-        Eckart and Young 1936.
+    The factors are B = U·S and A = Vᵀ, with the largest singular values first. Source: Eckart and Young 1936.
     """
     return Product(found.Vh[:, :rank], found.U[:, :, :rank] * found.S[:, None, :rank])
 
 
 def padded(product: Product, rank: int) -> Product:
-    """Zero-pad a product to a given rank; a product that already has at least that rank is returned unchanged.
-
-    Args:
-        product: The factors, of any rank.
-        rank: The rank of each group after padding.
-    """
+    """Zero-pad a product to a rank in each group; a product with at least that rank is returned unchanged."""
     lack = rank - product.A.shape[1]
     if lack <= 0:
         return product
@@ -191,14 +146,9 @@ def padded(product: Product, rank: int) -> Product:
 
 
 def rank_for(S: Tensor, energy: float) -> int:
-    """Return the smallest rank that retains a given fraction of the energy ΣS².   [docs/math.md (52)]
+    """Return the smallest rank, at least 1, that retains a fraction in (0, 1] of the energy ΣS².   [docs/math.md (52)]
 
-    Args:
-        S: Singular values, largest first, (g, k); every group keeps the same number of values.
-        energy: The fraction, in (0, 1].
-
-    Returns:
-        The rank, which is at least 1 even if all values are zero.
+    S (g, k) has the largest values first; every group keeps the same number of values.
     """
     held = S.double().square().sum(0).cumsum(0)
     total = float(held[-1])
@@ -209,24 +159,14 @@ def rank_for(S: Tensor, energy: float) -> int:
 
 
 def inner(one: Product, other: Product) -> float:
-    """Return ⟨B·A, B'·A'⟩ = trace((BᵀB')(A'Aᵀ)), computed from two small matrices.   [docs/math.md (53)]
-
-    Args:
-        one: A product.
-        other: A product for the same site; its rank may differ.
-    """
+    """Return ⟨B·A, B'·A'⟩ = trace((BᵀB')(A'Aᵀ)) of two products for one site.   [docs/math.md (53)]"""
     return float(((one.B.mT @ other.B) * (one.A @ other.A.mT)).sum())
 
 
 def cosines(one: Tensor, other: Tensor) -> Tensor:
     """Return the cosines of the principal angles between two column spaces, largest first.   [docs/math.md (54)]
 
-    Args:
-        one: Orthonormal columns, (g, n, k).
-        other: Orthonormal columns, (g, n, l).
-
-    Returns:
-        (g, min(k, l)), each in [0, 1].
+    The orthonormal columns are (g, n, k) and (g, n, l), and the cosines (g, min(k, l)), each in [0, 1].
 
     Source:
         Björck and Golub 1973; the mean of the squared cosines is φ in Hu et al. 2021, arXiv:2106.09685, eq. (4).
@@ -245,11 +185,7 @@ def significant(found: Spectrum) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class RankLimit:
-    """The limit to which a product is truncated: a rank, or a fraction of the product's energy.
-
-    Attributes:
-        rank: The maximum rank.
-        energy: The fraction of the energy ΣS² to keep, in (0, 1]; the smallest rank that suffices is used.
+    """The limit to which a product is truncated: a maximum rank, or a fraction in (0, 1] of its energy ΣS² to keep.
 
     Raises:
         ConfigError: Both fields are set, or neither is, or the value is out of range.
@@ -267,11 +203,9 @@ class RankLimit:
             raise ConfigError.of("energy", self.energy, "a fraction in (0, 1]")
 
     def of(self, S: Tensor, shared: int = 1) -> int:
-        """Return the rank of each group, at least 1.
+        """Return the rank of each group, at least 1, for singular values S (g, k), largest first.
 
-        Args:
-            S: Singular values, largest first, (g, k).
-            shared: The number of groups that share the rank, as in a grouped convolution; 1 for experts.
+        `shared` is the number of groups that share the rank, as in a grouped convolution; 1 for experts.
         """
         if self.rank is None:
             return rank_for(S, self.energy or 1.0)
@@ -279,15 +213,9 @@ class RankLimit:
 
 
 def cut(found: Spectrum, to: RankLimit, shared: int = 1) -> tuple[Product, float]:
-    """Truncate a product.
+    """Truncate a product, given its decomposition, and return it with the fraction of the energy that was removed.
 
-    Args:
-        found: The decomposition of the product.
-        to: The limit.
-        shared: As in `RankLimit.of`.
-
-    Returns:
-        The truncated product, and the fraction of the energy that was removed.
+    `shared` is as in `RankLimit.of`.
     """
     rank = to.of(found.S, shared)
     energy = found.S.square()
@@ -296,12 +224,9 @@ def cut(found: Spectrum, to: RankLimit, shared: int = 1) -> tuple[Product, float
 
 
 def sketched_spectrum(W: Tensor, probe: Tensor, iterations: int) -> Spectrum:
-    """Compute a truncated singular value decomposition with a random sketch and power iterations.
+    """Compute a truncated singular value decomposition of W (g, out, in) with a random sketch and power iterations.
 
-    Args:
-        W: The matrices, (g, out, in).
-        probe: Random values from a normal distribution, (g, in, k).
-        iterations: Number of power iterations; each improves the accuracy.
+    `probe` (g, in, k) is normally distributed; each iteration improves the accuracy.
 
     Source:
         Halko et al. 2011, arXiv:0909.4061, algorithms 4.4 and 5.1.
@@ -314,17 +239,10 @@ def sketched_spectrum(W: Tensor, probe: Tensor, iterations: int) -> Spectrum:
 
 
 def dense_spectrum(delta: Tensor, rank: int | None = None) -> tuple[Spectrum, float]:
-    """Return the singular value decomposition of a dense update, truncated if a small rank is enough.
+    """Return the singular value decomposition of a dense update (out, in), and its energy ‖delta‖².
 
-    If `rank` is far below the size of the matrix, `sketched_spectrum` with four power iterations replaces the full
-    decomposition; the returned total energy shows how much the sketch leaves out.
-
-    Args:
-        delta: (out, in), in fp32 or wider.
-        rank: The number of singular values needed; None for all.
-
-    Returns:
-        The decomposition, with a single group, and the total energy ‖delta‖².
+    If the `rank` needed is far below the size of the matrix, `sketched_spectrum` with four power iterations replaces
+    the full decomposition; the energy shows how much the sketch leaves out.
     """
     energy = float(delta.double().square().sum())
     width = None if rank is None else rank + SPARE
@@ -340,11 +258,6 @@ def _kept(dtype: torch.dtype) -> torch.dtype:
 
 
 def damped_inverse(rows: Tensor, damping: float) -> Tensor:
-    """Return (X·Xᵀ + δ·I)⁻¹ (…, r, r) for rows X (…, r, n); a pseudoinverse if the matrix is singular.
-
-    Args:
-        rows: X, (…, r, n).
-        damping: δ.
-    """
+    """Return (X·Xᵀ + δ·I)⁻¹ (…, r, r) for rows X (…, r, n) and damping δ; a pseudoinverse if the matrix is singular."""
     ridge = damping * torch.eye(rows.shape[-2], dtype=rows.dtype, device=rows.device)
     return torch.linalg.pinv(rows @ rows.mT + ridge)

@@ -37,9 +37,7 @@ class Pair:
 
     Attributes:
         trained: B (out, r), or A (r, in) if B is frozen; a convolution's factor also has kernel axes.
-        frozen: The site's other factor.
         scale: The scale of B·A.
-        trained_is_A: Whether `trained` is A.
         experts: Number of experts in B (out, r·experts), with the expert index varying fastest; 0 for a single matrix.
     """
 
@@ -58,14 +56,9 @@ class Pair:
 
 
 def freeze_factors(model: nn.Module, name: str | None = None) -> list[Pair]:
-    """Freeze one factor at each site: the one that is not initialized to zero.
+    """Freeze the factor of each site that is not initialized to zero, for one adapter or all.
 
-    Args:
-        model: An adapted model; only `requires_grad` of the frozen factors changes.
-        name: One adapter, or None for all.
-
-    Returns:
-        One pair for each site whose other factor is trained, in model order.
+    Return one pair for each site whose other factor is trained, in model order.
 
     Raises:
         AdapterError: The model does not have the adapter.
@@ -98,16 +91,9 @@ def freeze_factors(model: nn.Module, name: str | None = None) -> list[Pair]:
 def corrected_gradient(gradient: Tensor, pair: Pair, inverse: Tensor) -> Tensor:
     """Return the gradient of a trained factor, corrected to approximate full fine-tuning.   [docs/math.md (18)]
 
-    The corrected gradient of B is g_B·(A·Aᵀ)⁻¹/s²; that of A is (Bᵀ·B)⁻¹·g_A/s².
-
-    Args:
-        gradient: The gradient of the pair's trained factor, (out, r) or (r, in), possibly with kernel axes.
-        pair: The pair, which gives the layout of the factors and the scale s.
-        inverse: Result of `inverse_gram`, (blocks, r / blocks, r / blocks). It multiplies B's gradient on the right,
-            or A's gradient on the left.
-
-    Returns:
-        A tensor with the shape and dtype of `gradient`.
+    The corrected gradient of B is g_B·(A·Aᵀ)⁻¹/s²; that of A is (Bᵀ·B)⁻¹·g_A/s². The gradient is (out, r) or (r, in),
+    possibly with kernel axes. `inverse` (blocks, r / blocks, r / blocks), from `inverse_gram`, multiplies B's gradient
+    on the right, or A's gradient on the left.
 
     Source:
         Zhang et al. 2023, arXiv:2308.03303. The corrected gradient is the X that minimizes ‖s·X·A − G‖; Wang et al.
@@ -127,11 +113,7 @@ def corrected_gradient(gradient: Tensor, pair: Pair, inverse: Tensor) -> Tensor:
 def inverse_gram(pair: Pair) -> Tensor:
     """Return (A·Aᵀ + δ·I)⁻¹ for a pair with a frozen A, or (Bᵀ·B + δ·I)⁻¹ for a pair with a frozen B.
 
-    Args:
-        pair: The pair.
-
-    Returns:
-        A tensor of shape (blocks, r / blocks, r / blocks), in fp32 or wider.
+    The shape is (blocks, r / blocks, r / blocks), in fp32 or wider.
     """
     rows = at_least_fp32(pair.frozen.detach())
     rows = rows.T if pair.trained_is_A else rows
@@ -186,14 +168,7 @@ class LoraFA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Perform one optimization step.
-
-        Args:
-            closure: A function that recomputes the loss, or None.
-
-        Returns:
-            The closure's return value, or None without a closure.
-        """
+        """Perform one optimization step; return the result of the closure, which recomputes the loss, if any."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -236,9 +211,6 @@ class TrainedPart:
     """One trainable parameter of an adapter.
 
     Attributes:
-        name: Name of the parameter in the model.
-        parameter: The parameter.
-        role: The parameter's role.
         site: Path of the site, or of the module that holds the parameter.
         experts: Number of experts in A (r·experts, in) or B (out, r·experts), whose index varies slowest in A and
             fastest in B; 1 for other parameters.
@@ -279,11 +251,7 @@ class Rates:
 
 
 def roles(model: nn.Module) -> dict[int, tuple[Role, str]]:
-    """Return a dict from tensor id to role and site path, for every factor and extra tensor in a model.
-
-    Args:
-        model: Any model.
-    """
+    """Return a dict from tensor id to role and site path, for every factor and extra tensor in a model."""
     found: dict[int, tuple[Role, str]] = {}
     for path, layer in layers(model):
         site = path.replace(".base_layer", "")  # layers can be nested
@@ -300,11 +268,7 @@ def roles(model: nn.Module) -> dict[int, tuple[Role, str]]:
 
 
 def trained_parts(model: nn.Module, name: str | None = None) -> list[TrainedPart]:
-    """Return the trainable parameters of an adapter with their roles, in model order.
-
-    Args:
-        model: An adapted model.
-        name: One adapter, or None for all.
+    """Return the trainable parameters of one adapter, or of all, with their roles, in model order.
 
     Raises:
         AdapterError: The model does not have the adapter.
@@ -326,14 +290,7 @@ def _experts(model: nn.Module) -> dict[int, int]:
 
 
 def rates_by_name(parts: Sequence[TrainedPart], rates: Rates) -> dict[str, float]:
-    """Return the learning rate of each parameter: η_B = λ·η_A at every site.   [docs/math.md (17)]
-
-    Args:
-        parts: The trainable parameters.
-        rates: The adapter's learning rates, by type of parameter and by pattern.
-
-    Returns:
-        A dict from parameter name to learning rate.
+    """Return the learning rate of each parameter by its name: η_B = λ·η_A at every site.   [docs/math.md (17)]
 
     Raises:
         ConfigError: A pattern is invalid or matches no site; the message suggests similar names.

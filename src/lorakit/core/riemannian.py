@@ -30,10 +30,8 @@ DAMPING = 1e-2
 class Factors:
     """The trained factors of one adapter at one site.
 
-    Attributes:
-        A: Down projection, (r, in); with experts, (E·r, in), ordered by expert.
-        B: Up projection, (out, r); with experts, (out, r·E), with the expert index varying fastest.
-        experts: Number of experts E; 1 for a single matrix.
+    A is (r, in) or, with E experts, (E·r, in), ordered by expert; B is (out, r) or (out, r·E), with the expert index
+    varying fastest. `experts` is 1 for a single matrix.
     """
 
     A: nn.Parameter
@@ -42,14 +40,10 @@ class Factors:
 
 
 def trained_factors(model: nn.Module, name: str | None = None) -> list[Factors]:
-    """Return the pairs of A (r, in) and B (out, r) that can be preconditioned, in model order.
+    """Return the pairs of A (r, in) and B (out, r) that can be preconditioned, of one adapter or all, in model order.
 
     A pair is left out if one of its factors is frozen or is not a matrix (convolutions), if it belongs to an embedding,
     or if A and B are stored with different ranks (a block-diagonal B).
-
-    Args:
-        model: An adapted model.
-        name: One adapter, or None for all.
 
     Raises:
         AdapterError: The model does not have the adapter.
@@ -72,10 +66,7 @@ def precondition(factors: Factors, damping: float) -> None:
     """Replace the gradients of A and B by g_A ← (Bᵀ·B + δ·I)⁻¹·g_A and g_B ← g_B·(A·Aᵀ + δ·I)⁻¹.   [docs/math.md (46)]
 
     A gradient that is None is left alone. The matmuls are computed in fp32 or wider; each expert has its own matrices.
-
-    Args:
-        factors: The factors, whose `.grad` is overwritten.
-        damping: δ, which keeps the inverse finite while a factor is zero.
+    The damping δ keeps the inverse finite while a factor is zero.
 
     Source:
         Zhang and Pilanci 2024, arXiv:2402.02347, section 3.
@@ -101,19 +92,10 @@ def _by_expert(tensor: Tensor, of_B: bool, experts: int) -> Tensor:
 def preconditioned(
     optimizer: type[Optimizer], model: nn.Module, *, lr: float, damping: float = DAMPING, **options: Any
 ) -> Optimizer:
-    """Create an optimizer of a model's trainable parameters that preconditions the gradients of A and B at each step.
+    """Create an optimizer of this class that preconditions the gradients of A and B of a model at each step.
 
-    All other parameters are updated with their own gradients.
-
-    Args:
-        optimizer: The optimizer's class, such as `torch.optim.AdamW`.
-        model: An adapted model.
-        lr: Learning rate.
-        damping: δ, at least 0.
-        options: Further arguments of the class, such as `weight_decay`.
-
-    Returns:
-        An instance of the class; its `step` accepts no closure.
+    All other parameters are updated with their own gradients. `options` are further arguments of the class, such as
+    `weight_decay`. The optimizer's `step` accepts no closure.
 
     Raises:
         ConfigTypeError: `optimizer` is not an optimizer class.

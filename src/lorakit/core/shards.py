@@ -79,13 +79,9 @@ def shape_of(tensor: Tensor) -> torch.Size:
 
 
 def completed(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors with all of their values; every process must call this for the same tensors.
+    """Return tensors (…), by name, with all of their values; every process must call this for the same tensors.
 
-    Args:
-        named: Name -> tensor (…); tensors that are not distributed are returned unchanged.
-
-    Returns:
-        Name -> tensor (…), in the same order.
+    Those that are not distributed are returned unchanged.
 
     Raises:
         AdapterError: A tensor cannot be completed; the message names it.
@@ -120,12 +116,7 @@ def _whole(name: str, tensor: Tensor) -> Tensor:
 
 
 def write(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Copy values into distributed parameters; every process must call this for the same parameters.
-
-    The values of process 0 are used.
-
-    Args:
-        pairs: Name -> parameter (…), and a tensor of the parameter's whole shape.
+    """Copy process 0's values into distributed parameters (any shape), by name; every process must call this.
 
     Raises:
         AdapterError: A parameter cannot be written; the message names it.
@@ -159,12 +150,7 @@ def _scatter(name: str, parameter: DTensor, value: Tensor) -> None:
 
 
 def _gathered(tensors: Sequence[Tensor], writer: int | None = None) -> AbstractContextManager[object]:
-    """Return a context in which tensors that DeepSpeed has partitioned have all of their values.
-
-    Args:
-        tensors: The tensors, (…).
-        writer: The process whose changes are kept; None if nothing is changed.
-    """
+    """Return a context in which tensors that DeepSpeed has partitioned are whole; the `writer`'s changes are kept."""
     try:
         import deepspeed
     except ImportError as cause:

@@ -55,7 +55,6 @@ class AttachReport:
     """Result of `attach`.
 
     Attributes:
-        name: The adapter's name.
         matches: The adapted sites, each with its rank, its alpha and the target entry that matched the site.
         trainable_parameters: Number of values that will be trained.
         notes: Notes for the user; `str(note)` gives the message.
@@ -82,16 +81,13 @@ def attach(
     """Add a new adapter to a model. The first adapter becomes active; activate others with `activate` or `use`.
 
     Args:
-        model: The base, or a model that already has adapters. It is changed in place.
+        model: The base, or a model that already has adapters; changed in place.
         config: The adapter's config; it is copied.
         name: The adapter's name.
         allow: Names of checks to override: "partial_targets", "odd_scale".
         seed: Random seed for the initialization; if None, torch's default generator is used.
         statistics: The result of `collect_for`, for initialization methods that use data.
         kinds: Custom site kinds; they must be passed again when the adapter is loaded.
-
-    Returns:
-        A report of what was attached.
 
     Raises:
         ConfigError: The config does not match this model or the statistics, or a name in `allow` is unknown.
@@ -181,11 +177,7 @@ def _relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
-    """Remove one or all adapters from a model, and restore the base's weights (bit for bit) and `requires_grad` flags.
-
-    Args:
-        model: An adapted model, changed in place.
-        name: Name of the adapter to remove, or None to remove all adapters.
+    """Remove an adapter, or all of them, and restore the base's weights (bit for bit) and `requires_grad` flags.
 
     Raises:
         AdapterError: The adapter is not on the model.
@@ -242,10 +234,6 @@ def with_targets(config: LoraConfig, model: nn.Module | AdapterIndex) -> LoraCon
     If the config names no targets, PEFT's default targets for the architecture are added. Names that transformers 4
     used in models with experts are converted.
 
-    Args:
-        config: The config.
-        model: The model, or its index.
-
     Raises:
         ConfigError: The config names no targets, and the architecture has no default; or old names cannot be converted.
         TargetError: The config names an expert that does not exist.
@@ -284,11 +272,7 @@ def _with_default(config: LoraConfig, model: nn.Module) -> LoraConfig:
 
 
 def model_type_of(model: nn.Module) -> str:
-    """Return the model type from a model's config (an object or a mapping), or "None" if it has no model type.
-
-    Args:
-        model: Any model.
-    """
+    """Return the model type from a model's config (an object or a mapping), or "None" if it has no model type."""
     config = getattr(model, "config", None)
     found = getattr(config, "model_type", None)
     if not isinstance(found, str):

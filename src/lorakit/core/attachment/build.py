@@ -51,9 +51,7 @@ class NewFactor:
     """The factors of one site, built but not yet attached.
 
     Attributes:
-        target: The site.
         factor: The site's A, B and extra tensors as parameters, together with the scale and dropout.
-        match: Path, rank and alpha of the site.
         trains: Which of "A" and "B" are trainable.
         stored: The residual base in the base module's storage format, or None if the base is unchanged.
         initial: A (r, in) and B (out, r) before training if the residual base is W − s·B·A, otherwise None.
@@ -72,7 +70,6 @@ class NewAdapter:
     """An adapter, built but not yet attached.
 
     Attributes:
-        name: The adapter's name.
         config: The adapter's config; the model keeps this object.
         factors: The factors, with one entry per site.
         auxiliary: Saved modules, token embeddings and biases, which are trained together with the factors.
@@ -91,18 +88,7 @@ class NewAdapter:
 def fresh_factors(
     index: AdapterIndex, config: LoraConfig, matches: Sequence[Match], seed: int | None, statistics: Statistics | None
 ) -> list[NewFactor]:
-    """Build initialized factors for every site that a config names, drawing random numbers in site order.
-
-    Args:
-        index: The model's index.
-        config: The adapter's config.
-        matches: The sites, with rank and alpha.
-        seed: Random seed, or None to use torch's default generator.
-        statistics: Data statistics for the initialization, or None.
-
-    Raises:
-        ConfigError: The initialization method or the variant is not supported at a site.
-    """
+    """Build initialized factors for every site that a config names, drawing random numbers in site order."""
     generators = _generators(seed)
     factors = []
     for match, target in targets_of(index, matches):
@@ -144,14 +130,6 @@ def new_factor(
     trains: frozenset[str],
 ) -> NewFactor:
     """Build a site's factors from their initial tensors, without changing the model.
-
-    Args:
-        index: The model's index.
-        target: The site.
-        match: Path, rank and alpha of the site.
-        context: The initialization context: the adapter's config, the scale, the random generator and so on.
-        start: The initial tensors.
-        trains: Which of "A" and "B" the init trains.
 
     Raises:
         ConfigError: The variant or dropout is not supported at the site; or the variant must replace a base weight
@@ -236,9 +214,6 @@ def _moved_by(variant: Variant, index: AdapterIndex, target: TargetWeight, start
     """Return the modified base weight that a variant requires, or None if the variant uses the original weight.
 
     Adapters with the same variant and rank share the modified weight.
-
-    Raises:
-        ConfigError: The base weight is quantized, adapters are merged into it, or another adapter has replaced it.
     """
     if variant.move is None:
         return None
@@ -290,15 +265,7 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
 
 
 def check_not_compiled(index: AdapterIndex, path: str) -> None:
-    """Check that an adapted module can take the place of the module at a path.
-
-    Args:
-        index: The model's index.
-        path: Path of the module.
-
-    Raises:
-        TargetError: torch.compile wraps the module itself, so the compiled code would not call an adapted module.
-    """
+    """Raise a TargetError if torch.compile wraps a module itself: its code would not call an adapted module instead."""
     if index.is_compiled(path) and not isinstance(index.modules[path], AdapterModule):
         raise TargetError(
             f"{path} itself is compiled (torch.compile), so an adapter on it would have no effect. Attach adapters "
@@ -351,15 +318,10 @@ def new_extras(
 def new_rows(
     index: AdapterIndex, chosen: Sequence[ChosenRows], given: Mapping[str, Tensor] | None = None
 ) -> list[tuple[ChosenRows, nn.Parameter]]:
-    """Build an adapter's token embeddings from given values, or from the base's embeddings for a new adapter.
+    """Build an adapter's token embeddings, in fp32 or wider on the device of their embedding.
 
-    Args:
-        index: The model's index.
-        chosen: The tokens selected for training in each embedding.
-        given: Path of an embedding -> the adapter's rows (n, d); None for a new adapter, which starts with no effect.
-
-    Returns:
-        The tokens selected in each embedding, with their rows on the embedding's device in fp32 or wider.
+    `given` maps the path of an embedding to the adapter's rows (n, d); None is for a new adapter, which starts with
+    those of the base. Return the tokens selected in each embedding, with their rows.
     """
     made = []
     for part in chosen:
@@ -377,15 +339,7 @@ def new_rows(
 
 
 def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
-    """Attach an adapter that has already been built; this step cannot fail.
-
-    Args:
-        index: An up-to-date index of the model.
-        built: The adapter to attach.
-
-    Returns:
-        The model's adapter state.
-    """
+    """Attach an adapter that has already been built, given an up-to-date index; this step cannot fail."""
     name = built.name
     state = _new_state(index, name) if index.state is None else index.state
     record_base(index, state)
@@ -462,11 +416,7 @@ def _table(
 
 
 def note_old_biases(index: AdapterIndex) -> None:
-    """Record, in each adapted layer, the base layer's original bias and the name of the adapter that trains it.
-
-    Args:
-        index: The model's index.
-    """
+    """Record, in each adapted layer, the base layer's original bias and the name of the adapter that trains it."""
     for _, layer in index.layers():
         found = [(s.adapter, s.originals["bias"]) for s in BiasPatch.on(layer.owner) if "bias" in s.originals]
         layer.old_bias = found[0] if found else None

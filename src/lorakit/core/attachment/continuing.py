@@ -25,11 +25,9 @@ class TrainedAdapter:
     """An adapter on disk that can be trained further.
 
     Attributes:
-        folder: The adapter's directory.
         config: The adapter's config in training; its patterns may be regular expressions.
         literal: A config that selects the same sites with the same ranks, by their paths only.
         sites: Paths of the adapted modules, sorted; without those of `target_parameters`.
-        weights_sha256: SHA-256 of the weights file.
         facts: Metadata in `lorakit.json`.
         head_outputs: See `AdapterFiles.head_outputs`.
     """
@@ -44,14 +42,10 @@ class TrainedAdapter:
 
 
 def read_for_training(folder: str | os.PathLike[str]) -> TrainedAdapter:
-    """Read and verify an adapter that will be trained further; no model is needed.
-
-    Args:
-        folder: A directory written by PEFT or lorakit, or a run directory.
+    """Read and verify an adapter that will be trained further, from its directory or a run directory, without a model.
 
     Raises:
-        AdapterFileError: A file is missing or damaged, or the adapter's init changed the base and the files do not say
-            how.
+        AdapterFileError: A file is missing or damaged, or the init changed the base and the files do not say how.
         NotYetSupported: The adapter needs a feature that is not implemented.
     """
     files = read_adapter(folder)

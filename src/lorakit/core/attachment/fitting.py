@@ -57,7 +57,6 @@ class Fit:
         biases: Trained biases as (module, parameter name, tensor name) tuples.
         rows: The tokens selected in each embedding, with the name of the tensor that holds their rows.
         tied: Path of a tied module -> path of the module whose weight it shares.
-        problems: All mismatches found.
     """
 
     sites: dict[str, tuple[TargetWeight, dict[str, str]]] = field(default_factory=dict)
@@ -72,15 +71,10 @@ class Fit:
         return {target.outer for target, _ in self.sites.values()}
 
     def take(self, left: dict[str, Tensor], names: Sequence[str], shape: Sequence[int]) -> str | None:
-        """Take one of the remaining tensors, and record a mismatch if the tensor is missing or has the wrong shape.
+        """Take a tensor with one of several names, and record a mismatch if it is missing or has another shape.
 
-        Args:
-            left: Name -> tensor (…), for the tensors that have not been taken yet; a matching tensor is removed.
-            names: Possible names of the tensor; if it is missing, the message gives the first name.
-            shape: The expected shape.
-
-        Returns:
-            The tensor's name, or None if it is missing.
+        `left` has the tensors (…) that have not been taken yet; a matching one is removed, and its name is returned. If
+        it is missing, the message gives the first name, and None is returned.
         """
         name = next((name for name in names if name in left), None)
         if name is None:
@@ -102,16 +96,13 @@ class Fit:
 def fit(
     tensors: Mapping[str, Tensor], config: LoraConfig, index: AdapterIndex, bare: Mapping[str, TargetWeight]
 ) -> Fit:
-    """Find the site of every tensor.
+    """Find the site of every tensor, and collect all mismatches in `problems`.
 
     Args:
         tensors: Name on disk -> tensor (…).
         config: The adapter's config.
         index: The model's index.
         bare: Path on disk -> site, for the parameters that `target_parameters` names.
-
-    Returns:
-        The assignment of tensors to sites, with all mismatches in `problems`.
 
     Raises:
         TargetError: The config names an embedding that is missing or cannot be trained.

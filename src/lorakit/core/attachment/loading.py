@@ -54,7 +54,6 @@ class LoadReport:
     """Result of `load_adapter`.
 
     Attributes:
-        name: The adapter's name on the model.
         config: The adapter's config, as read from the file.
         sites: Number of sites that received factors.
         base: Verdict on the base, as in `BaseVerdict.verdict`: same, same at a different precision, unverifiable, or
@@ -72,13 +71,7 @@ class LoadReport:
 
 
 class Placement(NamedTuple):
-    """Result of `place_adapter`.
-
-    Attributes:
-        sites: Number of sites that received factors.
-        warnings: Messages that were reported to the user.
-        tensors: Names of the tensors in the adapter's files, after experts of transformers 4 have been fused.
-    """
+    """Result of `place_adapter`; the fields are those of `LoadReport`."""
 
     sites: int
     warnings: tuple[str, ...]
@@ -98,7 +91,7 @@ def load_adapter(
     """Load a saved adapter into a model. The first adapter becomes active; activate others with `activate` or `use`.
 
     Args:
-        model: The base, or a model that already has adapters. It is changed in place.
+        model: The base, or a model that already has adapters; changed in place.
         folder: A directory written by PEFT or lorakit; a Hub id, "owner/name" or "owner/name@revision"; or the result
             of `read_adapter`, so that the files are not read again.
         name: Name to give the adapter on this model.
@@ -108,9 +101,6 @@ def load_adapter(
             "recompute_init".
         kinds: The custom site kinds that the adapter uses.
         hub: Arguments of the download of an adapter on the Hub.
-
-    Returns:
-        A report of what was loaded.
 
     Raises:
         AdapterFileError: Files are missing or damaged, or tensors do not match the model; all mismatches are reported.
@@ -142,19 +132,9 @@ def _directory(name: str | os.PathLike[str], hub: HubOptions) -> Path:
 
 
 def check_base(model: nn.Module | AdapterIndex, files: AdapterFiles, allow: Collection[str]) -> tuple[str, list[str]]:
-    """Compare a model's base with the one that an adapter was made for.
+    """Compare a model's base with the one that an adapter was made for; return the verdict, and any warnings.
 
-    Args:
-        model: The base or a model that already has adapters, or its index; not changed.
-        files: The adapter's files.
-        allow: Names of checks to override: "base_mismatch".
-
-    Returns:
-        The verdict, and any warnings.
-
-    Raises:
-        BaseMismatchError: The model has a different base.
-        NotYetSupported: A weight of the model is distributed over processes.
+    A BaseMismatchError is raised for a different base, unless `allow` has "base_mismatch".
     """
     index = AdapterIndex.of(model)
     if index.state is None or index.state.base is None:  # a base that is known from before can be compared
@@ -182,23 +162,11 @@ def place_adapter(
 ) -> Placement:
     """Attach an adapter to a model, given the adapter's files; everything is checked before the model is changed.
 
-    Experts of transformers 4 have separate tensors, which are fused first.
-
-    Args:
-        model: The base or a model that already has adapters, or its index.
-        files: The adapter's files, including any warnings to report.
-        name: Name to give the adapter on this model.
-        trainable: Whether training will continue.
-        allow: Names of checks to override: "key_mismatch", "nonfinite", "odd_scale", "recompute_init".
-        kinds: As in `load_adapter`.
-
-    Returns:
-        What was attached and reported.
+    Experts of transformers 4 have separate tensors, which are fused first. The arguments and errors are those of
+    `load_adapter`; the base is not compared.
 
     Raises:
         AdapterFileError: Tensors do not match the model; all mismatches are reported.
-        AdapterError: The name is taken or cannot be used.
-        ConfigError: A scale is implausible, or the adapter is incompatible with the adapters on the model.
     """
     index = AdapterIndex.of(model, kinds)
     checks.check_new_name(index.state, name)

@@ -60,13 +60,9 @@ class _OldSites:
 def with_fused_experts(files: AdapterFiles, index: AdapterIndex, *, rescales_B: bool = False) -> AdapterFiles:
     """Return an adapter's files with the experts of each layer fused; other tensors are returned unchanged.
 
-    Routers that return tuples become parameters in the config; their tensors have the same names.
-
-    Args:
-        files: The adapter's files.
-        index: The model's index.
-        rescales_B: Whether the tensors are meant for an adapter whose scales at fused parameters are those that its
-            config gives; see `fused_B`. Otherwise, the returned config has the alphas that fit the tensors.
+    Routers that return tuples become parameters in the config; their tensors have the same names. `rescales_B` is
+    whether the tensors are meant for an adapter whose scales at fused parameters are those that its config gives (see
+    `fused_B`); otherwise, the returned config has the alphas that fit the tensors.
 
     Raises:
         AdapterFileError: The file lacks an expert or has one too many, a part of a fused parameter is missing or has
@@ -112,17 +108,9 @@ def with_fused_experts(files: AdapterFiles, index: AdapterIndex, *, rescales_B: 
 def tensors_with_fused_experts(
     tensors: Mapping[str, Tensor], config: LoraConfig, model: nn.Module, label: str
 ) -> Mapping[str, Tensor]:
-    """Return tensors for an adapter that a model already has, with the experts of each layer fused.
+    """Return tensors (…), by name on disk, for an adapter on a model, with the experts of each layer fused.
 
-    Args:
-        tensors: Tensors (…), keyed by name on disk.
-        config: The config of the model's adapter.
-        model: The adapted model.
-        label: What the tensors are, for error messages.
-
-    Raises:
-        AdapterFileError: As in `with_fused_experts`.
-        ShapeMismatchError: As in `with_fused_experts`.
+    `label` says in messages what the tensors are; the errors are those of `with_fused_experts`.
     """
     if model_type_of(model) not in OLD_EXPERTS_BY_TYPE:
         return tensors
@@ -281,21 +269,15 @@ def _fused(files: AdapterFiles, parameter: BareParameter, held: Factors, rescale
 
 
 def fused_A(parts: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Return the A (experts·r·parts, in) of a fused parameter.
-
-    Args:
-        parts: For each part of the parameter, in the order of its rows, the A (r, in) of each expert.
-    """
+    """Return the A (experts·r·parts, in) of a fused parameter, given each part's A (r, in) of each expert."""
     return joined_A(torch.stack([torch.cat(of_expert) for of_expert in zip(*parts, strict=True)]))
 
 
 def fused_B(parts: Sequence[Sequence[Tensor]], use_rslora: bool = False) -> Tensor:
-    """Return the B (out·parts, r·parts·experts) of a fused parameter.
+    """Return the B (out·parts, r·parts·experts) of a fused parameter, given each part's B (out, r) of each expert.
 
-    Args:
-        parts: For each part of the parameter, in the order of its rows, the B (out, r) of each expert.
-        use_rslora: Whether the parameter has the summed ranks and alphas of its parts and a scale of alpha/√r, which
-            is √parts times the scale of a part; B is then divided by √parts.
+    With `use_rslora`, the parameter has the summed ranks and alphas of its parts and a scale of alpha/√r, which is
+    √parts times the scale of a part; B is then divided by √parts.
     """
     B = joined_B(torch.stack([torch.block_diag(*of_expert) for of_expert in zip(*parts, strict=True)])).contiguous()
     return B / math.sqrt(len(parts)) if use_rslora else B

@@ -24,15 +24,8 @@ LAYER = "layer"
 def put_fresh_factor(layer: LoraLayer, name: str, config: LoraConfig, rank: int, alpha: float, path: str = "") -> None:
     """Give a layer new factors for an adapter; existing factors of the adapter are replaced.
 
-    If the model has no adapter of this name, its config is added to those of the model.
-
-    Args:
-        layer: The adapted layer.
-        name: Name of the adapter.
-        config: The adapter's config; its rank and alpha patterns are ignored.
-        rank: Rank of the factors.
-        alpha: Alpha of the adapter in this layer.
-        path: The layer's path, for messages and for settings that depend on it.
+    If the model has no adapter of this name, its config is added to those of the model. The rank and alpha patterns of
+    the config are ignored; `path` is for messages and for settings that depend on it.
 
     Raises:
         AdapterError: `name` cannot be the name of an adapter.
@@ -77,12 +70,8 @@ def _check_alone(layer: LoraLayer, config: LoraConfig, path: str) -> None:
 def reset_factor(layer: LoraLayer, name: str, init_lora_weights: bool | str) -> None:
     """Initialize an adapter's A and B, and the bias of B, again; the tensors keep their shapes and dtypes.
 
-    A variant's extra tensors change only if the variant, not the init, defines how A and B start.
-
-    Args:
-        layer: The adapted layer.
-        name: The adapter; ignored if it has no factors in this layer.
-        init_lora_weights: True, "gaussian", or False, which leaves the factors unchanged, as in PEFT.
+    A variant's extra tensors change only if the variant, not the init, defines how A and B start. The init is True,
+    "gaussian", or False, which leaves the factors unchanged, as in PEFT.
 
     Raises:
         ConfigError: The init is unknown, or needs data or the base weight.

@@ -50,28 +50,16 @@ INIT_FIELDS = (
 def residual(kind: Kind, spec: WeightSpec, W: Tensor, factors: tuple[Tensor, Tensor], scale: float) -> Tensor:
     """Return W − s·B·A in the site kind's canonical form, usually (out, in).   [docs/math.md (60)]
 
-    Args:
-        kind: The site's kind.
-        spec: The shape and layout of the site's weight.
-        W: The base weight in canonical form, in fp32 or wider.
-        factors: A (r, in) and B (out, r).
-        scale: The LoRA scale s.
+    W is the base weight in that form, in fp32 or wider, and the factors are A (r, in) and B (out, r).
     """
     A, B = (factor.detach().to(device=W.device, dtype=W.dtype) for factor in factors)
     return W - kind.delta(spec, A, B) * scale
 
 
 def as_plain(spec: WeightSpec, A: Tensor, B: Tensor, initial: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return [A; A₀] and [B | −B₀], whose product is B·A − B₀·A₀.   [docs/math.md (62)]
+    """Return [A; A₀] (2r, in) and [B | −B₀] (out, 2r), whose product is B·A − B₀·A₀.   [docs/math.md (62)]
 
-    Args:
-        spec: The shape and layout of the weight.
-        A: (r, in).
-        B: (out, r).
-        initial: A₀ and B₀, with the shapes of A and B.
-
-    Returns:
-        (2r, in) and (out, 2r); convolution kernels and experts keep the layout of their kind.
+    A is (r, in), and B (out, r). Convolution kernels and experts keep the layout of their kind.
     """
     A0, B0 = (factor.to(like) for factor, like in zip(initial, (A, B), strict=True))
     E = max(spec.experts, 1)
@@ -81,16 +69,7 @@ def as_plain(spec: WeightSpec, A: Tensor, B: Tensor, initial: tuple[Tensor, Tens
 
 
 def apart(spec: WeightSpec, A: Tensor, B: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Separate the trained factors from the initial ones; the inverse of `as_plain`.
-
-    Args:
-        spec: The shape and layout of the weight.
-        A: (2r, in).
-        B: (out, 2r).
-
-    Returns:
-        The pair A (r, in) and B (out, r), and the pair A₀ and B₀ with the same shapes.
-    """
+    """Separate A (2r, in) and B (out, 2r) of `as_plain` into the trained (r, in) and (out, r), and the initial pair."""
     E = max(spec.experts, 1)
     A, A0 = (part.flatten(0, 1).contiguous() for part in A.unflatten(0, (E, -1)).chunk(2, dim=1))
     B, B0 = (part.flatten(1, 2).contiguous() for part in B.unflatten(1, (-1, E)).chunk(2, dim=1))
@@ -98,11 +77,7 @@ def apart(spec: WeightSpec, A: Tensor, B: Tensor) -> tuple[tuple[Tensor, Tensor]
 
 
 def plain_config(config: LoraConfig) -> LoraConfig:
-    """Return the plain LoRA config for an adapter with a residual base, with twice the rank and the same scale.
-
-    Args:
-        config: The config used to attach the adapter; not changed.
-    """
+    """Return the plain LoRA config for an adapter with a residual base, with twice the rank and the same scale."""
     more = math.sqrt(2) if config.use_rslora else 2
     return config.with_fields(
         init_lora_weights=True,
@@ -125,15 +100,10 @@ def init_context_for(
     generators: Callable[[torch.device], torch.Generator | None] = lambda _: None,
     statistics: Mapping[str, Tensor] | None = None,
 ) -> InitContext:
-    """Return the information that an initialization method needs at a site.
+    """Return what an init needs at a site.
 
-    Args:
-        index: The model's index.
-        config: The adapter's config.
-        match: The match that selected the site, with its rank and alpha.
-        target: The site.
-        generators: Function that maps a device to a random generator, or to None for torch's default generator.
-        statistics: Name -> tensor (…), for the site's data statistics; None if there are none.
+    `generators` maps a device to a random generator, or to None for torch's default generator; `statistics` has the
+    site's data statistics by name, of any shape.
     """
     module, parameter = index.holder(target), target.spec.parameter
     variant, setting = variant_at(config, target.path)
@@ -159,19 +129,10 @@ def init_context_for(
 def check_can_move(
     index: AdapterIndex, target: TargetWeight, init: Init | None = None, variant: Variant | None = None
 ) -> None:
-    """Check that a residual weight can replace a base weight.
+    """Check that a residual weight can replace a base weight: it is not shared or changed, and has no merged adapters.
 
-    The base weight must not be shared or already changed, and no adapters may be merged into it.
-
-    Args:
-        index: The model's index.
-        target: The site.
-        init: The initialization method that replaces the weight; None for a variant or an adapter read from files.
-        variant: The variant that replaces the weight, or None.
-
-    Raises:
-        ConfigError: The weight cannot be replaced, or is quantized and would have to be requantized; the message says
-            what to do.
+    A residual weight comes from an init, a variant or an adapter read from files. A ConfigError is raised if it cannot
+    replace the base weight, or if that is quantized and would have to be requantized.
     """
     layer, module, parameter = index.layer(target), index.holder(target), target.spec.parameter
     weight_format = weight_format_of(module, parameter)
@@ -215,14 +176,7 @@ def check_can_move(
 
 
 def residual_of(index: AdapterIndex, target: TargetWeight, factors: tuple[Tensor, Tensor], scale: float) -> Stored:
-    """Return W − s·B·A in the storage format of a site's module, where W is the current base weight.
-
-    Args:
-        index: The model's index.
-        target: The site.
-        factors: A (r, in) and B (out, r).
-        scale: The LoRA scale s.
-    """
+    """Return W − s·B·A, in stored form, for the current weight W of a site, A (r, in), B (out, r) and the scale s."""
     return in_stored_form(index, target, residual(target.kind, target.spec, index.weight(target), factors, scale))
 
 
@@ -236,11 +190,9 @@ def in_stored_form(index: AdapterIndex, target: TargetWeight, W: Tensor) -> Stor
 
 
 def give_base_back(layer: LoraLayer, adapter: str) -> None:
-    """Restore the original weight of a layer with a residual base; merged adapters stay merged.
+    """Restore the original weight of a layer unless adapters other than this one need its residual base.
 
-    Args:
-        layer: A layer with a residual base.
-        adapter: The adapter that no longer needs the residual base, which is kept while other adapters need it.
+    Merged adapters stay merged.
     """
     layer.moved_by = tuple(name for name in layer.moved_by if name != adapter)
     if layer.moved_by:
@@ -256,10 +208,6 @@ Factors = tuple[Tensor, Tensor, int]
 
 def check_plain(model: nn.Module | AdapterIndex, name: str) -> None:
     """Check that an adapter on a model can be converted to plain LoRA on the original base.
-
-    Args:
-        model: The adapted model; not changed.
-        name: The adapter's name.
 
     Raises:
         AdapterError: The adapter's initialization or variant changed the base by more than a low-rank product.
@@ -290,7 +238,7 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
         factors: Path on disk -> A (r, in), B (out, r) and the number of experts (0 for a single matrix).
 
     Returns:
-        A dict from path on disk to A (2r, in) and B (out, 2r), or None if the factors are already plain LoRA.
+        Path on disk -> A (2r, in) and B (out, 2r), or None if the factors are already plain LoRA.
 
     Raises:
         AdapterFileError: A variant changed the base; or the initialization did, and either the files do not say how
@@ -364,12 +312,6 @@ class SiteStart:
 def initialized(index: AdapterIndex, target: TargetWeight, init: Init, context: InitContext) -> SiteStart:
     """Run an initialization method at a site, without changing the model.
 
-    Args:
-        index: The model's index.
-        target: The site.
-        init: The initialization method.
-        context: The information that the method needs, as returned by `init_context_for`.
-
     Raises:
         ConfigError: The initialization method is not supported at the site.
     """
@@ -390,7 +332,6 @@ class InitRecord:
     """The initial state of an adapter that was read from files, as it was before training.
 
     Attributes:
-        folder: The adapter's directory.
         config: The config in the file or, if the adapter is converted back from plain LoRA, its original config.
         sites: Path of a site -> rank and alpha, if they differ from those in the file.
         is_doubled: Whether the factors in the file are plain LoRA with twice the rank and contain the initial factors.
@@ -415,12 +356,8 @@ class InitRecord:
     ) -> SiteStart:
         """Return the tensors from which to build a site's factors, given the tensors in the file.
 
-        Args:
-            index: The model's index.
-            target: The site.
-            context: The initialization context, with the site's rank and scale during training.
-            tensors: A (r, in) and B (out, r), or (2r, in) and (out, 2r) if saved as plain LoRA; also "bias" (out,) and
-                the variant's extra tensors (…), if there are any.
+        These are A (r, in) and B (out, r), or (2r, in) and (out, 2r) if saved as plain LoRA; also "bias" (out,) and the
+        variant's extra tensors (…), if there are any. The context has the site's rank and scale during training.
 
         Raises:
             ConfigError: A residual weight cannot replace the base weight (see `check_can_move`).
@@ -446,7 +383,7 @@ class InitRecord:
         """Return a site's initial A (r, in) and B (out, r), read from the file of initial factors.
 
         Raises:
-            AdapterFileError: The initial factors are missing, or their shapes differ from those of the trained factors.
+            AdapterFileError: They are missing, or their shapes differ from those of the trained factors.
         """
         found = (self.first or {}).get(path)
         if found is None or (found[0].shape, found[1].shape) != (A.shape, B.shape):
@@ -455,16 +392,13 @@ class InitRecord:
 
 
 def init_record_of(files: AdapterFiles, trainable: bool, allow: Collection[str]) -> InitRecord:
-    """Return the initial state of an adapter that was read from files, as it was before training.
+    """Return the initial state of an adapter that was read from files, if `lorakit.json` describes these files.
 
-    Args:
-        files: The adapter's files; `lorakit.json` supplies the initial state only if it describes these files.
-        trainable: Whether training will continue; if so, an adapter converted to plain LoRA is converted back.
-        allow: Names of checks to override; "recompute_init" permits rerunning a deterministic initialization.
+    If training will continue, an adapter converted to plain LoRA is converted back. "recompute_init" in `allow` permits
+    rerunning a deterministic initialization.
 
     Raises:
-        AdapterFileError: A file is damaged; or the files do not contain the residual base, and recomputing it is not
-            allowed.
+        AdapterFileError: A file is damaged, or lacks the residual base, and recomputing it is not allowed.
     """
     folder, config = files.folder, files.config
     began = files.sidecar.began if files.is_ours else {}

@@ -42,9 +42,7 @@ class SavedForm:
     """An adapter in the form in which it will be saved.
 
     Attributes:
-        name: The adapter's name.
         tensors: Name on disk -> tensor (…).
-        config: The adapter's config.
         sites: Path on disk -> rank and alpha of the site.
         about: The initial state to record in `lorakit.json`; empty if the initialization does not change the base.
         initial: Contents of `INITIAL_FILE`, or None if that file is not needed.
@@ -63,11 +61,8 @@ def saved_form(
 ) -> SavedForm:
     """Return an adapter's tensors and config in the form in which they will be saved.
 
-    Args:
-        model: The adapted model, or its index; not changed.
-        name: The adapter.
-        form: How to save an adapter with a residual base: "as_lora", "trained", or "raw" (without the initial state).
-        tensors: Name on disk -> tensor (…), for tensors gathered from several devices; None uses the model's tensors.
+    An adapter with a residual base is saved "as_lora", "trained", or "raw" (without the initial state). `tensors`, name
+    on disk -> tensor (…), has those that were gathered from several devices; None uses the model's.
 
     Raises:
         AdapterError: The residual base is quantized, so plain LoRA cannot represent the adapter exactly; or an
@@ -107,13 +102,7 @@ def converted_form(
     initial: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor] | None = None,
 ) -> SavedForm:
-    """Return an adapter as plain LoRA with twice the rank, given its initial factors from a file.
-
-    Args:
-        model: The adapted model; not changed.
-        name: The adapter.
-        initial: Name on disk -> initial A or B (…), saved before training.
-        tensors: As in `saved_form`.
+    """Return an adapter as plain LoRA with twice the rank, given its initial factors (…) by name on disk.
 
     Raises:
         AdapterError: The tensors belong to another adapter, or the residual base is quantized.
@@ -127,10 +116,8 @@ def converted_form(
 def _as_lora(found: SavedForm, layers: Sequence[tuple[str, LoraLayer]], initial: Mapping[str, Tensor]) -> SavedForm:
     """Convert an adapter to plain LoRA with twice the rank.
 
-    Args:
-        found: The adapter as trained.
-        layers: (path on disk, layer) for each site with a residual base.
-        initial: Name on disk -> initial A or B (…).
+    `layers` has the path on disk of each site with a residual base; `initial` maps names on disk to initial factors
+    (…).
     """
     tensors = dict(found.tensors)
     for path, layer in layers:
@@ -198,9 +185,6 @@ def save_adapter(
         allow: Names of checks to override: "nonfinite".
         tensors: Name on disk -> tensor (…), for tensors gathered from several devices; None writes the model's tensors.
 
-    Returns:
-        A description of the files written.
-
     Raises:
         AdapterError: The adapter is not on the model, has non-finite values, or cannot be converted to plain LoRA.
         DiskError: The disk is full or fails; an existing adapter stays intact unless the message says otherwise.
@@ -223,25 +207,8 @@ def save_as_trained(
 ) -> adapter_folder.SavedAdapter:
     """Save an adapter as `save_adapter` does, but keep its rank if it has a residual base.
 
-    The initial factors are written to a separate file, so that `load_adapter` does not need to rerun the init. Other
-    programs that support this initialization will rerun it on the original base.
-
-    Args:
-        model: The adapted model; not changed.
-        folder: The directory; created if missing.
-        name: The adapter.
-        base_model_name_or_path: Name or path of the base; None keeps the config's value.
-        facts: Metadata for `lorakit.json`.
-        allow: Names of checks to override: "nonfinite".
-        tensors: Name on disk -> tensor (…), as in `save_adapter`.
-
-    Returns:
-        A description of the files written.
-
-    Raises:
-        AdapterError: The adapter is not on the model, or has non-finite values.
-        DiskError: The disk is full or fails.
-        ConfigError: A name in `allow` is unknown.
+    The initial factors, each tensor of any shape, are written to a separate file, so that `load_adapter` does not need
+    to rerun the init. Other programs that support this initialization will rerun it on the original base.
     """
     index = AdapterIndex.of(model)
     found = saved_form(index, name, "trained", tensors)
@@ -257,21 +224,7 @@ def save_form(
     facts: JsonObject | None = None,
     allow: Collection[str] = (),
 ) -> adapter_folder.SavedAdapter:
-    """Write the result of `saved_form`; see `save_adapter`.
-
-    Args:
-        model: The adapted model, or its index; the fingerprint of the model's base is written.
-        folder: The directory.
-        found: The adapter to write, as returned by `saved_form`.
-        base_model_name_or_path: Name or path of the base.
-        facts: Metadata for `lorakit.json`.
-        allow: Names of checks to override: "nonfinite".
-
-    Raises:
-        AdapterError: The adapter has non-finite values.
-        DiskError: The disk is full or fails.
-        ConfigError: A name in `allow` is unknown.
-    """
+    """Write the result of `saved_form`, with the fingerprint of the model's base; see `save_adapter`."""
     checks.check_allowances(allow)
     if "nonfinite" not in allow:
         _check_finite(found.name, found.tensors)
@@ -305,12 +258,7 @@ def _config_on_disk(index: AdapterIndex, config: LoraConfig, base: str | None) -
 
 
 def portable_targets(index: AdapterIndex, config: LoraConfig) -> set[str] | list[str] | str | None:
-    """Return the targets in a form that every program supports: "all-linear" is replaced with equivalent short names.
-
-    Args:
-        index: The adapted model's index.
-        config: The adapter's config.
-    """
+    """Return the targets of a config in a form that every program supports, without "all-linear"."""
     if not isinstance(config.target_modules, str) or config.target_modules.lower() != ALL_LINEAR:
         return config.target_modules
     candidates = index.candidates

@@ -39,13 +39,9 @@ _NAMED = {kind.name: kind for kind in KINDS}
 
 
 def kind_of(module_type: type[nn.Module], own: Mapping[str, Kind] = NONE) -> Kind | None:
-    """Return the kind that lists a module type or one of its ancestors, or None if there is no such kind.
+    """Return the kind that lists the nearest listed ancestor of a module type, or None.
 
-    If several ancestors are listed, the nearest one determines the kind.
-
-    Args:
-        module_type: Class of a module of the base.
-        own: User-defined kinds, keyed by name; they take precedence over entries in KINDS that list the same ancestor.
+    User-defined kinds (`own`, by name) take precedence over entries in KINDS that list the same ancestor.
     """
     for ancestor in module_type.__mro__:
         dotted = f"{ancestor.__module__}.{ancestor.__qualname__}"
@@ -58,20 +54,12 @@ def kind_of(module_type: type[nn.Module], own: Mapping[str, Kind] = NONE) -> Kin
 
 
 def kind_named(name: str, own: Mapping[str, Kind] = NONE) -> Kind:
-    """Return the kind with this name, whether user-defined or from KINDS; an unknown name indicates a bug in lorakit.
-
-    Args:
-        name: Name of the kind.
-        own: User-defined kinds, keyed by name.
-    """
+    """Return the user-defined (`own`) or built-in kind with this name; an unknown name is a bug in lorakit."""
     return own[name] if name in own else _NAMED[name]
 
 
 def checked(kinds: Iterable[Kind]) -> dict[str, Kind]:
     """Return the user-defined kinds keyed by name, with flags that apply only to entries in KINDS cleared.
-
-    Args:
-        kinds: The kinds; the simplest way to make one is `dataclasses.replace` on an entry in KINDS.
 
     Raises:
         ConfigError: An element of `kinds` is not a `Kind`, has a name that is already taken, or lists no module types.
@@ -94,30 +82,18 @@ def checked(kinds: Iterable[Kind]) -> dict[str, Kind]:
 
 
 def fits(check: Fits, kind: Kind) -> bool:
-    """Return whether an entry in INITS or VARIANTS supports a kind.
+    """Return whether an entry in INITS or VARIANTS, with this `fits`, supports a kind.
 
     User-defined kinds are supported only if the entry's `fits` is `every_kind`.
-
-    Args:
-        check: The entry's `fits`.
-        kind: The kind.
     """
     return check is every_kind or (kind.name in _NAMED and check(kind))
 
 
 def check_fits(check: Fits, kind: Kind, path: str, *, what: str, field: str, advice: str) -> None:
-    """Reject a kind that an entry in INITS or VARIANTS does not support.
+    """Raise a ConfigError if an entry in INITS or VARIANTS, with this `fits`, does not support the kind of a site.
 
-    Args:
-        check: The entry's `fits`.
-        kind: The kind.
-        path: Path of the site.
-        what: Description of the entry, for the error message.
-        field: Config field that selects the entry.
-        advice: Alternative to leaving the module out, for the error message.
-
-    Raises:
-        ConfigError: The entry does not support the kind.
+    `what` describes the entry and `field` is the config field that selects it; `advice` is an alternative to leaving
+    the module out.
     """
     if not fits(check, kind):
         known = [other.name for other in KINDS if check(other)]

@@ -73,11 +73,7 @@ def _in_one_group(W: Tensor, spec: WeightSpec) -> Tensor:
 
 
 def _delta(spec: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
-    """Return the delta B·A (out, in, k…), computed from A (r, in, k…) and B (out, r, 1…).
-
-    Raises:
-        MergeError: The convolution has more than one group.
-    """
+    """Return the delta B·A (out, in, k…), computed from A (r, in, k…) and B (out, r, 1…), of one group."""
     if spec.groups > 1:
         raise MergeError(
             f"The weight of a convolution with {spec.groups} groups cannot store an update over all input channels. "

@@ -1,8 +1,6 @@
 """`Kind`, an entry in KINDS, and `WeightSpec`, the geometry of one weight.
 
-A kind defines the geometry of LoRA on one type of module: which weights the module has, the shapes of A and B, how each
-factor is applied, and the delta in canonical orientation (output axis first). A kind does not handle scales, dropout,
-adapters or the storage of the base weight.
+A kind does not handle scales, dropout, adapters or the storage of the base weight.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ class WeightSpec:
     """The geometry of one weight of a module.
 
     Attributes:
-        parameter: Name of the parameter in the module.
         out_features: Number of rows of the canonical weight.
         in_features: Number of columns of the canonical weight; for a convolution, the total number of input channels.
         experts: Number of matrices in a parameter of shape (experts, …, …); 0 if the parameter is a single matrix.
@@ -146,16 +143,9 @@ def first_axis(_: nn.Module) -> int | None:
 
 
 def dense_delta(A: Tensor, B: Tensor) -> Tensor:
-    """Return the unscaled weight update B·A of a dense site.   [docs/math.md (1)]
+    """Return the weight update B·A (out, in) of a dense site, without a scale.   [docs/math.md (1)]
 
-    Args:
-        A: Down projection, (r, in).
-        B: Up projection, (out, r), with the same dtype and device as A.
-
-    Returns:
-        (out, in). Cost: 2·out·r·in FLOPs and out·in elements of memory.
-
-    Source:
-        Hu et al. 2021, arXiv:2106.09685, eq. (3).
+    A is (r, in) and B (out, r). It takes 2·out·r·in FLOPs and out·in elements of memory. Source: Hu et al. 2021,
+    arXiv:2106.09685, eq. (3).
     """
     return B @ A

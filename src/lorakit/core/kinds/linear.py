@@ -103,11 +103,7 @@ def _table_specs(module: nn.Embedding) -> tuple[WeightSpec, ...]:
 
 
 def _table_delta(spec: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
-    """Return the delta B·A (d, V), computed from A (r, V) and B (d, r).
-
-    Raises:
-        MergeError: The embedding has a max_norm, which would scale down the sum of a base row and its update.
-    """
+    """Return the delta B·A (d, V), computed from A (r, V) and B (d, r), if no max_norm would scale the sum down."""
     if spec.bounded:
         raise MergeError(
             "An embedding with max_norm rescales the rows that it looks up; with a merged adapter, it would rescale "

@@ -22,15 +22,7 @@ def _no_axis(_: nn.Module) -> int | None:
 
 
 def parameter_spec(module: nn.Module, name: str) -> WeightSpec:
-    """Return the spec of a parameter with two axes (out, in) or three (experts, out, in).
-
-    Args:
-        module: Module that holds the parameter.
-        name: Name of the parameter in the module.
-
-    Raises:
-        TargetError: The parameter does not have two or three axes.
-    """
+    """Return the spec of a parameter (out, in) or (experts, out, in); raise a TargetError for other shapes."""
     shape = tuple(getattr(module, name).shape)
     if len(shape) == 2:
         return WeightSpec(name, *shape, as_stored=True)

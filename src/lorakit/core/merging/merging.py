@@ -34,13 +34,7 @@ Flags = list[tuple[LoraLayer | TrainableTokens, set[str]]]
 
 @dataclass(frozen=True)
 class MergeReport:
-    """Result of `merge`.
-
-    Attributes:
-        names: The adapters merged by this call.
-        sites: The retained fraction of the delta and the error at each site.
-        kept_bytes: Size of the original weights that were kept, in bytes.
-    """
+    """Result of `merge`: the merged adapters, the effect at each site, and the size of the kept original weights."""
 
     names: tuple[str, ...]
     sites: tuple[SiteMerge, ...]
@@ -71,9 +65,6 @@ def merge(
         dense: Whether to replace quantized modules and grouped convolutions (whose weights cannot hold the delta) with
             plain modules. Otherwise, the merged weights of quantized modules are requantized, and most of a small delta
             is lost. A module that replaces a quantized one gets the dtype in which the quantized one computed matmuls.
-
-    Returns:
-        The fraction of the delta that each site retains, the error, and the size of the kept original weights.
 
     Raises:
         MergeError: An adapter is already merged or cannot be merged, a weight is shared, or the result is not finite.
@@ -115,11 +106,7 @@ def _commit(
 
 
 def unmerge(model: nn.Module | AdapterIndex, *names: str) -> None:
-    """Unmerge adapters; unmerging the last one restores the base weights bit for bit.
-
-    Args:
-        model: An adapted model, changed in place, or its index.
-        names: Adapters to unmerge; if none are given, all that are merged.
+    """Unmerge adapters, by default all; unmerging the last one restores the base weights bit for bit.
 
     Raises:
         MergeError: An adapter is not merged, or the original weights were not kept.
@@ -145,18 +132,8 @@ def unmerge(model: nn.Module | AdapterIndex, *names: str) -> None:
 def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: bool = False) -> MergeReport:
     """Merge adapters permanently and remove all adapter layers, hooks and copies; original weights are not kept.
 
-    Args:
-        model: An adapted model, converted to a plain model in place.
-        names: Adapters to merge; if none are given, those in the default route. All other adapters are dropped.
-        untie: As in `merge`.
-        dense: As in `merge`; quantized modules without adapters stay quantized.
-
-    Returns:
-        The fraction of the delta that each site retains, and the error.
-
-    Raises:
-        MergeError: As in `merge`.
-        AdapterError: An adapter is not on the model.
+    All adapters that are not merged are dropped. The arguments and errors are those of `merge`; with `dense`, quantized
+    modules without adapters stay quantized.
     """
     index = AdapterIndex.of(model)
     with trainable_block(index):
@@ -220,17 +197,7 @@ def names_to_merge(index: AdapterIndex, names: Sequence[str]) -> tuple[str, ...]
 
 
 def _check_mergeable(index: AdapterIndex, names: Sequence[str], untie: bool, options: MergeOptions) -> None:
-    """Check that a merge is possible, without computing anything.
-
-    Args:
-        index: The model's index.
-        names: Adapters to merge.
-        untie: As in `merge`.
-        options: Merge options.
-
-    Raises:
-        MergeError: An adapter is already merged or cannot be merged, or a weight is shared.
-    """
+    """Check that a merge is possible, without computing anything."""
     if not names:
         raise MergeError(
             "No adapter is active, so there is nothing to merge. Specify the adapters to merge.", field="adapter_names"
@@ -260,12 +227,7 @@ def _is_shared(path: str, other: str, how: str, otherwise: str) -> MergeError:
 
 
 def tied_sites(model: nn.Module | AdapterIndex, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the adapters' sites whose weights are shared, each with the weight's name in another module.
-
-    Args:
-        model: An adapted model, or its index.
-        names: The adapters.
-    """
+    """Return the adapters' sites whose weights are shared, each with the weight's name in another module."""
     index = AdapterIndex.of(model)
     led, sites = leaders_of(index, names), []
     one: dict[int, set[int]] = {}  # id of a layer -> ids of the modules that share its weight
@@ -282,9 +244,7 @@ def tied_sites(model: nn.Module | AdapterIndex, names: Sequence[str]) -> list[tu
 def leaders_of(index: AdapterIndex, names: Sequence[str]) -> dict[LoraLayer, LoraLayer]:
     """Map each layer that shares its weight and factors with an earlier layer to that earlier layer.
 
-    Args:
-        index: The model's index.
-        names: The adapters. Two layers match only if each of these adapters has factors in both layers or in neither.
+    Two layers match only if each of these adapters has factors in both layers or in neither.
     """
     owners: dict[int, LoraLayer] = {}  # id of a factor -> the first layer that uses it
     found = {}
@@ -302,12 +262,7 @@ def leaders_of(index: AdapterIndex, names: Sequence[str]) -> dict[LoraLayer, Lor
 def untied_copies(index: AdapterIndex, names: Collection[str]) -> list[tuple[str, str]]:
     """Return the saved modules whose copies would no longer share a weight with other modules after a merge.
 
-    Args:
-        index: The model's index.
-        names: The adapters.
-
-    Returns:
-        Pairs of a saved module's path and the weight's name in another module.
+    Each path comes with the weight's name in another module.
     """
     found = []
     copies = dict(index.every(ModulesToSave))
@@ -341,11 +296,7 @@ def _components_apart(index: AdapterIndex, names: Sequence[str], untie: bool) ->
     """Return the ids of the components that get a separate parameter when the given adapters are merged.
 
     These components share a parameter with another module, or will share one again when a merge with `untie` is undone.
-
-    Args:
-        index: The model's index.
-        names: The adapters.
-        untie: As in `merge`; a module with trainable tokens always gets a separate weight if its weight is shared.
+    A module with trainable tokens always gets a separate weight if its weight is shared.
     """
     apart = set()
     tables = [table.token_adapter for _, table in index.every(TrainableTokens)]
@@ -371,19 +322,15 @@ WIDE = (torch.float32, torch.float64)
 def explain_inexact_merge(model: nn.Module, *names: str) -> str | None:
     """Explain why merging adapters would change the outputs; return None if the merge is exact.   [docs/math.md (12)]
 
-    A merge is exact if it changes outputs in eval mode only by rounding errors in the compute dtype: (W + ΔW)·x and
-    W·x + ΔW·x are then the same sum in a different order. An exact merge requires every weight that the adapters change
-    to be unquantized and in fp32 or wider, so that the merged weight (eq. 11 in docs/math.md) is stored in the dtype in
+    A merge is exact if it changes outputs in eval mode only by rounding errors in the compute dtype: (W + ΔW)·x and W·x
+    + ΔW·x are then the same sum in a different order. An exact merge requires every weight that the adapters change to
+    be unquantized and in fp32 or wider, so that the merged weight (eq. 11 in docs/math.md) is stored in the dtype in
     which it is computed. A bf16 or fp16 weight loses the part of the delta that is below its precision, and a quantized
     weight loses far more. A merge is also inexact if matmuls round the weight again, as they do under autocast or with
     TF32.
 
-    Args:
-        model: An adapted model; it is not changed.
-        names: Adapters to merge; if none are given, those in the default route.
-
-    Returns:
-        A message that gives the site and its dtype, or says why a merge is not possible; None if the merge is exact.
+    The message gives the site and its dtype, or says why a merge is not possible. The adapters are by default those in
+    the default route.
 
     Raises:
         AdapterError: An adapter is not on the model.
@@ -409,9 +356,7 @@ def explain_inexact_merge(model: nn.Module, *names: str) -> str | None:
 def merged_state_dict(model: nn.Module, *names: str) -> dict[str, Tensor]:
     """Return the state dict of the base with adapters merged, under the original names; the model is not modified.
 
-    Args:
-        model: An adapted model.
-        names: Adapters to merge; if none are given, those in the default route.
+    The adapters are by default those in the default route.
 
     Returns:
         A dict from name to tensor, in the base dtype. Tensors that no adapter changes are not copied. A weight that

@@ -25,11 +25,7 @@ from lorakit.errors import AdapterError, RouteError
 
 
 def activate(model: nn.Module, *names: str) -> None:
-    """Set the default adapters, which are active in every thread that does not override them.
-
-    Args:
-        model: An adapted model.
-        names: Names of the adapters to activate; if no names are given, the base runs without adapters.
+    """Set the default adapters, or none, which are active in every thread that does not override them.
 
     Raises:
         RouteError: An adapter is not on the model.
@@ -46,12 +42,9 @@ def activate(model: nn.Module, *names: str) -> None:
 
 
 def use(model: nn.Module, *names: str, keep: bool = False) -> Override:
-    """Return a context manager that activates adapters for the current thread or task.
+    """Return a context manager that activates adapters, on every row, for the current thread or task.
 
-    Args:
-        model: An adapted model.
-        names: Names of one or more adapters; all of them apply to every row.
-        keep: As in `route`; with a single adapter, its factors are cached in the base's dtype.
+    With `keep` and a single adapter, its factors are cached in the base's dtype, as in `route`.
 
     Raises:
         RouteError: An adapter is not on the model, or no names are given.
@@ -102,9 +95,6 @@ def one_pass(model: nn.Module) -> Iterator[None]:
 
     A change of an adapter between two such blocks has the same effect as without them. A change within the block, for
     example by a hook, may have no effect before the next block.
-
-    Args:
-        model: Any model; without a cache in the active route, the block does nothing.
     """
     state = find_state(model)
     kept = None if state is None else state.active().kept
@@ -113,12 +103,7 @@ def one_pass(model: nn.Module) -> Iterator[None]:
 
 
 def disable(model: nn.Module) -> Override:
-    """Return a context manager that runs the base model without adapters.
-
-    The base runs with its original weights and biases, even if adapters are merged.
-
-    Args:
-        model: An adapted model.
+    """Return a context manager that runs the base with its original weights and biases, even if adapters are merged.
 
     Raises:
         AdapterError: The model has no adapters.
@@ -129,9 +114,6 @@ def disable(model: nn.Module) -> Override:
 def checkpoint_contexts(model: nn.Module) -> CheckpointContexts:
     """Return a `context_fn` for non-reentrant checkpointing that recomputes with the forward pass's adapters.
 
-    Args:
-        model: An adapted model.
-
     Raises:
         AdapterError: The model has no adapters.
     """
@@ -139,25 +121,13 @@ def checkpoint_contexts(model: nn.Module) -> CheckpointContexts:
 
 
 def adapters(model: nn.Module) -> dict[str, LoraConfig]:
-    """Return a dict from adapter name to config, in the order of attachment; empty if the model has no adapters.
-
-    Args:
-        model: Any model.
-    """
+    """Return a dict from adapter name to config, in the order of attachment; empty if the model has no adapters."""
     state = find_state(model)
     return {} if state is None else {name: dataclasses.replace(config) for name, config in state.configs.items()}
 
 
 def trainable_parameters(model: nn.Module, name: str | None = None) -> list[tuple[str, nn.Parameter]]:
-    """Return the trainable parameters of one adapter or of all adapters, with their names.
-
-    Args:
-        model: An adapted model.
-        name: Name of one adapter, or None for all adapters.
-
-    Returns:
-        (name, parameter) pairs with the names that `model.named_parameters()` gives. Each parameter (…) requires
-        gradients and appears exactly once.
+    """Return the trainable parameters (…) of one or all adapters, each once, with their names in the model.
 
     Raises:
         AdapterError: The adapter is not on the model, or the model has no adapters.
@@ -170,15 +140,9 @@ def trainable_parameters(model: nn.Module, name: str | None = None) -> list[tupl
 
 
 def parameters_by_adapter(model: nn.Module, names: Collection[str]) -> dict[str, list[nn.Parameter]]:
-    """Return all parameters of the given adapters: A, B, magnitudes, saved modules, trainable token rows and biases.
+    """Return all parameters (…) of each adapter: A, B, magnitudes, saved modules, trainable token rows and biases.
 
-    Args:
-        model: An adapted model.
-        names: The adapters' names.
-
-    Returns:
-        A dict from adapter name to the adapter's parameters (…). Each parameter is listed once, in the order in which
-        the modules were adapted.
+    Each parameter is listed once, in the order in which the modules were adapted.
     """
     state = state_of(model)
     found: dict[str, list[nn.Parameter]] = {name: [] for name in names}
@@ -194,13 +158,7 @@ def _bias_patches(model: nn.Module, state: AdapterState) -> list[BiasPatch]:
 
 
 def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | None = None) -> None:
-    """Make adapters trainable, or freeze them.
-
-    Args:
-        model: An adapted model; only `requires_grad` flags change.
-        wanted: Adapter name -> whether the adapter's parameters require gradients; unknown names are ignored.
-        others: Whether all other adapters' parameters require gradients; None leaves those parameters unchanged.
-    """
+    """Make adapters trainable, or freeze them, and likewise all `others` unless None; skip unknown names."""
     state = find_state(model)
     if state is None:
         return
@@ -216,19 +174,11 @@ def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | Non
 
 
 def penalties(model: nn.Module, field: str | None = None) -> Tensor | None:
-    """Return the penalty that the variants of active adapters add to a training loss.
+    """Return the penalty that the variants of active adapters add to a training loss, a differentiable scalar, or None.
 
-    Each variant's terms are summed over its sites, or averaged if `Penalty.is_mean` is set.
-
-    A custom training loop should add the result to the loss once per optimizer step, as `lorakit train` does. If no
-    variant has a penalty (plain LoRA has none), the result is None, and no layers are visited.
-
-    Args:
-        model: A model with or without adapters.
-        field: Config field of the only variant to count; None counts all.
-
-    Returns:
-        A scalar that is differentiable with respect to the adapters' parameters, or None.
+    Each variant's terms are summed over its sites, or averaged if `Penalty.is_mean` is set. A custom training loop
+    should add the result to the loss once per optimizer step, as `lorakit train` does. If no variant has a penalty
+    (plain LoRA has none), no layers are visited. `field` is the config field of the only variant to count.
 
     Raises:
         AdapterError: Parts of the model were adapted separately.
@@ -267,8 +217,7 @@ def invocation_offsets(
         attention_mask: Shape (rows, length), with 0 for padding; invocation tokens in padding are ignored.
 
     Returns:
-        For each row, the number of positions from the start of that occurrence to the end of the row, or None if the
-        invocation tokens do not occur.
+        For each row, the number of positions from the start of that occurrence to the end of the row, or None.
     """
     ids = input_ids if input_ids.ndim == 2 else input_ids[None]
     return [int(back) or None for back in last_invocation(ids, tokens, attention_mask)]
@@ -283,10 +232,8 @@ def invoked(
 ) -> Override:
     """Return a context manager that activates aLoRA adapters where the given prompts invoke them.
 
-    The start positions come from the prompts, regardless of the model input.
-
-    Use this for forward passes that receive embeddings instead of tokens, or only part of a text. Later forward passes
-    continue from the same start positions.
+    The start positions come from the prompts, regardless of the model input. Use this for forward passes that receive
+    embeddings instead of tokens, or only part of a text. Later forward passes continue from the same start positions.
 
     Args:
         model: An adapted model.
@@ -323,14 +270,9 @@ def invoked(
 
 
 def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:
-    """Return the number of tokens, counted from the end of a prompt, for which an adapter is active.
+    """Return for how many tokens, counted from the end of a prompt (length,), an adapter is active.
 
     An aLoRA adapter is active from its invocation tokens onward, and any other adapter for the whole prompt.
-
-    Args:
-        model: A model with or without adapters.
-        input_ids: The prompt's token ids, with shape (length,).
-        adapter: The adapter's name.
 
     Raises:
         ConfigError: The adapter's config does not specify the invocation tokens.
@@ -342,10 +284,6 @@ def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:
 
 
 def waits_for_tokens(model: nn.Module) -> bool:
-    """Return whether a model has any aLoRA adapters, which are inactive before their invocation tokens (see `invoked`).
-
-    Args:
-        model: A model with or without adapters.
-    """
+    """Return whether a model has aLoRA adapters, which are inactive before their invocation tokens (see `invoked`)."""
     state = find_state(model)
     return state is not None and bool(state.waiting)

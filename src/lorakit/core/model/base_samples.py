@@ -39,12 +39,7 @@ def equal(one: Tensor, other: Tensor) -> bool:
 
 
 def agree_after_rounding(one: Tensor, other: Tensor) -> bool:
-    """Return whether rounding explains every difference between two tensors.
-
-    Args:
-        one: fp64 values (n,).
-        other: fp64 values (n,) to compare with `one`.
-    """
+    """Return whether rounding explains every difference between two tensors of fp64 values, both (n,)."""
     if one.shape != other.shape:
         return False
     for dtypes in ROUNDINGS:
@@ -86,11 +81,9 @@ class BaseTensor:
     """A parameter or buffer of the plain base.
 
     Attributes:
-        shape: The tensor's shape in the plain base.
         dtype: Name of the dtype, or of the weight format if the tensor is quantized.
         key: Identifier of the tensor; a shared tensor has the same key under each of its names.
         source: The tensor (…), or the quantized weight.
-        is_buffer: Whether the tensor is a buffer.
     """
 
     shape: tuple[int, ...]
@@ -100,11 +93,7 @@ class BaseTensor:
     is_buffer: bool = False
 
     def is_readable(self, elsewhere: bool) -> bool:
-        """Return whether the tensor's values can be read.
-
-        Args:
-            elsewhere: Whether another source supplies the values of unquantized tensors on the meta device.
-        """
+        """Return whether the values can be read, perhaps `elsewhere`, for plain tensors on the meta device."""
         if isinstance(self.source, Tensor):
             is_here = elsewhere or not (self.source.is_meta or is_shard(self.source))
             return self.source.is_floating_point() and is_here
@@ -116,10 +105,7 @@ class BaseTensor:
         return self.source.device if isinstance(self.source, Tensor) else torch.device("cpu")
 
     def bits(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Read the values at the given positions in the flattened tensor.
-
-        Args:
-            positions: Integers (n,), on `device`.
+        """Read the values at the given positions (n,) of the flattened tensor, which are on `device`.
 
         Returns:
             Bit patterns (n,) as integers of the dtype's width (fp32 for a quantized weight); and the largest possible
@@ -139,24 +125,16 @@ class BaseTensor:
 
 
 def plain_tensor(tensor: Tensor, cut: Mapping[int, int], is_buffer: bool = False) -> BaseTensor:
-    """Return an unquantized tensor of the base as a `BaseTensor`.
+    """Return an unquantized tensor of the base (any shape) as a `BaseTensor`.
 
-    Args:
-        tensor: A tensor of any shape.
-        cut: Id of a tensor -> number of leading rows to use; all rows are used if the tensor is not listed.
-        is_buffer: Whether the tensor is a buffer.
+    `cut` is the id of a tensor -> number of leading rows to use; all rows are used if the tensor is not listed.
     """
     used = tensor[: cut[id(tensor)]] if id(tensor) in cut else tensor
     return BaseTensor(tuple(used.shape), str(tensor.dtype).removeprefix("torch."), id(tensor), used, is_buffer)
 
 
 def tensors_of_base(index: AdapterIndex, cut: Mapping[int, int]) -> dict[str, BaseTensor]:
-    """Return a base's parameters and persistent buffers, keyed by name in the plain base.
-
-    Args:
-        index: The index of a model with or without adapters.
-        cut: As in `plain_tensor`.
-    """
+    """Return a base's parameters and persistent buffers by name in the plain base, cut as in `plain_tensor`."""
     quantized = {weight.packed: weight for weight in quantized_weights(index, stacked=False)}
     companions = {name for weight in quantized.values() for name in weight.companions}
     found = {}
@@ -241,12 +219,7 @@ def _within_bounds(one: Sample, other: Sample, tolerance: Tensor | float = 0.0) 
 
 
 def agreement(one: Sample, other: Sample) -> str:
-    """Return how closely two samples at the same positions agree: `EXACT`, `ROUNDED`, `QUANTIZED` or `APART`.
-
-    Args:
-        one: The first sample.
-        other: The second sample, possibly in another dtype.
-    """
+    """Return how closely two samples at the same positions agree: `EXACT`, `ROUNDED`, `QUANTIZED` or `APART`."""
     if one == other:
         return EXACT
     first, second = one.values(), other.values()
@@ -261,13 +234,9 @@ def agreement(one: Sample, other: Sample) -> str:
 
 
 def positions(tensors: Sequence[tuple[str, tuple[int, ...]]], count: int) -> Tensor:
-    """Return the positions (tensors, count) to sample in each flattened tensor, in ascending order.
+    """Return the positions (tensors, count) to sample in each named, flattened tensor, in ascending order.
 
-    The first and last positions of each tensor are included.
-
-    Args:
-        tensors: Name and shape of each tensor; each tensor has at least `count` values.
-        count: Number of positions per tensor, at least 1.
+    The first and last positions are included; each tensor has at least `count` values, which is at least 1.
     """
     seeds = [f"{name} {'x'.join(map(str, shape))}".encode() for name, shape in tensors]
     drawn = b"".join(hashlib.shake_128(seed).digest(4 * count) for seed in seeds)
@@ -281,12 +250,7 @@ def positions(tensors: Sequence[tuple[str, tuple[int, ...]]], count: int) -> Ten
 
 
 def sample_count(shape: tuple[int, ...], tensors: int) -> int:
-    """Return the number of values to sample from a tensor.
-
-    Args:
-        shape: The tensor's shape.
-        tensors: Total number of tensors to sample.
-    """
+    """Return the number of values to sample from a tensor of this shape, if this number of tensors is sampled."""
     wanted = max(LEAST, min(NUMBERS, BUDGET // max(1, tensors)))
     if len(shape) == 3 and wanted == NUMBERS and 0 < shape[0] <= MOST_SLICES:
         wanted = shape[0] * -(-NUMBERS // shape[0])  # a multiple of shape[0], so no range spans two slices
@@ -296,10 +260,7 @@ def sample_count(shape: tuple[int, ...], tensors: int) -> int:
 def take_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], Tensor] | None) -> dict[str, Sample]:
     """Sample tensors, using one copy to the CPU per device and dtype width.
 
-    Args:
-        tensors: Name -> tensor whose values can be read.
-        read: Function that maps a name to a tensor (…), for tensors on the meta device; None if the tensors have
-            values.
+    `read` maps a name to a tensor (…), for tensors on the meta device; None if the tensors have values.
     """
     names = sorted(tensors)
     names = names[:: max(1, -(-len(names) // MOST_TENSORS))]
@@ -351,22 +312,13 @@ Fingerprints in format 1 can still be compared, but with a weaker guarantee: cha
 
 
 def first_positions(shape: tuple[int, ...]) -> Tensor:
-    """Return the positions (n,) at which format 1 samples a flattened tensor.
-
-    Args:
-        shape: The tensor's shape.
-    """
+    """Return the positions (n,) at which format 1 samples a flattened tensor of this shape."""
     size = math.prod(shape)
     return torch.linspace(0, size - 1, min(FIRST_NUMBERS, size), dtype=torch.float64).long()
 
 
 def take_first_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], Tensor] | None) -> dict[str, Sample]:
-    """Sample matrices as specified by format 1.
-
-    Args:
-        tensors: Name -> tensor whose values can be read.
-        read: As in `take_samples`.
-    """
+    """Sample matrices as specified by format 1; `read` is as in `take_samples`."""
     large = sorted(name for name, tensor in tensors.items() if len(tensor.shape) >= 2 and not tensor.is_buffer)
     found = {}
     for name in large[:: max(1, len(large) // FIRST_TENSORS)][:FIRST_TENSORS]:
@@ -378,14 +330,9 @@ def take_first_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], 
 
 
 def first_agreement(one: Sample, other: Sample) -> str:
-    """Return how closely two samples in format 1 agree; values that differ by at most one bf16 step count as equal.
+    """Return how closely two samples in format 1 agree: `EXACT`, `QUANTIZED` or `APART`.
 
-    Args:
-        one: The first sample.
-        other: The second sample.
-
-    Returns:
-        `EXACT`, `QUANTIZED` or `APART`.
+    Values that differ by at most one bf16 step count as equal.
     """
     if len(one.bits) != len(other.bits) or not (one.is_sound() and other.is_sound()):
         return APART
@@ -401,11 +348,7 @@ def as_hex(bits: bytes) -> str:
 
 
 def from_hex(text: str) -> bytes:
-    """Decode the bit patterns in the output of `as_hex`.
-
-    Raises:
-        ValueError: The text does not consist of four-digit hexadecimal patterns.
-    """
+    """Decode the output of `as_hex`; raise a ValueError unless it consists of four-digit hexadecimal patterns."""
     if len(text) % 4:
         raise ValueError("the length is not a multiple of 4")
     return _swapped(bytes.fromhex(text))

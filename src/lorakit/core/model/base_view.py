@@ -28,15 +28,9 @@ SAMPLES, TOLERANCE = 4096, 1e-2
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> int:
-    """Replace every quantized module with an equivalent plain module; the model must have no adapters.
+    """Replace every quantized module of a model without adapters with a plain one, in place; return their number.
 
-    Args:
-        model: The model, changed in place; each plain module has the compute dtype of the quantized module that it
-            replaces.
-        dtype: Dtype of the plain modules whose quantized modules have no compute dtype; None means the model's.
-
-    Returns:
-        The number of modules replaced.
+    A plain module has the compute dtype of the quantized module or, if that has none, `dtype`, or else the model's.
 
     Raises:
         MergeError: A quantized weight cannot be read.
@@ -49,37 +43,21 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> int:
 
 
 def check_quantized_weights(model: nn.Module) -> None:
-    """Check that all parts of the quantized weights are present, and that their scales are finite.
-
-    Args:
-        model: A model with or without adapters.
-
-    Raises:
-        ModelError: A part is missing or not finite.
-    """
+    """Raise a ModelError if a part of a quantized weight is missing or not finite."""
     for path, module in AdapterIndex.of(model).plain_modules():
         weight_format_of(module).check(module, path)
 
 
 def disable_base_repacking(model: nn.Module) -> None:
-    """Keep quantized modules from rewriting their weights during forward passes, which some quantizers do by default.
-
-    Args:
-        model: A model without adapters; weight values do not change.
-    """
+    """Keep quantized modules from rewriting their weights in forward passes, which some quantizers do by default."""
     disable_repacking(AdapterIndex.of(model).everything.values())
 
 
 def wrong_dequantization(model: nn.Module) -> tuple[str, float] | None:
-    """Find a weight that its quantization package dequantizes incorrectly.
+    """Find a weight that its quantization package dequantizes incorrectly, as some kernels do for certain shapes.
 
-    Some kernels fail for certain shapes. One weight per format and shape is checked, at a few thousand positions.
-
-    Args:
-        model: A model with or without adapters.
-
-    Returns:
-        The weight's name and its largest error divided by its largest value, or None if all weights are correct.
+    One weight per format and shape is checked, at a few thousand positions. Return the weight's name and its largest
+    error divided by its largest value, or None if all weights are correct.
     """
     seen = set()
     for weight in quantized_weights(model):
@@ -97,14 +75,9 @@ def wrong_dequantization(model: nn.Module) -> tuple[str, float] | None:
 
 
 def quantized_linear(linear: nn.Linear, wanted: Quantization) -> nn.Module:
-    """Return a quantized replacement for a linear layer.
+    """Return a frozen, quantized replacement for a linear layer, in the same mode (train or eval).
 
-    Args:
-        linear: The layer; its dtype becomes the compute dtype, and the memory of its weight may be freed.
-        wanted: The requested quantization format.
-
-    Returns:
-        The frozen replacement, in the same mode (train or eval) as the layer.
+    The layer's dtype becomes the compute dtype, and the memory of its weight may be freed.
     """
     package, bits = wanted.storage.package, wanted.storage.bits
     if package == "hqq":
@@ -119,10 +92,7 @@ def quantized_linear(linear: nn.Linear, wanted: Quantization) -> nn.Module:
 def base_tensors(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> Iterator[tuple[str, Tensor, nn.Module]]:
     """Yield the base's parameters and buffers as they were before any merge, under their names in the plain base.
 
-    Args:
-        model: A model with or without adapters.
-        stacked: Whether to include replicated layers (`layer_replication`); if false, the original layers are included
-            instead.
+    With `stacked`, replicated layers (`layer_replication`) are included, otherwise the original ones.
 
     Yields:
         The name in the plain base, the tensor (…), and the module that holds the tensor. Shared parameters appear under
@@ -170,9 +140,7 @@ class QuantizedWeight:
     Attributes:
         name: Name of the weight in the plain base.
         packed: Name under which `base_tensors` yields the packed values.
-        module: The module that holds the weight.
         base: The weight's storage format.
-        stored: The weight in its storage format.
         layer: The adapted layer around the module, or None.
         companions: Names under which `base_tensors` yields other parts of the weight, such as scales.
     """
@@ -200,20 +168,12 @@ class QuantizedWeight:
         return bias if self.layer is None else self.layer.original_bias()
 
     def dequantized(self, dtype: torch.dtype) -> nn.Module:
-        """Return the equivalent plain module in the quantized module's compute dtype.
-
-        If the quantized module has no compute dtype, `dtype` is used.
-        """
+        """Return the equivalent plain module in the quantized module's compute dtype or, without one, in `dtype`."""
         return self.base.dense(self.module, self.base.read(self.module, self.stored), dtype)
 
 
 def quantized_weights(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> Iterator[QuantizedWeight]:
-    """Yield every quantized weight of the base.
-
-    Args:
-        model: A model with or without adapters.
-        stacked: As in `base_tensors`.
-    """
+    """Yield every quantized weight of the base; `stacked` is as in `base_tensors`."""
     index = AdapterIndex.of(model)
     layers = {id(layer.source): layer for _, layer in index.layers()}
     formats: dict[tuple[type, type], WeightFormat[Any, Any]] = {}
@@ -234,11 +194,7 @@ def quantized_weights(model: nn.Module | AdapterIndex, *, stacked: bool = True) 
 def float_dtype(model: nn.Module | AdapterIndex) -> torch.dtype:
     """Return the base's compute dtype: the dtype of the first floating-point parameter in an unquantized module.
 
-    If there is no such parameter, return the dtype of the first bias in a quantized module, or fp32 if no quantized
-    module has a bias.
-
-    Args:
-        model: A model with or without adapters.
+    Without one, it is the dtype of the first bias in a quantized module, or fp32.
     """
     of_bias: torch.dtype | None = None
     for name, tensor, module in base_tensors(model):

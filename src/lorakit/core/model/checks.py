@@ -27,11 +27,7 @@ READ_PAST = frozenset({"conv1d", "out_proj"})
 
 
 def check_new_name(state: AdapterState | None, name: str) -> None:
-    """Check that an adapter name is not in use and that torch's module containers accept the name.
-
-    Raises:
-        AdapterError: The name is taken or not allowed; the message says why.
-    """
+    """Raise an AdapterError if an adapter name is in use, or if torch's module containers do not accept it."""
     if state is not None and name in state.configs:
         raise AdapterError(
             f"This model already has an adapter {name!r}. Detach it first, or choose another name.", what=name
@@ -52,10 +48,6 @@ def check_new_name(state: AdapterState | None, name: str) -> None:
 def check_called(model: nn.Module, paths: Iterable[str]) -> None:
     """Check that the model calls every module to be adapted; if a kernel reads the weight directly, LoRA has no effect.
 
-    Args:
-        model: The model; its config gives the model type.
-        paths: Paths of the modules to adapt.
-
     Raises:
         TargetError: A fused kernel reads the weight of at least one of the modules directly.
     """
@@ -72,10 +64,7 @@ def check_called(model: nn.Module, paths: Iterable[str]) -> None:
 
 
 def check_not_distributed(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Check that modules hold their whole weights, and not one process's part of them.
-
-    Args:
-        modules: Pairs of path and base module.
+    """Check that modules, given with their paths, hold their whole weights, and not one process's part of them.
 
     Raises:
         NotYetSupported: A weight is a DTensor, or the module has a plan for tensor parallelism.
@@ -96,11 +85,7 @@ def check_not_distributed(modules: Iterable[tuple[str, nn.Module]]) -> None:
 
 
 def check_allowances(allow: Collection[str]) -> None:
-    """Check that each entry in `allow` is the name of a check.
-
-    Raises:
-        ConfigError: An entry is unknown; the message lists the allowed names.
-    """
+    """Raise a ConfigError, which lists the allowed names, if an entry in `allow` is not the name of a check."""
     unknown = sorted(set(allow) - set(ALLOWANCES))
     if unknown:
         raise ConfigError(
@@ -112,11 +97,7 @@ def check_allowances(allow: Collection[str]) -> None:
 
 
 def check_scales(scales: Sequence[tuple[str, float]], allow: Collection[str]) -> None:
-    """Check that scales are in the usual range, unless "odd_scale" is allowed.
-
-    Raises:
-        ConfigError: A scale is not in the interval (0, 1000].
-    """
+    """Raise a ConfigError if a scale is not in the usual interval (0, 1000], unless "odd_scale" is allowed."""
     odd = [(path, value) for path, value in scales if not 0 < value <= LARGEST_USUAL_SCALE]
     if odd and "odd_scale" not in allow:
         path, value = odd[0]
@@ -130,21 +111,13 @@ def check_scales(scales: Sequence[tuple[str, float]], allow: Collection[str]) ->
 
 
 def check_acts(model: nn.Module, config: LoraConfig) -> None:
-    """Check that the tokens for which an adapter waits are in the model's vocabulary.
-
-    Raises:
-        ConfigError: A token is not.
-    """
+    """Raise a ConfigError if a token for which an adapter waits is not in the model's vocabulary."""
     if vocabulary := vocabulary_of(model):
         check_invocation(config, range(vocabulary), f"the model's vocabulary of {vocabulary:,}")
 
 
 def check_company(state: AdapterState | None, config: LoraConfig) -> None:
-    """Check that a new adapter is compatible with the adapters on the model.
-
-    Raises:
-        ConfigError: Two adapters would train the base's biases, or one adapter's variant excludes other adapters.
-    """
+    """Raise a ConfigError if two adapters would train the base's biases, or if a variant excludes others."""
     new = variants_of(config)
     for name, other in () if state is None else state.configs.items():
         if config.bias != "none" and other.bias != "none":

@@ -12,10 +12,8 @@ the tokenizer; and deliberate changes by someone who knows the sampled positions
 To keep an adapter from being applied twice, permanently merged adapters are recorded in the model's config, which is
 saved and loaded with the weights.
 
-`weight_file_hashes` returns the SHA-256 of each file that a base was loaded from, if the files are known and small
-enough to hash. The hashes are evidence, not part of the identity: values in memory can change after loading, and the
-same base can be saved to different files. The hashes are cached (`lorakit.file_hashes`). If a file cannot be found or
-read, no hashes are returned and no error is raised.
+The hashes of the files that a base was loaded from are evidence, not part of the identity: values in memory can change
+after loading, and the same base can be saved to different files. They are cached (`lorakit.file_hashes`).
 """
 
 from __future__ import annotations
@@ -130,12 +128,9 @@ class Fingerprint:
 
 
 class BaseVerdict(NamedTuple):
-    """Result of `compare`.
+    """Result of `compare`: `SAME`, `OTHER_PRECISION`, `UNVERIFIABLE` or `DIFFERENT`.
 
-    Attributes:
-        verdict: `SAME`, `OTHER_PRECISION`, `UNVERIFIABLE` or `DIFFERENT`.
-        reason: The reason for the verdict, for use in messages.
-        warning: A warning for the user about an accepted base, or "".
+    `reason` is the reason for use in messages, and `warning` is for the user of an accepted base, or "".
     """
 
     verdict: str
@@ -151,7 +146,7 @@ def fingerprint(
     like: Fingerprint | None = None,
     with_files: bool = False,
 ) -> Fingerprint:
-    """Compute the fingerprint of a model's base.
+    """Compute the fingerprint of a model's base, without its adapters.
 
     Args:
         model: A model with or without adapters, or its index; not changed.
@@ -160,9 +155,6 @@ def fingerprint(
         cut: Id of a base tensor -> number of leading rows to use; other tensors are used in full.
         like: A fingerprint to compare with the result; the result uses the same format version.
         with_files: Whether to hash the weight files that the model was loaded from, if they are known.
-
-    Returns:
-        The fingerprint of the base without adapters.
     """
     version = VERSION if like is None else like.version
     index = AdapterIndex.of(model)
@@ -192,13 +184,9 @@ def fingerprint(
 
 
 def record_base(index: AdapterIndex, state: AdapterState) -> None:
-    """Record the fingerprint of a model's base, because its weights may be distributed over processes later.
+    """Record the fingerprint of a base in the adapters' state, because its weights may be distributed later.
 
     Nothing is done in a single process, or if the fingerprint is known or the weights are distributed already.
-
-    Args:
-        index: The index of the model.
-        state: The state of the model's adapters, which holds the record.
     """
     if state.base is None and has_several_processes() and not is_sharded(index.model):
         state.base = fingerprint(index).as_dict()
@@ -217,15 +205,9 @@ def _multiplies_in_int8(index: AdapterIndex) -> bool:
 
 
 def compare(known: Fingerprint | None, present: Fingerprint, whose: str = "the adapter's") -> BaseVerdict:
-    """Compare an adapter's base with a model's base.
+    """Compare an adapter's base, if it is known, with a model's base.
 
-    Args:
-        known: The fingerprint saved with the adapter, or None.
-        present: The model's fingerprint.
-        whose: Possessive that identifies the known base in the reason, such as "the adapter's".
-
-    Returns:
-        The verdict, its reason, and a warning if there is one.
+    `whose` is a possessive that identifies the known base in the reason, such as "the adapter's".
     """
     if known is None:
         return BaseVerdict(UNVERIFIABLE, "the adapter has no fingerprint of its base")
@@ -302,13 +284,7 @@ def _with_files(found: BaseVerdict, known: Fingerprint, present: Fingerprint) ->
 
 
 def sampled_positions(mark: Fingerprint, name: str, shape: tuple[int, ...]) -> list[int]:
-    """Return the positions, in order, at which a fingerprint samples a flattened tensor.
-
-    Args:
-        mark: The fingerprint.
-        name: The tensor's name.
-        shape: The tensor's shape in the base that the fingerprint describes.
-    """
+    """Return the positions, in order, at which a fingerprint samples a flattened tensor of this shape."""
     sample = mark.samples.get(name)
     if sample is None or not sample.bits:
         return []
@@ -323,14 +299,7 @@ def _dtype(tensors: Mapping[str, BaseTensor], read: Mapping[str, Sample]) -> str
 
 
 def _read(values: JsonObject) -> Fingerprint:
-    """Build a fingerprint from its JSON values.
-
-    Raises:
-        KeyError: A field is missing.
-        ValueError: A field has an invalid value.
-        TypeError: A field has the wrong type, or there are unknown fields.
-        AttributeError: A field that must be an object has another type.
-    """
+    """Build a fingerprint from JSON values; wrong ones raise a KeyError, ValueError, TypeError or AttributeError."""
     version = values.pop("version", FIRST)
     decode = from_hex if version == FIRST else _from_text
     bounds = dict(values.pop("bounds", {}))
@@ -387,35 +356,20 @@ CONFIG_KEY = "lorakit_merged"
 
 
 def merge_record(model: nn.Module) -> dict[str, str]:
-    """Return a dict from the SHA-256 of each permanently merged adapter's weights to the adapter's name.
-
-    Args:
-        model: Any model; the dict is empty if there is no config or the config has no valid record.
-    """
+    """Return SHA-256 of its weights -> name of each permanently merged adapter in a model's config."""
     recorded = getattr(getattr(model, "config", None), CONFIG_KEY, None)
     entries = recorded if isinstance(recorded, (list, tuple)) else []
     return {str(e["sha256"]): str(e.get("name", "")) for e in entries if isinstance(e, Mapping) and "sha256" in e}
 
 
 def add_merge_record(model: nn.Module, adapters: Mapping[str, str]) -> None:
-    """Record permanently merged adapters in a model's config.
-
-    Args:
-        model: A merged model with a config.
-        adapters: SHA-256 of an adapter's weights -> the adapter's name; added to the existing record.
-    """
+    """Add permanently merged adapters, SHA-256 of their weights -> name, to the record in a model's config."""
     known = {**merge_record(model), **adapters}
     setattr(model.config, CONFIG_KEY, [{"sha256": sha, "name": name} for sha, name in known.items()])
 
 
 def check_not_merged_in(model: nn.Module, folder: Path, weights_sha256: str, allow: Collection[str]) -> None:
     """Check that an adapter has not already been merged into a model, unless "base_mismatch" is allowed.
-
-    Args:
-        model: The base.
-        folder: The adapter's directory, for the message.
-        weights_sha256: SHA-256 of the adapter's weights.
-        allow: As in `load_adapter`.
 
     Raises:
         BaseMismatchError: The adapter was merged into this model.
@@ -444,10 +398,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 def weight_file_hashes(model: nn.Module) -> dict[str, str]:
     """Return a dict from file name to SHA-256 for the safetensors or GGUF files that a model was loaded from.
 
-    The dict is empty if the files are not known or a hash cannot be computed.
-
-    Args:
-        model: A model whose config says where the model was loaded from (`name_or_path`).
+    It is empty if the files, which `name_or_path` of the config gives, are not known or a hash cannot be computed.
     """
     try:
         return _hashes(_files_of(model))

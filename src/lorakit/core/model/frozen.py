@@ -21,23 +21,14 @@ RECORD = "_lorakit_frozen"
 
 @dataclass
 class FrozenModule:
-    """Changes that freezing made to a module.
-
-    Attributes:
-        trained: The parameters that the module holds directly, each with its `requires_grad` flag before it was frozen.
-        repacks: Whether the module repacked its weight in forward passes.
-    """
+    """Changes that freezing made to a module: its own parameters with their flags, and whether it repacked."""
 
     trained: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
     repacks: bool = False
 
 
 def freeze(index: AdapterIndex) -> None:
-    """Freeze the parameters of a base without adapters, and keep its modules from repacking their weights.
-
-    Args:
-        index: The model's index.
-    """
+    """Freeze the parameters of a base without adapters, and keep its modules from repacking their weights."""
     repacking = {id(module) for module in disable_repacking(index.everything.values())}
     seen: set[int] = set()
     for module in index.everything.values():
@@ -51,11 +42,7 @@ def freeze(index: AdapterIndex) -> None:
 
 
 def flags(index: AdapterIndex) -> Iterator[tuple[nn.Parameter, bool]]:
-    """Yield the base's parameters, each with its `requires_grad` flag before the base was frozen.
-
-    Args:
-        index: The model's index.
-    """
+    """Yield the base's parameters, each with its `requires_grad` flag before the base was frozen."""
     for module in _base_modules(index):
         record: FrozenModule = module.__dict__.get(RECORD, FrozenModule())
         yield from record.trained
@@ -66,9 +53,6 @@ def replacing(index: AdapterIndex) -> Iterator[None]:
     """Let other parameters, such as shards, replace those of a frozen base in a block; `restore` then changes them.
 
     No parameter of the base is referred to within the block, so that each one is freed when it is replaced.
-
-    Args:
-        index: The index of the model with its adapters.
     """
     held = list[tuple[FrozenModule, nn.Module, list[tuple[str, bool]]]]()
     for module in _base_modules(index):
@@ -86,11 +70,7 @@ def replacing(index: AdapterIndex) -> Iterator[None]:
 
 
 def restore(index: AdapterIndex) -> None:
-    """Undo `freeze` after the last adapter was removed.
-
-    Args:
-        index: The index of the model with its adapters.
-    """
+    """Undo `freeze` after the last adapter was removed."""
     for module in _base_modules(index):
         record: FrozenModule = module.__dict__.pop(RECORD, FrozenModule())
         for parameter, trained in record.trained:

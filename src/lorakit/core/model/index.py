@@ -57,7 +57,6 @@ class TargetWeight:
     Attributes:
         path: Path of the weight's adapted layer in the model and on disk.
         outer: Path of the targeted module in the plain base.
-        kind: The site's kind.
         spec: The weight's shape, parameter name and layout.
         child: Name of the child module that holds the weight, or "" if the module at `outer` holds it directly.
     """
@@ -79,7 +78,6 @@ class AdapterIndex:
     """A snapshot of a model during one public call; only `put` and `replace` update the snapshot.
 
     Attributes:
-        model: The model.
         state: The state that the adapted modules share, or None if there are no adapted modules.
         modules: Path -> module, for base modules and the components that replace them; the model itself and the modules
             inside an adapted module are left out.
@@ -107,11 +105,9 @@ class AdapterIndex:
 
     @classmethod
     def of(cls, model: nn.Module | AdapterIndex, kinds: Iterable[Kind] = ()) -> AdapterIndex:
-        """Build the index of a model in one pass.
+        """Build the index of any module in one pass; an index is returned unchanged.
 
-        Args:
-            model: Any module, with or without adapters. An index is returned unchanged.
-            kinds: Custom site kinds to add to those that the model's adapters already use.
+        Custom kinds are added to those that the model's adapters already use.
 
         Raises:
             AdapterError: Parts of the model were adapted separately and do not share a state.
@@ -177,14 +173,7 @@ class AdapterIndex:
         state.places = places
 
     def check_complete(self, adapters: Collection[str]) -> None:
-        """Reject adapters for which a module was replaced by hand, so that a part of them is missing.
-
-        Args:
-            adapters: Names of the adapters.
-
-        Raises:
-            AdapterError: An adapted module was replaced; the message names the adapter and the path.
-        """
+        """Raise an AdapterError if a module of these adapters was replaced by hand, so that a part is missing."""
         for place in self.replaced:
             name = next((name for name in place.adapters if name in adapters), None)
             if name is not None:
@@ -238,11 +227,7 @@ class AdapterIndex:
         return sorted({name for component in self.components.values() for name in component.merged_adapters})
 
     def known_state(self) -> AdapterState:
-        """Return the state that the adapted modules share.
-
-        Raises:
-            AdapterError: The model has no adapters.
-        """
+        """Return the state that the adapted modules share; raise an AdapterError if the model has no adapters."""
         if self.state is None:
             name = type(self.model).__name__
             raise AdapterError(f"This {name} has no adapters. Attach or load one first.", what=name)
@@ -295,9 +280,7 @@ class AdapterIndex:
     def plain_modules(self, stacked: bool = True) -> list[tuple[str, nn.Module]]:
         """Return the base's modules with their paths in the plain base; a module with two paths is listed twice.
 
-        Args:
-            stacked: Whether to list replicated layers (`layer_replication`); if false, the original layers are listed
-                instead.
+        With `stacked`, replicated layers (`layer_replication`) are listed, otherwise the original ones.
         """
         if stacked not in self._plain:
             self._plain[stacked] = self._plain_modules(stacked)
@@ -332,15 +315,7 @@ class AdapterIndex:
         return standing.owner if isinstance(standing, LoraLayer) else standing
 
     def targets(self, path: str, kind: Kind) -> list[TargetWeight]:
-        """Return the weights to adapt when a target entry names a module.
-
-        Args:
-            path: Path of the module.
-            kind: The module's kind.
-
-        Returns:
-            The weights; the one whose layer will be innermost comes first.
-        """
+        """Return the weights to adapt when a target entry names a module, with the innermost layer's first."""
         owner = self.base(path)
         specs = kind.specs(owner)
         found = [TargetWeight(path + INSIDE * depth, path, kind, spec) for depth, spec in enumerate(specs)]
@@ -373,15 +348,7 @@ class AdapterIndex:
         return standing if isinstance(standing, LoraLayer) else None
 
     def put(self, target: TargetWeight, make: Callable[[nn.Module], LoraLayer]) -> LoraLayer:
-        """Wrap a target weight in a new layer; layers for bare parameters are nested in definition order.
-
-        Args:
-            target: The target weight.
-            make: Function that wraps a given module in the new layer.
-
-        Returns:
-            The new layer.
-        """
+        """Wrap a target weight in a new layer, and return it; layers for parameters are nested in definition order."""
         if target.child:
             owner = self.base(target.outer)
             layer = make(owner.get_submodule(target.child))
@@ -406,12 +373,7 @@ class AdapterIndex:
         return layer
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
-        """Replace a module with another module in every parent.
-
-        Args:
-            old: The module to replace: an adapted module, or a module that is not inside an adapted module.
-            new: The replacement module.
-        """
+        """Replace a module, which is adapted or not inside an adapted one, with another module in every parent."""
         targets = self.parents.get(id(old), [])
         for parent, attribute in targets:
             parent._modules[attribute] = new
@@ -484,20 +446,13 @@ def find_state(model: nn.Module) -> AdapterState | None:
 
 
 def state_of(model: nn.Module) -> AdapterState:
-    """Return the adapter state that a model's layers share.
-
-    Raises:
-        AdapterError: The model has no adapters, or parts of it were adapted separately.
-    """
+    """Return the state that a model's adapters share; raise an AdapterError if there are none."""
     state = find_state(model)
     return AdapterIndex(model).known_state() if state is None else state  # indexing is slow, and `use` is called often
 
 
 def identity(parameter: Tensor | None) -> int:
-    """Return a key that is the same for all parameters (of any shape) that share memory.
-
-    The key is the memory address or, if there is no address, the object's id.
-    """
+    """Return the same key for all parameters (of any shape) that share memory: the address or, without one, the id."""
     if parameter is None or type(parameter.data) is not Tensor:
         return id(parameter)
     return parameter.data_ptr() or id(parameter)
@@ -559,10 +514,6 @@ def layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
 
 
 def trainable_block(index: AdapterIndex) -> AbstractContextManager[object]:
-    """Return a context manager that makes new tensors trainable even inside `torch.inference_mode`.
-
-    Raises:
-        ModelError: The model was created in inference mode, but the call is made outside inference mode.
-    """
+    """Return a context manager in which new tensors are trainable in `torch.inference_mode`; see `trainable`."""
     held = (p for module in index.everything.values() for p in module._parameters.values() if p is not None)
     return trainable(index.model, next(held, None))

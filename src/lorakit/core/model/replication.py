@@ -44,7 +44,6 @@ class Replication:
         attribute: Name of the attribute that holds the list of layers.
         original: The original list of layers.
         stacked: The list of layers after replication.
-        config: The model's config, or None.
         before: Original values of the config fields that depend on the number of layers.
         after: Values of the same config fields after replication.
         dtype: The dtype of the first layer's first weight when `stacked` was built.
@@ -101,12 +100,7 @@ class Replication:
 def stacked_for(index: AdapterIndex, config: LoraConfig) -> Iterator[AdapterIndex]:
     """Replicate a model's layers for a `with` block that adds an adapter; undo the replication if the block fails.
 
-    Args:
-        index: The model's index.
-        config: The adapter's config.
-
-    Yields:
-        The model's index: the given one, or a new one if layers were replicated.
+    Yield the given index, or a new one if layers were replicated.
 
     Raises:
         ConfigError: The ranges are not valid for the model, or adapters on the model have different ranges.
@@ -138,11 +132,7 @@ def stacked_for(index: AdapterIndex, config: LoraConfig) -> Iterator[AdapterInde
 
 
 def replication_of(index: AdapterIndex) -> Replication | None:
-    """Return how the layers of a model were replicated for its adapters, or None.
-
-    Args:
-        index: The model's index.
-    """
+    """Return how the layers of a model were replicated for its adapters, or None."""
     found = (module.__dict__.get(REPLICATION) for module in index.everything.values())
     return next((one for one in found if one is not None), None)
 

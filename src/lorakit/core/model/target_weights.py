@@ -43,11 +43,7 @@ class Site:
 
 
 def sites(model: nn.Module) -> list[Site]:
-    """Return the adapted sites in model order.
-
-    Args:
-        model: Any model; the result is empty if the model has no adapters.
-    """
+    """Return the adapted sites in model order; empty if the model has no adapters."""
     return [
         Site(path, layer.kind_name, layer.spec.out_features, layer.spec.in_features, layer)
         for path, layer in AdapterIndex.of(model).layers()
@@ -57,8 +53,7 @@ def sites(model: nn.Module) -> list[Site]:
 def bare_parameters(index: AdapterIndex) -> list[BareParameter]:
     """Return every parameter of the base that `target_parameters` may name, in definition order.
 
-    Args:
-        index: The model's index; parameters held directly by the model are included for error messages.
+    Parameters held directly by the model are included for error messages.
     """
     owners = [("", index.model), *((path, index.base(path)) for path in index.modules)]
     return [
@@ -77,26 +72,15 @@ def _experts_of(module: nn.Module) -> int:
 def matched(index: AdapterIndex, config: LoraConfig, allow_partial: bool = False) -> Resolution:
     """Return the modules and parameters in a model that a config names; see `lorakit.targets.resolve`.
 
-    Args:
-        index: The model's index.
-        config: The config.
-        allow_partial: Whether to accept target entries that match nothing.
-
     Raises:
-        TargetError: A target entry matches nothing, or matches a module that cannot be adapted.
+        TargetError: A target entry matches nothing (unless allowed), or matches a module that cannot be adapted.
     """
     bare = bare_parameters(index) if config.target_parameters else None
     return resolve(index.candidates, config, allow_partial=allow_partial, parameters=bare)
 
 
 def named_targets(index: AdapterIndex, config: LoraConfig) -> dict[str, TargetWeight]:
-    """Return a target weight for each parameter that `target_parameters` names, keyed by path on disk.
-
-    Rank and alpha patterns are ignored.
-
-    Args:
-        index: The model's index.
-        config: The config.
+    """Return a target weight for each parameter that `target_parameters` names, by path on disk, without patterns.
 
     Raises:
         TargetError: A named parameter cannot be adapted.
@@ -109,14 +93,9 @@ def named_targets(index: AdapterIndex, config: LoraConfig) -> dict[str, TargetWe
 
 
 def targets_of(index: AdapterIndex, matches: Sequence[Match]) -> list[tuple[Match, TargetWeight]]:
-    """Return every weight that an adapter targets, with the match that selected the weight.
+    """Return every weight that an adapter targets, with the match that selected it, given all matches of the config.
 
-    Args:
-        index: The model's index.
-        matches: All matches of the adapter's config.
-
-    Returns:
-        (match, weight) pairs; within a module, the weight with the innermost layer comes first.
+    Within a module, the weight with the innermost layer comes first.
 
     Raises:
         TargetError: A module and one of its parameters are both targets of this adapter or of different adapters.
@@ -143,12 +122,7 @@ def targets_of(index: AdapterIndex, matches: Sequence[Match]) -> list[tuple[Matc
 
 
 def dropout_at(config: LoraConfig, target: TargetWeight, holder: nn.Module) -> float:
-    """Return the dropout probability for the input to A at a site.
-
-    Args:
-        config: The adapter's config.
-        target: The site.
-        holder: The base module that holds the site's weight.
+    """Return the dropout probability for the input to A at a site, whose weight a base module holds.
 
     Raises:
         ConfigError: The config has dropout, but the module does not expose the input of its parameter.
@@ -168,14 +142,7 @@ def dropout_at(config: LoraConfig, target: TargetWeight, holder: nn.Module) -> f
 
 
 def paths_on_disk(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, str]:
-    """Return the on-disk path of each of an adapter's sites, keyed by path in the model.
-
-    The paths on disk ignore the layers of other adapters.
-
-    Args:
-        model: The adapted model, or its index.
-        adapter: The adapter's name.
-    """
+    """Return the on-disk path of each of an adapter's sites by path in the model, without layers of other adapters."""
     found = {}
     around: dict[int, list[LoraLayer]] = {}  # id of a layer -> layers around it
     for path, layer in AdapterIndex.of(model).layers():
@@ -189,10 +156,6 @@ def paths_on_disk(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, st
 
 def check_overlap(index: AdapterIndex, targets: Sequence[TargetWeight]) -> None:
     """Check that no module is adapted both as a whole and through a parameter, by this or any other adapter.
-
-    Args:
-        index: The model's index.
-        targets: The target weights of one adapter.
 
     Raises:
         TargetError: A module is adapted in both ways; the message names the module.

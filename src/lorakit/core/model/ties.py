@@ -30,8 +30,7 @@ LEFT_ALONE, NOTHING_TIED = "left_alone", "nothing_tied"
 class TiedWeight(FactorWeight):
     """The A or B of a head that is tied to an embedding: the transposed B or A of the embedding.
 
-    Attributes:
-        weight: A (r, in) or B (out, r), computed from the embedding's current factors on every access.
+    `weight`, A (r, in) or B (out, r), is computed from the embedding's current factors on every access.
     """
 
     def __init__(self, leader: LoraLayer, name: str, part: str) -> None:
@@ -50,11 +49,6 @@ class TiedWeight(FactorWeight):
 
 def with_ties(index: AdapterIndex, config: LoraConfig, found: Resolution) -> tuple[Resolution, dict[str, str]]:
     """Return the modules that a config names and, if `ensure_weight_tying` is set, the modules tied to them.
-
-    Args:
-        index: The model's index.
-        config: The config.
-        found: The modules that the config names.
 
     Returns:
         The modules, and a mapping from the path of each tied module to that of its embedding. Without
@@ -91,10 +85,9 @@ def with_ties(index: AdapterIndex, config: LoraConfig, found: Resolution) -> tup
 
 
 def tied_groups(index: AdapterIndex, paths: Collection[str]) -> dict[str, list[str]]:
-    """Return the groups of tied modules that contain at least one of the given paths.
+    """Return the path of each embedding -> the modules tied to it, for groups with at least one of the given paths.
 
-    The result is a dict from the path of each embedding to the paths of the other modules with the same weight. The
-    dict is empty if the model's config says that the embeddings are not tied.
+    The dict is empty if the model's config says that the embeddings are not tied.
     """
     groups: dict[str, list[str]] = {}
     for whole in shared_weights(index) if index.is_tied else ():
@@ -106,25 +99,14 @@ def tied_groups(index: AdapterIndex, paths: Collection[str]) -> dict[str, list[s
 
 
 def tie_copies(copies: Mapping[str, nn.Module], embeddings: Mapping[str, str]) -> None:
-    """Make the saved copies of tied modules share one weight.
-
-    Args:
-        copies: Path of a module -> an adapter's copy of the module, not yet in the model.
-        embeddings: Path of a tied module -> path of its embedding.
-    """
+    """Make an adapter's saved copies of tied modules share one weight, given the path of each one's embedding."""
     for path, embedding in embeddings.items():
         if path in copies and embedding in copies:
             copies[path]._parameters["weight"] = copies[embedding]._parameters["weight"]
 
 
 def tie_factors(index: AdapterIndex, name: str, embeddings: Mapping[str, str]) -> None:
-    """Replace the factors of tied modules with those of their embeddings; all layers must already be in the model.
-
-    Args:
-        index: The model's index.
-        name: The adapter's name.
-        embeddings: Path of a tied module -> path of its embedding.
-    """
+    """Replace the factors of tied modules with those of their embeddings; all layers must already be in the model."""
     for path, embedding in embeddings.items():
         layer, leading = index.modules[path], index.modules[embedding]
         if not (isinstance(layer, LoraLayer) and isinstance(leading, LoraLayer) and name in layer.r.keys() & leading.r):

@@ -2,8 +2,7 @@
 
 If an adapter contains the rows of all new tokens (as trainable token rows, or in a saved copy of the whole embedding),
 the base does not need to have those rows. The loader then appends rows to the base for the adapter to fill, and ignores
-the appended rows when it compares the base with the one that the adapter was trained on. This module works with the
-contents of an adapter's files but does not read the files.
+the appended rows when it compares the base with the one that the adapter was trained on.
 """
 
 from __future__ import annotations
@@ -35,11 +34,9 @@ from lorakit.targets import names_path
 
 
 def grow_vocabulary(model: nn.Module, rows: int) -> None:
-    """Extend the embedding and the head to a given number of rows; each new row is the mean of the existing rows.
+    """Extend the embedding and the head of a base without adapters, in place, to at least this number of rows.
 
-    Args:
-        model: A base without adapters; changed in place, unless it already has enough rows.
-        rows: Number of rows that the embedding and the head have after the call.
+    Each new row is the mean of the existing rows.
 
     Raises:
         ModelError: The model does not expose its input embedding, or has vocabulary-sized tensors other than plain
@@ -53,11 +50,7 @@ def grow_vocabulary(model: nn.Module, rows: int) -> None:
 
 
 def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
-    """Return the embedding and head modules that `grow_vocabulary` would extend; the model is not changed.
-
-    Args:
-        model: A base without adapters; its weight values are not read.
-        rows: Number of rows that each module would have.
+    """Return the embedding and head modules that `grow_vocabulary` would extend; weight values are not read.
 
     Raises:
         ModelError: As in `grow_vocabulary`.
@@ -79,12 +72,7 @@ def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
 
 
 def with_trained_rows(config: LoraConfig, model: nn.Module, rows: Sequence[int]) -> LoraConfig:
-    """Copy a config, and configure the copy to train the given rows of the token embedding and of any untied head.
-
-    Args:
-        config: The config.
-        model: The base; it is not changed, and its values are not needed.
-        rows: Indices of the rows to train.
+    """Return a copy of a config that also trains the given rows of the token embedding and of any untied head.
 
     Raises:
         ModelError: The model does not expose its input embedding.
@@ -98,15 +86,10 @@ def with_trained_rows(config: LoraConfig, model: nn.Module, rows: Sequence[int])
 
 
 def initialize_rows(model: nn.Module, name: str, pieces: Mapping[int, Sequence[int]]) -> None:
-    """Set each new token's embedding to a mean of existing embeddings. [docs/math.md (93)]
+    """Set each new token's embedding in an adapter to a mean of existing embeddings. [docs/math.md (93)]
 
-    The mean is over the tokens that encoded the new token's text before the new token was added.
-
-    Args:
-        model: An adapted model; the base does not change.
-        name: The adapter's name.
-        pieces: Index of a new token -> indices of the tokens that previously encoded its text. All other rows are left
-            unchanged.
+    `pieces` maps the index of a new token to the tokens that previously encoded its text, over which the mean is taken.
+    All other rows are left unchanged.
     """
     for _, module in AdapterIndex.of(model).every(TrainableTokens):
         if module.follows or name not in module:
@@ -128,12 +111,7 @@ def _named_embedding(index: AdapterIndex) -> str:
 
 
 def token_tables(index: AdapterIndex, path: str | None) -> list[str]:
-    """Return the paths of the input embedding, of the modules tied to it, and of the head.
-
-    Args:
-        index: The model's index.
-        path: Path of the input embedding; if None, the result is empty.
-    """
+    """Return the paths of the input embedding at `path`, of the modules tied to it, and of the head; or none."""
     if path is None:
         return []
     head = embedding_of(index.model, "output")
@@ -179,13 +157,8 @@ def _append_rows(model: nn.Module, tables: Iterable[nn.Module], rows: int, undo:
 def appended_rows(index: AdapterIndex, config: LoraConfig, known: Fingerprint | None) -> Iterator[list[str]]:
     """Append rows for an adapter's new tokens, and remove the rows again if the `with` block fails.
 
-    Args:
-        index: The base's index.
-        config: The adapter's config.
-        known: The fingerprint of the base that the adapter was trained on, or None.
-
-    Yields:
-        A list of messages about the appended rows; if the list is not empty, the index is out of date.
+    `known` is the fingerprint of the base that the adapter was trained on, or None. Yield messages about the appended
+    rows; if there are any, the index is out of date.
     """
     present = vocabulary_of(index.model)
     path = input_embedding(index)
@@ -219,16 +192,8 @@ def without_brought_rows(
 ) -> tuple[Fingerprint | None, Fingerprint]:
     """Return the fingerprints of an adapter's base and a model's base, without the values that the adapter replaces.
 
-    A model with more tokens than the adapter's base is first compared without the additional rows, and then at its
-    current size if the first comparison finds a difference.
-
-    Args:
-        index: The base's index.
-        config: The adapter's config.
-        known: The fingerprint of the base that the adapter was trained on, or None.
-
-    Returns:
-        The known fingerprint and the model's fingerprint, both with the replaced values set to zero or omitted.
+    These are set to zero or omitted. A model with more tokens than the adapter's base is first compared without the
+    additional rows, and then at its current size if the first comparison finds a difference.
     """
     if known is not None and 0 < known.vocabulary < vocabulary_of(index.model):
         tables = [table_at(index, path) for path in token_tables(index, input_embedding(index))]
@@ -304,16 +269,10 @@ USUAL_NAME = "embed_tokens"
 def chosen_rows(
     index: AdapterIndex, config: LoraConfig, sites: Collection[str], saved: Collection[str]
 ) -> list[ChosenRows]:
-    """Return the token rows that a config selects for training.
+    """Return the token rows that a config selects for training: one entry per embedding or head.
 
-    Args:
-        index: The model's index.
-        config: The config.
-        sites: Paths of the modules for which the adapter has factors.
-        saved: Paths of the adapter's saved modules.
-
-    Returns:
-        One entry per embedding or head; tied modules with the same rows share an entry.
+    Tied modules with the same rows share an entry. `sites` and `saved` are the paths of the adapter's sites and saved
+    modules.
 
     Raises:
         TargetError: A name matches no module, or a named module is already adapted in another way.
@@ -340,7 +299,7 @@ def sharers(index: AdapterIndex, path: str) -> list[str]:
 
 
 def shared_weights(index: AdapterIndex) -> list[list[str]]:
-    """Return groups of base modules that share a weight parameter, each as a list of paths in model order.
+    """Return groups of paths, in model order, of base modules that share a weight parameter.
 
     Replicated layers (`layer_replication`) are left out: they share all parameters and are adapted separately.
     """

@@ -99,16 +99,10 @@ class Int8Linear(PackedLinear):
 
 
 def int8_matmul_linear(linear: nn.Module, gain: Tensor, kept: Tensor) -> Int8Linear:
-    """Return an int8 version of a dense layer.
+    """Return a frozen int8 version of an `nn.Linear` or `Conv1D` of transformers, in the same mode.
 
-    Args:
-        linear: An `nn.Linear` or a `Conv1D` of transformers, which keeps its own weight.
-        gain: Scale of each input channel (in,), from `input_scales` in `lorakit.ops.int8_weight`; an `nn.Parameter` is
-            shared.
-        kept: Input channels that keep their dtype (k,), from the same function; an `nn.Parameter` is shared.
-
-    Returns:
-        The frozen layer, in the same mode (training or eval) as the dense layer.
+    `gain` (in,) and `kept` (k,) are the result of `input_scales` in `lorakit.ops.int8_weight`; an `nn.Parameter` is
+    shared.
     """
     is_conv1d = type(linear).__name__ == CONV1D
     held = cast(Tensor, linear.weight).detach()

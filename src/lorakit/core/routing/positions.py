@@ -114,13 +114,9 @@ class InvocationHooks:
 def prompt_offsets(
     state: AdapterState, input_ids: Tensor, visible: Tensor | None = None, names: Iterable[str] | None = None
 ) -> Offsets:
-    """Return the number of active positions at the end of each prompt, for adapters triggered by invocation tokens.
+    """Return the active positions at the end of each prompt for some or all adapters triggered by invocation tokens.
 
-    Args:
-        state: The model's state.
-        input_ids: The prompts, (rows, length).
-        visible: Mask of the tokens that are not padding, (rows, length); None if there is no padding.
-        names: The adapters; None means all adapters that are triggered by invocation tokens.
+    `input_ids` are the prompts, (rows, length), and `visible` is the mask of the tokens that are not padding, or None.
 
     Raises:
         ConfigError: An adapter's config does not specify its invocation tokens.

@@ -39,12 +39,7 @@ class Traces(Generic[What]):
         return type(self), ()
 
     def note(self, outputs: Iterable[Tensor], what: What) -> None:
-        """Remember a value for a forward pass.
-
-        Args:
-            outputs: Outputs of the forward pass, (…); those without a graph keep nothing alive.
-            what: Value to remember for as long as the graph of an output is alive.
-        """
+        """Remember a value for as long as the graph of one of these outputs (…) is alive, if they have one."""
         mark, alive = _Mark(what), self._alive
         key = id(mark)
         alive[key] = weakref.ref(mark, lambda _: alive.pop(key, None))
@@ -75,13 +70,10 @@ class Forwards:
         return Forwards, ()
 
     def note(self, output: object, route: Route, again: bool = False) -> None:
-        """Record a forward pass.
+        """Record a forward pass with an output of any shape (…), or another object.
 
-        Args:
-            output: Output of the forward pass: a tensor of any shape (…), or another object.
-            route: Route of the forward pass.
-            again: Whether this is a recomputation. Recomputations are recorded only if gradients are disabled, for
-                reentrant checkpoints nested inside other checkpoints.
+        With `again`, it is a recomputation, which is recorded only if gradients are disabled, for reentrant checkpoints
+        nested inside other checkpoints.
         """
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return  # in inference mode there is no backward pass
@@ -166,11 +158,7 @@ class _Runs:
             self._dropped_number = dropped.number
 
     def first_after(self, node: int | None) -> Sequence[Route]:
-        """Return the route of the first run after a node was created, or all possible routes if that run is unknown.
-
-        Args:
-            node: Sequence number of the node, or None if it is unknown.
-        """
+        """Return the route of the first run after a node with this number, or all possible ones if that is unknown."""
         runs = list(self._runs)
         numbers = [run.number for run in runs]
         ordered = len({id(run.thread) for run in runs}) <= 1 and numbers == sorted(numbers)
@@ -192,9 +180,8 @@ def _reentrant_node() -> int | None:
 def _is_non_reentrant() -> bool:
     """Return whether non-reentrant checkpointing is recomputing this forward pass.
 
-    During a recomputation, the topmost saved-tensors hook belongs to the checkpoint. PyTorch has no public API for this
-    check.
-    If PyTorch renames the hook, this function returns False, and more recomputations are rejected.
+    PyTorch has no public API for this: the topmost saved-tensors hook then belongs to the checkpoint. If PyTorch
+    renames the hook, this function returns False, and more recomputations are rejected.
     """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)
     return top is not None and getattr(top[0], "__qualname__", "").startswith("_recomputation_hook.")

@@ -26,7 +26,6 @@ class Offsets:
     """The number of active positions at the end of each row, for adapters that are active at only some positions.
 
     Attributes:
-        adapters: The adapters with offsets.
         back: Number of active positions at the end of each row, (adapters, rows) int64; 0 if the adapter is not active.
         length: Number of positions per row in this forward pass, or None if it is unknown.
         seen: Number of positions per row up to the end of this forward pass, including cached ones, or None.
@@ -44,20 +43,11 @@ class Offsets:
     _routes: dict[int, tuple[Route, Route]] = field(default_factory=dict, init=False, repr=False)
 
     def of(self, adapter: str) -> Tensor:
-        """Return `back` for one adapter, (rows,) int64.
-
-        Args:
-            adapter: One of `adapters`.
-        """
+        """Return `back` for one adapter, (rows,) int64."""
         return self.back[self.adapters.index(adapter)]
 
     def agrees(self, other: Offsets, names: Sequence[str]) -> bool:
-        """Return whether the given adapters are active at the same positions in another forward pass.
-
-        Args:
-            other: Offsets of the other forward pass.
-            names: The adapters to compare.
-        """
+        """Return whether the given adapters are active at the same positions in another forward pass."""
         if not set(names) <= set(self.adapters) & set(other.adapters):
             return False
         pairs = [(self.of(name), other.of(name)) for name in names]
@@ -66,11 +56,7 @@ class Offsets:
     def later(self, length: int, seen: int, rows: int, whole: bool = False) -> Offsets:
         """Return the offsets for a forward pass that covers the same text but ends at a different position.
 
-        Args:
-            length: Number of positions per row in that forward pass.
-            seen: Number of positions per row up to the end of that forward pass, including cached ones.
-            rows: Number of rows in that forward pass, which may contain consecutive copies of each row (beams).
-            whole: Whether each site must see all `length` positions.
+        The arguments are those of that forward pass, which may contain consecutive copies of each row (beams).
 
         Raises:
             RouteError: `rows` is not a multiple of the number of rows in these offsets.
@@ -81,11 +67,7 @@ class Offsets:
         return Offsets(self.adapters, back, length, seen, whole)
 
     def of_rows(self, index: Tensor) -> Offsets:
-        """Return the offsets of the given rows, cached by the identity of the index tensor.
-
-        Args:
-            index: Indices of the rows, (n,).
-        """
+        """Return the offsets of the rows with these indices (n,), cached by the identity of the index tensor."""
         known = self._parts.get(id(index))
         if known is None:  # keep the tensor, so that its id is not reused
             back = self.back.index_select(1, index.to(self.back.device))
@@ -95,13 +77,8 @@ class Offsets:
     def mask(self, adapter: str, z: Tensor) -> Tensor:
         """Return a boolean mask of the positions at which an adapter is active, cached per forward pass and shape.
 
-        Args:
-            adapter: One of `adapters`.
-            z: The output of the adapter, (rows, positions, out) or (rows · positions, out), or (rows, out) for the last
-                position only.
-
-        Returns:
-            A mask of shape (rows, positions, 1), (rows · positions, 1) or (rows, 1).
+        The adapter's output z is (rows, positions, out) or (rows · positions, out), or (rows, out) for the last
+        position only; the mask is the same with 1 in place of `out`.
 
         Raises:
             RouteError: The positions cannot be determined from the shape of z.
@@ -132,11 +109,7 @@ class Offsets:
 
 
 def of_rows(numbers: Tensor, rows: int) -> Tensor:
-    """Expand per-row values to shape (…, rows), to match a batch with consecutive copies of each row.
-
-    Args:
-        numbers: One value per row, (…, n).
-        rows: Number of rows in the batch.
+    """Expand per-row values (…, n) to shape (…, rows), to match a batch with consecutive copies of each row.
 
     Raises:
         RouteError: `rows` is not a multiple of n.
@@ -155,8 +128,7 @@ def of_rows(numbers: Tensor, rows: int) -> Tensor:
 class Kept(dict[Any, Any]):
     """A cache for layers: (layer, …) → a value whose method `still(layer)` returns whether it is still valid.
 
-    Attributes:
-        thread: The thread in which all values were checked for the current forward pass, or None.
+    `thread` is the thread in which all values were checked for the current forward pass, or None.
     """
 
     thread: int | None = None
@@ -196,7 +168,6 @@ class Route:
         rows: One adapter per row of the batch (None for no adapter), or None if all rows use the same adapters.
         copies: Number of consecutive copies of each row that a batch may contain, as in beam search. A batch without
             copies is also valid, because encoders run before rows are repeated.
-        offsets: Offsets of adapters that are active at only some positions, or None if they are unknown.
         kept: A cache for values that layers reuse in later forward passes with this route. The cache lives as long as
             the route. None if layers must not cache anything.
         mentions: Every adapter that at least one row uses.
@@ -242,19 +213,11 @@ class Route:
         return route
 
     def alone(self, name: str, index: Tensor) -> Route:
-        """Return the route of one adapter on its rows of a mixed batch.
-
-        Args:
-            name: The adapter.
-            index: Indices of the adapter's rows, (n,).
-        """
+        """Return the route of one adapter on its rows, with these indices (n,), of a mixed batch."""
         return Route((name,), offsets=None if self.offsets is None else self.offsets.of_rows(index))
 
     def acting(self, name: str) -> Callable[[Tensor], Tensor] | None:
-        """Return a function that computes the mask for an adapter's output z (rows, positions, out).
-
-        If the adapter has no offsets, return None instead of a function.
-        """
+        """Return a function that masks an adapter's output z (rows, positions, out), or None without offsets for it."""
         offsets = self.offsets
         return None if offsets is None or name not in offsets.adapters else partial(offsets.mask, name)
 
@@ -267,26 +230,14 @@ class Route:
         return all(names <= {row} for row in self.rows)
 
     def rows_of(self, size: int) -> tuple[str | None, ...] | None:
-        """Return the adapter of each row of a batch, or None if the route does not match the batch.
-
-        Args:
-            size: Number of rows in the batch.
-        """
+        """Return the adapter of each row of a batch of this size, or None if the route does not match the batch."""
         rows = self.rows or ()
         if size == len(rows):
             return rows
         return tuple(row for row in rows for _ in range(self.copies)) if size == len(rows) * self.copies else None
 
     def segments(self, device: torch.device, size: int) -> list[tuple[str, Tensor]]:
-        """Return the rows of each adapter, cached per device and size.
-
-        Args:
-            device: Device of the indices.
-            size: Number of rows in the batch, which must match the route.
-
-        Returns:
-            Pairs of an adapter and the indices of its rows, (n,) int64; rows without an adapter are left out.
-        """
+        """Return each adapter with the indices of its rows, (n,) int64, cached per device and size of the batch."""
         if (device, size) not in self._indices:
             rows = self.rows_of(size) or ()
             self._indices[device, size] = [
@@ -296,12 +247,7 @@ class Route:
         return self._indices[device, size]
 
     def routed(self, names: tuple[str, ...], device: torch.device, size: int) -> Routed:
-        """Return which of the given adapters each row uses, cached per device and size.
-
-        Args:
-            names: The adapters, in the order in which their factors are stacked.
-            device: Device of the result.
-            size: Number of rows in the batch, which must match the route.
+        """Return which of the given adapters each row of a batch uses, cached per device and size.
 
         Returns:
             The index in `names` of each row's adapter, (size,); −1 for the base and for other adapters. All indices

@@ -30,13 +30,7 @@ from lorakit.errors import LorakitError, RouteError
 
 @dataclass(frozen=True)
 class Scope:
-    """An active override.
-
-    Attributes:
-        block: The `Override` object.
-        backward: Id of the backward pass in which the override was opened, or -1 if none was running.
-        thread: Id of the thread in which the override was opened.
-    """
+    """An active override: its block, and the ids of the backward pass (−1 if none) and thread that opened it."""
 
     block: Override
     backward: int
@@ -60,14 +54,9 @@ OF_THIS_PROCESS = frozenset({"_open", "_told", "_members", "whole", "places"})  
 
 
 class Place(NamedTuple):
-    """Where an adapted module was when the model was last indexed.
+    """Where an adapted module was when the model was last indexed: its path, and its name in its parent.
 
-    Attributes:
-        path: Path of the module.
-        parent: Weak reference to the module that holds it.
-        attribute: Name under which the parent holds it.
-        module: Weak reference to the adapted module.
-        adapters: Adapters with parameters in the module.
+    The module and the parent are weak references; `adapters` have parameters in the module.
     """
 
     path: str
@@ -81,7 +70,6 @@ class AdapterState:
     """The state that all adapted modules of one model share: the adapters' configs, and which adapters are active.
 
     Attributes:
-        configs: Adapter name -> its config.
         default: The route that applies without a scoped override.
         aside: The default route that `suspend_default` removed, or None.
         kinds: User-defined kinds, keyed by name (`lorakit.core.Kind`).
@@ -151,15 +139,7 @@ class AdapterState:
         return True
 
     def check(self, names: Sequence[str | None], error: type[LorakitError] = RouteError) -> None:
-        """Reject unknown adapters.
-
-        Args:
-            names: Adapters; None means the base.
-            error: Type of the exception to raise.
-
-        Raises:
-            LorakitError: A name is unknown; the message lists the known ones.
-        """
+        """Raise an error of this type, which lists the known names, if an adapter is unknown; None is the base."""
         unknown = sorted({name for name in names if name is not None and name not in self.configs})
         if unknown:
             raise error(
@@ -199,12 +179,7 @@ class AdapterState:
         self.default = Route(tuple(name for name in self.default.names if name not in left))
 
     def override(self, route: Route | None, offsets: Offsets | None = None) -> Override:
-        """Return a context manager that activates a route in the current context only.
-
-        Args:
-            route: Route for forward passes in the block; None changes only the offsets.
-            offsets: Offsets of adapters that are active at only some positions, or None.
-        """
+        """Return a context manager that activates a route, or only offsets, in the current context only."""
         return Override(self, route, offsets)
 
     def active(self) -> Route:
@@ -213,11 +188,7 @@ class AdapterState:
         return (self.default if route is None else route).at(offsets)
 
     def _scoped(self, backward: int | None) -> tuple[Route | None, Offsets | None]:
-        """Return the route and offsets that the innermost overrides set.
-
-        Args:
-            backward: Id of the backward pass whose overrides are considered; None considers all overrides.
-        """
+        """Return the route and offsets that the innermost overrides set, in one backward pass or in all."""
         offsets = None
         for scope in reversed(_SCOPES.get()):
             block = scope.block
@@ -257,9 +228,6 @@ class AdapterState:
         Dynamo guards on the values that this method reads. If an override is open in any thread, or if the default
         route uses an adapter triggered by invocation tokens, dynamo fails to retrace the layer and runs it uncompiled,
         with the active route and offsets.
-
-        Args:
-            default: The default route of the layer or of the model.
         """
         if self._open:  # an explicit branch, because dynamo does not guard on a returned `not`
             return False
@@ -279,13 +247,7 @@ class AdapterState:
 
 
 class Override(contextlib.AbstractContextManager[None]):
-    """A scoped override. Entering it does not change the object, so several threads and tasks can enter it at once.
-
-    Attributes:
-        state: The state of the model.
-        route: Route for forward passes in the block; None if only offsets are given.
-        offsets: Offsets for forward passes in the block; None if only a route is given.
-    """
+    """A scoped override of the route, the offsets or both. Several threads and tasks can enter it at once."""
 
     def __init__(self, state: AdapterState, route: Route | None, offsets: Offsets | None = None) -> None:
         self.state, self.route, self.offsets = state, route, offsets
@@ -309,15 +271,9 @@ class Override(contextlib.AbstractContextManager[None]):
 
 
 def resolve(state: AdapterState, own: Route | None, forwards: Forwards) -> tuple[Route, bool]:
-    """Return the route for a forward pass of one layer.
+    """Return the route for a forward pass of one layer, and whether autograd is recomputing this forward pass.
 
-    Args:
-        state: The model's state.
-        own: The layer's override of the default route, or None.
-        forwards: The layer's forward history.
-
-    Returns:
-        The route, and whether autograd is recomputing this forward pass.
+    `own` is the layer's override of the default route, or None.
 
     Raises:
         RouteError: This is a recomputation, and the route of the first run cannot be determined.

@@ -58,12 +58,8 @@ def collect_inputs(
             to exclude padding, or a function that selects rows of a site's input. None uses all positions.
         even: Whether to divide each input by its largest element, so that all batches have equal weight.
 
-    Returns:
-        Dict from path to statistics; a site that no batch reached has 0 rows.
-
     Raises:
-        TargetError: A path does not name a module, or names a module that is not supported (an embedding or a grouped
-            convolution).
+        TargetError: A path does not name a module, or names an embedding or a grouped convolution.
         DataError: There are no batches, or a mask does not match a site's input.
     """
     modules = _modules_at(model, paths)
@@ -85,16 +81,8 @@ def collect_gradients(
 
     Weights do not need `requires_grad` and may be quantized: the gradient Gᵀ·X, (out, in), is computed from the
     module's input X and the gradient G with respect to the module's output; `.grad` is not used. One dense fp32 tensor
-    per site is kept in memory. A weight that two sites share has a separate gradient for each site.
-
-    Args:
-        model: Any model; unchanged afterwards.
-        paths: Dotted paths of the sites: dense layers, embeddings, convolutions.
-        batches: Batches to pass to `forward`; iterated once.
-        forward: Runs the model on one batch and returns its loss, a scalar.
-
-    Returns:
-        Dict from path to statistics; a site that no loss depends on has 0 calls.
+    per site is kept in memory. A weight that two sites share has a separate gradient for each site. The arguments are
+    those of `collect_inputs`; `forward` returns the loss, a scalar.
 
     Raises:
         TargetError: A path does not name a module.
@@ -233,15 +221,10 @@ def evened(rows: Tensor) -> Tensor:
 
 
 def weight_gradient(module: nn.Module, x: Tensor, G: Tensor) -> Tensor:
-    """Return the gradient with respect to a module's canonical weight, from one call to the module.
+    """Return the gradient (out, in) of a module's canonical weight, from one call to a layer, embedding or convolution.
 
-    Args:
-        module: A dense layer, an embedding or a convolution.
-        x: Input of the module: (…, in), indices (…), or (N, C, …).
-        G: Gradient with respect to the output, (…, out) or (N, out, …).
-
-    Returns:
-        (out, in), or (out, in / groups, k…) for a convolution, in fp32 or wider.
+    x (…, in), indices (…) or (N, C, …) is the input, and G (…, out) or (N, out, …) the gradient of the output. Of a
+    convolution, the result is (out, in / groups, k…); it is in fp32 or wider.
     """
     x, G = x.detach(), at_least_fp32(G.detach())
     if isinstance(module, nn.Embedding):
@@ -259,12 +242,7 @@ def weight_gradient(module: nn.Module, x: Tensor, G: Tensor) -> Tensor:
 def patches(module: Convolution, x: Tensor) -> Tensor:
     """Return a convolution's input patch at each output position: the rows that the weight matrix multiplies.
 
-    Args:
-        module: A convolution without groups.
-        x: (N, C, …).
-
-    Returns:
-        (N · positions, C · k…), in fp32 or wider; the columns are in the order of the weight's elements.
+    x is (N, C, …), and the result (N · positions, C · k…), in fp32 or wider, in the order of the weight's elements.
     """
     stored, x = weight_format_of(module), at_least_fp32(x)
     shape = stored.read(module, module.weight.to("meta")).shape[1:]  # without a copy of the weight
@@ -322,12 +300,7 @@ def _some(batches: Iterable[Any]) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Set a model's training mode within a context, and restore each module's previous mode afterwards.
-
-    Args:
-        model: Any model.
-        training: Whether the model is in training mode within the context.
-    """
+    """Set a model's training mode within a context, and restore each module's previous mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:

@@ -31,7 +31,6 @@ class InputStatistics:
 
     Attributes:
         components: None keeps the full second-moment matrix; a number keeps only that many principal directions.
-        rows: Number of rows.
         calls: Number of calls to `add`.
         total: Σ x, (in,); None before the first row.
         gram: Σ x·xᵀ, (in, in); None before the first row, or if `components` is set.
@@ -46,11 +45,7 @@ class InputStatistics:
         self._squares = 0.0  # The sum of the squares of all elements.
 
     def add(self, rows: Tensor) -> None:
-        """Add rows to the moments.
-
-        Args:
-            rows: (n, in), of any floating dtype.
-        """
+        """Add rows (n, in), of any floating dtype, to the moments."""
         if not len(rows):
             return
         rows = at_least_fp32(rows.detach())
@@ -68,11 +63,7 @@ class InputStatistics:
         self._add(1, len(rows), rows.sum(0), float(rows.square().sum(dtype=torch.float64)))
 
     def merge(self, other: InputStatistics) -> None:
-        """Add the rows of another `InputStatistics`; both objects must keep full second-moment matrices.
-
-        Args:
-            other: Statistics for rows of the same width; not changed.
-        """
+        """Add the rows of another `InputStatistics`; both objects must keep full second-moment matrices."""
         if other.total is None or other.gram is None:
             return
         self._add(other.calls, other.rows, other.total, other._squares)
@@ -97,13 +88,7 @@ class InputStatistics:
         return self.gram / self.rows
 
     def principal(self, k: int) -> Principal:
-        """Return the principal directions of the centered rows, as in PCA.
-
-        Args:
-            k: Maximum number of directions.
-
-        Returns:
-            Directions, singular values, and the fraction of the variance that each direction explains, in fp32.
+        """Return at most k principal directions of the centered rows, as in PCA, in fp32.
 
         Raises:
             DataError: There are no rows.
@@ -138,7 +123,6 @@ class GradientStatistics:
     """The sum of the gradients of the loss with respect to a site's weight.
 
     Attributes:
-        batches: Number of batches.
         calls: Number of gradients; a module that is called twice in a forward pass adds two.
         total: Sum of the gradients, canonical (out, in) or (out, in / groups, k…); None before the first gradient.
     """
@@ -149,12 +133,7 @@ class GradientStatistics:
         self.total: Tensor | None = None
 
     def add(self, gradient: Tensor) -> None:
-        """Add a gradient to the sum.
-
-        Args:
-            gradient: Canonical, (out, in) or (out, in / groups, k…), fp32 or wider; it is not copied, and may be
-                modified later.
-        """
+        """Add a canonical gradient (out, in) or (out, in / groups, k…), fp32 or wider, which may be changed later."""
         self.calls += 1
         self.total = gradient if self.total is None else self.total.add_(gradient)
 
@@ -191,11 +170,7 @@ class Statistics:
     base: Fingerprint | None = None
 
     def check(self, config: LoraConfig, model: nn.Module | AdapterIndex) -> None:
-        """Check that these statistics match a config and a model.
-
-        Args:
-            config: The config to attach.
-            model: The model to which the adapter is attached, or its `AdapterIndex`; not changed.
+        """Check that these statistics match a config and the model to which it is attached.
 
         Raises:
             ConfigError: The statistics are for a different init.
@@ -242,9 +217,6 @@ class Statistics:
 
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     """Read a file written by `Statistics.save`.
-
-    Args:
-        path: The file.
 
     Raises:
         AdapterFileError: The file is missing or damaged, has an unknown format version, or is not a statistics file.
