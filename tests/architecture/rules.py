@@ -125,7 +125,12 @@ TYPED = {"layer", "module", "model", "state", "route", "factor", "slot", "kind",
 ENTRIES = ("core/kinds", "core/variants")  # calls of Kind, Variant and replace in them make registry entries
 FIELDS = {"use_dora": "core/variants/dora.py", "alora_invocation_tokens": "core/variants/alora.py"}
 NAME_HOMES = ("targets/layer_types.py", "config", "peft")
-FIELD_HOMES = ("config", "peft", "cli", *(f"train/settings/{name}.py" for name in ("defaults", "conversion/names")))
+FIELD_HOMES = (
+    "config",
+    "peft",
+    "cli",
+    *(f"train/settings/{name}.py" for name in ("data_and_adapter", "defaults", "conversion/names")),
+)
 BANNED_STEMS = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "base"}
 
 

@@ -17,7 +17,8 @@ from lorakit.durable import problem_in
 from lorakit.errors import ConfigError, did_you_mean
 from lorakit.hub_cache import with_revision
 from lorakit.train.settings.conversion.names import CONVERT_ADVICE, NAMES_ELSEWHERE
-from lorakit.train.settings.defaults import DEFAULTS, OF_CONFIG, SettingFields, choices_of, types_of_settings
+from lorakit.train.settings.data_and_adapter import OF_CONFIG
+from lorakit.train.settings.defaults import DEFAULTS, SettingFields, choices_of, types_of_settings
 
 if TYPE_CHECKING:
     from lorakit.config import LoraConfig, TaskType
