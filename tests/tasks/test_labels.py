@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lorakit.data import Labeled, Records, Split, Tagged
@@ -51,6 +52,12 @@ def test_the_type_of_labels_can_be_selected() -> None:
         (["a", None], "auto", "data.jsonl:2.*no label"),
         (["a", "a"], "auto", "same label, 'a'"),
         (["1", "x"], "score", "data.jsonl:2.*label 'x'.*finite number"),
+        (
+            [0.5, float(np.finfo(np.float32).max), float(np.finfo(np.float32).max) * 1.1],
+            "auto",
+            "data.jsonl:3.*float32",
+        ),
+        (["1", "-1e308"], "score", "data.jsonl:2.*label '-1e308'.*float32"),
         ([("a",), ("b",)], "class", "data.jsonl:1.*list of labels"),
         ([str(number) for number in range(1001)], "auto", "1,001 different values.*--label-type score"),
     ],

@@ -315,11 +315,15 @@ def _class_names(label: Label, kind: Kind) -> tuple[str, ...]:
     return tuple(part.strip() for part in label.split(",") if part.strip()) if kind == "classes" else (label,)
 
 
+LARGEST_SCORE = (2 - 2**-23) * 2.0**127
+"""Largest number in float32, in which losses and metrics compare scores."""
+
+
 def score_of(record: Record) -> float:
-    """Return the score of a row; a DataError if the label is not a finite number."""
+    """Return the score of a row; a DataError if the label is not a number that float32 can hold."""
     label = labeled(record).label
     number = number_of(label)
-    if number is None:
+    if number is None or abs(number) > LARGEST_SCORE:
         raise unfit(record, _not_a_score(label))
     return number
 
@@ -334,7 +338,7 @@ def number_of(label: Label) -> float | None:
 
 
 def _not_a_score(label: Label) -> str:
-    return f"has the label {label!r}; a score must be a finite number"
+    return f"has the label {label!r}; a score must be a finite number of at most {LARGEST_SCORE:.3g} (float32)"
 
 
 def problem_of(label: Label, kind: Kind) -> str:
@@ -342,7 +346,8 @@ def problem_of(label: Label, kind: Kind) -> str:
     if label is None:
         return "has no label"
     if kind == "score":
-        return _not_a_score(label) if number_of(label) is None else ""
+        number = number_of(label)
+        return _not_a_score(label) if number is None or abs(number) > LARGEST_SCORE else ""
     if kind == "class" and isinstance(label, tuple):
         return "has a list of labels; pass --label-type classes if several classes may apply"
     if kind == "classes" and isinstance(label, float):
