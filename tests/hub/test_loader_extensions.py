@@ -183,6 +183,23 @@ def test_files_without_packed_weights_are_rejected(wide_model_directory: Path, d
     assert caught.value.field == "quantization_config"
 
 
+@pytest.mark.parametrize("layout", ["fp8", "gptq", "awq", *packed_models.COMPRESSED])
+def test_packed_weights_without_a_quantization_config_are_rejected(
+    layout: str, wide_model_directory: Path, dense: Any
+) -> None:
+    if layout == "fp8":
+        packed_models.write_fp8(wide_model_directory, dense)
+    else:
+        packed_models.write_packed(wide_model_directory, dense, layout)
+    path = wide_model_directory / "config.json"
+    values = json.loads(path.read_text())
+    del values["quantization_config"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(ModelError) as caught:
+        hub.load_model(wide_model_directory)
+    assert caught.value.field == "quantization_config"
+
+
 @pytest.mark.parametrize("damage", ["missing", "nan", "inf"])
 def test_damaged_fp8_scales_are_rejected(fp8_directory: Path, damage: str) -> None:
     from safetensors.torch import load_file, save_file

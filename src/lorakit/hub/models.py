@@ -23,6 +23,7 @@ from lorakit.hub.gguf_models import load_tokenizer as load_gguf_tokenizer
 from lorakit.hub.gguf_models import load_weights
 from lorakit.hub.model_config import TASKS, WITH_NEW_HEADS, config_of
 from lorakit.hub.packaged import PACKAGED, check_space, quiet_imports, quiet_transformers, write_weights
+from lorakit.hub.quantization_keys import check_described
 from lorakit.hub.quantizing import (
     check_quantized_once,
     finish_loading,
@@ -31,7 +32,7 @@ from lorakit.hub.quantizing import (
     quantization_of_files,
     require_quantizer,
 )
-from lorakit.hub.shapes import full_modules, is_unused_pooler, modules_with, skeleton
+from lorakit.hub.shapes import full_modules, is_unused_pooler, modules_with, quantization_values, skeleton
 from lorakit.hub.sources import ModelSource, base_named, call_loader, require, resolve
 from lorakit.hub_cache import TOKENIZER_FILES
 from lorakit.plan.quantized import Quantization
@@ -141,6 +142,8 @@ def load_for_task(
         if converted is None:
             converted = call_loader(source, load) if source.header is None else load_weights(source, load, config)
         loaded, report = converted
+        if not quantization_values(config):
+            check_described(map(str, report.get("unexpected_keys", ())))
         new = _new_modules(loaded, source, report, task)
         if source.header is not None:
             gguf_files.finish_model(loaded, source.header.path)

@@ -7,7 +7,7 @@ weights are never quantized (docs/quantized.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from lorakit.durable import JsonObject, JsonValue
@@ -140,6 +140,12 @@ FORMATS: Mapping[str, Keys] = {
 }
 """Quantization method of files -> the keys of its config that lorakit accepts."""
 
+PARTS = frozenset(
+    {"qweight", "qzeros", "scales", "weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point"}
+    | {"absmax", "quant_map", "SCB", "W_q"}
+)
+"""Last names of tensors that only files with packed weights have."""
+
 NEEDED: Mapping[str, tuple[str, ...]] = {"bitsandbytes": ("load_in_4bit", "load_in_8bit"), "torchao": ("quant_type",)}
 """Quantization method of files -> keys, one of which has a value; without it, packed values load as the weights."""
 
@@ -178,6 +184,22 @@ def check_keys(values: JsonObject) -> None:
         _check(group, GROUP, method, f"{path}.")
         if weights is not None:
             _check(weights, WEIGHTS, method, f"{path}.weights.")
+
+
+def check_described(unexpected: Iterable[str]) -> None:
+    """Check the names of tensors that a model without a quantization config does not have.
+
+    Raises:
+        ModelError: They belong to packed weights, whose codes would be loaded as the weights.
+    """
+    packed = next((name for name in sorted(unexpected) if name.rpartition(".")[2] in PARTS), None)
+    if packed is not None:
+        raise ModelError(
+            f"the files have packed weights ({packed}), but the config has no quantization_config that says how to "
+            "decode them. Use the config.json that belongs to the files, or the unquantized model.",
+            what=packed,
+            field="quantization_config",
+        )
 
 
 def groups_of(values: JsonObject) -> Iterator[tuple[str, JsonObject, JsonObject | None]]:
