@@ -121,13 +121,13 @@ def scratch_directory() -> Path:
 
 def versions(names: tuple[str, ...] = PACKAGES) -> dict[str, JsonValue]:
     """Return the version of Python and lorakit, and of each of some packages, None if it is not installed."""
-    found: dict[str, JsonValue] = {"python": platform.python_version(), "lorakit": lorakit.__version__}
+    installed: dict[str, JsonValue] = {"python": platform.python_version(), "lorakit": lorakit.__version__}
     for name in names:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def code() -> dict[str, JsonValue]:

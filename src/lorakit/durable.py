@@ -155,8 +155,8 @@ def problem_in(value: Any, *, is_json: bool = True, level: int = 0) -> tuple[str
     parts: Iterable[tuple[str, Any]]
     if isinstance(value, dict):
         for key in value:
-            if isinstance(key, str) and not key.isascii() and (found := _unpaired(key)) is not None:
-                return f".{printable(key, one_line=True)}", f"has a name that {found[1]}"
+            if isinstance(key, str) and not key.isascii() and (problem := _unpaired(key)) is not None:
+                return f".{printable(key, one_line=True)}", f"has a name that {problem[1]}"
         parts = ((f".{key}", part) for key, part in value.items())
     elif isinstance(value, list | tuple):
         parts = ((f"[{at}]", part) for at, part in enumerate(value))
@@ -164,8 +164,8 @@ def problem_in(value: Any, *, is_json: bool = True, level: int = 0) -> tuple[str
         is_plain = value is None or isinstance(value, bool | int | float)
         return None if is_plain or not is_json else ("", f"is a {type(value).__name__}; it must be a JSON value")
     for where, part in parts:
-        if (found := problem_in(part, is_json=is_json, level=level + 1)) is not None:
-            return where + found[0], found[1]
+        if (problem := problem_in(part, is_json=is_json, level=level + 1)) is not None:
+            return where + problem[0], problem[1]
     return None
 
 
@@ -173,8 +173,8 @@ def _unpaired(text: str) -> tuple[str, str] | None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as cause:
-        found = f"\\u{ord(text[cause.start]):04x}"
-        return "", f"contains an unpaired surrogate ({found}) at character {cause.start}; remove or replace it"
+        code_point = f"\\u{ord(text[cause.start]):04x}"
+        return "", f"contains an unpaired surrogate ({code_point}) at character {cause.start}; remove or replace it"
     return None
 
 

@@ -207,8 +207,8 @@ def _carry(old: Path, new: Path, left_out: Collection[str] = ()) -> None:
 
 
 def _take_owner_and_mode(source: Path, target: Path) -> None:
-    status, found = source.stat(), target.stat()
-    if (status.st_uid, status.st_gid) != (found.st_uid, found.st_gid):
+    status, current = source.stat(), target.stat()
+    if (status.st_uid, status.st_gid) != (current.st_uid, current.st_gid):
         os.chown(target, status.st_uid, status.st_gid)
     shutil.copystat(source, target)
 

@@ -47,10 +47,10 @@ class FileStatus(NamedTuple):
     @classmethod
     def of(cls, file: str | os.PathLike[str] | int) -> FileStatus:
         """Return the status of a regular file, given its path or descriptor; an OSError for any other."""
-        found = os.fstat(file) if isinstance(file, int) else Path(file).stat()
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(file) if isinstance(file, int) else Path(file).stat()
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(f"{file}: not a regular file")
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     @property
     def is_settled(self) -> bool:
@@ -71,13 +71,13 @@ def file_hashes(paths: Iterable[Path], most_bytes: int | None = None) -> dict[Pa
     Nothing is hashed or returned if the files without a kept hash exceed `most_bytes` in total. An OSError if a file is
     not a regular file, cannot be read, or changes while it is read.
     """
-    kept, found = _kept(), dict[Path, str]()
+    kept, hashes = _kept(), dict[Path, str]()
     unknown = dict[Path, tuple[str, FileStatus]]()
     for path in paths:
         status = FileStatus.of(path)
         key = _key(path, status)
         if key in kept:
-            found[path] = kept[key]
+            hashes[path] = kept[key]
         else:
             unknown[path] = key, status
     if most_bytes is not None and sum(status.size for _, status in unknown.values()) > most_bytes:
@@ -85,14 +85,14 @@ def file_hashes(paths: Iterable[Path], most_bytes: int | None = None) -> dict[Pa
     fresh = dict[str, str]()
     for path, (key, status) in unknown.items():
         is_settled = status.is_settled
-        found[path] = sha256_file(path)
+        hashes[path] = sha256_file(path)
         if FileStatus.of(path) != status:
             raise OSError(f"{path}: changed while it was being read")
         if is_settled and status.size >= LEAST_KEPT:
-            fresh[key] = found[path]
+            fresh[key] = hashes[path]
     if fresh:
         _keep({**{key: value for key, value in kept.items() if key not in fresh}, **fresh})
-    return found
+    return hashes
 
 
 def _key(path: Path, status: FileStatus) -> str:

@@ -60,13 +60,13 @@ class HubOptions:
     def taken_from(cls, options: MutableMapping[str, Any]) -> HubOptions:
         """Remove the arguments from a call's options, and return them; `token` was once called `use_auth_token`."""
         former = options.pop("use_auth_token", None)
-        given = {each.name: value for each in fields(cls) if (value := options.pop(each.name, None)) is not None}
-        return cls(**{"token": former, **given})
+        arguments = {each.name: value for each in fields(cls) if (value := options.pop(each.name, None)) is not None}
+        return cls(**{"token": former, **arguments})
 
     def for_client(self) -> dict[str, Any]:
         """Return the arguments that are not at their default, without `subfolder`, for a call of the Hub client."""
-        given = {each: getattr(self, each.name) for each in fields(self) if each.name != "subfolder"}
-        return {each.name: value for each, value in given.items() if value != each.default}
+        values = {each: getattr(self, each.name) for each in fields(self) if each.name != "subfolder"}
+        return {each.name: value for each, value in values.items() if value != each.default}
 
     def for_base(self, revision: str | None) -> dict[str, Any]:
         """Return the arguments for loading the adapter's base, which has its own revision."""
@@ -115,12 +115,12 @@ def adapter_from_hub(
     """
     import huggingface_hub
 
-    given, (repository, revision) = repository, split_revision(repository)
+    requested, (repository, revision) = repository, split_revision(repository)
     if revision is not None and options.revision not in (None, revision):
         raise ConfigError(
-            f"{given!r} names a revision, but revision is {options.revision!r}; pass one of them.",
+            f"{requested!r} names a revision, but revision is {options.revision!r}; pass one of them.",
             what=options.revision,
-            where=given,
+            where=requested,
             field="revision",
         )
     inside = f"{options.subfolder}/" if options.subfolder else ""
@@ -135,20 +135,20 @@ def adapter_from_hub(
     try:
         folder = huggingface_hub.snapshot_download(repository, allow_patterns=patterns, **arguments)
     except Exception as cause:  # the Hub client's exception types depend on its HTTP library
-        raise _not_found(given, arguments, variable, cause) from cause
+        raise _not_found(requested, arguments, variable, cause) from cause
     return Path(folder) / (options.subfolder or "")
 
 
-def _not_found(given: str, arguments: Mapping[str, Any], variable: str | None, cause: Exception) -> ModelError:
+def _not_found(name: str, arguments: Mapping[str, Any], variable: str | None, cause: Exception) -> ModelError:
     where = "on the Hub"
     if arguments.get("local_files_only"):
         reason = "local_files_only is set" if variable is None else f"network access is off: {variable} is set"
         where = f"in the Hub's cache ({reason})"
     return ModelError(
-        f"{given!r} is not a directory and was not found {where} ({type(cause).__name__}). Check the name, or pass a "
+        f"{name!r} is not a directory and was not found {where} ({type(cause).__name__}). Check the name, or pass a "
         "directory.",
-        what=given,
-        where=given,
+        what=name,
+        where=name,
         field=variable,
     )
 

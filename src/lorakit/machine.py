@@ -151,13 +151,13 @@ def cache_directory() -> Path:
 
     A DiskError if there is no home directory to find it.
     """
-    own, shared = os.environ.get("LORAKIT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
+    ours, shared = os.environ.get("LORAKIT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if ours:
         try:
-            return Path(own).expanduser()
+            return Path(ours).expanduser()
         except RuntimeError:
             raise DiskError(
-                f"LORAKIT_CACHE={own}: unknown home directory; use an absolute path.", field="LORAKIT_CACHE"
+                f"LORAKIT_CACHE={ours}: unknown home directory; use an absolute path.", field="LORAKIT_CACHE"
             ) from None
     if shared:
         return Path(shared) / "lorakit"

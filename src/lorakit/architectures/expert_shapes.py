@@ -109,8 +109,8 @@ def _shape(
     dense blocks lack those of the experts and the router. `biased` are paths, in a block, of linear modules with a
     bias.
     """
-    d, found = sizes.hidden, linears(PRE_NORM, sizes)
-    attention = {path: found[path] for path in (*_QKV, _OUTPUT)}
+    d, sizes_by_path = sizes.hidden, linears(PRE_NORM, sizes)
+    attention = {path: sizes_by_path[path] for path in (*_QKV, _OUTPUT)}
     norms = [PlainShape(name, d) for name in PRE_NORM.norms]
     sites: list[SiteShape] = [*embeddings(d, {"model.embed_tokens": sizes.vocab})]
     others: list[PlainShape] = []
@@ -123,8 +123,8 @@ def _shape(
         )
         for path, features in {**attention, **inner}.items():
             sites.append(SiteShape(f"{block}.{path}", "Linear", *features, bias=path in biased))
-        held = [part for part in parts if not (is_dense and part.experts)]
-        others += [replace(part, path=f"{block}.{part.path}") for part in (*held, *norms)]
+        in_block = [part for part in parts if not (is_dense and part.experts)]
+        others += [replace(part, path=f"{block}.{part.path}") for part in (*in_block, *norms)]
     tied_to = "model.embed_tokens" if sizes.tied else None
     sites.append(SiteShape("lm_head", "Linear", sizes.vocab, d, dense=False, tied_to=tied_to))
     shape = shape_from(sizes, architecture, sites, [*others, PlainShape("model.norm", d)], gated=True)

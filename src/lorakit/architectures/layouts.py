@@ -211,8 +211,8 @@ class Block:
         for name, sublayer in sublayers.items():
             modules = self.feed_forward_modules if name == "feed-forward" else self.attention_modules
             inner = (sublayer.inner,) if sublayer.inner or modules is None else modules.linears
-            held = (*inner, *sublayer.norms, *([sublayer.dropout] if sublayer.dropout else []))
-            if any(is_within(path, one) or is_within(one, path) for one in held):
+            paths = (*inner, *sublayer.norms, *([sublayer.dropout] if sublayer.dropout else []))
+            if any(is_within(path, one) or is_within(one, path) for one in paths):
                 return name
         return None
 

@@ -144,8 +144,8 @@ class ModelShape:
     @property
     def expert_matrices(self) -> tuple[tuple[int, int, int], ...]:
         """Return (number of experts, rows, columns) for each parameter that contains experts."""
-        held = (other.matrices for other in self.others if other.experts)
-        sizes = (size for matrices in held for _, size in matrices if len(size) == 3)
+        matrices_of_experts = (other.matrices for other in self.others if other.experts)
+        sizes = (size for matrices in matrices_of_experts for _, size in matrices if len(size) == 3)
         return tuple((count, rows, columns) for count, rows, columns in sizes)
 
     def passed(self, experts: int) -> int:
@@ -155,8 +155,8 @@ class ModelShape:
     @property
     def active_parameters(self) -> int:
         """Return the number of parameters without those of experts that a token does not pass through."""
-        held = (other for other in self.others if any(len(size) == 3 for _, size in other.matrices))
-        sizes = (size for other in held if other.experts for _, size in other.matrices if size[0] == other.experts)
+        fused = (other for other in self.others if any(len(size) == 3 for _, size in other.matrices))
+        sizes = (size for other in fused if other.experts for _, size in other.matrices if size[0] == other.experts)
         return self.parameters - sum((size[0] - self.passed(size[0])) * prod(size[1:]) for size in sizes)
 
     @property
@@ -313,8 +313,8 @@ def linears(block: Block, sizes: Sizes) -> dict[str, tuple[int, int]]:
     inputs, inner = block.inputs
     output, down = block.outputs
     widths = (q, kv, kv) if len(inputs) == 3 else (q + 2 * kv,)
-    found = {path: (width, d) for path, width in zip(inputs, widths, strict=True)} | {output: (d, q)}
-    return found | dict.fromkeys(inner, (f, d)) | {down: (d, f)}
+    modules = {path: (width, d) for path, width in zip(inputs, widths, strict=True)} | {output: (d, q)}
+    return modules | dict.fromkeys(inner, (f, d)) | {down: (d, f)}
 
 
 def embeddings(width: int, tables: Mapping[str, int]) -> list[SiteShape]:
@@ -378,14 +378,14 @@ def replicated(shape: ModelShape, ranges: Sequence[tuple[int, int]] | None) -> M
     if not ranges:
         return shape
     name, order = _list_and_order(shape, ranges)
-    made, plain = [], []
+    sites, plain = [], []
     for index, source in enumerate(order):
         again = source in order[:index]
         for site in shape.sites:
             if _layer(site.path, name) == source:
                 first = _moved(site.path, name, order.index(source))
                 tied_to = first if again else site.tied_to
-                made.append(replace(site, path=_moved(site.path, name, index), tied_to=tied_to))
+                sites.append(replace(site, path=_moved(site.path, name, index), tied_to=tied_to))
         for other in shape.others:
             if _layer(other.path, name) == source:
                 moved = replace(other, path=_moved(other.path, name, index))
@@ -395,7 +395,7 @@ def replicated(shape: ModelShape, ranges: Sequence[tuple[int, int]] | None) -> M
     return replace(
         shape,
         layers=len(order),
-        sites=(*outside[:before], *made, *outside[before:]),
+        sites=(*outside[:before], *sites, *outside[before:]),
         others=(*plain, *(other for other in shape.others if _layer(other.path, name) is None)),
     )
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Number = TypeVar("Number", int, float)
 
 
-def checked_class(given: object) -> type:
+def checked_class(instance: object) -> type:
     """Return an object's class, except to the constructor of a TRL trainer that uses another peft: it gets a
     UsageError.
 
@@ -33,14 +33,14 @@ def checked_class(given: object) -> type:
         frame = frame.f_back  # accelerate's `is_peft_model`
     is_trainer = frame.f_code.co_name == "__init__" and frame.f_globals.get("__name__", "").startswith("trl.")
     if is_trainer and getattr(sys.modules.get("peft"), "__name__", "") != "lorakit.peft":
-        kind, trainer = type(given).__name__, type(frame.f_locals.get("self")).__name__
+        kind, trainer = type(instance).__name__, type(frame.f_locals.get("self")).__name__
         raise UsageError(
             f"{trainer} does not know this {kind} of lorakit.peft, because TRL was imported with another peft; call "
             "lorakit.install_as_peft() before importing trl and transformers' trainer.",
             what=kind,
             field="peft_config",
         )
-    return type(given)
+    return type(instance)
 
 
 def task(value: TaskType | str | None) -> TaskType | None:
@@ -85,12 +85,12 @@ def plain_list(field: str, value: Value) -> list[str] | None:
 def _entries(field: str, value: Value, rule: str) -> list[str]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise ConfigError.of(field, value, rule)
-    found = []
+    entries = []
     for entry in value:
         if not isinstance(entry, str) or not entry:
             raise ConfigError(f"{field} contains {entry!r}; entries must be non-empty names.", what=entry, field=field)
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
 def parameters(value: Value) -> list[str] | None:

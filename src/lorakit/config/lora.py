@@ -67,10 +67,10 @@ def config_file(name: str | os.PathLike[str], options: HubOptions = NO_OPTIONS) 
             where=folder,
         )
     try:
-        found = adapter_from_hub(str(name), options, files=[CONFIG_FILE])
+        downloaded = adapter_from_hub(str(name), options, files=[CONFIG_FILE])
     except ValueError as cause:
         raise AdapterFileError(f"Can't find '{CONFIG_FILE}' at '{name}': {cause}", where=name) from cause
-    return found / CONFIG_FILE
+    return downloaded / CONFIG_FILE
 
 
 def _values(path: Path) -> JsonObject:

@@ -37,9 +37,9 @@ def restored(field: str, value: Part | Value, part: type[Part]) -> Part | None:
     )
 
 
-def _at_least(name: str, value: float, least: float, said: str, *, strict: bool = False) -> None:
+def _at_least(name: str, value: float, least: float, requirement: str, *, strict: bool = False) -> None:
     if value < least or (strict and value == least):
-        raise ConfigError(f"`{name}` {said}, got {value!r}.", what=value, field=name)
+        raise ConfigError(f"`{name}` {requirement}, got {value!r}.", what=value, field=name)
 
 
 @dataclass

@@ -48,8 +48,8 @@ class VariantCosts:
 
 
 def _blocks(config: LoraConfig, path: str, rank: int, out_features: int, in_features: int) -> int:
-    asked = config.use_bdlora
-    return 0 if asked is None else asked.numbers_saved(path, rank, out_features, in_features)
+    blocks = config.use_bdlora
+    return 0 if blocks is None else blocks.numbers_saved(path, rank, out_features, in_features)
 
 
 def _side(config: LoraConfig, path: str) -> str:
@@ -102,13 +102,13 @@ VARIANT_COSTS = (
 )
 
 
-def check_method(config: LoraConfig, asked: str | None) -> None:
+def check_method(config: LoraConfig, peft_type: str | None) -> None:
     """Raise a ConfigError if a config has the `peft_type` of another variant, as which its tensors would be read."""
-    costs = next((costs for costs in VARIANT_COSTS if costs.peft_type and costs.peft_type == asked), None)
+    costs = next((costs for costs in VARIANT_COSTS if costs.peft_type and costs.peft_type == peft_type), None)
     if costs is not None and not getattr(config, costs.field):
         raise ConfigError(
-            f"peft_type is {asked!r}, but {costs.field} is not set. Set it, or use an unmodified config.",
-            what=asked,
+            f"peft_type is {peft_type!r}, but {costs.field} is not set. Set it, or use an unmodified config.",
+            what=peft_type,
             field="peft_type",
         )
 

@@ -58,10 +58,10 @@ class Contract:
         """Return whether nothing has changed."""
         for table, read, values in self.present:
             try:
-                found = read(table)
+                current = read(table)
             except KeyError:
                 return False
-            if not all(map(operator.is_, found, values)) and not all(map(_is_same, found, values)):
+            if not all(map(operator.is_, current, values)) and not all(map(_is_same, current, values)):
                 return False
         for table, name in self.absent:
             if name in table:
@@ -92,26 +92,26 @@ def contract_of(facts: Sequence[Fact], functions: Sequence[FunctionType]) -> Con
             read = operator.itemgetter(*names, names[0])
             present.append((table, read, read(entries)))
     live = {id(function): (function, CODE(function)) for function in functions}
-    held = {id(cell): cell for function, _ in live.values() for cell in function.__closure__ or ()}
-    cells = tuple(held.values())
+    by_id = {id(cell): cell for function, _ in live.values() for cell in function.__closure__ or ()}
+    cells = tuple(by_id.values())
     return Contract(tuple(present), tuple(absent), tuple(live.values()), cells, tuple(map(contents_of, cells)))
 
 
 def facts_of(module: nn.Module, identities: Identities) -> Iterator[Fact]:
     """Yield the dictionary entries that a module's own `forward` depends on, apart from its children."""
-    found, own = identities.of(module), vars(module)
-    yield from found.facts
-    for name, value in own.items():
+    identity, attributes = identities.of(module), vars(module)
+    yield from identity.facts
+    for name, value in attributes.items():
         is_setting = name[0] != "_" and name not in ASKED and isinstance(value, SETTINGS)
-        if is_setting or is_stored_function(found, name, value):
-            yield own, name, value
-    config = own.get("config")
+        if is_setting or is_stored_function(identity, name, value):
+            yield attributes, name, value
+    config = attributes.get("config")
     if config is not None:
-        yield own, "config", config
+        yield attributes, "config", config
         fields = vars(config)
-        for name in {*IN_CONFIG, *found.fields}:
+        for name in {*IN_CONFIG, *identity.fields}:
             yield fields, name, fields.get(name, MISSING)
 
 
-def _is_same(found: object, value: object) -> bool:
-    return found is value or (type(found) is type(value) and isinstance(value, SETTINGS) and bool(found == value))
+def _is_same(current: object, value: object) -> bool:
+    return current is value or (type(current) is type(value) and isinstance(value, SETTINGS) and bool(current == value))

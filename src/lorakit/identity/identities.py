@@ -125,21 +125,21 @@ class Identities:
 
     def of_forward(self, kind: type[nn.Module]) -> Identity:
         """Return what a model class's `forward`, of which only the end is bypassed, computes apart from its calls."""
-        found = Identity()
+        identity = Identity()
         owner = next(owner for owner in kind.__mro__ if "forward" in vars(owner))
-        found.facts.append(self.fact(owner, "forward"))
+        identity.facts.append(self.fact(owner, "forward"))
         function = vars(owner)["forward"]
         while isinstance(function, FunctionType) and package_of(function) == "transformers":
-            found.live.append(function)
+            identity.live.append(function)
             if not hasattr(function, "__wrapped__"):
                 source = source_of(function)
                 if source is not None:
-                    found.digest = _digest(source.hash, repr(function.__defaults__))
-                    found.functions[f"{function.__module__}:{function.__qualname__}"] = source.hash
+                    identity.digest = _digest(source.hash, repr(function.__defaults__))
+                    identity.functions[f"{function.__module__}:{function.__qualname__}"] = source.hash
                 break
             function = function.__wrapped__
-        found.why = "" if found.digest else f"the source of {kind.__name__}.forward is not available"
-        return found
+        identity.why = "" if identity.digest else f"the source of {kind.__name__}.forward is not available"
+        return identity
 
     def fact(self, owner: type, name: str) -> Fact:
         """Return the entry of an attribute in the dictionary of a class."""
@@ -148,12 +148,12 @@ class Identities:
 
     def of_function(self, function: object) -> Identity:
         """Return what a function from transformers computes."""
-        found = Identity()
+        identity = Identity()
         try:
-            found.digest = _digest(_Resolver(nn.Module, found, self).value("function", function))
+            identity.digest = _digest(_Resolver(nn.Module, identity, self).value("function", function))
         except Unknown as failed:
-            found.why = failed.why
-        return found
+            identity.why = failed.why
+        return identity
 
     def of_class(self, kind: type[nn.Module]) -> Identity:
         """Return what a module class, not that of a replacement, computes."""
@@ -162,15 +162,15 @@ class Identities:
     def _of(self, kind: type[nn.Module], stored: tuple[tuple[str, object], ...]) -> Identity:
         key = (kind, stored)
         if key not in self._known:
-            self._known[key] = found = Identity()
-            resolver = _Resolver(kind, found, self)
+            self._known[key] = identity = Identity()
+            resolver = _Resolver(kind, identity, self)
             try:
                 parts = [f"{name}={resolver.method(name)}" for name in ROOTS]
                 parts += [f"{name}={resolver.method(name)}" for name in OPTIONAL_ROOTS if hasattr(kind, name)]
                 parts += [f"self.{name}={resolver.value(name, value)}" for name, value in stored]
-                found.digest = _digest(*parts)
+                identity.digest = _digest(*parts)
             except Unknown as failed:
-                found.why = failed.why
+                identity.why = failed.why
         return self._known[key]
 
 
@@ -179,10 +179,10 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), MARK, type(module))
 
 
-def is_stored_function(found: Identity, name: str, value: object) -> bool:
+def is_stored_function(identity: Identity, name: str, value: object) -> bool:
     """Return whether an attribute of a module is a function that its class's source may call."""
     is_function = callable(value) and not isinstance(value, (nn.Module, type))
-    return is_function and name in found.reads and name not in SET_FOR_CHECKPOINTING
+    return is_function and name in identity.reads and name not in SET_FOR_CHECKPOINTING
 
 
 def _digest(*parts: str) -> str:
@@ -204,7 +204,7 @@ class _Resolver:
 
     def method(self, name: str) -> str:
         """Return a text that identifies all definitions of a method in a class and its parents, outside torch."""
-        made = []
+        definitions = []
         for owner in self.kind.__mro__:
             if name not in vars(owner):
                 continue
@@ -213,10 +213,10 @@ class _Resolver:
             if package_of(owner) == "torch":
                 if not _is_of(owner, value):
                     raise Unknown(f"{owner.__name__}.{name} was replaced")
-                made.append(f"torch.{owner.__name__}")
+                definitions.append(f"torch.{owner.__name__}")
                 break
-            made.append(self.value(name, value))
-        return ";".join(made)
+            definitions.append(self.value(name, value))
+        return ";".join(definitions)
 
     def value(self, name: str, value: Any, attributes: frozenset[str] = frozenset()) -> str:
         """Return a text that identifies a value read as `name`, of which `attributes` are read, or raise `Unknown`."""
@@ -264,8 +264,8 @@ class _Resolver:
         first = code.co_varnames[:1]
         own_methods = {attribute for variable, attribute in source.attributes if variable in (*first, "super")}
         parts += [f"self.{name}={self.method(name)}" for name in sorted(own_methods) if self._is_method(name)]
-        self.digests[id(function)] = made = _digest(*parts)
-        return made
+        self.digests[id(function)] = digest = _digest(*parts)
+        return digest
 
     def _is_method(self, name: str) -> bool:
         """Return whether a name is a method or property that a class outside torch defines."""
@@ -310,16 +310,16 @@ class _Resolver:
         of_experts = (name for name in IMPLEMENTATIONS_OF_EXPERTS if any(name in table for table in dicts))
         names = (*IMPLEMENTATIONS, *of_experts)
         self.found.facts += [(table, name, table.get(name, MISSING)) for table in dicts for name in names]
-        made = [type(registry).__name__]
+        parts = [type(registry).__name__]
         for name in names:
             function = next((table[name] for table in dicts if name in table), None)
-            made.append(f"{name}={'' if function is None else self.value(name, function)}")
+            parts.append(f"{name}={'' if function is None else self.value(name, function)}")
         for name in sorted({*attributes, "__getitem__"}):
             for owner in type(registry).__mro__:
                 if name in vars(owner) and package_of(owner) == "transformers":
                     self.found.facts.append(self.cache.fact(owner, name))
-                    made.append(self.value(name, vars(owner)[name]))
-        return f"registry({','.join(made)})"
+                    parts.append(self.value(name, vars(owner)[name]))
+        return f"registry({','.join(parts)})"
 
 
 def _parts(value: Any) -> tuple[Any, ...] | None:

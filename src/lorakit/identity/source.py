@@ -105,8 +105,8 @@ def _text(node: object) -> str:
     fields = {name: getattr(node, name, None) for name in node._fields if name not in NOT_COMPUTED}
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         fields["body"] = _without_docstring(node.body)
-    given = [f"{name}={_text(value)}" for name, value in fields.items() if value not in (None, [])]
-    return f"{type(node).__name__}({','.join(given)})"
+    set_fields = [f"{name}={_text(value)}" for name, value in fields.items() if value not in (None, [])]
+    return f"{type(node).__name__}({','.join(set_fields)})"
 
 
 def _names(
@@ -159,10 +159,10 @@ def _is_compiled_from(code: CodeType, definition: Definition, qualified: str, im
     )
     kind = next(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
     kind.body = [definition]
-    if any(_is_same_code(found, code) for found in _codes(_compiled(tree, code), code.co_name)):
+    if any(_is_same_code(compiled, code) for compiled in _codes(_compiled(tree, code), code.co_name)):
         return True
     file = ast.parse("".join(linecache.getlines(code.co_filename)))
-    return any(_is_same_code(found, code) for found in _codes(_compiled(file, code), code.co_name))
+    return any(_is_same_code(compiled, code) for compiled in _codes(_compiled(file, code), code.co_name))
 
 
 def _is_imported(table: Mapping[str, object], name: str) -> bool:
@@ -173,8 +173,8 @@ def _is_imported(table: Mapping[str, object], name: str) -> bool:
 
 
 def _compiled(tree: ast.Module, code: CodeType) -> CodeType:
-    made: CodeType = compile(tree, code.co_filename, "exec", code.co_flags & FUTURE, dont_inherit=True)
-    return made
+    compiled: CodeType = compile(tree, code.co_filename, "exec", code.co_flags & FUTURE, dont_inherit=True)
+    return compiled
 
 
 def _codes(code: CodeType, name: str) -> Iterator[CodeType]:

@@ -67,17 +67,17 @@ def with_current_names(
     wanted = config.target_modules
     if layout is None or not wanted:
         return config
-    held = _held(layout, parameters)
+    of_experts = _held(layout, parameters)
     if not isinstance(wanted, str):
-        found = _named(layout, held, wanted, candidates)
+        named = _named(layout, of_experts, wanted, candidates)
     elif wanted.lower() == ALL_LINEAR:
-        found = _every(layout, held, config, candidates)
+        named = _every(layout, of_experts, config, candidates)
     else:
-        found = _matched(layout, held, wanted, candidates)
-    if not found.parts:
+        named = _matched(layout, of_experts, wanted, candidates)
+    if not named.parts:
         return config
-    _check(layout, config, found, {parameter.path: parameter for parameter in held})
-    return _converted(layout, config, found, held)
+    _check(layout, config, named, {parameter.path: parameter for parameter in of_experts})
+    return _converted(layout, config, named, of_experts)
 
 
 def with_routers_as_parameters(config: LoraConfig, model_type: str, parameters: Sequence[BareParameter]) -> LoraConfig:
@@ -103,21 +103,21 @@ def with_fused_targets(
 ) -> LoraConfig:
     """Return a config that targets parameters, by their old names, and modules; no pattern is evaluated."""
     plain = dataclasses.replace(config, exclude_modules=None, layers_to_transform=None, layers_pattern=None)
-    made = _converted(layout, plain, _Found(dict(parts), modules=set(modules)), _held(layout, parameters))
+    converted = _converted(layout, plain, _Found(dict(parts), modules=set(modules)), _held(layout, parameters))
     return dataclasses.replace(
         config,
-        target_modules=made.target_modules,
-        target_parameters=made.target_parameters,
-        rank_pattern=made.rank_pattern,
-        alpha_pattern=made.alpha_pattern,
+        target_modules=converted.target_modules,
+        target_parameters=converted.target_parameters,
+        rank_pattern=converted.rank_pattern,
+        alpha_pattern=converted.alpha_pattern,
     )
 
 
 def _held(layout: ExpertsLayout, parameters: Sequence[BareParameter]) -> list[BareParameter]:
     """Return the model's parameters with experts and routers, or [] if it has no experts."""
     names = set(layout.parameters.values())
-    held = [p for p in parameters if any(names_path(name, p.path) for name in names)]
-    return held if any(len(p.shape) == 3 for p in held) else []
+    of_experts = [p for p in parameters if any(names_path(name, p.path) for name in names)]
+    return of_experts if any(len(p.shape) == 3 for p in of_experts) else []
 
 
 def _old_paths(layout: ExpertsLayout, parameter: BareParameter) -> Iterator[tuple[str, str]]:
@@ -131,23 +131,26 @@ def _old_paths(layout: ExpertsLayout, parameter: BareParameter) -> Iterator[tupl
 
 
 def _named(
-    layout: ExpertsLayout, held: Sequence[BareParameter], entries: Collection[str], candidates: Sequence[Candidate]
+    layout: ExpertsLayout,
+    of_experts: Sequence[BareParameter],
+    entries: Collection[str],
+    candidates: Sequence[Candidate],
 ) -> _Found:
-    found = _Found()
+    selected = _Found()
     adaptable = [candidate.path for candidate in candidates if candidate.kind is not None]
     for entry in sorted(entries):
         parent, _, old = entry.rpartition(".")
         new = layout.parameters.get(old)
         is_module = bool(parent) and any(names_path(entry, path) for path in adaptable)
         around, number = _without_number(layout, parent)
-        named = [p for p in held if new and not is_module and names_path(f"{around}.{new}".lstrip("."), p.path)]
+        named = [p for p in of_experts if new and not is_module and names_path(f"{around}.{new}".lstrip("."), p.path)]
         if not named:
-            found.modules.add(entry)
+            selected.modules.add(entry)
         for parameter in named:
-            found.parts.setdefault(parameter.path, set()).add(old)
+            selected.parts.setdefault(parameter.path, set()).add(old)
             if number is not None:
-                found.numbers.setdefault((parameter.path, old), set()).add(number)
-    return found
+                selected.numbers.setdefault((parameter.path, old), set()).add(number)
+    return selected
 
 
 def current_path(layout: ExpertsLayout, path: str) -> str:
@@ -163,29 +166,29 @@ def _without_number(layout: ExpertsLayout, parent: str) -> tuple[str, int | None
 
 
 def _every(
-    layout: ExpertsLayout, held: Sequence[BareParameter], config: LoraConfig, candidates: Sequence[Candidate]
+    layout: ExpertsLayout, of_experts: Sequence[BareParameter], config: LoraConfig, candidates: Sequence[Candidate]
 ) -> _Found:
-    found = _Found({p.path: {old for old, _ in _old_paths(layout, p)} for p in held})
-    if held:
+    selected = _Found({p.path: {old for old, _ in _old_paths(layout, p)} for p in of_experts})
+    if of_experts:
         saved, _ = saved_modules(candidates, config)
         inside = tuple(f"{path}." for path in saved)
         dense = [c.path for c in candidates if c.dense and c.path not in saved and not c.path.startswith(inside)]
         names = layout.parameters
-        found.modules = _shortest([path for path in dense if path.rpartition(".")[2] not in names], candidates)
-    return found
+        selected.modules = _shortest([path for path in dense if path.rpartition(".")[2] not in names], candidates)
+    return selected
 
 
 def _matched(
-    layout: ExpertsLayout, held: Sequence[BareParameter], pattern: str, candidates: Sequence[Candidate]
+    layout: ExpertsLayout, of_experts: Sequence[BareParameter], pattern: str, candidates: Sequence[Candidate]
 ) -> _Found:
-    found, regex = _Found(), compiled(pattern, "target_modules")
-    for parameter in held:
+    selected, regex = _Found(), compiled(pattern, "target_modules")
+    for parameter in of_experts:
         for old, path in _old_paths(layout, parameter):
             if regex.fullmatch(path):
-                found.parts.setdefault(parameter.path, set()).add(old)
+                selected.parts.setdefault(parameter.path, set()).add(old)
     modules = [c.path for c in candidates if c.kind is not None and regex.fullmatch(c.path)]
-    found.modules = _shortest(modules, candidates)
-    return found
+    selected.modules = _shortest(modules, candidates)
+    return selected
 
 
 def _shortest(paths: Collection[str], candidates: Sequence[Candidate]) -> set[str]:
@@ -195,9 +198,11 @@ def _shortest(paths: Collection[str], candidates: Sequence[Candidate]) -> set[st
     return words if named == wanted else wanted
 
 
-def _check(layout: ExpertsLayout, config: LoraConfig, found: _Found, held: Mapping[str, BareParameter]) -> None:
+def _check(
+    layout: ExpertsLayout, config: LoraConfig, selected: _Found, of_experts: Mapping[str, BareParameter]
+) -> None:
     is_listed = not isinstance(config.target_modules, str)
-    for path, olds in found.parts.items():
+    for path, olds in selected.parts.items():
         lacking = sorted(set(parts_at(layout, path)) - olds)
         if lacking:
             raise ConfigError(
@@ -216,8 +221,8 @@ def _check(layout: ExpertsLayout, config: LoraConfig, found: _Found, held: Mappi
                 where=path,
                 field="target_parameters",
             )
-    for (path, old), numbers in found.numbers.items():
-        _check_numbers(path, old, numbers, held[path].shape[0])
+    for (path, old), numbers in selected.numbers.items():
+        _check_numbers(path, old, numbers, of_experts[path].shape[0])
 
 
 def _check_numbers(path: str, old: str, numbers: Collection[int], experts: int) -> None:
@@ -248,15 +253,15 @@ def parts_at(layout: ExpertsLayout, path: str) -> tuple[str, ...]:
 def _converted(
     layout: ExpertsLayout,
     config: LoraConfig,
-    found: _Found,
-    held: Sequence[BareParameter],
+    selected: _Found,
+    of_experts: Sequence[BareParameter],
 ) -> LoraConfig:
     """Return the config with the found weights as `target_parameters`, and the ranks and alphas of fused parameters."""
     is_selected = selects(config)
-    kept = {p.path for p in held if p.path in found.parts and is_selected(Candidate(p.module, None))}
+    kept = {p.path for p in of_experts if p.path in selected.parts and is_selected(Candidate(p.module, None))}
     entries, ranks, alphas = set(config.target_parameters or ()), dict(config.rank_pattern), dict(config.alpha_pattern)
     for new in dict.fromkeys(layout.parameters.values()):
-        of_name = {parameter.path for parameter in held if names_path(new, parameter.path)}
+        of_name = {parameter.path for parameter in of_experts if names_path(new, parameter.path)}
         named = of_name.intersection(kept)
         entries |= {new} if named == of_name and named else named
         count = len(layout.parts(new))
@@ -266,7 +271,7 @@ def _converted(
             alphas.setdefault(key, config.lora_alpha * count)
     return dataclasses.replace(
         config,
-        target_modules=found.modules,
+        target_modules=selected.modules,
         target_parameters=sorted(entries),
         rank_pattern=ranks,
         alpha_pattern=alphas,
@@ -274,27 +279,27 @@ def _converted(
 
 
 def note_on_rest(
-    given: LoraConfig,
+    original: LoraConfig,
     config: LoraConfig,
     candidates: Sequence[Candidate],
     parameters: Sequence[BareParameter],
-    found: Resolution,
+    resolution: Resolution,
     total: int,
 ) -> Note | None:
     """Return a note about the matrices that targets leave out, or None if there are none or the model has no experts.
 
     With default targets or "all-linear", these are all other matrices except embeddings and the output head, which
     "all-linear" never selects. With names, they are the modules that still have a name that now stands for experts.
-    `given` are the original targets; `parameters` are those with two or three axes, and `total` is the size of the
+    `original` has the targets as given; `parameters` are those with two or three axes, and `total` is the size of the
     model.
     """
     if not any(len(p.shape) == 3 and (p.experts or p.name != "weight") for p in parameters):
         return None
-    is_named = _is_left_out(given, config)
+    is_named = _is_left_out(original, config)
     modules = {candidate.path: candidate for candidate in candidates}
-    whole = {match.path for match in found.matches if not match.parameter}
-    adapted = {match_path(match) for match in found.matches if match.parameter}
-    inside = tuple(f"{path}." for path in found.saved)
+    whole = {match.path for match in resolution.matches if not match.parameter}
+    adapted = {match_path(match) for match in resolution.matches if match.parameter}
+    inside = tuple(f"{path}." for path in resolution.saved)
     rest = [
         parameter
         for parameter in parameters
@@ -317,9 +322,9 @@ def note_on_rest(
     return Note(LEFT_OUT, text)
 
 
-def _is_left_out(given: LoraConfig, config: LoraConfig) -> Callable[[str], bool]:
+def _is_left_out(original: LoraConfig, config: LoraConfig) -> Callable[[str], bool]:
     """Return a function that tells whether a module that is not adapted must be reported."""
-    named = given.target_modules
+    named = original.target_modules
     if (named is None and config.target_modules is not None) or (
         isinstance(named, str) and named.lower() == ALL_LINEAR
     ):

@@ -149,20 +149,20 @@ def resolve(
     """
     check_built(config)
     saved, missing = saved_modules(candidates, config)
-    found = _targeted(candidates, config, saved)
+    selected = _targeted(candidates, config, saved)
     bare = targeted_parameters(parameters or (), config, saved)
-    missing += _unmatched(candidates, config, found, bare)
+    missing += _unmatched(candidates, config, selected, bare)
     if parameters is not None:
         missing += _unmatched_parameters(parameters, config, bare)
-    if not found and not bare:
+    if not selected and not bare:
         raise _nothing(candidates, config, missing)
     if missing and not allow_partial:
         raise TargetError(
             " ".join(map(str, missing)), what=missing[0].entry, field=missing[0].field, override="partial_targets"
         )
-    _check_kinds(found)
-    matches = (*(_match(config, candidate.path, candidate.kind or "", entry) for candidate, entry in found), *bare)
-    notes = (*_notes_on_names(found), *_notes_on_ranks(found, parameters or (), matches))
+    _check_kinds(selected)
+    matches = (*(_match(config, candidate.path, candidate.kind or "", entry) for candidate, entry in selected), *bare)
+    notes = (*_notes_on_names(selected), *_notes_on_ranks(selected, parameters or (), matches))
     return Resolution(matches, tuple(saved), tuple(missing), notes)
 
 
@@ -195,12 +195,12 @@ def _matcher(name: str, value: Collection[str] | str) -> Callable[[Candidate], s
 def saved_modules(candidates: Sequence[Candidate], config: LoraConfig) -> tuple[list[str], list[Unmatched]]:
     """Return the paths that `modules_to_save` or the task type selects, and the entries that match nothing."""
     heads = HEADS_BY_TASK.get(config.task_type, ())
-    asked = [entry for entry in config.modules_to_save or [] if entry not in heads]
-    paths = [c.path for c in candidates if any(names_path(entry, c.path) for entry in (*asked, *heads))]
+    entries = [entry for entry in config.modules_to_save or [] if entry not in heads]
+    paths = [c.path for c in candidates if any(names_path(entry, c.path) for entry in (*entries, *heads))]
     outermost = [p for p in paths if not any(p.startswith(other + ".") for other in paths)]
     missing = [
         _matches_none("modules_to_save", entry, f"no module{_hint(entry, candidates)}")
-        for entry in asked
+        for entry in entries
         if not any(names_path(entry, path) for path in paths)
     ]
     return outermost, missing
@@ -244,12 +244,12 @@ def match_path(match: Match) -> str:
 
 
 def _unmatched_parameters(
-    parameters: Sequence[BareParameter], config: LoraConfig, found: Sequence[Match]
+    parameters: Sequence[BareParameter], config: LoraConfig, matches: Sequence[Match]
 ) -> list[Unmatched]:
     """Return the entries of `target_parameters` that match nothing, with similar names as suggestions."""
     unmatched = []
     for entry in sorted(config.target_parameters or ()):
-        if not any(names_path(entry, match_path(match)) for match in found):
+        if not any(names_path(entry, match_path(match)) for match in matches):
             hint = _nearest(entry.rpartition(".")[2], {p.name for p in parameters if len(p.shape) > 1})
             unmatched.append(_matches_none("target_parameters", entry, f"no parameter{hint}"))
     return unmatched
@@ -265,14 +265,14 @@ def _targeted(candidates: Sequence[Candidate], config: LoraConfig, saved: Sequen
     entry_of = _matcher("target_modules", config.target_modules)
     is_selected = selects(config)
     inside = tuple(path + "." for path in saved)
-    found = []
+    selected = []
     for candidate in candidates:
         entry = entry_of(candidate)
         if entry is None or candidate.path in saved or candidate.path.startswith(inside):
             continue
         if is_selected(candidate):
-            found.append((candidate, entry))
-    return found
+            selected.append((candidate, entry))
+    return selected
 
 
 def selects(config: LoraConfig) -> Callable[[Candidate], bool]:
@@ -287,23 +287,26 @@ def _layer_filter(config: LoraConfig) -> Callable[[str], bool]:
         return lambda _: True
     wanted = config.layers_to_transform
     indices = {wanted} if isinstance(wanted, int) else set(wanted)
-    given = config.layers_pattern or r"[^.]+"
-    names = [given] if isinstance(given, str) else given
+    lists = config.layers_pattern or r"[^.]+"
+    names = [lists] if isinstance(lists, str) else lists
     patterns = [compiled(rf"(?:^|.*?\.)(?:{name})\.(?P<index>\d+)(?:\.|$)", "layers_pattern", name) for name in names]
 
     def in_layer(path: str) -> bool:
-        found = next(filter(None, (pattern.match(path) for pattern in patterns)), None)
-        return found is not None and int(found["index"]) in indices
+        match = next(filter(None, (pattern.match(path) for pattern in patterns)), None)
+        return match is not None and int(match["index"]) in indices
 
     return in_layer
 
 
 def _unmatched(
-    candidates: Sequence[Candidate], config: LoraConfig, found: Sequence[tuple[Candidate, str]], bare: Sequence[Match]
+    candidates: Sequence[Candidate],
+    config: LoraConfig,
+    selected: Sequence[tuple[Candidate, str]],
+    bare: Sequence[Match],
 ) -> list[Unmatched]:
-    targeted = [candidate.path for candidate, _ in found]
+    targeted = [candidate.path for candidate, _ in selected]
     everything = [candidate.path for candidate in candidates]
-    used = {entry for _, entry in found}  # matched entries need not be compared with every path
+    used = {entry for _, entry in selected}  # matched entries need not be compared with every path
     unmatched = []
     for field, paths in (("target_modules", targeted), ("exclude_modules", everything)):
         entries = getattr(config, field)
@@ -364,8 +367,8 @@ def _nothing(candidates: Sequence[Candidate], config: LoraConfig, missing: Seque
     )
 
 
-def _check_kinds(found: Sequence[tuple[Candidate, str]]) -> None:
-    bad = [(candidate, entry) for candidate, entry in found if candidate.kind is None]
+def _check_kinds(selected: Sequence[tuple[Candidate, str]]) -> None:
+    bad = [(candidate, entry) for candidate, entry in selected if candidate.kind is None]
     if not bad:
         return
     candidate, entry = bad[0]
@@ -380,10 +383,10 @@ def _check_kinds(found: Sequence[tuple[Candidate, str]]) -> None:
     )
 
 
-def _notes_on_names(found: Sequence[tuple[Candidate, str]]) -> list[Note]:
+def _notes_on_names(selected: Sequence[tuple[Candidate, str]]) -> list[Note]:
     """Return notes about names that match several different modules."""
     templates: dict[str, dict[str, list[Candidate]]] = {}
-    for candidate, entry in found:
+    for candidate, entry in selected:
         if entry != ALL_LINEAR and not any(char in entry for char in r"*+?|()[]\^$"):
             template = re.sub(r"\.\d+(?=\.|$)", ".*", candidate.path)
             templates.setdefault(entry, {}).setdefault(template, []).append(candidate)
@@ -400,10 +403,10 @@ def _notes_on_names(found: Sequence[tuple[Candidate, str]]) -> list[Note]:
 
 
 def _notes_on_ranks(
-    found: Sequence[tuple[Candidate, str]], parameters: Sequence[BareParameter], matches: Sequence[Match]
+    selected: Sequence[tuple[Candidate, str]], parameters: Sequence[BareParameter], matches: Sequence[Match]
 ) -> list[Note]:
     """Return notes about ranks that are larger than the smaller dimension of the adapted weight."""
-    sides = {c.path: min(c.out_features, c.in_features) for c, _ in found}
+    sides = {c.path: min(c.out_features, c.in_features) for c, _ in selected}
     sides |= {parameter.path: min(parameter.shape[-2:], default=0) for parameter in parameters}
     notes = []
     for match in matches:
@@ -436,14 +439,14 @@ def exact_key(path: str, paths: Iterable[str]) -> str:
     return path if plain else f"^{escaped}"
 
 
-def compiled(pattern: str, where: str, given: str | None = None) -> re.Pattern[str]:
-    """Compile a pattern of the field `where`, written by the user as `given`; a ConfigError if it is not valid."""
+def compiled(pattern: str, where: str, written: str | None = None) -> re.Pattern[str]:
+    """Compile a pattern of the field `where`, in messages as `written`; a ConfigError if it is not valid."""
     try:
         return re.compile(pattern)
     except re.error as cause:
         raise ConfigError(
-            f"{where}: {given or pattern!r} is not a valid regular expression ({cause}).",
-            what=given or pattern,
+            f"{where}: {written or pattern!r} is not a valid regular expression ({cause}).",
+            what=written or pattern,
             field=where,
         ) from None
 

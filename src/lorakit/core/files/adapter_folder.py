@@ -155,18 +155,18 @@ def _read_once(folder: Path) -> AdapterFiles:
     sidecar = Sidecar(interrupted=interrupted)
     if values is not None:
         sidecar = _parsed(folder / SIDECAR_FILE, values, interrupted)
-    said = []
+    warnings = []
     if unknown:
-        said.append(f"{folder}: unknown fields in {CONFIG_FILE} were ignored: {', '.join(unknown)}.")
+        warnings.append(f"{folder}: unknown fields in {CONFIG_FILE} were ignored: {', '.join(unknown)}.")
     doubt = _doubt(sidecar, file, weights)
     if doubt and sidecar.present:
-        said.append(f"{folder}: {doubt}.")
+        warnings.append(f"{folder}: {doubt}.")
     if sidecar.interrupted:
-        said.append(f"{folder}: a save was interrupted; this is the adapter from before that save.")
+        warnings.append(f"{folder}: a save was interrupted; this is the adapter from before that save.")
     ours = sidecar.present and sidecar.config_sha256 == durable.sha256_file(folder / CONFIG_FILE)
     if sidecar.present and not ours:
-        said.append(f"{folder}: {CONFIG_FILE} was edited after the adapter was saved; the edited config is used.")
-    return AdapterFiles(folder, config, file, sidecar, ours, tuple(said))
+        warnings.append(f"{folder}: {CONFIG_FILE} was edited after the adapter was saved; the edited config is used.")
+    return AdapterFiles(folder, config, file, sidecar, ours, tuple(warnings))
 
 
 def _unwrapped(file: TensorFile) -> TensorFile:
@@ -200,8 +200,8 @@ def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
     if not isinstance(targets, str) and any(names_path(entry, module) for entry in targets or ()):
         return ()
     parts = [entry.rpartition(".") for entry in config.target_parameters or ()]
-    found = {f"{module}.{name}" for holder, _, name in parts if not holder or names_path(holder, module)}
-    return tuple(sorted(found))
+    parameters = {f"{module}.{name}" for holder, _, name in parts if not holder or names_path(holder, module)}
+    return tuple(sorted(parameters))
 
 
 def rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, float | None]:
@@ -285,12 +285,12 @@ def replaced_files(folder: Path) -> JsonObject:
 
 def _identities(folder: Path) -> list[tuple[int, int, int] | None]:
     """Return each adapter file's inode, modification time and size (None if missing), to detect replaced files."""
-    found: list[tuple[int, int, int] | None] = [None, None, None]
+    identities: list[tuple[int, int, int] | None] = [None, None, None]
     for at, name in enumerate((CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE)):
         with contextlib.suppress(OSError):
             status = (folder / name).stat()
-            found[at] = (status.st_ino, status.st_mtime_ns, status.st_size)
-    return found
+            identities[at] = (status.st_ino, status.st_mtime_ns, status.st_size)
+    return identities
 
 
 def _valid_values(folder: Path) -> tuple[JsonObject | None, bool]:
@@ -308,23 +308,23 @@ def _valid_values(folder: Path) -> tuple[JsonObject | None, bool]:
     }
     replaces = _table(values[REPLACES])
     before = _table(replaces.get("files"))
-    found = {name: durable.sha256_file(folder / name) for name in {**after, **before} if (folder / name).is_file()}
-    if all(found.get(name) == sha256 for name, sha256 in after.items()):
+    on_disk = {name: durable.sha256_file(folder / name) for name in {**after, **before} if (folder / name).is_file()}
+    if all(on_disk.get(name) == sha256 for name, sha256 in after.items()):
         return {key: value for key, value in values.items() if key != REPLACES}, False
-    if before and all(found.get(name) == sha256 for name, sha256 in before.items()):
+    if before and all(on_disk.get(name) == sha256 for name, sha256 in before.items()):
         old = replaces.get("sidecar")
         return (None if old is None else _checked(path, old)), True
-    raise _mixed(folder, found, after, before)
+    raise _mixed(folder, on_disk, after, before)
 
 
 def _mixed(
-    folder: Path, found: Mapping[str, str], after: Mapping[str, str], before: Mapping[str, str]
+    folder: Path, on_disk: Mapping[str, str], after: Mapping[str, str], before: Mapping[str, str]
 ) -> AdapterFileError:
-    which = {name: "missing" if name not in found else "neither old nor new" for name in after}
-    which |= {name: "the old one" for name in before if found.get(name) == before[name]}
-    which |= {name: "the new one" for name in after if found.get(name) == after[name]}
+    which = {name: "missing" if name not in on_disk else "neither old nor new" for name in after}
+    which |= {name: "the old one" for name in before if on_disk.get(name) == before[name]}
+    which |= {name: "the new one" for name in after if on_disk.get(name) == after[name]}
     shown = ", ".join(f"{name} is {one}" for name, one in sorted(which.items()))
-    back = [name for name in before if found.get(name) != before[name]]
+    back = [name for name in before if on_disk.get(name) != before[name]]
     way = f", or restore the old {' and '.join(sorted(back))} from a copy" if back else ""
     return file_error(
         folder, f"a save was interrupted, and the files do not belong together: {shown}. Save the adapter again{way}."

@@ -81,14 +81,14 @@ class Site:
 
 def judge(config: LoraConfig, sites: Sequence[Site], largest: Mapping[str, float]) -> tuple[Finding, ...]:
     """Return a finding for each implausible property of an adapter, given the result of `largest_values`."""
-    found = [
+    findings = [
         _zero(sites, largest) if all(variant.parts.uses_factors for variant in variants_of(config)) else None,
         nonfinite(largest),
         _of_tensors(VALUES, "Implausibly large values", largest, lambda v: LARGEST_USUAL_VALUE <= v < math.inf),
         *_scales(config, sites),
         _init(config),
     ]
-    return tuple(finding for finding in found if finding is not None)
+    return tuple(finding for finding in findings if finding is not None)
 
 
 def nonfinite(largest: Mapping[str, float]) -> Finding | None:
@@ -142,8 +142,8 @@ def _zero(sites: Sequence[Site], largest: Mapping[str, float]) -> Finding | None
 
 
 def _of_tensors(kind: str, what: str, largest: Mapping[str, float], bad: Callable[[float], bool]) -> Finding | None:
-    found = [(name, value) for name, value in largest.items() if bad(value)]
-    return _finding(kind, f"{what} (tensors: {len(found)})", found) if found else None
+    places = [(name, value) for name, value in largest.items() if bad(value)]
+    return _finding(kind, f"{what} (tensors: {len(places)})", places) if places else None
 
 
 def _scales(config: LoraConfig, sites: Sequence[Site]) -> list[Finding]:
@@ -176,12 +176,12 @@ def _init(config: LoraConfig) -> Finding | None:
     return Finding(INIT, (), name, text)
 
 
-def _finding(kind: str, what: str, found: Sequence[tuple[str, float]]) -> Finding:
+def _finding(kind: str, what: str, places: Sequence[tuple[str, float]]) -> Finding:
     """Return a finding that names the first few entries in `found`, which holds (site or tensor name, value) pairs."""
-    shown = [name if kind in (ZERO, PARTLY_ZERO) else f"{name} ({value:g})" for name, value in found]
+    shown = [name if kind in (ZERO, PARTLY_ZERO) else f"{name} ({value:g})" for name, value in places]
     advice = f": {ADVICE[kind]}" if kind in ADVICE else ""
     text = f"{what}, first {format_some(shown)}{advice}."
-    return Finding(kind, tuple(name for name, _ in found), found[0][1], text)
+    return Finding(kind, tuple(name for name, _ in places), places[0][1], text)
 
 
 @dataclass(frozen=True)
@@ -259,11 +259,11 @@ def judge_files(files: AdapterFiles, allow: Collection[str] = ()) -> tuple[Findi
     """Return the findings of `AdapterSummary.judged`; an AdapterFileError for NaN or infinity, unless allowed."""
     pairs, _ = _pairs(files.file.tensors)
     sites = [_known_site(files, path, A)[1] for path, (A, _) in pairs.items()]
-    found = judge(files.config, sites, largest_values(files.file.tensors))
-    bad = [finding for finding in found if finding.kind == NONFINITE]
+    findings = judge(files.config, sites, largest_values(files.file.tensors))
+    bad = [finding for finding in findings if finding.kind == NONFINITE]
     if bad and "nonfinite" not in allow:
         raise not_finite(files.folder, bad[0])
-    return found
+    return findings
 
 
 def delta_norm(A: Tensor, B: Tensor) -> float:
@@ -303,12 +303,12 @@ def _site(files: AdapterFiles, path: str, A: Tensor, B: Tensor) -> SiteSummary:
 
 def _unreadable(sites: Sequence[SiteSummary], odd_paths: Sequence[str]) -> list[str]:
     """Return messages about sites with an unknown scale or mismatched factors, or about a file without sites."""
-    found = []
+    messages = []
     unknown = [s.path for s in sites if s.scale is None]
     if unknown:
-        found.append(f"Some scales depend on a regular expression, which is not run (sites: {len(unknown)}).")
+        messages.append(f"Some scales depend on a regular expression, which is not run (sites: {len(unknown)}).")
     if odd_paths:
-        found.append(f"A or B is missing, or their ranks differ (sites: {len(odd_paths)}), first {odd_paths[0]}.")
+        messages.append(f"A or B is missing, or their ranks differ (sites: {len(odd_paths)}), first {odd_paths[0]}.")
     if not sites:
-        found.append("The file contains no LoRA sites.")
-    return found
+        messages.append("The file contains no LoRA sites.")
+    return messages

@@ -49,8 +49,8 @@ def file_error(path: str | os.PathLike[str], problem: str) -> AdapterFileError:
 
 def encode(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     """Encode tensors, on any device, as a safetensors file; the same content always gives the same bytes."""
-    own = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
-    return _in_order(safetensors.torch.save(own, metadata))
+    copies = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+    return _in_order(safetensors.torch.save(copies, metadata))
 
 
 def _in_order(data: bytes) -> bytes:

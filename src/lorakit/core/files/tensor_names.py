@@ -41,8 +41,8 @@ def parse(name: str) -> Key | None:
     if not name.startswith(PREFIX):
         return None
     rest = name.removeprefix(PREFIX)
-    own = ((ending, tensor.held_as) for tensor in own_tensors() for ending in tensor.keys)
-    for ending, part in (*ENDINGS.items(), *own):
+    extras = ((ending, tensor.held_as) for tensor in own_tensors() for ending in tensor.keys)
+    for ending, part in (*ENDINGS.items(), *extras):
         if rest.endswith(ending):
             return Key(rest.removesuffix(ending), part)
     return None
@@ -50,12 +50,12 @@ def parse(name: str) -> Key | None:
 
 def by_site(named: Mapping[str, T]) -> dict[str, dict[str, T]]:
     """Group values by site path and then by part, ignoring tensors that do not belong to a site."""
-    found: dict[str, dict[str, T]] = {}
+    sites: dict[str, dict[str, T]] = {}
     for name, value in named.items():
         key = parse(name)
         if key is not None:
-            found.setdefault(key.path, {})[key.part] = value
-    return found
+            sites.setdefault(key.path, {})[key.part] = value
+    return sites
 
 
 def endings_of(kind: Kind) -> tuple[str, str]:
@@ -66,20 +66,20 @@ def endings_of(kind: Kind) -> tuple[str, str]:
 def part_names(kind: Kind, variant: Variant) -> dict[str, str]:
     """Return a dict from each `Key.part` of a site to the tensor's name relative to the site's path."""
     A, B = kind.names
-    own = {tensor.held_as: tensor.keys[0].removeprefix(".") for tensor in variant.parts.extras}
-    return {"A": A + kind.on_disk, "B": B + kind.on_disk, "bias": f"{B}.bias", **own}
+    extras = {tensor.held_as: tensor.keys[0].removeprefix(".") for tensor in variant.parts.extras}
+    return {"A": A + kind.on_disk, "B": B + kind.on_disk, "bias": f"{B}.bias", **extras}
 
 
 def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, Tensor]:
     """Return all tensors (…) that an adapter trains, not copied, keyed by and sorted by name on disk."""
     index = AdapterIndex.of(model)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     on_disk = paths_on_disk(index, adapter)
     depths = Counter(plain_path(path) for path in on_disk.values())
     for path, part in index.with_biases():
         where = inside(plain_path(path), depths) if isinstance(part, BiasPatch) else on_disk.get(path, path)
-        found |= {f"{PREFIX}{where}.{key}": tensor for key, tensor in part.saved_tensors(adapter).items()}
-    return dict(sorted(found.items()))
+        tensors |= {f"{PREFIX}{where}.{key}": tensor for key, tensor in part.saved_tensors(adapter).items()}
+    return dict(sorted(tensors.items()))
 
 
 def inside(path: str, depths: Mapping[str, int]) -> str:

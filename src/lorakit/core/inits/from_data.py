@@ -56,11 +56,11 @@ def _eva(context: InitContext) -> InitResult:
     Source:
         Paischer et al. 2024, arXiv:2410.07170, section 3.2.
     """
-    found = context.collected()
-    context.check_rank(len(found["directions"]))
-    A = found["directions"][: context.r]
+    statistics = context.collected()
+    context.check_rank(len(statistics["directions"]))
+    A = statistics["directions"][: context.r]
     if _eva_settings(context).whiten:
-        A = A / found["values"][: context.r, None].sqrt()
+        A = A / statistics["values"][: context.r, None].sqrt()
     return InitResult(A.reshape(context.A_shape).to(context.dtype).contiguous(), zeros(context, context.B_shape))
 
 
@@ -123,9 +123,9 @@ def _corda(context: InitContext) -> InitResult:
     Source:
         Yang et al. 2024, arXiv:2406.05223, eqs. (3) to (6): "ipm" uses the largest singular values, "kpm" the smallest.
     """
-    found = context.collected()
-    context.check_collected(found["U"].shape[1])
-    return InitResult(*context.in_layout(*balanced(context, *(found[name][None] for name in ("U", "S", "Vh")))))
+    statistics = context.collected()
+    context.check_collected(statistics["U"].shape[1])
+    return InitResult(*context.in_layout(*balanced(context, *(statistics[name][None] for name in ("U", "S", "Vh")))))
 
 
 CORDA = Init("corda", _corda, fits=sees_inputs, changes_base=True, is_exact=False, needs="inputs", digest=_corda_digest)
@@ -157,9 +157,13 @@ def _lora_ga_digest(context: InitContext, statistics: GradientMoments) -> dict[s
     context.check_ungrouped()
     G = context.kind.flat_weight(context.spec, statistics.mean())
     context.check_rank(min(G.shape) // 2, "init_lora_weights='lora_ga' needs 2·r directions of the gradient")
-    found, _ = dense_spectrum(G, 2 * context.r)
+    spectrum, _ = dense_spectrum(G, 2 * context.r)
     part = slice(0, 2 * context.r)
-    return {"U": found.U[0, :, part].contiguous(), "S": found.S[0, part].clone(), "Vh": found.Vh[0, part].contiguous()}
+    return {
+        "U": spectrum.U[0, :, part].contiguous(),
+        "S": spectrum.S[0, part].clone(),
+        "Vh": spectrum.Vh[0, part].contiguous(),
+    }
 
 
 def _lora_ga(context: InitContext) -> InitResult:
@@ -170,8 +174,8 @@ def _lora_ga(context: InitContext) -> InitResult:
     Source:
         Wang et al. 2024, arXiv:2407.05000, section 3.2 and theorem 3.2; B's columns are multiplied by S, as in PEFT.
     """
-    settings, found = settings_of(context), context.collected()
-    U, S, Vh = found["U"], found["S"], found["Vh"]
+    settings, statistics = settings_of(context), context.collected()
+    U, S, Vh = statistics["U"], statistics["S"], statistics["Vh"]
     context.check_collected(len(S) / 2)  # with an odd number of directions, len(S) / 2 matches no rank
     to_A, to_B = _chosen(context, settings.direction)
     A, B, strength = Vh[to_A], U[:, to_B] * S[to_B], float(S[to_B][0])

@@ -28,8 +28,8 @@ def _pissa(context: InitContext) -> InitResult:
     W = context.matrices()
     name = str(context.config.init_lora_weights).lower()
     iterations = int(name.removeprefix(FAST)) if name.startswith(FAST) else None
-    found = torch.linalg.svd(W, full_matrices=False) if iterations is None else sketched(context, W, iterations)
-    return InitResult(*context.in_layout(*balanced(context, *found)))
+    decomposition = torch.linalg.svd(W, full_matrices=False) if iterations is None else sketched(context, W, iterations)
+    return InitResult(*context.in_layout(*balanced(context, *decomposition)))
 
 
 def sketched(context: InitContext, W: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,8 +41,8 @@ def sketched(context: InitContext, W: Tensor, iterations: int) -> tuple[Tensor, 
     """
     width = min(context.r + SPARE, *W.shape[1:])
     probe = torch.empty(W.shape[0], W.shape[2], width, dtype=W.dtype, device=W.device)
-    found = sketched_spectrum(W, probe.normal_(generator=context.generator), iterations)
-    return found.U, found.S, found.Vh
+    spectrum = sketched_spectrum(W, probe.normal_(generator=context.generator), iterations)
+    return spectrum.U, spectrum.S, spectrum.Vh
 
 
 PISSA = Init("pissa", _pissa, changes_base=True, is_exact=False, family=r"pissa_niter_\d{1,3}")
@@ -146,8 +146,8 @@ def residual_factors(context: InitContext, lost: Tensor) -> tuple[Tensor, Tensor
 def _loftq_settings(context: InitContext) -> tuple[int, int]:
     """Return the number of bits and the number of iterations from `loftq_config`."""
     config = context.config.loftq_config
-    given = config if isinstance(config, dict) else vars(config)
-    bits, steps = given.get("loftq_bits", 4), given.get("loftq_iter", 1)
+    settings = config if isinstance(config, dict) else vars(config)
+    bits, steps = settings.get("loftq_bits", 4), settings.get("loftq_iter", 1)
     if bits not in ROUNDED:
         raise ConfigError(
             f"loftq_config: loftq_bits is {bits!r}. Only nf4 and int8 quantization is supported: use 4 or 8.",

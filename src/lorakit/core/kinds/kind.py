@@ -127,6 +127,11 @@ def only_linear(kind: Kind) -> bool:
     return nn.Linear in kind.types
 
 
+def only_dense(kind: Kind) -> bool:
+    """Return whether the kind multiplies its input with a matrix, as nn.Linear and transformers' Conv1D do."""
+    return kind.is_dense
+
+
 def takes_input(kind: Kind) -> bool:
     """Return whether the kind applies B·A to the module's input."""
     return kind.acts_on == "input"

@@ -229,7 +229,7 @@ def combined_rows(
     Raises:
         AdapterError: The base rows are needed, but `reading` is None.
     """
-    found: dict[str, Tensor] = {}
+    combined: dict[str, Tensor] = {}
     for name in sorted({name for adapter in adapters for name in adapter.others if name.endswith(ROWS)}):
         pairs = [(a, weight) for a, weight in zip(adapters, weights, strict=True) if name in a.others]
         if len(pairs) < 2:
@@ -246,8 +246,8 @@ def combined_rows(
                     where=path,
                 )
             rows = rows + rest * reading(path, _indices(first.config, path)).to(rows)
-        found[name] = rows.to(first.others[name].dtype)
-    return found
+        combined[name] = rows.to(first.others[name].dtype)
+    return combined
 
 
 def _indices(config: LoraConfig, path: str) -> list[int]:

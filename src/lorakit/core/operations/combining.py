@@ -132,20 +132,20 @@ def combine_weights(
     variant = _summed_variant(adapters, way, reading is not None)
     joined = joined_config([adapter.config for adapter in adapters])
     generator = None if way.seed is None else torch.Generator().manual_seed(way.seed)
-    found, sites = {}, []
+    combined, sites = {}, []
     for path, factors in aligned(adapters).items():
         here = [(factor, weight) for factor, weight in zip(factors, weights, strict=True) if factor is not None]
         summed = (variant, reading(path)) if variant is not None and reading is not None else None
         with torch.no_grad():
-            made, site = _site(path, here, way, generator, summed)
-            found[path] = _with_bias(made, here) if joined.lora_bias else made
+            factor_of_sum, site = _site(path, here, way, generator, summed)
+            combined[path] = _with_bias(factor_of_sum, here) if joined.lora_bias else factor_of_sum
         sites.append(site)
-    config, found = described(joined, found, common_targets(adapters))
+    config, combined = described(joined, combined, common_targets(adapters))
     others = {name: tensor for adapter in adapters for name, tensor in adapter.others.items()}
     others |= combined_rows(adapters, weights, None if index is None else row_reader(index))
     known = next((adapter.base for adapter in adapters if adapter.base is not None), None)
     facts = {**shared_facts(adapters), "operation": _operation(adapters, weights, way)}
-    return AdapterWeights("", config, found, others, known, facts), tuple(sites)
+    return AdapterWeights("", config, combined, others, known, facts), tuple(sites)
 
 
 Weighted = Sequence[tuple[SiteFactors, float]]
@@ -169,28 +169,28 @@ def _site(
         whole = summed[0].combine(path, addends, summed[1])
         products = list(whole.products)
     exact = stacked(products, [weight * factor.scale for factor, weight in active])
-    found = spectrum(exact)
+    exact_spectrum = spectrum(exact)
     if way.name == "cat":
         product, distance = exact, 0.0
     elif way.name == "svd" and way.clamp is None:
         rank = _rank(path, active, way)
-        product = padded(exact if exact.rank <= rank else truncated(found, rank), rank)
-        distance = float(found.S[:, rank:].norm())
+        product = padded(exact if exact.rank <= rank else truncated(exact_spectrum, rank), rank)
+        distance = float(exact_spectrum.S[:, rank:].norm())
     else:
         make = _decomposed if way.decomposes else _separate
         parts = [make(path, part, active, way, generator) for part in _by_expert(products, first.experts)]
         product = Product(torch.cat([part.A for part in parts]), torch.cat([part.B for part in parts]))
         distance = float(spectrum(stacked([product, exact], [1.0, -1.0])).S.norm())
-    norm = float(found.S.norm())
-    own: Mapping[str, Tensor] = {}
+    norm = float(exact_spectrum.S.norm())
+    extras: Mapping[str, Tensor] = {}
     if whole is not None:
-        product, own = whole.finish(product)
-    made = dataclasses.replace(first.holding(product), bias=None)
+        product, extras = whole.finish(product)
+    combined = dataclasses.replace(first.holding(product), bias=None)
     if summed is not None:
-        made = made.of_variant(summed[0], own)
-    elif not is_kept(made.variant):
-        made = made.of_variant(PLAIN, NO_TENSORS)
-    return made, SiteOperation(path, made.r, exact.rank * first.shared, norm, distance / norm if norm else 0.0)
+        combined = combined.of_variant(summed[0], extras)
+    elif not is_kept(combined.variant):
+        combined = combined.of_variant(PLAIN, NO_TENSORS)
+    return combined, SiteOperation(path, combined.r, exact.rank * first.shared, norm, distance / norm if norm else 0.0)
 
 
 def _by_expert(products: Sequence[Product], experts: int) -> Iterator[list[Product]]:
@@ -256,10 +256,12 @@ def _separate(
     return Product(A, added_up([product.B for product in products], roots, way, generator))
 
 
-def _with_bias(made: SiteFactors, here: Weighted) -> SiteFactors:
+def _with_bias(factor: SiteFactors, here: Weighted) -> SiteFactors:
     """Return a combined factor with the weighted sum of the biases at its site; zeros if there are none to add."""
     scaled = [f.bias * (weight * f.scale) for f, weight in here if weight != 0 and f.bias is not None]
-    return dataclasses.replace(made, bias=torch.stack(scaled).sum(0) if scaled else made.B.new_zeros(made.B.shape[0]))
+    return dataclasses.replace(
+        factor, bias=torch.stack(scaled).sum(0) if scaled else factor.B.new_zeros(factor.B.shape[0])
+    )
 
 
 def _check_weights(adapters: Sequence[AdapterWeights], weights: Sequence[float]) -> None:
@@ -277,19 +279,19 @@ SUMS = ("cat", "svd")
 
 def _summed_variant(adapters: Sequence[AdapterWeights], way: CombinationType, has_base: bool) -> Variant | None:
     """Return the variant that defines how updates are added, or None; check that it supports the combination type."""
-    found: dict[Variant, str] = {}
+    labels: dict[Variant, str] = {}
     for adapter in adapters:
         for variant in variants_of(adapter.config):
             if callable(variant.combine):
-                found.setdefault(variant, adapter.label)
-    if len(found) > 1:
-        (one, other), (label, second, *_) = list(found)[:2], found.values()
+                labels.setdefault(variant, adapter.label)
+    if len(labels) > 1:
+        (one, other), (label, second, *_) = list(labels)[:2], labels.values()
         raise AdapterError(
             f"{label} uses {one.title} and {second} uses {other.title}; these variants cannot be combined.",
             what=second,
             field=other.field,
         )
-    for variant, label in found.items():
+    for variant, label in labels.items():
         if not has_base:
             raise AdapterError(
                 f"{label} uses {variant.title}, whose effect depends on the base weights. Pass the base model too.",
@@ -304,7 +306,7 @@ def _summed_variant(adapters: Sequence[AdapterWeights], way: CombinationType, ha
                 field="combination_type",
                 allowed=SUMS,
             )
-    return next(iter(found), None)
+    return next(iter(labels), None)
 
 
 def _operation(adapters: Sequence[AdapterWeights], weights: Sequence[float], way: CombinationType) -> JsonObject:

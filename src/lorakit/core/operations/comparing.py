@@ -123,13 +123,13 @@ def _between(
     spectra: tuple[Spectrum, Spectrum], ranks: tuple[tuple[int, ...], tuple[int, ...]], *, output: bool
 ) -> Tensor:
     """Return the cosines of the principal angles in each group, up to the group's numerical rank, as one vector."""
-    one, other = (found.U if output else found.Vh.mT for found in spectra)
+    one, other = (each.U if output else each.Vh.mT for each in spectra)
     parts = zip(one, other, *ranks, strict=True)
     return torch.cat([cosines(a[None, :, :k], b[None, :, :m]).flatten() for a, b, k, m in parts])
 
 
-def _degrees(found: Tensor) -> tuple[float, ...]:
-    return tuple(sorted(math.degrees(math.acos(float(cosine))) for cosine in found.flatten()))
+def _degrees(values: Tensor) -> tuple[float, ...]:
+    return tuple(sorted(math.degrees(math.acos(float(cosine))) for cosine in values.flatten()))
 
 
 def _ratio(dot: float, norms: float) -> float:

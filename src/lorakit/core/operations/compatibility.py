@@ -55,20 +55,20 @@ def check_one_base(adapters: Sequence[AdapterWeights], allow: Collection[str] = 
 
 def _differences(one: AdapterWeights, other: AdapterWeights, base: BaseVerdict) -> list[str]:
     """Return one message for each known difference between two adapters' base models or tasks."""
-    found, names = [], (_base_name(one), _base_name(other))
+    differences, names = [], (_base_name(one), _base_name(other))
     if base.verdict == DIFFERENT:
-        found.append(f"{one.label} and {other.label} were trained on different bases: {base.reason}.")
+        differences.append(f"{one.label} and {other.label} were trained on different bases: {base.reason}.")
     elif base.verdict == UNVERIFIABLE and all(names) and len({_short(name) for name in names}) > 1:
-        found.append(
+        differences.append(
             f"{one.label} and {other.label} were trained on different bases: {names[0]!r} and {names[1]!r} "
             "(base_model_name_or_path)."
         )
     tasks = [getattr(task, "value", task) for task in (one.config.task_type, other.config.task_type)]
     if all(tasks) and tasks[0] != tasks[1]:
-        found.append(
+        differences.append(
             f"{one.label} and {other.label} were trained for different tasks: {tasks[0]} and {tasks[1]} (task_type)."
         )
-    return found
+    return differences
 
 
 def _base_name(adapter: AdapterWeights) -> str:

@@ -87,24 +87,24 @@ def reduced_weights(
     A variant's extra tensors are kept if they do not depend on the rank. With `reading`, every update is converted to
     plain LoRA, as by `plain_weights`.
     """
-    found: dict[str, SiteFactors] = {}
+    factors: dict[str, SiteFactors] = {}
     sites = []
     with torch.no_grad():
         for path, factor in adapter.factors.items():
             dense = None if reading is None else _dense_update(path, factor, reading)
             product, norm, lost = _cut_factor(factor, to) if dense is None else _cut_dense(dense, to)
-            made = (factor if dense is None else factor.of_variant(PLAIN, NO_TENSORS)).holding(product)
-            if made.bias is not None:  # the old scale also applied to the bias; the new scale is 1
-                made.bias = made.bias * factor.scale
-            found[path] = made
-            sites.append(SiteOperation(path, found[path].r, factor.r, norm, lost**0.5))
-    left = {factor.variant for factor in found.values()}
+            reduced = (factor if dense is None else factor.of_variant(PLAIN, NO_TENSORS)).holding(product)
+            if reduced.bias is not None:  # the old scale also applied to the bias; the new scale is 1
+                reduced.bias = reduced.bias * factor.scale
+            factors[path] = reduced
+            sites.append(SiteOperation(path, factors[path].r, factor.r, norm, lost**0.5))
+    left = {factor.variant for factor in factors.values()}
     gone = [variant for variant in variants_of(adapter.config) if variant not in left]
-    config, found = described(without(adapter.config, *gone), found, common_targets([adapter]))
+    config, factors = described(without(adapter.config, *gone), factors, common_targets([adapter]))
     limit = {"rank": to.rank} if to.rank is not None else {"energy": to.energy}
     operation = {"name": "compress" if reading is None else "convert", **limit, "of": [adapter.origin()]}
     facts = {**shared_facts([adapter]), "operation": operation}
-    return dataclasses.replace(adapter, config=config, factors=found, facts=facts, sha256=""), tuple(sites)
+    return dataclasses.replace(adapter, config=config, factors=factors, facts=facts, sha256=""), tuple(sites)
 
 
 def _dense_update(path: str, factor: SiteFactors, reading: Callable[[str], Reading]) -> Tensor | None:
@@ -119,22 +119,22 @@ def _dense_update(path: str, factor: SiteFactors, reading: Callable[[str], Readi
         )
     base = reading(path)
     W = base.W
-    own = {name: tensor.to(W.dtype) for name, tensor in factor.own.items()}
-    wide = dataclasses.replace(factor, A=factor.A.to(W.dtype), B=factor.B.to(W.dtype), own=own)
+    extras = {name: tensor.to(W.dtype) for name, tensor in factor.own.items()}
+    wide = dataclasses.replace(factor, A=factor.A.to(W.dtype), B=factor.B.to(W.dtype), own=extras)
     delta = (factor.scale * (product.B @ product.A)[0]).view_as(W)
     return variant.update(base.kind, base.spec, W, delta, wide).flatten(1).float()
 
 
 def _cut_factor(factor: SiteFactors, to: RankLimit) -> tuple[Product, float, float]:
     """Return the truncated form of a factor, the norm of its update, and the fraction of the energy lost."""
-    found = spectrum(factor.scaled_product())
-    smaller, lost = cut(found, to, factor.shared)
-    return smaller, float(found.S.norm()), lost
+    values = spectrum(factor.scaled_product())
+    smaller, lost = cut(values, to, factor.shared)
+    return smaller, float(values.S.norm()), lost
 
 
 def _cut_dense(delta: Tensor, to: RankLimit) -> tuple[Product, float, float]:
     """Return the truncated form of an update (out, n), the norm of the update, and the fraction of the energy lost."""
-    found, whole = dense_spectrum(delta, to.rank)
-    product = truncated(found, to.of(found.S))
-    kept = float(found.S[:, : product.A.shape[1]].double().square().sum())
+    values, whole = dense_spectrum(delta, to.rank)
+    product = truncated(values, to.of(values.S))
+    kept = float(values.S[:, : product.A.shape[1]].double().square().sum())
     return product, whole**0.5, max(0.0, 1 - kept / whole) if whole else 0.0

@@ -128,8 +128,8 @@ class DataSites:
             DataError: A site received no data.
         """
         contexts = self._contexts().items()
-        found = {path: self._digest(context, collected[path]) for path, context in contexts if path in collected}
-        return Statistics(self.config, found, base=fingerprint(model))
+        digests = {path: self._digest(context, collected[path]) for path, context in contexts if path in collected}
+        return Statistics(self.config, digests, base=fingerprint(model))
 
     @torch.no_grad()
     def _digest(self, context: InitContext, collected: InputStatistics | GradientStatistics) -> dict[str, Tensor]:
@@ -183,14 +183,14 @@ def collect_for(
         TargetError: A target matches nothing, or moments are not defined for the inputs of a targeted site.
         DataError: There are no batches, a mask has the wrong shape, or a site received no data.
     """
-    found = DataSites.of(model, config, allow)
-    config, sites = found.config, found.collect(model, batches, forward, keep)
-    if found.init.name == "eva":
-        given = {match.path: match.rank for match in found.matches}
+    data_sites = DataSites.of(model, config, allow)
+    config, sites = data_sites.config, data_sites.collect(model, batches, forward, keep)
+    if data_sites.init.name == "eva":
+        configured = {match.path: match.rank for match in data_sites.matches}
         ratios = {path: tensors["ratios"].tolist() for path, tensors in sites.items()}
-        ranks = ranks_by_variance(config.eva_config or EvaConfig(), given, ratios)
-        if ranks != given:
-            config = redistributed(config, found.matches, ranks)
+        ranks = ranks_by_variance(config.eva_config or EvaConfig(), configured, ratios)
+        if ranks != configured:
+            config = redistributed(config, data_sites.matches, ranks)
             sites = {path: tensors for path, tensors in sites.items() if ranks[path]}
     return Statistics(config, sites, base=fingerprint(model))
 
@@ -214,10 +214,10 @@ def ranks_by_variance(
 def redistributed(config: LoraConfig, matches: Sequence[Match], ranks: Mapping[str, int]) -> LoraConfig:
     """Return a copy of a config with the new ranks, dropping sites whose rank is 0.   [docs/math.md (64)]"""
     left = [match for match in matches if ranks[match.path]]
-    found = with_ranks(config, left, ranks)
+    changed = with_ranks(config, left, ranks)
     if not (config.eva_config or EvaConfig()).adjust_scaling_factors:
-        found = dataclasses.replace(found, alpha_pattern=dict(config.alpha_pattern))
+        changed = dataclasses.replace(changed, alpha_pattern=dict(config.alpha_pattern))
     if len(left) < len(matches):
         targets = {match.path for match in left}
-        found = dataclasses.replace(found, target_modules=targets, **PLAIN_TARGETS)
-    return found
+        changed = dataclasses.replace(changed, target_modules=targets, **PLAIN_TARGETS)
+    return changed

@@ -61,9 +61,9 @@ class ExtractReport(OperationReport):
     def captured(self) -> float:
         """Energy in the adapter as a fraction of the energy of all changes to the model; 1 if nothing changed."""
         inside = sum(site.norm**2 for site in self.sites)
-        held = sum(site.norm**2 * (1 - site.energy_lost) for site in self.sites)
+        in_adapter = sum(site.norm**2 * (1 - site.energy_lost) for site in self.sites)
         whole = inside + sum(change.norm**2 for change in self.outside if change.norm is not None)
-        return held / whole if whole else 1.0
+        return in_adapter / whole if whole else 1.0
 
     def as_dict(self) -> JsonObject:
         """Return the report as plain JSON values, without the name."""
@@ -95,8 +95,8 @@ def extract(
         AdapterError: The name is taken or not valid.
     """
     after = tuned if isinstance(tuned, TensorSource) else source_of_model(tuned, "the fine-tuned model")
-    found, report = extract_weights(model, source_of_model(model, "the base"), after, config, RankLimit(rank, energy))
-    put(model, found, name)
+    adapter, report = extract_weights(model, source_of_model(model, "the base"), after, config, RankLimit(rank, energy))
+    put(model, adapter, name)
     return replace(report, name=name)
 
 
@@ -115,8 +115,8 @@ def extract_to_folder(
     Only the structure of the model is needed, so it may be on the meta device. `allow` can hold "nonfinite".
     """
     check_allowances(allow)
-    found, report = extract_weights(model, base, tuned, config, cut)
-    write(found, output, allow=allow)
+    adapter, report = extract_weights(model, base, tuned, config, cut)
+    write(adapter, output, allow=allow)
     return replace(report, name=str(output))
 
 
@@ -148,13 +148,13 @@ def extract_weights(
         others = {PREFIX + name: _weight(tuned, aliases[name]) for name in inside}
         outside = _outside(aliases, base, tuned, {*inside, *taken})
     named = config.target_modules
-    made, factors = described(config, factors, named if not isinstance(named, list) else None)
+    described_config, factors = described(config, factors, named if not isinstance(named, list) else None)
     limit = {"rank": cut.rank} if cut.rank is not None else {"energy": cut.energy}
     facts = {"operation": {"name": "extract", **limit}}
     meta = any(parameter.is_meta for parameter in model.parameters())
     known = fingerprint(model, (lambda name: _weight(base, aliases[name])) if meta else None)
-    adapter = AdapterWeights("extracted", made, factors, others, known, facts)
-    return adapter, ExtractReport("", made, tuple(sites), facts, resolved.saved, outside)
+    adapter = AdapterWeights("extracted", described_config, factors, others, known, facts)
+    return adapter, ExtractReport("", described_config, tuple(sites), facts, resolved.saved, outside)
 
 
 def _check_plain(config: LoraConfig, model: nn.Module) -> None:
@@ -202,18 +202,18 @@ def _site(
         rank = cut.of(S)
     parts, whole, kept = [], 0.0, 0.0
     for delta in _changes(site_map, target, sources, under):
-        found, energy = dense_spectrum(delta, rank)
-        part = truncated(found, cut.of(found.S) if rank is None else min(rank, *delta.shape))
+        values, energy = dense_spectrum(delta, rank)
+        part = truncated(values, cut.of(values.S) if rank is None else min(rank, *delta.shape))
         parts.append(part)
         whole += energy
-        kept += float(found.S[:, : part.rank].double().square().sum())
+        kept += float(values.S[:, : part.rank].double().square().sum())
     product = Product(torch.cat([part.A for part in parts]), torch.cat([part.B for part in parts]))
     like = [product.A.new_empty(shape, device="meta") for shape in kind.shapes(spec, product.rank)]
     A, B = factors_of(product, like[0], like[1], max(1, spec.experts))
     lost = max(0.0, 1 - kept / whole) if whole else 0.0
     bare = BareSite.of(site_map.holder(target), target.outer, spec) if kind.names_parameter else None
-    made = SiteFactors(A, B, 1.0, nn.Identity(), PLAIN, endings=endings_of(kind), bare=bare)
-    return made, SiteOperation(target.path, made.r, min(delta.shape), whole**0.5, lost**0.5)
+    factor = SiteFactors(A, B, 1.0, nn.Identity(), PLAIN, endings=endings_of(kind), bare=bare)
+    return factor, SiteOperation(target.path, factor.r, min(delta.shape), whole**0.5, lost**0.5)
 
 
 def _changes(
@@ -254,7 +254,7 @@ def _outside(
     aliases: Mapping[str, list[str]], base: TensorSource, tuned: TensorSource, taken: Collection[str]
 ) -> tuple[OutsideChange, ...]:
     """Return one entry for each changed tensor not in `taken`, and for each tensor that only one model has."""
-    found: list[OutsideChange] = []
+    changes: list[OutsideChange] = []
     seen = {name for taken_name in taken for name in aliases[taken_name]}
     for name, names in aliases.items():
         here, there = base.under(names), tuned.under(names)
@@ -262,13 +262,13 @@ def _outside(
             continue
         seen |= set(names)
         if here is None or there is None:
-            found.append(OutsideChange(name, None, f"only in {(tuned if here is None else base).label}"))
+            changes.append(OutsideChange(name, None, f"only in {(tuned if here is None else base).label}"))
         elif base.shapes[here] != tuned.shapes[there]:
-            found.append(OutsideChange(name, None, f"{base.shapes[here]} before, {tuned.shapes[there]} after"))
+            changes.append(OutsideChange(name, None, f"{base.shapes[here]} before, {tuned.shapes[there]} after"))
         elif change := float(torch.linalg.vector_norm(tuned.read(there).double() - base.read(here).double())):
-            found.append(OutsideChange(name, change, "changed"))
+            changes.append(OutsideChange(name, change, "changed"))
     for source, other in ((base, tuned), (tuned, base)):
         known = {source.under([name]) for name in aliases}
         left = [name for name in source.shapes if name not in known and name not in other.shapes]
-        found += [OutsideChange(name, None, f"only in {source.label}") for name in left]
-    return tuple(sorted(found, key=lambda change: -(change.norm or 0.0)))
+        changes += [OutsideChange(name, None, f"only in {source.label}") for name in left]
+    return tuple(sorted(changes, key=lambda change: -(change.norm or 0.0)))

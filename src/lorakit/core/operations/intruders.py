@@ -69,14 +69,14 @@ def reduce_intruders(
             field=variant.field,
         )
     read = reader_of(model)
-    found: dict[str, SiteFactors] = {}
+    weakened: dict[str, SiteFactors] = {}
     sites = []
     with torch.no_grad():
         for path, factor in weights.factors.items():
             base = read(factor.names[0] if factor.names else path)
-            found[path], here = _weakened(path, factor, base, (top, threshold, keep))
+            weakened[path], here = _weakened(path, factor, base, (top, threshold, keep))
             sites += here
-    put(model, dataclasses.replace(weights, factors=found), name)
+    put(model, dataclasses.replace(weights, factors=weakened), name)
     return tuple(sites)
 
 
@@ -92,13 +92,13 @@ def _weakened(
     parts, sites = [], []
     for expert in range(factor.experts):
         part = Product(product.A[expert, None], product.B[expert, None])
-        found, site = _of_matrix(path, part, factor.scale, base.matrix(expert).to(wide), how)
-        parts.append(found)
+        weaker, site = _of_matrix(path, part, factor.scale, base.matrix(expert).to(wide), how)
+        parts.append(weaker)
         sites.append(dataclasses.replace(site, expert=expert if factor.experts > 1 else None))
     if not any(site.indices for site in sites):
         return factor, sites
-    made = Product(torch.cat([part.A for part in parts]), torch.cat([part.B for part in parts]))
-    return factor.holding(made, factor.scale), sites
+    joined = Product(torch.cat([part.A for part in parts]), torch.cat([part.B for part in parts]))
+    return factor.holding(joined, factor.scale), sites
 
 
 def _of_matrix(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.attachment.attaching import with_targets
 from lorakit.core.kinds import Fits, Kind, fits
+from lorakit.core.kinds.kind import only_dense
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.target_weights import matched
 from lorakit.core.quantization import weight_format_of
@@ -76,8 +77,8 @@ def allocate(
     if by not in RANKED:
         raise ConfigError.of("by", by, allowed=RANKED)
     config, site_map = with_targets(config, model), AdapterIndex.of(model)
-    found = matched(site_map, config, "partial_targets" in allow).matches
-    matches = [match for match in found if not match.parameter]
+    targeted = matched(site_map, config, "partial_targets" in allow).matches
+    matches = [match for match in targeted if not match.parameter]
     modules = {match.path: site_map.base(match.path) for match in matches}
     sizes = {c.path: (c.out_features, c.in_features) for c in site_map.candidates if c.path in modules}
     chosen = [match for match in matches if fits(RANKED[by], site_map.kind(match.kind))]
@@ -111,7 +112,7 @@ def _is_dense_or_table(kind: Kind) -> bool:
     return kind.is_dense or (kind.acts_on == "input" and not kind.drops)
 
 
-RANKED: Mapping[str, Fits] = {"inputs": lambda kind: kind.is_dense, "gradients": _is_dense_or_table}
+RANKED: Mapping[str, Fits] = {"inputs": only_dense, "gradients": _is_dense_or_table}
 """Dict from each criterion to a function that returns whether the criterion supports a kind of site."""
 
 

@@ -169,9 +169,9 @@ class SiteFactors(Factor):
         one = " × ".join(str(size) for size in (self.B.shape[0], *self.A.shape[1:]))
         return f"{self.experts} experts of {one}" if self.experts > 1 else one
 
-    def of_variant(self, variant: Variant, own: Mapping[str, Tensor]) -> SiteFactors:
+    def of_variant(self, variant: Variant, extras: Mapping[str, Tensor]) -> SiteFactors:
         """Return a factor of another variant with the same A and B, and extra tensors (…) by `OwnTensor.held_as`."""
-        return dataclasses.replace(self, variant=variant, own=own, setting=NO_SETTING)
+        return dataclasses.replace(self, variant=variant, own=extras, setting=NO_SETTING)
 
     def holding(self, product: Product, scale: float = 1.0) -> SiteFactors:
         """Return a factor for the same site with the given A (g, r, in), B (g, out, r) and scale.
@@ -210,14 +210,14 @@ class AdapterWeights:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all of the adapter's tensors (…), keyed by name on disk and sorted by name."""
-        found = dict(self.others)
+        tensors = dict(self.others)
         for path, factor in self.factors.items():
             stem, (end_A, end_B) = PREFIX + path, factor.endings
-            found |= {stem + end_A: factor.A, stem + end_B: factor.B}
-            found |= {stem + tensor.keys[0]: factor.own[tensor.held_as] for tensor in factor.variant.parts.extras}
+            tensors |= {stem + end_A: factor.A, stem + end_B: factor.B}
+            tensors |= {stem + tensor.keys[0]: factor.own[tensor.held_as] for tensor in factor.variant.parts.extras}
             if factor.bias is not None:
-                found[stem + end_B.removesuffix(".weight") + ".bias"] = factor.bias
-        return dict(sorted(found.items()))
+                tensors[stem + end_B.removesuffix(".weight") + ".bias"] = factor.bias
+        return dict(sorted(tensors.items()))
 
     def compare_base(self, other: AdapterWeights) -> BaseVerdict:
         """Compare the adapter's base with that of another adapter, ignoring modules that either adapter saves."""
@@ -236,10 +236,10 @@ class AdapterWeights:
 def weights_of_model(model: nn.Module, name: str) -> AdapterWeights:
     """Return the weights of an adapter, which stays on the model; an AdapterError if the base has changed (LoftQ)."""
     index = AdapterIndex.of(model)
-    found = saved_form(index, name)
+    form = saved_form(index, name)
     check_plain(index, name)
-    config, known = found.config, _sites_in(index, name)
-    tensors = {key: tensor.detach() for key, tensor in found.tensors.items()}
+    config, known = form.config, _sites_in(index, name)
+    tensors = {key: tensor.detach() for key, tensor in form.tensors.items()}
     factors, others = _by_site(tensors, config, lambda path, A: known[path])
     matches = matched(index, config, allow_partial=True).matches
     outer, parameters = outer_modules(factors), {name for factor in factors.values() for name in factor.names}
@@ -295,12 +295,12 @@ def outer_modules(factors: Mapping[str, SiteFactors]) -> set[str]:
 def _sites_in(index: AdapterIndex, name: str) -> dict[str, tuple[float, BareSite | None]]:
     """Return the scale and bare parameter of each of the adapter's sites, as a dict keyed by path on disk."""
     on_disk = paths_on_disk(index, name)
-    found = {}
+    sites = {}
     for path, layer in index.layers(name):
         outer = path.partition(INSIDE)[0]
         bare = BareSite.of(layer.owner, outer, layer.spec) if layer.kind.names_parameter else None
-        found[on_disk[path]] = layer.scaling[name], bare
-    return found
+        sites[on_disk[path]] = layer.scaling[name], bare
+    return sites
 
 
 def _site_on_disk(files: AdapterFiles, path: str, A: Tensor) -> tuple[float, BareSite | None]:
@@ -354,14 +354,16 @@ def _by_site(
                 f"The adapter's site {path} has no {' and '.join(lacking)}.", what=lacking[0], where=path
             )
         (name_A, A), (name_B, B) = named["A"], named["B"]
-        own = {tensor.held_as: named[tensor.held_as][1] for tensor in variant.parts.extras}
+        extras = {tensor.held_as: named[tensor.held_as][1] for tensor in variant.parts.extras}
         bias = named["bias"][1] if "bias" in named else None
         factor_scale, bare = site(path, A)
         endings = name_A.removeprefix(PREFIX + path), name_B.removeprefix(PREFIX + path)
-        made = SiteFactors(A, B, factor_scale, nn.Identity(), variant, own, bias, setting, endings=endings, bare=bare)
+        factor = SiteFactors(
+            A, B, factor_scale, nn.Identity(), variant, extras, bias, setting, endings=endings, bare=bare
+        )
         if variant.is_lora_once_multiplied:  # these factors differ from LoRA's only in how they are stored
-            A, B = made.multiplied()
-            made = dataclasses.replace(made.of_variant(PLAIN, NO_TENSORS), A=A, B=B)
-        factors[path] = made
+            A, B = factor.multiplied()
+            factor = dataclasses.replace(factor.of_variant(PLAIN, NO_TENSORS), A=A, B=B)
+        factors[path] = factor
     others = {name: tensor for name, tensor in tensors.items() if parse(name) is None}
     return factors, {name: tensor for name, tensor in others.items() if not name.endswith(".base_layer.weight")}

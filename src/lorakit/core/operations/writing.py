@@ -157,7 +157,7 @@ def described(
     ranks = {name: factor.r for path, factor in factors.items() for name in factor.names or (path,)}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {exact_key(name, ranks): r for name, r in ranks.items() if r != usual}
-    made = dataclasses.replace(
+    with_ranks = dataclasses.replace(
         config,
         r=usual,
         lora_alpha=usual,
@@ -168,22 +168,22 @@ def described(
         target_modules=outer_modules(factors) if targets is None else targets,
         **(PLAIN_TARGETS if targets is None else {}),
     )
-    return made, factors
+    return with_ranks, factors
 
 
 def common_targets(adapters: Sequence[AdapterWeights]) -> set[str] | str | None:
     """Return targets that match exactly the modules that the adapters adapt, or None if only full paths can do so."""
     first, *rest = (adapter.config for adapter in adapters)
-    said = ("target_modules", *PLAIN_TARGETS)
-    if all(getattr(first, name) == getattr(config, name) for config in rest for name in said):
+    fields = ("target_modules", *PLAIN_TARGETS)
+    if all(getattr(first, name) == getattr(config, name) for config in rest for name in fields):
         return _modules_named(first)
-    found: set[str] = set()
+    modules: set[str] = set()
     for config in (first, *rest):
         narrowed, known = any(getattr(config, name) is not None for name in PLAIN_TARGETS), _modules_named(config)
         if narrowed or not isinstance(known, set):
             return None
-        found |= known
-    return found
+        modules |= known
+    return modules
 
 
 def _modules_named(config: LoraConfig) -> set[str] | str | None:

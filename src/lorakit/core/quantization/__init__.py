@@ -61,11 +61,11 @@ def weight_format_of(module: nn.Module, parameter: str = "weight", as_stored: bo
 
     `as_stored` uses the stored weight without transposing it, even if the module stores it as (in, out).
     """
-    found = _registered(module, parameter)
-    found = DENSE if as_stored and found.transposed else found
+    registered = _registered(module, parameter)
+    registered = DENSE if as_stored and registered.transposed else registered
     if is_computed(module, parameter):
-        return COMPUTED_TRANSPOSED if found.transposed else COMPUTED
-    return found
+        return COMPUTED_TRANSPOSED if registered.transposed else COMPUTED
+    return registered
 
 
 def is_computed(module: nn.Module, parameter: str = "weight") -> bool:
@@ -88,13 +88,13 @@ def _registered(module: nn.Module, parameter: str) -> WeightFormat[Any, Any]:
 def disable_repacking(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Keep modules from repacking their weights in a forward pass, and return those that would have done so."""
     formats: dict[type[nn.Module], WeightFormat[Any, Any]] = {}
-    found = []
+    changed = []
     for module in modules:
         if type(module) not in formats:
             formats[type(module)] = weight_format_of(module)
         if formats[type(module)].disable_repacking(module):
-            found.append(module)
-    return found
+            changed.append(module)
+    return changed
 
 
 def allow_repacking(modules: Iterable[nn.Module]) -> None:

@@ -60,11 +60,11 @@ def four_bit_linear(linear: nn.Linear, quant_type: str, double: bool) -> nn.Modu
     weight = linear.weight.detach()
     rows, columns = weight.shape
     settings: dict[str, str | bool] = {"compress_statistics": double, "quant_type": quant_type}
-    made = package.nn.Linear4bit(columns, rows, False, weight.dtype, **settings, device="meta")
-    parameter = package.nn.Params4bit(weight, requires_grad=False, **settings, module=made)
-    FOUR_BIT.put_stored(made, "weight", parameter.to(weight.device))
-    FOUR_BIT.disable_repacking(made)
-    return _like(linear, made)
+    quantized = package.nn.Linear4bit(columns, rows, False, weight.dtype, **settings, device="meta")
+    parameter = package.nn.Params4bit(weight, requires_grad=False, **settings, module=quantized)
+    FOUR_BIT.put_stored(quantized, "weight", parameter.to(weight.device))
+    FOUR_BIT.disable_repacking(quantized)
+    return _like(linear, quantized)
 
 
 def eight_bit_linear(linear: nn.Linear) -> nn.Module:
@@ -73,15 +73,17 @@ def eight_bit_linear(linear: nn.Linear) -> nn.Module:
 
     weight = linear.weight.detach()
     rows, columns = weight.shape
-    made = package.nn.Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=6.0, device="meta")
-    made.weight = package.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(weight.device)
-    return _like(linear, made)
+    quantized = package.nn.Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=6.0, device="meta")
+    quantized.weight = package.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(
+        weight.device
+    )
+    return _like(linear, quantized)
 
 
-def _like(linear: nn.Linear, made: nn.Module) -> nn.Module:
+def _like(linear: nn.Linear, quantized: nn.Module) -> nn.Module:
     """Copy the bias and the training mode of a dense layer to the quantized layer made from it."""
-    made.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-    return made.train(linear.training)
+    quantized.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+    return quantized.train(linear.training)
 
 
 class _Format(WeightFormat[M, S]):
@@ -109,11 +111,11 @@ class _Format(WeightFormat[M, S]):
         before: type[nn.Module] = getattr(module, "source_cls", nn.Linear)
         if before.__name__ != CONV1D:
             return linear_with(module, canonical, dtype)
-        made = before(*canonical.shape).to(dtype).train(module.training)
-        made.weight = nn.Parameter(canonical.T.to(dtype).contiguous(), requires_grad=False)
+        plain = before(*canonical.shape).to(dtype).train(module.training)
+        plain.weight = nn.Parameter(canonical.T.to(dtype).contiguous(), requires_grad=False)
         if isinstance(module.bias, Tensor):
-            made.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
-        return made
+            plain.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+        return plain
 
 
 class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
@@ -141,15 +143,15 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
         state = like.quant_state
         if state is None:
             raise MergeError(_UNQUANTIZED.format(bits=4), what="4-bit")
-        packed, made = package.quantize_4bit(
+        packed, new_state = package.quantize_4bit(
             canonical.to(like.device, torch.float32).contiguous(),
             blocksize=state.blocksize,
             compress_statistics=bool(state.nested or getattr(state, "original_nested", False)),
             quant_type=state.quant_type,
             quant_storage=like.quant_storage,
         )
-        made.dtype = state.dtype
-        return _parameter(like, packed, made)
+        new_state.dtype = state.dtype
+        return _parameter(like, packed, new_state)
 
     def put_stored(self, module: Linear4bit, parameter: str, stored: Params4bit) -> None:
         """Set the parameter of a layer to a stored weight."""

@@ -62,12 +62,12 @@ class Fp8Layout(PackedLayout):
             missing = (-weight.shape[0] % rows, -weight.shape[1] % columns)
             padded = nn.functional.pad(weight.abs(), (0, missing[1], 0, missing[0]))
             largest = padded.unflatten(0, (-1, rows)).unflatten(2, (-1, columns)).amax((1, 3))
-        made = torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
+        new_scales = torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
         if scales.dtype == getattr(torch, "float8_e8m0fnu", None):
-            made = torch.exp2(made.log2().ceil())
-        made = made.to(scales.dtype)
-        values = (weight / self._spread(made)).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-        return values, made
+            new_scales = torch.exp2(new_scales.log2().ceil())
+        new_scales = new_scales.to(scales.dtype)
+        values = (weight / self._spread(new_scales)).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+        return values, new_scales
 
     def values(self, parts: tuple[Tensor, ...], positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return weight elements (n,), and bounds on their rounding errors (n,)."""
@@ -136,8 +136,8 @@ class Fp8Format(PackedFormat):
         """Quantize a weight (out, in), with new scales in the shape and dtype of the current ones."""
         values, scales = like.parts
         layout: Fp8Layout = like.layout  # type: ignore[assignment]
-        made = layout.encode(canonical.to(values.device, torch.float32), scales)
-        return PackedWeight(tuple(nn.Parameter(part, requires_grad=False) for part in made), layout)
+        encoded = layout.encode(canonical.to(values.device, torch.float32), scales)
+        return PackedWeight(tuple(nn.Parameter(part, requires_grad=False) for part in encoded), layout)
 
     def part_names(self, module: PackedLinear) -> tuple[str, ...]:
         """Return the names of the values and scales."""

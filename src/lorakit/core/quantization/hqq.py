@@ -40,8 +40,8 @@ def hqq_linear(linear: nn.Linear, bits: int, group_size: int) -> nn.Module:
     linear.requires_grad_(False)  # HQQ would copy a trainable bias as a non-leaf tensor, which deepcopy rejects
     weight = linear.weight
     config = BaseQuantizeConfig(nbits=bits, group_size=group_size)
-    made: nn.Module = HQQLinear(linear, config, compute_dtype=weight.dtype, device=str(weight.device))
-    return made.train(linear.training)
+    quantized: nn.Module = HQQLinear(linear, config, compute_dtype=weight.dtype, device=str(weight.device))
+    return quantized.train(linear.training)
 
 
 class HQQFormat(WeightFormat["HQQLinear", HQQWeight]):

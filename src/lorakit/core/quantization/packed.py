@@ -109,15 +109,15 @@ def packed_linear(
 
     `parts` are the parameters in `kind.PARTS` that are not None; `settings` are further attributes, such as `bits`.
     """
-    made = kind()
-    made.in_features, made.out_features = linear.in_features, linear.out_features
-    vars(made).update(settings)
+    packed = kind()
+    packed.in_features, packed.out_features = linear.in_features, linear.out_features
+    vars(packed).update(settings)
     for name in kind.PARTS:
         part = parts.get(name)
-        made.register_parameter(name, None if part is None else nn.Parameter(part, requires_grad=False))
+        packed.register_parameter(name, None if part is None else nn.Parameter(part, requires_grad=False))
     bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-    made.register_parameter("bias", bias)
-    return made.train(linear.training)
+    packed.register_parameter("bias", bias)
+    return packed.train(linear.training)
 
 
 def packed_product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:

@@ -149,14 +149,14 @@ class _IntegerFormat(PackedFormat):
         super().check(module, path)
         rows, columns = module.out_features, module.in_features
         bits = module.bits if isinstance(module, GptqLinear) else AWQ_BITS
-        held = {name: module._parameters[name] for name in self.part_names(module)}
-        groups = held["scales"].shape[0]  # type: ignore[union-attr]
+        parts = {name: module._parameters[name] for name in self.part_names(module)}
+        groups = parts["scales"].shape[0]  # type: ignore[union-attr]
         packed_rows = -(-rows * bits // WORD)
         expected = {"scales": (groups, rows), "qzeros": (groups, packed_rows), "g_idx": (columns,)}
         expected["qweight"] = (
             (-(-columns * bits // WORD), rows) if isinstance(module, GptqLinear) else (columns, packed_rows)
         )
-        for name, part in held.items():
+        for name, part in parts.items():
             if part is not None and tuple(part.shape) != expected[name]:
                 raise ModelError(
                     f"{path}.{name} has shape {tuple(part.shape)}, but {expected[name]} is needed for a {self.name} "
@@ -165,7 +165,7 @@ class _IntegerFormat(PackedFormat):
                     where=path,
                     field=name,
                 )
-        index = held.get("g_idx")
+        index = parts.get("g_idx")
         if index is not None and not index.is_meta and not bool(((index >= 0) & (index < groups)).all()):
             raise ModelError(
                 f"{path}.g_idx has values outside 0 to {groups - 1}, the groups of {self.name} scales. Load the model "

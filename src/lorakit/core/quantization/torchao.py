@@ -30,9 +30,9 @@ def int8_config() -> Int8WeightOnlyConfig:
 
 def int8_linear(linear: nn.Linear) -> nn.Module:
     """Return a copy of a dense layer with an int8 weight."""
-    made = linear_with(linear, linear.weight.detach(), linear.weight.dtype)
-    made.weight = _quantized(made.weight.detach())
-    return made
+    quantized = linear_with(linear, linear.weight.detach(), linear.weight.dtype)
+    quantized.weight = _quantized(quantized.weight.detach())
+    return quantized
 
 
 def _quantized(weight: Tensor) -> nn.Parameter:

@@ -46,13 +46,13 @@ def exact_values(stored: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 def linear_with(module: nn.Module, canonical: Tensor, dtype: torch.dtype) -> nn.Linear:
     """Return an nn.Linear with the given weight (out, in) and dtype, and the bias and training mode of `module`."""
-    made = nn.Linear(1, 1, bias=False, device="meta")
-    made.out_features, made.in_features = canonical.shape
-    made.weight = nn.Parameter(canonical.to(dtype), requires_grad=False)
+    linear = nn.Linear(1, 1, bias=False, device="meta")
+    linear.out_features, linear.in_features = canonical.shape
+    linear.weight = nn.Parameter(canonical.to(dtype), requires_grad=False)
     bias: Tensor | None = getattr(module, "bias", None)
     if bias is not None:
-        made.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
-    return made.train(module.training)
+        linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return linear.train(module.training)
 
 
 @dataclass(frozen=True)
@@ -177,8 +177,8 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
                 what=type(module).__name__,
                 field=parameter,
             )
-        held: nn.Parameter = module._parameters[parameter]  # type: ignore[assignment]
-        held.data = stored.to(held.device)
+        holder: nn.Parameter = module._parameters[parameter]  # type: ignore[assignment]
+        holder.data = stored.to(holder.device)
 
     def clone(self, module: nn.Module, parameter: str, stored: Tensor) -> nn.Module:
         """Return a shallow clone of a module with the parameter replaced by a tensor of any shape."""

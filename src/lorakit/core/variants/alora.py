@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorakit.config import LoraConfig
-from lorakit.core.kinds import Kind
+from lorakit.core.kinds.kind import only_dense
 from lorakit.core.variants.variant import At, Variant
 from lorakit.errors import ConfigError, RouteError
 
@@ -27,11 +27,11 @@ def last_invocation(input_ids: Tensor, tokens: Sequence[int], visible: Tensor | 
     if size > length or size == 0:
         return input_ids.new_zeros(rows, dtype=torch.int64)
     wanted = torch.tensor(list(tokens), dtype=input_ids.dtype, device=input_ids.device)
-    found = (input_ids.unfold(1, size, 1) == wanted).all(-1)  # (rows, length - size + 1)
+    matches = (input_ids.unfold(1, size, 1) == wanted).all(-1)  # (rows, length - size + 1)
     if visible is not None:
-        found = found & visible.bool().unfold(1, size, 1).all(-1)
-    numbers = torch.arange(1, found.shape[1] + 1, device=found.device)
-    last = (found * numbers).amax(1)
+        matches = matches & visible.bool().unfold(1, size, 1).all(-1)
+    numbers = torch.arange(1, matches.shape[1] + 1, device=matches.device)
+    last = (matches * numbers).amax(1)
     return torch.where(last > 0, length + 1 - last, 0)
 
 
@@ -40,10 +40,6 @@ def _tokens(config: LoraConfig) -> Sequence[int]:
     if not tokens:
         raise ConfigError.of("alora_invocation_tokens", tokens, "a list of token ids")
     return tokens
-
-
-def _fits(kind: Kind) -> bool:
-    return kind.is_dense
 
 
 def _output(at: At) -> Tensor:
@@ -68,7 +64,7 @@ ALORA = Variant(
     name="alora",
     title="aLoRA",
     field="alora_invocation_tokens",
-    fits=_fits,
+    fits=only_dense,
     output=_output,
     update="its update depends on token positions",
     invocation=_tokens,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorakit.config import LoraConfig
-from lorakit.core.kinds import Kind
+from lorakit.core.kinds.kind import only_dense
 from lorakit.core.quantization import at_least_fp32
 from lorakit.core.variants.variant import At, Factor, Parts, Setting, Variant
 from lorakit.errors import AdapterError, ConfigError
@@ -109,12 +109,12 @@ def _experts(at: At) -> tuple[list[Factor], list[Pair]]:
 
 
 def _general(general: Mapping[str, Factor], experts: Sequence[Pair], path: str) -> list[Pair]:
-    found = [_product(name, factor) for name, factor in general.items()]
-    shapes = {(A.shape, B.shape) for A, B in (*experts, *found)}
-    if not found or len(shapes) > 1:
-        why = f"there are no adapters named {GENERAL_PREFIX}0, …" if not found else "the adapters' shapes differ"
+    pairs = [_product(name, factor) for name, factor in general.items()]
+    shapes = {(A.shape, B.shape) for A, B in (*experts, *pairs)}
+    if not pairs or len(shapes) > 1:
+        why = f"there are no adapters named {GENERAL_PREFIX}0, …" if not pairs else "the adapters' shapes differ"
         raise AdapterError(f"{path}: general knowledge cannot be subtracted: {why}.", where=path, field="use_gks")
-    return found
+    return pairs
 
 
 def _prototypes(at: At, products: Sequence[Pair]) -> Tensor:
@@ -123,11 +123,11 @@ def _prototypes(at: At, products: Sequence[Pair]) -> Tensor:
     known = memory.get(PROTOTYPES)
     if known is None:
         with torch.no_grad():
-            made = []
+            prototypes = []
             for A, B in products:
                 generator = None if seed is None else torch.Generator(device).manual_seed(int(seed))
-                made.append(prototype(A, B, generator).to(A.dtype))
-            known = torch.stack(made)
+                prototypes.append(prototype(A, B, generator).to(A.dtype))
+            known = torch.stack(prototypes)
     memory[PROTOTYPES] = known = known.to(device)
     return known
 
@@ -150,8 +150,8 @@ def _output(at: At) -> Tensor:
 
 
 def _setting(config: LoraConfig, path: str) -> Setting | None:
-    asked = config.arrow_config
-    if asked is None:
+    arrow = config.arrow_config
+    if arrow is None:
         return None
     if config.lora_dropout:
         raise ConfigError(
@@ -161,17 +161,13 @@ def _setting(config: LoraConfig, path: str) -> Setting | None:
             where=path,
             field="lora_dropout",
         )
-    found: dict[str, str | int | float | bool] = {
-        "top_k": asked.top_k,
-        "temperature": asked.router_temperature,
-        "use_gks": asked.use_gks,
+    setting: dict[str, str | int | float | bool] = {
+        "top_k": arrow.top_k,
+        "temperature": arrow.router_temperature,
+        "use_gks": arrow.use_gks,
         "path": path,
     }
-    return found if asked.rng_seed is None else {**found, "seed": asked.rng_seed}
-
-
-def _fits(kind: Kind) -> bool:
-    return kind.is_dense
+    return setting if arrow.rng_seed is None else {**setting, "seed": arrow.rng_seed}
 
 
 ARROW = Variant(
@@ -179,7 +175,7 @@ ARROW = Variant(
     title="Arrow",
     field="arrow_config",
     setting=_setting,
-    fits=_fits,
+    fits=only_dense,
     output=_output,
     parts=Parts(uses_factors=False),
     update="its update depends on the input, because it routes each token to other adapters",

@@ -48,11 +48,11 @@ class BlockDiagonalLinear(nn.Module):
     @classmethod
     def of(cls, weight: nn.Parameter, nblocks: int) -> BlockDiagonalLinear:
         """Return a module that holds existing blocks, stacked as (out, in / blocks)."""
-        found = cls.__new__(cls)
-        nn.Module.__init__(found)
-        found.out_features, found.in_features = weight.shape[0], weight.shape[1] * nblocks
-        found.nblocks, found.weight = nblocks, weight
-        return found
+        linear = cls.__new__(cls)
+        nn.Module.__init__(linear)
+        linear.out_features, linear.in_features = weight.shape[0], weight.shape[1] * nblocks
+        linear.nblocks, linear.weight = nblocks, weight
+        return linear
 
     @property
     def bias(self) -> None:
@@ -70,9 +70,9 @@ class BlockDiagonalLinear(nn.Module):
 
 
 def _setting(config: LoraConfig, path: str) -> Setting | None:
-    asked = config.use_bdlora
-    side = "" if asked is None else asked.side_of(path)
-    if asked is None or not side:
+    blocks = config.use_bdlora
+    side = "" if blocks is None else blocks.side_of(path)
+    if blocks is None or not side:
         return None
     if side == "B" and config.lora_bias:
         raise ConfigError(
@@ -81,7 +81,7 @@ def _setting(config: LoraConfig, path: str) -> Setting | None:
             where=path,
             field="lora_bias",
         )
-    return {"side": side, "blocks": asked.nblocks, "path": path}
+    return {"side": side, "blocks": blocks.nblocks, "path": path}
 
 
 def _shapes(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> tuple[Shape, Shape]:

@@ -108,12 +108,12 @@ def combined(path: str, addends: Sequence[Addend], reading: Reading) -> Sum:
 
     def finish(product: Product) -> tuple[Product, Mapping[str, Tensor]]:
         rows = total.view(product.B.shape[0], product.B.shape[1], 1).to(product.B.dtype)
-        made = Product(product.A, product.B / rows)
-        A, B = factors_of(made, like.A, like.B, experts)
+        divided = Product(product.A, product.B / rows)
+        A, B = factors_of(divided, like.A, like.B, experts)
         wide = reading.W.dtype
         lengths = _norms(reading.kind, reading.spec, reading.W, A.detach().to(wide), B.detach().to(wide), 1.0)
         magnitude = (total * lengths).to(A.dtype)
-        return made, {MAGNITUDE: magnitude.view(reading.kind.vector(reading.spec))}
+        return divided, {MAGNITUDE: magnitude.view(reading.kind.vector(reading.spec))}
 
     return Sum(turned, finish)
 
@@ -123,8 +123,8 @@ def _gain_over(factor: Factor, reading: Reading) -> Tensor:
     dtype = reading.W.dtype
     if MAGNITUDE not in factor.own:
         return reading.W.new_ones(reading.W.shape[0])
-    own = {name: tensor.detach().to(dtype) for name, tensor in factor.own.items()}
-    wide = replace(factor, A=factor.A.detach().to(dtype), B=factor.B.detach().to(dtype), own=own)
+    extras = {name: tensor.detach().to(dtype) for name, tensor in factor.own.items()}
+    wide = replace(factor, A=factor.A.detach().to(dtype), B=factor.B.detach().to(dtype), own=extras)
     return _gain(reading.kind, reading.spec, reading.W, wide)
 
 

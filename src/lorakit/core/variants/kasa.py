@@ -42,8 +42,8 @@ def penalty(factor: Factor, training: bool) -> Tensor:
 
 
 def _setting(config: LoraConfig, path: str) -> Setting | None:
-    asked = config.kasa_config
-    return None if asked is None else {"beta": asked.beta, "gamma": asked.gamma}
+    kasa = config.kasa_config
+    return None if kasa is None else {"beta": kasa.beta, "gamma": kasa.gamma}
 
 
 def _shape(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> Shape:

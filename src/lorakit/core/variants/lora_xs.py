@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorakit.config import LoraConfig
-from lorakit.core.kinds.kind import Kind, Shape, WeightSpec
+from lorakit.core.kinds.kind import Kind, Shape, WeightSpec, only_dense
 from lorakit.core.variants.variant import NO_SETTING, Factor, OwnTensor, Parts, Setting, Start, Variant
 from lorakit.errors import ConfigError
 
@@ -31,10 +31,6 @@ def directions(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 def _setting(config: LoraConfig, path: str) -> Setting | None:
     return NO_SETTING if config.use_lora_xs else None
-
-
-def _fits(kind: Kind) -> bool:
-    return kind.is_dense
 
 
 def _shape(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> Shape:
@@ -65,7 +61,7 @@ LORA_XS = Variant(
     title="LoRA-XS",
     field="use_lora_xs",
     setting=_setting,
-    fits=_fits,
+    fits=only_dense,
     parts=Parts(
         start=_start,
         trains=frozenset(),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.kinds.kind import Kind, Shape, WeightSpec
+from lorakit.core.kinds.kind import Kind, Shape, WeightSpec, only_dense
 from lorakit.core.quantization import at_least_fp32
 from lorakit.core.variants.variant import Factor, OwnTensor, Parts, Penalty, Setting, Start, Variant
 
@@ -71,15 +71,15 @@ def sampled(factor: Factor) -> Tensor:
     Source:
         Sengupta et al. 2024, arXiv:2411.04358.
     """
-    A, setting, own = factor.A, factor.setting, factor.own
+    A, setting, extras = factor.A, factor.setting, factor.own
     (r, width), number = A.shape, int(setting["num_samples"])
     normal = torch.randn(number, width, r, dtype=A.dtype, device=A.device)  # PEFT's layout, so that the numbers agree
     z = torch.randn(number, dtype=A.dtype, device=A.device)
-    variance = variances(own[SPREAD], wishart_diagonal(r, A.device).to(A.dtype))
-    weights = sample_weights(own[CONCENTRATION], z)
+    variance = variances(extras[SPREAD], wishart_diagonal(r, A.device).to(A.dtype))
+    weights = sample_weights(extras[CONCENTRATION], z)
     with torch.no_grad():
-        own[VARIANCE].copy_(variance.diag())
-        own[WEIGHTS].copy_(weights)
+        extras[VARIANCE].copy_(variance.diag())
+        extras[WEIGHTS].copy_(weights)
     factor.memory[DRAWN] = z
     mean = (weights @ normal.flatten(1)).view(width, r).T
     return A + float(setting["sample_scaler"]) * variance.sqrt()[:, None] * mean
@@ -116,20 +116,16 @@ def penalty(factor: Factor, training: bool) -> Tensor:
 
 
 def _setting(config: LoraConfig, path: str) -> Setting | None:
-    asked = config.monteclora_config
-    if asked is None:
+    sampling = config.monteclora_config
+    if sampling is None:
         return None
     return {
-        "num_samples": asked.num_samples,
-        "use_entropy": asked.use_entropy,
-        "dirichlet_prior": asked.dirichlet_prior,
-        "sample_scaler": asked.sample_scaler,
-        "kl_loss_weight": asked.kl_loss_weight,
+        "num_samples": sampling.num_samples,
+        "use_entropy": sampling.use_entropy,
+        "dirichlet_prior": sampling.dirichlet_prior,
+        "sample_scaler": sampling.sample_scaler,
+        "kl_loss_weight": sampling.kl_loss_weight,
     }
-
-
-def _fits(kind: Kind) -> bool:
-    return kind.is_dense
 
 
 def _per_rank(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> Shape:
@@ -161,7 +157,7 @@ MONTECLORA = Variant(
     title="MonteCLoRA",
     field="monteclora_config",
     setting=_setting,
-    fits=_fits,
+    fits=only_dense,
     parts=Parts(
         extras=(
             OwnTensor(SPREAD, "parameter", (f".{SPREAD}",), _per_rank, lambda start: _uniform(start, start.rank)),

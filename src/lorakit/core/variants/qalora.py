@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lorakit.config import LoraConfig
-from lorakit.core.kinds.kind import Kind, Shape, WeightSpec
+from lorakit.core.kinds.kind import Kind, Shape, WeightSpec, only_dense
 from lorakit.core.variants.variant import Factor, Parts, Setting, Variant
 from lorakit.errors import ConfigError
 
@@ -27,10 +27,6 @@ def repeated(A: Tensor, group: int) -> Tensor:
 
 def _setting(config: LoraConfig, path: str) -> Setting | None:
     return {"group": config.qalora_group_size, "path": path} if config.use_qalora else None
-
-
-def _fits(kind: Kind) -> bool:
-    return kind.is_dense
 
 
 def _shapes(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> tuple[Shape, Shape]:
@@ -56,7 +52,7 @@ QALORA = Variant(
     title="QA-LoRA",
     field="use_qalora",
     setting=_setting,
-    fits=_fits,
+    fits=only_dense,
     parts=Parts(shapes=_shapes),
     factors=_factors,
 )

@@ -308,10 +308,10 @@ class Variant:
     is_held_as_lora: bool = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        held = not self.parts.extras and self.parts.shapes is None
+        is_held = not self.parts.extras and self.parts.shapes is None
         alone = self.factors is None and self.down is None and self.output is None
-        object.__setattr__(self, "is_held_as_lora", held)
-        object.__setattr__(self, "is_lora", held and alone)
+        object.__setattr__(self, "is_held_as_lora", is_held)
+        object.__setattr__(self, "is_lora", is_held and alone)
 
     @property
     def outlasts_a_cut(self) -> bool:

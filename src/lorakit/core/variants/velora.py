@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.config import LoraConfig
-from lorakit.core.kinds.kind import Kind, Shape, WeightSpec
+from lorakit.core.kinds.kind import Kind, Shape, WeightSpec, only_dense
 from lorakit.core.quantization import at_least_fp32
 from lorakit.core.variants.variant import Factor, OwnTensor, Parts, Setting, Start, Variant
 
@@ -79,12 +79,8 @@ class CompressedLinear(torch.autograd.Function):
 
 
 def _setting(config: LoraConfig, path: str) -> Setting | None:
-    asked = config.velora_config
-    return None if asked is None else {"groups": asked.num_groups, "scale": asked.scale, "init": asked.init_type}
-
-
-def _fits(kind: Kind) -> bool:
-    return kind.is_dense
+    velora = config.velora_config
+    return None if velora is None else {"groups": velora.num_groups, "scale": velora.scale, "init": velora.init_type}
 
 
 def _shape(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> Shape:
@@ -121,7 +117,7 @@ VELORA = Variant(
     title="VeLoRA",
     field="velora_config",
     setting=_setting,
-    fits=_fits,
+    fits=only_dense,
     parts=Parts(
         extras=(
             OwnTensor(
