@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lorakit.caches import GGUF
-from lorakit.hub import gguf_models
+from lorakit.hub import converting
 
 NAMES = {
     "input_layernorm": "attn_norm",
@@ -28,7 +28,7 @@ NAMES = {
 @pytest.fixture(autouse=True)
 def own_gguf_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep converted models in the test's directory; import this fixture to use it."""
-    monkeypatch.setattr(gguf_models, "GGUF", dataclasses.replace(GGUF, place=str(tmp_path / "gguf-cache")))
+    monkeypatch.setattr(converting, "GGUF", dataclasses.replace(GGUF, place=str(tmp_path / "gguf-cache")))
 
 
 def write_gguf(

@@ -22,7 +22,7 @@ import lorakit
 from lorakit import LoraConfig, caches, file_hashes, hub
 from lorakit.caches import CACHES, PACKAGES, Cache
 from lorakit.data import Batch, Split, read_records, token_cache
-from lorakit.hub import gguf_models, packaged
+from lorakit.hub import converting, packaged
 from lorakit.hub.packaged import kept_directory
 from lorakit.machine import LIBRARY_VARIABLES, this_machine
 from lorakit.ops.kernels import building, compiled
@@ -262,7 +262,7 @@ class Gguf:
     def key(self) -> None:
         source = hub.ModelSource("gguf", "x", str(self.file), "x", "x")
         written = {"is_same": True}
-        gguf_models._kept(source, self.loader, self.dtype, 1, lambda folder: (folder / "a").touch() or written)
+        converting._kept(source, self.loader, self.dtype, 1, lambda folder: (folder / "a").touch() or written)
 
 
 CHANGES: dict[str, tuple[Callable[..., Any], dict[str, list[Callable[..., None]]]]] = {

@@ -87,7 +87,7 @@ MODELS = Cache("models", 1, ("source", "model", "versions"))
 """Models of Python packages, converted; see `lorakit.hub.packaged`."""
 
 GGUF = Cache("gguf", 1, ("source", "loader", "dtype", "versions"))
-"""Models and tokenizers from GGUF files; see `lorakit.hub.gguf_models`."""
+"""Models and tokenizers from GGUF files; see `lorakit.hub.converting`."""
 
 CACHES = (TOKENS, EVALUATIONS, INT8, AUTOTUNING, FILE_HASHES, KERNELS, MODELS, GGUF)
 

@@ -33,7 +33,7 @@ FORMATS = (
 """Names of the shapes in `lorakit.data.shapes` that training supports."""
 
 TAG_SCHEMES: tuple[TagScheme, ...] = get_args(TagScheme)[1:]
-"""Keys of `lorakit.tasks.spans.SCHEMES`."""
+"""Keys of `lorakit.tasks.metrics.SCHEMES`."""
 
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 """Values of `--dtype`."""

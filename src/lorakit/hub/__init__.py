@@ -13,7 +13,7 @@ from lorakit.hub.calibration import (
     pick_device,
     units_of,
 )
-from lorakit.hub.gguf_models import as_kept
+from lorakit.hub.converting import as_kept
 from lorakit.hub.model_config import (
     EMBEDDING_LIST,
     TASKS,

@@ -18,9 +18,8 @@ from lorakit.choices import DTYPES
 from lorakit.durable import JsonValue
 from lorakit.errors import ConfigError, DiskError, ModelError
 from lorakit.hub import gguf_files
-from lorakit.hub.converting import converted_files, has_matrices_in
-from lorakit.hub.gguf_models import load_tokenizer as load_gguf_tokenizer
-from lorakit.hub.gguf_models import load_weights
+from lorakit.hub.converting import converted_files, has_matrices_in, load_weights
+from lorakit.hub.converting import load_tokenizer as load_gguf_tokenizer
 from lorakit.hub.model_config import TASKS, WITH_NEW_HEADS, config_of
 from lorakit.hub.packaged import PACKAGED, check_space, quiet_imports, quiet_transformers, write_weights
 from lorakit.hub.quantization_keys import check_described

@@ -23,8 +23,15 @@ from lorakit.data.loader import padded, padded_ids
 from lorakit.durable import JsonObject
 from lorakit.tasks.encoding import LABELED, TAGGED, encode_row, encode_rows
 from lorakit.tasks.labels import class_target, tag_target
-from lorakit.tasks.metrics import BASELINES, Array, class_metrics, classes_metrics, score_metrics, span_metrics
-from lorakit.tasks.spans import SpanReader
+from lorakit.tasks.metrics import (
+    BASELINES,
+    Array,
+    SpanReader,
+    class_metrics,
+    classes_metrics,
+    score_metrics,
+    span_metrics,
+)
 from lorakit.tasks.target import Target
 from lorakit.tasks.task import (
     Meter,

@@ -22,7 +22,7 @@ from lorakit.data import Labeled, Record, Tagged
 from lorakit.data.records import location
 from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import ConfigError, DataError, UsageError, nearest
-from lorakit.tasks.spans import SCHEMES, UNMARKED, check_scheme, scheme_of
+from lorakit.tasks.metrics import SCHEMES, UNMARKED, check_scheme, scheme_of
 
 Label: TypeAlias = str | tuple[str, ...] | float | None
 """The label of a record; see `Labeled.label`."""
@@ -47,7 +47,7 @@ class Target:
         names: Names of the classes or tags, in the order of the model's outputs.
         embedding: How the model embeds texts, as plain JSON values; empty if it is not known or the task does not.
         embedder: What computes embeddings from hidden states, or None; see `lorakit.tasks.embedding.on_model`.
-        scheme: The scheme of the tags, a key of `lorakit.tasks.spans.SCHEMES`; recognized by the tags if it is "".
+        scheme: The scheme of the tags, a key of `lorakit.tasks.metrics.SCHEMES`; recognized by the tags if it is "".
         label_map: Name of a label in the data -> its name in `names`, for labels that the data calls by another name.
         note: Message about how the labels were read, or "".
     """

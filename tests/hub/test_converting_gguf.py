@@ -18,7 +18,7 @@ import transformers
 
 from lorakit import hub
 from lorakit.caches import GGUF
-from lorakit.hub import gguf_models, sources
+from lorakit.hub import converting, sources
 from lorakit.hub.packaged import MANIFEST
 from lorakit.terminal import watched
 
@@ -48,7 +48,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             found.append(getattr(load, "func", load).__self__.__name__)
         return call(source, load, **options)
 
-    monkeypatch.setattr(gguf_models, "call_loader", counted)
+    monkeypatch.setattr(converting, "call_loader", counted)
     return found
 
 
@@ -155,11 +155,11 @@ def test_what_cannot_be_kept_is_read_from_the_file(
     if why == "disk":
         monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5_000))
     elif why == "size":
-        monkeypatch.setattr(gguf_models, "MOST_BYTES", 5_000)
+        monkeypatch.setattr(converting, "MOST_BYTES", 5_000)
     elif why == "directory":
         cache.parent.write_text("a file")
     else:
-        monkeypatch.setattr(gguf_models, "_is_same", lambda one, other: False)
+        monkeypatch.setattr(converting, "_is_same", lambda one, other: False)
     for _ in range(2):
         found = hub.load_model(hub.resolve(file, said.append)).state_dict()
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
@@ -173,11 +173,11 @@ def test_the_directories_unused_for_longest_are_removed(
     (first,) = entries(cache)
     os.utime(first, (1, 1))
     size = sum(path.stat().st_size for path in first.iterdir())
-    monkeypatch.setattr(gguf_models, "MOST_BYTES", 2 * size)
+    monkeypatch.setattr(converting, "MOST_BYTES", 2 * size)
     hub.load_model(file, "float16")
     assert first in entries(cache)
     os.utime(first, (1, 1))
-    monkeypatch.setattr(gguf_models, "TOKENIZER_BYTES", 100)
+    monkeypatch.setattr(converting, "TOKENIZER_BYTES", 100)
     hub.load_tokenizer(file)
     assert first not in entries(cache) and len(entries(cache)) == 2
 
@@ -196,7 +196,7 @@ def test_a_long_conversion_is_not_silent_while_progress_bars_are_hidden(
 
         return call(source, loads if source.header is not None else load, **options)
 
-    monkeypatch.setattr(gguf_models, "call_loader", slow)
+    monkeypatch.setattr(converting, "call_loader", slow)
     source = hub.resolve(file)
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from lorakit.choices import TAG_SCHEMES
 from lorakit.errors import ConfigError
 from lorakit.tasks import Target
-from lorakit.tasks.metrics import span_metrics
-from lorakit.tasks.spans import SCHEMES, SpanReader, check_scheme, scheme_of
+from lorakit.tasks.metrics import SCHEMES, SpanReader, check_scheme, scheme_of, span_metrics
 
 WRITTEN = {
     "IOB1": ("IOB1", "BIO"),
