@@ -93,7 +93,7 @@ def test_walks_of_lorakit(structure: ModuleType) -> None:
         Path(lorakit.__file__).parent, lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     )
     assert "core/attachment/loading.py:load_adapter" in walks["load_adapter"].calls
-    assert next(iter(walks["merge"].calls)) in ("__init__.py:__getattr__", "core/merging/merging.py:merge")
+    assert next(iter(walks["merge"].calls)) in ("__init__.py:__getattr__", "core/merging.py:merge")
 
 
 @pytest.mark.slow

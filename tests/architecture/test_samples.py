@@ -315,7 +315,7 @@ IMPORTS = [
     ("core", "core.kinds.kind", "lorakit.core.layers.bias"),
     ("core", "core.kinds.kind", "lorakit.core.quantization"),
     ("core", "core.linalg", "lorakit.core.model"),
-    ("core", "core.merging.merging", "lorakit.core.attachment"),
+    ("core", "core.merging", "lorakit.core.attachment"),
     ("core", "core.attic", "lorakit.errors"),
     ("core-names", "core.operations.combining", "lorakit.core"),
     ("train", "train.settings.types", "lorakit.train.spec"),

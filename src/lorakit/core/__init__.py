@@ -5,8 +5,7 @@ depends on torch and safetensors, but not on transformers or on lorakit's traini
 """
 
 from lorakit.core.attachment.attaching import AttachReport, attach, detach
-from lorakit.core.attachment.continuing import TrainedAdapter, read_for_training
-from lorakit.core.attachment.loading import LoadReport, load_adapter
+from lorakit.core.attachment.loading import LoadReport, TrainedAdapter, load_adapter, read_for_training
 from lorakit.core.attachment.saving import save_adapter, save_as_trained
 from lorakit.core.files.adapter_folder import AdapterFiles, SavedAdapter, read_adapter
 from lorakit.core.files.inspecting import AdapterSummary, inspect_adapter
@@ -22,7 +21,7 @@ from lorakit.core.int8.quantized_base import (
 from lorakit.core.kinds import Kind, WeightSpec, kind_named
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.linalg import RankLimit
-from lorakit.core.merging.merging import (
+from lorakit.core.merging import (
     MergeReport,
     explain_inexact_merge,
     merge,

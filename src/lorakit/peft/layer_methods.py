@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
 from lorakit.config.types import Value
-from lorakit.core.attachment.one_layer import put_fresh_factor, reset_factor
+from lorakit.core.attachment.attaching import put_fresh_factor, reset_factor
 from lorakit.core.factor import TRAINED
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.index import find_state

@@ -18,7 +18,7 @@ from lorakit.core.attachment.attaching import AttachReport, model_type_of, with_
 from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.lora_layer import LoraLayer, not_yet_merged
 from lorakit.core.layers.named_layers import LAYERS
-from lorakit.core.merging.merging import tied_sites
+from lorakit.core.merging import tied_sites
 from lorakit.core.model.index import AdapterIndex, layers, walk, without_wrappers
 from lorakit.core.model.target_weights import bare_parameters, matched
 from lorakit.errors import ConfigError, NoTargetError, TargetError, warn_caller

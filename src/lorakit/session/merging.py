@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lorakit import core, hub
 from lorakit.core import AdapterFiles
-from lorakit.core.merging.merging import tied_sites
+from lorakit.core.merging import tied_sites
 from lorakit.core.model.base_view import dequantize
 from lorakit.core.model.fingerprint import add_merge_record, vocabulary_of
 from lorakit.core.model.vocabulary import grow_vocabulary

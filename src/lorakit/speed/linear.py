@@ -21,7 +21,7 @@ from lorakit.config import PEFT_TABLES_OF_VARIANTS
 from lorakit.core.clones import share_dropped
 from lorakit.core.layers.called_factors import called_factors
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.weight_layer import WeightLayer
+from lorakit.core.layers.named_layers import WeightLayer
 from lorakit.core.quantization.int8_linear import Int8Linear
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import resolve

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lorakit import LoraConfig, core
-from lorakit.core.merging.merging import tied_sites
+from lorakit.core.merging import tied_sites
 from lorakit.core.model.base_view import base_tensors, float_dtype
 from lorakit.core.model.index import AdapterIndex, find_state, state_of
 from lorakit.errors import AdapterError

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lorakit import core, peft
 from lorakit.config import LoraConfig, lora
 from lorakit.core import variants
-from lorakit.core.attachment.one_layer import reset_factor
+from lorakit.core.attachment.attaching import reset_factor
 from lorakit.core.kinds import Kind, WeightSpec, kind_named
 from lorakit.core.kinds.kind import Shape
 from lorakit.core.optimizers import Rates, rates_by_name, trained_parts

@@ -30,9 +30,9 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import Extras, ModulesToSave, build_extras
 from lorakit.core.layers.named_layers import layer_class
 from lorakit.core.layers.trainable_tokens import ChosenRows, TrainableTokens
+from lorakit.core.model.base_view import freeze_base
 from lorakit.core.model.checks import check_not_distributed
 from lorakit.core.model.fingerprint import record_base
-from lorakit.core.model.frozen import freeze
 from lorakit.core.model.index import AdapterIndex, TargetWeight, walk
 from lorakit.core.model.target_weights import dropout_at, targets_of
 from lorakit.core.model.ties import tie_copies, tie_factors
@@ -399,7 +399,7 @@ def _freeze(built: NewAdapter, state: AdapterState) -> None:
 def _new_state(index: AdapterIndex, name: str) -> AdapterState:
     """Create the adapter state for a model's first adapter, and freeze the base."""
     state = AdapterState()
-    freeze(index)
+    freeze_base(index)
     state.default = Route((name,))
     return state
 

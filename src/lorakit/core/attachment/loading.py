@@ -1,7 +1,8 @@
 """Load an adapter strictly: read and check all of it before changing the model, and report all mismatches in one error.
 
 An adapter's sites are derived from the names of its tensors, so regular expressions in files are never run. The model
-changes in one step, after every check has passed or has been overridden.
+changes in one step, after every check has passed or has been overridden. `read_for_training` derives a config from the
+same names, so that an adapter's parameters can be counted before a model is loaded.
 """
 
 from __future__ import annotations
@@ -23,16 +24,25 @@ from lorakit.core.attachment.fitting import SHAPE, Fit, Problem, copied_tensors,
 from lorakit.core.attachment.old_experts import with_fused_experts
 from lorakit.core.attachment.residual_base import InitRecord, init_context_for, init_record_of
 from lorakit.core.factor import BOTH
-from lorakit.core.files.adapter_folder import KINDS_KEY, AdapterFiles, alpha_at, read_adapter
+from lorakit.core.files.adapter_folder import (
+    KINDS_KEY,
+    AdapterFiles,
+    alpha_at,
+    parameters_meant,
+    rank_and_alpha,
+    read_adapter,
+)
 from lorakit.core.files.inspecting import Site, implausible, judge, largest_values, nonfinite, not_finite
+from lorakit.core.files.tensor_names import by_site
 from lorakit.core.inits import known_init
 from lorakit.core.kinds import Kind
 from lorakit.core.model import checks
 from lorakit.core.model.fingerprint import DIFFERENT, check_not_merged_in, compare
-from lorakit.core.model.index import AdapterIndex, trainable_block
+from lorakit.core.model.index import INSIDE, AdapterIndex, trainable_block
 from lorakit.core.model.replication import stacked_for
 from lorakit.core.model.target_weights import check_overlap, named_targets
 from lorakit.core.model.vocabulary import appended_rows, base_mismatch_advice, without_brought_rows
+from lorakit.durable import JsonObject
 from lorakit.errors import (
     OVERRIDE,
     AdapterFileError,
@@ -43,7 +53,7 @@ from lorakit.errors import (
     warn_caller,
 )
 from lorakit.hub_cache import NO_OPTIONS, HubOptions, adapter_from_hub, is_on_hub
-from lorakit.targets import Match
+from lorakit.targets import Match, exact_key
 
 SHOWN = 6
 """Maximum number of mismatches listed in an error message."""
@@ -303,3 +313,66 @@ def _new_biases(fitted: Fit, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Par
     """Return each trained bias with its values (out,) from the file, moved to the bias's device and dtype."""
     biases = [(module.get_parameter(leaf), tensors[name]) for module, leaf, name in fitted.biases]
     return [(old, new.to(device=old.device, dtype=old.dtype, copy=True)) for old, new in biases]
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """An adapter on disk that can be trained further.
+
+    Attributes:
+        config: The adapter's config in training; its patterns may be regular expressions.
+        literal: A config that selects the same sites with the same ranks, by their paths only.
+        sites: Paths of the adapted modules, sorted; without those of `target_parameters`.
+        facts: Metadata in `lorakit.json`.
+        head_outputs: See `AdapterFiles.head_outputs`.
+    """
+
+    folder: Path
+    config: LoraConfig
+    literal: LoraConfig
+    sites: tuple[str, ...]
+    weights_sha256: str
+    facts: JsonObject
+    head_outputs: int | None = None
+
+
+def read_for_training(folder: str | os.PathLike[str]) -> TrainedAdapter:
+    """Read and verify an adapter that will be trained further, from its directory or a run directory, without a model.
+
+    Raises:
+        AdapterFileError: A file is missing or damaged, or the init changed the base and the files do not say how.
+        NotYetSupported: The adapter needs a feature that is not implemented.
+    """
+    files = read_adapter(folder)
+    past = init_record_of(files, True, ())
+    modules, scaled = _sites(files, past)
+    literal = past.config.with_fields(
+        target_modules=set(modules) or None,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        rank_pattern={exact_key(path, scaled): r for path, (r, _) in scaled.items() if r != past.config.r},
+        alpha_pattern={exact_key(path, scaled): a for path, (_, a) in scaled.items() if a != past.config.lora_alpha},
+    )
+    facts = files.sidecar.facts
+    return TrainedAdapter(
+        files.folder, past.config, literal, tuple(sorted(modules)), files.file.sha256, facts, files.head_outputs
+    )
+
+
+def _sites(files: AdapterFiles, past: InitRecord) -> tuple[list[str], dict[str, tuple[int, float]]]:
+    """Return the paths of the adapted modules, and a dict from each module or parameter to its rank and alpha."""
+    modules: list[str] = []
+    scaled: dict[str, tuple[int, float]] = {}
+    for path, parts in by_site(files.file.tensors).items():
+        if "A" not in parts:
+            continue
+        rank, alpha = rank_and_alpha(files, path, int(parts["A"].shape[0]))
+        before = past.sites.get(path)
+        if before is not None:
+            rank, alpha = int(before["r"]), float(before["lora_alpha"])
+        meant = parameters_meant(files.config, path)
+        if not meant:
+            modules.append(path.replace(INSIDE, ""))
+        scaled.update(dict.fromkeys(meant or modules[-1:], (rank, past.config.lora_alpha if alpha is None else alpha)))
+    return modules, scaled

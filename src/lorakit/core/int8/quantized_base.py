@@ -28,10 +28,9 @@ from lorakit.core.int8.calibrating import (
     run_batches,
 )
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.model.base_view import base_tensors, quantized_weights
+from lorakit.core.model.base_view import RECORD, base_tensors, quantized_weights
 from lorakit.core.model.checks import check_not_distributed
 from lorakit.core.model.fingerprint import fingerprint
-from lorakit.core.model.frozen import RECORD
 from lorakit.core.model.index import AdapterIndex, state_of
 from lorakit.core.quantization.int8_linear import Int8Linear, frozen_parameter, int8_matmul_linear
 from lorakit.core.statistics.collecting import Forward

@@ -1,17 +1,162 @@
-"""Subclasses of `LoraLayer`, one per kind, with the class names that PEFT users expect in `isinstance` and `repr`."""
+"""Subclasses of `LoraLayer`, one per kind, with the class names that PEFT users expect in `isinstance` and `repr`.
+
+A `WeightLayer` changes a weight for the duration of one forward pass. It is used where a weight's input is not
+accessible: for bare parameters, fused experts and nn.MultiheadAttention. Each forward pass computes the dense sum
+W₀ + s·B·A for every adapted weight; the module itself is not changed. Fused experts in transformers do not need the
+dense sum if their source is known (`experts`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lorakit.core.kinds import Kind
+from lorakit.core.clones import clone_with
+from lorakit.core.kinds import Kind, per_expert
+from lorakit.core.kinds.kind import WeightSpec
+from lorakit.core.layers.experts import PROJECTIONS, KnownExperts, experts_forward
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.weight_layer import WeightLayer
-from lorakit.core.routing.state import resolve
-from lorakit.errors import ConfigError
+from lorakit.core.routing.route import BASE, Route
+from lorakit.core.routing.state import AdapterState, resolve
+from lorakit.core.variants import Factor
+from lorakit.errors import ConfigError, MixedRowsError, ModelError
 from lorakit.targets.layer_types import ATTENTION, CONVOLUTIONS, DENSE, EMBEDDING, INNER_LINEAR, PARAMETER
+
+
+class WeightLayer(LoraLayer):
+    """A layer that adds low-rank updates to one weight of a base module; other layers may already wrap the module."""
+
+    experts: KnownExperts
+
+    def __init__(self, base_layer: nn.Module, kind: Kind, spec: WeightSpec, state: AdapterState) -> None:
+        super().__init__(base_layer, kind, spec, state)
+        self.__dict__["experts"] = KnownExperts()
+
+    def adapted(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run a clone of the owner, in which the adapted weights include the updates, and return its output.
+
+        Raises:
+            MixedRowsError: Rows of the batch use different adapters.
+            RouteError: The route does not match the batch.
+            ModelError: An adapter has dropout, and the input of its weight is not accessible anymore.
+        """
+        if route.rows is not None:
+            alone = self.without_rows(route)
+            self._check_rows(route, args, kwargs)
+            route = alone
+        owner = self.owner
+        tensors: dict[str, Tensor] = {}
+        factors: dict[str, list[Factor]] = {}
+        for layer in self.chain():
+            weight, factors[layer.spec.parameter] = layer.beside_tokens(route)
+            if weight is not None:
+                tensors[layer.spec.parameter] = weight
+        clone = clone_with(owner, tensors)
+        for child in self.kind.inner:
+            inside = owner._modules[child]
+            if isinstance(inside, WeightLayer) and (weight := inside.effective(route)) is not None:
+                clone._modules[child] = clone_with(inside.base_layer, {"weight": weight})
+        if any(factors.values()):
+            return experts_forward(clone, factors, *args, **kwargs)
+        return clone(*args, **kwargs)
+
+    def without_rows(self, route: Route) -> Route:
+        """Return a route with the same adapters for the whole batch.
+
+        Raises:
+            MixedRowsError: Rows of the batch use different adapters.
+        """
+        if route.rows is None:
+            return route
+        if len(set(route.rows)) > 1:
+            raise MixedRowsError(
+                f"The rows of this batch use different adapters, but a {self.kind_name} has one weight for all "
+                "rows. Run the rows of each adapter separately with `use`, or do not adapt the module.",
+                what=self.kind_name,
+            )
+        return Route(tuple(filter(None, route.rows[:1])))
+
+    def _check_rows(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Reject a route that does not match the batch, if the batch axis is known; unbatched input has one row."""
+        x, axis = args[0] if args else next(iter(kwargs.values()), None), self.kind.row_axis(self.owner)
+        if isinstance(x, Tensor) and axis is not None:
+            self._row_axis(route, x if x.ndim > 2 else x.unsqueeze(axis))
+
+    def chain(self) -> Iterator[WeightLayer]:
+        """Yield this layer and all nested layers around the same owner, outermost first."""
+        layer: nn.Module = self
+        while isinstance(layer, WeightLayer):
+            yield layer
+            layer = layer.base_layer
+
+    def effective(self, route: Route) -> Tensor | None:
+        """Return the weight with a route's adapters applied, in its stored layout such as (out, in).
+
+        None means that the module already holds it. Gradients flow to A and B.
+        """
+        names = [name for name in route.names if name in self.r]
+        if frozenset(names) == self.inside() == frozenset(self.merged_adapters):
+            return None
+        self.check_kept()
+        with torch.autocast(self.base.device(self.owner, self.spec.parameter).type, enabled=False):
+            W = self.read()
+            moved = next((name for name in names if name in self.moved_by), None)
+            total = W if moved is None else self.read(moved)
+            for name in names:
+                total = total + self.addition(name, W, self.training)
+            stored: Tensor = self.base.write(self.owner, self.original(), total)
+        return stored
+
+    def beside_tokens(self, route: Route) -> tuple[Tensor | None, list[Factor]]:
+        """Return the weight to use, and the factors that must be applied separately to each expert's tokens.
+
+        The weight is (experts, …, …), or None if the module already holds it.
+
+        Raises:
+            ModelError: An adapter has dropout, and the input of its weight is not accessible anymore.
+        """
+        names = [name for name in route.names if name in self.r]
+        drops = any(isinstance(self.lora_dropout[name], nn.Dropout) for name in names)
+        if not self._sees_tokens(drops):
+            if drops and self.training:
+                raise self._hidden_input(names)
+            return self.effective(route), []
+        merged = self.inside() <= set(names)
+        beside = [name for name in names if not merged or name not in self.merged_adapters]
+        weight = None if merged else self.effective(BASE)
+        factors = [self.factor(name).plain(self.training) for name in beside]
+        apart = [(factor, per_expert(self.spec, factor.A, factor.B)) for factor in factors]
+        return weight, [replace(factor, A=A, B=B) for factor, (A, B) in apart]
+
+    def _sees_tokens(self, drops: bool) -> bool:
+        """Return whether factors are applied to the tokens of each expert in this call."""
+        if self.spec.parameter not in PROJECTIONS or self.moved_by:
+            return False
+        if torch.compiler.is_compiling() and not drops:
+            return False  # each expert's number of tokens varies
+        return self.experts.runs(self.owner)
+
+    def why_dense(self) -> str:
+        """Return why factors are not applied to the tokens of each expert now, or ""."""
+        if self.spec.parameter not in PROJECTIONS:
+            return f"only the forward of {type(self.owner).__name__} sees the input of {self.spec.parameter}"
+        if self.experts.runs(self.owner):
+            return ""
+        return self.experts.why or f"{type(self.owner).__name__} has hooks, or its functions or settings were replaced"
+
+    def _hidden_input(self, names: list[str]) -> ModelError:
+        kind, why = type(self.owner).__name__, self.why_dense()
+        return ModelError(
+            f"lora_dropout of {', '.join(names)} cannot be applied to {self.spec.parameter} of {kind}, because its "
+            f"forward cannot be replaced: {why}. Remove the cause, or set lora_dropout=0.",
+            what=names,
+            where=kind,
+            field="lora_dropout",
+        )
 
 
 class Linear(LoraLayer):

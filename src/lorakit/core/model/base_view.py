@@ -1,13 +1,16 @@
-"""Read the base underneath its adapters: its tensors as they were before any merge, named as in the plain base.
+"""The base underneath its adapters: read its tensors, named and valued as before any merge, freeze it and restore it.
 
-This module also quantizes individual linear layers, for models and storage formats that transformers does not support,
-and replaces quantized modules with plain ones.
+What is needed to undo the freezing of a module is stored in that module. A copy or pickle of one adapted layer
+therefore contains the parameters of that layer, and not those of the whole base. This module also quantizes individual
+linear layers, for models and storage formats that transformers does not support, and replaces quantized modules with
+plain ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.index import AdapterIndex
-from lorakit.core.quantization import Stored, WeightFormat, disable_repacking, weight_format_of
+from lorakit.core.quantization import Stored, WeightFormat, allow_repacking, disable_repacking, weight_format_of
 from lorakit.core.quantization.bitsandbytes import eight_bit_linear, four_bit_linear
 from lorakit.core.quantization.hqq import hqq_linear
 from lorakit.core.quantization.torchao import int8_linear
@@ -206,3 +209,74 @@ def float_dtype(model: nn.Module | AdapterIndex) -> torch.dtype:
         if of_bias is None and attribute == "bias":
             of_bias = tensor.dtype
     return of_bias or torch.float32
+
+
+RECORD = "_lorakit_frozen"
+"""Name of the attribute in which a base module stores its `FrozenModule`."""
+
+
+@dataclass
+class FrozenModule:
+    """Changes that freezing made to a module: its own parameters with their flags, and whether it repacked."""
+
+    trained: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
+    repacks: bool = False
+
+
+def freeze_base(index: AdapterIndex) -> None:
+    """Freeze the parameters of a base without adapters, and keep its modules from repacking their weights."""
+    repacking = {id(module) for module in disable_repacking(index.everything.values())}
+    seen: set[int] = set()
+    for module in index.everything.values():
+        held = [p for p in module._parameters.values() if p is not None and id(p) not in seen]
+        if held or id(module) in repacking:
+            trained = [(parameter, parameter.requires_grad) for parameter in held]
+            module.__dict__[RECORD] = FrozenModule(trained, id(module) in repacking)
+        for parameter in held:
+            seen.add(id(parameter))
+            parameter.requires_grad_(False)
+
+
+def flags_before_freezing(index: AdapterIndex) -> Iterator[tuple[nn.Parameter, bool]]:
+    """Yield the base's parameters, each with its `requires_grad` flag before the base was frozen."""
+    for module in _base_modules(index):
+        record: FrozenModule = module.__dict__.get(RECORD, FrozenModule())
+        yield from record.trained
+
+
+@contextmanager
+def replacing_parameters(index: AdapterIndex) -> Iterator[None]:
+    """Let other parameters, such as shards, replace those of a frozen base in a block, also for `unfreeze_base`.
+
+    No parameter of the base is referred to within the block, so that each one is freed when it is replaced.
+    """
+    held = list[tuple[FrozenModule, nn.Module, list[tuple[str, bool]]]]()
+    for module in _base_modules(index):
+        record: FrozenModule | None = module.__dict__.get(RECORD)
+        if record is not None:
+            names = {id(parameter): name for name, parameter in module._parameters.items()}
+            flags = [(names[id(parameter)], flag) for parameter, flag in record.trained if id(parameter) in names]
+            held.append((record, module, flags))
+            record.trained = []
+    try:
+        yield
+    finally:
+        for record, module, flags in held:
+            record.trained = [(p, flag) for name, flag in flags if (p := module._parameters[name]) is not None]
+
+
+def unfreeze_base(index: AdapterIndex) -> None:
+    """Undo `freeze_base` after the last adapter was removed."""
+    for module in _base_modules(index):
+        record: FrozenModule = module.__dict__.pop(RECORD, FrozenModule())
+        for parameter, trained in record.trained:
+            parameter.requires_grad_(trained)
+        if record.repacks:
+            allow_repacking([module])
+
+
+def _base_modules(index: AdapterIndex) -> Iterator[nn.Module]:
+    """Yield all modules of a model, and those that a merge replaced with plain ones."""
+    yield from index.everything.values()
+    for _, layer in index.layers():
+        yield from layer.replaced

@@ -21,8 +21,14 @@ from lorakit.core.layers.adapter_component import KeepBase, MergeOptions, SiteMe
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
-from lorakit.core.model import frozen
-from lorakit.core.model.base_view import QuantizedWeight, base_tensors, float_dtype, quantized_weights
+from lorakit.core.model.base_view import (
+    QuantizedWeight,
+    base_tensors,
+    flags_before_freezing,
+    float_dtype,
+    quantized_weights,
+    unfreeze_base,
+)
 from lorakit.core.model.index import AdapterIndex, identity, trainable_block
 from lorakit.core.model.replication import replication_of
 from lorakit.core.routing.positions import uninstall
@@ -156,7 +162,7 @@ def _unload(index: AdapterIndex, merged: Sequence[str], flags: Flags) -> None:
         patch.unload()
     if state.waiting:
         uninstall(index.model)
-    frozen.restore(index)
+    unfreeze_base(index)
     for module, names in flags:
         for name, own in plain[module]._parameters.items():
             if name in names and own is not None:
@@ -168,7 +174,7 @@ def _unload(index: AdapterIndex, merged: Sequence[str], flags: Flags) -> None:
 
 def _trained_before(index: AdapterIndex) -> Flags:
     """Return every adapted layer with the names of its base parameters that were initially trainable."""
-    trained = {id(parameter) for parameter, flag in frozen.flags(index) if flag}
+    trained = {id(parameter) for parameter, flag in flags_before_freezing(index) if flag}
     flags: Flags = []
     for _, layer in index.layers():
         held = {**layer.source._parameters}

@@ -1,1 +1,0 @@
-"""Merge adapters into the base, and unmerge them."""
