@@ -1,4 +1,4 @@
-"""A stand-in for the Hub: repositories are local directories, and every download is recorded."""
+"""Replacement of the Hub: repositories are local directories, and every download is recorded."""
 
 from __future__ import annotations
 

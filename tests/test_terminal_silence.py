@@ -30,7 +30,7 @@ class Terminal(io.StringIO):
 
 @contextlib.contextmanager
 def watching(command: str, seconds: float = 0.02) -> Iterator[Terminal]:
-    """Watch a block of which both streams are one terminal."""
+    """Watch a block whose two streams are one terminal."""
     found = Terminal()
     with contextlib.redirect_stdout(found), contextlib.redirect_stderr(found), watched(command, seconds):
         yield found

@@ -1,4 +1,4 @@
-"""What an adapter knows is remembered: its base, its columns, its prompt format and its chat template."""
+"""An adapter remembers its base, its columns, its prompt format and its chat template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters and base models on the Hub as arguments of commands; the Hub is a stand-in or a cache on disk."""
+"""Adapters and base models on the Hub as arguments of commands; the Hub is replaced by local directories or is a cache on disk."""
 
 from __future__ import annotations
 

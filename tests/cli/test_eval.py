@@ -61,7 +61,7 @@ TOOLS_TEMPLATE = "{{ tools | tojson if tools else '' }}" + CHAT_TEMPLATE
 def test_data_that_only_the_adapters_template_renders(
     tmp_path: Path, tiny_model_directory: Path, tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    """What a run measured before training is what eval measures of the base, if both have the same tokens."""
+    """A run measures before training what eval measures of the base, if both have the same tokens."""
     talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "It is four."}]
     tools = [{"type": "function", "function": {"name": "lookup", "description": "tide"}}]
     data, template, run = tmp_path / "talks.jsonl", tmp_path / "tools.jinja", tmp_path / "run"

@@ -428,7 +428,7 @@ def test_rows_without_a_label_are_skipped_by_every_command(
 def test_few_rows_are_described_as_in_training(
     count: int, finished: Callable[..., Path], call: Callable[..., int], tmp_path: Path, capsys: Any
 ) -> None:
-    """Oracle: the interval of scipy for a share of n rows; from 20 rows on, nothing is said."""
+    """Oracle: the interval of scipy for a share of n rows; from 20 rows on, there is no message."""
     stats = pytest.importorskip("scipy.stats")
     model, run = finished(["x", "y"]), tmp_path / "run"
     names = [{"text": f"a {at}", "label": "xy"[at % 2]} for at in range(max(count, 4))]

@@ -222,7 +222,7 @@ def test_an_adapter_that_is_worse_than_the_base_is_not_praised(
     _losses(monkeypatch, 1.0, 1.2, 1.1)
     assert train(max_steps=2) == 0
     assert "The adapter is not better than the base on the evaluation data" in capsys.readouterr().out
-    _losses(monkeypatch, 1.0, 1.0, 1.0)  # as of a single pair of texts, of which the ranking loss is always 0
+    _losses(monkeypatch, 1.0, 1.0, 1.0)  # as of a single pair of texts: its ranking loss is always 0
     assert train(max_steps=2, output_dir=tmp_path / "same") == 0
     out = capsys.readouterr().out
     assert "does not tell the adapter from the base" in out and "do not use it" not in out

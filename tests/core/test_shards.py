@@ -1,4 +1,4 @@
-"""Tensors that DeepSpeed partitions, with a stand-in for its API; FSDP is tested in tests/peft/test_state_dicts_sharded.py."""
+"""Tensors that DeepSpeed partitions, with its API replaced; FSDP is tested in tests/peft/test_state_dicts_sharded.py."""
 
 from __future__ import annotations
 

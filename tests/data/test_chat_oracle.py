@@ -70,7 +70,7 @@ FEATURES = {
     "reasoning": "reasoning",
     "reasoning and a call": "reasoning and a call",
 }
-"""What a conversation may contain -> the scenario of the table in docs/chat-templates.md that decides about it."""
+"""Content of a conversation -> the scenario of the table in docs/chat-templates.md that decides about it."""
 
 LEFT_OUT = listed(REFUSED) | listed(DROPPED) | {case for case in SPLIT if not case[0].endswith("_training")}
 

@@ -202,7 +202,7 @@ def tokenizer_for(tokenizer: Any, template: str) -> Any:
 
 
 class Made(NamedTuple):
-    """What does not change between tests, made once: a tokenizer per template, and the tokens of each scenario."""
+    """Values that are made once: a tokenizer per template, and the tokens of each scenario."""
 
     tokenizer: Callable[[str], Any]
     tokens: Callable[[str, str], TokenizedRow]

@@ -34,7 +34,7 @@ def test_duplicates_leaks_and_unusual_characters(tiny_tokenizer: Any) -> None:
     rows = [
         Completion("hello", LONG, "a.jsonl", 1),
         Completion("hello", LONG + " once", "a.jsonl", 2),  # shares nearly all of its 5-grams
-        Completion("hello", "other words altogether, none of which occurs above", "a.jsonl", 3),
+        Completion("hello", "other terms altogether without a match above", "a.jsonl", 3),
         Completion("hello\x07", "odd \ufffd", "a.jsonl", 4),
         Completion("hello", "  ", "a.jsonl", 5),
     ]
@@ -53,7 +53,7 @@ def test_near_duplicates_of_evaluation_rows(tiny_tokenizer: Any) -> None:
     rows = [
         Completion("hello", LONG, "a.jsonl", 1),
         Completion("hello", LONG + " once", "a.jsonl", 2),
-        Completion("hello", "other words altogether, none of which occurs above", "a.jsonl", 3),
+        Completion("hello", "other terms altogether without a match above", "a.jsonl", 3),
     ]
     held_out = Records([Completion("hello", LONG, "b.jsonl", 1), Completion("hello", " ", "b.jsonl", 2)])
     found = quality_of(Split(Records(rows), held_out, ""), tiny_tokenizer, 128)

@@ -153,7 +153,7 @@ def test_a_format_decides_between_shapes(tmp_path: Path) -> None:
     ],
 )
 def test_pairs_of_texts(row: dict[str, Any], expected: Any, tmp_path: Path, tiny_tokenizer: Any) -> None:
-    """The columns `text` and `text_pair` are those of a tokenizer's call; alone, `text` is no half of a pair."""
+    """The columns `text` and `text_pair` are those of a tokenizer's call; alone, `text` is not a part of a pair."""
     found: Any = record(tmp_path, row)
     assert dataclasses.replace(found, source=expected.source, line=None) == expected
     if "text_pair" in row:

@@ -1,4 +1,4 @@
-"""Which rows are held out, compared with scikit-learn's proportions, and where a single document is cut."""
+"""Rows that are held out, compared with scikit-learn's proportions, and where a single document is cut."""
 
 from __future__ import annotations
 

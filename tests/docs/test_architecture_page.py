@@ -79,4 +79,4 @@ def test_rows_are_those_of_the_tables() -> None:
 
 def test_page_is_short() -> None:
     assert PAGE.count("\n") <= 150
-    assert (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").count("\n") <= 130  # six recipes
+    assert (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").count("\n") <= 130  # one screen for each of six tasks

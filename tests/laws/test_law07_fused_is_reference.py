@@ -347,7 +347,7 @@ FROZEN: dict[str, Callable[[int, int], bool]] = {
     "all but the last factor": lambda at, count: at < count - 1,
     "all but one factor before": lambda at, count: at != 2,
 }
-"""Which inputs (the first is x, then A and B in turn) are frozen: they decide what is saved for the backward pass."""
+"""Frozen inputs (the first is x, then A and B in turn): they decide what is saved for the backward pass."""
 
 HAVE_FACTORS = ("linear", "grouped_linear", "mlp", "block")
 AGAIN = [

@@ -1,4 +1,4 @@
-"""Which way of sharing the base is chosen for a memory limit, and what would fit if none does."""
+"""Choice of how the base is sharded under a memory limit, and what would fit if nothing does."""
 
 from __future__ import annotations
 

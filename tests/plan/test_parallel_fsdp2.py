@@ -1,4 +1,4 @@
-"""FSDP2 shards and gathers what the plan counts: eight processes of which one runs, on torch's fake process group."""
+"""FSDP2 shards and gathers what the plan counts: one of eight processes runs, on torch's fake process group."""
 
 from __future__ import annotations
 

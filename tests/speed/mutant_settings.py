@@ -37,7 +37,7 @@ class Setting:
 
     Attributes:
         where: "config", "decoder config", the path of a module, or the name of a table.
-        field: Name of the field, or key of the entry.
+        field: Field's name, or key of the entry.
         old: Its value.
         new: Its value in the mutant.
     """

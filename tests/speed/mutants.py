@@ -62,7 +62,7 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Scope:
-    """What a function offers in exchange for an expression.
+    """Replacements that a function offers for an expression.
 
     Attributes:
         names: Variables and parameters of the function that it reads.

@@ -1,4 +1,4 @@
-"""What fails after training never fails a run, and `run.json` always ends in a final state."""
+"""A failure after training never fails a run, and `run.json` always ends in a final state."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ FILES: dict[str, tuple[Damage, str]] = {
     "bit flip in the data": (flip(0.9), "damaged: its SHA-256"),
     "bit flip at the end": (flip(1.0), "damaged: its SHA-256"),
     "bit flip in the length": (flip(0.0), WEIGHTS_FILE),
-    "pickle beside": (with_pickle, r"pickle.*adapter_model\.bin.*never loaded"),
+    "pickle too": (with_pickle, r"pickle.*adapter_model\.bin.*never loaded"),
     "pickle inside": (with_hostile_pickle, "pickle"),
     "zip inside": (write_weights(b"PK\x03\x04" + b"0" * 500), "pickle"),
     "absurd header": (with_header({}, length=1 << 60), "claims a header of"),

@@ -1,4 +1,4 @@
-"""Two processes that gather tensors together, of which the second one fails; started by the tests.
+"""Two processes that gather tensors together, and the second one fails; started by the tests.
 
 python process_lockstep.py FOLDER_FOR_OUTCOMES HOW
 

@@ -64,7 +64,7 @@ CASES = {
 
 
 def rows(count: int) -> list[Sequence]:
-    """Return rows of which the second half contributes to the loss."""
+    """Return rows whose second half contributes to the loss."""
     drawn = random.Random(0)
     made = []
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""What a process reads from the variables of a launcher, and what the launcher makes of exit codes."""
+"""Variables that a process reads from a launcher, and the exit code that the launcher derives from its processes."""
 
 from __future__ import annotations
 

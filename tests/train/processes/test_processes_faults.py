@@ -1,4 +1,4 @@
-"""`lorakit train` in two processes, one of which fails or gets bad input: each ends, and the first one says why, once.
+"""`lorakit train` in two processes when one fails or gets bad input: each ends, and the first one says why, once.
 
 The processes are started without a launcher, which would end the others.
 """

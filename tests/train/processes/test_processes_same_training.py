@@ -22,7 +22,7 @@ DTYPES = ("float64", "float32")
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict[str, Any]]:
-    """What one process has trained, by dtype."""
+    """Results of training in one process, by dtype."""
     return {name: process_steps.trained(name, ALONE, Counter()) for name in DTYPES}
 
 

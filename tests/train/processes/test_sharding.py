@@ -35,7 +35,7 @@ needs_groups = pytest.mark.skipif(not torch.distributed.is_available(), reason="
 
 
 def spec(parallel: str = "fsdp", config: LoraConfig | None = None, **words: Any) -> Any:
-    """Return a stand-in for a run's specification."""
+    """Return an object with the fields that are read of a run's specification."""
     made = {
         "settings": SimpleNamespace(parallel=parallel, fit=None),
         "forecast": SimpleNamespace(config=config or LoraConfig()),
@@ -49,7 +49,7 @@ def spec(parallel: str = "fsdp", config: LoraConfig | None = None, **words: Any)
 
 
 class Told(Processes):
-    """Processes with these local ranks, of which this is the first one."""
+    """Processes with these local ranks; this is the first one."""
 
     def exchange(self, value: Any) -> list[Any]:
         return [0, 1] * (self.count // 2) if isinstance(value, int) else [value] * self.count
@@ -180,7 +180,7 @@ def test_processes_in_lockstep_take_equally_many_batches() -> None:
 
 
 class Received(Processes):
-    """Processes of which the first one sends a batch."""
+    """Processes whose first one sends a batch."""
 
     def exchange(self, value: Any) -> list[Any]:
         return [[batch(7)], value]

@@ -1,4 +1,4 @@
-"""What processes compare before they load weights: also the order of their labels, and the columns that they read."""
+"""Values that processes compare before they load weights, with the order of labels and the columns that are read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lorakit.train.spec import RunSpec
 
 
 class Pair(Processes):
-    """Two processes, of which the other one has given values."""
+    """Two processes; the other one has given values."""
 
     def __init__(self, other: dict[str, str] | None = None) -> None:
         super().__init__(0, 2)

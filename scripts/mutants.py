@@ -1,0 +1,252 @@
+#!/usr/bin/env python3
+"""Measure what the sample of `make test` detects of the faults that all its cases detect, on seeded mutants.
+
+pip install cosmic-ray pytest-cov                # after `make setup`
+python scripts/mutants.py list                   # draw mutants into benchmarks/mutants.jsonl (--number, --seed)
+python scripts/mutants.py cover --work DIR       # run all cases that are not slow; keep which lines each executes
+python scripts/mutants.py run --work DIR         # test each mutant that has no result yet
+python scripts/mutants.py table                  # a Markdown table, and the mutants that only the whole suite detects
+
+Each mutant is tested with the sampled cases that execute its line, and if none fails, with the other ones. A mutant
+that no case executes gets the cases of the test file that mirrors its module. One that does not end is detected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LIST = ROOT / "benchmarks" / "mutants.jsonl"
+PACKAGES = ("core", "ops", "speed", "train/loop", "data", "peft")
+QUICK = "not gpu and not net and not slow"
+SAMPLE_SEED = 20261202
+STARTING_SECONDS = 120
+
+
+def mutated(text: str, operator: str, occurrence: int) -> str | None:
+    """Return a file's text with one operator applied once."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+
+    return mutate_code(text, get_operator(operator)(), occurrence)
+
+
+def _behaviour(text: str) -> str | None:
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Constant(None)
+        elif isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            node.returns = None
+    return ast.dump(tree)
+
+
+def draw(number: int, seed: int) -> list[dict[str, Any]]:
+    """Return mutants that change what their file does: those of annotations and docstrings do not.
+
+    Places are drawn first and tried in that order, since making every mutant of the tree takes an hour.
+    """
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.plugins import get_operator, operator_names
+
+    operators = {name: get_operator(name)() for name in sorted(operator_names()) if not get_operator(name).arguments()}
+    places = []
+    for package in PACKAGES:
+        for path in sorted((ROOT / "src/lorakit" / package).rglob("*.py")):
+            nodes = list(ast_nodes(get_ast(path.read_text("utf-8"))))
+            for name, operator in operators.items():
+                lines = [start[0] for node in nodes for start, _ in operator.mutation_positions(node)]
+                places += [(path, name, occurrence, line) for occurrence, line in enumerate(lines)]
+    rows: list[dict[str, Any]] = []
+    for path, name, occurrence, line in random.Random(seed).sample(places, len(places)):
+        text = path.read_text("utf-8")
+        mutant = mutated(text, name, occurrence)
+        if mutant is None or _behaviour(mutant) in {None, _behaviour(text)}:
+            continue
+        change = list(difflib.unified_diff(text.splitlines(), mutant.splitlines(), n=0, lineterm=""))[3:]
+        place = {"file": path.relative_to(ROOT).as_posix(), "line": line, "operator": name, "occurrence": occurrence}
+        rows.append({"seed": seed, **place, "change": change})
+        if len(rows) == number:
+            break
+    return rows
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    """Keep the seconds of each phase of each case, where `cover` runs this file as a plugin."""
+    if seconds := os.environ.get("MUTANTS_SECONDS"):
+        with Path(seconds).open("a") as file:
+            file.write(json.dumps([report.nodeid, report.duration, report.outcome]) + "\n")
+
+
+def pytest(*arguments: str, **environment: str) -> list[str]:
+    """Return a command that runs pytest with this file as a plugin, with variables of its environment in front."""
+    paths = os.pathsep.join([environment.pop("source", str(ROOT / "src")), str(ROOT), str(ROOT / "scripts")])
+    variables = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths, **environment}
+    settings = [f"{name}={value}" for name, value in variables.items()]
+    return ["env", *settings, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+
+
+def cover(work: Path) -> None:
+    """Run every case that is not slow, and keep which lines it executes and how long it takes."""
+    seconds = work / "seconds.jsonl"
+    seconds.unlink(missing_ok=True)
+    settings = work / "coveragerc"
+    settings.write_text(f"[run]\ndata_file = {work / 'coverage'}\nsource = lorakit\n")
+    options = ["--cov=lorakit", f"--cov-config={settings}", "--cov-context=test", "--cov-report="]
+    run = ["-p", "mutants", "-n", "2", "--dist", "worksteal", "-m", QUICK, *options]
+    subprocess.run(pytest(*run, MUTANTS_SECONDS=str(seconds)), cwd=ROOT, check=False)
+
+
+def executing(work: Path, file: str) -> dict[int, set[str]]:
+    """Return the cases that execute each line of a file."""
+    from coverage import CoverageData
+
+    data = CoverageData(str(work / "coverage"))
+    data.read()
+    contexts = data.contexts_by_lineno(str(ROOT / file))
+    return {line: {name.rpartition("|")[0] for name in names if "|" in name} for line, names in contexts.items()}
+
+
+def collected(*arguments: str) -> list[str]:
+    """Return the ids of the cases that pytest selects."""
+    command = pytest("--collect-only", "-m", QUICK, *arguments)
+    text = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return [line for line in text.splitlines() if "::" in line]
+
+
+def detecting(row: Mapping[str, Any], cases: Sequence[str], source: Path, limit: float) -> str | None:
+    """Return the case that fails on a mutant first, "does not end" or None."""
+    if not cases:
+        return None
+    folder = source / "src"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ROOT / "src", folder)
+    target = source / row["file"]
+    target.write_text(mutated(target.read_text("utf-8"), row["operator"], row["occurrence"]) or "", "utf-8")
+    chosen = source / "cases.txt"
+    chosen.write_text("\n".join(cases))
+    command = pytest("-x", "-n", "0", "-rfE", "--tb=no", f"@{chosen}", source=str(folder), HOME=str(source))
+    try:
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        return "does not end"
+    if run.returncode == 0:
+        return None
+    failed = [
+        line.split(" ", 1)[1].split(" - ")[0] for line in run.stdout.splitlines() if line[:6] in {"FAILED", "ERROR "}
+    ]
+    return failed[0] if failed else f"pytest ended with {run.returncode}"
+
+
+def test(work: Path, workers: int) -> None:
+    """Test each mutant of the list that has no result, and add the results to the list."""
+    rows = [json.loads(line) for line in LIST.read_text().splitlines()]
+    seconds = defaultdict(float)
+    broken = set()
+    for line in (work / "seconds.jsonl").read_text().splitlines():
+        name, duration, outcome = json.loads(line)
+        seconds[name] += duration
+        if outcome == "failed":
+            broken.add(name)
+    sample = set(collected("--cases", "sample", "--cases-seed", str(SAMPLE_SEED)))
+    folders = SimpleQueue[Path]()
+    for number in range(workers):
+        (work / f"worker{number}").mkdir(exist_ok=True)
+        folders.put(work / f"worker{number}")
+
+    def finish(row: dict[str, Any]) -> None:
+        cases = executing(work, row["file"]).get(row["line"], set()) - broken or mirrored(row["file"], seconds)
+        order = sorted(cases, key=lambda name: (mirror(row["file"]) not in name, seconds[name], name))
+        source = folders.get()
+        try:
+            for key, chosen in (
+                ("sample", [c for c in order if c in sample]),
+                ("all", [c for c in order if c not in sample]),
+            ):
+                limit = STARTING_SECONDS + 5 * sum(seconds[name] for name in chosen)
+                row[key] = detecting(row, chosen, source, limit)
+                row[f"{key} cases"] = len(chosen)
+                if row[key] is not None:
+                    row.setdefault("all", row[key])
+                    break
+        finally:
+            folders.put(source)
+        LIST.write_text("".join(json.dumps(each) + "\n" for each in rows))
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(finish, [row for row in rows if "all" not in row]))
+
+
+def mirror(file: str) -> str:
+    """Return the test file that mirrors a module, without its folders."""
+    return f"test_{Path(file).stem}.py"
+
+
+def mirrored(file: str, cases: Mapping[str, float]) -> set[str]:
+    """Return the cases in the test file that mirrors a module, or else in its folder."""
+    folder = f"tests/{Path(file).parent.relative_to('src/lorakit').as_posix()}/"
+    return {name for name in cases if mirror(file) in name} or {name for name in cases if name.startswith(folder)}
+
+
+def table() -> str:
+    """Return what was detected, by package, and the list of what the sample loses."""
+    rows = [json.loads(line) for line in LIST.read_text().splitlines()]
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        package = next(name for name in PACKAGES if row["file"].startswith(f"src/lorakit/{name}/"))
+        for name in (package, "**all**"):
+            counts[name].update(
+                {"mutants": 1, "all": row.get("all") is not None, "sample": row.get("sample") is not None}
+            )
+    lines = ["| package | mutants | detected by all cases | by the sample | share |", "|---|---|---|---|---|"]
+    for name, count in counts.items():
+        share = count["sample"] / count["all"] if count["all"] else 1.0
+        lines.append(f"| {name} | {count['mutants']} | {count['all']} | {count['sample']} | {share:.1%} |")
+    lost = [row for row in rows if row.get("all") and not row.get("sample")]
+    return "\n".join(lines + [f"- {row['file']}:{row['line']} {row['change']}: {row['all']}" for row in lost])
+
+
+def main() -> None:
+    """Run one part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["list", "cover", "run", "table"])
+    parser.add_argument("--number", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=36)
+    parser.add_argument("--work", type=Path, help="directory for the lines and seconds of the cases, and for sources")
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    if arguments.part == "list":
+        rows = draw(arguments.number, arguments.seed)
+        LIST.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif arguments.part == "table":
+        print(table())
+    elif arguments.work is None:
+        parser.error("cover and run need --work DIR")
+    elif arguments.part == "cover":
+        arguments.work.mkdir(parents=True, exist_ok=True)
+        cover(arguments.work)
+    else:
+        test(arguments.work, arguments.workers)
+
+
+if __name__ == "__main__":
+    main()
