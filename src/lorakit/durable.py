@@ -99,11 +99,7 @@ def sha256_rest(file: IO[bytes]) -> str:
 
 
 def read_bytes(path: str | os.PathLike[str], max_bytes: int) -> bytes:
-    """Read a regular file of bounded size into memory; a symbolic link is followed.
-
-    Raises:
-        AdapterFileError: The file is missing, not a regular file, too large, or unreadable.
-    """
+    """Read a regular file, or the target of a link, of bounded size into memory, or raise an AdapterFileError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:

@@ -30,7 +30,6 @@ class Machine:
 
     Attributes:
         cores: Number of cores that this process may use, limited by its container's quota.
-        features: Entries of `FEATURES` that the processor supports.
         memory_bytes: Total memory in bytes, or the container's limit if that is lower; None if unknown.
         available_bytes: Memory that can be used without swapping, in bytes; None if unknown.
         allocator: Name of this process's malloc implementation, with ", tuned" appended if its settings were changed.

@@ -1,8 +1,7 @@
 """`LoraConfig` and its base classes, with PEFT's fields and methods. Field defaults are defined only here.
 
-The constructor rejects unknown fields; `read_config` keeps them, so it can read files from any PEFT version. The
-constructor accepts known options that lorakit does not support; `check_built` rejects such options when the config is
-used. This module does not depend on models, target matching or tensors.
+The constructor rejects unknown fields; `read_config` keeps them, so it can read files from any PEFT version.
+`check_built` rejects known options that lorakit does not support when the config is used.
 """
 
 from __future__ import annotations
@@ -48,15 +47,7 @@ NOT_IN_PEFT = frozenset({"use_lora_xs"})
 
 
 def config_file(name: str | os.PathLike[str], options: HubOptions = NO_OPTIONS) -> Path:
-    """Return the path of an adapter's config file.
-
-    Args:
-        name: A directory or a Hub id.
-        options: Arguments of the download; `subfolder` applies to directories too.
-
-    Raises:
-        AdapterFileError: The config file was not found.
-    """
+    """Return the path of an adapter's config file, in a directory or on the Hub, or raise an AdapterFileError."""
     folder = Path(name) / (options.subfolder or "")
     path = folder / CONFIG_FILE
     if path.is_file():
@@ -74,11 +65,7 @@ def config_file(name: str | os.PathLike[str], options: HubOptions = NO_OPTIONS) 
 
 
 def _values(path: Path) -> JsonObject:
-    """Return the contents of a config file.
-
-    Raises:
-        AdapterFileError: The file is missing or does not contain a JSON object.
-    """
+    """Return the contents of a config file."""
     values = read_json(path)
     if not isinstance(values, dict):
         raise AdapterFileError(
@@ -93,9 +80,7 @@ class PeftConfigMixin:
 
     Attributes:
         task_type: Task of the model; selects the heads that are trained in full (`HEADS_BY_TASK`).
-        peft_type: The PEFT method.
         auto_mapping: Class and library of the base model, in PEFT's format; lorakit stores them but never imports them.
-        peft_version: PEFT version whose file format the config follows.
         unknown: Unknown keys from a file, with their values; written back when the config is saved.
     """
 
@@ -136,26 +121,16 @@ class PeftConfigMixin:
         return values
 
     def with_fields(self: Config, **fields: Value) -> Config:
-        """Return an independent copy with some fields changed; checks and warnings are not repeated.
-
-        Args:
-            fields: The new values, as keyword arguments.
-        """
+        """Return an independent copy with some fields changed; checks and warnings are not repeated."""
         twin = copy.deepcopy(self)
         for name, value in fields.items():
             setattr(twin, name, value)
         return twin
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Value) -> None:
-        """Write `adapter_config.json` to a directory.
+        """Write `adapter_config.json` to a directory; a ConfigError if it is a file.
 
-        Args:
-            save_directory: The directory; created if missing.
-            kwargs: `auto_mapping_dict` is written as `auto_mapping`; PEFT's other options have no effect.
-
-        Raises:
-            ConfigError: `save_directory` is an existing file.
-            DiskError: The file cannot be written.
+        Of PEFT's options, only `auto_mapping_dict` has an effect: it is written as `auto_mapping`.
         """
         if Path(save_directory).is_file():
             raise ConfigError(
@@ -173,35 +148,17 @@ class PeftConfigMixin:
         subfolder: str | None = None,
         **kwargs: Value,
     ) -> PeftConfigMixin:
-        """Read `adapter_config.json` from a directory or the Hub.
+        """Read `adapter_config.json` from a directory or the Hub, as an instance of the class that matches its
+        `peft_type`.
 
-        Args:
-            pretrained_model_name_or_path: A directory or a Hub id.
-            subfolder: A subdirectory of that directory or repository.
-            kwargs: The other arguments of `HubOptions`, such as `revision` and `token`; fields cannot be overridden.
-
-        Returns:
-            The config, as an instance of the class that matches its `peft_type`.
-
-        Raises:
-            AdapterFileError: The file is missing or damaged.
-            ConfigError: A value is not allowed, or `peft_type` is not LORA.
-            ConfigTypeError: The file has unknown keys but no `peft_type`, so it is not a config.
+        The options are those of `HubOptions`; fields cannot be overridden.
         """
         path = config_file(pretrained_model_name_or_path, HubOptions.taken_from({**kwargs, "subfolder": subfolder}))
         return cls.from_peft_type(**cls.check_kwargs(**cls.from_json_file(path)))
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Value) -> JsonObject:
-        """Return the contents of a config file, except for process-local settings.
-
-        Args:
-            path_json_file: The file.
-            kwargs: Accepted for compatibility with PEFT, but ignored.
-
-        Raises:
-            AdapterFileError: The file is missing or does not contain a JSON object.
-        """
+        """Return the contents of a config file, except for process-local settings; options are ignored, as in PEFT."""
         values = _values(Path(path_json_file))
         if values.pop("runtime_config", None) is not None:
             warn_caller(
@@ -213,12 +170,7 @@ class PeftConfigMixin:
     def from_peft_type(cls, **kwargs: Value) -> PeftConfigMixin:
         """Create a config of the class that `peft_type` selects; keep unknown fields, but warn about them.
 
-        Args:
-            kwargs: Values of the fields, both known and unknown.
-
-        Raises:
-            ConfigError: A value is not allowed, or `peft_type` is not LORA.
-            ConfigTypeError: Some fields are unknown, and `peft_type` is missing.
+        A ConfigTypeError if some fields are unknown, and `peft_type` is missing.
         """
         checks.lora(kwargs.get("peft_type"))
         kind: type[PeftConfigMixin] = LoraConfig if "peft_type" in kwargs else cls
@@ -248,13 +200,7 @@ class PeftConfigMixin:
 
 @dataclass
 class PeftConfig(PeftConfigMixin):
-    """Fields common to the configs of all methods.
-
-    Attributes:
-        base_model_name_or_path: Name or path of the base model, as given by the user.
-        revision: Revision of the base model on the Hub.
-        inference_mode: Whether to load the adapter with frozen parameters.
-    """
+    """Fields common to the configs of all methods."""
 
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -421,17 +367,12 @@ ARITHMETIC = ("use_", "init_", "lora_", "target_", "rank_", "alpha_", "scal")
 
 
 def check_built(config: LoraConfig) -> None:
-    """Reject a config with unsupported features, or with unknown fields that seem to change the computation.
+    """Raise NotYetSupported for a config with unsupported features or unknown fields that seem to change the
+    computation.
 
-    An unknown field is harmless if its value is null, false, zero or empty. With any other value, the field is
-    rejected if its name ends in "_config" or starts with a prefix in `ARITHMETIC`, because such a field probably
-    changes the computation. Other unknown fields are ignored, and `read_config` reports them.
-
-    Args:
-        config: The config to check.
-
-    Raises:
-        NotYetSupported: The config uses an unsupported feature; the message names the field.
+    An unknown field is harmless if its value is null, false, zero or empty. Otherwise it probably changes the
+    computation if its name ends in "_config" or starts with a prefix in `ARITHMETIC`. `read_config` reports other
+    unknown fields.
     """
     for name, neutral in NOT_BUILT.items():
         value = getattr(config, name)
@@ -450,29 +391,17 @@ _WITHOUT_MEANING = frozenset({"megatron_core", "runtime_config"})
 
 
 def adapter_directory(folder: str | os.PathLike[str]) -> Path:
-    """Return an adapter's directory; a run directory of `lorakit train` stands for the adapter in it.
-
-    Args:
-        folder: An adapter's directory, a run directory, or another path, which is returned unchanged.
-    """
+    """Return an adapter's directory; a run directory of `lorakit train` stands for the adapter in it."""
     path = Path(folder)
     inside = path / "adapter"
     return inside if not (path / CONFIG_FILE).exists() and (inside / CONFIG_FILE).is_file() else path
 
 
 def read_config(folder: str | os.PathLike[str]) -> tuple[LoraConfig, list[str]]:
-    """Read a config written by lorakit or by any version of PEFT.
+    """Read a config written by lorakit or by any version of PEFT, and return it with the unknown keys in the file.
 
-    Args:
-        folder: A directory that contains `adapter_config.json`, or the file itself.
-
-    Returns:
-        The config, and the unknown keys in the file; `config.unknown` holds these keys with their values.
-
-    Raises:
-        AdapterFileError: The file is missing, is not valid JSON, is for a method other than LoRA, or contains a value
-            that is not allowed.
-        NotYetSupported: The file uses an unsupported feature, so the adapter's weights would be misread.
+    An AdapterFileError if the file is missing or damaged, is for a method other than LoRA, or contains an invalid
+    value.
     """
     path = adapter_directory(folder)
     if not path.exists():

@@ -96,7 +96,6 @@ class Identity:
         digest: 16 hexadecimal digits, or "" if the class cannot be identified.
         functions: Dict from the qualified name of each function in transformers to the hash of its source.
         reads: Attributes and string constants in these functions: among them are all attributes that they read.
-        fields: Config fields that these functions read.
         facts: Dictionary entries that these functions were resolved from.
     """
 

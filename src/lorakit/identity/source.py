@@ -45,11 +45,9 @@ class Source:
     """Source of a function.
 
     Attributes:
-        variables: Names of the variables that are read.
         attributes: The attributes that are read from variables, as (variable, attribute); `super()` is a variable.
         words: All attributes and string constants. Among them are the names of all attributes that the function reads,
             such as "name" in `getattr(self, "name")`.
-        fields: The attributes that are read from a config.
     """
 
     hash: str

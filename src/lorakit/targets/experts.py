@@ -57,10 +57,7 @@ def with_current_names(
 ) -> LoraConfig:
     """Return a config whose targets are modules and parameters of transformers 5: itself if it needs no conversion.
 
-    Raises:
-        ConfigError: Only one of the parts of a fused parameter is named, or only some experts; or the config names both
-            a fused parameter and its parts.
-        TargetError: An expert is named that the model does not have.
+    A ConfigError if only a part of a fused parameter or only some experts are named, a TargetError for unknown experts.
     """
     config = with_routers_as_parameters(config, model_type, parameters)
     layout = EXPERTS_BY_TYPE.get(model_type)

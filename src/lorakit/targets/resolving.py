@@ -35,7 +35,6 @@ class Candidate:
     Attributes:
         kind: Kind of site ("Linear", "Conv1D", "Embedding", ...), or None if LoRA does not support the module.
         dense: Whether "all-linear" selects the module (a dense layer that is not the output head).
-        out_features: Output width, or 0 if the module has none.
         in_features: Input width (for an embedding, the number of embeddings), or 0 if the module has none.
     """
 
@@ -72,8 +71,6 @@ class Match:
     """A module or parameter that the config targets, with its rank and alpha.
 
     Attributes:
-        rank: Rank at this site, after applying `rank_pattern`.
-        alpha: Alpha at this site, after applying `alpha_pattern`.
         entry: The config entry that matches the module or parameter.
         parameter: Name of the targeted parameter within the module, or "" if the kind determines the parameter.
     """

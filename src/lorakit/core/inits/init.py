@@ -22,8 +22,6 @@ class InitContext:
 
     Attributes:
         scale: alpha / r, or alpha / √r for rsLoRA.
-        read: Function that returns the canonical base weight.
-        config: The adapter's config, which contains the settings of the init.
         statistics: Dict from names to tensors (…) that `Init.digest` computed for this site; None if there is no data.
     """
 
@@ -130,7 +128,6 @@ class Init:
     """One way to initialize A and B.
 
     Attributes:
-        name: The value of `init_lora_weights` that selects the init.
         fits: Function that returns whether the init supports a kind. Only `every_kind` accepts user-defined kinds.
         changes_base: Whether the init replaces the base weight W. The new weight is W − s·B·A, unless `fill` returns
             another weight.
@@ -138,7 +135,6 @@ class Init:
         is_exact: Whether a new adapter leaves the output bitwise identical.
         needs: Data to collect beforehand: "" for none, "inputs" or "gradients".
         digest: Function that reduces a site's statistics to the few tensors that `fill` needs.
-        trains: Which of "A" and "B" are trainable.
         family: Regular expression for other values of `init_lora_weights` that also select the init.
         requantizes: Whether the init may replace a quantized base weight; the new weight must then be requantized.
         takes_any_shape: Whether the init can fill A and B of any shape; some variants require this.

@@ -40,7 +40,7 @@ MAJORITIES = ("total", "frequency")
 
 @dataclass(frozen=True)
 class CombinationType:
-    """A combination type and its options.
+    """A combination type and its options; a ConfigError if an option is invalid, or not one of this type.
 
     Attributes:
         name: One of COMBINATION_TYPES. "cat" is exact, but the ranks add up; "svd" gives the nearest update of the
@@ -52,9 +52,6 @@ class CombinationType:
         clamp: For types with "svd": quantile to which the values of A and B are clamped, in (0.5, 1].
         driver: For types with "svd" on CUDA: the `driver` argument of `torch.linalg.svd`.
         seed: For types with "dare": seed of the random pruning; None uses torch's default generator.
-
-    Raises:
-        ConfigError: A field has a value that is not allowed, or a field is set although this type does not use it.
     """
 
     name: str = "svd"
@@ -224,10 +221,8 @@ def combined_rows(
 ) -> dict[str, Tensor]:
     """Combine the embedding rows (n, d) of adapters that train the same tokens, by name on disk.   [docs/math.md (59)]
 
-    The base embeddings are read only if the weights of the adapters that train a module do not add up to 1.
-
-    Raises:
-        AdapterError: The base rows are needed, but `reading` is None.
+    The base rows are read only if the weights of the adapters that train a module do not add up to 1; an AdapterError
+    if they are needed, but `reading` is None.
     """
     combined: dict[str, Tensor] = {}
     for name in sorted({name for adapter in adapters for name in adapter.others if name.endswith(ROWS)}):

@@ -52,14 +52,10 @@ def combine(
     *,
     way: CombinationType | str = "svd",
 ) -> OperationReport:
-    """Combine adapters of a model into a frozen, inactive one, and report each site's deviation from the exact weighted
-    sum.
+    """Combine adapters of a model into a frozen, inactive one, and report each site's deviation from the weighted sum.
 
     A negative weight subtracts an adapter, and a weight of 0 leaves it out. The name of a type stands for its defaults.
-
-    Raises:
-        AdapterError: An adapter does not exist, the new name is taken, or the adapters cannot be combined.
-        ConfigError: The combination type is unknown, lacks a required option, or does not support the adapters' ranks.
+    An AdapterError if the adapters cannot be combined, a ConfigError if the type does not support their ranks.
     """
     way = CombinationType(way) if isinstance(way, str) else way
     sources = [weights_of_model(model, adapter) for adapter in adapters]
@@ -83,11 +79,8 @@ def combine_folders(
     "base_mismatch", "key_mismatch" (no sites in common) and "nonfinite".
 
     Raises:
-        AdapterFileError: A directory does not contain an adapter, or a file is damaged.
         BaseMismatchError: The adapters were trained on different base models or for different tasks.
         AdapterError: The adapters cannot be combined, or one has no sites in common with any other.
-        ConfigError: As in `combine`, or a name in `allow` is unknown.
-        DiskError: The directory cannot be written to.
     """
     check_allowances(allow)
     way = CombinationType(way) if isinstance(way, str) else way

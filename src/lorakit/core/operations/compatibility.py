@@ -23,11 +23,8 @@ SHOWN = 4
 def check_one_base(adapters: Sequence[AdapterWeights], allow: Collection[str] = ()) -> None:
     """Check that adapters have the same base model and task, and that each shares a site with at least one other.
 
-    `allow` can hold "base_mismatch", for the base model and the task, and "key_mismatch", for the sites.
-
-    Raises:
-        BaseMismatchError: Two adapters were trained on different base models or for different tasks.
-        AdapterError: One adapter shares no sites with any other, and the fingerprints do not prove a common base.
+    A BaseMismatchError for the first, which `allow` can lift by "base_mismatch"; for sites, "key_mismatch", an
+    AdapterError unless the fingerprints prove a common base.
     """
     pairs = [(one, other, one.compare_base(other)) for one, other in itertools.combinations(adapters, 2)]
     if "base_mismatch" not in allow:
@@ -84,12 +81,7 @@ def _short(name: str) -> str:
 
 
 def check_joinable(adapters: Sequence[AdapterWeights]) -> None:
-    """Reject adapters for which no combination is defined.
-
-    Raises:
-        AdapterError: No adapters are given, two adapters save the same module, or the adapters need different models.
-        ConfigError: An adapter trains biases of the base.
-    """
+    """Raise an AdapterError for adapters without a combination, or a ConfigError if one trains base biases."""
     if not adapters:
         raise AdapterError("No adapters were given; pass at least one.", field="adapters")
     for adapter in adapters:

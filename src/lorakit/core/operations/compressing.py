@@ -29,10 +29,6 @@ def compress(
 
     `rank` is the maximum rank of a site; `energy`, its alternative, the fraction of each site's energy to keep, in (0,
     1].
-
-    Raises:
-        AdapterError: The adapter does not exist, or the new name is taken.
-        ConfigError: `rank` and `energy` are both given or both missing, or the one given is out of range.
     """
     result, sites = reduced_weights(weights_of_model(model, adapter), RankLimit(rank, energy))
     put(model, result, name)
@@ -50,11 +46,6 @@ def compress_folder(
     """Compress an adapter on disk to a new directory, as `compress` does; the base model is not needed.
 
     `allow` can hold "nonfinite".
-
-    Raises:
-        AdapterFileError: The directory does not contain an adapter, or a file is damaged.
-        ConfigError: As in `compress`, or a name in `allow` is unknown.
-        DiskError: The directory cannot be written to.
     """
     check_allowances(allow)
     source = weights_of_folder(folder, allow)
@@ -69,11 +60,8 @@ def plain_weights(
 ) -> tuple[AdapterWeights, tuple[SiteOperation, ...]]:
     """Convert an adapter of any variant to plain LoRA with scale 1, and return the energy lost at each site too.
 
-    Full-rank updates are decomposed, and read the base. `to` limits the rank of sites that are plain LoRA too.
-
-    Raises:
-        ConfigError: The adapter trains biases of the base.
-        NotYetSupported: The update of a grouped convolution is more than a low-rank product.
+    Full-rank updates are decomposed, and read the base; a NotYetSupported for those of grouped convolutions. `to`
+    limits the rank of sites that are plain LoRA too.
     """
     check_no_base_biases(adapter)
     return reduced_weights(adapter, to, reading)

@@ -54,13 +54,10 @@ class DataSites:
         allow: Collection[str] = (),
         only: Callable[[Match], bool] = lambda _: True,
     ) -> DataSites:
-        """Resolve the targets of a config, of those that `only` accepts, and check that its init supports them.
+        """Resolve the targets of a config, of those that `only` accepts, or raise a ConfigError if its init does not
+        support them.
 
         `allow` can hold "partial_targets", for entries of the config that match nothing.
-
-        Raises:
-            ConfigError: The init uses no data, or does not support a site.
-            TargetError: A target matches nothing.
         """
         init = init_named(config.init_lora_weights)
         if init.digest is None:
@@ -88,17 +85,11 @@ class DataSites:
         forward: Forward,
         keep: Callable[[Any], Tensor | TakeRows | None] | None = None,
     ) -> dict[str, dict[str, Tensor]]:
-        """Collect the data that the init needs, one group of sites at a time, with all adapters inactive.
+        """Collect what `Init.digest` returns, tensors (…) by path and name, one group of sites at a time, without
+        adapters.
 
         The batches must be a list if there are several groups of sites. `forward` returns the loss, a scalar, for
-        "lora_ga", which ignores `keep` (see `collect_inputs`).
-
-        Returns:
-            Dict from path to a dict from name to tensor (…), as returned by `Init.digest`.
-
-        Raises:
-            ConfigError: The init cannot change the base, or a rank is too large.
-            DataError: There are no batches, a mask has the wrong shape, or a site received no data.
+        "lora_ga", which ignores `keep` (see `collect_inputs`). A DataError if a site received no data.
         """
         contexts = self._contexts()
         sites: dict[str, dict[str, Tensor]] = {}
@@ -121,12 +112,7 @@ class DataSites:
         return sites
 
     def reduce(self, model: nn.Module, collected: Mapping[str, InputStatistics | GradientStatistics]) -> Statistics:
-        """Reduce data that was collected elsewhere to statistics for `attach`; sites without data are left out.
-
-        Raises:
-            ConfigError: The init cannot change the base, or a rank is too large.
-            DataError: A site received no data.
-        """
+        """Reduce data that was collected elsewhere to statistics for `attach`; sites without data are left out."""
         contexts = self._contexts().items()
         digests = {path: self._digest(context, collected[path]) for path, context in contexts if path in collected}
         return Statistics(self.config, digests, base=fingerprint(model))
@@ -177,11 +163,6 @@ def collect_for(
         forward: Runs the model on a batch; for "lora_ga" it returns the loss, a scalar.
         keep: Function from a batch to a mask (rows, length) of the positions to use; ignored for "lora_ga".
         allow: "partial_targets" allows entries of the config that match nothing.
-
-    Raises:
-        ConfigError: The init needs no data, or does not support a site.
-        TargetError: A target matches nothing, or moments are not defined for the inputs of a targeted site.
-        DataError: There are no batches, a mask has the wrong shape, or a site received no data.
     """
     data_sites = DataSites.of(model, config, allow)
     config, sites = data_sites.config, data_sites.collect(model, batches, forward, keep)

@@ -85,14 +85,6 @@ def extract(
 
     `config` selects the sites and the modules to copy in full (`modules_to_save`). `rank` is the maximum rank of a
     site; `energy`, its alternative, the fraction of each site's energy to keep, in (0, 1].
-
-    Raises:
-        ModelError: The two models have different architectures.
-        ConfigError: `rank` and `energy` are both given or both missing, the config requests something that cannot be
-            extracted, or the base has replicated layers (`layer_replication`).
-        TargetError: A target matches nothing.
-        NotYetSupported: A site is a grouped convolution.
-        AdapterError: The name is taken or not valid.
     """
     after = tuned if isinstance(tuned, TensorSource) else source_of_model(tuned, "the fine-tuned model")
     adapter, report = extract_weights(model, source_of_model(model, "the base"), after, config, RankLimit(rank, energy))
@@ -123,13 +115,7 @@ def extract_to_folder(
 def extract_weights(
     model: nn.Module, base: TensorSource, tuned: TensorSource, config: LoraConfig, cut: RankLimit
 ) -> tuple[AdapterWeights, ExtractReport]:
-    """Extract an adapter with scale 1 from the tensors of two models; only the structure of `model` is needed.
-
-    Raises:
-        ModelError: The two models have different architectures.
-        ConfigError: The config requests something that cannot be extracted.
-        NotYetSupported: A site is a grouped convolution.
-    """
+    """Extract an adapter with scale 1 from the tensors of two models; only the structure of `model` is needed."""
     _check_plain(config, model)
     config = with_targets(config, model)
     site_map = AdapterIndex.of(model)

@@ -51,11 +51,8 @@ def reduce_intruders(
     """Add a frozen, inactive copy of an adapter to the model, and return the intruder dimensions that the copy weakens.
 
     Of the `top` strongest directions, those are intruders whose absolute cosine with each direction of the base is
-    below `threshold`; the fraction `keep` of each is kept.
-
-    Raises:
-        AdapterError: The adapter does not exist, its update is not a low-rank product, or the new name is taken.
-        ConfigError: `top` is below 1, or the adapter trains biases of the base.
+    below `threshold`; the fraction `keep` of each is kept. A ConfigError if `top` is below 1, an AdapterError if the
+    update is not a low-rank product.
     """
     if top < 1:
         raise ConfigError.of("top", top, "an integer >= 1")

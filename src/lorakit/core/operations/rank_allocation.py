@@ -38,7 +38,6 @@ class Allocation:
     """The result of a rank allocation.
 
     Attributes:
-        parameters: Total number of elements in the factors of all sites at these ranks.
         budget: Total number of elements in the factors of all sites at the ranks in the original config.
         evidence: Dict from path to the value of the criterion: the sensitivity of the weight, or the fraction of the
             input variance that the site's rank explains. Sites that the criterion does not support keep their rank and
@@ -67,12 +66,7 @@ def allocate(
     "gradients" uses `by_sensitivity` and supports dense sites and embeddings; "inputs" uses `by_explained_variance` and
     supports dense sites. Other sites keep their rank. All batches are run once for each group of sites whose statistics
     fit in `MAX_BYTES`. `forward` returns the loss, a scalar; `keep` is that of `collect_inputs`, for "inputs". `allow`
-    can hold "partial_targets", for entries of the config that match nothing.
-
-    Raises:
-        TargetError: A target matches nothing.
-        ConfigError: The config is not valid, or `by` is unknown.
-        DataError: There are no batches, or no gradient reached any site.
+    can hold "partial_targets", for entries that match nothing. A ConfigError if `by` is unknown.
     """
     if by not in RANKED:
         raise ConfigError.of("by", by, allowed=RANKED)
@@ -133,18 +127,9 @@ def by_sensitivity(
 ) -> dict[str, int]:
     """Return clipped ranks proportional to I/√(in + out) that need no more parameters than the given ranks.
 
-    This is GoRA's rule with a strict budget: the proportionality factor is the largest one for which the clipped ranks
-    stay within the budget. The rule uses only I, the mean magnitude of W ∘ G, and not the number of directions in W ∘
-    G.
-
-    Args:
-        sensitivities: Dict from path to the sensitivity I of the site's weight.
-        costs: Dict from path to in + out, the number of parameters per unit of rank.
-        ranks: Dict from path to rank in the config; new ranks are between `LEAST` and `MOST` times these ranks.
-        limits: Dict from path to the smaller dimension of the weight, an upper bound on the rank.
-
-    Raises:
-        DataError: Every sensitivity is zero.
+    This is GoRA's rule with a strict budget: the proportionality factor is the largest one for which the clipped ranks,
+    `LEAST` to `MOST` times the given ones and within the limits, stay within the budget. The costs are in + out. A
+    DataError if every sensitivity I, the mean magnitude of W ∘ G, is zero.
 
     Source:
         He et al. 2025, arXiv:2502.12171 (GoRA), section 3: ranks from normalized sensitivities, with cost √(in + out).

@@ -63,12 +63,10 @@ def source_of_model(model: nn.Module, label: str = "the model") -> TensorSource:
 
 
 def source_of_folder(folder: str | os.PathLike[str]) -> TensorSource:
-    """Return a source that reads tensors from a safetensors file, or those of a model's directory.
+    """Return a source that reads tensors from a safetensors file, or those of a model's directory; a ModelError if it
+    cannot.
 
     If the directory contains a `model.safetensors`, that file holds the whole model, and no other files are read.
-
-    Raises:
-        ModelError: The directory does not exist or has no safetensors files, or a file is damaged.
     """
     folder = Path(folder)
     whole = folder if folder.is_file() else folder / "model.safetensors"
@@ -188,10 +186,8 @@ class AdapterWeights:
     """The config, all tensors and the metadata of an adapter.
 
     Attributes:
-        label: Name used in messages: the adapter's name on the model, or its directory.
         factors: Dict from path on disk to factor, sorted by path.
         others: Dict from name on disk to tensor (…) for everything else: saved modules, biases, and trainable tokens.
-        facts: Metadata from `lorakit.json`.
     """
 
     label: str
@@ -253,11 +249,8 @@ def weights_of_model(model: nn.Module, name: str) -> AdapterWeights:
 def weights_of_folder(folder: str | os.PathLike[str], allow: Collection[str] = ()) -> AdapterWeights:
     """Read an adapter from disk without a model; `allow` can hold "nonfinite".
 
-    Raises:
-        AdapterFileError: A file is missing or damaged, values are not finite, A and B have incompatible shapes, a scale
-            depends on a regular expression (regular expressions from files are not evaluated), the rank and scale of a
-            bare parameter cannot be known without a model, or the files do not show how an init changed the base.
-        NotYetSupported: The adapter needs a feature that is not implemented.
+    An AdapterFileError if a file is damaged, or if a scale, the rank of a bare parameter, or what an init changed in
+    the base cannot be known without a model.
     """
     files = read_adapter(folder)
     config = files.config

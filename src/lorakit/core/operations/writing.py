@@ -99,10 +99,8 @@ _Parameter = tuple[int, tuple[str, ...]]
 def aligned(adapters: Sequence[AdapterWeights]) -> dict[str, list[SiteFactors | None]]:
     """Return each adapter's factor at each site of any of them, by the path that an adapter with all sites has on disk.
 
-    Raises:
-        AdapterError: The adapters change weights of different shapes at a site; they adapt different parameters of a
-            module, and it is unknown which parameter is defined first; or one adapts a module, and another adapts a
-            parameter of that module.
+    An AdapterError if shapes at a site differ, if adapters adapt different parameters of a module in an unknown order,
+    or if one adapts a module and another a parameter of it.
     """
     modules: dict[str, list[SiteFactors | None]] = {}
     bare: dict[str, dict[_Parameter, list[SiteFactors | None]]] = {}
@@ -222,12 +220,7 @@ def _evened(factors: Mapping[str, SiteFactors]) -> dict[str, SiteFactors]:
 
 
 def put(model: nn.Module, adapter: AdapterWeights, name: str) -> None:
-    """Add a frozen adapter to a model; it becomes active only if the model has no other adapters.
-
-    Raises:
-        AdapterError: The name is taken or not valid, or the adapter's values are not finite.
-        AdapterFileError: The adapter does not match the model.
-    """
+    """Add a frozen adapter to a model; it becomes active only if the model has no other adapters."""
     tensors = adapter.tensors()
     _check_finite(tensors)
     side, file = Sidecar(sites=_sites(adapter)), TensorFile(tensors, {}, "", 0)

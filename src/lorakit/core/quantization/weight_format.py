@@ -62,7 +62,6 @@ class WeightFormat(Generic[M, S]):
     Attributes:
         types: Dotted names of the weight types or module types that use this format.
         transposed: Whether the stored weight is (in, out), both in memory and in weight files.
-        parameters: Names of the parameters that use this format; empty means all.
         quantized: Whether writing a weight loses more precision than rounding it to a floating-point dtype.
     """
 

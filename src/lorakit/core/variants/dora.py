@@ -85,12 +85,11 @@ def _gain(kind: Kind, spec: WeightSpec, W: Tensor, factor: Factor) -> Tensor:
 def combined(path: str, addends: Sequence[Addend], reading: Reading) -> Sum:
     """Combine DoRA adapters, and possibly plain LoRA adapters, into a DoRA adapter.   [docs/math.md (57)]
 
+    An AdapterError if the scales of an output cancel out (γ = 0), so that no DoRA adapter can represent the sum.
+
     Returns:
         The products g ⊙ B·A, each as A (groups, r, in) and B (groups, out, r), and a function that takes the sum of the
         products and returns B'·A' and the magnitude γ·‖W + B'·A'‖, (out,).
-
-    Raises:
-        AdapterError: The DoRA scales of an output cancel out (γ = 0), so that no DoRA adapter can represent the sum.
     """
     gains = [_gain_over(addend.factor, reading) for addend in addends]
     total = 1 + torch.stack([one.weight * (gain - 1) for gain, one in zip(gains, addends, strict=True)]).sum(0)

@@ -339,12 +339,10 @@ class Variant:
         return not self.is_mergeable or self.update is added
 
     def shapes_of(self, kind: Kind, spec: WeightSpec, r: int, setting: Setting, path: str) -> tuple[Shape, Shape]:
-        """Return the shapes of A and B at a site: (r, in) and (out, r) at a dense site.
+        """Return the shapes of A and B at a site: (r, in) and (out, r) at a dense site; a ConfigError if that is not
+        possible.
 
         If the variant does not support the kind, LoRA's shapes are returned; `variant_for` rejects such a site.
-
-        Raises:
-            ConfigError: The site does not support this rank.
         """
         if self.parts.shapes is None or not self.fits(kind):
             try:
