@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorakit.core.quantization.fp8 import fp8_linear
+from lorakit.core.quantization.fp8 import Fp8Layout, Fp8Linear
+from lorakit.core.quantization.packed import PackedLinear, packed_linear
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BLOCK = (16, 32)
@@ -25,6 +26,16 @@ def write(folder: Path, tensors: dict[str, Tensor], quantization: dict[str, Any]
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def fp8_linear(linear: nn.Linear, block: tuple[int, int] | None) -> PackedLinear:
+    """Return a frozen fp8 copy of a dense layer, with a scale per block (rows, columns); None is one scale for all."""
+    weight = linear.weight.detach().float()
+    rows, columns = weight.shape
+    shape = () if block is None else (-(-rows // block[0]), -(-columns // block[1]))
+    values, scales = Fp8Layout(rows, columns, block).encode(weight, torch.ones(shape, device=weight.device))
+    parts = {"weight": values, "weight_scale_inv": scales}
+    return packed_linear(Fp8Linear, linear, parts, {"block_size": block})
 
 
 def write_fp8(folder: Path, dense: Any) -> Path:

@@ -103,9 +103,9 @@ def format_count(number: int, singular: str, plural: str | None = None) -> str:
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
-def format_some(names: Sequence[str], most: int = 3) -> str:
+def format_some(names: Sequence[str]) -> str:
     """Join the first names of a list, and count the others, as in "a, b, c and 2 more"."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def columns(

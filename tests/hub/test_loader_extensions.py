@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorakit import core, hub
 from lorakit.config import LoraConfig
 from lorakit.core.model.base_view import quantized_weights
-from lorakit.core.quantization.fp8 import Fp8Linear, fp8_linear
+from lorakit.core.quantization.fp8 import Fp8Linear
 from lorakit.core.quantization.packed import PackedLinear
 from lorakit.errors import ConfigError, ModelError
 
@@ -263,7 +263,7 @@ def test_a_model_with_fp8_experts_is_dequantized(tmp_path: Path) -> None:
         if "experts." in name or "_proj." in name:
             linear = nn.Linear(*tensor.shape[::-1], bias=False)
             linear.weight.data = tensor
-            made = fp8_linear(linear, (16, 16)).packed()
+            made = packed_models.fp8_linear(linear, (16, 16)).packed()
             packed |= {name: made.parts[0].data, f"{name}_scale_inv": made.parts[1].data}
             plain[name] = made.decoded().contiguous()
     save_file(plain, folder / "model.safetensors", {"format": "pt"})

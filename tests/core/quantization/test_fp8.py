@@ -15,7 +15,7 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.model.base_view import dequantize, quantized_weights, wrong_dequantization
 from lorakit.core.quantization import weight_format_of
-from lorakit.core.quantization.fp8 import Fp8Linear, fp8_linear
+from lorakit.core.quantization.fp8 import Fp8Linear
 from lorakit.errors import ConfigError, ModelError
 
 from ... import packed_models
@@ -57,7 +57,7 @@ def pair(block: tuple[int, int] | None, foreign: bool = True) -> tuple[nn.Sequen
     model, dense = copy.deepcopy(plain), copy.deepcopy(plain)
     for name in TARGETS:
         linear: Any = getattr(plain, name)
-        packed = fp8_of_transformers(linear, block) if foreign else fp8_linear(linear, block)
+        packed = fp8_of_transformers(linear, block) if foreign else packed_models.fp8_linear(linear, block)
         setattr(model, name, packed)
         getattr(dense, name).weight.data = reference(packed.weight, packed.weight_scale_inv, block)
     return model, dense
@@ -111,7 +111,7 @@ def test_errors_are_within_their_bounds(block: tuple[int, int] | None) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(COLUMNS, ROWS)
     linear.weight.data *= torch.logspace(-4, 2, COLUMNS)
-    module = fp8_linear(linear, block)
+    module = packed_models.fp8_linear(linear, block)
     base = weight_format_of(module)
     values, bounds = base.values(base.stored(module, "weight"), torch.arange(ROWS * COLUMNS))
     assert ((values - linear.weight.detach().reshape(-1)).abs() <= bounds * (1 + 1e-6)).all()

@@ -64,9 +64,9 @@ def _in_order(data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
-def read_tensors(path: str | os.PathLike[str], max_bytes: int = MAX_FILE_BYTES) -> TensorFile:
+def read_tensors(path: str | os.PathLike[str]) -> TensorFile:
     """Read an adapter's safetensors file; an AdapterFileError says what is missing or damaged, and where."""
-    data = read_bytes(path, max_bytes)
+    data = read_bytes(path, MAX_FILE_BYTES)
     header, start = _header(path, data)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):

@@ -58,14 +58,13 @@ def allocate(
     forward: Forward,
     *,
     by: Criterion = "gradients",
-    keep: Callable[[Any], Tensor | None] | None = None,
     allow: Collection[str] = (),
 ) -> Allocation:
     """Propose new ranks for a config's sites without exceeding the number of parameters that the config requires.
 
     "gradients" uses `by_sensitivity` and supports dense sites and embeddings; "inputs" uses `by_explained_variance` and
     supports dense sites. Other sites keep their rank. All batches are run once for each group of sites whose statistics
-    fit in `MAX_BYTES`. `forward` returns the loss, a scalar; `keep` is that of `collect_inputs`, for "inputs". `allow`
+    fit in `MAX_BYTES`. `forward` returns the loss, a scalar. `allow`
     can hold "partial_targets", for entries that match nothing. A ConfigError if `by` is unknown.
     """
     if by not in RANKED:
@@ -87,7 +86,7 @@ def allocate(
     else:  # also reached if no sites are supported and there are no ranks to allocate
         ratios: dict[str, list[float]] = {}
         for group in in_groups(list(before), lambda path: 4 * sizes[path][1] ** 2):
-            for path, inputs in collect_inputs(model, group, batches, forward, keep=keep).items():
+            for path, inputs in collect_inputs(model, group, batches, forward).items():
                 most = min(round(MOST * before[path]), *sizes[path])
                 ratios[path] = inputs.principal(most).ratios.tolist() if inputs.rows else []
         ranks = by_explained_variance(ratios, costs, sum(before[path] * costs[path] for path in before))

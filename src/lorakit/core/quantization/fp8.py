@@ -19,7 +19,6 @@ from lorakit.core.quantization.packed import (
     PackedLinear,
     PackedWeight,
     check_parts,
-    packed_linear,
     spread,
 )
 from lorakit.errors import MergeError
@@ -113,15 +112,6 @@ def layout_of(module: Fp8Linear) -> Fp8Layout:
     block = module.block_size
     rows, columns = module.weight.shape
     return Fp8Layout(int(rows), int(columns), None if block is None else (int(block[0]), int(block[1])))
-
-
-def fp8_linear(linear: nn.Linear, block: tuple[int, int] | None = (128, 128)) -> PackedLinear:
-    """Return a frozen fp8 copy of a dense layer, with a scale per block (rows, columns); None is one scale for all."""
-    weight = linear.weight.detach().float()
-    rows, columns = weight.shape
-    shape = () if block is None else (-(-rows // block[0]), -(-columns // block[1]))
-    parts = Fp8Layout(rows, columns, block).encode(weight, torch.ones(shape, device=weight.device))
-    return packed_linear(Fp8Linear, linear, dict(zip(_PARTS, parts, strict=True)), {"block_size": block})
 
 
 class Fp8Format(PackedFormat):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorakit.config import LoraConfig
-from lorakit.core.kinds.kind import Kind, Shape, WeightSpec, only_dense
+from lorakit.core.kinds.kind import only_dense
 from lorakit.core.variants.variant import NO_SETTING, Factor, OwnTensor, Parts, Setting, Start, Variant
 from lorakit.errors import ConfigError
 
@@ -31,10 +31,6 @@ def directions(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 def _setting(config: LoraConfig, path: str) -> Setting | None:
     return NO_SETTING if config.use_lora_xs else None
-
-
-def _shape(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> Shape:
-    return (r, r)
 
 
 def _start(start: Start) -> tuple[Tensor, Tensor]:
@@ -70,7 +66,7 @@ LORA_XS = Variant(
                 held_as=MATRIX,
                 carried="parameter",
                 keys=(f".{MATRIX}",),
-                shape=_shape,
+                shape=lambda kind, spec, r, setting: (r, r),
                 start=lambda start: start.A.new_zeros(start.rank, start.rank),
                 role="whole",
             ),
