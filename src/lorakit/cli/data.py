@@ -18,12 +18,12 @@ from lorakit.terminal import colored, working, write_pieces
 from lorakit.train.settings.defaults import DEFAULTS
 
 if TYPE_CHECKING:
-    from lorakit.data import Record, Sequence
+    from lorakit.data import Encoded, Record, Sequence
     from lorakit.data.quality import Quality, Visit
     from lorakit.data.splitting import Split
     from lorakit.data.tokens import Tokenizer
     from lorakit.hub import ModelSource
-    from lorakit.tasks import EncodedData, TaskOnData
+    from lorakit.tasks import TaskOnData
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def run(
     task = task_for(flags.task, parts, source, labels)
     length = _length(flags, parts, tokenizer, task, source)
 
-    def encode(visit: Visit) -> EncodedData:
+    def encode(visit: Visit) -> Encoded:
         options = EncodeOptions(length, flags.overlong, visit=visit)
         encoded = task.task.encode(parts.train, tokenizer, task.target, options)
         _count_inactive(encoded, tokenizer, flags, length)
@@ -130,7 +130,7 @@ def _length(flags: Flags, parts: Split, tokenizer: Tokenizer, task: TaskOnData, 
     return max_length_for(shape_of(source), flags.max_length, lambda: usual_length(parts.train, tokenizer, task))
 
 
-def _count_inactive(encoded: EncodedData, tokenizer: Tokenizer, flags: Flags, length: int) -> None:
+def _count_inactive(encoded: Encoded, tokenizer: Tokenizer, flags: Flags, length: int) -> None:
     """Record how many sequences an adapter with the given invocation tokens would not learn from."""
     if flags.alora_invocation_tokens is None:
         return

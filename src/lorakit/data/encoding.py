@@ -10,7 +10,7 @@ import collections.abc
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias, overload
 
 import numpy as np
@@ -29,7 +29,7 @@ from lorakit.data.records import (
     keys_of,
     location,
 )
-from lorakit.data.report import DataReport
+from lorakit.data.report import DataReport, Report
 from lorakit.data.stored import AnyRecords, sized
 from lorakit.data.tokens import Tokenizer, beginning, pieces_of, text_of, token_ids, token_parts
 from lorakit.errors import ConfigError, DataError
@@ -144,11 +144,15 @@ _TOKENS_AT_ONCE = 1 << 14
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The encoded rows in the order of the records, with counts, and (source, sequences) pairs of adjacent records."""
+    """The encoded rows in the order of the records, with counts, and (source, sequences) pairs of adjacent records.
 
-    sequences: Sequences
-    report: DataReport
+    `records` has the record of each sequence, if the task predicts rows and they do not come from the token cache.
+    """
+
+    sequences: Many[Sequence]
+    report: Report
     sources: tuple[tuple[str, int], ...] = ()
+    records: list[Record] = field(default_factory=list)
 
 
 def encode(

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
-from lorakit.data.encoding import IGNORED, Sequence, lengths
+from lorakit.data.encoding import IGNORED, Encoded, Sequence, lengths
 from lorakit.data.records import Document, Record, content_key, is_empty, location, text_of_record
 from lorakit.data.report import DataReport, Report
 from lorakit.data.splitting import Split
@@ -47,18 +47,6 @@ class Token:
 
 Visit: TypeAlias = Callable[[Record, bytes], None]
 """Function that is called with each record and its content key."""
-
-
-class EncodedRows(Protocol):
-    """Encoded rows with their counts."""
-
-    @property
-    def sequences(self) -> Many[Sequence]:
-        """The rows."""
-
-    @property
-    def report(self) -> Report:
-        """Counts."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +110,7 @@ def measure(
     parts: Split,
     tokenizer: Tokenizer,
     max_length: int,
-    encode: Callable[[Visit], EncodedRows],
+    encode: Callable[[Visit], Encoded],
     show: Callable[[Record, int], Iterable[Sequence]],
     examples: int = 1,
     names: Many[str] = (),

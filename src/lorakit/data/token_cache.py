@@ -14,14 +14,14 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from lorakit.caches import TOKENS, remove_unused
 from lorakit.choices import Overlong
-from lorakit.data.encoding import Encoded, Sequences, encode
-from lorakit.data.report import DataReport
+from lorakit.data.encoding import Encoded, Sequence, Sequences, encode
+from lorakit.data.report import DataReport, Report
 from lorakit.data.stored import AnyRecords, StoredRecords
 from lorakit.data.tokens import Tokenizer, beginning
 from lorakit.durable import JsonObject, JsonValue, is_sealed, read_json, sealed, sha256_file, write_bytes, write_json
@@ -41,21 +41,20 @@ _MAX_MANIFEST_BYTES = 64 << 20
 Buffers: TypeAlias = Mapping[str, memoryview]
 """Name of a file of an entry -> its content, with the type of its numbers."""
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
-class Form(Generic[T]):
+class Form:
     """A way of storing encoded rows in an entry.
 
     Attributes:
-        pack: Function that returns the rows as buffers, and everything else as plain JSON values.
-        unpack: Function that returns what `pack` was called with, given its results, with read-only buffers. Raises
-            ValueError, KeyError or TypeError if a value is missing or of another type.
+        buffers: Function that returns rows as buffers.
+        sequences: Function that returns the rows, given read-only buffers; a KeyError if one is missing.
+        report: Class of the counts.
     """
 
-    pack: Callable[[T], tuple[Buffers, JsonObject]]
-    unpack: Callable[[Buffers, Mapping[str, Any]], T]
+    buffers: Callable[[Any], Buffers]
+    sequences: Callable[[Buffers], Many[Sequence]]
+    report: type[Report]
 
 
 class TokenCache:
@@ -93,7 +92,7 @@ class TokenCache:
             _TEXT,
         )
 
-    def fetch(self, records: AnyRecords, encoding: Many[JsonValue], make: Callable[[], T], form: Form[T]) -> T:
+    def fetch(self, records: AnyRecords, encoding: Many[JsonValue], make: Callable[[], Encoded], form: Form) -> Encoded:
         """Return encoded rows from an entry if there is one, or else encode them and write the entry.
 
         A damaged entry, or one that cannot be written, is reported in a message and is not an error.
@@ -105,20 +104,22 @@ class TokenCache:
         encoded = self._read(entry, form)
         if encoded is None:
             encoded = make()
-            self._write(entry, *form.pack(encoded))
+            values = {"report": asdict(encoded.report), "sources": [list(pair) for pair in encoded.sources]}
+            self._write(entry, form.buffers(encoded.sequences), values)
         return encoded
 
-    def _read(self, entry: Path, form: Form[T]) -> T | None:
+    def _read(self, entry: Path, form: Form) -> Encoded | None:
         if not entry.is_dir():
             return None
         with contextlib.suppress(OSError):  # a cache that can only be read
             os.utime(entry)  # before it is read: `remove_unused` leaves it
         try:
-            encoded = form.unpack(*_loaded(entry))
+            maps, values = _loaded(entry)
+            sources = tuple((str(source), int(count)) for source, count in values["sources"])
+            return Encoded(form.sequences(maps), form.report(**values["report"]), sources)
         except (LorakitError, OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
             self._say(f"{entry}: the cached tokens are damaged ({_line(cause)}), so the data is tokenized again.")
             return None
-        return encoded
 
     def _write(self, entry: Path, buffers: Buffers, values: JsonObject) -> None:
         size = sum(buffer.nbytes for buffer in buffers.values())
@@ -164,18 +165,7 @@ def _loaded(entry: Path) -> tuple[Buffers, Mapping[str, Any]]:
     return maps, manifest["values"]
 
 
-def _pack(encoded: Encoded) -> tuple[Buffers, JsonObject]:
-    values = {"report": asdict(encoded.report), "sources": [list(pair) for pair in encoded.sources]}
-    return encoded.sequences.buffers(), values
-
-
-def _unpack(maps: Buffers, values: Mapping[str, Any]) -> Encoded:
-    sources = tuple((str(source), int(count)) for source, count in values["sources"])
-    sequences = Sequences.of(**{name: maps[name] for name in ("ids", "trained", "ends")})
-    return Encoded(sequences, DataReport(**values["report"]), sources)
-
-
-_TEXT = Form(_pack, _unpack)
+_TEXT = Form(Sequences.buffers, lambda maps: Sequences.of(maps["ids"], maps["trained"], maps["ends"]), DataReport)
 
 
 def _line(cause: Exception) -> str:

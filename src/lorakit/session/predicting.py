@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lorakit import hub
-from lorakit.data import AnyRecords, Batch, Record, padding_id
+from lorakit.data import AnyRecords, Batch, Encoded, Record, padding_id
 from lorakit.errors import UsageError
 from lorakit.plan.job import ASSUMED_LENGTH
 from lorakit.session.lengths import max_length_for
 from lorakit.session.spec import SessionSpec
 from lorakit.session.tokenizers import SavedTokenizer
 from lorakit.tasks import EncodeOptions, LabelOptions, agree_on_padding, named_as, on_model
-from lorakit.tasks.encoded_rows import EncodedRows
 
 
 def to_predict(spec: SessionSpec, tag_scheme: str = "auto") -> SessionSpec:
@@ -40,12 +39,12 @@ class RowsToPredict:
     """Encoded rows.
 
     Attributes:
-        rows: The token ids of each row and the record that it was made from.
+        rows: The rows and their records.
         batch_rows: Number of rows per batch.
         tokenizer: The tokenizer that encoded them.
     """
 
-    rows: EncodedRows
+    rows: Encoded
     batch_rows: int
     tokenizer: SavedTokenizer
 
@@ -75,7 +74,6 @@ class RowsToPredict:
         agree_on_padding(spec.task, spec.source, [tokenizer])
         options = EncodeOptions(length, is_labeled=False)
         encoded = spec.task.task.encode(records, tokenizer, spec.task.target, options)
-        assert isinstance(encoded, EncodedRows)  # all tasks that predict rows return this type
         return cls(encoded, batch_rows, tokenizer)
 
     @property
@@ -92,4 +90,4 @@ class RowsToPredict:
         collate, pad = spec.task.objective.collate, padding_id(self.tokenizer)
         for at in range(0, len(self.rows.sequences), self.batch_rows):
             end = at + self.batch_rows
-            yield collate(self.rows.sequences[at:end], pad, 0.0), self.rows.records[at:end]
+            yield collate(list(self.rows.sequences[at:end]), pad, 0.0), self.rows.records[at:end]

@@ -17,7 +17,6 @@ from lorakit.tasks.choosing import (
 )
 from lorakit.tasks.target import LabelOptions, Target
 from lorakit.tasks.task import (
-    EncodedData,
     EncodeOptions,
     LossSum,
     Meter,
@@ -25,7 +24,6 @@ from lorakit.tasks.task import (
     Objective,
     PredictContext,
     Task,
-    Texts,
     evaluation_batches,
 )
 
@@ -33,7 +31,6 @@ __all__ = [
     "CAUSAL_LM",
     "TASKS",
     "EncodeOptions",
-    "EncodedData",
     "LabelOptions",
     "LossSum",
     "Meter",
@@ -43,7 +40,6 @@ __all__ = [
     "Target",
     "Task",
     "TaskOnData",
-    "Texts",
     "agree_on_padding",
     "evaluation_batches",
     "load_model_for",

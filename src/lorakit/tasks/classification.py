@@ -18,7 +18,7 @@ from torch.nn import functional
 from lorakit.config import TaskType
 from lorakit.data import Batch, Record, Tagged
 from lorakit.data.encoding import IGNORED
-from lorakit.data.encoding import Sequence as Encoded
+from lorakit.data.encoding import Sequence as Row
 from lorakit.data.loader import padded, padded_ids
 from lorakit.durable import JsonObject
 from lorakit.tasks.encoding import LABELED, TAGGED, encode_row, encode_rows
@@ -51,7 +51,7 @@ THRESHOLD = 0.5
 """Probability from which a class is predicted, if several classes may apply."""
 
 
-def collate(rows: list[Encoded], pad_id: int, epoch: float, target: Target) -> Batch:
+def collate(rows: list[Row], pad_id: int, epoch: float, target: Target) -> Batch:
     """Combine sequences into a padded batch with labels (rows,), or (rows, classes) if several classes may apply."""
     ids, mask = padded_ids([row.input_ids for row in rows], pad_id)
     extra = {}
@@ -64,7 +64,7 @@ def collate(rows: list[Encoded], pad_id: int, epoch: float, target: Target) -> B
     return Batch(ids, mask, _labels(rows, target), epoch, tokens, len(rows), extra)
 
 
-def _labels(rows: list[Encoded], target: Target) -> Tensor:
+def _labels(rows: list[Row], target: Target) -> Tensor:
     if target.kind == "classes":
         labels = torch.zeros(len(rows), len(target.names))
         for number, row in enumerate(rows):

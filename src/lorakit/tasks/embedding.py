@@ -24,14 +24,13 @@ from torch.nn import functional
 
 from lorakit import hub
 from lorakit.config import TaskType
-from lorakit.data import AnyRecords, Batch, Record, Tokenizer
-from lorakit.data.encoding import Sequence as Encoded
+from lorakit.data import AnyRecords, Batch, Encoded, Record, Tokenizer
+from lorakit.data.encoding import Sequence as Row
 from lorakit.data.loader import padded_ids
 from lorakit.durable import JsonObject, JsonValue, write_json
 from lorakit.errors import AdapterFileError, ConfigError, MissingExtra, ModelError
 from lorakit.hub.packaged import quiet_imports
 from lorakit.hub.sources import WEIGHTS
-from lorakit.tasks.encoded_rows import EncodedRows
 from lorakit.tasks.encoding import PAIRS, encode_row, encode_rows
 from lorakit.tasks.labels import pair_target
 from lorakit.tasks.metrics import no_correlation
@@ -228,17 +227,17 @@ def _parts(record: JsonObject) -> list[JsonObject]:
     return [rest, *(one for one in (modules if isinstance(modules, list) else ()) if isinstance(one, dict))]
 
 
-def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> EncodedRows:
+def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> Encoded:
     """Encode pairs of texts; see `encode_rows`."""
     return encode_rows(records, tokenizer, target, embedder_of(target).limited(options), PAIRS)
 
 
-def encode_one(record: Record, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> list[Encoded]:
+def encode_one(record: Record, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> list[Row]:
     """Encode a pair of texts; see `encode_row`."""
     return encode_row(record, tokenizer, target, embedder_of(target).limited(options), PAIRS)
 
 
-def collate(rows: list[Encoded], pad_id: int, epoch: float) -> Batch:
+def collate(rows: list[Row], pad_id: int, epoch: float) -> Batch:
     """Combine sequences into a padded batch.
 
     The ids of the first texts are in `input_ids`; those of text number n, starting at 1, are in `extra` as

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import collections.abc
 from array import array
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, overload
+from typing import overload
 
-from lorakit.data import Record, Report
+from lorakit.data import Report
 from lorakit.data.encoding import Sequence
-from lorakit.data.token_cache import Buffers
-from lorakit.durable import JsonObject
+from lorakit.data.token_cache import Buffers, Form
 from lorakit.tables import format_count, format_percent
 
 _RARE_ROWS, _MAJORITY, _SHOWN = 10, 0.9, 8
@@ -100,7 +99,7 @@ class StoredRows(collections.abc.Sequence[Sequence]):
     """
 
     def __init__(self, buffers: Buffers) -> None:
-        self.buffers = {name: buffers[name] for name in _NAMES}
+        self.buffers: Buffers = {name: buffers[name] for name in _NAMES}
 
     @classmethod
     def of(cls, rows: Iterable[Sequence]) -> StoredRows:
@@ -164,25 +163,5 @@ def _ends(sizes: Iterable[int]) -> array[int]:
     return array(_ENDS, accumulate(sizes))
 
 
-@dataclass(frozen=True)
-class EncodedRows:
-    """Encoded rows with their counts; `sources` are (source, number of rows) pairs for consecutive rows.
-
-    `records` has the record of each sequence, or nothing if the rows come from the token cache.
-    """
-
-    sequences: list[Sequence] | StoredRows
-    report: RowReport
-    sources: tuple[tuple[str, int], ...] = ()
-    records: list[Record] = field(default_factory=list)
-
-    def pack(self) -> tuple[Buffers, JsonObject]:
-        """Return the rows as buffers, and everything else except the records as plain JSON values."""
-        values = {"report": asdict(self.report), "sources": [list(pair) for pair in self.sources]}
-        return StoredRows.of(self.sequences).buffers, values
-
-    @classmethod
-    def unpack(cls, buffers: Buffers, values: Mapping[str, Any]) -> EncodedRows:
-        """Return the rows that `pack` returned; a ValueError, KeyError or TypeError if something is missing."""
-        sources = tuple((str(source), int(count)) for source, count in values["sources"])
-        return cls(StoredRows(buffers), RowReport(**values["report"]), sources)
+ROWS = Form(lambda rows: StoredRows.of(rows).buffers, StoredRows, RowReport)
+"""How the token cache stores the rows of these tasks."""

@@ -13,23 +13,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit.data import AnyRecords, Conversation, Labeled, Record, Tagged, Tokenizer
+from lorakit.data import AnyRecords, Conversation, Encoded, Labeled, Record, Tagged, Tokenizer
 from lorakit.data.encoding import IGNORED
-from lorakit.data.encoding import Sequence as Encoded
+from lorakit.data.encoding import Sequence as Row
 from lorakit.data.records import Completion, content_key, is_empty, location, text_of_record
 from lorakit.data.stored import sized
-from lorakit.data.token_cache import Form
 from lorakit.data.tokens import cut, text_of
 from lorakit.durable import JsonValue
 from lorakit.errors import ConfigError, DataError, ModelError
-from lorakit.tasks.encoded_rows import EncodedRows, RowReport
+from lorakit.tasks.encoded_rows import ROWS, RowReport
 from lorakit.tasks.target import Target, score_of
 from lorakit.tasks.task import EncodeOptions
 
 _TYPE = "i"
 
 
-Encode = Callable[[Record, Tokenizer, Target, EncodeOptions, RowReport], "Encoded | None"]
+Encode = Callable[[Record, Tokenizer, Target, EncodeOptions, RowReport], "Row | None"]
 """Function that encodes a record and updates the counts; None leaves the record out."""
 
 
@@ -50,7 +49,7 @@ class RowEncoder:
 
 def encode_rows(
     records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions, encoder: RowEncoder
-) -> EncodedRows:
+) -> Encoded:
     """Encode records one by one, or take them from the token cache.
 
     Raises:
@@ -62,13 +61,12 @@ def encode_rows(
     if options.cache is None or options.visit is not None or not options.is_labeled:
         return _encoded(records, tokenizer, target, options, encoder)
     parts: list[JsonValue] = [encoder.name, target.as_dict(), target.note, options.inputs()]
-    form = Form(EncodedRows.pack, EncodedRows.unpack)
-    return options.cache.fetch(records, parts, lambda: _encoded(records, tokenizer, target, options, encoder), form)
+    return options.cache.fetch(records, parts, lambda: _encoded(records, tokenizer, target, options, encoder), ROWS)
 
 
 def encode_row(
     record: Record, tokenizer: Tokenizer, target: Target, options: EncodeOptions, encoder: RowEncoder
-) -> list[Encoded]:
+) -> list[Row]:
     """Encode one record as `encode_rows` does, uncounted; an empty list if it is left out.
 
     Raises:
@@ -82,11 +80,11 @@ def encode_row(
 
 def _encoded(
     records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions, encoder: RowEncoder
-) -> EncodedRows:
+) -> Encoded:
     notes, unit = [*records.notes, *([target.note] if target.note else [])], encoder.unit
     report = RowReport(options.max_length, unit=unit, overlong=options.overlong, notes=notes)
     report.shape, report.columns = records.shape, dict(records.columns)
-    rows, kept, seen, done = list[Encoded](), list[Record](), set[bytes](), 0
+    rows, kept, seen, done = list[Row](), list[Record](), set[bytes](), 0
     for record, size in sized(records):
         report.rows += 1
         key = content_key(record)
@@ -118,16 +116,16 @@ def _encoded(
             field="data",
         )
     groups = itertools.groupby(kept, key=lambda record: record.source)
-    return EncodedRows(rows, report, tuple((source, sum(1 for _ in group)) for source, group in groups), kept)
+    return Encoded(rows, report, tuple((source, sum(1 for _ in group)) for source, group in groups), kept)
 
 
-def _targets(row: Encoded, unit: str) -> int:
+def _targets(row: Row, unit: str) -> int:
     return 1 if unit == "row" else len(row.labels) - row.labels.count(IGNORED)
 
 
 def encode_labeled(
     record: Record, tokenizer: Tokenizer, target: Target, options: EncodeOptions, report: RowReport
-) -> Encoded | None:
+) -> Row | None:
     """Encode a text or a pair of texts with its label.
 
     Raises:
@@ -139,7 +137,7 @@ def encode_labeled(
     if tokens is None:
         return None
     types = tokens.get("token_type_ids")
-    return Encoded(
+    return Row(
         array(_TYPE, tokens["input_ids"]),
         labels_of(record, target) if options.is_labeled else array(_TYPE),
         types=array(_TYPE, types) if types and any(types) else None,
@@ -158,7 +156,7 @@ def labels_of(record: Labeled, target: Target) -> array[Any]:
 
 def encode_pair(
     record: Record, tokenizer: Tokenizer, target: Target, options: EncodeOptions, report: RowReport
-) -> Encoded | None:
+) -> Row | None:
     """Encode the texts of a row separately, with the row's score if it has one.
 
     Raises:
@@ -175,12 +173,12 @@ def encode_pair(
     scored = target.kind == "score" and options.is_labeled
     score: array[Any] = array("d", [score_of(record)] if scored else [])
     pieces = tuple(part for one in texts if one is not None for part in one["pieces"])
-    return Encoded(first, score, others=tuple(ids for ids in others if ids is not None), pieces=pieces)
+    return Row(first, score, others=tuple(ids for ids in others if ids is not None), pieces=pieces)
 
 
 def encode_tagged(
     record: Record, tokenizer: Tokenizer, target: Target, options: EncodeOptions, report: RowReport
-) -> Encoded | None:
+) -> Row | None:
     """Encode the words of a row, joined by spaces; the first token of each word has the word's tag.
 
     In a row to predict, the first token of each word has the index of the word. A word that was truncated has no token.
@@ -205,7 +203,7 @@ def encode_tagged(
     report.cut_words += places.count(None)
     if options.is_labeled and all(place is None for place in places):
         return None
-    return Encoded(array(_TYPE, tokens["input_ids"]), labels, pieces=tokens["pieces"])
+    return Row(array(_TYPE, tokens["input_ids"]), labels, pieces=tokens["pieces"])
 
 
 def word_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int | None]:
@@ -226,7 +224,7 @@ def word_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> lis
 
 def encode_translation(
     record: Record, tokenizer: Tokenizer, target: Target, options: EncodeOptions, report: RowReport
-) -> Encoded | None:
+) -> Row | None:
     """Encode a source text, and the target text as labels.
 
     Raises:
@@ -245,7 +243,7 @@ def encode_translation(
     if source is None or answer is None:
         return None
     pieces = (*source["pieces"], *answer["pieces"])
-    return Encoded(array(_TYPE, source["input_ids"]), array(_TYPE, answer["input_ids"]), pieces=pieces)
+    return Row(array(_TYPE, source["input_ids"]), array(_TYPE, answer["input_ids"]), pieces=pieces)
 
 
 def _tokens(

@@ -13,12 +13,11 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from lorakit.config import TaskType
-from lorakit.data import AnyRecords, Batch, Record, Tokenizer
+from lorakit.data import AnyRecords, Batch, Encoded, Record, Tokenizer
 from lorakit.data.encoding import IGNORED
-from lorakit.data.encoding import Sequence as Encoded
+from lorakit.data.encoding import Sequence as Row
 from lorakit.data.loader import padded_ids
 from lorakit.durable import JsonObject
-from lorakit.tasks.encoded_rows import EncodedRows
 from lorakit.tasks.encoding import TRANSLATIONS, encode_row, encode_rows
 from lorakit.tasks.labels import no_target
 from lorakit.tasks.target import Target
@@ -35,7 +34,7 @@ from lorakit.tasks.task import (
 )
 
 
-def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> EncodedRows:
+def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> Encoded:
     """Encode sources and targets; see `encode_rows`."""
     note = _language_note(tokenizer) if options.is_labeled else ""
     return encode_rows(records, tokenizer, replace(target, note=note), options, TRANSLATIONS)
@@ -52,7 +51,7 @@ def _language_note(tokenizer: Tokenizer) -> str:
     )
 
 
-def collate(rows: list[Encoded], pad_id: int, epoch: float) -> Batch:
+def collate(rows: list[Row], pad_id: int, epoch: float) -> Batch:
     """Combine sequences into a padded batch; its labels have shape (rows, target length), -100 for padding."""
     ids, mask = padded_ids([row.input_ids for row in rows], pad_id)
     targets = [torch.tensor(list(row.labels), dtype=torch.long) for row in rows]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,10 @@ from lorakit.config import TaskType
 from lorakit.data import (
     AnyRecords,
     Batch,
+    Encoded,
     Loader,
     Overlong,
     Record,
-    Report,
-    Sequences,
     Split,
     TokenCache,
     Tokenizer,
@@ -30,31 +29,11 @@ from lorakit.durable import JsonObject
 from lorakit.errors import NonFiniteError
 from lorakit.hub import WITH_NEW_HEADS, ModelSource
 from lorakit.speed import Acceleration
-from lorakit.tasks.encoded_rows import StoredRows
 from lorakit.tasks.metrics import Score
 from lorakit.tasks.target import LabelOptions, Target
 
 Metrics: TypeAlias = Mapping[str, Score]
 """Name of a metric -> value, or the reason why it has none."""
-
-Texts: TypeAlias = "list[Sequence] | Sequences | StoredRows"
-"""Encoded rows."""
-
-
-class EncodedData(Protocol):
-    """Encoded rows with their counts."""
-
-    @property
-    def sources(self) -> tuple[tuple[str, int], ...]:
-        """(source, number of rows) pairs for consecutive rows."""
-
-    @property
-    def sequences(self) -> Texts:
-        """The rows."""
-
-    @property
-    def report(self) -> Report:
-        """Counts."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +152,9 @@ def one_per_row(batch: Batch) -> Tensor:
     return torch.ones(len(batch.input_ids), dtype=torch.long)
 
 
-def evaluation_batches(task: Task, collate: Collate, sequences: Texts, rows: int, pad_id: int) -> Iterable[Batch]:
+def evaluation_batches(
+    task: Task, collate: Collate, sequences: Many[Sequence], rows: int, pad_id: int
+) -> Iterable[Batch]:
     """Return the batches of an evaluation; those of short rows have more, unless the loss compares a batch's rows."""
     if task.needs_batch:
         return Loader(sequences, rows, 0, shuffle=False, epochs=1, pad_id=pad_id, collate=collate)
@@ -240,7 +221,7 @@ class Task:
     formats: tuple[str, ...]
     unit: str
     target: Callable[[Split, LabelOptions], Target]
-    encode: Callable[[AnyRecords, Tokenizer, Target, EncodeOptions], EncodedData]
+    encode: Callable[[AnyRecords, Tokenizer, Target, EncodeOptions], Encoded]
     encode_one: Callable[[Record, Tokenizer, Target, EncodeOptions], Many[Sequence]]
     objective: Callable[[Target], Objective]
     predict: Predict | None = None

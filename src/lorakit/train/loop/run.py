@@ -18,7 +18,7 @@ from lorakit.data import Sequence as Tokens
 from lorakit.report import INT8_FILE
 from lorakit.speed import Acceleration
 from lorakit.tables import format_bytes, format_count
-from lorakit.tasks import TaskOnData, Texts, evaluation_batches
+from lorakit.tasks import TaskOnData, evaluation_batches
 from lorakit.train.files import run_folder
 from lorakit.train.files.trackers import Trackers
 from lorakit.train.files.train_state import TrainState
@@ -68,7 +68,7 @@ class RunBatches:
     """
 
     loader: BatchLoader
-    held_out_sequences: Texts | None
+    held_out_sequences: Sequence[Tokens] | None
     train_report: Report
     held_out_report: Report | None
     task: TaskOnData

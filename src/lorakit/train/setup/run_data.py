@@ -19,7 +19,7 @@ from lorakit.data.sources import weights_of
 from lorakit.durable import JsonValue
 from lorakit.errors import DataError, DiskError, LorakitError, UsageError
 from lorakit.tables import format_count
-from lorakit.tasks import EncodedData, EncodeOptions, TaskOnData
+from lorakit.tasks import EncodeOptions, TaskOnData
 from lorakit.train.files import run_folder
 from lorakit.train.loop.progress import Progress
 from lorakit.train.loop.run import RunBatches
@@ -192,7 +192,7 @@ def _token_cache(
 def _loader(
     settings: TrainSettings,
     records: data.Split,
-    train: EncodedData,
+    train: data.Encoded,
     task: TaskOnData,
     tokenizer: data.Tokenizer,
     max_length: int,
