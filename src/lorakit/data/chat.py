@@ -26,8 +26,8 @@ from lorakit.data.chat_rendering import (
     template_name,
     with_marks,
 )
-from lorakit.data.records import REASONING, Conversation, Message
-from lorakit.data.tokens import Span, Tokenizer, text_of, token_ids, with_spaces
+from lorakit.data.records import REASONING, Completion, Conversation, Message, Record
+from lorakit.data.tokens import Span, Tokenizer, beginning, text_of, token_ids, with_spaces
 from lorakit.durable import JsonObject
 from lorakit.errors import DataError
 
@@ -72,6 +72,29 @@ class _Span:
     end: int
     is_cut: bool
     prompt: str
+
+
+def is_plain_instruction(record: Record, tokenizer: Tokenizer) -> bool:
+    """Return whether a record is an instruction that must be rendered without a chat template."""
+    return isinstance(record, Conversation) and record.is_instruction and not tokenizer.chat_template
+
+
+def row_tokens(record: Completion | Conversation, tokenizer: Tokenizer) -> TokenizedRow:
+    """Tokenize a completion, or a conversation as `conversation_tokens` does, and mark the tokens with loss."""
+    if isinstance(record, Conversation):
+        if not is_plain_instruction(record, tokenizer):
+            return conversation_tokens(record, tokenizer)
+        record = record.as_completion()
+    prompt = token_ids(tokenizer, record.prompt) if record.prompt else []
+    both = token_ids(tokenizer, record.prompt + record.completion)
+    # if a token spans the boundary, tokenize prompt and completion separately: generation tokenizes the prompt alone
+    is_whole = both[: len(prompt)] == prompt
+    texts = (record.prompt + record.completion,) if is_whole else (record.prompt, record.completion)
+    answer = both[len(prompt) :] if is_whole else token_ids(tokenizer, record.completion)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    answer += end if answer[-1:] != end else []
+    prompt = beginning(tokenizer) + prompt
+    return TokenizedRow(prompt + answer, [False] * len(prompt) + [True] * len(answer), bool(end), texts=texts)
 
 
 def conversation_tokens(record: Conversation, tokenizer: Tokenizer) -> TokenizedRow:

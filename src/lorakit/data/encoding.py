@@ -16,7 +16,7 @@ from typing import TypeAlias, overload
 import numpy as np
 
 from lorakit.choices import Overlong
-from lorakit.data.chat import TokenizedRow, conversation_tokens
+from lorakit.data.chat import TokenizedRow, is_plain_instruction, row_tokens
 from lorakit.data.records import (
     Completion,
     Conversation,
@@ -31,7 +31,7 @@ from lorakit.data.records import (
 )
 from lorakit.data.report import DataReport, Report
 from lorakit.data.stored import AnyRecords, sized
-from lorakit.data.tokens import Tokenizer, beginning, pieces_of, text_of, token_ids, token_parts
+from lorakit.data.tokens import Tokenizer, beginning, pieces_of, text_of, token_parts
 from lorakit.errors import ConfigError, DataError
 
 IGNORED = -100
@@ -185,9 +185,6 @@ def encode(
         overlong: What to do with a completion or conversation of more than `max_length` tokens: "truncate" it on the
             right, "drop" it, "split" it into windows like a document, or raise an "error".
         visit: Function that is called with each record and its content key, or None.
-
-    Returns:
-        The sequences and the counts.
 
     Raises:
         ConfigError: `max_length` is below 2.
@@ -367,7 +364,7 @@ class _Work:
 
     def _cut(self, record: Completion | Conversation) -> tuple[Iterable[_Row], bool]:
         """Return a record's rows, truncated or split if too long, and whether an end marker contributes to the loss."""
-        report, row = self._report, _row(record, self._tokenizer)
+        report, row = self._report, row_tokens(record, self._tokenizer)
         report.untrained_turns += row.untrained_turns
         report.untrained_reason = report.untrained_reason or row.reason
         report.prompt = report.prompt or row.prompt
@@ -400,25 +397,3 @@ class _Work:
         pieces = pieces_of(self._tokenizer, row.ids, row.texts) if self.with_text else []
         part = slice(start, start + self._report.max_length_tokens)
         return row.ids[part], row.trained[part], pieces[part]
-
-
-def is_plain_instruction(record: Record, tokenizer: Tokenizer) -> bool:
-    """Return whether a record is an instruction that must be rendered without a chat template."""
-    return isinstance(record, Conversation) and record.is_instruction and not tokenizer.chat_template
-
-
-def _row(record: Completion | Conversation, tokenizer: Tokenizer) -> TokenizedRow:
-    if isinstance(record, Conversation):
-        if not is_plain_instruction(record, tokenizer):
-            return conversation_tokens(record, tokenizer)
-        record = record.as_completion()
-    prompt = token_ids(tokenizer, record.prompt) if record.prompt else []
-    both = token_ids(tokenizer, record.prompt + record.completion)
-    # if a token spans the boundary, tokenize prompt and completion separately: generation tokenizes the prompt alone
-    is_whole = both[: len(prompt)] == prompt
-    texts = (record.prompt + record.completion,) if is_whole else (record.prompt, record.completion)
-    said = both[len(prompt) :] if is_whole else token_ids(tokenizer, record.completion)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    said += end if said[-1:] != end else []
-    prompt = beginning(tokenizer) + prompt
-    return TokenizedRow(prompt + said, [False] * len(prompt) + [True] * len(said), bool(end), texts=texts)

@@ -1,4 +1,4 @@
-"""Values of data rows, read by field with checks of their types; most are messages of conversations, and tools.
+"""Values of data rows, read by field with checks of their types, and the records that are built from them.
 
 Two layouts of messages are accepted: `role` and `content`, or `from` and `value`, as in ShareGPT files.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit.data.records import ROLES, Conversation, Message
+from lorakit.data.records import ROLES, Completion, Conversation, Document, Labeled, Message, Record, Tagged
 from lorakit.durable import JsonObject, JsonValue, parse_json, problem_in
 from lorakit.errors import did_you_mean
 
@@ -281,3 +281,87 @@ def strings_of(value: JsonValue, column: str) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise BadRow(f"the field '{column}' is {named(value)}; it must be a list of strings.")
     return tuple(string_of(one, column) for one in value)
+
+
+def document_of(values: Values) -> Record:
+    """Build a document from a text."""
+    return Document(values.string("text"), values.source, values.line)
+
+
+def completion_of(values: Values) -> Record:
+    """Build a completion, or a conversation if the prompt or the completion is a list of messages."""
+    prompt, completion = values.value("prompt"), values.value("completion")
+    if not isinstance(prompt, list) and not isinstance(completion, list):
+        return Completion(values.string("prompt"), values.string("completion"), values.source, values.line)
+    context = values.messages("prompt") if isinstance(prompt, list) else (Message("user", values.string("prompt")),)
+    answer = (
+        values.messages("completion")
+        if isinstance(completion, list)
+        else (Message("assistant", values.string("completion")),)
+    )
+    return values.conversation([*(message.untrained() for message in context), *answer])
+
+
+def chat_of(values: Values) -> Record:
+    """Build a conversation from messages."""
+    return values.conversation([*_system(values), *values.messages("messages")])
+
+
+def _system(values: Values) -> list[Message]:
+    system = values.text("system")
+    return [Message("system", system)] if system else []
+
+
+def instruction_of(values: Values) -> Record:
+    """Build a conversation from an instruction with an optional input, and its output."""
+    request = "\n\n".join(part for part in (values.string("instruction"), values.text("input")) if part)
+    return _exchange(values, request, "output")
+
+
+def question_of(values: Values) -> Record:
+    """Build a conversation from a question with an optional context, and its answer."""
+    request = "\n\n".join(part for part in (values.text("context"), values.string("question")) if part)
+    return _exchange(values, request, "answer")
+
+
+def _exchange(values: Values, request: str, answer: str) -> Record:
+    turns = (Message("user", request), Message("assistant", values.string(answer)))
+    return values.conversation([*_system(values), *turns], is_instruction=True)
+
+
+def translation_of(values: Values) -> Record:
+    """Build a conversation from a source text and its target, which may be missing."""
+    target = values.string("target") if "target" in values.columns else ""
+    turns = (Message("user", values.string("source")), Message("assistant", target))
+    return values.conversation(turns, is_instruction=True)
+
+
+def labeled_of(values: Values) -> Record:
+    """Build a labeled text."""
+    return Labeled((values.string("text"),), label_of(values, "label"), values.source, values.line)
+
+
+def text_pair_of(values: Values) -> Record:
+    """Build a pair of texts, or three, with an optional label."""
+    names = ["first", "second", *(["negative"] if values.value("negative") is not None else [])]
+    texts = tuple(values.string(name) for name in names)
+    return Labeled(texts, label_of(values, "label"), values.source, values.line)
+
+
+def tagged_of(values: Values) -> Record:
+    """Build tagged words; tags may be missing, and a BadRow means that they do not fit the words."""
+    words, tags = strings_of(values.value("tokens"), values.columns["tokens"]), values.value("tags")
+    if tags is None:
+        return Tagged(words, (), values.source, values.line)
+    if not isinstance(tags, list) or len(tags) != len(words):
+        raise BadRow(
+            f"the field '{values.columns['tags']}' is {named(tags)}"
+            f"{f' of {len(tags)} tags' if isinstance(tags, list) else ''}; it must be a list with one tag for each of "
+            f"the {len(words)} tokens."
+        )
+    if -100 in tags:
+        raise BadRow(
+            f"the field '{values.columns['tags']}' contains -100, which marks tokens without a tag, not words."
+        )
+    names = tuple(class_name(tag, values.columns["tags"]) for tag in tags)
+    return Tagged(words, names, values.source, values.line)

@@ -206,14 +206,14 @@ def row_title(number: int, tokens: Iterable[Token]) -> str:
     return f"Row {number}: {format_count(total, 'token')}" + (f", {trained:,} with loss" if trained else "")
 
 
-def marked(tokens: Iterable[Token], begin: str = "[", end: str = "]", most: int | None = None) -> str:
-    """Return the text of a row with marks around the parts with loss, each shortened to `most` characters."""
+def marked(tokens: Iterable[Token], most: int | None = None) -> str:
+    """Return the text of a row with brackets around the parts with loss, each shortened to `most` characters."""
     text = ""
     for is_trained, group in itertools.groupby(tokens, key=lambda token: token.is_trained):
         part = printable("".join(token.text for token in group))
         if most is not None and len(part) > most:
             part = f"{part[: most * 2 // 3]} … {part[-(most // 3) :]}"
-        text += f"{begin}{part}{end}" if is_trained and part else part
+        text += f"[{part}]" if is_trained and part else part
     return text
 
 

@@ -11,8 +11,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lorakit.data.messages import BadRow, Values, check_value, class_name, label_of, named, strings_of
-from lorakit.data.records import Completion, Document, Labeled, Message, Record, Records, Tagged
+from lorakit.data.messages import (
+    BadRow,
+    Values,
+    chat_of,
+    check_value,
+    completion_of,
+    document_of,
+    instruction_of,
+    labeled_of,
+    named,
+    question_of,
+    tagged_of,
+    text_pair_of,
+    translation_of,
+)
+from lorakit.data.records import Record, Records
 from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import ConfigError, DataError, nearest
 
@@ -62,125 +76,50 @@ class Shape:
         return " and ".join(f"'{columns[0]}'" for columns in self.needed.values())
 
 
-def _document(values: Values) -> Record:
-    return Document(values.string("text"), values.source, values.line)
-
-
-def _completion(values: Values) -> Record:
-    prompt, completion = values.value("prompt"), values.value("completion")
-    if not isinstance(prompt, list) and not isinstance(completion, list):
-        return Completion(values.string("prompt"), values.string("completion"), values.source, values.line)
-    context = values.messages("prompt") if isinstance(prompt, list) else (Message("user", values.string("prompt")),)
-    answer = (
-        values.messages("completion")
-        if isinstance(completion, list)
-        else (Message("assistant", values.string("completion")),)
-    )
-    return values.conversation([*(message.untrained() for message in context), *answer])
-
-
-def _messages(values: Values) -> Record:
-    return values.conversation([*_system(values), *values.messages("messages")])
-
-
-def _system(values: Values) -> list[Message]:
-    system = values.text("system")
-    return [Message("system", system)] if system else []
-
-
-def _instruction(values: Values) -> Record:
-    request = "\n\n".join(part for part in (values.string("instruction"), values.text("input")) if part)
-    return _exchange(values, request, "output")
-
-
-def _question(values: Values) -> Record:
-    request = "\n\n".join(part for part in (values.text("context"), values.string("question")) if part)
-    return _exchange(values, request, "answer")
-
-
-def _exchange(values: Values, request: str, answer: str) -> Record:
-    turns = (Message("user", request), Message("assistant", values.string(answer)))
-    return values.conversation([*_system(values), *turns], is_instruction=True)
-
-
-def _translation(values: Values) -> Record:
-    target = values.string("target") if "target" in values.columns else ""
-    turns = (Message("user", values.string("source")), Message("assistant", target))
-    return values.conversation(turns, is_instruction=True)
-
-
-def _labeled(values: Values) -> Record:
-    return Labeled((values.string("text"),), label_of(values, "label"), values.source, values.line)
-
-
-def _text_pair(values: Values) -> Record:
-    names = ["first", "second", *(["negative"] if values.value("negative") is not None else [])]
-    texts = tuple(values.string(name) for name in names)
-    return Labeled(texts, label_of(values, "label"), values.source, values.line)
-
-
-def _tagged(values: Values) -> Record:
-    words, tags = strings_of(values.value("tokens"), values.columns["tokens"]), values.value("tags")
-    if tags is None:
-        return Tagged(words, (), values.source, values.line)
-    if not isinstance(tags, list) or len(tags) != len(words):
-        raise BadRow(
-            f"the field '{values.columns['tags']}' is {named(tags)}"
-            f"{f' of {len(tags)} tags' if isinstance(tags, list) else ''}; it must be a list with one tag for each of "
-            f"the {len(words)} tokens."
-        )
-    if -100 in tags:
-        raise BadRow(
-            f"the field '{values.columns['tags']}' contains -100, which marks tokens without a tag, not words."
-        )
-    names = tuple(class_name(tag, values.columns["tags"]) for tag in tags)
-    return Tagged(words, names, values.source, values.line)
-
-
 _CHAT = {"tools": ("tools",), "chat_template_kwargs": ("chat_template_kwargs",)}
 _SYSTEM = {"system": ("system", "system_prompt")}
 
 SHAPES: tuple[Shape, ...] = (
-    Shape("text", {"text": ("text",)}, _document),
+    Shape("text", {"text": ("text",)}, document_of),
     Shape(
         "prompt-completion",
         {"prompt": ("prompt",), "completion": ("completion", "response")},
-        _completion,
+        completion_of,
         optional=_CHAT,
     ),
-    Shape("messages", {"messages": ("messages",)}, _messages, optional={**_CHAT, **_SYSTEM}),
+    Shape("messages", {"messages": ("messages",)}, chat_of, optional={**_CHAT, **_SYSTEM}),
     Shape(
         "alpaca",
         {"instruction": ("instruction",), "output": ("output", "response")},
-        _instruction,
+        instruction_of,
         optional={"input": ("input", "context"), **_SYSTEM},
         derived=("text",),
         is_shown=True,
     ),
-    Shape("sharegpt", {"messages": ("conversations", "conversation")}, _messages, optional={**_CHAT, **_SYSTEM}),
+    Shape("sharegpt", {"messages": ("conversations", "conversation")}, chat_of, optional={**_CHAT, **_SYSTEM}),
     Shape(
         "question-answer",
         {"question": ("question",), "answer": ("answer",)},
-        _question,
+        question_of,
         optional={"context": ("context",), **_SYSTEM},
         is_shown=True,
     ),
-    Shape("classification", {"text": ("text", "sentence"), "label": ("label", "labels")}, _labeled, is_shown=True),
+    Shape("classification", {"text": ("text", "sentence"), "label": ("label", "labels")}, labeled_of, is_shown=True),
     Shape(
         "text-pair",
         {
             "first": ("sentence1", "text1", "premise", "anchor", "query", "text"),
             "second": ("sentence2", "text2", "hypothesis", "positive", "text_pair"),
         },
-        _text_pair,
+        text_pair_of,
         optional={"label": ("label", "labels", "score"), "negative": ("negative",)},
         is_shown=True,
         partners={"text": "text_pair"},
     ),
     Shape(
-        "token-classification", {"tokens": ("tokens", "words"), "tags": ("tags", "ner_tags")}, _tagged, is_shown=True
+        "token-classification", {"tokens": ("tokens", "words"), "tags": ("tags", "ner_tags")}, tagged_of, is_shown=True
     ),
-    Shape("source-target", {"source": ("source",), "target": ("target",)}, _translation, is_shown=True),
+    Shape("source-target", {"source": ("source",), "target": ("target",)}, translation_of, is_shown=True),
     Shape(
         "preference",
         {"chosen": ("chosen",), "rejected": ("rejected",)},

@@ -239,11 +239,11 @@ def _pooled(entry: Entry, rare: set[Hashable]) -> Entry:
     return pooled
 
 
-def _count(total: int, fraction: float | None, least: int, largest: float = LARGEST_FRACTION) -> int:
+def _count(total: int, fraction: float | None, least: int) -> int:
     """Return how much of a total to hold out; see `split`."""
     if fraction is not None:
         return round(fraction * total)
-    return max(round(DEFAULT_FRACTION * total), min(least, int(largest * total)))
+    return max(round(DEFAULT_FRACTION * total), min(least, int(LARGEST_FRACTION * total)))
 
 
 def _apportioned(strata: Counter[Hashable], count: int) -> Counter[Hashable]:

@@ -218,13 +218,8 @@ def _product_rate(device: str | torch.device, dtype: torch.dtype) -> float:
     """Return the rate of `x W^T`, the matmul of a linear layer, in FLOPs per second."""
     import torch
 
-    rows, inner, outer = SHAPE
-    generator = torch.Generator().manual_seed(0)  # a separate generator leaves the caller's random state unchanged
-    x = torch.randn(rows, inner, generator=generator).to(device, dtype)
-    weight = torch.randn(outer, inner, generator=generator).to(device, dtype)
-    with torch.no_grad():
-        seconds = _fastest(lambda: torch.nn.functional.linear(x, weight), device)
-    return 2 * rows * inner * outer / seconds
+    x, weight = _operands(device, dtype)
+    return _rate(lambda: torch.nn.functional.linear(x, weight), device)
 
 
 def _int8_rate(device: str | torch.device) -> float:
@@ -234,14 +229,27 @@ def _int8_rate(device: str | torch.device) -> float:
     from lorakit.ops.int8 import int8_linear
     from lorakit.ops.int8_weight import input_scales, quantize_weight
 
-    rows, inner, outer = SHAPE
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, inner, generator=generator).to(device, torch.bfloat16)
-    W = torch.randn(outer, inner, generator=generator).to(device, torch.bfloat16)
+    x, W = _operands(device, torch.bfloat16)
     weight = quantize_weight(W, *input_scales(x.abs().amax(0), [W]))
+    return _rate(lambda: int8_linear(x, weight), device)
+
+
+def _operands(device: str | torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return an input (rows, in) and a weight (out, in) of the sizes in `SHAPE`."""
+    import torch
+
+    rows, inner, outer = SHAPE
+    generator = torch.Generator().manual_seed(0)  # a separate generator leaves the caller's random state unchanged
+    x = torch.randn(rows, inner, generator=generator).to(device, dtype)
+    return x, torch.randn(outer, inner, generator=generator).to(device, dtype)
+
+
+def _rate(matmul: Callable[[], torch.Tensor], device: str | torch.device) -> float:
+    import torch
+
+    rows, inner, outer = SHAPE
     with torch.no_grad():
-        seconds = _fastest(lambda: int8_linear(x, weight), device)
-    return 2 * rows * inner * outer / seconds
+        return 2 * rows * inner * outer / _fastest(matmul, device)
 
 
 def _copy_rate(device: str | torch.device) -> float:

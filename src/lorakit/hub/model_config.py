@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +42,6 @@ EMBEDDING_LIST = "modules.json"
 """File in which sentence-transformers lists the modules of a model that embeds texts."""
 
 _POOLING = "1_Pooling"
-_DEFAULT_LABEL = re.compile(r"LABEL_\d+")
 
 
 def config_of(source: ModelSource, values: Mapping[str, JsonValue] | None = None) -> PreTrainedConfig:
@@ -83,11 +81,6 @@ class ModelFacts:
     labels: tuple[str, ...]
     label_ids: tuple[int, ...]
     problem: str | None
-
-    @property
-    def named_labels(self) -> tuple[str, ...]:
-        """The names of the classes; empty if all are default names."""
-        return () if all(_DEFAULT_LABEL.fullmatch(name) for name in self.labels) else self.labels
 
     @classmethod
     def of(cls, source: ModelSource) -> ModelFacts:
