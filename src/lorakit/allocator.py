@@ -1,19 +1,24 @@
-"""Tune two memory settings of this process: how malloc treats freed blocks, and how many matmuls oneDNN caches.
+"""Memory of this process: how malloc treats freed blocks, how many matmuls oneDNN caches, and pages of mapped files.
 
 A training step repeatedly frees and reallocates tensors of the same sizes. If malloc returns each freed block to the
 kernel, the kernel must clear the pages before they are used again, and clearing them can take a third of the step time.
 On a CPU, a bfloat16 matmul is compiled for each new shape, and the compiled code (about 0.6 MB) is kept in two caches
 of up to 1024 entries each. If row lengths vary, these caches can take more memory than the step itself. Only the
-command line changes the two settings; it does so at startup and reports the changes. Importing lorakit changes neither
-setting.
+command line changes these two settings; it does so at startup and reports the changes.
+
+Pages of a mapped file count as memory of the process from the first access. The kernel drops unmodified ones when
+memory is short; `release_pages` drops them at once. On systems other than Linux, nothing is released.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 import platform
+import sys
+from pathlib import Path
 
 SWITCH = "LORAKIT_ALLOCATOR"
 """Environment variable; the value "stock" leaves malloc unchanged."""
@@ -125,3 +130,47 @@ def set_up(*, is_sharded: bool = False) -> list[str]:
     malloc, message = (return_large_blocks, RETURNS_MESSAGE) if is_sharded else (keep_large_blocks, MALLOC_MESSAGE)
     changed, few = malloc(), limit_compiled_matmuls()
     return [text for text, took in ((message, changed), (MATMUL_MESSAGE, few)) if took]
+
+
+PAGEMAP = "/proc/self/pagemap"
+"""File with a 64-bit entry for each page of this process (kernel documentation, "pagemap")."""
+
+_ENTRY = 8
+_TOP = _ENTRY - 1 if sys.byteorder == "little" else 0
+"""Position of the byte of an entry with the highest bits."""
+_KIND = 5
+"""Position of the bit of this byte that is set if the page belongs to a file; above it: is swapped, is present."""
+
+
+def file_mappings() -> list[tuple[int, int]]:
+    """Return the ranges of addresses, (first, behind the last), to which files are mapped; empty if not on Linux."""
+    try:
+        maps = Path("/proc/self/maps").read_text(errors="replace")
+    except OSError:
+        return []
+    lines = (line.split(maxsplit=5) for line in maps.splitlines())
+    ranges = (words[0].partition("-") for words in lines if len(words) > 4 and words[4] != "0")  # words[4]: the inode
+    return [(int(first, 16), int(last, 16)) for first, _, last in ranges]
+
+
+def release_pages(first: int, size: int) -> bool:
+    """Remove unmodified pages of a mapped file, by address and bytes, from this process; return whether they were
+    removed.
+
+    The contents do not change: nothing is removed if any of the pages has been modified or is not a page of a file. The
+    file stays in the system's page cache. Other threads must not write to these pages during the call.
+    """
+    begin = first // mmap.PAGESIZE
+    count = -(-(first + size) // mmap.PAGESIZE) - begin
+    try:
+        with Path(PAGEMAP).open("rb", buffering=0) as file:
+            file.seek(begin * _ENTRY)
+            entries = file.read(count * _ENTRY)
+        kinds = {byte >> _KIND for byte in set(entries[_TOP::_ENTRY])}  # a set has few elements, a weight many pages
+        # a modified page of a private mapping is a copy, which belongs to no file
+        if len(entries) != count * _ENTRY or not count or kinds & {0b010, 0b100, 0b110}:
+            return False
+        arguments = ctypes.c_void_p(begin * mmap.PAGESIZE), ctypes.c_size_t(count * mmap.PAGESIZE)
+        return not ctypes.CDLL(None).madvise(*arguments, mmap.MADV_DONTNEED)
+    except (OSError, AttributeError):
+        return False

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from lorakit import core, data, hub
+from lorakit.allocator import file_mappings
 from lorakit.cli import main
 from lorakit.core.int8 import quantized_base
 from lorakit.hub import converting
-from lorakit.mapped_files import file_mappings
 from lorakit.session.base_matmul import unsupported
 
 needs_units = pytest.mark.skipif(bool(unsupported(torch.device("cpu"))), reason="the processor has no int8 units")

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lorakit.allocator import file_mappings
 from lorakit.errors import ModelError
 from lorakit.hub import LoadOptions, load_for_task, load_model
 from lorakit.hub.converting import converted_files
 from lorakit.hub.sources import resolve
 from lorakit.machine import cache_directory
-from lorakit.mapped_files import file_mappings
 
 from .. import small_models
 from ..speed.architectures import Architecture, NotBuilt, architectures, small

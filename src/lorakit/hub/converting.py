@@ -2,7 +2,7 @@
 directories.
 
 transformers maps weights that are stored in the wanted dtype, and converts others into memory. Matrices that are
-converted in files first are mapped too, and their pages can be given back (`lorakit.mapped_files`). The files have no
+converted in files first are mapped too, and their pages can be given back (`lorakit.allocator`). The files have no
 names: they disappear with the last tensor that uses them, or with the process.
 
 Reading a GGUF file again takes long, so a directory keeps what a loader of transformers reads from it, in one dtype. It

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lorakit.allocator import PAGEMAP
 from lorakit.core.int8.quantized_base import int8_scales, quantize_base, quantize_with_scales
 from lorakit.core.quantization.int8_linear import Int8Linear
-from lorakit.mapped_files import PAGEMAP
 
 SMAPS = Path("/proc/self/smaps")
 SIZES: dict[str, Any] = {

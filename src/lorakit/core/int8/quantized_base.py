@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.allocator import trim
+from lorakit.allocator import file_mappings, trim
 from lorakit.choices import KEPT_CHANNELS
 from lorakit.core.int8.calibrating import (
     TRAINED,
@@ -35,7 +35,6 @@ from lorakit.core.model.index import AdapterIndex, state_of
 from lorakit.core.quantization.int8_linear import Int8Linear, frozen_parameter, int8_matmul_linear
 from lorakit.core.statistics.collecting import Forward
 from lorakit.errors import ConfigError, MergeError, ModelError, NonFiniteError
-from lorakit.mapped_files import file_mappings
 from lorakit.ops.int8_weight import SMOOTHING, input_scales
 
 WORST_SITES = 8

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.mapped_files import PAGEMAP, file_mappings, release_pages
+from lorakit.allocator import PAGEMAP, file_mappings, release_pages
 
 PAGES = 64
 
@@ -77,6 +77,6 @@ def test_a_mapping_is_listed(mapped: mmap.mmap) -> None:
 
 
 def test_a_system_without_a_list_of_pages_keeps_them(mapped: mmap.mmap, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorakit.mapped_files.PAGEMAP", "/proc/self/missing")
+    monkeypatch.setattr("lorakit.allocator.PAGEMAP", "/proc/self/missing")
     assert not release_pages(address(mapped), len(mapped))
     assert resident(address(mapped)) == PAGES
