@@ -56,14 +56,7 @@ _EPILOGUE = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit code.
-
-    Args:
-        argv: Arguments after the program name; by default, those of this process.
-
-    Returns:
-        One of the exit codes in the module docstring.
-    """
+    """Run a command line, by default that of this process, and return one of the exit codes in the module docstring."""
     tokens, as_traceback = _without_traceback_flag(list(sys.argv[1:] if argv is None else argv))
     as_traceback = as_traceback or os.environ.get("LORAKIT_TRACEBACK", "") not in ("", "0")
     as_json = "--json" in tokens
@@ -86,10 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def application() -> App:
-    """Return a cyclopts application with all commands; each command's module is imported when the command runs.
+    """Return a cyclopts application with all commands, which returns a command's result and propagates its errors.
 
-    Returns:
-        An application that, when called, returns the command's result and propagates its errors.
+    Each command's module is imported when the command runs.
     """
     from cyclopts import App, Parameter
 

@@ -77,12 +77,6 @@ def overridden(flags: Mapping[str, Any]) -> list[str]:
 def read_adapters(folders: Sequence[str]) -> list[AdapterFiles]:
     """Read adapters before the base model is loaded, so that errors in their files are reported immediately.
 
-    Args:
-        folders: Adapter directories as given by the user.
-
-    Returns:
-        The files of each adapter, in the order of `folders`.
-
     Raises:
         AdapterFileError: An adapter directory is missing, or its files are damaged.
     """
@@ -93,10 +87,9 @@ def read_adapters(folders: Sequence[str]) -> list[AdapterFiles]:
 
 @contextlib.contextmanager
 def naming_flags(flags: type | None = None) -> Iterator[None]:
-    """Return a context manager that extends a failed check's error message with the flag that overrides the check.
+    """Return a context manager that adds to the message of a failed check the flag that overrides the check.
 
-    Args:
-        flags: Dataclass of the command's flags; None means `Allowances`.
+    `flags` is the dataclass of the command's flags; None means `Allowances`.
 
     Raises:
         LorakitError: The error raised within the context, with the flag in its message.
@@ -114,12 +107,7 @@ LARGEST_TOKENIZER_BYTES = 256 << 20
 
 
 def copy_tokenizer(adapters: Sequence[AdapterFiles], folder: Path) -> None:
-    """Copy the tokenizer to the new adapter if all original adapters have the same tokenizer files.
-
-    Args:
-        adapters: Files of the original adapters.
-        folder: Directory of the new adapter.
-    """
+    """Copy the tokenizer to the new adapter if all original adapters have the same tokenizer files."""
     from lorakit.durable import read_bytes, write_bytes
     from lorakit.hub import tokenizer_files
 
@@ -133,12 +121,7 @@ def copy_tokenizer(adapters: Sequence[AdapterFiles], folder: Path) -> None:
 
 
 def by_name(items: Iterable[Item], name: Callable[[Item], str]) -> dict[str, list[Item]]:
-    """Return a dict from names to lists of items; names and items keep their order.
-
-    Args:
-        items: The items, such as the sites of an adapter.
-        name: Function that returns the name of an item's group.
-    """
+    """Return a dict from names to lists of items; names and items keep their order."""
     groups: dict[str, list[Item]] = {}
     for item in items:
         groups.setdefault(name(item), []).append(item)
@@ -146,14 +129,7 @@ def by_name(items: Iterable[Item], name: Callable[[Item], str]) -> dict[str, lis
 
 
 def print_report(report: OperationReport, lines: Sequence[str], output_dir: Path, as_json: bool) -> None:
-    """Print the report of an operation on adapters.
-
-    Args:
-        report: The report's values, for the JSON document.
-        lines: Lines of the report as text.
-        output_dir: Directory of the new adapter.
-        as_json: Whether to print JSON instead of text.
-    """
+    """Print the report of an operation on adapters as JSON, or its lines and the directory of the new adapter."""
     if as_json:
         console.emit_json({"output_dir": str(output_dir), **report.as_dict()})
     else:

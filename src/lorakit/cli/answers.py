@@ -30,13 +30,9 @@ _ENDINGS = {
 
 
 def show(answers: Sequence[Answer], stream: Iterable[NewToken], *, quiet: bool = False, verbose: bool = False) -> None:
-    """Append a stream of tokens to the answers, and print the answers unless `quiet` is set.
+    """Append a stream of tokens to the answers, one per row, and print the answers unless `quiet` is set.
 
-    Args:
-        answers: One answer per row of the stream.
-        stream: The generated tokens.
-        quiet: Whether to print nothing.
-        verbose: Whether to print the token count and speed of each answer.
+    With `verbose`, print also the token count and speed of each answer.
     """
     started = time.perf_counter()
     columns = max(1, shutil.get_terminal_size().columns // max(1, len(answers)))
@@ -56,11 +52,7 @@ def show(answers: Sequence[Answer], stream: Iterable[NewToken], *, quiet: bool =
 
 
 class _Lines:
-    """Word wrapper for text that arrives in pieces.
-
-    Args:
-        width: Width of the terminal in columns.
-    """
+    """Word wrapper for text that arrives in pieces, for a terminal of `width` columns."""
 
     def __init__(self, width: int) -> None:
         self._width = width

@@ -67,16 +67,9 @@ def error(text: str) -> None:
 
 
 def failure(message: str, exit_code: int, *, code: str | None = None, as_json: bool = False) -> int:
-    """Print an error message to stderr and, with `as_json`, also to stdout as a JSON document.
+    """Print an error message to stderr and, with `as_json`, also to stdout as a JSON document; return the exit code.
 
-    Args:
-        message: The message.
-        exit_code: The exit code of the process.
-        code: The stable code of the error's class, such as "LORA-E060".
-        as_json: Whether to print the JSON document.
-
-    Returns:
-        `exit_code`.
+    `code` is the stable code of the error's class, such as "LORA-E060".
     """
     error(message)
     if as_json:
@@ -95,14 +88,9 @@ def emit_json(document: JsonValue) -> None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table of aligned columns under a header and a rule; numeric columns are right-aligned.
+    """Return the lines of a table: aligned columns under a header and a rule; numeric columns are right-aligned.
 
-    Args:
-        header: One title per column.
-        rows: Rows of cells, one cell per title; control characters are escaped.
-
-    Returns:
-        The lines of the table, joined by newlines.
+    Control characters in cells are escaped.
     """
     return columns(header, [[inline(cell) for cell in row] for row in rows], width=NARROW)
 

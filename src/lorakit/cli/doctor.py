@@ -55,13 +55,7 @@ LITTLE_MEMORY_BYTES = 2 * 10**9
 
 @dataclass(frozen=True)
 class Torch:
-    """Properties of the installed version of torch.
-
-    Attributes:
-        devices: Names of the devices that torch can use, including the CPU.
-        threads: Number of CPU threads per operation.
-        cuda: CUDA version of the build; None for a build without CUDA.
-    """
+    """Properties of the installed torch; `cuda` is the CUDA version of the build, or None."""
 
     devices: tuple[str, ...]
     threads: int
@@ -73,7 +67,6 @@ class Findings:
     """Everything that `examine` finds.
 
     Attributes:
-        machine: Properties of the machine.
         packages: Package -> version, or None if the package is not installed.
         torch: Properties of torch, or None if torch is not installed.
         offline: Whether the Hub client is set to offline mode.
@@ -135,14 +128,7 @@ def run(
 
 
 def examine(*, quick: bool) -> Findings:
-    """Examine the machine, its packages and its kernels.
-
-    Args:
-        quick: Whether to skip the speed measurement.
-
-    Returns:
-        The findings.
-    """
+    """Examine the machine, its packages and its kernels; `quick` skips the speed measurement."""
     packages = {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
     torch = _torch() if packages["torch"] else None
     cache = Path(os.environ.get("HF_HOME") or (home_directory() or Path("~")) / ".cache" / "huggingface")
@@ -169,14 +155,7 @@ def examine(*, quick: bool) -> Findings:
 
 
 def advice(found: Findings) -> list[str]:
-    """Return suggested fixes, most important first; empty if nothing needs fixing.
-
-    Args:
-        found: Result of `examine`.
-
-    Returns:
-        One message per fix, including the command if there is one.
-    """
+    """Return suggested fixes, with the command if there is one, most important first; empty if nothing needs fixing."""
     return [
         *_about_packages(found),
         *_about_device(found),

@@ -17,14 +17,7 @@ from lorakit.machine import DEVICE_FORM, is_device_name
 
 
 def check_model(given: str, revision: str | None = None) -> str:
-    """Check that a model given as a path exists; other names are looked up later.
-
-    Args:
-        given: The value of `--model`.
-        revision: The value of `--revision`.
-
-    Returns:
-        The name of the model, with its revision.
+    """Return the name of a model with its revision; a path must exist, and other names are looked up later.
 
     Raises:
         ConfigError: A revision is given for a path.
@@ -37,15 +30,7 @@ def check_model(given: str, revision: str | None = None) -> str:
 
 
 def check_base(given: str | None, revision: str | None, adapters: Sequence[str] | None) -> str | None:
-    """Check the name of a base, which may be omitted if there is an adapter, because adapters name their base.
-
-    Args:
-        given: The value of `--model`, or None.
-        revision: The value of `--revision`.
-        adapters: The value of `--adapter`.
-
-    Returns:
-        The name of the base, with its revision; None if the adapters name it.
+    """Return the name of a base with its revision, or None if the adapters name it.
 
     Raises:
         UsageError: Neither a model nor an adapter is given.
@@ -60,10 +45,7 @@ def check_base(given: str | None, revision: str | None, adapters: Sequence[str] 
 
 
 def check_start(given: str) -> None:
-    """Check that an adapter given as a path exists; Hub ids are looked up later.
-
-    Args:
-        given: The value of `--from-adapter`.
+    """Check that the adapter of `--from-adapter` exists if it is a path; Hub ids are looked up later.
 
     Raises:
         AdapterFileError: The path does not exist.
@@ -77,9 +59,6 @@ def check_start(given: str) -> None:
 def check_data(names: Iterable[str]) -> None:
     """Check that data files exist; the contents of directories, patterns and Hub data sets are checked later.
 
-    Args:
-        names: Files, directories, glob patterns or Hub data sets.
-
     Raises:
         DataError: A file does not exist.
     """
@@ -91,14 +70,10 @@ def check_data(names: Iterable[str]) -> None:
 
 
 def adapter_folders(given: Sequence[str]) -> dict[str, str]:
-    """Return the directories of adapters; all names are checked before adapters on the Hub are downloaded.
+    """Return a dict from the name of each adapter, for messages, to its directory.
 
-    Args:
-        given: Adapter directories; run directories, which stand for the adapter in them; or Hub ids, "owner/name" or
-            "owner/name@revision".
-
-    Returns:
-        A dict from the name of each adapter, for messages, to its directory: the Hub id, or the directory itself.
+    An adapter is given as its directory, a run directory, or a Hub id ("owner/name" or "owner/name@revision"). All
+    names are checked before adapters on the Hub are downloaded.
 
     Raises:
         UsageError: An adapter is given twice.
@@ -139,10 +114,7 @@ def _contained(folder: Path) -> str:
 
 
 def check_new_directory(target: Path) -> None:
-    """Check that a directory does not exist yet, or is empty.
-
-    Args:
-        target: The value of `--output-dir`.
+    """Check that the directory of `--output-dir` does not exist yet, or is empty.
 
     Raises:
         UsageError: The path is a file, or a directory that is not empty.
@@ -154,56 +126,25 @@ def check_new_directory(target: Path) -> None:
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Check that a setting has one of its allowed values.
-
-    Args:
-        name: Name of the setting.
-        value: Value of the setting.
-        allowed: The allowed values.
-
-    Raises:
-        ConfigError: The value is not in `allowed`.
-    """
+    """Raise ConfigError if a setting does not have one of its allowed values."""
     if value not in allowed:
         raise ConfigError.of(name, value, allowed=allowed)
 
 
 def check_device(word: str) -> None:
-    """Check the name of a device, but not its availability.
-
-    Args:
-        word: The value of `--device`.
-
-    Raises:
-        ConfigError: The value is not the name of a device.
-    """
+    """Raise ConfigError if a word is not the name of a device; its availability is not checked."""
     if not is_device_name(word):
         raise ConfigError.of("device", word, DEVICE_FORM)
 
 
 def check_at_least(name: str, value: int, least: int) -> None:
-    """Check that a setting is not below its minimum.
-
-    Args:
-        name: Name of the setting.
-        value: Value of the setting.
-        least: The minimum.
-
-    Raises:
-        ConfigError: The value is less than the minimum.
-    """
+    """Raise ConfigError if a setting is below its minimum."""
     if value < least:
         raise ConfigError.of(name, value, f"at least {least}")
 
 
 def check_sampling(temperature: float, top_p: float, top_k: int, seed: int) -> None:
-    """Check sampling settings.
-
-    Args:
-        temperature: Must be >= 0.
-        top_p: Must be in (0, 1].
-        top_k: Must be >= 0.
-        seed: Must be in [0, 2**63).
+    """Check sampling settings: temperature >= 0, 0 < top_p <= 1, top_k >= 0, 0 <= seed < 2**63.
 
     Raises:
         ConfigError: A value is out of range.

@@ -41,21 +41,15 @@ class RowFlags:
     on_bad_row: Annotated[str, Parameter(help=DEFAULTS["on_bad_row"].help())] = DEFAULTS["on_bad_row"].value
 
     def check(self) -> None:
-        """Check the flags, except for the name of the shape, which `request` checks.
-
-        Raises:
-            ConfigError: A flag has a value that is not allowed.
-        """
+        """Raise ConfigError if a flag has a value that is not allowed; `request` checks the name of the shape."""
         early.check_choice("on_bad_row", self.on_bad_row, choices_of("on_bad_row"))
         self._columns()
 
     def request(self, allowed: tuple[str, ...] = (), group: str | None = None, needs_label: bool = True) -> Request:
         """Return the choices about how rows are read; this imports torch.
 
-        Args:
-            allowed: Names of the shapes that may be recognized; empty allows all.
-            group: Column whose equal values keep rows together, or None.
-            needs_label: Whether labels and tags are required.
+        `allowed` has the names of the shapes that may be recognized (empty allows all); equal values of the column
+        `group` keep rows together.
 
         Raises:
             ConfigError: The shape is unknown or not allowed, or no shape has these fields.
@@ -76,20 +70,12 @@ class LabelFlags:
     tag_scheme: TagSchemeFlag = "auto"
 
     def check(self) -> None:
-        """Check the flags, except for the names in the label map, which the labels of the model determine.
-
-        Raises:
-            ConfigError: A flag has a value that is not allowed.
-        """
+        """Raise ConfigError if a flag has a value that is not allowed; names in the label map are checked later."""
         early.check_choice("tag_scheme", self.tag_scheme, choices_of("tag_scheme"))
         self._label_map()
 
     def options(self, label_type: LabelType = "auto", *, is_evaluation_given: bool = False) -> LabelOptions:
-        """Return the choices about how labels are read; this imports torch.
-
-        Raises:
-            ConfigError: A flag has a value that is not allowed.
-        """
+        """Return the choices about how labels are read, or raise ConfigError; this imports torch."""
         from lorakit.tasks import LabelOptions
 
         return LabelOptions(
@@ -127,21 +113,13 @@ class BaseFlags:
     )
 
     def check(self) -> None:
-        """Check the flags.
-
-        Raises:
-            ConfigError: A flag has a value that is not allowed.
-        """
+        """Raise ConfigError if a flag has a value that is not allowed."""
         self.stored_as()
         early.check_choice("dtype", self.dtype, DTYPES)
         early.check_device(self.device)
 
     def stored_as(self) -> Quantization | None:
-        """Return the requested quantization of the base, or None.
-
-        Raises:
-            ConfigError: The name of the quantization is unknown.
-        """
+        """Return the requested quantization of the base, or None; raise ConfigError if its name is unknown."""
         return stored_as(self.quantization, self.double_quantization)
 
     def options(self, model: str | None) -> SessionOptions:

@@ -173,14 +173,7 @@ def run(
 
 
 def _merge(session: Session, flags: Flags, prompts: int, folder: str, detail: Callable[[str], None]) -> None:
-    """Merge the adapter into the base in memory if the flags ask for it, or if the merge is exact and saves time.
-
-    Args:
-        session: The session; it has one adapter, and the base itself does not answer.
-        flags: The flags.
-        prompts: Number of prompts.
-        folder: The adapter's directory as given by the user.
-        detail: Called with a message if the adapter is merged.
+    """Merge the only adapter into the base in memory if the flags ask for it, or if the merge is exact and saves time.
 
     Raises:
         MergeError: The requested merge is not exact or not possible. The model is unchanged.

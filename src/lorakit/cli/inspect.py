@@ -72,14 +72,7 @@ def _file_sizes(folder: Path) -> dict[str, int]:
 
 
 def differing(summaries: Sequence[AdapterSummary]) -> dict[str, dict[str, JsonValue]]:
-    """Return the properties and config fields in which adapters differ.
-
-    Args:
-        summaries: The adapters' summaries.
-
-    Returns:
-        A dict from field to a dict from adapter directory to its value, for each field that differs.
-    """
+    """Return the properties and config fields in which adapters differ: field -> adapter directory -> value."""
     values = {summary.folder: _properties(summary) for summary in summaries}
     names = dict.fromkeys(name for own in values.values() for name in own)
     table = {name: {folder: own.get(name) for folder, own in values.items()} for name in names}
@@ -120,12 +113,7 @@ def _brief_value(value: JsonValue) -> str:
 
 
 def as_dict(summary: AdapterSummary, sizes: dict[str, int]) -> dict[str, Any]:
-    """Return the report as plain JSON values.
-
-    Args:
-        summary: The adapter's summary.
-        sizes: File name -> size in bytes.
-    """
+    """Return the report as plain JSON values; `sizes` has the size of each file in bytes."""
     return {
         "folder": summary.folder,
         "healthy": not summary.findings,
@@ -143,9 +131,6 @@ def as_dict(summary: AdapterSummary, sizes: dict[str, int]) -> dict[str, Any]:
 
 def groups(summary: AdapterSummary) -> Iterator[dict[str, Any]]:
     """Yield statistics of the sites, grouped by the last component of their path, in order of first occurrence.
-
-    Args:
-        summary: The adapter's summary.
 
     Yields:
         {"module", "sites", "shapes", "ranks", "experts", "scales", "norm": {"min", "median", "max"}}.

@@ -99,12 +99,7 @@ def run(
 
 
 def merge_warnings(done: Merged, probe: Probe) -> list[str]:
-    """Return warnings about a completed merge.
-
-    Args:
-        done: The result of the merge.
-        probe: The comparison with the unmerged base and adapters.
-    """
+    """Return warnings about a completed merge and its comparison with the unmerged base and adapters."""
     found = []
     if done.report.retained < LITTLE_RETAINED:
         found.append(

@@ -64,11 +64,7 @@ class AdapterFlags:
     ] = 2
 
     def config(self) -> LoraConfig:
-        """Return the adapter's config.
-
-        Raises:
-            ConfigError: A value is not allowed; the message names the field.
-        """
+        """Return the adapter's config, or raise ConfigError, which names the field."""
         usual = [] if self.target_parameters else [DEFAULTS["target_modules"].value]
         return LoraConfig(
             r=self.r,
@@ -113,19 +109,11 @@ class ParallelFlags:
 
     @property
     def limit_bytes(self) -> int | None:
-        """Return the memory of each GPU in bytes, or None for a CPU.
-
-        Raises:
-            ConfigError: `gpu` is not a size.
-        """
+        """Return the memory of each GPU in bytes, or None for a CPU; raise ConfigError if `gpu` is not a size."""
         return None if self.gpu is None else bytes_of(self.gpu, "gpu")
 
     def cluster(self) -> Cluster | None:
-        """Return the processes, or None if none of these flags is given.
-
-        Raises:
-            ConfigError: A value is not allowed; the error names the flag.
-        """
+        """Return the processes, or None if none of these flags is given; raise ConfigError, which names the flag."""
         if self == ParallelFlags():
             return None
         _ = self.limit_bytes  # reject a wrong size before the model is read
@@ -359,12 +347,7 @@ def _machine(job: JobFlags, dtype: str, steps: int | None) -> tuple[str, Speed |
 
 
 def _steps(job: JobFlags, step_tokens: int) -> int | None:
-    """Return the number of optimizer steps of the run, from --max-steps or --tokens.
-
-    Args:
-        job: The flags.
-        step_tokens: Number of tokens of a step in all processes.
-    """
+    """Return the number of optimizer steps of the run, from --max-steps, or from --tokens and the tokens of a step."""
     for name, value in (("max_steps", job.max_steps), ("tokens", job.tokens)):
         if value is not None:
             check_at_least(name, value, 1)

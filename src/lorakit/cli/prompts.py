@@ -21,14 +21,9 @@ MAX_PROMPT_BYTES = 64 << 20
 
 
 def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[str]:
-    """Return all prompts: the texts, then the contents of the files, or standard input if neither is given.
+    """Return at least one prompt: the texts, then the contents of the files, or standard input if neither is given.
 
-    Args:
-        texts: Prompts given as text.
-        files: Files with one prompt each; "-" is standard input.
-
-    Returns:
-        At least one prompt; a file's final line break is removed.
+    A file, "-" for standard input, has one prompt, whose final line break is removed.
 
     Raises:
         UsageError: There is no prompt, or a prompt is empty.
@@ -55,11 +50,9 @@ def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[str]:
 
 
 def read_chats(files: Sequence[Path]) -> list[Conversation]:
-    """Read conversations to continue, in the layouts of training data.
+    """Read conversations to continue, in the layouts of training data, from JSON or JSONL files.
 
-    Args:
-        files: JSON or JSONL files; each value is a list of messages, or an object with `messages`, and optionally
-            `tools` and `chat_template_kwargs`.
+    Each value is a list of messages, or an object with `messages`, and optionally `tools` and `chat_template_kwargs`.
 
     Raises:
         DataError: A file cannot be read, or a conversation is invalid or ends with the assistant's message.
@@ -74,9 +67,6 @@ def read_chats(files: Sequence[Path]) -> list[Conversation]:
 
 def read_tools(path: Path) -> tuple[JsonObject, ...]:
     """Read a list of functions (JSON schemas) from a JSON file.
-
-    Args:
-        path: The file.
 
     Raises:
         DataError: The file cannot be read, or does not contain such a list.

@@ -75,11 +75,7 @@ def run(
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """Return the files of an adapter to upload: weights, config, metadata and tokenizer; the model card is separate.
-
-    Args:
-        folder: The adapter's directory.
-    """
+    """Return the files of an adapter to upload: weights, config, metadata and tokenizer; the model card is separate."""
     from lorakit import hub
 
     own = [folder / name for name in ADAPTER_FILES]

@@ -143,8 +143,6 @@ class Command:
     Attributes:
         given: Flag of a setting -> its value, None if it was not given.
         config: File of settings.
-        json: Whether to print a JSON document.
-        verbose: Whether to print details.
         max_restarts: How often the processes may be started again.
         timeout: Limit of the wait for another process, in seconds.
     """
@@ -157,14 +155,7 @@ class Command:
     timeout: int
 
     def check(self, nproc: int | None) -> None:
-        """Check the flags about processes.
-
-        Args:
-            nproc: Number of processes to start, or None.
-
-        Raises:
-            UsageError: A number is not allowed.
-        """
+        """Raise UsageError if a number of processes, restarts or seconds is not allowed."""
         from lorakit.errors import UsageError
 
         for name, value, least in (
@@ -194,11 +185,7 @@ def _settings(given: Mapping[str, Any], config: Path | None, *, is_restarted: bo
 
 
 def _run_together(command: Command) -> int:
-    """Train in one of several processes; the first one prints, and reports errors of all of them.
-
-    Returns:
-        The exit code.
-    """
+    """Train in one of several processes, of which the first one prints and reports errors; return the exit code."""
     quiet_torch()
     from lorakit.errors import LorakitError, RunError
     from lorakit.train.processes.connecting import BROKEN, UNREACHABLE

@@ -24,12 +24,9 @@ class Tokenizer(Protocol):
 
 
 class TextStream:
-    """Incremental conversion of a growing list of tokens to text.
+    """Incremental conversion of a growing list of tokens to text, with or without special tokens such as end-of-text.
 
-    Args:
-        tokenizer: The tokenizer that decodes the token ids.
-        after: Prompt tokens that precede the first new token; their text is not returned.
-        skip_special_tokens: Whether to omit special tokens such as the end-of-text token.
+    The prompt tokens `after` precede the first new token; their text is not returned.
     """
 
     def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
@@ -40,11 +37,7 @@ class TextStream:
         self._given = self._text(self._window)  # text in the window that comes from the prompt or was already returned
 
     def push(self, token: int) -> str:
-        """Add a token and return the text that is now final, which may be empty.
-
-        Args:
-            token: The token id.
-        """
+        """Add a token and return the text that is now final, which may be empty."""
         self._window.append(token)
         text = self._text(self._window)
         if not text.startswith(self._given) and len(self._window) - self._settled <= PENDING_TOKENS:

@@ -153,11 +153,7 @@ def generate_batch(
 
 
 def context_tokens(model: nn.Module) -> int | None:
-    """Return the context length (prompt plus new tokens), or None if the model's config sets no limit.
-
-    Args:
-        model: A model with a transformers config.
-    """
+    """Return the context length (prompt plus new tokens), or None if the model's config sets no limit."""
     config = getattr(model, "config", None)
     text = getattr(config, "get_text_config", None)
     limit = getattr(text() if text is not None else config, "max_position_embeddings", None)
@@ -350,11 +346,7 @@ def _names(model: nn.Module, adapters: Sequence[str | None] | None, rows: int) -
 
 
 def embedding_weight(model: nn.Module) -> Tensor | None:
-    """Return the weight of a model's input embedding, (vocabulary, width), or None if it has none.
-
-    Args:
-        model: A transformers model.
-    """
+    """Return the weight of a model's input embedding, (vocabulary, width), or None if it has none."""
     getter = getattr(model, "get_input_embeddings", None)
     weight = getattr(getter(), "weight", None) if getter is not None else None
     return weight if isinstance(weight, Tensor) else None

@@ -53,12 +53,7 @@ class Prefix:
 
 
 def read_prefix(model: nn.Module, tokens: Sequence[int], device: torch.device | None = None) -> Prefix:
-    """Process a prefix with the base alone, even if adapters are active, and return its tokens and cache.
-
-    Args:
-        model: A causal language model in eval mode.
-        tokens: Token ids of the prefix, at least one.
-        device: Device for the ids; None selects the device of the model's first parameter.
+    """Process a prefix, at least one token, with the base alone, even if adapters are active, and return its cache.
 
     Raises:
         ModelError: The model does not return a cache that can be expanded to several rows.
@@ -78,15 +73,9 @@ def read_prefix(model: nn.Module, tokens: Sequence[int], device: torch.device | 
 def shared_tokens(model: nn.Module, prompts: Sequence[Sequence[int]], adapters: Sequence[Sequence[str]]) -> int:
     """Return the length of the longest common prefix within which every row uses only the base.
 
-    The prefix never covers a whole prompt, because at least one token must remain to be processed.
-
-    Args:
-        model: A model with or without adapters.
-        prompts: Token ids of each row.
-        adapters: Names of the active adapters for each row; empty for a row that uses only the base.
-
-    Returns:
-        Number of tokens; 0 if the model has no aLoRA adapter, no row uses an adapter, or sharing would save nothing.
+    `adapters` has the names of each row's active adapters. The prefix never covers a whole prompt, because at least
+    one token must remain to be processed. It is 0 if the model has no aLoRA adapter, no row uses an adapter, or sharing
+    would save nothing.
     """
     if len(prompts) < 2 or not waits_for_tokens(model) or not any(adapters):
         return 0

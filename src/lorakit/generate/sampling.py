@@ -57,11 +57,7 @@ class Sampler:
         return self.sampling.temperature == 0
 
     def pick(self, logits: Tensor) -> int:
-        """Choose a token and return its id.
-
-        Args:
-            logits: Logits of shape (vocabulary,) for the next position, on any device.
-        """
+        """Choose a token from logits (vocabulary,) for the next position, on any device, and return its id."""
         if self.is_greedy:
             return int(logits.argmax())
         weights = probabilities(logits.to("cpu"), self.sampling)
@@ -69,19 +65,12 @@ class Sampler:
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Return the distribution from which a token is sampled.
+    """Return the distribution from which a token is sampled, (vocabulary,) in float32, for logits (vocabulary,).
 
-    With z the logits and T the temperature, p_i = exp(z_i / T) / Σ_j exp(z_j / T). Top-k sets every p below the k-th
-    largest to 0. Top-p renormalizes the remaining probabilities, sorts them so that p_(1) ≥ p_(2) ≥ …, and keeps p_(i)
-    if p_(1) + … + p_(i-1) < `top_p`. The kept tokens, which always include the most likely one, are the smallest set
-    whose probabilities sum to at least `top_p`. All other probabilities become 0, and the result is normalized.
-
-    Args:
-        logits: Logits of shape (vocabulary,).
-        sampling: Settings with a temperature above 0.
-
-    Returns:
-        Probabilities of shape (vocabulary,), in float32, on the device of `logits`.
+    With z the logits and T > 0 the temperature, p_i = exp(z_i / T) / Σ_j exp(z_j / T). Top-k sets every p below the
+    k-th largest to 0. Top-p renormalizes the remaining probabilities, sorts them so that p_(1) ≥ p_(2) ≥ …, and keeps
+    p_(i) if p_(1) + … + p_(i-1) < `top_p`. The kept tokens, which always include the most likely one, are the smallest
+    set whose probabilities sum to at least `top_p`. All other probabilities become 0, and the result is normalized.
 
     Source:
         top-p: Holtzman et al. 2019, "The Curious Case of Neural Text Degeneration", arXiv:1904.09751, eqs. (2) and (3).

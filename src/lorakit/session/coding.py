@@ -39,10 +39,6 @@ class EvalRows:
     def coding(self, spec: SessionSpec, tokenizer: Tokenizer) -> Coding:
         """Return how the rows become batches; without adapters, the data and the model determine the task.
 
-        Args:
-            spec: The session's spec.
-            tokenizer: The tokenizer of the base.
-
         Raises:
             LorakitError: No task fits the data and the model, or the labels or the length do not fit the task.
         """
@@ -74,11 +70,7 @@ class Coding:
     ) -> tuple[Batches | None, dict[str, Batches]]:
         """Return the batches of the base, or None if its tokenizer cannot render the data, and those of each adapter.
 
-        Args:
-            tokenizer: The base's tokenizer.
-            owned: Name of each adapter -> its own tokenizer, or None.
-            say: Function that receives messages.
-            detail: Function that receives the row and token counts.
+        `owned` has the tokenizer of each adapter, or None; `say` gets messages, and `detail` the row and token counts.
 
         Raises:
             DataError: An adapter's tokenizer, or the base's if it is used, cannot render the data.

@@ -29,12 +29,6 @@ def compare(
     only in the same chat template, the base is measured with it, as in training. A base without a head for the task, or
     whose chat template does not render the data, is not measured alone. The dtype "auto" is that of the machine.
 
-    Args:
-        spec: The base and the adapters; weights are loaded when the data is encoded.
-        rows: The data.
-        say: Function that receives messages, for example about truncated data or an adapter with its own tokenizer.
-        detail: Function that receives details: the row and token counts, and the reason for the chosen precision.
-
     Returns:
         (name, evaluation) pairs: first the base, named "base", then each adapter, in the given order.
 

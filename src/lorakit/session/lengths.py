@@ -27,13 +27,7 @@ _WHOLE = 1 << 30
 def usual_length(records: AnyRecords, tokenizer: Tokenizer, task: TaskOnData) -> int:
     """Return the percentile `PERCENTILE` of the lengths of rows in tokens; documents, which are split, have no length.
 
-    Args:
-        records: The training records; of a stream, those of the first part.
-        tokenizer: The tokenizer that encodes them.
-        task: The task, and what it predicts.
-
-    Returns:
-        The length of one of the rows, at least `SHORTEST_LENGTH`; with documents, at least `ASSUMED_LENGTH`.
+    The result is at least `SHORTEST_LENGTH`, and with documents at least `ASSUMED_LENGTH`.
 
     Raises:
         DataError: A row cannot be encoded.
@@ -54,12 +48,7 @@ def percentile(sizes: Sequence[int]) -> int:
 
 
 def max_length_for(shape: plan.ModelShape, wanted: int | None, usual: Callable[[], int]) -> int:
-    """Return the maximum sequence length.
-
-    Args:
-        shape: The model's shape.
-        wanted: The given length, or None.
-        usual: Function that returns the length to use if none is given; it is reduced to the model's limit.
+    """Return the given maximum sequence length, or else the usual one, reduced to the model's limit.
 
     Raises:
         UsageError: The given length exceeds the model's limit.

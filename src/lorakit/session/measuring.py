@@ -26,8 +26,7 @@ class Evaluation:
     """Result of an evaluation.
 
     Attributes:
-        loss: Mean loss over the targets: for language models, cross entropy in nats over the tokens that contribute to
-            the loss.
+        loss: Mean loss over the targets: for language models, cross entropy in nats over the tokens with loss.
         tokens: Number of these targets: tokens, or rows for classification and embeddings.
         scores: Name of a metric of the task -> value, or the reason why the data does not define it.
         row_losses: Summed loss of each row (of each batch if the loss compares the rows of a batch); empty if unknown.
@@ -68,13 +67,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class Share:
-    """The part of an evaluation that one process computed.
-
-    Attributes:
-        parts: Number of a batch -> its evaluation.
-        meters: Number of a batch -> its metrics.
-        is_stopped: Whether the evaluation was stopped.
-    """
+    """The part of an evaluation that one process computed: losses and metrics by the number of the batch."""
 
     parts: dict[int, _Part]
     meters: dict[int, Meter]
@@ -92,7 +85,7 @@ def measure(
     acceleration: Acceleration | None = None,
     objective: Objective | None = None,
 ) -> Share:
-    """Evaluate batches without gradients or dropout.
+    """Evaluate batches without gradients or dropout; without an objective, as a causal language model.
 
     Args:
         model: A model for the task; the training mode of each of its modules is restored afterwards.
@@ -100,7 +93,7 @@ def measure(
             used, and None stops the evaluation.
         device: The model's device.
         acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
-        objective: The loss and the metrics; None selects those of causal language models.
+        objective: The loss and the metrics.
 
     Raises:
         RunError: Memory ran out; the message describes the batch and suggests what to change.
@@ -152,13 +145,7 @@ def _part(total: float, batch: Batch, rows: tuple[float, ...], counts: torch.Ten
 
 
 def combined(shares: Sequence[Share]) -> Evaluation | None:
-    """Combine the shares of several processes.
-
-    Args:
-        shares: Results of `measure`; the combination does not depend on how the batches were divided.
-
-    Returns:
-        The evaluation, or None if it was stopped.
+    """Combine the results of `measure` of several processes, however the batches were divided; None if one was stopped.
 
     Raises:
         DataError: None of the tokens in the batches contribute to the loss.
@@ -205,12 +192,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def oom_as_run_error(batch: Batch, where: str, advice: Callable[[int], str]) -> Iterator[None]:
-    """Convert an out-of-memory error raised in a block to a `RunError` that describes the batch and gives advice.
+    """Convert an out-of-memory error in a block to a `RunError` that describes the batch and gives advice for its rows.
 
-    Args:
-        batch: The batch that the block processes.
-        where: Text to insert after "out of memory" in the message: "" or " while evaluating".
-        advice: Function that returns advice for a batch with the given number of rows.
+    `where` follows "out of memory" in the message: "" or " while evaluating".
 
     Raises:
         RunError: Memory ran out.
@@ -227,11 +211,7 @@ def oom_as_run_error(batch: Batch, where: str, advice: Callable[[int], str]) -> 
 
 
 def oom_advice_for_evaluation(rows: int) -> str:
-    """Return advice on reducing the memory use of an evaluation.
-
-    Args:
-        rows: Number of rows in the batch that did not fit in memory.
-    """
+    """Return advice on reducing the memory use of an evaluation with batches of this number of rows."""
     fewer = "fewer rows per batch (train: --per-device-train-batch-size, eval: --batch-size) or " if rows > 1 else ""
     return f"Try {fewer}a smaller --max-length."
 

@@ -49,7 +49,7 @@ ROUNDED_ACTIVATIONS = 0.3
 
 @dataclass(frozen=True)
 class MergeRequest:
-    """Specification of a merge.
+    """Specification of a merge into a new directory.
 
     Attributes:
         spec: The base and the adapters, by their directories or Hub ids as given by the user; the quantization of the
@@ -108,17 +108,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Merged:
-    """Result of a merge.
-
-    Attributes:
-        folder: The merged model's directory.
-        dtype: Dtype of the weights.
-        parameters: Number of parameters; shared ones count once.
-        weights_bytes: Size of the safetensors files in bytes.
-        untied: Whether input and output embeddings were untied.
-        has_tokenizer: Whether a tokenizer was written.
-        report: Merge statistics for each site.
-    """
+    """Result of a merge: the directory, and dtype, number (shared ones count once) and size of the parameters."""
 
     folder: Path
     dtype: str
@@ -132,16 +122,10 @@ class Merged:
 def write_merged(request: MergeRequest, say: Callable[[str], None]) -> tuple[Merged, Probe]:
     """Merge adapters and write a model directory, which is published only if it is complete and verified.
 
-    Args:
-        request: Specification of the merge.
-        say: Called with a message before each slow step.
-
-    Returns:
-        The result and the comparison.
+    Return the result and the comparison; `say` receives a message before each slow step.
 
     Raises:
-        MergeError: An adapter cannot be merged, or the merged model's logits differ too much from those of
-            the unmerged model.
+        MergeError: An adapter cannot be merged, or the merged model's logits differ too much from the unmerged model's.
         DiskError: Writing fails.
         LorakitError: The model or an adapter cannot be used.
     """
@@ -171,13 +155,9 @@ def probe_dtype(source: hub.ModelSource) -> str:
 
 @dataclass(frozen=True)
 class Expected:
-    """Logits of the unmerged base and adapters on the probe tokens.
+    """Logits of the base alone and with its adapters on the probe tokens, each (tokens, vocabulary), and their dtype.
 
-    Attributes:
-        base: Logits of the base alone, shape (tokens, vocabulary).
-        adapted: Logits of the base with its adapters, shape (tokens, vocabulary).
-        dtype: Dtype of the computation.
-        noise: Numerical error from the matmuls of a quantized base, as a multiple of the logits' standard deviation.
+    `noise` is the error of a quantized base's matmuls, as a multiple of the logits' standard deviation.
     """
 
     base: Tensor
@@ -187,18 +167,10 @@ class Expected:
 
 
 def compare(expected: Expected, merged: Tensor, dtype: str) -> Probe:
-    """Compare a merged model with the unmerged base and adapters.
-
-    Args:
-        expected: Logits of the unmerged base and adapters.
-        merged: Logits of the merged model, shape (tokens, vocabulary), computed in `expected.dtype`.
-        dtype: Dtype of the merged weights.
-
-    Returns:
-        The comparison.
+    """Compare the logits of a merged model, (tokens, vocabulary) in `expected.dtype`, with those of the unmerged one.
 
     Raises:
-        MergeError: The logits differ by more than rounding and numerical errors can explain.
+        MergeError: They differ by more than numerical errors and rounding to `dtype`, that of the weights, can explain.
     """
     adapted = expected.adapted
     difference = float((merged - adapted).abs().max())
@@ -215,13 +187,7 @@ def compare(expected: Expected, merged: Tensor, dtype: str) -> Probe:
 
 
 def record(request: MergeRequest, done: Merged, probe: Probe) -> dict[str, Any]:
-    """Return the contents of `lorakit_merged.json`.
-
-    Args:
-        request: Specification of the merge.
-        done: Result of the merge.
-        probe: The comparison.
-    """
+    """Return the contents of `lorakit_merged.json`."""
     sites, stored = done.report.sites, request.spec.options.stored
     return {
         "format_version": 1,

@@ -18,9 +18,7 @@ from lorakit.tasks import EncodeOptions, LabelOptions, agree_on_padding, named_a
 def to_predict(spec: SessionSpec, tag_scheme: str = "auto") -> SessionSpec:
     """Return a session's spec with everything that its task needs to predict rows.
 
-    Args:
-        spec: The session.
-        tag_scheme: The scheme of the tags; "auto" selects that of the adapter or the model.
+    The tag scheme "auto" is that of the adapter or the model.
 
     Raises:
         UsageError: The task generates text, or the model has no head for it.
@@ -36,13 +34,7 @@ def to_predict(spec: SessionSpec, tag_scheme: str = "auto") -> SessionSpec:
 
 @dataclass(frozen=True)
 class RowsToPredict:
-    """Encoded rows.
-
-    Attributes:
-        rows: The rows and their records.
-        batch_rows: Number of rows per batch.
-        tokenizer: The tokenizer that encoded them.
-    """
+    """Encoded rows, each with the record that it was made from, and the tokenizer that encoded them."""
 
     rows: Encoded
     batch_rows: int
@@ -57,14 +49,7 @@ class RowsToPredict:
         batch_rows: int,
         tokenizer: SavedTokenizer | None = None,
     ) -> RowsToPredict:
-        """Encode rows.
-
-        Args:
-            spec: Result of `to_predict`.
-            records: The rows.
-            max_length: Maximum length of a text in tokens; None selects `ASSUMED_LENGTH`, within the model's limit.
-            batch_rows: Number of rows per batch.
-            tokenizer: The tokenizer of the adapter; None selects that of the spec.
+        """Encode rows for the result of `to_predict`; `max_length` is `ASSUMED_LENGTH` tokens if it is None.
 
         Raises:
             LorakitError: The rows cannot be encoded.
@@ -82,11 +67,7 @@ class RowsToPredict:
         return self.rows.report.lines()[1:]
 
     def batches(self, spec: SessionSpec) -> Iterator[tuple[Batch, Sequence[Record]]]:
-        """Yield batches with the records of their rows, in order.
-
-        Args:
-            spec: The session's spec.
-        """
+        """Yield batches with the records of their rows, in order."""
         collate, pad = spec.task.objective.collate, padding_id(self.tokenizer)
         for at in range(0, len(self.rows.sequences), self.batch_rows):
             end = at + self.batch_rows

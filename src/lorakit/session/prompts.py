@@ -21,12 +21,7 @@ from lorakit.errors import DataError, UsageError
 
 @dataclass(frozen=True)
 class Remark:
-    """What a user should know.
-
-    Attributes:
-        text: The message.
-        is_warning: Whether results may differ from what the user expects.
-    """
+    """What a user should know; a warning means that results may differ from what the user expects."""
 
     text: str
     is_warning: bool = False
@@ -37,11 +32,7 @@ def prompt_format(
 ) -> tuple[str, Remark | None]:
     """Return how to format prompts, "chat", "instruction" or "text", and what the user should know about it.
 
-    Args:
-        tokenizer: A transformers tokenizer.
-        facts: Metadata of the adapters, which records how the prompts in their training data were formatted.
-        chat: Whether the user asks for the chat template; None follows the training data of the adapters, or uses the
-            chat template if there is one.
+    If `chat` is None, the format is that of the training data (`facts`), or else the chat template if there is one.
 
     Raises:
         UsageError: A chat template is requested, but there is none.
@@ -78,17 +69,14 @@ def encode_prompts(
     system: str | None,
     tools: Sequence[JsonObject] = (),
 ) -> list[list[int]]:
-    """Return the token ids of prompts.
+    """Return the token ids of each prompt: a text, or a conversation to continue.
 
     Args:
-        prompts: Texts, and conversations to continue.
+        prompts: Texts, and conversations.
         tokenizer: A transformers tokenizer.
         form: Result of `prompt_format`; "chat" if there are conversations or tools.
         system: System message for the texts, or None.
         tools: JSON schemas of functions; of a conversation without its own, or of a text.
-
-    Returns:
-        A list of token ids for each prompt.
 
     Raises:
         UsageError: The system message cannot be used, or the chat template rejects a conversation.
@@ -127,15 +115,10 @@ def _chat_ids(chat: Conversation, tokenizer: Tokenizer) -> list[int]:
 
 
 def end_ids(model: nn.Module, tokenizer: Tokenizer, form: str) -> set[int]:
-    """Return the ids of the tokens that end an answer.
+    """Return the ids of the tokens that end an answer; `form` is the result of `prompt_format`.
 
     These are the end-of-text tokens of the model's config, its generation config and the tokenizer, and in a chat also
     the tokens with which the chat template ends a turn, because those were trained.
-
-    Args:
-        model: A transformers model.
-        tokenizer: The model's or the adapter's tokenizer.
-        form: Result of `prompt_format`.
     """
     found: set[int] = set(end_tokens(tokenizer)) if form == "chat" else set()
     for holder in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
@@ -145,15 +128,10 @@ def end_ids(model: nn.Module, tokenizer: Tokenizer, form: str) -> set[int]:
 
 
 def conversation(value: JsonValue, source: str, line: int | None = None) -> Conversation:
-    """Return a conversation to continue.
-
-    Args:
-        value: A list of messages, or an object with `messages`, and optionally `tools` and `chat_template_kwargs`.
-        source: Where it is from, for messages.
-        line: Line number in a file, or None.
+    """Return a conversation to continue, from a list of messages, or an object with `messages`, `tools` and options.
 
     Raises:
-        DataError: The conversation is invalid or ends with the assistant's message.
+        DataError: The conversation, at this line of its source, is invalid or ends with the assistant's message.
     """
     row = value if isinstance(value, dict) else {"messages": value}
     options = row.get("chat_template_kwargs") or {}

@@ -15,12 +15,7 @@ from lorakit.tasks import TaskOnData, task_of_adapter
 
 
 def recorded_base(folder: Path, config: LoraConfig, facts: Mapping[str, Any]) -> str:
-    """Return the name of the base that an adapter was trained on.
-
-    Args:
-        folder: The adapter's directory, for the message.
-        config: The adapter's config.
-        facts: Contents of its `lorakit.json`.
+    """Return the name of the base that an adapter was trained on, from its config or its `lorakit.json`.
 
     Raises:
         UsageError: The adapter does not name its base.
@@ -36,13 +31,7 @@ def recorded_base(folder: Path, config: LoraConfig, facts: Mapping[str, Any]) ->
 
 
 def resolve_base(base: str, given: str | None, adapter: object, say: Callable[[str], None]) -> hub.ModelSource:
-    """Resolve the base of an adapter; if only the adapter names it, an error says so.
-
-    Args:
-        base: Name of the base.
-        given: The name that the user passed, or None.
-        adapter: The adapter, for the message.
-        say: Receives messages; see `lorakit.hub.resolve`.
+    """Resolve the base of an adapter; if only the adapter names it (`given` is None), an error says so.
 
     Raises:
         ModelError: The base was not found.
@@ -57,14 +46,10 @@ def resolve_base(base: str, given: str | None, adapter: object, say: Callable[[s
 
 
 def task_of(adapters: Sequence[AdapterFiles]) -> TaskOnData:
-    """Return the task that adapters were trained for.
-
-    Args:
-        adapters: Files of the adapters, at least one.
+    """Return the task that adapters, at least one, were trained for.
 
     Raises:
-        UsageError: The adapters have different tasks or classes, rename labels differently, or have a task that lorakit
-            lacks.
+        UsageError: The adapters have different tasks or classes, or rename labels differently, or the task is unknown.
     """
     first, *others = [
         task_of_adapter(files.config, files.sidecar.facts.get("training"), files.head_outputs) for files in adapters

@@ -61,15 +61,10 @@ class SessionOptions:
 
 @dataclass(frozen=True)
 class SessionSpec:
-    """What is known of a session before weights are loaded.
+    """What is known of a session before weights are loaded: a base or merged model, and its adapters by name.
 
-    Attributes:
-        source: The base, or a merged model.
-        adapters: Name -> files of an adapter that will be loaded.
-        facts: Contents of each adapter's `lorakit.json`, or of the merged model's `lorakit_merged.json`; empty if
-            nothing is recorded.
-        task: The task of the adapters, or of the base.
-        options: How the base is loaded.
+    `facts` has the contents of each adapter's `lorakit.json`, or of the merged model's `lorakit_merged.json`; it is
+    empty if nothing is recorded.
     """
 
     source: hub.ModelSource
@@ -137,11 +132,7 @@ class SessionSpec:
         return tuple(found)
 
     def on_machine(self, say: Callable[[str], None] = lambda text: None) -> SessionSpec:
-        """Return the spec with the dtype "auto" replaced by the one that suits the machine, as in training.
-
-        Args:
-            say: Receives the reason.
-        """
+        """Return the spec with the machine's dtype in place of "auto", as in training; `say` receives the reason."""
         if isinstance(self.options.dtype, torch.dtype):
             return self
         choice = hub.choose_dtype(self.options.dtype, self.device)
@@ -149,11 +140,7 @@ class SessionSpec:
         return replace(self, options=replace(self.options, dtype=choice.dtype))
 
     def check_generates(self) -> None:
-        """Check that the task continues text.
-
-        Raises:
-            UsageError: It does not.
-        """
+        """Raise UsageError if the task does not continue text."""
         if not self.task.task.generates:
             where = self.files[0].folder if self.files else self.source.given
             raise UsageError(
@@ -164,11 +151,7 @@ class SessionSpec:
             )
 
     def request(self, *, needs_label: bool = True) -> Request:
-        """Return how rows of the task are read; as in training, if a file fits.
-
-        Args:
-            needs_label: Whether labels and tags are required.
-        """
+        """Return how rows of the task, with or without labels and tags, are read; as in training, if a file fits."""
         task = self.task.task
         allowed = task.formats if needs_label else task.inputs or task.formats
         return Request(allowed=allowed, needs_label=needs_label).with_usual(self.rows)
@@ -176,8 +159,7 @@ class SessionSpec:
     def load_base(self, tokenizer: SavedTokenizer | None = None) -> hub.LoadedModel:
         """Load the base with the head that the task needs; a new head has random weights until an adapter is loaded.
 
-        Args:
-            tokenizer: The tokenizer with which the model must agree about padding; None if rows are not padded.
+        The model must agree with the tokenizer about padding, if rows are padded.
 
         Raises:
             LorakitError: The base cannot be loaded, or an adapter lacks the weights of a new head.
@@ -226,11 +208,7 @@ def session_spec(
 
 
 def task_of_base(name: str | None, source: hub.ModelSource) -> TaskOnData:
-    """Return the task of a model without adapters.
-
-    Args:
-        name: Name of the task; None selects that of the model's own head.
-        source: The model.
+    """Return the named task of a model without adapters, or that of the model's own head.
 
     Raises:
         UsageError: The model neither continues text nor predicts rows.

@@ -33,10 +33,6 @@ class SavedTokenizer(data.Tokenizer, Protocol):
 def tokenizer_for(source: hub.ModelSource, adapters: Sequence[AdapterFiles]) -> tuple[SavedTokenizer, str]:
     """Return the tokenizer to use, preferably the one that the adapters were trained and saved with.
 
-    Args:
-        source: The source of the base model.
-        adapters: Files of the adapters.
-
     Returns:
         The saved tokenizer that contains all tokens of the other saved tokenizers, if there is one and all have the
             same chat template; otherwise, the model's tokenizer, with a warning if adapters have others, or "".
@@ -66,10 +62,6 @@ def _largest(tokenizers: Sequence[SavedTokenizer]) -> SavedTokenizer | None:
 
 def own_tokenizer(folder: Path, tokenizer: data.Tokenizer) -> SavedTokenizer | None:
     """Return the tokenizer in an adapter's directory if it differs from the base's, else None.
-
-    Args:
-        folder: The adapter's directory.
-        tokenizer: The base's tokenizer.
 
     Raises:
         ModelError: The tokenizer cannot be read.
@@ -104,8 +96,8 @@ def training_tokenizer(
         source: The base.
         chat_template: Name of a chat template, or a Jinja file; None keeps that of the tokenizer.
         new_tokens: Tokens that the run adds later, so that the template may contain them.
-        adapter: Directory of the adapter that the run starts from; its own tokenizer is used.
-        resumed: Tokenizer in the checkpoint of the run that is resumed; its template is used, because files with
+        adapter: Directory of the adapter that the run starts from, whose own tokenizer is used.
+        resumed: Tokenizer in the checkpoint of the run that is resumed, whose template is used, because files with
             templates may be changed or removed after a start.
 
     Raises:

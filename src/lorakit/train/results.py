@@ -98,11 +98,7 @@ class RunResult:
     untrained_sites: int = 0
 
     def lines(self, verbose: bool = False) -> list[str]:
-        """Return the result as lines of text, most important first.
-
-        Args:
-            verbose: Whether to include the estimated speed, the parameter counts and the size of the base weights.
-        """
+        """Return the result as lines of text, most important first, with estimates and counts if `verbose`."""
         if self.ending == "interrupted":
             return self._interrupted()
         speed, planned = format_rate(self.tokens_per_second, "tokens/s"), ""
@@ -148,13 +144,7 @@ class RunResult:
 
 
 def finish(run: Run) -> RunResult:
-    """Publish the adapter and write `run.json`; after an interruption, write only `run.json`.
-
-    Args:
-        run: The run, after its last step, with its final status.
-
-    Returns:
-        The result, which is also written to `run.json`.
+    """Publish the adapter and write `run.json`, also with the result; after an interruption, write only `run.json`.
 
     Raises:
         RunError: The run has neither a valid checkpoint nor an adapter saved without one.
@@ -289,15 +279,9 @@ def _chosen(run: Run, notes: list[str]) -> tuple[int, Path]:
 
 
 def publish_adapter(folder: Path, source: Path) -> Path:
-    """Atomically publish the adapter of a checkpoint, or one saved without a checkpoint, as `adapter/`.
+    """Atomically publish the adapter of a verified checkpoint, or one saved without a checkpoint, as `adapter/`.
 
-    Args:
-        folder: The run directory.
-        source: Directory of the verified checkpoint or of the adapter. Files are hard-linked if the disk has no room
-            for copies, or had none for a checkpoint.
-
-    Returns:
-        The adapter's directory.
+    Files are hard-linked if the disk has no room for copies, or had none for a checkpoint.
 
     Raises:
         DiskError: A file cannot be written.

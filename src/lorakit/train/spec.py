@@ -66,8 +66,7 @@ class NewTokens:
     Attributes:
         added: Ids of the new tokens, and how the tokenizer encoded their text before they were added.
         vocabulary: Number of rows that the base's embedding needs.
-        rows: Embedding rows to train: those of the new tokens, and those of existing tokens that have no row in the
-            base.
+        rows: Embedding rows to train: of the new tokens, and of existing tokens that have no row in the base.
     """
 
     added: hub.AddedTokens
@@ -79,12 +78,8 @@ class NewTokens:
 class Forecast:
     """Properties of a run that are known from the settings and the model config, before the data is tokenized.
 
-    Attributes:
-        shape: Shape of the base model.
-        config: The adapter's config.
-        max_length: Maximum sequence length: the setting, or chosen by the data, the model's limit and the memory.
-        notes: Messages to print.
-        new_tokens: Tokens added to the vocabulary, or None.
+    The maximum sequence length is the setting, or chosen by the data, the model's limit and the memory; `notes` are
+    messages to print.
     """
 
     shape: plan.ModelShape
@@ -102,15 +97,10 @@ class RunSpec:
         settings: All settings, including those taken from the run being resumed.
         folder: The run directory, which exists and is writable.
         lock: File descriptor that holds the lock on the run directory; -1 if locks are not supported.
-        device: The run's device.
-        source: The base model.
-        data: Records for training and evaluation.
         hashes: Dict from the path of each data file to the file's SHA-256, or to its identity if it is streamed.
         record: Contents of `run.json` if the run is resumed, or None.
         tokenizer: The tokenizer of the base or the start adapter, with the run's new tokens.
         tokenizer_sha256: SHA-256 of the tokenizer, computed once, because that takes a third of a second.
-        task: The task, and what it predicts for this data.
-        forecast: The base's shape, the adapter config, and the maximum sequence length.
         quantization: Quantization of the base, from the settings or the base's files, or None.
         start: The adapter that the run starts from, or None.
         has_own_tokenizer: Whether the tokenizer or its chat template differs from the base's.
@@ -168,13 +158,10 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class RunLimits:
-    """The length of a run and the intervals between evaluations and between checkpoints.
+    """The length of a run and the intervals between evaluations and between checkpoints, in optimizer steps.
 
     Attributes:
-        total_steps: Number of optimizer steps in the run.
         accumulation: Number of batches per step in all processes together; the last step of an epoch may have fewer.
-        eval_steps: Number of steps between evaluations.
-        save_steps: Number of steps between checkpoints.
         patience: Number of consecutive evaluations without improvement after which the run stops, or None.
     """
 
@@ -268,13 +255,10 @@ class RunPlan:
     Attributes:
         dtype: Precision of the base: "bfloat16", "float16" or "float32".
         recompute: What the backward pass recomputes: a value in `lorakit.plan.job.RECOMPUTED`.
-        batch_rows: Number of rows per batch.
         accumulation: Number of batches per step.
-        estimated: The plan.
         values: The plan as plain JSON values.
         proposed: Plans that should fit into the limit of `--fit`, fastest first; empty if nothing is left to choose.
         is_tight: Whether the planned peak is so close to the limit of `--fit` that freed memory must not be kept.
-        dtype_reason: Message that says why this precision was chosen.
     """
 
     dtype: str
@@ -304,12 +288,9 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class DiskSpace:
-    """Disk space that a run needs, in bytes.
+    """Disk space that a run needs, in bytes: for a checkpoint, for the result alone, and the peak of all files.
 
-    Attributes:
-        checkpoint: Size of one checkpoint.
-        least: Size of the result alone: the published adapter with its tokenizer, `metrics.jsonl` and `run.json`.
-        whole: Peak total size of all files during the run.
+    The result is the published adapter with its tokenizer, `metrics.jsonl` and `run.json`.
     """
 
     checkpoint: int

@@ -57,15 +57,7 @@ def step_options(spec: RunSpec, plan: RunPlan, acceleration: Acceleration | None
 
 @dataclass(frozen=True)
 class RunBatches:
-    """The data of a run, split into batches.
-
-    Attributes:
-        loader: Endless iterator over the training batches, in a seeded order.
-        held_out_sequences: The evaluation data, or None if there is none.
-        train_report: Row and token counts for the training data.
-        held_out_report: Row and token counts for the evaluation data, or None.
-        task: The run's task.
-    """
+    """The data of a run, split into batches, and its row and token counts; None without evaluation data."""
 
     loader: BatchLoader
     held_out_sequences: Sequence[Tokens] | None
@@ -94,15 +86,8 @@ class RunBatches:
     def next_share(self, accumulation: int, processes: Processes) -> list[Batch]:
         """Return this process's batches of the next step; a step never mixes rows from two epochs.
 
-        Every process advances its loader over all batches of the step, so the order of the data does not depend on the
-        number of processes.
-
-        Args:
-            accumulation: Number of batches per step in all processes together.
-            processes: The processes of the run.
-
-        Returns:
-            The batches, which may be none if the step has fewer rows than there are processes.
+        Every process advances its loader over all batches of the step, `accumulation` in all processes together, so the
+        order of the data does not depend on the number of processes. There are no batches if there are too few rows.
 
         Raises:
             DataError: A row of streamed data does not fit.
@@ -116,11 +101,7 @@ class RunBatches:
         return [self.loader.batch_of(rows) for rows in mine]
 
     def with_rows(self, batch_rows: int) -> RunBatches:
-        """Return the same data, in the same order, in batches of another size, from the beginning.
-
-        Args:
-            batch_rows: Number of rows per batch.
-        """
+        """Return the same data, in the same order, in batches of another size, from the beginning."""
         if batch_rows == self.loader.batch_rows:
             return self
         return replace(self, loader=replace(self.loader, batch_rows=batch_rows))
@@ -130,16 +111,14 @@ def share_of(groups: Sequence[list[Tokens]], rank: int, processes: int, is_whole
     """Return the part of a step's batches that one process computes; the parts together contain each row once.
 
     Rows are given out in order of length, longest first, each to the process that has the fewest tokens so far. No
-    process gets more batches than it would if whole batches were given out, and no batch has more rows than before.
+    process gets more batches than it would if whole batches were given out, and no batch has more rows than before. A
+    process gets none if there are fewer rows than processes.
 
     Args:
         groups: The rows of each batch of the step, as one process would compute them; at least one.
         rank: Number of the process, from 0.
         processes: Number of processes.
         is_whole: Whether batches must stay whole, because the loss compares the rows of a batch.
-
-    Returns:
-        The rows of each batch of the process; empty if the step has fewer rows than there are processes.
     """
     if processes == 1:
         return list(groups)
@@ -215,13 +194,7 @@ class RunInt8:
 class LoadedModel:
     """The model of a run with its adapter, and how it computes.
 
-    Attributes:
-        model: The adapted model.
-        base_bytes: Size of the base's weights in memory.
-        choices: Autotuned choices to pass to `lorakit.ops.choices.activate`.
-        acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
-        int8: The int8 base, or None if the base is multiplied in its dtype.
-        sharded: The base if it is sharded over processes, or None.
+    `base_bytes` is the size of the base's weights in memory; `choices` are for `lorakit.ops.choices.activate`.
     """
 
     model: nn.Module
@@ -234,14 +207,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Updates:
-    """The trainable tensors, and how an optimizer step changes them.
-
-    Attributes:
-        named: (name, tensor) pairs for the model's trainable tensors (any shape).
-        optimizer: The optimizer for the trainable tensors.
-        schedule: Learning rate schedule.
-        scaler: Scaler of the loss if the base is in fp16, or None; its state is part of every checkpoint.
-    """
+    """The trainable tensors (any shape) by name, and how an optimizer step changes them; the scaler is for fp16."""
 
     named: Named
     optimizer: torch.optim.Optimizer
@@ -255,7 +221,6 @@ class Start:
 
     Attributes:
         started: Value of `time.perf_counter()` when `run` was called.
-        space: Disk space that the run needs.
         resumed_from: The checkpoint from which the run was resumed, or None.
         damaged: Damaged checkpoints newer than `resumed_from`.
         seeded_at: Step at which the random number generators were seeded: 0, or that from which the run was resumed
@@ -271,18 +236,9 @@ class Start:
 
 @dataclass
 class Run:
-    """The context of a run once the weights are loaded.
+    """A run once the weights are loaded; the loop updates `state` and `status`.
 
     Attributes:
-        spec: Everything that is known before weights are loaded.
-        plan: Precision, recomputation and estimated cost.
-        batches: Training and evaluation data.
-        limits: Length of the run, and evaluation and checkpoint intervals.
-        loaded: The adapted model.
-        updates: The trainable tensors and their optimizer.
-        start: Where the run starts.
-        state: Training state, which the loop updates.
-        progress: Receiver of progress reports and messages.
         trackers: The trackers that receive the metrics; none is open before the run starts.
         notes: Messages that were printed, for the result.
         status: "running", "failed", "interrupted", "stopped early" or "finished".

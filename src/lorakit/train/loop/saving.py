@@ -28,10 +28,7 @@ from lorakit.train.spec import ADAPTER, DiskSpace
 def save_checkpoint(run: Run) -> Path | None:
     """Save a checkpoint and remove old ones; if the checkpoint does not fit on the disk, save only the adapter.
 
-    All processes of the run take part, and the first one writes.
-
-    Args:
-        run: The run; its state must contain the current position of the data loader.
+    All processes of the run take part, and the first one writes. The state must contain the position of the loader.
 
     Returns:
         The checkpoint's directory, or None if only the adapter was saved.
@@ -75,15 +72,7 @@ def _write_checkpoint(run: Run, random: Sequence[checkpoint.RandomState]) -> Pat
 
 
 def check_checkpoint_space(folder: Path, space: DiskSpace) -> None:
-    """Check that saving a checkpoint would leave enough disk space for the result of the run.
-
-    Args:
-        folder: The run directory.
-        space: Result of `disk_space`.
-
-    Raises:
-        DiskError: The checkpoint would leave too little space.
-    """
+    """Raise DiskError if a checkpoint would leave too little disk space for the result of the run."""
     free = shutil.disk_usage(folder).free
     if free < space.checkpoint + space.least:
         raise DiskError(
@@ -94,17 +83,12 @@ def check_checkpoint_space(folder: Path, space: DiskSpace) -> None:
 
 
 def save_adapter(run: Run, folder: Path) -> None:
-    """Write the run's adapter, which names its base, with the tokenizer and a model card.
+    """Write the run's adapter, which names its base, with the tokenizer and a model card to an existing directory.
 
     This is the only writer of an adapter's directory in a run: checkpoints call it, and `adapter/` is a copy.
 
-    Args:
-        run: The run, at the step to save.
-        folder: An existing directory.
-
     Raises:
-        DiskError: A file cannot be written. The base's own tokenizer is omitted instead, because readers can use the
-            base's.
+        DiskError: A file cannot be written. The base's own tokenizer is omitted instead.
     """
     base = run.spec.source.recorded_name
     state_of(run.loaded.model).configs[ADAPTER].revision = run.spec.source.revision
@@ -141,11 +125,7 @@ def _write_tokenizer(tokenizer: SavedTokenizer, folder: Path) -> None:
 
 
 def metrics_at(run: Run, *steps: int | None) -> list[dict[str, float | None]]:
-    """Return the metrics of the run's task at each step, as recorded in `metrics.jsonl`, which is read once.
-
-    Args:
-        run: The run.
-        steps: The steps; None for a step that does not exist.
+    """Return the metrics of the task at each step (None: no such step) from `metrics.jsonl`, which is read once.
 
     Returns:
         A dict from metric to value for each step, the most important first; the value is None if the data does not
@@ -158,23 +138,14 @@ def metrics_at(run: Run, *steps: int | None) -> list[dict[str, float | None]]:
 
 
 def undefined_at(run: Run, step: int | None) -> list[str]:
-    """Return a sentence for each metric that the evaluation at a step does not define, with the reason.
-
-    Args:
-        run: The run.
-        step: The step; None for a step that does not exist.
-    """
+    """Return a sentence for each metric that the evaluation at a step does not define, with the reason."""
     rows = {row["step"]: row for row in read_metrics(run.spec.folder).evaluations}
     found = rows.get(step, {}).get("eval_undefined", {})
     return [f"The metric {name} is undefined: {reason}." for name, reason in found.items()]
 
 
 def adapter_metadata(run: Run) -> dict[str, Any]:
-    """Return the run's entries for `lorakit.json` (base, tokenizer and training) as plain JSON values.
-
-    Args:
-        run: The run, at the step to save.
-    """
+    """Return the run's entries for `lorakit.json` (base, tokenizer and training) as plain JSON values."""
     spec, state = run.spec, run.state
     evaluated = state.evaluated_step == state.step
     origin: dict[str, Any] = {}

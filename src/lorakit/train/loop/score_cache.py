@@ -37,11 +37,7 @@ _MAX_BYTES, _MAX_KEPT_BYTES = 4 << 20, 256 << 20
 
 
 def read(key: str) -> Evaluation | None:
-    """Return the evaluation that was kept under a key, or None.
-
-    Args:
-        key: Result of `key_of`.
-    """
+    """Return the evaluation that was kept under a key of `key_of`, or None."""
     try:
         entry = _entries().get(key)
         if entry is None:
@@ -53,15 +49,7 @@ def read(key: str) -> Evaluation | None:
 
 
 def write(key: str, found: Evaluation) -> str:
-    """Keep an evaluation.
-
-    Args:
-        key: Result of `key_of`.
-        found: The evaluation.
-
-    Returns:
-        Reason why it could not be kept, or "".
-    """
+    """Keep an evaluation under a key of `key_of`; return the reason why it could not be kept, or ""."""
     try:
         entries = {name: entry for name, entry in _entries().items() if name != key}
         entries[key] = {"loss": found.loss, "tokens": found.tokens, "scores": dict(found.scores)}
@@ -73,14 +61,7 @@ def write(key: str, found: Evaluation) -> str:
 
 
 def key_of(run: Run) -> str | None:
-    """Return the key of a run's evaluation, which depends on the run's current tensors.
-
-    Args:
-        run: A run with evaluation data.
-
-    Returns:
-        64 hexadecimal digits; None if there is no evaluation data, or for the reasons that `start_key` gives.
-    """
+    """Return the key of a run's first evaluation, which depends on its current tensors; see `start_key` for None."""
     held_out = run.batches.held_out
     if held_out is None:
         return None

@@ -118,11 +118,7 @@ class TrainSettings(_Checked):
         return stored_as(self.quantization, self.double_quantization)
 
     def lora_config(self, task_type: TaskType | None = None) -> LoraConfig:
-        """Build the adapter's config; without `task_type`, for a causal language model.
-
-        Raises:
-            ConfigError: `LoraConfig` rejects a value.
-        """
+        """Build the adapter's config; without `task_type`, for a causal language model; see `LoraConfig` for errors."""
         from lorakit.config import CordaConfig, EvaConfig, LoraConfig, LoraGAConfig, TaskType
 
         usual = {"eva_config": EvaConfig, "corda_config": CordaConfig, "lora_ga_config": LoraGAConfig}
@@ -148,11 +144,7 @@ def names_in_config(config: LoraConfig | type[LoraConfig]) -> list[str]:
 
 
 def check_names(values: dict[str, Any], where: str = "") -> None:
-    """Check that every key is the name of a setting; `where` is a prefix for each message.
-
-    Raises:
-        ConfigError: A name is not a setting; the message suggests the setting with the most similar name.
-    """
+    """Raise ConfigError if a key is not a setting, with the most similar name; `where` is a prefix for each message."""
     unknown = [name for name in values if name not in TrainSettings.model_fields]
     if unknown:
         advice = f" {CONVERT_ADVICE}" if any(name in NAMES_ELSEWHERE for name in unknown) else ""

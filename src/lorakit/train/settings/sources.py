@@ -166,8 +166,7 @@ def complete(settings: TrainSettings) -> TrainSettings:
     """Fill in missing settings from the run to resume, if any; a second call has no effect.
 
     Raises:
-        ConfigError: A given value is not allowed.
-        RunError: The run cannot be resumed with these settings; see `resumed`.
+        LorakitError: The run cannot be resumed with these settings; see `resumed`.
     """
     if not settings.resume:
         return settings

@@ -78,13 +78,9 @@ def _disable_checkpointing(model: nn.Module) -> None:
 
 
 def acceleration_lines(acceleration: Acceleration) -> list[str]:
-    """Summarize in a few lines what was accelerated; `str(acceleration)` lists every fused module.
+    """Say in up to three lines what is accelerated, which CPU kernels are used, and what is not accelerated.
 
-    Args:
-        acceleration: Result of `accelerate`.
-
-    Returns:
-        Up to three lines: what is accelerated, which CPU kernels are used, and what is not accelerated.
+    `str(acceleration)` lists every fused module.
     """
     left = Counter((part.kind, part.why) for part in acceleration.skipped)
     if not (acceleration.swaps or acceleration.head or acceleration.packs):
@@ -104,12 +100,7 @@ def acceleration_lines(acceleration: Acceleration) -> list[str]:
 
 
 def padding_line(acceleration: Acceleration | None, job: Job) -> str:
-    """Return a message if batches have to be padded although their plan assumes that they are packed, otherwise "".
-
-    Args:
-        acceleration: Result of `accelerate`, or None.
-        job: The job of the plan.
-    """
+    """Return a message if batches have to be padded although their plan assumes that they are packed, otherwise ""."""
     if (
         acceleration is None
         or acceleration.packs
@@ -164,16 +155,7 @@ def fit_plan(
 
 @dataclass(frozen=True)
 class Probe:
-    """Measures the memory that the longest rows of a run need.
-
-    Attributes:
-        model: The adapted model.
-        named: (name, tensor) pairs for the trainable tensors (any shape).
-        rows: The longest sequences for training and evaluation, longest first.
-        pad_id: Id of the padding token.
-        choices: Autotuned choices of the run.
-        task: The task of the run.
-    """
+    """Measures the memory that the longest rows of a run need (longest first)."""
 
     model: nn.Module
     named: Named
@@ -185,13 +167,8 @@ class Probe:
     def peak_bytes(self, batch_rows: int, accumulates: bool, options: StepOptions) -> int:
         """Return the peak memory use of a step, in bytes: of the process or, on a GPU, of its memory.
 
-        Args:
-            batch_rows: Number of rows per batch.
-            accumulates: Whether a step has several batches, so that gradients exist during forward passes.
-            options: Options of the run's steps.
-
-        Returns:
-            The peak; more than any limit if memory ran out.
+        A step that accumulates several batches has gradients during forward passes. The peak is more than any limit if
+        memory ran out.
         """
         batch = _longest(self.rows[:batch_rows], self.pad_id, self.task)
         before = _begin(options.device)
@@ -214,12 +191,9 @@ class Probe:
 
 
 def settle(proposed: Sequence[Plan], limit_bytes: int, measure: Callable[[Plan], int]) -> tuple[Plan, int]:
-    """Return the first proposed plan whose measured memory use is below a limit, and that measurement in bytes.
+    """Return the first proposed plan (fastest first) whose measured memory use is below a limit, and that use in bytes.
 
-    Args:
-        proposed: Plans that should fit, fastest first.
-        limit_bytes: The limit.
-        measure: Function that applies a plan's settings and returns the peak memory use in bytes.
+    `measure` applies a plan's settings and returns the peak memory use in bytes.
 
     Raises:
         ConfigError: No plan fits.
@@ -235,12 +209,7 @@ def settle(proposed: Sequence[Plan], limit_bytes: int, measure: Callable[[Plan],
 
 
 def longest_rows(parts: Sequence[Sequence[Tokens]], count: int) -> list[Tokens]:
-    """Return the longest sequences of several data sets, longest first.
-
-    Args:
-        parts: The data sets.
-        count: Maximum number of sequences to return.
-    """
+    """Return the `count` longest sequences of several data sets, longest first."""
     found = [(size, part, index) for part in parts for index, size in enumerate(lengths(part))]
     found.sort(key=lambda entry: entry[0], reverse=True)
     return [part[index] for _, part, index in found[:count]]

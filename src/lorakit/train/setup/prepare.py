@@ -42,15 +42,8 @@ SHOWN_CHARACTERS = 120
 def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     """Load the data, the model and the checkpoint without changing any files in the run directory.
 
-    The random number generators are seeded, or restored from the checkpoint.
-
-    Args:
-        spec: The run's specification.
-        progress: Receives messages about the data, the plan, and the checkpoint to resume from.
-        started: Value of `time.perf_counter()` when `run` was called.
-
-    Returns:
-        The run, ready for its next step.
+    The random number generators are seeded, or restored from the checkpoint. `started` is the value of
+    `time.perf_counter()` when `run` was called.
 
     Raises:
         LorakitError: The data, the model or the checkpoint cannot be used; the error class and message say why.

@@ -46,18 +46,8 @@ def add_adapter(
 ) -> tuple[str, ...]:
     """Add embedding rows for new tokens to the base, then attach a new adapter or load an existing one.
 
-    An existing adapter is the one in the checkpoint, or else the one that the run starts from.
-
-    Args:
-        model: The base, on the device onto which it was loaded; changed in place.
-        config: Config of a new adapter, with the new modules of the base.
-        spec: The run's specification, including the rank allocation and the seed.
-        loader: The run's data loader, which is not advanced.
-        checkpoint: The checkpoint to resume from, or None.
-        progress: Receives messages about the work done.
-
-    Returns:
-        Messages for the user.
+    An existing adapter is that of the checkpoint, or else the one that the run starts from. The loader does not
+    advance. Return messages for the user.
 
     Raises:
         LorakitError: The adapter cannot be attached or loaded; the error class and message say why.
@@ -116,19 +106,7 @@ def allocate_ranks(
 ) -> LoraConfig:
     """Return an adapter config with ranks computed from the base and the first training rows.
 
-    Args:
-        model: The base.
-        config: The run's adapter config.
-        spec: The run's specification, including the seed.
-        by: Quantity from which the ranks are computed: "gradients" or "inputs".
-        loader: The run's data loader, which is not advanced.
-        progress: Receives a message about the ranks.
-
-    Returns:
-        A config with the new ranks, which give the adapter no more trainable parameters than the given config does.
-
-    Raises:
-        LorakitError: `lorakit.core.operations.rank_allocation.allocate` failed; the error class and message say why.
+    The adapter has no more trainable parameters than with the given config. Errors are those of `allocate`.
     """
     rows = first_rows(spec, loader)
     with working(f"allocating ranks from {format_count(len(rows), 'row')}"):
@@ -147,15 +125,7 @@ def init_from_data(
 ) -> tuple[LoraConfig, core.Statistics | None]:
     """Return the adapter's config and, if the initialization needs them, statistics of the first training rows.
 
-    Args:
-        model: The base, on the run's device.
-        config: The adapter's config.
-        spec: The run's specification, including the seed, the device and the quantization.
-        loader: The run's data loader, which is not advanced.
-        progress: Receives a message about the initialization.
-
-    Returns:
-        The config (for EVA, with the computed ranks), and the statistics (or None).
+    The config has the computed ranks of EVA. The loader does not advance.
 
     Raises:
         UsageError: The initialization would change a quantized base.
@@ -182,12 +152,7 @@ def init_from_data(
 
 
 def first_rows(spec: RunSpec, loader: BatchLoader) -> list[Batch]:
-    """Return the first training rows that contribute to the loss, one per batch, in the order of the run's first epoch.
-
-    Args:
-        spec: The run's specification, including the seed.
-        loader: The run's data loader, which is not advanced.
-    """
+    """Return the first training rows with loss, one per batch, in the order of the run's first epoch."""
     collate, pad, seed = spec.task.objective.collate, loader.pad_id, spec.settings.seed
     weights = loader.weights if isinstance(loader, Loader) else ()
     singles = Loader(loader.sequences, 1, seed, epochs=1, pad_id=pad, weights=weights, collate=collate)
@@ -195,20 +160,7 @@ def first_rows(spec: RunSpec, loader: BatchLoader) -> list[Batch]:
 
 
 def quantized_run_base(model: nn.Module, spec: RunSpec, loader: BatchLoader, progress: Progress) -> RunInt8 | None:
-    """Quantize the base of a run if it is to be multiplied in int8.
-
-    Args:
-        model: The model with its adapter, on the run's device; changed in place.
-        spec: The run's specification.
-        loader: The run's data loader, which is not advanced.
-        progress: Receives the report.
-
-    Returns:
-        The int8 base, or None.
-
-    Raises:
-        LorakitError: `lorakit.train.setup.run_int8.quantized_base` failed; the error class and message say why.
-    """
+    """Quantize the base of a run in place if it is to be multiplied in int8; see `quantized_base`."""
     if spec.base_matmul != "int8":
         return None
     batch_tokens = min(loader.batch_rows * spec.forecast.max_length, MOST_TOKENS)
@@ -219,11 +171,7 @@ def quantized_run_base(model: nn.Module, spec: RunSpec, loader: BatchLoader, pro
 
 
 def row_loss(spec: RunSpec) -> Callable[[nn.Module, Batch], Tensor]:
-    """Return a function that computes a model's mean loss on a batch, a scalar.
-
-    Args:
-        spec: The run's specification, including the task.
-    """
+    """Return a function that computes a model's mean loss on a batch, a scalar."""
     loss_sum = spec.task.objective.loss_sum
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -33,12 +33,7 @@ STREAMED_BYTES = 1 << 30
 
 
 def count_inactive(config: LoraConfig, sequences: Sequence[data.Sequence]) -> int:
-    """Return the number of sequences in which an adapter acts on no token that contributes to the loss.
-
-    Args:
-        config: The adapter's config; without invocation tokens, the result is 0.
-        sequences: The training data.
-    """
+    """Return the number of sequences in which an adapter with invocation tokens acts on no token with loss."""
     count = 0
     for _, tokens in invocations_of(config):
         for begin in range(0, len(sequences), _SEARCHED_AT_ONCE):
@@ -63,13 +58,10 @@ def read_data(
     """Read the training and evaluation files; if no evaluation files are given, hold out some training data.
 
     Args:
-        settings: The run's settings; only those about data and the seed are used.
+        settings: The run's settings.
         record: Contents of `run.json` if the run is resumed, or None.
-        say: Function that receives a message about the first row that is skipped while streaming.
+        say: Receives a message about the first row that is skipped while streaming.
         trained: Shape and columns of the training data of the adapter that a new run starts from, or None.
-
-    Returns:
-        The training and evaluation records.
 
     Raises:
         DataError: A file cannot be read, or a record is invalid; the message names the file and the line.
@@ -98,12 +90,7 @@ def read_data(
 
 
 def is_streamed(settings: TrainSettings, record: Mapping[str, Any] | None) -> bool:
-    """Return whether the training data is read while training.
-
-    Args:
-        settings: The run's settings.
-        record: Contents of `run.json` if the run is resumed, which is then streamed as before, or None.
-    """
+    """Return whether the training data is read while training; a run that is resumed reads it as before."""
     before = (record or {}).get("data_sha256")
     if isinstance(before, Mapping):
         return any(str(value).startswith(data.PARTIAL) for value in before.values())
@@ -134,20 +121,7 @@ def make_batches(
     progress: Progress,
     tokenizer_sha256: str | None = None,
 ) -> RunBatches:
-    """Tokenize the records and create the loaders.
-
-    Args:
-        settings: The run's settings; only the batch size, the seed and those about data are used.
-        records: Training and evaluation records, from `read_data`.
-        task: The run's task.
-        tokenizer: The model's tokenizer.
-        max_length: Maximum sequence length in tokens.
-        progress: Receives reports on the progress of tokenization.
-        tokenizer_sha256: Result of `hub.tokenizer_hash` for the tokenizer if it is known.
-
-    Returns:
-        The training loader, a function that returns the evaluation batches (or None without evaluation data), and
-        the row and token counts of the training and evaluation data.
+    """Tokenize the records of `read_data`, create the loaders, and count rows and tokens.
 
     Raises:
         DataError: The training data or the evaluation data has no tokens that contribute to the loss, or no end marker

@@ -45,14 +45,7 @@ _ROW_BYTES = 400  # per row of metrics.jsonl
 def plan_run(spec: RunSpec, limits: RunLimits, data: RunBatches, progress: Progress) -> RunPlan:
     """Choose a run's precision (by benchmarking if it is "auto"), and estimate the run's memory use and duration.
 
-    Args:
-        spec: The run's specification; a resumed run keeps its precision.
-        limits: Length of the run.
-        data: The training and evaluation data.
-        progress: Receives the plan as text.
-
-    Returns:
-        The plan.
+    A resumed run keeps its precision.
 
     Raises:
         ConfigError: No setting fits within the memory budget or the limit of `fit`, or float16 was requested for a run
@@ -184,9 +177,7 @@ def _evaluations(spec: RunSpec, limits: RunLimits, data: RunBatches) -> dict[str
 def _process(spec: RunSpec, held_bytes: int) -> dict[str, int | None]:
     """Return the fields of a job that describe this process.
 
-    Args:
-        spec: The run's specification.
-        held_bytes: Resident size of this process without freed memory, before the machine was measured; 0 if unknown.
+    `held_bytes` is its resident size without freed memory, before the machine was measured; 0 if unknown.
     """
     if spec.device.type != "cpu":
         return {"process_bytes": None}
@@ -201,18 +192,7 @@ def _flops(spec: RunSpec, limits: RunLimits, sizes: Sequence[int], dtype: str) -
 
 
 def disk_space(spec: RunSpec, limits: RunLimits, step: int, model: nn.Module, named: Named) -> DiskSpace:
-    """Compute the disk space that a run needs from a given step to its end; nothing is written.
-
-    Args:
-        spec: The run's specification.
-        limits: Length of the run, and its evaluation and checkpoint intervals.
-        step: Number of steps already taken.
-        model: The adapted model.
-        named: (name, tensor) pairs for the trainable tensors (any shape).
-
-    Returns:
-        The required disk space.
-    """
+    """Return the disk space that a run needs from a given step to its end, with the trainable tensors `named`."""
     settings = spec.settings
     tensors = saved_form(model, ADAPTER).tensors.values()
     adapter = sum(one.numel() * one.element_size() + _HEADER_BYTES for one in tensors) + _tokenizer_bytes(spec)
@@ -229,12 +209,7 @@ def disk_space(spec: RunSpec, limits: RunLimits, step: int, model: nn.Module, na
 
 
 def check_space(spec: RunSpec, space: DiskSpace, progress: Progress) -> None:
-    """Check that the disk has enough free space for a run.
-
-    Args:
-        spec: The run's specification.
-        space: Result of `disk_space`.
-        progress: Receives a warning if the disk does not have room for all checkpoints.
+    """Check that the disk has enough free space for a run; a message says if there is no room for all checkpoints.
 
     Raises:
         DiskError: Not even the adapter fits on the disk.
@@ -283,14 +258,8 @@ def autotuned_choices(
 ) -> dict[str, int]:
     """Return a run's autotuned kernel choices for `lorakit.ops.choices.activate`, and report any measurements.
 
-    Args:
-        spec: The run's specification; if the setting `tuning` is off, the result is empty.
-        dtype: Precision of the base.
-        model: The adapted model.
-        acceleration: Result of `lorakit.speed.accelerate` on the model; if None, the result is empty.
-        loader: The loader of the training data.
-        before: Environment stored in the checkpoint to resume from, or None.
-        progress: Receives the results of any measurements.
+    They are those of the environment `before`, which is that of the checkpoint to resume from, if it has not changed;
+    empty without tuning or acceleration.
     """
     if not spec.settings.tuning or acceleration is None or spec.device.type != "cpu":
         return {}
@@ -304,11 +273,6 @@ def autotuned_choices(
 
 
 def most_tokens(loader: BatchLoader, packs: bool) -> int:
-    """Return the number of tokens in the largest batch that a loader can yield.
-
-    Args:
-        loader: The loader of the training data.
-        packs: Whether sequences are packed without padding.
-    """
+    """Return the number of tokens in the largest batch of a loader; sequences are packed, or padded."""
     longest = sorted(lengths(loader.sequences), reverse=True)[: loader.batch_rows]
     return sum(longest) if packs else longest[0] * len(longest)

@@ -27,12 +27,9 @@ if TYPE_CHECKING:
 
 
 def start_adapter(settings: TrainSettings, name: str, record: Mapping[str, Any] | None) -> StartAdapter:
-    """Read the adapter that a run starts from.
+    """Read the adapter that a run starts from, with this value of `from_adapter`.
 
-    Args:
-        settings: The run's settings.
-        name: The setting `from_adapter`.
-        record: Contents of `run.json` if the run is resumed, or None.
+    `record` has the contents of `run.json` if the run is resumed.
 
     Raises:
         AdapterFileError: The adapter is missing, damaged or not supported.
@@ -100,11 +97,7 @@ def completed(start: StartAdapter, settings: TrainSettings) -> TrainSettings:
 
 
 def check_targets(start: StartAdapter, settings: TrainSettings, shape: plan.ModelShape) -> None:
-    """Check that the given `target_modules`, if any, select the sites of the adapter.
-
-    Raises:
-        UsageError: They select other modules.
-    """
+    """Raise UsageError if the given `target_modules` select other sites than those of the adapter."""
     wanted = settings.lora_config()
     given, own = (_structure(config)["target_modules"] for config in (wanted, start.adapter.config))
     if "target_modules" not in settings.model_fields_set or given == own:
@@ -118,11 +111,7 @@ def check_targets(start: StartAdapter, settings: TrainSettings, shape: plan.Mode
 
 
 def find_adapter(given: str) -> Path:
-    """Return the directory of an adapter, after downloading it if it is on the Hub.
-
-    Args:
-        given: An adapter directory, a run directory, a checkpoint directory, or a Hub id ("owner/name" or
-            "owner/name@revision").
+    """Return the directory of an adapter, a run, a checkpoint or a Hub id ("owner/name@revision"), which is downloaded.
 
     Raises:
         AdapterFileError: No adapter has this name.

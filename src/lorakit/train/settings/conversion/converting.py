@@ -84,8 +84,6 @@ class Conversion:
     """Result of a conversion.
 
     Attributes:
-        source: The converted file.
-        tool: Name of the tool that the file was written for.
         settings: Name of a setting -> value, in the order of `lorakit train --help-all`.
         changed: Keys whose meaning differs.
         dropped: Keys without a counterpart.
@@ -120,13 +118,7 @@ class Conversion:
 
 
 def convert_file(path: str | Path) -> Conversion:
-    """Convert a settings file of another tool.
-
-    Args:
-        path: A YAML or JSON file.
-
-    Returns:
-        The conversion; its settings are valid, apart from missing ones.
+    """Convert a YAML or JSON settings file of another tool; the result is valid, apart from missing settings.
 
     Raises:
         ConfigError: The file cannot be read, is not a settings file of a known tool, describes a training that lorakit
@@ -153,11 +145,7 @@ def convert_file(path: str | Path) -> Conversion:
 
 
 def recognize(path: Path, values: JsonObject) -> Tool:
-    """Return the tool that a file was written for.
-
-    Args:
-        path: The file, for messages.
-        values: The file's entries.
+    """Return the tool that a file with these entries was written for.
 
     Raises:
         ConfigError: No tool or several tools fit; the message lists the tools and their keys.
@@ -197,11 +185,7 @@ def _by_name(draft: Draft, key: str, value: JsonValue) -> None:
 
 
 def _check(path: Path, settings: Mapping[str, JsonValue]) -> None:
-    """Check the settings, with placeholders for those that are missing.
-
-    Raises:
-        ConfigError: A value is not allowed.
-    """
+    """Check the settings, with placeholders for those that are missing."""
     placeholders = {"model": "model", "data": ["data"], "output_dir": "output"}
     try:
         TrainSettings(**{**placeholders, **settings}).lora_config()

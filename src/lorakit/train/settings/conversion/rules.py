@@ -27,12 +27,7 @@ PROCESSES = "start several processes with --nproc or torchrun; `parallel: fsdp` 
 
 @dataclass(frozen=True)
 class Note:
-    """A remark about one key of the converted file.
-
-    Attributes:
-        key: The key.
-        text: What was changed, or why there is no counterpart.
-    """
+    """A remark about one key of the converted file: what was changed, or why there is no counterpart."""
 
     key: str
     text: str
@@ -43,8 +38,6 @@ class Draft:
     """Settings under construction.
 
     Attributes:
-        source: The file, for messages.
-        tool: Name of the tool, for messages.
         given: The file's entries, with the tool's defaults for missing keys.
         settings: Name of a setting -> value.
         changed: Keys whose meaning differs.
@@ -88,7 +81,6 @@ class Tool:
     """A tool whose settings can be converted.
 
     Attributes:
-        name: Name of the tool.
         marks: Keys that identify a file of the tool.
         rules: Key -> rule; a key that ends in `*` stands for all keys with that beginning.
         defaults: Default of the tool -> value, for keys that a file does not contain.
@@ -187,13 +179,7 @@ def words(name: str) -> Rule:
 
 
 def one_of(name: str, nearest: Mapping[str, str], fallback: str) -> Rule:
-    """Return a rule that copies a choice, or selects the nearest choice that `lorakit train` has.
-
-    Args:
-        name: Name of the setting.
-        nearest: Value elsewhere -> value here; a value that exists here needs no entry.
-        fallback: Value for all other values.
-    """
+    """Return a rule that copies a choice, or selects the `nearest` one of `lorakit train`, or else the `fallback`."""
 
     def rule(draft: Draft, key: str, value: JsonValue) -> None:
         wanted = str(value)
