@@ -93,7 +93,7 @@ def targets_of(value: Value) -> Value | str | list[Any]:
 
 
 def rates_of(value: Given) -> dict[str, float]:
-    """Convert a mapping, or a list of PATTERN=RATE strings from flags, to a dict from pattern to rate."""
+    """Return a dict from pattern to rate for a mapping or PATTERN=RATE strings from flags, or raise ValueError."""
     table = {}
     for pattern, rate in _entries(value, _split_rate, "it must map patterns to rates"):
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf or not pattern:
@@ -107,7 +107,7 @@ def rates_of(value: Given) -> dict[str, float]:
 
 
 def tokens_of(value: Given) -> list[str]:
-    """Validate a list of tokens, or a comma-separated string from a flag, and return it as a list."""
+    """Return a list of tokens for a list, or a comma-separated string from a flag, or raise ValueError."""
     if isinstance(value, str):
         value = [token.strip() for token in value.split(",")]
     if not isinstance(value, (list, tuple)) or not all(isinstance(token, str) for token in value):
@@ -121,7 +121,7 @@ def tokens_of(value: Given) -> list[str]:
 
 
 def trackers_of(value: Given) -> list[str]:
-    """Validate a list of trackers, also as comma-separated words; "none" means an empty list."""
+    """Return a list of trackers, also for comma-separated words; empty for "none"; or raise ValueError."""
     words = one_or_many(value)
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise ValueError(f"it must be a list of {', '.join(TRACKERS)}")
@@ -133,7 +133,7 @@ def trackers_of(value: Given) -> list[str]:
 
 
 def columns_of(value: Given) -> dict[str, str]:
-    """Convert a mapping, or a list of FIELD=COLUMN strings from flags, to a dict from field to column."""
+    """Return a dict from field to column for a mapping or FIELD=COLUMN strings from flags, or raise ValueError."""
     pairs = _entries(value, lambda word: str(word).partition("=")[::2], "it must map fields to columns")
     if not all(isinstance(part, str) and part for pair in pairs for part in pair):
         raise ValueError("each entry must be FIELD=COLUMN, such as prompt=question")
@@ -141,7 +141,7 @@ def columns_of(value: Given) -> dict[str, str]:
 
 
 def label_map_of(value: Given) -> dict[str, str]:
-    """Convert a mapping, or NAME=NAME strings from flags, to a dict from a label in the data to its name."""
+    """Return a dict from a label in the data to its name for a mapping or NAME=NAME strings, or raise ValueError."""
     pairs = _entries(value, lambda word: str(word).rpartition("=")[::2], "it must map labels to names")
     named = [(_name(name), _name(known)) for name, known in pairs]
     if not all(part for pair in named for part in pair):
@@ -160,7 +160,7 @@ PAIRS: Mapping[str, Callable[[Given], dict[str, str]]] = {"columns": columns_of,
 
 
 def numbers_of(value: Given) -> Mapping[str, float]:
-    """Convert a mapping, or a list of PATTERN=NUMBER strings from flags, to a dict from pattern to number."""
+    """Return a dict from pattern to number for a mapping or PATTERN=NUMBER strings, or raise ValueError."""
     if isinstance(value, Mapping):
         return value
     words = one_or_many(value)
@@ -173,7 +173,7 @@ def numbers_of(value: Given) -> Mapping[str, float]:
 
 
 def weights_of(value: Given) -> dict[str, float]:
-    """Convert a mapping, or a list of NAME=WEIGHT strings from flags, to a dict from name to weight."""
+    """Return a dict from name to weight for a mapping or NAME=WEIGHT strings from flags, or raise ValueError."""
     entries = _entries(value, _split_rate, "it must map names to weights")
     table = {name: weight for name, weight in entries if not isinstance(weight, bool)}
     if len(table) < len(entries) or not all(
@@ -184,7 +184,7 @@ def weights_of(value: Given) -> dict[str, float]:
 
 
 def ranges_of(value: Given) -> list[Any]:
-    """Convert a list of FIRST:END strings from flags to a list of pairs; other lists are returned unchanged."""
+    """Return a list of pairs for FIRST:END strings from flags, or raise ValueError; other lists stay as they are."""
     words = one_or_many(value)
     if not isinstance(words, list):
         raise ValueError("it must be a list of ranges, such as 0:16 8:24")
@@ -195,7 +195,7 @@ def ranges_of(value: Given) -> list[Any]:
 
 
 def part_of(value: Given) -> Given:
-    """Parse a JSON object that was given as text, as flags are."""
+    """Parse a JSON object that was given as text, as flags are, or raise ValueError."""
     if not isinstance(value, str):
         return value
     from lorakit.durable import parse_json
@@ -207,7 +207,7 @@ def part_of(value: Given) -> Given:
 
 
 def format_of(value: str) -> str:
-    """Check the name of a shape."""
+    """Return the name of a shape, or raise ValueError."""
     if value not in FORMATS:
         raise ValueError(f"it must be one of {', '.join(FORMATS)}.{did_you_mean(value, FORMATS)}")
     return value
@@ -238,14 +238,14 @@ def dtype_word(value: Value) -> Value | str:
 
 
 def device_word(value: str) -> str:
-    """Check the name of a device."""
+    """Return the name of a device, or raise ValueError."""
     if not is_device_name(value):
         raise ValueError(f"it must be {DEVICE_FORM}")
     return value
 
 
 def size_of(value: str) -> str:
-    """Check a size in memory, such as 4GiB."""
+    """Return a size in memory, such as 4GiB, or raise ValueError."""
     from lorakit.plan.budget import SIZE_FORM, bytes_of
 
     try:
@@ -256,7 +256,7 @@ def size_of(value: str) -> str:
 
 
 def init_word(value: str) -> str:
-    """Check the name of an initialization."""
+    """Return the name of an initialization, or raise ValueError."""
     if value not in INITS and not re.fullmatch(r"pissa_niter_\d{1,3}", value):
         close = nearest(value, list(INITS), 1)
         hint = f" (nearest: {close[0]})" if close else ""
