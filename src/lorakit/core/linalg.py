@@ -150,12 +150,12 @@ def rank_for(S: Tensor, energy: float) -> int:
 
     S (g, k) has the largest values first; every group keeps the same number of values.
     """
-    held = S.double().square().sum(0).cumsum(0)
-    total = float(held[-1])
+    energies = S.double().square().sum(0).cumsum(0)
+    total = float(energies[-1])
     if total == 0:
         return 1
-    slack = 8 * torch.finfo(held.dtype).eps * total  # drops pure rounding error even if energy is 1
-    return min(int((held < energy * total - slack).sum()) + 1, S.shape[1])
+    slack = 8 * torch.finfo(energies.dtype).eps * total  # drops pure rounding error even if energy is 1
+    return min(int((energies < energy * total - slack).sum()) + 1, S.shape[1])
 
 
 def inner(one: Product, other: Product) -> float:

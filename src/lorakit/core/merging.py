@@ -177,24 +177,20 @@ def _trained_before(index: AdapterIndex) -> Flags:
     trained = {id(parameter) for parameter, flag in flags_before_freezing(index) if flag}
     flags: Flags = []
     for _, layer in index.layers():
-        held = {**layer.source._parameters}
+        parameters = {**layer.source._parameters}
         if layer.tied_weight is not None:
-            held[layer.spec.parameter] = layer.tied_weight
-        flags.append((layer, {name for name, parameter in held.items() if id(parameter) in trained}))
+            parameters[layer.spec.parameter] = layer.tied_weight
+        flags.append((layer, {name for name, parameter in parameters.items() if id(parameter) in trained}))
     for _, table in index.every(TrainableTokens):
-        held = dict(table.original_module._parameters)
+        parameters = dict(table.original_module._parameters)
         for shared in table.token_adapter.tied_weight:
-            held["weight"] = shared
-        flags.append((table, {name for name, parameter in held.items() if id(parameter) in trained}))
+            parameters["weight"] = shared
+        flags.append((table, {name for name, parameter in parameters.items() if id(parameter) in trained}))
     return flags
 
 
 def names_to_merge(index: AdapterIndex, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the adapters to merge: those given by name, or those in the default route if none are given.
-
-    Raises:
-        AdapterError: An adapter is not on the model or is incomplete, or the model has no adapters.
-    """
+    """Return the adapters to merge: those given by name, or those in the default route if none are given."""
     state = index.known_state()
     chosen = tuple(names or state.default.names)
     state.check(chosen, AdapterError)
@@ -253,7 +249,7 @@ def leaders_of(index: AdapterIndex, names: Sequence[str]) -> dict[LoraLayer, Lor
     Two layers match only if each of these adapters has factors in both layers or in neither.
     """
     owners: dict[int, LoraLayer] = {}  # id of a factor -> the first layer that uses it
-    found = {}
+    leaders = {}
     for _, layer in index.layers_of(names):
         leader = layer.leader_of(names)
         if not layer.kind.on_disk:  # embedding factors are bare parameters, which tied layers share
@@ -261,8 +257,8 @@ def leaders_of(index: AdapterIndex, names: Sequence[str]) -> dict[LoraLayer, Lor
             first = {owners.setdefault(id(factors[name]), layer) for name in names if name in layer.r}
             leader = first.pop() if len(first) == 1 else None
         if leader is not None and leader is not layer and layer.is_one_with(leader, names):
-            found[layer] = leader
-    return found
+            leaders[layer] = leader
+    return leaders
 
 
 def untied_copies(index: AdapterIndex, names: Collection[str]) -> list[tuple[str, str]]:
@@ -270,7 +266,7 @@ def untied_copies(index: AdapterIndex, names: Collection[str]) -> list[tuple[str
 
     Each path comes with the weight's name in another module.
     """
-    found = []
+    untied = []
     copies = dict(index.every(ModulesToSave))
     by_original = {id(saved.original_module): saved for saved in copies.values()}
     for path, saved in copies.items():
@@ -280,8 +276,8 @@ def untied_copies(index: AdapterIndex, names: Collection[str]) -> list[tuple[str
                 twin = by_original.get(id(module))
                 copied = twin.modules_to_save[name] if twin is not None and name in twin.modules_to_save else None
                 if module is not saved.original_module and (copied is None or copied._parameters["weight"] is not copy):
-                    found.append((path, other))
-    return found
+                    untied.append((path, other))
+    return untied
 
 
 def _leading_tables(index: AdapterIndex) -> dict[TrainableTokens, list[TrainableTokens]]:
@@ -292,10 +288,10 @@ def _leading_tables(index: AdapterIndex) -> dict[TrainableTokens, list[Trainable
 
 def _shared_table(index: AdapterIndex, table: TrainableTokens, followers: Sequence[TrainableTokens]) -> str | None:
     """Return the name of the weight in a module that is tied to an embedding but not in `followers`, or None."""
-    held = table.token_adapter.weight_here
+    weight = table.token_adapter.weight_here
     members = [module.token_adapter for module in (table, *followers)]
-    tied = {id(member.base_layer) for member in members if member.weight_here is held}
-    return next((name for name, module in index.holders.get(identity(held), ()) if id(module) not in tied), None)
+    tied = {id(member.base_layer) for member in members if member.weight_here is weight}
+    return next((name for name, module in index.holders.get(identity(weight), ()) if id(module) not in tied), None)
 
 
 def _components_apart(index: AdapterIndex, names: Sequence[str], untie: bool) -> frozenset[int]:
@@ -328,9 +324,9 @@ WIDE = (torch.float32, torch.float64)
 def explain_inexact_merge(model: nn.Module, *names: str) -> str | None:
     """Explain why merging adapters would change the outputs; return None if the merge is exact.   [docs/math.md (12)]
 
-    A merge is exact if it changes outputs in eval mode only by rounding errors in the compute dtype: (W + ΔW)·x and W·x
-    + ΔW·x are then the same sum in a different order. An exact merge requires every weight that the adapters change to
-    be unquantized and in fp32 or wider, so that the merged weight (eq. 11 in docs/math.md) is stored in the dtype in
+    A merge is exact if it changes outputs in eval mode only by rounding errors in the compute dtype: (W + ΔW)·x and
+    W·x + ΔW·x are then the same sum in a different order. An exact merge requires every weight that the adapters change
+    to be unquantized and in fp32 or wider, so that the merged weight (eq. 11 in docs/math.md) is stored in the dtype in
     which it is computed. A bf16 or fp16 weight loses the part of the delta that is below its precision, and a quantized
     weight loses far more. A merge is also inexact if matmuls round the weight again, as they do under autocast or with
     TF32.
@@ -383,13 +379,13 @@ def merged_state_dict(model: nn.Module, *names: str) -> dict[str, Tensor]:
     quantized = {weight.packed: weight for weight in quantized_weights(index)}
     companions = {name for weight in quantized.values() for name in weight.companions}
     options = MergeOptions(in_place=False, dense=float_dtype(index) if quantized else None)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, tensor, module in base_tensors(index):
         if name in quantized:
-            found |= merged.dequantized(quantized[name], options)
+            tensors |= merged.dequantized(quantized[name], options)
         elif name not in companions:
-            found[name] = merged.tensor(name, module, tensor)
-    return found
+            tensors[name] = merged.tensor(name, module, tensor)
+    return tensors
 
 
 class _Merged:

@@ -252,27 +252,23 @@ class Rates:
 
 def roles(model: nn.Module) -> dict[int, tuple[Role, str]]:
     """Return a dict from tensor id to role and site path, for every factor and extra tensor in a model."""
-    found: dict[int, tuple[Role, str]] = {}
+    by_id: dict[int, tuple[Role, str]] = {}
     for path, layer in layers(model):
         site = path.replace(".base_layer", "")  # layers can be nested
         factors: tuple[Role, Role] = ("embedding", "embedding") if layer.kind.zero_side == "A" else ("A", "B")
         for adapter in layer.r:
             own = layer.parameters_of(adapter)  # empty if the layer uses the factors of a tied layer
-            found.update((id(vector), ("vector", site)) for vector in own[2:])
-            found.update((id(factor), (role, site)) for factor, role in zip(own, factors, strict=False))
+            by_id.update((id(vector), ("vector", site)) for vector in own[2:])
+            by_id.update((id(factor), (role, site)) for factor, role in zip(own, factors, strict=False))
             matrices = [extra for extra in variant_named(layer.variant[adapter]).parts.extras if extra.role != "vector"]
             if own and matrices:
                 tensors = layer.factor(adapter).own
-                found.update((id(tensors[extra.held_as]), (extra.role, site)) for extra in matrices)
-    return found
+                by_id.update((id(tensors[extra.held_as]), (extra.role, site)) for extra in matrices)
+    return by_id
 
 
 def trained_parts(model: nn.Module, name: str | None = None) -> list[TrainedPart]:
-    """Return the trainable parameters of one adapter, or of all, with their roles, in model order.
-
-    Raises:
-        AdapterError: The model does not have the adapter.
-    """
+    """Return the trainable parameters of one adapter, or of all, with their roles, in model order."""
     known, experts = roles(model), _experts(model)
     parts = []
     for path, parameter in trainable_parameters(model, name):

@@ -49,7 +49,7 @@ def trained_factors(model: nn.Module, name: str | None = None) -> list[Factors]:
         AdapterError: The model does not have the adapter.
     """
     trained = {id(parameter) for _, parameter in trainable_parameters(model, name)}
-    found: dict[int, Factors] = {}
+    by_id: dict[int, Factors] = {}
     for _, layer in layers(model):
         for adapter in layer.r if name is None else layer.r.keys() & {name}:
             own = layer.parameters_of(adapter)[:2]
@@ -57,8 +57,8 @@ def trained_factors(model: nn.Module, name: str | None = None) -> list[Factors]:
                 continue  # without its own factors, the layer uses those of the layer that it is tied to
             A, B = own
             if A.ndim == B.ndim == 2 and len(A) == B.shape[1]:
-                found.setdefault(id(A), Factors(A, B, max(1, layer.spec.experts)))
-    return list(found.values())
+                by_id.setdefault(id(A), Factors(A, B, max(1, layer.spec.experts)))
+    return list(by_id.values())
 
 
 @torch.no_grad()
@@ -125,9 +125,9 @@ def preconditioned(
             field="model",
         )
     options = {"lr": lr, **options}
-    made = optimizer([p for p in model.parameters() if p.requires_grad], **options)
-    made.register_step_pre_hook(_before_step(pairs, damping))
-    return made
+    instance = optimizer([p for p in model.parameters() if p.requires_grad], **options)
+    instance.register_step_pre_hook(_before_step(pairs, damping))
+    return instance
 
 
 def _before_step(

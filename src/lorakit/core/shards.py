@@ -88,15 +88,15 @@ def completed(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         MissingExtra: A tensor is partitioned by DeepSpeed, which is not installed.
         NotYetSupported: The installed release of DeepSpeed is too old.
     """
-    found = {name: _whole(name, tensor) for name, tensor in named.items() if not is_of_zero(tensor)}
+    whole = {name: _whole(name, tensor) for name, tensor in named.items() if not is_of_zero(tensor)}
     partitioned = {name: tensor for name, tensor in named.items() if is_of_zero(tensor)}
     if partitioned:
         with _gathered(list(partitioned.values())):
             for name, tensor in partitioned.items():
-                found[name] = tensor.detach().clone()
-                if found[name].shape != shape_of(tensor):
-                    raise _incomplete(name, f"DeepSpeed gathered {tuple(found[name].shape)}; {EVERY_PROCESS}.")
-    return {name: found[name] for name in named}
+                whole[name] = tensor.detach().clone()
+                if whole[name].shape != shape_of(tensor):
+                    raise _incomplete(name, f"DeepSpeed gathered {tuple(whole[name].shape)}; {EVERY_PROCESS}.")
+    return {name: whole[name] for name in named}
 
 
 def _whole(name: str, tensor: Tensor) -> Tensor:

@@ -103,45 +103,47 @@ def attach(
     checks.check_allowances(allow)
     index = AdapterIndex.of(model, kinds)
     checks.check_new_name(index.state, name)
-    given, config = config, with_targets(config, index)
+    original_config, config = config, with_targets(config, index)
     checks.check_company(index.state, config)
     checks.check_acts(index.model, config)
     if statistics is not None:
         statistics.check(config, index)
     with trainable_block(index), stacked_for(index, config) as index:
-        found, leaders = _resolved(index, config, allow)
-        factors = build.fresh_factors(index, config, found.matches, seed, statistics)
-        rows = build.new_rows(index, chosen_rows(index, config, {f.target.outer for f in factors}, found.saved))
-        auxiliary = build.new_extras(index, config, factors, found.saved, leaders, rows)
-        rest = _note_on_rest(index, given, config, found)
-        notes = (*found.notes, *rest, *_notes_on_residuals(index, config, factors))
+        resolution, leaders = _resolved(index, config, allow)
+        factors = build.fresh_factors(index, config, resolution.matches, seed, statistics)
+        rows = build.new_rows(index, chosen_rows(index, config, {f.target.outer for f in factors}, resolution.saved))
+        auxiliary = build.new_extras(index, config, factors, resolution.saved, leaders, rows)
+        rest = _note_on_rest(index, original_config, config, resolution)
+        notes = (*resolution.notes, *rest, *_notes_on_residuals(index, config, factors))
         state = build.commit(index, build.NewAdapter(name, config, factors, auxiliary))
         trained = _trained_values(name, state, auxiliary)
-    return AttachReport(name, found.matches, trained, notes, found.missing)
+    return AttachReport(name, resolution.matches, trained, notes, resolution.missing)
 
 
 def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -> tuple[Resolution, dict[str, str]]:
     """Return the matched modules, including tied ones, and a dict from each tied module's path to its embedding's."""
-    found, leaders = with_ties(index, config, matched(index, config, "partial_targets" in allow))
-    checks.check_called(index.model, [match.path for match in found.matches])
-    checks.check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
-    return found, leaders
+    resolution, leaders = with_ties(index, config, matched(index, config, "partial_targets" in allow))
+    checks.check_called(index.model, [match.path for match in resolution.matches])
+    checks.check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in resolution.matches], allow)
+    return resolution, leaders
 
 
-def _note_on_rest(index: AdapterIndex, given: LoraConfig, config: LoraConfig, found: Resolution) -> list[Note]:
+def _note_on_rest(
+    index: AdapterIndex, original_config: LoraConfig, config: LoraConfig, resolution: Resolution
+) -> list[Note]:
     """Return a note about matrices that the targets leave out, or []; see `lorakit.targets.note_on_rest`."""
     bare = [parameter for parameter in bare_parameters(index) if len(parameter.shape) in {2, 3}]
-    held = (parameter for _, module in index.plain_modules() for parameter in module._parameters.values())
-    sizes = {id(parameter): parameter.numel() for parameter in held if parameter is not None}  # tied weights once
-    note = note_on_rest(given, config, index.candidates, bare, found, sum(sizes.values()))
+    parameters = (parameter for _, module in index.plain_modules() for parameter in module._parameters.values())
+    sizes = {id(parameter): parameter.numel() for parameter in parameters if parameter is not None}  # tied weights once
+    note = note_on_rest(original_config, config, index.candidates, bare, resolution, sum(sizes.values()))
     return [] if note is None else [note]
 
 
 def _trained_values(name: str, state: AdapterState, auxiliary: Extras) -> int:
     """Return the number of trainable values in an attached adapter, counting tied parameters once."""
-    found = [parameter for module in state.members() for parameter in module.parameters_of(name)]
-    found += [module.get_parameter(leaf) for module, originals in auxiliary.biases for leaf in originals]
-    return sum(p.numel() for p in {id(p): p for p in found}.values() if p.requires_grad)
+    parameters = [parameter for module in state.members() for parameter in module.parameters_of(name)]
+    parameters += [module.get_parameter(leaf) for module, originals in auxiliary.biases for leaf in originals]
+    return sum(p.numel() for p in {id(p): p for p in parameters}.values() if p.requires_grad)
 
 
 def _notes_on_residuals(index: AdapterIndex, config: LoraConfig, factors: Sequence[build.NewFactor]) -> list[Note]:
@@ -243,11 +245,11 @@ def with_targets(config: LoraConfig, model: nn.Module | AdapterIndex) -> LoraCon
         TargetError: The config names an expert that does not exist.
     """
     plain = model.model if isinstance(model, AdapterIndex) else model
-    given, model_type = _unwrapped(_with_default(config, plain)), model_type_of(plain)
+    complete, model_type = _unwrapped(_with_default(config, plain)), model_type_of(plain)
     if model_type not in EXPERTS_BY_TYPE and model_type not in TUPLE_ROUTER_BY_TYPE:
-        return given
+        return complete
     index = AdapterIndex.of(model)
-    return with_current_names(given, model_type, index.candidates, bare_parameters(index))
+    return with_current_names(complete, model_type, index.candidates, bare_parameters(index))
 
 
 def _unwrapped(config: LoraConfig) -> LoraConfig:
@@ -278,12 +280,12 @@ def _with_default(config: LoraConfig, model: nn.Module) -> LoraConfig:
 def model_type_of(model: nn.Module) -> str:
     """Return the model type from a model's config (an object or a mapping), or "None" if it has no model type."""
     config = getattr(model, "config", None)
-    found = getattr(config, "model_type", None)
-    if not isinstance(found, str):
+    model_type = getattr(config, "model_type", None)
+    if not isinstance(model_type, str):
         as_dict = getattr(config, "to_dict", None)
         values = as_dict() if callable(as_dict) else config
-        found = values.get("model_type") if isinstance(values, Mapping) else None
-    return str(found)
+        model_type = values.get("model_type") if isinstance(values, Mapping) else None
+    return str(model_type)
 
 
 LAYER = "layer"

@@ -94,8 +94,8 @@ def fresh_factors(
     for match, target in targets_of(index, matches):
         seen = None if statistics is None else statistics.sites.get(target.path)
         usual = statistics is not None and seen is None and statistics.others_usual
-        asked = config.with_fields(init_lora_weights=True) if usual else config
-        factors.append(fresh_factor(index, asked, match, target, generators, seen))
+        site_config = config.with_fields(init_lora_weights=True) if usual else config
+        factors.append(fresh_factor(index, site_config, match, target, generators, seen))
     return factors
 
 
@@ -198,10 +198,10 @@ def conflict(init: Init, variant: Variant) -> tuple[str, str] | None:
 
 def _check_together(init: Init, variant: Variant, target: TargetWeight) -> None:
     """Check that an init and a variant make compatible assumptions about the base weight and the shapes of A and B."""
-    found = conflict(init, variant)
-    if found is None:
+    reasons = conflict(init, variant)
+    if reasons is None:
         return
-    what, needs = found
+    what, needs = reasons
     raise ConfigError(
         f"{target.path}: init_lora_weights={init.name!r} {what}, and {variant.title} {needs}. Use another init.",
         what=init.name,
@@ -323,7 +323,7 @@ def new_rows(
     `given` maps the path of an embedding to the adapter's rows (n, d); None is for a new adapter, which starts with
     those of the base. Return the tokens selected in each embedding, with their rows.
     """
-    made = []
+    new = []
     for part in chosen:
         component = index.modules[part.path]
         table: Tensor = index.base(part.path).get_parameter("weight")
@@ -334,8 +334,8 @@ def new_rows(
         else:
             rows = given[part.path].to(table.device)
         wide = torch.promote_types(table.dtype, torch.float32)
-        made.append((part, nn.Parameter(rows.to(wide, copy=True))))
-    return made
+        new.append((part, nn.Parameter(rows.to(wide, copy=True))))
+    return new
 
 
 def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
@@ -409,17 +409,17 @@ def _table(
 ) -> TrainableTokens:
     component = index.modules[path]
     if not isinstance(component, TrainableTokens):
-        made = TrainableTokens(component, state, leader)
-        index.replace(component, made)
-        index.modules[path] = index.components[path] = component = made
+        new = TrainableTokens(component, state, leader)
+        index.replace(component, new)
+        index.modules[path] = index.components[path] = component = new
     return component
 
 
 def note_old_biases(index: AdapterIndex) -> None:
     """Record, in each adapted layer, the base layer's original bias and the name of the adapter that trains it."""
     for _, layer in index.layers():
-        found = [(s.adapter, s.originals["bias"]) for s in BiasPatch.on(layer.owner) if "bias" in s.originals]
-        layer.old_bias = found[0] if found else None
+        trained = [(s.adapter, s.originals["bias"]) for s in BiasPatch.on(layer.owner) if "bias" in s.originals]
+        layer.old_bias = trained[0] if trained else None
 
 
 def _keep_off_fast_path(index: AdapterIndex) -> None:

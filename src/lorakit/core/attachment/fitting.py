@@ -141,14 +141,14 @@ def _expected(config: LoraConfig, index: AdapterIndex) -> tuple[set[str] | None,
         plain.target_modules = named = []
     has_pattern = isinstance(named, str) and named.lower() != ALL_LINEAR
     is_known = named is not None and not has_pattern and not isinstance(config.exclude_modules, str)
-    found = Resolution((), tuple(saved_modules(index.candidates, plain)[0]), (), ())
+    resolution = Resolution((), tuple(saved_modules(index.candidates, plain)[0]), (), ())
     if is_known:
         with contextlib.suppress(TargetError):  # no module matches
-            found = resolve(index.candidates, plain, allow_partial=True)
+            resolution = resolve(index.candidates, plain, allow_partial=True)
     if config.ensure_weight_tying:
-        found, _ = with_ties(index, plain, found)
-    targets = [target for m in found.matches for target in index.targets(m.path, index.kind(m.kind))]
-    return {target.path for target in targets} if is_known else None, found.saved
+        resolution, _ = with_ties(index, plain, resolution)
+    targets = [target for m in resolution.matches for target in index.targets(m.path, index.kind(m.kind))]
+    return {target.path for target in targets} if is_known else None, resolution.saved
 
 
 def _find_sites(
@@ -301,19 +301,19 @@ def out_of_range(
         factors: The factors built from the tensors, in the order of the sites.
         auxiliary: The saved modules that take their values from the tensors.
     """
-    found = []
+    messages = []
     for name, dtype in _uses(tensors, fitted, index, auxiliary):
         limit = torch.finfo(dtype).max
         if limit < largest[name] < math.inf:
-            found.append(
+            messages.append(
                 f"{name} contains {largest[name]:g}, which is outside the range of {_named(dtype)} (up to {limit:g})"
             )
-    for new, (target, held) in zip([] if found else factors, fitted.sites.values(), strict=not found):
-        dtype, sizes = _dtype_at(index, target), [largest[held[side]] for side in "AB"]
+    for new, (target, names) in zip([] if messages else factors, fitted.sites.values(), strict=not messages):
+        dtype, sizes = _dtype_at(index, target), [largest[names[side]] for side in "AB"]
         limit = torch.finfo(dtype).max
         if limit < torch.finfo(torch.float32).max and _product_overflows(new, sizes, limit):
-            found.append(f"scale·B·A at {target.path} is outside the range of {_named(dtype)}")
-    return found
+            messages.append(f"scale·B·A at {target.path} is outside the range of {_named(dtype)}")
+    return messages
 
 
 def copied_tensors(auxiliary: Extras, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, str]]:

@@ -128,9 +128,9 @@ def load_adapter(
         check_not_merged_in(model, files.folder, files.file.sha256, allow)
         with appended_rows(index, files.config, files.sidecar.base) as grown:
             index = index.again() if grown else index
-            verdict, said = check_base(index, files, allow)
-            said = [*files.warnings, *(f"{files.folder}: {message}" for message in grown), *said]
-            files = dataclasses.replace(files, warnings=tuple(said))
+            verdict, messages = check_base(index, files, allow)
+            messages = [*files.warnings, *(f"{files.folder}: {message}" for message in grown), *messages]
+            files = dataclasses.replace(files, warnings=tuple(messages))
             placed = place_adapter(index, files, name, trainable, allow)
     return LoadReport(name, files.config, placed.sites, verdict, placed.warnings, placed.tensors)
 
@@ -158,8 +158,8 @@ def check_base(model: nn.Module | AdapterIndex, files: AdapterFiles, allow: Coll
             where=files.folder,
             override="base_mismatch",
         )
-    said = [f"{files.folder}: loaded on another base as allowed: {reason}."] if verdict == DIFFERENT else []
-    return verdict, [*said, f"{files.folder}: {warning}"] if warning else said
+    messages = [f"{files.folder}: loaded on another base as allowed: {reason}."] if verdict == DIFFERENT else []
+    return verdict, [*messages, f"{files.folder}: {warning}"] if warning else messages
 
 
 def place_adapter(
@@ -189,34 +189,36 @@ def place_adapter(
         fitted = _fitted(files, index)
         checks.check_called(index.model, fitted.outer_paths())
         largest = largest_values(tensors)
-        said = [*files.warnings, *_judge(files, fitted, largest, allow)]
+        messages = [*files.warnings, *_judge(files, fitted, largest, allow)]
         record = init_record_of(files, trainable, allow)
         factors = _restored_factors(files, fitted, index, record)
         scales = [Site(new.target.path, new.match.alpha, new.factor.scale) for new in factors]
         checks.check_scales([(new.target.path, new.factor.scale) for new in factors], allow)
-        given = {chosen.path: tensors[key] for chosen, key in fitted.rows}
-        rows = build.new_rows(index, [chosen for chosen, _ in fitted.rows], given)
+        trained_rows = {chosen.path: tensors[key] for chosen, key in fitted.rows}
+        rows = build.new_rows(index, [chosen for chosen, _ in fitted.rows], trained_rows)
         auxiliary = build.new_extras(index, config, factors, fitted.saved, fitted.tied, rows)
         trained = {(id(module), leaf) for module, originals in auxiliary.biases for leaf in originals}
         fitted.biases = [bias for bias in fitted.biases if (id(bias[0]), bias[1]) in trained]  # skip dropped ones
         beyond = out_of_range(tensors, largest, fitted, index, factors, auxiliary)
-        said += implausible(files.folder, judge(config, scales, largest), trainable or files.made)
-        said += _checked_range(files.folder, beyond, allow)
+        messages += implausible(files.folder, judge(config, scales, largest), trainable or files.made)
+        messages += _checked_range(files.folder, beyond, allow)
         with torch.no_grad():
             for own, key in copied_tensors(auxiliary, tensors):
                 own.copy_(tensors[key])
-        for message in said:  # a warning may be turned into an error, so warn before changing the model
+        for message in messages:  # a warning may be turned into an error, so warn before changing the model
             warn_caller(message)
         new_config = record.config.with_fields(inference_mode=not trainable)
         biases = _new_biases(fitted, tensors)
         build.commit(index, build.NewAdapter(name, new_config, factors, auxiliary, biases, trainable))
-    return Placement(len(factors), tuple(said), frozenset(tensors))
+    return Placement(len(factors), tuple(messages), frozenset(tensors))
 
 
 def _check_kinds(files: AdapterFiles, index: AdapterIndex) -> None:
     """Check that the caller passed all custom site kinds that an adapter uses."""
-    asked = files.sidecar.facts.get(KINDS_KEY)
-    lacking = sorted({str(name) for name in asked if str(name) not in index.kinds} if isinstance(asked, list) else ())
+    recorded = files.sidecar.facts.get(KINDS_KEY)
+    lacking = sorted(
+        {str(name) for name in recorded if str(name) not in index.kinds} if isinstance(recorded, list) else ()
+    )
     if lacking:
         raise AdapterFileError(
             f"{files.folder}: the adapter uses custom kinds of site: {', '.join(lacking)}. Pass them to load_adapter "
@@ -239,7 +241,7 @@ def _fitted(files: AdapterFiles, index: AdapterIndex) -> Fit:
 
 def _judge(files: AdapterFiles, fitted: Fit, largest: Mapping[str, float], allow: Collection[str]) -> list[str]:
     """Raise one error that lists all mismatches, or return messages about the mismatches if they are allowed."""
-    said = []
+    messages = []
     if fitted.problems:
         shown = _shown(_some_of_each(fitted.problems))
         has_shapes = any(problem.kind == SHAPE for problem in fitted.problems)  # `allow` does not apply to wrong shapes
@@ -252,11 +254,11 @@ def _judge(files: AdapterFiles, fitted: Fit, largest: Mapping[str, float], allow
                 where=files.folder,
                 override="key_mismatch" if fits_in_part else None,
             )
-        said.append(f"{files.folder}: loaded in part as allowed: {shown}.")
+        messages.append(f"{files.folder}: loaded in part as allowed: {shown}.")
     bad = nonfinite(largest)
     if bad is not None and "nonfinite" not in allow:
         raise not_finite(files.folder, bad)
-    return said
+    return messages
 
 
 def _checked_range(folder: Path, beyond: Sequence[str], allow: Collection[str]) -> list[str]:

@@ -46,12 +46,7 @@ Sites = dict[str, dict[int, str]]
 
 @dataclass
 class _OldSites:
-    """Sites of an adapter's file.
-
-    Attributes:
-        fused: Path of a parameter in the model -> the sites that it replaces.
-        modules: Path in the model -> path in the file, for sites that are modules still.
-    """
+    """Sites of an adapter's file: path of a parameter -> the sites that it replaces, and path -> path of a module."""
 
     fused: dict[str, Sites] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
@@ -78,28 +73,28 @@ def with_fused_experts(files: AdapterFiles, index: AdapterIndex, *, rescales_B: 
         return files
     present = by_site({name: name for name in files.file.tensors})
     bare = {parameter.path: parameter for parameter in bare_parameters(index)}
-    found = _sites(layout, files, present, bare)
-    if not found.fused:
+    old_sites = _sites(layout, files, present, bare)
+    if not old_sites.fused:
         return files
-    parts = {path: set(sites) for path, sites in found.fused.items()}
+    parts = {path: set(sites) for path, sites in old_sites.fused.items()}
     config = with_fused_targets(_without_old_keys(layout, files.config), layout, parts, [], list(bare.values()))
-    made: dict[str, tuple[Tensor, Tensor]] = {}
+    fused: dict[str, tuple[Tensor, Tensor]] = {}
     ranks: dict[str, float] = {}
     alphas: dict[str, float] = {}
-    for path, sites in found.fused.items():
+    for path, sites in old_sites.fused.items():
         olds = _check_experts(layout, files, bare[path], sites)
-        held = {old: {n: _factors(files, present, site) for n, site in sites[old].items()} for old in olds}
-        ranks[path], alphas[path] = _rank_and_alpha(files, path, sites, held)
-        made[path] = _fused(files, bare[path], held, rescales_B and config.use_rslora)
-    config.target_modules = _modules(layout, files.config, found)
+        factors = {old: {n: _factors(files, present, site) for n, site in sites[old].items()} for old in olds}
+        ranks[path], alphas[path] = _rank_and_alpha(files, path, sites, factors)
+        fused[path] = _fused(files, bare[path], factors, rescales_B and config.use_rslora)
+    config.target_modules = _modules(layout, files.config, old_sites)
     config.rank_pattern = {k: int(v) for k, v in _patterns(layout, config.rank_pattern, ranks, config.r).items()}
     config.alpha_pattern = _patterns(layout, config.alpha_pattern, alphas, config.lora_alpha)
-    warnings = [*files.warnings, *_without_dropout(files, config, bare, found)]
-    tensors = _renamed(layout, files.file.tensors, present, found)
+    warnings = [*files.warnings, *_without_dropout(files, config, bare, old_sites)]
+    tensors = _renamed(layout, files.file.tensors, present, old_sites)
     for site, target in named_targets(index, config).items():
-        if target.pattern_path in made:
+        if target.pattern_path in fused:
             ending_A, ending_B = endings_of(target.kind)
-            A, B = made[target.pattern_path]
+            A, B = fused[target.pattern_path]
             tensors |= {f"{PREFIX}{site}{ending_A}": A, f"{PREFIX}{site}{ending_B}": B}
     file = dataclasses.replace(files.file, tensors=tensors)
     return dataclasses.replace(files, config=config, file=file, config_is_ours=False, warnings=tuple(warnings))
@@ -125,7 +120,7 @@ def _sites(
     present: Mapping[str, Mapping[str, str]],
     bare: Mapping[str, BareParameter],
 ) -> _OldSites:
-    found, names = _OldSites(), layout.parameters
+    old_sites, names = _OldSites(), layout.parameters
     targeted = files.config.target_parameters or ()
     for site in present:
         path = current_path(layout, site)
@@ -135,7 +130,7 @@ def _sites(
         elif names_path(layout.router, path) and not any(names_path(entry, router) for entry in targeted):
             parameter, old, number = router, layout.router, 0
         else:
-            found.modules[path] = site
+            old_sites.modules[path] = site
             continue
         if parameter not in bare:
             raise AdapterFileError(
@@ -143,8 +138,8 @@ def _sites(
                 what=site,
                 where=files.folder,
             )
-        found.fused.setdefault(parameter, {}).setdefault(old, {})[number] = site
-    return found
+        old_sites.fused.setdefault(parameter, {}).setdefault(old, {})[number] = site
+    return old_sites
 
 
 def _without_old_keys(layout: ExpertsLayout, config: LoraConfig) -> LoraConfig:
@@ -231,15 +226,15 @@ def _patterns(
 
     PEFT uses the first key that matches, and saved keys are sorted, so no parameter may match two keys.
     """
-    found = dict(given)
+    patterns = dict(given)
     for new in dict.fromkeys(layout.parameters.values()):
         at = {path: value for path, value in values.items() if names_path(new, path)}
-        if not all(math.isclose(literal_value(found, path, default), value) for path, value in at.items()):
+        if not all(math.isclose(literal_value(patterns, path, default), value) for path, value in at.items()):
             key = rf".*\.{re.escape(new)}"
-            found.pop(key, None)
+            patterns.pop(key, None)
             agree = math.isclose(min(at.values()), max(at.values()))
-            found |= {key: min(at.values())} if agree else {f"^{re.escape(path)}": at[path] for path in at}
-    return found
+            patterns |= {key: min(at.values())} if agree else {f"^{re.escape(path)}": at[path] for path in at}
+    return patterns
 
 
 def _fused(files: AdapterFiles, parameter: BareParameter, held: Factors, rescales_B: bool) -> tuple[Tensor, Tensor]:
@@ -298,8 +293,8 @@ def _without_dropout(
     router = next((path for path in found.fused if len(bare[path].shape) == 2), None)
     if router is None or not config.lora_dropout:
         return []
-    given, config.lora_dropout = config.lora_dropout, 0.0
-    return [f"{files.folder}: lora_dropout={given:g} is ignored, because the input of {router} is not accessible."]
+    dropout, config.lora_dropout = config.lora_dropout, 0.0
+    return [f"{files.folder}: lora_dropout={dropout:g} is ignored, because the input of {router} is not accessible."]
 
 
 def _renamed(

@@ -207,11 +207,7 @@ Factors = tuple[Tensor, Tensor, int]
 
 
 def check_plain(model: nn.Module | AdapterIndex, name: str) -> None:
-    """Check that an adapter on a model can be converted to plain LoRA on the original base.
-
-    Raises:
-        AdapterError: The adapter's initialization or variant changed the base by more than a low-rank product.
-    """
+    """Raise an AdapterError if the init or variant of an adapter changed the base by more than a low-rank product."""
     index = AdapterIndex.of(model)
     config = index.known_state().configs[name]
     for path, layer in index.layers(name):
@@ -256,13 +252,13 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
     past = init_record_of(files, False, (RECOMPUTE,))
     if not past.moves:
         return None
-    said = (
+    prefix = (
         f"{files.folder}: init_lora_weights is {files.config.init_lora_weights!r}: the factors apply to a base that "
         "this init"
     )
     if past.first is None:
         raise AdapterFileError(
-            f"{said} changed, and the directory does not say how. Load the adapter with allow=['recompute_init'] and "
+            f"{prefix} changed, and the directory does not say how. Load the adapter with allow=['recompute_init'] and "
             "save it with save_adapter, or, in PEFT, with path_initial_model_for_weight_conversion. If your base "
             "already contains the change, set init_lora_weights to true in the adapter's config.",
             what=files.config.init_lora_weights,
@@ -271,7 +267,7 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
         )
     if files.sidecar.base is not None and files.sidecar.base.bounds:
         raise AdapterFileError(
-            f"{said} changed while the base was quantized. The changed weights had to be requantized, so the adapter "
+            f"{prefix} changed while the base was quantized. The changed weights had to be requantized, so the adapter "
             "is not plain LoRA on the original base. Merge the adapter instead.",
             what=files.config.init_lora_weights,
             where=files.folder,
@@ -292,9 +288,7 @@ class SiteStart:
     """The tensors from which a site's factors are built, taken from an initialization method or a file.
 
     Attributes:
-        A: (r, in).
-        B: (out, r).
-        bias: Bias of B, (out,), or None.
+        A: (r, in), like B (out, r) and the bias (out,) of B, if there is one.
         own: `OwnTensor.held_as` -> extra tensor (…) that the variant uses; other entries are ignored. If None, the
             extra tensors are initialized.
         stored: The residual base in the base module's storage format, or None if the base is unchanged.
@@ -310,11 +304,7 @@ class SiteStart:
 
 
 def initialized(index: AdapterIndex, target: TargetWeight, init: Init, context: InitContext) -> SiteStart:
-    """Run an initialization method at a site, without changing the model.
-
-    Raises:
-        ConfigError: The initialization method is not supported at the site.
-    """
+    """Run an init at a site that supports it, else raise a ConfigError, without changing the model."""
     with torch.no_grad():
         result = init.fill(context)
     bias = fresh_bias(context, not init.is_identity) if context.config.lora_bias else None
@@ -364,31 +354,27 @@ class InitRecord:
             AdapterFileError: The site's initial factors are missing.
         """
         A, B = tensors["A"], tensors["B"]
-        given = SiteStart(A, B, tensors.get("bias"), tensors)
+        plain = SiteStart(A, B, tensors.get("bias"), tensors)
         if not self.moves:
-            return given
+            return plain
         check_can_move(index, target)
         if self.init is not None:
             again = initialized(index, target, self.init, context)
-            return dataclasses.replace(given, stored=again.stored, initial=again.initial)
+            return dataclasses.replace(plain, stored=again.stored, initial=again.initial)
         if self.is_doubled:
             (A, B), initial = apart(target.spec, A, B)
         else:
             first = self.first_at(target.path, A, B)
             initial = (first[0].to(A), first[1].to(B))
         stored = residual_of(index, target, initial, context.scale)
-        return dataclasses.replace(given, A=A, B=B, stored=stored, initial=initial)
+        return dataclasses.replace(plain, A=A, B=B, stored=stored, initial=initial)
 
     def first_at(self, path: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a site's initial A (r, in) and B (out, r), read from the file of initial factors.
-
-        Raises:
-            AdapterFileError: They are missing, or their shapes differ from those of the trained factors.
-        """
-        found = (self.first or {}).get(path)
-        if found is None or (found[0].shape, found[1].shape) != (A.shape, B.shape):
+        """Return a site's initial A (r, in) and B (out, r) from their file, which must have them."""
+        initial = (self.first or {}).get(path)
+        if initial is None or (initial[0].shape, initial[1].shape) != (A.shape, B.shape):
             raise file_error(self.folder, f"the initial factors of {path} are missing, or their shapes differ.")
-        return found
+        return initial
 
 
 def init_record_of(files: AdapterFiles, trainable: bool, allow: Collection[str]) -> InitRecord:

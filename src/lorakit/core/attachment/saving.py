@@ -78,22 +78,22 @@ def saved_form(
     sites = {path: {"r": layer.r[name], "lora_alpha": float(layer.lora_alpha[name])} for path, layer in here}
     inits = [(path, layer) for path, layer in here if variant_named(layer.variant[name]).move is None]
     moved = [(path, layer) for path, layer in inits if name in layer.moved_by]
-    found = SavedForm(name, tensors, config, sites, {})
+    form_on_disk = SavedForm(name, tensors, config, sites, {})
     if not moved or form == "raw":
-        return found
+        return form_on_disk
     values = config.as_json()
     began = {**{field: values[field] for field in INIT_FIELDS}, "sites": sites}
-    found = dataclasses.replace(found, about={adapter_folder.BEGAN: began})
+    form_on_disk = dataclasses.replace(form_on_disk, about={adapter_folder.BEGAN: began})
     first: dict[str, Tensor] = {}
     for path, layer in moved:
         if layer.initial is None:  # LoftQ, which changes the base by more than a low-rank product
-            return found
+            return form_on_disk
         first |= zip(_keys(path, layer), layer.initial, strict=True)
     if form == "as_lora":
-        return _as_lora(found, moved, first)
+        return _as_lora(form_on_disk, moved, first)
     initial = encode(first, {"format": "pt"})
     began = {**began, "file": adapter_folder.INITIAL_FILE, "sha256": sha256_bytes(initial)}
-    return dataclasses.replace(found, about={adapter_folder.BEGAN: began}, initial=initial)
+    return dataclasses.replace(form_on_disk, about={adapter_folder.BEGAN: began}, initial=initial)
 
 
 def converted_form(
@@ -102,11 +102,7 @@ def converted_form(
     initial: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor] | None = None,
 ) -> SavedForm:
-    """Return an adapter as plain LoRA with twice the rank, given its initial factors (…) by name on disk.
-
-    Raises:
-        AdapterError: The tensors belong to another adapter, or the residual base is quantized.
-    """
+    """Return an adapter as plain LoRA with twice the rank, given its initial factors (…) by name on disk."""
     index = AdapterIndex.of(model)
     on_disk = paths_on_disk(index, name)
     layers = [(on_disk[path], layer) for path, layer in index.layers(name)]
@@ -191,8 +187,8 @@ def save_adapter(
         ConfigError: A name in `allow` is unknown.
     """
     index = AdapterIndex.of(model)
-    found = saved_form(index, name, "as_lora", tensors)
-    return save_form(index, folder, found, base_model_name_or_path=base_model_name_or_path, facts=facts, allow=allow)
+    saved = saved_form(index, name, "as_lora", tensors)
+    return save_form(index, folder, saved, base_model_name_or_path=base_model_name_or_path, facts=facts, allow=allow)
 
 
 def save_as_trained(
@@ -211,8 +207,8 @@ def save_as_trained(
     to rerun the init. Other programs that support this initialization will rerun it on the original base.
     """
     index = AdapterIndex.of(model)
-    found = saved_form(index, name, "trained", tensors)
-    return save_form(index, folder, found, base_model_name_or_path=base_model_name_or_path, facts=facts, allow=allow)
+    saved = saved_form(index, name, "trained", tensors)
+    return save_form(index, folder, saved, base_model_name_or_path=base_model_name_or_path, facts=facts, allow=allow)
 
 
 def save_form(

@@ -129,11 +129,7 @@ def _is_router(model: nn.Module, module: nn.Module) -> bool:
 def base_losses(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward: Forward | None = None
 ) -> tuple[float, ...]:
-    """Return the losses of the base, without adapters, on all batches in order, as `quantize_base` measures them.
-
-    Raises:
-        DataError: There are no batches.
-    """
+    """Return the losses of the base, without adapters, on all batches in order, as `quantize_base` measures them."""
     return run_batches(model, batches, forward or run_batch, None)[0]
 
 
@@ -221,11 +217,7 @@ class Calibration:
 def run_batches(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward: Forward, calibration: Calibration | None
 ) -> tuple[tuple[float, ...], int]:
-    """Run all batches on the base in evaluation mode; return the losses and the number of tokens.
-
-    Raises:
-        DataError: There are no batches.
-    """
+    """Run all batches on the base, or raise a DataError without any; return the losses and number of tokens."""
     handles = [] if calibration is None else calibration.hooks()
     losses, tokens, count = list[float](), 0, 0
     try:

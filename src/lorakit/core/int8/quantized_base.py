@@ -77,11 +77,7 @@ class Int8Base:
     originals: dict[str, nn.Module] = field(default_factory=dict, repr=False)
 
     def restore(self) -> None:
-        """Put the original modules back.
-
-        Raises:
-            MergeError: The originals were not kept, or adapters are merged or use a residual base.
-        """
+        """Put the original modules back; raise a MergeError if they were not kept, or adapters changed the base."""
         if len(self.originals) != len(self.paths):
             raise MergeError(
                 f"the original weights of {len(self.paths)} int8 modules were not kept; load the model again, or call "

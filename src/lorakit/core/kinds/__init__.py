@@ -64,21 +64,21 @@ def checked(kinds: Iterable[Kind]) -> dict[str, Kind]:
     Raises:
         ConfigError: An element of `kinds` is not a `Kind`, has a name that is already taken, or lists no module types.
     """
-    found: dict[str, Kind] = {}
+    by_name: dict[str, Kind] = {}
     for kind in kinds:
         if not isinstance(kind, Kind):
             raise ConfigError(
                 f"kinds contains {kind!r}; each entry must be a lorakit.core.Kind.", what=kind, field="kinds"
             )
-        if kind.name in _NAMED or kind.name in found or not kind.types:
+        if kind.name in _NAMED or kind.name in by_name or not kind.types:
             why = "lists no module types" if not kind.types else "has a name that is already taken"
             raise ConfigError(
                 f"kinds: the kind {kind.name!r} {why}. Give it a unique name and list its module types.",
                 what=kind.name,
                 field="kinds",
             )
-        found[kind.name] = dataclasses.replace(kind, is_dense=False, names_parameter=False, read_by_owner=False)
-    return found
+        by_name[kind.name] = dataclasses.replace(kind, is_dense=False, names_parameter=False, read_by_owner=False)
+    return by_name
 
 
 def fits(check: Fits, kind: Kind) -> bool:

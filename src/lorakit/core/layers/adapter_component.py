@@ -129,19 +129,11 @@ class AdapterComponent:
 
     @abstractmethod
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
-        """Prepare to merge adapters, without changing anything; return None if there is nothing to merge here.
-
-        Raises:
-            MergeError: The result is not finite, or the adapters cannot be merged here.
-        """
+        """Prepare to merge adapters, changing nothing; return None without any, or raise a MergeError."""
 
     @abstractmethod
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
-        """Prepare to restore the original values bit for bit; return None if none of the adapters is merged here.
-
-        Raises:
-            MergeError: The base values were not kept.
-        """
+        """Prepare to restore the original values bit for bit, or raise a MergeError; return None if there are none."""
 
     @abstractmethod
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
@@ -335,19 +327,13 @@ class ReplacingModule(AdapterModule):
 
     @abstractmethod
     def run_alike(self, route: Route, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
-        """Return the module's output for a route that is the same for all rows.
-
-        Raises:
-            RouteError: Two active adapters cannot be combined here.
-        """
+        """Return the output for a route that is the same for all rows, or raise a RouteError."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's output for the active adapters; in a mixed batch, each adapter processes its own rows.
 
-        In a mixed batch, the first axis of every tensor must be the batch axis.
-
-        Raises:
-            RouteError: The route cannot be determined or does not match the batch, or adapters cannot be combined.
+        In a mixed batch, the first axis of every tensor must be the batch axis. A RouteError is raised for a wrong
+        route.
         """
         route, again = resolve(self.state, self.own_route, self.forwards)
         output = self.run_alike(route, args, kwargs) if route.rows is None else self._mixed(route, args, kwargs)

@@ -105,12 +105,12 @@ class BaseWeight(StoredWeight):
 
     def check_written(self, path: str) -> None:
         """Raise a MergeError if a weight is computed in each forward pass, or if this process has only a part of it."""
-        held = self.source._parameters.get(self.spec.parameter)
-        if held is not None and is_shard(held):
+        weight = self.source._parameters.get(self.spec.parameter)
+        if weight is not None and is_shard(weight):
             raise MergeError(
-                f"{path}: the base is sharded over processes ({type(held).__name__}), so adapters cannot be merged "
+                f"{path}: the base is sharded over processes ({type(weight).__name__}), so adapters cannot be merged "
                 "into it. Save the adapter, and merge it in one process.",
-                what=type(held).__name__,
+                what=type(weight).__name__,
                 where=path,
                 field=self.spec.parameter,
             )
@@ -142,11 +142,7 @@ class BaseWeight(StoredWeight):
         return StagedMerge(report, functools.partial(self._put_merged, stored, kept, bias, new, options))
 
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
-        """Compute the weight without the given adapters, bitwise identical to the original if no others are merged.
-
-        Raises:
-            MergeError: The base values were not kept.
-        """
+        """Compute the weight without the given adapters, bitwise identical to the original if no others are merged."""
         left = [name for name in self.merged_adapters if name not in adapters]
         if left == self.merged_adapters:
             return None
@@ -165,18 +161,16 @@ class BaseWeight(StoredWeight):
         if not here:
             return {}
         stored, _, _ = sum_of_updates(self, here, options)
-        found = {self.spec.parameter: stored} if isinstance(stored, Tensor) else {}
+        tensors = {self.spec.parameter: stored} if isinstance(stored, Tensor) else {}
         if isinstance(stored, nn.Module):
-            found = {name: held.detach() for name, held in stored._parameters.items() if held is not None}
+            tensors = {
+                name: parameter.detach() for name, parameter in stored._parameters.items() if parameter is not None
+            }
         bias = self.merged_bias(here)
-        return found if bias is None else {**found, "bias": bias}
+        return tensors if bias is None else {**tensors, "bias": bias}
 
     def merged_bias(self, adapters: Sequence[str]) -> Tensor | None:
-        """Return the sum of the base bias and the adapters' biases, (out,), or None if no merge affects the bias.
-
-        Raises:
-            MergeError: The sum is not finite.
-        """
+        """Return the sum of the base bias and the adapters' biases, (out,), or None if no merge affects the bias."""
         staged = self._staged_bias(adapters)
         return None if staged is None else staged[0]
 
@@ -269,9 +263,9 @@ class BaseWeight(StoredWeight):
     def _put_bias(self, staged: StagedBias | None) -> None:
         if staged is not None:
             bias, self.kept_bias = staged
-            held = self.owner._parameters.get("bias")
-            if held is not None:
-                held.data = bias
+            parameter = self.owner._parameters.get("bias")
+            if parameter is not None:
+                parameter.data = bias
             else:  # HQQ stores the bias as a plain attribute
                 self.owner.__dict__["bias"] = bias
 
@@ -305,12 +299,12 @@ def in_one_group(layer: StoredWeight, names: Sequence[str]) -> Merged:
 def _convolution(source: Convolution, W: Tensor) -> nn.Module:
     """Return a one-group convolution with weight W (out, in, k…) and the geometry and bias of `source`."""
     moves = {name: getattr(source, name) for name in ("stride", "padding", "dilation", "padding_mode")}
-    made: Convolution = nn.utils.skip_init(
+    convolution: Convolution = nn.utils.skip_init(
         type(source), W.shape[1], W.shape[0], source.kernel_size, bias=False, device=W.device, **moves
     )
-    made.weight = nn.Parameter(W.to(source.weight.dtype), requires_grad=source.weight.requires_grad)
-    made.bias = source.bias
-    return made.train(source.training)
+    convolution.weight = nn.Parameter(W.to(source.weight.dtype), requires_grad=source.weight.requires_grad)
+    convolution.bias = source.bias
+    return convolution.train(source.training)
 
 
 def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOptions) -> Merged:
@@ -338,17 +332,13 @@ def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOpti
 def merged_weight(
     path: str, layer: BaseWeight, new: Sequence[str], options: MergeOptions
 ) -> tuple[Replacement, SiteMerge]:
-    """Return what to store at a site after merging the adapters in `new` too, and the effect of the merge.
-
-    Raises:
-        MergeError: The result is not finite.
-    """
+    """Return what to store at a site after merging `new` too, and the effect; raise a MergeError if not finite."""
     stored, W, total = layer.with_updates([*layer.merged_adapters, *new], options)
-    (base, source), held = layer.storage, stored
+    (base, source), new_weight = layer.storage, stored
     if isinstance(stored, nn.Module):
         base, source = weight_format_of(stored), stored
-        held = base.stored(stored, "weight")
-    after, exact = base.read(source, held), W + total
+        new_weight = base.stored(stored, "weight")
+    after, exact = base.read(source, new_weight), W + total
     wanted, whole = float(torch.linalg.vector_norm(total)), float(torch.linalg.vector_norm(exact))
     lost = float(torch.linalg.vector_norm(exact.sub_(after)))
     if not math.isfinite(lost) and not bool(torch.isfinite(after).all()):  # a finite norm implies finite elements

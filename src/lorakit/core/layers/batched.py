@@ -121,8 +121,8 @@ class Stack:
         """Prepare the matmuls for inputs of the same shape as x (rows, …, in), cache them and return them."""
         rows = route.routed(self.names, x.device, len(x))
         own = compiled_method(self.A, self.B, None, rows, x) if are_few(x, rows) else None
-        made = self.ready[x.shape] = own or Segments(self.A, self.B, None, rows, self._method(x, rows), x.dtype)
-        return made
+        matmuls = self.ready[x.shape] = own or Segments(self.A, self.B, None, rows, self._method(x, rows), x.dtype)
+        return matmuls
 
     def _method(self, x: Tensor, rows: Routed) -> Method:
         method = method_for(x, rows)
@@ -176,13 +176,13 @@ def add_kept(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor
 def _again(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
     """Return the output computed from cached stacks; None if they are outdated or do not cover this input."""
     kept = route.kept or Kept()
-    found: Stacks | None = kept.get((layer, y0.dtype))
-    if found is None or found.rest or type(x) is not Tensor or type(y0) is not Tensor or x.dtype != y0.dtype:
+    stacks: Stacks | None = kept.get((layer, y0.dtype))
+    if stacks is None or stacks.rest or type(x) is not Tensor or type(y0) is not Tensor or x.dtype != y0.dtype:
         return None
     if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or is_traced():
         return None
-    products = [stack.ready.get(x.shape) for stack in found.stacks]
-    if None in products or not (kept.is_checked or found.still(layer)):
+    products = [stack.ready.get(x.shape) for stack in stacks.stacks]
+    if None in products or not (kept.is_checked or stacks.still(layer)):
         return None
     y = _own(layer, y0)
     for each in products:

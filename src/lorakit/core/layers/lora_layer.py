@@ -67,8 +67,8 @@ def _weight_holders(factor: Factor, A: nn.Parameter, B: nn.Parameter) -> tuple[n
 def _held(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Return a holder's weight (…) and its bias; FSDP gathers the parameters of its units only when they are called."""
     if is_own_unit(module):
-        found: tuple[Tensor, Tensor | None] = module()
-        return found
+        tensors: tuple[Tensor, Tensor | None] = module()
+        return tensors
     return module.weight, module.bias  # type: ignore[return-value]
 
 
@@ -155,8 +155,8 @@ class LoraLayer(BaseWeight, TunerLayer):
         self.lora_dropout[name] = factor.dropout
         for own in factor.variant.parts.extras:
             put_own(getattr(self, own.container), name, own.member, own.carried, factor.own[own.held_as])
-        for held in map(self._modules.get, (*HOLDERS, *{own.container for own in factor.variant.parts.extras})):
-            for new in () if held is None else (held, held._modules.get(name)):
+        for container in map(self._modules.get, (*HOLDERS, *{own.container for own in factor.variant.parts.extras})):
+            for new in () if container is None else (container, container._modules.get(name)):
                 if new is not None and new.training is not self.training:  # new modules get the layer's mode
                     new.train(self.training)
         self.r[name], self.lora_alpha[name] = r, lora_alpha
@@ -198,11 +198,11 @@ class LoraLayer(BaseWeight, TunerLayer):
 
     def _own(self, name: str, own: OwnTensor) -> Tensor:
         """Return one of the extra tensors of an adapter's variant, in its in-memory shape (…)."""
-        held: Tensor | nn.Module = self._holder(own.container)[name]
-        if isinstance(held, Tensor):
-            return held
-        found: Tensor = getattr(held, own.member) if own.member else _held(held)[0]
-        return found
+        entry: Tensor | nn.Module = self._holder(own.container)[name]
+        if isinstance(entry, Tensor):
+            return entry
+        tensor: Tensor = getattr(entry, own.member) if own.member else _held(entry)[0]
+        return tensor
 
     def _holder(self, attribute: str) -> Mapping[str, Any]:
         """Return a container's entries, keyed by adapter, bypassing torch's slow attribute access."""
@@ -215,13 +215,13 @@ class LoraLayer(BaseWeight, TunerLayer):
             return {}
         factor, kind = self.factor(adapter), self.kind
         first, second = kind.names
-        found = {f"{first}{kind.on_disk}": factor.A, f"{second}{kind.on_disk}": factor.B}
+        tensors = {f"{first}{kind.on_disk}": factor.A, f"{second}{kind.on_disk}": factor.B}
         if factor.bias is not None:
-            found[f"{second}.bias"] = factor.bias
+            tensors[f"{second}.bias"] = factor.bias
         for own in factor.variant.parts.extras:
             shape = own.shape(kind, self.spec, self.r[adapter], factor.setting)
-            found[own.keys[0].removeprefix(".")] = factor.own[own.held_as].view(shape)
-        return found
+            tensors[own.keys[0].removeprefix(".")] = factor.own[own.held_as].view(shape)
+        return tensors
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
         """Return a list of an adapter's parameters in this layer, A and B first; empty if the adapter has none."""
@@ -259,11 +259,7 @@ class LoraLayer(BaseWeight, TunerLayer):
         return y
 
     def adapted(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """Return the base output y₀ (…, out) plus the additions of a route's adapters; the first argument is x (…, in).
-
-        Raises:
-            RouteError: The route does not match this batch.
-        """
+        """Return the base output y₀ (…, out) plus the additions of a route's adapters, for x (…, in)."""
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         stays = route.common_to_all(inside := self.inside())
         skip = frozenset(self.merged_adapters) if stays else frozenset()
@@ -276,9 +272,9 @@ class LoraLayer(BaseWeight, TunerLayer):
         y, moved = y0, bool(self.moved_by) and not set(self.moved_by).isdisjoint(route.names)
         for name in [name for name in route.names if name in self.r and name not in skip]:
             own = name in self.moved_by
-            asks = variant_named(self.variant[name]).output is not None and (bool(skip) or (moved and not own))
-            seen = bare(self._base_for(own))(*args, **kwargs) if asks else y0
-            y = y + self._addition(name, route, x, seen, weights)
+            needs_base = variant_named(self.variant[name]).output is not None and (bool(skip) or (moved and not own))
+            its_base = bare(self._base_for(own))(*args, **kwargs) if needs_base else y0
+            y = y + self._addition(name, route, x, its_base, weights)
         return y
 
     def _mixed(self, route: Route, skip: frozenset[str], x: Tensor, y0: Tensor) -> Tensor:
@@ -429,11 +425,7 @@ class LoraLayer(BaseWeight, TunerLayer):
         return scale(self.r[adapter], self.lora_alpha[adapter], config is not None and config.use_rslora)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return s·B·A of an adapter, with an autograd graph, as the weight is stored: (out, in) or (in, out).
-
-        Raises:
-            MergeError: The weight cannot hold the delta.
-        """
+        """Return s·B·A of an adapter, with an autograd graph, as the weight is stored: (out, in) or (in, out)."""
         factor = self.factor(adapter)
         delta = self.kind.delta(self.spec, *factor.multiplied()) * factor.scale
         return delta.transpose(0, 1) if self.base.transposed else delta
@@ -471,11 +463,7 @@ class LoraLayer(BaseWeight, TunerLayer):
 
     @trainable_tensors
     def unmerge(self) -> None:
-        """Unmerge all adapters and restore this layer's weight bit for bit.
-
-        Raises:
-            MergeError: The base values were not kept.
-        """
+        """Unmerge all adapters and restore this layer's weight bit for bit; raise a MergeError if it was not kept."""
         if not self.merged_adapters:
             warn_caller("Already unmerged. Nothing to do.")
             return
@@ -492,8 +480,8 @@ class LoraLayer(BaseWeight, TunerLayer):
     def leader_of(self, adapters: Sequence[str]) -> LoraLayer | None:
         """Return the tied layer whose weight and (transposed) factors this layer uses for these adapters, or None."""
         here = [name for name in adapters if name in self.r]
-        held = getattr(self, self.kind.names[0])
-        leading = {leader for name in here for leader in getattr(held[name], "leader", (None,))}
+        factors = getattr(self, self.kind.names[0])
+        leading = {leader for name in here for leader in getattr(factors[name], "leader", (None,))}
         leader = next(iter(leading)) if len(leading) == 1 else None
         return leader if leader is not None and self.is_one_with(leader, adapters) else None
 
@@ -506,23 +494,22 @@ class LoraLayer(BaseWeight, TunerLayer):
 
     def _around_module(self, path: str) -> dict[str, LoraLayer]:
         """Return this layer, the layers it wraps, and those that wrap `inner` child modules, keyed by path."""
-        found: dict[str, LoraLayer] = {}
+        layers: dict[str, LoraLayer] = {}
         layer: nn.Module = self
         while isinstance(layer, LoraLayer):
-            found[path] = layer
+            layers[path] = layer
             layer, path = layer.base_layer, f"{path}.base_layer" if path else "base_layer"
         for child in self.kind.inner:
             inside = layer._modules[child]
             if isinstance(inside, LoraLayer):
-                found |= inside._around_module(f"{path}.{child}")
-        return found
+                layers |= inside._around_module(f"{path}.{child}")
+        return layers
 
 
 def not_yet_merged(names: Sequence[str], merged: Sequence[str], quiet: bool = False) -> list[str]:
-    """Return the adapters in `names` that are not merged yet, and warn about the others as PEFT does, unless `quiet`.
+    """Return the adapters that are not merged yet, and warn about the others as PEFT does, unless `quiet`.
 
-    Raises:
-        ConfigTypeError: `names` is a string.
+    A ConfigTypeError is raised if `names` is a string.
     """
     if isinstance(names, str):
         raise ConfigTypeError(

@@ -112,11 +112,7 @@ class ModulesToSave(ReplacingModule):
         return self.modules_to_save[self.merged_adapters[0]] if self.merged_adapters else self.original_module
 
     def run_alike(self, route: Route, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Return the output of the module that a route, the same for all rows, selects.
-
-        Raises:
-            RouteError: Several copies of this module are active at once.
-        """
+        """Return the output of the module that a route selects; raise a RouteError if several copies are active."""
         return self._of(route)(*args, **kwargs)
 
     def _of(self, route: Route) -> nn.Module:

@@ -65,11 +65,7 @@ class WeightLayer(LoraLayer):
         return clone(*args, **kwargs)
 
     def without_rows(self, route: Route) -> Route:
-        """Return a route with the same adapters for the whole batch.
-
-        Raises:
-            MixedRowsError: Rows of the batch use different adapters.
-        """
+        """Return a route with the same adapters for all rows; raise a MixedRowsError if they differ."""
         if route.rows is None:
             return route
         if len(set(route.rows)) > 1:
@@ -185,8 +181,8 @@ class MultiheadAttention(WeightLayer):
     @property
     def out_proj(self) -> nn.Module:
         """The output projection without adapters, as in PEFT; `base_layer.out_proj` is its adapted layer."""
-        found = self.base_layer.get_submodule("out_proj")
-        return found.get_base_layer() if isinstance(found, LoraLayer) else found
+        projection = self.base_layer.get_submodule("out_proj")
+        return projection.get_base_layer() if isinstance(projection, LoraLayer) else projection
 
     def _restore_weights(self) -> None:
         """Do nothing: PEFT's method undoes merges made during a forward pass, but lorakit makes none."""
@@ -199,11 +195,11 @@ class InnerLinear(WeightLayer):
     def weight(self) -> Tensor:
         """The weight with the updates of the active adapters, (out, in), which the parent module reads."""
         route, again = resolve(self.state, self.own_route, self.forwards)
-        found = self.effective(self.without_rows(route))
-        if found is None:
-            found = self.base_layer.get_parameter("weight")
-        self.forwards.note(found, route, again)
-        return found
+        effective = self.effective(self.without_rows(route))
+        if effective is None:
+            effective = self.base_layer.get_parameter("weight")
+        self.forwards.note(effective, route, again)
+        return effective
 
     def _get_name(self) -> str:
         return super()._get_name().replace("InnerLinear", "Linear")
@@ -234,11 +230,7 @@ LAYERS: Mapping[str, type[LoraLayer]] = {
 
 
 def layer_class(kind: Kind) -> type[LoraLayer]:
-    """Return the layer class for a kind: the kind's `layer`, its entry in LAYERS, or else a generic class.
-
-    Raises:
-        ConfigError: The kind's `layer` is not a subclass of `LoraLayer`.
-    """
+    """Return the layer class for a kind: its `layer`, which is a LoraLayer or a ConfigError, or its entry in LAYERS."""
     own = kind.layer or LAYERS.get(kind.name)
     if own is None:
         return WeightLayer if kind.acts_on == "weight" else LoraLayer

@@ -141,8 +141,7 @@ class TokenAdapter(nn.Module, TunerLayer):
     def original(self, strict: bool = True) -> Tensor:
         """Return the base weight, (V, d), without merged rows; the base parameter itself if nothing is merged.
 
-        Raises:
-            MergeError: The rows of a merged adapter were not kept; if not `strict`, they stay in the weight instead.
+        If the rows were not kept, they stay in the weight, or, if `strict`, a MergeError is raised.
         """
         table: Tensor = self.base_layer.weight  # type: ignore[assignment]
         for name in [name for name, rows in self.kept.items() if strict or rows is not None]:
@@ -160,11 +159,7 @@ class TokenAdapter(nn.Module, TunerLayer):
         return table
 
     def replacements(self, names: Sequence[str]) -> list[Replacement]:
-        """Return the active adapters' rows that are not in the weight yet, in the order of the adapters.
-
-        Raises:
-            RouteError: Two of the adapters train the same row.
-        """
+        """Return the active adapters' rows that are not in the weight; raise a RouteError if two train a row."""
         here = [name for name in names if name in self.token_indices]
         shared = self.shared_row(here)
         if shared is not None:
@@ -192,11 +187,7 @@ class TokenAdapter(nn.Module, TunerLayer):
         return any(name not in names for name in self.kept)
 
     def given_back(self, name: str) -> Replacement:
-        """Return the indices of a merged adapter's rows, (n,), and the original base rows, (n, d).
-
-        Raises:
-            MergeError: The base rows were not kept.
-        """
+        """Return the indices (n,) of a merged adapter's rows, and the original base rows, (n, d), if they were kept."""
         kept = self.kept[name]
         if kept is None:
             raise base_not_kept([name])
@@ -387,8 +378,8 @@ class TrainableTokens(ReplacingModule):
     def _give_back(self) -> None:
         """Restore the weight parameter that the module shared with other modules before a merge."""
         table = self.token_adapter
-        for held in table.tied_weight:
-            give_back(table.base_layer, "weight", held, table.weight_here.detach())
+        for shared in table.tied_weight:
+            give_back(table.base_layer, "weight", shared, table.weight_here.detach())
         table.tied_weight = ()
 
     @property

@@ -103,20 +103,12 @@ def one_pass(model: nn.Module) -> Iterator[None]:
 
 
 def disable(model: nn.Module) -> Override:
-    """Return a context manager that runs the base with its original weights and biases, even if adapters are merged.
-
-    Raises:
-        AdapterError: The model has no adapters.
-    """
+    """Return a context manager that runs the base with its original weights and biases, even if adapters are merged."""
     return state_of(model).override(BASE)
 
 
 def checkpoint_contexts(model: nn.Module) -> CheckpointContexts:
-    """Return a `context_fn` for non-reentrant checkpointing that recomputes with the forward pass's adapters.
-
-    Raises:
-        AdapterError: The model has no adapters.
-    """
+    """Return a `context_fn` for non-reentrant checkpointing that recomputes with the forward pass's adapters."""
     return CheckpointContexts(state_of(model))
 
 
@@ -127,11 +119,7 @@ def adapters(model: nn.Module) -> dict[str, LoraConfig]:
 
 
 def trainable_parameters(model: nn.Module, name: str | None = None) -> list[tuple[str, nn.Parameter]]:
-    """Return the trainable parameters (…) of one or all adapters, each once, with their names in the model.
-
-    Raises:
-        AdapterError: The adapter is not on the model, or the model has no adapters.
-    """
+    """Return the trainable parameters (…) of one or all adapters, each once, with their names in the model."""
     state = state_of(model)
     names = list(state.configs) if name is None else [name]
     state.check(names, AdapterError)
@@ -145,11 +133,11 @@ def parameters_by_adapter(model: nn.Module, names: Collection[str]) -> dict[str,
     Each parameter is listed once, in the order in which the modules were adapted.
     """
     state = state_of(model)
-    found: dict[str, list[nn.Parameter]] = {name: [] for name in names}
+    by_adapter: dict[str, list[nn.Parameter]] = {name: [] for name in names}
     for component in (*state.members(), *_bias_patches(model, state)):
-        for name in found.keys() & set(component.available_adapters()):
-            found[name] += component.parameters_of(name)  # tied embeddings share parameters
-    return {name: list({id(p): p for p in parameters}.values()) for name, parameters in found.items()}
+        for name in by_adapter.keys() & set(component.available_adapters()):
+            by_adapter[name] += component.parameters_of(name)  # tied embeddings share parameters
+    return {name: list({id(p): p for p in parameters}.values()) for name, parameters in by_adapter.items()}
 
 
 def _bias_patches(model: nn.Module, state: AdapterState) -> list[BiasPatch]:
@@ -191,16 +179,16 @@ def penalties(model: nn.Module, field: str | None = None) -> Tensor | None:
     configs = [] if state is None else state.configs.values()
     if state is None or not any(counts(v) for config in configs for v in variants_of(config)):
         return None
-    found: dict[Variant, list[Tensor]] = {}
+    terms_by_variant: dict[Variant, list[Tensor]] = {}
     for layer in state.members():
         if isinstance(layer, LoraLayer):
             acting = (state.active() if layer.own_route is None else layer.own_route).mentions
             for factor in (layer.factor(name) for name in layer.r if name in acting):
                 if factor.variant.penalty is not None and counts(factor.variant):
                     term = factor.variant.penalty.term(factor, layer.training)
-                    found.setdefault(factor.variant, []).append(term)
+                    terms_by_variant.setdefault(factor.variant, []).append(term)
     totals = []
-    for variant, terms in found.items():
+    for variant, terms in terms_by_variant.items():
         stacked = torch.stack([term.to(terms[0].device) for term in terms])
         totals.append(stacked.mean() if variant.penalty is not None and variant.penalty.is_mean else stacked.sum())
     return torch.stack([total.to(totals[0].device) for total in totals]).sum() if totals else None
@@ -273,9 +261,6 @@ def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:
     """Return for how many tokens, counted from the end of a prompt (length,), an adapter is active.
 
     An aLoRA adapter is active from its invocation tokens onward, and any other adapter for the whole prompt.
-
-    Raises:
-        ConfigError: The adapter's config does not specify the invocation tokens.
     """
     state = find_state(model)
     if state is None or adapter not in state.waiting:

@@ -137,20 +137,20 @@ def tensors_of_base(index: AdapterIndex, cut: Mapping[int, int]) -> dict[str, Ba
     """Return a base's parameters and persistent buffers by name in the plain base, cut as in `plain_tensor`."""
     quantized = {weight.packed: weight for weight in quantized_weights(index, stacked=False)}
     companions = {name for weight in quantized.values() for name in weight.companions}
-    found = {}
+    tensors = {}
     for name, tensor, module in base_tensors(index, stacked=False):
         if name in companions:
             continue
         weight = quantized.get(name)
         if weight is None:
-            found[name] = plain_tensor(tensor, cut, is_buffer=name.rpartition(".")[2] not in module._parameters)
+            tensors[name] = plain_tensor(tensor, cut, is_buffer=name.rpartition(".")[2] not in module._parameters)
             continue
         transposed = getattr(weight.module, "source_cls", nn.Linear).__name__ == CONV1D
         shape = weight.shape[::-1] if transposed else weight.shape
-        found[weight.name] = BaseTensor(shape, weight.base.name, id(weight.module), weight)
+        tensors[weight.name] = BaseTensor(shape, weight.base.name, id(weight.module), weight)
         if weight.plain_bias is not None:
-            found[weight.name.removesuffix("weight") + "bias"] = plain_tensor(weight.plain_bias, {})
-    return found
+            tensors[weight.name.removesuffix("weight") + "bias"] = plain_tensor(weight.plain_bias, {})
+    return tensors
 
 
 NUMBERS = 64
@@ -243,10 +243,10 @@ def positions(tensors: Sequence[tuple[str, tuple[int, ...]]], count: int) -> Ten
     steps = (torch.frombuffer(bytearray(drawn), dtype=torch.int32).long() & 0xFFFFFFFF).view(-1, count)
     sizes = torch.tensor([math.prod(shape) for _, shape in tensors]).unsqueeze(1)
     edges = torch.arange(count + 1) * sizes // count
-    found = edges[:, :-1] + steps % (edges[:, 1:] - edges[:, :-1])
-    found[:, -1] = sizes[:, 0] - 1
-    found[:, 0] = 0
-    return found
+    sampled = edges[:, :-1] + steps % (edges[:, 1:] - edges[:, :-1])
+    sampled[:, -1] = sizes[:, 0] - 1
+    sampled[:, 0] = 0
+    return sampled
 
 
 def sample_count(shape: tuple[int, ...], tensors: int) -> int:
@@ -279,8 +279,8 @@ def take_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], Tensor
             bits[name], bound = tensor.bits(here)
             if bound is not None:
                 bounds[name] = bound.to(torch.bfloat16).view(torch.int16)
-    found, slack = _copied(bits), _copied(bounds)
-    return {name: Sample(dtypes[name], found[name], slack.get(name, b"")) for name in sorted(found)}
+    data, bound_data = _copied(bits), _copied(bounds)
+    return {name: Sample(dtypes[name], data[name], bound_data.get(name, b"")) for name in sorted(data)}
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
@@ -288,13 +288,13 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
     groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, tensor in tensors.items():
         groups.setdefault((tensor.device, tensor.dtype), []).append(name)
-    found: dict[str, bytes] = {}
+    copies: dict[str, bytes] = {}
     for (_, dtype), names in groups.items():
         data, start = torch.cat([tensors[name] for name in names]).cpu().numpy().tobytes(), 0
         for name in names:
             end = start + tensors[name].numel() * dtype.itemsize
-            found[name], start = data[start:end], end
-    return found
+            copies[name], start = data[start:end], end
+    return copies
 
 
 def _decoded(data: bytes, dtype: torch.dtype) -> Tensor:
@@ -320,13 +320,13 @@ def first_positions(shape: tuple[int, ...]) -> Tensor:
 def take_first_samples(tensors: Mapping[str, BaseTensor], read: Callable[[str], Tensor] | None) -> dict[str, Sample]:
     """Sample matrices as specified by format 1; `read` is as in `take_samples`."""
     large = sorted(name for name, tensor in tensors.items() if len(tensor.shape) >= 2 and not tensor.is_buffer)
-    found = {}
+    samples = {}
     for name in large[:: max(1, len(large) // FIRST_TENSORS)][:FIRST_TENSORS]:
         tensor = tensors[name] if read is None else plain_tensor(read(name), {})
         bits, bound = tensor.bits(first_positions(tensor.shape).to(tensor.device))
         values = bits.view(tensor.source.dtype if isinstance(tensor.source, Tensor) else torch.float32)
-        found[name] = Sample("bfloat16", _as_bf16(values), b"" if bound is None else _as_bf16(bound))
-    return found
+        samples[name] = Sample("bfloat16", _as_bf16(values), b"" if bound is None else _as_bf16(bound))
+    return samples
 
 
 def first_agreement(one: Sample, other: Sample) -> str:

@@ -34,9 +34,6 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     """Replace every quantized module of a model without adapters with a plain one, in place; return their number.
 
     A plain module has the compute dtype of the quantized module or, if that has none, `dtype`, or else the model's.
-
-    Raises:
-        MergeError: A quantized weight cannot be read.
     """
     dtype = dtype or float_dtype(model)
     plain = [(weight.packed.rpartition(".")[0], weight.dequantized(dtype)) for weight in quantized_weights(model)]
@@ -107,8 +104,8 @@ def base_tensors(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> It
     unmerged = {id(t.original_module.weight): t.token_adapter.original(strict=False) for t in tables}
     if not stacked and index.is_replicated:
         # a replicated layer and the original layer hold the same weight in different modules
-        held = [(layer.source._parameters.get(layer.spec.parameter), layer) for layer in layers.values()]
-        layers |= {(id(parameter), ""): layer for parameter, layer in held if parameter is not None}
+        adapted = [(layer.source._parameters.get(layer.spec.parameter), layer) for layer in layers.values()]
+        layers |= {(id(parameter), ""): layer for parameter, layer in adapted if parameter is not None}
     for path, module in index.plain_modules(stacked):
         biases = {name: old for patch in BiasPatch.on(module) for name, old in patch.old(module).items()}
         prefix = f"{path}." if path else ""
@@ -228,11 +225,11 @@ def freeze_base(index: AdapterIndex) -> None:
     repacking = {id(module) for module in disable_repacking(index.everything.values())}
     seen: set[int] = set()
     for module in index.everything.values():
-        held = [p for p in module._parameters.values() if p is not None and id(p) not in seen]
-        if held or id(module) in repacking:
-            trained = [(parameter, parameter.requires_grad) for parameter in held]
+        parameters = [p for p in module._parameters.values() if p is not None and id(p) not in seen]
+        if parameters or id(module) in repacking:
+            trained = [(parameter, parameter.requires_grad) for parameter in parameters]
             module.__dict__[RECORD] = FrozenModule(trained, id(module) in repacking)
-        for parameter in held:
+        for parameter in parameters:
             seen.add(id(parameter))
             parameter.requires_grad_(False)
 
@@ -250,18 +247,18 @@ def replacing_parameters(index: AdapterIndex) -> Iterator[None]:
 
     No parameter of the base is referred to within the block, so that each one is freed when it is replaced.
     """
-    held = list[tuple[FrozenModule, nn.Module, list[tuple[str, bool]]]]()
+    records = list[tuple[FrozenModule, nn.Module, list[tuple[str, bool]]]]()
     for module in _base_modules(index):
         record: FrozenModule | None = module.__dict__.get(RECORD)
         if record is not None:
             names = {id(parameter): name for name, parameter in module._parameters.items()}
             flags = [(names[id(parameter)], flag) for parameter, flag in record.trained if id(parameter) in names]
-            held.append((record, module, flags))
+            records.append((record, module, flags))
             record.trained = []
     try:
         yield
     finally:
-        for record, module, flags in held:
+        for record, module, flags in records:
             record.trained = [(p, flag) for name, flag in flags if (p := module._parameters[name]) is not None]
 
 

@@ -46,11 +46,7 @@ def check_new_name(state: AdapterState | None, name: str) -> None:
 
 
 def check_called(model: nn.Module, paths: Iterable[str]) -> None:
-    """Check that the model calls every module to be adapted; if a kernel reads the weight directly, LoRA has no effect.
-
-    Raises:
-        TargetError: A fused kernel reads the weight of at least one of the modules directly.
-    """
+    """Raise a TargetError if a fused kernel reads the weight of a module to be adapted, so that LoRA has no effect."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     bad = sorted({path for path in paths if path.rpartition(".")[2] in READ_PAST}) if kind in WITH_MAMBA else []
     if bad:
@@ -64,14 +60,10 @@ def check_called(model: nn.Module, paths: Iterable[str]) -> None:
 
 
 def check_not_distributed(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Check that modules, given with their paths, hold their whole weights, and not one process's part of them.
-
-    Raises:
-        NotYetSupported: A weight is a DTensor, or the module has a plan for tensor parallelism.
-    """
+    """Raise a NotYetSupported if a module, given with its path, holds one process's part of its weight."""
     for path, module in modules:
-        held = (tensor for tensor in module._parameters.values() if tensor is not None)
-        part = next((tensor for tensor in held if is_dtensor(tensor)), None)
+        tensors = (tensor for tensor in module._parameters.values() if tensor is not None)
+        part = next((tensor for tensor in tensors if is_dtensor(tensor)), None)
         what = type(part).__name__ if part is not None else module.__dict__.get("_hf_tp_plan")
         if what is not None:
             raise NotYetSupported(

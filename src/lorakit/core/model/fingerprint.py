@@ -230,19 +230,19 @@ def compare(known: Fingerprint | None, present: Fingerprint, whose: str = "the a
 def _compare_samples(known: Fingerprint, present: Fingerprint, whose: str) -> BaseVerdict:
     first = known.version == FIRST
     agree = first_agreement if first else agreement
-    found = {
+    degrees = {
         name: agree(known.samples[name], present.samples[name])
         if name in known.samples and name in present.samples
         else APART
         for name in sorted({*known.samples, *(() if first else present.samples)})
     }
     shared = [name for name in sorted(known.buffers) if name in present.buffers]  # others are persistent in only one
-    found |= {name: agree(known.buffers[name], present.buffers[name]) for name in shared}
-    apart = [name for name, degree in found.items() if degree == APART]
+    degrees |= {name: agree(known.buffers[name], present.buffers[name]) for name in shared}
+    apart = [name for name, degree in degrees.items() if degree == APART]
     moved = [name for name in apart if name in shared and name.rpartition(".")[2] in RUNNING]
     if len(apart) > len(moved):
         named = ", ".join([name for name in apart if name not in moved][:SHOWN])
-        count = f"{len(apart) - len(moved)} of {len(found)}"
+        count = f"{len(apart) - len(moved)} of {len(degrees)}"
         return BaseVerdict(
             DIFFERENT, f"values in {count} tensors differ: same shapes, different weights (first {named})"
         )
@@ -253,14 +253,14 @@ def _compare_samples(known: Fingerprint, present: Fingerprint, whose: str) -> Ba
             f"{moved[0]}). Running statistics change in training mode, and the adapter does not contain them. Save and "
             "restore them with the base."
         )
-    weaker = f"; only {len(found)} matrices are sampled, because the fingerprint is in format 1" if first else ""
-    inexact = [degree for degree in found.values() if degree not in (EXACT, APART)]
+    weaker = f"; only {len(degrees)} matrices are sampled, because the fingerprint is in format 1" if first else ""
+    inexact = [degree for degree in degrees.values() if degree not in (EXACT, APART)]
     if known.dtype != present.dtype:
         reason = f"{whose} base was {known.dtype}, but this model is {present.dtype}"
     elif QUANTIZED in inexact:
         reason = "the values agree within the quantization errors of the two formats"
     elif inexact:
-        reason = f"{len(inexact)} of {len(found)} tensors agree after rounding to another dtype"
+        reason = f"{len(inexact)} of {len(degrees)} tensors agree after rounding to another dtype"
     else:
         return BaseVerdict(SAME, f"architecture, shapes and sampled values agree{weaker}", warning)
     return BaseVerdict(OTHER_PRECISION, reason + weaker, warning)
@@ -307,13 +307,13 @@ def _read(values: JsonObject) -> Fingerprint:
     samples = _samples({"bfloat16": table} if version == FIRST else table, bounds, decode)
     buffers = _samples(values.pop("buffers", {}), bounds, decode)
     files = values.pop("files", {})
-    made = Fingerprint(**values, samples=samples, buffers=buffers, files=files, version=version)
-    texts, integers = (made.architecture, made.names_sha256, made.dtype), (made.parameters, made.vocabulary, version)
+    mark = Fingerprint(**values, samples=samples, buffers=buffers, files=files, version=version)
+    texts, integers = (mark.architecture, mark.names_sha256, mark.dtype), (mark.parameters, mark.vocabulary, version)
     sound = all(isinstance(text, str) for text in (*texts, *files, *files.values()))
     sound = sound and all(isinstance(integer, int) for integer in integers) and version in (FIRST, VERSION)
     if not (sound and all(sample.is_sound() for sample in (*samples.values(), *buffers.values()))):
         raise ValueError("not a fingerprint")
-    return made
+    return mark
 
 
 def _samples(table: JsonObject, bounds: Mapping[str, str], decode: Callable[[str], bytes]) -> dict[str, Sample]:
@@ -369,11 +369,7 @@ def add_merge_record(model: nn.Module, adapters: Mapping[str, str]) -> None:
 
 
 def check_not_merged_in(model: nn.Module, folder: Path, weights_sha256: str, allow: Collection[str]) -> None:
-    """Check that an adapter has not already been merged into a model, unless "base_mismatch" is allowed.
-
-    Raises:
-        BaseMismatchError: The adapter was merged into this model.
-    """
+    """Raise a BaseMismatchError if an adapter was merged into a model already, unless "base_mismatch" is allowed."""
     known = merge_record(model)
     if weights_sha256 in known and "base_mismatch" not in allow:
         name = f" (as {known[weights_sha256]})" if known[weights_sha256] else ""
@@ -418,8 +414,8 @@ def _files_of(model: nn.Module) -> list[Path]:
     snapshots = _hub_cache() / f"models--{name.replace('/', '--')}" / "snapshots"
     if not _HUB_ID.fullmatch(name) or not snapshots.is_dir():
         return []
-    found = [files for entry in snapshots.iterdir() if (files := _in_folder(entry))]
-    return found[0] if len(found) == 1 else []
+    revisions = [files for entry in snapshots.iterdir() if (files := _in_folder(entry))]
+    return revisions[0] if len(revisions) == 1 else []
 
 
 def _in_folder(folder: Path) -> list[Path]:
@@ -469,7 +465,7 @@ def _hashes(files: list[Path]) -> dict[str, str]:
     real = {file.name: Path(os.path.realpath(file)) for file in files}
     named = {name: path.name for name, path in real.items() if _is_blob(path) and FileStatus.of(path)}
     others = [path for name, path in real.items() if name not in named]
-    found = file_hashes(others, MOST_BYTES)
-    if len(found) < len(set(others)):
+    computed = file_hashes(others, MOST_BYTES)
+    if len(computed) < len(set(others)):
         return {}
-    return {name: named[name] if name in named else found[path] for name, path in sorted(real.items())}
+    return {name: named[name] if name in named else computed[path] for name, path in sorted(real.items())}

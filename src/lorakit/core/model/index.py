@@ -186,8 +186,8 @@ class AdapterIndex:
 
     def is_compiled(self, path: str) -> bool:
         """Return whether torch.compile wraps the module at a path itself, so that a replacement would not be called."""
-        standing = self.modules[path]
-        return any(attribute == COMPILED for _, attribute in self.parents.get(id(standing), ()))
+        module = self.modules[path]
+        return any(attribute == COMPILED for _, attribute in self.parents.get(id(module), ()))
 
     def again(self) -> AdapterIndex:
         """Return a fresh index of the same model, for use after its modules have changed."""
@@ -238,13 +238,13 @@ class AdapterIndex:
         """All modules that target entries can refer to, in model order."""
         head = embedding_of(self.model, "output")
         known: dict[type[nn.Module], Kind | None] = {}
-        found = []
-        for path, standing in self.modules.items():
-            base = standing.owner if isinstance(standing, LoraLayer) else standing
+        candidates = []
+        for path, module in self.modules.items():
+            base = module.owner if isinstance(module, LoraLayer) else module
             if type(base) not in known:
                 known[type(base)] = kind_of(type(base), self.kinds)
-            found.append(_candidate(path, base, known[type(base)], head))
-        return found
+            candidates.append(_candidate(path, base, known[type(base)], head))
+        return candidates
 
     @property
     def is_replicated(self) -> bool:
@@ -259,23 +259,23 @@ class AdapterIndex:
     @cached_property
     def shared(self) -> dict[int, list[str]]:
         """Dict from the id of each parameter that several base modules share to the paths of those modules."""
-        held: dict[int, list[str]] = {}
+        paths_by_id: dict[int, list[str]] = {}
         for path in self.modules:
             for parameter in self.base(path)._parameters.values():
                 if parameter is not None:
-                    held.setdefault(id(parameter), []).append(path)
-        return {key: paths for key, paths in held.items() if len(paths) > 1}
+                    paths_by_id.setdefault(id(parameter), []).append(path)
+        return {key: paths for key, paths in paths_by_id.items() if len(paths) > 1}
 
     @cached_property
     def holders(self) -> dict[int, list[tuple[str, nn.Module]]]:
         """Dict from each base weight's `identity` to (weight name, module) pairs for all modules that hold it."""
-        found: dict[int, list[tuple[str, nn.Module]]] = {}
+        holders: dict[int, list[tuple[str, nn.Module]]] = {}
         for path, module in self.plain_modules():
             prefix = f"{path}." if path else ""
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    found.setdefault(identity(parameter), []).append((prefix + name, module))
-        return found
+                    holders.setdefault(identity(parameter), []).append((prefix + name, module))
+        return holders
 
     def plain_modules(self, stacked: bool = True) -> list[tuple[str, nn.Module]]:
         """Return the base's modules with their paths in the plain base; a module with two paths is listed twice.
@@ -287,7 +287,7 @@ class AdapterIndex:
         return self._plain[stacked]
 
     def _plain_modules(self, stacked: bool) -> list[tuple[str, nn.Module]]:
-        found: list[tuple[str, nn.Module]] = []
+        modules: list[tuple[str, nn.Module]] = []
         waiting = [("", self.model)]
         while waiting:
             path, module = waiting.pop()
@@ -297,11 +297,11 @@ class AdapterIndex:
                 module = module.source
             elif isinstance(module, (ModulesToSave, TrainableTokens)):
                 module = module.original_module
-            found.append((path, module))
+            modules.append((path, module))
             prefix = f"{path}." if path else ""
             children = self._children.get(id(module)) or _children_of(module)
             waiting.extend((without_wrappers(prefix + name), child) for name, child in reversed(children))
-        return found
+        return modules
 
     def kind(self, name: str) -> Kind:
         """Return the registered or custom site kind with the given name."""

@@ -170,9 +170,9 @@ def _find(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
         part = inner
     for parent, attribute in LISTS:
         holder = part._modules.get(parent) if parent else part
-        found = None if holder is None else holder._modules.get(attribute)
-        if holder is not None and isinstance(found, nn.ModuleList):
-            return holder, attribute, found
+        layers = None if holder is None else holder._modules.get(attribute)
+        if holder is not None and isinstance(layers, nn.ModuleList):
+            return holder, attribute, layers
     raise ConfigError(
         f"layer_replication: Could not locate the layers attribute in the model, a {type(model).__name__}. Expected "
         "Llama, Bert or Falcon compatible architectures: an nn.ModuleList named `layers`, `encoder.layer` or `h`.",

@@ -80,11 +80,7 @@ def matched(index: AdapterIndex, config: LoraConfig, allow_partial: bool = False
 
 
 def named_targets(index: AdapterIndex, config: LoraConfig) -> dict[str, TargetWeight]:
-    """Return a target weight for each parameter that `target_parameters` names, by path on disk, without patterns.
-
-    Raises:
-        TargetError: A named parameter cannot be adapted.
-    """
+    """Return a target weight for each parameter that `target_parameters` names, by path on disk, without patterns."""
     if not config.target_parameters:
         return {}
     plain = dataclasses.replace(config, rank_pattern={}, alpha_pattern={})
@@ -122,11 +118,7 @@ def targets_of(index: AdapterIndex, matches: Sequence[Match]) -> list[tuple[Matc
 
 
 def dropout_at(config: LoraConfig, target: TargetWeight, holder: nn.Module) -> float:
-    """Return the dropout probability for the input to A at a site, whose weight a base module holds.
-
-    Raises:
-        ConfigError: The config has dropout, but the module does not expose the input of its parameter.
-    """
+    """Return the dropout for the input to A at a site; raise a ConfigError if its module does not expose that input."""
     if target.kind.drops or not config.lora_dropout:
         return config.lora_dropout
     if target.kind.names_parameter and not shows_tokens(holder, target.spec.parameter):
@@ -143,23 +135,19 @@ def dropout_at(config: LoraConfig, target: TargetWeight, holder: nn.Module) -> f
 
 def paths_on_disk(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, str]:
     """Return the on-disk path of each of an adapter's sites by path in the model, without layers of other adapters."""
-    found = {}
+    paths = {}
     around: dict[int, list[LoraLayer]] = {}  # id of a layer -> layers around it
     for path, layer in AdapterIndex.of(model).layers():
         outside = around.get(id(layer), [])
         around[id(layer.base_layer)] = [*outside, layer]
         if adapter in layer.r:
             strangers = sum(adapter not in other.r for other in outside)
-            found[path] = path.removesuffix(INSIDE * strangers) if strangers else path
-    return found
+            paths[path] = path.removesuffix(INSIDE * strangers) if strangers else path
+    return paths
 
 
 def check_overlap(index: AdapterIndex, targets: Sequence[TargetWeight]) -> None:
-    """Check that no module is adapted both as a whole and through a parameter, by this or any other adapter.
-
-    Raises:
-        TargetError: A module is adapted in both ways; the message names the module.
-    """
+    """Raise a TargetError if a module is adapted both as a whole and through a parameter, by any adapters."""
     adapted = {path for path, m in index.modules.items() if isinstance(m, (LoraLayer, ModulesToSave))}
     taken = sorted(adapted | {target.outer for target in targets})
     for outer in {target.outer for target in targets if target.kind.names_parameter}:

@@ -50,11 +50,7 @@ def grow_vocabulary(model: nn.Module, rows: int) -> None:
 
 
 def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
-    """Return the embedding and head modules that `grow_vocabulary` would extend; weight values are not read.
-
-    Raises:
-        ModelError: As in `grow_vocabulary`.
-    """
+    """Return the modules that `grow_vocabulary` would extend, or raise its ModelError; values are not read."""
     present = vocabulary_of(model)
     if 0 < rows <= present:
         return []
@@ -72,17 +68,13 @@ def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
 
 
 def with_trained_rows(config: LoraConfig, model: nn.Module, rows: Sequence[int]) -> LoraConfig:
-    """Return a copy of a config that also trains the given rows of the token embedding and of any untied head.
-
-    Raises:
-        ModelError: The model does not expose its input embedding.
-    """
+    """Return a copy of a config that also trains the given rows of the token embedding and of any untied head."""
     index = AdapterIndex.of(model)
     path = _named_embedding(index)
     tied = sharers(index, path)
     apart = [table for table in token_tables(index, path) if table not in tied]
-    asked = {table: list(rows) for table in apart} if len(apart) > 1 else list(rows)
-    return config.with_fields(trainable_token_indices=asked)
+    indices = {table: list(rows) for table in apart} if len(apart) > 1 else list(rows)
+    return config.with_fields(trainable_token_indices=indices)
 
 
 def initialize_rows(model: nn.Module, name: str, pieces: Mapping[int, Sequence[int]]) -> None:
@@ -132,16 +124,16 @@ def _append_rows(model: nn.Module, tables: Iterable[nn.Module], rows: int, undo:
         undo.callback(setattr, owner, name, getattr(owner, name))
         setattr(owner, name, value)
 
-    made: dict[nn.Parameter, nn.Parameter] = {}  # tied modules stay tied
+    extended: dict[nn.Parameter, nn.Parameter] = {}  # tied modules stay tied
     for table in tables:
         old = table._parameters.get("weight")
         missing = 0 if old is None else rows - old.shape[0]
         if old is None or missing <= 0:  # a head can have more padding rows than the embedding
             continue
-        if old not in made:
+        if old not in extended:
             new = old.detach().float().mean(0, keepdim=True).to(old.dtype).expand(missing, -1)
-            made[old] = nn.Parameter(torch.cat([old.detach(), new]), old.requires_grad)
-        change(table, "weight", made[old])
+            extended[old] = nn.Parameter(torch.cat([old.detach(), new]), old.requires_grad)
+        change(table, "weight", extended[old])
         change(table, "num_embeddings" if isinstance(table, nn.Embedding) else "out_features", rows)
         bias = table._parameters.get("bias")
         if bias is not None:
@@ -162,8 +154,8 @@ def appended_rows(index: AdapterIndex, config: LoraConfig, known: Fingerprint | 
     """
     present = vocabulary_of(index.model)
     path = input_embedding(index)
-    asked = [row for rows in _rows_by_table(config, path).values() for row in rows]
-    wanted = known.vocabulary if known is not None else 1 + max(asked, default=-1)
+    trained_rows = [row for rows in _rows_by_table(config, path).values() for row in rows]
+    wanted = known.vocabulary if known is not None else 1 + max(trained_rows, default=-1)
     if not 0 < present < wanted or not _brings_all(index, config, path, range(present, wanted)):
         yield []
         return
@@ -197,9 +189,11 @@ def without_brought_rows(
     """
     if known is not None and 0 < known.vocabulary < vocabulary_of(index.model):
         tables = [table_at(index, path) for path in token_tables(index, input_embedding(index))]
-        held = [parameter for table in tables for parameter in table._parameters.values() if parameter is not None]
-        if held:
-            before = _blanked_pair(index, config, known, {id(parameter): known.vocabulary for parameter in held})
+        parameters = [
+            parameter for table in tables for parameter in table._parameters.values() if parameter is not None
+        ]
+        if parameters:
+            before = _blanked_pair(index, config, known, {id(parameter): known.vocabulary for parameter in parameters})
             if compare(*before).verdict != DIFFERENT:
                 return before
     return _blanked_pair(index, config, known, {})
@@ -238,8 +232,8 @@ def _blanked(mark: Fingerprint, blank: Mapping[str, Collection[int]]) -> Fingerp
 
 def _rows_by_table(config: LoraConfig, path: str | None) -> dict[str, list[int]]:
     """Return a dict from embedding name to the indices of the embedding's rows that an adapter contains."""
-    asked = config.trainable_token_indices
-    table = asked if isinstance(asked, Mapping) else {path or "": asked or []}
+    indices = config.trainable_token_indices
+    table = indices if isinstance(indices, Mapping) else {path or "": indices or []}
     return {name: [i for i in rows if isinstance(i, int)] for name, rows in table.items()}
 
 

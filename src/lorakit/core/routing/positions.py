@@ -123,8 +123,8 @@ def prompt_offsets(
     """
     waiting = tuple(sorted(state.waiting if names is None else state.waiting & set(names)))
     rows, length = input_ids.shape
-    found = [_positions(state, name, input_ids, visible) for name in waiting]
-    back = torch.stack(found) if found else input_ids.new_zeros((0, rows), dtype=torch.int64)
+    offsets = [_positions(state, name, input_ids, visible) for name in waiting]
+    back = torch.stack(offsets) if offsets else input_ids.new_zeros((0, rows), dtype=torch.int64)
     return Offsets(waiting, back, length, length)
 
 
@@ -185,8 +185,8 @@ class KeyValueCache(Protocol):
 
 def _cache(values: Mapping[str, Any]) -> KeyValueCache | None:
     """Return the cache in the arguments or the output of a forward pass, or None."""
-    found = (values.get(name) for name in CACHES)
-    return next((cache for cache in found if hasattr(cache, "get_seq_length")), None)
+    candidates = (values.get(name) for name in CACHES)
+    return next((cache for cache in candidates if hasattr(cache, "get_seq_length")), None)
 
 
 def _visible(mask: Tensor | Mapping[str, Tensor] | None, rows: int, length: int) -> Tensor | None:

@@ -90,11 +90,7 @@ class Forwards:
             self._with_graph.note((output,), route.named())
 
     def of_recomputation(self) -> Route:
-        """Return the route of the forward pass that autograd is recomputing.
-
-        Raises:
-            RouteError: No recorded forward pass qualifies, or several with different routes do.
-        """
+        """Return the one route of the forward pass that autograd is recomputing, or raise a RouteError."""
         node = None if _is_non_reentrant() else _reentrant_node()
         if torch.is_grad_enabled() and node is None:
             possible: list[Sequence[Route]] = [self._with_graph.alive(), self._without_graph]

@@ -57,9 +57,6 @@ class Offsets:
         """Return the offsets for a forward pass that covers the same text but ends at a different position.
 
         The arguments are those of that forward pass, which may contain consecutive copies of each row (beams).
-
-        Raises:
-            RouteError: `rows` is not a multiple of the number of rows in these offsets.
         """
         back = of_rows(self.back, rows)
         if self.seen is not None:
@@ -109,11 +106,7 @@ class Offsets:
 
 
 def of_rows(numbers: Tensor, rows: int) -> Tensor:
-    """Expand per-row values (…, n) to shape (…, rows), to match a batch with consecutive copies of each row.
-
-    Raises:
-        RouteError: `rows` is not a multiple of n.
-    """
+    """Expand per-row values (…, n) to (…, rows) for consecutive copies of each row; raise a RouteError if it cannot."""
     if numbers.shape[-1] == rows:
         return numbers
     if rows % numbers.shape[-1]:

@@ -126,15 +126,15 @@ class AdapterState:
     def members(self) -> list[Any]:
         """Return the adapted modules of this state in order of registration, without traversing the model."""
         references = list(self.__dict__.get("_members", {}).values())  # one step: another thread may register a module
-        found = [reference() for reference in references]
-        return [module for module in found if module is not None]
+        members = [reference() for reference in references]
+        return [module for module in members if module is not None]
 
     def in_place(self) -> bool:
         """Return whether every adapted module is still where an index last found it, without traversing the model."""
         for place in self.places:  # a plain loop, because `use` is called often
             parent, module = place.parent(), place.module()
-            held = module if parent is None else parent._modules.get(place.attribute)
-            if held is not module and (held is None or module is None or held.__dict__ is not module.__dict__):
+            present = module if parent is None else parent._modules.get(place.attribute)
+            if present is not module and (present is None or module is None or present.__dict__ is not module.__dict__):
                 return False  # `speed` puts a module in place of another one and shares its `__dict__`
         return True
 

@@ -65,13 +65,13 @@ def collect_inputs(
     modules = _modules_at(model, paths)
     for path, module in modules.items():
         _check_inputs(path, module)
-    found = {path: InputStatistics(components) for path in paths}
-    collector = _Inputs(found, even)
+    statistics = {path: InputStatistics(components) for path in paths}
+    collector = _Inputs(statistics, even)
     with torch.no_grad(), in_mode(model, False), _hooked(modules, collector.hook):
         for batch in _some(batches):
             collector.begin(keep(batch) if keep is not None else None)
             forward(model, batch)
-    return found
+    return statistics
 
 
 def collect_gradients(
@@ -258,15 +258,15 @@ def patches(module: Convolution, x: Tensor) -> Tensor:
 def _modules_at(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
     """Return a dict from path to base module, without the adapters that wrap the module."""
     index = AdapterIndex.of(model)
-    found = {}
+    modules = {}
     for path in paths:
         module = index.everything.get(path)
         if module is None:
             close = nearest(path, list(index.everything), 1)
             hint = f"; nearest: {close[0]}" if close else ""
             raise TargetError(f"module {path!r} not found in the model{hint}.", what=path, allowed=close)
-        found[path] = module.owner if isinstance(module, LoraLayer) else module
-    return found
+        modules[path] = module.owner if isinstance(module, LoraLayer) else module
+    return modules
 
 
 def _is_convolution(module: nn.Module) -> TypeGuard[Convolution]:

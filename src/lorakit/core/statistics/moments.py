@@ -76,11 +76,7 @@ class InputStatistics:
         self.total = total.clone() if self.total is None else self.total.add_(total)
 
     def second_moment(self) -> Tensor:
-        """Return the uncentered second moment Σ x·xᵀ / rows, (in, in), which CorDA calls the covariance.
-
-        Raises:
-            DataError: There are no rows, or only a sketch was kept.
-        """
+        """Return Σ x·xᵀ / rows, (in, in), CorDA's covariance; raise a DataError if it was not kept."""
         if self.gram is None:
             raise DataError(
                 "The second moment was not kept: there are no rows, or `components` was given.", field="components"
@@ -97,22 +93,22 @@ class InputStatistics:
             For a full matrix: eigenvectors of the centered second moment. For a sketch: Ross et al. 2008,
             doi:10.1007/s11263-007-0075-7.
         """
-        held = self._sketch if self.gram is None else self.gram
-        if self.total is None or held is None:
+        second_moments = self._sketch if self.gram is None else self.gram
+        if self.total is None or second_moments is None:
             raise DataError("No batch reached this site, so its inputs have no principal directions.", field="batches")
         device = self.total.device
         work = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-        held = held.to(work, torch.float64)
+        second_moments = second_moments.to(work, torch.float64)
         mean = self.total.to(work, torch.float64) / self.rows
         variance = max(self._squares - self.rows * float(mean @ mean), 0.0)
         if self.gram is not None:
-            centered = held - self.rows * torch.outer(mean, mean)
+            centered = second_moments - self.rows * torch.outer(mean, mean)
             squared, columns = torch.linalg.eigh(centered)
             squared, vectors = squared.flip(0)[:k].clamp_min(0), columns.flip(1).T[:k]
             values = squared.sqrt()
         else:
-            values = held.norm(dim=1)[:k]
-            vectors = held[:k] / values.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+            values = second_moments.norm(dim=1)[:k]
+            vectors = second_moments[:k] / values.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
         largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
         vectors = vectors * torch.where(largest < 0, -1.0, 1.0)
         ratios = values.square() / variance if variance > 0 else torch.zeros_like(values)
@@ -138,11 +134,7 @@ class GradientStatistics:
         self.total = gradient if self.total is None else self.total.add_(gradient)
 
     def mean(self) -> Tensor:
-        """Return the gradient of the mean loss over the batches, canonical (out, in) or (out, in / groups, k…).
-
-        Raises:
-            DataError: No loss depended on this site.
-        """
+        """Return the mean loss's gradient, (out, in) or (out, in / groups, k…), or raise a DataError."""
         if self.total is None:
             raise DataError("No loss depended on this site, so its weight has no gradient.", field="batches")
         return self.total / self.batches
@@ -176,15 +168,15 @@ class Statistics:
             ConfigError: The statistics are for a different init.
             BaseMismatchError: The statistics were collected on a different base model.
         """
-        asked = _init_settings(config)
-        for field, held in _init_settings(self.config).items():
-            if asked.get(field) != held:
+        wanted = _init_settings(config)
+        for field, value in _init_settings(self.config).items():
+            if wanted.get(field) != value:
                 raise ConfigError(
-                    f"The statistics are for {field}={held!r}, but the config has {asked.get(field)!r}. Attach the "
+                    f"The statistics are for {field}={value!r}, but the config has {wanted.get(field)!r}. Attach the "
                     "config that the statistics were collected for, or collect them again.",
-                    what=asked.get(field),
+                    what=wanted.get(field),
                     field=field,
-                    allowed=(str(held),),
+                    allowed=(str(value),),
                 )
         if self.base is not None:
             verdict, reason, _ = compare(self.base, fingerprint(model, like=self.base), "their")
@@ -200,11 +192,7 @@ class Statistics:
         return sum(t.numel() * t.element_size() for tensors in self.sites.values() for t in tensors.values())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the statistics to a safetensors file.
-
-        Raises:
-            DiskError: The file cannot be written; an existing file is left unchanged.
-        """
+        """Write the statistics to a safetensors file; if that fails, an existing file is left unchanged."""
         tensors = {f"{site}/{name}": tensor for site, named in self.sites.items() for name, tensor in named.items()}
         facts = {
             "config": self.config.as_json(),
@@ -216,11 +204,7 @@ class Statistics:
 
 
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:
-    """Read a file written by `Statistics.save`.
-
-    Raises:
-        AdapterFileError: The file is missing or damaged, has an unknown format version, or is not a statistics file.
-    """
+    """Read a file written by `Statistics.save`; raise an AdapterFileError if it is not one."""
     file = read_tensors(path)
     written = file.metadata.get(KEY)
     if written is not None and written != FORMAT:
