@@ -117,12 +117,8 @@ def adapter_from_hub(
 
     requested, (repository, revision) = repository, split_revision(repository)
     if revision is not None and options.revision not in (None, revision):
-        raise ConfigError(
-            f"{requested!r} names a revision, but revision is {options.revision!r}; pass one of them.",
-            what=options.revision,
-            where=requested,
-            field="revision",
-        )
+        text = f"{requested!r} names a revision, but revision is {options.revision!r}; pass one of them."
+        raise ConfigError(text, what=options.revision, where=requested, field="revision")
     inside = f"{options.subfolder}/" if options.subfolder else ""
     patterns = [inside + name for name in files]
     if has_tokenizer:  # transformers writes the tokenizer to the repository's root even if the adapter is in a folder
@@ -144,13 +140,11 @@ def _not_found(name: str, arguments: Mapping[str, Any], variable: str | None, ca
     if arguments.get("local_files_only"):
         reason = "local_files_only is set" if variable is None else f"network access is off: {variable} is set"
         where = f"in the Hub's cache ({reason})"
-    return ModelError(
+    text = (
         f"{name!r} is not a directory and was not found {where} ({type(cause).__name__}). Check the name, or pass a "
-        "directory.",
-        what=name,
-        where=name,
-        field=variable,
+        "directory."
     )
+    return ModelError(text, what=name, where=name, field=variable)
 
 
 def tokenizer_folder(folder: Path, options: HubOptions = NO_OPTIONS) -> Path:
@@ -175,10 +169,6 @@ def with_revision(model: str, revision: str | None) -> str:
         return model
     if Path(model).expanduser().exists() or "@" in model:
         problem = "already names a revision" if "@" in model else "is a path, which has no revisions"
-        raise ConfigError(
-            f"revision is {revision!r}, but {model!r} {problem}; omit the revision, or pass a Hub id (owner/name).",
-            what=revision,
-            where=model,
-            field="revision",
-        )
+        text = f"revision is {revision!r}, but {model!r} {problem}; omit the revision, or pass a Hub id (owner/name)."
+        raise ConfigError(text, what=revision, where=model, field="revision")
     return f"{model}@{revision}"

@@ -414,11 +414,8 @@ def _list_and_order(shape: ModelShape, ranges: Sequence[tuple[int, int]]) -> tup
     order: list[int] = []
     for start, end in ranges:
         if not 0 <= start < end <= count:
-            raise ConfigError(
-                f"layer_replication: ({start}, {end}) is out of bounds; {shape.name} has layers 0 to {count - 1}.",
-                what=(start, end),
-                field="layer_replication",
-            )
+            message = f"layer_replication: ({start}, {end}) is out of bounds; {shape.name} has layers 0 to {count - 1}."
+            raise ConfigError(message, what=(start, end), field="layer_replication")
         order += range(start, end)
     return name, order
 

@@ -34,12 +34,11 @@ def checked_class(instance: object) -> type:
     is_trainer = frame.f_code.co_name == "__init__" and frame.f_globals.get("__name__", "").startswith("trl.")
     if is_trainer and getattr(sys.modules.get("peft"), "__name__", "") != "lorakit.peft":
         kind, trainer = type(instance).__name__, type(frame.f_locals.get("self")).__name__
-        raise UsageError(
+        text = (
             f"{trainer} does not know this {kind} of lorakit.peft, because TRL was imported with another peft; call "
-            "lorakit.install_as_peft() before importing trl and transformers' trainer.",
-            what=kind,
-            field="peft_config",
+            "lorakit.install_as_peft() before importing trl and transformers' trainer."
         )
+        raise UsageError(text, what=kind, field="peft_config")
     return type(instance)
 
 
@@ -49,24 +48,18 @@ def task(value: TaskType | str | None) -> TaskType | None:
         return None if value is None else TaskType(value)
     except ValueError:
         allowed = [word.value for word in TaskType]
-        raise ConfigError(
+        text = (
             f"Invalid task type: {value!r}. Must be one of the following task types: {', '.join(allowed)}."
-            + did_you_mean(str(value), allowed),
-            what=value,
-            field="task_type",
-            allowed=allowed,
-        ) from None
+            + did_you_mean(str(value), allowed)
+        )
+        raise ConfigError(text, what=value, field="task_type", allowed=allowed) from None
 
 
 def lora(value: Value) -> PeftType:
     """Return `PeftType.LORA`, as PEFT does; a ConfigError for a value that names another method."""
     if value != PeftType.LORA and value in list(PeftType):
-        raise ConfigError(
-            f"peft_type is {value!r}; only LORA is supported.",
-            what=value,
-            field="peft_type",
-            allowed=(PeftType.LORA.value,),
-        )
+        text = f"peft_type is {value!r}; only LORA is supported."
+        raise ConfigError(text, what=value, field="peft_type", allowed=(PeftType.LORA.value,))
     return PeftType.LORA
 
 
@@ -96,11 +89,8 @@ def _entries(field: str, value: Value, rule: str) -> list[str]:
 def parameters(value: Value) -> list[str] | None:
     """Return a copy of a list of parameter names; a ConfigTypeError for a single string."""
     if isinstance(value, str):
-        raise ConfigTypeError(
-            f"`target_parameters` must be a list of strings or None. {value!r} was given.",
-            what=value,
-            field="target_parameters",
-        )
+        text = f"`target_parameters` must be a list of strings or None. {value!r} was given."
+        raise ConfigTypeError(text, what=value, field="target_parameters")
     return plain_list("target_parameters", value)
 
 
@@ -194,12 +184,11 @@ def check_together(config: LoraConfig) -> None:
     if config.use_dora and config.megatron_config:
         raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.", field="use_dora")
     if config.lora_bias and config.init_lora_weights not in (True, False):
-        raise ConfigError(
+        text = (
             "The argument lora_bias=True is only supported with init_lora_weights=True or False, got "
-            f"init_lora_weights={config.init_lora_weights} instead.",
-            what=config.init_lora_weights,
-            field="lora_bias",
+            f"init_lora_weights={config.init_lora_weights} instead."
         )
+        raise ConfigError(text, what=config.init_lora_weights, field="lora_bias")
     if config.lora_bias and config.use_dora:
         raise ConfigError(
             "The argument lora_bias=True is not supported for DoRA, please pass use_dora=False.", field="lora_bias"

@@ -178,11 +178,8 @@ class PeftConfigMixin:
         known: dict[str, Any] = {key: value for key, value in kwargs.items() if key in names}
         unknown = {key: value for key, value in kwargs.items() if key not in names}
         if unknown and "peft_type" not in kwargs:
-            raise ConfigTypeError(
-                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}.",
-                what="peft_type",
-                field="peft_type",
-            )
+            text = f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
+            raise ConfigTypeError(text, what="peft_type", field="peft_type")
         config = kind(**known)
         if unknown:
             config.unknown = unknown
@@ -416,13 +413,8 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[LoraConfig, list[str]]:
     values = _values(path)
     method = values.get("peft_type", PeftType.LORA.value)
     if method not in (PeftType.LORA.value, *(costs.peft_type for costs in VARIANT_COSTS if costs.peft_type)):
-        raise AdapterFileError(
-            f"{path}: peft_type is {method!r}; only LORA adapters are supported.",
-            what=method,
-            where=path,
-            field="peft_type",
-            allowed=(PeftType.LORA.value,),
-        )
+        text = f"{path}: peft_type is {method!r}; only LORA adapters are supported."
+        raise AdapterFileError(text, what=method, where=path, field="peft_type", allowed=(PeftType.LORA.value,))
     known = {f.name for f in dataclasses.fields(LoraConfig)} - _WITHOUT_MEANING
     unknown = {key: value for key, value in values.items() if key not in known | _WITHOUT_MEANING}
     try:

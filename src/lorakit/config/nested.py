@@ -30,11 +30,8 @@ def restored(field: str, value: Part | Value, part: type[Part]) -> Part | None:
         except ConfigError as cause:
             name = field if cause.field is None else f"{field}.{cause.field}"
             raise type(cause)(f"{field}: {cause}", **{**cause.fields, "field": name}) from None
-    raise ConfigTypeError(
-        f"{field} is {value!r}; it must be a `{part.__name__}`, a dict, or None.",
-        what=value,
-        field=field,
-    )
+    text = f"{field} is {value!r}; it must be a `{part.__name__}`, a dict, or None."
+    raise ConfigTypeError(text, what=value, field=field)
 
 
 def _at_least(name: str, value: float, least: float, requirement: str, *, strict: bool = False) -> None:
@@ -165,12 +162,10 @@ class VeloraConfig(_Typed):
         _at_least("scale", self.scale, 0, "should be positive", strict=True)
         if self.init_type not in VELORA_STARTS:
             once, each, random = VELORA_STARTS
-            raise ConfigError(
-                f"Unsupported `init_type` {self.init_type!r}. Supported values are {once!r}, {each!r}, and {random!r}.",
-                what=self.init_type,
-                field="init_type",
-                allowed=VELORA_STARTS,
+            text = (
+                f"Unsupported `init_type` {self.init_type!r}. Supported values are {once!r}, {each!r}, and {random!r}."
             )
+            raise ConfigError(text, what=self.init_type, field="init_type", allowed=VELORA_STARTS)
 
 
 @dataclass
@@ -225,11 +220,8 @@ class BdLoraConfig(_Typed):
         super().__post_init__()
         both = sorted(set(self.target_modules_bd_a or ()) & set(self.target_modules_bd_b or ()))
         if both:
-            raise ConfigError(
-                f"Found overlapping modules in target_modules_bd lists: {', '.join(both)}.",
-                what=both[0],
-                field="target_modules_bd_a",
-            )
+            text = f"Found overlapping modules in target_modules_bd lists: {', '.join(both)}."
+            raise ConfigError(text, what=both[0], field="target_modules_bd_a")
         _at_least("nblocks", self.nblocks, 1, "must be at least 1")
 
     def side_of(self, path: str) -> str:
@@ -242,13 +234,10 @@ class BdLoraConfig(_Typed):
         if len(sides) == 2 or (self.match_strict and not sides):
             neither = "neither A nor B block-diagonal patterns"
             many = "both target_modules_bd_a and target_modules_bd_b" if sides else neither
-            raise ConfigError(
-                f"use_bdlora: {path} matches {many}. List each module in exactly one of the two"
-                + ("." if sides else ", or set match_strict=False to use plain LoRA there."),
-                what=path,
-                where=path,
-                field="use_bdlora",
+            text = f"use_bdlora: {path} matches {many}. List each module in exactly one of the two" + (
+                "." if sides else ", or set match_strict=False to use plain LoRA there."
             )
+            raise ConfigError(text, what=path, where=path, field="use_bdlora")
         return "".join(sides)
 
     def numbers_saved(self, path: str, rank: int, out_features: int, in_features: int) -> int:

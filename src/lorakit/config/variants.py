@@ -106,11 +106,8 @@ def check_method(config: LoraConfig, peft_type: str | None) -> None:
     """Raise a ConfigError if a config has the `peft_type` of another variant, as which its tensors would be read."""
     costs = next((costs for costs in VARIANT_COSTS if costs.peft_type and costs.peft_type == peft_type), None)
     if costs is not None and not getattr(config, costs.field):
-        raise ConfigError(
-            f"peft_type is {peft_type!r}, but {costs.field} is not set. Set it, or use an unmodified config.",
-            what=peft_type,
-            field="peft_type",
-        )
+        text = f"peft_type is {peft_type!r}, but {costs.field} is not set. Set it, or use an unmodified config."
+        raise ConfigError(text, what=peft_type, field="peft_type")
 
 
 def costs_of(config: LoraConfig) -> VariantCosts | None:

@@ -202,22 +202,18 @@ def _check(
     for path, olds in selected.parts.items():
         lacking = sorted(set(parts_at(layout, path)) - olds)
         if lacking:
-            raise ConfigError(
+            text = (
                 f"target_modules names {', '.join(sorted(olds))} but not {', '.join(lacking)}; {path} has both. "
-                "Name both, or neither.",
-                what=lacking[0],
-                where=path,
-                field="target_modules",
+                "Name both, or neither."
             )
+            raise ConfigError(text, what=lacking[0], where=path, field="target_modules")
         both = next((entry for entry in sorted(config.target_parameters or ()) if names_path(entry, path)), None)
         if both is not None and is_listed:
-            raise ConfigError(
+            text = (
                 f"target_modules names {', '.join(sorted(olds))}, which is {path} in transformers 5, and "
-                f"target_parameters names it as {both!r}, too. Use the old names or the new ones.",
-                what=both,
-                where=path,
-                field="target_parameters",
+                f"target_parameters names it as {both!r}, too. Use the old names or the new ones."
             )
+            raise ConfigError(text, what=both, where=path, field="target_parameters")
     for (path, old), numbers in selected.numbers.items():
         _check_numbers(path, old, numbers, of_experts[path].shape[0])
 
@@ -225,21 +221,15 @@ def _check(
 def _check_numbers(path: str, old: str, numbers: Collection[int], experts: int) -> None:
     missing = sorted(number for number in numbers if number >= experts)
     if missing:
-        raise TargetError(
-            f"target_modules names expert {missing[0]} ({old}), but {path} has {experts} experts.",
-            what=missing[0],
-            where=path,
-            field="target_modules",
-        )
+        text = f"target_modules names expert {missing[0]} ({old}), but {path} has {experts} experts."
+        raise TargetError(text, what=missing[0], where=path, field="target_modules")
     left = sorted(set(range(experts)) - set(numbers))
     if left:
-        raise ConfigError(
+        text = (
             f"target_modules names {len(set(numbers))} of the {experts} experts in {path} ({old}), but they share one "
-            f"parameter, which is adapted as a whole. Name {old!r} without a number.",
-            what=left[0],
-            where=path,
-            field="target_modules",
+            f"parameter, which is adapted as a whole. Name {old!r} without a number."
         )
+        raise ConfigError(text, what=left[0], where=path, field="target_modules")
 
 
 def parts_at(layout: ExpertsLayout, path: str) -> tuple[str, ...]:

@@ -218,19 +218,14 @@ def targeted_parameters(
         if entry is None or path.startswith(inside):
             continue
         if not parameter.module:
-            raise TargetError(
+            text = (
                 f"Targeting an nn.Parameter on the top-level module is not supported (parameter {parameter.name!r}): "
-                "LoRA wraps the module that holds the parameter. Wrap the model in another module.",
-                what=parameter.name,
-                field="target_parameters",
+                "LoRA wraps the module that holds the parameter. Wrap the model in another module."
             )
+            raise TargetError(text, what=parameter.name, field="target_parameters")
         if len(parameter.shape) not in {2, 3}:
-            raise TargetError(
-                f"parameter {path!r} has shape {parameter.shape}; LoRA requires a parameter with two or three axes.",
-                what=entry,
-                where=path,
-                field="target_parameters",
-            )
+            text = f"parameter {path!r} has shape {parameter.shape}; LoRA requires a parameter with two or three axes."
+            raise TargetError(text, what=entry, where=path, field="target_parameters")
         matches.append(_match(config, parameter.module, PARAMETER, entry, parameter.name))
     return matches
 
@@ -346,22 +341,19 @@ def _nothing(candidates: Sequence[Candidate], config: LoraConfig, missing: Seque
     """Return the error for a config that matches neither a module nor a parameter of the model."""
     wanted = config.target_modules
     if not wanted:
-        return TargetError(
+        text = (
             "No `target_modules` passed but also no `target_parameters` found. Please check the values for these "
-            f"arguments.{''.join(f' {unmatched}' for unmatched in missing)}",
-            what=sorted(config.target_parameters or ()),
-            field="target_parameters",
+            f"arguments.{''.join(f' {unmatched}' for unmatched in missing)}"
         )
+        return TargetError(text, what=sorted(config.target_parameters or ()), field="target_parameters")
     shown = repr(wanted) if isinstance(wanted, str) else repr(sorted(wanted or ()))
     adaptable = sorted({c.path.rsplit(".", 1)[-1] for c in candidates if c.kind})
     hints = [_hint(entry, candidates) for entry in ([] if isinstance(wanted, str) else sorted(wanted or ()))]
-    return NoTargetError(
+    text = (
         f"Target modules {shown} not found in the base model{''.join(hints[:3])}. "
-        f"Supported modules of this model: {', '.join(adaptable[:12]) or 'none'}.",
-        what=shown,
-        field="target_modules",
-        allowed=adaptable,
+        f"Supported modules of this model: {', '.join(adaptable[:12]) or 'none'}."
     )
+    return NoTargetError(text, what=shown, field="target_modules", allowed=adaptable)
 
 
 def _check_kinds(selected: Sequence[tuple[Candidate, str]]) -> None:
@@ -370,14 +362,11 @@ def _check_kinds(selected: Sequence[tuple[Candidate, str]]) -> None:
         return
     candidate, entry = bad[0]
     more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-    raise TargetError(
+    text = (
         f"{candidate.path}{more}, named by {entry!r}, is a {candidate.type_name or 'module'}, which LoRA does not "
-        "support; target its Linear, Conv1D or Embedding submodules.",
-        what=entry,
-        where=candidate.path,
-        field="target_modules",
-        allowed=PLANNED,
+        "support; target its Linear, Conv1D or Embedding submodules."
     )
+    raise TargetError(text, what=entry, where=candidate.path, field="target_modules", allowed=PLANNED)
 
 
 def _notes_on_names(selected: Sequence[tuple[Candidate, str]]) -> list[Note]:
@@ -441,11 +430,8 @@ def compiled(pattern: str, where: str, written: str | None = None) -> re.Pattern
     try:
         return re.compile(pattern)
     except re.error as cause:
-        raise ConfigError(
-            f"{where}: {written or pattern!r} is not a valid regular expression ({cause}).",
-            what=written or pattern,
-            field=where,
-        ) from None
+        text = f"{where}: {written or pattern!r} is not a valid regular expression ({cause})."
+        raise ConfigError(text, what=written or pattern, field=where) from None
 
 
 _ANY_PARENT = r".*\."

@@ -52,13 +52,11 @@ def init_named(name: bool | str) -> Init:
         if isinstance(name, str) and init.family and re.fullmatch(init.family, name.lower()):
             return init
     words = [str(init.name) for init in INITS if isinstance(init.name, str)]
-    raise ConfigError(
+    text = (
         f"Unknown initialization init_lora_weights={name!r}; it must be True, False or one of {', '.join(words)}."
-        + did_you_mean(str(name), words),
-        what=name,
-        field="init_lora_weights",
-        allowed=words,
+        + did_you_mean(str(name), words)
     )
+    raise ConfigError(text, what=name, field="init_lora_weights", allowed=words)
 
 
 def known_init(config: LoraConfig) -> Init | None:

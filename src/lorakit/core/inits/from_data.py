@@ -84,12 +84,8 @@ def _corda_digest(context: InitContext, statistics: InputMoments) -> dict[str, T
     C = statistics.second_moment() * (statistics.rows / statistics.calls)
     method = (context.config.corda_config or CordaConfig()).corda_method
     if method not in METHODS:
-        raise ConfigError(
-            f"Invalid corda_method found: {method}, it should be 'ipm' or 'kpm'.",
-            what=method,
-            field="corda_config.corda_method",
-            allowed=METHODS,
-        )
+        text = f"Invalid corda_method found: {method}, it should be 'ipm' or 'kpm'."
+        raise ConfigError(text, what=method, field="corda_config.corda_method", allowed=METHODS)
     (W,) = context.matrices()
     U, S, Vh = decomposed(W, C.to(W))
     part = slice(0, context.r) if method == "ipm" else slice(len(S) - context.r, None)

@@ -149,12 +149,8 @@ def _loftq_settings(context: InitContext) -> tuple[int, int]:
     settings = config if isinstance(config, dict) else vars(config)
     bits, steps = settings.get("loftq_bits", 4), settings.get("loftq_iter", 1)
     if bits not in ROUNDED:
-        raise ConfigError(
-            f"loftq_config: loftq_bits is {bits!r}. Only nf4 and int8 quantization is supported: use 4 or 8.",
-            what=bits,
-            field="loftq_config.loftq_bits",
-            allowed=("4", "8"),
-        )
+        text = f"loftq_config: loftq_bits is {bits!r}. Only nf4 and int8 quantization is supported: use 4 or 8."
+        raise ConfigError(text, what=bits, field="loftq_config.loftq_bits", allowed=("4", "8"))
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ConfigError.of("loftq_config.loftq_iter", steps, "an integer >= 1")
     return bits, steps

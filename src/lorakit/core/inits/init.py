@@ -57,33 +57,30 @@ class InitContext:
     def check_ungrouped(self) -> None:
         """Raise a ConfigError if the site is a grouped convolution."""
         if self.spec.groups > 1:
-            raise self.error(
+            text = (
                 f"init_lora_weights={self.config.init_lora_weights!r} does not support a convolution with "
-                f"{self.spec.groups} groups. Exclude the module, or set init_lora_weights=True.",
-                what=str(self.config.init_lora_weights),
-                field="init_lora_weights",
+                f"{self.spec.groups} groups. Exclude the module, or set init_lora_weights=True."
             )
+            raise self.error(text, what=str(self.config.init_lora_weights), field="init_lora_weights")
 
     def check_rank(self, most: int, requirement: str = "") -> None:
         """Raise a ConfigError, which begins with `requirement`, if the rank exceeds the number of directions."""
         if self.r > most:
             needs = requirement or f"init_lora_weights={self.config.init_lora_weights!r} needs at least r directions"
-            raise self.error(
+            text = (
                 f"{needs}; r is {self.r}, but the maximum at this site is {most}. Lower r (use rank_pattern to change "
-                "only this module).",
-                what=self.r,
-                field="r",
+                "only this module)."
             )
+            raise self.error(text, what=self.r, field="r")
 
     def check_collected(self, rank: float) -> None:
         """Raise a ConfigError if statistics were collected for another rank."""
         if rank != self.r:
-            raise self.error(
+            text = (
                 f"the statistics were collected for rank {rank:g}, but r is {self.r}. Collect the statistics "
-                "with the config that you pass to attach.",
-                what=self.r,
-                field="r",
+                "with the config that you pass to attach."
             )
+            raise self.error(text, what=self.r, field="r")
 
     def in_layout(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Convert the factors A (g, r, n) and B (g, out, r) of the g `matrices` to the site's layout and dtype."""

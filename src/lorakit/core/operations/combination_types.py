@@ -187,12 +187,11 @@ def check_same_rows(adapters: Sequence[AdapterWeights]) -> None:
         a.label: a.config.as_json()["trainable_token_indices"] for a in adapters if a.config.trainable_token_indices
     }
     if any(one != next(iter(rows.values())) for one in rows.values()):
-        raise AdapterError(
+        text = (
             f"{' and '.join(rows)} train different tokens (trainable_token_indices), so they cannot be combined. "
-            "Train them on the same tokens, or keep both active.",
-            what=list(rows),
-            field="trainable_token_indices",
+            "Train them on the same tokens, or keep both active."
         )
+        raise AdapterError(text, what=list(rows), field="trainable_token_indices")
 
 
 def row_reader(model: nn.Module | AdapterIndex) -> RowReading:

@@ -198,12 +198,8 @@ def _rank(path: str, active: Weighted, way: CombinationType) -> int:
     groups = active[0][0].shared
     rank = way.rank if way.rank is not None else max(factor.r for factor, _ in active)
     if rank % groups:
-        raise ConfigError(
-            f"{path} is a grouped convolution: the rank must be a multiple of {groups}, but is {rank}.",
-            what=rank,
-            where=path,
-            field="rank",
-        )
+        text = f"{path} is a grouped convolution: the rank must be a multiple of {groups}, but is {rank}."
+        raise ConfigError(text, what=rank, where=path, field="rank")
     return rank // groups
 
 
@@ -235,13 +231,11 @@ def _separate(
     """
     ranks = sorted({factor.r for factor, _ in active})
     if len(ranks) > 1:
-        raise ConfigError(
+        text = (
             f"{path} has ranks {' and '.join(map(str, ranks))}: all adapters must have the same r value at a site for "
-            f"{way.name!r}. Use 'cat' or a type with 'svd'.",
-            what=way.name,
-            where=path,
-            field="combination_type",
+            f"{way.name!r}. Use 'cat' or a type with 'svd'."
         )
+        raise ConfigError(text, what=way.name, where=path, field="combination_type")
     weights = [weight * factor.scale for factor, weight in active]
     roots = [abs(weight) ** 0.5 for weight in weights]
     signed = [root if weight >= 0 else -root for root, weight in zip(roots, weights, strict=True)]
@@ -279,26 +273,18 @@ def _summed_variant(adapters: Sequence[AdapterWeights], way: CombinationType, ha
                 labels.setdefault(variant, adapter.label)
     if len(labels) > 1:
         (one, other), (label, second, *_) = list(labels)[:2], labels.values()
-        raise AdapterError(
-            f"{label} uses {one.title} and {second} uses {other.title}; these variants cannot be combined.",
-            what=second,
-            field=other.field,
-        )
+        text = f"{label} uses {one.title} and {second} uses {other.title}; these variants cannot be combined."
+        raise AdapterError(text, what=second, field=other.field)
     for variant, label in labels.items():
         if not has_base:
-            raise AdapterError(
-                f"{label} uses {variant.title}, whose effect depends on the base weights. Pass the base model too.",
-                what=label,
-                field=variant.field,
-            )
+            text = f"{label} uses {variant.title}, whose effect depends on the base weights. Pass the base model too."
+            raise AdapterError(text, what=label, field=variant.field)
         if way.name not in SUMS:
-            raise AdapterError(
+            text = (
                 f"{label} uses {variant.title}, which supports only the combination types "
-                f"{' and '.join(map(repr, SUMS))}, not {way.name!r}.",
-                what=way.name,
-                field="combination_type",
-                allowed=SUMS,
+                f"{' and '.join(map(repr, SUMS))}, not {way.name!r}."
             )
+            raise AdapterError(text, what=way.name, field="combination_type", allowed=SUMS)
     return next(iter(labels), None)
 
 

@@ -104,12 +104,11 @@ def _check_bare_parameters(adapters: Sequence[AdapterWeights]) -> None:
         needs = [f"uses {v.title}" for v in variants_of(config) if not v.fits(PARAMETER) and is_kept(v)]
         needs += ["has a bias on B (lora_bias)"] if config.lora_bias else []
         if needs:
-            raise AdapterError(
+            text = (
                 f"{adapter.label} {needs[0]}, but {bare} adapts bare parameters (target_parameters), which do not "
-                "support this. The two adapters cannot be combined; keep both active, or merge both into a model.",
-                what=adapter.label,
-                field="target_parameters",
+                "support this. The two adapters cannot be combined; keep both active, or merge both into a model."
             )
+            raise AdapterError(text, what=adapter.label, field="target_parameters")
 
 
 def _check_saved_modules(adapters: Sequence[AdapterWeights]) -> None:
@@ -121,34 +120,30 @@ def _check_saved_modules(adapters: Sequence[AdapterWeights]) -> None:
     )
     twice = sorted(path for path, count in saved.items() if count > 1)
     if twice:
-        raise AdapterError(
+        text = (
             "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
-            f"{len(twice)} such instance(s). First: {twice[0]}.",
-            where=twice[0],
-            field="modules_to_save",
+            f"{len(twice)} such instance(s). First: {twice[0]}."
         )
+        raise AdapterError(text, where=twice[0], field="modules_to_save")
     prefixes = tuple(path.removeprefix(PREFIX) + "." for path in saved)
     for adapter in adapters:
         for path in adapter.factors:
             if f"{path}.".startswith(prefixes):
-                raise AdapterError(
+                text = (
                     f"{adapter.label} adapts {path}, which is part of a module that another adapter saves in full "
-                    "(modules_to_save). These adapters cannot be combined.",
-                    what=adapter.label,
-                    where=path,
-                    field="modules_to_save",
+                    "(modules_to_save). These adapters cannot be combined."
                 )
+                raise AdapterError(text, what=adapter.label, where=path, field="modules_to_save")
 
 
 def check_no_base_biases(adapter: AdapterWeights) -> None:
     """Raise a ConfigError if an adapter trains biases of the base."""
     if adapter.config.bias != "none":
-        raise ConfigError(
+        text = (
             f"{adapter.label} trains biases of the base (bias={adapter.config.bias!r}), which cannot be transferred "
-            "to another adapter. Merge the adapter into a model instead.",
-            what=adapter.config.bias,
-            field="bias",
+            "to another adapter. Merge the adapter into a model instead."
         )
+        raise ConfigError(text, what=adapter.config.bias, field="bias")
 
 
 def joined_config(configs: Sequence[LoraConfig]) -> LoraConfig:

@@ -61,17 +61,11 @@ class DataSites:
         """
         init = init_named(config.init_lora_weights)
         if init.digest is None:
-            raise ConfigError(
-                f"init_lora_weights is {config.init_lora_weights!r}, which uses no data; attach without statistics.",
-                what=config.init_lora_weights,
-                field="init_lora_weights",
-            )
+            text = f"init_lora_weights is {config.init_lora_weights!r}, which uses no data; attach without statistics."
+            raise ConfigError(text, what=config.init_lora_weights, field="init_lora_weights")
         if config.layer_replication:
-            raise ConfigError(
-                "layer_replication adds layers that do not exist yet when data is collected. Use another init.",
-                what=config.layer_replication,
-                field="layer_replication",
-            )
+            text = "layer_replication adds layers that do not exist yet when data is collected. Use another init."
+            raise ConfigError(text, what=config.layer_replication, field="layer_replication")
         config, index = with_targets(config, model), AdapterIndex.of(model)
         matches = [match for match in matched(index, config, "partial_targets" in allow).matches if only(match)]
         for match in matches:
@@ -95,11 +89,8 @@ class DataSites:
         sites: dict[str, dict[str, Tensor]] = {}
         groups = in_groups(list(contexts), lambda path: self._size_bytes(contexts[path]))
         if len(groups) > 1 and isinstance(batches, Iterator):
-            raise DataError(
-                f"The batches are run {len(groups)} times to limit memory use; pass a list instead of an iterator.",
-                what=len(groups),
-                field="batches",
-            )
+            text = f"The batches are run {len(groups)} times to limit memory use; pass a list instead of an iterator."
+            raise DataError(text, what=len(groups), field="batches")
         collected: dict[str, InputStatistics] | dict[str, GradientStatistics]
         with contextlib.nullcontext() if find_state(model) is None else disable(model):
             for group in groups:

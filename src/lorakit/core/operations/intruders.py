@@ -60,11 +60,8 @@ def reduce_intruders(
     check_no_base_biases(weights)
     variant = next((variant for variant in variants_of(weights.config) if not variant.is_low_rank), None)
     if variant is not None:
-        raise AdapterError(
-            f"{adapter} uses {variant.title}; intruder dimensions are only defined for low-rank updates.",
-            what=adapter,
-            field=variant.field,
-        )
+        text = f"{adapter} uses {variant.title}; intruder dimensions are only defined for low-rank updates."
+        raise AdapterError(text, what=adapter, field=variant.field)
     read = reader_of(model)
     weakened: dict[str, SiteFactors] = {}
     sites = []

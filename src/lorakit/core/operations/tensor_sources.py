@@ -304,12 +304,11 @@ def _site_on_disk(files: AdapterFiles, path: str, A: Tensor) -> tuple[float, Bar
         return scale(max(1, rows), alpha_at(files, path), config.use_rslora), None
     r, alpha = rank_and_alpha(files, path, rows)
     if alpha is None:
-        raise AdapterFileError(
+        text = (
             f"{files.folder}: rank and alpha at {path} depend on which parameter is adapted ({' or '.join(names)}), "
-            "but these files do not show which. Load the adapter into its model, and run the operation there.",
-            what=path,
-            where=files.folder,
+            "but these files do not show which. Load the adapter into its model, and run the operation there."
         )
+        raise AdapterFileError(text, what=path, where=files.folder)
     order = -path.count(INSIDE) if len(names) > 1 else 0
     return scale(r, alpha, config.use_rslora), BareSite(names, order, max(1, rows // r))
 
@@ -319,14 +318,12 @@ def _check_bare_known(files: AdapterFiles) -> None:
     config = files.config
     entry = next((entry for entry in config.target_parameters or () if "." not in entry), None)
     if entry is not None and isinstance(config.target_modules, str):
-        raise AdapterFileError(
+        text = (
             f"{files.folder}: target_parameters names {entry!r} without its module, and target_modules is "
             f"{config.target_modules!r}, so these files do not show which sites are bare parameters. Load the adapter "
-            "into its model, and run the operation there.",
-            what=entry,
-            where=files.folder,
-            field="target_parameters",
+            "into its model, and run the operation there."
         )
+        raise AdapterFileError(text, what=entry, where=files.folder, field="target_parameters")
 
 
 def _by_site(

@@ -115,12 +115,11 @@ def aligned(adapters: Sequence[AdapterWeights]) -> dict[str, list[SiteFactors | 
     whole = {path.partition(INSIDE)[0] for path in modules}
     for module, inside in bare.items():
         if module in whole:
-            raise AdapterError(
+            text = (
                 f"One adapter adapts {module}, and another adapts a parameter of that module "
-                "(target_parameters); these targets are mutually exclusive.",
-                where=module,
-                field="target_parameters",
+                "(target_parameters); these targets are mutually exclusive."
             )
+            raise AdapterError(text, where=module, field="target_parameters")
         _check_told_apart(module, inside)
         for depth, key in enumerate(sorted(inside, reverse=True)):
             modules[module + INSIDE * depth] = inside[key]
@@ -196,13 +195,12 @@ def _check_told_apart(module: str, inside: Iterable[_Parameter]) -> None:
     orders, names = [order for order, _ in inside], {names for _, names in inside}
     known = len(set(orders)) == len(orders) and all(len(one) == 1 for one in names)
     if not known and len(names) > 1:
-        raise AdapterError(
+        text = (
             f"The adapters adapt different parameters of {module} ({', '.join(sorted(set().union(*names)))}), and "
             "the files do not show which of them is defined first. Load the adapters into their model, and run the "
-            "operation there.",
-            where=module,
-            field="target_parameters",
+            "operation there."
         )
+        raise AdapterError(text, where=module, field="target_parameters")
 
 
 def _evened(factors: Mapping[str, SiteFactors]) -> dict[str, SiteFactors]:

@@ -98,13 +98,11 @@ class _Format(WeightFormat[M, S]):
     def check(self, module: M, path: str) -> None:
         """Raise a ModelError if a weight was not quantized."""
         if not hasattr(module.weight, self.mark):
-            raise ModelError(
+            text = (
                 f"{path}: the files contain dense weights, although quantization_config says bitsandbytes; remove it "
-                "from config.json, and pass --quantization to quantize them.",
-                what="bitsandbytes",
-                where=path,
-                field="quantization_config",
+                "from config.json, and pass --quantization to quantize them."
             )
+            raise ModelError(text, what="bitsandbytes", where=path, field="quantization_config")
 
     def dense(self, module: M, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
         """Return a plain module with a weight (out, in): a Conv1D if `module` replaced one, else an nn.Linear."""

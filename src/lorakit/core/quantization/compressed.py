@@ -79,13 +79,11 @@ class CompressedFormat(PackedFormat):
                 count = torch.Size(shape).numel()
                 is_right = count == 1 or (shape[0] == rows and count % rows == 0 and columns % (count // rows) == 0)
             if not is_right:
-                raise ModelError(
+                text = (
                     f"{path}.{name} has shape {shape}, which does not fit a {self.name} weight with {rows} outputs and "
-                    f"{columns} inputs. Check the model's config.",
-                    what=shape,
-                    where=path,
-                    field=name,
+                    f"{columns} inputs. Check the model's config."
                 )
+                raise ModelError(text, what=shape, where=path, field=name)
 
 
 COMPRESSED = CompressedFormat("compressed-tensors", ("lorakit.core.quantization.compressed.CompressedLinear",))

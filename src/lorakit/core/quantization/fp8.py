@@ -158,12 +158,11 @@ class Fp8ExpertsFormat(PackedFormat):
 
     def stored(self, module: PackedLinear, parameter: str) -> PackedWeight:
         """Raise a MergeError."""
-        raise MergeError(
+        text = (
             f"lorakit does not read {self.name} ({parameter}). Load a dense copy of the model: "
-            "lorakit.hub.load_model dequantizes models with such experts.",
-            what=self.name,
-            field=parameter,
+            "lorakit.hub.load_model dequantizes models with such experts."
         )
+        raise MergeError(text, what=self.name, field=parameter)
 
 
 def _has_kernels(module: nn.Module) -> bool:

@@ -160,12 +160,11 @@ class PackedFormat(WeightFormat[PackedLinear, PackedWeight]):
 
     def write(self, module: PackedLinear, like: PackedWeight, canonical: Tensor) -> PackedWeight:
         """Raise a MergeError, instead of writing a new weight (out, in)."""
-        raise MergeError(
+        text = (
             f"lorakit reads {self.name} weights but does not write them. Merge into a dense copy: "
-            "merge(model, dense=True), or dequantize the base first.",
-            what=self.name,
-            field="dense",
+            "merge(model, dense=True), or dequantize the base first."
         )
+        raise MergeError(text, what=self.name, field="dense")
 
     def put_stored(self, module: PackedLinear, parameter: str, stored: PackedWeight) -> None:
         """Write packed tensors to a layer."""
@@ -202,18 +201,14 @@ def check_parts(
         if part is None and name in optional:
             continue
         if part is None:
-            raise ModelError(
+            text = (
                 f"{path}.{name} is missing, but a {format_name} weight cannot be dequantized without it. Load the "
-                "model from complete files.",
-                what=name,
-                where=path,
-                field=name,
+                "model from complete files."
             )
+            raise ModelError(text, what=name, where=path, field=name)
         if part.is_floating_point() and not part.is_meta and not bool(torch.isfinite(part.float()).all()):
-            raise ModelError(
+            text = (
                 f"{path}.{name} has NaN or infinite values, so the {format_name} weight cannot be dequantized. Load "
-                "the model from undamaged files.",
-                what="not finite",
-                where=path,
-                field=name,
+                "the model from undamaged files."
             )
+            raise ModelError(text, what="not finite", where=path, field=name)

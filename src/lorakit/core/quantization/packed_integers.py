@@ -158,22 +158,18 @@ class _IntegerFormat(PackedFormat):
         )
         for name, part in parts.items():
             if part is not None and tuple(part.shape) != expected[name]:
-                raise ModelError(
+                text = (
                     f"{path}.{name} has shape {tuple(part.shape)}, but {expected[name]} is needed for a {self.name} "
-                    f"weight with {rows} outputs and {columns} inputs in {bits} bits. Check the model's config.",
-                    what=tuple(part.shape),
-                    where=path,
-                    field=name,
+                    f"weight with {rows} outputs and {columns} inputs in {bits} bits. Check the model's config."
                 )
+                raise ModelError(text, what=tuple(part.shape), where=path, field=name)
         index = parts.get("g_idx")
         if index is not None and not index.is_meta and not bool(((index >= 0) & (index < groups)).all()):
-            raise ModelError(
+            text = (
                 f"{path}.g_idx has values outside 0 to {groups - 1}, the groups of {self.name} scales. Load the model "
-                "from undamaged files.",
-                what="g_idx",
-                where=path,
-                field="g_idx",
+                "from undamaged files."
             )
+            raise ModelError(text, what="g_idx", where=path, field="g_idx")
 
 
 _HERE = "lorakit.core.quantization.packed_integers"

@@ -139,13 +139,11 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
         """Raise a ModelError if a weight consists of integers, which only a quantized module could dequantize."""
         weight = module._parameters.get("weight")
         if weight is not None and not (weight.is_floating_point() or weight.is_complex()):
-            raise ModelError(
+            text = (
                 f"{path}: the files contain integers ({weight.dtype}) for this layer, which their quantization_config "
-                "leaves unquantized. Load the model from files with the config that they were saved with.",
-                what=str(weight.dtype),
-                where=path,
-                field="quantization_config",
+                "leaves unquantized. Load the model from files with the config that they were saved with."
             )
+            raise ModelError(text, what=str(weight.dtype), where=path, field="quantization_config")
 
     def stored(self, module: nn.Module, parameter: str) -> Tensor:
         """Return the tensor, of any shape."""

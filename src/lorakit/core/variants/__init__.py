@@ -105,19 +105,17 @@ def check_invocation(config: LoraConfig, known: Container[int], where: str, leng
     for variant, tokens in invocations_of(config):
         unknown = [token for token in tokens if token not in known]
         if unknown:
-            raise ConfigError(
+            text = (
                 f"{variant.field} contains {', '.join(map(str, unknown))}, which {where} does not have, so the adapter "
-                "would never act; pass ids of its tokens.",
-                what=unknown[0],
-                field=variant.field,
+                "would never act; pass ids of its tokens."
             )
+            raise ConfigError(text, what=unknown[0], field=variant.field)
         if length is not None and len(tokens) >= length:
-            raise ConfigError(
+            text = (
                 f"{variant.field} has {len(tokens)} tokens, but rows have at most {length}, so the adapter would never "
-                "act; pass fewer tokens or a larger max_length.",
-                what=len(tokens),
-                field=variant.field,
+                "act; pass fewer tokens or a larger max_length."
             )
+            raise ConfigError(text, what=len(tokens), field=variant.field)
 
 
 def moving_variant(config: LoraConfig) -> Variant | None:
@@ -145,12 +143,8 @@ def variant_at(config: LoraConfig, path: str) -> tuple[Variant, Setting]:
     chosen = [(variant, setting) for variant, setting in settings if setting is not None]
     if len(chosen) > 1:
         fields = " and ".join(variant.field for variant, _ in chosen)
-        raise ConfigError(
-            f"{fields} at {path}: these variants are mutually exclusive; choose one.",
-            what=[variant.field for variant, _ in chosen],
-            where=path,
-            field=chosen[0][0].field,
-        )
+        text = f"{fields} at {path}: these variants are mutually exclusive; choose one."
+        raise ConfigError(text, what=[variant.field for variant, _ in chosen], where=path, field=chosen[0][0].field)
     return chosen[0] if chosen else (PLAIN, NO_SETTING)
 
 

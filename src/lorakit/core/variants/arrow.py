@@ -95,13 +95,11 @@ def _experts(at: At) -> tuple[list[Factor], list[Pair]]:
         if name not in general and factor.variant is not at.factor.variant
     }
     if len(experts) < int(setting["top_k"]):
-        raise AdapterError(
+        text = (
             f"Arrow's top_k is {setting['top_k']}, but {setting['path']} has {len(experts)} adapter(s) to route to: "
-            f"{', '.join(experts) or 'none'}. Load the missing adapters, or lower top_k.",
-            what=setting["top_k"],
-            where=str(setting["path"]),
-            field="arrow_config.top_k",
+            f"{', '.join(experts) or 'none'}. Load the missing adapters, or lower top_k."
         )
+        raise AdapterError(text, what=setting["top_k"], where=str(setting["path"]), field="arrow_config.top_k")
     products = [_product(name, factor) for name, factor in experts.items()]
     if setting["use_gks"]:
         products = without_general(products, _general(general, products, str(setting["path"])))
@@ -154,13 +152,11 @@ def _setting(config: LoraConfig, path: str) -> Setting | None:
     if arrow is None:
         return None
     if config.lora_dropout:
-        raise ConfigError(
+        text = (
             f"{path}: lora_dropout is {config.lora_dropout}, but Arrow's router has no separate input to drop. Set "
-            "lora_dropout=0.",
-            what=config.lora_dropout,
-            where=path,
-            field="lora_dropout",
+            "lora_dropout=0."
         )
+        raise ConfigError(text, what=config.lora_dropout, where=path, field="lora_dropout")
     setting: dict[str, str | int | float | bool] = {
         "top_k": arrow.top_k,
         "temperature": arrow.router_temperature,

@@ -75,12 +75,11 @@ def _setting(config: LoraConfig, path: str) -> Setting | None:
     if blocks is None or not side:
         return None
     if side == "B" and config.lora_bias:
-        raise ConfigError(
+        text = (
             f"lora_bias at {path}: a block-diagonal B cannot have a bias. Remove the module from target_modules_bd_b, "
-            "or turn lora_bias off.",
-            where=path,
-            field="lora_bias",
+            "or turn lora_bias off."
         )
+        raise ConfigError(text, where=path, field="lora_bias")
     return {"side": side, "blocks": blocks.nblocks, "path": path}
 
 
@@ -90,13 +89,11 @@ def _shapes(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> tuple[Sha
     sizes = {"r": r, **({"in_features": spec.in_features} if in_A else {"out_features": spec.out_features})}
     odd = next((name for name, size in sizes.items() if size % number), None)
     if odd is not None:
-        raise ConfigError(
+        text = (
             f"{setting['path']}: {odd} is {sizes[odd]}, which is not divisible by {number}, the number of blocks of "
-            f"{setting['side']}. Choose another use_bdlora.nblocks or r, or leave the module out.",
-            what=sizes[odd],
-            where=str(setting["path"]),
-            field="use_bdlora",
+            f"{setting['side']}. Choose another use_bdlora.nblocks or r, or leave the module out."
         )
+        raise ConfigError(text, what=sizes[odd], where=str(setting["path"]), field="use_bdlora")
     A, B = kind.shapes(spec, r)
     return ((A[0], A[1] // number), B) if in_A else (A, (B[0], B[1] // number))
 

@@ -95,12 +95,11 @@ def combined(path: str, addends: Sequence[Addend], reading: Reading) -> Sum:
     total = 1 + torch.stack([one.weight * (gain - 1) for gain, one in zip(gains, addends, strict=True)]).sum(0)
     lost = int((total.abs() < SMALLEST).sum())
     if lost:
-        raise AdapterError(
+        text = (
             f"At {path}, the scales of these DoRA adapters cancel out (affected outputs: {lost}), and no DoRA adapter "
-            "can represent the result. Choose other weights.",
-            what=str(lost),
-            where=path,
+            "can represent the result. Choose other weights."
         )
+        raise AdapterError(text, what=str(lost), where=path)
     products = [addend.product for addend in addends]
     turned = tuple(Product(p.A, p.B * g.view_as(p.B[..., :1])) for p, g in zip(products, gains, strict=True))
     like, experts = addends[0].factor, addends[0].experts

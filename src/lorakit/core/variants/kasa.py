@@ -62,14 +62,12 @@ def _factors(factor: Factor, training: bool) -> tuple[Tensor, Tensor]:
 def _move(start: Start) -> Tensor:
     least = min(start.spec.out_features, start.spec.in_features)
     if start.rank >= least:
-        raise ConfigError(
+        text = (
             f"{start.path}: KaSA requires `r` < {least}, because it removes r of the {least} singular values of the "
             f"base weight; r is {start.rank}. Lower r (use rank_pattern to change only this module), or leave the "
-            "module out.",
-            what=start.rank,
-            where=start.path,
-            field="r",
+            "module out."
         )
+        raise ConfigError(text, what=start.rank, where=start.path, field="r")
     return truncated(start.finite_weight(), start.rank)
 
 

@@ -36,13 +36,11 @@ def _setting(config: LoraConfig, path: str) -> Setting | None:
 def _start(start: Start) -> tuple[Tensor, Tensor]:
     most = min(start.spec.out_features, start.spec.in_features)
     if start.rank > most:
-        raise ConfigError(
+        text = (
             f"{start.path}: LoRA-XS requires `r` <= {most}, the number of singular values of the base weight; r is "
-            f"{start.rank}. Lower r (use rank_pattern to change only this module), or leave the module out.",
-            what=start.rank,
-            where=start.path,
-            field="r",
+            f"{start.rank}. Lower r (use rank_pattern to change only this module), or leave the module out."
         )
+        raise ConfigError(text, what=start.rank, where=start.path, field="r")
     A, B = directions(start.finite_weight(), start.rank)
     return A.to(start.A).contiguous(), B.to(start.B).contiguous()
 
