@@ -1,4 +1,4 @@
-"""Names that flags and settings may have, and numbers that plans share with code that needs torch.
+"""Names that flags and settings may have, names of layer types, and a number: what is needed with and without torch.
 
 Flags are checked and plans are made before torch is loaded; so each list is here, and a test compares it with the
 registry that implements its names.
@@ -66,3 +66,15 @@ STORED: tuple[Stored, ...] = get_args(Stored)
 
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 """Names in `lorakit.train.files.trackers.TRACKERS`."""
+
+LINEAR, CONV1D, EMBEDDING = "Linear", "Conv1D", "Embedding"
+CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
+ATTENTION, INNER_LINEAR = "MultiheadAttention", "InnerLinear"
+PARAMETER = "Parameter"
+"""Names in `lorakit.core.kinds.KINDS`; a bare parameter, which `target_parameters` selects, has the type PARAMETER."""
+
+DENSE = (LINEAR, CONV1D)
+"""Types of modules that multiply their input by a matrix; "all-linear" selects such modules."""
+
+PLANNED = (*DENSE, EMBEDDING)
+"""Layer types that plans support and that error messages suggest as targets."""

@@ -124,7 +124,7 @@ def lazy_names(path: str, tree: Tree, sources: Sources) -> Found:
 TYPED = {"layer", "module", "model", "state", "route", "factor", "slot", "kind", "index"}
 ENTRIES = ("core/kinds", "core/variants")  # calls of Kind, Variant and replace in them make registry entries
 FIELDS = {"use_dora": "core/variants/dora.py", "alora_invocation_tokens": "core/variants/alora.py"}
-NAME_HOMES = ("targets/layer_types.py", "config", "peft")
+NAME_HOMES = ("choices.py", "config", "peft")
 FIELD_HOMES = (
     "config",
     "peft",

@@ -185,7 +185,7 @@ GOOD: list[tuple[Rule, Sources]] = [
     (loosely_typed, {"a.py": "class A:\n    modules: Any\n    route: 'Route | None'"}),
     (
         entry_names,
-        KINDS | {"peft/a.py": "x == 'dora'", "config/a.py": "{'dora'}", "targets/layer_types.py": "{'Linear'}"},
+        KINDS | {"peft/a.py": "x == 'dora'", "config/a.py": "{'dora'}", "choices.py": "{'Linear'}"},
     ),
     (entry_names, KINDS | {"cli/a.py": "x = {'dora': 1}", "train/settings/defaults.py": "x = {'kasa': 1}"}),
     (entry_names, KINDS | {"plan/a.py": "__all__ = ['Linear']\nf('Linear')\nx == 'linear'\nisinstance(x, Linear)"}),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lorakit.architectures.families import TUPLE_ROUTERS
 from lorakit.architectures.shapes import ModelShape, PlainShape, SiteShape
+from lorakit.choices import CONV1D, EMBEDDING, LINEAR
 from lorakit.config import HEADS_BY_TASK, TaskType
 from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import ModelError
@@ -24,7 +25,6 @@ from lorakit.hub.sources import ModelSource, call_loader, resolve
 from lorakit.hub_cache import offline
 from lorakit.plan import catalogue
 from lorakit.targets import names_path
-from lorakit.targets.layer_types import CONV1D, EMBEDDING, LINEAR
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from lorakit.architectures.families import GATED
 from lorakit.architectures.layouts import Block
 from lorakit.architectures.shapes import ModelShape, SiteShape, block_of
+from lorakit.choices import EMBEDDING
 from lorakit.plan import accelerated
 from lorakit.plan.accelerated import family_of
 from lorakit.plan.int8_costs import W8A8, product_bytes
@@ -19,7 +20,6 @@ from lorakit.plan.job import Job
 from lorakit.plan.packed import packed_files
 from lorakit.plan.params import Count, SiteCount
 from lorakit.plan.quantized import StoredBase
-from lorakit.targets.layer_types import EMBEDDING
 
 _FP32, _INDEX = 4, 8
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from lorakit.architectures.shapes import ModelShape, SiteShape, block_of
-from lorakit.choices import KEPT_CHANNELS
+from lorakit.choices import DENSE, KEPT_CHANNELS
 from lorakit.errors import ConfigError
 from lorakit.plan.accelerated import family_of
 from lorakit.plan.job import Job
 from lorakit.plan.quantized import Storage, StoredBase, quantized_sites
-from lorakit.targets.layer_types import DENSE
 
 _FP32, _INT64 = 4, 8
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorakit.targets.layer_types import EMBEDDING
+from lorakit.choices import EMBEDDING
 
 if TYPE_CHECKING:
     from lorakit.plan.params import Count, SiteCount

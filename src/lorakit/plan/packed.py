@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorakit.architectures.shapes import ModelShape, SiteShape
+from lorakit.choices import LINEAR
 from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import ConfigError
 from lorakit.plan.quantized import Storage, StoredBase, quantized_sites, stored
-from lorakit.targets.layer_types import LINEAR
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes per element of unquantized weights in files, by dtype; 4 for other dtypes."""

@@ -20,11 +20,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorakit.architectures.shapes import ModelShape, SiteShape, block_of
+from lorakit.choices import LINEAR
 from lorakit.errors import ConfigError
 from lorakit.plan.budget import MARGIN, bytes_of
 from lorakit.plan.estimating import Plan
 from lorakit.plan.memory import OPTIMIZING, WRITING, Memory
-from lorakit.targets.layer_types import LINEAR
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorakit.architectures.shapes import ModelShape, SiteShape, is_inside, replicated, role, short_roles
+from lorakit.choices import EMBEDDING, LINEAR, PARAMETER
 from lorakit.config import HEADS_BY_TASK, LoraConfig, costs_of, scale
 from lorakit.errors import ConfigError, TargetError, UsageError
 from lorakit.plan.optimizer_state import OPTIMIZERS
@@ -26,7 +27,6 @@ from lorakit.targets import (
     resolve,
     with_current_names,
 )
-from lorakit.targets.layer_types import EMBEDDING, LINEAR, PARAMETER
 
 
 def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]) -> dict[str, int]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorakit.architectures.shapes import ModelShape, SiteShape, is_inside
+from lorakit.choices import DENSE, LINEAR
 from lorakit.errors import ConfigError
-from lorakit.targets.layer_types import DENSE, LINEAR
 
 BLOCK, DOUBLE_BLOCK = 64, 256
 """Elements per scale in 4-bit and HQQ weights, and scales per second-level scale in double quantization."""

@@ -14,12 +14,12 @@ from types import FunctionType
 
 from torch import nn
 
+from lorakit.choices import CONV1D
 from lorakit.core import Int8Linear
 from lorakit.identity.contract import Contract, contract_of, facts_of
 from lorakit.identity.identities import MISSING, Fact, Identities, Identity
 from lorakit.speed.adapter_layers import is_adapted, is_peft_linear
 from lorakit.speed.patching import children_of
-from lorakit.targets.layer_types import CONV1D
 
 
 def contract_for(module: nn.Module, fused: Collection[int] | None, identities: Identities) -> Contract:

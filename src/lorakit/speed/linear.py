@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorakit.choices import CONV1D
 from lorakit.config import PEFT_TABLES_OF_VARIANTS
 from lorakit.core.clones import share_dropped
 from lorakit.core.layers.called_factors import called_factors
@@ -29,7 +30,6 @@ from lorakit.ops.adapted import Adapted, LowRank, factors
 from lorakit.ops.linear import linears
 from lorakit.speed.adapter_layers import is_adapted, is_peft_linear
 from lorakit.speed.patching import Forwards, Options, is_watched
-from lorakit.targets.layer_types import CONV1D
 
 
 def operand(module: nn.Module, route: Route | None) -> Adapted | None:

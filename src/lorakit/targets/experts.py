@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 
 from lorakit.architectures.families import EXPERTS_BY_TYPE, TUPLE_ROUTER_BY_TYPE
 from lorakit.architectures.layouts import BLOCK, ExpertsLayout
+from lorakit.choices import DENSE, EMBEDDING
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError, TargetError
-from lorakit.targets.layer_types import DENSE, EMBEDDING
 from lorakit.targets.resolving import (
     ALL_LINEAR,
     BareParameter,

@@ -16,9 +16,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from lorakit.choices import PARAMETER, PLANNED
 from lorakit.config import HEADS_BY_TASK, LoraConfig, check_built
 from lorakit.errors import ConfigError, NoTargetError, PatternError, TargetError, nearest
-from lorakit.targets.layer_types import PARAMETER, PLANNED
 
 T = TypeVar("T")
 

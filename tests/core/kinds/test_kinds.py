@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from lorakit import choices
 from lorakit.config import LoraConfig
 from lorakit.core import attach
 from lorakit.core.kinds import (
@@ -23,7 +24,6 @@ from lorakit.core.kinds import (
 )
 from lorakit.core.kinds.kind import dense_delta, every_kind, every_kind_of_the_table
 from lorakit.errors import ConfigError, MergeError, TargetError
-from lorakit.targets import layer_types
 
 
 class OwnLinear(nn.Linear):
@@ -180,7 +180,7 @@ def test_a_users_kind_has_nothing_that_only_our_module_types_have() -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_names_of_layer_types_are_those_of_kinds(kind: Kind) -> None:
-    named = {value for value in vars(layer_types).values() if isinstance(value, str)}
-    assert kind.name in named | set(layer_types.CONVOLUTIONS)
-    assert kind.is_dense is (kind.name in layer_types.DENSE)
-    assert kind.names_parameter is (kind.name == layer_types.PARAMETER)
+    named = {value for value in vars(choices).values() if isinstance(value, str)}
+    assert kind.name in named | set(choices.CONVOLUTIONS)
+    assert kind.is_dense is (kind.name in choices.DENSE)
+    assert kind.names_parameter is (kind.name == choices.PARAMETER)

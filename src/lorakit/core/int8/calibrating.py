@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lorakit.allocator import release_pages
+from lorakit.choices import CONV1D, LINEAR
 from lorakit.core.clones import has_observers
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModulesToSave
@@ -27,7 +28,6 @@ from lorakit.core.model.index import AdapterIndex, embedding_of, find_state
 from lorakit.core.quantization import is_computed
 from lorakit.core.statistics.collecting import Forward, in_mode
 from lorakit.errors import DataError, NotYetSupported
-from lorakit.targets.layer_types import CONV1D, LINEAR
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Config fields with the number of experts, which is the number of outputs of a router."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.choices import ATTENTION, CONVOLUTIONS, DENSE, EMBEDDING, INNER_LINEAR, PARAMETER
 from lorakit.core.clones import clone_with
 from lorakit.core.kinds import Kind, per_expert
 from lorakit.core.kinds.kind import WeightSpec
@@ -24,7 +25,6 @@ from lorakit.core.routing.route import BASE, Route
 from lorakit.core.routing.state import AdapterState, resolve
 from lorakit.core.variants import Factor
 from lorakit.errors import ConfigError, MixedRowsError, ModelError
-from lorakit.targets.layer_types import ATTENTION, CONVOLUTIONS, DENSE, EMBEDDING, INNER_LINEAR, PARAMETER
 
 
 class WeightLayer(LoraLayer):

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lorakit.choices import CONV1D
 from lorakit.core.model.base_view import QuantizedWeight, base_tensors, quantized_weights
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.shards import is_shard
-from lorakit.targets.layer_types import CONV1D
 
 _FP16, _BF16 = torch.float16, torch.bfloat16
 ROUNDINGS: tuple[tuple[torch.dtype, ...], ...] = ((_BF16,), (_FP16,), (torch.float32,), (_FP16, _BF16), (_BF16, _FP16))

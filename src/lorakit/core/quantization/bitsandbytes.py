@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lorakit.choices import CONV1D
 from lorakit.core.quantization.weight_format import M, Packed, S, WeightFormat, exact_values, linear_with
 from lorakit.errors import MergeError, ModelError
-from lorakit.targets.layer_types import CONV1D
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState

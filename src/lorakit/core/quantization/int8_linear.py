@@ -13,11 +13,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lorakit.choices import CONV1D
 from lorakit.core.quantization.packed import PackedFormat, PackedLayout, PackedLinear, PackedWeight, packed_linear
 from lorakit.core.quantization.weight_format import linear_with
 from lorakit.ops.int8 import int8_linear
 from lorakit.ops.int8_weight import Int8Weight, dequantize, quantize_weight
-from lorakit.targets.layer_types import CONV1D
 
 _PARTS = ("q", "scale", "gain", "kept", "columns")
 _FP32_PARTS = ("scale", "gain")

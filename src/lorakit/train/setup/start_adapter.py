@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit import core, plan
+from lorakit.choices import PARAMETER
 from lorakit.config import CONFIG_FILE, LoraConfig, adapter_directory
 from lorakit.errors import AdapterFileError, ConfigError, LorakitError, RunError, TargetError, UsageError
 from lorakit.hub_cache import adapter_from_hub, is_on_hub
 from lorakit.session.remembered import recorded_base
-from lorakit.targets.layer_types import PARAMETER
 from lorakit.train.files import checkpoint, run_folder
 from lorakit.train.settings.defaults import DEFAULTS
 from lorakit.train.settings.settings import TrainSettings, names_in_config
