@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from lorakit.architectures.shapes import block_of, role, short_roles
 from lorakit.plan import SiteShape, catalogue
 
 
@@ -8,24 +7,6 @@ def test_a_tied_weight_counts_once() -> None:
     site = SiteShape("lm_head", "Linear", 100, 8, tied_to="wte")
     assert (site.weight_parameters, site.parameters) == (800, 0)
     assert SiteShape("c", "Conv1D", 12, 4, bias=True).parameters == 60
-
-
-def test_role_forgets_the_layer() -> None:
-    assert role("transformer.h.11.attn.c_proj") == "transformer.h.*.attn.c_proj"
-    assert role("lm_head") == "lm_head"
-
-
-def test_short_roles_are_the_shortest_that_differ() -> None:
-    paths = ["h.0.attn.c_proj", "h.1.attn.c_proj", "h.0.mlp.c_proj", "h.0.attn.c_attn"]
-    assert short_roles(paths) == {
-        "h.*.attn.c_proj": "attn.c_proj",
-        "h.*.mlp.c_proj": "mlp.c_proj",
-        "h.*.attn.c_attn": "c_attn",
-    }
-
-
-def test_short_roles_of_one_that_ends_another() -> None:
-    assert short_roles(["proj", "a.proj"]) == {"proj": "proj", "a.proj": "a.proj"}
 
 
 def test_a_site_is_found_by_path() -> None:
@@ -36,9 +17,7 @@ def test_a_site_is_found_by_path() -> None:
     assert "transformer.h.12.mlp.c_proj" not in sites
 
 
-def test_blocks_are_named_by_their_first_number() -> None:
-    assert block_of("decoder.block.3.layer.0.SelfAttention.q") == "decoder.block.3"
-    assert block_of("lm_head") is None
+def test_the_blocks_of_a_model_are_in_order() -> None:
     shape = catalogue.published("gpt2")
     assert shape is not None
     assert shape.blocks == tuple(f"transformer.h.{layer}" for layer in range(12))

@@ -9,7 +9,7 @@ Norms and dropout that an architecture lacks are left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +31,35 @@ SHARED = ".shared_expert"
 def is_within(path: str, module: str) -> bool:
     """Return whether a module is another one or is inside it, by their dotted paths."""
     return path == module or path.startswith(f"{module}.")
+
+
+def role(path: str) -> str:
+    """Return the path of a site with "*" in place of layer numbers, such as "transformer.h.*.attn.c_attn"."""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def block_of(path: str) -> str | None:
+    """Return the path of the block that contains a module, such as "transformer.h.11", or None."""
+    parts = path.split(".")
+    end = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    return None if end is None else ".".join(parts[: end + 1])
+
+
+def is_inside(path: str, modules: Collection[str]) -> bool:
+    """Return whether a module is one of the given modules or inside one of them, by their dotted paths."""
+    return any(is_within(path, module) for module in modules)
+
+
+def short_roles(paths: Iterable[str]) -> dict[str, str]:
+    """Return the shortest unambiguous dotted suffix, such as "attn.c_proj", of each role (see `role`), for tables."""
+    roles = list(dict.fromkeys(role(path) for path in paths))
+    parts = {r: [p for p in r.split(".") if p != "*"] for r in roles}
+    short = {}
+    for r, names in parts.items():
+        counts = range(1, len(names) + 1)
+        unique = (n for n in counts if sum(other[-n:] == names[-n:] for other in parts.values()) == 1)
+        short[r] = ".".join(names[-next(unique, len(names)) :])
+    return short
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,17 @@
 """Model shapes: names and sizes of a model's modules, from which `plan` estimates costs.
 
-A `ModelShape` comes from `lorakit.plan.catalogue` (published models) or from `lorakit.hub`, which creates the model of
-any model directory on the meta device. For each model family (GPT-2, BERT, Llama with SmolLM2, Qwen2 and Qwen3), one
-function builds the full list of sites from a few published sizes, in the module order of the `transformers` class.
+A `ModelShape` comes from `lorakit.plan.catalogue` (published models), with one function per family here, or from
+`lorakit.hub`, which creates any model on the meta device. Modules are in the order of the `transformers` class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import prod
 
 from lorakit.architectures.families import BERT_BLOCK, GPT2_BLOCK, PRE_NORM
-from lorakit.architectures.layouts import SHARED, Block, is_within
+from lorakit.architectures.layouts import SHARED, Block, block_of
 from lorakit.durable import JsonValue
 from lorakit.errors import ConfigError
 
@@ -190,35 +189,6 @@ class ModelShape:
     def blocks(self) -> tuple[str, ...]:
         """Return the paths of all blocks, including those of an encoder, in order, such as "model.layers.0"."""
         return tuple(dict.fromkeys(block for site in self.sites if (block := block_of(site.path)) is not None))
-
-
-def role(path: str) -> str:
-    """Return the path of a site with "*" in place of layer numbers, such as "transformer.h.*.attn.c_attn"."""
-    return ".".join("*" if part.isdigit() else part for part in path.split("."))
-
-
-def block_of(path: str) -> str | None:
-    """Return the path of the block that contains a module, such as "transformer.h.11", or None."""
-    parts = path.split(".")
-    end = next((index for index, part in enumerate(parts) if part.isdigit()), None)
-    return None if end is None else ".".join(parts[: end + 1])
-
-
-def is_inside(path: str, modules: Collection[str]) -> bool:
-    """Return whether a module is one of the given modules or inside one of them, by their dotted paths."""
-    return any(is_within(path, module) for module in modules)
-
-
-def short_roles(paths: Iterable[str]) -> dict[str, str]:
-    """Return the shortest unambiguous dotted suffix, such as "attn.c_proj", of each role (see `role`), for tables."""
-    roles = list(dict.fromkeys(role(path) for path in paths))
-    parts = {r: [p for p in r.split(".") if p != "*"] for r in roles}
-    short = {}
-    for r, names in parts.items():
-        counts = range(1, len(names) + 1)
-        unique = (n for n in counts if sum(other[-n:] == names[-n:] for other in parts.values()) == 1)
-        short[r] = ".".join(names[-next(unique, len(names)) :])
-    return short
 
 
 @dataclass(frozen=True)

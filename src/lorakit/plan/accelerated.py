@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorakit.architectures.families import BERT, BERT_BLOCK, GPT2, GPT2_BLOCK, LLAMA, PRE_NORM, architecture_of
-from lorakit.architectures.layouts import Block, SublayerName
-from lorakit.architectures.shapes import ModelShape, block_of
+from lorakit.architectures.layouts import Block, SublayerName, block_of
+from lorakit.architectures.shapes import ModelShape
 from lorakit.plan.job import Job
 from lorakit.plan.params import Count, SiteCount
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from lorakit.architectures.families import GATED
-from lorakit.architectures.layouts import Block
-from lorakit.architectures.shapes import ModelShape, SiteShape, block_of
+from lorakit.architectures.layouts import Block, block_of
+from lorakit.architectures.shapes import ModelShape, SiteShape
 from lorakit.choices import EMBEDDING
 from lorakit.plan import accelerated
 from lorakit.plan.accelerated import family_of

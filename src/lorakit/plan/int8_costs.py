@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lorakit.architectures.shapes import ModelShape, SiteShape, block_of
+from lorakit.architectures.layouts import block_of
+from lorakit.architectures.shapes import ModelShape, SiteShape
 from lorakit.choices import DENSE, KEPT_CHANNELS
 from lorakit.errors import ConfigError
 from lorakit.plan.accelerated import family_of

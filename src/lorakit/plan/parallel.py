@@ -19,7 +19,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lorakit.architectures.shapes import ModelShape, SiteShape, block_of
+from lorakit.architectures.layouts import block_of
+from lorakit.architectures.shapes import ModelShape, SiteShape
 from lorakit.choices import LINEAR
 from lorakit.errors import ConfigError
 from lorakit.plan.budget import MARGIN, bytes_of

@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lorakit.architectures.shapes import ModelShape, SiteShape, is_inside, replicated, role, short_roles
+from lorakit.architectures.layouts import is_inside, role, short_roles
+from lorakit.architectures.shapes import ModelShape, SiteShape, replicated
 from lorakit.choices import EMBEDDING, LINEAR, PARAMETER
 from lorakit.config import HEADS_BY_TASK, LoraConfig, costs_of, scale
 from lorakit.errors import ConfigError, TargetError, UsageError

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from lorakit.architectures.shapes import ModelShape, SiteShape, is_inside
+from lorakit.architectures.layouts import is_inside
+from lorakit.architectures.shapes import ModelShape, SiteShape
 from lorakit.choices import DENSE, LINEAR
 from lorakit.errors import ConfigError
 

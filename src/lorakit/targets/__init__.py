@@ -9,6 +9,7 @@ from lorakit.targets.experts import (
     with_fused_targets,
     with_routers_as_parameters,
 )
+from lorakit.targets.patterns import exact_key, first_match, key_fits, literal_value, names_path
 from lorakit.targets.resolving import (
     ALL_LINEAR,
     LARGE_RANK,
@@ -19,12 +20,7 @@ from lorakit.targets.resolving import (
     Note,
     Resolution,
     Unmatched,
-    exact_key,
-    first_match,
-    key_fits,
-    literal_value,
     match_path,
-    names_path,
     resolve,
     saved_modules,
     targeted_parameters,

@@ -20,15 +20,14 @@ from lorakit.architectures.layouts import BLOCK, ExpertsLayout
 from lorakit.choices import DENSE, EMBEDDING
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError, TargetError
+from lorakit.targets.patterns import compiled, names_path
 from lorakit.targets.resolving import (
     ALL_LINEAR,
     BareParameter,
     Candidate,
     Note,
     Resolution,
-    compiled,
     match_path,
-    names_path,
     saved_modules,
     selects,
 )

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from lorakit.errors import PatternError
-from lorakit.targets.resolving import exact_key, key_fits, literal_value, names
+from lorakit.targets.patterns import exact_key, key_fits, literal_value, names
 
 
 @pytest.mark.parametrize(
