@@ -125,7 +125,7 @@ ROWS_ON_PAGE = 50
 def _length(flags: Flags, parts: Split, tokenizer: Tokenizer, task: TaskOnData, source: ModelSource) -> int:
     """Return the maximum length, chosen by the data and the model's limit if none is given."""
     from lorakit.hub import shape_of
-    from lorakit.session.lengths import max_length_for, usual_length
+    from lorakit.session.coding import max_length_for, usual_length
 
     return max_length_for(shape_of(source), flags.max_length, lambda: usual_length(parts.train, tokenizer, task))
 

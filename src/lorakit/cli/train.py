@@ -35,8 +35,8 @@ from lorakit.train.processes.launching import (
 from lorakit.train.settings.defaults import DEFAULTS, flag_type, types_of_settings
 
 if TYPE_CHECKING:
-    from lorakit.train.settings.entry import Setting
     from lorakit.train.settings.settings import TrainSettings
+    from lorakit.train.settings.types import Setting
 
 
 def _short(row: Setting) -> str | None:

@@ -1,16 +1,18 @@
-"""Rows to measure a model on: their task, their length, and the batches that each tokenizer makes of them."""
+"""Rows to measure a model on: their task, their maximum length, and the batches that each tokenizer makes of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
-from lorakit import hub
-from lorakit.data import AnyRecords, Batch, Records, Report, Split, Tokenizer, few_rows, padding_id
-from lorakit.errors import DataError
-from lorakit.session.lengths import max_length_for, usual_length
+import numpy as np
+
+from lorakit import hub, plan
+from lorakit.data import AnyRecords, Batch, Document, Records, Report, Split, Tokenizer, few_rows, padding_id
+from lorakit.errors import DataError, UsageError
+from lorakit.plan.job import ASSUMED_LENGTH
 from lorakit.session.spec import SessionSpec
 from lorakit.session.tokenizers import SavedTokenizer
 from lorakit.tasks import EncodeOptions, LabelOptions, TaskOnData, evaluation_batches, task_for, task_to_measure
@@ -101,3 +103,58 @@ class Coding:
         task, pad = self.task, padding_id(tokenizer)
         collate, sequences = task.objective.collate, encoded.sequences
         return partial(evaluation_batches, task.task, collate, sequences, self.rows, pad), encoded.report
+
+
+SHORTEST_LENGTH = 16
+"""Shortest maximum length that follows the data, in tokens."""
+
+PERCENTILE = 99
+"""Percentile of the lengths of rows that becomes the maximum length."""
+
+SAMPLED_ROWS = 500
+"""Number of rows whose lengths are measured, at equal distances, if there are more."""
+
+_WHOLE = 1 << 30
+
+
+def usual_length(records: AnyRecords, tokenizer: Tokenizer, task: TaskOnData) -> int:
+    """Return the percentile `PERCENTILE` of the lengths of rows in tokens; documents, which are split, have no length.
+
+    The result is at least `SHORTEST_LENGTH`, and with documents at least `ASSUMED_LENGTH`.
+
+    Raises:
+        DataError: A row cannot be encoded.
+    """
+    least, options, found = SHORTEST_LENGTH, EncodeOptions(_WHOLE, is_labeled=False), list[int]()
+    for at in range(0, len(records), max(1, -(-len(records) // SAMPLED_ROWS))):
+        record = records[at]
+        if isinstance(record, Document):
+            least = ASSUMED_LENGTH
+        else:
+            found += [len(row) for row in task.task.encode_one(record, tokenizer, task.target, options)]
+    return max(least, percentile(found) if found else ASSUMED_LENGTH)
+
+
+def percentile(sizes: Sequence[int]) -> int:
+    """Return the smallest of the lengths that at least `PERCENTILE` percent of them do not exceed."""
+    return int(np.percentile(np.asarray(sizes), PERCENTILE, method="inverted_cdf"))
+
+
+def max_length_for(shape: plan.ModelShape, wanted: int | None, usual: Callable[[], int]) -> int:
+    """Return the given maximum sequence length, or else the usual one, reduced to the model's limit.
+
+    Raises:
+        UsageError: The given length exceeds the model's limit.
+    """
+    if wanted is None:
+        by_data = usual()
+        return min(by_data, shape.positions or by_data)
+    if 0 < shape.positions < wanted:
+        raise UsageError(
+            f"max_length is {wanted:,}, but {shape.name} supports at most {shape.positions:,} tokens; "
+            f"pass --max-length {shape.positions} or less.",
+            what=wanted,
+            field="max_length",
+            allowed=(str(shape.positions),),
+        )
+    return wanted

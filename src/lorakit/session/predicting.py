@@ -9,7 +9,7 @@ from lorakit import hub
 from lorakit.data import AnyRecords, Batch, Encoded, Record, padding_id
 from lorakit.errors import UsageError
 from lorakit.plan.job import ASSUMED_LENGTH
-from lorakit.session.lengths import max_length_for
+from lorakit.session.coding import max_length_for
 from lorakit.session.spec import SessionSpec
 from lorakit.session.tokenizers import SavedTokenizer
 from lorakit.tasks import EncodeOptions, LabelOptions, agree_on_padding, named_as, on_model

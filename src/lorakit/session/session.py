@@ -22,7 +22,6 @@ from lorakit.durable import JsonObject
 from lorakit.errors import MergeError, RunError, UsageError
 from lorakit.generate import NewToken, Sampling, embedding_weight, generate_batch
 from lorakit.hub_cache import adapter_from_hub, is_on_hub
-from lorakit.session.answers import Answer
 from lorakit.session.base_matmul import quantize_for_int8
 from lorakit.session.coding import EvalRows
 from lorakit.session.measuring import (
@@ -34,7 +33,7 @@ from lorakit.session.measuring import (
     oom_as_run_error,
 )
 from lorakit.session.predicting import RowsToPredict, to_predict
-from lorakit.session.prompts import Remark, conversation, encode_prompts, end_ids, prompt_format
+from lorakit.session.prompts import Answer, Remark, conversation, encode_prompts, end_ids, prompt_format
 from lorakit.session.spec import SessionOptions, SessionSpec, session_spec
 from lorakit.session.tokenizers import SavedTokenizer
 from lorakit.speed import accelerate

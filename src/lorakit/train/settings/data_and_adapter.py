@@ -16,16 +16,17 @@ from lorakit.choices import (
     TagScheme,
     TaskName,
 )
-from lorakit.train.settings.entry import Conflict, Setting
 from lorakit.train.settings.types import (
     After,
     Allocation,
     Before,
+    Conflict,
     Names,
     NotEmpty,
     OnBadRow,
     Part,
     Paths,
+    Setting,
     Streaming,
     Text,
     columns_of,

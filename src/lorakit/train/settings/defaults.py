@@ -22,12 +22,13 @@ from lorakit.choices import (
     Stored,
 )
 from lorakit.train.settings.data_and_adapter import DataAndAdapter, in_group
-from lorakit.train.settings.entry import Conflict, Setting
 from lorakit.train.settings.types import (
     After,
     Before,
+    Conflict,
     Parallel,
     Scheduler,
+    Setting,
     device_word,
     dtype_word,
     rates_of,

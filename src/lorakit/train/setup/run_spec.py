@@ -20,8 +20,8 @@ from lorakit.machine import this_machine
 from lorakit.plan.budget import needed_bytes
 from lorakit.plan.job import ASSUMED_LENGTH
 from lorakit.plan.params import for_task
-from lorakit.session.lengths import max_length_for, usual_length
-from lorakit.session.remembered import resolve_base
+from lorakit.session.coding import max_length_for, usual_length
+from lorakit.session.spec import resolve_base
 from lorakit.session.tokenizers import SavedTokenizer, training_tokenizer
 from lorakit.targets import unfitting_keys
 from lorakit.tasks import TASKS, Target, TaskOnData, agree_on_padding, task_for
@@ -34,9 +34,9 @@ from lorakit.train.settings.defaults import DEFAULTS
 from lorakit.train.settings.settings import TrainSettings
 from lorakit.train.settings.sources import complete
 from lorakit.train.setup.agreement import check_sharding, pick_device
+from lorakit.train.setup.run_adapter import check_targets, completed, start_adapter
 from lorakit.train.setup.run_data import read_data
 from lorakit.train.setup.run_int8 import check_adapter, chosen_matmul
-from lorakit.train.setup.start_adapter import check_targets, completed, start_adapter
 from lorakit.train.spec import Forecast, NewTokens, RunSpec, StartAdapter
 
 MINIMUM_ROWS = 2

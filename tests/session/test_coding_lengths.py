@@ -12,8 +12,8 @@ import pytest
 from lorakit import hub
 from lorakit.data import Completion, Document, Labeled, Records
 from lorakit.errors import UsageError
-from lorakit.session import lengths
-from lorakit.session.lengths import max_length_for, percentile, usual_length
+from lorakit.session import coding
+from lorakit.session.coding import max_length_for, percentile, usual_length
 from lorakit.tasks import CAUSAL_LM, Target, TaskOnData
 
 PLAIN = TaskOnData(CAUSAL_LM, Target())
@@ -48,7 +48,7 @@ def test_the_lengths_are_those_of_whole_rows(tiny_tokenizer: Any) -> None:
 def test_long_data_is_sampled_at_equal_distances(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Records([Completion("say ", "a word " * (1 + number % 90)) for number in range(1000)])
     whole = usual_length(rows, tiny_tokenizer, PLAIN)
-    monkeypatch.setattr(lengths, "SAMPLED_ROWS", 100)
+    monkeypatch.setattr(coding, "SAMPLED_ROWS", 100)
     assert abs(usual_length(rows, tiny_tokenizer, PLAIN) - whole) <= 0.2 * whole
 
 
