@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.config import LoraConfig
-from lorakit.config.lora import NOT_BUILT
+from lorakit.config import NOT_BUILT, LoraConfig
 
 from ..peft.running import run
 

@@ -28,7 +28,6 @@ class SiteShape:
             dimension.
         in_features: Number of columns of the weight in that orientation; for an Embedding, the number of embeddings.
         dense: Whether "all-linear" selects the module (a Linear or Conv1D that is not the output head).
-        bias: Whether the module has a bias of `out_features` elements.
         tied_to: Path of the module whose weight this module shares (the weight is then counted only there), or None.
     """
 
@@ -82,12 +81,9 @@ class ModelShape:
 
     Attributes:
         source: Origin of the shape: a paper, a config file or a path.
-        architecture: Class of the model in transformers, such as "GPT2LMHeadModel".
         parameters: Exact number of parameters; tied weights count once.
         intermediate: Inner width of the MLP, or of each expert.
         vocab: Size of the vocabulary, which is also the width of the logits.
-        positions: Maximum input length in tokens.
-        tied: Whether the output head shares its weight with the input embedding.
         gated: Whether the MLP is gated, as in SwiGLU.
         sites: Every Linear, Conv1D and Embedding in the order of `named_modules()`.
         others: Every other module that owns parameters, in the same order.

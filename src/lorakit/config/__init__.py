@@ -4,14 +4,13 @@ Names, defaults and `adapter_config.json` follow PEFT. The constructor is strict
 unknown keys.
 """
 
+from lorakit.config.checks import NOT_BUILT, check_built
 from lorakit.config.lora import (
-    NOT_BUILT,
     PEFT_TABLES_OF_VARIANTS,
     LoraConfig,
     PeftConfig,
     PeftConfigMixin,
     adapter_directory,
-    check_built,
     read_config,
 )
 from lorakit.config.nested import (

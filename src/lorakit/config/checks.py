@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorakit.choices import BIASES
 from lorakit.config.nested import CordaConfig, EvaConfig, LoftQConfig
 from lorakit.config.types import PeftType, TaskType, Value
-from lorakit.errors import ConfigError, ConfigTypeError, UsageError, did_you_mean, warn_caller
+from lorakit.errors import ConfigError, ConfigTypeError, NotYetSupported, UsageError, did_you_mean, warn_caller
 
 if TYPE_CHECKING:
     from lorakit.config.lora import LoraConfig
@@ -195,3 +195,33 @@ def check_together(config: LoraConfig) -> None:
         )
     if config.alora_invocation_tokens is not None and config.task_type != TaskType.CAUSAL_LM:
         warn_caller("aLoRA is currently only supported for CAUSAL_LM task; it takes effect only in causal models.")
+
+
+NOT_BUILT: Mapping[str, Any] = {
+    "megatron_config": None,
+}
+"""Dict from each unsupported field to the value that turns the field off."""
+
+ARITHMETIC = ("use_", "init_", "lora_", "target_", "rank_", "alpha_", "scal")
+"""Name prefixes of unknown fields that probably change the computation."""
+
+
+def check_built(config: LoraConfig) -> None:
+    """Raise NotYetSupported for a config with unsupported features or unknown fields that seem to change the
+    computation.
+
+    An unknown field is harmless if its value is null, false, zero or empty. Otherwise it probably changes the
+    computation if its name ends in "_config" or starts with a prefix in `ARITHMETIC`. `read_config` reports other
+    unknown fields.
+    """
+    for name, neutral in NOT_BUILT.items():
+        value = getattr(config, name)
+        if value is not None and value != neutral:
+            raise NotYetSupported(f"{name} is {value!r}, which is not supported yet; use {neutral!r}.", field=name)
+    for name, value in config.unknown.items():
+        if value and (name.endswith("_config") or name.startswith(ARITHMETIC)):
+            raise NotYetSupported(
+                f"{name} is {value!r}: this unknown field, from another PEFT version, seems to change the computation. "
+                "Remove it from the config if it does not.",
+                field=name,
+            )

@@ -354,36 +354,6 @@ class LoraConfig(PeftConfig):
         self.custom_modules = {**(self.custom_modules or {}), **mapping}
 
 
-NOT_BUILT: Mapping[str, Any] = {
-    "megatron_config": None,
-}
-"""Dict from each unsupported field to the value that turns the field off."""
-
-ARITHMETIC = ("use_", "init_", "lora_", "target_", "rank_", "alpha_", "scal")
-"""Name prefixes of unknown fields that probably change the computation."""
-
-
-def check_built(config: LoraConfig) -> None:
-    """Raise NotYetSupported for a config with unsupported features or unknown fields that seem to change the
-    computation.
-
-    An unknown field is harmless if its value is null, false, zero or empty. Otherwise it probably changes the
-    computation if its name ends in "_config" or starts with a prefix in `ARITHMETIC`. `read_config` reports other
-    unknown fields.
-    """
-    for name, neutral in NOT_BUILT.items():
-        value = getattr(config, name)
-        if value is not None and value != neutral:
-            raise NotYetSupported(f"{name} is {value!r}, which is not supported yet; use {neutral!r}.", field=name)
-    for name, value in config.unknown.items():
-        if value and (name.endswith("_config") or name.startswith(ARITHMETIC)):
-            raise NotYetSupported(
-                f"{name} is {value!r}: this unknown field, from another PEFT version, seems to change the computation. "
-                "Remove it from the config if it does not.",
-                field=name,
-            )
-
-
 _WITHOUT_MEANING = frozenset({"megatron_core", "runtime_config"})
 
 
@@ -420,7 +390,7 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[LoraConfig, list[str]]:
     try:
         config = LoraConfig(**{key: value for key, value in values.items() if key in known})
         config.unknown = unknown
-        check_built(config)
+        checks.check_built(config)
     except (ConfigError, NotYetSupported) as cause:
         kind = AdapterFileError if isinstance(cause, ConfigError) else NotYetSupported
         raise kind(f"{path}: {cause}", **{**cause.fields, "where": path}) from None
