@@ -28,8 +28,20 @@ from lorakit.tasks.task import EncodeOptions
 _TYPE = "i"
 
 
-Encode = Callable[[Record, Tokenizer, Target, EncodeOptions, RowReport], "Row | None"]
-"""Function that encodes a record and updates the counts; None leaves the record out."""
+@dataclass(frozen=True)
+class Work:
+    """What the rows of a task are encoded with, and the counts, which are updated."""
+
+    tokenizer: Tokenizer
+    target: Target
+    options: EncodeOptions
+    report: RowReport
+
+
+Encode = Callable[[Record, Work], "Row | None"]
+"""Function that encodes a record and updates the counts; None leaves the record out.
+
+It raises a DataError if the record is of another kind, or is too long and `overlong` is "error"."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,7 @@ def encode_row(
     """
     if is_empty(record):
         return []
-    row = encoder.one(record, tokenizer, target, options, RowReport(options.max_length, unit=encoder.unit))
+    row = encoder.one(record, Work(tokenizer, target, options, RowReport(options.max_length, unit=encoder.unit)))
     return [] if row is None else [row]
 
 
@@ -84,6 +96,7 @@ def _encoded(
     notes, unit = [*records.notes, *([target.note] if target.note else [])], encoder.unit
     report = RowReport(options.max_length, unit=unit, overlong=options.overlong, notes=notes)
     report.shape, report.columns = records.shape, dict(records.columns)
+    work = Work(tokenizer, target, options, report)
     rows, kept, seen, done = list[Row](), list[Record](), set[bytes](), 0
     for record, size in sized(records):
         report.rows += 1
@@ -94,7 +107,7 @@ def _encoded(
         if is_empty(record) if options.is_labeled else not text_of_record(record).strip():
             report.empty_rows += 1
         else:
-            row = encoder.one(record, tokenizer, target, options, report)
+            row = encoder.one(record, work)
             if row is not None:
                 rows.append(row)
                 kept.append(record)
@@ -123,23 +136,17 @@ def _targets(row: Row, unit: str) -> int:
     return 1 if unit == "row" else len(row.labels) - row.labels.count(IGNORED)
 
 
-def encode_labeled(
-    record: Record, tokenizer: Tokenizer, target: Target, options: EncodeOptions, report: RowReport
-) -> Row | None:
-    """Encode a text or a pair of texts with its label.
-
-    Raises:
-        DataError: The record is of another kind, or is too long and `overlong` is "error".
-    """
+def encode_labeled(record: Record, work: Work) -> Row | None:
+    """Encode a text or a pair of texts with its label."""
     if not isinstance(record, Labeled):
         raise _unfit(record, "'text' and 'label'")
-    tokens = _tokens(record, record.texts[:2], tokenizer, options, report)
+    tokens = _tokens(record, record.texts[:2], work)
     if tokens is None:
         return None
     types = tokens.get("token_type_ids")
     return Row(
         array(_TYPE, tokens["input_ids"]),
-        labels_of(record, target) if options.is_labeled else array(_TYPE),
+        labels_of(record, work.target) if work.options.is_labeled else array(_TYPE),
         types=array(_TYPE, types) if types and any(types) else None,
         pieces=tokens["pieces"],
     )
@@ -154,45 +161,34 @@ def labels_of(record: Labeled, target: Target) -> array[Any]:
     return array("d", [score_of(record)]) if target.kind == "score" else array(_TYPE, target.ids_of(record))
 
 
-def encode_pair(
-    record: Record, tokenizer: Tokenizer, target: Target, options: EncodeOptions, report: RowReport
-) -> Row | None:
-    """Encode the texts of a row separately, with the row's score if it has one.
-
-    Raises:
-        DataError: The record is of another kind, or is too long and `overlong` is "error".
-    """
+def encode_pair(record: Record, work: Work) -> Row | None:
+    """Encode the texts of a row separately, with the row's score if it has one."""
     if not isinstance(record, Labeled):
         raise _unfit(record, "'anchor' and 'positive', or 'sentence1', 'sentence2' and 'score'")
-    before = report.cut_rows
-    texts = [_tokens(record, (options.prompt + text,), tokenizer, options, report) for text in record.texts]
-    report.cut_rows = min(report.cut_rows, before + 1)
+    before = work.report.cut_rows
+    texts = [_tokens(record, (work.options.prompt + text,), work) for text in record.texts]
+    work.report.cut_rows = min(work.report.cut_rows, before + 1)
     first, *others = [None if one is None else array(_TYPE, one["input_ids"]) for one in texts]
     if first is None or None in others:
         return None
-    scored = target.kind == "score" and options.is_labeled
+    scored = work.target.kind == "score" and work.options.is_labeled
     score: array[Any] = array("d", [score_of(record)] if scored else [])
     pieces = tuple(part for one in texts if one is not None for part in one["pieces"])
     return Row(first, score, others=tuple(ids for ids in others if ids is not None), pieces=pieces)
 
 
-def encode_tagged(
-    record: Record, tokenizer: Tokenizer, target: Target, options: EncodeOptions, report: RowReport
-) -> Row | None:
+def encode_tagged(record: Record, work: Work) -> Row | None:
     """Encode the words of a row, joined by spaces; the first token of each word has the word's tag.
 
     In a row to predict, the first token of each word has the index of the word. A word that was truncated has no token.
-
-    Raises:
-        DataError: The record is of another kind, has an unknown tag, or is too long and `overlong` is "error".
-        ModelError: The tokenizer does not report offsets.
+    A ModelError means that the tokenizer does not report offsets.
     """
     if not isinstance(record, Tagged):
         raise _unfit(record, "'tokens' and 'tags'")
-    tokens = _tokens(record, (" ".join(record.words),), tokenizer, options, report, offsets=True)
+    tokens = _tokens(record, (" ".join(record.words),), work, offsets=True)
     if tokens is None:
         return None
-    tags = target.ids_of(record) if options.is_labeled else range(len(record.words))
+    tags = work.target.ids_of(record) if work.options.is_labeled else range(len(record.words))
     labels = array(_TYPE, [IGNORED]) * len(tokens["input_ids"])
     places = word_tokens(record.words, tokens["offset_mapping"])
     if "kept" in tokens:
@@ -200,8 +196,8 @@ def encode_tagged(
     for place, tag in zip(places, tags, strict=True):
         if place is not None:
             labels[place] = tag
-    report.cut_words += places.count(None)
-    if options.is_labeled and all(place is None for place in places):
+    work.report.cut_words += places.count(None)
+    if work.options.is_labeled and all(place is None for place in places):
         return None
     return Row(array(_TYPE, tokens["input_ids"]), labels, pieces=tokens["pieces"])
 
@@ -222,24 +218,17 @@ def word_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> lis
     return places
 
 
-def encode_translation(
-    record: Record, tokenizer: Tokenizer, target: Target, options: EncodeOptions, report: RowReport
-) -> Row | None:
-    """Encode a source text, and the target text as labels.
-
-    Raises:
-        DataError: The record is a document or has several turns, or is too long and `overlong` is "error".
-        ModelError: The tokenizer lacks the language of the target.
-    """
+def encode_translation(record: Record, work: Work) -> Row | None:
+    """Encode a source text, and the target text as labels; a ModelError if the tokenizer lacks the target's language."""
     completion = record.as_completion() if isinstance(record, Conversation) and record.is_instruction else record
     if not isinstance(completion, Completion):
         raise _unfit(record, "'source' and 'target', or a prompt and its completion")
-    before = report.cut_rows
-    source = _tokens(record, (completion.prompt.strip(),), tokenizer, options, report)
+    before = work.report.cut_rows
+    source = _tokens(record, (completion.prompt.strip(),), work)
     answer: dict[str, Any] | None = {"input_ids": [], "pieces": ()}
-    if options.is_labeled or completion.completion:
-        answer = _tokens(record, (completion.completion,), tokenizer, options, report, is_target=True)
-    report.cut_rows = min(report.cut_rows, before + 1)
+    if work.options.is_labeled or completion.completion:
+        answer = _tokens(record, (completion.completion,), work, is_target=True)
+    work.report.cut_rows = min(work.report.cut_rows, before + 1)
     if source is None or answer is None:
         return None
     pieces = (*source["pieces"], *answer["pieces"])
@@ -247,28 +236,22 @@ def encode_translation(
 
 
 def _tokens(
-    record: Record,
-    texts: Sequence[str],
-    tokenizer: Tokenizer,
-    options: EncodeOptions,
-    report: RowReport,
-    *,
-    offsets: bool = False,
-    is_target: bool = False,
+    record: Record, texts: Sequence[str], work: Work, *, offsets: bool = False, is_target: bool = False
 ) -> dict[str, Any] | None:
     """Tokenize a text or a pair of texts, and count it if it is too long; None if it is to be left out.
 
     `pieces` has a list with the text of each token (empty without offsets), or none if rows are not shown. Offsets are
     those before truncation; see `_kept`.
     """
-    call: Any = tokenizer
+    options = work.options
+    tokenizer: Any = work.tokenizer
     offsets = offsets or (options.shown is not None and getattr(tokenizer, "is_fast", False))
     arguments: dict[str, Any] = (
         {"text_target": texts[0]} if is_target else dict(zip(("text", "text_pair"), texts, strict=False))
     )
     arguments |= {"verbose": False} | ({"return_offsets_mapping": True} if offsets else {})
     try:
-        tokens = call(**arguments)
+        tokens = tokenizer(**arguments)
     except NotImplementedError as cause:
         raise ModelError(
             f"{type(tokenizer).__name__} does not report the positions of tokens in the text, which tags need; use a "
@@ -287,7 +270,7 @@ def _tokens(
     count = len(tokens["input_ids"])
     if count <= options.max_length:
         return {**tokens, "pieces": () if options.shown is None else (_pieces(tokenizer, texts, tokens, tokens),)}
-    report.cut_rows += 1
+    work.report.cut_rows += 1
     if options.overlong == "error":
         raise DataError(
             f"{location(record)}: the row has {count:,} tokens, but max_length is {options.max_length:,}; "
@@ -297,7 +280,7 @@ def _tokens(
         )
     if options.overlong == "drop":
         return None
-    kept = call(**arguments, truncation=True, max_length=options.max_length)
+    kept = tokenizer(**arguments, truncation=True, max_length=options.max_length)
     whole = {"offset_mapping": tokens["offset_mapping"], "kept": _kept(tokenizer, tokens, kept)} if offsets else {}
     return {**kept, **whole, "pieces": () if options.shown is None else (_pieces(tokenizer, texts, tokens, kept),)}
 
