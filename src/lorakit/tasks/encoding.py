@@ -219,7 +219,7 @@ def word_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> lis
 
 
 def encode_translation(record: Record, work: Work) -> Row | None:
-    """Encode a source text, and the target text as labels; a ModelError if the tokenizer lacks the target's language."""
+    """Encode a source text, and the target text as labels; a ModelError if the tokenizer lacks its language."""
     completion = record.as_completion() if isinstance(record, Conversation) and record.is_instruction else record
     if not isinstance(completion, Completion):
         raise _unfit(record, "'source' and 'target', or a prompt and its completion")
