@@ -119,12 +119,11 @@ def _as_hub_error(source: HubSource) -> Iterator[None]:
         variable = offline("HF_DATASETS_OFFLINE")
         where = f"in the cache (network access is off: {variable} is set)" if variable else "on the Hub"
         remedy = f"unset {variable}" if variable else "check the name and the network connection"
-        raise DataError(
+        text = (
             f"{source}: not a file or directory, and no such data set {where} ({_line(cause)}). To use it, {remedy}, "
-            "or pass files.",
-            where=str(source),
-            field="data",
-        ) from cause
+            "or pass files."
+        )
+        raise DataError(text, where=str(source), field="data") from cause
 
 
 def _line(cause: Exception) -> str:
@@ -139,9 +138,8 @@ def _check_installed(label: str) -> None:
     try:
         import datasets  # noqa: F401 - it depends on pyarrow
     except ImportError as cause:
-        raise MissingExtra(
-            f"{label}: reading this data needs the package datasets: pip install 'lorakit[data]'", what="datasets"
-        ) from cause
+        text = f"{label}: reading this data needs the package datasets: pip install 'lorakit[data]'"
+        raise MissingExtra(text, what="datasets") from cause
 
 
 def _kept(features: Features) -> list[str]:
@@ -317,12 +315,8 @@ def stream_hub(source: HubSource) -> HubRows:
     import datasets
 
     if "[" in source.split:
-        raise UsageError(
-            f"{source}: a slice of a split cannot be streamed; omit the slice, or pass --streaming off.",
-            what=source.split,
-            where=str(source),
-            field="streaming",
-        )
+        text = f"{source}: a slice of a split cannot be streamed; omit the slice, or pass --streaming off."
+        raise UsageError(text, what=source.split, where=str(source), field="streaming")
     with _as_hub_error(source), _quiet():
         builder = datasets.load_dataset_builder(source.name, source.config, revision=source.revision)
         data = builder.as_streaming_dataset(split=source.split)

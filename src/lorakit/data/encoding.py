@@ -306,12 +306,11 @@ class _Work:
     def rows(self, record: Record) -> Iterator[_Row]:
         """Yield the sequences of a nonempty record, and count them."""
         if isinstance(record, Labeled | Tagged):
-            raise DataError(
+            text = (
                 f"{location(record)}: rows with labels or tags cannot be used for causal language modeling; pass "
-                "another --task, or --format text to train on the text alone.",
-                where=location(record),
-                field="task",
+                "another --task, or --format text to train on the text alone."
             )
+            raise DataError(text, where=location(record), field="task")
         rows: Iterable[_Row]
         if isinstance(record, Document):
             rows, ended = self._windows(record), self._tokenizer.eos_token_id is not None

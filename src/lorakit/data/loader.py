@@ -125,10 +125,8 @@ class BatchLoader(Iterator[Batch], ABC):
         different = [key for key in (data, *settings) if state.get(key) != mine.get(key)]
         if different:
             shown = ", ".join("the data" if key == data else key for key in different)
-            raise DataError(
-                f"The position in the data cannot be restored: {shown} changed after the position was saved.",
-                what=shown,
-            )
+            text = f"The position in the data cannot be restored: {shown} changed after the position was saved."
+            raise DataError(text, what=shown)
 
 
 @dataclass(eq=False, repr=False)
@@ -211,9 +209,8 @@ class Loader(BatchLoader):
         if isinstance(epoch, int) and isinstance(batch, int) and epoch >= 0 and 0 <= batch <= self.batches_per_epoch:
             self._seek(epoch, batch)
         else:
-            raise DataError(
-                f"The saved position in the data is not valid: epoch {epoch!r}, batch {batch!r}.", what=(epoch, batch)
-            )
+            text = f"The saved position in the data is not valid: epoch {epoch!r}, batch {batch!r}."
+            raise DataError(text, what=(epoch, batch))
 
     def _seek(self, epoch: int, batch: int) -> None:
         self._epoch, self._batch = epoch, batch

@@ -94,13 +94,11 @@ def rule_named(name: str | None) -> SplitRule:
     """Return the rule that a run was made with, by the name in its `run.json`; a DataError if there is none."""
     rule = RULES.get(HASHED.name if name is None else name)
     if rule is None:
-        raise DataError(
+        text = (
             f"the run holds out rows by the rule {name!r}, which this version of lorakit lacks; resume it with the "
-            "version in its run.json, or start again with another --output-dir.",
-            what=name,
-            field="eval_fraction",
-            allowed=tuple(RULES),
+            "version in its run.json, or start again with another --output-dir."
         )
+        raise DataError(text, what=name, field="eval_fraction", allowed=tuple(RULES))
     return rule
 
 

@@ -88,12 +88,8 @@ def open_text(path: Path, file: IO[bytes], request: Request, *, whole: bool) -> 
 def _check_no_group(path: Path, request: Request) -> None:
     """Raise a DataError if a group column was requested for a text file, which has no columns."""
     if request.group is not None:
-        raise DataError(
-            f"{path}: a text file has no column '{request.group}'; omit --group.",
-            what=request.group,
-            where=path,
-            field="group",
-        )
+        text = f"{path}: a text file has no column '{request.group}'; omit --group."
+        raise DataError(text, what=request.group, where=path, field="group")
 
 
 def _reader(path: Path, file: IO[bytes], *, whole: bool) -> Reader:
@@ -258,9 +254,8 @@ def _header(path: Path, file: IO[bytes]) -> tuple[list[str], str]:
     names = [name.strip() for name in header] if isinstance(header, list) else []
     if not all(names) or not names or len(set(names)) < len(names):
         shown = ", ".join(map(repr, names)) or (str(header) if isinstance(header, BadRow) else "nothing")
-        raise DataError(
-            f"{path}:1: the first row must contain a distinct name for each column, not {shown}.", where=f"{path}:1"
-        )
+        text = f"{path}:1: the first row must contain a distinct name for each column, not {shown}."
+        raise DataError(text, where=f"{path}:1")
     return names, delimiter
 
 

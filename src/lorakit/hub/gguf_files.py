@@ -220,13 +220,11 @@ def check_architecture(header: GgufHeader) -> None:
     known = readable_architectures()
     plain = {name.replace("-", "").replace("_", "") for name in known}
     if header.architecture.replace("-", "").replace("_", "") not in plain:
-        raise ModelError(
+        text = (
             f"{header.path}: transformers cannot read the architecture {header.architecture!r} from a GGUF file; it "
-            f"reads {', '.join(known)}. Pass a directory with the model's safetensors files.",
-            what=header.architecture,
-            where=header.path,
-            allowed=known,
+            f"reads {', '.join(known)}. Pass a directory with the model's safetensors files."
         )
+        raise ModelError(text, what=header.architecture, where=header.path, allowed=known)
 
 
 def readable_architectures() -> list[str]:

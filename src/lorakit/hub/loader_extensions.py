@@ -128,13 +128,11 @@ def _allowed(values: JsonObject, name: str, value: JsonValue, allowed: Sequence[
 
 def _unsupported(name: str, value: JsonValue, allowed: Iterable[int | str]) -> ModelError:
     names = [str(one) for one in allowed]
-    return ModelError(
+    text = (
         f"quantization_config: {name} is {value!r}, but lorakit reads only {', '.join(names)}. Use files with another "
-        "quantization, or the unquantized model.",
-        what=value,
-        field=name.rpartition(" ")[2],
-        allowed=names,
+        "quantization, or the unquantized model."
     )
+    return ModelError(text, what=value, field=name.rpartition(" ")[2], allowed=names)
 
 
 def replace_linears(model: PreTrainedModel, files: Sequence[Path], values: JsonObject) -> None:
@@ -147,35 +145,31 @@ def replace_linears(model: PreTrainedModel, files: Sequence[Path], values: JsonO
     kind = packed_kind(values)
     layers = _packed_layers(model, files, kind.module)
     if not layers:
-        raise ModelError(
+        text = (
             f"the config says that the weights are quantized ({values['quant_method']}), but the files have no packed "
-            "weights. Use undamaged files, or remove quantization_config from the config.",
-            what=values["quant_method"],
-            field="quantization_config",
+            "weights. Use undamaged files, or remove quantization_config from the config."
         )
+        raise ModelError(text, what=values["quant_method"], field="quantization_config")
     for path, parts in layers.items():
         optional = kind.module.OPTIONAL - kind.needed
         missing = [name for name in kind.module.PARTS if name not in parts and name not in optional]
         if missing:
-            raise ModelError(
+            text = (
                 f"{path}.{missing[0]} is missing from the files, so its weight cannot be dequantized. Download the "
-                "model again.",
-                what=missing[0],
-                where=path,
-                field=missing[0],
+                "model again."
             )
+            raise ModelError(text, what=missing[0], where=path, field=missing[0])
         try:
             linear = model.get_submodule(path)
         except AttributeError:
             linear = None
         if type(linear) is not nn.Linear:
-            raise ModelError(
+            text = (
                 f"{path} has packed weights in the files, but the model has no linear layer with this name "
                 f"({'none' if linear is None else type(linear).__name__}); only linear layers can be packed. Use the "
-                "unquantized model.",
-                what=type(linear).__name__,
-                where=path,
+                "unquantized model."
             )
+            raise ModelError(text, what=type(linear).__name__, where=path)
         model.set_submodule(path, packed_linear(kind.module, linear, parts, kind.settings))
 
 
@@ -329,9 +323,8 @@ class JoinTensors(ConversionOps):
         """
         missing = next((pattern for pattern in source_patterns if pattern not in input_dict), None)
         if missing is not None:
-            raise AdapterFileError(
-                f"The file has no tensors {missing}, which are a part of {target_patterns[0]}.", what=missing
-            )
+            text = f"The file has no tensors {missing}, which are a part of {target_patterns[0]}."
+            raise AdapterFileError(text, what=missing)
         return {target_patterns[0]: self.join([input_dict[pattern] for pattern in source_patterns])}
 
 

@@ -151,13 +151,11 @@ def agree_on_padding(
     is_read = head == "classification"
     problem = None
     if depends_on_padding(config.model_type, head):
-        raise ModelError(
+        message = (
             f"{source.given}: the outputs of a {config.model_type} model for a row depend on the padding after it, and "
-            "so on the other rows of its batch; use a model of another type.",
-            what=config.model_type,
-            where=source.given,
-            field="model",
+            "so on the other rows of its batch; use a model of another type."
         )
+        raise ModelError(message, what=config.model_type, where=source.given, field="model")
     if chosen is None:
         problem = "the tokenizer has no special token that is in the model's vocabulary"
     elif is_read and _fits(configured, size) and configured != chosen:
@@ -237,12 +235,11 @@ def module_paths(source: ModelSource, modules: JsonValue) -> list[str]:
     paths = [path for path in known if isinstance(path, str)]
     is_inside = not any(PureWindowsPath(path).anchor or ".." in PureWindowsPath(path).parts for path in paths)
     if not paths or not isinstance(modules, list) or len(paths) != len(modules) or paths[0] or not is_inside:
-        raise ModelError(
+        text = (
             f"{source.given}: {EMBEDDING_LIST} must list the transformer, whose path is empty, and directories inside "
-            "the model's; save the model again with SentenceTransformer.save.",
-            where=source.given,
-            field=EMBEDDING_LIST,
+            "the model's; save the model again with SentenceTransformer.save."
         )
+        raise ModelError(text, where=source.given, field=EMBEDDING_LIST)
     return [path for path in paths if path]
 
 

@@ -237,9 +237,8 @@ def save_model(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokeni
             if isinstance(cause, OSError):
                 message = f"{folder.parent}: the model cannot be written ({reason})."
                 raise DiskError(message, where=folder.parent) from cause
-            raise ModelError(
-                f"transformers cannot save this {type(model).__name__} ({reason}).", what=type(model).__name__
-            ) from cause
+            text = f"transformers cannot save this {type(model).__name__} ({reason})."
+            raise ModelError(text, what=type(model).__name__) from cause
 
 
 CLASSES: Mapping[str, str] = {
@@ -277,9 +276,8 @@ def load_base(
     with quiet_imports():
         kind = getattr(library, CLASSES[task] if task else written_class[1], None)
         if kind is None:
-            raise ModelError(
-                f"class {'.'.join(written_class)} not found, so the base {name} cannot be loaded.", where=name
-            )
+            text = f"class {'.'.join(written_class)} not found, so the base {name} cannot be loaded."
+            raise ModelError(text, where=name)
         if name.endswith(gguf_files.SUFFIX) and Path(name).is_file():
             source = resolve(name)
             model = call_loader(source, partial(kind.from_pretrained, **options, **gguf_files.dequantizing_options()))
@@ -351,11 +349,10 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Add
         if number is None and len(written[token]) == 1 and tokenizer.decode(list(written[token])) == token:
             number = written[token][0]
         if number is not None:
-            raise ConfigError(
-                f"new_tokens contains {token!r}, which the tokenizer already has (id {number}). Leave that token out.",
-                what=token,
-                field="new_tokens",
+            text = (
+                f"new_tokens contains {token!r}, which the tokenizer already has (id {number}). Leave that token out."
             )
+            raise ConfigError(text, what=token, field="new_tokens")
     from tokenizers import AddedToken
 
     try:

@@ -126,9 +126,8 @@ def check_space(folder: Path, needed_bytes: int, advice: str = "free some space"
     """Raise a DiskError, with advice, if the disk of a directory has too little free space."""
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
-        raise DiskError(
-            f"{folder}: {format_bytes(needed_bytes)} needed, {format_bytes(free_bytes)} free; {advice}.", where=folder
-        )
+        text = f"{folder}: {format_bytes(needed_bytes)} needed, {format_bytes(free_bytes)} free; {advice}."
+        raise DiskError(text, where=folder)
 
 
 def _unwritable(path: Path, cause: OSError) -> DiskError:

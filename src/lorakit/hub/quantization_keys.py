@@ -194,12 +194,11 @@ def check_described(unexpected: Iterable[str]) -> None:
     """
     packed = next((name for name in sorted(unexpected) if name.rpartition(".")[2] in PARTS), None)
     if packed is not None:
-        raise ModelError(
+        text = (
             f"the files have packed weights ({packed}), but the config has no quantization_config that says how to "
-            "decode them. Use the config.json that belongs to the files, or the unquantized model.",
-            what=packed,
-            field="quantization_config",
+            "decode them. Use the config.json that belongs to the files, or the unquantized model."
         )
+        raise ModelError(text, what=packed, field="quantization_config")
 
 
 def groups_of(values: JsonObject) -> Iterator[tuple[str, JsonObject, JsonObject | None]]:
@@ -228,11 +227,8 @@ def _check(values: JsonObject, known: Keys, method: str, prefix: str) -> None:
 
 
 def _unsupported(method: str, path: str, value: JsonValue, wanted: str) -> ModelError:
-    return ModelError(
+    text = (
         f"quantization_config: {method} {path} is {value!r}, which may change what the model computes; supported: "
-        f"{wanted}. Use files with another quantization, or the unquantized model.",
-        what=value,
-        where=path,
-        field=path.rpartition(".")[2],
-        allowed=[wanted],
+        f"{wanted}. Use files with another quantization, or the unquantized model."
     )
+    return ModelError(text, what=value, where=path, field=path.rpartition(".")[2], allowed=[wanted])

@@ -106,13 +106,11 @@ def check_quantized_once(config: PreTrainedConfig, wanted: Quantization | None, 
     """
     stored = getattr(config, "quantization_config", None)
     if source.header is not None and wanted is not None:
-        raise ConfigError(
+        text = (
             f"{source.given}: the weights of a GGUF file are dequantized and cannot be quantized again; omit "
-            f"quantization {wanted.name!r}, or pass the directory of the original model.",
-            what=wanted.name,
-            where=source.given,
-            field="quantization",
+            f"quantization {wanted.name!r}, or pass the directory of the original model."
         )
+        raise ConfigError(text, what=wanted.name, where=source.given, field="quantization")
     if stored is not None and wanted is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", "unknown")
         raise ConfigError(

@@ -179,9 +179,8 @@ def _model_class(config: PreTrainedConfig) -> Callable[[PreTrainedConfig], PreTr
         auto_class = getattr(transformers, auto)
         if type(config) in auto_class._model_mapping:
             return auto_class.from_config
-    raise ModelError(
-        f"transformers has no model class for the config {type(config).__name__}", what=type(config).__name__
-    )
+    text = f"transformers has no model class for the config {type(config).__name__}"
+    raise ModelError(text, what=type(config).__name__)
 
 
 def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[str], int]:

@@ -314,11 +314,8 @@ def check_upload() -> None:
         text = f"network access is off ({variable} is set), so nothing can be uploaded; unset it."
         raise ModelError(text, what=variable, field=variable)
     if huggingface_hub.get_token() is None:
-        raise ModelError(
-            "no Hub token found, so nothing can be uploaded; log in with `hf auth login`, or set HF_TOKEN.",
-            what="token",
-            field="HF_TOKEN",
-        )
+        message = "no Hub token found, so nothing can be uploaded; log in with `hf auth login`, or set HF_TOKEN."
+        raise ModelError(message, what="token", field="HF_TOKEN")
 
 
 def push_folder(

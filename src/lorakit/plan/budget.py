@@ -55,12 +55,11 @@ def within(plan: Plan, budget_bytes: int) -> tuple[Plan, str]:
             return variant, f"memory budget {format_bytes(budget_bytes)}: {reason}"
         tried.append((recompute, peak))
     recompute, least = min(tried, key=lambda pair: pair[1])
-    raise ConfigError(
+    text = (
         f"the job does not fit in a memory budget of {format_bytes(budget_bytes)}: it needs at least "
-        f"{format_bytes(least)}, with --recompute {recompute}. {_what_would(plan, budget_bytes)}",
-        what=format_bytes(budget_bytes),
-        field="memory_budget",
+        f"{format_bytes(least)}, with --recompute {recompute}. {_what_would(plan, budget_bytes)}"
     )
+    raise ConfigError(text, what=format_bytes(budget_bytes), field="memory_budget")
 
 
 def with_job(plan: Plan, **fields: float | str | None) -> Plan:
@@ -136,13 +135,12 @@ def does_not_fit(limit_bytes: int, smallest: Plan, measured_bytes: int | None = 
     cause = (
         f"planned peak {format_bytes(memory.peak_bytes)} plus {MARGIN:.0%}" if measured_bytes is None else "measured"
     )
-    return ConfigError(
+    text = (
         f"the run does not fit into {format_bytes(limit_bytes)}: it needs at least {least} ({cause}; weights "
         f"{format_bytes(memory.bytes_of('weights'))}), with {job.batch_rows} × {job.length_tokens:,} tokens per batch "
-        f"and --recompute {job.recompute}. Raise --fit, or use a smaller --max-length or model, or --quantization.",
-        what=format_bytes(limit_bytes),
-        field="fit",
+        f"and --recompute {job.recompute}. Raise --fit, or use a smaller --max-length or model, or --quantization."
     )
+    return ConfigError(text, what=format_bytes(limit_bytes), field="fit")
 
 
 def describe(plan: Plan, limit_bytes: int, measured_bytes: int | None = None) -> str:

@@ -179,13 +179,12 @@ def _does_not_fit(
     advice = f"What would fit: {'; or '.join(options)}." if options else "Use a smaller --max-length or model."
     quantization = "" if _is_quantized(plan) else " --quantization nf4 makes the base smaller."
     gpus = format_count(cluster.processes, "GPU")
-    return ConfigError(
+    text = (
         f"the run does not fit into {format_bytes(limit_bytes)} on each of {gpus}: {smallest.way} needs at least "
         f"{format_bytes(smallest.needed_bytes)} (planned peak {format_bytes(smallest.peak_bytes)} plus {MARGIN:.0%}). "
-        f"{advice}{quantization}",
-        what=format_bytes(limit_bytes),
-        field="gpu",
+        f"{advice}{quantization}"
     )
+    return ConfigError(text, what=format_bytes(limit_bytes), field="gpu")
 
 
 def _variants(plan: Plan) -> Iterator[Plan]:

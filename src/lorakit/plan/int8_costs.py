@@ -40,13 +40,11 @@ def int8_sites(shape: ModelShape) -> tuple[SiteShape, ...]:
     in_blocks = (site for site in quantized_sites(shape, W8A8) if block_of(site.path) is not None)
     sites = tuple(site for site in in_blocks if ".experts." not in site.path)
     if not sites:
-        raise ConfigError(
+        text = (
             f"{shape.name}: base_matmul int8 supports {' and '.join(DENSE)} modules, and the blocks of this "
-            f"{shape.architecture} have none; omit it.",
-            what="int8",
-            where=shape.name,
-            field="base_matmul",
+            f"{shape.architecture} have none; omit it."
         )
+        raise ConfigError(text, what="int8", where=shape.name, field="base_matmul")
     return sites
 
 

@@ -109,12 +109,11 @@ class Job:
         if self.base_matmul not in BASE_MATMULS:
             raise ConfigError.of("base_matmul", self.base_matmul, allowed=BASE_MATMULS)
         if self.base_matmul != "dtype" and self.quantization is not None:
-            raise ConfigError(
+            text = (
                 f"base_matmul {self.base_matmul} cannot be combined with quantization {self.quantization}, because "
-                "both store the base's weights; omit one of them.",
-                what=self.quantization,
-                field="base_matmul",
+                "both store the base's weights; omit one of them."
             )
+            raise ConfigError(text, what=self.quantization, field="base_matmul")
         if self.recompute not in RECOMPUTED:
             raise ConfigError.of("recompute", self.recompute, allowed=RECOMPUTED)
 
@@ -172,10 +171,8 @@ class Speed:
     def __post_init__(self) -> None:
         rates = [rate for rate in (self.flops_per_second, self.tokens_per_second) if rate is not None]
         if not rates or any(not rate > 0 for rate in (*rates, self.utilisation, self.threads or 1)):
-            raise ConfigError(
-                f"speed must be above 0; got {self.flops_per_second} FLOP/s and {self.tokens_per_second} tokens/s.",
-                field="speed",
-            )
+            text = f"speed must be above 0; got {self.flops_per_second} FLOP/s and {self.tokens_per_second} tokens/s."
+            raise ConfigError(text, field="speed")
 
     def tokens_at(self, flops_per_token: float) -> float:
         """Return the training speed in tokens per second for a step of these FLOPs per token. [docs/math.md (34)]"""
@@ -200,35 +197,30 @@ def recomputed(
         ConfigError: Two settings are incompatible.
     """
     if gradient_checkpointing and recompute == "feed-forward":
-        raise ConfigError(
+        text = (
             "gradient_checkpointing and recompute=feed-forward are mutually exclusive: the former is the same "
-            "as recompute=layers. Remove one.",
-            what=recompute,
-            field="recompute",
+            "as recompute=layers. Remove one."
         )
+        raise ConfigError(text, what=recompute, field="recompute")
     chosen = "layers" if gradient_checkpointing else recompute
     limit = "fit" if fit is not None else "memory_budget" if memory_budget is not None else None
     if limit is not None and chosen != "none":
-        raise ConfigError(
-            f"{limit} and recompute={chosen} are mutually exclusive: the limit chooses what is recomputed. Remove one.",
-            what=chosen,
-            field=limit,
+        text = (
+            f"{limit} and recompute={chosen} are mutually exclusive: the limit chooses what is recomputed. Remove one."
         )
+        raise ConfigError(text, what=chosen, field=limit)
     if fit is not None and memory_budget is not None:
-        raise ConfigError(
+        text = (
             "fit and memory_budget are mutually exclusive: fit chooses what is recomputed and the batch size. Remove "
-            "one.",
-            what=memory_budget,
-            field="fit",
+            "one."
         )
+        raise ConfigError(text, what=memory_budget, field="fit")
     if chosen == "feed-forward" and not accelerated:
-        raise ConfigError(
+        text = (
             "recompute=feed-forward needs accelerated forward passes; a model's own forward pass can recompute only "
-            "whole layers. Use recompute=layers, or remove --no-accelerate.",
-            what=chosen,
-            field="recompute",
-            allowed=("none", "layers"),
+            "whole layers. Use recompute=layers, or remove --no-accelerate."
         )
+        raise ConfigError(text, what=chosen, field="recompute", allowed=("none", "layers"))
     return chosen
 
 

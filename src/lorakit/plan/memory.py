@@ -135,12 +135,8 @@ def base_of(shape: ModelShape, job: Job) -> StoredBase | None:
         return stored_base(shape, job.quantization, job.dtype_bytes, job.double_quantization)
     files = packed_files(shape)
     if files is not None and files.base is not None:
-        raise ConfigError(
-            f"{shape.name}: the files are already quantized ({files.method}); omit base_matmul int8.",
-            what="int8",
-            where=shape.name,
-            field="base_matmul",
-        )
+        text = f"{shape.name}: the files are already quantized ({files.method}); omit base_matmul int8."
+        raise ConfigError(text, what="int8", where=shape.name, field="base_matmul")
     return int8_base(shape, job.dtype_bytes)
 
 

@@ -155,12 +155,8 @@ def stored_base(shape: ModelShape, name: str | None, itemsize: int, double: bool
     """
     files = packed_files(shape)
     if name is not None and files is not None:
-        raise ConfigError(
-            f"{shape.name}: the files are already quantized ({files.method}); omit quantization {name!r}.",
-            what=name,
-            where=shape.name,
-            field="quantization",
-        )
+        text = f"{shape.name}: the files are already quantized ({files.method}); omit quantization {name!r}."
+        raise ConfigError(text, what=name, where=shape.name, field="quantization")
     if name is not None:
         return stored(shape, name, itemsize, double)
     return None if files is None else files.base

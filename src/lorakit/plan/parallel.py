@@ -104,12 +104,11 @@ class Cluster:
             if value < 1:
                 raise ConfigError.of(field, value, "an integer >= 1")
         if self.processes > self.per_node and self.processes % self.per_node:
-            raise ConfigError(
+            text = (
                 f"nproc is {self.processes}, which does not fill nodes of {self.per_node} GPUs; pass a multiple of "
-                f"{self.per_node}, or another --gpus-per-node.",
-                what=self.processes,
-                field="nproc",
+                f"{self.per_node}, or another --gpus-per-node."
             )
+            raise ConfigError(text, what=self.processes, field="nproc")
 
     @property
     def local(self) -> int:

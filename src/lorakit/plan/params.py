@@ -43,12 +43,11 @@ def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]
     for site, indices in sorted(named, key=lambda pair: pair[0].kind != EMBEDDING):
         weight = site.tied_to or site.path
         if site.path in adapted or weight in adapted:
-            raise TargetError(
+            text = (
                 f"trainable_token_indices cannot be applied to {site.path}, which has LoRA weights; remove it "
-                "from target_modules.",
-                where=site.path,
-                field="trainable_token_indices",
+                "from target_modules."
             )
+            raise TargetError(text, where=site.path, field="trainable_token_indices")
         if leaders.get(weight) != indices:
             leaders.setdefault(weight, indices)
             counts[site.path] = len(indices) * (site.out_features if site.kind == EMBEDDING else site.in_features)
@@ -339,13 +338,11 @@ def _check_dropout(config: LoraConfig, sites: Sequence[SiteCount]) -> None:
     """Reject dropout at matrices that are adapted as parameters, such as routers, because their input is unknown."""
     site = next((site for site in sites if site.is_bare_matrix), None) if config.lora_dropout else None
     if site is not None:
-        raise ConfigError(
+        text = (
             f"lora_dropout={config.lora_dropout:g} is not possible at {site.path}, because the input of this parameter "
-            "is not accessible. Set lora_dropout=0, or leave the parameter out of the targets.",
-            what=config.lora_dropout,
-            where=site.path,
-            field="lora_dropout",
+            "is not accessible. Set lora_dropout=0, or leave the parameter out of the targets."
         )
+        raise ConfigError(text, what=config.lora_dropout, where=site.path, field="lora_dropout")
 
 
 def candidates(shape: ModelShape) -> list[Candidate]:

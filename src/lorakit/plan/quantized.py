@@ -172,14 +172,11 @@ def stored(shape: ModelShape, name: str, itemsize: int, double: bool) -> StoredB
         remedy = (
             f"Omit it, or use a format that supports this model: {', '.join(possible)}." if possible else "Omit it."
         )
-        raise ConfigError(
+        text = (
             f"{shape.name}: quantization {name!r} supports {' and '.join(storage.kinds)} modules, and this "
-            f"{shape.architecture} has none apart from its output head. {remedy}",
-            what=name,
-            where=shape.name,
-            field="quantization",
-            allowed=possible,
+            f"{shape.architecture} has none apart from its output head. {remedy}"
         )
+        raise ConfigError(text, what=name, where=shape.name, field="quantization", allowed=possible)
     sizes = [storage.size(s.out_features, s.in_features, itemsize, double and storage.doubles) for s in sites]
     elements = sum(site.weight_parameters for site in sites)
     return StoredBase(storage, sites, elements, sum(sizes), shape.parameters - elements)

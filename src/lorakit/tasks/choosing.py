@@ -71,20 +71,17 @@ def task_for(
     name = name if saved is None else saved.task.name
     task = TASKS[name] if name is not None else _by_shape(parts.train[0], family)
     if task is CAUSAL_LM and family in ("encoder", "embedding"):
-        raise UsageError(
+        text = (
             f"{source.given}: this model does not continue text, so it cannot be trained on plain text or prompts. Use "
-            "a causal language model, or data with labels, tags, or pairs of texts (see --task).",
-            what=family,
-            field="task",
-            allowed=tuple(TASKS),
+            "a causal language model, or data with labels, tags, or pairs of texts (see --task)."
         )
+        raise UsageError(text, what=family, field="task", allowed=tuple(TASKS))
     if task is SEQ2SEQ and family != "seq2seq":
-        raise UsageError(
+        text = (
             f"{source.given}: the task seq2seq needs an encoder-decoder model such as T5; with this model, pass --task "
-            "causal-lm.",
-            what=task.name,
-            field="task",
+            "causal-lm."
         )
+        raise UsageError(text, what=task.name, field="task")
     recorded_target = Target() if saved is None else named_as(saved, facts).target
     if task.has_head and recorded_target.kind != "none":
         target = recorded_target.with_options(options)
@@ -137,19 +134,17 @@ def _own_head(task: Task, facts: hub.ModelFacts) -> Target:
     if not task.has_head or task.loader != facts.loader:
         return Target()
     if facts.label_ids != tuple(range(len(facts.labels))):
-        raise ModelError(
+        text = (
             f"the ids of the classes in the config (id2label: {', '.join(map(str, facts.label_ids[:10]))}) must "
-            f"be 0 to {len(facts.labels) - 1}, the positions of the model's outputs; name every output.",
-            what=str(facts.label_ids[0]),
-            field="id2label",
+            f"be 0 to {len(facts.labels) - 1}, the positions of the model's outputs; name every output."
         )
+        raise ModelError(text, what=str(facts.label_ids[0]), field="id2label")
     if len(set(facts.labels)) < len(facts.labels):
-        raise ModelError(
+        text = (
             f"several classes of the model have the same name in its config (id2label: {', '.join(facts.labels[:10])});"
-            " give each class its own name.",
-            what=facts.labels[0],
-            field="id2label",
+            " give each class its own name."
         )
+        raise ModelError(text, what=facts.labels[0], field="id2label")
     if task is TOKEN_CLASSIFICATION:
         return Target("tags", facts.labels)
     kind = KIND_BY_PROBLEM.get(facts.problem or "", "score" if len(facts.labels) == 1 else "class")
@@ -179,11 +174,8 @@ def task_of_adapter(config: LoraConfig, training: JsonValue, outputs: int | None
     kind = config.task_type
     task = next((one for one in TASKS.values() if one.adapter_task == kind), CAUSAL_LM if kind is None else None)
     if task is None:
-        raise UsageError(
-            f"the adapter's task_type is {kind}; the supported tasks are {', '.join(TASKS)}.",
-            what=kind,
-            field="task_type",
-        )
+        text = f"the adapter's task_type is {kind}; the supported tasks are {', '.join(TASKS)}."
+        raise UsageError(text, what=kind, field="task_type")
     if target is not None and task.loader == "encoder" and not target.embedding and isinstance(labels, dict):
         target = replace(target, embedding={"pooling": labels.get("pooling", "mean")})  # as recorded before
     if target is None:
@@ -204,12 +196,11 @@ def task_of_model(name: str | None, source: hub.ModelSource) -> TaskOnData:
     facts = hub.ModelFacts.of(source)
     chosen = TASKS.get(name or "") or next((task for task in TASKS.values() if task.loader == facts.loader), None)
     if chosen is None or chosen.predict is None:
-        raise UsageError(
+        text = (
             f"{source.given}: this model does not predict rows; pass the adapter that does as --adapter, or use "
-            "`lorakit generate` for a causal language model.",
-            what=facts.family,
-            field="adapter",
+            "`lorakit generate` for a causal language model."
         )
+        raise UsageError(text, what=facts.family, field="adapter")
     if not chosen.has_head:
         return on_model(TaskOnData(chosen, Target("pairs" if chosen is EMBEDDING else "none")), source)
     return TaskOnData(chosen, _own_head(chosen, replace(facts, loader=chosen.loader)))
@@ -250,12 +241,11 @@ def load_model_for(
     for folder in adapters or ():
         _check_heads(loaded.new_modules, folder)
     if loaded.new_modules and adapters is not None and not adapters:
-        raise UsageError(
+        text = (
             f"{source.given}: the model has no weights for {', '.join(loaded.new_modules)}; pass an adapter that has "
-            "them as --adapter.",
-            what=loaded.new_modules[0],
-            field="adapter",
+            "them as --adapter."
         )
+        raise UsageError(text, what=loaded.new_modules[0], field="adapter")
     return loaded
 
 
@@ -265,11 +255,9 @@ def _check_heads(new_modules: Sequence[str], folder: str | Path) -> None:
     saved = {*(config.modules_to_save or ()), *HEADS_BY_TASK.get(config.task_type, ())}
     lost = [path for path in new_modules if not any(path == name or path.endswith(f".{name}") for name in saved)]
     if lost:
-        raise AdapterFileError(
+        text = (
             f"{folder}: the adapter has no weights for {lost[0]}, and the model's files have none, so its outputs "
             f"would be random. Train again with {lost[0]} in modules_to_save, or use the model that it was trained "
-            "with.",
-            what=lost[0],
-            where=folder,
-            field="modules_to_save",
+            "with."
         )
+        raise AdapterFileError(text, what=lost[0], where=folder, field="modules_to_save")

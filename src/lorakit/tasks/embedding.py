@@ -137,14 +137,12 @@ def _pipeline_of(source: hub.ModelSource, *, has_template: bool) -> tuple[Any, d
     if config.is_encoder_decoder:
         raise _unsupported(source, "an encoder and a decoder")
     if folder is None and has_template:
-        raise ModelError(
+        text = (
             f"{source.given}: has a chat template, but no {hub.EMBEDDING_LIST}: SentenceTransformer would embed each "
             "text as a chat message, which lorakit does not support. Use a copy of the model without the template "
-            "(chat_template.jinja, or chat_template in tokenizer_config.json).",
-            what="chat_template",
-            where=source.given,
-            field=hub.EMBEDDING_LIST,
+            "(chat_template.jinja, or chat_template in tokenizer_config.json)."
         )
+        raise ModelError(text, what="chat_template", where=source.given, field=hub.EMBEDDING_LIST)
     if folder is None:
         name = (config.architectures or [""])[0]
         mode = "lasttoken" if name.endswith("ForCausalLM") and getattr(config, "is_causal", True) else "mean"
@@ -173,13 +171,11 @@ def _pipeline_of(source: hub.ModelSource, *, has_template: bool) -> tuple[Any, d
 
 
 def _unsupported(source: hub.ModelSource, what: str) -> ModelError:
-    return ModelError(
+    text = (
         f"{source.given}: embeds texts with {what}; lorakit supports one transformer followed by "
-        f"{', '.join(MODULES)}. If the model is in an older format, save it again with SentenceTransformer.save.",
-        what=what,
-        where=source.given,
-        field=hub.EMBEDDING_LIST,
+        f"{', '.join(MODULES)}. If the model is in an older format, save it again with SentenceTransformer.save."
     )
+    return ModelError(text, what=what, where=source.given, field=hub.EMBEDDING_LIST)
 
 
 def embedder_of(target: Target) -> Embedder:
@@ -200,12 +196,11 @@ def on_model(target: Target, source: hub.ModelSource) -> Target:
     embedder = Embedder(source)
     current = embedder.as_dict()
     if target.embedding and not _is_same(target.embedding, current):
-        raise AdapterFileError(
+        text = (
             f"{source.given}: embeds texts with {json.dumps(current)}, but the adapter was trained with "
-            f"{json.dumps(target.embedding)}; use the base that it was trained on, or train again.",
-            where=source.given,
-            field="embedding",
+            f"{json.dumps(target.embedding)}; use the base that it was trained on, or train again."
         )
+        raise AdapterFileError(text, where=source.given, field="embedding")
     return replace(target, embedding=current, embedder=embedder)
 
 
@@ -359,10 +354,8 @@ def _check_installed() -> None:
         with quiet_imports():
             import sentence_transformers  # noqa: F401
     except ImportError as cause:
-        raise MissingExtra(
-            "the task embedding needs the package sentence-transformers: pip install 'lorakit[embedding]'",
-            what="sentence-transformers",
-        ) from cause
+        text = "the task embedding needs the package sentence-transformers: pip install 'lorakit[embedding]'"
+        raise MissingExtra(text, what="sentence-transformers") from cause
 
 
 def _objective(target: Target) -> Objective:

@@ -261,23 +261,21 @@ def _tokens(
     except KeyError as cause:
         if getattr(tokenizer, "tgt_lang", "") is not None:
             raise
-        raise ModelError(
+        text = (
             f"{type(tokenizer).__name__} marks each text with its language, but names no language of the targets; set "
-            '"src_lang" and "tgt_lang" in tokenizer_config.json.',
-            what=type(tokenizer).__name__,
-            field="tgt_lang",
-        ) from cause
+            '"src_lang" and "tgt_lang" in tokenizer_config.json.'
+        )
+        raise ModelError(text, what=type(tokenizer).__name__, field="tgt_lang") from cause
     count = len(tokens["input_ids"])
     if count <= options.max_length:
         return {**tokens, "pieces": () if options.shown is None else (_pieces(tokenizer, texts, tokens, tokens),)}
     work.report.cut_rows += 1
     if options.overlong == "error":
-        raise DataError(
+        text = (
             f"{location(record)}: the row has {count:,} tokens, but max_length is {options.max_length:,}; "
-            "see --overlong.",
-            where=location(record),
-            field="overlong",
+            "see --overlong."
         )
+        raise DataError(text, where=location(record), field="overlong")
     if options.overlong == "drop":
         return None
     kept = tokenizer(**arguments, truncation=True, max_length=options.max_length)

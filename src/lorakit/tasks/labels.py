@@ -53,22 +53,20 @@ def class_target(parts: Split, options: LabelOptions) -> Target:
         return Target(kind, note=note)
     classes = _renamed(seen.names[kind], options.label_map)
     if len(classes) > MOST_CLASSES:
-        raise DataError(
+        text = (
             f"The labels have at least {len(classes):,} different values, but at most {MOST_CLASSES:,} classes are "
-            "supported. Check --columns label=COLUMN, or pass --label-type score if the labels are numbers.",
-            what=len(classes),
-            field="label_type",
+            "supported. Check --columns label=COLUMN, or pass --label-type score if the labels are numbers."
         )
+        raise DataError(text, what=len(classes), field="label_type")
     if options.is_evaluation_given:
         known = _renamed(trained[kind], options.label_map)
         _check_evaluation(parts.held_out, kind, known, options.label_map)
     if len(classes) < 2 and not (classes and seen.has_empty):  # several classes may apply: one that does, or does not
-        raise DataError(
+        text = (
             f"All rows have the same label{f', {next(iter(classes))!r}' if classes else ''}, so there is nothing to "
-            "distinguish. Add rows with other labels.",
-            what=next(iter(classes), None),
-            field="data",
+            "distinguish. Add rows with other labels."
         )
+        raise DataError(text, what=next(iter(classes), None), field="data")
     names = ordered(classes, options.known)
     note = _note(seen.names[kind], names, options)
     return Target(kind, names, label_map=options.label_map, note=note)
@@ -190,11 +188,8 @@ def _check_evaluation(records: Iterable[Record], kind: Kind, known: Set[str], la
 
 def _new_labels(noun: str, new: Sequence[str], known: Set[str], where: str = "") -> DataError:
     at = f"{where}: " if where else ""
-    return DataError(
+    text = (
         f"{at}the evaluation data has the {noun} {new[0]!r}, which the training data lacks; the training data has "
-        f"{', '.join(sorted(known)[:10])}.",
-        what=new[0],
-        where=where or None,
-        field="eval_data",
-        allowed=sorted(known),
+        f"{', '.join(sorted(known)[:10])}."
     )
+    return DataError(text, what=new[0], where=where or None, field="eval_data", allowed=sorted(known))

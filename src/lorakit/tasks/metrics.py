@@ -87,14 +87,12 @@ def check_scheme(scheme: str, names: Sequence[str]) -> None:
     letters = SCHEMES[scheme]
     if letters and _parts(names, letters) is None:
         wrong = next((name for name in names if name != OUTSIDE and _parts([name], letters) is None), names[0])
-        raise ConfigError(
+        text = (
             f"tag_scheme is {scheme}, whose tags have one of the letters {', '.join(letters)} such as "
             f"{letters[0]}-PER, or are O; the tag {wrong!r} has none. Pass another --tag-scheme, or rename the tag "
-            f"with --label-map {wrong}=NAME.",
-            what=wrong,
-            field="tag_scheme",
-            allowed=tuple(SCHEMES),
+            f"with --label-map {wrong}=NAME."
         )
+        raise ConfigError(text, what=wrong, field="tag_scheme", allowed=tuple(SCHEMES))
 
 
 def _parts(names: Iterable[str], letters: str) -> dict[str, tuple[str, str]] | None:

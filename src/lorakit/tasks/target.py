@@ -275,13 +275,8 @@ def _unknown(name: str, known: Sequence[str], where: str = "") -> DataError:
     close = [spelled[found] for found in nearest(_spelling(name), list(spelled), 1)]
     has = f"`{close[0]}`" if close else f"{', '.join(known[:10])}{' ...' if len(known) > 10 else ''}"
     flag = shlex.quote(f"{name}={close[0] if close else 'NAME'}")
-    return DataError(
-        f"{where}{': ' if where else ''}`{name}`: the model has {has}; use `--label-map {flag}`.",
-        what=name,
-        where=where or None,
-        field="label_map",
-        allowed=tuple(known),
-    )
+    text = f"{where}{': ' if where else ''}`{name}`: the model has {has}; use `--label-map {flag}`."
+    return DataError(text, what=name, where=where or None, field="label_map", allowed=tuple(known))
 
 
 def names_of(record: Record, kind: Kind, label_map: Mapping[str, str]) -> tuple[str, ...]:
