@@ -201,9 +201,8 @@ def names_to_merge(index: AdapterIndex, names: Sequence[str]) -> tuple[str, ...]
 def _check_mergeable(index: AdapterIndex, names: Sequence[str], untie: bool, options: MergeOptions) -> None:
     """Check that a merge is possible, without computing anything."""
     if not names:
-        raise MergeError(
-            "No adapter is active, so there is nothing to merge. Specify the adapters to merge.", field="adapter_names"
-        )
+        text = "No adapter is active, so there is nothing to merge. Specify the adapters to merge."
+        raise MergeError(text, field="adapter_names")
     for path, module in index.components.items():
         module.check_merge(path, names, options)
     if untie:
@@ -219,13 +218,11 @@ def _check_mergeable(index: AdapterIndex, names: Sequence[str], untie: bool, opt
 
 
 def _is_shared(path: str, other: str, how: str, otherwise: str) -> MergeError:
-    return MergeError(
+    text = (
         f"{path} shares its weight with {other}{how}; a merge would change both. Merge with untie=True to give {path} "
-        f"a separate weight (and save with tie_word_embeddings=False){otherwise}.",
-        what=other,
-        where=path,
-        override="untie",
+        f"a separate weight (and save with tie_word_embeddings=False){otherwise}."
     )
+    return MergeError(text, what=other, where=path, override="untie")
 
 
 def tied_sites(model: nn.Module | AdapterIndex, names: Sequence[str]) -> list[tuple[str, str]]:

@@ -79,11 +79,8 @@ def freeze_factors(model: nn.Module, name: str | None = None) -> list[Pair]:
             if id(learns) in trained:
                 pairs.append(Pair(learns, stays, layer.scaling[adapter], trains_a, layer.spec.experts))
             elif id(stays) in trained:
-                raise ConfigError(
-                    f"{path}: LoRA-FA freezes the only factor that this adapter trains; use AdamW instead.",
-                    what=adapter,
-                    where=path,
-                )
+                text = f"{path}: LoRA-FA freezes the only factor that this adapter trains; use AdamW instead."
+                raise ConfigError(text, what=adapter, where=path)
             stays.requires_grad_(False)
     return pairs
 

@@ -161,13 +161,11 @@ def _gathered(tensors: Sequence[Tensor], writer: int | None = None) -> AbstractC
         ) from cause
     installed = str(deepspeed.__version__)
     if _release(installed) < DEEPSPEED_SINCE:
-        raise NotYetSupported(
+        text = (
             f"deepspeed {installed} is too old to read partitioned parameters: pip install "
-            f"'deepspeed>={_version(DEEPSPEED_SINCE)}'.",
-            what=installed,
-            field="deepspeed",
-            allowed=(_version(DEEPSPEED_SINCE),),
+            f"'deepspeed>={_version(DEEPSPEED_SINCE)}'."
         )
+        raise NotYetSupported(text, what=installed, field="deepspeed", allowed=(_version(DEEPSPEED_SINCE),))
     context: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(list(tensors), modifier_rank=writer)
     return context
 
@@ -181,9 +179,8 @@ def _version(release: tuple[int, ...]) -> str:
 
 
 def _incomplete(name: str, reason: str) -> AdapterError:
-    return AdapterError(
-        f"{name} is distributed over processes and cannot be read or written here: {reason}", what=name, where=name
-    )
+    text = f"{name} is distributed over processes and cannot be read or written here: {reason}"
+    return AdapterError(text, what=name, where=name)
 
 
 def has_several_processes() -> bool:

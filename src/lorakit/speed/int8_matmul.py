@@ -56,12 +56,11 @@ def int8_base(
         return None, ""
     check_not_accelerated(model)
     if calibration is None:
-        raise ConfigError(
+        text = (
             "base_matmul 'int8' needs calibration batches: pass calibration=[...], each with the arguments of the "
-            "model, such as input_ids and attention_mask.",
-            what=MATMUL_IN_INT8,
-            field="calibration",
+            "model, such as input_ids and attention_mask."
         )
+        raise ConfigError(text, what=MATMUL_IN_INT8, field="calibration")
     why = why_no_int8_matmuls()
     return (None, why) if why else (quantize_base(model, calibration, keep=keep), "")
 

@@ -266,13 +266,11 @@ def _with_default(config: LoraConfig, model: nn.Module) -> LoraConfig:
     if config.target_modules is not None or (config.target_parameters and model_type not in DEFAULT_TARGETS):
         return dataclasses.replace(config)
     if model_type not in DEFAULT_TARGETS:
-        raise ConfigError(
+        text = (
             "Please specify `target_modules` in `peft_config`: it is not set, and there is no default for a "
-            f"{type(model).__name__}. Name the modules to adapt, or use 'all-linear'.",
-            what=model_type,
-            field="target_modules",
-            allowed=(ALL_LINEAR,),
+            f"{type(model).__name__}. Name the modules to adapt, or use 'all-linear'."
         )
+        raise ConfigError(text, what=model_type, field="target_modules", allowed=(ALL_LINEAR,))
     default = DEFAULT_TARGETS[model_type]
     return dataclasses.replace(config, target_modules=default if isinstance(default, str) else set(default))
 
@@ -328,13 +326,11 @@ def _check_alone(layer: LoraLayer, config: LoraConfig, path: str) -> None:
     if not (init.changes_base or init.needs or is_variant):
         return
     what = variant.title if is_variant else f"init_lora_weights={init.name!r}"
-    raise ConfigError(
+    text = (
         f"{what} changes base weights, needs data or concerns the whole model, so one layer alone cannot be given such "
-        "factors. Attach the adapter to the model, or use another init or variant.",
-        what=what,
-        where=path or None,
-        field=variant.field if is_variant else "init_lora_weights",
+        "factors. Attach the adapter to the model, or use another init or variant."
     )
+    raise ConfigError(text, what=what, where=path or None, field=variant.field if is_variant else "init_lora_weights")
 
 
 def reset_factor(layer: LoraLayer, name: str, init_lora_weights: bool | str) -> None:

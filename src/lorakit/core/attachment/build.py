@@ -202,12 +202,8 @@ def _check_together(init: Init, variant: Variant, target: TargetWeight) -> None:
     if reasons is None:
         return
     what, needs = reasons
-    raise ConfigError(
-        f"{target.path}: init_lora_weights={init.name!r} {what}, and {variant.title} {needs}. Use another init.",
-        what=init.name,
-        where=target.path,
-        field="init_lora_weights",
-    )
+    text = f"{target.path}: init_lora_weights={init.name!r} {what}, and {variant.title} {needs}. Use another init."
+    raise ConfigError(text, what=init.name, where=target.path, field="init_lora_weights")
 
 
 def _moved_by(variant: Variant, index: AdapterIndex, target: TargetWeight, start: Start) -> Stored | None:
@@ -239,13 +235,11 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
         NotYetSupported: The weight is distributed over processes.
     """
     if config.lora_bias and not target.kind.takes_bias:
-        raise ConfigError(
+        text = (
             f"{target.path}: lora_bias=True is not supported for {target.kind.name}, because it does not apply A "
-            "and B to a floating-point input. Leave the module out of the targets, or set lora_bias=False.",
-            what=target.kind.name,
-            where=target.path,
-            field="lora_bias",
+            "and B to a floating-point input. Leave the module out of the targets, or set lora_bias=False."
         )
+        raise ConfigError(text, what=target.kind.name, where=target.path, field="lora_bias")
     check_not_compiled(index, target.outer)
     holder = index.holder(target)
     check_not_distributed([(target.path, holder)])
@@ -254,26 +248,22 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
     if target.kind.acts_on != "weight":
         return
     if base.quantized:
-        raise ConfigError(
+        text = (
             f"{target.path} is stored as {base.name}, but a {target.kind.name} is adapted through its weight, which "
             "would be rounded together with the update in each forward pass. Leave the module out, or target dense "
-            "layers, where the update is added to the output.",
-            what=base.name,
-            where=target.path,
-            field="target_modules",
+            "layers, where the update is added to the output."
         )
+        raise ConfigError(text, what=base.name, where=target.path, field="target_modules")
 
 
 def check_not_compiled(index: AdapterIndex, path: str) -> None:
     """Raise a TargetError if torch.compile wraps a module itself: its code would not call an adapted module instead."""
     if index.is_compiled(path) and not isinstance(index.modules[path], AdapterModule):
-        raise TargetError(
+        text = (
             f"{path} itself is compiled (torch.compile), so an adapter on it would have no effect. Attach adapters "
-            "before compiling it, or compile a module that contains it.",
-            what=path,
-            where=path,
-            field="target_modules",
+            "before compiling it, or compile a module that contains it."
         )
+        raise TargetError(text, what=path, where=path, field="target_modules")
 
 
 def _generators(seed: int | None) -> Callable[[torch.device], torch.Generator | None]:

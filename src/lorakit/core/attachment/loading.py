@@ -220,13 +220,11 @@ def _check_kinds(files: AdapterFiles, index: AdapterIndex) -> None:
         {str(name) for name in recorded if str(name) not in index.kinds} if isinstance(recorded, list) else ()
     )
     if lacking:
-        raise AdapterFileError(
+        text = (
             f"{files.folder}: the adapter uses custom kinds of site: {', '.join(lacking)}. Pass them to load_adapter "
-            "as kinds=[...].",
-            what=lacking[0],
-            where=files.folder,
-            field="kinds",
+            "as kinds=[...]."
         )
+        raise AdapterFileError(text, what=lacking[0], where=files.folder, field="kinds")
 
 
 def _fitted(files: AdapterFiles, index: AdapterIndex) -> Fit:

@@ -133,11 +133,8 @@ def _sites(
             old_sites.modules[path] = site
             continue
         if parameter not in bare:
-            raise AdapterFileError(
-                f"{files.folder}: the adapter has tensors for {site}, but this model has no parameter {parameter}.",
-                what=site,
-                where=files.folder,
-            )
+            text = f"{files.folder}: the adapter has tensors for {site}, but this model has no parameter {parameter}."
+            raise AdapterFileError(text, what=site, where=files.folder)
         old_sites.fused.setdefault(parameter, {}).setdefault(old, {})[number] = site
     return old_sites
 
@@ -161,12 +158,8 @@ def _check_experts(
         if numbers != expected:
             lacking, extra = sorted(expected - numbers), sorted(numbers - expected)
             shown = f"lacks {_listed(lacking)}" if lacking else f"has {_listed(extra)}"
-            raise AdapterFileError(
-                f"{files.folder}: {parameter.path} has {len(expected)} experts, but the adapter {shown} for {old}.",
-                what=(lacking or extra)[0],
-                where=parameter.path,
-                field="target_modules",
-            )
+            text = f"{files.folder}: {parameter.path} has {len(expected)} experts, but the adapter {shown} for {old}."
+            raise AdapterFileError(text, what=(lacking or extra)[0], where=parameter.path, field="target_modules")
     return olds
 
 
@@ -209,13 +202,11 @@ def _rank_and_alpha(files: AdapterFiles, path: str, sites: Sites, held: Factors)
         for number, site in at.items()
     }
     if len(scales) > 1:
-        raise AdapterFileError(
+        text = (
             f"{files.folder}: the parts and experts of {path} have different scales: "
-            f"{', '.join(f'{one:g}' for one in sorted(scales))}; a parameter has one scale.",
-            what=sorted(scales),
-            where=path,
-            field="alpha_pattern",
+            f"{', '.join(f'{one:g}' for one in sorted(scales))}; a parameter has one scale."
         )
+        raise AdapterFileError(text, what=sorted(scales), where=path, field="alpha_pattern")
     return rank, scales.pop() * (math.sqrt(rank) if rslora else rank)
 
 
@@ -242,22 +233,18 @@ def _fused(files: AdapterFiles, parameter: BareParameter, held: Factors, rescale
     for old, at in held.items():
         shapes = {(tuple(A.shape), tuple(B.shape)) for A, B in at.values()}
         if len(shapes) > 1:
-            raise ShapeMismatchError(
+            text = (
                 f"{files.folder}: the experts at {parameter.path} have A and B of different shapes for {old}: "
-                f"{', '.join(map(str, sorted(shapes)))}.",
-                what=old,
-                where=parameter.path,
+                f"{', '.join(map(str, sorted(shapes)))}."
             )
+            raise ShapeMismatchError(text, what=old, where=parameter.path)
     if len(parameter.shape) != 3:
         ((factors,),) = (tuple(at.values()) for at in held.values())
         return factors
     widths = {at[0][0].shape[1] for at in held.values()}
     if len(widths) > 1:
-        raise ShapeMismatchError(
-            f"{files.folder}: the parts of {parameter.path} have inputs of different widths: {sorted(widths)}.",
-            what=sorted(widths),
-            where=parameter.path,
-        )
+        text = f"{files.folder}: the parts of {parameter.path} have inputs of different widths: {sorted(widths)}."
+        raise ShapeMismatchError(text, what=sorted(widths), where=parameter.path)
     numbers = range(parameter.shape[0])
     parts = [[at[number] for number in numbers] for at in held.values()]
     return fused_A([[A for A, _ in at] for at in parts]), fused_B([[B for _, B in at] for at in parts], rescales_B)

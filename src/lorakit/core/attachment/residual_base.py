@@ -146,22 +146,20 @@ def check_can_move(
         )
     if layer is not None and (layer.moved_by or layer.merged_adapters):
         other = (*layer.moved_by, *layer.merged_adapters)[0]
-        raise ConfigError(
+        text = (
             f"{target.path}: {mover} changes the base weight, but adapter {other!r} has already changed this weight or "
             "is merged into it. Detach or unmerge that adapter first, or use an init or variant that does not change "
-            "the base.",
-            what=other,
-            where=target.path,
+            "the base."
         )
+        raise ConfigError(text, what=other, where=target.path)
     sharing = index.shared.get(id(module._parameters.get(parameter)), [])
     if sharing or len(index.parents.get(id(index.modules[target.outer]), ())) > 1:
         other = next((path for path in sharing if path != target.outer), "another module")
-        raise ConfigError(
+        text = (
             f"{target.path} shares its weight with {other}, and {mover} would change it for both. Leave the module "
-            "out, or use an init or variant that does not change the base.",
-            what=other,
-            where=target.path,
+            "out, or use an init or variant that does not change the base."
         )
+        raise ConfigError(text, what=other, where=target.path)
     if not weight_format.written:
         raise ConfigError(NOT_WRITTEN.format(parameter=target.path, type=type(module).__name__), where=target.path)
     if weight_format.quantized and (variant is not None or (init is not None and not init.requantizes)):
@@ -212,12 +210,11 @@ def check_plain(model: nn.Module | AdapterIndex, name: str) -> None:
     config = index.known_state().configs[name]
     for path, layer in index.layers(name):
         if name in layer.moved_by and layer.initial is None:
-            raise AdapterError(
+            text = (
                 f"{path}: {mover_of(config)} changed the base by more than a low-rank product, so adapter {name!r} "
-                "is not plain LoRA on the original base. Merge the adapter, or save the result of merged_state_dict.",
-                what=name,
-                where=path,
+                "is not plain LoRA on the original base. Merge the adapter, or save the result of merged_state_dict."
             )
+            raise AdapterError(text, what=name, where=path)
 
 
 def mover_of(config: LoraConfig) -> str:
@@ -242,13 +239,11 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
     """
     variant = moving_variant(files.config)
     if variant is not None:
-        raise AdapterFileError(
+        text = (
             f"{files.folder}: {variant.title} changed the base by more than a low-rank product, so this adapter is not "
-            "plain LoRA on the original base. Load the adapter into its model, and merge the adapter.",
-            what=variant.title,
-            where=files.folder,
-            field=variant.field,
+            "plain LoRA on the original base. Load the adapter into its model, and merge the adapter."
         )
+        raise AdapterFileError(text, what=variant.title, where=files.folder, field=variant.field)
     past = init_record_of(files, False, (RECOMPUTE,))
     if not past.moves:
         return None
@@ -257,21 +252,18 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
         "this init"
     )
     if past.first is None:
-        raise AdapterFileError(
+        text = (
             f"{prefix} changed, and the directory does not say how. Load the adapter with allow=['recompute_init'] and "
             "save it with save_adapter, or, in PEFT, with path_initial_model_for_weight_conversion. If your base "
-            "already contains the change, set init_lora_weights to true in the adapter's config.",
-            what=files.config.init_lora_weights,
-            where=files.folder,
-            field="init_lora_weights",
+            "already contains the change, set init_lora_weights to true in the adapter's config."
         )
+        raise AdapterFileError(text, what=files.config.init_lora_weights, where=files.folder, field="init_lora_weights")
     if files.sidecar.base is not None and files.sidecar.base.bounds:
-        raise AdapterFileError(
+        text = (
             f"{prefix} changed while the base was quantized. The changed weights had to be requantized, so the adapter "
-            "is not plain LoRA on the original base. Merge the adapter instead.",
-            what=files.config.init_lora_weights,
-            where=files.folder,
+            "is not plain LoRA on the original base. Merge the adapter instead."
         )
+        raise AdapterFileError(text, what=files.config.init_lora_weights, where=files.folder)
     plain = {}
     for path, (A, B, experts) in factors.items():
         first = past.first_at(path, A, B)

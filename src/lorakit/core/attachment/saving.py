@@ -121,11 +121,8 @@ def _as_lora(found: SavedForm, layers: Sequence[tuple[str, LoraLayer]], initial:
         down, up = _keys(path, layer)
         first = [initial[key] for key in (down, up) if key in initial and initial[key].shape == tensors[key].shape]
         if len(first) != 2:
-            raise AdapterError(
-                f"{down} is missing from the adapter that was saved before training, or has a different shape.",
-                what=found.name,
-                where=down,
-            )
+            text = f"{down} is missing from the adapter that was saved before training, or has a different shape."
+            raise AdapterError(text, what=found.name, where=down)
         tensors[down], tensors[up] = as_plain(layer.spec, tensors[down], tensors[up], (first[0], first[1]))
     wide = plain_config(found.config)
     more = wide.lora_alpha / found.config.lora_alpha if found.config.lora_alpha else 1.0
@@ -136,20 +133,17 @@ def _as_lora(found: SavedForm, layers: Sequence[tuple[str, LoraLayer]], initial:
 def _check_plain(path: str, layer: LoraLayer, name: str, config: LoraConfig) -> None:
     variant = variant_named(layer.variant[name])
     if variant.move is not None:
-        raise AdapterError(
+        text = (
             f"{path}: adapter {name!r} uses {variant.title}, which is not plain LoRA on the original base. Save the "
-            "adapter without converting it, or merge it.",
-            what=name,
-            where=path,
-            field=variant.field,
+            "adapter without converting it, or merge it."
         )
+        raise AdapterError(text, what=name, where=path, field=variant.field)
     if name in layer.moved_by and layer.base.quantized:
-        raise AdapterError(
+        text = (
             f"{path}: {config.init_lora_weights} modified the quantized base weight, which then had to be requantized, "
-            f"so adapter {name!r} is not plain LoRA on the original base. Use `save_as_trained`, or merge the adapter.",
-            what=name,
-            where=path,
+            f"so adapter {name!r} is not plain LoRA on the original base. Use `save_as_trained`, or merge the adapter."
         )
+        raise AdapterError(text, what=name, where=path)
 
 
 def _keys(path: str, layer: LoraLayer) -> tuple[str, str]:

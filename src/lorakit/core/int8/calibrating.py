@@ -195,13 +195,11 @@ class Calibration:
         if x.ndim == 2 and len(x) == self.mask.numel():
             return x[self.mask.flatten()]
         if self.needs_mask:
-            raise NotYetSupported(
+            text = (
                 f"{target.path}: padding cannot be excluded from an input of shape {tuple(x.shape)}; pass batches "
-                "without padding.",
-                what=tuple(x.shape),
-                where=target.path,
-                field="batches",
+                "without padding."
             )
+            raise NotYetSupported(text, what=tuple(x.shape), where=target.path, field="batches")
         return x
 
     def _group(self, x: Tensor) -> int:

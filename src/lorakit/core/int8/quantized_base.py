@@ -79,12 +79,11 @@ class Int8Base:
     def restore(self) -> None:
         """Put the original modules back; raise a MergeError if they were not kept, or adapters changed the base."""
         if len(self.originals) != len(self.paths):
-            raise MergeError(
+            text = (
                 f"the original weights of {len(self.paths)} int8 modules were not kept; load the model again, or call "
-                "quantize_base with keep=True.",
-                what="not kept",
-                field="keep",
+                "quantize_base with keep=True."
             )
+            raise MergeError(text, what="not kept", field="keep")
         index = AdapterIndex.of(self.model)
         _check_unchanged(index)
         for path, module in self.originals.items():
@@ -208,12 +207,11 @@ def _checked_scales(group: Sequence[Target], kept: int, smoothing: float) -> tup
     for target in group:
         for what, tensor in (("input", target.absmax), ("weight", target.weight.abs().amax(0))):
             if not bool(torch.isfinite(tensor).all()):
-                raise NonFiniteError(
+                text = (
                     f"{target.path}: the {what} has NaN or infinite values, so the base cannot be quantized to int8. "
-                    "Nothing was changed; check the model and the calibration data.",
-                    what=what,
-                    where=target.path,
+                    "Nothing was changed; check the model and the calibration data."
                 )
+                raise NonFiniteError(text, what=what, where=target.path)
     absmax = torch.stack([target.absmax for target in group]).amax(0)
     scales = input_scales(absmax, [target.weight for target in group], kept, smoothing)
     for target in group:
@@ -300,13 +298,11 @@ def _check_base(index: AdapterIndex) -> None:
     """Check that a base is not quantized, sharded or changed by adapters."""
     quantized = next(iter(quantized_weights(index)), None)
     if quantized is not None:
-        raise ConfigError(
+        text = (
             f"{quantized.name} is stored as {quantized.base.name}; a quantized base cannot be quantized for int8 "
-            "matmuls. Load the model without quantization.",
-            what=quantized.base.name,
-            where=quantized.name,
-            field="base_matmul",
+            "matmuls. Load the model without quantization."
         )
+        raise ConfigError(text, what=quantized.base.name, where=quantized.name, field="base_matmul")
     check_not_distributed(index.plain_modules())
     _check_unchanged(index)
 
@@ -315,17 +311,15 @@ def _check_unchanged(index: AdapterIndex) -> None:
     """Check that no adapter changes the base, by a merge or by a residual base."""
     merged = index.merged_adapters()
     if merged:
-        raise MergeError(
-            f"adapters are merged into the base: {', '.join(merged)}. Unmerge them first.", what=", ".join(merged)
-        )
+        text = f"adapters are merged into the base: {', '.join(merged)}. Unmerge them first."
+        raise MergeError(text, what=", ".join(merged))
     moved = next(((path, layer.moved_by) for path, layer in index.layers() if layer.moved_by), None)
     if moved is not None:
-        raise MergeError(
+        text = (
             f"{moved[0]}: adapter {', '.join(moved[1])} uses a residual base, which cannot be quantized. Use an init "
-            "that does not change the base.",
-            what=", ".join(moved[1]),
-            where=moved[0],
+            "that does not change the base."
         )
+        raise MergeError(text, what=", ".join(moved[1]), where=moved[0])
 
 
 def _check_some(targets: Sequence[Target], skipped: Mapping[str, str]) -> None:
@@ -333,12 +327,8 @@ def _check_some(targets: Sequence[Target], skipped: Mapping[str, str]) -> None:
         return
     trained = next((path for path, why in skipped.items() if why == TRAINED), None)
     why = "the base is trained; call model.requires_grad_(False) first" if trained else "none is a frozen nn.Linear"
-    raise ConfigError(
-        f"no linear layer can be quantized for int8 matmuls: {why}.",
-        what=TRAINED if trained else "no linear layers",
-        where=trained,
-        field="base_matmul",
-    )
+    text = f"no linear layer can be quantized for int8 matmuls: {why}."
+    raise ConfigError(text, what=TRAINED if trained else "no linear layers", where=trained, field="base_matmul")
 
 
 def _checked_groups(index: AdapterIndex, scales: Mapping[str, Tensor]) -> Iterator[tuple[list[str], Tensor, Tensor]]:
@@ -351,11 +341,10 @@ def _checked_groups(index: AdapterIndex, scales: Mapping[str, Tensor]) -> Iterat
         for path in paths:
             weight = index.base(path)._parameters.get("weight") if path in index.modules else None
             if weight is None or kept is gain or gain.numel() not in weight.shape:
-                raise ModelError(
+                text = (
                     f"the input scales of int8 matmuls do not fit this model: {path} is missing, or is not a linear "
-                    f"layer with {gain.numel():,} inputs in its original dtype; use the base that they were made for.",
-                    what=path,
-                    field="base_matmul",
+                    f"layer with {gain.numel():,} inputs in its original dtype; use the base that they were made for."
                 )
+                raise ModelError(text, what=path, field="base_matmul")
             gain, kept = gain.to(weight.device), kept.to(weight.device)
         yield paths, gain, kept

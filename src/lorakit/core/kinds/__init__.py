@@ -72,11 +72,8 @@ def checked(kinds: Iterable[Kind]) -> dict[str, Kind]:
             )
         if kind.name in _NAMED or kind.name in by_name or not kind.types:
             why = "lists no module types" if not kind.types else "has a name that is already taken"
-            raise ConfigError(
-                f"kinds: the kind {kind.name!r} {why}. Give it a unique name and list its module types.",
-                what=kind.name,
-                field="kinds",
-            )
+            text = f"kinds: the kind {kind.name!r} {why}. Give it a unique name and list its module types."
+            raise ConfigError(text, what=kind.name, field="kinds")
         by_name[kind.name] = dataclasses.replace(kind, is_dense=False, names_parameter=False, read_by_owner=False)
     return by_name
 
@@ -97,11 +94,8 @@ def check_fits(check: Fits, kind: Kind, path: str, *, what: str, field: str, adv
     """
     if not fits(check, kind):
         known = [other.name for other in KINDS if check(other)]
-        raise ConfigError(
+        text = (
             f"{path}: {kind.shown_as or kind.name} does not support {what}; {advice}, or leave the module out. "
-            f"Supported: {', '.join(known)}.",
-            what=kind.name,
-            where=path,
-            field=field,
-            allowed=known,
+            f"Supported: {', '.join(known)}."
         )
+        raise ConfigError(text, what=kind.name, where=path, field=field, allowed=known)

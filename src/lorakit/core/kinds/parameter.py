@@ -27,9 +27,8 @@ def parameter_spec(module: nn.Module, name: str) -> WeightSpec:
     if len(shape) == 2:
         return WeightSpec(name, *shape, as_stored=True)
     if len(shape) != 3:
-        raise TargetError(
-            f"The parameter {name!r} has shape {shape}; LoRA requires a parameter with two or three axes.", what=name
-        )
+        text = f"The parameter {name!r} has shape {shape}; LoRA requires a parameter with two or three axes."
+        raise TargetError(text, what=name)
     in_first = bool(getattr(module, "is_transposed", False))  # how transformers marks experts stored as (in, out)
     experts, first, second = shape
     return WeightSpec(name, *((second, first) if in_first else (first, second)), experts, in_first, as_stored=True)

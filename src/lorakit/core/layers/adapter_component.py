@@ -147,13 +147,12 @@ class AdapterComponent:
 def base_not_kept(merged: Sequence[str], path: str | None = None) -> MergeError:
     """Return the error for a call that needs the base values of a module at `path`, which a merge did not keep."""
     names = ", ".join(merged)
-    return MergeError(
+    text = (
         f"The merge of {names} into the base{f' at {path}' if path else ''} did not keep the base's values "
         "(keep_base=False), so neither the base alone nor other adapters can be used. Reload the base; to keep its "
-        "values, merge with keep_base=True.",
-        what=names,
-        where=path,
+        "values, merge with keep_base=True."
     )
+    return MergeError(text, what=names, where=path)
 
 
 class TunerLayer:
@@ -362,12 +361,11 @@ class ReplacingModule(AdapterModule):
                 output = self.run_alike(alone, some, named)
             if not isinstance(output, Tensor):
                 name = type(output).__name__
-                raise MixedRowsError(
+                text = (
                     f"The output of {self._what} is a {name}, whose rows cannot be concatenated. Run the rows of each "
-                    "adapter separately with `use`.",
-                    what=name,
-                    field=self._field,
+                    "adapter separately with `use`."
                 )
+                raise MixedRowsError(text, what=name, field=self._field)
             outputs.append(output)
             indices.append(index)
         return torch.cat(outputs).index_select(0, torch.cat(indices).argsort())

@@ -44,12 +44,11 @@ class BaseWeight(StoredWeight):
         for name in adapters:
             variant = variant_named(self.variant[name]) if name in self.r else None
             if variant is not None and isinstance(variant.update, str):
-                raise MergeError(
+                text = (
                     f"Adapter {name!r} at {path} is {variant.title}, which cannot be merged: "
-                    f"{variant.update}. Keep it unmerged.",
-                    what=name,
-                    where=path,
+                    f"{variant.update}. Keep it unmerged."
                 )
+                raise MergeError(text, what=name, where=path)
         self._check_place_of_bias(path, adapters)
 
     def _check_place_of_bias(self, path: str, adapters: Sequence[str]) -> None:
@@ -58,21 +57,17 @@ class BaseWeight(StoredWeight):
         trainer = None if self.old_bias is None else self.old_bias[0]
         other = next((name for name in bringing if trainer not in (None, name)), None)
         if other is not None:
-            raise MergeError(
+            text = (
                 f"Adapter {other!r} has its own bias (lora_bias) and cannot be merged, because adapter {trainer!r} "
-                f"trains the base's bias at {path}. Detach {trainer!r} first.",
-                what=other,
-                where=path,
-                field="lora_bias",
+                f"trains the base's bias at {path}. Detach {trainer!r} first."
             )
+            raise MergeError(text, what=other, where=path, field="lora_bias")
         if bringing and self.original_bias() is None:
-            raise MergeError(
+            text = (
                 "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias: "
-                f"{path} cannot store the adapter's bias.",
-                what=bringing[0],
-                where=path,
-                field="lora_bias",
+                f"{path} cannot store the adapter's bias."
             )
+            raise MergeError(text, what=bringing[0], where=path, field="lora_bias")
 
     def check_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> None:
         """Raise a MergeError if an adapter is merged or cannot be merged, or if the weight cannot be written."""
@@ -88,12 +83,11 @@ class BaseWeight(StoredWeight):
         replaces = options.dense is not None and (base.quantized or self.spec.groups > 1)
         if replaces and self.old_bias is not None and (options.in_place or self.old_bias[0] not in adapters):
             trainer = self.old_bias[0]
-            raise MergeError(
+            text = (
                 f"dense=True replaces the module at {path}, but adapter {trainer!r} trains its bias in place. Detach "
-                f"{trainer!r} first, or merge with dense=False.",
-                what=trainer,
-                where=path,
+                f"{trainer!r} first, or merge with dense=False."
             )
+            raise MergeError(text, what=trainer, where=path)
 
     def check_unmerge(self, path: str, adapters: Sequence[str]) -> None:
         """Raise a MergeError if a merged adapter cannot be unmerged: base values were not kept or cannot be written."""
@@ -107,13 +101,11 @@ class BaseWeight(StoredWeight):
         """Raise a MergeError if a weight is computed in each forward pass, or if this process has only a part of it."""
         weight = self.source._parameters.get(self.spec.parameter)
         if weight is not None and is_shard(weight):
-            raise MergeError(
+            text = (
                 f"{path}: the base is sharded over processes ({type(weight).__name__}), so adapters cannot be merged "
-                "into it. Save the adapter, and merge it in one process.",
-                what=type(weight).__name__,
-                where=path,
-                field=self.spec.parameter,
+                "into it. Save the adapter, and merge it in one process."
             )
+            raise MergeError(text, what=type(weight).__name__, where=path, field=self.spec.parameter)
         if not self.base.written:
             text = NOT_WRITTEN.format(parameter=self.spec.parameter, type=type(self.owner).__name__)
             raise MergeError(text, what=type(self.owner).__name__, where=path, field=self.spec.parameter)
@@ -252,12 +244,11 @@ class BaseWeight(StoredWeight):
             for name in bringing:
                 total += self.bias_of(name).to(total.dtype) * self.scaling[name]  # type: ignore[union-attr]
             if not bool(torch.isfinite(total).all()):
-                raise MergeError(
+                text = (
                     f"NaNs detected in the merged weights: the bias of B in {', '.join(adapters)} is NaN or infinite. "
-                    "Nothing was changed.",
-                    what=", ".join(adapters),
-                    field="lora_bias",
+                    "Nothing was changed."
                 )
+                raise MergeError(text, what=", ".join(adapters), field="lora_bias")
             return total.to(old.dtype), old.detach()
 
     def _put_bias(self, staged: StagedBias | None) -> None:
@@ -342,12 +333,11 @@ def merged_weight(
     wanted, whole = float(torch.linalg.vector_norm(total)), float(torch.linalg.vector_norm(exact))
     lost = float(torch.linalg.vector_norm(exact.sub_(after)))
     if not math.isfinite(lost) and not bool(torch.isfinite(after).all()):  # a finite norm implies finite elements
-        raise MergeError(
+        text = (
             f"NaNs detected in the merged weights. The adapter {', '.join(new)} seems to be broken: merging it at "
-            f"{path} gives NaN or infinite weights. Nothing was changed.",
-            what=", ".join(new),
-            where=path,
+            f"{path} gives NaN or infinite weights. Nothing was changed."
         )
+        raise MergeError(text, what=", ".join(new), where=path)
     changed = int(torch.count_nonzero(after != W)) / max(after.numel(), 1)
     error = lost / max(whole, torch.finfo(torch.float32).tiny)
     return stored, SiteMerge(path, 1.0 if wanted == 0 else max(0.0, 1.0 - lost / wanted), changed, error)

@@ -52,21 +52,19 @@ class BiasPatch(AdapterComponent):
         if route.rows is None or self.adapter not in route.mentions:
             return old
         if not (isinstance(output, Tensor) and isinstance(old, Tensor)):
-            raise MixedRowsError(
+            text = (
                 f"The rows of this batch use different adapters, but a {type(module).__name__} with biases trained by "
                 f"{self.adapter!r} returns a {type(output).__name__}, whose rows cannot be combined. Run "
-                "the rows of each adapter separately with `use`.",
-                what=type(output).__name__,
-                field="bias",
+                "the rows of each adapter separately with `use`."
             )
+            raise MixedRowsError(text, what=type(output).__name__, field="bias")
         rows = route.rows_of(output.shape[0])
         if rows is None:
-            raise RowCountError(
+            text = (
                 f"The number of rows in the route ({len(route.rows)}) does not match the output of a module with a "
-                f"trained bias (shape: {tuple(output.shape)}). Pass one adapter per row of the batch.",
-                what=self.adapter,
-                field="bias",
+                f"trained bias (shape: {tuple(output.shape)}). Pass one adapter per row of the batch."
             )
+            raise RowCountError(text, what=self.adapter, field="bias")
         ours = torch.tensor([row == self.adapter for row in rows], device=output.device)
         return torch.where(ours.view(-1, *[1] * (output.ndim - 1)), output, old)
 

@@ -512,9 +512,8 @@ def not_yet_merged(names: Sequence[str], merged: Sequence[str], quiet: bool = Fa
     A ConfigTypeError is raised if `names` is a string.
     """
     if isinstance(names, str):
-        raise ConfigTypeError(
-            f"adapter_names should be a list of strings, got {names!r}.", what=names, field="adapter_names"
-        )
+        text = f"adapter_names should be a list of strings, got {names!r}."
+        raise ConfigTypeError(text, what=names, field="adapter_names")
     new = [name for name in names if name not in merged]
     if merged and not quiet:
         warn_caller(

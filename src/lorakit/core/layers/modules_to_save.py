@@ -77,13 +77,11 @@ class ModulesToSave(ReplacingModule):
         """Raise a MergeError if several adapters have a copy here, because only one copy can replace the original."""
         here = [name for name in adapters if name in self.modules_to_save]
         if len(here) > 1:
-            raise MergeError(
+            text = (
                 f"{here[0]} and {here[1]} each have their own copy of {path} (modules_to_save), and only one copy "
-                "can replace the original. Merge only one of these adapters.",
-                what=here[1],
-                where=path,
-                field="modules_to_save",
+                "can replace the original. Merge only one of these adapters."
             )
+            raise MergeError(text, what=here[1], where=path, field="modules_to_save")
 
     def check_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> None:
         """Raise a MergeError if another copy already replaces the original."""
@@ -118,12 +116,11 @@ class ModulesToSave(ReplacingModule):
     def _of(self, route: Route) -> nn.Module:
         copies = [name for name in route.names if name in self.modules_to_save]
         if len(copies) > 1:
-            raise RouteError(
+            text = (
                 f"{' and '.join(copies)} are active together, but each has its own copy of this module "
-                "(modules_to_save). Activate only one of them, or route each row to one of them.",
-                what=copies[1],
-                field="modules_to_save",
+                "(modules_to_save). Activate only one of them, or route each row to one of them."
             )
+            raise RouteError(text, what=copies[1], field="modules_to_save")
         copies = copies or [name for name in self.merged_adapters if name in route.names]
         return self.modules_to_save[copies[0]] if copies else self.original_module
 
@@ -184,13 +181,11 @@ def _check_untouched(path: str, layer: LoraLayer | None) -> None:
     """Reject a bias that merged adapters have changed, because its original value is needed later."""
     if layer is not None and (layer.kept_bias is not None or layer.replaced):
         how = "with a bias of B (lora_bias)" if layer.kept_bias is not None else "with dense=True"
-        raise ConfigError(
+        text = (
             f"The bias at {path} cannot be trained while {', '.join(layer.merged_adapters)} is merged there {how}. "
-            "Unmerge first, or set bias='none'.",
-            what=", ".join(layer.merged_adapters),
-            where=path,
-            field="bias",
+            "Unmerge first, or set bias='none'."
         )
+        raise ConfigError(text, what=", ".join(layer.merged_adapters), where=path, field="bias")
 
 
 def biased_modules(
@@ -216,13 +211,11 @@ def biased_modules(
             # in adapted modules, PEFT trains only parameters named `bias`, not `in_proj_bias` of attention modules
             leaves = tuple(leaf for leaf in held if bias == "all" or leaf == "bias")
             if isinstance(vars(module).get("bias"), Tensor) and weight_format_of(module).quantized:
-                raise ConfigError(
+                text = (
                     f"{path} is stored as {weight_format_of(module).name}, so its bias is not a parameter and cannot "
-                    "be trained. Set bias='none'.",
-                    what=weight_format_of(module).name,
-                    where=path,
-                    field="bias",
+                    "be trained. Set bias='none'."
                 )
+                raise ConfigError(text, what=weight_format_of(module).name, where=path, field="bias")
             if leaves:
                 yield f"{path}.{inner}" if inner else path, module, leaves
 
@@ -253,22 +246,18 @@ def trainable_copy(path: str, current: nn.Module) -> nn.Module:
     """
     original = current.original_module if isinstance(current, ModulesToSave) else current
     if isinstance(original, CONTAINERS):
-        raise ConfigTypeError(
+        text = (
             f"modules_to_save cannot be applied to modules of type {type(original).__name__}: {path} itself is never "
-            "called, so a copy of it would have no effect. Specify the modules inside it instead.",
-            what=type(original).__name__,
-            where=path,
-            field="modules_to_save",
+            "called, so a copy of it would have no effect. Specify the modules inside it instead."
         )
+        raise ConfigTypeError(text, what=type(original).__name__, where=path, field="modules_to_save")
     inside = list(original.modules())
     if any(isinstance(module, AdapterModule) for module in inside):
-        raise TargetError(
+        text = (
             f"modules_to_save names {path!r}, which contains modules of another adapter on this model. Change the "
-            "targets of one of the adapters, or load the model twice.",
-            what=path,
-            where=path,
-            field="modules_to_save",
+            "targets of one of the adapters, or load the model twice."
         )
+        raise TargetError(text, what=path, where=path, field="modules_to_save")
     states = {id(patch.state): patch.state for module in inside for patch in BiasPatch.on(module)}
     duplicate = _plain(copy.deepcopy(original, states))
     for module in duplicate.modules():

@@ -146,13 +146,11 @@ class WeightLayer(LoraLayer):
 
     def _hidden_input(self, names: list[str]) -> ModelError:
         kind, why = type(self.owner).__name__, self.why_dense()
-        return ModelError(
+        text = (
             f"lora_dropout of {', '.join(names)} cannot be applied to {self.spec.parameter} of {kind}, because its "
-            f"forward cannot be replaced: {why}. Remove the cause, or set lora_dropout=0.",
-            what=names,
-            where=kind,
-            field="lora_dropout",
+            f"forward cannot be replaced: {why}. Remove the cause, or set lora_dropout=0."
         )
+        return ModelError(text, what=names, where=kind, field="lora_dropout")
 
 
 class Linear(LoraLayer):

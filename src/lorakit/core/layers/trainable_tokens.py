@@ -164,12 +164,11 @@ class TokenAdapter(nn.Module, TunerLayer):
         shared = self.shared_row(here)
         if shared is not None:
             one, other, index = shared
-            raise RouteError(
+            text = (
                 f"{one} and {other} are active together, and both train row {index} of this module's weight "
-                "(trainable_token_indices). Activate only one of them, or route each row of the batch to one of them.",
-                what=other,
-                field="trainable_token_indices",
+                "(trainable_token_indices). Activate only one of them, or route each row of the batch to one of them."
             )
+            raise RouteError(text, what=other, field="trainable_token_indices")
         return [self.rows(name) for name in here if name not in self.kept or self.is_stale(names)]
 
     def shared_row(self, names: Sequence[str]) -> tuple[str, str, int] | None:
@@ -293,20 +292,15 @@ class TrainableTokens(ReplacingModule):
         shared = table.shared_row([*table.kept, *new]) if new else None
         if shared is not None:
             one, other, index = shared
-            raise MergeError(
+            text = (
                 f"Token indices of adapter {other} are already defined and would result in undefined merging "
-                f"behavior: {one} also trains row {index} of {path}. Merge only one of these adapters.",
-                what=other,
-                where=path,
-                field="trainable_token_indices",
+                f"behavior: {one} also trains row {index} of {path}. Merge only one of these adapters."
             )
+            raise MergeError(text, what=other, where=path, field="trainable_token_indices")
         for name in new:
             if not bool(torch.isfinite(table.trainable_tokens_delta[name]).all()):
-                raise MergeError(
-                    f"The rows of {name} at {path} contain NaN or infinite values. Nothing was changed.",
-                    what=name,
-                    where=path,
-                )
+                text = f"The rows of {name} at {path} contain NaN or infinite values. Nothing was changed."
+                raise MergeError(text, what=name, where=path)
 
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
         """Build a weight with the adapters' rows; return None if there are none or a tied module holds them."""

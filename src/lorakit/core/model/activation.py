@@ -75,15 +75,11 @@ def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1, keep
     """
     state = state_of(model)
     if isinstance(rows, str) or not rows:
-        raise RouteError(
-            f"`route` needs a list with one adapter (or None) per row of the batch, not {rows!r}.",
-            what=rows,
-            field="rows",
-        )
+        text = f"`route` needs a list with one adapter (or None) per row of the batch, not {rows!r}."
+        raise RouteError(text, what=rows, field="rows")
     if copies < 1:
-        raise RouteError(
-            f"`route` was called with copies={copies!r}; copies must be an integer >= 1.", what=copies, field="copies"
-        )
+        text = f"`route` was called with copies={copies!r}; copies must be an integer >= 1."
+        raise RouteError(text, what=copies, field="copies")
     state.check(rows)
     wanted = Route(rows=tuple(rows), copies=copies)
     return state.override(wanted.keeping() if keep else wanted)
@@ -240,20 +236,17 @@ def invoked(
     if offsets is not None:
         backs = torch.tensor([offset or 0 for offset in offsets], dtype=torch.int64)
         if input_ids is not None and input_ids.shape[0] != len(offsets):
-            raise RouteError(
+            text = (
                 f"The number of prompts ({input_ids.shape[0]}) differs from the number of offsets ({len(offsets)}). "
-                "Pass one offset per prompt.",
-                what=len(offsets),
-                field="offsets",
+                "Pass one offset per prompt."
             )
+            raise RouteError(text, what=len(offsets), field="offsets")
         waiting = tuple(sorted(state.waiting))
         back = backs.expand(len(waiting), -1)
         return state.override(None, Offsets(waiting, back, length, length))
     if input_ids is None:
-        raise RouteError(
-            "`invoked` got neither input_ids nor offsets; pass the prompts as input_ids (rows, length).",
-            field="input_ids",
-        )
+        text = "`invoked` got neither input_ids nor offsets; pass the prompts as input_ids (rows, length)."
+        raise RouteError(text, field="input_ids")
     return state.override(None, prompt_offsets(state, input_ids, attention_mask))
 
 

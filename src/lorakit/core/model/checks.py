@@ -29,9 +29,8 @@ READ_PAST = frozenset({"conv1d", "out_proj"})
 def check_new_name(state: AdapterState | None, name: str) -> None:
     """Raise an AdapterError if an adapter name is in use, or if torch's module containers do not accept it."""
     if state is not None and name in state.configs:
-        raise AdapterError(
-            f"This model already has an adapter {name!r}. Detach it first, or choose another name.", what=name
-        )
+        text = f"This model already has an adapter {name!r}. Detach it first, or choose another name."
+        raise AdapterError(text, what=name)
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_\-]{0,99}", name):
         raise AdapterError(
             f"{name!r} cannot be an adapter's name: use up to 100 letters, digits, underscores and hyphens, but no "
@@ -39,10 +38,8 @@ def check_new_name(state: AdapterState | None, name: str) -> None:
             what=name,
         )
     if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):  # including the attributes of nn.Module
-        raise AdapterError(
-            f"{name!r} cannot be an adapter's name: torch's module containers have an attribute of that name.",
-            what=name,
-        )
+        text = f"{name!r} cannot be an adapter's name: torch's module containers have an attribute of that name."
+        raise AdapterError(text, what=name)
 
 
 def check_called(model: nn.Module, paths: Iterable[str]) -> None:
@@ -50,13 +47,12 @@ def check_called(model: nn.Module, paths: Iterable[str]) -> None:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     bad = sorted({path for path in paths if path.rpartition(".")[2] in READ_PAST}) if kind in WITH_MAMBA else []
     if bad:
-        raise TargetError(
+        text = (
             f"Module {bad[0]!r} is incompatible with Mamba-based models (model_type={kind!r}): their fused kernels "
             f"read the weights of {' and '.join(sorted(READ_PAST))} directly, so an adapter on this module would have "
-            "no effect. Remove the module from target_modules, or add it to exclude_modules.",
-            what=bad[0],
-            field="target_modules",
+            "no effect. Remove the module from target_modules, or add it to exclude_modules."
         )
+        raise TargetError(text, what=bad[0], field="target_modules")
 
 
 def check_not_distributed(modules: Iterable[tuple[str, nn.Module]]) -> None:
@@ -66,26 +62,20 @@ def check_not_distributed(modules: Iterable[tuple[str, nn.Module]]) -> None:
         part = next((tensor for tensor in tensors if is_dtensor(tensor)), None)
         what = type(part).__name__ if part is not None else module.__dict__.get("_hf_tp_plan")
         if what is not None:
-            raise NotYetSupported(
+            text = (
                 f"{path}: the weight is distributed over processes ({what}), and adapters on parts of weights are not "
                 "supported. Load the model without `tp_plan` and `distributed_config`, and attach adapters before the "
-                "model is sharded.",
-                what=what,
-                where=path,
-                field="target_modules",
+                "model is sharded."
             )
+            raise NotYetSupported(text, what=what, where=path, field="target_modules")
 
 
 def check_allowances(allow: Collection[str]) -> None:
     """Raise a ConfigError, which lists the allowed names, if an entry in `allow` is not the name of a check."""
     unknown = sorted(set(allow) - set(ALLOWANCES))
     if unknown:
-        raise ConfigError(
-            f"allow contains {unknown[0]!r}; allowed entries: {', '.join(map(repr, ALLOWANCES))}.",
-            what=unknown[0],
-            field="allow",
-            allowed=ALLOWANCES,
-        )
+        text = f"allow contains {unknown[0]!r}; allowed entries: {', '.join(map(repr, ALLOWANCES))}."
+        raise ConfigError(text, what=unknown[0], field="allow", allowed=ALLOWANCES)
 
 
 def check_scales(scales: Sequence[tuple[str, float]], allow: Collection[str]) -> None:
@@ -113,21 +103,18 @@ def check_company(state: AdapterState | None, config: LoraConfig) -> None:
     new = variants_of(config)
     for name, other in () if state is None else state.configs.items():
         if config.bias != "none" and other.bias != "none":
-            raise ConfigError(
+            text = (
                 f"bias is {config.bias!r}, but adapter {name!r} already trains the base's biases, and only one adapter "
-                "may do so. Set bias='none'.",
-                what=name,
-                field="bias",
-                allowed=("none",),
+                "may do so. Set bias='none'."
             )
+            raise ConfigError(text, what=name, field="bias", allowed=("none",))
         present = variants_of(other)
         for variant in (*new, *present):
             why = "" if variant.move is None else variant.move.excludes_others
             if why and (variant in new) != (variant in present):
-                raise ConfigError(
+                text = (
                     f"{variant.title} cannot be combined with adapters that don't use {variant.title}, and this model "
                     f"already has adapter {name!r}: {why}. Detach {name!r} first, or load the base "
-                    "a second time.",
-                    what=name,
-                    field=variant.field,
+                    "a second time."
                 )
+                raise ConfigError(text, what=name, field=variant.field)

@@ -177,12 +177,11 @@ class AdapterIndex:
         for place in self.replaced:
             name = next((name for name in place.adapters if name in adapters), None)
             if name is not None:
-                raise AdapterError(
+                text = (
                     f"{place.path}: another module replaced the one with adapter {name!r}, so the adapter is "
-                    "incomplete. Put the adapted module back, or detach the adapter.",
-                    what=name,
-                    where=place.path,
+                    "incomplete. Put the adapted module back, or detach the adapter."
                 )
+                raise AdapterError(text, what=name, where=place.path)
 
     def is_compiled(self, path: str) -> bool:
         """Return whether torch.compile wraps the module at a path itself, so that a replacement would not be called."""

@@ -111,13 +111,11 @@ def stacked_for(index: AdapterIndex, config: LoraConfig) -> Iterator[AdapterInde
         replication = replication_of(index)
         present = replication.ranges if replication is not None else ()
         if ranges != present:
-            raise ConfigError(
+            text = (
                 f"layer_replication is {_shown(ranges)}, but the adapters on this model have {_shown(present)}; all "
-                "adapters on a model share its layers. Detach those adapters first, or pass the same ranges.",
-                what=_shown(ranges),
-                field="layer_replication",
-                allowed=(_shown(present),),
+                "adapters on a model share its layers. Detach those adapters first, or pass the same ranges."
             )
+            raise ConfigError(text, what=_shown(ranges), field="layer_replication", allowed=(_shown(present),))
     if state is not None or not ranges:
         yield index
         return
@@ -142,12 +140,11 @@ def _built(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Replication:
     count = len(original)
     for start, end in ranges:
         if not 0 <= start < end <= count:
-            raise ConfigError(
+            text = (
                 f"layer_replication contains ({start}, {end}); the model has layers 0 to {count - 1}, and a range is "
-                "given as (first, last + 1).",
-                what=(start, end),
-                field="layer_replication",
+                "given as (first, last + 1)."
             )
+            raise ConfigError(text, what=(start, end), field="layer_replication")
     order = _order(ranges)
     stacked = nn.ModuleList([_copy(original[number], index) for index, number in enumerate(order)])
     stacked.training = original.training
@@ -173,12 +170,11 @@ def _find(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
         layers = None if holder is None else holder._modules.get(attribute)
         if holder is not None and isinstance(layers, nn.ModuleList):
             return holder, attribute, layers
-    raise ConfigError(
+    text = (
         f"layer_replication: Could not locate the layers attribute in the model, a {type(model).__name__}. Expected "
-        "Llama, Bert or Falcon compatible architectures: an nn.ModuleList named `layers`, `encoder.layer` or `h`.",
-        what=type(model).__name__,
-        field="layer_replication",
+        "Llama, Bert or Falcon compatible architectures: an nn.ModuleList named `layers`, `encoder.layer` or `h`."
     )
+    raise ConfigError(text, what=type(model).__name__, field="layer_replication")
 
 
 def _settings(config: ModelConfig | None, count: int, order: Sequence[int]) -> tuple[Settings, Settings]:
@@ -197,13 +193,12 @@ def _settings(config: ModelConfig | None, count: int, order: Sequence[int]) -> t
 def _copy(module: nn.Module, index: int) -> nn.Module:
     """Return a copy of a module with the same parameters and buffers but a different layer position."""
     if "forward" in module.__dict__:
-        raise ConfigError(
+        text = (
             f"layer_replication: this {type(module).__name__} has an instance-level forward method (from dispatching "
             "or compiling the model), which would run the original layer. Replicate the layers before dispatching or "
-            "compiling the model.",
-            what=type(module).__name__,
-            field="layer_replication",
+            "compiling the model."
         )
+        raise ConfigError(text, what=type(module).__name__, field="layer_replication")
     copied = module.__new__(type(module))
     tables = {
         name: type(value)(value)

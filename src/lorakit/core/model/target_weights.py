@@ -122,14 +122,12 @@ def dropout_at(config: LoraConfig, target: TargetWeight, holder: nn.Module) -> f
     if target.kind.drops or not config.lora_dropout:
         return config.lora_dropout
     if target.kind.names_parameter and not shows_tokens(holder, target.spec.parameter):
-        raise ConfigError(
+        text = (
             f"lora.ParamWrapper does not work with lora_dropout != 0: {type(holder).__name__} at {target.outer} does "
             f"not expose the input of its parameter {target.spec.parameter!r}. Set lora_dropout=0, or "
-            "leave the parameter out of the targets.",
-            what=config.lora_dropout,
-            where=target.outer,
-            field="lora_dropout",
+            "leave the parameter out of the targets."
         )
+        raise ConfigError(text, what=config.lora_dropout, where=target.outer, field="lora_dropout")
     return config.lora_dropout if target.kind.names_parameter else 0.0
 
 
@@ -153,22 +151,18 @@ def check_overlap(index: AdapterIndex, targets: Sequence[TargetWeight]) -> None:
     for outer in {target.outer for target in targets if target.kind.names_parameter}:
         inside = next((path for path in taken if path.startswith(f"{outer}.")), None)
         if inside is not None:
-            raise TargetError(
+            text = (
                 f"target_parameters names a parameter of {outer}, but the submodule {inside} is adapted too; a layer "
-                "around the parent module would hide the submodule. Remove one of the two targets.",
-                what=inside,
-                where=outer,
-                field="target_parameters",
+                "around the parent module would hide the submodule. Remove one of the two targets."
             )
+            raise TargetError(text, what=inside, where=outer, field="target_parameters")
     for target in targets:
         if target.child and f"{target.outer}.{target.child}" in taken:
-            raise TargetError(
+            text = (
                 f"{target.outer} is targeted as a whole, and its {target.child}, which belongs to it, alone. Remove "
-                "one of the two targets.",
-                what=f"{target.outer}.{target.child}",
-                where=target.outer,
-                field="target_modules",
+                "one of the two targets."
             )
+            raise TargetError(text, what=f"{target.outer}.{target.child}", where=target.outer, field="target_modules")
         layer = index.modules[target.outer]
         if not isinstance(layer, LoraLayer) or target.child:
             continue
@@ -177,12 +171,10 @@ def check_overlap(index: AdapterIndex, targets: Sequence[TargetWeight]) -> None:
 
 
 def _overlap_error(path: str, parameter: str, type_name: str) -> TargetError:
-    return TargetError(
+    text = (
         f"Trying to wrap an `nn.Parameter` of layer {path!r} of type {type_name}, which is not a valid target: "
         f"target_parameters names {parameter!r}, but the module is adapted as a whole. Make sure that this layer is "
         "not also targeted with `target_modules`, by this adapter or another; if it is a default target of the model, "
-        "set `target_modules=[]`.",
-        what=parameter,
-        where=path,
-        field="target_parameters",
+        "set `target_modules=[]`."
     )
+    return TargetError(text, what=parameter, where=path, field="target_parameters")

@@ -125,25 +125,23 @@ def _tied_matches(
     """Extend the matches so that every module in a tied group matches, with the same rank and alpha throughout."""
     own = next((variant for variant in variants_of(config) if variant.parts.extras), None)
     if own is not None:
-        raise ConfigError(
+        text = (
             f"ensure_weight_tying ties the factors of {leader} and {partners[0]}, but {own.field} gives each module a "
             f"separate tensor ({own.parts.extras[0].held_as}). Turn off one of the two options, or adapt only one of "
-            "the modules, without ensure_weight_tying.",
-            where=leader,
-            field=own.field,
+            "the modules, without ensure_weight_tying."
         )
+        raise ConfigError(text, where=leader, field=own.field)
     kinds = {candidate.path: candidate.kind for candidate in index.candidates}
     members = (leader, *partners)
     here = [match for match in matches if match.path in members]
     model = next((match for match in here if match.path == leader), here[0])
     odd = [path for path in partners if not isinstance(index.base(path), (nn.Linear, nn.Embedding))]
     if not isinstance(index.base(leader), nn.Embedding) or odd:
-        raise ConfigError(
+        text = (
             f"ensure_weight_tying: {(odd or [leader])[0]} shares its weight with {leader}, but only the factors of "
-            "nn.Embedding and nn.Linear can be tied. Set ensure_weight_tying=False, or do not target the module.",
-            where=(odd or [leader])[0],
-            field="ensure_weight_tying",
+            "nn.Embedding and nn.Linear can be tied. Set ensure_weight_tying=False, or do not target the module."
         )
+        raise ConfigError(text, where=(odd or [leader])[0], field="ensure_weight_tying")
     others = [match for match in matches if match.path not in members]
     return others + [dataclasses.replace(model, path=path, kind=kinds[path] or "") for path in members]
 

@@ -344,31 +344,23 @@ def _checked(index: AdapterIndex, path: str, indices: Sequence[int]) -> tuple[in
     table = table_at(index, path)
     weight = table._parameters.get("weight")
     if weight is None or not isinstance(table, (nn.Embedding, nn.Linear)) or not weight.is_floating_point():
-        raise TargetError(
+        text = (
             f"trainable_token_indices names {path!r}, a {type(table).__name__}; only rows of an nn.Embedding or an "
-            "nn.Linear head with floating-point weights can be trained.",
-            what=type(table).__name__,
-            where=path,
-            field="trainable_token_indices",
+            "nn.Linear head with floating-point weights can be trained."
         )
+        raise TargetError(text, what=type(table).__name__, where=path, field="trainable_token_indices")
     numbers = list(indices)
     whole = all(isinstance(i, int) and not isinstance(i, bool) for i in numbers)
     if not numbers or not whole or len(set(numbers)) < len(numbers):
-        raise ConfigError(
-            f"trainable_token_indices for {path} is {numbers[:8]!r}; expected one or more distinct integers.",
-            what=numbers[:8],
-            where=path,
-            field="trainable_token_indices",
-        )
+        text = f"trainable_token_indices for {path} is {numbers[:8]!r}; expected one or more distinct integers."
+        raise ConfigError(text, what=numbers[:8], where=path, field="trainable_token_indices")
     outside = next((i for i in numbers if not 0 <= i < weight.shape[0]), None)
     if outside is not None:
-        raise ConfigError(
+        text = (
             f"trainable_token_indices for {path} contains {outside}, but the weight has rows 0 to "
-            f"{weight.shape[0] - 1:,}. For added tokens, call model.resize_token_embeddings first.",
-            what=outside,
-            where=path,
-            field="trainable_token_indices",
+            f"{weight.shape[0] - 1:,}. For added tokens, call model.resize_token_embeddings first."
         )
+        raise ConfigError(text, what=outside, where=path, field="trainable_token_indices")
     return tuple(numbers)
 
 
@@ -385,13 +377,12 @@ def _groups(named: Mapping[str, tuple[int, ...]], index: AdapterIndex, config: L
             shared = sharers(index, path)
             apart = [other for other in shared if named.get(other, named[path]) != named[path]]
             if apart and config.ensure_weight_tying:
-                raise ConfigError(
+                text = (
                     "Cannot ensure weight tying when different token indices are specified for tied layers: "
                     f"{path}: {list(named[path])}, {apart[0]}: {list(named[apart[0]])}. Specify the same indices, or "
-                    "set ensure_weight_tying=False.",
-                    where=path,
-                    field="trainable_token_indices",
+                    "set ensure_weight_tying=False."
                 )
+                raise ConfigError(text, where=path, field="trainable_token_indices")
             tied = [other for other in shared if other not in apart]
         followers.update(tied)
         groups.append(ChosenRows(path, named[path], tuple(tied)))
@@ -400,21 +391,19 @@ def _groups(named: Mapping[str, tuple[int, ...]], index: AdapterIndex, config: L
 
 def _check_free(path: str, index: AdapterIndex, sites: Collection[str], saved: Collection[str]) -> None:
     if any(path == other or path.startswith(other + ".") for other in saved):
-        raise TargetError(
+        text = (
             f"The embedding layer is already marked to be trained fully: {path} is a saved module (modules_to_save), "
-            "and trainable_token_indices trains some of its rows. Use only one of the two.",
-            where=path,
-            field="trainable_token_indices",
+            "and trainable_token_indices trains some of its rows. Use only one of the two."
         )
+        raise TargetError(text, where=path, field="trainable_token_indices")
     module = index.modules[path]
     if path in sites or (module is not table_at(index, path) and not isinstance(module, TrainableTokens)):
-        raise TargetError(
+        text = (
             f"trainable_token_indices cannot be applied to {path}: an adapter applies LoRA to this module or saves "
             "a copy of it. Remove the module from target_modules or modules_to_save, or load a separate model for each "
-            "adapter.",
-            where=path,
-            field="trainable_token_indices",
+            "adapter."
         )
+        raise TargetError(text, where=path, field="trainable_token_indices")
 
 
 def _check_same_ties(group: ChosenRows, index: AdapterIndex) -> None:
@@ -427,9 +416,8 @@ def _check_same_ties(group: ChosenRows, index: AdapterIndex) -> None:
         unadapted = not isinstance(leader, TrainableTokens) and not isinstance(other, TrainableTokens)
         wrong += [] if together or unadapted else [path]
     if wrong:
-        raise ConfigError(
+        text = (
             f"trainable_token_indices: another adapter ties the rows of {wrong[0]} differently. Name the same "
-            "modules for both adapters, or load a separate model for each adapter.",
-            where=wrong[0],
-            field="trainable_token_indices",
+            "modules for both adapters, or load a separate model for each adapter."
         )
+        raise ConfigError(text, where=wrong[0], field="trainable_token_indices")

@@ -142,11 +142,8 @@ class AdapterState:
         """Raise an error of this type, which lists the known names, if an adapter is unknown; None is the base."""
         unknown = sorted({name for name in names if name is not None and name not in self.configs})
         if unknown:
-            raise error(
-                f"Adapter {unknown[0]!r} not found on this model; available: {', '.join(self.configs) or 'none'}.",
-                what=unknown[0],
-                allowed=self.configs,
-            )
+            text = f"Adapter {unknown[0]!r} not found on this model; available: {', '.join(self.configs) or 'none'}."
+            raise error(text, what=unknown[0], allowed=self.configs)
 
     def replace_default(self, names: Sequence[str]) -> None:
         """Make a route with the given adapters the default."""

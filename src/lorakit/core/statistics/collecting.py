@@ -98,9 +98,8 @@ def collect_gradients(
             for batch in _some(batches):
                 loss = forward(model, batch)
                 if not isinstance(loss, Tensor) or not loss.requires_grad:
-                    raise RunError(
-                        "The loss depends on none of the sites whose gradients are collected.", field="forward"
-                    )
+                    text = "The loss depends on none of the sites whose gradients are collected."
+                    raise RunError(text, field="forward")
                 torch.autograd.grad(loss, anchor, allow_unused=True)  # leaves the model's `.grad` unchanged
                 for statistics in found.values():
                     statistics.batches += 1
@@ -155,13 +154,11 @@ class _Inputs:
             return x.reshape(-1, x.shape[-1])
         mask = self.mask.to(x.device, torch.bool)
         if mask.shape != x.shape[:-1] and mask.numel() != x.shape[:-1].numel():
-            raise DataError(
+            text = (
                 f"The mask of shape {tuple(mask.shape)} does not match the input of {path}, which has shape "
-                f"{tuple(x.shape)}; omit `keep`, or leave this site out.",
-                what=tuple(mask.shape),
-                where=path,
-                field="keep",
+                f"{tuple(x.shape)}; omit `keep`, or leave this site out."
             )
+            raise DataError(text, what=tuple(mask.shape), where=path, field="keep")
         return x.reshape(-1, x.shape[-1])[mask.reshape(-1)]
 
 
@@ -277,9 +274,8 @@ def _is_convolution(module: nn.Module) -> TypeGuard[Convolution]:
 
 def _check_inputs(path: str, module: nn.Module) -> None:
     if isinstance(module, nn.Embedding):
-        raise TargetError(
-            f"{path} is an embedding: its inputs are indices, which have no moments. Leave it out.", where=path
-        )
+        text = f"{path} is an embedding: its inputs are indices, which have no moments. Leave it out."
+        raise TargetError(text, where=path)
     if _is_convolution(module) and module.groups > 1:
         text = f"{path} is a convolution with {module.groups} groups, each with its own inputs. Leave it out."
         raise TargetError(text, where=path)

@@ -78,9 +78,8 @@ class InputStatistics:
     def second_moment(self) -> Tensor:
         """Return Σ x·xᵀ / rows, (in, in), CorDA's covariance; raise a DataError if it was not kept."""
         if self.gram is None:
-            raise DataError(
-                "The second moment was not kept: there are no rows, or `components` was given.", field="components"
-            )
+            text = "The second moment was not kept: there are no rows, or `components` was given."
+            raise DataError(text, field="components")
         return self.gram / self.rows
 
     def principal(self, k: int) -> Principal:
@@ -171,20 +170,16 @@ class Statistics:
         wanted = _init_settings(config)
         for field, value in _init_settings(self.config).items():
             if wanted.get(field) != value:
-                raise ConfigError(
+                text = (
                     f"The statistics are for {field}={value!r}, but the config has {wanted.get(field)!r}. Attach the "
-                    "config that the statistics were collected for, or collect them again.",
-                    what=wanted.get(field),
-                    field=field,
-                    allowed=(str(value),),
+                    "config that the statistics were collected for, or collect them again."
                 )
+                raise ConfigError(text, what=wanted.get(field), field=field, allowed=(str(value),))
         if self.base is not None:
             verdict, reason, _ = compare(self.base, fingerprint(model, like=self.base), "their")
             if verdict == DIFFERENT:
-                raise BaseMismatchError(
-                    f"The statistics were collected on a different base: {reason}. Collect them again on this base.",
-                    what=reason,
-                )
+                text = f"The statistics were collected on a different base: {reason}. Collect them again on this base."
+                raise BaseMismatchError(text, what=reason)
 
     @property
     def size_bytes(self) -> int:
@@ -208,12 +203,10 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     file = read_tensors(path)
     written = file.metadata.get(KEY)
     if written is not None and written != FORMAT:
-        raise AdapterFileError(
-            f"{path}: its format is {written[:20]!r}, not {FORMAT!r}. Update lorakit, or collect the statistics again.",
-            what=written[:20],
-            where=path,
-            allowed=(FORMAT,),
+        text = (
+            f"{path}: its format is {written[:20]!r}, not {FORMAT!r}. Update lorakit, or collect the statistics again."
         )
+        raise AdapterFileError(text, what=written[:20], where=path, allowed=(FORMAT,))
     if written is None:
         raise _unusable(path, "it was not written by `Statistics.save`")
     try:

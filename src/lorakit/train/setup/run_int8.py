@@ -82,13 +82,11 @@ def chosen_matmul(
     if not why:
         return "int8"
     if before == "int8":
-        raise RunError(
+        text = (
             f"cannot resume {settings.output_dir}: its base is multiplied in int8, but {why}; resume it on the machine "
-            "that started it, or start a new run.",
-            what="int8",
-            where=settings.output_dir,
-            field="base_matmul",
+            "that started it, or start a new run."
         )
+        raise RunError(text, what="int8", where=settings.output_dir, field="base_matmul")
     say(f"Base matmuls: in the dtype of the base, not in int8, because {why}.")
     return "dtype"
 
@@ -102,12 +100,11 @@ def check_adapter(config: LoraConfig) -> None:
     init, variant = core.init_named(config.init_lora_weights), core.moving_variant(config)
     if init.changes_base or variant is not None:
         name, what = (f"init_lora_weights={init.name!r}", init.name) if variant is None else (variant.title,) * 2
-        raise UsageError(
+        text = (
             f"{name} changes the base weights, which cannot be combined with base_matmul int8, because they are "
-            "quantized; omit one of them.",
-            what=what,
-            field="base_matmul",
+            "quantized; omit one of them."
         )
+        raise UsageError(text, what=what, field="base_matmul")
 
 
 def calibration_rows(rows: Sequence[Batch]) -> list[Batch]:
@@ -147,12 +144,8 @@ def _scales_of_run(folder: Path, recorded: Mapping[str, Any]) -> bytes:
         raise RunError(f"cannot resume {folder}: {cause} {advice}.", where=path, field="base_matmul") from cause
     digest = durable.sha256_bytes(data)
     if digest != recorded.get("scales_sha256"):
-        raise RunError(
-            f"cannot resume {folder}: {path} was changed (its SHA-256 differs from that in run.json); {advice}.",
-            what=digest,
-            where=path,
-            field="base_matmul",
-        )
+        text = f"cannot resume {folder}: {path} was changed (its SHA-256 differs from that in run.json); {advice}."
+        raise RunError(text, what=digest, where=path, field="base_matmul")
     return data
 
 
@@ -229,15 +222,13 @@ def _check_loss(record: Mapping[str, Any]) -> None:
     if rise - ERRORS * error <= bound:
         return
     site, ratio = next(iter(record["worst"].items()))
-    raise RunError(
+    text = (
         f"int8 matmuls raise the loss on the {record['tokens']:,} calibration tokens from {record['loss']:.4f} to "
         f"{record['int8_loss']:.4f} ({rise:+.4f} ± {error:.4f} nats per token; bound {bound:g}). The largest outliers "
         f"are in {site} ({ratio:,.0f} times the median channel). Omit --base-matmul int8, or pass --int8-loss-bound "
-        f"with a value above {rise:.4f} to train nevertheless.",
-        what=rise,
-        where=site,
-        field="int8_loss_bound",
+        f"with a value above {rise:.4f} to train nevertheless."
     )
+    raise RunError(text, what=rise, where=site, field="int8_loss_bound")
 
 
 def _mean(losses: Sequence[float], weights: Sequence[int]) -> float:
