@@ -129,12 +129,12 @@ def spectrum(product: Product) -> Spectrum:
     return Spectrum(Q @ u, S, vh @ P.mT)
 
 
-def truncated(found: Spectrum, rank: int) -> Product:
+def truncated(decomposed: Spectrum, rank: int) -> Product:
     """Return a product's best approximation of at most this rank in each group.   [docs/math.md (52)]
 
     The factors are B = U·S and A = Vᵀ, with the largest singular values first. Source: Eckart and Young 1936.
     """
-    return Product(found.Vh[:, :rank], found.U[:, :, :rank] * found.S[:, None, :rank])
+    return Product(decomposed.Vh[:, :rank], decomposed.U[:, :, :rank] * decomposed.S[:, None, :rank])
 
 
 def padded(product: Product, rank: int) -> Product:
@@ -174,12 +174,12 @@ def cosines(one: Tensor, other: Tensor) -> Tensor:
     return torch.linalg.svdvals(one.mT @ other).clamp(max=1.0)
 
 
-def significant(found: Spectrum) -> tuple[int, ...]:
+def significant(decomposed: Spectrum) -> tuple[int, ...]:
     """Return the numerical rank of each group: the number of singular values that exceed the rounding error."""
-    S = found.S
+    S = decomposed.S
     if S.numel() == 0:
         return (0,) * S.shape[0]
-    floor = S.max() * max(found.U.shape[1], found.Vh.shape[2]) * torch.finfo(torch.float32).eps
+    floor = S.max() * max(decomposed.U.shape[1], decomposed.Vh.shape[2]) * torch.finfo(torch.float32).eps
     return tuple(S.gt(floor).sum(1).tolist())
 
 
@@ -212,15 +212,15 @@ class RankLimit:
         return max(1, min(self.rank // shared, S.shape[1]))
 
 
-def cut(found: Spectrum, to: RankLimit, shared: int = 1) -> tuple[Product, float]:
+def cut(decomposed: Spectrum, to: RankLimit, shared: int = 1) -> tuple[Product, float]:
     """Truncate a product, given its decomposition, and return it with the fraction of the energy that was removed.
 
     `shared` is as in `RankLimit.of`.
     """
-    rank = to.of(found.S, shared)
-    energy = found.S.square()
+    rank = to.of(decomposed.S, shared)
+    energy = decomposed.S.square()
     total = float(energy.sum())
-    return truncated(found, rank), float(energy[:, rank:].sum()) / total if total else 0.0
+    return truncated(decomposed, rank), float(energy[:, rank:].sum()) / total if total else 0.0
 
 
 def sketched_spectrum(W: Tensor, probe: Tensor, iterations: int) -> Spectrum:

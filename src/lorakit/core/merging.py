@@ -300,7 +300,7 @@ def _components_apart(index: AdapterIndex, names: Sequence[str], untie: bool) ->
     apart = set()
     tables = [table.token_adapter for _, table in index.every(TrainableTokens)]
     untied = {id(layer.tied_weight) for _, layer in index.layers() if layer.tied_weight is not None}
-    untied |= {id(held) for table in tables for held in table.tied_weight}
+    untied |= {id(shared_weight) for table in tables for shared_weight in table.tied_weight}
     for _, layer in index.layers_of(names) if untie or untied else ():
         parameter = layer.source._parameters.get(layer.spec.parameter)
         shared = any(module is not layer.source for _, module in index.holders.get(identity(parameter), ()))

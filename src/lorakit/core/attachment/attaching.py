@@ -177,9 +177,9 @@ def _notes_on_residuals(index: AdapterIndex, config: LoraConfig, factors: Sequen
     return notes
 
 
-def _relative_error(found: Tensor, wanted: Tensor) -> float:
+def _relative_error(computed: Tensor, wanted: Tensor) -> float:
     smallest = torch.finfo(wanted.dtype).tiny
-    return float(torch.linalg.vector_norm(found - wanted) / torch.linalg.vector_norm(wanted).clamp_min(smallest))
+    return float(torch.linalg.vector_norm(computed - wanted) / torch.linalg.vector_norm(wanted).clamp_min(smallest))
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -372,7 +372,7 @@ def reset_factor(layer: LoraLayer, name: str, init_lora_weights: bool | str) -> 
         factor.A.copy_(A)
         factor.B.copy_(B)
         if parts.start is not None:
-            for held, tensor in parts.extra_tensors(dataclasses.replace(start, A=A, B=B)).items():
-                factor.own[held].copy_(tensor)
+            for name_in_layer, tensor in parts.extra_tensors(dataclasses.replace(start, A=A, B=B)).items():
+                factor.own[name_in_layer].copy_(tensor)
         if factor.bias is not None:
             factor.bias.zero_()

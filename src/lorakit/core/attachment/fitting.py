@@ -253,7 +253,7 @@ def _check_parts(tensors: Mapping[str, Tensor], config: LoraConfig, path: str, r
         result.check_shape(f"{path}.{names[part]}", tensors[parts[part]], shapes[part])
 
 
-def _rank(config: LoraConfig, target: TargetWeight, found: int) -> int:
+def _rank(config: LoraConfig, target: TargetWeight, in_file: int) -> int:
     """Return the expected rank of a site.
 
     If any key of `rank_pattern` is a regular expression, the result is `found` if the config contains that rank, and
@@ -264,7 +264,7 @@ def _rank(config: LoraConfig, target: TargetWeight, found: int) -> int:
         of_module = literal_value(config.rank_pattern, target.pattern_path, config.r)
         return int(literal_value(config.rank_pattern, target.path, of_module))
     except PatternError:
-        return found if found in {config.r, *config.rank_pattern.values()} else config.r
+        return in_file if in_file in {config.r, *config.rank_pattern.values()} else config.r
 
 
 def _known_extra(name: str, result: Fit) -> bool:
@@ -329,8 +329,8 @@ def _uses(
     tensors: Mapping[str, Tensor], fitted: Fit, index: AdapterIndex, auxiliary: Extras
 ) -> Iterator[tuple[str, torch.dtype]]:
     """Yield the name of each tensor and the dtype in which the model uses its values."""
-    for target, held in fitted.sites.values():
-        yield from ((name, _dtype_at(index, target)) for name in held.values())
+    for target, names in fitted.sites.values():
+        yield from ((name, _dtype_at(index, target)) for name in names.values())
     for own, name in copied_tensors(auxiliary, tensors):
         if own.is_floating_point():
             yield name, own.dtype

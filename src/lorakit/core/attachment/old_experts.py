@@ -192,12 +192,12 @@ Factors = Mapping[str, Mapping[int, tuple[Tensor, Tensor]]]
 """Old name of a part -> number of an expert -> A (r, in) and B (out, r)."""
 
 
-def _rank_and_alpha(files: AdapterFiles, path: str, sites: Sites, held: Factors) -> tuple[int, float]:
+def _rank_and_alpha(files: AdapterFiles, path: str, sites: Sites, factors: Factors) -> tuple[int, float]:
     """Return the rank of a fused parameter, and the alpha with which its scale is that of its parts."""
     rslora = files.config.use_rslora
-    rank = sum(at[0][0].shape[0] for at in held.values())
+    rank = sum(at[0][0].shape[0] for at in factors.values())
     scales = {
-        scale(held[old][number][0].shape[0], alpha_at(files, site), rslora)
+        scale(factors[old][number][0].shape[0], alpha_at(files, site), rslora)
         for old, at in sites.items()
         for number, site in at.items()
     }
@@ -211,13 +211,13 @@ def _rank_and_alpha(files: AdapterFiles, path: str, sites: Sites, held: Factors)
 
 
 def _patterns(
-    layout: ExpertsLayout, given: Mapping[str, float], values: Mapping[str, float], default: float
+    layout: ExpertsLayout, old_patterns: Mapping[str, float], values: Mapping[str, float], default: float
 ) -> dict[str, float]:
     """Return patterns with which each parameter has its value: one key for all with the same name if they agree.
 
     PEFT uses the first key that matches, and saved keys are sorted, so no parameter may match two keys.
     """
-    patterns = dict(given)
+    patterns = dict(old_patterns)
     for new in dict.fromkeys(layout.parameters.values()):
         at = {path: value for path, value in values.items() if names_path(new, path)}
         if not all(math.isclose(literal_value(patterns, path, default), value) for path, value in at.items()):
@@ -265,19 +265,19 @@ def fused_B(parts: Sequence[Sequence[Tensor]], use_rslora: bool = False) -> Tens
     return B / math.sqrt(len(parts)) if use_rslora else B
 
 
-def _modules(layout: ExpertsLayout, config: LoraConfig, found: _OldSites) -> set[str]:
+def _modules(layout: ExpertsLayout, config: LoraConfig, old_sites: _OldSites) -> set[str]:
     """Return the targets that are modules still: names that are not old ones, and the paths of other sites."""
     named, names = config.target_modules, layout.parameters
     kept = set() if named is None or isinstance(named, str) else set(named)
     kept = {entry for entry in kept if entry.rpartition(".")[2] not in names}
-    return kept | {path for path in found.modules if not any(names_path(entry, path) for entry in kept)}
+    return kept | {path for path in old_sites.modules if not any(names_path(entry, path) for entry in kept)}
 
 
 def _without_dropout(
-    files: AdapterFiles, config: LoraConfig, bare: Mapping[str, BareParameter], found: _OldSites
+    files: AdapterFiles, config: LoraConfig, bare: Mapping[str, BareParameter], old_sites: _OldSites
 ) -> list[str]:
     """Set a config's dropout to 0 if a router is adapted, whose input is not accessible, and return the warning."""
-    router = next((path for path in found.fused if len(bare[path].shape) == 2), None)
+    router = next((path for path in old_sites.fused if len(bare[path].shape) == 2), None)
     if router is None or not config.lora_dropout:
         return []
     dropout, config.lora_dropout = config.lora_dropout, 0.0
@@ -288,12 +288,12 @@ def _renamed(
     layout: ExpertsLayout,
     tensors: Mapping[str, Tensor],
     present: Mapping[str, Mapping[str, str]],
-    found: _OldSites,
+    old_sites: _OldSites,
 ) -> dict[str, Tensor]:
     """Return the tensors that are not fused, under their current names."""
     taken = {
         name
-        for sites in found.fused.values()
+        for sites in old_sites.fused.values()
         for at in sites.values()
         for site in at.values()
         for name in present[site].values()

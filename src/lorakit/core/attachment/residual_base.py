@@ -420,4 +420,4 @@ def _first_factors(path: Path, sha256: str) -> dict[str, tuple[Tensor, Tensor]]:
     if file.sha256 != sha256:
         raise file_error(path, "damaged, or from another adapter: its SHA-256 does not match lorakit.json.")
     sites = by_site(file.tensors).items()
-    return {path: (found["A"], found["B"]) for path, found in sites if {"A", "B"} <= set(found)}
+    return {path: (parts["A"], parts["B"]) for path, parts in sites if {"A", "B"} <= set(parts)}

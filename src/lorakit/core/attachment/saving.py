@@ -109,25 +109,27 @@ def converted_form(
     return _as_lora(saved_form(index, name, "raw", tensors), layers, initial)
 
 
-def _as_lora(found: SavedForm, layers: Sequence[tuple[str, LoraLayer]], initial: Mapping[str, Tensor]) -> SavedForm:
+def _as_lora(trained: SavedForm, layers: Sequence[tuple[str, LoraLayer]], initial: Mapping[str, Tensor]) -> SavedForm:
     """Convert an adapter to plain LoRA with twice the rank.
 
     `layers` has the path on disk of each site with a residual base; `initial` maps names on disk to initial factors
     (…).
     """
-    tensors = dict(found.tensors)
+    tensors = dict(trained.tensors)
     for path, layer in layers:
-        _check_plain(path, layer, found.name, found.config)
+        _check_plain(path, layer, trained.name, trained.config)
         down, up = _keys(path, layer)
         first = [initial[key] for key in (down, up) if key in initial and initial[key].shape == tensors[key].shape]
         if len(first) != 2:
             text = f"{down} is missing from the adapter that was saved before training, or has a different shape."
-            raise AdapterError(text, what=found.name, where=down)
+            raise AdapterError(text, what=trained.name, where=down)
         tensors[down], tensors[up] = as_plain(layer.spec, tensors[down], tensors[up], (first[0], first[1]))
-    wide = plain_config(found.config)
-    more = wide.lora_alpha / found.config.lora_alpha if found.config.lora_alpha else 1.0
-    sites = {path: {"r": 2 * site["r"], "lora_alpha": more * site["lora_alpha"]} for path, site in found.sites.items()}
-    return dataclasses.replace(found, tensors=tensors, config=wide, sites=sites)
+    wide = plain_config(trained.config)
+    more = wide.lora_alpha / trained.config.lora_alpha if trained.config.lora_alpha else 1.0
+    sites = {
+        path: {"r": 2 * site["r"], "lora_alpha": more * site["lora_alpha"]} for path, site in trained.sites.items()
+    }
+    return dataclasses.replace(trained, tensors=tensors, config=wide, sites=sites)
 
 
 def _check_plain(path: str, layer: LoraLayer, name: str, config: LoraConfig) -> None:
@@ -208,7 +210,7 @@ def save_as_trained(
 def save_form(
     model: nn.Module | AdapterIndex,
     folder: str | os.PathLike[str],
-    found: SavedForm,
+    saved: SavedForm,
     *,
     base_model_name_or_path: str | None = None,
     facts: JsonObject | None = None,
@@ -217,15 +219,15 @@ def save_form(
     """Write the result of `saved_form`, with the fingerprint of the model's base; see `save_adapter`."""
     checks.check_allowances(allow)
     if "nonfinite" not in allow:
-        _check_finite(found.name, found.tensors)
+        _check_finite(saved.name, saved.tensors)
     index = AdapterIndex.of(model)
-    config = _config_on_disk(index, found.config, base_model_name_or_path)
-    weights = encode(found.tensors, {"format": "pt", adapter_folder.METADATA_KEY: str(adapter_folder.FORMAT_VERSION)})
-    own = sorted({layer.kind_name for _, layer in index.layers(found.name)} & index.kinds.keys())
+    config = _config_on_disk(index, saved.config, base_model_name_or_path)
+    weights = encode(saved.tensors, {"format": "pt", adapter_folder.METADATA_KEY: str(adapter_folder.FORMAT_VERSION)})
+    own = sorted({layer.kind_name for _, layer in index.layers(saved.name)} & index.kinds.keys())
     facts = {**(facts or {}), adapter_folder.KINDS_KEY: own} if own else facts
     base = fingerprint(index, with_files=True).as_dict()
-    about = {**(facts or {}), **found.about, "base": base, "sites": found.sites}
-    return adapter_folder.write_files(Path(folder), config, weights, about, found.initial)
+    about = {**(facts or {}), **saved.about, "base": base, "sites": saved.sites}
+    return adapter_folder.write_files(Path(folder), config, weights, about, saved.initial)
 
 
 def _config_on_disk(index: AdapterIndex, config: LoraConfig, base: str | None) -> bytes:

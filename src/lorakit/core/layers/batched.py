@@ -211,14 +211,14 @@ def add_stacked(layer: StoredWeight, segments: OfRows, route: Route, x: Tensor, 
         return y0, segments
     if x.dim() < 2 or (route.kept is None and len(segments) < WORTH_A_STACK):
         return y0, segments
-    made = _stacks(layer, tuple(name for name, _ in segments), route, y0.dtype)
-    if not made.stacks:
+    stacked = _stacks(layer, tuple(name for name, _ in segments), route, y0.dtype)
+    if not stacked.stacks:
         return y0, segments
     y = _own(layer, y0)
     with without_autocast(x):
-        for stack in made.stacks:
+        for stack in stacked.stacks:
             (stack.ready.get(x.shape) or stack.made_ready(route, x)).forward(x, y)
-    return y, [segment for segment in segments if segment[0] in made.rest] if made.rest else ()
+    return y, [segment for segment in segments if segment[0] in stacked.rest] if stacked.rest else ()
 
 
 def _own(layer: StoredWeight, y0: Tensor) -> Tensor:

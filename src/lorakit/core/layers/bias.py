@@ -116,7 +116,7 @@ class BiasPatch(AdapterComponent):
 
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
         """Return the biases, keyed by name, if one of the given adapters trains them, else an empty dict."""
-        return {name: held.detach() for adapter in adapters for name, held in self.saved_tensors(adapter).items()}
+        return {name: bias.detach() for adapter in adapters for name, bias in self.saved_tensors(adapter).items()}
 
     def unload(self) -> nn.Module:
         """Keep the trained biases, remove the hook, and return the module."""

@@ -42,8 +42,8 @@ def has_marks(module: nn.Module) -> bool:
     """Return whether a module of the base has the attributes and parameters of fused experts."""
     if not all(hasattr(module, name) for name in ("is_transposed", "has_bias", "_apply_gate")):
         return False
-    held = [module._parameters.get(name) for name in _names(module)]
-    return all(weight is not None and weight.ndim == 3 and weight.is_floating_point() for weight in held)
+    weights = [module._parameters.get(name) for name in _names(module)]
+    return all(weight is not None and weight.ndim == 3 and weight.is_floating_point() for weight in weights)
 
 
 def why_not(module: nn.Module, identities: Identities, known: KnownForwards) -> str:
@@ -64,9 +64,9 @@ def why_not(module: nn.Module, identities: Identities, known: KnownForwards) -> 
 
 def _unknown(module: nn.Module, role: str, identities: Identities, known: KnownForwards) -> str:
     """Return why the source of a module is not known, or "". torch's own modules are known."""
-    found = identities.of(module)
-    is_known = bool(found.digest) and (not found.functions or known.knows(found.digest, role))
-    return "" if is_known else found.why or f"the source of {type(module).__name__} is not known"
+    source = identities.of(module)
+    is_known = bool(source.digest) and (not source.functions or known.knows(source.digest, role))
+    return "" if is_known else source.why or f"the source of {type(module).__name__} is not known"
 
 
 def shows_tokens(module: nn.Module, parameter: str) -> bool:

@@ -227,7 +227,7 @@ class LoraLayer(BaseWeight, TunerLayer):
         """Return a list of an adapter's parameters in this layer, A and B first; empty if the adapter has none."""
         if adapter not in self.r:
             return []
-        own, found = variant_named(self.variant[adapter]).parts.extras, []
+        own, parameters = variant_named(self.variant[adapter]).parts.extras, []
         for holder in map(
             self._modules.get, (*TRAINED, *{tensor.container: None for tensor in own}) if own else TRAINED
         ):
@@ -236,10 +236,10 @@ class LoraLayer(BaseWeight, TunerLayer):
                 if entry is not None:
                     for tensor in entry._parameters.values():  # empty if another layer holds a tied A or B
                         if tensor is not None:
-                            found.append(tensor)
+                            parameters.append(tensor)
             elif isinstance(holder, ParameterDict) and adapter in holder:
-                found.append(holder[adapter])
-        return found
+                parameters.append(holder[adapter])
+        return parameters
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base output plus the additions of the active adapters, (…, out), in the dtype of the base output.

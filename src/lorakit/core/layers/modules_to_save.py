@@ -207,9 +207,9 @@ def biased_modules(
         if path in saved or path.startswith(copied) or path not in adapted:
             continue
         for inner, module in _base_modules(current):
-            held = [leaf for leaf, p in module._parameters.items() if p is not None and "bias" in leaf]
+            names = [leaf for leaf, p in module._parameters.items() if p is not None and "bias" in leaf]
             # in adapted modules, PEFT trains only parameters named `bias`, not `in_proj_bias` of attention modules
-            leaves = tuple(leaf for leaf in held if bias == "all" or leaf == "bias")
+            leaves = tuple(leaf for leaf in names if bias == "all" or leaf == "bias")
             if isinstance(vars(module).get("bias"), Tensor) and weight_format_of(module).quantized:
                 text = (
                     f"{path} is stored as {weight_format_of(module).name}, so its bias is not a parameter and cannot "
@@ -286,8 +286,8 @@ def plain_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for path, part in parts.items():
         prefix = f"{path}." if path else ""
-        row, held = weight_format_of(part), {**part._parameters, **part._buffers}
+        row, tensors = weight_format_of(part), {**part._parameters, **part._buffers}
         if row.quantized:
-            held = {"weight": row.read(part, row.stored(part, "weight")), "bias": getattr(part, "bias", None)}
-        shapes.update({prefix + name: tuple(tensor.shape) for name, tensor in held.items() if tensor is not None})
+            tensors = {"weight": row.read(part, row.stored(part, "weight")), "bias": getattr(part, "bias", None)}
+        shapes.update({prefix + name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None})
     return shapes

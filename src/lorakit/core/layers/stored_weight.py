@@ -224,12 +224,12 @@ def _as_now(base: WeightFormat[Any, Any], source: nn.Module, parameter: str, sto
     return now if stored is None else stored.to(device=now.device, dtype=now.dtype)
 
 
-def give_back(owner: nn.Module, parameter: str, held: nn.Parameter, stored: Tensor) -> None:
+def give_back(owner: nn.Module, parameter: str, shared: nn.Parameter, stored: Tensor) -> None:
     """Restore the parameter that a module shared before a merge untied it, with the values `stored` (any shape).
 
     A merge may have written to `held`, and its device and dtype may differ from the model's, which `stored` has.
     """
-    same = (held.device, held.dtype) == (stored.device, stored.dtype) and torch.equal(held.detach(), stored)
+    same = (shared.device, shared.dtype) == (stored.device, stored.dtype) and torch.equal(shared.detach(), stored)
     if not same:
-        held.data = stored.detach()
-    owner._parameters[parameter] = held
+        shared.data = stored.detach()
+    owner._parameters[parameter] = shared

@@ -266,21 +266,21 @@ def _compare_samples(known: Fingerprint, present: Fingerprint, whose: str) -> Ba
     return BaseVerdict(OTHER_PRECISION, reason + weaker, warning)
 
 
-def _with_files(found: BaseVerdict, known: Fingerprint, present: Fingerprint) -> BaseVerdict:
+def _with_files(verdict: BaseVerdict, known: Fingerprint, present: Fingerprint) -> BaseVerdict:
     """Compare the weight files; a difference can add a warning but never changes the verdict."""
-    if found.verdict == DIFFERENT or not known.files or not present.files:
-        return found
+    if verdict.verdict == DIFFERENT or not known.files or not present.files:
+        return verdict
     if sorted(known.files.values()) == sorted(present.files.values()):
-        return found._replace(reason=f"{found.reason}, and the weight files are the same")
-    warning = found.warning
-    if found.verdict == SAME:
+        return verdict._replace(reason=f"{verdict.reason}, and the weight files are the same")
+    warning = verdict.warning
+    if verdict.verdict == SAME:
         doubt = (
             "the base's weight files differ from those used when the adapter was saved, although all sampled values "
             "are the same: either the base was saved again to different files, or it changed at positions that are not "
             "sampled. If the base was only saved again, ignore this warning."
         )
         warning = f"{warning} {doubt}" if warning else doubt
-    return found._replace(reason=f"{found.reason}; the weight files differ", warning=warning)
+    return verdict._replace(reason=f"{verdict.reason}; the weight files differ", warning=warning)
 
 
 def sampled_positions(mark: Fingerprint, name: str, shape: tuple[int, ...]) -> list[int]:

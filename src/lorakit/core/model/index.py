@@ -308,20 +308,20 @@ class AdapterIndex:
 
     def base(self, path: str) -> nn.Module:
         """Return the base module at a path, even if an adapted layer or a `TrainableTokens` has replaced it."""
-        standing = self.modules[path]
-        if isinstance(standing, TrainableTokens):
-            return standing.original_module
-        return standing.owner if isinstance(standing, LoraLayer) else standing
+        module = self.modules[path]
+        if isinstance(module, TrainableTokens):
+            return module.original_module
+        return module.owner if isinstance(module, LoraLayer) else module
 
     def targets(self, path: str, kind: Kind) -> list[TargetWeight]:
         """Return the weights to adapt when a target entry names a module, with the innermost layer's first."""
         owner = self.base(path)
         specs = kind.specs(owner)
-        found = [TargetWeight(path + INSIDE * depth, path, kind, spec) for depth, spec in enumerate(specs)]
+        targets = [TargetWeight(path + INSIDE * depth, path, kind, spec) for depth, spec in enumerate(specs)]
         for child in kind.inner:
             (spec,) = INNER.specs(inner_base(owner, child))
-            found.append(TargetWeight(f"{path}{INSIDE * len(specs)}.{child}", path, INNER, spec, child))
-        return found[::-1]
+            targets.append(TargetWeight(f"{path}{INSIDE * len(specs)}.{child}", path, INNER, spec, child))
+        return targets[::-1]
 
     def holder(self, target: TargetWeight) -> nn.Module:
         """Return the base module that holds a target weight."""
@@ -330,9 +330,9 @@ class AdapterIndex:
 
     def weight(self, target: TargetWeight) -> Tensor:
         """Return a base weight as it was before any merge, in canonical form (out, in) and in fp32 or wider."""
-        standing, module, parameter = self.layer(target), self.holder(target), target.spec.parameter
-        if standing is not None:
-            return standing.read()
+        layer, module, parameter = self.layer(target), self.holder(target), target.spec.parameter
+        if layer is not None:
+            return layer.read()
         base = weight_format_of(module, parameter, target.spec.as_stored)
         return base.read(module, base.stored(module, parameter))
 
@@ -341,10 +341,10 @@ class AdapterIndex:
         if target.child:
             inside = self.base(target.outer)._modules[target.child]
             return inside if isinstance(inside, LoraLayer) else None
-        standing = self.modules[target.outer]
-        while isinstance(standing, LoraLayer) and standing.spec.parameter != target.spec.parameter:
-            standing = standing.base_layer
-        return standing if isinstance(standing, LoraLayer) else None
+        module = self.modules[target.outer]
+        while isinstance(module, LoraLayer) and module.spec.parameter != target.spec.parameter:
+            module = module.base_layer
+        return module if isinstance(module, LoraLayer) else None
 
     def put(self, target: TargetWeight, make: Callable[[nn.Module], LoraLayer]) -> LoraLayer:
         """Wrap a target weight in a new layer, and return it; layers for parameters are nested in definition order."""
@@ -354,7 +354,7 @@ class AdapterIndex:
             owner._modules[target.child] = self.components[target.path] = layer
             self.parents[id(layer)] = [(owner, target.child)]
             return layer
-        standing = inside = self.modules[target.outer]
+        outermost = inside = self.modules[target.outer]
         around: LoraLayer | None = None
         while isinstance(inside, LoraLayer) and _goes_around(inside, target):
             around, inside = inside, inside.base_layer
@@ -363,7 +363,7 @@ class AdapterIndex:
             around.base_layer = layer
             self.parents[id(layer)] = [(around, "base_layer")]
         else:
-            self.replace(standing, layer)
+            self.replace(outermost, layer)
             self.modules[target.outer] = layer
         path, here = target.outer, self.modules[target.outer]
         while isinstance(here, LoraLayer):
@@ -501,10 +501,10 @@ def embedding_of(model: nn.Module, which: Literal["input", "output"] = "input") 
     """Return a model's input embedding or output head, or None if the model does not expose one."""
     getter = getattr(model, f"get_{which}_embeddings", None)
     try:
-        found = None if getter is None else getter()
+        embedding = None if getter is None else getter()
     except (AttributeError, NotImplementedError):  # which error is raised depends on the model's class
         return None
-    return found if isinstance(found, nn.Module) else None
+    return embedding if isinstance(embedding, nn.Module) else None
 
 
 def layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
@@ -514,5 +514,5 @@ def layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
 
 def trainable_block(index: AdapterIndex) -> AbstractContextManager[object]:
     """Return a context manager in which new tensors are trainable in `torch.inference_mode`; see `trainable`."""
-    held = (p for module in index.everything.values() for p in module._parameters.values() if p is not None)
-    return trainable(index.model, next(held, None))
+    parameters = (p for module in index.everything.values() for p in module._parameters.values() if p is not None)
+    return trainable(index.model, next(parameters, None))

@@ -131,8 +131,8 @@ def stacked_for(index: AdapterIndex, config: LoraConfig) -> Iterator[AdapterInde
 
 def replication_of(index: AdapterIndex) -> Replication | None:
     """Return how the layers of a model were replicated for its adapters, or None."""
-    found = (module.__dict__.get(REPLICATION) for module in index.everything.values())
-    return next((one for one in found if one is not None), None)
+    replications = (module.__dict__.get(REPLICATION) for module in index.everything.values())
+    return next((one for one in replications if one is not None), None)
 
 
 def _built(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Replication:

@@ -96,14 +96,14 @@ def targets_of(index: AdapterIndex, matches: Sequence[Match]) -> list[tuple[Matc
     Raises:
         TargetError: A module and one of its parameters are both targets of this adapter or of different adapters.
     """
-    found = []
+    pairs = []
     by_module: dict[str, list[Match]] = {}
     for match in matches:
         if match.parameter:
             by_module.setdefault(match.path, []).append(match)
         else:
-            found += [(match, target) for target in index.targets(match.path, index.kind(match.kind))]
-    whole = {target.outer for _, target in found}
+            pairs += [(match, target) for target in index.targets(match.path, index.kind(match.kind))]
+    whole = {target.outer for _, target in pairs}
     for path, named in by_module.items():
         if path in whole:
             raise _overlap_error(path, named[0].parameter, type(index.base(path)).__name__)
@@ -112,9 +112,9 @@ def targets_of(index: AdapterIndex, matches: Sequence[Match]) -> list[tuple[Matc
         named.sort(key=lambda match: order.index(match.parameter))
         for depth, match in zip(reversed(range(len(named))), named, strict=True):
             weight = TargetWeight(path + INSIDE * depth, path, PARAMETER, parameter_spec(owner, match.parameter))
-            found.append((match, weight))
-    check_overlap(index, [target for _, target in found])
-    return found
+            pairs.append((match, weight))
+    check_overlap(index, [target for _, target in pairs])
+    return pairs
 
 
 def dropout_at(config: LoraConfig, target: TargetWeight, holder: nn.Module) -> float:

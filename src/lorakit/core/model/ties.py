@@ -47,7 +47,7 @@ class TiedWeight(FactorWeight):
         return (factor.B if self.part == "A" else factor.A).T
 
 
-def with_ties(index: AdapterIndex, config: LoraConfig, found: Resolution) -> tuple[Resolution, dict[str, str]]:
+def with_ties(index: AdapterIndex, config: LoraConfig, resolution: Resolution) -> tuple[Resolution, dict[str, str]]:
     """Return the modules that a config names and, if `ensure_weight_tying` is set, the modules tied to them.
 
     Returns:
@@ -59,20 +59,20 @@ def with_ties(index: AdapterIndex, config: LoraConfig, found: Resolution) -> tup
     """
     # "all-linear" selects layers by type and excludes embeddings, so it treats a tied head as a linear layer
     is_all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
-    named = {*found.saved, *(() if is_all_linear else (match.path for match in found.matches))}
+    named = {*resolution.saved, *(() if is_all_linear else (match.path for match in resolution.matches))}
     groups = tied_groups(index, named)
     if not config.ensure_weight_tying:
-        return dataclasses.replace(found, notes=(*found.notes, *_left_alone(groups, named))), {}
+        return dataclasses.replace(resolution, notes=(*resolution.notes, *_left_alone(groups, named))), {}
     leaders: dict[str, str] = {}
-    saved, matches = list(found.saved), list(found.matches)
+    saved, matches = list(resolution.saved), list(resolution.matches)
     for leader, partners in groups.items():
         leaders |= dict.fromkeys(partners, leader)
-        if any(path in found.saved for path in (leader, *partners)):
+        if any(path in resolution.saved for path in (leader, *partners)):
             saved += [path for path in (leader, *partners) if path not in saved]
             matches = [match for match in matches if match.path not in (leader, *partners)]
         else:
             matches = _tied_matches(index, config, matches, leader, partners)
-    notes = list(found.notes)
+    notes = list(resolution.notes)
     embedding = input_embedding(index) if index.is_tied else None
     is_tied = embedding is not None and bool(sharers(index, embedding))
     if not leaders and not (config.trainable_token_indices and is_tied):
@@ -81,7 +81,7 @@ def with_ties(index: AdapterIndex, config: LoraConfig, found: Resolution) -> tup
         notes.append(Note(NOTHING_TIED, f"You have requested `ensure_weight_tying`, but {reason}."))
     order = {path: number for number, path in enumerate(index.modules)}
     saved.sort(key=order.__getitem__)
-    return dataclasses.replace(found, saved=tuple(saved), matches=tuple(matches), notes=tuple(notes)), leaders
+    return dataclasses.replace(resolution, saved=tuple(saved), matches=tuple(matches), notes=tuple(notes)), leaders
 
 
 def tied_groups(index: AdapterIndex, paths: Collection[str]) -> dict[str, list[str]]:

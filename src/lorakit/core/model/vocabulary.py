@@ -308,8 +308,8 @@ def shared_weights(index: AdapterIndex) -> list[list[str]]:
 def input_embedding(index: AdapterIndex) -> str | None:
     """Return the path of the model's input embedding in the plain base, or None if the model does not expose one."""
     module = embedding_of(index.model)
-    found = (path for path, here in index.modules.items() if module in (here, table_at(index, path)))
-    return None if module is None else next(found, None)
+    paths = (path for path, here in index.modules.items() if module in (here, table_at(index, path)))
+    return None if module is None else next(paths, None)
 
 
 def table_at(index: AdapterIndex, path: str) -> nn.Module:
@@ -319,13 +319,13 @@ def table_at(index: AdapterIndex, path: str) -> nn.Module:
 
 
 def _named(index: AdapterIndex, config: LoraConfig) -> dict[str, tuple[int, ...]]:
-    asked = config.trainable_token_indices
-    if asked is None:
+    indices_by_name = config.trainable_token_indices
+    if indices_by_name is None:
         return {}
-    if not isinstance(asked, Mapping):
-        asked = {input_embedding(index) or USUAL_NAME: asked}
+    if not isinstance(indices_by_name, Mapping):
+        indices_by_name = {input_embedding(index) or USUAL_NAME: indices_by_name}
     named: dict[str, tuple[int, ...]] = {}
-    for name, indices in asked.items():
+    for name, indices in indices_by_name.items():
         paths = [path for path in index.modules if names_path(name, path)]
         if not paths:
             names = nearest(name, [p.rpartition(".")[2] for p in index.modules], 1)

@@ -101,12 +101,12 @@ class Forwards:
         routes = {route for some in possible for route in some}
         if len(routes) == 1:
             return routes.pop()
-        found = " and ".join(sorted(route.describe() for route in routes)) or "none"
+        described = " and ".join(sorted(route.describe() for route in routes)) or "none"
         raise RouteError(
             "A backward pass is recomputing a checkpointed forward pass, but the adapter of that forward pass "
-            f"cannot be determined; candidates: {found}. Enable checkpointing with gradient_checkpointing_kwargs={{"
+            f"cannot be determined; candidates: {described}. Enable checkpointing with gradient_checkpointing_kwargs={{"
             "'use_reentrant': False, 'context_fn': lorakit.core.checkpoint_contexts(model)}.",
-            what=found,
+            what=described,
         )
 
 

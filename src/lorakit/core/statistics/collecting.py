@@ -90,10 +90,10 @@ def collect_gradients(
         RunError: A loss depends on none of the sites.
     """
     modules = _modules_at(model, paths)
-    found = {path: GradientStatistics() for path in paths}
+    by_path = {path: GradientStatistics() for path in paths}
     with torch.enable_grad(), in_mode(model, False):
         anchor = torch.zeros((), requires_grad=True)
-        collector = _Gradients(found, anchor)
+        collector = _Gradients(by_path, anchor)
         with _hooked(modules, collector.hook):
             for batch in _some(batches):
                 loss = forward(model, batch)
@@ -101,16 +101,16 @@ def collect_gradients(
                     text = "The loss depends on none of the sites whose gradients are collected."
                     raise RunError(text, field="forward")
                 torch.autograd.grad(loss, anchor, allow_unused=True)  # leaves the model's `.grad` unchanged
-                for statistics in found.values():
+                for statistics in by_path.values():
                     statistics.batches += 1
-    return found
+    return by_path
 
 
 class _Inputs:
     """Collects the inputs of modules; a tensor that several modules receive in succession is processed only once."""
 
-    def __init__(self, found: dict[str, InputStatistics], even: bool) -> None:
-        self.found, self.even = found, even
+    def __init__(self, statistics: dict[str, InputStatistics], even: bool) -> None:
+        self.statistics, self.even = statistics, even
         self.mask: Tensor | TakeRows | None = None
         self._last: tuple[weakref.ref[Tensor], int, InputStatistics] | None = None
         self._busy = False
@@ -127,7 +127,7 @@ class _Inputs:
         return take
 
     def _take(self, path: str, module: nn.Module, x: Tensor) -> None:
-        statistics = self.found[path]
+        statistics = self.statistics[path]
         if self._last is not None and self._last[0]() is x and self._last[1] == x._version and not callable(self.mask):
             statistics.merge(self._last[2])
             return
@@ -165,8 +165,8 @@ class _Inputs:
 class _Gradients:
     """Hooks module outputs, so that the backward pass can compute the gradients of the modules' weights."""
 
-    def __init__(self, found: dict[str, GradientStatistics], anchor: Tensor) -> None:
-        self.found, self.anchor = found, anchor
+    def __init__(self, statistics: dict[str, GradientStatistics], anchor: Tensor) -> None:
+        self.statistics, self.anchor = statistics, anchor
         self._busy = False
 
     def hook(self, path: str, module: nn.Module) -> Callable[..., Tensor | None]:
@@ -182,7 +182,7 @@ class _Gradients:
     def _take(self, path: str, module: nn.Module, x: Tensor, G: Tensor) -> None:
         self._busy = True
         try:
-            self.found[path].add(weight_gradient(module, x, G))
+            self.statistics[path].add(weight_gradient(module, x, G))
         finally:
             self._busy = False
 
