@@ -111,12 +111,12 @@ def copy_tokenizer(adapters: Sequence[AdapterFiles], folder: Path) -> None:
     from lorakit.durable import read_bytes, write_bytes
     from lorakit.hub import tokenizer_files
 
-    found = []
+    tokenizers = []
     for files in adapters:
         paths = tokenizer_files(files.folder)
-        found.append({path.name: read_bytes(path, LARGEST_TOKENIZER_BYTES) for path in paths})
-    if all(other == found[0] for other in found):
-        for name, content in found[0].items():
+        tokenizers.append({path.name: read_bytes(path, LARGEST_TOKENIZER_BYTES) for path in paths})
+    if all(other == tokenizers[0] for other in tokenizers):
+        for name, content in tokenizers[0].items():
             write_bytes(folder / name, content)
 
 

@@ -48,11 +48,13 @@ def run(
         else:
             console.say(_pairs_text(pairs))
         return
-    found = core.compare_folders(*folders)
+    comparison = core.compare_folders(*folders)
     if json:
-        console.emit_json({**asdict(found), "dora": "DoRA" in found.in_part, "groups": list(_groups(found))})
+        console.emit_json(
+            {**asdict(comparison), "dora": "DoRA" in comparison.in_part, "groups": list(_groups(comparison))}
+        )
     else:
-        console.say(_text(found))
+        console.say(_text(comparison))
 
 
 def _pair(found: Comparison) -> dict[str, Any]:

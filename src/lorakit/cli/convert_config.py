@@ -37,14 +37,14 @@ def run(
     from lorakit.durable import write_text
     from lorakit.train.settings.conversion.converting import convert_file  # imports pydantic
 
-    found = convert_file(file)
+    conversion = convert_file(file)
     if output is not None:
-        write_text(output, found.text())
+        write_text(output, conversion.text())
     if json:
-        console.emit_json({**asdict(found), "source": str(found.source), "output": output and str(output)})
+        console.emit_json({**asdict(conversion), "source": str(conversion.source), "output": output and str(output)})
     elif output is None:
-        console.say(found.text().rstrip())
+        console.say(conversion.text().rstrip())
     else:
-        console.say(f"{output}: settings for lorakit train, converted from the {found.tool} file {file}")
-        for line in found.lines():
+        console.say(f"{output}: settings for lorakit train, converted from the {conversion.tool} file {file}")
+        for line in conversion.lines():
             console.say(f"  {line}")

@@ -105,18 +105,18 @@ def run(
 
     names = task.target.names if task.task.unit == "row" else ()
     with working("tokenizing"):
-        found = measure(parts, tokenizer, length, encode, show, shown, names)
+        quality = measure(parts, tokenizer, length, encode, show, shown, names)
     if task.note:
         console.note(task.note)
     if flags.html is not None:
         from lorakit.data.page import write_page
 
-        write_page(flags.html, files, found, parts.note)
+        write_page(flags.html, files, quality, parts.note)
     if json:
-        console.emit_json(found.as_dict())
+        console.emit_json(quality.as_dict())
     else:
-        _print(found, parts.note, flags)
-    found.report.check_end()
+        _print(quality, parts.note, flags)
+    quality.report.check_end()
 
 
 ROWS_ON_PAGE = 50

@@ -115,16 +115,16 @@ def run(
     Returns:
         The exit code: 1 if a required package is missing, else 0.
     """
-    found = examine(quick=quick)
-    hints = advice(found)
+    findings = examine(quick=quick)
+    hints = advice(findings)
     if json:
         console.emit_json(
-            {"lorakit": __version__, "python": platform.python_version(), **asdict(found), "advice": hints}
+            {"lorakit": __version__, "python": platform.python_version(), **asdict(findings), "advice": hints}
         )
     else:
-        shown = hints if verbose else [hint for hint in hints if hint not in _about_scripts(found)]
-        console.say(_text(found, shown, verbose))
-    return 1 if any(found.packages[name] is None for name in REQUIRED) else 0
+        shown = hints if verbose else [hint for hint in hints if hint not in _about_scripts(findings)]
+        console.say(_text(findings, shown, verbose))
+    return 1 if any(findings.packages[name] is None for name in REQUIRED) else 0
 
 
 def examine(*, quick: bool) -> Findings:
@@ -297,15 +297,15 @@ def _cuda_kernels() -> Mapping[str, str]:
 
     from lorakit.ops.kernels import triton
 
-    found, kinds = {}, set()
+    kernels, kinds = {}, set()
     for index in range(torch.cuda.device_count()):
         kind = torch.cuda.get_device_properties(index).name
         if kind not in kinds:
             why = triton.failure_on(torch.device("cuda", index))
             reason = textwrap.shorten(why, LONGEST_REASON, placeholder=" …")
-            found[f"cuda:{index}"] = f"PyTorch's operations ({reason})" if why else "kernels compiled by Triton"
+            kernels[f"cuda:{index}"] = f"PyTorch's operations ({reason})" if why else "kernels compiled by Triton"
         kinds.add(kind)
-    return found
+    return kernels
 
 
 def _speed(*, measure: bool) -> tuple[Mapping[str, Any] | None, Mapping[str, str]]:

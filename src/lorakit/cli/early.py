@@ -106,10 +106,10 @@ def _contained(folder: Path) -> str:
     """Return a sentence with the adapters, checkpoints and runs in a directory, the newest first, or ""."""
     from lorakit.config import CONFIG_FILE
 
-    found = [path for pattern in ("*", "*/adapter") for path in folder.glob(f"{pattern}/{CONFIG_FILE}")]
-    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    names = [str(path.parent.parent if path.parent.name == "adapter" else path.parent) for path in found[:3]]
-    more = f" or one of {len(found) - len(names)} more" if len(found) > len(names) else ""
+    folders = [path for pattern in ("*", "*/adapter") for path in folder.glob(f"{pattern}/{CONFIG_FILE}")]
+    folders.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    names = [str(path.parent.parent if path.parent.name == "adapter" else path.parent) for path in folders[:3]]
+    more = f" or one of {len(folders) - len(names)} more" if len(folders) > len(names) else ""
     return f" It contains adapters; pass {', '.join(names)}{more}." if names else ""
 
 
@@ -162,7 +162,7 @@ def check_sampling(temperature: float, top_p: float, top_k: int, seed: int) -> N
 def _similar(path: Path) -> str:
     """Return text that suggests similar names in the same directory, or an empty string."""
     try:
-        found = nearest(path.name, [other.name for other in path.parent.iterdir()])
+        names = nearest(path.name, [other.name for other in path.parent.iterdir()])
     except OSError:
         return f" {path.parent} does not exist either."
-    return f" Did you mean {' or '.join(str(path.with_name(name)) for name in found)}?" if found else ""
+    return f" Did you mean {' or '.join(str(path.with_name(name)) for name in names)}?" if names else ""

@@ -71,12 +71,12 @@ def run(
             if seen is not None:
                 console.note(seen)
         rows = EvalRows(records, flags.labels.options(), spec.max_length(flags.max_length), flags.batch_size)
-        found = compare(spec, rows, console.note, console.note if verbose else console.quiet)
+        evaluations = compare(spec, rows, console.note, console.note if verbose else console.quiet)
     if json:
-        results = [{"name": name, **_values(one)} for name, one in found]
+        results = [{"name": name, **_values(one)} for name, one in evaluations]
         console.emit_json({"model": spec.source.given, "data": flags.data, "results": results})
         return
-    console.say(_table(found))
+    console.say(_table(evaluations))
 
 
 def _values(one: Evaluation) -> dict[str, Any]:

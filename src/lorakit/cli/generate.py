@@ -118,8 +118,8 @@ def run(
     --verbose adds the token count and speed of each answer, and whether the adapter was merged first.
     """
     base = _check(flags)
-    found = early.adapter_folders(flags.adapter or ())
-    flags = replace(flags, adapter=[*found])
+    folders = early.adapter_folders(flags.adapter or ())
+    flags = replace(flags, adapter=[*folders])
     quantization = stored_as(flags.quantization, flags.double_quantization)
     tools = read_tools(flags.tools) if flags.tools else ()
     prompts: list[str | Conversation] = [*read_chats(flags.messages or ())]
@@ -137,7 +137,7 @@ def run(
     allowed = adapters.overridden(asdict(allow))
     revision = flags.revision if base is None else None  # the name of a given base has it
     options = SessionOptions(flags.dtype, flags.device, quantization, flags.base_matmul, allowed, revision)
-    files = enumerate(adapters.read_adapters([*found.values()]), start=1)
+    files = enumerate(adapters.read_adapters([*folders.values()]), start=1)
     numbered = {f"adapter_{number}": one for number, one in files}
     spec = session_spec(base, numbered, options, CAUSAL_LM.name, console.note)
     spec.check_generates()
@@ -151,7 +151,7 @@ def run(
     names: list[str | None] = [*numbered]
     if flags.base or len(names) != 1:
         names.insert(0, None)
-    labels: dict[str | None, str] = {None: "base", **dict(zip(numbered, found, strict=True))}
+    labels: dict[str | None, str] = {None: "base", **dict(zip(numbered, folders, strict=True))}
     if len(names) == 1:
         _merge(session, flags, len(prompts), labels[names[0]], console.note if verbose else console.quiet)
     console.remarks(session.remarks[len(spec.remarks) :])
@@ -210,8 +210,8 @@ def _check(flags: Flags) -> str | None:
         text = f"--base-matmul int8 cannot be combined with {other}, which also changes the base; omit one of them."
         raise UsageError(text, field="base_matmul")
     if flags.merged and (flags.base or len(flags.adapter or ()) != 1):
-        found = "there are several answers" if flags.adapter else "there is no adapter"
-        text = f"--merged needs exactly one adapter and no other answer, but {found}; omit --merged."
+        problem = "there are several answers" if flags.adapter else "there is no adapter"
+        text = f"--merged needs exactly one adapter and no other answer, but {problem}; omit --merged."
         raise UsageError(text, field="merged")
     return base
 

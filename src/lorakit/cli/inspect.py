@@ -56,15 +56,15 @@ def run(
     folders = adapter_folders(adapters).values()
     from lorakit.core import inspect_adapter
 
-    found = [(inspect_adapter(folder), _file_sizes(Path(folder))) for folder in folders]
+    inspected = [(inspect_adapter(folder), _file_sizes(Path(folder))) for folder in folders]
     if brief:
-        _show_differences([summary for summary, _ in found], json)
+        _show_differences([summary for summary, _ in inspected], json)
     elif json:
-        documents = [as_dict(summary, sizes) for summary, sizes in found]
+        documents = [as_dict(summary, sizes) for summary, sizes in inspected]
         console.emit_json(documents if len(documents) > 1 else documents[0])
     else:
-        console.say("\n\n".join(_text(summary, sizes, verbose) for summary, sizes in found))
-    return 1 if any(summary.findings for summary, _ in found) else 0
+        console.say("\n\n".join(_text(summary, sizes, verbose) for summary, sizes in inspected))
+    return 1 if any(summary.findings for summary, _ in inspected) else 0
 
 
 def _file_sizes(folder: Path) -> dict[str, int]:

@@ -54,17 +54,17 @@ def run(
     early.check_choice("sort", sort, tuple(SORTS))
     if not folder.is_dir():
         raise AdapterFileError(f"{folder}: directory not found.", where=folder)
-    found = [_described(folder, path) for path in sorted(set(_folders(folder)), key=_title)]
-    if not found:
+    entries = [_described(folder, path) for path in sorted(set(_folders(folder)), key=_title)]
+    if not entries:
         text = f"{folder}: no adapters found; an adapter's directory contains {CONFIG_FILE}."
         raise AdapterFileError(text, where=folder)
-    found.sort(key=lambda one: (SORTS[sort](one) is None, SORTS[sort](one) or 0))
+    entries.sort(key=lambda one: (SORTS[sort](one) is None, SORTS[sort](one) or 0))
     if json:
-        console.emit_json(found)
+        console.emit_json(entries)
         return
     head = ["adapter", "base", "rate", "steps", "data", "loss: base → adapter"]
-    console.say(console.table(head, [_row(one) for one in found]))
-    for one in found:
+    console.say(console.table(head, [_row(one) for one in entries]))
+    for one in entries:
         if reason := one.get("error") or one.get("failure"):
             console.warning(f"{one['adapter']}: {reason}")
 
@@ -178,8 +178,8 @@ def _row(one: Mapping[str, Any]) -> list[str]:
     more = f" +{len(data) - 1}" if len(data) > 1 else ""
     losses, state = [one.get(key) for key in ("base_loss", "eval_loss")], one.get("status")
     measured = " → ".join(f"{loss:.4f}" if isinstance(loss, int | float) else "–" for loss in losses)
-    found = [measured] if losses != [None, None] else []
-    shown = [*found, *([] if state in FINISHED else [f"({state})" if found else str(state)])]
+    parts = [measured] if losses != [None, None] else []
+    shown = [*parts, *([] if state in FINISHED else [f"({state})" if parts else str(state)])]
     return [
         _end(name, 20),
         _end(Path(str(one.get("base_model") or "")).name, 14),

@@ -100,21 +100,21 @@ def run(
 
 def merge_warnings(done: Merged, probe: Probe) -> list[str]:
     """Return warnings about a completed merge and its comparison with the unmerged base and adapters."""
-    found = []
+    warnings = []
     if done.report.retained < LITTLE_RETAINED:
-        found.append(
+        warnings.append(
             f"only {format_percent(done.report.retained, 0)} of the adapter's update is retained in {done.dtype} "
             "weights; the rest is too small for that precision. Pass --dtype float32 to keep it."
         )
     if probe.max_difference > LARGE_DIFFERENCE * probe.effect:
-        found.append(
+        warnings.append(
             f"the merged model's logits differ from those of the unmerged model by up to {probe.max_difference:.2g}, "
             f"while the adapters change the base's logits by up to {probe.effect:.2g}, so most of their effect is "
             "lost. --dtype float32 may preserve it."
         )
     if not done.has_tokenizer:
-        found.append("neither the model nor the adapters have a tokenizer, so none was written.")
-    return found
+        warnings.append("neither the model nor the adapters have a tokenizer, so none was written.")
+    return warnings
 
 
 def _reject_quantized_files(model: str, stored: Quantization | None, wanted: Quantization | None) -> None:

@@ -299,11 +299,11 @@ def _limited(planned: Plan, job: JobFlags) -> tuple[Plan, list[str]]:
 
     if job.fit is not None:
         limit = bytes_of(job.fit)
-        made = fitting(planned, limit)[0]
-        return made, [describe(made, limit)]
+        chosen = fitting(planned, limit)[0]
+        return chosen, [describe(chosen, limit)]
     if job.memory_budget is not None:
-        made, reason = within(planned, bytes_of(job.memory_budget))
-        return made, [reason]
+        chosen, reason = within(planned, bytes_of(job.memory_budget))
+        return chosen, [reason]
     return planned, []
 
 

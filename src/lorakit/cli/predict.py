@@ -83,8 +83,8 @@ def run(
     rows = session.predictions(encoded, ADAPTER if named else None, flags.max_new_tokens)
     if flags.output_file is None and json:
         with working("predicting"):
-            found = list(rows)
-        console.emit_json({"predictions": found})
+            predictions = list(rows)
+        console.emit_json({"predictions": predictions})
         return
     count = 0
     with working("predicting"):

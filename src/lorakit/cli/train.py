@@ -234,14 +234,14 @@ def _launch(nproc: int, settings: TrainSettings, command: Command) -> int:
 
 def _arguments(given: Mapping[str, Any]) -> list[str]:
     """Return the flags that were given as arguments of a command."""
-    found = []
+    arguments = []
     for name, value in given.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
-            found.append(f"--{flag}" if value else f"--no-{flag}")
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
-            found += [f"--{flag}={one}" for one in (value if isinstance(value, (list, tuple)) else [value])]
-    return found
+            arguments += [f"--{flag}={one}" for one in (value if isinstance(value, (list, tuple)) else [value])]
+    return arguments
 
 
 def _train(settings: TrainSettings, *, json: bool, verbose: bool, is_silent: bool = False) -> int:

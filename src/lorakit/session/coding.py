@@ -77,25 +77,25 @@ class Coding:
         Raises:
             DataError: An adapter's tokenizer, or the base's if it is used, cannot render the data.
         """
-        found = {name: self.batches(own) for name, own in owned.items() if own is not None}
+        by_tokenizer = {name: self.batches(own) for name, own in owned.items() if own is not None}
         try:
             base = self.batches(tokenizer)
         except DataError as cause:
-            if not found or len(found) < len(owned):
+            if not by_tokenizer or len(by_tokenizer) < len(owned):
                 raise
             base = None
             say(f"The base is not measured, because only the adapter's tokenizer renders the data. {cause}")
-        report = (base or next(iter(found.values())))[1]
+        report = (base or next(iter(by_tokenizer.values())))[1]
         total, *losses = report.lines()
         detail(f"data: {total}")
         few = few_rows(report.sequences, self.task.target.kind == "class", "Measure more rows.")
         for line in [*losses, *filter(None, [few])]:
             say(line)
-        for name in found if base is not None else ():
+        for name in by_tokenizer if base is not None else ():
             own = f"{name}: the adapter has its own tokenizer"
             say(f"{own}, so its loss is measured over different tokens than the base's.")
         shared = {} if base is None else dict.fromkeys(owned, base)
-        return base and base[0], {name: batches for name, (batches, _) in {**shared, **found}.items()}
+        return base and base[0], {name: batches for name, (batches, _) in {**shared, **by_tokenizer}.items()}
 
     def batches(self, tokenizer: Tokenizer) -> tuple[Batches, Report]:
         """Return a function that returns the batches, and the counts of the data."""
@@ -125,14 +125,14 @@ def usual_length(records: AnyRecords, tokenizer: Tokenizer, task: TaskOnData) ->
     Raises:
         DataError: A row cannot be encoded.
     """
-    least, options, found = SHORTEST_LENGTH, EncodeOptions(_WHOLE, is_labeled=False), list[int]()
+    least, options, sizes = SHORTEST_LENGTH, EncodeOptions(_WHOLE, is_labeled=False), list[int]()
     for at in range(0, len(records), max(1, -(-len(records) // SAMPLED_ROWS))):
         record = records[at]
         if isinstance(record, Document):
             least = ASSUMED_LENGTH
         else:
-            found += [len(row) for row in task.task.encode_one(record, tokenizer, task.target, options)]
-    return max(least, percentile(found) if found else ASSUMED_LENGTH)
+            sizes += [len(row) for row in task.task.encode_one(record, tokenizer, task.target, options)]
+    return max(least, percentile(sizes) if sizes else ASSUMED_LENGTH)
 
 
 def percentile(sizes: Sequence[int]) -> int:

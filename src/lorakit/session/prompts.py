@@ -106,13 +106,13 @@ def _chat_ids(chat: Conversation, tokenizer: Tokenizer) -> list[int]:
     """Render a conversation with the generation prompt, as in training, and return its token ids."""
     options: dict[str, Any] = {"tools": list(chat.tools) or None, "add_generation_prompt": True, **chat.options}
     try:
-        found = tokenizer.apply_chat_template(chat.as_dicts(), return_dict=True, **options)
+        encoded = tokenizer.apply_chat_template(chat.as_dicts(), return_dict=True, **options)
         text = tokenizer.apply_chat_template(chat.as_dicts(), tokenize=False, **options)
     except Exception as cause:  # a template is untrusted code and may raise anything
         advice = "" if len(chat.messages) > 2 or chat.tools else "; try --no-chat"
         raise UsageError(f"The chat template rejects this prompt ({cause}){advice}.", field="chat") from cause
     check_rendered(chat, tokenizer, text)
-    return list(found["input_ids"])
+    return list(encoded["input_ids"])
 
 
 def end_ids(model: nn.Module, tokenizer: Tokenizer, form: str) -> set[int]:

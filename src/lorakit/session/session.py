@@ -353,10 +353,10 @@ class Session:
                 share = measure(self.model, enumerate(batches), self.device, acceleration, self.spec.task.objective)
             finally:
                 acceleration.undo()  # the next adapter may add embedding rows to the base
-        found = combined([share])
-        if found is None:  # for the type checker only: nothing stops this evaluation
+        evaluation = combined([share])
+        if evaluation is None:  # for the type checker only: nothing stops this evaluation
             raise RunError("The evaluation was stopped.", field="data")
-        return found
+        return evaluation
 
     def evaluate(
         self,
@@ -461,8 +461,8 @@ class Session:
                     torch.inference_mode(),
                     oom_as_run_error(batch, " while predicting", oom_advice_for_evaluation),
                 ):
-                    found = run(self.model, batch, records, context)
-                for record, values in zip(records, found, strict=True):
+                    predicted = run(self.model, batch, records, context)
+                for record, values in zip(records, predicted, strict=True):
                     yield {"source": record.source, "line": record.line, **values}
         finally:
             acceleration.undo()

@@ -32,14 +32,14 @@ def recorded_base(folder: Path, config: LoraConfig, facts: Mapping[str, Any]) ->
     Raises:
         UsageError: The adapter does not name its base.
     """
-    found = hub.base_named(config.base_model_name_or_path, facts.get("base_name"), folder)
-    if found is None:
+    base = hub.base_named(config.base_model_name_or_path, facts.get("base_name"), folder)
+    if base is None:
         raise UsageError(
             f"{folder}: the adapter does not name its base (base_model_name_or_path); pass --model.",
             where=folder,
             field="model",
         )
-    return found
+    return base
 
 
 def resolve_base(base: str, given: str | None, adapter: object, say: Callable[[str], None]) -> hub.ModelSource:
@@ -79,18 +79,18 @@ def task_of(adapters: Sequence[AdapterFiles]) -> TaskOnData:
 
 def _label_map(adapters: Sequence[AdapterFiles], tasks: Sequence[TaskOnData]) -> dict[str, str]:
     """Return the label maps of adapters as one; a label that they rename differently is an error."""
-    found = dict[str, str]()
+    names = dict[str, str]()
     for files, task in zip(adapters, tasks, strict=True):
         for name, known in task.target.label_map.items():
-            if found.setdefault(name, known) != known:
+            if names.setdefault(name, known) != known:
                 raise UsageError(
-                    f"{files.folder}: reads the label {name!r} as {known!r}, but another adapter as {found[name]!r}; "
+                    f"{files.folder}: reads the label {name!r} as {known!r}, but another adapter as {names[name]!r}; "
                     "measure them in separate calls.",
                     what=name,
                     where=files.folder,
                     field="adapter",
                 )
-    return found
+    return names
 
 
 def _described(task: TaskOnData) -> str:
@@ -192,17 +192,17 @@ class SessionSpec:
         """What the user should know before the session is used; reads the tokenizer."""
         wanted = self.options.stored
         now = "not quantized" if wanted is None else f"quantized as {wanted.name}"
-        found = list[Remark]()
+        remarks = list[Remark]()
         with contextlib.suppress(ModelError):  # whoever needs the tokenizer gets the error
-            found += [Remark(self._tokenizer[1], is_warning=True)] if self._tokenizer[1] else []
+            remarks += [Remark(self._tokenizer[1], is_warning=True)] if self._tokenizer[1] else []
         for files in self.files:
             training = files.sidecar.facts.get("training")
             stored = training.get("quantization") if isinstance(training, dict) else None
             method = stored.get("method") if isinstance(stored, dict) else None
             if method is not None and (wanted is None or method != wanted.name):
                 text = f"{files.folder}: trained on a base quantized as {method}, but this base is {now}; "
-                found.append(Remark(f"{text}pass --quantization {method} to use the same weights as in training."))
-        return tuple(found)
+                remarks.append(Remark(f"{text}pass --quantization {method} to use the same weights as in training."))
+        return tuple(remarks)
 
     def on_machine(self, say: Callable[[str], None] = lambda text: None) -> SessionSpec:
         """Return the spec with the machine's dtype in place of "auto", as in training; `say` receives the reason."""

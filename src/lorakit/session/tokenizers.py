@@ -40,12 +40,12 @@ def tokenizer_for(source: hub.ModelSource, adapters: Sequence[AdapterFiles]) -> 
     Raises:
         ModelError: Neither the model nor the adapters have a tokenizer, or the tokenizer cannot be read.
     """
-    found = [own for files in adapters if (own := hub.adapter_tokenizer(files.folder)) is not None]
-    distinct = {(hub.tokenizer_hash(own), hub.chat_template_hash(own)): own for own in found}
+    saved = [own for files in adapters if (own := hub.adapter_tokenizer(files.folder)) is not None]
+    distinct = {(hub.tokenizer_hash(own), hub.chat_template_hash(own)): own for own in saved}
     largest = _largest(list(distinct.values()))
     if largest is not None:
         return largest, ""
-    warning = "the adapters have different tokenizers or chat templates; using the model's tokenizer." if found else ""
+    warning = "the adapters have different tokenizers or chat templates; using the model's tokenizer." if saved else ""
     return hub.load_tokenizer(source), warning
 
 
@@ -66,20 +66,20 @@ def own_tokenizer(folder: Path, tokenizer: data.Tokenizer) -> SavedTokenizer | N
     Raises:
         ModelError: The tokenizer cannot be read.
     """
-    found = hub.adapter_tokenizer(folder)
-    if found is None:
+    saved = hub.adapter_tokenizer(folder)
+    if saved is None:
         return None
-    same = hub.tokenizer_hash(found) == hub.tokenizer_hash(tokenizer)
-    return None if same and hub.chat_template_hash(found) == hub.chat_template_hash(tokenizer) else found
+    same = hub.tokenizer_hash(saved) == hub.tokenizer_hash(tokenizer)
+    return None if same and hub.chat_template_hash(saved) == hub.chat_template_hash(tokenizer) else saved
 
 
 def common_tokenizer(source: hub.ModelSource, folders: Iterable[Path]) -> SavedTokenizer:
     """Return the base's tokenizer, with the adapters' chat template if that alone differs and all have the same."""
     tokenizer = hub.load_tokenizer(source)
-    found = [own_tokenizer(folder, tokenizer) for folder in folders]
-    owned = [own for own in found if own is not None and hub.tokenizer_hash(own) == hub.tokenizer_hash(tokenizer)]
+    saved = [own_tokenizer(folder, tokenizer) for folder in folders]
+    owned = [own for own in saved if own is not None and hub.tokenizer_hash(own) == hub.tokenizer_hash(tokenizer)]
     templates = {hub.chat_template_hash(own) for own in owned}
-    return owned[0] if len(owned) == len(found) and len(templates) == 1 else tokenizer
+    return owned[0] if len(owned) == len(saved) and len(templates) == 1 else tokenizer
 
 
 def training_tokenizer(

@@ -153,8 +153,8 @@ def finish(run: Run) -> RunResult:
     folder, state, notes = run.spec.folder, run.state, list(run.notes)
     adapter = step = resumable = original = None
     if run.status == "interrupted":
-        found = checkpoint.newest_valid(folder)
-        resumable = None if found is None else run_folder.step_of(found)
+        newest = checkpoint.newest_valid(folder)
+        resumable = None if newest is None else run_folder.step_of(newest)
     else:
         step, source = _chosen(run, notes)
         adapter = publish_adapter(folder, source)
@@ -248,13 +248,13 @@ def _on_original_weights(run: Run, notes: list[str]) -> float | None:
     if run.loaded.acceleration is not None:
         run.loaded.acceleration.undo()
     run.loaded.int8.restore(run.loaded.model)
-    found = evaluate(run.loaded.model, run.batches.held_out(), run.spec.device, objective=run.spec.task.objective)
-    if found is None:  # for the type checker only: nothing stops this evaluation
+    evaluation = evaluate(run.loaded.model, run.batches.held_out(), run.spec.device, objective=run.spec.task.objective)
+    if evaluation is None:  # for the type checker only: nothing stops this evaluation
         return None
     state = run.state
     in_int8 = f" (in int8: {state.last_loss:.4f})" if state.last_loss and state.evaluated_step == state.step else ""
-    notes.append(f"Evaluation loss of step {state.step} on the original weights: {found.loss:.4f}{in_int8}.")
-    return found.loss
+    notes.append(f"Evaluation loss of step {state.step} on the original weights: {evaluation.loss:.4f}{in_int8}.")
+    return evaluation.loss
 
 
 def _chosen(run: Run, notes: list[str]) -> tuple[int, Path]:
@@ -269,10 +269,10 @@ def _chosen(run: Run, notes: list[str]) -> tuple[int, Path]:
         if run_folder.adapter_only_path(folder, wanted) in alone:
             return wanted, run_folder.adapter_only_path(folder, wanted)
         valid = checkpoint.newest_valid(folder)
-        found = [*([valid] if valid else []), *alone]
-        if not found:
+        saved = [*([valid] if valid else []), *alone]
+        if not saved:
             raise
-        path = max(found, key=run_folder.step_of)
+        path = max(saved, key=run_folder.step_of)
         notes.append(f"{cause} {run_folder.ADAPTER_FOLDER}/ was copied from {path.name} instead.")
         return run_folder.step_of(path), path
     return wanted, whole

@@ -133,15 +133,15 @@ def metrics_at(run: Run, *steps: int | None) -> list[dict[str, float | None]]:
     """
     names = run.spec.task.task.summary
     rows = {row["step"]: row for row in read_metrics(run.spec.folder).evaluations} if names else {}
-    found = [rows.get(step, {}) for step in steps]
-    return [{name: row[f"eval_{name}"] for name in names if f"eval_{name}" in row} for row in found]
+    at_steps = [rows.get(step, {}) for step in steps]
+    return [{name: row[f"eval_{name}"] for name in names if f"eval_{name}" in row} for row in at_steps]
 
 
 def undefined_at(run: Run, step: int | None) -> list[str]:
     """Return a sentence for each metric that the evaluation at a step does not define, with the reason."""
     rows = {row["step"]: row for row in read_metrics(run.spec.folder).evaluations}
-    found = rows.get(step, {}).get("eval_undefined", {})
-    return [f"The metric {name} is undefined: {reason}." for name, reason in found.items()]
+    reasons = rows.get(step, {}).get("eval_undefined", {})
+    return [f"The metric {name} is undefined: {reason}." for name, reason in reasons.items()]
 
 
 def adapter_metadata(run: Run) -> dict[str, Any]:

@@ -77,9 +77,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no settings found; expected lines such as `learning_rate: 3e-4`.", where=path)
     if len(content) > MOST_KEYS:
         raise ConfigError(f"{path}: {len(content):,} settings; at most {MOST_KEYS:,} are read.", where=path)
-    found = problem_in(content, is_json=False)
-    if found is not None:
-        raise ConfigError(f"{path}: {found[0].removeprefix('.')} {found[1]}.", where=path)
+    problem = problem_in(content, is_json=False)
+    if problem is not None:
+        raise ConfigError(f"{path}: {problem[0].removeprefix('.')} {problem[1]}.", where=path)
     return content
 
 
@@ -154,12 +154,12 @@ def gather(given: Mapping[str, Any], file: str | Path | None = None) -> TrainSet
 
 def _without_aliases(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return settings with the full name in place of each alias."""
-    found = {ALIASES.get(name, name): value for name, value in values.items()}
+    named = {ALIASES.get(name, name): value for name, value in values.items()}
     twice = [name for name in values if name in ALIASES and ALIASES[name] in values]
     if twice:
         text = f"{where}{twice[0]} and {ALIASES[twice[0]]} are the same setting; omit one of them."
         raise ConfigError(text, what=twice[0], field=ALIASES[twice[0]])
-    return found
+    return named
 
 
 def complete(settings: TrainSettings) -> TrainSettings:

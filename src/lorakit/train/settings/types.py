@@ -189,10 +189,10 @@ def ranges_of(value: Given) -> list[Any]:
     words = one_or_many(value)
     if not isinstance(words, list):
         raise ValueError("it must be a list of ranges, such as 0:16 8:24")
-    found = [word.split(":") if isinstance(word, str) else list(word) for word in words]
-    if not all(len(pair) == 2 and all(isinstance(one, int) or str(one).isdigit() for one in pair) for pair in found):
+    pairs = [word.split(":") if isinstance(word, str) else list(word) for word in words]
+    if not all(len(pair) == 2 and all(isinstance(one, int) or str(one).isdigit() for one in pair) for pair in pairs):
         raise ValueError("each range must be FIRST:END, such as 0:16")
-    return [[int(first), int(end)] for first, end in found]
+    return [[int(first), int(end)] for first, end in pairs]
 
 
 def part_of(value: Given) -> Given:

@@ -141,8 +141,8 @@ def fit_plan(
                 _disable_checkpointing(probe.model)
             now = candidate.job.recompute
             current = arrange(probe.model, now, spec.settings, progress)
-        job, made = candidate.job, RunPlan.of(candidate, spec.settings.fit)
-        peak = probe.peak_bytes(job.batch_rows, job.accumulation > 1, step_options(spec, made, current))
+        job, plan_of_job = candidate.job, RunPlan.of(candidate, spec.settings.fit)
+        peak = probe.peak_bytes(job.batch_rows, job.accumulation > 1, step_options(spec, plan_of_job, current))
         return max(spec.processes.exchange(peak))
 
     limit = bytes_of(spec.settings.fit or "")
@@ -174,7 +174,7 @@ class Probe:
         before = _begin(options.device)
         try:
             with _unchanged(self.model, self.named), choices.activate(self.choices):
-                held = [
+                moments = [
                     torch.ones_like(p, requires_grad=False) for _, p in self.named for _ in ("exp_avg", "exp_avg_sq")
                 ]
                 for _ in range(1 + accumulates):
@@ -184,7 +184,7 @@ class Probe:
                         with options.computing():
                             loss = options.loss(self.model, batch, options.device, options.acceleration)
                         (loss / batch.trained_tokens).backward()
-                del held
+                del moments
                 return _peak(options.device, before)
         except RunError:
             return 1 << 62
@@ -210,9 +210,9 @@ def settle(proposed: Sequence[Plan], limit_bytes: int, measure: Callable[[Plan],
 
 def longest_rows(parts: Sequence[Sequence[Tokens]], count: int) -> list[Tokens]:
     """Return the `count` longest sequences of several data sets, longest first."""
-    found = [(size, part, index) for part in parts for index, size in enumerate(lengths(part))]
-    found.sort(key=lambda entry: entry[0], reverse=True)
-    return [part[index] for _, part, index in found[:count]]
+    rows = [(size, part, index) for part in parts for index, size in enumerate(lengths(part))]
+    rows.sort(key=lambda entry: entry[0], reverse=True)
+    return [part[index] for _, part, index in rows[:count]]
 
 
 def _longest(rows: Sequence[Tokens], pad_id: int, task: TaskOnData) -> Batch:

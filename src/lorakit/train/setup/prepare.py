@@ -52,21 +52,21 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     limits, plan = _planned(spec, batches, progress)
     parallel = choose_parallel(spec, plan.estimated)
     device = spec.device if parallel is None else parallel.loading_device
-    found = _newest_checkpoint(spec, progress)
-    model, base_bytes, notes = _adapted(spec, plan, device, batches.loader, found.path, progress)
-    loaded = _computing(model, base_bytes, spec, plan, batches.loader, found, progress)
+    resumed = _newest_checkpoint(spec, progress)
+    model, base_bytes, notes = _adapted(spec, plan, device, batches.loader, resumed.path, progress)
+    loaded = _computing(model, base_bytes, spec, plan, batches.loader, resumed, progress)
     loaded = dataclasses.replace(loaded, sharded=share_base(model, parallel, progress))
-    updates = _updates(model, spec, plan, limits, found.snapshot)
+    updates = _updates(model, spec, plan, limits, resumed.snapshot)
     plan, loaded = fit_plan(spec, plan, limits, batches, loaded, updates, progress)
     limits, batches = _same_rows_per_step(limits, batches, plan)
-    state, seeded_at = _restored(spec, plan, loaded, updates, batches, found, progress)
+    state, seeded_at = _restored(spec, plan, loaded, updates, batches, resumed, progress)
     space = disk_space(spec, limits, state.step, model, updates.named)
-    start = Start(started, space, found.path, found.damaged, seeded_at)
+    start = Start(started, space, resumed.path, resumed.damaged, seeded_at)
     return Run(spec, plan, batches, limits, loaded, updates, start, state, progress, Trackers(progress.say), notes)
 
 
 @dataclass(frozen=True)
-class FoundCheckpoint:
+class ResumedCheckpoint:
     """The newest valid checkpoint of a run, its contents, and all newer checkpoints, which are damaged."""
 
     path: Path | None
@@ -111,13 +111,13 @@ def _computing(
     spec: RunSpec,
     plan: RunPlan,
     loader: BatchLoader,
-    found: FoundCheckpoint,
+    resumed: ResumedCheckpoint,
     progress: Progress,
 ) -> LoadedModel:
     """Choose how an adapted model computes: int8 matmuls, recomputation, fused modules and autotuned kernels."""
     int8 = quantized_run_base(model, spec, loader, progress)
     acceleration = arrange(model, plan.recompute, spec.settings, progress)
-    before = found.snapshot.environment if found.snapshot else None
+    before = resumed.snapshot.environment if resumed.snapshot else None
     asked = (spec, plan.dtype, model, acceleration, loader, before, progress)
     chosen = spec.processes.from_first(lambda: autotuned_choices(*asked))
     return LoadedModel(model, base_bytes if int8 is None else int8.bytes_after, chosen, acceleration, int8)
@@ -221,7 +221,7 @@ def _base_bytes(model: nn.Module, spec: RunSpec) -> int:
     return element * base.rest + base.size_bytes
 
 
-def _newest_checkpoint(spec: RunSpec, progress: Progress) -> FoundCheckpoint:
+def _newest_checkpoint(spec: RunSpec, progress: Progress) -> ResumedCheckpoint:
     """Find the checkpoint to resume from, which is the same in all processes."""
     newest, damaged = None, list[Path]()
     for path, fault in checkpoint.verified(spec.folder) if spec.settings.resume else ():
@@ -231,7 +231,7 @@ def _newest_checkpoint(spec: RunSpec, progress: Progress) -> FoundCheckpoint:
         progress.say(f"{path}: skipped, because {fault}.")
         damaged.append(path)
     spec.processes.check_equal({"checkpoint": newest})
-    return FoundCheckpoint(newest, tuple(damaged))
+    return ResumedCheckpoint(newest, tuple(damaged))
 
 
 def _restored(
@@ -240,7 +240,7 @@ def _restored(
     loaded: LoadedModel,
     updates: Updates,
     batches: RunBatches,
-    found: FoundCheckpoint,
+    resumed: ResumedCheckpoint,
     progress: Progress,
 ) -> tuple[TrainState, int]:
     """Seed everything and load the state of the optimizer; a resumed run continues with its data and random numbers.
@@ -248,7 +248,7 @@ def _restored(
     Returns:
         The state of training, and the step at which the random number generators were seeded.
     """
-    rank, count, snapshot = spec.processes.rank, spec.processes.count, found.snapshot
+    rank, count, snapshot = spec.processes.rank, spec.processes.count, resumed.snapshot
     _seed_everything(spec.seed_of(rank))
     _load_optimizer(updates, spec, snapshot)
     if snapshot is None:

@@ -122,14 +122,14 @@ def allocate_ranks(
     """
     rows = first_rows(spec, loader)
     with working(f"allocating ranks from {format_count(len(rows), 'row')}"):
-        found = allocate(model, config, rows, row_loss(spec), by=by, allow=_allow(spec))
-    ranks = sorted(found.ranks.values())
+        allocated = allocate(model, config, rows, row_loss(spec), by=by, allow=_allow(spec))
+    ranks = sorted(allocated.ranks.values())
     progress.say(
         f"Ranks allocated by {by} over {format_count(len(rows), 'row')}: {ranks[0]} to {ranks[-1]}, median "
-        f"{ranks[len(ranks) // 2]}; {found.parameters:,} parameters in A and B (budget {found.budget:,}, "
+        f"{ranks[len(ranks) // 2]}; {allocated.parameters:,} parameters in A and B (budget {allocated.budget:,}, "
         f"from r = {spec.settings.r})."
     )
-    return found.config
+    return allocated.config
 
 
 def init_from_data(
@@ -156,11 +156,11 @@ def init_from_data(
     rows = first_rows(spec, loader)
     keep = _positions_with_loss if init.name == "eva" else None
     with working(f"collecting statistics from {format_count(len(rows), 'row')} for {init.name}"):
-        found = core.collect_for(model, config, rows, row_loss(spec), keep=keep, allow=_allow(spec))
-    ranks = sorted(set(found.config.rank_pattern.values()) | {found.config.r})
+        statistics = core.collect_for(model, config, rows, row_loss(spec), keep=keep, allow=_allow(spec))
+    ranks = sorted(set(statistics.config.rank_pattern.values()) | {statistics.config.r})
     spread = f", ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else ""
     progress.say(f"Adapter initialized by {init.name} from {format_count(len(rows), 'row')}{spread}.")
-    return found.config, found
+    return statistics.config, statistics
 
 
 def first_rows(spec: RunSpec, loader: BatchLoader) -> list[Batch]:
@@ -176,9 +176,9 @@ def quantized_run_base(model: nn.Module, spec: RunSpec, loader: BatchLoader, pro
     if spec.base_matmul != "int8":
         return None
     batch_tokens = min(loader.batch_rows * spec.forecast.max_length, MOST_TOKENS)
-    found, losses, device = calibration_rows(first_rows(spec, loader)), spec.task.objective.row_losses, spec.device
+    first, losses, device = calibration_rows(first_rows(spec, loader)), spec.task.objective.row_losses, spec.device
     by_row = None if losses is None else lambda model, batch: losses(model, batch, device)
-    rows = CalibrationRows(found, loader.pad_id, batch_tokens, row_loss(spec), by_row)
+    rows = CalibrationRows(first, loader.pad_id, batch_tokens, row_loss(spec), by_row)
     return quantized_base(model, spec, rows, progress)
 
 
@@ -187,9 +187,9 @@ def row_loss(spec: RunSpec) -> Callable[[nn.Module, Batch], Tensor]:
     loss_sum = spec.task.objective.loss_sum
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        held = next(model.parameters())
-        device, is_wide = held.device, held.device.type == "cpu" or held.dtype == torch.float32
-        dtype = torch.float16 if held.dtype == torch.float16 else torch.bfloat16
+        parameter = next(model.parameters())
+        device, is_wide = parameter.device, parameter.device.type == "cpu" or parameter.dtype == torch.float32
+        dtype = torch.float16 if parameter.dtype == torch.float16 else torch.bfloat16
         with contextlib.nullcontext() if is_wide else torch.autocast(device.type, dtype=dtype):
             return loss_sum(model, batch, device, None) / batch.trained_tokens
 
@@ -286,10 +286,10 @@ def check_targets(start: StartAdapter, settings: TrainSettings, shape: plan.Mode
     if "target_modules" not in settings.model_fields_set or given == own:
         return
     try:
-        found = plan.count(shape, wanted.with_fields(rank_pattern={}, trainable_token_indices=None)).sites
+        sites = plan.count(shape, wanted.with_fields(rank_pattern={}, trainable_token_indices=None)).sites
     except (TargetError, ConfigError):
-        found = ()
-    if {site.path for site in found if site.kind != PARAMETER} != set(start.adapter.sites):
+        sites = ()
+    if {site.path for site in sites if site.kind != PARAMETER} != set(start.adapter.sites):
         raise _different(start.adapter.folder, {"target_modules": (given, own)})
 
 

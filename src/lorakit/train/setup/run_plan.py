@@ -55,7 +55,7 @@ def plan_run(spec: RunSpec, limits: RunLimits, data: RunBatches, progress: Progr
     recorded, automatic = resolved.get("dtype"), spec.settings.dtype == "auto"
     wanted = recorded or spec.settings.dtype
     calibration, details, sizes = None, [], lengths(data.loader.sequences)
-    held = max(0, rss_bytes() - allocator.free_bytes())
+    resident = max(0, rss_bytes() - allocator.free_bytes())
     if wanted == "auto" or _flops(spec, limits, sizes, wanted) > WORTH_MEASURING_FLOPS:
         calibration = hub.calibrate(spec.device, with_fp16=wanted == HALF, with_int8=spec.base_matmul == "int8")
         details.append(calibration.line())
@@ -75,7 +75,7 @@ def plan_run(spec: RunSpec, limits: RunLimits, data: RunBatches, progress: Progr
         speed = plan.Speed(rate, source="measured", threads=threads, int8_flops_per_second=int8_rate)
     estimated = _estimate(spec, limits, sizes, choice.dtype, speed)
     batches = {**_batches(spec, limits, data.loader, sizes), **_evaluations(spec, limits, data)}
-    estimated = plan.with_job(estimated, upcasts=upcasts, **batches, **_process(spec, held))
+    estimated = plan.with_job(estimated, upcasts=upcasts, **batches, **_process(spec, resident))
     estimated, proposed, reasons = _limited(spec, estimated)
     lines += reasons
     for line in (*lines, *plan.summary(estimated)):
@@ -142,13 +142,13 @@ def _limited(spec: RunSpec, estimated: plan.Plan) -> tuple[plan.Plan, list[plan.
     chosen = {name: recorded[name] for name in ("batch_rows", "accumulation", "recompute") if name in recorded}
     if len(chosen) == 3:  # an older run has recorded only some of them
         chosen["accumulation"] = -(-chosen["accumulation"] // spec.processes.count)
-        made = plan.with_job(estimated, **chosen)
-        return made, [], [] if limit is None else [describe(made, plan.bytes_of(limit))]
+        chosen_plan = plan.with_job(estimated, **chosen)
+        return chosen_plan, [], [] if limit is None else [describe(chosen_plan, plan.bytes_of(limit))]
     if limit is not None:
         proposed = fitting(estimated, plan.bytes_of(limit))
         return proposed[0], proposed, []
-    made, reason = plan.within(estimated, plan.bytes_of(budget or ""))
-    return made, [], [reason]
+    chosen_plan, reason = plan.within(estimated, plan.bytes_of(budget or ""))
+    return chosen_plan, [], [reason]
 
 
 def _batches(
@@ -266,10 +266,10 @@ def autotuned_choices(
     here = environment(spec.device, dtype, spec.quantization_values)
     if before is not None and not differences({**before, "kernels": here["kernels"]}, here):
         return choices.from_strings(before.get("kernels"))
-    found = choose(model, most_tokens(loader, acceleration.packs), max(lengths(loader.sequences)))
-    if str(found):
-        progress.detail(str(found))
-    return dict(found.choices)
+    tuned = choose(model, most_tokens(loader, acceleration.packs), max(lengths(loader.sequences)))
+    if str(tuned):
+        progress.detail(str(tuned))
+    return dict(tuned.choices)
 
 
 def most_tokens(loader: BatchLoader, packs: bool) -> int:

@@ -114,20 +114,20 @@ def _axolotl_format(draft: Draft, where: str, entry: dict[str, JsonValue]) -> st
         return _axolotl_columns(draft, where, kind)
     if kind is None:
         return None
-    found = _AXOLOTL_TYPES.get(str(kind).split(":")[0])
+    shape = _AXOLOTL_TYPES.get(str(kind).split(":")[0])
     mapping = entry.get("message_property_mappings")
     role = mapping.get("role") if isinstance(mapping, dict) else entry.get("message_field_role")
     messages = entry.get("field_messages")
-    if found == "messages" and (role == "from" or messages == "conversations"):
-        found = "sharegpt"
-    column = {"messages": "messages", "sharegpt": "conversations"}.get(found or "")
+    if shape == "messages" and (role == "from" or messages == "conversations"):
+        shape = "sharegpt"
+    column = {"messages": "messages", "sharegpt": "conversations"}.get(shape or "")
     if column is not None and isinstance(messages, str) and messages != column:
         draft.set(f"{where}.field_messages", "columns", {column: messages})
-    if found == "text" and isinstance(entry.get("field"), str) and entry["field"] != "text":
+    if shape == "text" and isinstance(entry.get("field"), str) and entry["field"] != "text":
         draft.set(f"{where}.field", "columns", {"text": entry["field"]})
-    if found is None:
+    if shape is None:
         draft.change(f"{where}.type", f"{kind} has no counterpart; the format is recognized by the columns")
-    return found
+    return shape
 
 
 def _axolotl_columns(draft: Draft, where: str, kind: dict[str, JsonValue]) -> str:

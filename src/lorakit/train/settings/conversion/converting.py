@@ -151,11 +151,11 @@ def recognize(path: Path, values: JsonObject) -> Tool:
         ConfigError: No tool or several tools fit; the message lists the tools and their keys.
     """
     counts = {tool.name: len(tool.marks & values.keys()) for tool in FOREIGN}
-    found = [tool for tool in FOREIGN if counts[tool.name] == max(counts.values()) > 0]
+    tools = [tool for tool in FOREIGN if counts[tool.name] == max(counts.values()) > 0]
     if PEFT.marks & values.keys():
         return PEFT
-    if len(found) == 1:
-        return found[0]
+    if len(tools) == 1:
+        return tools[0]
     own = values and all(has_setting(key.replace("-", "_")) for key in values)
     reason = "it is already a settings file of lorakit train" if own else "its keys do not identify a tool"
     known = "; ".join(f"{tool.name} ({', '.join(sorted(tool.marks)[:4])})" for tool in FOREIGN)

@@ -45,9 +45,9 @@ def _factory_data(name: str) -> Rule:
     def rule(draft: Draft, key: str, value: JsonValue) -> None:
         names = [str(one).strip() for one in (value if isinstance(value, list) else str(value).split(","))]
         folder = str(draft.given.get("dataset_dir") or "data")
-        found = [name if is_data_file(name) else f"{folder}/{name}.json" for name in names if name]
-        if found:
-            draft.set(key, name, found)
+        files = [name if is_data_file(name) else f"{folder}/{name}.json" for name in names if name]
+        if files:
+            draft.set(key, name, files)
             draft.change(
                 key,
                 f"data sets are names in {folder}/dataset_info.json, which is not read; check the paths, and write "
