@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit import core, peft
-from lorakit.config import LoraConfig, lora
+from lorakit.config import LoraConfig, checks
 from lorakit.core import variants
 from lorakit.core.attachment.attaching import reset_factor
 from lorakit.core.kinds import Kind, WeightSpec, kind_named
@@ -99,8 +99,8 @@ def put(monkeypatch: pytest.MonkeyPatch) -> Callable[[Variant], None]:
 
     def entered(variant: Variant) -> None:
         monkeypatch.setattr(variants, "VARIANTS", (*variants.VARIANTS, variant))
-        left = {name: value for name, value in lora.NOT_BUILT.items() if name != FIELD}
-        monkeypatch.setattr(lora, "NOT_BUILT", left)
+        left = {name: value for name, value in checks.NOT_BUILT.items() if name != FIELD}
+        monkeypatch.setattr(checks, "NOT_BUILT", left)
 
     return entered
 
