@@ -1,4 +1,4 @@
-"""Operands of the fused operations (frozen linear modules with adapters), and fp32 buffers for upcasting tensors."""
+"""Operands of the fused operations (frozen linear modules with adapters), and fp32 buffers for upcasting."""
 
 from __future__ import annotations
 
@@ -42,11 +42,7 @@ def _many(x: Tensor) -> int:
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """An adapter: its LoRA factors A (r, in) and B (out, r), scale, and current dropout probability p.
-
-    Raises:
-        ValueError: p is not in [0, 1).
-    """
+    """An adapter: its LoRA factors A (r, in) and B (out, r), scale, and current dropout probability p in [0, 1)."""
 
     A: Tensor
     B: Tensor
@@ -60,10 +56,7 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Adapted:
-    """A frozen linear module with an optional adapter: W is (out, in), or (in, out) if transposed; bias is (out,).
-
-    An `Int8Weight` is never transposed.
-    """
+    """A frozen linear module with an optional adapter: W is (out, in), or (in, out) if transposed; bias is (out,)."""
 
     W: Tensor | Int8Weight
     bias: Tensor | None = None

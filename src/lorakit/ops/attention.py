@@ -23,21 +23,13 @@ FLASH_FROM = 2048
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -> Tensor:
-    """Compute attention, softmax(scale·q·kᵀ)·v, with a given pattern. [docs/math.md (81)]
+    """Compute attention, softmax(scale·q·kᵀ)·v. [docs/math.md (81), (82), (86)]
 
-    For the gradients, see [docs/math.md (82)]; for sinks, [docs/math.md (86)].
+    Shapes: q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E), with any strides, where KV divides H. The result is
+    (B, H, T, E), stored as (B, T, H, E). Saved are q, k and v; for flash attention, the output and its row statistics.
 
-    Shapes: q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E), where KV divides H. These tensors may have any
-    strides. The result is (B, H, T, E), stored as (B, T, H, E). For the backward pass, q, k and v are saved; with flash
-    attention, the output and one value per row are saved too. No (T, T) tensor is saved.
-
-    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. (1); for grouped-query attention, Ainslie et al. 2023,
-    arXiv:2305.13245; for recomputing the weights in the backward pass, Rabe and Staats 2021, arXiv:2112.05682; for
-    sinks, Xiao et al. 2023, arXiv:2309.17453.
-
-    Raises:
-        ValueError: Shapes do not match, a value in the pattern is out of range, or the pattern requests "flash" but the
-            flash kernels do not support the pattern.
+    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. (1); grouped queries: Ainslie et al. 2023, arXiv:2305.13245;
+    recomputed weights: Rabe and Staats 2021, arXiv:2112.05682; sinks: Xiao et al. 2023, arXiv:2309.17453.
     """
     pattern = Pattern() if pattern is None else pattern
     q, k, v = (autocast(t) for t in (q, k, v))
@@ -47,7 +39,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -
 
 
 def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
-    """Return the attention method to use for a pattern, q (B, H, T, D) and v (B, KV, T, E); the result is never "auto".
+    """Return the attention method for a pattern, q (B, H, T, D) and v (B, KV, T, E); never "auto".
 
     Raises:
         ValueError: The method is unknown, or is "flash" and the flash kernels do not support the pattern.
@@ -76,9 +68,8 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Compute `attention` without autograd for q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E).
 
-    Returns three results. The first is the output (B, H, T, E), stored as (B, T, H, E). The second is the log-sum-exp
-    of each row, in fp32 or wider and in the kernel's layout; without flash, it is None. The third is the dropout record
-    (a seed or a mask) for the attention weights, or None.
+    Returns the output (B, H, T, E), stored as (B, T, H, E); for flash, the log-sum-exp of each row, in fp32 or wider
+    and in the kernel's layout, otherwise None; and the dropout record (a seed or a mask) for the weights, or None.
     """
     pattern.check(q, k, v)
     method = chosen(q, v, pattern)
@@ -103,12 +94,8 @@ def backward(
 ) -> Operands:
     """Return the gradients of q, k and v, written to `into` or to new tensors stored as (B, T, heads, width).
 
-    Args:
-        dout: Gradient of the output, (B, H, T, E).
-        operands: q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E).
-        saved: Results of `forward`. The output may be None if the log-sum-exp is None.
-        pattern: Pattern used in the forward pass.
-        into: Tensors for the gradients of q, k and v; None allocates them.
+    Shapes: dout, of the output, (B, H, T, E); q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E). `saved` is the result
+    of `forward`; its output may be None if its log-sum-exp is None.
     """
     q, k, v = operands
     into = into or (_stored_by_token(q), _stored_by_token(k), _stored_by_token(v))
@@ -123,12 +110,7 @@ def backward(
 
 
 def kernel_for(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> SequenceAttention | None:
-    """Return the kernel for q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E), or None if it must not be used.
-
-    The kernel computes the scores of a few queries at a time and saves nothing; its backward pass computes them again.
-    For other patterns, and on processors without the kernel, `lorakit.ops.attention_products` computes the same
-    results. The kernel is not used if there is less than one sequence and head of k for each thread.
-    """
+    """Return the kernel for q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E), or None if it must not be used."""
     kernels = kernels_for(q, strided=True)
     attention = None if kernels is None else kernels.attention
     if attention is None or q.numel() == 0 or not attention.supports(q, k, v):
@@ -191,15 +173,7 @@ def _stored_by_token(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def kept_weights(q: Tensor, k: Tensor, v: Tensor, record: Tensor | None, pattern: Pattern) -> Tensor | None:
-    """Return a mask (B, H, T, T) that is 1 for the attention weights that a dropout record keeps; None without one.
-
-    Args:
-        q: Queries (B, H, T, D).
-        k: Keys (B, KV, T, D).
-        v: Values (B, KV, T, E).
-        record: The record that `forward` returned.
-        pattern: The pattern.
-    """
+    """Return a mask (B, H, T, T): 1 for the weights that a dropout record of `forward` keeps; None without a record."""
     if record is None:
         return None
     upcast = chosen(q, v, pattern) == "matmul_fp32"

@@ -1,9 +1,7 @@
-"""Fused attention sublayer as one autograd function: norm, q/k/v projections, RoPE, attention, output projection,
-residual.
+"""Fused attention sublayer as one autograd function: norm, q/k/v, RoPE, attention, output projection, residual.
 
-The following are saved for the backward pass: x and its norm statistics, q and k after rotation (or, if they have their
-own norms, before those norms), v, the attention output, one (tokens, r) activation per adapter, and dropout records.
-The normalized input and all elementwise results are recomputed.
+Saved are x and its norm statistics, q and k after rotation (before it and their own norms, if they have any), v, the
+attention output, one (tokens, r) activation per adapter, and dropout records. The rest is recomputed.
 """
 
 from __future__ import annotations
@@ -44,14 +42,11 @@ class SelfAttention:
     Attributes:
         inputs: The projections to q (H·D, d), k (KV·D, d) and v (KV·D, d); or one fused projection (H·D + 2·KV·D, d).
         output: The output projection (d, H·D).
-        head_dim: Head width D.
-        kv_heads: Number of key and value heads KV, a divisor of H.
+        head_dim, kv_heads: Head width D, and number of key and value heads KV, a divisor of H.
         norm: Norm applied to the input, or None.
-        q_norm, k_norm: Norms applied to q and k before rotation, or None. A norm applies per head if its weight has D
-            elements; otherwise, it applies over the whole row.
+        q_norm, k_norm: Norms before rotation, or None: per head if the weight has D elements, else over the whole row.
         dropout: Dropout probability for the output, before the residual is added.
-        interleaved: Whether the fused projection outputs the q, k and v of one head together, followed by those of the
-            next head; requires KV = H.
+        interleaved: Whether a fused projection outputs q, k and v of one head, then those of the next; requires KV = H.
     """
 
     inputs: tuple[Adapted, ...]
@@ -120,18 +115,15 @@ def attention_block(
     residual: bool = False,
     wanted: Tensor | None = None,
 ) -> Tensor:
-    """Compute a fused attention sublayer. [docs/math.md (83)]
-
-    The result is (B, T, d), or (n, d) if `wanted` is given. Gradients flow to x and to the factors A and B.
+    """Compute a fused attention sublayer: (B, T, d), or (n, d) if `wanted` is given. [docs/math.md (83)]
 
     Args:
-        x: Hidden states (B, T, d).
+        x: Hidden states (B, T, d); it and the factors A and B get gradients.
         block: Projections with their adapters, and norms.
         pattern: Attention pattern; None means causal.
         rope: Tables for rotary position embeddings, or None.
         residual: Whether to add x to the output.
-        wanted: Sorted indices (n,) of the tokens to pass to the output projection, out of all B·T tokens; None
-            selects all tokens.
+        wanted: Sorted indices (n,) of the tokens, out of all B·T, for the output projection; None means all.
 
     Raises:
         ValueError: Shapes do not match, a base weight requires a gradient, or no method supports the pattern.
@@ -196,7 +188,7 @@ def _under_autocast(x: Tensor, form: _Form) -> Tensor:
 
 
 def _forward(x: Tensor, form: _Form) -> tuple[Tensor, _Intermediates]:
-    """Return the output and the intermediate results. The output is (N, d), or (n, d) if `wanted` is given."""
+    """Return the output, (N, d) or, if `wanted` is given, (n, d), and the intermediate results."""
     block, pattern, rope, residual, _ = form
     flat, (batch, tokens, _) = rows(x), x.shape
     n, stats = (flat, ()) if block.norm is None else block.norm.forward(flat)
@@ -329,10 +321,7 @@ def _back_to_projections(
     saved: tuple[Tensor | None, ...],  # results of `attention.forward`, starting with the output
     form: _Form,
 ) -> list[Tensor]:
-    """Return the gradients (N, width) of the outputs of the input projections.
-
-    The argument `given` (N, H·D) is the gradient of the attention output.
-    """
+    """Return the gradients (N, width) of the input projections; `given` (N, H·D) is that of the attention output."""
     block, pattern, rope, *_ = form
     shape = (*heads[0].shape[:2], -1, block.head_dim)
     owns = (block.q_norm, block.k_norm, None)
@@ -357,10 +346,7 @@ def _back_to_projections(
 
 
 def _as_attended(part: Tensor, stats: Sequence[Tensor], own: Norm | None, form: _Form) -> Tensor:
-    """Return q, k or v (B, T, heads, D) as passed to the attention computation.
-
-    If q or k has its own norm, only its values before the norm were saved; the norm and rotation are recomputed.
-    """
+    """Return q, k or v (B, T, heads, D) as attention received it, with its own norm and the rotation recomputed."""
     if own is None:
         return part
     n = own.recompute(_rows(part, own, form.block), stats).view(part.shape)

@@ -1,10 +1,8 @@
 """Attention with PyTorch's flash kernels, forward and backward.
 
 On a CPU, the kernel is called once per packed sequence. It does not support sinks, so its results are corrected with
-[docs/math.md (86)]; its backward pass is exact if it is given the corrected results. On CUDA, a single call handles a
-dense batch, or all sequences in a packed batch. The CUDA kernel reads heads in the layout that the projections produce,
-and supports grouped-query attention and sliding windows. Lengths and offsets are Python integers, so no call
-synchronizes the device.
+[docs/math.md (86)]; its backward pass is exact if it is given the corrected results. On CUDA, one call handles a dense
+or packed batch. Lengths and offsets are Python integers, so no call synchronizes the device.
 """
 
 from __future__ import annotations
@@ -30,12 +28,7 @@ WIDEST = 256
 
 
 def takes(q: Tensor, v: Tensor, pattern: Pattern) -> bool:
-    """Return whether the device of q (B, H, T, D) has a flash kernel that supports the pattern; v is (B, KV, T, E).
-
-    The pattern must have no softcap and no dropout, and q and v must have the same width. The CPU kernel does not
-    support sliding windows. The CUDA kernel does not support a bias or sinks, and supports only fp16, bf16 and certain
-    widths.
-    """
+    """Return whether the device of q (B, H, T, D) has a flash kernel that supports the pattern; v is (B, KV, T, E)."""
     width = q.shape[3]
     if pattern.softcap is not None or pattern.dropout > 0 or width != v.shape[3]:
         return False
@@ -47,9 +40,7 @@ def takes(q: Tensor, v: Tensor, pattern: Pattern) -> bool:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, T, D), stored as (B, T, H, D), and each row's log-sum-exp (B, H, T) in fp32 or wider.
-
     Both include the sinks. Shapes: q (B, H, T, D), k and v (B, KV, T, D). Only the last dimension must be contiguous.
-    Heads of k and v that are shared by several heads of q are expanded through strides rather than copied.
     """
     batch, heads, tokens, width = q.shape
     out = torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
@@ -69,10 +60,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
 
 
 def backward(dout: Tensor, operands: Operands, saved: tuple[Tensor, Tensor], into: Operands, pattern: Pattern) -> None:
-    """Write the gradients of q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, D) to the tensors in `into`.
-
-    The gradient of the output, dout, is (B, H, T, D); `saved` comes from `forward`.
-    """
+    """Write the gradients of q (B, H, T, D), k and v (B, KV, T, D) to `into`; dout is (B, H, T, D)."""
     q, k, v = operands
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     for part in _parts(q, k, pattern):
@@ -88,10 +76,7 @@ def backward(dout: Tensor, operands: Operands, saved: tuple[Tensor, Tensor], int
 
 
 def _parts(q: Tensor, k: Tensor, pattern: Pattern) -> Iterator[_Part]:
-    """Yield one part per sequence, covering all batch rows.
-
-    If several heads of q share a head of k, yield a separate part for each batch row of each sequence instead.
-    """
+    """Yield one part per sequence for all batch rows or, if heads of q share a head of k, for each batch row."""
     for piece in pieces(q.shape[0], q.shape[2], pattern, rows_at_once=q.shape[0], join=0):
         if q.shape[1] == k.shape[1]:
             yield _Part(piece.batch, piece.tokens)
@@ -136,7 +121,6 @@ aten = torch.ops.aten
 
 def forward_on_cuda(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, T, D), stored as (B, T, H, D), and the log-sum-exp of each row in fp32.
-
     Shapes: q (B, H, T, D), k and v (B, KV, T, D). The log-sum-exp is (B, H, T), or (H, B·T) for a packed batch.
     """
     call = _call(q, pattern)
@@ -150,10 +134,7 @@ def forward_on_cuda(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[
 def backward_on_cuda(
     dout: Tensor, operands: Operands, saved: tuple[Tensor, Tensor], into: Operands, pattern: Pattern
 ) -> None:
-    """Write the gradients of q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, D) to the tensors in `into`.
-
-    The gradient of the output, dout, is (B, H, T, D); `saved` comes from `forward_on_cuda`.
-    """
+    """Write the gradients of q (B, H, T, D), k and v (B, KV, T, D) to `into`, as `backward` does for a CPU."""
     call = _call(operands[0], pattern)
     dy, q, k, v, out = (_by_token(t, call) for t in (dout, *operands, saved[0]))
     never_read = torch.zeros(2, dtype=torch.uint64, device=q.device)  # state of the dropout random number generator

@@ -23,21 +23,16 @@ class Pattern:
     Attributes:
         causal: Whether a token sees only itself and earlier tokens.
         scale: Scale factor for q·kᵀ; None means 1/√D.
-        window: Sliding window, as in transformers: if causal, a token sees the last `window` tokens, including itself;
-            otherwise, it sees the tokens that are at most `window` positions away. None means no window.
-        softcap: Bound c in c·tanh(score/c), which is applied to the scaled scores before the softmax; None means no
-            bound.
-        segments: Lengths of the sequences packed along T, the same in each batch row; a token sees only its own
-            sequence. None means one sequence per row.
+        window: Tokens that a causal token sees, itself included, or else the greatest distance, as in transformers.
+        softcap: Bound c in c·tanh(score/c), applied to the scaled scores before the softmax, or None.
+        segments: Lengths of the sequences packed along T in each row, which do not see each other; None means one.
         dropout: Probability that an attention weight is zeroed; the others are divided by 1 − dropout.
-        bias: Frozen tensor (B, H, T, T) that is added to the capped scores; any of the first three dimensions may be 1,
-            and −∞ masks padding. The caller must ensure that each token sees at least one token.
-        sinks: Frozen tensor (H,) with one attention sink for each head of q, or None. A sink is a score that takes part
-            in the softmax of each row but has no value, so the weights of a row sum to less than 1. It is not scaled,
-            capped or dropped.
-        method: "flash" uses PyTorch's flash kernel, "matmul" uses batched matmuls over blocks of query rows, and
-            "matmul_fp32" uses the same matmuls with operands upcast to fp32. "auto" chooses one of these methods: on
-            CUDA, "flash" if possible; on a CPU, a method based on autotuning results or sequence length.
+        bias: Frozen tensor added to the capped scores, (B, H, T, T), where any of the first three dimensions may be 1;
+            −∞ masks padding, but each token must see at least one token.
+        sinks: Frozen tensor (H,): a score per head of q that takes part in each row's softmax but has no value, and is
+            not scaled, capped or dropped.
+        method: "flash" (PyTorch's kernel), "matmul" (over blocks of query rows), "matmul_fp32" (the same with upcast
+            operands), or "auto": "flash" on CUDA if possible; on a CPU by autotuning results or sequence length.
     """
 
     causal: bool = True
@@ -72,10 +67,8 @@ class Pattern:
         return low, high
 
     def bounds(self, lengths: tuple[int, ...], start: int, stop: int, low: int) -> Tensor:
-        """Return the range of positions seen by each of the rows [start, stop) in packed sequences.
-
-        The result is an int32 tensor (2, rows): the first position that each row sees, and the end of its range, both
-        relative to `low`. The tensor is cached and shared: do not write to it.
+        """Return, for each of the rows [start, stop) of packed sequences, its first position and the end of its range.
+        The result is int32 (2, rows), relative to `low`, cached and shared: do not write to it.
         """
         compute = _bounds if torch.compiler.is_compiling() else _cached_bounds  # torch.compile cannot trace a cache
         return compute(lengths, start, stop, low, self.causal, self.window)
@@ -96,8 +89,7 @@ class Pattern:
         """Check that q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E) are valid operands for this pattern.
 
         Raises:
-            ValueError: Shapes or dtypes do not match, segments do not sum to T, or a value in the pattern is out of
-                range.
+            ValueError: Shapes or dtypes do not match, segments do not sum to T, or a value is out of range.
         """
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         if not q.dim() == k.dim() == v.dim() == 4:
@@ -166,10 +158,7 @@ _cached_bounds = functools.lru_cache(maxsize=256)(_bounds)  # all layers of a mo
 
 
 class Piece(NamedTuple):
-    """A range of batch rows and a range of tokens for which attention can be computed separately.
-
-    `lengths` contains the lengths of the sequences in the range of tokens.
-    """
+    """Batch rows and tokens, in sequences of the given lengths, for which attention can be computed separately."""
 
     batch: slice
     tokens: slice
@@ -177,10 +166,7 @@ class Piece(NamedTuple):
 
 
 def pieces(batch: int, tokens: int, pattern: Pattern, rows_at_once: int, join: int) -> Iterator[Piece]:
-    """Yield all pieces of an attention computation.
-
-    Each piece covers either one sequence or adjacent sequences with at most `join` tokens in total.
-    """
+    """Yield all pieces, each one sequence or adjacent sequences with at most `join` tokens in total."""
     start = 0
     gathered: list[int] = []
     for length in (*pattern.lengths(tokens), None):

@@ -1,10 +1,8 @@
-"""Attention computed by batched matmuls, one block of query rows at a time.
+"""Attention by batched matmuls, one block of query rows at a time. [docs/math.md (81), (82), (86)]
 
-For the formulas, see [docs/math.md (81), (82), (86)]. Heads of q that share a head of k become additional rows of one
-matmul, so k and v are not repeated. A block computes only the columns that its rows can see: with a causal mask, most
-of the upper triangle is skipped, and with a window, only the band is computed. All blocks share one score buffer. The
-backward pass recomputes the scores, so neither a T × T tensor nor softmax statistics are saved. Dropout for all blocks
-is drawn at once, and only a seed is saved.
+Heads of q that share a head of k become additional rows of one matmul, so k and v are not repeated. A block computes
+only the columns that its rows can see, in a buffer that all blocks share. The backward pass recomputes the scores, so
+neither a T × T tensor nor softmax statistics are saved. Dropout for all blocks is drawn at once and saved as a seed.
 """
 
 from __future__ import annotations
@@ -37,10 +35,7 @@ class _Block(NamedTuple):
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor | None]:
-    """Return softmax(scores)·v (B, H, T, E), stored as (B, T, H, E), and the dropout record for the weights, or None.
-
-    Shapes: q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E).
-    """
+    """Return softmax(scores)·v (B, H, T, E), stored as (B, T, H, E), and the dropout record for the weights."""
     batch, heads, tokens, _ = q.shape
     out = torch.empty(batch, tokens, heads, v.shape[3], dtype=q.dtype, device=q.device).transpose(1, 2)
     scores = _Scores(q, k, pattern)
@@ -59,11 +54,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
 
 
 def backward(dout: Tensor, operands: Operands, into: Operands, pattern: Pattern, record: Tensor | None) -> None:
-    """Write the gradients of q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E) to the tensors in `into`.
-
-    The gradient of the output, dout, is (B, H, T, E); `record` comes from `forward`. The tensors in `into` must not
-    share storage with the operands, but may share storage with dout, because each row of dout is read before it is
-    overwritten.
+    """Write the gradients of q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E) to the tensors in `into`. These must
+    not share storage with the operands, but may with dout (B, H, T, E), whose rows are read before.
     """
     q, k, v = operands
     scores = _Scores(q, k, pattern)
@@ -161,10 +153,7 @@ class _Scores:
         ]
 
     def weights(self, rows: Tensor, keys: Tensor, piece: Piece, block: _Block) -> tuple[Tensor, Tensor | None]:
-        """Return the softmax of a block's scores (Z, G·n, m) and, if there is a softcap, tanh(scores / softcap).
-
-        Sinks take part in the softmax; their own weights are not returned.
-        """
+        """Return the softmax of a block's scores (Z, G·n, m) and, if there is a softcap, tanh(scores / softcap)."""
         seen, cap = keys[:, block.low : block.high], self.pattern.softcap
         scores = self._buffer(0, rows, seen)
         scale = self.scale if cap is None else self.scale / cap
@@ -232,9 +221,7 @@ class _Scores:
         return low, high
 
     def _bias(self, piece: Piece, block: _Block, begin: int, dtype: torch.dtype) -> Tensor:
-        """Return a bias (n, m) for the positions from `begin` to the end of the block.
-
-        The bias is 0 for a position that a row sees, and −∞ otherwise. All rows see the positions before `begin`.
+        """Return a bias (n, m): 0 for a position from `begin` that a row sees, and −∞ otherwise; all before are seen.
         """
         lengths = piece.lengths if len(piece.lengths) > 1 else ()
         key = (lengths, block.stop - block.start, block.start - begin, block.high - begin)
@@ -257,16 +244,13 @@ def _rows(x: Tensor, block: _Block, keys: Tensor) -> Tensor:
 
 
 def _put(x: Tensor, block: _Block, rows: Tensor) -> None:
-    """Write the rows of a block, (b·KV, G·n, D), back to x (b, H, T, D). This is the inverse of `_rows`."""
+    """Write the rows of a block, (b·KV, G·n, D), back to x (b, H, T, D): the inverse of `_rows`."""
     written = x[:, :, block.start : block.stop]
     written.copy_(rows.view(written.shape))
 
 
 def _softmax_with_sinks(scores: Tensor, sinks: Tensor) -> Tensor:
-    """Replace scores (b, H, n, m) with their softmax over m columns and the sink of each head, (H, 1, 1).
-
-    Returns the weights of the sinks, (b, H, n, 1).
-    """
+    """Replace scores (b, H, n, m) with their softmax, with a sink per head (H, 1, 1); return the sinks' weights."""
     wide = scores.to(sinks.dtype)
     top = wide.amax(-1, keepdim=True).maximum(sinks)
     wide.sub_(top).exp_()

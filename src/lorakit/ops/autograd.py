@@ -15,13 +15,7 @@ State = TypeVar("State")
 
 
 class Context(Protocol[State]):
-    """Type of the context that PyTorch passes to the forward and backward methods of an autograd function.
-
-    Attributes:
-        needs_input_grad: For each argument of the forward method, whether it needs a gradient.
-        saved_tensors: Tensors that were passed to `save_for_backward`.
-        state: Other data that the forward method stores for the backward method.
-    """
+    """Context that PyTorch passes to an autograd function; `state` is what forward stores besides tensors."""
 
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Any, ...]
@@ -54,13 +48,10 @@ Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 def with_replay(replay: Replay) -> Callable[[Backward], Backward]:
-    """Return a decorator for a backward method that autograd cannot record, which makes it differentiable.
+    """Return a decorator that makes a backward method differentiable, although autograd cannot record it.
 
-    If the backward pass itself is recorded (`create_graph`) or transformed (`is_grads_batched`), the gradients are
-    those of `replay`, so that their own gradients are complete. torch's `once_differentiable` makes them constants.
-
-    Args:
-        replay: Function that computes the outputs again.
+    If it is itself recorded (`create_graph`) or transformed (`is_grads_batched`), the gradients are those of `replay`,
+    so that their own gradients are complete. torch's `once_differentiable` makes them constants.
     """
 
     def decorate(backward: Backward) -> Backward:
@@ -96,9 +87,8 @@ def alias(x: Tensor) -> Tensor:
 
 
 def edge_of(x: Tensor) -> Tensor | None:
-    """Return zeros without storage, shaped like x (any shape), whose gradient flows to x; None if x needs none.
-
-    A fused operation that does not save x saves this tensor, so that a replay is connected to x.
+    """Return zeros without storage, shaped like x (any shape), whose gradient flows to x; None if x needs none. A fused
+    operation that does not save x saves this tensor, so that a replay is connected to x.
     """
     edge: Tensor | None = _Edge.apply(x) if x.requires_grad else None
     return edge

@@ -1,13 +1,11 @@
 """Autotuned kernel choices: which method to use for an operation of a given shape.
 
 A choice maps the name of a shape to a method that was faster than the default when `lorakit.speed.tuning` measured both
-on this machine. A shape without an active choice uses the default method. All methods give the same results up to
-rounding.
+on this machine; other shapes use the default. All methods give the same results up to rounding.
 
-The default can be slow for two reasons. First, some libraries compute certain matmul shapes at half speed if given all
-rows at once, but at full speed if given slices of rows. oneDNN does this with bf16 on processors with matrix units.
-Second, processors with bf16 dot products but no matrix units run bf16 matmuls more slowly than fp32 matmuls. On these
-processors, the fp32 method upcasts the operands block by block and rounds the sum only once, as a bf16 matmul does.
+The default can be slow for two reasons. Some libraries, such as oneDNN in bf16 on processors with matrix units, compute
+certain shapes at half speed unless given slices of rows. And without matrix units, bf16 matmuls are slower than fp32
+ones: the fp32 method upcasts the operands block by block and rounds the sum only once, as a bf16 matmul does.
 """
 
 from __future__ import annotations
@@ -21,9 +19,8 @@ import torch
 from torch import Tensor
 
 ROWS = (768, 1024, 1280, 1536, 2048, 3072, 4096)
-"""Row counts for which matmuls are measured. Any other count uses the result for the next larger count in this list.
-There are two exceptions: a matmul with at most `SLICES[0]` rows, or with more rows than the largest count, is computed
-all at once.
+"""Row counts for which matmuls are measured; others use the next larger count. With at most `SLICES[0]` rows, or more
+than the largest count, a matmul is computed all at once.
 """
 
 SLICES = (512, 256)
@@ -36,19 +33,13 @@ NARROW = (torch.bfloat16, torch.float16)
 """Dtypes whose matmuls may be slower than fp32 matmuls."""
 
 IN_FP32 = " through fp32"  # prose-check: ok
-"""Suffix that marks choices of the fp32 method ("fp32 choices"). Their names are stored in checkpoints and in the
-cache.
-"""
+"""Suffix of the names of fp32 choices, as stored in checkpoints and in the cache."""
 
 BLOCK = 2048
-"""Height and width of the blocks in which a weight is upcast. Only one block is upcast at a time, so that the output
-head is never copied to fp32 in full.
-"""
+"""Height and width of the blocks in which a weight is upcast, so that no head is copied to fp32 in full."""
 
 LENGTHS = (256, 512, 1024, 2048)
-"""Sequence lengths, in tokens, for which attention is measured. A batch uses the result for the largest of these
-lengths that does not exceed its longest sequence.
-"""
+"""Sequence lengths, in tokens, for which attention is measured; a batch uses the largest that it reaches."""
 
 # Choices are active per thread and context, not per process: the choices of one run must not affect the next run, or
 # another thread that is in the middle of a step. On a CPU, a backward pass runs in the thread that calls it.
@@ -57,13 +48,8 @@ _ACTIVE: ContextVar[Mapping[str, int]] = ContextVar("lorakit_choices", default=M
 
 @contextlib.contextmanager
 def activate(choices: Mapping[str, int]) -> Iterator[None]:
-    """Return a context manager that activates choices in the current thread.
-
-    Each training step must run either entirely inside or entirely outside the context.
-
-    Args:
-        choices: Dict from shape name to value. For a matmul, the value is the slice size in rows; for an fp32
-            choice, it is 1; for attention, it is 1 for the flash kernel and 0 for matmuls.
+    """Activate choices in the current thread within a context; a training step must run entirely inside or outside. A
+    choice is the slice size of a matmul in rows, 1 for the fp32 method; for attention, 1 is flash and 0 matmuls.
     """
     token = _ACTIVE.set(MappingProxyType(dict(choices)))
     try:
@@ -73,28 +59,17 @@ def activate(choices: Mapping[str, int]) -> Iterator[None]:
 
 
 def _chosen() -> Mapping[str, int]:
-    """Return the active choices.
-
-    During compilation, return an empty dict, because the compiled code would treat the choices as constants.
-    """
+    """Return the active choices, or none during compilation, because compiled code would treat them as constants."""
     return {} if torch.compiler.is_compiling() else _ACTIVE.get()
 
 
 def to_strings(choices: Mapping[str, int]) -> list[str]:
-    """Format choices as a sorted list of strings, for checkpoints and logs.
-
-    Args:
-        choices: Dict from shape name to value, as for `activate`.
-    """
+    """Format choices as a sorted list of strings, for checkpoints and logs."""
     return [f"{name}: {value}" for name, value in sorted(choices.items())]
 
 
 def from_strings(stored: object) -> dict[str, int]:
-    """Parse choices formatted by `to_strings`. Malformed entries are ignored.
-
-    Args:
-        stored: Value read from a checkpoint.
-    """
+    """Parse choices from a checkpoint, as formatted by `to_strings`, without malformed entries."""
     pairs = [word.rpartition(": ") for word in stored if isinstance(word, str)] if isinstance(stored, list) else []
     return {name: int(value) for name, _, value in pairs if name and value.isascii() and value.isdigit()}
 
@@ -102,11 +77,8 @@ def from_strings(stored: object) -> dict[str, int]:
 def matmul(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
     """Compute `x·right` (N, out), or `plus + x·right`, with the active method and without autograd.
 
-    Args:
-        x: Input (N, in).
-        right: Weight (in, out) with any strides. It has the dtype of x, or a narrower dtype if x is fp32.
-        out: Output tensor (N, out); None allocates it.
-        plus: Tensor to add, (out,) or (N, out); may be `out`.
+    Here, x is (N, in), `right` (in, out) with any strides, in x's dtype or narrower if that is fp32, and `plus`, which
+    may be `out`, (out,) or (N, out).
     """
     if x.dtype == torch.float32 and right.dtype in NARROW:
         return matmul_in_fp32(x, right, out, plus)
@@ -122,14 +94,7 @@ def matmul(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | N
 
 
 def matmul_dtype(rows: int, weights: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:
-    """Return fp32 if the active choices select it for all weights and `rows` is large enough; otherwise return `dtype`.
-
-    Args:
-        rows: Number of input rows.
-        weights: Weights in either orientation. Both orientations are looked up, because the forward pass uses one
-            orientation and the backward pass uses the other.
-        dtype: Dtype of the input.
-    """
+    """Return fp32 if the active choices select it for all weights, in both orientations, and `rows` is large enough."""
     chosen = _chosen()
     if not chosen or rows < FEWEST_IN_FP32 or any(W.dtype != dtype or W.device.type != "cpu" for W in weights):
         return dtype
@@ -151,10 +116,7 @@ def matmul_in_slices(
 
 
 def matmul_in_fp32(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """Compute `matmul` (N, out) for x (N, in) and `right` (in, out) with upcast operands, rounding the sum only once.
-
-    If x is fp32, `plus` and the result are fp32 too.
-    """
+    """Compute `matmul` (N, out) with upcast operands, rounding the sum once, or not at all if x (N, in) is fp32."""
     if out is None:
         out = x.new_empty(len(x), right.shape[1])
     columns, inner = (_blocks(size) for size in right.shape[::-1])
@@ -181,14 +143,8 @@ def _at_once(x: Tensor, right: Tensor, out: Tensor | None, plus: Tensor | None) 
 
 
 def slices(rows: int, size: int) -> Iterator[slice]:
-    """Yield slices of about equal size, with at most `size` rows each.
-
-    Equal sizes avoid a short last slice, which would take just as long as a full slice. The size of every slice except
-    the last is a multiple of 16.
-
-    Args:
-        rows: Total number of rows.
-        size: Maximum number of rows in a slice, a multiple of 16.
+    """Yield slices of at most `size` rows, of about equal size, because a short last one would take as long as a full
+    one. The size of every slice except the last is a multiple of 16, as `size` must be.
     """
     count = max(-(-rows // size), 1)
     step = max(min(-(-rows // (16 * count)) * 16, size), 1)
@@ -196,17 +152,7 @@ def slices(rows: int, size: int) -> Iterator[slice]:
 
 
 def attention_method(q: Tensor, v: Tensor, causal: bool, longest: int, default: str) -> str:
-    """Return the attention method to use for these tensors: any value of `Pattern.method` except "auto".
-
-    Choices are measured without a window, softcap, bias, dropout or sinks, and apply with these too.
-
-    Args:
-        q: Queries (B, H, T, D).
-        v: Values (B, KV, T, D).
-        causal: Whether a token sees only itself and earlier tokens.
-        longest: Length of the longest sequence in tokens.
-        default: Method to return if there is no active choice.
-    """
+    """Return the `Pattern.method` chosen for q (B, H, T, D), v (B, KV, T, D) and `longest`, or the default."""
     chosen = _chosen()
     if not chosen:
         return default
@@ -240,10 +186,7 @@ def _stored(right: Tensor) -> str:
 
 
 def attention_name(heads: tuple[int, int, int], dtype: torch.dtype, causal: bool, longest: int) -> str:
-    """Return the shape name of an attention computation, or "" if sequences of this length are not tuned.
-
-    `heads` contains the number of q heads, the number of k heads, and the head width.
-    """
+    """Return the shape name of attention with (q heads, k heads, head width), or "" if the length is not tuned."""
     counted = [length for length in LENGTHS if length <= longest < 2 * length]
     if not counted:
         return ""

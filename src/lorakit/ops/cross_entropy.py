@@ -1,8 +1,7 @@
 """Fused output head and cross-entropy: the full logits are never stored, and unlabeled rows are skipped.
 
 The labeled rows are processed in chunks. While a chunk's logits exist, the gradient of the hidden states is computed
-from them as well, so the backward pass only has to scale that gradient. In total, the head and the loss require
-two matmuls between the labeled rows and the head weight, and memory for the logits of only one chunk.
+too, so the backward pass only scales it. This takes two matmuls with the head weight, and memory for one chunk.
 """
 
 from __future__ import annotations
@@ -24,13 +23,11 @@ IGNORED = -100
 """Label of rows that are excluded from the loss, as in PyTorch."""
 
 CPU_CHUNK, OTHER_CHUNK = (256, 48 << 20), (4096, 256 << 20)
-"""Maximum number of rows per chunk, and maximum size of a chunk's logits in bytes.
-
-The head weight W is read twice for each chunk. On a CPU, reading W takes longer than the matmuls if a chunk has fewer
-than about 100 rows, and chunks of more than 256 rows are hardly any faster. Accelerators need larger chunks.
+"""Maximum number of rows per chunk, and maximum size of a chunk's logits in bytes. W is read twice per chunk, which on
+a CPU takes longer than the matmuls below about 100 rows and is negligible from 256.
 """
 ROWS_PER_THREAD = 4
-"""Number of rows that a thread converts to gradients at a time, chosen so that their fp32 copy fits in its cache."""
+"""Number of rows that a thread converts to gradients at a time, so that their fp32 copy fits in its cache."""
 SMALLEST = {torch.float32: 1e-30, torch.float64: 1e-290}
 """Smallest probability whose logarithm is taken directly; smaller log-probabilities are computed from the logits."""
 
@@ -39,11 +36,8 @@ SMALLEST = {torch.float32: 1e-30, torch.float64: 1e-290}
 class Head:
     """Mapping from hidden states h to logits z = scale·(W·h + bias), or softcap·tanh(z/softcap) if there is a softcap.
 
-    Attributes:
-        W: Weight (V, d), in the dtype of the hidden states.
-        bias: Frozen bias (V,), or None.
-        scale: Scale factor for the logits (`logit_scale` in Cohere, 1/`logits_scaling` in Granite).
-        softcap: Bound on the logits (`final_logit_softcapping` in Gemma 2), or None.
+    W (V, d) has the dtype of h, and the bias (V,) is frozen. `scale` is Cohere's `logit_scale` or 1/`logits_scaling` of
+    Granite; `softcap` is Gemma 2's `final_logit_softcapping`.
     """
 
     W: Tensor
@@ -63,27 +57,18 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Compute the cross-entropy of the labels under the softmax of the head's logits. [docs/math.md (75)]
 
-    Matmuls run in the dtype of h, or in the autocast dtype. Saved for the backward pass are the gradient of the labeled
-    rows, the indices of these rows, and h, from which a backward pass that is differentiated again computes the logits.
+    Matmuls run in the dtype of h, or in the autocast dtype. Saved are the gradient and the indices of the labeled rows,
+    and h, from which a backward pass that is differentiated again computes the logits. The loss is in fp32 or wider.
 
     Args:
         h: Hidden states (..., d), already shifted: row i predicts labels[i].
         head: Head that computes the logits (..., V). W receives a gradient only if it requires one.
         labels: Integers (...), each below V or equal to `ignore_index`, on the device of h or on the CPU.
-        total: Divisor for the summed loss. None divides by the number of labeled rows; if no rows are labeled, the
-            loss is NaN.
+        total: Divisor for the summed loss; None divides by the number of labeled rows (NaN if there are none).
         ignore_index: Label of rows that are excluded from the loss.
-        chunk: Maximum number of rows whose logits exist at the same time; None chooses one based on the vocabulary
-            size.
+        chunk: Maximum number of rows whose logits exist at a time; None chooses one by the vocabulary size.
 
-    Returns:
-        The loss, a scalar in fp32, or in float64 if h is float64.
-
-    Raises:
-        ValueError: Shapes, dtypes, labels or options are invalid, or the bias of the head requires a gradient.
-
-    Source: Hsu et al. 2024, arXiv:2410.10989, section 3.2. As in Liger's fused linear cross-entropy, rows are processed
-    in chunks and gradients are computed in the forward pass; unlike in Liger, W is usually frozen.
+    Source: Hsu et al. 2024, arXiv:2410.10989, section 3.2, but with W usually frozen.
     """
     h, trained = _trained(h, head, labels, ignore_index, chunk)
     if needs_gradient(h, trained.head.W):
@@ -95,11 +80,7 @@ def linear_cross_entropy(
 
 
 def label_losses(h: Tensor, head: Head, labels: Tensor, ignore_index: int = IGNORED) -> Tensor:
-    """Compute the cross-entropy of each label, without gradients; see `linear_cross_entropy` for the arguments.
-
-    Returns:
-        The losses (n,) of the n labels other than `ignore_index`, in order, in fp32, or in float64 if h is float64.
-    """
+    """Compute the losses (n,) of the n labels other than `ignore_index`, in order, without autograd."""
     h, trained = _trained(h, head, labels, ignore_index, None)
     with torch.no_grad(), without_autocast(h):
         return trained.run(need_dh=False, need_dW=False)[0]
@@ -129,14 +110,8 @@ def chunk_rows(W: Tensor) -> int:
 
 
 class Trained(NamedTuple):
-    """The labeled rows, and the size of the chunks in which they are processed.
-
-    Attributes:
-        h: Hidden states of all rows, (N, d).
-        head: Head that computes the logits.
-        labels: Labels of the labeled rows, (n,).
-        rows: Indices of the labeled rows in h, (n,); None if all rows are labeled.
-        chunk: Maximum number of rows per chunk.
+    """The labeled rows, and the maximum number of rows per chunk.
+    Shapes: h (N, d), of all rows; labels (n,), of the labeled ones, and rows (n,), their indices, or None if all are.
     """
 
     h: Tensor
@@ -170,10 +145,8 @@ class Trained(NamedTuple):
 
 
 class _Softmax:
-    """Computes losses from rows of logits, and replaces the logits with the gradient of the summed loss.
-
-    Rows are processed a few at a time, in a buffer that fits in the cache. They are upcast, softmax is applied, 1 is
-    subtracted at each row's label, and the results are rounded.
+    """Computes losses from rows of logits, and replaces the logits with the gradient of the summed loss. A few rows at
+    a time, in a buffer that fits in the cache, are upcast, turned into softmax − one-hot, and rounded.
     """
 
     def __init__(self, head: Head, logits: Tensor, *, gradients: bool) -> None:
@@ -229,9 +202,7 @@ def _replay(ctx: Context[_State], saved: Sequence[Tensor]) -> Replayed:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Computes the summed loss from h (N, d) and W (V, d); saves h, and the gradients for W and for the labeled
-    rows of h.
-    """
+    """Computes the summed loss from h (N, d) and W (V, d); saves h and the gradients of W and of h's labeled rows."""
 
     @staticmethod
     def forward(ctx: Context[_State], h: Tensor, W: Tensor, trained: Trained) -> Tensor:

@@ -1,7 +1,4 @@
-"""Dropout that draws the dropped positions instead of one random number per element.
-
-Only a seed is saved. The backward pass regenerates the positions from the seed.
-"""
+"""Dropout that draws the dropped positions instead of one random number per element, and saves only a seed."""
 
 from __future__ import annotations
 
@@ -20,23 +17,15 @@ FEW = 1e-3
 
 
 def draw_positions(count: int, p: float, device: torch.device | str) -> Tensor:
-    """Draw the positions to drop among `count` elements, each independently with probability p.
-
-    Returns the sorted positions as an int64 tensor (dropped,). The seed comes from torch's default generator. The
-    probability is accurate to 2⁻²⁴.
-
-    Raises:
-        ValueError: p is not in [0, 1].
-    """
+    """Draw the sorted positions (dropped,), int64, of `count` to drop, each with probability p, accurate to 2⁻²⁴."""
     return positions(_seed(device), count, p, device)
 
 
 def draw(like: Tensor, p: float) -> Tensor:
     """Draw a dropout record for a tensor with the size and device of `like` (any shape).
 
-    The record is saved for the backward pass. On a CPU and on devices with kernels, the record is a uint64 seed (1,).
-    On other devices, it is a boolean mask (elements,) that is true for dropped elements. During compilation, the record
-    is such a mask on all devices, because compilers do not support data-dependent sizes.
+    It is a uint64 seed (1,) on a CPU and on devices with kernels. On others, and during compilation, because compilers
+    do not support data-dependent sizes, it is a boolean mask (elements,) that is true for dropped elements.
     """
     return draw_record(like.numel(), p, like.device)
 
@@ -54,9 +43,8 @@ def zero_(owned: Tensor, record: Tensor, p: float) -> Tensor:
 
 
 def apply_dropout(x: Tensor, record: Tensor, p: float, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
-    """Multiply x (any shape) by `scale`, zero the dropped elements, write the result to `out`, and return `out`.
-
-    `out` may be x. If `out` is None, a new tensor is allocated. x must be contiguous unless `out` is None.
+    """Write scale·x (any shape), with zeros at dropped elements, to `out`, which may be x; return `out`. If `out` is
+    None, a new tensor is allocated, and x need not be contiguous.
     """
     if out is None:
         x = x.contiguous()
@@ -79,10 +67,7 @@ def positions(record: Tensor, count: int, p: float, device: torch.device | str =
     """Return the sorted positions (dropped,), in int64, that a record drops among `count` elements. [docs/math.md (70)]
 
     The gaps between dropped positions are geometrically distributed, so about p·count draws suffice instead of `count`.
-    Given the same seed, the kernels and PyTorch draw different positions.
-
-    Raises:
-        ValueError: p is not in [0, 1].
+    Given the same seed, the kernels and PyTorch draw different positions. p must be in [0, 1].
     """
     _check_probability(p)
     if record.dtype == torch.bool:
@@ -115,14 +100,8 @@ def dropout_add_backward(dy: Tensor, record: Tensor | None, p: float) -> Tensor:
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
-    """Apply dropout to x (any shape): zero each element with probability p, and divide the others by 1 − p.
-
-    The output has the same distribution as with `torch.nn.functional.dropout`. [docs/math.md (70)] PyTorch's function
-    is called during compilation, if p = 1, and on accelerators without kernels. Otherwise, a record from `draw` is
-    saved for the backward pass.
-
-    Raises:
-        ValueError: p is not in [0, 1].
+    """Zero each element of x (any shape) with probability p, and divide the others by 1 − p. [docs/math.md (70)]
+    PyTorch's function is called during compilation, if p = 1, and on accelerators without kernels; p must be in [0, 1].
     """
     _check_probability(p)
     if not training or p == 0:

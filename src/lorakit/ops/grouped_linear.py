@@ -1,13 +1,12 @@
 """Grouped linear modules with adapters, such as the projections of fused experts, as one autograd function.
 
-Rows that belong to the same group, such as the tokens that are routed to one expert, are adjacent. Each group has its
-own frozen weight and its own factors A and B. No dense update is formed: saved for the backward pass are the input and
-one (rows, r) activation per adapter, and gradients of A and B are computed group by group.
+Rows of the same group, such as the tokens that are routed to one expert, are adjacent. Each group has its own frozen
+weight and factors A and B. No dense update is formed: the input and one (rows, r) activation per adapter are saved.
 
 In bf16 and fp16 on a CPU, torch compiles a kernel for each new shape of a matmul, which takes as long as a matmul of a
-hundred rows. The number of rows of a group changes from batch to batch. The matmuls with frozen weights therefore also
-process the first rows of the next group, up to a multiple of `STEP`; their results are overwritten by those of the next
-group. The matmuls with A and B run in fp32, which needs no kernels of its own and is more accurate.
+hundred rows, and the rows of a group vary from batch to batch. The matmuls with frozen weights therefore also process
+the first rows of the next group, up to a multiple of `STEP`, which are overwritten by the next group. The matmuls with
+A and B run in fp32, which needs no kernels of its own and is more accurate.
 """
 
 from __future__ import annotations
@@ -50,13 +49,7 @@ class GroupedLowRank:
 
 @dataclass(frozen=True, eq=False)
 class GroupedLinear:
-    """Frozen linear modules, one for each group.
-
-    Attributes:
-        W: Weights, (groups, out, in), or (groups, in, out) if `in_first`.
-        bias: Biases (groups, out), or None.
-        in_first: Whether the input dimension comes first.
-    """
+    """Frozen linear modules: W (groups, out, in) or, if `in_first`, (groups, in, out), and bias (groups, out)."""
 
     W: Tensor
     bias: Tensor | None = None
@@ -78,12 +71,7 @@ class GroupedLinear:
         return W.mT if self.in_first else W
 
     def check(self, x: Tensor, counts: Sequence[int], adapters: Sequence[GroupedLowRank]) -> None:
-        """Check that shapes match, and that the weights are frozen.
-
-        Args:
-            x: Input rows (N, in).
-            counts: Number of rows in each group.
-            adapters: The adapters.
+        """Check the shapes of x (N, in), the rows per group and the adapters, and that the weights are frozen.
 
         Raises:
             ValueError: Shapes do not match, or a weight or bias requires a gradient.
@@ -116,21 +104,10 @@ class _Form(NamedTuple):
 def grouped_linear(
     x: Tensor, counts: Sequence[int], linear: GroupedLinear | None, adapters: Sequence[GroupedLowRank] = ()
 ) -> Tensor:
-    """Compute y = x·W_gᵀ + b_g + Σ s·(x·A_gᵀ)·B_gᵀ for the rows of each group g. [docs/math.md (92)]
+    """Compute y = x·W_gᵀ + b_g + Σ s·(x·A_gᵀ)·B_gᵀ (N, out) for the rows of each group g. [docs/math.md (92)]
 
-    Under autocast, matmuls use the autocast dtype.
-
-    Args:
-        x: Rows (N, in), sorted by group.
-        counts: Number of rows in each group; the sum is N.
-        linear: The frozen weights, or None for the sum over the adapters alone, of which there must be one.
-        adapters: The adapters. Gradients flow to x and to the factors A and B, whose dtype may differ from that of x.
-
-    Returns:
-        The output (N, out).
-
-    Raises:
-        ValueError: Shapes do not match, or a weight or bias requires a gradient.
+    Gradients flow to x (N, in), sorted by group, and to A and B, whose dtype may differ. `counts` has the rows of each
+    group; without `linear`, only the sum over the adapters is computed. Matmuls use an autocast dtype.
     """
     if linear is not None:
         linear.check(x, counts, adapters)
@@ -149,10 +126,7 @@ def grouped_linear(
 
 
 def _groups(x: Tensor, counts: Sequence[int]) -> Iterator[tuple[int, slice, slice]]:
-    """Yield the index of each group that has rows, its rows, and the rows to process with its frozen weight.
-
-    The latter may extend into the next group, whose results must be written later.
-    """
+    """Yield each group that has rows, its rows, and those that its matmul writes, perhaps some of the next group."""
     step, start = STEP if _is_narrow_on_cpu(x) else 1, 0
     for group, count in enumerate(counts):
         if count:

@@ -10,11 +10,9 @@ of activations are quantized when they are used, with one scale per row:
 Folding g into x and s into dy lets one copy Q serve both directions (SwitchBack, arXiv:2304.13013, keeps two). Choosing
 g from the values of x moves outliers from x to W, which has a scale per row (SmoothQuant, arXiv:2211.10438).
 
-A fused operation quantizes an input once for all of its weights (`Int8Inputs`), and adds the bias and the low-rank
-result where it rounds (`output`, `input_gradient`). The integer matmuls are exact. The steps around them run in C if
-there are kernels, and in PyTorch's fp32 operations otherwise. On processors with AMX, or with VNNI and bf16 dot
-products, the matmul and the steps after it are one function in C. With few rows, as in decoding, one function in C does
-all steps (`few_rows`), and the results have the same bits.
+An input is quantized once for all of its weights (`Int8Inputs`); bias and low-rank result are added before rounding.
+The integer matmuls are exact. The steps around them run in C if there are kernels; with AMX, or VNNI and bf16 dot
+products, one function does the matmul and the steps after it, and with few rows, all steps, with the same bits.
 """
 
 from __future__ import annotations
@@ -66,15 +64,7 @@ def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Te
 
 
 def few_rows(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor | None:
-    """Return x·Wᵀ + b (…, out) for x (…, in), without autograd, or None if there are too many rows for the kernel.
-
-    The result has the bits of `output`.
-
-    Args:
-        x: The input.
-        weight: W (out, in).
-        bias: b (out,), or None.
-    """
+    """Return x·Wᵀ + b (…, out) for x (…, in), with the bits of `output`, or None if a kernel lacks or rows are many."""
     width = weight.q.shape[1]
     if not 0 < x.numel() <= MOST_ROWS * width:
         return None
@@ -107,8 +97,8 @@ def _backward(dy: Tensor, weight: Int8Weight, plus: Tensor | None, matmul: Integ
 def why_no_int8_matmuls() -> str:
     """Return why int8 matmuls are not fast or not exact on this machine's processor, or "" if they are both.
 
-    Without int8 units, PyTorch multiplies in a loop that is slower than bf16 matmuls, and some older versions returned
-    wrong results. One matmul in each direction is therefore compared with its exact result, once per process.
+    Without int8 units, PyTorch's are slower than bf16 matmuls, and some older versions returned wrong results, so one
+    in each direction is compared with its exact result, once per process.
     """
     units = [unit for unit in INT8_UNITS if unit in this_machine().features]
     if not units:
@@ -168,13 +158,7 @@ def output(
     B: Tensor | None = None,
 ) -> Tensor:
     """Return x·Wᵀ + b + h·Bᵀ (N, out), rounded once to the dtype of x.
-
-    Args:
-        inputs: The input x (N, in).
-        weight: W (out, in).
-        bias: b (out,), or None.
-        h: Low-rank activation (N, r), with the scale, in the dtype of x; or None.
-        B: Factor (out, r) in the dtype of x, or None.
+    Shapes: x (N, in), W (out, in), b (out,); h (N, r), with the scale, and B (out, r), in the dtype of x.
     """
     if h is None and (y := few_rows(inputs.x, weight, bias)) is not None:
         return y
@@ -226,14 +210,12 @@ def input_gradient(
 ) -> Tensor:
     """Return the sum of dy·W (N, in) over several outputs, plus `plus` (N, in), which may be overwritten.
 
-    The sum is in fp32 and is rounded once to the dtype of dy if all weights share their gain and kept channels,
-    otherwise once for each such set. Without `kept`, the result of each matmul with columns that keep their dtype is
-    rounded before it is added.
+    The fp32 sum is rounded once to the dtype of dy for each set of weights that share their gain and kept channels.
 
     Args:
         dys: Gradient (N, out) of each output, and its weight (out, in).
         plus: Tensor to add.
-        kept: The result of dy·W_K (N, k) for each output, in fp32; None to compute it.
+        kept: dy·W_K (N, k) for each output, in fp32; None computes it, rounded before it is added.
     """
     if kept is None:
         kept = [torch.mm(dy, weight.columns.to(dy.dtype)).float() for dy, weight in dys]

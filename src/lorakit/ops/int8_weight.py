@@ -1,7 +1,4 @@
-"""The int8 form of a frozen weight, W ≈ diag(s)·Q·diag(g): choose its input scales, quantize, dequantize.
-
-`lorakit.ops.int8` multiplies with it.
-"""
+"""The int8 form of a frozen weight, W ≈ diag(s)·Q·diag(g): choose its input scales, quantize, dequantize."""
 
 from __future__ import annotations
 
@@ -30,9 +27,8 @@ class Int8Weight:
     Attributes:
         q: Q, int8 (out, in), contiguous; zero in the columns that are left out.
         scale: s, fp32 (out,).
-        gain: g, fp32 (in,). Weights that share an input share this tensor.
-        kept: Positions K of the columns that keep their dtype, int64 (k,), ascending. Weights that share an input share
-            this tensor.
+        gain: g, fp32 (in,), shared by the weights of one input.
+        kept: Positions K of the columns that keep their dtype, int64 (k,), ascending, shared likewise.
         columns: W_K (out, k), in the dtype of the original weight.
     """
 
@@ -66,17 +62,11 @@ class Int8Weight:
 def input_scales(
     absmax: Tensor, weights: Sequence[Tensor], kept: int = KEPT_CHANNELS, smoothing: float = SMOOTHING
 ) -> tuple[Tensor, Tensor]:
-    """Return g (in,) and K (k,) for weights that share an input.
+    """Return g (in,) and K (k,) for weights (out, in) that share an input.
 
-    g_i = (w_i^(1−a) / c_i^a) with c_i = `absmax`, the largest |x_i| seen, w_i the largest |W_oi| of all weights, and a
-    = `smoothing`. After that, x·g and W/g have the same largest value in each channel if a is 0.5, (c_i·w_i)^½, and the
-    channels with the largest are left out. A channel without values, c_i = 0 or w_i = 0, gets g_i = 1.
-
-    Args:
-        absmax: Largest absolute value of each input channel, (in,).
-        weights: Weights (out, in), each with its own number of outputs.
-        kept: Number of channels to leave out.
-        smoothing: Exponent a, from 0 to 1.
+    g_i = w_i^(1−a) / c_i^a with c_i = `absmax` (in,), the largest |x_i| seen, w_i the largest |W_oi| of all weights,
+    and a = `smoothing`, from 0 to 1; 1 if c_i or w_i is 0. With a = 0.5, x·g and W/g have the same largest value in
+    each channel, (c_i·w_i)^½. The `kept` channels with the largest are left out.
     """
     seen = absmax.detach().float()
     widest = torch.stack([W.detach().abs().amax(0).float() for W in weights]).amax(0)
@@ -102,11 +92,7 @@ def dequantize(weight: Int8Weight) -> Tensor:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize the rows of x (N, d), fp32, to the nearest of 255 levels.
-
-    Returns:
-        int8 values (N, d) and fp32 scales (N,): x ≈ scale·q. Both are zero for a row of zeros.
-    """
+    """Quantize the rows of x (N, d), fp32, to 255 levels, int8 (N, d), with scales (N,), x ≈ scale·q; 0 for zeros."""
     largest = x.abs().amax(1)
     inverse = torch.full_like(largest, LEVELS) / largest  # a number divided by a tensor would be rounded twice
     inverse = torch.where(largest > SMALLEST, inverse, 0.0)

@@ -34,12 +34,8 @@ from lorakit.ops.kernels.protocol import DropoutMatmuls
 def linears(x: Tensor, group: Sequence[Adapted]) -> tuple[Tensor, ...]:
     """Return the outputs (…, out) of adapted linear modules that share the input x (…, in). [docs/math.md (71)]
 
-    Gradients flow to x and to each A and B; each gradient has the dtype of its tensor. Matmuls run in the dtype of x,
-    or in the autocast dtype. The following are saved for the backward pass: x, one (tokens, r) activation per adapter,
-    and dropout records.
-
-    Raises:
-        ValueError: A base weight or bias requires a gradient.
+    Gradients flow to x and to each A and B, in the dtype of each. Matmuls run in the dtype of x, or in the autocast
+    dtype. Saved are x, one (tokens, r) activation per adapter, and dropout records. All W and biases must be frozen.
     """
     if torch.is_grad_enabled():
         check_frozen(group)
@@ -74,10 +70,8 @@ class Form(NamedTuple):
 class LowRankMatmuls(NamedTuple):
     """Results of matmuls with the gradient dy (N, out) of an output; each is None if its other operand was None.
 
-    Attributes:
-        dh: dy·B (N, r), in the dtype of dy: the gradient of the low-rank activation.
-        kept: dy·W_K (N, k), in fp32.
-        grad_b: The gradient dyᵀ·h (out, r) of B. It is fp32 if a kernel computed it, otherwise in the dtype of dy.
+    `dh` is dy·B (N, r), the gradient of the low-rank activation, in the dtype of dy; `kept` is dy·W_K (N, k) in fp32;
+    `grad_b` is dyᵀ·h (out, r), in fp32 if a kernel computed it, otherwise in the dtype of dy.
     """
 
     dh: Tensor | None
@@ -86,16 +80,7 @@ class LowRankMatmuls(NamedTuple):
 
 
 def low_rank_matmuls(dy: Tensor, B: Tensor | None, columns: Tensor | None, h: Tensor | None) -> LowRankMatmuls:
-    """Return the matmuls of dy (N, out) with the operands that are not None.
-
-    They are narrow, so most of their time is that of reading dy. A kernel, if there is one, reads dy once for all.
-
-    Args:
-        dy: Gradient of an output.
-        B: Factor (out, r) in the dtype of dy, or None.
-        columns: Columns W_K (out, k) of an int8 weight that keep their dtype, in the dtype of dy, or None.
-        h: Low-rank activation (N, r) in the dtype of dy, or None.
-    """
+    """Return the matmuls of dy (N, out), read once by a kernel, with B (out, r), columns W_K (out, k) and h (N, r)."""
     if B is None and columns is None and h is None:
         return LowRankMatmuls(None, None, None)
     kernels = kernels_for(dy, B, columns)
@@ -112,12 +97,9 @@ def low_rank_matmuls(dy: Tensor, B: Tensor | None, columns: Tensor | None, h: Te
 class Group:
     """Forward and backward computations of linear modules that share an input, without autograd.
 
-    An autograd function's forward method calls `forward`, and then `pack` to get what must be saved in addition to x.
-    Its backward method calls `unpack`, then `backward`. Gradient recording must be disabled. A method that is called
-    with `owned=True` may overwrite x.
-
-    Inputs and outputs have the same dtype, but matmuls may run in a wider dtype. If they do, each input is upcast once
-    for all of its matmuls, and each result is rounded once.
+    An autograd function's forward calls `forward`, then `pack` for what must be saved in addition to x; its backward
+    calls `unpack`, then `backward`. Gradients must not be recorded. `owned=True` permits a method to overwrite x. If
+    matmuls run in a wider dtype, each input is upcast once for all of its matmuls, and each result is rounded once.
     """
 
     def __init__(self, group: Sequence[Adapted], dtype: torch.dtype, inside: torch.dtype | None = None) -> None:
@@ -172,11 +154,7 @@ class Group:
         return [self._output(inputs, site, hs.get(j), self.B.get(j)) for j, site in enumerate(sites)]
 
     def _output(self, inputs: Int8Inputs, site: Adapted, h: Tensor | None, B: Tensor | None) -> Tensor:
-        """Return x·Wᵀ + b, plus h·Bᵀ if there is an adapter; h includes the scale.
-
-        The low-rank matmul runs first, and the large matmul accumulates into its result. The reverse order takes just
-        as long.
-        """
+        """Return x·Wᵀ + b, plus h·Bᵀ if there is an adapter, added by the large matmul; h includes the scale."""
         if isinstance(site.W, Int8Weight):
             return output(inputs, site.W, site.bias, h, B)
         x = inputs.x
@@ -202,10 +180,8 @@ class Group:
     def backward(
         self, x: Tensor | None, dys: Sequence[Tensor | None], need_dx: bool = True, owned: bool = False
     ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-        """Return the gradient of x (N, in) if `need_dx` is true, and the gradients of each A and B.
-
-        `dys` contains the gradient (N, out) of each output, or None for outputs without a gradient. The input x may be
-        None if `needs_x` is false. If `owned` is true, the gradient of x may reuse the storage of x.
+        """Return the gradient of x (N, in) if `need_dx`, and those of each A and B, given `dys` (N, out) or None each.
+        x may be None if `needs_x` is false. If `owned` is true, the gradient of x may reuse its storage.
         """
         if self.inside != self.dtype:
             x, owned = None if x is None else x.to(self.inside), True
@@ -302,10 +278,7 @@ class Group:
     def _grads_a(
         self, x: Tensor, dh: dict[int, Tensor], stacked_dh: Tensor | None, owned: bool, spare: list[Tensor]
     ) -> dict[int, Tensor]:
-        """Return a dict from module index to the gradient of A, for each A that requires a gradient.
-
-        The gradient is s·dhᵀ·(D∘x), where D is the dropout mask divided by 1 − p.
-        """
+        """Return s·dhᵀ·(D∘x) by module index, for each A that is trained; D is the dropout mask divided by 1 − p."""
         grads: dict[int, Tensor] = {}
         if stacked_dh is not None and any(self.trains[j][0] for j in self.plain):
             ranks = [len(self.low[j].A) for j in self.plain]
@@ -322,9 +295,8 @@ class Group:
     def _inputs(
         self, x: Tensor, dropping: Sequence[int], owned: bool, spare: list[Tensor]
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yield the index of each module in `dropping`, together with the module's input after dropout.
-
-        The inputs share one buffer, which remains in `spare`. If `owned` is true, the last input overwrites x instead.
+        """Yield the index and the input after dropout of each module in `dropping`. The inputs share one buffer, which
+        remains in `spare`. If `owned` is true, the last input overwrites x instead.
         """
         for j in dropping:
             if owned and j == dropping[-1]:

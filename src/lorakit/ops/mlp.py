@@ -1,8 +1,7 @@
 """Fused MLP sublayer as one autograd function: norm, gate and up projections, activation, down projection, residual.
 
-The following are saved for the backward pass: x and its norm statistics, the gate and up outputs (unless they are
-recomputed), one (tokens, r) activation per adapter, and dropout records. The normalized input and the activation are
-recomputed in buffers that are then reused for gradients.
+Saved are x and its norm statistics, the gate and up outputs (unless they are recomputed), one (tokens, r) activation
+per adapter, and dropout records. The rest is recomputed in buffers that are then reused for gradients.
 """
 
 from __future__ import annotations
@@ -46,8 +45,7 @@ class Form(NamedTuple):
         dropout: Dropout probability for the output of the down projection, before the residual is added.
         within: Dropout probability for the input of the down projection.
         fused: Whether a single module computes gate and up.
-        keep: Whether the gate and up outputs are saved for the backward pass. If not, they are recomputed.
-            [docs/math.md (85)]
+        keep: Whether the gate and up outputs are saved for the backward pass, not recomputed. [docs/math.md (85)]
     """
 
     inner: tuple[Adapted, ...]
@@ -64,13 +62,7 @@ class Form(NamedTuple):
 def gated(
     x: Tensor, norm: Norm | None, gate: Adapted, up: Adapted, down: Adapted, act: str, residual: bool = False
 ) -> Tensor:
-    """Compute down(act(gate(n))·up(n)) with n = norm(x), plus x if `residual` is true. [docs/math.md (79)]
-
-    Both x and the result are (..., d). Gradients flow to x and to the factors A and B.
-
-    Raises:
-        ValueError: The activation has no fused form, or a base weight requires a gradient.
-
+    """Compute down(act(gate(n))·up(n)) (..., d) as `mlp` does, with n = norm(x). [docs/math.md (79)]
     Source: Shazeer 2020, arXiv:2002.05202, eq. (6).
     """
     return mlp(x, Form((gate, up), down, activation(act), norm, residual))
@@ -79,26 +71,15 @@ def gated(
 def plain(
     x: Tensor, norm: Norm | None, up: Adapted, down: Adapted, act: str, residual: bool = False, dropout: float = 0.0
 ) -> Tensor:
-    """Compute down(act(up(n))) with n = norm(x), plus x if `residual` is true. [docs/math.md (79)]
-
-    Both x and the result are (..., d). Gradients flow to x and to the factors A and B. Dropout is applied to the output
-    of the down projection, before x is added.
-
-    Raises:
-        ValueError: The activation has no fused form, a base weight requires a gradient, or `dropout` is not in
-            [0, 1).
-    """
+    """Compute down(act(up(n))) (..., d) as `mlp` does, with n = norm(x). [docs/math.md (79)]"""
     return mlp(x, Form((up,), down, activation(act), norm, residual, dropout))
 
 
 def mlp(x: Tensor, form: Form) -> Tensor:
-    """Compute an MLP sublayer of any form. [docs/math.md (79)]
-
-    Both x and the result are (..., d). Gradients flow to x and to the factors A and B.
+    """Compute an MLP sublayer of any form, (..., d) -> (..., d), with gradients of x, A and B. [docs/math.md (79)]
 
     Raises:
-        ValueError: A base weight requires a gradient, a dropout probability is not in [0, 1), or `fused` is set with
-            more than one inner module.
+        ValueError: A dropout probability is not in [0, 1), `fused` has several inner modules, or a weight is trained.
     """
     modules = (*form.inner, form.down)
     for name, share in (("output", form.dropout), ("inner activation", form.within)):
@@ -238,11 +219,7 @@ class _Mlp(torch.autograd.Function):
 def _back_through_the_activation(
     dy: Tensor, saved: tuple[Sequence[Tensor], Tensor | None], outer: Group, form: Form, deep: bool
 ) -> tuple[list[Tensor], tuple[Tensor | None, Tensor | None]]:
-    """Return the gradients of the inner modules' outputs, if needed, and of the down projection's factors A and B.
-
-    The argument `saved` contains the gate and up outputs (N, f), and the record for the dropout before the down
-    projection.
-    """
+    """Return the gradients of the inner modules' outputs, if needed, and of the down projection's A and B."""
     hidden, within = saved
     first, up = (hidden[0] if hidden else None), (hidden[1] if len(hidden) == 2 else None)
     a = None if first is None or not outer.needs_x else activate(form.act, first, up, torch.empty_like(first))

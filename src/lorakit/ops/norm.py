@@ -1,6 +1,5 @@
 """RMS norm and layer norm with frozen weights: autograd functions, and building blocks for other fused operations.
-
-Only the input and one or two statistics per row are saved. A backward pass that needs the output recomputes it.
+Saved are the input and one or two statistics per row; a backward pass that needs the output recomputes it.
 """
 
 from __future__ import annotations
@@ -21,14 +20,10 @@ from lorakit.ops.kernels import kernels_for
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """A frozen norm over the last dimension.
+    """A frozen norm over the last dimension: weight (d,), or None for ones, and, for a layer norm, bias (d,) or None.
 
-    Attributes:
-        kind: "rms" (T5, Llama, Gemma) or "layer".
-        weight: Weight (d,), or None for all ones.
-        bias: Bias (d,) of a layer norm, or None.
-        eps: Number added to the mean square (RMS norm) or to the variance (layer norm).
-        offset: Number added to the weight: 1 if the checkpoint stores weight − 1, as Gemma's does; otherwise 0.
+    `eps` is added to the mean square ("rms": T5, Llama, Gemma) or to the variance ("layer"), `offset` to the weight: 1
+    if the checkpoint stores weight − 1, as Gemma's does.
     """
 
     kind: Literal["rms", "layer"]
@@ -52,10 +47,7 @@ class Norm:
         return rms_recompute(x, stats[0], self.weight, self.offset)
 
     def backward(self, dn: Tensor, x: Tensor, stats: Sequence[Tensor], add: Tensor | None = None) -> Tensor:
-        """Return the gradient of x (N, d), plus `add` (N, d) if given, as a new tensor.
-
-        The gradient of the normalized x is dn (N, d).
-        """
+        """Return the gradient of x (N, d), given that of the normalized x, dn, plus `add` (N, d), as a new tensor."""
         if self.kind == "layer":
             backward = torch.ops.aten.native_layer_norm_backward
             given = dn.to(x.dtype), x, x.shape[-1:], *stats, _weight(self.weight, x), None
@@ -66,12 +58,6 @@ class Norm:
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
     """Compute the RMS norm of x (..., d) with a frozen weight (d,). [docs/math.md (76)]
-
-    Only x and one value per row are saved for the backward pass.
-
-    Raises:
-        ValueError: The weight requires a gradient.
-
     Source: Zhang and Sennrich 2019, arXiv:1910.07467, eq. (4).
     """
     return normalize(x, Norm("rms", weight, None, eps, offset))
@@ -79,23 +65,13 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Compute the layer norm of x (..., d) with a frozen weight (d,) and bias (d,). [docs/math.md (77)]
-
-    Only x and two values per row are saved for the backward pass.
-
-    Raises:
-        ValueError: The weight or the bias requires a gradient.
-
     Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450, eq. (4).
     """
     return normalize(x, Norm("layer", weight, bias, eps))
 
 
 def normalize(x: Tensor, norm: Norm) -> Tensor:
-    """Apply a norm to x (..., d). The result has the dtype of x.
-
-    Raises:
-        ValueError: The weight or bias of the norm requires a gradient.
-    """
+    """Apply a frozen norm to x (..., d); the result has the dtype of x."""
     if torch.is_grad_enabled():
         check_frozen_norm(norm)
     if torch.is_grad_enabled() and x.requires_grad:
@@ -163,10 +139,7 @@ def rms_recompute(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float) -> T
 
 
 def rms_backward(dn: Tensor, x: Tensor, rstd: Tensor, w: Tensor | None, offset: float, add: Tensor | None) -> Tensor:
-    """Return the gradient of x (N, d), plus `add` (N, d) if given, as a new tensor.
-
-    The gradient of the normalized x is dn (N, d), rstd (N, 1) comes from `rms_forward`, and w (d,) is the weight.
-    """
+    """Return the gradient of x (N, d), given dn (N, d) and the rstd (N, 1) of `rms_forward`, plus `add` (N, d)."""
     kernels, dx = kernels_for(x, w, dn, add), torch.empty_like(x)
     if kernels is not None:
         kernels.rms_backward(dn, x, w, offset, rstd, add, dx)
@@ -227,10 +200,7 @@ def _weight(w: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _dtype_of_parameters(x: Tensor) -> torch.dtype:
-    """Return the dtype for the weight and bias.
-
-    On a CPU, this dtype is fp32 or wider, because torch rounds the mean and std to the dtype of the weight.
-    """
+    """Return the dtype for weight and bias: fp32 or wider on a CPU, where torch rounds the statistics to it."""
     return upcast_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
 
 

@@ -1,9 +1,7 @@
-"""Reference implementations of the fused operations in plain PyTorch.
+"""Reference implementations of the fused operations in plain PyTorch, each directly by its formula.
 
-Each function follows its formula directly and computes the same results as a fused operation. For example, `linear`
-is the reference for `lorakit.ops.linear.linears`. Tests compare values and gradients with them, and fused operations
-run them if a backward pass is differentiated again; dropout and results that were saved instead of an input are then
-taken from the forward pass.
+Tests compare values and gradients with them, and fused operations run them if a backward pass is differentiated again;
+dropout and results that were saved instead of an input are then taken from the forward pass.
 """
 
 from __future__ import annotations
@@ -41,9 +39,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Drawn(NamedTuple):
     """What a group of linear modules takes from a forward pass; None for what it computes itself.
 
-    Attributes:
-        masks: Dropout mask (…, in) of each module's adapter: 1 keeps an element, 0 drops it.
-        hidden: Low-rank activation (N, r) of each module, including the scale and the division by 1 − p.
+    `masks` has the dropout mask (…, in) of each adapter, 1 to keep an element; `hidden` the low-rank activations
+    (N, r), including the scale and the division by 1 − p.
     """
 
     masks: Sequence[Tensor | None] | None = None
@@ -102,10 +99,7 @@ def grouped_linear(
     adapters: Sequence[GroupedLowRank] = (),
     hidden: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    """Compute `grouped_linear` one group at a time: x (N, in) -> (N, out).
-
-    `hidden` has the low-rank activations (N, r) of the forward pass, including the scale, or None.
-    """
+    """Compute `grouped_linear` one group at a time: x (N, in) -> (N, out); `hidden` (N, r) is as in `Drawn`."""
     saved = hidden or [None] * len(adapters)
     outputs = []
     for group, (rows, *values) in enumerate(_split(counts, x, *saved)):
@@ -161,12 +155,8 @@ def norm(x: Tensor, norm: Norm) -> Tensor:
 
 
 class DrawnMlp(NamedTuple):
-    """What an MLP sublayer takes from a forward pass; None for what it computes itself.
-
-    Attributes:
-        inner, down: Of the projections before the activation, and of the down projection.
-        hidden: The gate and up outputs (N, f), if x was not saved.
-        output, within: Dropout masks for the output and for the input of the down projection.
+    """What an MLP sublayer takes from a forward pass; None for what it computes itself. `hidden` has the gate and up
+    outputs (N, f), if x was not saved; `output` and `within` are dropout masks.
     """
 
     inner: Drawn = Drawn()
@@ -202,10 +192,7 @@ def rotary(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, kept: Tensor | None = None) -> Tensor:
-    """Compute attention: q (B, H, T, D), k and v (B, KV, T, D) -> (B, H, T, D).
-
-    `kept` (B, H, T, T) is 1 where dropout keeps a weight and 0 where it drops one; None disables dropout.
-    """
+    """Compute attention: q (B, H, T, D), k and v (B, KV, T, D) -> (B, H, T, D); `kept` is 1 for weights to keep."""
     pattern.check(q, k, v)
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     scores = q @ k.transpose(2, 3) * pattern.scale_for(q.shape[3])
@@ -239,11 +226,8 @@ def visible(pattern: Pattern, tokens: int, device: torch.device | str = "cpu") -
 class DrawnAttention(NamedTuple):
     """What an attention sublayer takes from a forward pass; None for what it computes itself.
 
-    Attributes:
-        inputs, last: Of the input projections and of the output projection.
-        heads: q, k and v (B, T, heads, D) as `attention_block` saves them, if x was not saved.
-        attended: Output of the attention (N, H·D), if no gradient flows through the attention.
-        weights, output: Dropout masks for the attention weights (B, H, T, T) and for the output.
+    `heads` has q, k and v (B, T, heads, D) as `attention_block` saves them, if x was not saved; `attended` the output
+    of attention (N, H·D), if no gradient flows through it; `weights` (B, H, T, T) and `output` are dropout masks.
     """
 
     inputs: Drawn = Drawn()
@@ -263,10 +247,7 @@ def attention_block(
     wanted: Tensor | None = None,
     drawn: DrawnAttention | None = None,
 ) -> Tensor:
-    """Compute the attention sublayer, without dropout unless it is given: x (B, T, d) -> (B, T, d).
-
-    If `wanted` is given, the result is (n, d).
-    """
+    """Compute the attention sublayer, with dropout only if given: x (B, T, d) -> (B, T, d), or (n, d) if `wanted`."""
     drawn = drawn or DrawnAttention()
     if drawn.attended is None:
         q, k, v = _heads(x, block, rope, drawn)

@@ -1,11 +1,8 @@
 """Rotary position embeddings (RoPE): rotate pairs of elements of q and k by angles that grow with the position.
 
-The tables `cos` and `sin` come from the model: transformers computes both tables once per forward pass, including any
-scaling for long contexts, so this module does not need the base or the frequencies. The tables have shape (…, T, rot),
-where rot is even and at most D. The first rot elements of a head are rotated, and the others are copied. Models use one
-of two pairings: `half` pairs element i with i + rot/2 (Llama, Qwen, Gemma, GPT-NeoX), and `interleaved` pairs element
-2i with 2i + 1 (GPT-J, Cohere, GLM). The rotation is linear, so the backward pass applies its transpose and needs only
-the tables.
+The tables `cos` and `sin` (…, T, rot) come from the model, with any scaling for long contexts. The first rot elements
+of a head are rotated, the others copied. `half` pairs element i with i + rot/2 (Llama, Qwen, Gemma, GPT-NeoX), and
+`interleaved` 2i with 2i + 1 (GPT-J, Cohere, GLM). The backward pass applies the transposed rotation, from the tables.
 """
 
 from __future__ import annotations
@@ -26,12 +23,7 @@ Pairs = Literal["half", "interleaved"]
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary tables for one forward pass, shared by all layers.
-
-    Attributes:
-        cos, sin: Tables (T, rot), (1, T, rot) or (B, T, rot); they receive no gradient.
-        pairs: Pairing of elements, "half" or "interleaved".
-    """
+    """Rotary tables for one forward pass: cos and sin, (T, rot), (1, T, rot) or (B, T, rot), without gradients."""
 
     cos: Tensor
     sin: Tensor
@@ -39,15 +31,8 @@ class Rotary:
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate the pairs of elements of x (B, H, T, D) according to the token positions. [docs/math.md (80)]
-
-    The input x may have any strides. The result is (B, H, T, D), stored as (B, T, H, D), and is differentiable with
-    respect to x.
-
+    """Rotate x (B, H, T, D) by token positions; the result is stored as (B, T, H, D). [docs/math.md (80)]
     Source: Su et al. 2021, arXiv:2104.09864, eq. (34).
-
-    Raises:
-        ValueError: rot is odd or larger than D, the tables do not match T or B, or a table requires a gradient.
     """
     check(x, rotary)
     return _Rotate.apply(x, rotary)
@@ -70,11 +55,7 @@ def rotated(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def rotate_back_(grad: Tensor, rotary: Rotary) -> Tensor:
-    """Apply the transposed rotation to a gradient in place. [docs/math.md (80)]
-
-    `grad` (B, T, H, D), with any strides, is the gradient of the output of `rotated`. It is overwritten with the
-    gradient of the input, and returned.
-    """
+    """Replace the gradient (B, T, H, D) of `rotated` with that of its input. [docs/math.md (80)]"""
     cos, sin = (_with_head_axis(table).to(grad.dtype) for table in (rotary.cos, rotary.sin))
     if _by_kernel(grad, cos, sin, rotary.pairs, True, grad):
         return grad
@@ -107,7 +88,7 @@ def check(x: Tensor, rotary: Rotary) -> None:
     """Check that the tables match x (B, H, T, D).
 
     Raises:
-        ValueError: A table does not match x or requires a gradient.
+        ValueError: A table does not match x or requires a gradient, or rot is odd or larger than D.
     """
     batch, _, length, width = x.shape
     for name, table in (("cos", rotary.cos), ("sin", rotary.sin)):

@@ -1,18 +1,13 @@
 """Batched LoRA with one adapter per row (multi-adapter batches), computed from the stacked factors of all adapters.
 
-With B transposed, the forward and backward passes consist of the same three matmuls: `shrink` from width to rank,
-`expand` from rank to width, and `outer`, the product of a low-rank activation and a wide one. There are four methods,
-which all give the same results:
+With B transposed, forward and backward consist of `shrink` (width to rank), `expand` (rank to width) and `outer` (a
+low-rank activation times a wide one). Four methods give the same results:
 
-- `masked` multiplies each row by the factors of all adapters, and masks out the results for the adapters that the row
-  does not use. This method is the fastest with few adapters.
-- `rows` copies each row's factors and runs one matmul per row. It is meant for rows with many tokens, and for many
-  adapters.
-- `sorted` groups the rows by adapter and runs one matmul per adapter. It is meant for many short rows, and for a single
-  adapter.
-- `compiled` reads each row's factors in place, with one kernel for both shrink and expand, as BGMV does. It is meant
-  for inference with short rows and few rows per adapter, and requires a compiled kernel. Because it does not copy the
-  factors, it reads them only once, even in a decoding step with many rows and many adapters.
+- `masked` multiplies each row by the factors of all adapters and masks the results: the fastest with few adapters.
+- `rows` copies each row's factors and runs one matmul per row: for rows with many tokens, and for many adapters.
+- `sorted` groups the rows by adapter, one matmul each: for many short rows, and for a single adapter.
+- `compiled` reads each row's factors in place, once, with one kernel for shrink and expand, as BGMV does: for inference
+  with short rows and few rows per adapter.
 """
 
 from __future__ import annotations
@@ -43,20 +38,14 @@ from lorakit.ops.kernels.protocol import PerRowMatmuls
 
 class PerRowLora:
     """Compute s_k·B_k·(A_k·x_i) for each row i and its adapter k with a compiled kernel. [docs/math.md (72)]
-
-    The factors A (K, r, in) include the scales, and Bt (K, r, out) is B transposed. `index` (rows,) contains the index
-    of each row's adapter, or −1 for none. An instance can be used any number of times.
+    Shapes: A (K, r, in) with the scales, Bt (K, r, out), index (rows,), −1 for no adapter.
     """
 
     def __init__(self, A: Tensor, Bt: Tensor, index: Tensor, products: PerRowMatmuls) -> None:
         self.A, self.Bt, self.index, self.products = A, Bt, index.long().contiguous(), products
 
     def forward(self, x: Tensor, into: Tensor | None) -> tuple[Tensor, None]:
-        """Compute the result (rows, …, out) for x (rows, …, in), and add it to `into` in place if `into` is given.
-
-        Returns:
-            The result, and None, because nothing is saved for the backward pass.
-        """
+        """Return the result (rows, …, out) for x (rows, …, in), added to `into` in place if given; nothing is saved."""
         if into is not None and into.dtype == x.dtype and into.is_contiguous():
             room = into
         else:
@@ -77,7 +66,7 @@ FEW_ADAPTERS = 16
 
 @dataclass(frozen=True, eq=False)
 class Routed:
-    """Adapter index of each row, (rows,); −1 means no adapter. Created once per forward pass and used by every layer.
+    """Adapter index of each row, (rows,); −1 means no adapter. Created once per forward pass for all layers.
 
     Raises:
         ValueError: The index is not an integer tensor or is out of range.
@@ -112,10 +101,7 @@ class Routed:
 
     @cached_property
     def order(self) -> Tensor | None:
-        """Return the indices (served,) of the rows with an adapter, grouped by adapter.
-
-        Returns None if every row has an adapter and the rows are already grouped.
-        """
+        """Return the indices (served,) of rows with an adapter by adapter, or None if all rows are in this order."""
         if self.served is None and bool((self.index.diff() >= 0).all()):
             return None
         return self.index.argsort(stable=True)[len(self.index) - int((self.index >= 0).sum()) :]
@@ -142,7 +128,7 @@ def segmented(
     """Compute s_k·B_k·(A_k·x_i) for each row i of x (rows, …, in) and its adapter k = index[i]. [docs/math.md (72)]
 
     Gradients flow to x, A, B and `into`. If A and B have the dtype of x, and B is a transposed view of a (K, r, out)
-    tensor, the factors are not copied. The method "rows" is an exception: it copies the factors for each row.
+    tensor, the factors are not copied, except by the method "rows".
 
     Args:
         x: Input rows, (rows, …, in).
@@ -151,8 +137,7 @@ def segmented(
         scales: Scales (K,), or None if A includes the scales.
         index: Adapter of each row, (rows,), with −1 for none; or a `Routed`.
         into: Tensor (rows, …, out) to which the result is added in place, or None.
-        method: Method to use; None chooses one automatically, but never "compiled". With "masked", all factors must
-            be finite, because each row is multiplied by the factors of every adapter.
+        method: None chooses one, but never "compiled". "masked" needs finite factors, because it multiplies by all.
 
     Raises:
         ValueError: Shapes do not match, or an index is out of range; or the method is "compiled", but gradients are
@@ -177,10 +162,7 @@ def segmented(
 
 
 def compiled_method(A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed, x: Tensor) -> PerRowLora | None:
-    """Prepare the method "compiled" for rows like those of x (rows, …, in); return None if no kernel supports them.
-
-    The arguments A (K, r, in), B (K, out, r) and scales (K,) are as in `segmented`.
-    """
+    """Prepare the method "compiled" for rows like x (rows, …, in), or return None if no kernel supports them."""
     A = (A if scales is None else A * scales[:, None, None]).to(x.dtype).contiguous()
     Bt = B.to(x.dtype).transpose(1, 2).contiguous()
     kernels = kernels_for(x, A, Bt, strided=True)
@@ -202,10 +184,8 @@ def _check(x: Tensor, A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed,
 
 
 def method_for(x: Tensor, rows: Routed, only_finite: bool = True) -> Method:
-    """Choose the method for rows x (rows, …, in). The thresholds were measured at widths 576 and 2048 with rank 16.
-
-    "masked" requires that all stacked factors be finite, because masking does not remove Inf or NaN. "masked" is not
-    used in fp16, where the result for an adapter that a row does not use can overflow.
+    """Choose the method for rows x (rows, …, in), by thresholds measured at widths 576 and 2048 with rank 16. "masked"
+    needs finite factors, because masking does not remove Inf or NaN, and no fp16, where others may overflow.
     """
     run = len(x) / rows.adapters
     if rows.adapters == 1:
@@ -232,11 +212,7 @@ class _Call(NamedTuple):
 
 
 class _Products(NamedTuple):
-    """The three matmuls of a method.
-
-    Wide rows are (served, T, in or out), where `served` is the number of rows that the method processes; stacks of
-    factors are (K, r, in or out). The shape of low-rank activations depends on the method.
-    """
+    """The matmuls of a method on wide rows (served, T, in or out) and stacks (K, r, in or out)."""
 
     shrink: Callable[[Tensor, Tensor, _Call], Tensor]  # wide rows, stack -> low-rank activation, scaled
     expand: Callable[[Tensor, Tensor, _Call, Tensor | None], Tensor]  # activation, stack, rows to add to -> wide rows
@@ -244,11 +220,8 @@ class _Products(NamedTuple):
 
 
 class Segments:
-    """Forward and backward computations of one method.
-
-    An instance can be used repeatedly, but only while gradient recording is disabled.
-
-    The arguments A (K, r, in), B (K, out, r) and scales (K,) are as in `segmented`; `dtype` is the dtype of the rows.
+    """Forward and backward computations of one method, for factors as in `segmented` and rows of the given dtype. An
+    instance can be used repeatedly, but only while gradients are not recorded.
     """
 
     def __init__(
@@ -262,21 +235,14 @@ class Segments:
         self.call = _Call(rows, adapter, own)
 
     def forward(self, x: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the result (rows, …, out) for x (rows, …, in), and the low-rank activation for the backward pass.
-
-        The caller must disable autocast (see `without_autocast`).
-        """
+        """Return the result (rows, …, out) for x (rows, …, in), and the low-rank activation; without autocast."""
         h = self.do.shrink(self._take(x), self.A, self.call)
         return self._put(h, self.Bt, x, into), h
 
     def backward(
         self, x: Tensor | None, h: Tensor | None, dy: Tensor, need_dx: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of x (rows, …, in), A (K, r, in) and B (K, out, r).
-
-        The gradient of x is None unless `need_dx` is true, that of A is None if x is None, and that of B is None if h
-        is None.
-        """
+        """Return the gradients of x (rows, …, in) if `need_dx`, A (K, r, in) if x is given, B (K, out, r) if h is."""
         dx = dA = dB = None
         wide = self._take(dy)
         if need_dx or x is not None:
@@ -400,11 +366,7 @@ def _replay(ctx: Context[_Saved], saved: Sequence[Tensor]) -> Replayed:
 
 
 class _Segmented(torch.autograd.Function):
-    """Autograd function for `segmented`.
-
-    `into` must be the first argument: if `into` is a view, autograd assumes that the first argument is the one that was
-    modified in place.
-    """
+    """Autograd function for `segmented`; `into` comes first, as autograd expects of a view that is modified."""
 
     @staticmethod
     def forward(

@@ -13,10 +13,9 @@ from lorakit.ops.kernels.protocol import Kernels
 def kernels_for(x: Tensor, *others: Tensor | None, strided: bool = False, is_new: bool = False) -> Kernels | None:
     """Return the compiled kernels for x (any shape), or None if PyTorch's operations must be used.
 
-    Kernels are not used during compilation or tracing. They are also not used if the dtype of x is not supported, if
-    another tensor has a different dtype or device, or if any tensor is not contiguous or has no ordinary storage (fake
-    tensors, shards). If `strided` is true, x need not be contiguous. If `is_new` is true, the caller created all
-    tensors, so that they are ordinary ones in a `torch.func` transform too.
+    They are not used during compilation or tracing, for other dtypes, or if a tensor differs in dtype or device, is not
+    contiguous, or has no ordinary storage (fake tensors, shards). If `strided`, x need not be contiguous. If `is_new`,
+    the caller created all tensors, so that they are ordinary ones in a `torch.func` transform too.
     """
     if type(x) not in _PLAIN or x.dtype not in _DTYPES.get(x.device.type, ()):
         return None

@@ -1,16 +1,13 @@
 """Compile rows.c and its headers into a shared library, once per machine, compiler and dtype, and cache the library.
 
-Nothing is downloaded or installed: the C compiler on the system is used, if there is one. A library contains executable
-code, so it is built in, and loaded from, a private directory that no other user can write to. To keep concurrent builds
-from interfering with each other, a library is built in a temporary directory next to its final path and then moved to
-that path. Failures are never raised; they are reported in `Built`.
+The system's C compiler is used, if there is one. A library contains executable code, so it is built in, and loaded
+from, a private directory, in a temporary directory first, so that concurrent builds do not interfere. Failures are
+never raised; they are reported in `Built`.
 
 A directory is private if it belongs to the user and has mode 0700, and if each of its parents belongs to the user or to
-root and is not writable by others. A parent with the sticky bit, such as /tmp, may be world-writable: only the owner of
-an entry can rename or remove it, and the owner of each entry is checked too. After the check, no other user can replace
-any part of the path, so it is safe to use the path by name. The check cannot detect mounts over a path, actions by
-root, or access control lists that are not reflected in the mode bits. (The group bits reflect POSIX
-lists, but no mode bits reflect NFSv4 lists.)
+root and is not writable by others, unless it has the sticky bit, as /tmp: only the owner of an entry can rename or
+remove it, and the owner of each entry is checked too. After the check, no other user can replace any part of the path.
+It cannot detect mounts over a path, actions by root, or NFSv4 access control lists, which no mode bits reflect.
 """
 
 from __future__ import annotations
@@ -42,20 +39,14 @@ SOURCE = Path(__file__).with_name("rows.c")
 COMPILERS = ("gcc", "cc", "clang")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 WIDEST = "-mprefer-vector-width=512"
-"""Flag for compilers that support it. By default, GCC uses only half the vector width on processors with AVX-512."""
+"""Flag for compilers that support it: by default, GCC uses only half the vector width of AVX-512."""
 SECONDS = 120
 """Timeout in seconds for one run of the compiler."""
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 class Built(NamedTuple):
-    """A loaded library, or the reason why there is none.
-
-    Attributes:
-        functions: The loaded library, or None.
-        why: Description for logs: how the library was built, or why it could not be built.
-        lacks_compiler: Whether no C compiler was found.
-    """
+    """A loaded library or None, how it was built or why it was not, and whether no C compiler was found."""
 
     functions: ctypes.CDLL | None
     why: str
@@ -64,11 +55,7 @@ class Built(NamedTuple):
 
 @functools.cache
 def built(define: str) -> Built:
-    """Return the library compiled from rows.c. If the library is missing, build it, which takes a few seconds.
-
-    Args:
-        define: A preprocessor macro to define, or "".
-    """
+    """Return the library compiled from rows.c with a macro, or "" for none; a missing one is built in seconds."""
     if os.environ.get(SWITCH, "").lower() == "off":
         return Built(None, f"{SWITCH}=off")
     compiler = _compiler()
@@ -105,10 +92,8 @@ def _compiler() -> list[str]:
 
 
 def _library(compiler: list[str], define: str, folder: Path) -> ctypes.CDLL:
-    """Load the library from `folder`. If the library is missing, damaged or writable by others, build it first.
-
-    Its name ends in its hash: a damaged library can compute wrong numbers, and loading a truncated one can end the
-    process.
+    """Load the library, whose name ends in its hash, or build it if it is missing, damaged or writable by others. A
+    damaged library can compute wrong numbers, and loading a truncated one can end the process.
     """
     name = f"rows-{_key(compiler, define)}"
     for path in folder.glob(f"{name}-*.so"):
@@ -152,9 +137,8 @@ def _instructions() -> str:
 def _build(compiler: list[str], define: str, folder: Path, name: str) -> Path:
     """Compile rows.c into `folder`, with threads if PyTorch's thread library can be shared.
 
-    The compiled library must not load a second thread library, because two thread pools on the same cores wait for each
-    other. It is therefore linked without a thread library and uses the one that PyTorch has loaded. If PyTorch's thread
-    library lacks a required symbol, rows.c is compiled without threads.
+    Two thread pools on the same cores would wait for each other, so the library is linked without one and uses that of
+    PyTorch. If a required symbol is missing there, rows.c is compiled without threads.
     """
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made, whole = Path(scratch) / "rows.o", Path(scratch) / "rows.so"
@@ -199,7 +183,6 @@ def private_directory(path: Path) -> Path:
 
     Raises:
         PermissionError: The directory or a parent belongs to another user or is writable by others.
-        OSError: The directory cannot be created.
     """
     if not hasattr(os, "geteuid"):
         raise PermissionError(f"{path}: cannot check file owners on this system")
@@ -246,9 +229,8 @@ def _is_writable_by_others(info: os.stat_result) -> bool:
 
 
 def _is_group_of_one(gid: int) -> bool:
-    """Return whether a group is the user's private group. Many systems use private groups with a umask of 002.
-
-    A private group is the user's primary group, has the user's name, and has no other members. Group 0 never qualifies.
+    """Return whether a group is the user's private group, which many systems use with a umask of 002. It is the user's
+    primary group, has the user's name, and has no other members; never group 0.
     """
     import grp
     import pwd

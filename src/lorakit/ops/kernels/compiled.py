@@ -1,7 +1,4 @@
-"""Call the CPU kernels in rows.c and its headers, passing tensors as pointers.
-
-`lorakit.ops.kernels.protocol` documents what each kernel computes.
-"""
+"""Call the CPU kernels in rows.c and its headers, which `lorakit.ops.kernels.protocol` documents."""
 
 from __future__ import annotations
 
@@ -26,10 +23,10 @@ from lorakit.ops.kernels.protocol import (
 )
 
 DTYPES = {torch.float32: "", torch.bfloat16: "BF16"}
-"""Dict from dtype to the preprocessor macro that is defined when the kernels for that dtype are compiled."""
+"""Dtype -> preprocessor macro that is defined when its kernels are compiled."""
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "quick_gelu": 2, "relu": 3}
-"""Dict from the name of an activation in `lorakit.ops.activation` to its enum value in the C source."""
+"""Name in `lorakit.ops.activation` -> enum value in the C source."""
 
 LANES = 16
 """Number of fp32 values in a register of the attention kernel; head widths must be a multiple of it."""
@@ -69,11 +66,7 @@ def _built() -> list[Built]:
 
 
 class CompiledKernels:
-    """Kernels for each dtype, compiled from rows.c.
-
-    Each method raises ValueError if a tensor is invalid, and MemoryError if a scratch buffer cannot be allocated. For
-    details, see `lorakit.ops.kernels.gateway`.
-    """
+    """Kernels for each dtype, compiled from rows.c, behind the checks of `lorakit.ops.kernels.gateway`."""
 
     activations = frozenset(ACTIVATIONS)
     caps_logits = False
@@ -355,11 +348,7 @@ class CompiledAttention:
         self._gateway.call("attend_backward", dtype, q.numel(), *given, *made, *sizes, scale, causal)
 
     def _operands(self, operands: tuple[Tensor, Tensor, Tensor], ends: Tensor) -> tuple[list[int], list[int]]:
-        """Check q (B, H, T, D), k, v (B, KV, T, D) and the ends (S,), and return the arguments for them.
-
-        Raises:
-            ValueError: A tensor is invalid, the widths are not supported, or the ends do not increase up to T.
-        """
+        """Check q (B, H, T, D), k, v (B, KV, T, D) and ends (S,) that increase up to T; return the arguments."""
         q, k, v = operands
         (batch, heads, tokens, width), kv = q.shape, k.shape[1]
         bounds = [0, *ends.tolist()]

@@ -1,7 +1,4 @@
-"""Call the int8 matmuls in int8_matmul.h, with matrix tiles (AMX) or dot products (VNNI), passing tensors as pointers.
-
-`lorakit.ops.kernels.protocol` documents what each kernel computes.
-"""
+"""Call the int8 matmuls in int8_matmul.h, which `lorakit.ops.kernels.protocol` documents."""
 
 from __future__ import annotations
 
@@ -26,15 +23,7 @@ def int8_matmuls(gateway: Gateway) -> CompiledInt8Matmuls | None:
 
 
 class CompiledInt8Matmuls:
-    """Int8 matmuls, from int8_matmul.h.
-
-    Args:
-        gateway: Functions of a library that has int8 matmuls.
-        tiles: Whether to use matrix tiles.
-
-    Raises:
-        ValueError: The library cannot use tiles.
-    """
+    """Int8 matmuls, from int8_matmul.h, with matrix tiles (AMX) or dot products (VNNI)."""
 
     def __init__(self, gateway: Gateway, tiles: bool) -> None:
         if tiles and DTYPE not in gateway.tiles:
@@ -54,11 +43,7 @@ class CompiledInt8Matmuls:
         terms: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
         y: Tensor,
     ) -> None:
-        """Implement `Int8Matmuls.int8_matmul_output`; y is (N, out).
-
-        Raises:
-            ValueError: A tensor is invalid, or a size is not supported.
-        """
+        """Implement `Int8Matmuls.int8_matmul_output`; y is (N, out)."""
         (out, width), rows, pointer = self._checked(Q), len(q), self._gateway.pointer
         (h, B), (kept, columns) = terms
         r, k, apart = h.shape[-1], kept.shape[-1], h.stride(0)
@@ -126,11 +111,7 @@ class CompiledInt8Matmuls:
         return self._gateway.optional("partial", partial, torch.float32, shape)
 
     def _checked(self, Q: Tensor) -> tuple[int, int]:
-        """Return the sizes of Q (out, in).
-
-        Raises:
-            ValueError: A size is not a multiple of STEP.
-        """
+        """Return the sizes of Q (out, in), which must be multiples of STEP."""
         out, width = Q.shape
         if out % STEP or width % STEP:
             raise ValueError(f"Q {tuple(Q.shape)}: both sizes must be multiples of {STEP}")

@@ -1,7 +1,4 @@
-"""Call the low-rank matmuls of a backward pass in low_rank.h, passing tensors as pointers.
-
-`lorakit.ops.kernels.protocol` documents what each kernel computes.
-"""
+"""Call the low-rank matmuls of a backward pass in low_rank.h, which `lorakit.ops.kernels.protocol` documents."""
 
 from __future__ import annotations
 
@@ -36,7 +33,6 @@ class CompiledLowRankGradients:
 
         Raises:
             ValueError: A tensor is invalid, or a size is not supported.
-            MemoryError: A scratch buffer cannot be allocated.
         """
         dtype, (rows, out), gateway = dy.dtype, dy.shape, self._gateway
         k, r = (0 if each is None else each.shape[1] for each in (columns, B if h is None else h))

@@ -1,7 +1,5 @@
-"""Pass tensors to C after checking every property that a kernel assumes. No other module passes tensors to C.
-
-The C code checks nothing: given a wrong dtype, stride or index, a kernel would silently access unrelated memory. This
-module does not depend on what the kernels compute.
+"""Pass tensors to C after checking every property that a kernel assumes. No other module passes tensors to C. The C
+code checks nothing: given a wrong dtype, stride or index, a kernel would silently access unrelated memory.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ STATUSES: dict[int, tuple[type[Exception], str]] = {
     1: (MemoryError, "out of memory for a scratch buffer"),
     2: (ValueError, "the first visible position of a row is after its last"),
 }
-"""Dict from error status (defined in numbers.h) to exception and message. Functions in rows.c return 0 on success."""
+"""Error status, as in numbers.h -> exception and message; 0 is success."""
 
 FEW = 1 << 14
 """Number of elements up to which using more than one thread costs more time than it saves."""
@@ -60,16 +58,12 @@ _ALL_WITHIN = {torch.int32: "all_within_32", torch.int64: "all_within_64"}
 
 
 class Gateway:
-    """The functions in rows.c for each dtype, with checks of their arguments.
-
-    Invalid tensors raise ValueError before anything is written.
+    """The functions in rows.c for each dtype, with checks of their arguments before anything is written.
 
     Attributes:
-        dots: Dtypes whose functions in DOT_SIGNATURES exist, because the processor has dot products for them.
-        int8_matmuls: Dtypes whose functions in INT8_MATMUL_SIGNATURES exist, because the processor has dot products of
-            int8 values and of the dtype.
-        tiles: Dtypes whose functions can use matrix tiles, because the processor has them (AMX), and the system permits
-            their use.
+        dots: Dtypes with the functions in DOT_SIGNATURES, because the processor has dot products for them.
+        int8_matmuls: Dtypes with the functions in INT8_MATMUL_SIGNATURES: it has dot products of int8 and of the dtype.
+        tiles: Dtypes whose functions can use matrix tiles (AMX), which the system permits.
         has_int8_dots: Whether the processor has dot products of int8 values.
     """
 
@@ -104,19 +98,10 @@ class Gateway:
         strides: tuple[int, ...] | None = None,
         within: tuple[int, int] | None = None,
     ) -> int:
-        """Check a CPU tensor (any shape) and return the address of its data.
-
-        Args:
-            name: Name of the tensor, for the error message.
-            tensor: Tensor to check.
-            dtype: Required dtype.
-            shape: Required shape.
-            strides: Required strides; None requires a contiguous tensor.
-            within: Smallest and largest values allowed in an integer tensor; None allows any value.
+        """Check a CPU tensor (any shape) against a dtype, a shape, strides and the range `within`; return its address.
 
         Raises:
-            ValueError: The dtype, shape, layout or device is wrong, the tensor has no storage, or an integer is out of
-                range.
+            ValueError: A property is wrong, the tensor has no storage or, without `strides`, is not contiguous.
         """
         is_laid_out = tensor.is_contiguous() if strides is None else tensor.stride() == strides
         if not is_laid_out or tensor.dtype is not dtype or tensor.shape != shape or not tensor.is_cpu:
@@ -138,12 +123,7 @@ class Gateway:
     ) -> tuple[int, ...]:
         """Check a tensor (B, H, T, D) whose heads are contiguous, and return its address and the first three strides.
 
-        Args:
-            name: Name of the tensor, for the error message.
-            tensor: Tensor to check.
-            dtype: Required dtype.
-            shape: Required shape.
-            least: Smallest allowed stride; 1 for a tensor that is written, whose elements must not share memory.
+        `least` is the smallest allowed stride: 1 for a tensor that is written, whose elements must not share memory.
 
         Raises:
             ValueError: As for `pointer`, or a stride is too short, or too long for the kernel's 32-bit offsets.
@@ -168,8 +148,7 @@ class Gateway:
         """Call a C function, using more than one thread if `size`, the number of elements, exceeds `FEW`.
 
         Raises:
-            ValueError: The dtype has no kernel, or the function rejects its arguments.
-            MemoryError: A scratch buffer could not be allocated; the outputs are then undefined.
+            ValueError: The dtype has no kernel, or an exception of STATUSES, after which the outputs are undefined.
         """
         if dtype not in self._functions:
             raise ValueError(f"{name}: no kernel for {dtype}")

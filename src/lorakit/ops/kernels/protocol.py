@@ -14,19 +14,10 @@ from torch import Tensor
 
 
 class Kernels(Protocol):
-    """Kernels for one device type.
+    """Kernels for one device type: CPUs (`lorakit.ops.kernels.compiled`) or CUDA (`lorakit.ops.kernels.triton`).
 
-    `lorakit.ops.kernels.compiled` implements this protocol for CPUs, and `lorakit.ops.kernels.triton` for CUDA.
-
-    Attributes:
-        activations: Names of the activations that `gate` supports.
-        caps_logits: Whether `cross_entropy` supports a cap on the logits.
-        dropping: Low-rank matmuls with fused dropout, or None if fusing does not make them faster.
-        attention: Attention over separate sequences, or None if there is no such kernel.
-        own: Matmuls with per-row LoRA factors, or None if there are no such kernels.
-        int8: What precedes and follows an int8 matmul, or None if there are no such kernels.
-        int8_matmuls: Int8 matmuls together with what follows them, or None if there are no such kernels.
-        low_rank: Low-rank matmuls of a backward pass in one pass, or None if there are no such kernels.
+    `activations` names those that `gate` supports; `caps_logits` says whether `cross_entropy` supports a cap. The other
+    attributes are None if there are no such kernels or they are not faster.
     """
 
     activations: frozenset[str]
@@ -51,24 +42,15 @@ class Kernels(Protocol):
     def rms_backward(
         self, dn: Tensor, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
     ) -> None:
-        """Write the gradient of x, plus `add` if given, to dx; dn is the gradient of n.
-
-        All of these tensors are (N, d), and dx may be dn.
-        """
+        """Write the gradient of x, plus `add`, to dx, which may be dn, the gradient of n; all are (N, d)."""
 
     def gate(self, act: str, first: Tensor, up: Tensor | None, out: Tensor) -> None:
-        """Write act(first)·up to `out`, or act(first) if `up` is None. [docs/math.md (78)]
-
-        All tensors are (N, f). The result is rounded once.
-        """
+        """Write act(first)·up, or act(first) without `up`, rounded once, to `out`; all (N, f). [docs/math.md (78)]"""
 
     def gate_backward(
         self, act: str, da: Tensor, first: Tensor, up: Tensor | None, dfirst: Tensor, dup: Tensor | None
     ) -> None:
-        """Write the gradients of `gate` to dfirst and, if `up` is given, to dup; da is the gradient of the output.
-
-        All tensors are (N, f), and dfirst may be da.
-        """
+        """Write the gradients of `gate` to dfirst, which may be da, and, if `up` is given, to dup; all are (N, f)."""
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
         """Rotate x (B, T, H, D) by position, or rotate it back, and write the result to `out`. [docs/math.md (80)]
@@ -78,10 +60,8 @@ class Kernels(Protocol):
         """
 
     def drop(self, x: Tensor, p: float, seed: Tensor, scale: float, out: Tensor) -> None:
-        """Write scale·x (any shape) to `out`, which may be x, with zeros for dropped elements. [docs/math.md (70)]
-
-        Each element is dropped independently with probability p. The seed is uint64 (1,). Calls with the same seed,
-        size and p drop the same elements.
+        """Write scale·x (any shape) to `out`, which may be x, with zeros for dropped elements. [docs/math.md (70)] Each
+        is dropped with probability p; calls with the same seed, uint64 (1,), size and p drop the same elements.
         """
 
     def softmax(self, scores: Tensor, low: Tensor | None, high: Tensor | None) -> None:
@@ -120,16 +100,10 @@ class DropoutMatmuls(Protocol):
 
 
 class LowRankGradients(Protocol):
-    """Low-rank matmuls with the gradient dy (N, out) of an output, which read dy once. Sums are fp32.
-
-    The number of threads changes no bit of a result.
-    """
+    """Low-rank matmuls with the gradient of an output, read once, whose fp32 sums do not depend on the threads."""
 
     def supports(self, dy: Tensor, h: Tensor | None, narrow: int) -> bool:
-        """Return whether dy (N, out) can be multiplied with h (N, r) and with matrices of up to `narrow` columns.
-
-        Rows of h need not be adjacent.
-        """
+        """Return whether dy (N, out), h (N, r), with rows at a distance, and up to `narrow` columns are supported."""
 
     def low_rank_gradients(
         self, dy: Tensor, B: Tensor | None, columns: Tensor | None, h: Tensor | None
@@ -154,10 +128,8 @@ class PerRowMatmuls(Protocol):
 class Int8Steps(Protocol):
     """Quantization before an int8 matmul, and scales, additions and rounding after it; see `lorakit.ops.int8`.
 
-    The integer results `sums` are int32, and scales and factors are fp32.
-
-    Attributes:
-        few_rows: Largest number of rows for which `int8_few_rows` is faster than the other steps, or 0.
+    The integer results `sums` are int32, and scales and factors are fp32. `few_rows` is the largest number of rows for
+    which `int8_few_rows` is faster than the other steps, or 0.
     """
 
     few_rows: int
@@ -181,18 +153,13 @@ class Int8Steps(Protocol):
         """
 
     def int8_add(self, sums: Tensor, u: Tensor, g: Tensor, partial: Tensor | None, total: Tensor) -> None:
-        """Write u·sums·g, plus `partial` if given, to `total`, which may be `partial`.
-
-        Shapes: sums, partial and total (N, d), u (N,), g (d,). All results are fp32.
-        """
+        """Write u·sums·g (N, d), plus `partial`, to `total`, which may be it, all in fp32; u is (N,) and g (d,)."""
 
     def int8_input_gradient(
         self, sums: Tensor, u: Tensor, g: Tensor, columns: Tensor, kept: Tensor, partial: Tensor | None, dx: Tensor
     ) -> None:
         """Add u·sums·g, `partial` if given, and `columns` at the positions `kept` to dx (N, d), rounded once.
-
-        Shapes: sums and partial (N, d), u (N,), g (d,), columns (N, k), kept int64 (k,). `columns` and `partial` are
-        fp32.
+        Shapes: sums and fp32 partial (N, d), u (N,), g (d,), fp32 columns (N, k), kept int64 (k,).
         """
 
     def int8_few_rows(
@@ -206,17 +173,12 @@ class Int8Steps(Protocol):
         bias: Tensor | None,
     ) -> Tensor:
         """Return the output of an int8 linear layer, (…, out), with the bits of the other steps around a matmul.
-
-        Shapes: x (…, in), g (in,), kept int64 (k,), q int8 (out, in), s (out,), columns (out, k), bias (out,): the
-        parts of a `lorakit.ops.int8_weight.Int8Weight`.
+        Shapes: x (…, in), g (in,), kept int64 (k,), q int8 (out, in), s (out,), columns (out, k), bias (out,).
         """
 
 
 class Int8Matmuls(Protocol):
-    """Int8 matmuls together with what follows them; the results are those of `Int8Steps` up to the order of additions.
-
-    The integer sums are exact. Q is the int8 weight (out, in).
-    """
+    """Int8 matmuls with Q (out, in), exact, together with what follows: `Int8Steps` up to the order of additions."""
 
     def supports(self, q: Tensor, Q: Tensor) -> bool:
         """Return whether q (N, in) or (N, out) can be multiplied with Q (out, in), and whether this is fast."""
@@ -279,7 +241,4 @@ class SequenceAttention(Protocol):
         causal: bool,
         into: tuple[Tensor, Tensor, Tensor],
     ) -> None:
-        """Write the gradients of q, k and v to `into`, given the gradient of the output (B, H, T, D).
-
-        The gradient of q may be `dout`.
-        """
+        """Write the gradients of q (B, H, T, D), which may be `dout`, k and v to `into`; dout is that of the output."""

@@ -1,4 +1,4 @@
-"""CUDA kernels in Triton. The `triton` package is imported when kernels for a device are first requested."""
+"""CUDA kernels in Triton; the `triton` package is imported when kernels for a device are first requested."""
 
 from __future__ import annotations
 

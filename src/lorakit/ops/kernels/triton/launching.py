@@ -22,7 +22,7 @@ from lorakit.ops.kernels.protocol import (
 from lorakit.ops.kernels.triton import programs
 
 OPTIONS = {"enable_fp_fusion": True}
-"""Compiler options. `enable_fp_fusion` is set explicitly, because Triton behaves differently if it is unset."""
+"""Compiler options; Triton behaves differently if `enable_fp_fusion` is unset."""
 TILE = 2048
 """Number of elements per program. Short rows share a program; a row with more elements gets its own program."""
 ELEMENTWISE = 1024
@@ -37,7 +37,7 @@ LOGITS = 8192
 
 
 class TritonKernels:
-    """Implementation of `lorakit.ops.kernels.protocol.Kernels` in Triton."""
+    """`lorakit.ops.kernels.protocol.Kernels` and its `DropoutMatmuls` in Triton."""
 
     activations = frozenset({"silu", "gelu", "gelu_tanh", "quick_gelu", "relu"})
     caps_logits = True
@@ -69,10 +69,7 @@ class TritonKernels:
     def rms_backward(
         self, dn: Tensor, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
     ) -> None:
-        """Write the gradient of x, plus `add` if given, to dx; dn is the gradient of n.
-
-        All of these tensors are (N, d), and dx may be dn.
-        """
+        """Implement `Kernels.rms_backward`; all are (N, d)."""
         grid, tile = _tiles(x)
         flags = {"HAS_W": w is not None, "HAS_ADD": add is not None}
         given = (dn, x, x if w is None else w, rstd, x if add is None else add)
@@ -90,21 +87,14 @@ class TritonKernels:
     def gate_backward(
         self, act: str, da: Tensor, first: Tensor, up: Tensor | None, dfirst: Tensor, dup: Tensor | None
     ) -> None:
-        """Write the gradients of `gate` to dfirst and, if `up` is given, to dup; da is the gradient of the output.
-
-        All tensors are (N, f), and dfirst may be da.
-        """
+        """Implement `Kernels.gate_backward`; all are (N, f)."""
         flags = {"ACT": act, "HAS_UP": up is not None}
         pointers = (da, first, first if up is None else up, dfirst, dfirst if dup is None else dup)
         with _on(first):
             programs.gate_backward[_blocks(first)](*pointers, first.numel(), **flags, BLOCK=ELEMENTWISE, **OPTIONS)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
-        """Rotate x (B, T, H, D) by position, or rotate it back, and write the result to `out`, which may be x.
-
-        Both cos and sin are (…, T, rot). In x and `out`, the heads of each token are contiguous, and tokens are evenly
-        spaced.
-        """
+        """Implement `Kernels.rotate`; x and out are (B, T, H, D)."""
         batch, tokens, heads, width = x.shape
         rot = cos.shape[-1]
         flags = {"INTERLEAVED": interleaved, "BACK": back, "PER_ROW": cos.numel() > tokens * rot}
@@ -150,10 +140,7 @@ class TritonKernels:
         return parts.sum(0)
 
     def softmax(self, scores: Tensor, low: Tensor | None, high: Tensor | None) -> None:
-        """Compute the softmax of rows (Z, n, m) in place, limited to the positions that each row sees.
-
-        Row i sees the positions low[i % k] to high[i % k] − 1. `low` and `high` are int32 (k,); None means no bound.
-        """
+        """Implement `Kernels.softmax`; scores is (Z, n, m)."""
         bounds = [bound for bound in (low, high) if bound is not None]
         kinds, m = len(bounds[0]) if bounds else 1, scores.shape[-1]
         flags, width = {"HAS_LOW": low is not None, "HAS_HIGH": high is not None}, triton.next_power_of_2(m)
@@ -175,11 +162,7 @@ class TritonKernels:
     def cross_entropy(
         self, logits: Tensor, labels: Tensor, scale: float, gradients: bool, losses_: Tensor, cap: float | None = None
     ) -> None:
-        """Write the fp32 losses (c,) for logits (c, V) after multiplying the logits by `scale`. [docs/math.md (75)]
-
-        If `gradients` is true, replace the logits with the gradient of the summed loss, divided by `scale`. If a cap is
-        given, the scaled logits z are first replaced with cap·tanh(z/cap).
-        """
+        """Implement `Kernels.cross_entropy`; logits is (c, V)."""
         rows, vocabulary = logits.shape
         flags = {"CAPPED": cap is not None, "GRADIENTS": gradients}
         block = min(LOGITS, triton.next_power_of_2(vocabulary))
@@ -208,10 +191,7 @@ def _tiles(x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
 
 
 def _low_rank(x: Tensor, a: Tensor, p: float) -> tuple[int, int, int, int]:
-    """Return the numeric arguments of a kernel for a matmul of x (N, n) with a low-rank factor (r, n).
-
-    The arguments are the number of rows, the number of columns, the rank, and the dropout threshold.
-    """
+    """Return the rows and columns of x (N, n), the rank of `a` (r, n), and the dropout threshold."""
     return *x.shape, len(a), round(p * 2**24)
 
 

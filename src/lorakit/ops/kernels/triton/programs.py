@@ -6,10 +6,9 @@
 - Each rotary program processes several heads of one token, reading them before overwriting them. [docs/math.md (80)]
 - Each softmax program computes one row of attention scores, or its gradient, in place. [docs/math.md (81), (82)]
 
-Whether dropout drops an element depends only on the seed and the element's position, so only the seed is saved. Random
-bits come from Philox with seven rounds. Its counter is the position divided by 4, because each call yields four random
-integers, one per element. The upper 24 bits of an element's integer decide whether the element is dropped, so p is
-accurate to 2⁻²⁴. If dropout is fused with a low-rank matmul, the wide operand is read or written only once.
+Dropout depends only on the seed and an element's position: random bits come from Philox with seven rounds, whose
+counter is the position divided by 4, because each call yields four integers. The upper 24 bits of an element's integer
+decide, so p is accurate to 2⁻²⁴. Fused with a low-rank matmul, it reads or writes the wide operand only once.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; for the number of rounds, see section 5.1.
 """
@@ -70,10 +69,7 @@ def gate(first, up, out, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: 
 
 @triton.jit
 def gate_backward(da, first, up, dfirst, dup, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the gradients of `gate` to dfirst and, if HAS_UP is true, to dup; da is the gradient of the output.
-
-    The output dfirst may be da.
-    """
+    """Write the gradients of `gate` to dfirst, which may be da, that of the output, and, if HAS_UP, to dup."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     g = tl.load(da + at, mask=inside, other=0.0).to(tl.float32)
@@ -90,10 +86,7 @@ def cross_entropy(
     z, labels, losses, vocabulary, scale, cap,
     CAPPED: tl.constexpr, GRADIENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the losses (rows,) for logits z (rows, V).
-
-    If GRADIENTS is true, replace z with its gradient divided by `scale`.
-    """
+    """Write the losses (rows,) for logits z (rows, V); if GRADIENTS, replace z with its gradient divided by `scale`."""
     row = tl.program_id(0).to(tl.int64)
     z += row * vocabulary
     label = tl.load(labels + row)
@@ -132,10 +125,7 @@ def rms(
     x, w, n, rstd, count, d, eps, offset,
     HAS_W: tl.constexpr, FROM_ZERO: tl.constexpr, RECOMPUTE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write the RMS norm of x (count, d) to n, and 1/RMS of each row to rstd (count, 1).
-
-    If RECOMPUTE is true, rstd is read instead of written.
-    """
+    """Write the RMS norm of x (count, d) to n, and 1/RMS of each row to rstd (count, 1), or read it if RECOMPUTE."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     inside, at = (row < count) & (column < d), row * d + column
@@ -160,10 +150,7 @@ def rms_backward(
     dn, x, w, rstd, add, dx, count, d, offset,
     HAS_W: tl.constexpr, HAS_ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of x, plus `add` if HAS_ADD is true, to dx; dn is the gradient of the normalized x.
-
-    All of these tensors are (count, d), and dx may be dn. The tensor rstd is (count, 1).
-    """
+    """Write the gradient of x, plus `add` if HAS_ADD, to dx, which may be dn; all are (count, d)."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     inside, at = (row < count) & (column < d), row * d + column
@@ -185,10 +172,7 @@ def rotate(
     INTERLEAVED: tl.constexpr, BACK: tl.constexpr, PER_ROW: tl.constexpr, IN_PLACE: tl.constexpr,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Rotate x (B, T, H, D), or rotate it back if BACK is true, and write the result to `out`.
-
-    Both cos and sin are (B, T, rot) if PER_ROW is true, and (1, T, rot) otherwise.
-    """
+    """Rotate x (B, T, H, D), back if BACK, to `out`; cos and sin are (B or 1, T, rot), the former if PER_ROW."""
     target = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     pair = tl.arange(0, PAIRS)[None, :]
@@ -225,10 +209,7 @@ def _narrowed(pointer, mask, like):
 
 @triton.jit
 def softmax(scores, low, high, kinds, m, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, WIDTH: tl.constexpr):
-    """Compute the softmax of scores (rows, m) in place. Row i is limited to a range of positions.
-
-    The range is low[i % kinds] to high[i % kinds] − 1. The result is 0 at all other positions.
-    """
+    """Compute the softmax of scores (rows, m) in place, 0 outside low[i % kinds] to high[i % kinds] − 1 in row i."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     kind = row % kinds
     seen = column < m
@@ -254,10 +235,7 @@ def softmax_backward(weights, ds, m, WIDTH: tl.constexpr):
 
 @triton.jit
 def kept(seed, counter, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return a mask (ROWS, COLUMNS) of the elements that dropout keeps.
-
-    `counter` (ROWS, COLUMNS / 4) contains position / 4 for every fourth element.
-    """
+    """Return a mask (ROWS, COLUMNS) of what dropout keeps; `counter` (ROWS, COLUMNS / 4) has positions / 4."""
     low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
     first, second, third, fourth = tl.philox(seed, low, high, low * 0, low * 0, n_rounds=7)
     words = tl.join(tl.join(first, third), tl.join(second, fourth))
@@ -320,10 +298,7 @@ def outer(
     dh, x, parts, seed, rows, columns, rank, threshold, share,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Write partial sums of dhᵀ·dropout(x) to `parts` (splits, rank, columns).
-
-    The operands are dh (rows, rank) and x (rows, columns).
-    """
+    """Write partial sums of dhᵀ·dropout(x), (rows, rank) and (rows, columns), to `parts` (splits, rank, columns)."""
     begin, part = tl.program_id(0) * COLUMNS, tl.program_id(1).to(tl.int64)
     column, thin, key = (begin + tl.arange(0, COLUMNS))[None, :], tl.arange(0, RANK)[:, None], tl.load(seed)
     total = tl.zeros((RANK, COLUMNS), tl.float32)
