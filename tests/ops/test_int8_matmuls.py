@@ -17,7 +17,7 @@ from lorakit.ops.adapted import Adapted, LowRank, factors
 from lorakit.ops.int8 import Int8Inputs, reference_integer_matmul
 from lorakit.ops.int8_weight import Int8Weight, input_scales, quantize_weight
 from lorakit.ops.kernels import building, compiled, kernels_for
-from lorakit.ops.kernels.compiled_int8 import FEWEST_ROWS, CompiledInt8Matmuls
+from lorakit.ops.kernels.compiled_matmuls import FEWEST_ROWS, CompiledInt8Matmuls
 from lorakit.ops.kernels.gateway import Gateway
 from lorakit.ops.linear import linears
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lorakit.ops.adapted import Adapted, LowRank, factors
 from lorakit.ops.int8_weight import Int8Weight, input_scales, quantize_weight
 from lorakit.ops.kernels import compiled
-from lorakit.ops.kernels.compiled_low_rank import WIDEST, CompiledLowRankGradients
+from lorakit.ops.kernels.compiled_matmuls import WIDEST, CompiledLowRankGradients
 from lorakit.ops.linear import LowRankMatmuls, linears, low_rank_matmuls
 
 KERNELS = compiled.kernels()

@@ -221,8 +221,7 @@ class _Scores:
         return low, high
 
     def _bias(self, piece: Piece, block: _Block, begin: int, dtype: torch.dtype) -> Tensor:
-        """Return a bias (n, m): 0 for a position from `begin` that a row sees, and −∞ otherwise; all before are seen.
-        """
+        """Return a bias (n, m): 0 for a position from `begin` that a row sees, −∞ otherwise; all before are seen."""
         lengths = piece.lengths if len(piece.lengths) > 1 else ()
         key = (lengths, block.stop - block.start, block.start - begin, block.high - begin)
         if key not in self.masks:

@@ -20,7 +20,7 @@ import torch
 from lorakit.machine import this_machine
 from lorakit.ops.kernels import building
 from lorakit.ops.kernels.compiled import DTYPES, CompiledKernels
-from lorakit.ops.kernels.compiled_int8 import CompiledInt8Matmuls, int8_matmuls
+from lorakit.ops.kernels.compiled_matmuls import CompiledInt8Matmuls, int8_matmuls
 from lorakit.ops.kernels.gateway import Gateway
 
 ROOT = Path(__file__).resolve().parents[3]

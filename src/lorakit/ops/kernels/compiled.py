@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from lorakit.ops.kernels.building import Built, built
-from lorakit.ops.kernels.compiled_int8 import int8_matmuls
-from lorakit.ops.kernels.compiled_low_rank import CompiledLowRankGradients
+from lorakit.ops.kernels.compiled_matmuls import CompiledLowRankGradients, int8_matmuls
 from lorakit.ops.kernels.gateway import FARTHEST, Gateway
 from lorakit.ops.kernels.protocol import (
     DropoutMatmuls,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.ops.kernels.compiled_int8 import DTYPE, CompiledInt8Matmuls, int8_matmuls
+from lorakit.ops.kernels.compiled_matmuls import DTYPE, CompiledInt8Matmuls, int8_matmuls
 
 HAS, LACKS = frozenset({DTYPE}), frozenset[torch.dtype]()
 

@@ -1,4 +1,4 @@
-"""Call the int8 matmuls in int8_matmul.h, which `lorakit.ops.kernels.protocol` documents."""
+"""Call the matmuls in int8_matmul.h and low_rank.h, which `lorakit.ops.kernels.protocol` documents."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from lorakit.ops.kernels.gateway import Gateway
 DTYPE = torch.bfloat16
 """The dtype of all floating-point operands that are not fp32; the instructions multiply no other."""
 
-STEP = 64
-"""TILE_STEP in int8_panels.h. Both sizes of a weight must be multiples of this."""
+TILE_STEP = 64
+"""The same in int8_panels.h. Both sizes of a weight must be multiples of this."""
 
 FEWEST_ROWS = 33
 """The smallest number of rows; with fewer, most of the time is that of reading the weight."""
@@ -32,7 +32,7 @@ class CompiledInt8Matmuls:
 
     def supports(self, q: Tensor, Q: Tensor) -> bool:
         """Implement `Int8Matmuls.supports`; q is (N, in) or (N, out), and Q is (out, in)."""
-        return len(q) >= FEWEST_ROWS and not any(size % STEP for size in Q.shape) and min(Q.shape) > 0
+        return len(q) >= FEWEST_ROWS and not any(size % TILE_STEP for size in Q.shape) and min(Q.shape) > 0
 
     def int8_matmul_output(
         self,
@@ -111,8 +111,58 @@ class CompiledInt8Matmuls:
         return self._gateway.optional("partial", partial, torch.float32, shape)
 
     def _checked(self, Q: Tensor) -> tuple[int, int]:
-        """Return the sizes of Q (out, in), which must be multiples of STEP."""
+        """Return the sizes of Q (out, in), which must be multiples of TILE_STEP."""
         out, width = Q.shape
-        if out % STEP or width % STEP:
-            raise ValueError(f"Q {tuple(Q.shape)}: both sizes must be multiples of {STEP}")
+        if out % TILE_STEP or width % TILE_STEP:
+            raise ValueError(f"Q {tuple(Q.shape)}: both sizes must be multiples of {TILE_STEP}")
         return out, width
+
+
+LOW_RANK_STEP = 32
+"""FEW_ROWS in low_rank.h. The number of columns of dy must be a multiple of it."""
+
+WIDEST = 64
+"""The largest r, and the largest number of kept columns; with more, matmuls of PyTorch are as fast."""
+
+
+class CompiledLowRankGradients:
+    """Low-rank matmuls with the gradient of an output, from low_rank.h."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    def supports(self, dy: Tensor, h: Tensor | None, narrow: int) -> bool:
+        """Implement `LowRankGradients.supports`; dy is (N, out), and h is (N, r)."""
+        laid_out = h is None or (h.dtype == dy.dtype and h.stride(1) == 1 and h.shape[1] <= WIDEST)
+        fits = len(dy) > 0 and dy.shape[1] > 0 and dy.shape[1] % LOW_RANK_STEP == 0 and narrow <= WIDEST
+        return dy.dtype in self._gateway.dots and laid_out and fits
+
+    def low_rank_gradients(
+        self, dy: Tensor, B: Tensor | None, columns: Tensor | None, h: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Implement `LowRankGradients.low_rank_gradients`; dy is (N, out).
+
+        Raises:
+            ValueError: A tensor is invalid, or a size is not supported.
+        """
+        dtype, (rows, out), gateway = dy.dtype, dy.shape, self._gateway
+        k, r = (0 if each is None else each.shape[1] for each in (columns, B if h is None else h))
+        if not self.supports(dy, h, max(r, k)):
+            raise ValueError(f"dy {tuple(dy.shape)}, r {r}, {k} kept columns: not supported")
+        apart = 0 if h is None else h.stride(0)
+        dh = None if B is None else dy.new_empty(rows, r)
+        kept = None if columns is None else torch.empty(rows, k, dtype=torch.float32)
+        grad = None if h is None else torch.empty(out, r, dtype=torch.float32)
+        given = (
+            gateway.pointer("dy", dy, dtype, (rows, out)),
+            gateway.optional("B", B, dtype, (out, r)),
+            gateway.optional("columns", columns, dtype, (out, k)),
+            None if h is None else gateway.pointer("h", h, dtype, (rows, r), (apart, 1)),
+        )
+        made = (
+            gateway.optional("dh", dh, dtype, (rows, r)),
+            gateway.optional("kept", kept, torch.float32, (rows, k)),
+            gateway.optional("grad", grad, torch.float32, (out, r)),
+        )
+        gateway.call("low_rank_gradients", dtype, rows * out, *given, apart, rows, out, r, k, *made)
+        return dh, kept, grad
