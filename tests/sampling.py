@@ -145,10 +145,18 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     return None if cases == "all" else f"cases: --cases {cases} --cases-seed {seed}"
 
 
+def of_inner_session(config: pytest.Config) -> list[str]:
+    """Return the options of a session that a test runs: a sample, unless the outer session runs all cases."""
+    if config.option.cases == "all":
+        return []
+    return ["--cases", "sample", "--cases-seed", str(config.option.cases_seed)]
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what `--cases` does not select, unless cases are given by `-k` or by their ids."""
-    if config.option.keyword or any("[" in word for word in config.args):
+    """Deselect what `--cases` does not select, unless cases are given by `-k`, other than `-k "not …"`, or by ids."""
+    keyword = config.option.keyword
+    if (keyword and not keyword.startswith("not ")) or any("[" in word for word in config.args):
         return
     kept = chosen(items, config.option.cases, config.option.cases_seed)
     asked = set(kept)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable
 
 import pytest
 
-from .sampling import chosen, sampled
+from .sampling import chosen, of_inner_session, sampled
 
 pytest_plugins = "pytester"
 
@@ -165,6 +165,17 @@ def test_what_is_named_is_not_sampled(suite: pytest.Pytester) -> None:
     ids = ("test_made.py::test_slow_ones[39]", "test_made.py::test_product[True-0-0]")
     suite.runpytest(*words, *ids).assert_outcomes(passed=2)
     suite.runpytest(*words, "-k", "test_product").assert_outcomes(passed=60, deselected=ALL - 60)
+
+
+def test_an_exclusion_by_name_leaves_the_rest_to_the_sample(suite: pytest.Pytester) -> None:
+    whole, part = (suite.runpytest(*PLUGIN, "-k", "not test_product", *words) for words in ((), ("--cases", "sample")))
+    assert 0 < part.parseoutcomes()["passed"] < whole.parseoutcomes()["passed"] == ALL - 60
+
+
+def test_a_session_inside_runs_a_sample_of_the_same_day(suite: pytest.Pytester) -> None:
+    config = suite.parseconfig(*PLUGIN, "--cases", "sample+rest:3", "--cases-seed", "7")
+    assert of_inner_session(config) == ["--cases", "sample", "--cases-seed", "7"]
+    assert of_inner_session(suite.parseconfig(*PLUGIN)) == []
 
 
 def test_workers_choose_the_same_and_what_is_left_out_is_counted(suite: pytest.Pytester) -> None:

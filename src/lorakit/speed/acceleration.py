@@ -1,8 +1,8 @@
 """Accelerate a model reversibly: give supported modules a fused `forward` that produces the same results.
 
-A module is supported if its source is known and probes confirm that the results agree. All other modules keep
-their own `forward`; if such a module resembles a supported one, the report lists it with the reason. Batches can be
-packed into one row without padding if a probe shows that tokens in one packed sequence do not see tokens in another.
+A module is supported if its source is known and probes confirm that the results agree. Others keep their own `forward`;
+the report lists those that resemble a supported one, with the reason. Batches can be packed into one row without
+padding if a probe shows that packed sequences do not see each other.
 """
 
 from __future__ import annotations
@@ -82,14 +82,12 @@ class Acceleration:
     Attributes:
         swaps: The replaced modules, each with the name of its fused `forward`.
         skipped: Modules that resemble supported ones but keep their own `forward`.
-        head: Output head that can be used to compute the loss without logits, or None.
-        head_skipped: Reason why computing the loss requires logits, or "".
+        head, head_skipped: Output head that can compute the loss without logits, or None, and the reason, or "".
         packs: Whether batches may be packed.
-        loss: Loss function that needs no logits and replaces the model's loss function, or None.
+        loss: Loss function that needs no logits and replaces the model's, or None.
         model: The accelerated model; None if nothing was changed.
         release: Message about a release of transformers that lorakit does not know, or "".
-        int8: The base that was quantized for int8 matmuls, or None.
-        int8_skipped: Reason why the base was not quantized although int8 matmuls were requested, or "".
+        int8, int8_skipped: The base that was quantized for int8 matmuls, or None, and the reason, or "".
     """
 
     swaps: tuple[tuple[str, Swap], ...]
@@ -107,8 +105,7 @@ class Acceleration:
         """Restore the loss function and all modules, including modules inside adapter layers that were added later.
 
         Raises:
-            MergeError: The weights before int8 quantization were not kept, or adapters are merged; the fused forwards
-                are undone, and the base stays in int8.
+            MergeError: The weights before int8 quantization were not kept, or adapters are merged; int8 stays.
         """
         if self.loss is not None:
             self.loss.undo()
@@ -146,28 +143,22 @@ def accelerate(
 ) -> Acceleration:
     """Give supported modules a fused `forward`. The change can be undone.
 
-    State dict names, saving and `isinstance` are unaffected. Outputs agree up to rounding; probes check
-    this. Adapters may be attached before or after acceleration. A module's own `forward` runs if its fused
-    `forward` does not support a call, or if anything that the fused `forward` relies on has changed. If this function
-    raises an exception, the model is unchanged, except that an int8 base stays in int8 if `keep` is False.
+    State dict names, saving and `isinstance` are unaffected. Outputs agree up to rounding; probes check this. Adapters
+    may be attached before or after. A module's own `forward` runs if its fused one does not support a call, or if
+    anything that it relies on has changed. An exception leaves the model unchanged, except that without `keep`, its
+    base may stay in int8.
 
     Args:
-        model: A transformers model, with or without adapters from lorakit or peft. It is changed in place; calling
-            `undo()` on the result restores the model.
-        logits: If False, a model in training mode that receives labels computes its loss without logits. The `logits`
-            in its output are then None, and the output has no key-value cache unless the call requests one.
-        keep_feed_forward: If False, the outputs of the gate and up projections are recomputed in the backward pass
-            instead of being saved. These outputs make up most of what a layer saves. The matmuls of the two projections
-            then run twice, with bitwise identical results.
+        model: A transformers model, with or without adapters from lorakit or peft; changed in place.
+        logits: If False, a model in training mode that receives labels computes its loss without logits: the `logits`
+            in its output are None, and the output has no key-value cache unless the call requests one.
+        keep_feed_forward: If False, the outputs of the gate and up projections, most of what a layer saves, are
+            recomputed in the backward pass: their matmuls run twice, with bitwise identical results.
         base_matmul: "dtype", or "int8" to store the frozen linear layers in int8 and to multiply in int8, in both
-            directions (`lorakit.core.quantize_base`). This is an approximation. Without fast and exact int8 matmuls on
-            this processor, the model keeps its dtype, and the result states the reason.
+            directions (`lorakit.core.quantize_base`), an approximation. Without fast and exact int8 matmuls on this
+            processor, the model keeps its dtype, and the result states the reason.
         calibration: Batches for "int8", as in `quantize_base`.
         keep: Whether to keep the weights before int8 quantization, so that `undo` can restore them.
-
-    Returns:
-        The replaced modules, and the skipped modules with reasons. The result can be printed, and its `undo` method
-        undoes the changes.
 
     Raises:
         ConfigError: `base_matmul` is unknown, or int8 was requested for a quantized or trained base, or without
@@ -187,15 +178,6 @@ def accelerate(
 
 def accelerate_known(model: nn.Module, known: Known, *, logits: bool, keep_feed_forward: bool) -> Acceleration:
     """Accelerate a model as `accelerate` does, with a given table of known source.
-
-    Args:
-        model: A transformers model.
-        known: What is known of the model's modules.
-        logits: See `accelerate`.
-        keep_feed_forward: See `accelerate`.
-
-    Returns:
-        The replaced modules, and the skipped modules with reasons.
 
     Raises:
         ModelError: All or part of the model is already accelerated.
@@ -230,17 +212,13 @@ def accelerate_known(model: nn.Module, known: Known, *, logits: bool, keep_feed_
 
 
 class _Probed(NamedTuple):
-    """Result of probing the unaccelerated model.
+    """Result of probing the unaccelerated model; `skipped`, `head` and `head_skipped` are as in `Acceleration`.
 
     Attributes:
         fast: Modules that may run a fused `forward`.
-        skipped: Modules that resemble supported ones but keep their own `forward`.
-        head: Output head that can be used to compute the loss without logits, or None.
-        head_skipped: Reason why computing the loss requires logits, or "".
-        calls: Dict from path to recorded call, in the order in which the calls ended; "" is the path of the head.
+        calls: Recorded calls by path, in the order in which they ended; "" is the path of the head.
         output: The model's output.
-        packs: Whether the unaccelerated model keeps packed sequences apart. Packing requires this, because any call may
-            fall back to the model's own attention.
+        packs: Whether the unaccelerated model, to which any call may fall back, keeps packed sequences apart.
     """
 
     fast: Parts
@@ -276,12 +254,10 @@ def _probed(model: nn.Module, modules: Mapping[str, nn.Module], known: Known) ->
 def _probed_in_place(
     model: nn.Module, probed: _Probed, logits: bool, known: Known
 ) -> tuple[bool, LossWithoutLogits | str | None]:
-    """Probe the model with all replacements in place.
+    """Probe the model with all replacements in place; return whether batches may be packed, and the loss function.
 
-    Returns:
-        Two values. The first is whether batches may be packed. The second is one of the following: a loss function that
-        needs no logits and is not yet installed; the reason why the loss requires logits; or None, if `logits` is true
-        or there is no suitable head.
+    The latter needs no logits and is not yet installed, or is the reason why the loss requires logits, or None if
+    `logits` is true or there is no suitable head.
     """
     last = None if probed.head is None else _last(model, probed.head, probed.fast, tuple(probed.calls))
     if last is not None and any(known.why_not_model(one) for one in models_above(last)):
@@ -304,11 +280,7 @@ def _probed_in_place(
 
 
 def models_above(last: LastLayer) -> list[nn.Module]:
-    """Return the modules between a model and its last layer whose `forward` runs.
-
-    Args:
-        last: The last layer.
-    """
+    """Return the modules between a model and its last layer whose `forward` runs."""
     return [one for one in last.holders if not isinstance(one, nn.ModuleList)]
 
 
@@ -320,13 +292,8 @@ def _inner(model: nn.Module) -> nn.Module:
 def _last(model: nn.Module, head: Head, fast: Parts, order: tuple[str, ...]) -> LastLayer | None:
     """Return the last decoder layer that a forward pass runs, together with the modules that may read its output.
 
-    Returns None if no decoder layer has been replaced, or if its feed-forward block is not fused.
-
-    Args:
-        model: The model, with all replacements in place.
-        head: The model's output head.
-        fast: The replaced modules.
-        order: Paths of modules in the order in which their calls ended; "" is the path of the head.
+    Returns None if no decoder layer has been replaced, or if its feed-forward block is not fused. `order` has the paths
+    of modules in the order in which their calls ended.
     """
     layers = {path: bound for path in order if path in fast and isinstance(bound := fast[path].bound, BoundLayer)}
     path, layer = next(reversed(layers.items()), ("", None))
@@ -352,14 +319,7 @@ def _may_pack(model: nn.Module, fast: Parts) -> bool:
 def _installed(
     modules: Mapping[str, nn.Module], probed: _Probed, back: contextlib.ExitStack, identities: Identities
 ) -> list[tuple[str, Swap]]:
-    """Create all replacements, then install them.
-
-    Args:
-        modules: All modules of the model.
-        probed: The modules to replace.
-        back: Stack to which the callbacks that restore the modules are added.
-        identities: What each module computes.
-    """
+    """Create all replacements, then install them; callbacks that restore the modules are added to `back`."""
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in modules.values():
         for attribute, child in children_of(parent).items():

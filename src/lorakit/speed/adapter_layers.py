@@ -1,9 +1,8 @@
-"""Recognize adapter layers from lorakit and from peft.
+"""Recognize adapter layers from lorakit and from peft, which is not imported.
 
-A peft layer is recognized by identity, not by name: its class must be the class that peft's own module defines under
-this name, its `forward` and everything that this resolves must come from peft, and nothing of it may have changed since
-the class was first seen. A subclass, a class with the same name, and a class with a replaced method or helper are not
-recognized, so they run themselves. peft is not imported.
+A peft layer is recognized by identity: its class must be the one that peft's own module defines under this name, its
+`forward` and everything that this resolves must come from peft, and nothing of it may have changed since the class was
+first seen. Subclasses, copies and classes with a replaced method or helper run themselves.
 """
 
 from __future__ import annotations
@@ -25,11 +24,7 @@ LINEAR = "Linear"
 
 
 def is_peft_linear(module: nn.Module) -> bool:
-    """Return whether a module is peft's LoRA layer around a linear module, with peft's own `forward`.
-
-    Args:
-        module: Any module; for a replacement, the result is that of the original.
-    """
+    """Return whether a module, or its original, is peft's LoRA layer around a linear module, with its own `forward`."""
     kind = original_class(module)
     forward = kind.forward
     # a subclass or a copy of the class is not the class that the module defines
@@ -43,11 +38,7 @@ def is_peft_linear(module: nn.Module) -> bool:
 
 @functools.lru_cache(maxsize=16)  # exceptions are not stored
 def _contract_of_class(kind: type[nn.Module]) -> Contract:
-    """Collect what a layer of peft runs.
-
-    Raises:
-        Unknown: It runs a function whose source is not available or is not that of peft.
-    """
+    """Collect what a layer of peft runs; raise Unknown if any source is not available or not that of peft."""
     found = Identities().of_class(kind)
     if not found.digest:
         raise Unknown(found.why)
@@ -55,9 +46,5 @@ def _contract_of_class(kind: type[nn.Module]) -> Contract:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Return whether a module is an adapter layer from lorakit or peft.
-
-    Args:
-        module: Any module.
-    """
+    """Return whether a module is an adapter layer from lorakit or peft."""
     return isinstance(module, LoraLayer) or is_peft_linear(module)

@@ -1,13 +1,12 @@
 """Decide which modules in a model may run a fused `forward`, based on their structure, their source, and probes.
 
 A module keeps its own `forward` if its source is not in the table of known source, or reads a config field that the
-fused `forward` does not implement. As a second line of defense, it also keeps its own `forward` if a probe raises an
-exception or finds a difference: at several sequence lengths, and in training mode. The same rules apply to each module
-that the fused `forward` would bypass. Outputs are compared row by row, without the residual.
+fused `forward` does not implement. As a second line of defense, it also keeps it if a probe raises an exception or
+finds a difference, at several sequence lengths and in training mode. The same rules apply to each module that the fused
+`forward` would bypass. Outputs are compared row by row, without the residual.
 
-This module also detects in-place changes to tensors. Values that are cached for a tensor are stored in the tensor's
-`__dict__`, so these values live exactly as long as the tensor. They cannot be mistaken for the values of a later tensor
-with the same `id`.
+Values that are cached for a tensor are stored in its `__dict__`, so they live exactly as long as the tensor, and cannot
+be mistaken for those of a later one with the same `id`; `version_of` detects in-place changes.
 """
 
 from __future__ import annotations
@@ -41,10 +40,7 @@ from lorakit.speed.probe import (
 from lorakit.speed.submodules import is_supported, unknown_fields
 
 SMALLEST_ROW = 0.1
-"""Minimum size of a row for relative errors, as a fraction of the RMS size of all rows.
-
-The error of a smaller row is divided by this minimum, because its rounding errors are as large as those of other rows.
-"""
+"""Smallest divisor of a row's error, as a fraction of the RMS size of all rows, whose rounding errors it shares."""
 
 NARROW = (torch.float16, torch.bfloat16)
 """Dtypes in which a module may amplify rounding errors beyond the tolerance."""
@@ -54,13 +50,7 @@ NOISE = 2.0
 
 
 class Verdict(NamedTuple):
-    """Result of comparing a fused `forward` with a module's own `forward`.
-
-    Attributes:
-        why: Short reason why the module keeps its own `forward`, or "" if it may run the fused `forward`.
-        differs: Whether a probe raised an exception or found a difference. If so, no fused `forward` may bypass the
-            module.
-    """
+    """Why a module keeps its own `forward`, or "", and whether a probe failed, so that it must not be bypassed."""
 
     why: str = ""
     differs: bool = False
@@ -70,20 +60,12 @@ Output = Tensor | tuple[Tensor | None, ...]
 """Output of a fused `forward`. If it is a tuple, the hidden states are the first item."""
 
 Branches = Callable[[Tensor, Options, Calls], Pairs]
-"""Function that takes hidden states, the other arguments, and a dict from path to recorded submodule call.
-
-It returns pairs of branches. In each pair, one branch is from the fused `forward`, and one from the module's own.
+"""(hidden states, other arguments, path -> recorded submodule call) -> pairs of branches, fused and the module's own.
 """
 
 
 def compare(bound: Bound, call: Call, *, residual: bool = False) -> Verdict:
-    """Compare the output of a fused `forward` with the recorded output of the module.
-
-    Args:
-        bound: The fused `forward`.
-        call: The recorded call to the module.
-        residual: Whether the output is the input plus a branch. If so, only the branches are compared.
-    """
+    """Compare the output of a fused `forward` with that of a recorded call; with `residual`, only the branches."""
     module = bound.module
     x, options = split_call(parameters_of(type(module)), call.args, call.kwargs)
     is_accepted = isinstance(x, Tensor) and is_supported(x) and bound.accepts(options)
@@ -110,10 +92,8 @@ def compare(bound: Bound, call: Call, *, residual: bool = False) -> Verdict:
 
 
 def _noise(module: nn.Module, call: Call, residual: bool) -> Tensor | None:
-    """Measure how much each row of a module's branch changes if the module's input is rounded once more.
-
-    Returns None if the change cannot be measured. In low precision, sharp attention can amplify rounding errors without
-    bound, even in the module's own `forward`.
+    """Measure how much each row of a module's branch changes if its input is rounded once more; None if impossible. In
+    low precision, sharp attention can amplify rounding errors without bound, even in the module's own `forward`.
     """
     x = call.hidden
     if not isinstance(x, Tensor):
@@ -132,14 +112,7 @@ def _noise(module: nn.Module, call: Call, residual: bool) -> Tensor | None:
 
 
 def compare_branches(branches: Branches, module: nn.Module, call: Call, inside: Calls) -> Verdict:
-    """Compare the recorded branches with those that a fused `forward` adds to the residuals.
-
-    Args:
-        branches: Function that pairs the branches.
-        module: The module.
-        call: The recorded call to the module.
-        inside: Dict from path to recorded call, for submodules of the module.
-    """
+    """Compare the recorded branches with those that a fused `forward` adds to the residuals."""
     x, options = split_call(parameters_of(type(module)), call.args, call.kwargs)
     pairs = attempt(lambda: branches(x, options, inside))
     if isinstance(pairs, Exception):
@@ -163,15 +136,8 @@ def _parts(output: Output) -> tuple[Tensor | None, ...]:
 
 
 def _difference(ours: Tensor, theirs: Tensor, carried: Tensor | None, noise: Tensor | None = None) -> Verdict:
-    """Compare two tensors (…, d) row by row.
-
-    Each row's error is relative to the size of that row after `carried` has been subtracted.
-
-    Args:
-        ours: Output of the fused `forward`.
-        theirs: Output of the module's own `forward`.
-        carried: Part (…, d) that both outputs contain, such as a residual, or None.
-        noise: Amount (rows,) by which rounding changes each row of the module's own output, or None.
+    """Compare two tensors (…, d) row by row, relative to the size of a row of `theirs` without `carried`. `carried`
+    (…, d) is in both outputs, such as a residual; `noise` (rows,) is by how much rounding changes each row.
     """
     dtype = theirs.dtype
     tolerance = TOLERANCES.get(dtype, 0.0)
@@ -201,33 +167,23 @@ def _sizes(rows: Tensor) -> Tensor:
 
 
 def version_of(x: Tensor) -> int | Tensor:
-    """Return a version to pass to `is_version`: the tensor's version counter or, for an inference tensor, a copy.
-
-    Args:
-        x: A tensor of any shape (…).
-    """
+    """Return a version of a tensor (…) for `is_version`: its counter or, for an inference tensor, a copy."""
     return x.clone() if x.is_inference() else x._version
 
 
 def is_version(x: Tensor, version: int | Tensor) -> bool:
-    """Return whether a tensor has not changed since `version_of` was called.
-
-    Args:
-        x: The tensor, of any shape (…).
-        version: The result of `version_of` for this tensor.
-    """
+    """Return whether a tensor (…) has not changed since `version_of` was called."""
     if isinstance(version, Tensor):
         return torch.equal(x, version)
     return not x.is_inference() and version == x._version
 
 
 class Bound(Protocol):
-    """A fused `forward`, bound to one module.
+    """A fused `forward`, bound to one module when that is matched, with what does not change between calls.
 
-    What does not change between calls is looked up once, when the module is matched. A class may have more attributes:
-    `called`, the names of the children that are called as modules; `traced`, the relative paths of the submodules whose
-    recorded calls `branches` needs; and `branches`, which pairs branches for comparison. The last two are needed if a
-    residual, or a norm after it, would hide errors.
+    A class may have more attributes: `called`, the names of the children that are called as modules; `traced`, the
+    relative paths of the submodules whose recorded calls `branches` needs; and `branches`, which pairs branches for
+    comparison. The last two are needed if a residual, or a norm after it, would hide errors.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
@@ -245,14 +201,12 @@ class Bound(Protocol):
 
 @dataclass(frozen=True)
 class FusedForward:
-    """A kind of fused `forward`.
+    """A kind of fused `forward`, by its name in the report.
 
     Attributes:
-        name: Name to use in the report.
-        match: Function that returns the fused `forward` of a module, or a short reason if its structure does not match.
-        concerns: Function that returns whether to report a module as skipped if its structure does not match.
-        whole: Whether the fused `forward` computes everything inside the module. If so, the module's children are not
-            reported.
+        match: Returns the fused `forward` of a module, or a short reason if its structure does not match.
+        concerns: Returns whether to report a module as skipped if its structure does not match.
+        whole: Whether it computes everything inside the module, whose children are then not reported.
         residual: Whether the output is the input plus a branch.
     """
 
@@ -292,13 +246,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Skipped:
-    """A module that keeps its own `forward`.
-
-    Attributes:
-        path: The module's path in the model.
-        kind: Name of the module's class.
-        why: Short reason why the module was not replaced.
-    """
+    """A module, by path and class name, that keeps its own `forward`, and a short reason why."""
 
     path: str
     kind: str
@@ -311,13 +259,8 @@ Parts = dict[str, Part]
 
 @dataclass(frozen=True)
 class Known:
-    """Identities of the modules in one model, and the table in which they are looked up.
-
-    Attributes:
-        identities: What each module computes.
-        forwards: Table of the source that fused `forward` methods are known to equal, or None to admit any source. Only
-            the script that generates the table passes None.
-        unknown: Names of the classes whose source is not in the table.
+    """Identities of the modules in one model, and the table of known source, or None to admit any source. Only the
+    script that generates the table passes None. `unknown` has the names of the classes that are not in it.
     """
 
     identities: Identities
@@ -325,11 +268,7 @@ class Known:
     unknown: set[str] = field(default_factory=set)
 
     def why_not(self, part: Part) -> str | None:
-        """Return why the source of a module, or of a module that a fused `forward` bypasses, is not known, or None.
-
-        Args:
-            part: The module and its fused `forward`.
-        """
+        """Return why the source of a module, or of one that its fused `forward` bypasses, is not known, or None."""
         module = part.module
         if is_adapted(module):
             reasons, inside = [], [module]
@@ -340,20 +279,12 @@ class Known:
         return next((reason for reason in reasons if reason is not None), None)
 
     def why_not_model(self, model: nn.Module) -> str | None:
-        """Return why the source of a model's own `forward` is not known, or None.
-
-        Args:
-            model: A model whose `forward` runs, but without the last part of its computation.
-        """
+        """Return why the source of a model's own `forward`, which is cut short, is not known, or None."""
         found, kind = self.identities.of_forward(original_class(model)), original_class(model)
         return self._known(found, kind.__name__, MODEL)
 
     def why_not_loss(self, function: Callable[..., Any]) -> str | None:
-        """Return why the source of a loss function is not known, or None.
-
-        Args:
-            function: The loss function.
-        """
+        """Return why the source of a loss function is not known, or None."""
         return self._known(self.identities.of_function(function), "its loss function", LOSS)
 
     def _known(self, found: Identity, name: str, role: str) -> str | None:
@@ -397,16 +328,7 @@ def _inside(module: nn.Module) -> list[nn.Module]:
 def candidates(
     modules: Mapping[str, nn.Module], fused_forwards: tuple[FusedForward, ...], known: Known
 ) -> tuple[Parts, list[Skipped]]:
-    """Find the modules whose structure matches a fused `forward`, and whose source is known.
-
-    Args:
-        modules: Dict from path to module.
-        fused_forwards: Fused `forward` methods in order of preference.
-        known: What is known of the modules.
-
-    Returns:
-        The candidates, and the modules that resemble a supported module but do not match.
-    """
+    """Find the modules that match a fused `forward`, by preference, and whose source is known, and similar ones."""
     wanted: Parts = {}
     skipped: list[Skipped] = []
     inside = {id(part) for layer in modules.values() if is_adapted(layer) for part in _of_adapters(layer)}
@@ -430,15 +352,7 @@ def candidates(
 
 
 def modules_to_record(parts: Parts) -> dict[str, nn.Module]:
-    """Collect the modules whose calls the probes must record.
-
-    Args:
-        parts: The candidates.
-
-    Returns:
-        A dict from path to module, for the candidates and for the submodules whose calls are needed to compare
-        branches.
-    """
+    """Collect, by path, the candidates and the submodules whose calls are needed to compare branches."""
     found = {path: part.module for path, part in parts.items()}
     for path, part in parts.items():
         found |= {f"{path}.{below}": part.module.get_submodule(below) for below in part.traced}
@@ -446,15 +360,8 @@ def modules_to_record(parts: Parts) -> dict[str, nn.Module]:
 
 
 def admit(model: nn.Module, wanted: Parts, found: Calls) -> tuple[Parts, list[Skipped]]:
-    """Probe the candidates; must be called inside `eval_mode`.
-
-    Args:
-        model: The model.
-        wanted: The candidates, parents before children.
-        found: Calls to the modules from `modules_to_record`, recorded in a first forward pass.
-
-    Returns:
-        The candidates that may run their fused `forward`, and the candidates to report as skipped.
+    """Probe the candidates, parents before children, inside `eval_mode`; return those admitted, and those to report.
+    `found` has the calls to `modules_to_record` in a first forward pass.
     """
     firsts, first_of = _one_of_each(wanted, found)
     elsewhere = _elsewhere(model, firsts)
@@ -485,10 +392,8 @@ def _of_adapters(layer: nn.Module) -> list[nn.Module]:
 
 
 def _one_of_each(wanted: Parts, found: Calls) -> tuple[Parts, dict[str, str]]:
-    """Group the candidates that differ only in their weights.
-
-    Returns a dict with one representative per group, omitting groups whose modules were not called, and a dict from the
-    path of each candidate to the path of its group's representative. The first module of each group represents it.
+    """Group the candidates that differ only in their weights, represented by the first module of each group. Returns
+    the representatives that were called by path, and a dict from each candidate's path to its representative's.
     """
     first: dict[Any, str] = {}
     first_of = {}

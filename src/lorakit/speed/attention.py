@@ -1,8 +1,7 @@
-"""Fused self-attention, with or without rotary position embeddings.
+"""Fused self-attention, with or without rotary position embeddings, from the projections to the output projection.
 
-The projections, the attention computation and the output projection run as one function. A mask is read only once for
-all layers of a forward pass. The mask is classified by what it hides beyond the causal or sliding-window pattern:
-nothing, padding, or more.
+A mask is read only once for all layers of a forward pass, and classified by what it hides beyond the causal or
+sliding-window pattern: nothing, padding, or more.
 """
 
 from __future__ import annotations
@@ -40,13 +39,7 @@ Known = TypeVar("Known")
 
 
 def cached_on(x: Tensor, name: str, make: Callable[[], Known]) -> Known:
-    """Return a value that is cached on a tensor; recompute the value if the tensor has been modified in place.
-
-    Args:
-        x: Tensor of any shape (…), on which the value is cached.
-        name: Attribute of x in which the value is stored, together with the version of x from which it was computed.
-        make: Function that computes the value.
-    """
+    """Return a value that is cached on a tensor (…) under a name; recompute it if the tensor was modified in place."""
     version, value = x.__dict__.get(name, (None, None))
     if version is None or not is_version(x, version):
         version = version_of(x)  # before the value is computed: another thread may modify x meanwhile
@@ -56,17 +49,10 @@ def cached_on(x: Tensor, name: str, make: Callable[[], Known]) -> Known:
 
 
 def under(mask: Tensor | None, x: Tensor, pattern: Pattern) -> Pattern | None:
-    """Combine an attention pattern with a mask.
+    """Combine an attention pattern with a mask for x (rows, T, d), as a bias if the mask hides more than the pattern.
 
-    Args:
-        mask: Mask (rows or 1, heads or 1, T, T), with True or 0 where a token is visible; or None.
-        x: Hidden states (rows, T, d).
-        pattern: The pattern without the mask; it may have a bias.
-
-    Returns:
-        The pattern, with a bias if the mask hides tokens that the pattern does not hide. None if the mask does not hide
-        everything that the pattern hides, leaves a token with nothing to attend to, or has an unsupported form, or if
-        the result needs a bias but the device has no kernel that supports one.
+    The mask is (rows or 1, heads or 1, T, T), with True or 0 where a token is visible. Returns None if it hides less
+    than the pattern, hides everything from a token, has an unsupported form, or needs a bias that no kernel supports.
     """
     made = pattern if mask is None else _under(mask, x, pattern)
     return None if made is None or (made.bias is not None and x.device.type != "cpu") else made
@@ -126,22 +112,13 @@ READ = frozenset(
     | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "output_router_logits"}
     | {"shift_labels", "ignore_index", KEYWORD}  # read by the loss
 )
-"""Supported call arguments, which are read or have no effect. Other arguments make the module's own `forward` run."""
+"""Supported call arguments, which are read or have no effect; with others, the module's own `forward` runs."""
 
 
 @dataclass(frozen=True)
 class BoundAttention:
-    """Fused attention, bound to one module.
-
-    Attributes:
-        module: The attention module.
-        layout: Names of its children.
-        head_dim: Width of a head.
-        scale: Scale factor for q·kᵀ.
-        window: Sliding window in tokens, or None.
-        softcap: Bound on the scores, imposed with tanh, or None.
-        causal: Whether a token sees only itself and earlier tokens.
-        norms: Norms of q and k.
+    """Fused attention, bound to one module, with the names of its children and its settings. `window` is in tokens;
+    `softcap` bounds the scores with tanh; `norms` are those of q and k.
     """
 
     module: nn.Module
@@ -224,17 +201,8 @@ def attention(
 ) -> Tensor | None:
     """Compute attention, including the norm before it and the residual after it.
 
-    Args:
-        bound: The attention module.
-        x: Hidden states (B, T, d) that `is_supported` accepts.
-        norm: Norm before the attention, or None.
-        options: The other arguments of the call.
-        residual: Whether to add x to the output.
-        dropout: Dropout probability after the output projection.
-        wanted: Flat indices (n,) of the tokens that the output projection receives, or None for all tokens.
-
-    Returns:
-        The output (B, T, d), or (n, d) if `wanted` is given; None if the module's own `forward` must run.
+    Returns the output (B, T, d) for x (B, T, d), which `is_supported` accepts, or (n, d) if the output projection
+    receives only the tokens with the flat indices `wanted` (n,); None if the module's own `forward` must run.
     """
     module = bound.module
     if x.ndim != 3:
@@ -272,10 +240,8 @@ DOUBLED = "_lorakit_doubled"
 
 
 def lengths_of(boundaries: Tensor | None) -> tuple[int, ...] | None:
-    """Return the lengths of packed sequences from their boundaries (sequences + 1,), or None if not given.
-
-    The result is cached on the `boundaries` tensor. All layers of a forward pass share this tensor, so the device is
-    synchronized only once.
+    """Return the lengths of packed sequences from their boundaries (sequences + 1,), or None if not given. They are
+    cached on the tensor, which all layers share, so that the device is synchronized once.
     """
     if not isinstance(boundaries, Tensor):
         return None

@@ -1,10 +1,7 @@
-"""Contracts of fused `forward` methods: what they assume about the modules that they bypass.
+"""Contracts of fused `forward` methods, checked on every call: what they assume about the modules that they bypass.
 
-A fused `forward` checks its contract on every call.
-
-A fused `forward` is valid only while two conditions hold. First, the modules that it bypasses are the ones that were
-probed. Second, nothing has changed in the settings of these modules, in their `forward` methods, or in the functions
-that these methods call. This Python module does not depend on any particular fused `forward`.
+These must be the modules that were probed, and nothing may have changed in their settings, in their `forward` methods,
+or in the functions that these call. This module does not depend on any particular fused `forward`.
 """
 
 from __future__ import annotations
@@ -23,12 +20,8 @@ from lorakit.speed.patching import children_of
 
 
 def contract_for(module: nn.Module, fused: Collection[int] | None, identities: Identities) -> Contract:
-    """Collect what a module's fused `forward` currently relies on.
-
-    Args:
-        module: The module's replacement; it and the replacements of its children must already be installed.
-        fused: The `id`s of the fused modules, or None if the fused `forward` bypasses everything inside the module.
-        identities: What each module computes.
+    """Collect what a module's fused `forward` currently relies on, once all replacements are installed. `fused` has the
+    `id`s of the fused modules, or is None if everything inside the module is bypassed.
     """
     facts, functions = [*_of_module(module, identities)], [*_live(module, identities)]
     for holder, name, child in bypassed_modules(module, fused):
@@ -46,37 +39,20 @@ def _live(module: nn.Module, identities: Identities) -> Iterator[FunctionType]:
 
 
 def contract_of_model(model: nn.Module, found: Sequence[Identity], facts: Sequence[Fact]) -> Contract:
-    """Collect what the loss without logits currently relies on.
-
-    Args:
-        model: The transformers model.
-        found: Identities of the `forward` methods and functions that are partly bypassed.
-        facts: Other dictionary entries that must not change.
-    """
+    """Collect what the loss without logits relies on: what is partly bypassed, and other dictionary entries."""
     whole = (*facts, *(fact for one in found for fact in one.facts))
     override = (vars(model), "forward", vars(model).get("forward", MISSING))
     return contract_of((*whole, override), [function for one in found for function in one.live])
 
 
 def is_operand(module: nn.Module) -> bool:
-    """Return whether a module is linear, with or without adapters.
-
-    Fused `forward` methods look up linear modules on each call.
-
-    Args:
-        module: Any module.
-    """
+    """Return whether a module is linear, with or without adapters; these are looked up on each call."""
     is_linear = isinstance(module, (nn.Linear, Int8Linear)) or type(module).__name__ == CONV1D
     return is_linear or is_adapted(module)
 
 
 def bypassed_modules(module: nn.Module, fused: Collection[int] | None) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Yield (parent, name, child) for each module that the fused `forward` of a module bypasses.
-
-    Args:
-        module: The module.
-        fused: The `id`s of the modules whose children are bypassed too, or None for all modules.
-    """
+    """Yield (parent, name, child) for each module that a fused `forward` bypasses; `fused` is as in `contract_for`."""
     if is_adapted(module):
         return
     for name, child in children_of(module).items():

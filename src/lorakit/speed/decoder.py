@@ -44,12 +44,7 @@ class _Around(NamedTuple):
 
 @dataclass(frozen=True)
 class BoundSublayer:
-    """One sublayer of a decoder layer, bound to the layer's children.
-
-    Attributes:
-        layout: Names of the children.
-        norms: Norms before and after the inner module.
-    """
+    """One sublayer of a decoder layer: the names of its children, and the norms before and after the inner module."""
 
     layout: Sublayer
     norms: tuple[BoundNorm | None, ...]
@@ -65,15 +60,8 @@ class BoundSublayer:
 
 @dataclass(frozen=True)
 class BoundLayer:
-    """A fused decoder layer, bound to one module.
-
-    Attributes:
-        module: The layer.
-        layout: Names of its modules.
-        sublayers: The attention sublayer and the feed-forward sublayer.
-        attention: The attention module.
-        block: The feed-forward block, or None if the layer calls its modules.
-        is_parallel: Whether both sublayers read the same input.
+    """A fused decoder layer, bound to one module, with its attention and feed-forward sublayers. `block` is None if the
+    layer calls its feed-forward modules; `is_parallel` says that both sublayers read its input.
     """
 
     module: nn.Module

@@ -1,8 +1,7 @@
 """Fused encoder layers.
 
-A layer of BERT or a model derived from BERT has its norms after the residuals: norm(x + attention(x)), then
-norm(x + mlp(x)), as in Devlin et al. 2018, arXiv:1810.04805. The layer is computed by two autograd functions and two
-norms. Padding is masked by adding a bias to the attention scores.
+BERT and models derived from it have norms after the residuals: norm(x + attention(x)), then norm(x + mlp(x)), as in
+Devlin et al. 2018, arXiv:1810.04805. Two autograd functions and two norms compute a layer; padding is a bias.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from lorakit.speed.submodules import (
 )
 
 READ = frozenset({"attention_mask", "position_ids", "num_items_in_batch"})
-"""Supported call arguments, which are read or have no effect. Other arguments make the module's own `forward` run."""
+"""Supported call arguments, which are read or have no effect; with others, the module's own `forward` runs."""
 
 ATTRIBUTES = frozenset(
     {"config", "num_attention_heads", "attention_head_size", "all_head_size", "scaling", "n_heads", "dim", "layer_idx"}
@@ -85,15 +84,9 @@ def _holders(layout: Block) -> dict[str, set[str]]:
 class BoundEncoderLayer:
     """A fused encoder layer, bound to one module.
 
-    Attributes:
-        module: The layer.
-        layout: Paths of its modules.
-        linears: Paths of its linear modules, in the order of their calls.
-        activation: Path of its activation.
-        attention: Module that holds the attention settings.
-        holders: The modules between the layer and its leaves.
-        norms: Norms after attention and after the feed-forward block.
-        act: Name of the activation in `lorakit.ops.activation`.
+    `linears` and `activation` are paths, `attention` has the attention settings, `holders` are the modules between the
+    layer and its leaves, `norms` follow attention and feed-forward, and `act` is a key of
+    `lorakit.ops.activation.ACTIVATIONS`.
     """
 
     module: nn.Module

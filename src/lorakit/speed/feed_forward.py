@@ -28,13 +28,7 @@ ATTRIBUTES = frozenset({"config", "hidden_size", "intermediate_size", "mlp_bias"
 
 @dataclass(frozen=True)
 class BoundFeedForward:
-    """A fused feed-forward block, bound to one module.
-
-    Attributes:
-        module: The block, or a layer that holds the modules of a block as its own children.
-        layout: Names of the block's modules.
-        act: Name of the activation in `lorakit.ops.activation`.
-    """
+    """A fused feed-forward block, bound to the module that holds it; `act` is a name in `lorakit.ops.activation`."""
 
     module: nn.Module
     layout: FeedForwardLayout
@@ -70,17 +64,8 @@ def match_children(module: nn.Module) -> BoundFeedForward | str:
 def feed_forward(
     block: BoundFeedForward, x: Tensor, norm: Norm | None, *, residual: bool, dropout: float = 0.0
 ) -> Tensor | None:
-    """Compute a feed-forward block, including the norm before it and the residual after it.
-
-    Args:
-        block: The block.
-        x: Hidden states (…, d) that `is_supported` accepts.
-        norm: Norm before the block, or None.
-        residual: Whether to add x to the output.
-        dropout: Dropout probability after the block.
-
-    Returns:
-        The output (…, d), or None if the module's own `forward` must run.
+    """Compute a feed-forward block for x (…, d), with the norm before it, and dropout and residual after it. x is one
+    that `is_supported` accepts. Returns None if the module's own `forward` must run.
     """
     module, layout = block.module, block.layout
     dropouts = _probabilities(module, layout, dropout)

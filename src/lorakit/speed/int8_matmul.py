@@ -19,9 +19,6 @@ from lorakit.tables import format_bytes
 def check_not_accelerated(model: nn.Module) -> None:
     """Check that no part of a model is accelerated.
 
-    Args:
-        model: The model; unchanged.
-
     Raises:
         ModelError: All or part of the model is already accelerated.
     """
@@ -37,18 +34,10 @@ def int8_base(
 ) -> tuple[Int8Base | None, str]:
     """Quantize a base for int8 matmuls, if this is requested and the processor multiplies int8 fast and exactly.
 
-    Args:
-        model: The model, changed in place.
-        base_matmul: one of `BASE_MATMULS`.
-        calibration: Calibration batches, which int8 needs.
-        keep: Whether to keep the original modules.
-
-    Returns:
-        The quantized base, or None; and the reason why the base was not quantized although it was requested, or "".
+    Returns the quantized base, or None, and the reason why it was not quantized although it was requested, or "".
 
     Raises:
         ConfigError: `base_matmul` is unknown, there is no calibration data, or the base is quantized or trained.
-        ModelError: All or part of the model is already accelerated.
     """
     if base_matmul not in BASE_MATMULS:
         raise ConfigError.of("base_matmul", base_matmul, allowed=BASE_MATMULS)

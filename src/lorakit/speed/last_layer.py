@@ -44,14 +44,8 @@ class Trained(NamedTuple):
 
 @dataclass(frozen=True)
 class LastLayer:
-    """The last layer of a model whose head reads only this layer's output.
-
-    Attributes:
-        layer: The module that replaces the last layer.
-        model: The model.
-        path: Path of the layer in the model.
-        holders: Modules that contain the layer but not the head.
-        behind: Modules that run between the layer and the head.
+    """The module in place of the last layer of a model whose head reads only its output, and its path. `holders`
+    contain the layer but not the head; `behind` run between the layer and the head.
     """
 
     layer: nn.Module
@@ -62,11 +56,7 @@ class LastLayer:
 
     def keyword(self, targets: Tensor, ignored: int, call: Mapping[str, Any]) -> dict[str, Trained]:
         """Return a dict with an extra keyword argument for a call to the model, or an empty dict. [docs/math.md (84)]
-
-        Args:
-            targets: Shifted labels, aligned with the positions that predict them, of any shape (…).
-            ignored: Label of tokens that do not contribute to the loss.
-            call: The other arguments of the call, by name.
+        `targets` (…) are shifted labels; `ignored` is the label of tokens without loss; `call` has the other arguments.
         """
         config, kept = getattr(self.model, "config", None), call.get("logits_to_keep")
         if any(call.get(word, getattr(config, word, False)) for word in ASKED_FOR) or self._is_compiled():
@@ -80,10 +70,7 @@ class LastLayer:
         return {KEYWORD: Trained(self.layer, rows, len(flat))} if 0 < len(rows) < SHARE * len(flat) else {}
 
     def _is_compiled(self) -> bool:
-        """Return whether the layer, or a module that contains it, is compiled.
-
-        If so, rows are not skipped, because each distinct number of rows would need its own compiled graph.
-        """
+        """Return whether the layer or a module around it is compiled: each number of rows would need a graph."""
         module = self.model
         for name in self.path.split("."):
             module = getattr(module, name)
@@ -93,13 +80,7 @@ class LastLayer:
 
 
 def rows_to_compute(layer: nn.Module, value: Trained | None, x: Tensor) -> Tensor | None:
-    """Return the indices (n,) of the rows that a layer must compute after its attention, or None for all rows.
-
-    Args:
-        layer: The layer.
-        value: Value of the keyword argument, or None.
-        x: The layer's input, (B, T, d).
-    """
+    """Return the indices (n,) of the rows of x (B, T, d) that a layer computes after its attention; None for all."""
     if not isinstance(value, Trained) or value.layer is not layer or x.ndim != 3 or value.tokens != x.shape[:2].numel():
         return None
     if has_observers(layer) or any(is_watched(part, captures=False) for part in layer.modules() if part is not layer):

@@ -1,11 +1,8 @@
 """Operands that linear modules contribute to a fused operation, and fused linear modules with adapters.
 
-A linear module may have an adapter from lorakit or peft. A module has operands only if it is frozen, dense or an
-`Int8Linear`, unmerged and without hooks, and if it applies at most one adapter, which must be plain LoRA and the same
-for all rows. Otherwise, it has no operands and is called normally. All state is read on every call: which adapters are
-active, disabled or merged, and their scales.
-
-peft's layers are recognized by `lorakit.speed.adapter_layers`; peft is not imported.
+A module has operands only if it is frozen, dense or an `Int8Linear`, unmerged and without hooks, and if it applies at
+most one adapter, from lorakit or peft, which must be plain LoRA and the same for all rows. Otherwise, it is called
+normally. All state is read on every call: which adapters are active, disabled or merged, and their scales.
 """
 
 from __future__ import annotations
@@ -33,15 +30,8 @@ from lorakit.speed.patching import Forwards, Options, is_watched
 
 
 def operand(module: nn.Module, route: Route | None) -> Adapted | None:
-    """Return the operands of a linear module for a given route.
-
-    Args:
-        module: A lorakit layer, or a module in the base model.
-        route: The route of this forward pass, or None if the model has no adapters.
-
-    Returns:
-        W (out, in) or (in, out), bias (out,) and, if an adapter is active, A (r, in) and B (out, r); None if the module
-        has no operands.
+    """Return the operands of a lorakit layer or a module of the base for a route, None if the model has no adapters.
+    They are W (out, in) or (in, out), bias (out,) and, for an active adapter, A (r, in) and B (out, r), or None.
     """
     if is_watched(module):
         return None
@@ -67,13 +57,7 @@ def operand(module: nn.Module, route: Route | None) -> Adapted | None:
 
 
 def frozen_linear(module: nn.Module) -> Adapted | None:
-    """Return the operands of a frozen nn.Linear, Int8Linear or Conv1D, or None for any other module.
-
-    The operands are W, (out, in) or, for Conv1D, (in, out), and bias (out,).
-
-    Args:
-        module: Any module; the caller checks its hooks.
-    """
+    """Return W (out, in), or (in, out) of Conv1D, and bias (out,) of a frozen linear module, or None for any other."""
     kind = type(module)
     if kind is Int8Linear:
         return _int8_linear(cast(Int8Linear, module))
@@ -111,15 +95,7 @@ ODD_TABLES = ("lora_variant", "lora_bias", *PEFT_TABLES_OF_VARIANTS)
 
 
 def peft_operand(module: nn.Module) -> Adapted | None:
-    """Return the current operands of a peft layer.
-
-    Args:
-        module: A module for which `is_peft_linear` is true.
-
-    Returns:
-        W (out, in) or (in, out), bias (out,) and, if an adapter is active, A (r, in) and B (out, r); None if the module
-        has no operands.
-    """
+    """Return the current operands of a module for which `is_peft_linear` is true, as `operand` does: W (out, in)."""
     if is_watched(module) or not all(hasattr(module, name) for name in READ) or module.merged:
         return None
     active, *tables = (getattr(module, name) for name in READ)
@@ -144,13 +120,8 @@ def _entry(table: Mapping[str, Any] | bool | None, name: str) -> bool:
 
 @dataclass(frozen=True)
 class ActiveOperands:
-    """Operands for one call to several modules that run as a single function.
-
-    Attributes:
-        operands: Operands of each module.
-        forwards: Forward history of the first adapted module.
-        route: The route of this call, or None if the model has no lorakit adapters.
-        is_recomputed: Whether autograd is recomputing the call.
+    """Operands for one call to several modules that run as a single function. `forwards` is the history of the first
+    adapted module; `route` is None if the model has no lorakit adapters.
     """
 
     operands: list[Adapted]
@@ -165,17 +136,10 @@ class ActiveOperands:
 
 
 def active_operands(modules: Sequence[nn.Module], x: Tensor) -> ActiveOperands | None:
-    """Return the operands for one call to several modules, or None if any module has no operands.
+    """Return the operands for one call with x (…, in) to linear modules of one model, or None if any has none.
 
     The call is recorded in the history of the first adapted module, where its own `forward` records other calls: a
     recomputed call finds its route whichever of the two ran first.
-
-    Args:
-        modules: Linear modules of one model, with or without adapters.
-        x: Input to the call, (…, in).
-
-    Raises:
-        RouteError: Autograd is recomputing a call, but the route of the original call cannot be determined.
     """
     layer = next((module for module in modules if isinstance(module, LoraLayer)), None)
     forwards, route, is_recomputed = None, None, False
@@ -204,11 +168,7 @@ def _is_here(one: Adapted, x: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class BoundLinear:
-    """A fused linear module with an adapter, bound to one module.
-
-    Attributes:
-        module: The adapter layer.
-    """
+    """A fused linear module with an adapter, bound to one adapter layer."""
 
     module: nn.Module
 

@@ -1,10 +1,9 @@
 """Loss without full logits: the head returns its input (the hidden states), and the loss computes logits in chunks.
 
-This requires that the model's logits be the output of its head, possibly scaled or soft-capped. A probe checks this
-requirement; if it is not met, the loss is left unchanged. So that existing training loops work without changes, the
-`loss_function` of the model instance is replaced, and two hooks are added. In training mode, the output of a forward
-pass with labels then has no logits, and has no key-value cache unless one was requested. All other forward passes are
-unchanged.
+A probe checks that the model's logits are the output of its head, possibly scaled or soft-capped. So that existing
+training loops work without changes, the `loss_function` of the model instance is replaced, and two hooks are added. In
+training mode, the output of a forward pass with labels then has no logits, and no key-value cache unless one was
+requested. All other forward passes are unchanged.
 """
 
 from __future__ import annotations
@@ -29,11 +28,7 @@ from lorakit.speed.probe import ModelOutput, attempt, inputs_of
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """Return the output embeddings of a transformers model, or None if it has none.
-
-    Args:
-        model: Any model.
-    """
+    """Return the output embeddings of a transformers model, or None if it has none."""
     getter = getattr(model, "get_output_embeddings", None)
     try:
         head = getter() if callable(getter) else None
@@ -44,12 +39,12 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 @dataclass
 class HiddenStateCapture:
-    """State of a capturing forward pass: one in which the head captures and returns its input, the hidden states.
+    """State of a forward pass in which the head captures and returns its input, the hidden states.
 
     Attributes:
         owner: The module that runs the forward pass, or None within `Head.passing`.
         given: The captured inputs to the head, (rows, length, d) each.
-        version: Version counter of the last captured input at the time of capture; in-place changes increment it.
+        version: Version counter of the last captured input, which in-place changes increment.
         used: Whether a loss was computed from the captured input.
     """
 
@@ -61,17 +56,14 @@ class HiddenStateCapture:
 
 @dataclass(eq=False)
 class Head:
-    """Output head of a model, for computing the loss without logits.
+    """Output head of a model, for computing the loss without logits: softcap·tanh(scale·output/softcap).
 
     Attributes:
-        scale: Factor by which the head's output is multiplied to get the logits.
-        softcap: Bound on the logits, imposed with tanh, or None.
         module: The head's module; once the model is accelerated, the replacement for that module.
-        holders: Every (parent, attribute) pair at which the model contained the module when the model was accelerated.
-        open: Dict from thread id to the state of the thread's current capturing forward pass.
+        holders: Every (parent, attribute) pair at which the model contained the module when it was accelerated.
+        open: State of each thread's current capturing forward pass, by thread id.
         last: The last layer if it can skip unlabeled rows, otherwise None.
-        holds: Function that returns whether the model and its loss function still compute what they computed when the
-            model was accelerated.
+        holds: Returns whether the model and its loss function still compute what they did when accelerated.
     """
 
     scale: float
@@ -101,13 +93,7 @@ class Head:
 
     @contextlib.contextmanager
     def passing(self) -> Iterator[list[Tensor]]:
-        """Return a context manager that captures hidden states in the current thread.
-
-        Within the context, the logits in the model's output are meaningless.
-
-        Yields:
-            List of the captured hidden states, (rows, length, d) each.
-        """
+        """Capture hidden states (rows, length, d) in the current thread, in a context where logits are meaningless."""
         thread = threading.get_ident()
         self.open[thread] = capture = HiddenStateCapture(None)
         try:
@@ -124,26 +110,14 @@ class Head:
         return frozen and not is_watched(self.module) and may_run(self.module) and self.holds()
 
     def loss_sum(self, model: nn.Module, labels: Tensor, **inputs: Tensor | int | None) -> Tensor:
-        """Compute the next-token cross-entropy, summed over all labeled tokens.
-
-        Args:
-            model: The accelerated model.
-            labels: Labels (rows, length). A label of -100 excludes a token from the loss; any other label is predicted
-                from the previous position.
-            inputs: Other arguments for the model.
-
-        Returns:
-            The summed loss, a scalar in fp32 or wider.
+        """Compute the next-token cross-entropy, a scalar in fp32 or wider, summed over labeled tokens. `labels`
+        (rows, length) are -100 for a token without loss; `inputs` are the other arguments of the accelerated model.
         """
         hidden, targets = self._hidden(model, labels, inputs)
         return self.loss(hidden, targets, 1.0, IGNORED)
 
     def label_losses(self, model: nn.Module, labels: Tensor, **inputs: Tensor | int | None) -> Tensor:
-        """Compute the next-token cross-entropy of each labeled token, without gradients; see `loss_sum`.
-
-        Returns:
-            The losses (tokens,), in the order of the labels, in fp32 or wider.
-        """
+        """Compute the losses (tokens,) of `loss_sum` for each labeled token, in order, without gradients."""
         hidden, targets = self._hidden(model, labels, inputs)
         flat = targets.reshape(-1)
         return label_losses(hidden.reshape(len(flat), -1), self._operands(), flat, IGNORED)
@@ -164,16 +138,8 @@ class Head:
         return Operands(weight, bias, self.scale, self.softcap)
 
     def loss(self, hidden: Tensor, targets: Tensor, total: float | Tensor | None, ignore_index: int) -> Tensor:
-        """Compute the cross-entropy loss for targets that have already been shifted.
-
-        Args:
-            hidden: Input to the head, (…, d).
-            targets: One label per hidden state, in any shape (…).
-            total: Divisor of the summed loss; None divides by the number of targets that are not ignored.
-            ignore_index: Label of tokens that do not contribute to the loss.
-
-        Returns:
-            The loss, a scalar in fp32 or wider.
+        """Compute the cross-entropy, a scalar in fp32 or wider, of shifted targets (…) for inputs (…, d) to the head.
+        `total` divides the sum; None is the number of targets other than `ignore_index`.
         """
         flat = targets.reshape(-1)
         rows = hidden.reshape(len(flat), -1)
@@ -191,14 +157,8 @@ def shifted(labels: Tensor, ignored: int) -> Tensor:
 
 
 def last_layer_for(head: Head, last: LastLayer, output: ModelOutput | None) -> LastLayer | None:
-    """Return the last layer if a probe shows that it can skip unlabeled rows; otherwise, return None.
-
-    Must be called inside `eval_mode`.
-
-    Args:
-        head: The head of a model with all replacements in place.
-        last: The model's last layer.
-        output: The output of the unaccelerated model in a probe.
+    """Return the last layer if a probe inside `eval_mode` shows that it can skip unlabeled rows; otherwise, None.
+    `head` is of a model with all replacements in place, `output` of the unaccelerated model in a probe.
     """
     if not isinstance(output, Mapping):
         return None
@@ -226,17 +186,7 @@ def _passed(head: Head, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor |
 
 
 def head_for(head: nn.Module | None, given: Tensor | None, logits: Tensor | None, model: nn.Module) -> Head | str:
-    """Determine how a model's logits depend on the output of its head.
-
-    Args:
-        head: The model's output embeddings.
-        given: Output of the head in a probe, (rows, tokens, V), or None if the head was not called.
-        logits: The model's logits in that probe, (rows, tokens, V).
-        model: The model.
-
-    Returns:
-        The head, or a short reason why computing the loss requires logits.
-    """
+    """Return the head from whose output, `given` (rows, tokens, V), logits can be computed, or why there is none."""
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return "its loss is not the next-token loss"
@@ -274,13 +224,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class LossWithoutLogits:
-    """Replacement for one model's loss function.
-
-    Args:
-        head: The model's head.
-        model: The transformers model whose loss function is replaced.
-        last: The model's last layer if it can skip unlabeled rows, otherwise None.
-    """
+    """Replacement for one model's loss function, with the last layer if it can skip unlabeled rows."""
 
     def __init__(self, head: Head, model: nn.Module, last: LastLayer | None) -> None:
         self.head = head
@@ -312,11 +256,7 @@ class LossWithoutLogits:
             _set_own_loss(self.model, self.own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the next-token loss as a scalar, as the model's own loss function does.
-
-        Args:
-            args: Positional arguments of transformers' loss function; see `_loss`.
-            kwargs: Its keyword arguments.
+        """Compute the next-token loss as a scalar, with the arguments of the model's own loss function; see `_loss`.
 
         Raises:
             RunError: The head was called more than once, or its output was modified in place.
@@ -433,24 +373,14 @@ class LossWithoutLogits:
 
 
 def entry_of(function: Loss) -> tuple[dict[str, Loss], str | None]:
-    """Return the table in which transformers looks up a loss function, and its name there, or None.
-
-    Args:
-        function: A loss function from transformers.
-    """
+    """Return the table in which transformers looks up a loss function, and its name there, or None."""
     table: dict[str, Loss] = getattr(function, "__globals__", {}).get(TABLE, {})
     return table, next((name for name, value in table.items() if value is function), None)
 
 
 def loss_for(model: nn.Module, head: Head, known: Known) -> LossWithoutLogits | str:
-    """Return a `LossWithoutLogits` that is not yet installed, or a short reason why the loss requires logits.
-
-    Must be called inside `eval_mode`.
-
-    Args:
-        model: The transformers model, without any wrappers.
-        head: The model's head.
-        known: What is known of the model.
+    """Return a `LossWithoutLogits` that is not yet installed, or a short reason why the loss requires logits. Must be
+    called inside `eval_mode` with a transformers model without wrappers.
     """
     stock: Loss | None = getattr(model, LOSS, None)
     if stock is None or getattr(stock, "__name__", "") != STOCK:

@@ -1,7 +1,5 @@
-"""Fused norms and dropout modules, and their current operands, which other fused `forward` methods use.
-
-A fused norm saves only its input and one or two values per row, instead of several fp32 copies. On a CPU, a fused
-dropout module samples the positions to drop instead of drawing one random number per element.
+"""Fused norms and dropout modules, and their current operands, which other fused `forward` methods use. A fused norm
+saves its input and one or two values per row; a fused dropout samples, on a CPU, the positions to drop.
 """
 
 from __future__ import annotations
@@ -26,13 +24,8 @@ EPSILONS = ("variance_epsilon", "eps")
 
 @dataclass(frozen=True)
 class BoundNorm:
-    """A fused norm over the last dimension, bound to one module.
-
-    Attributes:
-        module: The norm.
-        kind: "layer" or "rms"; or "none" for an nn.Identity in place of a norm.
-        eps: Constant that is added to the variance or to the mean square.
-        offset: Constant that is added to the weight.
+    """A fused norm over the last dimension, bound to one module; "none" is an nn.Identity in place of a norm. `eps` is
+    added to the variance or to the mean square, `offset` to the weight.
     """
 
     module: nn.Module
@@ -96,12 +89,7 @@ def bound_norm(module: nn.Module | None) -> BoundNorm | None:
 
 
 def bound_norms(module: nn.Module, *names: str) -> list[BoundNorm | None] | None:
-    """Return the fused `forward` methods of norms, with None for a missing child; None if any norm is not supported.
-
-    Args:
-        module: Module whose children are the norms.
-        names: Names of the children.
-    """
+    """Return the fused `forward` methods of norms, None for a missing child; None if any is not supported."""
     children = [module._modules.get(name) for name in names]
     norms = [bound_norm(child) for child in children]
     is_known = all(norm is not None or child is None for norm, child in zip(norms, children, strict=True))
@@ -109,11 +97,7 @@ def bound_norms(module: nn.Module, *names: str) -> list[BoundNorm | None] | None
 
 
 def operands_of(norms: Sequence[BoundNorm | None]) -> list[Norm | None] | None:
-    """Return the current operands of norms, with None for a missing norm; None if any norm cannot be fused now.
-
-    Args:
-        norms: Fused `forward` methods of norms.
-    """
+    """Return the current operands of norms, with None for a missing norm; None if any norm cannot be fused now."""
     made = [None if norm is None else norm.operands() for norm in norms]
     is_absent = [norm is None or norm.is_absent for norm in norms]
     return made if all(one is not None or absent for one, absent in zip(made, is_absent, strict=True)) else None
@@ -130,11 +114,7 @@ def dropout_p(module: nn.Module | None) -> float | None:
 
 @dataclass(frozen=True)
 class BoundDropout:
-    """Fused dropout, bound to one module.
-
-    Attributes:
-        module: The dropout module.
-    """
+    """Fused dropout, bound to one module."""
 
     module: nn.Dropout
 

@@ -13,17 +13,10 @@ from lorakit.speed.probe import attempt, token_ids
 
 
 def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """Pack all non-padding tokens of a batch into one row.
+    """Pack all non-padding tokens of a batch, `attention_mask` 1 (rows, length), into one row without padding.
 
-    Args:
-        input_ids: Token ids (rows, length), padded on one side.
-        attention_mask: Mask (rows, length), 1 for a token and 0 for padding.
-        labels: Labels (rows, length).
-
-    Returns:
-        The arguments for the model (`input_ids` (1, tokens), positions and sequence boundaries), and the labels
-        (1, tokens). The first token of each sequence does not contribute to the loss, because the token before it
-        belongs to another sequence.
+    Returns the arguments for the model (`input_ids` (1, tokens), positions and sequence boundaries), and the labels
+    (1, tokens), without the first token of each sequence, which the last of another one must not predict.
     """
     kept = attention_mask.bool()
     lengths = kept.sum(1)
@@ -38,14 +31,10 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tupl
 
 
 def keeps_sequences_apart(model: nn.Module, logits: Tensor | None = None) -> bool:
-    """Return whether a model computes the same logits for two packed sequences as for each sequence alone.
+    """Return whether a causal model computes the same logits for two packed sequences as for each sequence alone.
 
-    Must be called inside `eval_mode`.
-
-    Args:
-        model: A causal model from transformers.
-        logits: Its logits (rows, tokens, V) for `token_ids`; None computes them. They must be those of the same
-            forward methods: in bf16, the rounding errors of a deep model exceed the tolerance.
+    Must be called inside `eval_mode`. `logits` (rows, tokens, V) for `token_ids` must be those of the same forward
+    methods: in bf16, the rounding errors of a deep model exceed the tolerance.
     """
     ids = token_ids(model)
     if logits is None:

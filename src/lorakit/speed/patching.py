@@ -1,7 +1,7 @@
-"""Replace a module in a model with an instance of a subclass that is created at runtime and shares the module's state.
+"""Replace a module in a model with an instance of a subclass, created at runtime, that shares the module's state.
 
-State dict names, hooks, `isinstance` and `repr` are unaffected, and neither the class nor any attribute of the original
-module is modified. A replacement can be undone.
+State dict names, hooks, `isinstance` and `repr` are unaffected; neither the class nor any attribute of the original is
+modified, and the replacement can be undone.
 """
 
 from __future__ import annotations
@@ -23,23 +23,18 @@ from lorakit.identity.identities import MARK
 from lorakit.ops.autograd import is_traced
 
 RECOMPUTES = "_recomputes_matmuls"
-"""Attribute of a replaced feed-forward block whose backward pass recomputes matmuls instead of using saved results."""
+"""Attribute of a replaced feed-forward block whose backward pass recomputes matmuls."""
 
 BOUND = "_bound"
-"""Name of the `__slots__` entry in which a replacement stores its `Fused`, outside the shared state."""
+"""The `__slots__` entry in which a replacement stores its `Fused`, outside the shared state."""
 
 Options = dict[str, Any]
 """The arguments of a call other than the hidden states, by name."""
 
 
 class Fused(NamedTuple):
-    """The fused `forward` of one replacement.
-
-    Attributes:
-        accepts: Function that returns whether a call with the given arguments, besides the hidden states, is supported.
-        holds: Function that returns whether everything that `run` relies on is unchanged.
-        run: Function that takes hidden states and the other arguments of a call, and returns the output, or None if the
-            module's own `forward` must run.
+    """The fused `forward` of one replacement: `run` returns None if the module's own `forward` must run. `accepts` says
+    whether the other arguments of a call are supported, `holds` whether all that `run` relies on is unchanged.
     """
 
     accepts: Callable[[Options], bool]
@@ -48,23 +43,13 @@ class Fused(NamedTuple):
 
 
 def parameters_of(kind: type[nn.Module]) -> tuple[str, ...]:
-    """Return the names of the parameters of a class's `forward`, without `self`.
-
-    Args:
-        kind: A module class.
-    """
+    """Return the names of the parameters of a class's `forward`, without `self`."""
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def split_call(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Options]:
-    """Split the arguments of a call into the hidden states and the others, named as in the module's own `forward`.
-
-    The hidden states are None if the call has none, or has more positional arguments than `forward` has parameters.
-
-    Args:
-        names: Names of the parameters of `forward`.
-        args: Positional arguments, the hidden states first.
-        kwargs: Keyword arguments, with `hidden_states` if there are no positional ones.
+    """Split the arguments of a call into the hidden states and the others, by the names of `forward`'s parameters. The
+    hidden states are None if the call has none, or has more positional arguments than `forward` has parameters.
     """
     options = dict(kwargs)
     if not args:
@@ -77,33 +62,18 @@ def split_call(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str,
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module]:
-    """Return a module's children by name; a child with two names is returned under both.
-
-    Args:
-        module: Any module.
-    """
+    """Return a module's children by name; a child with two names is returned under both."""
     return {name: child for name, child in module._modules.items() if child is not None}
 
 
 def modules_at(module: nn.Module, names: Iterable[str]) -> list[nn.Module]:
-    """Return the children of a module that have the given names. Names that match no child are skipped.
-
-    Args:
-        module: Any module.
-        names: Names of children.
-    """
+    """Return the children of a module that have the given names; names that match no child are skipped."""
     return [child for name in names if (child := module._modules.get(name)) is not None]
 
 
 @dataclass(frozen=True)
 class Swap:
-    """A replaced module in a model.
-
-    Attributes:
-        original: The original module.
-        replacement: The module that replaces it.
-        holders: Every (parent, attribute) pair at which the model contained the original.
-    """
+    """A replaced module, and every (parent, attribute) pair at which the model contained the original."""
 
     original: nn.Module
     replacement: nn.Module
@@ -127,12 +97,7 @@ class Swap:
 
 
 def undo(model: nn.Module, swaps: Sequence[Swap]) -> None:
-    """Restore all originals, even if adapter layers have wrapped their replacements in the meantime.
-
-    Args:
-        model: The model with the replacements.
-        swaps: All swaps made by one acceleration.
-    """
+    """Restore the originals of all swaps, even if adapter layers have wrapped their replacements in the meantime."""
     originals = {id(swap.replacement): swap.original for swap in swaps}
     for swap in swaps:
         swap.undo()
@@ -143,11 +108,8 @@ def undo(model: nn.Module, swaps: Sequence[Swap]) -> None:
 
 
 def make_replacement(module: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> nn.Module:
-    """Create a replacement that shares a module's state. It tries the fused `forward` that is stored in it as BOUND.
-
-    Args:
-        module: The original; it and the replacement share one `__dict__`.
-        classes: Cache for one model: a dict from original class to replacement class.
+    """Create a replacement that shares a module's `__dict__` and tries the fused `forward` stored as BOUND. `classes`
+    maps original to replacement classes, for one model.
     """
     if type(module) not in classes:
         classes[type(module)] = _subclass(type(module))
@@ -157,21 +119,13 @@ def make_replacement(module: nn.Module, classes: dict[type[nn.Module], type[nn.M
 
 
 def may_run(module: nn.Module) -> bool:
-    """Return whether a module is a replacement whose fused `forward` may run now.
-
-    Args:
-        module: Any module.
-    """
+    """Return whether a module is a replacement whose fused `forward` may run now."""
     fused: Fused | None = getattr(module, BOUND, None)  # replicas that torch creates have none
     return fused is not None and not is_traced() and fused.holds()
 
 
 def is_replacement(module: nn.Module) -> bool:
-    """Return whether a module is a replacement.
-
-    Args:
-        module: Any module.
-    """
+    """Return whether a module is a replacement."""
     return MARK in vars(type(module))
 
 

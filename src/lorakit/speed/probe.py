@@ -1,9 +1,8 @@
 """Probe a model: run it on a few random tokens, record the calls to its modules, and restore the model.
 
-Probes run in eval mode without gradients. A forward pass may have side effects: some models build rotary caches or
-masks on their first call, or switch their attention implementation for short inputs. After a probe, flags, attributes,
-children, hooks, buffers, forward histories and random state are therefore restored, and the modules contain the same
-objects as before.
+Probes run in eval mode without gradients. Some models build rotary caches or masks on their first call, or switch their
+attention implementation for short inputs, so flags, attributes, children, hooks, buffers, forward histories and random
+state are restored afterwards, and the modules contain the same objects as before.
 """
 
 from __future__ import annotations
@@ -24,16 +23,8 @@ COPIED = 1 << 20
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Return a context manager that restores a model and torch's random generators on exit.
-
-    Within the context, modules have an empty forward history. Forward passes that run in the context are therefore not
-    visible to a later backward pass.
-
-    Args:
-        model: Any model; its parameters are not copied.
-
-    Yields:
-        Nothing.
+    """Restore a model, except for its parameters, and torch's random generators after a context. Within it, modules
+    have an empty forward history, so that no later backward pass sees its forward passes.
     """
     held = [_Held(module) for module in model.modules()]
     buffers = [buffer for buffer in model.buffers() if buffer.numel() <= COPIED and not buffer.is_inference()]
@@ -53,14 +44,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Return a context manager that temporarily freezes all parameters of a model.
-
-    Args:
-        model: Any model.
-
-    Yields:
-        Nothing.
-    """
+    """Freeze all parameters of a model within a context."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -106,13 +90,7 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, tor
 
 @dataclass(frozen=True)
 class Call:
-    """A call to a module.
-
-    Attributes:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        output: Return value.
-    """
+    """A call to a module, and its return value."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -132,13 +110,8 @@ Pairs = list[tuple[Tensor | None, Tensor]]
 
 
 def attempt(run: Callable[[], Result]) -> Result | Exception:
-    """Run a probe and return its result, or the exception that it raised.
-
-    A probe runs third-party model code, which may raise any exception. If it does, the caller skips the module.
-    KeyboardInterrupt and SystemExit propagate.
-
-    Args:
-        run: Function that runs the probe.
+    """Run a probe and return its result, or the exception that it raised, for which the caller skips the module. A
+    probe runs third-party model code, which may raise any. KeyboardInterrupt and SystemExit propagate.
     """
     try:
         return run()
@@ -153,21 +126,10 @@ class _Enough(Exception):
 def calls(
     model: nn.Module, modules: Mapping[str, nn.Module], rows: int = ROWS, tokens: int = TOKENS, *, stop: bool = False
 ) -> tuple[dict[str, Call], ModelOutput | None]:
-    """Run a model once on random tokens and record calls to the given modules. Must be called inside `eval_mode`.
+    """Run a model once on random tokens, inside `eval_mode`, and record calls to modules by path.
 
-    Args:
-        model: A transformers model.
-        modules: Dict from path to module; the calls to these modules are recorded.
-        rows: Number of rows in the batch.
-        tokens: Number of tokens per row.
-        stop: Whether to end the forward pass as soon as all modules in `modules` have been called.
-
-    Returns:
-        A dict from the path of each module that was called to the module's last call; and the model's output, or None
-        if the forward pass ended early.
-
-    Raises:
-        Exception: Any exception that the model raises, for example because it does not run on token ids alone.
+    Returns the last call to each module that was called, and the model's output, or None if `stop` ended the forward
+    pass as soon as all modules had been called. Any exception of the model propagates.
     """
     found: dict[str, Call] = {}
 
@@ -199,11 +161,6 @@ def token_ids(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> Tenso
 
     For an encoder-decoder model with an end token, each row ends with this token and contains it nowhere else: some
     models read their output at the end token.
-
-    Args:
-        model: A model with input embeddings.
-        rows: Number of rows in the batch.
-        tokens: Number of tokens per row.
     """
     embeddings: nn.Embedding = getattr(model, EMBEDDINGS)()
     vocabulary = embeddings.weight.shape[0]
@@ -224,13 +181,7 @@ def _end_token(model: nn.Module, vocabulary: int) -> int | None:
 
 
 def inputs_of(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> dict[str, Any]:
-    """Return the arguments for a small call to a model, without a cache.
-
-    Args:
-        model: A model with input embeddings.
-        rows: Number of rows in the batch.
-        tokens: Number of tokens per row.
-    """
+    """Return the arguments for a small call to a model, without a cache."""
     ids = token_ids(model, rows, tokens)
     inputs: dict[str, Any] = {"input_ids": ids}
     config = getattr(model, "config", None)
@@ -243,16 +194,8 @@ def inputs_of(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> dict[
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Return a context manager that puts a model in eval mode, disables gradients, and restores the model on exit.
-
-    Inference mode is not used: tensors that a model creates and caches in inference mode cannot be used in training
-    later.
-
-    Args:
-        model: Any model.
-
-    Yields:
-        Nothing.
+    """Put a model in eval mode without gradients within a context, and restore it. Inference mode is not used: tensors
+    that a model creates and caches in it cannot be used in training later.
     """
     with preserved(model), torch.no_grad():
         _set_mode(model, training=False)
@@ -274,16 +217,8 @@ DROPOUTS = ("p", "dropout", "attention_dropout")
 
 @contextlib.contextmanager
 def training_mode(model: nn.Module) -> Iterator[None]:
-    """Return a context manager that puts a model in training mode without the dropout that fused forwards implement.
-
-    Gradients stay disabled, and the model is restored on exit. Other randomness remains, so a module that depends on it
-    differs from its fused `forward`.
-
-    Args:
-        model: Any model, inside `eval_mode`.
-
-    Yields:
-        Nothing.
+    """Put a model in training mode, inside `eval_mode` and without the dropout that fused forwards implement. Other
+    randomness remains, so a module that depends on it differs from its fused `forward`.
     """
     with preserved(model):
         _set_mode(model, training=True)
@@ -299,11 +234,7 @@ LONGEST = 600
 
 def lengths_to_probe(model: nn.Module) -> tuple[int, ...]:
     """Return the lengths of additional probes, in tokens: short, longer, and beyond each threshold in the config.
-
     Thresholds of `LONGEST` tokens or more are not probed; a probe of a large model would take too long.
-
-    Args:
-        model: A transformers model.
     """
     fields = getattr(getattr(model, "config", None), "__dict__", {})
     rope = fields.get("rope_parameters")

@@ -1,8 +1,7 @@
-"""Fused T5 sublayers.
+"""Fused T5 sublayers: x + dropout(inner(norm(x))), where `inner` is a feed-forward block or self-attention.
 
-A T5 sublayer is x + dropout(inner(norm(x))), where `inner` is a feed-forward block or self-attention. A frozen relative
-position bias is added to the attention scores. The first layer computes this bias for all layers (Raffel et al. 2019,
-arXiv:1910.10683, section 2.1). Cross-attention runs the model's own `forward`.
+A frozen relative position bias, which the first layer computes for all layers, is added to the attention scores (Raffel
+et al. 2019, arXiv:1910.10683, section 2.1). Cross-attention runs the model's own `forward`.
 """
 
 from __future__ import annotations
@@ -45,22 +44,15 @@ ATTRIBUTES = frozenset(
 """Known attributes of T5 attention modules. Each is read in this module, or a probe shows its effect."""
 
 READ = frozenset({"attention_mask", "position_ids", "num_items_in_batch", "position_bias"})
-"""Supported call arguments, which are read or have no effect. Other arguments make the module's own `forward` run."""
+"""Supported call arguments, which are read or have no effect; with others, the module's own `forward` runs."""
 
 NEEDED = {"key_value_proj_dim", "n_heads", "scaling", "is_causal", "dropout"}
 
 
 @dataclass(frozen=True)
 class BoundSublayer:
-    """A fused T5 sublayer, bound to one module.
-
-    Attributes:
-        module: The sublayer.
-        layout: Names of its modules.
-        inner: Its attention module or feed-forward block.
-        norm: The norm before it.
-        attention: Names of the modules in the attention module, or None for a feed-forward block.
-        block: The fused `forward` of the feed-forward block, or None for attention.
+    """A fused T5 sublayer, bound to one module, with its inner module and the norm before it. `attention` has the names
+    in the attention module, or is None if `block`, for a feed-forward block, is not.
     """
 
     module: nn.Module
@@ -159,10 +151,8 @@ class _Ready(NamedTuple):
 
 
 def _distances(attention: nn.Module, x: Tensor, given: Tensor | None) -> Tensor | None:
-    """Return the relative position bias (1 or B, H, T, T): `given` if it is not None, otherwise a newly computed bias.
-
-    Returns None if the bias is missing, has an unexpected shape, or is trainable. The first pass of a reentrant
-    checkpoint runs without gradients, so the parameters decide, and not the computed bias.
+    """Return the relative position bias (1 or B, H, T, T), given or newly computed; None if it is missing or trained.
+    The parameters decide, because the first pass of a reentrant checkpoint runs without gradients.
     """
     tokens = x.shape[1]
     if given is None:

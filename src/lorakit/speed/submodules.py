@@ -1,7 +1,4 @@
-"""Check whether fused `forward` methods support the activations, attributes, config fields and arguments of modules.
-
-Modules are recognized by their structure. Anything unknown is treated as unsupported.
-"""
+"""Check that fused `forward` methods know the activations, attributes, config fields and arguments of modules."""
 
 from __future__ import annotations
 
@@ -29,11 +26,7 @@ ACTIVATIONS: dict[str, str] = {
 
 
 def activation_of(function: Callable[..., Any] | None) -> str | None:
-    """Return the name of an activation, or None if it is unknown.
-
-    Args:
-        function: A module, or a function of tensors (…).
-    """
+    """Return the name of an activation, a module or a function of tensors (…), or None if it is unknown."""
     if isinstance(function, nn.GELU):
         return "gelu_tanh" if function.approximate == "tanh" else "gelu"
     if isinstance(function, nn.Module):
@@ -62,15 +55,8 @@ def unknown_implementation(attention: nn.Module, supported: str = "sdpa") -> str
 def unknown_attributes(
     module: nn.Module, names: Collection[str], children: Collection[str], parameters: Collection[str] = ()
 ) -> str | None:
-    """Return a phrase that lists the unknown attributes and children of a module, or None if there are none.
-
-    An unknown setting may have an effect that no probe shows.
-
-    Args:
-        module: The module.
-        names: Known attributes.
-        children: Known children.
-        parameters: Known parameters of the module itself.
+    """Return a phrase that lists the unknown attributes, children and parameters of a module, or None. An unknown
+    setting may have an effect that no probe shows.
     """
     own = {name for name in vars(module) if not name.startswith("_")} - {"training", *names, *children}
     held = {name for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
@@ -83,13 +69,8 @@ FIELDS = frozenset({"sliding_window", "num_attention_heads", "num_key_value_head
 
 
 def unknown_fields(module: nn.Module, read: Collection[str]) -> str | None:
-    """Return a phrase that lists the unknown config fields that a module's source reads, or None if there are none.
-
-    A field that is None or False counts as off; the replacement's contract detects changes to its value.
-
-    Args:
-        module: The module.
-        read: The config fields that the module's source reads.
+    """Return a phrase that lists the unknown config fields that a module's source reads, or None if there are none. A
+    field that is None or False counts as off; the replacement's contract detects changes to its value.
     """
     config = vars(module).get("config")
     if config is None:
@@ -101,13 +82,7 @@ def unknown_fields(module: nn.Module, read: Collection[str]) -> str | None:
 
 
 def knows_all(attention: nn.Module, options: Options, read: Collection[str]) -> bool:
-    """Return whether a call requests only the output of an attention module and has no unknown arguments.
-
-    Args:
-        attention: The attention module, with or without a transformers config.
-        options: The arguments of the call.
-        read: Names of the arguments that the fused `forward` reads, or that have no effect.
-    """
+    """Return whether a call requests only the output of an attention module, and `read` has its other arguments."""
     wants_weights = options.get("output_attentions")
     if wants_weights is None:
         wants_weights = getattr(getattr(attention, "config", None), "output_attentions", False)
@@ -123,10 +98,8 @@ OPTIONAL = frozenset(
 
 
 def is_supported(x: Tensor) -> bool:
-    """Return whether fused `forward` methods support x (…, d), which must be floating-point, nonempty and not traced.
-
-    Under autocast, fused `forward` methods compute in the autocast dtype, and do not support float64, which autocast
-    does not cast.
+    """Return whether fused `forward` methods support x (…, d): floating-point, nonempty and not traced. Under autocast,
+    they compute in its dtype and do not support float64, which autocast does not cast.
     """
     if torch.compiler.is_compiling() or not x.is_floating_point() or not x.numel():
         return False

@@ -1,12 +1,10 @@
 """Autotuning: measure which kernels are fastest for a model's shapes on this machine, and cache the results on disk.
 
-`choose` takes the measurements, and `lorakit.ops.choices.activate` activates the results. Measurements are made only on
-a CPU, only for attention and for matmuls with frozen base weights, and only if these operations are large enough for
-the choice to matter. Nothing is measured unless `choose` is called.
+`choose` takes the measurements, and `lorakit.ops.choices.activate` activates the results. Only attention and matmuls
+with frozen base weights are measured, on a CPU, if they are large enough for the choice to matter.
 
-All machines that share a cache directory share one file. If the file is missing, damaged or not writable, shapes are
-measured again. If two processes write to the file at the same time, the results of one of them may be lost, but the
-file remains valid.
+All machines that share a cache directory share one file. If it is missing, damaged or not writable, shapes are measured
+again. Of two processes that write at the same time, one's results may be lost, but the file remains valid.
 """
 
 from __future__ import annotations
@@ -37,14 +35,7 @@ from lorakit.tables import format_count, format_seconds
 
 
 def read(folder: Path | None = None) -> dict[str, int]:
-    """Read the results that were saved for this machine, thread count and torch version.
-
-    Args:
-        folder: Directory that contains the file; None uses lorakit's cache directory.
-
-    Returns:
-        A dict from shape name to fastest method; empty if there is no file.
-    """
+    """Read the results, shape name -> fastest method, for this machine, thread count and torch version."""
     try:
         return _of_machine(_machines(_path(folder)))
     except DiskError:
@@ -52,15 +43,7 @@ def read(folder: Path | None = None) -> dict[str, int]:
 
 
 def save(results: Mapping[str, int], folder: Path | None = None) -> str:
-    """Add results to the cache file.
-
-    Args:
-        results: Dict from shape name to method.
-        folder: Directory that contains the file; None uses lorakit's cache directory.
-
-    Returns:
-        Reason why the results could not be saved, or "".
-    """
+    """Add results to the cache file; return why they could not be saved, or ""."""
     try:
         path = _path(folder)
         machines = _machines(path)
@@ -72,11 +55,7 @@ def save(results: Mapping[str, int], folder: Path | None = None) -> str:
 
 
 def machine() -> str:
-    """Return a key that identifies what affects speed on this machine.
-
-    It covers the processor, its instruction sets, the number of threads, the versions of torch and lorakit, and whether
-    compiled kernels are available.
-    """
+    """Return a key of what affects speed: processor and instruction sets, threads, versions, and compiled kernels."""
     here, limit = this_machine(), os.environ.get("ONEDNN_MAX_CPU_ISA", "")
     libraries = library_variables().items()
     return AUTOTUNING.key(
@@ -112,15 +91,11 @@ GAIN = 0.1
 """Fraction by which a method must reduce the best time so far; a smaller difference may be noise."""
 
 ROUNDS = 3
-"""Number of trials that a method must win to replace the best method so far; the same number of losses rejects it.
-
-Several trials keep a single disturbance from deciding the result.
+"""Number of trials that a method must win, or lose, against the best so far, so that one disturbance does not decide.
 """
 
 FEWEST_FLOPS, MOST_FLOPS = 1 << 27, 1 << 33
-"""Smallest and largest operation to measure, in FLOPs. Smaller operations take hardly any time. Larger operations run
-at full speed with any method, and measuring them would take too long.
-"""
+"""Smallest and largest operation to measure, in FLOPs: others take hardly any time, or run at full speed."""
 
 AT_ONCE = 1024
 """Minimum total number of tokens in a batch for which attention is measured."""
@@ -141,11 +116,9 @@ class TuningTask:
 
     Attributes:
         name: Name of the shape in `lorakit.ops.choices`.
-        default: The default method.
         others: Other methods in the order in which they are tried; the first one that is not faster ends the search.
-        prepare: Function that creates data and returns a second function, which runs a given method on the data.
-        unless: Name of a shape that is measured earlier. If the method chosen for that shape is not 0, this task is
-            skipped.
+        prepare: Creates data and returns a function that runs a given method on them.
+        unless: Name of a shape that is measured earlier; unless its method is 0, this task is skipped.
     """
 
     name: str
@@ -157,14 +130,8 @@ class TuningTask:
 
 @dataclass(frozen=True)
 class TuningResult:
-    """Result of `choose`.
-
-    Attributes:
-        choices: Dict from shape name to a method that is faster than the default; empty if there is no such method.
-        measured: Number of shapes that were measured in this call instead of being read from the cache.
-        seconds: Duration of the measurements in seconds.
-        save_error: Reason why the results could not be saved, or "".
-        skipped: Number of shapes that were not measured because the machine was busy or time ran out.
+    """Result of `choose`: shape name -> method that is faster than the default. `measured` shapes were not read from
+    the cache; `skipped` ones were not measured for lack of time or a busy machine.
     """
 
     choices: Mapping[str, int]
@@ -194,14 +161,9 @@ def choose(
     """Find the fastest methods for a model's shapes, from saved results or by measuring for up to about three seconds.
 
     Global random generators are not affected. The result is empty for models that are not in CPU memory, for weights
-    without data (fake tensors), and during compilation. On a busy machine, nothing is measured.
-
-    Args:
-        model: A model, with or without adapters; it is not called.
-        tokens: Number of tokens in the largest batch.
-        longest: Number of tokens in the longest sequence.
-        folder: Directory that contains the saved results; None uses lorakit's cache directory.
-        clock: Function that returns the time in seconds; tests pass their own.
+    without data (fake tensors), and during compilation. On a busy machine, nothing is measured. `tokens` are those of
+    the largest batch, `longest` those of the longest sequence; `folder` has the saved results, by default lorakit's
+    cache.
     """
     is_fake = torch.compiler.is_compiling() or type(torch.empty(0, device="cpu")) is not Tensor
     asked = [] if is_fake else [*matmul_tasks(model, tokens), *attention_tasks(model, longest)]
@@ -255,10 +217,7 @@ def _wins(run: Callable[[int], Tensor | None], other: int, best: int, clock: Cal
 
 
 def matmul_tasks(model: nn.Module, tokens: int) -> Iterator[TuningTask]:
-    """Yield tasks for the forward and backward matmuls between frozen weights and inputs of up to `tokens` tokens.
-
-    Tasks that decide whether the matmuls run in fp32 come first. If a weight is large, these tasks use only part of it.
-    """
+    """Yield tasks for the matmuls of frozen weights with up to `tokens` tokens, those about fp32 first."""
     counts = [rows for fewer, rows in itertools.pairwise((choices.SLICES[0], *choices.ROWS)) if fewer < tokens]
     sides = [right for W in _weights(model) for right in (W, W.t())]
     found: dict[str, TuningTask] = {}
@@ -326,10 +285,7 @@ def _rows_of(rows: int, right: Tensor) -> tuple[Tensor, Tensor]:
 def _attention(
     sizes: tuple[int, int, int, int], shared: int, dtype: torch.dtype, methods: tuple[Method, Method]
 ) -> Callable[[int], None]:
-    """Return a function that runs the forward and backward passes of attention.
-
-    `sizes` is the shape (B, H, T, D) of q, and `shared` is the number of heads in k and v.
-    """
+    """Return a function that runs forward and backward of attention for q (B, H, T, D) of the given sizes."""
     batch, heads, length, width = sizes
     q = torch.ones(batch, length, heads, width, dtype=dtype, device="cpu").transpose(1, 2)
     k, v = (torch.ones(batch, length, shared, width, dtype=dtype, device="cpu").transpose(1, 2) for _ in range(2))

@@ -17,6 +17,8 @@ import pytest
 from lorakit.durable import sha256_file
 from lorakit.ops.kernels import building, compiled
 
+from ...sampling import of_inner_session
+
 needs_a_compiler = pytest.mark.skipif(
     all(shutil.which(name) is None for name in building.COMPILERS), reason="no C compiler"
 )
@@ -351,20 +353,10 @@ def test_processes_that_build_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_all_operations_without_kernels() -> None:
+def test_all_operations_without_kernels(pytestconfig: pytest.Config) -> None:
     """Every operation falls back to PyTorch: its tests hold for the fallback too."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "tests/ops",
-        "-m",
-        "not slow and not gpu",
-    ]
+    options = ["-q", "-x", "-p", "no:cacheprovider", *of_inner_session(pytestconfig)]
+    command = [sys.executable, "-m", "pytest", *options, "tests/ops", "-m", "not slow and not gpu"]
     environment = {**os.environ, building.SWITCH: "off"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000, check=False)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -23,6 +23,8 @@ from lorakit.ops.kernels.compiled import DTYPES, CompiledKernels
 from lorakit.ops.kernels.compiled_matmuls import CompiledInt8Matmuls, int8_matmuls
 from lorakit.ops.kernels.gateway import Gateway
 
+from ...sampling import of_inner_session
+
 ROOT = Path(__file__).resolve().parents[3]
 GCC = shutil.which("gcc")
 needs_gcc = pytest.mark.skipif(GCC is None, reason="no gcc")
@@ -295,10 +297,10 @@ def test_the_sanitizers_see_what_is_wrong(tmp_path: Path, define: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_properties_hold_under_the_sanitizers(tmp_path: Path) -> None:
+def test_the_properties_hold_under_the_sanitizers(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     options = ["-q", "-x", "-s", "-p", "no:cacheprovider"]  # -s: the report is the last output of the process
     chosen = ["-m", "not slow and not gpu", "-k", "not gradcheck and not the_mean and not probability"]
-    done = sanitized(tmp_path, "-m", "pytest", *options, *chosen, *PROPERTIES)
+    done = sanitized(tmp_path, "-m", "pytest", *options, *of_inner_session(pytestconfig), *chosen, *PROPERTIES)
     assert done.returncode == 0, (done.stdout[-3000:], done.stderr[:3000])
     made = list((tmp_path / "cache" / "kernels").glob("*.so"))
     assert len(made) == len(DTYPES)
