@@ -1,8 +1,7 @@
 """PEFT-compatible API built on the core: to run code written for `peft`, change only its imports.
 
-Its methods contain no arithmetic; they delegate to `lorakit.core`. Mismatches that PEFT silently ignores cause
-warnings in this package but errors in the core and on the command line. Each name is imported from its defining module
-on first use. Module paths such as `lorakit.peft.tuners.lora` are listed in `paths.py`.
+Its methods delegate to `lorakit.core`, and warn of mismatches that PEFT silently ignores and the core rejects. Names
+are imported from their defining modules on first use; `paths.py` lists module paths such as `lorakit.peft.tuners.lora`.
 """
 
 from lorakit.config import API_LEVEL as __version__

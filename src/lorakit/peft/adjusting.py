@@ -1,8 +1,4 @@
-"""PEFT's helpers for rescaling adapters, updating a wrapper's signatures, and selecting targets by condition number.
-
-A condition number is the ratio of a weight's largest singular value to its smallest; `find_kappa_target_modules`
-selects the modules with the lowest condition numbers.
-"""
+"""PEFT's helpers for rescaling adapters, updating a wrapper's signatures, and selecting targets by condition number."""
 
 from __future__ import annotations
 
@@ -27,7 +23,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """Return a context manager that multiplies all adapters' scales on entry and restores them on exit.
+    """Multiply all adapters' scales within a context, and restore them.
 
     Raises:
         ConfigTypeError: `multiplier` is not a number.
@@ -49,10 +45,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 @contextlib.contextmanager
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """Return a context manager in which inputs are not cast to the dtype of A, for hooks on `lora_A` that cast A.
-
-    Inputs are cast only where `lora_A` is called as a module, because the user put a hook on it or on `lora_B`.
-    """
+    """Do not cast inputs to the dtype of A within a context, where a hook has `lora_A` called as a module."""
     before = [(layer, layer.cast_input_dtype_enabled) for _, layer in layers(model)] if active else []
     try:
         for layer, _ in before:
@@ -64,11 +57,7 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
 
 
 class DoraCaching(contextlib.AbstractContextManager["DoraCaching"]):
-    """PEFT's switch for caching DoRA norms; it has no effect, since lorakit computes norms without forming B·A.
-
-    Attributes:
-        enabled: Whether the caller enabled caching.
-    """
+    """PEFT's switch for caching DoRA norms; it has no effect, since lorakit computes norms without forming B·A."""
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
@@ -142,12 +131,8 @@ def condition_number(weight: Tensor) -> float:
 
 
 class KappaTuneSelector:
-    """Selector for the targets with the lowest condition numbers; each condition number is computed only once.
-
+    """Selector for the targets with the lowest condition numbers (largest to smallest singular value), computed once.
     The number of targets overrides their fraction, which overrides the largest condition number.
-
-    Attributes:
-        model: The model; it is not modified.
     """
 
     def __init__(
@@ -209,15 +194,7 @@ def find_kappa_target_modules(
     moe_param_suffixes: Sequence[str] | None = None,
     show_progress: bool = True,
 ) -> dict[str, list[str] | None]:
-    """Return a dict from config field to the names of the modules or parameters with the lowest condition numbers.
-
-    Args:
-        model: The model; it is not modified.
-        top_p: Fraction of the modules, and of the fused expert weights, to return.
-        max_dim_size_to_analyze: Maximum weight dimension; weights with a larger dimension are skipped.
-        moe_param_suffixes: Name suffixes of fused expert weights.
-        show_progress: Ignored; no progress is shown.
-    """
+    """Return the modules and parameters with the lowest condition numbers, by config field; no progress is shown."""
     selector = KappaTuneSelector(model, max_dim_size_to_analyze, moe_param_suffixes, show_progress)
     return {
         "target_modules": selector.get_best_targets(top_p),

@@ -32,24 +32,22 @@ def create_arrow_model(
     general_adapter_paths: Sequence[str] | None = None,
     **adapter_kwargs: Any,
 ) -> PeftModel:
-    """Load adapters as experts, and add and activate a router over them.
+    """Load adapters as experts, and add and activate a router over them; an error leaves the model unchanged.
 
-    The experts are named `task_0`, `task_1`, …, the adapters of general knowledge `gks_0`, `gks_1`, …, and the router
-    `arrow_router`. An adapter that is added to the model later becomes a further expert.
+    The experts are named `task_0`, `task_1`, …, the adapters of general knowledge, needed if `use_gks` is set, `gks_0`,
+    …, and the router `arrow_router`. An adapter that is added to the model later becomes a further expert.
 
     Args:
         base_model: The base model without adapters; adapted in place.
         task_specific_adapter_paths: The experts: local directories, Hub ids or Hub ids followed by a subfolder.
         arrow_config: The router's settings; the names of the adapters are written to it.
-        general_adapter_paths: The adapters whose mean is subtracted from the experts; needed if `use_gks` is set, and
-            not loaded otherwise.
+        general_adapter_paths: The adapters whose mean is subtracted from the experts.
         adapter_kwargs: Passed to `PeftModel.from_pretrained` and `load_adapter`.
 
     Raises:
         ConfigError: An argument is missing, `top_k` exceeds the number of experts, the model already has adapters, or
-            the adapters have different ranks or sites, or updates other than s·B·A. The model is unchanged.
-        ConfigTypeError: `arrow_config` is not an `ArrowConfig`, or paths are a string.
-        AdapterFileError: An adapter's files are missing or damaged, or do not match the model, which is unchanged.
+            the adapters have different ranks or sites, or updates other than s·B·A.
+        AdapterFileError: An adapter's files are missing or damaged, or do not match the model.
     """
     general = _general_paths(arrow_config, general_adapter_paths)
     experts = _paths("task_specific_adapter_paths", task_specific_adapter_paths)

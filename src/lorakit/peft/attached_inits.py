@@ -44,14 +44,7 @@ def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Mapping[str, Tensor], peft_config: LoraConfig) -> Tensor:
-    """Select the positions in a batch that are not padding and, if the config requires labels, that have a label.
-
-    Args:
-        model_input: Dictionary with `input_ids`, (rows, length), and optionally `attention_mask` and `labels`.
-        peft_config: The config; its `eva_config` determines whether labels are required.
-
-    Returns:
-        Row and column of each selected position, (positions, 2).
+    """Return row and column (positions, 2) of what is not padding and, if the config requires labels, has a label.
 
     Raises:
         ConfigTypeError: `model_input` is not a dictionary.
@@ -68,16 +61,7 @@ def prepare_model_inputs_fn_language_modeling(model_input: Mapping[str, Tensor],
 
 
 def prepare_layer_inputs_fn_language_modeling(layer_input: LayerInput, model_input: Tensor, layer_name: str) -> Tensor:
-    """Return a site's input at the selected positions.
-
-    Args:
-        layer_input: The site's input, (rows, length, in), or a tuple whose first element is this input.
-        model_input: Result of `prepare_model_inputs_fn_language_modeling`, (positions, 2).
-        layer_name: Name of the site, for use in messages.
-
-    Returns:
-        The input at the selected positions, (positions, in).
-    """
+    """Return the input (positions, in) of a site at positions (positions, 2), from its input (rows, length, in)."""
     return _tensor(layer_input, layer_name)[model_input.T.unbind()]
 
 
@@ -122,31 +106,27 @@ def get_eva_state_dict(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, Tensor]:
-    """Return the principal directions of each targeted dense module's inputs; explained variance determines the ranks.
+    """Return the principal directions (rank, in) of each targeted dense module's inputs; explained variance sets ranks.
 
-    PEFT iterates over the data until an incremental SVD converges. This function instead accumulates the second moment
-    of all input rows, which yields the exact directions; `tau` therefore has no effect. Modules are processed in groups
-    whose statistics fit in memory, and the data is read once per group.
+    PEFT iterates over the data until an incremental SVD converges. This function accumulates the second moment of all
+    input rows, which yields the exact directions, so `tau` has no effect. Modules are processed in groups whose
+    statistics fit in memory, and the data is read once per group.
 
     Args:
         model: A model, or a `PeftModel` with the adapter; adapters are inactive during collection.
         dataloader: Batches of data; every batch is used.
         peft_config: The config; required for a model without adapters.
         forward_fn: Function that runs the model on a batch.
-        prepare_model_inputs_fn: Function that maps a batch and the config to the second argument of
-            `prepare_layer_inputs_fn`; None passes the batch itself.
-        prepare_layer_inputs_fn: Function that takes a module's input, the result of `prepare_model_inputs_fn` and the
-            module's name, and returns the rows to use, (rows, in); or a dict from module name to such a function.
+        prepare_model_inputs_fn: Maps a batch and the config to the second argument of `prepare_layer_inputs_fn`; None
+            passes the batch itself.
+        prepare_layer_inputs_fn: Returns the rows to use (rows, in) for a module's input, the prepared batch and the
+            module's name; or a dict from module name to such a function.
         adapter_name: Name of the adapter.
         gather_distributed_inputs: Ignored; inputs are collected in a single process.
         show_progress_bar: Ignored; no progress is shown.
 
-    Returns:
-        A dict from module name to directions, (rank, in). The rank of a module may be 0.
-
     Raises:
-        ConfigError: The config is missing, `prepare_layer_inputs_fn` contains an unknown module name, or a rank is too
-            large.
+        ConfigError: The config is missing, `prepare_layer_inputs_fn` has an unknown name, or a rank is too large.
         DataError: `dataloader` is empty, or no data reached a module.
     """
     if isinstance(dataloader, Sized) and not len(dataloader):
@@ -187,25 +167,12 @@ def initialize_lora_eva_weights(
 ) -> None:
     """Redistribute the ranks of an EVA adapter among its modules, and set each A to the principal directions.
 
-    The adapter's config must specify init_lora_weights="eva". The adapter's parameters are recreated, so create the
-    optimizer after this call. Modules whose rank becomes 0 lose the adapter.
-
-    Args:
-        model: A `PeftModel`.
-        dataloader: Batches; required if `eva_state_dict` is not given.
-        eva_state_dict: Result of `get_eva_state_dict`, a dict from module name to directions, (rank, in).
-        forward_fn: See `get_eva_state_dict`.
-        prepare_model_inputs_fn: See `get_eva_state_dict`.
-        prepare_layer_inputs_fn: See `get_eva_state_dict`.
-        adapter_name: Name of the adapter.
-        gather_distributed_inputs: Ignored.
-        show_progress_bar: Ignored.
+    The parameters are recreated, so create the optimizer after this call. Modules whose rank becomes 0 lose the
+    adapter. Batches are required without `eva_state_dict`; the other arguments are those of `get_eva_state_dict`.
 
     Raises:
-        ConfigError: The model is not a `PeftModel`, several adapters are active, the adapter has a different init,
-            neither data nor a state dict is given, or the state dict belongs to another model. The model is left
-            unchanged.
-        AdapterError: The adapter does not exist.
+        ConfigError: The model is not a `PeftModel`, several adapters are active, the adapter has a different init, there
+            is no data, or the state dict belongs to another model. The model is left unchanged.
     """
     if not isinstance(model, PeftModel):
         raise ConfigError("model must be a PeftModel", field="model")
@@ -315,29 +282,22 @@ def replace_lora_weights_loftq(
 ) -> None:
     """Recompute an adapter's factors on a 4-bit base so that they best compensate for the quantization error.
 
-    At each site, s·B·A becomes the best rank-r approximation of W − Q, where Q is the quantized weight and W is the
-    original weight. The original weights are read from the model's safetensors files, one at a time. A DoRA magnitude
-    becomes the norm of the resulting weight. PEFT ignores the scale and the magnitude, so its result is correct only if
-    the scale is 1 and DoRA is not used. PEFT also fails to transpose GPT-2's Conv1D weights. If an error is raised,
-    even by `callback`, every site is restored.
+    At each site, s·B·A becomes the best rank-r approximation of W − Q, where Q is the quantized and W the original
+    weight, read from safetensors files, one at a time. A DoRA magnitude becomes the norm of the result. PEFT ignores
+    the scale and the magnitude, and fails to transpose GPT-2's Conv1D weights. An error restores every site.
 
     Args:
         peft_model: The `PeftModel`.
-        model_path: Directory with the base's safetensors files, or one of these files; None uses the location from
-            which the model was loaded, which may be the Hub cache.
+        model_path: Directory with the base's safetensors files, or one of them; None: where it was loaded from.
         adapter_name: Name of the adapter whose factors are replaced.
-        callback: Function called after each site with the model and the site's path; if the function returns False,
-            the site is restored.
+        callback: Called after each site with the model and its path; if it returns False, the site is restored.
 
     Raises:
-        ConfigError: The weights are not found, a weight is missing or has the wrong shape, the scale is 0, or r is
-            larger than a dimension of a weight.
         ConfigTypeError: `peft_model` is not a `PeftModel`.
+        ConfigError: A weight is not found or has the wrong shape, the scale is 0, or r exceeds a dimension.
         AdapterError: No site of the adapter is a 4-bit layer, or the adapter is merged.
-        ModelError: The directory contains no safetensors files.
 
-    Source:
-        Li et al. 2023 (arXiv:2310.08659), one step of Algorithm 1 for a given quantized weight.
+    Source: Li et al. 2023 (arXiv:2310.08659), one step of Algorithm 1 for a given quantized weight.
     """
     if not isinstance(peft_model, PeftModel):
         raise ConfigTypeError(

@@ -1,8 +1,7 @@
 """PEFT's data-driven inits, which collect statistics and then attach the adapter (for EVA, in the reverse order).
 
-As in PEFT, `preprocess_corda` and `preprocess_loraga` store their results in attributes of the base modules, and
-`get_peft_model` removes those attributes. `lorakit.core` computes the statistics. Caches are safetensors files, which
-are checked against the model before the model is changed; pickles are never read.
+As in PEFT, `preprocess_corda` and `preprocess_loraga` store results in attributes of the base modules, which
+`get_peft_model` removes. Caches are safetensors files, checked before the model is changed, and never pickles.
 """
 
 from __future__ import annotations
@@ -41,13 +40,7 @@ Given = str | PathLike[str] | None
 
 @dataclass(frozen=True)
 class Cache:
-    """Contents of a cache file.
-
-    Attributes:
-        path: Path of the file.
-        tensors: Tensors of any shape, keyed by name.
-        metadata: Metadata from the file's header.
-    """
+    """Contents of a cache file: tensors of any shape, and the header's metadata."""
 
     path: str
     tensors: Mapping[str, Tensor]
@@ -91,13 +84,7 @@ class Cache:
 
 @dataclass
 class CordaEigens:
-    """Result of CorDA's decomposition of one module's weight.
-
-    Attributes:
-        S_WC: Singular values, (r,).
-        U_WC: Left singular vectors, (out, r).
-        V_WC: Right singular vectors times the inverse of the covariance, (in, r).
-    """
+    """CorDA's decomposition of a weight: S_WC (r,), U_WC (out, r), and V_WC (in, r) with the inverse covariance."""
 
     S_WC: Tensor
     U_WC: Tensor
@@ -107,8 +94,7 @@ class CordaEigens:
 def for_attaching(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, core.Statistics | None]:
     """Return the config and statistics for `core.attach`, and remove results that preprocessing stored on the model.
 
-    With "eva", the adapter is attached as if init_lora_weights were True; `initialize_lora_eva_weights` then
-    reinitializes the adapter.
+    With "eva", the adapter is attached with init_lora_weights=True until `initialize_lora_eva_weights`.
 
     Raises:
         ConfigError: The preprocessing step was not run, or `lora_ga_config` is missing.
@@ -151,15 +137,10 @@ def preprocess_corda(
     run_model: Callable[[], Any] | None = None,
     hooked_model: nn.Module | None = None,
 ) -> None:
-    """Prepare for init_lora_weights="corda" by decomposing each targeted weight based on its module's inputs.
+    """Decompose each targeted weight by its inputs, for init_lora_weights="corda"; call `get_peft_model` next.
 
-    Call `get_peft_model` next.
-
-    Args:
-        model: The model that will be adapted; its targeted modules get an `eigens` attribute.
-        lora_config: Config with `corda_config`, whose safetensors caches are read if they exist and otherwise written.
-        run_model: Function that runs the model on the data; not needed if a cache file contains the result.
-        hooked_model: The model that `run_model` runs, if it is not `model`.
+    Targeted modules get an `eigens` attribute. The caches in `corda_config` are read if they exist and otherwise
+    written. Without one, `run_model` runs `hooked_model`, by default `model`, on the data.
 
     Raises:
         ConfigError: `corda_config` or `run_model` is missing, the method is unknown, or no dense modules are targeted.
@@ -233,10 +214,7 @@ def _inputs(covariance: Tensor) -> InputStatistics:
 def _covariances(
     sites: DataSites, settings: CordaConfig, run_model: Callable[[], Any] | None, model: nn.Module
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Return each module's covariance, (in, in), and its number of calls, both keyed by path.
-
-    The covariance is the sum of x·xᵀ over the rows of a call, averaged over calls.
-    """
+    """Return each module's covariance (in, in), the mean over calls of the sum of x·xᵀ, and the calls, by path."""
     if run_model is None:
         text = "run_model must be specified when covariance file and cache file aren't built."
         raise ConfigError(text, field="run_model")
@@ -256,19 +234,13 @@ def _covariances(
 def preprocess_loraga(
     model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any], cache_file: Given = None
 ) -> None:
-    """Prepare for init_lora_weights="lora_ga" by collecting the gradients of the targeted weights.
+    """Collect the gradients of targeted weights, for init_lora_weights="lora_ga"; call `get_peft_model` next.
 
-    Call `get_peft_model` next.
-
-    Args:
-        model: The model that will be adapted; its targeted modules get a `_peft_loraga_grad` attribute.
-        lora_config: Config with `lora_ga_config`.
-        train_step: Function that runs one or more forward and backward passes and does nothing else.
-        cache_file: Safetensors file that is read if it exists and otherwise written.
+    Targeted modules get a `_peft_loraga_grad` attribute. `train_step` runs forward and backward passes and nothing
+    else. `cache_file` is read if it exists and otherwise written.
 
     Raises:
         ConfigError: `lora_ga_config` is missing, no dense modules are targeted, or a targeted weight is quantized.
-        TargetError: Nothing in the model matches the targets.
         AdapterFileError: The cache is damaged or is a pickle.
     """
     if lora_config.lora_ga_config is None:

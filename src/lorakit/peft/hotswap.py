@@ -1,7 +1,5 @@
-"""Hot swapping: replacing the values of one adapter with those of another without changing any modules.
-
-A compiled model need not be recompiled if it was prepared first: its factors are zero-padded to the largest rank, so
-that shapes stay the same, and its scales are converted to tensors.
+"""Hot swapping: replacing the values of one adapter with those of another without changing any modules. So that a
+compiled model is not recompiled, factors are zero-padded to the largest rank, and scales become tensors.
 """
 
 from __future__ import annotations
@@ -58,14 +56,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
 def hotswap_adapter(
     model: PeftModel, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Value
 ) -> None:
-    """Replace the values of an adapter with those of a saved adapter.
-
-    Args:
-        model: A wrapped model, possibly compiled.
-        model_name_or_path: A directory or a Hub id.
-        adapter_name: Name of the adapter whose values are replaced; the name is kept.
-        torch_device: Ignored; the new values are placed on the device of the existing ones.
-        kwargs: The arguments of `HubOptions`, such as `subfolder`, `revision` and `token`.
+    """Replace an adapter's values, on their device, with those of a saved one; `kwargs` are those of `HubOptions`.
 
     Raises:
         AdapterFileError: Files are missing or damaged, or contain NaN or infinite values.
@@ -95,14 +86,7 @@ def hotswap_adapter_from_state_dict(
     config: LoraConfig,
     parameter_prefix: str = "lora_",
 ) -> None:
-    """Replace an adapter's tensors; missing tensors are treated as zero. An error leaves the model unchanged.
-
-    Args:
-        model: A model with adapters, possibly compiled.
-        state_dict: Tensors of any shape, keyed by name in memory.
-        adapter_name: Name of the adapter.
-        config: Config of the new adapter; its ranks and alphas determine the scales.
-        parameter_prefix: Prefix of the adapter's parameter names.
+    """Replace an adapter's tensors (any shape) by name in memory; missing ones are zero. An error changes nothing.
 
     Raises:
         StateDictError: A tensor does not match the model.
@@ -185,13 +169,10 @@ def prepare_model_for_compiled_hotswap(
     config: LoraConfig | Mapping[str, LoraConfig] | None = None,
     check_compiled: str = "error",
 ) -> None:
-    """Prepare a model for compilation and hot swapping: convert scales to tensors and zero-pad factors.
+    """Prepare a model with its first adapter for compilation: convert scales to tensors and zero-pad factors.
 
-    Args:
-        model: A model that already has its first adapter.
-        target_rank: Largest rank that will be swapped in; None leaves the ranks unchanged.
-        config: Config or configs whose rank is set to `target_rank`.
-        check_compiled: What to do if the model is already compiled: "error", "warn" or "ignore".
+    `target_rank` is the largest rank that will be swapped in, also set in the given configs. `check_compiled` ("error",
+    "warn" or "ignore") decides about a model that is compiled.
 
     Raises:
         ConfigError: The model is already compiled or has no adapters, or a layer cannot be padded to `target_rank`.

@@ -1,9 +1,8 @@
 """`install_as_peft`: a function that makes `import peft` import `lorakit.peft` in this process.
 
-A finder at the start of `sys.meta_path` returns the modules of `lorakit.peft` for `peft` and all of its submodules, so
-no class exists twice. The finder also provides a distribution named `peft`, because some programs check the version
-of `peft`. Installing the finder writes no files and does not change any other package, not even an installed `peft`. A
-process started with `spawn` must also call `install_as_peft`.
+A finder at the start of `sys.meta_path` returns the modules of `lorakit.peft` for `peft` and its submodules, so no
+class exists twice, and a distribution named `peft`, whose version some programs check. It writes no files and changes
+no other package, not even an installed `peft`. A process started with `spawn` must also call it.
 """
 
 from __future__ import annotations
@@ -32,10 +31,9 @@ _CACHED_LOOKUPS = ("is_peft_available", "is_peft_greater_or_equal", "_package_di
 
 
 def install_as_peft() -> None:
-    """Make `import peft` import `lorakit.peft` everywhere in this process, until the process exits.
+    """Make `import peft` import `lorakit.peft` everywhere in this process, until it exits; a second call does nothing.
 
-    Call this function before importing transformers' trainer, trl, diffusers or sentence-transformers. A second call
-    does nothing.
+    Call this function before importing transformers' trainer, trl, diffusers or sentence-transformers.
 
     Raises:
         UsageError: The real `peft`, or a package that looks for `peft` at import time, has already been imported.

@@ -1,7 +1,7 @@
 """Layer attributes and methods from PEFT's API that lorakit's layers do not define themselves.
 
-PEFT's classes of variants, such as `DoraLinearVariant`, are here for `isinstance` checks of a layer's `lora_variant`:
-in lorakit, a variant is an entry of `lorakit.core.variants`, which is an instance of the classes that have its name.
+PEFT's classes of variants, such as `DoraLinearVariant`, are for `isinstance` checks of a layer's `lora_variant`, an
+entry of `lorakit.core.variants`, which is an instance of the classes that have its name.
 """
 
 from __future__ import annotations
@@ -69,18 +69,8 @@ def update_layer(
 ) -> None:
     """Give a layer new factors for an adapter, trainable if the adapter is active here, and replace existing ones.
 
-    Args:
-        layer: The adapted layer.
-        adapter_name: Name of the adapter; if the model has no such adapter, a copy of `config` is added to its configs.
-        r: Rank.
-        lora_alpha: Alpha.
-        config: The adapter's other settings.
-        kwargs: `target_name`, the layer's path; PEFT's other options have no effect.
-
-    Raises:
-        AdapterError: `adapter_name` cannot be the name of an adapter.
-        ConfigError: r is below 1, or the init or the variant is not supported here or needs the whole model.
-        MergeError: The adapter is merged into this layer.
+    If the model has no such adapter, a copy of `config` is added to its configs. `target_name` is the layer's path;
+    PEFT's other options have no effect.
     """
     put_fresh_factor(layer, adapter_name, config, r, lora_alpha, str(kwargs.get("target_name") or ""))
     layer.set_trained(adapter_name, adapter_name in layer.active_adapters and not config.inference_mode)
@@ -133,9 +123,7 @@ TABLES_OF_VARIANTS: dict[str, tuple[str, Callable[[Factor], bool]]] = {
     "use_dora": ("dora", lambda factor: True),
     "lora_velora_initialized": ("velora", lambda factor: bool(factor.own[PROJECTION].any())),
 }
-"""Name of a dict by adapter on PEFT's layers -> its variant, and a function from a factor to the entry;
-for adapters of other variants, the entry is False.
-"""
+"""Dict by adapter on PEFT's layers -> its variant, and factor -> entry, which is False for other variants."""
 
 
 class PeftLayerMethods:

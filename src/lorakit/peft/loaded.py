@@ -55,11 +55,7 @@ def check_options(call: str, options: Mapping[str, Any]) -> None:
 
 
 def adapter_folder(model_id: str | os.PathLike[str], options: MutableMapping[str, Any]) -> Path:
-    """Return the local directory of an adapter; an adapter on the Hub is downloaded to the Hub cache.
-
-    Raises:
-        ModelError: The Hub id was not found, or the Hub cannot be reached.
-    """
+    """Return the local directory of an adapter; one on the Hub is downloaded to its cache."""
     return local_adapter(model_id, HubOptions.taken_from(options))
 
 
@@ -70,12 +66,10 @@ LENIENT = tuple(word for word in ALLOWANCES if word != "nonfinite")
 def load_whole(
     model: nn.Module, folder: Path, name: str, *, trainable: bool, config: LoraConfig | None = None
 ) -> IncompatibleKeys:
-    """Load a saved adapter into a model as a new adapter; return its names that only the model or only the file has.
+    """Load a saved adapter as a new one; return the names of tensors that only the model or only the file has.
 
     Raises:
-        AdapterFileError: Files are missing or damaged.
         StateDictError: Shapes do not match.
-        AdapterError: `name` is not a valid adapter name.
     """
     try:
         warnings, held = _load(model, folder, name, trainable, config)
@@ -116,11 +110,7 @@ def _load(
 def read_by_names(
     model: nn.Module, folder: Path, key_mapping: Mapping[str, str] | None, *, may_be_zero: bool
 ) -> AdapterFiles:
-    """Read an adapter's files, with renamed tensors and fused experts, and warn of implausible values.
-
-    Raises:
-        AdapterFileError: Files are missing or damaged.
-    """
+    """Read an adapter's files, with renamed tensors and fused experts, and warn of implausible values."""
     files = read_adapter(folder)
     tensors = {renamed(key, key_mapping or {}): tensor for key, tensor in files.file.tensors.items()}
     files = dataclasses.replace(files, file=dataclasses.replace(files.file, tensors=tensors))
@@ -131,11 +121,7 @@ def read_by_names(
 
 
 def put_by_names(model: nn.Module, files: AdapterFiles, name: str, ignore_sizes: bool) -> IncompatibleKeys:
-    """Copy an adapter's tensors by name into an existing adapter.
-
-    Raises:
-        StateDictError: Shapes do not match.
-    """
+    """Copy an adapter's tensors by name into an existing one; `ignore_sizes` leaves out those of other shapes."""
     result = put_tensors(model, files.file.tensors, name, ignore_sizes)
     own = {key for _, key in names_of(model, name)}
     return IncompatibleKeys([key for key in result.missing_keys if key in own], result.unexpected_keys)
@@ -144,12 +130,7 @@ def put_by_names(model: nn.Module, files: AdapterFiles, name: str, ignore_sizes:
 def warn_of_problems(
     user: nn.Module, files: AdapterFiles, allow: Collection[str], *, may_be_zero: bool = False
 ) -> None:
-    """Warn if an adapter was trained on a different base model or has implausible values.
-
-    Raises:
-        BaseMismatchError: The adapter was trained on a different base, and `allow` does not contain "base_mismatch".
-        AdapterFileError: A tensor contains NaN or infinite values.
-    """
+    """Warn if an adapter was trained on another base, which `allow` must permit, or has implausible values."""
     of_base = check_base(user, files, allow)[1]
     for message in (*of_base, *implausible(files.folder, judge_files(files), may_be_zero)):
         warn_caller(message)
@@ -168,20 +149,7 @@ def renamed(key: str, key_mapping: Mapping[str, str]) -> str:
 def load_peft_weights(
     model_id: str, device: str | None = None, key_mapping: Mapping[str, str] | None = None, **kwargs: Value
 ) -> dict[str, Tensor]:
-    """Return the tensors of a saved adapter.
-
-    Args:
-        model_id: A directory or a Hub id.
-        device: Device for the tensors; None keeps them on the CPU.
-        key_mapping: See `read_by_names`.
-        kwargs: The arguments of `HubOptions`, such as `subfolder`, `revision` and `token`.
-
-    Returns:
-        A dict from name on disk to tensor (of any shape).
-
-    Raises:
-        AdapterFileError: Files are missing or damaged.
-    """
+    """Return the tensors (any shape) of a saved adapter by name on disk; `kwargs` are those of `HubOptions`."""
     folder = adapter_folder(model_id, kwargs)
     check_options("load_peft_weights", kwargs)
     files = read_adapter(folder)

@@ -44,7 +44,6 @@ def get_peft_model(
         ConfigError: `peft_config` is not a LoraConfig or is not valid for the model.
         TargetError: Nothing in the model matches the targets.
         AdapterError: `adapter_name` is invalid.
-        NotYetSupported: The config or an option requires a feature that is not supported yet.
     """
     if not isinstance(peft_config, LoraConfig):
         raise ConfigError(
@@ -136,19 +135,11 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Add an adapter to a model, and return the model without wrapping it.
 
-    Args:
-        peft_config: The adapter's config; it is not modified.
-        model: The base model, modified in place.
-        adapter_name: Name of the new adapter.
-        low_cpu_mem_usage: Whether to leave the factors on the meta device until `set_peft_model_state_dict` fills them.
-        state_dict: Tensors of any shape, keyed by name. The names, not the config, determine the targets; the values
-            are not read.
+    With `low_cpu_mem_usage`, the factors stay on the meta device until `set_peft_model_state_dict` fills them. The
+    names of the tensors (any shape) in `state_dict`, not the config, determine the targets; the values are not read.
 
     Raises:
         ConfigError: `peft_config` is not a LoraConfig or is not valid for the model.
-        TargetError: Nothing in the model matches the targets.
-        AdapterError: `adapter_name` is invalid or already taken.
-        NotYetSupported: The config requires a feature that is not supported yet.
     """
     if not isinstance(peft_config, LoraConfig):
         raise ConfigError(

@@ -1,8 +1,4 @@
-"""PEFT's functions and messages for target modules, based on `lorakit.targets`.
-
-This module also derives targets from the names in a state dict, applies PEFT's rules for combining adapters, and warns
-before a merge unties shared weights.
-"""
+"""PEFT's functions and messages for target modules, by `lorakit.targets`, and its rules for combining adapters."""
 
 from __future__ import annotations
 
@@ -36,11 +32,7 @@ class ExcludedModule:
 
 
 def check_target_module_exists(config: LoraConfig, key: str) -> bool | ExcludedModule:
-    """Return whether a config targets a module; for one that it excludes, return an `ExcludedModule`, which is falsy.
-
-    Raises:
-        ConfigError: A pattern is not a valid regular expression.
-    """
+    """Return whether a config targets a module, with a falsy `ExcludedModule` for one that it excludes."""
     if _excluded(config, key):
         return ExcludedModule()
     if config.target_modules is None:
@@ -143,7 +135,7 @@ NONE_LEFT = (
 
 @contextlib.contextmanager
 def with_no_target_message(model: nn.Module, config: LoraConfig) -> Iterator[None]:
-    """Return a context manager that, if any modules are excluded, prepends PEFT's message to a `NoTargetError`.
+    """Prepend PEFT's message to a `NoTargetError` within a context, if any modules are excluded.
 
     Raises:
         NoTargetError: Nothing matches the targets; the message lists the config entries and the most similar modules.
@@ -249,10 +241,9 @@ def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -
 
 
 def check_parameters(model: nn.Module, configs: Mapping[str, LoraConfig], config: LoraConfig) -> None:
-    """Raise an error if a new adapter and an existing one target different parameters of the same module.
+    """Check that new and existing adapters target the same parameters of a module.
 
-    Such adapters cannot coexist because PEFT's tensor names, in memory and on disk, identify modules but not
-    parameters. `lorakit.core.attach` does not have this restriction.
+    PEFT's tensor names identify modules but not parameters. `lorakit.core.attach` does not have this restriction.
 
     Raises:
         ConfigError: The adapters target different parameters of a module; the message lists both sets of parameters.
@@ -277,13 +268,12 @@ def check_parameters(model: nn.Module, configs: Mapping[str, LoraConfig], config
 
 
 def check_name(model: nn.Module, name: str, config: LoraConfig) -> None:
-    """Raise an error if a new adapter has the same name as a module that it saves in full or whose rows it trains.
+    """Check that a new adapter has not the name of a module that it saves in full or whose rows it trains.
 
     In the paths of the adapter's own modules, such as `lora_A.head`, PEFT would take the adapter for the module.
 
     Raises:
         ConfigError: The name is in `modules_to_save` or `trainable_token_indices`.
-        TargetError: Nothing in the model matches the targets.
     """
     rows = config.trainable_token_indices if isinstance(config.trainable_token_indices, dict) else {}
     fields = {

@@ -1,9 +1,7 @@
 """PEFT's functions for combining task tensors (`peft.utils.merge_utils`), composed of the core's combination steps.
 
-Task tensors are n tensors of one shape (…). `density` is the fraction of the
-values to keep or, in the random methods, the probability of keeping a value. `add_weighted_adapter` does not call these
-functions. They differ from it in one respect, as in PEFT: signs are elected before the weights are applied, so a
-negative weight does not change a tensor's vote.
+Task tensors are n tensors of one shape (…). `density` is the fraction of the values to keep, or the probability of
+keeping one. Unlike in `add_weighted_adapter`, signs are elected before the weights are applied, as in PEFT.
 """
 
 from __future__ import annotations
@@ -65,42 +63,26 @@ def task_arithmetic(task_tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 
 def magnitude_prune(task_tensors: Sequence[Tensor], weights: Tensor, density: float) -> Tensor:
-    """Return the weighted sum (…) of the largest values of n task tensors; the weights are (n,).
-
-    Raises:
-        ConfigError: The density is negative.
-    """
+    """Return the weighted sum (…) of the largest values of n task tensors; the weights are (n,)."""
     return task_arithmetic([prune(tensor, density, "magnitude") for tensor in task_tensors], weights)
 
 
 def dare_linear(task_tensors: Sequence[Tensor], weights: Tensor, density: float) -> Tensor:
-    """Return the weighted sum (…) of n randomly pruned and rescaled task tensors; the weights are (n,).
-
-    Raises:
-        ConfigError: The density is negative.
-    """
+    """Return the weighted sum (…) of n randomly pruned and rescaled task tensors; the weights are (n,)."""
     return task_arithmetic([prune(tensor, density, "random", rescale=True) for tensor in task_tensors], weights)
 
 
 def ties(
     task_tensors: Sequence[Tensor], weights: Tensor, density: float, majority_sign_method: str = "total"
 ) -> Tensor:
-    """Return the mean (…) of the largest values of n task tensors that have the elected signs, weighted by (n,).
-
-    Raises:
-        ConfigError: The density is negative, or the method is unknown.
-    """
+    """Return the mean (…) of the largest values of n task tensors that have the elected signs, weighted by (n,)."""
     return _elected([prune(tensor, density, "magnitude") for tensor in task_tensors], weights, majority_sign_method)
 
 
 def dare_ties(
     task_tensors: Sequence[Tensor], weights: Tensor, density: float, majority_sign_method: str = "total"
 ) -> Tensor:
-    """Return the mean (…) of randomly pruned and rescaled values that have the elected signs, weighted by (n,).
-
-    Raises:
-        ConfigError: The density is negative, or the method is unknown.
-    """
+    """Return the mean (…) of randomly pruned and rescaled values that have the elected signs, weighted by (n,)."""
     pruned = [prune(tensor, density, "random", rescale=True) for tensor in task_tensors]
     return _elected(pruned, weights, majority_sign_method)
 

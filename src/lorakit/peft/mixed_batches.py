@@ -1,7 +1,4 @@
-"""Batches whose rows use different adapters: PEFT's checks and messages, and the offsets for activated LoRA (aLoRA).
-
-`lorakit.core.routing.positions` computes and applies the offsets.
-"""
+"""Batches whose rows use different adapters: PEFT's checks and messages, and the offsets for activated LoRA (aLoRA)."""
 
 from __future__ import annotations
 
@@ -72,15 +69,10 @@ def calculate_alora_offsets(
     input_ids: Tensor | None,
     adapter_names: Sequence[str] | None = None,
 ) -> list[int | None]:
-    """Return each row's aLoRA offset, or None for a row without an invocation sequence.
+    """Return the tokens from each row's last invocation sequence to its end, or None for a row without one.
 
-    The offset is the number of tokens from the start of the row's last invocation sequence to the end of the row.
-
-    Args:
-        peft_config: Dict from adapter name to config.
-        active_adapter: The adapter for rows without an entry in `adapter_names`.
-        input_ids: Token ids, (rows, length), or None, in which case the result is empty.
-        adapter_names: One adapter name per row; "__base__" selects the base model alone.
+    Token ids are (rows, length); None yields an empty list. `active_adapter` is for rows without an entry in
+    `adapter_names`, where "__base__" selects the base model alone.
     """
     if input_ids is None:
         return []
@@ -131,14 +123,12 @@ def _with_offsets(model: nn.Module, ids: Tensor | None, options: dict[str, Any],
 def rows(
     tuner: nn.Module, adapter_names: Sequence[str] | None, copies: int = 0
 ) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager that assigns an adapter to each row; it does nothing if `adapter_names` is None.
+    """Assign an adapter to each row within a context; "__base__" uses the base model alone; None does nothing.
 
-    A row named "__base__" uses the base model alone. `copies` is the maximum number of consecutive copies of each row
-    in `generate`, such as beams, or 0 for a forward pass.
+    `copies` is the largest number of consecutive copies of a row in `generate`, such as beams, or 0 for a forward pass.
 
     Raises:
-        ConfigError: An adapter does not exist, or the model is in training mode, in which PEFT also rejects mixed
-            batches.
+        ConfigError: An adapter does not exist, or the model is in training mode, in which PEFT also rejects them.
     """
     if adapter_names is None:
         return contextlib.nullcontext()
@@ -166,17 +156,13 @@ def options_of_call(
     *,
     generates: bool = False,
 ) -> Iterator[None]:
-    """Return a context manager that assigns adapters to the rows of a call's batch and applies `alora_offsets`.
+    """Assign adapters to the rows of a forward pass or `generate` within a context, and apply `alora_offsets`.
 
-    The call is a forward pass or a `generate` call. `alora_offsets` is removed from `kwargs`. If `alora_offsets` is
-    missing, invocation tokens are located in the `input_ids` of a forward pass or in the prompts of `generate`,
-    whether or not a KV cache is used. If only embeddings are given, aLoRA adapters stay inactive, and a warning is
-    issued.
+    Missing offsets are located in the `input_ids` of a forward pass or in the prompts of `generate`, with or without a
+    KV cache. If only embeddings are given, aLoRA adapters stay inactive, and a warning is issued.
 
     Raises:
-        RowCountError: The number of names differs from the batch size. For a forward pass, the batch size is the
-            number of rows in the first tensor, (rows, …), among the arguments.
-        MixedBatchError: A module cannot run a mixed batch.
+        RowCountError: The number of names differs from the rows of the first tensor, (rows, …), of a forward pass.
     """
     user = model_adapters.user_model(model)
     copies = _rows_per_prompt(kwargs, user) if generates else 0

@@ -1,7 +1,7 @@
 """`PeftModel`, PEFT's wrapper class, which adapts the given model in place.
 
-Options that only affect PEFT's memory use or device placement have no effect in lorakit. An unsupported option raises
-an error if it would change the result; an unknown option causes a warning.
+Options that only affect PEFT's memory use or device placement have no effect. An unsupported option raises an error if
+it would change the result; an unknown option causes a warning.
 """
 
 from __future__ import annotations
@@ -32,12 +32,7 @@ from lorakit.terminal import write_line
 
 
 class PeftModel(OverModel):
-    """PEFT-compatible wrapper around a model with adapters.
-
-    Attributes:
-        base_model: The `LoraModel` that contains the user's model.
-        task: Task for which this wrapper class is used, or None.
-    """
+    """PEFT-compatible wrapper around a model with adapters, which is inside `base_model`, for a task or any."""
 
     task: ClassVar[TaskType | None] = None
     special_peft_forward_args: ClassVar[frozenset[str]] = frozenset({"adapter_names", "alora_offsets"})
@@ -109,7 +104,7 @@ class PeftModel(OverModel):
             model_id: Directory or Hub id of the adapter.
             adapter_name: Name to give the adapter.
             is_trainable: Whether to train the adapter; if false, it is frozen and the model is set to eval mode.
-            config: Config to use instead of the saved one; `config.inference_mode` is set to match `is_trainable`.
+            config: Config to use instead of the saved one; its `inference_mode` is set to match `is_trainable`.
             autocast_adapter_dtype: If false, the factors are cast to the dtype of their base weight.
             kwargs: `key_mapping` and the arguments of `HubOptions`, such as `subfolder`, `revision` and `token`; for
                 other options, see `loaded.WITHOUT_EFFECT`.
@@ -117,7 +112,6 @@ class PeftModel(OverModel):
         Raises:
             ConfigError: `config` is not a PeftConfig.
             AdapterFileError: Files are missing or damaged, or tensors do not match the model.
-            NotYetSupported: The adapter or an option requires a feature that is not supported yet.
         """
         if config is not None and not isinstance(config, PeftConfig):
             raise ConfigError(f"The input config must be a PeftConfig, got {type(config)}", field="config")
@@ -149,30 +143,15 @@ class PeftModel(OverModel):
         key_mapping: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> IncompatibleKeys:
-        """Load a saved adapter as a new adapter, or load its values into the existing adapter of the same name.
+        """Load a saved adapter as a new one, active only if it is the first, or its values into one of the same name.
 
-        A new adapter becomes active only if it is the model's first adapter.
-
-        Args:
-            model_id: Directory or Hub id of the adapter.
-            adapter_name: Name to give the adapter.
-            is_trainable: Whether to train the adapter; if false, it is frozen and the model is set to eval mode.
-            torch_device: Ignored; factors are placed on their site's device.
-            autocast_adapter_dtype: If false, the factors are cast to the dtype of their base weight.
-            ephemeral_gpu_offload: Ignored.
-            low_cpu_mem_usage: Ignored; factors are created on their site's device.
-            key_mapping: Dict from regular expression to replacement, used to rename the tensors of an adapter that was
-                saved from a base with a different layout.
-            kwargs: `ignore_mismatched_sizes` and the arguments of `HubOptions`, such as `subfolder`, `revision` and
-                `token`; for other options, see `loaded.WITHOUT_EFFECT`.
-
-        Returns:
-            Names of missing and unexpected tensors; mismatches that PEFT would ignore also cause warnings.
+        `key_mapping` (regular expression -> replacement) renames the tensors of an adapter that was saved from a base
+        with a different layout; `kwargs` may have `ignore_mismatched_sizes`. The others are those of `from_pretrained`,
+        or ignored. Returns names of missing and unexpected tensors, and warns of mismatches that PEFT would ignore.
 
         Raises:
             AdapterFileError: Files are missing or damaged, or shapes do not match the model.
             AdapterError: `adapter_name` is invalid.
-            NotYetSupported: The adapter or an option requires a feature that is not supported yet.
         """
         folder, config = adapter_folder(model_id, kwargs), kwargs.pop("config", None)
         ignore_sizes = bool(kwargs.pop("ignore_mismatched_sizes", False))
@@ -198,19 +177,14 @@ class PeftModel(OverModel):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Attach a new adapter. The model's first adapter becomes active; use `set_adapter` to activate later ones.
+        """Attach a new adapter with a copy of a config; only the model's first becomes active.
 
-        Args:
-            adapter_name: Name of the new adapter.
-            peft_config: Config of the new adapter; a copy is stored, with the base model's name filled in.
-            low_cpu_mem_usage: Ignored; factors are created on their site's device.
-            autocast_adapter_dtype: If false, the factors are cast to the dtype of their base weight.
+        If `autocast_adapter_dtype` is false, the factors are cast to the dtype of their base weight.
 
         Raises:
             ConfigError: `peft_config` is not a LoraConfig or is not valid for the model.
             AdapterError: `adapter_name` is invalid or already taken.
             TargetError: Nothing in the model matches the targets.
-            NotYetSupported: The config requires a feature that is not supported yet.
         """
         if not isinstance(peft_config, LoraConfig):
             raise ConfigError(
@@ -225,11 +199,7 @@ class PeftModel(OverModel):
         own.base_model_name_or_path = name or own.base_model_name_or_path
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activate adapters, make them trainable, and freeze all others.
-
-        Raises:
-            AdapterError: An adapter does not exist.
-        """
+        """Activate adapters, which must exist, make them trainable, and freeze all others."""
         self._check_exist(adapter_name)
         super().set_adapter(adapter_name, inference_mode)
 
@@ -269,28 +239,24 @@ class PeftModel(OverModel):
     ) -> None:
         """Save adapters in PEFT's layout: "default" in the directory itself, others in subdirectories named after them.
 
-        If the model is distributed over processes (FSDP, DeepSpeed ZeRO-3), call this in every process, or pass the
-        complete `state_dict`.
+        If the model is distributed over processes (FSDP, DeepSpeed ZeRO-3), call this in all, or pass a whole state
+        dict.
 
         Args:
             save_directory: Directory to write to.
             safe_serialization: Must be true, since lorakit does not write pickle files.
             selected_adapters: Adapters to save; None means all.
-            save_embedding_layers: If True, also save the base's embedding matrices, as needed for a resized vocabulary.
+            save_embedding_layers: If True, also save the base's embedding matrices, as for a resized vocabulary.
             is_main_process: Whether this is the main process; all other processes write nothing.
-            path_initial_model_for_weight_conversion: Directory of the adapter as it was saved before training. If the
-                adapter's init changed the base, as PiSSA does, the adapter is converted to plain LoRA with twice the
-                rank.
-            state_dict: Tensors of any shape, keyed by name in the model, to save instead of the model's own tensors;
-                useful, for example, after gathering shards. The default is the result of `state_dict()` if a program
-                has replaced this method of the model.
+            path_initial_model_for_weight_conversion: Directory of the adapter before training, if its init changed the
+                base, as PiSSA does: it is saved as plain LoRA with twice the rank.
+            state_dict: Tensors of any shape by name in the model, such as gathered shards, to save instead.
             kwargs: See `loaded.WITHOUT_EFFECT`.
 
         Raises:
             ConfigError: `safe_serialization` is false, `save_directory` is a file, or an adapter does not exist.
-            NotYetSupported: An option requires a feature that is not supported yet.
-            AdapterError: An adapter contains non-finite values, or the initial directory contains a different adapter,
-                or a tensor is distributed over processes and cannot be completed.
+            AdapterError: An adapter contains non-finite values, the initial directory contains a different adapter, or a
+                tensor is distributed over processes and cannot be completed.
             DiskError: The files cannot be written; existing files remain intact.
         """
         if not safe_serialization:
@@ -335,12 +301,7 @@ class PeftModel(OverModel):
             return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Call the model's `generate` method; see `forward` for `adapter_names`, which also works with several threads.
-
-        Raises:
-            ConfigError: `adapter_names` contains an unknown adapter or is given while the model is in training mode.
-            RouteError: The number of names differs from the batch size, or a module does not support mixed batches.
-        """
+        """Call the model's `generate`, also from several threads; see `forward` for `adapter_names`."""
         with options_of_call(self, adapter_names, args, kwargs, generates=True):
             return self.base_model.generate(*args, **kwargs)
 
@@ -376,20 +337,7 @@ class PeftModel(OverModel):
         create_pr: bool = False,
         **kwargs: Any,
     ) -> str:
-        """Save the adapters and upload them to the Hub.
-
-        Args:
-            repo_id: Repository in the form "owner/name"; it is created if it does not exist.
-            commit_message: Commit message.
-            private: Whether to make a new repository private.
-            token: Hub token; None uses the stored one.
-            revision: Branch to commit to.
-            create_pr: Whether to open a pull request instead of committing directly.
-            kwargs: Options for `save_pretrained`.
-
-        Raises:
-            ModelError: The Hub rejects the upload or cannot be reached.
-        """
+        """Save the adapters with `kwargs` for `save_pretrained`, and upload them to "owner/name" on the Hub."""
         from lorakit.hub.sources import push_folder
 
         with tempfile.TemporaryDirectory() as folder:

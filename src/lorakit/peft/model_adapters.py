@@ -64,7 +64,7 @@ def check_exist(
     """Check that adapters exist.
 
     Raises:
-        AdapterError: An adapter does not exist; the error's `what` field contains the adapter's name.
+        AdapterError: An adapter, the error's `what`, does not exist.
     """
     for name in as_names(adapter_names):
         if name not in configs:
@@ -75,12 +75,7 @@ def check_exist(
 def set_adapter(
     model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: type | None = None
 ) -> None:
-    """Activate adapters, make them trainable, and freeze all others.
-
-    Raises:
-        RouteError: An adapter does not exist.
-        ConfigError: Two of the adapters save the same module or train the same token.
-    """
+    """Activate adapters, make them trainable, and freeze all others; two of them must not save the same module."""
     names, state = as_names(adapter_name), find_state(model) or AdapterState()
     state.check(names)
     if not state.configs:
@@ -97,13 +92,7 @@ def set_adapter(
 def delete_adapter(
     model: nn.Module, adapter_name: str, prefix: str = "lora_", layer_cls: type[nn.Module] | None = None
 ) -> list[str] | None:
-    """Remove an adapter; if it was the only active one, the alphabetically first remaining adapter becomes active.
-
-    As in PEFT, nothing happens if the adapter does not exist.
-
-    Raises:
-        AdapterError: The adapter is merged.
-    """
+    """Remove an adapter if it exists, as in PEFT, and return the active ones; see `remove_adapter`."""
     if adapter_name in configs_of(model):
         remove_adapter(model, adapter_name)
         if not configs_of(model):
@@ -230,11 +219,10 @@ def pause(model: nn.Module) -> list[nn.Parameter]:
 
 @contextlib.contextmanager
 def paused(model: nn.Module) -> Iterator[None]:
-    """Return a context manager that disables and freezes a model's adapters, as in PEFT.
+    """Disable and freeze a model's adapters within a context, as in PEFT.
 
-    All threads share the `requires_grad` flags, so the flags are changed only if the calling thread records gradients.
-    Threads that run inference therefore do not affect a training thread. If an adapter is deactivated within the
-    context, the flags are not restored.
+    All threads share the `requires_grad` flags, so they change only if the calling thread records gradients: threads
+    that run inference do not affect one that trains. They are not restored if an adapter is deactivated meanwhile.
     """
     state = find_state(model)
     if state is None:

@@ -1,8 +1,7 @@
 """A dict from task to wrapper class, the `AutoPeftModel` classes, and `PeftMixedModel`.
 
-Each task's wrapper declares its own `forward` signature, which programs inspect to determine which dataset columns
-to keep. An `AutoPeftModel` class loads an adapter and the base model named in the adapter's config. A `PeftMixedModel`
-can have several active adapters; in lorakit, all of them are LoRA adapters.
+An `AutoPeftModel` class loads an adapter and the base model named in its config. A `PeftMixedModel` can have several
+active adapters; in lorakit, all of them are LoRA adapters.
 """
 
 from __future__ import annotations
@@ -59,21 +58,14 @@ class _BaseAutoPeftModel:
         import_allowlist: Collection[str] | None = None,
         **kwargs: Value,
     ) -> PeftModel:
-        """Load the base model named in an adapter's config, and then the adapter itself.
+        """Load the base model named in the config of an adapter (directory or Hub id), and then the adapter itself.
 
-        Args:
-            pretrained_model_name_or_path: Directory or Hub id of the adapter.
-            adapter_name: Name to give the adapter.
-            is_trainable: Whether to make the adapter trainable.
-            config: See `PeftModel.from_pretrained`.
-            revision: Revision of the adapter.
-            import_allowlist: Packages from which the base model's class may be imported.
-            kwargs: Other arguments of `HubOptions`, and options for loading the base model. `subfolder` is that of the
-                adapter; `token`, `cache_dir`, `local_files_only` and `force_download` apply to the base too.
+        `import_allowlist` has packages from which the base model's class may be imported. `kwargs` are other arguments
+        of `HubOptions`, and options for the base model: `subfolder` and `revision` are those of the adapter; `token`,
+        `cache_dir`, `local_files_only` and `force_download` apply to the base too.
 
         Raises:
-            ConfigError: The class does not match the adapter's task, or the base model's package is not on the
-                allowlist.
+            ConfigError: The class does not match the adapter's task, or the base's package is not on the allowlist.
             AdapterFileError: The config does not name the base model.
         """
         options = {"revision": revision, **kwargs}
@@ -194,11 +186,7 @@ class PeftMixedModel(PeftModel):
         return cls
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Remove adapters.
-
-        Raises:
-            AdapterError: An adapter does not exist.
-        """
+        """Remove adapters, which must exist."""
         self._check_exist(adapter_name)
         for name in as_names(adapter_name):
             super().delete_adapter(name)

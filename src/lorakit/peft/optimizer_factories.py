@@ -30,13 +30,7 @@ def create_loraplus_optimizer(
 
     The parameter groups are, in this order: A and fully trained matrices; both factors of embeddings; B and vectors;
     and, without weight decay, biases and LayerNorm parameters. Empty groups are kept, so that the order is fixed.
-
-    Args:
-        model: The model whose trainable parameters are optimized.
-        optimizer_cls: Optimizer class, such as `torch.optim.AdamW`.
-        lr: Learning rate for A.
-        loraplus_lr_ratio: Ratio of B's learning rate to A's.
-        kwargs: `loraplus_weight_decay` (default 0.0), `loraplus_lr_embedding` (default 1e-6), and optimizer options.
+    `kwargs` are `loraplus_weight_decay` (default 0.0), `loraplus_lr_embedding` (default 1e-6), and optimizer options.
     """
     decay = kwargs.pop("loraplus_weight_decay", 0.0)
     of_embedding = kwargs.pop("loraplus_lr_embedding", 1e-6)
@@ -68,9 +62,8 @@ def create_loraplus_optimizer(
 class LoraFAOptimizer(LoraFA):
     """AdamW with a corrected gradient for B; accepts PEFT's parameter groups (`params`, `names`, `scaling_factors`).
 
-    Unlike PEFT's optimizer, this class pairs A and B by adapter and site, so that several adapters, magnitudes and
-    biases are updated correctly. Updates are computed in fp32. The state is keyed by tensor, so it can be saved and
-    loaded.
+    Unlike PEFT's, it pairs A and B by adapter and site, so that several adapters, magnitudes and biases are updated
+    correctly. Updates are computed in fp32. The state is keyed by tensor, so it can be saved and loaded.
     """
 
     def __init__(
@@ -84,20 +77,7 @@ class LoraFAOptimizer(LoraFA):
         *,
         pairs: Sequence[Pair] | None = None,
     ) -> None:
-        """Set up the optimizer.
-
-        Args:
-            params: Parameter groups with `params`, `names` and `scaling_factors`.
-            lr: Learning rate for groups that do not set one.
-            betas: See `torch.optim.AdamW`.
-            eps: See `torch.optim.AdamW`.
-            weight_decay: See `torch.optim.AdamW`.
-            correct_bias: Whether to correct the moments for their bias toward zero.
-            pairs: Pairs of a trainable factor and its frozen counterpart; None pairs factors by name within each group.
-
-        Raises:
-            ConfigError: A value is out of range.
-        """
+        """Set up the optimizer for `pairs` of a factor and its frozen counterpart; None pairs them by name."""
         groups = [dict(group) if isinstance(group, dict) else group for group in params]
         for group in groups:
             if isinstance(group, dict):

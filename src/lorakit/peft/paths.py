@@ -174,10 +174,7 @@ HOMES: Mapping[str, str] = {
     """,
     "lorakit.peft.weighted": "convert_to_lora reduce_intruder_dimension save_as_lora",
 }
-"""Names that each module defines; `alias=name` means that the module's `name` is exported as `alias`.
-
-All other PEFT names are placeholders, including those of internals that only PEFT's own code and tests use.
-"""
+"""Names that each module defines; `alias=name` exports its `name` as `alias`. All other PEFT names are placeholders."""
 
 PATHS: Mapping[str, str] = {
     "auto": f"""
@@ -309,9 +306,8 @@ def lazy_names(module: str, names: str) -> tuple[Callable[[str], Any], Callable[
 def register() -> None:
     """Add a module to `sys.modules` for each path, and set the module as an attribute of its parent.
 
-    The loader is also registered as the finder for `__file__`, an entry in every package's `__path__`. This lets the
-    import system find each module's spec, as `importlib.reload` and (in a new process) `importlib.util.find_spec`
-    require.
+    The loader is also the finder for `__file__`, an entry in every package's `__path__`, so that the import system
+    finds each module's spec, as `importlib.reload` and (in a new process) `importlib.util.find_spec` require.
     """
     loader = _PathLoader()
     sys.path_importer_cache[__file__] = loader

@@ -1,8 +1,7 @@
 """Placeholders for PEFT names that lorakit does not implement: other methods and variants, and PEFT's internals.
 
 Other programs import these classes and pass them to `isinstance`. Creating an instance or calling a function raises
-`NotYetSupported`, since lorakit implements only LoRA. This module also defines PEFT's error names, as aliases of
-lorakit's error classes, and PEFT's warning classes.
+`NotYetSupported`. Also PEFT's error names, as aliases of lorakit's error classes, and PEFT's warning classes.
 """
 
 from __future__ import annotations
@@ -84,10 +83,7 @@ def register_peft_method(*, name: str, **_: type | str | bool | None) -> NoRetur
 
 @cache
 def placeholder(name: str) -> Any:
-    """Return the object that this module defines under a PEFT name or, if there is none, a placeholder.
-
-    Repeated calls return the same object.
-    """
+    """Return what this module defines under a PEFT name or, if there is nothing, a placeholder, always the same."""
     if name in globals() and not name.startswith("_"):
         return globals()[name]
     if name in TARGET_TABLES.split():

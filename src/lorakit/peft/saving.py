@@ -1,7 +1,5 @@
-"""PEFT-style saving, including model cards (`README.md`) and adapters whose init modified the base.
-
-An adapter whose init modified the base is either saved for the modified base or converted to plain LoRA. Text that
-users have added to a card is kept.
+"""PEFT-style saving, including model cards (`README.md`), whose text by users is kept. An adapter whose init modified
+the base is either saved for the modified base or converted to plain LoRA.
 """
 
 from __future__ import annotations
@@ -144,13 +142,10 @@ def save(
 ) -> core.SavedAdapter:
     """Save one adapter as PEFT does, with `tensors` (…), keyed by name on disk, instead of its own if they are given.
 
-    With `initial_folder`, the directory of the adapter before training, the adapter is converted to plain LoRA for the
-    original base, with twice the rank.
+    With `initial_folder`, that of the adapter before training, it becomes plain LoRA, of twice the rank.
 
     Raises:
         ConfigError: The conversion would not preserve the scale that PEFT uses.
-        AdapterError: `initial_folder` contains a different adapter; or the adapter is distributed over processes, and
-            `tensors` lacks one of its tensors or has only a part of it.
     """
     user = user_model(model)
     config = configs_of(user)[name]

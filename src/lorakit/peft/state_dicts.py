@@ -52,18 +52,9 @@ def get_peft_model_state_dict(
 ) -> dict[str, Tensor]:
     """Return an adapter's tensors, keyed by their names on disk.
 
-    Tensors that are distributed over processes (FSDP, DeepSpeed ZeRO-3) are completed; every process must call this.
-
-    Args:
-        model: A wrapped model, or an unwrapped model with adapters. For FSDP 1, pass the outermost FSDP module.
-        state_dict: Tensors of any shape, keyed by name in the model, used instead of the model's own state dict, for
-            example after gathering shards.
-        adapter_name: Name of the adapter.
-        unwrap_compiled: Whether to unwrap a compiled model.
-        save_embedding_layers: If True, include the base's embedding matrices, as needed for a resized vocabulary.
-
-    Raises:
-        AdapterError: The adapter does not exist, or a tensor cannot be completed.
+    Those that are distributed over processes (FSDP, DeepSpeed ZeRO-3) are completed; every process must call this, for
+    FSDP 1 with the outermost FSDP module. `state_dict` has tensors of any shape by name in the model, used instead of
+    its own; `save_embedding_layers=True` includes the base's embedding matrices, as needed for a resized vocabulary.
     """
     model = getattr(model, COMPILED, model) if unwrap_compiled else model
     model_adapters.check_exist(model_adapters.configs_of(model), adapter_name)
@@ -104,20 +95,12 @@ def _without_wrappers(key: str) -> str:
 
 
 def names_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str]]:
-    """Iterate over the names of an adapter's tensors.
-
-    Yields:
-        Each tensor's name on disk, and its name in the model's state dict.
-    """
+    """Yield the names of an adapter's tensors on disk, and in the model's state dict."""
     yield from ((on_disk, in_memory) for on_disk, in_memory, _ in tensors_of(model, adapter))
 
 
 def tensors_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
-    """Iterate over the tensors of an adapter.
-
-    Yields:
-        Each tensor's name on disk, its name in the model's state dict, and the tensor itself, of any shape.
-    """
+    """Yield the tensors (any shape) of an adapter, after their names on disk and in the model's state dict."""
     for on_disk, in_memory, tensor in _tensors_of(model, adapter):
         yield without_wrappers(on_disk), in_memory, tensor
 
@@ -211,15 +194,8 @@ def set_peft_model_state_dict(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
 ) -> IncompatibleKeys:
-    """Copy tensors into a model's adapter, and warn about implausible values, as `PeftModel.load_adapter` does.
-
-    Returns:
-        Names in the model that have no tensor in the state dict, and unexpected names; the latter also cause a warning.
-
-    Raises:
-        AdapterError: The adapter does not exist.
-        StateDictError: A tensor's shape does not match the model.
-        AdapterFileError: The tensors have separate experts, as under transformers 4, and some are missing.
+    """Copy tensors (any shape) into a model's adapter, and warn about implausible values, as when loading. Returns
+    names in the model that have no tensor, and unexpected names, which also cause a warning; see `put_tensors`.
     """
     model_adapters.check_exist(model_adapters.configs_of(model), adapter_name)
     tensors = _with_fused_experts(model, peft_model_state_dict, adapter_name)

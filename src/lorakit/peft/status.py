@@ -24,19 +24,7 @@ IRREGULAR: Irregular = "irregular"
 
 @dataclass
 class TunerLayerStatus:
-    """Status of an adapted layer or a saved module.
-
-    Attributes:
-        name: Path of the module.
-        module_type: Class name of the module, as shown by `repr`.
-        enabled: Whether the adapters of the module are enabled.
-        active_adapters: Names of the active adapters.
-        merged_adapters: Names of the merged adapters.
-        requires_grad: Whether each adapter's parameters in the module are trainable, keyed by adapter.
-        available_adapters: Sorted names of the adapters that have parameters in the module.
-        devices: Dict from adapter to the device types of its parameters.
-        quantization_backend: Quantization backend of the base weight, or None.
-    """
+    """Status of an adapted layer or a saved module, as in PEFT; dicts are keyed by adapter."""
 
     name: str
     module_type: str
@@ -51,23 +39,7 @@ class TunerLayerStatus:
 
 @dataclass
 class TunerModelStatus:
-    """Status of a model; a field is "irregular" if it differs between layers.
-
-    Attributes:
-        base_model_type: Class name of the user's model.
-        adapter_model_type: Class name of the tuner, or "None" for a model without a wrapper.
-        peft_types: Dict from adapter to PEFT method.
-        trainable_params: Number of trainable parameters.
-        total_params: Total number of parameters.
-        num_adapter_layers: Number of adapted layers and saved modules.
-        enabled: Whether adapters are enabled.
-        active_adapters: Names of the active adapters.
-        merged_adapters: Names of the merged adapters.
-        requires_grad: Whether each adapter's parameters are trainable, keyed by adapter.
-        available_adapters: Sorted names of the model's adapters.
-        devices: Dict from adapter to the device types of its parameters.
-        quantization_backend: Quantization backend of the base weights, or None.
-    """
+    """Status of a model, as in PEFT; a field is "irregular" if it differs between layers."""
 
     base_model_type: str
     adapter_model_type: str
@@ -144,11 +116,7 @@ def _flags_and_devices(modules: Iterable[AdapterModule]) -> tuple[dict[str, bool
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
-    """Return the status of a model.
-
-    Raises:
-        AdapterError: The model has no adapters.
-    """
+    """Return the status of a model that has adapters."""
     wrapped = model_adapters.is_wrapper(model)
     found = get_layer_status(model)
     user = model_adapters.user_model(model)

@@ -2,9 +2,8 @@
 
     class LoraTrainer(LoraTrainerMixin, Trainer): ...
 
-The parent class trains the user's own model, which contains the factors; only the adapter is saved and loaded. The
-`peft` package is not needed and, if installed, is not used. This module does not import transformers: the parent is
-whichever trainer class follows the mixin.
+The parent class trains the user's own model, which contains the factors; only the adapter is saved and loaded. Neither
+`peft` nor transformers is imported: the parent is whichever trainer class follows the mixin.
 """
 
 from __future__ import annotations
@@ -121,11 +120,7 @@ class LoraTrainerMixin:
         return super()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Call the parent's `model_init`, wrap the resulting model if necessary, and return the model to train.
-
-        Raises:
-            ConfigError: The model has no adapter.
-        """
+        """Call the parent's `model_init`, wrap the resulting model if necessary, and return the model to train."""
         return self._adopt(self._parent.call_model_init(trial))
 
     def create_optimizer(self, *args: nn.Module | None, **kwargs: nn.Module | None) -> Optimizer:

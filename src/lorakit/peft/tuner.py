@@ -57,11 +57,8 @@ def kinds_of(config: LoraConfig | None) -> list[Kind]:
 
 
 class OverModel(nn.Module):
-    """Base class of the tuner and the wrapper, with methods that query and select a model's adapters.
-
-    Attributes:
-        model: The user's model, adapted in place.
-        inner: Name of the inner module, to which lookups of unknown attributes are delegated.
+    """Base class of the tuner and the wrapper, with methods that query and select a model's adapters. `model` is the
+    user's model, adapted in place; unknown attributes are those of the module named `inner`.
     """
 
     model: nn.Module
@@ -96,40 +93,21 @@ class OverModel(nn.Module):
         model_adapters.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether an adapter can be converted to plain LoRA.
-
-        Adapters that depend on token positions or change the base weights cannot be converted.
-        """
+        """Return whether an adapter can be converted to plain LoRA: it needs no positions and changes no base."""
         config = self.peft_config.get(adapter_name)
         return config is not None and config.alora_invocation_tokens is None and moving_variant(config) is None
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activate adapters, make them trainable, and freeze all others.
-
-        Raises:
-            RouteError: An adapter does not exist.
-            ConfigError: Two of the adapters save the same module or train the same token.
-        """
+        """Activate adapters, make them trainable, and freeze all others; two of them must not save the same module."""
         model_adapters.set_adapter(self.model, adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; if it was the only active one, the alphabetically first remaining adapter becomes active.
-
-        Raises:
-            AdapterError: The adapter does not exist or is merged.
-        """
+        """Remove an adapter; if it was the only active one, the alphabetically first other one becomes active."""
         model_adapters.remove_adapter(self.model, adapter_name)
 
 
 class BaseTuner(OverModel):
-    """Container for the user's model, with operations on its adapters.
-
-    Attributes:
-        prefix: Prefix of an adapter's parameter names.
-        tuner_layer_cls: Class of the adapted layers.
-        target_module_mapping: Dict from the base model's `model_type` to default targets.
-        uses_shared_state: Whether the tuner itself stores parameters; false for LoRA.
-    """
+    """Container for the user's model, with operations on its adapters and PEFT's class attributes."""
 
     prefix: ClassVar[str] = "lora_"
     tuner_layer_cls: ClassVar[type[nn.Module]] = LoraLayer
@@ -161,10 +139,7 @@ class BaseTuner(OverModel):
         return super().__getattr__(name) if field is None else partial(self._penalty, field)
 
     def _penalty(self, field: str, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
-        """Return the penalty, a scalar, that the given adapters (by default, the active ones) add to the loss.
-
-        Only the variant that the config field selects counts; the result is 0.0 if no adapter has it.
-        """
+        """Return the penalty, a scalar, of adapters with the variant of a config field; 0.0 if there are none."""
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:
                 stack.enter_context(core.use(self.model, *model_adapters.as_names(adapter_names)))
@@ -208,19 +183,11 @@ class BaseTuner(OverModel):
         on_meta: bool = False,
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Attach a new adapter, and warn about config entries that match nothing.
+        """Attach a new adapter with a copy of a config, and warn about config entries that match nothing.
 
-        Args:
-            name: Name of the new adapter.
-            config: Config of the new adapter; a copy is stored.
-            autocast_adapter_dtype: If false, the factors are cast to the dtype of their base weight.
-            on_meta: Whether to leave the factors on the meta device until `set_peft_model_state_dict` fills them.
-            state_dict: Tensors of any shape, keyed by name; the names, not the config, determine the targets.
-
-        Raises:
-            AdapterError: `name` is invalid or already taken.
-            TargetError: Nothing in the model matches the targets.
-            ConfigError: The config is not valid for the model or conflicts with an existing adapter.
+        If `autocast_adapter_dtype` is false, the factors are cast to the dtype of their base weight; with `on_meta`,
+        they stay on the meta device until `set_peft_model_state_dict` fills them. The names of the tensors (any shape)
+        in `state_dict`, if given, determine the targets.
         """
         self._check_new_adapter_config(config)
         matching.check_name(self.model, name, config)
@@ -324,24 +291,14 @@ class BaseTuner(OverModel):
         alora_offsets: Offsets | None = None,
         **__: Any,
     ) -> Iterator[None]:
-        """Return a context manager that assigns an adapter to each batch row.
-
-        Programs that use a tuner without a wrapper call this method.
-        """
+        """Assign an adapter to each batch row within a context, for programs that use a tuner without a wrapper."""
         starts = contextlib.nullcontext() if alora_offsets is None else core.invoked(self.model, offsets=alora_offsets)
         with mixed_batches.rows(self, adapter_names), starts:
             yield
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the base weights; `unmerge_adapter` restores the original weights exactly.
-
-        Args:
-            adapter_names: Adapters to merge; None means the active ones.
-            safe_merge: Ignored; a merge with a non-finite result always raises an error.
-
-        Raises:
-            MergeError: An adapter cannot be merged.
-            AdapterError: An adapter does not exist.
+        """Merge adapters, by default the active ones; `unmerge_adapter` restores the original weights exactly. A merge
+        with a non-finite result always raises a MergeError.
         """
         fresh = self._unmerged(adapter_names)
         if fresh:
@@ -356,10 +313,7 @@ class BaseTuner(OverModel):
             core.merge(self.model, *fresh, untie=untie)
 
     def _warn_of_training(self, names: Sequence[str]) -> None:
-        """Warn that merged adapters are not trained, because merged layers use only the base weight.
-
-        PEFT issues no warning.
-        """
+        """Warn, unlike PEFT, that merged adapters are not trained, because merged layers use only the base weight."""
         if not (self.training and torch.is_grad_enabled()):
             return
         owned = parameters_by_adapter(self.model, names)
@@ -378,17 +332,7 @@ class BaseTuner(OverModel):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
-        """Merge adapters permanently, and return the model without adapter layers.
-
-        Args:
-            progressbar: Ignored; no progress is shown.
-            safe_merge: Ignored; the result is always checked for non-finite values.
-            adapter_names: Adapters to merge; None means the active ones.
-
-        Raises:
-            MergeError: An adapter cannot be merged.
-            AdapterError: An adapter does not exist.
-        """
+        """Merge adapters, by default the active ones, permanently, and return the model without adapter layers."""
         fresh = self._unmerged(adapter_names, quiet=True)
         untie, tied = matching.warn_of_ties(self.model, fresh) if fresh else (False, False)
         config = getattr(self.model, "config", None)

@@ -1,7 +1,5 @@
 """PEFT's utilities: constants, queries about a base model, preparation for training, and checks for optional packages.
-
-The result of a query depends only on the model. Functions for unsupported backends, such as DeepSpeed, are absent or
-do nothing.
+Functions for unsupported backends, such as DeepSpeed, are absent or do nothing.
 """
 
 from __future__ import annotations
@@ -180,10 +178,7 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
     auto_clear_cache: bool = True,
 ) -> nn.Module:
-    """Freeze a quantized base, upcast its unquantized tensors to fp32, and enable gradient checkpointing.
-
-    If the base is quantized with one of `DENSE_METHODS`, no tensors are upcast.
-    """
+    """Freeze a quantized base, upcast its unquantized tensors (but for DENSE_METHODS), and enable checkpointing."""
     method = getattr(model, "quantization_method", None)
     method = getattr(method, "value", method)
     quantized = method in DENSE_METHODS or bool(getattr(model, "hqq_quantized", False))
@@ -209,15 +204,7 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
-    """Turn labels into decoder inputs by shifting them one position to the right and prepending the start token.
-
-    Args:
-        input_ids: The labels, (rows, tokens).
-        pad_token_id: Id of the token that replaces masked labels.
-        decoder_start_token_id: Id of the start token.
-
-    Returns:
-        The decoder inputs, (rows, tokens).
+    """Turn labels (rows, tokens) into decoder inputs: a start token, then labels, with padding for masked ones.
 
     Raises:
         ValueError: `pad_token_id` is None.
@@ -239,11 +226,7 @@ def infer_device() -> str:
 
 
 class QuantizationBackend:
-    """Base class for the backends of quantization methods.
-
-    Attributes:
-        backend_name: Name of the quantization method, as shown in a layer's status.
-    """
+    """Base class for the backends of quantization methods, named as in a layer's status."""
 
     backend_name = ""
 

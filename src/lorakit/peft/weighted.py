@@ -1,7 +1,7 @@
 """Functions that combine and convert adapters, with PEFT's names and signatures.
 
-`lorakit.core` combines adapters exactly even if they use rsLoRA, rank or alpha patterns, or DoRA. For such adapters,
-PEFT's results have too large a scale, cannot be reloaded, or lack the magnitudes.
+`lorakit.core` combines adapters exactly even if they use rsLoRA, rank or alpha patterns, or DoRA, for which PEFT's
+results have too large a scale, cannot be reloaded, or lack the magnitudes.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ def add_weighted_adapter(
     """Combine adapters into a new adapter, which is frozen and inactive.
 
     As in PEFT, a single adapter is scaled by its weight regardless of the combination type, and options that the type
-    does not use are ignored. If the new name already exists, nothing is combined. PEFT returns silently in this case,
-    whereas lorakit warns.
+    does not use are ignored. If the new name already exists, nothing is combined; PEFT returns silently, lorakit warns.
 
     Args:
         model: The `LoraModel` around the adapted model, or the model itself.
@@ -57,9 +56,7 @@ def add_weighted_adapter(
         majority_sign_method: How the majority sign is determined: "total" or "frequency".
 
     Raises:
-        AdapterError: An adapter does not exist, or the adapters cannot be combined.
-        ConfigError: The combination type does not exist, requires a missing option, or cannot combine adapters of these
-            ranks.
+        ConfigError: The combination type does not exist, requires a missing option, or cannot combine these ranks.
     """
     model = user_model(model)
     configs = configs_of(model)
@@ -134,21 +131,8 @@ def convert_to_lora(
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Convert an adapter of any variant to LoRA with scale 1 and the given rank; the model is not modified.
 
-    Args:
-        model: A `PeftModel`, or an unwrapped model with adapters.
-        rank: An int is the rank; a float in (0, 1] is the fraction of each site's squared Frobenius norm to keep.
-        adapter_name: Name of the adapter.
-        progressbar: Ignored; no progress is shown.
-        compile_kwargs: Ignored; nothing is compiled.
-
-    Returns:
-        The config, and a dict from name on disk to tensor, (r, in) or (out, r). The names have PEFT's prefix only if
-        the model is a `PeftModel`.
-
-    Raises:
-        TypeError: The model has no adapters.
-        ConfigError: The rank is out of range, or the adapter trains biases of the base model.
-        AdapterError: The adapter does not exist.
+    An int is the rank; a float in (0, 1] is the fraction of each site's squared Frobenius norm to keep. Returns the
+    config, and the tensors (r, in) or (out, r) by name on disk, with PEFT's prefix only if the model is a `PeftModel`.
     """
     found = _converted(model, rank, adapter_name)
     prefix = PREFIX if user_model(model) is not model else ""
@@ -163,14 +147,7 @@ def save_as_lora(
     progressbar: bool = False,
     compile_kwargs: Mapping[str, Any] | None = None,
 ) -> None:
-    """Convert an adapter with `convert_to_lora` and save it.
-
-    Raises:
-        TypeError: See `convert_to_lora`.
-        ConfigError: See `convert_to_lora`.
-        AdapterError: See `convert_to_lora`.
-        DiskError: The directory cannot be written to.
-    """
+    """Convert an adapter with `convert_to_lora` and save it."""
     write(_converted(model, rank, adapter_name), path, replace=True)
 
 
