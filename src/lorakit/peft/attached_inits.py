@@ -171,8 +171,8 @@ def initialize_lora_eva_weights(
     adapter. Batches are required without `eva_state_dict`; the other arguments are those of `get_eva_state_dict`.
 
     Raises:
-        ConfigError: The model is not a `PeftModel`, several adapters are active, the adapter has a different init, there
-            is no data, or the state dict belongs to another model. The model is left unchanged.
+        ConfigError: The model is not a `PeftModel`, several adapters are active, its init is another, there is no data,
+            or the state dict belongs to another model. The model is left unchanged.
     """
     if not isinstance(model, PeftModel):
         raise ConfigError("model must be a PeftModel", field="model")

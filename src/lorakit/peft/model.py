@@ -239,8 +239,7 @@ class PeftModel(OverModel):
     ) -> None:
         """Save adapters in PEFT's layout: "default" in the directory itself, others in subdirectories named after them.
 
-        If the model is distributed over processes (FSDP, DeepSpeed ZeRO-3), call this in all, or pass a whole state
-        dict.
+        If the model is distributed over processes (FSDP, DeepSpeed ZeRO-3), call this in all, or pass all tensors.
 
         Args:
             save_directory: Directory to write to.
@@ -255,8 +254,8 @@ class PeftModel(OverModel):
 
         Raises:
             ConfigError: `safe_serialization` is false, `save_directory` is a file, or an adapter does not exist.
-            AdapterError: An adapter contains non-finite values, the initial directory contains a different adapter, or a
-                tensor is distributed over processes and cannot be completed.
+            AdapterError: An adapter contains non-finite values, the initial directory contains another, or a tensor is
+                distributed over processes and cannot be completed.
             DiskError: The files cannot be written; existing files remain intact.
         """
         if not safe_serialization:

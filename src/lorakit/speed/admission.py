@@ -167,12 +167,12 @@ def _sizes(rows: Tensor) -> Tensor:
 
 
 def version_of(x: Tensor) -> int | Tensor:
-    """Return a version of a tensor (…) for `is_version`: its counter or, for an inference tensor, a copy."""
+    """Return a version of a tensor of any shape for `is_version`: its counter or, for an inference tensor, a copy."""
     return x.clone() if x.is_inference() else x._version
 
 
 def is_version(x: Tensor, version: int | Tensor) -> bool:
-    """Return whether a tensor (…) has not changed since `version_of` was called."""
+    """Return whether a tensor of any shape has not changed since `version_of` was called."""
     if isinstance(version, Tensor):
         return torch.equal(x, version)
     return not x.is_inference() and version == x._version

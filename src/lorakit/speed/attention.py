@@ -39,7 +39,7 @@ Known = TypeVar("Known")
 
 
 def cached_on(x: Tensor, name: str, make: Callable[[], Known]) -> Known:
-    """Return a value that is cached on a tensor (…) under a name; recompute it if the tensor was modified in place."""
+    """Return a value that is cached on a tensor (any shape) by name; recompute it if x was modified in place."""
     version, value = x.__dict__.get(name, (None, None))
     if version is None or not is_version(x, version):
         version = version_of(x)  # before the value is computed: another thread may modify x meanwhile

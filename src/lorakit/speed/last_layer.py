@@ -56,7 +56,7 @@ class LastLayer:
 
     def keyword(self, targets: Tensor, ignored: int, call: Mapping[str, Any]) -> dict[str, Trained]:
         """Return a dict with an extra keyword argument for a call to the model, or an empty dict. [docs/math.md (84)]
-        `targets` (…) are shifted labels; `ignored` is the label of tokens without loss; `call` has the other arguments.
+        `targets` (any shape) are shifted labels; `ignored` marks tokens without loss; `call` has the rest.
         """
         config, kept = getattr(self.model, "config", None), call.get("logits_to_keep")
         if any(call.get(word, getattr(config, word, False)) for word in ASKED_FOR) or self._is_compiled():
