@@ -50,7 +50,7 @@ NOISE = 2.0
 
 
 class Verdict(NamedTuple):
-    """Reason why a module keeps its own `forward`, or "", and whether a probe failed, so that it must not be bypassed."""
+    """Reason why a module keeps its `forward`, or "", and whether a probe failed, so that it must not be bypassed."""
 
     why: str = ""
     differs: bool = False
