@@ -187,10 +187,8 @@ def _merge(session: Session, flags: Flags, prompts: int, folder: str, detail: Ca
         session.merge()
     except MergeError as refusal:  # some problems, such as NaN in the result, appear only during the merge
         if wanted:
-            raise MergeError(
-                f"{folder}: --merged requires an exact merge, and this one is not exact. {refusal} Omit --merged.",
-                where=folder,
-            ) from None
+            text = f"{folder}: --merged requires an exact merge, and this one is not exact. {refusal} Omit --merged."
+            raise MergeError(text, where=folder) from None
         return
     dtype = str(session.model.dtype).removeprefix("torch.")
     detail(f"{folder}: merged into the base in memory, which is exact in {dtype} (disable with --no-merged)")

@@ -117,11 +117,8 @@ def _check(files: list[str], flags: Flags) -> str | None:
         early.check_choice("task", flags.task, TASK_NAMES)
     model = early.check_base(flags.model, flags.base.revision, [flags.adapter] if flags.adapter is not None else [])
     if flags.output_file is not None and flags.output_file.exists():
-        raise UsageError(
-            f"{flags.output_file}: the file exists and will not be overwritten; pass a new --output-file.",
-            where=flags.output_file,
-            field="output_file",
-        )
+        text = f"{flags.output_file}: the file exists and will not be overwritten; pass a new --output-file."
+        raise UsageError(text, where=flags.output_file, field="output_file")
     return model
 
 

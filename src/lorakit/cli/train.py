@@ -166,11 +166,8 @@ class Command:
             if value is not None and value < least:
                 raise UsageError(f"{name} is {value}; it must be at least {least}.", what=value, field=name)
         if self.max_restarts and (nproc or 1) < 2:
-            raise UsageError(
-                "max_restarts requires --nproc 2 or more; a launcher such as torchrun has its own --max-restarts.",
-                what=self.max_restarts,
-                field="max_restarts",
-            )
+            text = "max_restarts requires --nproc 2 or more; a launcher such as torchrun has its own --max-restarts."
+            raise UsageError(text, what=self.max_restarts, field="max_restarts")
 
 
 def _settings(given: Mapping[str, Any], config: Path | None, *, is_restarted: bool = False) -> TrainSettings:

@@ -129,10 +129,8 @@ def generate_batch(
     if max_new_tokens < 1:
         raise ConfigError.of("max_new_tokens", max_new_tokens, "at least 1")
     if model.training:
-        raise ModelError(
-            "The model is in training mode, so dropout would affect the output; call model.eval() first.",
-            what=type(model).__name__,
-        )
+        text = "The model is in training mode, so dropout would affect the output; call model.eval() first."
+        raise ModelError(text, what=type(model).__name__)
     rows = [[int(token) for token in prompt] for prompt in prompts]
     limit = context_tokens(model)
     weight = embedding_weight(model)
@@ -229,10 +227,8 @@ class _Forward:
         takes = inspect.signature(model.forward).parameters
         cache_name = next((name for name in CACHE_NAMES if name in takes), None)
         if cache_name is None:
-            raise ModelError(
-                f"{type(model).__name__} does not accept a key-value cache, which generation requires.",
-                what=type(model).__name__,
-            )
+            text = f"{type(model).__name__} does not accept a key-value cache, which generation requires."
+            raise ModelError(text, what=type(model).__name__)
         self._cache_name = cache_name
         self._last_alone = "logits_to_keep" in takes
         self._positioned = "position_ids" in takes
@@ -280,10 +276,8 @@ class _Forward:
             output = self._model(**inputs)
         self._cache = getattr(output, self._cache_name, None)
         if self._cache is None:
-            raise ModelError(
-                f"{type(self._model).__name__} returned no key-value cache, which generation requires.",
-                what=type(self._model).__name__,
-            )
+            text = f"{type(self._model).__name__} returned no key-value cache, which generation requires."
+            raise ModelError(text, what=type(self._model).__name__)
         logits: Tensor = output.logits[:, -1]
         return logits.float()
 
@@ -301,12 +295,11 @@ def _check_prompts(rows: list[list[int]], vocabulary: int | None, limit: int | N
             message = f"{which} contains the token id {odd[0]}, but the valid ids are {size}. Check the tokenizer."
             raise UsageError(message, what=odd[0], field="prompts", where=which)
         if limit is not None and len(ids) >= limit:
-            raise UsageError(
+            text = (
                 f"{which} has {len(ids):,} tokens, but the model supports at most {limit:,}, including new tokens. "
-                "Shorten the prompt.",
-                field="prompts",
-                where=which,
+                "Shorten the prompt."
             )
+            raise UsageError(text, field="prompts", where=which)
 
 
 def _scope(

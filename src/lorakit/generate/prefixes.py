@@ -98,26 +98,19 @@ def check_prefix(
     size = len(prefix.tokens)
     for row, (prompt, names) in enumerate(zip(prompts, adapters, strict=True)):
         if tuple(prompt[:size]) != prefix.tokens:
-            raise UsageError(
-                f"prompt {row + 1} of {len(prompts)} does not start with the prefix of {size} tokens.",
-                what=row,
-                field="prompts",
-            )
+            text = f"prompt {row + 1} of {len(prompts)} does not start with the prefix of {size} tokens."
+            raise UsageError(text, what=row, field="prompts")
         if len(prompt) == size:
-            raise UsageError(
-                f"prompt {row + 1} of {len(prompts)} has no tokens after the prefix; add at least one.",
-                what=row,
-                field="prompts",
-            )
+            text = f"prompt {row + 1} of {len(prompts)} has no tokens after the prefix; add at least one."
+            raise UsageError(text, what=row, field="prompts")
         for name in names:
             if _begin(model, prompt, name) < size:
-                raise UsageError(
+                text = (
                     f"Adapter {name!r} is active within the prefix of {size} tokens in row {row + 1}, but the prefix "
                     "was processed by the base alone. The prefix can be shared only by rows that have no adapter or "
-                    "whose adapter starts after the prefix.",
-                    what=name,
-                    field="prefix",
+                    "whose adapter starts after the prefix."
                 )
+                raise UsageError(text, what=name, field="prefix")
 
 
 def _begin(model: nn.Module, prompt: Sequence[int], name: str) -> int:

@@ -150,11 +150,9 @@ def max_length_for(shape: plan.ModelShape, wanted: int | None, usual: Callable[[
         by_data = usual()
         return min(by_data, shape.positions or by_data)
     if 0 < shape.positions < wanted:
-        raise UsageError(
+        text = (
             f"max_length is {wanted:,}, but {shape.name} supports at most {shape.positions:,} tokens; "
-            f"pass --max-length {shape.positions} or less.",
-            what=wanted,
-            field="max_length",
-            allowed=(str(shape.positions),),
+            f"pass --max-length {shape.positions} or less."
         )
+        raise UsageError(text, what=wanted, field="max_length", allowed=(str(shape.positions),))
     return wanted

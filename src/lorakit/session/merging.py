@@ -288,13 +288,11 @@ def _reject_tied(model: torch.nn.Module, names: Sequence[str]) -> None:
     tied = tied_sites(model, names)
     if tied:
         path, other = tied[0]
-        raise MergeError(
+        text = (
             f"{path} is adapted and shares its weight with {other}, so a merge would change both modules. Pass --untie "
-            "to give each module its own weight, which makes the model larger.",
-            what=other,
-            where=path,
-            override="untie",
+            "to give each module its own weight, which makes the model larger."
         )
+        raise MergeError(text, what=other, where=path, override="untie")
 
 
 class TiedConfig(Protocol):

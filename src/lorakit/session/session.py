@@ -384,12 +384,11 @@ class Session:
         name = self._chosen(adapter)
         own_rows = 0 if name is None else self.adapters[name].vocabulary
         if _vocabulary(self.model) > max(self._base_rows, own_rows):
-            raise UsageError(
+            text = (
                 "the base has rows for new tokens of another adapter, so the loss would differ from that in a session "
-                "without it; evaluate in such a session.",
-                what=name,
-                field="adapter",
+                "without it; evaluate in such a session."
             )
+            raise UsageError(text, what=name, field="adapter")
         if name is None and self.new_modules:
             text = f"the model has no weights for {self.new_modules[0]}; pass the adapter that has them."
             raise UsageError(text, what=self.new_modules[0], field="adapter")

@@ -34,11 +34,8 @@ def recorded_base(folder: Path, config: LoraConfig, facts: Mapping[str, Any]) ->
     """
     base = hub.base_named(config.base_model_name_or_path, facts.get("base_name"), folder)
     if base is None:
-        raise UsageError(
-            f"{folder}: the adapter does not name its base (base_model_name_or_path); pass --model.",
-            where=folder,
-            field="model",
-        )
+        text = f"{folder}: the adapter does not name its base (base_model_name_or_path); pass --model."
+        raise UsageError(text, where=folder, field="model")
     return base
 
 
@@ -68,12 +65,11 @@ def task_of(adapters: Sequence[AdapterFiles]) -> TaskOnData:
     ]
     for files, other in zip(adapters[1:], others, strict=True):
         if (other.task, other.target) != (first.task, first.target):
-            raise UsageError(
+            text = (
                 f"{files.folder}: trained for {_described(other)}, but {adapters[0].folder} for {_described(first)}; "
-                "pass adapters for the same task, with the same classes in the same order.",
-                where=files.folder,
-                field="adapter",
+                "pass adapters for the same task, with the same classes in the same order."
             )
+            raise UsageError(text, where=files.folder, field="adapter")
     return replace(first, target=replace(first.target, label_map=_label_map(adapters, [first, *others])))
 
 
@@ -83,13 +79,11 @@ def _label_map(adapters: Sequence[AdapterFiles], tasks: Sequence[TaskOnData]) ->
     for files, task in zip(adapters, tasks, strict=True):
         for name, known in task.target.label_map.items():
             if names.setdefault(name, known) != known:
-                raise UsageError(
+                text = (
                     f"{files.folder}: reads the label {name!r} as {known!r}, but another adapter as {names[name]!r}; "
-                    "measure them in separate calls.",
-                    what=name,
-                    where=files.folder,
-                    field="adapter",
+                    "measure them in separate calls."
                 )
+                raise UsageError(text, what=name, where=files.folder, field="adapter")
     return names
 
 
@@ -216,12 +210,8 @@ class SessionSpec:
         """Raise UsageError if the task does not continue text."""
         if not self.task.task.generates:
             where = self.files[0].folder if self.files else self.source.given
-            raise UsageError(
-                f"{where}: trained for {self.task.task.name}, which does not continue text; use `lorakit predict`.",
-                what=self.task.task.name,
-                where=where,
-                field="adapter",
-            )
+            text = f"{where}: trained for {self.task.task.name}, which does not continue text; use `lorakit predict`."
+            raise UsageError(text, what=self.task.task.name, where=where, field="adapter")
 
     def request(self, *, needs_label: bool = True) -> Request:
         """Return how rows of the task, with or without labels and tags, are read; as in training, if a file fits."""

@@ -237,12 +237,11 @@ def schedule(settings: TrainSettings, total_steps: int) -> Schedule:
         ratio = WARMUP_RATIO if settings.warmup_ratio is None else settings.warmup_ratio
         warmup = math.ceil(ratio * total_steps)
     if warmup > total_steps:
-        raise UsageError(
+        text = (
             f"warmup_steps is {warmup}, but the run has only {total_steps} steps; pass a smaller --warmup-steps, or "
-            "use --warmup-ratio.",
-            what=warmup,
-            field="warmup_steps",
+            "use --warmup-ratio."
         )
+        raise UsageError(text, what=warmup, field="warmup_steps")
     ratio = DECAY_RATIO if settings.decay_ratio is None else settings.decay_ratio
     decay = max(1, math.ceil(ratio * total_steps))
     return Schedule(settings.learning_rate, total_steps, warmup, settings.lr_scheduler_type, decay)

@@ -197,11 +197,9 @@ def resumed(values: Mapping[str, Any]) -> TrainSettings:
     changed = [n for n in now if now[n] != before[n] and not DEFAULTS[n].is_changeable]
     if changed:
         listed = "; ".join(f"{name} is {now[name]!r} and was {before[name]!r}" for name in changed)
-        raise RunError(
+        text = (
             f"cannot resume {values['output_dir']} with different settings: {listed}; omit them, or use another "
-            "--output-dir.",
-            what=changed[0],
-            where=values["output_dir"],
-            field=changed[0],
+            "--output-dir."
         )
+        raise RunError(text, what=changed[0], where=values["output_dir"], field=changed[0])
     return settings

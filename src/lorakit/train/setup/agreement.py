@@ -40,13 +40,12 @@ def gpu_of(processes: Processes, devices: int) -> int:
     """
     local = processes.local_rank
     if local >= devices:
-        raise UsageError(
+        text = (
             f"no GPU is left for process {processes.rank}, which is number {local} on its machine (LOCAL_RANK): torch "
             f"finds {format_count(devices, 'CUDA device')} there, and processes cannot share one; start one process "
-            "for each GPU, or use --device cpu.",
-            what=local,
-            field="device",
+            "for each GPU, or use --device cpu."
         )
+        raise UsageError(text, what=local, field="device")
     return local
 
 
@@ -57,13 +56,11 @@ def _word_of(word: str, processes: Processes) -> str:
     if word == "cuda":
         return f"cuda:{gpu_of(processes, torch.cuda.device_count() if torch.cuda.is_available() else 0)}"
     if word != "cpu":
-        raise UsageError(
+        text = (
             f"device is {word!r}, which the {processes.count} processes of this run cannot share; use --device cuda "
-            "(one GPU for each process on a machine) or --device cpu.",
-            what=word,
-            field="device",
-            allowed=("auto", "cuda", "cpu"),
+            "(one GPU for each process on a machine) or --device cpu."
         )
+        raise UsageError(text, what=word, field="device", allowed=("auto", "cuda", "cpu"))
     return word
 
 
@@ -101,12 +98,11 @@ def _check_same_folder(folder: Path, processes: Processes) -> None:
     try:
         with processes.together():
             if not (folder / name).exists() or not os.access(folder, os.W_OK):
-                raise RunError(
+                text = (
                     f"{folder.absolute()}: the run directory cannot be written to, or is not the one that process 0 "
-                    "has created; use an --output-dir that all processes share.",
-                    where=folder,
-                    field="output_dir",
+                    "has created; use an --output-dir that all processes share."
                 )
+                raise RunError(text, where=folder, field="output_dir")
     finally:
         if processes.is_first:
             (folder / name).unlink(missing_ok=True)
@@ -138,12 +134,11 @@ def check_rows(loader: BatchLoader, processes: Processes) -> None:
     """
     count = len(loader.sequences)
     if count < processes.count:
-        raise DataError(
+        text = (
             f"the training data has fewer rows ({count}) than there are processes ({processes.count}); start fewer "
-            "processes.",
-            what=count,
-            field="data",
+            "processes."
         )
+        raise DataError(text, what=count, field="data")
 
 
 def share_tensors(named: Named, processes: Processes) -> None:
@@ -243,14 +238,12 @@ def _hybrid(ranks: Sequence[int], device: torch.device, reason: str) -> Parallel
     machines = max(1, ranks.count(0))
     local = len(ranks) // machines
     if list(ranks) != list(range(local)) * machines or local == 1:
-        raise UsageError(
+        text = (
             f"parallel is 'hsdp', which shards the base over the processes of each machine, but these have the local "
             f"ranks {', '.join(map(str, ranks))}; start the same number of processes, at least 2, on each machine, or "
-            "use --parallel fsdp.",
-            what=tuple(ranks),
-            field="parallel",
-            allowed=("ddp", "fsdp"),
+            "use --parallel fsdp."
         )
+        raise UsageError(text, what=tuple(ranks), field="parallel", allowed=("ddp", "fsdp"))
     if machines == 1:
         return Parallel("fsdp", (local,), device, f"{reason}; on one machine, hsdp is the same as fsdp")
     return Parallel("hsdp", (machines, local), device, reason)

@@ -64,12 +64,11 @@ def _enable_checkpointing(model: nn.Module) -> None:
     try:
         enable({"use_reentrant": False, "context_fn": core.checkpoint_contexts(model)})
     except ValueError as cause:
-        raise ModelError(
+        text = (
             f"{type(model).__name__} does not support gradient checkpointing; omit --recompute layers (or "
-            "--gradient-checkpointing).",
-            what=type(model).__name__,
-            field="recompute",
-        ) from cause
+            "--gradient-checkpointing)."
+        )
+        raise ModelError(text, what=type(model).__name__, field="recompute") from cause
 
 
 def _disable_checkpointing(model: nn.Module) -> None:

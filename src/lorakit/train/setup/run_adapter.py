@@ -145,12 +145,11 @@ def init_from_data(
     """
     init = init_named(config.init_lora_weights)
     if init.changes_base and spec.quantization is not None:
-        raise UsageError(
+        text = (
             f"init_lora_weights={init.name!r} changes the base weights, but this base is quantized, so the changed "
-            "weights would have to be requantized; omit --quantization or use another initialization.",
-            what=init.name,
-            field="init_lora_weights",
+            "weights would have to be requantized; omit --quantization or use another initialization."
         )
+        raise UsageError(text, what=init.name, field="init_lora_weights")
     if not init.needs:
         return config, None
     rows = first_rows(spec, loader)
@@ -227,22 +226,16 @@ def start_adapter(settings: TrainSettings, name: str, record: Mapping[str, Any] 
         return StartAdapter(core.read_for_training(saved), dict(record.get("from_adapter") or {}))
     adapter = core.read_for_training(find_adapter(name))
     if settings.overwrite and folder.resolve() in adapter.folder.resolve().parents:
-        raise UsageError(
-            f"{name} is in {folder}, and --overwrite would remove it; use another --output-dir.",
-            what=name,
-            where=folder,
-            field="overwrite",
-        )
+        text = f"{name} is in {folder}, and --overwrite would remove it; use another --output-dir."
+        raise UsageError(text, what=name, where=folder, field="overwrite")
     origin = _origin(name, adapter)
     before = None if record is None else record.get("from_adapter") or {}
     if before is not None and {**before, "rows": None} != {**origin, "rows": None}:
-        raise RunError(
+        text = (
             f"cannot resume {folder}: it has no valid checkpoint, and {name} is not the adapter that "
-            "the run started from; restore that adapter, or use another --output-dir.",
-            what=name,
-            where=folder,
-            field="from_adapter",
+            "the run started from; restore that adapter, or use another --output-dir."
         )
+        raise RunError(text, what=name, where=folder, field="from_adapter")
     optimizer = _optimizer(adapter, settings) if settings.from_optimizer else None
     return StartAdapter(adapter, origin if before is None else before, optimizer)
 
@@ -261,13 +254,11 @@ def completed(start: StartAdapter, settings: TrainSettings) -> TrainSettings:
     wanted = _structure(settings.lora_config())
     for name, entry in DEFAULTS.items():
         if entry.is_for_new and name in given and getattr(settings, name) != entry.value:
-            raise UsageError(
+            text = (
                 f"{name} is {getattr(settings, name)!r}, but {folder} is an existing adapter, and this setting "
-                "applies only to a new one; omit it, or omit --from-adapter.",
-                what=getattr(settings, name),
-                where=folder,
-                field=name,
+                "applies only to a new one; omit it, or omit --from-adapter."
             )
+            raise UsageError(text, what=getattr(settings, name), where=folder, field=name)
     wrong = [n for n in structure if n in given and n != "target_modules" and wanted[n] != structure[n]]
     if wrong:
         raise _different(folder, {name: (wanted[name], structure[name]) for name in wrong})
@@ -310,12 +301,11 @@ def find_adapter(given: str) -> Path:
             f"{given}: no {CONFIG_FILE}, so this is not an adapter directory.{hint}", where=given, field="from_adapter"
         )
     if not is_on_hub(given):
-        raise AdapterFileError(
+        text = (
             f"{given}: adapter directory not found; pass a directory with {CONFIG_FILE}, a run directory or a Hub id "
-            "(owner/name).",
-            where=given,
-            field="from_adapter",
+            "(owner/name)."
         )
+        raise AdapterFileError(text, where=given, field="from_adapter")
     return adapter_from_hub(given, has_tokenizer=True)
 
 
@@ -355,24 +345,18 @@ def _optimizer(found: core.TrainedAdapter, settings: TrainSettings) -> Path:
 
 
 def _no_optimizer(folder: Path, reason: str) -> RunError:
-    return RunError(
+    text = (
         f"{folder}: the optimizer state cannot be restored: {reason}; omit --from-optimizer to start with a new "
-        "optimizer, or pass a checkpoint of the run as --from-adapter.",
-        what=reason,
-        where=folder,
-        field="from_optimizer",
+        "optimizer, or pass a checkpoint of the run as --from-adapter."
     )
+    return RunError(text, what=reason, where=folder, field="from_optimizer")
 
 
 def _different(folder: Path, pairs: Mapping[str, tuple[JsonValue, JsonValue]]) -> UsageError:
     name, (given, _) = next(iter(pairs.items()))
     listed = "; ".join(f"{name} is {given!r}, but the adapter has {own!r}" for name, (given, own) in pairs.items())
-    return UsageError(
-        f"{folder} cannot be trained further with other settings: {listed}; omit them to keep those of the adapter.",
-        what=given,
-        where=folder,
-        field=name,
-    )
+    text = f"{folder} cannot be trained further with other settings: {listed}; omit them to keep those of the adapter."
+    return UsageError(text, what=given, where=folder, field=name)
 
 
 def _structure(config: LoraConfig) -> JsonObject:

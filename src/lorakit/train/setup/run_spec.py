@@ -147,12 +147,8 @@ def _finish_tokenizer(spec: RunSpec, before: SavedTokenizer | None) -> None:
     """Set the padding token, and check that the tokenizer is that of the checkpoint from which a run is resumed."""
     agree_on_padding(spec.task, spec.source, [spec.tokenizer])
     if before is not None and hub.tokenizer_hash(spec.tokenizer) != hub.tokenizer_hash(before):
-        raise RunError(
-            f"cannot resume {spec.folder}: the base's tokenizer changed; restore it, or use another --output-dir.",
-            what="tokenizer",
-            where=spec.folder,
-            field="model",
-        )
+        text = f"cannot resume {spec.folder}: the base's tokenizer changed; restore it, or use another --output-dir."
+        raise RunError(text, what="tokenizer", where=spec.folder, field="model")
 
 
 def _forecast(
@@ -184,12 +180,10 @@ def _check_same_run(
     before = record.get("data_sha256", {})
     changed = [path for path in hashes if hashes[path] != before.get(path)]
     if changed:
-        raise RunError(
-            f"cannot resume {folder}: the data changed: {', '.join(changed)}; restore it, or use another --output-dir.",
-            what=changed[0],
-            where=folder,
-            field="data",
+        text = (
+            f"cannot resume {folder}: the data changed: {', '.join(changed)}; restore it, or use another --output-dir."
         )
+        raise RunError(text, what=changed[0], where=folder, field="data")
     if any(value.startswith(data.PARTIAL) for value in hashes.values()):
         progress.say(
             "Streamed data was compared with that of the start by size, modification time, and the first and last MiB "
@@ -204,13 +198,11 @@ def _check_steps_left(folder: Path, max_steps: int | None) -> None:
         return
     newest = checkpoint.newest_valid(folder)
     if newest is not None and run_folder.step_of(newest) > max_steps:
-        raise UsageError(
+        text = (
             f"cannot resume {folder}: max_steps is {max_steps}, but the run is already at {newest.name}; pass a larger "
-            "--max-steps, or use another --output-dir.",
-            what=max_steps,
-            where=folder,
-            field="max_steps",
+            "--max-steps, or use another --output-dir."
         )
+        raise UsageError(text, what=max_steps, where=folder, field="max_steps")
 
 
 def chosen_task(

@@ -159,12 +159,11 @@ def recognize(path: Path, values: JsonObject) -> Tool:
     own = values and all(has_setting(key.replace("-", "_")) for key in values)
     reason = "it is already a settings file of lorakit train" if own else "its keys do not identify a tool"
     known = "; ".join(f"{tool.name} ({', '.join(sorted(tool.marks)[:4])})" for tool in FOREIGN)
-    raise ConfigError(
+    text = (
         f"{path}: the file cannot be converted: {reason}. Files of these tools, with keys such as these, can be "
-        f"converted: {known}.",
-        where=path,
-        allowed=[tool.name for tool in FOREIGN],
+        f"converted: {known}."
     )
+    raise ConfigError(text, where=path, allowed=[tool.name for tool in FOREIGN])
 
 
 def _rule(tool: Tool, key: str) -> Rule | None:

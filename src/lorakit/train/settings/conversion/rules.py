@@ -68,12 +68,8 @@ class Draft:
         """Return an error about a file that cannot be converted."""
         value = self.given.get(key)
         shown = f"{key} is {value!r}" if value is not None else f"{key} is not set"
-        return ConfigError(
-            f"{self.source}: this {self.tool} file cannot be converted: {shown}; {reason}.",
-            what=value,
-            where=self.source,
-            field=key,
-        )
+        text = f"{self.source}: this {self.tool} file cannot be converted: {shown}; {reason}."
+        return ConfigError(text, what=value, where=self.source, field=key)
 
 
 @dataclass(frozen=True)
