@@ -22,7 +22,6 @@ from lorakit.train.settings.conversion.rules import (
     Note,
     Rule,
     Tool,
-    has_setting,
     initialization,
     no_counterpart,
     nothing,
@@ -156,7 +155,7 @@ def recognize(path: Path, values: JsonObject) -> Tool:
         return PEFT
     if len(tools) == 1:
         return tools[0]
-    own = values and all(has_setting(key.replace("-", "_")) for key in values)
+    own = values and all(key.replace("-", "_") in DEFAULTS for key in values)
     reason = "it is already a settings file of lorakit train" if own else "its keys do not identify a tool"
     known = "; ".join(f"{tool.name} ({', '.join(sorted(tool.marks)[:4])})" for tool in FOREIGN)
     text = (
@@ -177,7 +176,7 @@ def _rule(tool: Tool, key: str) -> Rule | None:
 def _by_name(draft: Draft, key: str, value: JsonValue) -> None:
     """Convert a key without a rule: by its name in another tool, or by its own name if it is a setting."""
     name = ALIASES.get(key) or NAMES_ELSEWHERE.get(key) or key
-    if not has_setting(name):
+    if name not in DEFAULTS:
         draft.drop(key, f"unknown key.{did_you_mean(key, [*NAMES_ELSEWHERE, *DEFAULTS])}")
     elif value not in ("", [], {}):  # empty values are defaults
         draft.set(key, name, value)

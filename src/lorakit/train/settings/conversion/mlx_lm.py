@@ -9,8 +9,6 @@ from lorakit.train.settings.conversion.rules import (
     Draft,
     Tool,
     checkpointing,
-    existing_adapter,
-    has_setting,
     hub_name,
     interval,
     no_counterpart,
@@ -24,6 +22,7 @@ from lorakit.train.settings.conversion.rules import (
     trackers,
     warmup_steps,
 )
+from lorakit.train.settings.defaults import DEFAULTS
 
 if TYPE_CHECKING:
     from lorakit.durable import JsonValue
@@ -35,7 +34,7 @@ _ADAM = "Adam's other parameters are fixed"
 
 def _mlx_method(draft: Draft, key: str, value: JsonValue) -> None:
     variant = f"use_{value}"  # the methods are LoRA and a variant of it, which has its own setting
-    if has_setting(variant):
+    if variant in DEFAULTS:
         draft.set(key, variant, True)
     elif value != "lora":
         raise draft.reject(key, _FULL)
@@ -122,7 +121,7 @@ MLX = Tool(
         "save_every": interval("save_steps"),
         "steps_per_eval": interval("eval_steps"),
         "mask_prompt": nothing,
-        "resume_adapter_file": existing_adapter,
+        "resume_adapter_file": to("from_adapter"),
         "report_to": trackers,
         "wandb": tracker("wandb"),
         "train": nothing,

@@ -1,7 +1,7 @@
 """Rules that turn settings of another tool into settings of `lorakit train`, and the draft that they fill.
 
 A rule is a function of the draft, a key and the key's value. The other modules of this package are tables of rules;
-names that only differ are in `defaults.NAMES_ELSEWHERE`. Values are compared and copied, but never evaluated.
+names that only differ are in `names.NAMES_ELSEWHERE`. Values are compared and copied, but never evaluated.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from lorakit.errors import ConfigError
 from lorakit.train.settings.defaults import choices_of
-from lorakit.train.settings.settings import TrainSettings
 
 if TYPE_CHECKING:
     from lorakit.durable import JsonValue
@@ -88,11 +87,6 @@ class Tool:
     rules: Mapping[str, Rule]
     defaults: Mapping[str, JsonValue] = field(default_factory=dict)
     finish: Callable[[Draft], None] = lambda draft: None
-
-
-def has_setting(name: str) -> bool:
-    """Return whether `lorakit train` has a setting with this name."""
-    return name in TrainSettings.model_fields
 
 
 def to(name: str) -> Rule:
@@ -224,17 +218,13 @@ scheduler = one_of("lr_scheduler_type", SCHEDULES, "cosine")
 
 
 def warmup_steps(draft: Draft, key: str, value: JsonValue) -> None:
-    """Convert a number of warm-up steps, to a fraction if `lorakit train` has no such setting."""
-    steps = draft.settings.get("max_steps") or draft.given.get("max_steps") or draft.given.get("iters")
-    if has_setting("warmup_steps") and isinstance(value, int) and value > 0:
+    """Convert a number of warm-up steps, of which 0 stands for no warm-up, not for the default."""
+    if isinstance(value, int) and value > 0:
         draft.set(key, "warmup_steps", value)
     elif value == 0:
         draft.set(key, "warmup_ratio", 0.0)
-    elif isinstance(value, int) and isinstance(steps, int) and steps >= value:
-        draft.set(key, "warmup_ratio", round(value / steps, 6))
-        draft.change(key, f"{value} of {steps} steps became a fraction of the run")
     else:
-        draft.drop(key, "warmup_ratio is a fraction of the run, whose number of steps is not known; set warmup_ratio")
+        draft.drop(key, "warmup_steps is a number of steps; set warmup_ratio for a fraction of the run")
 
 
 def interval(name: str) -> Rule:
@@ -300,12 +290,10 @@ def initialization(draft: Draft, key: str, value: JsonValue) -> None:
 
 
 def trackers(draft: Draft, key: str, value: JsonValue) -> None:
-    """Convert the names of experiment trackers, if `lorakit train` supports trackers."""
+    """Convert the names of experiment trackers."""
     names = [str(name) for name in (value if isinstance(value, list) else [value]) if name not in (False, "", "none")]
-    if names and has_setting("report_to"):
+    if names:
         draft.set(key, "report_to", names)
-    elif names:
-        draft.drop(key, "lorakit has no trackers; a run writes metrics.jsonl and a plot of the loss")
 
 
 def tracker(name: str) -> Rule:
@@ -316,14 +304,6 @@ def tracker(name: str) -> Rule:
             trackers(draft, key, name)
 
     return rule
-
-
-def existing_adapter(draft: Draft, key: str, value: JsonValue) -> None:
-    """Convert the path of an adapter to train further."""
-    if has_setting("from_adapter"):
-        draft.set(key, "from_adapter", value)
-    else:
-        draft.drop(key, "lorakit train starts a new adapter; --resume continues a run in its output_dir")
 
 
 def template(draft: Draft, key: str, value: JsonValue) -> None:
