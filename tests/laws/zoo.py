@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from lorakit.config import BdLoraConfig, KasaConfig, LoraConfig, MontecloraConfig, VeloraConfig
 from lorakit.core import attach, collect_for, trainable_parameters
-from lorakit.core.attachment.build import conflict
 from lorakit.core.inits import INITS, init_named
 from lorakit.core.kinds import KINDS, kind_named
+from lorakit.core.model.checks import conflict
 from lorakit.core.variants import VARIANTS, variant_named
 
 ROWS = 4

@@ -11,7 +11,7 @@ unchanged.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,7 @@ from lorakit.core.model.base_view import (
 )
 from lorakit.core.model.index import AdapterIndex, identity, trainable_block
 from lorakit.core.model.replication import replication_of
+from lorakit.core.model.ties import leaders_of, untied_copies
 from lorakit.core.routing.positions import uninstall
 from lorakit.errors import AdapterError, MergeError
 
@@ -238,43 +239,6 @@ def tied_sites(model: nn.Module | AdapterIndex, names: Sequence[str]) -> list[tu
         shared = [name for name, module in holders if id(module) not in those]
         sites += [(path, shared[0])] if shared else []
     return sites + untied_copies(index, names)
-
-
-def leaders_of(index: AdapterIndex, names: Sequence[str]) -> dict[LoraLayer, LoraLayer]:
-    """Map each layer that shares its weight and factors with an earlier layer to that earlier layer.
-
-    Two layers match only if each of these adapters has factors in both layers or in neither.
-    """
-    owners: dict[int, LoraLayer] = {}  # id of a factor -> the first layer that uses it
-    leaders = {}
-    for _, layer in index.layers_of(names):
-        leader = layer.leader_of(names)
-        if not layer.kind.on_disk:  # embedding factors are bare parameters, which tied layers share
-            factors = getattr(layer, layer.kind.names[0])
-            first = {owners.setdefault(id(factors[name]), layer) for name in names if name in layer.r}
-            leader = first.pop() if len(first) == 1 else None
-        if leader is not None and leader is not layer and layer.is_one_with(leader, names):
-            leaders[layer] = leader
-    return leaders
-
-
-def untied_copies(index: AdapterIndex, names: Collection[str]) -> list[tuple[str, str]]:
-    """Return the saved modules whose copies would no longer share a weight with other modules after a merge.
-
-    Each path comes with the weight's name in another module.
-    """
-    untied = []
-    copies = dict(index.every(ModulesToSave))
-    by_original = {id(saved.original_module): saved for saved in copies.values()}
-    for path, saved in copies.items():
-        for name in [name for name in names if name in saved.modules_to_save]:
-            copy = saved.modules_to_save[name]._parameters.get("weight")
-            for other, module in index.holders.get(identity(saved.original_module._parameters.get("weight")), ()):
-                twin = by_original.get(id(module))
-                copied = twin.modules_to_save[name] if twin is not None and name in twin.modules_to_save else None
-                if module is not saved.original_module and (copied is None or copied._parameters["weight"] is not copy):
-                    untied.append((path, other))
-    return untied
 
 
 def _leading_tables(index: AdapterIndex) -> dict[TrainableTokens, list[TrainableTokens]]:

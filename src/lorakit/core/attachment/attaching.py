@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorakit.architectures.families import DEFAULT_TARGETS, EXPERTS_BY_TYPE, TUPLE_ROUTER_BY_TYPE
 from lorakit.config import LoraConfig, scale
 from lorakit.core.attachment import build
-from lorakit.core.attachment.build import conflict, fresh_factor
+from lorakit.core.attachment.build import fresh_factor
 from lorakit.core.attachment.residual_base import give_base_back, mover_of, residual
 from lorakit.core.inits import InitContext, init_for
 from lorakit.core.kinds import Kind
@@ -347,7 +347,7 @@ def reset_factor(layer: LoraLayer, name: str, init_lora_weights: bool | str) -> 
         return
     init = init_for(init_lora_weights, layer.kind, layer.kind_name)
     factor, config = layer.factor(name), layer.state.configs[name]
-    if not init.takes_any_shape or conflict(init, factor.variant):
+    if not init.takes_any_shape or checks.conflict(init, factor.variant):
         raise ConfigError.of("init_lora_weights", init_lora_weights, "True, False or 'gaussian' for a single layer")
     layer.check_not_merged(layer.kind_name, [name])
     context = InitContext(

@@ -17,21 +17,19 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.attachment.residual_base import (
     SiteStart,
-    check_can_move,
     in_stored_form,
     init_context_for,
     initialized,
 )
 from lorakit.core.factor import make_dropout
-from lorakit.core.inits import Init, InitContext, discard_first_draws, init_for
-from lorakit.core.layers.adapter_component import AdapterModule
+from lorakit.core.inits import InitContext, discard_first_draws, init_for
 from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import Extras, ModulesToSave, build_extras
 from lorakit.core.layers.named_layers import layer_class
 from lorakit.core.layers.trainable_tokens import ChosenRows, TrainableTokens
 from lorakit.core.model.base_view import freeze_base
-from lorakit.core.model.checks import check_not_distributed
+from lorakit.core.model.checks import check_can_move, check_not_compiled, check_site, check_together
 from lorakit.core.model.fingerprint import record_base
 from lorakit.core.model.index import AdapterIndex, TargetWeight, walk
 from lorakit.core.model.target_weights import dropout_at, targets_of
@@ -42,7 +40,6 @@ from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
 from lorakit.core.statistics.moments import Statistics
 from lorakit.core.variants import Factor, Start, Variant, variant_for, variants_of
-from lorakit.errors import ConfigError, TargetError
 from lorakit.targets import Match
 
 
@@ -114,7 +111,7 @@ def fresh_factor(
     variant, _ = variant_for(config, target.kind, target.path)
     if init.changes_base:
         check_can_move(index, target, init)
-    _check_together(init, variant, target)
+    check_together(init, variant, target)
     if init.draws_again:
         discard_first_draws(context)
     start = initialized(index, target, init, context)
@@ -176,36 +173,6 @@ def _extras(variant: Variant, new: Start, config: LoraConfig) -> Mapping[str, Te
     return {name: tensor.to(here) for name, tensor in variant.parts.extra_tensors(there).items()}
 
 
-def conflict(init: Init, variant: Variant) -> tuple[str, str] | None:
-    """Return what an init does and what a variant needs instead, as parts of a message; None if they fit together."""
-    if variant.parts.start is not None and init.name is not True:
-        return "fills A and B", "computes them from the base weight"
-    if variant.parts.shapes is not None and not init.takes_any_shape:
-        return "needs A and B in their standard shapes", "uses other shapes"
-    if not init.changes_base:
-        return None
-    needs = ""
-    if variant.move is not None:
-        needs = "changes it too"
-    elif not variant.is_mergeable:
-        needs = "needs it unchanged wherever the adapter is inactive"
-    elif any(tensor.depends_on_rank for tensor in variant.parts.extras):
-        needs = "has tensors whose shape depends on the rank, which doubles when the adapter is saved"
-    elif not variant.adds_product:
-        needs = "does not add back what the init subtracts from it"
-    return ("changes the base weight", needs) if needs else None
-
-
-def _check_together(init: Init, variant: Variant, target: TargetWeight) -> None:
-    """Check that an init and a variant make compatible assumptions about the base weight and the shapes of A and B."""
-    reasons = conflict(init, variant)
-    if reasons is None:
-        return
-    what, needs = reasons
-    text = f"{target.path}: init_lora_weights={init.name!r} {what}, and {variant.title} {needs}. Use another init."
-    raise ConfigError(text, what=init.name, where=target.path, field="init_lora_weights")
-
-
 def _moved_by(variant: Variant, index: AdapterIndex, target: TargetWeight, start: Start) -> Stored | None:
     """Return the modified base weight that a variant requires, or None if the variant uses the original weight.
 
@@ -221,49 +188,6 @@ def _moved_by(variant: Variant, index: AdapterIndex, target: TargetWeight, start
     check_can_move(index, target, variant=variant)
     with torch.no_grad():
         return in_stored_form(index, target, variant.move.weight(start))
-
-
-def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) -> None:
-    """Check that a site supports the settings of a config.
-
-    Raises:
-        TargetError: The module itself is compiled.
-        ConfigError: `lora_bias` is set, but the site does not apply A and B to a floating-point input; or the site's
-            weight is quantized and the update is added to it, so each forward pass would round the sum and block the
-            gradient.
-        ModelError: A part of a quantized weight is missing or not finite.
-        NotYetSupported: The weight is distributed over processes.
-    """
-    if config.lora_bias and not target.kind.takes_bias:
-        text = (
-            f"{target.path}: lora_bias=True is not supported for {target.kind.name}, because it does not apply A "
-            "and B to a floating-point input. Leave the module out of the targets, or set lora_bias=False."
-        )
-        raise ConfigError(text, what=target.kind.name, where=target.path, field="lora_bias")
-    check_not_compiled(index, target.outer)
-    holder = index.holder(target)
-    check_not_distributed([(target.path, holder)])
-    base = weight_format_of(holder, target.spec.parameter)
-    base.check(holder, target.path)
-    if target.kind.acts_on != "weight":
-        return
-    if base.quantized:
-        text = (
-            f"{target.path} is stored as {base.name}, but a {target.kind.name} is adapted through its weight, which "
-            "would be rounded together with the update in each forward pass. Leave the module out, or target dense "
-            "layers, where the update is added to the output."
-        )
-        raise ConfigError(text, what=base.name, where=target.path, field="target_modules")
-
-
-def check_not_compiled(index: AdapterIndex, path: str) -> None:
-    """Raise a TargetError if torch.compile wraps a module itself: its code would not call an adapted module instead."""
-    if index.is_compiled(path) and not isinstance(index.modules[path], AdapterModule):
-        text = (
-            f"{path} itself is compiled (torch.compile), so an adapter on it would have no effect. Attach adapters "
-            "before compiling it, or compile a module that contains it."
-        )
-        raise TargetError(text, what=path, where=path, field="target_modules")
 
 
 def _generators(seed: int | None) -> Callable[[torch.device], torch.Generator | None]:

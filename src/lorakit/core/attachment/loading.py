@@ -294,7 +294,7 @@ def _restored_factors(
     config, init, factors = record.config, known_init(record.config), []
     trains = BOTH if init is None else init.trains
     for path, (target, names) in fitted.sites.items():
-        build.check_site(index, config, target)
+        checks.check_site(index, config, target)
         tensors = {part: files.file.tensors[name] for part, name in names.items()}
         before = record.sites.get(path)
         if before is None:

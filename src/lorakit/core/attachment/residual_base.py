@@ -27,12 +27,12 @@ from lorakit.core.files.tensor_names import by_site
 from lorakit.core.inits import Init, InitContext, fresh_bias, known_init
 from lorakit.core.kinds import Kind, WeightSpec
 from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.model.checks import check_can_move
 from lorakit.core.model.index import AdapterIndex, TargetWeight
 from lorakit.core.quantization import Stored, weight_format_of
-from lorakit.core.quantization.weight_format import NOT_WRITTEN
-from lorakit.core.variants import Variant, moving_variant, variant_at
+from lorakit.core.variants import moving_variant, variant_at
 from lorakit.durable import JsonObject
-from lorakit.errors import OVERRIDE, AdapterError, AdapterFileError, ConfigError
+from lorakit.errors import OVERRIDE, AdapterError, AdapterFileError
 from lorakit.targets import Match
 
 INIT_FIELDS = (
@@ -124,53 +124,6 @@ def init_context_for(
         generator=generators(device),
         statistics=statistics,
     )
-
-
-def check_can_move(
-    index: AdapterIndex, target: TargetWeight, init: Init | None = None, variant: Variant | None = None
-) -> None:
-    """Check that a residual weight can replace a base weight: it is not shared or changed, and has no merged adapters.
-
-    A residual weight comes from an init, a variant or an adapter read from files. A ConfigError is raised if it cannot
-    replace the base weight, or if that is quantized and would have to be requantized.
-    """
-    layer, module, parameter = index.layer(target), index.holder(target), target.spec.parameter
-    weight_format = weight_format_of(module, parameter)
-    mover = "its init" if init is None else f"init_lora_weights={init.name!r}"
-    mover = mover if variant is None else variant.title
-    if weight_format.device(module, parameter).type == "meta":
-        raise ConfigError(
-            f"{target.path}: {mover} changes the base weight, which has no values on the meta device. Load the base "
-            "first, or use an init or variant that does not change it.",
-            where=target.path,
-        )
-    if layer is not None and (layer.moved_by or layer.merged_adapters):
-        other = (*layer.moved_by, *layer.merged_adapters)[0]
-        text = (
-            f"{target.path}: {mover} changes the base weight, but adapter {other!r} has already changed this weight or "
-            "is merged into it. Detach or unmerge that adapter first, or use an init or variant that does not change "
-            "the base."
-        )
-        raise ConfigError(text, what=other, where=target.path)
-    sharing = index.shared.get(id(module._parameters.get(parameter)), [])
-    if sharing or len(index.parents.get(id(index.modules[target.outer]), ())) > 1:
-        other = next((path for path in sharing if path != target.outer), "another module")
-        text = (
-            f"{target.path} shares its weight with {other}, and {mover} would change it for both. Leave the module "
-            "out, or use an init or variant that does not change the base."
-        )
-        raise ConfigError(text, what=other, where=target.path)
-    if not weight_format.written:
-        raise ConfigError(NOT_WRITTEN.format(parameter=target.path, type=type(module).__name__), where=target.path)
-    if weight_format.quantized and (variant is not None or (init is not None and not init.requantizes)):
-        raise ConfigError(
-            f"{target.path}: {mover} changes the base weight, but the weight is quantized and would have to be "
-            "requantized. Attach the adapter before the base is quantized, leave the module out, or use another init "
-            "or variant.",
-            what=weight_format.name,
-            where=target.path,
-            field="init_lora_weights" if variant is None else variant.field,
-        )
 
 
 def residual_of(index: AdapterIndex, target: TargetWeight, factors: tuple[Tensor, Tensor], scale: float) -> Stored:

@@ -1,4 +1,4 @@
-"""Checks that run before a call changes a model: adapter names, overrides in `allow`, scales and compatibility."""
+"""Checks that run before a call changes a model: names of adapters, overrides in `allow`, scales, sites, compatibility."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from collections.abc import Collection, Iterable, Sequence
 from torch import nn
 
 from lorakit.config import LoraConfig
+from lorakit.core.inits import Init
+from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.model.fingerprint import vocabulary_of
+from lorakit.core.model.index import AdapterIndex, TargetWeight
+from lorakit.core.quantization import weight_format_of
+from lorakit.core.quantization.weight_format import NOT_WRITTEN
 from lorakit.core.routing.state import AdapterState
 from lorakit.core.shards import is_dtensor
-from lorakit.core.variants import check_invocation, variants_of
+from lorakit.core.variants import Variant, check_invocation, variants_of
 from lorakit.errors import OVERRIDE, AdapterError, ConfigError, NotYetSupported, TargetError
 
 ALLOWANCES = ("partial_targets", "base_mismatch", "key_mismatch", "nonfinite", "odd_scale", "recompute_init")
@@ -118,3 +123,123 @@ def check_company(state: AdapterState | None, config: LoraConfig) -> None:
                     "a second time."
                 )
                 raise ConfigError(text, what=name, field=variant.field)
+
+
+def conflict(init: Init, variant: Variant) -> tuple[str, str] | None:
+    """Return what an init does and what a variant needs instead, as parts of a message; None if they fit together."""
+    if variant.parts.start is not None and init.name is not True:
+        return "fills A and B", "computes them from the base weight"
+    if variant.parts.shapes is not None and not init.takes_any_shape:
+        return "needs A and B in their standard shapes", "uses other shapes"
+    if not init.changes_base:
+        return None
+    needs = ""
+    if variant.move is not None:
+        needs = "changes it too"
+    elif not variant.is_mergeable:
+        needs = "needs it unchanged wherever the adapter is inactive"
+    elif any(tensor.depends_on_rank for tensor in variant.parts.extras):
+        needs = "has tensors whose shape depends on the rank, which doubles when the adapter is saved"
+    elif not variant.adds_product:
+        needs = "does not add back what the init subtracts from it"
+    return ("changes the base weight", needs) if needs else None
+
+
+def check_together(init: Init, variant: Variant, target: TargetWeight) -> None:
+    """Raise a ConfigError if an init and a variant make other assumptions about the weight or the shapes of A and B."""
+    reasons = conflict(init, variant)
+    if reasons is None:
+        return
+    what, needs = reasons
+    text = f"{target.path}: init_lora_weights={init.name!r} {what}, and {variant.title} {needs}. Use another init."
+    raise ConfigError(text, what=init.name, where=target.path, field="init_lora_weights")
+
+
+def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) -> None:
+    """Check that a site supports the settings of a config.
+
+    Raises:
+        TargetError: The module itself is compiled.
+        ConfigError: `lora_bias` is set, but the site does not apply A and B to a floating-point input; or the site's
+            weight is quantized and the update is added to it, so each forward pass would round the sum and block the
+            gradient.
+        ModelError: A part of a quantized weight is missing or not finite.
+        NotYetSupported: The weight is distributed over processes.
+    """
+    if config.lora_bias and not target.kind.takes_bias:
+        text = (
+            f"{target.path}: lora_bias=True is not supported for {target.kind.name}, because it does not apply A "
+            "and B to a floating-point input. Leave the module out of the targets, or set lora_bias=False."
+        )
+        raise ConfigError(text, what=target.kind.name, where=target.path, field="lora_bias")
+    check_not_compiled(index, target.outer)
+    holder = index.holder(target)
+    check_not_distributed([(target.path, holder)])
+    base = weight_format_of(holder, target.spec.parameter)
+    base.check(holder, target.path)
+    if target.kind.acts_on != "weight":
+        return
+    if base.quantized:
+        text = (
+            f"{target.path} is stored as {base.name}, but a {target.kind.name} is adapted through its weight, which "
+            "would be rounded together with the update in each forward pass. Leave the module out, or target dense "
+            "layers, where the update is added to the output."
+        )
+        raise ConfigError(text, what=base.name, where=target.path, field="target_modules")
+
+
+def check_not_compiled(index: AdapterIndex, path: str) -> None:
+    """Raise a TargetError if torch.compile wraps a module itself: its code would not call an adapted module instead."""
+    if index.is_compiled(path) and not isinstance(index.modules[path], AdapterModule):
+        text = (
+            f"{path} itself is compiled (torch.compile), so an adapter on it would have no effect. Attach adapters "
+            "before compiling it, or compile a module that contains it."
+        )
+        raise TargetError(text, what=path, where=path, field="target_modules")
+
+
+def check_can_move(
+    index: AdapterIndex, target: TargetWeight, init: Init | None = None, variant: Variant | None = None
+) -> None:
+    """Check that a residual weight can replace a base weight: it is not shared or changed, and has no merged adapters.
+
+    A residual weight comes from an init, a variant or an adapter read from files. A ConfigError is raised if it cannot
+    replace the base weight, or if that is quantized and would have to be requantized.
+    """
+    layer, module, parameter = index.layer(target), index.holder(target), target.spec.parameter
+    weight_format = weight_format_of(module, parameter)
+    mover = "its init" if init is None else f"init_lora_weights={init.name!r}"
+    mover = mover if variant is None else variant.title
+    if weight_format.device(module, parameter).type == "meta":
+        raise ConfigError(
+            f"{target.path}: {mover} changes the base weight, which has no values on the meta device. Load the base "
+            "first, or use an init or variant that does not change it.",
+            where=target.path,
+        )
+    if layer is not None and (layer.moved_by or layer.merged_adapters):
+        other = (*layer.moved_by, *layer.merged_adapters)[0]
+        text = (
+            f"{target.path}: {mover} changes the base weight, but adapter {other!r} has already changed this weight or "
+            "is merged into it. Detach or unmerge that adapter first, or use an init or variant that does not change "
+            "the base."
+        )
+        raise ConfigError(text, what=other, where=target.path)
+    sharing = index.shared.get(id(module._parameters.get(parameter)), [])
+    if sharing or len(index.parents.get(id(index.modules[target.outer]), ())) > 1:
+        other = next((path for path in sharing if path != target.outer), "another module")
+        text = (
+            f"{target.path} shares its weight with {other}, and {mover} would change it for both. Leave the module "
+            "out, or use an init or variant that does not change the base."
+        )
+        raise ConfigError(text, what=other, where=target.path)
+    if not weight_format.written:
+        raise ConfigError(NOT_WRITTEN.format(parameter=target.path, type=type(module).__name__), where=target.path)
+    if weight_format.quantized and (variant is not None or (init is not None and not init.requantizes)):
+        raise ConfigError(
+            f"{target.path}: {mover} changes the base weight, but the weight is quantized and would have to be "
+            "requantized. Attach the adapter before the base is quantized, leave the module out, or use another init "
+            "or variant.",
+            what=weight_format.name,
+            where=target.path,
+            field="init_lora_weights" if variant is None else variant.field,
+        )

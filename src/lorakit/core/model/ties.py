@@ -7,6 +7,7 @@ second tied embedding uses them unchanged. Trainable token rows are tied in `voc
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.factor import FactorWeight
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.model.index import AdapterIndex
-from lorakit.core.model.vocabulary import input_embedding, shared_weights, sharers, table_at
+from lorakit.core.layers.modules_to_save import ModulesToSave
+from lorakit.core.model.index import AdapterIndex, embedding_of, identity
 from lorakit.core.variants import variants_of
 from lorakit.errors import ConfigError
 from lorakit.targets import ALL_LINEAR, Match, Note, Resolution
@@ -158,3 +159,72 @@ def _left_alone(groups: Mapping[str, Sequence[str]], named: Collection[str]) -> 
         )
         notes.append(Note(LEFT_ALONE, text))
     return notes
+
+
+def sharers(index: AdapterIndex, path: str) -> list[str]:
+    """Return the paths of all other base modules that share a given module's weight parameter."""
+    whole = next((group for group in shared_weights(index) if path in group), [])
+    return [other for other in whole if other != path]
+
+
+def shared_weights(index: AdapterIndex) -> list[list[str]]:
+    """Return groups of paths, in model order, of base modules that share a weight parameter.
+
+    Replicated layers (`layer_replication`) are left out: they share all parameters and are adapted separately.
+    """
+    groups: dict[int, dict[str, str]] = {}
+    for path in index.modules:
+        weight = table_at(index, path)._parameters.get("weight")
+        if weight is not None:
+            groups.setdefault(id(weight), {}).setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", path), path)
+    return [list(paths.values()) for paths in groups.values() if len(paths) > 1]
+
+
+def input_embedding(index: AdapterIndex) -> str | None:
+    """Return the path of the model's input embedding in the plain base, or None if the model does not expose one."""
+    module = embedding_of(index.model)
+    paths = (path for path, here in index.modules.items() if module in (here, table_at(index, path)))
+    return None if module is None else next(paths, None)
+
+
+def table_at(index: AdapterIndex, path: str) -> nn.Module:
+    """Return the base module at a path, without adapters."""
+    module = index.modules[path]
+    return module.original_module if isinstance(module, ModulesToSave) else index.base(path)
+
+
+def leaders_of(index: AdapterIndex, names: Sequence[str]) -> dict[LoraLayer, LoraLayer]:
+    """Map each layer that shares its weight and factors with an earlier layer to that earlier layer.
+
+    Two layers match only if each of these adapters has factors in both layers or in neither.
+    """
+    owners: dict[int, LoraLayer] = {}  # id of a factor -> the first layer that uses it
+    leaders = {}
+    for _, layer in index.layers_of(names):
+        leader = layer.leader_of(names)
+        if not layer.kind.on_disk:  # embedding factors are bare parameters, which tied layers share
+            factors = getattr(layer, layer.kind.names[0])
+            first = {owners.setdefault(id(factors[name]), layer) for name in names if name in layer.r}
+            leader = first.pop() if len(first) == 1 else None
+        if leader is not None and leader is not layer and layer.is_one_with(leader, names):
+            leaders[layer] = leader
+    return leaders
+
+
+def untied_copies(index: AdapterIndex, names: Collection[str]) -> list[tuple[str, str]]:
+    """Return the saved modules whose copies would no longer share a weight with other modules after a merge.
+
+    Each path comes with the weight's name in another module.
+    """
+    untied = []
+    copies = dict(index.every(ModulesToSave))
+    by_original = {id(saved.original_module): saved for saved in copies.values()}
+    for path, saved in copies.items():
+        for name in [name for name in names if name in saved.modules_to_save]:
+            copy = saved.modules_to_save[name]._parameters.get("weight")
+            for other, module in index.holders.get(identity(saved.original_module._parameters.get("weight")), ()):
+                twin = by_original.get(id(module))
+                copied = twin.modules_to_save[name] if twin is not None and name in twin.modules_to_save else None
+                if module is not saved.original_module and (copied is None or copied._parameters["weight"] is not copy):
+                    untied.append((path, other))
+    return untied

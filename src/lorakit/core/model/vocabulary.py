@@ -10,14 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import ChosenRows, TrainableTokens
 from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.fingerprint import (
@@ -29,6 +27,7 @@ from lorakit.core.model.fingerprint import (
     vocabulary_of,
 )
 from lorakit.core.model.index import AdapterIndex, ModelConfig, embedding_of
+from lorakit.core.model.ties import input_embedding, sharers, table_at
 from lorakit.errors import OVERRIDE, ConfigError, ModelError, NoTargetError, TargetError, nearest, warn_caller
 from lorakit.targets import names_path
 
@@ -284,38 +283,6 @@ def chosen_rows(
             "tying will not be applied for trainable_token_indices."
         )
     return groups
-
-
-def sharers(index: AdapterIndex, path: str) -> list[str]:
-    """Return the paths of all other base modules that share a given module's weight parameter."""
-    whole = next((group for group in shared_weights(index) if path in group), [])
-    return [other for other in whole if other != path]
-
-
-def shared_weights(index: AdapterIndex) -> list[list[str]]:
-    """Return groups of paths, in model order, of base modules that share a weight parameter.
-
-    Replicated layers (`layer_replication`) are left out: they share all parameters and are adapted separately.
-    """
-    groups: dict[int, dict[str, str]] = {}
-    for path in index.modules:
-        weight = table_at(index, path)._parameters.get("weight")
-        if weight is not None:
-            groups.setdefault(id(weight), {}).setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", path), path)
-    return [list(paths.values()) for paths in groups.values() if len(paths) > 1]
-
-
-def input_embedding(index: AdapterIndex) -> str | None:
-    """Return the path of the model's input embedding in the plain base, or None if the model does not expose one."""
-    module = embedding_of(index.model)
-    paths = (path for path, here in index.modules.items() if module in (here, table_at(index, path)))
-    return None if module is None else next(paths, None)
-
-
-def table_at(index: AdapterIndex, path: str) -> nn.Module:
-    """Return the base module at a path, without adapters."""
-    module = index.modules[path]
-    return module.original_module if isinstance(module, ModulesToSave) else index.base(path)
 
 
 def _named(index: AdapterIndex, config: LoraConfig) -> dict[str, tuple[int, ...]]:

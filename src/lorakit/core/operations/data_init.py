@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from lorakit.config import EvaConfig, LoraConfig
 from lorakit.core.attachment.attaching import with_targets
-from lorakit.core.attachment.residual_base import check_can_move, init_context_for
+from lorakit.core.attachment.residual_base import init_context_for
 from lorakit.core.inits import Init, InitContext, init_for, init_named
 from lorakit.core.kinds import kind_named
 from lorakit.core.model.activation import disable
+from lorakit.core.model.checks import check_can_move
 from lorakit.core.model.fingerprint import fingerprint
 from lorakit.core.model.index import AdapterIndex, find_state
 from lorakit.core.model.target_weights import matched
