@@ -1,4 +1,4 @@
-"""Checks that run before a call changes a model: names of adapters, overrides in `allow`, scales, sites, compatibility."""
+"""Checks that run before a call changes a model: adapter names, overrides in `allow`, scales, sites, compatibility."""
 
 from __future__ import annotations
 
