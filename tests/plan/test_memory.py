@@ -5,8 +5,8 @@ import dataclasses
 from lorakit.architectures.shapes import ModelShape
 from lorakit.config import LoraConfig
 from lorakit.plan import Job, catalogue, count, estimate, memory
-from lorakit.plan.int8_costs import int8_base
 from lorakit.plan.memory import Memory
+from lorakit.plan.packed import int8_base
 
 MB = 1_000_000
 

@@ -15,9 +15,8 @@ from lorakit.architectures.shapes import ModelShape, SiteShape
 from lorakit.choices import EMBEDDING
 from lorakit.plan import accelerated
 from lorakit.plan.accelerated import family_of
-from lorakit.plan.int8_costs import W8A8, product_bytes
 from lorakit.plan.job import Job
-from lorakit.plan.packed import packed_files
+from lorakit.plan.packed import W8A8, packed_files, product_bytes
 from lorakit.plan.params import Count, SiteCount
 from lorakit.plan.quantized import StoredBase
 

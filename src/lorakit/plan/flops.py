@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from lorakit.architectures.shapes import ModelShape
 from lorakit.choices import EMBEDDING
 from lorakit.plan import accelerated, activations
-from lorakit.plan.int8_costs import int8_flops
 from lorakit.plan.job import Job, Speed
+from lorakit.plan.packed import int8_flops
 from lorakit.plan.params import Count, read_out
 
 

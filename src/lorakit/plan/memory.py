@@ -15,10 +15,9 @@ from lorakit.architectures.shapes import ModelShape
 from lorakit.errors import ConfigError
 from lorakit.plan import accelerated, activations
 from lorakit.plan.activations import Activations
-from lorakit.plan.int8_costs import W8A8, int8_base
 from lorakit.plan.job import DTYPE_BYTES, MASTER_BYTES, Job
 from lorakit.plan.optimizer_state import optimizer_state
-from lorakit.plan.packed import packed_files, stored_base
+from lorakit.plan.packed import W8A8, int8_base, packed_files, stored_base
 from lorakit.plan.params import Count
 from lorakit.plan.quantized import StoredBase
 

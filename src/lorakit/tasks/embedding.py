@@ -265,10 +265,13 @@ def loss(embeddings: Tensor, batch: Batch, target: Target) -> Tensor:
 
     It is CoSENT for scores, and the multiple negatives ranking loss for pairs.
     """
-    losses = _losses()
+    _check_installed()
+    from sentence_transformers.sentence_transformer import losses
+
     kind = losses.CoSENTLoss if target.kind == "score" else losses.MultipleNegativesRankingLoss
     labels = batch.labels.to(embeddings.device)
-    return kind(nn.Identity()).compute_loss_from_embeddings(list(embeddings), labels) * len(batch.input_ids)
+    plain: Any = nn.Identity()  # the embeddings are computed already
+    return kind(plain).compute_loss_from_embeddings(list(embeddings), labels) * len(batch.input_ids)
 
 
 def _embedded(batch: Batch, embeddings: Tensor) -> tuple[Tensor, list[float], list[tuple[int, ...]]]:
@@ -338,14 +341,6 @@ def predict(model: nn.Module, batch: Batch, records: Sequence[Record], context: 
     if len(embeddings) == 1:
         return [{"embedding": [round(value, _DIGITS) for value in row]} for row in embeddings[0].tolist()]
     return [{"score": score} for score in functional.cosine_similarity(embeddings[0], embeddings[1]).tolist()]
-
-
-def _losses() -> Any:
-    """Return the module with the losses of sentence-transformers."""
-    _check_installed()
-    from sentence_transformers.sentence_transformer import losses
-
-    return losses
 
 
 def _check_installed() -> None:

@@ -92,13 +92,9 @@ def tag_target(parts: Split, options: LabelOptions) -> Target:
             lacks.
     """
     trained = {tag for record in parts.training_records() for tag in names_of(record, "tags", {})}
-    held_out = dict.fromkeys(tag for record in parts.held_out for tag in names_of(record, "tags", {}))
-    known = _renamed(trained, options.label_map)
-    alike = set(map(composed, known))
-    new = [tag for tag in held_out if composed(renamed(tag, options.label_map)) not in alike]
-    if new and options.is_evaluation_given:
-        raise _new_labels("tag", new, known)
-    seen = {*trained, *held_out}
+    seen = trained.union(tag for record in parts.held_out for tag in names_of(record, "tags", {}))
+    if options.is_evaluation_given:
+        _check_evaluation(parts.held_out, "tags", _renamed(trained, options.label_map), options.label_map)
     tags = _renamed(seen, options.label_map)
     if len(tags) < 2:
         raise DataError("All words have the same tag, so there is nothing to distinguish.", field="data")
@@ -183,13 +179,9 @@ def _check_evaluation(records: Iterable[Record], kind: Kind, known: Set[str], la
     for record in records:
         new = [name for name in names_of(record, kind, label_map) if composed(name) not in trained]
         if new:
-            raise _new_labels("label", new, trained, location(record))
-
-
-def _new_labels(noun: str, new: Sequence[str], known: Set[str], where: str = "") -> DataError:
-    at = f"{where}: " if where else ""
-    text = (
-        f"{at}the evaluation data has the {noun} {new[0]!r}, which the training data lacks; the training data has "
-        f"{', '.join(sorted(known)[:10])}."
-    )
-    return DataError(text, what=new[0], where=where or None, field="eval_data", allowed=sorted(known))
+            noun, where = "tag" if kind == "tags" else "label", location(record)
+            text = (
+                f"{where}: the evaluation data has the {noun} {new[0]!r}, which the training data lacks; the training "
+                f"data has {', '.join(sorted(known)[:10])}."
+            )
+            raise DataError(text, what=new[0], where=where, field="eval_data", allowed=sorted(known))

@@ -13,7 +13,7 @@ from lorakit.core.int8.quantized_base import base_bytes, quantize_base
 from lorakit.core.model.index import AdapterIndex
 from lorakit.errors import ConfigError
 from lorakit.plan import Job, Speed, catalogue, count, estimate, flops
-from lorakit.plan.int8_costs import int8_base
+from lorakit.plan.packed import int8_base
 
 CONFIG = LoraConfig(r=4, target_modules="all-linear")
 BATCHES = [{"input_ids": torch.arange(40).reshape(2, 20)}]
