@@ -274,6 +274,11 @@ def printable(text: str, one_line: bool = False) -> str:
     return encodable.translate(_SHOWN if one_line else _SHOWN_IN_TEXT)
 
 
+def describe(cause: BaseException) -> str:
+    """Return the class and the message of an exception that lorakit did not raise, in one line."""
+    return f"{type(cause).__name__}: {' '.join(str(cause).split()) or 'no message'}"
+
+
 def nearest(word: str, candidates: list[str], count: int = 3) -> list[str]:
     """Return up to `count` candidates that are close in spelling to a word, best match first."""
     import difflib

@@ -143,6 +143,19 @@ def test_the_record_ends_in_a_final_state(
     )
 
 
+@pytest.mark.parametrize("mode", ["overwrite", "resume"])
+def test_a_signal_while_a_tracker_opens_leaves_a_run_that_resumes(
+    mode: str, short_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished({**short_run, "max_steps": 1})
+    monkeypatch.setitem(TRACKERS, "wandb", TrackerKind(lambda: None, raises(KeyboardInterrupt())))
+    again = {**short_run, "max_steps": 2}
+    with pytest.raises(KeyboardInterrupt):
+        run(TrainSettings(**{**again, "report_to": ["wandb"], mode: True}))
+    assert record_of(short_run)["status"] == "interrupted"
+    assert finished({**again, "resume": True, "report_to": []}).steps == 2
+
+
 def test_a_result_that_is_no_json_leaves_a_final_state(
     short_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lorakit import __version__
 from lorakit.cli import console
-from lorakit.errors import LorakitError, UsageError, did_you_mean
+from lorakit.errors import LorakitError, UsageError, describe, did_you_mean
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -165,8 +165,7 @@ def _explain(error: Exception, tokens: list[str], as_json: bool) -> int:
         command = f" {tokens[0]}" if tokens and tokens[0] in COMMANDS else ""
         message = f"{error} See `lorakit{command} --help`."
         return console.failure(message, 2, code="LORA-E011", as_json=as_json)
-    what = f"unexpected {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
-    return console.failure(f"{what} (rerun with --traceback to see where)", 1, as_json=as_json)
+    return console.failure(f"unexpected {describe(error)} (rerun with --traceback to see where)", 1, as_json=as_json)
 
 
 def _without_traceback_flag(tokens: list[str]) -> tuple[list[str], bool]:

@@ -35,6 +35,7 @@ from lorakit.train.processes.launching import (
 from lorakit.train.settings.defaults import DEFAULTS, flag_type, types_of_settings
 
 if TYPE_CHECKING:
+    from lorakit.train.processes.processes import Processes
     from lorakit.train.settings.settings import TrainSettings
     from lorakit.train.settings.types import Setting
 
@@ -184,36 +185,50 @@ def _settings(given: Mapping[str, Any], config: Path | None, *, is_restarted: bo
 def _run_together(command: Command) -> int:
     """Train in one of several processes, of which the first one prints and reports errors; return the exit code."""
     quiet_torch()
-    from lorakit.errors import LorakitError, RunError
-    from lorakit.train.processes.connecting import BROKEN, UNREACHABLE
     from lorakit.train.processes.processes import joined
 
     is_silent = not is_first(os.environ)
     if is_silent:
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
+    processes = None
     try:
         with joined(command.timeout) as processes:
-            try:
-                with processes.together():
-                    settings = _settings(command.given, command.config, is_restarted=processes.restarts > 0)
-                return _train(settings, json=command.json, verbose=command.verbose, is_silent=is_silent)
-            except (Exception, KeyboardInterrupt) as cause:
-                is_ended = isinstance(cause, KeyboardInterrupt) or getattr(cause, "field", None) == PROCESS_ENDED
-                if is_ended and is_started_by_lorakit():
-                    return LOST  # the launcher reports the signal, or which process ended
-                if processes.is_first:
-                    processes.notices.announce_report()
-                    raise
-                if processes.notices.wait_for_report() or not is_ended:
-                    return cause.exit_code if isinstance(cause, LorakitError) else 1
-                raise  # the first process has ended
-    except RunError as cause:
-        if cause.field in (BROKEN, UNREACHABLE) and is_started_by_lorakit():
-            return LOST
-        if is_silent and cause.field == BROKEN:
-            return cause.exit_code
-        raise
+            with processes.together():
+                settings = _settings(command.given, command.config, is_restarted=processes.restarts > 0)
+            return _train(settings, json=command.json, verbose=command.verbose, processes=processes)
+    except (Exception, KeyboardInterrupt) as cause:
+        code = _unreported(cause, is_silent) if processes is None else _reported_elsewhere(cause, processes)
+        if code is None:
+            raise
+        return code
+
+
+def _unreported(cause: BaseException, is_silent: bool) -> int | None:
+    """Return the exit code of a process that could not connect if another one tells the reason; else None."""
+    from lorakit.errors import RunError
+    from lorakit.train.processes.connecting import BROKEN, UNREACHABLE
+
+    if not isinstance(cause, RunError) or cause.field not in (BROKEN, UNREACHABLE):
+        return None
+    if is_started_by_lorakit():
+        return LOST
+    return cause.exit_code if is_silent and cause.field == BROKEN else None
+
+
+def _reported_elsewhere(cause: BaseException, processes: Processes) -> int | None:
+    """Return the exit code of a process that has failed if another one reports the error; None if this one must."""
+    from lorakit.errors import LorakitError
+
+    is_ended = isinstance(cause, KeyboardInterrupt) or getattr(cause, "field", None) == PROCESS_ENDED
+    if is_ended and is_started_by_lorakit():
+        return LOST  # the launcher reports the signal, or which process ended
+    if processes.is_first:
+        processes.announce_report()
+        return None
+    if processes.wait_for_report() or not is_ended:
+        return cause.exit_code if isinstance(cause, LorakitError) else 1
+    return None  # the first process has ended
 
 
 def _launch(nproc: int, settings: TrainSettings, command: Command) -> int:
@@ -241,8 +256,8 @@ def _arguments(given: Mapping[str, Any]) -> list[str]:
     return arguments
 
 
-def _train(settings: TrainSettings, *, json: bool, verbose: bool, is_silent: bool = False) -> int:
-    """Train, print the result unless `is_silent` is set, and return the exit code."""
+def _train(settings: TrainSettings, *, json: bool, verbose: bool, processes: Processes | None = None) -> int:
+    """Train, print the result in the first of several processes, and return the exit code."""
     from lorakit.train.settings.types import SHARDED
 
     notes = allocator.set_up(is_sharded=settings.parallel in SHARDED)  # before torch allocates any memory
@@ -251,10 +266,11 @@ def _train(settings: TrainSettings, *, json: bool, verbose: bool, is_silent: boo
         from lorakit.train import run as train  # imports torch and transformers
         from lorakit.train.loop.progress import Progress, progress_for
 
+    is_silent = processes is not None and not processes.is_first
     progress = Progress() if is_silent else progress_for(sys.stderr if json else sys.stdout, verbose=verbose)
     for sentence in notes:
         progress.detail(sentence)
-    result = train(settings, progress)
+    result = train(settings, progress, processes)
     if json and not is_silent:
         console.emit_json(result.as_dict())
     elif not is_silent:

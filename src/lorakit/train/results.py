@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lorakit import durable_folders
-from lorakit.errors import LorakitError, RunError
+from lorakit.errors import LorakitError, RunError, describe
 from lorakit.machine import peak_rss_bytes
 from lorakit.report import loss_plot, read_metrics
 from lorakit.tables import format_bytes, format_percent, format_rate, format_seconds, format_some
@@ -26,7 +26,6 @@ from lorakit.train.loop.evaluation import evaluate
 from lorakit.train.loop.optimizer import received_gradients
 from lorakit.train.loop.run import INT8_NAME, Run
 from lorakit.train.loop.saving import metrics_at, undefined_at
-from lorakit.train.processes.failures import describe
 from lorakit.train.spec import ADAPTER
 
 T = TypeVar("T")

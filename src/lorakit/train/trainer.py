@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lorakit.errors import DiskError, LorakitError
+from lorakit.errors import DiskError, LorakitError, describe
 from lorakit.ops import choices
 from lorakit.startup import rare_collections
 from lorakit.tables import format_count
@@ -21,7 +21,6 @@ from lorakit.train.loop.interrupts import stoppable
 from lorakit.train.loop.loop import Loop
 from lorakit.train.loop.progress import Progress
 from lorakit.train.loop.run import LAUNCH, Run
-from lorakit.train.processes.failures import describe as described
 from lorakit.train.processes.processes import Processes, joined
 from lorakit.train.processes.sharding import without_hints
 from lorakit.train.results import RunResult, finish
@@ -35,7 +34,7 @@ from lorakit.train.setup.run_spec import build_spec
 __all__ = ["RunResult", "run"]
 
 
-def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
+def run(settings: TrainSettings, progress: Progress | None = None, processes: Processes | None = None) -> RunResult:
     """Train an adapter and return a `RunResult`; the run's files are saved in `output_dir`.
 
     The random number generators of torch, Python and numpy are seeded for the run and restored afterwards. In a process
@@ -45,6 +44,7 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
     Args:
         settings: The run's settings. If `resume` is set, missing settings are taken from the existing run.
         progress: Object that receives progress reports; None disables them.
+        processes: The processes of the run; None starts the group that the launcher prepared.
 
     Returns:
         The result of the run; after an interruption, its `adapter` is None.
@@ -53,12 +53,13 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
         LorakitError: The run is impossible as specified, or the run failed; the error class and message say why. If the
             error occurs before training starts, an existing run is left unchanged. If the error occurs later, the last
             valid checkpoint is kept.
-        KeyboardInterrupt: A signal arrived before the first step (the run directory is left unchanged), or a second
-            signal arrived during training.
+        KeyboardInterrupt: A signal arrived before the first step (the run directory is left unchanged, or `run.json`
+            says that the run was interrupted), or a second signal arrived during training.
     """
     started = time.perf_counter()
     progress = progress or Progress()
-    with joined() as processes, contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held:
+        processes = processes or held.enter_context(joined())
         progress = held.enter_context(progress if processes.is_first else Progress())
         held.enter_context(stoppable())
         held.enter_context(_restored_random_state())
@@ -78,10 +79,10 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
         with processes.together():
             processes.from_first(lambda: _start(current))
         hints = contextlib.nullcontext() if current.loaded.sharded is None else without_hints()
-        with _failure_recorded(current), hints, current.processes.together():
+        with _failure_recorded(current), hints, processes.together():
             Loop(current).steps()
             with rare_collections():  # imports matplotlib
-                return current.processes.from_first(lambda: finish(current))
+                return processes.from_first(lambda: finish(current))
 
 
 def _continued(settings: TrainSettings, processes: Processes, progress: Progress) -> TrainSettings:
@@ -118,10 +119,11 @@ def _start(current: Run) -> None:
     if settings.resume:
         cut_metrics(folder, current.state.step if current.start.resumed_from else -1, current.state.evaluated_step)
     ids = (current.spec.record or {}).get("trackers") or {}
-    current.trackers.open(settings.report_to, folder, settings.as_dict(), current.state.step, ids)
-    if current.loaded.int8 is not None:
-        current.loaded.int8.write(folder)
-    write_record(folder, current.record())
+    with _failure_recorded(current):  # a tracker may wait for a server, and an earlier run is removed
+        current.trackers.open(settings.report_to, folder, settings.as_dict(), current.state.step, ids)
+        if current.loaded.int8 is not None:
+            current.loaded.int8.write(folder)
+        write_record(folder, current.record())
 
 
 @contextlib.contextmanager
@@ -151,11 +153,9 @@ def _failure_recorded(current: Run) -> Iterator[None]:
             text = f"{cause} {checkpoint.describe_saved(folder)}"
             raised = DiskError(text, **cause.fields).with_traceback(cause.__traceback__)
         current.status = "interrupted" if isinstance(cause, KeyboardInterrupt) else "failed"
-        if current.processes.is_first:
+        if current.spec.processes.is_first:
             known = raised if isinstance(raised, LorakitError) else None
-            error = (
-                {"code": known.code, "message": str(known)} if known else {"code": None, "message": described(cause)}
-            )
+            error = {"code": known.code, "message": str(known)} if known else {"code": None, "message": describe(cause)}
             with contextlib.suppress(DiskError):
                 write_record(folder, {**current.record(), "error": error})
         if raised is cause:

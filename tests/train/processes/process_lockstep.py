@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,11 +18,11 @@ from lorakit.errors import DataError, LorakitError
 from lorakit.train.processes.processes import joined
 
 with joined() as processes:
-    lockstep = replace(processes, in_lockstep=True)
+    processes.in_lockstep = True
     try:
-        with lockstep.together():
-            lockstep.start_sum(torch.ones(3))()
-            if lockstep.is_first:
+        with processes.together():
+            processes.start_sum(torch.ones(3))()
+            if processes.is_first:
                 torch.distributed.all_reduce(torch.ones(1000))
             elif sys.argv[2] == "ends":
                 os._exit(9)

@@ -62,11 +62,11 @@ class Failing(torch.autograd.Function):
         raise ValueError("no gradient here")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Recording(Processes):
     """Processes that record the sizes of the buffers whose sums are started."""
 
-    sizes: list[int] = field(default_factory=list, compare=False)
+    sizes: list[int] = field(default_factory=list)
 
     def start_sum(self, buffer: Tensor) -> Callable[[], None]:
         self.sizes.append(buffer.numel())
@@ -103,7 +103,7 @@ class Case:
         with torch.no_grad():
             for _, parameter in self.named:
                 parameter.add_(torch.randn_like(parameter) / 4)
-        self.processes = Recording(processes.rank, processes.count, processes.local_rank, processes.sums)
+        self.processes = Recording(processes.rank, processes.count, processes.local_rank, sums=processes.sums)
 
     def loss(self, model: nn.Module, batch: Batch, *_: object) -> Tensor:
         return model(batch.input_ids, self.fault)

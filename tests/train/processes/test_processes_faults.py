@@ -126,6 +126,13 @@ def test_an_unexpected_error_in_one_process(flags: list[str], tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_an_error_in_one_process_that_shares_the_base(flags: list[str], tmp_path: Path) -> None:
+    ends = trained([*flags, "--parallel=fsdp"], fault="crash 1")
+    said_once([(code, "", message) for code, _, message in ends], "process 1", "RuntimeError", "the device is lost")
+    assert checkpoint.newest_valid(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
+
+
+@pytest.mark.slow
 def test_another_version_in_one_process(flags: list[str], tmp_path: Path) -> None:
     said_once(trained(flags, fault="version 1"), "version of transformers", "5.0.0 in process 1")
     assert not (tmp_path / "run").exists()

@@ -60,12 +60,7 @@ def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def restore_random_state(tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> None:
-    """Restore the random number generators from the result of `random_state`; absent devices are skipped.
-
-    Args:
-        tensors: Dict of 1-D uint8 tensors, from `random_state`.
-        plain: Dict of plain values, from `random_state`.
-    """
+    """Restore the random number generators from the result of `random_state`; absent devices are skipped."""
     torch.set_rng_state(tensors["torch"])
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
@@ -84,16 +79,10 @@ def restore_random_state(tensors: Mapping[str, torch.Tensor], plain: Mapping[str
 def environment(
     device: torch.device, dtype: str, quantization: Mapping[str, Any] | None = None, kernels: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return a dict of everything, apart from the inputs, that affects the exact bits of a result.
+    """Return everything, apart from the inputs, that affects the exact bits of a result, as plain JSON values.
 
-    Args:
-        device: The run's device.
-        dtype: Precision of the base.
-        quantization: How the base is quantized, or None.
-        kernels: Autotuned kernel choices that differ from the defaults.
-
-    Returns:
-        A dict of plain JSON values. Given equal inputs, equal environments produce bit-identical results.
+    Given equal inputs, equal environments produce bit-identical results. `kernels` are the autotuned kernel choices
+    that differ from the defaults.
     """
     return {
         "lorakit": __version__,
@@ -114,15 +103,7 @@ def environment(
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Describe the differences between two environments.
-
-    Args:
-        before: The checkpoint's environment.
-        now: This process's environment.
-
-    Returns:
-        One phrase per difference, such as "threads was 4 and is 2".
-    """
+    """Describe the differences between two environments in phrases such as "threads was 4 and is 2"."""
     names = {**before, **now}
     return [f"{n} was {before.get(n)!r} and is {now.get(n)!r}" for n in names if before.get(n) != now.get(n)]
 
@@ -165,12 +146,7 @@ class Snapshot:
     others: Sequence[RandomState] = ()
 
     def random_of(self, rank: int, processes: int) -> RandomState | None:
-        """Return the random number generator states of a process, or None if another number of processes saved them.
-
-        Args:
-            rank: Number of the process.
-            processes: Number of processes.
-        """
+        """Return the random number generator states of a process; None if another number of processes saved them."""
         found = [(self.random, self.random_plain), *self.others]
         return found[rank] if len(found) == processes else None
 
@@ -178,13 +154,7 @@ class Snapshot:
 def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], object]) -> Path:
     """Write `checkpoint-<step>` atomically: after a crash, it is complete or absent. Older checkpoints do not change.
 
-    Args:
-        folder: The run directory.
-        snapshot: The contents to save; the step is read from the snapshot's state.
-        write_adapter: Function that writes the adapter's files to a given directory.
-
-    Returns:
-        The checkpoint's directory.
+    `write_adapter` writes the adapter's files to a given directory.
 
     Raises:
         DiskError: The checkpoint cannot be written; older checkpoints are unchanged, and the partial one is removed.
@@ -216,12 +186,6 @@ def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], objec
 
 def load(path: Path) -> Snapshot:
     """Verify a checkpoint and read everything in it except the adapter.
-
-    Args:
-        path: The checkpoint's directory.
-
-    Returns:
-        The saved contents.
 
     Raises:
         RunError: The checkpoint is damaged, or its format is not supported.
@@ -256,9 +220,6 @@ def _with_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, 
 def verify(path: Path) -> None:
     """Check every file in a checkpoint against the manifest, and the manifest against the SHA-256 stored in it.
 
-    Args:
-        path: The checkpoint's directory.
-
     Raises:
         RunError: A file is missing or damaged; the message names the first such file.
     """
@@ -290,23 +251,14 @@ def _fault(path: Path) -> str | None:
 
 
 def newest_valid(folder: Path) -> Path | None:
-    """Return the newest valid checkpoint of a run, or None.
-
-    Args:
-        folder: The run directory, which is not modified.
-    """
+    """Return the newest valid checkpoint in a run directory, which is not modified, or None."""
     return next((path for path, fault in verified(folder) if fault is None), None)
 
 
 def verified(folder: Path) -> Iterator[tuple[Path, str | None]]:
-    """Verify the checkpoints of a run one at a time, newest first.
+    """Verify the checkpoints of a run one at a time, newest first; its directory is not modified.
 
-    Args:
-        folder: The run directory, which is not modified.
-
-    Yields:
-        (directory, fault) pairs; the fault is a clause that describes the checkpoint's first problem, or None if the
-        checkpoint is valid.
+    Yields (directory, fault) pairs; the fault is a clause that describes the checkpoint's first problem, or None.
     """
     for path in reversed(checkpoints(folder)):
         try:
@@ -319,10 +271,7 @@ def verified(folder: Path) -> Iterator[tuple[Path, str | None]]:
 def prune(folder: Path, limit: int, best_step: int | None) -> None:
     """Remove the oldest checkpoints if there are more than `limit`; the newest and the best are always kept.
 
-    Args:
-        folder: The run directory.
-        limit: Maximum number of checkpoints, at least 1; with a limit of 1, two are kept if the best is not the newest.
-        best_step: Step of the best checkpoint, or None.
+    So with a limit of 1, two are kept if the best is not the newest.
     """
     present = checkpoints(folder)
     spared = set(present[-1:]) | {p for p in present if step_of(p) == best_step}
@@ -331,13 +280,7 @@ def prune(folder: Path, limit: int, best_step: int | None) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint so that no run uses it again; its files are kept.
-
-    Args:
-        path: The checkpoint's directory.
-
-    Returns:
-        The new path, `damaged-checkpoint-<step>`, with a random suffix if that path already exists.
+    """Rename a damaged checkpoint to `damaged-checkpoint-<step>` so that no run uses it again; its files are kept.
 
     Raises:
         DiskError: The directory cannot be renamed.
@@ -352,9 +295,6 @@ def set_aside(path: Path) -> Path:
 def discard(path: Path) -> None:
     """Remove a checkpoint; a crash leaves it intact or in a temporary directory that the next run deletes.
 
-    Args:
-        path: The checkpoint's directory.
-
     Raises:
         DiskError: The directory cannot be renamed.
     """
@@ -367,14 +307,7 @@ def discard(path: Path) -> None:
 def save_adapter_only(folder: Path, step: int, best_step: int | None, write_adapter: Callable[[Path], object]) -> Path:
     """Atomically save an adapter without a checkpoint, then remove older adapters saved this way, except the best one.
 
-    Args:
-        folder: The run directory.
-        step: The adapter's step.
-        best_step: The best step so far, or None.
-        write_adapter: Function that writes the adapter's files to a given directory.
-
-    Returns:
-        The adapter's directory.
+    `write_adapter` writes the adapter's files to a given directory.
 
     Raises:
         DiskError: The adapter cannot be written; older adapters are unchanged.
@@ -390,13 +323,7 @@ def save_adapter_only(folder: Path, step: int, best_step: int | None, write_adap
 
 
 def prune_adapters_only(folder: Path, step: int, best_step: int | None) -> None:
-    """Remove adapters that were saved without a checkpoint at earlier steps, except the best one.
-
-    Args:
-        folder: The run directory.
-        step: The current step.
-        best_step: The best step so far, or None.
-    """
+    """Remove adapters that were saved without a checkpoint before `step`, except the best one."""
     for path in adapters_only(folder):
         if step_of(path) < step and step_of(path) != best_step:
             shutil.rmtree(path, ignore_errors=True)

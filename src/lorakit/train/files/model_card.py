@@ -27,12 +27,9 @@ if rows > base.get_input_embeddings().num_embeddings:  # peft needs this for the
 
 
 def model_card(folder: Path, parameters: int, record: Mapping[str, Any] | None = None) -> str:
-    """Return the README of an adapter.
+    """Return the README of an adapter, whose directory need not have `lorakit.json`.
 
-    Args:
-        folder: The adapter's directory, which need not have `lorakit.json`.
-        parameters: Number of trained parameters.
-        record: Contents of `run.json` of the run that trained the adapter, or None.
+    `record` is the contents of `run.json` of the run that trained the adapter, or None.
 
     Raises:
         AdapterFileError: The config or `lorakit.json` cannot be read.
@@ -81,9 +78,7 @@ Limitations: evaluated only on the data above. The base's license and limitation
 def updated_card(text: str, config: LoraConfig) -> str:
     """Return a README with the metadata that model hubs read; its other content is kept.
 
-    Args:
-        text: The README.
-        config: The adapter's config. A `base_model` entry that is not a Hub id is replaced, because the Hub rejects it.
+    A `base_model` entry that is not a Hub id is replaced, because the Hub rejects it.
     """
     lines, header, body = text.splitlines(), list[str](), text
     if lines and lines[0].strip() == FENCE and FENCE in lines[1:]:
@@ -105,12 +100,7 @@ def published_base(config: LoraConfig) -> str | None:
 
 
 def evaluation_line(first: float | None, loss: float | None) -> str:
-    """Return the perplexities before and after training as text.
-
-    Args:
-        first: Evaluation loss before the first step in nats per token, or None.
-        loss: Evaluation loss of the adapter, or None.
-    """
+    """Return the perplexities before and after training as text, from losses in nats per token."""
     if first is None and loss is None:
         return "Evaluation: not measured (no evaluation data)"
     before = f"{math.exp(min(first, 700)):.2f} → " if first is not None else ""
@@ -121,9 +111,7 @@ def evaluation_line(first: float | None, loss: float | None) -> str:
 def metrics_line(first: Mapping[str, float | None], adapter: Mapping[str, float | None]) -> str:
     """Return the metrics of a task before training and of the adapter as text, or "" if there are none.
 
-    Args:
-        first: Name of a metric -> value before the first step, None if it is undefined.
-        adapter: Name of a metric -> value of the adapter; that of a baseline follows its metric in parentheses.
+    A value is None if it is undefined. That of a baseline follows its metric in parentheses.
     """
     shown = []
     for name, value in adapter.items():

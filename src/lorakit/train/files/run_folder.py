@@ -33,11 +33,7 @@ _MAX_RECORD_BYTES = 4 << 20
 
 @contextlib.contextmanager
 def as_disk_error(path: Path, failure: str) -> Iterator[None]:
-    """Convert an `OSError` raised in a block to a `DiskError` that names the path and states what failed.
-
-    Args:
-        path: The file or directory.
-        failure: Clause that states what failed, such as "cannot be written".
+    """Convert an `OSError` in a block to a `DiskError` that names the path and what failed ("cannot be written").
 
     Raises:
         DiskError: The block raised an `OSError`.
@@ -49,13 +45,7 @@ def as_disk_error(path: Path, failure: str) -> Iterator[None]:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Read the record of a run, `run.json`.
-
-    Args:
-        folder: The run directory.
-
-    Returns:
-        The record, or None if the directory does not contain a run.
+    """Return the record of a run, `run.json`, or None if the directory does not contain a run.
 
     Raises:
         RunError: The record cannot be read.
@@ -145,10 +135,7 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
             self._file.close()
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a row.
-
-        Args:
-            row: Fields of a training step or an evaluation; all numbers must be finite.
+        """Add a row of a training step or an evaluation.
 
         Raises:
             DiskError: Writing failed for a reason other than a full disk.
@@ -181,11 +168,7 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
 
 
 class UnwrittenLog(MetricsLog):
-    """A log that is not written, for all processes of a run but the first.
-
-    Args:
-        folder: The run directory.
-    """
+    """A log that is not written, for all processes of a run but the first."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / METRICS_FILE
@@ -206,10 +189,7 @@ class UnwrittenLog(MetricsLog):
 def cut_metrics(folder: Path, step: int, evaluated_step: int) -> None:
     """Remove a truncated last line and all rows logged after a checkpoint, because the resumed run logs them again.
 
-    Args:
-        folder: The run directory.
-        step: Step of the checkpoint; -1 removes all rows.
-        evaluated_step: Last evaluated step recorded in the checkpoint, or -1 if there is none.
+    A step of -1 removes all rows of that kind.
 
     Raises:
         DiskError: The file cannot be written; the old one is unchanged.
@@ -220,9 +200,6 @@ def cut_metrics(folder: Path, step: int, evaluated_step: int) -> None:
 
 def log_line(row: Mapping[str, Any]) -> bytes:
     """Return a row as a line of `metrics.jsonl`, which is always strict JSON.
-
-    Args:
-        row: Fields of a training step or an evaluation.
 
     Raises:
         ValueError: A value is NaN or infinite.
@@ -236,13 +213,9 @@ _LOCKS = Path("/proc/locks")
 
 
 def lock(folder: Path) -> int:
-    """Lock a directory for this process.
+    """Lock an existing directory for this process, and return the file descriptor that holds the lock until closed.
 
-    Args:
-        folder: An existing directory.
-
-    Returns:
-        A file descriptor, which holds the lock until closed; -1 if the system or file system does not support locks.
+    It is -1 if the system or file system does not support locks.
 
     Raises:
         RunError: Another process holds the lock.
@@ -265,20 +238,13 @@ def lock(folder: Path) -> int:
 
 
 def unlock(descriptor: int) -> None:
-    """Unlock a directory.
-
-    Args:
-        descriptor: Result of `lock`.
-    """
+    """Unlock a directory, given the result of `lock`."""
     if descriptor >= 0:
         os.close(descriptor)
 
 
 def check_unlocked(folder: Path) -> None:
-    """Check that no other process is training in a directory.
-
-    Args:
-        folder: The directory; it need not exist.
+    """Check that no other process is training in a directory, which need not exist.
 
     Raises:
         RunError: Another process holds the lock.
@@ -347,13 +313,7 @@ def check_output_dir(folder: Path, *, resume: bool = False, overwrite: bool = Fa
 
 
 def lock_output_dir(folder: Path) -> int:
-    """Create and lock the run directory, check that it is writable, and remove leftover temporary files.
-
-    Args:
-        folder: The run directory.
-
-    Returns:
-        A file descriptor, which holds the lock until closed; -1 if the system or file system does not support locks.
+    """Create and lock the run directory, check that it is writable, and remove leftover temporary files; see `lock`.
 
     Raises:
         RunError: Another process holds the lock.
@@ -412,9 +372,6 @@ def run_files(folder: Path) -> list[Path]:
 
 def remove_run(folder: Path) -> None:
     """Remove only what a run has written to its directory; the record is removed last.
-
-    Args:
-        folder: The run directory.
 
     Raises:
         DiskError: A file cannot be removed.

@@ -208,10 +208,7 @@ TRACKERS: dict[str, TrackerKind] = {
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check that the packages of trackers can be imported.
-
-    Args:
-        names: Keys of `TRACKERS`.
+    """Check that the packages of trackers (keys of `TRACKERS`) can be imported.
 
     Raises:
         MissingExtra: A package is not installed; the message gives the pip command.
@@ -260,11 +257,7 @@ class Trackers:
                 self._say(f"metrics: {self._open[name].note}")
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Pass a row of `metrics.jsonl` to all trackers.
-
-        Args:
-            row: A training or evaluation row. The fields are named "train/loss" or "eval/loss", for example.
-        """
+        """Pass a row of `metrics.jsonl` to all trackers, with fields such as "train/loss" or "eval/loss"."""
         is_evaluation = "eval_loss" in row
         values = {
             f"eval/{name.removeprefix('eval_')}" if is_evaluation else f"train/{name}": value
@@ -276,11 +269,7 @@ class Trackers:
                 tracker.log(values, int(row["step"]))
 
     def close(self, ending: str) -> None:
-        """Close all trackers; closing twice has no effect.
-
-        Args:
-            ending: Status of the run, as in `run.json`.
-        """
+        """Close all trackers with the status of the run, as in `run.json`; closing twice has no effect."""
         for name, tracker in list(self._open.items()):
             with self._guarded(name):
                 tracker.close(ending)

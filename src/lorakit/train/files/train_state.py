@@ -36,13 +36,8 @@ class Improvement:
 def improvement(before: Sequence[float], now: Sequence[float], counts: Sequence[int]) -> Improvement:
     """Return the improvement of the mean loss over all targets, paired by rows.   [docs/math.md (111)]
 
-    Args:
-        before: Summed loss of each row in the earlier evaluation.
-        now: Summed loss of each row in the later evaluation, in the same order.
-        counts: Number of targets of each row.
-
-    Returns:
-        The improvement; its standard error is 0 for a single row, whose variance is not known.
+    `before` and `now` are the summed losses of the rows in two evaluations, and `counts` their numbers of targets. The
+    standard error is 0 for a single row, whose variance is not known.
     """
     total, rows = sum(counts), len(counts)
     gains = [earlier - later for earlier, later in zip(before, now, strict=True)]
@@ -97,10 +92,7 @@ class TrainState:
     def improvement(self, loss: float, rows: Sequence[float] = (), counts: Sequence[int] = ()) -> Improvement | None:
         """Return how much better an evaluation is than that of the best step, or None if there is none yet.
 
-        Args:
-            loss: The evaluation loss.
-            rows: Summed loss of each row; if it is not known at both steps, the difference has no standard error.
-            counts: Number of targets of each row.
+        Without the loss of each row (in nats, summed) at both steps, the difference has no standard error.
         """
         if self.best_loss is None:
             return None
@@ -109,10 +101,9 @@ class TrainState:
         return Improvement(self.best_loss - loss)
 
     def note_evaluation(self, loss: float, rows: Sequence[float] = (), counts: Sequence[int] = ()) -> bool:
-        """Record an evaluation at the current step; for the arguments, see `improvement`.
+        """Record an evaluation at the current step, and return whether it is the best so far; see `improvement`.
 
-        Returns:
-            Whether the step is the best so far; always False at step 0, before training.
+        It never is at step 0, before training.
         """
         gain = self.improvement(loss, rows, counts)
         self.evaluated_step, self.last_loss = self.step, loss

@@ -23,9 +23,6 @@ INSTEAD = tuple(name for name in OPTIMIZERS if name != "adamw8bit")
 def check_adamw8bit(device: torch.device) -> None:
     """Check that bitsandbytes is installed and can take an 8-bit step on a device, by taking one on a small tensor.
 
-    Args:
-        device: The run's device.
-
     Raises:
         MissingExtra: bitsandbytes is not installed.
         UsageError: bitsandbytes has no 8-bit optimizer for the device.
@@ -53,14 +50,7 @@ def check_adamw8bit(device: torch.device) -> None:
 
 
 def adamw8bit(groups: list[dict[str, Any]], learning_rate: float) -> torch.optim.Optimizer:
-    """Build AdamW with 8-bit state.
-
-    Args:
-        groups: Parameter groups, from `lorakit.train.loop.optimizer.parameter_groups`.
-        learning_rate: Learning rate for groups that do not set their own.
-
-    Returns:
-        The optimizer, with empty state.
+    """Build AdamW with 8-bit state for groups from `parameter_groups`.
 
     Raises:
         MissingExtra: bitsandbytes is not installed.

@@ -49,14 +49,9 @@ def evaluate(
 def own_batches(
     batches: Iterable[Batch], processes: Processes, stop: Callable[[], bool] = lambda: False
 ) -> Iterator[tuple[int, Batch | None]]:
-    """Yield the batches that one process evaluates, with their numbers.
+    """Yield the batches that one process evaluates, with their numbers, and None instead of one if `stop` is True.
 
     In lockstep, all processes get equally many batches, and stop together.
-
-    Args:
-        batches: All batches.
-        processes: The processes.
-        stop: Function that is called before each batch; if it returns True, None is yielded in place of the batch.
     """
     number, batch, is_together = -1, None, processes.in_lockstep
     for number, batch in enumerate(batches):

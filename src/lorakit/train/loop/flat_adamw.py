@@ -2,9 +2,8 @@
 
 `FlatAdamW` packs the tensors of a group into one buffer, and their first and second moments into two others, so that a
 step takes only a few kernel calls. Each tensor starts at a multiple of 64 bytes, as it would in a separate allocation,
-so kernels see the same alignment. Gradients are not packed in advance: autograd allocates them, and the step
-concatenates them, one run of adjacent tensors at a time. As a result, no gradient buffer exists during the
-forward pass, tensors without a gradient can be detected, and only the gradients being concatenated are in memory twice.
+so kernels see the same alignment. Gradients are not packed in advance: the step concatenates them, one run of adjacent
+tensors at a time. So no gradient buffer exists during the forward pass, and tensors without a gradient can be detected.
 """
 
 from __future__ import annotations
@@ -28,12 +27,9 @@ _RUN = {"cpu": 1 << 20, "cuda": 1 << 24}  # maximum number of elements per kerne
 
 
 def is_packable(parameters: Sequence[nn.Parameter]) -> bool:
-    """Return whether the tensors can be packed: contiguous, float32, on a single CPU or CUDA device, and disjoint.
+    """Return whether tensors (any shape) can be packed: contiguous, float32, disjoint, on a single CPU or CUDA device.
 
     Otherwise (for example, with FSDP2's DTensors, other dtypes, several devices, or MPS), torch's AdamW is used.
-
-    Args:
-        parameters: Tensors of any shape.
     """
     devices = {p.device for p in parameters}
     if len(devices) != 1 or devices.pop().type not in _RUN:
@@ -52,22 +48,13 @@ class FlatAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Iterable[dict[str, Any]], *, lr: float) -> None:
-        """Pack the tensors into one buffer per group; their values do not change.
-
-        Args:
-            params: Groups from `parameter_groups`; `is_packable` must return True for all of their tensors together.
-            lr: Learning rate for groups that do not set their own.
-        """
+        """Pack the tensors of each group into one buffer; `is_packable` must be True for all of them together."""
         super().__init__(params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "fused": True})
         self._flats = [_Flat(group["params"]) for group in self.param_groups]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, factor: float = 1.0) -> Any:
-        """Take one optimizer step.
-
-        Args:
-            closure: Optional function that recomputes and returns the loss; `step` returns the closure's result.
-            factor: Factor by which the gradients are multiplied before the update, possibly in place.
+        """Take one optimizer step with the gradients times a factor, and return the closure's result, if there is one.
 
         Raises:
             RunError: The dtype, device or shape of a tensor changed after the optimizer was built; nothing was updated.

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,11 +20,14 @@ from torch import nn
 from lorakit.errors import RunError
 from lorakit.plan.parallel import BUCKET_BYTES
 from lorakit.train.loop.optimizer import Named
-from lorakit.train.processes.processes import Processes, flat_parts
+from lorakit.train.processes.processes import Processes
 
 if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
+
+_ALIGNED = 16
+"""Elements to a multiple of which each tensor of a flat buffer starts, so that kernels see aligned memory."""
 
 
 @dataclass
@@ -42,14 +46,10 @@ class _Bucket:
 
 
 class GradientSum:
-    """Sums the gradients of one step over all processes; a single process changes nothing.
+    """Sums the gradients of one step over all processes, whose trainable tensors are the same.
 
     Use it as a context manager around the forward and backward passes of the step. At the end of the block, also after
     an error, what was not sent yet is sent, so that no other process waits for it. Then call `received`.
-
-    Args:
-        named: (name, tensor) pairs for the trainable tensors (any shape), the same in all processes.
-        processes: The processes.
     """
 
     def __init__(self, named: Named, processes: Processes) -> None:
@@ -89,10 +89,7 @@ class GradientSum:
                 hook.remove()
 
     def received(self, has_gradient: Sequence[bool]) -> None:
-        """Wait for the sums, which replace `.grad`; a tensor without a gradient in all processes keeps none.
-
-        Args:
-            has_gradient: For each tensor, whether any process computed a gradient.
+        """Wait for the sums, which replace `.grad`; a tensor without a gradient in any process keeps none.
 
         Raises:
             RunError: Another process ended.
@@ -122,7 +119,7 @@ class GradientSum:
         """Start the sum of the next bucket, whose buffer takes the place of its gradients."""
         bucket = self._waiting.pop()
         self._sent.update((parameter, parameter.grad is not None) for parameter in bucket.parameters)
-        [buffer], parts = flat_parts(bucket.parameters)
+        buffer, parts = _flat(bucket.parameters)
         with torch.no_grad():
             for parameter, part in zip(bucket.parameters, parts, strict=True):
                 if parameter.grad is not None:
@@ -140,3 +137,11 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> list[_Bucket]:
         if sum(member.nbytes for member in members) >= BUCKET_BYTES:
             made.append(_Bucket(filling.pop(parameter.dtype)))
     return [*made, *map(_Bucket, filling.values())]
+
+
+def _flat(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return a flat buffer of zeros for tensors of one dtype, on one device, and a view of it for each tensor."""
+    *starts, end = accumulate((-(-tensor.numel() // _ALIGNED) * _ALIGNED for tensor in tensors), initial=0)
+    buffer = tensors[0].new_zeros(end)
+    pairs = zip(tensors, starts, strict=True)
+    return buffer, [buffer[start : start + tensor.numel()].view(tensor.shape) for tensor, start in pairs]

@@ -29,9 +29,6 @@ _Action: TypeAlias = "ctypes.Array[ctypes.c_char]"
 class Interrupts:
     """Record of the signals that arrive within a `recording` block.
 
-    Args:
-        is_answered: Whether the first signal is answered with a message.
-
     Attributes:
         requested: Whether a signal has arrived.
     """
@@ -60,17 +57,11 @@ class Interrupts:
 
 @contextlib.contextmanager
 def recording(is_answered: bool = True) -> Iterator[Interrupts]:
-    """Return a context manager that records the first signal and raises `KeyboardInterrupt` on the second.
+    """Record the first signal in a block, and raise `KeyboardInterrupt` on the second.
 
     Python delivers signals only to the main thread; in other threads, nothing is recorded. On exit, the previous
     handlers are restored, including those set from C. If the system has no `sigaction`, handlers set from C are not
-    replaced.
-
-    Args:
-        is_answered: Whether the first signal is answered with a message.
-
-    Yields:
-        The record of the signals.
+    replaced. `is_answered` says whether the first signal is answered with a message.
     """
     found = Interrupts(is_answered)
     with _handled(_SIGNALS, found.receive):
@@ -79,10 +70,7 @@ def recording(is_answered: bool = True) -> Iterator[Interrupts]:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Return a context manager that makes SIGTERM and SIGHUP raise `KeyboardInterrupt`, as Ctrl-C does.
-
-    If a signal already has a handler, that handler is kept.
-    """
+    """Make SIGTERM and SIGHUP raise `KeyboardInterrupt` in a block, as Ctrl-C does, unless they have a handler."""
     numbers = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
     with _handled(numbers, _stop):
         yield

@@ -20,10 +20,9 @@ from lorakit.train.files.run_folder import MetricsLog, UnwrittenLog
 from lorakit.train.loop import score_cache
 from lorakit.train.loop.evaluation import evaluate
 from lorakit.train.loop.interrupts import Interrupts, recording
-from lorakit.train.loop.optimizer import received_gradients
+from lorakit.train.loop.optimizer import ADVICE, HALF, received_gradients
 from lorakit.train.loop.run import Run
 from lorakit.train.loop.saving import save_checkpoint
-from lorakit.train.loop.scaling import ADVICE, HALF
 from lorakit.train.loop.step import StepResult, train_step
 from lorakit.train.spec import ADAPTER
 
@@ -31,16 +30,14 @@ from lorakit.train.spec import ADAPTER
 class Loop:
     """The training loop, which takes a run from its current state to the end.
 
-    Args:
-        run: The run to train; its loader must be at the position recorded in the run's state. The loop updates the
-            state and the status.
+    The run's loader must be at the position recorded in its state. The loop updates the state and the status.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._folder = run.spec.folder
         self._options = run.step_options
-        self._processes = run.processes
+        self._processes = run.spec.processes
         self._saved = (run.state.step, run.state.evaluated_step) if run.start.resumed_from else (-1, -1)
         self._is_interrupted = False
 

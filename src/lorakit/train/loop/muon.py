@@ -17,9 +17,6 @@ INSTEAD = tuple(name for name in OPTIMIZERS if name != "muon")
 def check_muon(device: torch.device) -> None:
     """Check that torch has Muon.
 
-    Args:
-        device: The run's device; every device supports Muon.
-
     Raises:
         UsageError: The installed torch is older than 2.9.
     """
@@ -45,13 +42,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, matrices: list[dict[str, Any]], others: torch.optim.Optimizer | None, *, lr: float) -> None:
-        """Set up the optimizer.
-
-        Args:
-            matrices: Parameter groups of 2-D tensors, from `lorakit.train.loop.optimizer.parameter_groups`.
-            others: The optimizer of all other tensors, or None if there are none.
-            lr: Learning rate for groups that do not set their own.
-        """
+        """Combine Muon of groups of 2-D tensors, from `parameter_groups`, with the optimizer of all others, if any."""
         muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
         self._parts = [muon] if others is None else [muon, others]
         super().__init__([group for part in self._parts for group in part.param_groups], {"lr": lr})
@@ -60,14 +51,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one optimizer step.
-
-        Args:
-            closure: A function that recomputes the loss, or None.
-
-        Returns:
-            The closure's return value, or None without a closure.
-        """
+        """Take one optimizer step, and return the result of the closure, which computes the loss again, or None."""
         first, *others = self._parts
         loss = first.step(closure)  # before any update
         for part in others:

@@ -1,4 +1,10 @@
-"""The optimizers of `lorakit train`: a registry, parameter groups, clipping, and saved state."""
+"""The optimizers of `lorakit train`: a registry, parameter groups, clipping, saved state, and the scale of the loss.
+
+The smallest number of fp16 above zero is 6e-8, and its largest is 65,504. Gradients pass through fp16 activations on
+every device, so small ones would be rounded to zero. The loss of a base in fp16 is therefore multiplied by a scale
+before the backward pass, and the gradients of the factors, which are fp32, are divided by it. A step whose gradients
+overflow is skipped, and the scale is halved; after 2,000 steps without overflow, it is doubled.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +17,7 @@ from torch import nn
 
 from lorakit import core
 from lorakit.core.optimizers import LoraFA, Rates, freeze_factors, rates_by_name, trained_parts
-from lorakit.errors import ConfigError, RunError
+from lorakit.errors import ConfigError, NonFiniteError, RunError
 from lorakit.plan.optimizer_state import BLOCK_8BIT
 from lorakit.train.loop.adamw8bit import adamw8bit, check_adamw8bit
 from lorakit.train.loop.flat_adamw import FlatAdamW, is_packable
@@ -20,6 +26,18 @@ from lorakit.train.settings.settings import TrainSettings
 
 Named = Sequence[tuple[str, nn.Parameter]]
 """Trainable tensors, each with its name in the model."""
+
+HALF = "float16"
+"""The dtype of a base whose loss is scaled."""
+
+ADVICE = (
+    " float16 has no numbers above 65,504, so activations or weights of this model may have overflowed. Use --dtype "
+    "bfloat16 or --dtype float32, or try a lower --learning-rate."
+)
+"""Advice for a loss or an output that is not finite on an fp16 base."""
+
+LEAST_SCALE = 1.0
+"""The smallest loss scale at which a gradient may overflow; a smaller one would make gradients smaller."""
 
 _FUSED_DEVICES = ("cpu", "cuda", "mps")
 _EPSILON = 1e-6  # the value that torch's `clip_grads_with_norm_` uses
@@ -39,11 +57,7 @@ class OptimizerKind:
 
 
 def check_optimizer(name: str, device: torch.device) -> None:
-    """Check that an optimizer is available; no model is needed.
-
-    Args:
-        name: A key of `OPTIMIZERS`.
-        device: The run's device.
+    """Check that an optimizer (a key of `OPTIMIZERS`) is available on a device; no model is needed.
 
     Raises:
         MissingExtra: The optimizer needs a package that is not installed.
@@ -56,11 +70,6 @@ def check_optimizer(name: str, device: torch.device) -> None:
 
 def build_optimizer(model: nn.Module, adapter: str, settings: TrainSettings) -> tuple[Named, torch.optim.Optimizer]:
     """Build the optimizer for a run; for LoRA-FA, first freeze the factors that are not initialized to zero.
-
-    Args:
-        model: The adapted model.
-        adapter: Name of the adapter to train.
-        settings: Optimizer, learning rates and weight decay.
 
     Returns:
         (name, tensor) pairs for the trainable tensors (any shape), and the optimizer for these tensors.
@@ -136,10 +145,7 @@ def build_adamw(
         named: (name, tensor) pairs for the trainable tensors (any shape).
         learning_rate: The initial learning rate; the loop sets the rate before each step.
         weight_decay: Decay coefficient; each step multiplies every matrix by `1 - learning_rate * weight_decay`.
-        rates: Peak learning rates, keyed by tensor name, for tensors whose peak rate differs from `learning_rate`.
-
-    Returns:
-        The optimizer, with empty state.
+        rates: Peak learning rates by name, for tensors whose peak rate differs from `learning_rate`.
 
     Raises:
         RunError: The model has no trainable tensors.
@@ -159,11 +165,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Group tensors by learning rate and weight decay; a group's `share` is its peak rate divided by the run's.
 
-    Args:
-        named: (name, tensor) pairs for the trainable tensors (any shape).
-        learning_rate: The run's learning rate.
-        weight_decay: Decay coefficient for matrices; other tensors are not decayed.
-        rates: Peak learning rates, keyed by tensor name, for tensors whose peak rate differs from `learning_rate`.
+    For the arguments, see `build_adamw`.
 
     Raises:
         RunError: The model has no trainable tensors.
@@ -187,11 +189,7 @@ def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
-    """Return the global 2-norm of all gradients as a scalar tensor; 0 if there are no gradients.
-
-    Args:
-        parameters: Tensors of any shape; those without a gradient are skipped.
-    """
+    """Return the global 2-norm of the gradients of tensors (any shape) as a scalar tensor; 0 without gradients."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
 
@@ -199,13 +197,9 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
 def clipped_step(
     optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], norm: torch.Tensor, max_norm: float
 ) -> None:
-    """Clip the gradients to a maximum global 2-norm and take an optimizer step.
+    """Clip the gradients to a maximum global 2-norm, 0 for none, and take an optimizer step.
 
-    Args:
-        optimizer: Result of `build_optimizer` or `build_adamw`; `FlatAdamW` scales the gradients within its step.
-        parameters: The trainable tensors (any shape); their `.grad` may be scaled in place.
-        norm: Result of `gradient_norm`, a scalar.
-        max_norm: The maximum norm; 0 disables clipping.
+    `.grad` may be scaled in place; `norm` is the result of `gradient_norm`. `FlatAdamW` scales within its step.
 
     Raises:
         RunError: The dtype, device or shape of a tensor changed after the optimizer was built; nothing was updated.
@@ -227,16 +221,10 @@ OTHER_STATE = ("step", "absmax1", "absmax2", "qmap1", "qmap2")
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, named: Named) -> dict[str, torch.Tensor]:
-    """Return the optimizer's state as named tensors that can be saved to a file.
+    """Return the optimizer's state as named CPU tensors that can be saved to a file, in the dtypes of the optimizer.
 
-    Args:
-        optimizer: Result of `build_optimizer` or `build_adamw`.
-        named: (name, tensor) pairs for the trainable tensors (any shape).
-
-    Returns:
-        A dict of CPU tensors with keys such as "exp_avg/<name>", whose first parts are in `LIKE_TENSOR` or
-        `OTHER_STATE`; dtypes are those of the optimizer. Trainable tensors that never received a gradient have no
-        entries.
+    Keys are such as "exp_avg/<name>", whose first parts are in `LIKE_TENSOR` or `OTHER_STATE`. Trainable tensors that
+    never received a gradient have no entries.
     """
     tensors = {}
     for name, parameter in named:
@@ -251,13 +239,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, named: Named) -> dict[str, t
 def received_gradients(model: nn.Module, adapter: str, optimizer: torch.optim.Optimizer) -> dict[tuple[str, int], bool]:
     """Return whether each expert of each site received a gradient other than zero in any step, from the moments.
 
-    Args:
-        model: The adapted model.
-        adapter: Name of the adapter that is trained.
-        optimizer: Its optimizer, after one or more steps.
-
-    Returns:
-        A dict keyed by site and number of the expert, which is 0 at sites without experts.
+    The keys are the site and the number of the expert, which is 0 at sites without experts.
     """
     found: dict[tuple[str, int], bool] = {}
     for part in trained_parts(model, adapter):
@@ -277,12 +259,7 @@ def _moments(state: Mapping[str, Any]) -> list[torch.Tensor]:
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, named: Named, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Restore the optimizer's state from the result of `state_tensors`.
-
-    Args:
-        optimizer: A newly built optimizer for the same tensors.
-        named: (name, tensor) pairs for the trainable tensors (any shape).
-        tensors: The saved state, keyed as in `state_tensors`.
+    """Restore the state of a newly built optimizer for the same tensors from the result of `state_tensors`.
 
     Raises:
         RunError: A name or shape in `tensors` does not match `named`; nothing was restored.
@@ -305,3 +282,61 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, named: Named, tensors: 
 def _restored(value: torch.Tensor, device: torch.device) -> torch.Tensor | int:
     """Return a saved value as the optimizer held it: an int if it is an integer count, else a copy on the device."""
     return int(value) if value.dtype == torch.int64 else value.to(device).clone()
+
+
+def loss_scaler(
+    device: torch.device, dtype: str, state: Mapping[str, float] | None = None
+) -> torch.amp.GradScaler | None:
+    """Return the scaler of a run's loss, with its state in a checkpoint, or None if the base is not in fp16."""
+    if dtype != HALF:
+        return None
+    scaler = torch.amp.GradScaler(device.type)
+    if state:
+        scaler.load_state_dict(dict(state))
+    return scaler
+
+
+def scaler_state(scaler: torch.amp.GradScaler | None) -> dict[str, float]:
+    """Return the state of a scaler from `loss_scaler` as plain JSON values; empty without one."""
+    return {} if scaler is None else scaler.state_dict()
+
+
+def check_trained_in_fp32(dtype: str, count: int, field: str = "dtype") -> None:
+    """Check that no parameter of a run is trained in fp16, in which the moments of AdamW would be rounded to zero.
+
+    `count` is the number of parameters that are trained in the dtype of the base: saved modules and biases.
+
+    Raises:
+        ConfigError: The dtype is float16 and `count` is above 0; `field` is the setting to report.
+    """
+    if dtype == HALF and count:
+        raise ConfigError(
+            f"dtype is 'float16', but {count:,} parameters of saved modules, heads or biases would be trained in it, "
+            "and their updates would be rounded to zero. Use --dtype bfloat16 or --dtype float32, or train only A and "
+            "B (without modules_to_save and bias).",
+            what=HALF,
+            field=field,
+            allowed=("auto", "bfloat16", "float32"),
+        )
+
+
+def check_named_in_fp32(named: Named, dtype: str) -> None:
+    """Check that no trainable tensor (any shape) is in fp16.
+
+    Raises:
+        ConfigError: The dtype is float16, and a tensor has this dtype.
+    """
+    check_trained_in_fp32(dtype, sum(p.numel() for _, p in named if p.dtype == torch.float16))
+
+
+def check_scale(scaler: torch.amp.GradScaler, value: float) -> None:
+    """Check that a lower loss scale can prevent the overflow of a gradient, whose norm `value` is not finite.
+
+    Raises:
+        NonFiniteError: The scale, before its update, is already `LEAST_SCALE` or less.
+    """
+    if scaler.get_scale() <= LEAST_SCALE:
+        raise NonFiniteError(
+            f"the gradient norm became {value} with the loss scale {scaler.get_scale():g}; the step was not taken.",
+            what="gradient norm",
+        )

@@ -1,7 +1,4 @@
-"""Progress output of a run: a live bar on a terminal, plain lines elsewhere.
-
-This is the only module in `train` that imports rich, and it depends on the fields of metrics rows, not on the loop.
-"""
+"""Progress output of a run: a live bar on a terminal, plain lines elsewhere. In `train`, only this imports rich."""
 
 from __future__ import annotations
 
@@ -27,11 +24,7 @@ LIVE_BYTES = 1_000_000
 
 
 class Progress(contextlib.AbstractContextManager["Progress"]):
-    """Base class for objects that report a run's progress; it prints nothing and is the default for `run`.
-
-    Args:
-        verbose: Whether to print details.
-    """
+    """Reports a run's progress; this base class prints nothing. `verbose` says whether to print details."""
 
     def __init__(self, *, verbose: bool = False) -> None:
         self._verbose = verbose
@@ -45,7 +38,7 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
         """Report the number of bytes tokenized so far and the total number of bytes; called often."""
 
     def begin(self, step: int, total_steps: int) -> None:
-        """Report the start of the training loop, the number of steps already taken, and the total number of steps."""
+        """Report the start of the loop after `step` steps."""
 
     def train_row(self, row: Mapping[str, Any]) -> None:
         """Report the metrics of a step."""
@@ -78,12 +71,7 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
 
 
 class PlainProgress(Progress):
-    """Progress as lines of text, for pipes, files and notebooks.
-
-    Args:
-        stream: Stream to write to; None means stdout.
-        verbose: Whether to print details.
-    """
+    """Progress as lines of text, for pipes, files and notebooks; the stream is stdout by default."""
 
     def __init__(self, stream: TextIO | None = None, *, verbose: bool = False) -> None:
         super().__init__(verbose=verbose)
@@ -104,7 +92,7 @@ class PlainProgress(Progress):
             )
 
     def begin(self, step: int, total_steps: int) -> None:
-        """Store the first step and the current time, from which the time left is estimated."""
+        """Store the start, from which the time left is estimated."""
         self._first, self._total, self._started = step, total_steps, time.monotonic()
 
     def train_row(self, row: Mapping[str, Any]) -> None:
@@ -124,9 +112,7 @@ class PlainProgress(Progress):
 class LiveProgress(Progress):
     """A progress bar on the last line of a terminal, showing the loss, tokens per second, memory use and time left.
 
-    Args:
-        stream: The terminal; None means stdout.
-        verbose: Whether to print details above the bar.
+    The terminal is stdout by default.
     """
 
     def __init__(self, stream: TextIO | None = None, *, verbose: bool = False) -> None:
@@ -200,12 +186,7 @@ class LiveProgress(Progress):
 
 
 def progress_for(stream: TextIO, *, verbose: bool = False) -> Progress:
-    """Return a live progress bar if the stream is a terminal that supports one, or else plain-text progress.
-
-    Args:
-        stream: Stream to write to.
-        verbose: Whether to print details.
-    """
+    """Return a live progress bar if the stream is a terminal that supports one, or else plain-text progress."""
     return LiveProgress(stream, verbose=verbose) if is_animated(stream) else PlainProgress(stream, verbose=verbose)
 
 

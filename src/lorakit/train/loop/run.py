@@ -258,11 +258,6 @@ class Run:
     status: str = "running"
 
     @property
-    def processes(self) -> Processes:
-        """The processes of the run; those that share a base run the model equally often."""
-        return dataclasses.replace(self.spec.processes, in_lockstep=self.loaded.sharded is not None)
-
-    @property
     def trainable_parameters(self) -> int:
         """Number of trainable parameters."""
         return sum(parameter.numel() for _, parameter in self.updates.named)
@@ -276,7 +271,7 @@ class Run:
     def step_options(self) -> StepOptions:
         """Options for `train_step`."""
         options = step_options(self.spec, self.plan, self.loaded.acceleration)
-        return dataclasses.replace(options, scaler=self.updates.scaler, processes=self.processes)
+        return dataclasses.replace(options, scaler=self.updates.scaler)
 
     @property
     def seeds(self) -> list[int]:

@@ -11,17 +11,15 @@ from typing import Any
 
 from lorakit import core, durable, hub
 from lorakit.core.model.index import state_of
-from lorakit.errors import DiskError
+from lorakit.errors import DiskError, describe
 from lorakit.ops import choices
 from lorakit.report import read_metrics
 from lorakit.session.tokenizers import SavedTokenizer
 from lorakit.tables import format_bytes
 from lorakit.train.files import checkpoint
 from lorakit.train.files.model_card import model_card
-from lorakit.train.loop.optimizer import state_tensors
+from lorakit.train.loop.optimizer import scaler_state, state_tensors
 from lorakit.train.loop.run import Run
-from lorakit.train.loop.scaling import scaler_state
-from lorakit.train.processes.failures import describe
 from lorakit.train.spec import ADAPTER, DiskSpace
 
 
@@ -36,7 +34,7 @@ def save_checkpoint(run: Run) -> Path | None:
     Raises:
         DiskError: Not even the adapter can be written.
     """
-    processes = run.processes
+    processes = run.spec.processes
     random = processes.exchange(checkpoint.random_state())
     return processes.from_first(lambda: _write_checkpoint(run, random))
 

@@ -23,8 +23,7 @@ from lorakit.session.measuring import oom_as_run_error
 from lorakit.speed import Acceleration
 from lorakit.tasks import LossSum, loss_sum
 from lorakit.train.loop.gradient_sum import GradientSum
-from lorakit.train.loop.optimizer import Named, clipped_step, gradient_norm, set_rate
-from lorakit.train.loop.scaling import check_scale
+from lorakit.train.loop.optimizer import Named, check_scale, clipped_step, gradient_norm, set_rate
 from lorakit.train.processes.processes import ALONE, Processes
 
 
@@ -35,16 +34,14 @@ class StepOptions:
     Attributes:
         device: The model's device.
         max_grad_norm: Maximum gradient norm; 0 disables clipping.
-        autocast: Dtype of matrix multiplications under `torch.autocast` on an accelerator; None disables autocast.
+        autocast: Dtype of matrix multiplications under `torch.autocast` on an accelerator, or None.
         acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
-        recompute: What the backward pass recomputes: a value in `lorakit.plan.job.RECOMPUTED`; used only for
-            out-of-memory advice.
-        limited_by: Setting for which `recompute` was chosen, "memory_budget" or "fit", or None; used only for
-            out-of-memory advice.
+        recompute: What the backward pass recomputes, from `lorakit.plan.job.RECOMPUTED`; for out-of-memory advice.
+        limited_by: Setting for which `recompute` was chosen, "memory_budget" or "fit", or None; for the same advice.
         releases_memory: Whether to return freed CPU memory to the operating system before each batch. Otherwise, malloc
             keeps it, and gaps that are too small for the tensors of later batches add to the memory of the process.
-        scaler: Scales the loss of an fp16 base (see `lorakit.train.loop.scaling`); None for other bases.
-        loss: Function that runs the model and returns the summed loss of a batch; the default is for causal models.
+        scaler: Scales the loss of an fp16 base; None for other bases.
+        loss: Function that runs the model and returns the summed loss of a batch.
         processes: The processes that compute a step together.
         is_interrupted: Function that returns whether this process was asked to stop.
     """
@@ -72,11 +69,7 @@ class StepOptions:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def oom_advice(self, rows: int) -> str:
-        """Return advice on reducing a step's memory use, best option first; options already in use are left out.
-
-        Args:
-            rows: Number of rows in the batch that did not fit in memory.
-        """
+        """Return advice on reducing memory for a batch of `rows`, best option first, without options already in use."""
         is_fused = self.acceleration is not None
         more = [
             name for name in RECOMPUTED[RECOMPUTED.index(self.recompute) + 1 :] if is_fused or name != "feed-forward"
@@ -179,12 +172,9 @@ def train_step(
 
 
 def idle_batches(processes: Processes, batches: Sequence[Batch], counts: Sequence[int]) -> list[Batch]:
-    """Return the batches that a process computes only because others have more; empty unless they are in lockstep.
+    """Return the batches that a process computes only because others have more, given the number of batches of each.
 
-    Args:
-        processes: The processes.
-        batches: The batches of this process.
-        counts: Number of batches of each process.
+    The result is empty unless the processes are in lockstep.
     """
     if not processes.in_lockstep or min(counts) == max(counts):
         return []
@@ -204,13 +194,8 @@ def _backward(
 ) -> float:
     """Run the forward and backward passes of this process's batches, and return their summed loss.
 
-    Args:
-        model: The model.
-        batches: The batches.
-        trained: Number of tokens that contribute to the loss in the whole step, by which the loss is divided.
-        options: Device, precision and acceleration.
-        sums: The sums of the gradients over the processes, which start during the last backward pass.
-        idle: Batches whose loss is multiplied by zero.
+    `trained` counts the tokens with loss in the whole step. `sums` start during the last backward pass. The loss of
+    `idle` batches is multiplied by zero.
     """
     total = torch.zeros((), device=options.device)
     last = None if _adds_penalties(model, options.processes) else len(batches) + len(idle) - 1
@@ -246,8 +231,7 @@ def _adds_penalties(model: nn.Module, processes: Processes) -> bool:
 def _update(named: Named, optimizer: torch.optim.Optimizer, options: StepOptions) -> tuple[float, bool]:
     """Clip the gradients and take the step, unless they overflowed because of the loss scale, which is then lowered.
 
-    Returns:
-        The norm of the gradient before clipping, without the loss scale, and whether the step was skipped.
+    Returns the norm of the gradient before clipping, without the loss scale, and whether the step was skipped.
     """
     parameters, scaler = [parameter for _, parameter in named], options.scaler
     if scaler is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -32,14 +31,9 @@ UNREACHABLE = "MASTER_ADDR"
 
 
 def connect(launched: Launched, seconds: float) -> Store:
-    """Start the process group of a run, over the variables of torch.
+    """Start the process group of a run, and return the store that the processes share until they end.
 
-    Args:
-        launched: This process among the others.
-        seconds: Limit of the wait for the other processes, now and in each operation of the group.
-
-    Returns:
-        The store that the processes share until they end.
+    `seconds` limits the wait for the other processes, now and in each operation of the group.
 
     Raises:
         RunError: Not all processes could be reached; `field` is `BROKEN` or `UNREACHABLE`.
@@ -78,8 +72,8 @@ def connect(launched: Launched, seconds: float) -> Store:
 def _attempt(store: Store, rank: int) -> int:
     """Return how often the processes were started before; torch's launcher keeps its store, with old addresses.
 
-    With several machines, the launcher of each one counts only the restarts that a process on it has caused. Therefore
-    the arrivals of each process are counted, too, which leaves out a process that has ended before.
+    The launcher of each machine counts only the restarts that a process on it has caused. Therefore the arrivals of
+    each process are counted, too, which leaves out a process that has ended before.
     """
     return max(restarts_of(os.environ), store.add(f"lorakit/arrivals/{rank}", 1) - 1)
 
@@ -89,51 +83,37 @@ def _first_line(cause: Exception) -> str:
     return next(iter(str(cause).splitlines()), type(cause).__name__).rstrip(".")
 
 
-@dataclass
-class _Attempt:
-    """One attempt to connect to the store of the first process.
-
-    Attributes:
-        has_connected: Whether the store has answered.
-        causes: The error, if there was one.
-    """
-
-    has_connected: bool = False
-    causes: list[Exception] = field(default_factory=list)
-
-    def make(self, host: str, port: int) -> None:
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-        limit = timedelta(seconds=_CONNECTING)
-        try:
-            TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
-            self.has_connected = True
-        except (RuntimeError, ValueError) as cause:
-            self.causes.append(cause)
-
-
 def _wait_for_first(launched: Launched, address: str, seconds: float) -> None:
     """Wait until the first process answers.
 
     Raises:
         RunError: Another program answers, or no answer arrives within the limit.
     """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
     host, _, port = address.rpartition(":")
     until = time.monotonic() + seconds
+
+    def attempt(failures: list[Exception]) -> None:
+        try:
+            TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_CONNECTING))
+        except (RuntimeError, ValueError) as cause:
+            failures.append(cause)
+
     while True:
-        attempt = _Attempt()
-        thread = threading.Thread(target=attempt.make, args=(host, int(port)), daemon=True)
+        failures = list[Exception]()
+        thread = threading.Thread(target=attempt, args=(failures,), daemon=True)
         thread.start()
         thread.join(min(_CONNECTING, seconds) + _ANSWERING)
-        if attempt.has_connected:
-            return
         if thread.is_alive():
             text = f"{address} is used by another program, not by process 0; use another MASTER_PORT."
             raise RunError(text, what=address, field=BROKEN)
+        if not failures:
+            return
         if time.monotonic() > until:
             raise RunError(
                 f"process {launched.rank} of {launched.count} cannot reach process 0 at {address} within {seconds:g} s "
-                f"({_first_line(attempt.causes[0])}); check MASTER_ADDR and MASTER_PORT, and that process 0 runs.",
+                f"({_first_line(failures[0])}); check MASTER_ADDR and MASTER_PORT, and that process 0 runs.",
                 what=address,
                 field=UNREACHABLE,
             )

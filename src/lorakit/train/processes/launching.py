@@ -62,9 +62,6 @@ class Launched:
     def of(cls, environment: Mapping[str, str]) -> Launched:
         """Read the variables of torchrun or SLURM.
 
-        Args:
-            environment: Environment variables.
-
         Raises:
             UsageError: A variable is missing or not a number.
         """
@@ -78,12 +75,8 @@ class Launched:
 def job_of(environment: Mapping[str, str]) -> str:
     """Return the name of the job that started this process: the same after a restart, and another for another job.
 
-    Args:
-        environment: Environment variables.
-
-    Returns:
-        The id that the launcher was given or has chosen; without an id, this machine's name and the launcher's process
-        id; "" if the launcher is not torch's.
+    It is the id that the launcher was given or has chosen; without an id, this machine's name and the launcher's
+    process id; "" if the launcher is not torch's.
     """
     given = _text(environment, "TORCHELASTIC_RUN_ID")
     return f"{socket.gethostname()}:{os.getppid()}" if given == "none" else given
@@ -92,9 +85,6 @@ def job_of(environment: Mapping[str, str]) -> str:
 def restarts_of(environment: Mapping[str, str]) -> int:
     """Return how often torch's launcher has started the processes again, as known on this machine.
 
-    Args:
-        environment: Environment variables.
-
     Raises:
         UsageError: The variable is not a number.
     """
@@ -102,11 +92,7 @@ def restarts_of(environment: Mapping[str, str]) -> int:
 
 
 def is_first(environment: Mapping[str, str]) -> bool:
-    """Return whether this process reports errors, as far as its variables tell: its rank is 0 or unknown.
-
-    Args:
-        environment: Environment variables.
-    """
+    """Return whether this process reports errors, as far as its variables tell: its rank is 0 or unknown."""
     rank = _text(environment, "RANK") or _text(environment, "SLURM_PROCID")
     return not (rank.isdecimal() and int(rank) > 0)
 
@@ -117,13 +103,9 @@ def is_started_by_lorakit() -> bool:
 
 
 def reported(code: int) -> int:
-    """Return the code with which this process must exit, after everything that there is to say was printed.
+    """Return the code with which this process must exit, after the command ended with `code` and printed everything.
 
-    Args:
-        code: The exit code of the command.
-
-    Returns:
-        The same code; or 0 in the processes that `launch` started: it reads the code of the first one from a file.
+    That is 0 in the processes that `launch` started: it reads the code of the first one from a file.
     """
     file = os.environ.get(_CODE_FILE, "")
     if code == LOST or not file or not is_started_by_lorakit():
@@ -139,7 +121,7 @@ def silent_seconds() -> float:
 
 
 def quiet_torch() -> None:
-    """Keep torch, which must not be imported yet, from printing connections that fail: `RunError` tells about them."""
+    """Keep torch, which must not be imported yet, from printing connections that fail; `RunError` tells about them."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
@@ -193,9 +175,6 @@ def _by_slurm(environment: Mapping[str, str]) -> Launched:
 def first_host(nodes: str) -> str:
     """Return the first host of a list in SLURM's notation, such as "node03" for "node[03-05,9],login".
 
-    Args:
-        nodes: The list.
-
     Raises:
         UsageError: The list has another form.
     """
@@ -220,7 +199,7 @@ def launch(arguments: Sequence[str], count: int, max_restarts: int, saved: str) 
         saved: Sentence for errors that says how to continue.
 
     Returns:
-        The exit code: that of the process that has printed the reason.
+        The exit code of the process that has printed the reason.
 
     Raises:
         RunError: A process ended without a message, for example because it was killed, and no restart is left.
@@ -261,10 +240,7 @@ def launch(arguments: Sequence[str], count: int, max_restarts: int, saved: str) 
 
 
 def _silent_end(codes: Mapping[int, int], restarts: int, saved: str) -> RunError:
-    """Return the error for processes that failed, given their exit codes; a negative one is the number of a signal.
-
-    The launcher stops the others with SIGTERM.
-    """
+    """Return the error for failed processes, given their exit codes: minus the signal's number after a signal."""
     silent = {rank: code for rank, code in codes.items() if code not in (LOST, -signal.SIGTERM)}
     rank, code = min(silent.items(), key=lambda one: one[1], default=(None, LOST))  # a signal first
     who = "a process" if rank is None else f"process {rank}"

@@ -1,43 +1,68 @@
 """The processes of a run: their number, what they exchange, and errors that end all of them.
 
-`joined` starts the process group (`torch.distributed`) that a launcher prepared, and yields this process's `Processes`;
-everything else asks that object. A single process has no group, and each method returns at once.
-
 Values and errors are exchanged by one operation, `exchange`, in which all processes take part. A process that fails
 sends its error in place of the value, whatever the others are exchanging, so that all of them raise it. Tensors are
 exchanged only after an `exchange` in which no process has failed. Sums that run while other operations do have a
 separate group, so that only the order of the sums must be the same in all processes.
+
+`joined` starts the group of processes that a launcher prepared. A process that cannot wait for the others leaves its
+error in the store through which they have found each other, which outlives all processes but the first.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import os
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 import torch
 
-from lorakit.errors import LorakitError, RunError, UsageError
-from lorakit.train.processes.connecting import connect
-from lorakit.train.processes.failures import Failure, Notices, is_of_group
+import lorakit.errors
+from lorakit.errors import LorakitError, RunError, UsageError, describe
 from lorakit.train.processes.launching import PATIENCE, PROCESS_ENDED, Launched, job_of, restarts_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
 
-_ALIGNED = 16
-"""Numbers to a multiple of which each tensor of a flat buffer starts, so that kernels see aligned memory."""
+_FAILED, _REPORTING = "lorakit/failed", "lorakit/reporting"  # keys in the store
+_REPORT_SECONDS = 10
 
 
 @dataclass(frozen=True)
+class Failure:
+    """An error of another process: its class in `lorakit.errors`, its message and its fields."""
+
+    kind: str
+    message: str
+    fields: Mapping[str, object]
+
+    @classmethod
+    def of(cls, cause: Exception) -> Failure:
+        """Describe an error; one that lorakit did not raise becomes a RunError."""
+        kind = type(cause).__name__
+        if isinstance(cause, LorakitError) and hasattr(lorakit.errors, kind):
+            return cls(kind, str(cause), cause.fields)
+        return cls("RunError", f"unexpected {describe(cause)}", {"what": kind, "field": None})
+
+    def error(self, rank: int) -> LorakitError:
+        """Return the error of process `rank`, to be raised in another one."""
+        kind: type[LorakitError] = getattr(lorakit.errors, self.kind)
+        return kind(f"process {rank}: {self.message}", **self.fields)  # type: ignore[arg-type]
+
+
+@dataclass(eq=False)
 class Processes:
-    """The processes of a run, as seen by one of them.
+    """The processes of a run, as seen by one of them; a single process has no group, and each method returns at once.
 
     Attributes:
         rank: Number of this process, from 0; process 0 alone prints and writes.
@@ -47,7 +72,7 @@ class Processes:
         job: Name of the launcher's job, which stays the same after a restart; "" without such a launcher.
         in_lockstep: Whether all processes must run the model equally often, because they gather its weights together
             (`sharding`). A process that fails then cannot wait for the others, which wait for its part of a weight.
-        notices: What the processes tell each other without an exchange.
+        store: The store; None if there is a single process or another library has connected the processes.
         sums: The group in which sums of tensors run; None is the group of all other operations.
     """
 
@@ -57,9 +82,9 @@ class Processes:
     restarts: int = 0
     job: str = ""
     in_lockstep: bool = False
-    notices: Notices = field(default_factory=Notices, repr=False, compare=False)
-    sums: ProcessGroup | None = field(default=None, repr=False, compare=False)
-    _shared: list[BaseException] = field(default_factory=list, repr=False, compare=False)
+    store: Store | None = field(default=None, repr=False)
+    sums: ProcessGroup | None = field(default=None, repr=False)
+    _shared: list[BaseException] = field(default_factory=list, repr=False)
 
     @property
     def is_alone(self) -> bool:
@@ -82,12 +107,11 @@ class Processes:
         """
         if self.is_alone:
             return [value]
-        found = self._gather((value, None))
-        failed = [(rank, failure) for rank, (_, failure) in enumerate(found) if failure is not None]
-        if failed:
-            rank, failure = failed[0]
-            self._raise(failure.error(rank))
-        return [cast(T, one) for one, _ in found]
+        pairs = self._gather((value, None))
+        for rank, (_, failure) in enumerate(pairs):
+            if failure is not None:
+                self._raise(failure.error(rank))
+        return [cast(T, one) for one, _ in pairs]
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -99,19 +123,19 @@ class Processes:
         try:
             yield
         except Exception as cause:
-            if self.is_alone or self.has_shared(cause):
+            if self.is_alone or self._has_shared(cause):
                 raise
-            if self.in_lockstep and isinstance(cause, RuntimeError) and is_of_group(cause):
+            if self.in_lockstep and isinstance(cause, RuntimeError) and _is_of_group(cause):
                 self._raise_lost(cause)  # the consequence of another process's error
             self._shared.append(cause)
             if self.in_lockstep:
-                self.notices.leave(self.rank, Failure.of(cause))
+                self._leave(Failure.of(cause))
             else:
                 self._gather((None, Failure.of(cause)))
             raise
         self.exchange(None)
 
-    def has_shared(self, cause: BaseException) -> bool:
+    def _has_shared(self, cause: BaseException) -> bool:
         """Return whether all processes know of an error or of its cause, or this process can no longer tell them."""
         known: BaseException | None = cause
         while known is not None and not any(known is one for one in self._shared):
@@ -119,10 +143,7 @@ class Processes:
         return known is not None
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Return what a function returns in process 0; the other processes wait and do not call it.
-
-        Args:
-            make: Function whose result can be pickled.
+        """Return what a function returns in process 0, which is pickled; the other processes wait and do not call it.
 
         Raises:
             LorakitError: The function failed, or another process did.
@@ -136,18 +157,15 @@ class Processes:
         return any(self.exchange(flag))
 
     def check_equal(self, values: Mapping[str, object]) -> None:
-        """Check that all processes have the same values.
-
-        Args:
-            values: Name -> value, which is compared as text.
+        """Check that all processes have the same values, by name, which are compared as text.
 
         Raises:
             UsageError: A value differs; the message names it, and gives two values with their processes.
         """
-        found = self.exchange({name: str(value) for name, value in values.items()})
-        for rank, other in enumerate(found):
-            for name in sorted({*found[0], *other}):
-                here, there = found[0].get(name), other.get(name)
+        by_rank = self.exchange({name: str(value) for name, value in values.items()})
+        for rank, other in enumerate(by_rank):
+            for name in sorted({*by_rank[0], *other}):
+                here, there = by_rank[0].get(name), other.get(name)
                 if here != there:
                     raise UsageError(
                         f"{name} is {here or 'missing'} in process 0, but {there or 'missing'} in process {rank}; all "
@@ -171,17 +189,10 @@ class Processes:
         from torch import distributed
 
         work = self._guarded(lambda: distributed.all_reduce(buffer, group=self.sums, async_op=True))
-
-        def wait() -> None:
-            self._guarded(work.wait)
-
-        return wait
+        return lambda: self._guarded(work.wait)
 
     def from_first_in_place(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Replace the values of tensors by those in process 0.
-
-        Args:
-            tensors: Tensors of any shape, with the same shapes and dtypes in every process.
+        """Replace the values of tensors, of the same shapes and dtypes in every process, by those in process 0.
 
         Raises:
             RunError: Another process ended.
@@ -190,21 +201,53 @@ class Processes:
             return
         from torch import distributed
 
-        buffers, parts = flat_parts(tensors)
         with torch.no_grad():
-            for part, tensor in zip(parts, tensors, strict=True):
-                part.copy_(tensor)
-            for buffer in buffers:
-                self._guarded(lambda buffer=buffer: distributed.broadcast(buffer, 0))  # type: ignore[misc]
-            for part, tensor in zip(parts, tensors, strict=True):
-                tensor.copy_(part)
+            for tensor in tensors:
+                values = tensor.contiguous()
+                self._guarded(lambda values=values: distributed.broadcast(values, 0))  # type: ignore[misc]
+                tensor.copy_(values)
+
+    def announce_report(self) -> None:
+        """Tell the other processes, from the first one, that it reports an error now."""
+        if self.store is not None:
+            with suppress(RuntimeError):  # the launcher that has the store may have ended
+                self.store.set(_REPORTING, "1")
+
+    def wait_for_report(self) -> bool:
+        """Wait until the first process reports an error; a launcher stops it when another one exits.
+
+        Returns:
+            Whether the first process reports it; False if it has ended or does not answer.
+        """
+        if self.store is None:
+            return True
+        try:
+            self.store.wait([_REPORTING], timedelta(seconds=_REPORT_SECONDS))
+        except RuntimeError:
+            return False
+        time.sleep(1)  # it prints one line
+        return True
+
+    def _leave(self, failure: Failure) -> None:
+        """Leave a failure where the other processes find it after this one has ended."""
+        if self.store is not None:
+            with suppress(RuntimeError):  # the first process has ended, and with it the store
+                self.store.set(_FAILED, json.dumps([self.rank, asdict(failure)], default=str))
+
+    def _left(self) -> LorakitError | None:
+        """Return the failure that another process has left, as an error, or None."""
+        with suppress(RuntimeError):  # the first process has ended, and with it the store
+            if self.store is not None and self.store.check([_FAILED]):
+                rank, values = json.loads(self.store.get(_FAILED))
+                return Failure(**values).error(int(rank))
+        return None
 
     def _gather(self, value: tuple[object, Failure | None]) -> list[tuple[object, Failure | None]]:
         from torch import distributed
 
-        found: list[tuple[object, Failure | None]] = [(None, None)] * self.count
-        self._guarded(lambda: distributed.all_gather_object(found, value))
-        return found
+        pairs: list[tuple[object, Failure | None]] = [(None, None)] * self.count
+        self._guarded(lambda: distributed.all_gather_object(pairs, value))
+        return pairs
 
     def _guarded(self, call: Callable[[], T]) -> T:
         """Call an operation of the group; if it fails, another process has ended."""
@@ -215,11 +258,8 @@ class Processes:
 
     def _raise_lost(self, cause: RuntimeError) -> NoReturn:
         """Raise the error that another process has left before it ended, or one that says that it ended."""
-        left = self.notices.left()
-        if left is not None:
-            self._raise(left)
         text = "another process ended or can no longer be reached, so the run cannot go on."
-        self._raise(RunError(text, what=" ".join(str(cause).split()), field=PROCESS_ENDED))
+        self._raise(self._left() or RunError(text, what=" ".join(str(cause).split()), field=PROCESS_ENDED))
 
     def _raise(self, error: LorakitError) -> NoReturn:
         self._shared.append(error)
@@ -230,26 +270,13 @@ ALONE = Processes()
 """A single process."""
 
 
-def flat_parts(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return a flat buffer of zeros for each dtype of some tensors, and a view of a buffer for each tensor.
-
-    Args:
-        tensors: Tensors of any shape, on one device.
-
-    Returns:
-        The 1-D buffers, and the views, which have the shapes and dtypes of the tensors.
-    """
-    places, sizes = list[int](), dict[torch.dtype, int]()
-    for tensor in tensors:
-        places.append(sizes.get(tensor.dtype, 0))
-        sizes[tensor.dtype] = places[-1] + -(-tensor.numel() // _ALIGNED) * _ALIGNED
-    device = tensors[0].device if tensors else "cpu"
-    flat = {dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
-    parts = [
-        flat[tensor.dtype][place : place + tensor.numel()].view(tensor.shape)
-        for tensor, place in zip(tensors, places, strict=True)
-    ]
-    return list(flat.values()), parts
+def _is_of_group(cause: Exception) -> bool:
+    """Return whether an operation of torch.distributed raised an error, which it does if another process is gone."""
+    trace = cause.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = None if trace is None else trace.tb_frame.f_globals.get("__name__")
+    return str(where).startswith("torch.distributed.")
 
 
 @contextmanager
@@ -270,49 +297,45 @@ def joined(seconds: float = PATIENCE) -> Iterator[Processes]:
     """
     from torch import distributed
 
-    is_available = distributed.is_available()
     job, restarts = job_of(os.environ), restarts_of(os.environ)
-    if is_available and distributed.is_initialized():
+    if distributed.is_available() and distributed.is_initialized():
         rank, count = distributed.get_rank(), distributed.get_world_size()
-        held = Processes(rank, count, int(os.environ.get("LOCAL_RANK", rank)), restarts, job)
-        with _with_sums(_with_restarts(held)) as processes:
+        processes = Processes(rank, count, int(os.environ.get("LOCAL_RANK", rank)), restarts, job)
+        _agree(processes)
+        try:
             yield processes
+        finally:
+            distributed.destroy_process_group(processes.sums)
         return
     launched = Launched.of(os.environ)
-    if launched.count == 1:
-        yield Processes(restarts=restarts, job=job)
+    processes = Processes(launched.rank, launched.count, launched.local_rank, restarts, job)
+    if processes.is_alone:
+        yield processes
         return
-    if not is_available:
+    if not distributed.is_available():
         raise UsageError(
             f"WORLD_SIZE is {launched.count}, but this build of torch has no torch.distributed; start one process.",
             what=launched.count,
             field="WORLD_SIZE",
         )
-    store = connect(launched, seconds)
+    from lorakit.train.processes.connecting import connect
+
+    processes.store = connect(launched, seconds)
     try:
-        held = Processes(launched.rank, launched.count, launched.local_rank, restarts, job, notices=Notices(store))
-        with _with_sums(_with_restarts(held)) as processes:
-            yield processes
+        _agree(processes)
+        yield processes
     except BaseException as cause:
         traceback.clear_frames(cause.__traceback__)  # a sharded model refers to the group
         raise
     finally:
+        processes.sums = None
         gc.collect()  # a group that still exists when the interpreter ends can abort the process
         distributed.destroy_process_group()
 
 
-def _with_restarts(processes: Processes) -> Processes:
-    """Return the processes with the largest number of restarts: that of the machine on which a process had ended."""
-    return replace(processes, restarts=max(processes.exchange(processes.restarts)))
-
-
-@contextmanager
-def _with_sums(processes: Processes) -> Iterator[Processes]:
-    """Add the group in which sums of tensors run, for a block."""
+def _agree(processes: Processes) -> None:
+    """Take the restarts of the machine on which a process had ended, and add the group in which sums run."""
     from torch import distributed
 
-    group = distributed.new_group()
-    try:
-        yield replace(processes, sums=group)
-    finally:
-        distributed.destroy_process_group(group)
+    processes.restarts = max(processes.exchange(processes.restarts))
+    processes.sums = distributed.new_group()

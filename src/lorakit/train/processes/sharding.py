@@ -119,10 +119,6 @@ def shard_base(model: nn.Module, parallel: Parallel) -> ShardedBase:
     The original weights, which adapters with a residual base keep, are given up, because each process would hold them
     as a whole.
 
-    Args:
-        model: The adapted model, in main memory.
-        parallel: How the processes share the base: "fsdp" or "hsdp".
-
     Raises:
         NotYetSupported: The model has no known blocks, or blocks that share weights.
     """
@@ -158,11 +154,7 @@ def shard_base(model: nn.Module, parallel: Parallel) -> ShardedBase:
 
 
 def blocks_of(index: AdapterIndex) -> list[str]:
-    """Return the paths of a model's transformer blocks: the outermost layers in lists that can be recomputed.
-
-    Args:
-        index: The index of a transformers model.
-    """
+    """Return the paths of a model's transformer blocks: the outermost layers in lists that can be recomputed."""
     lists = {path for path, module in index.everything.items() if isinstance(module, nn.ModuleList)}
     found = list[str]()
     for path, module in index.everything.items():
@@ -176,11 +168,7 @@ def _is_within(path: str, blocks: Sequence[str]) -> bool:
 
 
 def frozen_bytes(index: AdapterIndex) -> dict[int, int]:
-    """Return the size in bytes of each frozen parameter of a base, by the parameter's id.
-
-    Args:
-        index: The index of the model with its adapters.
-    """
+    """Return the size in bytes of each frozen parameter of a base under adapters, by the parameter's id."""
     held = (p for module in index.everything.values() for p in module._parameters.values() if p is not None)
     return {id(p): p.numel() * p.element_size() for p in held if not p.requires_grad}
 
@@ -210,11 +198,7 @@ def _unit_bytes(index: AdapterIndex, blocks: Sequence[str], sizes: Mapping[int, 
 
 
 def local_bytes(model: nn.Module) -> int:
-    """Return the size of this process's part of a sharded base, in bytes.
-
-    Args:
-        model: The model, outside of its forward and backward passes.
-    """
+    """Return the size of this process's part of a sharded base in bytes, outside of forward and backward passes."""
     from torch.distributed.tensor import DTensor
 
     parts = [parameter.to_local() for parameter in model.parameters() if isinstance(parameter, DTensor)]

@@ -249,7 +249,9 @@ def _hybrid(ranks: Sequence[int], device: torch.device, reason: str) -> Parallel
     return Parallel("hsdp", (machines, local), device, reason)
 
 
-def share_base(model: nn.Module, parallel: Parallel | None, progress: Progress) -> ShardedBase | None:
+def share_base(
+    model: nn.Module, parallel: Parallel | None, processes: Processes, progress: Progress
+) -> ShardedBase | None:
     """Shard the base of a run if it is to be sharded, and report how the processes share it.
 
     Everything that reads whole weights outside of forward passes comes before.
@@ -262,5 +264,6 @@ def share_base(model: nn.Module, parallel: Parallel | None, progress: Progress) 
             progress.detail(f"parallel: {parallel.method}, because {parallel.reason}")
         return None
     sharded = shard_base(model, parallel)
+    processes.in_lockstep = True
     progress.say(sharded.line())
     return sharded

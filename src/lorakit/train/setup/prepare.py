@@ -24,10 +24,9 @@ from lorakit.tasks import EncodeOptions, load_model_for
 from lorakit.train.files import checkpoint
 from lorakit.train.files.trackers import Trackers
 from lorakit.train.files.train_state import TrainState
-from lorakit.train.loop.optimizer import build_optimizer, load_state_tensors
+from lorakit.train.loop.optimizer import HALF, build_optimizer, check_named_in_fp32, load_state_tensors, loss_scaler
 from lorakit.train.loop.progress import Progress
 from lorakit.train.loop.run import LoadedModel, Run, RunBatches, Start, Updates
-from lorakit.train.loop.scaling import HALF, check_named_in_fp32, loss_scaler
 from lorakit.train.setup.agreement import check_rows, check_same_base, choose_parallel, share_base, share_tensors
 from lorakit.train.setup.fitting import arrange, fit_plan
 from lorakit.train.setup.run_adapter import add_adapter, quantized_run_base
@@ -55,7 +54,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     resumed = _newest_checkpoint(spec, progress)
     model, base_bytes, notes = _adapted(spec, plan, device, batches.loader, resumed.path, progress)
     loaded = _computing(model, base_bytes, spec, plan, batches.loader, resumed, progress)
-    loaded = dataclasses.replace(loaded, sharded=share_base(model, parallel, progress))
+    loaded = dataclasses.replace(loaded, sharded=share_base(model, parallel, spec.processes, progress))
     updates = _updates(model, spec, plan, limits, resumed.snapshot)
     plan, loaded = fit_plan(spec, plan, limits, batches, loaded, updates, progress)
     limits, batches = _same_rows_per_step(limits, batches, plan)

@@ -26,10 +26,9 @@ from lorakit.speed import Acceleration, choose
 from lorakit.tables import format_bytes
 from lorakit.train.files.checkpoint import differences, environment
 from lorakit.train.files.run_folder import checkpoints, run_files
-from lorakit.train.loop.optimizer import Named
+from lorakit.train.loop.optimizer import HALF, Named, check_trained_in_fp32
 from lorakit.train.loop.progress import Progress
 from lorakit.train.loop.run import RunBatches
-from lorakit.train.loop.scaling import HALF, check_trained_in_fp32
 from lorakit.train.settings.types import SHARDED
 from lorakit.train.spec import ADAPTER, DiskSpace, RunLimits, RunPlan, RunSpec
 

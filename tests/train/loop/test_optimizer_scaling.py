@@ -10,8 +10,13 @@ from torch import nn
 
 from lorakit.data import Batch
 from lorakit.errors import ConfigError, NonFiniteError
-from lorakit.train.loop.optimizer import build_adamw
-from lorakit.train.loop.scaling import check_named_in_fp32, check_trained_in_fp32, loss_scaler, scaler_state
+from lorakit.train.loop.optimizer import (
+    build_adamw,
+    check_named_in_fp32,
+    check_trained_in_fp32,
+    loss_scaler,
+    scaler_state,
+)
 from lorakit.train.loop.step import StepOptions, StepResult, train_step
 
 CPU = torch.device("cpu")
