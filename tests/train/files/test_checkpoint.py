@@ -203,7 +203,7 @@ import builtins, io, json, os, shutil, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from lorakit import durable
+from lorakit import durable, durable_folders
 from lorakit.train.files import checkpoint
 from lorakit.train.files.checkpoint import random_state
 from lorakit.train.files.train_state import TrainState

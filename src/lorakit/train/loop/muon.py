@@ -42,7 +42,13 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, matrices: list[dict[str, Any]], others: torch.optim.Optimizer | None, *, lr: float) -> None:
-        """Combine Muon of groups of 2-D tensors, from `parameter_groups`, with the optimizer of all others, if any."""
+        """Set up the optimizer.
+
+        Args:
+            matrices: Parameter groups of 2-D tensors, from `lorakit.train.loop.optimizer.parameter_groups`.
+            others: The optimizer of all other tensors, or None if there are none.
+            lr: Learning rate for groups that do not set their own.
+        """
         muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
         self._parts = [muon] if others is None else [muon, others]
         super().__init__([group for part in self._parts for group in part.param_groups], {"lr": lr})

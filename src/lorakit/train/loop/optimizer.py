@@ -199,7 +199,8 @@ def clipped_step(
 ) -> None:
     """Clip the gradients to a maximum global 2-norm, 0 for none, and take an optimizer step.
 
-    `.grad` may be scaled in place; `norm` is the result of `gradient_norm`. `FlatAdamW` scales within its step.
+    `.grad` of the parameters (any shape) may be scaled in place; `norm` is the scalar of `gradient_norm`. `FlatAdamW`
+    scales within its step.
 
     Raises:
         RunError: The dtype, device or shape of a tensor changed after the optimizer was built; nothing was updated.
