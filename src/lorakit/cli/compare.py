@@ -57,18 +57,18 @@ def run(
         console.say(_text(comparison))
 
 
-def _pair(found: Comparison) -> dict[str, Any]:
+def _pair(comparison: Comparison) -> dict[str, Any]:
     """Return the comparison of two adapters over all their common sites; the overlaps are medians, or None."""
-    sites = found.sites
+    sites = comparison.sites
     return {
-        "names": found.names,
-        "cosine": found.cosine,
-        "norms": found.norms,
+        "names": comparison.names,
+        "cosine": comparison.cosine,
+        "norms": comparison.norms,
         "sites": len(sites),
         "output_overlap": statistics.median(site.output_overlap for site in sites) if sites else None,
         "input_overlap": statistics.median(site.input_overlap for site in sites) if sites else None,
-        "base": found.base,
-        "in_part": found.in_part,
+        "base": comparison.base,
+        "in_part": comparison.in_part,
     }
 
 
@@ -90,9 +90,9 @@ def _pairs_text(pairs: Sequence[dict[str, Any]]) -> str:
     return "\n".join([console.table(header, rows), legend, *notes])
 
 
-def _groups(found: Comparison) -> Iterator[dict[str, Any]]:
+def _groups(comparison: Comparison) -> Iterator[dict[str, Any]]:
     """Yield statistics of the sites, grouped by the last component of their path; norms and overlaps are medians."""
-    for name, members in by_name(found.sites, lambda site: site.path.rpartition(".")[2]).items():
+    for name, members in by_name(comparison.sites, lambda site: site.path.rpartition(".")[2]).items():
         cosines = [site.cosine for site in members]
         yield {
             "module": name,
@@ -104,21 +104,21 @@ def _groups(found: Comparison) -> Iterator[dict[str, Any]]:
         }
 
 
-def _text(found: Comparison) -> str:
-    first, second = found.names
+def _text(comparison: Comparison) -> str:
+    first, second = comparison.names
     lines = [
-        f"{first} and {second}: cosine {found.cosine:.4f} over all sites",
-        f"norms      {found.norms[0]:.3g} and {found.norms[1]:.3g}",
-        f"base       {found.base}",
+        f"{first} and {second}: cosine {comparison.cosine:.4f} over all sites",
+        f"norms      {comparison.norms[0]:.3g} and {comparison.norms[1]:.3g}",
+        f"base       {comparison.base}",
     ]
-    for title in found.in_part:
+    for title in comparison.in_part:
         lines.append(f"{title:<10} only the low-rank parts are compared")
-    for folder, paths in ((first, found.only_first), (second, found.only_second)):
+    for folder, paths in ((first, comparison.only_first), (second, comparison.only_second)):
         if paths:
             lines.append(f"only in    {folder}: {format_count(len(paths), 'site')}, first {paths[0]}")
     lines = list(map(console.inline, lines))
     header = ["module", "sites", "cosine min", "median", "max", "‖ΔW‖ 1", "‖ΔW‖ 2", "writes", "reads"]
-    rows = [_row(group) for group in _groups(found)]
+    rows = [_row(group) for group in _groups(comparison)]
     lines += ["", console.table(header, rows) if rows else "no sites in common"]
     if rows:
         lines.append("writes, reads: overlap of the output and input subspaces; medians over the sites")

@@ -143,18 +143,18 @@ def _count_inactive(encoded: Encoded, tokenizer: Tokenizer, flags: Flags, length
     encoded.report.inactive_sequences = count_inactive(adapter, encoded.sequences)
 
 
-def _print(found: Quality, note: str, flags: Flags) -> None:
+def _print(quality: Quality, note: str, flags: Flags) -> None:
     from lorakit.data.quality import marked, row_title
 
-    for line in [*found.report.lines(), note, *found.notes]:
+    for line in [*quality.report.lines(), note, *quality.notes]:
         console.say(line)
-    for line in found.warnings():
+    for line in quality.warnings():
         console.warning(line)
-    most = max((count for _, count in found.histogram), default=1)
-    rows = [[f"<= {size:,}", f"{count:,}", "#" * max(1, round(30 * count / most))] for size, count in found.histogram]
+    most = max((count for _, count in quality.histogram), default=1)
+    rows = [[f"<= {size:,}", f"{count:,}", "#" * max(1, round(30 * count / most))] for size, count in quality.histogram]
     console.say()
     console.say(console.table(["tokens", "sequences", ""], rows))
-    for number, tokens in enumerate(found.examples[: flags.rows], start=1):
+    for number, tokens in enumerate(quality.examples[: flags.rows], start=1):
         is_colored = colored(sys.stdout)
         how = "colored" if is_colored else "in brackets"
         console.say(f"\n{row_title(number, tokens)} ({how}: contributes to the loss)")

@@ -154,48 +154,48 @@ def examine(*, quick: bool) -> Findings:
     )
 
 
-def advice(found: Findings) -> list[str]:
+def advice(facts: Findings) -> list[str]:
     """Return suggested fixes, with the command if there is one, most important first; empty if nothing needs fixing."""
     return [
-        *_about_packages(found),
-        *_about_device(found),
-        *_about_cpu(found),
-        *_about_room(found),
-        *_about_scripts(found),
+        *_about_packages(facts),
+        *_about_device(facts),
+        *_about_cpu(facts),
+        *_about_room(facts),
+        *_about_scripts(facts),
     ]
 
 
-def _about_packages(found: Findings) -> list[str]:
-    missing = [name for name in REQUIRED if found.packages[name] is None]
+def _about_packages(facts: Findings) -> list[str]:
+    missing = [name for name in REQUIRED if facts.packages[name] is None]
     lines = [f"required packages missing: {', '.join(missing)}; run pip install {' '.join(missing)}"] if missing else []
     for name, (purpose, command) in OPTIONAL.items():
-        if found.packages[name] is None:
+        if facts.packages[name] is None:
             lines.append(f"{name} is not installed ({purpose}): {command}")
-    if found.unknown_release:
+    if facts.unknown_release:
         lines.append(
-            f"transformers {found.unknown_release} is newer or older than the releases that lorakit accelerates fully "
-            f"({found.acceleration}): pip install -U lorakit"
+            f"transformers {facts.unknown_release} is newer or older than the releases that lorakit accelerates fully "
+            f"({facts.acceleration}): pip install -U lorakit"
         )
     return lines
 
 
-def _about_device(found: Findings) -> list[str]:
-    if found.torch is None:
+def _about_device(facts: Findings) -> list[str]:
+    if facts.torch is None:
         return []
-    if "triton" in found.kernels_lack:
+    if "triton" in facts.kernels_lack:
         return ["Triton fuses the operations between matmuls on a GPU: pip install 'lorakit[triton]'"]
     has_gpu = Path("/proc/driver/nvidia/version").exists()
-    if has_gpu and found.torch.cuda is None:
+    if has_gpu and facts.torch.cuda is None:
         return ["an NVIDIA GPU was found, but this torch is built without CUDA: see pytorch.org/get-started"]
-    if has_gpu and not any("cuda" in name for name in found.torch.devices):
-        return [f"torch (CUDA {found.torch.cuda}) cannot use the NVIDIA GPU: the driver may be too old"]
+    if has_gpu and not any("cuda" in name for name in facts.torch.devices):
+        return [f"torch (CUDA {facts.torch.cuda}) cannot use the NVIDIA GPU: the driver may be too old"]
     return []
 
 
-def _about_cpu(found: Findings) -> list[str]:
-    if found.torch is None or any("cuda" in name for name in found.torch.devices):
+def _about_cpu(facts: Findings) -> list[str]:
+    if facts.torch is None or any("cuda" in name for name in facts.torch.devices):
         return []
-    lines, threads, cores = [], found.torch.threads, found.machine.cores
+    lines, threads, cores = [], facts.torch.threads, facts.machine.cores
     if threads > cores:
         lines.append(
             f"torch uses {threads} threads on {cores} cores, which slows it down: export OMP_NUM_THREADS={cores}"
@@ -204,31 +204,31 @@ def _about_cpu(found: Findings) -> list[str]:
         lines.append(
             f"torch uses one thread on {cores} cores: unset OMP_NUM_THREADS, or export OMP_NUM_THREADS={cores}"
         )
-    if "compiler" in found.kernels_lack:
+    if "compiler" in facts.kernels_lack:
         lines.append(
             "a C compiler makes training steps on this CPU about 10% faster: apt install gcc, or your system's "
             "equivalent"
         )
-    if found.machine.load is not None and found.machine.load > cores:
+    if facts.machine.load is not None and facts.machine.load > cores:
         lines.append(
-            f"the machine is busy (load {found.machine.load:.1f} on {cores} cores): measured speeds are too low"
+            f"the machine is busy (load {facts.machine.load:.1f} on {cores} cores): measured speeds are too low"
         )
     return lines
 
 
-def _about_room(found: Findings) -> list[str]:
-    lines, available = [], found.machine.available_bytes
+def _about_room(facts: Findings) -> list[str]:
+    lines, available = [], facts.machine.available_bytes
     if available is not None and available < LITTLE_MEMORY_BYTES:
         lines.append(f"only {format_bytes(available)} of memory is free: close other programs, or use a small model")
-    if found.cache_free_bytes < LITTLE_DISK_BYTES:
-        free = format_bytes(found.cache_free_bytes)
-        lines.append(f"only {free} is free for models in {found.cache}: export HF_HOME=<directory on a larger disk>")
+    if facts.cache_free_bytes < LITTLE_DISK_BYTES:
+        free = format_bytes(facts.cache_free_bytes)
+        lines.append(f"only {free} is free for models in {facts.cache}: export HF_HOME=<directory on a larger disk>")
     return lines
 
 
-def _about_scripts(found: Findings) -> list[str]:
+def _about_scripts(facts: Findings) -> list[str]:
     """Return recommended settings for the user's own scripts; the command line applies them automatically."""
-    if found.torch is None or found.machine.allocator != "glibc" or any("cuda" in name for name in found.torch.devices):
+    if facts.torch is None or facts.machine.allocator != "glibc" or any("cuda" in name for name in facts.torch.devices):
         return []
     return [
         "glibc returns freed blocks to the OS, which slows training in your own scripts (`lorakit train` and `lorakit "
@@ -236,8 +236,8 @@ def _about_scripts(found: Findings) -> list[str]:
     ]
 
 
-def _text(found: Findings, hints: list[str], verbose: bool) -> str:
-    machine, torch, unknown = found.machine, found.torch, "unknown"
+def _text(facts: Findings, hints: list[str], verbose: bool) -> str:
+    machine, torch, unknown = facts.machine, facts.torch, "unknown"
     free, total = (
         unknown if size is None else format_bytes(size) for size in (machine.available_bytes, machine.memory_bytes)
     )
@@ -250,29 +250,29 @@ def _text(found: Findings, hints: list[str], verbose: bool) -> str:
         f"{format_count(torch.threads, 'thread') if torch else 'no torch'}; "
         f"{', '.join(machine.features) or 'no known features'}",
         f"memory     {free} of {total} free",
-        f"kernels    {found.kernels}",
-        *(f"           {device}: {kernels}" for device, kernels in found.cuda_kernels.items()),
-        f"speed      {_speed_text(found.speed)}",
-        *(f"precision  --dtype auto on {device}: {reason}" for device, reason in found.precision.items()),
-        f"accelerate {_release_text(found)}",
+        f"kernels    {facts.kernels}",
+        *(f"           {device}: {kernels}" for device, kernels in facts.cuda_kernels.items()),
+        f"speed      {_speed_text(facts.speed)}",
+        *(f"precision  --dtype auto on {device}: {reason}" for device, reason in facts.precision.items()),
+        f"accelerate {_release_text(facts)}",
     ]
     if verbose:
-        versions = ", ".join(f"{name} {version or '–'}" for name, version in found.packages.items())
+        versions = ", ".join(f"{name} {version or '–'}" for name, version in facts.packages.items())
         lines += [
             f"packages   {versions}",
             f"allocator  {machine.allocator}",
-            f"waiting    {' '.join(f'{name}={value}' for name, value in found.waiting.items()) or 'as torch sets it'}",
-            f"hub        {'offline' if found.offline else 'online if a Hub id is given'}; models in {found.cache}, "
-            f"{format_bytes(found.cache_free_bytes)} free",
+            f"waiting    {' '.join(f'{name}={value}' for name, value in facts.waiting.items()) or 'as torch sets it'}",
+            f"hub        {'offline' if facts.offline else 'online if a Hub id is given'}; models in {facts.cache}, "
+            f"{format_bytes(facts.cache_free_bytes)} free",
         ]
     return "\n".join(lines)
 
 
-def _release_text(found: Findings) -> str:
-    if found.unknown_release:
-        unknown = f"{found.unknown_release} is not one of them, so modules with other source are not accelerated"
-        return f"transformers {found.acceleration}; {unknown}"
-    return f"transformers {found.packages['transformers'] or found.acceleration}: known source"
+def _release_text(facts: Findings) -> str:
+    if facts.unknown_release:
+        unknown = f"{facts.unknown_release} is not one of them, so modules with other source are not accelerated"
+        return f"transformers {facts.acceleration}; {unknown}"
+    return f"transformers {facts.packages['transformers'] or facts.acceleration}: known source"
 
 
 def _speed_text(speed: Mapping[str, Any] | None) -> str:

@@ -84,20 +84,20 @@ def _values(one: Evaluation) -> dict[str, Any]:
     return {"loss": one.loss, "tokens": one.tokens, **(one.metrics or {"perplexity": one.perplexity}), **undefined}
 
 
-def _table(found: Sequence[tuple[str, Evaluation]]) -> str:
-    """Return the evaluations as a table; metrics of single classes are listed below it."""
-    metrics = [name for name in found[0][1].metrics if "/" not in name]
-    if not found[0][1].metrics:
-        rows = [[name, f"{one.loss:.4f}", f"{one.perplexity:.2f}", f"{one.tokens:,}"] for name, one in found]
+def _table(named: Sequence[tuple[str, Evaluation]]) -> str:
+    """Return the named as a table; metrics of single classes are listed below it."""
+    metrics = [name for name in named[0][1].metrics if "/" not in name]
+    if not named[0][1].metrics:
+        rows = [[name, f"{one.loss:.4f}", f"{one.perplexity:.2f}", f"{one.tokens:,}"] for name, one in named]
         return console.table(["", "loss", "perplexity", "tokens"], rows)
-    rows = [[name, f"{one.loss:.4f}", *(_shown(one, key) for key in metrics)] for name, one in found]
-    reasons = {f"{key}: undefined, because {reason}." for _, one in found for key, reason in one.undefined.items()}
+    rows = [[name, f"{one.loss:.4f}", *(_shown(one, key) for key in metrics)] for name, one in named]
+    reasons = {f"{key}: undefined, because {reason}." for _, one in named for key, reason in one.undefined.items()}
     table = "\n".join([console.table(["", "loss", *metrics], rows), *sorted(reasons)])
-    classes = [name for name in found[0][1].metrics if "/" in name]
+    classes = [name for name in named[0][1].metrics if "/" in name]
     if not classes:
         return table
-    single = [[name.partition("/")[2], *(_shown(one, name) for _, one in found)] for name in classes]
-    return f"{table}\n\n{console.table(['F1 by class', *(name for name, _ in found)], single)}"
+    single = [[name.partition("/")[2], *(_shown(one, name) for _, one in named)] for name in classes]
+    return f"{table}\n\n{console.table(['F1 by class', *(name for name, _ in named)], single)}"
 
 
 def _shown(one: Evaluation, name: str) -> str:

@@ -48,11 +48,11 @@ def read(key: str) -> Evaluation | None:
         return None
 
 
-def write(key: str, found: Evaluation) -> str:
+def write(key: str, evaluation: Evaluation) -> str:
     """Keep an evaluation under a key of `key_of`; return the reason why it could not be kept, or ""."""
     try:
         entries = {name: entry for name, entry in _entries().items() if name != key}
-        entries[key] = {"loss": found.loss, "tokens": found.tokens, "scores": dict(found.scores)}
+        entries[key] = {"loss": evaluation.loss, "tokens": evaluation.tokens, "scores": dict(evaluation.scores)}
         newest = [{"key": name, **entry} for name, entry in entries.items()][-MOST_KEPT:]
         write_json(EVALUATIONS.path(), sealed({"format": EVALUATIONS.format, "scores": newest}))
     except (DiskError, OSError) as cause:
@@ -150,10 +150,10 @@ def write_kept(cache: Cache, key: str, values: Mapping[str, Any], most: int) -> 
     return ""
 
 
-def _add(found: Any, name: str, tensor: Tensor) -> None:
+def _add(digest: Any, name: str, tensor: Tensor) -> None:
     """Add the name, the type, the shape and the bits of a tensor (any shape) to a hash."""
-    found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-    found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _entries() -> dict[str, dict[str, Any]]:

@@ -309,15 +309,15 @@ def find_adapter(given: str) -> Path:
     return adapter_from_hub(given, has_tokenizer=True)
 
 
-def _origin(given: str, found: core.TrainedAdapter) -> JsonObject:
-    training = found.facts.get("training")
+def _origin(given: str, adapter: core.TrainedAdapter) -> JsonObject:
+    training = adapter.facts.get("training")
     steps = _steps(training)
     if steps is not None and isinstance(training, dict) and isinstance(training.get("from_adapter"), dict):
         before = training["from_adapter"].get("steps")
         steps = steps + before if isinstance(before, int) else None
-    base = found.facts.get("base_name") or found.config.base_model_name_or_path
+    base = adapter.facts.get("base_name") or adapter.config.base_model_name_or_path
     rows = {name: training.get(name) for name in ("shape", "columns")} if isinstance(training, dict) else None
-    return {"name": given, "sha256": found.weights_sha256, "base_name": base, "steps": steps, "rows": rows}
+    return {"name": given, "sha256": adapter.weights_sha256, "base_name": base, "steps": steps, "rows": rows}
 
 
 def _steps(training: JsonValue) -> int | None:
@@ -326,13 +326,13 @@ def _steps(training: JsonValue) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def _optimizer(found: core.TrainedAdapter, settings: TrainSettings) -> Path:
+def _optimizer(adapter: core.TrainedAdapter, settings: TrainSettings) -> Path:
     """Return the checkpoint with the optimizer state at the adapter's step, after verifying it."""
-    folder, step = found.folder, _steps(found.facts.get("training"))
+    folder, step = adapter.folder, _steps(adapter.facts.get("training"))
     path = folder if (folder / checkpoint.MANIFEST).is_file() else folder.parent / f"checkpoint-{step}"
     try:
         checkpoint.verify(path)
-        same = core.read_for_training(path).weights_sha256 == found.weights_sha256
+        same = core.read_for_training(path).weights_sha256 == adapter.weights_sha256
         record = run_folder.read_record(path.parent)
     except LorakitError as cause:
         raise _no_optimizer(folder, f"{path} is not a valid checkpoint ({cause})") from cause
