@@ -21,14 +21,7 @@ from lorakit.core.int8.quantized_base import (
 from lorakit.core.kinds import Kind, WeightSpec, kind_named
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.linalg import RankLimit
-from lorakit.core.merging import (
-    MergeReport,
-    explain_inexact_merge,
-    merge,
-    merge_and_unload,
-    merged_state_dict,
-    unmerge,
-)
+from lorakit.core.merging import MergeReport, explain_inexact_merge, merge, merge_and_unload, merged_state_dict, unmerge
 from lorakit.core.model.activation import (
     activate,
     adapters,

@@ -42,16 +42,7 @@ from lorakit.core.statistics.moments import Statistics
 from lorakit.core.variants import Start, variant_for
 from lorakit.errors import AdapterError, ConfigError
 from lorakit.tables import format_bytes
-from lorakit.targets import (
-    ALL_LINEAR,
-    Match,
-    Note,
-    Resolution,
-    Unmatched,
-    match_path,
-    note_on_rest,
-    with_current_names,
-)
+from lorakit.targets import ALL_LINEAR, Match, Note, Resolution, Unmatched, match_path, note_on_rest, with_current_names
 
 
 @dataclass(frozen=True)

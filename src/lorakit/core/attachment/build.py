@@ -15,12 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.attachment.residual_base import (
-    SiteStart,
-    in_stored_form,
-    init_context_for,
-    initialized,
-)
+from lorakit.core.attachment.residual_base import SiteStart, in_stored_form, init_context_for, initialized
 from lorakit.core.factor import make_dropout
 from lorakit.core.inits import InitContext, discard_first_draws, init_for
 from lorakit.core.layers.bias import BiasPatch

@@ -285,10 +285,7 @@ def _without_dropout(
 
 
 def _renamed(
-    layout: ExpertsLayout,
-    tensors: Mapping[str, Tensor],
-    present: Mapping[str, Mapping[str, str]],
-    old_sites: _OldSites,
+    layout: ExpertsLayout, tensors: Mapping[str, Tensor], present: Mapping[str, Mapping[str, str]], old_sites: _OldSites
 ) -> dict[str, Tensor]:
     """Return the tensors that are not fused, under their current names."""
     taken = {

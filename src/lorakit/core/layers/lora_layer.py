@@ -19,15 +19,7 @@ from torch.nn import ModuleDict, ParameterDict
 
 from lorakit.config import scale
 from lorakit.core.clones import bare, with_forward
-from lorakit.core.factor import (
-    HOLDERS,
-    TRAINED,
-    BufferDict,
-    own_container,
-    parameter,
-    put_own,
-    weight_holder,
-)
+from lorakit.core.factor import HOLDERS, TRAINED, BufferDict, own_container, parameter, put_own, weight_holder
 from lorakit.core.kinds.kind import Kind, WeightSpec, spread
 from lorakit.core.layers.adapter_component import MergeOptions, TunerLayer, trainable_tensors
 from lorakit.core.layers.base_weight import BaseWeight
