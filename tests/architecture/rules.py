@@ -129,7 +129,7 @@ FIELD_HOMES = (
     "config",
     "peft",
     "cli",
-    *(f"train/settings/{name}.py" for name in ("data_and_adapter", "defaults", "conversion/names")),
+    *(f"train/settings/{name}.py" for name in ("data_and_adapter", "defaults", "conversion/__init__")),
 )
 BANNED_STEMS = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "base"}
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lorakit import core, hub
-from lorakit.cli import answers, main, prompts
+from lorakit.cli import main, prompts
 from lorakit.cli.prompts import read_chats, read_tools
 from lorakit.config import LoraConfig
 from lorakit.errors import DataError
@@ -113,7 +113,7 @@ def test_several_answers_stand_one_below_the_other_in_a_pipe(
 )
 def test_a_stream_is_broken_between_words(text: str, printed: str) -> None:
     for size in (1, 2, 5, 100):
-        lines = answers._Lines(10)
+        lines = prompts._Lines(10)
         pieces = [lines.add(text[at : at + size]) for at in range(0, len(text), size)]
         assert "".join([*pieces, lines.end()]) == printed
 
@@ -132,7 +132,7 @@ def test_columns_on_a_wide_terminal(tiny_tokenizer: Any, monkeypatch: pytest.Mon
     rows = [Answer("base", tiny_tokenizer, [1]), Answer("mine", tiny_tokenizer, [1])]
     ids = tiny_tokenizer("hello")["input_ids"]
     stream = [NewToken(row, token, "length" if token == ids[-1] else None) for token in ids for row in (0, 1)]
-    answers.show(rows, stream)
+    prompts.show(rows, stream)
     shown = screen.getvalue()
     assert any("base" in line and "mine" in line for line in shown.splitlines())
     assert any(line.count("hello") == 2 for line in shown.splitlines())
@@ -150,7 +150,7 @@ def test_a_models_terminal_commands_are_not_obeyed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("COLUMNS", "20")  # too narrow for columns side by side
     for labels in (["one"], ["one", "two"]):
         rows = [Answer(label, Tokenizer(), [1]) for label in labels]
-        answers.show(rows, [NewToken(row, 2, "length") for row in range(len(rows))])
+        prompts.show(rows, [NewToken(row, 2, "length") for row in range(len(rows))])
     assert screen.getvalue().count("a␛[2Jb") == 3
     assert "\x1b[2J" not in screen.getvalue()
 

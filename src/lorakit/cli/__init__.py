@@ -149,7 +149,7 @@ def _explain(error: Exception, tokens: list[str], as_json: bool) -> int:
     from cyclopts import CycloptsError, UnknownOptionError
 
     from lorakit.train.processes.launching import is_first
-    from lorakit.train.settings.conversion.names import CONVERT_ADVICE, NAMES_ELSEWHERE
+    from lorakit.train.settings.conversion import CONVERT_ADVICE, NAMES_ELSEWHERE
 
     if tokens[:1] == ["train"] and isinstance(error, CycloptsError) and not is_first(os.environ):
         return 2  # the first of the processes of the run reports it

@@ -13,9 +13,8 @@ from cyclopts import Parameter
 from lorakit import allocator
 from lorakit.choices import BASE_MATMULS, DTYPES, MATMUL_IN_DTYPE, MATMUL_IN_INT8
 from lorakit.cli import adapters, console, early
-from lorakit.cli.answers import show
 from lorakit.cli.flag_groups import RevisionFlag
-from lorakit.cli.prompts import first_line, read_chats, read_prompts, read_tools, summary
+from lorakit.cli.prompts import first_line, read_chats, read_prompts, read_tools, show, summary
 from lorakit.errors import MergeError, UsageError
 from lorakit.plan.quantized import stored_as
 from lorakit.terminal import working

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from lorakit.durable import problem_in
 from lorakit.errors import ConfigError, did_you_mean
 from lorakit.hub_cache import with_revision
-from lorakit.train.settings.conversion.names import CONVERT_ADVICE, NAMES_ELSEWHERE
+from lorakit.train.settings.conversion import CONVERT_ADVICE, NAMES_ELSEWHERE
 from lorakit.train.settings.data_and_adapter import OF_CONFIG
 from lorakit.train.settings.defaults import DEFAULTS, SettingFields, choices_of, types_of_settings
 

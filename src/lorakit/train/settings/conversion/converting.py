@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from lorakit.choices import TASK_NAMES
 from lorakit.errors import ConfigError, did_you_mean, printable
+from lorakit.train.settings.conversion import NAMES_ELSEWHERE
 from lorakit.train.settings.conversion.axolotl import AXOLOTL
 from lorakit.train.settings.conversion.llama_factory import LLAMA_FACTORY
 from lorakit.train.settings.conversion.mlx_lm import MLX
-from lorakit.train.settings.conversion.names import NAMES_ELSEWHERE
 from lorakit.train.settings.conversion.rules import (
     Draft,
     Note,

@@ -1,7 +1,7 @@
 """Rules that turn settings of another tool into settings of `lorakit train`, and the draft that they fill.
 
 A rule is a function of the draft, a key and the key's value. The other modules of this package are tables of rules;
-names that only differ are in `names.NAMES_ELSEWHERE`. Values are compared and copied, but never evaluated.
+names that only differ are in `NAMES_ELSEWHERE`. Values are compared and copied, but never evaluated.
 """
 
 from __future__ import annotations
