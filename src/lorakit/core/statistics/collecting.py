@@ -38,11 +38,10 @@ def collect_inputs(
     batches: Iterable[Any],
     forward: Forward,
     *,
-    components: int | None = None,
     keep: Callable[[Any], Tensor | TakeRows | None] | None = None,
     even: bool = False,
 ) -> dict[str, InputStatistics]:
-    """Collect moments of each site's input, without gradients and in evaluation mode.
+    """Collect moments of each site's input, without gradients and in evaluation mode, in 4·in² bytes per site.
 
     Active adapters change the inputs of later sites; use `lorakit.core.disable(model)` to prevent this.
 
@@ -52,8 +51,6 @@ def collect_inputs(
             the input patches.
         batches: Batches to pass to `forward`; iterated once.
         forward: Runs the model on one batch; its result is ignored.
-        components: None keeps the full second-moment matrix (4·in² bytes per site); a number keeps that many principal
-            directions, computed by incremental SVD (4·components·in bytes per site), and discards the rest.
         keep: Function that takes a batch and returns either a mask (rows, length) of the positions to use, for example
             to exclude padding, or a function that selects rows of a site's input. None uses all positions.
         even: Whether to divide each input by its largest element, so that all batches have equal weight.
@@ -65,7 +62,7 @@ def collect_inputs(
     modules = _modules_at(model, paths)
     for path, module in modules.items():
         _check_inputs(path, module)
-    statistics = {path: InputStatistics(components) for path in paths}
+    statistics = {path: InputStatistics() for path in paths}
     collector = _Inputs(statistics, even)
     with torch.no_grad(), in_mode(model, False), _hooked(modules, collector.hook):
         for batch in _some(batches):
@@ -138,13 +135,10 @@ class _Inputs:
             self._busy = False
         if self.even:
             rows = evened(rows)
-        if statistics.components is None:
-            part = InputStatistics()
-            part.add(rows)
-            self._last = (weakref.ref(x), x._version, part)
-            statistics.merge(part)
-        else:
-            statistics.add(rows)
+        part = InputStatistics()
+        part.add(rows)
+        self._last = (weakref.ref(x), x._version, part)
+        statistics.merge(part)
 
     def _rows(self, path: str, x: Tensor) -> Tensor:
         """Return the rows (n, in) to use from an input (…, in)."""

@@ -1,4 +1,4 @@
-"""Statistics for data-dependent inits: moments of inputs (in full or as a sketch), mean gradients, and a file format.
+"""Statistics for data-dependent inits: moments of inputs, mean gradients, and a file format.
 
 `InputStatistics` and `GradientStatistics` only accumulate what `collecting` supplies. `Statistics` holds the result, a
 few small tensors per site, and can be passed to `attach`. Its file is in safetensors format, with the config and the
@@ -29,19 +29,13 @@ from lorakit.errors import AdapterFileError, BaseMismatchError, ConfigError, Dat
 class InputStatistics:
     """Moments of the rows x (in,) that a site received.
 
-    Attributes:
-        components: None keeps the full second-moment matrix; a number keeps only that many principal directions.
-        calls: Number of calls to `add`.
-        total: Σ x, (in,); None before the first row.
-        gram: Σ x·xᵀ, (in, in); None before the first row, or if `components` is set.
+    `calls` is the number of calls to `add`; Σ x (in,) and Σ x·xᵀ (in, in) are None before the first row.
     """
 
-    def __init__(self, components: int | None = None) -> None:
-        self.components = components
+    def __init__(self) -> None:
         self.rows = self.calls = 0
         self.total: Tensor | None = None
         self.gram: Tensor | None = None
-        self._sketch: Tensor | None = None  # (≤ components, in): singular values times directions, centered.
         self._squares = 0.0  # The sum of the squares of all elements.
 
     def add(self, rows: Tensor) -> None:
@@ -49,21 +43,12 @@ class InputStatistics:
         if not len(rows):
             return
         rows = at_least_fp32(rows.detach())
-        if self.components is None:
-            product = rows.T @ rows
-            self.gram = product if self.gram is None else self.gram.add_(product)
-        else:
-            mean = rows.mean(0)
-            stacked = [rows - mean]
-            if self._sketch is not None and self.total is not None:  # Ross et al. 2008, section 2.1.2
-                shift = (self.rows * len(rows) / (self.rows + len(rows))) ** 0.5 * (self.total / self.rows - mean)
-                stacked = [self._sketch, *stacked, shift[None]]
-            _, values, vectors = torch.linalg.svd(torch.cat(stacked), full_matrices=False)
-            self._sketch = values[: self.components, None] * vectors[: self.components]
+        product = rows.T @ rows
+        self.gram = product if self.gram is None else self.gram.add_(product)
         self._add(1, len(rows), rows.sum(0), float(rows.square().sum(dtype=torch.float64)))
 
     def merge(self, other: InputStatistics) -> None:
-        """Add the rows of another `InputStatistics`; both objects must keep full second-moment matrices."""
+        """Add the rows of another `InputStatistics`."""
         if other.total is None or other.gram is None:
             return
         self._add(other.calls, other.rows, other.total, other._squares)
@@ -76,38 +61,26 @@ class InputStatistics:
         self.total = total.clone() if self.total is None else self.total.add_(total)
 
     def second_moment(self) -> Tensor:
-        """Return Σ x·xᵀ / rows, (in, in), CorDA's covariance; raise a DataError if it was not kept."""
+        """Return Σ x·xᵀ / rows, (in, in), which CorDA calls the covariance; raise a DataError without rows."""
         if self.gram is None:
-            text = "The second moment was not kept: there are no rows, or `components` was given."
-            raise DataError(text, field="components")
+            raise DataError("No batch reached this site, so its inputs have no second moment.", field="batches")
         return self.gram / self.rows
 
     def principal(self, k: int) -> Principal:
-        """Return at most k principal directions of the centered rows, as in PCA, in fp32.
+        """Return at most k principal directions of the rows, in fp32: eigenvectors of the centered second moment.
 
         Raises:
             DataError: There are no rows.
-
-        Source:
-            For a full matrix: eigenvectors of the centered second moment. For a sketch: Ross et al. 2008,
-            doi:10.1007/s11263-007-0075-7.
         """
-        second_moments = self._sketch if self.gram is None else self.gram
-        if self.total is None or second_moments is None:
+        if self.total is None or self.gram is None:
             raise DataError("No batch reached this site, so its inputs have no principal directions.", field="batches")
         device = self.total.device
         work = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-        second_moments = second_moments.to(work, torch.float64)
         mean = self.total.to(work, torch.float64) / self.rows
         variance = max(self._squares - self.rows * float(mean @ mean), 0.0)
-        if self.gram is not None:
-            centered = second_moments - self.rows * torch.outer(mean, mean)
-            squared, columns = torch.linalg.eigh(centered)
-            squared, vectors = squared.flip(0)[:k].clamp_min(0), columns.flip(1).T[:k]
-            values = squared.sqrt()
-        else:
-            values = second_moments.norm(dim=1)[:k]
-            vectors = second_moments[:k] / values.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+        centered = self.gram.to(work, torch.float64) - self.rows * torch.outer(mean, mean)
+        squared, columns = torch.linalg.eigh(centered)
+        values, vectors = squared.flip(0)[:k].clamp_min(0).sqrt(), columns.flip(1).T[:k]
         largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
         vectors = vectors * torch.where(largest < 0, -1.0, 1.0)
         ratios = values.square() / variance if variance > 0 else torch.zeros_like(values)
