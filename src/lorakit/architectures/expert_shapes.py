@@ -97,11 +97,7 @@ def _gated(module: str, width: int, hidden: int) -> dict[str, tuple[int, int]]:
 
 
 def _shape(
-    sizes: ExpertSizes,
-    architecture: str,
-    model_type: str,
-    parts: Collection[PlainShape],
-    biased: Collection[str] = (),
+    sizes: ExpertSizes, architecture: str, model_type: str, parts: Collection[PlainShape], biased: Collection[str] = ()
 ) -> ModelShape:
     """Return the shape of a model with experts.
 

@@ -197,9 +197,7 @@ def check_together(config: LoraConfig) -> None:
         warn_caller("aLoRA is currently only supported for CAUSAL_LM task; it takes effect only in causal models.")
 
 
-NOT_BUILT: Mapping[str, Any] = {
-    "megatron_config": None,
-}
+NOT_BUILT: Mapping[str, Any] = {"megatron_config": None}
 """Dict from each unsupported field to the value that turns the field off."""
 
 ARITHMETIC = ("use_", "init_", "lora_", "target_", "rank_", "alpha_", "scal")

@@ -143,10 +143,7 @@ class PeftConfigMixin:
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        subfolder: str | None = None,
-        **kwargs: Value,
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Value
     ) -> PeftConfigMixin:
         """Read `adapter_config.json` from a directory or the Hub, as an instance of the class that matches its
         `peft_type`.

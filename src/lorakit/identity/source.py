@@ -107,9 +107,7 @@ def _text(node: object) -> str:
     return f"{type(node).__name__}({','.join(set_fields)})"
 
 
-def _names(
-    definition: Definition,
-) -> tuple[frozenset[str], frozenset[tuple[str, str]], frozenset[str], frozenset[str]]:
+def _names(definition: Definition) -> tuple[frozenset[str], frozenset[tuple[str, str]], frozenset[str], frozenset[str]]:
     """Return the variables, attributes, words and fields (see `Source`) of a function's parameters and body."""
     variables, attributes, words, fields = set[str](), set[tuple[str, str]](), set[str](), set[str]()
     for part in (*definition.args.defaults, *definition.args.kw_defaults, *definition.body):

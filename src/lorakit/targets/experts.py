@@ -237,10 +237,7 @@ def parts_at(layout: ExpertsLayout, path: str) -> tuple[str, ...]:
 
 
 def _converted(
-    layout: ExpertsLayout,
-    config: LoraConfig,
-    selected: _Found,
-    of_experts: Sequence[BareParameter],
+    layout: ExpertsLayout, config: LoraConfig, selected: _Found, of_experts: Sequence[BareParameter]
 ) -> LoraConfig:
     """Return the config with the found weights as `target_parameters`, and the ranks and alphas of fused parameters."""
     is_selected = selects(config)

@@ -29,19 +29,7 @@ __all__ = [
     "known_init",
 ]
 
-INITS: tuple[Init, ...] = (
-    KAIMING,
-    GAUSSIAN,
-    RANDOM,
-    PISSA,
-    OLORA,
-    ORTHOGONAL,
-    EVA,
-    CORDA,
-    LOFTQ,
-    LORA_GA,
-    MICA,
-)
+INITS: tuple[Init, ...] = (KAIMING, GAUSSIAN, RANDOM, PISSA, OLORA, ORTHOGONAL, EVA, CORDA, LOFTQ, LORA_GA, MICA)
 
 
 def init_named(name: bool | str) -> Init:

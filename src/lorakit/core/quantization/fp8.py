@@ -13,14 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.quantization.packed import (
-    PackedFormat,
-    PackedLayout,
-    PackedLinear,
-    PackedWeight,
-    check_parts,
-    spread,
-)
+from lorakit.core.quantization.packed import PackedFormat, PackedLayout, PackedLinear, PackedWeight, check_parts, spread
 from lorakit.errors import MergeError
 
 LARGEST = 448.0
