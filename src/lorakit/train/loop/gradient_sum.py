@@ -130,13 +130,13 @@ class GradientSum:
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> list[_Bucket]:
     """Divide tensors into buckets, from the last tensor to the first."""
-    made, filling = list[_Bucket](), dict[torch.dtype, list[nn.Parameter]]()
+    full, filling = list[_Bucket](), dict[torch.dtype, list[nn.Parameter]]()
     for parameter in reversed(parameters):
         members = filling.setdefault(parameter.dtype, [])
         members.append(parameter)
         if sum(member.nbytes for member in members) >= BUCKET_BYTES:
-            made.append(_Bucket(filling.pop(parameter.dtype)))
-    return [*made, *map(_Bucket, filling.values())]
+            full.append(_Bucket(filling.pop(parameter.dtype)))
+    return [*full, *map(_Bucket, filling.values())]
 
 
 def _flat(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -63,9 +63,9 @@ def recording(is_answered: bool = True) -> Iterator[Interrupts]:
     handlers are restored, including those set from C. If the system has no `sigaction`, handlers set from C are not
     replaced. `is_answered` says whether the first signal is answered with a message.
     """
-    found = Interrupts(is_answered)
-    with _handled(_SIGNALS, found.receive):
-        yield found
+    interrupts = Interrupts(is_answered)
+    with _handled(_SIGNALS, interrupts.receive):
+        yield interrupts
 
 
 @contextlib.contextmanager

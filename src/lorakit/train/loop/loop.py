@@ -6,6 +6,7 @@ number generators, and `TrainState`. A checkpoint that contains all four is ther
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.machine import peak_rss_bytes
 from lorakit.session.measuring import Evaluation
 from lorakit.tables import format_some
-from lorakit.train.files.run_folder import MetricsLog, UnwrittenLog
+from lorakit.train.files.run_folder import MetricsLog
 from lorakit.train.loop import score_cache
 from lorakit.train.loop.evaluation import evaluate
 from lorakit.train.loop.interrupts import Interrupts, recording
@@ -57,9 +58,9 @@ class Loop:
         first = run.state.step
         run.progress.begin(first, run.limits.total_steps)
         run.loaded.model.train()
-        kind = MetricsLog if self._processes.is_first else UnwrittenLog
+        written = MetricsLog(self._folder) if self._processes.is_first else contextlib.nullcontext()
         # one of several processes may receive a signal because another one has ended
-        with recording(is_answered=self._processes.is_alone) as interrupts, kind(self._folder) as log:
+        with recording(is_answered=self._processes.is_alone) as interrupts, written as log:
             self._options = dataclasses.replace(self._options, is_interrupted=lambda: interrupts.requested)
             self._is_interrupted = self._processes.any(interrupts.requested)
             while True:
@@ -88,36 +89,38 @@ class Loop:
         at_this_step = step % limits.eval_steps == 0 or step >= limits.total_steps
         return self._run.batches.held_out is not None and at_this_step and self._run.state.evaluated_step != step
 
-    def _evaluate(self, log: MetricsLog, interrupts: Interrupts) -> None:
+    def _evaluate(self, log: MetricsLog | None, interrupts: Interrupts) -> None:
         run, held_out = self._run, self._run.batches.held_out
         if held_out is None or not self._is_evaluation_due():
             return
         run.progress.busy("evaluating")
         key = score_cache.key_of(run) if run.state.step == 0 else None
         kept, began = None if key is None else score_cache.read(key), time.process_time()
-        found = kept or self._measured(held_out(), interrupts)
-        if found is None:
+        evaluation = kept or self._measured(held_out(), interrupts)
+        if evaluation is None:
             self._is_interrupted = True
             return
         if kept is not None:
             run.progress.say("The evaluation at step 0 was read from the cache: an earlier run had the same start.")
         elif key is not None and time.process_time() - began >= score_cache.LEAST_SECONDS:
-            self._keep(key, found)
-        self._note(found)
+            problem = score_cache.write(key, evaluation)
+            if problem:
+                run.progress.detail(f"The evaluation at step 0 is not kept for later runs: {problem}.")
+        self._note(evaluation)
         row = {
             "step": run.state.step,
-            "eval_loss": found.loss,
-            **({"eval_perplexity": found.perplexity} if run.spec.task.task.generates else {}),
-            "eval_tokens": found.tokens,
-            **{f"eval_{name}": value for name, value in found.metrics.items()},
-            **({"eval_undefined": found.undefined} if found.undefined else {}),
+            "eval_loss": evaluation.loss,
+            **({"eval_perplexity": evaluation.perplexity} if run.spec.task.task.generates else {}),
+            "eval_tokens": evaluation.tokens,
+            **{f"eval_{name}": value for name, value in evaluation.metrics.items()},
+            **({"eval_undefined": evaluation.undefined} if evaluation.undefined else {}),
         }
         self._log(log, row)
         is_start = run.state.step == 0 and run.spec.start is not None
         run.progress.eval_row(row, run.spec.before_training if is_start else "")
 
-    def _note(self, found: Evaluation) -> None:
-        state, measured = self._run.state, (found.loss, found.row_losses, found.row_counts)
+    def _note(self, evaluation: Evaluation) -> None:
+        state, measured = self._run.state, (evaluation.loss, evaluation.row_losses, evaluation.row_counts)
         gain = state.improvement(*measured)
         if not state.note_evaluation(*measured) and gain is not None and gain.mean > 0:
             self._run.progress.say(
@@ -143,12 +146,9 @@ class Loop:
         except RunError as cause:
             raise self._located(cause, run.state.step, self._advice(cause, "")) from cause
 
-    def _keep(self, key: str, found: Evaluation) -> None:
-        problem = score_cache.write(key, found)
-        if problem:
-            self._run.progress.detail(f"The evaluation at step 0 is not kept for later runs: {problem}.")
-
-    def _log(self, log: MetricsLog, row: dict[str, Any]) -> None:
+    def _log(self, log: MetricsLog | None, row: dict[str, Any]) -> None:
+        if log is None:  # the first process writes
+            return
         log.append(row)
         self._run.trackers.log(row)
         if len(log.waiting) == 1:
@@ -156,7 +156,7 @@ class Loop:
                 f"warning: {log.path}: the disk is full; new rows are kept in memory until there is space."
             )
 
-    def _save(self, log: MetricsLog, always: bool) -> None:
+    def _save(self, log: MetricsLog | None, always: bool) -> None:
         """Save a checkpoint if one is due, if the current step is the best so far, or if `always` is set."""
         state = self._run.state
         due = state.step > 0 and (state.step % self._run.limits.save_steps == 0 or state.best_step == state.step)
@@ -164,12 +164,13 @@ class Loop:
         if not (due or always) or now == self._saved:
             return
         self._run.progress.busy("saving")
-        log.sync()
+        if log is not None:
+            log.sync()
         state.data = self._run.batches.loader.state()
         if save_checkpoint(self._run) is not None:
             self._saved = now
 
-    def _step(self, log: MetricsLog) -> None:
+    def _step(self, log: MetricsLog | None) -> None:
         run, state, started = self._run, self._run.state, time.perf_counter()
         rate = run.updates.schedule.rate(state.step - state.skipped_steps)
         try:
@@ -193,7 +194,7 @@ class Loop:
         self._log(log, row)
         run.progress.train_row(row)
 
-    def _batches(self, log: MetricsLog) -> list[Batch]:
+    def _batches(self, log: MetricsLog | None) -> list[Batch]:
         """Return this process's batches for the next step; see `RunBatches.next_share`.
 
         Raises:

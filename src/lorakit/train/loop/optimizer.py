@@ -242,13 +242,13 @@ def received_gradients(model: nn.Module, adapter: str, optimizer: torch.optim.Op
 
     The keys are the site and the number of the expert, which is 0 at sites without experts.
     """
-    found: dict[tuple[str, int], bool] = {}
+    received: dict[tuple[str, int], bool] = {}
     for part in trained_parts(model, adapter):
         moments = _moments(optimizer.state.get(part.parameter, {})) or [torch.zeros(part.experts)]
         moved = torch.stack([part.by_expert(moment != 0).any(1) for moment in moments]).any(0)
         for expert, one in enumerate(moved.tolist()):
-            found[part.site, expert] = found.get((part.site, expert), False) or one
-    return found
+            received[part.site, expert] = received.get((part.site, expert), False) or one
+    return received
 
 
 def _moments(state: Mapping[str, Any]) -> list[torch.Tensor]:

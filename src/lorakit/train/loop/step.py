@@ -147,8 +147,8 @@ def train_step(
             process ended.
     """
     processes = options.processes
-    own = sum(b.tokens for b in batches), sum(b.trained_tokens for b in batches)
-    counts = processes.exchange((*own, len(batches)))
+    sizes = sum(b.tokens for b in batches), sum(b.trained_tokens for b in batches), len(batches)
+    counts = processes.exchange(sizes)
     tokens, trained, _ = (sum(numbers) for numbers in zip(*counts, strict=True))
     if trained == 0:
         raise DataError(
@@ -159,8 +159,8 @@ def train_step(
     idle = idle_batches(processes, batches, [count for *_, count in counts])
     with GradientSum(named, processes) as sums:
         mine = _backward(model, batches, trained, options, sums, idle)
-    found = processes.exchange((mine, sums.has_gradient, options.is_interrupted()))
-    losses, flags, interrupted = zip(*found, strict=True)
+    outcomes = processes.exchange((mine, sums.has_gradient, options.is_interrupted()))
+    losses, flags, interrupted = zip(*outcomes, strict=True)
     sums.received([any(one) for one in zip(*flags, strict=True)])
     _check_not_replaced(model, named)
     set_rate(optimizer, learning_rate)
@@ -180,7 +180,7 @@ def idle_batches(processes: Processes, batches: Sequence[Batch], counts: Sequenc
         return []
     known = [*batches]
     if min(counts) == 0:  # this process may have none
-        known += [batch for found in processes.exchange(batches[:1]) for batch in found]
+        known += [batch for first in processes.exchange(batches[:1]) for batch in first]
     return [min(known, key=lambda batch: batch.tokens)] * (max(counts) - len(batches))
 
 
@@ -260,9 +260,9 @@ def _finite(what: str, value: float, optimizer: torch.optim.Optimizer) -> float:
 def _check_not_replaced(model: nn.Module, named: Named) -> None:
     """Raise if a trainable tensor was replaced in the model, because the optimizer would never update the new one."""
     without = {id(parameter): name for name, parameter in named if parameter.grad is None}
-    held = {id(parameter) for parameter in model.parameters()} if without else set()
+    current = {id(parameter) for parameter in model.parameters()} if without else set()
     for number, name in without.items():
-        if number not in held:
+        if number not in current:
             raise RunError(
                 f"{name} is not the tensor that the optimizer was created for; it was replaced, for example by "
                 "`load_state_dict(assign=True)`. Create the optimizer after replacing tensors.",

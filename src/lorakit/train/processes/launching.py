@@ -78,8 +78,8 @@ def job_of(environment: Mapping[str, str]) -> str:
     It is the id that the launcher was given or has chosen; without an id, this machine's name and the launcher's
     process id; "" if the launcher is not torch's.
     """
-    given = _text(environment, "TORCHELASTIC_RUN_ID")
-    return f"{socket.gethostname()}:{os.getppid()}" if given == "none" else given
+    job = _text(environment, "TORCHELASTIC_RUN_ID")
+    return f"{socket.gethostname()}:{os.getppid()}" if job == "none" else job
 
 
 def restarts_of(environment: Mapping[str, str]) -> int:

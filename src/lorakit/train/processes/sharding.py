@@ -156,11 +156,11 @@ def shard_base(model: nn.Module, parallel: Parallel) -> ShardedBase:
 def blocks_of(index: AdapterIndex) -> list[str]:
     """Return the paths of a model's transformer blocks: the outermost layers in lists that can be recomputed."""
     lists = {path for path, module in index.everything.items() if isinstance(module, nn.ModuleList)}
-    found = list[str]()
+    blocks = list[str]()
     for path, module in index.everything.items():
-        if path.rpartition(".")[0] in lists and hasattr(module, BLOCK) and not _is_within(path, found):
-            found.append(path)
-    return found
+        if path.rpartition(".")[0] in lists and hasattr(module, BLOCK) and not _is_within(path, blocks):
+            blocks.append(path)
+    return blocks
 
 
 def _is_within(path: str, blocks: Sequence[str]) -> bool:
@@ -169,8 +169,8 @@ def _is_within(path: str, blocks: Sequence[str]) -> bool:
 
 def frozen_bytes(index: AdapterIndex) -> dict[int, int]:
     """Return the size in bytes of each frozen parameter of a base under adapters, by the parameter's id."""
-    held = (p for module in index.everything.values() for p in module._parameters.values() if p is not None)
-    return {id(p): p.numel() * p.element_size() for p in held if not p.requires_grad}
+    parameters = (p for module in index.everything.values() for p in module._parameters.values() if p is not None)
+    return {id(p): p.numel() * p.element_size() for p in parameters if not p.requires_grad}
 
 
 def _unit_bytes(index: AdapterIndex, blocks: Sequence[str], sizes: Mapping[int, int]) -> list[int]:
