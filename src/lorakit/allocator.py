@@ -93,7 +93,7 @@ def trim() -> None:
 
 
 class _MallocInfo(ctypes.Structure):
-    """The result of glibc's `mallinfo2`, of which only the size of free blocks is read."""
+    """The result of glibc's `mallinfo2`; only the size of free blocks is read."""
 
     _fields_ = (("others", ctypes.c_size_t * 8), ("fordblks", ctypes.c_size_t), ("keepcost", ctypes.c_size_t))
 

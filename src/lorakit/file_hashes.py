@@ -36,7 +36,7 @@ SETTLED_SECONDS = 2.0
 
 
 class FileStatus(NamedTuple):
-    """What shows whether a file has changed; the module describes what it cannot show."""
+    """Status of a file that shows whether it has changed; the module describes what it cannot show."""
 
     device: int
     inode: int

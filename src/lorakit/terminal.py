@@ -95,7 +95,7 @@ def watched(command: str, seconds: float = SILENT_SECONDS, silent: float = 0.0) 
     """Write a line to stderr, if it is a terminal, whenever a block has written nothing for some seconds.
 
     The line says what is being done, by the innermost block of `working`, and for how long; outside of these blocks,
-    for how long nothing else was written, by the command. Nothing is said after an unfinished line, such as a progress
+    for how long nothing else was written, by the command. There is no line after an unfinished one, such as a progress
     bar. `silent` is the time without output before the block, in seconds.
     """
     if sys.stderr is None or not sys.stderr.isatty():
@@ -160,7 +160,7 @@ class _Watcher:
                 self._told = now
 
     def _is_importing(self) -> bool:
-        """Return whether the thread that is watched imports a module."""
+        """Return whether the observed thread imports a module."""
         frame = sys._current_frames().get(self._thread)
         while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
             frame = frame.f_back

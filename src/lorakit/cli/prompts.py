@@ -130,7 +130,7 @@ def first_line(prompt: str) -> str:
 
 
 def _read(path: Path, where: str) -> str:
-    """Read a file, a pipe or standard input, of which the size is unknown before, as text without its final break."""
+    """Read a file, a pipe or standard input, whose size is unknown before, as text without its final break."""
     try:
         is_input = str(path) == "-"
         what = None if is_input else f"reading {path}"

@@ -183,7 +183,7 @@ def _settings(given: Mapping[str, Any], config: Path | None, *, is_restarted: bo
 
 
 def _run_together(command: Command) -> int:
-    """Train in one of several processes, of which the first one prints and reports errors; return the exit code."""
+    """Train in one of several processes, and return the exit code; the first process prints and reports errors."""
     quiet_torch()
     from lorakit.train.processes.processes import joined
 

@@ -288,7 +288,7 @@ def _is_empty(record: Conversation, tokenizer: Tokenizer, index: int, through: s
 
 
 def _with_turn(record: Conversation, tokenizer: Tokenizer, index: int, turn: Message) -> str:
-    """Render the conversation up to a turn, and another turn in its place."""
+    """Render the conversation up to a turn, which another turn replaces."""
     return rendered(replace(record, messages=(*record.messages[:index], turn)), tokenizer)
 
 
@@ -331,7 +331,7 @@ def _tokenized(
 
 
 def _run(offsets: list[Span], span: _Span) -> list[int]:
-    """Return the positions of the tokens of which a part is in a span."""
+    """Return the positions of the tokens that are in a span at least in part."""
     first = bisect_right(offsets, span.start, key=itemgetter(1))
     last = bisect_left(offsets, span.end, key=itemgetter(0))
     return [at for at in range(first, last) if not (span.is_cut and offsets[at][1] > span.end)]

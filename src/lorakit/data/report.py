@@ -20,7 +20,7 @@ class Report(ABC):
         tokens: Number of tokens in all sequences, excluding padding.
         trained_tokens: Number of targets that contribute to the loss: tokens, or rows.
         duplicate_rows: Number of rows with the same content as an earlier row; they are kept.
-        overlong: What was done with rows that are longer than `max_length_tokens`, of which there are `cut_rows`.
+        overlong: What was done with rows that are longer than `max_length_tokens`; there are `cut_rows` of them.
         inactive_sequences: Number of sequences in which the adapter acts on no token that contributes to the loss,
             because its invocation tokens do not precede such a token.
         shape: Name of the shape of all rows, such as "alpaca", or None if it is unknown or differs between files.

@@ -45,7 +45,7 @@ Entry: TypeAlias = Mapping[Hashable, int]
 
 @dataclass(frozen=True, slots=True)
 class SplitRule:
-    """How rows are selected, which a resumed run must repeat.
+    """Rule by which rows are selected, which a resumed run must repeat.
 
     Attributes:
         name: Name in `run.json`.

@@ -150,7 +150,7 @@ class DocumentRange(PiecewiseDocument):
 
 @dataclass(frozen=True, slots=True)
 class FileRange:
-    """A file of documents, of each of which only a range of characters is used: `begin` to `end`, or None for all.
+    """A file of documents, each used only in a range of characters: `begin` to `end`, or None for all.
 
     `fraction` is that of the characters that are used, for the size in bytes.
     """

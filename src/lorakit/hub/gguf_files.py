@@ -129,7 +129,7 @@ class _Reader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read and check the header of a GGUF file without its weights, all of which are inside the file.
+    """Read and check the header of a GGUF file without its weights, which must all be inside the file.
 
     Raises:
         ModelError: The file cannot be read, is not a GGUF file with a whole model, or is truncated.

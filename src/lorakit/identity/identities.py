@@ -123,7 +123,7 @@ class Identities:
         return self._of(kind, tuple(sorted(stored))) if stored else base
 
     def of_forward(self, kind: type[nn.Module]) -> Identity:
-        """Return what a model class's `forward`, of which only the end is bypassed, computes apart from its calls."""
+        """Return what a model class's `forward` computes apart from its calls, if only its end is bypassed."""
         identity = Identity()
         owner = next(owner for owner in kind.__mro__ if "forward" in vars(owner))
         identity.facts.append(self.fact(owner, "forward"))
@@ -218,7 +218,7 @@ class _Resolver:
         return ";".join(definitions)
 
     def value(self, name: str, value: Any, attributes: frozenset[str] = frozenset()) -> str:
-        """Return a text that identifies a value read as `name`, of which `attributes` are read, or raise `Unknown`."""
+        """Return a text that identifies a value read as `name` whose `attributes` are read, or raise `Unknown`."""
         if isinstance(value, (staticmethod, classmethod, MethodType)):
             value = value.__func__
         if isinstance(value, FunctionType):

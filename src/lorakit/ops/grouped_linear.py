@@ -33,7 +33,7 @@ from lorakit.ops.autograd import (
 )
 
 STEP = 16
-"""Number of rows of which matmuls in narrow dtypes on a CPU process a multiple, except for the last group."""
+"""Matmuls in narrow dtypes on a CPU process a multiple of this number of rows, except for the last group."""
 
 NARROW = (torch.bfloat16, torch.float16)
 

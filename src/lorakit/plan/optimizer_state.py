@@ -89,7 +89,7 @@ def _muon(tensors: Sequence[TrainedTensor]) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class OptimizerCosts:
-    """What an optimizer stores for trained tensors (formula, bytes), and whether it freezes a factor.
+    """Values that an optimizer stores for trained tensors (formula, bytes), and whether it freezes a factor.
 
     The frozen factor of each site is the one that is not initialized to zero.
     """

@@ -66,7 +66,7 @@ class Target:
 
     @property
     def has_default_names(self) -> bool:
-        """Whether the classes have only the numbered names that transformers gives to classes without names."""
+        """Return whether the classes have only the numbered names that transformers gives to classes without names."""
         return bool(self.names) and self.names == default_names(len(self.names))
 
     @cached_property

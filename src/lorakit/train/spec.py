@@ -105,7 +105,7 @@ class RunSpec:
         start: The adapter that the run starts from, or None.
         has_own_tokenizer: Whether the tokenizer or its chat template differs from the base's.
         base_matmul: How the base is multiplied: "dtype" or "int8", as the settings and the machine allow.
-        processes: The processes of the run, of which only the first one locks the directory.
+        processes: The processes of the run; only the first one locks the directory.
     """
 
     settings: TrainSettings

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 _ALIGNED = 16
-"""Elements to a multiple of which each tensor of a flat buffer starts, so that kernels see aligned memory."""
+"""Each tensor of a flat buffer starts at a multiple of this number of elements, so that kernels see aligned memory."""
 
 
 @dataclass

@@ -88,12 +88,12 @@ class Processes:
 
     @property
     def is_alone(self) -> bool:
-        """Whether this is the only process."""
+        """Return whether this is the only process."""
         return self.count == 1
 
     @property
     def is_first(self) -> bool:
-        """Whether this process prints and writes."""
+        """Return whether this process prints and writes."""
         return self.rank == 0
 
     def exchange(self, value: T) -> list[T]:

@@ -57,7 +57,7 @@ class Parallel:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the base is sharded."""
+        """Return whether the base is sharded."""
         return self.method != "ddp"
 
     @property
