@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorakit.speed import accelerate
-from lorakit.speed.adapter_layers import is_peft_linear
+from lorakit.speed.contract import is_peft_linear
 from lorakit.speed.linear import peft_operand
 
 from ..laws.snapshots import bits

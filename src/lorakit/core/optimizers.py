@@ -221,7 +221,7 @@ class TrainedPart:
 
     @property
     def is_matrix(self) -> bool:
-        """Return whether the parameter is the A or B of one weight matrix: 2-D, not of an embedding or several experts."""
+        """Return whether it is the A or B of one weight matrix: 2-D, not of an embedding or several experts."""
         return self.role in ("A", "B") and self.parameter.ndim == 2 and self.experts == 1
 
     def by_expert(self, values: Tensor) -> Tensor:

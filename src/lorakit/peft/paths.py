@@ -75,6 +75,10 @@ _CONSTANTS = """
 
 _TABLES = f"{_CONSTANTS} {TARGET_TABLES} bloom_model_postprocess_past_key_value"
 
+_TASK_TENSORS = """
+    calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_prune prune task_arithmetic ties
+"""
+
 _OTHER = """
     AuxiliaryTrainingWrapper cast_mixed_precision_params _freeze_adapter fsdp_auto_wrap_policy _get_batch_size
     get_gptqmodel_quant_linear _get_input_embeddings_name _get_module_names_tied_with_embedding _get_no_split_modules
@@ -139,9 +143,6 @@ HOMES: Mapping[str, str] = {
         {AUTO_CLASSES} check_import_allowlist get_default_import_allowlist MODEL_TYPE_TO_PEFT_MODEL_MAPPING
         PeftMixedModel
     """,
-    "lorakit.peft.merge_utils": """
-        calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_prune prune task_arithmetic ties
-    """,
     "lorakit.peft.optimizer_factories": """
         _collect_lora_pairs=lora_pairs create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer
         LoraFAOptimizer _RiemannianPreconditioner=RiemannianPreconditioner
@@ -172,7 +173,7 @@ HOMES: Mapping[str, str] = {
         DoraEmbeddingVariant DoraLinearVariant KasaLinearVariant MontecloraLinearVariant QALoraLinearVariant
         VeloraLinearVariant
     """,
-    "lorakit.peft.weighted": "convert_to_lora reduce_intruder_dimension save_as_lora",
+    "lorakit.peft.weighted": f"{_TASK_TENSORS} convert_to_lora reduce_intruder_dimension save_as_lora",
 }
 """Names that each module defines; `alias=name` exports its `name` as `alias`. All other PEFT names are placeholders."""
 
@@ -278,7 +279,7 @@ PATHS: Mapping[str, str] = {
         init_empty_weights map_cache_to_layer_device_map skip_init_on_device
     """,
     "utils.loftq_utils": "replace_lora_weights_loftq",
-    "utils.merge_utils": HOMES["lorakit.peft.merge_utils"],
+    "utils.merge_utils": _TASK_TENSORS,
     "utils.other": f"""
         {_OTHER} {_TABLES} _prepare_prompt_learning_config starcoder_model_postprocess_past_key_value
     """,

@@ -6,10 +6,11 @@ begin with `base_model.model.`; names in an unwrapped model do not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.core.attachment.old_experts import tensors_with_fused_experts
@@ -23,8 +24,7 @@ from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.index import COMPILED, layers, walk, without_wrappers
 from lorakit.core.shards import FSDP_1, completed, inside, is_flat, is_shard, shape_of, write
 from lorakit.errors import AdapterFileError, warn_caller
-from lorakit.peft import flat_units, model_adapters
-from lorakit.peft.flat_units import flat_names, parts
+from lorakit.peft import model_adapters
 
 WRAPPED = "base_model.model."
 ROWS = "token_adapter.trainable_tokens_delta"
@@ -84,7 +84,7 @@ def _own_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """Return the whole tensors (…) of an adapter, keyed by name on disk; tensors in units of FSDP 1 are copies."""
     own = partial(tensors_of, model, adapter)
     flat = flat_names(own)
-    gathered = flat_units.read(model, own) if flat else {}
+    gathered = read_units(model, own) if flat else {}
     held = {name: gathered.get(name, tensor) for name, _, tensor in own()}
     held = {name: tensor.detach() if is_flat(tensor) and name not in flat else tensor for name, tensor in held.items()}
     return {name: tensor.detach() for name, tensor in completed(held).items()}
@@ -148,8 +148,8 @@ def _of_biases(module: nn.Module, prefix: str, adapter: str) -> Iterator[tuple[s
 
 
 def _of_layer(layer: LoraLayer, prefix: str, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
-    for attribute, held in layer._modules.items():
-        if held is None or attribute in ("base_layer", "lora_dropout"):
+    for attribute, held in layer.named_children():
+        if attribute in ("base_layer", "lora_dropout"):
             continue
         entry = held._modules.get(adapter)
         entry = entry if entry is None else inside(entry)
@@ -259,7 +259,7 @@ def put_tensors(
     model_adapters.fill(model, {name: tensor for name, tensor in placed.items() if current[name].is_meta})
     if flat:
         on_disk = {in_memory: name for name, in_memory, _ in own()}
-        flat_units.write(model, own, {on_disk[name]: placed[name] for name in placed})
+        write_units(model, own, {on_disk[name]: placed[name] for name in placed})
         return IncompatibleKeys([name for name in current if name not in placed], unexpected)
     distributed = {name: (current[name], placed[name]) for name in placed if is_shard(current[name])}
     write(distributed)
@@ -267,9 +267,9 @@ def put_tensors(
     return IncompatibleKeys([key for key in result.missing_keys if key not in distributed], unexpected)
 
 
-def _whole_units(model: nn.Module, own: flat_units.Own) -> dict[str, Tensor]:
+def _whole_units(model: nn.Module, own: Own) -> dict[str, Tensor]:
     """Return the whole tensors (…) of an adapter in a model with units of FSDP 1, keyed by name in memory."""
-    gathered = flat_units.read(model, own)
+    gathered = read_units(model, own)
     return completed({in_memory: gathered.get(name, tensor) for name, in_memory, tensor in own()})
 
 
@@ -304,3 +304,74 @@ def set_base_model_state_dict(
         if name in own:
             own[name].data.copy_(tensor)
     return IncompatibleKeys(missing, unexpected)
+
+
+# ---- adapters in models that FSDP 1 has wrapped
+#
+# A unit (`FullyShardedDataParallel`) keeps its parameters in one flat buffer, and each process has a part of it. Every
+# process must call these functions. Only units that hold tensors of the adapter are gathered, one at a time. Before the
+# first forward pass, the model must be the outermost unit, because FSDP takes the first unit that is gathered for it.
+
+Own = Callable[[], Iterable[tuple[str, str, Tensor]]]
+"""Function that yields an adapter's tensors (…) now, each after its names on disk and in memory."""
+
+MATRICES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+"""Ends of the names on disk of tensors with at least two dimensions."""
+
+
+def parts(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the path and the module of each part of a module, with those that only hold factors, which can be units."""
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from parts(child, f"{path}.{name}" if path else name)
+
+
+def flat_names(own: Own) -> set[str]:
+    """Return the names on disk of tensors that this process holds only in part; empty within `summon_full_params`."""
+    flat = {name: tensor for name, _, tensor in own() if is_flat(tensor)}
+    # a vector looks the same when it is whole
+    is_gathered = not any(name.endswith(MATRICES) or hasattr(tensor, "_is_flat_param") for name, tensor in flat.items())
+    return set() if is_gathered else set(flat)
+
+
+def read_units(model: nn.Module, own: Own) -> dict[str, Tensor]:
+    """Return copies of the whole tensors (…) in the units of a model, keyed by name on disk."""
+    found: dict[str, Tensor] = {}
+
+    def note(name: str, tensor: Tensor) -> None:
+        found[name] = tensor.detach().clone()
+
+    _visit(model, own, note, writes=False)
+    return found
+
+
+def write_units(model: nn.Module, own: Own, values: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors (…), keyed by name on disk and the same in every process, into the units of a model."""
+
+    def copy(name: str, tensor: Tensor) -> None:
+        if name in values:
+            tensor.copy_(values[name])
+
+    _visit(model, own, copy, writes=True)
+
+
+def _visit(model: nn.Module, own: Own, use: Callable[[str, Tensor], None], *, writes: bool) -> None:
+    """Call a function with the name on disk and the whole value (…) of each flat tensor, one unit after another."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    paths = {path: module for path, module in parts(model) if isinstance(module, FullyShardedDataParallel)}
+    flat, held = flat_names(own), dict[str, set[str]]()
+    for name, in_memory, _ in own():
+        around = [path for path in paths if not path or in_memory.startswith(f"{path}.")]
+        if name in flat and around:
+            held.setdefault(max(around, key=len), set()).add(name)
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, recurse=False, writeback=False):
+            pass  # makes FSDP initialize the outermost unit first, as its other units need
+    for path, names in held.items():
+        whole = FullyShardedDataParallel.summon_full_params(paths[path], recurse=False, writeback=writes)
+        with whole, torch.no_grad():
+            for name, _, tensor in own():
+                if name in names:
+                    use(name, tensor)

@@ -23,17 +23,15 @@ from lorakit.errors import ModelError
 from lorakit.identity.identities import Fact, Identities, original_class
 from lorakit.ops.kernels import compiled
 from lorakit.speed import attention, decoder, encoder, feed_forward, linear, norm, sublayer
-from lorakit.speed.adapter_layers import is_adapted
 from lorakit.speed.admission import FusedForward, Known, Parts, Skipped, admit, candidates, modules_to_record
 from lorakit.speed.attention import BoundAttention
-from lorakit.speed.contract import contract_for, contract_of_model
+from lorakit.speed.contract import contract_for, contract_of_model, is_adapted
 from lorakit.speed.decoder import BoundLayer
 from lorakit.speed.encoder import BoundEncoderLayer
 from lorakit.speed.feed_forward import BoundFeedForward
 from lorakit.speed.int8_matmul import describe_int8, int8_base
 from lorakit.speed.last_layer import LastLayer
 from lorakit.speed.loss import Head, LossWithoutLogits, head_for, last_layer_for, loss_for, output_head
-from lorakit.speed.packing import keeps_sequences_apart, pack_rows
 from lorakit.speed.patching import (
     BOUND,
     RECOMPUTES,
@@ -45,7 +43,7 @@ from lorakit.speed.patching import (
     make_replacement,
     undo,
 )
-from lorakit.speed.probe import Call, ModelOutput, attempt, calls, eval_mode, frozen
+from lorakit.speed.probe import Call, ModelOutput, attempt, calls, eval_mode, frozen, keeps_sequences_apart, pack_rows
 from lorakit.speed.submodules import is_supported
 
 

@@ -24,7 +24,7 @@ from lorakit.architectures.known_forwards import LOSS, MODEL, PART, KnownForward
 from lorakit.core import Int8Linear, LoraLayer
 from lorakit.identity.contract import SETTINGS
 from lorakit.identity.identities import Identities, Identity, original_class
-from lorakit.speed.adapter_layers import is_adapted, is_peft_linear
+from lorakit.speed.contract import is_adapted, is_peft_linear
 from lorakit.speed.patching import Options, parameters_of, split_call
 from lorakit.speed.probe import (
     TOKENS,

@@ -2,20 +2,24 @@
 
 These must be the modules that were probed, and nothing may have changed in their settings, in their `forward` methods,
 or in the functions that these call. This module does not depend on any particular fused `forward`.
+
+A peft layer is recognized by identity: its class must be the one that peft's own module defines under this name, its
+`forward` and everything that this resolves must come from peft, and nothing of it may have changed since the class was
+first seen. Subclasses, copies and classes with a replaced method or helper run themselves.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Sequence
 from types import FunctionType
 
 from torch import nn
 
 from lorakit.choices import CONV1D
-from lorakit.core import Int8Linear
+from lorakit.core import Int8Linear, LoraLayer
 from lorakit.identity.contract import Contract, contract_of, facts_of
-from lorakit.identity.identities import MISSING, Fact, Identities, Identity
-from lorakit.speed.adapter_layers import is_adapted, is_peft_linear
+from lorakit.identity.identities import MISSING, Fact, Identities, Identity, Unknown, original_class
 from lorakit.speed.patching import children_of
 
 
@@ -76,3 +80,39 @@ def _layers(module: nn.Module) -> list[nn.Module]:
         found += [module] if is_peft_linear(module) else []
         module = module.get_submodule("base_layer")
     return [*found, module]
+
+
+# ---- adapter layers from lorakit and from peft, which is not imported
+
+HOME = "peft.tuners.lora.layer"
+"""The module that defines peft's LoRA layers."""
+
+LINEAR = "Linear"
+"""Name of the class in `HOME` whose `forward` is fused."""
+
+
+def is_peft_linear(module: nn.Module) -> bool:
+    """Return whether a module, or its original, is peft's LoRA layer around a linear module, with its own `forward`."""
+    kind = original_class(module)
+    forward = kind.forward
+    # a subclass or a copy of the class is not the class that the module defines
+    if not isinstance(forward, FunctionType) or forward.__globals__.get(LINEAR) is not kind:
+        return False
+    try:
+        return forward.__globals__.get("__name__") == HOME and _contract_of_class(kind).is_unchanged()
+    except Unknown:
+        return False
+
+
+@functools.lru_cache(maxsize=16)  # exceptions are not stored
+def _contract_of_class(kind: type[nn.Module]) -> Contract:
+    """Collect what a layer of peft runs; raise Unknown if any source is not available or not that of peft."""
+    found = Identities().of_class(kind)
+    if not found.digest:
+        raise Unknown(found.why)
+    return contract_of(found.facts, found.live)
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Return whether a module is an adapter layer from lorakit or peft."""
+    return isinstance(module, LoraLayer) or is_peft_linear(module)

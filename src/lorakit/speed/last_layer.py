@@ -12,11 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from lorakit.speed.patching import has_observers, is_watched, may_run
-from lorakit.speed.probe import TOLERANCES
 
 KEYWORD = "trained_rows"
 """Name of the keyword argument that passes the indices of labeled rows to the layers."""
@@ -98,18 +96,3 @@ def scatter_rows(y: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
     if rows is None:
         return y
     return y.new_zeros(like.shape[:2].numel(), y.shape[-1]).index_copy(0, rows, y).view(like.shape)
-
-
-def some(ids: Tensor, ignored: int) -> Tensor:
-    """Return labels (rows, tokens) for a probe with the given ids; every third token of the batch is labeled."""
-    targets = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
-    return ids.masked_fill(targets % 3 != 1, ignored)
-
-
-def agree(ours: Tensor, theirs: Tensor) -> bool:
-    """Return whether two results (B, T, d), from a probe and from the unaccelerated model, are equal up to rounding."""
-    if ours.shape != theirs.shape or not bool(ours.isfinite().all()):
-        return False
-    error = torch.linalg.vector_norm(ours.double() - theirs.double())
-    wanted = torch.linalg.vector_norm(theirs.double()).clamp_min(1e-30)
-    return float(error / wanted) <= TOLERANCES.get(theirs.dtype, 0.0)

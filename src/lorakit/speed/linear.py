@@ -25,7 +25,7 @@ from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import resolve
 from lorakit.ops.adapted import Adapted, LowRank, factors
 from lorakit.ops.linear import linears
-from lorakit.speed.adapter_layers import is_adapted, is_peft_linear
+from lorakit.speed.contract import is_adapted, is_peft_linear
 from lorakit.speed.patching import Forwards, Options, is_watched
 
 

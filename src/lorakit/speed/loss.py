@@ -22,9 +22,9 @@ from lorakit.errors import RunError
 from lorakit.ops.cross_entropy import IGNORED, label_losses, linear_cross_entropy
 from lorakit.ops.cross_entropy import Head as Operands
 from lorakit.speed.admission import Known
-from lorakit.speed.last_layer import KEYWORD, LastLayer, Trained, agree, some
+from lorakit.speed.last_layer import KEYWORD, LastLayer, Trained
 from lorakit.speed.patching import Options, is_watched, may_run
-from lorakit.speed.probe import ModelOutput, attempt, inputs_of
+from lorakit.speed.probe import ModelOutput, agree, attempt, inputs_of, some
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

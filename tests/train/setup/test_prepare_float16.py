@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lorakit.errors import ConfigError, NonFiniteError
 from lorakit.report import read_metrics
 from lorakit.train.files import checkpoint
-from lorakit.train.loop import loop, scaling
+from lorakit.train.loop import loop, optimizer
 from lorakit.train.loop.progress import PlainProgress
 from lorakit.train.settings.settings import TrainSettings
 from lorakit.train.setup import prepare, run_plan
@@ -33,7 +33,7 @@ def _run(settings: dict[str, Any], **more: Any) -> Any:
 
 def _scaled(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
     """Let new runs begin with a loss scale at which gradients overflow for some steps."""
-    real = scaling.loss_scaler
+    real = optimizer.loss_scaler
 
     def loss_scaler(device: torch.device, dtype: str, state: Any = None) -> Any:
         made = real(device, dtype, state)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorakit import LoraConfig, core
 from lorakit.speed import accelerate
-from lorakit.speed.adapter_layers import is_adapted, is_peft_linear
+from lorakit.speed.contract import is_adapted, is_peft_linear
 from lorakit.speed.linear import peft_operand
 
 from ..small_models import llama

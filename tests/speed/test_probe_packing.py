@@ -9,9 +9,7 @@ import torch
 
 from lorakit.ops.norm import Norm
 from lorakit.speed import accelerate, acceleration
-from lorakit.speed.last_layer import agree
-from lorakit.speed.packing import keeps_sequences_apart
-from lorakit.speed.probe import eval_mode, token_ids
+from lorakit.speed.probe import agree, eval_mode, keeps_sequences_apart, token_ids
 
 from ..small_models import gpt2, llama
 
