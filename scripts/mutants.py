@@ -133,18 +133,22 @@ def collected(*arguments: str) -> list[str]:
     return [line for line in text.splitlines() if "::" in line]
 
 
-def detecting(row: Mapping[str, Any], cases: Sequence[str], source: Path, limit: float) -> str | None:
-    """Return the case that fails on a mutant first, "does not end" or None."""
+def write_mutant(row: Mapping[str, Any], folder: Path) -> None:
+    """Copy the source tree to a directory, and mutate one of its files."""
+    shutil.rmtree(folder / "src", ignore_errors=True)
+    shutil.copytree(ROOT / "src", folder / "src")
+    target = folder / row["file"]
+    target.write_text(mutated(target.read_text("utf-8"), row["operator"], row["occurrence"]) or "", "utf-8")
+
+
+def detecting(cases: Sequence[str], folder: Path, limit: float) -> str | None:
+    """Return the case that fails first on the source tree in a directory, "does not end" or None."""
     if not cases:
         return None
-    folder = source / "src"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(ROOT / "src", folder)
-    target = source / row["file"]
-    target.write_text(mutated(target.read_text("utf-8"), row["operator"], row["occurrence"]) or "", "utf-8")
-    chosen = source / "cases.txt"
+    chosen = folder / "cases.txt"
     chosen.write_text("\n".join(cases))
-    command = pytest("-x", "-n", "0", "-rfE", "--tb=no", f"@{chosen}", source=str(folder), HOME=str(source))
+    source = str(folder / "src")
+    command = pytest("-x", "-n", "0", "-rfE", "--tb=no", f"@{chosen}", source=source, HOME=str(folder))
     try:
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
@@ -157,16 +161,25 @@ def detecting(row: Mapping[str, Any], cases: Sequence[str], source: Path, limit:
     return failed[0] if failed else f"pytest ended with {run.returncode}"
 
 
-def test(work: Path, workers: int) -> None:
-    """Test each mutant of the list that has no result, and add the results to the list."""
-    rows = [json.loads(line) for line in LIST.read_text().splitlines()]
-    seconds = defaultdict(float)
-    broken = set()
+def read_list() -> list[dict[str, Any]]:
+    """Return the mutants of the list, with the results of those that were tested."""
+    return [json.loads(line) for line in LIST.read_text().splitlines()]
+
+
+def passing(work: Path) -> dict[str, float]:
+    """Return the seconds of each case that `cover` ran without a failure."""
+    seconds, broken = defaultdict[str, float](float), set[str]()
     for line in (work / "seconds.jsonl").read_text().splitlines():
         name, duration, outcome = json.loads(line)
         seconds[name] += duration
         if outcome == "failed":
             broken.add(name)
+    return {name: value for name, value in seconds.items() if name not in broken}
+
+
+def test(work: Path, workers: int) -> None:
+    """Test each mutant of the list that has no result, and add the results to the list."""
+    rows, seconds = read_list(), passing(work)
     sample = set(collected("--cases", "sample", "--cases-seed", str(SAMPLE_SEED)))
     folders = SimpleQueue[Path]()
     for number in range(workers):
@@ -174,22 +187,22 @@ def test(work: Path, workers: int) -> None:
         folders.put(work / f"worker{number}")
 
     def finish(row: dict[str, Any]) -> None:
-        cases = executing(work, row["file"]).get(row["line"], set()) - broken or mirrored(row["file"], seconds)
+        cases = executing(work, row["file"]).get(row["line"], set()) & seconds.keys()
+        cases = cases or mirrored(row["file"], seconds)
         order = sorted(cases, key=lambda name: (mirror(row["file"]) not in name, seconds[name], name))
-        source = folders.get()
+        folder = folders.get()
         try:
-            for key, chosen in (
-                ("sample", [c for c in order if c in sample]),
-                ("all", [c for c in order if c not in sample]),
-            ):
+            write_mutant(row, folder)
+            for key in ("sample", "all"):
+                chosen = [name for name in order if (name in sample) == (key == "sample")]
                 limit = STARTING_SECONDS + 5 * sum(seconds[name] for name in chosen)
-                row[key] = detecting(row, chosen, source, limit)
+                row[key] = detecting(chosen, folder, limit)
                 row[f"{key} cases"] = len(chosen)
                 if row[key] is not None:
                     row.setdefault("all", row[key])
                     break
         finally:
-            folders.put(source)
+            folders.put(folder)
         LIST.write_text("".join(json.dumps(each) + "\n" for each in rows))
 
     with ThreadPoolExecutor(workers) as pool:
@@ -209,7 +222,7 @@ def mirrored(file: str, cases: Mapping[str, float]) -> set[str]:
 
 def table() -> str:
     """Return what was detected, by package, and the list of what the sample loses."""
-    rows = [json.loads(line) for line in LIST.read_text().splitlines()]
+    rows = read_list()
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
         package = next(name for name in PACKAGES if row["file"].startswith(f"src/lorakit/{name}/"))

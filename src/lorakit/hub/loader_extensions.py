@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers import FineGrainedFP8Config, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -34,9 +34,6 @@ from lorakit.core import AwqLinear, CompressedLinear, GptqLinear, PackedLinear, 
 from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import AdapterFileError, ModelError
 from lorakit.hub.quantization_keys import check_keys, groups_of
-
-if TYPE_CHECKING:
-    pass
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -177,15 +174,12 @@ def _packed_layers(
     model: PreTrainedModel, files: Sequence[Path], module: type[PackedLinear]
 ) -> dict[str, dict[str, Tensor]]:
     """Return the packed tensors, on the meta device, of each linear layer: path in the model -> name -> tensor."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in _tensors(files):
         path, _, leaf = name.rpartition(".")
         if leaf in module.PARTS:
             layers.setdefault(path, {})[leaf] = tensor
-    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    renamings = [rule for rule in rules_of(model) if is_renaming(rule)]
     expected, prefix = model.state_dict(), model.base_model_prefix
     return {
         rename_source_key(f"{path}.weight", renamings, [], prefix, expected)[0].removesuffix(".weight"): parts
@@ -208,7 +202,6 @@ def _tensors(files: Sequence[Path]) -> Iterable[tuple[str, Tensor]]:
 
 PREFIX = "lorakit-"
 """Prefix of the names under which the quantizers are registered."""
-
 
 _EXPERTS = (".gate_up_proj", ".up_proj", ".down_proj")
 """Endings of the names of the parameters of fused experts."""

@@ -291,7 +291,7 @@ def _kept(tokenizer: Any, whole: Any, kept: Any) -> dict[int | None, int]:
 
 
 def _pieces(tokenizer: Any, texts: Sequence[str], whole: Any, kept: Any) -> list[str]:
-    """Return the text of each token of `kept` as it is written, or nothing without offsets, which `found` has."""
+    """Return the text of each token of `kept` as it is written, or nothing without offsets, which `whole` has."""
     if "offset_mapping" not in whole:
         return []
     remaining = []

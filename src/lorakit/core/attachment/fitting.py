@@ -256,7 +256,7 @@ def _check_parts(tensors: Mapping[str, Tensor], config: LoraConfig, path: str, r
 def _rank(config: LoraConfig, target: TargetWeight, in_file: int) -> int:
     """Return the expected rank of a site.
 
-    If any key of `rank_pattern` is a regular expression, the result is `found` if the config contains that rank, and
+    If any key of `rank_pattern` is a regular expression, the result is `in_file` if the config contains that rank, and
     `config.r` otherwise. Keys are paths of modules or, in combined adapters (where the weights of one module can have
     different ranks), of single weights.
     """

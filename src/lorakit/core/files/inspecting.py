@@ -177,7 +177,7 @@ def _init(config: LoraConfig) -> Finding | None:
 
 
 def _finding(kind: str, what: str, places: Sequence[tuple[str, float]]) -> Finding:
-    """Return a finding that names the first few entries in `found`, which holds (site or tensor name, value) pairs."""
+    """Return a finding that names the first few entries in `places`, which holds (site or tensor name, value) pairs."""
     shown = [name if kind in (ZERO, PARTLY_ZERO) else f"{name} ({value:g})" for name, value in places]
     advice = f": {ADVICE[kind]}" if kind in ADVICE else ""
     text = f"{what}, first {format_some(shown)}{advice}."

@@ -227,7 +227,7 @@ def _as_now(base: WeightFormat[Any, Any], source: nn.Module, parameter: str, sto
 def give_back(owner: nn.Module, parameter: str, shared: nn.Parameter, stored: Tensor) -> None:
     """Restore the parameter that a module shared before a merge untied it, with the values `stored` (any shape).
 
-    A merge may have written to `held`, and its device and dtype may differ from the model's, which `stored` has.
+    A merge may have written to `shared`, and its device and dtype may differ from the model's, which `stored` has.
     """
     same = (shared.device, shared.dtype) == (stored.device, stored.dtype) and torch.equal(shared.detach(), stored)
     if not same:

@@ -259,9 +259,10 @@ def share_base(
     Raises:
         NotYetSupported: The model has no known blocks, or blocks that share weights.
     """
-    if parallel is None or not parallel.is_sharded:
-        if parallel is not None:
-            progress.detail(f"parallel: {parallel.method}, because {parallel.reason}")
+    if parallel is None:
+        return None
+    if not parallel.is_sharded:
+        progress.detail(f"parallel: {parallel.method}, because {parallel.reason}")
         return None
     sharded = shard_base(model, parallel)
     processes.in_lockstep = True

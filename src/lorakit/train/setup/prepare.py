@@ -24,7 +24,7 @@ from lorakit.tasks import EncodeOptions, load_model_for
 from lorakit.train.files import checkpoint
 from lorakit.train.files.trackers import Trackers
 from lorakit.train.files.train_state import TrainState
-from lorakit.train.loop.optimizer import HALF, build_optimizer, check_named_in_fp32, load_state_tensors, loss_scaler
+from lorakit.train.loop.optimizer import build_optimizer, check_named_in_fp32, load_state_tensors, loss_scaler
 from lorakit.train.loop.progress import Progress
 from lorakit.train.loop.run import LoadedModel, Run, RunBatches, Start, Updates
 from lorakit.train.setup.agreement import check_rows, check_same_base, choose_parallel, share_base, share_tensors
@@ -134,10 +134,8 @@ def _updates(
     """Return the trainable tensors, which are those of the first process, with their optimizer and schedule."""
     named, optimizer = build_optimizer(model, ADAPTER, spec.settings)
     share_tensors(named, spec.processes)
-    scaler = None
-    if plan.dtype == HALF:
-        check_named_in_fp32(named, plan.dtype)
-        scaler = loss_scaler(spec.device, plan.dtype, None if snapshot is None else snapshot.scaler)
+    check_named_in_fp32(named, plan.dtype)
+    scaler = loss_scaler(spec.device, plan.dtype, None if snapshot is None else snapshot.scaler)
     return Updates(named, optimizer, schedule(spec.settings, limits.total_steps), scaler)
 
 

@@ -57,7 +57,7 @@ def build_spec(given: TrainSettings, progress: Progress, processes: Processes = 
         UsageError: The settings are incompatible with the data, this machine or the run directory.
         LorakitError: The data, the model or the run directory cannot be used; the error class and message say why.
     """
-    given = complete(given) if given.resume else given
+    given = complete(given)
     device, folder = _machine(given, processes), Path(given.output_dir)
     if processes.is_first:
         run_folder.check_output_dir(folder, resume=given.resume, overwrite=given.overwrite)
@@ -76,8 +76,7 @@ def build_spec(given: TrainSettings, progress: Progress, processes: Processes = 
     forecast = _forecast(settings, source, tokenizer, task, start, records, record)
     if start is not None and record is None:
         check_targets(start, given, forecast.shape)
-    wants_int8 = settings.base_matmul == "int8"
-    matmul = chosen_matmul(settings, device, record, progress.say) if wants_int8 else "dtype"
+    matmul = chosen_matmul(settings, device, record, progress.say)
     if matmul == "int8":
         check_adapter(forecast.config)
     spec = RunSpec(
