@@ -1,7 +1,7 @@
 """The table of everything that lorakit keeps below its cache directory, with all inputs that each entry depends on.
 
 An entry is found by a key, which hashes the cache's name, its format and the values of all inputs. Files enter keys by
-their content. This module is the only one that gives places in the cache directory.
+their content. This module is the only one that gives paths in the cache directory.
 """
 
 from __future__ import annotations

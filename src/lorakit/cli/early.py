@@ -132,7 +132,7 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def check_device(word: str) -> None:
-    """Raise ConfigError if a word is not the name of a device; its availability is not checked."""
+    """Raise ConfigError if a text is not the name of a device; its availability is not checked."""
     if not is_device_name(word):
         raise ConfigError.of("device", word, DEVICE_FORM)
 

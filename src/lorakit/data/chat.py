@@ -2,8 +2,8 @@
 
 If the template marks the assistant's text with `{% generation %}`, those marks are used. Otherwise, the conversation is
 rendered up to each assistant turn, with the generation prompt, and including the turn: what the second text adds to the
-first is what the model would have to generate. No answer is searched in a text. If a template begins or ends a turn in
-another way than the generation prompt or the whole conversation does, the answer is replaced by words that occur
+first is what the model would have to generate. No answer is searched in a text. If a template begins or ends a turn
+differently from the generation prompt or the whole conversation, the answer is replaced by words that occur
 nowhere else, and two such renderings show which text is the template's. The tokens are those of the whole text.
 """
 

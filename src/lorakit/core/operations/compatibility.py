@@ -23,7 +23,7 @@ SHOWN = 4
 def check_one_base(adapters: Sequence[AdapterWeights], allow: Collection[str] = ()) -> None:
     """Check that adapters have the same base model and task, and that each shares a site with at least one other.
 
-    A BaseMismatchError for the first, which `allow` can lift by "base_mismatch"; for sites, "key_mismatch", an
+    A BaseMismatchError for the first, which `allow` can override by "base_mismatch"; for sites, "key_mismatch", an
     AdapterError unless the fingerprints prove a common base.
     """
     pairs = [(one, other, one.compare_base(other)) for one, other in itertools.combinations(adapters, 2)]

@@ -214,8 +214,8 @@ def evened(rows: Tensor) -> Tensor:
 def weight_gradient(module: nn.Module, x: Tensor, G: Tensor) -> Tensor:
     """Return the gradient (out, in) of a module's canonical weight, from one call to a layer, embedding or convolution.
 
-    x (…, in), indices (…) or (N, C, …) is the input, and G (…, out) or (N, out, …) the gradient of the output. Of a
-    convolution, the result is (out, in / groups, k…); it is in fp32 or wider.
+    x (…, in), indices (…) or (N, C, …) is the input, and G (…, out) or (N, out, …) the gradient of the output. The
+    result, in fp32 or wider, is (out, in / groups, k…) for a convolution.
     """
     x, G = x.detach(), at_least_fp32(G.detach())
     if isinstance(module, nn.Embedding):
