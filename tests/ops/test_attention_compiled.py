@@ -11,7 +11,7 @@ from torch import Tensor
 from lorakit.ops.attention import attention, kernel_backward, kernel_for, kernel_forward
 from lorakit.ops.attention_pattern import Operands, Pattern
 from lorakit.ops.kernels import compiled
-from lorakit.ops.kernels.protocol import SequenceAttention
+from lorakit.ops.kernels.compiled_matmuls import CompiledAttention
 from lorakit.ops.reference import attention as reference
 
 KERNELS = compiled.kernels()
@@ -29,7 +29,7 @@ CASES = {
 """Name -> B, H, KV, T and D, and the pattern."""
 
 
-def kernel() -> SequenceAttention:
+def kernel() -> CompiledAttention:
     assert KERNEL is not None
     return KERNEL
 

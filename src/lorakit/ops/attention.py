@@ -14,7 +14,7 @@ from lorakit.ops import attention_flash, attention_products, choices, reference
 from lorakit.ops.attention_pattern import Method, Operands, Pattern
 from lorakit.ops.autograd import Context, Replayed, alias, autocast, needs_gradient, with_replay, without_autocast
 from lorakit.ops.kernels import kernels_for
-from lorakit.ops.kernels.protocol import SequenceAttention
+from lorakit.ops.kernels.compiled_matmuls import CompiledAttention
 
 # On a CPU, PyTorch's flash kernel is used if the longest sequence has at least this many tokens. On processors without
 # matrix units, matmuls are faster even beyond 4096 tokens; with matrix units, the kernel's cache blocking pays off
@@ -109,7 +109,7 @@ def backward(
     return into
 
 
-def kernel_for(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> SequenceAttention | None:
+def kernel_for(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> CompiledAttention | None:
     """Return the kernel for q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E), or None if it must not be used."""
     kernels = kernels_for(q, strided=True)
     attention = None if kernels is None else kernels.attention
@@ -122,7 +122,7 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> SequenceAtt
     return attention if tasks >= torch.get_num_threads() else None
 
 
-def kernel_forward(kernel: SequenceAttention, operands: Operands, pattern: Pattern) -> Tensor:
+def kernel_forward(kernel: CompiledAttention, operands: Operands, pattern: Pattern) -> Tensor:
     """Return softmax(scores)·v (B, H, T, D), stored as (B, T, H, D)."""
     q, *_ = operands
     batch, heads, tokens, width = q.shape
@@ -132,7 +132,7 @@ def kernel_forward(kernel: SequenceAttention, operands: Operands, pattern: Patte
 
 
 def kernel_backward(
-    kernel: SequenceAttention, dout: Tensor, operands: Operands, into: Operands, pattern: Pattern
+    kernel: CompiledAttention, dout: Tensor, operands: Operands, into: Operands, pattern: Pattern
 ) -> None:
     """Write the gradients of q (B, H, T, D), k and v (B, KV, T, D) to `into`, given that of the output, `dout`."""
     *_, tokens, width = operands[0].shape

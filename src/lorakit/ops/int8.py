@@ -27,9 +27,9 @@ from torch import Tensor
 from lorakit.machine import INT8_UNITS, this_machine
 from lorakit.ops.autograd import Context, rows
 from lorakit.ops.int8_weight import LEVELS, Int8Weight, quantize_rows
-from lorakit.ops.kernels import kernels_for
+from lorakit.ops.kernels import Kernels, kernels_for
 from lorakit.ops.kernels.compiled import MOST_ROWS
-from lorakit.ops.kernels.protocol import Int8Matmuls, Kernels
+from lorakit.ops.kernels.compiled_matmuls import CompiledInt8Matmuls
 
 KERNEL_SIZES = (192, 128), (70, 128), (70, 192)
 """Shapes of a weight, of rows of an input and of rows of a gradient, to check kernels with."""
@@ -182,7 +182,7 @@ def output(
     return y
 
 
-def _matmuls(kernels: Kernels | None, dtype: torch.dtype, q: Tensor, weight: Int8Weight) -> Int8Matmuls | None:
+def _matmuls(kernels: Kernels | None, dtype: torch.dtype, q: Tensor, weight: Int8Weight) -> CompiledInt8Matmuls | None:
     """Return the kernels that multiply q (N, ·) with a weight and finish the result in a dtype, or None."""
     matmuls = None if kernels is None or dtype != torch.bfloat16 else kernels.int8_matmuls
     if matmuls is None or not matmuls.supports(q, weight.q):

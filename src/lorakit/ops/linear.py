@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,9 @@ from lorakit.ops.dropout import apply_dropout, draw, kept_elements, zero_
 from lorakit.ops.int8 import Int8Inputs, input_gradient, output
 from lorakit.ops.int8_weight import Int8Weight
 from lorakit.ops.kernels import kernels_for
-from lorakit.ops.kernels.protocol import DropoutMatmuls
+
+if TYPE_CHECKING:
+    from lorakit.ops.kernels.triton.launching import TritonKernels
 
 
 def linears(x: Tensor, group: Sequence[Adapted]) -> tuple[Tensor, ...]:
@@ -306,7 +308,7 @@ class Group:
                 spare.append(torch.empty_like(x))
             yield j, apply_dropout(x, self._record(j), self.low[j].p, out=spare[0])
 
-    def _fused(self, like: Tensor) -> DropoutMatmuls | None:
+    def _fused(self, like: Tensor) -> TritonKernels | None:
         """Return the kernels that fuse dropout with low-rank matmuls, or None if there are none for `like` (N, n)."""
         wide = [self.A[j] for j in self.dropping]
         kernels = kernels_for(like, *wide) if wide and wide[0].shape[1] % 4 == 0 else None

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lorakit.ops.kernels import kernels_for
-from lorakit.ops.kernels.protocol import PerRowMatmuls
+from lorakit.ops.kernels.compiled import CompiledKernels
 
 Method = Literal["masked", "rows", "sorted"]
 LONG_ROW = 4  # minimum number of tokens per row for which per-row matmuls are efficient
@@ -77,7 +77,7 @@ class PerRowLora:
     Shapes: A (K, r, in) with the scales, Bt (K, r, out), index (rows,), −1 for no adapter.
     """
 
-    def __init__(self, A: Tensor, Bt: Tensor, index: Tensor, kernel: PerRowMatmuls) -> None:
+    def __init__(self, A: Tensor, Bt: Tensor, index: Tensor, kernel: CompiledKernels) -> None:
         self.A, self.Bt, self.index, self.kernel = A, Bt, index, kernel
 
     def add(self, x: Tensor, y: Tensor) -> None:

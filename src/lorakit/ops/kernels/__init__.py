@@ -1,13 +1,26 @@
-"""Compiled kernels for the fused operations, written in C for CPUs and in Triton for CUDA; see `kernels_for`."""
+"""Compiled kernels for the fused operations, written in C for CPUs and in Triton for CUDA; see `kernels_for`.
+
+If no kernels are available, PyTorch operations compute the same results. All tensors of a call are on the same device
+and contiguous, except that `rotate` also accepts strided tokens. N rows of width d form a tensor (N, d). In each call,
+inputs and outputs have the same dtype: fp32, bf16 or, on CUDA, fp16. Row statistics and intermediate results are fp32;
+intermediate results are rounded only where stated. The caller allocates outputs. An output may alias an input only
+where stated.
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.ops.autograd import is_traced
 from lorakit.ops.kernels import compiled, triton
-from lorakit.ops.kernels.protocol import Kernels
+
+if TYPE_CHECKING:
+    from lorakit.ops.kernels.triton.launching import TritonKernels
+
+Kernels: TypeAlias = "compiled.CompiledKernels | TritonKernels"
 
 
 def kernels_for(x: Tensor, *others: Tensor | None, strided: bool = False, is_new: bool = False) -> Kernels | None:

@@ -1,34 +1,22 @@
-"""Call the CPU kernels in rows.c and its headers, which `lorakit.ops.kernels.protocol` documents."""
+"""Call the CPU kernels in rows.c and its headers, under the terms of `lorakit.ops.kernels`."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 
 import torch
 from torch import Tensor
 
 from lorakit.ops.kernels.building import Built, built
-from lorakit.ops.kernels.compiled_matmuls import CompiledLowRankGradients, int8_matmuls
-from lorakit.ops.kernels.gateway import FARTHEST, Gateway
-from lorakit.ops.kernels.protocol import (
-    DropoutMatmuls,
-    Int8Matmuls,
-    Int8Steps,
-    LowRankGradients,
-    PerRowMatmuls,
-    SequenceAttention,
-)
+from lorakit.ops.kernels.compiled_matmuls import CompiledAttention, CompiledLowRankGradients, int8_matmuls
+from lorakit.ops.kernels.gateway import Gateway
 
 DTYPES = {torch.float32: "", torch.bfloat16: "BF16"}
 """Dtype -> preprocessor macro that is defined when its kernels are compiled."""
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "quick_gelu": 2, "relu": 3}
 """Name in `lorakit.ops.activation` -> enum value in the C source."""
-
-LANES = 16
-"""Number of fp32 values in a register of the attention kernel; head widths must be a multiple of it."""
 
 MOST_ROWS = 32
 """Largest number of rows for `int8_few_rows`, as in int8_few.h; with more rows, int8 matmuls of PyTorch are faster."""
@@ -65,24 +53,36 @@ def _built() -> list[Built]:
 
 
 class CompiledKernels:
-    """Kernels for each dtype, compiled from rows.c, behind the checks of `lorakit.ops.kernels.gateway`."""
+    """Kernels for each dtype, compiled from rows.c, behind the checks of `lorakit.ops.kernels.gateway`.
+
+    Attributes:
+        activations: The activations that `gate` supports.
+        caps_logits: Whether `cross_entropy` supports a cap.
+        dropping, own, int8, attention, low_rank, int8_matmuls: The kernels for matmuls with dropout, for one adapter
+            per row, for the steps around int8 matmuls, and as their classes say; None if there are none or they are
+            not faster.
+        few_rows: Largest number of rows for which `int8_few_rows` is faster than the other steps, or 0.
+    """
 
     activations = frozenset(ACTIVATIONS)
     caps_logits = False
-    dropping: DropoutMatmuls | None = None
+    dropping = None
 
     def __init__(self, libraries: dict[torch.dtype, ctypes.CDLL]) -> None:
-        self.own: PerRowMatmuls | None = self
-        self.int8: Int8Steps | None = self
+        self.own = self.int8 = self
         gateway = Gateway(libraries)
-        self.attention: SequenceAttention | None = CompiledAttention(gateway) if gateway.dots else None
-        self.low_rank: LowRankGradients | None = CompiledLowRankGradients(gateway) if gateway.dots else None
-        self.int8_matmuls: Int8Matmuls | None = int8_matmuls(gateway)
+        self.attention = CompiledAttention(gateway) if gateway.dots else None
+        self.low_rank = CompiledLowRankGradients(gateway) if gateway.dots else None
+        self.int8_matmuls = int8_matmuls(gateway)
         self.few_rows = MOST_ROWS if gateway.has_int8_dots else 0
         self._pointer, self._optional, self._call = gateway.pointer, gateway.optional, gateway.call
 
     def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
-        """Implement `Kernels.rms_forward`; x and n are (N, d)."""
+        """Write the RMS norm of x (N, d) to n (N, d), and 1/RMS of each row to rstd (N, 1). [docs/math.md (76)]
+
+        If offset is 0, values are rounded to the dtype of x before and after the multiplication by the weight w (d,).
+        Otherwise, they are rounded once, after the multiplication by offset + w.
+        """
         dtype, shape = x.dtype, x.shape
         rows, d = shape
         given = self._pointer("x", x, dtype, shape), self._optional("w", w, dtype, (d,))
@@ -90,7 +90,7 @@ class CompiledKernels:
         self._call("rms_forward", dtype, rows * d, *given, eps, offset, rows, d, *made)
 
     def rms_recompute(self, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, n: Tensor) -> None:
-        """Implement `Kernels.rms_recompute`; x and n are (N, d)."""
+        """Recompute the output n (N, d) of `rms_forward` bit for bit from x and rstd (N, 1)."""
         dtype, shape = x.dtype, x.shape
         rows, d = shape
         given = self._pointer("x", x, dtype, shape), self._optional("w", w, dtype, (d,))
@@ -100,7 +100,7 @@ class CompiledKernels:
     def rms_backward(
         self, dn: Tensor, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
     ) -> None:
-        """Implement `Kernels.rms_backward`; dn, x and dx are (N, d)."""
+        """Write the gradient of x, plus `add`, to dx, which may be dn, the gradient of n; all are (N, d)."""
         dtype, shape = x.dtype, x.shape
         rows, d = shape
         given = self._pointer("dn", dn, dtype, shape), self._pointer("x", x, dtype, shape)
@@ -109,7 +109,7 @@ class CompiledKernels:
         self._call("rms_backward", dtype, rows * d, *given, weight, offset, stats, added, rows, d, made)
 
     def gate(self, act: str, first: Tensor, up: Tensor | None, out: Tensor) -> None:
-        """Implement `Kernels.gate`; first, up and out are (N, f)."""
+        """Write act(first)·up, or act(first) without `up`, rounded once, to `out`; all (N, f). [docs/math.md (78)]"""
         dtype, shape, count = first.dtype, first.shape, first.numel()
         given = self._pointer("first", first, dtype, shape), self._optional("up", up, dtype, shape)
         self._call("gate", dtype, count, ACTIVATIONS[act], *given, count, self._pointer("out", out, dtype, shape))
@@ -117,7 +117,7 @@ class CompiledKernels:
     def gate_backward(
         self, act: str, da: Tensor, first: Tensor, up: Tensor | None, dfirst: Tensor, dup: Tensor | None
     ) -> None:
-        """Implement `Kernels.gate_backward`; da, first and up are (N, f).
+        """Write the gradients of `gate` to dfirst, which may be da, and, if `up` is given, to dup; all are (N, f).
 
         Raises:
             ValueError: A tensor is invalid, or only one of up and dup is given.
@@ -131,7 +131,10 @@ class CompiledKernels:
         self._call("gate_backward", dtype, count, ACTIVATIONS[act], *given, gate, count, *made)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
-        """Implement `Kernels.rotate`; x and out are (B, T, H, D).
+        """Rotate x (B, T, H, D) by position, or rotate it back, and write the result to `out`. [docs/math.md (80)]
+
+        `out` may be x. Both cos and sin are (B or 1, T, rot). The first rot elements of a head are rotated, and
+        the others are copied. In x and `out`, the heads of each token are contiguous, and tokens are evenly spaced.
 
         Raises:
             ValueError: A tensor is invalid.
@@ -149,7 +152,8 @@ class CompiledKernels:
         self._call("rotate", dtype, x.numel(), *given, *angles, *sizes, *made)
 
     def drop(self, x: Tensor, p: float, seed: Tensor, scale: float, out: Tensor) -> None:
-        """Implement `Kernels.drop`; x may have any shape, and `out` has the same shape.
+        """Write scale·x (any shape) to `out`, which may be x, with zeros for dropped elements. [docs/math.md (70)] Each
+        is dropped with probability p; calls with the same seed, uint64 (1,), size and p drop the same elements.
 
         Raises:
             ValueError: A tensor is invalid, or p is not in (0, 1].
@@ -161,7 +165,9 @@ class CompiledKernels:
         self._call("drop", dtype, count, given, count, p, seed.item(), scale, made)
 
     def softmax(self, scores: Tensor, low: Tensor | None, high: Tensor | None) -> None:
-        """Implement `Kernels.softmax`; scores is (Z, n, m).
+        """Compute the softmax of rows (Z, n, m) in place, limited to the positions that each row sees.
+
+        Row i sees the positions low[i % k] to high[i % k] − 1. `low` and `high` are int32 (k,); None means no bound.
 
         Raises:
             ValueError: A tensor is invalid or empty.
@@ -175,7 +181,7 @@ class CompiledKernels:
         self._call("softmax", dtype, count, given, *bounds, kinds, count // m, m)
 
     def softmax_backward(self, weights: Tensor, ds: Tensor) -> None:
-        """Implement `Kernels.softmax_backward`; weights and ds are (Z, n, m)."""
+        """Replace ds, the gradient of the softmax weights (Z, n, m), with the gradient of the scores."""
         dtype, shape, count, m = ds.dtype, ds.shape, ds.numel(), ds.shape[-1]
         given, made = self._pointer("weights", weights, dtype, shape), self._pointer("ds", ds, dtype, shape)
         self._call("softmax_backward", dtype, count, given, count // max(m, 1), m, made)
@@ -183,7 +189,11 @@ class CompiledKernels:
     def cross_entropy(
         self, logits: Tensor, labels: Tensor, scale: float, gradients: bool, losses: Tensor, cap: float | None = None
     ) -> None:
-        """Implement `Kernels.cross_entropy`; logits is (c, V)."""
+        """Write the fp32 losses (c,) for logits (c, V) after multiplying the logits by `scale`. [docs/math.md (75)]
+
+        If `gradients` is true, replace the logits with the gradient of the summed loss, divided by `scale`. If a cap is
+        given, the scaled logits z are first replaced with cap·tanh(z/cap).
+        """
         assert cap is None  # callers check `caps_logits`
         rows, v = logits.shape
         scores = self._pointer("logits", logits, logits.dtype, (rows, v))
@@ -192,9 +202,10 @@ class CompiledKernels:
         self._call("cross_entropy", logits.dtype, rows * v, scores, targets, scale, gradients, rows, v, made)
 
     def add_per_row(self, x: Tensor, A: Tensor, Bt: Tensor, index: Tensor, y: Tensor) -> None:
-        """Implement `PerRowMatmuls.add_per_row`.
+        """Add (x_i·A_kᵀ)·Bt_k to y_i for each row i, with k = index[i]. [docs/math.md (72)]
 
-        Shapes: x (rows, …, in), A (K, r, in), Bt (K, r, out), index (rows,), y (rows, …, out).
+        Shapes: x (rows, …, in), y (rows, …, out), A (K, r, in), Bt (K, r, out). `index` is int64 (rows,), with −1 for
+        rows without an adapter. The low-rank activation and the sum with y are rounded to the dtype of x.
         """
         dtype, shape, (adapters, r, out) = x.dtype, x.shape, Bt.shape
         width, asked = shape[-1], shape[0]
@@ -213,7 +224,11 @@ class CompiledKernels:
     def int8_quantize(
         self, x: Tensor, factors: Tensor, kept: Tensor | None, q: Tensor, scale: Tensor, columns: Tensor | None
     ) -> None:
-        """Implement `Int8Steps.int8_quantize`; x and q are (N, d)."""
+        """Write the rows of x·factors in 255 levels to q, int8 (N, d), and their scales to `scale` (N,).
+
+        x is (N, d) and `factors` (d,). The results have the bits of `lorakit.ops.int8_weight.quantize_rows`.
+        If given, `columns` (N, k), in the dtype of x, is set to the columns `kept` (k,), int64, of x.
+        """
         dtype, (rows, d), wide = x.dtype, x.shape, torch.float32
         k = 0 if columns is None else columns.shape[-1]
         given = (
@@ -231,7 +246,10 @@ class CompiledKernels:
     def int8_output(
         self, sums: Tensor, t: Tensor, s: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, y: Tensor
     ) -> None:
-        """Implement `Int8Steps.int8_output`; sums and y are (N, out).
+        """Write t·sums·s + bias + left·right to y (N, out), rounded once.
+
+        Shapes: sums (N, out), t (N,), s (out,), bias (out,), left (N, k) with k even, right (k/2, out, 2): element
+        (i, o, j) is the factor of column 2·i + j of `left` in output o.
 
         Raises:
             ValueError: A tensor is invalid, or `left` has an odd number of columns.
@@ -250,7 +268,7 @@ class CompiledKernels:
         self._call("int8_output", dtype, rows * out, *given, *low, rows, k, out, made)
 
     def int8_add(self, sums: Tensor, u: Tensor, g: Tensor, partial: Tensor | None, total: Tensor) -> None:
-        """Implement `Int8Steps.int8_add`; sums and total are (N, d)."""
+        """Write u·sums·g (N, d), plus `partial`, to `total`, which may be it, all in fp32; u is (N,) and g (d,)."""
         wide, (rows, d) = torch.float32, sums.shape
         given = self._pointer("sums", sums, torch.int32, (rows, d)), self._pointer("u", u, wide, (rows,))
         more = self._pointer("g", g, wide, (d,)), self._optional("partial", partial, wide, (rows, d))
@@ -260,7 +278,9 @@ class CompiledKernels:
     def int8_input_gradient(
         self, sums: Tensor, u: Tensor, g: Tensor, columns: Tensor, kept: Tensor, partial: Tensor | None, dx: Tensor
     ) -> None:
-        """Implement `Int8Steps.int8_input_gradient`; sums and dx are (N, d)."""
+        """Add u·sums·g, `partial` if given, and `columns` at the positions `kept` to dx (N, d), rounded once.
+        Shapes: sums and fp32 partial (N, d), u (N,), g (d,), fp32 columns (N, k), kept int64 (k,).
+        """
         dtype, (rows, d), wide, (k,) = dx.dtype, dx.shape, torch.float32, kept.shape
         given = (
             self._pointer("sums", sums, torch.int32, (rows, d)),
@@ -283,7 +303,8 @@ class CompiledKernels:
         columns: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        """Implement `Int8Steps.int8_few_rows`; x is (…, in), and the result is (…, out).
+        """Return the output of an int8 linear layer, (…, out), with the bits of the other steps around a matmul.
+        Shapes: x (…, in), g (in,), kept int64 (k,), q int8 (out, in), s (out,), columns (out, k), bias (out,).
 
         Raises:
             ValueError: A tensor is invalid, or there are more than `MOST_ROWS` rows.
@@ -306,60 +327,6 @@ class CompiledKernels:
         made = self._pointer("y", y, dtype, y.shape)
         self._call("int8_few_rows", dtype, out * d, *given, rows, d, k, out, made)
         return y
-
-
-class CompiledAttention:
-    """Attention kernels, from attention.h."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
-
-    def supports(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
-        """Implement `SequenceAttention.supports`; q is (B, H, T, D)."""
-        width = q.shape[3]
-        laid_out = all(t.stride(3) == 1 and min(t.stride()) >= 0 and t.stride(2) < FARTHEST for t in (q, k, v))
-        return q.dtype in self._gateway.dots and laid_out and width > 0 and width % LANES == 0 and v.shape[3] == width
-
-    def attend(
-        self, operands: tuple[Tensor, Tensor, Tensor], ends: Tensor, scale: float, causal: bool, out: Tensor
-    ) -> None:
-        """Implement `SequenceAttention.attend`; q is (B, H, T, D)."""
-        given, sizes = self._operands(operands, ends)
-        q, dtype = operands[0], operands[0].dtype
-        made = self._gateway.heads("out", out, dtype, q.shape, least=1)
-        self._gateway.call("attend", dtype, q.numel(), *given, *made, *sizes, scale, causal)
-
-    def attend_backward(
-        self,
-        operands: tuple[Tensor, Tensor, Tensor],
-        dout: Tensor,
-        ends: Tensor,
-        scale: float,
-        causal: bool,
-        into: tuple[Tensor, Tensor, Tensor],
-    ) -> None:
-        """Implement `SequenceAttention.attend_backward`; q is (B, H, T, D)."""
-        given, sizes = self._operands(operands, ends)
-        q, dtype = operands[0], operands[0].dtype
-        made = [*self._gateway.heads("dout", dout, dtype, q.shape)]
-        for name, grad, of in zip(("dq", "dk", "dv"), into, operands, strict=True):
-            made += self._gateway.heads(name, grad, dtype, of.shape, least=1)
-        self._gateway.call("attend_backward", dtype, q.numel(), *given, *made, *sizes, scale, causal)
-
-    def _operands(self, operands: tuple[Tensor, Tensor, Tensor], ends: Tensor) -> tuple[list[int], list[int]]:
-        """Check q (B, H, T, D), k, v (B, KV, T, D) and ends (S,) that increase up to T; return the arguments."""
-        q, k, v = operands
-        (batch, heads, tokens, width), kv = q.shape, k.shape[1]
-        bounds = [0, *ends.tolist()]
-        if not self.supports(q, k, v) or kv < 1 or heads % kv:
-            raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: not supported")
-        if bounds[-1] != tokens or any(a >= b for a, b in itertools.pairwise(bounds)):
-            raise ValueError(f"ends: expected positions that increase up to {tokens}; got {bounds[1:]}")
-        given: list[int] = []
-        for name, tensor, count in (("q", q, heads), ("k", k, kv), ("v", v, kv)):
-            given += self._gateway.heads(name, tensor, q.dtype, (batch, count, tokens, width))
-        at = self._gateway.pointer("ends", ends, torch.int64, (len(bounds) - 1,))
-        return given, [at, batch, len(bounds) - 1, kv, heads // kv, width]
 
 
 def _heads_together(x: Tensor) -> tuple[int, ...]:

@@ -1,11 +1,13 @@
-"""Call the matmuls in int8_matmul.h and low_rank.h, which `lorakit.ops.kernels.protocol` documents."""
+"""Call the matmuls in int8_matmul.h, low_rank.h and attention.h, under the terms of `lorakit.ops.kernels`."""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
 
-from lorakit.ops.kernels.gateway import Gateway
+from lorakit.ops.kernels.gateway import FARTHEST, Gateway
 
 DTYPE = torch.bfloat16
 """The dtype of all floating-point operands that are not fp32; the instructions multiply no other."""
@@ -23,7 +25,9 @@ def int8_matmuls(gateway: Gateway) -> CompiledInt8Matmuls | None:
 
 
 class CompiledInt8Matmuls:
-    """Int8 matmuls, from int8_matmul.h, with matrix tiles (AMX) or dot products (VNNI)."""
+    """Int8 matmuls with Q (out, in), exact, together with the steps after them, up to the order of additions, from
+    int8_matmul.h, with matrix tiles (AMX) or dot products (VNNI).
+    """
 
     def __init__(self, gateway: Gateway, tiles: bool) -> None:
         if tiles and DTYPE not in gateway.tiles:
@@ -31,7 +35,7 @@ class CompiledInt8Matmuls:
         self._gateway, self.tiles = gateway, tiles
 
     def supports(self, q: Tensor, Q: Tensor) -> bool:
-        """Implement `Int8Matmuls.supports`; q is (N, in) or (N, out), and Q is (out, in)."""
+        """Return whether q (N, in) or (N, out) can be multiplied with Q (out, in), and whether this is fast."""
         return len(q) >= FEWEST_ROWS and not any(size % TILE_STEP for size in Q.shape) and min(Q.shape) > 0
 
     def int8_matmul_output(
@@ -43,7 +47,11 @@ class CompiledInt8Matmuls:
         terms: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
         y: Tensor,
     ) -> None:
-        """Implement `Int8Matmuls.int8_matmul_output`; y is (N, out)."""
+        """Write t·(q·Qᵀ)·s + bias + h·Bᵀ + kept·columnsᵀ to y (N, out), rounded once.
+
+        Shapes: q (N, in), scales (t, s) as in `CompiledKernels.int8_output`, terms (h, B) and (kept, columns): (N, r)
+        and (out, r), (N, k) and (out, k), where r and k may be 0. h may have rows at a distance.
+        """
         (out, width), rows, pointer = self._checked(Q), len(q), self._gateway.pointer
         (h, B), (kept, columns) = terms
         r, k, apart = h.shape[-1], kept.shape[-1], h.stride(0)
@@ -64,7 +72,7 @@ class CompiledInt8Matmuls:
     def int8_matmul_add(
         self, q: Tensor, Q: Tensor, scales: tuple[Tensor, Tensor], partial: Tensor | None, total: Tensor
     ) -> None:
-        """Implement `Int8Matmuls.int8_matmul_add`; total is (N, in)."""
+        """Write what `CompiledKernels.int8_add` writes for the sums q·Q, given q (N, out) and (u, g)."""
         (out, d), rows = self._checked(Q), len(q)
         given, more = self._gradient_operands(q, Q, scales), self._optional_partial(partial, (rows, d))
         made = self._gateway.pointer("total", total, torch.float32, (rows, d))
@@ -80,7 +88,7 @@ class CompiledInt8Matmuls:
         partial: Tensor | None,
         dx: Tensor,
     ) -> None:
-        """Implement `Int8Matmuls.int8_matmul_input_gradient`; dx is (N, in)."""
+        """Write what `CompiledKernels.int8_input_gradient` writes for the sums q·Q, given q (N, out) and (u, g)."""
         (out, d), rows, (k,), pointer = self._checked(Q), len(q), kept.shape, self._gateway.pointer
         given = (
             *self._gradient_operands(q, Q, scales),
@@ -126,13 +134,15 @@ WIDEST = 64
 
 
 class CompiledLowRankGradients:
-    """Low-rank matmuls with the gradient of an output, from low_rank.h."""
+    """Low-rank matmuls with the gradient of an output, read once, whose fp32 sums do not depend on the threads; from
+    low_rank.h.
+    """
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
     def supports(self, dy: Tensor, h: Tensor | None, narrow: int) -> bool:
-        """Implement `LowRankGradients.supports`; dy is (N, out), and h is (N, r)."""
+        """Return whether dy (N, out), h (N, r), with rows at a distance, and up to `narrow` columns are supported."""
         laid_out = h is None or (h.dtype == dy.dtype and h.stride(1) == 1 and h.shape[1] <= WIDEST)
         fits = len(dy) > 0 and dy.shape[1] > 0 and dy.shape[1] % LOW_RANK_STEP == 0 and narrow <= WIDEST
         return dy.dtype in self._gateway.dots and laid_out and fits
@@ -140,7 +150,9 @@ class CompiledLowRankGradients:
     def low_rank_gradients(
         self, dy: Tensor, B: Tensor | None, columns: Tensor | None, h: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Implement `LowRankGradients.low_rank_gradients`; dy is (N, out).
+        """Return dy·B (N, r), rounded to the dtype of dy, and dy·columns (N, k) and dyᵀ·h (out, r) in fp32.
+
+        Shapes: dy (N, out), B (out, r), columns (out, k), h (N, r). A result is None if its factor is None.
 
         Raises:
             ValueError: A tensor is invalid, or a size is not supported.
@@ -166,3 +178,66 @@ class CompiledLowRankGradients:
         )
         gateway.call("low_rank_gradients", dtype, rows * out, *given, apart, rows, out, r, k, *made)
         return dh, kept, grad
+
+
+LANES = 16
+"""Number of fp32 values in a register of the attention kernel; head widths must be a multiple of it."""
+
+
+class CompiledAttention:
+    """Attention over separate sequences, without windows, caps, biases, sinks or dropout. [docs/math.md (81), (82)]
+
+    Shapes: q (B, H, T, D), k and v (B, KV, T, D). Heads must be contiguous; other strides are arbitrary. `ends` is
+    int64 (S,): the end of each sequence within the T tokens, in increasing order; the last one is T. If `causal` is
+    true, a token sees only itself and earlier tokens of its sequence. From attention.h.
+    """
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    def supports(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Return whether the kernel supports the dtype, widths and strides of q (B, H, T, D), k and v."""
+        width = q.shape[3]
+        laid_out = all(t.stride(3) == 1 and min(t.stride()) >= 0 and t.stride(2) < FARTHEST for t in (q, k, v))
+        return q.dtype in self._gateway.dots and laid_out and width > 0 and width % LANES == 0 and v.shape[3] == width
+
+    def attend(
+        self, operands: tuple[Tensor, Tensor, Tensor], ends: Tensor, scale: float, causal: bool, out: Tensor
+    ) -> None:
+        """Write softmax(scale·q·kᵀ)·v to `out` (B, H, T, D)."""
+        given, sizes = self._operands(operands, ends)
+        q, dtype = operands[0], operands[0].dtype
+        made = self._gateway.heads("out", out, dtype, q.shape, least=1)
+        self._gateway.call("attend", dtype, q.numel(), *given, *made, *sizes, scale, causal)
+
+    def attend_backward(
+        self,
+        operands: tuple[Tensor, Tensor, Tensor],
+        dout: Tensor,
+        ends: Tensor,
+        scale: float,
+        causal: bool,
+        into: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        """Write the gradients of q (B, H, T, D), which may be `dout`, k and v to `into`; dout is that of the output."""
+        given, sizes = self._operands(operands, ends)
+        q, dtype = operands[0], operands[0].dtype
+        made = [*self._gateway.heads("dout", dout, dtype, q.shape)]
+        for name, grad, of in zip(("dq", "dk", "dv"), into, operands, strict=True):
+            made += self._gateway.heads(name, grad, dtype, of.shape, least=1)
+        self._gateway.call("attend_backward", dtype, q.numel(), *given, *made, *sizes, scale, causal)
+
+    def _operands(self, operands: tuple[Tensor, Tensor, Tensor], ends: Tensor) -> tuple[list[int], list[int]]:
+        """Check q (B, H, T, D), k, v (B, KV, T, D) and ends (S,) that increase up to T; return the arguments."""
+        q, k, v = operands
+        (batch, heads, tokens, width), kv = q.shape, k.shape[1]
+        bounds = [0, *ends.tolist()]
+        if not self.supports(q, k, v) or kv < 1 or heads % kv:
+            raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: not supported")
+        if bounds[-1] != tokens or any(a >= b for a, b in itertools.pairwise(bounds)):
+            raise ValueError(f"ends: expected positions that increase up to {tokens}; got {bounds[1:]}")
+        given: list[int] = []
+        for name, tensor, count in (("q", q, heads), ("k", k, kv), ("v", v, kv)):
+            given += self._gateway.heads(name, tensor, q.dtype, (batch, count, tokens, width))
+        at = self._gateway.pointer("ends", ends, torch.int64, (len(bounds) - 1,))
+        return given, [at, batch, len(bounds) - 1, kv, heads // kv, width]

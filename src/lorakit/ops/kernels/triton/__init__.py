@@ -5,18 +5,21 @@ from __future__ import annotations
 import functools
 import os
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
 from lorakit.ops.kernels.building import SWITCH
-from lorakit.ops.kernels.protocol import Kernels
+
+if TYPE_CHECKING:
+    from lorakit.ops.kernels.triton.launching import TritonKernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes for which there are kernels."""
 
 
 @functools.cache
-def kernels(device: torch.device) -> Kernels | None:
+def kernels(device: torch.device) -> TritonKernels | None:
     """Return the kernels for a device, or None if `failure_on` returns a reason. Kernels are compiled on first use."""
     if failure_on(device):
         return None

@@ -11,14 +11,6 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from lorakit.ops.kernels.protocol import (
-    DropoutMatmuls,
-    Int8Matmuls,
-    Int8Steps,
-    LowRankGradients,
-    PerRowMatmuls,
-    SequenceAttention,
-)
 from lorakit.ops.kernels.triton import programs
 
 OPTIONS = {"enable_fp_fusion": True}
@@ -37,18 +29,18 @@ LOGITS = 8192
 
 
 class TritonKernels:
-    """`lorakit.ops.kernels.protocol.Kernels` and its `DropoutMatmuls` in Triton."""
+    """The kernels of `lorakit.ops.kernels.compiled.CompiledKernels` in Triton, and low-rank matmuls with dropout.
+
+    These multiply with a factor `a` (r, n) in one pass; for a given seed, they drop the same elements as `drop`. The
+    width n must be a multiple of 4.
+    """
 
     activations = frozenset({"silu", "gelu", "gelu_tanh", "quick_gelu", "relu"})
     caps_logits = True
-    attention: SequenceAttention | None = None
-    own: PerRowMatmuls | None = None
-    int8: Int8Steps | None = None
-    int8_matmuls: Int8Matmuls | None = None
-    low_rank: LowRankGradients | None = None
+    attention = own = int8 = int8_matmuls = low_rank = None
 
     def __init__(self) -> None:
-        self.dropping: DropoutMatmuls | None = self
+        self.dropping = self
 
     def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
         """Write the RMS norm of x (N, d) to n (N, d), and 1/RMS of each row to rstd (N, 1)."""
@@ -69,7 +61,7 @@ class TritonKernels:
     def rms_backward(
         self, dn: Tensor, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
     ) -> None:
-        """Implement `Kernels.rms_backward`; all are (N, d)."""
+        """Implement `CompiledKernels.rms_backward`; all are (N, d)."""
         grid, tile = _tiles(x)
         flags = {"HAS_W": w is not None, "HAS_ADD": add is not None}
         given = (dn, x, x if w is None else w, rstd, x if add is None else add)
@@ -87,14 +79,14 @@ class TritonKernels:
     def gate_backward(
         self, act: str, da: Tensor, first: Tensor, up: Tensor | None, dfirst: Tensor, dup: Tensor | None
     ) -> None:
-        """Implement `Kernels.gate_backward`; all are (N, f)."""
+        """Implement `CompiledKernels.gate_backward`; all are (N, f)."""
         flags = {"ACT": act, "HAS_UP": up is not None}
         pointers = (da, first, first if up is None else up, dfirst, dfirst if dup is None else dup)
         with _on(first):
             programs.gate_backward[_blocks(first)](*pointers, first.numel(), **flags, BLOCK=ELEMENTWISE, **OPTIONS)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
-        """Implement `Kernels.rotate`; x and out are (B, T, H, D)."""
+        """Implement `CompiledKernels.rotate`; x and out are (B, T, H, D)."""
         batch, tokens, heads, width = x.shape
         rot = cos.shape[-1]
         flags = {"INTERLEAVED": interleaved, "BACK": back, "PER_ROW": cos.numel() > tokens * rot}
@@ -140,7 +132,7 @@ class TritonKernels:
         return parts.sum(0)
 
     def softmax(self, scores: Tensor, low: Tensor | None, high: Tensor | None) -> None:
-        """Implement `Kernels.softmax`; scores is (Z, n, m)."""
+        """Implement `CompiledKernels.softmax`; scores is (Z, n, m)."""
         bounds = [bound for bound in (low, high) if bound is not None]
         kinds, m = len(bounds[0]) if bounds else 1, scores.shape[-1]
         flags, width = {"HAS_LOW": low is not None, "HAS_HIGH": high is not None}, triton.next_power_of_2(m)
@@ -162,7 +154,7 @@ class TritonKernels:
     def cross_entropy(
         self, logits: Tensor, labels: Tensor, scale: float, gradients: bool, losses_: Tensor, cap: float | None = None
     ) -> None:
-        """Implement `Kernels.cross_entropy`; logits is (c, V)."""
+        """Implement `CompiledKernels.cross_entropy`; logits is (c, V)."""
         rows, vocabulary = logits.shape
         flags = {"CAPPED": cap is not None, "GRADIENTS": gradients}
         block = min(LOGITS, triton.next_power_of_2(vocabulary))
