@@ -3,8 +3,8 @@
 The hash covers what a call computes, not comments, docstrings, annotations, decorators or the function's own name; a
 decorator's wrapper is a function of its own. It is the same in every Python version.
 
-Source that does not match the live code is rejected: the source is compiled again, and the two code objects are
-compared. A function that was assembled at runtime, or whose file has changed since its import, has no readable source.
+Source that does not match the live code is rejected: the file is compiled again, and the two code objects are compared.
+A function that was assembled at runtime, or whose file has changed since its import, has no readable source.
 """
 
 from __future__ import annotations
@@ -15,12 +15,9 @@ import hashlib
 import inspect
 import linecache
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import CodeType, FunctionType, ModuleType
-
-FUTURE = 0x1FF0000
-"""Flags of a code object that record `from __future__` imports."""
+from types import CodeType, FunctionType
 
 NOT_COMPUTED = ("decorator_list", "returns", "annotation", "type_params", "type_comment", "kind", "ctx")
 """Fields of syntax nodes that do not affect what a call computes."""
@@ -59,23 +56,28 @@ class Source:
 
 def source_of(function: FunctionType) -> Source | None:
     """Return the source of a Python function, or None if it is not available or does not match the live code."""
-    imported = frozenset(name for name in function.__code__.co_names if _is_imported(function.__globals__, name))
     code = function.__code__
-    return _source(code, code.co_filename, code.co_firstlineno, function.__qualname__, imported)
+    return _source(code, code.co_filename)
 
 
 @functools.lru_cache(maxsize=4096)  # equal code from the same place has the same source
-def _source(code: CodeType, file: str, line: int, qualified: str, imported: frozenset[str]) -> Source | None:
+def _source(code: CodeType, file: str) -> Source | None:
     try:
         lines, _ = inspect.getsourcelines(code)
         tree = ast.parse(textwrap.dedent("".join(lines)))
+        compiled = _compiled(file, "".join(linecache.getlines(file)))
     except (OSError, TypeError, SyntaxError, IndentationError):
         return None
     if len(tree.body) != 1 or not isinstance(tree.body[0], Definition):
         return None  # for example a lambda
-    definition = tree.body[0]
-    is_same = _is_compiled_from(code, definition, qualified, imported)
-    return Source(hash_of(definition), *_names(definition)) if is_same else None
+    is_live = any(_is_same_code(one, code) for one in _codes(compiled, code.co_name))
+    return Source(hash_of(tree.body[0]), *_names(tree.body[0])) if is_live else None
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(file: str, text: str) -> CodeType:
+    compiled: CodeType = compile(text, file, "exec", dont_inherit=True)
+    return compiled
 
 
 def hash_of(definition: Definition) -> str:
@@ -138,39 +140,6 @@ def _last_name(node: ast.expr) -> str:
 
 def _is_super(node: ast.expr) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
-
-
-def _is_compiled_from(code: CodeType, definition: Definition, qualified: str, imported: frozenset[str]) -> bool:
-    """Return whether compiling a definition, in scopes like the original ones, gives the code of a live function.
-
-    A compiler may treat imported names differently from others. If the code differs, the whole file is therefore
-    compiled.
-    """
-    outside = qualified.split(".")[-2:-1]
-    holder = outside[0] if outside and outside[0].isidentifier() else "Holder"  # private names contain the class's name
-    variables = ", ".join(name for name in code.co_freevars if name != "__class__")
-    imports = "".join(f"import {name}\n" for name in imported)
-    tree = ast.parse(
-        imports + (f"def scope({variables}):\n class {holder}: pass" if variables else f"class {holder}: pass")
-    )
-    kind = next(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
-    kind.body = [definition]
-    if any(_is_same_code(compiled, code) for compiled in _codes(_compiled(tree, code), code.co_name)):
-        return True
-    file = ast.parse("".join(linecache.getlines(code.co_filename)))
-    return any(_is_same_code(compiled, code) for compiled in _codes(_compiled(file, code), code.co_name))
-
-
-def _is_imported(table: Mapping[str, object], name: str) -> bool:
-    """Return whether a global variable was probably imported rather than defined in the file."""
-    value = table.get(name)
-    home = getattr(value, "__module__", None) or type(value).__module__
-    return name in table and (isinstance(value, ModuleType) or home != table["__name__"]) and name != "logger"
-
-
-def _compiled(tree: ast.Module, code: CodeType) -> CodeType:
-    compiled: CodeType = compile(tree, code.co_filename, "exec", code.co_flags & FUTURE, dont_inherit=True)
-    return compiled
 
 
 def _codes(code: CodeType, name: str) -> Iterator[CodeType]:
