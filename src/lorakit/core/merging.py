@@ -24,9 +24,9 @@ from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.base_view import (
     QuantizedWeight,
     base_tensors,
-    flags_before_freezing,
     float_dtype,
     quantized_weights,
+    trained_before_freezing,
     unfreeze_base,
 )
 from lorakit.core.model.index import AdapterIndex, identity, trainable_block
@@ -175,19 +175,9 @@ def _unload(index: AdapterIndex, merged: Sequence[str], flags: Flags) -> None:
 
 def _trained_before(index: AdapterIndex) -> Flags:
     """Return every adapted layer with the names of its base parameters that were initially trainable."""
-    trained = {id(parameter) for parameter, flag in flags_before_freezing(index) if flag}
-    flags: Flags = []
-    for _, layer in index.layers():
-        parameters = {**layer.source._parameters}
-        if layer.tied_weight is not None:
-            parameters[layer.spec.parameter] = layer.tied_weight
-        flags.append((layer, {name for name, parameter in parameters.items() if id(parameter) in trained}))
-    for _, table in index.every(TrainableTokens):
-        parameters = dict(table.original_module._parameters)
-        for shared in table.token_adapter.tied_weight:
-            parameters["weight"] = shared
-        flags.append((table, {name for name, parameter in parameters.items() if id(parameter) in trained}))
-    return flags
+    flags: Flags = [(layer, trained_before_freezing(layer.source)) for _, layer in index.layers()]
+    tables = index.every(TrainableTokens)
+    return flags + [(table, trained_before_freezing(table.original_module)) for _, table in tables]
 
 
 def names_to_merge(index: AdapterIndex, names: Sequence[str]) -> tuple[str, ...]:

@@ -63,13 +63,10 @@ def largest(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Ten
         if type(module) is nn.Linear and ".experts." not in path and not path.endswith(".mlp.gate")
     ]
     calibration = Calibration(targets, needs_mask=True)
-    handles = calibration.hooks()
-    for batch in batches:
-        calibration.begin(batch)
-        with torch.no_grad():
+    with torch.no_grad(), calibration.hooks():
+        for batch in batches:
+            calibration.begin(batch)
             model(**batch)
-    for handle in handles:
-        handle.remove()
     return {target.path: target.absmax for target in targets}
 
 

@@ -7,7 +7,6 @@ once.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,18 +15,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lorakit.allocator import release_pages
 from lorakit.choices import CONV1D, LINEAR
 from lorakit.core.clones import has_observers
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModulesToSave
-from lorakit.core.model.activation import disable
-from lorakit.core.model.index import AdapterIndex, embedding_of, find_state
+from lorakit.core.model.activation import without_adapters
+from lorakit.core.model.index import AdapterIndex, embedding_of
 from lorakit.core.quantization import is_computed
-from lorakit.core.statistics.collecting import Forward, in_mode
-from lorakit.errors import DataError, NotYetSupported
+from lorakit.core.statistics.collecting import Forward, at_least_one, first_input, hooked, in_mode
+from lorakit.errors import NotYetSupported
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Config fields with the number of experts, which is the number of outputs of a router."""
@@ -130,7 +128,7 @@ def base_losses(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward: Forward | None = None
 ) -> tuple[float, ...]:
     """Return the losses of the base, without adapters, on all batches in order, as `quantize_base` measures them."""
-    return run_batches(model, batches, forward or run_batch, None)[0]
+    return run_batches(model, batches, forward or run_batch, Calibration([]))[0]
 
 
 def run_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
@@ -139,19 +137,28 @@ def run_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
     return model(**batch, **({"use_cache": False} if takes_cache and "use_cache" not in batch else {}))
 
 
+@dataclass
+class _Input:
+    """An input x (…, in) of layers, its group, and the largest |x| of each channel, (in,), at a version of x."""
+
+    x: Tensor
+    group: int
+    largest: Tensor | None = None
+    version: int = -1
+
+
 class Calibration:
-    """Hooks that record the largest input of each channel, and which layers get the same input.
+    """Records the largest input of each channel, and which layers get the same input.
 
     If padding cannot be told apart in the input of a layer, `needs_mask` makes this an error; otherwise, all positions
     of that input are used.
     """
 
     def __init__(self, targets: Sequence[Target], *, needs_mask: bool = False) -> None:
-        self.targets, self.needs_mask = targets, needs_mask
+        self.targets, self.needs_mask = {target.path: target for target in targets}, needs_mask
         self.mask: Tensor | None = None
-        self.inputs: list[tuple[Tensor, int]] = []
+        self.inputs: list[_Input] = []
         self.groups = 0
-        self.latest: tuple[Tensor, int, Tensor] | None = None
 
     def begin(self, batch: Mapping[str, Tensor]) -> None:
         """Use the attention mask (rows, length) of a batch, if it has padding."""
@@ -159,32 +166,32 @@ class Calibration:
         self.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()) else None
         self.inputs.clear()
 
-    def hooks(self) -> list[RemovableHandle]:
-        """Register hooks on all layers: one records the input, another gives back the memory of the weight."""
-        handles = []
-        for target in self.targets:
-            handles.append(target.module.register_forward_pre_hook(self._recorder(target)))
-            handles.append(target.module.register_forward_hook(lambda *_, target=target: target.release()))
-        return handles
+    def hooks(self) -> AbstractContextManager[None]:
+        """Return a context manager in which each layer records its input, and gives back the memory of its weight."""
+        return hooked({path: target.module for path, target in self.targets.items()}, self._hook)
 
-    def _recorder(self, target: Target) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if target.group < 0:
-                target.group = self._group(args[0])
-            largest = self._largest(target, args[0])
-            torch.maximum(target.absmax, largest.to(target.absmax.device), out=target.absmax)
+    def _hook(self, path: str, module: nn.Module) -> Callable[..., None]:
+        def record(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], __: Tensor) -> None:
+            self._record(self.targets[path], first_input(args, kwargs))
+            self.targets[path].release()
 
         return record
 
-    def _largest(self, target: Target, x: Tensor) -> Tensor:
-        """Return the largest |x| of each channel, (in,), in fp32; layers in succession with one input share it."""
+    def _record(self, target: Target, x: Tensor) -> None:
+        """Record an input x (…, in) of a layer; the last two inputs are held, so that their ids are unique."""
+        known = next((one for one in self.inputs if one.x is x), None)
+        if known is None:
+            self.groups += 1
+            known = _Input(x, self.groups)
+            self.inputs = [*self.inputs[-1:], known]
         version = -1 if x.is_inference() else x._version
-        if self.latest is not None and self.latest[0] is x and self.latest[1] == version >= 0:
-            return self.latest[2]
-        values = self._tokens(target, x.detach()).reshape(-1, x.shape[-1])
-        largest = values.abs().amax(0).float() if len(values) else x.new_zeros(x.shape[-1], dtype=torch.float32)
-        self.latest = (x, version, largest)
-        return largest
+        if known.largest is None or version < 0 or version != known.version:
+            values = self._tokens(target, x.detach()).reshape(-1, x.shape[-1])
+            empty = x.new_zeros(x.shape[-1], dtype=torch.float32)
+            known.largest, known.version = values.abs().amax(0).float() if len(values) else empty, version
+        if target.group < 0:
+            target.group = known.group
+        torch.maximum(target.absmax, known.largest.to(target.absmax.device), out=target.absmax)
 
     def _tokens(self, target: Target, x: Tensor) -> Tensor:
         """Return the input x (rows, length, …, in) or (rows · length, in) of a layer without padding."""
@@ -202,45 +209,22 @@ class Calibration:
             raise NotYetSupported(text, what=tuple(x.shape), where=target.path, field="batches")
         return x
 
-    def _group(self, x: Tensor) -> int:
-        """Return the number of the group with the input x (…, in); the last inputs are held, so that ids are unique."""
-        for recent, group in self.inputs:
-            if recent is x:
-                return group
-        self.groups += 1
-        self.inputs = [*self.inputs[-1:], (x, self.groups)]
-        return self.groups
-
 
 def run_batches(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward: Forward, calibration: Calibration | None
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward: Forward, calibration: Calibration
 ) -> tuple[tuple[float, ...], int]:
     """Run all batches on the base, or raise a DataError without any; return the losses and number of tokens."""
-    handles = [] if calibration is None else calibration.hooks()
-    losses, tokens, count = list[float](), 0, 0
-    try:
-        with torch.no_grad(), in_mode(model, False), _without_adapters(model):
-            for batch in batches:
-                if calibration is not None:
-                    calibration.begin(batch)
-                output = forward(model, batch)
-                loss = output if isinstance(output, Tensor) and output.ndim < 2 else getattr(output, "loss", None)
-                losses += [] if loss is None else loss.reshape(-1).tolist()
-                tokens, count = tokens + _tokens(batch), count + 1
-                del output, loss
-    finally:
-        for handle in handles:
-            handle.remove()
-        if calibration is not None:
-            calibration.inputs.clear()
-            calibration.latest = None
-    if not count:
-        raise DataError("`batches` is empty; pass at least one batch of calibration data.", field="batches")
+    losses, tokens = list[float](), 0
+    with torch.no_grad(), in_mode(model, False), without_adapters(model), calibration.hooks():
+        for batch in at_least_one(batches):
+            calibration.begin(batch)
+            output = forward(model, batch)
+            loss = output if isinstance(output, Tensor) and output.ndim < 2 else getattr(output, "loss", None)
+            losses += [] if loss is None else loss.reshape(-1).tolist()
+            tokens += _tokens(batch)
+            del output, loss
+    calibration.inputs.clear()
     return tuple(losses), tokens
-
-
-def _without_adapters(model: nn.Module) -> AbstractContextManager[object]:
-    return contextlib.nullcontext() if find_state(model) is None else disable(model)
 
 
 def _tokens(batch: Mapping[str, Tensor]) -> int:

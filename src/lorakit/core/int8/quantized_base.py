@@ -28,7 +28,7 @@ from lorakit.core.int8.calibrating import (
     run_batches,
 )
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.model.base_view import RECORD, base_tensors, quantized_weights
+from lorakit.core.model.base_view import base_tensors, quantized_weights
 from lorakit.core.model.checks import check_not_distributed
 from lorakit.core.model.fingerprint import fingerprint
 from lorakit.core.model.index import AdapterIndex, state_of
@@ -241,7 +241,6 @@ def _replace_layers(
                 continue
             freed += 0 if is_mapped else cast(Tensor, original.weight).nbytes
             original._parameters.clear()  # other objects may refer to the module
-            original.__dict__.pop(RECORD, None)
             if freed > FREED_BYTES:
                 trim()  # malloc does not reuse blocks here that other threads allocated when they loaded the model
                 freed = 0

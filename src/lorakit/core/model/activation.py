@@ -103,6 +103,11 @@ def disable(model: nn.Module) -> Override:
     return state_of(model).override(BASE)
 
 
+def without_adapters(model: nn.Module) -> contextlib.AbstractContextManager[object]:
+    """Return a context manager that runs the base as `disable` does; it does nothing if the model has no adapters."""
+    return contextlib.nullcontext() if find_state(model) is None else disable(model)
+
+
 def checkpoint_contexts(model: nn.Module) -> CheckpointContexts:
     """Return a `context_fn` for non-reentrant checkpointing that recomputes with the forward pass's adapters."""
     return CheckpointContexts(state_of(model))

@@ -1,21 +1,20 @@
 """The base underneath its adapters: read its tensors, named and valued as before any merge, freeze it and restore it.
 
-What is needed to undo the freezing of a module is stored in that module. A copy or pickle of one adapted layer
-therefore contains the parameters of that layer, and not those of the whole base. This module also quantizes individual
-linear layers, for models and storage formats that transformers does not support, and replaces quantized modules with
-plain ones.
+What is needed to undo the freezing of a module is stored in that module, without its parameters, which can be replaced
+by shards. This module also quantizes individual linear layers, for models and storage formats that transformers does
+not support, and replaces quantized modules with plain ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.clones import PARAMETRISED
 from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.trainable_tokens import TrainableTokens
@@ -212,62 +211,44 @@ RECORD = "_lorakit_frozen"
 """Name of the attribute in which a base module stores its `FrozenModule`."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class FrozenModule:
-    """Changes that freezing made to a module: its own parameters with their flags, and whether it repacked."""
+    """What freezing changed in a module: the flags of its own parameters by name, and whether it repacked."""
 
-    trained: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
+    flags: Mapping[str, bool] = field(default_factory=dict)
     repacks: bool = False
 
 
 def freeze_base(index: AdapterIndex) -> None:
     """Freeze the parameters of a base without adapters, and keep its modules from repacking their weights."""
-    repacking = {id(module) for module in disable_repacking(index.everything.values())}
-    seen: set[int] = set()
-    for module in index.everything.values():
-        parameters = [p for p in module._parameters.values() if p is not None and id(p) not in seen]
-        if parameters or id(module) in repacking:
-            trained = [(parameter, parameter.requires_grad) for parameter in parameters]
-            module.__dict__[RECORD] = FrozenModule(trained, id(module) in repacking)
-        for parameter in parameters:
-            seen.add(id(parameter))
-            parameter.requires_grad_(False)
+    modules = list(index.everything.values())
+    repacking = {id(module) for module in disable_repacking(modules)}
+    for module in modules:
+        flags = {name: p.requires_grad for name, p in module._parameters.items() if p is not None}
+        if flags or id(module) in repacking:
+            module.__dict__[RECORD] = FrozenModule(flags, id(module) in repacking)
+    for module in modules:  # only after all flags are known, because modules share parameters
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad_(False)
 
 
-def flags_before_freezing(index: AdapterIndex) -> Iterator[tuple[nn.Parameter, bool]]:
-    """Yield the base's parameters, each with its `requires_grad` flag before the base was frozen."""
-    for module in _base_modules(index):
-        record: FrozenModule = module.__dict__.get(RECORD, FrozenModule())
-        yield from record.trained
-
-
-@contextmanager
-def replacing_parameters(index: AdapterIndex) -> Iterator[None]:
-    """Let other parameters, such as shards, replace those of a frozen base in a block, also for `unfreeze_base`.
-
-    No parameter of the base is referred to within the block, so that each one is freed when it is replaced.
-    """
-    records = list[tuple[FrozenModule, nn.Module, list[tuple[str, bool]]]]()
-    for module in _base_modules(index):
-        record: FrozenModule | None = module.__dict__.get(RECORD)
-        if record is not None:
-            names = {id(parameter): name for name, parameter in module._parameters.items()}
-            flags = [(names[id(parameter)], flag) for parameter, flag in record.trained if id(parameter) in names]
-            records.append((record, module, flags))
-            record.trained = []
-    try:
-        yield
-    finally:
-        for record, module, flags in records:
-            record.trained = [(p, flag) for name, flag in flags if (p := module._parameters[name]) is not None]
+def trained_before_freezing(module: nn.Module) -> set[str]:
+    """Return the names of a base module's own parameters that required gradients before the base was frozen."""
+    record: FrozenModule = module.__dict__.get(RECORD, FrozenModule())
+    return {name for name, flag in record.flags.items() if flag}
 
 
 def unfreeze_base(index: AdapterIndex) -> None:
     """Undo `freeze_base` after the last adapter was removed."""
     for module in _base_modules(index):
         record: FrozenModule = module.__dict__.pop(RECORD, FrozenModule())
-        for parameter, trained in record.trained:
-            parameter.requires_grad_(trained)
+        for name, flag in record.flags.items():
+            computed = getattr(module._modules.get(PARAMETRISED), name, None)  # pruned or parametrized since then
+            stored = module._parameters.get(name, module._parameters.get(f"{name}_orig"))
+            parameter = stored if computed is None else computed.original
+            if parameter is not None:
+                parameter.requires_grad_(flag)
         if record.repacks:
             allow_repacking([module])
 

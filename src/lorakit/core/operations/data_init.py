@@ -6,7 +6,6 @@ init needs. All batches are run once for each group.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -21,10 +20,10 @@ from lorakit.core.attachment.attaching import with_targets
 from lorakit.core.attachment.residual_base import init_context_for
 from lorakit.core.inits import Init, InitContext, init_for, init_named
 from lorakit.core.kinds import kind_named
-from lorakit.core.model.activation import disable
+from lorakit.core.model.activation import without_adapters
 from lorakit.core.model.checks import check_can_move
 from lorakit.core.model.fingerprint import fingerprint
-from lorakit.core.model.index import AdapterIndex, find_state
+from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.target_weights import matched
 from lorakit.core.operations.rank_allocation import by_explained_variance, in_groups, with_ranks
 from lorakit.core.operations.tensor_sources import PLAIN_TARGETS
@@ -93,7 +92,7 @@ class DataSites:
             text = f"The batches are run {len(groups)} times to limit memory use; pass a list instead of an iterator."
             raise DataError(text, what=len(groups), field="batches")
         collected: dict[str, InputStatistics] | dict[str, GradientStatistics]
-        with contextlib.nullcontext() if find_state(model) is None else disable(model):
+        with without_adapters(model):
             for group in groups:
                 if self.init.needs == "gradients":
                     collected = collect_gradients(model, group, batches, forward)

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lorakit.choices import CONV1D
-from lorakit.core.quantization.weight_format import M, Packed, S, WeightFormat, exact_values, linear_with
+from lorakit.core.quantization.weight_format import M, Packed, S, WeightFormat, exact_values
 from lorakit.errors import MergeError, ModelError
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ def _like(linear: nn.Linear, quantized: nn.Module) -> nn.Module:
 
 
 class _Format(WeightFormat[M, S]):
-    """Base class of the 4-bit and 8-bit formats; implements the conversion to a plain module.
+    """Base class of the 4-bit and 8-bit formats.
 
     Attributes:
         mark: Attribute that only parameters of the format have.
@@ -103,17 +102,6 @@ class _Format(WeightFormat[M, S]):
                 "from config.json, and pass --quantization to quantize them."
             )
             raise ModelError(text, what="bitsandbytes", where=path, field="quantization_config")
-
-    def dense(self, module: M, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
-        """Return a plain module with a weight (out, in): a Conv1D if `module` replaced one, else an nn.Linear."""
-        before: type[nn.Module] = getattr(module, "source_cls", nn.Linear)
-        if before.__name__ != CONV1D:
-            return linear_with(module, canonical, dtype)
-        plain = before(*canonical.shape).to(dtype).train(module.training)
-        plain.weight = nn.Parameter(canonical.T.to(dtype).contiguous(), requires_grad=False)
-        if isinstance(module.bias, Tensor):
-            plain.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
-        return plain
 
 
 class FourBitFormat(_Format["Linear4bit", "Params4bit"]):

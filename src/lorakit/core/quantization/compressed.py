@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lorakit.core.quantization.packed import PackedFormat, PackedLayout, PackedLinear, spread
-from lorakit.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -64,26 +63,18 @@ class CompressedLinear(PackedLinear):
 class CompressedFormat(PackedFormat):
     """Format of a weight in a layout of compressed-tensors."""
 
-    def check(self, module: PackedLinear, path: str) -> None:
-        """Check that the values and scales are present and finite and have the right shapes; a ModelError otherwise."""
-        super().check(module, path)
+    def fits(self, module: PackedLinear, name: str, shape: tuple[int, ...]) -> bool:
+        """Return whether values are (out, in), and scales or zero points fit the block, or a tensor, row or group."""
         rows, columns = module.out_features, module.in_features
         block: tuple[int, int] | None = module.block  # type: ignore[assignment]
-        for name in self.part_names(module):
-            shape = tuple(module._parameters[name].shape)  # type: ignore[union-attr]
-            if name == "weight":
-                is_right = shape == (rows, columns)
-            elif block is not None:
-                is_right = shape == (-(-rows // block[0]), -(-columns // block[1]))
-            else:
-                count = torch.Size(shape).numel()
-                is_right = count == 1 or (shape[0] == rows and count % rows == 0 and columns % (count // rows) == 0)
-            if not is_right:
-                text = (
-                    f"{path}.{name} has shape {shape}, which does not fit a {self.name} weight with {rows} outputs and "
-                    f"{columns} inputs. Check the model's config."
-                )
-                raise ModelError(text, what=shape, where=path, field=name)
+        if name == "weight":
+            return shape == (rows, columns)
+        if block is not None:
+            return shape == (-(-rows // block[0]), -(-columns // block[1]))
+        count = torch.Size(shape).numel()
+        return count == 1 or (shape[0] == rows and count % rows == 0 and columns % (count // rows) == 0)
 
 
-COMPRESSED = CompressedFormat("compressed-tensors", ("lorakit.core.quantization.compressed.CompressedLinear",))
+COMPRESSED = CompressedFormat(
+    "compressed-tensors", ("lorakit.core.quantization.compressed.CompressedLinear",), layer=CompressedLinear
+)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.quantization.packed import PackedFormat, PackedLayout, PackedLinear, PackedWeight, check_parts, spread
+from lorakit.core.quantization.packed import PackedFormat, PackedLayout, PackedLinear, PackedWeight, spread
 from lorakit.errors import MergeError
 
 LARGEST = 448.0
@@ -24,7 +24,6 @@ _HALF_STEP, _SMALLEST_HALF_STEP = 2.0**-4, 2.0**-10
 
 _ACCELERATORS = frozenset({"cuda", "xpu"})
 _ORIGINAL = "_class_without_kernels"
-_PARTS = ("weight", "weight_scale_inv")
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class Fp8Linear(PackedLinear):
         block_size: Rows and columns that share a scale, or None.
     """
 
-    PARTS = _PARTS
+    PARTS = ("weight", "weight_scale_inv")
     weight: nn.Parameter
     weight_scale_inv: nn.Parameter
     block_size: tuple[int, int] | None
@@ -112,8 +111,8 @@ class Fp8Format(PackedFormat):
 
     def stored(self, module: PackedLinear, parameter: str) -> PackedWeight:
         """Return the values and scales of a layer."""
-        parts = (module._parameters[name] for name in _PARTS)
-        return PackedWeight(tuple(part for part in parts if part is not None), layout_of(module))  # type: ignore[arg-type]
+        parts = tuple(module._parameters[name] for name in self.layer.PARTS)
+        return PackedWeight(parts, layout_of(module))  # type: ignore[arg-type]
 
     def write(self, module: PackedLinear, like: PackedWeight, canonical: Tensor) -> PackedWeight:
         """Quantize a weight (out, in), with new scales in the shape and dtype of the current ones."""
@@ -121,14 +120,6 @@ class Fp8Format(PackedFormat):
         layout: Fp8Layout = like.layout  # type: ignore[assignment]
         encoded = layout.encode(canonical.to(values.device, torch.float32), scales)
         return PackedWeight(tuple(nn.Parameter(part, requires_grad=False) for part in encoded), layout)
-
-    def part_names(self, module: PackedLinear) -> tuple[str, ...]:
-        """Return the names of the values and scales."""
-        return _PARTS
-
-    def check(self, module: PackedLinear, path: str) -> None:
-        """Check that the scales are present and finite."""
-        check_parts(module, _PARTS, frozenset(), path, self.name)
 
     def disable_repacking(self, module: PackedLinear) -> bool:
         """Give a module the class `Fp8Linear` if the kernels that its own forward pass needs cannot run here."""
@@ -167,6 +158,7 @@ def _has_kernels(module: nn.Module) -> bool:
 FP8 = Fp8Format(
     "fp8 with block scales",
     ("lorakit.core.quantization.fp8.Fp8Linear", "transformers.integrations.finegrained_fp8.FP8Linear"),
+    layer=Fp8Linear,
 )
 
 FP8_EXPERTS = Fp8ExpertsFormat(

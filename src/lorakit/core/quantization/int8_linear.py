@@ -15,14 +15,12 @@ from torch import Tensor, nn
 
 from lorakit.choices import CONV1D
 from lorakit.core.quantization.packed import PackedFormat, PackedLayout, PackedLinear, PackedWeight, packed_linear
-from lorakit.core.quantization.weight_format import linear_with
+from lorakit.core.quantization.weight_format import SOURCE
 from lorakit.ops.int8 import int8_linear
 from lorakit.ops.int8_weight import Int8Weight, dequantize, quantize_weight
 
 _PARTS = ("q", "scale", "gain", "kept", "columns")
 _FP32_PARTS = ("scale", "gain")
-_SOURCE = "source_cls"
-"""Attribute that holds the class of the replaced module if that is a Conv1D; bitsandbytes' layers use the same name."""
 
 
 @dataclass(frozen=True)
@@ -107,18 +105,15 @@ def int8_matmul_linear(linear: nn.Module, gain: Tensor, kept: Tensor) -> Int8Lin
     is_conv1d = type(linear).__name__ == CONV1D
     held = cast(Tensor, linear.weight).detach()
     W = held.t() if is_conv1d else held
-    made = cast(Int8Linear, _like(linear, W, quantize_weight(W, gain.detach(), kept.detach())))
-    made._parameters["gain"], made._parameters["kept"] = frozen_parameter(gain), frozen_parameter(kept)
-    if is_conv1d:
-        made.__dict__[_SOURCE] = type(linear)
-    return made
-
-
-def _like(linear: nn.Module, W: Tensor, weight: Int8Weight) -> PackedLinear:
+    weight = quantize_weight(W, gain.detach(), kept.detach())
     plain = nn.Linear(1, 1, bias=False, device="meta").train(linear.training)
     plain.out_features, plain.in_features = W.shape
     plain.register_parameter("bias", linear._parameters["bias"])
-    return packed_linear(Int8Linear, plain, {name: getattr(weight, name) for name in _PARTS}, {})
+    made = cast(Int8Linear, packed_linear(Int8Linear, plain, {name: getattr(weight, name) for name in _PARTS}, {}))
+    made._parameters["gain"], made._parameters["kept"] = frozen_parameter(gain), frozen_parameter(kept)
+    if is_conv1d:
+        made.__dict__[SOURCE] = type(linear)
+    return made
 
 
 def frozen_parameter(tensor: Tensor) -> nn.Parameter:
@@ -138,15 +133,7 @@ class Int8Format(PackedFormat):
 
     def dense(self, module: PackedLinear, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
         """Return a plain module with a weight (out, in) in the original dtype: a Conv1D if the layer replaced one."""
-        own = cast(Int8Linear, module).columns.dtype
-        before: type[nn.Module] | None = module.__dict__.get(_SOURCE)
-        if before is None:
-            return linear_with(module, canonical, own)
-        made = before(*canonical.shape).to(own).train(module.training)
-        made.weight = nn.Parameter(canonical.T.to(own).contiguous(), requires_grad=False)
-        if module.bias is not None:
-            made.bias = nn.Parameter(module.bias.detach().to(own), requires_grad=False)
-        return made
+        return super().dense(module, canonical, cast(Int8Linear, module).columns.dtype)
 
 
-INT8 = Int8Format("int8 matmul (W8A8)", ("lorakit.core.quantization.int8_linear.Int8Linear",))
+INT8 = Int8Format("int8 matmul (W8A8)", ("lorakit.core.quantization.int8_linear.Int8Linear",), layer=Int8Linear)

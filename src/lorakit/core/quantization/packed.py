@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -147,8 +147,15 @@ class _Product(torch.autograd.Function):
         return (gradient @ W).to(ctx.dtype), None, *[None for _ in parts]  # type: ignore[attr-defined]
 
 
+@dataclass(frozen=True)
 class PackedFormat(WeightFormat[PackedLinear, PackedWeight]):
-    """Format of a `PackedLinear`. lorakit reads the weight, but cannot quantize a new one in the same way."""
+    """Format of a `PackedLinear`. lorakit reads the weight, but cannot quantize a new one in the same way.
+
+    Attributes:
+        layer: The class with the names of the packed tensors; modules of `types` may be of another class.
+    """
+
+    layer: type[PackedLinear] = PackedLinear  # type: ignore[type-abstract]
 
     def stored(self, module: PackedLinear, parameter: str) -> PackedWeight:
         """Return the packed tensors of a layer."""
@@ -173,7 +180,7 @@ class PackedFormat(WeightFormat[PackedLinear, PackedWeight]):
 
     def part_names(self, module: PackedLinear) -> tuple[str, ...]:
         """Return the names of the parameters that hold the packed tensors."""
-        return tuple(name for name in module.PARTS if module._parameters.get(name) is not None)
+        return tuple(name for name in self.layer.PARTS if module._parameters.get(name) is not None)
 
     def tensors(self, stored: PackedWeight) -> tuple[Tensor, ...]:
         """Return the packed tensors, of any shape, starting with the values."""
@@ -184,31 +191,36 @@ class PackedFormat(WeightFormat[PackedLinear, PackedWeight]):
         return stored.layout.values(tuple(part.detach() for part in stored.parts), positions)
 
     def check(self, module: PackedLinear, path: str) -> None:
-        """Check that all packed tensors are present, and that the scales are finite."""
-        check_parts(module, module.PARTS, module.OPTIONAL, path, self.name)
+        """Check that all packed tensors are present and fit the layer, and that floating-point ones are finite.
 
+        Raises:
+            ModelError: A tensor is missing, has another shape, or has NaN or infinite values.
+        """
+        for name in self.layer.PARTS:
+            part = module._parameters.get(name)
+            if part is None and name in self.layer.OPTIONAL:
+                continue
+            if part is None:
+                text = (
+                    f"{path}.{name} is missing, but a {self.name} weight cannot be dequantized without it. Load the "
+                    "model from complete files."
+                )
+                raise ModelError(text, what=name, where=path, field=name)
+            if part.is_floating_point() and not part.is_meta and not bool(torch.isfinite(part.float()).all()):
+                text = (
+                    f"{path}.{name} has NaN or infinite values, so the {self.name} weight cannot be dequantized. Load "
+                    "the model from undamaged files."
+                )
+                raise ModelError(text, what="not finite", where=path, field=name)
+        for name in self.part_names(module):
+            shape = tuple(cast(Tensor, module._parameters[name]).shape)
+            if not self.fits(module, name, shape):
+                text = (
+                    f"{path}.{name} has shape {shape}, which does not fit a {self.name} weight with "
+                    f"{module.out_features} outputs and {module.in_features} inputs. Check the model's config."
+                )
+                raise ModelError(text, what=shape, where=path, field=name)
 
-def check_parts(
-    module: nn.Module, names: tuple[str, ...], optional: frozenset[str], path: str, format_name: str
-) -> None:
-    """Check that a module has the tensors of a packed weight, and that the floating-point ones are finite.
-
-    Raises:
-        ModelError: A tensor is missing, or has NaN or infinite values.
-    """
-    for name in names:
-        part = module._parameters.get(name)
-        if part is None and name in optional:
-            continue
-        if part is None:
-            text = (
-                f"{path}.{name} is missing, but a {format_name} weight cannot be dequantized without it. Load the "
-                "model from complete files."
-            )
-            raise ModelError(text, what=name, where=path, field=name)
-        if part.is_floating_point() and not part.is_meta and not bool(torch.isfinite(part.float()).all()):
-            text = (
-                f"{path}.{name} has NaN or infinite values, so the {format_name} weight cannot be dequantized. Load "
-                "the model from undamaged files."
-            )
-            raise ModelError(text, what="not finite", where=path, field=name)
+    def fits(self, module: PackedLinear, name: str, shape: tuple[int, ...]) -> bool:
+        """Return whether a packed tensor of this name may have this shape; the default accepts any."""
+        return True

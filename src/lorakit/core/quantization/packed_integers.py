@@ -11,6 +11,7 @@ Sources:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -147,23 +148,7 @@ class _IntegerFormat(PackedFormat):
     def check(self, module: PackedLinear, path: str) -> None:
         """Check that all packed tensors are present and fit; a ModelError also for infinite scales."""
         super().check(module, path)
-        rows, columns = module.out_features, module.in_features
-        bits = module.bits if isinstance(module, GptqLinear) else AWQ_BITS
-        parts = {name: module._parameters[name] for name in self.part_names(module)}
-        groups = parts["scales"].shape[0]  # type: ignore[union-attr]
-        packed_rows = -(-rows * bits // WORD)
-        expected = {"scales": (groups, rows), "qzeros": (groups, packed_rows), "g_idx": (columns,)}
-        expected["qweight"] = (
-            (-(-columns * bits // WORD), rows) if isinstance(module, GptqLinear) else (columns, packed_rows)
-        )
-        for name, part in parts.items():
-            if part is not None and tuple(part.shape) != expected[name]:
-                text = (
-                    f"{path}.{name} has shape {tuple(part.shape)}, but {expected[name]} is needed for a {self.name} "
-                    f"weight with {rows} outputs and {columns} inputs in {bits} bits. Check the model's config."
-                )
-                raise ModelError(text, what=tuple(part.shape), where=path, field=name)
-        index = parts.get("g_idx")
+        index, groups = module._parameters.get("g_idx"), len(cast(Tensor, module.scales))
         if index is not None and not index.is_meta and not bool(((index >= 0) & (index < groups)).all()):
             text = (
                 f"{path}.g_idx has values outside 0 to {groups - 1}, the groups of {self.name} scales. Load the model "
@@ -171,7 +156,18 @@ class _IntegerFormat(PackedFormat):
             )
             raise ModelError(text, what="g_idx", where=path, field="g_idx")
 
+    def fits(self, module: PackedLinear, name: str, shape: tuple[int, ...]) -> bool:
+        """Return whether a packed tensor has the shape that the class of the layer describes."""
+        rows, columns, groups = module.out_features, module.in_features, len(cast(Tensor, module.scales))
+        if isinstance(module, GptqLinear):
+            packed_rows, words = -(-rows * module.bits // WORD), (-(-columns * module.bits // WORD), rows)
+        else:
+            packed_rows = -(-rows * AWQ_BITS // WORD)
+            words = (columns, packed_rows)
+        shapes = {"qweight": words, "qzeros": (groups, packed_rows), "scales": (groups, rows), "g_idx": (columns,)}
+        return shape == shapes[name]
+
 
 _HERE = "lorakit.core.quantization.packed_integers"
-GPTQ = _IntegerFormat("GPTQ", (f"{_HERE}.GptqLinear",))
-AWQ = _IntegerFormat("AWQ", (f"{_HERE}.AwqLinear",))
+GPTQ = _IntegerFormat("GPTQ", (f"{_HERE}.GptqLinear",), layer=GptqLinear)
+AWQ = _IntegerFormat("AWQ", (f"{_HERE}.AwqLinear",), layer=AwqLinear)

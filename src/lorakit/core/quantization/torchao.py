@@ -31,7 +31,7 @@ def int8_config() -> Int8WeightOnlyConfig:
 def int8_linear(linear: nn.Linear) -> nn.Module:
     """Return a copy of a dense layer with an int8 weight."""
     quantized = linear_with(linear, linear.weight.detach(), linear.weight.dtype)
-    quantized.weight = _quantized(quantized.weight.detach())
+    quantized.weight = _quantized(linear.weight.detach())
     return quantized
 
 

@@ -13,6 +13,7 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lorakit.choices import CONV1D
 from lorakit.core.clones import clone_with, is_pruned
 from lorakit.errors import MergeError, ModelError
 
@@ -20,6 +21,10 @@ NOT_WRITTEN = (
     "The parameter {parameter!r} of {type} is computed by torch.nn.utils.parametrize or prune, so it cannot be "
     "written. Remove the parametrization, or make the pruning permanent (prune.remove), first."
 )
+
+
+SOURCE = "source_cls"
+"""Attribute in which a quantized layer, of bitsandbytes or int8, holds the class of the module that it replaced."""
 
 
 class Packed:
@@ -44,15 +49,23 @@ def exact_values(stored: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     return values, torch.zeros_like(values)
 
 
-def linear_with(module: nn.Module, canonical: Tensor, dtype: torch.dtype) -> nn.Linear:
-    """Return an nn.Linear with the given weight (out, in) and dtype, and the bias and training mode of `module`."""
-    linear = nn.Linear(1, 1, bias=False, device="meta")
-    linear.out_features, linear.in_features = canonical.shape
-    linear.weight = nn.Parameter(canonical.to(dtype), requires_grad=False)
+def linear_with(module: nn.Module, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
+    """Return a plain module with the given weight (out, in) and dtype, and the bias and training mode of `module`.
+
+    It is a Conv1D of transformers if `module` replaced one, else an nn.Linear.
+    """
+    plain: nn.Module
+    before: type[nn.Module] = getattr(module, SOURCE, nn.Linear)
+    if before.__name__ == CONV1D:
+        plain, weight = before(*canonical.shape).to(dtype), canonical.T.to(dtype).contiguous()
+    else:
+        plain, weight = nn.Linear(1, 1, bias=False, device="meta"), canonical.to(dtype)
+        plain.out_features, plain.in_features = canonical.shape
+    plain.weight = nn.Parameter(weight, requires_grad=False)
     bias: Tensor | None = getattr(module, "bias", None)
     if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
-    return linear.train(module.training)
+        plain.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return plain.train(module.training)
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,8 @@ def collect_inputs(
         _check_inputs(path, module)
     statistics = {path: InputStatistics() for path in paths}
     collector = _Inputs(statistics, even)
-    with torch.no_grad(), in_mode(model, False), _hooked(modules, collector.hook):
-        for batch in _some(batches):
+    with torch.no_grad(), in_mode(model, False), hooked(modules, collector.hook):
+        for batch in at_least_one(batches):
             collector.begin(keep(batch) if keep is not None else None)
             forward(model, batch)
     return statistics
@@ -91,8 +91,8 @@ def collect_gradients(
     with torch.enable_grad(), in_mode(model, False):
         anchor = torch.zeros((), requires_grad=True)
         collector = _Gradients(by_path, anchor)
-        with _hooked(modules, collector.hook):
-            for batch in _some(batches):
+        with hooked(modules, collector.hook):
+            for batch in at_least_one(batches):
                 loss = forward(model, batch)
                 if not isinstance(loss, Tensor) or not loss.requires_grad:
                     text = "The loss depends on none of the sites whose gradients are collected."
@@ -119,7 +119,7 @@ class _Inputs:
     def hook(self, path: str, module: nn.Module) -> Callable[..., None]:
         def take(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], __: Tensor) -> None:
             if not self._busy:
-                self._take(path, module, _first(args, kwargs))
+                self._take(path, module, first_input(args, kwargs))
 
         return take
 
@@ -167,7 +167,7 @@ class _Gradients:
         def tap(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> Tensor | None:
             if self._busy or not torch.is_grad_enabled():
                 return None
-            x = _first(args, kwargs)
+            x = first_input(args, kwargs)
             tapped: Tensor = _Tap.apply(y, x, self.anchor, lambda x, G: self._take(path, module, x, G))
             return tapped
 
@@ -275,11 +275,13 @@ def _check_inputs(path: str, module: nn.Module) -> None:
         raise TargetError(text, where=path)
 
 
-def _first(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
+def first_input(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
+    """Return the first argument (…) of a call of a module, which may be passed by name."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def _some(batches: Iterable[Any]) -> Iterator[Any]:
+def at_least_one(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield all batches; raise a DataError if there are none."""
     empty = True
     for batch in batches:
         empty = False
@@ -301,7 +303,8 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hooked(modules: dict[str, nn.Module], hook: Callable[[str, nn.Module], Callable[..., Any]]) -> Iterator[None]:
+def hooked(modules: dict[str, nn.Module], hook: Callable[[str, nn.Module], Callable[..., Any]]) -> Iterator[None]:
+    """Register a forward hook, which `hook` returns for a path and a module, on each module within a context."""
     with contextlib.ExitStack() as handles:
         for path, module in modules.items():
             handles.enter_context(module.register_forward_hook(hook(path, module), with_kwargs=True))

@@ -24,7 +24,6 @@ import torch
 from torch import nn
 
 from lorakit import allocator
-from lorakit.core.model.base_view import replacing_parameters
 from lorakit.core.model.index import AdapterIndex
 from lorakit.errors import NotYetSupported
 from lorakit.tables import format_bytes, format_count
@@ -133,8 +132,7 @@ def shard_base(model: nn.Module, parallel: Parallel) -> ShardedBase:
         if layer.moved_by:
             layer.release_original()
     mesh = init_device_mesh(device.type, parallel.shape, mesh_dim_names=AXES[-len(parallel.shape) :])
-    with replacing_parameters(index):
-        units = [fully_shard(index.everything[path], mesh=mesh, ignored_params=kept) for path in (*blocks, "")]
+    units = [fully_shard(index.everything[path], mesh=mesh, ignored_params=kept) for path in (*blocks, "")]
     for parameter in kept:
         parameter.data = parameter.data.to(device)
     gc.collect()
