@@ -276,7 +276,7 @@ def _check_inputs(path: str, module: nn.Module) -> None:
 
 
 def first_input(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
-    """Return the first argument (…) of a call of a module, which may be passed by name."""
+    """Return the first argument of a call of a module, of any shape, which may be passed by name."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
