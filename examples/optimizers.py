@@ -7,7 +7,7 @@ from torch import nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.operations.rank_allocation import allocate
+from lorakit.core.operations.data_init import allocate
 from lorakit.core.optimizers import LoraFA, Rates, freeze_factors, rates_by_name, trained_parts
 
 CONFIG = LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2", "4"])

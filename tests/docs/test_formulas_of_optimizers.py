@@ -10,7 +10,7 @@ from torch import nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.operations.rank_allocation import allocate
+from lorakit.core.operations.data_init import allocate
 from lorakit.core.optimizers import Pair, Rates, corrected_gradient, inverse_gram, rates_by_name, trained_parts
 from lorakit.core.riemannian import Factors, precondition
 from lorakit.train.loop.muon import Muon

@@ -44,10 +44,9 @@ from lorakit.core.model.target_weights import Site, sites
 from lorakit.core.operations.combination_types import COMBINATION_TYPES, CombinationType
 from lorakit.core.operations.combining import average, combine, combine_folders, rescale, subtract
 from lorakit.core.operations.comparing import Comparison, compare_adapters, compare_folders
-from lorakit.core.operations.compressing import compress, compress_folder
 from lorakit.core.operations.data_init import collect_for
 from lorakit.core.operations.extracting import ExtractReport, extract, extract_to_folder
-from lorakit.core.operations.intruders import SiteIntruders, reduce_intruders
+from lorakit.core.operations.reducing import SiteIntruders, compress, compress_folder, reduce_intruders
 from lorakit.core.operations.tensor_sources import TensorSource, source_of_folder, source_of_model
 from lorakit.core.operations.writing import OperationReport
 from lorakit.core.quantization.compressed import CompressedLinear

@@ -253,6 +253,13 @@ def dense_spectrum(delta: Tensor, rank: int | None = None) -> tuple[Spectrum, fl
     return sketched_spectrum(delta[None], probe[None], 4), energy
 
 
+def cut_dense(delta: Tensor, to: RankLimit) -> tuple[Product, float, float]:
+    """Truncate a dense update (out, in), and return it with its energy ‖delta‖² before and after."""
+    values, energy = dense_spectrum(delta, to.rank)
+    product = truncated(values, to.of(values.S))
+    return product, energy, float(values.S[:, : product.rank].double().square().sum())
+
+
 def _kept(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 

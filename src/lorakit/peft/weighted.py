@@ -27,7 +27,7 @@ from lorakit.core.operations.combination_types import (
     mean_of_agreeing,
     weighted,
 )
-from lorakit.core.operations.compressing import plain_weights
+from lorakit.core.operations.reducing import plain_weights
 from lorakit.core.operations.tensor_sources import AdapterWeights, weights_of_model
 from lorakit.core.operations.writing import reader_of, write
 from lorakit.errors import ConfigError, warn_caller

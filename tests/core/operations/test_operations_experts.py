@@ -32,7 +32,7 @@ from lorakit.errors import AdapterError, AdapterFileError, ConfigError
 from ...laws.snapshots import snapshot
 from ...laws.zoo import EXPERTS, LINEARS, MIXTRAL, Specimen, randomise
 from .experts import deltas, experts, factors, made, norms, scale, total, weights
-from .test_intruders import by_hand
+from .test_reducing_intruders import by_hand
 from .updates import effect, nearest, same
 
 BARE = (EXPERTS, MIXTRAL)

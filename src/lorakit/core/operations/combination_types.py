@@ -7,16 +7,16 @@ differences from the base rows are combined.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorakit.config import LoraConfig
 from lorakit.core.files.tensor_names import PREFIX, ROWS
-from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.trainable_tokens import TrainableTokens
+from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.operations.tensor_sources import AdapterWeights
 from lorakit.errors import AdapterError, ConfigError
@@ -177,10 +177,6 @@ def _pruned(tensor: Tensor, density: float, draws: bool, generator: torch.Genera
     return keep_random(tensor, density, generator=generator) if draws else keep_largest(tensor, density)
 
 
-RowReading = Callable[[str, Sequence[int]], Tensor]
-"""Function from an embedding module's path and token ids to the base embeddings, (n, d), without merged adapters."""
-
-
 def check_same_rows(adapters: Sequence[AdapterWeights]) -> None:
     """Raise an AdapterError if two adapters train different tokens."""
     rows = {
@@ -194,34 +190,13 @@ def check_same_rows(adapters: Sequence[AdapterWeights]) -> None:
         raise AdapterError(text, what=list(rows), field="trainable_token_indices")
 
 
-def row_reader(model: nn.Module | AdapterIndex) -> RowReading:
-    """Return a function that reads base embeddings from a model with or without adapters."""
-    index = AdapterIndex.of(model)
-
-    def at(path: str, indices: Sequence[int]) -> Tensor:
-        module = index.modules.get(path)
-        if module is None:
-            raise AdapterError(
-                f"An adapter trains token embeddings in {path}, but the model has no such module.", where=path
-            )
-        if isinstance(module, TrainableTokens):
-            table = module.token_adapter.original()
-        elif isinstance(module, LoraLayer):
-            table = module.base.tensors(module.original())[0]
-        else:
-            table = index.base(path).get_parameter("weight")
-        return table.detach()[torch.tensor(indices, device=table.device)]
-
-    return at
-
-
 def combined_rows(
-    adapters: Sequence[AdapterWeights], weights: Sequence[float], reading: RowReading | None
+    adapters: Sequence[AdapterWeights], weights: Sequence[float], base: AdapterIndex | None
 ) -> dict[str, Tensor]:
     """Combine the embedding rows (n, d) of adapters that train the same tokens, by name on disk.   [docs/math.md (59)]
 
     The base rows are read only if the weights of the adapters that train a module do not add up to 1; an AdapterError
-    if they are needed, but `reading` is None.
+    if they are needed, but there is no base.
     """
     combined: dict[str, Tensor] = {}
     for name in sorted({name for adapter in adapters for name in adapter.others if name.endswith(ROWS)}):
@@ -233,15 +208,29 @@ def combined_rows(
         rest = 1.0 - sum(weight for _, weight in pairs)
         if rest:
             path = name.removeprefix(PREFIX).removesuffix(ROWS)
-            if reading is None:
+            if base is None:
                 raise AdapterError(
                     f"Trainable tokens at {path} are combined with weights that add up to {1 - rest:g}, so the result "
                     "depends on the base rows. Pass the base model too, or weights that add up to 1.",
                     where=path,
                 )
-            rows = rows + rest * reading(path, _indices(first.config, path)).to(rows)
+            rows = rows + rest * _base_rows(base, path, _indices(first.config, path)).to(rows)
         combined[name] = rows.to(first.others[name].dtype)
     return combined
+
+
+def _base_rows(base: AdapterIndex, path: str, indices: Sequence[int]) -> Tensor:
+    """Return base embeddings (n, d) by an embedding module's path and token ids, without merged adapters."""
+    module = base.modules.get(path)
+    if module is None:
+        raise AdapterError(
+            f"An adapter trains token embeddings in {path}, but the model has no such module.", where=path
+        )
+    if isinstance(module, TrainableTokens):
+        table = module.token_adapter.original()  # raises an error if the rows that a merge replaced were not kept
+    else:
+        table = next(tensor for name, tensor, _ in base_tensors(base) if name == f"{path}.weight")
+    return table.detach()[torch.tensor(indices, device=table.device)]
 
 
 def _indices(config: LoraConfig, path: str) -> list[int]:

@@ -25,7 +25,6 @@ from lorakit.core.operations.combination_types import (
     check_same_rows,
     clamped,
     combined_rows,
-    row_reader,
 )
 from lorakit.core.operations.compatibility import check_joinable, check_one_base, joined_config, shared_facts
 from lorakit.core.operations.tensor_sources import AdapterWeights, SiteFactors, weights_of_folder, weights_of_model
@@ -135,7 +134,7 @@ def combine_weights(
         sites.append(site)
     config, combined = described(joined, combined, common_targets(adapters))
     others = {name: tensor for adapter in adapters for name, tensor in adapter.others.items()}
-    others |= combined_rows(adapters, weights, None if index is None else row_reader(index))
+    others |= combined_rows(adapters, weights, index)
     known = next((adapter.base for adapter in adapters if adapter.base is not None), None)
     facts = {**shared_facts(adapters), "operation": _operation(adapters, weights, way)}
     return AdapterWeights("", config, combined, others, known, facts), tuple(sites)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.attachment.attaching import with_targets
 from lorakit.core.files.tensor_names import PREFIX, endings_of
-from lorakit.core.linalg import Product, RankLimit, dense_spectrum, factors_of, truncated
+from lorakit.core.linalg import Product, RankLimit, cut_dense, factors_of
 from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.checks import check_allowances
 from lorakit.core.model.fingerprint import fingerprint
@@ -182,17 +182,14 @@ def _site(
             "target it.",
             where=names[0],
         )
-    rank = cut.rank
-    if rank is None and spec.experts:  # all experts get the same rank, computed in a first pass over their changes
+    if cut.rank is None and spec.experts:  # all experts get the same rank, from a first pass over their changes
         S = torch.stack([torch.linalg.svdvals(delta) for delta in _changes(site_map, target, sources, under)])
-        rank = cut.of(S)
+        cut = RankLimit(cut.of(S))
     parts, whole, kept = [], 0.0, 0.0
     for delta in _changes(site_map, target, sources, under):
-        values, energy = dense_spectrum(delta, rank)
-        part = truncated(values, cut.of(values.S) if rank is None else min(rank, *delta.shape))
+        part, energy, energy_kept = cut_dense(delta, cut)
         parts.append(part)
-        whole += energy
-        kept += float(values.S[:, : part.rank].double().square().sum())
+        whole, kept = whole + energy, kept + energy_kept
     product = Product(torch.cat([part.A for part in parts]), torch.cat([part.B for part in parts]))
     like = [product.A.new_empty(shape, device="meta") for shape in kind.shapes(spec, product.rank)]
     A, B = factors_of(product, like[0], like[1], max(1, spec.experts))

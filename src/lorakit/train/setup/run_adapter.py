@@ -25,7 +25,7 @@ from lorakit.choices import PARAMETER
 from lorakit.config import CONFIG_FILE, LoraConfig, adapter_directory
 from lorakit.core.inits import init_named
 from lorakit.core.model.vocabulary import grow_vocabulary, initialize_rows, with_trained_rows
-from lorakit.core.operations.rank_allocation import allocate
+from lorakit.core.operations.data_init import allocate
 from lorakit.data import Batch, BatchLoader, Loader, StreamLoader
 from lorakit.errors import AdapterFileError, ConfigError, LorakitError, RunError, TargetError, UsageError
 from lorakit.hub_cache import adapter_from_hub, is_on_hub

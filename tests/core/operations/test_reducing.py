@@ -16,7 +16,7 @@ from lorakit.config import LoraConfig
 from lorakit.core import attach, combine, compress, compress_folder, load_adapter, merged_state_dict, save_adapter, use
 from lorakit.core.linalg import RankLimit
 from lorakit.core.model.index import layers
-from lorakit.core.operations.compressing import plain_weights
+from lorakit.core.operations.reducing import plain_weights
 from lorakit.core.operations.tensor_sources import weights_of_model
 from lorakit.core.operations.writing import put, reader_of
 from lorakit.errors import AdapterError, ConfigError

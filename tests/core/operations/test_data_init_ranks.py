@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from lorakit import core
 from lorakit.config import LoraConfig, scale
-from lorakit.core.operations import rank_allocation
-from lorakit.core.operations.rank_allocation import (
+from lorakit.core.operations import data_init
+from lorakit.core.operations.data_init import (
     allocate,
     by_explained_variance,
     by_sensitivity,
@@ -85,7 +85,7 @@ def test_sites_that_a_criterion_cannot_judge_keep_their_rank(tiny_llama: Any) ->
 def test_passes_change_nothing(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config = LoraConfig(r=4, target_modules="all-linear")
     whole = [allocate(tiny_llama, config, batches(), language_loss, by=by).ranks for by in ("gradients", "inputs")]
-    monkeypatch.setattr(rank_allocation, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(data_init, "MAX_BYTES", 10_000)
     runs = Counter[str]()
 
     def counted(model: Any, batch: Any) -> Any:
