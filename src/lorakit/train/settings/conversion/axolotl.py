@@ -5,48 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorakit.train.settings.conversion.rules import (
-    PROCESSES,
-    Draft,
-    Rule,
-    Tool,
-    checkpointing,
-    float16,
-    fraction_held_out,
-    half_precision,
-    hub_name,
-    initialization,
-    interval,
-    is_data_file,
-    load_in_8bit,
-    no_counterpart,
-    nothing,
-    number,
-    optimizer,
-    positive,
-    rejected,
-    scheduler,
-    template,
-    to,
-    tracker,
-    warmup_steps,
-)
+from lorakit.train.settings.conversion import rules
+from lorakit.train.settings.conversion.rules import Draft, Rule, Tool, by_value, each, no_counterpart, nothing, rejected
 
 if TYPE_CHECKING:
     from lorakit.durable import JsonValue
 
-_FULL = "lorakit trains adapters, not all weights"
-_OTHER_METHOD = "lorakit trains LoRA adapters"
-_PREFERENCES = "lorakit trains on texts, prompts and chats, not on preferences or rewards"
-_CHOSEN = "chosen automatically for this machine"
 _SPEED = "lorakit accelerates supported layers automatically (--accelerate)"
-_PACKING = "lorakit packs sequences automatically"
 _SPLIT = "processes share the rows of a step; sequences and layers are not split over processes"
-_CODE = "code from a model's repository is never run"
-_PROMPTS = "prompts never contribute to the loss; for that, use text rows"
-_UPLOAD = "nothing is uploaded during training"
-_EVERY = "lorakit counts steps, not times per epoch; by default, it evaluates and saves after every 10% of the run"
-_ADAM = "Adam's other parameters are fixed"
 
 _AXOLOTL_TYPES = {
     "alpaca": "alpaca",
@@ -102,9 +68,9 @@ def _axolotl_names(draft: Draft, where: str, entry: dict[str, JsonValue]) -> lis
         return [str(file) for file in (files if isinstance(files, list) else [files])]
     if files:
         draft.drop(f"{where}.data_files", "files of a Hub data set cannot be selected")
-    if is_data_file(path) or path.startswith((".", "/", "~")) or Path(path).exists():
+    if rules.is_data_file(path) or path.startswith((".", "/", "~")) or Path(path).exists():
         return [path]
-    return [hub_name(path, str(split), entry.get("revision"), entry.get("name"))]
+    return [rules.hub_name(path, str(split), entry.get("revision"), entry.get("name"))]
 
 
 def _axolotl_format(draft: Draft, where: str, entry: dict[str, JsonValue]) -> str | None:
@@ -145,7 +111,7 @@ def _axolotl_columns(draft: Draft, where: str, kind: dict[str, JsonValue]) -> st
 
 def _axolotl_adapter(draft: Draft, key: str, value: JsonValue) -> None:
     if value not in ("lora", "qlora"):
-        raise draft.reject(key, _OTHER_METHOD)
+        raise draft.reject(key, rules.OTHER_METHOD)
     if value == "qlora":
         _axolotl_4bit(draft, key, True)
 
@@ -164,11 +130,6 @@ def _axolotl_targets(draft: Draft, key: str, value: JsonValue) -> None:
         draft.set(key, "target_modules", value)
 
 
-def _axolotl_all_linear(draft: Draft, key: str, value: JsonValue) -> None:
-    if value is True:
-        draft.set(key, "target_modules", "all-linear")
-
-
 def _axolotl_tokens(draft: Draft, key: str, value: JsonValue) -> None:
     if isinstance(value, dict):
         for name in sorted(value):
@@ -184,7 +145,7 @@ def _axolotl_quantization(draft: Draft, key: str, value: JsonValue) -> None:
 
 def _axolotl_finish(draft: Draft) -> None:
     if draft.given.get("adapter") is None:
-        raise draft.reject("adapter", _FULL)
+        raise draft.reject("adapter", rules.FULL)
 
 
 AXOLOTL = Tool(
@@ -194,113 +155,57 @@ AXOLOTL = Tool(
         | {"sample_packing", "lora_r", "pretraining_dataset"}
     ),
     {
+        **rules.OF_TRAINER,
         "bnb_config_kwargs": _axolotl_quantization,
         "load_in_4bit": _axolotl_4bit,
-        "load_in_8bit": load_in_8bit,
+        "load_in_8bit": by_value("quantization", {True: "int8"}),
         "adapter": _axolotl_adapter,
-        "rl": rejected(_PREFERENCES),
-        "reward_model": rejected(_PREFERENCES),
-        "process_reward_model": rejected(_PREFERENCES),
-        "relora_steps": rejected(_OTHER_METHOD),
-        "datasets": _axolotl_data("data"),
-        "pretraining_dataset": _axolotl_data("data"),
+        **each("rl reward_model process_reward_model", rejected(rules.PREFERENCES)),
+        "relora_steps": rejected(rules.OTHER_METHOD),
+        **each("datasets pretraining_dataset", _axolotl_data("data")),
         "test_datasets": _axolotl_data("eval_data"),
-        "lora_target_linear": _axolotl_all_linear,
+        "lora_target_linear": by_value("target_modules", {True: "all-linear"}),
         "lora_target_modules": _axolotl_targets,
-        "lora_model_dir": to("from_adapter"),
-        "peft_init_lora_weights": initialization,
-        "learning_rate": number("learning_rate"),
-        "optimizer": optimizer,
-        "lr_scheduler": scheduler,
-        "warmup_steps": warmup_steps,
-        "val_set_size": fraction_held_out,
-        "max_steps": positive("max_steps"),
-        "eval_steps": interval("eval_steps"),
-        "save_steps": interval("save_steps"),
-        "evals_per_epoch": no_counterpart(_EVERY),
-        "saves_per_epoch": no_counterpart(_EVERY),
-        "eval_strategy": no_counterpart(_EVERY),
-        "evaluation_strategy": no_counterpart(_EVERY),
-        "save_strategy": no_counterpart(_EVERY),
-        "bf16": half_precision,
-        "bfloat16": half_precision,
-        "fp16": float16,
-        "float16": float16,
-        "gradient_checkpointing": checkpointing,
-        "special_tokens": _axolotl_tokens,
-        "tokens": _axolotl_tokens,
-        "chat_template": template,
+        "lora_model_dir": rules.to("from_adapter"),
+        "peft_init_lora_weights": rules.initialization,
+        "optimizer": rules.optimizer,
+        "lr_scheduler": rules.scheduler,
+        "val_set_size": rules.fraction_held_out,
+        **each("evals_per_epoch saves_per_epoch", rules.OF_TRAINER["eval_strategy"]),
+        **each("special_tokens tokens", _axolotl_tokens),
+        "chat_template": rules.template,
         "chat_template_jinja": no_counterpart("write the template to a file and set chat_template to its path"),
         "batch_size": no_counterpart("the total batch size is the micro batch size times the accumulation steps"),
-        "eval_batch_size": nothing,
         "quantization": no_counterpart("quantization after training is not part of training"),
         "gptq": no_counterpart("files that are already quantized are recognized by their config"),
-        "train_on_inputs": no_counterpart(_PROMPTS),
-        "sample_packing": nothing,
-        "eval_sample_packing": nothing,
-        "pad_to_sequence_len": nothing,
-        "sample_packing_*": no_counterpart(_PACKING),
+        "train_on_inputs": no_counterpart(rules.PROMPTS),
+        "sample_packing_*": no_counterpart("lorakit packs sequences automatically"),
         "group_by_length": no_counterpart("rows are shuffled, and packing leaves no padding"),
-        "flash_attention": nothing,
-        "xformers_attention": nothing,
-        "sdp_attention": nothing,
-        "eager_attention": nothing,
-        "attn_implementation": nothing,
-        "flash_attn_*": nothing,
-        "flash_optimum": nothing,
-        "lora_mlp_kernel": nothing,
-        "lora_qkv_kernel": nothing,
-        "lora_o_kernel": nothing,
-        "liger_*": nothing,
-        "torch_compile*": no_counterpart(_SPEED),
-        "plugins": no_counterpart(_SPEED),
-        "cut_cross_entropy": nothing,
-        "tf32": no_counterpart(_CHOSEN),
-        "deepspeed": no_counterpart(PROCESSES),
-        "fsdp*": no_counterpart(PROCESSES),
-        "ddp*": no_counterpart(PROCESSES),
-        "local_rank": nothing,
-        "device_map": no_counterpart(PROCESSES),
-        "sequence_parallel_degree": no_counterpart(_SPLIT),
-        "context_parallel_size": no_counterpart(_SPLIT),
-        "tensor_parallel_size": no_counterpart(_SPLIT),
-        "wandb_project": tracker("wandb"),
+        **each("torch_compile* plugins", no_counterpart(_SPEED)),
+        "tf32": no_counterpart("chosen automatically for this machine"),
+        "device_map": no_counterpart(rules.PROCESSES),
+        **each("sequence_parallel_degree context_parallel_size tensor_parallel_size", no_counterpart(_SPLIT)),
+        "wandb_project": rules.tracker("wandb"),
         "wandb_*": no_counterpart("wandb reads its environment variables, such as WANDB_NAME"),
-        "mlflow_tracking_uri": tracker("mlflow"),
+        "mlflow_tracking_uri": rules.tracker("mlflow"),
         "mlflow_*": no_counterpart("mlflow reads its environment variables"),
-        "use_tensorboard": tracker("tensorboard"),
-        "use_comet": no_counterpart("lorakit does not support Comet"),
-        "comet_*": no_counterpart("lorakit does not support Comet"),
-        "hub_model_id": no_counterpart(_UPLOAD),
-        "hub_strategy": no_counterpart(_UPLOAD),
-        "push_dataset_to_hub": no_counterpart(_UPLOAD),
-        "trust_remote_code": no_counterpart(_CODE),
-        "resume_from_checkpoint": no_counterpart("pass --resume to continue the run in output_dir"),
-        "auto_resume_from_checkpoints": no_counterpart("pass --resume to continue the run in output_dir"),
-        "adam_*": no_counterpart(_ADAM),
-        "optim_args": no_counterpart(_ADAM),
+        "use_tensorboard": rules.tracker("tensorboard"),
+        **each("use_comet comet_*", no_counterpart("lorakit does not support Comet")),
+        **each("hub_model_id hub_strategy push_dataset_to_hub", no_counterpart(rules.UPLOAD)),
+        "auto_resume_from_checkpoints": rules.OF_TRAINER["resume_from_checkpoint"],
+        "optim_args": no_counterpart(rules.ADAM),
         "lr_scheduler_kwargs": no_counterpart("the schedules have no other parameters"),
         "cosine_min_lr_ratio": no_counterpart("the rate ends near zero"),
-        "dataset_prepared_path": nothing,
-        "dataset_processes": nothing,
-        "dataset_keep_in_memory": nothing,
-        "base_model_config": nothing,
-        "tokenizer_type": nothing,
-        "tokenizer_use_fast": nothing,
-        "tokenizer_legacy": nothing,
-        "model_type": nothing,
-        "is_*": nothing,
-        "lora_fan_in_fan_out": nothing,
-        "lora_on_cpu": nothing,
-        "logging_steps": nothing,
-        "debug": nothing,
-        "strict": nothing,
-        "save_safetensors": nothing,
-        "eot_tokens": nothing,
-        "gradient_checkpointing_kwargs": nothing,
-        "save_first_step": nothing,
         "loss_watchdog_*": no_counterpart("a loss that is not finite stops the run"),
-        "shuffle_merged_datasets": nothing,
+        **each(
+            "eval_batch_size sample_packing eval_sample_packing pad_to_sequence_len flash_attention xformers_attention "
+            "sdp_attention eager_attention attn_implementation flash_attn_* flash_optimum lora_mlp_kernel "
+            "lora_qkv_kernel lora_o_kernel liger_* cut_cross_entropy local_rank dataset_prepared_path "
+            "dataset_processes dataset_keep_in_memory base_model_config tokenizer_type tokenizer_use_fast "
+            "tokenizer_legacy model_type is_* lora_fan_in_fan_out lora_on_cpu debug strict save_safetensors eot_tokens "
+            "gradient_checkpointing_kwargs save_first_step shuffle_merged_datasets",
+            nothing,
+        ),
     },
     {"val_set_size": 0.0, "num_epochs": 1.0, "micro_batch_size": 1, "lora_dropout": 0.0},
     _axolotl_finish,

@@ -13,20 +13,11 @@ from typing import TYPE_CHECKING
 
 from lorakit.choices import TASK_NAMES
 from lorakit.errors import ConfigError, did_you_mean, printable
-from lorakit.train.settings.conversion import NAMES_ELSEWHERE
+from lorakit.train.settings.conversion import NAMES_ELSEWHERE, rules
 from lorakit.train.settings.conversion.axolotl import AXOLOTL
 from lorakit.train.settings.conversion.llama_factory import LLAMA_FACTORY
 from lorakit.train.settings.conversion.mlx_lm import MLX
-from lorakit.train.settings.conversion.rules import (
-    Draft,
-    Note,
-    Rule,
-    Tool,
-    initialization,
-    no_counterpart,
-    nothing,
-    only,
-)
+from lorakit.train.settings.conversion.rules import Draft, Note, Rule, Tool
 from lorakit.train.settings.defaults import ALIASES, DEFAULTS
 from lorakit.train.settings.settings import TrainSettings
 from lorakit.train.settings.sources import read_mapping, settings_text
@@ -58,16 +49,13 @@ PEFT = Tool(
     "PEFT",
     frozenset({"peft_type"}),
     {
-        "peft_type": only("LORA", reason="lorakit trains LoRA adapters"),
+        "peft_type": rules.only("LORA", reason=rules.OTHER_METHOD),
         "task_type": _peft_task,
-        "init_lora_weights": initialization,
-        "inference_mode": nothing,
-        "auto_mapping": nothing,
-        "peft_version": nothing,
-        "fan_in_fan_out": nothing,
-        "runtime_config": nothing,
-        "megatron_core": nothing,
-        "loftq_config": no_counterpart("LoftQ is not available for training"),
+        "init_lora_weights": rules.initialization,
+        **rules.each(
+            "inference_mode auto_mapping peft_version fan_in_fan_out runtime_config megatron_core", rules.nothing
+        ),
+        "loftq_config": rules.no_counterpart("LoftQ is not available for training"),
     },
 )
 

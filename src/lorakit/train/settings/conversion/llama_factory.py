@@ -4,48 +4,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lorakit.train.settings.conversion import rules
 from lorakit.train.settings.conversion.rules import (
-    PROCESSES,
     Draft,
     Rule,
     Tool,
-    checkpointing,
-    float16,
-    fraction_held_out,
-    half_precision,
-    interval,
-    is_data_file,
+    by_value,
+    each,
     no_counterpart,
     nothing,
-    number,
     only,
-    optimizer,
-    positive,
-    rejected,
-    scheduler,
-    template,
-    to,
-    trackers,
-    warmup_steps,
     words,
 )
 
 if TYPE_CHECKING:
     from lorakit.durable import JsonValue
 
-_OTHER_METHOD = "lorakit trains LoRA adapters"
-_PREFERENCES = "lorakit trains on texts, prompts and chats, not on preferences or rewards"
-_CODE = "code from a model's repository is never run"
-_PROMPTS = "prompts never contribute to the loss; for that, use text rows"
-_UPLOAD = "nothing is uploaded during training"
-_ADAM = "Adam's other parameters are fixed"
-
 
 def _factory_data(name: str) -> Rule:
     def rule(draft: Draft, key: str, value: JsonValue) -> None:
         names = [str(one).strip() for one in (value if isinstance(value, list) else str(value).split(","))]
         folder = str(draft.given.get("dataset_dir") or "data")
-        files = [name if is_data_file(name) else f"{folder}/{name}.json" for name in names if name]
+        files = [name if rules.is_data_file(name) else f"{folder}/{name}.json" for name in names if name]
         if files:
             draft.set(key, name, files)
             draft.change(
@@ -93,11 +73,6 @@ def _factory_finish(draft: Draft) -> None:
         draft.settings.setdefault("warmup_ratio", 0.0)
 
 
-def _factory_checkpointing(draft: Draft, key: str, value: JsonValue) -> None:
-    if value is not True:
-        draft.set(key, "recompute", "layers")
-
-
 LLAMA_FACTORY = Tool(
     "LLaMA-Factory",
     frozenset(
@@ -105,83 +80,45 @@ LLAMA_FACTORY = Tool(
         | {"model_name_or_path", "plot_loss", "quantization_bit"}
     ),
     {
-        "stage": only("sft", "pt", reason=_PREFERENCES),
-        "finetuning_type": only("lora", reason=f"{_OTHER_METHOD}; full and freeze are not available"),
+        **rules.OF_TRAINER,
+        "stage": only("sft", "pt", reason=rules.PREFERENCES),
+        "finetuning_type": only("lora", reason=f"{rules.OTHER_METHOD}; full and freeze are not available"),
         "do_train": only(True, reason="the file does not train"),
-        "do_predict": nothing,
         "dataset": _factory_data("data"),
         "eval_dataset": _factory_data("eval_data"),
-        "dataset_dir": nothing,
-        "template": template,
+        "template": rules.template,
         "lora_target": _factory_targets,
         "additional_target": words("modules_to_save"),
-        "add_tokens": words("new_tokens"),
-        "add_special_tokens": words("new_tokens"),
+        **each("add_tokens add_special_tokens", words("new_tokens")),
         "quantization_bit": _factory_bits,
-        "quantization_method": nothing,
-        "quantization_type": nothing,
         "pissa_init": _factory_pissa,
-        "pissa_iter": nothing,
-        "pissa_convert": nothing,
         "loraplus_lr_embedding": _factory_loraplus_embedding,
-        "adapter_name_or_path": to("from_adapter"),
-        "resume_from_checkpoint": no_counterpart("pass --resume to continue the run in output_dir"),
+        "adapter_name_or_path": rules.to("from_adapter"),
         "overwrite_output_dir": no_counterpart("pass --overwrite to replace the run in output_dir"),
-        "learning_rate": number("learning_rate"),
-        "optim": optimizer,
-        "lr_scheduler_type": scheduler,
-        "warmup_steps": warmup_steps,
-        "val_size": fraction_held_out,
-        "max_steps": positive("max_steps"),
-        "eval_steps": interval("eval_steps"),
-        "save_steps": interval("save_steps"),
-        "eval_strategy": no_counterpart("without eval_steps, lorakit evaluates after every 10% of the run"),
-        "evaluation_strategy": no_counterpart("without eval_steps, lorakit evaluates after every 10% of the run"),
-        "save_strategy": no_counterpart("without save_steps, lorakit saves after every 10% of the run"),
-        "load_best_model_at_end": nothing,
-        "bf16": half_precision,
-        "pure_bf16": half_precision,
-        "fp16": float16,
-        "gradient_checkpointing": checkpointing,
-        "disable_gradient_checkpointing": _factory_checkpointing,
-        "quantization_device_map": nothing,
+        "optim": rules.optimizer,
+        "lr_scheduler_type": rules.scheduler,
+        "val_size": rules.fraction_held_out,
+        "disable_gradient_checkpointing": by_value("recompute", {False: "layers"}),
         "max_samples": no_counterpart("all rows are used; for a Hub data set, write a slice such as :train[:1000]"),
-        "train_on_prompt": no_counterpart(_PROMPTS),
+        "train_on_prompt": no_counterpart(rules.PROMPTS),
         "mask_history": no_counterpart("all assistant turns are trained; set weight 0 in the data to exclude turns"),
-        "packing": nothing,
-        "neat_packing": nothing,
-        "flash_attn": nothing,
-        "enable_liger_kernel": nothing,
-        "use_unsloth": nothing,
-        "use_unsloth_gc": nothing,
-        "overwrite_cache": nothing,
-        "preprocessing_num_workers": nothing,
-        "preprocessing_batch_size": nothing,
-        "dataloader_num_workers": nothing,
-        "per_device_eval_batch_size": nothing,
-        "logging_steps": nothing,
-        "plot_loss": nothing,
-        "report_to": trackers,
-        "run_name": nothing,
-        "ddp_*": no_counterpart(PROCESSES),
-        "deepspeed": no_counterpart(PROCESSES),
-        "fsdp*": no_counterpart(PROCESSES),
+        "report_to": rules.trackers,
         "ray_*": no_counterpart("call lorakit.train.run in Ray's workers, as examples/ray_train.py does"),
-        "trust_remote_code": no_counterpart(_CODE),
-        "push_to_hub": no_counterpart(_UPLOAD),
-        "use_swanlab": no_counterpart("lorakit does not support SwanLab"),
-        "swanlab_*": no_counterpart("lorakit does not support SwanLab"),
-        "adam_*": no_counterpart(_ADAM),
+        "push_to_hub": no_counterpart(rules.UPLOAD),
+        **each("use_swanlab swanlab_*", no_counterpart("lorakit does not support SwanLab")),
         "neftune_noise_alpha": no_counterpart("NEFTune is not available"),
-        "use_galore": rejected(_OTHER_METHOD),
-        "use_apollo": rejected(_OTHER_METHOD),
-        "use_badam": rejected(_OTHER_METHOD),
-        "use_llama_pro": rejected(_OTHER_METHOD),
-        "save_only_model": nothing,
+        **each("use_galore use_apollo use_badam use_llama_pro", rules.rejected(rules.OTHER_METHOD)),
         "cache_dir": no_counterpart("set the environment variable HF_HOME"),
         "rope_scaling": no_counterpart("the model's own rotary embedding is used"),
         "streaming": no_counterpart("rows are read from files on demand"),
         "enable_thinking": no_counterpart("set chat_template_kwargs in the rows"),
+        **each(
+            "do_predict dataset_dir quantization_method quantization_type quantization_device_map pissa_iter "
+            "pissa_convert load_best_model_at_end packing neat_packing flash_attn enable_liger_kernel use_unsloth "
+            "use_unsloth_gc overwrite_cache preprocessing_num_workers preprocessing_batch_size dataloader_num_workers "
+            "per_device_eval_batch_size plot_loss run_name save_only_model",
+            nothing,
+        ),
     },
     {
         "lora_rank": 8,

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
-from lorakit.train.settings.conversion.rules import (
-    HUB_ID,
-    Draft,
-    Tool,
-    checkpointing,
-    hub_name,
-    interval,
-    no_counterpart,
-    nothing,
-    number,
-    only,
-    optimizer,
-    scheduler,
-    to,
-    tracker,
-    trackers,
-    warmup_steps,
-)
+from lorakit.train.settings.conversion import rules
+from lorakit.train.settings.conversion.rules import Draft, Tool, each, no_counterpart, nothing, only
 from lorakit.train.settings.defaults import DEFAULTS
 
 if TYPE_CHECKING:
     from lorakit.durable import JsonValue
 
-_FULL = "lorakit trains adapters, not all weights"
-_PREFERENCES = "lorakit trains on texts, prompts and chats, not on preferences or rewards"
-_ADAM = "Adam's other parameters are fixed"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def _mlx_method(draft: Draft, key: str, value: JsonValue) -> None:
@@ -37,7 +20,7 @@ def _mlx_method(draft: Draft, key: str, value: JsonValue) -> None:
     if variant in DEFAULTS:
         draft.set(key, variant, True)
     elif value != "lora":
-        raise draft.reject(key, _FULL)
+        raise draft.reject(key, rules.FULL)
 
 
 def _mlx_adapter(draft: Draft, key: str, value: JsonValue) -> None:
@@ -70,11 +53,11 @@ def _mlx_data(draft: Draft, key: str, value: JsonValue) -> None:
 def _mlx_hub_data(draft: Draft, key: str, value: JsonValue) -> None:
     entry = value if isinstance(value, dict) else {}
     path = entry.get("path") or entry.get("name")
-    if isinstance(path, str) and HUB_ID.fullmatch(path):
-        draft.settings["data"] = [hub_name(path, str(entry.get("train_split") or "train"), None, None)]
+    if isinstance(path, str) and _HUB_ID.fullmatch(path):
+        draft.settings["data"] = [rules.hub_name(path, str(entry.get("train_split") or "train"), None, None)]
         draft.settings.pop("eval_data", None)
         if entry.get("valid_split"):
-            draft.settings["eval_data"] = [hub_name(path, str(entry["valid_split"]), None, None)]
+            draft.settings["eval_data"] = [rules.hub_name(path, str(entry["valid_split"]), None, None)]
     else:
         draft.drop(key, "write hf:owner/name as data")
 
@@ -83,9 +66,9 @@ def _mlx_schedule(draft: Draft, key: str, value: JsonValue) -> None:
     facts = value if isinstance(value, dict) else {}
     if isinstance(facts.get("name"), str):
         draft.settings.pop("lr_scheduler_type", None)
-        scheduler(draft, f"{key}.name", facts["name"])
+        rules.scheduler(draft, f"{key}.name", facts["name"])
     if facts.get("warmup"):
-        warmup_steps(draft, f"{key}.warmup", facts["warmup"])
+        rules.warmup_steps(draft, f"{key}.warmup", facts["warmup"])
     if facts.get("arguments"):
         draft.drop(f"{key}.arguments", "learning_rate is the peak, and the rate ends near zero")
 
@@ -103,34 +86,26 @@ MLX = Tool(
         | {"save_every", "steps_per_report", "val_batches", "grad_checkpoint"}
     ),
     {
-        "fine_tune_type": _mlx_method,
-        "train_type": _mlx_method,
-        "training_mode": only("normal", reason=_PREFERENCES),
-        "train_mode": only("sft", "normal", reason=_PREFERENCES),
+        **each("fine_tune_type train_type", _mlx_method),
+        "training_mode": only("normal", reason=rules.PREFERENCES),
+        "train_mode": only("sft", "normal", reason=rules.PREFERENCES),
         "lora_parameters": _mlx_adapter,
-        "num_layers": _mlx_layers,
-        "lora_layers": _mlx_layers,
+        **each("num_layers lora_layers", _mlx_layers),
         "data": _mlx_data,
         "hf_dataset": _mlx_hub_data,
         "lr_schedule": _mlx_schedule,
-        "learning_rate": number("learning_rate"),
-        "optimizer": optimizer,
-        "optimizer_config": no_counterpart(_ADAM),
-        "grad_checkpoint": checkpointing,
-        "grad_accumulation_steps": to("gradient_accumulation_steps"),
-        "save_every": interval("save_steps"),
-        "steps_per_eval": interval("eval_steps"),
-        "mask_prompt": nothing,
-        "resume_adapter_file": to("from_adapter"),
-        "report_to": trackers,
-        "wandb": tracker("wandb"),
-        "train": nothing,
-        "test": nothing,
-        "test_batches": nothing,
+        "learning_rate": rules.number("learning_rate"),
+        "optimizer": rules.optimizer,
+        "optimizer_config": no_counterpart(rules.ADAM),
+        "grad_checkpoint": rules.checkpointing,
+        "grad_accumulation_steps": rules.to("gradient_accumulation_steps"),
+        "save_every": rules.interval("save_steps"),
+        "steps_per_eval": rules.interval("eval_steps"),
+        "resume_adapter_file": rules.to("from_adapter"),
+        "report_to": rules.trackers,
+        "wandb": rules.tracker("wandb"),
         "val_batches": no_counterpart("all evaluation rows are used"),
-        "steps_per_report": nothing,
-        "project_name": nothing,
-        "config": nothing,
+        **each("mask_prompt train test test_batches steps_per_report project_name config", nothing),
     },
     {
         "fine_tune_type": "lora",

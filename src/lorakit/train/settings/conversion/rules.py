@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from lorakit.errors import ConfigError
 from lorakit.train.settings.defaults import choices_of
@@ -20,8 +20,18 @@ if TYPE_CHECKING:
 
 Rule: TypeAlias = "Callable[[Draft, str, JsonValue], None]"
 
+Value = TypeVar("Value")
+
+PREFERENCES = "lorakit trains on texts, prompts and chats, not on preferences or rewards"
+OTHER_METHOD = "lorakit trains LoRA adapters"
+FULL = "lorakit trains adapters, not all weights"
+PROMPTS = "prompts never contribute to the loss; for that, use text rows"
+UPLOAD = "nothing is uploaded during training"
+ADAM = "Adam's other parameters are fixed"
 PROCESSES = "start several processes with --nproc or torchrun; `parallel: fsdp` shards the base over them"
-"""Reason why settings of engines that train in several processes have no counterpart."""
+"""Reasons why files are rejected or keys have no counterpart."""
+
+_OFF = (False, "", "no", "none")
 
 
 @dataclass(frozen=True)
@@ -89,35 +99,44 @@ class Tool:
     finish: Callable[[Draft], None] = lambda draft: None
 
 
-def to(name: str) -> Rule:
-    """Return a rule that copies the value."""
-
-    def rule(draft: Draft, key: str, value: JsonValue) -> None:
-        draft.set(key, name, value)
-
-    return rule
-
-
-def no_counterpart(reason: str) -> Rule:
-    """Return a rule that lists a key with a reason, unless its value switches it off."""
-
-    def rule(draft: Draft, key: str, value: JsonValue) -> None:
-        if value not in (False, "", "no", "none", [], {}, 0):
-            draft.drop(key, reason)
-
-    return rule
+def each(keys: str, value: Value) -> dict[str, Value]:
+    """Return entries of a table with one value for several keys, which are separated by spaces."""
+    return dict.fromkeys(keys.split(), value)
 
 
 def nothing(draft: Draft, key: str, value: JsonValue) -> None:
     """Ignore a key that does not influence the result, or that another rule reads."""
 
 
-def rejected(reason: str) -> Rule:
-    """Return a rule that rejects the file, unless the value switches the key off."""
+def to(name: str, convert: Callable[[Any], JsonValue] = lambda value: value) -> Rule:
+    """Return a rule that sets a setting to the converted value, unless that is None.
+
+    `convert` raises ValueError with the reason if a value has no counterpart.
+    """
 
     def rule(draft: Draft, key: str, value: JsonValue) -> None:
-        if value not in (False, "", "no", "none"):
-            raise draft.reject(key, reason)
+        try:
+            converted = convert(value)
+        except ValueError as cause:
+            draft.drop(key, str(cause))
+            return
+        if converted is not None:
+            draft.set(key, name, converted)
+
+    return rule
+
+
+def by_value(name: str, table: Mapping[JsonValue, JsonValue]) -> Rule:
+    """Return a rule that sets a setting to the entry of a table; values that are not in the table are ignored."""
+    return to(name, lambda value: None if isinstance(value, (list, dict)) else table.get(value))
+
+
+def no_counterpart(reason: str, *unset: JsonValue) -> Rule:
+    """Return a rule that lists a key with a reason, unless its value switches it off or is one of `unset`."""
+
+    def rule(draft: Draft, key: str, value: JsonValue) -> None:
+        if value not in (*_OFF, [], {}, 0, *unset):
+            draft.drop(key, reason)
 
     return rule
 
@@ -132,88 +151,77 @@ def only(*allowed: JsonValue, reason: str) -> Rule:
     return rule
 
 
+def rejected(reason: str) -> Rule:
+    """Return a rule that rejects the file, unless the value switches the key off."""
+    return only(*_OFF, reason=reason)
+
+
 def number(name: str) -> Rule:
     """Return a rule that copies a number, which may be given as text such as "2e-4"."""
 
-    def rule(draft: Draft, key: str, value: JsonValue) -> None:
-        if isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError:
-                draft.drop(key, f"{value!r} is not a number")
-                return
-        draft.set(key, name, value)
+    def parsed(value: Any) -> Any:
+        try:
+            return float(value) if isinstance(value, str) else value
+        except ValueError:
+            raise ValueError(f"{value!r} is not a number") from None
 
-    return rule
+    return to(name, parsed)
 
 
 def positive(name: str) -> Rule:
     """Return a rule that copies a number above 0; other numbers are the default."""
-
-    def rule(draft: Draft, key: str, value: JsonValue) -> None:
-        if not isinstance(value, int) or value > 0:
-            draft.set(key, name, value)
-
-    return rule
+    return to(name, lambda value: None if isinstance(value, int) and value <= 0 else value)
 
 
 def words(name: str) -> Rule:
     """Return a rule that copies a list of names, which may be given as text separated by commas."""
 
-    def rule(draft: Draft, key: str, value: JsonValue) -> None:
-        found = [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
-        if found:
-            draft.set(key, name, found)
+    def names(value: Any) -> Any:
+        given = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
+        return [word for word in given if word] if isinstance(given, list) else given
 
-    return rule
+    return to(name, lambda value: names(value) or None)
 
 
-def one_of(name: str, nearest: Mapping[str, str], fallback: str) -> Rule:
-    """Return a rule that copies a choice, or selects the `nearest` one of `lorakit train`, or else the `fallback`."""
+def one_of(name: str, same: Mapping[str, str], nearest: Mapping[str, str], fallback: str) -> Rule:
+    """Return a rule that copies a choice.
+
+    It selects the choice of `lorakit train` with the `same` meaning, else the `nearest` one, or else the `fallback`.
+    """
 
     def rule(draft: Draft, key: str, value: JsonValue) -> None:
         wanted = str(value)
-        here = nearest.get(wanted, wanted)
-        exact = here == wanted or wanted in _SAME.get(here, ())
+        here = same.get(wanted, wanted)
         if here not in choices_of(name):
-            here, exact = fallback, False
-        draft.set(key, name, here)
-        if not exact:
+            here = nearest.get(wanted, fallback)
             draft.change(key, f"{wanted} became {here}, the nearest choice of {name}")
+        draft.set(key, name, here)
 
     return rule
 
 
-_SAME = {
-    "adamw": ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adam", "adamw"),
-    "adamw8bit": ("adamw_bnb_8bit", "adamw_8bit"),
-    "cosine": ("cosine_decay",),
-    "linear": ("linear_schedule",),
-    "constant": ("constant_with_warmup",),
-    "wsd": ("warmup_stable_decay",),
-}
-"""Choice -> names elsewhere of the same method."""
-
-OPTIMIZERS: dict[str, str] = {
-    **{other: here for here in ("adamw", "adamw8bit") for other in _SAME[here]},
-    "paged_adamw_8bit": "adamw8bit",
-    "ao_adamw_8bit": "adamw8bit",
-    "adamw_torch_8bit": "adamw8bit",
-}
-"""Optimizer elsewhere -> nearest optimizer here."""
-
-SCHEDULES: dict[str, str] = {
-    **{other: here for here in ("cosine", "linear", "constant", "wsd") for other in _SAME[here]},
-    "cosine_with_restarts": "cosine",
-    "cosine_with_min_lr": "cosine",
-    "polynomial": "linear",
-}
-"""Learning rate schedule elsewhere -> nearest schedule here."""
-
-optimizer = one_of("optimizer", OPTIMIZERS, "adamw")
+optimizer = one_of(
+    "optimizer",
+    {
+        **each("adamw_torch adamw_torch_fused adamw_hf adamw_apex_fused adam", "adamw"),
+        **each("adamw_bnb_8bit adamw_8bit", "adamw8bit"),
+    },
+    each("paged_adamw_8bit ao_adamw_8bit adamw_torch_8bit", "adamw8bit"),
+    "adamw",
+)
 """Rule for the name of an optimizer."""
 
-scheduler = one_of("lr_scheduler_type", SCHEDULES, "cosine")
+scheduler = one_of(
+    "lr_scheduler_type",
+    {
+        "cosine_decay": "cosine",
+        "linear_schedule": "linear",
+        "constant_with_warmup": "constant",
+        "warmup_stable_decay": "wsd",
+    },
+    {"polynomial": "linear"},
+    "cosine",
+)
 """Rule for the name of a learning rate schedule."""
 
 
@@ -230,15 +238,12 @@ def warmup_steps(draft: Draft, key: str, value: JsonValue) -> None:
 def interval(name: str) -> Rule:
     """Return a rule for the number of steps, or the fraction of all steps, between evaluations or checkpoints."""
 
-    def rule(draft: Draft, key: str, value: JsonValue) -> None:
-        if isinstance(value, int) and value > 0:
-            draft.set(key, name, value)
-        elif isinstance(value, float) and value >= 1 and value.is_integer():
-            draft.set(key, name, int(value))
-        else:
-            draft.drop(key, f"{name} counts steps; by default, 10% of the run")
+    def steps(value: Any) -> int:
+        if isinstance(value, int | float) and value >= 1 and value % 1 == 0:
+            return value if isinstance(value, int) else int(value)
+        raise ValueError(f"{name} counts steps; by default, 10% of the run")
 
-    return rule
+    return to(name, steps)
 
 
 def fraction_held_out(draft: Draft, key: str, value: JsonValue) -> None:
@@ -250,20 +255,6 @@ def fraction_held_out(draft: Draft, key: str, value: JsonValue) -> None:
         draft.drop(key, "eval_fraction is a fraction of the rows, not a number of rows")
 
 
-def half_precision(draft: Draft, key: str, value: JsonValue) -> None:
-    """Convert a switch for bf16."""
-    if value in (True, "true", "full"):
-        draft.set(key, "dtype", "bfloat16")
-    elif value == "auto":
-        draft.set(key, "dtype", "auto")
-
-
-def float16(draft: Draft, key: str, value: JsonValue) -> None:
-    """Convert a switch for fp16."""
-    if value is True:
-        draft.set(key, "dtype", "float16")
-
-
 def checkpointing(draft: Draft, key: str, value: JsonValue) -> None:
     """Convert a switch for gradient checkpointing."""
     if value in (False, "", "false"):
@@ -271,12 +262,6 @@ def checkpointing(draft: Draft, key: str, value: JsonValue) -> None:
     draft.set(key, "recompute", "layers")
     if value is not True:
         draft.change(key, f"{value!r} became recompute: layers, without offloading")
-
-
-def load_in_8bit(draft: Draft, key: str, value: JsonValue) -> None:
-    """Convert a switch for 8-bit weights."""
-    if value is True:
-        draft.set(key, "quantization", "int8")
 
 
 def initialization(draft: Draft, key: str, value: JsonValue) -> None:
@@ -306,16 +291,39 @@ def tracker(name: str) -> Rule:
     return rule
 
 
-def template(draft: Draft, key: str, value: JsonValue) -> None:
-    """Note that a named chat template is not used."""
-    if value not in ("tokenizer_default", "default", "", "empty"):
-        draft.drop(
-            key, "the model's own chat template is used; for another, set chat_template to its name or a Jinja file"
-        )
+OF_TRAINER: Mapping[str, Rule] = {
+    "learning_rate": number("learning_rate"),
+    "warmup_steps": warmup_steps,
+    "max_steps": positive("max_steps"),
+    "eval_steps": interval("eval_steps"),
+    "save_steps": interval("save_steps"),
+    **each(
+        "eval_strategy evaluation_strategy save_strategy",
+        no_counterpart(
+            "lorakit counts steps, not times per epoch; by default, it evaluates and saves after every 10% of the run"
+        ),
+    ),
+    **each(
+        "bf16 bfloat16 pure_bf16",
+        by_value("dtype", {True: "bfloat16", "true": "bfloat16", "full": "bfloat16", "auto": "auto"}),
+    ),
+    **each("fp16 float16", by_value("dtype", {True: "float16"})),
+    "gradient_checkpointing": checkpointing,
+    "resume_from_checkpoint": no_counterpart("pass --resume to continue the run in output_dir"),
+    "trust_remote_code": no_counterpart("code from a model's repository is never run"),
+    **each("deepspeed fsdp* ddp*", no_counterpart(PROCESSES)),
+    "adam_*": no_counterpart(ADAM),
+    "logging_steps": nothing,
+}
+"""Rules for the settings that tools have from transformers' Trainer."""
 
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-"""Pattern of the id of a data set on the Hub."""
+template = no_counterpart(
+    "the model's own chat template is used; for another, set chat_template to its name or a Jinja file",
+    "tokenizer_default",
+    "default",
+    "empty",
+)
+"""Rule for the name of a chat template."""
 
 _FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet|arrow|txt|md)$", re.IGNORECASE)
 
