@@ -81,7 +81,7 @@ class DataAndAdapter:
         brief="Run directory: records, checkpoints, adapter",
     )
     eval_data: Paths | None = _input(
-        "Evaluation files", None, "a fraction of the training data is held out", "none", brief="Evaluation files"
+        "Evaluation files", None, "a fraction of the training data is held out", brief="Evaluation files"
     )
     eval_fraction: float | None = _input(
         "Fraction of rows (or of the end of a single document) to hold out if --eval-data is not given; rows are "
@@ -96,7 +96,6 @@ class DataAndAdapter:
         "Hold out whole groups of rows that have the same value in this column, such as a document or user id",
         None,
         "rows are independent; only rows with equal content stay together",
-        "none",
         conflict=Conflict(
             "eval_data",
             lambda value: value is not None,
@@ -121,7 +120,6 @@ class DataAndAdapter:
         "later runs",
         True,
         "tokenizing and evaluating take much longer than reading; at most 20 GiB are kept",
-        "on",
         is_changeable=True,
     )
     format: Annotated[str, After(format_of)] | None = _input(
@@ -131,7 +129,6 @@ class DataAndAdapter:
         "Map fields to columns as FIELD=COLUMN, such as prompt=question completion=answer",
         {},
         "columns with the usual names are recognized",
-        "none",
         brief="Columns of the data as FIELD=COLUMN",
     )
     overlong: Overlong = _input(
@@ -147,7 +144,6 @@ class DataAndAdapter:
         "the adapter",
         None,
         "the model was trained with its own template",
-        "none",
     )
     on_bad_row: OnBadRow = _input(
         "Select what happens if a row does not fit: stop, or skip (skipped rows are counted)",
@@ -173,7 +169,6 @@ class DataAndAdapter:
         "model; saved with the adapter",
         {},
         "labels must have the names that the model has",
-        "none",
     )
     tag_scheme: TagScheme = _task(
         f"Select how tags mark the words of an entity: {', '.join(TAG_SCHEMES)} or auto; none compares single words",
@@ -186,7 +181,6 @@ class DataAndAdapter:
         "settings of the adapter, such as --r and --target-modules, are taken from it",
         None,
         "a run trains a new adapter",
-        "none",
         brief="Adapter to train further",
     )
     from_optimizer: bool = _adapter(
@@ -231,7 +225,6 @@ class DataAndAdapter:
         "head; the tokenizer is saved with the adapter",
         [],
         "the base's vocabulary is sufficient for most tasks",
-        "none",
         is_for_new=True,
     )
     use_dora: bool = _adapter(
@@ -267,25 +260,24 @@ class DataAndAdapter:
         "only these",
         None,
         "most models have none",
-        "none",
     )
     exclude_modules: Annotated[str | list[str], Before(targets_of)] | None = _field(
-        "Exclude modules from --target-modules: names or a regular expression", None, "the targets say it", "none"
+        "Exclude modules from --target-modules: names or a regular expression", None, "the targets say it"
     )
     modules_to_save: Names | None = _field(
-        "Train these modules in full and save them with the adapter", None, "needed only for new heads", "none"
+        "Train these modules in full and save them with the adapter", None, "needed only for new heads"
     )
     layers_to_transform: list[int] | None = _field(
-        "Adapt only the layers with these numbers", None, "all layers are adapted", "none"
+        "Adapt only the layers with these numbers", None, "all layers are adapted"
     )
     layers_pattern: Names | None = _field(
         "Name of the layer list that --layers-to-transform counts", None, "the usual names are recognized", "auto"
     )
     rank_pattern: Annotated[dict[str, int], Before(numbers_of)] = _field(
-        "Ranks of individual modules as PATTERN=RANK, such as down_proj=32", {}, "--r applies", "none"
+        "Ranks of individual modules as PATTERN=RANK, such as down_proj=32", {}, "--r applies"
     )
     alpha_pattern: Annotated[dict[str, float], Before(numbers_of)] = _field(
-        "Alphas of individual modules as PATTERN=ALPHA", {}, "--lora-alpha applies", "none"
+        "Alphas of individual modules as PATTERN=ALPHA", {}, "--lora-alpha applies"
     )
     bias: Bias = _field(
         "Train biases of the base too: none, all or lora_only",
@@ -297,19 +289,18 @@ class DataAndAdapter:
         "Stack ranges of layers as FIRST:END, such as 0:16 8:24; replicas share the base weights",
         None,
         "the model keeps its depth",
-        "none",
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = _field(
-        "Train the embedding rows of existing tokens with these ids", None, "the embeddings are frozen", "none"
+        "Train the embedding rows of existing tokens with these ids", None, "the embeddings are frozen"
     )
     ensure_weight_tying: bool = _field(
         "Apply an adapter on one of two tied weights to both", False, "the output head is not adapted by default"
     )
     alora_invocation_tokens: list[int] | None = _field(
-        "Ids of the tokens after which the adapter becomes active (aLoRA)", None, "LoRA is always active", "none"
+        "Ids of the tokens after which the adapter becomes active (aLoRA)", None, "LoRA is always active"
     )
-    use_bdlora: Part = _field("Settings of BD-LoRA as a JSON object", None, "A and B are dense", "none")
-    kasa_config: Part = _field("Settings of KaSA as a JSON object", None, "the base keeps its weights", "none")
+    use_bdlora: Part = _field("Settings of BD-LoRA as a JSON object", None, "A and B are dense")
+    kasa_config: Part = _field("Settings of KaSA as a JSON object", None, "the base keeps its weights")
     use_qalora: bool = _field("Let A read means of groups of inputs (QA-LoRA)", False, "A reads each input")
     qalora_group_size: int = _field("Number of inputs per group in QA-LoRA", 16, "PEFT's value", ge=1)
     use_lora_xs: bool = _field(
@@ -318,15 +309,11 @@ class DataAndAdapter:
         "A and B are trained",
     )
     velora_config: Part = _field(
-        "Settings of VeLoRA as a JSON object", None, "A's gradient is computed from the whole input", "none"
+        "Settings of VeLoRA as a JSON object", None, "A's gradient is computed from the whole input"
     )
-    monteclora_config: Part = _field("Settings of MonteCLoRA as a JSON object", None, "A is not sampled", "none")
-    eva_config: Part = _field(
-        "Settings of the init eva as a JSON object", None, "PEFT's values", "none", is_for_new=True
-    )
-    corda_config: Part = _field(
-        "Settings of the init corda as a JSON object", None, "PEFT's values", "none", is_for_new=True
-    )
+    monteclora_config: Part = _field("Settings of MonteCLoRA as a JSON object", None, "A is not sampled")
+    eva_config: Part = _field("Settings of the init eva as a JSON object", None, "PEFT's values", is_for_new=True)
+    corda_config: Part = _field("Settings of the init corda as a JSON object", None, "PEFT's values", is_for_new=True)
     lora_ga_config: Part = _field(
-        "Settings of the init lora_ga as a JSON object", None, "PEFT's values", "none", is_for_new=True
+        "Settings of the init lora_ga as a JSON object", None, "PEFT's values", is_for_new=True
     )

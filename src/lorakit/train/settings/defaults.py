@@ -81,14 +81,13 @@ class SettingFields(DataAndAdapter):
         ),
     )
     loraplus_lr_embedding: float | None = _optimizer(
-        "Learning rate for embedding factors", None, "same as for other modules; PEFT's LoRA+ uses 1e-6", "none", gt=0
+        "Learning rate for embedding factors", None, "same as for other modules; PEFT's LoRA+ uses 1e-6", gt=0
     )
     learning_rate_pattern: Annotated[dict[str, float], Before(rates_of)] = _optimizer(
         "Learning rates for individual modules as PATTERN=RATE, such as down_proj=1e-4; patterns work as in "
         "rank_pattern, and the first match applies",
         {},
         "one rate suits most modules",
-        "none",
     )
     lr_scheduler_type: Scheduler = _optimizer(
         "Learning rate schedule after the warm-up: cosine, linear, constant, or wsd (constant, then a decay)",
@@ -107,7 +106,6 @@ class SettingFields(DataAndAdapter):
         "Number of steps over which the learning rate rises, instead of --warmup-ratio",
         None,
         "a fraction suits runs of any length",
-        "none",
         ge=0,
         conflict=Conflict(
             "warmup_ratio",
@@ -142,7 +140,6 @@ class SettingFields(DataAndAdapter):
         "Stop after N optimizer steps",
         None,
         "--num-train-epochs sets the length",
-        "none",
         brief="Stop after N optimizer steps",
         is_changeable=True,
         ge=1,
@@ -188,11 +185,10 @@ class SettingFields(DataAndAdapter):
         f"Quantize linear layers: {', '.join(STORED)}; --dtype sets the compute dtype",
         None,
         "an unquantized base is exact; nf4 takes about a quarter of the memory of bf16 (QLoRA)",
-        "none",
         brief="Quantize the base: nf4, int8, ...",
     )
     double_quantization: bool = _machine(
-        "Also quantize the scales of nf4 and fp4", True, "saves 0.37 bits per parameter and adds almost no error", "on"
+        "Also quantize the scales of nf4 and fp4", True, "saves 0.37 bits per parameter and adds almost no error"
     )
     base_matmul: BaseMatmul = _machine(
         "Select how the frozen linear layers are multiplied: dtype (in --dtype), or int8 (W8A8: weights and inputs in "
@@ -257,26 +253,22 @@ class SettingFields(DataAndAdapter):
         "selects the batch size, and measures)",
         None,
         "a step is fastest without recomputation",
-        "none",
     )
     fit: Annotated[str, After(size_of)] | None = _machine(
         "Memory limit for the run, such as 8GB; selects the fastest --per-device-train-batch-size, "
         "--gradient-accumulation-steps and --recompute that fit, with the same number of rows per step",
         None,
         "the given batch size is used",
-        "none",
     )
     accelerate: bool = _machine(
         "Use fused forward passes for supported layers, and pack sequences",
         True,
         "same results in less time and memory",
-        "on",
     )
     tuning: bool = _machine(
         "Measure, once per machine, which kernels are fastest for the shapes in this run, and use those",
         True,
         "on some processors, splitting some matmuls doubles their speed; results agree within rounding error",
-        "on",
     )
 
     eval_steps: int | None = _evaluation(
@@ -315,7 +307,6 @@ class SettingFields(DataAndAdapter):
         f"Report the settings and metrics to trackers too: {', '.join(TRACKERS)}",
         [],
         "metrics.jsonl has all metrics, and a tracker is another package",
-        "none",
         is_changeable=True,
     )
     resume: bool = _evaluation(

@@ -93,18 +93,69 @@ def targets_of(value: Value) -> Value | str | list[Any]:
     return alone if alone == "all-linear" or set(alone) & set(r"*+?^$|()[]{}\\") else names
 
 
+def _table(
+    value: Given,
+    form: str,
+    read: Callable[[Any], Any],
+    read_name: Callable[[Any], str | None],
+    split: Callable[[str, str], tuple[str, str, str]] = str.rpartition,
+) -> dict[str, Any]:
+    """Return a dict for a mapping or NAME=VALUE words from flags, or raise ValueError, which states the `form`.
+
+    `read` and `read_name` return None for what is not a value or a name.
+    """
+    words = value if isinstance(value, Mapping) else one_or_many(value)
+    if isinstance(words, Mapping):
+        pairs = list(words.items())
+    elif isinstance(words, list):
+        pairs = [split(str(word), "=")[::2] for word in words]
+    else:
+        raise ValueError(f"it must map names to values, as {form}")
+    table = {read_name(name): read(given) for name, given in pairs}
+    if len(table) < len(pairs) or None in [*table, *table.values()]:
+        raise ValueError(f"each entry must be {form}; each name once")
+    return {name: given for name, given in table.items() if name is not None}
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _number(value: Any) -> float | None:
+    """Return a number, also for its text, or None."""
+    try:
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _positive(value: Any) -> float | None:
+    number = _number(value)
+    return number if number is not None and 0 < number < math.inf else None
+
+
 def rates_of(value: Given) -> dict[str, float]:
     """Return a dict from pattern to rate for a mapping or PATTERN=RATE strings from flags, or raise ValueError."""
-    table = {}
-    for pattern, rate in _entries(value, _split_rate, "it must map patterns to rates"):
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf or not pattern:
-            raise ValueError("each entry must be PATTERN=RATE with a rate above 0, such as down_proj=1e-4")
+    table = _table(value, "PATTERN=RATE with a rate above 0, such as down_proj=1e-4", _positive, _text)
+    for pattern in table:
         try:
             re.compile(pattern)
         except re.error as cause:
             raise ValueError(f"{pattern!r} is not a valid regular expression ({cause})") from None
-        table[pattern] = float(rate)
     return table
+
+
+def weights_of(value: Given) -> dict[str, float]:
+    """Return a dict from name to weight for a mapping or NAME=WEIGHT strings from flags, or raise ValueError."""
+    return _table(value, "NAME=WEIGHT with a weight above 0, such as a.jsonl=2", _positive, _text)
+
+
+def numbers_of(value: Given) -> Mapping[str, float]:
+    """Return a dict from pattern to number for PATTERN=NUMBER strings, or raise ValueError; keep a mapping."""
+    if isinstance(value, Mapping):
+        return value
+    table = _table(value, "PATTERN=NUMBER, such as down_proj=32", _number, _text)
+    return {pattern: int(number) if number.is_integer() else number for pattern, number in table.items()}
 
 
 def tokens_of(value: Given) -> list[str]:
@@ -135,53 +186,21 @@ def trackers_of(value: Given) -> list[str]:
 
 def columns_of(value: Given) -> dict[str, str]:
     """Return a dict from field to column for a mapping or FIELD=COLUMN strings from flags, or raise ValueError."""
-    pairs = _entries(value, lambda word: str(word).partition("=")[::2], "it must map fields to columns")
-    if not all(isinstance(part, str) and part for pair in pairs for part in pair):
-        raise ValueError("each entry must be FIELD=COLUMN, such as prompt=question")
-    return dict(pairs)
+    return _table(value, "FIELD=COLUMN, such as prompt=question", _text, _text, str.partition)
 
 
 def label_map_of(value: Given) -> dict[str, str]:
     """Return a dict from a label in the data to its name for a mapping or NAME=NAME strings, or raise ValueError."""
-    pairs = _entries(value, lambda word: str(word).rpartition("=")[::2], "it must map labels to names")
-    named = [(_name(name), _name(known)) for name, known in pairs]
-    if not all(part for pair in named for part in pair):
-        raise ValueError("each entry must be NAME=NAME: a label in the data, and its name in the model")
-    if len({name for name, _ in named}) < len(named):
-        raise ValueError("a label of the data occurs twice")
-    return dict(named)
+    return _table(value, "NAME=NAME: a label in the data, and its name in the model", _label, _label)
 
 
-def _name(value: Any) -> str:
-    return str(value).strip() if type(value) in (str, int) else ""
+def _label(value: Any) -> str | None:
+    """Return the text of a label, which may be an integer, without spaces around it, or None."""
+    return (str(value).strip() or None) if type(value) in (str, int) else None
 
 
 PAIRS: Mapping[str, Callable[[Given], dict[str, str]]] = {"columns": columns_of, "label_map": label_map_of}
 """Name of a setting that maps names to names -> function that checks it."""
-
-
-def numbers_of(value: Given) -> Mapping[str, float]:
-    """Return a dict from pattern to number for a mapping or PATTERN=NUMBER strings, or raise ValueError."""
-    if isinstance(value, Mapping):
-        return value
-    words = one_or_many(value)
-    pairs = [_split_rate(word) for word in words] if isinstance(words, list) else [("", None)]
-    if not all(pattern and number is not None for pattern, number in pairs):
-        raise ValueError("each entry must be PATTERN=NUMBER, such as down_proj=32")
-    return {
-        pattern: int(number) if number == int(number) else number for pattern, number in pairs if number is not None
-    }
-
-
-def weights_of(value: Given) -> dict[str, float]:
-    """Return a dict from name to weight for a mapping or NAME=WEIGHT strings from flags, or raise ValueError."""
-    entries = _entries(value, _split_rate, "it must map names to weights")
-    table = {name: weight for name, weight in entries if not isinstance(weight, bool)}
-    if len(table) < len(entries) or not all(
-        name and isinstance(weight, (int, float)) and 0 < weight < math.inf for name, weight in table.items()
-    ):
-        raise ValueError("each entry must be NAME=WEIGHT with a weight above 0, such as a.jsonl=2; each name once")
-    return {name: float(weight) for name, weight in table.items() if weight is not None}
 
 
 def ranges_of(value: Given) -> list[Any]:
@@ -212,25 +231,6 @@ def format_of(value: str) -> str:
     if value not in FORMATS:
         raise ValueError(f"it must be one of {', '.join(FORMATS)}.{did_you_mean(value, FORMATS)}")
     return value
-
-
-def _entries(value: Given, split: Callable[[Given], tuple[str, Any]], expected: str) -> list[tuple[str, Any]]:
-    """Return the entries of a mapping, or of a list that `split` divides; else raise ValueError(expected)."""
-    if isinstance(value, Mapping):
-        return list(value.items())
-    words = one_or_many(value)
-    if not isinstance(words, list):
-        raise ValueError(expected)
-    return [split(word) for word in words]
-
-
-def _split_rate(entry: Given) -> tuple[str, float | None]:
-    """Split PATTERN=NUMBER; the number is None if it cannot be read."""
-    pattern, _, rate = str(entry).rpartition("=")
-    try:
-        return pattern, float(rate)
-    except ValueError:
-        return pattern, None
 
 
 def dtype_word(value: Value) -> Value | str:
@@ -295,7 +295,7 @@ class Setting:
         meaning: What the setting does, as shown in `--help-all`.
         value: The default; `...` if the setting is required, None if it is off or depends on other settings.
         reason: Reason for the default, as shown in `--help-all`; empty if the setting is required.
-        shown: Text that stands for the default; None means `str(value)`, or "off" for False.
+        shown: Text that stands for the default; None means `str(value)`, or "none", "on" or "off".
         brief: The meaning in a few words, for the settings that people change most; `--help` shows only these.
         group: Title of the group that the setting belongs to.
         alias: A shorter name, or "".
@@ -323,7 +323,11 @@ class Setting:
     @property
     def default(self) -> str:
         """The text that stands for the default."""
-        return self.shown if self.shown is not None else "off" if self.value is False else str(self.value)
+        if self.shown is not None:
+            return self.shown
+        if isinstance(self.value, bool):
+            return "on" if self.value else "off"
+        return "none" if self.value in (None, [], {}) else str(self.value)
 
     @property
     def bounds(self) -> dict[str, float]:
