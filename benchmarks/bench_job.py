@@ -212,7 +212,7 @@ def evaluated(adapter: Path, folder: Path) -> float:
     import torch
 
     from lorakit import core, data, hub
-    from lorakit.train.loop.evaluation import evaluate
+    from lorakit.train.loop.loop import evaluate
 
     model = hub.load_model("smollm2", dtype="bfloat16")
     core.load_adapter(model, adapter)

@@ -29,7 +29,7 @@ from lorakit import LoraConfig, TaskType, hub
 from lorakit.data import Completion, Document, Loader, Records, Sequence, encode, padding_id, python_reference
 from lorakit.plan import catalogue, estimate
 from lorakit.tables import format_bytes
-from lorakit.train.loop.evaluation import evaluate
+from lorakit.train.loop.loop import evaluate
 from lorakit.train.loop.step import loss_sum
 
 CONFIG: dict[str, Any] = {

@@ -23,7 +23,7 @@ from lorakit.core.variants.monteclora import CONCENTRATION, WEIGHTS
 from lorakit.data import Batch
 from lorakit.plan import catalogue, count
 from lorakit.plan.params import factor_parameters
-from lorakit.train.loop.evaluation import evaluate
+from lorakit.train.loop.loop import evaluate
 from lorakit.train.loop.optimizer import build_adamw
 from lorakit.train.loop.step import loss_sum
 

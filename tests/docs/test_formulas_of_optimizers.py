@@ -13,7 +13,7 @@ from lorakit.config import LoraConfig
 from lorakit.core.operations.data_init import allocate
 from lorakit.core.optimizers import Pair, Rates, corrected_gradient, inverse_gram, rates_by_name, trained_parts
 from lorakit.core.riemannian import Factors, precondition
-from lorakit.train.loop.muon import Muon
+from lorakit.train.loop.optional_optimizers import Muon
 from lorakit.train.spec import Schedule
 
 

@@ -17,7 +17,7 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.data import Loader
 from lorakit.data.encoding import IGNORED, Sequence
-from lorakit.train.loop.evaluation import evaluate
+from lorakit.train.loop.loop import evaluate
 from lorakit.train.loop.optimizer import build_adamw
 from lorakit.train.loop.step import StepOptions, StepResult, train_step
 

@@ -17,7 +17,7 @@ from lorakit.speed import accelerate
 from lorakit.tasks import CAUSAL_LM, Target
 from lorakit.tasks.causal_lm import loss_sum
 from lorakit.tasks.task import Objective
-from lorakit.train.loop.evaluation import evaluate
+from lorakit.train.loop.loop import evaluate
 
 from .test_task_losses import CASES, prepared
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lorakit import durable
 from lorakit.errors import DiskError
 from lorakit.report import read_metrics
 from lorakit.train import results, trainer
-from lorakit.train.files.trackers import TRACKERS, TrackerKind
+from lorakit.train.files.trackers import TRACKERS
 from lorakit.train.loop import saving
 from lorakit.train.settings.settings import TrainSettings
 from lorakit.train.trainer import RunResult, run
@@ -105,7 +106,8 @@ def test_a_tracker_that_fails(
         raise error("out of luck")
 
     monkeypatch.setattr(Failing, method, fail)
-    monkeypatch.setitem(TRACKERS, "wandb", TrackerKind(lambda: None, lambda run: Failing()))
+    monkeypatch.setitem(TRACKERS, "wandb", lambda run: Failing())
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
     finished({**short_run, "max_steps": 1, "report_to": ["wandb"]})
 
 
@@ -148,7 +150,8 @@ def test_a_signal_while_a_tracker_opens_leaves_a_run_that_resumes(
     mode: str, short_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finished({**short_run, "max_steps": 1})
-    monkeypatch.setitem(TRACKERS, "wandb", TrackerKind(lambda: None, raises(KeyboardInterrupt())))
+    monkeypatch.setitem(TRACKERS, "wandb", raises(KeyboardInterrupt()))
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
     again = {**short_run, "max_steps": 2}
     with pytest.raises(KeyboardInterrupt):
         run(TrainSettings(**{**again, "report_to": ["wandb"], mode: True}))

@@ -10,10 +10,10 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "Evaluation": "loop.evaluation",
+    "Evaluation": "loop.loop",
     "RunResult": "trainer",
     "TrainSettings": "settings.settings",
-    "evaluate": "loop.evaluation",
+    "evaluate": "loop.loop",
     "run": "trainer",
 }
 

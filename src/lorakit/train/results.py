@@ -22,7 +22,7 @@ from lorakit.report import loss_plot, read_metrics
 from lorakit.tables import format_bytes, format_percent, format_rate, format_seconds, format_some
 from lorakit.train.files import checkpoint, run_folder
 from lorakit.train.files.model_card import evaluation_line, metrics_line
-from lorakit.train.loop.evaluation import evaluate
+from lorakit.train.loop.loop import evaluate
 from lorakit.train.loop.optimizer import received_gradients
 from lorakit.train.loop.run import INT8_NAME, Run
 from lorakit.train.loop.saving import metrics_at, undefined_at

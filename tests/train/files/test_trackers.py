@@ -15,7 +15,6 @@ import pytest
 from lorakit import choices
 from lorakit.errors import ConfigError, MissingExtra
 from lorakit.train import TrainSettings, run
-from lorakit.train.files import trackers
 from lorakit.train.files.trackers import TRACKERS, TrackedRun
 from lorakit.train.loop.progress import Progress
 
@@ -61,7 +60,8 @@ class StandIn:
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
     monkeypatch.setattr(StandIn, "calls", [])
     monkeypatch.setattr(StandIn, "fails", "")
-    monkeypatch.setitem(TRACKERS, "wandb", trackers.TrackerKind(lambda: None, StandIn))
+    monkeypatch.setitem(TRACKERS, "wandb", StandIn)
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
     return StandIn
 
 
@@ -213,7 +213,7 @@ def test_wandb_never_asks_and_is_offline_without_a_login(
         return has_login
 
     monkeypatch.setitem(sys.modules, "wandb", module("wandb", login=login, init=calls.init, Settings=dict))
-    tracker = TRACKERS["wandb"].open(TrackedRun(tmp_path, {"r": 2}, 5, "abc"))
+    tracker = TRACKERS["wandb"](TrackedRun(tmp_path, {"r": 2}, 5, "abc"))
     tracker.log({"train/loss": 1.0}, 6)
     tracker.close("interrupted")
     given = calls.named("init")
@@ -227,8 +227,8 @@ def test_wandb_never_asks_and_is_offline_without_a_login(
 def test_trackio_goes_on_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls()
     monkeypatch.setitem(sys.modules, "trackio", module("trackio", init=calls.init, finish=calls.finish))
-    first = TRACKERS["trackio"].open(TrackedRun(tmp_path, {}, 0, None))
-    again = TRACKERS["trackio"].open(TrackedRun(tmp_path, {}, 3, first.id))
+    first = TRACKERS["trackio"](TrackedRun(tmp_path, {}, 0, None))
+    again = TRACKERS["trackio"](TrackedRun(tmp_path, {}, 3, first.id))
     again.log({"train/loss": 1.0}, 4)
     again.close("finished")
     inits = [named for name, _, named in calls.made if name == "init"]
@@ -242,10 +242,10 @@ def test_mlflow_stores_the_settings_once_and_the_status(tmp_path: Path, monkeypa
     entities = module("mlflow.entities", Metric=lambda *values: values, Param=lambda *values: values)
     monkeypatch.setitem(sys.modules, "mlflow", module("mlflow", MlflowClient=lambda: calls, entities=entities))
     monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
-    TRACKERS["mlflow"].open(TrackedRun(tmp_path, {"r": 2, "data": ["a"]}, 0, None))
+    TRACKERS["mlflow"](TrackedRun(tmp_path, {"r": 2, "data": ["a"]}, 0, None))
     assert calls.named("log_batch")["params"] == [("r", "2"), ("data", '["a"]')]
     calls.made.clear()
-    tracker = TRACKERS["mlflow"].open(TrackedRun(tmp_path, {"r": 2}, 3, "run-7"))
+    tracker = TRACKERS["mlflow"](TrackedRun(tmp_path, {"r": 2}, 3, "run-7"))
     tracker.log({"train/loss": 1.0, "train/tokens": 5}, 4)
     tracker.close("interrupted")
     assert [name for name, _, _ in calls.made] == ["update_run", "log_batch", "set_terminated"]

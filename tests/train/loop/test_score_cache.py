@@ -16,7 +16,7 @@ from lorakit.ops.int8 import why_no_int8_matmuls
 from lorakit.report import read_metrics
 from lorakit.session.measuring import Evaluation
 from lorakit.train.loop import loop, score_cache
-from lorakit.train.loop.evaluation import evaluate
+from lorakit.train.loop.loop import evaluate
 from lorakit.train.settings.settings import TrainSettings
 from lorakit.train.trainer import run
 

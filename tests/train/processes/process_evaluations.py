@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lorakit.data.encoding import Sequence
 from lorakit.tasks import TASKS, Target, TaskOnData, evaluation_batches
-from lorakit.train.loop.evaluation import evaluate
+from lorakit.train.loop.loop import evaluate
 from lorakit.train.processes.processes import ALONE, Processes, joined
 
 

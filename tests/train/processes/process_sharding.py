@@ -29,7 +29,7 @@ from lorakit.data.encoding import Sequence
 from lorakit.speed import accelerate
 from lorakit.speed.patching import BOUND, Fused
 from lorakit.tasks import CAUSAL_LM, Target, TaskOnData
-from lorakit.train.loop.evaluation import evaluate
+from lorakit.train.loop.loop import evaluate
 from lorakit.train.loop.optimizer import build_adamw
 from lorakit.train.loop.run import RunBatches
 from lorakit.train.loop.step import StepOptions, train_step

@@ -19,7 +19,7 @@ from lorakit.errors import MergeError, NotYetSupported, UsageError
 from lorakit.session.measuring import IDLE
 from lorakit.tasks import CAUSAL_LM
 from lorakit.tasks.embedding import EMBEDDING
-from lorakit.train.loop.evaluation import own_batches
+from lorakit.train.loop.loop import own_batches
 from lorakit.train.loop.step import idle_batches
 from lorakit.train.processes.processes import ALONE, Processes
 from lorakit.train.processes.sharding import Parallel, blocks_of, shard_base

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -169,42 +170,13 @@ class _Mlflow:
         self._client.set_terminated(self.id, status)
 
 
-def _import_tensorboard() -> None:
-    import tensorboard  # noqa: F401 - torch's writer imports it
-
-
-def _import_trackio() -> None:
-    import trackio  # noqa: F401
-
-
-def _import_wandb() -> None:
-    import wandb  # noqa: F401
-
-
-def _import_mlflow() -> None:
-    import mlflow  # noqa: F401
-
-
-@dataclass(frozen=True)
-class TrackerKind:
-    """One choice of `--report-to`.
-
-    Attributes:
-        load: Function that imports the tracker's package.
-        open: Function that opens the tracker for a run.
-    """
-
-    load: Callable[[], None]
-    open: Callable[[TrackedRun], Tracker]
-
-
-TRACKERS: dict[str, TrackerKind] = {
-    "tensorboard": TrackerKind(_import_tensorboard, _TensorBoard),
-    "trackio": TrackerKind(_import_trackio, _Trackio),
-    "wandb": TrackerKind(_import_wandb, _Wandb),
-    "mlflow": TrackerKind(_import_mlflow, _Mlflow),
+TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "trackio": _Trackio,
+    "wandb": _Wandb,
+    "mlflow": _Mlflow,
 }
-"""Value of the setting `report_to`, which is also the name of the package -> how it is opened."""
+"""Value of the setting `report_to`, which is also the name of the package -> function that opens it."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -215,7 +187,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """
     for name in names:
         try:
-            TRACKERS[name].load()
+            import_module(name)
         except ImportError as cause:
             text = f"--report-to {name} needs the package {name} ({cause}); run pip install {name}, or omit {name}."
             raise MissingExtra(text, what=name, field="report_to", allowed=TRACKERS) from cause
@@ -251,7 +223,7 @@ class Trackers:
         self.ids = dict(ids)
         for name in names:
             with self._guarded(name):
-                tracker = TRACKERS[name].open(TrackedRun(folder, settings, step, ids.get(name)))
+                tracker = TRACKERS[name](TrackedRun(folder, settings, step, ids.get(name)))
                 self._open[name], self.ids[name] = tracker, tracker.id
             if name in self._open:
                 self._say(f"metrics: {self._open[name].note}")

@@ -9,22 +9,27 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+import torch
+from torch import nn
 
 from lorakit.data import Batch
 from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.machine import peak_rss_bytes
-from lorakit.session.measuring import Evaluation
+from lorakit.session.measuring import IDLE, Evaluation, combined, measure
+from lorakit.speed import Acceleration
 from lorakit.tables import format_some
+from lorakit.tasks import Objective
 from lorakit.train.files.run_folder import MetricsLog
 from lorakit.train.loop import score_cache
-from lorakit.train.loop.evaluation import evaluate
 from lorakit.train.loop.interrupts import Interrupts, recording
 from lorakit.train.loop.optimizer import ADVICE, HALF, received_gradients
 from lorakit.train.loop.run import Run
 from lorakit.train.loop.saving import save_checkpoint
 from lorakit.train.loop.step import StepResult, train_step
+from lorakit.train.processes.processes import ALONE, Processes
 from lorakit.train.spec import ADAPTER
 
 
@@ -269,3 +274,54 @@ class Loop:
         last = f"Last valid checkpoint: checkpoint-{saved}." if saved >= 0 else "No checkpoint was saved."
         text = f"{self._folder}: step {step}: {cause}{advice} {last}"
         return type(cause)(text, **{**cause.fields, "where": self._folder})
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: str | torch.device,
+    stop: Callable[[], bool] = lambda: False,
+    acceleration: Acceleration | None = None,
+    objective: Objective | None = None,
+    processes: Processes = ALONE,
+) -> Evaluation | None:
+    """Measure the loss, averaged over all targets, and the metrics of a task, without gradients or dropout.
+
+    Args:
+        model: A model for the task; the training mode of each of its modules is restored afterwards.
+        batches: Batches of (rows, length) tensors on the CPU.
+        device: The model's device.
+        stop: Function that is called before each batch; if it returns True, the evaluation stops.
+        acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
+        objective: The loss and the metrics; None selects those of causal language models.
+        processes: The processes among which the batches are divided; all of them get the same result.
+
+    Returns:
+        The evaluation, or None if it was stopped.
+
+    Raises:
+        DataError: None of the tokens in the batches contribute to the loss.
+        NonFiniteError: The loss is NaN or infinite.
+        RunError: Memory ran out; the message describes the batch and suggests what to change.
+    """
+    share = measure(model, own_batches(batches, processes, stop), device, acceleration, objective)
+    return combined(processes.exchange(share))
+
+
+def own_batches(
+    batches: Iterable[Batch], processes: Processes, stop: Callable[[], bool] = lambda: False
+) -> Iterator[tuple[int, Batch | None]]:
+    """Yield the batches that one process evaluates, with their numbers, and None instead of one if `stop` is True.
+
+    In lockstep, all processes get equally many batches, and stop together.
+    """
+    number, batch, is_together = -1, None, processes.in_lockstep
+    for number, batch in enumerate(batches):
+        is_asked = not is_together or number % processes.count == 0
+        if is_asked and (processes.any(stop()) if is_together else stop()):
+            yield number, None
+            return
+        if number % processes.count == processes.rank:
+            yield number, batch
+    if is_together and batch is not None and number % processes.count < processes.rank:
+        yield IDLE, batch

@@ -19,9 +19,8 @@ from lorakit import core
 from lorakit.core.optimizers import LoraFA, Rates, freeze_factors, rates_by_name, trained_parts
 from lorakit.errors import ConfigError, NonFiniteError, RunError
 from lorakit.plan.optimizer_state import BLOCK_8BIT
-from lorakit.train.loop.adamw8bit import adamw8bit, check_adamw8bit
 from lorakit.train.loop.flat_adamw import FlatAdamW, is_packable
-from lorakit.train.loop.muon import Muon, check_muon
+from lorakit.train.loop.optional_optimizers import Muon, adamw8bit, check_adamw8bit, check_muon
 from lorakit.train.settings.settings import TrainSettings
 
 Named = Sequence[tuple[str, nn.Parameter]]

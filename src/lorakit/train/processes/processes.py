@@ -12,19 +12,18 @@ error in the store through which they have found each other, which outlives all 
 from __future__ import annotations
 
 import gc
-import json
 import os
+import pickle
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 import torch
 
-import lorakit.errors
 from lorakit.errors import LorakitError, RunError, UsageError, describe
 from lorakit.train.processes.launching import PATIENCE, PROCESS_ENDED, Launched, job_of, restarts_of
 
@@ -36,28 +35,6 @@ T = TypeVar("T")
 
 _FAILED, _REPORTING = "lorakit/failed", "lorakit/reporting"  # keys in the store
 _REPORT_SECONDS = 10
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An error of another process: its class in `lorakit.errors`, its message and its fields."""
-
-    kind: str
-    message: str
-    fields: Mapping[str, object]
-
-    @classmethod
-    def of(cls, cause: Exception) -> Failure:
-        """Describe an error; one that lorakit did not raise becomes a RunError."""
-        kind = type(cause).__name__
-        if isinstance(cause, LorakitError) and hasattr(lorakit.errors, kind):
-            return cls(kind, str(cause), cause.fields)
-        return cls("RunError", f"unexpected {describe(cause)}", {"what": kind, "field": None})
-
-    def error(self, rank: int) -> LorakitError:
-        """Return the error of process `rank`, to be raised in another one."""
-        kind: type[LorakitError] = getattr(lorakit.errors, self.kind)
-        return kind(f"process {rank}: {self.message}", **self.fields)  # type: ignore[arg-type]
 
 
 @dataclass(eq=False)
@@ -108,9 +85,9 @@ class Processes:
         if self.is_alone:
             return [value]
         pairs = self._gather((value, None))
-        for rank, (_, failure) in enumerate(pairs):
-            if failure is not None:
-                self._raise(failure.error(rank))
+        for _, error in pairs:
+            if error is not None:
+                self._raise(error)
         return [cast(T, one) for one, _ in pairs]
 
     @contextmanager
@@ -129,9 +106,9 @@ class Processes:
                 self._raise_lost(cause)  # the consequence of another process's error
             self._shared.append(cause)
             if self.in_lockstep:
-                self._leave(Failure.of(cause))
+                self._leave(self._error_elsewhere(cause))
             else:
-                self._gather((None, Failure.of(cause)))
+                self._gather((None, self._error_elsewhere(cause)))
             raise
         self.exchange(None)
 
@@ -228,24 +205,29 @@ class Processes:
         time.sleep(1)  # it prints one line
         return True
 
-    def _leave(self, failure: Failure) -> None:
-        """Leave a failure where the other processes find it after this one has ended."""
+    def _error_elsewhere(self, cause: Exception) -> LorakitError:
+        """Return what the other processes raise for an error in this one."""
+        if isinstance(cause, LorakitError) and type(cause).__module__ == LorakitError.__module__:
+            return type(cause)(f"process {self.rank}: {cause}", **cause.fields)
+        return RunError(f"process {self.rank}: unexpected {describe(cause)}", what=type(cause).__name__)
+
+    def _leave(self, error: LorakitError) -> None:
+        """Leave an error where the other processes find it after this one has ended."""
         if self.store is not None:
             with suppress(RuntimeError):  # the first process has ended, and with it the store
-                self.store.set(_FAILED, json.dumps([self.rank, asdict(failure)], default=str))
+                self.store.set(_FAILED, pickle.dumps(error))  # type: ignore[arg-type] # torch takes bytes too
 
     def _left(self) -> LorakitError | None:
-        """Return the failure that another process has left, as an error, or None."""
+        """Return the error that another process has left, or None."""
         with suppress(RuntimeError):  # the first process has ended, and with it the store
             if self.store is not None and self.store.check([_FAILED]):
-                rank, values = json.loads(self.store.get(_FAILED))
-                return Failure(**values).error(int(rank))
+                return cast(LorakitError, pickle.loads(self.store.get(_FAILED)))
         return None
 
-    def _gather(self, value: tuple[object, Failure | None]) -> list[tuple[object, Failure | None]]:
+    def _gather(self, value: tuple[object, LorakitError | None]) -> list[tuple[object, LorakitError | None]]:
         from torch import distributed
 
-        pairs: list[tuple[object, Failure | None]] = [(None, None)] * self.count
+        pairs: list[tuple[object, LorakitError | None]] = [(None, None)] * self.count
         self._guarded(lambda: distributed.all_gather_object(pairs, value))
         return pairs
 

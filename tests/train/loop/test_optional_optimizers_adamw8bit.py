@@ -13,7 +13,6 @@ from torch import nn
 
 from lorakit.errors import MissingExtra, UsageError
 from lorakit.plan.optimizer_state import SMALLEST_8BIT
-from lorakit.train.loop.adamw8bit import adamw8bit, check_adamw8bit
 from lorakit.train.loop.optimizer import (
     Named,
     clipped_step,
@@ -23,6 +22,7 @@ from lorakit.train.loop.optimizer import (
     set_rate,
     state_tensors,
 )
+from lorakit.train.loop.optional_optimizers import adamw8bit, check_adamw8bit
 
 package = pytest.importorskip("bitsandbytes")
 RATES = {"B": 0.03}

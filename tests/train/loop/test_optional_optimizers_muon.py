@@ -12,7 +12,6 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.optimizers import trained_parts
 from lorakit.errors import ConfigError, UsageError
-from lorakit.train.loop.muon import Muon, check_muon
 from lorakit.train.loop.optimizer import (
     Named,
     build_optimizer,
@@ -23,6 +22,7 @@ from lorakit.train.loop.optimizer import (
     set_rate,
     state_tensors,
 )
+from lorakit.train.loop.optional_optimizers import Muon, check_muon
 from lorakit.train.settings.settings import TrainSettings
 
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")

@@ -13,7 +13,7 @@ from torch import nn
 from lorakit.data import Batch
 from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.session.measuring import Evaluation, evaluating
-from lorakit.train.loop.evaluation import evaluate
+from lorakit.train.loop.loop import evaluate
 
 
 class Noisy(nn.Module):
