@@ -292,7 +292,7 @@ CHANGES: dict[str, tuple[Callable[..., Any], dict[str, list[Callable[..., None]]
             "code": [version("tokenizers"), version("pyarrow")],
         },
     ),
-    "scores.json": (
+    "scores": (
         lambda path, _: Start(caches.EVALUATIONS, {"accelerated": True, "int8_scales": None, "packed": False}, path),
         {**STARTS, **{name: [fact(name)] for name in ("accelerated", "int8_scales", "packed")}},
     ),

@@ -68,7 +68,7 @@ _START = (
 TOKENS = Cache("tokens", 3, ("records", "notes", "reading", "encoding", "tokenizer", "template", "code"))
 """Encoded rows; see `lorakit.data.token_cache`."""
 
-EVALUATIONS = Cache("scores.json", 3, (*_START, "accelerated", "int8_scales", "packed"))
+EVALUATIONS = Cache("scores", 4, (*_START, "accelerated", "int8_scales", "packed"))
 """Evaluations before the first step; see `lorakit.train.loop.score_cache`."""
 
 INT8 = Cache("int8", 3, (*_START, "batch_tokens"))
@@ -119,9 +119,9 @@ def scratch_directory() -> Path:
     return cache_directory()
 
 
-def versions(names: tuple[str, ...] = PACKAGES) -> dict[str, JsonValue]:
+def versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
     """Return the version of Python and lorakit, and of each of some packages, None if it is not installed."""
-    installed: dict[str, JsonValue] = {"python": platform.python_version(), "lorakit": lorakit.__version__}
+    installed: dict[str, str | None] = {"python": platform.python_version(), "lorakit": lorakit.__version__}
     for name in names:
         try:
             installed[name] = importlib.metadata.version(name)

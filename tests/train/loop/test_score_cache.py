@@ -130,10 +130,10 @@ def test_another_config_of_the_base_is_evaluated(settings: dict[str, Any]) -> No
     assert not trained(settings)[0]
 
 
-@pytest.mark.parametrize("damage", ["", "{", '{"format": 3, "scores": []}', "changed"], ids=str)
+@pytest.mark.parametrize("damage", ["", "{", '{"format": 4, "scores": {}}', "changed"], ids=str)
 def test_a_damaged_file_is_ignored_and_replaced(settings: dict[str, Any], tmp_path: Path, damage: str) -> None:
     trained(settings)
-    path = tmp_path / "cache" / EVALUATIONS.place
+    (path,) = (tmp_path / "cache" / EVALUATIONS.place).iterdir()
     path.write_text(path.read_text().replace('"loss": ', '"loss": 1') if damage == "changed" else damage)
     assert not trained(settings)[0]
     assert trained(settings)[0]

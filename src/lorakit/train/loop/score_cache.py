@@ -2,7 +2,7 @@
 
 `start_key` is a hash of everything that the bits of a result depend on: the inputs of its cache in `lorakit.caches`.
 Runs that differ only in the learning rate or the number of steps, for example, share an entry. A missing, damaged or
-unwritable file is ignored. If two processes write at the same time, the entry of one of them may be lost.
+unwritable file is ignored.
 """
 
 from __future__ import annotations
@@ -28,36 +28,27 @@ from lorakit.train.loop.run import Run
 from lorakit.train.spec import RunSpec
 
 MOST_KEPT = 500
-"""Maximum number of entries; the oldest are removed."""
+"""Maximum number of evaluations; the oldest are removed."""
 
 LEAST_SECONDS = 1.0
 """Minimum processor time of an evaluation that is kept; a shorter one is not worth a file."""
 
-_MAX_BYTES, _MAX_KEPT_BYTES = 4 << 20, 256 << 20
+_MAX_KEPT_BYTES = 256 << 20
 
 
 def read(key: str) -> Evaluation | None:
     """Return the evaluation that was kept under a key of `key_of`, or None."""
+    entry = read_kept(EVALUATIONS, key)
     try:
-        entry = _entries().get(key)
-        if entry is None:
-            return None
-        scores = {str(n): value if isinstance(value, str) else float(value) for n, value in entry["scores"].items()}
-        return Evaluation(float(entry["loss"]), int(entry["tokens"]), scores)
-    except (KeyError, TypeError, ValueError, AttributeError, DiskError):
+        return None if entry is None else Evaluation(float(entry["loss"]), int(entry["tokens"]), dict(entry["scores"]))
+    except (KeyError, TypeError, ValueError):
         return None
 
 
 def write(key: str, evaluation: Evaluation) -> str:
     """Keep an evaluation under a key of `key_of`; return the reason why it could not be kept, or ""."""
-    try:
-        entries = {name: entry for name, entry in _entries().items() if name != key}
-        entries[key] = {"loss": evaluation.loss, "tokens": evaluation.tokens, "scores": dict(evaluation.scores)}
-        newest = [{"key": name, **entry} for name, entry in entries.items()][-MOST_KEPT:]
-        write_json(EVALUATIONS.path(), sealed({"format": EVALUATIONS.format, "scores": newest}))
-    except (DiskError, OSError) as cause:
-        return str(cause).removesuffix(".")
-    return ""
+    values = {"loss": evaluation.loss, "tokens": evaluation.tokens, "scores": dict(evaluation.scores)}
+    return write_kept(EVALUATIONS, key, values, MOST_KEPT)
 
 
 def key_of(run: Run) -> str | None:
@@ -154,18 +145,3 @@ def _add(digest: Any, name: str, tensor: Tensor) -> None:
     """Add the name, the type, the shape and the bits of a tensor (any shape) to a hash."""
     digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _entries() -> dict[str, dict[str, Any]]:
-    """Return the entries of the file by key, oldest first; empty if it is missing or damaged.
-
-    Raises:
-        DiskError: There is no cache directory.
-    """
-    try:
-        content = read_json(EVALUATIONS.path(), _MAX_BYTES)
-    except (AdapterFileError, OSError):
-        return {}
-    is_known = isinstance(content, dict) and is_sealed(content) and content.get("format") == EVALUATIONS.format
-    entries = content["scores"] if is_known and isinstance(content.get("scores"), list) else []
-    return {entry.pop("key"): entry for entry in entries if isinstance(entry, dict) and "key" in entry}
