@@ -238,6 +238,15 @@ class NotYetSupported(LorakitError, NotImplementedError):
     code = "LORA-E120"
 
 
+def require_packages(what: str, extra: str, names: Iterable[str]) -> None:
+    """Raise a MissingExtra error that gives the pip command if a package is missing; nothing is imported."""
+    import importlib.util
+
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtra(f"{what} needs {' and '.join(missing)}; run pip install 'lorakit[{extra}]'", what=missing[0])
+
+
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
     """Issue a warning that is attributed to the nearest caller outside lorakit."""
     import sys

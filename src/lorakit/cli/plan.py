@@ -7,7 +7,7 @@ speed or to read a model directory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -65,19 +65,12 @@ class AdapterFlags:
 
     def config(self) -> LoraConfig:
         """Return the adapter's config, or raise ConfigError, which names the field."""
+        of_config = {each.name for each in fields(LoraConfig)}
+        values = {name: value for name, value in asdict(self).items() if name in of_config}
         usual = [] if self.target_parameters else [DEFAULTS["target_modules"].value]
-        return LoraConfig(
-            r=self.r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            target_modules=_words(self.target_modules or usual),
-            target_parameters=self.target_parameters,
-            exclude_modules=_words(self.exclude_modules),
-            modules_to_save=self.modules_to_save,
-            bias=self.bias,
-            use_dora=self.use_dora,
-            use_rslora=self.use_rslora,
-        )
+        values["target_modules"] = _words(self.target_modules or usual)
+        values["exclude_modules"] = _words(self.exclude_modules)
+        return LoraConfig(**values)
 
 
 @dataclass(frozen=True)
@@ -313,12 +306,13 @@ def _machine(job: JobFlags, dtype: str, steps: int | None) -> tuple[str, Speed |
     The speed is measured if requested, or needed for a time estimate or for the dtype that `lorakit train` would
     choose. If the size of a GPU is given, this machine is not measured.
     """
-    if job.tokens_per_second is not None and job.calibrate:
-        text = "--calibrate and --tokens-per-second are mutually exclusive; pass one of them."
-        raise UsageError(text, field="calibrate")
     has_gpu = job.processes.gpu is not None
-    if has_gpu and job.calibrate:
-        text = "--calibrate measures this machine, not a GPU of the given size; pass --tokens-per-second instead."
+    if job.calibrate and (has_gpu or job.tokens_per_second is not None):
+        other = "--gpu" if has_gpu else "--tokens-per-second"
+        text = (
+            f"--calibrate, which measures this machine, and {other} are mutually exclusive; omit --calibrate, and pass "
+            "a known speed as --tokens-per-second."
+        )
         raise UsageError(text, field="calibrate")
     from lorakit import hub
 

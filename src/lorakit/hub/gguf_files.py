@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.errors import ModelError
-from lorakit.hub.packaged import require_packages, split_digits
+from lorakit.errors import ModelError, require_packages
 from lorakit.terminal import hidden_stderr
 
 if TYPE_CHECKING:
@@ -307,11 +306,23 @@ def finish_model(model: PreTrainedModel, path: Path) -> None:
 def finish_tokenizer(tokenizer: PreTrainedTokenizerBase, header: GgufHeader) -> None:
     """Restore in a tokenizer what transformers omits: a rule that splits off digits, and the maximum length."""
     if header.pre_tokenizer in _DIGITS_FIRST:
-        split_digits(tokenizer)
+        _split_digits(tokenizer)
     length = header.values.get(f"{header.architecture}.context_length")
     if isinstance(length, int) and length > 0:
         tokenizer.model_max_length = length
     tokenizer.name_or_path = str(header.path)
+
+
+def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Restore the pre-tokenization rule that the GGUF reader omits: SmolLM first splits off each digit.
+
+    Without the rule, "  1" becomes a space and " 1", whereas in pretraining it became two spaces and a digit.
+    """
+    from tokenizers import pre_tokenizers
+
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
 
 
 def tokenizer_warning(header: GgufHeader) -> str | None:

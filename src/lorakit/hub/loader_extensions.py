@@ -10,7 +10,7 @@ Import this module inside functions only, because it imports transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -33,7 +33,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lorakit.core import AwqLinear, CompressedLinear, GptqLinear, PackedLinear, packed_linear
 from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import AdapterFileError, ModelError
-from lorakit.hub.quantization_keys import check_keys, groups_of
+from lorakit.hub.model_config import stored_tensors
+from lorakit.hub.quantization_keys import check_keys, groups_of, unsupported
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -104,7 +105,7 @@ def _compressed(values: JsonObject) -> PackedKind:
         is_block = weights.get("strategy") == "block" and isinstance(size, list) and len(size) == 2
         blocks.add((int(size[0]), int(size[1])) if is_block else None)  # type: ignore[index]
     if len(blocks) != 1:
-        raise _unsupported("config_groups", len(blocks), ("one layout of weights",))
+        raise unsupported("compressed-tensors", "config_groups", len(blocks), "one layout of weights")
     needed = frozenset({"weight_zero_point"}) if symmetric == {False} else frozenset[str]()
     return PackedKind(CompressedLinear, {"block": blocks.pop()}, needed)
 
@@ -119,17 +120,8 @@ _KINDS: Mapping[str, Callable[[JsonObject], PackedKind]] = {
 def _allowed(values: JsonObject, name: str, value: JsonValue, allowed: Sequence[int | str]) -> int:
     """Return a value of a quantization config as an integer (0 for a string), after checking that it is allowed."""
     if value not in allowed:
-        raise _unsupported(f"{values['quant_method']} {name}", value, allowed)
+        raise unsupported(str(values["quant_method"]), name, value, ", ".join(map(str, allowed)))
     return value if isinstance(value, int) else 0
-
-
-def _unsupported(name: str, value: JsonValue, allowed: Iterable[int | str]) -> ModelError:
-    names = [str(one) for one in allowed]
-    text = (
-        f"quantization_config: {name} is {value!r}, but lorakit reads only {', '.join(names)}. Use files with another "
-        "quantization, or the unquantized model."
-    )
-    return ModelError(text, what=value, field=name.rpartition(" ")[2], allowed=names)
 
 
 def replace_linears(model: PreTrainedModel, files: Sequence[Path], values: JsonObject) -> None:
@@ -175,9 +167,10 @@ def _packed_layers(
 ) -> dict[str, dict[str, Tensor]]:
     """Return the packed tensors, on the meta device, of each linear layer: path in the model -> name -> tensor."""
     layers: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in _tensors(files):
+    for name, (dtype, shape) in stored_tensors(files).items():
         path, _, leaf = name.rpartition(".")
         if leaf in module.PARTS:
+            tensor = torch.empty(shape, dtype=DTYPES.get(dtype, torch.float32), device="meta")
             layers.setdefault(path, {})[leaf] = tensor
     renamings = [rule for rule in rules_of(model) if is_renaming(rule)]
     expected, prefix = model.state_dict(), model.base_model_prefix
@@ -186,18 +179,6 @@ def _packed_layers(
         for path, parts in layers.items()
         if set(parts) - {"weight"} or parts["weight"].dtype in CODES
     }
-
-
-def _tensors(files: Sequence[Path]) -> Iterable[tuple[str, Tensor]]:
-    """Yield the names of the tensors in safetensors files, and empty tensors with their shapes and dtypes."""
-    from safetensors import safe_open
-
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                part = file.get_slice(name)
-                dtype = DTYPES.get(part.get_dtype(), torch.float32)
-                yield name, torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
 
 PREFIX = "lorakit-"

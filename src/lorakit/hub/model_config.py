@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PureWindowsPath
@@ -302,3 +302,15 @@ def weight_files(source: ModelSource) -> list[Path] | None:
     names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     files = [file_of(source, name) for name in sorted(names)]
     return [file for file in files if file is not None] if all(files) else None
+
+
+def stored_tensors(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the names of the tensors in safetensors files -> their dtype there and their shape."""
+    from safetensors import safe_open
+
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            tensors |= {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+    return tensors

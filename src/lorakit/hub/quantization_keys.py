@@ -179,7 +179,7 @@ def check_keys(values: JsonObject) -> None:
     _check(values, known, method, "")
     needed = NEEDED.get(method, ())
     if needed and not any(values.get(name) for name in needed):
-        raise _unsupported(method, needed[-1], values.get(needed[-1]), " or ".join(f"a value of {n}" for n in needed))
+        raise unsupported(method, needed[-1], values.get(needed[-1]), " or ".join(f"a value of {n}" for n in needed))
     for path, group, weights in groups_of(values):
         _check(group, GROUP, method, f"{path}.")
         if weights is not None:
@@ -210,9 +210,7 @@ def groups_of(values: JsonObject) -> Iterator[tuple[str, JsonObject, JsonObject 
     groups = values.get("config_groups")
     for name, group in groups.items() if isinstance(groups, dict) else ():
         if not isinstance(group, dict):
-            raise _unsupported(
-                "compressed-tensors", f"config_groups.{name}", group, "groups with all of their settings"
-            )
+            raise unsupported("compressed-tensors", f"config_groups.{name}", group, "groups with all of their settings")
         weights = group.get("weights")
         yield f"config_groups.{name}", group, weights if isinstance(weights, dict) else None
 
@@ -221,12 +219,13 @@ def _check(values: JsonObject, known: Keys, method: str, prefix: str) -> None:
     for name, value in values.items():
         key = known.get(name)
         if key is None and value is not None:
-            raise _unsupported(method, prefix + name, value, f"the keys {', '.join(known)}")
+            raise unsupported(method, prefix + name, value, f"the keys {', '.join(known)}")
         if key is not None and key.allowed is not None and not key.allowed(value):
-            raise _unsupported(method, prefix + name, value, key.values)
+            raise unsupported(method, prefix + name, value, key.values)
 
 
-def _unsupported(method: str, path: str, value: JsonValue, wanted: str) -> ModelError:
+def unsupported(method: str, path: str, value: JsonValue, wanted: str) -> ModelError:
+    """Return the error for a value of a quantization config, given its path there, and what lorakit supports."""
     text = (
         f"quantization_config: {method} {path} is {value!r}, which may change what the model computes; supported: "
         f"{wanted}. Use files with another quantization, or the unquantized model."

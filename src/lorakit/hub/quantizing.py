@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from lorakit.caches import versions
 from lorakit.durable import JsonObject
-from lorakit.errors import ConfigError, ModelError
-from lorakit.hub.packaged import require_packages
+from lorakit.errors import ConfigError, ModelError, require_packages
 from lorakit.hub.quantization_keys import check_keys
 from lorakit.hub.shapes import quantization_values, shape_of_module
 from lorakit.hub.sources import ModelSource
@@ -34,8 +32,8 @@ _NEEDS = {
 def quantization_metadata(wanted: Quantization) -> dict[str, Any]:
     """Return "method", "double_quantization" and "package" (name and version), which determine quantized weights."""
     package = wanted.storage.package
-    version = metadata.version(package) if importlib.util.find_spec(package) else "not installed"
-    return {"method": wanted.name, "double_quantization": wanted.double, "package": f"{package} {version}"}
+    version = f"{package} {versions((package,))[package] or 'not installed'}"
+    return {"method": wanted.name, "double_quantization": wanted.double, "package": version}
 
 
 def require_quantizer(wanted: Quantization) -> None:

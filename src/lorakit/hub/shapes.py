@@ -19,7 +19,7 @@ from lorakit.choices import CONV1D, EMBEDDING, LINEAR
 from lorakit.config import HEADS_BY_TASK, TaskType
 from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import ModelError
-from lorakit.hub.model_config import TASKS, config_of, weight_files
+from lorakit.hub.model_config import TASKS, config_of, stored_tensors, weight_files
 from lorakit.hub.packaged import quiet_transformers
 from lorakit.hub.sources import ModelSource, call_loader, resolve
 from lorakit.hub_cache import offline
@@ -34,23 +34,20 @@ _PACKAGED_AS = {"smollm2": "SmolLM2-135M-Instruct"}
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
 
 _SIZES = {
-    "hidden": ("hidden_size", "d_model", "n_embd", "dim"),
-    "layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
-    "heads": ("num_attention_heads", "num_heads", "n_head", "n_heads", "encoder_attention_heads"),
+    "hidden": ("hidden_size", "d_model"),
+    "layers": ("num_hidden_layers", "num_layers"),
+    "heads": ("num_attention_heads", "num_heads"),
     "kv_heads": ("num_key_value_heads", "num_kv_heads"),
     "head_dim": ("head_dim", "d_kv"),
     "intermediate": (
-        "moe_intermediate_size",
-        "intermediate_size",
-        "d_ff",
-        "n_inner",
-        "ffn_dim",
-        "decoder_ffn_dim",
+        *("moe_intermediate_size", "intermediate_size", "d_ff", "n_inner", "ffn_dim", "decoder_ffn_dim"),
         "hidden_dim",
     ),
-    "experts_per_token": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"),
-    "positions": ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx"),
+    "experts_per_token": ("num_experts_per_tok", "moe_topk"),
+    "positions": ("max_position_embeddings",),
 }
+"""Size -> the fields of configs with it, in order; configs of transformers have most under the first name, too."""
+
 _DROPOUTS = {
     "embedding": ("embd_pdrop", "embedding_dropout", "hidden_dropout_prob", "dropout_rate", "dropout"),
     "residual": ("resid_pdrop", "hidden_dropout", "hidden_dropout_prob", "dropout_rate", "dropout"),
@@ -369,16 +366,10 @@ def _renamed(model: PreTrainedModel, stored: Sizes) -> dict[str, tuple[int, ...]
 
 def _stored(source: ModelSource) -> Sizes | None:
     """Return the tensors in a model's safetensors files, or None if they are unknown."""
-    from safetensors import safe_open
-
     files = None if source.kind in ("config", "gguf") else weight_files(source)
     if files is None:
         return _on_hub(source) if source.kind == "hub" else None
-    sizes: Sizes = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            sizes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return sizes
+    return {name: shape for name, (_, shape) in stored_tensors(files).items()}
 
 
 def _on_hub(source: ModelSource) -> Sizes | None:

@@ -104,18 +104,16 @@ class Job:
             )
         if self.quantization is not None:
             storage_named(self.quantization)
-        if self.optimizer not in OPTIMIZERS:
-            raise ConfigError.of("optimizer", self.optimizer, allowed=OPTIMIZERS)
-        if self.base_matmul not in BASE_MATMULS:
-            raise ConfigError.of("base_matmul", self.base_matmul, allowed=BASE_MATMULS)
+        choices = {"optimizer": OPTIMIZERS, "base_matmul": BASE_MATMULS, "recompute": RECOMPUTED}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError.of(name, getattr(self, name), allowed=allowed)
         if self.base_matmul != "dtype" and self.quantization is not None:
             text = (
                 f"base_matmul {self.base_matmul} cannot be combined with quantization {self.quantization}, because "
                 "both store the base's weights; omit one of them."
             )
             raise ConfigError(text, what=self.quantization, field="base_matmul")
-        if self.recompute not in RECOMPUTED:
-            raise ConfigError.of("recompute", self.recompute, allowed=RECOMPUTED)
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -197,24 +195,13 @@ def recomputed(
         ConfigError: Two settings are incompatible.
     """
     if gradient_checkpointing and recompute == "feed-forward":
-        text = (
-            "gradient_checkpointing and recompute=feed-forward are mutually exclusive: the former is the same "
-            "as recompute=layers. Remove one."
-        )
-        raise ConfigError(text, what=recompute, field="recompute")
+        raise _exclude_each_other("gradient_checkpointing", "recompute=feed-forward", recompute, "recompute")
     chosen = "layers" if gradient_checkpointing else recompute
     limit = "fit" if fit is not None else "memory_budget" if memory_budget is not None else None
     if limit is not None and chosen != "none":
-        text = (
-            f"{limit} and recompute={chosen} are mutually exclusive: the limit chooses what is recomputed. Remove one."
-        )
-        raise ConfigError(text, what=chosen, field=limit)
+        raise _exclude_each_other(limit, f"recompute={chosen}", chosen, limit)
     if fit is not None and memory_budget is not None:
-        text = (
-            "fit and memory_budget are mutually exclusive: fit chooses what is recomputed and the batch size. Remove "
-            "one."
-        )
-        raise ConfigError(text, what=memory_budget, field="fit")
+        raise _exclude_each_other("fit", "memory_budget", memory_budget, "fit")
     if chosen == "feed-forward" and not accelerated:
         text = (
             "recompute=feed-forward needs accelerated forward passes; a model's own forward pass can recompute only "
@@ -222,6 +209,11 @@ def recomputed(
         )
         raise ConfigError(text, what=chosen, field="recompute", allowed=("none", "layers"))
     return chosen
+
+
+def _exclude_each_other(one: str, other: str, what: str, field: str) -> ConfigError:
+    text = f"{one} and {other} are mutually exclusive, because both say what is recomputed. Remove one."
+    return ConfigError(text, what=what, field=field)
 
 
 def dtype_name(word: str) -> str:

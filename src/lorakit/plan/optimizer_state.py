@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorakit.choices import EMBEDDING
+from lorakit.plan.job import MASTER_BYTES
 
 if TYPE_CHECKING:
     from lorakit.plan.params import Count, SiteCount
@@ -18,7 +19,6 @@ BLOCK_8BIT = 256
 """Number of elements that share a scale in an 8-bit state."""
 
 _CODE_TABLES = 2 * 256 * 4  # the two tables of 8-bit values, which all tensors share
-_MASTER_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def _tensors(counted: Count, itemsize: int) -> Iterator[TrainedTensor]:
     for site in counted.sites:
         yield from _factors(site)
     for elements in counted.rows.values():
-        yield TrainedTensor(elements, _MASTER_BYTES)
+        yield TrainedTensor(elements, MASTER_BYTES)
     for elements in (*counted.saved.values(), counted.biases):
         yield TrainedTensor(elements, itemsize)
 
@@ -54,15 +54,15 @@ def _factors(site: SiteCount) -> Iterator[TrainedTensor]:
     for name, features in (("A", site.in_features), ("B", site.out_features)):
         if name not in site.frozen_factors:
             missing = min(0, site.own_numbers) if name == site.smaller_factor else 0
-            yield TrainedTensor(site.experts * site.rank * features + missing, _MASTER_BYTES, is_matrix)
-    yield TrainedTensor(max(0, site.own_numbers), _MASTER_BYTES)
-    yield TrainedTensor(site.bias, _MASTER_BYTES)
+            yield TrainedTensor(site.experts * site.rank * features + missing, MASTER_BYTES, is_matrix)
+    yield TrainedTensor(max(0, site.own_numbers), MASTER_BYTES)
+    yield TrainedTensor(site.bias, MASTER_BYTES)
 
 
 def _moments(tensors: Sequence[TrainedTensor]) -> tuple[str, int]:
     """Return the formula and the size of two values per element, in the dtype of each tensor."""
-    master = sum(tensor.elements for tensor in tensors if tensor.itemsize == _MASTER_BYTES)
-    others = {tensor.itemsize for tensor in tensors if tensor.elements} - {_MASTER_BYTES}
+    master = sum(tensor.elements for tensor in tensors if tensor.itemsize == MASTER_BYTES)
+    others = {tensor.itemsize for tensor in tensors if tensor.elements} - {MASTER_BYTES}
     parts = [f"4 × {master:,}"]
     for itemsize in sorted(others):
         parts.append(f"{itemsize} × {sum(t.elements for t in tensors if t.itemsize == itemsize):,}")
@@ -84,7 +84,7 @@ def _muon(tensors: Sequence[TrainedTensor]) -> tuple[str, int]:
     matrices = sum(tensor.elements for tensor in tensors if tensor.is_matrix)
     others = [tensor for tensor in tensors if not tensor.is_matrix and tensor.elements]
     formula, size = _moments(others) if others else ("", 0)
-    return f"4 × {matrices:,}" + (f" + {formula}" if formula else ""), _MASTER_BYTES * matrices + size
+    return f"4 × {matrices:,}" + (f" + {formula}" if formula else ""), MASTER_BYTES * matrices + size
 
 
 @dataclass(frozen=True)

@@ -455,21 +455,16 @@ def rank_table(shape: ModelShape, config: LoraConfig, ranks: Sequence[int], opti
         raise UsageError(text, what=list(ranks), field="ranks")
     configs = [dataclasses.replace(config, r=rank, rank_pattern={}) for rank in ranks]
     columns = [count(shape, each, optimizer=optimizer) for each in configs]
-    labels = short_roles(site.path for site in columns[0].sites)
-    rows: dict[tuple[str, int, int, int, int], list[int]] = {}
-    for index, site in enumerate(columns[0].sites):
-        size = (site.out_features, site.in_features, site.experts, site.own_numbers)
-        rows.setdefault((site.kind, *size), []).append(index)
+    rows: dict[tuple[str, int, int, tuple[int, ...]], list[Group]] = {}
+    for same in zip(*(column.groups() for column in columns), strict=True):
+        group = same[0]
+        key = (group.kind, group.out_features, group.in_features, tuple(one.each for one in same))
+        rows.setdefault(key, []).append(group)
     return RankTable(
         tuple(ranks),
         tuple(
-            RankRow(
-                tuple(dict.fromkeys(labels[role(columns[0].sites[i].path)] for i in members)),
-                *key[:3],
-                len(members),
-                tuple(column.sites[members[0]].trainable for column in columns),
-            )
-            for key, members in rows.items()
+            RankRow(tuple(dict.fromkeys(g.label for g in groups)), kind, out, inner, sum(g.sites for g in groups), each)
+            for (kind, out, inner, each), groups in rows.items()
         ),
         tuple(column.trainable for column in columns),
         tuple(column.share for column in columns),
