@@ -17,7 +17,7 @@ import pytest
 from lorakit.cli import main
 from lorakit.config import LoraConfig
 from lorakit.plan import Cluster, Job, Plan, catalogue, estimate
-from lorakit.plan.parallel import LINKS, WAYS, hiding_tokens, rank_plan
+from lorakit.plan.parallel import LINKS, WAYS, rank_plan
 from lorakit.tables import format_bytes, format_percent, format_quantity
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "distributed-arithmetic.md"
@@ -51,11 +51,11 @@ def links() -> Iterator[list[str]]:
 
 
 def hiding() -> Iterator[list[str]]:
-    """Yield the tokens per batch that hide all-gathers of a base in bfloat16."""
+    """Yield the tokens per batch that hide all-gathers of a base in bfloat16: e · F / (2 · B), with e = 2."""
     names = ("pcie4", "nvlink4", "100gbe", "400gbe")
     yield ["bfloat16, matmuls of", *(f"`{name}`" for name in names)]
     for rate in (50e12, 100e12, 400e12):
-        tokens = (hiding_tokens(2, rate, LINKS[name].bytes_per_second) for name in names)
+        tokens = (2 * rate / (2 * LINKS[name].bytes_per_second) for name in names)
         yield [format_quantity(rate, "FLOP/s"), *(f"{round(each):,}" for each in tokens)]
 
 

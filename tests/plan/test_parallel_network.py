@@ -14,7 +14,6 @@ from lorakit.plan.parallel import (
     Traffic,
     all_gather_bytes,
     all_reduce_bytes,
-    hiding_tokens,
     link_named,
 )
 
@@ -100,10 +99,3 @@ def test_the_shortest_computation_for_a_scaling(wanted: float, first: float, red
     seconds = traffic.seconds_for(wanted)
     assert traffic.scaling(seconds) >= wanted - 1e-12
     assert traffic.scaling(0.99 * seconds) < wanted
-
-
-def test_tokens_that_hide_an_all_gather() -> None:
-    """With this many tokens, two FLOPs per weight and token take as long as sending the weight."""
-    tokens, weights = hiding_tokens(2, 50e12, 25e9), 1_000_000
-    assert tokens == 2000
-    assert 2 * weights * tokens / 50e12 == pytest.approx(2 * weights / 25e9)

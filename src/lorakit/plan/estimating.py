@@ -208,11 +208,17 @@ def _rates(speed: Speed | None, lora: Flops, full: Flops, seconds: float | None)
     return speed.tokens_at(lora.at_dtype_rate(speed)) if seconds is None else 1 / seconds, of_full
 
 
+def length_warnings(shape: ModelShape, job: Job) -> list[str]:
+    """Return a warning if the rows of a job are longer than the model supports."""
+    if 0 < shape.positions < job.length_tokens:
+        return [f"{shape.name} supports at most {shape.positions:,} tokens; the job's rows have {job.length_tokens:,}."]
+    return []
+
+
 def _notes(
     shape: ModelShape, counted: Count, job: Job, speed: Speed | None, token_seconds: float | None
 ) -> Iterator[str]:
-    if 0 < shape.positions < job.length_tokens:
-        yield f"{shape.name} supports at most {shape.positions:,} tokens; the job's rows have {job.length_tokens:,}."
+    yield from length_warnings(shape, job)
     files = packed_files(shape)
     if files is not None:
         yield from files.notes()

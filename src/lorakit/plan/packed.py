@@ -9,8 +9,9 @@ not evaluated: names with the wildcard `.*` are compared, and any other pattern 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from lorakit.architectures.layouts import block_of
 from lorakit.architectures.shapes import ModelShape, SiteShape
@@ -188,50 +189,33 @@ def packed_files(shape: ModelShape) -> PackedFiles | None:
         decode_bytes=kind.spanning_bytes if kind.spanning_bytes and _WORD % bits else kind.decode_bytes,
     )
     left_out, unread = _left_out(values, kind)
-    sites = (
-        tuple(s for s in quantized_sites(shape, storage) if not _is_left_out(s, left_out)) if kind.has_linears else ()
-    )
+    linears = quantized_sites(shape, storage) if kind.has_linears else ()
+    sites = tuple(s for s in linears if not any(fnmatchcase(f".{s.path}.", pattern) for pattern in left_out))
     experts = shape.expert_matrices if kind.has_experts else ()
     linear_bytes = sum(size(site.out_features, site.in_features) for site in sites)
-    elements = sum(site.weight_parameters for site in sites)
+    base = StoredBase(storage, sites, linear_bytes, shape.parameters)
     in_experts = sum(count * rows * columns for count, rows, columns in experts)
     packed = linear_bytes + sum(count * size(rows, columns) for count, rows, columns in experts)
-    file_bytes = packed + itemsize * (shape.parameters - elements - in_experts)
+    file_bytes = packed + itemsize * (base.rest - in_experts)
     is_kept = kind.is_kept and not experts and not values.get("dequantize") and bool(sites)
-    base = StoredBase(storage, sites, elements, linear_bytes, shape.parameters - elements) if is_kept else None
-    return PackedFiles(base, file_bytes, method, unread)
+    return PackedFiles(base if is_kept else None, file_bytes, method, tuple(unread))
 
 
-def _left_out(values: JsonObject, kind: PackedFormat) -> tuple[list[Sequence[str]], tuple[str, ...]]:
-    """Return the modules that a config leaves out, as the parts of names around wildcards, and patterns not read."""
-    read: list[Sequence[str]] = []
-    unread = []
+def _left_out(values: JsonObject, kind: PackedFormat) -> tuple[list[str], list[str]]:
+    """Return patterns for `fnmatch` of the modules that a config leaves out, and patterns that were not evaluated.
+
+    A name matches whole components of a path; the parts of a name around wildcards match in this order.
+    """
+    read, unread = list[str](), list[str]()
     names = values.get(kind.left_out)
     for name in names if isinstance(names, list) else ():
         text = str(name).removeprefix("re:").removeprefix("^").removesuffix("$").replace("\\.", ".")
         parts = text.split(".*")
         if re.fullmatch(r"[\w.-]*", "".join(parts)):
-            read.append(parts)
+            read.append(f"*.{text}.*" if len(parts) == 1 else f"*{'*'.join(parts)}*")
         else:
             unread.append(str(name))
-    return read, tuple(unread)
-
-
-def _is_left_out(site: SiteShape, names: Sequence[Sequence[str]]) -> bool:
-    """Return whether a site's path contains the parts of one of the names, in this order and at whole components."""
-    return any(_contains(f".{site.path}.", parts) for parts in names)
-
-
-def _contains(path: str, parts: Sequence[str]) -> bool:
-    if len(parts) == 1:
-        return f".{parts[0]}." in path
-    at = 0
-    for part in parts:
-        at = path.find(part, at)
-        if at < 0:
-            return False
-        at += len(part)
-    return True
+    return read, unread
 
 
 def _weights_of_group(values: JsonObject) -> JsonObject:
@@ -310,8 +294,7 @@ def int8_base(shape: ModelShape, itemsize: int) -> StoredBase:
     size = sum(W8A8.size(site.out_features, site.in_features, itemsize, False) for site in sites)
     widths = {family.group_of(site.path): site.in_features for site in sites}
     size += sum(_FP32 * width + _INT64 * min(KEPT_CHANNELS, width) for width in widths.values())
-    elements = sum(site.weight_parameters for site in sites)
-    return StoredBase(W8A8, sites, elements, size, shape.parameters - elements)
+    return StoredBase(W8A8, sites, size, shape.parameters)
 
 
 def int8_flops(shape: ModelShape, job: Job) -> float:

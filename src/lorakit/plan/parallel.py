@@ -137,14 +137,6 @@ def all_gather_bytes(part: int, processes: int) -> int:
     return (processes - 1) * part
 
 
-def hiding_tokens(itemsize: int, flops_per_second: float, bytes_per_second: float) -> float:
-    """Return the tokens per batch from which a block's matmuls take longer than gathering the next block.
-
-    A weight of `itemsize` bytes is used for two FLOPs per token, in the forward pass and again in the backward pass.
-    """
-    return itemsize * flops_per_second / (2 * bytes_per_second)
-
-
 @dataclass(frozen=True)
 class Traffic:
     """Bytes that each process sends during an optimizer step, and the time that they take.

@@ -145,13 +145,22 @@ def quantized_sites(shape: ModelShape, storage: Storage) -> tuple[SiteShape, ...
 
 @dataclass(frozen=True)
 class StoredBase:
-    """Size of a quantized base: its quantized sites, their elements and bytes, and the `rest` of its parameters."""
+    """Size of a quantized base: its quantized sites, their bytes, and the number of all parameters of the model."""
 
     storage: Storage
     sites: tuple[SiteShape, ...]
-    elements: int
     size_bytes: int
-    rest: int
+    parameters: int
+
+    @property
+    def elements(self) -> int:
+        """Return the number of elements in the quantized weights."""
+        return sum(site.weight_parameters for site in self.sites)
+
+    @property
+    def rest(self) -> int:
+        """Return the number of parameters that are not quantized."""
+        return self.parameters - self.elements
 
     @property
     def largest(self) -> int:
@@ -178,5 +187,4 @@ def stored(shape: ModelShape, name: str, itemsize: int, double: bool) -> StoredB
         )
         raise ConfigError(text, what=name, where=shape.name, field="quantization", allowed=possible)
     sizes = [storage.size(s.out_features, s.in_features, itemsize, double and storage.doubles) for s in sites]
-    elements = sum(site.weight_parameters for site in sites)
-    return StoredBase(storage, sites, elements, sum(sizes), shape.parameters - elements)
+    return StoredBase(storage, sites, sum(sizes), shape.parameters)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lorakit.plan.choosing import ParallelPlan
-from lorakit.plan.estimating import Plan
+from lorakit.plan.estimating import Plan, length_warnings
 from lorakit.plan.parallel import RankPlan
 from lorakit.plan.params import RankTable
 from lorakit.tables import (
@@ -29,7 +29,7 @@ def render(plan: Plan, *, verbose: bool = False, notes: tuple[str, ...] = ()) ->
 
     `verbose` adds formulas, FLOPs, notes and the derivation of the counts; `notes` are further lines of the summary.
     """
-    warnings = [f"warning: {message}" for message in (*_warnings(plan), *plan.counted.missing)]
+    warnings = [f"warning: {message}" for message in (*length_warnings(plan.shape, plan.job), *plan.counted.missing)]
     parts = [_paragraph(_head(plan)), _paragraph([*_summary(plan), *notes]), _paragraph(warnings), _sites(plan)]
     if not verbose:  # otherwise they are among the reasons
         parts.append(_paragraph([note.text for note in plan.counted.notes if note.kind == LEFT_OUT]))
@@ -147,13 +147,6 @@ def _active(plan: Plan) -> list[str]:
         f"active       {shape.active_parameters:,} of {shape.parameters:,} per token "
         f"({shape.passed(experts)} of {experts} experts)"
     ]
-
-
-def _warnings(plan: Plan) -> list[str]:
-    shape, job = plan.shape, plan.job
-    if 0 < shape.positions < job.length_tokens:
-        return [f"{shape.name} supports at most {shape.positions:,} tokens; the job's rows have {job.length_tokens:,}."]
-    return []
 
 
 def _sites(plan: Plan) -> str:
