@@ -29,7 +29,7 @@ from lorakit.core.model.base_view import (
     trained_before_freezing,
     unfreeze_base,
 )
-from lorakit.core.model.index import AdapterIndex, identity, trainable_block
+from lorakit.core.model.index import AdapterIndex, trainable_block
 from lorakit.core.model.replication import replication_of
 from lorakit.core.model.ties import leaders_of, untied_copies
 from lorakit.core.routing.positions import uninstall
@@ -225,8 +225,7 @@ def tied_sites(model: nn.Module | AdapterIndex, names: Sequence[str]) -> list[tu
         one.setdefault(id(led.get(layer, layer)), set()).add(id(layer.owner))
     for path, layer in index.layers_of(names):
         those = one[id(led.get(layer, layer))]
-        holders = index.holders.get(identity(layer.owner._parameters.get(layer.spec.parameter)), ())
-        shared = [name for name, module in holders if id(module) not in those]
+        shared = index.names_elsewhere(layer.owner._parameters.get(layer.spec.parameter), those)
         sites += [(path, shared[0])] if shared else []
     return sites + untied_copies(index, names)
 
@@ -242,7 +241,7 @@ def _shared_table(index: AdapterIndex, table: TrainableTokens, followers: Sequen
     weight = table.token_adapter.weight_here
     members = [module.token_adapter for module in (table, *followers)]
     tied = {id(member.base_layer) for member in members if member.weight_here is weight}
-    return next((name for name, module in index.holders.get(identity(weight), ()) if id(module) not in tied), None)
+    return next(iter(index.names_elsewhere(weight, tied)), None)
 
 
 def _components_apart(index: AdapterIndex, names: Sequence[str], untie: bool) -> frozenset[int]:
@@ -257,8 +256,7 @@ def _components_apart(index: AdapterIndex, names: Sequence[str], untie: bool) ->
     untied |= {id(shared_weight) for table in tables for shared_weight in table.tied_weight}
     for _, layer in index.layers_of(names) if untie or untied else ():
         parameter = layer.source._parameters.get(layer.spec.parameter)
-        shared = any(module is not layer.source for _, module in index.holders.get(identity(parameter), ()))
-        if id(parameter) in untied or (untie and shared):
+        if id(parameter) in untied or (untie and index.names_elsewhere(parameter, {id(layer.source)})):
             apart.add(id(layer))
     for table, followers in _leading_tables(index).items():
         if any(name in table for name in names):

@@ -101,7 +101,7 @@ def _why_not(index: AdapterIndex, path: str, module: nn.Module, blocks: tuple[st
         "inside an adapter": any(word.startswith("lora_") for word in path.split(".")),
         "an expert": ".experts." in f".{path}.",
         "a router": _is_router(index.model, module),
-        "tied weight": any(len(index.shared.get(id(p), ())) > 1 for p in parameters),
+        "tied weight": any(index.names_elsewhere(p, {id(module)}) for p in parameters),
         TRAINED: any(p.requires_grad for p in parameters),
         "it has hooks": has_observers(module),
     }

@@ -224,9 +224,9 @@ def check_can_move(
             "the base."
         )
         raise ConfigError(text, what=other, where=target.path)
-    sharing = index.shared.get(id(module._parameters.get(parameter)), [])
+    sharing = index.names_elsewhere(module._parameters.get(parameter), {id(module)})
     if sharing or len(index.parents.get(id(index.modules[target.outer]), ())) > 1:
-        other = next((path for path in sharing if path != target.outer), "another module")
+        other = sharing[0] if sharing else "another module"
         text = (
             f"{target.path} shares its weight with {other}, and {mover} would change it for both. Leave the module "
             "out, or use an init or variant that does not change the base."

@@ -256,16 +256,6 @@ class AdapterIndex:
         return getattr(getattr(self.model, "config", None), "tie_word_embeddings", True) is not False
 
     @cached_property
-    def shared(self) -> dict[int, list[str]]:
-        """Dict from the id of each parameter that several base modules share to the paths of those modules."""
-        paths_by_id: dict[int, list[str]] = {}
-        for path in self.modules:
-            for parameter in self.base(path)._parameters.values():
-                if parameter is not None:
-                    paths_by_id.setdefault(id(parameter), []).append(path)
-        return {key: paths for key, paths in paths_by_id.items() if len(paths) > 1}
-
-    @cached_property
     def holders(self) -> dict[int, list[tuple[str, nn.Module]]]:
         """Dict from each base weight's `identity` to (weight name, module) pairs for all modules that hold it."""
         holders: dict[int, list[tuple[str, nn.Module]]] = {}
@@ -275,6 +265,10 @@ class AdapterIndex:
                 if parameter is not None:
                     holders.setdefault(identity(parameter), []).append((prefix + name, module))
         return holders
+
+    def names_elsewhere(self, parameter: Tensor | None, modules: Collection[int]) -> list[str]:
+        """Return the names of a base weight (…) in all modules except for those with the given ids."""
+        return [name for name, module in self.holders.get(identity(parameter), ()) if id(module) not in modules]
 
     def plain_modules(self, stacked: bool = True) -> list[tuple[str, nn.Module]]:
         """Return the base's modules with their paths in the plain base; a module with two paths is listed twice.
