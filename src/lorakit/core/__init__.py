@@ -49,10 +49,9 @@ from lorakit.core.operations.extracting import ExtractReport, extract, extract_t
 from lorakit.core.operations.reducing import SiteIntruders, compress, compress_folder, reduce_intruders
 from lorakit.core.operations.tensor_sources import TensorSource, source_of_folder, source_of_model
 from lorakit.core.operations.writing import OperationReport
-from lorakit.core.quantization.compressed import CompressedLinear
 from lorakit.core.quantization.int8_linear import Int8Linear
 from lorakit.core.quantization.packed import PackedLinear, packed_linear
-from lorakit.core.quantization.packed_integers import AwqLinear, GptqLinear
+from lorakit.core.quantization.packed_layouts import AwqLinear, CompressedLinear, GptqLinear
 from lorakit.core.statistics.moments import Statistics, load_statistics
 from lorakit.core.variants import check_invocation, invocations_of, moving_variant, variants_of
 

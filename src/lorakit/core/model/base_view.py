@@ -19,6 +19,7 @@ from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.index import AdapterIndex
+from lorakit.core.model.replication import replication_of
 from lorakit.core.quantization import Stored, WeightFormat, allow_repacking, disable_repacking, weight_format_of
 from lorakit.core.quantization.bitsandbytes import eight_bit_linear, four_bit_linear
 from lorakit.core.quantization.hqq import hqq_linear
@@ -101,7 +102,7 @@ def base_tensors(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> It
     layers = {(id(layer.source), layer.spec.parameter): layer for _, layer in index.layers()}
     tables = [table for _, table in index.every(TrainableTokens) if not table.follows and table.merged_adapters]
     unmerged = {id(t.original_module.weight): t.token_adapter.original(strict=False) for t in tables}
-    if not stacked and index.is_replicated:
+    if not stacked and replication_of(index) is not None:
         # a replicated layer and the original layer hold the same weight in different modules
         adapted = [(layer.source._parameters.get(layer.spec.parameter), layer) for layer in layers.values()]
         layers |= {(id(parameter), ""): layer for parameter, layer in adapted if parameter is not None}

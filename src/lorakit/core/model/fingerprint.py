@@ -396,10 +396,26 @@ def weight_file_hashes(model: nn.Module) -> dict[str, str]:
 
     It is empty if the files, which `name_or_path` of the config gives, are not known or a hash cannot be computed.
     """
+    return {name: str(sha256) for name, (sha256, *_) in weight_file_inputs(model).items()}
+
+
+def weight_file_inputs(model: nn.Module) -> dict[str, list[str | int]]:
+    """Return what identifies the files that a model was loaded from in the keys of caches (`lorakit.caches`).
+
+    Returns:
+        File name -> the SHA-256 of `weight_file_hashes`, with the file's status if the Hub cache gives the SHA-256,
+        which is then not computed. Empty if the hashes are not known.
+    """
     try:
-        return _hashes(_files_of(model))
+        files = {file.name: Path(os.path.realpath(file)) for file in _files_of(model)}
+        blobs = {name: FileStatus.of(path) for name, path in files.items() if _is_blob(path)}
+        others = {path for name, path in files.items() if name not in blobs}
+        computed = file_hashes(others, MOST_BYTES)
     except (OSError, RuntimeError, ValueError):  # an unreadable file, no home directory, or an invalid path
         return {}
+    if len(computed) < len(others):
+        return {}
+    return {n: [path.name, *blobs[n]] if n in blobs else [computed[path]] for n, path in sorted(files.items())}
 
 
 def _files_of(model: nn.Module) -> list[Path]:
@@ -437,35 +453,6 @@ def _hub_cache() -> Path:
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
 
 
-def weight_file_inputs(model: nn.Module) -> dict[str, JsonValue]:
-    """Return what identifies the files that a model was loaded from in the keys of caches (`lorakit.caches`).
-
-    Returns:
-        File name -> the SHA-256 of `weight_file_hashes`, with the file's status if the Hub cache gives the SHA-256,
-        which is then not computed. Empty if the hashes are not known.
-    """
-    hashes = weight_file_hashes(model)
-    try:
-        real = {file.name: Path(os.path.realpath(file)) for file in _files_of(model)} if hashes else {}
-        return {
-            name: [hashes[name], *(FileStatus.of(path) if _is_blob(path) else ())]
-            for name, path in real.items()
-            if name in hashes
-        }
-    except (OSError, RuntimeError, ValueError):
-        return {}
-
-
 def _is_blob(real: Path) -> bool:
     """Return whether a file is in the Hub cache under a name that is its SHA-256."""
     return _SHA256.fullmatch(real.name) is not None and real.parent.name == "blobs"
-
-
-def _hashes(files: list[Path]) -> dict[str, str]:
-    real = {file.name: Path(os.path.realpath(file)) for file in files}
-    named = {name: path.name for name, path in real.items() if _is_blob(path) and FileStatus.of(path)}
-    others = [path for name, path in real.items() if name not in named]
-    computed = file_hashes(others, MOST_BYTES)
-    if len(computed) < len(set(others)):
-        return {}
-    return {name: named[name] if name in named else computed[path] for name, path in sorted(real.items())}

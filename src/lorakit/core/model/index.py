@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +41,6 @@ WRAPPERS = frozenset({COMPILED, "_checkpoint_wrapped_module", "_fsdp_wrapped_mod
 
 Children = Sequence[tuple[str, nn.Module]]
 Component = TypeVar("Component", bound=AdapterModule)
-
-
-class ModelConfig(Protocol):
-    """The fields of a transformers config that lorakit changes."""
-
-    num_hidden_layers: int
-    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -100,7 +93,6 @@ class AdapterIndex:
     patches: dict[str, list[BiasPatch]] = field(default_factory=dict)
     kinds: dict[str, Kind] = field(default_factory=dict)
     replaced: list[Place] = field(default_factory=list)
-    _children: dict[int, Children] = field(default_factory=dict)
     _plain: dict[bool, list[tuple[str, nn.Module]]] = field(default_factory=dict)
 
     @classmethod
@@ -125,28 +117,26 @@ class AdapterIndex:
                 if plain or isinstance(child, AdapterModule):
                     index.parents.setdefault(id(child), []).append((module, attribute))
             if is_new:
-                index._note(path, module, children)
+                index._note(path, module)
         if index.state is not None:
             index.state.whole.add(model)
             index.note_places()
         index.kinds = {**({} if index.state is None else index.state.kinds), **checked(kinds)}
         return index
 
-    def _note(self, path: str, module: nn.Module, children: Children) -> None:
+    def _note(self, path: str, module: nn.Module) -> None:
         self.everything[path] = module
-        if children:
-            self._children[id(module)] = children
-            if isinstance(module, AdapterModule):
-                if self.state is not None and self.state is not module.state:
-                    raise AdapterError(
-                        f"{next(iter(self.components)) or 'The model'} and {path} were adapted separately and do not "
-                        f"share a state: adapters were attached to parts of this {type(self.model).__name__}, or one "
-                        "of the two is a copy of an adapted layer. Call this function on each part separately, or "
-                        "detach the adapters and then attach or load them on the whole model.",
-                        where=path,
-                    )
-                self.state = module.state
-                self.components[path] = module
+        if isinstance(module, AdapterModule):
+            if self.state is not None and self.state is not module.state:
+                raise AdapterError(
+                    f"{next(iter(self.components)) or 'The model'} and {path} were adapted separately and do not share "
+                    f"a state: adapters were attached to parts of this {type(self.model).__name__}, or one of the two "
+                    "is a copy of an adapted layer. Call this function on each part separately, or detach the adapters "
+                    "and then attach or load them on the whole model.",
+                    where=path,
+                )
+            self.state = module.state
+            self.components[path] = module
         if module._forward_hooks:
             patches = BiasPatch.on(module)
             if patches:
@@ -246,11 +236,6 @@ class AdapterIndex:
         return candidates
 
     @property
-    def is_replicated(self) -> bool:
-        """True if layers are replicated (`layer_replication`)."""
-        return any(REPLICATION in module.__dict__ for module in self.everything.values())
-
-    @property
     def is_tied(self) -> bool:
         """False only if the config sets `tie_word_embeddings=False`; shared weights are then not treated as tied."""
         return getattr(getattr(self.model, "config", None), "tie_word_embeddings", True) is not False
@@ -292,8 +277,8 @@ class AdapterIndex:
                 module = module.original_module
             modules.append((path, module))
             prefix = f"{path}." if path else ""
-            children = self._children.get(id(module)) or _children_of(module)
-            waiting.extend((without_wrappers(prefix + name), child) for name, child in reversed(children))
+            children = reversed(_children_of(module))
+            waiting.extend((without_wrappers(prefix + name), child) for name, child in children)
         return modules
 
     def kind(self, name: str) -> Kind:

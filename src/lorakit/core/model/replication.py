@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.model.index import REPLICATION, AdapterIndex, ModelConfig, find_state
+from lorakit.core.model.index import REPLICATION, AdapterIndex, find_state
 from lorakit.errors import ConfigError
 
 WRAPPERS = ("model", "bert", "transformer")
@@ -54,7 +54,7 @@ class Replication:
     attribute: str
     original: nn.ModuleList
     stacked: nn.ModuleList
-    config: ModelConfig | None
+    config: object
     before: Settings
     after: Settings
     dtype: torch.dtype
@@ -177,7 +177,7 @@ def _find(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
     raise ConfigError(text, what=type(model).__name__, field="layer_replication")
 
 
-def _settings(config: ModelConfig | None, count: int, order: Sequence[int]) -> tuple[Settings, Settings]:
+def _settings(config: object, count: int, order: Sequence[int]) -> tuple[Settings, Settings]:
     """Return the config fields that depend on the number of layers, with values before and after replication."""
     before: dict[str, int | list[str]] = {}
     after: dict[str, int | list[str]] = {}

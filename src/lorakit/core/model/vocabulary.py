@@ -26,7 +26,7 @@ from lorakit.core.model.fingerprint import (
     sampled_positions,
     vocabulary_of,
 )
-from lorakit.core.model.index import AdapterIndex, ModelConfig, embedding_of
+from lorakit.core.model.index import AdapterIndex, embedding_of
 from lorakit.core.model.ties import input_embedding, sharers, table_at
 from lorakit.errors import OVERRIDE, ConfigError, ModelError, NoTargetError, TargetError, nearest, warn_caller
 from lorakit.targets import names_path
@@ -119,7 +119,7 @@ def _has_other_tables(index: AdapterIndex, vocabulary: int) -> bool:
 def _append_rows(model: nn.Module, tables: Iterable[nn.Module], rows: int, undo: contextlib.ExitStack) -> None:
     """Append copies of the mean row to embeddings and heads, and update the config; `undo` restores the model."""
 
-    def change(owner: nn.Module | ModelConfig, name: str, value: nn.Parameter | int) -> None:
+    def change(owner: object, name: str, value: nn.Parameter | int) -> None:
         undo.callback(setattr, owner, name, getattr(owner, name))
         setattr(owner, name, value)
 

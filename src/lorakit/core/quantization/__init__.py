@@ -9,11 +9,10 @@ from torch import nn
 
 from lorakit.core.clones import PARAMETRISED, is_pruned
 from lorakit.core.quantization.bitsandbytes import EIGHT_BIT, FOUR_BIT
-from lorakit.core.quantization.compressed import COMPRESSED
 from lorakit.core.quantization.fp8 import FP8, FP8_EXPERTS
 from lorakit.core.quantization.hqq import HQQ
 from lorakit.core.quantization.int8_linear import INT8
-from lorakit.core.quantization.packed_integers import AWQ, GPTQ
+from lorakit.core.quantization.packed_layouts import AWQ, COMPRESSED, GPTQ
 from lorakit.core.quantization.torchao import TORCHAO
 from lorakit.core.quantization.weight_format import (
     COMPUTED,

@@ -14,7 +14,7 @@ from lorakit.config import LoraConfig
 from lorakit.core.model.base_view import dequantize, quantized_weights
 from lorakit.core.quantization import weight_format_of
 from lorakit.core.quantization.packed import PackedLinear, packed_linear
-from lorakit.core.quantization.packed_integers import AwqLinear, GptqLinear
+from lorakit.core.quantization.packed_layouts import AwqLinear, GptqLinear
 from lorakit.errors import ConfigError, MergeError, ModelError
 
 from ... import packed_models

@@ -11,8 +11,8 @@ from torch import nn
 from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.quantization import weight_format_of
-from lorakit.core.quantization.compressed import CompressedLinear
 from lorakit.core.quantization.packed import PackedLinear, packed_linear
+from lorakit.core.quantization.packed_layouts import CompressedLinear
 from lorakit.errors import MergeError, ModelError
 
 from ... import packed_models
