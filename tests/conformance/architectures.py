@@ -154,7 +154,8 @@ def _in_few_bits(storage: str) -> Callable[[], nn.Module]:
     """Return a Llama that is wide enough for quantization kernels, its dense layers in a format of `--quantization`."""
 
     def make() -> nn.Module:
-        from lorakit.core.model.base_view import quantized_linear
+        from tests.quantized_layers import quantized_linear
+
         from lorakit.plan.quantized import Quantization
 
         sizes = {**_LLAMA, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}

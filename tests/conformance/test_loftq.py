@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.quantized_layers import quantized_linear
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import lorakit.peft as ours
 from lorakit import hub
 from lorakit.core import load_adapter, merge, save_adapter
-from lorakit.core.model.base_view import quantized_linear
 from lorakit.errors import AdapterError, ConfigError, ConfigTypeError, ModelError
 from lorakit.plan.quantized import Quantization
 

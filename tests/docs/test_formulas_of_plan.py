@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.quantized_layers import quantized_linear
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorakit import core, hub
 from lorakit.config import LoraConfig
-from lorakit.core.model.base_view import quantized_linear
 from lorakit.core.quantization import weight_format_of
 from lorakit.plan import Job, ModelShape, Plan, Speed, accelerated, activations, count, estimate, flops, memory
 from lorakit.plan import flops as timing

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.quantized_layers import quantized_linear
 from torch import Tensor, nn
 
 from lorakit.choices import DENSE as DENSE_KINDS
-from lorakit.core.model.base_view import quantized_linear, quantized_weights
+from lorakit.core.model.base_view import quantized_weights
 from lorakit.core.quantization.int8_linear import int8_matmul_linear
 from lorakit.ops.int8_weight import input_scales
 from lorakit.plan.quantized import STORAGES, Quantization, Storage

@@ -78,9 +78,9 @@ def test_head_and_embedding_stay_as_they_are() -> None:
 @pytest.mark.parametrize("name", ["nf4", "int8-torchao", "hqq4"])
 def test_what_the_products_keep(name: str, lora_dropout: float, targets: Any) -> None:
     import torch
+    from tests.quantized_layers import quantized_linear
 
     from lorakit import core, hub
-    from lorakit.core.model.base_view import quantized_linear
 
     from .test_activations import LENGTH, ROWS, _model, _saved_bytes
 

@@ -205,7 +205,7 @@ def quantization_of_files(config: PreTrainedConfig) -> Quantization | None:
 
 
 def _quantize_with_hqq(model: nn.Module, wanted: Quantization, source: ModelSource, unquantized: Sequence[str]) -> None:
-    from lorakit.core.model.base_view import quantized_linear
+    from lorakit.core.quantization.hqq import hqq_linear
 
     storage = wanted.storage
     shape = replace(shape_of_module(model, source.given, source.given), full_modules=tuple(unquantized))
@@ -217,5 +217,5 @@ def _quantize_with_hqq(model: nn.Module, wanted: Quantization, source: ModelSour
                 "it. Use another quantization."
             )
         linear: Any = model.get_submodule(site.path)
-        model.set_submodule(site.path, quantized_linear(linear, wanted))
+        model.set_submodule(site.path, hqq_linear(linear, storage.bits, BLOCK))
     vars(model)["hqq_quantized"] = True  # libraries built on transformers check this attribute

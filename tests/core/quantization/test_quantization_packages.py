@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.quantized_layers import quantized_linear
 from torch import nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.model.base_view import dequantize, quantized_linear, quantized_weights, wrong_dequantization
+from lorakit.core.model.base_view import dequantize, quantized_weights, wrong_dequantization
 from lorakit.core.quantization import allow_repacking, disable_repacking, weight_format_of
 from lorakit.errors import MergeError
 from lorakit.plan.quantized import STORAGES, Quantization

@@ -1,8 +1,7 @@
 """The base underneath its adapters: read its tensors, named and valued as before any merge, freeze it and restore it.
 
 What is needed to undo the freezing of a module is stored in that module, without its parameters, which can be replaced
-by shards. This module also quantizes individual linear layers, for models and storage formats that transformers does
-not support, and replaces quantized modules with plain ones.
+by shards. This module also replaces quantized modules with plain ones.
 """
 
 from __future__ import annotations
@@ -21,10 +20,6 @@ from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.replication import replication_of
 from lorakit.core.quantization import Stored, WeightFormat, allow_repacking, disable_repacking, weight_format_of
-from lorakit.core.quantization.bitsandbytes import eight_bit_linear, four_bit_linear
-from lorakit.core.quantization.hqq import hqq_linear
-from lorakit.core.quantization.torchao import int8_linear
-from lorakit.plan.quantized import BLOCK, Quantization
 
 SAMPLES, TOLERANCE = 4096, 1e-2
 """Number of values to check per weight, and the largest acceptable relative error."""
@@ -72,21 +67,6 @@ def wrong_dequantization(model: nn.Module) -> tuple[str, float] | None:
         if not error <= TOLERANCE:
             return weight.name, error
     return None
-
-
-def quantized_linear(linear: nn.Linear, wanted: Quantization) -> nn.Module:
-    """Return a frozen, quantized replacement for a linear layer, in the same mode (train or eval).
-
-    The layer's dtype becomes the compute dtype, and the memory of its weight may be freed.
-    """
-    package, bits = wanted.storage.package, wanted.storage.bits
-    if package == "hqq":
-        return hqq_linear(linear, bits, BLOCK)
-    if package == "torchao":
-        return int8_linear(linear)
-    if bits == 8:
-        return eight_bit_linear(linear)
-    return four_bit_linear(linear, wanted.name, wanted.double)
 
 
 def base_tensors(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> Iterator[tuple[str, Tensor, nn.Module]]:

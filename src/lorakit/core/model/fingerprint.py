@@ -47,7 +47,7 @@ from lorakit.core.model.base_samples import (
     take_samples,
     tensors_of_base,
 )
-from lorakit.core.model.index import AdapterIndex, embedding_of
+from lorakit.core.model.index import COMPILED, AdapterIndex, embedding_of
 from lorakit.core.quantization.int8_linear import Int8Linear
 from lorakit.core.routing.state import AdapterState
 from lorakit.core.shards import has_several_processes, is_sharded
@@ -171,7 +171,7 @@ def fingerprint(
     if needed and all(tensor.is_readable(read is not None) for tensor in needed.values()):
         samples = (take_first_samples if version == FIRST else take_samples)(parameters, read)
     return Fingerprint(
-        architecture=type(_innermost(model)).__name__,
+        architecture=type(model._modules.get(COMPILED, model)).__name__,
         parameters=sum({tensor.key: math.prod(tensor.shape) for tensor in parameters.values()}.values()),
         names_sha256=hashlib.sha256(shapes.encode()).hexdigest(),
         vocabulary=min(vocabulary_of(model), *cut.values()) if cut else vocabulary_of(model),
@@ -343,12 +343,6 @@ def vocabulary_of(model: nn.Module) -> int:
     """Return the number of rows in a model's input embedding, or 0 if it has none."""
     weight = getattr(embedding_of(model), "weight", None)
     return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.ndim else 0
-
-
-def _innermost(model: nn.Module) -> nn.Module:
-    """Return the model inside a `torch.compile` wrapper, or the model itself if it is not wrapped."""
-    original = model._modules.get("_orig_mod")
-    return original if original is not None else model
 
 
 CONFIG_KEY = "lorakit_merged"

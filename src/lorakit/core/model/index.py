@@ -93,6 +93,7 @@ class AdapterIndex:
     patches: dict[str, list[BiasPatch]] = field(default_factory=dict)
     kinds: dict[str, Kind] = field(default_factory=dict)
     replaced: list[Place] = field(default_factory=list)
+    _children: dict[int, Children] = field(default_factory=dict)
     _plain: dict[bool, list[tuple[str, nn.Module]]] = field(default_factory=dict)
 
     @classmethod
@@ -117,15 +118,16 @@ class AdapterIndex:
                 if plain or isinstance(child, AdapterModule):
                     index.parents.setdefault(id(child), []).append((module, attribute))
             if is_new:
-                index._note(path, module)
+                index._note(path, module, children)
         if index.state is not None:
             index.state.whole.add(model)
             index.note_places()
         index.kinds = {**({} if index.state is None else index.state.kinds), **checked(kinds)}
         return index
 
-    def _note(self, path: str, module: nn.Module) -> None:
+    def _note(self, path: str, module: nn.Module, children: Children) -> None:
         self.everything[path] = module
+        self._children[id(module)] = children
         if isinstance(module, AdapterModule):
             if self.state is not None and self.state is not module.state:
                 raise AdapterError(
@@ -277,8 +279,8 @@ class AdapterIndex:
                 module = module.original_module
             modules.append((path, module))
             prefix = f"{path}." if path else ""
-            children = reversed(_children_of(module))
-            waiting.extend((without_wrappers(prefix + name), child) for name, child in children)
+            children = self._children.get(id(module)) or _children_of(module)
+            waiting.extend((without_wrappers(prefix + name), child) for name, child in reversed(children))
         return modules
 
     def kind(self, name: str) -> Kind:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lorakit.config import LoraConfig
+from lorakit.core.clones import clone_with
 from lorakit.core.model.index import REPLICATION, AdapterIndex, find_state
 from lorakit.errors import ConfigError
 
@@ -199,13 +200,10 @@ def _copy(module: nn.Module, index: int) -> nn.Module:
             "compiling the model."
         )
         raise ConfigError(text, what=type(module).__name__, field="layer_replication")
-    copied = module.__new__(type(module))
-    tables = {
-        name: type(value)(value)
-        for name, value in module.__dict__.items()
-        if isinstance(value, dict) and (name in {"_parameters", "_buffers"} or name.endswith("_hooks"))
-    }
-    copied.__dict__ = {**module.__dict__, **tables}
+    copied = clone_with(module, {})
+    for name, value in module.__dict__.items():
+        if isinstance(value, dict) and (name == "_buffers" or name.endswith("_hooks")):
+            copied.__dict__[name] = value.copy()
     copied._modules = {n: None if child is None else _copy(child, index) for n, child in module._modules.items()}
     if hasattr(copied, NUMBER):
         setattr(copied, NUMBER, index)

@@ -48,43 +48,6 @@ class EightBit(Packed):
     scales: Tensor | None
 
 
-def four_bit_linear(linear: nn.Linear, quant_type: str, double: bool) -> nn.Module:
-    """Return a `Linear4bit` copy ("nf4" or "fp4") of a dense layer, which never repacks and computes in the layer's
-    dtype.
-
-    `double` quantizes the scales too.
-    """
-    import bitsandbytes as package
-
-    weight = linear.weight.detach()
-    rows, columns = weight.shape
-    settings: dict[str, str | bool] = {"compress_statistics": double, "quant_type": quant_type}
-    quantized = package.nn.Linear4bit(columns, rows, False, weight.dtype, **settings, device="meta")
-    parameter = package.nn.Params4bit(weight, requires_grad=False, **settings, module=quantized)
-    FOUR_BIT.put_stored(quantized, "weight", parameter.to(weight.device))
-    FOUR_BIT.disable_repacking(quantized)
-    return _like(linear, quantized)
-
-
-def eight_bit_linear(linear: nn.Linear) -> nn.Module:
-    """Return a `Linear8bitLt` copy of a dense layer."""
-    import bitsandbytes as package
-
-    weight = linear.weight.detach()
-    rows, columns = weight.shape
-    quantized = package.nn.Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=6.0, device="meta")
-    quantized.weight = package.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(
-        weight.device
-    )
-    return _like(linear, quantized)
-
-
-def _like(linear: nn.Linear, quantized: nn.Module) -> nn.Module:
-    """Copy the bias and the training mode of a dense layer to the quantized layer made from it."""
-    quantized.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-    return quantized.train(linear.training)
-
-
 class _Format(WeightFormat[M, S]):
     """Base class of the 4-bit and 8-bit formats.
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.quantization.packed import PackedFormat, PackedLayout, PackedLinear, PackedWeight, spread
+from lorakit.core.quantization.packed import PackedFormat, PackedLinear, PackedWeight
+from lorakit.core.quantization.packed_layouts import CompressedLayout
 from lorakit.errors import MergeError
 
 LARGEST = 448.0
@@ -27,19 +28,8 @@ _ORIGINAL = "_class_without_kernels"
 
 
 @dataclass(frozen=True)
-class Fp8Layout(PackedLayout):
-    """An fp8 weight (out, in) and its scales: the weight is value · scale.
-
-    Attributes:
-        block: Rows and columns that share a scale, or None if there is one scale.
-    """
-
-    block: tuple[int, int] | None
-
-    def decode(self, parts: tuple[Tensor, ...]) -> Tensor:
-        """Return the weight (out, in) in fp32, from values (out, in) and scales (out/block, in/block)."""
-        values, scales = parts
-        return values.float() * self._spread(scales)
+class Fp8Layout(CompressedLayout):
+    """An fp8 weight (out, in) and its scales; there is one scale if the block is None."""
 
     def encode(self, weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize a weight (out, in) in fp32, with the largest magnitude of each block at the largest fp8 value.
@@ -57,7 +47,7 @@ class Fp8Layout(PackedLayout):
         if scales.dtype == getattr(torch, "float8_e8m0fnu", None):
             new_scales = torch.exp2(new_scales.log2().ceil())
         new_scales = new_scales.to(scales.dtype)
-        values = (weight / self._spread(new_scales)).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+        values = (weight / self.spread(new_scales)).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
         return values, new_scales
 
     def values(self, parts: tuple[Tensor, ...], positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,12 +61,6 @@ class Fp8Layout(PackedLayout):
             steps = scales.float().reshape(()).expand(positions.shape)
         values = codes.reshape(-1).view(torch.uint8)[positions].view(codes.dtype).float() * steps
         return values, torch.maximum(_HALF_STEP * values.abs(), _SMALLEST_HALF_STEP * steps.abs())
-
-    def _spread(self, scales: Tensor) -> Tensor:
-        """Return the scales, repeated for every value (out, in), or as a scalar."""
-        if self.block is None or scales.ndim < 2:
-            return scales.float().reshape(())
-        return spread(scales, self.block, self.rows, self.columns)
 
 
 class Fp8Linear(PackedLinear):

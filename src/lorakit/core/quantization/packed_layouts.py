@@ -187,14 +187,15 @@ class CompressedLayout(PackedLayout):
         values, scales, *zeros = parts
         weight = values.float()
         if zeros:
-            weight = weight - self._spread(zeros[0])
-        return weight * self._spread(scales)
+            weight = weight - self.spread(zeros[0])
+        return weight * self.spread(scales)
 
-    def _spread(self, scales: Tensor) -> Tensor:
-        if self.block is not None:
-            return spread(scales, self.block, self.rows, self.columns)
+    def spread(self, scales: Tensor) -> Tensor:
+        """Return scales or zero points in fp32, repeated for every value (out, in), or as a scalar."""
         if scales.numel() == 1:
             return scales.float().reshape(())
+        if self.block is not None:
+            return spread(scales, self.block, self.rows, self.columns)
         scales = scales.reshape(self.rows, -1)
         return spread(scales, (1, -(-self.columns // scales.shape[1])), self.rows, self.columns)
 

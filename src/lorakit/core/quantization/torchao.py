@@ -28,14 +28,7 @@ def int8_config() -> Int8WeightOnlyConfig:
     return Int8WeightOnlyConfig()
 
 
-def int8_linear(linear: nn.Linear) -> nn.Module:
-    """Return a copy of a dense layer with an int8 weight."""
-    quantized = linear_with(linear, linear.weight.detach(), linear.weight.dtype)
-    quantized.weight = _quantized(linear.weight.detach())
-    return quantized
-
-
-def _quantized(weight: Tensor) -> nn.Parameter:
+def quantized_weight(weight: Tensor) -> nn.Parameter:
     """Return a weight (out, in) as a torchao int8 tensor."""
     from torchao.quantization import quantize_
 
@@ -66,7 +59,7 @@ class TorchaoFormat(PlainFormat):
                 "with one scale per row. Merge with dense=True.",
                 what=type(like).__name__,
             )
-        return _quantized(canonical.to(device=like.device, dtype=like.dtype))
+        return quantized_weight(canonical.to(device=like.device, dtype=like.dtype))
 
     def put_stored(self, module: nn.Module, parameter: str, stored: TorchAOBaseTensor) -> None:
         """Set the module's parameter to a stored weight (out, in)."""

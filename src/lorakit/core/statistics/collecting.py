@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.clones import bare
 from lorakit.core.kinds import kind_of
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.index import AdapterIndex
@@ -110,7 +111,6 @@ class _Inputs:
         self.statistics, self.even = statistics, even
         self.mask: Tensor | TakeRows | None = None
         self._last: tuple[weakref.ref[Tensor], int, InputStatistics] | None = None
-        self._busy = False
 
     def begin(self, mask: Tensor | TakeRows | None) -> None:
         """Start a batch, with a mask of the positions to use, (rows, length), or a function that selects rows."""
@@ -118,8 +118,7 @@ class _Inputs:
 
     def hook(self, path: str, module: nn.Module) -> Callable[..., None]:
         def take(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], __: Tensor) -> None:
-            if not self._busy:
-                self._take(path, module, first_input(args, kwargs))
+            self._take(path, module, first_input(args, kwargs))
 
         return take
 
@@ -128,11 +127,7 @@ class _Inputs:
         if self._last is not None and self._last[0]() is x and self._last[1] == x._version and not callable(self.mask):
             statistics.merge(self._last[2])
             return
-        self._busy = True
-        try:
-            rows = patches(module, x) if _is_convolution(module) else self._rows(path, x)
-        finally:
-            self._busy = False
+        rows = patches(module, x) if _is_convolution(module) else self._rows(path, x)
         if self.even:
             rows = evened(rows)
         part = InputStatistics()
@@ -161,24 +156,16 @@ class _Gradients:
 
     def __init__(self, statistics: dict[str, GradientStatistics], anchor: Tensor) -> None:
         self.statistics, self.anchor = statistics, anchor
-        self._busy = False
 
     def hook(self, path: str, module: nn.Module) -> Callable[..., Tensor | None]:
         def tap(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> Tensor | None:
-            if self._busy or not torch.is_grad_enabled():
+            if not torch.is_grad_enabled():
                 return None
-            x = first_input(args, kwargs)
-            tapped: Tensor = _Tap.apply(y, x, self.anchor, lambda x, G: self._take(path, module, x, G))
+            total, x = self.statistics[path], first_input(args, kwargs)
+            tapped: Tensor = _Tap.apply(y, x, self.anchor, lambda x, G: total.add(weight_gradient(module, x, G)))
             return tapped
 
         return tap
-
-    def _take(self, path: str, module: nn.Module, x: Tensor, G: Tensor) -> None:
-        self._busy = True
-        try:
-            self.statistics[path].add(weight_gradient(module, x, G))
-        finally:
-            self._busy = False
 
 
 class _Tap(torch.autograd.Function):
@@ -225,7 +212,7 @@ def weight_gradient(module: nn.Module, x: Tensor, G: Tensor) -> Tensor:
         weight = at_least_fp32(module.weight.detach()).requires_grad_()
         bias = {} if module.bias is None else {"bias": at_least_fp32(module.bias.detach())}
         with torch.enable_grad():
-            y = torch.func.functional_call(module, {**bias, "weight": weight}, (at_least_fp32(x),))
+            y = torch.func.functional_call(bare(module), {**bias, "weight": weight}, (at_least_fp32(x),))
         return weight_format_of(module).read(module, torch.autograd.grad(y, weight, G)[0])
     return G.reshape(-1, G.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(G.dtype)
 
@@ -242,7 +229,7 @@ def patches(module: Convolution, x: Tensor) -> Tensor:
     own = {"weight": stored.write(module, identity, identity)}
     if module.bias is not None:
         own["bias"] = torch.zeros(size, dtype=x.dtype, device=x.device)
-    seen: Tensor = torch.func.functional_call(module, own, (x,))  # keeps stride, dilation and padding
+    seen: Tensor = torch.func.functional_call(bare(module), own, (x,))  # keeps stride, dilation and padding
     return seen.flatten(2).transpose(1, 2).reshape(-1, size)
 
 
