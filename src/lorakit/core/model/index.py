@@ -254,7 +254,7 @@ class AdapterIndex:
         return holders
 
     def names_elsewhere(self, parameter: Tensor | None, modules: Collection[int]) -> list[str]:
-        """Return the names of a base weight (…) in all modules except for those with the given ids."""
+        """Return the names of a base weight, of any shape, in all modules except for those with the given ids."""
         return [name for name, module in self.holders.get(identity(parameter), ()) if id(module) not in modules]
 
     def plain_modules(self, stacked: bool = True) -> list[tuple[str, nn.Module]]:
