@@ -46,11 +46,11 @@ def test_slow_ones(x): ...
 @pytest.mark.slow
 def test_slow(): ...
 
-@pytest.mark.costly
+@pytest.mark.costly(cases=2)
 @pytest.mark.parametrize("x", range(6))
 def test_costly(x): ...
 
-@pytest.mark.costly(cases=1)
+@pytest.mark.costly
 @pytest.mark.parametrize("x", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_costly_and_slow(x): ...
 

@@ -28,6 +28,7 @@ def kept_bytes(model: Any) -> int:
     return sum(sizes)
 
 
+@pytest.mark.costly(cases=2)
 @pytest.mark.parametrize(
     ("name", "inner"), [("llama", 96), ("gpt2_dropping", 128), ("olmo2", 96), ("phi3", 96), ("opt", 48), ("bert", 48)]
 )

@@ -65,6 +65,7 @@ SAMPLE = ("llama", "gemma2", "bert", "t5")
 """Models of `make test`."""
 
 
+@pytest.mark.costly(cases=3)
 @pytest.mark.parametrize("edit", [wider, commented])
 @pytest.mark.parametrize(
     "family", [pytest.param(name, marks=[] if name in SAMPLE else pytest.mark.slow) for name in FAMILIES]

@@ -210,6 +210,7 @@ def test_an_attention_that_is_called_as_a_module_may_differ(monkeypatch: pytest.
     assert "2 × MixtralDecoderLayer: decoder layer" in str(acceleration)
 
 
+@pytest.mark.costly(cases=3)
 @pytest.mark.parametrize(
     "stage", ["keeps_sequences_apart", "last_layer_for", "loss_for", "head_for", "admit", "install", "do"]
 )
@@ -256,6 +257,7 @@ def test_undo_gives_back_a_loss_function_that_was_set_on_the_model() -> None:
     assert model.__dict__["_loss_function"] is own
 
 
+@pytest.mark.costly(cases=2)
 @pytest.mark.parametrize("make", [llama, gpt2, mixtral, mistral, t5, bert])
 def test_an_unfrozen_model_is_accelerated_before_it_has_adapters(make: Callable[[], Any]) -> None:
     """While its weights are trained its own forwards run, with their gradients; then adapters freeze them."""

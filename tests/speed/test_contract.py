@@ -375,6 +375,7 @@ def test_a_forward_replaced_on_an_instance_later(part: str) -> None:
     check(adapted("qwen3"), change)
 
 
+@pytest.mark.costly(cases=3)
 @pytest.mark.parametrize("part", [*PARTS, "q_proj", "down_proj"])
 def test_a_forward_replaced_on_an_instance_before(part: str) -> None:
     def patch(model: Any) -> None:
@@ -576,6 +577,7 @@ def test_copies_and_replicas_of_a_stand_in_are_plain() -> None:
     assert are_close(results(model), theirs)
 
 
+@pytest.mark.costly(cases=3)
 @pytest.mark.parametrize("name", PACKING)
 def test_a_packed_batch_that_is_handed_back_keeps_its_sequences_apart(name: str) -> None:
     """A hook on all modules sends every call to the model's own forwards."""

@@ -67,6 +67,7 @@ def of_model(model: Any, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
     return loss.detach(), gradients(model)
 
 
+@pytest.mark.costly(cases=3)
 @pytest.mark.parametrize("name", FEW)
 def test_loss_and_gradients_of_the_loop(name: str, rows_seen: list[int | None]) -> None:
     model = adapted(name, torch.float64)

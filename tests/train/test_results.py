@@ -43,6 +43,7 @@ def _name(path: Path) -> str:
     return path.name
 
 
+@pytest.mark.costly(cases=2)
 @pytest.mark.parametrize("name", ["my $model_^$ v1", "$", "$$", r"\frac{", "a\x1b[31m\nb", "模型 🦜 _x_"])
 def test_any_name_of_a_base(
     name: str, short_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -70,6 +71,7 @@ def fails(*_: Any, **__: Any) -> Any:
     raise ZeroDivisionError("out of luck")
 
 
+@pytest.mark.costly(cases=2)
 @pytest.mark.parametrize(
     ("place", "name", "missing"),
     [

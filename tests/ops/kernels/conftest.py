@@ -1,4 +1,4 @@
-"""Triton's kernels: on a device if there is one, else in Triton's interpreter."""
+"""Kernels that are compiled without optimization, and Triton's: on a device if there is one, else in its interpreter."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+
+from lorakit.ops.kernels import building
+
+
+@pytest.fixture
+def unoptimized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build kernels in a tenth of the time, for tests of files and errors."""
+    monkeypatch.setattr(building, "FLAGS", ("-O0", *building.FLAGS[1:]))
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ from ...sampling import of_inner_session
 ROOT = Path(__file__).resolve().parents[3]
 GCC = shutil.which("gcc")
 needs_gcc = pytest.mark.skipif(GCC is None, reason="no gcc")
+NO_TILES = "-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"
 SANITIZE = "-g -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all"
 PROPERTIES = [
     *(f"tests/ops/kernels/test_{name}.py" for name in ("compiled", "gateway")),
@@ -51,10 +52,16 @@ PROPERTIES = [
 ]
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory for the kernels of all options, which are part of their keys."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
-def cc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def cc(cache: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Set the options with which this process's kernels are built, separate from all others."""
-    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LORAKIT_CACHE", cache)
     monkeypatch.delenv(building.SWITCH, raising=False)
     building.built.cache_clear()
     yield lambda *options: monkeypatch.setenv("CC", shlex.join(["gcc", *options]))
@@ -74,6 +81,7 @@ static void *no_memory(size_t bytes) {
 """
 
 
+@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.costly
 @needs_gcc
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=["fp32", "bf16"])
@@ -111,6 +119,7 @@ def low_rank_operands() -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(*shape, generator=g).bfloat16() for shape in ((300, 96), (96, 16), (96, 5), (300, 16)))
 
 
+@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.costly
 @needs_gcc
 @pytest.mark.skipif("avx512_bf16" not in this_machine().features, reason="no bf16 dot products")
@@ -135,7 +144,7 @@ def test_low_rank_matmuls_without_tile_registers(cc: Any) -> None:
     """Dot products of vectors compute the same, up to the order of additions, also for a rank that fills no tile."""
     dy, B, columns, h = low_rank_operands()
     found: list[list[torch.Tensor]] = []
-    for options in ((), ("-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8")):
+    for options in ((), NO_TILES):
         cc(*options)
         building.built.cache_clear()
         library = building.built("BF16").functions
@@ -174,7 +183,6 @@ def test_few_rows_without_int8_dot_products(cc: Any, dtype: torch.dtype) -> None
     assert torch.equal(found[0][1], found[1][1])
 
 
-NO_TILES = "-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"
 HAS_INT8_MATMULS = {"avx512_vnni", "avx512_bf16"} <= set(this_machine().features)
 
 
@@ -214,6 +222,7 @@ def test_int8_matmuls_of_a_library_without_tiles(cc: Any) -> None:
     assert all(torch.equal(one, other) for one, other in zip(int8_results(chosen), expected, strict=True))
 
 
+@pytest.mark.usefixtures("unoptimized")
 @needs_gcc
 @pytest.mark.skipif(not HAS_INT8_MATMULS, reason="no int8 or bf16 dot products")
 @pytest.mark.parametrize("option", ["-mno-avx512vnni", "-mno-avx512bf16"])
@@ -221,6 +230,7 @@ def test_a_processor_without_dot_products_has_no_int8_matmuls(cc: Any, option: s
     assert int8_matmuls(gateway_of(cc, option)) is None
 
 
+@pytest.mark.usefixtures("unoptimized")
 @needs_gcc
 @pytest.mark.skipif(not HAS_INT8_MATMULS, reason="no int8 or bf16 dot products")
 @pytest.mark.parametrize("at_first", [0, 1], ids=["in no thread", "in one thread"])

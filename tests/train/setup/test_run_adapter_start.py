@@ -206,6 +206,7 @@ def test_an_optimizer_state_that_is_not_there(run: Run, other: list[Path], tmp_p
     assert caught.value.field == "from_optimizer"
 
 
+@pytest.mark.costly(cases=3)
 @pytest.mark.parametrize(
     ("more", "field"),
     [

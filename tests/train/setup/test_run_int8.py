@@ -148,6 +148,7 @@ def test_the_adapter_is_also_evaluated_on_the_original_weights(int8_run: dict[st
     assert any("original weights" in note for note in result.notes)
 
 
+@pytest.mark.costly(cases=3)
 @needs_units
 @pytest.mark.parametrize(
     "fields",
