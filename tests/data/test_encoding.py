@@ -23,7 +23,7 @@ from lorakit.data import (
 )
 from lorakit.data.chat import conversation_tokens
 from lorakit.data.records import is_empty
-from lorakit.data.stored import LongDocument
+from lorakit.data.stored import PiecewiseDocument
 from lorakit.errors import ConfigError, DataError
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
@@ -90,7 +90,7 @@ def test_files_give_the_sequences_that_the_records_give_in_memory(
     monkeypatch.setattr(tokens, "PART_CHARACTERS", 1 << 13)
     monkeypatch.setattr(tokens, "SHARED_CHARACTERS", 1 << 10)
     records = read_records(paths)
-    assert isinstance(records[0], LongDocument)
+    assert isinstance(records[0], PiecewiseDocument)
     texts = [paths[0].read_bytes().decode("utf-8-sig"), paths[1].read_bytes().decode()]
     in_memory = [Document(texts[0], str(paths[0])), Document(texts[1], str(paths[1])), *records[2:]]
     for seed in (0, 1):

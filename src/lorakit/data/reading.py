@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, overload
 
 from lorakit.data import columnar
 from lorakit.data.messages import BadRow
@@ -28,18 +27,16 @@ from lorakit.data.sources import (
     HUB,
     SUFFIXES,
     TABLES,
-    TEXT,
     Content,
     HubSource,
     Place,
-    StreamedContent,
     check_kind,
     expand,
     file_error,
     unreadable,
 )
 from lorakit.data.splitting import STRATIFIED, Split, SplitRule, split
-from lorakit.data.stored import DataFile, RecordFile, StoredRecords, WholeText
+from lorakit.data.stored import DataFile, StoredRecords
 from lorakit.data.text_files import open_text
 from lorakit.durable import JsonValue, write_text
 from lorakit.errors import DataError, nearest
@@ -65,9 +62,9 @@ def read_records(
     """
     names = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     request = request or Request()
-    files, notes = list[RecordFile](), list[str]()
+    files, notes = list[DataFile](), list[str]()
     for source in expand(names):
-        file, noted = _read(source, request)
+        file, noted = collect(open_source(source, request, whole=True), request)
         files.append(file)
         notes += noted
     return StoredRecords(files, notes)
@@ -94,17 +91,7 @@ def read_split(
     return Split(records, read_records(names, replace(request, group=None)), f"Evaluation data: {', '.join(names)}.")
 
 
-def _read(source: Path | HubSource, request: Request) -> tuple[RecordFile, list[str]]:
-    """Check a source without keeping its text in memory; return its records and notes about it."""
-    content = open_source(source, request, whole=True)
-    return (content, []) if isinstance(content, WholeText) else collect(content, request)
-
-
-@overload
-def open_source(source: Path | HubSource, request: Request, *, whole: Literal[True]) -> Content | WholeText: ...
-@overload
-def open_source(source: Path | HubSource, request: Request, *, whole: Literal[False]) -> StreamedContent: ...
-def open_source(source: Path | HubSource, request: Request, *, whole: bool) -> Content | WholeText:
+def open_source(source: Path | HubSource, request: Request, *, whole: bool) -> Content:
     """Open a source, to be read as a whole or as a stream.
 
     Raises:
@@ -177,36 +164,31 @@ def collect(content: Content, request: Request) -> tuple[DataFile, list[str]]:
     Raises:
         DataError: A row does not fit and is not to be skipped, or no row fits.
     """
-    source, noun = content.label, "row" if content.counts_rows else "line"
+    source, label, noun = RowSource(content, request), content.label, "row" if content.counts_rows else "line"
     starts, lines, bad = array("q"), array("q"), array("q")
-    layout, reason, groups = None, "", bytearray()
+    reason, groups = "", bytearray()
     unused = Counter[str]()
-    for row, place in content.read(Place()):
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            assert not isinstance(row, Document)  # a whole text file has no rows
-            layout = layout or recognize(list(checked_row(row)), request)
-            layout.record(row, source, place.line, unused)
-            groups += group_key(row, request)
-        except BadRow as cause:
+    for row, place in source.rows(Place(), unused):
+        if isinstance(row, BadRow):
             bad.append(place.line)
-            reason = reason or str(cause)
+            reason = reason or str(row)
         else:
             starts.append(place.offset)
             lines.append(place.line)
+            groups += row.group
     if bad and not (request.skip_bad_rows and lines):
-        raise DataError(_bad_rows_message(source, reason, bad, noun), where=f"{source}:{bad[0]}")
-    if layout is None:
-        raise file_error(Path(source), "the data file has no rows.")
-    notes = [f"{source}: {layout.text()}."] if layout.is_notable() else []
+        raise DataError(_bad_rows_message(label, reason, bad, noun), where=f"{label}:{bad[0]}")
+    if not lines:
+        raise file_error(Path(label), "the data file has no rows.")
+    layout = source.layout
+    notes = [f"{label}: {layout.text()}."] if layout is not None and layout.is_notable() else []
     if bad:
-        notes.append(f"{source}: {format_count(len(bad), 'row')} skipped; the first is {noun} {bad[0]}: {reason}")
+        notes.append(f"{label}: {format_count(len(bad), 'row')} skipped; the first is {noun} {bad[0]}: {reason}")
     if request.group is not None:
         del unused[request.group]
     if unused:
         names = ", ".join(f"'{name}' ({count:,} of {len(lines):,} rows)" for name, count in sorted(unused.items()))
-        notes.append(f"{source}: unused columns: {names}.")
+        notes.append(f"{label}: unused columns: {names}.")
     return DataFile(content, layout, starts, lines, groups), notes
 
 
@@ -250,12 +232,32 @@ class StreamedRow:
     group: bytes = b""
 
 
-@dataclass(frozen=True)
-class StreamedSource:
-    """A file, table or Hub data set that is read as a stream; a text file has no layout."""
+@dataclass
+class RowSource:
+    """A file, table or Hub data set; the layout is that of the first row that fits, and a text file has none."""
 
-    content: StreamedContent
+    content: Content
+    request: Request
     layout: Layout | None = None
+
+    def rows(self, at: Place, unused: Counter[str]) -> Iterator[tuple[StreamedRow | BadRow, Place]]:
+        """Yield the rows from a position to the end, or why they do not fit; unused columns are counted in place."""
+        for row, place in self.content.read(at):
+            try:
+                checked: StreamedRow | BadRow = self._checked(row, place, unused)
+            except BadRow as cause:
+                checked = cause
+            yield checked, place
+
+    def _checked(self, row: JsonValue | BadRow | Document, place: Place, unused: Counter[str]) -> StreamedRow:
+        if isinstance(row, BadRow):
+            raise row
+        if isinstance(row, Document):
+            return StreamedRow(row, place)
+        layout = self.layout or recognize(list(checked_row(row)), self.request)
+        record = layout.record(row, self.content.label, place.line, unused)
+        self.layout = layout
+        return StreamedRow(record, place, group_key(row, self.request))
 
 
 class RowStream:
@@ -266,7 +268,7 @@ class RowStream:
     """
 
     def __init__(
-        self, sources: Iterable[StreamedSource], request: Request, skipped: Callable[[str, str], None] | None = None
+        self, sources: Iterable[RowSource], request: Request, skipped: Callable[[str, str], None] | None = None
     ) -> None:
         self.sources = tuple(sources)
         self.unused = Counter[str]()
@@ -295,21 +297,14 @@ class RowStream:
         for number in range(start.file, end):
             yield from self._rows(self.sources[number], start if number == start.file else Place(number))
 
-    def _rows(self, source: StreamedSource, at: Place) -> Iterator[StreamedRow]:
-        label = source.content.label
-        for row, place in source.content.read(at):
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                if isinstance(row, Document):
-                    yield StreamedRow(row, place)
-                elif source.layout is not None:
-                    record = source.layout.record(row, label, place.line, self.unused)
-                    yield StreamedRow(record, place, group_key(row, self._request))
-            except BadRow as cause:
-                if not self._request.skip_bad_rows:
-                    raise _bad_row(label, place, cause) from None
-                self._skipped(f"{label}:{place.line}", str(cause))
+    def _rows(self, source: RowSource, at: Place) -> Iterator[StreamedRow]:
+        for row, place in source.rows(at, self.unused):
+            if not isinstance(row, BadRow):
+                yield row
+            elif not self._request.skip_bad_rows:
+                raise _bad_row(source.content.label, place, row) from None
+            else:
+                self._skipped(f"{source.content.label}:{place.line}", str(row))
 
 
 def _bad_row(label: str, place: Place, cause: BadRow) -> DataError:
@@ -335,22 +330,12 @@ def streamable_bytes(names: Iterable[str]) -> int:
     return sum(path.stat().st_size for path in paths) if len(paths) == len(sources) else 0
 
 
-def _opened(source: Path | HubSource, request: Request) -> StreamedSource:
-    content = open_source(source, request, whole=False)
-    is_text = isinstance(source, Path) and source.suffix.lower() in TEXT
-    return StreamedSource(content, None if is_text else _layout(content, request))
-
-
-def _layout(content: StreamedContent, request: Request) -> Layout:
-    for row, place in content.read(Place()):
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            assert not isinstance(row, Document)  # text files have no layout
-            layout = recognize(list(checked_row(row)), request)
-            layout.record(row, content.label, place.line, Counter())
-            return layout
-        except BadRow as cause:
-            if not request.skip_bad_rows:
-                raise _bad_row(content.label, place, cause) from None
-    raise file_error(Path(content.label), "the data has no rows that fit.")
+def _opened(source: Path | HubSource, request: Request) -> RowSource:
+    opened = RowSource(open_source(source, request, whole=False), request)
+    label = opened.content.label
+    for row, place in opened.rows(Place(), Counter()):
+        if not isinstance(row, BadRow):
+            return opened
+        if not request.skip_bad_rows:
+            raise _bad_row(label, place, row) from None
+    raise file_error(Path(label), "the data has no rows that fit.")

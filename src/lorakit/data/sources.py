@@ -171,10 +171,6 @@ class Content(Protocol):
     def read(self, at: Place) -> Read:
         """Yield the rows from a position to the end; a DataError if they cannot be read or have changed."""
 
-
-class StreamedContent(Content, Protocol):
-    """Rows that are read as a stream."""
-
     def identity(self) -> str:
         """Return `PARTIAL` and a hash that differs if the content was replaced."""
 

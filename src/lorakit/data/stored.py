@@ -8,28 +8,31 @@ import itertools
 import json
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, ClassVar, Protocol, overload
+from typing import Any, overload
 
 import numpy as np
 
 from lorakit.data.records import Document, Record, Records, content_key, keys_of
 from lorakit.data.shapes import Layout, common_layout
 from lorakit.data.sources import CHANGED, CheckedFile, Content, Place, file_error
+from lorakit.durable import JsonObject
 
 READ_BYTES = 1 << 17
 """Maximum number of bytes read from a file at a time."""
 
 
 class PiecewiseDocument(Document):
-    """A document that is read in pieces; the `text` property joins them."""
+    """A document that is read in pieces by a function; the `text` property joins them."""
 
-    __slots__ = ()
+    __slots__ = ("_read",)
+    _read: Callable[[], Iterator[str]]
 
-    def __init__(self, source: str, line: int | None, *, is_last: bool, **values: object) -> None:
-        values |= {"source": source, "line": line, "is_first": True, "is_last": is_last}
+    def __init__(self, source: str, line: int | None, read: Callable[[], Iterator[str]], *, is_last: bool) -> None:
+        values = {"source": source, "line": line, "is_first": True, "is_last": is_last, "_read": read}
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -38,71 +41,73 @@ class PiecewiseDocument(Document):
         """The whole text."""
         return "".join(self.pieces())
 
-
-class LongDocument(PiecewiseDocument):
-    """A text file as one document."""
-
-    __slots__ = ("_file",)
-    _file: WholeText
-
-    def __init__(self, file: WholeText) -> None:
-        super().__init__(file.label, None, is_last=True, _file=file)
-
     def pieces(self) -> Iterator[str]:
         """Yield the text in pieces; a DataError if the file cannot be read, or has changed."""
-        with self._file.open() as file:
-            yield from decoded(file)
+        return self._read()
 
 
-@dataclass(frozen=True)
-class WholeText(CheckedFile):
-    """A text file, which is a single document."""
+def whole_text(file: CheckedFile) -> Document:
+    """Return a text file as one document, whose text is in memory if it is short."""
+    document = PiecewiseDocument(file.label, None, partial(_decoded, file), is_last=True)
+    return document if file.size > READ_BYTES else Document(document.text, document.source)
 
-    layout: ClassVar[None] = None
-    groups: ClassVar[bytes] = b""
 
-    def __len__(self) -> int:
-        return 1
+def _decoded(checked: CheckedFile) -> Iterator[str]:
+    """Decode a UTF-8 file and yield its text in pieces, without the byte order mark."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    with checked.open() as file:
+        while raw := file.read(READ_BYTES):
+            yield decoder.decode(raw)
+    yield decoder.decode(b"", final=True)
 
-    def bytes_of(self, index: int) -> int:
-        """Return the size of the file in bytes."""
-        return self.size
 
-    def records(self, indexes: Iterable[int]) -> Iterator[tuple[Record, int]]:
-        """Yield the document once for each index, with its size in bytes; a DataError if it has changed."""
-        for _ in indexes:
-            document = LongDocument(self)
-            yield document if self.size > READ_BYTES else Document(document.text, document.source), self.size
+def _range(whole: Document, begin: int, end: int | None) -> Iterator[str]:
+    """Yield the characters of a document from `begin` to `end` in pieces."""
+    at = 0
+    for piece in whole.pieces():
+        part = piece[max(0, begin - at) : None if end is None else max(0, end - at)]
+        at += len(piece)
+        if part:
+            yield part
 
 
 @dataclass(frozen=True)
 class DataFile:
     """The rows of a file, table or Hub data set that fit its shape; only their positions are kept.
 
-    `starts` and `lines` have the offset and the line or row number of each row, `groups` the key of its group,
-    `KEY_BYTES` bytes each, or nothing without a group column.
+    Attributes:
+        layout: Shape and columns of the rows; None if the file is one document.
+        starts: Offset of each row.
+        lines: Line or row number of each row.
+        groups: Key of the group of each row, `KEY_BYTES` bytes each, or nothing without a group column.
+        begin: Character of each document from which it is used.
+        end: Character up to which it is used, or None; after a cut, the text begins again, but it does not end.
+        fraction: Fraction of the characters that are used, for sizes in bytes.
     """
 
     content: Content
-    layout: Layout
+    layout: Layout | None
     starts: array[int]
     lines: array[int]
     groups: bytes | bytearray
+    begin: int = 0
+    end: int | None = None
+    fraction: float = 1.0
 
     def __len__(self) -> int:
         return len(self.starts)
 
     @property
     def size(self) -> int:
-        """Size in bytes."""
-        return self.content.size
+        """Size in bytes, approximate if only a part of each document is used."""
+        return round(self.content.size * self.fraction)
 
     def bytes_of(self, index: int) -> int:
         """Return the bytes from a row's start to that of the next row; in a table, the mean size of a row."""
         if self.content.counts_rows:
             return self.size // len(self)
-        following = self.starts[index + 1] if index + 1 < len(self) else self.size
-        return following - self.starts[index]
+        following = self.starts[index + 1] if index + 1 < len(self) else self.content.size
+        return round((following - self.starts[index]) * self.fraction)
 
     def records(self, indexes: Iterable[int]) -> Iterator[tuple[Record, int]]:
         """Yield the records at the given indices with their size on disk in bytes; a DataError if they changed."""
@@ -112,10 +117,23 @@ class DataFile:
             if index != following and not (self.content.counts_rows and 0 < following < index):
                 rows = self.content.read(place)
             row = next((row for row, at in rows if at.offset == place.offset), None)
-            if not isinstance(row, dict):  # it was one when it was checked
+            if not isinstance(row, dict | Document):  # it was one when it was checked
                 raise file_error(Path(self.content.label), CHANGED)
             following = index + 1
-            yield self.layout.record(row, self.content.label, place.line), self.bytes_of(index)
+            yield self._used(row, place.line), self.bytes_of(index)
+
+    def _used(self, row: JsonObject | Document, line: int) -> Record:
+        """Return the record of a row, or the part of a document that is used."""
+        record: Record
+        if isinstance(row, Document):
+            record = row
+        else:
+            assert self.layout is not None  # the rows of a file without one are documents
+            record = self.layout.record(row, self.content.label, line)
+        if not isinstance(record, Document) or self.fraction == 1:
+            return record
+        read = partial(_range, record, self.begin, self.end)
+        return PiecewiseDocument(record.source, record.line, read, is_last=self.end is None)
 
     def digest(self) -> tuple[str, str]:
         """Return the path or name, and a SHA-256 of the file, or of the content keys of a data set's records."""
@@ -127,99 +145,6 @@ class DataFile:
         return self.content.label, digest.hexdigest()
 
 
-class DocumentRange(PiecewiseDocument):
-    """The characters of a document from `begin` to `end`; after a cut, the text begins again, but it does not end."""
-
-    __slots__ = ("_begin", "_end", "_whole")
-    _whole: Document
-    _begin: int
-    _end: int | None
-
-    def __init__(self, whole: Document, begin: int, end: int | None) -> None:
-        super().__init__(whole.source, whole.line, is_last=end is None, _whole=whole, _begin=begin, _end=end)
-
-    def pieces(self) -> Iterator[str]:
-        """Yield the text in pieces; see `Document.pieces`."""
-        at = 0
-        for piece in self._whole.pieces():
-            part = piece[max(0, self._begin - at) : None if self._end is None else max(0, self._end - at)]
-            at += len(piece)
-            if part:
-                yield part
-
-
-@dataclass(frozen=True, slots=True)
-class FileRange:
-    """A file of documents, each used only in a range of characters: `begin` to `end`, or None for all.
-
-    `fraction` is that of the characters that are used, for the size in bytes.
-    """
-
-    file: RecordFile
-    begin: int
-    end: int | None
-    fraction: float
-
-    @property
-    def size(self) -> int:
-        """Approximate size in bytes."""
-        return round(self.file.size * self.fraction)
-
-    @property
-    def layout(self) -> Layout | None:
-        """Shape and columns of the rows."""
-        return self.file.layout
-
-    @property
-    def groups(self) -> bytes | bytearray:
-        """Keys of the rows' groups."""
-        return self.file.groups
-
-    def __len__(self) -> int:
-        return len(self.file)
-
-    def bytes_of(self, index: int) -> int:
-        """Return the approximate size of a range in bytes."""
-        return round(self.file.bytes_of(index) * self.fraction)
-
-    def records(self, indexes: Iterable[int]) -> Iterator[tuple[Record, int]]:
-        """Yield the ranges of the documents at the given indices, each with its approximate size in bytes."""
-        for record, size in self.file.records(indexes):
-            assert isinstance(record, Document)
-            yield DocumentRange(record, self.begin, self.end), round(size * self.fraction)
-
-    def digest(self) -> tuple[str, str]:
-        """Return the path or name, and the SHA-256 of the whole file."""
-        return self.file.digest()
-
-
-class RecordFile(Protocol):
-    """A file or table whose records are read on access."""
-
-    @property
-    def size(self) -> int:
-        """Size in bytes."""
-
-    @property
-    def layout(self) -> Layout | None:
-        """Shape and columns of the rows; None if the file is one document."""
-
-    @property
-    def groups(self) -> bytes | bytearray:
-        """Key of each row's group, `KEY_BYTES` bytes per row; empty if no group column was requested."""
-
-    def __len__(self) -> int: ...
-
-    def bytes_of(self, index: int) -> int:
-        """Return a record's size on disk in bytes."""
-
-    def records(self, indexes: Iterable[int]) -> Iterator[tuple[Record, int]]:
-        """Yield the records at the given indices, each with its size on disk in bytes."""
-
-    def digest(self) -> tuple[str, str]:
-        """Return the path or name, and a SHA-256 of the content."""
-
-
 class StoredRecords(Sequence[Record]):
     """A sequence of all or some of the records in a list of files; each access rereads the record from its file.
 
@@ -227,9 +152,7 @@ class StoredRecords(Sequence[Record]):
     all. The shape is None, and `columns` empty, if they differ between files.
     """
 
-    def __init__(
-        self, files: Sequence[RecordFile], notes: Iterable[str] = (), chosen: array[int] | None = None
-    ) -> None:
+    def __init__(self, files: Sequence[DataFile], notes: Iterable[str] = (), chosen: array[int] | None = None) -> None:
         self.notes = list(notes)
         self._files = list(files)
         self._begins = [0, *itertools.accumulate(len(file) for file in files)]
@@ -269,8 +192,9 @@ class StoredRecords(Sequence[Record]):
 
     def cut(self, at: int, fraction: float) -> tuple[StoredRecords, StoredRecords]:
         """Return all documents up to a character, and the rest of the first one."""
-        files = [FileRange(file, 0, at, fraction) for file in self._files]
-        rest = FileRange(self._files[0], at, None, 1 - fraction)
+        files = [replace(file, end=file.begin + at, fraction=file.fraction * fraction) for file in self._files]
+        first = self._files[0]
+        rest = replace(first, begin=first.begin + at, fraction=first.fraction * (1 - fraction))
         return StoredRecords(files, self.notes), StoredRecords([rest], chosen=array("q", [0]))
 
     def digests(self) -> dict[str, str]:
@@ -287,7 +211,7 @@ class StoredRecords(Sequence[Record]):
     def identity(self) -> str:
         """Return a SHA-256 of the names, contents and layouts of the files and of the selection of their records."""
         self.digests()
-        ranges = [[file.begin, file.end] for file in self._files if isinstance(file, FileRange)]
+        ranges = [[file.begin, file.end] for file in self._files]
         all_layouts = [file.layout for file in self._files]
         layouts = [one and [one.shape.name, dict(one.columns), dict(one.optional)] for one in all_layouts]
         digest = hashlib.sha256(json.dumps([self._digests, self._begins, ranges, layouts]).encode())
@@ -310,14 +234,6 @@ class StoredRecords(Sequence[Record]):
         targets = map(self._place, positions)
         for number, group in itertools.groupby(targets, key=lambda target: target[0]):
             yield from self._files[number].records(index for _, index in group)
-
-
-def decoded(file: IO[bytes]) -> Iterator[str]:
-    """Decode a UTF-8 file and yield its text in pieces, without the byte order mark."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    while raw := file.read(READ_BYTES):
-        yield decoder.decode(raw)
-    yield decoder.decode(b"", final=True)
 
 
 def sized(records: Iterable[Record]) -> Iterator[tuple[Record, int]]:

@@ -23,7 +23,7 @@ from lorakit.data.messages import BadRow
 from lorakit.data.records import Document
 from lorakit.data.shapes import Request
 from lorakit.data.sources import DELIMITED, LINES, TEXT, CheckedFile, Place, Read, file_error, unreadable
-from lorakit.data.stored import READ_BYTES, WholeText
+from lorakit.data.stored import READ_BYTES, whole_text
 from lorakit.durable import JsonValue, parse_json
 from lorakit.errors import DataError
 from lorakit.file_hashes import FileStatus
@@ -66,7 +66,7 @@ class TextFile(CheckedFile):
 Reader: TypeAlias = Callable[[TextFile, IO[bytes], Place], Read]
 
 
-def open_text(path: Path, file: IO[bytes], request: Request, *, whole: bool) -> TextFile | WholeText:
+def open_text(path: Path, file: IO[bytes], request: Request, *, whole: bool) -> TextFile:
     """Open a text file by its suffix; `whole` checks all text, allows rows of any size, and makes a text one document.
 
     Raises:
@@ -80,7 +80,7 @@ def open_text(path: Path, file: IO[bytes], request: Request, *, whole: bool) -> 
     elif not file.read(len(_BOM) + 1).removeprefix(_BOM):
         raise file_error(path, "the data file is empty.")
     if suffix in TEXT:
-        return WholeText(path, status) if whole else TextFile(path, status, _parts)
+        return TextFile(path, status, _document if whole else _parts)
     file.seek(0)
     return TextFile(path, status, _reader(path, file, whole=whole))
 
@@ -208,6 +208,10 @@ def _value(text: str) -> JsonValue | BadRow:
     except ValueError as cause:
         return BadRow(f"not valid JSON ({cause}).")
     return value
+
+
+def _document(source: TextFile, file: IO[bytes], at: Place) -> Read:
+    yield whole_text(source), at
 
 
 def _parts(source: TextFile, file: IO[bytes], at: Place) -> Read:
