@@ -1,9 +1,9 @@
 """Embeddings of texts, trained on pairs with scores, or on pairs (or triplets) that belong together.
 
 A text's embedding is that of `SentenceTransformer.encode`: sentence-transformers reads the modules after the
-transformer (pooling, dense layers, normalization) and the prompts, and computes them. The losses and the metrics are
-its own, too: CoSENT for scores, and the multiple negatives ranking loss for pairs, in which the other rows of a batch
-serve as negatives. Both depend on the whole batch, so a larger batch is not the same as gradient accumulation.
+transformer (pooling, dense layers, normalization) and the prompts, and computes them. The losses are its own, too:
+CoSENT for scores, and the multiple negatives ranking loss for pairs, in which the other rows of a batch serve as
+negatives. Both depend on the whole batch, so a larger batch is not the same as gradient accumulation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -33,7 +32,7 @@ from lorakit.hub.packaged import quiet_imports
 from lorakit.hub.sources import WEIGHTS
 from lorakit.tasks.encoding import PAIRS, encode_row, encode_rows
 from lorakit.tasks.labels import pair_target
-from lorakit.tasks.metrics import no_correlation
+from lorakit.tasks.metrics import score_metrics
 from lorakit.tasks.target import Target
 from lorakit.tasks.task import (
     EncodeOptions,
@@ -48,7 +47,7 @@ from lorakit.tasks.task import (
 )
 
 _DIGITS = 7  # of a number between -1 and 1 in float32
-
+_RANKED, _COMPARED = 10, 1024
 
 MODULES = ("Pooling", "Dense", "Normalize", "LayerNorm", "Dropout")
 """Modules of sentence-transformers that may follow the transformer; the others need more than its hidden states."""
@@ -286,53 +285,31 @@ def _metrics(batches: list[tuple[Tensor, list[float], list[tuple[int, ...]]]], t
 
     The latter ranks the second texts of all rows as results of a search for the first text of each row.
     """
-    first, second = torch.cat([embeddings for embeddings, _, _ in batches], dim=1)
+    first, second = functional.normalize(torch.cat([embeddings for embeddings, _, _ in batches], dim=1), dim=-1)
     if target.kind == "score":
         scores = [score for _, part, _ in batches for score in part]
-        similarities = (first * second).sum(-1).numpy()
-        if reason := no_correlation(similarities, np.asarray(scores)):
-            return {"spearman": reason}
-        return {
-            "spearman": _evaluated("EmbeddingSimilarityEvaluator", [first, second], scores=scores)["spearman_cosine"]
-        }
+        return {"spearman": score_metrics((first * second).sum(-1).numpy(), scores)["spearman"]}
     texts = [text for _, _, part in batches for text in part]
-    places: dict[tuple[int, ...], int] = {}  # of the first of equal texts
-    for place, text in enumerate(texts):
-        places.setdefault(text, place)
+    places = {text: place for place, text in reversed(list(enumerate(texts)))}  # of the first of equal texts
     if len(places) < 2:
         return {"ndcg@10": "a ranking needs at least 2 different second texts, but the evaluation data has 1"}
-    numbers = {text: str(number) for number, text in enumerate(places)}
-    ranking = _evaluated(
-        "InformationRetrievalEvaluator",
-        [first, second[list(places.values())]],
-        queries={str(number): str(number) for number in range(len(first))},
-        corpus={name: name for name in numbers.values()},
-        relevant_docs={str(number): {numbers[text]} for number, text in enumerate(texts)},
-    )
-    return {"ndcg@10": ranking["cosine_ndcg@10"]}
+    numbers = {text: number for number, text in enumerate(places)}
+    gains = _gains(first, second[list(places.values())], torch.tensor([numbers[text] for text in texts]))
+    return {"ndcg@10": float(gains.mean())}
 
 
-def _evaluated(name: str, embeddings: list[Tensor], **data: Any) -> dict[str, float]:
-    """Return the metrics of an evaluator of sentence-transformers, given the embeddings that it would compute."""
-    from sentence_transformers.sentence_transformer import evaluation
-    from sentence_transformers.util import cos_sim
+def _gains(queries: Tensor, results: Tensor, wanted: Tensor) -> Tensor:
+    """Return 1 / log2(1 + rank) of the wanted result of each query (queries,), or 0 below `_RANKED` results.
 
-    class Known(getattr(evaluation, name)):  # type: ignore[misc]
-        def embed_inputs(self, model: object, texts: list[str], **options: object) -> Any:
-            return remaining.pop(0)
-
-        def store_metrics_in_model_card_data(self, *values: object) -> None:
-            """Do nothing: lorakit writes the model card."""
-
-    remaining = list(embeddings)
-    count = [str(number) for number in range(embeddings[0].shape[0])]
-    if name == "EmbeddingSimilarityEvaluator":
-        evaluator = Known(
-            count, count, **data, main_similarity="cosine", similarity_fn_names=["cosine"], write_csv=False
-        )
-    else:
-        evaluator = Known(**data, score_functions={"cosine": cos_sim}, write_csv=False)
-    return {key: float(value) for key, value in evaluator(None).items()}
+    Queries (queries, width) and results (results, width) have length 1. Of equally similar results, the wanted one is
+    the last.
+    """
+    ranks = list[Tensor]()
+    for part, number in zip(queries.split(_COMPARED), wanted.split(_COMPARED), strict=True):
+        similar = part @ results.T
+        ranks.append((similar >= similar.gather(1, number[:, None])).sum(1))
+    rank = torch.cat(ranks)
+    return torch.where(rank <= _RANKED, 1 / torch.log2(1 + rank), 0.0)
 
 
 def predict(model: nn.Module, batch: Batch, records: Sequence[Record], context: PredictContext) -> list[JsonObject]:
