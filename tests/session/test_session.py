@@ -19,6 +19,7 @@ from lorakit.cli import main
 from lorakit.errors import DataError, MergeError, UsageError
 from lorakit.generate import Sampling
 from lorakit.session import Session
+from lorakit.session import session as session_module
 
 Save = Callable[..., Path]
 PROMPT = "hello world"
@@ -200,6 +201,23 @@ def test_sampling_repeats_with_its_seed(session: Session) -> None:
         for seed in (1, 1, 2)
     )
     assert first == again != other
+
+
+def test_acceleration_can_be_turned_off(
+    tiny_model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = list[object]()
+    whole = session_module.accelerate
+    monkeypatch.setattr(session_module, "accelerate", lambda model: calls.append(model) or whole(model))
+    (tmp_path / "notes.txt").write_text("hello world hello world", encoding="utf-8")
+    losses = [
+        lorakit.open_session(str(tiny_model_directory), accelerated=is_accelerated)
+        .evaluate(tmp_path / "notes.txt")
+        .loss
+        for is_accelerated in (False, True)
+    ]
+    assert len(calls) == 1
+    assert losses[0] == pytest.approx(losses[1])
 
 
 def test_a_closed_session_says_so(session: Session) -> None:

@@ -36,7 +36,7 @@ from lorakit.session.predicting import RowsToPredict, to_predict
 from lorakit.session.prompts import Answer, Remark, conversation, encode_prompts, end_ids, prompt_format
 from lorakit.session.spec import SessionOptions, SessionSpec, session_spec
 from lorakit.session.tokenizers import SavedTokenizer
-from lorakit.speed import accelerate
+from lorakit.speed import Acceleration, accelerate
 from lorakit.tasks import PredictContext, agree_on_padding
 
 AdapterChoice = str | EllipsisType | None
@@ -179,6 +179,16 @@ class Session:
         if not self.adapters:
             return contextlib.nullcontext()
         return core.disable(self.model) if name is None else core.use(self.model, name)
+
+    @contextlib.contextmanager
+    def _accelerated(self) -> Iterator[Acceleration | None]:
+        """Accelerate the model within a block, if the options say so: the next adapter may add rows to the base."""
+        acceleration = accelerate(self.model) if self.spec.options.accelerated else None
+        try:
+            yield acceleration
+        finally:
+            if acceleration is not None:
+                acceleration.undo()
 
     # text
 
@@ -347,12 +357,8 @@ class Session:
             RunError: Memory ran out.
             LorakitError: See `lorakit.session.measuring.combined`.
         """
-        with self._lock, self._active(adapter):
-            acceleration = accelerate(self.model)
-            try:
-                share = measure(self.model, enumerate(batches), self.device, acceleration, self.spec.task.objective)
-            finally:
-                acceleration.undo()  # the next adapter may add embedding rows to the base
+        with self._lock, self._active(adapter), self._accelerated() as acceleration:
+            share = measure(self.model, enumerate(batches), self.device, acceleration, self.spec.task.objective)
         evaluation = combined([share])
         if evaluation is None:  # for the type checker only: nothing stops this evaluation
             raise RunError("The evaluation was stopped.", field="data")
@@ -450,8 +456,7 @@ class Session:
         run = task.task.predict
         assert run is not None  # checked by `to_predict`
         context = PredictContext(self.device, task.target, rows.tokenizer, max_new_tokens)
-        acceleration = accelerate(self.model)
-        try:
+        with self._accelerated():
             for batch, records in rows.batches(self.spec):
                 with (
                     self._lock,
@@ -463,8 +468,6 @@ class Session:
                     predicted = run(self.model, batch, records, context)
                 for record, values in zip(records, predicted, strict=True):
                     yield {"source": record.source, "line": record.line, **values}
-        finally:
-            acceleration.undo()
 
     # the base
 
