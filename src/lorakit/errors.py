@@ -33,6 +33,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from os import PathLike
+from pathlib import Path
 from typing import Any, ClassVar
 
 OVERRIDE = "{override}"
@@ -299,3 +300,13 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """Return " Did you mean x?", where x is the candidate closest in spelling, or "" if none is close."""
     close = nearest(word, list(candidates), 1)
     return f" Did you mean {close[0]}?" if close else ""
+
+
+def similar_path(path: Path) -> str:
+    """Return a sentence about the name in the path's directory that is closest in spelling, or "" if none is close."""
+    try:
+        names = {other.name: str(other) for other in path.parent.iterdir()}
+    except OSError:
+        return f" The directory {path.parent} does not exist either."
+    close = nearest(path.name, list(names), 1)
+    return f" Did you mean {names[close[0]]}?" if close else ""

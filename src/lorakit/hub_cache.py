@@ -1,4 +1,4 @@
-"""Download adapters from the Hugging Face Hub to the local cache; if network access is disabled, use only the cache.
+"""Find adapters in directories and on the Hugging Face Hub; if network access is disabled, use only its local cache.
 
 This module is separate from `lorakit.hub` so that `lorakit.config` and `lorakit.core` can read an adapter by Hub id.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import ConfigError, ModelError
+from lorakit.errors import AdapterFileError, ConfigError, ModelError, similar_path
 
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 """Environment variables that forbid network access in the Hugging Face libraries."""
@@ -95,6 +95,40 @@ def is_on_hub(name: str | os.PathLike[str]) -> bool:
     """
     path = Path(name)
     return looks_like_a_hub_id(name) and not path.exists() and not path.parent.is_dir()
+
+
+def adapter_directory(folder: str | os.PathLike[str]) -> Path:
+    """Return an adapter's directory; a run directory of `lorakit train` stands for the adapter in it."""
+    path = Path(folder)
+    inside = path / "adapter"
+    return inside if not (path / CONFIG_FILE).exists() and (inside / CONFIG_FILE).is_file() else path
+
+
+def find_adapter(name: str, field: str = "adapter") -> Path:
+    """Return the directory of an adapter or a run, or the Hub id of an adapter, which is not looked up.
+
+    Raises:
+        AdapterFileError: The directory does not exist or contains no adapter.
+    """
+    if is_on_hub(name):
+        return Path(name)
+    folder = adapter_directory(Path(name).expanduser())
+    if not folder.is_dir():
+        text = f"{name}: adapter directory not found; it must contain {CONFIG_FILE}.{similar_path(folder)}"
+        raise AdapterFileError(text, where=name, field=field)
+    if not (folder / CONFIG_FILE).exists():
+        text = f"{name}: no {CONFIG_FILE}, so this is not an adapter directory.{_contained(folder)}"
+        raise AdapterFileError(text, where=name, field=field)
+    return folder
+
+
+def _contained(folder: Path) -> str:
+    """Return a sentence with the adapters, checkpoints and runs in a directory, the newest first, or ""."""
+    folders = [path for pattern in ("*", "*/adapter") for path in folder.glob(f"{pattern}/{CONFIG_FILE}")]
+    folders.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    names = [str(path.parent.parent if path.parent.name == "adapter" else path.parent) for path in folders[:3]]
+    more = f" or one of {len(folders) - len(names)} more" if len(folders) > len(names) else ""
+    return f" It contains adapters; pass {', '.join(names)}{more}." if names else ""
 
 
 def adapter_from_hub(

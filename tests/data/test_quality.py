@@ -14,8 +14,7 @@ import pytest
 from lorakit.data import Completion, Document, Record, Records, Split, encoding, quality, read_records, stored
 from lorakit.data import records as records_module
 from lorakit.data.encoding import Sequence, encode, shown_rows
-from lorakit.data.page import write_page
-from lorakit.data.quality import Quality, Token, marked, measure, tokens_of
+from lorakit.data.quality import Quality, Token, marked, measure, tokens_of, write_page
 from lorakit.errors import DataError
 
 LONG = "the quick brown fox jumps over the lazy dogs and it is two plus two in the end of a long row of words"

@@ -79,7 +79,7 @@ def run(
 
     from lorakit import hub
     from lorakit.data import read_split
-    from lorakit.data.quality import measure
+    from lorakit.data.quality import measure, write_page
     from lorakit.session.tokenizers import training_tokenizer
     from lorakit.tasks import TASKS, EncodeOptions, task_for
 
@@ -109,8 +109,6 @@ def run(
     if task.note:
         console.note(task.note)
     if flags.html is not None:
-        from lorakit.data.page import write_page
-
         write_page(flags.html, files, quality, parts.note)
     if json:
         console.emit_json(quality.as_dict())

@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lorakit.errors import AdapterFileError, ConfigError, DataError, ModelError, UsageError, nearest
-from lorakit.hub_cache import adapter_from_hub, is_on_hub, with_revision
+from lorakit.errors import ConfigError, ModelError, UsageError, similar_path
+from lorakit.hub_cache import adapter_from_hub, find_adapter, is_on_hub, with_revision
 from lorakit.machine import DEVICE_FORM, is_device_name
 
 
@@ -24,7 +24,7 @@ def check_model(given: str, revision: str | None = None) -> str:
         ModelError: The path does not exist.
     """
     if given[:1] in (".", "/", "~") and not Path(given).expanduser().exists():
-        similar = _similar(Path(given).expanduser())
+        similar = similar_path(Path(given).expanduser())
         raise ModelError(f"{given!r}: model directory not found.{similar}", what=given, field="model")
     return with_revision(given, revision)
 
@@ -44,18 +44,6 @@ def check_base(given: str | None, revision: str | None, adapters: Sequence[str] 
     return None
 
 
-def check_start(given: str) -> None:
-    """Check that the adapter of `--from-adapter` exists if it is a path; Hub ids are looked up later.
-
-    Raises:
-        AdapterFileError: The path does not exist.
-    """
-    path = Path(given).expanduser()
-    if given[:1] in (".", "/", "~") and not path.exists():
-        text = f"{given!r}: adapter directory not found.{_similar(path)}"
-        raise AdapterFileError(text, where=given, field="from_adapter")
-
-
 def check_data(names: Iterable[str]) -> None:
     """Check that data files exist; the contents of directories, patterns and Hub data sets are checked later.
 
@@ -63,10 +51,10 @@ def check_data(names: Iterable[str]) -> None:
         DataError: A file does not exist.
     """
     for name in names:
-        path = Path(name)
-        if not path.exists() and not name.startswith("hf:") and not glob.has_magic(name):
-            hub = f" For a data set on the Hub, write hf:{name}." if not path.suffix and len(path.parts) == 2 else ""
-            raise DataError(f"{name}: data file not found.{_similar(path)}{hub}", where=path, field="data")
+        if not Path(name).exists() and not name.startswith("hf:") and not glob.has_magic(name):
+            from lorakit.data.sources import missing_file
+
+            raise missing_file(Path(name))
 
 
 def adapter_folders(given: Sequence[str]) -> dict[str, str]:
@@ -80,37 +68,14 @@ def adapter_folders(given: Sequence[str]) -> dict[str, str]:
         AdapterFileError: A directory does not exist or contains no adapter.
         ModelError: An adapter is on the Hub and cannot be downloaded.
     """
-    if not given:
-        return {}
-    from lorakit.config import CONFIG_FILE, adapter_directory
-
     found: dict[str, Path] = {}
     for name in given:
-        folder = Path(name) if is_on_hub(name) else adapter_directory(name)
+        folder = find_adapter(name)
         if folder.resolve() in {other.resolve() for other in found.values()}:
             raise UsageError(f"--adapter lists {name} twice; pass it once.", what=name, field="adapter")
-        if not is_on_hub(name) and not folder.is_dir():
-            raise AdapterFileError(
-                f"{name}: adapter directory not found; it must contain {CONFIG_FILE}.{_similar(folder)}", where=name
-            )
-        if not is_on_hub(name) and not (folder / CONFIG_FILE).exists():
-            raise AdapterFileError(
-                f"{name}: no {CONFIG_FILE}, so this is not an adapter directory.{_contained(folder)}", where=name
-            )
         found[name if folder == Path(name) else str(folder)] = folder
     hub = {name: adapter_from_hub(name, has_tokenizer=True) for name in found if is_on_hub(name)}
     return {name: str(hub[name]) if name in hub else name for name in found}
-
-
-def _contained(folder: Path) -> str:
-    """Return a sentence with the adapters, checkpoints and runs in a directory, the newest first, or ""."""
-    from lorakit.config import CONFIG_FILE
-
-    folders = [path for pattern in ("*", "*/adapter") for path in folder.glob(f"{pattern}/{CONFIG_FILE}")]
-    folders.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    names = [str(path.parent.parent if path.parent.name == "adapter" else path.parent) for path in folders[:3]]
-    more = f" or one of {len(folders) - len(names)} more" if len(folders) > len(names) else ""
-    return f" It contains adapters; pass {', '.join(names)}{more}." if names else ""
 
 
 def check_new_directory(target: Path) -> None:
@@ -157,12 +122,3 @@ def check_sampling(temperature: float, top_p: float, top_k: int, seed: int) -> N
         raise ConfigError.of("top_k", top_k, "0 (all tokens) or an integer above 0")
     if not 0 <= seed < 2**63:
         raise ConfigError.of("seed", seed, "an integer from 0 to 2**63 - 1")
-
-
-def _similar(path: Path) -> str:
-    """Return text that suggests similar names in the same directory, or an empty string."""
-    try:
-        names = nearest(path.name, [other.name for other in path.parent.iterdir()])
-    except OSError:
-        return f" {path.parent} does not exist either."
-    return f" Did you mean {' or '.join(str(path.with_name(name)) for name in names)}?" if names else ""

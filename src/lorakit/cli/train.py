@@ -19,7 +19,8 @@ from cyclopts import Group, Parameter
 
 from lorakit import allocator
 from lorakit.cli import console
-from lorakit.cli.early import check_data, check_model, check_start
+from lorakit.cli.early import check_data, check_model
+from lorakit.hub_cache import find_adapter
 from lorakit.startup import rare_collections
 from lorakit.train.processes.launching import (
     LOST,
@@ -293,4 +294,4 @@ def _check(settings: Mapping[str, Any], *, is_restarted: bool = False) -> None:
     if settings["model"] is not None:
         check_model(settings["model"], settings["revision"])
     if settings["from_adapter"] is not None and not settings["resume"]:
-        check_start(settings["from_adapter"])
+        find_adapter(settings["from_adapter"], "from_adapter")

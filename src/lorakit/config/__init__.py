@@ -10,7 +10,6 @@ from lorakit.config.lora import (
     LoraConfig,
     PeftConfig,
     PeftConfigMixin,
-    adapter_directory,
     read_config,
 )
 from lorakit.config.nested import (
@@ -27,7 +26,7 @@ from lorakit.config.nested import (
 )
 from lorakit.config.types import API_LEVEL, HEADS_BY_TASK, SIDECAR_FILE, PeftType, TaskType, scale
 from lorakit.config.variants import VARIANT_COSTS, VariantCosts, costs_of
-from lorakit.hub_cache import CONFIG_FILE, looks_like_a_hub_id
+from lorakit.hub_cache import CONFIG_FILE, adapter_directory, looks_like_a_hub_id
 
 __all__ = [
     "API_LEVEL",

@@ -20,7 +20,14 @@ from lorakit.config.types import API_LEVEL, PeftType, TaskType, Value, check_typ
 from lorakit.config.variants import VARIANT_COSTS, check_method, costs_of
 from lorakit.durable import JsonObject, read_json, write_json
 from lorakit.errors import AdapterFileError, ConfigError, ConfigTypeError, NotYetSupported, warn_caller
-from lorakit.hub_cache import CONFIG_FILE, NO_OPTIONS, HubOptions, adapter_from_hub, looks_like_a_hub_id
+from lorakit.hub_cache import (
+    CONFIG_FILE,
+    NO_OPTIONS,
+    HubOptions,
+    adapter_directory,
+    adapter_from_hub,
+    looks_like_a_hub_id,
+)
 
 Config = TypeVar("Config", bound="PeftConfigMixin")
 
@@ -352,13 +359,6 @@ class LoraConfig(PeftConfig):
 
 
 _WITHOUT_MEANING = frozenset({"megatron_core", "runtime_config"})
-
-
-def adapter_directory(folder: str | os.PathLike[str]) -> Path:
-    """Return an adapter's directory; a run directory of `lorakit train` stands for the adapter in it."""
-    path = Path(folder)
-    inside = path / "adapter"
-    return inside if not (path / CONFIG_FILE).exists() and (inside / CONFIG_FILE).is_file() else path
 
 
 def read_config(folder: str | os.PathLike[str]) -> tuple[LoraConfig, list[str]]:

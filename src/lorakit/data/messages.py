@@ -211,13 +211,13 @@ Row = Mapping[str, JsonValue]
 class Values:
     """The values of one row, keyed by field; `columns` maps a field to its column.
 
-    `source` and `line` (starting at 1) are for messages; counts of unused message fields are added to `unused`.
+    `source` and `line` (starting at 1, or None) are for messages; unused fields of messages are counted in `unused`.
     """
 
     row: Row
     columns: Mapping[str, str]
     source: str
-    line: int
+    line: int | None
     unused: Counter[str]
 
     def value(self, name: str) -> JsonValue:

@@ -24,8 +24,6 @@ from lorakit.data.messages import BadRow
 from lorakit.data.records import KEY_BYTES, Document, Record, Records
 from lorakit.data.shapes import Layout, Request, checked_row, recognize
 from lorakit.data.sources import (
-    HUB,
-    SUFFIXES,
     TABLES,
     Content,
     HubSource,
@@ -33,13 +31,14 @@ from lorakit.data.sources import (
     check_kind,
     expand,
     file_error,
+    missing_file,
     unreadable,
 )
 from lorakit.data.splitting import STRATIFIED, Split, SplitRule, split
 from lorakit.data.stored import DataFile, StoredRecords
 from lorakit.data.text_files import open_text
 from lorakit.durable import JsonValue, write_text
-from lorakit.errors import DataError, nearest
+from lorakit.errors import DataError
 from lorakit.tables import format_count
 from lorakit.terminal import working
 
@@ -108,19 +107,9 @@ def open_source(source: Path | HubSource, request: Request, *, whole: bool) -> C
         with source.open("rb") as file:
             return open_text(source, file, request, whole=whole)
     except FileNotFoundError:
-        raise file_error(source, f"data file not found.{_neighbors(source)}") from None
+        raise missing_file(source) from None
     except OSError as cause:
         raise unreadable(source, cause) from cause
-
-
-def _neighbors(path: Path) -> str:
-    if not path.suffix and len(path.parts) == 2:
-        return f" For a data set on the Hub, write {HUB}{path}."
-    if not path.parent.is_dir():
-        return f" The directory {path.parent} does not exist either."
-    names = [entry.name for entry in path.parent.iterdir() if entry.suffix.lower() in SUFFIXES]
-    near = nearest(path.name, names)
-    return f" Similar: {', '.join(near)}." if near else ""
 
 
 def python_reference() -> Records:

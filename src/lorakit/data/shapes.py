@@ -208,7 +208,7 @@ class Layout:
     optional: Mapping[str, tuple[str, ...]]
     is_unusual: bool = False
 
-    def record(self, row: JsonValue, source: str, line: int, unused: Counter[str] | None = None) -> Record:
+    def record(self, row: JsonValue, source: str, line: int | None, unused: Counter[str] | None = None) -> Record:
         """Build the record of a row, and count its unused columns in place.
 
         Raises:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -295,31 +295,14 @@ def _reject_tied(model: torch.nn.Module, names: Sequence[str]) -> None:
         raise MergeError(text, what=other, where=path, override="untie")
 
 
-class TiedConfig(Protocol):
-    """Interface of a transformers config with tied embeddings."""
-
-    tie_word_embeddings: bool
-
-
-class EmbeddingModel(Protocol):
-    """Interface of a transformers model with tied embeddings."""
-
-    config: TiedConfig
-
-    def get_input_embeddings(self) -> torch.nn.Module | None:
-        """Return the input embedding, or None."""
-
-    def get_output_embeddings(self) -> torch.nn.Module | None:
-        """Return the output head, or None."""
-
-
-def _untie_config(model: EmbeddingModel) -> bool:
+def _untie_config(model: torch.nn.Module) -> bool:
     """Return whether a merge untied the embeddings; if so, update the config to keep them untied on reload."""
-    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = getattr(model.config, "tie_word_embeddings", False)
+    loaded: Any = model  # a transformers model
+    inner, outer = loaded.get_input_embeddings(), loaded.get_output_embeddings()
+    tied = getattr(loaded.config, "tie_word_embeddings", False)
     if not tied or inner is None or outer is None or inner.weight is outer.weight:
         return False
-    model.config.tie_word_embeddings = False
+    loaded.config.tie_word_embeddings = False
     return True
 
 

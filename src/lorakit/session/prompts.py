@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from lorakit.data import Conversation, Message, Tokenizer
+from lorakit.data import Conversation, Message, Request, Tokenizer
 from lorakit.data.chat import end_tokens
 from lorakit.data.chat_rendering import check_rendered
-from lorakit.data.messages import BadRow, messages_of, tools_of
-from lorakit.data.records import location
+from lorakit.data.messages import BadRow
+from lorakit.data.shapes import recognize
 from lorakit.data.tokens import beginning, token_ids
 from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import DataError, UsageError
@@ -135,20 +134,16 @@ def conversation(value: JsonValue, source: str, line: int | None = None) -> Conv
         DataError: The conversation, at this line of its source, is invalid or ends with the assistant's message.
     """
     row = value if isinstance(value, dict) else {"messages": value}
-    options = row.get("chat_template_kwargs") or {}
-    chat = Conversation((), source, line)
+    where = source if line is None else f"{source}:{line}"
     try:
-        messages = messages_of(row.get("messages", row.get("conversations")), "messages", Counter())
-        tools = tools_of(row.get("tools"), "tools")
+        chat = recognize(list(row), Request(allowed=("messages", "sharegpt"))).record(row, source, line)
     except BadRow as cause:
-        raise DataError(f"{location(chat)}: {cause}", where=location(chat)) from None
-    if messages[-1].role == "assistant":
+        raise DataError(f"{where}: {cause}", where=where) from None
+    assert isinstance(chat, Conversation)
+    if chat.messages[-1].role == "assistant":
         text = "the last message is the assistant's, which generate writes; remove it."
-        raise DataError(f"{location(chat)}: {text}", where=location(chat))
-    if not isinstance(options, dict):
-        text = "the field 'chat_template_kwargs' must be an object."
-        raise DataError(f"{location(chat)}: {text}", where=location(chat))
-    return replace(chat, messages=messages, tools=tools, options=options)
+        raise DataError(f"{where}: {text}", where=where)
+    return chat
 
 
 class Answer:

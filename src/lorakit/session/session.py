@@ -23,7 +23,7 @@ from lorakit.errors import MergeError, RunError, UsageError
 from lorakit.generate import NewToken, Sampling, embedding_weight, generate_batch
 from lorakit.hub_cache import adapter_from_hub, is_on_hub
 from lorakit.session.base_matmul import quantize_for_int8
-from lorakit.session.coding import EvalRows
+from lorakit.session.coding import EvalRows, RowsToPredict, to_predict
 from lorakit.session.measuring import (
     Evaluation,
     combined,
@@ -32,7 +32,6 @@ from lorakit.session.measuring import (
     oom_advice_for_evaluation,
     oom_as_run_error,
 )
-from lorakit.session.predicting import RowsToPredict, to_predict
 from lorakit.session.prompts import Answer, Remark, conversation, encode_prompts, end_ids, prompt_format
 from lorakit.session.spec import SessionOptions, SessionSpec, session_spec
 from lorakit.session.tokenizers import SavedTokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import hub
-from lorakit.config import HEADS_BY_TASK, LoraConfig, adapter_directory, read_config
+from lorakit.config import HEADS_BY_TASK, LoraConfig, read_config
 from lorakit.data import AnyRecords, Labeled, Record, Records, Split, Tagged, Tokenizer
 from lorakit.durable import JsonObject, JsonValue
 from lorakit.errors import AdapterFileError, ModelError, UsageError
@@ -251,7 +251,7 @@ def load_model_for(
 
 def _check_heads(new_modules: Sequence[str], folder: str | Path) -> None:
     """Raise AdapterFileError if an adapter has no weights for a module that would otherwise keep random weights."""
-    config, _ = read_config(adapter_directory(folder))
+    config, _ = read_config(folder)
     saved = {*(config.modules_to_save or ()), *HEADS_BY_TASK.get(config.task_type, ())}
     lost = [path for path in new_modules if not any(path == name or path.endswith(f".{name}") for name in saved)]
     if lost:

@@ -1,4 +1,4 @@
-"""The adapter of a run: attach or load it, compute ranks and initial weights, find the one that a run starts from.
+"""The adapter of a run: attach or load it, compute ranks and initial weights, read the one that a run starts from.
 
 `lorakit.core.operations` defines how ranks and initial weights are computed from data. This module supplies the data:
 training rows in the order of the run's first epoch, one at a time, so that less memory is used than in a training step.
@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from lorakit import core, plan
 from lorakit.choices import PARAMETER
-from lorakit.config import CONFIG_FILE, LoraConfig, adapter_directory
+from lorakit.config import LoraConfig
 from lorakit.core.inits import init_named
 from lorakit.core.model.vocabulary import grow_vocabulary, initialize_rows, with_trained_rows
 from lorakit.core.operations.data_init import allocate
 from lorakit.data import Batch, BatchLoader, Loader, StreamLoader
 from lorakit.errors import AdapterFileError, ConfigError, LorakitError, RunError, TargetError, UsageError
-from lorakit.hub_cache import adapter_from_hub, is_on_hub
+from lorakit.hub_cache import adapter_from_hub, find_adapter, is_on_hub
 from lorakit.session.spec import recorded_base
 from lorakit.tables import format_count
 from lorakit.terminal import working
@@ -224,7 +224,8 @@ def start_adapter(settings: TrainSettings, name: str, record: Mapping[str, Any] 
     saved = checkpoint.newest_valid(folder) if record is not None else None
     if record is not None and saved is not None:
         return StartAdapter(core.read_for_training(saved), dict(record.get("from_adapter") or {}))
-    adapter = core.read_for_training(find_adapter(name))
+    found = adapter_from_hub(name, has_tokenizer=True) if is_on_hub(name) else find_adapter(name, "from_adapter")
+    adapter = core.read_for_training(found)
     if settings.overwrite and folder.resolve() in adapter.folder.resolve().parents:
         text = f"{name} is in {folder}, and --overwrite would remove it; use another --output-dir."
         raise UsageError(text, what=name, where=folder, field="overwrite")
@@ -282,31 +283,6 @@ def check_targets(start: StartAdapter, settings: TrainSettings, shape: plan.Mode
         sites = ()
     if {site.path for site in sites if site.kind != PARAMETER} != set(start.adapter.sites):
         raise _different(start.adapter.folder, {"target_modules": (given, own)})
-
-
-def find_adapter(given: str) -> Path:
-    """Return the directory of an adapter, a run, a checkpoint or a Hub id ("owner/name@revision"), which is downloaded.
-
-    Raises:
-        AdapterFileError: No adapter has this name.
-        ModelError: The adapter is on the Hub and cannot be downloaded.
-    """
-    path = adapter_directory(Path(given).expanduser())
-    if path.is_dir():
-        if (path / CONFIG_FILE).is_file():
-            return path
-        steps = [*run_folder.checkpoints(path), *run_folder.adapters_only(path)]
-        hint = f" Pass one of its checkpoints: {', '.join(str(step) for step in steps)}." if steps else ""
-        raise AdapterFileError(
-            f"{given}: no {CONFIG_FILE}, so this is not an adapter directory.{hint}", where=given, field="from_adapter"
-        )
-    if not is_on_hub(given):
-        text = (
-            f"{given}: adapter directory not found; pass a directory with {CONFIG_FILE}, a run directory or a Hub id "
-            "(owner/name)."
-        )
-        raise AdapterFileError(text, where=given, field="from_adapter")
-    return adapter_from_hub(given, has_tokenizer=True)
 
 
 def _origin(given: str, adapter: core.TrainedAdapter) -> JsonObject:
