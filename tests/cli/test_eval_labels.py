@@ -153,7 +153,11 @@ def test_a_resumed_run_keeps_the_saved_order(finished: Callable[..., Path], tmp_
     spec = build_spec(settings, Progress())
     unlock(spec.lock)
     assert spec.task.target.names == ("01", "1")
-    before = {"task": "classification", "labels": {"kind": "class", "names": ["1", "01"]}}  # of an earlier version
+    before = {
+        "task": "classification",
+        "split": "stratified",
+        "labels": {"kind": "class", "names": ["1", "01"]},
+    }  # of an earlier version
     record = {
         "format": 1,
         "status": "interrupted",

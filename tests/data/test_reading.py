@@ -63,7 +63,7 @@ def test_columns_that_are_not_used_are_named_once(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("x")
-    assert refused(tmp_path / "trian.txt").endswith("not found. Similar: train.txt.")
+    assert refused(tmp_path / "trian.txt").endswith(f"not found. Did you mean {tmp_path / 'train.txt'}?")
     assert refused(tmp_path / "no" / "a.txt").endswith(f"The directory {tmp_path / 'no'} does not exist either.")
     (tmp_path / "none").mkdir()
     assert "no data files found; their names must end in .txt" in refused(tmp_path / "none")

@@ -12,22 +12,20 @@ from typing import Any
 import pytest
 
 from lorakit.data import (
-    STRATIFIED,
     Completion,
     Document,
     Labeled,
     Record,
     Records,
     Request,
+    check_rule,
     encode,
     few_rows,
     read_records,
     read_split,
     read_stream,
-    rule_named,
     split,
 )
-from lorakit.data.records import content_key
 from lorakit.errors import ConfigError, DataError
 
 
@@ -232,18 +230,12 @@ def test_evaluation_data_needs_no_group(tmp_path: Path) -> None:
         assert (len(parts.train), len(parts.held_out)) == (2, 1)
 
 
-def test_the_rule_of_runs_made_before_is_kept() -> None:
-    """The old rule: the distinct rows with the smallest hashes of seed and content."""
-    for count, fraction, seed in [(12, 0.05, 0), (100, 0.05, 3), (40, 0.3, 1)]:
-        rows = [*labeled({"a": count // 2, "b": count - count // 2}), Labeled(("a 0",), "a")]
-        smallest = sorted({content_key(row, str(seed)) for row in rows})[: max(1, round(fraction * count))]
-        parts = split(rows, fraction, seed, rule_named(None))
-        assert {content_key(row, str(seed)) for row in parts.held_out} == set(smallest)
-    assert not split([Document("A sentence. " * 500)], 0.05, 0, rule_named(None)).held_out
-    assert rule_named(STRATIFIED.name) is STRATIFIED
+def test_another_rule_is_rejected() -> None:
+    check_rule(None)
+    check_rule(split([Document("a"), Document("b")]).rule)
     with pytest.raises(DataError) as caught:
-        rule_named("later")
-    assert caught.value.fields["allowed"] == ("stratified", "hashed")
+        check_rule("later")
+    assert caught.value.fields["allowed"] == ("stratified",)
 
 
 PARAGRAPHS = [f"Paragraph {at} has a few words, and a second sentence. It ends here." for at in range(200)]

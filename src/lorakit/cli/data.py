@@ -20,10 +20,7 @@ from lorakit.train.settings.defaults import DEFAULTS
 if TYPE_CHECKING:
     from lorakit.data import Encoded, Record, Sequence
     from lorakit.data.quality import Quality, Visit
-    from lorakit.data.splitting import Split
     from lorakit.data.tokens import Tokenizer
-    from lorakit.hub import ModelSource
-    from lorakit.tasks import TaskOnData
 
 
 @dataclass(frozen=True)
@@ -80,6 +77,7 @@ def run(
     from lorakit import hub
     from lorakit.data import read_split
     from lorakit.data.quality import measure, write_page
+    from lorakit.session.coding import max_length_for, usual_length
     from lorakit.session.tokenizers import training_tokenizer
     from lorakit.tasks import TASKS, EncodeOptions, task_for
 
@@ -92,7 +90,7 @@ def run(
     shown = max(flags.rows, ROWS_ON_PAGE if flags.html else 0)
     labels = flags.labels.options(flags.label_type, is_evaluation_given=flags.eval_data is not None)
     task = task_for(flags.task, parts, source, labels)
-    length = _length(flags, parts, tokenizer, task, source)
+    length = max_length_for(hub.shape_of(source), flags.max_length, lambda: usual_length(parts.train, tokenizer, task))
 
     def encode(visit: Visit) -> Encoded:
         options = EncodeOptions(length, flags.overlong, visit=visit)
@@ -118,14 +116,6 @@ def run(
 
 
 ROWS_ON_PAGE = 50
-
-
-def _length(flags: Flags, parts: Split, tokenizer: Tokenizer, task: TaskOnData, source: ModelSource) -> int:
-    """Return the maximum length, chosen by the data and the model's limit if none is given."""
-    from lorakit.hub import shape_of
-    from lorakit.session.coding import max_length_for, usual_length
-
-    return max_length_for(shape_of(source), flags.max_length, lambda: usual_length(parts.train, tokenizer, task))
 
 
 def _count_inactive(encoded: Encoded, tokenizer: Tokenizer, flags: Flags, length: int) -> None:

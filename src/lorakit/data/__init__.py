@@ -13,7 +13,7 @@ from lorakit.data.records import Completion, Conversation, Document, Labeled, Me
 from lorakit.data.report import DataReport, Report
 from lorakit.data.shapes import SHAPES, Request, text_records
 from lorakit.data.sources import PARTIAL
-from lorakit.data.splitting import STRATIFIED, Split, few_rows, rule_named, split
+from lorakit.data.splitting import STRATIFIED, Split, check_rule, few_rows, split
 from lorakit.data.stored import AnyRecords, StoredRecords
 from lorakit.data.streaming import StreamLoader, StreamSplit, read_stream
 from lorakit.data.token_cache import TokenCache
@@ -49,6 +49,7 @@ __all__ = [
     "TokenCache",
     "Tokenizer",
     "by_length",
+    "check_rule",
     "encode",
     "encode_record",
     "few_rows",
@@ -58,7 +59,6 @@ __all__ = [
     "read_records",
     "read_split",
     "read_stream",
-    "rule_named",
     "split",
     "streamable_bytes",
     "text_records",

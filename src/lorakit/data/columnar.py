@@ -14,8 +14,9 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar
 
@@ -67,7 +68,7 @@ class HubRows:
 
     def read(self, at: Place) -> Read:
         """Yield the rows from a position to the end; a DataError if the data set cannot be read."""
-        with _as_hub_error(self.source), _quiet():
+        with _raised_as(partial(_not_found, self.source)), _quiet():
             data = self.data.skip(at.offset) if at.offset else self.data
             rows: Iterable[JsonObject | BadRow] = data  # without features, the types of a column may differ
             if data.features is not None:
@@ -88,7 +89,7 @@ def map_hub(source: HubSource) -> HubRows:
     import datasets
 
     options = {"split": source.split, "revision": source.revision}
-    with _as_hub_error(source), _quiet(), contextlib.ExitStack() as stack:
+    with _raised_as(partial(_not_found, source)), _quiet(), contextlib.ExitStack() as stack:
         if Path(source.name).exists():  # a directory, whose rows stay mapped without their file
             options["cache_dir"] = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         data = datasets.load_dataset(source.name, source.config, **options)
@@ -97,37 +98,26 @@ def map_hub(source: HubSource) -> HubRows:
 
 
 @contextlib.contextmanager
-def _as_file_error(path: Path) -> Iterator[None]:
-    """Return a context manager that raises errors of `datasets` and `pyarrow` as `DataError`."""
+def _raised_as(error: Callable[[str], DataError]) -> Iterator[None]:
+    """Return a context manager that raises errors of `datasets` and `pyarrow` as those that a function returns."""
     try:
         yield
     except DataError:  # about a row; it is a ValueError too
         raise
     except LOADING_ERRORS as cause:
-        kind = path.suffix.lower().removeprefix(".").capitalize()
-        raise file_error(path, f"not a valid {kind} file ({_line(cause)}).") from cause
+        raise error(" ".join(str(cause).split())) from cause
 
 
-@contextlib.contextmanager
-def _as_hub_error(source: HubSource) -> Iterator[None]:
-    """Return a context manager that raises errors of `datasets` as `DataError`."""
-    try:
-        yield
-    except DataError:
-        raise
-    except LOADING_ERRORS as cause:
-        variable = offline("HF_DATASETS_OFFLINE")
-        where = f"in the cache (network access is off: {variable} is set)" if variable else "on the Hub"
-        remedy = f"unset {variable}" if variable else "check the name and the network connection"
-        text = (
-            f"{source}: not a file or directory, and no such data set {where} ({_line(cause)}). To use it, {remedy}, "
-            "or pass files."
-        )
-        raise DataError(text, where=str(source), field="data") from cause
+def _damaged(path: Path, reason: str) -> DataError:
+    return file_error(path, f"not a valid {path.suffix.lower().removeprefix('.').capitalize()} file ({reason}).")
 
 
-def _line(cause: Exception) -> str:
-    return " ".join(str(cause).split())
+def _not_found(source: HubSource, reason: str) -> DataError:
+    variable = offline("HF_DATASETS_OFFLINE")
+    where = f"in the cache (network access is off: {variable} is set)" if variable else "on the Hub"
+    remedy = f"unset {variable}" if variable else "check the name and the network connection"
+    text = f"{source}: not a file or directory, and no such data set {where} ({reason})."
+    return DataError(f"{text} To use it, {remedy}, or pass files.", where=str(source), field="data")
 
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError)
@@ -230,7 +220,7 @@ class TableFile(CheckedFile):
         """Yield the rows from a position to the end; a DataError if the file is damaged or has changed."""
         import datasets
 
-        with self.open() as file, _as_file_error(self.path):
+        with self.open() as file, _raised_as(partial(_damaged, self.path)):
             features = None
             for begin, batch in _batches(self.path, file, at.offset):
                 if features is None:
@@ -251,7 +241,7 @@ def open_table(path: Path) -> TableFile:
     """
     _check_installed(str(path))
     table = TableFile(path, FileStatus.of(path))
-    with table.open() as file, _as_file_error(path):
+    with table.open() as file, _raised_as(partial(_damaged, path)):
         return replace(table, row_bytes=_row_bytes(path, file))
 
 
@@ -274,16 +264,14 @@ def _batches(path: Path, file: IO[bytes], start: int) -> Iterator[tuple[int, Rec
 
         # without a buffer or with a path, whole row groups are kept in memory
         table = parquet.ParquetFile(file, buffer_size=_STREAM_BYTES, pre_buffer=False)
-        for number in range(table.num_row_groups):
-            end = begin + table.metadata.row_group(number).num_rows
-            if end > start:
-                for batch in table.iter_batches(_STREAMED_AT_ONCE, row_groups=[number], use_threads=False):
-                    if begin + batch.num_rows > start:
-                        yield begin, batch
-                    begin += batch.num_rows
-            begin = end
-        return
-    for batch in _arrow_batches(file):
+        groups = [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
+        while groups and begin + groups[0] <= start:
+            begin += groups.pop(0)
+        following = range(table.num_row_groups - len(groups), table.num_row_groups)
+        batches = table.iter_batches(_STREAMED_AT_ONCE, row_groups=following, use_threads=False)
+    else:
+        batches = _arrow_batches(file)
+    for batch in batches:
         if begin + batch.num_rows > start:
             yield begin, batch
         begin += batch.num_rows
@@ -317,7 +305,7 @@ def stream_hub(source: HubSource) -> HubRows:
     if "[" in source.split:
         text = f"{source}: a slice of a split cannot be streamed; omit the slice, or pass --streaming off."
         raise UsageError(text, what=source.split, where=str(source), field="streaming")
-    with _as_hub_error(source), _quiet():
+    with _raised_as(partial(_not_found, source)), _quiet():
         builder = datasets.load_dataset_builder(source.name, source.config, revision=source.revision)
         data = builder.as_streaming_dataset(split=source.split)
         if data.features is not None:

@@ -6,12 +6,11 @@ sequence is always -100, because there is no earlier token from which to predict
 
 from __future__ import annotations
 
-import collections.abc
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias, overload
+from typing import TypeAlias
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from lorakit.data.records import (
     Conversation,
     Document,
     Labeled,
+    ReadOnAccess,
     Record,
     Tagged,
     content_key,
@@ -70,7 +70,7 @@ class Sequence:
         return len(self.labels) - self.labels.count(IGNORED)
 
 
-class Sequences(collections.abc.Sequence[Sequence]):
+class Sequences(ReadOnAccess[Sequence]):
     """Rows stored in flat arrays; a `Sequence` is created when a row is read.
 
     Each token takes two or four bytes for its id and one byte for its loss flag; each row takes eight more bytes.
@@ -92,7 +92,7 @@ class Sequences(collections.abc.Sequence[Sequence]):
         """Return the token ids (two or four bytes each), the loss flags (one byte each), and the ends (eight bytes)."""
         return {"ids": memoryview(self._ids), "trained": memoryview(self._trained), "ends": memoryview(self._ends)}
 
-    def add(self, ids: collections.abc.Sequence[int], trained: collections.abc.Sequence[bool] | bytes) -> None:
+    def add(self, ids: Many[int], trained: Many[bool] | bytes) -> None:
         """Append a row; the first token never contributes to the loss, because no token precedes it."""
         assert isinstance(self._ids, array) and isinstance(self._ends, array) and isinstance(self._trained, bytearray)
         if self._ids.typecode == _NARROW and max(ids) >= _NARROW_IDS:
@@ -105,19 +105,13 @@ class Sequences(collections.abc.Sequence[Sequence]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> Sequence: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sequence]: ...
-    def __getitem__(self, index: int | slice) -> Sequence | list[Sequence]:
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        at = range(len(self))[index]
-        begin, end = self._ends[at], self._ends[at + 1]
-        ids = np.array(self._ids[begin:end], dtype=np.int32)
-        marks = np.frombuffer(bytes(self._trained[begin:end]), dtype=np.bool_)
-        labels = np.where(marks, ids, np.int32(IGNORED))
-        return Sequence(array(_WIDE, ids.tobytes()), array(_WIDE, labels.tobytes()))
+    def _read(self, indexes: Iterable[int]) -> Iterator[Sequence]:
+        for at in indexes:
+            begin, end = self._ends[at], self._ends[at + 1]
+            ids = np.array(self._ids[begin:end], dtype=np.int32)
+            marks = np.frombuffer(bytes(self._trained[begin:end]), dtype=np.bool_)
+            labels = np.where(marks, ids, np.int32(IGNORED))
+            yield Sequence(array(_WIDE, ids.tobytes()), array(_WIDE, labels.tobytes()))
 
     @property
     def tokens(self) -> int:

@@ -34,7 +34,7 @@ from lorakit.data.sources import (
     missing_file,
     unreadable,
 )
-from lorakit.data.splitting import STRATIFIED, Split, SplitRule, split
+from lorakit.data.splitting import Split, split
 from lorakit.data.stored import DataFile, StoredRecords
 from lorakit.data.text_files import open_text
 from lorakit.durable import JsonValue, write_text
@@ -75,7 +75,6 @@ def read_split(
     fraction: float | None,
     seed: int,
     request: Request,
-    rule: SplitRule = STRATIFIED,
 ) -> Split:
     """Read training and evaluation data; without evaluation data, hold out some of the training data.
 
@@ -85,7 +84,7 @@ def read_split(
     """
     records = read_records(train, request)
     if held_out is None:
-        return split(records, fraction, seed, rule)
+        return split(records, fraction, seed)
     names = list(held_out)
     return Split(records, read_records(names, replace(request, group=None)), f"Evaluation data: {', '.join(names)}.")
 

@@ -8,13 +8,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, overload
 
 import numpy as np
 
 from lorakit.durable import JsonObject, JsonValue
+
+Item = TypeVar("Item")
+
+
+class ReadOnAccess(Sequence[Item], ABC):
+    """A sequence whose items are made when they are read."""
+
+    @abstractmethod
+    def _read(self, indexes: Iterable[int]) -> Iterator[Item]:
+        """Yield the items at indices from 0 to the length - 1."""
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        at = range(len(self))[index]
+        return next(self._read([at])) if isinstance(at, int) else list(self._read(at))
+
 
 KEY_BYTES = 16
 """Size of a record's content key in bytes."""

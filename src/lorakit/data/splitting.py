@@ -43,29 +43,8 @@ Entry: TypeAlias = Mapping[Hashable, int]
 """Label -> number of distinct rows with this label in a unit."""
 
 
-@dataclass(frozen=True, slots=True)
-class SplitRule:
-    """Rule by which rows are selected, which a resumed run must repeat.
-
-    Attributes:
-        name: Name in `run.json`.
-        by_label: Whether the labels of the evaluation rows have the proportions of all rows, and groups count by their
-            rows; else, each group counts as one row.
-        cuts_documents: Whether the end of a single document is held out.
-        least_rows: Number of rows to hold out by default from five times as many.
-    """
-
-    name: str
-    by_label: bool
-    cuts_documents: bool
-    least_rows: int
-
-
-STRATIFIED = SplitRule("stratified", by_label=True, cuts_documents=True, least_rows=LEAST_ROWS)
-HASHED = SplitRule("hashed", by_label=False, cuts_documents=False, least_rows=1)
-"""The rule of runs whose `run.json` names none: they were made before rules had names."""
-
-RULES = {rule.name: rule for rule in (STRATIFIED, HASHED)}
+STRATIFIED = "stratified"
+"""Name of the rule by which rows are held out, in `run.json`; a resumed run must repeat it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,21 +69,17 @@ class Split:
         return {name: digest for part in stored for name, digest in part.digests().items()}
 
 
-def rule_named(name: str | None) -> SplitRule:
-    """Return the rule that a run was made with, by the name in its `run.json`; a DataError if there is none."""
-    rule = RULES.get(HASHED.name if name is None else name)
-    if rule is None:
+def check_rule(name: str | None) -> None:
+    """Raise a DataError if rows are held out by another rule than that of a run, given its name in `run.json`."""
+    if name not in (None, STRATIFIED):
         text = (
             f"the run holds out rows by the rule {name!r}, which this version of lorakit lacks; resume it with the "
             "version in its run.json, or start again with another --output-dir."
         )
-        raise DataError(text, what=name, field="eval_fraction", allowed=tuple(RULES))
-    return rule
+        raise DataError(text, what=name, field="eval_fraction", allowed=(STRATIFIED,))
 
 
-def split(
-    records: Iterable[Record], fraction: float | None = None, seed: int = 0, rule: SplitRule = STRATIFIED
-) -> Split:
+def split(records: Iterable[Record], fraction: float | None = None, seed: int = 0) -> Split:
     """Hold out rows for evaluation, or the end of a single document.
 
     At least one row is held out if there are two or more distinct ones, and every label that occurs more than once
@@ -120,14 +95,14 @@ def split(
     everything = records if isinstance(records, AnyRecords) else Records(records)
     if fraction == 0:
         return Split(everything, Records(), "No data is held out for evaluation (eval_fraction is 0).")
-    rows = _Rows.of(everything, str(seed), rule)
+    rows = _Rows.of(everything, str(seed))
     if len(rows.entries) < 2:
         return (
-            _cut(everything, fraction, rule)
+            _cut(everything, fraction)
             if rows.are_documents
             else _nothing(everything, f"the data is a single {rows.noun}")
         )
-    is_held, strata = rows.held_out(fraction, rule)
+    is_held, strata = rows.held_out(fraction)
     if not is_held.any():
         return _nothing(everything, "each group has all rows of a label, which would not be trained")
     train = everything.some(np.flatnonzero(~is_held), everything.notes)
@@ -142,7 +117,7 @@ def split(
         train,
         held_out,
         f"{len(held_out):,} of {total} {verb} held out for evaluation (seed {seed}{how}).",
-        rule=rule.name,
+        rule=STRATIFIED,
     )
 
 
@@ -184,12 +159,12 @@ class _Rows:
     has_groups: bool
 
     @classmethod
-    def of(cls, everything: AnyRecords, salt: str, rule: SplitRule) -> _Rows:
+    def of(cls, everything: AnyRecords, salt: str) -> _Rows:
         """Read the records once; units are numbered in the order of salted hashes of their content or group."""
         keys, labels, are_documents = bytearray(), list[Hashable](), len(everything) > 0
         for record in everything:
             keys += content_key(record, salt=salt)
-            labels.append(record.label if isinstance(record, Labeled) and rule.by_label else None)
+            labels.append(record.label if isinstance(record, Labeled) else None)
             are_documents &= isinstance(record, Document)
         contents = keys_of(bytes(keys))
         groups = everything.group_keys() if isinstance(everything, StoredRecords) else None
@@ -198,19 +173,19 @@ class _Rows:
         noun = "document" if are_documents or not len(everything) else "row"
         if groups is not None:
             noun = "row" if len(distinct) > 1 else "group of rows with the same value or the same content"
-        one: dict[Hashable, Entry] = {label: {label: 1} for label in {None, *labels}}  # shared, to save memory
-        entries: list[Entry] = [one[None]] * len(distinct)
         _, first = np.unique(contents, return_index=True)
+        entries: list[Entry]
         if groups is None:
+            one: dict[Hashable, Entry] = {label: {label: 1} for label in set(labels)}  # shared, to save memory
             entries = [one[labels[at]] for at in first.tolist()]
-        elif rule.by_label:
+        else:
             counted: list[Counter[Hashable]] = [Counter() for _ in distinct]
             for at in first.tolist():
                 counted[unit_of[at]][labels[at]] += 1
             entries = list(counted)
         return cls(unit_of, entries, noun, are_documents, groups is not None)
 
-    def held_out(self, fraction: float | None, rule: SplitRule) -> tuple[np.ndarray[Any, Any], int]:
+    def held_out(self, fraction: float | None) -> tuple[np.ndarray[Any, Any], int]:
         """Return whether each record is held out, shape (records,), and the number of strata."""
         sizes = Counter[Hashable]()
         for entry in self.entries:
@@ -221,7 +196,7 @@ class _Rows:
         for entry in entries:
             strata.update(entry)
         total = strata.total()
-        count = min(total - 1, max(1, _count(total, fraction, rule.least_rows)))
+        count = min(total - 1, max(1, _count(total, fraction, LEAST_ROWS)))
         wanted = _apportioned(strata, count)
         return np.isin(self.unit_of, _closest(entries, wanted, strata)), len(strata)
 
@@ -335,10 +310,10 @@ _FARTHEST = 1 << 16
 """Maximum distance of a cut from the wanted position, in characters."""
 
 
-def _cut(everything: AnyRecords, fraction: float | None, rule: SplitRule) -> Split:
+def _cut(everything: AnyRecords, fraction: float | None) -> Split:
     """Hold out the end of a single document, which may occur several times."""
     document = everything[0] if len(everything) else None
-    if not rule.cuts_documents or not isinstance(document, Document):
+    if not isinstance(document, Document):
         return _nothing(everything, "the data is a single document")
     size = sum(map(len, document.pieces()))
     count = _count(size, fraction, LEAST_CHARACTERS)
@@ -353,7 +328,7 @@ def _cut(everything: AnyRecords, fraction: float | None, rule: SplitRule) -> Spl
         f"The last {size - at:,} of {size:,} characters of the document are held out for evaluation; pass "
         "--eval-data to evaluate on other data."
     )
-    return Split(train, held_out, note, rule=rule.name)
+    return Split(train, held_out, note, rule=STRATIFIED)
 
 
 def _border(document: Document, wanted: int, distance: int) -> int | None:

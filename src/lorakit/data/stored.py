@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
-from lorakit.data.records import Document, Record, Records, content_key, keys_of
+from lorakit.data.records import Document, ReadOnAccess, Record, Records, content_key, keys_of
 from lorakit.data.shapes import Layout, common_layout
 from lorakit.data.sources import CHANGED, CheckedFile, Content, Place, file_error
 from lorakit.durable import JsonObject
@@ -145,7 +145,7 @@ class DataFile:
         return self.content.label, digest.hexdigest()
 
 
-class StoredRecords(Sequence[Record]):
+class StoredRecords(ReadOnAccess[Record]):
     """A sequence of all or some of the records in a list of files; each access rereads the record from its file.
 
     `chosen` are the ascending positions of the selected records within the records of all files combined; None selects
@@ -163,15 +163,6 @@ class StoredRecords(Sequence[Record]):
     def __len__(self) -> int:
         return len(self._all())
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        chosen = self._all()
-        sized = self._read(chosen[index] if isinstance(index, slice) else [chosen[index]])
-        return [record for record, _ in sized] if isinstance(index, slice) else next(sized)[0]
-
     def __iter__(self) -> Iterator[Record]:
         return (record for record, _ in self.sized())
 
@@ -181,7 +172,7 @@ class StoredRecords(Sequence[Record]):
 
     def sized(self) -> Iterator[tuple[Record, int]]:
         """Yield the records, each with its size on disk in bytes; a DataError if a file has changed."""
-        return self._read(self._all())
+        return self._sized(self._all())
 
     def some(self, positions: Iterable[int], notes: Iterable[str] = ()) -> StoredRecords:
         """Return the records at the given positions, which are in ascending order."""
@@ -230,7 +221,11 @@ class StoredRecords(Sequence[Record]):
         number = bisect_right(self._begins, position) - 1
         return number, position - self._begins[number]
 
-    def _read(self, positions: Iterable[int]) -> Iterator[tuple[Record, int]]:
+    def _read(self, indexes: Iterable[int]) -> Iterator[Record]:
+        chosen = self._all()
+        return (record for record, _ in self._sized(chosen[at] for at in indexes))
+
+    def _sized(self, positions: Iterable[int]) -> Iterator[tuple[Record, int]]:
         targets = map(self._place, positions)
         for number, group in itertools.groupby(targets, key=lambda target: target[0]):
             yield from self._files[number].records(index for _, index in group)

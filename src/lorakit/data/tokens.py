@@ -33,9 +33,6 @@ class Tokenizer(Protocol):
     def get_vocab(self) -> dict[str, int]:
         """Return a dict from each token to its id."""
 
-    def get_added_vocab(self) -> dict[str, int]:
-        """Return a dict from each special or added token to its id."""
-
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
         """Return the text of each token as the vocabulary has it."""
 

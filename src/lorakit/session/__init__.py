@@ -7,7 +7,7 @@ from lorakit.session.comparing import compare
 from lorakit.session.measuring import Evaluation
 from lorakit.session.prompts import Answer, Remark
 from lorakit.session.session import Session, open_session
-from lorakit.session.spec import SessionOptions, SessionSpec, session_spec, task_of_base
+from lorakit.session.spec import SessionOptions, SessionSpec, session_spec
 
 __all__ = [
     "Answer",
@@ -21,6 +21,5 @@ __all__ = [
     "compare",
     "open_session",
     "session_spec",
-    "task_of_base",
     "to_predict",
 ]

@@ -23,7 +23,7 @@ from lorakit.plan.quantized import Quantization
 from lorakit.session.base_matmul import unsupported
 from lorakit.session.prompts import Remark
 from lorakit.session.tokenizers import SavedTokenizer, tokenizer_for
-from lorakit.tasks import CAUSAL_LM, TASKS, Target, TaskOnData, load_model_for, task_of_adapter, task_of_model
+from lorakit.tasks import TaskOnData, load_model_for, task_of_adapter, task_of_model
 
 
 def recorded_base(folder: Path, config: LoraConfig, facts: Mapping[str, Any]) -> str:
@@ -264,22 +264,10 @@ def session_spec(
         source = resolve_base(given or _base_of(files, options.revision), given, names, say)
     if files:
         return SessionSpec(source, adapters, [one.sidecar.facts for one in files], task_of(files), options)
-    own = task if isinstance(task, TaskOnData) else task_of_base(task, source)
+    own = task if isinstance(task, TaskOnData) else task_of_model(task, source)
     record = Path(source.path_or_id) / MERGED_FILE
     merged = read_json(record, MOST_MERGED_BYTES) if source.kind == "directory" and record.is_file() else None
     return SessionSpec(source, {}, [merged] if isinstance(merged, dict) else [], own, options)
-
-
-def task_of_base(name: str | None, source: hub.ModelSource) -> TaskOnData:
-    """Return the named task of a model without adapters, or that of the model's own head.
-
-    Raises:
-        UsageError: The model neither continues text nor predicts rows.
-    """
-    task = TASKS[name] if name is not None else None
-    if task is CAUSAL_LM or (task is None and hub.ModelFacts.of(source).loader == CAUSAL_LM.loader):
-        return TaskOnData(CAUSAL_LM, Target())
-    return task_of_model(name, source)
 
 
 def _base_of(adapters: Sequence[AdapterFiles], revision: str | None) -> str:

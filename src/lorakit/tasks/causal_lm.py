@@ -91,8 +91,8 @@ def row_losses(model: nn.Module, batch: Batch, device: str | torch.device) -> Te
 
     handles = [head.register_forward_pre_hook(shorten), head.register_forward_hook(keep)]
     try:
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        output = model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)
+        inputs, _ = _inputs(batch, device, None)
+        output = model(**inputs)
     finally:
         for handle in handles:
             handle.remove()

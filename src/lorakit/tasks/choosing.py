@@ -187,20 +187,21 @@ def task_of_adapter(config: LoraConfig, training: JsonValue, outputs: int | None
 
 
 def task_of_model(name: str | None, source: hub.ModelSource) -> TaskOnData:
-    """Return the task of a model that has its own head, such as a merged model; by name, or as in its config.
+    """Return the named task of a model without adapters, or that of the model's own head, as in its config.
 
     Raises:
-        UsageError: The model has no task that predicts rows.
+        UsageError: The model neither continues text nor predicts rows.
         ModelError: The model's config cannot be read.
     """
+    if name == CAUSAL_LM.name:  # reads no file
+        return TaskOnData(CAUSAL_LM, Target())
     facts = hub.ModelFacts.of(source)
     chosen = TASKS.get(name or "") or next((task for task in TASKS.values() if task.loader == facts.loader), None)
-    if chosen is None or chosen.predict is None:
-        text = (
-            f"{source.given}: this model does not predict rows; pass the adapter that does as --adapter, or use "
-            "`lorakit generate` for a causal language model."
-        )
+    if chosen is None:
+        text = f"{source.given}: this model has no head that predicts rows; pass the adapter that does as --adapter."
         raise UsageError(text, what=facts.family, field="adapter")
+    if chosen is CAUSAL_LM:
+        return TaskOnData(CAUSAL_LM, Target())
     if not chosen.has_head:
         return on_model(TaskOnData(chosen, Target("pairs" if chosen is EMBEDDING else "none")), source)
     return TaskOnData(chosen, _own_head(chosen, replace(facts, loader=chosen.loader)))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import collections.abc
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import overload
 
 from lorakit.data import Report
 from lorakit.data.encoding import Sequence
+from lorakit.data.records import ReadOnAccess
 from lorakit.data.token_cache import Buffers, Form
 from lorakit.tables import format_count, format_percent
 
@@ -86,7 +85,7 @@ class RowReport(Report):
 _IDS, _SCORES, _ENDS = "i", "d", "q"
 
 
-class StoredRows(collections.abc.Sequence[Sequence]):
+class StoredRows(ReadOnAccess[Sequence]):
     """Rows in flat buffers; a `Sequence` is created when a row is read.
 
     Args:
@@ -120,21 +119,15 @@ class StoredRows(collections.abc.Sequence[Sequence]):
     def __len__(self) -> int:
         return len(self.buffers["ids_ends"])
 
-    @overload
-    def __getitem__(self, index: int) -> Sequence: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sequence]: ...
-    def __getitem__(self, index: int | slice) -> Sequence | list[Sequence]:
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        at = range(len(self))[index]
-        others = range(*self._span("others_rows", at))
-        return Sequence(
-            self._part("ids", at),
-            self._part("labels", at),
-            tuple(self._part("others", number) for number in others),
-            self._part("types", at) or None,
-        )
+    def _read(self, indexes: Iterable[int]) -> Iterator[Sequence]:
+        for at in indexes:
+            others = range(*self._span("others_rows", at))
+            yield Sequence(
+                self._part("ids", at),
+                self._part("labels", at),
+                tuple(self._part("others", number) for number in others),
+                self._part("types", at) or None,
+            )
 
     def _span(self, name: str, at: int) -> tuple[int, int]:
         ends = self.buffers[name]

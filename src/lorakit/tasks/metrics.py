@@ -164,11 +164,9 @@ def class_metrics(
     row; and "f1/NAME" for these classes.
     """
     guess, truth = np.asarray(predicted), np.asarray(actual)
-    scores = {}
-    for number, name in enumerate(names):
-        hits, predictions, meant = guess == number, int((guess == number).sum()), int((truth == number).sum())
-        if predictions or meant:
-            scores[f"f1/{name}"] = f1(int((hits & (truth == number)).sum()), predictions, meant)
+    parts = (guess[guess == truth], guess, truth)
+    counts = zip(*(np.bincount(part, minlength=len(names)).tolist() for part in parts), strict=True)
+    scores = {f"f1/{name}": f1(*each) for name, each in zip(names, counts, strict=True) if any(each)}
     return {
         "accuracy": float((guess == truth).mean()),
         BASELINES["accuracy"]: majority(truth.tolist()),

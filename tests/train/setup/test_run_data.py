@@ -58,9 +58,10 @@ def test_a_resumed_run_keeps_the_rule_of_its_split(tmp_path: Path) -> None:
     first = read_data(settings)
     assert (len(first.held_out), first.rule) == (12, "stratified")
     assert held({"resolved": {"split": first.rule}}) == [row.line for row in first.held_out]
-    assert len(held({"resolved": {}})) == 3  # made before rules were recorded
-    with pytest.raises(DataError):
-        held({"resolved": {"split": "of a later version"}})
+    assert held({"resolved": {"split": None}}) == held({}) == held(None)  # no row was held out by a rule
+    for resolved in ({"split": "of a later version"}, {"base": "of a preview, which named no rule"}):
+        with pytest.raises(DataError):
+            held({"resolved": resolved})
 
 
 def test_the_end_of_one_document_is_evaluated_and_no_token_of_it_is_trained(

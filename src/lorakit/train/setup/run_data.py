@@ -84,9 +84,10 @@ def read_data(
         )
     if record is None and settings.streaming == "auto" and data.streamable_bytes(settings.data) > STREAMED_BYTES:
         say("The training data is checked and tokenized as a whole; with --max-steps, it is read while training.")
-    name = data.STRATIFIED.name if record is None else (record.get("resolved") or {}).get("split")
-    chosen = settings.data, settings.eval_data, settings.eval_fraction, settings.seed, request
-    return data.read_split(*chosen, data.rule_named(name))
+    resolved = (record or {}).get("resolved")
+    if resolved and settings.eval_data is None:  # runs of previews named no rule
+        data.check_rule(resolved.get("split", "hashed"))
+    return data.read_split(settings.data, settings.eval_data, settings.eval_fraction, settings.seed, request)
 
 
 def is_streamed(settings: TrainSettings, record: Mapping[str, Any] | None) -> bool:
