@@ -208,6 +208,12 @@ class DataError(LorakitError, ValueError):
 
     code = "LORA-E080"
 
+    @classmethod
+    def missing(cls, path: Path) -> DataError:
+        """Return an error about a data file that does not exist, with a similar name."""
+        hub = f" For a data set on the Hub, write hf:{path}." if not path.suffix and len(path.parts) == 2 else ""
+        return cls(f"{path}: data file not found.{similar_path(path)}{hub}", where=path, field="data")
+
 
 class RunError(LorakitError, RuntimeError):
     """A run directory or checkpoint cannot be used, or a run cannot continue."""

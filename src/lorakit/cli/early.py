@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lorakit.errors import ConfigError, ModelError, UsageError, similar_path
+from lorakit.errors import ConfigError, DataError, ModelError, UsageError, similar_path
 from lorakit.hub_cache import adapter_from_hub, find_adapter, is_on_hub, with_revision
 from lorakit.machine import DEVICE_FORM, is_device_name
 
@@ -52,9 +52,7 @@ def check_data(names: Iterable[str]) -> None:
     """
     for name in names:
         if not Path(name).exists() and not name.startswith("hf:") and not glob.has_magic(name):
-            from lorakit.data.sources import missing_file
-
-            raise missing_file(Path(name))
+            raise DataError.missing(Path(name))
 
 
 def adapter_folders(given: Sequence[str]) -> dict[str, str]:

@@ -31,7 +31,6 @@ from lorakit.data.sources import (
     check_kind,
     expand,
     file_error,
-    missing_file,
     unreadable,
 )
 from lorakit.data.splitting import Split, split
@@ -106,7 +105,7 @@ def open_source(source: Path | HubSource, request: Request, *, whole: bool) -> C
         with source.open("rb") as file:
             return open_text(source, file, request, whole=whole)
     except FileNotFoundError:
-        raise missing_file(source) from None
+        raise DataError.missing(source) from None
     except OSError as cause:
         raise unreadable(source, cause) from cause
 

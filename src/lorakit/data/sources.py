@@ -20,7 +20,7 @@ from typing import IO, ClassVar, Protocol, TypeAlias
 from lorakit.data.messages import BadRow
 from lorakit.data.records import Document
 from lorakit.durable import JsonValue, sha256_rest
-from lorakit.errors import ConfigError, DataError, similar_path
+from lorakit.errors import ConfigError, DataError
 from lorakit.file_hashes import FileStatus
 
 TEXT = (".txt", ".md")
@@ -181,12 +181,6 @@ class Content(Protocol):
 def file_error(path: Path, problem: str) -> DataError:
     """Return an error about a data file; `problem` says what is wrong and what to do about it."""
     return DataError(f"{path}: {problem}", where=path)
-
-
-def missing_file(path: Path) -> DataError:
-    """Return an error about a data file that does not exist, with a similar name."""
-    hub = f" For a data set on the Hub, write {HUB}{path}." if not path.suffix and len(path.parts) == 2 else ""
-    return DataError(f"{path}: data file not found.{similar_path(path)}{hub}", where=path, field="data")
 
 
 def unreadable(path: Path, cause: OSError) -> DataError:
