@@ -30,6 +30,7 @@ from lorakit.ops import (
     mlp,
     norm,
     rotary,
+    segments,
 )
 from lorakit.ops import reference as references
 from lorakit.ops.adapted import Adapted, LowRank
@@ -179,6 +180,20 @@ def a_loss(**words: Any) -> Case:
     )
 
 
+def segments_by(method: Any) -> Case:
+    index, scales = torch.tensor([1, -1, 0, 1]), torch.tensor([0.5, 2.0], dtype=D)
+    given = (
+        normal(4, 3, 5, trained=True),
+        normal(2, 2, 5, seed=1, trained=True),
+        normal(2, 6, 2, seed=2, trained=True),
+    )
+    return Case(
+        lambda x, A, B: segments.segmented(x, A, B, scales, index, method=method),
+        lambda x, A, B: references.segments(x, A, B, scales, index),
+        given,
+    )
+
+
 def a_grouping(*, in_first: bool) -> Case:
     sizes = (3, 5, 6) if in_first else (3, 6, 5)
     frozen, counts = grouped_linear.GroupedLinear(normal(*sizes), normal(3, 6, seed=1), in_first), (2, 0, 3)
@@ -225,6 +240,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "cross-entropy": a_loss,
     "cross-entropy: chunks, scale": lambda: a_loss(chunk=2, bias=normal(9, seed=5), scale=0.25),
     "cross-entropy: soft-cap": lambda: a_loss(softcap=1.5),
+    **{f"segments: {method}": lambda method=method: segments_by(method) for method in ("masked", "rows", "sorted")},
 }
 
 
@@ -363,7 +379,7 @@ def test_every_operation_with_a_reference_has_a_row() -> None:
         path for path in Path(lorakit.ops.__file__).parent.glob("*.py") if path.stem not in ("reference", "autograd")
     ]
     names = {path.stem for path in paths if "(torch.autograd.Function)" in path.read_text()}
-    assert len(names) >= 8
+    assert len(names) >= 9
     for name in names | {"activation"}:
         assert listed_as.get(name, name) in known, name
         assert hasattr(references, "ACTIVATIONS" if name == "activation" else name), name

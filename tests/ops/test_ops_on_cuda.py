@@ -257,13 +257,14 @@ def test_weights_that_drop(target: Place) -> None:
 
 
 @pytest.mark.parametrize("method", ["masked", "rows", "sorted"])
-def test_segments(target: Place, method: Any) -> None:
-    x, A, B = target(6, 3, D), target(3, 4, D), target(3, 4, F).transpose(1, 2)
-    index = torch.tensor([2, 0, 0, -1, 1, 2])
-    y = x.new_zeros(6, 3, F)
-    segments.Segments(A, B, segments.Routed(index.to(target.device), 3), method).add(x, y)
-    truth = references.segments(*(in_double(t) for t in (x, A, B)), index)
-    target.close(y, truth)
+def test_segmented(target: Place, method: Any) -> None:
+    x = target(6, 3, D).requires_grad_()
+    A, B = target(3, 4, D).requires_grad_(), target(3, F, 4).requires_grad_()
+    scales, index = torch.tensor([0.5, 1.0, 2.0], device=target.device), torch.tensor([2, 0, 0, -1, 1, 2])
+    y = segments.segmented(x, A, B, scales, index.to(target.device), method=method)
+    doubles = [in_double(t) for t in (x, A, B)]
+    truth = references.segments(*doubles, scales.double(), index)
+    compare(target, [y], [truth], [x, A, B], doubles)
 
 
 # ---- whole models

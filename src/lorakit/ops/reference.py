@@ -120,14 +120,15 @@ def _split(counts: Sequence[int], *tensors: Tensor | None) -> Iterator[tuple[Any
     return zip(*parts, strict=True)
 
 
-def segments(x: Tensor, A: Tensor, B: Tensor, index: Tensor) -> Tensor:
-    """Compute what `Segments.add` adds, one row at a time: x (rows, …, in) -> (rows, …, out)."""
+def segments(x: Tensor, A: Tensor, B: Tensor, scales: Tensor | None, index: Tensor) -> Tensor:
+    """Compute `segmented` one row at a time: x (rows, …, in) -> (rows, …, out)."""
     rows = []
     for row, k in zip(x, index.tolist(), strict=True):
         if k < 0:
             rows.append(row.new_zeros(*row.shape[:-1], B.shape[1]))
         else:
-            rows.append(F.linear(F.linear(row, A[k].to(x.dtype)), B[k].to(x.dtype)))
+            h = F.linear(row, A[k].to(x.dtype)) * (1.0 if scales is None else float(scales[k]))
+            rows.append(F.linear(h, B[k].to(x.dtype)))
     return torch.stack(rows)
 
 

@@ -120,8 +120,8 @@ class Stack:
     def made_ready(self, route: Route, x: Tensor) -> Segments | PerRowLora:
         """Prepare the matmuls for inputs of the same shape as x (rows, …, in), cache them and return them."""
         rows = route.routed(self.names, x.device, len(x))
-        own = compiled_method(self.A, self.B, rows, x) if are_few(x, rows) else None
-        matmuls = self.ready[x.shape] = own or Segments(self.A, self.B, rows, self._method(x, rows))
+        own = compiled_method(self.A, self.B, None, rows, x) if are_few(x, rows) else None
+        matmuls = self.ready[x.shape] = own or Segments(self.A, self.B, None, rows, self._method(x, rows), x.dtype)
         return matmuls
 
     def _method(self, x: Tensor, rows: Routed) -> Method:
@@ -186,7 +186,7 @@ def _again(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor |
         return None
     y = _own(layer, y0)
     for each in products:
-        each.add(x, y)  # type: ignore[union-attr]
+        each.forward(x, y)  # type: ignore[union-attr]
     return y
 
 
@@ -217,7 +217,7 @@ def add_stacked(layer: StoredWeight, segments: OfRows, route: Route, x: Tensor, 
     y = _own(layer, y0)
     with without_autocast(x):
         for stack in stacked.stacks:
-            (stack.ready.get(x.shape) or stack.made_ready(route, x)).add(x, y)
+            (stack.ready.get(x.shape) or stack.made_ready(route, x)).forward(x, y)
     return y, [segment for segment in segments if segment[0] in stacked.rest] if stacked.rest else ()
 
 
