@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, apply_rotary_pos_emb
 
+from lorakit.identity import source
 from lorakit.identity.source import source_of
 
 PLAIN = """
@@ -96,6 +97,18 @@ def test_constants_that_compare_equal_are_told_apart() -> None:
     function = made(PLAIN)
     code = function.__code__
     function.__code__ = code.replace(co_consts=tuple(True if one == 1 else one for one in code.co_consts))
+    assert source_of(function) is None
+
+
+def test_a_function_whose_lines_another_has_now_is_rejected() -> None:
+    """A file that was edited after its import: the function is still in it, but not where the live one was."""
+    other = "class Other:\n    def f(self, x):\n        return x\n\n"
+    text = "class One:\n    def f(self, x):\n        return x + 1\n\n"
+    function = made(text, "One").f
+    assert source_of(function) is not None
+    file = function.__code__.co_filename
+    linecache.cache[file] = (1, None, (other + text).splitlines(keepends=True), file)
+    source._source.cache_clear()
     assert source_of(function) is None
 
 

@@ -70,7 +70,8 @@ def _source(code: CodeType, file: str) -> Source | None:
         return None
     if len(tree.body) != 1 or not isinstance(tree.body[0], Definition):
         return None  # for example a lambda
-    is_live = any(_is_same_code(one, code) for one in _codes(compiled, code.co_name))
+    codes = [one for one in _codes(compiled, code.co_name) if one.co_firstlineno == code.co_firstlineno]
+    is_live = any(_is_same_code(one, code) for one in codes)
     return Source(hash_of(tree.body[0]), *_names(tree.body[0])) if is_live else None
 
 
