@@ -48,6 +48,22 @@ def test_a_config_gives_the_shape_of_the_catalogue(tmp_path: Path, name: str) ->
     assert sum(part.parameters for part in (*shape.sites, *shape.others)) == shape.parameters
 
 
+def test_values_that_differ_between_layers_are_those_of_the_first(tmp_path: Path) -> None:
+    import transformers
+
+    if not hasattr(transformers, "Gemma4TextConfig"):
+        pytest.skip("transformers without Gemma 4")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 32}
+    tables = {"vocab_size": 64, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8}
+    config = transformers.Gemma4TextConfig(hidden_size=32, num_hidden_layers=6, intermediate_size=48, **heads, **tables)
+    config.architectures = ["Gemma4ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    shape = shape_of(tmp_path / "config.json")
+    assert (shape.heads, shape.kv_heads, shape.head_dim) == (4, 2, 16)
+    widths = [site.out_features for site in shape.sites if site.path.endswith("q_proj")]
+    assert set(widths) == {4 * 16, 4 * 32} and widths[0] == 4 * 16
+
+
 def _sizes(known: Any) -> dict[str, Any]:
     if known.architecture == "GPT2LMHeadModel":
         return {}

@@ -299,6 +299,15 @@ def test_attention_is_asked_about_up_to_the_longest_row(model: nn.Module) -> Non
     assert asked == dict.fromkeys(names, (0, (1,)))
     assert [(q.default, q.others) for q in attention_tasks(model, 2048)][-1] == (1, (0,))
 
+    class OfLayers:
+        per_layer_config = (Config(),)
+
+        def __getattr__(self, name: str) -> object:
+            raise RuntimeError(f"{name} differs between layers")
+
+    model.config = OfLayers()  # type: ignore[assignment]
+    assert {q.name for q in attention_tasks(model, 1500)} == set(names)
+
 
 def test_what_is_timed_computes(model: nn.Module) -> None:
     """The scratch operands of each task run through the methods that it compares; no random values are drawn."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import prod
+from typing import Any
 
 from lorakit.architectures.families import BERT_BLOCK, GPT2_BLOCK, PRE_NORM
 from lorakit.architectures.layouts import SHARED, Block, block_of
@@ -329,6 +330,14 @@ def shape_from(
         containers=tuple(sorted(parents.difference(owners))),
         **{one.name: getattr(sizes, one.name) for one in fields(Sizes)},
     )
+
+
+def config_value(config: Any, name: str) -> Any:
+    """Return a value of a model's config, that of the first layer if layers differ; None if there is none."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers does not give a value that differs between layers, as in Gemma 4
+        return getattr(config.per_layer_config[0], name, None)
 
 
 LISTS = ("layers", "layer", "h")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lorakit.architectures.families import TUPLE_ROUTERS
-from lorakit.architectures.shapes import ModelShape, PlainShape, SiteShape
+from lorakit.architectures.shapes import ModelShape, PlainShape, SiteShape, config_value
 from lorakit.choices import CONV1D, EMBEDDING, LINEAR
 from lorakit.config import HEADS_BY_TASK, TaskType
 from lorakit.durable import JsonObject, JsonValue
@@ -236,7 +236,7 @@ def _dotted(part: nn.Module) -> str:
 
 def _numbers(config: PreTrainedConfig, fields: Iterable[str]) -> list[int | float]:
     """Return the numeric values among the given config fields, in the order of the fields."""
-    values = (getattr(config, field, None) for field in fields)
+    values = (config_value(config, field) for field in fields)
     return [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit import durable
+from lorakit.architectures.shapes import config_value
 from lorakit.caches import AUTOTUNING, versions
 from lorakit.errors import AdapterFileError, DiskError
 from lorakit.machine import Machine, library_variables, this_machine
@@ -235,12 +236,12 @@ def matmul_tasks(model: nn.Module, tokens: int) -> Iterator[TuningTask]:
 def attention_tasks(model: nn.Module, longest: int) -> Iterator[TuningTask]:
     """Yield tasks for a model's causal attention over sequences of up to `longest` tokens."""
     config = getattr(model, "config", None)
-    heads = getattr(config, "num_attention_heads", None)
+    heads = config_value(config, "num_attention_heads")
     dtype = next((W.dtype for W in _weights(model)), None)
     if config is None or not isinstance(heads, int) or dtype is None:
         return
-    shared = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shared = config_value(config, "num_key_value_heads") or heads
+    width = config_value(config, "head_dim") or config.hidden_size // heads
     for length in choices.LENGTHS:
         sizes = (max(1, AT_ONCE // length), heads, length, width)
         default = int(length >= attention.FLASH_FROM)
