@@ -14,9 +14,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lorakit
-from lorakit.durable import TEMPORARY, JsonValue, sha256_bytes
+from lorakit.durable import TEMPORARY, JsonObject, JsonValue, is_sealed, read_json, sealed, sha256_bytes, write_json
+from lorakit.errors import AdapterFileError, DiskError
 from lorakit.machine import cache_directory
 
 PACKAGES = (
@@ -59,6 +61,23 @@ class Cache:
             raise TypeError(f"{self.place}: expected the inputs {sorted(self.inputs)}, got {sorted(values)}")
         return sha256_bytes(json.dumps([self.place, self.format, values], sort_keys=True).encode())
 
+    def read(self, path: Path | None = None, most_bytes: int = 16 << 20) -> JsonObject:
+        """Return the values in the cache's file, or in another; {} if it is missing, damaged or of another format."""
+        try:
+            content = read_json(self.path() if path is None else path, most_bytes)
+        except (AdapterFileError, DiskError, OSError):
+            return {}
+        is_whole = isinstance(content, dict) and is_sealed(content) and content.get("format") == self.format
+        return content if is_whole else {}
+
+    def write(self, values: Mapping[str, Any], path: Path | None = None) -> str:
+        """Write values to the cache's file, or to another; return why they could not be written, or ""."""
+        try:
+            write_json(self.path() if path is None else path, sealed({"format": self.format, **values}))
+        except (DiskError, OSError) as cause:
+            return str(cause).removesuffix(".")
+        return ""
+
 
 _START = (
     *("weights", "new_tensors", "config", "model_class", "attention", "adapter", "task", "rows"),
@@ -74,7 +93,7 @@ EVALUATIONS = Cache("scores", 4, (*_START, "accelerated", "int8_scales", "packed
 INT8 = Cache("int8", 3, (*_START, "batch_tokens"))
 """Calibrations of int8 bases; see `lorakit.train.setup.run_int8`."""
 
-AUTOTUNING = Cache("choices.json", 2, ("processor", "instructions", "threads", "kernels", "versions"))
+AUTOTUNING = Cache("choices.json", 3, ("processor", "instructions", "threads", "kernels", "versions"))
 """Fastest kernels by shape, in one entry per machine; see `lorakit.speed.tuning`."""
 
 FILE_HASHES = Cache("weight_files.json", 3, ("path", "device", "inode", "size", "mtime_ns", "ctime_ns"))

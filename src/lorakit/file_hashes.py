@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lorakit.caches import FILE_HASHES
-from lorakit.durable import JsonObject, is_sealed, read_json, sealed, sha256_file, write_json
-from lorakit.errors import AdapterFileError, DiskError
+from lorakit.durable import sha256_file
 
 MOST_KEPT = 512
 """Maximum number of kept hashes; the oldest are removed."""
@@ -101,17 +100,9 @@ def _key(path: Path, status: FileStatus) -> str:
 
 def _kept() -> dict[str, str]:
     """Return the kept hashes by key, oldest first; empty if there is no cache file, or a damaged one."""
-    try:
-        content = read_json(FILE_HASHES.path(), 16 << 20)
-    except (AdapterFileError, DiskError, OSError):
-        return {}
-    is_whole = isinstance(content, dict) and is_sealed(content) and content["format"] == FILE_HASHES.format
-    return {entry["key"]: entry["sha256"] for entry in content["files"]} if is_whole else {}
+    return {entry["key"]: entry["sha256"] for entry in FILE_HASHES.read().get("files", ())}
 
 
 def _keep(kept: dict[str, str]) -> None:
-    newest: list[JsonObject] = [{"key": key, "sha256": value} for key, value in kept.items()]
-    try:
-        write_json(FILE_HASHES.path(), sealed({"format": FILE_HASHES.format, "files": newest[-MOST_KEPT:]}))
-    except (DiskError, OSError):
-        return  # the files will be hashed again next time
+    newest = [{"key": key, "sha256": value} for key, value in kept.items()]
+    FILE_HASHES.write({"files": newest[-MOST_KEPT:]})  # if it fails, the files are hashed again next time

@@ -142,7 +142,7 @@ def test_the_time_it_takes_is_bounded(
 
 @pytest.mark.parametrize(
     "content",
-    ["", "no json", "[]", '{"format": 1, "machines": {}}', '{"format": 2, "machines": 3}', "\x00" * 9, "{" * 3000],
+    ["", "no json", "[]", '{"format": 1, "machines": {}}', '{"format": 3, "machines": 3}', "\x00" * 9, "{" * 3000],
 )
 def test_a_damaged_file_costs_a_measurement(model: nn.Module, slices_win: Clock, tmp_path: Path, content: str) -> None:
     (tmp_path / AUTOTUNING.place).write_text(content)
@@ -159,7 +159,7 @@ def test_a_way_that_is_none_is_measured_again(model: nn.Module, slices_win: Cloc
     content = json.loads(path.read_text())
     (answers,) = content["machines"].values()
     answers.update(dict.fromkeys(answers, method))
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(durable.sealed(content)))
     found = choose(model, 1000, 0, folder=tmp_path, clock=slices_win)
     assert (found.measured, len(found.choices)) == (4, 2)
 

@@ -22,10 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit import durable
 from lorakit.architectures.shapes import config_value
 from lorakit.caches import AUTOTUNING, versions
-from lorakit.errors import AdapterFileError, DiskError
 from lorakit.machine import Machine, library_variables, this_machine
 from lorakit.ops import attention, choices
 from lorakit.ops.attention_pattern import Method, Pattern
@@ -37,22 +35,14 @@ from lorakit.tables import format_count, format_seconds
 
 def read(folder: Path | None = None) -> dict[str, int]:
     """Read the results, shape name -> fastest method, for this machine, thread count and torch version."""
-    try:
-        return _of_machine(_machines(_path(folder)))
-    except DiskError:
-        return {}
+    return _of_machine(_machines(folder))
 
 
 def save(results: Mapping[str, int], folder: Path | None = None) -> str:
     """Add results to the cache file; return why they could not be saved, or ""."""
-    try:
-        path = _path(folder)
-        machines = _machines(path)
-        machines[machine()] = {**_of_machine(machines), **results}
-        durable.write_json(path, {"format": AUTOTUNING.format, "machines": machines})
-    except DiskError as cause:
-        return str(cause).removesuffix(".")
-    return ""
+    machines = _machines(folder)
+    machines[machine()] = {**_of_machine(machines), **results}
+    return AUTOTUNING.write({"machines": machines}, _path(folder))
 
 
 def machine() -> str:
@@ -68,18 +58,12 @@ def machine() -> str:
     )
 
 
-def _path(folder: Path | None) -> Path:
-    return AUTOTUNING.path() if folder is None else folder / AUTOTUNING.place
+def _path(folder: Path | None) -> Path | None:
+    return None if folder is None else folder / AUTOTUNING.place
 
 
-def _machines(path: Path) -> dict[str, Any]:
-    try:
-        content = durable.read_json(path)
-    except AdapterFileError:
-        return {}
-    known = isinstance(content, dict) and content.get("format") == AUTOTUNING.format
-    machines = content.get("machines") if known else None
-    return machines if isinstance(machines, dict) else {}
+def _machines(folder: Path | None) -> dict[str, Any]:
+    return dict(AUTOTUNING.read(_path(folder)).get("machines", {}))
 
 
 def _of_machine(machines: Mapping[str, Any]) -> dict[str, int]:

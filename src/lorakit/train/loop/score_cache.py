@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from lorakit.caches import EVALUATIONS, Cache, code
 from lorakit.core import weight_file_inputs
 from lorakit.data import Batch
-from lorakit.durable import is_sealed, read_json, sealed, write_json
-from lorakit.errors import AdapterFileError, DiskError
+from lorakit.errors import DiskError
 from lorakit.ops import choices
 from lorakit.session.measuring import Evaluation
 from lorakit.speed import tuning
@@ -121,24 +120,23 @@ def start_key(
 def read_kept(cache: Cache, key: str) -> dict[str, Any] | None:
     """Return the contents of the file that was kept under a key, or None if it is missing or damaged."""
     try:
-        content = read_json(cache.path() / f"{key}.json", _MAX_KEPT_BYTES)
-    except (AdapterFileError, DiskError, OSError):
+        content = cache.read(cache.path() / f"{key}.json", _MAX_KEPT_BYTES)
+    except DiskError:  # no home directory
         return None
-    is_whole = isinstance(content, dict) and is_sealed(content)
-    return content if is_whole and (content.get("format"), content.get("key")) == (cache.format, key) else None
+    return content if content.get("key") == key else None
 
 
 def write_kept(cache: Cache, key: str, values: Mapping[str, Any], most: int) -> str:
     """Keep JSON values in a file, and at most this number of files; return why they could not be kept, or ""."""
     try:
         path = cache.path() / f"{key}.json"
-        write_json(path, sealed({"format": cache.format, "key": key, **values}))
-        files = sorted(path.parent.glob("*.json"), key=lambda one: one.stat().st_mtime_ns)
+        problem = cache.write({"key": key, **values}, path)
+        files = [] if problem else sorted(path.parent.glob("*.json"), key=lambda one: one.stat().st_mtime_ns)
         for old in files[:-most]:
             old.unlink(missing_ok=True)
     except (DiskError, OSError) as cause:
         return str(cause).removesuffix(".")
-    return ""
+    return problem
 
 
 def _add(digest: Any, name: str, tensor: Tensor) -> None:
