@@ -44,13 +44,11 @@ from lorakit.hub.quantizing import dequantize_files, quantization_metadata, requ
 from lorakit.hub.shapes import shape_for_task, shape_of, shape_of_module, skeleton
 from lorakit.hub.sources import ModelSource, base_named, check_upload, is_hub_id, push_folder, require, resolve
 from lorakit.hub.tokenizer_hashes import chat_template_hash, tokenizer_hash, tokenizer_settings
-from lorakit.hub_cache import TOKENIZER_FILES
 
 __all__ = [
     "EMBEDDING_LIST",
     "PACKAGED",
     "TASKS",
-    "TOKENIZER_FILES",
     "WITH_NEW_HEADS",
     "AddedTokens",
     "Calibration",

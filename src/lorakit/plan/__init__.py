@@ -3,33 +3,24 @@
 This package does not import torch, load models or measure speed. Shapes come from `catalogue` or `lorakit.hub`.
 """
 
-from lorakit.architectures.shapes import ModelShape, PlainShape, SiteShape
+from lorakit.architectures.shapes import ModelShape, SiteShape
 from lorakit.plan import catalogue
 from lorakit.plan.budget import bytes_of, with_job, within
-from lorakit.plan.choosing import ParallelPlan, choose_parallel
-from lorakit.plan.estimating import Method, Plan, estimate
-from lorakit.plan.flops import Flops
+from lorakit.plan.choosing import choose_parallel
+from lorakit.plan.estimating import Plan, estimate
 from lorakit.plan.job import MALLOC_SHARES, Job, Speed
-from lorakit.plan.memory import Line, Memory
+from lorakit.plan.memory import Memory
 from lorakit.plan.parallel import Cluster
-from lorakit.plan.params import Count, RankTable, SiteCount, count, rank_table
+from lorakit.plan.params import count, rank_table
 from lorakit.plan.text import details, render, render_parallel, summary
 
 __all__ = [
     "MALLOC_SHARES",
     "Cluster",
-    "Count",
-    "Flops",
     "Job",
-    "Line",
     "Memory",
-    "Method",
     "ModelShape",
-    "ParallelPlan",
-    "PlainShape",
     "Plan",
-    "RankTable",
-    "SiteCount",
     "SiteShape",
     "Speed",
     "bytes_of",
