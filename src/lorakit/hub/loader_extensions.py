@@ -282,11 +282,7 @@ class JoinTensors(ConversionOps):
         self.join = join
 
     def convert(
-        self,
-        input_dict: Mapping[str, list[Tensor]],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **_: Any,
+        self, input_dict: Mapping[str, list[Tensor]], source_patterns: list[str], target_patterns: list[str], **_: Any
     ) -> dict[str, Tensor]:
         """Return the joined tensor, keyed by the rule's only target pattern.
 

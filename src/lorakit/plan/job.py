@@ -180,11 +180,7 @@ class Speed:
 
 
 def recomputed(
-    recompute: str,
-    gradient_checkpointing: bool,
-    memory_budget: str | None,
-    accelerated: bool,
-    fit: str | None = None,
+    recompute: str, gradient_checkpointing: bool, memory_budget: str | None, accelerated: bool, fit: str | None = None
 ) -> str:
     """Return which of `RECOMPUTED` the backward pass recomputes, given all settings that affect it.
 

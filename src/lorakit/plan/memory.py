@@ -317,11 +317,7 @@ ENCODED_COPIES = 4
 TEXT_BYTES = 22_000_000
 """Text form of the tokenizer, with a vocabulary of about 50,000 tokens, while its hash is computed."""
 
-LOADING, CHECKING, WRITING = (
-    "the weights are loaded",
-    "the accelerated model is checked",
-    "a checkpoint is written",
-)
+LOADING, CHECKING, WRITING = ("the weights are loaded", "the accelerated model is checked", "a checkpoint is written")
 MEASURING = "the speed of the machine is measured"
 
 OUTSIDE = (LOADING, CHECKING, WRITING, MEASURING)
