@@ -248,7 +248,7 @@ class Package:
 
 
 def other_model(case: Package, patch: Patch) -> None:
-    other = dataclasses.replace(packaged.PACKAGED["smollm2"], positions=1)
+    other = dataclasses.replace(packaged.PACKAGED["smollm2"], needed_bytes=1)
     patch.setitem(packaged.PACKAGED, "smollm2", other)
 
 
