@@ -11,7 +11,7 @@ unchanged.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,6 @@ from lorakit.core.model.base_view import (
     base_tensors,
     float_dtype,
     quantized_weights,
-    trained_before_freezing,
     unfreeze_base,
 )
 from lorakit.core.model.index import AdapterIndex, trainable_block
@@ -34,9 +33,6 @@ from lorakit.core.model.replication import replication_of
 from lorakit.core.model.ties import leaders_of, untied_copies
 from lorakit.core.routing.positions import uninstall
 from lorakit.errors import AdapterError, MergeError
-
-Flags = list[tuple[LoraLayer | TrainableTokens, set[str]]]
-"""Adapted layers, each with the names of the base parameters that were trainable before adapters were attached."""
 
 
 @dataclass(frozen=True)
@@ -145,14 +141,14 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: 
     index = AdapterIndex.of(model)
     with trainable_block(index):
         options = MergeOptions(False, False, float_dtype(index) if dense else None)
-        flags = _trained_before(index)
+        sources = {layer: layer.source for _, layer in index.layers()}  # a dense merge replaces some of them
         report = _merge(index, names, untie, options)
-        _unload(index, report.names, flags)
+        _unload(index, report.names, sources)
     return report
 
 
-def _unload(index: AdapterIndex, merged: Sequence[str], flags: Flags) -> None:
-    """Replace every adapted module with a plain one, and restore the base's `requires_grad` flags."""
+def _unload(index: AdapterIndex, merged: Sequence[str], sources: Mapping[LoraLayer, nn.Module]) -> None:
+    """Replace every adapted module with a plain one, and restore the flags of the `sources` before the merge."""
     state = index.known_state()
     plain = {module: module.unload() for module in index.components.values()}
     for module, left in plain.items():
@@ -163,21 +159,10 @@ def _unload(index: AdapterIndex, merged: Sequence[str], flags: Flags) -> None:
         patch.unload()
     if state.waiting:
         uninstall(index.model)
-    unfreeze_base(index)
-    for module, names in flags:
-        for name, own in plain[module]._parameters.items():
-            if name in names and own is not None:
-                own.requires_grad_(True)
+    unfreeze_base(index, {source: plain[layer] for layer, source in sources.items()})
     replication = replication_of(index)
     if replication is not None:
         replication.untie()
-
-
-def _trained_before(index: AdapterIndex) -> Flags:
-    """Return every adapted layer with the names of its base parameters that were initially trainable."""
-    flags: Flags = [(layer, trained_before_freezing(layer.source)) for _, layer in index.layers()]
-    tables = index.every(TrainableTokens)
-    return flags + [(table, trained_before_freezing(table.original_module)) for _, table in tables]
 
 
 def names_to_merge(index: AdapterIndex, names: Sequence[str]) -> tuple[str, ...]:

@@ -202,10 +202,7 @@ class Calibration:
         if x.ndim == 2 and len(x) == self.mask.numel():
             return x[self.mask.flatten()]
         if self.needs_mask:
-            text = (
-                f"{target.path}: padding cannot be excluded from an input of shape {tuple(x.shape)}; pass batches "
-                "without padding."
-            )
+            text = f"{target.path}: the padding in an input {tuple(x.shape)} is unknown; pass batches without padding."
             raise NotYetSupported(text, what=tuple(x.shape), where=target.path, field="batches")
         return x
 

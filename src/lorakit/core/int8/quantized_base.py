@@ -79,10 +79,7 @@ class Int8Base:
     def restore(self) -> None:
         """Put the original modules back; raise a MergeError if they were not kept, or adapters changed the base."""
         if len(self.originals) != len(self.paths):
-            text = (
-                f"the original weights of {len(self.paths)} int8 modules were not kept; load the model again, or call "
-                "quantize_base with keep=True."
-            )
+            text = "the original weights were not kept (keep=True); load the model again."
             raise MergeError(text, what="not kept", field="keep")
         index = AdapterIndex.of(self.model)
         _check_unchanged(index)
@@ -207,10 +204,7 @@ def _checked_scales(group: Sequence[Target], kept: int, smoothing: float) -> tup
     for target in group:
         for what, tensor in (("input", target.absmax), ("weight", target.weight.abs().amax(0))):
             if not bool(torch.isfinite(tensor).all()):
-                text = (
-                    f"{target.path}: the {what} has NaN or infinite values, so the base cannot be quantized to int8. "
-                    "Nothing was changed; check the model and the calibration data."
-                )
+                text = f"{target.path}: the {what} has NaN or infinite values; check the model and the data."
                 raise NonFiniteError(text, what=what, where=target.path)
     absmax = torch.stack([target.absmax for target in group]).amax(0)
     scales = input_scales(absmax, [target.weight for target in group], kept, smoothing)
@@ -297,10 +291,7 @@ def _check_base(index: AdapterIndex) -> None:
     """Check that a base is not quantized, sharded or changed by adapters."""
     quantized = next(iter(quantized_weights(index)), None)
     if quantized is not None:
-        text = (
-            f"{quantized.name} is stored as {quantized.base.name}; a quantized base cannot be quantized for int8 "
-            "matmuls. Load the model without quantization."
-        )
+        text = f"{quantized.name} is stored as {quantized.base.name}; load the model without quantization for int8."
         raise ConfigError(text, what=quantized.base.name, where=quantized.name, field="base_matmul")
     check_not_distributed(index.plain_modules())
     _check_unchanged(index)
@@ -314,10 +305,7 @@ def _check_unchanged(index: AdapterIndex) -> None:
         raise MergeError(text, what=", ".join(merged))
     moved = next(((path, layer.moved_by) for path, layer in index.layers() if layer.moved_by), None)
     if moved is not None:
-        text = (
-            f"{moved[0]}: adapter {', '.join(moved[1])} uses a residual base, which cannot be quantized. Use an init "
-            "that does not change the base."
-        )
+        text = f"{moved[0]}: adapter {', '.join(moved[1])} uses a residual base; use an init that keeps the base."
         raise MergeError(text, what=", ".join(moved[1]), where=moved[0])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -214,24 +215,24 @@ def freeze_base(index: AdapterIndex) -> None:
                 parameter.requires_grad_(False)
 
 
-def trained_before_freezing(module: nn.Module) -> set[str]:
-    """Return the names of a base module's own parameters that required gradients before the base was frozen."""
-    record: FrozenModule = module.__dict__.get(RECORD, FrozenModule())
-    return {name for name, flag in record.flags.items() if flag}
-
-
-def unfreeze_base(index: AdapterIndex) -> None:
-    """Undo `freeze_base` after the last adapter was removed."""
+def unfreeze_base(index: AdapterIndex, plain: Mapping[nn.Module, nn.Module] = MappingProxyType({})) -> None:
+    """Undo `freeze_base` after the last adapter was removed; `plain` maps a module to the one that replaced it."""
     for module in _base_modules(index):
         record: FrozenModule = module.__dict__.pop(RECORD, FrozenModule())
-        for name, flag in record.flags.items():
-            computed = getattr(module._modules.get(PARAMETRISED), name, None)  # pruned or parametrized since then
-            stored = module._parameters.get(name, module._parameters.get(f"{name}_orig"))
-            parameter = stored if computed is None else computed.original
-            if parameter is not None:
-                parameter.requires_grad_(flag)
+        for holder in {module, plain.get(module, module)}:
+            _set_flags(holder, record.flags)
         if record.repacks:
             allow_repacking([module])
+
+
+def _set_flags(module: nn.Module, flags: Mapping[str, bool]) -> None:
+    """Set the flags of a module's own parameters, which may have been pruned or parametrized since then."""
+    for name, flag in flags.items():
+        computed = getattr(module._modules.get(PARAMETRISED), name, None)
+        stored = module._parameters.get(name, module._parameters.get(f"{name}_orig"))
+        parameter = stored if computed is None else computed.original
+        if parameter is not None:
+            parameter.requires_grad_(flag)
 
 
 def _base_modules(index: AdapterIndex) -> Iterator[nn.Module]:

@@ -37,11 +37,8 @@ def check_new_name(state: AdapterState | None, name: str) -> None:
         text = f"This model already has an adapter {name!r}. Detach it first, or choose another name."
         raise AdapterError(text, what=name)
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_\-]{0,99}", name):
-        raise AdapterError(
-            f"{name!r} cannot be an adapter's name: use up to 100 letters, digits, underscores and hyphens, but no "
-            "dots.",
-            what=name,
-        )
+        text = f"{name!r} cannot be an adapter's name: use up to 100 letters, digits, underscores and hyphens."
+        raise AdapterError(text, what=name)
     if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):  # including the attributes of nn.Module
         text = f"{name!r} cannot be an adapter's name: torch's module containers have an attribute of that name."
         raise AdapterError(text, what=name)
@@ -108,10 +105,7 @@ def check_company(state: AdapterState | None, config: LoraConfig) -> None:
     new = variants_of(config)
     for name, other in () if state is None else state.configs.items():
         if config.bias != "none" and other.bias != "none":
-            text = (
-                f"bias is {config.bias!r}, but adapter {name!r} already trains the base's biases, and only one adapter "
-                "may do so. Set bias='none'."
-            )
+            text = f"bias is {config.bias!r}, but adapter {name!r} already trains the base's biases; set bias='none'."
             raise ConfigError(text, what=name, field="bias", allowed=("none",))
         present = variants_of(other)
         for variant in (*new, *present):
@@ -167,10 +161,7 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
         NotYetSupported: The weight is distributed over processes.
     """
     if config.lora_bias and not target.kind.takes_bias:
-        text = (
-            f"{target.path}: lora_bias=True is not supported for {target.kind.name}, because it does not apply A "
-            "and B to a floating-point input. Leave the module out of the targets, or set lora_bias=False."
-        )
+        text = f"{target.path}: lora_bias does not support {target.kind.name}; leave it out, or set lora_bias=False."
         raise ConfigError(text, what=target.kind.name, where=target.path, field="lora_bias")
     check_not_compiled(index, target.outer)
     holder = index.holder(target)
@@ -191,10 +182,7 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
 def check_not_compiled(index: AdapterIndex, path: str) -> None:
     """Raise a TargetError if torch.compile wraps a module itself: its code would not call an adapted module instead."""
     if index.is_compiled(path) and not isinstance(index.modules[path], AdapterModule):
-        text = (
-            f"{path} itself is compiled (torch.compile), so an adapter on it would have no effect. Attach adapters "
-            "before compiling it, or compile a module that contains it."
-        )
+        text = f"{path} itself is compiled, so an adapter would have no effect; attach adapters before compiling it."
         raise TargetError(text, what=path, where=path, field="target_modules")
 
 
@@ -211,11 +199,8 @@ def check_can_move(
     mover = "its init" if init is None else f"init_lora_weights={init.name!r}"
     mover = mover if variant is None else variant.title
     if weight_format.device(module, parameter).type == "meta":
-        raise ConfigError(
-            f"{target.path}: {mover} changes the base weight, which has no values on the meta device. Load the base "
-            "first, or use an init or variant that does not change it.",
-            where=target.path,
-        )
+        text = f"{target.path}: {mover} changes the base weight, which is on the meta device; load the base first."
+        raise ConfigError(text, where=target.path)
     if layer is not None and (layer.moved_by or layer.merged_adapters):
         other = (*layer.moved_by, *layer.merged_adapters)[0]
         text = (
@@ -227,10 +212,7 @@ def check_can_move(
     sharing = index.names_elsewhere(module._parameters.get(parameter), {id(module)})
     if sharing or len(index.parents.get(id(index.modules[target.outer]), ())) > 1:
         other = sharing[0] if sharing else "another module"
-        text = (
-            f"{target.path} shares its weight with {other}, and {mover} would change it for both. Leave the module "
-            "out, or use an init or variant that does not change the base."
-        )
+        text = f"{target.path} shares its weight with {other}, and {mover} would change it for both; leave it out."
         raise ConfigError(text, what=other, where=target.path)
     if not weight_format.written:
         raise ConfigError(NOT_WRITTEN.format(parameter=target.path, type=type(module).__name__), where=target.path)

@@ -169,10 +169,7 @@ class AdapterIndex:
         for place in self.replaced:
             name = next((name for name in place.adapters if name in adapters), None)
             if name is not None:
-                text = (
-                    f"{place.path}: another module replaced the one with adapter {name!r}, so the adapter is "
-                    "incomplete. Put the adapted module back, or detach the adapter."
-                )
+                text = f"{place.path}: another module replaced that of adapter {name!r}; put that back, or detach it."
                 raise AdapterError(text, what=name, where=place.path)
 
     def is_compiled(self, path: str) -> bool:

@@ -141,10 +141,7 @@ def _built(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Replication:
     count = len(original)
     for start, end in ranges:
         if not 0 <= start < end <= count:
-            text = (
-                f"layer_replication contains ({start}, {end}); the model has layers 0 to {count - 1}, and a range is "
-                "given as (first, last + 1)."
-            )
+            text = f"layer_replication contains ({start}, {end}); give (first, last + 1) of layers 0 to {count - 1}."
             raise ConfigError(text, what=(start, end), field="layer_replication")
     order = _order(ranges)
     stacked = nn.ModuleList([_copy(original[number], index) for index, number in enumerate(order)])

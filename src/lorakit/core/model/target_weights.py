@@ -151,17 +151,11 @@ def check_overlap(index: AdapterIndex, targets: Sequence[TargetWeight]) -> None:
     for outer in {target.outer for target in targets if target.kind.names_parameter}:
         inside = next((path for path in taken if path.startswith(f"{outer}.")), None)
         if inside is not None:
-            text = (
-                f"target_parameters names a parameter of {outer}, but the submodule {inside} is adapted too; a layer "
-                "around the parent module would hide the submodule. Remove one of the two targets."
-            )
+            text = f"target_parameters names a parameter of {outer}, but {inside} is adapted too; remove one of them."
             raise TargetError(text, what=inside, where=outer, field="target_parameters")
     for target in targets:
         if target.child and f"{target.outer}.{target.child}" in taken:
-            text = (
-                f"{target.outer} is targeted as a whole, and its {target.child}, which belongs to it, alone. Remove "
-                "one of the two targets."
-            )
+            text = f"{target.outer} is targeted as a whole, and so is its {target.child}; remove one of them."
             raise TargetError(text, what=f"{target.outer}.{target.child}", where=target.outer, field="target_modules")
         layer = index.modules[target.outer]
         if not isinstance(layer, LoraLayer) or target.child:

@@ -383,8 +383,5 @@ def _check_same_ties(group: ChosenRows, index: AdapterIndex) -> None:
         unadapted = not isinstance(leader, TrainableTokens) and not isinstance(other, TrainableTokens)
         wrong += [] if together or unadapted else [path]
     if wrong:
-        text = (
-            f"trainable_token_indices: another adapter ties the rows of {wrong[0]} differently. Name the same "
-            "modules for both adapters, or load a separate model for each adapter."
-        )
+        text = f"trainable_token_indices: another adapter ties {wrong[0]} differently; name the same modules."
         raise ConfigError(text, where=wrong[0], field="trainable_token_indices")

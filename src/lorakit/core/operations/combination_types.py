@@ -183,10 +183,7 @@ def check_same_rows(adapters: Sequence[AdapterWeights]) -> None:
         a.label: a.config.as_json()["trainable_token_indices"] for a in adapters if a.config.trainable_token_indices
     }
     if any(one != next(iter(rows.values())) for one in rows.values()):
-        text = (
-            f"{' and '.join(rows)} train different tokens (trainable_token_indices), so they cannot be combined. "
-            "Train them on the same tokens, or keep both active."
-        )
+        text = f"{' and '.join(rows)} train different tokens (trainable_token_indices); keep both active instead."
         raise AdapterError(text, what=list(rows), field="trainable_token_indices")
 
 
@@ -223,9 +220,8 @@ def _base_rows(base: AdapterIndex, path: str, indices: Sequence[int]) -> Tensor:
     """Return base embeddings (n, d) by an embedding module's path and token ids, without merged adapters."""
     module = base.modules.get(path)
     if module is None:
-        raise AdapterError(
-            f"An adapter trains token embeddings in {path}, but the model has no such module.", where=path
-        )
+        text = f"An adapter trains token embeddings in {path}, but the model has no such module."
+        raise AdapterError(text, where=path)
     if isinstance(module, TrainableTokens):
         table = module.token_adapter.original()  # raises an error if the rows that a merge replaced were not kept
     else:

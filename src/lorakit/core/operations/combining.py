@@ -279,10 +279,7 @@ def _summed_variant(adapters: Sequence[AdapterWeights], way: CombinationType, ha
             text = f"{label} uses {variant.title}, whose effect depends on the base weights. Pass the base model too."
             raise AdapterError(text, what=label, field=variant.field)
         if way.name not in SUMS:
-            text = (
-                f"{label} uses {variant.title}, which supports only the combination types "
-                f"{' and '.join(map(repr, SUMS))}, not {way.name!r}."
-            )
+            text = f"{label} uses {variant.title}, and allows only {' and '.join(map(repr, SUMS))}, not {way.name!r}."
             raise AdapterError(text, what=way.name, field="combination_type", allowed=SUMS)
     return next(iter(labels), None)
 

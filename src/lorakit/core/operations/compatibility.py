@@ -30,9 +30,8 @@ def check_one_base(adapters: Sequence[AdapterWeights], allow: Collection[str] = 
     if "base_mismatch" not in allow:
         differences = [message for pair in pairs for message in _differences(*pair)]
         if differences:
-            raise BaseMismatchError(
-                " ".join(differences[:SHOWN]), advice=f"To combine them anyway, {OVERRIDE}.", override="base_mismatch"
-            )
+            text = " ".join(differences[:SHOWN])
+            raise BaseMismatchError(text, advice=f"To combine them anyway, {OVERRIDE}.", override="base_mismatch")
         for one, other, base in pairs:
             if base.verdict == UNVERIFIABLE and not (_base_name(one) and _base_name(other)):
                 warn_caller(f"{one.label} and {other.label}: the files do not show whether both have the same base.")
@@ -129,20 +128,14 @@ def _check_saved_modules(adapters: Sequence[AdapterWeights]) -> None:
     for adapter in adapters:
         for path in adapter.factors:
             if f"{path}.".startswith(prefixes):
-                text = (
-                    f"{adapter.label} adapts {path}, which is part of a module that another adapter saves in full "
-                    "(modules_to_save). These adapters cannot be combined."
-                )
+                text = f"{adapter.label} adapts {path}, a part of a module that another one saves (modules_to_save)."
                 raise AdapterError(text, what=adapter.label, where=path, field="modules_to_save")
 
 
 def check_no_base_biases(adapter: AdapterWeights) -> None:
     """Raise a ConfigError if an adapter trains biases of the base."""
     if adapter.config.bias != "none":
-        text = (
-            f"{adapter.label} trains biases of the base (bias={adapter.config.bias!r}), which cannot be transferred "
-            "to another adapter. Merge the adapter into a model instead."
-        )
+        text = f"{adapter.label} trains biases of the base (bias={adapter.config.bias!r}); merge it into a model."
         raise ConfigError(text, what=adapter.config.bias, field="bias")
 
 

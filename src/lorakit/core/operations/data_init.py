@@ -145,10 +145,8 @@ def by_sensitivity(
     """
     largest = max(sensitivities.values(), default=0.0)
     if not largest > 0:
-        raise DataError(
-            "No gradient reached any site, so ranks cannot be allocated; check that the loss depends on the sites.",
-            field="batches",
-        )
+        text = "No gradient reached any site, so ranks cannot be allocated; check that the loss depends on the sites."
+        raise DataError(text, field="batches")
     weights = {path: value / largest / math.sqrt(costs[path]) for path, value in sensitivities.items()}
     least = {path: max(1, math.ceil(LEAST * ranks[path])) for path in weights}
     most = {path: max(least[path], min(math.floor(MOST * ranks[path]), limits[path])) for path in weights}

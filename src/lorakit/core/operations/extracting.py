@@ -169,10 +169,8 @@ def _site(
     """Compute a low-rank approximation of the change in a weight, or in each expert.   [docs/math.md (52)]"""
     spec, kind = target.spec, target.kind
     if spec.groups > 1:
-        raise NotYetSupported(
-            f"{names[0]} belongs to a grouped convolution, and extracting an adapter from it is not supported.",
-            where=names[0],
-        )
+        text = f"{names[0]} belongs to a grouped convolution, and extracting an adapter from it is not supported."
+        raise NotYetSupported(text, where=names[0])
     under = [_name_in(source, names) for source in sources]
     shapes = [source.shapes[name] for source, name in zip(sources, under, strict=True)]
     if shapes[0] != shapes[1]:

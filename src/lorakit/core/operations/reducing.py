@@ -114,9 +114,8 @@ def _dense_update(path: str, factor: SiteFactors, reading: Callable[[str], Readi
         return None
     product = factor.product()
     if product.A.shape[0] > 1:
-        raise NotYetSupported(
-            f"{path}: {variant.title} on a grouped convolution cannot be converted to plain LoRA.", where=path
-        )
+        text = f"{path}: {variant.title} on a grouped convolution cannot be converted to plain LoRA."
+        raise NotYetSupported(text, where=path)
     base = reading(path)
     W = base.W
     extras = {name: tensor.to(W.dtype) for name, tensor in factor.own.items()}
@@ -196,9 +195,8 @@ def _weakened(
 ) -> tuple[SiteFactors, list[SiteIntruders]]:
     """Weaken the intruders of a factor, one matrix at a time; a factor without intruders stays unchanged."""
     if factor.shared > 1:
-        raise AdapterError(
-            f"{path} is a grouped convolution, for which intruder dimensions are not defined.", where=path
-        )
+        text = f"{path} is a grouped convolution, for which intruder dimensions are not defined."
+        raise AdapterError(text, where=path)
     product, wide = factor.product(), torch.promote_types(factor.A.dtype, torch.float32)
     parts, sites = [], []
     for expert in range(factor.experts):

@@ -72,9 +72,8 @@ def source_of_folder(folder: str | os.PathLike[str]) -> TensorSource:
     whole = folder if folder.is_file() else folder / "model.safetensors"
     files = [whole] if whole.is_file() else sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not files:
-        raise ModelError(
-            f"{folder}: no safetensors files found; pass a safetensors file or a directory with one.", where=folder
-        )
+        text = f"{folder}: no safetensors files found; pass a safetensors file or a directory with one."
+        raise ModelError(text, where=folder)
     homes: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
@@ -266,9 +265,8 @@ def weights_of_folder(folder: str | os.PathLike[str], allow: Collection[str] = (
         fits = fits and not factor.A.shape[0] % factor.B.shape[1]
         if not fits or (factor.names and factor.A.shape[0] != factor.B.shape[1]):
             shapes = f"{tuple(factor.A.shape)} and {tuple(factor.B.shape)}"
-            raise AdapterFileError(
-                f"{folder}: A and B of {path} have incompatible shapes: {shapes}.", what=path, where=folder
-            )
+            text = f"{folder}: A and B of {path} have incompatible shapes: {shapes}."
+            raise AdapterFileError(text, what=path, where=folder)
     if not factors:
         raise AdapterFileError(f"{folder}: the file contains no LoRA sites.", where=folder)
     side, config = files.sidecar, _in_usual_shapes(config)
@@ -340,9 +338,8 @@ def _by_site(
             part for part in ("A", "B", *(tensor.held_as for tensor in variant.parts.extras)) if part not in named
         ]
         if lacking:
-            raise AdapterFileError(
-                f"The adapter's site {path} has no {' and '.join(lacking)}.", what=lacking[0], where=path
-            )
+            text = f"The adapter's site {path} has no {' and '.join(lacking)}."
+            raise AdapterFileError(text, what=lacking[0], where=path)
         (name_A, A), (name_B, B) = named["A"], named["B"]
         extras = {tensor.held_as: named[tensor.held_as][1] for tensor in variant.parts.extras}
         bias = named["bias"][1] if "bias" in named else None

@@ -115,10 +115,7 @@ def aligned(adapters: Sequence[AdapterWeights]) -> dict[str, list[SiteFactors | 
     whole = {path.partition(INSIDE)[0] for path in modules}
     for module, inside in bare.items():
         if module in whole:
-            text = (
-                f"One adapter adapts {module}, and another adapts a parameter of that module "
-                "(target_parameters); these targets are mutually exclusive."
-            )
+            text = f"One adapter adapts {module}, and another a parameter of it (target_parameters); choose one."
             raise AdapterError(text, where=module, field="target_parameters")
         _check_told_apart(module, inside)
         for depth, key in enumerate(sorted(inside, reverse=True)):
@@ -132,10 +129,8 @@ def _check_shapes(path: str, factors: Sequence[SiteFactors]) -> None:
     shapes = {(f.A.shape[1:], f.B.shape[0], f.shared, f.experts, f.B.shape[2:]) for f in factors}
     if len(shapes) > 1:
         sizes = " and ".join(sorted({factor.size_text() for factor in factors}))
-        raise AdapterError(
-            f"The adapters cannot have the same base: at {path}, they change weights of different shapes: {sizes}.",
-            where=path,
-        )
+        text = f"The adapters cannot have the same base: at {path}, they change weights of different shapes: {sizes}."
+        raise AdapterError(text, where=path)
 
 
 def described(
@@ -288,6 +283,5 @@ def _sites(adapter: AdapterWeights) -> dict[str, dict[str, float]]:
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
-        raise AdapterError(
-            f"The result contains NaN or infinite values, first in {bad[0]}; it was discarded.", where=bad[0]
-        )
+        text = f"The result contains NaN or infinite values, first in {bad[0]}; it was discarded."
+        raise AdapterError(text, where=bad[0])

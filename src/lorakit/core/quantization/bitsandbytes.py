@@ -60,10 +60,7 @@ class _Format(WeightFormat[M, S]):
     def check(self, module: M, path: str) -> None:
         """Raise a ModelError if a weight was not quantized."""
         if not hasattr(module.weight, self.mark):
-            text = (
-                f"{path}: the files contain dense weights, although quantization_config says bitsandbytes; remove it "
-                "from config.json, and pass --quantization to quantize them."
-            )
+            text = f"{path}: the files contain dense weights; remove quantization_config, and pass --quantization."
             raise ModelError(text, what="bitsandbytes", where=path, field="quantization_config")
 
 

@@ -126,10 +126,7 @@ class Fp8ExpertsFormat(PackedFormat):
 
     def stored(self, module: PackedLinear, parameter: str) -> PackedWeight:
         """Raise a MergeError."""
-        text = (
-            f"lorakit does not read {self.name} ({parameter}). Load a dense copy of the model: "
-            "lorakit.hub.load_model dequantizes models with such experts."
-        )
+        text = f"lorakit does not read {self.name} ({parameter}); load a dense copy with lorakit.hub.load_model."
         raise MergeError(text, what=self.name, field=parameter)
 
 

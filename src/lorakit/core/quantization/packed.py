@@ -167,10 +167,7 @@ class PackedFormat(WeightFormat[PackedLinear, PackedWeight]):
 
     def write(self, module: PackedLinear, like: PackedWeight, canonical: Tensor) -> PackedWeight:
         """Raise a MergeError, instead of writing a new weight (out, in)."""
-        text = (
-            f"lorakit reads {self.name} weights but does not write them. Merge into a dense copy: "
-            "merge(model, dense=True), or dequantize the base first."
-        )
+        text = f"lorakit does not write {self.name} weights; use merge(model, dense=True), or dequantize the base."
         raise MergeError(text, what=self.name, field="dense")
 
     def put_stored(self, module: PackedLinear, parameter: str, stored: PackedWeight) -> None:
@@ -201,16 +198,10 @@ class PackedFormat(WeightFormat[PackedLinear, PackedWeight]):
             if part is None and name in self.layer.OPTIONAL:
                 continue
             if part is None:
-                text = (
-                    f"{path}.{name} is missing, but a {self.name} weight cannot be dequantized without it. Load the "
-                    "model from complete files."
-                )
+                text = f"{path}.{name} is missing from the {self.name} weight; load the model from complete files."
                 raise ModelError(text, what=name, where=path, field=name)
             if part.is_floating_point() and not part.is_meta and not bool(torch.isfinite(part.float()).all()):
-                text = (
-                    f"{path}.{name} has NaN or infinite values, so the {self.name} weight cannot be dequantized. Load "
-                    "the model from undamaged files."
-                )
+                text = f"{path}.{name} has NaN or infinite values; load the {self.name} weight from undamaged files."
                 raise ModelError(text, what="not finite", where=path, field=name)
         for name in self.part_names(module):
             shape = tuple(cast(Tensor, module._parameters[name]).shape)

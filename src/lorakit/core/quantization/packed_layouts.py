@@ -155,10 +155,7 @@ class _IntegerFormat(PackedFormat):
         super().check(module, path)
         index, groups = module._parameters.get("g_idx"), len(cast(Tensor, module.scales))
         if index is not None and not index.is_meta and not bool(((index >= 0) & (index < groups)).all()):
-            text = (
-                f"{path}.g_idx has values outside 0 to {groups - 1}, the groups of {self.name} scales. Load the model "
-                "from undamaged files."
-            )
+            text = f"{path}.g_idx has values outside 0 to {groups - 1}, the groups of scales; load undamaged files."
             raise ModelError(text, what="g_idx", where=path, field="g_idx")
 
     def fits(self, module: PackedLinear, name: str, shape: tuple[int, ...]) -> bool:

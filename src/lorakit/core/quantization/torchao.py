@@ -54,11 +54,8 @@ class TorchaoFormat(PlainFormat):
     def write(self, module: nn.Module, like: TorchAOBaseTensor, canonical: Tensor) -> Tensor:
         """Quantize a weight (out, in) to int8; a MergeError if the stored weight is not int8 with one scale per row."""
         if type(like).__name__ != _INT8 or like.act_quant_kwargs is not None or like.block_size[0] != 1:
-            raise MergeError(
-                f"lorakit cannot write this torchao weight ({type(like).__name__}); it can write only int8 weights "
-                "with one scale per row. Merge with dense=True.",
-                what=type(like).__name__,
-            )
+            text = f"lorakit writes only int8 with one scale per row, not {type(like).__name__}; merge with dense=True."
+            raise MergeError(text, what=type(like).__name__)
         return quantized_weight(canonical.to(device=like.device, dtype=like.dtype))
 
     def put_stored(self, module: nn.Module, parameter: str, stored: TorchAOBaseTensor) -> None:
@@ -91,11 +88,8 @@ def _dequantized(stored: TorchAOBaseTensor) -> Tensor:
     try:
         return stored.dequantize().float()
     except NotImplementedError as cause:
-        raise MergeError(
-            f"torchao cannot dequantize a {type(stored).__name__}, but merging and variants that read the weight "
-            "need the dequantized weight. Plain LoRA without merging works.",
-            what=type(stored).__name__,
-        ) from cause
+        text = f"torchao cannot dequantize a {type(stored).__name__}; plain LoRA works without merging."
+        raise MergeError(text, what=type(stored).__name__) from cause
 
 
 TORCHAO = TorchaoFormat("torchao", ("torchao.utils.TorchAOBaseTensor",))

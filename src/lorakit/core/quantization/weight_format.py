@@ -182,11 +182,8 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
     def put_stored(self, module: nn.Module, parameter: str, stored: Tensor) -> None:
         """Make the parameter use the memory of a tensor of any shape; a MergeError if it is computed."""
         if not self.written:
-            raise MergeError(
-                NOT_WRITTEN.format(parameter=parameter, type=type(module).__name__),
-                what=type(module).__name__,
-                field=parameter,
-            )
+            text = NOT_WRITTEN.format(parameter=parameter, type=type(module).__name__)
+            raise MergeError(text, what=type(module).__name__, field=parameter)
         holder: nn.Parameter = module._parameters[parameter]  # type: ignore[assignment]
         holder.data = stored.to(holder.device)
 
