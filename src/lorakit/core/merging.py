@@ -21,13 +21,7 @@ from lorakit.core.layers.adapter_component import KeepBase, MergeOptions, SiteMe
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
-from lorakit.core.model.base_view import (
-    QuantizedWeight,
-    base_tensors,
-    float_dtype,
-    quantized_weights,
-    unfreeze_base,
-)
+from lorakit.core.model.base_view import QuantizedWeight, base_tensors, float_dtype, quantized_weights, unfreeze_base
 from lorakit.core.model.index import AdapterIndex, trainable_block
 from lorakit.core.model.replication import replication_of
 from lorakit.core.model.ties import leaders_of, untied_copies

@@ -77,7 +77,7 @@ def test_dora_cut_to_a_rank_keeps_its_gains() -> None:
 
 def test_what_dora_cannot_do() -> None:
     model = made(LINEARS, "a", "c", use_dora=True)
-    with pytest.raises(AdapterError, match="a uses DoRA, which supports only the combination types 'cat' and 'svd'"):
+    with pytest.raises(AdapterError, match="a uses DoRA, and allows only 'cat' and 'svd'"):
         combine(model, ["a", "c"], [1.0, 1.0], "x", way="linear")
     twin = made(LINEARS, "a", use_dora=True)
     with torch.no_grad():

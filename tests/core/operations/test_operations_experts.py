@@ -269,7 +269,7 @@ def test_a_module_and_its_parameter_are_not_one_site(tmp_path: Path) -> None:
     attach(other, LoraConfig(r=2, target_modules=[], target_parameters=["up.weight"]), "a")
     save_adapter(one, tmp_path / "whole", "a")
     save_adapter(other, tmp_path / "bare", "a")
-    with pytest.raises(AdapterError, match="One adapter adapts up, and another adapts a parameter of that module"):
+    with pytest.raises(AdapterError, match="One adapter adapts up, and another a parameter of it"):
         combine_folders([tmp_path / "whole", tmp_path / "bare"], [1.0, 1.0], tmp_path / "x")
 
 

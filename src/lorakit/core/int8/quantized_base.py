@@ -135,12 +135,10 @@ def quantize_base(
     skipped |= {target.path: NOT_REACHED for target in targets if not bool(target.absmax.any())}
     targets = [target for target in targets if target.path not in skipped]
     _check_some(targets, skipped)
-    groups = _grouped(targets)
-    scales = [_checked_scales(group, kept, smoothing) for group in groups]
+    scaled = [_checked_scales(group, kept, smoothing) for group in _grouped(targets)]
     worst, before = _worst(targets), base_bytes(index)
-    paths = tuple(target.path for target in targets)
-    scaled = [([target.path for target in group], *pair) for group, pair in zip(groups, scales, strict=True)]
     originals = _replace_layers(index, scaled, keep)
+    paths = tuple(target.path for target in targets)
     after = base_bytes(AdapterIndex.of(model))
     return Int8Base(model, paths, skipped, kept, smoothing, tokens, losses, worst, before, after, originals)
 
@@ -199,8 +197,8 @@ def _grouped(targets: Sequence[Target]) -> list[list[Target]]:
     return list(groups.values())
 
 
-def _checked_scales(group: Sequence[Target], kept: int, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Return g (in,) and K (k,) of a group, after a check that its inputs and weights are finite."""
+def _checked_scales(group: Sequence[Target], kept: int, smoothing: float) -> tuple[list[str], Tensor, Tensor]:
+    """Return the paths, g (in,) and K (k,) of a group, after a check that its inputs and weights are finite."""
     for target in group:
         for what, tensor in (("input", target.absmax), ("weight", target.weight.abs().amax(0))):
             if not bool(torch.isfinite(tensor).all()):
@@ -210,7 +208,7 @@ def _checked_scales(group: Sequence[Target], kept: int, smoothing: float) -> tup
     scales = input_scales(absmax, [target.weight for target in group], kept, smoothing)
     for target in group:
         target.release()
-    return scales
+    return [target.path for target in group], *scales
 
 
 def _replace_layers(
@@ -291,7 +289,7 @@ def _check_base(index: AdapterIndex) -> None:
     """Check that a base is not quantized, sharded or changed by adapters."""
     quantized = next(iter(quantized_weights(index)), None)
     if quantized is not None:
-        text = f"{quantized.name} is stored as {quantized.base.name}; load the model without quantization for int8."
+        text = f"{quantized.name} is quantized ({quantized.base.name}); load the model without quantization for int8."
         raise ConfigError(text, what=quantized.base.name, where=quantized.name, field="base_matmul")
     check_not_distributed(index.plain_modules())
     _check_unchanged(index)

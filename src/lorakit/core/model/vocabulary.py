@@ -188,11 +188,9 @@ def without_brought_rows(
     """
     if known is not None and 0 < known.vocabulary < vocabulary_of(index.model):
         tables = [table_at(index, path) for path in token_tables(index, input_embedding(index))]
-        parameters = [
-            parameter for table in tables for parameter in table._parameters.values() if parameter is not None
-        ]
-        if parameters:
-            before = _blanked_pair(index, config, known, {id(parameter): known.vocabulary for parameter in parameters})
+        cut = {id(p): known.vocabulary for table in tables for p in table._parameters.values() if p is not None}
+        if cut:
+            before = _blanked_pair(index, config, known, cut)
             if compare(*before).verdict != DIFFERENT:
                 return before
     return _blanked_pair(index, config, known, {})

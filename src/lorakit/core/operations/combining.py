@@ -19,13 +19,7 @@ from torch import Tensor, nn
 from lorakit.core.linalg import Product, Reading, Spectrum, padded, spectrum, stacked, truncated
 from lorakit.core.model.checks import check_allowances
 from lorakit.core.model.index import AdapterIndex
-from lorakit.core.operations.combination_types import (
-    CombinationType,
-    added_up,
-    check_same_rows,
-    clamped,
-    combined_rows,
-)
+from lorakit.core.operations.combination_types import CombinationType, added_up, check_same_rows, clamped, combined_rows
 from lorakit.core.operations.compatibility import check_joinable, check_one_base, joined_config, shared_facts
 from lorakit.core.operations.tensor_sources import AdapterWeights, SiteFactors, weights_of_folder, weights_of_model
 from lorakit.core.operations.writing import (

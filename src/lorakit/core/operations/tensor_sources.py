@@ -334,9 +334,8 @@ def _by_site(
     factors = {}
     for path, named in sorted(by_site({name: (name, tensor) for name, tensor in tensors.items()}).items()):
         variant, setting = variant_at(config, path)
-        lacking = [
-            part for part in ("A", "B", *(tensor.held_as for tensor in variant.parts.extras)) if part not in named
-        ]
+        parts = ("A", "B", *(tensor.held_as for tensor in variant.parts.extras))
+        lacking = [part for part in parts if part not in named]
         if lacking:
             text = f"The adapter's site {path} has no {' and '.join(lacking)}."
             raise AdapterFileError(text, what=lacking[0], where=path)
