@@ -85,7 +85,7 @@ def child(case: dict[str, Any], steps: int) -> dict[str, Any]:
 
     allocator.set_up()
     from lorakit.train import TrainSettings, run
-    from lorakit.train.loop.progress import Progress
+    from lorakit.train.progress import Progress
 
     peaks = {"imports": status("VmRSS")}
 

@@ -313,7 +313,7 @@ def child_of_memory(case: dict[str, Any]) -> dict[str, Any]:
     allocator.set_up(is_sharded=case["parallel"] in SHARDED)
     from lorakit.errors import NotYetSupported
     from lorakit.train import TrainSettings, run
-    from lorakit.train.loop.progress import Progress
+    from lorakit.train.progress import Progress
 
     folder, sent, found = Path(case["folder"]), counted(), dict[str, Any](seconds=[])
 

@@ -59,7 +59,7 @@ def demo(began: float, base_matmul: str) -> None:
     allocator.set_up()  # as the command line does, before torch allocates any memory
 
     from lorakit.train import TrainSettings, run
-    from lorakit.train.loop.progress import progress_for
+    from lorakit.train.progress import progress_for
 
     headline("1. A model and a text")
     directory = model_directory()

@@ -29,11 +29,11 @@ from lorakit.ops.kernels import building, compiled
 from lorakit.speed import tuning
 from lorakit.tasks import TASKS, Target, TaskOnData
 from lorakit.train.loop import score_cache
-from lorakit.train.loop.progress import Progress
 from lorakit.train.settings.settings import TrainSettings
 from lorakit.train.setup.run_data import make_batches
 
 from .small_models import llama
+from .train.specified import specified
 
 SOURCE = Path(lorakit.__file__).parent
 Patch = pytest.MonkeyPatch
@@ -76,7 +76,7 @@ class Tokens:
         records = read_records(self.settings["data"], settings.row_request())
         split = Split(records.some(range(len(records)), [*records.notes, *self.notes]), None, "")
         tokenizer = hub.adapter_tokenizer(self.folder)
-        return list(make_batches(settings, split, self.task, tokenizer, self.length, Progress()).loader.sequences)
+        return list(make_batches(specified(settings, split, self.task, tokenizer, self.length)).loader.sequences)
 
 
 def tokenizer_config(**values: Any) -> Callable[[Tokens, Patch], None]:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from lorakit.cli import console, main
 from lorakit.errors import printable
 from lorakit.terminal import json_line
-from lorakit.train.loop.progress import LiveProgress, PlainProgress
+from lorakit.train.progress import LiveProgress, PlainProgress
 
 Save = Callable[..., Path]
 HOSTILE = "MARK\x1b[2J\x1b]0;own\x07\x9b31m\x7f\r\x00\u202egpj\u2066\u200f\u2028\nhealthy: forged [bold red]x[/bold red]\ud800"

@@ -139,7 +139,7 @@ def test_adapters_that_rename_a_label_differently(
 
 def test_a_resumed_run_keeps_the_saved_order(finished: Callable[..., Path], tmp_path: Path) -> None:
     from lorakit.train.files.run_folder import unlock
-    from lorakit.train.loop.progress import Progress
+    from lorakit.train.progress import Progress
     from lorakit.train.settings.settings import TrainSettings
     from lorakit.train.setup.run_spec import build_spec
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorakit.train.loop.progress import Progress
+from lorakit.train.progress import Progress
 
 
 class Said(Progress):

@@ -78,8 +78,7 @@ def _flags() -> type:
         (
             name,
             Annotated[
-                flag_type(types[name]) | None,
-                Parameter(help=row.help(), alias=_short(row), group=groups[row.group]),
+                flag_type(types[name]) | None, Parameter(help=row.help(), alias=_short(row), group=groups[row.group])
             ],
             field(default=None),
         )
@@ -104,8 +103,7 @@ def run(
         Parameter(help="Start N processes on this machine, which train together (as torchrun does). Default 1."),
     ] = None,
     max_restarts: Annotated[
-        int,
-        Parameter(help="With --nproc, start all processes again, up to N times, after one of them was killed."),
+        int, Parameter(help="With --nproc, start all processes again, up to N times, after one of them was killed.")
     ] = 0,
     process_timeout: Annotated[
         int, Parameter(help="Stop the run if a process waits longer than this for another one, in seconds.")
@@ -265,7 +263,7 @@ def _train(settings: TrainSettings, *, json: bool, verbose: bool, processes: Pro
 
     with rare_collections():
         from lorakit.train import run as train  # imports torch and transformers
-        from lorakit.train.loop.progress import Progress, progress_for
+        from lorakit.train.progress import Progress, progress_for
 
     is_silent = processes is not None and not processes.is_first
     progress = Progress() if is_silent else progress_for(sys.stderr if json else sys.stdout, verbose=verbose)

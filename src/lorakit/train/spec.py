@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lorakit.plan.quantized import Quantization
 from lorakit.session.tokenizers import SavedTokenizer
 from lorakit.tasks import TaskOnData, task_of_adapter
 from lorakit.train.processes.processes import ALONE, Processes
+from lorakit.train.progress import Progress
 from lorakit.train.settings.defaults import DECAY_RATIO, WARMUP_RATIO
 from lorakit.train.settings.settings import TrainSettings
 from lorakit.train.settings.types import Scheduler
@@ -125,6 +126,7 @@ class RunSpec:
     has_own_tokenizer: bool = False
     base_matmul: str = "dtype"
     processes: Processes = ALONE
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def resolved(self) -> Mapping[str, Any]:
@@ -272,11 +274,7 @@ class RunPlan:
 
     @classmethod
     def of(
-        cls,
-        estimated: plan.Plan,
-        limit: str | None = None,
-        proposed: Sequence[plan.Plan] = (),
-        dtype_reason: str = "",
+        cls, estimated: plan.Plan, limit: str | None = None, proposed: Sequence[plan.Plan] = (), dtype_reason: str = ""
     ) -> RunPlan:
         """Return what a run needs of a plan; `limit` is the setting `fit`."""
         job = estimated.job

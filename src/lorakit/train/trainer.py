@@ -19,10 +19,10 @@ from lorakit.train.files import checkpoint
 from lorakit.train.files.run_folder import cut_metrics, read_record, remove_run, unlock, write_record
 from lorakit.train.loop.interrupts import stoppable
 from lorakit.train.loop.loop import Loop
-from lorakit.train.loop.progress import Progress
 from lorakit.train.loop.run import LAUNCH, Run
 from lorakit.train.processes.processes import Processes, joined
 from lorakit.train.processes.sharding import without_hints
+from lorakit.train.progress import Progress
 from lorakit.train.results import RunResult, finish
 from lorakit.train.settings.settings import TrainSettings
 from lorakit.train.setup.agreement import check_alike
@@ -69,9 +69,9 @@ def run(settings: TrainSettings, progress: Progress | None = None, processes: Pr
             spec = build_spec(settings, progress, processes)
             stack.callback(unlock, spec.lock)
             check_alike(spec)
-            current = prepare(spec, progress, started)
+            current = prepare(spec, started)
             if processes.is_first:
-                check_space(spec, current.start.space, progress)
+                check_space(spec, current.start.space)
                 if padded := padding_line(current.loaded.acceleration, current.plan.estimated.job):
                     progress.say(padded)
         stack.enter_context(choices.activate(current.loaded.choices))

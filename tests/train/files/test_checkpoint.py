@@ -27,12 +27,11 @@ def _write_adapter(folder: Path) -> None:
 
 
 def _save(folder: Path, step: int, **state: int) -> Path:
-    tensors, plain = random_state()
+    random = [random_state()]
     snapshot = checkpoint.Snapshot(
         state=TrainState(step=step, data={"epoch": 0, "batch": step}, **state),
         optimizer={"exp_avg/w": torch.randn(4, 8), "step/w": torch.tensor(float(step))},
-        random=tensors,
-        random_plain=plain,
+        random=random,
         environment={"threads": 1},
         schedule={"kind": "cosine"},
     )
@@ -56,7 +55,7 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     assert (snapshot.state.step, snapshot.state.best_step, snapshot.state.data) == (3, 2, {"epoch": 0, "batch": 3})
     assert snapshot.optimizer["exp_avg/w"].shape == (4, 8)
     assert float(snapshot.optimizer["step/w"]) == 3.0
-    assert torch.equal(snapshot.random["torch"], before)
+    assert torch.equal(snapshot.random[0][0]["torch"], before)
     assert snapshot.environment == {"threads": 1}
     assert {p.name for p in path.iterdir()} == set(FILES)
     assert not list(tmp_path.glob(f"{durable.TEMPORARY}*"))
@@ -255,10 +254,9 @@ def watched_fsync(descriptor):
     real_fsync(descriptor)
 
 def save(folder, step, seed):
-    tensors, plain = random_state()
     generator = torch.Generator().manual_seed(seed)
     snapshot = checkpoint.Snapshot(
-        TrainState(step=step, data={}), {"exp_avg/w": torch.randn(4, 4, generator=generator)}, tensors, plain, {}, {}
+        TrainState(step=step, data={}), {"exp_avg/w": torch.randn(4, 4, generator=generator)}, [random_state()], {}, {}
     )
     def adapter(where):
         durable.write_bytes(where / "adapter_model.safetensors", bytes(64))

@@ -16,7 +16,7 @@ from lorakit import choices
 from lorakit.errors import ConfigError, MissingExtra
 from lorakit.train import TrainSettings, run
 from lorakit.train.files.trackers import TRACKERS, TrackedRun
-from lorakit.train.loop.progress import Progress
+from lorakit.train.progress import Progress
 
 SHORT = {"max_steps": 3, "eval_steps": 2, "save_steps": 1, "num_train_epochs": 1.0, "eval_fraction": 0.2}
 

@@ -96,7 +96,7 @@ def without_feed_forward(monkeypatch: pytest.MonkeyPatch, layers: list[int], fac
 def test_modules_that_the_model_does_not_call_are_a_finding(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lorakit.train.loop.progress import PlainProgress
+    from lorakit.train.progress import PlainProgress
 
     without_feed_forward(monkeypatch, [1], None)
     result = run(TrainSettings(**settings, accelerate=False), PlainProgress())

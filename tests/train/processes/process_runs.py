@@ -25,9 +25,9 @@ from lorakit.data import Batch
 from lorakit.errors import LorakitError
 from lorakit.train.files.run_folder import unlock
 from lorakit.train.loop.loop import save_checkpoint
-from lorakit.train.loop.progress import Progress
 from lorakit.train.loop.run import RunBatches
 from lorakit.train.processes.processes import Processes, joined
+from lorakit.train.progress import Progress
 from lorakit.train.settings.settings import TrainSettings
 from lorakit.train.setup.prepare import prepare
 from lorakit.train.setup.run_spec import build_spec
@@ -75,7 +75,7 @@ def save_again(settings: TrainSettings) -> None:
     with joined() as processes:
         spec = build_spec(settings, Progress(), processes)
         try:
-            save_checkpoint(prepare(spec, Progress(), 0.0))
+            save_checkpoint(prepare(spec, 0.0))
         finally:
             unlock(spec.lock)
 

@@ -54,7 +54,7 @@ def test_a_run_equals_that_of_one_process_and_resumes(
     assert record["processes"] == {"count": 2, "seeds": [seed, seed + 1], "seeded_at": 0}
     assert (record["resolved"]["processes"], record["resolved"]["accumulation"]) == (2, 2)
     saved = checkpoint.load(tmp_path / "whole" / "checkpoint-6")
-    assert len(saved.others) == 1
+    assert len(saved.random) == 2
     assert saved.random_of(0, 2) is not None
     assert saved.random_of(0, 1) is None
     result = run(TrainSettings(**{**noisy, "output_dir": whole, "resume": True, "max_steps": 8}))

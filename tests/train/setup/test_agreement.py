@@ -12,8 +12,8 @@ import pytest
 from lorakit.errors import UsageError
 from lorakit.tasks import Target
 from lorakit.train.files.run_folder import unlock
-from lorakit.train.loop.progress import Progress
 from lorakit.train.processes.processes import Processes
+from lorakit.train.progress import Progress
 from lorakit.train.settings.settings import TrainSettings
 from lorakit.train.setup.agreement import check_alike
 from lorakit.train.setup.run_spec import build_spec

@@ -11,7 +11,7 @@ import pytest
 from lorakit.errors import ConfigError
 from lorakit.report import read_metrics
 from lorakit.train import TrainSettings, run
-from lorakit.train.loop.progress import PlainProgress
+from lorakit.train.progress import PlainProgress
 from lorakit.train.setup import fitting
 
 

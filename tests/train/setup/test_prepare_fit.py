@@ -15,7 +15,7 @@ import torch
 from lorakit.errors import ConfigError
 from lorakit.report import read_metrics
 from lorakit.train import TrainSettings, run
-from lorakit.train.loop.progress import PlainProgress
+from lorakit.train.progress import PlainProgress
 
 from ...small_models import llama
 

@@ -14,7 +14,7 @@ from lorakit.errors import ConfigError, NonFiniteError
 from lorakit.report import read_metrics
 from lorakit.train.files import checkpoint
 from lorakit.train.loop import loop, optimizer
-from lorakit.train.loop.progress import PlainProgress
+from lorakit.train.progress import PlainProgress
 from lorakit.train.settings.settings import TrainSettings
 from lorakit.train.setup import prepare, run_plan
 from lorakit.train.trainer import run

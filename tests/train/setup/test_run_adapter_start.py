@@ -27,7 +27,7 @@ from lorakit.report import read_metrics
 from lorakit.train import trainer
 from lorakit.train.files import checkpoint
 from lorakit.train.loop import loop
-from lorakit.train.loop.progress import PlainProgress
+from lorakit.train.progress import PlainProgress
 from lorakit.train.settings.settings import TrainSettings
 
 WEIGHTS = "adapter_model.safetensors"

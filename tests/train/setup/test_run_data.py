@@ -10,9 +10,10 @@ import pytest
 
 from lorakit.errors import DataError
 from lorakit.tasks import CAUSAL_LM, Target, TaskOnData
-from lorakit.train.loop.progress import Progress
 from lorakit.train.settings.settings import TrainSettings
 from lorakit.train.setup.run_data import make_batches, read_data
+
+from ..specified import specified
 
 PLAIN = TaskOnData(CAUSAL_LM, Target())
 
@@ -28,7 +29,7 @@ def test_data_is_held_out_or_given(tmp_path: Path, tiny_tokenizer: Any) -> None:
     settings = _settings(tmp_path / "out", data=files[:7], per_device_train_batch_size=2)
     data = read_data(settings)
     assert (len(data.train), len(data.held_out)) == (6, 1)
-    batches = make_batches(settings, data, PLAIN, tiny_tokenizer, 16, Progress())
+    batches = make_batches(specified(settings, data, PLAIN, tiny_tokenizer, 16))
     assert batches.held_out is not None
     lengths = [batch.input_ids.shape[1] for batch in batches.held_out()]
     assert lengths == sorted(lengths)
@@ -43,7 +44,7 @@ def test_one_document_leaves_nothing_to_hold_out(tmp_path: Path, tiny_tokenizer:
     settings = _settings(tmp_path / "out", data=[str(tmp_path / "a.txt")])
     data = read_data(settings)
     assert "a single document" in data.note
-    assert make_batches(settings, data, PLAIN, tiny_tokenizer, 16, Progress()).held_out is None
+    assert make_batches(specified(settings, data, PLAIN, tiny_tokenizer, 16)).held_out is None
 
 
 def test_a_resumed_run_keeps_the_rule_of_its_split(tmp_path: Path) -> None:
@@ -69,7 +70,7 @@ def test_the_end_of_one_document_is_evaluated_and_no_token_of_it_is_trained(
 ) -> None:
     (tmp_path / "a.txt").write_text("".join(f"Line {at} has some words.\n" for at in range(200)), encoding="utf-8")
     settings = _settings(tmp_path / "out", data=[str(tmp_path / "a.txt")], max_length=64)
-    batches = make_batches(settings, read_data(settings), PLAIN, tiny_tokenizer, 64, Progress())
+    batches = make_batches(specified(settings, read_data(settings), PLAIN, tiny_tokenizer, 64))
     assert batches.held_out_sequences is not None
     trained, held = (
         "".join(tiny_tokenizer.decode(ids[1 if at else 0 :]) for at, ids in enumerate(row.input_ids for row in part))
@@ -85,4 +86,4 @@ def test_evaluation_rows_without_anything_to_train_say_so(tmp_path: Path, tiny_t
     (tmp_path / "e.jsonl").write_text('{"prompt": "x", "completion": ""}\n', encoding="utf-8")
     settings = _settings(tmp_path / "out", data=[str(tmp_path / "a.txt")], eval_data=[str(tmp_path / "e.jsonl")])
     with pytest.raises(DataError, match="evaluation data: "):
-        make_batches(settings, read_data(settings), PLAIN, tiny_tokenizer, 16, Progress())
+        make_batches(specified(settings, read_data(settings), PLAIN, tiny_tokenizer, 16))

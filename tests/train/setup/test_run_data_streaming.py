@@ -13,12 +13,12 @@ from lorakit.data.records import content_key
 from lorakit.errors import ConfigError, DataError, RunError, UsageError
 from lorakit.tasks import CAUSAL_LM, Target, TaskOnData
 from lorakit.train import run
-from lorakit.train.loop.progress import Progress
 from lorakit.train.settings.settings import TrainSettings
 from lorakit.train.setup import run_data
 from lorakit.train.setup.run_data import is_streamed, make_batches, read_data
 
 from ..said import Said
+from ..specified import specified
 
 PLAIN = TaskOnData(CAUSAL_LM, Target())
 
@@ -54,7 +54,7 @@ def test_when_data_is_streamed(
     with pytest.raises(UsageError) as caught:
         read_data(settings_of(short_run, data=path, max_steps=None))
     assert caught.value.field == "max_steps"
-    batches = make_batches(auto, read_data(auto), PLAIN, tiny_tokenizer, 16, Progress())
+    batches = make_batches(specified(auto, read_data(auto), PLAIN, tiny_tokenizer, 16))
     assert isinstance(batches.loader, StreamLoader) and batches.held_out is not None
 
 
@@ -111,7 +111,7 @@ def test_weights_repeat_sequences(short_run: dict[str, Any], tmp_path: Path, tin
         short_run, data=names, data_weights={names[0]: 0.5, names[1]: 2.25}, streaming=mode, eval_fraction=0.1
     )
     split = read_data(settings)
-    batches = make_batches(settings, split, PLAIN, tiny_tokenizer, 64, Progress())
+    batches = make_batches(specified(settings, split, PLAIN, tiny_tokenizer, 64))
     counts = {False: 0, True: 0}
     loader = batches.loader
     seen = list[tuple[int, ...]]()
@@ -126,7 +126,7 @@ def test_weights_repeat_sequences(short_run: dict[str, Any], tmp_path: Path, tin
         assert counts == {True: 2 * few + round(few / 4), False: round(many / 2)}
         assert isinstance(loader, Loader) and loader.batches_per_epoch == -(-sum(counts.values()) // 4)
     assert 2 * few <= counts[True] <= 3 * few and 0 < counts[False] < many
-    again = make_batches(settings, split, PLAIN, tiny_tokenizer, 64, Progress()).loader
+    again = make_batches(specified(settings, split, PLAIN, tiny_tokenizer, 64)).loader
     again.load_state({**loader.state(), "epoch": 0, "batch": 0})
     assert next(again).input_ids.tolist() == [list(ids) for ids in seen[:4]]
     assert batches.held_out is not None

@@ -11,7 +11,7 @@ import pytest
 from lorakit import hub
 from lorakit.errors import RunError, TargetError, UsageError
 from lorakit.train.files import run_folder
-from lorakit.train.loop.progress import Progress
+from lorakit.train.progress import Progress
 from lorakit.train.settings.settings import TrainSettings
 from lorakit.train.setup.run_spec import build_spec
 from lorakit.train.trainer import run

@@ -13,7 +13,7 @@ from lorakit import hub
 from lorakit.errors import UsageError
 from lorakit.train.processes.processes import Processes
 from lorakit.train.settings.settings import TrainSettings
-from lorakit.train.setup.agreement import gpu_of, pick_device
+from lorakit.train.setup.agreement import pick_device
 from lorakit.train.setup.run_spec import fitting_length
 
 
@@ -31,11 +31,14 @@ def test_devices_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         pick_device("cuda", Processes(2, 3, 2))
 
 
-def test_one_gpu_for_two_processes() -> None:
-    assert [gpu_of(Processes(5, 8, local), 2) for local in range(2)] == [0, 1]
+def test_one_gpu_for_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [pick_device("cuda", Processes(5, 8, local)).index for local in range(2)] == [0, 1]
     for devices in (0, 1):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda devices=devices: devices)
         with pytest.raises(UsageError, match=r"process 5, .*LOCAL_RANK.* finds \d CUDA device") as caught:
-            gpu_of(Processes(5, 8, 1), devices)
+            pick_device("cuda", Processes(5, 8, 1))
         assert (caught.value.field, caught.value.what) == ("device", "1")
 
 

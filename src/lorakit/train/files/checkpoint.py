@@ -128,27 +128,22 @@ class Snapshot:
     Attributes:
         state: Progress of the run, including the position in the data.
         optimizer: Optimizer state, from `optimizer.state_tensors`.
-        random: Random number generator states stored as 1-D uint8 tensors, from `random_state`.
-        random_plain: Random number generator states stored as plain values, from `random_state`.
+        random: Result of `random_state` in each process of the run, by rank.
         environment: Hardware, package versions and other factors that affect results, from `environment`.
         schedule: Fields of the learning rate schedule.
         scaler: State of the loss scaler, from `scaling.scaler_state`; empty if the base is not in fp16.
-        others: Results of `random_state` in the other processes of the run, by rank.
     """
 
     state: TrainState
     optimizer: Mapping[str, torch.Tensor]
-    random: Mapping[str, torch.Tensor]
-    random_plain: Mapping[str, Any]
+    random: Sequence[RandomState]
     environment: Mapping[str, Any]
     schedule: Mapping[str, Any]
     scaler: Mapping[str, float] = field(default_factory=dict)
-    others: Sequence[RandomState] = ()
 
     def random_of(self, rank: int, processes: int) -> RandomState | None:
         """Return the random number generator states of a process; None if another number of processes saved them."""
-        states = [(self.random, self.random_plain), *self.others]
-        return states[rank] if len(states) == processes else None
+        return self.random[rank] if len(self.random) == processes else None
 
 
 def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], object]) -> Path:
@@ -160,17 +155,18 @@ def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], objec
         DiskError: The checkpoint cannot be written; older checkpoints are unchanged, and the partial one is removed.
     """
     final = folder / f"checkpoint-{snapshot.state.step}"
+    (own_tensors, own_plain), *others = snapshot.random
     plain = {
         "format": FORMAT,
         "state": dataclasses.asdict(snapshot.state),
-        "random": snapshot.random_plain,
+        "random": own_plain,
         "environment": snapshot.environment,
         "schedule": snapshot.schedule,
         "scaler": dict(snapshot.scaler),
-        **({"random_of_others": [plain for _, plain in snapshot.others]} if snapshot.others else {}),
+        **({"random_of_others": [plain for _, plain in others]} if others else {}),
     }
-    random = dict(snapshot.random)
-    for rank, (tensors, _) in enumerate(snapshot.others, start=1):
+    random = dict(own_tensors)
+    for rank, (tensors, _) in enumerate(others, start=1):
         random.update({f"{_OTHER}{rank}/{name}": tensor for name, tensor in tensors.items()})
     try:
         with durable_folders.publish_directory(final, replace=True) as temporary:  # saved again after an evaluation
@@ -197,16 +193,15 @@ def load(path: Path) -> Snapshot:
             text = f"{path}: format {plain['format']} is not supported; this version of lorakit reads format {FORMAT}."
             raise RunError(text, what=plain["format"], where=path, field="format", allowed=(str(FORMAT),))
         random = tensors_from_bytes((path / RANDOM).read_bytes())
-        others = plain.get("random_of_others") or []
+        own = {name: tensor for name, tensor in random.items() if not name.startswith(_OTHER)}
+        others = enumerate(plain.get("random_of_others") or [], start=1)
         return Snapshot(
             state=TrainState.from_dict(plain["state"]),
             optimizer=tensors_from_bytes((path / OPTIMIZER).read_bytes()),
-            random={name: tensor for name, tensor in random.items() if not name.startswith(_OTHER)},
-            random_plain=plain["random"],
+            random=[(own, plain["random"]), *((_with_prefix(random, f"{_OTHER}{rank}/"), one) for rank, one in others)],
             environment=plain["environment"],
             schedule=plain["schedule"],
             scaler=plain.get("scaler") or {},
-            others=[(_with_prefix(random, f"{_OTHER}{rank}/"), one) for rank, one in enumerate(others, start=1)],
         )
     except (OSError, KeyError, TypeError, SafetensorError) as cause:
         raise RunError(f"{path}: the checkpoint cannot be read ({cause}).", where=path) from cause

@@ -43,7 +43,7 @@ class Loop:
         self._run = run
         self._folder = run.spec.folder
         self._options = run.step_options
-        self._processes = run.spec.processes
+        self._processes, self._progress = run.spec.processes, run.spec.progress
         self._saved = (run.state.step, run.state.evaluated_step) if run.start.resumed_from else (-1, -1)
         self._is_interrupted = False
 
@@ -61,7 +61,7 @@ class Loop:
         """
         run = self._run
         first = run.state.step
-        run.progress.begin(first, run.limits.total_steps)
+        self._progress.begin(first, run.limits.total_steps)
         run.loaded.model.train()
         written = MetricsLog(self._folder) if self._processes.is_first else contextlib.nullcontext()
         # one of several processes may receive a signal because another one has ended
@@ -98,7 +98,7 @@ class Loop:
         run, held_out = self._run, self._run.batches.held_out
         if held_out is None or not self._is_evaluation_due():
             return
-        run.progress.busy("evaluating")
+        self._progress.busy("evaluating")
         key = score_cache.key_of(run) if run.state.step == 0 else None
         kept, began = None if key is None else score_cache.read(key), time.process_time()
         evaluation = kept or self._measured(held_out(), interrupts)
@@ -106,11 +106,11 @@ class Loop:
             self._is_interrupted = True
             return
         if kept is not None:
-            run.progress.say("The evaluation at step 0 was read from the cache: an earlier run had the same start.")
+            self._progress.say("The evaluation at step 0 was read from the cache: an earlier run had the same start.")
         elif key is not None and time.process_time() - began >= score_cache.LEAST_SECONDS:
             problem = score_cache.write(key, evaluation)
             if problem:
-                run.progress.detail(f"The evaluation at step 0 is not kept for later runs: {problem}.")
+                self._progress.detail(f"The evaluation at step 0 is not kept for later runs: {problem}.")
         self._note(evaluation)
         row = {
             "step": run.state.step,
@@ -122,13 +122,13 @@ class Loop:
         }
         self._log(log, row)
         is_start = run.state.step == 0 and run.spec.start is not None
-        run.progress.eval_row(row, run.spec.before_training if is_start else "")
+        self._progress.eval_row(row, run.spec.before_training if is_start else "")
 
     def _note(self, evaluation: Evaluation) -> None:
         state, measured = self._run.state, (evaluation.loss, evaluation.row_losses, evaluation.row_counts)
         gain = state.improvement(*measured)
         if not state.note_evaluation(*measured) and gain is not None and gain.mean > 0:
-            self._run.progress.say(
+            self._progress.say(
                 f"step {state.step}: the evaluation loss is {gain.mean:.4f} lower than at step {state.best_step}, "
                 f"within one standard error ({gain.error:.4f}), so step {state.best_step} stays the best."
             )
@@ -157,7 +157,7 @@ class Loop:
         log.append(row)
         self._run.trackers.log(row)
         if len(log.waiting) == 1:
-            self._run.progress.say(
+            self._progress.say(
                 f"warning: {log.path}: the disk is full; new rows are kept in memory until there is space."
             )
 
@@ -168,7 +168,7 @@ class Loop:
         now = (state.step, state.evaluated_step)
         if not (due or always) or now == self._saved:
             return
-        self._run.progress.busy("saving")
+        self._progress.busy("saving")
         if log is not None:
             log.sync()
         state.data = self._run.batches.loader.state()
@@ -197,7 +197,7 @@ class Loop:
             self._say_skipped()
         row = self._row(result, rate, seconds)
         self._log(log, row)
-        run.progress.train_row(row)
+        self._progress.train_row(row)
 
     def _batches(self, log: MetricsLog | None) -> list[Batch]:
         """Return this process's batches for the next step; see `RunBatches.next_share`.
@@ -236,7 +236,7 @@ class Loop:
     def _say_skipped(self) -> None:
         run = self._run
         scale = 0.0 if run.updates.scaler is None else run.updates.scaler.get_scale()
-        run.progress.say(
+        self._progress.say(
             f"step {run.state.step} was skipped, because a gradient overflowed float16; the loss scale is now "
             f"{scale:,g}."
         )
@@ -263,7 +263,7 @@ class Loop:
         sites, moved = dict.fromkeys(site for site, _ in received), {site for (site, _), one in received.items() if one}
         idle = [site for site in sites if site not in moved]
         if idle:
-            self._run.progress.say(
+            self._progress.say(
                 f"warning: {len(idle)} of {len(sites)} sites received no gradient in the first step, first "
                 f"{format_some(idle)}."
             )

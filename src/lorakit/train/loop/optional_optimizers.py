@@ -34,13 +34,7 @@ def check_adamw8bit(device: torch.device) -> None:
     optimizer = adamw8bit([{"params": [tensor]}], 1e-3)
     try:
         optimizer.step()
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-    ) as cause:  # it differs by version
+    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as cause:  # it differs by version
         raise UsageError(
             f"optimizer adamw8bit is not available on {device.type} with the installed bitsandbytes ({cause}); use "
             f"--optimizer {' or '.join(others)}, or another --device.",

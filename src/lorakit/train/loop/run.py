@@ -23,7 +23,6 @@ from lorakit.train.files import run_folder
 from lorakit.train.files.trackers import Trackers
 from lorakit.train.files.train_state import TrainState
 from lorakit.train.loop.optimizer import Named
-from lorakit.train.loop.progress import Progress
 from lorakit.train.loop.step import StepOptions
 from lorakit.train.processes.processes import Processes
 from lorakit.train.processes.sharding import ShardedBase
@@ -252,7 +251,6 @@ class Run:
     updates: Updates
     start: Start
     state: TrainState
-    progress: Progress
     trackers: Trackers
     notes: tuple[str, ...] = ()
     status: str = "running"

@@ -42,18 +42,15 @@ def save_checkpoint(run: Run) -> Path | None:
 def _write_checkpoint(run: Run, random: Sequence[checkpoint.RandomState]) -> Path | None:
     """Write a checkpoint, given the random number generator states of each process; see `save_checkpoint`."""
     spec, state = run.spec, run.state
-    (tensors, plain), *others = random
     snapshot = checkpoint.Snapshot(
         state=state,
         optimizer=state_tensors(run.updates.optimizer, run.updates.named),
-        random=tensors,
-        random_plain=plain,
+        random=random,
         environment=checkpoint.environment(
             spec.device, run.plan.dtype, spec.quantization_values, choices.to_strings(run.loaded.choices)
         ),
         schedule=dataclasses.asdict(run.updates.schedule),
         scaler=scaler_state(run.updates.scaler),
-        others=others,
     )
     write_adapter, folder = partial(save_adapter, run), spec.folder
     try:
@@ -62,7 +59,7 @@ def _write_checkpoint(run: Run, random: Sequence[checkpoint.RandomState]) -> Pat
     except DiskError as cause:
         checkpoint.save_adapter_only(folder, state.step, state.best_step, write_adapter)
         saved = checkpoint.describe_saved(folder)
-        run.progress.say(f"warning: {cause} The adapter was saved without a checkpoint. {saved}")
+        run.spec.progress.say(f"warning: {cause} The adapter was saved without a checkpoint. {saved}")
         return None
     checkpoint.prune(folder, spec.settings.save_total_limit, state.best_step)
     checkpoint.prune_adapters_only(folder, state.step, state.best_step)
@@ -110,7 +107,7 @@ def save_adapter(run: Run, folder: Path) -> None:
 def _note(run: Run, text: str) -> None:
     """Print a message and add it to those of the run, once."""
     if text not in run.notes:
-        run.progress.say(text)
+        run.spec.progress.say(text)
         run.notes = (*run.notes, text)
 
 

@@ -6,16 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
 
-from lorakit.choices import (
-    FORMATS,
-    TAG_SCHEMES,
-    TASK_NAMES,
-    Bias,
-    LabelType,
-    Overlong,
-    TagScheme,
-    TaskName,
-)
+from lorakit.choices import FORMATS, TAG_SCHEMES, TASK_NAMES, Bias, LabelType, Overlong, TagScheme, TaskName
 from lorakit.train.settings.types import (
     After,
     Allocation,
@@ -41,9 +32,9 @@ from lorakit.train.settings.types import (
 )
 
 
-def in_group(title: str) -> Callable[..., Any]:
-    """Return a function that makes the entries of a group of settings."""
-    return partial(Setting, group=title)
+def in_group(title: str, **more: Any) -> Callable[..., Any]:
+    """Return a function that makes the entries of a group of settings, which have these fields in common."""
+    return partial(Setting, group=title, **more)
 
 
 OF_CONFIG = ("Adapter", "Other fields of LoraConfig")

@@ -12,15 +12,7 @@ from functools import cache
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from lorakit.choices import (
-    STORED,
-    TRACKERS,
-    BaseMatmul,
-    Dtype,
-    Optimizer,
-    Recompute,
-    Stored,
-)
+from lorakit.choices import STORED, TRACKERS, BaseMatmul, Dtype, Optimizer, Recompute, Stored
 from lorakit.train.settings.data_and_adapter import DataAndAdapter, in_group
 from lorakit.train.settings.types import (
     After,
@@ -46,7 +38,7 @@ DECAY_RATIO = 0.2
 _optimizer = in_group("Optimizer")
 _length = in_group("Length")
 _machine = in_group("Precision and machine")
-_evaluation = in_group("Evaluation and checkpoints")
+_evaluation = in_group("Evaluation and checkpoints", is_changeable=True)
 
 
 class SettingFields(DataAndAdapter):
@@ -277,49 +269,30 @@ class SettingFields(DataAndAdapter):
         "ten evaluations show how the loss changes",
         "10% of the run",
         brief="Evaluate every N steps",
-        is_changeable=True,
         ge=1,
     )
     save_steps: int | None = _evaluation(
-        "Save a checkpoint every N steps",
-        None,
-        "limits how much work is lost in a crash",
-        "same as --eval-steps",
-        is_changeable=True,
-        ge=1,
+        "Save a checkpoint every N steps", None, "limits how much work is lost in a crash", "same as --eval-steps", ge=1
     )
     save_total_limit: int = _evaluation(
-        "Keep at most N checkpoints; the best and the newest are always kept",
-        2,
-        "these two are enough",
-        is_changeable=True,
-        ge=1,
+        "Keep at most N checkpoints; the best and the newest are always kept", 2, "these two are enough", ge=1
     )
     early_stopping_patience: int | None = _evaluation(
-        "Stop after N evaluations without improvement",
-        None,
-        "the best step is kept in either case",
-        "off",
-        is_changeable=True,
-        ge=1,
+        "Stop after N evaluations without improvement", None, "the best step is kept in either case", "off", ge=1
     )
     report_to: Annotated[list[str], Before(trackers_of)] = _evaluation(
         f"Report the settings and metrics to trackers too: {', '.join(TRACKERS)}",
         [],
         "metrics.jsonl has all metrics, and a tracker is another package",
-        is_changeable=True,
     )
     resume: bool = _evaluation(
         "Resume from the newest valid checkpoint in --output-dir, with the settings of that run",
         False,
         "a new run starts in a new directory",
         brief="Resume the run in --output-dir",
-        is_changeable=True,
         conflict=Conflict("overwrite", bool, "and overwrite cannot be combined; omit one of them."),
     )
-    overwrite: bool = _evaluation(
-        "Replace the run in --output-dir", False, "no run is deleted by accident", is_changeable=True
-    )
+    overwrite: bool = _evaluation("Replace the run in --output-dir", False, "no run is deleted by accident")
 
 
 DEFAULTS: dict[str, Setting] = {

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from lorakit.choices import DTYPE_NAMES, FORMATS, INITS, TRACKERS
 from lorakit.errors import ConfigError, did_you_mean, nearest
@@ -34,23 +34,18 @@ class Before:
     """Marks a type whose values a function converts before pydantic checks them."""
 
     convert: Callable[[Any], Any]
+    validator: ClassVar[str] = "BeforeValidator"
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
-        from pydantic import BeforeValidator
+        import pydantic
 
-        return BeforeValidator(self.convert).__get_pydantic_core_schema__(source, handler)
+        return getattr(pydantic, self.validator)(self.convert).__get_pydantic_core_schema__(source, handler)
 
 
-@dataclass(frozen=True)
-class After:
+class After(Before):
     """Marks a type whose values a function checks or converts after pydantic has checked them."""
 
-    check: Callable[[Any], Any]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
-        from pydantic import AfterValidator
-
-        return AfterValidator(self.check).__get_pydantic_core_schema__(source, handler)
+    validator = "AfterValidator"
 
 
 class NotEmpty:

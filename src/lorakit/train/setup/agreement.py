@@ -16,7 +16,6 @@ from lorakit.errors import DataError, LorakitError, NotYetSupported, RunError, U
 from lorakit.tables import format_count
 from lorakit.train.files import run_folder
 from lorakit.train.loop.optimizer import Named
-from lorakit.train.loop.progress import Progress
 from lorakit.train.processes.processes import ALONE, Processes
 from lorakit.train.processes.sharding import SINCE, Parallel, ShardedBase, can_ignore, shard_base
 from lorakit.train.settings.types import SHARDED
@@ -32,36 +31,25 @@ def pick_device(word: str, processes: Processes = ALONE) -> torch.device:
     return hub.pick_device(word if processes.is_alone else _word_of(word, processes))
 
 
-def gpu_of(processes: Processes, devices: int) -> int:
-    """Return the number of this process's GPU, which no other process shares; `devices` is the number of CUDA devices.
-
-    Raises:
-        UsageError: There is no GPU for this process.
-    """
-    local = processes.local_rank
-    if local >= devices:
+def _word_of(word: str, processes: Processes) -> str:
+    """Return the device of one of several processes as a value of the setting `device`."""
+    local, devices = processes.local_rank, torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if word == "auto":
+        word = "cuda" if devices else "cpu"
+    if word == "cuda" and local >= devices:
         text = (
             f"no GPU is left for process {processes.rank}, which is number {local} on its machine (LOCAL_RANK): torch "
             f"finds {format_count(devices, 'CUDA device')} there, and processes cannot share one; start one process "
             "for each GPU, or use --device cpu."
         )
         raise UsageError(text, what=local, field="device")
-    return local
-
-
-def _word_of(word: str, processes: Processes) -> str:
-    """Return the device of one of several processes as a value of the setting `device`."""
-    if word == "auto":
-        word = "cuda" if torch.cuda.is_available() else "cpu"
-    if word == "cuda":
-        return f"cuda:{gpu_of(processes, torch.cuda.device_count() if torch.cuda.is_available() else 0)}"
-    if word != "cpu":
+    if word not in ("cuda", "cpu"):
         text = (
             f"device is {word!r}, which the {processes.count} processes of this run cannot share; use --device cuda "
             "(one GPU for each process on a machine) or --device cpu."
         )
         raise UsageError(text, what=word, field="device", allowed=("auto", "cuda", "cpu"))
-    return word
+    return f"cuda:{local}" if word == "cuda" else word
 
 
 def check_alike(spec: RunSpec) -> None:
@@ -249,9 +237,7 @@ def _hybrid(ranks: Sequence[int], device: torch.device, reason: str) -> Parallel
     return Parallel("hsdp", (machines, local), device, reason)
 
 
-def share_base(
-    model: nn.Module, parallel: Parallel | None, processes: Processes, progress: Progress
-) -> ShardedBase | None:
+def share_base(model: nn.Module, parallel: Parallel | None, spec: RunSpec) -> ShardedBase | None:
     """Shard the base of a run if it is to be sharded, and report how the processes share it.
 
     Everything that reads whole weights outside of forward passes comes before.
@@ -262,9 +248,9 @@ def share_base(
     if parallel is None:
         return None
     if not parallel.is_sharded:
-        progress.detail(f"parallel: {parallel.method}, because {parallel.reason}")
+        spec.progress.detail(f"parallel: {parallel.method}, because {parallel.reason}")
         return None
     sharded = shard_base(model, parallel)
-    processes.in_lockstep = True
-    progress.say(sharded.line())
+    spec.processes.in_lockstep = True
+    spec.progress.say(sharded.line())
     return sharded

@@ -32,26 +32,22 @@ from lorakit.tasks import TaskOnData
 from lorakit.terminal import working
 from lorakit.train.files.checkpoint import random_state, restore_random_state
 from lorakit.train.loop.optimizer import Named
-from lorakit.train.loop.progress import Progress
 from lorakit.train.loop.run import LoadedModel, RunBatches, Updates, step_options
 from lorakit.train.loop.step import StepOptions
-from lorakit.train.settings.settings import TrainSettings
 from lorakit.train.spec import RunLimits, RunPlan, RunSpec
 
 GROWTH = 0.05
 """Fraction of the limit that the probe leaves free: malloc's gaps grow a little when the lengths of rows vary."""
 
 
-def arrange(model: nn.Module, recompute: str, settings: TrainSettings, progress: Progress) -> Acceleration | None:
+def arrange(model: nn.Module, recompute: str, spec: RunSpec) -> Acceleration | None:
     """Make a model recompute what a plan says, and accelerate it if the settings allow that."""
     if recompute == "layers":
         _enable_checkpointing(model)
-    return _accelerated(model, recompute, progress) if settings.accelerate else None
-
-
-def _accelerated(model: nn.Module, recompute: str, progress: Progress) -> Acceleration:
+    if not spec.settings.accelerate:
+        return None
     acceleration = accelerate(model, keep_feed_forward=recompute != "feed-forward")
-    show = progress.detail if acceleration.swaps or acceleration.head or acceleration.packs else progress.say
+    show = spec.progress.detail if acceleration.swaps or acceleration.head or acceleration.packs else spec.progress.say
     for line in acceleration_lines(acceleration):
         show(line)
     return acceleration
@@ -115,13 +111,7 @@ def padding_line(acceleration: Acceleration | None, job: Job) -> str:
 
 
 def fit_plan(
-    spec: RunSpec,
-    plan: RunPlan,
-    limits: RunLimits,
-    batches: RunBatches,
-    loaded: LoadedModel,
-    updates: Updates,
-    progress: Progress,
+    spec: RunSpec, plan: RunPlan, limits: RunLimits, batches: RunBatches, loaded: LoadedModel, updates: Updates
 ) -> tuple[RunPlan, LoadedModel]:
     """Return the fastest proposed plan that fits into the limit of `--fit` in each process, according to a probe."""
     if not plan.proposed:
@@ -139,7 +129,7 @@ def fit_plan(
             if now == "layers":
                 _disable_checkpointing(probe.model)
             now = candidate.job.recompute
-            current = arrange(probe.model, now, spec.settings, progress)
+            current = arrange(probe.model, now, spec)
         job, plan_of_job = candidate.job, RunPlan.of(candidate, spec.settings.fit)
         peak = probe.peak_bytes(job.batch_rows, job.accumulation > 1, step_options(spec, plan_of_job, current))
         return max(spec.processes.exchange(peak))
@@ -147,7 +137,7 @@ def fit_plan(
     limit = bytes_of(spec.settings.fit or "")
     with working("measuring memory"):
         fitting_plan, used = settle(plan.proposed, limit, measure)
-    progress.say(describe(fitting_plan, limit, used))
+    spec.progress.say(describe(fitting_plan, limit, used))
     plan = RunPlan.of(fitting_plan, spec.settings.fit, dtype_reason=plan.dtype_reason)
     return plan, replace(loaded, acceleration=current)
 

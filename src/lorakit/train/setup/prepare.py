@@ -25,7 +25,6 @@ from lorakit.train.files import checkpoint
 from lorakit.train.files.trackers import Trackers
 from lorakit.train.files.train_state import TrainState
 from lorakit.train.loop.optimizer import build_optimizer, check_named_in_fp32, load_state_tensors, loss_scaler
-from lorakit.train.loop.progress import Progress
 from lorakit.train.loop.run import LoadedModel, Run, RunBatches, Start, Updates
 from lorakit.train.setup.agreement import check_rows, check_same_base, choose_parallel, share_base, share_tensors
 from lorakit.train.setup.fitting import arrange, fit_plan
@@ -38,7 +37,7 @@ SHOWN_CHARACTERS = 120
 """Maximum number of characters of a part of the first row, which is shown before training."""
 
 
-def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
+def prepare(spec: RunSpec, started: float) -> Run:
     """Load the data, the model and the checkpoint without changing any files in the run directory.
 
     The random number generators are seeded, or restored from the checkpoint. `started` is the value of
@@ -47,21 +46,22 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     Raises:
         LorakitError: The data, the model or the checkpoint cannot be used; the error class and message say why.
     """
-    batches = _read(spec, progress)
-    limits, plan = _planned(spec, batches, progress)
+    batches = make_batches(spec)
+    _report_data(spec, batches)
+    limits, plan = _planned(spec, batches)
     parallel = choose_parallel(spec, plan.estimated)
     device = spec.device if parallel is None else parallel.loading_device
-    resumed = _newest_checkpoint(spec, progress)
-    model, base_bytes, notes = _adapted(spec, plan, device, batches.loader, resumed.path, progress)
-    loaded = _computing(model, base_bytes, spec, plan, batches.loader, resumed, progress)
-    loaded = dataclasses.replace(loaded, sharded=share_base(model, parallel, spec.processes, progress))
+    resumed = _newest_checkpoint(spec)
+    model, base_bytes, notes = _adapted(spec, plan, device, batches.loader, resumed.path)
+    loaded = _computing(model, base_bytes, spec, plan, batches.loader, resumed)
+    loaded = dataclasses.replace(loaded, sharded=share_base(model, parallel, spec))
     updates = _updates(model, spec, plan, limits, resumed.snapshot)
-    plan, loaded = fit_plan(spec, plan, limits, batches, loaded, updates, progress)
+    plan, loaded = fit_plan(spec, plan, limits, batches, loaded, updates)
     limits, batches = _same_rows_per_step(limits, batches, plan)
-    state, seeded_at = _restored(spec, plan, loaded, updates, batches, resumed, progress)
+    state, seeded_at = _restored(spec, plan, loaded, updates, batches, resumed)
     space = disk_space(spec, limits, state.step, model, updates.named)
     start = Start(started, space, resumed.path, resumed.damaged, seeded_at)
-    return Run(spec, plan, batches, limits, loaded, updates, start, state, progress, Trackers(progress.say), notes)
+    return Run(spec, plan, batches, limits, loaded, updates, start, state, Trackers(spec.progress.say), notes)
 
 
 @dataclass(frozen=True)
@@ -77,48 +77,28 @@ class ResumedCheckpoint:
         return None if self.path is None else checkpoint.load(self.path)
 
 
-def _read(spec: RunSpec, progress: Progress) -> RunBatches:
-    """Read and encode the data of a run, and report what it contains."""
-    given = (spec.data, spec.task, spec.tokenizer, spec.forecast.max_length)
-    batches = make_batches(spec.settings, *given, progress, spec.tokenizer_sha256)
-    _report_data(spec, batches, progress)
-    return batches
-
-
 def _adapted(
-    spec: RunSpec,
-    plan: RunPlan,
-    device: torch.device,
-    loader: BatchLoader,
-    resumed_from: Path | None,
-    progress: Progress,
+    spec: RunSpec, plan: RunPlan, device: torch.device, loader: BatchLoader, resumed_from: Path | None
 ) -> tuple[nn.Module, int, tuple[str, ...]]:
     """Load the base onto a device and put the adapter on it; return also the base's size in bytes, and messages."""
     _seed_everything(spec.settings.seed)  # a new head is initialized while the model is loaded
-    model, config = _loaded(spec, plan, device, progress)
+    model, config = _loaded(spec, plan, device)
     check_same_base(model, spec.processes)
     size = _base_bytes(model, spec)
-    notes = add_adapter(model, config, spec, loader, resumed_from, progress)
+    notes = add_adapter(model, config, spec, loader, resumed_from)
     for note in notes:
-        progress.say(note)
+        spec.progress.say(note)
     return model, size, notes
 
 
 def _computing(
-    model: nn.Module,
-    base_bytes: int,
-    spec: RunSpec,
-    plan: RunPlan,
-    loader: BatchLoader,
-    resumed: ResumedCheckpoint,
-    progress: Progress,
+    model: nn.Module, base_bytes: int, spec: RunSpec, plan: RunPlan, loader: BatchLoader, resumed: ResumedCheckpoint
 ) -> LoadedModel:
     """Choose how an adapted model computes: int8 matmuls, recomputation, fused modules and autotuned kernels."""
-    int8 = quantized_run_base(model, spec, loader, progress)
-    acceleration = arrange(model, plan.recompute, spec.settings, progress)
+    int8 = quantized_run_base(model, spec, loader)
+    acceleration = arrange(model, plan.recompute, spec)
     before = resumed.snapshot.environment if resumed.snapshot else None
-    asked = (spec, plan.dtype, model, acceleration, loader, before, progress)
-    chosen = spec.processes.from_first(lambda: autotuned_choices(*asked))
+    chosen = spec.processes.from_first(lambda: autotuned_choices(spec, plan.dtype, model, acceleration, loader, before))
     return LoadedModel(model, base_bytes if int8 is None else int8.bytes_after, chosen, acceleration, int8)
 
 
@@ -147,16 +127,16 @@ def _load_optimizer(updates: Updates, spec: RunSpec, snapshot: checkpoint.Snapsh
         load_state_tensors(updates.optimizer, updates.named, checkpoint.load(spec.start.optimizer).optimizer)
 
 
-def _planned(spec: RunSpec, batches: RunBatches, progress: Progress) -> tuple[RunLimits, RunPlan]:
+def _planned(spec: RunSpec, batches: RunBatches) -> tuple[RunLimits, RunPlan]:
     """Return the length of a run, and the plan for one of its processes, which the first process makes."""
     loader, processes = batches.loader, spec.processes
     check_rows(loader, processes)
     limits = RunLimits.of(spec.settings, loader, spec.initial_processes)
     own = limits.with_accumulation(-(-limits.accumulation // processes.count))
-    return limits, processes.from_first(lambda: plan_run(spec, own, batches, progress))
+    return limits, processes.from_first(lambda: plan_run(spec, own, batches))
 
 
-def _loaded(spec: RunSpec, plan: RunPlan, device: torch.device, progress: Progress) -> tuple[nn.Module, LoraConfig]:
+def _loaded(spec: RunSpec, plan: RunPlan, device: torch.device) -> tuple[nn.Module, LoraConfig]:
     """Load the model, and add the modules that its files lack to those that the adapter trains and saves in full."""
     stored = spec.settings.stored_as()
     start = None if spec.start is None else [spec.start.adapter.folder]
@@ -165,37 +145,40 @@ def _loaded(spec: RunSpec, plan: RunPlan, device: torch.device, progress: Progre
     if start is not None:
         return loaded.model, spec.forecast.config
     if loaded.new_modules:
-        progress.say(
+        spec.progress.say(
             f"New modules, because the model's files lack them: {', '.join(loaded.new_modules)}; they are trained and "
             "saved with the adapter."
         )
     return loaded.model, with_full_modules(spec.forecast.config, loaded.new_modules)
 
 
-def _report_data(spec: RunSpec, batches: RunBatches, progress: Progress) -> None:
+def _report_data(spec: RunSpec, batches: RunBatches) -> None:
+    """Report what the data of a run contains."""
     report = batches.train_report
     report.inactive_sequences = count_inactive(spec.forecast.config, batches.loader.sequences)
     for note in spec.forecast.notes:
-        progress.say(note)
+        spec.progress.say(note)
     for line in report.lines():
-        progress.say(f"training data: {line}")
+        spec.progress.say(f"training data: {line}")
     names = spec.task.target.names if spec.task.task.unit == "row" else ()
     row = shown_tokens(_first_row(spec), spec.tokenizer, names)
-    progress.say(f"first row, with brackets around what contributes to the loss: {marked(row, most=SHOWN_CHARACTERS)}")
-    progress.say(spec.data.note)
+    spec.progress.say(
+        f"first row, with brackets around what contributes to the loss: {marked(row, most=SHOWN_CHARACTERS)}"
+    )
+    spec.progress.say(spec.data.note)
     held_out, start = spec.data.held_out, None if spec.start is None else spec.start.adapter
     if start is not None and isinstance(held_out, StoredRecords):
         seen = seen_note(start.folder, start.facts, held_out, by_file=False)
         if seen is not None:
-            progress.say(f"warning: evaluation data: {seen}")
+            spec.progress.say(f"warning: evaluation data: {seen}")
     if batches.held_out_report is not None:
         total, *losses = batches.held_out_report.lines()
-        progress.detail(f"evaluation data: {total}")
+        spec.progress.detail(f"evaluation data: {total}")
         for line in losses:
-            progress.say(f"evaluation data: {line}")
+            spec.progress.say(f"evaluation data: {line}")
         remedy = "Repeat the run with other seeds (--seed), or pass more rows with --eval-data."
         if few := few_rows(batches.held_out_report.sequences, spec.task.target.kind == "class", remedy):
-            progress.say(few)
+            spec.progress.say(few)
 
 
 def _first_row(spec: RunSpec) -> Sequence:
@@ -218,27 +201,21 @@ def _base_bytes(model: nn.Module, spec: RunSpec) -> int:
     return element * base.rest + base.size_bytes
 
 
-def _newest_checkpoint(spec: RunSpec, progress: Progress) -> ResumedCheckpoint:
+def _newest_checkpoint(spec: RunSpec) -> ResumedCheckpoint:
     """Find the checkpoint to resume from, which is the same in all processes."""
     newest, damaged = None, list[Path]()
     for path, fault in checkpoint.verified(spec.folder) if spec.settings.resume else ():
         if fault is None:
             newest = path
             break
-        progress.say(f"{path}: skipped, because {fault}.")
+        spec.progress.say(f"{path}: skipped, because {fault}.")
         damaged.append(path)
     spec.processes.check_equal({"checkpoint": newest})
     return ResumedCheckpoint(newest, tuple(damaged))
 
 
 def _restored(
-    spec: RunSpec,
-    plan: RunPlan,
-    loaded: LoadedModel,
-    updates: Updates,
-    batches: RunBatches,
-    resumed: ResumedCheckpoint,
-    progress: Progress,
+    spec: RunSpec, plan: RunPlan, loaded: LoadedModel, updates: Updates, batches: RunBatches, resumed: ResumedCheckpoint
 ) -> tuple[TrainState, int]:
     """Seed everything and load the state of the optimizer; a resumed run continues with its data and random numbers.
 
@@ -255,7 +232,7 @@ def _restored(
     here = checkpoint.environment(spec.device, plan.dtype, spec.quantization_values, kernels)
     changed = checkpoint.differences(snapshot.environment, here)
     if changed:
-        progress.say(
+        spec.progress.say(
             f"This environment differs from the checkpoint's ({'; '.join(changed)}): the results will agree within "
             "rounding error, but not bit for bit."
         )
@@ -266,8 +243,8 @@ def _restored(
         return snapshot.state, int(recorded.get("seeded_at") or 0)
     step = snapshot.state.step
     _seed_everything(spec.seed_of(rank, step))
-    saved = format_count(len(snapshot.others) + 1, "process", "processes")
-    progress.say(
+    saved = format_count(len(snapshot.random), "process", "processes")
+    spec.progress.say(
         f"The checkpoint was saved by {saved}, and the run continues with {count}: the rows of each step stay the "
         "same, but the random number generators, which draw dropout, are seeded again."
     )

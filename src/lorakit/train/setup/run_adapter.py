@@ -33,7 +33,6 @@ from lorakit.session.spec import recorded_base
 from lorakit.tables import format_count
 from lorakit.terminal import working
 from lorakit.train.files import checkpoint, run_folder
-from lorakit.train.loop.progress import Progress
 from lorakit.train.loop.run import RunInt8
 from lorakit.train.settings.defaults import DEFAULTS
 from lorakit.train.settings.settings import TrainSettings, names_in_config
@@ -49,12 +48,7 @@ ROWS = 32
 
 
 def add_adapter(
-    model: nn.Module,
-    config: LoraConfig,
-    spec: RunSpec,
-    loader: BatchLoader,
-    checkpoint: Path | None,
-    progress: Progress,
+    model: nn.Module, config: LoraConfig, spec: RunSpec, loader: BatchLoader, checkpoint: Path | None
 ) -> tuple[str, ...]:
     """Add embedding rows for new tokens to the base, then attach a new adapter or load an existing one.
 
@@ -69,17 +63,17 @@ def add_adapter(
     if new is not None:
         grow_vocabulary(model, new.vocabulary)
     if checkpoint is not None:
-        progress.say(f"Resuming from {checkpoint}.")
+        spec.progress.say(f"Resuming from {checkpoint}.")
         return core.load_adapter(model, checkpoint, ADAPTER, trainable=True).warnings + unseen
     if settings.resume:
-        progress.say(f"{spec.folder}: no valid checkpoint; the run starts from the beginning.")
+        spec.progress.say(f"{spec.folder}: no valid checkpoint; the run starts from the beginning.")
     if spec.start is not None:
-        return _load_start(model, spec.start, progress)
+        return _load_start(model, spec.start, spec)
     if settings.allocate_ranks != "none":
-        config = allocate_ranks(model, config, spec, settings.allocate_ranks, loader, progress)
+        config = allocate_ranks(model, config, spec, settings.allocate_ranks, loader)
     if new is not None:
         config = with_trained_rows(config, model, new.rows)
-    config, statistics = init_from_data(model, config, spec, loader, progress)
+    config, statistics = init_from_data(model, config, spec, loader)
     report = core.attach(model, config, ADAPTER, allow=_allow(spec), seed=settings.seed, statistics=statistics)
     if new is not None:
         initialize_rows(model, ADAPTER, new.added.pieces)
@@ -97,11 +91,11 @@ def _unseen(new: NewTokens, loader: BatchLoader) -> tuple[str, ...]:
     return (f"These new tokens are not in the training data, so their rows stay untrained: {never}.",)
 
 
-def _load_start(model: nn.Module, start: StartAdapter, progress: Progress) -> tuple[str, ...]:
+def _load_start(model: nn.Module, start: StartAdapter, spec: RunSpec) -> tuple[str, ...]:
     """Load the adapter that a run starts from, and return messages for the user."""
     steps = start.origin["steps"]
     trained = "" if steps is None else f" (trained for {format_count(steps, 'step')})"
-    progress.say(f"Training the adapter in {start.adapter.folder} further{trained}.")
+    spec.progress.say(f"Training the adapter in {start.adapter.folder} further{trained}.")
     try:
         return core.load_adapter(model, start.adapter.folder, ADAPTER, trainable=True).warnings
     except AdapterFileError as cause:  # a run has no setting that overrides the check
@@ -109,12 +103,7 @@ def _load_start(model: nn.Module, start: StartAdapter, progress: Progress) -> tu
 
 
 def allocate_ranks(
-    model: nn.Module,
-    config: LoraConfig,
-    spec: RunSpec,
-    by: Literal["gradients", "inputs"],
-    loader: BatchLoader,
-    progress: Progress,
+    model: nn.Module, config: LoraConfig, spec: RunSpec, by: Literal["gradients", "inputs"], loader: BatchLoader
 ) -> LoraConfig:
     """Return an adapter config with ranks computed from the base and the first training rows.
 
@@ -124,7 +113,7 @@ def allocate_ranks(
     with working(f"allocating ranks from {format_count(len(rows), 'row')}"):
         allocated = allocate(model, config, rows, row_loss(spec), by=by, allow=_allow(spec))
     ranks = sorted(allocated.ranks.values())
-    progress.say(
+    spec.progress.say(
         f"Ranks allocated by {by} over {format_count(len(rows), 'row')}: {ranks[0]} to {ranks[-1]}, median "
         f"{ranks[len(ranks) // 2]}; {allocated.parameters:,} parameters in A and B (budget {allocated.budget:,}, "
         f"from r = {spec.settings.r})."
@@ -133,7 +122,7 @@ def allocate_ranks(
 
 
 def init_from_data(
-    model: nn.Module, config: LoraConfig, spec: RunSpec, loader: BatchLoader, progress: Progress
+    model: nn.Module, config: LoraConfig, spec: RunSpec, loader: BatchLoader
 ) -> tuple[LoraConfig, core.Statistics | None]:
     """Return the adapter's config and, if the initialization needs them, statistics of the first training rows.
 
@@ -158,7 +147,7 @@ def init_from_data(
         statistics = core.collect_for(model, config, rows, row_loss(spec), keep=keep, allow=_allow(spec))
     ranks = sorted(set(statistics.config.rank_pattern.values()) | {statistics.config.r})
     spread = f", ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else ""
-    progress.say(f"Adapter initialized by {init.name} from {format_count(len(rows), 'row')}{spread}.")
+    spec.progress.say(f"Adapter initialized by {init.name} from {format_count(len(rows), 'row')}{spread}.")
     return statistics.config, statistics
 
 
@@ -170,7 +159,7 @@ def first_rows(spec: RunSpec, loader: BatchLoader) -> list[Batch]:
     return [batch for batch in islice(singles, ROWS) if batch.trained_tokens]
 
 
-def quantized_run_base(model: nn.Module, spec: RunSpec, loader: BatchLoader, progress: Progress) -> RunInt8 | None:
+def quantized_run_base(model: nn.Module, spec: RunSpec, loader: BatchLoader) -> RunInt8 | None:
     """Quantize the base of a run in place if it is to be multiplied in int8; see `quantized_base`."""
     if spec.base_matmul != "int8":
         return None
@@ -178,7 +167,7 @@ def quantized_run_base(model: nn.Module, spec: RunSpec, loader: BatchLoader, pro
     first, losses, device = calibration_rows(first_rows(spec, loader)), spec.task.objective.row_losses, spec.device
     by_row = None if losses is None else lambda model, batch: losses(model, batch, device)
     rows = CalibrationRows(first, loader.pad_id, batch_tokens, row_loss(spec), by_row)
-    return quantized_base(model, spec, rows, progress)
+    return quantized_base(model, spec, rows)
 
 
 def row_loss(spec: RunSpec) -> Callable[[nn.Module, Batch], Tensor]:

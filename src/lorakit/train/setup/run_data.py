@@ -19,11 +19,12 @@ from lorakit.data.sources import weights_of
 from lorakit.durable import JsonValue
 from lorakit.errors import DataError, DiskError, LorakitError, UsageError
 from lorakit.tables import format_count
-from lorakit.tasks import EncodeOptions, TaskOnData
+from lorakit.tasks import EncodeOptions
 from lorakit.train.files import run_folder
-from lorakit.train.loop.progress import Progress
 from lorakit.train.loop.run import RunBatches
+from lorakit.train.progress import Progress
 from lorakit.train.settings.settings import TrainSettings
+from lorakit.train.spec import RunSpec
 
 MOST_COMPARED_BYTES = 1 << 28
 """Maximum size of training data that is read again to compare rows."""
@@ -78,9 +79,8 @@ def read_data(
                 "streaming needs the number of steps, because the number of rows is not known; pass --max-steps.",
                 field="max_steps",
             )
-        first = _First(say)
         return data.read_stream(
-            settings.data, settings.eval_data, settings.eval_fraction, settings.seed, request, first.skipped
+            settings.data, settings.eval_data, settings.eval_fraction, settings.seed, request, _first_skipped(say)
         )
     if record is None and settings.streaming == "auto" and data.streamable_bytes(settings.data) > STREAMED_BYTES:
         say("The training data is checked and tokenized as a whole; with --max-steps, it is read while training.")
@@ -100,97 +100,83 @@ def is_streamed(settings: TrainSettings, record: Mapping[str, Any] | None) -> bo
     return settings.max_steps is not None and data.streamable_bytes(settings.data) > STREAMED_BYTES
 
 
-class _First:
-    """Receiver of skipped rows that passes on only the first one."""
+def _first_skipped(say: Callable[[str], None]) -> Callable[[str, str], None]:
+    """Return a receiver of skipped rows that reports only the first one."""
+    reported = list[str]()
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say: Callable[[str], None] | None = say
+    def receive(where: str, reason: str) -> None:
+        if not reported:
+            say(f"{where}: row skipped, as later ones will be: {reason}")
+            reported.append(where)
 
-    def skipped(self, where: str, reason: str) -> None:
-        """Report a skipped row, if it is the first one."""
-        if self._say is not None:
-            self._say(f"{where}: row skipped, as later ones will be: {reason}")
-        self._say = None
+    return receive
 
 
-def make_batches(
-    settings: TrainSettings,
-    records: data.Split,
-    task: TaskOnData,
-    tokenizer: data.Tokenizer,
-    max_length: int,
-    progress: Progress,
-    tokenizer_sha256: str | None = None,
-) -> RunBatches:
-    """Tokenize the records of `read_data`, create the loaders, and count rows and tokens.
+def make_batches(spec: RunSpec) -> RunBatches:
+    """Tokenize the records of a run, create the loaders, and count rows and tokens.
 
     Raises:
         DataError: The training data or the evaluation data has no tokens that contribute to the loss, or no end marker
             in the training data does.
     """
-    cache = _token_cache(settings, tokenizer, tokenizer_sha256, progress)
-    options = EncodeOptions(max_length, settings.overlong, _listener(progress, "training data", records.train), cache)
+    settings, records, task, tokenizer = spec.settings, spec.data, spec.task, spec.tokenizer
+    options = EncodeOptions(
+        spec.forecast.max_length,
+        settings.overlong,
+        _listener(spec.progress, "training data", records.train),
+        _token_cache(spec),
+    )
     train = task.task.encode(records.train, tokenizer, task.target, options)
     if not settings.allow_missing_end:
         train.report.check_end()
-    loader = _loader(settings, records, train, task, tokenizer, max_length)
+    loader = _loader(spec, train)
     if not records.held_out:
         return RunBatches(loader, None, train.report, None, task)
     try:
-        options = replace(options, watch=_listener(progress, "evaluation data", records.held_out))
+        options = replace(options, watch=_listener(spec.progress, "evaluation data", records.held_out))
         held_out = task.task.encode(records.held_out, tokenizer, task.target, options)
     except DataError as cause:
         raise DataError(f"evaluation data: {cause}", **cause.fields) from cause
     return RunBatches(loader, held_out.sequences, train.report, held_out.report, task)
 
 
-def _token_cache(
-    settings: TrainSettings, tokenizer: data.Tokenizer, tokenizer_sha256: str | None, progress: Progress
-) -> data.TokenCache | None:
+def _token_cache(spec: RunSpec) -> data.TokenCache | None:
     """Return the cache of tokens, or None if it is off or has no directory."""
-    if not settings.token_cache:
+    if not spec.settings.token_cache:
         return None
     try:
         folder = TOKENS.path()
     except DiskError as cause:
-        progress.detail(f"The tokens are not kept for later runs: {cause}")
+        spec.progress.detail(f"The tokens are not kept for later runs: {cause}")
         return None
     inputs: dict[str, JsonValue] = {
-        "reading": [asdict(settings.row_request()), settings.task],
-        "tokenizer": [tokenizer_sha256 or hub.tokenizer_hash(tokenizer), hub.tokenizer_settings(tokenizer)],
-        "template": hub.chat_template_hash(tokenizer),
+        "reading": [asdict(spec.settings.row_request()), spec.settings.task],
+        "tokenizer": [spec.tokenizer_sha256, hub.tokenizer_settings(spec.tokenizer)],
+        "template": hub.chat_template_hash(spec.tokenizer),
         "code": code(),
     }
-    return data.TokenCache(folder, inputs, progress.say)
+    return data.TokenCache(folder, inputs, spec.progress.say)
 
 
-def _loader(
-    settings: TrainSettings,
-    records: data.Split,
-    train: data.Encoded,
-    task: TaskOnData,
-    tokenizer: data.Tokenizer,
-    max_length: int,
-) -> data.BatchLoader:
+def _loader(spec: RunSpec, train: data.Encoded) -> data.BatchLoader:
     """Return the loader of the training data; of a stream, only the first part has been encoded."""
-    rows, pad = settings.per_device_train_batch_size, data.padding_id(tokenizer)
+    settings, records, task = spec.settings, spec.data, spec.task
     weights = weights_of(settings.data, settings.data_weights)
     train.report.notes += [f"{name}: {weight:g} times per epoch." for name, weight in settings.data_weights.items()]
+    given = (train.sequences, settings.per_device_train_batch_size, settings.seed)
+    pad, collate = data.padding_id(spec.tokenizer), task.objective.collate
     if isinstance(records, data.StreamSplit):
-        options = EncodeOptions(max_length, settings.overlong)
+        options = EncodeOptions(spec.forecast.max_length, settings.overlong)
         return data.StreamLoader(
-            train.sequences,
-            rows,
-            settings.seed,
+            *given,
             pad_id=pad,
-            collate=task.objective.collate,
+            collate=collate,
             rows=records.rows,
-            encode=lambda record: task.task.encode_one(record, tokenizer, task.target, options),
+            encode=lambda record: task.task.encode_one(record, spec.tokenizer, task.target, options),
             source_weights=weights,
         )
     parts = tuple((count, weights.get(source, 1.0)) for source, count in train.sources) if weights else ()
-    collate = task.objective.collate
-    return data.Loader(train.sequences, rows, settings.seed, pad_id=pad, weights=parts, collate=collate)
+    return data.Loader(*given, pad_id=pad, weights=parts, collate=collate)
 
 
 def _listener(progress: Progress, what: str, records: data.AnyRecords) -> Callable[[int], None] | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from lorakit.report import INT8_FILE
 from lorakit.session.base_matmul import unsupported
 from lorakit.terminal import working
 from lorakit.train.files.checkpoint import environment
+from lorakit.train.files.train_state import improvement
 from lorakit.train.loop.run import RunInt8
 from lorakit.train.loop.score_cache import read_kept, start_key, write_kept
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lorakit.config import LoraConfig
-    from lorakit.train.loop.progress import Progress
     from lorakit.train.settings.settings import TrainSettings
     from lorakit.train.spec import RunSpec
 
@@ -113,7 +112,7 @@ def calibration_rows(rows: Sequence[Batch]) -> list[Batch]:
     return [row for row, end in zip(rows, ends, strict=True) if end - row.tokens < CALIBRATION_TOKENS]
 
 
-def quantized_base(model: nn.Module, spec: RunSpec, rows: CalibrationRows, progress: Progress) -> RunInt8:
+def quantized_base(model: nn.Module, spec: RunSpec, rows: CalibrationRows) -> RunInt8:
     """Quantize the base of an adapted model; a resumed run uses the input scales in its directory."""
     core.record_original_base(model)
     recorded = (spec.record or {}).get("int8")
@@ -121,11 +120,11 @@ def quantized_base(model: nn.Module, spec: RunSpec, rows: CalibrationRows, progr
         base = _with_scales(model, spec, recorded, _scales_of_run(spec.folder, recorded))
     else:
         with working("calibrating int8 matmuls"):
-            base = _kept_or_calibrated(model, spec, rows, progress)
+            base = _kept_or_calibrated(model, spec, rows)
     for line in base.lines():
-        progress.say(line)
+        spec.progress.say(line)
     for path, ratio in base.record["worst"].items():
-        progress.detail(f"int8: largest input channel of {path}: {ratio:,.0f} times the median channel")
+        spec.progress.detail(f"int8: largest input channel of {path}: {ratio:,.0f} times the median channel")
     return base
 
 
@@ -149,20 +148,20 @@ def _scales_of_run(folder: Path, recorded: Mapping[str, Any]) -> bytes:
     return data
 
 
-def _kept_or_calibrated(model: nn.Module, spec: RunSpec, rows: CalibrationRows, progress: Progress) -> RunInt8:
+def _kept_or_calibrated(model: nn.Module, spec: RunSpec, rows: CalibrationRows) -> RunInt8:
     """Quantize the base with the scales of an earlier run with the same start, or calibrate it and keep the scales."""
     key, began = _cache_key(model, spec, rows), time.process_time()
     kept = None if key is None else calibration_kept(key)
     if kept is not None:
         record = {**kept[0], "loss_bound": spec.settings.int8_loss_bound}
         _check_loss(record)
-        progress.say("The int8 calibration was read from the cache: an earlier run had the same start.")
+        spec.progress.say("The int8 calibration was read from the cache: an earlier run had the same start.")
         return _with_scales(model, spec, record, kept[1])
     base = _calibrated(model, spec, rows)
     if key is not None and time.process_time() - began >= LEAST_SECONDS:
         problem = keep_calibration(key, base.record, base.scales)
         if problem:
-            progress.detail(f"The int8 calibration is not kept for later runs: {problem}.")
+            spec.progress.detail(f"The int8 calibration is not kept for later runs: {problem}.")
     return base
 
 
@@ -195,6 +194,9 @@ def _calibrated(model: nn.Module, spec: RunSpec, calibration: CalibrationRows) -
     rows = calibration.rows
     base, losses, int8_losses = calibration.measured(model, spec.settings.keep_bf16_base)
     weights = [row.trained_tokens for row in rows]
+    sums, int8_sums = (
+        [mean * weight for mean, weight in zip(means, weights, strict=True)] for means in (losses, int8_losses)
+    )
     scales = tensors_to_bytes({name: scale.contiguous() for name, scale in core.int8_scales(model).items()})
     record = {
         "layers": len(base.paths),
@@ -203,9 +205,9 @@ def _calibrated(model: nn.Module, spec: RunSpec, calibration: CalibrationRows) -
         "rows": len(rows),
         "tokens": sum(row.tokens for row in rows),
         "rows_sha256": hashlib.sha256(b"".join(row.input_ids.numpy().tobytes() for row in rows)).hexdigest(),
-        "loss": _mean(losses, weights),
-        "int8_loss": _mean(int8_losses, weights),
-        "loss_error": _paired_error(losses, int8_losses, weights),
+        "loss": sum(sums) / sum(weights),
+        "int8_loss": sum(int8_sums) / sum(weights),
+        "loss_error": improvement(sums, int8_sums, weights).error,
         "loss_bound": spec.settings.int8_loss_bound,
         "scales_sha256": durable.sha256_bytes(scales),
         "bytes_before": base.bytes_before,
@@ -229,18 +231,6 @@ def _check_loss(record: Mapping[str, Any]) -> None:
         f"with a value above {rise:.4f} to train nevertheless."
     )
     raise RunError(text, what=rise, where=site, field="int8_loss_bound")
-
-
-def _mean(losses: Sequence[float], weights: Sequence[int]) -> float:
-    return sum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / sum(weights)
-
-
-def _paired_error(before: Sequence[float], after: Sequence[float], weights: Sequence[int]) -> float:
-    """Return the standard error of the difference of two mean losses, paired by row; 0 for a single row."""
-    n, total = len(weights), sum(weights)
-    mean = _mean(after, weights) - _mean(before, weights)
-    squares = (((b - a - mean) * w) ** 2 for a, b, w in zip(before, after, weights, strict=True))
-    return math.sqrt(sum(squares) * n / (n - 1)) / total if n > 1 else 0.0
 
 
 @dataclass(frozen=True)

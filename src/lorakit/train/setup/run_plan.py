@@ -27,7 +27,6 @@ from lorakit.tables import format_bytes
 from lorakit.train.files.checkpoint import differences, environment
 from lorakit.train.files.run_folder import checkpoints, run_files
 from lorakit.train.loop.optimizer import HALF, Named, check_trained_in_fp32
-from lorakit.train.loop.progress import Progress
 from lorakit.train.loop.run import RunBatches
 from lorakit.train.settings.types import SHARDED
 from lorakit.train.spec import ADAPTER, DiskSpace, RunLimits, RunPlan, RunSpec
@@ -41,7 +40,7 @@ _HEADER_BYTES = 512  # per tensor: its entries in the safetensors header and in 
 _ROW_BYTES = 400  # per row of metrics.jsonl
 
 
-def plan_run(spec: RunSpec, limits: RunLimits, data: RunBatches, progress: Progress) -> RunPlan:
+def plan_run(spec: RunSpec, limits: RunLimits, data: RunBatches) -> RunPlan:
     """Choose a run's precision (by benchmarking if it is "auto"), and estimate the run's memory use and duration.
 
     A resumed run keeps its precision.
@@ -78,9 +77,9 @@ def plan_run(spec: RunSpec, limits: RunLimits, data: RunBatches, progress: Progr
     estimated, proposed, reasons = _limited(spec, estimated)
     lines += reasons
     for line in (*lines, *plan.summary(estimated)):
-        progress.say(line)
+        spec.progress.say(line)
     for line in (*details, *plan.details(estimated)):
-        progress.detail(line)
+        spec.progress.detail(line)
     return RunPlan.of(estimated, spec.settings.fit, proposed, reason)
 
 
@@ -207,7 +206,7 @@ def disk_space(spec: RunSpec, limits: RunLimits, step: int, model: nn.Module, na
     return DiskSpace(checkpoint, published + log, added * checkpoint + max(replacing, published) + log)
 
 
-def check_space(spec: RunSpec, space: DiskSpace, progress: Progress) -> None:
+def check_space(spec: RunSpec, space: DiskSpace) -> None:
     """Check that the disk has enough free space for a run; a message says if there is no room for all checkpoints.
 
     Raises:
@@ -224,7 +223,7 @@ def check_space(spec: RunSpec, space: DiskSpace, progress: Progress) -> None:
             where=folder,
         )
     if free < space.whole:
-        progress.say(
+        spec.progress.say(
             f"warning: {folder}: the disk may be too small for all checkpoints: {format_bytes(space.whole)} needed "
             f"({format_bytes(space.checkpoint)} each), {format_bytes(free)} free. If a checkpoint does not fit, only "
             "the adapter is saved."
@@ -253,7 +252,6 @@ def autotuned_choices(
     acceleration: Acceleration | None,
     loader: BatchLoader,
     before: Mapping[str, Any] | None,
-    progress: Progress,
 ) -> dict[str, int]:
     """Return a run's autotuned kernel choices for `lorakit.ops.choices.activate`, and report any measurements.
 
@@ -267,7 +265,7 @@ def autotuned_choices(
         return choices.from_strings(before.get("kernels"))
     tuned = choose(model, most_tokens(loader, acceleration.packs), max(lengths(loader.sequences)))
     if str(tuned):
-        progress.detail(str(tuned))
+        spec.progress.detail(str(tuned))
     return dict(tuned.choices)
 
 

@@ -28,8 +28,8 @@ from lorakit.tasks import TASKS, Target, TaskOnData, agree_on_padding, task_for
 from lorakit.train.files import checkpoint, run_folder
 from lorakit.train.files.trackers import check_trackers
 from lorakit.train.loop.optimizer import check_optimizer
-from lorakit.train.loop.progress import Progress
 from lorakit.train.processes.processes import ALONE, Processes
+from lorakit.train.progress import Progress
 from lorakit.train.settings.defaults import DEFAULTS
 from lorakit.train.settings.settings import TrainSettings
 from lorakit.train.settings.sources import complete
@@ -62,6 +62,7 @@ def build_spec(given: TrainSettings, progress: Progress, processes: Processes = 
     if processes.is_first:
         run_folder.check_output_dir(folder, resume=given.resume, overwrite=given.overwrite)
     record = run_folder.read_record(folder) if given.resume else None
+    resolved = (record or {}).get("resolved") or {}
     start = None if given.from_adapter is None else start_adapter(given, given.from_adapter, record)
     settings = given if start is None or record is not None else completed(start, given)
     records, hashes = _records(settings, start, record, progress)
@@ -71,9 +72,9 @@ def build_spec(given: TrainSettings, progress: Progress, processes: Processes = 
     before = _saved_tokenizer(folder, record)
     adapter, template = None if start is None else start.adapter.folder, settings.chat_template
     tokenizer, is_own = training_tokenizer(source, template, settings.new_tokens, adapter=adapter, resumed=before)
-    saved = _saved_task(record) if start is None else start.task
-    task = chosen_task(settings, records, source, saved, progress.say)
-    forecast = _forecast(settings, source, tokenizer, task, start, records, record)
+    saved = _saved_task(resolved) if start is None else start.task
+    task = _chosen_task(settings, records, source, saved, progress.say)
+    forecast = _forecast(settings, source, tokenizer, task, records, start, resolved.get("max_length"))
     if start is not None and record is None:
         check_targets(start, given, forecast.shape)
     matmul = chosen_matmul(settings, device, record, progress.say)
@@ -97,6 +98,7 @@ def build_spec(given: TrainSettings, progress: Progress, processes: Processes = 
         has_own_tokenizer=is_own or forecast.new_tokens is not None,
         base_matmul=matmul,
         processes=processes,
+        progress=progress,
     )
     check_sharding(spec)
     _finish_tokenizer(spec, before)
@@ -129,9 +131,8 @@ def _records(
     return records, hashes
 
 
-def _saved_task(record: Mapping[str, Any] | None) -> TaskOnData | None:
+def _saved_task(resolved: Mapping[str, Any]) -> TaskOnData | None:
     """Return the task of the run that is resumed if it has labels, which then keep their order; else None."""
-    resolved = (record or {}).get("resolved") or {}
     target = Target.from_dict(resolved.get("labels"))
     return None if target is None else TaskOnData(TASKS[resolved["task"]], target)
 
@@ -148,28 +149,6 @@ def _finish_tokenizer(spec: RunSpec, before: SavedTokenizer | None) -> None:
     if before is not None and hub.tokenizer_hash(spec.tokenizer) != hub.tokenizer_hash(before):
         text = f"cannot resume {spec.folder}: the base's tokenizer changed; restore it, or use another --output-dir."
         raise RunError(text, what="tokenizer", where=spec.folder, field="model")
-
-
-def _forecast(
-    settings: TrainSettings,
-    source: hub.ModelSource,
-    tokenizer: SavedTokenizer,
-    task: TaskOnData,
-    start: StartAdapter | None,
-    records: data.Split,
-    record: Mapping[str, Any] | None,
-) -> Forecast:
-    """Return the forecast of the run; an adapter that does not fit the base is an error."""
-    config = None if start is None else start.adapter.literal
-    recorded = ((record or {}).get("resolved") or {}).get("max_length")
-    try:
-        return forecast_of(settings, source, tokenizer, task, records, config, recorded)
-    except TargetError as cause:
-        if start is None:
-            raise
-        folder = start.adapter.folder
-        text = f"{folder}: the adapter does not match the base {source.base_name}: {cause}"
-        raise AdapterFileError(text, **{**cause.fields, "where": folder, "override": None}) from cause
 
 
 def _check_same_run(
@@ -204,21 +183,17 @@ def _check_steps_left(folder: Path, max_steps: int | None) -> None:
         raise UsageError(text, what=max_steps, where=folder, field="max_steps")
 
 
-def chosen_task(
+def _chosen_task(
     settings: TrainSettings,
     records: data.Split,
     source: hub.ModelSource,
-    saved: TaskOnData | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    saved: TaskOnData | None,
+    say: Callable[[str], None],
 ) -> TaskOnData:
     """Choose the task of a run, and check that the settings apply to it.
 
-    Args:
-        settings: The run's settings.
-        records: Training and evaluation records.
-        source: The model.
-        saved: The task of the adapter that the run starts from, or of the run that is resumed, or None.
-        say: Receives a message before the labels of a stream are read, which may take minutes.
+    `saved` is the task of the adapter that the run starts from, or of the run that is resumed, or None. `say` receives
+    a message before the labels of a stream are read, which may take minutes.
 
     Raises:
         UsageError: No task fits the data and the model, or a setting does not apply to the task.
@@ -255,51 +230,56 @@ def chosen_task(
     return task
 
 
-def forecast_of(
+def _forecast(
     settings: TrainSettings,
     source: hub.ModelSource,
-    tokenizer: data.Tokenizer,
+    tokenizer: SavedTokenizer,
     task: TaskOnData,
     records: data.Split,
-    config: LoraConfig | None = None,
-    recorded: int | None = None,
+    start: StartAdapter | None,
+    recorded: int | None,
 ) -> Forecast:
     """Read the model's shape and check the targets and the maximum length against it; no weights are loaded.
 
-    Args:
-        settings: Settings for the adapter and the maximum length.
-        source: The model.
-        tokenizer: The model's tokenizer; new tokens are added to it in place.
-        task: The run's task.
-        records: Training and evaluation records, by which the maximum length is chosen if none is given.
-        config: The config of an existing adapter; None builds the config of a new adapter from the settings.
-        recorded: The maximum length of the run that is resumed, or None.
+    New tokens are added to the tokenizer in place. `recorded` is the maximum length of a resumed run.
 
     Raises:
         ModelError: The model's config cannot be read, or the model or the tokenizer does not support new tokens.
-        TargetError: A target matches nothing.
+        TargetError: A target of a new adapter matches nothing.
+        AdapterFileError: The adapter that the run starts from does not match the base.
         ConfigError: A key in `learning_rate_pattern` matches no adapted module, a new token already exists, or the
             adapter waits for tokens that do not exist.
         UsageError: `max_length` exceeds the model's limit.
     """
     shape = hub.shape_for_task(source, task.task.loader, task.target.config_values())
     new, notes = None, [task.note] if task.note else []
-    if config is None:
+    if start is None:
         given = settings.lora_config(task.task.adapter_task)
         config = for_task(given, shape)
         if config.exclude_modules != given.exclude_modules:
             notes.append(f"not adapted, because the task does not use their output: {', '.join(shape.unused_modules)}")
+    else:
+        config = start.adapter.literal
     if settings.new_tokens:
         base = hub.skeleton(source)
         new = add_new_tokens(tokenizer, settings.new_tokens, base)
         config = with_trained_rows(config, base, new.rows)
         words = ", ".join(f"{token} ({number})" for token, number in new.added.ids.items())
         notes.append(f"New tokens: {words}; in the embedding and the head, only the rows of these tokens are trained.")
-    length, reason = _length(settings, shape, config, lambda: usual_length(records.train, tokenizer, task), recorded)
-    notes += [f"maximum sequence length: {length:,} tokens ({reason})"] if reason else []
-    if invocations_of(config):
-        check_invocation(config, set(tokenizer.get_vocab().values()), "the tokenizer", length)
-    counted = plan.count(shape, config, allow_partial=settings.allow_partial_targets)
+    try:
+        length, reason = _length(
+            settings, shape, config, lambda: usual_length(records.train, tokenizer, task), recorded
+        )
+        notes += [f"maximum sequence length: {length:,} tokens ({reason})"] if reason else []
+        if invocations_of(config):
+            check_invocation(config, set(tokenizer.get_vocab().values()), "the tokenizer", length)
+        counted = plan.count(shape, config, allow_partial=settings.allow_partial_targets)
+    except TargetError as cause:
+        if start is None:
+            raise
+        folder = start.adapter.folder
+        text = f"{folder}: the adapter does not match the base {source.base_name}: {cause}"
+        raise AdapterFileError(text, **{**cause.fields, "where": folder, "override": None}) from cause
     wrong = unfitting_keys(
         "learning_rate_pattern", settings.learning_rate_pattern, [*(site.path for site in counted.sites), *counted.rows]
     )
@@ -309,11 +289,7 @@ def forecast_of(
 
 
 def _length(
-    settings: TrainSettings,
-    shape: plan.ModelShape,
-    config: LoraConfig,
-    usual: Callable[[], int],
-    recorded: int | None,
+    settings: TrainSettings, shape: plan.ModelShape, config: LoraConfig, usual: Callable[[], int], recorded: int | None
 ) -> tuple[int, str]:
     """Return the maximum sequence length, and the reason if it is chosen here; a resumed run keeps its recorded one."""
     if recorded is not None or settings.max_length is not None:

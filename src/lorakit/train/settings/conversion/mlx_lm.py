@@ -38,8 +38,7 @@ def _mlx_adapter(draft: Draft, key: str, value: JsonValue) -> None:
 def _mlx_layers(draft: Draft, key: str, value: JsonValue) -> None:
     if value != -1:
         draft.change(
-            key,
-            f"mlx-lm adapts the last {value} layers, lorakit all; layers_to_transform selects layers by number",
+            key, f"mlx-lm adapts the last {value} layers, lorakit all; layers_to_transform selects layers by number"
         )
 
 

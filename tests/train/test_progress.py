@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lorakit.train.loop import progress as module
-from lorakit.train.loop.progress import LiveProgress, PlainProgress, Progress, progress_for
+from lorakit.train import progress as module
+from lorakit.train.progress import LiveProgress, PlainProgress, Progress, progress_for
 
 
 class Terminal(io.StringIO):
