@@ -72,8 +72,7 @@ def plan_run(spec: RunSpec, limits: RunLimits, data: RunBatches) -> RunPlan:
         int8_rate = calibration.int8_flops_per_second
         speed = plan.Speed(rate, source="measured", threads=threads, int8_flops_per_second=int8_rate)
     estimated = _estimate(spec, limits, sizes, choice.dtype, speed)
-    batches = {**_batches(spec, limits, data.loader, sizes), **_evaluations(spec, limits, data)}
-    estimated = plan.with_job(estimated, upcasts=upcasts, **batches, **_process(spec, resident))
+    estimated = plan.with_job(estimated, upcasts=upcasts, **_job_fields(spec, limits, data, sizes, resident))
     estimated, proposed, reasons = _limited(spec, estimated)
     lines += reasons
     for line in (*lines, *plan.summary(estimated)):
@@ -149,39 +148,30 @@ def _limited(spec: RunSpec, estimated: plan.Plan) -> tuple[plan.Plan, list[plan.
     return chosen_plan, [], [reason]
 
 
-def _batches(
-    spec: RunSpec, limits: RunLimits, loader: BatchLoader, sizes: Sequence[int]
+def _job_fields(
+    spec: RunSpec, limits: RunLimits, data: RunBatches, sizes: Sequence[int], held_bytes: int
 ) -> dict[str, int | float | None]:
-    """Return the fields of a job that describe the batches that the loader yields, with the given lengths of rows."""
+    """Return the fields of a job that describe its batches, whose rows have these lengths, its evaluations and process.
+
+    `held_bytes` is its resident size without freed memory, before the machine was measured; 0 if unknown.
+    """
     settings = spec.settings
     is_limited = settings.fit is not None or settings.memory_budget is not None  # then the longest rows have to fit
     returns = settings.fit is not None or settings.parallel in SHARDED  # malloc returns freed memory
     count = limits.total_steps * limits.accumulation * spec.processes.count
-    return {
-        "packed_tokens": None if is_limited else loader.most_tokens(count),
+    fields: dict[str, int | float | None] = {
+        "packed_tokens": None if is_limited else data.loader.most_tokens(count),
         "malloc_share": 0 if returns else plan.MALLOC_SHARES["varying" if min(sizes) < max(sizes) else "equal"],
+        "evaluations": 0,
     }
-
-
-def _evaluations(spec: RunSpec, limits: RunLimits, data: RunBatches) -> dict[str, int]:
-    """Return the fields of a job that describe the evaluations, among which one is before the first step."""
-    if data.held_out_sequences is None:
-        return {"evaluations": 0}
-    tokens = sum(lengths(data.held_out_sequences))
-    count = 1 + -(-limits.total_steps // limits.eval_steps)
-    return {"evaluations": count, "evaluated_tokens": -(-tokens // spec.processes.count)}
-
-
-def _process(spec: RunSpec, held_bytes: int) -> dict[str, int | None]:
-    """Return the fields of a job that describe this process.
-
-    `held_bytes` is its resident size without freed memory, before the machine was measured; 0 if unknown.
-    """
+    if data.held_out_sequences is not None:
+        fields["evaluations"] = 1 + -(-limits.total_steps // limits.eval_steps)  # one is before the first step
+        fields["evaluated_tokens"] = -(-sum(lengths(data.held_out_sequences)) // spec.processes.count)
     if spec.device.type != "cpu":
-        return {"process_bytes": None}
-    if not held_bytes:
-        return {}
-    return {"process_bytes": held_bytes, "reserved_bytes": max(0, rss_bytes() - held_bytes)}
+        fields["process_bytes"] = None
+    elif held_bytes:
+        fields |= {"process_bytes": held_bytes, "reserved_bytes": max(0, rss_bytes() - held_bytes)}
+    return fields
 
 
 def _flops(spec: RunSpec, limits: RunLimits, sizes: Sequence[int], dtype: str) -> float:
