@@ -58,10 +58,10 @@ def block_of(
     return SelfAttention(inputs, adapted(WIDTH, q, r=r[-1], **how), HEAD, kv, **made)
 
 
-def tables(rot: int = HEAD, pairs: str = "half", batch: int | None = None) -> Rotary:
+def tables(rot: int = HEAD, batch: int | None = None) -> Rotary:
     shape = (TOKENS, rot) if batch is None else (batch, TOKENS, rot)
     torch.manual_seed(6)
-    return Rotary(torch.randn(shape).double(), torch.randn(shape).double(), pairs)  # type: ignore[arg-type]
+    return Rotary(torch.randn(shape).double(), torch.randn(shape).double())
 
 
 SINKS = torch.linspace(-2, 3, HEADS, dtype=torch.float64)
@@ -109,7 +109,7 @@ CASES: dict[str, tuple[dict[str, Any], Pattern, Rotary | None, bool]] = {
         tables(),
         True,
     ),
-    "Cohere": ({"norm": layer(WIDTH), "kv": 3}, Pattern(), tables(pairs="interleaved"), True),
+    "layer norm": ({"norm": layer(WIDTH), "kv": 3}, Pattern(), tables(), True),
     "BERT": ({"kv": HEADS, "bias": True}, Pattern(causal=False), None, True),
     "packed": ({"norm": rms(WIDTH)}, Pattern(segments=(4, 1, 4)), tables(), True),
     "gpt-oss": ({"norm": rms(WIDTH), "bias": True}, Pattern(window=4, sinks=SINKS), tables(), True),

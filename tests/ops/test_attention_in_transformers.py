@@ -30,7 +30,6 @@ class Case:
     config: dict[str, Any]
     residual: bool = True
     offset: float = 0.0
-    pairs: str = "half"
     pattern: Callable[[nn.Module], Pattern] = lambda attn: Pattern(scale=attn.scaling)  # type: ignore[assignment]
     names: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     half_tables: bool = False  # the module's cos and sin have one column for each pair
@@ -60,7 +59,6 @@ CASES = {
     ),
     "gemma3_text": Case({**SIZES, **GROUPED, "sliding_window": 4}, residual=False, offset=1.0, pattern=windowed),
     "olmo2": Case({**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}, residual=False),
-    "cohere": Case({**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}, residual=False, pairs="interleaved"),
     "phi3": Case(
         {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "partial_rotary_factor": 0.5, "pad_token_id": 0},
         names=("qkv_proj", "o_proj"),
@@ -122,7 +120,7 @@ class Made:
         if norm is None:
             return None
         eps = next(getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name))
-        if isinstance(norm, nn.LayerNorm) or type(norm).__name__ == "CohereLayerNorm":
+        if isinstance(norm, nn.LayerNorm):
             return Norm("layer", norm.weight, getattr(norm, "bias", None), eps)
         return Norm("rms", norm.weight, None, eps, self.case.offset)
 
@@ -139,7 +137,7 @@ class Made:
         made = self.tables()
         if made is not None and self.case.half_tables:
             made = torch.cat((made[0],) * 2, -1), torch.cat((made[1],) * 2, -1)
-        turn = None if made is None else Rotary(made[0], made[1], self.case.pairs)  # type: ignore[arg-type]
+        turn = None if made is None else Rotary(*made)
         return attention_block(self.x, self.block(), self.case.pattern(self.attn), turn, self.case.residual)
 
     def theirs(self) -> Tensor:

@@ -6,9 +6,14 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from lorakit.ops.dropout import apply_dropout, draw, draw_positions, dropout, positions, zero_
+from lorakit.ops.dropout import apply_dropout, draw, draw_record, dropout, positions, zero_
 from lorakit.ops.kernels import kernels_for
 from lorakit.ops.reference import dropout as reference
+
+
+def positions_of(count: int, p: float) -> torch.Tensor:
+    """Draw the positions of `count` elements that are dropped."""
+    return positions(draw_record(count, p, torch.device("cpu")), count, p)
 
 
 def test_gaps_draw_each_position_with_its_probability() -> None:
@@ -18,7 +23,7 @@ def test_gaps_draw_each_position_with_its_probability() -> None:
         n, rounds = 256, 2000
         masks = torch.zeros(rounds, n)
         for row in masks:
-            row[draw_positions(n, p, "cpu")] = 1
+            row[positions_of(n, p)] = 1
         q = p * (1 - p)
         assert abs(masks.mean() - p) < 5 * (q / n / rounds) ** 0.5
         by_position = (masks.mean(0) - p) / (q / rounds) ** 0.5
@@ -35,7 +40,7 @@ def test_gaps_draw_each_position_with_its_probability() -> None:
 def test_positions_are_sorted_within_bounds_and_whole(p: float) -> None:
     torch.manual_seed(1)
     for count in (0, 1, 2, 100_000):
-        index = draw_positions(count, p, "cpu")
+        index = positions_of(count, p)
         assert index.dtype == torch.int64
         assert (index.diff() > 0).all()
         assert ((index >= 0) & (index < count)).all()
@@ -52,7 +57,7 @@ def test_the_last_positions_are_drawn_where_the_first_draws_end_early(monkeypatc
     monkeypatch.setattr(torch, "rand", few)
     monkeypatch.setattr("lorakit.ops.dropout.kernels_for", lambda *_: None)
     torch.manual_seed(2)
-    index = draw_positions(1000, 0.1, "cpu")
+    index = positions_of(1000, 0.1)
     assert len(draws) > 5
     assert 60 < len(index) < 140
     assert index[-1] > 900
@@ -61,9 +66,9 @@ def test_the_last_positions_are_drawn_where_the_first_draws_end_early(monkeypatc
 
 def test_it_is_seeded_by_torchs_generator() -> None:
     torch.manual_seed(3)
-    first, second = draw_positions(1000, 0.1, "cpu"), draw_positions(1000, 0.1, "cpu")
+    first, second = positions_of(1000, 0.1), positions_of(1000, 0.1)
     torch.manual_seed(3)
-    assert torch.equal(first, draw_positions(1000, 0.1, "cpu"))
+    assert torch.equal(first, positions_of(1000, 0.1))
     assert not torch.equal(first, second)
 
 
@@ -105,7 +110,7 @@ def test_without_kernels_the_law_is_the_same(p: float, monkeypatch: pytest.Monke
             monkeypatch.setattr("lorakit.ops.dropout.kernels_for", lambda *_: None)
         torch.manual_seed(8)
         count = int(40_000 / p)
-        index = torch.cat([draw_positions(count, p, "cpu") + i * count for i in range(3)])
+        index = torch.cat([positions_of(count, p) + i * count for i in range(3)])
         gaps = (index.diff() - 1).double()
         assert abs(len(index) - 3 * count * p) < 5 * (3 * count * p * (1 - p)) ** 0.5
         assert abs(gaps.mean() / ((1 - p) / p) - 1) < 0.03
@@ -140,7 +145,7 @@ def test_dropout_is_its_reference_in_value_and_gradient(dtype: torch.dtype) -> N
     y = dropout(x, 0.3, training=True)
     torch.manual_seed(6)
     keep = torch.ones(35, dtype=dtype)
-    keep[draw_positions(35, 0.3, "cpu")] = 0
+    keep[positions_of(35, 0.3)] = 0
     expected = reference(x, 0.3, keep.view(5, 7))
     (grad,) = torch.autograd.grad((y * weights).sum(), base)
     (true,) = torch.autograd.grad((expected * weights).sum(), base)
@@ -165,6 +170,6 @@ def test_dropout_without_training_is_the_input() -> None:
 
 
 def test_a_share_outside_0_to_1_is_refused() -> None:
-    for call in (lambda: draw_positions(4, 1.5, "cpu"), lambda: dropout(torch.ones(2), -0.1, training=True)):
+    for call in (lambda: positions_of(4, 1.5), lambda: dropout(torch.ones(2), -0.1, training=True)):
         with pytest.raises(ValueError, match=r"dropout must be .*; got (1\.5|-0\.1)"):
             call()

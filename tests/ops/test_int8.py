@@ -12,12 +12,13 @@ from torch import Tensor
 
 from lorakit.machine import Machine, this_machine
 from lorakit.ops import int8, int8_weight, reference
+from lorakit.ops.activation import activation
 from lorakit.ops.adapted import Adapted, LowRank, factors
 from lorakit.ops.int8 import Int8Inputs
 from lorakit.ops.int8_weight import Int8Weight, input_scales, quantize_rows, quantize_weight
 from lorakit.ops.kernels import building, compiled, kernels_for
 from lorakit.ops.linear import Group, linears
-from lorakit.ops.mlp import gated
+from lorakit.ops.mlp import Form, mlp
 
 KERNELS = compiled.kernels()
 needs_kernels = pytest.mark.skipif(KERNELS is None, reason=f"no kernels: {compiled.describe()}")
@@ -214,7 +215,7 @@ def test_an_mlp_equals_its_reference(keep: bool) -> None:
     results = []
     for fused in (True, False):
         if fused:
-            y = gated(x, None, gate, up, down, "silu", residual=True)
+            y = mlp(x, Form((gate, up), down, activation("silu"), None, True))
         else:
             first, second = reference.linear(x, [gate, up])
             y = x + reference.linear(torch.nn.functional.silu(first) * second, [down])[0]

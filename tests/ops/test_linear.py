@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.ops.adapted import Adapted, LowRank, factors
-from lorakit.ops.dropout import draw_positions
+from lorakit.ops.dropout import draw_record, positions
 from lorakit.ops.linear import Group, linears
 from lorakit.ops.reference import linear as reference
 
@@ -85,7 +85,7 @@ def keeps(x: Tensor, group: Sequence[Adapted]) -> list[Tensor | None]:
             masks.append(None)
         else:
             mask = torch.ones(x.numel())
-            mask[draw_positions(x.numel(), module.low.p, "cpu")] = 0
+            mask[positions(draw_record(x.numel(), module.low.p, x.device), x.numel(), module.low.p)] = 0
             masks.append(mask.view(x.shape))
     return masks
 

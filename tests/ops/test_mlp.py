@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lorakit.ops import linear
 from lorakit.ops import reference as references
-from lorakit.ops.activation import ACTIVATIONS, activation
+from lorakit.ops.activation import activation
 from lorakit.ops.adapted import Adapted, LowRank
 from lorakit.ops.dropout import draw, zero_
-from lorakit.ops.mlp import Form, gated, mlp, plain
+from lorakit.ops.mlp import Form, mlp
 from lorakit.ops.norm import Norm
 from lorakit.ops.reference import mlp as reference
 
@@ -87,15 +87,6 @@ def made(
     return Form(inner, down, activation(spec["act"]), norm, spec["residual"], fused=spec["fused"])
 
 
-def fused(x: Tensor, form: Form) -> Tensor:
-    if form.fused or form.within:
-        return mlp(x, form)
-    name = next(name for name, act in ACTIVATIONS.items() if act is form.act)
-    if len(form.inner) == 2:
-        return gated(x, form.norm, *form.inner, form.down, name, form.residual)
-    return plain(x, form.norm, form.inner[0], form.down, name, form.residual)
-
-
 def trained(form: Form, x: Tensor | None = None) -> list[Tensor]:
     return [t for t in (x, *linear.factors((*form.inner, form.down))) if t is not None and t.requires_grad]
 
@@ -121,7 +112,7 @@ def error(found: Tensor, truth: Tensor) -> float:
 def test_it_is_the_reference(name: str, shape: tuple[int, ...]) -> None:
     form, x = made(name), torch.randn(shape, dtype=D, requires_grad=True)
     inputs = trained(form, x)
-    same(gradients(fused(x, form), inputs), gradients(reference(x, form), inputs))
+    same(gradients(mlp(x, form), inputs), gradients(reference(x, form), inputs))
 
 
 def test_it_is_the_formula() -> None:
@@ -133,13 +124,13 @@ def test_it_is_the_formula() -> None:
     g, u = n @ weights[0].T, n @ weights[1].T
     written = x + (g * torch.sigmoid(g) * u) @ weights[2].T
     inputs = trained(form)
-    same(gradients(fused(x, form), inputs), gradients(written, inputs))
+    same(gradients(mlp(x, form), inputs), gradients(written, inputs))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_gradcheck(name: str) -> None:
     form, x = made(name), torch.randn(2, WIDTH, dtype=D, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *_: fused(x, form), tuple(trained(form, x)))
+    assert torch.autograd.gradcheck(lambda *_: mlp(x, form), tuple(trained(form, x)))
 
 
 @pytest.mark.parametrize("frozen", ["x", "A", "B", "x, A and B of the inner ones", "A of down", "all but B of down"])
@@ -154,7 +145,7 @@ def test_what_asks_for_no_gradient_gets_none(name: str, frozen: str) -> None:
         if "all" in frozen:
             low.B.requires_grad_(is_down)
     inputs = trained(form, x)
-    y = fused(x, form)
+    y = mlp(x, form)
     same(gradients(y, inputs), gradients(reference(x, form), inputs))
 
 
@@ -174,7 +165,7 @@ def test_narrow_dtypes(name: str, dtype: torch.dtype, bound: float) -> None:
     wide = x.detach().double().requires_grad_()
     inputs = trained(form, x)
     truth = gradients(reference(wide, exact), trained(exact, wide))
-    found, expected = gradients(fused(x, form), inputs), gradients(reference(x, form), inputs)
+    found, expected = gradients(mlp(x, form), inputs), gradients(reference(x, form), inputs)
     assert [t.dtype for t in found] == [dtype, dtype, *[torch.float32] * (len(inputs) - 1)]
     for one, other, true in zip(found, expected, truth, strict=True):
         # if rounding moves an input of ReLU across 0, the gradient jumps
@@ -199,7 +190,7 @@ def test_dropout(name: str) -> None:
     form, x = made(name, p=0.4), torch.randn(6, WIDTH, dtype=D, requires_grad=True)
     inputs = trained(form, x)
     torch.manual_seed(5)
-    found = gradients(fused(x, form), inputs)
+    found = gradients(mlp(x, form), inputs)
     torch.manual_seed(5)
     keeps: list[Tensor | None] = []
     for module in (*form.inner, form.down):
@@ -216,16 +207,17 @@ def test_the_value_is_that_of_transformers_or_nearer_the_truth(monkeypatch: pyte
     from transformers.models.llama.configuration_llama import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-    mlp = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=96)).bfloat16().requires_grad_(False)
+    theirs = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=96)).bfloat16().requires_grad_(False)
     norm = LlamaRMSNorm(64).bfloat16().requires_grad_(False)
     x = torch.randn(50, 64).bfloat16()
-    parts = [Adapted(m.weight) for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
-    usual, truth = x + mlp(norm(x)), x.double() + deepcopy(mlp).double()(deepcopy(norm).double()(x.double()))
-    ours = gated(x, Norm("rms", norm.weight), *parts, "silu", residual=True)  # type: ignore[misc]
+    gate, up, down = (Adapted(m.weight) for m in (theirs.gate_proj, theirs.up_proj, theirs.down_proj))
+    usual, truth = x + theirs(norm(x)), x.double() + deepcopy(theirs).double()(deepcopy(norm).double()(x.double()))
+    form = Form((gate, up), down, activation("silu"), Norm("rms", norm.weight), True)
+    ours = mlp(x, form)
     assert (ours.double() - truth).norm() <= 1.05 * (usual.double() - truth).norm()
     for name in ("activation", "norm"):
         monkeypatch.setattr(f"lorakit.ops.{name}.kernels_for", lambda *_: None)
-    assert torch.equal(gated(x, Norm("rms", norm.weight), *parts, "silu", residual=True), usual)  # type: ignore[misc]
+    assert torch.equal(mlp(x, form), usual)
 
 
 @pytest.mark.parametrize(("name", "numbers"), [("llama", 1), ("gpt2", 2), ("without norm", 0), ("phi3", 1)])
@@ -237,7 +229,7 @@ def test_what_is_saved(name: str, numbers: int) -> None:
     given = {t.data_ptr() for t in (x, *(m.W for m in modules), *linear.factors(modules)) if t is not None}
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
-        fused(x, form)
+        mlp(x, form)
         new = [t for t in saved if t.data_ptr() not in given]
         ranks = sum(len(m.low.A) for m in modules)  # type: ignore[union-attr]
         bytes_a_token = 4 * numbers + 2 * INNER * (2 if form.fused else len(form.inner)) + 2 * ranks
@@ -245,7 +237,7 @@ def test_what_is_saved(name: str, numbers: int) -> None:
         saved.clear()
         for mode in (torch.no_grad, torch.inference_mode):
             with mode():
-                fused(x, form)
+                mlp(x, form)
         assert not saved
 
 
@@ -296,9 +288,9 @@ def test_what_gate_and_up_gave_is_not_saved(name: str) -> None:
 def test_a_strided_input_and_a_second_backward() -> None:
     form, wide = made("llama"), torch.randn(2, WIDTH, 5, dtype=D, requires_grad=True)
     inputs = trained(form, wide)
-    y = fused(wide.mT, form)
+    y = mlp(wide.mT, form)
     same(gradients(y.mT, inputs), gradients(reference(wide.mT, form).mT, inputs))
-    y = fused(wide.mT, form)
+    y = mlp(wide.mT, form)
     y.mul_(2)  # the output may be changed in place
     first = torch.autograd.grad(y.sum(), inputs, retain_graph=True)
     same(torch.autograd.grad(y.sum(), inputs), first)
@@ -312,7 +304,7 @@ def test_nothing_that_was_given_is_written_to() -> None:
     )
     given = [x, dy, *(m.W for m in (*form.inner, form.down)), *trained(form)]
     before = [t.detach().clone() for t in given]
-    torch.autograd.grad(fused(x, form), trained(form, x), dy)
+    torch.autograd.grad(mlp(x, form), trained(form, x), dy)
     assert all(torch.equal(t, b) for t, b in zip(given, before, strict=True))
 
 
@@ -320,7 +312,7 @@ def test_nothing_that_was_given_is_written_to() -> None:
 def test_under_checkpointing_the_same_is_dropped_again(reentrant: bool) -> None:
     form, x = made("llama", p=0.3), torch.randn(4, WIDTH, dtype=D, requires_grad=True)
     results = []
-    for run in (fused, lambda *inputs: checkpoint(fused, *inputs, use_reentrant=reentrant)):
+    for run in (mlp, lambda *inputs: checkpoint(mlp, *inputs, use_reentrant=reentrant)):
         torch.manual_seed(7)
         y = run(x, form)
         y.sum().backward()
@@ -336,7 +328,7 @@ def test_autocast() -> None:
     x = torch.randn(64, 48, requires_grad=True)
     truth = gradients(reference(x, form), trained(form, x))
     with torch.autocast("cpu", torch.bfloat16):
-        y, expected = fused(x, form), reference(x, form)
+        y, expected = mlp(x, form), reference(x, form)
     assert y.dtype == torch.float32
     found, plain_autocast = gradients(y, trained(form, x)), gradients(expected, trained(form, x))
     assert [t.dtype for t in found] == [t.dtype for t in plain_autocast]
@@ -355,7 +347,7 @@ def test_autocast_to_the_dtype_that_all_is_in_changes_nothing() -> None:
             lambda t, kept=kept: (kept.append(t.numel()), t)[1], lambda t: t
         )
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=on):
-            y = fused(x, form)
+            y = mlp(x, form)
         runs.append((kept, gradients(y, trained(form, x))))
     assert runs[0][0] == runs[1][0]
     assert all(torch.equal(one, other) for one, other in zip(runs[0][1], runs[1][1], strict=True))
@@ -367,9 +359,9 @@ def test_a_trained_base_is_refused(part: str) -> None:
     asked = form.norm.weight if part == "norm" else getattr(form.down, part)  # type: ignore[union-attr]
     asked.requires_grad_()
     with pytest.raises(ValueError, match="requires a gradient, which the fused operations do not compute"):
-        fused(x, form)
+        mlp(x, form)
     with pytest.raises(ValueError, match="no fused form of activation 'mish'"):
-        plain(x, None, form.inner[0], form.down, "mish")
+        activation("mish")
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -379,14 +371,14 @@ def test_dropout_of_the_output_comes_before_the_residual(residual: bool) -> None
 
     def ours(residual: bool) -> Tensor:
         torch.manual_seed(3)
-        return plain(x, form.norm, form.inner[0], form.down, "gelu_tanh", residual, 0.4)
+        return mlp(x, form._replace(residual=residual, dropout=0.4))
 
     kept = ours(False).detach() != 0
     assert 0.1 < 1 - float(kept.double().mean()) < 0.7
     y = reference(x, form._replace(residual=False)) * kept / 0.6
     same(gradients(ours(residual), inputs), gradients(x + y if residual else y, inputs))
     with pytest.raises(ValueError, match="output dropout must be in"):
-        plain(x, form.norm, form.inner[0], form.down, "gelu_tanh", residual, 1.0)
+        mlp(x, form._replace(dropout=1.0))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "only down"])
@@ -396,12 +388,12 @@ def test_dropout_before_down(name: str) -> None:
     x = torch.randn(40, WIDTH, dtype=D, requires_grad=True)
     bare = form._replace(down=Adapted(torch.eye(INNER, dtype=D)), residual=False)
     torch.manual_seed(3)
-    kept = (fused(x, bare).detach() != 0).double()
+    kept = (mlp(x, bare).detach() != 0).double()
     assert 0.3 < 1 - float(kept.mean()) < 0.5
     a = reference(x, bare._replace(within=0.0)) * kept / 0.6
     inputs = trained(form, x)
     torch.manual_seed(3)
-    same(gradients(fused(x, form), inputs), gradients(x + references.linear(a, [form.down])[0], inputs))
+    same(gradients(mlp(x, form), inputs), gradients(x + references.linear(a, [form.down])[0], inputs))
     with pytest.raises(ValueError, match="inner activation dropout must be in"):
         mlp(x, form._replace(within=1.0))
 
@@ -417,7 +409,7 @@ def test_dropout_of_the_output_is_the_same_when_it_is_run_again(reentrant: bool)
     inputs = trained(form, x)
 
     def run(x: Tensor) -> Tensor:
-        return plain(x, form.norm, form.inner[0], form.down, "gelu_tanh", True, 0.4)
+        return mlp(x, form._replace(dropout=0.4))
 
     torch.manual_seed(3)
     straight = gradients(run(x), inputs)

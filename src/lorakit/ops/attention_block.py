@@ -93,7 +93,7 @@ class SelfAttention:
         if self.interleaved and (len(widths) != 1 or q != shared):
             raise ValueError(f"interleaved q, k and v require one fused projection and equal widths; got {widths}")
         for name, own, width in (("q_norm", self.q_norm, q), ("k_norm", self.k_norm, shared)):
-            size = None if own is None or own.weight is None else tuple(own.weight.shape)
+            size = None if own is None else tuple(own.weight.shape)
             if size not in (None, (self.head_dim,), (width,)):
                 raise ValueError(
                     f"{name}: weight must have shape ({self.head_dim},) for one head or ({width},) for all heads; "
@@ -196,7 +196,7 @@ def _forward(x: Tensor, form: _Form) -> tuple[Tensor, _Intermediates]:
     parts = ins.forward(n)
     del n
     q, k, v = raw = block.heads(parts, batch, tokens)
-    (q, q_stats), (k, k_stats) = _normalize(q, block.q_norm, block), _normalize(k, block.k_norm, block)
+    (q, q_stats), (k, k_stats) = _normalize(q, block.q_norm), _normalize(k, block.k_norm)
     if rope is not None:
         rotary.check(q.transpose(1, 2), rope)
         q, k = rotary.rotated(q, rope), rotary.rotated(k, rope)
@@ -212,20 +212,16 @@ def _forward(x: Tensor, form: _Form) -> tuple[Tensor, _Intermediates]:
     return y, _Intermediates(stats, kept, (q_stats, k_stats), given, saved, record, (ins, outs))
 
 
-def _normalize(part: Tensor, own: Norm | None, block: SelfAttention) -> tuple[Tensor, Sequence[Tensor]]:
+def _normalize(part: Tensor, own: Norm | None) -> tuple[Tensor, Sequence[Tensor]]:
     """Apply the q or k norm to `part` (B, T, heads, D), per head or per row; return the result and row statistics."""
     if own is None:
         return part, ()
-    n, stats = own.forward(_rows(part, own, block))
+    n, stats = own.forward(_rows(part, own))
     return n.view(part.shape), stats
 
 
-def _rows(part: Tensor, own: Norm, block: SelfAttention) -> Tensor:
-    return part.reshape(-1, _norm_width(own, block)).contiguous()
-
-
-def _norm_width(own: Norm, block: SelfAttention) -> int:
-    return block.head_dim if own.weight is None else own.weight.numel()
+def _rows(part: Tensor, own: Norm) -> Tensor:
+    return part.reshape(-1, own.weight.numel()).contiguous()
 
 
 _State = tuple[_Form, torch.Size, list[int], linear.Form, linear.Form]
@@ -341,7 +337,7 @@ def _back_to_projections(
         if rope is not None:
             rotary.rotate_back_(grad, rope)
         if own is not None:
-            grad.copy_(own.backward(_rows(grad, own, block), _rows(raw, own, block), own_stats).view(grad.shape))
+            grad.copy_(own.backward(_rows(grad, own), _rows(raw, own), own_stats).view(grad.shape))
     return made
 
 
@@ -349,5 +345,5 @@ def _as_attended(part: Tensor, stats: Sequence[Tensor], own: Norm | None, form: 
     """Return q, k or v (B, T, heads, D) as attention received it, with its own norm and the rotation recomputed."""
     if own is None:
         return part
-    n = own.recompute(_rows(part, own, form.block), stats).view(part.shape)
+    n = own.recompute(_rows(part, own), stats).view(part.shape)
     return n if form.rope is None else rotary.rotated(n, form.rope)

@@ -36,7 +36,7 @@ SMALLEST = {torch.float32: 1e-30, torch.float64: 1e-290}
 class Head:
     """Mapping from hidden states h to logits z = scale·(W·h + bias), or softcap·tanh(z/softcap) if there is a softcap.
 
-    W (V, d) has the dtype of h, and the bias (V,) is frozen. `scale` is Cohere's `logit_scale` or 1/`logits_scaling` of
+    W (V, d), in the dtype of h, and bias (V,) are frozen. `scale` is Cohere's `logit_scale` or 1/`logits_scaling` of
     Granite; `softcap` is Gemma 2's `final_logit_softcapping`.
     """
 
@@ -62,20 +62,20 @@ def linear_cross_entropy(
 
     Args:
         h: Hidden states (..., d), already shifted: row i predicts labels[i].
-        head: Head that computes the logits (..., V). W receives a gradient only if it requires one.
+        head: Head that computes the logits (..., V).
         labels: Integers (...), each below V or equal to `ignore_index`, on the device of h or on the CPU.
         total: Divisor for the summed loss; None divides by the number of labeled rows (NaN if there are none).
         ignore_index: Label of rows that are excluded from the loss.
         chunk: Maximum number of rows whose logits exist at a time; None chooses one by the vocabulary size.
 
-    Source: Hsu et al. 2024, arXiv:2410.10989, section 3.2, but with W usually frozen.
+    Source: Hsu et al. 2024, arXiv:2410.10989, section 3.2, but with W frozen.
     """
     h, trained = _trained(h, head, labels, ignore_index, chunk)
-    if needs_gradient(h, trained.head.W):
-        loss = _LinearCrossEntropy.apply(trained.h, trained.head.W, trained)
+    if needs_gradient(h):
+        loss = _LinearCrossEntropy.apply(trained.h, trained)
     else:
         with without_autocast(h):
-            loss = trained.run(need_dh=False, need_dW=False)[0].sum()
+            loss = trained.run(need_dh=False)[0].sum()
     return loss / (len(trained.labels) if total is None else total)
 
 
@@ -83,7 +83,7 @@ def label_losses(h: Tensor, head: Head, labels: Tensor, ignore_index: int = IGNO
     """Compute the losses (n,) of the n labels other than `ignore_index`, in order, without autograd."""
     h, trained = _trained(h, head, labels, ignore_index, None)
     with torch.no_grad(), without_autocast(h):
-        return trained.run(need_dh=False, need_dW=False)[0]
+        return trained.run(need_dh=False)[0]
 
 
 def _trained(h: Tensor, head: Head, labels: Tensor, ignore_index: int, chunk: int | None) -> tuple[Tensor, Trained]:
@@ -120,18 +120,15 @@ class Trained(NamedTuple):
     rows: Tensor | None
     chunk: int
 
-    def run(self, need_dh: bool, need_dW: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the losses (n,), and the gradients of their sum for the labeled rows of h (n, d) and for W (V, d).
-
-        Neither gradient includes the factor `head.scale`. The gradient for W is in fp32 or wider.
+    def run(self, need_dh: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the losses (n,), and the gradient of their sum for the labeled rows of h (n, d), without the factor
+        `head.scale`.
         """
         h, (W, bias), n = self.h.detach(), (self.head.W.detach(), self.head.bias), len(self.labels)
         losses = h.new_empty(n, dtype=upcast_dtype(h.dtype))
         dh = h.new_empty(n, h.shape[1]) if need_dh else None
-        dW = W.new_zeros(W.shape, dtype=upcast_dtype(W.dtype)) if need_dW else None
-        of_chunk = torch.empty_like(W) if need_dW else None
         logits = h.new_empty(min(self.chunk, n), len(W))
-        softmax = _Softmax(self.head, logits, gradients=need_dh or need_dW)
+        softmax = _Softmax(self.head, logits, gradients=need_dh)
         for part in slices(n, self.chunk):
             x = h[part] if self.rows is None else h.index_select(0, self.rows[part])
             z = logits[: len(x)]
@@ -139,9 +136,7 @@ class Trained(NamedTuple):
             softmax.to_gradient(z, self.labels[part], losses[part])
             if dh is not None:
                 matmul(z, W, dh[part])
-            if dW is not None:
-                dW += torch.mm(z.t(), x, out=of_chunk)
-        return losses, dh, dW
+        return losses, dh
 
 
 class _Softmax:
@@ -195,33 +190,28 @@ _State = tuple[Head, Tensor]
 
 
 def _replay(ctx: Context[_State], saved: Sequence[Tensor]) -> Replayed:
-    head, labels = ctx.state
-    h, W, rows = alias(saved[0]), alias(head.W), saved[3]
+    (head, labels), h, rows = ctx.state, alias(saved[0]), saved[2]
     labeled = h if rows is None else h.index_select(0, rows)
-    return (h, W, None), (reference.cross_entropy(labeled, replace(head, W=W), labels, total=1.0),)
+    return (h, None), (reference.cross_entropy(labeled, head, labels, total=1.0),)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Computes the summed loss from h (N, d) and W (V, d); saves h and the gradients of W and of h's labeled rows."""
+    """Computes the summed loss from h (N, d); saves h and the gradient of its labeled rows."""
 
     @staticmethod
-    def forward(ctx: Context[_State], h: Tensor, W: Tensor, trained: Trained) -> Tensor:
+    def forward(ctx: Context[_State], h: Tensor, trained: Trained) -> Tensor:
         with without_autocast(h):
-            losses, dh, dW = trained.run(*ctx.needs_input_grad[:2])
-        ctx.save_for_backward(h, dh, dW, trained.rows)
+            losses, dh = trained.run(need_dh=True)
+        ctx.save_for_backward(h, dh, trained.rows)
         ctx.state = trained.head, trained.labels
         return losses.sum()
 
     @staticmethod
     @with_replay(_replay)
-    def backward(ctx: Context[_State], grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (h, dh, dW, rows), (head, _) = ctx.saved_tensors, ctx.state
-        factor = grad * head.scale
-        if dh is not None:
-            dh = dh * factor
-            if rows is not None:
-                dh = torch.zeros_like(h).index_copy_(0, rows, dh)
-        return dh, None if dW is None else (dW * factor).to(head.W.dtype), None
+    def backward(ctx: Context[_State], grad: Tensor) -> tuple[Tensor, None]:
+        h, dh, rows = ctx.saved_tensors
+        dh = dh * (grad * ctx.state[0].scale)
+        return dh if rows is None else torch.zeros_like(h).index_copy_(0, rows, dh), None
 
 
 def _check(h: Tensor, head: Head, labels: Tensor, ignore_index: int, chunk: int | None) -> None:
@@ -235,8 +225,8 @@ def _check(h: Tensor, head: Head, labels: Tensor, ignore_index: int, chunk: int 
         raise ValueError(f"head: for this h, W must be (V, {h.shape[-1]}) and bias must be (V,) or None; got {shapes}")
     if W.dtype != h.dtype or (bias is not None and bias.dtype != h.dtype):
         raise ValueError(f"head: W is {W.dtype}, but h is {h.dtype}; cast h to the dtype of W")
-    if bias is not None and bias.requires_grad:
-        raise ValueError("head: bias requires a gradient, which is not computed; freeze the bias")
+    if torch.is_grad_enabled() and (W.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError("head: W or bias requires a gradient, which is not computed; freeze both")
     if head.softcap is not None and not head.softcap > 0:
         raise ValueError(f"head: softcap must be above 0, or None; got {head.softcap}")
     if 0 <= ignore_index < len(W):

@@ -16,11 +16,6 @@ from lorakit.ops.kernels import kernels_for
 FEW = 1e-3
 
 
-def draw_positions(count: int, p: float, device: torch.device | str) -> Tensor:
-    """Draw the sorted positions (dropped,), int64, of `count` to drop, each with probability p, accurate to 2⁻²⁴."""
-    return positions(_seed(device), count, p, device)
-
-
 def draw(like: Tensor, p: float) -> Tensor:
     """Draw a dropout record for a tensor with the size and device of `like` (any shape).
 

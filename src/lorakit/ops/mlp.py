@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorakit.ops import linear, reference
-from lorakit.ops.activation import Activation, activate, activate_backward, activation
+from lorakit.ops.activation import Activation, activate, activate_backward
 from lorakit.ops.adapted import Adapted, aliased, check_frozen, factors
 from lorakit.ops.autograd import (
     Context,
@@ -59,24 +59,12 @@ class Form(NamedTuple):
     keep: bool = True
 
 
-def gated(
-    x: Tensor, norm: Norm | None, gate: Adapted, up: Adapted, down: Adapted, act: str, residual: bool = False
-) -> Tensor:
-    """Compute down(act(gate(n))·up(n)) (..., d) as `mlp` does, with n = norm(x). [docs/math.md (79)]
-    Source: Shazeer 2020, arXiv:2002.05202, eq. (6).
-    """
-    return mlp(x, Form((gate, up), down, activation(act), norm, residual))
-
-
-def plain(
-    x: Tensor, norm: Norm | None, up: Adapted, down: Adapted, act: str, residual: bool = False, dropout: float = 0.0
-) -> Tensor:
-    """Compute down(act(up(n))) (..., d) as `mlp` does, with n = norm(x). [docs/math.md (79)]"""
-    return mlp(x, Form((up,), down, activation(act), norm, residual, dropout))
-
-
 def mlp(x: Tensor, form: Form) -> Tensor:
     """Compute an MLP sublayer of any form, (..., d) -> (..., d), with gradients of x, A and B. [docs/math.md (79)]
+
+    With a gate, it is down(act(gate(n))·up(n)) with n = norm(x), otherwise down(act(up(n))).
+
+    Source: Shazeer 2020, arXiv:2002.05202, eq. (6).
 
     Raises:
         ValueError: A dropout probability is not in [0, 1), `fused` has several inner modules, or a weight is trained.

@@ -20,14 +20,16 @@ from lorakit.ops.kernels import kernels_for
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """A frozen norm over the last dimension: weight (d,), or None for ones, and, for a layer norm, bias (d,) or None.
+    """A frozen norm over the last dimension: weight (d,) and, for a layer norm, bias (d,) or None.
 
     `eps` is added to the mean square ("rms": T5, Llama, Gemma) or to the variance ("layer"), `offset` to the weight: 1
-    if the checkpoint stores weight − 1, as Gemma's does.
+    if the checkpoint stores weight − 1, as Gemma's does. [docs/math.md (76), (77)]
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467, eq. (4); Ba, Kiros and Hinton 2016, arXiv:1607.06450, eq. (4).
     """
 
     kind: Literal["rms", "layer"]
-    weight: Tensor | None = None
+    weight: Tensor
     bias: Tensor | None = None
     eps: float = 1e-6
     offset: float = 0.0
@@ -35,39 +37,83 @@ class Norm:
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the normalized x (N, d), and the row statistics (N, 1) that `recompute` and `backward` need."""
         if self.kind == "layer":
-            n, mean, rstd = layer_forward(x, self.weight, self.bias, self.eps)
+            n, mean, rstd = self._layer(x)
             return n, (mean, rstd)
-        n, rstd = rms_forward(x, self.weight, self.eps, self.offset)
+        rstd = x.new_empty(len(x), 1, dtype=upcast_dtype(x.dtype))
+        kernels = kernels_for(x, self.weight)
+        if kernels is None:
+            return self._rms(x, rstd, is_known=False), (rstd,)
+        n = torch.empty_like(x)
+        kernels.rms_forward(x, self.weight, self.eps, self.offset, n, rstd)
         return n, (rstd,)
 
     def recompute(self, x: Tensor, stats: Sequence[Tensor]) -> Tensor:
         """Recompute the normalized x (N, d) bit for bit."""
         if self.kind == "layer":
-            return layer_forward(x, self.weight, self.bias, self.eps)[0]
-        return rms_recompute(x, stats[0], self.weight, self.offset)
+            return self._layer(x)[0]
+        kernels = kernels_for(x, self.weight)
+        if kernels is None:
+            return self._rms(x, stats[0], is_known=True)
+        n = torch.empty_like(x)
+        kernels.rms_recompute(x, self.weight, self.offset, stats[0], n)
+        return n
 
     def backward(self, dn: Tensor, x: Tensor, stats: Sequence[Tensor], add: Tensor | None = None) -> Tensor:
         """Return the gradient of x (N, d), given that of the normalized x, dn, plus `add` (N, d), as a new tensor."""
         if self.kind == "layer":
             backward = torch.ops.aten.native_layer_norm_backward
-            given = dn.to(x.dtype), x, x.shape[-1:], *stats, _weight(self.weight, x), None
-            dx: Tensor = backward(*given, [True, False, False])[0]
+            weight = self.weight.to(_dtype_of_parameters(x))
+            dx: Tensor = backward(dn.to(x.dtype), x, x.shape[-1:], *stats, weight, None, [True, False, False])[0]
             return dx if add is None else dx.add_(add)
-        return rms_backward(dn, x, stats[0], self.weight, self.offset, add)
+        kernels = kernels_for(x, self.weight, dn, add)
+        if kernels is None:
+            return self._rms_backward(dn, x, stats[0], add)
+        dx = torch.empty_like(x)
+        kernels.rms_backward(dn, x, self.weight, self.offset, stats[0], add, dx)
+        return dx
 
+    def _layer(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the layer norm of x (N, d), and the mean (N, 1) and 1/std (N, 1) of each row."""
+        dtype = _dtype_of_parameters(x)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        n, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], self.weight.to(dtype), bias, self.eps)
+        return n, mean, rstd
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
-    """Compute the RMS norm of x (..., d) with a frozen weight (d,). [docs/math.md (76)]
-    Source: Zhang and Sennrich 2019, arXiv:1910.07467, eq. (4).
-    """
-    return normalize(x, Norm("rms", weight, None, eps, offset))
+    def _gain(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype) + self.offset if self.offset else self.weight.to(dtype)
 
+    def _rms(self, x: Tensor, rstd: Tensor, *, is_known: bool) -> Tensor:
+        """Return the RMS norm of x (N, d), given 1/RMS of each row (N, 1); unless it is known, write it to `rstd`."""
+        n, scratch = torch.empty_like(x), upcast_scratch(x)
+        gain = self._gain(rstd.dtype) if self.offset else self.weight
+        for rows in slabs(x):
+            r, out = rstd[rows], n[rows]
+            part = x[rows] if scratch is None else scratch[: len(r)].copy_(x[rows])
+            if not is_known:
+                torch.linalg.vector_norm(part, dim=-1, keepdim=True, out=r)
+                r.square_().div_(x.shape[1]).add_(self.eps).rsqrt_()
+            if scratch is None:
+                torch.mul(part, r, out=out).mul_(gain)
+            elif self.offset:
+                out.copy_(part.mul_(r).mul_(gain))
+            else:
+                out.copy_(part.mul_(r)).mul_(gain)
+        return n
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Compute the layer norm of x (..., d) with a frozen weight (d,) and bias (d,). [docs/math.md (77)]
-    Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450, eq. (4).
-    """
-    return normalize(x, Norm("layer", weight, bias, eps))
+    def _rms_backward(self, dn: Tensor, x: Tensor, rstd: Tensor, add: Tensor | None) -> Tensor:
+        gain, dx = self._gain(rstd.dtype), torch.empty_like(x)
+        inputs, gradients, products = upcast_scratch(x), upcast_scratch(x), scratch_like(x)
+        for rows in slabs(x):
+            r, part = rstd[rows], x[rows]
+            g = dx[rows] if gradients is None else gradients[: len(r)]
+            g.copy_(dn[rows]).mul_(gain)
+            if inputs is not None:
+                part = inputs[: len(r)].copy_(part)
+            dot = torch.mul(g, part, out=products[: len(r)]).sum(-1, keepdim=True)
+            g.mul_(r).addcmul_(part, dot.mul_(r).mul_(r).mul_(r), value=-1 / x.shape[1])
+            if gradients is not None:
+                dx[rows].copy_(g)
+        return dx if add is None else dx.add_(add)
 
 
 def normalize(x: Tensor, norm: Norm) -> Tensor:
@@ -112,91 +158,6 @@ def check_frozen_norm(norm: Norm | None) -> None:
                 f"the norm's {name} {tuple(tensor.shape)} requires a gradient, which the fused operations do not "
                 "compute; freeze it or call the module directly"
             )
-
-
-# ---- building blocks: rows in, rows out, no autograd
-
-
-def rms_forward(x: Tensor, w: Tensor | None, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Return the RMS norm of x (N, d), and 1/RMS (N, 1) of each row in fp32 or wider. [docs/math.md (76)]"""
-    rstd = x.new_empty(len(x), 1, dtype=upcast_dtype(x.dtype))
-    kernels = kernels_for(x, w)
-    if kernels is None:
-        return _rms(x, rstd, w, offset, eps), rstd
-    n = torch.empty_like(x)
-    kernels.rms_forward(x, w, eps, offset, n, rstd)
-    return n, rstd
-
-
-def rms_recompute(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float) -> Tensor:
-    """Recompute the RMS norm of x (N, d) from the rstd (N, 1) that `rms_forward` returned."""
-    kernels = kernels_for(x, w)
-    if kernels is None:
-        return _rms(x, rstd, w, offset, None)
-    n = torch.empty_like(x)
-    kernels.rms_recompute(x, w, offset, rstd, n)
-    return n
-
-
-def rms_backward(dn: Tensor, x: Tensor, rstd: Tensor, w: Tensor | None, offset: float, add: Tensor | None) -> Tensor:
-    """Return the gradient of x (N, d), given dn (N, d) and the rstd (N, 1) of `rms_forward`, plus `add` (N, d)."""
-    kernels, dx = kernels_for(x, w, dn, add), torch.empty_like(x)
-    if kernels is not None:
-        kernels.rms_backward(dn, x, w, offset, rstd, add, dx)
-        return dx
-    gain = _gain(w, offset, rstd.dtype)
-    inputs, gradients, products = upcast_scratch(x), upcast_scratch(x), scratch_like(x)
-    for rows in slabs(x):
-        r, part = rstd[rows], x[rows]
-        g = dx[rows] if gradients is None else gradients[: len(r)]
-        g.copy_(dn[rows])
-        if gain is not None:
-            g.mul_(gain)
-        if inputs is not None:
-            part = inputs[: len(r)].copy_(part)
-        dot = torch.mul(g, part, out=products[: len(r)]).sum(-1, keepdim=True)
-        g.mul_(r).addcmul_(part, dot.mul_(r).mul_(r).mul_(r), value=-1 / x.shape[1])
-        if gradients is not None:
-            dx[rows].copy_(g)
-    return dx if add is None else dx.add_(add)
-
-
-def layer_forward(x: Tensor, w: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the layer norm of x (N, d), and the mean (N, 1) and 1/std (N, 1) of each row. [docs/math.md (77)]"""
-    bias = None if bias is None else bias.to(_dtype_of_parameters(x))
-    n, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], _weight(w, x), bias, eps)
-    return n, mean, rstd
-
-
-def _rms(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float, eps: float | None) -> Tensor:
-    """Compute the RMS norm of x from rstd. If eps is not None, first compute rstd from x and write it to `rstd`."""
-    n, scratch = torch.empty_like(x), upcast_scratch(x)
-    gain = _gain(w, offset, rstd.dtype) if offset else w
-    for rows in slabs(x):
-        r, out = rstd[rows], n[rows]
-        part = x[rows] if scratch is None else scratch[: len(r)].copy_(x[rows])
-        if eps is not None:
-            torch.linalg.vector_norm(part, dim=-1, keepdim=True, out=r)
-            r.square_().div_(x.shape[1]).add_(eps).rsqrt_()
-        if scratch is None:
-            torch.mul(part, r, out=out)
-        elif offset and gain is not None:
-            out.copy_(part.mul_(r).mul_(gain))
-            continue
-        else:
-            out.copy_(part.mul_(r))
-        if gain is not None:
-            out.mul_(gain)
-    return n
-
-
-def _gain(w: Tensor | None, offset: float, dtype: torch.dtype) -> Tensor | None:
-    return None if w is None else w.to(dtype) + offset if offset else w.to(dtype)
-
-
-def _weight(w: Tensor | None, x: Tensor) -> Tensor:
-    dtype = _dtype_of_parameters(x)
-    return x.new_ones(x.shape[-1], dtype=dtype) if w is None else w.to(dtype)
 
 
 def _dtype_of_parameters(x: Tensor) -> torch.dtype:

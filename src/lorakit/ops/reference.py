@@ -150,8 +150,8 @@ def norm(x: Tensor, norm: Norm) -> Tensor:
     n = x.to(upcast_dtype(x.dtype))
     n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + norm.eps)
     if norm.offset:
-        return (n if norm.weight is None else n * (norm.offset + norm.weight.to(n.dtype))).to(x.dtype)
-    return n.to(x.dtype) if norm.weight is None else n.to(x.dtype) * norm.weight.to(x.dtype)
+        return (n * (norm.offset + norm.weight.to(n.dtype))).to(x.dtype)
+    return n.to(x.dtype) * norm.weight.to(x.dtype)
 
 
 class DrawnMlp(NamedTuple):
@@ -184,10 +184,7 @@ def rotary(x: Tensor, rotary: Rotary) -> Tensor:
     cos, sin = (table.view(-1, 1, *table.shape[-2:]).to(x.dtype) for table in (rotary.cos, rotary.sin))
     rot = cos.shape[-1]
     rotating, passing = x[..., :rot], x[..., rot:]
-    if rotary.pairs == "half":
-        turned = torch.cat((-rotating[..., rot // 2 :], rotating[..., : rot // 2]), dim=-1)
-    else:
-        turned = torch.stack((-rotating[..., 1::2], rotating[..., ::2]), dim=-1).flatten(-2)
+    turned = torch.cat((-rotating[..., rot // 2 :], rotating[..., : rot // 2]), dim=-1)
     return torch.cat((rotating * cos + turned * sin, passing), dim=-1)
 
 
@@ -271,8 +268,7 @@ def _heads(x: Tensor, block: SelfAttention, rope: Rotary | None, drawn: DrawnAtt
     for at, (part, own, value) in enumerate(zip(block.heads(parts, *x.shape[:2]), owns, saved, strict=True)):
         if own is not None:
             part = anchored(part, value)
-            width = block.head_dim if own.weight is None else own.weight.numel()
-            part = norm(part.flatten(2).unflatten(-1, (-1, width)), own).view(part.shape)
+            part = norm(part.flatten(2).unflatten(-1, (-1, own.weight.numel())), own).view(part.shape)
         part = part.transpose(1, 2)
         part = part if rope is None or at == 2 else rotary(part, rope)
         heads.append(part if own is not None or value is None else anchored(part, value.transpose(1, 2)))

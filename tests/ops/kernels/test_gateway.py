@@ -65,7 +65,6 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
         "x": of_ones(2, 3, 2, 8),
         "cos": of_ones(2, 3, 1, 4),
         "sin": of_ones(2, 3, 1, 4),
-        "interleaved": False,
         "back": False,
         "out": of_ones(2, 3, 2, 8),
     },

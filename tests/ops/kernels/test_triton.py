@@ -64,17 +64,17 @@ def leaves(*tensors: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (33, 64), (3, 3000), (0, 16)], ids=str)
-@pytest.mark.parametrize("kind", ["bare", "weight", "weight from zero"])
+@pytest.mark.parametrize("kind", ["weight", "weight from zero"])
 def test_rms_norm(triton_kernels: Any, given: Given, kind: str, shape: tuple[int, int]) -> None:
     x, dn, add = given(*shape), given(*shape), given(*shape)
-    w = None if kind == "bare" else given(shape[1])
+    w = given(shape[1])
     offset = 1.0 if kind == "weight from zero" else 0.0
     n, again, rstd = torch.empty_like(x), torch.empty_like(x), x.new_empty(len(x), 1, dtype=torch.float32)
     triton_kernels.rms_forward(x, w, EPS, offset, n, rstd)
     triton_kernels.rms_recompute(x, w, offset, rstd, again)
     assert torch.equal(n, again)
     (leaf,) = leaves(x)
-    truth = references.norm(leaf, Norm("rms", None if w is None else w.double(), None, EPS, offset))
+    truth = references.norm(leaf, Norm("rms", w.double(), None, EPS, offset))
     given.close(n, truth)
     given.close(rstd, (leaf.square().mean(1, keepdim=True) + EPS).rsqrt())
     (dx,) = gradients(truth, dn, leaf)
@@ -130,21 +130,20 @@ def test_activation_of_numbers_that_are_large(triton_kernels: Any, given: Given,
 # ---- rotary positions
 
 
-@pytest.mark.parametrize("pairs", ["half", "interleaved"])
 @pytest.mark.parametrize(("width", "rot", "rows"), [(8, 8, 1), (10, 6, 3), (64, 64, 3)])
-def test_turn(triton_kernels: Any, given: Given, pairs: Any, width: int, rot: int, rows: int) -> None:
+def test_turn(triton_kernels: Any, given: Given, width: int, rot: int, rows: int) -> None:
     x, cos, sin = given(3, 5, 9, width), given(rows, 5, rot), given(rows, 5, rot)
-    turn, interleaved = Rotary(cos.double(), sin.double(), pairs), pairs == "interleaved"
+    turn = Rotary(cos.double(), sin.double())
     (leaf,) = leaves(x)
     truth = references.rotary(leaf.transpose(1, 2), turn).transpose(1, 2)
     (back,) = gradients(truth, x, leaf)
     out = torch.full_like(x, torch.nan)
-    triton_kernels.rotate(x, cos, sin, interleaved, False, out)
+    triton_kernels.rotate(x, cos, sin, False, out)
     given.close(out, truth)
     out.fill_(torch.nan)
-    triton_kernels.rotate(x, cos, sin, interleaved, True, out)
+    triton_kernels.rotate(x, cos, sin, True, out)
     given.close(out, back)
-    triton_kernels.rotate(x, cos, sin, interleaved, False, x)
+    triton_kernels.rotate(x, cos, sin, False, x)
     given.close(x, truth)
 
 
@@ -153,10 +152,10 @@ def test_turn_of_tokens_that_lie_apart(triton_kernels: Any, given: Given) -> Non
     every, cos, sin = given(2, 5, 12, 8), given(1, 5, 8), given(1, 5, 8)
     x = every[:, :, 4:8]
     out, untouched = torch.empty_like(every)[:, :, 2:6], every.clone()
-    triton_kernels.rotate(x, cos, sin, False, False, out)
+    triton_kernels.rotate(x, cos, sin, False, out)
     truth = references.rotary(x.double().transpose(1, 2), Rotary(cos.double(), sin.double())).transpose(1, 2)
     given.close(out, truth)
-    triton_kernels.rotate(x, cos, sin, False, False, x)
+    triton_kernels.rotate(x, cos, sin, False, x)
     assert torch.equal(x, out)
     assert torch.equal(every[:, :, :4], untouched[:, :, :4]) and torch.equal(every[:, :, 8:], untouched[:, :, 8:])
 

@@ -77,7 +77,7 @@ class CompiledKernels:
         self.few_rows = MOST_ROWS if gateway.has_int8_dots else 0
         self._pointer, self._optional, self._call = gateway.pointer, gateway.optional, gateway.call
 
-    def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
+    def rms_forward(self, x: Tensor, w: Tensor, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
         """Write the RMS norm of x (N, d) to n (N, d), and 1/RMS of each row to rstd (N, 1). [docs/math.md (76)]
 
         If offset is 0, values are rounded to the dtype of x before and after the multiplication by the weight w (d,).
@@ -85,26 +85,26 @@ class CompiledKernels:
         """
         dtype, shape = x.dtype, x.shape
         rows, d = shape
-        given = self._pointer("x", x, dtype, shape), self._optional("w", w, dtype, (d,))
+        given = self._pointer("x", x, dtype, shape), self._pointer("w", w, dtype, (d,))
         made = self._pointer("n", n, dtype, shape), self._pointer("rstd", rstd, torch.float32, (rows, 1))
         self._call("rms_forward", dtype, rows * d, *given, eps, offset, rows, d, *made)
 
-    def rms_recompute(self, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, n: Tensor) -> None:
+    def rms_recompute(self, x: Tensor, w: Tensor, offset: float, rstd: Tensor, n: Tensor) -> None:
         """Recompute the output n (N, d) of `rms_forward` bit for bit from x and rstd (N, 1)."""
         dtype, shape = x.dtype, x.shape
         rows, d = shape
-        given = self._pointer("x", x, dtype, shape), self._optional("w", w, dtype, (d,))
+        given = self._pointer("x", x, dtype, shape), self._pointer("w", w, dtype, (d,))
         stats, made = self._pointer("rstd", rstd, torch.float32, (rows, 1)), self._pointer("n", n, dtype, shape)
         self._call("rms_recompute", dtype, rows * d, *given, offset, stats, rows, d, made)
 
     def rms_backward(
-        self, dn: Tensor, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
+        self, dn: Tensor, x: Tensor, w: Tensor, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
     ) -> None:
         """Write the gradient of x, plus `add`, to dx, which may be dn, the gradient of n; all are (N, d)."""
         dtype, shape = x.dtype, x.shape
         rows, d = shape
         given = self._pointer("dn", dn, dtype, shape), self._pointer("x", x, dtype, shape)
-        weight, stats = self._optional("w", w, dtype, (d,)), self._pointer("rstd", rstd, torch.float32, (rows, 1))
+        weight, stats = self._pointer("w", w, dtype, (d,)), self._pointer("rstd", rstd, torch.float32, (rows, 1))
         added, made = self._optional("add", add, dtype, shape), self._pointer("dx", dx, dtype, shape)
         self._call("rms_backward", dtype, rows * d, *given, weight, offset, stats, added, rows, d, made)
 
@@ -130,7 +130,7 @@ class CompiledKernels:
         made = self._pointer("dfirst", dfirst, dtype, shape), self._optional("dup", dup, dtype, shape)
         self._call("gate_backward", dtype, count, ACTIVATIONS[act], *given, gate, count, *made)
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool, out: Tensor) -> None:
         """Rotate x (B, T, H, D) by position, or rotate it back, and write the result to `out`. [docs/math.md (80)]
 
         `out` may be x. Both cos and sin are (B or 1, T, rot). The first rot elements of a head are rotated, and
@@ -147,7 +147,7 @@ class CompiledKernels:
             raise ValueError(f"cos {tuple(tables)}: expected (1 or B, T, rot) with rot even, for x {tuple(shape)}")
         given = self._pointer("x", x, dtype, shape, _heads_together(x)), x.stride(1)
         angles = self._pointer("cos", cos, dtype, tables), self._pointer("sin", sin, dtype, tables), table_rows
-        sizes = (batch * tokens, heads, width, rot, interleaved, back)
+        sizes = (batch * tokens, heads, width, rot, back)
         made = self._pointer("out", out, dtype, shape, _heads_together(out)), out.stride(1)
         self._call("rotate", dtype, x.numel(), *given, *angles, *sizes, *made)
 

@@ -30,7 +30,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {  # parameters as in rows.c, except t
     "rms_backward": (_P, _P, _P, c_float, _P, _P, _N, _N, _P),
     "gate": (c_int, _P, _P, _N, _P),
     "gate_backward": (c_int, _P, _P, _P, _N, _P, _P),
-    "rotate": (_P, _N, _P, _P, _N, _N, _N, _N, _N, c_int, c_int, _P, _N),
+    "rotate": (_P, _N, _P, _P, _N, _N, _N, _N, _N, c_int, _P, _N),
     "drop": (_P, _N, c_double, c_uint64, c_float, _P),
     "softmax": (_P, _P, _P, _N, _N, _N),
     "softmax_backward": (_P, _N, _N, _P),

@@ -24,9 +24,7 @@ ALL_WITHIN(all_within_64, int64_t)
 /* ---- norms */
 
 static inline void rms_row(const number *x, const number *w, float r, float offset, int64_t d, number *n) {
-    if (!w) {
-        for (int64_t j = 0; j < d; j++) n[j] = narrow(wide(x[j]) * r);
-    } else if (offset == 0.0f) {
+    if (offset == 0.0f) {
         for (int64_t j = 0; j < d; j++) n[j] = narrow(wide(narrow(wide(x[j]) * r)) * wide(w[j]));
     } else {
         for (int64_t j = 0; j < d; j++) n[j] = narrow(wide(x[j]) * r * (offset + wide(w[j])));
@@ -58,18 +56,12 @@ int rms_backward(const number *dn, const number *x, const number *w, float offse
         const number *g = dn + i * d, *row = x + i * d, *more = add ? add + i * d : 0;
         number *out = dx + i * d;
         float r = rstd[i], dot = 0.0f;
-        if (w) {
 #pragma omp simd reduction(+ : dot)
-            for (int64_t j = 0; j < d; j++) dot += wide(g[j]) * (offset + wide(w[j])) * wide(row[j]);
-        } else {
-#pragma omp simd reduction(+ : dot)
-            for (int64_t j = 0; j < d; j++) dot += wide(g[j]) * wide(row[j]);
-        }
+        for (int64_t j = 0; j < d; j++) dot += wide(g[j]) * (offset + wide(w[j])) * wide(row[j]);
         float share = dot * r * r * r / (float)d;
 #pragma omp simd
         for (int64_t j = 0; j < d; j++) {
-            float gain = w ? offset + wide(w[j]) : 1.0f;
-            float v = wide(g[j]) * gain * r - wide(row[j]) * share;
+            float v = wide(g[j]) * (offset + wide(w[j])) * r - wide(row[j]) * share;
             out[j] = narrow(more ? v + wide(more[j]) : v);
         }
     }
@@ -151,12 +143,12 @@ int gate_backward(int act, const number *da, const number *first, const number *
 
 /* ---- rotary position embeddings */
 
-static inline void rotate_head(const number *x, const number *c, const number *s, int64_t rot, int interleaved, float direction,
-                             number *out) {
-    int64_t half = rot / 2, step = interleaved ? 2 : 1, apart = interleaved ? 1 : half;
+static inline void rotate_head(const number *x, const number *c, const number *s, int64_t rot, float direction,
+                               number *out) {
+    int64_t half = rot / 2;
 #pragma omp simd
-    for (int64_t j = 0; j < half; j++) {
-        int64_t i = j * step, k = i + apart;
+    for (int64_t i = 0; i < half; i++) {
+        int64_t k = i + half;
         float a = wide(x[i]), b = wide(x[k]);
         /* each sine comes from the element's own index in the forward direction, and from the other index backward */
         float sa = direction > 0 ? wide(s[i]) : -wide(s[k]), sb = direction > 0 ? wide(s[k]) : -wide(s[i]);
@@ -166,18 +158,14 @@ static inline void rotate_head(const number *x, const number *c, const number *s
 }
 
 int rotate(const number *x, int64_t x_stride, const number *cos, const number *sin, int64_t table_rows, int64_t rows,
-         int64_t heads, int64_t width, int64_t rot, int interleaved, int back, number *out, int64_t out_stride,
-         int threads) {
+         int64_t heads, int64_t width, int64_t rot, int back, number *out, int64_t out_stride, int threads) {
     float direction = back ? -1.0f : 1.0f;
     ROWS(i, rows) {
         const number *c = cos + (i % table_rows) * rot, *s = sin + (i % table_rows) * rot;
         for (int64_t h = 0; h < heads; h++) {
             const number *from = x + i * x_stride + h * width;
             number *to = out + i * out_stride + h * width;
-            if (interleaved)
-                rotate_head(from, c, s, rot, 1, direction, to);
-            else
-                rotate_head(from, c, s, rot, 0, direction, to);
+            rotate_head(from, c, s, rot, direction, to);
             if (rot < width && from != to) memcpy(to + rot, from + rot, (size_t)(width - rot) * sizeof(number));
         }
     }

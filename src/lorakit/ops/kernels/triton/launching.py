@@ -42,31 +42,28 @@ class TritonKernels:
     def __init__(self) -> None:
         self.dropping = self
 
-    def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
+    def rms_forward(self, x: Tensor, w: Tensor, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
         """Write the RMS norm of x (N, d) to n (N, d), and 1/RMS of each row to rstd (N, 1)."""
         self._rms(x, w, (eps, offset), n, rstd, again=False)
 
-    def rms_recompute(self, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, n: Tensor) -> None:
+    def rms_recompute(self, x: Tensor, w: Tensor, offset: float, rstd: Tensor, n: Tensor) -> None:
         """Recompute the output n (N, d) of `rms_forward` from x and rstd (N, 1)."""
         self._rms(x, w, (0.0, offset), n, rstd, again=True)
 
-    def _rms(
-        self, x: Tensor, w: Tensor | None, numbers: tuple[float, float], n: Tensor, rstd: Tensor, *, again: bool
-    ) -> None:
+    def _rms(self, x: Tensor, w: Tensor, numbers: tuple[float, float], n: Tensor, rstd: Tensor, *, again: bool) -> None:
         grid, tile = _tiles(x)
-        flags = {"HAS_W": w is not None, "FROM_ZERO": numbers[1] != 0, "RECOMPUTE": again}
+        flags = {"FROM_ZERO": numbers[1] != 0, "RECOMPUTE": again}
         with _on(x):
-            programs.rms[grid](x, x if w is None else w, n, rstd, *x.shape, *numbers, **flags, **tile)
+            programs.rms[grid](x, w, n, rstd, *x.shape, *numbers, **flags, **tile)
 
     def rms_backward(
-        self, dn: Tensor, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
+        self, dn: Tensor, x: Tensor, w: Tensor, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
     ) -> None:
         """Implement `CompiledKernels.rms_backward`; all are (N, d)."""
         grid, tile = _tiles(x)
-        flags = {"HAS_W": w is not None, "HAS_ADD": add is not None}
-        given = (dn, x, x if w is None else w, rstd, x if add is None else add)
+        pointers = (dn, x, w, rstd, x if add is None else add, dx)
         with _on(x):
-            programs.rms_backward[grid](*given, dx, *x.shape, offset, **flags, **tile)
+            programs.rms_backward[grid](*pointers, *x.shape, offset, HAS_ADD=add is not None, **tile)
 
     def gate(self, act: str, first: Tensor, up: Tensor | None, out: Tensor) -> None:
         """Write act(first)·up to `out`, or act(first) if `up` is None. All tensors are (N, f)."""
@@ -85,11 +82,11 @@ class TritonKernels:
         with _on(first):
             programs.gate_backward[_blocks(first)](*pointers, first.numel(), **flags, BLOCK=ELEMENTWISE, **OPTIONS)
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool, out: Tensor) -> None:
         """Implement `CompiledKernels.rotate`; x and out are (B, T, H, D)."""
         batch, tokens, heads, width = x.shape
         rot = cos.shape[-1]
-        flags = {"INTERLEAVED": interleaved, "BACK": back, "PER_ROW": cos.numel() > tokens * rot}
+        flags = {"BACK": back, "PER_ROW": cos.numel() > tokens * rot}
         sizes = {"HEADS": min(HEADS, triton.next_power_of_2(heads)), "PAIRS": triton.next_power_of_2(rot // 2)}
         rest = {
             "IN_PLACE": rot == width or out.data_ptr() == x.data_ptr(),

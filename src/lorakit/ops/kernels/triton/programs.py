@@ -123,7 +123,7 @@ def _logits(pointer, inside, scale, cap, CAPPED: tl.constexpr):
 @triton.jit
 def rms(
     x, w, n, rstd, count, d, eps, offset,
-    HAS_W: tl.constexpr, FROM_ZERO: tl.constexpr, RECOMPUTE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    FROM_ZERO: tl.constexpr, RECOMPUTE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Write the RMS norm of x (count, d) to n, and 1/RMS of each row to rstd (count, 1), or read it if RECOMPUTE."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -136,19 +136,18 @@ def rms(
         r = tl.rsqrt(tl.sum(v * v, 1)[:, None] / d + eps)
         tl.store(rstd + row, r, mask=row < count)
     v = v * r
-    if HAS_W:
-        gain = tl.load(w + column, mask=column < d, other=0.0).to(tl.float32)
-        if FROM_ZERO:
-            v = v * (gain + offset)
-        else:
-            v = v.to(n.dtype.element_ty).to(tl.float32) * gain
+    gain = tl.load(w + column, mask=column < d, other=0.0).to(tl.float32)
+    if FROM_ZERO:
+        v = v * (gain + offset)
+    else:
+        v = v.to(n.dtype.element_ty).to(tl.float32) * gain
     tl.store(n + at, v, mask=inside)
 
 
 @triton.jit
 def rms_backward(
     dn, x, w, rstd, add, dx, count, d, offset,
-    HAS_W: tl.constexpr, HAS_ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of x, plus `add` if HAS_ADD, to dx, which may be dn; all are (count, d)."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -157,8 +156,7 @@ def rms_backward(
     e = tl.load(dn + at, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     r = tl.load(rstd + row, mask=row < count, other=0.0)
-    if HAS_W:
-        e = e * (tl.load(w + column, mask=column < d, other=0.0).to(tl.float32) + offset)
+    e = e * (tl.load(w + column, mask=column < d, other=0.0).to(tl.float32) + offset)
     share = tl.sum(e * v, 1)[:, None] / d
     gradient = r * e - r * r * r * share * v
     if HAS_ADD:
@@ -169,7 +167,7 @@ def rms_backward(
 @triton.jit
 def rotate(
     x, cos, sin, out, stride, stride_out, tokens, heads, width, rot,
-    INTERLEAVED: tl.constexpr, BACK: tl.constexpr, PER_ROW: tl.constexpr, IN_PLACE: tl.constexpr,
+    BACK: tl.constexpr, PER_ROW: tl.constexpr, IN_PLACE: tl.constexpr,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Rotate x (B, T, H, D), back if BACK, to `out`; cos and sin are (B or 1, T, rot), the former if PER_ROW."""
@@ -178,10 +176,7 @@ def rotate(
     pair = tl.arange(0, PAIRS)[None, :]
     half = rot // 2
     inside, known = (head < heads) & (pair < half), pair < half
-    if INTERLEAVED:
-        one, other = 2 * pair, 2 * pair + 1
-    else:
-        one, other = pair, pair + half
+    one, other = pair, pair + half
     table = (target if PER_ROW else target % tokens) * rot
     c1, c2 = _narrowed(cos + table + one, known, x), _narrowed(cos + table + other, known, x)
     s1, s2 = _narrowed(sin + table + one, known, x), _narrowed(sin + table + other, known, x)
