@@ -6,10 +6,10 @@ sliding-window pattern: nothing, padding, or more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,9 @@ from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
 from lorakit.speed.admission import is_version, version_of
 from lorakit.speed.last_layer import KEYWORD
-from lorakit.speed.linear import active_operands
+from lorakit.speed.linear import ActiveOperands, active_operands
 from lorakit.speed.norm import BoundNorm, bound_norms, dropout_p, operands_of
-from lorakit.speed.patching import Options, modules_at
+from lorakit.speed.patching import Options, module_at, modules_at
 from lorakit.speed.submodules import knows_all, unknown_attributes, unknown_implementation
 
 HIDDEN = -1e4
@@ -107,6 +107,12 @@ ATTRIBUTES = frozenset(
 )
 """Known attributes of attention modules. Each is read in this module, or a probe shows its effect."""
 
+HEAD_DIMS = ("head_dim", "head_size")
+"""Usual names of the attribute with the width of a head."""
+
+DROPOUTS = ("attention_dropout", "dropout")
+"""Names of the attribute with the probability for the attention weights, if no module has it."""
+
 READ = frozenset(
     {"attention_mask", "position_embeddings", "hidden_states", "use_cache", "position_ids"}
     | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "output_router_logits"}
@@ -117,8 +123,9 @@ READ = frozenset(
 
 @dataclass(frozen=True)
 class BoundAttention:
-    """Fused attention, bound to one module, with the names of its children and its settings. `window` is in tokens;
-    `softcap` bounds the scores with tanh; `norms` are those of q and k.
+    """Fused attention, bound to one module, with the paths of the modules in it and its settings. `window` is in
+    tokens; `softcap` bounds the scores with tanh; `settings` is the module with the settings; `norms` are those of q
+    and k.
     """
 
     module: nn.Module
@@ -128,6 +135,7 @@ class BoundAttention:
     window: int | None
     softcap: float | None
     causal: bool
+    settings: nn.Module
     norms: tuple[BoundNorm | None, ...] = ()
 
     @property
@@ -137,7 +145,7 @@ class BoundAttention:
 
     def accepts(self, options: Options) -> bool:
         """Return whether all arguments of a call, besides the hidden states, are known."""
-        return knows_all(self.module, options, READ)
+        return knows_all(self.settings, options, READ)
 
     def run(self, x: Tensor, options: Options) -> tuple[Tensor, None] | None:
         """Return (output (B, T, d), None) for x (B, T, d), or None if the module's own `forward` must run."""
@@ -147,7 +155,8 @@ class BoundAttention:
 
 def match(module: nn.Module) -> BoundAttention | str:
     """Return the fused `forward` of an attention module, or why the module is not a supported attention module."""
-    made = _bound(module)
+    layout = _layout(module)
+    made = None if layout is None else bind(module, layout)
     if made is None:
         return "unknown children for an attention module"
     if getattr(module, "is_cross_attention", False) or not isinstance(getattr(module, "is_causal", None), bool):
@@ -158,35 +167,76 @@ def match(module: nn.Module) -> BoundAttention | str:
         return "it has a window that it does not use"
     if getattr(module.config, "is_causal", made.causal) is not made.causal:
         return "its config makes it " + ("bidirectional" if made.causal else "causal")
-    norms = bound_norms(module, *made.layout.norms)
+    found = made.layout
+    norms = bound_norms(module, *found.norms)
     if norms is None:
         return "its norms are unknown"
-    found = made.layout
     known = (*found.linears, *found.norms, found.weights_dropout, found.output_dropout)
     return unknown_attributes(module, ATTRIBUTES, known, (found.sinks,)) or replace(made, norms=tuple(norms))
 
 
-def _has(held: Mapping[str, nn.Module | None], names: Iterable[str]) -> bool:
-    return all(held.get(name) is not None for name in names)
-
-
-def _bound(module: nn.Module) -> BoundAttention | None:
-    """Return the structure of an attention module, as read from its attributes, or None if it is unknown."""
-    held, options = module._modules, vars(module)
+def _layout(module: nn.Module) -> AttentionLayout | None:
+    """Return the layout of an attention module, or None if it is unknown."""
     parameters = {name for name, value in module._parameters.items() if value is not None}
-    layout = next((one for one in ATTENTION if _has(held, one.linears) and parameters == {one.sinks} - {""}), None)
-    head_dim = options.get("head_dim", options.get("head_size"))
-    if layout is None or not hasattr(module, "config"):
-        return None
+    complete = (one for one in ATTENTION if len(modules_at(module, one.linears)) == len(one.linears))
+    return next((one for one in complete if parameters == {one.sinks} - {""}), None)
+
+
+def bind(module: nn.Module, layout: AttentionLayout, head_dims: Sequence[str] = HEAD_DIMS) -> BoundAttention | None:
+    """Return fused attention without norms of q and k, as read from a module's attributes; None if one is unknown.
+    `head_dims` are the possible names of the one with the width of a head.
+    """
+    settings = module_at(module, layout.settings) if layout.settings else module
+    options = {} if settings is None else vars(settings)
+    head_dim = next((options[name] for name in head_dims if name in options), None)
     scale = options.get("scaling", head_dim**-0.5 if isinstance(head_dim, int) else None)
-    if not isinstance(head_dim, int) or not isinstance(scale, float):
+    if settings is None or not isinstance(head_dim, int) or not isinstance(scale, float) or "config" not in options:
         return None
-    softcap: float | None = getattr(module, "attn_logit_softcapping", None)
+    softcap: float | None = getattr(settings, "attn_logit_softcapping", None)
     causal: bool = options.get("is_causal", True)
-    window: int | None = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+    window: int | None = getattr(settings, "sliding_window", getattr(settings.config, "sliding_window", None))
     if window is not None and not causal:
-        window = getattr(module.config, "sliding_window", None)  # the module has that of flash attention: one more
-    return BoundAttention(module, layout, head_dim, scale, window, softcap, causal)
+        window = getattr(settings.config, "sliding_window", None)  # the module has that of flash attention: one more
+    return BoundAttention(module, layout, head_dim, scale, window, softcap, causal, settings)
+
+
+class PreparedAttention(NamedTuple):
+    """The operands of fused attention for one call."""
+
+    block: SelfAttention
+    pattern: Pattern
+    rope: Rotary | None
+    operands: ActiveOperands
+
+    def run(self, x: Tensor, *, residual: bool, wanted: Tensor | None = None) -> Tensor:
+        """Return the output (B, T, d) for x (B, T, d), or (n, d) for the tokens with the flat indices `wanted` (n,)."""
+        y = attention_block(x, self.block, self.pattern, self.rope, residual, wanted)
+        self.operands.note(y)
+        return y
+
+
+def prepare(
+    bound: BoundAttention, x: Tensor, norm: Norm | None, options: Options, dropout: float = 0.0
+) -> PreparedAttention | None:
+    """Return what attention, with the norm before it and dropout after it, needs for x (B, T, d), which `is_supported`
+    accepts, or None if the module's own `forward` must run.
+    """
+    if x.ndim != 3:
+        return None
+    dropouts = _probabilities(bound)
+    pattern = None if dropouts is None else _pattern(bound, x, dropouts[0], options)
+    if dropouts is None or pattern is None or (dropouts[1] and dropout):
+        return None
+    operands = active_operands(modules_at(bound.module, bound.layout.linears), x)
+    norms = operands_of(bound.norms)
+    if operands is None or norms is None:
+        return None
+    *inputs, output = operands.operands
+    kv_heads = _kv_heads(bound, operands.operands)
+    q_norm, k_norm = norms or (None, None)
+    p, interleaved = dropouts[1] or dropout, bound.layout.is_interleaved
+    block = SelfAttention(tuple(inputs), output, bound.head_dim, kv_heads, norm, q_norm, k_norm, p, interleaved)
+    return PreparedAttention(block, pattern, _rotary(bound, options), operands)
 
 
 def attention(
@@ -204,30 +254,14 @@ def attention(
     Returns the output (B, T, d) for x (B, T, d), which `is_supported` accepts, or (n, d) if the output projection
     receives only the tokens with the flat indices `wanted` (n,); None if the module's own `forward` must run.
     """
-    module = bound.module
-    if x.ndim != 3:
-        return None
-    dropouts = _probabilities(module, bound.layout)
-    pattern = None if dropouts is None else _pattern(bound, x, dropouts[0], options)
-    if dropouts is None or pattern is None or (dropouts[1] and dropout):
-        return None
-    acting = active_operands(modules_at(module, bound.layout.linears), x)
-    norms = operands_of(bound.norms)
-    if acting is None or norms is None:
-        return None
-    *inputs, output = operands = acting.operands
-    kv_heads = _kv_heads(module, bound, operands)
-    block = SelfAttention(tuple(inputs), output, bound.head_dim, kv_heads, norm, norms[0], norms[1])
-    block = replace(block, dropout=dropouts[1] or dropout, interleaved=bound.layout.is_interleaved)
-    y = attention_block(x, block, pattern, _rotary(bound, options), residual, wanted)
-    acting.note(y)
-    return y
+    prepared = prepare(bound, x, norm, options, dropout)
+    return None if prepared is None else prepared.run(x, residual=residual, wanted=wanted)
 
 
 def _rotary(bound: BoundAttention, options: Options) -> Rotary | None:
     """Return the tables for rotary position embeddings, or None if the module uses none."""
-    tables = options.get("position_embeddings") if getattr(bound.module, "use_rope", True) else None
-    if tables is None:
+    tables = options.get("position_embeddings")
+    if tables is None or not getattr(bound.settings, "use_rope", True):
         return None
     cos, sin = tables
     if bound.layout.has_half_tables:
@@ -252,12 +286,12 @@ LENGTHS = "_lorakit_lengths"
 """Attribute of the boundaries tensor in which the sequence lengths are cached."""
 
 
-def _kv_heads(module: nn.Module, bound: BoundAttention, operands: Sequence[Adapted]) -> int:
+def _kv_heads(bound: BoundAttention, operands: Sequence[Adapted]) -> int:
+    count = None
     if len(operands) == 2:
-        count = getattr(module, "num_key_value_heads", None) or getattr(module.config, "num_key_value_heads", None)
-        return int(count or operands[1].W.shape[0 if operands[1].transposed else 1] // bound.head_dim)
-    W = operands[1].W
-    return int(W.shape[1 if operands[1].transposed else 0] // bound.head_dim)
+        settings = bound.settings
+        count = getattr(settings, "num_key_value_heads", None) or getattr(settings.config, "num_key_value_heads", None)
+    return int(count or operands[1].out_features // bound.head_dim)
 
 
 def _pattern(bound: BoundAttention, x: Tensor, dropped: float, options: Options) -> Pattern | None:
@@ -268,10 +302,11 @@ def _pattern(bound: BoundAttention, x: Tensor, dropped: float, options: Options)
     # Without a mask, the rows are shorter than the window, or the model does not use a window. It also lets each token
     # see the sequences before its own: only a mask keeps packed sequences apart.
     window = None if mask is None else bound.window
-    sinks = bound.module._parameters.get(bound.layout.sinks)
+    sinks = bound.settings._parameters.get(bound.layout.sinks)
     if sinks is not None and sinks.requires_grad:
         return None
-    pattern = Pattern(bound.causal, bound.scale, window, bound.softcap, None, dropped, sinks=sinks)
+    bias = options.get("position_bias")
+    pattern = Pattern(bound.causal, bound.scale, window, bound.softcap, None, dropped, bias, sinks)
     segments = None if mask is None else lengths_of(options.get("cu_seq_lens_q"))
     if segments is not None and sum(segments) == x.shape[1] and min(segments) > 0:
         packed = replace(pattern, segments=segments)
@@ -280,10 +315,12 @@ def _pattern(bound: BoundAttention, x: Tensor, dropped: float, options: Options)
     return under(mask, x, pattern)
 
 
-def _probabilities(module: nn.Module, layout: AttentionLayout) -> tuple[float, float] | None:
+def _probabilities(bound: BoundAttention) -> tuple[float, float] | None:
     """Return the current dropout probabilities for the attention weights and the output, or None if unknown."""
-    weights, output = (module._modules.get(name) for name in (layout.weights_dropout, layout.output_dropout))
-    sources = (getattr(weights, "p", None), *(getattr(module, name, None) for name in ("attention_dropout", "dropout")))
-    p = next((one for one in sources if one is not None), 0.0) if module.training else 0.0
-    last = dropout_p(output)
+    settings, layout, p = bound.settings, bound.layout, 0.0
+    if settings.training:
+        weights = module_at(bound.module, layout.weights_dropout)
+        sources = (getattr(weights, "p", None), *(getattr(settings, name, None) for name in DROPOUTS))
+        p = next((one for one in sources if one is not None), 0.0)
+    last = dropout_p(module_at(bound.module, layout.output_dropout))
     return None if last is None or not isinstance(p, (int, float)) or not 0 <= p < 1 else (p, last)

@@ -6,32 +6,22 @@ Devlin et al. 2018, arXiv:1810.04805. Two autograd functions and two norms compu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.architectures.families import BLOCKS
-from lorakit.architectures.layouts import Block
-from lorakit.ops.activation import activation
-from lorakit.ops.attention_block import SelfAttention, attention_block
-from lorakit.ops.attention_pattern import Pattern
-from lorakit.ops.mlp import Form, mlp
+from lorakit.architectures.layouts import Block, FeedForwardLayout
 from lorakit.ops.norm import Norm, normalize
-from lorakit.speed.attention import under
-from lorakit.speed.linear import ActiveOperands, active_operands
+from lorakit.speed import attention, feed_forward
+from lorakit.speed.attention import BoundAttention, PreparedAttention
+from lorakit.speed.feed_forward import BoundFeedForward, PreparedFeedForward
 from lorakit.speed.norm import BoundNorm, bound_norm, dropout_p, operands_of
-from lorakit.speed.patching import RECOMPUTES, Options, is_watched
+from lorakit.speed.patching import Options, attribute_at, is_watched, module_at
 from lorakit.speed.probe import Calls, Pairs
-from lorakit.speed.submodules import (
-    activation_of,
-    is_activation_watched,
-    knows_all,
-    unknown_activation,
-    unknown_attributes,
-    unknown_implementation,
-)
+from lorakit.speed.submodules import knows_all, unknown_attributes, unknown_implementation
 
 READ = frozenset({"attention_mask", "position_ids", "num_items_in_batch"})
 """Supported call arguments, which are read or have no effect; with others, the module's own `forward` runs."""
@@ -41,7 +31,7 @@ ATTRIBUTES = frozenset(
     | {"is_decoder", "is_causal", "is_cross_attention", "add_cross_attention", "gradient_checkpointing"}
     | {"chunk_size_feed_forward", "seq_len_dim"}
 )
-"""Known attributes of encoder layers. Each is read in this module, or a probe shows its effect."""
+"""Known attributes of encoder layers. Each is read in this package, or a probe shows its effect."""
 
 
 LAYERS: tuple[Block, ...] = tuple(block for block in BLOCKS if block.is_post_norm)
@@ -51,15 +41,9 @@ LAYERS: tuple[Block, ...] = tuple(block for block in BLOCKS if block.is_post_nor
 def layout_of(module: nn.Module) -> Block | None:
     """Return the layout of an encoder layer, or None if a module is missing."""
     for found in LAYERS:
-        if all(_at(module, path) is not None for path in (_settings(found), *_leaves(found))):
+        if all(attribute_at(module, path) is not None for path in _leaves(found)):
             return found
     return None
-
-
-def _settings(layout: Block) -> str:
-    """Return the path of the module with the settings of attention."""
-    settings = layout.attention_modules.settings
-    return layout.attention.at([settings])[0] if settings else layout.attention.inner
 
 
 def _leaves(layout: Block) -> tuple[str, ...]:
@@ -82,85 +66,59 @@ def _holders(layout: Block) -> dict[str, set[str]]:
 
 @dataclass(frozen=True)
 class BoundEncoderLayer:
-    """A fused encoder layer, bound to one module.
-
-    `linears` and `activation` are paths, `attention` has the attention settings, `holders` are the modules between the
-    layer and its leaves, `norms` follow attention and feed-forward, and `act` is a key of
-    `lorakit.ops.activation.ACTIVATIONS`.
+    """A fused encoder layer, bound to one module, with its sublayers. `holders` are the modules between the layer and
+    its leaves; `dropouts` are the paths of the dropout modules and `norms` the norms, after attention and feed-forward.
     """
 
     module: nn.Module
-    layout: Block
-    linears: tuple[str, ...]
-    activation: str
-    attention: Any
+    attention: BoundAttention
+    block: BoundFeedForward
     holders: tuple[nn.Module, ...]
+    dropouts: tuple[str, str]
     norms: tuple[BoundNorm | None, ...]
-    act: str
-
-    @property
-    def traced(self) -> tuple[str, ...]:
-        """Return the paths, relative to the layer, of the modules whose calls `branches` needs."""
-        return self.linears[3:]
+    traced: tuple[str, ...]
 
     def accepts(self, options: Options) -> bool:
         """Return whether all arguments of a call, besides the hidden states, are known."""
-        return knows_all(self.attention, options, READ)
+        return knows_all(self.attention.settings, options, READ)
 
     def run(self, x: Tensor, options: Options) -> Tensor | None:
         """Return the output (B, T, d) for x (B, T, d), or None if the layer's own `forward` must run."""
-        ready = self._ready(x, options)
-        if ready is None:
+        prepared = self._prepare(x, options)
+        if prepared is None:
             return None
-        y = normalize(attention_block(x, ready.block, ready.pattern, residual=True), ready.norms[0])
-        y = normalize(mlp(y, ready.form), ready.norms[1])
-        ready.acting.note(y)
-        return y
+        attended, fed, (first, second) = prepared
+        return normalize(fed.run(normalize(attended.run(x, residual=True), first), residual=True), second)
 
     def branches(self, x: Tensor, options: Options, inside: Calls) -> Pairs:
         """Pair each recorded branch (B, T, d) with the branch that the fused `forward` adds to a residual."""
-        attended, up, down = (inside[path] for path in self.traced)
-        ready = self._ready(x, options)
-        if ready is None:
-            return [(None, attended.output)]
-        return [
-            (attention_block(x, ready.block, ready.pattern, residual=False), attended.output),
-            (mlp(up.args[0], ready.form._replace(residual=False)), down.output),
-        ]
+        output, up, down = (inside[path] for path in self.traced)
+        prepared = self._prepare(x, options)
+        if prepared is None:
+            return [(None, output.output)]
+        attended, fed, _ = prepared
+        return [(attended.run(x, residual=False), output.output), (fed.run(up.args[0], residual=False), down.output)]
 
-    def _ready(self, x: Tensor, options: Options) -> _Ready | None:
+    def _prepare(self, x: Tensor, options: Options) -> _Prepared | None:
         """Return the operands for hidden states x (B, T, d), or None if any operand is unknown."""
-        module, found = self.module, self.layout
-        if x.ndim != 3 or not self._is_plain(x):
-            return None
-        dropouts, norms = _dropouts(module, found, self.attention), self._current_norms(x)
-        acting = active_operands([_at(module, path) for path in self.linears], x)
-        if dropouts is None or len(norms) != 2 or acting is None:
-            return None
-        q, k, v, o, up, down = acting.operands
-        width: int = self.attention.attention_head_size
-        heads = (q.W.shape[1] if q.transposed else q.W.shape[0]) // width
-        of_weights, of_output, of_down = dropouts
-        pattern = under(options.get("attention_mask"), x, Pattern(False, self.attention.scaling, dropout=of_weights))
-        if pattern is None or is_activation_watched(_at(module, self.activation)):
-            return None
-        block = SelfAttention((q, k, v), o, width, heads, dropout=of_output)
-        keep = RECOMPUTES not in module.__dict__
-        return _Ready(
-            block, pattern, Form((up,), down, activation(self.act), None, True, of_down, keep=keep), norms, acting
-        )
-
-    def _current_norms(self, x: Tensor) -> list[Norm]:
-        """Return the two norms, omitting any that cannot be fused now or has another dtype than x (B, T, d)."""
-        norms = operands_of(self.norms) or ()
-        return [norm for norm in norms if norm is not None and norm.weight is not None and norm.weight.dtype == x.dtype]
-
-    def _is_plain(self, x: Tensor) -> bool:
-        """Return whether a call involves no modules with hooks, and no norms that change the dtype."""
         if x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
-            return False  # a layer norm returns float32 under autocast
+            return None  # a layer norm returns float32 under autocast
+        norms = [norm for norm in operands_of(self.norms) or () if norm is not None and norm.weight.dtype == x.dtype]
+        first, second = (dropout_p(module_at(self.module, path)) for path in self.dropouts)
         is_seen = any(is_watched(holder, captures=False) for holder in self.holders)
-        return not is_seen
+        if is_seen or len(norms) != 2 or first is None or second is None:
+            return None
+        attended = attention.prepare(self.attention, x, None, options, first)
+        fed = None if attended is None else feed_forward.prepare(self.block, x, None, second)
+        return None if attended is None or fed is None else _Prepared(attended, fed, norms)
+
+
+class _Prepared(NamedTuple):
+    """Operands of a layer for one call; `norms` contains the norms after attention and after the feed-forward block."""
+
+    attention: PreparedAttention
+    feed_forward: PreparedFeedForward
+    norms: list[Norm]
 
 
 def match(module: nn.Module) -> BoundEncoderLayer | str:
@@ -168,15 +126,19 @@ def match(module: nn.Module) -> BoundEncoderLayer | str:
     found = layout_of(module)
     if found is None:
         return "unknown children for an encoder layer"
-    attention = _at(module, _settings(found))
-    if not vars(attention).keys() >= {"attention_head_size", "scaling"} or dropout_p(attention.dropout) is None:
+    holder, modules = attribute_at(module, found.attention.inner), found.attention_modules
+    bound = attention.bind(holder, modules, ("attention_head_size",))
+    if bound is None or dropout_p(module_at(holder, modules.weights_dropout)) is None:
         return "unknown attributes for an attention module"
-    if getattr(attention, "is_causal", None) is not False:
+    if bound.causal:
         return "its attention is causal"
-    if reason := unknown_implementation(attention) or unknown_activation(_at(module, found.activations[0])):
+    if reason := unknown_implementation(bound.settings):
         return reason
+    block = feed_forward.bind(module, _relative(found))
+    if isinstance(block, str):
+        return block
     inside = _holders(found)
-    holders = {path: _at(module, path) for path in inside}
+    holders = {path: attribute_at(module, path) for path in inside}
     if any(getattr(holder, "is_cross_attention", False) for holder in holders.values()):
         return "not self-attention"
     if any(getattr(holder, "chunk_size_feed_forward", 0) for holder in holders.values()):
@@ -184,37 +146,14 @@ def match(module: nn.Module) -> BoundEncoderLayer | str:
     reasons = (unknown_attributes(holders[path], ATTRIBUTES, tuple(names)) for path, names in inside.items())
     if reason := next((reason for reason in reasons if reason is not None), None):
         return reason
-    norms = tuple(bound_norm(_at(module, path)) for path in found.norms)
-    inner = tuple(holder for path, holder in holders.items() if path)
-    act = activation_of(_at(module, found.activations[0])) or ""
-    return BoundEncoderLayer(module, found, found.linears, found.activations[0], attention, inner, norms, act)
+    norms = tuple(bound_norm(attribute_at(module, path)) for path in found.norms)
+    inner = tuple(held for path, held in holders.items() if path)
+    ends = (found.attention.dropout, found.feed_forward.dropout)
+    return BoundEncoderLayer(module, bound, block, inner, ends, norms, found.linears[3:])
 
 
-class _Ready(NamedTuple):
-    """Operands of a layer for one call; `norms` contains the norms after attention and after the feed-forward block."""
-
-    block: SelfAttention
-    pattern: Pattern
-    form: Form
-    norms: list[Norm]
-    acting: ActiveOperands
-
-
-def _dropouts(module: nn.Module, found: Block, attention: Any) -> tuple[float, float, float] | None:
-    """Return the current dropout probabilities for the attention weights and both outputs, or None if unknown."""
-    # the model reads only p from this module and never calls it
-    of_weights: float = attention.dropout.p if attention.training else 0.0
-    of_output, of_down = (
-        dropout_p(_at(module, one.dropout) if one.dropout else None) for one in (found.attention, found.feed_forward)
-    )
-    if of_output is None or of_down is None or not 0 <= of_weights < 1:
-        return None
-    return of_weights, of_output, of_down
-
-
-def _at(module: nn.Module, path: str) -> Any:
-    """Return the module or function at a path relative to `module`, or None; the path "" is `module` itself."""
-    found: nn.Module | None = module
-    for name in path.split(".") if path else ():
-        found = getattr(found, name, None)
-    return found
+def _relative(layout: Block) -> FeedForwardLayout:
+    """Return the layout of the feed-forward block with paths relative to the layer."""
+    modules = layout.feed_forward_modules
+    assert modules is not None  # encoder layers have no experts
+    return replace(modules, inner=layout.inputs[1], down=layout.outputs[1], activation=layout.activations)

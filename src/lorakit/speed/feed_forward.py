@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,9 +13,9 @@ from lorakit.architectures.layouts import FeedForwardLayout
 from lorakit.ops.activation import activation
 from lorakit.ops.mlp import Form, mlp
 from lorakit.ops.norm import Norm
-from lorakit.speed.linear import active_operands
+from lorakit.speed.linear import ActiveOperands, active_operands
 from lorakit.speed.norm import dropout_p
-from lorakit.speed.patching import RECOMPUTES, Options, children_of, modules_at
+from lorakit.speed.patching import RECOMPUTES, Options, attribute_at, children_of, modules_at
 from lorakit.speed.submodules import (
     activation_of,
     is_activation_watched,
@@ -54,11 +55,44 @@ def match(module: nn.Module) -> BoundFeedForward | str:
 def match_children(module: nn.Module) -> BoundFeedForward | str:
     """Return the fused `forward` of a block whose modules are children of `module`, or why they are not supported."""
     layout = _layout(module)
-    if layout is None:
-        return "unknown children for a feed-forward block"
+    return "unknown children for a feed-forward block" if layout is None else bind(module, layout)
+
+
+def bind(module: nn.Module, layout: FeedForwardLayout) -> BoundFeedForward | str:
+    """Return the fused `forward` of a block with modules at the paths of a layout, or why it is not supported."""
     function = _activation(module, layout)
     act = activation_of(function)
     return unknown_activation(function) or "" if act is None else BoundFeedForward(module, layout, act)
+
+
+class PreparedFeedForward(NamedTuple):
+    """The operands of a fused feed-forward block for one call."""
+
+    form: Form
+    operands: ActiveOperands
+
+    def run(self, x: Tensor, *, residual: bool) -> Tensor:
+        """Return the output (…, d) for x (…, d)."""
+        y = mlp(x, self.form._replace(residual=residual))
+        self.operands.note(y)
+        return y
+
+
+def prepare(block: BoundFeedForward, x: Tensor, norm: Norm | None, dropout: float = 0.0) -> PreparedFeedForward | None:
+    """Return what a block, with the norm before it and dropout after it, needs for x (…, d), which `is_supported`
+    accepts, or None if the module's own `forward` must run.
+    """
+    module, layout = block.module, block.layout
+    dropouts = _probabilities(module, layout, dropout)
+    if dropouts is None or is_activation_watched(_activation(module, layout)):
+        return None
+    operands = active_operands(modules_at(module, layout.linears), x)
+    if operands is None:
+        return None
+    *inner, down = operands.operands
+    keep = RECOMPUTES not in module.__dict__
+    form = Form(tuple(inner), down, activation(block.act), norm, False, *dropouts, fused=layout.is_fused, keep=keep)
+    return PreparedFeedForward(form, operands)
 
 
 def feed_forward(
@@ -67,19 +101,8 @@ def feed_forward(
     """Compute a feed-forward block for x (…, d), with the norm before it, and dropout and residual after it. x is one
     that `is_supported` accepts. Returns None if the module's own `forward` must run.
     """
-    module, layout = block.module, block.layout
-    dropouts = _probabilities(module, layout, dropout)
-    if dropouts is None or is_activation_watched(_activation(module, layout)):
-        return None
-    acting = active_operands(modules_at(module, layout.linears), x)
-    if acting is None:
-        return None
-    *inner, down = acting.operands
-    keep = RECOMPUTES not in module.__dict__
-    act = activation(block.act)
-    y = mlp(x, Form(tuple(inner), down, act, norm, residual, *dropouts, fused=layout.is_fused, keep=keep))
-    acting.note(y)
-    return y
+    prepared = prepare(block, x, norm, dropout)
+    return None if prepared is None else prepared.run(x, residual=residual)
 
 
 def _probabilities(module: nn.Module, layout: FeedForwardLayout, behind: float) -> tuple[float, float] | None:
@@ -98,4 +121,5 @@ def _layout(module: nn.Module) -> FeedForwardLayout | None:
 
 
 def _activation(module: nn.Module, layout: FeedForwardLayout) -> Callable[[Tensor], Tensor] | None:
-    return next((getattr(module, name) for name in layout.activation if hasattr(module, name)), None)
+    found = (attribute_at(module, path) for path in layout.activation)
+    return next((function for function in found if function is not None), None)

@@ -66,9 +66,27 @@ def children_of(module: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in module._modules.items() if child is not None}
 
 
-def modules_at(module: nn.Module, names: Iterable[str]) -> list[nn.Module]:
-    """Return the children of a module that have the given names; names that match no child are skipped."""
-    return [child for name in names if (child := module._modules.get(name)) is not None]
+def attribute_at(module: nn.Module, path: str) -> Any:
+    """Return the module or function at a path relative to a module, or None; the path "" is the module itself."""
+    inside: Any = module
+    for name in path.split(".") if path else ():
+        inside = getattr(inside, name, None)
+    return inside
+
+
+def module_at(module: nn.Module, path: str) -> nn.Module | None:
+    """Return the module at a path relative to a module, or None; there is none at the path ""."""
+    if "." not in path:
+        return module._modules.get(path)
+    inside: nn.Module | None = module
+    for name in path.split("."):
+        inside = None if inside is None else inside._modules.get(name)
+    return inside
+
+
+def modules_at(module: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
+    """Return the modules at paths relative to a module; paths that match no module are skipped."""
+    return [inside for path in paths if (inside := module_at(module, path)) is not None]
 
 
 @dataclass(frozen=True)
