@@ -26,7 +26,7 @@ from torch import nn
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from lorakit.allocator import keep_large_blocks
-from lorakit.ops.attention import attention
+from lorakit.ops.attention import backward, forward
 from lorakit.ops.attention_pattern import Method, Pattern
 from lorakit.ops.choices import IN_FP32
 from lorakit.speed.tuning import TuningTask, attention_tasks, fastest, matmul_tasks
@@ -112,8 +112,10 @@ def with_sinks(tokens: int, dtype: torch.dtype, repeats: int) -> None:
     mask = torch.full((1, 1, tokens, tokens), torch.finfo(dtype).min, dtype=dtype).triu(1)
 
     def ours(method: Method) -> None:
-        out = attention(q, k, v, Pattern(sinks=sinks, method=method))
-        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+        pattern = Pattern(sinks=sinks, method=method)
+        with torch.no_grad():
+            saved = forward(q, k, v, pattern)
+            backward(torch.ones_like(saved[0]), (q, k, v), saved, pattern)
 
     def eager() -> None:
         out, _ = eager_attention_forward(module, q, k, v, mask, width**-0.5)

@@ -267,7 +267,7 @@ def roles_of(parts: Iterable[Any]) -> Iterator[tuple[Any, str]]:
         name = part.fused_forward.name
         if name not in ("adapted linear", "dropout"):
             yield part.module, name
-            inside = [child for path, child in part.module.named_children() if path not in part.called]
+            inside = [child for path, child in part.module.named_children() if path not in part.bound.called]
             yield from ((one, "part") for child in inside for one in child.modules() if id(one) not in fused)
 
 

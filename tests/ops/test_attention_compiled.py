@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.ops.attention import attention, kernel_backward, kernel_for, kernel_forward
+from lorakit.ops.attention import kernel_backward, kernel_for, kernel_forward
 from lorakit.ops.attention_pattern import Operands, Pattern
 from lorakit.ops.kernels import compiled
 from lorakit.ops.kernels.compiled_matmuls import CompiledAttention
 from lorakit.ops.reference import attention as reference
+
+from .differentiable import attention
 
 KERNELS = compiled.kernels()
 KERNEL = None if KERNELS is None else KERNELS.attention

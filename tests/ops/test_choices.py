@@ -20,6 +20,8 @@ from lorakit.ops.cross_entropy import Head, linear_cross_entropy
 from lorakit.ops.linear import linears
 from lorakit.ops.mlp import Form, mlp
 
+from .differentiable import attention as differentiable
+
 ROWS, IN, OUT = 700, 48, 32
 
 
@@ -284,13 +286,13 @@ def test_attention_through_fp32_has_the_values_and_gradients_of_bf16(pattern: Pa
         q, k, v = (leaf.clone().requires_grad_() for leaf in leaves)
         torch.manual_seed(0)
         with activate(acts), Widths() as widths:  # type: ignore[no-untyped-call]
-            y = attention.attention(q, k, v, pattern)
+            y = differentiable(q, k, v, pattern)
             y.cos().sum().backward()  # type: ignore[no-untyped-call]
         assert widths.seen == {torch.float32 if acts else torch.bfloat16}
         results.append([y, q.grad, k.grad, v.grad])
     exact = [leaf.clone().double().requires_grad_() for leaf in leaves]
     if not pattern.dropout:
-        y = attention.attention(*exact, pattern)
+        y = differentiable(*exact, pattern)
         y.cos().sum().backward()  # type: ignore[no-untyped-call]
         results[0] = [y, *(leaf.grad for leaf in exact)]
     for plain, through in zip(*results, strict=True):
@@ -304,7 +306,7 @@ def test_attention_by_either_way_is_the_same(sinks: torch.Tensor | None) -> None
     for acts in ({}, {choices.attention_name((4, 2, 8), torch.float64, True, 300): 1}):
         q, k, v = (leaf.clone().requires_grad_() for leaf in leaves)
         with activate(acts):
-            y = attention.attention(q, k, v, Pattern(sinks=sinks))
+            y = differentiable(q, k, v, Pattern(sinks=sinks))
             y.cos().sum().backward()  # type: ignore[no-untyped-call]
         results.append((y, q.grad, k.grad, v.grad))
     for plain, flash in zip(*results, strict=True):

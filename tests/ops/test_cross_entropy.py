@@ -260,17 +260,9 @@ def test_chunks_are_of_about_equal_size() -> None:
         ({"labels": torch.zeros(3, dtype=torch.long)}, "shape (20,), one per row of h; got (3,)"),
         ({"labels": torch.full((20,), 11)}, "labels must be in 0..10 or -100"),
         ({"labels": torch.full((20,), -1)}, "labels must be in 0..10 or -100"),
-        (
-            {"W": torch.zeros(11, 8, dtype=D)},
-            "head: for this h, W must be (V, 7) and bias must be (V,) or None; got W (11, 8)",
-        ),
-        ({"bias": torch.zeros(7, dtype=D)}, "W must be (V, 7) and bias must be (V,)"),
         ({"W": torch.zeros(11, 7)}, "head: W is torch.float32, but h is torch.float64; cast h"),
         ({"bias": torch.zeros(11, dtype=D, requires_grad=True)}, "W or bias requires a gradient"),
         ({"W": torch.zeros(11, 7, dtype=D, requires_grad=True)}, "W or bias requires a gradient"),
-        ({"softcap": 0.0}, "softcap must be above 0, or None; got 0.0"),
-        ({"ignore_index": 0}, "ignore_index 0 is also a valid label; use one outside 0..10"),
-        ({"chunk": 0}, "chunk must be at least 1, or None; got 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], said: str) -> None:

@@ -26,6 +26,8 @@ from lorakit.ops.kernels.building import SWITCH
 from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
 
+from .differentiable import attention as differentiable
+
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of the interpreter's exp
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 """Relative norm of the difference from double precision: of sums in fp32; of some roundings to bf16."""
@@ -180,7 +182,7 @@ PATTERNS = {
 def test_attention(target: Place, name: str, heads: int, kv: int) -> None:
     given = [target(2, N, n, 16).transpose(1, 2).requires_grad_() for n in (heads, kv, kv)]
     doubles = [in_double(t) for t in given]
-    out = attention.attention(*given, PATTERNS[name])
+    out = differentiable(*given, PATTERNS[name])
     compare(target, [out], [references.attention(*doubles, PATTERNS[name])], given, doubles)
 
 
@@ -188,7 +190,7 @@ def test_attention(target: Place, name: str, heads: int, kv: int) -> None:
 def test_attention_with_sinks(target: Place, name: str) -> None:
     given = [target(2, N, n, 16).transpose(1, 2).requires_grad_() for n in (4, 2, 2)]
     doubles, pattern = [in_double(t) for t in given], replace(PATTERNS[name], sinks=target(4))
-    out = attention.attention(*given, pattern)
+    out = differentiable(*given, pattern)
     compare(target, [out], [references.attention(*doubles, pattern)], given, doubles)
 
 
@@ -248,11 +250,11 @@ def test_weights_that_drop(target: Place) -> None:
     q, k = target(1, 2, N, 16), target(1, 2, N, 16)
     unit = torch.eye(N).to(target.device, target.dtype).expand(1, 2, -1, -1)
     torch.manual_seed(3)
-    kept = attention.attention(q, k, unit, Pattern(dropout=0.3)) != 0
+    kept = differentiable(q, k, unit, Pattern(dropout=0.3)) != 0
     given = [t.requires_grad_() for t in (q, k, target(1, 2, N, 16))]
     doubles = [in_double(t) for t in given]
     torch.manual_seed(3)
-    out = attention.attention(*given, Pattern(dropout=0.3))
+    out = differentiable(*given, Pattern(dropout=0.3))
     truth = references.attention(*doubles, Pattern(dropout=0.3), kept)
     compare(target, [out], [truth], given, doubles)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorakit.speed import admission
 from lorakit.speed.admission import Verdict, compare_branches
-from lorakit.speed.probe import Call
+from lorakit.speed.probe import Call, Calls, Pairs
 
 
 class Branch(nn.Module):
@@ -28,17 +28,17 @@ class Branch(nn.Module):
 
 
 @dataclass(frozen=True)
-class Bound:
-    """A fused forward that calls a function of the module and hidden states."""
+class Bound(admission.Bound):
+    """A fused forward that calls a function of the module and hidden states, for its branches too."""
 
-    module: nn.Module
     function: Callable[..., Any]
-
-    def accepts(self, options: dict[str, Any]) -> bool:
-        return not options
 
     def run(self, x: Tensor, options: dict[str, Any]) -> Any:
         return self.function(self.module, x)
+
+    def branches(self, x: Tensor, options: dict[str, Any], inside: Calls) -> Pairs:
+        pairs: Pairs = self.function(self.module, x)
+        return pairs
 
 
 def compare(module: nn.Module, function: Callable[..., Any], call: Call, residual: bool = False) -> Verdict:
@@ -118,7 +118,7 @@ def test_an_exception_is_named(error: type[Exception]) -> None:
 
     verdict = compare(Branch(1.0), failing, called(Branch(1.0)))
     assert verdict.differs and error.__name__ in verdict.why
-    branches = compare_branches(failing, Branch(1.0), called(Branch(1.0)), {})
+    branches = compare_branches(Bound(Branch(1.0), failing), called(Branch(1.0)), {})
     assert branches.differs and error.__name__ in branches.why
 
 
@@ -138,5 +138,5 @@ def test_other_shapes_and_no_numbers_differ() -> None:
     assert compare(module, lambda *_: call.output * torch.nan, call).differs
     declined = compare(module, lambda *_: None, call)
     assert declined.why and not declined.differs
-    assert compare_branches(lambda *_: [(None, call.output)], module, call, {}).differs
-    assert not compare_branches(lambda *_: [(call.output, call.output)], module, call, {}).differs
+    assert compare_branches(Bound(module, lambda *_: [(None, call.output)]), call, {}).differs
+    assert not compare_branches(Bound(module, lambda *_: [(call.output, call.output)]), call, {}).differs

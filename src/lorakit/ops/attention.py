@@ -1,18 +1,17 @@
-"""Grouped-query attention with packing, sliding windows and soft caps, usable with or without autograd."""
+"""Grouped-query attention with packing, sliding windows and soft caps, forward and backward without autograd."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from lorakit.ops import attention_flash, attention_products, choices, reference
+from lorakit.ops import attention_flash, attention_products, choices
 from lorakit.ops.attention_pattern import Method, Operands, Pattern
-from lorakit.ops.autograd import Context, Replayed, alias, autocast, needs_gradient, with_replay, without_autocast
+from lorakit.ops.autograd import without_autocast
 from lorakit.ops.kernels import kernels_for
 from lorakit.ops.kernels.compiled_matmuls import CompiledAttention
 
@@ -20,22 +19,6 @@ from lorakit.ops.kernels.compiled_matmuls import CompiledAttention
 # matrix units, matmuls are faster even beyond 4096 tokens; with matrix units, the kernel's cache blocking pays off
 # at shorter lengths.
 FLASH_FROM = 2048
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -> Tensor:
-    """Compute attention, softmax(scale·q·kᵀ)·v. [docs/math.md (81), (82), (86)]
-
-    Shapes: q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E), with any strides, where KV divides H. The result is
-    (B, H, T, E), stored as (B, T, H, E). Saved are q, k and v; for flash attention, the output and its row statistics.
-
-    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. (1); grouped queries: Ainslie et al. 2023, arXiv:2305.13245;
-    recomputed weights: Rabe and Staats 2021, arXiv:2112.05682; sinks: Xiao et al. 2023, arXiv:2309.17453.
-    """
-    pattern = Pattern() if pattern is None else pattern
-    q, k, v = (autocast(t) for t in (q, k, v))
-    if needs_gradient(q, k, v):
-        return _Attention.apply(q, k, v, pattern)
-    return forward(q, k, v, pattern)[0]
 
 
 def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
@@ -66,12 +49,17 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute `attention` without autograd for q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E).
+    """Compute attention, softmax(scale·q·kᵀ)·v. [docs/math.md (81), (86)]
+
+    Shapes: q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E), with any strides, where KV divides H.
 
     Returns the output (B, H, T, E), stored as (B, T, H, E); for flash, the log-sum-exp of each row, in fp32 or wider
     and in the kernel's layout, otherwise None; and the dropout record (a seed or a mask) for the weights, or None.
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. (1); grouped queries: Ainslie et al. 2023, arXiv:2305.13245;
+    recomputed weights: Rabe and Staats 2021, arXiv:2112.05682; sinks: Xiao et al. 2023, arXiv:2309.17453.
     """
-    pattern.check(q, k, v)
+    pattern.check(q)
     method = chosen(q, v, pattern)
     with without_autocast(q):
         if method == "flash":
@@ -92,7 +80,7 @@ def backward(
     pattern: Pattern,
     into: Operands | None = None,
 ) -> Operands:
-    """Return the gradients of q, k and v, written to `into` or to new tensors stored as (B, T, heads, width).
+    """Return the gradients of q, k and v, written to `into` or to new tensors by token. [docs/math.md (82)]
 
     Shapes: dout, of the output, (B, H, T, E); q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E). `saved` is the result
     of `forward`; its output may be None if its log-sum-exp is None.
@@ -178,26 +166,3 @@ def kept_weights(q: Tensor, k: Tensor, v: Tensor, record: Tensor | None, pattern
         return None
     upcast = chosen(q, v, pattern) == "matmul_fp32"
     return attention_products.kept_weights(*((q.float(), k.float()) if upcast else (q, k)), pattern, record)
-
-
-def _replay(ctx: Context[Pattern], saved: Sequence[Tensor]) -> Replayed:
-    q, k, v = (alias(t) for t in saved[:3])
-    kept = kept_weights(q, k, v, saved[5], ctx.state)
-    return (q, k, v, None), (reference.attention(q, k, v, ctx.state, kept),)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Context[Pattern], q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-        out, lse, record = forward(q, k, v, pattern)
-        ctx.state = pattern
-        ctx.save_for_backward(q, k, v, None if lse is None else out, lse, record)
-        return out
-
-    @staticmethod
-    @with_replay(_replay)
-    def backward(ctx: Context[Pattern], dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *saved = ctx.saved_tensors
-        grads = backward(dout, (q, k, v), tuple(saved), ctx.state)
-        asked = zip(grads, ctx.needs_input_grad, strict=False)
-        return (*(grad if needed else None for grad, needed in asked), None)

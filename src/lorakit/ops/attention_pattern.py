@@ -85,28 +85,15 @@ class Pattern:
             seen &= distance < self.window if self.causal else distance.abs() <= self.window
         return seen
 
-    def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Check that q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E) are valid operands for this pattern.
+    def check(self, q: Tensor) -> None:
+        """Check that q (B, H, T, D) and this pattern fit.
 
         Raises:
-            ValueError: Shapes or dtypes do not match, segments do not sum to T, or a value is out of range.
+            ValueError: Segments do not sum to T, a value is out of range, or bias or sinks do not fit or are trained.
         """
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        if not q.dim() == k.dim() == v.dim() == 4:
-            raise ValueError(f"attention expects (batch, heads, tokens, width) tensors; got {shapes}")
-        heads = k.shape[1]
-        if q.shape[0::2] != k.shape[0::2] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
-            raise ValueError(
-                "the batch sizes and token counts of q, k and v must match, and so must the head counts of k and v and "
-                f"the widths of q and k; got {shapes}"
-            )
-        if heads == 0 or q.shape[1] % heads:
-            raise ValueError(f"q has {q.shape[1]} heads, which is not a multiple of the {heads} heads of k and v")
-        if not q.dtype == k.dtype == v.dtype:
-            raise ValueError(f"q, k and v must have the same dtype; got {q.dtype}, {k.dtype} and {v.dtype}")
         if self.segments is not None and (sum(self.segments) != q.shape[2] or min((*self.segments, q.shape[2])) < 1):
-            found = f"{len(self.segments)} lengths with {sum(self.segments)} tokens in total"
-            raise ValueError(f"segments must be positive and sum to {q.shape[2]} tokens; got {found}")
+            given = f"{len(self.segments)} lengths with {sum(self.segments)} tokens in total"
+            raise ValueError(f"segments must be positive and sum to {q.shape[2]} tokens; got {given}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1, or None; got {self.window}")
         if self.softcap is not None and not self.softcap > 0:

@@ -91,7 +91,7 @@ def _trained(h: Tensor, head: Head, labels: Tensor, ignore_index: int, chunk: in
     if torch.is_autocast_enabled(h.device.type):
         bias = None if head.bias is None else autocast(head.bias)
         h, head = autocast(h), replace(head, W=autocast(head.W), bias=bias)
-    _check(h, head, labels, ignore_index, chunk)
+    _check(h, head, labels)
     flat, targets = h.flatten(0, -2), labels.flatten().long().contiguous()  # flattening a view may keep its strides
     rows = (targets != ignore_index).nonzero().squeeze(1)  # labels on the CPU avoid a device synchronization
     count, every = len(rows), len(rows) == len(targets)
@@ -214,22 +214,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dh if rows is None else torch.zeros_like(h).index_copy_(0, rows, dh), None
 
 
-def _check(h: Tensor, head: Head, labels: Tensor, ignore_index: int, chunk: int | None) -> None:
+def _check(h: Tensor, head: Head, labels: Tensor) -> None:
     W, bias = head.W, head.bias
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers; got {labels.dtype}")
     if labels.shape != h.shape[:-1] or h.dim() < 2:
         raise ValueError(f"labels must have shape {tuple(h.shape[:-1])}, one per row of h; got {tuple(labels.shape)}")
-    if W.dim() != 2 or W.shape[1] != h.shape[-1] or (bias is not None and bias.shape != W.shape[:1]):
-        shapes = f"W {tuple(W.shape)}, bias {None if bias is None else tuple(bias.shape)}"
-        raise ValueError(f"head: for this h, W must be (V, {h.shape[-1]}) and bias must be (V,) or None; got {shapes}")
     if W.dtype != h.dtype or (bias is not None and bias.dtype != h.dtype):
         raise ValueError(f"head: W is {W.dtype}, but h is {h.dtype}; cast h to the dtype of W")
     if torch.is_grad_enabled() and (W.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError("head: W or bias requires a gradient, which is not computed; freeze both")
-    if head.softcap is not None and not head.softcap > 0:
-        raise ValueError(f"head: softcap must be above 0, or None; got {head.softcap}")
-    if 0 <= ignore_index < len(W):
-        raise ValueError(f"ignore_index {ignore_index} is also a valid label; use one outside 0..{len(W) - 1}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1, or None; got {chunk}")

@@ -70,29 +70,15 @@ class GroupedLinear:
         W = self.W[group].to(dtype)
         return W.mT if self.in_first else W
 
-    def check(self, x: Tensor, counts: Sequence[int], adapters: Sequence[GroupedLowRank]) -> None:
-        """Check the shapes of x (N, in), the rows per group and the adapters, and that the weights are frozen.
+    def check_frozen(self) -> None:
+        """Check that the weights are frozen.
 
         Raises:
-            ValueError: Shapes do not match, or a weight or bias requires a gradient.
+            ValueError: A weight or bias requires a gradient.
         """
-        groups, d_out, d_in = len(self.W), self.out_features, self.in_features
-        if x.ndim != 2 or x.shape[1] != d_in or len(counts) != groups or sum(counts) != len(x):
-            raise ValueError(
-                f"grouped_linear: x {tuple(x.shape)} in {len(counts)} groups with {sum(counts)} rows in total does not "
-                f"match weights {tuple(self.W.shape)}"
-            )
-        for adapter in adapters:
-            r = adapter.A.shape[1]
-            if tuple(adapter.A.shape) != (groups, r, d_in) or tuple(adapter.B.shape) != (groups, d_out, r):
-                raise ValueError(
-                    f"grouped_linear: A {tuple(adapter.A.shape)} and B {tuple(adapter.B.shape)} must have shapes "
-                    f"({groups}, r, {d_in}) and ({groups}, {d_out}, r)"
-                )
-        if torch.is_grad_enabled():
-            for name, tensor in (("weights", self.W), ("bias", self.bias)):
-                if tensor is not None and tensor.requires_grad:
-                    raise ValueError(f"grouped_linear: the {name} require a gradient; freeze them")
+        for name, tensor in (("weights", self.W), ("bias", self.bias)):
+            if tensor is not None and tensor.requires_grad:
+                raise ValueError(f"grouped_linear: the {name} require a gradient; freeze them")
 
 
 class _Form(NamedTuple):
@@ -109,8 +95,8 @@ def grouped_linear(
     Gradients flow to x (N, in), sorted by group, and to A and B, whose dtype may differ. `counts` has the rows of each
     group; without `linear`, only the sum over the adapters is computed. Matmuls use an autocast dtype.
     """
-    if linear is not None:
-        linear.check(x, counts, adapters)
+    if linear is not None and torch.is_grad_enabled():
+        linear.check_frozen()
     x = autocast(x)
     form = _Form(linear, tuple(counts), tuple(adapter.scale for adapter in adapters))
     flat = [factor for adapter in adapters for factor in (adapter.A, adapter.B)]

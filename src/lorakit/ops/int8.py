@@ -18,7 +18,7 @@ products, one function does the matmul and the steps after it, and with few rows
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,9 +34,6 @@ from lorakit.ops.kernels.compiled_matmuls import CompiledInt8Matmuls
 KERNEL_SIZES = (192, 128), (70, 128), (70, 192)
 """Shapes of a weight, of rows of an input and of rows of a gradient, to check kernels with."""
 
-IntegerMatmul = Callable[[Tensor, Tensor], Tensor]
-"""int8 matrices (N, k) and (k, n) -> their exact product, int32 (N, n)."""
-
 
 def reference_integer_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Return the exact product of int8 matrices (N, k) and (k, n) as int32 (N, n)."""
@@ -45,12 +42,22 @@ def reference_integer_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def reference_forward(x: Tensor, weight: Int8Weight, plus: Tensor | None = None) -> Tensor:
     """Return x·Wᵀ, plus `plus` (out,) or (N, out), for x (N, in), rounded once to the dtype of x."""
-    return _forward(x, weight, plus, reference_integer_matmul)
+    wide = x.float()
+    scaled = wide * weight.gain
+    scaled[:, weight.kept] = 0
+    q, t = quantize_rows(scaled)
+    y = reference_integer_matmul(q, weight.q.t()).float() * t[:, None] * weight.scale
+    y += wide[:, weight.kept] @ weight.columns.float().t()
+    return (y if plus is None else y + plus.float()).to(x.dtype)
 
 
 def reference_backward(dy: Tensor, weight: Int8Weight, plus: Tensor | None = None) -> Tensor:
     """Return dy·W, plus `plus` (N, in), for dy (N, out), rounded once to the dtype of dy."""
-    return _backward(dy, weight, plus, reference_integer_matmul)
+    wide = dy.float()
+    q, u = quantize_rows(wide * weight.scale)
+    dx = reference_integer_matmul(q, weight.q).float() * u[:, None] * weight.gain
+    dx[:, weight.kept] = wide @ weight.columns.float()
+    return (dx if plus is None else dx + plus.float()).to(dy.dtype)
 
 
 def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
@@ -73,24 +80,6 @@ def few_rows(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor | Non
     if steps is None or x.numel() > steps.few_rows * width:
         return None
     return steps.int8_few_rows(x, weight.gain, weight.kept, weight.q, weight.scale, weight.columns, bias)
-
-
-def _forward(x: Tensor, weight: Int8Weight, plus: Tensor | None, matmul: IntegerMatmul) -> Tensor:
-    wide = x.float()
-    scaled = wide * weight.gain
-    scaled[:, weight.kept] = 0
-    q, t = quantize_rows(scaled)
-    y = matmul(q, weight.q.t()).float() * t[:, None] * weight.scale
-    y += wide[:, weight.kept] @ weight.columns.float().t()
-    return (y if plus is None else y + plus.float()).to(x.dtype)
-
-
-def _backward(dy: Tensor, weight: Int8Weight, plus: Tensor | None, matmul: IntegerMatmul) -> Tensor:
-    wide = dy.float()
-    q, u = quantize_rows(wide * weight.scale)
-    dx = matmul(q, weight.q).float() * u[:, None] * weight.gain
-    dx[:, weight.kept] = wide @ weight.columns.float()
-    return (dx if plus is None else dx + plus.float()).to(dy.dtype)
 
 
 @functools.cache

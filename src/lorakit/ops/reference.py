@@ -190,34 +190,20 @@ def rotary(x: Tensor, rotary: Rotary) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, kept: Tensor | None = None) -> Tensor:
     """Compute attention: q (B, H, T, D), k and v (B, KV, T, D) -> (B, H, T, D); `kept` is 1 for weights to keep."""
-    pattern.check(q, k, v)
+    pattern.check(q)
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     scores = q @ k.transpose(2, 3) * pattern.scale_for(q.shape[3])
     if pattern.softcap is not None:
         scores = torch.tanh(scores / pattern.softcap) * pattern.softcap
     if pattern.bias is not None:
         scores = scores + pattern.bias.to(scores.dtype)
-    seen = visible(pattern, q.shape[2], q.device)
-    scores = scores.masked_fill(~seen, -torch.inf).to(upcast_dtype(q.dtype))
+    positions = torch.arange(q.shape[2], device=q.device)
+    scores = scores.masked_fill(~pattern.allowed(positions, positions), -torch.inf).to(upcast_dtype(q.dtype))
     if pattern.sinks is not None:  # an additional column without a value
         column = pattern.sinks.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, column), -1)
     weights = scores.softmax(-1)[..., : q.shape[2]].to(q.dtype)
     return (weights if kept is None else weights * kept.to(q.dtype) / (1 - pattern.dropout)) @ v
-
-
-def visible(pattern: Pattern, tokens: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return a boolean mask (T, T) whose entry (i, j) is true if token i of a row sees token j."""
-    lengths = pattern.lengths(tokens)
-    which = torch.tensor([i for i, length in enumerate(lengths) for _ in range(length)], device=device)
-    targets = torch.arange(len(which), device=device)
-    distance = targets.unsqueeze(1) - targets
-    seen = which.unsqueeze(1) == which
-    if pattern.causal:
-        seen &= distance >= 0
-    if pattern.window is not None:
-        seen &= distance < pattern.window if pattern.causal else distance.abs() <= pattern.window
-    return seen
 
 
 class DrawnAttention(NamedTuple):

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lorakit.architectures.known_forwards import known_forwards
-from lorakit.choices import MATMUL_IN_DTYPE
-from lorakit.core import Int8Base
-from lorakit.errors import ModelError
+from lorakit.choices import BASE_MATMULS, MATMUL_IN_DTYPE, MATMUL_IN_INT8
+from lorakit.core import Int8Base, quantize_base
+from lorakit.errors import ConfigError, ModelError
 from lorakit.identity.identities import Fact, Identities, original_class
+from lorakit.ops.int8 import why_no_int8_matmuls
 from lorakit.ops.kernels import compiled
 from lorakit.speed import attention, decoder, encoder, feed_forward, linear, norm, sublayer
 from lorakit.speed.admission import FusedForward, Known, Parts, Skipped, admit, candidates, modules_to_record
@@ -29,7 +30,6 @@ from lorakit.speed.contract import contract_for, contract_of_model, is_adapted
 from lorakit.speed.decoder import BoundLayer
 from lorakit.speed.encoder import BoundEncoderLayer
 from lorakit.speed.feed_forward import BoundFeedForward
-from lorakit.speed.int8_matmul import describe_int8, int8_base
 from lorakit.speed.last_layer import LastLayer
 from lorakit.speed.loss import Head, LossWithoutLogits, head_for, last_layer_for, loss_for, output_head
 from lorakit.speed.patching import (
@@ -45,6 +45,7 @@ from lorakit.speed.patching import (
 )
 from lorakit.speed.probe import Call, ModelOutput, attempt, calls, eval_mode, frozen, keeps_sequences_apart, pack_rows
 from lorakit.speed.submodules import is_supported
+from lorakit.tables import format_bytes
 
 
 def _named(*names: str) -> Callable[[nn.Module], bool]:
@@ -120,7 +121,7 @@ class Acceleration:
         if self.head is not None and self.head.last is not None:
             kind = type(self.head.last.layer).__name__
             lines.append(f"1 × {kind} (last layer): after attention, only labeled rows are computed")
-        lines += describe_int8(self.int8, self.int8_skipped)
+        lines += _describe_int8(self.int8, self.int8_skipped)
         if self.release:
             lines.append(self.release)
         if self.head_skipped:
@@ -164,7 +165,7 @@ def accelerate(
         ModelError: All or part of the model is already accelerated.
     """
     known = Known(Identities(), known_forwards())
-    int8, why_not = int8_base(model, base_matmul, calibration, keep)
+    int8, why_not = _int8_base(model, base_matmul, calibration, keep)
     try:
         made = accelerate_known(model, known, logits=logits, keep_feed_forward=keep_feed_forward)
     except BaseException:
@@ -182,9 +183,8 @@ def accelerate_known(model: nn.Module, known: Known, *, logits: bool, keep_feed_
     """
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return _nothing(model, "its weights are sharded; call accelerate before sharding")
-    modules, kind = dict(model.named_modules()), type(model).__name__
-    if any(is_replacement(module) for module in modules.values()):
-        raise ModelError(f"{kind} is already accelerated; call undo() on the earlier result first", what=kind)
+    _check_not_accelerated(model)
+    modules = dict(model.named_modules())
     has_adapters = any(is_adapted(module) for module in modules.values())
     # A model without adapters is frozen for the probes, as it will be once it has adapters. Whenever a fused forward
     # runs later, it checks that the weights are frozen.
@@ -207,6 +207,51 @@ def accelerate_known(model: nn.Module, known: Known, *, logits: bool, keep_feed_
     return Acceleration(
         tuple(swaps), tuple(probed.skipped), probed.head, reason, packs, without, model, known.about_release()
     )
+
+
+def _check_not_accelerated(model: nn.Module) -> None:
+    """Check that no part of a model is accelerated.
+
+    Raises:
+        ModelError: All or part of the model is already accelerated.
+    """
+    replaced, kind = list[bool](), type(model).__name__
+    model.apply(lambda module: replaced.append(is_replacement(module)))
+    if any(replaced):
+        raise ModelError(f"{kind} is already accelerated; call undo() on the earlier result first", what=kind)
+
+
+def _int8_base(
+    model: nn.Module, base_matmul: str, calibration: Iterable[Mapping[str, Tensor]] | None, keep: bool
+) -> tuple[Int8Base | None, str]:
+    """Quantize a base for int8 matmuls, if this is requested and the processor multiplies int8 fast and exactly.
+
+    Returns the quantized base, or None, and the reason why it was not quantized although it was requested, or "".
+
+    Raises:
+        ConfigError: `base_matmul` is unknown, there is no calibration data, or the base is quantized or trained.
+    """
+    if base_matmul not in BASE_MATMULS:
+        raise ConfigError.of("base_matmul", base_matmul, allowed=BASE_MATMULS)
+    if base_matmul == MATMUL_IN_DTYPE:
+        return None, ""
+    _check_not_accelerated(model)
+    if calibration is None:
+        text = (
+            "base_matmul 'int8' needs calibration batches: pass calibration=[...], each with the arguments of the "
+            "model, such as input_ids and attention_mask."
+        )
+        raise ConfigError(text, what=MATMUL_IN_INT8, field="calibration")
+    why = why_no_int8_matmuls()
+    return (None, why) if why else (quantize_base(model, calibration, keep=keep), "")
+
+
+def _describe_int8(base: Int8Base | None, why_not: str) -> list[str]:
+    """Return the lines of a report about int8 matmuls; empty if they were not requested."""
+    if base is None:
+        return [f"base matmuls: in the dtype of the weights, not in int8 ({why_not})"] if why_not else []
+    sizes = f"{format_bytes(base.bytes_before)} to {format_bytes(base.bytes_after)}"
+    return [f"base matmuls: int8 in {len(base.paths)} modules, calibrated on {base.tokens} tokens; base from {sizes}"]
 
 
 class _Probed(NamedTuple):

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +58,6 @@ class Verdict(NamedTuple):
 
 Output = Tensor | tuple[Tensor | None, ...]
 """Output of a fused `forward`. If it is a tuple, the hidden states are the first item."""
-
-Branches = Callable[[Tensor, Options, Calls], Pairs]
-"""(hidden states, other arguments, path -> recorded submodule call) -> pairs of branches, fused and the module's own.
-"""
 
 
 def compare(bound: Bound, call: Call, *, residual: bool = False) -> Verdict:
@@ -111,10 +107,10 @@ def _noise(module: nn.Module, call: Call, residual: bool) -> Tensor | None:
     return _sizes(change - (_rows(moved) - _rows(x)) if residual else change)
 
 
-def compare_branches(branches: Branches, module: nn.Module, call: Call, inside: Calls) -> Verdict:
+def compare_branches(bound: Bound, call: Call, inside: Calls) -> Verdict:
     """Compare the recorded branches with those that a fused `forward` adds to the residuals."""
-    x, options = split_call(parameters_of(type(module)), call.args, call.kwargs)
-    pairs = attempt(lambda: branches(x, options, inside))
+    x, options = split_call(parameters_of(type(bound.module)), call.args, call.kwargs)
+    pairs = attempt(lambda: bound.branches(x, options, inside))
     if isinstance(pairs, Exception):
         return _raised(pairs)
     for ours, theirs in pairs:
@@ -178,25 +174,35 @@ def is_version(x: Tensor, version: int | Tensor) -> bool:
     return not x.is_inference() and version == x._version
 
 
-class Bound(Protocol):
-    """A fused `forward`, bound to one module when that is matched, with what does not change between calls.
+@dataclass(frozen=True)
+class Bound:
+    """A fused `forward`, bound to one module when that is matched, with what does not change between calls."""
 
-    A class may have more attributes: `called`, the names of the children that are called as modules; `traced`, the
-    relative paths of the submodules whose recorded calls `branches` needs; and `branches`, which pairs branches for
-    comparison. The last two are needed if a residual, or a norm after it, would hide errors.
-    """
-
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    module: nn.Module
 
     @property
-    def module(self) -> nn.Module:
-        """The module."""
+    def called(self) -> tuple[str, ...]:
+        """Return the names of the children that are called as modules."""
+        return ()
+
+    @property
+    def traced(self) -> tuple[str, ...]:
+        """Return the relative paths of the submodules whose recorded calls `branches` needs."""
+        return ()
 
     def accepts(self, options: Options) -> bool:
-        """Return whether calls with these arguments, besides the hidden states, are supported."""
+        """Return whether calls with these arguments, besides the hidden states, are supported: by default, none is."""
+        return not options
 
     def run(self, x: Tensor, options: Options) -> Output | None:
         """Return the output (…, d) for hidden states x (…, d), or None if the module's own `forward` must run."""
+        raise NotImplementedError
+
+    def branches(self, x: Tensor, options: Options, inside: Calls) -> Pairs:
+        """Pair branches (…, d), fused and the module's own, for hidden states x (…, d), if a residual, or a norm after
+        it, would hide errors; `inside` has the recorded calls of `traced`.
+        """
+        return []
 
 
 @dataclass(frozen=True)
@@ -227,21 +233,6 @@ class Part(NamedTuple):
     def module(self) -> nn.Module:
         """Return the module."""
         return self.bound.module
-
-    @property
-    def called(self) -> tuple[str, ...]:
-        """Return the names of the children that the fused `forward` calls as modules."""
-        return getattr(self.bound, "called", ())
-
-    @property
-    def traced(self) -> tuple[str, ...]:
-        """Return the relative paths of the submodules whose recorded calls the comparison needs."""
-        return getattr(self.bound, "traced", ())
-
-    @property
-    def branches(self) -> Branches | None:
-        """Return the function that pairs branches for comparison, or None."""
-        return getattr(self.bound, "branches", None)
 
 
 @dataclass(frozen=True)
@@ -274,7 +265,7 @@ class Known:
             reasons, inside = [], [module]
         else:
             reasons = [self._why_not(module, part.fused_forward.name)]
-            inside = [child for name, child in module.named_children() if name not in part.called]
+            inside = [child for name, child in module.named_children() if name not in part.bound.called]
         reasons += [self._why_not(one, PART) for child in inside for one in _inside(child)]
         return next((reason for reason in reasons if reason is not None), None)
 
@@ -355,7 +346,7 @@ def modules_to_record(parts: Parts) -> dict[str, nn.Module]:
     """Collect, by path, the candidates and the submodules whose calls are needed to compare branches."""
     found = {path: part.module for path, part in parts.items()}
     for path, part in parts.items():
-        found |= {f"{path}.{below}": part.module.get_submodule(below) for below in part.traced}
+        found |= {f"{path}.{below}": part.module.get_submodule(below) for below in part.bound.traced}
     return found
 
 
@@ -434,14 +425,14 @@ def _verdict(path: str, part: Part, found: Calls) -> Verdict:
     if call is None:
         return Verdict("not called")
     verdict = compare(part.bound, call, residual=part.fused_forward.residual)
-    if verdict.why or part.branches is None:
+    if verdict.why or not part.bound.traced:
         return verdict
-    inside = {below: found[f"{path}.{below}"] for below in part.traced if f"{path}.{below}" in found}
-    return compare_branches(part.branches, part.module, call, inside)
+    inside = {below: found[f"{path}.{below}"] for below in part.bound.traced if f"{path}.{below}" in found}
+    return compare_branches(part.bound, call, inside)
 
 
 def _fused_among(differing: list[str], path: str, part: Part) -> str | None:
     """Return the path of a module in `differing` that a fused `forward` would bypass, or None."""
     below = [one for one in differing if one.startswith(f"{path}.")]
-    called = tuple(f"{path}.{name}." for name in part.called) if below else ()
+    called = tuple(f"{path}.{name}." for name in part.bound.called) if below else ()
     return next((one for one in below if not f"{one}.".startswith(called or ("\0",))), None)

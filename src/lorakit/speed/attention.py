@@ -21,7 +21,7 @@ from lorakit.ops.attention_block import SelfAttention, attention_block
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
-from lorakit.speed.admission import is_version, version_of
+from lorakit.speed.admission import Bound, is_version, version_of
 from lorakit.speed.last_layer import KEYWORD
 from lorakit.speed.linear import ActiveOperands, active_operands
 from lorakit.speed.norm import BoundNorm, bound_norms, dropout_p, operands_of
@@ -122,13 +122,12 @@ READ = frozenset(
 
 
 @dataclass(frozen=True)
-class BoundAttention:
+class BoundAttention(Bound):
     """Fused attention, bound to one module, with the paths of the modules in it and its settings. `window` is in
     tokens; `softcap` bounds the scores with tanh; `settings` is the module with the settings; `norms` are those of q
     and k.
     """
 
-    module: nn.Module
     layout: AttentionLayout
     head_dim: int
     scale: float

@@ -12,6 +12,7 @@ from lorakit.architectures.layouts import Block, Sublayer
 from lorakit.ops.dropout import dropout
 from lorakit.ops.norm import Norm, normalize
 from lorakit.speed import attention, feed_forward
+from lorakit.speed.admission import Bound
 from lorakit.speed.attention import BoundAttention
 from lorakit.speed.feed_forward import BoundFeedForward
 from lorakit.speed.last_layer import KEYWORD, rows_to_compute, scatter_rows, select_rows
@@ -59,12 +60,11 @@ class BoundSublayer:
 
 
 @dataclass(frozen=True)
-class BoundLayer:
+class BoundLayer(Bound):
     """A fused decoder layer, bound to one module, with its attention and feed-forward sublayers. `block` is None if the
     layer calls its feed-forward modules; `is_parallel` says that both sublayers read its input.
     """
 
-    module: nn.Module
     layout: Block
     sublayers: tuple[BoundSublayer, BoundSublayer]
     attention: BoundAttention

@@ -16,6 +16,7 @@ from lorakit.architectures.families import BLOCKS
 from lorakit.architectures.layouts import Block, FeedForwardLayout
 from lorakit.ops.norm import Norm, normalize
 from lorakit.speed import attention, feed_forward
+from lorakit.speed.admission import Bound
 from lorakit.speed.attention import BoundAttention, PreparedAttention
 from lorakit.speed.feed_forward import BoundFeedForward, PreparedFeedForward
 from lorakit.speed.norm import BoundNorm, bound_norm, dropout_p, operands_of
@@ -65,18 +66,21 @@ def _holders(layout: Block) -> dict[str, set[str]]:
 
 
 @dataclass(frozen=True)
-class BoundEncoderLayer:
+class BoundEncoderLayer(Bound):
     """A fused encoder layer, bound to one module, with its sublayers. `holders` are the modules between the layer and
-    its leaves; `dropouts` are the paths of the dropout modules and `norms` the norms, after attention and feed-forward.
+    its leaves; `norms` are those after attention and feed-forward.
     """
 
-    module: nn.Module
+    layout: Block
     attention: BoundAttention
     block: BoundFeedForward
     holders: tuple[nn.Module, ...]
-    dropouts: tuple[str, str]
     norms: tuple[BoundNorm | None, ...]
-    traced: tuple[str, ...]
+
+    @property
+    def traced(self) -> tuple[str, ...]:
+        """Return the paths, relative to the layer, of the modules whose calls `branches` needs."""
+        return self.layout.linears[3:]
 
     def accepts(self, options: Options) -> bool:
         """Return whether all arguments of a call, besides the hidden states, are known."""
@@ -104,7 +108,8 @@ class BoundEncoderLayer:
         if x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
             return None  # a layer norm returns float32 under autocast
         norms = [norm for norm in operands_of(self.norms) or () if norm is not None and norm.weight.dtype == x.dtype]
-        first, second = (dropout_p(module_at(self.module, path)) for path in self.dropouts)
+        sublayers = (self.layout.attention, self.layout.feed_forward)
+        first, second = (dropout_p(module_at(self.module, one.dropout)) for one in sublayers)
         is_seen = any(is_watched(holder, captures=False) for holder in self.holders)
         if is_seen or len(norms) != 2 or first is None or second is None:
             return None
@@ -148,8 +153,7 @@ def match(module: nn.Module) -> BoundEncoderLayer | str:
         return reason
     norms = tuple(bound_norm(attribute_at(module, path)) for path in found.norms)
     inner = tuple(held for path, held in holders.items() if path)
-    ends = (found.attention.dropout, found.feed_forward.dropout)
-    return BoundEncoderLayer(module, bound, block, inner, ends, norms, found.linears[3:])
+    return BoundEncoderLayer(module, found, bound, block, inner, norms)
 
 
 def _relative(layout: Block) -> FeedForwardLayout:

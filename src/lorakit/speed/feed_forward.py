@@ -13,6 +13,7 @@ from lorakit.architectures.layouts import FeedForwardLayout
 from lorakit.ops.activation import activation
 from lorakit.ops.mlp import Form, mlp
 from lorakit.ops.norm import Norm
+from lorakit.speed.admission import Bound
 from lorakit.speed.linear import ActiveOperands, active_operands
 from lorakit.speed.norm import dropout_p
 from lorakit.speed.patching import RECOMPUTES, Options, attribute_at, children_of, modules_at
@@ -28,16 +29,11 @@ ATTRIBUTES = frozenset({"config", "hidden_size", "intermediate_size", "mlp_bias"
 
 
 @dataclass(frozen=True)
-class BoundFeedForward:
+class BoundFeedForward(Bound):
     """A fused feed-forward block, bound to the module that holds it; `act` is a name in `lorakit.ops.activation`."""
 
-    module: nn.Module
     layout: FeedForwardLayout
     act: str
-
-    def accepts(self, options: Options) -> bool:
-        """Return whether a call has no arguments besides the hidden states."""
-        return not options
 
     def run(self, x: Tensor, options: Options) -> Tensor | None:
         """Return the output for x (…, d), or None if the block's own `forward` must run."""

@@ -25,6 +25,7 @@ from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import resolve
 from lorakit.ops.adapted import Adapted, LowRank, factors
 from lorakit.ops.linear import linears
+from lorakit.speed.admission import Bound
 from lorakit.speed.contract import is_adapted, is_peft_linear
 from lorakit.speed.patching import Forwards, Options, is_watched
 
@@ -167,14 +168,8 @@ def _is_here(one: Adapted, x: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class BoundLinear:
+class BoundLinear(Bound):
     """A fused linear module with an adapter, bound to one adapter layer."""
-
-    module: nn.Module
-
-    def accepts(self, options: Options) -> bool:
-        """Return whether a call has no arguments besides the hidden states."""
-        return not options
 
     def run(self, x: Tensor, options: Options) -> Tensor | None:
         """Return the output (…, out) for x (…, in), or None if the layer's own `forward` must run."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lorakit.identity.identities import original_class
 from lorakit.ops.dropout import dropout
 from lorakit.ops.norm import Norm, normalize
+from lorakit.speed.admission import Bound
 from lorakit.speed.patching import Options, is_watched
 
 RMS = ("RMSNorm", "T5LayerNorm")
@@ -23,12 +24,11 @@ EPSILONS = ("variance_epsilon", "eps")
 
 
 @dataclass(frozen=True)
-class BoundNorm:
+class BoundNorm(Bound):
     """A fused norm over the last dimension, bound to one module; "none" is an nn.Identity in place of a norm. `eps` is
     added to the variance or to the mean square, `offset` to the weight.
     """
 
-    module: nn.Module
     kind: Literal["rms", "layer", "none"]
     eps: float
     offset: float
@@ -49,10 +49,6 @@ class BoundNorm:
         if bias is not None and bias.requires_grad:
             return None
         return Norm(self.kind, weight, bias, self.eps, self.offset)
-
-    def accepts(self, options: Options) -> bool:
-        """Return whether a call has no arguments besides the hidden states."""
-        return not options
 
     def run(self, x: Tensor, options: Options) -> Tensor | None:
         """Return the normalized x (…, d), or None if the module's own `forward` must run."""
@@ -113,14 +109,10 @@ def dropout_p(module: nn.Module | None) -> float | None:
 
 
 @dataclass(frozen=True)
-class BoundDropout:
+class BoundDropout(Bound):
     """Fused dropout, bound to one module."""
 
     module: nn.Dropout
-
-    def accepts(self, options: Options) -> bool:
-        """Return whether a call has no arguments besides the hidden states."""
-        return not options
 
     def run(self, x: Tensor, options: Options) -> Tensor | None:
         """Return x (any shape) after dropout, or None if the module's own `forward` must run."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lorakit.architectures.families import BLOCKS
 from lorakit.architectures.layouts import AttentionLayout, Sublayer
 from lorakit.speed import attention, feed_forward
+from lorakit.speed.admission import Bound
 from lorakit.speed.attention import BoundAttention
 from lorakit.speed.feed_forward import BoundFeedForward
 from lorakit.speed.norm import BoundNorm, bound_norm, dropout_p
@@ -45,10 +46,9 @@ READ = frozenset({"attention_mask", "position_ids", "num_items_in_batch", BIAS})
 
 
 @dataclass(frozen=True)
-class BoundSublayer:
+class BoundSublayer(Bound):
     """A fused T5 sublayer, bound to one module, with its inner module, fused too, and the norm before it."""
 
-    module: nn.Module
     layout: Sublayer
     inner: BoundAttention | BoundFeedForward
     norm: BoundNorm

@@ -13,7 +13,7 @@ from lorakit.config import LoraConfig
 from lorakit.core import Int8Linear
 from lorakit.errors import ConfigError, MergeError
 from lorakit.ops.int8 import why_no_int8_matmuls
-from lorakit.speed import accelerate, int8_matmul
+from lorakit.speed import accelerate, acceleration
 
 from .. import small_models
 from ..core.int8.test_quantized_base import batches, bits, llama, logits
@@ -146,7 +146,7 @@ def test_wrong_requests_change_nothing() -> None:
 def test_without_int8_units_the_model_keeps_its_dtype_and_the_reason_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(int8_matmul, "why_no_int8_matmuls", lambda: "no int8 units")
+    monkeypatch.setattr(acceleration, "why_no_int8_matmuls", lambda: "no int8 units")
     model = llama()
     made = accelerate(model, base_matmul="int8", calibration=batches())
     assert made.int8 is None and made.int8_skipped == "no int8 units"
