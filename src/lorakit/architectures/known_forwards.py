@@ -52,25 +52,12 @@ EXPERTS = "experts"
 """Start of the roles of fused experts; their settings follow (`lorakit.core.layers.experts.role_of`)."""
 
 
-Row = dict[str, list[str]]
-"""Row of the table: the roles, classes, hashes of functions, and releases of one digest."""
-
-
 @functools.cache
 def known_forwards() -> KnownForwards:
     """Read the table of known forward methods."""
-    releases, rows = _read()
-    return KnownForwards(tuple(releases), {digest: frozenset(row["roles"]) for digest, row in rows.items()})
-
-
-def known_rows() -> dict[str, Row]:
-    """Read the rows of the table by digest."""
-    return _read()[1]
-
-
-def _read() -> tuple[list[str], dict[str, Row]]:
     content = json.loads(resources.files(__package__).joinpath(FILE).read_text(encoding="utf-8"))
-    return content["releases"], content["forwards"]
+    roles = {digest: frozenset(row["roles"]) for digest, row in content["forwards"].items()}
+    return KnownForwards(tuple(content["releases"]), roles)
 
 
 def unknown_release(forwards: KnownForwards) -> str:

@@ -204,12 +204,12 @@ def _forward(x: Tensor, form: _Form) -> tuple[Tensor, _Intermediates]:
         v = v.contiguous()  # a view would keep the unrotated q and k alive
     del parts
     out, *saved = attending.forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), pattern)
-    given = out.transpose(1, 2).view(len(flat), -1)
-    read = form.picked(given)
+    attended = out.transpose(1, 2).view(len(flat), -1)
+    read = form.picked(attended)
     outs = Group.of([block.output], read)
     y, record = dropout_add(outs.forward(read)[0], form.picked(flat) if residual else None, block.dropout)
     kept = raw[0] if block.q_norm else q, raw[1] if block.k_norm else k, v
-    return y, _Intermediates(stats, kept, (q_stats, k_stats), given, saved, record, (ins, outs))
+    return y, _Intermediates(stats, kept, (q_stats, k_stats), attended, saved, record, (ins, outs))
 
 
 def _normalize(part: Tensor, own: Norm | None) -> tuple[Tensor, Sequence[Tensor]]:
@@ -265,16 +265,16 @@ class _AttentionBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context[_State], x: Tensor, form: _Form, edge: Tensor | None, *flat: Tensor | None) -> Tensor:
         with without_autocast(x):
-            y, made = _forward(x, form)
-        ins, outs = made.groups
+            y, results = _forward(x, form)
+        ins, outs = results.groups
         (ins_form, inputs), (outs_form, output) = ins.pack(), outs.pack()
         # if neither x nor any input projection needs a gradient, no gradient flows through the attention computation
         deep = ctx.needs_input_grad[0] or ins_form.is_trained
         wants_x = form.needs_x(ctx.needs_input_grad[0])
-        whole = deep and made.saved[0] is not None  # the attention backward pass needs the full output
-        out = made.out if whole else form.picked(made.out) if outs.needs_x else None
-        through = [[x if wants_x else None, *made.saved], made.heads, made.stats, *made.own, inputs]
-        parts = [[edge, out, made.record], output, *(through if deep else ())]
+        whole = deep and results.saved[0] is not None  # the attention backward pass needs the full output
+        out = results.out if whole else form.picked(results.out) if outs.needs_x else None
+        through = [[x if wants_x else None, *results.saved], results.heads, results.stats, *results.own, inputs]
+        parts = [[edge, out, results.record], output, *(through if deep else ())]
         ctx.state = form, x.shape, [len(part) for part in parts], ins_form, outs_form
         ctx.save_for_backward(*(tensor for part in parts for tensor in part))
         return y
@@ -289,14 +289,16 @@ class _AttentionBlock(torch.autograd.Function):
             dy = rows(dy)
             dlast = dropout_add_backward(dy, record, form.block.dropout)
             read = None if out is None else form.picked(out)
-            given, last = Group.unpack(outs_form, output).backward(read, [dlast], need_dx=deep)
-            if given is None:
+            dattended, last = Group.unpack(outs_form, output).backward(read, [dlast], need_dx=deep)
+            if dattended is None:
                 return (None, None, None, *(None for _ in form.block.inputs for _ in range(2)), *last[0])
             (x, *saved), heads, stats, q_stats, k_stats, inputs = through
             if wanted is not None:
-                given = given.new_zeros(heads[0].shape[:2].numel(), given.shape[1]).index_copy_(0, wanted, given)
-            dparts = _back_to_projections(given, heads, (q_stats, k_stats), (out, *saved), form)
-            del given, dlast, read
+                dattended = dattended.new_zeros(heads[0].shape[:2].numel(), dattended.shape[1]).index_copy_(
+                    0, wanted, dattended
+                )
+            dparts = _back_to_projections(dattended, heads, (q_stats, k_stats), (out, *saved), form)
+            del dattended, dlast, read
             ins, own = Group.unpack(ins_form, inputs), form.block.norm
             flat = None if x is None else rows(x)
             n = norm.norm_recompute(own, flat, stats) if ins.needs_x else None
@@ -311,34 +313,34 @@ class _AttentionBlock(torch.autograd.Function):
 
 
 def _back_to_projections(
-    given: Tensor,
+    dattended: Tensor,
     heads: Sequence[Tensor],
     stats: tuple[Sequence[Tensor], Sequence[Tensor]],
     saved: tuple[Tensor | None, ...],  # results of `attention.forward`, starting with the output
     form: _Form,
 ) -> list[Tensor]:
-    """Return the gradients (N, width) of the input projections; `given` (N, H·D) is that of the attention output."""
+    """Return the gradients (N, width) of the input projections; `dattended` (N, H·D) is that of the output."""
     block, pattern, rope, *_ = form
     shape = (*heads[0].shape[:2], -1, block.head_dim)
     owns = (block.q_norm, block.k_norm, None)
     operands = [_as_attended(*three, form) for three in zip(heads, (*stats, ()), owns, strict=True)]
     if len(block.inputs) == 1:
-        made = [given.new_empty(len(given), sum(block.widths))]
+        gradients = [dattended.new_empty(len(dattended), sum(block.widths))]
     else:
-        made = [given.new_empty(len(given), width) for width in block.widths]
-    by_head = block.heads(made, *shape[:2])
+        gradients = [dattended.new_empty(len(dattended), width) for width in block.widths]
+    by_head = block.heads(gradients, *shape[:2])
     # only the flash backward pass needs the full output; if flash ran, row statistics were saved too
     out = None if saved[0] is None or saved[1] is None else saved[0].view(shape).transpose(1, 2)
     dq, dk, dv = (grad.transpose(1, 2) for grad in by_head)
     q, k, v = (operand.transpose(1, 2) for operand in operands)
     kept = (out, saved[1], saved[2])
-    attending.backward(given.view(shape).transpose(1, 2), (q, k, v), kept, pattern, (dq, dk, dv))
+    attending.backward(dattended.view(shape).transpose(1, 2), (q, k, v), kept, pattern, (dq, dk, dv))
     for grad, raw, own_stats, own in zip(by_head[:2], heads, stats, owns, strict=False):
         if rope is not None:
             rotary.rotate_back_(grad, rope)
         if own is not None:
             grad.copy_(own.backward(_rows(grad, own), _rows(raw, own), own_stats).view(grad.shape))
-    return made
+    return gradients
 
 
 def _as_attended(part: Tensor, stats: Sequence[Tensor], own: Norm | None, form: _Form) -> Tensor:

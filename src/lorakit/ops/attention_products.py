@@ -80,16 +80,16 @@ def backward(dout: Tensor, operands: Operands, into: Operands, pattern: Pattern,
 
 def kept_weights(q: Tensor, k: Tensor, pattern: Pattern, record: Tensor) -> Tensor:
     """Return a mask (B, H, T, T) that is 1 for each weight that a dropout record keeps, for q and k as in `forward`."""
-    made = q.new_ones(*q.shape[:3], q.shape[2])
+    mask = q.new_ones(*q.shape[:3], q.shape[2])
     scores = _Scores(q, k, pattern)
     zeros = scores.by_block(record)
     for piece in scores.pieces:
         for block in scores.blocks(piece):
-            of_piece, zero = made[piece.batch, :, piece.tokens, piece.tokens], next(zeros)
+            of_piece, zero = mask[piece.batch, :, piece.tokens, piece.tokens], next(zeros)
             at = of_piece[:, :, block.start : block.stop, block.low : block.high]
             if zero is not None:
                 at.copy_(kept_elements(zero, at.shape, pattern.dropout, q.dtype))
-    return made
+    return mask
 
 
 class _Scores:

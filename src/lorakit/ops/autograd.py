@@ -71,14 +71,15 @@ def _replayed(ctx: Any, replay: Replay, gradients: Sequence[Tensor | None]) -> t
     first = next(dy for dy in gradients if dy is not None)
     with torch.enable_grad(), without_autocast(first):
         inputs, outputs = replay(ctx, ctx.saved_tensors)
-        asked = [(i, x) for i, x in enumerate(inputs) if x is not None and ctx.needs_input_grad[i]]
+        needed = [(i, x) for i, x in enumerate(inputs) if x is not None and ctx.needs_input_grad[i]]
         pairs = [(y, dy) for y, dy in zip(outputs, gradients, strict=True) if dy is not None and y.requires_grad]
         ys, dys = zip(*pairs, strict=True)
-        found = torch.autograd.grad(ys, [x for _, x in asked], dys, create_graph=is_recorded, allow_unused=True)
-    made: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-    for (i, _), gradient in zip(asked, found, strict=True):
-        made[i] = gradient
-    return tuple(made)
+        xs = [x for _, x in needed]
+        of_needed = torch.autograd.grad(ys, xs, dys, create_graph=is_recorded, allow_unused=True)
+    of_all: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    for (i, _), gradient in zip(needed, of_needed, strict=True):
+        of_all[i] = gradient
+    return tuple(of_all)
 
 
 def alias(x: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -59,8 +58,7 @@ class Form(NamedTuple):
 
     dtype: torch.dtype
     inside: torch.dtype
-    sites: tuple[tuple[bool, float | None, float], ...]  # (transposed, scale if there is an adapter, dropout)
-    int8: tuple[Int8Weight | None, ...]  # the weights that are not tensors
+    sites: tuple[Adapted, ...]
     trains: tuple[tuple[bool, bool], ...]  # whether A and B require gradients
 
     @property
@@ -140,20 +138,18 @@ class Group:
             self.records[j] = draw(x, self.low[j].p)
         hs = self._low_rank(x, range(len(self.sites)))
         self.h = [hs.get(j) if trains else None for j, (_, trains) in enumerate(self.trains)]
-        return self._outputs(x, self.sites, hs)
+        return self._outputs(x, hs)
 
-    def recompute(self, x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
-        """Recompute the outputs of `forward` bit for bit from x (N, in), the saved state, and the biases (out,)."""
+    def recompute(self, x: Tensor) -> list[Tensor]:
+        """Recompute the outputs of `forward` bit for bit from x (N, in) and the saved state."""
         x = x.to(self.inside)
         hs = {j: h for j, h in enumerate(self.h) if h is not None}
-        hs |= self._low_rank(x, [j for j in self.low if j not in hs])
-        sites = [replace(site, bias=bias) for site, bias in zip(self.sites, biases, strict=True)]
-        return self._outputs(x, sites, hs)
+        return self._outputs(x, hs | self._low_rank(x, [j for j in self.low if j not in hs]))
 
-    def _outputs(self, x: Tensor, sites: Sequence[Adapted], hs: dict[int, Tensor]) -> list[Tensor]:
+    def _outputs(self, x: Tensor, hs: dict[int, Tensor]) -> list[Tensor]:
         """Return the outputs (N, out) of all sites; `hs` has the scaled low-rank activations."""
         inputs = Int8Inputs(x)
-        return [self._output(inputs, site, hs.get(j), self.B.get(j)) for j, site in enumerate(sites)]
+        return [self._output(inputs, site, hs.get(j), self.B.get(j)) for j, site in enumerate(self.sites)]
 
     def _output(self, inputs: Int8Inputs, site: Adapted, h: Tensor | None, B: Tensor | None) -> Tensor:
         """Return x·Wᵀ + b, plus h·Bᵀ if there is an adapter, added by the large matmul; h includes the scale."""
@@ -200,25 +196,18 @@ class Group:
         return dx, [(grads_a.get(j), self._grad_b(j, matmuls.get(j))) for j in range(len(dys))]
 
     def pack(self) -> tuple[Form, list[Tensor | None]]:
-        """Return what the backward pass needs in addition to x: non-tensor state, and tensors to save."""
-        form = [(m.transposed, m.low.scale, m.low.p) if m.low else (m.transposed, None, 0.0) for m in self.sites]
-        tensors: list[Tensor | None] = []
-        for j, module in enumerate(self.sites):
-            W = module.W if isinstance(module.W, Tensor) else None
-            tensors += [W, *factors([module]), self.h[j], self.records[j]]
-        int8 = tuple(None if isinstance(module.W, Tensor) else module.W for module in self.sites)
-        return Form(self.dtype, self.inside, tuple(form), int8, self.trains), tensors
+        """Return what the backward pass needs in addition to x: non-tensor state, and tensors to save. Those of the
+        modules are saved too, so that autograd notices if they are modified in place.
+        """
+        weights = [site.W for site in self.sites if isinstance(site.W, Tensor)]
+        tensors = [*self.h, *self.records, *weights, *factors(self.sites)]
+        return Form(self.dtype, self.inside, self.sites, self.trains), tensors
 
     @classmethod
     def unpack(cls, form: Form, tensors: Sequence[Tensor]) -> Group:
         """Recreate a group, in its state after the forward pass, from the results of `pack`."""
-        sites = []
-        for j, (transposed, scale, p) in enumerate(form.sites):
-            W, A, B = tensors[5 * j : 5 * j + 3]
-            low = None if scale is None else LowRank(A, B, scale, p)
-            sites.append(Adapted(form.int8[j] or W, None, low, transposed))
-        group = cls(sites, form.dtype, form.inside)
-        group.trains, group.h, group.records = form.trains, list(tensors[3::5]), list(tensors[4::5])
+        group, count = cls(form.sites, form.dtype, form.inside), len(form.sites)
+        group.trains, group.h, group.records = form.trains, list(tensors[:count]), list(tensors[count : 2 * count])
         return group
 
     def drawn(self, count: int) -> reference.Drawn:
@@ -259,8 +248,8 @@ class Group:
         # Adapters with dropout come first, because dropped elements must be zeroed before anything else is added.
         for j in dropping if fused is None else ():
             room = part if part is not None else _taken(spare)
-            made = zero_(torch.mm(dh[j], self.A[j], out=room), self._record(j), self.low[j].p)
-            total, part = (made, None) if total is None else (total.add_(made), made)
+            dropped = zero_(torch.mm(dh[j], self.A[j], out=room), self._record(j), self.low[j].p)
+            total, part = (dropped, None) if total is None else (total.add_(dropped), dropped)
         if stacked_dh is not None and self.stacked is not None:
             total = matmul(stacked_dh, self.stacked, _taken(spare) if total is None else total, total)
         int8: list[tuple[Tensor, Int8Weight]] = []
@@ -330,14 +319,14 @@ class Group:
         return torch.empty(B.shape, dtype=B.dtype, device=B.device).copy_(grad)
 
 
-_State = tuple[Form, torch.Size, tuple[Adapted, ...]]
-"""The packed group, the shape of x, and the modules."""
+_State = tuple[Form, torch.Size]
+"""The packed group, and the shape of x."""
 
 
 def _replay(ctx: Context[_State], saved: Sequence[Tensor]) -> Replayed:
-    (x, edge, *tensors), (form, shape, group) = saved, ctx.state
-    flat = entered(x, edge, shape, (form.dtype, group[0].W.device))
-    sites, inputs = aliased(group)
+    (x, edge, *tensors), (form, shape) = saved, ctx.state
+    flat = entered(x, edge, shape, (form.dtype, form.sites[0].W.device))
+    sites, inputs = aliased(form.sites)
     ys = reference.linear(rows(flat), sites, *Group.unpack(form, tensors).drawn(shape[:-1].numel()))
     return (flat, None, None, *inputs), ys
 
@@ -351,7 +340,7 @@ class _Linears(torch.autograd.Function):
         with without_autocast(x):
             ys = parts.forward(rows(x))
         form, tensors = parts.pack()
-        ctx.state = form, x.shape, group
+        ctx.state = form, x.shape
         ctx.save_for_backward(x if parts.needs_x else None, edge, *tensors)
         ctx.set_materialize_grads(False)
         return tuple(ys)
@@ -359,7 +348,7 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     @with_replay(_replay)
     def backward(ctx: Context[_State], *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        (x, _, *tensors), (form, shape, _) = ctx.saved_tensors, ctx.state
+        (x, _, *tensors), (form, shape) = ctx.saved_tensors, ctx.state
         flat = [None if dy is None else rows(dy) for dy in dys]
         with without_autocast(next(t for t in (*dys, *tensors) if t is not None)):
             parts = Group.unpack(form, tensors)

@@ -158,8 +158,8 @@ def _replay(ctx: Context[_State], saved: Sequence[Tensor]) -> Replayed:
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context[_State], x: Tensor, form: Form, edge: Tensor | None, *flat: Tensor | None) -> Tensor:
-        y, made = _forward(x, form)
-        inner, outer = made.groups
+        y, results = _forward(x, form)
+        inner, outer = results.groups
         (inner_form, inside), (outer_form, outside) = inner.pack(), outer.pack()
         # if neither x nor any LoRA factor of gate or up needs a gradient, no gradient flows through the activation
         deep = ctx.needs_input_grad[0] or inner_form.is_trained
@@ -168,9 +168,9 @@ class _Mlp(torch.autograd.Function):
         wants_x = recompute or _needs_x(form, ctx.needs_input_grad[0])
         parts = [
             outside,
-            made.hidden if hidden and form.keep else (),
-            made.stats if wants_x else (),
-            [x if wants_x else None, edge, made.record, made.within],
+            results.hidden if hidden and form.keep else (),
+            results.stats if wants_x else (),
+            [x if wants_x else None, edge, results.record, results.within],
             inside if deep or recompute else (),
         ]
         ctx.state = form, x.shape, [len(part) for part in parts], inner_form, outer_form
@@ -189,7 +189,7 @@ class _Mlp(torch.autograd.Function):
             n, flat = None, None if x is None else rows(x)
             if (deep or outer.needs_x) and not form.keep:
                 n = norm_recompute(norm, flat, stats)
-                hidden = _halves(Group.unpack(inner_form, inside).recompute(n, [m.bias for m in form.inner]), form)
+                hidden = _halves(Group.unpack(inner_form, inside).recompute(n), form)
             dhidden, last = _back_through_the_activation(dlast, (hidden, within), outer, form, deep)
             del hidden
             if not deep:

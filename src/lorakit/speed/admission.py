@@ -12,6 +12,7 @@ be mistaken for those of a later one with the same `id`; `version_of` detects in
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -65,23 +66,23 @@ def compare(bound: Bound, call: Call, *, residual: bool = False) -> Verdict:
     module = bound.module
     x, options = split_call(parameters_of(type(module)), call.args, call.kwargs)
     is_accepted = isinstance(x, Tensor) and is_supported(x) and bound.accepts(options)
-    made = attempt(lambda: bound.run(x, options) if is_accepted else None)
-    if isinstance(made, Exception):
-        return _raised(made)
-    if made is None:
+    output = attempt(lambda: bound.run(x, options) if is_accepted else None)
+    if isinstance(output, Exception):
+        return _raised(output)
+    if output is None:
         return Verdict("its calls are not supported")
-    ours, theirs = _parts(made), _parts(call.output)
-    if type(made) is not type(call.output) or len(ours) != len(theirs) or not isinstance(ours[0], Tensor):
+    ours, theirs = _parts(output), _parts(call.output)
+    if type(output) is not type(call.output) or len(ours) != len(theirs) or not isinstance(ours[0], Tensor):
         return Verdict("its output has a different structure", differs=True)
-    for target, (found, wanted) in enumerate(zip(ours, theirs, strict=True)):
-        if found is None:
+    for target, (fused, original) in enumerate(zip(ours, theirs, strict=True)):
+        if fused is None:
             continue  # attention weights; they are computed only on request
-        if not isinstance(found, Tensor) or not isinstance(wanted, Tensor) or found.shape != wanted.shape:
+        if not isinstance(fused, Tensor) or not isinstance(original, Tensor) or fused.shape != original.shape:
             return Verdict("its output has a different structure", differs=True)
         carried = call.hidden if residual and target == 0 else None
-        verdict = _difference(found, wanted, carried)
-        if verdict.differs and target == 0 and wanted.dtype in NARROW:
-            verdict = _difference(found, wanted, carried, _noise(module, call, residual))
+        verdict = _difference(fused, original, carried)
+        if verdict.differs and target == 0 and original.dtype in NARROW:
+            verdict = _difference(fused, original, carried, _noise(module, call, residual))
         if verdict.differs:
             return verdict
     return Verdict()
@@ -99,11 +100,11 @@ def _noise(module: nn.Module, call: Call, residual: bool) -> Tensor | None:
     moved = (x.float() * (1 + shaken * torch.finfo(x.dtype).eps)).to(x.dtype)
     args = (moved, *call.args[1:]) if call.args else ()
     kwargs = call.kwargs if call.args else call.kwargs | {"hidden_states": moved}
-    made = attempt(lambda: _parts(module(*args, **kwargs))[0])
+    output = attempt(lambda: _parts(module(*args, **kwargs))[0])
     first = _parts(call.output)[0]
-    if not isinstance(made, Tensor) or first is None or made.shape != first.shape:
+    if not isinstance(output, Tensor) or first is None or output.shape != first.shape:
         return None
-    change = _rows(made) - _rows(first)
+    change = _rows(output) - _rows(first)
     return _sizes(change - (_rows(moved) - _rows(x)) if residual else change)
 
 
@@ -175,7 +176,7 @@ def is_version(x: Tensor, version: int | Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Bound:
+class Bound(ABC):
     """A fused `forward`, bound to one module when that is matched, with what does not change between calls."""
 
     module: nn.Module
@@ -194,9 +195,9 @@ class Bound:
         """Return whether calls with these arguments, besides the hidden states, are supported: by default, none is."""
         return not options
 
+    @abstractmethod
     def run(self, x: Tensor, options: Options) -> Output | None:
         """Return the output (…, d) for hidden states x (…, d), or None if the module's own `forward` must run."""
-        raise NotImplementedError
 
     def branches(self, x: Tensor, options: Options, inside: Calls) -> Pairs:
         """Pair branches (…, d), fused and the module's own, for hidden states x (…, d), if a residual, or a norm after
@@ -344,24 +345,24 @@ def candidates(
 
 def modules_to_record(parts: Parts) -> dict[str, nn.Module]:
     """Collect, by path, the candidates and the submodules whose calls are needed to compare branches."""
-    found = {path: part.module for path, part in parts.items()}
+    modules = {path: part.module for path, part in parts.items()}
     for path, part in parts.items():
-        found |= {f"{path}.{below}": part.module.get_submodule(below) for below in part.bound.traced}
-    return found
+        modules |= {f"{path}.{below}": part.module.get_submodule(below) for below in part.bound.traced}
+    return modules
 
 
-def admit(model: nn.Module, wanted: Parts, found: Calls) -> tuple[Parts, list[Skipped]]:
+def admit(model: nn.Module, wanted: Parts, recorded: Calls) -> tuple[Parts, list[Skipped]]:
     """Probe the candidates, parents before children, inside `eval_mode`; return those admitted, and those to report.
-    `found` has the calls to `modules_to_record` in a first forward pass.
+    `recorded` has the calls to `modules_to_record` in a first forward pass.
     """
-    firsts, first_of = _one_of_each(wanted, found)
+    firsts, first_of = _one_of_each(wanted, recorded)
     elsewhere = _elsewhere(model, firsts)
     verdicts: dict[str, Verdict] = {}
     differing: list[str] = []
     for path in reversed(wanted):  # children before parents
         child = _fused_among(differing, path, wanted[path])
         if child is None:
-            verdict = _verdict(path, wanted[path], found)
+            verdict = _verdict(path, wanted[path], recorded)
         else:
             verdict = Verdict(f"its {child[len(path) + 1 :]}: {verdicts[child].why}", differs=True)
         verdicts[path] = verdict if verdict.differs else elsewhere.get(first_of[path], verdict)
@@ -382,7 +383,7 @@ def _of_adapters(layer: nn.Module) -> list[nn.Module]:
     return [module for module in layer.modules() if module is not layer and id(module) not in base]
 
 
-def _one_of_each(wanted: Parts, found: Calls) -> tuple[Parts, dict[str, str]]:
+def _one_of_each(wanted: Parts, recorded: Calls) -> tuple[Parts, dict[str, str]]:
     """Group the candidates that differ only in their weights, represented by the first module of each group. Returns
     the representatives that were called by path, and a dict from each candidate's path to its representative's.
     """
@@ -390,11 +391,11 @@ def _one_of_each(wanted: Parts, found: Calls) -> tuple[Parts, dict[str, str]]:
     first_of = {}
     for path, (fused_forward, bound) in wanted.items():
         module = bound.module
-        settings = [path in found, type(module), fused_forward.name]
+        settings = [path in recorded, type(module), fused_forward.name]
         for name, part in (("", module), *module.named_children()):
             settings += [name, type(part), *sorted(_simple(part))]
         first_of[path] = first.setdefault(tuple(settings), path)
-    return {path: wanted[path] for path in first.values() if path in found}, first_of
+    return {path: wanted[path] for path in first.values() if path in recorded}, first_of
 
 
 def _simple(module: nn.Module) -> list[str]:
@@ -411,23 +412,23 @@ def _elsewhere(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
             ran = attempt(partial(calls, model, modules_to_record(firsts), 1, tokens or TOKENS, stop=True))
             if isinstance(ran, Exception):
                 continue  # the model may not support this length
-            found, _ = ran
+            recorded, _ = ran
             for path, part in firsts.items():
-                verdict = _verdict(path, part, found)
+                verdict = _verdict(path, part, recorded)
                 if verdict.differs:
                     differing[path] = Verdict(f"{where}, {verdict.why}", differs=True)
     return differing
 
 
-def _verdict(path: str, part: Part, found: Calls) -> Verdict:
+def _verdict(path: str, part: Part, recorded: Calls) -> Verdict:
     """Compare the outputs of a module's fused `forward` with those in the recorded calls."""
-    call = found.get(path)
+    call = recorded.get(path)
     if call is None:
         return Verdict("not called")
     verdict = compare(part.bound, call, residual=part.fused_forward.residual)
     if verdict.why or not part.bound.traced:
         return verdict
-    inside = {below: found[f"{path}.{below}"] for below in part.bound.traced if f"{path}.{below}" in found}
+    inside = {below: recorded[f"{path}.{below}"] for below in part.bound.traced if f"{path}.{below}" in recorded}
     return compare_branches(part.bound, call, inside)
 
 

@@ -54,8 +54,8 @@ def under(mask: Tensor | None, x: Tensor, pattern: Pattern) -> Pattern | None:
     The mask is (rows or 1, heads or 1, T, T), with True or 0 where a token is visible. Returns None if it hides less
     than the pattern, hides everything from a token, has an unsupported form, or needs a bias that no kernel supports.
     """
-    made = pattern if mask is None else _under(mask, x, pattern)
-    return None if made is None or (made.bias is not None and x.device.type != "cpu") else made
+    combined = pattern if mask is None else _under(mask, x, pattern)
+    return None if combined is None or (combined.bias is not None and x.device.type != "cpu") else combined
 
 
 def _under(mask: Tensor, x: Tensor, pattern: Pattern) -> Pattern | None:
@@ -155,23 +155,22 @@ class BoundAttention(Bound):
 def match(module: nn.Module) -> BoundAttention | str:
     """Return the fused `forward` of an attention module, or why the module is not a supported attention module."""
     layout = _layout(module)
-    made = None if layout is None else bind(module, layout)
-    if made is None:
+    bound = None if layout is None else bind(module, layout)
+    if layout is None or bound is None:
         return "unknown children for an attention module"
     if getattr(module, "is_cross_attention", False) or not isinstance(getattr(module, "is_causal", None), bool):
         return "not self-attention"
-    if reason := unknown_implementation(module, "eager" if made.is_eager else "sdpa"):
+    if reason := unknown_implementation(module, "eager" if bound.is_eager else "sdpa"):
         return reason
-    if getattr(module, "is_sliding", made.window is not None) is not (made.window is not None):
+    if getattr(module, "is_sliding", bound.window is not None) is not (bound.window is not None):
         return "it has a window that it does not use"
-    if getattr(module.config, "is_causal", made.causal) is not made.causal:
-        return "its config makes it " + ("bidirectional" if made.causal else "causal")
-    found = made.layout
-    norms = bound_norms(module, *found.norms)
+    if getattr(module.config, "is_causal", bound.causal) is not bound.causal:
+        return "its config makes it " + ("bidirectional" if bound.causal else "causal")
+    norms = bound_norms(module, *layout.norms)
     if norms is None:
         return "its norms are unknown"
-    known = (*found.linears, *found.norms, found.weights_dropout, found.output_dropout)
-    return unknown_attributes(module, ATTRIBUTES, known, (found.sinks,)) or replace(made, norms=tuple(norms))
+    known = (*layout.linears, *layout.norms, layout.weights_dropout, layout.output_dropout)
+    return unknown_attributes(module, ATTRIBUTES, known, (layout.sinks,)) or replace(bound, norms=tuple(norms))
 
 
 def _layout(module: nn.Module) -> AttentionLayout | None:

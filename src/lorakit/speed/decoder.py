@@ -95,50 +95,50 @@ class BoundLayer(Bound):
             return None
         if not is_bare:
             attended = _with_residual(select_rows(x, rows), attended, first)
-        given = select_rows(x, rows) if self.is_parallel else attended
-        made = _fed(self, second, given, residual=second.after is None and not self.is_parallel)
-        if made is None:
+        read = select_rows(x, rows) if self.is_parallel else attended
+        fed = _fed(self, second, read, residual=second.after is None and not self.is_parallel)
+        if fed is None:
             attended = scatter_rows(attended, rows, x)
-            made = self._fed_by_modules(second, x if self.is_parallel else attended)
-            return _with_residual(attended, made, second)
+            fed = self._fed_by_modules(second, x if self.is_parallel else attended)
+            return _with_residual(attended, fed, second)
         if second.after is not None:
-            made = _with_residual(attended, made, second)
+            fed = _with_residual(attended, fed, second)
         elif self.is_parallel:
-            made = attended + made
-        return scatter_rows(made, rows, x)
+            fed = attended + fed
+        return scatter_rows(fed, rows, x)
 
     def _fed_by_modules(self, around: _Around, x: Tensor) -> Tensor:
         """Return the output of the layer's own feed-forward modules for x (B, T, d), without dropout and residual."""
-        made: Any = x if around.before is None else normalize(x, around.before)
+        output: Any = x if around.before is None else normalize(x, around.before)
         for child in modules_at(self.module, self.layout.called):
-            made = child(made)
-        fed: Tensor = made[0] if isinstance(made, tuple) else made  # experts may return the router's scores, too
+            output = child(output)
+        fed: Tensor = output[0] if isinstance(output, tuple) else output  # experts may return the router's scores, too
         return fed
 
 
 def match(module: nn.Module) -> BoundLayer | str:
     """Return the fused `forward` of a decoder layer, or why the module is not a supported decoder layer."""
-    held = children_of(module)
-    layout = next((one for one in LAYERS if held.keys() == one.children), None)
+    children = children_of(module)
+    layout = next((one for one in LAYERS if children.keys() == one.children), None)
     if layout is None:
         return "unknown children for a decoder layer"
     pair = (layout.attention, layout.feed_forward)
     norms = [bound_norms(module, sublayer.before, sublayer.after) for sublayer in pair]
-    if norms[0] is None or norms[1] is None or any(dropout_p(held.get(one.dropout)) is None for one in pair):
+    if norms[0] is None or norms[1] is None or any(dropout_p(children.get(one.dropout)) is None for one in pair):
         return "its norms are unknown"
     if getattr(module, FIRST, True) is not True:
         return "its norms come after the residuals"
     inner = layout.feed_forward.inner
-    block = feed_forward.match(held[inner]) if inner else feed_forward.match_children(module)
+    block = feed_forward.match(children[inner]) if inner else feed_forward.match_children(module)
     if isinstance(block, str) and not inner:
         return block
-    attended = attention.match(held[layout.attention.inner])
+    attended = attention.match(children[layout.attention.inner])
     if isinstance(attended, str):
         return attended
     sublayers = BoundSublayer(pair[0], tuple(norms[0])), BoundSublayer(pair[1], tuple(norms[1]))
-    found = None if isinstance(block, str) else block
-    made = BoundLayer(module, layout, sublayers, attended, found, bool(getattr(module, PARALLEL, False)))
-    return unknown_attributes(module, ATTRIBUTES, tuple(module._modules)) or made
+    fused_block = None if isinstance(block, str) else block
+    bound = BoundLayer(module, layout, sublayers, attended, fused_block, bool(getattr(module, PARALLEL, False)))
+    return unknown_attributes(module, ATTRIBUTES, tuple(module._modules)) or bound
 
 
 def _fed(layer: BoundLayer, around: _Around, x: Tensor, *, residual: bool) -> Tensor | None:

@@ -41,9 +41,9 @@ LAYERS: tuple[Block, ...] = tuple(block for block in BLOCKS if block.is_post_nor
 
 def layout_of(module: nn.Module) -> Block | None:
     """Return the layout of an encoder layer, or None if a module is missing."""
-    for found in LAYERS:
-        if all(attribute_at(module, path) is not None for path in _leaves(found)):
-            return found
+    for layout in LAYERS:
+        if all(attribute_at(module, path) is not None for path in _leaves(layout)):
+            return layout
     return None
 
 
@@ -57,12 +57,12 @@ def _leaves(layout: Block) -> tuple[str, ...]:
 
 def _holders(layout: Block) -> dict[str, set[str]]:
     """Return a dict from path to names of children, for each module that only contains other modules."""
-    held: dict[str, set[str]] = {}
+    names_by_path: dict[str, set[str]] = {}
     for path in _leaves(layout):
         names = path.split(".")
         for depth, name in enumerate(names):
-            held.setdefault(".".join(names[:depth]), set()).add(name)
-    return held
+            names_by_path.setdefault(".".join(names[:depth]), set()).add(name)
+    return names_by_path
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,10 @@ class _Prepared(NamedTuple):
 
 def match(module: nn.Module) -> BoundEncoderLayer | str:
     """Return the fused `forward` of an encoder layer, or why the module is not a supported encoder layer."""
-    found = layout_of(module)
-    if found is None:
+    layout = layout_of(module)
+    if layout is None:
         return "unknown children for an encoder layer"
-    holder, modules = attribute_at(module, found.attention.inner), found.attention_modules
+    holder, modules = attribute_at(module, layout.attention.inner), layout.attention_modules
     bound = attention.bind(holder, modules, ("attention_head_size",))
     if bound is None or dropout_p(module_at(holder, modules.weights_dropout)) is None:
         return "unknown attributes for an attention module"
@@ -139,10 +139,10 @@ def match(module: nn.Module) -> BoundEncoderLayer | str:
         return "its attention is causal"
     if reason := unknown_implementation(bound.settings):
         return reason
-    block = feed_forward.bind(module, _relative(found))
+    block = feed_forward.bind(module, _relative(layout))
     if isinstance(block, str):
         return block
-    inside = _holders(found)
+    inside = _holders(layout)
     holders = {path: attribute_at(module, path) for path in inside}
     if any(getattr(holder, "is_cross_attention", False) for holder in holders.values()):
         return "not self-attention"
@@ -151,9 +151,9 @@ def match(module: nn.Module) -> BoundEncoderLayer | str:
     reasons = (unknown_attributes(holders[path], ATTRIBUTES, tuple(names)) for path, names in inside.items())
     if reason := next((reason for reason in reasons if reason is not None), None):
         return reason
-    norms = tuple(bound_norm(attribute_at(module, path)) for path in found.norms)
+    norms = tuple(bound_norm(attribute_at(module, path)) for path in layout.norms)
     inner = tuple(held for path, held in holders.items() if path)
-    return BoundEncoderLayer(module, found, bound, block, inner, norms)
+    return BoundEncoderLayer(module, layout, bound, block, inner, norms)
 
 
 def _relative(layout: Block) -> FeedForwardLayout:

@@ -42,10 +42,10 @@ class BoundFeedForward(Bound):
 
 def match(module: nn.Module) -> BoundFeedForward | str:
     """Return the fused `forward` of a feed-forward block, or why the module is not a supported block."""
-    made = match_children(module)
-    if isinstance(made, str):
-        return made
-    return unknown_attributes(module, ATTRIBUTES, made.layout.children) or made
+    bound = match_children(module)
+    if isinstance(bound, str):
+        return bound
+    return unknown_attributes(module, ATTRIBUTES, bound.layout.children) or bound
 
 
 def match_children(module: nn.Module) -> BoundFeedForward | str:
@@ -111,11 +111,11 @@ def _probabilities(module: nn.Module, layout: FeedForwardLayout, behind: float) 
 
 def _layout(module: nn.Module) -> FeedForwardLayout | None:
     """Return the layout of a block: of those with its linear modules, the first one with most of its children."""
-    held = children_of(module).keys()
-    found = (one for one in FEED_FORWARD if held >= set(one.linears))
-    return max(found, key=lambda one: len(held & set(one.children)), default=None)
+    children = children_of(module).keys()
+    layouts = (one for one in FEED_FORWARD if children >= set(one.linears))
+    return max(layouts, key=lambda one: len(children & set(one.children)), default=None)
 
 
 def _activation(module: nn.Module, layout: FeedForwardLayout) -> Callable[[Tensor], Tensor] | None:
-    found = (attribute_at(module, path) for path in layout.activation)
-    return next((function for function in found if function is not None), None)
+    functions = (attribute_at(module, path) for path in layout.activation)
+    return next((function for function in functions if function is not None), None)

@@ -46,15 +46,15 @@ def operand(module: nn.Module, route: Route | None) -> Adapted | None:
         return None
     if not route.common_to_all(module.inside()):
         return None
-    found = frozen_linear(owner)
-    if found is None or not names:
-        return found
+    base = frozen_linear(owner)
+    if base is None or not names:
+        return base
     factor = module.factor(names[0])
     if called_factors(module, names[0]) is not None:
         return None
     if not factor.variant.is_lora or factor.bias is not None or module.kind.acts_on != "input":
         return None
-    return _with_adapter(found, (factor.A, factor.B), factor.scale, factor.dropout)
+    return _with_adapter(base, (factor.A, factor.B), factor.scale, factor.dropout)
 
 
 def frozen_linear(module: nn.Module) -> Adapted | None:

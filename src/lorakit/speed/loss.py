@@ -128,9 +128,9 @@ class Head:
         """Run a model; return the head's input (rows, length, d), and the targets (rows, length)."""
         targets = shifted(labels, IGNORED)
         options = {} if self.last is None else self.last.keyword(targets, IGNORED, inputs)
-        with self.passing() as given:
+        with self.passing() as captured:
             model(**inputs, **options)
-        (hidden,) = given
+        (hidden,) = captured
         return hidden, targets
 
     def _operands(self) -> Operands:
@@ -162,8 +162,8 @@ def last_layer_for(head: Head, last: LastLayer, output: ModelOutput | None) -> L
     """
     if not isinstance(output, Mapping):
         return None
-    made = {**vars(output), **output} if hasattr(output, "__dict__") else output
-    if any(made[name] is not None for name in made if name != "logits"):
+    values = {**vars(output), **output} if hasattr(output, "__dict__") else output
+    if any(values[name] is not None for name in values if name != "logits"):
         return None  # the model has other outputs, which may depend on the layer's output
     inputs = inputs_of(last.model)
     options = last.keyword(some(inputs["input_ids"], IGNORED), IGNORED, inputs)
@@ -180,13 +180,13 @@ def last_layer_for(head: Head, last: LastLayer, output: ModelOutput | None) -> L
 
 def _passed(head: Head, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
     """Return the input (…, d) that a model passes to its head, or None if it raises an exception."""
-    with head.passing() as given:
+    with head.passing() as captured:
         ran = attempt(lambda: model(**inputs))
-    return None if isinstance(ran, Exception) or len(given) != 1 else given[0]
+    return None if isinstance(ran, Exception) or len(captured) != 1 else captured[0]
 
 
-def head_for(head: nn.Module | None, given: Tensor | None, logits: Tensor | None, model: nn.Module) -> Head | str:
-    """Return the head from whose output, `given` (rows, tokens, V), logits can be computed, or why there is none."""
+def head_for(head: nn.Module | None, output: Tensor | None, logits: Tensor | None, model: nn.Module) -> Head | str:
+    """Return the head from whose output, `output` (rows, tokens, V), logits can be computed, or why there is none."""
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return "its loss is not the next-token loss"
@@ -194,16 +194,16 @@ def head_for(head: nn.Module | None, given: Tensor | None, logits: Tensor | None
         return "its head is not a plain linear module"
     if head.weight.requires_grad:
         return "its head is trainable"
-    if given is None or not isinstance(logits, Tensor) or given.shape != logits.shape:
+    if output is None or not isinstance(logits, Tensor) or output.shape != logits.shape:
         return "its logits are not the output of its head"
-    found, wanted = given.double(), logits.double()
+    found, wanted = output.double(), logits.double()
     softcap = getattr(config, "final_logit_softcapping", None)
     if softcap is not None:
         found = softcap * torch.tanh(found / softcap)
     scale = float((found * wanted).sum() / (found * found).sum().clamp_min(1e-30))
     if not agree(scale * found, logits):
         return "its logits are not a function of its head's output alone"
-    if torch.equal(given, logits) or abs(scale - 1) < 1e-6 or (softcap is not None and abs(scale - 1) < 1e-2):
+    if torch.equal(output, logits) or abs(scale - 1) < 1e-6 or (softcap is not None and abs(scale - 1) < 1e-2):
         scale = 1.0
     elif softcap is not None:
         return "its logits are both scaled and soft-capped"
@@ -306,10 +306,10 @@ class LossWithoutLogits:
         if type(weight) is not nn.Parameter or vocab_size != len(weight) or 0 <= ignore_index < vocab_size:
             del self.head.open[threading.get_ident()]  # a sharded head gathers its weight only when it is called
             try:
-                made = self.head.logits(hidden)
+                logits_of_hidden = self.head.logits(hidden)
             finally:
                 self.head.open[threading.get_ident()] = capture
-            return self.stock(made, labels, vocab_size, **options, **kwargs)
+            return self.stock(logits_of_hidden, labels, vocab_size, **options, **kwargs)
         if shift_labels is None:
             assert labels is not None
             shift_labels = shifted(labels, ignore_index)
@@ -335,9 +335,9 @@ class LossWithoutLogits:
 
     def _without_cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, bool]:
         """Return a dict with the argument that disables the cache; empty if the call passes or requests a cache."""
-        asked = any(kwargs.get(name) is not None for name in ("use_cache", "cache", "past_key_values"))
+        is_requested = any(kwargs.get(name) is not None for name in ("use_cache", "cache", "past_key_values"))
         by_name = len(args) < 2  # a second positional argument may be a cache
-        return {"use_cache": False} if by_name and not asked and hasattr(self.model.config, "use_cache") else {}
+        return {"use_cache": False} if by_name and not is_requested and hasattr(self.model.config, "use_cache") else {}
 
     def _trained_rows(self, kwargs: Mapping[str, Any]) -> dict[str, Trained]:
         """Return a dict with the keyword argument that lets the last layer skip unlabeled rows, or an empty dict."""
@@ -387,10 +387,10 @@ def loss_for(model: nn.Module, head: Head, known: Known) -> LossWithoutLogits | 
         return "its loss function is not the next-token loss"
     if reason := known.why_not_loss(stock):
         return reason
-    asked: list[tuple[tuple[int, ...], int]] = []
+    calls: list[tuple[tuple[int, ...], int]] = []
 
     def listening(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: object) -> Tensor:
-        asked.append((tuple(logits.shape), vocab_size))
+        calls.append((tuple(logits.shape), vocab_size))
         return stock(logits, labels, vocab_size, **kwargs)
 
     inputs = inputs_of(model)
@@ -405,7 +405,7 @@ def loss_for(model: nn.Module, head: Head, known: Known) -> LossWithoutLogits | 
     if isinstance(ran, Exception):
         return f"a probe of the loss raised {type(ran).__name__}"
     output, of_rows = ran[0], ran[1].loss if options else None
-    if asked[:1] != [(tuple(output.logits.shape), output.logits.shape[-1])] or len(asked) != 1 + bool(options):
+    if calls[:1] != [(tuple(output.logits.shape), output.logits.shape[-1])] or len(calls) != 1 + bool(options):
         return "its loss is not computed from its logits by its loss function"
     is_alone = of_rows is not None and agree(of_rows, output.loss)  # whether nothing else reads the layer's output
     return LossWithoutLogits(head, model, head.last if is_alone else None)

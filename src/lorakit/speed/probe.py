@@ -27,7 +27,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """Restore a model, except for its parameters, and torch's random generators after a context. Within it, modules
     have an empty forward history, so that no later backward pass sees its forward passes.
     """
-    held = [_Held(module) for module in model.modules()]
+    saved = [_Held(module) for module in model.modules()]
     buffers = [buffer for buffer in model.buffers() if buffer.numel() <= COPIED and not buffer.is_inference()]
     before = [(buffer, buffer.detach().clone(), buffer._version) for buffer in buffers]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
@@ -35,7 +35,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(sorted(devices)):
             yield
     finally:
-        for module in held:
+        for module in saved:
             module.restore()
         with torch.no_grad():
             for buffer, values, version in before:
@@ -132,12 +132,12 @@ def calls(
     Returns the last call to each module that was called, and the model's output, or None if `stop` ended the forward
     pass as soon as all modules had been called. Any exception of the model propagates.
     """
-    found: dict[str, Call] = {}
+    recorded: dict[str, Call] = {}
 
     def keep(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            found[path] = Call(args, dict(kwargs), output)
-            if stop and len(found) == len(modules):
+            recorded[path] = Call(args, dict(kwargs), output)
+            if stop and len(recorded) == len(modules):
                 raise _Enough
 
         return hook
@@ -150,7 +150,7 @@ def calls(
     finally:
         for handle in handles:
             handle.remove()
-    return found, output
+    return recorded, output
 
 
 EMBEDDINGS = "get_input_embeddings"

@@ -79,12 +79,12 @@ class BoundSublayer(Bound):
     def branches(self, x: Tensor, options: Options, inside: Calls) -> Pairs:
         """Pair the recorded branch (B, T, d) with the branch that the fused `forward` adds to the residual."""
         (own,) = (inside[path].output for path in self.traced)
-        norm, made = self.norm.operands(), None
+        norm, fused = self.norm.operands(), None
         if isinstance(self.inner, BoundFeedForward):
-            made = feed_forward.feed_forward(self.inner, x, norm, residual=False)
+            fused = feed_forward.feed_forward(self.inner, x, norm, residual=False)
         elif (with_bias := self._with_bias(x, options)) is not None:
-            made = attention.attention(self.inner, x, norm, with_bias, residual=False)
-        return [(made, own)]
+            fused = attention.attention(self.inner, x, norm, with_bias, residual=False)
+        return [(fused, own)]
 
     def _with_bias(self, x: Tensor, options: Options) -> Options | None:
         """Return the arguments of a call for x (B, T, d) with the bias of its scores, or None if there is none."""
@@ -94,15 +94,15 @@ class BoundSublayer(Bound):
 
 def match(module: nn.Module) -> BoundSublayer | str:
     """Return the fused `forward` of a T5 sublayer, or why the module is not a supported sublayer."""
-    held = children_of(module)
-    found = next((pair for pair in SUBLAYERS if held.keys() == _children(pair[0])), None)
-    if found is None:
+    children = children_of(module)
+    pair_of_layouts = next((pair for pair in SUBLAYERS if children.keys() == _children(pair[0])), None)
+    if pair_of_layouts is None:
         return "unknown children for a sublayer"
-    layout, projections = found
-    inner, norm = held[layout.inner], bound_norm(held[layout.before])
+    layout, projections = pair_of_layouts
+    inner, norm = children[layout.inner], bound_norm(children[layout.before])
     if norm is None:
         return "its norm is unknown"
-    if reason := unknown_attributes(module, (), tuple(held)):
+    if reason := unknown_attributes(module, (), tuple(children)):
         return reason
     if projections is None:
         block = feed_forward.match(inner)
@@ -119,15 +119,15 @@ def _children(layout: Sublayer) -> set[str]:
     return {layout.before, layout.inner, layout.dropout}
 
 
-def _distances(attention: nn.Module, x: Tensor, given: Tensor | None) -> Tensor | None:
+def _distances(attention: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor | None:
     """Return the relative position bias (1 or B, H, T, T), given or newly computed; None if it is missing or trained.
     The parameters decide, because the first pass of a reentrant checkpoint runs without gradients.
     """
     tokens = x.shape[1]
-    if given is None:
+    if bias is None:
         table = attention._modules.get(DISTANCES)
         if table is None or any(parameter.requires_grad for parameter in table.parameters()):
             return None
-        given = getattr(attention, COMPUTE)(tokens, tokens, device=x.device).contiguous()
+        bias = getattr(attention, COMPUTE)(tokens, tokens, device=x.device).contiguous()
     wanted = (attention.n_heads, tokens, tokens)
-    return given if tuple(given.shape[1:]) == wanted and not given.requires_grad else None
+    return bias if tuple(bias.shape[1:]) == wanted and not bias.requires_grad else None

@@ -151,11 +151,11 @@ def choose(
     cache.
     """
     is_fake = torch.compiler.is_compiling() or type(torch.empty(0, device="cpu")) is not Tensor
-    asked = [] if is_fake else [*matmul_tasks(model, tokens), *attention_tasks(model, longest)]
-    if not asked:
+    tasks = [] if is_fake else [*matmul_tasks(model, tokens), *attention_tasks(model, longest)]
+    if not tasks:
         return TuningResult({})
     began, results = clock(), read(folder)
-    unknown = [q for q in asked if results.get(q.name) not in (q.default, *q.others)]
+    unknown = [q for q in tasks if results.get(q.name) not in (q.default, *q.others)]
     fresh: dict[str, int] = {}
     if unknown and not is_busy(this_machine()):
         for task in unknown:
@@ -165,7 +165,7 @@ def choose(
                 results[task.name] = fresh[task.name] = fastest(task, clock)
     seconds = clock() - began
     save_error = save(fresh, folder) if fresh else ""
-    chosen = {q.name: results[q.name] for q in asked if results.get(q.name, q.default) in q.others}
+    chosen = {q.name: results[q.name] for q in tasks if results.get(q.name, q.default) in q.others}
     left = [q for q in unknown if q.name not in fresh and not results.get(q.unless)]
     return TuningResult(chosen, len(fresh), seconds, save_error, len(left))
 
@@ -205,16 +205,16 @@ def matmul_tasks(model: nn.Module, tokens: int) -> Iterator[TuningTask]:
     """Yield tasks for the matmuls of frozen weights with up to `tokens` tokens, those about fp32 first."""
     counts = [rows for fewer, rows in itertools.pairwise((choices.SLICES[0], *choices.ROWS)) if fewer < tokens]
     sides = [right for W in _weights(model) for right in (W, W.t())]
-    found: dict[str, TuningTask] = {}
+    tasks: dict[str, TuningTask] = {}
     for right in sides:
         if right.dtype in choices.NARROW and tokens >= choices.FEWEST_IN_FP32:
             name, part = choices.fp32_name(right), right[: choices.BLOCK, : choices.BLOCK]
-            found[name] = TuningTask(name, 0, (1,), partial(_through_fp32, part))
+            tasks[name] = TuningTask(name, 0, (1,), partial(_through_fp32, part))
     for right, rows in itertools.product(sides, counts):
         name = choices.matmul_name(rows, right)
         if FEWEST_FLOPS <= 2 * rows * right.numel() <= MOST_FLOPS:
-            found[name] = TuningTask(name, 0, choices.SLICES, partial(_product, rows, right), choices.fp32_name(right))
-    yield from found.values()
+            tasks[name] = TuningTask(name, 0, choices.SLICES, partial(_product, rows, right), choices.fp32_name(right))
+    yield from tasks.values()
 
 
 def attention_tasks(model: nn.Module, longest: int) -> Iterator[TuningTask]:

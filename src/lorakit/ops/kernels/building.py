@@ -60,8 +60,8 @@ def built(define: str) -> Built:
         return Built(None, f"{SWITCH}=off")
     compiler = _compiler()
     if not compiler:
-        asked = os.environ.get("CC", "").strip()
-        why = f"no C compiler ({asked or ', '.join(COMPILERS)}) found on PATH"
+        command = os.environ.get("CC", "").strip()
+        why = f"no C compiler ({command or ', '.join(COMPILERS)}) found on PATH"
         return Built(None, why, lacks_compiler=True)
     try:
         folder = private_directory(KERNELS.path())
@@ -84,11 +84,11 @@ def _without(why: str) -> Built:
 def _compiler() -> list[str]:
     """Return the compiler command, taken from CC if it is set; return an empty list if no compiler is found."""
     try:
-        asked = shlex.split(os.environ.get("CC", ""))
+        command = shlex.split(os.environ.get("CC", ""))
     except ValueError:  # unbalanced quote
         return []
-    commands = [asked] if asked else [[name] for name in COMPILERS]
-    return next(([found, *options] for name, *options in commands if (found := shutil.which(name))), [])
+    commands = [command] if command else [[name] for name in COMPILERS]
+    return next(([path, *options] for name, *options in commands if (path := shutil.which(name))), [])
 
 
 def _library(compiler: list[str], define: str, folder: Path) -> ctypes.CDLL:
@@ -141,16 +141,16 @@ def _build(compiler: list[str], define: str, folder: Path, name: str) -> Path:
     PyTorch. If a required symbol is missing there, rows.c is compiled without threads.
     """
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made, whole = Path(scratch) / "rows.o", Path(scratch) / "rows.so"
+        compiled, library = Path(scratch) / "rows.o", Path(scratch) / "rows.so"
         defines = [f"-D{define}"] if define else []
         for threads, width in (("-fopenmp", WIDEST), ("-fopenmp", ""), ("-fopenmp-simd", ""), ("", "")):
             flags = [*FLAGS, *(flag for flag in (threads, width) if flag), *defines]
-            if not _runs([*compiler, *flags, "-c", str(SOURCE), "-o", str(made)]):
+            if not _runs([*compiler, *flags, "-c", str(SOURCE), "-o", str(compiled)]):
                 continue
-            if _runs([*compiler, "-shared", str(made), "-lm", "-o", str(whole)]) and _loads(whole):
-                whole.chmod(0o700)
-                _flush(whole)
-                return whole.replace(folder / f"{name}-{_hash(whole)}.so")
+            if _runs([*compiler, "-shared", str(compiled), "-lm", "-o", str(library)]) and _loads(library):
+                library.chmod(0o700)
+                _flush(library)
+                return library.replace(folder / f"{name}-{_hash(library)}.so")
     raise OSError(f"{shlex.join(compiler)} could not compile {SOURCE.name}, or {folder} does not allow executables")
 
 

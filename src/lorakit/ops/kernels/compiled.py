@@ -44,12 +44,12 @@ def lacks_compiler() -> bool:
 
 def _built() -> list[Built]:
     """Build the library for each dtype. Stop after a failure, so that the reason is logged only once."""
-    found: list[Built] = []
+    built_so_far: list[Built] = []
     for define in DTYPES.values():
-        found.append(built(define))
-        if found[-1].functions is None:
+        built_so_far.append(built(define))
+        if built_so_far[-1].functions is None:
             break
-    return found
+    return built_so_far
 
 
 class CompiledKernels:
@@ -85,17 +85,17 @@ class CompiledKernels:
         """
         dtype, shape = x.dtype, x.shape
         rows, d = shape
-        given = self._pointer("x", x, dtype, shape), self._pointer("w", w, dtype, (d,))
-        made = self._pointer("n", n, dtype, shape), self._pointer("rstd", rstd, torch.float32, (rows, 1))
-        self._call("rms_forward", dtype, rows * d, *given, eps, offset, rows, d, *made)
+        inputs = self._pointer("x", x, dtype, shape), self._pointer("w", w, dtype, (d,))
+        outputs = self._pointer("n", n, dtype, shape), self._pointer("rstd", rstd, torch.float32, (rows, 1))
+        self._call("rms_forward", dtype, rows * d, *inputs, eps, offset, rows, d, *outputs)
 
     def rms_recompute(self, x: Tensor, w: Tensor, offset: float, rstd: Tensor, n: Tensor) -> None:
         """Recompute the output n (N, d) of `rms_forward` bit for bit from x and rstd (N, 1)."""
         dtype, shape = x.dtype, x.shape
         rows, d = shape
-        given = self._pointer("x", x, dtype, shape), self._pointer("w", w, dtype, (d,))
-        stats, made = self._pointer("rstd", rstd, torch.float32, (rows, 1)), self._pointer("n", n, dtype, shape)
-        self._call("rms_recompute", dtype, rows * d, *given, offset, stats, rows, d, made)
+        inputs = self._pointer("x", x, dtype, shape), self._pointer("w", w, dtype, (d,))
+        stats, output = self._pointer("rstd", rstd, torch.float32, (rows, 1)), self._pointer("n", n, dtype, shape)
+        self._call("rms_recompute", dtype, rows * d, *inputs, offset, stats, rows, d, output)
 
     def rms_backward(
         self, dn: Tensor, x: Tensor, w: Tensor, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
@@ -103,16 +103,16 @@ class CompiledKernels:
         """Write the gradient of x, plus `add`, to dx, which may be dn, the gradient of n; all are (N, d)."""
         dtype, shape = x.dtype, x.shape
         rows, d = shape
-        given = self._pointer("dn", dn, dtype, shape), self._pointer("x", x, dtype, shape)
+        inputs = self._pointer("dn", dn, dtype, shape), self._pointer("x", x, dtype, shape)
         weight, stats = self._pointer("w", w, dtype, (d,)), self._pointer("rstd", rstd, torch.float32, (rows, 1))
-        added, made = self._optional("add", add, dtype, shape), self._pointer("dx", dx, dtype, shape)
-        self._call("rms_backward", dtype, rows * d, *given, weight, offset, stats, added, rows, d, made)
+        added, output = self._optional("add", add, dtype, shape), self._pointer("dx", dx, dtype, shape)
+        self._call("rms_backward", dtype, rows * d, *inputs, weight, offset, stats, added, rows, d, output)
 
     def gate(self, act: str, first: Tensor, up: Tensor | None, out: Tensor) -> None:
         """Write act(first)·up, or act(first) without `up`, rounded once, to `out`; all (N, f). [docs/math.md (78)]"""
         dtype, shape, count = first.dtype, first.shape, first.numel()
-        given = self._pointer("first", first, dtype, shape), self._optional("up", up, dtype, shape)
-        self._call("gate", dtype, count, ACTIVATIONS[act], *given, count, self._pointer("out", out, dtype, shape))
+        inputs = self._pointer("first", first, dtype, shape), self._optional("up", up, dtype, shape)
+        self._call("gate", dtype, count, ACTIVATIONS[act], *inputs, count, self._pointer("out", out, dtype, shape))
 
     def gate_backward(
         self, act: str, da: Tensor, first: Tensor, up: Tensor | None, dfirst: Tensor, dup: Tensor | None
@@ -125,10 +125,10 @@ class CompiledKernels:
         if (up is None) != (dup is None):
             raise ValueError("up, dup: give both or neither")
         dtype, shape, count = first.dtype, first.shape, first.numel()
-        given = self._pointer("da", da, dtype, shape), self._pointer("first", first, dtype, shape)
+        inputs = self._pointer("da", da, dtype, shape), self._pointer("first", first, dtype, shape)
         gate = self._optional("up", up, dtype, shape)
-        made = self._pointer("dfirst", dfirst, dtype, shape), self._optional("dup", dup, dtype, shape)
-        self._call("gate_backward", dtype, count, ACTIVATIONS[act], *given, gate, count, *made)
+        outputs = self._pointer("dfirst", dfirst, dtype, shape), self._optional("dup", dup, dtype, shape)
+        self._call("gate_backward", dtype, count, ACTIVATIONS[act], *inputs, gate, count, *outputs)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool, out: Tensor) -> None:
         """Rotate x (B, T, H, D) by position, or rotate it back, and write the result to `out`. [docs/math.md (80)]
@@ -145,11 +145,11 @@ class CompiledKernels:
         table_rows = cos.numel() // max(rot, 1)
         if rot % 2 or rot > width or table_rows not in (tokens, batch * tokens):
             raise ValueError(f"cos {tuple(tables)}: expected (1 or B, T, rot) with rot even, for x {tuple(shape)}")
-        given = self._pointer("x", x, dtype, shape, _heads_together(x)), x.stride(1)
+        tokens_in = self._pointer("x", x, dtype, shape, _heads_together(x)), x.stride(1)
         angles = self._pointer("cos", cos, dtype, tables), self._pointer("sin", sin, dtype, tables), table_rows
         sizes = (batch * tokens, heads, width, rot, back)
-        made = self._pointer("out", out, dtype, shape, _heads_together(out)), out.stride(1)
-        self._call("rotate", dtype, x.numel(), *given, *angles, *sizes, *made)
+        tokens_out = self._pointer("out", out, dtype, shape, _heads_together(out)), out.stride(1)
+        self._call("rotate", dtype, x.numel(), *tokens_in, *angles, *sizes, *tokens_out)
 
     def drop(self, x: Tensor, p: float, seed: Tensor, scale: float, out: Tensor) -> None:
         """Write scale·x (any shape) to `out`, which may be x, with zeros for dropped elements. [docs/math.md (70)] Each
@@ -161,8 +161,8 @@ class CompiledKernels:
         if not 0 < p <= 1:
             raise ValueError(f"p must be in (0, 1]; got {p}")
         dtype, shape, count = x.dtype, x.shape, x.numel()
-        given, made = self._pointer("x", x, dtype, shape), self._pointer("out", out, dtype, shape)
-        self._call("drop", dtype, count, given, count, p, seed.item(), scale, made)
+        source, target = self._pointer("x", x, dtype, shape), self._pointer("out", out, dtype, shape)
+        self._call("drop", dtype, count, source, count, p, seed.item(), scale, target)
 
     def softmax(self, scores: Tensor, low: Tensor | None, high: Tensor | None) -> None:
         """Compute the softmax of rows (Z, n, m) in place, limited to the positions that each row sees.
@@ -176,15 +176,15 @@ class CompiledKernels:
         kinds = len(low) if low is not None else len(high) if high is not None else 1
         if not kinds or not m:
             raise ValueError(f"scores {tuple(shape)}, bounds ({kinds},): neither may be empty")
-        given, bound = self._pointer("scores", scores, dtype, shape), (torch.int32, (kinds,), (0, m))
+        address, bound = self._pointer("scores", scores, dtype, shape), (torch.int32, (kinds,), (0, m))
         bounds = self._optional("low", low, *bound), self._optional("high", high, *bound)
-        self._call("softmax", dtype, count, given, *bounds, kinds, count // m, m)
+        self._call("softmax", dtype, count, address, *bounds, kinds, count // m, m)
 
     def softmax_backward(self, weights: Tensor, ds: Tensor) -> None:
         """Replace ds, the gradient of the softmax weights (Z, n, m), with the gradient of the scores."""
         dtype, shape, count, m = ds.dtype, ds.shape, ds.numel(), ds.shape[-1]
-        given, made = self._pointer("weights", weights, dtype, shape), self._pointer("ds", ds, dtype, shape)
-        self._call("softmax_backward", dtype, count, given, count // max(m, 1), m, made)
+        source, target = self._pointer("weights", weights, dtype, shape), self._pointer("ds", ds, dtype, shape)
+        self._call("softmax_backward", dtype, count, source, count // max(m, 1), m, target)
 
     def cross_entropy(
         self, logits: Tensor, labels: Tensor, scale: float, gradients: bool, losses: Tensor, cap: float | None = None
@@ -198,8 +198,8 @@ class CompiledKernels:
         rows, v = logits.shape
         scores = self._pointer("logits", logits, logits.dtype, (rows, v))
         targets = self._pointer("labels", labels, torch.int64, (rows,), within=(0, v - 1))
-        made = self._pointer("losses", losses, torch.float32, (rows,))
-        self._call("cross_entropy", logits.dtype, rows * v, scores, targets, scale, gradients, rows, v, made)
+        output = self._pointer("losses", losses, torch.float32, (rows,))
+        self._call("cross_entropy", logits.dtype, rows * v, scores, targets, scale, gradients, rows, v, output)
 
     def add_per_row(self, x: Tensor, A: Tensor, Bt: Tensor, index: Tensor, y: Tensor) -> None:
         """Add (x_i·A_kᵀ)·Bt_k to y_i for each row i, with k = index[i]. [docs/math.md (72)]
@@ -208,18 +208,18 @@ class CompiledKernels:
         rows without an adapter. The low-rank activation and the sum with y are rounded to the dtype of x.
         """
         dtype, shape, (adapters, r, out) = x.dtype, x.shape, Bt.shape
-        width, asked = shape[-1], shape[0]
+        width, indexed = shape[-1], shape[0]
         rows = x.numel() // max(width, 1)
         pointers = (
             self._pointer("x", x, dtype, shape),
             self._pointer("A", A, dtype, (adapters, r, width)),
             self._pointer("Bt", Bt, dtype, Bt.shape),
-            self._pointer("index", index, torch.int64, (asked,), within=(-1, adapters - 1)),
+            self._pointer("index", index, torch.int64, (indexed,), within=(-1, adapters - 1)),
         )
         into = self._pointer("y", y, dtype, (*shape[:-1], out))
         if rows:
             read = rows * r * (width + out)
-            self._call("add_per_row", dtype, read, *pointers, rows // asked, rows, width, r, out, into)
+            self._call("add_per_row", dtype, read, *pointers, rows // indexed, rows, width, r, out, into)
 
     def int8_quantize(
         self, x: Tensor, factors: Tensor, kept: Tensor | None, q: Tensor, scale: Tensor, columns: Tensor | None
@@ -231,17 +231,17 @@ class CompiledKernels:
         """
         dtype, (rows, d), wide = x.dtype, x.shape, torch.float32
         k = 0 if columns is None else columns.shape[-1]
-        given = (
+        inputs = (
             self._pointer("x", x, dtype, (rows, d)),
             self._pointer("factors", factors, wide, (d,)),
             None if kept is None else self._pointer("kept", kept, torch.int64, (k,), within=(0, d - 1)),
         )
-        made = (
+        outputs = (
             self._pointer("q", q, torch.int8, (rows, d)),
             self._pointer("scale", scale, wide, (rows,)),
             self._optional("columns", columns, dtype, (rows, k)),
         )
-        self._call("int8_quantize", dtype, rows * d, *given, rows, d, k, *made)
+        self._call("int8_quantize", dtype, rows * d, *inputs, rows, d, k, *outputs)
 
     def int8_output(
         self, sums: Tensor, t: Tensor, s: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, y: Tensor
@@ -257,23 +257,23 @@ class CompiledKernels:
         dtype, (rows, out), k, wide = y.dtype, y.shape, left.shape[-1], torch.float32
         if k % 2:
             raise ValueError(f"left {tuple(left.shape)}: expected an even number of columns")
-        given = (
+        inputs = (
             self._pointer("sums", sums, torch.int32, (rows, out)),
             self._pointer("t", t, wide, (rows,)),
             self._pointer("s", s, wide, (out,)),
             self._optional("bias", bias, dtype, (out,)),
         )
         low = self._pointer("left", left, dtype, (rows, k)), self._pointer("right", right, dtype, (k // 2, out, 2))
-        made = self._pointer("y", y, dtype, (rows, out))
-        self._call("int8_output", dtype, rows * out, *given, *low, rows, k, out, made)
+        output = self._pointer("y", y, dtype, (rows, out))
+        self._call("int8_output", dtype, rows * out, *inputs, *low, rows, k, out, output)
 
     def int8_add(self, sums: Tensor, u: Tensor, g: Tensor, partial: Tensor | None, total: Tensor) -> None:
         """Write u·sums·g (N, d), plus `partial`, to `total`, which may be it, all in fp32; u is (N,) and g (d,)."""
         wide, (rows, d) = torch.float32, sums.shape
-        given = self._pointer("sums", sums, torch.int32, (rows, d)), self._pointer("u", u, wide, (rows,))
+        inputs = self._pointer("sums", sums, torch.int32, (rows, d)), self._pointer("u", u, wide, (rows,))
         more = self._pointer("g", g, wide, (d,)), self._optional("partial", partial, wide, (rows, d))
-        made = self._pointer("total", total, wide, (rows, d))
-        self._call("int8_add", wide, rows * d, *given, *more, rows, d, made)
+        output = self._pointer("total", total, wide, (rows, d))
+        self._call("int8_add", wide, rows * d, *inputs, *more, rows, d, output)
 
     def int8_input_gradient(
         self, sums: Tensor, u: Tensor, g: Tensor, columns: Tensor, kept: Tensor, partial: Tensor | None, dx: Tensor
@@ -282,7 +282,7 @@ class CompiledKernels:
         Shapes: sums and fp32 partial (N, d), u (N,), g (d,), fp32 columns (N, k), kept int64 (k,).
         """
         dtype, (rows, d), wide, (k,) = dx.dtype, dx.shape, torch.float32, kept.shape
-        given = (
+        inputs = (
             self._pointer("sums", sums, torch.int32, (rows, d)),
             self._pointer("u", u, wide, (rows,)),
             self._pointer("g", g, wide, (d,)),
@@ -290,8 +290,8 @@ class CompiledKernels:
             self._pointer("kept", kept, torch.int64, (k,), within=(0, d - 1)),
             self._optional("partial", partial, wide, (rows, d)),
         )
-        made = self._pointer("dx", dx, dtype, (rows, d))
-        self._call("int8_input_gradient", dtype, rows * d, *given, rows, d, k, made)
+        output = self._pointer("dx", dx, dtype, (rows, d))
+        self._call("int8_input_gradient", dtype, rows * d, *inputs, rows, d, k, output)
 
     def int8_few_rows(
         self,
@@ -314,7 +314,7 @@ class CompiledKernels:
         rows = x.numel() // max(d, 1)
         if rows > MOST_ROWS:
             raise ValueError(f"x {tuple(shape)}: expected at most {MOST_ROWS} rows")
-        given = (
+        inputs = (
             self._pointer("x", x, dtype, shape),
             self._pointer("g", g, wide, (d,)),
             self._pointer("kept", kept, torch.int64, (k,), within=(0, d - 1)),
@@ -324,8 +324,8 @@ class CompiledKernels:
             self._optional("bias", bias, dtype, (out,)),
         )
         y = x.new_empty((*shape[:-1], out))
-        made = self._pointer("y", y, dtype, y.shape)
-        self._call("int8_few_rows", dtype, out * d, *given, rows, d, k, out, made)
+        output = self._pointer("y", y, dtype, y.shape)
+        self._call("int8_few_rows", dtype, out * d, *inputs, rows, d, k, out, output)
         return y
 
 

@@ -55,7 +55,7 @@ class CompiledInt8Matmuls:
         (out, width), rows, pointer = self._checked(Q), len(q), self._gateway.pointer
         (h, B), (kept, columns) = terms
         r, k, apart = h.shape[-1], kept.shape[-1], h.stride(0)
-        given = (
+        inputs = (
             pointer("q", q, torch.int8, (rows, width)),
             pointer("Q", Q, torch.int8, (out, width)),
             pointer("t", scales[0], torch.float32, (rows,)),
@@ -66,17 +66,15 @@ class CompiledInt8Matmuls:
             pointer("kept", kept, DTYPE, (rows, k)),
             pointer("columns", columns, DTYPE, (out, k)),
         )
-        sizes, made = (apart, rows, width, r, k, out), pointer("y", y, DTYPE, (rows, out))
-        self._gateway.call("int8_matmul_output", DTYPE, rows * out, *given, *sizes, made, self.tiles)
+        sizes, output = (apart, rows, width, r, k, out), pointer("y", y, DTYPE, (rows, out))
+        self._gateway.call("int8_matmul_output", DTYPE, rows * out, *inputs, *sizes, output, self.tiles)
 
     def int8_matmul_add(
         self, q: Tensor, Q: Tensor, scales: tuple[Tensor, Tensor], partial: Tensor | None, total: Tensor
     ) -> None:
         """Write what `CompiledKernels.int8_add` writes for the sums q·Q, given q (N, out) and (u, g)."""
-        (out, d), rows = self._checked(Q), len(q)
-        given, more = self._gradient_operands(q, Q, scales), self._optional_partial(partial, (rows, d))
-        made = self._gateway.pointer("total", total, torch.float32, (rows, d))
-        self._input_gradient((rows, out, d, 0), *given, None, None, more, made, None)
+        into = self._gateway.pointer("total", total, torch.float32, (len(q), Q.shape[1]))
+        self._input_gradient(q, Q, scales, (None, None, 0), partial, (into, None))
 
     def int8_matmul_input_gradient(
         self,
@@ -89,34 +87,35 @@ class CompiledInt8Matmuls:
         dx: Tensor,
     ) -> None:
         """Write what `CompiledKernels.int8_input_gradient` writes for the sums q·Q, given q (N, out) and (u, g)."""
-        (out, d), rows, (k,), pointer = self._checked(Q), len(q), kept.shape, self._gateway.pointer
-        given = (
-            *self._gradient_operands(q, Q, scales),
+        rows, d, (k,), pointer = len(q), Q.shape[1], kept.shape, self._gateway.pointer
+        at_kept = (
             pointer("columns", columns, torch.float32, (rows, k)),
             pointer("kept", kept, torch.int64, (k,), within=(0, d - 1)),
-            self._optional_partial(partial, (rows, d)),
+            k,
         )
-        made = pointer("dx", dx, DTYPE, (rows, d))
-        self._input_gradient((rows, out, d, k), *given, None, made)
+        self._input_gradient(q, Q, scales, at_kept, partial, (None, pointer("dx", dx, DTYPE, (rows, d))))
 
-    def _input_gradient(self, sizes: tuple[int, int, int, int], *pointers: int | None) -> None:
-        """Call the function; sizes are N, out, in and the number of kept columns, and the last two pointers outputs."""
-        rows, _, d, _ = sizes
-        given, made = pointers[:-2], pointers[-2:]
-        name = "int8_matmul_input_gradient"
-        self._gateway.call(name, DTYPE, rows * d, *given, *sizes, *made, self.tiles)
-
-    def _gradient_operands(self, q: Tensor, Q: Tensor, scales: tuple[Tensor, Tensor]) -> tuple[int, ...]:
-        (out, d), rows, pointer = Q.shape, len(q), self._gateway.pointer
-        return (
+    def _input_gradient(
+        self,
+        q: Tensor,
+        Q: Tensor,
+        scales: tuple[Tensor, Tensor],
+        kept: tuple[int | None, int | None, int],
+        partial: Tensor | None,
+        outputs: tuple[int | None, int | None],
+    ) -> None:
+        """Call the function; `kept` has the addresses of the columns and their positions, and their number."""
+        (out, d), rows, pointer = self._checked(Q), len(q), self._gateway.pointer
+        operands = (
             pointer("q", q, torch.int8, (rows, out)),
             pointer("Q", Q, torch.int8, (out, d)),
             pointer("u", scales[0], torch.float32, (rows,)),
             pointer("g", scales[1], torch.float32, (d,)),
+            *kept[:2],
+            self._gateway.optional("partial", partial, torch.float32, (rows, d)),
         )
-
-    def _optional_partial(self, partial: Tensor | None, shape: tuple[int, int]) -> int | None:
-        return self._gateway.optional("partial", partial, torch.float32, shape)
+        sizes = (rows, out, d, kept[2])
+        self._gateway.call("int8_matmul_input_gradient", DTYPE, rows * d, *operands, *sizes, *outputs, self.tiles)
 
     def _checked(self, Q: Tensor) -> tuple[int, int]:
         """Return the sizes of Q (out, in), which must be multiples of TILE_STEP."""
@@ -165,18 +164,18 @@ class CompiledLowRankGradients:
         dh = None if B is None else dy.new_empty(rows, r)
         kept = None if columns is None else torch.empty(rows, k, dtype=torch.float32)
         grad = None if h is None else torch.empty(out, r, dtype=torch.float32)
-        given = (
+        inputs = (
             gateway.pointer("dy", dy, dtype, (rows, out)),
             gateway.optional("B", B, dtype, (out, r)),
             gateway.optional("columns", columns, dtype, (out, k)),
             None if h is None else gateway.pointer("h", h, dtype, (rows, r), (apart, 1)),
         )
-        made = (
+        outputs = (
             gateway.optional("dh", dh, dtype, (rows, r)),
             gateway.optional("kept", kept, torch.float32, (rows, k)),
             gateway.optional("grad", grad, torch.float32, (out, r)),
         )
-        gateway.call("low_rank_gradients", dtype, rows * out, *given, apart, rows, out, r, k, *made)
+        gateway.call("low_rank_gradients", dtype, rows * out, *inputs, apart, rows, out, r, k, *outputs)
         return dh, kept, grad
 
 
@@ -205,10 +204,10 @@ class CompiledAttention:
         self, operands: tuple[Tensor, Tensor, Tensor], ends: Tensor, scale: float, causal: bool, out: Tensor
     ) -> None:
         """Write softmax(scale·q·kᵀ)·v to `out` (B, H, T, D)."""
-        given, sizes = self._operands(operands, ends)
+        inputs, sizes = self._operands(operands, ends)
         q, dtype = operands[0], operands[0].dtype
-        made = self._gateway.heads("out", out, dtype, q.shape, least=1)
-        self._gateway.call("attend", dtype, q.numel(), *given, *made, *sizes, scale, causal)
+        output = self._gateway.heads("out", out, dtype, q.shape, least=1)
+        self._gateway.call("attend", dtype, q.numel(), *inputs, *output, *sizes, scale, causal)
 
     def attend_backward(
         self,
@@ -220,12 +219,12 @@ class CompiledAttention:
         into: tuple[Tensor, Tensor, Tensor],
     ) -> None:
         """Write the gradients of q (B, H, T, D), which may be `dout`, k and v to `into`; dout is that of the output."""
-        given, sizes = self._operands(operands, ends)
+        inputs, sizes = self._operands(operands, ends)
         q, dtype = operands[0], operands[0].dtype
-        made = [*self._gateway.heads("dout", dout, dtype, q.shape)]
+        outputs = [*self._gateway.heads("dout", dout, dtype, q.shape)]
         for name, grad, of in zip(("dq", "dk", "dv"), into, operands, strict=True):
-            made += self._gateway.heads(name, grad, dtype, of.shape, least=1)
-        self._gateway.call("attend_backward", dtype, q.numel(), *given, *made, *sizes, scale, causal)
+            outputs += self._gateway.heads(name, grad, dtype, of.shape, least=1)
+        self._gateway.call("attend_backward", dtype, q.numel(), *inputs, *outputs, *sizes, scale, causal)
 
     def _operands(self, operands: tuple[Tensor, Tensor, Tensor], ends: Tensor) -> tuple[list[int], list[int]]:
         """Check q (B, H, T, D), k, v (B, KV, T, D) and ends (S,) that increase up to T; return the arguments."""
@@ -236,8 +235,8 @@ class CompiledAttention:
             raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: not supported")
         if bounds[-1] != tokens or any(a >= b for a, b in itertools.pairwise(bounds)):
             raise ValueError(f"ends: expected positions that increase up to {tokens}; got {bounds[1:]}")
-        given: list[int] = []
+        addresses: list[int] = []
         for name, tensor, count in (("q", q, heads), ("k", k, kv), ("v", v, kv)):
-            given += self._gateway.heads(name, tensor, q.dtype, (batch, count, tokens, width))
+            addresses += self._gateway.heads(name, tensor, q.dtype, (batch, count, tokens, width))
         at = self._gateway.pointer("ends", ends, torch.int64, (len(bounds) - 1,))
-        return given, [at, batch, len(bounds) - 1, kv, heads // kv, width]
+        return addresses, [at, batch, len(bounds) - 1, kv, heads // kv, width]

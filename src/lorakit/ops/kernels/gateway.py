@@ -83,11 +83,11 @@ class Gateway:
         self, has: str, signatures: dict[str, tuple[type, ...]], libraries: dict[torch.dtype, ctypes.CDLL]
     ) -> frozenset[torch.dtype]:
         """Add functions of the libraries whose function `has` returns 1; return the dtypes of these libraries."""
-        found = frozenset(dtype for dtype, library in libraries.items() if _typed(library, has, ())())
-        for dtype in found:
+        dtypes = frozenset(dtype for dtype, library in libraries.items() if _typed(library, has, ())())
+        for dtype in dtypes:
             functions = {name: _typed(libraries[dtype], name, (*types, c_int)) for name, types in signatures.items()}
             self._functions[dtype].update(functions)
-        return found
+        return dtypes
 
     def pointer(
         self,
