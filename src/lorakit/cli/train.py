@@ -22,17 +22,7 @@ from lorakit.cli import console
 from lorakit.cli.early import check_data, check_model
 from lorakit.hub_cache import find_adapter
 from lorakit.startup import rare_collections
-from lorakit.train.processes.launching import (
-    LOST,
-    PATIENCE,
-    PROCESS_ENDED,
-    Launched,
-    is_first,
-    is_started_by_lorakit,
-    launch,
-    quiet_torch,
-    restarts_of,
-)
+from lorakit.train.processes import launching
 from lorakit.train.settings.defaults import DEFAULTS, flag_type, types_of_settings
 
 if TYPE_CHECKING:
@@ -107,7 +97,7 @@ def run(
     ] = 0,
     process_timeout: Annotated[
         int, Parameter(help="Stop the run if a process waits longer than this for another one, in seconds.")
-    ] = PATIENCE,
+    ] = launching.PATIENCE,
     flags: Annotated[Flags, Parameter(name="*", show_default=False)] = _NONE_GIVEN,  # type: ignore[valid-type]
 ) -> int:
     """Train an adapter and save it in a run directory.
@@ -123,14 +113,14 @@ def run(
     command = Command(given, config, json=json, verbose=verbose, max_restarts=max_restarts, timeout=process_timeout)
     try:
         command.check(nproc)
-        is_one_of_several = Launched.of(os.environ).count > 1
+        is_one_of_several = launching.Launched.of(os.environ).count > 1
     except UsageError as cause:
-        if is_first(os.environ):
+        if launching.is_first(os.environ):
             raise
         return cause.exit_code
     if is_one_of_several:
         return _run_together(command)
-    settings = _settings(given, config, is_restarted=restarts_of(os.environ) > 0)
+    settings = _settings(given, config, is_restarted=launching.restarts_of(os.environ) > 0)
     if nproc is not None and nproc != 1:
         return _launch(nproc, settings, command)
     return _train(settings, json=json, verbose=verbose)
@@ -183,10 +173,10 @@ def _settings(given: Mapping[str, Any], config: Path | None, *, is_restarted: bo
 
 def _run_together(command: Command) -> int:
     """Train in one of several processes, and return the exit code; the first process prints and reports errors."""
-    quiet_torch()
+    launching.quiet_torch()
     from lorakit.train.processes.processes import joined
 
-    is_silent = not is_first(os.environ)
+    is_silent = not launching.is_first(os.environ)
     if is_silent:
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
@@ -210,8 +200,8 @@ def _unreported(cause: BaseException, is_silent: bool) -> int | None:
 
     if not isinstance(cause, RunError) or cause.field not in (BROKEN, UNREACHABLE):
         return None
-    if is_started_by_lorakit():
-        return LOST
+    if launching.is_started_by_lorakit():
+        return launching.LOST
     return cause.exit_code if is_silent and cause.field == BROKEN else None
 
 
@@ -219,9 +209,9 @@ def _reported_elsewhere(cause: BaseException, processes: Processes) -> int | Non
     """Return the exit code of a process that has failed if another one reports the error; None if this one must."""
     from lorakit.errors import LorakitError
 
-    is_ended = isinstance(cause, KeyboardInterrupt) or getattr(cause, "field", None) == PROCESS_ENDED
-    if is_ended and is_started_by_lorakit():
-        return LOST  # the launcher reports the signal, or which process ended
+    is_ended = isinstance(cause, KeyboardInterrupt) or getattr(cause, "field", None) == launching.PROCESS_ENDED
+    if is_ended and launching.is_started_by_lorakit():
+        return launching.LOST  # the launcher reports the signal, or which process ended
     if processes.is_first:
         processes.announce_report()
         return None
@@ -240,7 +230,7 @@ def _launch(nproc: int, settings: TrainSettings, command: Command) -> int:
         f"If {folder} has a checkpoint, continue from it with: lorakit train --nproc {nproc} --output-dir {folder} "
         "--resume"
     )
-    return launch(arguments, nproc, command.max_restarts, saved)
+    return launching.launch(arguments, nproc, command.max_restarts, saved)
 
 
 def _arguments(given: Mapping[str, Any]) -> list[str]:

@@ -4,37 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 from lorakit.choices import FORMATS, TAG_SCHEMES, TASK_NAMES, Bias, LabelType, Overlong, TagScheme, TaskName
-from lorakit.train.settings.types import (
-    After,
-    Allocation,
-    Before,
-    Conflict,
-    Names,
-    NotEmpty,
-    OnBadRow,
-    Part,
-    Paths,
-    Setting,
-    Streaming,
-    Text,
-    columns_of,
-    format_of,
-    init_word,
-    label_map_of,
-    numbers_of,
-    ranges_of,
-    targets_of,
-    tokens_of,
-    weights_of,
-)
+from lorakit.train.settings import types
+from lorakit.train.settings.types import Conflict, Setting
 
 
-def in_group(title: str, **more: Any) -> Callable[..., Any]:
-    """Return a function that makes the entries of a group of settings, which have these fields in common."""
-    return partial(Setting, group=title, **more)
+def in_group(title: str) -> Callable[..., Any]:
+    """Return a function that makes the entries of a group of settings."""
+    return partial(Setting, group=title)
 
 
 OF_CONFIG = ("Adapter", "Other fields of LoraConfig")
@@ -48,30 +27,30 @@ _adapter, _field = map(in_group, OF_CONFIG)
 class DataAndAdapter:
     """The settings of the inputs and outputs, the task and the adapter, in the order of `--help-all`."""
 
-    model: Text | None = _input(
+    model: types.Text | None = _input(
         "Model directory, GGUF file, Hub id, or smollm2 (the packaged model); may be omitted if --from-adapter names "
         "its base",
         ...,
         brief="Model directory, GGUF file, Hub id, or smollm2",
     )
-    revision: Text | None = _input(
+    revision: types.Text | None = _input(
         "Branch, tag or commit of the base model, if it is on the Hub",
         None,
         "the usual default branch on the Hub",
         "main",
     )
-    data: Paths = _input(
+    data: types.Paths = _input(
         "Training data: files (.txt, .md, .jsonl, .json, .csv, .tsv, .parquet, .arrow), directories, glob patterns, or "
         "Hub data sets such as hf:owner/name:train",
         ...,
         brief="Files, directories, patterns or Hub data sets",
     )
-    output_dir: Text = _input(
+    output_dir: types.Text = _input(
         "Run directory: run.json, metrics.jsonl, checkpoints, adapter",
         ...,
         brief="Run directory: records, checkpoints, adapter",
     )
-    eval_data: Paths | None = _input(
+    eval_data: types.Paths | None = _input(
         "Evaluation files", None, "a fraction of the training data is held out", brief="Evaluation files"
     )
     eval_fraction: float | None = _input(
@@ -83,7 +62,7 @@ class DataAndAdapter:
         ge=0,
         lt=1,
     )
-    group: Text | None = _input(
+    group: types.Text | None = _input(
         "Hold out whole groups of rows that have the same value in this column, such as a document or user id",
         None,
         "rows are independent; only rows with equal content stay together",
@@ -93,14 +72,14 @@ class DataAndAdapter:
             "cannot be combined with eval_data, because no rows are held out; omit one of them.",
         ),
     )
-    data_weights: Annotated[dict[str, float], Before(weights_of)] = _input(
+    data_weights: types.Weights = _input(
         "Set how often the sequences of a source occur per epoch as NAME=WEIGHT, such as a.jsonl=2 b.jsonl=0.5; the "
         "names are those in --data",
         {},
         "every sequence occurs once",
         "1 for each source",
     )
-    streaming: Streaming = _input(
+    streaming: types.Streaming = _input(
         "Select whether training data is read while training: on (needs --max-steps), off, or auto (on for files of "
         "more than 1 GiB if --max-steps is given)",
         "auto",
@@ -113,10 +92,10 @@ class DataAndAdapter:
         "tokenizing and evaluating take much longer than reading; at most 20 GiB are kept",
         is_changeable=True,
     )
-    format: Annotated[str, After(format_of)] | None = _input(
+    format: types.Format | None = _input(
         f"Select the shape of the rows: {', '.join(FORMATS)}", None, "the shape is recognized by the columns", "auto"
     )
-    columns: Annotated[dict[str, str], Before(columns_of)] = _input(
+    columns: types.Columns = _input(
         "Map fields to columns as FIELD=COLUMN, such as prompt=question completion=answer",
         {},
         "columns with the usual names are recognized",
@@ -130,13 +109,13 @@ class DataAndAdapter:
     allow_missing_end: bool = _input(
         "Train even if no end marker contributes to the loss", False, "the model would not learn where to stop"
     )
-    chat_template: Text | None = _input(
+    chat_template: types.Text | None = _input(
         "Chat template to use instead of the model's: chatml, gemma, llama3, plain or a Jinja file; it is saved with "
         "the adapter",
         None,
         "the model was trained with its own template",
     )
-    on_bad_row: OnBadRow = _input(
+    on_bad_row: types.OnBadRow = _input(
         "Select what happens if a row does not fit: stop, or skip (skipped rows are counted)",
         "stop",
         "an invalid row usually means that the file is damaged or was misread",
@@ -155,7 +134,7 @@ class DataAndAdapter:
         "auto",
         "lists are classes, numbers with fractions are scores, everything else is a class",
     )
-    label_map: Annotated[dict[str, str], Before(label_map_of)] = _task(
+    label_map: types.LabelMap = _task(
         "Rename labels of the data as NAME=NAME, such as Spam=spam 0=ham: the label in the data, and its name in the "
         "model; saved with the adapter",
         {},
@@ -167,7 +146,7 @@ class DataAndAdapter:
         "the letters of the tags show the scheme",
     )
 
-    from_adapter: Text | None = _adapter(
+    from_adapter: types.Text | None = _adapter(
         "Train an existing adapter further: an adapter directory, a run directory, a checkpoint or a Hub id; the "
         "settings of the adapter, such as --r and --target-modules, are taken from it",
         None,
@@ -205,13 +184,13 @@ class DataAndAdapter:
         ge=0,
         lt=1,
     )
-    target_modules: Annotated[str | list[str], NotEmpty(), Before(targets_of)] | None = _adapter(
+    target_modules: types.Targets | None = _adapter(
         "Select modules to adapt: names, a regular expression, or all-linear",
         "all-linear",
         "adapting attention and MLP works better than adapting attention alone with the same number of parameters",
         brief="Modules to adapt",
     )
-    new_tokens: Annotated[list[str], Before(tokens_of)] = _adapter(
+    new_tokens: types.Tokens = _adapter(
         "Add tokens to the vocabulary, such as '<think>,</think>', and train only their rows in the embedding and the "
         "head; the tokenizer is saved with the adapter",
         [],
@@ -225,7 +204,7 @@ class DataAndAdapter:
     allow_partial_targets: bool = _adapter(
         "Continue if a name in --target-modules matches nothing", False, "such a name is usually a typo"
     )
-    init_lora_weights: Annotated[str, After(init_word)] = _adapter(
+    init_lora_weights: types.Init = _adapter(
         "Select how A and B are initialized: default, gaussian, pissa, olora, orthogonal or mica; or eva, corda or "
         "lora_ga, which use the first training rows",
         "default",
@@ -233,7 +212,7 @@ class DataAndAdapter:
         "weight in memory, and their adapters are saved as LoRA with twice the rank",
         is_for_new=True,
     )
-    allocate_ranks: Allocation = _adapter(
+    allocate_ranks: types.Allocation = _adapter(
         "Select how ranks are allocated to modules within the parameter budget set by --r: none, gradients (GoRA) or "
         "inputs (EVA); the last two use the first training rows",
         "none",
@@ -246,37 +225,35 @@ class DataAndAdapter:
         is_for_new=True,
     )
 
-    target_parameters: Names | None = _field(
+    target_parameters: types.Names | None = _field(
         "Adapt parameters that are not the weight of a layer, such as mlp.experts.down_proj; without --target-modules, "
         "only these",
         None,
         "most models have none",
     )
-    exclude_modules: Annotated[str | list[str], Before(targets_of)] | None = _field(
+    exclude_modules: types.Excluded | None = _field(
         "Exclude modules from --target-modules: names or a regular expression", None, "the targets say it"
     )
-    modules_to_save: Names | None = _field(
+    modules_to_save: types.Names | None = _field(
         "Train these modules in full and save them with the adapter", None, "needed only for new heads"
     )
     layers_to_transform: list[int] | None = _field(
         "Adapt only the layers with these numbers", None, "all layers are adapted"
     )
-    layers_pattern: Names | None = _field(
+    layers_pattern: types.Names | None = _field(
         "Name of the layer list that --layers-to-transform counts", None, "the usual names are recognized", "auto"
     )
-    rank_pattern: Annotated[dict[str, int], Before(numbers_of)] = _field(
+    rank_pattern: types.Ranks = _field(
         "Ranks of individual modules as PATTERN=RANK, such as down_proj=32", {}, "--r applies"
     )
-    alpha_pattern: Annotated[dict[str, float], Before(numbers_of)] = _field(
-        "Alphas of individual modules as PATTERN=ALPHA", {}, "--lora-alpha applies"
-    )
+    alpha_pattern: types.Numbers = _field("Alphas of individual modules as PATTERN=ALPHA", {}, "--lora-alpha applies")
     bias: Bias = _field(
         "Train biases of the base too: none, all or lora_only",
         "none",
         "they change the base's output without the adapter",
     )
     lora_bias: bool = _field("Train a bias in each B", False, "rarely useful; some programs cannot load it")
-    layer_replication: Annotated[list[list[int]], Before(ranges_of)] | None = _field(
+    layer_replication: types.Ranges | None = _field(
         "Stack ranges of layers as FIRST:END, such as 0:16 8:24; replicas share the base weights",
         None,
         "the model keeps its depth",
@@ -290,8 +267,8 @@ class DataAndAdapter:
     alora_invocation_tokens: list[int] | None = _field(
         "Ids of the tokens after which the adapter becomes active (aLoRA)", None, "LoRA is always active"
     )
-    use_bdlora: Part = _field("Settings of BD-LoRA as a JSON object", None, "A and B are dense")
-    kasa_config: Part = _field("Settings of KaSA as a JSON object", None, "the base keeps its weights")
+    use_bdlora: types.Part = _field("Settings of BD-LoRA as a JSON object", None, "A and B are dense")
+    kasa_config: types.Part = _field("Settings of KaSA as a JSON object", None, "the base keeps its weights")
     use_qalora: bool = _field("Let A read means of groups of inputs (QA-LoRA)", False, "A reads each input")
     qalora_group_size: int = _field("Number of inputs per group in QA-LoRA", 16, "PEFT's value", ge=1)
     use_lora_xs: bool = _field(
@@ -299,12 +276,14 @@ class DataAndAdapter:
         False,
         "A and B are trained",
     )
-    velora_config: Part = _field(
+    velora_config: types.Part = _field(
         "Settings of VeLoRA as a JSON object", None, "A's gradient is computed from the whole input"
     )
-    monteclora_config: Part = _field("Settings of MonteCLoRA as a JSON object", None, "A is not sampled")
-    eva_config: Part = _field("Settings of the init eva as a JSON object", None, "PEFT's values", is_for_new=True)
-    corda_config: Part = _field("Settings of the init corda as a JSON object", None, "PEFT's values", is_for_new=True)
-    lora_ga_config: Part = _field(
+    monteclora_config: types.Part = _field("Settings of MonteCLoRA as a JSON object", None, "A is not sampled")
+    eva_config: types.Part = _field("Settings of the init eva as a JSON object", None, "PEFT's values", is_for_new=True)
+    corda_config: types.Part = _field(
+        "Settings of the init corda as a JSON object", None, "PEFT's values", is_for_new=True
+    )
+    lora_ga_config: types.Part = _field(
         "Settings of the init lora_ga as a JSON object", None, "PEFT's values", is_for_new=True
     )

@@ -12,21 +12,10 @@ from functools import cache
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from lorakit.choices import STORED, TRACKERS, BaseMatmul, Dtype, Optimizer, Recompute, Stored
+from lorakit.choices import STORED, TRACKERS, BaseMatmul, Optimizer, Recompute, Stored
+from lorakit.train.settings import types
 from lorakit.train.settings.data_and_adapter import DataAndAdapter, in_group
-from lorakit.train.settings.types import (
-    After,
-    Before,
-    Conflict,
-    Parallel,
-    Scheduler,
-    Setting,
-    device_word,
-    dtype_word,
-    rates_of,
-    size_of,
-    trackers_of,
-)
+from lorakit.train.settings.types import Conflict, Setting
 
 WARMUP_RATIO = 0.05
 """Value of `warmup_ratio` if neither it nor `warmup_steps` is given; both settings are None unless they are given."""
@@ -38,7 +27,7 @@ DECAY_RATIO = 0.2
 _optimizer = in_group("Optimizer")
 _length = in_group("Length")
 _machine = in_group("Precision and machine")
-_evaluation = in_group("Evaluation and checkpoints", is_changeable=True)
+_evaluation = in_group("Evaluation and checkpoints")
 
 
 class SettingFields(DataAndAdapter):
@@ -75,13 +64,13 @@ class SettingFields(DataAndAdapter):
     loraplus_lr_embedding: float | None = _optimizer(
         "Learning rate for embedding factors", None, "same as for other modules; PEFT's LoRA+ uses 1e-6", gt=0
     )
-    learning_rate_pattern: Annotated[dict[str, float], Before(rates_of)] = _optimizer(
+    learning_rate_pattern: types.Rates = _optimizer(
         "Learning rates for individual modules as PATTERN=RATE, such as down_proj=1e-4; patterns work as in "
         "rank_pattern, and the first match applies",
         {},
         "one rate suits most modules",
     )
-    lr_scheduler_type: Scheduler = _optimizer(
+    lr_scheduler_type: types.Scheduler = _optimizer(
         "Learning rate schedule after the warm-up: cosine, linear, constant, or wsd (constant, then a decay)",
         "cosine",
         "the rate ends near zero",
@@ -168,7 +157,7 @@ class SettingFields(DataAndAdapter):
         ge=2,
     )
 
-    dtype: Annotated[Dtype, Before(dtype_word)] = _machine(
+    dtype: types.Precision = _machine(
         "Precision of the base: auto, bfloat16, float16 or float32; adapter and optimizer are always float32",
         "auto",
         "selected by the 16-bit units of the device and, on a CPU with bf16 units, a two-second measurement",
@@ -220,7 +209,7 @@ class SettingFields(DataAndAdapter):
         ge=0,
         lt=2**63,
     )
-    device: Annotated[str, After(device_word)] = _machine(
+    device: types.Device = _machine(
         "Select the device: cpu, cuda, cuda:N, mps or auto", "auto", "an accelerator if available"
     )
     recompute: Recompute = _machine(
@@ -233,20 +222,20 @@ class SettingFields(DataAndAdapter):
     gradient_checkpointing: bool = _machine(
         "Same as --recompute layers", False, "saves memory, but makes a step about a third longer"
     )
-    parallel: Parallel = _machine(
+    parallel: types.Parallel = _machine(
         "How several processes share a run: ddp (each has the whole base), fsdp (the frozen base is sharded over all), "
         "hsdp (over those of each machine), or auto (sharded only on a GPU, if it does not fit otherwise)",
         "auto",
         "gathering sharded weights takes time",
         is_changeable=True,
     )
-    memory_budget: Annotated[str, After(size_of)] | None = _machine(
+    memory_budget: types.Size | None = _machine(
         "Memory limit for the planned peak, such as 4GiB; selects the fastest --recompute that should fit (--fit also "
         "selects the batch size, and measures)",
         None,
         "a step is fastest without recomputation",
     )
-    fit: Annotated[str, After(size_of)] | None = _machine(
+    fit: types.Size | None = _machine(
         "Memory limit for the run, such as 8GB; selects the fastest --per-device-train-batch-size, "
         "--gradient-accumulation-steps and --recompute that fit, with the same number of rows per step",
         None,
@@ -270,20 +259,36 @@ class SettingFields(DataAndAdapter):
         "10% of the run",
         brief="Evaluate every N steps",
         ge=1,
+        is_changeable=True,
     )
     save_steps: int | None = _evaluation(
-        "Save a checkpoint every N steps", None, "limits how much work is lost in a crash", "same as --eval-steps", ge=1
+        "Save a checkpoint every N steps",
+        None,
+        "limits how much work is lost in a crash",
+        "same as --eval-steps",
+        ge=1,
+        is_changeable=True,
     )
     save_total_limit: int = _evaluation(
-        "Keep at most N checkpoints; the best and the newest are always kept", 2, "these two are enough", ge=1
+        "Keep at most N checkpoints; the best and the newest are always kept",
+        2,
+        "these two are enough",
+        ge=1,
+        is_changeable=True,
     )
     early_stopping_patience: int | None = _evaluation(
-        "Stop after N evaluations without improvement", None, "the best step is kept in either case", "off", ge=1
+        "Stop after N evaluations without improvement",
+        None,
+        "the best step is kept in either case",
+        "off",
+        ge=1,
+        is_changeable=True,
     )
-    report_to: Annotated[list[str], Before(trackers_of)] = _evaluation(
+    report_to: types.TrackerNames = _evaluation(
         f"Report the settings and metrics to trackers too: {', '.join(TRACKERS)}",
         [],
         "metrics.jsonl has all metrics, and a tracker is another package",
+        is_changeable=True,
     )
     resume: bool = _evaluation(
         "Resume from the newest valid checkpoint in --output-dir, with the settings of that run",
@@ -291,8 +296,11 @@ class SettingFields(DataAndAdapter):
         "a new run starts in a new directory",
         brief="Resume the run in --output-dir",
         conflict=Conflict("overwrite", bool, "and overwrite cannot be combined; omit one of them."),
+        is_changeable=True,
     )
-    overwrite: bool = _evaluation("Replace the run in --output-dir", False, "no run is deleted by accident")
+    overwrite: bool = _evaluation(
+        "Replace the run in --output-dir", False, "no run is deleted by accident", is_changeable=True
+    )
 
 
 DEFAULTS: dict[str, Setting] = {

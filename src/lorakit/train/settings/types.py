@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
-from lorakit.choices import DTYPE_NAMES, FORMATS, INITS, TRACKERS
+from lorakit.choices import DTYPE_NAMES, FORMATS, INITS, TRACKERS, Dtype
 from lorakit.errors import ConfigError, did_you_mean, nearest
 from lorakit.machine import DEVICE_FORM, is_device_name
 
@@ -265,6 +265,22 @@ Names = Annotated[list[Word], Before(one_or_many)]
 Part = Annotated[dict[str, Any] | None, Before(part_of)]
 Text = Annotated[str, NotEmpty(), Before(path_text)]
 Paths = Annotated[list[Word], NotEmpty(), Before(one_or_many)]
+Targets = Annotated[str | list[str], NotEmpty(), Before(targets_of)]
+Excluded = Annotated[str | list[str], Before(targets_of)]
+Tokens = Annotated[list[str], Before(tokens_of)]
+Ranges = Annotated[list[list[int]], Before(ranges_of)]
+Ranks = Annotated[dict[str, int], Before(numbers_of)]
+Numbers = Annotated[dict[str, float], Before(numbers_of)]
+Rates = Annotated[dict[str, float], Before(rates_of)]
+Weights = Annotated[dict[str, float], Before(weights_of)]
+Columns = Annotated[dict[str, str], Before(columns_of)]
+LabelMap = Annotated[dict[str, str], Before(label_map_of)]
+TrackerNames = Annotated[list[str], Before(trackers_of)]
+Format = Annotated[str, After(format_of)]
+Init = Annotated[str, After(init_word)]
+Device = Annotated[str, After(device_word)]
+Precision = Annotated[Dtype, Before(dtype_word)]
+Size = Annotated[str, After(size_of)]
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorakit.train.settings.conversion import rules
-from lorakit.train.settings.conversion.rules import (
-    Draft,
-    Rule,
-    Tool,
-    by_value,
-    each,
-    no_counterpart,
-    nothing,
-    only,
-    words,
-)
+from lorakit.train.settings.conversion.rules import Draft, Rule, Tool, each, no_counterpart, nothing, only
 
 if TYPE_CHECKING:
     from lorakit.durable import JsonValue
@@ -41,7 +31,7 @@ def _factory_targets(draft: Draft, key: str, value: JsonValue) -> None:
     if value == "all":
         draft.set(key, "target_modules", "all-linear")
     else:
-        words("target_modules")(draft, key, value)
+        rules.words("target_modules")(draft, key, value)
 
 
 def _factory_bits(draft: Draft, key: str, value: JsonValue) -> None:
@@ -88,8 +78,8 @@ LLAMA_FACTORY = Tool(
         "eval_dataset": _factory_data("eval_data"),
         "template": rules.template,
         "lora_target": _factory_targets,
-        "additional_target": words("modules_to_save"),
-        **each("add_tokens add_special_tokens", words("new_tokens")),
+        "additional_target": rules.words("modules_to_save"),
+        **each("add_tokens add_special_tokens", rules.words("new_tokens")),
         "quantization_bit": _factory_bits,
         "pissa_init": _factory_pissa,
         "loraplus_lr_embedding": _factory_loraplus_embedding,
@@ -98,7 +88,7 @@ LLAMA_FACTORY = Tool(
         "optim": rules.optimizer,
         "lr_scheduler_type": rules.scheduler,
         "val_size": rules.fraction_held_out,
-        "disable_gradient_checkpointing": by_value("recompute", {False: "layers"}),
+        "disable_gradient_checkpointing": rules.by_value("recompute", {False: "layers"}),
         "max_samples": no_counterpart("all rows are used; for a Hub data set, write a slice such as :train[:1000]"),
         "train_on_prompt": no_counterpart(rules.PROMPTS),
         "mask_history": no_counterpart("all assistant turns are trained; set weight 0 in the data to exclude turns"),
