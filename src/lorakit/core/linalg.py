@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorakit.core.kinds.kind import Kind, WeightSpec
-from lorakit.core.kinds.parameter import per_expert, side_by_side
+from lorakit.core.kinds.parameter import joined_A, joined_B, per_expert
 from lorakit.errors import ConfigError
 
 SPARE, SKETCH = 16, 8
@@ -93,7 +93,7 @@ def product_of(A: Tensor, B: Tensor, experts: int = 1) -> Product:
     wide = torch.float64 if A.device.type != "mps" else torch.float32  # MPS has no float64
     A, B = A.detach().to(wide).flatten(1), B.detach().to(wide).flatten(1)
     if experts > 1:
-        return Product(*per_expert(WeightSpec("", B.shape[0], A.shape[1], experts), A, B))
+        return Product(*per_expert(A, B, experts))
     groups = max(1, A.shape[0] // B.shape[1])
     return Product(A.reshape(groups, -1, A.shape[1]), B.reshape(groups, -1, B.shape[1]))
 
@@ -104,7 +104,7 @@ def factors_of(product: Product, A_like: Tensor, B_like: Tensor, experts: int = 
     This is the inverse of `product_of`. `A_like` and `B_like` have the layout and dtype of the site's factors; their
     rank may differ.
     """
-    A, B = side_by_side(product.A, product.B) if experts > 1 else (product.A, product.B)
+    A, B = (joined_A(product.A), joined_B(product.B)) if experts > 1 else (product.A, product.B)
     A = A.reshape(-1, *A_like.shape[1:])
     B = B.reshape(B_like.shape[0], -1, *B_like.shape[2:])
     return A.to(_kept(A_like.dtype)).contiguous(), B.to(_kept(B_like.dtype)).contiguous()

@@ -11,7 +11,7 @@ not depend on schedules or files.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from lorakit.core.kinds.parameter import joined_B, split_B
+from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.linalg import damped_inverse
 from lorakit.core.model.activation import trainable_parameters
 from lorakit.core.model.index import layers
@@ -66,23 +68,33 @@ def freeze_factors(model: nn.Module, name: str | None = None) -> list[Pair]:
     """
     trained = {id(parameter) for _, parameter in trainable_parameters(model, name)}
     pairs: list[Pair] = []
+    for path, layer, adapter, A, B in own_factors(model, name):
+        trains_a = layer.kind.zero_side == "A" or layer.trains[adapter] == {"A"}
+        learns, stays = (A, B) if trains_a else (B, A)
+        if id(learns) in trained:
+            pairs.append(Pair(learns, stays, layer.scaling[adapter], trains_a, layer.spec.experts))
+        elif id(stays) in trained:
+            text = f"{path}: LoRA-FA freezes the only factor that this adapter trains; use AdamW instead."
+            raise ConfigError(text, what=adapter, where=path)
+        stays.requires_grad_(False)
+    return pairs
+
+
+def own_factors(
+    model: nn.Module, name: str | None = None
+) -> Iterator[tuple[str, LoraLayer, str, nn.Parameter, nn.Parameter]]:
+    """Yield the path and layer of each site with one of its adapters, or only the named one, and its A and B.
+
+    A layer that uses the factors of the layer that it is tied to is left out.
+    """
     seen: set[int] = set()
     for path, layer in layers(model):
         for adapter in layer.r if name is None else layer.r.keys() & {name}:
-            trains_a = layer.kind.zero_side == "A" or layer.trains[adapter] == {"A"}
             own = layer.parameters_of(adapter)[:2]
-            if not own or id(own[0]) in seen:
-                continue  # the layer uses the factors of the layer that it is tied to
-            seen.add(id(own[0]))
-            A, B = own
-            learns, stays = (A, B) if trains_a else (B, A)
-            if id(learns) in trained:
-                pairs.append(Pair(learns, stays, layer.scaling[adapter], trains_a, layer.spec.experts))
-            elif id(stays) in trained:
-                text = f"{path}: LoRA-FA freezes the only factor that this adapter trains; use AdamW instead."
-                raise ConfigError(text, what=adapter, where=path)
-            stays.requires_grad_(False)
-    return pairs
+            if own and id(own[0]) not in seen:
+                seen.add(id(own[0]))
+                A, B = own
+                yield path, layer, adapter, A, B
 
 
 def corrected_gradient(gradient: Tensor, pair: Pair, inverse: Tensor) -> Tensor:
@@ -100,8 +112,7 @@ def corrected_gradient(gradient: Tensor, pair: Pair, inverse: Tensor) -> Tensor:
     if pair.trained_is_A:
         corrected = inverse[0] @ g.reshape(len(inverse[0]), -1)
     elif pair.experts:
-        by_expert = g.reshape(len(g), -1, pair.experts).permute(2, 0, 1) @ inverse  # (experts, out, r)
-        corrected = by_expert.permute(1, 2, 0)
+        corrected = joined_B(split_B(g, pair.experts) @ inverse)
     else:
         corrected = g.reshape(len(inverse), -1, inverse.shape[-1]) @ inverse
     return (corrected / pair.scale**2).reshape(gradient.shape).to(gradient.dtype)
@@ -266,20 +277,15 @@ def roles(model: nn.Module) -> dict[int, tuple[Role, str]]:
 
 def trained_parts(model: nn.Module, name: str | None = None) -> list[TrainedPart]:
     """Return the trainable parameters of one adapter, or of all, with their roles, in model order."""
-    known, experts = roles(model), _experts(model)
+    known = roles(model)
+    stacked = [(layer.spec.experts, pair) for _, layer, _, *pair in own_factors(model) if layer.spec.experts > 1]
+    experts = {id(factor): count for count, pair in stacked for factor in pair}
     parts = []
     for path, parameter in trainable_parameters(model, name):
         plain: Role = "vector" if parameter.ndim == 1 else "whole"
         role, site = known.get(id(parameter), (plain, _owner(path)))
         parts.append(TrainedPart(path, parameter, role, site, experts.get(id(parameter), 1)))
     return parts
-
-
-def _experts(model: nn.Module) -> dict[int, int]:
-    """Return a dict from tensor id to number of experts, for the factors that hold those of several experts."""
-    stacked = [layer for _, layer in layers(model) if layer.spec.experts > 1]
-    factors = ((layer, factor) for layer in stacked for name in layer.r for factor in layer.parameters_of(name)[:2])
-    return {id(factor): layer.spec.experts for layer, factor in factors}
 
 
 def rates_by_name(parts: Sequence[TrainedPart], rates: Rates) -> dict[str, float]:

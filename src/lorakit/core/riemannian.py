@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from lorakit.core.kinds.parameter import joined_A, joined_B, per_expert, split_A, split_B
 from lorakit.core.linalg import damped_inverse
 from lorakit.core.model.activation import trainable_parameters
-from lorakit.core.model.index import find_state, layers
+from lorakit.core.model.index import find_state
+from lorakit.core.optimizers import own_factors
 from lorakit.core.quantization import at_least_fp32
 from lorakit.errors import ConfigError, ConfigTypeError
 
@@ -49,16 +51,12 @@ def trained_factors(model: nn.Module, name: str | None = None) -> list[Factors]:
         AdapterError: The model does not have the adapter.
     """
     trained = {id(parameter) for _, parameter in trainable_parameters(model, name)}
-    by_id: dict[int, Factors] = {}
-    for _, layer in layers(model):
-        for adapter in layer.r if name is None else layer.r.keys() & {name}:
-            own = layer.parameters_of(adapter)[:2]
-            if len(own) < 2 or layer.kind.zero_side == "A" or not all(id(factor) in trained for factor in own):
-                continue  # without its own factors, the layer uses those of the layer that it is tied to
-            A, B = own
-            if A.ndim == B.ndim == 2 and len(A) == B.shape[1]:
-                by_id.setdefault(id(A), Factors(A, B, max(1, layer.spec.experts)))
-    return list(by_id.values())
+    return [
+        Factors(A, B, max(1, layer.spec.experts))
+        for _, layer, _, A, B in own_factors(model, name)
+        if layer.kind.zero_side == "B" and id(A) in trained and id(B) in trained and A.ndim == B.ndim == 2
+        if len(A) == B.shape[1]
+    ]
 
 
 @torch.no_grad()
@@ -71,22 +69,12 @@ def precondition(factors: Factors, damping: float) -> None:
     Source:
         Zhang and Pilanci 2024, arXiv:2402.02347, section 3.
     """
-    A, B = (
-        _by_expert(tensor.detach(), of_B, factors.experts) for tensor, of_B in ((factors.A, False), (factors.B, True))
-    )
-    for factor, of_B in ((factors.A, False), (factors.B, True)):
-        if factor.grad is None:
-            continue
-        gradient = _by_expert(factor.grad, of_B, factors.experts)
-        new = gradient @ damped_inverse(A, damping) if of_B else damped_inverse(B.mT, damping) @ gradient
-        stored = new.permute(1, 2, 0) if of_B else new
-        factor.grad.copy_(stored.reshape(factor.shape))
-
-
-def _by_expert(tensor: Tensor, of_B: bool, experts: int) -> Tensor:
-    """Return A as (experts, r, in) or B as (experts, out, r), in fp32 or wider."""
-    wide = at_least_fp32(tensor)
-    return wide.reshape(len(wide), -1, experts).permute(2, 0, 1) if of_B else wide.reshape(experts, -1, wide.shape[1])
+    experts, of_A, of_B = factors.experts, factors.A.grad, factors.B.grad
+    A, B = per_expert(at_least_fp32(factors.A.detach()), at_least_fp32(factors.B.detach()), experts)
+    if of_A is not None:
+        of_A.copy_(joined_A(damped_inverse(B.mT, damping) @ split_A(at_least_fp32(of_A), experts)))
+    if of_B is not None:
+        of_B.copy_(joined_B(split_B(at_least_fp32(of_B), experts) @ damped_inverse(A, damping)))
 
 
 def preconditioned(

@@ -18,7 +18,7 @@ from lorakit.config import LoraConfig, scale
 from lorakit.core.files.adapter_folder import AdapterFiles, rank_and_alpha, read_adapter
 from lorakit.core.files.tensor_names import by_site
 from lorakit.core.inits import known_init
-from lorakit.core.kinds import WeightSpec, per_expert
+from lorakit.core.kinds import per_expert
 from lorakit.core.model.checks import LARGEST_USUAL_SCALE
 from lorakit.core.model.fingerprint import Fingerprint
 from lorakit.core.variants import variants_of
@@ -295,8 +295,7 @@ def _site(files: AdapterFiles, path: str, A: Tensor, B: Tensor) -> SiteSummary:
     experts = A.shape[0] // r if A.shape[0] > r and A.ndim == 2 else 0
     pairs = [(A, B)]
     if experts:
-        spec = WeightSpec("", int(B.shape[0]), int(A.shape[1]), experts)
-        pairs = list(zip(*per_expert(spec, A, B), strict=True))
+        pairs = list(zip(*per_expert(A, B, experts), strict=True))
     norm = math.sqrt(sum(delta_norm(*pair) ** 2 for pair in pairs)) * (1.0 if site.scale is None else abs(site.scale))
     return SiteSummary(path, r, site.alpha, site.scale, int(A.shape[1]), int(B.shape[0]), norm, experts)
 

@@ -47,20 +47,23 @@ def _delta(spec: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
     """Return B·A, from A (experts·r, in) and B (out, r·experts), in the parameter's shape.   [docs/math.md (92)]"""
     if not spec.experts:
         return dense_delta(A, B)
-    A, B = per_expert(spec, A, B)
+    A, B = per_expert(A, B, spec.experts)
     return torch.bmm(A.mT, B.mT) if spec.in_first else torch.bmm(B, A)
 
 
-def per_expert(spec: WeightSpec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def per_expert(A: Tensor, B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """Split A (experts·r, in) and B (out, r·experts) by expert, into (experts, r, in) and (experts, out, r)."""
-    A = A.view(spec.experts, -1, spec.in_features)
-    B = B.view(spec.out_features, -1, spec.experts).permute(2, 0, 1)
-    return A, B
+    return split_A(A, experts), split_B(B, experts)
 
 
-def side_by_side(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Undo `per_expert`: A (experts, r, in), B (experts, out, r) -> (experts·r, in), (out, r·experts)."""
-    return joined_A(A), joined_B(B)
+def split_A(A: Tensor, experts: int) -> Tensor:
+    """Return the A (experts, r, in) of each expert of a parameter, given its A (experts·r, in)."""
+    return A.unflatten(0, (experts, -1))
+
+
+def split_B(B: Tensor, experts: int) -> Tensor:
+    """Return the B (experts, out, r) of each expert of a parameter, given its B (out, r·experts)."""
+    return B.unflatten(1, (-1, experts)).permute(2, 0, 1)
 
 
 def joined_A(A: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ class WeightLayer(LoraLayer):
         beside = [name for name in names if not merged or name not in self.merged_adapters]
         weight = None if merged else self.effective(BASE)
         factors = [self.factor(name).plain(self.training) for name in beside]
-        apart = [(factor, per_expert(self.spec, factor.A, factor.B)) for factor in factors]
+        apart = [(factor, per_expert(factor.A, factor.B, self.spec.experts)) for factor in factors]
         return weight, [replace(factor, A=A, B=B) for factor, (A, B) in apart]
 
     def _sees_tokens(self, drops: bool) -> bool:
