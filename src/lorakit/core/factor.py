@@ -125,13 +125,6 @@ OF_OWN_TENSORS: Mapping[str, Callable[[], nn.Module]] = {
 """`OwnTensor.carried` -> function that creates the container of a variant's extra tensors."""
 
 
-def own_entry(carried: str, tensor: Tensor) -> nn.Module | Tensor:
-    """Return the entry for an extra tensor of a variant, such as a diagonal (r,), by a key of `OF_OWN_TENSORS`."""
-    if carried == "buffer":
-        return tensor.detach()
-    return OwnWeight(parameter(tensor)) if carried == "module" else parameter(tensor)
-
-
 def own_container(carried: str, member: str) -> nn.Module:
     """Return an empty container for a variant's extra tensors, one per adapter, by a key of `OF_OWN_TENSORS`."""
     return nn.ModuleDict() if member else OF_OWN_TENSORS[carried]()
@@ -139,9 +132,9 @@ def own_container(carried: str, member: str) -> nn.Module:
 
 def put_own(holder: Any, adapter: str, member: str, carried: str, tensor: Tensor) -> None:
     """Add an adapter's extra tensor (…), such as a diagonal (r,), to its container from `own_container`."""
-    entry = own_entry(carried, tensor)
+    entry = tensor.detach() if carried == "buffer" else parameter(tensor)
     if not member:
-        holder[adapter] = entry
+        holder[adapter] = OwnWeight(parameter(tensor)) if carried == "module" else entry
         return
     if adapter not in holder:
         holder[adapter] = OwnTensors()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lorakit import core
 from lorakit.config import CordaConfig, LoraConfig
-from lorakit.core.files.tensor_file import encode, read_tensors
+from lorakit.core.files.tensors import encode, read_tensors
 from lorakit.core.kinds import kind_named
 from lorakit.core.model.index import walk
 from lorakit.core.operations.data_init import DataSites

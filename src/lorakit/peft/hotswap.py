@@ -15,7 +15,7 @@ from lorakit.config import LoraConfig, PeftConfig, PeftType, scale
 from lorakit.config.types import Value
 from lorakit.core.attachment.old_experts import with_fused_experts
 from lorakit.core.files.adapter_folder import read_adapter
-from lorakit.core.files.tensor_names import plain_path
+from lorakit.core.files.tensors import plain_path
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.checks import ALLOWANCES
 from lorakit.core.model.index import COMPILED, AdapterIndex, layers, without_wrappers

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from lorakit.architectures.families import DEFAULT_TARGETS
 from lorakit.config import LoraConfig, TaskType
-from lorakit.core.attachment.attaching import AttachReport, model_type_of, with_targets
+from lorakit.core.attachment.attaching import AttachReport, with_targets
 from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.lora_layer import LoraLayer, not_yet_merged
 from lorakit.core.layers.named_layers import LAYERS
 from lorakit.core.merging import tied_sites
 from lorakit.core.model.index import AdapterIndex, layers, walk, without_wrappers
-from lorakit.core.model.target_weights import bare_parameters, matched
+from lorakit.core.model.target_weights import bare_parameters, matched, model_type_of
 from lorakit.errors import ConfigError, NoTargetError, TargetError, warn_caller
 from lorakit.peft.model_adapters import configs_of, user_model
 from lorakit.targets import ALL_LINEAR, Candidate, key_fits, match_path, names_path, resolve, targeted_parameters

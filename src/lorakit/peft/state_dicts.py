@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.core.attachment.old_experts import tensors_with_fused_experts
 from lorakit.core.files.inspecting import Site, implausible, judge, largest_values
-from lorakit.core.files.tensor_names import parse
+from lorakit.core.files.tensors import parse
 from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModulesToSave

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from lorakit.architectures.layouts import DOWN, FUSED
 from lorakit.config import LoraConfig, PeftType
-from lorakit.core.attachment.attaching import model_type_of
 from lorakit.core.attachment.old_experts import fused_A, fused_B, tensors_with_fused_experts
 from lorakit.core.model.index import AdapterIndex
-from lorakit.core.model.target_weights import bare_parameters
+from lorakit.core.model.target_weights import bare_parameters, model_type_of
 from lorakit.errors import NotYetSupported
 from lorakit.peft import model_adapters
 from lorakit.targets import with_current_names

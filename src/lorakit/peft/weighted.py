@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.files.tensor_names import PREFIX
+from lorakit.core.files.tensors import PREFIX
 from lorakit.core.linalg import RankLimit
 from lorakit.core.model.index import layers
 from lorakit.core.operations.combination_types import (

@@ -28,7 +28,7 @@ from lorakit.core import (
     use,
 )
 from lorakit.core.files.inspecting import delta_norm
-from lorakit.core.files.tensor_file import encode, read_tensors
+from lorakit.core.files.tensors import encode, read_tensors
 from lorakit.core.variants.dora import row_norms
 from lorakit.errors import AdapterError, AdapterFileError, LorakitError
 

@@ -75,16 +75,14 @@ TOY = Variant(
     fits=_is_dense,
     parts=Parts(
         extras=(
-            OwnTensor(
-                DIAGONAL, "parameter", (f".{DIAGONAL}",), _per_rank, lambda start: torch.full((start.rank,), 0.5)
-            ),
+            OwnTensor(DIAGONAL, "parameter", _per_rank, lambda start: torch.full((start.rank,), 0.5)),
             OwnTensor(
                 GATE,
                 "module",
-                (f".{GATE}", f".{GATE}.weight"),
                 _per_output,
                 lambda start: start.B.new_zeros(start.spec.out_features),
                 trained=False,
+                older_names=(f"{GATE}.weight",),
             ),
         )
     ),
@@ -284,7 +282,6 @@ def test_a_buffer_is_saved_and_never_trained(put: Callable[[Variant], None], tmp
     count = OwnTensor(
         COUNT,
         "buffer",
-        (f".{COUNT}",),
         lambda kind, spec, r, setting: (1,),
         lambda start: torch.zeros(1),
         trained=False,
@@ -529,7 +526,6 @@ BETWEEN = dataclasses.replace(
             OwnTensor(
                 CORE,
                 "parameter",
-                (f".{CORE}",),
                 lambda kind, spec, r, setting: (r, r),
                 lambda start: torch.zeros(start.rank, start.rank),
                 role="whole",

@@ -11,7 +11,7 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import nn
 
-from lorakit.core.files.tensor_file import encode
+from lorakit.core.files.tensors import encode
 from lorakit.errors import RunError
 from lorakit.train.loop import flat_adamw as flat
 from lorakit.train.loop.flat_adamw import FlatAdamW, is_packable

@@ -8,7 +8,7 @@ restores the base's `requires_grad` flags.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ from lorakit.core.model.base_view import unfreeze_base
 from lorakit.core.model.checks import check_new_name
 from lorakit.core.model.index import AdapterIndex, TargetWeight, trainable_block, without_wrappers
 from lorakit.core.model.replication import replication_of, stacked_for
-from lorakit.core.model.target_weights import bare_parameters, matched
+from lorakit.core.model.target_weights import bare_parameters, matched, model_type_of
 from lorakit.core.model.ties import with_ties
 from lorakit.core.model.vocabulary import chosen_rows
 from lorakit.core.quantization import weight_format_of
@@ -264,17 +264,6 @@ def _with_default(config: LoraConfig, model: nn.Module) -> LoraConfig:
         raise ConfigError(text, what=model_type, field="target_modules", allowed=(ALL_LINEAR,))
     default = DEFAULT_TARGETS[model_type]
     return dataclasses.replace(config, target_modules=default if isinstance(default, str) else set(default))
-
-
-def model_type_of(model: nn.Module) -> str:
-    """Return the model type from a model's config (an object or a mapping), or "None" if it has no model type."""
-    config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if not isinstance(model_type, str):
-        as_dict = getattr(config, "to_dict", None)
-        values = as_dict() if callable(as_dict) else config
-        model_type = values.get("model_type") if isinstance(values, Mapping) else None
-    return str(model_type)
 
 
 LAYER = "layer"

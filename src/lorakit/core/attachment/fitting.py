@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.attachment.build import NewFactor
 from lorakit.core.files.inspecting import largest_value
-from lorakit.core.files.tensor_names import PREFIX, ROWS, inside, parse, part_names
+from lorakit.core.files.tensors import PREFIX, ROWS, inside, parse, part_names
 from lorakit.core.layers.modules_to_save import Extras, ModulesToSave, biased_modules, plain_shapes
 from lorakit.core.layers.trainable_tokens import ChosenRows
 from lorakit.core.model.index import INSIDE, AdapterIndex, TargetWeight

@@ -33,7 +33,7 @@ from lorakit.core.files.adapter_folder import (
     read_adapter,
 )
 from lorakit.core.files.inspecting import Site, implausible, judge, largest_values, nonfinite, not_finite
-from lorakit.core.files.tensor_names import by_site
+from lorakit.core.files.tensors import by_site
 from lorakit.core.inits import known_init
 from lorakit.core.kinds import Kind
 from lorakit.core.model import checks

@@ -20,13 +20,11 @@ from torch import Tensor, nn
 from lorakit.architectures.families import OLD_EXPERTS_BY_TYPE
 from lorakit.architectures.layouts import ExpertsLayout
 from lorakit.config import LoraConfig, scale
-from lorakit.core.attachment.attaching import model_type_of
 from lorakit.core.files.adapter_folder import AdapterFiles, Sidecar, alpha_at
-from lorakit.core.files.tensor_file import TensorFile
-from lorakit.core.files.tensor_names import PREFIX, by_site, endings_of
+from lorakit.core.files.tensors import PREFIX, TensorFile, by_site, endings_of
 from lorakit.core.kinds.parameter import joined_A, joined_B
 from lorakit.core.model.index import AdapterIndex
-from lorakit.core.model.target_weights import bare_parameters, named_targets
+from lorakit.core.model.target_weights import bare_parameters, model_type_of, named_targets
 from lorakit.errors import AdapterFileError, ShapeMismatchError
 from lorakit.targets import (
     BareParameter,

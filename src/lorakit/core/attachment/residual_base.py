@@ -22,8 +22,7 @@ from lorakit.config import LoraConfig
 from lorakit.config import scale as lora_scale
 from lorakit.core.factor import factor_dtype
 from lorakit.core.files.adapter_folder import AdapterFiles
-from lorakit.core.files.tensor_file import file_error, read_tensors
-from lorakit.core.files.tensor_names import by_site
+from lorakit.core.files.tensors import by_site, file_error, read_tensors
 from lorakit.core.inits import Init, InitContext, fresh_bias, known_init
 from lorakit.core.kinds import Kind, WeightSpec
 from lorakit.core.layers.lora_layer import LoraLayer

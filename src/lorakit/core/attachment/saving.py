@@ -22,8 +22,7 @@ from lorakit.config import HEADS_BY_TASK, LoraConfig
 from lorakit.core.attachment.residual_base import INIT_FIELDS, as_plain, plain_config
 from lorakit.core.clones import own_class
 from lorakit.core.files import adapter_folder
-from lorakit.core.files.tensor_file import encode
-from lorakit.core.files.tensor_names import PREFIX, adapter_tensors, endings_of
+from lorakit.core.files.tensors import PREFIX, adapter_tensors, encode, endings_of
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model import checks
 from lorakit.core.model.fingerprint import fingerprint

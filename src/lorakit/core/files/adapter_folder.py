@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lorakit import durable, durable_folders
 from lorakit.config import CONFIG_FILE, HEADS_BY_TASK, SIDECAR_FILE, LoraConfig, adapter_directory, read_config
-from lorakit.core.files.tensor_file import TensorFile, file_error, read_tensors
+from lorakit.core.files.tensors import TensorFile, file_error, read_tensors
 from lorakit.core.model.fingerprint import Fingerprint
 from lorakit.core.model.index import INSIDE, without_wrappers
 from lorakit.durable import SEAL, JsonObject, JsonValue

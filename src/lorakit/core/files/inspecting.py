@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorakit.config import LoraConfig, scale
 from lorakit.core.files.adapter_folder import AdapterFiles, rank_and_alpha, read_adapter
-from lorakit.core.files.tensor_names import by_site
+from lorakit.core.files.tensors import by_site
 from lorakit.core.inits import known_init
 from lorakit.core.kinds import per_expert
 from lorakit.core.model.checks import LARGEST_USUAL_SCALE

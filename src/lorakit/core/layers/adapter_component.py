@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import BASE, Route
 from lorakit.core.routing.state import AdapterState, resolve
-from lorakit.errors import MergeError, MixedRowsError, ModelError, RowCountError, warn_caller
+from lorakit.errors import MergeError, MixedRowsError, ModelError, warn_caller
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -344,12 +344,8 @@ class ReplacingModule(AdapterModule):
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         rows = None if x is None else route.rows_of(x.shape[0])
         if x is None or rows is None:
-            raise RowCountError(
-                f"The number of rows in the route ({len(route.rows or ())}) does not match the input of {self._what} "
-                f"(shape: {'unknown, because there is no tensor' if x is None else tuple(x.shape)}). Pass one adapter "
-                "per row of the batch.",
-                field=self._field,
-            )
+            shape = "unknown, because there is no tensor" if x is None else tuple(x.shape)
+            raise route.mismatch(f"the input of {self._what}", shape, None, self._field)
         outputs: list[Tensor] = []
         indices = []
         for row in dict.fromkeys(rows):

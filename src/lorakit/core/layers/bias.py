@@ -17,7 +17,7 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState, resolve
-from lorakit.errors import MixedRowsError, RowCountError
+from lorakit.errors import MixedRowsError
 
 R = TypeVar("R")
 
@@ -60,11 +60,8 @@ class BiasPatch(AdapterComponent):
             raise MixedRowsError(text, what=type(output).__name__, field="bias")
         rows = route.rows_of(output.shape[0])
         if rows is None:
-            text = (
-                f"The number of rows in the route ({len(route.rows)}) does not match the output of a module with a "
-                f"trained bias (shape: {tuple(output.shape)}). Pass one adapter per row of the batch."
-            )
-            raise RowCountError(text, what=self.adapter, field="bias")
+            place = "the output of a module with a trained bias"
+            raise route.mismatch(place, tuple(output.shape), self.adapter, "bias")
         ours = torch.tensor([row == self.adapter for row in rows], device=output.device)
         return torch.where(ours.view(-1, *[1] * (output.ndim - 1)), output, old)
 

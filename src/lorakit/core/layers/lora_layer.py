@@ -30,7 +30,7 @@ from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState, resolve
 from lorakit.core.shards import is_own_unit
 from lorakit.core.variants import NO_SETTING, NO_TENSORS, At, Factor, OwnTensor, Setting, own_tensors, variant_named
-from lorakit.errors import AdapterError, ConfigTypeError, MergeError, RowCountError, warn_caller
+from lorakit.errors import AdapterError, ConfigTypeError, MergeError, warn_caller
 
 Weights = dict["str | None", Tensor]
 """The weights that a site reads in one forward pass.
@@ -212,7 +212,7 @@ class LoraLayer(BaseWeight, TunerLayer):
             tensors[f"{second}.bias"] = factor.bias
         for own in factor.variant.parts.extras:
             shape = own.shape(kind, self.spec, self.r[adapter], factor.setting)
-            tensors[own.keys[0].removeprefix(".")] = factor.own[own.held_as].view(shape)
+            tensors[own.held_as] = factor.own[own.held_as].view(shape)
         return tensors
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
@@ -284,12 +284,8 @@ class LoraLayer(BaseWeight, TunerLayer):
         axis = self.kind.row_axis(self.owner)
         if axis is None or route.rows_of(x.shape[axis]) is None:
             size = "no batch axis" if axis is None else f"rows: {x.shape[axis]}"
-            raise RowCountError(
-                f"The number of rows in the route ({len(route.rows or ())}) does not match the input of a layer of "
-                f"kind {self.kind_name} (shape: {tuple(x.shape)}, {size}). Pass one adapter per row of the batch; if "
-                "rows are repeated, as in beam search, set `copies`.",
-                what=self.kind_name,
-            )
+            place = f"the input of a layer of kind {self.kind_name}"
+            raise route.mismatch(place, f"{tuple(x.shape)}, {size}", self.kind_name, None)
         return axis
 
     def _addition(self, name: str, route: Route, x: Tensor, y0: Tensor, weights: Weights) -> Tensor:

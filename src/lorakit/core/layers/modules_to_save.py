@@ -8,7 +8,7 @@ original value of a trained bias is stored.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -258,14 +258,19 @@ def trainable_copy(path: str, current: nn.Module) -> nn.Module:
             "targets of one of the adapters, or load the model twice."
         )
         raise TargetError(text, what=path, where=path, field="modules_to_save")
-    states = {id(patch.state): patch.state for module in inside for patch in BiasPatch.on(module)}
-    duplicate = _plain(copy.deepcopy(original, states))
+    duplicate = _plain_copy(original, inside)
     for module in duplicate.modules():
         for patch in BiasPatch.on(module):
             patch.remove(patch.adapter)
     for parameter in duplicate.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return duplicate
+
+
+def _plain_copy(module: nn.Module, inside: Iterable[nn.Module]) -> nn.Module:
+    """Return a dequantized copy of a module, given all modules inside it; its patches keep the state of the model."""
+    states = {id(patch.state): patch.state for part in inside for patch in BiasPatch.on(part)}
+    return _plain(copy.deepcopy(module, states))
 
 
 def _plain(module: nn.Module) -> nn.Module:
@@ -280,14 +285,7 @@ def _plain(module: nn.Module) -> nn.Module:
 
 def plain_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return a dict from name to shape for all tensors of a module's trainable copy, which is not quantized."""
-    parts = dict(module.named_modules())
-    if not any(weight_format_of(part).quantized for part in parts.values()):
-        return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    shapes = {}
-    for path, part in parts.items():
-        prefix = f"{path}." if path else ""
-        row, tensors = weight_format_of(part), {**part._parameters, **part._buffers}
-        if row.quantized:
-            tensors = {"weight": row.read(part, row.stored(part, "weight")), "bias": getattr(part, "bias", None)}
-        shapes.update({prefix + name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None})
-    return shapes
+    parts = [part for _, part in module.named_modules()]
+    is_quantized = any(weight_format_of(part).quantized for part in parts)
+    plain = _plain_copy(module, parts) if is_quantized else module
+    return {name: tuple(tensor.shape) for name, tensor in plain.state_dict().items()}

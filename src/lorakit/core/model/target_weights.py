@@ -8,7 +8,7 @@ only the layers of the saved adapter, even if other adapters have layers around 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -48,6 +48,17 @@ def sites(model: nn.Module) -> list[Site]:
         Site(path, layer.kind_name, layer.spec.out_features, layer.spec.in_features, layer)
         for path, layer in AdapterIndex.of(model).layers()
     ]
+
+
+def model_type_of(model: nn.Module) -> str:
+    """Return the model type from a model's config (an object or a mapping), or "None" if it has no model type."""
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if not isinstance(model_type, str):
+        as_dict = getattr(config, "to_dict", None)
+        values = as_dict() if callable(as_dict) else config
+        model_type = values.get("model_type") if isinstance(values, Mapping) else None
+    return str(model_type)
 
 
 def bare_parameters(index: AdapterIndex) -> list[BareParameter]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorakit.config import LoraConfig
-from lorakit.core.files.tensor_names import PREFIX, ROWS
+from lorakit.core.files.tensors import PREFIX, ROWS
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.index import AdapterIndex

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 from lorakit.config import HEADS_BY_TASK, LoraConfig
-from lorakit.core.files.tensor_names import PREFIX, ROWS
+from lorakit.core.files.tensors import PREFIX, ROWS
 from lorakit.core.kinds import PARAMETER
 from lorakit.core.model.fingerprint import DIFFERENT, UNVERIFIABLE, BaseVerdict
 from lorakit.core.operations.tensor_sources import AdapterWeights

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.attachment.attaching import with_targets
-from lorakit.core.files.tensor_names import PREFIX, endings_of
+from lorakit.core.files.tensors import PREFIX, endings_of
 from lorakit.core.linalg import Product, RankLimit, cut_dense, factors_of
 from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.checks import check_allowances

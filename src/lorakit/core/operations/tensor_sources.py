@@ -20,7 +20,7 @@ from lorakit.core.attachment.residual_base import check_plain, on_the_original, 
 from lorakit.core.attachment.saving import saved_form
 from lorakit.core.files.adapter_folder import AdapterFiles, alpha_at, parameters_meant, rank_and_alpha, read_adapter
 from lorakit.core.files.inspecting import Finding, implausible, judge_files
-from lorakit.core.files.tensor_names import PREFIX, by_site, parse
+from lorakit.core.files.tensors import PREFIX, by_site, parse
 from lorakit.core.kinds import WeightSpec
 from lorakit.core.linalg import Product, factors_of, product_of
 from lorakit.core.model.base_view import base_tensors
@@ -209,7 +209,7 @@ class AdapterWeights:
         for path, factor in self.factors.items():
             stem, (end_A, end_B) = PREFIX + path, factor.endings
             tensors |= {stem + end_A: factor.A, stem + end_B: factor.B}
-            tensors |= {stem + tensor.keys[0]: factor.own[tensor.held_as] for tensor in factor.variant.parts.extras}
+            tensors |= {f"{stem}.{t.held_as}": factor.own[t.held_as] for t in factor.variant.parts.extras}
             if factor.bias is not None:
                 tensors[stem + end_B.removesuffix(".weight") + ".bias"] = factor.bias
         return dict(sorted(tensors.items()))

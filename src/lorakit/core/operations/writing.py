@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig, scale
 from lorakit.core.attachment.loading import place_adapter
 from lorakit.core.files.adapter_folder import FORMAT_VERSION, METADATA_KEY, AdapterFiles, Sidecar, write_files
-from lorakit.core.files.tensor_file import TensorFile, encode
+from lorakit.core.files.tensors import TensorFile, encode
 from lorakit.core.kinds import PARAMETER, parameter_spec
 from lorakit.core.linalg import Reading, padded
 from lorakit.core.model.index import INSIDE, AdapterIndex, TargetWeight, defined_parameters

@@ -8,7 +8,7 @@ to the key-value cache, so that generation steps, which see only one token each,
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -176,15 +176,8 @@ def _hooks_of(module: nn.Module) -> list[int]:
     return [key for key, hook in hooks if isinstance(getattr(hook, "__self__", None), InvocationHooks)]
 
 
-class KeyValueCache(Protocol):
-    """A key-value cache, as returned by transformers models."""
-
-    def get_seq_length(self) -> int:
-        """Return the number of cached positions."""
-
-
-def _cache(values: Mapping[str, Any]) -> KeyValueCache | None:
-    """Return the cache in the arguments or the output of a forward pass, or None."""
+def _cache(values: Mapping[str, Any]) -> Any:
+    """Return the key-value cache of transformers in the arguments or the output of a forward pass, or None."""
     candidates = (values.get(name) for name in CACHES)
     return next((cache for cache in candidates if hasattr(cache, "get_seq_length")), None)
 

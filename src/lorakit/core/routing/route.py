@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.errors import RouteError
+from lorakit.errors import RouteError, RowCountError
 from lorakit.ops.segments import Routed
 
 
@@ -228,6 +228,14 @@ class Route:
         if size == len(rows):
             return rows
         return tuple(row for row in rows for _ in range(self.copies)) if size == len(rows) * self.copies else None
+
+    def mismatch(self, place: str, shape: Sequence[int] | str, what: str | None, field: str | None) -> RowCountError:
+        """Return the error for a batch, with the given shape at a place, whose number of rows is not the route's."""
+        text = (
+            f"The number of rows in the route ({len(self.rows or ())}) does not match {place} (shape: {shape}). Pass "
+            "one adapter per row of the batch; if rows are repeated, as in beam search, set `copies`."
+        )
+        return RowCountError(text, what=what, field=field)
 
     def segments(self, device: torch.device, size: int) -> list[tuple[str, Tensor]]:
         """Return each adapter with the indices of its rows, (n,) int64, cached per device and size of the batch."""

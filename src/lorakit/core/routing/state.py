@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,15 +35,6 @@ class Scope:
     block: Override
     backward: int
     thread: int
-
-
-class PeftLayerMethodsLike(Protocol):
-    """Provides layer attributes that exist only in PEFT, for programs written for PEFT."""
-
-    names: ClassVar[frozenset[str]]
-
-    def answer(self, layer: torch.nn.Module, word: str) -> object:
-        """Return the value of an attribute in `names` for an adapted layer."""
 
 
 # Global: a context variable cannot be copied or pickled, so no object in a model may hold it.
@@ -85,7 +76,7 @@ class AdapterState:
     biased: bool = False
     base: JsonObject | None = None
     waiting: frozenset[str] = frozenset()
-    peft_methods: PeftLayerMethodsLike | None = None
+    peft_methods: Any = None  # a `lorakit.peft.layer_methods.PeftLayerMethods`
 
     def __init__(self) -> None:
         self.configs: dict[str, LoraConfig] = {}

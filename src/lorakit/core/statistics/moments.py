@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import CordaConfig, LoraConfig
-from lorakit.core.files.tensor_file import encode, read_tensors
+from lorakit.core.files.tensors import encode, read_tensors
 from lorakit.core.linalg import Principal
 from lorakit.core.model.fingerprint import DIFFERENT, Fingerprint, compare, fingerprint
 from lorakit.core.model.index import AdapterIndex

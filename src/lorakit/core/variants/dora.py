@@ -136,10 +136,10 @@ DORA = Variant(
             OwnTensor(
                 held_as=MAGNITUDE,
                 carried="module",
-                keys=(f".{MAGNITUDE}", f".{MAGNITUDE}.weight"),  # older versions of PEFT wrote the second name
                 shape=_shape,
                 start=_start,
                 depends_on_rank=False,
+                older_names=(f"{MAGNITUDE}.weight",),  # of older versions of PEFT
             ),
         )
     ),

@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorakit.config import LoraConfig
 from lorakit.core.kinds.kind import Kind, Shape, WeightSpec, only_linear
 from lorakit.core.quantization import at_least_fp32
-from lorakit.core.variants.variant import Factor, Move, OwnTensor, Parts, Penalty, Setting, Start, Variant
+from lorakit.core.variants.variant import Factor, Move, OwnTensor, Parts, Penalty, Setting, Start, Variant, values_of
 from lorakit.errors import ConfigError
 
 DIAGONAL = "lora_diag"
@@ -39,11 +38,6 @@ def penalty(factor: Factor, training: bool) -> Tensor:
     eye = torch.eye(len(diagonal), dtype=A.dtype, device=A.device)
     apart = torch.linalg.norm(B.T @ B - eye) + torch.linalg.norm(A @ A.T - eye)
     return float(factor.setting["beta"]) * diagonal.square().sum() + float(factor.setting["gamma"]) * apart
-
-
-def _setting(config: LoraConfig, path: str) -> Setting | None:
-    kasa = config.kasa_config
-    return None if kasa is None else {"beta": kasa.beta, "gamma": kasa.gamma}
 
 
 def _shape(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> Shape:
@@ -75,9 +69,9 @@ KASA = Variant(
     name="kasa",
     title="KaSA",
     field="kasa_config",
-    setting=_setting,
+    setting=values_of("kasa_config"),
     fits=only_linear,
-    parts=Parts(extras=(OwnTensor(DIAGONAL, "parameter", (f".{DIAGONAL}",), _shape, _start),)),
+    parts=Parts(extras=(OwnTensor(DIAGONAL, "parameter", _shape, _start),)),
     factors=_factors,
     move=Move(
         _move, "KaSA adapters need a base without its smallest singular values, but others need the original one"

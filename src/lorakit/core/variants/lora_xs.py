@@ -63,7 +63,6 @@ LORA_XS = Variant(
             OwnTensor(
                 held_as=MATRIX,
                 carried="parameter",
-                keys=(f".{MATRIX}",),
                 shape=lambda kind, spec, r, setting: (r, r),
                 start=lambda start: start.A.new_zeros(start.rank, start.rank),
                 role="whole",

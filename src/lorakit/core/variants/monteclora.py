@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lorakit.config import LoraConfig
 from lorakit.core.kinds.kind import Kind, Shape, WeightSpec, only_dense
 from lorakit.core.quantization import at_least_fp32
-from lorakit.core.variants.variant import Factor, OwnTensor, Parts, Penalty, Setting, Start, Variant
+from lorakit.core.variants.variant import Factor, OwnTensor, Parts, Penalty, Setting, Start, Variant, values_of
 
 SAMPLER = "lora_monteclora_sampler"
 """PEFT's name for the module that holds the extra tensors of an adapter, on a layer and on disk."""
@@ -115,19 +114,6 @@ def penalty(factor: Factor, training: bool) -> Tensor:
     return total + weights.square().sum()
 
 
-def _setting(config: LoraConfig, path: str) -> Setting | None:
-    sampling = config.monteclora_config
-    if sampling is None:
-        return None
-    return {
-        "num_samples": sampling.num_samples,
-        "use_entropy": sampling.use_entropy,
-        "dirichlet_prior": sampling.dirichlet_prior,
-        "sample_scaler": sampling.sample_scaler,
-        "kl_loss_weight": sampling.kl_loss_weight,
-    }
-
-
 def _per_rank(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> Shape:
     return (r,)
 
@@ -156,22 +142,15 @@ MONTECLORA = Variant(
     name="monteclora",
     title="MonteCLoRA",
     field="monteclora_config",
-    setting=_setting,
+    setting=values_of("monteclora_config"),
     fits=only_dense,
     parts=Parts(
         extras=(
-            OwnTensor(SPREAD, "parameter", (f".{SPREAD}",), _per_rank, lambda start: _uniform(start, start.rank)),
-            OwnTensor(
-                CONCENTRATION,
-                "parameter",
-                (f".{CONCENTRATION}",),
-                _per_sample,
-                lambda start: _uniform(start, _number(start)),
-            ),
+            OwnTensor(SPREAD, "parameter", _per_rank, lambda start: _uniform(start, start.rank)),
+            OwnTensor(CONCENTRATION, "parameter", _per_sample, lambda start: _uniform(start, _number(start))),
             OwnTensor(
                 VARIANCE,
                 "buffer",
-                (f".{VARIANCE}",),
                 _matrix,
                 lambda start: torch.eye(start.rank, dtype=start.A.dtype, device=start.A.device),
                 trained=False,
@@ -179,7 +158,6 @@ MONTECLORA = Variant(
             OwnTensor(
                 WEIGHTS,
                 "buffer",
-                (f".{WEIGHTS}",),
                 _per_sample,
                 lambda start: start.A.new_full((_number(start),), 1 / _number(start)),
                 trained=False,

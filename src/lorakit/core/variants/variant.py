@@ -101,31 +101,42 @@ class Start:
         return W
 
 
+def values_of(field: str) -> Callable[[LoraConfig, str], Setting | None]:
+    """Return a `Variant.setting` with the values of a config's nested config, the same at every site."""
+
+    def setting(config: LoraConfig, path: str) -> Setting | None:
+        nested = getattr(config, field)
+        return None if nested is None else dataclasses.asdict(nested)
+
+    return setting
+
+
 @dataclass(frozen=True)
 class OwnTensor:
     """A tensor that a variant stores for each adapter and site, in addition to A and B.
 
     Attributes:
         held_as: Name of the layer attribute that holds this tensor for every adapter. If it contains a dot, the
-            attribute before the dot holds one module per adapter, in which the tensor has the name after the dot.
+            attribute before the dot holds one module per adapter, in which the tensor has the name after the dot. It is
+            also the tensor's name on disk.
         carried: "module" if the attribute holds modules with a `.weight`, "parameter" if it holds parameters, or
             "buffer" if it holds buffers, which are saved but never trained.
-        keys: Suffixes of the tensor's name on disk: the first is used for writing, and all are accepted when reading.
         shape: Function from kind, weight spec, rank and setting to the tensor's shape in memory and on disk.
         start: Function from a `Start` to the initial tensor, which is then reshaped to `shape`.
         trained: Whether the tensor is trainable.
         depends_on_rank: Whether the tensor depends on the rank, so that a compressed adapter cannot keep the tensor.
         role: The tensor's role in an optimizer; a vector gets B's rate (LoRA+), and a whole matrix gets A's.
+        older_names: Further names that are accepted in files.
     """
 
     held_as: str
     carried: Literal["module", "parameter", "buffer"]
-    keys: tuple[str, ...]
     shape: Callable[[Kind, WeightSpec, int, Setting], Shape]
     start: Callable[[Start], Tensor]
     trained: bool = True
     depends_on_rank: bool = True
     role: Role = "vector"
+    older_names: tuple[str, ...] = ()
 
     @property
     def container(self) -> str:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit.config import LoraConfig
 from lorakit.core.kinds.kind import Kind, Shape, WeightSpec, only_dense
 from lorakit.core.quantization import at_least_fp32
-from lorakit.core.variants.variant import Factor, OwnTensor, Parts, Setting, Start, Variant
+from lorakit.core.variants.variant import Factor, OwnTensor, Parts, Setting, Start, Variant, values_of
 
 PROJECTION = "lora_velora_embed"
 """PEFT's name for the projection, on a layer and on disk."""
@@ -78,28 +77,23 @@ class CompressedLinear(torch.autograd.Function):
         return of_x, of_A, None, None, None
 
 
-def _setting(config: LoraConfig, path: str) -> Setting | None:
-    velora = config.velora_config
-    return None if velora is None else {"groups": velora.num_groups, "scale": velora.scale, "init": velora.init_type}
-
-
 def _shape(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> Shape:
-    return (-(-spec.in_features // int(setting["groups"])),)
+    return (-(-spec.in_features // int(setting["num_groups"])),)
 
 
 def _start(start: Start) -> Tensor:
     (width,) = _shape(start.kind, start.spec, start.rank, start.setting)
     new = start.A.new_zeros(width)
-    return new if start.setting["init"] != "random" else unit(new.normal_(generator=start.generator)).to(new.dtype)
+    return new if start.setting["init_type"] != "random" else unit(new.normal_(generator=start.generator)).to(new.dtype)
 
 
 def _projection(x: Tensor, factor: Factor) -> Tensor:
     """Return the projection (d,) for an input (…, in), after updating the stored one if the setting requires it."""
-    stored, init = factor.own[PROJECTION], factor.setting["init"]
+    stored, init = factor.own[PROJECTION], factor.setting["init_type"]
     if init == "random" or (init == "batch_average_once" and bool(stored.any())):
         return stored
     with torch.no_grad():
-        new = unit(grouped(x.detach(), int(factor.setting["groups"])).mean((0, 1))).to(stored.dtype)
+        new = unit(grouped(x.detach(), int(factor.setting["num_groups"])).mean((0, 1))).to(stored.dtype)
         stored.copy_(new)
     return new  # not the stored tensor, which the next forward pass may overwrite before this one's backward pass
 
@@ -108,7 +102,7 @@ def _down(kind: Kind, module: nn.Module, x: Tensor, factor: Factor, training: bo
     A = factor.A.to(x.dtype)
     if not training or not torch.is_grad_enabled():
         return kind.down(module, x, A)
-    groups, strength = int(factor.setting["groups"]), float(factor.setting["scale"])
+    groups, strength = int(factor.setting["num_groups"]), float(factor.setting["scale"])
     return compressed_linear(x, A, _projection(x, factor), groups, strength)
 
 
@@ -116,14 +110,13 @@ VELORA = Variant(
     name="velora",
     title="VeLoRA",
     field="velora_config",
-    setting=_setting,
+    setting=values_of("velora_config"),
     fits=only_dense,
     parts=Parts(
         extras=(
             OwnTensor(
                 held_as=PROJECTION,
                 carried="buffer",
-                keys=(f".{PROJECTION}",),
                 shape=_shape,
                 start=_start,
                 trained=False,
