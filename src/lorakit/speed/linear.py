@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorakit.choices import CONV1D
 from lorakit.config import PEFT_TABLES_OF_VARIANTS
 from lorakit.core.clones import share_dropped
-from lorakit.core.layers.called_factors import called_factors
+from lorakit.core.layers.batched import called_factors
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.named_layers import WeightLayer
 from lorakit.core.quantization.int8_linear import Int8Linear

@@ -27,6 +27,7 @@ from lorakit.core import (
     use,
 )
 from lorakit.core.kinds import KINDS, kind_named
+from lorakit.core.kinds.kind import takes_values
 from lorakit.core.variants import variant_named
 from lorakit.core.variants.dora import row_norms
 from lorakit.errors import MergeError, RouteError
@@ -164,7 +165,11 @@ def _model(drawn: Drawn, dtype: torch.dtype) -> nn.Module:
 
 def _config(draw: Draw, kind: str, drawn: Drawn) -> LoraConfig:
     gentle = kind == "MultiheadAttention"  # a softmax of large numbers magnifies every rounding
-    ways = ["plain", *["dora"] * variant_named("dora").fits(kind_named(kind)), *["bias"] * kind_named(kind).takes_bias]
+    ways = [
+        "plain",
+        *["dora"] * variant_named("dora").fits(kind_named(kind)),
+        *["bias"] * takes_values(kind_named(kind)),
+    ]
     way = draw(st.sampled_from(ways))
     return LoraConfig(
         r=draw(st.integers(1, 6)) * drawn.groups,

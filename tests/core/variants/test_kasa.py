@@ -107,7 +107,7 @@ def test_the_penalty_is_pefts() -> None:
 def test_the_rank_is_below_both_dimensions(rank: int) -> None:
     model = LINEARS.model()
     before = snapshot(model)
-    with pytest.raises(ConfigError, match=r"out: KaSA requires `r` < 7") as refused:
+    with pytest.raises(ConfigError, match=r"out: KaSA requires `r` <= 6") as refused:
         core.attach(model, LoraConfig(r=rank, target_modules=["up", "out"], kasa_config={}), "a")
     assert (refused.value.what, refused.value.where, refused.value.field) == (str(rank), "out", "r")
     assert snapshot(model) == before

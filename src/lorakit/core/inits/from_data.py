@@ -15,8 +15,7 @@ from torch import Tensor
 
 from lorakit.config import CordaConfig, EvaConfig, LoraGAConfig
 from lorakit.core.inits.init import Init, InitContext, InitResult, balanced, zeros
-from lorakit.core.kinds import Kind
-from lorakit.core.kinds.kind import takes_input
+from lorakit.core.kinds.kind import takes_input, takes_values
 from lorakit.core.linalg import Principal, dense_spectrum
 from lorakit.errors import ConfigError
 
@@ -32,11 +31,6 @@ class InputMoments(Protocol):
 
     def principal(self, k: int) -> Principal:
         """Return the first k principal directions, (k, in)."""
-
-
-def sees_inputs(kind: Kind) -> bool:
-    """Return whether modules of the given kind take values, not indices, as input."""
-    return kind.acts_on == "input" and kind.drops
 
 
 def _eva_settings(context: InitContext) -> EvaConfig:
@@ -64,7 +58,7 @@ def _eva(context: InitContext) -> InitResult:
     return InitResult(A.reshape(context.A_shape).to(context.dtype).contiguous(), zeros(context, context.B_shape))
 
 
-EVA = Init("eva", _eva, fits=sees_inputs, needs="inputs", digest=_eva_digest)
+EVA = Init("eva", _eva, fits=takes_values, needs="inputs", digest=_eva_digest)
 
 
 DAMP, LARGEST_ERROR = 0.01, 0.05
@@ -124,7 +118,9 @@ def _corda(context: InitContext) -> InitResult:
     return InitResult(*context.in_layout(*balanced(context, *(statistics[name][None] for name in ("U", "S", "Vh")))))
 
 
-CORDA = Init("corda", _corda, fits=sees_inputs, changes_base=True, is_exact=False, needs="inputs", digest=_corda_digest)
+CORDA = Init(
+    "corda", _corda, fits=takes_values, changes_base=True, is_exact=False, needs="inputs", digest=_corda_digest
+)
 
 
 DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")

@@ -10,8 +10,7 @@ from torch import nn
 
 from lorakit.architectures.families import TUPLE_ROUTERS
 from lorakit.core.kinds.convolution import CONV1, CONV2, CONV3
-from lorakit.core.kinds.kind import Fits, Kind, WeightSpec, every_kind
-from lorakit.core.kinds.linear import CONV1D, EMBEDDING, LINEAR
+from lorakit.core.kinds.kind import CONV1D, EMBEDDING, LINEAR, Fits, Kind, WeightSpec, every_kind
 from lorakit.core.kinds.parameter import ATTENTION, INNER, PARAMETER, parameter_spec, per_expert
 from lorakit.errors import ConfigError
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit.core.kinds.kind import Shape, WeightSpec
-from lorakit.core.kinds.linear import LINEAR
+from lorakit.core.kinds.kind import LINEAR, Shape, WeightSpec
 from lorakit.errors import ConfigError, MergeError
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d

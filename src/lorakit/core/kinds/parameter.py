@@ -12,8 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.kinds.kind import Shape, WeightSpec, dense_delta
-from lorakit.core.kinds.linear import LINEAR
+from lorakit.core.kinds.kind import LINEAR, Shape, WeightSpec, dense_delta
 from lorakit.errors import TargetError
 
 

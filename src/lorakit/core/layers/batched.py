@@ -1,8 +1,15 @@
-"""Mixed batches: the factors of several adapters are stacked, so that a few matmuls cover all rows.
+"""Factors that are not applied one by one: stacked for mixed batches, or called because they have hooks.
+
+In a mixed batch, the factors of several adapters are stacked, so that a few matmuls cover all rows.
 
 Plain LoRA adapters on dense layers are stacked if gradients are not recorded; all others are applied one by one.
 A stack holds adapters whose ranks differ by less than a factor of two; factors of lower rank are padded with zeros. If
 the route has a cache and all rows use the same adapter, a copy of its factors in the base dtype is cached as a stack.
+
+If a module that holds A or B has a hook, both are called, so that the hook runs; otherwise, they are only read, because
+that takes less time and memory. Only the factors of dense layers can be called, for variants that multiply the stored A
+and B; the hooks of all others do not run. Hooks of DeepSpeed ZeRO-3 free A and B after the call, so they are not called
+for variants that read A and B again, such as DoRA.
 
 `FactorVersions` checks in each forward pass whether the cached stacks are still valid. Writes to existing memory
 through `.data` cannot be detected.
@@ -22,13 +29,13 @@ from torch.nn import functional as F
 from torch.nn.modules import module as of_modules
 
 from lorakit.core.clones import is_watched, share_dropped
-from lorakit.core.kinds.kind import first_axis
-from lorakit.core.kinds.linear import linear_down, linear_up
-from lorakit.core.layers.called_factors import called_factors
+from lorakit.core.factor import FactorWeight
+from lorakit.core.kinds.kind import first_axis, linear_down, linear_up
 from lorakit.core.layers.stored_weight import StoredWeight
 from lorakit.core.quantization.int8_linear import Int8Linear
 from lorakit.core.routing.route import Kept, Route
-from lorakit.core.variants import Factor
+from lorakit.core.shards import is_freed_by_zero
+from lorakit.core.variants import Factor, variant_named
 from lorakit.ops.autograd import autocast, is_traced, without_autocast
 from lorakit.ops.segments import Method, PerRowLora, Routed, Segments, are_few, compiled_method, method_for
 
@@ -289,3 +296,31 @@ def _filled(matrices: Iterable[Tensor]) -> Tensor:
     found = list(matrices)
     highest = max(map(len, found))
     return torch.stack([F.pad(one, (0, 0, 0, highest - len(one))) if len(one) < highest else one for one in found])
+
+
+def called_factors(layer: StoredWeight, name: str) -> tuple[nn.Module, nn.Module] | None:
+    """Return the modules that hold A and B of an adapter if they must be called because one of them has a hook."""
+    kind = layer.kind
+    if kind.down is not linear_down:
+        return None
+    down, up = (layer._modules[attribute]._modules[name] for attribute in kind.names)
+    if type(down) is not FactorWeight or type(up) is not FactorWeight or not (is_watched(down) or is_watched(up)):
+        return None
+    variant = variant_named(layer.variant[name])
+    if variant.output is not None and is_freed_by_zero(down.weight):
+        return None
+    return (down, up) if variant.factors is None and variant.down is None else None
+
+
+def called_product(layer: StoredWeight, name: str, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return s·B(A(x)), (…, out), including the bias of B, for x (…, in), if A and B must be called, else None.
+
+    As in PEFT, x is cast to the dtype of A first, unless `layer.cast_input_dtype_enabled` is false.
+    """
+    called = called_factors(layer, name)
+    if called is None:
+        return None
+    down, up = called
+    h = down(x.to(down.get_parameter("weight").dtype) if layer.cast_input_dtype_enabled else x)
+    product: Tensor = up(h)
+    return product.to(dtype) * layer.scaling[name]

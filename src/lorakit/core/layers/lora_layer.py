@@ -23,8 +23,7 @@ from lorakit.core.factor import HOLDERS, TRAINED, BufferDict, own_container, par
 from lorakit.core.kinds.kind import Kind, WeightSpec, spread
 from lorakit.core.layers.adapter_component import MergeOptions, TunerLayer, trainable_tensors
 from lorakit.core.layers.base_weight import BaseWeight
-from lorakit.core.layers.batched import add_kept, add_stacked
-from lorakit.core.layers.called_factors import called_product
+from lorakit.core.layers.batched import add_kept, add_stacked, called_product
 from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState, resolve

@@ -9,6 +9,7 @@ from torch import nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.inits import Init
+from lorakit.core.kinds.kind import takes_values
 from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.model.fingerprint import vocabulary_of
 from lorakit.core.model.index import AdapterIndex, TargetWeight
@@ -160,7 +161,7 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
         ModelError: A part of a quantized weight is missing or not finite.
         NotYetSupported: The weight is distributed over processes.
     """
-    if config.lora_bias and not target.kind.takes_bias:
+    if config.lora_bias and not takes_values(target.kind):
         text = f"{target.path}: lora_bias does not support {target.kind.name}; leave it out, or set lora_bias=False."
         raise ConfigError(text, what=target.kind.name, where=target.path, field="lora_bias")
     check_not_compiled(index, target.outer)

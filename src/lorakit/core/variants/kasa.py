@@ -12,7 +12,6 @@ from torch import Tensor
 from lorakit.core.kinds.kind import Kind, Shape, WeightSpec, only_linear
 from lorakit.core.quantization import at_least_fp32
 from lorakit.core.variants.variant import Factor, Move, OwnTensor, Parts, Penalty, Setting, Start, Variant, values_of
-from lorakit.errors import ConfigError
 
 DIAGONAL = "lora_diag"
 """PEFT's name for the singular values of the update, on a layer and on disk."""
@@ -54,14 +53,7 @@ def _factors(factor: Factor, training: bool) -> tuple[Tensor, Tensor]:
 
 
 def _move(start: Start) -> Tensor:
-    least = min(start.spec.out_features, start.spec.in_features)
-    if start.rank >= least:
-        text = (
-            f"{start.path}: KaSA requires `r` < {least}, because it removes r of the {least} singular values of the "
-            f"base weight; r is {start.rank}. Lower r (use rank_pattern to change only this module), or leave the "
-            "module out."
-        )
-        raise ConfigError(text, what=start.rank, where=start.path, field="r")
+    start.check_rank(min(start.spec.out_features, start.spec.in_features) - 1, KASA.title)  # one value must be left
     return truncated(start.finite_weight(), start.rank)
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from lorakit.config import LoraConfig
 from lorakit.core.kinds.kind import only_dense
 from lorakit.core.variants.variant import NO_SETTING, Factor, OwnTensor, Parts, Setting, Start, Variant
-from lorakit.errors import ConfigError
 
 MATRIX = "lora_R"
 """The name of R, on a layer and on disk."""
@@ -34,13 +33,7 @@ def _setting(config: LoraConfig, path: str) -> Setting | None:
 
 
 def _start(start: Start) -> tuple[Tensor, Tensor]:
-    most = min(start.spec.out_features, start.spec.in_features)
-    if start.rank > most:
-        text = (
-            f"{start.path}: LoRA-XS requires `r` <= {most}, the number of singular values of the base weight; r is "
-            f"{start.rank}. Lower r (use rank_pattern to change only this module), or leave the module out."
-        )
-        raise ConfigError(text, what=start.rank, where=start.path, field="r")
+    start.check_rank(min(start.spec.out_features, start.spec.in_features), LORA_XS.title)
     A, B = directions(start.finite_weight(), start.rank)
     return A.to(start.A).contiguous(), B.to(start.B).contiguous()
 

@@ -90,6 +90,15 @@ class Start:
         """Rank of the new factor."""
         return self.kind.rank(self.spec, tuple(self.A.shape))
 
+    def check_rank(self, most: int, title: str) -> None:
+        """Raise a ConfigError if the rank exceeds the number of singular values of the base weight that can be used."""
+        if self.rank > most:
+            text = (
+                f"{self.path}: {title} requires `r` <= {most} for the singular values of this base weight; r is "
+                f"{self.rank}. Lower r (use rank_pattern to change only this module), or leave the module out."
+            )
+            raise ConfigError(text, what=self.rank, where=self.path, field="r")
+
     def finite_weight(self) -> Tensor:
         """Return the canonical base weight, (out, in) at a dense site; a ConfigError if it is not finite."""
         W = self.read().detach()
