@@ -103,9 +103,9 @@ def format_count(number: int, singular: str, plural: str | None = None) -> str:
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
-def format_some(names: Sequence[str]) -> str:
+def format_some(names: Sequence[str], shown: int = 3, separator: str = ", ") -> str:
     """Join the first names of a list, and count the others, as in "a, b, c and 2 more"."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return separator.join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def columns(

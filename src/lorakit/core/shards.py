@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from lorakit.errors import AdapterError, MissingExtra, NotYetSupported
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-DEEPSPEED_SINCE = (0, 16)
+DEEPSPEED_SINCE = "0.16"
 """Oldest release of DeepSpeed that is accepted; only 0.19.8 was run, so others may differ."""
 
 FSDP_1 = "_fsdp_wrapped_module"
@@ -156,26 +157,18 @@ def _gathered(tensors: Sequence[Tensor], writer: int | None = None) -> AbstractC
     except ImportError as cause:
         raise MissingExtra(
             "The model is partitioned by DeepSpeed ZeRO-3, but deepspeed cannot be imported: pip install "
-            f"'deepspeed>={_version(DEEPSPEED_SINCE)}'.",
+            f"'deepspeed>={DEEPSPEED_SINCE}'.",
             what="deepspeed",
         ) from cause
     installed = str(deepspeed.__version__)
-    if _release(installed) < DEEPSPEED_SINCE:
+    if TorchVersion(installed) < DEEPSPEED_SINCE:
         text = (
             f"deepspeed {installed} is too old to read partitioned parameters: pip install "
-            f"'deepspeed>={_version(DEEPSPEED_SINCE)}'."
+            f"'deepspeed>={DEEPSPEED_SINCE}'."
         )
-        raise NotYetSupported(text, what=installed, field="deepspeed", allowed=(_version(DEEPSPEED_SINCE),))
+        raise NotYetSupported(text, what=installed, field="deepspeed", allowed=(DEEPSPEED_SINCE,))
     context: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(list(tensors), modifier_rank=writer)
     return context
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-
-
-def _version(release: tuple[int, ...]) -> str:
-    return ".".join(map(str, release))
 
 
 def _incomplete(name: str, reason: str) -> AdapterError:

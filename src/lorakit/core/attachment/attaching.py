@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit.architectures.families import DEFAULT_TARGETS, EXPERTS_BY_TYPE, TUPLE_ROUTER_BY_TYPE
 from lorakit.config import LoraConfig, scale
@@ -139,22 +139,20 @@ def _trained_values(name: str, state: AdapterState, auxiliary: Extras) -> int:
 
 def _notes_on_residuals(index: AdapterIndex, config: LoraConfig, factors: Sequence[build.NewFactor]) -> list[Note]:
     """Return notes on the memory use and rounding error of residual bases, or [] if the base is unchanged."""
-    kept_bytes, lost, count = 0, 0.0, 0
-    for new in factors:
-        if new.stored is None:
-            continue
+    moved = [(new, new.stored) for new in factors if new.stored is not None]
+    if not moved:
+        return []
+    kept_bytes, lost, mover = 0, 0.0, mover_of(config)
+    for new, stored in moved:
         module, spec = index.holder(new.target), new.target.spec
         base = weight_format_of(module, spec.parameter)
-        tensors = (*base.tensors(new.stored), *(new.initial or ()))
-        count, kept_bytes = count + 1, kept_bytes + sum(t.numel() * t.element_size() for t in tensors)
+        kept_bytes += sum(t.numel() * t.element_size() for t in (*base.tensors(stored), *(new.initial or ())))
         if base.quantized and new.initial is not None:
             wanted = residual(new.target.kind, spec, index.weight(new.target), new.initial, new.factor.scale)
-            lost = max(lost, _relative_error(base.read(module, new.stored), wanted))
-    if not count:
-        return []
-    mover = mover_of(config)
+            error = torch.linalg.vector_norm(base.read(module, stored) - wanted) / torch.linalg.vector_norm(wanted)
+            lost = max(lost, float(error))
     text = (
-        f"{mover} changes base weights (sites: {count}); the original weights and initial factors are kept "
+        f"{mover} changes base weights (sites: {len(moved)}); the original weights and initial factors are kept "
         f"({format_bytes(kept_bytes)}), so that the base can be restored."
     )
     notes = [Note("residual_base", text)]
@@ -166,11 +164,6 @@ def _notes_on_residuals(index: AdapterIndex, config: LoraConfig, factors: Sequen
         )
         notes.append(Note("rounded_base", text))
     return notes
-
-
-def _relative_error(computed: Tensor, wanted: Tensor) -> float:
-    smallest = torch.finfo(wanted.dtype).tiny
-    return float(torch.linalg.vector_norm(computed - wanted) / torch.linalg.vector_norm(wanted).clamp_min(smallest))
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:

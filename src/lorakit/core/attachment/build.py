@@ -23,6 +23,7 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import Extras, ModulesToSave, build_extras
 from lorakit.core.layers.named_layers import layer_class
 from lorakit.core.layers.trainable_tokens import ChosenRows, TrainableTokens
+from lorakit.core.model.activation import set_trained
 from lorakit.core.model.base_view import freeze_base
 from lorakit.core.model.checks import check_can_move, check_not_compiled, check_site, check_together
 from lorakit.core.model.fingerprint import record_base
@@ -250,7 +251,10 @@ def new_rows(
 def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
     """Attach an adapter that has already been built, given an up-to-date index; this step cannot fail."""
     name = built.name
-    state = _new_state(index, name) if index.state is None else index.state
+    state = index.state or AdapterState()
+    if index.state is None:
+        freeze_base(index)
+        state.default = Route((name,))
     record_base(index, state)
     index.state = state
     state.configs[name] = built.config
@@ -263,8 +267,6 @@ def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
         if new.stored is not None:
             layer.move_base(name, new.stored, new.initial)
     _put_extras(index, built, state)
-    if not built.trainable:
-        _freeze(built, state)
     if any(variant.invocation is not None for variant in variants_of(built.config)):
         state.waiting |= {name}
         install(index.model, state)
@@ -273,6 +275,8 @@ def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
     _keep_off_fast_path(index)
     index.note_places()
     state.whole.add(index.model)
+    if not built.trainable:
+        set_trained(index.model, {name: False})
     return state
 
 
@@ -295,22 +299,6 @@ def _put_extras(index: AdapterIndex, built: NewAdapter, state: AdapterState) -> 
         BiasPatch.install(name, originals, module, state)
     for parameter, values in built.bias_values:
         parameter.data = values
-
-
-def _freeze(built: NewAdapter, state: AdapterState) -> None:
-    for module in state.members():
-        module.set_trained(built.name, False)
-    for module, originals in built.auxiliary.biases:
-        for leaf in originals:
-            module.get_parameter(leaf).requires_grad_(False)
-
-
-def _new_state(index: AdapterIndex, name: str) -> AdapterState:
-    """Create the adapter state for a model's first adapter, and freeze the base."""
-    state = AdapterState()
-    freeze_base(index)
-    state.default = Route((name,))
-    return state
 
 
 def _table(

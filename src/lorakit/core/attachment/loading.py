@@ -53,6 +53,7 @@ from lorakit.errors import (
     warn_caller,
 )
 from lorakit.hub_cache import NO_OPTIONS, HubOptions, adapter_from_hub, is_on_hub
+from lorakit.tables import format_some
 from lorakit.targets import Match, exact_key
 
 SHOWN = 6
@@ -241,7 +242,7 @@ def _judge(files: AdapterFiles, fitted: Fit, largest: Mapping[str, float], allow
     """Raise one error that lists all mismatches, or return messages about the mismatches if they are allowed."""
     messages = []
     if fitted.problems:
-        shown = _shown(_some_of_each(fitted.problems))
+        shown = format_some(_some_of_each(fitted.problems), SHOWN, "; ")
         has_shapes = any(problem.kind == SHAPE for problem in fitted.problems)  # `allow` does not apply to wrong shapes
         fits_in_part = bool(fitted.sites) and not has_shapes
         if not fits_in_part or "key_mismatch" not in allow:
@@ -263,7 +264,7 @@ def _checked_range(folder: Path, beyond: Sequence[str], allow: Collection[str]) 
     """Raise an error for values that overflow in the base's dtype, or return a message if they are allowed."""
     if not beyond:
         return []
-    message = f"{folder}: values would become infinite in this base's dtype: {_shown(beyond)}."
+    message = f"{folder}: values would become infinite in this base's dtype: {format_some(beyond, SHOWN, '; ')}."
     if "nonfinite" not in allow:
         raise AdapterFileError(
             message,
@@ -272,11 +273,6 @@ def _checked_range(folder: Path, beyond: Sequence[str], allow: Collection[str]) 
             override="nonfinite",
         )
     return [message]
-
-
-def _shown(messages: Sequence[str]) -> str:
-    more = f"; and {len(messages) - SHOWN} more" if len(messages) > SHOWN else ""
-    return "; ".join(messages[:SHOWN]) + more
 
 
 def _some_of_each(problems: Sequence[Problem]) -> list[str]:

@@ -26,6 +26,7 @@ from lorakit.core.kinds.parameter import joined_A, joined_B
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.target_weights import bare_parameters, model_type_of, named_targets
 from lorakit.errors import AdapterFileError, ShapeMismatchError
+from lorakit.tables import format_some
 from lorakit.targets import (
     BareParameter,
     current_path,
@@ -155,15 +156,10 @@ def _check_experts(
         expected = set(range(parameter.shape[0] if len(parameter.shape) == 3 else 1))
         if numbers != expected:
             lacking, extra = sorted(expected - numbers), sorted(numbers - expected)
-            shown = f"lacks {_listed(lacking)}" if lacking else f"has {_listed(extra)}"
+            shown = f"{'lacks' if lacking else 'has'} expert {format_some([*map(str, lacking or extra)])}"
             text = f"{files.folder}: {parameter.path} has {len(expected)} experts, but the adapter {shown} for {old}."
             raise AdapterFileError(text, what=(lacking or extra)[0], where=parameter.path, field="target_modules")
     return olds
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    more = f" and {len(numbers) - 6} more" if len(numbers) > 6 else ""
-    return f"expert {', '.join(map(str, numbers[:6]))}{more}"
 
 
 def _factors(files: AdapterFiles, present: Mapping[str, Mapping[str, str]], site: str) -> tuple[Tensor, Tensor]:
