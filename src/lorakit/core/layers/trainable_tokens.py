@@ -26,6 +26,12 @@ Replacement = tuple[Tensor, Tensor]
 """The indices of the replaced rows, (n,), and their new values, (n, d)."""
 
 
+OF_THE_MODULE = frozenset(
+    {"active_adapters", "disable_adapters", "enable_adapters", "set_adapter", "set_requires_grad", "delete_adapter"}
+)
+"""Attributes of a `TokenAdapter` that are those of the `TrainableTokens` around it, for programs written for PEFT."""
+
+
 @dataclass(frozen=True)
 class ChosenRows:
     """The token embeddings that an adapter trains in one embedding or head.
@@ -56,7 +62,7 @@ class TokenAdapter(nn.Module, TunerLayer):
             nn.ParameterDict() if leader is None else leader.trainable_tokens_delta
         )
         self.token_indices: dict[str, list[int]] = {} if leader is None else leader.token_indices
-        self.within: tuple[TrainableTokens, ...] = ()  # in a tuple, so that it is not registered as a submodule
+        self.within: tuple[TrainableTokens, ...] = ()  # a tuple, so that the module is not registered as a submodule
         self.kept: dict[str, Tensor | None] = {} if leader is None else leader.kept
         self.tied_weight: tuple[nn.Parameter, ...] = ()  # the parameter shared before a merge; not registered
 
@@ -91,19 +97,12 @@ class TokenAdapter(nn.Module, TunerLayer):
         return self.weight_here.shape[1 if isinstance(self.base_layer, nn.Embedding) else 0]
 
     @property
-    def active_adapters(self) -> list[str]:
-        """The adapters that are active in this module, or would be if adapters were enabled."""
-        return self.within[0].active_adapters if self.within else []
-
-    @property
     def active_adapter(self) -> list[str]:
         """Alias of `active_adapters`, for compatibility with PEFT."""
-        return self.active_adapters
+        return self.within[0].active_adapters
 
-    @property
-    def disable_adapters(self) -> bool:
-        """True if adapters are disabled here."""
-        return any(module.disable_adapters for module in self.within)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.within[0], name) if name in OF_THE_MODULE else super().__getattr__(name)
 
     def get_base_layer(self) -> nn.Module:
         """Return the base module."""
@@ -112,26 +111,6 @@ class TokenAdapter(nn.Module, TunerLayer):
     def _all_available_adapter_names(self) -> list[str]:
         """Return the sorted names of the adapters that have rows here, for compatibility with PEFT."""
         return sorted(self.token_indices)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Enable or disable the adapters here; see `AdapterModule.enable_adapters`."""
-        for module in self.within:
-            module.enable_adapters(enabled)
-
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Override the model's default route here; see `AdapterModule.set_adapter`."""
-        for module in self.within:
-            module.set_adapter(adapter_names, inference_mode)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Unfreeze or freeze adapters' rows; see `AdapterModule.set_requires_grad`."""
-        for module in self.within:
-            module.set_requires_grad(adapter_names, requires_grad)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter's rows; see `AdapterModule.delete_adapter`."""
-        for module in self.within:
-            module.delete_adapter(adapter_name)
 
     def rows(self, name: str) -> Replacement:
         """Return the indices of an adapter's rows, (n,), and their values, (n, d)."""
