@@ -23,7 +23,6 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import Extras, ModulesToSave, build_extras
 from lorakit.core.layers.named_layers import layer_class
 from lorakit.core.layers.trainable_tokens import ChosenRows, TrainableTokens
-from lorakit.core.model.activation import set_trained
 from lorakit.core.model.base_view import freeze_base
 from lorakit.core.model.checks import check_can_move, check_not_compiled, check_site, check_together
 from lorakit.core.model.fingerprint import record_base
@@ -267,6 +266,8 @@ def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
         if new.stored is not None:
             layer.move_base(name, new.stored, new.initial)
     _put_extras(index, built, state)
+    for module in () if built.trainable else state.members():
+        module.set_trained(name, False)
     if any(variant.invocation is not None for variant in variants_of(built.config)):
         state.waiting |= {name}
         install(index.model, state)
@@ -275,8 +276,6 @@ def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
     _keep_off_fast_path(index)
     index.note_places()
     state.whole.add(index.model)
-    if not built.trainable:
-        set_trained(index.model, {name: False})
     return state
 
 
@@ -296,7 +295,7 @@ def _put_extras(index: AdapterIndex, built: NewAdapter, state: AdapterState) -> 
             _table(index, path, state, leader)
         leader.put(name, chosen.indices, rows)
     for module, originals in auxiliary.biases:
-        BiasPatch.install(name, originals, module, state)
+        BiasPatch.install(name, originals, module, state, built.trainable)
     for parameter, values in built.bias_values:
         parameter.data = values
 

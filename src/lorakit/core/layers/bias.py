@@ -128,13 +128,15 @@ class BiasPatch(AdapterComponent):
         return [hook for hook in module._forward_hooks.values() if isinstance(hook, BiasPatch)]
 
     @staticmethod
-    def install(adapter: str, originals: dict[str, Tensor], module: nn.Module, state: AdapterState) -> None:
-        """Make a module's biases trainable; a hook applies the original biases to rows that do not use the adapter."""
+    def install(
+        adapter: str, originals: dict[str, Tensor], module: nn.Module, state: AdapterState, trained: bool
+    ) -> None:
+        """Give a module's biases to an adapter; a hook applies the original ones to rows that do not use it."""
         state.biased = True
         patch = BiasPatch(module, adapter, originals, state)
         module.register_forward_hook(patch, with_kwargs=True, prepend=True)
         for parameter in patch.parameters_of(adapter):
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(trained)
 
     @staticmethod
     def uninstall(module: nn.Module, adapters: Collection[str]) -> None:

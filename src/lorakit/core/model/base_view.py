@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.clones import PARAMETRISED
-from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.index import AdapterIndex
@@ -87,8 +86,9 @@ def base_tensors(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> It
         # a replicated layer and the original layer hold the same weight in different modules
         adapted = [(layer.source._parameters.get(layer.spec.parameter), layer) for layer in layers.values()]
         layers |= {(id(parameter), ""): layer for parameter, layer in adapted if parameter is not None}
+    patches = [(patch.module, patch) for patch in index.bias_patches()]
+    biases = {(id(module), name): old for module, patch in patches for name, old in patch.old(module).items()}
     for path, module in index.plain_modules(stacked):
-        biases = {name: old for patch in BiasPatch.on(module) for name, old in patch.old(module).items()}
         prefix = f"{path}." if path else ""
         parts = _original_parts(layers.get((id(module), "weight")))
         for name, parameter in module._parameters.items():
@@ -101,7 +101,8 @@ def base_tensors(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> It
                 else:
                     layer = layers.get((id(module), "weight")) if name == "bias" else None
                     kept = None if layer is None or layer.kept_bias is None else layer.original_bias()
-                    tensor = biases.get(name, unmerged.get(id(parameter), parameter) if kept is None else kept)
+                    tensor = unmerged.get(id(parameter), parameter) if kept is None else kept
+                    tensor = biases.get((id(module), name), tensor)
                 yield prefix + name, tensor, module
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
