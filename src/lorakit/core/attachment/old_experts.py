@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from lorakit.architectures.families import OLD_EXPERTS_BY_TYPE
 from lorakit.architectures.layouts import ExpertsLayout
 from lorakit.config import LoraConfig, scale
 from lorakit.core.files.adapter_folder import AdapterFiles, Sidecar, alpha_at
-from lorakit.core.files.tensors import PREFIX, TensorFile, by_site, endings_of
+from lorakit.core.files.tensors import PREFIX, TensorFile, by_site, endings_of, parse
 from lorakit.core.kinds.parameter import joined_A, joined_B
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.target_weights import bare_parameters, model_type_of, named_targets
@@ -45,10 +45,10 @@ Sites = dict[str, dict[int, str]]
 
 @dataclass
 class _OldSites:
-    """Sites of an adapter's file: path of a parameter -> the sites that it replaces, and path -> path of a module."""
+    """Sites of an adapter's file: path of a parameter -> the sites that it replaces, and current paths of modules."""
 
     fused: dict[str, Sites] = field(default_factory=dict)
-    modules: dict[str, str] = field(default_factory=dict)
+    modules: list[str] = field(default_factory=list)
 
 
 def with_fused_experts(files: AdapterFiles, index: AdapterIndex, *, rescales_B: bool = False) -> AdapterFiles:
@@ -70,7 +70,7 @@ def with_fused_experts(files: AdapterFiles, index: AdapterIndex, *, rescales_B: 
     layout = OLD_EXPERTS_BY_TYPE.get(model_type)
     if layout is None:
         return files
-    present = by_site({name: name for name in files.file.tensors})
+    present = by_site(files.file.tensors)
     bare = {parameter.path: parameter for parameter in bare_parameters(index)}
     old_sites = _sites(layout, files, present, bare)
     if not old_sites.fused:
@@ -78,18 +78,21 @@ def with_fused_experts(files: AdapterFiles, index: AdapterIndex, *, rescales_B: 
     parts = {path: set(sites) for path, sites in old_sites.fused.items()}
     config = with_fused_targets(_without_old_keys(layout, files.config), layout, parts, [], list(bare.values()))
     fused: dict[str, tuple[Tensor, Tensor]] = {}
-    ranks: dict[str, float] = {}
+    ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for path, sites in old_sites.fused.items():
-        olds = _check_experts(layout, files, bare[path], sites)
-        factors = {old: {n: _factors(files, present, site) for n, site in sites[old].items()} for old in olds}
-        ranks[path], alphas[path] = _rank_and_alpha(files, path, sites, factors)
-        fused[path] = _fused(files, bare[path], factors, rescales_B and config.use_rslora)
+        factors = _factors(layout, files, present, bare[path], sites)
+        ranks[path] = sum(A.shape[0] for (A, _), *_ in factors)
+        alphas[path] = _alpha(files, present, path, sites, ranks[path])
+        fused[path] = _fused(factors, bare[path], rescales_B and config.use_rslora)
     config.target_modules = _modules(layout, files.config, old_sites)
     config.rank_pattern = {k: int(v) for k, v in _patterns(layout, config.rank_pattern, ranks, config.r).items()}
     config.alpha_pattern = _patterns(layout, config.alpha_pattern, alphas, config.lora_alpha)
     warnings = [*files.warnings, *_without_dropout(files, config, bare, old_sites)]
-    tensors = _renamed(layout, files.file.tensors, present, old_sites)
+    taken = {site for sites in old_sites.fused.values() for at in sites.values() for site in at.values()}
+    keys = {name: parse(name) for name in files.file.tensors}
+    left = [name for name, key in keys.items() if key is None or key.path not in taken]
+    tensors = {current_path(layout, name): files.file.tensors[name] for name in left}
     for site, target in named_targets(index, config).items():
         if target.pattern_path in fused:
             ending_A, ending_B = endings_of(target.kind)
@@ -116,7 +119,7 @@ def tensors_with_fused_experts(
 def _sites(
     layout: ExpertsLayout,
     files: AdapterFiles,
-    present: Mapping[str, Mapping[str, str]],
+    present: Iterable[str],
     bare: Mapping[str, BareParameter],
 ) -> _OldSites:
     old_sites, names = _OldSites(), layout.parameters
@@ -129,11 +132,10 @@ def _sites(
         elif names_path(layout.router, path) and not any(names_path(entry, router) for entry in targeted):
             parameter, old, number = router, layout.router, 0
         else:
-            old_sites.modules[path] = site
+            old_sites.modules.append(path)
             continue
         if parameter not in bare:
-            text = f"{files.folder}: the adapter has tensors for {site}, but this model has no parameter {parameter}."
-            raise AdapterFileError(text, what=site, where=files.folder)
+            raise _misfit(files, site, f"this model has no parameter {parameter}")
         old_sites.fused.setdefault(parameter, {}).setdefault(old, {})[number] = site
     return old_sites
 
@@ -146,62 +148,65 @@ def _without_old_keys(layout: ExpertsLayout, config: LoraConfig) -> LoraConfig:
     return dataclasses.replace(config, rank_pattern=ranks, alpha_pattern=alphas)
 
 
-def _check_experts(
-    layout: ExpertsLayout, files: AdapterFiles, parameter: BareParameter, sites: Sites
-) -> tuple[str, ...]:
-    """Check that each part of a parameter has one site per expert, and return the names of the parts in order."""
-    olds = parts_at(layout, parameter.path)
-    for old in olds:
-        numbers = set(sites.get(old, ()))
-        expected = set(range(parameter.shape[0] if len(parameter.shape) == 3 else 1))
-        if numbers != expected:
-            lacking, extra = sorted(expected - numbers), sorted(numbers - expected)
-            shown = f"{'lacks' if lacking else 'has'} expert {format_some([*map(str, lacking or extra)])}"
-            text = f"{files.folder}: {parameter.path} has {len(expected)} experts, but the adapter {shown} for {old}."
-            raise AdapterFileError(text, what=(lacking or extra)[0], where=parameter.path, field="target_modules")
-    return olds
+def _misfit(
+    files: AdapterFiles, path: str, reason: str, error: type[AdapterFileError] = AdapterFileError
+) -> AdapterFileError:
+    """Return the error for tensors of a site or parameter that cannot be fused."""
+    return error(f"{files.folder}: {path}: {reason}.", what=path, where=files.folder)
 
 
-def _factors(files: AdapterFiles, present: Mapping[str, Mapping[str, str]], site: str) -> tuple[Tensor, Tensor]:
+Factors = Sequence[Sequence[tuple[Tensor, Tensor]]]
+"""For each part of a parameter and each expert, A (r, in) and B (out, r)."""
+
+
+def _factors(
+    layout: ExpertsLayout,
+    files: AdapterFiles,
+    present: Mapping[str, Mapping[str, Tensor]],
+    parameter: BareParameter,
+    sites: Sites,
+) -> Factors:
+    """Return the factors of a parameter, after checking that each part has one site per expert and one shape."""
+    path, count = parameter.path, parameter.shape[0] if len(parameter.shape) == 3 else 1
+    factors = []
+    for old in parts_at(layout, path):
+        at = sites.get(old, {})
+        wrong = sorted(at.keys() ^ set(range(count)))
+        if wrong:
+            shown = f"{'has' if wrong[0] in at else 'lacks'} expert {format_some([*map(str, wrong)])}"
+            raise _misfit(files, path, f"it has {count} experts, but the adapter {shown} for {old}")
+        factors.append([_pair(files, present, at[number]) for number in range(count)])
+        shapes = {(tuple(A.shape), tuple(B.shape)) for A, B in factors[-1]}
+        if len(shapes) > 1:
+            raise _misfit(files, path, f"the shapes of A and B for {old} differ: {sorted(shapes)}", ShapeMismatchError)
+    widths = {A.shape[1] for (A, _), *_ in factors}
+    if len(widths) > 1:
+        raise _misfit(files, path, f"its parts have inputs of different widths: {sorted(widths)}", ShapeMismatchError)
+    return factors
+
+
+def _pair(files: AdapterFiles, present: Mapping[str, Mapping[str, Tensor]], site: str) -> tuple[Tensor, Tensor]:
     """Return A (r, in) and B (out, r) of a site."""
-    other = sorted(set(present[site]) - {"A", "B"})
-    if other or len(present[site]) != 2:
-        text = f"the tensor {present[site][other[0]]}" if other else f"only one of A and B at {site}"
-        raise AdapterFileError(
-            f"{files.folder}: the adapter has {text}; each expert of transformers 4 must have A and B only.",
-            what=site,
-            where=files.folder,
-        )
-    A, B = (files.file.tensors[present[site][part]] for part in "AB")
+    if set(present[site]) != {"A", "B"}:
+        given = ", ".join(sorted(present[site]))
+        raise _misfit(files, site, f"an expert of transformers 4 must have A and B only, but has {given}")
+    A, B = present[site]["A"], present[site]["B"]
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-        raise ShapeMismatchError(
-            f"{files.folder}: A {tuple(A.shape)} and B {tuple(B.shape)} at {site} do not fit together.",
-            what=site,
-            where=files.folder,
-        )
+        raise _misfit(files, site, f"A {tuple(A.shape)} and B {tuple(B.shape)} do not fit together", ShapeMismatchError)
     return A, B
 
 
-Factors = Mapping[str, Mapping[int, tuple[Tensor, Tensor]]]
-"""Old name of a part -> number of an expert -> A (r, in) and B (out, r)."""
-
-
-def _rank_and_alpha(files: AdapterFiles, path: str, sites: Sites, factors: Factors) -> tuple[int, float]:
-    """Return the rank of a fused parameter, and the alpha with which its scale is that of its parts."""
+def _alpha(
+    files: AdapterFiles, present: Mapping[str, Mapping[str, Tensor]], path: str, sites: Sites, rank: int
+) -> float:
+    """Return the alpha with which the scale of a fused parameter of this rank is that of its parts."""
     rslora = files.config.use_rslora
-    rank = sum(at[0][0].shape[0] for at in factors.values())
-    scales = {
-        scale(factors[old][number][0].shape[0], alpha_at(files, site), rslora)
-        for old, at in sites.items()
-        for number, site in at.items()
-    }
+    olds = [site for at in sites.values() for site in at.values()]
+    scales = {scale(len(present[site]["A"]), alpha_at(files, site), rslora) for site in olds}
     if len(scales) > 1:
-        text = (
-            f"{files.folder}: the parts and experts of {path} have different scales: "
-            f"{', '.join(f'{one:g}' for one in sorted(scales))}; a parameter has one scale."
-        )
-        raise AdapterFileError(text, what=sorted(scales), where=path, field="alpha_pattern")
-    return rank, scales.pop() * (math.sqrt(rank) if rslora else rank)
+        shown = ", ".join(f"{one:g}" for one in sorted(scales))
+        raise _misfit(files, path, f"its parts and experts have different scales: {shown}; a parameter has one scale")
+    return scales.pop() * (math.sqrt(rank) if rslora else rank)
 
 
 def _patterns(
@@ -222,26 +227,12 @@ def _patterns(
     return patterns
 
 
-def _fused(files: AdapterFiles, parameter: BareParameter, held: Factors, rescales_B: bool) -> tuple[Tensor, Tensor]:
+def _fused(factors: Factors, parameter: BareParameter, rescales_B: bool) -> tuple[Tensor, Tensor]:
     """Return A and B of a parameter in PEFT's layout."""
-    for old, at in held.items():
-        shapes = {(tuple(A.shape), tuple(B.shape)) for A, B in at.values()}
-        if len(shapes) > 1:
-            text = (
-                f"{files.folder}: the experts at {parameter.path} have A and B of different shapes for {old}: "
-                f"{', '.join(map(str, sorted(shapes)))}."
-            )
-            raise ShapeMismatchError(text, what=old, where=parameter.path)
     if len(parameter.shape) != 3:
-        ((factors,),) = (tuple(at.values()) for at in held.values())
-        return factors
-    widths = {at[0][0].shape[1] for at in held.values()}
-    if len(widths) > 1:
-        text = f"{files.folder}: the parts of {parameter.path} have inputs of different widths: {sorted(widths)}."
-        raise ShapeMismatchError(text, what=sorted(widths), where=parameter.path)
-    numbers = range(parameter.shape[0])
-    parts = [[at[number] for number in numbers] for at in held.values()]
-    return fused_A([[A for A, _ in at] for at in parts]), fused_B([[B for _, B in at] for at in parts], rescales_B)
+        ((pair,),) = factors
+        return pair
+    return fused_A([[A for A, _ in at] for at in factors]), fused_B([[B for _, B in at] for at in factors], rescales_B)
 
 
 def fused_A(parts: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -276,17 +267,3 @@ def _without_dropout(
         return []
     dropout, config.lora_dropout = config.lora_dropout, 0.0
     return [f"{files.folder}: lora_dropout={dropout:g} is ignored, because the input of {router} is not accessible."]
-
-
-def _renamed(
-    layout: ExpertsLayout, tensors: Mapping[str, Tensor], present: Mapping[str, Mapping[str, str]], old_sites: _OldSites
-) -> dict[str, Tensor]:
-    """Return the tensors that are not fused, under their current names."""
-    taken = {
-        name
-        for sites in old_sites.fused.values()
-        for at in sites.values()
-        for site in at.values()
-        for name in present[site].values()
-    }
-    return {current_path(layout, name): tensor for name, tensor in tensors.items() if name not in taken}

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorakit.config import LoraConfig
 from lorakit.config import scale as lora_scale
@@ -156,15 +156,18 @@ def give_base_back(layer: LoraLayer, adapter: str) -> None:
 Factors = tuple[Tensor, Tensor, int]
 
 
-def check_plain(model: nn.Module | AdapterIndex, name: str) -> None:
-    """Raise an AdapterError if the init or variant of an adapter changed the base by more than a low-rank product."""
-    index = AdapterIndex.of(model)
-    config = index.known_state().configs[name]
-    for path, layer in index.layers(name):
-        if name in layer.moved_by and layer.initial is None:
+def check_plain(layers: Iterable[tuple[str, LoraLayer]], name: str, config: LoraConfig) -> None:
+    """Raise an AdapterError if an adapter is not plain LoRA on the original base, given its layers and their paths.
+
+    Its init or variant then changed a weight by more than a low-rank product, or the changed weight was requantized.
+    """
+    for path, layer in layers:
+        if name in layer.moved_by and (layer.initial is None or layer.base.quantized):
+            rounded = "a quantized weight, which had to be requantized"
+            what = "the base by more than a low-rank product" if layer.initial is None else rounded
             text = (
-                f"{path}: {mover_of(config)} changed the base by more than a low-rank product, so adapter {name!r} "
-                "is not plain LoRA on the original base. Merge the adapter, or save the result of merged_state_dict."
+                f"{path}: {mover_of(config)} changed {what}, so adapter {name!r} is not plain LoRA on the original "
+                "base. Use `save_as_trained`, merge the adapter, or save the result of merged_state_dict."
             )
             raise AdapterError(text, what=name, where=path)
 
@@ -199,23 +202,12 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
     past = init_record_of(files, False, (RECOMPUTE,))
     if not past.moves:
         return None
-    prefix = (
-        f"{files.folder}: init_lora_weights is {files.config.init_lora_weights!r}: the factors apply to a base that "
-        "this init"
-    )
     if past.first is None:
-        text = (
-            f"{prefix} changed, and the directory does not say how. Load the adapter with allow=['recompute_init'] and "
-            "save it with save_adapter, or, in PEFT, with path_initial_model_for_weight_conversion. If your base "
-            "already contains the change, set init_lora_weights to true in the adapter's config."
-        )
-        raise AdapterFileError(text, what=files.config.init_lora_weights, where=files.folder, field="init_lora_weights")
+        why = ", and the directory does not say how"
+        raise _base_changed(files, why, advice="Load the adapter with allow=['recompute_init'], and save it.")
     if files.sidecar.base is not None and files.sidecar.base.bounds:
-        text = (
-            f"{prefix} changed while the base was quantized. The changed weights had to be requantized, so the adapter "
-            "is not plain LoRA on the original base. Merge the adapter instead."
-        )
-        raise AdapterFileError(text, what=files.config.init_lora_weights, where=files.folder)
+        why = " while the base was quantized, so its weights were requantized and the factors are not plain LoRA"
+        raise _base_changed(files, why, advice="Merge the adapter instead.")
     plain = {}
     for path, (A, B, experts) in factors.items():
         first = past.first_at(path, A, B)
@@ -339,25 +331,28 @@ def init_record_of(files: AdapterFiles, trainable: bool, allow: Collection[str])
         if began and trainable:
             return InitRecord(folder, _initial_config(folder, config, began), began["sites"], is_doubled=True)
         return InitRecord(folder, config)
-    if init.needs or RECOMPUTE not in allow:
-        reason = (
-            " using data, and the file does not contain the changed base"
-            if init.needs
-            else ", and loading does not run inits"
-        )
-        or_allow = "" if init.needs else f", or {OVERRIDE} to change this base in the same way"
-        raise AdapterFileError(
-            f"{folder}: init_lora_weights is {config.init_lora_weights!r}: the factors apply to a base that this init "
-            f"changed{reason}.",
-            advice="Save the adapter as plain LoRA (in PEFT: save_pretrained with "
-            f"path_initial_model_for_weight_conversion; in lorakit: save_adapter){or_allow}. If your base already "
-            "contains the change, set init_lora_weights to true in the adapter's config.",
-            what=config.init_lora_weights,
-            where=folder,
-            field="init_lora_weights",
-            override=None if init.needs else RECOMPUTE,
-        )
+    if init.needs:
+        raise _base_changed(files, " using data, and the file does not contain the changed base")
+    if RECOMPUTE not in allow:
+        raise _base_changed(files, ", and loading does not run inits", RECOMPUTE)
     return InitRecord(folder, config, init=init)
+
+
+def _base_changed(files: AdapterFiles, why: str, override: str | None = None, advice: str = "") -> AdapterFileError:
+    """Return the error for factors that apply to a base that an init changed, which is not known."""
+    init = files.config.init_lora_weights
+    or_allow = "" if override is None else f", or {OVERRIDE} to change this base in the same way"
+    return AdapterFileError(
+        f"{files.folder}: init_lora_weights is {init!r}: the factors apply to a base that this init changed{why}.",
+        advice=advice
+        or "Save the adapter as plain LoRA (in PEFT: save_pretrained with path_initial_model_for_weight_conversion; in "
+        f"lorakit: save_adapter){or_allow}. If your base already contains the change, set init_lora_weights to true in "
+        "the adapter's config.",
+        what=init,
+        where=files.folder,
+        field="init_lora_weights",
+        override=override,
+    )
 
 
 def _initial_config(folder: Path, config: LoraConfig, began: JsonObject) -> LoraConfig:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import HEADS_BY_TASK, LoraConfig
-from lorakit.core.attachment.residual_base import INIT_FIELDS, as_plain, plain_config
+from lorakit.core.attachment.residual_base import INIT_FIELDS, as_plain, check_plain, plain_config
 from lorakit.core.clones import own_class
 from lorakit.core.files import adapter_folder
 from lorakit.core.files.tensors import PREFIX, adapter_tensors, encode, endings_of
@@ -115,8 +115,8 @@ def _as_lora(trained: SavedForm, layers: Sequence[tuple[str, LoraLayer]], initia
     (…).
     """
     tensors = dict(trained.tensors)
+    check_plain(layers, trained.name, trained.config)
     for path, layer in layers:
-        _check_plain(path, layer, trained.name, trained.config)
         down, up = _keys(path, layer)
         first = [initial[key] for key in (down, up) if key in initial and initial[key].shape == tensors[key].shape]
         if len(first) != 2:
@@ -129,22 +129,6 @@ def _as_lora(trained: SavedForm, layers: Sequence[tuple[str, LoraLayer]], initia
         path: {"r": 2 * site["r"], "lora_alpha": more * site["lora_alpha"]} for path, site in trained.sites.items()
     }
     return dataclasses.replace(trained, tensors=tensors, config=wide, sites=sites)
-
-
-def _check_plain(path: str, layer: LoraLayer, name: str, config: LoraConfig) -> None:
-    variant = variant_named(layer.variant[name])
-    if variant.move is not None:
-        text = (
-            f"{path}: adapter {name!r} uses {variant.title}, which is not plain LoRA on the original base. Save the "
-            "adapter without converting it, or merge it."
-        )
-        raise AdapterError(text, what=name, where=path, field=variant.field)
-    if name in layer.moved_by and layer.base.quantized:
-        text = (
-            f"{path}: {config.init_lora_weights} modified the quantized base weight, which then had to be requantized, "
-            f"so adapter {name!r} is not plain LoRA on the original base. Use `save_as_trained`, or merge the adapter."
-        )
-        raise AdapterError(text, what=name, where=path)
 
 
 def _keys(path: str, layer: LoraLayer) -> tuple[str, str]:

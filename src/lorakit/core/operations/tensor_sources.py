@@ -232,7 +232,7 @@ def weights_of_model(model: nn.Module, name: str) -> AdapterWeights:
     """Return the weights of an adapter, which stays on the model; an AdapterError if the base has changed (LoftQ)."""
     index = AdapterIndex.of(model)
     form = saved_form(index, name)
-    check_plain(index, name)
+    check_plain(index.layers(name), name, form.config)
     config, known = form.config, _sites_in(index, name)
     tensors = {key: tensor.detach() for key, tensor in form.tensors.items()}
     factors, others = _by_site(tensors, config, lambda path, A: known[path])
