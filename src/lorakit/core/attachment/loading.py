@@ -32,7 +32,7 @@ from lorakit.core.files.adapter_folder import (
     rank_and_alpha,
     read_adapter,
 )
-from lorakit.core.files.inspecting import Site, implausible, judge, largest_values, nonfinite, not_finite
+from lorakit.core.files.inspecting import Site, check_finite, implausible, judge, largest_values
 from lorakit.core.files.tensors import by_site
 from lorakit.core.inits import known_init
 from lorakit.core.kinds import Kind
@@ -254,9 +254,7 @@ def _judge(files: AdapterFiles, fitted: Fit, largest: Mapping[str, float], allow
                 override="key_mismatch" if fits_in_part else None,
             )
         messages.append(f"{files.folder}: loaded in part as allowed: {shown}.")
-    bad = nonfinite(largest)
-    if bad is not None and "nonfinite" not in allow:
-        raise not_finite(files.folder, bad)
+    check_finite(files.folder, largest, allow)
     return messages
 
 

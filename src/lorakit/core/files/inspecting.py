@@ -83,7 +83,7 @@ def judge(config: LoraConfig, sites: Sequence[Site], largest: Mapping[str, float
     """Return a finding for each implausible property of an adapter, given the result of `largest_values`."""
     findings = [
         _zero(sites, largest) if all(variant.parts.uses_factors for variant in variants_of(config)) else None,
-        nonfinite(largest),
+        _nonfinite(largest),
         _of_tensors(VALUES, "Implausibly large values", largest, lambda v: LARGEST_USUAL_VALUE <= v < math.inf),
         *_scales(config, sites),
         _init(config),
@@ -91,20 +91,21 @@ def judge(config: LoraConfig, sites: Sequence[Site], largest: Mapping[str, float
     return tuple(finding for finding in findings if finding is not None)
 
 
-def nonfinite(largest: Mapping[str, float]) -> Finding | None:
-    """Return a finding if there are NaN or infinite values, otherwise None; `largest` is as in `judge`."""
+def _nonfinite(largest: Mapping[str, float]) -> Finding | None:
     return _of_tensors(NONFINITE, "NaN or infinite values", largest, lambda value: not math.isfinite(value))
 
 
-def not_finite(folder: Path, finding: Finding) -> AdapterFileError:
-    """Return the error to raise if an adapter contains NaN or infinite values that are not allowed."""
-    return AdapterFileError(
-        f"{folder}: {finding}",
-        advice=f"Use an earlier checkpoint, or {OVERRIDE}.",
-        what=next(iter(finding.where), None),
-        where=folder,
-        override="nonfinite",
-    )
+def check_finite(folder: Path, largest: Mapping[str, float], allow: Collection[str]) -> None:
+    """Raise an AdapterFileError for NaN or infinite values, unless "nonfinite" is allowed."""
+    finding = _nonfinite(largest)
+    if finding is not None and "nonfinite" not in allow:
+        raise AdapterFileError(
+            f"{folder}: {finding}",
+            advice=f"Use an earlier checkpoint, or {OVERRIDE}.",
+            what=finding.where[0],
+            where=folder,
+            override="nonfinite",
+        )
 
 
 def implausible(folder: str | Path, findings: Sequence[Finding], may_be_zero: bool = False) -> tuple[str, ...]:
@@ -259,11 +260,9 @@ def judge_files(files: AdapterFiles, allow: Collection[str] = ()) -> tuple[Findi
     """Return the findings of `AdapterSummary.judged`; an AdapterFileError for NaN or infinity, unless allowed."""
     pairs, _ = _pairs(files.file.tensors)
     sites = [_known_site(files, path, A)[1] for path, (A, _) in pairs.items()]
-    findings = judge(files.config, sites, largest_values(files.file.tensors))
-    bad = [finding for finding in findings if finding.kind == NONFINITE]
-    if bad and "nonfinite" not in allow:
-        raise not_finite(files.folder, bad[0])
-    return findings
+    largest = largest_values(files.file.tensors)
+    check_finite(files.folder, largest, allow)
+    return judge(files.config, sites, largest)
 
 
 def delta_norm(A: Tensor, B: Tensor) -> float:
