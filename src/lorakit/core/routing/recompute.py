@@ -33,23 +33,22 @@ class Traces(Generic[What]):
     """
 
     def __init__(self) -> None:
-        self._alive: dict[int, weakref.ref[_Mark[What]]] = {}
+        self._alive: weakref.WeakSet[_Mark[What]] = weakref.WeakSet()
 
     def __reduce__(self) -> tuple[type[Traces[What]], tuple[()]]:
         return type(self), ()
 
     def note(self, outputs: Iterable[Tensor], what: What) -> None:
         """Remember a value for as long as the graph of one of these outputs (…) is alive, if they have one."""
-        mark, alive = _Mark(what), self._alive
-        key = id(mark)
-        alive[key] = weakref.ref(mark, lambda _: alive.pop(key, None))
+        mark = _Mark(what)
+        self._alive.add(mark)
         for output in outputs:
             if output.grad_fn is not None:
                 output.grad_fn.metadata["lorakit", id(self)] = mark  # type: ignore[index]  # torch's stub calls it a method
 
     def alive(self) -> list[What]:
         """Return the values whose autograd graphs are still alive."""
-        return [mark.what for ref in list(self._alive.values()) if (mark := ref()) is not None]
+        return [mark.what for mark in list(self._alive)]
 
 
 class Forwards:
