@@ -105,7 +105,9 @@ class InvocationHooks:
             back = nowhere if given is None else _positions(self.state, name, given, visible)
             if name in memory:
                 begin = of_rows(memory[name], rows)
-                holds = (begin >= 0) & (begin + _span(self.state, name) <= past)  # the cache may have been cropped
+                holds = (begin >= 0) & (
+                    begin + len(_tokens(self.state, name)) <= past
+                )  # the cache may have been cropped
                 back = torch.where((back == 0) & holds, past + length - begin, back)
             found.append(back)
         return Offsets(names, torch.stack(found), length, past + length, whole) if names else None
@@ -129,13 +131,12 @@ def prompt_offsets(
 
 
 def _positions(state: AdapterState, name: str, ids: Tensor, visible: Tensor | None) -> Tensor:
-    config = state.configs[name]
-    return last_invocation(ids, next(tokens for _, tokens in invocations_of(config)), visible)
+    return last_invocation(ids, _tokens(state, name), visible)
 
 
-def _span(state: AdapterState, name: str) -> int:
-    config = state.configs[name]
-    return max((len(tokens) for _, tokens in invocations_of(config)), default=1)
+def _tokens(state: AdapterState, name: str) -> Sequence[int]:
+    """Return the invocation tokens of an adapter in `AdapterState.waiting`."""
+    return next(tokens for _, tokens in invocations_of(state.configs[name]))
 
 
 class _HookScope(Override):

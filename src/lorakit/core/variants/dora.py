@@ -14,10 +14,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lorakit.core.kinds.kind import Kind, Shape, WeightSpec, spread, takes_input
+from lorakit.core.kinds.kind import Kind, WeightSpec, spread, takes_input
 from lorakit.core.linalg import Product, Reading, factors_of
 from lorakit.core.quantization import at_least_fp32
-from lorakit.core.variants.variant import Addend, At, Factor, OwnTensor, Parts, Setting, Start, Sum, Variant
+from lorakit.core.variants.variant import Addend, At, Factor, OwnTensor, Parts, Start, Sum, Variant
 from lorakit.errors import AdapterError
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -45,10 +45,6 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 def _norms(kind: Kind, spec: WeightSpec, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """Return the row norms, (out,), of a canonical weight plus its low-rank update."""
     return row_norms(kind.flat_weight(spec, W), *kind.flat(spec, A, B), scale)
-
-
-def _shape(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> Shape:
-    return kind.vector(spec)
 
 
 def _start(start: Start) -> Tensor:
@@ -136,7 +132,7 @@ DORA = Variant(
             OwnTensor(
                 held_as=MAGNITUDE,
                 carried="module",
-                shape=_shape,
+                shape=lambda kind, spec, r, setting: kind.vector(spec),
                 start=_start,
                 depends_on_rank=False,
                 older_names=(f"{MAGNITUDE}.weight",),  # of older versions of PEFT

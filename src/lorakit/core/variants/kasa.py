@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorakit.core.kinds.kind import Kind, Shape, WeightSpec, only_linear
+from lorakit.core.kinds.kind import only_linear
 from lorakit.core.quantization import at_least_fp32
-from lorakit.core.variants.variant import Factor, Move, OwnTensor, Parts, Penalty, Setting, Start, Variant, values_of
+from lorakit.core.variants.variant import Factor, Move, OwnTensor, Parts, Penalty, Start, Variant, values_of
 
 DIAGONAL = "lora_diag"
 """PEFT's name for the singular values of the update, on a layer and on disk."""
@@ -39,10 +39,6 @@ def penalty(factor: Factor, training: bool) -> Tensor:
     return float(factor.setting["beta"]) * diagonal.square().sum() + float(factor.setting["gamma"]) * apart
 
 
-def _shape(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> Shape:
-    return (r,)
-
-
 def _start(start: Start) -> Tensor:
     return torch.empty(start.rank, dtype=start.A.dtype, device=start.A.device).normal_(generator=start.generator)
 
@@ -63,7 +59,7 @@ KASA = Variant(
     field="kasa_config",
     setting=values_of("kasa_config"),
     fits=only_linear,
-    parts=Parts(extras=(OwnTensor(DIAGONAL, "parameter", _shape, _start),)),
+    parts=Parts(extras=(OwnTensor(DIAGONAL, "parameter", lambda kind, spec, r, setting: (r,), _start),)),
     factors=_factors,
     move=Move(
         _move, "KaSA adapters need a base without its smallest singular values, but others need the original one"

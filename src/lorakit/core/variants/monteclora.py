@@ -122,10 +122,6 @@ def _per_sample(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> Shape
     return (int(setting["num_samples"]),)
 
 
-def _matrix(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> Shape:
-    return (r, r)
-
-
 def _uniform(start: Start, size: int) -> Tensor:
     return torch.empty(size, dtype=start.A.dtype, device=start.A.device).uniform_(generator=start.generator)
 
@@ -151,7 +147,7 @@ MONTECLORA = Variant(
             OwnTensor(
                 VARIANCE,
                 "buffer",
-                _matrix,
+                lambda kind, spec, r, setting: (r, r),
                 lambda start: torch.eye(start.rank, dtype=start.A.dtype, device=start.A.device),
                 trained=False,
             ),
