@@ -206,8 +206,8 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
         why = ", and the directory does not say how"
         raise _base_changed(files, why, advice="Load the adapter with allow=['recompute_init'], and save it.")
     if files.sidecar.base is not None and files.sidecar.base.bounds:
-        why = " while the base was quantized, so its weights were requantized and the factors are not plain LoRA"
-        raise _base_changed(files, why, advice="Merge the adapter instead.")
+        advice = "The changed weights had to be requantized, so merge the adapter instead of using it as plain LoRA."
+        raise _base_changed(files, " while the base was quantized", advice=advice)
     plain = {}
     for path, (A, B, experts) in factors.items():
         first = past.first_at(path, A, B)
