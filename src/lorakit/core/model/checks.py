@@ -172,11 +172,7 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
     if target.kind.acts_on != "weight":
         return
     if base.quantized:
-        text = (
-            f"{target.path} is stored as {base.name}, but a {target.kind.name} is adapted through its weight, which "
-            "would be rounded together with the update in each forward pass. Leave the module out, or target dense "
-            "layers, where the update is added to the output."
-        )
+        text = f"{target.path} is stored as {base.name}, but it is adapted through its weight; leave it out."
         raise ConfigError(text, what=base.name, where=target.path, field="target_modules")
 
 
@@ -204,11 +200,7 @@ def check_can_move(
         raise ConfigError(text, where=target.path)
     if layer is not None and (layer.moved_by or layer.merged_adapters):
         other = (*layer.moved_by, *layer.merged_adapters)[0]
-        text = (
-            f"{target.path}: {mover} changes the base weight, but adapter {other!r} has already changed this weight or "
-            "is merged into it. Detach or unmerge that adapter first, or use an init or variant that does not change "
-            "the base."
-        )
+        text = f"{target.path}: {mover} changes the base weight, as adapter {other!r} does; detach or unmerge it first."
         raise ConfigError(text, what=other, where=target.path)
     sharing = index.names_elsewhere(module._parameters.get(parameter), {id(module)})
     if sharing or len(index.parents.get(id(index.modules[target.outer]), ())) > 1:

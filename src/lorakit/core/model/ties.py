@@ -138,10 +138,7 @@ def _tied_matches(
     model = next((match for match in here if match.path == leader), here[0])
     odd = [path for path in partners if not isinstance(index.base(path), (nn.Linear, nn.Embedding))]
     if not isinstance(index.base(leader), nn.Embedding) or odd:
-        text = (
-            f"ensure_weight_tying: {(odd or [leader])[0]} shares its weight with {leader}, but only the factors of "
-            "nn.Embedding and nn.Linear can be tied. Set ensure_weight_tying=False, or do not target the module."
-        )
+        text = f"ensure_weight_tying: {(odd or [leader])[0]} is not an nn.Embedding or nn.Linear; do not target it."
         raise ConfigError(text, where=(odd or [leader])[0], field="ensure_weight_tying")
     others = [match for match in matches if match.path not in members]
     return others + [dataclasses.replace(model, path=path, kind=kinds[path] or "") for path in members]

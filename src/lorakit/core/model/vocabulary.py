@@ -309,10 +309,7 @@ def _checked(index: AdapterIndex, path: str, indices: Sequence[int]) -> tuple[in
     table = table_at(index, path)
     weight = table._parameters.get("weight")
     if weight is None or not isinstance(table, (nn.Embedding, nn.Linear)) or not weight.is_floating_point():
-        text = (
-            f"trainable_token_indices names {path!r}, a {type(table).__name__}; only rows of an nn.Embedding or an "
-            "nn.Linear head with floating-point weights can be trained."
-        )
+        text = f"trainable_token_indices names {path!r}, not a dense nn.Embedding or nn.Linear."
         raise TargetError(text, what=type(table).__name__, where=path, field="trainable_token_indices")
     numbers = list(indices)
     whole = all(isinstance(i, int) and not isinstance(i, bool) for i in numbers)
@@ -363,11 +360,7 @@ def _check_free(path: str, index: AdapterIndex, sites: Collection[str], saved: C
         raise TargetError(text, where=path, field="trainable_token_indices")
     module = index.modules[path]
     if path in sites or (module is not table_at(index, path) and not isinstance(module, TrainableTokens)):
-        text = (
-            f"trainable_token_indices cannot be applied to {path}: an adapter applies LoRA to this module or saves "
-            "a copy of it. Remove the module from target_modules or modules_to_save, or load a separate model for each "
-            "adapter."
-        )
+        text = f"trainable_token_indices: another adapter adapts or saves {path}; leave it out, or load another model."
         raise TargetError(text, where=path, field="trainable_token_indices")
 
 
