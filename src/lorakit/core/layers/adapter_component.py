@@ -119,6 +119,12 @@ class AdapterComponent:
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
         """Return a list of an adapter's parameters in this component, A and B first; empty if there are none."""
 
+    def set_trained(self, name: str, trained: bool) -> None:
+        """Unfreeze or freeze an adapter's parameters here, if it has any."""
+        for parameter in self.parameters_of(name):
+            if parameter.requires_grad is not trained:
+                parameter.requires_grad_(trained and parameter.is_floating_point())
+
     @abstractmethod
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
         """Return the tensors to save for an adapter, keyed by their names relative to this component's path."""
@@ -203,12 +209,6 @@ class AdapterModule(nn.Module, AdapterComponent):
             self.own_route = None
         if self.aside and self.aside[0] is not None and name in self.aside[0].mentions:
             self.aside = (None,)
-
-    def set_trained(self, name: str, trained: bool) -> None:
-        """Unfreeze or freeze an adapter's parameters here, if it has any."""
-        for parameter in self.parameters_of(name):
-            if parameter.requires_grad is not trained:
-                parameter.requires_grad_(trained and parameter.is_floating_point())
 
     @property
     def active_adapters(self) -> list[str]:

@@ -152,14 +152,9 @@ def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | Non
     if state is None:
         return
     flags = {name: flag for name in state.configs if (flag := wanted.get(name, others)) is not None}
-    for module in state.members():
-        for name in module.available_adapters():
-            if name in flags:
-                module.set_trained(name, flags[name])
-    for patch in _bias_patches(model, state):
-        for name in flags.keys() & set(patch.available_adapters()):
-            for parameter in patch.parameters_of(name):
-                parameter.requires_grad_(flags[name])
+    for component in (*state.members(), *_bias_patches(model, state)):
+        for name in flags.keys() & set(component.available_adapters()):
+            component.set_trained(name, flags[name])
 
 
 def penalties(model: nn.Module, field: str | None = None) -> Tensor | None:

@@ -38,7 +38,7 @@ def check_new_name(state: AdapterState | None, name: str) -> None:
         text = f"This model already has an adapter {name!r}. Detach it first, or choose another name."
         raise AdapterError(text, what=name)
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_\-]{0,99}", name):
-        text = f"{name!r} cannot be an adapter's name: use up to 100 letters, digits, underscores and hyphens."
+        text = f"{name!r} cannot be an adapter's name: use up to 100 letters, digits, underscores, hyphens; no dots."
         raise AdapterError(text, what=name)
     if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):  # including the attributes of nn.Module
         text = f"{name!r} cannot be an adapter's name: torch's module containers have an attribute of that name."
